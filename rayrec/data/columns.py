@@ -1,0 +1,81 @@
+"""Column names and Arrow schemas of the canonical data set, spelled in this one place."""
+
+import pyarrow as pa
+
+USER = "user_id"
+SONG = "song"  # int32 row of the song in songs.parquet
+SONG_ID = "song_id"  # the string by which the outside world knows the song
+TITLE = "title"
+ARTIST = "artist"
+SONGS = "songs"
+PLAYED_AT = "played_at"  # ms since 1970, UTC
+CONTEXTS = "contexts"  # bit i set: the play came from the i-th context of dataset.json
+SKIPPED = "skipped"
+PLAYLIST = "playlist_id"
+
+# One play, as every reader of an outside format emits it. `contexts` are names until the set of
+# all contexts is known; `source` and `line` say where the row came from.
+PLAYS = pa.schema(
+    [
+        pa.field(USER, pa.string(), nullable=False),
+        pa.field(SONG_ID, pa.string(), nullable=False),
+        pa.field(PLAYED_AT, pa.int64(), nullable=False),
+        pa.field(CONTEXTS, pa.list_(pa.string())),
+        pa.field(SKIPPED, pa.bool_()),
+        pa.field(TITLE, pa.string()),
+        pa.field(ARTIST, pa.string()),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("line", pa.int64(), nullable=False),
+    ]
+)
+
+# One entry of a playlist, as readers emit it.
+PLAYLIST_ENTRIES = pa.schema(
+    [
+        pa.field(PLAYLIST, pa.string(), nullable=False),
+        pa.field("position", pa.int64(), nullable=False),
+        pa.field(SONG_ID, pa.string(), nullable=False),
+        pa.field(TITLE, pa.string()),
+        pa.field(ARTIST, pa.string()),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("line", pa.int64(), nullable=False),
+    ]
+)
+
+# A row that could not be used, and why.
+REJECTED = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("line", pa.int64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+    ]
+)
+
+# One row per user; the lists run in the order of time. `contexts` and `skipped` are there only
+# where the data has them.
+HISTORIES = pa.schema(
+    [
+        pa.field(USER, pa.string(), nullable=False),
+        pa.field(SONGS, pa.list_(pa.int32()), nullable=False),
+        pa.field(PLAYED_AT, pa.list_(pa.int64()), nullable=False),
+        pa.field(CONTEXTS, pa.list_(pa.int32())),
+        pa.field(SKIPPED, pa.list_(pa.bool_())),
+    ]
+)
+
+PLAYLISTS = pa.schema(
+    [
+        pa.field(PLAYLIST, pa.string(), nullable=False),
+        pa.field(SONGS, pa.list_(pa.int32()), nullable=False),
+    ]
+)
+
+SONGS_TABLE = pa.schema(
+    [
+        pa.field(SONG, pa.int32(), nullable=False),
+        pa.field(SONG_ID, pa.string(), nullable=False),
+        pa.field(TITLE, pa.string()),
+        pa.field(ARTIST, pa.string()),
+    ]
+)

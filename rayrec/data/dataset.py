@@ -1,0 +1,154 @@
+"""The canonical data set of a workspace: its manifest, its songs and its buckets of histories."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rayrec.data import columns
+from rayrec.data.histories import Histories, user_hash
+from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
+from rayrec.workspace import DATASET_MANIFEST, PLAYLISTS, SONGS_TABLE, Workspace, histories_file
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetManifest:
+    """dataset/dataset.json, written after everything it speaks of."""
+
+    id: str  # changes with every import
+    source: str  # the format it came from
+    buckets: int  # fixed at the first import
+    parts: int  # parts of the histories, numbered from 0
+    users: int
+    plays: int
+    songs: int
+    playlists: int = 0
+    playlist_entries: int = 0
+    first_play: int = 0  # ms UTC
+    last_play: int = 0  # ms UTC
+    contexts: list[str] = field(default_factory=list)  # name of each bit, at most 31
+    has_skipped: bool = False
+    read: int = 0  # rows read by the import
+    merged: int = 0  # exact duplicates merged
+    set_aside: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    config: dict[str, object] = field(default_factory=dict)  # of the import
+    files: dict[str, str] = field(default_factory=dict)  # path below dataset/ -> sha256
+    created_at: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+
+class Dataset:
+    """Reads the data set of a workspace, bucket by bucket.
+
+    Raises `NotFoundError` where nothing was imported and `DamagedArtifactError` for another schema version.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        if not workspace.exists(DATASET_MANIFEST):
+            raise NotFoundError(
+                f"workspace {workspace.uri} holds no data set; run `rayrec import` or `rayrec generate` first"
+            )
+        raw = workspace.read_json(DATASET_MANIFEST)
+        if raw.get("schema_version") != SCHEMA_VERSION:
+            raise DamagedArtifactError(
+                f"{DATASET_MANIFEST} has schema version {raw.get('schema_version')}, "
+                f"this rayrec reads {SCHEMA_VERSION}; import the data again"
+            )
+        self.workspace = workspace
+        self.manifest = DatasetManifest(**raw)
+
+    @property
+    def num_songs(self) -> int:
+        """N: rows of the song table."""
+        return self.manifest.songs
+
+    def bucket_of(self, user_ids: np.ndarray) -> np.ndarray:
+        """int64 (U,): the bucket that holds each user."""
+        return bucket_of(user_ids, self.manifest.buckets)
+
+    def read_bucket(self, bucket: int, users_per_batch: int = 5_000) -> Iterator[Histories]:
+        """The histories of one bucket in batches, in the order in which they are stored."""
+        for part in range(self.manifest.parts):
+            path = histories_file(part, bucket)
+            if self.workspace.exists(path):
+                with self.workspace.open_input(path) as stream:
+                    for batch in pq.ParquetFile(stream).iter_batches(batch_size=users_per_batch):
+                        yield Histories.from_arrow(batch)
+
+    def read_all(self, users_per_batch: int = 5_000) -> Iterator[Histories]:
+        """The histories of all buckets in batches."""
+        for bucket in range(self.manifest.buckets):
+            yield from self.read_bucket(bucket, users_per_batch)
+
+    def history(self, user_id: str) -> Histories:
+        """One user's history. Raises `NotFoundError` for a user who is not there."""
+        bucket = int(self.bucket_of(np.array([user_id], dtype=object))[0])
+        for batch in self.read_bucket(bucket):
+            found = np.flatnonzero(batch.user_ids == user_id)
+            if len(found):
+                return batch.take(found)
+        raise NotFoundError(f"user {user_id!r} has no plays in the data set; check the id or import the plays first")
+
+    def read_playlists(self, playlists_per_batch: int = 5_000) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Playlists in batches: songs int32 (P,) and offsets int64 (playlists + 1,)."""
+        for path in self.workspace.files(PLAYLISTS):
+            with self.workspace.open_input(path) as stream:
+                for batch in pq.ParquetFile(stream).iter_batches(batch_size=playlists_per_batch):
+                    lists = batch.column(columns.SONGS)
+                    offsets = lists.offsets.to_numpy().astype(np.int64)
+                    yield lists.flatten().to_numpy(), offsets - offsets[0]
+
+    def catalog(self) -> "Catalog":
+        """The song table, in memory."""
+        return Catalog(self.workspace.read_table(SONGS_TABLE))
+
+
+class Catalog:
+    """The songs: rows, ids, titles and artists."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table.combine_chunks()
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def song_ids(self, rows: np.ndarray) -> list[str]:
+        """The outside ids of song rows."""
+        taken: list[str] = self.table.column(columns.SONG_ID).take(pa.array(rows)).to_pylist()
+        return taken
+
+    def titles(self, rows: np.ndarray) -> list[str]:
+        """`Artist – Title` of song rows, or the id where there is no title."""
+        picked = self.table.take(pa.array(rows)).to_pylist()
+        return [
+            " – ".join(part for part in (row[columns.ARTIST], row[columns.TITLE]) if part) or row[columns.SONG_ID]
+            if row[columns.TITLE]
+            else row[columns.SONG_ID]
+            for row in picked
+        ]
+
+    def rows(self, song_ids: list[str]) -> np.ndarray:
+        """int32: the rows of outside ids. Raises `InputError` that names the unknown ones."""
+        found = pc.index_in(pa.array(song_ids, pa.string()), value_set=self.table.column(columns.SONG_ID))
+        unknown = [song for song, row in zip(song_ids, found.to_pylist(), strict=True) if row is None]
+        if unknown:
+            raise InputError(
+                f"{len(unknown)} of {len(song_ids)} songs are not in the catalog: {', '.join(unknown[:5])}; "
+                "check the ids against dataset/songs.parquet"
+            )
+        return np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.int32)
+
+
+def bucket_of(user_ids: np.ndarray, buckets: int) -> np.ndarray:
+    """int64 (U,): the bucket of each user among `buckets`, by a hash that never changes."""
+    return (user_hash(user_ids) % np.uint64(buckets)).astype(np.int64)
+
+
+def write_manifest(workspace: Workspace, manifest: DatasetManifest) -> None:
+    """Write dataset.json: from now on the data set exists."""
+    workspace.write_json(DATASET_MANIFEST, asdict(manifest))

@@ -1,0 +1,222 @@
+"""Histories: many users' plays as flat arrays plus offsets, the form in which plays travel.
+
+U users, P plays of all of them together, Q questions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from rayrec.data import columns
+
+HASH_KEY = "rayrec user hash"  # 16 bytes; fixed for ever, since buckets on disk depend on it
+
+
+def user_hash(user_ids: Sequence[str] | np.ndarray, salt: str = "") -> np.ndarray:
+    """uint64 (U,): a hash of each user id that is the same on every machine and in every run."""
+    salted = np.asarray([salt + user for user in user_ids], dtype=object)
+    return np.asarray(pd.util.hash_array(salted, hash_key=HASH_KEY, categorize=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histories:
+    """The plays of U users in the order of time. Row u's plays stand at offsets[u]:offsets[u + 1]."""
+
+    user_ids: np.ndarray  # object (U,), strings
+    offsets: np.ndarray  # int64 (U + 1,), from 0 to P
+    songs: np.ndarray  # int32 (P,), rows of the song table
+    played_at: np.ndarray  # int64 (P,), ms since 1970 UTC, ascending within a user
+    contexts: np.ndarray | None = None  # int32 (P,), bit sets
+    skipped: np.ndarray | None = None  # bool (P,)
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) != len(self.user_ids) + 1:
+            raise ValueError(
+                f"{len(self.user_ids)} users need {len(self.user_ids) + 1} offsets, got {len(self.offsets)}"
+            )
+        for name in ("songs", "played_at", "contexts", "skipped"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.offsets[-1]:
+                raise ValueError(f"{name} has {len(values)} values, the offsets say {self.offsets[-1]} plays")
+
+    def __len__(self) -> int:
+        return len(self.user_ids)
+
+    @property
+    def num_plays(self) -> int:
+        """P."""
+        return int(self.offsets[-1])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (U,): plays of each user."""
+        return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 (P,): the row of the user of each play."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    @classmethod
+    def from_lists(
+        cls,
+        songs: Sequence[Sequence[int]],
+        played_at: Sequence[Sequence[int]],
+        user_ids: Sequence[str] | None = None,
+        contexts: Sequence[Sequence[int]] | None = None,
+        skipped: Sequence[Sequence[bool]] | None = None,
+    ) -> "Histories":
+        """From one list per user, in the order of time; users are named 0, 1, 2 ... unless named."""
+
+        def flat(lists: Sequence[Sequence[int]], dtype: type) -> np.ndarray:
+            return np.concatenate([np.asarray(values, dtype=dtype) for values in lists] or [np.zeros(0, dtype)])
+
+        names = [str(row) for row in range(len(songs))] if user_ids is None else list(user_ids)
+        return cls(
+            user_ids=np.array(names, dtype=object),
+            offsets=np.concatenate([[0], np.cumsum([len(values) for values in songs])]).astype(np.int64),
+            songs=flat(songs, np.int32),
+            played_at=flat(played_at, np.int64),
+            contexts=None if contexts is None else flat(contexts, np.int32),
+            skipped=None if skipped is None else flat(skipped, np.bool_),
+        )
+
+    @classmethod
+    def from_arrow(cls, batch: pa.Table | pa.RecordBatch) -> "Histories":
+        """From rows of the histories schema, without a loop over rows."""
+        table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
+        table = table.combine_chunks()
+
+        def values(name: str) -> np.ndarray | None:
+            if name not in table.column_names or table.num_rows == 0:
+                return None
+            column = table.column(name).chunk(0)
+            if column.null_count == table.num_rows:
+                return None
+            return np.asarray(column.flatten().to_numpy(zero_copy_only=False))
+
+        songs, played_at = values(columns.SONGS), values(columns.PLAYED_AT)
+        if songs is None or played_at is None:
+            return cls.from_lists([], [])
+        offsets = table.column(columns.SONGS).chunk(0).offsets.to_numpy().astype(np.int64)
+        return cls(
+            user_ids=table.column(columns.USER).chunk(0).to_numpy(zero_copy_only=False),
+            offsets=offsets - offsets[0],
+            songs=songs,
+            played_at=played_at,
+            contexts=values(columns.CONTEXTS),
+            skipped=values(columns.SKIPPED),
+        )
+
+    def to_arrow(self) -> pa.Table:
+        """Rows of the histories schema; contexts and skipped only where there are any."""
+        offsets = pa.array(self.offsets.astype(np.int32))
+
+        def lists(values: np.ndarray) -> pa.Array:
+            return pa.ListArray.from_arrays(offsets, pa.array(values))
+
+        data = {
+            columns.USER: pa.array(self.user_ids, pa.string()),
+            columns.SONGS: lists(self.songs),
+            columns.PLAYED_AT: lists(self.played_at),
+        }
+        if self.contexts is not None:
+            data[columns.CONTEXTS] = lists(self.contexts)
+        if self.skipped is not None:
+            data[columns.SKIPPED] = lists(self.skipped)
+        schema = pa.schema([columns.HISTORIES.field(name) for name in data])
+        return pa.table(data, schema=schema)
+
+    def keep(self, mask: np.ndarray) -> "Histories":
+        """The plays where `mask`, bool (P,), is true; every user stays, some perhaps without plays."""
+        counts = np.concatenate([[0], np.cumsum(mask)])
+        return replace(
+            self,
+            offsets=counts[self.offsets],
+            songs=self.songs[mask],
+            played_at=self.played_at[mask],
+            contexts=None if self.contexts is None else self.contexts[mask],
+            skipped=None if self.skipped is None else self.skipped[mask],
+        )
+
+    def take(self, rows: np.ndarray) -> "Histories":
+        """The users at `rows`, int (R,) or bool (U,), in that order."""
+        rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=np.int64)
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        plays = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Histories(
+            user_ids=self.user_ids[rows],
+            offsets=offsets,
+            songs=self.songs[plays],
+            played_at=self.played_at[plays],
+            contexts=None if self.contexts is None else self.contexts[plays],
+            skipped=None if self.skipped is None else self.skipped[plays],
+        )
+
+    def before(self, cut: int | None) -> "Histories":
+        """The plays before `cut` (ms UTC; None: all) of the users who have any then."""
+        kept = self if cut is None else self.keep(self.played_at < cut)
+        return kept.take(kept.lengths > 0)
+
+    def last_songs(self, count: int) -> list[np.ndarray]:
+        """The last `count` songs of each user, int32, oldest first."""
+        ends = self.offsets[1:]
+        starts = np.maximum(self.offsets[:-1], ends - count)
+        return [self.songs[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def concatenate(parts: Sequence[Histories]) -> Histories:
+    """One batch of the users of all parts. Contexts and skips stay where every part has them."""
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        return Histories.from_lists([], [])
+    starts = np.cumsum([0] + [part.num_plays for part in parts])
+
+    def joined(name: str) -> np.ndarray | None:
+        arrays = [getattr(part, name) for part in parts]
+        return None if any(array is None for array in arrays) else np.concatenate(arrays)
+
+    offsets = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
+    return Histories(
+        user_ids=np.concatenate([part.user_ids for part in parts]),
+        offsets=np.concatenate([np.zeros(1, np.int64), *offsets]),
+        songs=np.concatenate([part.songs for part in parts]),
+        played_at=np.concatenate([part.played_at for part in parts]),
+        contexts=joined("contexts"),
+        skipped=joined("skipped"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Q requests for recommendations: each is asked of one user after a number of that user's plays.
+
+    The plays after that number are there in the histories but must not be used to answer.
+    """
+
+    rows: np.ndarray  # int64 (Q,), row of the user in the histories
+    seen: np.ndarray  # int64 (Q,), how many of the user's plays come before the request, at least 0
+    at: np.ndarray  # int64 (Q,), ms UTC, the moment of the request
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, which: np.ndarray | slice) -> "Questions":
+        """Some of the questions."""
+        return Questions(rows=self.rows[which], seen=self.seen[which], at=self.at[which])
+
+    @classmethod
+    def at_end(cls, histories: Histories, at: int | np.ndarray) -> "Questions":
+        """One question per user, after all plays, at time `at` (ms UTC), one for all or one each."""
+        moments = np.broadcast_to(np.asarray(at, dtype=np.int64), (len(histories),))
+        return cls(rows=np.arange(len(histories)), seen=histories.lengths, at=moments)
+
+    @classmethod
+    def before_plays(cls, histories: Histories, plays: np.ndarray) -> "Questions":
+        """The questions whose answers are the plays at positions `plays`, int (Q,), of the flat arrays."""
+        rows = np.searchsorted(histories.offsets, plays, side="right") - 1
+        return cls(rows=rows, seen=plays - histories.offsets[rows], at=histories.played_at[plays])

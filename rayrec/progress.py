@@ -1,0 +1,58 @@
+"""A progress bar on stderr for what takes over two seconds; nothing where stderr is no terminal."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+DELAY_SECONDS = 2.0
+
+
+class Progress:
+    """One bar of one piece of work. `advance` is cheap enough for every batch."""
+
+    def __init__(self, title: str, total: float | None) -> None:
+        self._title, self._total = title, total
+        self._done = 0.0
+        self._note = ""
+        self._started = time.monotonic()
+        self._bars: Bars | None = None
+
+    def advance(self, amount: float = 1, note: str | None = None) -> None:
+        """Say that `amount` more is done; `note` is shown behind the bar."""
+        self._done += amount
+        self._note = self._note if note is None else note
+        if self._bars is None and sys.stderr.isatty() and time.monotonic() - self._started > DELAY_SECONDS:
+            self._bars = Bars(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bars.add_task(self._title, total=self._total, note="")
+            self._bars.start()
+        if self._bars is not None:
+            self._bars.update(self._bars.task_ids[0], completed=self._done, note=self._note)
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._bars is not None:
+            self._bars.stop()
+
+
+@contextmanager
+def progress(title: str, total: float | None = None) -> Iterator[Progress]:
+    """A bar for the length of a with block."""
+    bar = Progress(title, total)
+    try:
+        yield bar
+    finally:
+        bar.close()

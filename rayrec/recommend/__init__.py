@@ -1,0 +1,1 @@
+"""Recommenders: everything that answers (histories, at, k) with songs and scores."""

@@ -1,0 +1,97 @@
+"""The one interface of everything that recommends.
+
+Q questions, N songs, k answers.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.errors import InputError
+
+Horizon = Literal["short", "long"]
+Kind = Literal["baseline", "network"]
+
+SCORES_PER_CHUNK = 1 << 24  # float32 scores held at once: 64 MiB
+NO_SONG = -1  # fills answers of fewer than k songs
+
+
+class Recommender(ABC):
+    """Scores songs for users at a moment.
+
+    Subclasses give `score`; `recommend` ranks by it, and a subclass may rank faster as long as the
+    answer is the same. A score of -inf says that a song is never recommended.
+    """
+
+    name: str  # as reports and `--models` spell it
+    kind: ClassVar[Kind] = "baseline"
+    num_songs: int  # N
+
+    @abstractmethod
+    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+        """float32 (Q, N): the score of every song, from the plays before each question only."""
+
+    def recommend(
+        self,
+        histories: Histories,
+        at: int | np.ndarray,
+        k: int,
+        *,
+        horizon: Horizon = "short",
+        exclude_heard: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best songs of each user, best first; equal scores in the order of song rows.
+
+        `at` (ms UTC) is the moment of the request, one for all users or one each.
+        Returns song rows int32 (U, k) and scores float32 (U, k), filled with -1 and -inf where
+        fewer than k songs qualify. Raises `InputError` for k below 1.
+        """
+        if k < 1:
+            raise InputError(f"k is {k}; ask for at least 1 song")
+        questions = Questions.at_end(histories, at)
+        songs = np.full((len(questions), k), NO_SONG, dtype=np.int32)
+        scores = np.full((len(questions), k), -np.inf, dtype=np.float32)
+        step = chunk_size(self.num_songs)
+        for start in range(0, len(questions), step):
+            chunk = slice(start, start + step)
+            scored = np.array(self.score(histories, questions.take(chunk), horizon))
+            if exclude_heard:
+                for row, user in zip(scored, range(start, start + len(scored)), strict=True):
+                    row[histories.songs[histories.offsets[user] : histories.offsets[user + 1]]] = -np.inf
+            songs[chunk], scores[chunk] = top_k(scored, k)
+        return songs, scores
+
+    def recommend_one(
+        self, history: Histories, at: int, k: int, *, horizon: Horizon = "short", exclude_heard: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `recommend` for a single user: song rows int32 and scores float32, 1-D, at most k long."""
+        if len(history) != 1:
+            raise ValueError(f"recommend_one takes the history of one user, got {len(history)}")
+        songs, scores = self.recommend(history, at, k, horizon=horizon, exclude_heard=exclude_heard)
+        real = songs[0] != NO_SONG
+        return songs[0][real], scores[0][real]
+
+
+def chunk_size(num_songs: int) -> int:
+    """Questions to score at once so that the scores stay within SCORES_PER_CHUNK."""
+    return max(1, SCORES_PER_CHUNK // max(1, num_songs))
+
+
+def top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows int32 (Q, k) and values float32 (Q, k) of the k best of scores (Q, N), best first.
+
+    Equal scores come in the order of song rows; songs at -inf do not come.
+    """
+    count, num_songs = scores.shape
+    kept = min(k, num_songs)
+    songs = np.full((count, k), NO_SONG, dtype=np.int32)
+    values = np.full((count, k), -np.inf, dtype=np.float32)
+    threshold = -np.partition(-scores, kept - 1, axis=1)[:, kept - 1]
+    for row in range(count):
+        candidates = np.flatnonzero((scores[row] >= threshold[row]) & (scores[row] > -np.inf))
+        order = candidates[np.argsort(-scores[row, candidates], kind="stable")][:kept]
+        songs[row, : len(order)] = order
+        values[row, : len(order)] = scores[row, order]
+    return songs, values
