@@ -1,0 +1,183 @@
+"""Releases: one id over data set, split, song vectors, model, tastes and index, and which one is live.
+
+A release copies nothing. It names its parts and holds the checksums of their manifests, whose own
+checksums cover the files: change a byte anywhere and `verify_release` says where.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from rayrec import artifacts
+from rayrec.artifacts import Manifest, fingerprint, new_id, publish, sha256
+from rayrec.data.dataset import Dataset, DatasetManifest
+from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
+from rayrec.workspace import DATASET_MANIFEST, Workspace, artifact_dir, split_file
+
+KIND = "releases"
+ACTIVE = "releases/active"  # JSON: the live id, and the ids that were live before it, oldest first
+CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
+PART_KINDS = ("songs", "models", "tastes", "indexes")
+MADE_BY = {"songs": "embed", "models": "train", "tastes": "taste", "indexes": "index"}  # kind -> command
+
+
+def create_release(
+    workspace: Workspace,
+    *,
+    model_id: str | None = None,
+    tastes_id: str | None = None,
+    index_id: str | None = None,
+    activate: bool = True,
+) -> Manifest:
+    """Tie a model, its song vectors, tastes and index and the data set together under one id.
+
+    What is not named is the newest that fits: the newest model of the data set that has tastes and
+    an index, and the newest of those. The same parts make the same release.
+
+    Raises `NotFoundError` where a part is missing, `MismatchError` where named parts do not belong together.
+    """
+    dataset = Dataset(workspace).manifest
+    named = {"models": model_id, "tastes": tastes_id, "indexes": index_id}
+    chosen = {kind: artifacts.load(workspace, kind, part) for kind, part in named.items() if part is not None}
+    model = chosen.get("models") or _newest_model(workspace, dataset, chosen)
+    parts = {
+        "songs": artifacts.load(workspace, "songs", model.inputs["songs"]),
+        "models": model,
+        "tastes": chosen.get("tastes") or _newest_of(workspace, "tastes", model),
+        "indexes": chosen.get("indexes") or _newest_of(workspace, "indexes", model),
+    }
+    inputs = {"dataset": dataset.id, **{kind: part.id for kind, part in parts.items()}}
+    if "split" in model.inputs:
+        inputs["split"] = model.inputs["split"]
+    require_fit(inputs, parts.values())
+    release = _publish_release(workspace, inputs)
+    if activate:
+        activate_release(workspace, release.id)
+    return release
+
+
+def require_fit(inputs: dict[str, str], parts: Any) -> None:
+    """Raise `MismatchError` where a part was made of something else than `inputs` (role -> id) says."""
+    for part in parts:
+        for role, made_of in part.inputs.items():
+            if role in inputs and inputs[role] != made_of:
+                raise MismatchError(
+                    f"{part.kind} {part.id} was made of {role} {made_of}, but {role} {inputs[role]} is asked for; "
+                    f"name parts that belong together, or run `rayrec {MADE_BY[part.kind]}` again"
+                )
+
+
+def list_releases(workspace: Workspace) -> list[Manifest]:
+    """All releases, oldest first."""
+    return artifacts.listing(workspace, KIND)
+
+
+def active_release(workspace: Workspace) -> Manifest | None:
+    """The live release; None where none was activated."""
+    active = _read_active(workspace)["active"]
+    return None if active is None else artifacts.load(workspace, KIND, active)
+
+
+def activate_release(workspace: Workspace, release_id: str) -> Manifest:
+    """Make a release the live one. Raises `NotFoundError` where there is no such release."""
+    release = artifacts.load(workspace, KIND, release_id)
+    state = _read_active(workspace)
+    if state["active"] != release_id:
+        earlier = state["history"] + ([state["active"]] if state["active"] else [])
+        workspace.write_json(ACTIVE, {"active": release_id, "history": earlier})
+    return release
+
+
+def rollback(workspace: Workspace) -> Manifest:
+    """Make the release live that was live before. Raises `InputError` where there was none."""
+    state = _read_active(workspace)
+    if not state["history"]:
+        raise InputError(
+            f"there is no release to go back to: {state['active'] or 'none'} is the only one that was ever active; "
+            "see `rayrec release list` and use `rayrec release activate ID`"
+        )
+    *earlier, previous = state["history"]
+    release = artifacts.load(workspace, KIND, previous)
+    workspace.write_json(ACTIVE, {"active": previous, "history": earlier})
+    return release
+
+
+def verify_release(workspace: Workspace, release: Manifest) -> None:
+    """Compare every file of every part with its checksum. Raises `DamagedArtifactError` for the first that differs."""
+    artifacts.verify(workspace, release)
+    for path, expected in workspace.read_json(release.path(CHECKSUMS)).items():
+        _compare(workspace, path, expected)
+    dataset = Dataset(workspace).manifest
+    for name, expected in dataset.files.items():
+        _compare(workspace, f"dataset/{name}", expected)
+    for kind in PART_KINDS:
+        artifacts.verify(workspace, artifacts.load(workspace, kind, release.inputs[kind]))
+
+
+def default_parts(workspace: Workspace) -> dict[str, str]:
+    """Role -> id of what commands use unless told otherwise: the live release, else the newest model and its index.
+
+    Raises `NotFoundError` that names the command to run first.
+    """
+    release = active_release(workspace)
+    if release is not None:
+        return dict(release.inputs)
+    model = artifacts.newest(workspace, "models", "train")
+    found = {**model.inputs, "models": model.id}
+    for kind in ("tastes", "indexes"):
+        of_model = [part for part in artifacts.listing(workspace, kind) if part.inputs.get("models") == model.id]
+        if of_model:
+            found[kind] = of_model[-1].id
+    return found
+
+
+def _newest_model(workspace: Workspace, dataset: DatasetManifest, chosen: dict[str, Manifest]) -> Manifest:
+    """The model that the named parts were made of, else the newest of the data set that has all other parts."""
+    if chosen:
+        return artifacts.load(workspace, "models", next(iter(chosen.values())).inputs["models"])
+    models = [m for m in artifacts.listing(workspace, "models") if m.inputs.get("dataset") == dataset.id]
+    if not models:
+        raise NotFoundError(f"there is no model of data set {dataset.id} to release; run `rayrec train` first")
+    complete = models
+    for kind in ("tastes", "indexes"):
+        used = {part.inputs.get("models") for part in artifacts.listing(workspace, kind)}
+        complete = [model for model in complete if model.id in used]
+        if not complete:
+            raise NotFoundError(f"no model has {kind} to release with it; run `rayrec {MADE_BY[kind]}` first")
+    return complete[-1]
+
+
+def _newest_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest:
+    fitting = [part for part in artifacts.listing(workspace, kind) if part.inputs.get("models") == model.id]
+    if not fitting:
+        raise NotFoundError(f"model {model.id} has no {kind}; run `rayrec {MADE_BY[kind]} --model {model.id}` first")
+    return fitting[-1]
+
+
+def _publish_release(workspace: Workspace, inputs: dict[str, str]) -> Manifest:
+    paths = [DATASET_MANIFEST, *(f"{artifact_dir(kind, inputs[kind])}/manifest.json" for kind in PART_KINDS)]
+    if "split" in inputs:
+        paths.append(split_file(inputs["split"]))
+    checksums = {path: sha256(workspace, path) for path in paths}
+    # Parts made anew under the same ids (a folder deleted and rebuilt) make another release.
+    release_id, complete = new_id(workspace, KIND, fingerprint("release", checksums, inputs), repeat=False)
+    if complete:
+        return artifacts.load(workspace, KIND, release_id)
+    manifest = Manifest(kind=KIND, id=release_id, inputs=inputs)
+    workspace.write_json(manifest.path(CHECKSUMS), checksums)
+    return publish(workspace, manifest, [CHECKSUMS])
+
+
+def _read_active(workspace: Workspace) -> dict[str, Any]:
+    if not workspace.exists(ACTIVE):
+        return {"active": None, "history": []}
+    state: dict[str, Any] = workspace.read_json(ACTIVE)
+    return state
+
+
+def _compare(workspace: Workspace, path: str, expected: str) -> None:
+    if not workspace.exists(path):
+        raise DamagedArtifactError(f"{path} is missing; the release that uses it cannot be trusted, make it again")
+    if sha256(workspace, path) != expected:
+        raise DamagedArtifactError(
+            f"{path} is not what the release was made of; make a new release, or bring the old file back"
+        )
