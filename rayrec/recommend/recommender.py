@@ -4,6 +4,7 @@ Q questions, N songs, k answers.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -33,6 +34,18 @@ class Recommender(ABC):
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, N): the score of every song, from the plays before each question only."""
 
+    def score_chunks(
+        self, histories: Histories, questions: Questions, horizon: Horizon = "short"
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """The rows of `score` in slices of the questions, so that few scores are held at once.
+
+        A subclass may share work between the slices. The arrays may be read-only.
+        """
+        step = chunk_size(self.num_songs)
+        for start in range(0, len(questions), step):
+            chunk = slice(start, start + step)
+            yield chunk, self.score(histories, questions.take(chunk), horizon)
+
     def recommend(
         self,
         histories: Histories,
@@ -48,18 +61,16 @@ class Recommender(ABC):
         Returns song rows int32 (U, k) and scores float32 (U, k), filled with -1 and -inf where
         fewer than k songs qualify. Raises `InputError` for k below 1.
         """
-        if k < 1:
-            raise InputError(f"k is {k}; ask for at least 1 song")
+        check_count(k)
         questions = Questions.at_end(histories, at)
         songs = np.full((len(questions), k), NO_SONG, dtype=np.int32)
         scores = np.full((len(questions), k), -np.inf, dtype=np.float32)
-        step = chunk_size(self.num_songs)
-        for start in range(0, len(questions), step):
-            chunk = slice(start, start + step)
-            scored = np.array(self.score(histories, questions.take(chunk), horizon))
+        for chunk, chunk_scores in self.score_chunks(histories, questions, horizon):
+            scored = np.array(chunk_scores)
             if exclude_heard:
-                for row, user in zip(scored, range(start, start + len(scored)), strict=True):
-                    row[histories.songs[histories.offsets[user] : histories.offsets[user + 1]]] = -np.inf
+                for row, user in zip(scored, range(chunk.start, chunk.start + len(scored)), strict=True):
+                    heard = histories.songs[histories.offsets[user] : histories.offsets[user + 1]]
+                    row[heard[heard < self.num_songs]] = -np.inf
             songs[chunk], scores[chunk] = top_k(scored, k)
         return songs, scores
 
@@ -72,6 +83,12 @@ class Recommender(ABC):
         songs, scores = self.recommend(history, at, k, horizon=horizon, exclude_heard=exclude_heard)
         real = songs[0] != NO_SONG
         return songs[0][real], scores[0][real]
+
+
+def check_count(k: int) -> None:
+    """Raises `InputError` for a number of songs below 1."""
+    if k < 1:
+        raise InputError(f"k is {k}; ask for at least 1 song")
 
 
 def chunk_size(num_songs: int) -> int:

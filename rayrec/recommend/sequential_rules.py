@@ -1,0 +1,87 @@
+"""Sequential rules: the songs that most often followed the last one.
+
+P plays, N songs, Q questions.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.split import FitRange
+from rayrec.recommend.neighbours import last_songs
+from rayrec.recommend.recommender import Horizon, Recommender
+
+MAX_DISTANCE = 10  # plays between a song and one that follows it
+RULES_PER_SONG = 1_000  # kept, the strongest
+
+
+class SequentialRulesRecommender(Recommender):
+    """Scores a song by how often it followed the last song played, weighted 1/distance (SR; Ludewig and Jannach 2018).
+
+    `rules` is a sparse float32 (N, N): row the song, column what followed it. A song that never
+    followed scores 0.
+    """
+
+    name = "sequential-rules"
+
+    def __init__(self, rules: csr_matrix) -> None:
+        self.rules = rules
+        self.num_songs = rules.shape[0]
+
+    @classmethod
+    def fit(
+        cls,
+        batches: Iterable[Histories],
+        *,
+        num_songs: int,
+        allowed: FitRange,
+        max_distance: int = MAX_DISTANCE,
+        rules_per_song: int = RULES_PER_SONG,
+    ) -> "SequentialRulesRecommender":
+        """Count what follows what in each user's history.
+
+        At most 4 · N · `rules_per_song` rules are held at a time: then all but the strongest of each
+        song go, as they do at the end. Raises `LeakError` for a play that `allowed` forbids.
+        """
+        rules = csr_matrix((num_songs, num_songs), dtype="float32")
+        for histories in batches:
+            allowed.require(histories)
+            rules = csr_matrix(rules + count_rules(histories, num_songs, max_distance))
+            if rules.nnz > 4 * num_songs * rules_per_song:
+                rules = strongest(rules, rules_per_song)
+        return cls(strongest(rules, rules_per_song))
+
+    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+        """float32 (Q, N): the weight of the rule from the last song to each song."""
+        last = last_songs(histories, questions, self.num_songs)
+        scores = np.zeros((len(questions), self.num_songs), dtype=np.float32)
+        known = np.flatnonzero(last >= 0)
+        lengths = np.diff(self.rules.indptr)[last[known]]
+        starts = self.rules.indptr[last[known]].astype(np.int64)
+        entries = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+        scores[np.repeat(known, lengths), self.rules.indices[entries]] = self.rules.data[entries]
+        return scores
+
+
+def count_rules(histories: Histories, num_songs: int, max_distance: int) -> csr_matrix:
+    """Sparse float32 (N, N): Σ 1/distance over pairs of plays of one user at most `max_distance` apart."""
+    rows, songs = histories.rows, histories.songs
+    earlier, later, weights = [], [], []
+    for distance in range(1, max_distance + 1):
+        pairs = np.flatnonzero(rows[distance:] == rows[:-distance])
+        earlier.append(songs[pairs])
+        later.append(songs[pairs + distance])
+        weights.append(np.full(len(pairs), 1 / distance, dtype=np.float32))
+    pair = (np.concatenate(earlier), np.concatenate(later))
+    return csr_matrix((np.concatenate(weights), pair), shape=(num_songs, num_songs))
+
+
+def strongest(rules: csr_matrix, count: int) -> csr_matrix:
+    """The `count` largest entries of each row; of equal ones those with the lower column."""
+    rows = np.repeat(np.arange(rules.shape[0]), np.diff(rules.indptr))
+    order = np.lexsort((rules.indices, -rules.data, rows))
+    place = np.arange(rules.nnz) - rules.indptr[rows]  # within the sorted row
+    kept = order[place < count]
+    return csr_matrix((rules.data[kept], (rows[kept], rules.indices[kept])), shape=rules.shape, dtype=np.float32)

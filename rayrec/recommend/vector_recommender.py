@@ -1,0 +1,86 @@
+"""Recommenders that answer with a vector: the songs nearest to it by cosine come first.
+
+Q questions, N songs, D dimensions.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.recommend.recommender import NO_SONG, Horizon, Recommender, check_count, chunk_size
+
+if TYPE_CHECKING:
+    from rayrec.recommend.index import SongIndex
+
+
+class VectorRecommender(Recommender):
+    """Scores songs by the cosine of their vector with the user's taste vector.
+
+    `song_vectors` is float32 (N, D), L2-normalized; a row of zeros is a song without a vector, which
+    is never recommended. `index`, where there is one, holds the same vectors and answers
+    `recommend` without scoring every song.
+    """
+
+    horizons: ClassVar[tuple[Horizon, ...]] = ("short",)  # those whose vectors differ
+
+    def __init__(self, song_vectors: np.ndarray, index: "SongIndex | None" = None) -> None:
+        self.song_vectors = np.ascontiguousarray(song_vectors, dtype=np.float32)
+        self.num_songs = len(self.song_vectors)
+        self.index = index
+        self.without_vector = np.flatnonzero(~self.song_vectors.any(axis=1))
+
+    @abstractmethod
+    def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+        """float32 (Q, D): the taste vector of each question, L2-normalized.
+
+        A row of zeros says that nothing is known, and then no song is recommended.
+        """
+
+    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+        """float32 (Q, N): the cosine of each song with the taste vector."""
+        return self.score_vectors(self.vectors(histories, questions, horizon))
+
+    def score_vectors(self, vectors: np.ndarray) -> np.ndarray:
+        """float32 (Q, N): the cosine of each song with taste vectors, float32 (Q, D)."""
+        scores = np.asarray(vectors @ self.song_vectors.T)
+        scores[:, self.without_vector] = -np.inf
+        scores[~vectors.any(axis=1)] = -np.inf
+        return scores
+
+    def score_chunks(
+        self, histories: Histories, questions: Questions, horizon: Horizon = "short"
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """As in `Recommender`; the vectors of all questions are computed in one pass."""
+        vectors = self.vectors(histories, questions, horizon)
+        step = chunk_size(self.num_songs)
+        for start in range(0, len(questions), step):
+            yield slice(start, start + step), self.score_vectors(vectors[start : start + step])
+
+    def recommend(
+        self,
+        histories: Histories,
+        at: int | np.ndarray,
+        k: int,
+        *,
+        horizon: Horizon = "short",
+        exclude_heard: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As in `Recommender`; through the index where there is one."""
+        if self.index is None:
+            return super().recommend(histories, at, k, horizon=horizon, exclude_heard=exclude_heard)
+        check_count(k)
+        vectors = self.vectors(histories, Questions.at_end(histories, at), horizon)
+        heard = np.split(histories.songs, histories.offsets[1:-1]) if exclude_heard else None
+        songs, scores = self.index.search(vectors, k, exclude=heard)
+        silent = ~vectors.any(axis=1)
+        songs[silent], scores[silent] = NO_SONG, -np.inf
+        return songs, scores
+
+
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """float32: rows of `vectors` scaled to length 1; rows of zeros stay."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(norms > 0, norms, 1), dtype=np.float32)
