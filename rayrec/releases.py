@@ -4,7 +4,6 @@ A release copies nothing. It names its parts and holds the checksums of their ma
 checksums cover the files: change a byte anywhere and `verify_release` says where.
 """
 
-from dataclasses import asdict
 from typing import Any
 
 from rayrec import artifacts
