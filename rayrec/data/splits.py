@@ -1,0 +1,45 @@
+"""The splits of a workspace: make one, list them, choose the one to work with."""
+
+import pyarrow.fs as pafs
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import Split, SplitConfig, load_split, make_split, save_split
+from rayrec.errors import InputError, MismatchError
+from rayrec.workspace import Workspace
+
+
+def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
+    """Cut the data set of the workspace in time and keep the split. Raises `InputError` where nothing is left."""
+    dataset = Dataset(workspace).manifest
+    split = make_split(config, dataset=dataset.id, first_play=dataset.first_play, last_play=dataset.last_play)
+    save_split(workspace, split)
+    return split
+
+
+def list_splits(workspace: Workspace) -> list[Split]:
+    """All splits, the one made (or made again) last at the end."""
+    selector = pafs.FileSelector(workspace.full("splits"), allow_not_found=True)
+    infos = [info for info in workspace.filesystem.get_file_info(selector) if info.base_name.endswith(".json")]
+    infos.sort(key=lambda info: (info.mtime_ns or 0, info.base_name))
+    return [load_split(workspace, info.base_name.removesuffix(".json")) for info in infos]
+
+
+def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split: bool = False) -> Split | None:
+    """The named split, else the newest of the data set, else none: fits then use all plays.
+
+    Raises `NotFoundError` for an unknown id and `MismatchError` for a split of another data set.
+    """
+    if no_split:
+        if split_id is not None:
+            raise InputError(f"a split ({split_id}) and no split are both asked for; give --split ID or --no-split")
+        return None
+    dataset = Dataset(workspace).manifest.id
+    if split_id is None:
+        fitting = [split for split in list_splits(workspace) if split.dataset == dataset]
+        return fitting[-1] if fitting else None
+    split = load_split(workspace, split_id)
+    if split.dataset != dataset:
+        raise MismatchError(
+            f"split {split_id} cuts data set {split.dataset}, the workspace holds {dataset}; run `rayrec split` again"
+        )
+    return split

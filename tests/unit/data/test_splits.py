@@ -1,0 +1,65 @@
+"""Which split a command works with."""
+
+import os
+
+import pytest
+
+from rayrec.data.dataset import DatasetManifest, write_manifest
+from rayrec.data.split import DAY_MS, SplitConfig
+from rayrec.data.splits import choose_split, list_splits, split_dataset
+from rayrec.errors import InputError, MismatchError, NotFoundError
+from rayrec.workspace import Workspace, split_file
+
+
+def put_dataset(workspace: Workspace, dataset_id: str) -> None:
+    write_manifest(
+        workspace,
+        DatasetManifest(
+            id=dataset_id, source="csv", buckets=1, parts=1, users=1, plays=1, songs=1, last_play=100 * DAY_MS
+        ),
+    )
+
+
+@pytest.fixture
+def filled(workspace: Workspace) -> Workspace:
+    put_dataset(workspace, "data1")
+    return workspace
+
+
+def make(workspace: Workspace, test_days: float, moment: int) -> str:
+    split = split_dataset(workspace, SplitConfig(test_days=test_days))
+    os.utime(workspace.full(split_file(split.id)), (moment, moment))
+    return split.id
+
+
+def test_the_newest_split_of_the_data_set_is_the_default(filled: Workspace) -> None:
+    older, newer = make(filled, 10, moment=100), make(filled, 20, moment=200)
+    assert [split.id for split in list_splits(filled)] == [older, newer]
+    chosen = choose_split(filled)
+    assert chosen is not None
+    assert chosen.id == newer
+    assert chosen.test_from == 80 * DAY_MS + 1
+
+
+def test_without_a_split_of_this_data_set_there_is_none(filled: Workspace) -> None:
+    assert choose_split(filled) is None
+    old = make(filled, 10, moment=100)
+    put_dataset(filled, "data2")
+    assert choose_split(filled) is None
+    with pytest.raises(MismatchError, match=r"data1.*data2"):
+        choose_split(filled, old)
+
+
+def test_a_split_can_be_named_or_refused(filled: Workspace) -> None:
+    older, _ = make(filled, 10, moment=100), make(filled, 20, moment=200)
+    chosen = choose_split(filled, older)
+    assert chosen is not None
+    assert chosen.id == older
+    assert choose_split(filled, no_split=True) is None
+
+
+def test_naming_a_split_and_none_at_once_is_refused(filled: Workspace) -> None:
+    with pytest.raises(InputError, match="both"):
+        choose_split(filled, "a", no_split=True)
+    with pytest.raises(NotFoundError, match="'a'"):
+        choose_split(filled, "a")
