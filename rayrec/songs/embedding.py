@@ -1,0 +1,44 @@
+"""Settings of song vectors."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rayrec.config import setting
+from rayrec.errors import InputError
+
+Source = Literal["auto", "playlists", "histories"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """How song vectors are made: by word2vec, or from a file."""
+
+    dim: int = setting(64, help="numbers per vector, D")
+    epochs: int = setting(30, help="passes over the corpus")
+    skip_gram: bool = setting(True, help="skip-gram; else continuous bag of words, faster and weaker on plays")
+    window: int = setting(5, help="songs on either side that count as neighbours")
+    negatives: int = setting(5, help="songs drawn against each true neighbour")
+    ns_exponent: float = setting(0.75, help="negatives are drawn by play count to this power; 0 draws all songs alike")
+    learning_rate: float = setting(0.025, help="step size at the start; falls linearly to nearly 0")
+    subsample: float = setting(0.0, help="gensim's threshold for leaving out plays of frequent songs; 0 keeps all")
+    min_count: int = setting(1, help="songs seen fewer times in the corpus get no vector")
+    session_gap_minutes: float = setting(30.0, help="a longer pause between two plays starts a new session, in minutes")
+    source: Source = setting(
+        "auto", help="what a sentence is: playlists, or sessions of histories; auto: what is there"
+    )
+    vectors: str | None = setting(None, help="take vectors from this .npy or .parquet file instead of training")
+    workers: int = setting(0, help="training threads; 0: the CPUs of one node; more than 1 is not reproducible")
+    seed: int = setting(0, help="of the first vectors and of the negatives")
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "epochs", "window", "negatives", "min_count"):
+            if getattr(self, name) < 1:
+                raise InputError(f"embed {name} is {getattr(self, name)}; give a whole number of at least 1")
+        for name in ("workers", "subsample", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"embed {name} is {getattr(self, name)}; it must not be negative")
+        for name in ("learning_rate", "session_gap_minutes"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"embed {name} is {getattr(self, name)}; it must be positive")
+        if self.source not in ("auto", "playlists", "histories"):
+            raise InputError(f"embed source is {self.source!r}; expected auto, playlists or histories")
