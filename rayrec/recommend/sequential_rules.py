@@ -45,10 +45,10 @@ class SequentialRulesRecommender(Recommender):
         At most 4 · N · `rules_per_song` rules are held at a time: then all but the strongest of each
         song go, as they do at the end. Raises `LeakError` for a play that `allowed` forbids.
         """
-        rules = csr_matrix((num_songs, num_songs), dtype="float32")
+        rules = count_rules(Histories.from_lists([], []), num_songs, max_distance)
         for histories in batches:
             allowed.require(histories)
-            rules = csr_matrix(rules + count_rules(histories, num_songs, max_distance))
+            rules = rules + count_rules(histories, num_songs, max_distance)
             if rules.nnz > 4 * num_songs * rules_per_song:
                 rules = strongest(rules, rules_per_song)
         return cls(strongest(rules, rules_per_song))
