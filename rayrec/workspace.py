@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 
 from rayrec.errors import InputError, NotFoundError
 
+DATASET = "dataset"
 DATASET_MANIFEST = "dataset/dataset.json"
+GENERATING = "dataset/.generating.json"  # the config that unfinished generated buckets belong to
 SONGS_TABLE = "dataset/songs.parquet"
 HISTORIES = "dataset/histories"
 PLAYLISTS = "dataset/playlists"
