@@ -13,7 +13,7 @@ from rayrec.jobs.cluster import cluster_cpus
 class BucketWorker(Protocol):
     """A class whose constructor loads what it needs and whose call does one unit of work."""
 
-    def __call__(self, unit: Any) -> Any:
+    def __call__(self, unit: Any, /) -> Any:
         """Do one unit and return a small result; what is large goes to the workspace, atomically."""
         ...
 

@@ -1,0 +1,183 @@
+"""Judge the network and the baselines on the test range, bucket by bucket on Ray."""
+
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+import numpy as np
+import ray
+
+from rayrec.artifacts import Manifest, fingerprint, load, new_id, newest, publish
+from rayrec.config import to_mapping
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import Split
+from rayrec.errors import InputError, MismatchError
+from rayrec.evaluation.protocol import EvaluateConfig, Evaluator, Tally
+from rayrec.evaluation.report import write_report
+from rayrec.evaluation.results import curves_of_tally, results_of
+from rayrec.jobs.buckets import run_buckets
+from rayrec.jobs.cluster import ray_cluster
+from rayrec.progress import progress
+from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
+from rayrec.recommend.popularity import PopularityRecommender
+from rayrec.recommend.recommender import Recommender
+from rayrec.workspace import Workspace
+
+KIND = "reports"
+NETWORK = "taste"  # the model that `recommend` uses
+USERS_PER_BATCH = 2_000
+
+
+def evaluate(
+    workspace: Workspace,
+    config: EvaluateConfig,
+    *,
+    split: Split,
+    model_id: str | None = None,
+    repeat: bool = False,
+) -> Manifest:
+    """Write reports/<id>/ about the models of `config` on the test range of `split`.
+
+    Without names these are the network `model_id` (None: the one trained last) and every baseline.
+    Baselines are fitted on what came before the test range, with the song vectors that the network
+    was trained from. The manifest's metrics hold default, results, users, plays and seconds.
+
+    Raises `InputError` for an unknown model and for a test range without questions, `NotFoundError`
+    where there is no network or no song vectors, `MismatchError` for those of another split.
+    """
+    started = time.monotonic()
+    dataset = Dataset(workspace)
+    parts = choose_parts(workspace, dataset, config, split, model_id)
+    report_id, complete = new_id(
+        workspace, KIND, fingerprint("evaluate", to_mapping(config), parts.inputs), repeat=repeat
+    )
+    if complete:
+        return load(workspace, KIND, report_id)
+    evaluator = make_evaluator(workspace, dataset, config, split, parts)
+    tally = tally_buckets(workspace, evaluator, dataset.manifest.buckets)
+    if not tally.users.sum():
+        raise InputError(
+            f"no play from {_day(split.test_from)} on has an earlier play by the same user, so there is nothing "
+            "to predict; make a split with more test days"
+        )
+    results = results_of(tally, evaluator.recommenders, config)
+    manifest = Manifest(
+        kind=KIND,
+        id=report_id,
+        config=to_mapping(config),
+        inputs=parts.inputs,
+        seed=config.seed,
+        metrics={
+            "default": NETWORK,
+            "results": results,
+            "users": int(tally.users.sum()),
+            "plays": int(tally.plays[:, 0].sum()),
+            "seconds": round(time.monotonic() - started, 1),
+        },
+    )
+    curves = curves_of_tally(tally, evaluator.curves, config)
+    about = {"test range": f"{_day(split.test_from)} to {_day(dataset.manifest.last_play)}, UTC", **parts.inputs}
+    names = write_report(workspace, manifest.folder, results, curves, default=NETWORK, about=about)
+    return publish(workspace, manifest, names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What is judged, all of one split."""
+
+    names: tuple[str, ...]  # of the models
+    model: Manifest | None  # the network, where it is among them
+    songs: Manifest | None  # the song vectors of the baselines, where one needs them
+    inputs: dict[str, str]  # role -> id
+
+
+def choose_parts(
+    workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split, model_id: str | None
+) -> Parts:
+    """The models of `config` with the artifacts they need. Raises as `evaluate` does."""
+    names = tuple(dict.fromkeys(config.models or (NETWORK, *BASELINES)))
+    unknown = [name for name in names if name not in (NETWORK, *BASELINES)]
+    if unknown:
+        raise InputError(f"there is no model {unknown[0]!r}; there are: {', '.join((NETWORK, *BASELINES))}")
+    if split.dataset != dataset.manifest.id:
+        raise MismatchError(
+            f"split {split.id} cuts data set {split.dataset}, the workspace holds {dataset.manifest.id}; "
+            "run `rayrec split` again"
+        )
+    inputs, model, songs = {"dataset": dataset.manifest.id, "split": split.id}, None, None
+    if NETWORK in names:
+        model = load(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
+        require_split(model, split, "train")
+        inputs["models"] = model.id
+    if needs_vectors(names):
+        songs = load(workspace, "songs", model.inputs["songs"]) if model else newest(workspace, "songs", "embed")
+        require_split(songs, split, "embed")
+        inputs["songs"] = songs.id
+    return Parts(names=names, model=model, songs=songs, inputs=inputs)
+
+
+def require_split(part: Manifest, split: Split, command: str) -> None:
+    """Raise `MismatchError` for a part that another split, or none, kept from the test range."""
+    made_of = part.inputs.get("split")
+    if made_of != split.id or part.inputs.get("dataset", split.dataset) != split.dataset:
+        saw = f"was made for split {made_of}" if made_of else "was made from all plays, those to be predicted too"
+        raise MismatchError(
+            f"{part.kind} {part.id} {saw}, and this is an evaluation of split {split.id}; "
+            f"run `rayrec {command}` with this split first"
+        )
+
+
+def make_evaluator(
+    workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split, parts: Parts
+) -> Evaluator:
+    """Fit the baselines, load the network, and hand both to an evaluator in the order of the names."""
+    # A plain array: a memory map would not be shared through Ray's object store.
+    vectors = np.array(workspace.read_array(parts.songs.path("vectors.npy"))) if parts.songs else None
+    baselines = ["popularity"] + [name for name in parts.names if name not in (NETWORK, "popularity")]
+    fitted: dict[str, Recommender] = {}
+    with progress("fit baselines", len(baselines)) as bar:
+        for name in baselines:
+            fitted[name] = fit_baselines([name], dataset, vectors, split.final)[0]
+            bar.advance(note=name)
+    if parts.model:
+        from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once it is needed
+
+        fitted[NETWORK] = TasteRecommender.load(workspace, parts.model.id)
+    popularity = fitted["popularity"]
+    assert isinstance(popularity, PopularityRecommender)
+    return Evaluator(
+        [fitted[name] for name in parts.names],
+        split=split,
+        known_songs=popularity.plays > 0,
+        config=config,
+        curve_share=min(1.0, config.max_curve_users / max(1, dataset.manifest.users)),
+    )
+
+
+def tally_buckets(workspace: Workspace, evaluator: Evaluator, buckets: int) -> Tally:
+    """The tally of all users, the buckets spread over the cluster, the evaluator shared by all workers."""
+    tally = evaluator.empty()
+    with ray_cluster(), progress("evaluate", buckets) as bar:
+        arguments = {"workspace": workspace, "evaluator": ray.put(evaluator)}
+        for result in run_buckets(BucketEvaluator, range(buckets), arguments=arguments):
+            tally = tally + result
+            bar.advance()
+    return tally
+
+
+class BucketEvaluator:
+    """Tallies one bucket of users at a time."""
+
+    def __init__(self, workspace: Workspace, evaluator: Evaluator) -> None:
+        self.dataset, self.evaluator = Dataset(workspace), evaluator
+
+    def __call__(self, bucket: int) -> Tally:
+        """The tally of a bucket's users."""
+        tally = self.evaluator.empty()
+        for histories in self.dataset.read_bucket(int(bucket), USERS_PER_BATCH):
+            tally = tally + self.evaluator(histories)
+        return tally
+
+
+def _day(moment: int) -> str:
+    return datetime.fromtimestamp(moment / 1000, timezone.utc).date().isoformat()

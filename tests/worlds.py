@@ -1,0 +1,61 @@
+"""Small data sets written by hand, and song vectors to go with them."""
+
+import numpy as np
+import pyarrow as pa
+
+from rayrec.artifacts import Manifest, publish
+from rayrec.data import columns
+from rayrec.data.dataset import Dataset, DatasetManifest, bucket_of, write_manifest
+from rayrec.data.histories import Histories
+from rayrec.workspace import SONGS_TABLE, Workspace, histories_file
+
+
+def write_dataset(workspace: Workspace, histories: Histories, num_songs: int, buckets: int = 4) -> Dataset:
+    """The histories as the canonical data set of a workspace."""
+    bucket = bucket_of(histories.user_ids, buckets)
+    for number in np.unique(bucket).tolist():
+        workspace.write_table(histories_file(0, number), histories.take(bucket == number).to_arrow())
+    songs = {
+        columns.SONG: pa.array(range(num_songs), pa.int32()),
+        columns.SONG_ID: [f"song-{song}" for song in range(num_songs)],
+        columns.TITLE: [f"Title {song}" for song in range(num_songs)],
+        columns.ARTIST: [f"Artist {song % 7}" for song in range(num_songs)],
+    }
+    workspace.write_table(SONGS_TABLE, pa.table(songs, schema=columns.SONGS_TABLE))
+    manifest = DatasetManifest(
+        id="by-hand",
+        source="by hand",
+        buckets=buckets,
+        parts=1,
+        users=len(histories),
+        plays=histories.num_plays,
+        songs=num_songs,
+        first_play=int(histories.played_at.min()),
+        last_play=int(histories.played_at.max()),
+    )
+    write_manifest(workspace, manifest)
+    return Dataset(workspace)
+
+
+def write_song_vectors(workspace: Workspace, vectors: np.ndarray, inputs: dict[str, str]) -> Manifest:
+    """The vectors, float32 (N, D), as a songs artifact made of `inputs`."""
+    manifest = Manifest(kind="songs", id="by-hand", inputs=inputs)
+    workspace.write_array(manifest.path("vectors.npy"), vectors)
+    return publish(workspace, manifest, ["vectors.npy"])
+
+
+def random_histories(users: int, num_songs: int, *, longest: int = 30, seed: int = 0) -> Histories:
+    """Users with 0 to `longest` plays each, one a minute on average, all within `longest` minutes or so."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(0, longest + 1, size=users)
+    return Histories.from_lists(
+        songs=[random.integers(0, num_songs, size=length) for length in lengths],  # type: ignore[misc]
+        played_at=[np.cumsum(random.integers(1, 120_000, size=length)) for length in lengths],  # type: ignore[misc]
+        user_ids=[f"user-{row}" for row in range(users)],
+    )
+
+
+def random_vectors(num_songs: int, dim: int = 8, seed: int = 0) -> np.ndarray:
+    """float32 (N, D), normalized."""
+    vectors = np.random.default_rng(seed).normal(size=(num_songs, dim))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
