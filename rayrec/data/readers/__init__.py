@@ -1,0 +1,31 @@
+"""Readers of outside formats. Each turns units of files into batches of plays or playlist entries."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rayrec.data.readers.lastfm_1k import LastfmReader
+from rayrec.data.readers.listenbrainz import ListenBrainzReader
+from rayrec.data.readers.mpd import MpdReader
+from rayrec.data.readers.reader import Reader, ReadOptions
+from rayrec.data.readers.spotify_history import SpotifyHistoryReader
+from rayrec.data.readers.tabular import CsvReader, ParquetReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """An outside format."""
+
+    make: Callable[[ReadOptions], Reader]
+    patterns: tuple[str, ...]  # lower-case names of its files within a folder, without .gz
+    mapped: bool = False  # columns are mapped, and rows may be plays or playlist entries
+    playlists: bool = False  # holds playlists, not plays
+
+
+FORMATS: dict[str, Format] = {
+    "csv": Format(make=CsvReader, patterns=("*.csv", "*.tsv"), mapped=True),
+    "lastfm-1k": Format(make=LastfmReader, patterns=("userid-timestamp*.tsv",)),
+    "listenbrainz": Format(make=ListenBrainzReader, patterns=("*.listens", "*.jsonl", "*.ndjson", "*.json")),
+    "mpd": Format(make=MpdReader, patterns=("*.json",), playlists=True),
+    "parquet": Format(make=ParquetReader, patterns=("*.parquet",), mapped=True),
+    "spotify-history": Format(make=SpotifyHistoryReader, patterns=("streaming_history_*.json", "endsong*.json")),
+}
