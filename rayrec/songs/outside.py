@@ -54,7 +54,7 @@ def read_outside(path: str | Path, catalog: Catalog) -> OutsideVectors:
     else:
         targets = _catalog_rows(path, song_ids, catalog)
     found = targets >= 0
-    placed = np.zeros((len(catalog), raw.shape[1]), dtype=np.float32)
+    placed = np.zeros((len(catalog), raw.shape[1]), dtype=raw.dtype)
     placed[targets[found]] = raw[found]
     vectors = SongVectors.normalized(placed)
     if not vectors.known.any():
@@ -103,10 +103,11 @@ def _read_ids(path: Path) -> pa.Array | None:
 
 def _read_parquet(path: Path) -> tuple[np.ndarray, pa.Array]:
     try:
-        table = pq.read_table(path, columns=[columns.SONG_ID, VECTOR])
+        missing = {columns.SONG_ID, VECTOR} - set(pq.read_schema(path).names)
+        if not missing:
+            table = pq.read_table(path, columns=[columns.SONG_ID, VECTOR])
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"vectors file {path} is not Parquet: {error}; write it again") from error
-    missing = {columns.SONG_ID, VECTOR} - set(table.column_names)
     if missing:
         raise InputError(
             f"vectors file {path} has no column {sorted(missing)[0]!r}; "

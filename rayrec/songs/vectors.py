@@ -41,7 +41,8 @@ class SongVectors:
     @classmethod
     def normalized(cls, raw: np.ndarray) -> "SongVectors":
         """From rows of any length; zero rows stay. Raises `InputError` where a number is not finite."""
-        rows = np.array(raw, dtype=np.float32)
+        with np.errstate(over="ignore"):  # too large for float32 is infinite, and refused below
+            rows = np.array(raw, dtype=np.float32)
         broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if len(broken):
             raise InputError(

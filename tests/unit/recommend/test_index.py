@@ -1,0 +1,181 @@
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayrec.artifacts import Manifest
+from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError
+from rayrec.recommend import index as index_module
+from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex, import_faiss
+from rayrec.recommend.recommender import NO_SONG, top_k
+from rayrec.workspace import Workspace
+
+FLAT, IVF = IndexConfig(kind="flat"), IndexConfig(kind="ivf", nlist=4, queries=20)
+
+
+def unit_vectors(count: int, dim: int = 8, seed: int = 0) -> np.ndarray:
+    raw = np.random.default_rng(seed).normal(size=(count, dim))
+    return (raw / np.linalg.norm(raw, axis=1, keepdims=True)).astype(np.float32)
+
+
+def brute_force(
+    vectors: np.ndarray, queries: np.ndarray, k: int, exclude: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    scores = queries @ vectors.T
+    scores[:, ~vectors.any(axis=1)] = -np.inf
+    for row, rows in zip(scores, exclude, strict=True):
+        row[rows] = -np.inf
+    return top_k(scores, k)
+
+
+@st.composite
+def searches(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, list[np.ndarray]]:
+    """Few songs with small whole numbers, so that scores are exact and ties are many."""
+    num_songs, dim, asked = draw(st.integers(1, 16)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    numbers = st.integers(-2, 2)
+    vectors = draw(st.lists(st.lists(numbers, min_size=dim, max_size=dim), min_size=num_songs, max_size=num_songs))
+    vectors[draw(st.integers(0, num_songs - 1))] = [1] * dim
+    queries = draw(st.lists(st.lists(numbers, min_size=dim, max_size=dim), min_size=asked, max_size=asked))
+    rows = st.lists(st.integers(0, num_songs - 1))
+    exclude = draw(st.lists(rows, min_size=asked, max_size=asked))
+    return (
+        np.array(vectors, np.float32),
+        np.array(queries, np.float32),
+        draw(st.integers(1, 20)),
+        [np.array(rows, np.int32) for rows in exclude],
+    )
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+@settings(max_examples=150, deadline=None)
+@given(case=searches())
+def test_search_equals_brute_force(kind: str, case: tuple[np.ndarray, np.ndarray, int, list[np.ndarray]]) -> None:
+    vectors, queries, k, exclude = case
+    # One list: IVF is exact, so that the ranking can be compared song by song.
+    index = SongIndex.build(vectors, IndexConfig(kind=kind, nlist=1, queries=4))
+    songs, scores = index.search(queries, k, exclude)
+    expected_songs, expected_scores = brute_force(vectors, queries, k, exclude)
+    np.testing.assert_array_equal(songs, expected_songs)
+    np.testing.assert_array_equal(scores, expected_scores)
+
+
+@pytest.mark.parametrize("excluded", [0, 5, 300, 1_990])
+@pytest.mark.parametrize("limit", [10, 1_000])
+def test_many_songs_left_out_still_give_the_true_best(
+    excluded: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "MAX_OVERFETCH", limit)
+    vectors, queries = unit_vectors(2_000), unit_vectors(3, seed=1)
+    # The nearest ones, the worst case for over-fetching, and of one query only.
+    exclude = [np.argsort(-(vectors @ queries[0]))[:excluded], np.zeros(0, np.int64), np.array([7, 7])]
+    songs, scores = SongIndex.build(vectors, FLAT).search(queries, 20, exclude)
+    expected_songs, expected_scores = brute_force(vectors, queries, 20, exclude)
+    np.testing.assert_array_equal(songs, expected_songs)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-6)
+
+
+def test_lists_that_hold_too_few_songs_are_made_up_for() -> None:
+    vectors = unit_vectors(500)
+    index = SongIndex.build(vectors, IndexConfig(kind="ivf", nlist=100, target_recall=0.01, queries=20))
+    assert index.figures.nprobe == 1
+    queries = unit_vectors(4, seed=1)
+    exclude = [np.arange(0, 500, 2)] * 4
+    songs, _ = index.search(queries, 240, exclude)
+    assert np.all(songs % 2 == 1)
+    assert all(len(set(row)) == 240 for row in songs)
+    np.testing.assert_array_equal(songs, brute_force(vectors, queries, 240, exclude)[0])
+
+
+@pytest.mark.parametrize("config", [FLAT, IVF], ids=["flat", "ivf"])
+def test_songs_without_a_vector_never_come_and_missing_answers_are_filled(config: IndexConfig) -> None:
+    vectors = unit_vectors(30)
+    vectors[::2] = 0
+    songs, scores = SongIndex.build(vectors, config).search(-vectors[1:2], 20, [np.array([3])])
+    assert set(songs[0, :14]) == set(range(1, 30, 2)) - {3}
+    assert songs[0, 14:].tolist() == [NO_SONG] * 6
+    assert np.all(scores[0, 14:] == -np.inf)
+    assert (songs.dtype, scores.dtype) == (np.int32, np.float32)
+
+
+def test_a_batch_answers_as_single_queries_do() -> None:
+    index = SongIndex.build(unit_vectors(300), FLAT)
+    queries, exclude = unit_vectors(5, seed=1), [np.arange(n) for n in range(5)]
+    songs, _ = index.search(queries, 10, exclude)
+    for row, query in enumerate(queries):
+        np.testing.assert_array_equal(index.search(query[None], 10, [exclude[row]])[0][0], songs[row])
+
+
+def test_no_queries_give_no_answers() -> None:
+    songs, scores = SongIndex.build(unit_vectors(5), FLAT).search(np.zeros((0, 8)), 3)
+    assert songs.shape == scores.shape == (0, 3)
+
+
+def test_the_reported_recall_is_the_measured_one_and_nprobe_the_smallest_that_reaches_it() -> None:
+    vectors, queries = unit_vectors(3_000, dim=16), unit_vectors(50, dim=16, seed=1)
+    index = SongIndex.build(vectors, IndexConfig(kind="ivf", nlist=32, target_recall=0.9), queries=queries)
+    exact, _ = SongIndex.build(vectors, FLAT).search(queries, 100)
+
+    def recall(nprobe: int) -> float:
+        index._index.nprobe = nprobe
+        found = index._index.search(queries, 100)[1]
+        return float(np.mean([np.isin(row, got).mean() for row, got in zip(exact, found, strict=True)]))
+
+    assert index.figures.recall >= 0.9
+    assert 1 < index.figures.nprobe < 32
+    assert recall(index.figures.nprobe - 1) < 0.9
+    assert recall(index.figures.nprobe) == pytest.approx(index.figures.recall, abs=1e-9)
+
+
+def test_full_recall_is_reached_by_looking_into_all_lists() -> None:
+    figures = SongIndex.build(unit_vectors(400), IndexConfig(kind="ivf", target_recall=1.0, queries=50)).figures
+    assert figures.recall == 1.0
+    assert 1 <= figures.nprobe <= figures.nlist == 32  # about 2 √400, as a power of two
+
+
+@pytest.mark.parametrize(("songs", "kind"), [(49, "flat"), (50, "ivf")])
+def test_the_number_of_songs_chooses_the_kind(songs: int, kind: str) -> None:
+    assert SongIndex.build(unit_vectors(songs), IndexConfig(flat_below=50, queries=5)).figures.kind == kind
+
+
+@pytest.mark.parametrize("config", [FLAT, IVF], ids=["flat", "ivf"])
+def test_a_saved_index_answers_as_before(config: IndexConfig, workspace: Workspace) -> None:
+    vectors, queries = unit_vectors(200), unit_vectors(4, seed=1)
+    index = SongIndex.build(vectors, config)
+    manifest = Manifest(kind="indexes", id="a", metrics={**vars(index.figures), "seconds": 1.0})
+    index.save(workspace, manifest.path(INDEX_FILE))
+    loaded = SongIndex.load(workspace, manifest, vectors)
+    assert loaded.figures == index.figures
+    for before, after in zip(index.search(queries, 10), loaded.search(queries, 10), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_an_index_of_other_vectors_or_no_index_is_refused(workspace: Workspace) -> None:
+    index = SongIndex.build(unit_vectors(20), FLAT)
+    manifest = Manifest(kind="indexes", id="a", metrics=vars(index.figures))
+    index.save(workspace, manifest.path(INDEX_FILE))
+    with pytest.raises(DamagedArtifactError, match="expected 20 of 4"):
+        SongIndex.load(workspace, manifest, unit_vectors(20, dim=4))
+    workspace.write_bytes(manifest.path(INDEX_FILE), b"no index")
+    with pytest.raises(DamagedArtifactError, match="not an index"):
+        SongIndex.load(workspace, manifest, unit_vectors(20))
+
+
+def test_a_catalog_without_vectors_is_refused() -> None:
+    with pytest.raises(InputError, match="none of 3 songs has a vector"):
+        SongIndex.build(np.zeros((3, 4), np.float32), FLAT)
+
+
+def test_without_faiss_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(MissingDependencyError, match=r"rayrec\[cpu\].*rayrec\[gpu\]"):
+        import_faiss()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"kind": "hnsw"}, {"target_recall": 0.0}, {"target_recall": 1.5}, {"nlist": -1}, {"queries": 0}]
+)
+def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        IndexConfig(**wrong)
