@@ -1,0 +1,61 @@
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rayrec import artifacts
+from rayrec.artifacts import Manifest
+from rayrec.errors import MissingDependencyError, NotFoundError
+from rayrec.jobs import index as index_job
+from rayrec.jobs.index import MODEL_VECTORS, build_index
+from rayrec.recommend.index import IndexConfig, SongIndex
+from rayrec.recommend.recommender import top_k
+from rayrec.songs.vectors import SongVectors
+from rayrec.workspace import Workspace
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def add_model(workspace: Workspace, model_id: str, seed: int) -> np.ndarray:
+    vectors = SongVectors.normalized(np.random.default_rng(seed).normal(size=(600, 8)))
+    manifest = Manifest(kind="models", id=model_id)
+    vectors.save(workspace, manifest.path(MODEL_VECTORS))
+    artifacts.publish(workspace, manifest, [MODEL_VECTORS])
+    return vectors.vectors
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_the_index_of_the_newest_model_finds_its_songs(kind: str, workspace: Workspace) -> None:
+    add_model(workspace, "old", seed=0)
+    vectors = add_model(workspace, "new", seed=1)
+    manifest = build_index(workspace, IndexConfig(kind=kind, target_recall=1.0, queries=50))
+    assert manifest.inputs == {"models": "new"}
+    assert (manifest.metrics["kind"], manifest.metrics["songs"], manifest.metrics["recall"]) == (kind, 600, 1.0)
+    artifacts.verify(workspace, manifest)
+    stored = artifacts.load(workspace, "indexes", manifest.id)
+    songs, _ = SongIndex.load(workspace, stored, vectors).search(vectors[:5], 10)
+    np.testing.assert_array_equal(songs, top_k(vectors[:5] @ vectors.T, 10)[0])
+
+
+def test_the_same_index_is_not_built_again_unless_repeated(workspace: Workspace) -> None:
+    add_model(workspace, "a", seed=0)
+    first = build_index(workspace, IndexConfig(), model_id="a")
+    assert build_index(workspace, IndexConfig(), model_id="a") == first
+    assert build_index(workspace, IndexConfig(), model_id="a", repeat=True).id == f"{first.id}.2"
+    assert build_index(workspace, replace(IndexConfig(), seed=1), model_id="a").id != first.id
+
+
+def test_a_missing_model_is_named_with_the_command_to_run(workspace: Workspace) -> None:
+    with pytest.raises(NotFoundError, match="rayrec train"):
+        build_index(workspace, IndexConfig())
+    with pytest.raises(NotFoundError, match="'b'"):
+        build_index(workspace, IndexConfig(), model_id="b")
+
+
+def test_without_faiss_nothing_is_started(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_model(workspace, "a", seed=0)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr(index_job, "run_on_node", None)
+    with pytest.raises(MissingDependencyError, match="pip install"):
+        build_index(workspace, IndexConfig())
