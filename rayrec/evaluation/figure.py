@@ -17,11 +17,12 @@ NETWORK_COLORS = ("#D55E00", "#CC79A7")
 OTHER_COLORS = ("#009E73", "#56B4E9", "#000000")
 FAMILY = "average-"
 MARKERS = "osD^vPX*<>"
+MARKED = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # offsets with a tick, a marker and an interval
 LABEL_GAP = 0.042  # least distance between labels, as a share of the height
 
 
 def cosine_figure(curves: Sequence[dict[str, Any]]) -> bytes:
-    """A PNG of the curves of `curves_of_tally`: one line each, its name at its end, its interval as a band."""
+    """A PNG of the curves of `curves_of_tally`: one line each, its name at its end, its intervals as bars."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -30,9 +31,10 @@ def cosine_figure(curves: Sequence[dict[str, Any]]) -> bytes:
     axes = figure.add_subplot()
     drawn = [curve for curve in curves if curve["offset"]]
     colors = _colors(drawn)
-    for place, (curve, color) in enumerate(zip(drawn, colors, strict=True)):
-        _draw(axes, curve, color, MARKERS[place % len(MARKERS)])
-    _dress(axes, max((curve["offset"][-1] for curve in drawn), default=1))
+    shifts = np.geomspace(1 / 1.04, 1.04, len(drawn)) if len(drawn) > 1 else [1.0]
+    for place, (curve, color, shift) in enumerate(zip(drawn, colors, shifts, strict=True)):
+        _draw(axes, curve, color, MARKERS[place % len(MARKERS)], float(shift))
+    _dress(axes, drawn)
     _label_ends(axes, drawn, colors)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -61,23 +63,27 @@ def _colors(curves: Sequence[dict[str, Any]]) -> list[Any]:
     return colors
 
 
-def _draw(axes: Axes, curve: dict[str, Any], color: Any, marker: str) -> None:
-    offsets = np.asarray(curve["offset"])
-    marked = np.unique(np.searchsorted(offsets, [1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100]).clip(0, len(offsets) - 1))
-    width = 2.6 if curve["kind"] == "network" else 1.4
-    axes.fill_between(offsets, curve["low"], curve["high"], color=color, alpha=0.12, linewidth=0)
-    axes.plot(
-        offsets, curve["value"], color=color, linewidth=width, marker=marker, markersize=5, markevery=list(marked)
-    )
+def _draw(axes: Axes, curve: dict[str, Any], color: Any, marker: str, shift: float) -> None:
+    """The line, and at the marked offsets a marker and its interval, the latter moved aside by the factor `shift`."""
+    offsets, value, low, high = (np.asarray(curve[name]) for name in ("offset", "value", "low", "high"))
+    bold = curve["kind"] == "network"
+    marked = np.isin(offsets, MARKED)
+    axes.plot(offsets, value, color=color, linewidth=2.6 if bold else 1.2, alpha=1 if bold else 0.8)
+    axes.vlines(offsets[marked] * shift, low[marked], high[marked], color=color, linewidth=1.2, alpha=0.55)
+    axes.plot(offsets[marked], value[marked], color=color, linestyle="none", marker=marker, markersize=7 if bold else 5)
 
 
-def _dress(axes: Axes, last: int) -> None:
+def _dress(axes: Axes, curves: Sequence[dict[str, Any]]) -> None:
+    plays: dict[int, int] = {}  # behind each offset: the most of any curve
+    for curve in curves:
+        for offset, count in zip(curve["offset"], curve["plays"], strict=True):
+            plays[offset] = max(count, plays.get(offset, 0))
+    ticks = [offset for offset in MARKED if offset in plays]
     axes.set_xscale("log")
-    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= last]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick}\n{plays[tick]:,}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(0.93, max(2, last) * 1.05)
-    axes.set_xlabel("offset: plays ahead of the question (1 is the next song)")
+    axes.set_xlim(0.9, max(2, *plays) * 1.1 if plays else 2)
+    axes.set_xlabel("plays ahead of the question (1 is the next song); below it, how many plays are behind the mean")
     axes.set_ylabel("mean cosine with the taste vector")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -101,7 +107,7 @@ def _label_ends(axes: Axes, curves: Sequence[dict[str, Any]], colors: Sequence[A
             va="center",
             fontsize=9,
             fontweight="bold" if curve["kind"] == "network" else "normal",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkB": 0},
             annotation_clip=False,
         )
 

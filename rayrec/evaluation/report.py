@@ -33,7 +33,8 @@ th:first-child { text-align: left; }
 tbody th { font-weight: normal; overflow-wrap: anywhere; }
 tr.default th, tr.default td { font-weight: 600; background: #fdf1e7; }
 small { display: block; color: #595959; font-size: .75rem; font-weight: normal; }
-img { max-width: 100%; height: auto; }
+td small { white-space: nowrap; }
+img { width: 100%; min-width: 38rem; height: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .875rem; }
 dt { color: #595959; } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 40rem) { body { font-size: 15px; padding: .75rem; } th, td { padding: .35rem .3rem; }
@@ -112,7 +113,7 @@ def section(results: Sequence[dict[str, Any]], group: str, k: int, default: str)
 
 def _row(model: str, entries: Sequence[dict[str, Any]], default: str) -> str:
     cells = "".join(
-        f"<td>{entry['value']:.4f}<small>{entry['low']:.4f} – {entry['high']:.4f}</small></td>" for entry in entries
+        f"<td>{entry['value']:.4f}<small>{entry['low']:.4f}–{entry['high']:.4f}</small></td>" for entry in entries
     )
     mark = "<small>what recommend uses</small>" if model == default else ""
     style = " class=default" if model == default else ""
@@ -128,6 +129,7 @@ def _figure(figure: bytes) -> str:
     return (
         "<h2>How near the taste vector is to songs played later</h2>"
         "<p>Mean cosine of the taste vector with the song so many plays ahead, each model in its own space of songs. "
-        "The bands are bootstrap intervals over users.</p>"
-        f'<img alt="Mean cosine by offset, one line per model" src="data:image/png;base64,{data}">'
+        "The bars are bootstrap intervals over users.</p>"
+        '<div class=scroll><img alt="Mean cosine by offset, one line per model" '
+        f'src="data:image/png;base64,{data}"></div>'
     )

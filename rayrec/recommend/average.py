@@ -25,7 +25,7 @@ class AverageRecommender(VectorRecommender):
             raise InputError(f"discount {discount} is not in (0, 1]; 1 is the plain average")
         super().__init__(song_vectors)
         self.discount = discount
-        self.name = f"average-{discount:g}"
+        self.name = f"average-{float(discount)}"
 
     def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, D): the discounted average of the songs before each question."""

@@ -33,7 +33,7 @@ def _average(discount: float) -> FromVectors:
 
 FROM_VECTORS: dict[str, FromVectors] = {
     "neighbours": NeighboursRecommender,
-    **{f"average-{discount:g}": _average(discount) for discount in DISCOUNTS},
+    **{f"average-{discount}": _average(discount) for discount in DISCOUNTS},
 }
 
 BASELINES: tuple[str, ...] = (*FROM_PLAYS, *FROM_VECTORS)
