@@ -1,0 +1,61 @@
+"""Sizes of the benchmarks. Loads nothing heavy."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from rayrec.config import setting
+from rayrec.errors import InputError
+
+BenchName = Literal["train", "taste", "index", "embed", "memory"]
+NAMES: tuple[str, ...] = get_args(BenchName)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """How much work a benchmark does. Data are generated."""
+
+    rounds: int = setting(5, help="alternating rounds; ratios are medians over them")
+    songs: int = setting(10_000, help="songs of the generated data of train, taste and memory")
+    plays: float = setting(60.0, help="mean plays of a user in train, taste and embed")
+    train_users: int = setting(20_000, help="train: users")
+    train_seconds: float = setting(20.0, help="train: steady seconds that each side is timed for")
+    taste_users: int = setting(200_000, help="taste: users")
+    embed_users: int = setting(20_000, help="embed: users, each session of whom is a sentence")
+    embed_epochs: int = setting(5, help="embed: passes over the corpus")
+    index_songs: int = setting(300_000, help="index: songs")
+    index_dim: int = setting(64, help="index: numbers per vector")
+    index_queries: int = setting(10_000, help="index: queries timed in a round")
+    memory_users: tuple[int, ...] = setting((50_000, 500_000), help="memory: users of the small and the large data")
+    memory_plays: float = setting(20.0, help="memory: mean plays of a user")
+    seed: int = setting(0, help="of the generated data and of initial weights")
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise InputError(f"rounds is {self.rounds}; give at least 1")
+        if len(self.memory_users) != 2 or self.memory_users[0] >= self.memory_users[1]:
+            raise InputError(f"memory users are {self.memory_users}; give two numbers, the smaller first")
+
+    @classmethod
+    def quick(cls) -> "BenchConfig":
+        """Small enough to see in a minute that it works; its figures say little."""
+        return cls(
+            rounds=2,
+            songs=500,
+            plays=20.0,
+            train_users=500,
+            train_seconds=1.0,
+            taste_users=1_000,
+            embed_users=500,
+            embed_epochs=2,
+            index_songs=2_000,
+            index_dim=16,
+            index_queries=200,
+            memory_users=(200, 400),
+            memory_plays=10.0,
+        )
+
+
+def check_name(name: str) -> None:
+    """Raises `InputError` for a benchmark that there is not."""
+    if name not in NAMES:
+        raise InputError(f"there is no benchmark {name!r}; there are: {', '.join(NAMES)}")

@@ -1,0 +1,74 @@
+"""Two ways of doing the same work, timed in alternating rounds; what counts is the ratio within a round.
+
+Machines share their cores and change their pace. Within a round both ways meet about the same
+machine, and every other round starts with the other way, so that a drift favours neither.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Work done, in the benchmark's unit, and the seconds that it took."""
+
+    work: float
+    seconds: float
+
+    @property
+    def per_second(self) -> float:
+        """Work a second."""
+        return self.work / max(self.seconds, 1e-9)
+
+
+Way = Callable[[], Measured]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """What a benchmark found: our way against the plain loop."""
+
+    name: str
+    unit: str  # of work: plays, users, queries, tokens
+    ratio: float  # ours / plain work a second, median over the rounds
+    ratio_low: float  # the lowest of any round
+    ratio_high: float
+    per_second: float  # ours, median over the rounds
+    plain_per_second: float
+    peak_mb: float  # private memory (USS) of all our processes together at its highest, MiB
+    rounds: int
+    extra: dict[str, Any] = field(default_factory=dict)  # further figures of this benchmark
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat object; the further figures stand beside the common ones."""
+        common = asdict(self)
+        extra = common.pop("extra")
+        return {**common, **extra}
+
+
+def compare(
+    name: str, unit: str, ours: Way, plain: Way, *, rounds: int, peak_mb: float = 0.0, **extra: Any
+) -> BenchResult:
+    """Run both ways `rounds` times, ours first in even rounds and the plain loop first in odd ones."""
+    pairs = []
+    for number in range(rounds):
+        if number % 2 == 0:
+            mine, theirs = ours(), plain()
+        else:
+            theirs, mine = plain(), ours()
+        pairs.append((mine, theirs))
+    ratios = [mine.per_second / max(theirs.per_second, 1e-9) for mine, theirs in pairs]
+    return BenchResult(
+        name=name,
+        unit=unit,
+        ratio=median(ratios),
+        ratio_low=min(ratios),
+        ratio_high=max(ratios),
+        per_second=median(mine.per_second for mine, _ in pairs),
+        plain_per_second=median(theirs.per_second for _, theirs in pairs),
+        peak_mb=peak_mb,
+        rounds=rounds,
+        extra=extra,
+    )
