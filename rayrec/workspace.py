@@ -25,11 +25,17 @@ SONGS_TABLE = "dataset/songs.parquet"
 HISTORIES = "dataset/histories"
 PLAYLISTS = "dataset/playlists"
 SET_ASIDE = "dataset/set_aside"
+IMPORT_STAGING = "dataset/.staging"  # what an unfinished import has done so far
 
 
 def histories_file(part: int, bucket: int) -> str:
     """The Parquet file of one bucket of users in one part of the histories."""
     return f"{HISTORIES}/part={part:04d}/bucket={bucket:05d}/histories.parquet"
+
+
+def playlists_file(bucket: int) -> str:
+    """The Parquet file of one bucket of imported playlists."""
+    return f"{PLAYLISTS}/playlists-{bucket:05d}.parquet"
 
 
 def split_file(split_id: str) -> str:
@@ -118,6 +124,12 @@ class Workspace:
             self.filesystem.delete_dir(self.full(path))
         elif info.type == pafs.FileType.File:
             self.filesystem.delete_file(self.full(path))
+
+    def move(self, source: str, target: str) -> None:
+        """Rename a file, over one that may be there."""
+        if self.is_local:
+            Path(self.full(target)).parent.mkdir(parents=True, exist_ok=True)
+        self.filesystem.move(self.full(source), self.full(target))
 
     def open_input(self, path: str) -> pa.NativeFile:
         """A random access file. Raises `NotFoundError` where there is none."""

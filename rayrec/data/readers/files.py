@@ -69,17 +69,18 @@ def open_plain(source: str) -> Iterator[IO[bytes]]:
 
 def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:
     filesystem, inner = _filesystem(path)
+    place = path if "://" in path else inner
     try:
         info = filesystem.get_file_info(inner)
         if info.type == pafs.FileType.NotFound:
             raise InputError(f"{path} does not exist; give a file or a folder to import")
         if info.type == pafs.FileType.File:
-            return [SourceFile(path, info.size, info.mtime_ns or 0)]
+            return [SourceFile(place, info.size, info.mtime_ns or 0)]
         below = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {_first_line(error)}; check the path and the rights") from error
     files = [
-        SourceFile(posixpath.join(path, posixpath.relpath(item.path, inner)), item.size, item.mtime_ns or 0)
+        SourceFile(posixpath.join(place, posixpath.relpath(item.path, inner)), item.size, item.mtime_ns or 0)
         for item in sorted(below, key=lambda item: str(item.path))
         if item.type == pafs.FileType.File and _matches(item.base_name, patterns)
     ]
@@ -95,7 +96,8 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _filesystem(source: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in source:
-        return pafs.LocalFileSystem(), str(Path(source).expanduser())
+        # Absolute, because workers have their own working folder.
+        return pafs.LocalFileSystem(), str(Path(source).expanduser().absolute())
     try:
         filesystem, path = pafs.FileSystem.from_uri(source)
     except (pa.ArrowInvalid, OSError) as error:

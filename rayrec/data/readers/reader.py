@@ -145,9 +145,11 @@ def clean(text: str) -> str:
 
 def plain(values: pa.Array | pa.ChunkedArray) -> pa.Array:
     """One array out of a column of a table."""
-    if isinstance(values, pa.ChunkedArray):
-        return values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
-    return values
+    if not isinstance(values, pa.ChunkedArray):
+        return values
+    if values.num_chunks == 1:
+        return values.chunk(0)
+    return pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
 
 
 def _repeated(text: str, count: int) -> pa.Array:

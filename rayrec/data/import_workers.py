@@ -1,0 +1,110 @@
+"""The workers of an import: plain classes that do one unit of input or one bucket per call."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from rayrec.data.fragments import FragmentStore, UnitResult
+from rayrec.data.importing import ImportConfig
+from rayrec.data.merging import Rows, drop_rare, song_counts, sort_rows, to_histories, to_playlists
+from rayrec.data.readers.reader import Unit
+from rayrec.data.staging import Staging
+from rayrec.data.vocabulary import KEY, SongRows
+from rayrec.errors import InputError
+from rayrec.workspace import SET_ASIDE, histories_file, playlists_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """What the second pass knows from the first."""
+
+    units: list[UnitResult]
+    offsets: list[int]  # line of the file before each unit's first
+    files: list[int]  # file of each unit
+    sources: list[str]  # name of each file
+    contexts: list[str]  # name of each bit
+    has_skipped: bool
+
+
+class UnitImporter:
+    """Reads units of input into fragments."""
+
+    def __init__(self, staging: Staging, config: ImportConfig, units: list[Unit], buckets: int) -> None:
+        self.store, self.reader, self.units, self.buckets = staging.fragments, config.reader(), units, buckets
+
+    def __call__(self, unit: int) -> int:
+        """Do one unit; bad input is noted rather than raised, so that the message arrives as it is."""
+        try:
+            self.store.write_unit(int(unit), self.reader.read(self.units[unit]), self.buckets)
+        except InputError as error:
+            self.store.write_error(int(unit), error)
+        return int(unit)
+
+
+def read_bucket(store: FragmentStore, merge: MergeSettings, bucket: int) -> tuple[Rows, int]:
+    """The rows of a bucket, sorted, and how many duplicates were merged."""
+    return sort_rows(
+        (file, offset, rows)
+        for number, (unit, file, offset) in enumerate(zip(merge.units, merge.files, merge.offsets, strict=True))
+        for rows in store.read_bucket(number, unit, bucket)
+    )
+
+
+class SongCounter:
+    """Counts the plays of each song in a bucket."""
+
+    def __init__(self, staging: Staging, config: ImportConfig, merge: MergeSettings) -> None:
+        self.staging, self.config, self.merge = staging, config, merge
+
+    def __call__(self, bucket: int) -> int:
+        """Write the counts of one bucket."""
+        rows, _ = read_bucket(self.staging.fragments, self.merge, int(bucket))
+        keys, counts = song_counts(rows, self.config.min_user_plays)
+        table = pa.table({KEY: pa.array(keys, pa.uint64()), "count": pa.array(counts, pa.int64())})
+        self.staging.workspace.write_table(self.staging.counts_file(int(bucket)), table)
+        return int(bucket)
+
+
+class BucketMerger:
+    """Makes the histories (or playlists) of a bucket out of the fragments of all units."""
+
+    def __init__(
+        self, staging: Staging, config: ImportConfig, merge: MergeSettings, keys: np.ndarray, rows: np.ndarray
+    ) -> None:
+        self.staging, self.config, self.merge = staging, config, merge
+        self.songs = SongRows(keys, rows)
+
+    def __call__(self, bucket: int) -> int:
+        """Write the files of one bucket, then its result."""
+        number = int(bucket)
+        rows, merged = read_bucket(self.staging.fragments, self.merge, number)
+        rows, dropped = drop_rare(rows, self.songs, self.config.min_user_plays, self.config.drop_reasons)
+        written = []
+        if len(rows):
+            written.append(self._write_rows(number, rows))
+        if dropped.rows:
+            written.append(f"{SET_ASIDE}/{self.config.produces}-{number:05d}.parquet")
+            table = dropped.table(self.merge.sources)
+            self.staging.workspace.write_table(self.staging.out(written[-1]), table)
+        result = {
+            "rows": len(rows),
+            "owners": int((rows.counts() > 0).sum()),
+            "merged": merged,
+            "dropped": dropped.counts(),
+            "first": int(rows.order.min()) if len(rows) else 0,
+            "last": int(rows.order.max()) if len(rows) else 0,
+            "files": {path: self.staging.checksum(path) for path in written},
+        }
+        self.staging.workspace.write_json(self.staging.bucket_file(number), result)
+        return number
+
+    def _write_rows(self, number: int, rows: Rows) -> str:
+        if self.config.produces == "playlists":
+            path = playlists_file(number)
+            self.staging.workspace.write_table(self.staging.out(path), to_playlists(rows, self.songs))
+            return path
+        path = histories_file(0, number)
+        histories = to_histories(rows, self.songs, self.merge.contexts, self.merge.has_skipped)
+        self.staging.write_histories(path, histories)
+        return path

@@ -1,0 +1,87 @@
+"""The scratch folder of an import, and the step that makes its result the data set.
+
+Everything is written here first. Publishing takes the old manifest away, moves the files into
+place and puts the new manifest last; if it is killed, the next import finishes it.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from rayrec.artifacts import sha256
+from rayrec.data.dataset import DatasetManifest
+from rayrec.data.fragments import FragmentStore
+from rayrec.data.histories import Histories
+from rayrec.workspace import DATASET, DATASET_MANIFEST, GENERATING, IMPORT_STAGING, Workspace
+
+PLAYS_PER_ROW_GROUP = 500_000
+
+
+class Staging:
+    """The scratch folder of one import: a killed import with the same inputs goes on in it."""
+
+    def __init__(self, workspace: Workspace, print_id: str) -> None:
+        self.workspace = workspace
+        self.folder = f"{IMPORT_STAGING}/{print_id}"
+        self.fragments = FragmentStore(workspace, f"{self.folder}/units")
+
+    def out(self, path: str) -> str:
+        """Where the file that will be `path` waits for being published."""
+        return f"{self.folder}/out/{path.removeprefix(f'{DATASET}/')}"
+
+    def counts_file(self, bucket: int) -> str:
+        """Plays of each song in one bucket, Parquet."""
+        return f"{self.folder}/counts/{bucket:05d}.parquet"
+
+    def bucket_file(self, bucket: int) -> str:
+        """The result of one bucket, JSON; where it is there, the bucket is done."""
+        return f"{self.folder}/buckets/{bucket:05d}.json"
+
+    def write_histories(self, path: str, histories: Histories) -> None:
+        """Write a bucket of histories in row groups of about 500,000 plays."""
+        table = histories.to_arrow()
+        groups = histories.offsets[:-1] // PLAYS_PER_ROW_GROUP
+        starts = [row for row in range(len(groups)) if row == 0 or groups[row] != groups[row - 1]]
+        with (
+            self.workspace.open_output(self.out(path)) as stream,
+            pq.ParquetWriter(stream, table.schema, compression="zstd") as writer,
+        ):
+            for start, stop in zip(starts, [*starts[1:], len(groups)], strict=True):
+                writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
+
+    def checksum(self, path: str) -> str:
+        """sha256 of a file that waits for being published."""
+        return sha256(self.workspace, self.out(path))
+
+    def publish(self, manifest: DatasetManifest) -> None:
+        """Make the staged files and those that the manifest keeps the data set; nothing else stays."""
+        self.workspace.write_json(self.out(DATASET_MANIFEST), asdict(manifest))
+        finish_publishing(self.workspace)
+
+
+def discard_others(workspace: Workspace, staging: Staging) -> None:
+    """Delete what imports of other inputs have left."""
+    for name in workspace.folders(IMPORT_STAGING):
+        if f"{IMPORT_STAGING}/{name}" != staging.folder:
+            workspace.delete(f"{IMPORT_STAGING}/{name}")
+
+
+def finish_publishing(workspace: Workspace) -> None:
+    """Publish an import whose files are complete; does nothing where none waits. May be repeated at any point."""
+    for name in workspace.folders(IMPORT_STAGING):
+        staging = Staging(workspace, name)
+        staged_manifest = staging.out(DATASET_MANIFEST)
+        if not workspace.exists(staged_manifest):
+            continue
+        manifest: dict[str, Any] = workspace.read_json(staged_manifest)
+        workspace.delete(DATASET_MANIFEST)
+        workspace.delete(GENERATING)
+        for path in workspace.files(DATASET):
+            if not path.startswith(f"{IMPORT_STAGING}/") and path.removeprefix(f"{DATASET}/") not in manifest["files"]:
+                workspace.delete(path)
+        for path in manifest["files"]:
+            if workspace.exists(staging.out(path)):
+                workspace.move(staging.out(path), f"{DATASET}/{path}")
+        workspace.move(staged_manifest, DATASET_MANIFEST)
+        workspace.delete(IMPORT_STAGING)

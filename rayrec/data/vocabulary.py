@@ -1,0 +1,140 @@
+"""The song vocabulary: which int32 row stands for which song, in the order of first import.
+
+Songs are told apart by a 64-bit key of their id while rows are still on the way, so that passes
+over plays never join on strings.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayrec.data import columns
+from rayrec.data.readers.reader import plain
+from rayrec.errors import RayrecError
+
+HASH_KEY = "rayrec song hash"  # 16 bytes
+KEY = "key"
+COMPACT_ROWS = 1 << 20  # songs that wait to be merged into the vocabulary
+
+SONGS = pa.schema(
+    [
+        pa.field(KEY, pa.uint64()),
+        pa.field(columns.SONG_ID, pa.string()),
+        pa.field(columns.TITLE, pa.string()),
+        pa.field(columns.ARTIST, pa.string()),
+    ]
+)
+
+
+def song_keys(song_ids: pa.Array) -> np.ndarray:
+    """uint64: a key of each song id, the same on every machine."""
+    texts = song_ids.to_numpy(zero_copy_only=False)
+    return np.asarray(pd.util.hash_array(texts, hash_key=HASH_KEY, categorize=False), dtype=np.uint64)
+
+
+def first_songs(rows: pa.Table) -> pa.Table:
+    """SONGS: each song of some plays or entries once, in the order in which they appear.
+
+    Title and artist are the first ones that are given.
+    """
+    wanted = rows.select([columns.SONG_ID, columns.TITLE, columns.ARTIST])
+    found = wanted.group_by(columns.SONG_ID, use_threads=False).aggregate(
+        [(columns.TITLE, "first"), (columns.ARTIST, "first")]
+    )
+    song_ids = plain(found.column(columns.SONG_ID))
+    data = [
+        pa.array(song_keys(song_ids)),
+        song_ids,
+        found.column(f"{columns.TITLE}_first"),
+        found.column(f"{columns.ARTIST}_first"),
+    ]
+    return pa.table(data, schema=SONGS)
+
+
+class Vocabulary:
+    """The song table under construction: rows that exist already, then new songs as they are added.
+
+    Memory: the songs, and a bounded number of songs that wait to be merged.
+    """
+
+    def __init__(self, existing: pa.Table | None = None) -> None:
+        table = columns.SONGS_TABLE.empty_table() if existing is None else existing
+        self._fixed = len(table)
+        song_ids = plain(table.column(columns.SONG_ID))
+        keys = pa.array(song_keys(song_ids) if self._fixed else np.zeros(0, np.uint64))
+        self._songs = pa.table(
+            [keys, song_ids, table.column(columns.TITLE), table.column(columns.ARTIST)], schema=SONGS
+        )
+        self._waiting: list[pa.Table] = []
+        self._waiting_rows = 0
+
+    def add(self, songs: Iterable[pa.Table]) -> None:
+        """Add tables of SONGS, in the order of import."""
+        for table in songs:
+            self._waiting.append(table)
+            self._waiting_rows += table.num_rows
+            # Merging costs as much as the vocabulary is long: wait until that much is new.
+            if self._waiting_rows > max(COMPACT_ROWS, len(self._songs)):
+                self._compact()
+
+    @property
+    def keys(self) -> np.ndarray:
+        """uint64 (N,): the key of every song row."""
+        self._compact()
+        return np.asarray(self._songs.column(KEY).to_numpy())
+
+    def keep(self, mask: np.ndarray) -> None:
+        """Drop the new songs where `mask`, bool (N,), is false; rows that existed before stay."""
+        self._compact()
+        mask = mask.copy()
+        mask[: self._fixed] = True
+        self._songs = self._songs.filter(pa.array(mask))
+
+    def table(self) -> pa.Table:
+        """columns.SONGS_TABLE."""
+        self._compact()
+        rows = pa.array(np.arange(len(self._songs), dtype=np.int32))
+        return pa.table([rows, *self._songs.columns[1:]], schema=columns.SONGS_TABLE)
+
+    def _compact(self) -> None:
+        if not self._waiting:
+            return
+        everything = pa.concat_tables([self._songs, *self._waiting])
+        self._waiting, self._waiting_rows = [], 0
+        grouped = everything.group_by([KEY], use_threads=False).aggregate(
+            [
+                (columns.SONG_ID, "first"),
+                (columns.SONG_ID, "min"),
+                (columns.SONG_ID, "max"),
+                (columns.TITLE, "first"),
+                (columns.ARTIST, "first"),
+            ]
+        )
+        same = pc.equal(grouped.column(f"{columns.SONG_ID}_min"), grouped.column(f"{columns.SONG_ID}_max"))
+        if not pc.all(same).as_py():
+            raise RayrecError("two song ids have the same 64-bit key; please report this with the two ids")
+        names = [KEY, *(f"{name}_first" for name in (columns.SONG_ID, columns.TITLE, columns.ARTIST))]
+        self._songs = grouped.select(names).rename_columns(SONGS.names).cast(SONGS).combine_chunks()
+
+
+class SongRows:
+    """Finds song rows by key."""
+
+    def __init__(self, keys: np.ndarray, rows: np.ndarray) -> None:
+        self.keys, self.rows = keys, rows  # uint64 (N,) ascending; int32 (N,)
+
+    @classmethod
+    def of(cls, keys: np.ndarray) -> "SongRows":
+        """From the key of every song row, uint64 (N,)."""
+        order = np.argsort(keys)
+        return cls(keys[order], order.astype(np.int32))
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """int32: the row of each song, -1 where it is not in the vocabulary."""
+        if not len(self.keys):
+            return np.full(len(keys), -1, dtype=np.int32)
+        places = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return np.where(self.keys[places] == keys, self.rows[places], np.int32(-1))
