@@ -73,11 +73,15 @@ class VectorRecommender(Recommender):
             return super().recommend(histories, at, k, horizon=horizon, exclude_heard=exclude_heard)
         check_count(k)
         vectors = self.vectors(histories, Questions.at_end(histories, at), horizon)
-        heard = np.split(histories.songs, histories.offsets[1:-1]) if exclude_heard else None
-        songs, scores = self.index.search(vectors, k, exclude=heard)
+        songs, scores = self.index.search(vectors, k, exclude=self._heard(histories) if exclude_heard else None)
         silent = ~vectors.any(axis=1)
         songs[silent], scores[silent] = NO_SONG, -np.inf
         return songs, scores
+
+    def _heard(self, histories: Histories) -> list[np.ndarray]:
+        """The songs of each user, without those that came after this recommender was made."""
+        known = histories.keep(histories.songs < self.num_songs)
+        return np.split(known.songs, known.offsets[1:-1]) if len(known) else []
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:

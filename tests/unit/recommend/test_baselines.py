@@ -1,0 +1,164 @@
+"""Each baseline against answers worked out by hand, and none of them sees what it must not."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+from worlds import random_histories, random_vectors, write_dataset
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.split import FitRange
+from rayrec.errors import InputError, LeakError
+from rayrec.recommend.average import AverageRecommender
+from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
+from rayrec.recommend.neighbours import NeighboursRecommender
+from rayrec.recommend.popularity import PopularityRecommender
+from rayrec.recommend.sequential_rules import SequentialRulesRecommender, count_rules, strongest
+from rayrec.workspace import Workspace
+
+FITS: list[Callable[..., Any]] = [PopularityRecommender.fit, SequentialRulesRecommender.fit]
+
+
+def _songs(*lists: list[int]) -> Histories:
+    return Histories.from_lists(list(lists), [list(range(len(one))) for one in lists])
+
+
+def _score(recommender: Any, songs: list[int]) -> np.ndarray:
+    histories = _songs(songs)
+    return np.asarray(recommender.score(histories, Questions.at_end(histories, 0)))[0]
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_fit_refuses_plays_past_the_cut(fit: Callable[..., Any]) -> None:
+    with pytest.raises(LeakError, match="2 plays at or after its cut 3"):
+        fit([_songs([0, 1, 2]), _songs([0, 1, 2, 0, 1])], num_songs=3, allowed=FitRange(before=3))
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_fit_refuses_held_out_users(fit: Callable[..., Any]) -> None:
+    with pytest.raises(LeakError, match="held out"):
+        fit([random_histories(50, 5)], num_songs=5, allowed=FitRange(held_out_share=0.5))
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_fit_does_not_depend_on_how_the_batches_are_cut(fit: Callable[..., Any]) -> None:
+    histories = random_histories(40, 9)
+    whole = fit([histories], num_songs=9, allowed=FitRange())
+    parts = fit((histories.take(np.array([row])) for row in range(40)), num_songs=9, allowed=FitRange())
+    questions = Questions.at_end(histories, 0)
+    np.testing.assert_allclose(parts.score(histories, questions), whole.score(histories, questions), rtol=1e-5)
+
+
+def test_fits_from_a_data_set_see_only_what_is_allowed(workspace: Workspace) -> None:
+    allowed = FitRange(before=60_000, held_out_share=0.3)
+    histories = random_histories(60, 12)
+    dataset = write_dataset(workspace, histories, 12)
+    popularity, rules = fit_baselines(["popularity", "sequential-rules"], dataset, None, allowed)
+    seen = allowed.select(histories)
+    assert 0 < seen.num_plays < histories.num_plays
+    assert isinstance(popularity, PopularityRecommender)
+    assert isinstance(rules, SequentialRulesRecommender)
+    np.testing.assert_array_equal(popularity.plays, np.bincount(seen.songs, minlength=12))
+    np.testing.assert_allclose(rules.rules.toarray(), count_rules(seen, 12, 10).toarray(), rtol=1e-5)
+
+
+def test_every_name_makes_the_recommender_of_that_name(workspace: Workspace) -> None:
+    dataset = write_dataset(workspace, random_histories(10, 6), 6)
+    fitted = fit_baselines(BASELINES, dataset, random_vectors(6), FitRange())
+    assert tuple(one.name for one in fitted) == BASELINES
+    assert "average-0.5" in BASELINES
+    assert "average-1.0" in BASELINES
+
+
+def test_unknown_names_and_missing_vectors_are_refused(workspace: Workspace) -> None:
+    dataset = write_dataset(workspace, random_histories(10, 6), 6)
+    with pytest.raises(InputError, match="no baseline 'popular'; there are: popularity"):
+        fit_baselines(["popular"], dataset, None, FitRange())
+    with pytest.raises(InputError, match="neighbours works on song vectors"):
+        fit_baselines(["neighbours"], dataset, None, FitRange())
+    assert needs_vectors(["popularity", "average-0.9"])
+    assert not needs_vectors(["popularity", "sequential-rules"])
+
+
+def test_popularity_is_the_number_of_plays() -> None:
+    fitted = PopularityRecommender.fit([_songs([0, 2, 2]), _songs([2, 1])], num_songs=4, allowed=FitRange())
+    np.testing.assert_array_equal(_score(fitted, [0]), [1, 1, 3, 0])
+
+
+def test_rules_weigh_what_followed_by_one_over_the_distance() -> None:
+    fitted = SequentialRulesRecommender.fit([_songs([0, 1, 2], [0, 1, 1])], num_songs=4, allowed=FitRange())
+    np.testing.assert_allclose(_score(fitted, [3, 0]), [0, 1 + 1 + 0.5, 0.5, 0])
+    np.testing.assert_allclose(_score(fitted, [1]), [0, 1, 1, 0])
+    np.testing.assert_array_equal(_score(fitted, [2]), [0, 0, 0, 0])
+
+
+def test_rules_reach_ten_plays_far_and_never_from_user_to_user() -> None:
+    fitted = SequentialRulesRecommender.fit(
+        [_songs(list(range(12)), list(range(12, 14)))], num_songs=14, allowed=FitRange()
+    )
+    scores = _score(fitted, [0])
+    np.testing.assert_allclose(scores[1:11], 1 / np.arange(1, 11), rtol=1e-6)
+    np.testing.assert_array_equal(scores[[0, 11, 12, 13]], 0)
+    np.testing.assert_array_equal(_score(fitted, [11]), 0)
+
+
+def test_only_the_strongest_rules_of_each_song_are_kept() -> None:
+    rules = count_rules(_songs([0, 1, 0, 1, 0, 2, 0, 3]), 4, 1)
+    kept = strongest(rules, 2).toarray()
+    np.testing.assert_array_equal(kept[0], [0, 2, 1, 0])  # of equal weights the lower song
+    np.testing.assert_array_equal(kept[1:], rules.toarray()[1:])
+
+
+def test_rules_stay_few_however_many_users_there_are() -> None:
+    def batches() -> Iterable[Histories]:
+        return (random_histories(40, 50, seed=seed) for seed in range(6))
+
+    fitted = SequentialRulesRecommender.fit(batches(), num_songs=50, allowed=FitRange(), rules_per_song=3)
+    assert fitted.rules.nnz <= 3 * 50
+
+
+def test_neighbours_are_those_of_the_last_song() -> None:
+    vectors = random_vectors(5)
+    vectors[4] = 0
+    np.testing.assert_allclose(
+        _score(NeighboursRecommender(vectors), [0, 1, 3])[:4], vectors[:4] @ vectors[3], rtol=1e-6
+    )
+    assert np.isneginf(_score(NeighboursRecommender(vectors), [0])[4])
+    assert np.isneginf(_score(NeighboursRecommender(vectors), [4])).all()
+
+
+@pytest.mark.parametrize("discount", [0.25, 0.9, 1.0])
+def test_the_average_is_the_discounted_sum_of_the_paper_at_every_position(discount: float) -> None:
+    vectors = random_vectors(6)
+    vectors[5] = 0
+    histories = random_histories(12, 6, seed=5)
+    plays = np.random.default_rng(0).permutation(histories.num_plays)
+    questions = Questions.before_plays(histories, plays)
+    taste = AverageRecommender(vectors, discount).vectors(histories, questions)
+    for row, (user, seen) in enumerate(zip(questions.rows, questions.seen, strict=True)):
+        songs = histories.songs[histories.offsets[user] : histories.offsets[user] + seen]
+        ages = np.arange(seen)[::-1]
+        expected = (discount**ages) @ vectors[songs] if seen else np.zeros(8)
+        expected = expected / (np.linalg.norm(expected) or 1)
+        np.testing.assert_allclose(taste[row], expected, atol=2e-5)
+
+
+def test_the_same_question_twice_gets_the_same_vector_twice() -> None:
+    histories = _songs([0, 1, 2, 3])
+    questions = Questions(rows=np.zeros(4, np.int64), seen=np.array([3, 2, 3, 3]), at=np.zeros(4, np.int64))
+    vectors = AverageRecommender(random_vectors(4), 0.5).vectors(histories, questions)
+    np.testing.assert_array_equal(vectors[0], vectors[2])
+    np.testing.assert_array_equal(vectors[0], vectors[3])
+    assert not np.allclose(vectors[0], vectors[1])
+
+
+@pytest.mark.parametrize("discount", [0.0, 1.5, -1.0])
+def test_a_discount_outside_its_range_is_refused(discount: float) -> None:
+    with pytest.raises(InputError, match="not in"):
+        AverageRecommender(random_vectors(3), discount)
+
+
+def test_baselines_share_the_vectors_they_are_given() -> None:
+    vectors = random_vectors(5)
+    assert NeighboursRecommender(vectors).song_vectors is AverageRecommender(vectors, 0.5).song_vectors

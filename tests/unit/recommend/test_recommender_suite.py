@@ -1,0 +1,176 @@
+"""One suite for everything that recommends. A new recommender joins it by a line in MAKERS."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from worlds import random_histories, random_vectors
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.split import FitRange
+from rayrec.errors import InputError
+from rayrec.recommend import recommender as recommender_module
+from rayrec.recommend.average import AverageRecommender
+from rayrec.recommend.index import IndexConfig, SongIndex
+from rayrec.recommend.neighbours import NeighboursRecommender
+from rayrec.recommend.popularity import PopularityRecommender
+from rayrec.recommend.recommender import Recommender, top_k
+from rayrec.recommend.sequential_rules import SequentialRulesRecommender
+
+NUM_SONGS = 40
+WITHOUT_VECTOR = 7
+NOW = 10**9
+
+Maker = Callable[[Histories, np.ndarray], Recommender]
+
+
+def _indexed(plays: Histories, vectors: np.ndarray) -> Recommender:
+    recommender = NeighboursRecommender(vectors)
+    recommender.index = SongIndex.build(recommender.song_vectors, IndexConfig())
+    return recommender
+
+
+MAKERS: dict[str, Maker] = {
+    "popularity": lambda plays, _: PopularityRecommender.fit([plays], num_songs=NUM_SONGS, allowed=FitRange()),
+    "sequential-rules": lambda plays, _: SequentialRulesRecommender.fit(
+        [plays], num_songs=NUM_SONGS, allowed=FitRange()
+    ),
+    "neighbours": lambda _, vectors: NeighboursRecommender(vectors),
+    "neighbours through an index": _indexed,
+    "average-0.5": lambda _, vectors: AverageRecommender(vectors, 0.5),
+    "average-1.0": lambda _, vectors: AverageRecommender(vectors, 1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def histories() -> Histories:
+    """Users with a play or more; some have heard songs beyond the catalog that the recommenders know."""
+    made = random_histories(30, NUM_SONGS, seed=3)
+    made.songs[::17] = NUM_SONGS + 2
+    return made.take(made.lengths > 0)
+
+
+@pytest.fixture(scope="module", params=list(MAKERS))
+def recommender(request: pytest.FixtureRequest) -> Recommender:
+    vectors = random_vectors(NUM_SONGS)
+    vectors[WITHOUT_VECTOR] = 0
+    return MAKERS[request.param](random_histories(60, NUM_SONGS, seed=1), vectors)
+
+
+def test_answers_have_the_promised_shapes_and_types(recommender: Recommender, histories: Histories) -> None:
+    songs, scores = recommender.recommend(histories, NOW, 5)
+    assert songs.shape == scores.shape == (len(histories), 5)
+    assert songs.dtype == np.int32
+    assert scores.dtype == np.float32
+    one_songs, one_scores = recommender.recommend_one(histories.take(np.array([0])), NOW, 5)
+    assert one_songs.ndim == one_scores.ndim == 1
+    assert recommender.name in {"popularity", "sequential-rules", "neighbours", "average-0.5", "average-1.0"}
+    assert recommender.kind in ("baseline", "network")
+
+
+def test_scores_are_float32_for_every_question_and_song(recommender: Recommender, histories: Histories) -> None:
+    scores = recommender.score(histories, Questions.at_end(histories, NOW))
+    assert scores.shape == (len(histories), NUM_SONGS)
+    assert scores.dtype == np.float32
+
+
+def test_a_batch_answers_as_each_user_alone(recommender: Recommender, histories: Histories) -> None:
+    songs, scores = recommender.recommend(histories, NOW, 6)
+    for row in range(len(histories)):
+        alone, alone_scores = recommender.recommend_one(histories.take(np.array([row])), NOW, 6)
+        together, together_scores = songs[row][songs[row] >= 0], scores[row][songs[row] >= 0]
+        np.testing.assert_allclose(alone_scores, together_scores, rtol=1e-5, atol=1e-6)
+        # Songs that tie but for rounding may change places.
+        steps = np.diff(together_scores, prepend=np.inf, append=-np.inf)
+        clear = (-steps[:-1] > 1e-5) & (-steps[1:] > 1e-5)
+        clear[-1:] = False  # the next one, which did not fit in, may tie too
+        np.testing.assert_array_equal(alone[clear], together[clear])
+
+
+def test_answers_are_the_top_of_the_scores(recommender: Recommender, histories: Histories) -> None:
+    songs, scores = recommender.recommend(histories, NOW, 8)
+    expected, expected_scores = top_k(np.array(recommender.score(histories, Questions.at_end(histories, NOW))), 8)
+    np.testing.assert_array_equal(songs, expected)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-6)
+
+
+def test_best_comes_first_and_no_song_twice(recommender: Recommender, histories: Histories) -> None:
+    songs, scores = recommender.recommend(histories, NOW, 10)
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+    for row in songs:
+        assert len(set(row[row >= 0])) == (row >= 0).sum()
+
+
+def test_more_than_the_catalog_fills_with_no_song(recommender: Recommender, histories: Histories) -> None:
+    songs, scores = recommender.recommend(histories, NOW, NUM_SONGS + 5)
+    assert (songs[:, NUM_SONGS:] == -1).all()
+    assert np.isneginf(scores[songs == -1]).all()
+    assert np.isfinite(scores[songs >= 0]).all()
+
+
+def test_songs_heard_stay_out_when_asked(recommender: Recommender, histories: Histories) -> None:
+    heard = [set(songs) for songs in np.split(histories.songs, histories.offsets[1:-1])]
+    songs, _ = recommender.recommend(histories, NOW, NUM_SONGS, exclude_heard=True)
+    assert all(not heard[row] & set(songs[row]) for row in range(len(histories)))
+    everything, _ = recommender.recommend(histories, NOW, NUM_SONGS)
+    for row in range(len(histories)):
+        kept = [song for song in everything[row] if song >= 0 and song not in heard[row]]
+        assert kept == [song for song in songs[row] if song >= 0]
+
+
+def test_plays_after_the_question_change_nothing(recommender: Recommender, histories: Histories) -> None:
+    plays = np.arange(0, histories.num_plays, 3)
+    questions = Questions.before_plays(histories, plays)
+    before = np.array(recommender.score(histories, questions))
+    seen = np.zeros(len(histories), dtype=np.int64)
+    np.maximum.at(seen, questions.rows, questions.seen)
+    later = np.arange(histories.num_plays) - histories.offsets[histories.rows] >= seen[histories.rows]
+    assert later.any()
+    changed = replace(
+        histories,
+        songs=np.where(later, (histories.songs + 5) % NUM_SONGS, histories.songs).astype(np.int32),
+        played_at=histories.played_at + later * 1000,
+    )
+    np.testing.assert_array_equal(recommender.score(changed, questions), before)
+
+
+def test_a_question_in_the_middle_is_answered_as_if_history_ended_there(
+    recommender: Recommender, histories: Histories
+) -> None:
+    plays = np.flatnonzero(np.arange(histories.num_plays) > histories.offsets[histories.rows])[::-2]
+    questions = Questions.before_plays(histories, plays)
+    together = recommender.score(histories, questions)
+    for question in range(0, len(questions), 20):
+        row, seen = questions.rows[question], questions.seen[question]
+        start = histories.offsets[row]
+        cut = Histories.from_lists([histories.songs[start : start + seen]], [histories.played_at[start : start + seen]])  # type: ignore[list-item]
+        alone = recommender.score(cut, Questions.at_end(cut, questions.at[question]))[0]
+        np.testing.assert_allclose(alone, together[question], rtol=1e-5, atol=1e-6)
+
+
+def test_cutting_the_scores_into_chunks_changes_nothing(
+    recommender: Recommender, histories: Histories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = Questions.at_end(histories, NOW)
+    whole = recommender.score(histories, questions)
+    monkeypatch.setattr(recommender_module, "SCORES_PER_CHUNK", 3 * NUM_SONGS)
+    chunks = list(recommender.score_chunks(histories, questions))
+    assert len(chunks) == -(-len(histories) // 3)
+    np.testing.assert_allclose(np.concatenate([scores for _, scores in chunks]), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_user_without_plays_is_answered_without_an_error(recommender: Recommender) -> None:
+    nobody = Histories.from_lists([[], [1, 2]], [[], [1, 2]])
+    songs, scores = recommender.recommend(nobody, NOW, 3)
+    assert songs.shape == scores.shape == (2, 3)
+
+
+def test_no_users_get_no_answers(recommender: Recommender) -> None:
+    songs, scores = recommender.recommend(Histories.from_lists([], []), NOW, 3)
+    assert songs.shape == scores.shape == (0, 3)
+
+
+def test_a_count_below_one_is_refused(recommender: Recommender, histories: Histories) -> None:
+    with pytest.raises(InputError, match="k is 0; ask for at least 1"):
+        recommender.recommend(histories, NOW, 0)
