@@ -112,15 +112,19 @@ def verify_release(workspace: Workspace, release: Manifest) -> None:
         artifacts.verify(workspace, artifacts.load(workspace, kind, release.inputs[kind]))
 
 
-def default_parts(workspace: Workspace) -> dict[str, str]:
-    """Role -> id of what commands use unless told otherwise: the live release, else the newest model and its index.
+def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str, str]:
+    """Role -> id of the parts to answer with: the live release's, else those of the newest model; or of `model_id`.
 
-    Raises `NotFoundError` that names the command to run first.
+    Tastes and index are there only where the model has them. Raises `NotFoundError` for an unknown
+    model, or naming the command to run first where there is none.
     """
     release = active_release(workspace)
-    if release is not None:
+    if release is not None and model_id in (None, release.inputs["models"]):
         return dict(release.inputs)
-    model = artifacts.newest(workspace, "models", "train")
+    if model_id is None:
+        model = artifacts.newest(workspace, "models", "train")
+    else:
+        model = artifacts.load(workspace, "models", model_id)
     found = {**model.inputs, "models": model.id}
     for kind in ("tastes", "indexes"):
         of_model = [part for part in artifacts.listing(workspace, kind) if part.inputs.get("models") == model.id]

@@ -162,6 +162,7 @@ def test_commands_default_to_the_live_release_not_to_what_is_newer(full: Workspa
     releases.create_release(full)
     put_model(full, 2)
     assert releases.default_parts(full)["models"] == "model1"
+    assert releases.default_parts(full, "model2")["indexes"] == "index2"
 
 
 def test_commands_default_to_the_newest_model_and_its_own_index_without_a_release(full: Workspace) -> None:

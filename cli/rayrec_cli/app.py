@@ -1,0 +1,66 @@
+"""The Typer app and what stands before every command."""
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from rayrec_cli.options import Globals
+
+ORDER = (  # as one meets them
+    *("demo", "generate", "import", "split", "embed", "train", "taste", "index", "evaluate", "release"),
+    *("recommend", "status", "run", "bench"),
+)
+
+
+class InOrder(TyperGroup):
+    """Lists the commands in the order in which one needs them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names in the order of ORDER."""
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
+
+# Plain help: boxes leave a third of 80 columns to the text.
+app = typer.Typer(
+    name="rayrec",
+    cls=InOrder,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+release_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Tie parts into a release, and choose which one is live."
+)
+app.add_typer(release_app, name="release")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"rayrec {version('rayrec')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    workspace: Annotated[
+        str,
+        typer.Option(
+            envvar="RAYREC_WORKSPACE", metavar="URI", help="Folder, s3:// or gs:// prefix that holds everything."
+        ),
+    ] = "./workspace",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+) -> None:
+    """From files of plays to recommendations: data set, song vectors, taste network, index, release.
+
+    \b
+    Example:
+      rayrec demo
+    """
+    ctx.obj = Globals(workspace=workspace, as_json=json)

@@ -1,0 +1,139 @@
+"""recommend, evaluate, status: what a workspace answers."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import RenderableType
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.splits import choose_split
+from rayrec.errors import InputError, NotFoundError
+from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.recommend.answering import Answer, RecommendConfig, answer, load_recommender, parse_moment
+from rayrec.releases import default_parts
+from rayrec.status import KINDS
+from rayrec.status import status as look
+from rayrec_cli.app import app
+from rayrec_cli.options import Call, ForceOption, command
+from rayrec_cli.output import Shown, day, figures, number, size, table
+
+UserOption = Annotated[str | None, typer.Option("--user", metavar="ID", help="Recommend to this user.")]
+SongsOption = Annotated[
+    str | None, typer.Option("--songs", metavar="ID,ID", help="Or to whoever just played these songs.")
+]
+AtOption = Annotated[
+    str | None, typer.Option("--at", metavar="TIME", help="Moment of the request: ISO 8601 with zone, or unix (now).")
+]
+ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model (the live one, or newest).")]
+SplitOption = Annotated[str | None, typer.Option("--split", metavar="ID", help="Split to test on (the model's own).")]
+
+
+@command(app, "recommend", config=RecommendConfig, example="rayrec recommend --user ann -k 10 --at 2015-01-20T18:30Z")
+def recommend(
+    call: Call,
+    config: RecommendConfig,
+    *,
+    user: UserOption = None,
+    songs: SongsOption = None,
+    at: AtOption = None,
+    model: ModelOption = None,
+) -> Shown:
+    """Recommend songs.
+
+    To a user of the data set, or to whoever has just played some songs: these are taken as played
+    three minutes apart, the last of them at --at.
+    """
+    moment = parse_moment(at)
+    listed = None if songs is None else [song.strip() for song in songs.split(",") if song.strip()]
+    dataset = Dataset(call.workspace)
+    parts = default_parts(call.workspace, model)
+    recommender = load_recommender(call.workspace, dataset, model_id=parts["models"], index_id=parts.get("indexes"))
+    told = answer(dataset, recommender, config, at=moment, user=user, songs=listed)
+    return Shown(told.to_mapping(), recommendations(told))
+
+
+def recommendations(told: Answer) -> list[RenderableType]:
+    """The last plays and the songs recommended after them."""
+    title = f"After {told.plays:,} plays, the last of them"
+    rows = [[rank, song, score] for rank, (song, score) in enumerate(zip(told.titles, told.scores, strict=True), 1)]
+    played: list[RenderableType] = [table(title, ["song"], [[song] for song in told.last_plays])]
+    return [*played, table("Recommended", ["#", "song", "score"], rows, left=["song"])]
+
+
+@command(app, "evaluate", config=EvaluateConfig, example="rayrec evaluate --models taste,popularity,sequential-rules")
+def evaluate(
+    call: Call,
+    config: EvaluateConfig,
+    *,
+    model: ModelOption = None,
+    split: SplitOption = None,
+    force: ForceOption = False,
+) -> Shown:
+    """Measure the network against the baselines.
+
+    Every play of the test range that has an earlier one by the same user is predicted, over the full catalog.
+    """
+    from rayrec.jobs.evaluate import evaluate as job
+
+    parts = _parts(call, model)
+    chosen = choose_split(call.workspace, split or parts.get("split"))
+    if chosen is None:
+        raise InputError("there is no split to test on; run `rayrec split`, then embed, train and index again")
+    report = job(call.workspace, config, split=chosen, model_id=parts.get("models"), repeat=force)
+    data = {"id": report.id, **report.metrics}
+    return Shown(data, [results_table(data), f"Report: {call.workspace.full(report.path('report.html'))}"])
+
+
+def results_table(data: dict[str, Any]) -> RenderableType:
+    """One line a model, best first, with the interval of recall at the deepest cut-off."""
+    results = [row for row in data["results"] if row["users"] == "all" and row["target"] == "next"]
+    values = {(row["model"], row["metric"], row["k"]): row for row in results}
+    cuts = sorted({row["k"] for row in results})
+    recalls, others = [("recall", k) for k in cuts], [(metric, k) for metric in ("mrr", "ndcg") for k in cuts]
+    models = sorted({row["model"] for row in results}, key=lambda name: -values[(name, *recalls[-1])]["value"])
+    rows = [
+        [f"{name} *" if name == data["default"] else name]
+        + [number(values[(name, *column)]["value"]) for column in recalls]
+        + [_interval(values[(name, *recalls[-1])])]
+        + [number(values[(name, *column)]["value"]) for column in others]
+        for name in models
+    ]
+    headers = [f"R@{k}" for k in cuts] + ["95 %"] + [f"{metric.upper()}@{k}" for metric, k in others]
+    return table("The next play, over the full catalog (* answers `recommend`)", ["model", *headers], rows)
+
+
+@command(app, "status", example="rayrec status")
+def status(call: Call) -> Shown:
+    """Say what the workspace holds."""
+    data = look(call.workspace)
+    dataset = data["dataset"]
+    if dataset is None:
+        views: list[RenderableType] = [f"Workspace {data['workspace']} holds no data set: see rayrec import --help."]
+    else:
+        names = ("id", "source", "plays", "users", "songs", "playlists", "set_aside")
+        shown = {name: dataset[name] for name in names} | {"size": size(dataset["bytes"])}
+        views = [figures(f"Workspace {data['workspace']}", shown)]
+    rows = [
+        [kind, item["id"], size(item["bytes"]), day(item["created_at"]), "live" if item["id"] == data["active"] else ""]
+        for kind in KINDS
+        for item in data[kind]
+    ]
+    rows = [["split", split["id"], "", "", ""] for split in data["splits"]] + rows
+    if rows:
+        views.append(table("", ["kind", "id", "size", "created (UTC)", ""], rows, left=["id"]))
+    return Shown(data, views)
+
+
+def _parts(call: Call, model: str | None) -> dict[str, str]:
+    """What to evaluate; nothing where there is no model yet, for the baselines need none."""
+    try:
+        return default_parts(call.workspace, model)
+    except NotFoundError:
+        if model is not None:
+            raise
+        return {}
+
+
+def _interval(row: dict[str, Any]) -> str:
+    low, high = row.get("low"), row.get("high")
+    return "" if low is None or high is None else f"{low:.3f}–{high:.3f}"

@@ -1,0 +1,85 @@
+"""generate, import, split: from files of plays to a data set and its cuts."""
+
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import Annotated, Any
+
+import typer
+
+from rayrec.data.dataset import DatasetManifest
+from rayrec.data.generate import GenerateConfig
+from rayrec.data.importing import FORMATS, ImportConfig
+from rayrec.data.split import SplitConfig
+from rayrec.data.splits import split_dataset
+from rayrec_cli.app import app
+from rayrec_cli.options import Call, ForceOption, command
+from rayrec_cli.output import Shown, figures, table
+
+FormatArgument = Annotated[str | None, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")]
+PathsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="PATH", help="Files, or folders of files; .gz too, local, s3:// or gs://."),
+]
+
+
+@command(app, "generate", config=GenerateConfig, example="rayrec generate --users 2000 --songs 2000 --seed 1")
+def generate(call: Call, config: GenerateConfig, *, force: ForceOption = False) -> Shown:
+    """Generate plays of a planted world whose answers are known."""
+    from rayrec.jobs.generating import generate as job
+
+    return _dataset(job(call.workspace, config, repeat=force))
+
+
+@command(
+    app,
+    "import",
+    config=ImportConfig,
+    arguments={"format": FormatArgument, "paths": PathsArgument},
+    example="rayrec import csv plays.csv --columns user=user_id,song=song_id,played_at=ts",
+)
+def import_data(
+    call: Call,
+    config: ImportConfig,
+    *,
+    force: ForceOption = False,
+) -> Shown:
+    """Import plays or playlists from files into the data set."""
+    from rayrec.jobs.importing import import_data as job
+
+    return _dataset(job(call.workspace, config, repeat=force))
+
+
+@command(app, "split", config=SplitConfig, example="rayrec split --test-days 30 --validation-days 7")
+def split(call: Call, config: SplitConfig) -> Shown:
+    """Cut the data set in time.
+
+    Train comes first, then validation, then test; a share of the users may be held out entirely.
+    """
+    made = split_dataset(call.workspace, config)
+    values = {"split": made.id, "validation from": _moment(made.validation_from), "test from": _moment(made.test_from)}
+    return Shown(asdict(made), [figures("", {**values, "users held out": f"{made.held_out_share:.1%}"})])
+
+
+def _dataset(manifest: DatasetManifest) -> Shown:
+    set_aside = sum(manifest.set_aside.values())
+    values: dict[str, Any] = {
+        "id": manifest.id,
+        "plays": manifest.plays,
+        "users": manifest.users,
+        "songs": manifest.songs,
+        "playlists": manifest.playlists,
+        "read": manifest.read,
+        "merged": manifest.merged,
+        "set_aside": set_aside,
+    }
+    shown = {**values, "first play": _moment(manifest.first_play), "last play": _moment(manifest.last_play)}
+    views: list[Any] = [figures("Data set", shown)]
+    if set_aside:
+        views.append(table("Rows set aside", ["reason", "rows"], list(manifest.set_aside.items())))
+        views.append("Each with its reason and line in dataset/set_aside.")
+    times = {"first_play": manifest.first_play, "last_play": manifest.last_play}
+    return Shown({**values, **times, "reasons": manifest.set_aside}, views)
+
+
+def _moment(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,61 @@
+"""The entry point: runs a command and turns errors into one line and an exit code."""
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+import typer
+
+from rayrec.errors import RayrecError
+from rayrec_cli import ask_commands, data_commands, model_commands, release_commands, run_commands
+from rayrec_cli.app import app
+
+__all__ = ["ask_commands", "data_commands", "main", "model_commands", "release_commands", "run_commands"]
+
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, which newer typers carry under a private name
+FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code: 0 done, 1 failed, 2 wrong use or bad input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments or os.environ.get("RAYREC_DEBUG") == "1"
+    if not (debug or sys.warnoptions):
+        warnings.simplefilter("ignore")
+    try:
+        return int(app(arguments, prog_name="rayrec", standalone_mode=False) or 0)
+    except RayrecError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except UsageError as error:
+        return _usage(error, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", INTERRUPTED, debug=False)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone: nobody is there to be told
+        return FAILED
+    except Exception as error:  # our bug, or a machine that failed us
+        line = f"{type(error).__name__}: {error}; run again with --debug for the traceback"
+        return _fail(line, FAILED, debug)
+
+
+def _usage(error: Exception, debug: bool) -> int:
+    context = getattr(error, "ctx", None)
+    message = error.format_message()  # type: ignore[attr-defined]
+    if not message.strip() or message.startswith("Usage:"):  # no command was given: what is said is the help
+        print(message, file=sys.stderr)
+        return WRONG_USE
+    where = context.command_path if context is not None else "rayrec"
+    return _fail(f"{message.rstrip('.')}; see {where} --help", WRONG_USE, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print("rayrec:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

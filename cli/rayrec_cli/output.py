@@ -1,0 +1,97 @@
+"""What commands print: tables of 80 columns for people, one JSON object for programs."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+GAP = (0, 1, 0, 0)  # between columns, beside the box's own space
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The outcome of a command: `data` under --json, `views` one below the other otherwise."""
+
+    data: dict[str, Any]
+    views: list[RenderableType] = field(default_factory=list)
+
+
+def show(shown: Shown, *, as_json: bool) -> None:
+    """Write the outcome to stdout."""
+    if as_json:
+        sys.stdout.write(json.dumps(shown.data, ensure_ascii=False) + "\n")
+        return
+    console = Console(highlight=False)
+    for position, view in enumerate(shown.views):
+        if position:
+            console.print()
+        console.print(Text(view) if isinstance(view, str) else view)
+
+
+def note(text: str) -> None:
+    """One line on stderr, for people who watch."""
+    Console(stderr=True, highlight=False).print(escape(text))
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A value as people read it: 343,183 and 0.412; the integer part of a float gets its separators too."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.{0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else digits}f}"
+    return "–" if value is None else str(value)
+
+
+def size(num_bytes: int) -> str:
+    """Bytes as people read them: 1.4 MB."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def day(iso: str) -> str:
+    """The date and minute of an ISO 8601 time."""
+    return iso[:16].replace("T", " ")
+
+
+def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]], *, left: Sequence[str] = ()) -> Table:
+    """A table whose columns are right-aligned, the first and those in `left` excepted.
+
+    Where 80 columns are too few, the left ones are cut short; numbers never are.
+    """
+    made = Table(
+        title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, padding=GAP
+    )
+    cells = [[value if isinstance(value, str) else number(value) for value in row] for row in rows]
+    for index, header in enumerate(headers):
+        if index == 0 or header in left:
+            made.add_column(header, no_wrap=True, overflow="ellipsis")
+        else:
+            widest = max([len(header), *(len(row[index]) for row in cells)])
+            made.add_column(header, justify="right", no_wrap=True, min_width=widest)
+    for row in cells:
+        made.add_row(*map(Text, row))
+    return made
+
+
+def figures(title: str, values: dict[str, Any]) -> Table:
+    """Names and values, one a line; those that are no plain figures are left to a table of their own."""
+    plain = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    made.add_column(no_wrap=True)
+    made.add_column(justify="right", no_wrap=True)
+    for name, value in plain.items():
+        made.add_row(Text("  " + name.replace("_", " ")), Text(number(value)))
+    return made

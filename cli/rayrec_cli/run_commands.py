@@ -1,0 +1,71 @@
+"""run, demo, bench: many stages at once."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import RenderableType
+
+from rayrec_cli.app import app
+from rayrec_cli.ask_commands import recommendations, results_table
+from rayrec_cli.options import Call, ForceOption, command
+from rayrec_cli.output import Shown, figures, note, table
+
+FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="TOML file with a section for each stage.")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="train, taste, index, embed or memory.")]
+QuickOption = Annotated[bool, typer.Option("--quick", help="Small data and few rounds: to see that it works.")]
+
+
+@command(app, "run", example="rayrec run pipeline.toml")
+def run(call: Call, *, file: FileArgument, force: ForceOption = False) -> Shown:
+    """Run all stages from one TOML file.
+
+    A stage whose inputs and settings have not changed is skipped.
+    """
+    from rayrec.jobs.pipeline import run as job
+
+    outcomes = job(call.workspace, file, force=force, on_stage=say)
+    return Shown({"stages": [outcome.to_mapping() for outcome in outcomes]}, [stages_table(outcomes)])
+
+
+def say(outcome: Any) -> None:
+    """Tell on stderr that a stage has ended."""
+    why = ", nothing has changed" if outcome.status == "skipped" else ""
+    note(f"{outcome.stage}: {outcome.status}{why} ({outcome.seconds:,.1f} s)")
+
+
+def stages_table(outcomes: list[Any]) -> RenderableType:
+    """One line a stage."""
+    rows = [[outcome.stage, outcome.status, outcome.id, outcome.seconds] for outcome in outcomes]
+    return table("Stages", ["stage", "status", "id", "seconds"], rows, left=["status", "id"])
+
+
+@command(app, "demo", example="rayrec demo")
+def demo(call: Call, *, force: ForceOption = False) -> Shown:
+    """Show the whole way on generated plays.
+
+    Runs every stage, measures the network against the baselines and recommends songs to one user.
+    A second run in the same workspace skips what is done; --force does it again.
+    """
+    from rayrec.jobs.demo import demo as job
+
+    told = job(call.workspace, force=force, on_stage=say)
+    views = [
+        stages_table(told.outcomes),
+        results_table(told.evaluation),
+        f"User {told.user}",
+        *recommendations(told.answer),
+        f"Report: {told.report}",
+    ]
+    return Shown(told.to_mapping(), views)
+
+
+@command(app, "bench", example="rayrec bench train")
+def bench(call: Call, *, name: NameArgument, quick: QuickOption = False) -> Shown:
+    """Measure a stage against a plain loop.
+
+    Both do the same work in one run, in alternating rounds.
+    """
+    from rayrec.jobs.bench import bench as job
+
+    told = job(name, quick=quick)
+    return Shown(told, [figures(f"bench {name}", told)])

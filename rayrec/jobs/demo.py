@@ -1,0 +1,94 @@
+"""The whole way on generated plays, small enough to watch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rayrec import artifacts
+from rayrec.config import to_mapping
+from rayrec.data.dataset import Dataset
+from rayrec.data.generate import GenerateConfig
+from rayrec.errors import InputError, NotFoundError
+from rayrec.jobs.pipeline import Outcome, run
+from rayrec.recommend.answering import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
+from rayrec.workspace import Workspace
+
+# Small, yet large enough for the network to be told from the baselines: about a minute of training.
+PIPELINE: dict[str, dict[str, Any]] = {
+    "generate": {"users": 2_000, "songs": 2_000, "plays": 60.0, "buckets": 4},
+    "split": {"test_days": 20.0, "validation_days": 7.0},
+    "embed": {"dim": 32, "epochs": 10},
+    "train": {"hidden_dim": 64, "epochs": 6, "workers": 0},
+    "taste": {},
+    "index": {},
+    "evaluate": {"bootstrap_samples": 200, "max_curve_users": 500},
+    "release": {},
+}
+MIN_PLAYS = 30  # of the user who is shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """What the demo shows."""
+
+    outcomes: list[Outcome]
+    evaluation: dict[str, Any]  # the report's metrics
+    report: str  # path of report.html
+    user: str
+    answer: Answer
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "stages": [outcome.to_mapping() for outcome in self.outcomes],
+            "default": self.evaluation["default"],
+            "results": self.evaluation["results"],
+            "report": self.report,
+            "user": self.user,
+            **self.answer.to_mapping(),
+        }
+
+
+def demo(
+    workspace: Workspace, *, force: bool = False, on_stage: Callable[[Outcome], None] = lambda outcome: None
+) -> Demo:
+    """Generate plays, run every stage, recommend to one user as if three minutes after the last play.
+
+    In a workspace that holds the demo already the stages are skipped, as in every other run: the
+    plays come from a seed, so doing it all again would show the same figures. `force` does it again.
+    Raises `InputError` in a workspace that holds other data, which it never replaces.
+    """
+    _require_room(workspace)
+    outcomes = run(workspace, PIPELINE, force=force, on_stage=on_stage)
+    ids = {outcome.stage: outcome.id for outcome in outcomes}
+    dataset = Dataset(workspace)
+    user, last_play = _some_user(dataset)
+    recommender = load_recommender(workspace, dataset, model_id=ids["train"], index_id=ids["index"])
+    report = artifacts.load(workspace, "reports", ids["evaluate"])
+    return Demo(
+        outcomes=outcomes,
+        evaluation=report.metrics,
+        report=workspace.full(report.path("report.html")),
+        user=user,
+        answer=answer(dataset, recommender, RecommendConfig(k=10), at=last_play + ASSUMED_GAP_MS, user=user),
+    )
+
+
+def _require_room(workspace: Workspace) -> None:
+    try:
+        there = Dataset(workspace).manifest
+    except NotFoundError:
+        return
+    if there.source != "generated" or there.config != to_mapping(GenerateConfig(**PIPELINE["generate"])):
+        raise InputError(
+            f"workspace {workspace.uri} holds another data set ({there.source}, {there.plays:,} plays); "
+            "run the demo in a workspace of its own: rayrec --workspace ./demo demo"
+        )
+
+
+def _some_user(dataset: Dataset) -> tuple[str, int]:
+    """The first user with enough plays to show, and the time of the last one (ms UTC)."""
+    for batch in dataset.read_all():
+        for row in (batch.lengths >= MIN_PLAYS).nonzero()[0][:1]:
+            return str(batch.user_ids[row]), int(batch.played_at[batch.offsets[row + 1] - 1])
+    raise NotFoundError(f"no generated user has {MIN_PLAYS} plays")

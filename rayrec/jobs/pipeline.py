@@ -1,0 +1,227 @@
+"""All stages from one TOML file, in one Ray cluster; what is done already is not done again."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rayrec import artifacts, releases
+from rayrec.artifacts import Manifest
+from rayrec.config import from_mapping, read_toml, setting, to_mapping
+from rayrec.data.dataset import Dataset, DatasetManifest
+from rayrec.data.generate import GenerateConfig
+from rayrec.data.importing import ImportConfig
+from rayrec.data.split import Split, SplitConfig
+from rayrec.data.splits import list_splits, split_dataset
+from rayrec.errors import InputError, NotFoundError
+from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.embed import embed
+from rayrec.jobs.evaluate import evaluate
+from rayrec.jobs.generating import generate
+from rayrec.jobs.importing import import_data
+from rayrec.jobs.index import build_index
+from rayrec.jobs.taste import compute_tastes
+from rayrec.jobs.train import train
+from rayrec.recommend.index import IndexConfig
+from rayrec.songs.embedding import EmbedConfig
+from rayrec.taste.config import TasteConfig, TrainConfig
+from rayrec.workspace import Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseConfig:
+    """What to do with the release of a run."""
+
+    activate: bool = setting(True, help="make it the live release")
+
+
+CONFIGS: dict[str, type[Any]] = {
+    "import": ImportConfig,
+    "generate": GenerateConfig,
+    "split": SplitConfig,
+    "embed": EmbedConfig,
+    "train": TrainConfig,
+    "taste": TasteConfig,
+    "index": IndexConfig,
+    "evaluate": EvaluateConfig,
+    "release": ReleaseConfig,
+}
+OPTIONAL = ("import", "generate", "split")  # stages that run only where the file has their section
+PATHS = {"import": "paths", "embed": "vectors"}  # settings that name files, relative to the TOML file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one stage."""
+
+    stage: str
+    status: Literal["done", "skipped"]  # skipped: its inputs and settings had not changed
+    id: str  # of the artifact
+    seconds: float
+    figures: dict[str, Any] = field(default_factory=dict)  # what the stage reported when it ran
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+def run(
+    workspace: Workspace,
+    source: str | Path | Mapping[str, Any],
+    *,
+    force: bool = False,
+    on_stage: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Run import or generate, split, embed, train, taste, index, evaluate and release, in this order.
+
+    `source` is a TOML file, or its content, with a section of settings for each stage. import,
+    generate and split run only where there is a section, evaluate only after a split, the rest
+    always. `force` repeats what is done already. `on_stage` hears of each stage as it ends.
+
+    Raises `InputError` for unknown sections or settings before any work begins.
+    """
+    configs = read_configs(source)
+    stages = _Stages(workspace, configs, force)
+    outcomes = []
+    with ray_cluster():
+        for name in configs:
+            if name == "evaluate" and stages.split is None:
+                continue
+            outcomes.append(stages.outcome(name))
+            on_stage(outcomes[-1])
+    return outcomes
+
+
+def read_configs(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Stage -> config, in the order in which the stages run.
+
+    Raises `InputError` for unknown sections or settings, and for both import and generate.
+    """
+    sections = dict(source) if isinstance(source, Mapping) else read_toml(source)
+    where = "the pipeline" if isinstance(source, Mapping) else str(source)
+    folder = Path() if isinstance(source, Mapping) else Path(source).parent
+    unknown = sorted(set(sections) - set(CONFIGS))
+    if unknown:
+        raise InputError(f"{where} has a section or key {unknown[0]!r}; expected sections: {', '.join(CONFIGS)}")
+    if "import" in sections and "generate" in sections:
+        raise InputError(f"{where} has both [import] and [generate]; a workspace holds one data set, keep one of them")
+    configs = {}
+    for name, config in CONFIGS.items():
+        if name in sections or name not in OPTIONAL:
+            configs[name] = from_mapping(config, _section(sections, name, where, folder), f"{where} [{name}]")
+    return configs
+
+
+def _section(sections: dict[str, Any], name: str, where: str, folder: Path) -> dict[str, Any]:
+    """A section's settings, its relative paths made relative to the folder of the file."""
+    section = sections.get(name, {})
+    if not isinstance(section, Mapping):
+        raise InputError(f"{where} has {name} = {section!r}; expected a section [{name}]")
+    section = dict(section)
+    key = PATHS.get(name)
+    if key in section:
+        value = section[key]
+        section[key] = [_beside(folder, item) for item in value] if isinstance(value, list) else _beside(folder, value)
+    return section
+
+
+def _beside(folder: Path, path: Any) -> Any:
+    return str(folder / path) if isinstance(path, str) and "://" not in path else path
+
+
+class _Stages:
+    """Runs one stage after the other, each on what the earlier ones made."""
+
+    def __init__(self, workspace: Workspace, configs: dict[str, Any], force: bool) -> None:
+        self.workspace = workspace
+        self.configs = configs
+        self.force = force
+        self.split: Split | None = None
+        self.made: dict[str, str] = {}  # stage -> id
+
+    def outcome(self, name: str) -> Outcome:
+        """Run a stage."""
+        started = time.monotonic()
+        existing = self._existing(name)
+        made: Manifest | DatasetManifest | Split = getattr(self, f"_{name}")(self.configs[name])
+        self.made[name] = made.id
+        return Outcome(
+            stage=name,
+            status="skipped" if made.id in existing and not self.force else "done",
+            id=made.id,
+            seconds=round(time.monotonic() - started, 2),
+            figures=_figures(made),
+        )
+
+    def _existing(self, name: str) -> set[str]:
+        if name in ("import", "generate"):
+            try:
+                return {Dataset(self.workspace).manifest.id}
+            except NotFoundError:
+                return set()
+        if name == "split":
+            return {split.id for split in list_splits(self.workspace)}
+        return {item.id for item in artifacts.listing(self.workspace, KINDS[name])}
+
+    def _import(self, config: ImportConfig) -> DatasetManifest:
+        return import_data(self.workspace, config, repeat=self.force)
+
+    def _generate(self, config: GenerateConfig) -> DatasetManifest:
+        try:
+            there = Dataset(self.workspace).manifest
+        except NotFoundError:
+            return generate(self.workspace, config)
+        if there.source == "generated" and there.config == to_mapping(config) and not self.force:
+            return there
+        return generate(self.workspace, config, repeat=self.force)
+
+    def _split(self, config: SplitConfig) -> Split:
+        self.split = split_dataset(self.workspace, config)
+        return self.split
+
+    def _embed(self, config: EmbedConfig) -> Manifest:
+        return embed(self.workspace, config, split=self.split, repeat=self.force)
+
+    def _train(self, config: TrainConfig) -> Manifest:
+        return train(self.workspace, config, songs_id=self.made["embed"], split=self.split, repeat=self.force)
+
+    def _taste(self, config: TasteConfig) -> Manifest:
+        return compute_tastes(self.workspace, config, model_id=self.made["train"], repeat=self.force)
+
+    def _index(self, config: IndexConfig) -> Manifest:
+        return build_index(self.workspace, config, model_id=self.made["train"], repeat=self.force)
+
+    def _evaluate(self, config: EvaluateConfig) -> Manifest:
+        if self.split is None:
+            raise AssertionError("evaluate runs after a split only")
+        return evaluate(self.workspace, config, split=self.split, model_id=self.made["train"], repeat=self.force)
+
+    def _release(self, config: ReleaseConfig) -> Manifest:
+        return releases.create_release(
+            self.workspace,
+            model_id=self.made["train"],
+            tastes_id=self.made["taste"],
+            index_id=self.made["index"],
+            activate=config.activate,
+        )
+
+
+KINDS = {
+    "embed": "songs",
+    "train": "models",
+    "taste": "tastes",
+    "index": "indexes",
+    "evaluate": "reports",
+    "release": "releases",
+}
+
+
+def _figures(made: Manifest | DatasetManifest | Split) -> dict[str, Any]:
+    if isinstance(made, Manifest):
+        return made.metrics
+    if isinstance(made, DatasetManifest):
+        counts = {"plays": made.plays, "users": made.users, "songs": made.songs}
+        return {**counts, "set_aside": sum(made.set_aside.values())}
+    return {"validation_from": made.validation_from, "test_from": made.test_from}
