@@ -45,12 +45,16 @@ def write_song_vectors(workspace: Workspace, vectors: np.ndarray, inputs: dict[s
 
 
 def random_histories(users: int, num_songs: int, *, longest: int = 30, seed: int = 0) -> Histories:
-    """Users with 0 to `longest` plays each, one a minute on average, all within `longest` minutes or so."""
+    """Users with 0 to `longest` plays each, one a minute on average, who start within the first `longest` minutes."""
     random = np.random.default_rng(seed)
     lengths = random.integers(0, longest + 1, size=users)
+    starts = random.integers(0, longest * 60_000, size=users)
     return Histories.from_lists(
         songs=[random.integers(0, num_songs, size=length) for length in lengths],  # type: ignore[misc]
-        played_at=[np.cumsum(random.integers(1, 120_000, size=length)) for length in lengths],  # type: ignore[misc]
+        played_at=[  # type: ignore[misc]
+            start + np.cumsum(random.integers(1, 120_000, size=length))
+            for start, length in zip(starts, lengths, strict=True)
+        ],
         user_ids=[f"user-{row}" for row in range(users)],
     )
 

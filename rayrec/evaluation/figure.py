@@ -31,7 +31,7 @@ def cosine_figure(curves: Sequence[dict[str, Any]]) -> bytes:
     axes = figure.add_subplot()
     drawn = [curve for curve in curves if curve["offset"]]
     colors = _colors(drawn)
-    shifts = np.geomspace(1 / 1.04, 1.04, len(drawn)) if len(drawn) > 1 else [1.0]
+    shifts = np.geomspace(1 / 1.05, 1.05, len(drawn) + 2)[1:-1]
     for place, (curve, color, shift) in enumerate(zip(drawn, colors, shifts, strict=True)):
         _draw(axes, curve, color, MARKERS[place % len(MARKERS)], float(shift))
     _dress(axes, drawn)

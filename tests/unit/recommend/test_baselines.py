@@ -51,7 +51,7 @@ def test_a_fit_does_not_depend_on_how_the_batches_are_cut(fit: Callable[..., Any
 
 
 def test_fits_from_a_data_set_see_only_what_is_allowed(workspace: Workspace) -> None:
-    allowed = FitRange(before=60_000, held_out_share=0.3)
+    allowed = FitRange(before=900_000, held_out_share=0.3)
     histories = random_histories(60, 12)
     dataset = write_dataset(workspace, histories, 12)
     popularity, rules = fit_baselines(["popularity", "sequential-rules"], dataset, None, allowed)

@@ -1,0 +1,222 @@
+"""Which plays are predicted, for whom they count, and that the figures add up."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import reduce
+from operator import add
+
+import numpy as np
+import pytest
+from worlds import random_histories, random_vectors
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.split import FitRange, Split
+from rayrec.errors import InputError
+from rayrec.evaluation import protocol
+from rayrec.evaluation.metrics import NEVER
+from rayrec.evaluation.protocol import (
+    GROUPS,
+    EvaluateConfig,
+    Evaluator,
+    Tally,
+    blocks,
+    plays_to_predict,
+    target_ranks,
+    user_groups,
+)
+from rayrec.evaluation.results import curves_of_tally, results_of
+from rayrec.recommend.average import AverageRecommender
+from rayrec.recommend.neighbours import NeighboursRecommender
+from rayrec.recommend.popularity import PopularityRecommender
+from rayrec.recommend.recommender import Recommender
+from rayrec.recommend.sequential_rules import SequentialRulesRecommender
+
+CUT = 100
+SPLIT = Split(id="split", dataset="by-hand", validation_from=90, test_from=CUT)
+NUM_SONGS = 4
+
+
+@pytest.fixture
+def world() -> Histories:
+    """Plays of the songs 0 to 3; the cut is at 100."""
+    return Histories.from_lists(
+        songs=[[0, 1, 2], [0, 1], [3], [1, 1, 0], [], [2]],
+        played_at=[[10, 100, 110], [10, 20], [120], [130, 140, 150], [], [5]],
+        user_ids=["seen", "quiet", "once", "new", "empty", "early"],
+    )
+
+
+def _evaluator(recommenders: list[Recommender], split: Split = SPLIT, **settings: object) -> Evaluator:
+    config = EvaluateConfig(**{"ks": (1, 2), "bootstrap_samples": 20, "offsets": 3, **settings})
+    return Evaluator(recommenders, split=split, known_songs=np.array([True, True, True, False]), config=config)
+
+
+def test_every_play_from_the_cut_on_that_follows_another_is_predicted(world: Histories) -> None:
+    plays = plays_to_predict(world, CUT)
+    questions = Questions.before_plays(world, plays)
+    assert [(world.user_ids[row], int(seen)) for row, seen in zip(questions.rows, questions.seen, strict=True)] == [
+        ("seen", 1),
+        ("seen", 2),
+        ("new", 1),
+        ("new", 2),
+    ]
+    assert questions.at.tolist() == [100, 110, 140, 150]
+
+
+@pytest.mark.parametrize("per_block", [1, 2, 3, 100])
+def test_blocks_hold_every_question_once(world: Histories, per_block: int) -> None:
+    found = [
+        (block.user_ids[row], int(block.played_at[play]))
+        for block, plays in blocks(world, CUT, per_block)
+        for row, play in zip(Questions.before_plays(block, plays).rows, plays, strict=True)
+    ]
+    assert found == [("seen", 100), ("seen", 110), ("new", 140), ("new", 150)]
+
+
+def test_users_are_seen_new_or_held_out(world: Histories) -> None:
+    assert [GROUPS[group] for group in user_groups(world, SPLIT)] == ["seen", "seen", "new", "new", "new", "seen"]
+    shared = Split(id="s", dataset="d", validation_from=90, test_from=CUT, held_out_share=0.5, held_out_seed=2)
+    allowed = shared.final.allowed_users(world.user_ids)
+    assert 0 < allowed.sum() < len(world)
+    expected = np.where(allowed, user_groups(world, SPLIT), GROUPS.index("held_out"))
+    np.testing.assert_array_equal(user_groups(world, shared), expected)
+
+
+def test_figures_of_each_group_are_those_worked_out_by_hand(world: Histories) -> None:
+    # Popularity 5, 4, 3, 9: song 3 was never played before the cut and scores by accident.
+    evaluator = _evaluator([PopularityRecommender(np.array([5, 4, 3, 9]))])
+    results = results_of(evaluator(world), evaluator.recommenders, evaluator.config)
+    # Ranks: seen asks for songs 1 and 2, ranks 3 and 4; new asks for 1 and 0, ranks 3 and 2.
+    found = {(entry["users"], entry["metric"], entry["k"]): entry for entry in results}
+    assert found["new", "recall", 2]["value"] == 0.5
+    assert found["new", "mrr", 2]["value"] == 0.25
+    assert found["new", "ndcg", 2]["value"] == pytest.approx(0.5 / np.log2(3), abs=1e-6)
+    assert found["seen", "recall", 2]["value"] == 0
+    assert found["all", "recall", 2]["value"] == 0.25
+    assert found["all", "recall", 1]["value"] == 0
+    assert (found["all", "recall", 2]["plays"], found["all", "recall", 2]["users_count"]) == (4, 2)
+    assert (found["new", "recall", 2]["plays"], found["new", "recall", 2]["users_count"]) == (2, 1)
+    assert not any(entry["users"] == "held_out" for entry in results)
+    assert set(results[0]) == {
+        *("model", "kind", "users", "target", "metric", "k", "value", "low", "high", "plays", "users_count")
+    }
+
+
+def test_figures_are_means_over_plays_and_not_over_users() -> None:
+    always = PopularityRecommender(np.array([9, 1, 1, 1]))
+    world = Histories.from_lists([[0, 0, 0, 0, 0], [0, 1]], [[100, 101, 102, 103, 104], [100, 101]])
+    evaluator = _evaluator([always])
+    results = results_of(evaluator(world), [always], evaluator.config)
+    assert results[0]["value"] == 0.8  # 4 of 5 plays; the mean over users would be 0.5
+
+
+def test_a_song_that_no_fit_has_seen_is_a_miss_however_well_it_scores(world: Histories) -> None:
+    popular = PopularityRecommender(np.array([0, 0, 0, 9]))
+    histories = Histories.from_lists([[0, 3, 0, 7]], [[100, 101, 102, 103]])
+    questions = Questions.before_plays(histories, np.array([1, 2, 3]))
+    known = np.array([True, True, True, False])
+    ranks = target_ranks(popular, histories, questions, histories.songs[1:], known)
+    assert ranks.tolist() == [NEVER, 4, NEVER]  # song 7 is not even in the catalog
+
+
+def test_evaluation_ranks_by_the_scores_that_recommend_serves() -> None:
+    vectors = random_vectors(30)
+    recommender = AverageRecommender(vectors, 0.5)
+    histories = random_histories(20, 30, seed=8)
+    plays = plays_to_predict(histories, 0)
+    questions = Questions.before_plays(histories, plays)
+    ranks = target_ranks(recommender, histories, questions, histories.songs[plays], np.ones(30, bool))
+    for question in range(0, len(questions), 25):
+        row, seen = questions.rows[question], questions.seen[question]
+        past = histories.take(np.array([row])).keep(np.arange(histories.lengths[row]) < seen)
+        songs, _ = recommender.recommend_one(past, int(questions.at[question]), 30)
+        assert songs[ranks[question] - 1] == histories.songs[plays[question]]
+
+
+def _models(histories: Histories) -> list[Recommender]:
+    allowed = FitRange(before=600_000)
+    fit_on = allowed.select(histories)
+    vectors = random_vectors(25)
+    return [
+        PopularityRecommender.fit([fit_on], num_songs=25, allowed=allowed),
+        SequentialRulesRecommender.fit([fit_on], num_songs=25, allowed=allowed),
+        NeighboursRecommender(vectors),
+        AverageRecommender(vectors, 0.75),
+    ]
+
+
+def _assert_same(left: Tally, right: Tally) -> None:
+    for field in fields(Tally):
+        np.testing.assert_allclose(getattr(left, field.name), getattr(right, field.name), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 60])
+def test_tallies_of_parts_add_up_to_the_tally_of_the_whole(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    histories = random_histories(120, 25, seed=2)
+    split = Split(id="s", dataset="d", validation_from=1, test_from=600_000, held_out_share=0.2)
+    config = EvaluateConfig(bootstrap_samples=50, offsets=5)
+    evaluator = Evaluator(
+        _models(histories), split=split, known_songs=np.ones(25, bool), config=config, curve_share=0.5
+    )
+    whole = evaluator(histories)
+    assert (whole.users > 0).all()
+    assert whole.curve_counts.sum() > 0
+    monkeypatch.setattr(protocol, "QUESTIONS_PER_BLOCK", 40)
+    shuffled = np.random.default_rng(0).permutation(len(histories))
+    parts = [evaluator(histories.take(shuffled[start : start + cut])) for start in range(0, 120, cut)]
+    _assert_same(reduce(add, parts, evaluator.empty()), whole)
+
+
+def test_only_the_drawn_users_are_in_the_curves() -> None:
+    histories = random_histories(300, 25, longest=4, seed=2)
+    recommender = NeighboursRecommender(random_vectors(25))
+    config = EvaluateConfig(bootstrap_samples=0, offsets=1)
+
+    def plays(share: float) -> float:
+        known = np.ones(25, bool)
+        evaluator = Evaluator([recommender], split=SPLIT, known_songs=known, config=config, curve_share=share)
+        return float(evaluator(histories).curve_counts.sum())
+
+    assert plays(0.0) == 0
+    assert plays(0.3) == pytest.approx(0.3 * plays(1.0), rel=0.25)
+
+
+def test_curves_are_listed_with_their_plays(world: Histories) -> None:
+    recommender = NeighboursRecommender(random_vectors(4))
+    evaluator = _evaluator([PopularityRecommender(np.ones(4)), recommender])
+    (curve,) = curves_of_tally(evaluator(world), evaluator.curves, evaluator.config)
+    assert (curve["model"], curve["horizon"], curve["offset"]) == ("neighbours", "short", [1, 2])
+    assert curve["plays"] == [4, 2]
+    vectors = recommender.song_vectors
+    expected = (
+        vectors[0] @ vectors[1] + vectors[1] @ vectors[2] + vectors[1] @ vectors[1] + vectors[1] @ vectors[0]
+    ) / 4
+    assert curve["value"][0] == pytest.approx(expected, abs=1e-5)
+    assert all(
+        low <= value <= high for low, value, high in zip(curve["low"], curve["value"], curve["high"], strict=True)
+    )
+
+
+def test_users_without_test_plays_ask_nothing() -> None:
+    class Silent(PopularityRecommender):
+        def score_chunks(self, *_: object) -> Iterator[tuple[slice, np.ndarray]]:
+            raise AssertionError("nothing was to be scored")
+
+    evaluator = _evaluator([Silent(np.ones(4))])
+    _assert_same(evaluator(Histories.from_lists([[0, 1], [2]], [[1, 2], [500]])), evaluator.empty())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ks": ()}, "ks is"),
+        ({"ks": (0, 10)}, "ks is"),
+        ({"confidence": 1.0}, "confidence 1.0"),
+        ({"bootstrap_samples": -1}, "bootstrap_samples is -1"),
+        ({"offsets": -1}, "offsets is -1"),
+        ({"models": ()}, "models is empty"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        EvaluateConfig(**settings)

@@ -1,0 +1,97 @@
+"""The report: files that programs and people can read."""
+
+import base64
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayrec.evaluation.figure import LABEL_GAP, cosine_figure, curve_name, spread
+from rayrec.evaluation.report import html_page, write_report
+from rayrec.workspace import Workspace
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _entry(model: str, users: str, value: float, k: int = 20, metric: str = "recall") -> dict[str, Any]:
+    interval = {"value": value, "low": value - 0.01, "high": value + 0.01}
+    about = {"model": model, "kind": "baseline", "users": users, "target": "next", "metric": metric, "k": k}
+    return {**about, **interval, "plays": 1234, "users_count": 56}
+
+
+def _curve(model: str, kind: str = "baseline", horizon: str = "short") -> dict[str, Any]:
+    values = {"value": [0.5, 0.4], "low": [0.4, 0.3], "high": [0.6, 0.5], "plays": [20, 10]}
+    return {"model": model, "kind": kind, "horizon": horizon, "offset": [1, 2], **values}
+
+
+@pytest.fixture
+def results() -> list[dict[str, Any]]:
+    return [
+        _entry(model, users, value, k, metric)
+        for users in ("all", "seen", "new")
+        for model, value in (("weak", 0.1), ("strong <&>", 0.4))
+        for k in (10, 20)
+        for metric in ("recall", "mrr")
+    ]
+
+
+def test_the_report_is_written_with_everything_in_it(workspace: Workspace, results: list[dict[str, Any]]) -> None:
+    curves = [_curve("weak"), _curve("taste", "network")]
+    names = write_report(workspace, "reports/r", results, curves, default="taste", about={"split": "abc"})
+    assert sorted(names) == ["cosine_by_offset.png", "report.html", "results.json"]
+    stored = workspace.read_json("reports/r/results.json")
+    assert stored["default"] == "taste"
+    assert stored["results"] == results
+    assert stored["cosine_by_offset"] == curves
+    picture = workspace.read_bytes("reports/r/cosine_by_offset.png")
+    assert picture.startswith(PNG)
+    assert base64.b64encode(picture).decode() in workspace.read_bytes("reports/r/report.html").decode()
+
+
+def test_without_curves_there_is_no_figure(workspace: Workspace, results: list[dict[str, Any]]) -> None:
+    names = write_report(workspace, "reports/r", results, [], default="taste", about={})
+    assert names == ["results.json", "report.html"]
+
+
+def test_the_page_needs_no_other_file_and_escapes_what_it_shows(results: list[dict[str, Any]]) -> None:
+    page = html_page(results, PNG, default="weak", about={"data set": "<b>"})
+    assert "strong &lt;&amp;&gt;" in page
+    assert "<dd>&lt;b&gt;</dd>" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "<script" not in page
+
+
+def test_the_page_lists_the_best_first_and_marks_the_default(results: list[dict[str, Any]]) -> None:
+    page = html_page(results, None, default="weak", about={})
+    assert page.index("strong") < page.index("weak<small>")
+    assert page.count("<tr class=default>") == 4  # one a table: all, seen and new at 20, all at 10
+    assert "1,234 plays of 56 users" in page
+    assert "0.4000<small>0.3900–0.4100</small>" in page
+
+
+def test_one_group_alone_is_not_told_twice(results: list[dict[str, Any]]) -> None:
+    lone = [entry for entry in results if entry["users"] in ("all", "seen") and entry["k"] == 20]
+    assert html_page(lone, None, default="weak", about={}).count("<table>") == 1
+
+
+def test_a_figure_can_be_drawn_of_many_curves_of_one_and_of_none() -> None:
+    many = [_curve(f"average-{discount}") for discount in range(7)]
+    many += [_curve("taste", "network"), _curve("taste", "network", "long"), _curve("neighbours")]
+    nothing = {**_curve("x"), **{name: [] for name in ("offset", "value", "low", "high", "plays")}}
+    for curves in (many, many[:1], [], [nothing]):
+        assert cosine_figure(curves).startswith(PNG)
+
+
+def test_a_model_with_two_curves_is_named_with_its_horizon() -> None:
+    curves = [_curve("taste", horizon="short"), _curve("taste", horizon="long"), _curve("neighbours")]
+    assert [curve_name(curve, curves) for curve in curves] == ["taste, short", "taste, long", "neighbours"]
+
+
+def test_labels_are_spread_apart_in_their_order() -> None:
+    heights = np.array([0.5, 0.51, 0.1, 0.505, 0.9, 0.1])
+    spaced = spread(heights, LABEL_GAP)
+    assert np.diff(np.sort(spaced)).min() >= LABEL_GAP - 1e-9
+    assert (np.argsort(spaced, kind="stable") == np.argsort(heights, kind="stable")).all()
+    assert spaced[4] == 0.9
+    np.testing.assert_allclose(spaced[[0, 1, 3]].mean(), heights[[0, 1, 3]].mean())
