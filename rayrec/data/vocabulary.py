@@ -40,18 +40,20 @@ def first_songs(rows: pa.Table) -> pa.Table:
 
     Title and artist are the first ones that are given.
     """
-    wanted = rows.select([columns.SONG_ID, columns.TITLE, columns.ARTIST])
-    found = wanted.group_by(columns.SONG_ID, use_threads=False).aggregate(
-        [(columns.TITLE, "first"), (columns.ARTIST, "first")]
-    )
-    song_ids = plain(found.column(columns.SONG_ID))
-    data = [
-        pa.array(song_keys(song_ids)),
-        song_ids,
-        found.column(f"{columns.TITLE}_first"),
-        found.column(f"{columns.ARTIST}_first"),
-    ]
-    return pa.table(data, schema=SONGS)
+    # Not group_by: it does not keep the order of appearance, dictionary_encode does.
+    encoded = plain(rows.column(columns.SONG_ID)).dictionary_encode()
+    codes, count = encoded.indices.to_numpy(), len(encoded.dictionary)
+    titles, artists = (_first_values(rows.column(name), codes, count) for name in (columns.TITLE, columns.ARTIST))
+    return pa.table([pa.array(song_keys(encoded.dictionary)), encoded.dictionary, titles, artists], schema=SONGS)
+
+
+def _first_values(values: pa.ChunkedArray, codes: np.ndarray, count: int) -> pa.Array:
+    """The first value that is not null of each of `count` groups; `codes`, int (R,), are the groups of the rows."""
+    column = plain(values)
+    given = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))[::-1]
+    places = np.full(count, -1, dtype=np.int64)
+    places[codes[given]] = given  # from the last to the first: the first stays
+    return column.take(pa.array(places, mask=places < 0))
 
 
 class Vocabulary:
@@ -104,20 +106,13 @@ class Vocabulary:
             return
         everything = pa.concat_tables([self._songs, *self._waiting])
         self._waiting, self._waiting_rows = [], 0
-        grouped = everything.group_by([KEY], use_threads=False).aggregate(
-            [
-                (columns.SONG_ID, "first"),
-                (columns.SONG_ID, "min"),
-                (columns.SONG_ID, "max"),
-                (columns.TITLE, "first"),
-                (columns.ARTIST, "first"),
-            ]
-        )
-        same = pc.equal(grouped.column(f"{columns.SONG_ID}_min"), grouped.column(f"{columns.SONG_ID}_max"))
-        if not pc.all(same).as_py():
+        encoded = plain(everything.column(KEY)).dictionary_encode()
+        codes, count = encoded.indices.to_numpy(), len(encoded.dictionary)
+        values = {name: _first_values(everything.column(name), codes, count) for name in SONGS.names[1:]}
+        song_ids = values[columns.SONG_ID]
+        if not pc.all(pc.equal(song_ids.take(pa.array(codes)), plain(everything.column(columns.SONG_ID)))).as_py():
             raise RayrecError("two song ids have the same 64-bit key; please report this with the two ids")
-        names = [KEY, *(f"{name}_first" for name in (columns.SONG_ID, columns.TITLE, columns.ARTIST))]
-        self._songs = grouped.select(names).rename_columns(SONGS.names).cast(SONGS).combine_chunks()
+        self._songs = pa.table([encoded.dictionary, *values.values()], schema=SONGS)
 
 
 class SongRows:
