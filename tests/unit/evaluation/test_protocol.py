@@ -41,7 +41,7 @@ def world() -> Histories:
     """Plays of the songs 0 to 3; the cut is at 100."""
     return Histories.from_lists(
         songs=[[0, 1, 2], [0, 1], [3], [1, 1, 0], [], [2]],
-        played_at=[[10, 100, 110], [10, 20], [120], [130, 140, 150], [], [5]],
+        played_at=[[10, 100, 110], [10, 95], [120], [130, 140, 150], [], [5]],
         user_ids=["seen", "quiet", "once", "new", "empty", "early"],
     )
 
