@@ -26,7 +26,7 @@ from rayrec.data.merging import choose_contexts
 from rayrec.data.staging import Staging, discard_others, finish_publishing
 from rayrec.data.vocabulary import KEY, SongRows, Vocabulary
 from rayrec.errors import InputError
-from rayrec.jobs.buckets import BucketWorker, run_buckets
+from rayrec.jobs.buckets import BucketWorker
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.progress import progress
 from rayrec.workspace import (
@@ -116,16 +116,23 @@ class _Import:
         self.staging.publish(manifest)
         return manifest
 
-    def _run(self, title: str, worker: Callable[..., BucketWorker], todo: list[int], **arguments: Any) -> None:
+    def _run(self, title: str, make_worker: Callable[..., BucketWorker], todo: list[int], **arguments: Any) -> None:
+        if not todo:
+            return
+        stored = ray.put({"staging": self.staging, "config": self.config, **arguments})
+        # Tasks and not actors: they start at once in workers that are there, and have next to no state to load.
+        done = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+            _work, fn_kwargs={"make_worker": make_worker, "stored": [stored]}, batch_size=1, num_cpus=1
+        )
         with progress(title, len(todo)) as bar:
-            for _ in run_buckets(worker, todo, arguments={"staging": self.staging, "config": self.config, **arguments}):
+            for _ in done.iter_rows():
                 bar.advance()
 
     def _read_units(self) -> list[UnitResult]:
         """The first pass."""
         store, numbers = self.staging.fragments, range(len(self.plan.units))
         todo = [unit for unit in numbers if not store.is_done(unit)]
-        self._run("read", UnitImporter, todo, units=ray.put(self.plan.units), buckets=self.buckets)
+        self._run("read", UnitImporter, todo, units=self.plan.units, buckets=self.buckets)
         results = [store.result(unit) for unit in numbers]
         for result in results:
             if result.error:
@@ -141,7 +148,7 @@ class _Import:
             vocabulary.add(self.staging.fragments.songs(number, unit))
         if self.config.min_user_plays > 1 or self.config.min_song_plays > 1:
             todo = [number for number in range(self.buckets) if not self._exists(self.staging.counts_file(number))]
-            self._run("count songs", SongCounter, todo, merge=ray.put(merge))
+            self._run("count songs", SongCounter, todo, merge=merge)
             vocabulary.keep(self._song_counts(vocabulary.keys) >= self.config.min_song_plays)
         return vocabulary
 
@@ -158,7 +165,7 @@ class _Import:
         numbers = range(self.buckets)
         todo = [number for number in numbers if not self._exists(self.staging.bucket_file(number))]
         songs = SongRows.of(vocabulary.keys)
-        self._run("merge", BucketMerger, todo, merge=ray.put(merge), keys=ray.put(songs.keys), rows=ray.put(songs.rows))
+        self._run("merge", BucketMerger, todo, merge=merge, keys=songs.keys, rows=songs.rows)
         return [self.workspace.read_json(self.staging.bucket_file(number)) for number in numbers]
 
     def _exists(self, path: str) -> bool:
@@ -235,6 +242,11 @@ class _Import:
         other = _other(self.config.produces)
         folder = "histories/" if other == "plays" else "playlists/"
         return name.startswith((folder, f"{SET_ASIDE.removeprefix(f'{DATASET}/')}/{other}-"))
+
+
+def _work(batch: dict[str, np.ndarray], make_worker: Callable[..., BucketWorker], stored: list[Any]) -> dict[str, Any]:
+    worker = make_worker(**ray.get(stored[0]))
+    return {"done": [worker(unit) for unit in batch["item"]]}
 
 
 def _added(counts: Iterable[dict[str, int]]) -> dict[str, int]:

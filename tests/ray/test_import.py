@@ -1,0 +1,298 @@
+"""Imports end to end on a local cluster."""
+
+import json
+import os
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rayrec.artifacts import sha256
+from rayrec.data.dataset import Dataset, DatasetManifest
+from rayrec.data.importing import ImportConfig
+from rayrec.errors import InputError
+from rayrec.jobs import importing
+from rayrec.jobs.importing import import_data
+from rayrec.workspace import Workspace
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+START = 1421163674
+
+
+def write(path: Path, lines: list[str]) -> Path:
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def random_plays(path: Path, rows: int = 3_000) -> Path:
+    """Plays of 40 users with contexts, skips, duplicates and bad rows among them."""
+    random = np.random.default_rng(5)
+    lines = ["user,song,played_at,contexts,skipped,title"]
+    for row in range(rows):
+        user, song, moment = random.integers(40), int(random.zipf(1.3)) % 300, START + int(random.integers(2_000))
+        context = ["", "radio", "search|album"][row % 3]
+        lines.append(f"u{user},s{song},{moment},{context},{row % 2},Title {song}")
+        if row % 100 == 0:
+            lines.append(lines[-1])
+        if row % 250 == 0:
+            lines.append(f"u{user},,{moment},,,")
+    return write(path, lines)
+
+
+def csv_config(*paths: Path, **changes: Any) -> ImportConfig:
+    return ImportConfig(format="csv", paths=tuple(map(str, paths)), **changes)
+
+
+def content(workspace: Workspace) -> dict[str, list[tuple[str, int]]]:
+    """User -> (song id, ms) of every play."""
+    dataset = Dataset(workspace)
+    ids = dataset.catalog().table.column("song_id").to_pylist()
+    found = {}
+    for batch in dataset.read_all():
+        for row, user in enumerate(batch.user_ids):
+            span = slice(batch.offsets[row], batch.offsets[row + 1])
+            found[user] = [
+                (ids[song], int(at)) for song, at in zip(batch.songs[span], batch.played_at[span], strict=True)
+            ]
+    return found
+
+
+def set_aside(workspace: Workspace) -> list[tuple[int, str]]:
+    tables = [workspace.read_table(path) for path in workspace.files("dataset/set_aside")]
+    return sorted((row["line"], row["reason"]) for row in pa.concat_tables(tables).to_pylist())
+
+
+def figures(manifest: DatasetManifest) -> DatasetManifest:
+    """What does not depend on when and how it was made."""
+    return replace(manifest, config={}, created_at="", id="", files={})
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> tuple[Path, Workspace, DatasetManifest]:
+    folder = tmp_path_factory.mktemp("import")
+    file = random_plays(folder / "plays.csv")
+    workspace = Workspace(folder / "workspace")
+    return file, workspace, import_data(workspace, csv_config(file))
+
+
+def test_an_import_holds_what_plain_python_makes_of_the_file(
+    imported: tuple[Path, Workspace, DatasetManifest],
+) -> None:
+    file, workspace, manifest = imported
+    expected: dict[str, list[tuple[int, int, str]]] = {}
+    songs: list[str] = []
+    for line, text in enumerate(file.read_text().splitlines()[1:]):
+        user, song, moment, *_ = text.split(",")
+        if not song:
+            continue
+        songs += [] if song in songs else [song]
+        plays = expected.setdefault(user, [])
+        if (int(moment) * 1000, song) not in [(at, known) for at, _, known in plays]:
+            plays.append((int(moment) * 1000, line, song))
+    assert content(workspace) == {
+        user: [(song, at) for at, _, song in sorted(plays)] for user, plays in expected.items()
+    }
+    assert Dataset(workspace).catalog().table.column("song_id").to_pylist() == songs
+    assert Dataset(workspace).catalog().table.column("title").to_pylist() == [f"Title {song[1:]}" for song in songs]
+    assert (manifest.users, manifest.songs) == (len(expected), len(songs))
+    assert manifest.plays == sum(map(len, expected.values()))
+    assert manifest.read == 3_042
+    assert manifest.merged == 3_030 - manifest.plays >= 30
+    assert manifest.set_aside == {"no song": 12}
+    assert manifest.contexts == ["album", "radio", "search"] or sorted(manifest.contexts) == [
+        "album",
+        "radio",
+        "search",
+    ]
+    assert manifest.has_skipped
+    assert manifest.first_play == min(at for plays in expected.values() for at, _, _ in plays)
+    assert manifest.last_play == max(at for plays in expected.values() for at, _, _ in plays)
+
+
+def test_the_manifest_lists_every_file_with_its_checksum_and_nothing_else_stays(
+    imported: tuple[Path, Workspace, DatasetManifest],
+) -> None:
+    _, workspace, manifest = imported
+    there = {path.removeprefix("dataset/") for path in workspace.files("dataset")}
+    assert there == {*manifest.files, "dataset.json"}
+    assert not workspace.exists("dataset/.staging")
+    for path, digest in manifest.files.items():
+        assert sha256(workspace, f"dataset/{path}") == digest
+
+
+def test_set_aside_rows_name_their_lines(imported: tuple[Path, Workspace, DatasetManifest]) -> None:
+    file, workspace, _ = imported
+    lines = file.read_text().splitlines()
+    found = set_aside(workspace)
+    assert len(found) == 12
+    assert all(lines[line - 1].split(",")[1] == "" for line, _ in found)
+
+
+def test_many_byte_ranges_and_files_give_the_same_data_set(
+    imported: tuple[Path, Workspace, DatasetManifest], tmp_path: Path
+) -> None:
+    file, workspace, manifest = imported
+    cut = Workspace(tmp_path / "cut")
+    in_pieces = import_data(cut, csv_config(file, unit_mib=0.011))
+    assert figures(in_pieces) == figures(manifest)
+    assert {name: digest for name, digest in in_pieces.files.items() if "set_aside" not in name} == {
+        name: digest for name, digest in manifest.files.items() if "set_aside" not in name
+    }
+    assert set_aside(cut) == set_aside(workspace)
+
+
+def test_the_same_import_again_does_nothing_and_another_one_is_refused(
+    imported: tuple[Path, Workspace, DatasetManifest], tmp_path: Path
+) -> None:
+    file, workspace, manifest = imported
+    assert import_data(workspace, csv_config(file)) == manifest
+    with pytest.raises(InputError, match=r"holds \d+ plays from csv already; .* --force"):
+        import_data(workspace, csv_config(file, min_user_plays=2))
+    assert Dataset(workspace).manifest == manifest
+
+
+def test_repeat_replaces_the_data_set(tmp_path: Path, workspace: Workspace) -> None:
+    import_data(workspace, csv_config(write(tmp_path / "a.csv", ["user,song,played_at", f"a,old,{START}", "b,x,"])))
+    other = write(tmp_path / "b.csv", ["user,song,played_at", f"c,new,{START}"])
+    manifest = import_data(workspace, csv_config(other), repeat=True)
+    assert content(workspace) == {"c": [("new", START * 1000)]}
+    assert (manifest.songs, manifest.set_aside) == (1, {})
+    assert {path.removeprefix("dataset/") for path in workspace.files("dataset")} == {*manifest.files, "dataset.json"}
+
+
+@pytest.mark.parametrize("step", ["_vocabulary", "_merge_buckets", "_write_rejected"])
+def test_a_killed_import_leaves_no_data_set_and_goes_on_where_it_was(
+    imported: tuple[Path, Workspace, DatasetManifest],
+    tmp_path: Path,
+    workspace: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    _, _, manifest = imported
+    file = random_plays(tmp_path / "plays.csv")
+    config = csv_config(file, unit_mib=0.011)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importing._Import, step, killed)
+        with pytest.raises(KeyboardInterrupt):
+            import_data(workspace, config)
+    assert not workspace.exists("dataset/dataset.json")
+    # Were a finished unit read again, it would find nothing but bad rows now.
+    state, header = file.stat(), len(file.read_text().splitlines()[0]) + 1
+    file.write_text(file.read_text()[:header] + "x" * (state.st_size - header))
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert figures(import_data(workspace, config)) == figures(manifest)
+    assert not workspace.exists("dataset/.staging")
+
+
+def test_changed_input_starts_a_killed_import_afresh(
+    tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "a.csv", ["user,song,played_at", f"a,s1,{START}"])
+    with monkeypatch.context() as patch:
+        patch.setattr(importing, "choose_contexts", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            import_data(workspace, csv_config(file))
+    write(file, ["user,song,played_at", f"b,s2,{START}", f"b,s3,{START + 1}"])
+    assert import_data(workspace, csv_config(file)).plays == 2
+    assert list(content(workspace)) == ["b"]
+
+
+def test_minimum_counts_keep_what_they_promise_and_set_the_rest_aside(tmp_path: Path, workspace: Workspace) -> None:
+    plays = [("a", "s1"), ("a", "s2"), ("a", "s1"), ("b", "s1"), ("b", "s1"), ("b", "s2"), ("c", "s3"), ("d", "s4")]
+    plays += [("d", "s4"), ("d", "s1"), ("d", "s1"), ("d", "s1"), ("a", "s1"), ("c", "s3"), ("c", "s3")]
+    lines = [f"{user},{song},{START + row}" for row, (user, song) in enumerate(plays)]
+    lines += [lines[6]] * 5  # duplicates count once: s3 has three plays, all of c
+    file = write(tmp_path / "a.csv", ["user,song,played_at", *lines])
+    manifest = import_data(workspace, csv_config(file, min_user_plays=3, min_song_plays=3))
+    kept = content(workspace)
+    assert {user: [song for song, _ in rows] for user, rows in kept.items()} == {
+        "a": ["s1", "s1", "s1"],
+        "c": ["s3", "s3", "s3"],
+        "d": ["s1", "s1", "s1"],
+    }
+    assert Dataset(workspace).catalog().table.column("song_id").to_pylist() == ["s1", "s3"]
+    assert manifest.merged == 5
+    assert manifest.set_aside == {"song with fewer than 3 plays": 4, "user with fewer than 3 plays": 2}
+    assert manifest.read == manifest.plays + manifest.merged + sum(manifest.set_aside.values())
+    assert (3, "song with fewer than 3 plays") in set_aside(workspace)
+
+
+def test_songs_of_users_who_are_left_out_are_not_in_the_catalog(tmp_path: Path, workspace: Workspace) -> None:
+    lines = [f"a,s1,{START}", f"b,only-b,{START}", f"a,s2,{START + 1}"]
+    manifest = import_data(
+        workspace, csv_config(write(tmp_path / "a.csv", ["user,song,played_at", *lines]), min_user_plays=2)
+    )
+    assert Dataset(workspace).catalog().table.column("song_id").to_pylist() == ["s1", "s2"]
+    assert manifest.set_aside == {"user with fewer than 2 plays": 1}
+
+
+@pytest.mark.parametrize("plays_first", [True, False])
+def test_plays_and_playlists_share_one_vocabulary_in_either_order(
+    tmp_path: Path, workspace: Workspace, plays_first: bool
+) -> None:
+    plays = csv_config(write(tmp_path / "a.csv", ["user,song,played_at", f"a,s2,{START}", f"a,s1,{START + 9}"]))
+    rows = ["playlist,position,song,title", "p,1,s1,One", "p,0,s9,Nine", "q,0,s2,Two"]
+    playlists = csv_config(write(tmp_path / "lists.csv", rows), kind="playlists")
+    order = [plays, playlists] if plays_first else [playlists, plays]
+    first = import_data(workspace, order[0])
+    songs = Dataset(workspace).catalog().table.column("song_id").to_pylist()
+    second = import_data(workspace, order[1])
+    dataset = Dataset(workspace)
+    ids = dataset.catalog().table.column("song_id").to_pylist()
+    assert ids[: len(songs)] == songs
+    assert content(workspace) == {"a": [("s2", START * 1000), ("s1", (START + 9) * 1000)]}
+    lists = [
+        [ids[song] for song in flat[start:stop]]
+        for flat, offsets in dataset.read_playlists()
+        for start, stop in pairwise(offsets)
+    ]
+    assert sorted(lists) == [["s2"], ["s9", "s1"]]
+    assert first.id != second.id
+    assert (second.plays, second.users, second.playlists, second.playlist_entries) == (2, 1, 2, 3)
+    assert (second.songs, second.buckets) == (3, first.buckets)
+    for path, digest in second.files.items():
+        assert sha256(workspace, f"dataset/{path}") == digest
+    with pytest.raises(InputError, match="already"):
+        import_data(workspace, replace(order[1], min_song_plays=2))
+    assert import_data(workspace, order[0]) == second
+
+
+def test_a_folder_of_mpd_slices_is_imported(tmp_path: Path, workspace: Workspace) -> None:
+    for number in range(2):
+        tracks = [{"pos": place, "track_uri": f"t{number}{place}", "track_name": "n"} for place in range(3)]
+        (tmp_path / f"mpd.slice.{number}-{number}.json").write_text(
+            json.dumps({"playlists": [{"pid": number, "tracks": tracks}]})
+        )
+    manifest = import_data(workspace, ImportConfig(format="mpd", paths=(str(tmp_path),)))
+    assert (manifest.playlists, manifest.playlist_entries, manifest.songs, manifest.plays) == (2, 6, 6, 0)
+    assert Dataset(workspace).catalog().table.column("song_id").to_pylist()[:4] == ["t00", "t01", "t02", "t10"]
+
+
+def test_input_without_a_usable_row_is_refused_and_leaves_nothing(tmp_path: Path, workspace: Workspace) -> None:
+    file = write(tmp_path / "a.csv", ["user,song,played_at", "a,s,2015-01-01 10:00:00", "a,,1"])
+    with pytest.raises(InputError, match=r"none of 2 rows can be used: 1 × .*, 1 × .*; check"):
+        import_data(workspace, csv_config(file))
+    with pytest.raises(InputError, match="there are no rows to import"):
+        import_data(workspace, csv_config(write(file, ["user,song,played_at"])))
+    with pytest.raises(InputError, match="none of 1 rows can be used: 1 × user with fewer than 2 plays"):
+        import_data(workspace, csv_config(write(file, ["user,song,played_at", f"a,s,{START}"]), min_user_plays=2))
+    assert workspace.files("dataset") == []
+
+
+def test_the_real_sample_has_its_known_figures(real_data: Path, workspace: Workspace) -> None:
+    config = csv_config(
+        real_data / "30music-sample10" / "sessions_sample_10.csv",
+        columns={"user": "user_id", "song": "song_id", "played_at": "ts"},
+    )
+    manifest = import_data(workspace, config)
+    assert (manifest.plays, manifest.users, manifest.songs) == (343_183, 14_262, 9_999)
+    assert (manifest.merged, manifest.set_aside) == (0, {})
