@@ -8,7 +8,8 @@ import typer
 
 from rayrec.data.dataset import DatasetManifest
 from rayrec.data.generate import GenerateConfig
-from rayrec.data.importing import FORMATS, ImportConfig
+from rayrec.data.importing import ImportConfig
+from rayrec.data.readers import FORMATS
 from rayrec.data.split import SplitConfig
 from rayrec.data.splits import split_dataset
 from rayrec_cli.app import app

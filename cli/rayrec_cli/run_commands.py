@@ -5,13 +5,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from rayrec.bench.config import NAMES, BenchConfig
 from rayrec_cli.app import app
 from rayrec_cli.ask_commands import recommendations, results_table
 from rayrec_cli.options import Call, ForceOption, command
 from rayrec_cli.output import Shown, figures, note, table
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="TOML file with a section for each stage.")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="train, taste, index, embed or memory.")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Small data and few rounds: to see that it works.")]
 
 
@@ -59,13 +60,13 @@ def demo(call: Call, *, force: ForceOption = False) -> Shown:
     return Shown(told.to_mapping(), views)
 
 
-@command(app, "bench", example="rayrec bench train")
-def bench(call: Call, *, name: NameArgument, quick: QuickOption = False) -> Shown:
+@command(app, "bench", config=BenchConfig, example="rayrec bench train")
+def bench(call: Call, config: BenchConfig, *, name: NameArgument, quick: QuickOption = False) -> Shown:
     """Measure a stage against a plain loop.
 
-    Both do the same work in one run, in alternating rounds.
+    Both do the same work in one run, in alternating rounds; the ratio is the median over them.
     """
     from rayrec.jobs.bench import bench as job
 
-    told = job(name, quick=quick)
+    told = job(name, call.workspace, None if quick else config, quick=quick)
     return Shown(told, [figures(f"bench {name}", told)])

@@ -1,7 +1,7 @@
 """All stages from one TOML file, in one Ray cluster; what is done already is not done again."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from rayrec.artifacts import Manifest
 from rayrec.config import from_mapping, read_toml, setting, to_mapping
 from rayrec.data.dataset import Dataset, DatasetManifest
 from rayrec.data.generate import GenerateConfig
-from rayrec.data.importing import ImportConfig
+from rayrec.data.importing import ImportConfig, make_plan
 from rayrec.data.split import Split, SplitConfig
 from rayrec.data.splits import list_splits, split_dataset
 from rayrec.errors import InputError, NotFoundError
@@ -128,7 +128,12 @@ def _section(sections: dict[str, Any], name: str, where: str, folder: Path) -> d
 
 
 def _beside(folder: Path, path: Any) -> Any:
-    return str(folder / path) if isinstance(path, str) and "://" not in path else path
+    """Absolute, so that the same file is the same input wherever the run is started."""
+    return str((folder / path).resolve()) if isinstance(path, str) and "://" not in path else path
+
+
+def _same_paths(one: Sequence[str], other: Sequence[str]) -> bool:
+    return [_beside(Path(), path) for path in one] == [_beside(Path(), path) for path in other]
 
 
 class _Stages:
@@ -157,25 +162,32 @@ class _Stages:
 
     def _existing(self, name: str) -> set[str]:
         if name in ("import", "generate"):
-            try:
-                return {Dataset(self.workspace).manifest.id}
-            except NotFoundError:
-                return set()
+            there = self._dataset()
+            return {there.id} if there else set()
         if name == "split":
             return {split.id for split in list_splits(self.workspace)}
         return {item.id for item in artifacts.listing(self.workspace, KINDS[name])}
 
     def _import(self, config: ImportConfig) -> DatasetManifest:
-        return import_data(self.workspace, config, repeat=self.force)
+        # Files that have changed since are imported anew; other data are never replaced unasked.
+        there = self._dataset()
+        made: Any = there.config.get(config.produces) if there else None
+        changed = isinstance(made, dict) and _same_paths(made["paths"], config.paths)
+        changed = changed and made["plan"] != make_plan(config).id
+        return import_data(self.workspace, config, repeat=self.force or changed)
 
     def _generate(self, config: GenerateConfig) -> DatasetManifest:
-        try:
-            there = Dataset(self.workspace).manifest
-        except NotFoundError:
-            return generate(self.workspace, config)
-        if there.source == "generated" and there.config == to_mapping(config) and not self.force:
+        there = self._dataset()
+        generated = there is not None and there.source == "generated"
+        if there and generated and there.config == to_mapping(config) and not self.force:
             return there
-        return generate(self.workspace, config, repeat=self.force)
+        return generate(self.workspace, config, repeat=self.force or generated)
+
+    def _dataset(self) -> DatasetManifest | None:
+        try:
+            return Dataset(self.workspace).manifest
+        except NotFoundError:
+            return None
 
     def _split(self, config: SplitConfig) -> Split:
         self.split = split_dataset(self.workspace, config)

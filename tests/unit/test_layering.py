@@ -1,0 +1,147 @@
+"""Imports point one way, Ray stays at the edge, and importing rayrec is cheap."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rayrec
+
+ROOT = Path(rayrec.__file__).parent.parent
+# A layer may import itself and those below it. What stands at one level does not know its neighbours there.
+LEVELS = [
+    {"errors"},
+    {"config", "progress", "workspace"},
+    {"artifacts"},
+    {"data"},
+    {"songs"},
+    {"taste"},
+    {"recommend"},
+    {"evaluation", "releases"},
+    {"status", "bench"},
+    {"jobs", "serving"},
+    {"rayrec_cli"},
+]
+LEVEL = {layer: level for level, layers in enumerate(LEVELS) for layer in layers}
+FOUNDATION = LEVEL["artifacts"]  # below the subject matter the small modules may know each other
+HEAVY = ("ray", "torch", "gensim", "faiss", "matplotlib")
+
+
+def modules() -> dict[str, Path]:
+    """Name -> file of every module of ours."""
+    found = {}
+    for root in (ROOT, ROOT / "cli"):
+        for top in ("rayrec", "rayrec_cli"):
+            for path in sorted((root / top).rglob("*.py")):
+                parts = path.relative_to(root).with_suffix("").parts
+                found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path, *, top_only: bool = False) -> Iterator[str]:
+    """The full names of what a file imports, those within functions included unless `top_only`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if top_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; spell the whole name"
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES else node.module or "" for name in full)
+
+
+def layer(module: str) -> str | None:
+    """The layer of one of our modules; None for everything else and for the bare package."""
+    top, *rest = module.split(".")
+    if top == "rayrec_cli":
+        return top
+    return rest[0] if top == "rayrec" and rest else None
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {layer(name) for name in MODULES} - {None} <= set(LEVEL)
+    assert len(MODULES) > 40
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if layer(name)])
+def test_imports_point_down(name: str) -> None:
+    own = layer(name)
+    assert own is not None
+    for imported in imports(MODULES[name]):
+        other = layer(imported)
+        if other is None or other == own or other not in LEVEL:
+            continue
+        above = LEVEL[other] > LEVEL[own] or (LEVEL[other] == LEVEL[own] and LEVEL[own] > FOUNDATION)
+        assert not above, f"{name} imports {imported}: {own} must not know {other}"
+
+
+def test_ray_is_imported_in_jobs_and_serving_alone() -> None:
+    users = {name for name, path in MODULES.items() if any(item.split(".")[0] == "ray" for item in imports(path))}
+    assert {layer(name) for name in users} <= {"jobs", "serving"}
+    assert users
+
+
+def test_there_are_no_import_cycles() -> None:
+    graph = {name: {item for item in imports(path, top_only=True) if item in MODULES} for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " imports ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for imported in graph[name]:
+                visit(imported, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def loaded_by(code: str) -> set[str]:
+    """The heavy packages that a fresh interpreter has loaded after `code`."""
+    program = f"import sys\n{code}\nprint(*(name for name in {HEAVY!r} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split()) if done.stdout.strip() else set()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import rayrec",
+        "from rayrec import *",
+        "import rayrec_cli.main",
+        "from rayrec_cli.main import main; main(['--help'])",
+        "from rayrec_cli.main import main; main(['train', '--help'])",
+        "from rayrec_cli.main import main; main(['--workspace', '/nonexistent/rayrec', 'status'])",
+    ],
+)
+def test_what_must_be_quick_loads_nothing_heavy(code: str) -> None:
+    assert loaded_by(code) == set()
+
+
+def test_the_public_names_are_few_and_all_there() -> None:
+    assert sorted(rayrec.__all__) == [
+        "DamagedArtifactError",
+        "Dataset",
+        "InputError",
+        "LeakError",
+        "MismatchError",
+        "MissingDependencyError",
+        "NotFoundError",
+        "RayrecError",
+        "Workspace",
+        "__version__",
+    ]
+    for name in rayrec.__all__:
+        assert getattr(rayrec, name) is not None
+
+
+def test_every_error_is_one_of_ours_with_an_exit_code() -> None:
+    errors = [getattr(rayrec, name) for name in rayrec.__all__ if name.endswith("Error")]
+    assert all(issubclass(error, rayrec.RayrecError) for error in errors)
+    assert {error.exit_code for error in errors} == {1, 2}
