@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import ray
-from ray.data import ActorPoolStrategy
+from ray.data import TaskPoolStrategy
 
 from rayrec.jobs.cluster import cluster_cpus
 
@@ -18,17 +18,20 @@ class BucketWorker(Protocol):
         ...
 
 
-class _Adapter:
-    """Hands Ray Data's one-row batches to a worker."""
+# The worker that this process made last: tasks of one job come to the same processes again, and
+# constructing a worker (loading a model, say) may take longer than a unit. Tasks and not actors,
+# since a pool as large as the CPUs left hangs when a node is lost, and tasks are simply run again.
+_made: dict[str, BucketWorker] = {}
 
-    def __init__(self, make_worker: Callable[..., BucketWorker], arguments: dict[str, Any]) -> None:
-        loaded = {
-            name: ray.get(value) if isinstance(value, ray.ObjectRef) else value for name, value in arguments.items()
-        }
-        self.worker = make_worker(**loaded)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        return {"result": [self.worker(unit) for unit in batch["item"]]}
+def _run_unit(
+    batch: dict[str, np.ndarray], make_worker: Callable[..., BucketWorker], stored: list[ray.ObjectRef]
+) -> dict[str, list[Any]]:
+    key = stored[0].hex()
+    if key not in _made:
+        _made.clear()
+        _made[key] = make_worker(**ray.get(stored[0]))
+    return {"result": [_made[key](unit) for unit in batch["item"]]}
 
 
 def run_buckets(
@@ -41,22 +44,22 @@ def run_buckets(
 ) -> Iterator[Any]:
     """Yield the result of each unit as it is done, in any order.
 
-    `arguments` go to the worker's constructor; object references among them are resolved in the
-    worker, so large arrays are shared and not copied. One CPU is left to Ray Data where there are
-    more than two, so that a lost node does not strand the pool.
+    `arguments` go to the worker's constructor through the object store: arrays among them are shared
+    by the workers of a node, not copied, and read-only.
     """
     units = list(units)
     if not units:
         return
     cpus = cluster_cpus()
-    workers = min(concurrency or max(1, cpus - 1 if cpus > 2 else cpus), len(units))
+    workers = min(concurrency or cpus, len(units))
+    stored = ray.put(arguments)
     results = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
-        _Adapter,
-        fn_constructor_args=(make_worker, arguments),
+        _run_unit,
+        fn_args=(make_worker, [stored]),  # in a list, since Ray Data would resolve a bare reference for each task
         batch_size=1,
         num_cpus=1,
         num_gpus=num_gpus,
-        compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+        compute=TaskPoolStrategy(size=workers),
     )
     for row in results.iter_rows():
         yield row["result"]

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import numpy as np
-import ray
 
 from rayrec.artifacts import Manifest, fingerprint, load, new_id, newest, publish
 from rayrec.config import to_mapping
@@ -158,7 +157,7 @@ def tally_buckets(workspace: Workspace, evaluator: Evaluator, buckets: int) -> T
     """The tally of all users, the buckets spread over the cluster, the evaluator shared by all workers."""
     tally = evaluator.empty()
     with ray_cluster(), progress("evaluate", buckets) as bar:
-        arguments = {"workspace": workspace, "evaluator": ray.put(evaluator)}
+        arguments = {"workspace": workspace, "evaluator": evaluator}
         for result in run_buckets(BucketEvaluator, range(buckets), arguments=arguments):
             tally = tally + result
             bar.advance()

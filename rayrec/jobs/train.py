@@ -1,0 +1,377 @@
+"""The train stage: Ray Data streams windows of histories into Ray Train.
+
+Each worker runs a stream of its own over its share of every batch. A shared one, split by Ray as it
+flows, would give each worker whichever rows come first: an order that no resumed run could repeat,
+and uneven ends at which workers wait for each other (ray issues 63285 and 66085).
+"""
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from rayrec import artifacts
+from rayrec.artifacts import Manifest
+from rayrec.config import to_mapping
+from rayrec.data.counting import SongCounter
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories, concatenate
+from rayrec.data.split import FitRange, Split
+from rayrec.data.windows import Windows, epoch_units
+from rayrec.errors import MismatchError, RayrecError
+from rayrec.jobs.buckets import run_buckets
+from rayrec.jobs.cluster import cluster_cpus, quiet_data, ray_cluster
+from rayrec.progress import progress
+from rayrec.taste.checkpoint import save_model
+from rayrec.taste.config import FeatureSpec, ModelConfig, TrainConfig
+from rayrec.taste.fitting import RECALL_AT, Fit, FitData, Phase, Progress, Validation
+from rayrec.taste.stream import UnitReader, split_batches
+from rayrec.taste.training import Share, StepReport
+from rayrec.workspace import Workspace
+
+PLAYS_PER_UNIT = 200_000  # small buckets are read together until they hold about as many
+READER_CPUS = 0.25  # of a task that reads and cuts windows: far cheaper than training on them
+WORKER_FAILURES = 3  # lost training workers that are replaced before the job gives up
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """All that a training worker needs to know; plain values and paths."""
+
+    workspace: Workspace
+    folder: str  # of the model artifact
+    config: TrainConfig
+    model: ModelConfig
+    ranges: dict[Phase, FitRange]
+    vectors: dict[Phase, str]  # path of the song vectors of each phase
+    counts: dict[Phase, str]  # path of the play counts of each phase
+    validation: str | None  # path of the plays to predict
+
+
+def train(
+    workspace: Workspace,
+    config: TrainConfig,
+    *,
+    songs_id: str | None = None,
+    split: Split | None = None,
+    resume: bool = False,
+    repeat: bool = False,
+) -> Manifest:
+    """Train the taste network; the models artifact. With `resume` a killed training goes on.
+
+    Raises `MismatchError` for song vectors of another data set or split, `RayrecError` where Ray Train gives up.
+    """
+    dataset = Dataset(workspace)
+    songs = artifacts.load(workspace, "songs", songs_id) if songs_id else artifacts.newest(workspace, "songs", "embed")
+    inputs = {"dataset": dataset.manifest.id, "songs": songs.id} | ({"split": split.id} if split else {})
+    _require_fit(songs, inputs)
+    print_id = artifacts.fingerprint("train", _fingerprinted(config), inputs)
+    model_id, complete = artifacts.new_id(workspace, "models", print_id, repeat=repeat)
+    if complete:
+        return artifacts.load(workspace, "models", model_id)
+    manifest = Manifest(kind="models", id=model_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
+    began = time.monotonic()
+    if not resume:
+        workspace.delete(manifest.folder)
+    with ray_cluster():
+        plan = _prepare(dataset, config, songs, split, manifest)
+        figures = _fit(plan)
+    metrics = {"seconds": round(time.monotonic() - began, 1), **figures}
+    workspace.delete(manifest.path("run"))
+    names = [name.removeprefix(manifest.folder + "/") for name in workspace.files(manifest.folder)]
+    return artifacts.publish(workspace, Manifest(**{**asdict(manifest), "metrics": metrics}), names)
+
+
+def _require_fit(songs: Manifest, inputs: dict[str, str]) -> None:
+    for role in ("dataset", "split"):
+        if songs.inputs.get(role) != inputs.get(role):
+            raise MismatchError(
+                f"song vectors {songs.id} were made from {role} {songs.inputs.get(role)}, the training is for "
+                f"{inputs.get(role)}; run `rayrec embed` for it first"
+            )
+
+
+def _fingerprinted(config: TrainConfig) -> dict[str, Any]:
+    """The settings that change what is learned; a resumed run may have other workers."""
+    placement = ("workers", "gpu", "checkpoint_minutes")
+    return {name: value for name, value in to_mapping(config).items() if name not in placement}
+
+
+def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> ModelConfig:
+    """The shape of the network for a data set: features that it does not have are left out."""
+    features = FeatureSpec(
+        contexts=tuple(dataset.manifest.contexts) if config.contexts else (),
+        gap=config.gaps,
+        request_gap=config.gaps,
+        hour=config.hours,
+        weekday=config.hours,
+        skipped=config.skips and dataset.manifest.has_skipped,
+    )
+    return ModelConfig(
+        num_songs=dataset.num_songs,
+        embedding_dim=embedding_dim,
+        hidden_dim=config.hidden_dim,
+        num_layers=config.num_layers,
+        dropout=config.dropout,
+        features=features,
+        horizons=config.horizons,
+        song_table=config.song_table,
+    )
+
+
+def _prepare(
+    dataset: Dataset, config: TrainConfig, songs: Manifest, split: Split | None, manifest: Manifest
+) -> TrainPlan:
+    workspace = dataset.workspace
+    ranges: dict[Phase, FitRange] = {"final": FitRange() if split is None else split.final}
+    vectors: dict[Phase, str] = {"final": songs.path("vectors.npy")}
+    if split is not None and split.has_validation and config.validation_plays:
+        ranges["selection"] = split.selection
+        chosen = "selection_vectors.npy" if "selection_vectors.npy" in songs.files else "vectors.npy"
+        vectors["selection"] = songs.path(chosen)
+    counts: dict[Phase, str] = {phase: manifest.path(f"run/{phase}_counts.npy") for phase in ranges}
+    if not all(workspace.exists(path) for path in counts.values()):
+        for phase, counted in zip(counts, _count_songs(dataset, list(ranges.values())), strict=True):
+            workspace.write_array(counts[phase], counted)
+    validation = None
+    if split is not None and "selection" in ranges:
+        validation = manifest.path("run/validation.parquet")
+        if not workspace.exists(validation):
+            workspace.write_table(validation, _validation_table(dataset, split, config.validation_plays))
+    dim = int(workspace.read_array(vectors["final"]).shape[1])
+    return TrainPlan(
+        workspace=workspace,
+        folder=manifest.folder,
+        config=config,
+        model=model_config(dataset, config, dim),
+        ranges=ranges,
+        vectors=vectors,
+        counts=counts,
+        validation=validation,
+    )
+
+
+def _count_songs(dataset: Dataset, ranges: list[FitRange]) -> list[np.ndarray]:
+    totals = [np.zeros(dataset.num_songs, dtype=np.int64) for _ in ranges]
+    buckets = range(dataset.manifest.buckets)
+    with progress("Counting plays", len(buckets)) as bar:
+        for counts in run_buckets(SongCounter, buckets, arguments={"dataset": dataset, "ranges": ranges}):
+            for total, (songs, plays) in zip(totals, counts, strict=True):
+                total[songs] += plays
+            bar.advance()
+    if not totals[0].any():
+        raise RayrecError("the split leaves no plays to train on; make a split with fewer test and validation days")
+    return totals
+
+
+def _validation_table(dataset: Dataset, split: Split, limit: int) -> pa.Table:
+    """Histories of users with plays in the validation range, until those plays are `limit`; nothing after it."""
+    found: list[Histories] = []
+    plays = 0
+    for histories in dataset.read_all():
+        seen = split.final.select(histories)
+        recent = np.bincount(seen.rows[seen.played_at >= split.validation_from], minlength=len(seen))
+        found.append(seen.take(recent > 0))
+        plays += int(recent.sum())
+        if plays >= limit:
+            break
+    return concatenate(found).to_arrow()
+
+
+def load_validation(table: pa.Table, split_from: int, limit: int) -> Validation:
+    """The plays at or after `split_from` (ms UTC) that have an earlier play by the same user, at most `limit`."""
+    histories = Histories.from_arrow(table)
+    first = np.zeros(histories.num_plays, dtype=bool)
+    first[histories.offsets[:-1]] = True
+    plays = np.flatnonzero((histories.played_at >= split_from) & ~first)[:limit]
+    return Validation(histories=histories, plays=plays)
+
+
+def _fit(plan: TrainPlan) -> dict[str, Any]:
+    board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    workers = plan.config.workers
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"plan": plan, "board": board},
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=plan.config.gpu,
+            resources_per_worker={"CPU": worker_cpus(workers), **({"GPU": 1} if plan.config.gpu else {})},
+        ),
+        run_config=RunConfig(
+            name="run",
+            storage_path=plan.workspace.full(plan.folder),
+            storage_filesystem=plan.workspace.filesystem,
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=WORKER_FAILURES if workers else 0),
+        ),
+    )
+    with _shown(board, plan):
+        result = trainer.fit()
+    if result.error is not None:
+        raise RayrecError(f"training failed: {result.error}; `rayrec train --resume` goes on from the last checkpoint")
+    return dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
+
+
+def worker_cpus(workers: int) -> float:
+    """CPUs of a training worker: one, or less where the tasks that read for it would find none left."""
+    spare = cluster_cpus() - 2 * READER_CPUS
+    return 1.0 if workers <= spare else max(READER_CPUS, spare / max(1, workers))
+
+
+def _train_worker(arguments: dict[str, Any]) -> None:
+    """What every training worker runs."""
+    import torch
+
+    torch.set_num_threads(1)
+    quiet_data()
+    plan: TrainPlan = arguments["plan"]
+    context = ray.train.get_context()
+    share = Share(rank=context.get_world_rank(), workers=context.get_world_size())
+    validation = None
+    if plan.validation is not None:
+        table = plan.workspace.read_table(plan.validation)
+        start = plan.ranges["selection"].before or 0
+        validation = load_validation(table, start, plan.config.validation_plays)
+    data: dict[Phase, FitData] = {
+        phase: FitData(
+            vectors=np.asarray(plan.workspace.read_array(plan.vectors[phase])),
+            counts=np.asarray(plan.workspace.read_array(plan.counts[phase])),
+        )
+        for phase in plan.ranges
+    }
+    host = _RayHost(plan, arguments["board"], share)
+    device = str(ray.train.torch.get_device())
+    fit = Fit(plan.model, plan.config, data, host, validation=validation, device=device, share=share)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            fit.resume(Path(folder))
+    model = fit.run()
+    if share.rank == 0:
+        save_model(plan.workspace, plan.folder, model, fit.known)
+        figures = summary(fit.progress)
+        plan.workspace.write_json(f"{plan.folder}/figures.json", figures)
+        lines = "".join(json.dumps(line) + "\n" for line in fit.progress.epochs)
+        plan.workspace.write_bytes(f"{plan.folder}/epochs.jsonl", lines.encode())
+
+
+def summary(done: Progress) -> dict[str, Any]:
+    """The figures of a finished fit."""
+    selected = [line for line in done.epochs if line["phase"] == "selection"]
+    last = done.epochs[-1]
+    return {
+        "epochs": done.best_epoch + 1 if done.best_epoch >= 0 else last["epoch"] + 1,
+        "loss": last["loss"],
+        "plays": last["plays"],
+        "plays_per_second": round(last["plays_per_second"]),
+        f"validation_recall@{RECALL_AT}": done.best_recall if selected else None,
+    }
+
+
+class _RayHost:
+    """Gives a fit its windows from Ray Data and its checkpoints to Ray Train."""
+
+    def __init__(self, plan: TrainPlan, board: Any, share: Share) -> None:
+        self._plan, self._board, self._share = plan, board, share
+        self._plays, self._shown_at, self._began = 0, 0.0, time.monotonic()
+
+    def windows(self, phase: Phase, epoch: int) -> Iterator[Windows]:
+        """A stream over all buckets in the order of the epoch, this worker's share of each batch."""
+        config, dataset = self._plan.config, Dataset(self._plan.workspace)
+        self._plays, self._began = 0, time.monotonic()
+        stream = window_stream(dataset, self._plan.ranges[phase], config, self._share, epoch)
+        return iter(stream)
+
+    def stepped(self, phase: Phase, report: StepReport) -> None:
+        """Tell the driver, a few times a second."""
+        self._plays += report.plays
+        now = time.monotonic()
+        if self._share.rank == 0 and now - self._shown_at > 0.3:
+            rate = self._plays * self._share.workers / (now - self._began)
+            note = f"{phase} epoch {report.epoch + 1} loss {report.loss:.3f} {rate:,.0f} plays/s"
+            self._board.show.remote(self._plays * self._share.workers, note)
+            self._shown_at = now
+
+    def checkpoint(self, progress: Progress, save: Callable[[Path], None]) -> None:
+        """Report to Ray Train; the first worker's files are the checkpoint."""
+        figures = progress.epochs[-1] if progress.epochs else {"epoch": progress.epoch}
+        if self._share.rank:
+            ray.train.report(figures)
+            return
+        with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
+            save(Path(folder))
+            ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        recall = figures.get(f"validation_recall@{RECALL_AT}")
+        if recall is not None:
+            self._board.judge.remote(f"recall@{RECALL_AT} {recall:.3f}")
+
+
+def window_stream(
+    dataset: Dataset, allowed: FitRange, config: TrainConfig, share: Share, epoch: int
+) -> Iterator[Windows]:
+    """One worker's share of the batches of an epoch, read and cut by Ray Data tasks, in order."""
+    manifest = dataset.manifest
+    per_bucket = max(1.0, manifest.plays / manifest.buckets)
+    units = epoch_units(manifest.buckets, max(1, round(PLAYS_PER_UNIT / per_bucket)), seed=config.seed, epoch=epoch)
+    reader = UnitReader(dataset, allowed, config, share, epoch)
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    rows = [{"unit": json.dumps(unit)} for unit in units]
+    stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        reader.tables, batch_size=1, num_cpus=READER_CPUS
+    )
+    for table in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        yield from split_batches(table)
+
+
+@ray.remote
+class _Board:
+    """Carries a worker's progress to the driver's bar."""
+
+    def __init__(self) -> None:
+        self._plays, self._note, self._judged = 0.0, "", ""
+
+    def show(self, plays: float, note: str) -> None:
+        self._plays, self._note = plays, note
+
+    def judge(self, text: str) -> None:
+        self._judged = text
+
+    def look(self) -> tuple[float, str]:
+        return self._plays, f"{self._note} {self._judged}".strip()
+
+
+@contextmanager
+def _shown(board: Any, plan: TrainPlan) -> Iterator[None]:
+    """Draw the board as a bar on stderr while the block runs."""
+    counts = plan.workspace.read_array(plan.counts["final"])
+    stop = threading.Event()
+
+    def draw() -> None:
+        with progress("Training", float(counts.sum())) as bar:
+            drawn = 0.0
+            while not stop.wait(0.5):
+                plays, note = ray.get(board.look.remote())
+                bar.advance(plays - drawn, note)
+                drawn = plays
+
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=5)

@@ -1,0 +1,56 @@
+"""The network as a recommender: the songs nearest to the taste vector at the moment of the request."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from rayrec import artifacts
+from rayrec.data.histories import Histories, Questions
+from rayrec.errors import MismatchError
+from rayrec.recommend.index import SongIndex
+from rayrec.recommend.recommender import Horizon, Kind
+from rayrec.recommend.vector_recommender import VectorRecommender
+from rayrec.taste.checkpoint import SONG_VECTORS, load_model
+from rayrec.taste.encoding import TasteEncoder
+from rayrec.taste.model import TasteModel
+from rayrec.workspace import Workspace
+
+
+class TasteRecommender(VectorRecommender):
+    """Answers with the taste network, against the song vectors that it was trained with."""
+
+    name = "taste"
+    kind: ClassVar[Kind] = "network"
+    horizons: ClassVar[tuple[Horizon, ...]] = ("short", "long")
+
+    def __init__(self, model: TasteModel, song_vectors: np.ndarray, index: SongIndex | None = None) -> None:
+        """`song_vectors` float32 (N, D) are those the model scores against, zero rows for unknown songs."""
+        super().__init__(song_vectors, index)
+        self._encoder = TasteEncoder(model)
+
+    @classmethod
+    def load(cls, workspace: Workspace, model_id: str, index_id: str | None = None) -> "TasteRecommender":
+        """From the workspace. Raises `MismatchError` for an index of another model."""
+        manifest = artifacts.load(workspace, "models", model_id)
+        vectors = np.array(workspace.read_array(manifest.path(SONG_VECTORS)))
+        index = None
+        if index_id is not None:
+            index_manifest = artifacts.load(workspace, "indexes", index_id)
+            built_from = index_manifest.inputs.get("models")
+            if built_from != model_id:
+                raise MismatchError(
+                    f"index {index_id} was built from model {built_from}, not from {model_id}; "
+                    "run `rayrec index` for this model first"
+                )
+            index = SongIndex.load(workspace, index_manifest, vectors)
+        return cls(load_model(workspace, manifest), vectors, index)
+
+    def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+        """float32 (Q, D): the taste vectors, from no more of each history than its questions need."""
+        rows, inverse = np.unique(questions.rows, return_inverse=True)
+        needed = np.zeros(len(rows), dtype=np.int64)
+        np.maximum.at(needed, inverse, questions.seen)
+        asked = histories.take(rows)
+        position = np.arange(asked.num_plays) - asked.offsets[asked.rows]
+        asked = asked.keep(position < needed[asked.rows])
+        return self._encoder.vectors(asked, Questions(rows=inverse, seen=questions.seen, at=questions.at), horizon)

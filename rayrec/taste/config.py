@@ -1,0 +1,142 @@
+"""Settings of the taste network, its training and the batch job over all users. Loads no torch."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rayrec.config import setting
+from rayrec.errors import InputError
+
+SongTable = Literal["trained", "frozen"]
+Objective = Literal["sampled-softmax", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Horizon:
+    """The target of a position n is the song at n + l, l drawn from unif{min_offset, max_offset} [paper]."""
+
+    min_offset: int  # l_min, in plays, at least 1
+    max_offset: int  # l_max, in plays
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_offset <= self.max_offset:
+            raise InputError(
+                f"horizon offsets {self.min_offset}..{self.max_offset} are not in order; give 1 <= min <= max"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """Which context features a step of the network sees beside the song, c_j [paper]; stored with the model."""
+
+    contexts: tuple[str, ...] = ()  # names of the bits of the multi-hot, C
+    gap: bool = True  # time since the previous play, Δ
+    request_gap: bool = True  # time from the last play to the request, an input of the head [ours]
+    hour: bool = False  # one-hot hour of the day, UTC
+    weekday: bool = False  # one-hot day of the week, UTC
+    skipped: bool = False  # whether the play was skipped
+
+    @property
+    def dim(self) -> int:
+        """F: floats a play."""
+        return len(self.contexts) + self.gap + 24 * self.hour + 7 * self.weekday + self.skipped
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a taste network; stored with it."""
+
+    num_songs: int  # N
+    embedding_dim: int  # D
+    hidden_dim: int  # D_hid
+    num_layers: int
+    dropout: float
+    features: FeatureSpec
+    horizons: dict[str, Horizon]
+    song_table: SongTable
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> "ModelConfig":
+        """From the JSON form that `dataclasses.asdict` gives."""
+        features = FeatureSpec(**{**raw["features"], "contexts": tuple(raw["features"]["contexts"])})
+        horizons = {name: Horizon(**value) for name, value in raw["horizons"].items()}
+        return cls(**{**raw, "features": features, "horizons": horizons})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train the taste network."""
+
+    hidden_dim: int = setting(128, help="units of the GRU, D_hid")
+    num_layers: int = setting(1, help="layers of the GRU")
+    dropout: float = setting(0.0, help="share of inputs and outputs of the GRU dropped in training")
+    song_table: SongTable = setting("trained", help="whether the song vectors train along or stay as they came")
+    objective: Objective = setting("sampled-softmax", help="sampled-softmax, or the paper's cosine distance")
+    negatives: int = setting(1024, help="songs drawn by popularity as negatives of a step")
+    short: tuple[int, ...] = setting((1, 1), help="offsets min,max of the short horizon, in plays")
+    long: tuple[int, ...] = setting((25, 50), help="offsets min,max of the long horizon, in plays")
+    contexts: bool = setting(True, help="use the playback contexts where the data has them")
+    gaps: bool = setting(True, help="use the time since the previous play and until the request")
+    hours: bool = setting(False, help="use the hour of the day and the day of the week, UTC")
+    skips: bool = setting(True, help="use whether a play was skipped where the data says so")
+    window: int = setting(100, help="plays the network learns from in one piece")
+    batch: int = setting(64, help="windows of a step, over all workers")
+    learning_rate: float = setting(0.002, help="step size of Adam, η")
+    epochs: int = setting(12, help="passes over the plays; with a validation range, at most as many")
+    patience: int = setting(2, help="epochs without a better validation recall before training stops")
+    refit: bool = setting(True, help="after the best epoch is known, train again on train and validation together")
+    validation_plays: int = setting(10_000, help="plays of the validation range that are predicted each epoch")
+    workers: int = setting(1, help="training workers; 0 trains in this process")
+    gpu: bool = setting(False, help="give each worker a GPU")
+    checkpoint_minutes: float = setting(10.0, help="minutes between checkpoints within an epoch")
+    seed: int = setting(0, help="of initial weights, order and negatives")
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_dim", "num_layers", "negatives", "window", "batch", "epochs", "patience"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.workers < 0 or self.validation_plays < 0:
+            raise InputError(
+                f"workers {self.workers} and validation plays {self.validation_plays} must not be negative"
+            )
+        if not 0 <= self.dropout < 1 or self.learning_rate <= 0:
+            raise InputError(
+                f"dropout {self.dropout} must be in [0, 1) and the learning rate {self.learning_rate} above 0"
+            )
+        if self.objective == "cosine" and self.song_table == "trained":
+            raise InputError(
+                "the cosine objective needs --song-table frozen: with a table that trains along, "
+                "making all songs equal would be perfect"
+            )
+        if self.batch < self.workers:
+            raise InputError(f"a batch of {self.batch} windows cannot be shared by {self.workers} workers")
+        for name in ("short", "long"):
+            if len(getattr(self, name)) != 2:
+                raise InputError(f"{name} is {getattr(self, name)}; give two offsets, min,max")
+        _ = self.horizons
+
+    @property
+    def horizons(self) -> dict[str, Horizon]:
+        """The horizons by name."""
+        return {
+            "short": Horizon(min_offset=self.short[0], max_offset=self.short[1]),
+            "long": Horizon(min_offset=self.long[0], max_offset=self.long[1]),
+        }
+
+    @property
+    def lookahead(self) -> int:
+        """Plays behind a window's last input that targets may lie in."""
+        return max(horizon.max_offset for horizon in self.horizons.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasteConfig:
+    """How to compute the taste vectors of all users."""
+
+    at: int | None = setting(None, help="moment that the vectors are for, ms UTC; default: the last play of the data")
+    users: int = setting(5_000, help="users computed at once")
+    gpu: bool = setting(False, help="give each worker a GPU")
+    concurrency: int | None = setting(None, help="workers at once; default: what the cluster has CPUs for")
+
+    def __post_init__(self) -> None:
+        if self.users < 1 or (self.concurrency is not None and self.concurrency < 1):
+            raise InputError(f"users {self.users} and concurrency {self.concurrency} must be at least 1")

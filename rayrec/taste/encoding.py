@@ -1,0 +1,135 @@
+"""Inference: from histories to taste vectors, in batches, in pieces, or onwards from a stored state.
+
+Training aside, every taste vector comes from here: the batch job, the evaluation, and answers to
+single requests, so that they agree. U users, Q questions, D embedding, H hidden units.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.windows import NEVER
+from rayrec.taste.features import gap_seconds, pad, scale_gap
+from rayrec.taste.model import TasteModel
+
+PLAYS_PER_PASS = 1 << 15  # padded plays that go through the network at once
+PIECE = 1024  # plays of one user in a pass; longer histories carry their state on
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """Where the network stands after each user's last play."""
+
+    hidden: np.ndarray  # float32 (U, layers, H)
+    last_played_at: np.ndarray  # int64 (U,), ms UTC; NEVER for a user without plays
+
+
+class TasteEncoder:
+    """Runs a taste network over histories. Holds no state between calls."""
+
+    def __init__(self, model: TasteModel, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+
+    def no_states(self, users: int) -> States:
+        """The states of users before their first play."""
+        config = self.model.config
+        return States(
+            hidden=np.zeros((users, config.num_layers, config.hidden_dim), dtype=np.float32),
+            last_played_at=np.full(users, NEVER, dtype=np.int64),
+        )
+
+    @torch.inference_mode()
+    def run(
+        self, histories: Histories, questions: Questions | None = None, start: States | None = None
+    ) -> tuple[np.ndarray, States]:
+        """Hidden outputs at the questions, float32 (Q, H), and the states after all plays.
+
+        `start` holds the states before the first of these plays; `questions` count from there.
+        """
+        start = start or self.no_states(len(histories))
+        hidden = torch.from_numpy(start.hidden.copy())  # (U, layers, H), moved on piece by piece
+        asked = _Asked(questions, hidden[:, -1])
+        for rows in _passes(histories.lengths):
+            self._run_rows(histories, rows, start.last_played_at, hidden, asked)
+        last = start.last_played_at.copy()
+        some = histories.lengths > 0
+        last[some] = histories.played_at[histories.offsets[1:][some] - 1]
+        return asked.hidden_QH.numpy(), States(hidden=hidden.numpy(), last_played_at=last)
+
+    @torch.inference_mode()
+    def vectors(
+        self, histories: Histories, questions: Questions, horizon: str, start: States | None = None
+    ) -> np.ndarray:
+        """float32 (Q, D), normalized: the taste vectors at the questions, from the plays before each only."""
+        start = start or self.no_states(len(histories))
+        hidden, _ = self.run(histories, questions, start)
+        index = histories.offsets[questions.rows] + questions.seen - 1
+        played = histories.played_at[np.maximum(index, 0)] if histories.num_plays else index
+        before = np.where(questions.seen > 0, played, start.last_played_at[questions.rows])
+        return self.project(hidden, gap_seconds(before, questions.at), horizon)
+
+    def tastes(self, states: States, at: int | np.ndarray, horizon: str) -> np.ndarray:
+        """float32 (U, D), normalized: the taste vectors at the moment `at` (ms UTC) from states alone."""
+        return self.project(states.hidden[:, -1], gap_seconds(states.last_played_at, np.asarray(at)), horizon)
+
+    @torch.inference_mode()
+    def project(self, hidden: np.ndarray, gap: np.ndarray, horizon: str) -> np.ndarray:
+        """float32 (Q, D): from hidden outputs (Q, H) and seconds since the last play (Q,)."""
+        request = torch.from_numpy(scale_gap(gap)).to(self.device)
+        taste = self.model.head(torch.from_numpy(hidden).to(self.device), request, horizon)
+        return taste.float().cpu().numpy()
+
+    def _run_rows(
+        self, histories: Histories, rows: np.ndarray, last_before: np.ndarray, hidden: Tensor, asked: "_Asked"
+    ) -> None:
+        plays = histories.take(rows)
+        for begin in range(0, int(plays.lengths.max()), PIECE):
+            position = np.arange(plays.num_plays) - plays.offsets[plays.rows]
+            piece = plays.keep((position >= begin) & (position < begin + PIECE))
+            active = np.flatnonzero(piece.lengths > 0)
+            previous = last_before[rows] if begin == 0 else plays.played_at[plays.offsets[:-1] + begin - 1]
+            batch = pad(piece.take(active), previous[active], self.model.config.features).to(self.device)
+            users = torch.from_numpy(rows[active])
+            state = hidden[users].transpose(0, 1).contiguous().to(self.device)
+            output_BLH, last = self.model.trunk(batch, state)
+            hidden[users] = last.transpose(0, 1).float().cpu()
+            asked.collect(rows[active], begin, output_BLH)
+
+
+class _Asked:
+    """Collects the hidden outputs that questions ask for."""
+
+    def __init__(self, questions: Questions | None, initial_UH: Tensor) -> None:
+        self._rows = np.zeros(0, np.int64) if questions is None else np.asarray(questions.rows)
+        self._last = np.zeros(0, np.int64) if questions is None else np.asarray(questions.seen) - 1
+        self._order = np.argsort(self._rows, kind="stable")
+        self._sorted_rows = self._rows[self._order]
+        self.hidden_QH = initial_UH[torch.from_numpy(self._rows)].clone()
+
+    def collect(self, rows: np.ndarray, begin: int, output_BLH: Tensor) -> None:
+        first = np.searchsorted(self._sorted_rows, rows, side="left")
+        counts = np.searchsorted(self._sorted_rows, rows, side="right") - first
+        starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
+        which = self._order[np.arange(counts.sum()) - np.repeat(starts - first, counts)]
+        step = self._last[which] - begin
+        here = (step >= 0) & (step < output_BLH.shape[1])
+        batch_row = np.repeat(np.arange(len(rows)), counts)[here]
+        picked = output_BLH[torch.from_numpy(batch_row), torch.from_numpy(step[here])]
+        self.hidden_QH[torch.from_numpy(which[here])] = picked.float().cpu()
+
+
+def _passes(lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows with plays, those of like length together, so that a pass is small and little of it padding."""
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    widths = np.minimum(lengths[order], PIECE)
+    end = len(order)
+    while end > 0:
+        begin = max(0, end - max(1, PLAYS_PER_PASS // int(widths[end - 1])))
+        yield order[begin:end]
+        end = begin

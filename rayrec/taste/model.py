@@ -1,0 +1,81 @@
+"""The taste network, R(.; W) of the paper.
+
+Shapes: B rows, L plays, D embedding, H hidden units, F features, N songs, Q questions.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu, normalize
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from rayrec.taste.config import ModelConfig
+from rayrec.taste.features import PlayBatch, encode
+
+
+class TasteModel(nn.Module):
+    """GRU, dense leaky-rectifier layer, one linear head per horizon [paper; the shared trunk is ours].
+
+    Step j sees x_j = s_j ⊕ c_j. The head also sees the time from the last play to the request
+    [ours]. Taste vectors and song vectors are compared by cosine.
+    """
+
+    def __init__(self, config: ModelConfig, song_vectors: Tensor) -> None:
+        """`song_vectors` float32 (N, D) start the song table, or are it where it is frozen."""
+        super().__init__()
+        if tuple(song_vectors.shape) != (config.num_songs, config.embedding_dim):
+            raise ValueError(f"song vectors {tuple(song_vectors.shape)} do not fit {config}")
+        self.config = config
+        trained = config.song_table == "trained"
+        # Sparse gradients keep the cost of a step independent of the size of the catalog.
+        self.songs = nn.Embedding(config.num_songs, config.embedding_dim, sparse=trained, _weight=song_vectors.clone())
+        self.songs.weight.requires_grad_(trained)
+        self.rnn = nn.GRU(
+            config.embedding_dim + config.features.dim,
+            config.hidden_dim,
+            config.num_layers,
+            batch_first=True,
+            dropout=config.dropout if config.num_layers > 1 else 0.0,
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.dense = nn.Linear(config.hidden_dim + int(config.features.request_gap), config.hidden_dim)
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(config.hidden_dim, config.embedding_dim) for name in config.horizons}
+        )
+        self.log_scale = nn.Parameter(torch.tensor(2.5))  # of cosine logits: the inverse temperature
+
+    def song_vectors(self, songs: Tensor) -> Tensor:
+        """Normalized vectors of songs, (..., D)."""
+        return normalize(self.songs(songs), dim=-1)
+
+    def trunk(self, batch: PlayBatch, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden output after every play (B, L, H), and the state after each row's last play (layers, B, H).
+
+        `state` is the one before the first play, zeros where None.
+        """
+        x_BLX = self._steps(batch)
+        packed = pack_padded_sequence(x_BLX, batch.length_B, batch_first=True, enforce_sorted=False)
+        output, last = self.rnn(packed, state)
+        hidden_BLH, _ = pad_packed_sequence(output, batch_first=True)
+        return hidden_BLH, last
+
+    def head(self, hidden: Tensor, request_gap: Tensor, horizon: str) -> Tensor:
+        """Normalized taste vectors (..., D) from hidden outputs (..., H) and scaled gaps (...)."""
+        return self._project(self._dense(hidden, request_gap), horizon)
+
+    def forward(self, batch: PlayBatch, request_gap_BL: Tensor) -> dict[str, Tensor]:
+        """Normalized taste vectors (B, L, D) after every play, per horizon."""
+        # Padding on the right changes nothing before it, and unpacked sequences train up to twice as fast.
+        hidden_BLH, _ = self.rnn(self.dropout(self._steps(batch)))
+        dense_BLH = self._dense(self.dropout(hidden_BLH), request_gap_BL)
+        return {name: self._project(dense_BLH, name) for name in self.heads}
+
+    def _steps(self, batch: PlayBatch) -> Tensor:
+        return torch.cat([self.song_vectors(batch.songs_BL), *encode(batch, self.config.features)], dim=-1)
+
+    def _dense(self, hidden: Tensor, request_gap: Tensor) -> Tensor:
+        if self.config.features.request_gap:
+            hidden = torch.cat([hidden, request_gap.unsqueeze(-1)], dim=-1)
+        return leaky_relu(self.dense(hidden))
+
+    def _project(self, dense: Tensor, horizon: str) -> Tensor:
+        return normalize(self.heads[horizon](dense), dim=-1)

@@ -1,0 +1,56 @@
+"""Objectives: what a taste vector is trained for. All of them plug in here.
+
+Shapes: P positions that have a target, K negatives, D embedding.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from rayrec.taste.model import TasteModel
+
+ObjectiveFunction = Callable[[TasteModel, Tensor, Tensor, "Negatives"], Tensor]
+
+
+class Negatives:
+    """Draws songs by their popularity in the fit range, with replacement."""
+
+    def __init__(self, counts: np.ndarray, count: int) -> None:
+        """`counts` int (N,) are the plays of each song; `count` is K."""
+        share = counts.astype(np.float64) / max(1, counts.sum())
+        self._cumulative = torch.from_numpy(np.cumsum(share))
+        # The expected number of times that a song is drawn, for the logQ correction.
+        self.log_expected = torch.from_numpy(np.log(np.maximum(share * count, 1e-12))).float()
+        self._count = count
+        self.songs_K = torch.zeros(0, dtype=torch.int64)
+
+    def draw(self, generator: torch.Generator, device: torch.device) -> None:
+        """Draw the negatives of the next step: `songs_K`, int64."""
+        points = torch.rand(self._count, generator=generator, dtype=torch.float64)
+        drawn = torch.searchsorted(self._cumulative, points * self._cumulative[-1])
+        self.songs_K = drawn.clamp_(max=len(self._cumulative) - 1).to(device)
+        self.log_expected = self.log_expected.to(device)
+
+
+def cosine(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives) -> Tensor:
+    """L_cos = 1 − cos(t, s) [paper], summed over positions."""
+    return (1.0 - (taste_PD * model.song_vectors(targets_P)).sum(-1)).sum()
+
+
+def sampled_softmax(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives) -> Tensor:
+    """Cross-entropy of the target among popularity-drawn negatives, with the logQ correction, summed [ours].
+
+    Logits are cosines times a learned scale. A negative that is the target itself does not count.
+    """
+    scale = model.log_scale.exp()
+    positive_P = (taste_PD * model.song_vectors(targets_P)).sum(-1) * scale - negatives.log_expected[targets_P]
+    negative_PK = taste_PD @ model.song_vectors(negatives.songs_K).T * scale - negatives.log_expected[negatives.songs_K]
+    negative_PK = negative_PK.masked_fill(negatives.songs_K == targets_P.unsqueeze(-1), -torch.inf)
+    logits = torch.cat([positive_P.unsqueeze(-1), negative_PK], dim=-1)
+    return cross_entropy(logits, torch.zeros_like(targets_P), reduction="sum")
+
+
+OBJECTIVES: dict[str, ObjectiveFunction] = {"sampled-softmax": sampled_softmax, "cosine": cosine}

@@ -1,0 +1,158 @@
+"""The training loop: plain PyTorch over an iterable of windows, on one device or as one of many workers.
+
+Everything random is a function of seed, epoch and step, so a resumed run goes on as if it had never
+stopped. Shapes: B windows, L plays, P positions that have a target.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rayrec.data.windows import Windows
+from rayrec.taste.config import Horizon, TrainConfig
+from rayrec.taste.features import pad
+from rayrec.taste.model import TasteModel
+from rayrec.taste.objectives import OBJECTIVES, Negatives
+
+LARGEST_GRADIENT = 1.0  # norm to which gradients are clipped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which of how many workers this is."""
+
+    rank: int = 0
+    workers: int = 1
+
+    def total(self, value: float) -> float:
+        """The sum of a number over all workers."""
+        if self.workers == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        if dist.get_backend() == "nccl":
+            tensor = tensor.cuda()
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one step did, this worker's share of it."""
+
+    epoch: int
+    step: int  # within the epoch, from 0
+    plays: int  # inputs
+    loss: float  # mean over positions, horizons added
+
+
+class Training:
+    """One fit of one network. Pass epochs of windows to `epoch`."""
+
+    def __init__(
+        self, model: TasteModel, config: TrainConfig, counts: np.ndarray, *, device: str, share: Share
+    ) -> None:
+        """`counts` int (N,) are each song's plays in the fit range; negatives are drawn by them."""
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        self.config = config
+        self.share = share
+        self.negatives = Negatives(counts, config.negatives)
+        self.objective = OBJECTIVES[config.objective]
+        table = [model.songs.weight] if model.songs.weight.requires_grad else []
+        dense = [value for name, value in model.named_parameters() if name != "songs.weight"]
+        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(dense, lr=config.learning_rate)]
+        if table:
+            self.optimizers.append(torch.optim.SparseAdam(table, lr=config.learning_rate))
+        self._dense = dense
+        self._forward = self._distributed() if share.workers > 1 else self.model
+
+    def epoch(
+        self, batches: Iterable[Windows], epoch: int, *, skip: int = 0, on_step: Callable[[StepReport], None]
+    ) -> None:
+        """One pass; the first `skip` steps were taken before and are passed over."""
+        self.model.train()
+        for step, windows in enumerate(islice(batches, skip, None), start=skip):
+            loss = self.step(windows, epoch, step)
+            on_step(StepReport(epoch=epoch, step=step, plays=int(windows.inputs.sum()), loss=loss))
+
+    def step(self, windows: Windows, epoch: int, step: int) -> float:
+        """One step of the optimizers on this worker's share of a batch; the mean loss of the share."""
+        seed = int(np.random.SeedSequence([self.config.seed, epoch, step]).generate_state(1)[0])
+        torch.manual_seed(seed + self.share.rank)  # for dropout
+        generator = torch.Generator().manual_seed(seed)
+        self.negatives.draw(generator, self.device)
+        batch = pad(windows.plays, windows.previous_at, self.model.config.features).to(self.device)
+        inputs_B = torch.tensor(windows.inputs)
+        targets = {
+            name: self._targets(batch.songs_BL, batch.length_B, inputs_B, horizon, generator)
+            for name, horizon in self.model.config.horizons.items()
+        }
+        longest = int(inputs_B.max())
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            taste = self._forward(batch.shortened(inputs_B), batch.gap_BL[:, 1 : longest + 1])
+        loss = sum(
+            (self._loss(taste[name], *targets[name]) for name in taste), start=torch.zeros((), device=self.device)
+        )
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._synchronize_table()
+        torch.nn.utils.clip_grad_norm_(self._dense, LARGEST_GRADIENT)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return float(loss.detach())
+
+    def _targets(
+        self, songs_BL: Tensor, held_B: Tensor, inputs_B: Tensor, horizon: Horizon, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Flat positions (P,) in (B, L inputs) that have a target, and the target songs (P,)."""
+        rows, longest = len(inputs_B), int(inputs_B.max())
+        # Drawn for the whole batch, whatever the number of workers, so that a window's targets do not depend on it.
+        total = (rows + 1) * self.share.workers
+        offsets = torch.randint(
+            horizon.min_offset, horizon.max_offset + 1, (total, self.config.window), generator=generator
+        )[self.share.rank :: self.share.workers][:rows, :longest]
+        position = torch.arange(longest)
+        target = position + offsets
+        valid = (position < inputs_B[:, None]) & (target < held_B[:, None])
+        flat = valid.flatten().nonzero().squeeze(-1)
+        source = (torch.arange(rows)[:, None] * songs_BL.shape[1] + target).flatten()[flat]
+        return flat.to(self.device), songs_BL.flatten()[source.to(self.device)]
+
+    def _loss(self, taste_BLD: Tensor, positions: Tensor, targets_P: Tensor) -> Tensor:
+        """Mean over the positions of all workers: what each adds up to once gradients are averaged."""
+        count = self.share.total(len(positions))
+        if count == 0:
+            return taste_BLD.sum() * 0.0
+        taste_PD = taste_BLD.flatten(0, 1)[positions].float()
+        summed = self.objective(self.model, taste_PD, targets_P, self.negatives)
+        return summed * (self.share.workers / count)
+
+    def _distributed(self) -> DistributedDataParallel:
+        ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(self.model, ["songs.weight"])  # type: ignore[no-untyped-call]
+        return DistributedDataParallel(self.model, find_unused_parameters=True)
+
+    def _synchronize_table(self) -> None:
+        """Average the sparse gradients of the song table over the workers: only the touched rows travel."""
+        table = self.model.songs.weight
+        if self.share.workers == 1 or not table.requires_grad:
+            return
+        gradient = table.grad.coalesce()  # type: ignore[union-attr]
+        rows, values = gradient.indices()[0], gradient.values()
+        counts = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.share.workers)]
+        dist.all_gather(counts, torch.tensor([len(rows)], device=self.device))
+        longest = int(max(counts))
+        all_rows = [torch.zeros(longest, dtype=rows.dtype, device=self.device) for _ in counts]
+        all_values = [torch.zeros(longest, values.shape[1], device=self.device) for _ in counts]
+        dist.all_gather(all_rows, torch.nn.functional.pad(rows, (0, longest - len(rows))))
+        dist.all_gather(all_values, torch.nn.functional.pad(values, (0, 0, 0, longest - len(rows))))
+        table.grad = torch.sparse_coo_tensor(
+            torch.cat(all_rows).unsqueeze(0), torch.cat(all_values) / self.share.workers, table.shape
+        ).coalesce()
