@@ -19,9 +19,9 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # what Ray'
 class PlainProcess:
     """Runs functions of importable modules, one at a time, in one process that stays up for the with block."""
 
-    def __init__(self, niceness: int) -> None:
+    def __init__(self, nice: int) -> None:
         self._executor = ProcessPoolExecutor(
-            max_workers=1, mp_context=get_context("spawn"), initializer=_level, initargs=(niceness,)
+            max_workers=1, mp_context=get_context("spawn"), initializer=_level, initargs=(nice,)
         )
 
     def __enter__(self) -> "PlainProcess":
@@ -37,6 +37,11 @@ class PlainProcess:
         return self._executor.submit(work, *arguments).result()
 
 
-def _level(niceness: int) -> None:
+def niceness() -> int:
+    """How nice this process is."""
+    return os.nice(0)
+
+
+def _level(wanted: int) -> None:
     os.environ.update(ONE_THREAD)
-    os.nice(max(0, niceness - os.nice(0)))
+    os.nice(max(0, wanted - niceness()))

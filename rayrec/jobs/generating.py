@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from rayrec.artifacts import fingerprint, sha256
 from rayrec.config import to_mapping
@@ -34,7 +33,7 @@ def generate(workspace: Workspace, config: GenerateConfig, *, repeat: bool = Fal
     playlist_files, entries = _write_playlists(workspace, world)
     found = []
     with ray_cluster(), progress("generate", config.buckets) as bar:
-        arguments = {"workspace": workspace, "config": config, "buckets": ray.put(_buckets(world))}
+        arguments = {"workspace": workspace, "config": config, "buckets": _buckets(world)}
         for result in run_buckets(BucketGenerator, range(config.buckets), arguments=arguments):
             found.append(result)
             bar.advance()

@@ -4,11 +4,7 @@ import os
 
 import pytest
 
-from rayrec.bench.plain import PlainProcess
-
-
-def niceness() -> int:
-    return os.nice(0)
+from rayrec.bench.plain import PlainProcess, niceness
 
 
 def threads() -> str:
@@ -20,11 +16,11 @@ def fail() -> None:
 
 
 def test_it_is_as_nice_as_asked_in_another_process_with_one_thread() -> None:
-    own = os.nice(0)
+    own = niceness()
     with PlainProcess(own + 3) as plain:
         assert plain.run(niceness) == own + 3
         assert plain.run(os.getpid) == plain.run(os.getpid) != os.getpid()
         assert plain.run(threads) == "1"
         with pytest.raises(ValueError, match="planted"):
             plain.run(fail)
-    assert os.nice(0) == own
+    assert niceness() == own
