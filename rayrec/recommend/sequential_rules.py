@@ -15,6 +15,7 @@ from rayrec.recommend.recommender import Horizon, Recommender
 
 MAX_DISTANCE = 10  # plays between a song and one that follows it
 RULES_PER_SONG = 1_000  # kept, the strongest
+MAX_RULES = 20_000_000  # held at a time while counting: 160 MB
 
 
 class SequentialRulesRecommender(Recommender):
@@ -39,19 +40,22 @@ class SequentialRulesRecommender(Recommender):
         allowed: FitRange,
         max_distance: int = MAX_DISTANCE,
         rules_per_song: int = RULES_PER_SONG,
+        max_rules: int = MAX_RULES,
     ) -> "SequentialRulesRecommender":
         """Count what follows what in each user's history.
 
-        At most 4 · N · `rules_per_song` rules are held at a time: then all but the strongest of each
-        song go, as they do at the end. Raises `LeakError` for a play that `allowed` forbids.
+        The strongest `rules_per_song` of each song are kept, fewer where `max_rules` would be passed:
+        then the weaker ones go early, and with them a little of what they might have come to. Raises
+        `LeakError` for a play that `allowed` forbids.
         """
+        kept = max(1, min(rules_per_song, max_rules // (2 * max(1, num_songs))))
         rules = count_rules(Histories.from_lists([], []), num_songs, max_distance)
         for histories in batches:
             allowed.require(histories)
             rules = rules + count_rules(histories, num_songs, max_distance)
-            if rules.nnz > 4 * num_songs * rules_per_song:
-                rules = strongest(rules, rules_per_song)
-        return cls(strongest(rules, rules_per_song))
+            if rules.nnz > max_rules:
+                rules = strongest(rules, kept)
+        return cls(strongest(rules, kept))
 
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, N): the weight of the rule from the last song to each song."""
@@ -68,14 +72,13 @@ class SequentialRulesRecommender(Recommender):
 def count_rules(histories: Histories, num_songs: int, max_distance: int) -> csr_matrix:
     """Sparse float32 (N, N): Σ 1/distance over pairs of plays of one user at most `max_distance` apart."""
     rows, songs = histories.rows, histories.songs
-    earlier, later, weights = [], [], []
-    for distance in range(1, max_distance + 1):
+    rules = csr_matrix((np.zeros(0, np.float32), (np.zeros(0, np.int32),) * 2), shape=(num_songs, num_songs))
+    for distance in range(1, max_distance + 1):  # one at a time, so that few pairs are held at once
         pairs = np.flatnonzero(rows[distance:] == rows[:-distance])
-        earlier.append(songs[pairs])
-        later.append(songs[pairs + distance])
-        weights.append(np.full(len(pairs), 1 / distance, dtype=np.float32))
-    pair = (np.concatenate(earlier), np.concatenate(later))
-    return csr_matrix((np.concatenate(weights), pair), shape=(num_songs, num_songs))
+        weights = np.full(len(pairs), 1 / distance, dtype=np.float32)
+        pair = (songs[pairs], songs[pairs + distance])
+        rules = rules + csr_matrix((weights, pair), shape=(num_songs, num_songs))
+    return rules
 
 
 def strongest(rules: csr_matrix, count: int) -> csr_matrix:

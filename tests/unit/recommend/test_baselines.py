@@ -114,8 +114,13 @@ def test_rules_stay_few_however_many_users_there_are() -> None:
     def batches() -> Iterable[Histories]:
         return (random_histories(40, 50, seed=seed) for seed in range(6))
 
-    fitted = SequentialRulesRecommender.fit(batches(), num_songs=50, allowed=FitRange(), rules_per_song=3)
-    assert fitted.rules.nnz <= 3 * 50
+    exact = SequentialRulesRecommender.fit(batches(), num_songs=50, allowed=FitRange())
+    bounded = SequentialRulesRecommender.fit(batches(), num_songs=50, allowed=FitRange(), max_rules=1_500)
+    few = SequentialRulesRecommender.fit(batches(), num_songs=50, allowed=FitRange(), rules_per_song=3)
+    assert exact.rules.nnz > 2_000
+    assert bounded.rules.nnz <= 1_500 / 2
+    assert few.rules.nnz <= 3 * 50
+    np.testing.assert_allclose(bounded.rules.max(axis=1).toarray(), exact.rules.max(axis=1).toarray(), rtol=0.2)
 
 
 def test_neighbours_are_those_of_the_last_song() -> None:
