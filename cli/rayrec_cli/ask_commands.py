@@ -49,12 +49,12 @@ def recommend(
     parts = default_parts(call.workspace, model)
     recommender = load_recommender(call.workspace, dataset, model_id=parts["models"], index_id=parts.get("indexes"))
     told = answer(dataset, recommender, config, at=moment, user=user, songs=listed)
-    return Shown(told.to_mapping(), recommendations(told))
+    return Shown(told.to_mapping(), recommendations(told, f"user {user}" if user else "those songs"))
 
 
-def recommendations(told: Answer) -> list[RenderableType]:
+def recommendations(told: Answer, who: str) -> list[RenderableType]:
     """The last plays and the songs recommended after them."""
-    title = f"After {told.plays:,} plays, the last of them"
+    title = f"Last plays of {who}, {told.plays:,} in all"
     rows = [[rank, song, score] for rank, (song, score) in enumerate(zip(told.titles, told.scores, strict=True), 1)]
     played: list[RenderableType] = [table(title, ["song"], [[song] for song in told.last_plays])]
     return [*played, table("Recommended", ["#", "song", "score"], rows, left=["song"])]

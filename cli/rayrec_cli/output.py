@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -66,32 +66,35 @@ def day(iso: str) -> str:
     return iso[:16].replace("T", " ")
 
 
-def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]], *, left: Sequence[str] = ()) -> Table:
+def table(
+    title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]], *, left: Sequence[str] = ()
+) -> RenderableType:
     """A table whose columns are right-aligned, the first and those in `left` excepted.
 
     Where 80 columns are too few, the left ones are cut short; numbers never are.
     """
-    made = Table(
-        title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, padding=GAP
-    )
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=GAP)
     cells = [[value if isinstance(value, str) else number(value) for value in row] for row in rows]
     for index, header in enumerate(headers):
-        if index == 0 or header in left:
-            made.add_column(header, no_wrap=True, overflow="ellipsis")
-        else:
-            widest = max([len(header), *(len(row[index]) for row in cells)])
-            made.add_column(header, justify="right", no_wrap=True, min_width=widest)
+        is_left = index == 0 or header in left
+        # rich shrinks the columns that may wrap; it is the texts in them that forbid it
+        made.add_column(header, justify="left" if is_left else "right", no_wrap=not is_left)
     for row in cells:
-        made.add_row(*map(Text, row))
-    return made
+        made.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
+    return _titled(title, made)
 
 
-def figures(title: str, values: dict[str, Any]) -> Table:
+def figures(title: str, values: dict[str, Any]) -> RenderableType:
     """Names and values, one a line; those that are no plain figures are left to a table of their own."""
     plain = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    made = Table(box=None, show_header=False, pad_edge=False)
     made.add_column(no_wrap=True)
     made.add_column(justify="right", no_wrap=True)
     for name, value in plain.items():
         made.add_row(Text("  " + name.replace("_", " ")), Text(number(value)))
-    return made
+    return _titled(title, made)
+
+
+def _titled(title: str, made: Table) -> RenderableType:
+    """The title on a line of its own: rich would wrap it to the width of the table."""
+    return Group(Text(title, style="bold"), made) if title else made

@@ -36,7 +36,7 @@ def say(outcome: Any) -> None:
 
 def stages_table(outcomes: list[Any]) -> RenderableType:
     """One line a stage."""
-    rows = [[outcome.stage, outcome.status, outcome.id, outcome.seconds] for outcome in outcomes]
+    rows = [[outcome.stage, outcome.status, outcome.id, f"{outcome.seconds:,.1f}"] for outcome in outcomes]
     return table("Stages", ["stage", "status", "id", "seconds"], rows, left=["status", "id"])
 
 
@@ -53,8 +53,7 @@ def demo(call: Call, *, force: ForceOption = False) -> Shown:
     views = [
         stages_table(told.outcomes),
         results_table(told.evaluation),
-        f"User {told.user}",
-        *recommendations(told.answer),
+        *recommendations(told.answer, f"user {told.user}"),
         f"Report: {told.report}",
     ]
     return Shown(told.to_mapping(), views)

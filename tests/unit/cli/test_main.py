@@ -1,0 +1,200 @@
+"""Exit codes, one clear line for bad input, and a stdout that belongs to the outcome alone."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rayrec.data.dataset import DatasetManifest, write_manifest
+from rayrec.errors import LeakError
+from rayrec.workspace import Workspace
+from rayrec_cli.main import main
+
+HELP = Path(__file__).parents[2] / "artifacts" / "help.txt"
+COMMANDS = (
+    *("demo", "generate", "import", "split", "embed", "train", "taste", "index", "evaluate", "release"),
+    *("recommend", "status", "run", "bench"),
+)
+RELEASE_COMMANDS = ("create", "list", "activate", "rollback", "verify")
+
+
+@pytest.fixture
+def plays(tmp_path: Path) -> Path:
+    """A file of two plays."""
+    path = tmp_path / "plays.csv"
+    path.write_text("user_id,song_id,ts\nann,s1,1400000000\nann,s2,1400000300\n")
+    return path
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> str:
+    """The path of a workspace whose data set spans ten days."""
+    workspace = Workspace(tmp_path / "filled")
+    write_manifest(
+        workspace,
+        DatasetManifest(
+            id="d1", source="csv", buckets=1, parts=1, users=1, plays=2, songs=2, last_play=10 * 86_400_000
+        ),
+    )
+    return workspace.uri
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["import", "csv", "/no/such/file.csv"], "/no/such/file.csv does not exist"),
+        (["import", "lastfm", "PLAYS"], "unknown format 'lastfm'; expected one of csv"),
+        (["import", "csv", "PLAYS", "--columns", "user=name"], "no column 'name'"),
+        (["import", "csv", "PLAYS", "--columns", "user"], "--columns has 'user'"),
+        (["import"], "format is missing"),
+        (["import", "csv", "PLAYS", "--buckets", "many"], "'--buckets': 'many'|valid integer"),
+        (["generate", "--users", "0"], "users is 0"),
+        (["split"], "holds no data set; run `rayrec import`"),
+        (["--workspace", "FILLED", "split", "--test-days", "30"], "leave nothing to train on"),
+        (["--workspace", "FILLED", "split", "--held-out-users", "1"], "not in \\[0, 1\\)"),
+        (["--workspace", "FILLED", "embed", "--split", "nope"], "split 'nope' is not in workspace"),
+        (["embed", "--dim", "0"], "dim is 0"),
+        (["train", "--objective", "guessing"], "expected one of sampled-softmax, cosine"),
+        (["taste"], "holds no"),
+        (["index", "--kind", "tree"], "expected one of auto, flat, ivf"),
+        (["--workspace", "FILLED", "recommend", "--user", "ann"], "run `rayrec train` first"),
+        (["--workspace", "FILLED", "recommend", "--user", "ann", "--at", "2015-01-20"], "no zone"),
+        (["recommend", "--user", "ann", "-k", "0"], "k is 0"),
+        (["recommend", "--user", "ann", "--horizon", "far"], "expected one of short, long"),
+        (["evaluate"], "no data set"),
+        (["--workspace", "FILLED", "evaluate"], "no split to test on"),
+        (["--workspace", "FILLED", "release", "create"], "no model of data set d1"),
+        (["release", "activate", "nope"], "'nope' is not in workspace"),
+        (["release", "rollback"], "no release to go back to"),
+        (["release", "verify", "nope"], "'nope' is not in workspace"),
+        (["run", "/no/such.toml"], "/no/such.toml cannot be read"),
+        (["bench", "everything"], "no benchmark 'everything'; there are: train"),
+        (["--workspace", "PLAYS", "status"], "is a file; give a folder"),
+        (["--workspace", "gopher://host/x", "status"], "gopher"),
+        (["--workspace", "FILLED", "demo"], "holds another data set"),
+        (["status", "--loudly"], "No such option"),
+        (["dance"], "No such command 'dance'"),
+        (["release", "dance"], "No such command 'dance'"),
+    ],
+)
+def test_wrong_use_is_one_clear_line_and_exit_code_2(
+    arguments: list[str], said: str, plays: Path, filled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put = {"PLAYS": str(plays), "FILLED": filled}
+    given = [put.get(item, item) for item in arguments]
+    code = main([*([] if "--workspace" in given else ["--workspace", str(tmp_path / "empty")]), *given])
+    told = capsys.readouterr()
+    assert code == 2, told.err
+    assert told.out == ""
+    assert told.err.startswith("rayrec: ")
+    assert told.err.count("\n") == 1
+    assert re.search(said, told.err), told.err
+
+
+def test_a_job_that_fails_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(workspace: Workspace) -> None:
+        raise LeakError("a fit was handed\n3 plays")
+
+    monkeypatch.setattr("rayrec_cli.ask_commands.look", fail)
+    assert main(["status"]) == 1
+    assert capsys.readouterr().err == "rayrec: a fit was handed 3 plays\n"
+
+
+def test_our_bugs_are_one_line_and_a_traceback_only_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(workspace: Workspace) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("rayrec_cli.ask_commands.look", fail)
+    assert main(["status"]) == 1
+    assert capsys.readouterr().err == "rayrec: ZeroDivisionError: oh; run again with --debug for the traceback\n"
+    assert main(["--debug", "status"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("RAYREC_DEBUG", "1")
+    assert main(["status"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(workspace: Workspace) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rayrec_cli.ask_commands.look", interrupt)
+    assert main(["status"]) == 130
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "Commands:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_status_as_json(place: str, filled: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--workspace", filled, "--json"]
+    assert main([*flags, "status"] if place == "before" else ["status", *flags]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["dataset"]["plays"] == 2
+    assert told["models"] == []
+    assert told["active"] is None
+
+
+def test_split_is_kept_and_shown(filled: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["split", "--test-days", "3", "--validation-days", "2", "--workspace", filled]
+    assert main([*flags, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["test_from"] == 7 * 86_400_000 + 1
+    assert main(flags) == 0
+    assert made["id"] in capsys.readouterr().out
+    assert main(["status", "--workspace", filled]) == 0
+    assert made["id"] in capsys.readouterr().out
+
+
+def test_the_workspace_can_be_named_by_the_environment(
+    filled: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAYREC_WORKSPACE", filled)
+    assert main(["status"]) == 0
+    assert filled in capsys.readouterr().out.replace("\n", "")
+
+
+def rayrec(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "rayrec_cli.main", *arguments], capture_output=True, text=True)
+
+
+def test_a_real_process_keeps_stdout_and_stderr_apart(filled: str) -> None:
+    done = rayrec("status", "--json", "--workspace", filled)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["dataset"]["id"] == "d1"
+    failed = rayrec("status", "--json", "--workspace", "gopher://x")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.startswith("rayrec: workspace 'gopher://x'")
+
+
+def help_text(capsys: pytest.CaptureFixture[str]) -> str:
+    """The help of every command, as a terminal of 80 columns shows it."""
+    pages = []
+    for words in [[], *([name] for name in COMMANDS), *(["release", name] for name in RELEASE_COMMANDS)]:
+        assert main([*words, "--help"]) == 0
+        pages.append(f"$ rayrec {' '.join([*words, '--help'])}\n{capsys.readouterr().out.strip()}\n")
+    return "\n".join(pages)
+
+
+def test_the_help_is_what_is_stored(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("RAYREC_WORKSPACE", raising=False)
+    told = help_text(capsys)
+    if os.environ.get("RAYREC_STORE_HELP") == "1":
+        HELP.write_text(told, encoding="utf-8")
+    assert told == HELP.read_text(encoding="utf-8"), "where the change is meant: RAYREC_STORE_HELP=1 make test"
+
+
+def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    told = help_text(capsys)
+    pages = told.split("$ rayrec ")[1:]
+    assert [page.splitlines()[0] for page in pages if "Example:" not in page] == ["release --help"]
+    assert all(len(line) <= 80 for line in told.splitlines())

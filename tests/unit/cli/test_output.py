@@ -1,0 +1,101 @@
+"""What people see fits into 80 columns and reads well; what programs see is JSON."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from rayrec_cli.ask_commands import results_table
+from rayrec_cli.output import Shown, day, figures, number, show, size, table
+
+
+def lines(view: object) -> list[str]:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(view)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        (343183, "343,183"),
+        (0.41234, "0.412"),
+        (12.34, "12.3"),
+        (74000.6, "74,001"),
+        (True, "yes"),
+        (None, "–"),
+        ("a", "a"),
+    ],
+)
+def test_numbers_are_read_by_people(value: object, read: str) -> None:
+    assert number(value) == read
+
+
+def test_sizes_and_dates_are_read_by_people() -> None:
+    assert [size(n) for n in (0, 999, 1500, 2_000_000, 3 * 10**12)] == ["0 B", "999 B", "1.5 kB", "2.0 MB", "3.0 TB"]
+    assert day("2015-01-20T18:30:12+00:00") == "2015-01-20 18:30"
+
+
+def test_numbers_are_right_aligned_and_never_cut() -> None:
+    long = "a title that is far too long for a terminal of eighty columns, whatever one does about it"
+    told = lines(table("", ["song", "plays", "also"], [[long, 1, long], ["b", 1234567, "c"]], left=["also"]))
+    assert all(len(line) <= 80 for line in told)
+    assert "…" in told[2]
+    assert told[3].index("1,234,567") + len("1,234,567") == told[2].index(" 1 ") + len(" 1")
+
+
+def test_brackets_in_titles_are_no_markup() -> None:
+    assert "Song [red]" in lines(table("", ["song"], [["Song [red]"]]))[2]
+
+
+def test_figures_leave_lists_and_nothing_out() -> None:
+    told = "\n".join(lines(figures("Index", {"seconds": 1.5, "songs_with_vector": 9999, "none": None, "list": [1]})))
+    assert "songs with vector  9,999" in told
+    assert "none" not in told
+    assert "list" not in told
+
+
+def results() -> dict:
+    return {
+        "default": "taste",
+        "results": [
+            {
+                "model": model,
+                "users": users,
+                "target": "next",
+                "metric": metric,
+                "k": k,
+                "value": value,
+                "low": value - 0.01,
+                "high": value + 0.01,
+            }
+            for model, value in (("sequential-rules", 0.3), ("taste", 0.4), ("average-0.25", 0.2))
+            for users in ("all", "seen")
+            for metric in ("recall", "mrr", "ndcg")
+            for k in (10, 20)
+        ],
+    }
+
+
+def test_the_results_fit_in_80_columns_best_model_first() -> None:
+    told = lines(results_table(results()))
+    assert all(len(line) <= 80 for line in told)
+    assert "NDCG@20" in told[1]
+    assert [line.split()[0] for line in told[3:]] == ["taste", "sequential-rules", "average-0.25"]
+    assert "0.390–0.410" in told[3]
+
+
+def test_results_without_intervals_are_shown_too() -> None:
+    data = results()
+    for row in data["results"]:
+        row["low"] = row["high"] = None
+    assert "0.400" in lines(results_table(data))[3]
+
+
+def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    show(Shown({"titles": ["Ä – é"], "n": 1}, ["for people"]), as_json=True)
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {"titles": ["Ä – é"], "n": 1}
+    assert told.out.count("\n") == 1
+    assert told.err == ""
