@@ -142,8 +142,8 @@ def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dic
             found[role] = names.index(name)
         elif role in options.columns or role not in optional:
             raise InputError(
-                f"{source} has no column {name!r} for {role}; it has {', '.join(names)}: "
-                f"map them with columns such as {known[0]}=NAME"
+                f"{source} has no column {name!r} for {role}; it has {', '.join(names)}; "
+                f"say which one it is with --columns {role}=NAME"
             )
     return found
 
