@@ -20,7 +20,7 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from rayrec import artifacts
@@ -170,7 +170,8 @@ def _count_songs(dataset: Dataset, ranges: list[FitRange]) -> list[np.ndarray]:
     with progress("Counting plays", len(buckets)) as bar:
         for counts in run_buckets(SongCounter, buckets, arguments={"dataset": dataset, "ranges": ranges}):
             for total, (songs, plays) in zip(totals, counts, strict=True):
-                total[songs] += plays
+                # an empty bucket's arrays come back through Arrow as float64
+                total[np.asarray(songs, dtype=np.int64)] += np.asarray(plays, dtype=np.int64)
             bar.advance()
     if not totals[0].any():
         raise RayrecError("the split leaves no plays to train on; make a split with fewer test and validation days")
@@ -220,9 +221,13 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
         ),
     )
     with _shown(board, plan):
-        result = trainer.fit()
-    if result.error is not None:
-        raise RayrecError(f"training failed: {result.error}; `rayrec train --resume` goes on from the last checkpoint")
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            cause = str(error).strip().splitlines()[-1]
+            raise RayrecError(
+                f"training failed: {cause}; `rayrec train --resume` goes on from the last checkpoint"
+            ) from error
     return dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
 
 

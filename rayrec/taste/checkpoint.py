@@ -13,13 +13,12 @@ from torch import Tensor
 from rayrec.artifacts import Manifest
 from rayrec.errors import DamagedArtifactError
 from rayrec.taste.config import ModelConfig
-from rayrec.taste.model import TasteModel
+from rayrec.taste.model import SONG_TABLE, TasteModel
 from rayrec.workspace import Workspace
 
 WEIGHTS = "model.safetensors"
 SONG_VECTORS = "song_vectors.npy"
 MODEL_CONFIG = "model.json"
-SONG_TABLE = "songs.weight"
 
 
 def export_song_vectors(model: TasteModel, known: np.ndarray) -> np.ndarray:

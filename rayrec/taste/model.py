@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from rayrec.taste.config import ModelConfig
 from rayrec.taste.features import PlayBatch, encode
 
+SONG_TABLE = "songs.weight"  # the parameter that grows with the catalog
+
 
 class TasteModel(nn.Module):
     """GRU, dense leaky-rectifier layer, one linear head per horizon [paper; the shared trunk is ours].
@@ -50,9 +52,12 @@ class TasteModel(nn.Module):
     def trunk(self, batch: PlayBatch, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Hidden output after every play (B, L, H), and the state after each row's last play (layers, B, H).
 
-        `state` is the one before the first play, zeros where None.
+        `state` is the one before the first play, zeros where None. Songs newer than the network, rows
+        from N on, count as a vector of zeros.
         """
-        x_BLX = self._steps(batch)
+        known_BL = batch.songs_BL < self.config.num_songs
+        songs_BL = batch.songs_BL.where(known_BL, 0)
+        x_BLX = self._steps(self.song_vectors(songs_BL) * known_BL.unsqueeze(-1), batch)
         packed = pack_padded_sequence(x_BLX, batch.length_B, batch_first=True, enforce_sorted=False)
         output, last = self.rnn(packed, state)
         hidden_BLH, _ = pad_packed_sequence(output, batch_first=True)
@@ -65,12 +70,12 @@ class TasteModel(nn.Module):
     def forward(self, batch: PlayBatch, request_gap_BL: Tensor) -> dict[str, Tensor]:
         """Normalized taste vectors (B, L, D) after every play, per horizon."""
         # Padding on the right changes nothing before it, and unpacked sequences train up to twice as fast.
-        hidden_BLH, _ = self.rnn(self.dropout(self._steps(batch)))
+        hidden_BLH, _ = self.rnn(self.dropout(self._steps(self.song_vectors(batch.songs_BL), batch)))
         dense_BLH = self._dense(self.dropout(hidden_BLH), request_gap_BL)
         return {name: self._project(dense_BLH, name) for name in self.heads}
 
-    def _steps(self, batch: PlayBatch) -> Tensor:
-        return torch.cat([self.song_vectors(batch.songs_BL), *encode(batch, self.config.features)], dim=-1)
+    def _steps(self, songs_BLD: Tensor, batch: PlayBatch) -> Tensor:
+        return torch.cat([songs_BLD, *encode(batch, self.config.features)], dim=-1)
 
     def _dense(self, hidden: Tensor, request_gap: Tensor) -> Tensor:
         if self.config.features.request_gap:

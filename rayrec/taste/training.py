@@ -11,14 +11,14 @@ from itertools import islice
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rayrec.data.windows import Windows
 from rayrec.taste.config import Horizon, TrainConfig
-from rayrec.taste.features import pad
-from rayrec.taste.model import TasteModel
-from rayrec.taste.objectives import OBJECTIVES, Negatives
+from rayrec.taste.features import PlayBatch, pad
+from rayrec.taste.model import SONG_TABLE, TasteModel
+from rayrec.taste.objectives import OBJECTIVES, Negatives, ObjectiveFunction
 
 LARGEST_GRADIENT = 1.0  # norm to which gradients are clipped
 
@@ -51,6 +51,34 @@ class StepReport:
     loss: float  # mean over positions, horizons added
 
 
+class Losses(nn.Module):
+    """The network and what it is trained for, as one module, so that a distributed step sees all of it."""
+
+    def __init__(self, model: TasteModel, objective: ObjectiveFunction, negatives: Negatives, share: Share) -> None:
+        super().__init__()
+        self.model = model
+        self._objective, self._negatives, self._share = objective, negatives, share
+
+    def forward(self, batch: PlayBatch, inputs_B: Tensor, targets: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """The losses of all horizons added, each the mean over the positions of all workers.
+
+        `targets` holds for each horizon the flat positions (P,) in (B, L inputs) that have a target,
+        and the target songs (P,).
+        """
+        longest = int(inputs_B.max())
+        taste = self.model(batch.shortened(inputs_B), batch.gap_BL[:, 1 : longest + 1])
+        losses = [self._mean(taste[name], *targets[name]) for name in taste]
+        return torch.stack(losses).sum()
+
+    def _mean(self, taste_BLD: Tensor, positions: Tensor, targets_P: Tensor) -> Tensor:
+        count = self._share.total(len(positions))
+        if count == 0:
+            return taste_BLD.sum() * 0.0
+        taste_PD = taste_BLD.flatten(0, 1)[positions].float()
+        # Gradients are averaged over workers afterwards, which this factor undoes.
+        return self._objective(self.model, taste_PD, targets_P, self._negatives) * (self._share.workers / count)
+
+
 class Training:
     """One fit of one network. Pass epochs of windows to `epoch`."""
 
@@ -63,14 +91,15 @@ class Training:
         self.config = config
         self.share = share
         self.negatives = Negatives(counts, config.negatives)
-        self.objective = OBJECTIVES[config.objective]
         table = [model.songs.weight] if model.songs.weight.requires_grad else []
-        dense = [value for name, value in model.named_parameters() if name != "songs.weight"]
+        dense = [value for name, value in model.named_parameters() if name != SONG_TABLE]
         self.optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(dense, lr=config.learning_rate)]
         if table:
             self.optimizers.append(torch.optim.SparseAdam(table, lr=config.learning_rate))
         self._dense = dense
-        self._forward = self._distributed() if share.workers > 1 else self.model
+        self._losses: nn.Module = Losses(model, OBJECTIVES[config.objective], self.negatives, share)
+        if share.workers > 1:
+            self._losses = self._distributed()
 
     def epoch(
         self, batches: Iterable[Windows], epoch: int, *, skip: int = 0, on_step: Callable[[StepReport], None]
@@ -93,15 +122,11 @@ class Training:
             name: self._targets(batch.songs_BL, batch.length_B, inputs_B, horizon, generator)
             for name, horizon in self.model.config.horizons.items()
         }
-        longest = int(inputs_B.max())
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            taste = self._forward(batch.shortened(inputs_B), batch.gap_BL[:, 1 : longest + 1])
-        loss = sum(
-            (self._loss(taste[name], *targets[name]) for name in taste), start=torch.zeros((), device=self.device)
-        )
+            loss = self._losses(batch, inputs_B, targets)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._synchronize_table()
         torch.nn.utils.clip_grad_norm_(self._dense, LARGEST_GRADIENT)
         for optimizer in self.optimizers:
@@ -125,19 +150,10 @@ class Training:
         source = (torch.arange(rows)[:, None] * songs_BL.shape[1] + target).flatten()[flat]
         return flat.to(self.device), songs_BL.flatten()[source.to(self.device)]
 
-    def _loss(self, taste_BLD: Tensor, positions: Tensor, targets_P: Tensor) -> Tensor:
-        """Mean over the positions of all workers: what each adds up to once gradients are averaged."""
-        count = self.share.total(len(positions))
-        if count == 0:
-            return taste_BLD.sum() * 0.0
-        taste_PD = taste_BLD.flatten(0, 1)[positions].float()
-        summed = self.objective(self.model, taste_PD, targets_P, self.negatives)
-        return summed * (self.share.workers / count)
-
     def _distributed(self) -> DistributedDataParallel:
         ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-        ignore(self.model, ["songs.weight"])  # type: ignore[no-untyped-call]
-        return DistributedDataParallel(self.model, find_unused_parameters=True)
+        ignore(self._losses, [f"model.{SONG_TABLE}"])
+        return DistributedDataParallel(self._losses, find_unused_parameters=True)
 
     def _synchronize_table(self) -> None:
         """Average the sparse gradients of the song table over the workers: only the touched rows travel."""
