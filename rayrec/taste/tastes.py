@@ -1,5 +1,7 @@
 """The taste vectors of all users at rest: one row per user, with the state from which a later run goes on."""
 
+import math
+
 import numpy as np
 import pyarrow as pa
 
@@ -31,7 +33,7 @@ def taste_table(encoder: TasteEncoder, histories: Histories, at: int) -> pa.Tabl
         {columns.USER: pa.array(histories.user_ids, pa.string())}
         | {taste_column(name): _fixed_lists(rows) for name, rows in vectors.items()}
         | {
-            STATE: _fixed_lists(states.hidden.reshape(len(histories), -1)),
+            STATE: _fixed_lists(states.hidden.reshape(len(histories), math.prod(states.hidden.shape[1:]))),
             HEARD: heard_songs(histories),
             LAST_PLAYED_AT: pa.array(states.last_played_at),
             PLAYS: pa.array(histories.lengths),

@@ -1,0 +1,163 @@
+"""All stages at once on a tiny world, and the command line on what they leave behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrec import releases
+from rayrec.errors import InputError, MismatchError
+from rayrec.jobs import demo as demo_module
+from rayrec.jobs.demo import demo
+from rayrec.jobs.pipeline import Outcome, run
+from rayrec.workspace import Workspace
+from rayrec_cli.main import main
+
+TINY: dict[str, dict[str, Any]] = {
+    "generate": {"users": 120, "songs": 60, "artists": 12, "genres": 4, "plays": 40.0, "buckets": 2, "playlists": 50},
+    "split": {"test_days": 30.0, "validation_days": 10.0},
+    "embed": {"dim": 8, "epochs": 2},
+    "train": {"hidden_dim": 8, "epochs": 1, "negatives": 16, "workers": 0},
+    "evaluate": {"bootstrap_samples": 20, "max_curve_users": 20, "models": ["taste", "popularity"]},
+}
+STAGES = ["generate", "split", "embed", "train", "taste", "index", "evaluate", "release"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> tuple[Workspace, list[Outcome]]:
+    """A workspace after a run of TINY, and what the run said."""
+    workspace = Workspace(tmp_path_factory.mktemp("run") / "workspace")
+    return workspace, run(workspace, TINY)
+
+
+def statuses(outcomes: list[Outcome]) -> dict[str, str]:
+    return {outcome.stage: outcome.status for outcome in outcomes}
+
+
+def test_a_first_run_does_every_stage_and_releases(made: tuple[Workspace, list[Outcome]]) -> None:
+    workspace, outcomes = made
+    assert statuses(outcomes) == dict.fromkeys(STAGES, "done")
+    live = releases.active_release(workspace)
+    assert live is not None
+    ids = {outcome.stage: outcome.id for outcome in outcomes}
+    assert (live.id, live.inputs["models"], live.inputs["tastes"]) == (ids["release"], ids["train"], ids["taste"])
+    releases.verify_release(workspace, live)
+    figures = {outcome.stage: outcome.figures for outcome in outcomes}
+    assert figures["generate"]["users"] == 120
+    assert figures["evaluate"]["default"] == "taste"
+
+
+def test_a_second_run_skips_everything_and_says_so(made: tuple[Workspace, list[Outcome]]) -> None:
+    workspace, outcomes = made
+    heard: list[Outcome] = []
+    again = run(workspace, TINY, on_stage=heard.append)
+    assert statuses(again) == dict.fromkeys(STAGES, "skipped")
+    assert [outcome.id for outcome in again] == [outcome.id for outcome in outcomes]
+    assert heard == again
+
+
+def test_a_changed_setting_repeats_its_stage_and_what_follows(tmp_path: Path, cluster: None) -> None:
+    workspace = Workspace(tmp_path / "workspace")
+    run(workspace, TINY)
+    again = run(workspace, {**TINY, "train": {**TINY["train"], "hidden_dim": 4}})
+    done = [outcome.stage for outcome in again if outcome.status == "done"]
+    assert done == ["train", "taste", "index", "evaluate", "release"]
+    assert len(releases.list_releases(workspace)) == 2
+    forced = run(workspace, TINY, force=True)
+    assert statuses(forced) == dict.fromkeys(STAGES, "done")
+
+
+def test_files_that_changed_are_imported_anew_and_other_data_never_replaced(tmp_path: Path, cluster: None) -> None:
+    plays = tmp_path / "plays.csv"
+    rows = [f"u{user},s{(user + step) % 5},{1_400_000_000 + 300 * step}" for user in range(30) for step in range(20)]
+    plays.write_text("\n".join(["user_id,song_id,ts", *rows]))
+    columns = {"user": "user_id", "song": "song_id", "played_at": "ts"}
+    file = tmp_path / "run.toml"
+    lines = ["[import]", "format = 'csv'", "paths = ['plays.csv']"]
+    lines += [f"columns.{role} = '{name}'" for role, name in columns.items()]
+    lines += ["[embed]", "dim = 4", "epochs = 1", "[train]", "hidden_dim = 4", "epochs = 1", "workers = 0"]
+    file.write_text("\n".join(lines))
+    workspace = Workspace(tmp_path / "workspace")
+    first = run(workspace, file)
+    assert [outcome.stage for outcome in first] == ["import", "embed", "train", "taste", "index", "release"]
+    assert first[0].figures == {"plays": 600, "users": 30, "songs": 5, "set_aside": 0}
+    plays.write_text(plays.read_text() + "\nu99,s1,1400000000\nu99,s2,1400000300")
+    second = run(workspace, file)
+    assert second[0].figures["plays"] == 602
+    assert statuses(second) == dict.fromkeys(statuses(second), "done")
+    with pytest.raises(InputError, match="holds"):
+        run(workspace, {"generate": {}})
+
+
+def command(workspace: Workspace, capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    """What a command prints under --json."""
+    assert main(["--workspace", workspace.uri, "--json", *words]) == 0
+    told = capsys.readouterr()
+    assert told.out.count("\n") == 1
+    return json.loads(told.out)
+
+
+def test_the_command_line_answers_from_the_live_release(
+    made: tuple[Workspace, list[Outcome]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace, outcomes = made
+    ids = {outcome.stage: outcome.id for outcome in outcomes}
+    told = command(workspace, capsys, "recommend", "--songs", "song-000001,song-000002", "-k", "5")
+    assert len(told["song_ids"]) == len(told["scores"]) == len(told["titles"]) == 5
+    assert told["scores"] == sorted(told["scores"], reverse=True)
+    assert not {"song-000001", "song-000002"} & set(told["song_ids"])
+    assert command(workspace, capsys, "embed", *flags("embed"))["id"] == ids["embed"]
+    assert command(workspace, capsys, "train", *flags("train"))["id"] == ids["train"]
+    assert command(workspace, capsys, "taste")["id"] == ids["taste"]
+    assert command(workspace, capsys, "index")["id"] == ids["index"]
+    assert command(workspace, capsys, "release", "create")["id"] == ids["release"]
+    report = command(workspace, capsys, "evaluate", *flags("evaluate"))
+    assert {"default", "results"} <= set(report)
+    assert {"model", "kind", "users", "target", "metric", "k", "value", "low", "high"} <= set(report["results"][0])
+    assert command(workspace, capsys, "status")["active"] == ids["release"]
+
+
+def flags(stage: str) -> list[str]:
+    """A section of TINY as flags."""
+    words = []
+    for name, value in TINY[stage].items():
+        words += [f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, list) else str(value)]
+    return words
+
+
+def test_people_see_tables_of_80_columns(
+    made: tuple[Workspace, list[Outcome]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in (["recommend", "--songs", "song-000001"], ["evaluate", *flags("evaluate")], ["status"], ["index"]):
+        assert main(["--workspace", made[0].uri, *words]) == 0
+        told = capsys.readouterr().out
+        # a path is never broken: it can be longer
+        assert all(len(line) <= 80 for line in told.splitlines() if made[0].root[:10] not in line)
+
+
+def test_a_model_of_other_data_is_refused(made: tuple[Workspace, list[Outcome]], tmp_path: Path) -> None:
+    workspace, _ = made
+    manifest = workspace.read_json("dataset/dataset.json")
+    workspace.write_json("dataset/dataset.json", {**manifest, "id": "other"})
+    try:
+        with pytest.raises(MismatchError, match=f"{manifest['id']}.*other"):
+            releases.create_release(workspace, model_id=releases.default_parts(workspace)["models"])
+        assert main(["--workspace", workspace.uri, "recommend", "--songs", "song-000001"]) == 2
+    finally:
+        workspace.write_json("dataset/dataset.json", manifest)
+
+
+def test_the_demo_shows_one_user_and_never_replaces_other_data(
+    made: tuple[Workspace, list[Outcome]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, outcomes = made
+    with pytest.raises(InputError, match="holds another data set"):
+        demo(workspace)
+    monkeypatch.setattr(demo_module, "PIPELINE", TINY)
+    told = demo(workspace)
+    assert [outcome.id for outcome in told.outcomes] == [outcome.id for outcome in outcomes]
+    assert told.answer.plays >= demo_module.MIN_PLAYS
+    assert len(told.answer.song_ids) == 10
+    assert {"stages", "default", "results", "report", "user", "song_ids", "scores"} <= set(told.to_mapping())
