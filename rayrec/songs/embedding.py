@@ -11,14 +11,24 @@ Source = Literal["auto", "playlists", "histories"]
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
-    """How song vectors are made: by word2vec, or from a file."""
+    """How song vectors are made: by word2vec, or from a file.
+
+    The defaults were chosen on the validation range of the 30Music sample (fitted on what is before
+    it; 7,492 plays in it; full catalog). Recall@20 (MRR@20) of the next play among the neighbours of
+    the last song is 0.372 (0.096) with them; 0.356 to 0.361 (0.09) at 10 to 30 epochs of window 5,
+    5 negatives and exponent 0.75; 0.148 (0.039) at gensim's own settings, where the mean cosine of
+    random pairs is 0.98. A window of 10, 30 epochs, more than 64 numbers and a learning rate of 0.05
+    all lost. On #nowplaying, where nothing was chosen, they give 0.134 (0.060) against 0.130 (0.059).
+    That drawing negatives in favour of rare songs suits recommendations was found by Caselles-Dupré
+    et al. 2018 (arXiv:1804.04212).
+    """
 
     dim: int = setting(64, help="numbers per vector, D")
-    epochs: int = setting(30, help="passes over the corpus")
+    epochs: int = setting(20, help="passes over the corpus")
     skip_gram: bool = setting(True, help="skip-gram; else continuous bag of words, faster and weaker on plays")
-    window: int = setting(5, help="songs on either side that count as neighbours")
-    negatives: int = setting(5, help="songs drawn against each true neighbour")
-    ns_exponent: float = setting(0.75, help="negatives are drawn by play count to this power; 0 draws all songs alike")
+    window: int = setting(3, help="songs on either side that count as neighbours")
+    negatives: int = setting(10, help="songs drawn against each true neighbour")
+    ns_exponent: float = setting(-0.5, help="negatives are drawn by play count to this power; 0 draws all songs alike")
     learning_rate: float = setting(0.025, help="step size at the start; falls linearly to nearly 0")
     subsample: float = setting(0.0, help="gensim's threshold for leaving out plays of frequent songs; 0 keeps all")
     min_count: int = setting(1, help="songs seen fewer times in the corpus get no vector")

@@ -58,8 +58,8 @@ def test_training_by_epochs_equals_one_call_of_gensim(tmp_path: Path) -> None:
     from gensim.models import Word2Vec as Gensim
 
     path = tmp_path / "corpus"
-    config = EmbedConfig(dim=8, epochs=3, window=2)
-    run = Word2Vec(write_corpus([two_clusters()], path, 20), config)
+    config = EmbedConfig(dim=8, epochs=3, window=2)  # several batches an epoch, so that the falling rate shows
+    run = Word2Vec(write_corpus([two_clusters(4_000)], path, 20), config)
     list(run.train())
     gensim = Gensim(
         vector_size=8, sg=1, window=2, negative=config.negatives, ns_exponent=config.ns_exponent,
