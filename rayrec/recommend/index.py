@@ -245,24 +245,34 @@ def _nearest(index: Any, queries: np.ndarray) -> np.ndarray:
     return np.asarray(index.search(queries, min(RECALL_DEPTH, index.ntotal))[1])
 
 
-def recall_against(exact: np.ndarray, found: np.ndarray) -> float:
-    """The share of the exact answers, int (Q, n), that are among the found ones, int (Q, n)."""
+def recall_against(exact: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """float64 (Q,): the share of each query's exact answers, int (Q, n), among those found, int (Q, n)."""
     # Distinct numbers for distinct queries, so that one call compares all.
     shift = np.arange(len(exact))[:, None] * (max(exact.max(), found.max()) + 2)
-    return float(np.isin(exact + shift, (found + shift)[found != NO_SONG]).mean())
+    return np.asarray(np.isin(exact + shift, (found + shift)[found != NO_SONG]).mean(axis=1))
 
 
 def _choose_nprobe(index: Any, queries: np.ndarray, exact: np.ndarray, target: float) -> float:
-    """Set the smallest nprobe whose recall reaches the target; recall grows with nprobe. Returns the recall."""
+    """Set the smallest nprobe that reaches the target; recall grows with nprobe. Returns the mean recall.
 
-    def recall(nprobe: int) -> float:
+    The target is reached where the mean is two standard errors above it (or is 1): on other
+    queries than these, the recall is then still as asked.
+    """
+
+    def recall(nprobe: int) -> np.ndarray:
         index.nprobe = nprobe
         return recall_against(exact, _nearest(index, queries))
 
     low, high = 0, 1  # low falls short of the target
-    while high < index.nlist and recall(high) < target:
+    while high < index.nlist and not reaches(recall(high), target):
         low, high = high, min(2 * high, index.nlist)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if recall(middle) >= target else (middle, high)
-    return recall(high)
+        low, high = (low, middle) if reaches(recall(middle), target) else (middle, high)
+    return float(recall(high).mean())
+
+
+def reaches(recalls: np.ndarray, target: float) -> bool:
+    """True where the mean of recalls, float (Q,), is two of its standard errors above the target, or all are 1."""
+    error = recalls.std() / np.sqrt(len(recalls))
+    return bool(recalls.mean() - 2 * error >= target)

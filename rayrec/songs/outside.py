@@ -9,10 +9,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayrec.artifacts import sha256
 from rayrec.data import columns
 from rayrec.data.dataset import Catalog
 from rayrec.errors import InputError
 from rayrec.songs.vectors import SongVectors
+from rayrec.workspace import Workspace
 
 VECTOR = "vector"  # the Parquet column
 
@@ -39,8 +41,7 @@ def read_outside(path: str | Path, catalog: Catalog) -> OutsideVectors:
     twice, numbers that are not finite, and a file that has no vector for any song of the catalog.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"vectors file {path} is not there; give a .npy or .parquet file")
+    _require_file(path)
     if path.suffix not in (".npy", ".parquet"):
         raise InputError(f"vectors file {path} ends in {path.suffix!r}; give a .npy or .parquet file")
     raw, song_ids = _read_parquet(path) if path.suffix == ".parquet" else _read_npy(path)
@@ -63,6 +64,18 @@ def read_outside(path: str | Path, catalog: Catalog) -> OutsideVectors:
             f"({int((~found).sum())} of its {len(raw)} ids are unknown); check its song ids"
         )
     return OutsideVectors(vectors, len(raw), int((~found).sum()), int((~raw.any(axis=1)).sum()))
+
+
+def file_id(name: str) -> str:
+    """Twelve hex digits of a local file's content. Raises `InputError` where there is no such file."""
+    path = Path(name).resolve()
+    _require_file(path)
+    return sha256(Workspace(path.parent), path.name)[:12]
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"vectors file {path} is not there; give a .npy or .parquet file")
 
 
 def _read_npy(path: Path) -> tuple[np.ndarray, pa.Array | None]:
