@@ -26,8 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
     try:
         return int(app(arguments, prog_name="rayrec", standalone_mode=False) or 0)
-    except RayrecError as error:
-        return _fail(str(error), error.exit_code, debug)
     except UsageError as error:
         return _usage(error, debug)
     except (KeyboardInterrupt, typer.Abort):
@@ -35,9 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone: nobody is there to be told
         return FAILED
-    except Exception as error:  # our bug, or a machine that failed us
-        line = f"{type(error).__name__}: {error}; run again with --debug for the traceback"
-        return _fail(line, FAILED, debug)
+    except Exception as error:
+        # Ray wraps what a worker raised: as its cause, below a text that holds the whole traceback.
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, RayrecError):
+            return _fail(str(cause), cause.exit_code, debug)
+        # Our bug, or a machine that failed us.
+        last = str(cause).strip().splitlines()[-1:] or [""]
+        return _fail(f"{type(cause).__name__}: {last[0]}; run again with --debug for the traceback", FAILED, debug)
 
 
 def _usage(error: Exception, debug: bool) -> int:

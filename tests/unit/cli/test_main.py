@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rayrec.data.dataset import DatasetManifest, write_manifest
-from rayrec.errors import LeakError
+from rayrec.errors import LeakError, NotFoundError
 from rayrec.workspace import Workspace
 from rayrec_cli.main import main
 
@@ -102,6 +102,22 @@ def test_a_job_that_fails_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr("rayrec_cli.ask_commands.look", fail)
     assert main(["status"]) == 1
     assert capsys.readouterr().err == "rayrec: a fit was handed 3 plays\n"
+
+
+def test_an_error_of_ours_that_ray_wrapped_is_told_as_it_was_raised(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class WrappedError(Exception):
+        """As Ray's RayTaskError: the traceback as text, the error as `cause`."""
+
+        cause = NotFoundError("there is no such song")
+
+    def fail(workspace: Workspace) -> None:
+        raise WrappedError("Traceback\n  File x\nrayrec.errors.NotFoundError: there is no such song")
+
+    monkeypatch.setattr("rayrec_cli.ask_commands.look", fail)
+    assert main(["status"]) == 2
+    assert capsys.readouterr().err == "rayrec: there is no such song\n"
 
 
 def test_our_bugs_are_one_line_and_a_traceback_only_when_asked_for(
