@@ -27,7 +27,7 @@ TOKENS_PER_WORKER = 50_000
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sentences in a local text file, one a line, song rows as decimal numbers: what gensim reads fastest."""
+    """Sentences in a local text file, one a line, song rows as decimal numbers: read without the interpreter lock."""
 
     path: Path
     counts: np.ndarray  # int64 (N,), how often each song occurs
