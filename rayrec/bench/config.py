@@ -18,7 +18,9 @@ class BenchConfig:
     songs: int = setting(10_000, help="songs of the generated data of train, taste and memory")
     plays: float = setting(60.0, help="mean plays of a user in train, taste and embed")
     train_users: int = setting(20_000, help="train: users")
-    train_seconds: float = setting(20.0, help="train: steady seconds that each side is timed for")
+    train_seconds: float = setting(
+        10.0, help="train: steady seconds that a round of each side is timed for, at most an epoch"
+    )
     taste_users: int = setting(200_000, help="taste: users")
     embed_users: int = setting(20_000, help="embed: users, each session of whom is a sentence")
     embed_epochs: int = setting(5, help="embed: passes over the corpus")

@@ -20,6 +20,7 @@ from rayrec.bench.rounds import Measured
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.windows import Windows, cut_windows, worker_batches
+from rayrec.errors import InputError
 from rayrec.songs.embedding import EmbedConfig
 from rayrec.taste.checkpoint import load_model
 from rayrec.taste.config import ModelConfig, TrainConfig
@@ -53,7 +54,10 @@ class TrainTask:
 
 
 def timed_steps(training: Training, batches: Iterable[Windows], epoch: int, seconds: float) -> Measured:
-    """Plays learned from in steady state: the first steps and the wait for the first batch do not count."""
+    """Plays learned from in steady state: the first steps and the wait for the first batch do not count.
+
+    Ends early with the batches. Raises `InputError` where there are no more than the first steps.
+    """
     training.model.train()
     steps = enumerate(batches)
     for step, windows in islice(steps, WARM_STEPS):
@@ -64,6 +68,8 @@ def timed_steps(training: Training, batches: Iterable[Windows], epoch: int, seco
         plays += int(windows.inputs.sum())
         if time.perf_counter() - began >= seconds:
             break
+    if not plays:
+        raise InputError(f"a round of training needs more than {WARM_STEPS} batches; give more users")
     return Measured(plays, time.perf_counter() - began)
 
 

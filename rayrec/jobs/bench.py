@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from rayrec.taste.training import Share
 from rayrec.workspace import DATASET_MANIFEST, Workspace
 
 EMBEDDING_DIM = 64
+SONGS_PER_ARTIST = 8
 PLAIN_TASTES = "plain-tastes"  # folder that the plain loop writes to
 # Few, so that batches and pools are full in the smaller data too: what still grows, grows with the users.
 MEMORY_BUCKETS = 4
@@ -133,46 +134,74 @@ def bench_embed(place: Workspace, config: BenchConfig) -> dict[str, Any]:
 
 
 def bench_memory(place: Workspace, config: BenchConfig) -> dict[str, Any]:
-    """Peak private memory of the taste job and the training data path, by role, at two numbers of users.
+    """Peak private memory of the driver and of the largest worker at two numbers of users.
 
-    `growth` is the largest share by which the driver or a kind of worker grew from the smaller to
-    the larger. Each size runs in a driver of its own.
+    Of the taste job and of the training data path, each in a driver and a cluster of its own, so
+    that no run inherits what another has grown to. `growth` is the largest share by which any of the
+    four figures grew. Sees the processes of this machine.
     """
-    passes = []
-    with progress("bench memory", len(config.memory_users)) as bar:
-        for users in config.memory_users:
-            with PlainProcess(0) as driver:
-                passes.append(driver.run(memory_pass, place, config, users))
-            bar.advance()
-    grown = memory.growth(passes[0]["peaks_mb"], passes[1]["peaks_mb"])
+    with ray_cluster():
+        sizes = {"plays": config.memory_plays, "buckets": MEMORY_BUCKETS}
+        datasets = [_dataset(place, config, users=users, **sizes) for users in config.memory_users]
+        models = [_untrained_model(dataset, config.seed) for dataset in datasets]
+    peaks: list[dict[str, float]] = [{}, {}]
+    totals, seconds = [], 0.0
+    with progress("bench memory", 2 * len(datasets)) as bar:
+        for size, (dataset, model) in enumerate(zip(datasets, models, strict=True)):
+            passes = {
+                "taste": partial(taste_memory, dataset.workspace, model),
+                "data": partial(data_memory, dataset.workspace),
+            }
+            for name, job in passes.items():
+                with PlainProcess(0) as driver:
+                    found = driver.run(job)
+                peaks[size] |= {f"{name} {role}": found.peaks_mb[role] for role in (memory.DRIVER, memory.WORKER)}
+                totals.append(found.total_mb)
+                seconds = found.seconds if name == "taste" else seconds
+                bar.advance()
+    grown = memory.growth(*peaks)
     return {
         "name": "memory",
         "unit": "users",
         "growth": max(grown.values()),
         "growth_by_role": grown,
         "users": list(config.memory_users),
-        "peaks_mb": [found["peaks_mb"] for found in passes],
-        "per_second": passes[1]["users_per_second"],
-        "peak_mb": passes[1]["total_mb"],
+        "peaks_mb": peaks,
+        "per_second": config.memory_users[1] / max(seconds, 1e-9),
+        "peak_mb": max(totals),
     }
 
 
-def memory_pass(place: Workspace, config: BenchConfig, users: int) -> dict[str, Any]:
-    """What one size needs: peaks_mb by role, total_mb of all processes, users_per_second of the taste job."""
-    with ray_cluster():
-        sizes = {"plays": config.memory_plays, "buckets": MEMORY_BUCKETS}
-        dataset = _dataset(place, config, users=users, **sizes)
-        model = _untrained_model(dataset, config.seed)
-    # A new cluster and, with it, new workers: those that generated the plays have grown by it.
+@dataclass(frozen=True, kw_only=True)
+class MemoryPass:
+    """What one job needed on one size of data."""
+
+    peaks_mb: dict[str, float]  # by role
+    total_mb: float
+    seconds: float
+
+
+def taste_memory(workspace: Workspace, model: Manifest) -> MemoryPass:
+    """What the taste job needs."""
+
+    def job() -> None:
+        made = compute_tastes(workspace, TasteConfig(), model_id=model.id, repeat=True)
+        workspace.delete(made.folder)
+
+    return _watched(job)
+
+
+def data_memory(workspace: Workspace) -> MemoryPass:
+    """What the data path of training needs."""
+    return _watched(lambda: ray.get(ray.remote(read_windows).remote(Dataset(workspace), TrainConfig())))
+
+
+def _watched(job: Callable[[], Any]) -> MemoryPass:
     with ray_cluster(), MemoryWatch(interval=0.2) as watch:
-        made = compute_tastes(dataset.workspace, TasteConfig(), model_id=model.id, repeat=True)
-        ray.get(ray.remote(read_windows).remote(dataset, TrainConfig()))
-        dataset.workspace.delete(made.folder)
-    return {
-        "peaks_mb": watch.peaks_mb,
-        "total_mb": watch.total_mb,
-        "users_per_second": made.metrics["users"] / max(made.metrics["seconds"], 1e-9),
-    }
+        began = time.perf_counter()
+        job()
+        seconds = time.perf_counter() - began
+    return MemoryPass(peaks_mb=watch.peaks_mb, total_mb=watch.total_mb, seconds=seconds)
 
 
 def read_windows(dataset: Dataset, config: TrainConfig) -> int:
@@ -220,9 +249,9 @@ def _place(workspace: Workspace | None) -> Iterator[Workspace]:
 
 def _dataset(place: Workspace, config: BenchConfig, **sizes: Any) -> Dataset:
     """Generated plays of a size, made now or by an earlier run."""
-    world = GenerateConfig(
-        **{"songs": config.songs, "plays": config.plays, "seed": config.seed, "playlists": 0, **sizes}
-    )
+    common = {"songs": config.songs, "plays": config.plays, "seed": config.seed, "playlists": 0}
+    artists = max(GenerateConfig.genres, config.songs // SONGS_PER_ARTIST)
+    world = GenerateConfig(**{**common, "artists": artists, **sizes})
     workspace = Workspace(f"{place.uri}/{fingerprint('bench', to_mapping(world), {})}")
     if not workspace.exists(DATASET_MANIFEST):
         generate(workspace, world)

@@ -1,13 +1,12 @@
 """The memory watch: it sees what is held, in this process and in those below it, and tells roles apart."""
 
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from rayrec.bench.memory import DRIVER, MemoryWatch, growth, role, sample
+from rayrec.bench.memory import DRIVER, OTHER, WORKER, Found, MemoryWatch, growth, sample
 
 
 class TestWatch:
@@ -25,30 +24,18 @@ class TestWatch:
         with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
             assert child.stdout is not None
             child.stdout.readline()
-            assert max(sample()["other"]) > 32
+            (found,) = [process for process in sample() if process.pid == child.pid]
+            assert (found.role, found.uss_mb > 32) == (OTHER, True)
             child.communicate()
 
     def test_peaks_are_the_highest_of_each_role_and_the_total_of_one_moment(self) -> None:
         watch = MemoryWatch()
-        watch._record({DRIVER: [10.0], "worker A": [5.0, 7.0]})
-        watch._record({DRIVER: [12.0], "worker A": [6.0]})
-        assert watch.peaks_mb == {DRIVER: 12.0, "worker A": 7.0}
+        watch.record([Found(1, DRIVER, 10.0), Found(2, WORKER, 5.0), Found(3, WORKER, 7.0)])
+        watch.record([Found(1, DRIVER, 12.0), Found(2, WORKER, 6.0)])
+        assert watch.peaks_mb == {DRIVER: 12.0, WORKER: 7.0}
         assert watch.total_mb == 22.0
 
 
-@pytest.mark.parametrize(
-    ("command", "expected"),
-    [
-        ("ray::MapWorker(MapBatches(_Adapter)).submit", "worker MapWorker"),
-        ("ray::IDLE", "idle"),
-        (f"{os.sep}usr/bin/raylet --node", "other"),
-    ],
-)
-def test_roles_come_from_the_titles_of_processes(command: str, expected: str) -> None:
-    assert role(command) == expected
-
-
-def test_growth_compares_the_driver_and_workers_that_ran_in_both() -> None:
-    small = {DRIVER: 100.0, "worker A": 50.0, "worker B": 10.0, "other": 1.0, "idle": 5.0}
-    large = {DRIVER: 105.0, "worker A": 60.0, "other": 9.0, "idle": 50.0}
-    assert growth(small, large) == pytest.approx({DRIVER: 0.05, "worker A": 0.2})
+def test_growth_compares_each_figure_of_two_runs() -> None:
+    small, large = {"taste driver": 100.0, "taste worker": 50.0}, {"taste driver": 105.0, "taste worker": 60.0}
+    assert growth(small, large) == pytest.approx({"taste driver": 0.05, "taste worker": 0.2})

@@ -1,0 +1,80 @@
+"""Every benchmark once on a tiny world: that it runs, and the shape of what it tells."""
+
+from typing import Any
+
+import pytest
+
+from rayrec.bench.config import BenchConfig
+from rayrec.errors import InputError
+from rayrec.jobs.bench import bench
+from rayrec.workspace import Workspace
+
+TINY = BenchConfig(
+    rounds=1,
+    songs=100,
+    plays=10.0,
+    train_users=600,
+    train_seconds=0.2,
+    taste_users=150,
+    embed_users=150,
+    embed_epochs=1,
+    index_songs=1_000,
+    index_dim=8,
+    index_queries=100,
+    memory_users=(100, 200),
+    memory_plays=10.0,
+)
+COMMON = {"name", "unit", "ratio", "ratio_low", "ratio_high", "per_second", "plain_per_second", "peak_mb", "rounds"}
+
+
+def check_common(told: dict[str, Any], name: str, unit: str) -> None:
+    assert told.keys() >= COMMON
+    assert (told["name"], told["unit"], told["rounds"]) == (name, unit, 1)
+    assert told["ratio"] == pytest.approx(told["per_second"] / told["plain_per_second"])
+    assert told["ratio_low"] == told["ratio"] == told["ratio_high"]
+    assert told["peak_mb"] > 0
+
+
+@pytest.mark.usefixtures("cluster")
+class TestBench:
+    @pytest.fixture
+    def place(self, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+        """One for all tests: generated data of the same size are made once."""
+        return Workspace(tmp_path_factory.getbasetemp() / "bench-data")
+
+    def test_taste_counts_plays_against_the_plain_loop(self, place: Workspace) -> None:
+        told = bench("taste", place, TINY)
+        check_common(told, "taste", "plays")
+        assert told["users"] == 150
+
+    def test_embed_counts_tokens_against_gensim_alone(self, place: Workspace) -> None:
+        told = bench("embed", place, TINY)
+        check_common(told, "embed", "tokens")
+        assert told["workers"] == 1
+        assert 0 < told["corpus_tokens"] < 2_000
+
+    def test_train_counts_plays_and_tells_what_the_data_path_feeds(self, place: Workspace) -> None:
+        told = bench("train", place, TINY)
+        check_common(told, "train", "plays")
+        assert told["feed"] == pytest.approx(told["data_per_second"] / told["per_second"])
+
+    def test_index_needs_no_cluster(self, place: Workspace) -> None:
+        check_common(bench("index", place, TINY), "index", "queries")
+
+    @pytest.mark.slow
+    def test_memory_tells_the_growth_of_the_driver_and_of_the_workers_of_both_jobs(self, place: Workspace) -> None:
+        told = bench("memory", place, TINY)
+        assert told["growth"] == max(told["growth_by_role"].values())
+        assert told["growth_by_role"].keys() == {"taste driver", "taste worker", "data driver", "data worker"}
+        assert told["users"] == [100, 200]
+        assert told["growth"] < 0.1
+
+    def test_nothing_is_left_in_the_workspace_but_the_data(self, place: Workspace) -> None:
+        bench("taste", place, TINY)
+        data, *_ = [name for name in place.folders("bench") if place.exists(f"bench/{name}/models")]
+        assert set(place.folders(f"bench/{data}")) <= {"dataset", "models", "tastes", "songs"}
+        assert not place.files(f"bench/{data}/tastes")
+
+    def test_an_unknown_name_is_refused(self) -> None:
+        with pytest.raises(InputError, match="no benchmark 'speed'"):
+            bench("speed")

@@ -1,0 +1,134 @@
+"""The plain loops do the whole work, and time only what they say."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from worlds import random_histories, write_dataset
+
+from rayrec.artifacts import Manifest, publish
+from rayrec.bench import loops
+from rayrec.bench.loops import TrainTask
+from rayrec.data import columns
+from rayrec.data.histories import concatenate
+from rayrec.data.split import FitRange
+from rayrec.data.windows import Windows
+from rayrec.errors import InputError
+from rayrec.songs.embedding import EmbedConfig
+from rayrec.songs.sessions import from_histories
+from rayrec.songs.word2vec import write_corpus
+from rayrec.taste.checkpoint import save_model
+from rayrec.taste.config import FeatureSpec, ModelConfig, TrainConfig
+from rayrec.taste.encoding import TasteEncoder
+from rayrec.taste.tastes import taste_table
+from rayrec.workspace import Workspace
+
+SONGS = 50
+
+
+@pytest.fixture
+def task(workspace: Workspace) -> TrainTask:
+    write_dataset(workspace, random_histories(300, SONGS), SONGS)
+    config = TrainConfig(hidden_dim=8, batch=16, negatives=8, window=10)
+    model = ModelConfig(
+        num_songs=SONGS,
+        embedding_dim=4,
+        hidden_dim=8,
+        num_layers=1,
+        dropout=0.0,
+        features=FeatureSpec(),
+        horizons=config.horizons,
+        song_table="trained",
+    )
+    return TrainTask(workspace=workspace, config=config, model=model, counts=np.ones(SONGS, dtype=np.int64))
+
+
+class Clock:
+    """A clock that moves by one second a look, and by what is told it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock.perf_counter)
+    return clock
+
+
+class TestTrainLoop:
+    def test_an_epoch_holds_every_play_but_each_users_last_as_an_input_once(self, task: TrainTask) -> None:
+        batches = list(loops.plain_windows(task, epoch=0))
+        histories = concatenate(list(loops.Dataset(task.workspace).read_all()))
+        assert sum(int(windows.inputs.sum()) for windows in batches) == np.maximum(histories.lengths - 1, 0).sum()
+        assert max(len(windows) for windows in batches) <= task.config.batch
+
+    def test_warm_steps_are_trained_on_but_not_timed(self, task: TrainTask, clock: Clock) -> None:
+        slow = 1_000.0
+
+        def batches() -> Iterator[Windows]:
+            for number, windows in enumerate(loops.plain_windows(task, epoch=0)):
+                clock.now += slow if number <= loops.WARM_STEPS - 1 else 0.0
+                yield windows
+
+        every = list(loops.plain_windows(task, epoch=0))
+        measured = loops.timed_steps(task.training(), batches(), 0, seconds=1e9)
+        assert measured.seconds < slow
+        assert measured.work == sum(int(windows.inputs.sum()) for windows in every[loops.WARM_STEPS :])
+
+    def test_a_round_ends_when_its_seconds_are_over(self, task: TrainTask, clock: Clock) -> None:
+        every = list(loops.plain_windows(task, epoch=0))
+        measured = loops.timed_steps(task.training(), iter(every), 0, seconds=3)
+        timed = every[loops.WARM_STEPS : loops.WARM_STEPS + 3]
+        assert measured.work == sum(int(windows.inputs.sum()) for windows in timed)
+
+    def test_too_few_batches_are_refused(self, task: TrainTask) -> None:
+        every = list(loops.plain_windows(task, epoch=0))[: loops.WARM_STEPS]
+        with pytest.raises(InputError, match="give more users"):
+            loops.timed_steps(task.training(), iter(every), 0, seconds=1)
+
+    def test_it_trains_the_network(self, task: TrainTask) -> None:
+        training = task.training()
+        before = training.model.dense.weight.detach().clone()
+        assert loops.timed_steps(training, loops.plain_windows(task, 0), 0, seconds=0.01).work > 0
+        assert not torch.equal(before, training.model.dense.weight)
+        assert loops.train_loop(task, 0, 0.01).per_second > 0
+
+    def test_the_data_path_counts_from_the_second_batch_on(self, task: TrainTask) -> None:
+        every = list(loops.plain_windows(task, epoch=0))
+        measured = loops.timed_windows(iter(every), seconds=1e9)
+        assert measured.work == sum(int(windows.inputs.sum()) for windows in every[1:])
+
+
+class TestTasteLoop:
+    def test_it_writes_the_tastes_of_all_users(self, task: TrainTask) -> None:
+        workspace, model = task.workspace, task.training().model
+        manifest = Manifest(kind="models", id="m", inputs={"dataset": "by-hand"})
+        names = save_model(workspace, manifest.folder, model, np.ones(SONGS, dtype=np.bool_))
+        manifest = publish(workspace, manifest, names)
+        at = 10_000_000
+        measured = loops.taste_loop(workspace, manifest, "out", at, users=20)
+        histories = concatenate(list(loops.Dataset(workspace).read_all()))
+        assert measured.work == histories.num_plays
+        expected = taste_table(TasteEncoder(loops.load_model(workspace, manifest)), histories, at)
+        rows = [row for path in workspace.files("out") for row in workspace.read_table(path).to_pylist()]
+        assert [row[columns.USER] for row in rows] == expected.column(columns.USER).to_pylist()
+        np.testing.assert_allclose(
+            [row["taste_long"] for row in rows], expected.column("taste_long").to_pylist(), atol=1e-5
+        )
+
+
+def test_the_embed_loop_counts_the_tokens_of_all_epochs(task: TrainTask, tmp_path: Path) -> None:
+    sentences = from_histories(loops.Dataset(task.workspace).read_all(), FitRange())
+    corpus = write_corpus(sentences, tmp_path / "corpus", SONGS)
+    measured = loops.embed_loop(corpus.path, EmbedConfig(dim=4, epochs=3), 1, corpus.tokens)
+    assert measured.work == 3 * corpus.tokens
+    assert measured.seconds > 0
