@@ -82,16 +82,16 @@ def cut_windows(histories: Histories, window: int, lookahead: int) -> Windows:
 def batch_rows(inputs: np.ndarray, batch: int, workers: int, rng: np.random.Generator) -> list[np.ndarray]:
     """The rows of each batch: windows of like length together, batches in random order.
 
-    `inputs` int (W,) are the windows' lengths. Every batch has at least `workers` rows, so that no
-    worker goes without; where there are fewer windows than workers, rows come again.
+    `inputs` int (W,) are the windows' lengths. Every batch has at least `batch` rows, the odd ones
+    spread over all, so that the cuts do not depend on `workers`; fewer windows than that are one
+    batch. Where there are fewer windows than workers, rows come again, so that no worker goes without.
     """
     if not len(inputs):
         return []
     order = np.lexsort((rng.random(len(inputs)), inputs))
     if len(order) < workers:
         order = np.resize(order, workers)
-    cuts = np.arange(batch, len(order) - workers + 1, batch)
-    batches = np.split(order, cuts)
+    batches = np.array_split(order, max(1, len(order) // batch))
     return [batches[number] for number in rng.permutation(len(batches))]
 
 

@@ -1,0 +1,127 @@
+"""The time cut: what a fit may see, and that it refuses the rest."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayrec.data.histories import Histories
+from rayrec.data.split import (
+    DAY_MS,
+    FitRange,
+    Split,
+    SplitConfig,
+    fit_range,
+    load_split,
+    make_split,
+    save_split,
+)
+from rayrec.errors import InputError, LeakError, NotFoundError
+from rayrec.workspace import Workspace
+
+USERS = [f"user-{number}" for number in range(2_000)]
+
+
+@pytest.fixture
+def histories() -> Histories:
+    return Histories.from_lists([[0, 1], [2], [3, 4]], [[10, 20], [20], [5, 6]], user_ids=["a", "b", "c"])
+
+
+def test_a_fit_sees_the_plays_before_the_cut_only(histories: Histories) -> None:
+    seen = FitRange(before=20).select(histories)
+    assert seen.user_ids.tolist() == ["a", "c"]
+    assert seen.songs.tolist() == [0, 3, 4]
+    FitRange(before=20).require(seen)
+
+
+def test_a_play_at_the_cut_is_refused(histories: Histories) -> None:
+    with pytest.raises(LeakError, match=r"2 plays at or after its cut 20 .*FitRange.select"):
+        FitRange(before=20).require(histories)
+    FitRange(before=21).require(histories)
+
+
+def test_a_held_out_user_is_refused() -> None:
+    allowed = FitRange(held_out_share=0.5)
+    plays = Histories.from_lists([[1]] * 20, [[1]] * 20, user_ids=USERS[:20])
+    with pytest.raises(LeakError, match="held out"):
+        allowed.require(plays)
+    allowed.require(allowed.select(plays))
+
+
+def test_without_a_split_everything_may_be_seen(histories: Histories) -> None:
+    assert fit_range(None) == FitRange()
+    FitRange().require(histories)
+    assert FitRange().select(histories).num_plays == histories.num_plays
+
+
+def test_the_share_of_held_out_users_is_about_right_and_the_seed_picks_others() -> None:
+    users = np.array(USERS, dtype=object)
+    first = FitRange(held_out_share=0.2, held_out_seed=1).allowed_users(users)
+    second = FitRange(held_out_share=0.2, held_out_seed=2).allowed_users(users)
+    assert 0.17 < (~first).mean() < 0.23
+    assert (first != second).any()
+    np.testing.assert_array_equal(first[::-1], FitRange(held_out_share=0.2, held_out_seed=1).allowed_users(users[::-1]))
+
+
+def test_users_held_out_at_a_share_are_held_out_at_a_larger_one_too() -> None:
+    users = np.array(USERS, dtype=object)
+    few, many = (FitRange(held_out_share=share).allowed_users(users) for share in (0.1, 0.3))
+    assert not (many & ~few).any()
+
+
+def test_train_validation_and_test_follow_each_other() -> None:
+    split = make_split(SplitConfig(), dataset="d", first_play=0, last_play=100 * DAY_MS - 1)
+    assert split.test_from == 70 * DAY_MS
+    assert split.validation_from == 63 * DAY_MS
+    assert split.selection.before == split.validation_from
+    assert split.final.before == split.test_from
+    assert split.held_out.before is None
+    assert split.has_validation
+
+
+def test_without_validation_days_there_is_no_validation_range() -> None:
+    config = SplitConfig(validation_days=0)
+    split = make_split(config, dataset="d", first_play=0, last_play=100 * DAY_MS)
+    assert not split.has_validation
+    assert split.selection == split.final
+
+
+@given(last=st.integers(10**6, 10**13), days=st.floats(0, 50), validation=st.floats(0, 20))
+def test_every_play_falls_in_one_range_and_the_last_into_test_where_there_are_test_days(
+    last: int, days: float, validation: float
+) -> None:
+    config = SplitConfig(test_days=days, validation_days=validation)
+    try:
+        split = make_split(config, dataset="d", first_play=0, last_play=last)
+    except InputError:
+        assert last + 1 <= round(days * DAY_MS) + round(validation * DAY_MS)
+        return
+    assert 0 < split.validation_from <= split.test_from <= last + 1
+    assert (split.test_from <= last) == (round(days * DAY_MS) > 0)
+
+
+def test_a_split_that_leaves_nothing_is_refused_with_the_span() -> None:
+    with pytest.raises(InputError, match=r"the plays span 10.0 days; ask for fewer days"):
+        make_split(SplitConfig(), dataset="d", first_play=0, last_play=10 * DAY_MS)
+
+
+@pytest.mark.parametrize("bad", [{"test_days": -1}, {"validation_days": -0.5}, {"held_out_users": 1.0}])
+def test_settings_out_of_range_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=r"must not be negative|not in"):
+        SplitConfig(**bad)
+
+
+def test_the_id_follows_config_and_data_set() -> None:
+    def made(dataset: str, **settings: float) -> Split:
+        return make_split(SplitConfig(**settings), dataset=dataset, first_play=0, last_play=10**11)
+
+    assert made("d") == made("d")
+    assert len({made("d").id, made("e").id, made("d", test_days=20).id, made("d", seed=3).id}) == 4
+
+
+def test_a_split_is_stored_and_found_again(workspace: Workspace) -> None:
+    split = make_split(SplitConfig(held_out_users=0.1, seed=4), dataset="d", first_play=0, last_play=10**11)
+    save_split(workspace, split)
+    assert load_split(workspace, split.id) == split
+    with pytest.raises(NotFoundError, match=r"'other' is not .*rayrec split"):
+        load_split(workspace, "other")
