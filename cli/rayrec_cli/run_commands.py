@@ -53,7 +53,7 @@ def demo(call: Call, *, force: ForceOption = False) -> Shown:
     views = [
         stages_table(told.outcomes),
         results_table(told.evaluation),
-        *recommendations(told.answer, f"user {told.user}"),
+        *recommendations(told.answer, told.user),
         f"Report: {told.report}",
     ]
     return Shown(told.to_mapping(), views)

@@ -13,12 +13,19 @@ from rayrec.jobs.pipeline import Outcome, run
 from rayrec.recommend.answering import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
 from rayrec.workspace import Workspace
 
-# Small, yet large enough for the network to be told from the baselines: about a minute of training.
+# Small enough to watch, a minute of training on two cores; few songs, so that each is played often
+# enough for the network to learn what follows it in which context.
 PIPELINE: dict[str, dict[str, Any]] = {
-    "generate": {"users": 2_000, "songs": 2_000, "plays": 60.0, "buckets": 4},
+    "generate": {
+        **{"users": 3_000, "songs": 400, "artists": 50, "genres": 8, "plays": 60.0, "buckets": 4},
+        **{"follow": 0.5, "zipf": 1.3},
+    },
     "split": {"test_days": 20.0, "validation_days": 7.0},
     "embed": {"dim": 32, "epochs": 10},
-    "train": {"hidden_dim": 64, "epochs": 6, "workers": 0},
+    "train": {
+        **{"hidden_dim": 96, "negatives": 256, "batch": 16, "learning_rate": 0.005, "epochs": 10},
+        "workers": 0,  # in this process: starting Ray Train's workers takes half as long as the training
+    },
     "taste": {},
     "index": {},
     "evaluate": {"bootstrap_samples": 200, "max_curve_users": 500},
