@@ -1,0 +1,104 @@
+"""Small taste networks, plays that they can learn, and a host that runs a fit in memory."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from worlds import random_vectors
+
+from rayrec.data.histories import Histories
+from rayrec.data.windows import Windows, cut_windows, worker_batches
+from rayrec.taste.config import FeatureSpec, Horizon, ModelConfig, SongTable, TrainConfig
+from rayrec.taste.fitting import Phase, Progress
+from rayrec.taste.model import TasteModel
+from rayrec.taste.training import Share, StepReport
+
+MINUTE = 60_000
+NUM_SONGS = 60
+
+
+def model_config(
+    config: TrainConfig | None = None,
+    *,
+    num_songs: int = NUM_SONGS,
+    layers: int = 1,
+    features: FeatureSpec | None = None,
+    song_table: SongTable = "frozen",
+) -> ModelConfig:
+    """The shape that `config` asks for, or a small one."""
+    return ModelConfig(
+        num_songs=num_songs,
+        embedding_dim=8,
+        hidden_dim=config.hidden_dim if config else 12,
+        num_layers=config.num_layers if config else layers,
+        dropout=config.dropout if config else 0.0,
+        features=features or FeatureSpec(),
+        horizons=config.horizons
+        if config
+        else {"short": Horizon(min_offset=1, max_offset=1), "long": Horizon(min_offset=2, max_offset=4)},
+        song_table=config.song_table if config else song_table,
+    )
+
+
+def network(config: ModelConfig | None = None, seed: int = 0) -> TasteModel:
+    """An untrained network, ready for inference."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    config = config or model_config()
+    return TasteModel(config, torch.from_numpy(random_vectors(config.num_songs, config.embedding_dim))).eval()
+
+
+def cycling_histories(users: int, *, num_songs: int = NUM_SONGS, shortest: int = 10, longest: int = 30) -> Histories:
+    """Users who start at any song and play its successor each minute: song n is followed by n + 1."""
+    random = np.random.default_rng(4)
+    lengths = random.integers(shortest, longest + 1, size=users)
+    starts = random.integers(0, num_songs, size=users)
+    return Histories.from_lists(
+        songs=[(start + np.arange(n)) % num_songs for start, n in zip(starts, lengths, strict=True)],  # type: ignore[misc]
+        played_at=[np.arange(n) * MINUTE for n in lengths],  # type: ignore[misc]
+    )
+
+
+class Crash(Exception):  # noqa: N818
+    """What a host under test dies of."""
+
+
+class MemoryHost:
+    """Cuts the windows of each phase's histories, and keeps the last checkpoint in a folder."""
+
+    def __init__(
+        self,
+        plays: dict[Phase, Histories],
+        config: TrainConfig,
+        folder: Path | None = None,
+        *,
+        share: Share | None = None,
+        crash_after: int | None = None,
+    ) -> None:
+        """With `crash_after` the step of that number, counted over all epochs, is the last."""
+        self._plays, self._config, self._folder = plays, config, folder
+        self._share, self._crash_after = share or Share(), crash_after
+        self.reports: list[tuple[Phase, StepReport]] = []
+        self.checkpoints: list[Path] = []
+
+    def windows(self, phase: Phase, epoch: int) -> Iterator[Windows]:
+        """This worker's share of the batches of an epoch."""
+        config = self._config
+        windows = cut_windows(self._plays[phase], config.window, config.lookahead)
+        rng = np.random.default_rng([config.seed, epoch])
+        return worker_batches(windows, batch=config.batch, rank=self._share.rank, workers=self._share.workers, rng=rng)
+
+    def stepped(self, phase: Phase, report: StepReport) -> None:
+        """Remember the step."""
+        self.reports.append((phase, report))
+        if self._crash_after is not None and len(self.reports) > self._crash_after:
+            raise Crash
+
+    def checkpoint(self, progress: Progress, save: Callable[[Path], None]) -> None:
+        """Write a folder of its own for each checkpoint."""
+        if self._folder is not None:
+            target = self._folder / str(len(self.checkpoints))
+            target.mkdir(parents=True)
+            save(target)
+            self.checkpoints.append(target)

@@ -1,0 +1,102 @@
+"""The network: padding changes nothing, and training sees what inference sees."""
+
+import numpy as np
+import pytest
+import torch
+from networks import NUM_SONGS, model_config, network
+from worlds import random_histories
+
+from rayrec.data.histories import Histories
+from rayrec.data.windows import NEVER
+from rayrec.taste.config import FeatureSpec
+from rayrec.taste.features import PlayBatch, pad
+from rayrec.taste.model import TasteModel
+
+
+@pytest.fixture(scope="module")
+def histories() -> Histories:
+    made = random_histories(12, NUM_SONGS, longest=9, seed=2)
+    return made.take(made.lengths > 0)
+
+
+@pytest.fixture(params=[1, 2])
+def model(request: pytest.FixtureRequest) -> TasteModel:
+    return network(model_config(layers=request.param, features=FeatureSpec(hour=True)))
+
+
+def padded(model: TasteModel, histories: Histories) -> PlayBatch:
+    return pad(histories, np.full(len(histories), NEVER), model.config.features)
+
+
+@torch.inference_mode()
+def test_padding_and_neighbours_in_the_batch_change_nothing(model: TasteModel, histories: Histories) -> None:
+    together, last = model.trunk(padded(model, histories))
+    for row, length in enumerate(histories.lengths):
+        alone, alone_last = model.trunk(padded(model, histories.take(np.array([row]))))
+        torch.testing.assert_close(together[row, :length], alone[0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(last[:, row], alone_last[:, 0], atol=1e-6, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_state_is_the_one_after_the_last_play_not_after_the_padding(
+    model: TasteModel, histories: Histories
+) -> None:
+    hidden, last = model.trunk(padded(model, histories))
+    ends = torch.from_numpy(histories.lengths - 1)
+    torch.testing.assert_close(last[-1], hidden[torch.arange(len(histories)), ends])
+
+
+@torch.inference_mode()
+def test_training_computes_what_inference_computes(model: TasteModel, histories: Histories) -> None:
+    batch = padded(model, histories)
+    gap = torch.rand(batch.songs_BL.shape, generator=torch.Generator().manual_seed(1))
+    trained = model(batch, gap)
+    hidden, _ = model.trunk(batch)
+    inside = torch.arange(hidden.shape[1]) < batch.length_B[:, None]
+    for horizon, taste in trained.items():
+        torch.testing.assert_close(taste[inside], model.head(hidden, gap, horizon)[inside], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(taste.norm(dim=-1), torch.ones(taste.shape[:2]))
+    assert not torch.allclose(trained["short"], trained["long"])
+
+
+@torch.inference_mode()
+def test_songs_newer_than_the_network_count_as_a_vector_of_zeros(histories: Histories) -> None:
+    model = network()
+    newer = Histories.from_lists([[3, NUM_SONGS, NUM_SONGS + 50]], [[10, 20, 30]])
+    known = Histories.from_lists([[3, 7, 7]], [[10, 20, 30]])
+    found, _ = model.trunk(padded(model, newer))
+    model.songs.weight[7] = 0
+    wanted, _ = model.trunk(padded(model, known))
+    torch.testing.assert_close(found, wanted)
+
+
+@torch.inference_mode()
+def test_songs_are_compared_by_direction_alone() -> None:
+    model = network()
+    before = model.song_vectors(torch.tensor([1, 2]))
+    model.songs.weight[1] *= 17
+    torch.testing.assert_close(model.song_vectors(torch.tensor([1, 2])), before)
+    torch.testing.assert_close(before.norm(dim=-1), torch.ones(2))
+
+
+@torch.inference_mode()
+def test_the_time_of_the_request_matters_only_where_it_is_an_input() -> None:
+    hidden = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+    asked_soon, asked_late = torch.zeros(3), torch.ones(3)
+    for matters in (True, False):
+        model = network(model_config(features=FeatureSpec(request_gap=matters)))
+        soon, late = (model.head(hidden, gap, "short") for gap in (asked_soon, asked_late))
+        assert torch.equal(soon, late) is not matters
+
+
+def test_song_vectors_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        TasteModel(model_config(), torch.zeros(NUM_SONGS, 9))
+
+
+def test_the_network_keeps_its_own_copy_of_the_song_vectors() -> None:
+    vectors = torch.ones(NUM_SONGS, 8)
+    model = TasteModel(model_config(song_table="trained"), vectors)
+    with torch.no_grad():
+        model.songs.weight[0] = 5
+    assert (vectors == 1).all()

@@ -1,0 +1,99 @@
+"""Objectives against direct computations, and where their gradients go."""
+
+import numpy as np
+import pytest
+import torch
+from networks import NUM_SONGS, model_config, network
+
+from rayrec.taste.config import SongTable
+from rayrec.taste.objectives import OBJECTIVES, Negatives, cosine, sampled_softmax
+
+COUNTS = np.arange(NUM_SONGS)  # song 0 was never played
+
+
+@pytest.fixture
+def negatives() -> Negatives:
+    made = Negatives(COUNTS, 16)
+    made.draw(torch.Generator().manual_seed(3), torch.device("cpu"))
+    return made
+
+
+@pytest.fixture
+def taste() -> torch.Tensor:
+    drawn = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.normalize(drawn, dim=-1)
+
+
+def test_cosine_distance_equals_its_formula(negatives: Negatives, taste: torch.Tensor) -> None:
+    model = network()
+    targets = [3, 9, 9, 1, 59]
+    wanted = sum(
+        1 - float(t @ model.songs.weight[song] / model.songs.weight[song].norm())
+        for t, song in zip(taste, targets, strict=True)
+    )
+    assert float(cosine(model, taste, torch.tensor(targets), negatives)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_sampled_softmax_equals_its_formula(negatives: Negatives, taste: torch.Tensor) -> None:
+    model = network()
+    drawn = negatives.songs_K.tolist()
+    targets = [drawn[0], drawn[3], 5, drawn[0], 59]  # some of them were drawn as negatives too
+    vectors = model.songs.weight.detach().numpy().astype(np.float64)
+    scale = np.exp(float(model.log_scale.detach()))
+    expected_draws = COUNTS / COUNTS.sum() * 16
+    wanted = 0.0
+    for t, target in zip(taste.numpy().astype(np.float64), targets, strict=True):
+        logits = {0: t @ vectors[target] * scale - np.log(expected_draws[target])}
+        for number, song in enumerate(drawn, start=1):
+            if song != target:  # an accidental hit is no negative
+                logits[number] = t @ vectors[song] * scale - np.log(expected_draws[song])
+        wanted += np.log(sum(np.exp(list(logits.values())))) - logits[0]
+    assert float(sampled_softmax(model, taste, torch.tensor(targets), negatives)) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_negatives_come_as_often_as_songs_were_played() -> None:
+    negatives = Negatives(COUNTS, 200_000)
+    negatives.draw(torch.Generator().manual_seed(0), torch.device("cpu"))
+    drawn = np.bincount(negatives.songs_K.numpy(), minlength=NUM_SONGS)
+    expected = COUNTS / COUNTS.sum() * 200_000
+    assert drawn[0] == 0
+    assert (np.abs(drawn - expected) <= 5 * np.sqrt(expected)).all()
+
+
+def test_the_same_generator_draws_the_same_negatives() -> None:
+    first, second, third = (Negatives(COUNTS, 50) for _ in range(3))
+    for negatives, seed in ((first, 1), (second, 1), (third, 2)):
+        negatives.draw(torch.Generator().manual_seed(seed), torch.device("cpu"))
+    assert torch.equal(first.songs_K, second.songs_K)
+    assert not torch.equal(first.songs_K, third.songs_K)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_positions_cost_nothing(name: str, negatives: Negatives) -> None:
+    loss = OBJECTIVES[name](network(), torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64), negatives)
+    assert float(loss) == 0
+
+
+@pytest.mark.parametrize("table", ["trained", "frozen"])
+def test_the_gradient_reaches_the_song_table_sparsely_where_it_is_trained(
+    table: SongTable, negatives: Negatives, taste: torch.Tensor
+) -> None:
+    model = network(model_config(song_table=table))
+    targets = torch.tensor([3, 9, 9, 1, 59])
+    sampled_softmax(model, taste.requires_grad_(), targets, negatives).backward()  # type: ignore[no-untyped-call]
+    assert taste.grad is not None
+    gradient = model.songs.weight.grad
+    if table == "frozen":
+        assert gradient is None
+        return
+    assert gradient is not None
+    assert gradient.is_sparse
+    touched = set(gradient.coalesce().indices()[0].tolist())
+    assert touched == set(targets.tolist()) | set(negatives.songs_K.tolist())
+
+
+def test_the_temperature_learns_with_sampled_softmax(negatives: Negatives, taste: torch.Tensor) -> None:
+    model = network()
+    sampled_softmax(model, taste, torch.tensor([3, 9, 9, 1, 59]), negatives).backward()  # type: ignore[no-untyped-call]
+    assert model.log_scale.grad is not None
+    assert float(model.log_scale.grad) != 0
