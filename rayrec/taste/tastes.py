@@ -44,8 +44,9 @@ def taste_table(encoder: TasteEncoder, histories: Histories, at: int) -> pa.Tabl
 def states_of(table: pa.Table, layers: int) -> States:
     """The states of the users in rows that `taste_table` made."""
     values = table.column(STATE).combine_chunks().flatten().to_numpy()
+    width = len(values) // max(1, table.num_rows * layers)
     return States(
-        hidden=values.reshape(table.num_rows, layers, -1),
+        hidden=values.reshape(table.num_rows, layers, width),
         last_played_at=table.column(LAST_PLAYED_AT).to_numpy(),
     )
 
