@@ -28,6 +28,9 @@ ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="
 SplitOption = Annotated[str | None, typer.Option("--split", metavar="ID", help="Split to test on (the model's own).")]
 
 
+HEADLINES = ("validation_recall@20", "coverage", "mean_cosine", "kind", "recall", "users")  # of any kind of artifact
+
+
 @command(app, "recommend", config=RecommendConfig, example="rayrec recommend --user ann -k 10 --at 2015-01-20T18:30Z")
 def recommend(
     call: Call,
@@ -113,15 +116,20 @@ def status(call: Call) -> Shown:
         names = ("id", "source", "plays", "users", "songs", "playlists", "set_aside")
         shown = {name: dataset[name] for name in names} | {"size": size(dataset["bytes"])}
         views = [figures(f"Workspace {data['workspace']}", shown)]
-    rows = [
-        [kind, item["id"], size(item["bytes"]), day(item["created_at"]), "live" if item["id"] == data["active"] else ""]
-        for kind in KINDS
-        for item in data[kind]
-    ]
-    rows = [["split", split["id"], "", "", ""] for split in data["splits"]] + rows
+    rows = [["split", split["id"], "", "", ""] for split in data["splits"]]
+    for kind in KINDS:
+        for item in data[kind]:
+            told = "live" if item["id"] == data["active"] else _headline(item["figures"])
+            rows.append([kind, item["id"], size(item["bytes"]), day(item["created_at"]), told])
     if rows:
-        views.append(table("", ["kind", "id", "size", "created (UTC)", ""], rows, left=["id"]))
+        views.append(table("", ["kind", "id", "size", "created (UTC)", "figures"], rows, left=["id", "figures"]))
     return Shown(data, views)
+
+
+def _headline(values: dict[str, Any]) -> str:
+    """The figures that say most of an artifact, as many of them as it has."""
+    found = [f"{name.replace('_', ' ')} {number(values[name])}" for name in HEADLINES if name in values]
+    return ", ".join(found)
 
 
 def _parts(call: Call, model: str | None) -> dict[str, str]:
