@@ -112,15 +112,20 @@ class Training:
 
     def step(self, windows: Windows, epoch: int, step: int) -> float:
         """One step of the optimizers on this worker's share of a batch; the mean loss of the share."""
-        seed = int(np.random.SeedSequence([self.config.seed, epoch, step]).generate_state(1)[0])
+        horizons = self.model.config.horizons
+        seed, *seeds = (
+            np.random.SeedSequence([self.config.seed, epoch, step]).generate_state(1 + len(horizons)).tolist()
+        )
         torch.manual_seed(seed + self.share.rank)  # for dropout
-        generator = torch.Generator().manual_seed(seed)
-        self.negatives.draw(generator, self.device)
+        self.negatives.draw(torch.Generator().manual_seed(seed), self.device)
         batch = pad(windows.plays, windows.previous_at, self.model.config.features).to(self.device)
         inputs_B = torch.tensor(windows.inputs)
+        # A generator each: how much one horizon draws depends on the number of workers.
         targets = {
-            name: self._targets(batch.songs_BL, batch.length_B, inputs_B, horizon, generator)
-            for name, horizon in self.model.config.horizons.items()
+            name: self._targets(
+                batch.songs_BL, batch.length_B, inputs_B, horizons[name], torch.Generator().manual_seed(own)
+            )
+            for name, own in zip(horizons, seeds, strict=True)
         }
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = self._losses(batch, inputs_B, targets)
@@ -152,7 +157,7 @@ class Training:
 
     def _distributed(self) -> DistributedDataParallel:
         ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-        ignore(self._losses, [f"model.{SONG_TABLE}"])
+        ignore(self._losses, [f"model.{SONG_TABLE}"])  # type: ignore[no-untyped-call]
         return DistributedDataParallel(self._losses, find_unused_parameters=True)
 
     def _synchronize_table(self) -> None:
@@ -169,6 +174,9 @@ class Training:
         all_values = [torch.zeros(longest, values.shape[1], device=self.device) for _ in counts]
         dist.all_gather(all_rows, torch.nn.functional.pad(rows, (0, longest - len(rows))))
         dist.all_gather(all_values, torch.nn.functional.pad(values, (0, 0, 0, longest - len(rows))))
+        # Not the filling: a row that has no gradient, but is named, is moved on by its momentum.
+        named = [rows[: int(count)] for rows, count in zip(all_rows, counts, strict=True)]
+        filled = [values[: int(count)] for values, count in zip(all_values, counts, strict=True)]
         table.grad = torch.sparse_coo_tensor(
-            torch.cat(all_rows).unsqueeze(0), torch.cat(all_values) / self.share.workers, table.shape
+            torch.cat(named).unsqueeze(0), torch.cat(filled) / self.share.workers, table.shape, check_invariants=False
         ).coalesce()
