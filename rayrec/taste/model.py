@@ -70,7 +70,11 @@ class TasteModel(nn.Module):
     def forward(self, batch: PlayBatch, request_gap_BL: Tensor) -> dict[str, Tensor]:
         """Normalized taste vectors (B, L, D) after every play, per horizon."""
         # Padding on the right changes nothing before it, and unpacked sequences train up to twice as fast.
-        hidden_BLH, _ = self.rnn(self.dropout(self._steps(self.song_vectors(batch.songs_BL), batch)))
+        # It looks up the row's first song: a song that is looked up is moved on by its momentum, gradient or not.
+        position_L = torch.arange(batch.songs_BL.shape[1], device=batch.songs_BL.device)
+        inside_BL = position_L < batch.length_B.to(batch.songs_BL.device, non_blocking=True).unsqueeze(-1)
+        songs_BL = batch.songs_BL.where(inside_BL, batch.songs_BL[:, :1])
+        hidden_BLH, _ = self.rnn(self.dropout(self._steps(self.song_vectors(songs_BL), batch)))
         dense_BLH = self._dense(self.dropout(hidden_BLH), request_gap_BL)
         return {name: self._project(dense_BLH, name) for name in self.heads}
 
