@@ -74,9 +74,9 @@ class MemoryHost:
         folder: Path | None = None,
         *,
         share: Share | None = None,
-        crash_after: int | None = None,
+        crash_after: tuple[Phase, int] | None = None,
     ) -> None:
-        """With `crash_after` the step of that number, counted over all epochs, is the last."""
+        """With `crash_after` the host dies of the step of that number, counted over all epochs of the phase."""
         self._plays, self._config, self._folder = plays, config, folder
         self._share, self._crash_after = share or Share(), crash_after
         self.reports: list[tuple[Phase, StepReport]] = []
@@ -92,7 +92,8 @@ class MemoryHost:
     def stepped(self, phase: Phase, report: StepReport) -> None:
         """Remember the step."""
         self.reports.append((phase, report))
-        if self._crash_after is not None and len(self.reports) > self._crash_after:
+        taken = sum(each == phase for each, _ in self.reports)
+        if self._crash_after == (phase, taken):
             raise Crash
 
     def checkpoint(self, progress: Progress, save: Callable[[Path], None]) -> None:

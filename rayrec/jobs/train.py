@@ -338,8 +338,7 @@ def window_stream(
     stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         reader.tables, batch_size=1, num_cpus=READER_CPUS
     )
-    for table in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        yield from split_batches(table)
+    yield from split_batches(stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
 
 
 @ray.remote

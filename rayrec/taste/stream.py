@@ -1,7 +1,7 @@
 """From buckets on disk to batches of windows, as plain functions that any engine can run in parallel."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from rayrec.taste.config import TrainConfig
 from rayrec.taste.training import Share
 
 POOL_PLAYS = 500_000  # plays whose windows are put in batches by length together
-BATCH = "batch"  # column: the number of the batch that a window belongs to
+FIRST = "first"  # column: whether a window is the first of its batch
 
 
 class UnitReader:
@@ -43,27 +43,33 @@ class UnitReader:
 
     def _batches(self, pool: Histories, buckets: list[int]) -> Iterator[pa.Table]:
         config = self._config
+        self._allowed.require(pool)  # the last place where the users are known
         windows = cut_windows(pool, config.window, config.lookahead)
         rng = np.random.default_rng([config.seed, self._epoch, buckets[0], pool.num_plays])
         batches = list(
             worker_batches(windows, batch=config.batch, rank=self._share.rank, workers=self._share.workers, rng=rng)
         )
         if batches:
-            numbers = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
-            tables = pa.concat_tables([batch.to_arrow() for batch in batches])
-            yield tables.append_column(BATCH, pa.array(numbers))
+            table = pa.concat_tables([batch.to_arrow() for batch in batches])
+            first: np.ndarray = np.zeros(len(table), dtype=bool)
+            first[np.cumsum([0] + [len(batch) for batch in batches[:-1]])] = True
+            yield table.append_column(FIRST, pa.array(first))
 
 
-def split_batches(table: pa.Table) -> Iterator[Windows]:
-    """The batches of a table that `UnitReader` made, in order."""
-    numbers = table.column(BATCH).to_numpy()
-    cuts = np.concatenate([[0], np.flatnonzero(np.diff(numbers)) + 1, [len(numbers)]])
-    for begin, end in pairwise(cuts):
-        yield Windows.from_arrow(table.slice(begin, end - begin))
+def split_batches(tables: Iterable[pa.Table]) -> Iterator[Windows]:
+    """The batches of the tables that `UnitReader` made, in order, wherever an engine joined or cut the tables."""
+    rest: pa.Table | None = None
+    for arrived in tables:
+        table = arrived if rest is None else pa.concat_tables([rest, arrived])
+        cuts = np.flatnonzero(table.column(FIRST).to_numpy()).tolist()
+        for begin, end in pairwise(cuts):
+            yield Windows.from_arrow(table.slice(begin, end - begin))
+        rest = table.slice(cuts[-1]) if cuts else table
+    if rest is not None and len(rest):
+        yield Windows.from_arrow(rest)
 
 
 def plain_stream(reader: UnitReader, units: list[list[int]]) -> Iterator[Windows]:
     """The same batches in this process, for training without a cluster."""
     rows: dict[str, Any] = {"unit": np.array([json.dumps(unit) for unit in units], dtype=object)}
-    for table in reader.tables(rows):
-        yield from split_batches(table)
+    yield from split_batches(reader.tables(rows))
