@@ -22,8 +22,8 @@ class BenchConfig:
         10.0, help="train: steady seconds that a round of each side is timed for, at most an epoch"
     )
     taste_users: int = setting(200_000, help="taste: users")
-    embed_users: int = setting(20_000, help="embed: users, each session of whom is a sentence")
-    embed_epochs: int = setting(5, help="embed: passes over the corpus")
+    embed_users: int = setting(10_000, help="embed: users, each session of whom is a sentence")
+    embed_epochs: int = setting(10, help="embed: passes over the corpus")
     index_songs: int = setting(300_000, help="index: songs")
     index_dim: int = setting(64, help="index: numbers per vector")
     index_queries: int = setting(10_000, help="index: queries timed in a round")

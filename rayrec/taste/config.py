@@ -80,7 +80,7 @@ class TrainConfig:
     skips: bool = setting(True, help="use whether a play was skipped where the data says so")
     window: int = setting(100, help="plays the network learns from in one piece")
     batch: int = setting(64, help="windows of a step, over all workers")
-    learning_rate: float = setting(0.002, help="step size of Adam, η")
+    learning_rate: float = setting(0.001, help="step size of Adam, η")
     epochs: int = setting(12, help="passes over the plays; with a validation range, at most as many")
     patience: int = setting(2, help="epochs without a better validation recall before training stops")
     refit: bool = setting(True, help="after the best epoch is known, train again on train and validation together")
