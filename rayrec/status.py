@@ -26,8 +26,7 @@ def status(workspace: Workspace) -> dict[str, Any]:
             {
                 "id": split.id,
                 "dataset": split.dataset,
-                "validation_from": split.validation_from,
-                "test_from": split.test_from,
+                **split.figures(),
                 "held_out_share": split.held_out_share,
             }
             for split in list_splits(workspace)

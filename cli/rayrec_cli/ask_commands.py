@@ -116,7 +116,7 @@ def status(call: Call) -> Shown:
         names = ("id", "source", "plays", "users", "songs", "playlists", "set_aside")
         shown = {name: dataset[name] for name in names} | {"size": size(dataset["bytes"])}
         views = [figures(f"Workspace {data['workspace']}", shown)]
-    rows = [["split", split["id"], "", "", ""] for split in data["splits"]]
+    rows = [["split", split["id"], "", "", split.get("protocol", "")] for split in data["splits"]]
     for kind in KINDS:
         for item in data[kind]:
             told = "live" if item["id"] == data["active"] else _headline(item["figures"])

@@ -10,7 +10,7 @@ from rayrec.data.dataset import DatasetManifest
 from rayrec.data.generate import GenerateConfig
 from rayrec.data.importing import ImportConfig
 from rayrec.data.readers import FORMATS
-from rayrec.data.split import SplitConfig
+from rayrec.data.split import WEAKER, SplitConfig
 from rayrec.data.splits import split_dataset
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
@@ -52,13 +52,16 @@ def import_data(
 
 @command(app, "split", config=SplitConfig, example="rayrec split --test-days 30 --validation-days 7")
 def split(call: Call, config: SplitConfig) -> Shown:
-    """Cut the data set in time.
+    """Cut the data set into train, validation and test.
 
-    Train comes first, then validation, then test; a share of the users may be held out entirely.
+    In this order in time, or within each user's own plays with --last-fraction; a share of the users may
+    be held out entirely.
     """
     made = split_dataset(call.workspace, config)
-    values = {"split": made.id, "validation from": _moment(made.validation_from), "test from": _moment(made.test_from)}
-    return Shown(asdict(made), [figures("", {**values, "users held out": f"{made.held_out_share:.1%}"})])
+    cuts = {name.replace("_", " "): _cut(value) for name, value in made.figures().items()}
+    values = {"split": made.id, **cuts, "users held out": f"{made.held_out_share:.1%}"}
+    weaker = [f"This protocol is {WEAKER}."] if made.protocol == "last-fraction" else []
+    return Shown(asdict(made), [figures("", values), *weaker])
 
 
 def _dataset(manifest: DatasetManifest) -> Shown:
@@ -74,12 +77,18 @@ def _dataset(manifest: DatasetManifest) -> Shown:
         "set_aside": set_aside,
     }
     shown = {**values, "first play": _moment(manifest.first_play), "last play": _moment(manifest.last_play)}
+    if manifest.times == "positions":
+        shown = {**values, "times": "none, the plays are only in order"}
     views: list[Any] = [figures("Data set", shown)]
     if set_aside:
         views.append(table("Rows set aside", ["reason", "rows"], list(manifest.set_aside.items())))
         views.append("Each with its reason and line in dataset/set_aside.")
     times = {"first_play": manifest.first_play, "last_play": manifest.last_play}
-    return Shown({**values, **times, "reasons": manifest.set_aside}, views)
+    return Shown({**values, **times, "times": manifest.times, "reasons": manifest.set_aside}, views)
+
+
+def _cut(value: int | float | str) -> str:
+    return _moment(value) if isinstance(value, int) else str(value)
 
 
 def _moment(ms: int) -> str:

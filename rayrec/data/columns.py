@@ -11,6 +11,7 @@ SONGS = "songs"
 PLAYED_AT = "played_at"  # ms since 1970, UTC
 CONTEXTS = "contexts"  # bit i set: the play came from the i-th context of dataset.json
 SKIPPED = "skipped"
+TOTAL = "total"  # plays the user has in all, where only the first of them are there
 PLAYLIST = "playlist_id"
 
 # One play, as every reader of an outside format emits it. `contexts` are names until the set of

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,8 @@ from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
 from rayrec.workspace import DATASET_MANIFEST, PLAYLISTS, SONGS_TABLE, Workspace, histories_file
 
 SCHEMA_VERSION = 1
+
+Times = Literal["real", "positions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,7 @@ class DatasetManifest:
     playlist_entries: int = 0
     first_play: int = 0  # ms UTC
     last_play: int = 0  # ms UTC
+    times: Times = "real"  # positions: times say in which order a user's plays came, and nothing else
     contexts: list[str] = field(default_factory=list)  # name of each bit, at most 31
     has_skipped: bool = False
     read: int = 0  # rows read by the import

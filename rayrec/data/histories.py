@@ -31,12 +31,15 @@ class Histories:
     played_at: np.ndarray  # int64 (P,), ms since 1970 UTC, ascending within a user
     contexts: np.ndarray | None = None  # int32 (P,), bit sets
     skipped: np.ndarray | None = None  # bool (P,)
+    totals: np.ndarray | None = None  # int64 (U,), plays each user has in all, of which these are the first
 
     def __post_init__(self) -> None:
         if len(self.offsets) != len(self.user_ids) + 1:
             raise ValueError(
                 f"{len(self.user_ids)} users need {len(self.user_ids) + 1} offsets, got {len(self.offsets)}"
             )
+        if self.totals is not None and len(self.totals) != len(self.user_ids):
+            raise ValueError(f"{len(self.user_ids)} users need as many totals, got {len(self.totals)}")
         for name in ("songs", "played_at", "contexts", "skipped"):
             values = getattr(self, name)
             if values is not None and len(values) != self.offsets[-1]:
@@ -59,6 +62,12 @@ class Histories:
     def rows(self) -> np.ndarray:
         """int64 (P,): the row of the user of each play."""
         return np.repeat(np.arange(len(self)), self.lengths)
+
+    @property
+    def places(self) -> np.ndarray:
+        """int64 (P,): the place of each play in its user's history, from 0."""
+        places: np.ndarray = np.arange(self.num_plays) - np.repeat(self.offsets[:-1], self.lengths)
+        return places
 
     @classmethod
     def from_lists(
@@ -109,10 +118,11 @@ class Histories:
             played_at=played_at,
             contexts=values(columns.CONTEXTS),
             skipped=values(columns.SKIPPED),
+            totals=table.column(columns.TOTAL).to_numpy() if columns.TOTAL in table.column_names else None,
         )
 
     def to_arrow(self) -> pa.Table:
-        """Rows of the histories schema; contexts and skipped only where there are any."""
+        """Rows of the histories schema; contexts, skipped and totals only where there are any."""
         offsets = pa.array(self.offsets.astype(np.int32))
 
         def lists(values: np.ndarray) -> pa.Array:
@@ -128,7 +138,8 @@ class Histories:
         if self.skipped is not None:
             data[columns.SKIPPED] = lists(self.skipped)
         schema = pa.schema([columns.HISTORIES.field(name) for name in data])
-        return pa.table(data, schema=schema)
+        table = pa.table(data, schema=schema)
+        return table if self.totals is None else table.append_column(columns.TOTAL, pa.array(self.totals))
 
     def keep(self, mask: np.ndarray) -> "Histories":
         """The plays where `mask`, bool (P,), is true; every user stays, some perhaps without plays."""
@@ -155,6 +166,7 @@ class Histories:
             played_at=self.played_at[plays],
             contexts=None if self.contexts is None else self.contexts[plays],
             skipped=None if self.skipped is None else self.skipped[plays],
+            totals=None if self.totals is None else self.totals[rows],
         )
 
     def before(self, cut: int | None) -> "Histories":
@@ -170,7 +182,7 @@ class Histories:
 
 
 def concatenate(parts: Sequence[Histories]) -> Histories:
-    """One batch of the users of all parts. Contexts and skips stay where every part has them."""
+    """One batch of the users of all parts. Contexts, skips and totals stay where every part has them."""
     parts = [part for part in parts if len(part)]
     if not parts:
         return Histories.from_lists([], [])
@@ -188,6 +200,7 @@ def concatenate(parts: Sequence[Histories]) -> Histories:
         played_at=np.concatenate([part.played_at for part in parts]),
         contexts=joined("contexts"),
         skipped=joined("skipped"),
+        totals=joined("totals"),
     )
 
 

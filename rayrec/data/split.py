@@ -1,7 +1,12 @@
-"""The split: one cut in time for everybody, and perhaps a share of users held out entirely."""
+"""The split: one cut in time for everybody, and perhaps a share of users held out entirely.
+
+Where the data has no times, each user's own sequence is cut instead. That protocol is the weaker
+one: fits see what others played later than the plays that are predicted.
+"""
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from datetime import datetime, timezone
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,6 +17,10 @@ from rayrec.errors import InputError, LeakError, NotFoundError
 from rayrec.workspace import Workspace, split_file
 
 DAY_MS = 24 * 3600 * 1000
+SHARE_DIGITS = 9  # 1 - 0.2 - 0.1 is to be 0.7, not a little more
+
+Protocol = Literal["time", "last-fraction"]
+WEAKER = "weaker than a cut in time: fits see what others played later"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +28,7 @@ class FitRange:
     """The plays that a fit may see. The default, no limit, is for production, where nothing is tested."""
 
     before: int | None = None  # ms UTC; plays at this moment or later are not to be seen
+    share: float | None = None  # of a user's n plays the first floor(n · share + 1/2) may be seen
     held_out_share: float = 0.0  # of all users, by hash
     held_out_seed: int = 0  # which users
 
@@ -29,16 +39,47 @@ class FitRange:
         hashes = user_hash(user_ids, salt=f"held out {self.held_out_seed} ")
         return np.asarray(hashes / 2.0**64 >= self.held_out_share)
 
+    def covers(self, histories: Histories) -> np.ndarray:
+        """bool (P,): the plays before the cut, be the user held out or not.
+
+        A user's number of plays is what `totals` says, else what is there: whole histories, then.
+        """
+        covered: np.ndarray = np.ones(histories.num_plays, dtype=bool)
+        if self.before is not None:
+            covered &= histories.played_at < self.before
+        if self.share is not None:
+            totals = histories.lengths if histories.totals is None else histories.totals
+            seen = np.floor(totals * self.share + 0.5).astype(np.int64)
+            covered &= histories.places < np.repeat(seen, histories.lengths)
+        return covered
+
     def select(self, histories: Histories) -> Histories:
-        """The part of the histories that a fit may see; users with nothing left drop out."""
-        return histories.take(self.allowed_users(histories.user_ids)).before(self.before)
+        """The part of the histories that a fit may see; users with nothing left drop out.
+
+        Under a share the result says how many plays each user has in all, so that `require` can tell.
+        """
+        allowed = histories.take(self.allowed_users(histories.user_ids))
+        if self.share is not None and allowed.totals is None:
+            allowed = replace(allowed, totals=allowed.lengths)
+        kept = allowed.keep(self.covers(allowed))
+        return kept.take(kept.lengths > 0)
 
     def require(self, histories: Histories) -> None:
-        """Raises `LeakError` if the histories hold a play that a fit must not see. Every fit calls it."""
-        if self.before is not None and histories.num_plays and histories.played_at.max() >= self.before:
-            late = int((histories.played_at >= self.before).sum())
+        """Raises `LeakError` if the histories hold a play that a fit must not see. Every fit calls it.
+
+        A share cannot be seen in histories that are cut already. Those without the totals that
+        `select` leaves are therefore refused, and with them a user's plays are counted.
+        """
+        if self.share is not None and histories.num_plays and histories.totals is None:
             raise LeakError(
-                f"a fit was handed {late} plays at or after its cut {self.before} (ms UTC); "
+                "a fit was handed histories that do not say how many plays each user has in all; "
+                "pass the histories through FitRange.select first"
+            )
+        late = int((~self.covers(histories)).sum())
+        if late:
+            cut = f"{self.before} (ms UTC)" if self.share is None else f"{self.share:.3g} (of each user's plays)"
+            raise LeakError(
+                f"a fit was handed {late} plays at or after its cut {cut}; "
                 "pass the histories through FitRange.select first"
             )
         if self.held_out_share and not self.allowed_users(histories.user_ids).all():
@@ -47,44 +88,82 @@ class FitRange:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Train before `validation_from`, validation before `test_from`, test from there on."""
+    """Train before `validation_from`, validation before `test_from`, test from there on.
+
+    Under the protocol `last-fraction` the same within each user's plays, by their places.
+    """
 
     id: str
     dataset: str  # id of the data set it cuts
-    validation_from: int  # ms UTC
-    test_from: int  # ms UTC
+    validation_from: int | None = None  # ms UTC; None under last-fraction
+    test_from: int | None = None  # ms UTC; None under last-fraction
     held_out_share: float = 0.0  # of users, by hash, seen by no fit
     held_out_seed: int = 0
+    protocol: Protocol = "time"
+    last_fraction: float | None = None  # of each user's plays, test
+    validation_fraction: float | None = None  # of each user's plays, before the test range
 
     @property
     def has_validation(self) -> bool:
         """False where the validation range is empty."""
-        return self.validation_from < self.test_from
+        return self.selection != self.final
 
     @property
     def selection(self) -> FitRange:
         """What fits may see while settings and epochs are chosen: train alone."""
-        return FitRange(
-            before=self.validation_from, held_out_share=self.held_out_share, held_out_seed=self.held_out_seed
-        )
+        share = self._share_without((self.last_fraction or 0.0) + (self.validation_fraction or 0.0))
+        return replace(self.held_out, before=self.validation_from, share=share)
 
     @property
     def final(self) -> FitRange:
         """What the final fit may see: train and validation."""
-        return replace(self.selection, before=self.test_from)
+        return replace(self.held_out, before=self.test_from, share=self._share_without(self.last_fraction or 0.0))
 
     @property
     def held_out(self) -> FitRange:
-        """All times, users not held out: tells seen from held-out users in the evaluation."""
-        return replace(self.selection, before=None)
+        """All plays, users not held out: tells seen from held-out users in the evaluation."""
+        return FitRange(held_out_share=self.held_out_share, held_out_seed=self.held_out_seed)
+
+    def is_test(self, histories: Histories) -> np.ndarray:
+        """bool (P,): the plays of the test range, held-out users' too. Needs whole histories."""
+        return np.asarray(~self.final.covers(histories))
+
+    def is_validation(self, histories: Histories) -> np.ndarray:
+        """bool (P,): the plays of the validation range. Needs whole histories, or what `select` left of them."""
+        return np.asarray(self.final.covers(histories) & ~self.selection.covers(histories))
+
+    def figures(self) -> dict[str, Any]:
+        """Where it cuts, as plain values for outputs: moments in ms UTC or fractions."""
+        if self.protocol == "time":
+            return {"validation_from": self.validation_from, "test_from": self.test_from}
+        return {
+            "protocol": self.protocol,
+            "last_fraction": self.last_fraction,
+            "validation_fraction": self.validation_fraction,
+        }
+
+    @property
+    def test_range(self) -> str:
+        """The test range in words."""
+        if self.test_from is not None:
+            day = datetime.fromtimestamp(self.test_from / 1000, timezone.utc).date().isoformat()
+            return f"the plays from {day} on, UTC"
+        return f"the last {self.last_fraction:.3g} of each user's plays ({WEAKER})"
+
+    def _share_without(self, fraction: float) -> float | None:
+        return None if self.protocol == "time" else round(1.0 - fraction, SHARE_DIGITS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """How to cut a data set in time."""
+    """How to cut a data set: in time, or each user's own sequence where `last_fraction` is above 0."""
 
     test_days: float = setting(30.0, help="length of the test range, in days from the last play back")
     validation_days: float = setting(7.0, help="length of the validation range before it, in days")
+    last_fraction: float = setting(
+        0.0, help="cut each user's own plays instead: the share at their end that is test; a weaker protocol than time"
+    )
+    validation_fraction: float = setting(0.1, help="share of each user's plays before it that is validation")
     held_out_users: float = setting(0.0, help="share of users held out entirely, in [0, 1)")
     seed: int = setting(0, help="which users are held out")
 
@@ -92,6 +171,14 @@ class SplitConfig:
         if self.test_days < 0 or self.validation_days < 0:
             raise InputError(
                 f"test days {self.test_days} and validation days {self.validation_days} must not be negative"
+            )
+        for name in ("last_fraction", "validation_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} is not in [0, 1); give a share such as 0.2")
+        if self.last_fraction + self.validation_fraction >= 1:
+            raise InputError(
+                f"fractions {self.last_fraction:g} and {self.validation_fraction:g} leave nothing to train on; "
+                "give two that add up to less than 1"
             )
         if not 0 <= self.held_out_users < 1:
             raise InputError(f"held-out share {self.held_out_users} is not in [0, 1); give a share such as 0.1")
@@ -102,6 +189,8 @@ def make_split(config: SplitConfig, *, dataset: str, first_play: int, last_play:
 
     Raises `InputError` where no training range is left.
     """
+    if config.last_fraction:
+        return _last_fraction_split(config, dataset)
     test_from = last_play + 1 - round(config.test_days * DAY_MS)
     validation_from = test_from - round(config.validation_days * DAY_MS)
     if validation_from <= first_play:
@@ -111,13 +200,31 @@ def make_split(config: SplitConfig, *, dataset: str, first_play: int, last_play:
             f"the plays span {days:.1f} days; ask for fewer days"
         )
     return Split(
-        id=fingerprint("split", asdict(config), {"dataset": dataset}),
+        id=_split_id(config, dataset, ("test_days", "validation_days")),
         dataset=dataset,
         validation_from=validation_from,
         test_from=test_from,
         held_out_share=config.held_out_users,
         held_out_seed=config.seed,
     )
+
+
+def _last_fraction_split(config: SplitConfig, dataset: str) -> Split:
+    return Split(
+        id=_split_id(config, dataset, ("last_fraction", "validation_fraction")),
+        dataset=dataset,
+        held_out_share=config.held_out_users,
+        held_out_seed=config.seed,
+        protocol="last-fraction",
+        last_fraction=config.last_fraction,
+        validation_fraction=config.validation_fraction,
+    )
+
+
+def _split_id(config: SplitConfig, dataset: str, cut_by: tuple[str, str]) -> str:
+    """From the settings that matter: those of the other protocol do not."""
+    settings = {name: value for name, value in asdict(config).items() if name in (*cut_by, "held_out_users", "seed")}
+    return fingerprint("split", settings, {"dataset": dataset})
 
 
 def save_split(workspace: Workspace, split: Split) -> None:

@@ -9,8 +9,15 @@ from rayrec.workspace import Workspace
 
 
 def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
-    """Cut the data set of the workspace in time and keep the split. Raises `InputError` where nothing is left."""
+    """Cut the data set of the workspace and keep the split.
+
+    Raises `InputError` where nothing is left to train on, and for a cut in time of data without times.
+    """
     dataset = Dataset(workspace).manifest
+    if dataset.times == "positions" and not config.last_fraction:
+        raise InputError(
+            "the data set has no times, its plays are only in order; cut each user's own plays with --last-fraction 0.2"
+        )
     split = make_split(config, dataset=dataset.id, first_play=dataset.first_play, last_play=dataset.last_play)
     save_split(workspace, split)
     return split

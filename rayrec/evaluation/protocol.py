@@ -113,7 +113,7 @@ class Evaluator:
     def __call__(self, histories: Histories) -> Tally:
         """The tally of whole histories; users without a test play cost next to nothing."""
         tally = self.empty()
-        for block, plays in blocks(histories, self.split.test_from, QUESTIONS_PER_BLOCK):
+        for block, plays in blocks(histories, self.split, QUESTIONS_PER_BLOCK):
             questions = Questions.before_plays(block, plays)
             weights = poisson_weights(block.user_ids, self.config.bootstrap_samples, self.config.seed)
             self._add_metrics(tally, block, questions, block.songs[plays], weights)
@@ -147,27 +147,27 @@ class Evaluator:
             tally.curve_counts[row] += weights @ counts
 
 
-def plays_to_predict(histories: Histories, test_from: int) -> np.ndarray:
-    """int64 (Q,): positions of the plays to predict, those from `test_from` on (ms UTC) with an earlier play."""
+def plays_to_predict(histories: Histories, split: Split) -> np.ndarray:
+    """int64 (Q,): positions of the plays to predict, those of the test range with an earlier play."""
     has_earlier = np.ones(histories.num_plays, dtype=bool)
     has_earlier[histories.offsets[:-1][histories.lengths > 0]] = False
-    return np.flatnonzero(has_earlier & (histories.played_at >= test_from))
+    return np.flatnonzero(has_earlier & split.is_test(histories))
 
 
-def blocks(histories: Histories, test_from: int, questions: int) -> Iterator[tuple[Histories, np.ndarray]]:
+def blocks(histories: Histories, split: Split, questions: int) -> Iterator[tuple[Histories, np.ndarray]]:
     """The users who have test plays, with the positions of these, in blocks of about `questions` of them."""
-    rows = histories.rows[plays_to_predict(histories, test_from)]
+    rows = histories.rows[plays_to_predict(histories, split)]
     users, counts = np.unique(rows, return_counts=True)
     number = (np.cumsum(counts) - counts) // questions
     for cut in np.split(users, np.flatnonzero(np.diff(number)) + 1):
         if len(cut):
             block = histories.take(cut)
-            yield block, plays_to_predict(block, test_from)
+            yield block, plays_to_predict(block, split)
 
 
 def user_groups(histories: Histories, split: Split) -> np.ndarray:
-    """int64 (U,): the place in GROUPS of each user: held out, else seen with a play before the cut, else new."""
-    earlier = np.bincount(histories.rows[histories.played_at < split.test_from], minlength=len(histories)) > 0
+    """int64 (U,): the place in GROUPS of each user: held out, else seen with a play before the test range, else new."""
+    earlier = np.bincount(histories.rows[~split.is_test(histories)], minlength=len(histories)) > 0
     groups = np.where(earlier, GROUPS.index("seen"), GROUPS.index("new"))
     allowed = split.held_out.allowed_users(histories.user_ids)
     return np.where(allowed, groups, GROUPS.index("held_out"))

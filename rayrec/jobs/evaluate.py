@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
 import numpy as np
 
@@ -56,8 +55,8 @@ def evaluate(
     tally = tally_buckets(workspace, evaluator, dataset.manifest.buckets)
     if not tally.users.sum():
         raise InputError(
-            f"no play from {_day(split.test_from)} on has an earlier play by the same user, so there is nothing "
-            "to predict; make a split with more test days"
+            f"none of {split.test_range} has an earlier play by the same user, so there is nothing to predict; "
+            "make a split with more test days or a larger last fraction"
         )
     results = results_of(tally, evaluator.recommenders, config)
     manifest = Manifest(
@@ -68,6 +67,7 @@ def evaluate(
         seed=config.seed,
         metrics={
             "default": NETWORK,
+            "protocol": split.protocol,
             "results": results,
             "users": int(tally.users.sum()),
             "plays": int(tally.plays[:, 0].sum()),
@@ -75,7 +75,7 @@ def evaluate(
         },
     )
     curves = curves_of_tally(tally, evaluator.curves, config)
-    about = {"test range": f"{_day(split.test_from)} to {_day(dataset.manifest.last_play)}, UTC", **parts.inputs}
+    about = {"protocol": split.protocol, "test range": split.test_range, **parts.inputs}
     names = write_report(workspace, manifest.folder, results, curves, default=NETWORK, about=about)
     return publish(workspace, manifest, names)
 
@@ -176,7 +176,3 @@ class BucketEvaluator:
         for histories in self.dataset.read_bucket(int(bucket), USERS_PER_BATCH):
             tally = tally + self.evaluator(histories)
         return tally
-
-
-def _day(moment: int) -> str:
-    return datetime.fromtimestamp(moment / 1000, timezone.utc).date().isoformat()

@@ -236,4 +236,4 @@ def _figures(made: Manifest | DatasetManifest | Split) -> dict[str, Any]:
     if isinstance(made, DatasetManifest):
         counts = {"plays": made.plays, "users": made.users, "songs": made.songs}
         return {**counts, "set_aside": sum(made.set_aside.values())}
-    return {"validation_from": made.validation_from, "test_from": made.test_from}
+    return made.figures()

@@ -112,12 +112,13 @@ def _fingerprinted(config: TrainConfig) -> dict[str, Any]:
 
 def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> ModelConfig:
     """The shape of the network for a data set: features that it does not have are left out."""
+    timed = dataset.manifest.times == "real"  # where times are positions, gaps and hours say nothing
     features = FeatureSpec(
         contexts=tuple(dataset.manifest.contexts) if config.contexts else (),
-        gap=config.gaps,
-        request_gap=config.gaps,
-        hour=config.hours,
-        weekday=config.hours,
+        gap=config.gaps and timed,
+        request_gap=config.gaps and timed,
+        hour=config.hours and timed,
+        weekday=config.hours and timed,
         skipped=config.skips and dataset.manifest.has_skipped,
     )
     return ModelConfig(
@@ -184,7 +185,7 @@ def _validation_table(dataset: Dataset, split: Split, limit: int) -> pa.Table:
     plays = 0
     for histories in dataset.read_all():
         seen = split.final.select(histories)
-        recent = np.bincount(seen.rows[seen.played_at >= split.validation_from], minlength=len(seen))
+        recent = np.bincount(seen.rows[split.is_validation(seen)], minlength=len(seen))
         found.append(seen.take(recent > 0))
         plays += int(recent.sum())
         if plays >= limit:
@@ -192,12 +193,12 @@ def _validation_table(dataset: Dataset, split: Split, limit: int) -> pa.Table:
     return concatenate(found).to_arrow()
 
 
-def load_validation(table: pa.Table, split_from: int, limit: int) -> Validation:
-    """The plays at or after `split_from` (ms UTC) that have an earlier play by the same user, at most `limit`."""
+def load_validation(table: pa.Table, selection: FitRange, limit: int) -> Validation:
+    """The plays outside `selection` that have an earlier play by the same user, at most `limit`."""
     histories = Histories.from_arrow(table)
     first = np.zeros(histories.num_plays, dtype=bool)
     first[histories.offsets[:-1]] = True
-    plays = np.flatnonzero((histories.played_at >= split_from) & ~first)[:limit]
+    plays = np.flatnonzero(~selection.covers(histories) & ~first)[:limit]
     return Validation(histories=histories, plays=plays)
 
 
@@ -249,8 +250,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     validation = None
     if plan.validation is not None:
         table = plan.workspace.read_table(plan.validation)
-        start = plan.ranges["selection"].before or 0
-        validation = load_validation(table, start, plan.config.validation_plays)
+        validation = load_validation(table, plan.ranges["selection"], plan.config.validation_plays)
     data: dict[Phase, FitData] = {
         phase: FitData(
             vectors=np.asarray(plan.workspace.read_array(plan.vectors[phase])),

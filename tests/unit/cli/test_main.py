@@ -170,6 +170,19 @@ def test_split_is_kept_and_shown(filled: str, capsys: pytest.CaptureFixture[str]
     assert made["id"] in capsys.readouterr().out
 
 
+def test_a_split_of_each_users_own_plays_says_that_it_is_the_weaker_one(
+    filled: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["split", "--last-fraction", "0.2", "--workspace", filled]
+    assert main([*flags, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["protocol"], made["last_fraction"], made["validation_fraction"]) == ("last-fraction", 0.2, 0.1)
+    assert main(flags) == 0
+    assert "weaker than a cut in time" in capsys.readouterr().out
+    assert main(["status", "--workspace", filled]) == 0
+    assert "last-fraction" in capsys.readouterr().out
+
+
 def test_the_workspace_can_be_named_by_the_environment(
     filled: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

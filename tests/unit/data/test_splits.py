@@ -4,18 +4,26 @@ import os
 
 import pytest
 
-from rayrec.data.dataset import DatasetManifest, write_manifest
+from rayrec.data.dataset import Dataset, DatasetManifest, Times, write_manifest
 from rayrec.data.split import DAY_MS, SplitConfig
 from rayrec.data.splits import choose_split, list_splits, split_dataset
 from rayrec.errors import InputError, MismatchError, NotFoundError
-from rayrec.workspace import Workspace, split_file
+from rayrec.workspace import DATASET_MANIFEST, Workspace, split_file
 
 
-def put_dataset(workspace: Workspace, dataset_id: str) -> None:
+def put_dataset(workspace: Workspace, dataset_id: str, times: Times = "real") -> None:
     write_manifest(
         workspace,
         DatasetManifest(
-            id=dataset_id, source="csv", buckets=1, parts=1, users=1, plays=1, songs=1, last_play=100 * DAY_MS
+            id=dataset_id,
+            source="csv",
+            buckets=1,
+            parts=1,
+            users=1,
+            plays=1,
+            songs=1,
+            last_play=100 * DAY_MS,
+            times=times,
         ),
     )
 
@@ -63,3 +71,19 @@ def test_naming_a_split_and_none_at_once_is_refused(filled: Workspace) -> None:
         choose_split(filled, "a", no_split=True)
     with pytest.raises(NotFoundError, match="'a'"):
         choose_split(filled, "a")
+
+
+def test_data_without_times_is_cut_by_places_only(workspace: Workspace) -> None:
+    put_dataset(workspace, "data1", times="positions")
+    with pytest.raises(InputError, match=r"has no times.*--last-fraction"):
+        split_dataset(workspace, SplitConfig())
+    made = split_dataset(workspace, SplitConfig(last_fraction=0.2))
+    assert choose_split(workspace) == made
+
+
+def test_a_data_set_of_before_there_were_positions_has_real_times(workspace: Workspace) -> None:
+    put_dataset(workspace, "data1")
+    stored = workspace.read_json(DATASET_MANIFEST)
+    del stored["times"]
+    workspace.write_json(DATASET_MANIFEST, stored)
+    assert Dataset(workspace).manifest.times == "real"

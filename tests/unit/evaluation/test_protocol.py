@@ -52,7 +52,7 @@ def _evaluator(recommenders: list[Recommender], split: Split = SPLIT, **settings
 
 
 def test_every_play_from_the_cut_on_that_follows_another_is_predicted(world: Histories) -> None:
-    plays = plays_to_predict(world, CUT)
+    plays = plays_to_predict(world, SPLIT)
     questions = Questions.before_plays(world, plays)
     assert [(world.user_ids[row], int(seen)) for row, seen in zip(questions.rows, questions.seen, strict=True)] == [
         ("seen", 1),
@@ -67,7 +67,7 @@ def test_every_play_from_the_cut_on_that_follows_another_is_predicted(world: His
 def test_blocks_hold_every_question_once(world: Histories, per_block: int) -> None:
     found = [
         (block.user_ids[row], int(block.played_at[play]))
-        for block, plays in blocks(world, CUT, per_block)
+        for block, plays in blocks(world, SPLIT, per_block)
         for row, play in zip(Questions.before_plays(block, plays).rows, plays, strict=True)
     ]
     assert found == [("seen", 100), ("seen", 110), ("new", 140), ("new", 150)]
@@ -123,7 +123,7 @@ def test_evaluation_ranks_by_the_scores_that_recommend_serves() -> None:
     vectors = random_vectors(30)
     recommender = AverageRecommender(vectors, 0.5)
     histories = random_histories(20, 30, seed=8)
-    plays = plays_to_predict(histories, 0)
+    plays = plays_to_predict(histories, Split(id="s", dataset="d", validation_from=0, test_from=0))
     questions = Questions.before_plays(histories, plays)
     ranks = target_ranks(recommender, histories, questions, histories.songs[plays], np.ones(30, bool))
     for question in range(0, len(questions), 25):
