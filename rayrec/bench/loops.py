@@ -115,7 +115,7 @@ def taste_loop(workspace: Workspace, model: Manifest, folder: str, at: int, user
     """Plays a second of computing and storing the taste vectors of all users, `users` at a time."""
     torch.set_num_threads(1)
     began, plays = time.perf_counter(), 0
-    encoder = TasteEncoder(load_model(workspace, model))
+    encoder = TasteEncoder(load_model(workspace, model.folder))
     dataset = Dataset(workspace)
     for bucket in range(dataset.manifest.buckets):
         batches = dataset.read_bucket(bucket, users)

@@ -19,10 +19,11 @@ from rayrec.progress import progress
 from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.recommender import Recommender
+from rayrec.taste.config import has_memory
 from rayrec.workspace import Workspace
 
 KIND = "reports"
-NETWORK = "taste"  # the model that `recommend` uses
+NETWORKS = ("hybrid", "taste")  # the recommenders that a models artifact may give
 USERS_PER_BATCH = 2_000
 
 
@@ -66,7 +67,7 @@ def evaluate(
         inputs=parts.inputs,
         seed=config.seed,
         metrics={
-            "default": NETWORK,
+            "default": parts.default,
             "protocol": split.protocol,
             "results": results,
             "users": int(tally.users.sum()),
@@ -76,7 +77,7 @@ def evaluate(
     )
     curves = curves_of_tally(tally, evaluator.curves, config)
     about = {"protocol": split.protocol, "test range": split.test_range, **parts.inputs}
-    names = write_report(workspace, manifest.folder, results, curves, default=NETWORK, about=about)
+    names = write_report(workspace, manifest.folder, results, curves, default=parts.default, about=about)
     return publish(workspace, manifest, names)
 
 
@@ -85,6 +86,7 @@ class Parts:
     """What is judged, all of one split."""
 
     names: tuple[str, ...]  # of the models
+    default: str  # the one that `recommend` uses
     model: Manifest | None  # the network, where it is among them
     songs: Manifest | None  # the song vectors of the baselines, where one needs them
     inputs: dict[str, str]  # role -> id
@@ -94,25 +96,28 @@ def choose_parts(
     workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split, model_id: str | None
 ) -> Parts:
     """The models of `config` with the artifacts they need. Raises as `evaluate` does."""
-    names = tuple(dict.fromkeys(config.models or (NETWORK, *BASELINES)))
-    unknown = [name for name in names if name not in (NETWORK, *BASELINES)]
+    unknown = [name for name in config.models or () if name not in (*NETWORKS, *BASELINES)]
     if unknown:
-        raise InputError(f"there is no model {unknown[0]!r}; there are: {', '.join((NETWORK, *BASELINES))}")
+        raise InputError(f"there is no model {unknown[0]!r}; there are: {', '.join((*NETWORKS, *BASELINES))}")
     if split.dataset != dataset.manifest.id:
         raise MismatchError(
             f"split {split.id} cuts data set {split.dataset}, the workspace holds {dataset.manifest.id}; "
             "run `rayrec split` again"
         )
-    inputs, model, songs = {"dataset": dataset.manifest.id, "split": split.id}, None, None
-    if NETWORK in names:
+    inputs, model, songs, default = {"dataset": dataset.manifest.id, "split": split.id}, None, None, NETWORKS[0]
+    if config.models is None or set(NETWORKS) & set(config.models):
         model = load(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
         require_split(model, split, "train")
         inputs["models"] = model.id
+        default = NETWORKS[0] if has_memory(model) else NETWORKS[1]
+        if NETWORKS[0] in (config.models or ()) and default != NETWORKS[0]:
+            raise InputError(f"model {model.id} was trained without a memory; name taste, or train with --memory")
+    names = tuple(dict.fromkeys(config.models or (default, NETWORKS[1], *BASELINES)))
     if needs_vectors(names):
         songs = load(workspace, "songs", model.inputs["songs"]) if model else newest(workspace, "songs", "embed")
         require_split(songs, split, "embed")
         inputs["songs"] = songs.id
-    return Parts(names=names, model=model, songs=songs, inputs=inputs)
+    return Parts(names=names, default=default, model=model, songs=songs, inputs=inputs)
 
 
 def require_split(part: Manifest, split: Split, command: str) -> None:
@@ -132,16 +137,19 @@ def make_evaluator(
     """Fit the baselines, load the network, and hand both to an evaluator in the order of the names."""
     # A plain array: a memory map would not be shared through Ray's object store.
     vectors = np.array(workspace.read_array(parts.songs.path("vectors.npy"))) if parts.songs else None
-    baselines = ["popularity"] + [name for name in parts.names if name not in (NETWORK, "popularity")]
+    baselines = ["popularity"] + [name for name in parts.names if name not in (*NETWORKS, "popularity")]
     fitted: dict[str, Recommender] = {}
     with progress("fit baselines", len(baselines)) as bar:
         for name in baselines:
             fitted[name] = fit_baselines([name], dataset, vectors, split.final)[0]
             bar.advance(note=name)
     if parts.model:
-        from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once it is needed
+        from rayrec.recommend.hybrid import HybridRecommender, load_recommender  # brings torch: only once needed
 
-        fitted[NETWORK] = TasteRecommender.load(workspace, parts.model.id)
+        network = load_recommender(workspace, parts.model)
+        fitted[network.name] = network
+        if isinstance(network, HybridRecommender):
+            fitted[network.network.name] = network.network
     popularity = fitted["popularity"]
     assert isinstance(popularity, PopularityRecommender)
     return Evaluator(

@@ -78,7 +78,7 @@ class BucketTastes:
         from rayrec.taste.encoding import TasteEncoder
 
         torch.set_num_threads(1)
-        self._encoder = TasteEncoder(load_model(workspace, model), "cuda" if config.gpu else "cpu")
+        self._encoder = TasteEncoder(load_model(workspace, model.folder), "cuda" if config.gpu else "cpu")
         self._dataset, self._folder, self._at, self._config = Dataset(workspace), folder, at, config
 
     def __call__(self, bucket: int) -> int:

@@ -34,16 +34,20 @@ from rayrec.data.windows import Windows, epoch_units
 from rayrec.errors import MismatchError, RayrecError
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import cluster_cpus, quiet_data, ray_cluster
+from rayrec.jobs.node import run_on_node
 from rayrec.progress import progress
+from rayrec.recommend.mixing import write_memory
 from rayrec.taste.checkpoint import save_model
 from rayrec.taste.config import FeatureSpec, ModelConfig, TrainConfig
 from rayrec.taste.fitting import RECALL_AT, Fit, FitData, Phase, Progress, Validation
+from rayrec.taste.model import TasteModel
 from rayrec.taste.stream import UnitReader, split_batches
 from rayrec.taste.training import Share, StepReport
 from rayrec.workspace import Workspace
 
 PLAYS_PER_UNIT = 200_000  # small buckets are read together until they hold about as many
 READER_CPUS = 0.25  # of a task that reads and cuts windows: far cheaper than training on them
+BLOCK_BYTES = 4 << 20  # of windows handed on at a time
 WORKER_FAILURES = 3  # lost training workers that are replaced before the job gives up
 
 
@@ -88,7 +92,7 @@ def train(
         workspace.delete(manifest.folder)
     with ray_cluster():
         plan = _prepare(dataset, config, songs, split, manifest)
-        figures = _fit(plan)
+        figures = _fit(plan) | (_remember(dataset, plan) if config.memory else {})
     metrics = {"seconds": round(time.monotonic() - began, 1), **figures}
     workspace.delete(manifest.path("run"))
     names = [name.removeprefix(manifest.folder + "/") for name in workspace.files(manifest.folder)]
@@ -232,6 +236,25 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
     return dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
 
 
+def selected_folder(plan: TrainPlan) -> str:
+    """Where the best network of the selection phase lies while the training runs."""
+    return f"{plan.folder}/run/selected"
+
+
+def _remember(dataset: Dataset, plan: TrainPlan) -> dict[str, Any]:
+    """Write the memory that the recommender mixes in; the weights as figures."""
+    phase: Phase = "final" if plan.config.refit or plan.validation is None else "selection"
+    validation = None if plan.validation is None else _read_validation(plan)
+    ranges = (plan.ranges[phase], plan.ranges.get("selection"))
+    (weights,) = run_on_node(write_memory, dataset, plan.folder, *ranges, validation, selected_folder(plan), cpus=1)
+    return {"weights": dict(zip(("network", "sessions", "rules"), weights, strict=True))}
+
+
+def _read_validation(plan: TrainPlan) -> Validation:
+    table = plan.workspace.read_table(plan.validation or "")
+    return load_validation(table, plan.ranges["selection"], plan.config.validation_plays)
+
+
 def worker_cpus(workers: int) -> float:
     """CPUs of a training worker: one, or less where the tasks that read for it would find none left."""
     spare = cluster_cpus() - 2 * READER_CPUS
@@ -247,10 +270,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     plan: TrainPlan = arguments["plan"]
     context = ray.train.get_context()
     share = Share(rank=context.get_world_rank(), workers=context.get_world_size())
-    validation = None
-    if plan.validation is not None:
-        table = plan.workspace.read_table(plan.validation)
-        validation = load_validation(table, plan.ranges["selection"], plan.config.validation_plays)
+    validation = None if plan.validation is None else _read_validation(plan)
     data: dict[Phase, FitData] = {
         phase: FitData(
             vectors=np.asarray(plan.workspace.read_array(plan.vectors[phase])),
@@ -311,6 +331,11 @@ class _RayHost:
             self._board.show.remote(self._plays * self._share.workers, note)
             self._shown_at = now
 
+    def selected(self, model: TasteModel, known: np.ndarray) -> None:
+        """Keep the network on which the weights of the memory are chosen."""
+        if self._share.rank == 0:
+            save_model(self._plan.workspace, selected_folder(self._plan), model, known)
+
     def checkpoint(self, progress: Progress, save: Callable[[Path], None]) -> None:
         """Report to Ray Train; the first worker's files are the checkpoint."""
         figures = progress.epochs[-1] if progress.epochs else {"epoch": progress.epoch}
@@ -333,7 +358,9 @@ def window_stream(
     per_bucket = max(1.0, manifest.plays / manifest.buckets)
     units = epoch_units(manifest.buckets, max(1, round(PLAYS_PER_UNIT / per_bucket)), seed=config.seed, epoch=epoch)
     reader = UnitReader(dataset, allowed, config, share, epoch)
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = BLOCK_BYTES  # else Ray gathers up to 128 MiB in each task before it hands on
     rows = [{"unit": json.dumps(unit)} for unit in units]
     stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         reader.tables, batch_size=1, num_cpus=READER_CPUS

@@ -81,19 +81,20 @@ def answer(
 
 
 def load_recommender(workspace: Workspace, dataset: Dataset, *, model_id: str, index_id: str | None) -> Recommender:
-    """The network `model_id`, searching through `index_id` or, without one, over all songs.
+    """What answers for the model `model_id`: the network, searching through `index_id` where given, and its memory.
 
     Raises `MismatchError` for a model of another data set, whose song rows may differ.
     """
-    made_of = load(workspace, "models", model_id).inputs.get("dataset")
+    manifest = load(workspace, "models", model_id)
+    made_of = manifest.inputs.get("dataset")
     if made_of != dataset.manifest.id:
         raise MismatchError(
             f"model {model_id} was made of data set {made_of}, the workspace holds data set {dataset.manifest.id}; "
             "train, index and release again"
         )
-    from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once it is needed
+    from rayrec.recommend import hybrid  # brings torch: only once it is needed
 
-    return TasteRecommender.load(workspace, model_id, index_id)
+    return hybrid.load_recommender(workspace, manifest, index_id)
 
 
 def history_of_user(dataset: Dataset, user_id: str, at: int) -> Histories:

@@ -13,6 +13,7 @@ from rayrec.recommend.neighbours import NeighboursRecommender
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.recommender import Recommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
+from rayrec.recommend.session_neighbours import SessionNeighboursRecommender
 
 DISCOUNTS = (0.25, 0.5, 0.75, 0.9, 1.0)
 
@@ -22,6 +23,9 @@ FromVectors = Callable[[np.ndarray], Recommender]
 FROM_PLAYS: dict[str, FromPlays] = {
     "popularity": lambda batches, n, allowed: PopularityRecommender.fit(batches, num_songs=n, allowed=allowed),
     "sequential-rules": lambda batches, n, allowed: SequentialRulesRecommender.fit(
+        batches, num_songs=n, allowed=allowed
+    ),
+    "session-neighbours": lambda batches, n, allowed: SessionNeighboursRecommender.fit(
         batches, num_songs=n, allowed=allowed
     ),
 }

@@ -28,12 +28,15 @@ class TasteRecommender(VectorRecommender):
         super().__init__(song_vectors, index)
         self._encoder = TasteEncoder(model)
 
+    @property
+    def scale(self) -> float:
+        """The factor that makes logits of cosines: the inverse of the temperature that the network learned."""
+        return float(self._encoder.model.log_scale.detach().exp())
+
     @classmethod
     def load(cls, workspace: Workspace, model_id: str, index_id: str | None = None) -> "TasteRecommender":
         """From the workspace. Raises `MismatchError` for an index of another model."""
-        manifest = artifacts.load(workspace, "models", model_id)
-        vectors = np.array(workspace.read_array(manifest.path(SONG_VECTORS)))
-        index = None
+        network = cls.from_folder(workspace, artifacts.load(workspace, "models", model_id).folder)
         if index_id is not None:
             index_manifest = artifacts.load(workspace, "indexes", index_id)
             built_from = index_manifest.inputs.get("models")
@@ -42,8 +45,14 @@ class TasteRecommender(VectorRecommender):
                     f"index {index_id} was built from model {built_from}, not from {model_id}; "
                     "run `rayrec index` for this model first"
                 )
-            index = SongIndex.load(workspace, index_manifest, vectors)
-        return cls(load_model(workspace, manifest), vectors, index)
+            network.index = SongIndex.load(workspace, index_manifest, network.song_vectors)
+        return network
+
+    @classmethod
+    def from_folder(cls, workspace: Workspace, folder: str) -> "TasteRecommender":
+        """From the files of a network, finished or not yet an artifact."""
+        vectors = np.array(workspace.read_array(f"{folder}/{SONG_VECTORS}"))
+        return cls(load_model(workspace, folder), vectors)
 
     def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, D): the taste vectors, from no more of each history than its questions need."""

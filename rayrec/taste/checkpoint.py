@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from rayrec.artifacts import Manifest
 from rayrec.errors import DamagedArtifactError
 from rayrec.taste.config import ModelConfig
 from rayrec.taste.model import SONG_TABLE, TasteModel
@@ -37,17 +36,20 @@ def save_model(workspace: Workspace, folder: str, model: TasteModel, known: np.n
     return [WEIGHTS, SONG_VECTORS, MODEL_CONFIG]
 
 
-def load_model(workspace: Workspace, manifest: Manifest) -> TasteModel:
-    """The network of a models artifact, ready for inference. Raises `DamagedArtifactError` where parts do not fit."""
-    config = ModelConfig.from_json(workspace.read_json(manifest.path(MODEL_CONFIG)))
-    vectors = np.array(workspace.read_array(manifest.path(SONG_VECTORS)))
+def load_model(workspace: Workspace, folder: str) -> TasteModel:
+    """The network in the folder of a models artifact, ready for inference.
+
+    Raises `DamagedArtifactError` where its parts do not fit together.
+    """
+    config = ModelConfig.from_json(workspace.read_json(f"{folder}/{MODEL_CONFIG}"))
+    vectors = np.array(workspace.read_array(f"{folder}/{SONG_VECTORS}"))
     if vectors.shape != (config.num_songs, config.embedding_dim):
         raise DamagedArtifactError(
-            f"{manifest.path(SONG_VECTORS)} is {vectors.shape}, the model expects "
+            f"{folder}/{SONG_VECTORS} is {vectors.shape}, the model expects "
             f"{(config.num_songs, config.embedding_dim)}; train the model again"
         )
     model = TasteModel(config, torch.from_numpy(vectors))
-    with workspace.local_copy(manifest.path(WEIGHTS)) as path:
+    with workspace.local_copy(f"{folder}/{WEIGHTS}") as path:
         weights = load_file(path)
     model.load_state_dict({**weights, SONG_TABLE: model.songs.weight})
     return model.requires_grad_(False).eval()

@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rayrec.artifacts import Manifest
 from rayrec.config import setting
 from rayrec.errors import InputError
 
 SongTable = Literal["trained", "frozen"]
 Objective = Literal["sampled-softmax", "cosine"]
+
+
+MEMORY = "memory.safetensors"  # the file of a models artifact that holds what is mixed in beside the network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,7 @@ class TrainConfig:
     epochs: int = setting(12, help="passes over the plays; with a validation range, at most as many")
     patience: int = setting(2, help="epochs without a better validation recall before training stops")
     refit: bool = setting(True, help="after the best epoch is known, train again on train and validation together")
+    memory: bool = setting(True, help="mix in what sessions and sequential rules remember, weighed on validation")
     validation_plays: int = setting(10_000, help="plays of the validation range that are predicted each epoch")
     workers: int = setting(1, help="training workers; 0 trains in this process")
     gpu: bool = setting(False, help="give each worker a GPU")
@@ -140,3 +145,8 @@ class TasteConfig:
     def __post_init__(self) -> None:
         if self.users < 1 or (self.concurrency is not None and self.concurrency < 1):
             raise InputError(f"users {self.users} and concurrency {self.concurrency} must be at least 1")
+
+
+def has_memory(model: Manifest) -> bool:
+    """True for a models artifact whose recommender is a hybrid of network and memory."""
+    return MEMORY in model.files

@@ -85,6 +85,10 @@ class Host(Protocol):
         """One step was taken."""
         ...
 
+    def selected(self, model: TasteModel, known: np.ndarray) -> None:
+        """The selection phase is over; `model` is its best network and `known`, bool (N,), the songs it knows."""
+        ...
+
     def checkpoint(self, progress: Progress, save: Callable[[Path], None]) -> None:
         """Keep where the fit stands; `save` writes it into a folder. Every worker calls it at the same steps."""
         ...
@@ -123,9 +127,10 @@ class Fit:
         """The trained network: of the final phase, or the best of the selection phase where there is no refit."""
         if self.progress.phase == "selection":
             self._select()
+            if self._best is not None:
+                self.training.model.load_state_dict(self._best)
+            self._host.selected(self.training.model, self.known)
             if not self._config.refit:
-                if self._best is not None:
-                    self.training.model.load_state_dict(self._best)
                 return self.training.model
             self._best = None
             self.progress.phase, self.progress.epoch, self.progress.step = "final", 0, 0
@@ -149,7 +154,7 @@ class Fit:
             progress.epochs[-1][f"validation_recall@{RECALL_AT}"] = recall
             if recall > progress.best_recall:
                 progress.best_recall, progress.best_epoch = recall, progress.epoch - 1
-                self._best = None if self._config.refit else _copied(self.training.model)
+                self._best = _copied(self.training.model)
             self._checkpoint()
 
     def _out_of_patience(self) -> bool:

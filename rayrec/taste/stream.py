@@ -15,7 +15,7 @@ from rayrec.data.windows import Windows, cut_windows, worker_batches
 from rayrec.taste.config import TrainConfig
 from rayrec.taste.training import Share
 
-POOL_PLAYS = 500_000  # plays whose windows are put in batches by length together
+POOL_PLAYS = 200_000  # plays whose windows are put in batches by length together
 FIRST = "first"  # column: whether a window is the first of its batch
 
 

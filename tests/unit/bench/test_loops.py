@@ -118,7 +118,7 @@ class TestTasteLoop:
         measured = loops.taste_loop(workspace, manifest, "out", at, users=20)
         histories = concatenate(list(loops.Dataset(workspace).read_all()))
         assert measured.work == histories.num_plays
-        expected = taste_table(TasteEncoder(loops.load_model(workspace, manifest)), histories, at)
+        expected = taste_table(TasteEncoder(loops.load_model(workspace, manifest.folder)), histories, at)
         rows = [row for path in workspace.files("out") for row in workspace.read_table(path).to_pylist()]
         assert [row[columns.USER] for row in rows] == expected.column(columns.USER).to_pylist()
         np.testing.assert_allclose(

@@ -28,7 +28,7 @@ def test_a_stored_network_gives_the_same_vectors(workspace: Workspace, table: So
         model.songs.weight *= 3  # a trained table is not normalized
     names = save_model(workspace, MANIFEST.folder, model, np.ones(NUM_SONGS, dtype=bool))
     assert sorted(f"{MANIFEST.folder}/{name}" for name in names) == workspace.files(MANIFEST.folder)
-    loaded = load_model(workspace, MANIFEST)
+    loaded = load_model(workspace, MANIFEST.folder)
     assert loaded.config == model.config
     assert not any(value.requires_grad for value in loaded.parameters())
     histories = random_histories(20, NUM_SONGS)
@@ -50,7 +50,7 @@ def test_song_vectors_of_another_network_are_noticed(workspace: Workspace) -> No
     save_model(workspace, MANIFEST.folder, network(), KNOWN)
     workspace.write_array(MANIFEST.path("song_vectors.npy"), np.zeros((3, 8), np.float32))
     with pytest.raises(DamagedArtifactError, match=r"is \(3, 8\), the model expects \(60, 8\); train the model again"):
-        load_model(workspace, MANIFEST)
+        load_model(workspace, MANIFEST.folder)
 
 
 def trained(config: TrainConfig, epochs: int) -> Training:
