@@ -134,7 +134,7 @@ def _help(item: "dataclasses.Field[Any]") -> str:
         return f"{text} ({'yes' if default else 'no'})."
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
-    return f"{text}." if default in (None, "") else f"{text} ({default})."
+    return f"{text}." if default is None or not str(default).strip() else f"{text} ({default})."
 
 
 def _config(config: type[Any], name: str, values: dict[str, Any], flags: list[str]) -> Any:

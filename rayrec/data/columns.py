@@ -15,7 +15,8 @@ TOTAL = "total"  # plays the user has in all, where only the first of them are t
 PLAYLIST = "playlist_id"
 
 # One play, as every reader of an outside format emits it. `contexts` are names until the set of
-# all contexts is known; `source` and `line` say where the row came from.
+# all contexts is known; `source` and `line` say where the row came from. Where the data has no
+# times, `played_at` is the place in the line until the import makes positions of it.
 PLAYS = pa.schema(
     [
         pa.field(USER, pa.string(), nullable=False),

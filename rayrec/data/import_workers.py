@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from rayrec.data.fragments import FragmentStore, UnitResult
 from rayrec.data.importing import ImportConfig
-from rayrec.data.merging import Rows, drop_rare, song_counts, sort_rows, to_histories, to_playlists
+from rayrec.data.merging import Rows, drop_rare, song_counts, sort_rows, to_histories, to_playlists, to_positions
 from rayrec.data.readers.reader import Unit
 from rayrec.data.staging import Staging
 from rayrec.data.vocabulary import KEY, SongRows
@@ -25,6 +25,7 @@ class MergeSettings:
     sources: list[str]  # name of each file
     contexts: list[str]  # name of each bit
     has_skipped: bool
+    in_lines: bool  # the order of a row is its place in its line
 
 
 class UnitImporter:
@@ -44,11 +45,12 @@ class UnitImporter:
 
 def read_bucket(store: FragmentStore, merge: MergeSettings, bucket: int) -> tuple[Rows, int]:
     """The rows of a bucket, sorted, and how many duplicates were merged."""
-    return sort_rows(
+    parts = (
         (file, offset, rows)
         for number, (unit, file, offset) in enumerate(zip(merge.units, merge.files, merge.offsets, strict=True))
         for rows in store.read_bucket(number, unit, bucket)
     )
+    return sort_rows(parts, in_lines=merge.in_lines)
 
 
 class SongCounter:
@@ -80,6 +82,7 @@ class BucketMerger:
         number = int(bucket)
         rows, merged = read_bucket(self.staging.fragments, self.merge, number)
         rows, dropped = drop_rare(rows, self.songs, self.config.min_user_plays, self.config.drop_reasons)
+        rows = to_positions(rows) if self.merge.in_lines else rows
         written = []
         if len(rows):
             written.append(self._write_rows(number, rows))

@@ -1,11 +1,14 @@
 """What to import and how: the settings, the files, their units of work and the number of buckets."""
 
+import posixpath
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from rayrec.artifacts import fingerprint
 from rayrec.config import setting, to_mapping
+from rayrec.data.dataset import Times
 from rayrec.data.readers import FORMATS
 from rayrec.data.readers.files import SourceFile, find_files, is_compressed
 from rayrec.data.readers.reader import Reader, ReadOptions, Unit
@@ -34,6 +37,12 @@ class ImportConfig:
     )
     delimiter: str = setting(",", help="csv: the character between values; \\t for a tab")
     user: str = setting("", help="whose plays they are, for formats that do not say")
+    user_separator: str = setting(
+        "", help="sequences: what stands between the user and the songs of a line; without it each line is a user"
+    )
+    song_separator: str = setting(
+        " ", help="sequences: what stands between the songs of a line; a space unless given, \\t: a tab"
+    )
     min_user_plays: int = setting(1, help="leave out users with fewer plays (playlists with fewer entries)")
     min_song_plays: int = setting(1, help="leave out songs with fewer plays, counted over the users who stay")
     buckets: int = setting(
@@ -43,7 +52,8 @@ class ImportConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", dict(self.columns or {}))
-        object.__setattr__(self, "delimiter", "\t" if self.delimiter == "\\t" else self.delimiter)
+        for name in ("delimiter", "user_separator", "song_separator"):
+            object.__setattr__(self, name, getattr(self, name).replace("\\t", "\t"))
         if self.format not in FORMATS:
             raise InputError(f"unknown format {self.format!r}; expected one of {', '.join(FORMATS)}")
         if not self.paths:
@@ -71,16 +81,28 @@ class ImportConfig:
             raise InputError(f"cannot map a column to {unknown[0]!r}; expected some of {', '.join(known)}")
         if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
             raise InputError(f"delimiter is {self.delimiter!r}; expected one character such as , or ;")
+        if not self.song_separator:
+            raise InputError("song_separator is empty; give what stands between the songs, such as : or a space")
 
     @property
     def produces(self) -> Kind:
         """What the rows are: plays or entries of playlists."""
         return "playlists" if FORMATS[self.format].playlists else self.kind
 
+    @property
+    def times(self) -> Times:
+        """Whether plays come with times or only in order."""
+        return FORMATS[self.format].times
+
     def reader(self) -> Reader:
         """The reader of the format, with these settings."""
         options = ReadOptions(
-            playlists=self.produces == "playlists", columns=self.columns, delimiter=self.delimiter, user=self.user
+            playlists=self.produces == "playlists",
+            columns=self.columns,
+            delimiter=self.delimiter,
+            user=self.user,
+            user_separator=self.user_separator,
+            song_separator=self.song_separator,
         )
         return FORMATS[self.format].make(options)
 
@@ -123,10 +145,16 @@ class Plan:
 def make_plan(config: ImportConfig) -> Plan:
     """Find the files and cut them into units.
 
-    Raises `InputError` for a path that is not there, a folder without files of the format, and a
-    file that can be seen to lack a header or a column.
+    Raises `InputError` for a path that is not there, a folder without files of the format, a file
+    that can be seen to lack a header or a column, and files of one name where users are named by file.
     """
     files = find_files(config.paths, FORMATS[config.format].patterns)
+    names = Counter(posixpath.basename(file.source) for file in files)
+    if config.times == "positions" and not config.user_separator and len(names) < len(files):
+        raise InputError(
+            f"{names.most_common(1)[0][0]} is there twice, and lines without a user are named by file and number; "
+            "rename one of the files"
+        )
     reader = config.reader()
     units: list[Unit] = []
     unit_files: list[int] = []

@@ -1,7 +1,7 @@
 """The second pass of an import: the fragments of one bucket become sorted histories or playlists."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,8 @@ from rayrec.data.readers.reader import plain
 from rayrec.data.vocabulary import SongRows
 
 MAX_CONTEXTS = 31  # bits of an int32 without its sign
+POSITION_MS = 180_000  # from one position to the next: about a song, so that no session gap falls within a line
+LINE_GAP = 20  # positions left out between two lines of a user: an hour, so that a session gap does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +54,12 @@ class Rows:
         return np.bincount(self.owner, minlength=len(self.owners))
 
 
-def sort_rows(parts: Iterable[tuple[int, int, pa.RecordBatch]]) -> tuple[Rows, int]:
+def sort_rows(parts: Iterable[tuple[int, int, pa.RecordBatch]], *, in_lines: bool = False) -> tuple[Rows, int]:
     """Rows out of fragments in the order of import, exact duplicates (owner, order, song) merged; and how many.
 
     A part is the number of its file, the line of the file before its unit's first, and its rows.
-    Of duplicates the first in the order of import stays.
+    Of duplicates the first in the order of import stays. Where rows are `in_lines`, the order is a
+    place in the line: an owner's lines follow each other as they came, and nothing is a duplicate.
     """
     listed = [(source, offset, rows) for source, offset, rows in parts if rows.num_rows]
     if not listed:
@@ -72,7 +75,7 @@ def sort_rows(parts: Iterable[tuple[int, int, pa.RecordBatch]]) -> tuple[Rows, i
     rank[ascending] = np.arange(len(names))
     owner = rank[encoded.indices.to_numpy()]
     moment = table.column(ORDER).to_numpy()
-    sequence = np.lexsort((moment, owner))
+    sequence = np.lexsort((moment, line, source, owner) if in_lines else (moment, owner))
     skipped = pc.fill_null(plain(table.column(columns.SKIPPED)), False).to_numpy(zero_copy_only=False)
     rows = Rows(
         owners=names[ascending],
@@ -84,6 +87,8 @@ def sort_rows(parts: Iterable[tuple[int, int, pa.RecordBatch]]) -> tuple[Rows, i
         source=source[sequence],
         line=line[sequence],
     )
+    if in_lines:
+        return rows, 0
     distinct = rows.keep(_first_of_each(rows))
     return distinct, len(rows) - len(distinct)
 
@@ -95,6 +100,18 @@ def _first_of_each(rows: Rows) -> np.ndarray:
     first = np.ones(len(rows), dtype=bool)
     first[by_song[1:]] = ~repeated
     return first
+
+
+def to_positions(rows: Rows) -> Rows:
+    """Rows in lines with positions for times: an owner's first row is at 0, the next 3 minutes later,
+    the first of the owner's next line an hour after that."""
+    same_owner = rows.owner[1:] == rows.owner[:-1]
+    same_line = same_owner & (rows.source[1:] == rows.source[:-1]) & (rows.line[1:] == rows.line[:-1])
+    steps = np.zeros(len(rows), dtype=np.int64)
+    steps[1:] = np.where(same_line, 1, 1 + LINE_GAP) * same_owner
+    place = np.cumsum(steps)
+    first = np.searchsorted(rows.owner, rows.owner)
+    return replace(rows, order=(place - place[first]) * POSITION_MS)
 
 
 def _no_rows() -> Rows:

@@ -105,6 +105,7 @@ class _Import:
             sources=[file.source for file in self.plan.files],
             contexts=choose_contexts(_added(unit.contexts for unit in units)),
             has_skipped=any(unit.has_skipped for unit in units),
+            in_lines=self.config.times == "positions",
         )
         vocabulary = self._vocabulary(units, merge)
         self.workspace.write_table(self.staging.out(SONGS_TABLE), vocabulary.table())
@@ -233,6 +234,7 @@ class _Import:
             "parts": 1,
             "first_play": min(bucket["first"] for bucket in filled),
             "last_play": max(bucket["last"] for bucket in filled),
+            "times": self.config.times,
             "contexts": merge.contexts,
             "has_skipped": merge.has_skipped,
         }

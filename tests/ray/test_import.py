@@ -14,8 +14,12 @@ import pytest
 from rayrec.artifacts import sha256
 from rayrec.data.dataset import Dataset, DatasetManifest
 from rayrec.data.importing import ImportConfig
+from rayrec.data.split import SplitConfig
+from rayrec.data.splits import split_dataset
 from rayrec.errors import InputError
+from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.jobs import importing
+from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.importing import import_data
 from rayrec.workspace import Workspace
 
@@ -277,6 +281,31 @@ def test_a_folder_of_mpd_slices_is_imported(tmp_path: Path, workspace: Workspace
     assert Dataset(workspace).catalog().table.column("song_id").to_pylist()[:4] == ["t00", "t01", "t02", "t10"]
 
 
+def test_lines_of_songs_are_imported_in_order_and_cut_by_place(tmp_path: Path, workspace: Workspace) -> None:
+    lines = [f"u{user}=" + ":".join(f"s{(user * place) % 7}" for place in range(10)) for user in range(12)]
+    lines += ["", "nobody", "u3=s1::s2"]
+    file = write(tmp_path / "histories.lst", lines)
+    config = ImportConfig(
+        format="sequences", paths=(str(file),), user_separator="=", song_separator=":", unit_mib=0.0002
+    )
+    manifest = import_data(workspace, config)
+    assert (manifest.times, manifest.plays, manifest.users, manifest.merged) == ("positions", 122, 12, 0)
+    assert manifest.set_aside == {"empty line": 1, "no '=' between user and songs": 1, "no song": 1}
+    assert [line for line, _ in set_aside(workspace)] == [13, 14, 15]
+    kept = content(workspace)
+    assert [song for song, _ in kept["u3"]] == [*(f"s{(3 * place) % 7}" for place in range(10)), "s1", "s2"]
+    assert [at for _, at in kept["u5"]] == [place * 180_000 for place in range(10)]
+    with pytest.raises(InputError, match="has no times"):
+        split_dataset(workspace, SplitConfig())
+    split = split_dataset(workspace, SplitConfig(last_fraction=0.2))
+    whole = list(Dataset(workspace).read_all())
+    assert sum(split.is_test(batch).sum() for batch in whole) == 11 * 2 + 2
+    assert sum(split.final.select(batch).num_plays for batch in whole) == 11 * 8 + 10
+    report = evaluate(workspace, EvaluateConfig(models=("popularity",), bootstrap_samples=10, offsets=0), split=split)
+    assert (report.metrics["plays"], report.metrics["protocol"]) == (24, "last-fraction")
+    assert b"weaker than a cut in time" in workspace.read_bytes(report.path("report.html"))
+
+
 def test_input_without_a_usable_row_is_refused_and_leaves_nothing(tmp_path: Path, workspace: Workspace) -> None:
     file = write(tmp_path / "a.csv", ["user,song,played_at", "a,s,2015-01-01 10:00:00", "a,,1"])
     with pytest.raises(InputError, match=r"none of 2 rows can be used: 1 × .*, 1 × .*; check"):
@@ -295,4 +324,19 @@ def test_the_real_sample_has_its_known_figures(real_data: Path, workspace: Works
     )
     manifest = import_data(workspace, config)
     assert (manifest.plays, manifest.users, manifest.songs) == (343_183, 14_262, 9_999)
+    assert (manifest.merged, manifest.set_aside) == (0, {})
+
+
+def test_the_real_histories_without_times_have_their_known_figures(real_data: Path, workspace: Workspace) -> None:
+    path = str(real_data / "30music-long" / "histories.lst")
+    config = ImportConfig(format="sequences", paths=(path,), user_separator=",", song_separator=":")
+    manifest = import_data(workspace, config)
+    assert (manifest.plays, manifest.users, manifest.songs) == (630_906, 2_965, 82_219)
+    assert (manifest.merged, manifest.set_aside) == (0, {})
+
+
+def test_the_real_sessions_without_users_have_their_known_figures(real_data: Path, workspace: Workspace) -> None:
+    path = str(real_data / "nowplaying" / "all_train_seq.plain.txt")
+    manifest = import_data(workspace, ImportConfig(format="sequences", paths=(path,)))
+    assert (manifest.plays, manifest.users, manifest.songs) == (953_381, 128_077, 60_416)
     assert (manifest.merged, manifest.set_aside) == (0, {})

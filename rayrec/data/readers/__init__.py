@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rayrec.data.dataset import Times
 from rayrec.data.readers.lastfm_1k import LastfmReader
 from rayrec.data.readers.listenbrainz import ListenBrainzReader
 from rayrec.data.readers.mpd import MpdReader
 from rayrec.data.readers.reader import Reader, ReadOptions
+from rayrec.data.readers.sequences import SequenceReader
 from rayrec.data.readers.spotify_history import SpotifyHistoryReader
 from rayrec.data.readers.tabular import CsvReader, ParquetReader
 
@@ -19,6 +21,7 @@ class Format:
     patterns: tuple[str, ...]  # lower-case names of its files within a folder, without .gz
     mapped: bool = False  # columns are mapped, and rows may be plays or playlist entries
     playlists: bool = False  # holds playlists, not plays
+    times: Times = "real"  # positions: plays come with their place in the line, and lines are in order
 
 
 FORMATS: dict[str, Format] = {
@@ -27,5 +30,6 @@ FORMATS: dict[str, Format] = {
     "listenbrainz": Format(make=ListenBrainzReader, patterns=("*.listens", "*.jsonl", "*.ndjson", "*.json")),
     "mpd": Format(make=MpdReader, patterns=("*.json",), playlists=True),
     "parquet": Format(make=ParquetReader, patterns=("*.parquet",), mapped=True),
+    "sequences": Format(make=SequenceReader, patterns=("*.txt", "*.lst", "*.seq"), times="positions"),
     "spotify-history": Format(make=SpotifyHistoryReader, patterns=("streaming_history_*.json", "endsong*.json")),
 }

@@ -50,7 +50,7 @@ def parse(
     have another number of values than `num_columns` are rejected, each by itself: one bad line
     never swallows the next.
     """
-    faults = _faults(block, quoted)
+    faults = line_faults(block, quoted)
     filled = block.ends > block.starts
     usable = filled.copy()
     usable[list(faults)] = False
@@ -101,8 +101,8 @@ def _columns(
     return {name: column.chunk(0) if column.num_chunks else pa.array([], pa.string()) for name, column in found.items()}
 
 
-def _faults(block: Block, quoted: bool) -> dict[int, str]:
-    """Lines that must not reach the parser, with the reason; looked for only where a block has any."""
+def line_faults(block: Block, quoted: bool) -> dict[int, str]:
+    """Lines that must not reach a parser, with the reason; looked for only where a block has any."""
     faults: dict[int, str] = {}
     if not _is_utf8(block.data):
         faults |= {index: NOT_UTF8 for index in range(len(block)) if not _is_utf8(block.line(index))}

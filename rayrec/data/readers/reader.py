@@ -37,6 +37,8 @@ class ReadOptions:
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> its name in the file
     delimiter: str = ","  # between the values of a csv file
     user: str = ""  # whose plays they are, where the format does not say
+    user_separator: str = ""  # between user and songs of a line of a sequence file; empty: lines name no user
+    song_separator: str = " "  # between the songs of such a line
 
 
 class Batch(NamedTuple):

@@ -41,6 +41,7 @@ def write_plays(path: Path, rows: int = 50) -> Path:
         ({"buckets": 5000}, "buckets is 5000"),
         ({"unit_mib": 0.0}, "unit_mib is 0.0"),
         ({"delimiter": ";;"}, "delimiter is ';;'"),
+        ({"format": "sequences", "song_separator": ""}, "song_separator is empty"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(values: dict[str, Any], message: str) -> None:
@@ -91,6 +92,16 @@ def test_a_missing_column_is_found_before_any_work(tmp_path: Path) -> None:
     file = write_plays(tmp_path / "a.csv")
     with pytest.raises(InputError, match="no column 'ts' for played_at; it has user, song, played_at"):
         make_plan(ImportConfig(format="csv", paths=(str(file),), columns={"played_at": "ts"}))
+
+
+def test_files_of_one_name_are_refused_where_users_are_named_by_file(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "day.txt").write_text("u:1 2\n")
+    paths = (str(tmp_path / "a"), str(tmp_path / "b"))
+    with pytest.raises(InputError, match=r"day.txt is there twice.*rename one"):
+        make_plan(ImportConfig(format="sequences", paths=paths))
+    assert len(make_plan(ImportConfig(format="sequences", paths=paths, user_separator=":")).files) == 2
 
 
 @pytest.mark.parametrize("rows_per_fragment", [1, 1 << 20])

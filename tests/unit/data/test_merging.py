@@ -5,6 +5,8 @@ import pyarrow as pa
 
 from rayrec.data.fragments import FRAGMENT
 from rayrec.data.merging import (
+    LINE_GAP,
+    POSITION_MS,
     choose_contexts,
     context_bits,
     drop_rare,
@@ -12,6 +14,7 @@ from rayrec.data.merging import (
     sort_rows,
     to_histories,
     to_playlists,
+    to_positions,
 )
 from rayrec.data.vocabulary import SongRows
 
@@ -118,3 +121,38 @@ def test_playlists_run_in_the_order_of_positions() -> None:
         {"playlist_id": "p", "songs": [0, 2, 0]},
         {"playlist_id": "q", "songs": [1]},
     ]
+
+
+def line(number: int, owner: str, *keys: int) -> pa.RecordBatch:
+    """One line of a file of sequences."""
+    rows = part(*((owner, key, place) for place, key in enumerate(keys)))
+    lines = pa.array([number] * len(keys), pa.int64())
+    return rows.set_column(rows.schema.get_field_index("line"), FRAGMENT.field("line"), lines)
+
+
+def test_lines_of_an_owner_follow_each_other_across_files_and_repeats_stay() -> None:
+    parts = [
+        (0, 0, line(1, "a", 10, 10)),
+        (0, 0, line(2, "b", 11)),
+        (0, 2, line(1, "a", 11, 10)),
+        (1, 0, line(1, "a", 12)),
+    ]
+    rows, merged = sort_rows(parts, in_lines=True)
+    histories = to_histories(to_positions(rows), SONGS, [], False)
+    assert merged == 0
+    assert histories.user_ids.tolist() == ["a", "b"]
+    assert histories.songs.tolist() == [0, 0, 1, 0, 2, 1]
+    steps = (histories.played_at // POSITION_MS).tolist()
+    assert steps == [0, 1, 2 + LINE_GAP, 3 + LINE_GAP, 4 + 2 * LINE_GAP, 0]
+
+
+def test_positions_leave_no_hole_where_songs_were_left_out() -> None:
+    rows, _ = sort_rows([(0, 0, line(1, "a", *[10, *[99] * 20, 11]))], in_lines=True)
+    kept, _ = drop_rare(rows, SONGS, 1, ("few plays", "rare"))
+    assert to_positions(kept).order.tolist() == [0, POSITION_MS]
+    assert len(to_positions(sort_rows([], in_lines=True)[0])) == 0
+
+
+def test_a_session_gap_falls_between_lines_and_never_within_one() -> None:
+    half_an_hour = 30 * 60_000
+    assert POSITION_MS < half_an_hour < POSITION_MS * (LINE_GAP + 1)
