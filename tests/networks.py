@@ -81,6 +81,7 @@ class MemoryHost:
         self._share, self._crash_after = share or Share(), crash_after
         self.reports: list[tuple[Phase, StepReport]] = []
         self.checkpoints: list[Path] = []
+        self.best: dict[str, torch.Tensor] | None = None
 
     def windows(self, phase: Phase, epoch: int) -> Iterator[Windows]:
         """This worker's share of the batches of an epoch."""
@@ -95,6 +96,10 @@ class MemoryHost:
         taken = sum(each == phase for each, _ in self.reports)
         if self._crash_after == (phase, taken):
             raise Crash
+
+    def selected(self, model: TasteModel, known: np.ndarray) -> None:
+        """Remember which network was the best of the selection phase."""
+        self.best = {name: value.clone() for name, value in model.state_dict().items()}
 
     def checkpoint(self, progress: Progress, save: Callable[[Path], None]) -> None:
         """Write a folder of its own for each checkpoint."""
