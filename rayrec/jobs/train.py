@@ -36,6 +36,7 @@ from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import cluster_cpus, quiet_data, ray_cluster
 from rayrec.jobs.node import run_on_node
 from rayrec.progress import progress
+from rayrec.recommend.hybrid import MEMBERS
 from rayrec.recommend.mixing import write_memory
 from rayrec.taste.checkpoint import save_model
 from rayrec.taste.config import FeatureSpec, ModelConfig, TrainConfig
@@ -247,7 +248,7 @@ def _remember(dataset: Dataset, plan: TrainPlan) -> dict[str, Any]:
     validation = None if plan.validation is None else _read_validation(plan)
     ranges = (plan.ranges[phase], plan.ranges.get("selection"))
     (weights,) = run_on_node(write_memory, dataset, plan.folder, *ranges, validation, selected_folder(plan), cpus=1)
-    return {"weights": dict(zip(("network", "sessions", "rules"), weights, strict=True))}
+    return {"weights": dict(zip(MEMBERS, weights, strict=True))}
 
 
 def _read_validation(plan: TrainPlan) -> Validation:

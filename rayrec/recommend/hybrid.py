@@ -1,7 +1,8 @@
-"""The network with a memory: its chances of the next song mixed with what sessions and rules remember.
+"""The network with a memory: its chances of the next song mixed with what is remembered.
 
 A network learns where tastes drift and forgets single albums; session neighbours and sequential
-rules remember what was played together and what followed what. Q questions, N songs, M members.
+rules remember what was played together and what followed what, own rules how this user plays it
+again. Q questions, N songs, M members.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from scipy.sparse import csr_matrix
 from rayrec.artifacts import Manifest, load
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
+from rayrec.recommend.own_rules import OwnRulesRecommender
 from rayrec.recommend.recommender import Horizon, Kind, Recommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.session_neighbours import SessionNeighboursRecommender
@@ -21,7 +23,12 @@ from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.taste.config import MEMORY, has_memory
 from rayrec.workspace import Workspace
 
-Weights = tuple[float, float, float]  # of network, sessions and rules; they add up to 1
+MEMBERS = ("network", "sessions", "rules", "own")
+# Rules are raised to this power before they become shares: on 30Music's validation range the strongest
+# rule deserves more than its share. MRR@20 there is 0.268 with it and 0.251 without.
+RULES_POWER = 1.5
+
+Weights = tuple[float, ...]  # one a member; they add up to 1
 Batches = Callable[[], Iterable[Histories]]  # histories in batches, from the start at each call
 
 
@@ -60,16 +67,16 @@ class Memory:
             parts = (tensors[f"{name}.data"], tensors[f"{name}.indices"], indptr)
             return csr_matrix(parts, shape=(len(indptr) - 1, num_songs))
 
-        network, sessions, rules = (float(weight) for weight in tensors["weights"])
+        weights = tuple(float(weight) for weight in tensors["weights"])
         memory = cls(SessionNeighboursRecommender(matrix("sessions")), SequentialRulesRecommender(matrix("rules")))
-        return memory, (network, sessions, rules)
+        return memory, weights
 
 
 class HybridRecommender(Recommender):
     """A song's score is its weighted chance to be next: of the network by softmax, of the others by share.
 
-    On the long horizon the network answers alone: sessions and rules know the next songs only.
-    Costs a pass over all songs and a sparse product a question.
+    On the long horizon the network answers alone: the others know the next songs only. Costs a pass
+    over all songs and a few sparse products a question.
     """
 
     name = "hybrid"
@@ -78,6 +85,7 @@ class HybridRecommender(Recommender):
     def __init__(self, network: TasteRecommender, memory: Memory, weights: Weights) -> None:
         self.network, self.memory, self.weights = network, memory, weights
         self.num_songs = network.num_songs
+        self._own = OwnRulesRecommender(self.num_songs)
 
     @classmethod
     def load(cls, workspace: Workspace, model_id: str, index_id: str | None = None) -> "HybridRecommender":
@@ -90,9 +98,14 @@ class HybridRecommender(Recommender):
         """float32 (Q, N): the chances mixed; -inf for songs that the network does not know."""
         if horizon == "long":
             return self.network.score(histories, questions, horizon)
-        mixed = np.zeros((len(questions), self.num_songs), dtype=np.float32)
-        for weight, member in zip(self.weights, self.chances(histories, questions), strict=True):
-            mixed += np.float32(weight) * member
+        return self.mix(self.chances(histories, questions), self.weights)
+
+    def mix(self, chances: list[np.ndarray], weights: Weights) -> np.ndarray:
+        """float32 (Q, N): the weighted sum of what the members think; -inf for songs that the network does not know."""
+        mixed = np.zeros_like(chances[0])
+        for weight, member in zip(weights, chances, strict=True):
+            if weight:
+                mixed += np.float32(weight) * member
         mixed[:, self.network.without_vector] = -np.inf
         return mixed
 
@@ -102,7 +115,8 @@ class HybridRecommender(Recommender):
         return [
             softmax(cosines * np.float32(self.network.scale)),
             shares(self.memory.sessions.score(histories, questions)),
-            shares(self.memory.rules.score(histories, questions)),
+            shares(self.memory.rules.score(histories, questions) ** RULES_POWER),
+            shares(self._own.score(histories, questions)),
         ]
 
 
