@@ -3,10 +3,11 @@
 S sessions, N songs, Q questions.
 """
 
+from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
@@ -14,8 +15,9 @@ from rayrec.recommend.recommender import Horizon, Recommender
 from rayrec.songs.sessions import cut_sessions, drop_single
 
 LAST_PLAYS = 5  # that a session is compared with; 10 and 20 found fewer of the next songs on 30Music
-NEIGHBOURS = 200  # sessions that speak, the nearest
+NEIGHBOURS = 200  # sessions that speak, the nearest; all that are as near as the last of them speak too
 MAX_SESSIONS = 5_000_000  # kept, the latest of those read
+QUESTIONS_AT_ONCE = 256  # a popular song is in many sessions, and all of them are compared
 
 
 class SessionNeighboursRecommender(Recommender):
@@ -43,24 +45,34 @@ class SessionNeighboursRecommender(Recommender):
 
         Of more than `max_sessions` sessions those that were read first are forgotten.
         """
-        kept = _sessions([], num_songs)
+        blocks, count = deque([_sessions(np.zeros(0, np.int32), np.zeros(1, np.int64), num_songs)]), 0
         for histories in batches:
             allowed.require(histories)
-            songs, offsets = drop_single(cut_sessions(histories))
-            parts = [(kept.indices, kept.indptr), (songs, offsets)]
-            kept = _sessions(parts, num_songs)[-max_sessions:]
-        return cls(kept)
+            blocks.append(_sessions(*drop_single(cut_sessions(histories)), num_songs))
+            count += blocks[-1].shape[0]
+            while count - blocks[0].shape[0] >= max_sessions:
+                count -= blocks.popleft().shape[0]
+        return cls(vstack(blocks, format="csr")[-max_sessions:])
 
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, N): the summed similarity of the neighbours that hold each song; 0 where none does."""
-        similarity = (self._weights(histories, questions) @ self._holders).tocsr()
+        scores = np.zeros((len(questions), self.num_songs), dtype=np.float32)
+        weights = self._weights(histories, questions)
+        for begin in range(0, len(questions), QUESTIONS_AT_ONCE):
+            chunk = slice(begin, begin + QUESTIONS_AT_ONCE)
+            (self._nearest(weights[chunk]) @ self.sessions).toarray(out=scores[chunk])
+        return scores
+
+    def _nearest(self, weights: csr_matrix) -> csr_matrix:
+        """Sparse (Q, S): the similarity of the nearest sessions, from the weights of songs (Q, N)."""
+        similarity: csr_matrix = (weights @ self._holders).tocsr()
         similarity.data *= self._damping[similarity.indices]
         for begin, end in zip(similarity.indptr[:-1], similarity.indptr[1:], strict=True):
             if end - begin > NEIGHBOURS:
                 values = similarity.data[begin:end]
                 values[values < np.partition(values, -NEIGHBOURS)[-NEIGHBOURS]] = 0
-        scores: np.ndarray = (similarity @ self.sessions).toarray()
-        return scores
+        similarity.eliminate_zeros()
+        return similarity
 
     def _weights(self, histories: Histories, questions: Questions) -> csr_matrix:
         """Sparse (Q, N): the weight of each of the last plays before a question; a repeated song adds up."""
@@ -76,12 +88,10 @@ class SessionNeighboursRecommender(Recommender):
         return csr_matrix((weights[known], (rows[known], songs[known])), shape=(len(questions), self.num_songs))
 
 
-def _sessions(parts: list[tuple[np.ndarray, np.ndarray]], num_songs: int) -> csr_matrix:
+def _sessions(songs: np.ndarray, offsets: np.ndarray, num_songs: int) -> csr_matrix:
     """Sparse (S, N) of ones from sessions given as songs and offsets, each song of a session once."""
-    lengths = [np.diff(offsets) for _, offsets in parts]
-    rows = np.repeat(np.arange(sum(map(len, lengths))), np.concatenate([np.zeros(0, np.int64), *lengths]))
-    songs = np.concatenate([np.zeros(0, np.int32), *(songs for songs, _ in parts)])
-    sessions = csr_matrix((np.ones(len(songs), np.float32), (rows, songs)), shape=(sum(map(len, lengths)), num_songs))
+    parts = (np.ones(len(songs), np.float32), songs, offsets)
+    sessions = csr_matrix(parts, shape=(len(offsets) - 1, num_songs), copy=True)
     sessions.sum_duplicates()
     sessions.data[:] = 1
     return sessions
