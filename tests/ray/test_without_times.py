@@ -1,0 +1,105 @@
+"""Every stage on plays that are only in order."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import Split
+from rayrec.data.splits import list_splits
+from rayrec.errors import LeakError
+from rayrec.jobs.pipeline import Outcome, run
+from rayrec.jobs.train import _validation_table, load_validation, model_config
+from rayrec.recommend.baselines import fit_baselines
+from rayrec.recommend.popularity import PopularityRecommender
+from rayrec.taste.config import TrainConfig
+from rayrec.workspace import Workspace
+from rayrec_cli.main import main
+
+USERS, SONGS = 60, 12
+LAST_SONG = "encore"  # what everybody plays last, and at no other time
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> tuple[Workspace, dict[str, Outcome]]:
+    """Users who play the songs 0, 1, 2 ... round and round, each from another song on."""
+    folder = tmp_path_factory.mktemp("sequences")
+    lines = [" ".join([*(str((user + step) % SONGS) for step in range(19)), LAST_SONG]) for user in range(USERS)]
+    (folder / "plays.txt").write_text("\n".join(lines))
+    workspace = Workspace(folder / "workspace")
+    settings = {
+        "import": {"format": "sequences", "paths": [str(folder / "plays.txt")], "buckets": 2},
+        "split": {"last_fraction": 0.2, "validation_fraction": 0.1},
+        "embed": {"dim": 8, "epochs": 2},
+        "train": {"hidden_dim": 16, "epochs": 2, "negatives": 16, "workers": 0},
+        "evaluate": {"bootstrap_samples": 20, "models": ["taste", "sequential-rules", "popularity"], "ks": [1, 10]},
+    }
+    return workspace, {outcome.stage: outcome for outcome in run(workspace, settings)}
+
+
+@pytest.fixture
+def split(made: tuple[Workspace, dict[str, Outcome]]) -> Split:
+    return list_splits(made[0])[-1]
+
+
+def test_the_end_of_each_sequence_is_judged_and_the_report_says_so(
+    made: tuple[Workspace, dict[str, Outcome]],
+) -> None:
+    workspace, outcomes = made
+    assert outcomes["split"].figures["protocol"] == "last-fraction"
+    figures = outcomes["evaluate"].figures
+    assert (figures["protocol"], figures["plays"], figures["users"]) == ("last-fraction", USERS * 4, USERS)
+    value = {
+        (entry["model"], entry["k"]): entry["value"]
+        for entry in figures["results"]
+        if (entry["users"], entry["metric"]) == ("all", "recall")
+    }
+    assert value["sequential-rules", 1] == 0.75  # three of four: nobody can foresee the last song
+    assert value["popularity", 1] < 0.2
+    assert 0 < value["taste", 10] <= 0.75
+    report = f"reports/{outcomes['evaluate'].id}"
+    assert b"weaker than a cut in time" in workspace.read_bytes(f"{report}/report.html")
+    assert json.loads(workspace.read_bytes(f"{report}/results.json"))["about"]["protocol"] == "last-fraction"
+
+
+def test_the_network_sees_neither_gaps_nor_hours(made: tuple[Workspace, dict[str, Outcome]]) -> None:
+    workspace, outcomes = made
+    features = workspace.read_json(f"models/{outcomes['train'].id}/model.json")["features"]
+    assert not any(features[name] for name in ("gap", "request_gap", "hour", "weekday"))
+    assert model_config(Dataset(workspace), TrainConfig(hours=True), 8).features.dim == 0
+
+
+def test_the_validation_plays_are_those_before_the_last_fifth(
+    made: tuple[Workspace, dict[str, Outcome]], split: Split
+) -> None:
+    validation = load_validation(_validation_table(Dataset(made[0]), split, 10_000), split.selection, 10_000)
+    assert validation.histories.lengths.tolist() == [16] * USERS
+    assert sorted(set(validation.histories.places[validation.plays].tolist())) == [14, 15]
+    assert len(validation.plays) == 2 * USERS
+
+
+def test_fits_do_not_see_the_end_of_a_sequence(made: tuple[Workspace, dict[str, Outcome]], split: Split) -> None:
+    dataset = Dataset(made[0])
+    last = int(dataset.catalog().rows([LAST_SONG])[0])
+    (popularity,) = fit_baselines(["popularity"], dataset, None, split.final)
+    assert isinstance(popularity, PopularityRecommender)
+    assert popularity.plays[last] == 0
+    assert popularity.plays.sum() == USERS * 16
+    whole = list(dataset.read_all())
+    assert np.concatenate([batch.songs for batch in whole]).tolist().count(last) == USERS
+    with pytest.raises(LeakError):
+        PopularityRecommender.fit(whole, num_songs=dataset.num_songs, allowed=split.final)
+    seen = [split.final.select(batch) for batch in whole]
+    with pytest.raises(LeakError):
+        PopularityRecommender.fit(seen, num_songs=dataset.num_songs, allowed=split.selection)
+
+
+def test_the_command_line_shows_a_data_set_without_times(
+    made: tuple[Workspace, dict[str, Outcome]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace, _ = made
+    assert main(["status", "--workspace", workspace.uri]) == 0
+    assert "last-fraction" in capsys.readouterr().out
+    assert main(["recommend", "--songs", "3,4", "--workspace", workspace.uri, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["song_ids"]) > 0
