@@ -10,7 +10,18 @@ from rayrec.releases import active_release
 from rayrec.workspace import Workspace
 
 KINDS = ("songs", "models", "tastes", "indexes", "reports", "releases")
-DATASET_FIGURES = ("id", "source", "users", "plays", "songs", "playlists", "first_play", "last_play", "created_at")
+DATASET_FIGURES = (
+    "id",
+    "source",
+    "users",
+    "plays",
+    "songs",
+    "playlists",
+    "first_play",
+    "last_play",
+    "times",
+    "created_at",
+)
 
 
 def status(workspace: Workspace) -> dict[str, Any]:
