@@ -68,6 +68,7 @@ def choose_weights(hybrid: HybridRecommender, histories: Histories, plays: np.nd
     for begin in range(0, len(plays), step):
         chunk = slice(begin, begin + step)
         members = np.stack(hybrid.chances(histories, questions.take(chunk)))
+        members[:, :, hybrid.network.without_vector] = 0  # these are never recommended
         parts.append(_candidates(members, histories.songs[plays[chunk]]))
     rivals_MQC = np.concatenate([rivals for rivals, _ in parts], axis=1)
     own_MQ = np.concatenate([own for _, own in parts], axis=1)

@@ -15,9 +15,14 @@ from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
 from rayrec.recommend.neighbours import NeighboursRecommender
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender, count_rules, strongest
+from rayrec.recommend.session_neighbours import SessionNeighboursRecommender
 from rayrec.workspace import Workspace
 
-FITS: list[Callable[..., Any]] = [PopularityRecommender.fit, SequentialRulesRecommender.fit]
+FITS: list[Callable[..., Any]] = [
+    PopularityRecommender.fit,
+    SequentialRulesRecommender.fit,
+    SessionNeighboursRecommender.fit,
+]
 
 
 def _songs(*lists: list[int]) -> Histories:

@@ -13,11 +13,15 @@ from rayrec.data.split import FitRange
 from rayrec.errors import InputError
 from rayrec.recommend import recommender as recommender_module
 from rayrec.recommend.average import AverageRecommender
+from rayrec.recommend.hybrid import HybridRecommender, Memory
 from rayrec.recommend.index import IndexConfig, SongIndex
+from rayrec.recommend.mixing import USUAL_WEIGHTS
 from rayrec.recommend.neighbours import NeighboursRecommender
+from rayrec.recommend.own_rules import OwnRulesRecommender
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.recommender import Recommender, top_k
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
+from rayrec.recommend.session_neighbours import SessionNeighboursRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.taste.config import FeatureSpec, ModelConfig
 from rayrec.taste.config import Horizon as Offsets
@@ -36,7 +40,7 @@ def _indexed(plays: Histories, vectors: np.ndarray) -> Recommender:
     return recommender
 
 
-def _network(_: Histories, vectors: np.ndarray) -> Recommender:
+def _network(_: Histories, vectors: np.ndarray) -> TasteRecommender:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = ModelConfig(
@@ -52,16 +56,26 @@ def _network(_: Histories, vectors: np.ndarray) -> Recommender:
     return TasteRecommender(TasteModel(config, torch.from_numpy(vectors)).eval(), vectors)
 
 
+def _hybrid(plays: Histories, vectors: np.ndarray) -> Recommender:
+    memory = Memory.fit(lambda: [plays], num_songs=NUM_SONGS, allowed=FitRange())
+    return HybridRecommender(_network(plays, vectors), memory, USUAL_WEIGHTS)
+
+
 MAKERS: dict[str, Maker] = {
     "popularity": lambda plays, _: PopularityRecommender.fit([plays], num_songs=NUM_SONGS, allowed=FitRange()),
     "sequential-rules": lambda plays, _: SequentialRulesRecommender.fit(
         [plays], num_songs=NUM_SONGS, allowed=FitRange()
     ),
+    "session-neighbours": lambda plays, _: SessionNeighboursRecommender.fit(
+        [plays], num_songs=NUM_SONGS, allowed=FitRange()
+    ),
+    "own-rules": lambda plays, _: OwnRulesRecommender(NUM_SONGS),
     "neighbours": lambda _, vectors: NeighboursRecommender(vectors),
     "neighbours through an index": _indexed,
     "average-0.5": lambda _, vectors: AverageRecommender(vectors, 0.5),
     "average-1.0": lambda _, vectors: AverageRecommender(vectors, 1.0),
     "taste": _network,
+    "hybrid": _hybrid,
 }
 
 

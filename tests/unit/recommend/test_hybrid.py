@@ -1,0 +1,147 @@
+"""The mix of network and memory against sums by hand, and through its file."""
+
+import numpy as np
+import pytest
+from networks import MINUTE, NUM_SONGS, model_config, network
+from scipy.sparse import csr_matrix
+from worlds import random_histories, random_vectors
+
+from rayrec.artifacts import Manifest, publish
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.split import FitRange
+from rayrec.errors import LeakError
+from rayrec.recommend.hybrid import RULES_POWER, HybridRecommender, Memory, load_recommender, shares, softmax
+from rayrec.recommend.own_rules import OwnRulesRecommender
+from rayrec.recommend.sequential_rules import SequentialRulesRecommender
+from rayrec.recommend.session_neighbours import SessionNeighboursRecommender
+from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.taste.checkpoint import save_model
+from rayrec.taste.config import MEMORY, has_memory
+from rayrec.workspace import Workspace
+
+WITHOUT_VECTOR = 7
+WEIGHTS = (0.4, 0.3, 0.2, 0.1)
+
+
+def _memory(histories: Histories) -> Memory:
+    return Memory.fit(lambda: [histories], num_songs=NUM_SONGS, allowed=FitRange())
+
+
+@pytest.fixture(scope="module")
+def histories() -> Histories:
+    made = random_histories(30, NUM_SONGS, seed=3)
+    return made.take(made.lengths > 0)
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> HybridRecommender:
+    vectors = random_vectors(NUM_SONGS)
+    vectors[WITHOUT_VECTOR] = 0
+    return HybridRecommender(
+        TasteRecommender(network(), vectors), _memory(random_histories(60, NUM_SONGS, seed=1)), WEIGHTS
+    )
+
+
+def test_softmax_makes_chances_of_logits() -> None:
+    logits = np.log(np.array([[1, 2, 5], [3, 0.5, 0.5]], dtype=np.float32))
+    np.testing.assert_allclose(softmax(logits), [[0.125, 0.25, 0.625], [0.75, 0.125, 0.125]], rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+def test_softmax_gives_songs_at_minus_infinity_no_chance() -> None:
+    logits = np.array([[0, -np.inf, 0], [-np.inf] * 3], dtype=np.float32)
+    np.testing.assert_allclose(softmax(logits), [[0.5, 0, 0.5], [0, 0, 0]])
+
+
+def test_softmax_bears_large_logits() -> None:
+    np.testing.assert_allclose(softmax(np.array([[1e4, 1e4, 0]], dtype=np.float32)), [[0.5, 0.5, 0]])
+
+
+def test_shares_add_up_to_one_or_stay_zero() -> None:
+    scores = np.array([[1, 3, 0], [0, 0, 0]], dtype=np.float32)
+    made = shares(scores)
+    np.testing.assert_allclose(made, [[0.25, 0.75, 0], [0, 0, 0]])
+    assert made.dtype == np.float32
+
+
+def test_a_score_is_the_weighted_sum_of_chances(hybrid: HybridRecommender, histories: Histories) -> None:
+    questions = Questions.at_end(histories, 10**9)
+    temperature = np.exp(-hybrid.network._encoder.model.log_scale.item())
+    exponents = np.exp(hybrid.network.score(histories, questions) / temperature)
+    expected = 0.4 * exponents / exponents.sum(axis=1, keepdims=True)
+    remembered = (
+        (0.3, hybrid.memory.sessions.score(histories, questions)),
+        (0.2, hybrid.memory.rules.score(histories, questions) ** RULES_POWER),
+        (0.1, OwnRulesRecommender(NUM_SONGS).score(histories, questions)),
+    )
+    for weight, scores in remembered:
+        assert scores.any()
+        expected += weight * scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-9)
+    found = hybrid.score(histories, questions)
+    songs = np.arange(NUM_SONGS) != WITHOUT_VECTOR
+    np.testing.assert_allclose(found[:, songs], expected[:, songs], rtol=1e-4, atol=1e-7)
+
+
+def test_songs_that_the_network_does_not_know_stay_out(hybrid: HybridRecommender, histories: Histories) -> None:
+    assert hybrid.memory.sessions.score(histories, Questions.at_end(histories, 0))[:, WITHOUT_VECTOR].any()
+    assert np.isneginf(hybrid.score(histories, Questions.at_end(histories, 0))[:, WITHOUT_VECTOR]).all()
+
+
+def test_the_network_alone_answers_for_the_time_to_come(hybrid: HybridRecommender, histories: Histories) -> None:
+    questions = Questions.at_end(histories, 0)
+    wanted = hybrid.network.score(histories, questions, "long")
+    np.testing.assert_array_equal(hybrid.score(histories, questions, "long"), wanted)
+
+
+def test_a_memory_refuses_plays_past_the_cut(histories: Histories) -> None:
+    with pytest.raises(LeakError, match="at or after its cut"):
+        Memory.fit(lambda: [histories], num_songs=NUM_SONGS, allowed=FitRange(before=10 * MINUTE))
+
+
+def test_a_memory_comes_back_from_its_file(
+    hybrid: HybridRecommender, histories: Histories, workspace: Workspace
+) -> None:
+    hybrid.memory.save(workspace, "here.safetensors", WEIGHTS)
+    memory, weights = Memory.load(workspace, "here.safetensors", NUM_SONGS)
+    assert weights == WEIGHTS
+    questions = Questions.at_end(histories, 0)
+    for found, kept in ((memory.sessions, hybrid.memory.sessions), (memory.rules, hybrid.memory.rules)):
+        np.testing.assert_array_equal(found.score(histories, questions), kept.score(histories, questions))
+
+
+def test_a_memory_of_nothing_comes_back_too(workspace: Workspace) -> None:
+    nothing = Histories.from_lists([], [])
+    _memory(nothing).save(workspace, "empty.safetensors", WEIGHTS)
+    memory, _ = Memory.load(workspace, "empty.safetensors", NUM_SONGS)
+    assert memory.sessions.sessions.shape == (0, NUM_SONGS)
+    assert memory.rules.rules.shape == (NUM_SONGS, NUM_SONGS)
+
+
+def test_a_models_artifact_answers_with_its_memory_where_it_has_one(
+    hybrid: HybridRecommender, histories: Histories, workspace: Workspace
+) -> None:
+    def published(model_id: str, extra: list[str]) -> Manifest:
+        manifest = Manifest(kind="models", id=model_id)
+        names = save_model(workspace, manifest.folder, network(model_config()), np.ones(NUM_SONGS, dtype=bool))
+        return publish(workspace, manifest, [*names, *extra])
+
+    hybrid.memory.save(workspace, Manifest(kind="models", id="mixed").path(MEMORY), WEIGHTS)
+    mixed, plain = published("mixed", [MEMORY]), published("plain", [])
+    assert (has_memory(mixed), has_memory(plain)) == (True, False)
+    assert type(load_recommender(workspace, plain)) is TasteRecommender
+    loaded = load_recommender(workspace, mixed)
+    assert isinstance(loaded, HybridRecommender)
+    known = HybridRecommender(loaded.network, hybrid.memory, WEIGHTS)
+    questions = Questions.at_end(histories, 0)
+    np.testing.assert_array_equal(loaded.score(histories, questions), known.score(histories, questions))
+
+
+def test_memory_ranks_first_what_it_alone_remembers() -> None:
+    """An untrained network knows nothing; sessions and rules say that 4 follows 3."""
+    sessions = csr_matrix(np.eye(NUM_SONGS, dtype=np.float32)[[3]] + np.eye(NUM_SONGS, dtype=np.float32)[[4]])
+    rules = np.zeros((NUM_SONGS, NUM_SONGS), dtype=np.float32)
+    rules[3, 4] = 1
+    memory = Memory(SessionNeighboursRecommender(sessions), SequentialRulesRecommender(csr_matrix(rules)))
+    hybrid = HybridRecommender(TasteRecommender(network(), random_vectors(NUM_SONGS)), memory, WEIGHTS)
+    songs, _ = hybrid.recommend(Histories.from_lists([[3]], [[0]]), 0, 1)
+    np.testing.assert_array_equal(songs, [[4]])
