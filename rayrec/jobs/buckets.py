@@ -7,6 +7,7 @@ import numpy as np
 import ray
 from ray.data import TaskPoolStrategy
 
+from rayrec.errors import RayrecError
 from rayrec.jobs.cluster import cluster_cpus
 
 
@@ -28,10 +29,13 @@ def _run_unit(
     batch: dict[str, np.ndarray], make_worker: Callable[..., BucketWorker], stored: list[ray.ObjectRef]
 ) -> dict[str, list[Any]]:
     key = stored[0].hex()
-    if key not in _made:
-        _made.clear()
-        _made[key] = make_worker(**ray.get(stored[0]))
-    return {"result": [_made[key](unit) for unit in batch["item"]]}
+    try:
+        if key not in _made:
+            _made.clear()
+            _made[key] = make_worker(**ray.get(stored[0]))
+        return {"result": [_made[key](unit) for unit in batch["item"]]}
+    except RayrecError as error:
+        return {"result": [error]}  # as a value: what Ray Data raises holds no more of it than its text
 
 
 def run_buckets(
@@ -42,7 +46,7 @@ def run_buckets(
     num_gpus: float = 0,
     concurrency: int | None = None,
 ) -> Iterator[Any]:
-    """Yield the result of each unit as it is done, in any order.
+    """Yield the result of each unit as it is done, in any order. An error of ours comes out as it was raised.
 
     `arguments` go to the worker's constructor through the object store: arrays among them are shared
     by the workers of a node, not copied, and read-only.
@@ -62,4 +66,6 @@ def run_buckets(
         compute=TaskPoolStrategy(size=workers),
     )
     for row in results.iter_rows():
+        if isinstance(row["result"], RayrecError):
+            raise row["result"]
         yield row["result"]
