@@ -1,12 +1,16 @@
 """Workers over buckets on a real cluster."""
 
+import sys
+
 import numpy as np
 import pytest
+import ray.cloudpickle
 
 from rayrec.errors import DamagedArtifactError
 from rayrec.jobs.buckets import run_buckets
 
 pytestmark = pytest.mark.usefixtures("cluster")
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
 
 
 class Adder:
