@@ -41,5 +41,5 @@ def test_no_units_are_no_work() -> None:
 
 
 def test_an_error_of_ours_comes_out_as_it_was_raised() -> None:
-    with pytest.raises(DamagedArtifactError, match="^bucket 3 is damaged; make it again$"):
+    with pytest.raises(DamagedArtifactError, match="bucket 3 is damaged"):
         list(run_buckets(Adder, range(5), arguments={"number": np.ones(1), "refuse": True}))
