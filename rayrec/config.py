@@ -29,8 +29,11 @@ def setting(default: Any = MISSING, *, help: str) -> Any:
 def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
     """A config from plain values; lists become tuples.
 
-    Raises `InputError` for an unknown key or a value of the wrong type; `where` says whose they are.
+    The key `preset` stands for the settings of that name in the config's PRESETS; other keys
+    override them. Raises `InputError` for an unknown key or preset or a value of the wrong type;
+    `where` says whose they are.
     """
+    values = _with_preset(cls, values, where)
     hints = typing.get_type_hints(cls)
     known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(known))
@@ -41,6 +44,22 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str) -> Co
         return cls(**converted)
     except TypeError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def presets_of(cls: type) -> Mapping[str, Mapping[str, Any]]:
+    """Settings that belong together, by name; none where a config has no PRESETS."""
+    found: Mapping[str, Mapping[str, Any]] = getattr(cls, "PRESETS", {})
+    return found
+
+
+def _with_preset(cls: type, values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    presets = presets_of(cls)
+    if "preset" not in values or not presets:
+        return values
+    name = values["preset"]
+    if name not in presets:
+        raise InputError(f"{where} has no preset {name!r}; there are: {', '.join(presets)}")
+    return {**presets[name], **{key: value for key, value in values.items() if key != "preset"}}
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

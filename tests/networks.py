@@ -9,7 +9,7 @@ from worlds import random_vectors
 
 from rayrec.data.histories import Histories
 from rayrec.data.windows import Windows, cut_windows, worker_batches
-from rayrec.taste.config import FeatureSpec, Horizon, ModelConfig, SongTable, TrainConfig
+from rayrec.taste.config import Cell, FeatureSpec, Horizon, ModelConfig, SongTable, TrainConfig
 from rayrec.taste.fitting import Phase, Progress
 from rayrec.taste.model import TasteModel
 from rayrec.taste.training import Share, StepReport
@@ -23,6 +23,7 @@ def model_config(
     *,
     num_songs: int = NUM_SONGS,
     layers: int = 1,
+    cell: Cell = "gru",
     features: FeatureSpec | None = None,
     song_table: SongTable = "frozen",
 ) -> ModelConfig:
@@ -32,6 +33,7 @@ def model_config(
         embedding_dim=8,
         hidden_dim=config.hidden_dim if config else 12,
         num_layers=config.num_layers if config else layers,
+        cell=config.cell if config else cell,
         dropout=config.dropout if config else 0.0,
         features=features or FeatureSpec(),
         horizons=config.horizons

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rayrec.data.dataset import Dataset
 from rayrec.data.splits import choose_split
 from rayrec.errors import InputError, NotFoundError
-from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.evaluation.protocol import EvaluateConfig, usual_k
 from rayrec.recommend.answering import Answer, RecommendConfig, answer, load_recommender, parse_moment
 from rayrec.releases import default_parts
 from rayrec.status import KINDS
@@ -88,11 +88,12 @@ def evaluate(
 
 
 def results_table(data: dict[str, Any]) -> RenderableType:
-    """One line a model, best first, with the interval of recall at the deepest cut-off."""
+    """One line a model, best first, at 20 and the cut-off before it, with the interval of recall."""
     results = [row for row in data["results"] if row["users"] == "all" and row["target"] == "next"]
     values = {(row["model"], row["metric"], row["k"]): row for row in results}
-    cuts = sorted({row["k"] for row in results})
-    recalls, others = [("recall", k) for k in cuts], [(metric, k) for metric in ("mrr", "ndcg") for k in cuts]
+    usual = usual_k([row["k"] for row in results])
+    cuts = sorted(k for k in {row["k"] for row in results} if k <= usual)[-2:]
+    recalls, others = [("recall", k) for k in cuts], [(metric, usual) for metric in ("mrr", "ndcg")]
     models = sorted({row["model"] for row in results}, key=lambda name: -values[(name, *recalls[-1])]["value"])
     rows = [
         [f"{name} *" if name == data["default"] else name]

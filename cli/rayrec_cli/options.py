@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rayrec.config import from_mapping, read_toml
+from rayrec.config import from_mapping, presets_of, read_toml
 from rayrec.errors import InputError
 from rayrec.workspace import Workspace
 from rayrec_cli.output import Shown, note, show
@@ -80,6 +80,8 @@ def command(
         shared = [_parameter("workspace", WorkspaceOption, None), _parameter("json", JsonOption, False)]
         if config is not None:
             shared.insert(0, _parameter("config", ConfigOption, None))
+            if presets_of(config):
+                shared.insert(0, _parameter("preset", _preset_option(config), None))
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
         parameters = [context, *(item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own), *flags, *shared]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -99,6 +101,13 @@ def flag(item: "dataclasses.Field[Any]", config: type[Any]) -> inspect.Parameter
         names.append(f"-{spelled}")
     option = typer.Option(*names, metavar=metavar, help=_help(item), show_default=False)
     return _parameter(item.name, Annotated[kind | None, option], None)
+
+
+def _preset_option(config: type[Any]) -> Any:
+    option = typer.Option(
+        "--preset", metavar="|".join(presets_of(config)), help="Settings that belong together; flags override them."
+    )
+    return Annotated[str | None, option]
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -139,8 +148,10 @@ def _help(item: "dataclasses.Field[Any]") -> str:
 
 def _config(config: type[Any], name: str, values: dict[str, Any], flags: list[str]) -> Any:
     """Take the flags out of `values` and lay them over the config file's."""
-    path = values.pop("config")
+    path, preset = values.pop("config"), values.pop("preset", None)
     settings = _from_file(path, name) if path else {}
+    if preset is not None:
+        settings["preset"] = preset
     hints = typing.get_type_hints(config)
     for item in flags:
         given = values.pop(item)

@@ -131,6 +131,7 @@ def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> M
         embedding_dim=embedding_dim,
         hidden_dim=config.hidden_dim,
         num_layers=config.num_layers,
+        cell=config.cell,
         dropout=config.dropout,
         features=features,
         horizons=config.horizons,

@@ -55,11 +55,20 @@ class TasteRecommender(VectorRecommender):
         return cls(load_model(workspace, folder), vectors)
 
     def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
-        """float32 (Q, D): the taste vectors, from no more of each history than its questions need."""
+        """float32 (Q, D): the taste vectors, from no more of each history than its questions need.
+
+        A network of one horizon answers for both with it.
+        """
         rows, inverse = np.unique(questions.rows, return_inverse=True)
         needed = np.zeros(len(rows), dtype=np.int64)
         np.maximum.at(needed, inverse, questions.seen)
         asked = histories.take(rows)
         position = np.arange(asked.num_plays) - asked.offsets[asked.rows]
         asked = asked.keep(position < needed[asked.rows])
-        return self._encoder.vectors(asked, Questions(rows=inverse, seen=questions.seen, at=questions.at), horizon)
+        return self._encoder.vectors(
+            asked, Questions(rows=inverse, seen=questions.seen, at=questions.at), self._head(horizon)
+        )
+
+    def _head(self, horizon: Horizon) -> str:
+        heads = list(self._encoder.model.config.horizons)
+        return horizon if horizon in heads else heads[0]

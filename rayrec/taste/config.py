@@ -1,14 +1,16 @@
 """Settings of the taste network, its training and the batch job over all users. Loads no torch."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rayrec.artifacts import Manifest
 from rayrec.config import setting
 from rayrec.errors import InputError
 
 SongTable = Literal["trained", "frozen"]
-Objective = Literal["sampled-softmax", "cosine"]
+Objective = Literal["sampled-softmax", "softmax", "cosine", "l2"]
+Cell = Literal["gru", "lstm"]
+REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards song vectors, as the paper's do
 
 
 MEMORY = "memory.safetensors"  # the file of a models artifact that holds what is mixed in beside the network
@@ -57,6 +59,12 @@ class ModelConfig:
     features: FeatureSpec
     horizons: dict[str, Horizon]
     song_table: SongTable
+    cell: Cell = "gru"
+
+    @property
+    def state_layers(self) -> int:
+        """Vectors of D_hid that the network carries on: one a layer, two for an LSTM, outputs before cells."""
+        return self.num_layers * (2 if self.cell == "lstm" else 1)
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "ModelConfig":
@@ -70,14 +78,25 @@ class ModelConfig:
 class TrainConfig:
     """How to train the taste network."""
 
-    hidden_dim: int = setting(128, help="units of the GRU, D_hid")
-    num_layers: int = setting(1, help="layers of the GRU")
-    dropout: float = setting(0.0, help="share of inputs and outputs of the GRU dropped in training")
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {},
+        # The paper's networks on histories: frozen song vectors, cosine distance, one horizon, no memory. Its
+        # offsets of the long horizon are not known to us; these are the default's.
+        "r_hst": {"objective": "cosine", "song_table": "frozen", "memory": False, "long": ()},
+        "r_hlt": {"objective": "cosine", "song_table": "frozen", "memory": False, "short": ()},
+    }
+
+    cell: Cell = setting("gru", help="the recurrent cell")
+    hidden_dim: int = setting(128, help="units of the recurrent network, D_hid")
+    num_layers: int = setting(1, help="layers of the recurrent network")
+    dropout: float = setting(0.0, help="share of its inputs and outputs dropped in training")
     song_table: SongTable = setting("trained", help="whether the song vectors train along or stay as they came")
-    objective: Objective = setting("sampled-softmax", help="sampled-softmax, or the paper's cosine distance")
+    objective: Objective = setting(
+        "sampled-softmax", help="what to train for; cosine and l2 are the paper's, softmax is over all songs"
+    )
     negatives: int = setting(1024, help="songs drawn by popularity as negatives of a step")
-    short: tuple[int, ...] = setting((1, 1), help="offsets min,max of the short horizon, in plays")
-    long: tuple[int, ...] = setting((25, 50), help="offsets min,max of the long horizon, in plays")
+    short: tuple[int, ...] = setting((1, 1), help="offsets min,max of the short horizon, in plays; empty: none")
+    long: tuple[int, ...] = setting((25, 50), help="offsets min,max of the long horizon, in plays; empty: none")
     contexts: bool = setting(True, help="use the playback contexts where the data has them")
     gaps: bool = setting(True, help="use the time since the previous play and until the request")
     hours: bool = setting(False, help="use the hour of the day and the day of the week, UTC")
@@ -107,25 +126,26 @@ class TrainConfig:
             raise InputError(
                 f"dropout {self.dropout} must be in [0, 1) and the learning rate {self.learning_rate} above 0"
             )
-        if self.objective == "cosine" and self.song_table == "trained":
+        if self.objective in REGRESSIONS and self.song_table == "trained":
             raise InputError(
-                "the cosine objective needs --song-table frozen: with a table that trains along, "
+                f"the {self.objective} objective needs --song-table frozen: with a table that trains along, "
                 "making all songs equal would be perfect"
             )
+        if self.memory and not self.short:
+            raise InputError("a memory is mixed into the short horizon, and there is none; give --short or --no-memory")
         if self.batch < self.workers:
             raise InputError(f"a batch of {self.batch} windows cannot be shared by {self.workers} workers")
         for name in ("short", "long"):
-            if len(getattr(self, name)) != 2:
-                raise InputError(f"{name} is {getattr(self, name)}; give two offsets, min,max")
-        _ = self.horizons
+            if len(getattr(self, name)) not in (0, 2):
+                raise InputError(f"{name} is {getattr(self, name)}; give two offsets, min,max, or none")
+        if not self.horizons:
+            raise InputError("short and long are both empty; a network needs at least one horizon")
 
     @property
     def horizons(self) -> dict[str, Horizon]:
-        """The horizons by name."""
-        return {
-            "short": Horizon(min_offset=self.short[0], max_offset=self.short[1]),
-            "long": Horizon(min_offset=self.long[0], max_offset=self.long[1]),
-        }
+        """The horizons by name, those that are there."""
+        offsets = {"short": self.short, "long": self.long}
+        return {name: Horizon(min_offset=pair[0], max_offset=pair[1]) for name, pair in offsets.items() if pair}
 
     @property
     def lookahead(self) -> int:

@@ -24,7 +24,7 @@ PIECE = 1024  # plays of one user in a pass; longer histories carry their state 
 class States:
     """Where the network stands after each user's last play."""
 
-    hidden: np.ndarray  # float32 (U, layers, H)
+    hidden: np.ndarray  # float32 (U, state layers, H); the outputs of the layers, then the cells of an LSTM
     last_played_at: np.ndarray  # int64 (U,), ms UTC; NEVER for a user without plays
 
 
@@ -34,12 +34,13 @@ class TasteEncoder:
     def __init__(self, model: TasteModel, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
+        self._last = model.config.num_layers - 1  # the layer whose output the head sees
 
     def no_states(self, users: int) -> States:
         """The states of users before their first play."""
         config = self.model.config
         return States(
-            hidden=np.zeros((users, config.num_layers, config.hidden_dim), dtype=np.float32),
+            hidden=np.zeros((users, config.state_layers, config.hidden_dim), dtype=np.float32),
             last_played_at=np.full(users, NEVER, dtype=np.int64),
         )
 
@@ -53,7 +54,7 @@ class TasteEncoder:
         """
         start = start or self.no_states(len(histories))
         hidden = torch.from_numpy(start.hidden.copy())  # (U, layers, H), moved on piece by piece
-        asked = _Asked(questions, hidden[:, -1])
+        asked = _Asked(questions, hidden[:, self._last])
         for rows in _passes(histories.lengths):
             self._run_rows(histories, rows, start.last_played_at, hidden, asked)
         last = start.last_played_at.copy()
@@ -75,7 +76,7 @@ class TasteEncoder:
 
     def tastes(self, states: States, at: int | np.ndarray, horizon: str) -> np.ndarray:
         """float32 (U, D), normalized: the taste vectors at the moment `at` (ms UTC) from states alone."""
-        return self.project(states.hidden[:, -1], gap_seconds(states.last_played_at, np.asarray(at)), horizon)
+        return self.project(states.hidden[:, self._last], gap_seconds(states.last_played_at, np.asarray(at)), horizon)
 
     @torch.inference_mode()
     def project(self, hidden: np.ndarray, gap: np.ndarray, horizon: str) -> np.ndarray:

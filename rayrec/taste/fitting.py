@@ -223,9 +223,10 @@ def start_vectors(vectors: np.ndarray, seed: int) -> np.ndarray:
 
 
 def count_hits(model: TasteModel, vectors: np.ndarray, validation: Validation, device: str) -> int:
-    """How many plays are among the first 20 of the full catalog, short horizon, ties counted against."""
+    """How many plays are among the first 20 of the full catalog, ties counted against."""
     questions = Questions.before_plays(validation.histories, validation.plays)
-    taste = TasteEncoder(model, device).vectors(validation.histories, questions, "short")
+    horizon = next(iter(model.config.horizons))  # short, where there is one
+    taste = TasteEncoder(model, device).vectors(validation.histories, questions, horizon)
     targets = validation.histories.songs[validation.plays]
     known: np.ndarray = np.asarray(vectors.any(axis=1))
     hits = 0

@@ -15,7 +15,7 @@ SONG_TABLE = "songs.weight"  # the parameter that grows with the catalog
 
 
 class TasteModel(nn.Module):
-    """GRU, dense leaky-rectifier layer, one linear head per horizon [paper; the shared trunk is ours].
+    """GRU or LSTM, dense leaky-rectifier layer, one linear head per horizon [paper; the shared trunk is ours].
 
     Step j sees x_j = s_j ⊕ c_j. The head also sees the time from the last play to the request
     [ours]. Taste vectors and song vectors are compared by cosine.
@@ -31,7 +31,8 @@ class TasteModel(nn.Module):
         # Sparse gradients keep the cost of a step independent of the size of the catalog.
         self.songs = nn.Embedding(config.num_songs, config.embedding_dim, sparse=trained, _weight=song_vectors.clone())
         self.songs.weight.requires_grad_(trained)
-        self.rnn = nn.GRU(
+        # torch's LSTM has no peephole weights, which the paper's symbols include; Greff et al. 2015 found no gain.
+        self.rnn = (nn.LSTM if config.cell == "lstm" else nn.GRU)(
             config.embedding_dim + config.features.dim,
             config.hidden_dim,
             config.num_layers,
@@ -50,7 +51,7 @@ class TasteModel(nn.Module):
         return normalize(self.songs(songs), dim=-1)
 
     def trunk(self, batch: PlayBatch, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Hidden output after every play (B, L, H), and the state after each row's last play (layers, B, H).
+        """Hidden output after every play (B, L, H), and the state after each row's last play (state layers, B, H).
 
         `state` is the one before the first play, zeros where None. Songs newer than the network, rows
         from N on, count as a vector of zeros.
@@ -59,7 +60,13 @@ class TasteModel(nn.Module):
         songs_BL = batch.songs_BL.where(known_BL, 0)
         x_BLX = self._steps(self.song_vectors(songs_BL) * known_BL.unsqueeze(-1), batch)
         packed = pack_padded_sequence(x_BLX, batch.length_B, batch_first=True, enforce_sorted=False)
-        output, last = self.rnn(packed, state)
+        if self.config.cell == "gru":
+            output, last = self.rnn(packed, state)
+        else:
+            output, pair = self.rnn(
+                packed, None if state is None else tuple(part.contiguous() for part in state.chunk(2))
+            )
+            last = torch.cat(pair)
         hidden_BLH, _ = pad_packed_sequence(output, batch_first=True)
         return hidden_BLH, last
 

@@ -12,6 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from rayrec.taste.model import TasteModel
 
+SMALLEST = 1e-12  # under a root, whose slope at 0 has no end
+
 ObjectiveFunction = Callable[[TasteModel, Tensor, Tensor, "Negatives"], Tensor]
 
 
@@ -40,6 +42,17 @@ def cosine(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Ne
     return (1.0 - (taste_PD * model.song_vectors(targets_P)).sum(-1)).sum()
 
 
+def l2(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives) -> Tensor:
+    """‖t − s‖2 [paper], summed over positions; on unit vectors, so that it weighs a far target less than L_cos does."""
+    return (taste_PD - model.song_vectors(targets_P)).square().sum(-1).clamp(min=SMALLEST).sqrt().sum()
+
+
+def softmax(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives) -> Tensor:
+    """Cross-entropy of the target among all songs, summed [ours]; for small catalogs, its cost grows with N."""
+    songs_ND = model.song_vectors(torch.arange(model.config.num_songs, device=targets_P.device))
+    return cross_entropy(taste_PD @ songs_ND.T * model.log_scale.exp(), targets_P, reduction="sum")
+
+
 def sampled_softmax(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives) -> Tensor:
     """Cross-entropy of the target among popularity-drawn negatives, with the logQ correction, summed [ours].
 
@@ -53,4 +66,9 @@ def sampled_softmax(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, nega
     return cross_entropy(logits, torch.zeros_like(targets_P), reduction="sum")
 
 
-OBJECTIVES: dict[str, ObjectiveFunction] = {"sampled-softmax": sampled_softmax, "cosine": cosine}
+OBJECTIVES: dict[str, ObjectiveFunction] = {
+    "sampled-softmax": sampled_softmax,
+    "softmax": softmax,
+    "cosine": cosine,
+    "l2": l2,
+}

@@ -22,9 +22,11 @@ def histories() -> Histories:
     return made.keep(made.rows % 8 != 3)
 
 
-@pytest.fixture(params=[1, 2], ids=["one layer", "two layers"])
+@pytest.fixture(params=[(1, "gru"), (2, "gru"), (2, "lstm")], ids=["one layer", "two layers", "lstm"])
 def encoder(request: pytest.FixtureRequest) -> TasteEncoder:
-    return TasteEncoder(network(model_config(layers=request.param, features=FeatureSpec(hour=True))))
+    return TasteEncoder(
+        network(model_config(layers=request.param[0], cell=request.param[1], features=FeatureSpec(hour=True)))
+    )
 
 
 @pytest.fixture(params=[1024, 7], ids=["whole", "in pieces"])

@@ -6,7 +6,7 @@ import torch
 from networks import NUM_SONGS, model_config, network
 
 from rayrec.taste.config import SongTable
-from rayrec.taste.objectives import OBJECTIVES, Negatives, cosine, sampled_softmax
+from rayrec.taste.objectives import OBJECTIVES, Negatives, cosine, l2, sampled_softmax, softmax
 
 COUNTS = np.arange(NUM_SONGS)  # song 0 was never played
 
@@ -50,6 +50,31 @@ def test_sampled_softmax_equals_its_formula(negatives: Negatives, taste: torch.T
         wanted += np.log(sum(np.exp(list(logits.values())))) - logits[0]
     found = sampled_softmax(model, taste, torch.tensor(targets), negatives).detach()
     assert float(found) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_l2_is_the_distance_of_unit_vectors(negatives: Negatives, taste: torch.Tensor) -> None:
+    model = network()
+    targets = [3, 9, 9, 1, 59]
+    units = torch.nn.functional.normalize(model.songs.weight.detach(), dim=-1)
+    wanted = sum(float((t - units[song]).norm()) for t, song in zip(taste, targets, strict=True))
+    assert float(l2(model, taste, torch.tensor(targets), negatives)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_l2_has_a_gradient_where_taste_and_song_are_one(negatives: Negatives) -> None:
+    model = network()
+    song = torch.nn.functional.normalize(model.songs.weight.detach()[4:5], dim=-1).requires_grad_()
+    l2(model, song, torch.tensor([4]), negatives).backward()
+    assert song.grad is not None
+    assert song.grad.isfinite().all()
+
+
+def test_softmax_is_over_all_songs(negatives: Negatives, taste: torch.Tensor) -> None:
+    model = network()
+    targets = [3, 9, 0, 1, 59]
+    units = torch.nn.functional.normalize(model.songs.weight.detach(), dim=-1).numpy().astype(np.float64)
+    logits = taste.numpy().astype(np.float64) @ units.T * np.exp(float(model.log_scale.detach()))
+    wanted = sum(np.log(np.exp(row).sum()) - row[target] for row, target in zip(logits, targets, strict=True))
+    assert float(softmax(model, taste, torch.tensor(targets), negatives).detach()) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_negatives_come_as_often_as_songs_were_played() -> None:

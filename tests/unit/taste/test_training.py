@@ -50,7 +50,14 @@ def test_the_same_seed_gives_the_same_losses_bit_for_bit(histories: Histories, c
 
 
 @pytest.mark.parametrize(
-    ("objective", "table"), [("sampled-softmax", "trained"), ("sampled-softmax", "frozen"), ("cosine", "frozen")]
+    ("objective", "table"),
+    [
+        ("sampled-softmax", "trained"),
+        ("sampled-softmax", "frozen"),
+        ("softmax", "trained"),
+        ("cosine", "frozen"),
+        ("l2", "frozen"),
+    ],
 )
 def test_the_loss_falls_on_plays_that_can_be_learned(
     histories: Histories, objective: Objective, table: SongTable
