@@ -58,7 +58,7 @@ def filled(tmp_path: Path) -> str:
         (["--workspace", "FILLED", "split", "--held-out-users", "1"], "not in \\[0, 1\\)"),
         (["--workspace", "FILLED", "embed", "--split", "nope"], "split 'nope' is not in workspace"),
         (["embed", "--dim", "0"], "dim is 0"),
-        (["train", "--objective", "guessing"], "expected one of sampled-softmax, cosine"),
+        (["train", "--objective", "guessing"], "expected one of sampled-softmax, softmax, cosine, l2"),
         (["taste"], "holds no"),
         (["index", "--kind", "tree"], "expected one of auto, flat, ivf"),
         (["--workspace", "FILLED", "recommend", "--user", "ann"], "run `rayrec train` first"),

@@ -64,7 +64,9 @@ def test_the_loss_falls_on_plays_that_can_be_learned(
 ) -> None:
     found = losses(settings(objective=objective, song_table=table), histories, epochs=8)
     steps = len(found) // 8
-    assert np.mean(found[-steps:]) < 0.8 * np.mean(found[:steps])
+    # a distance falls as the square root of what a cosine distance does
+    share = 0.9 if objective == "l2" else 0.8
+    assert np.mean(found[-steps:]) < share * np.mean(found[:steps])
 
 
 def test_a_frozen_table_stays_and_a_trained_one_moves(histories: Histories) -> None:
