@@ -1,0 +1,222 @@
+"""The train stage on a local cluster: one result for any number of workers, resumed or not."""
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.cloudpickle import register_pickle_by_value
+from safetensors.numpy import load as load_safetensors
+from worlds import random_vectors, write_dataset, write_song_vectors
+
+from rayrec.artifacts import Manifest, listing, load, publish, verify
+from rayrec.data.dataset import Dataset
+from rayrec.data.generate import GenerateConfig
+from rayrec.data.histories import Histories
+from rayrec.data.split import Split, SplitConfig
+from rayrec.data.splits import split_dataset
+from rayrec.data.windows import epoch_units
+from rayrec.errors import MismatchError, NotFoundError, RayrecError
+from rayrec.jobs import train as job
+from rayrec.jobs.generating import generate
+from rayrec.jobs.train import _validation_table, load_validation, model_config, train, window_stream
+from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.taste.config import TrainConfig
+from rayrec.taste.fitting import Phase
+from rayrec.taste.stream import UnitReader, plain_stream
+from rayrec.taste.training import Share, StepReport
+from rayrec.workspace import Workspace
+
+NUM_SONGS = 80
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints
+CONFIG = TrainConfig(
+    hidden_dim=8,
+    window=20,
+    batch=16,
+    negatives=20,
+    long=(2, 5),
+    epochs=2,
+    learning_rate=0.01,
+    validation_plays=200,
+    workers=0,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Workspace:
+    """A small generated data set, split, with song vectors."""
+    workspace = Workspace(tmp_path_factory.mktemp("train") / "workspace")
+    generate(workspace, GenerateConfig(users=150, songs=NUM_SONGS, artists=12, genres=4, plays=25, days=60, buckets=3))
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def split(world: Workspace) -> Split:
+    made = split_dataset(world, SplitConfig(test_days=15, validation_days=10))
+    write_song_vectors(world, random_vectors(NUM_SONGS), {"dataset": made.dataset, "split": made.id})
+    return made
+
+
+@pytest.fixture(scope="module")
+def in_process(world: Workspace, split: Split) -> Manifest:
+    """A model trained without a worker."""
+    return train(world, CONFIG, split=split)
+
+
+def weights(workspace: Workspace, manifest: Manifest) -> dict[str, np.ndarray]:
+    found = load_safetensors(workspace.read_bytes(manifest.path("model.safetensors")))
+    return {**found, "songs": np.array(workspace.read_array(manifest.path("song_vectors.npy")))}
+
+
+def test_a_model_is_complete_and_answers(world: Workspace, split: Split, in_process: Manifest) -> None:
+    verify(world, load(world, "models", in_process.id))
+    assert set(in_process.files) == {
+        "model.safetensors", "model.json", "song_vectors.npy", "memory.safetensors", "figures.json", "epochs.jsonl"
+    }  # fmt: skip
+    assert in_process.inputs == {"dataset": split.dataset, "songs": "by-hand", "split": split.id}
+    assert in_process.metrics.keys() >= {"seconds", "epochs", "loss", "plays_per_second", "validation_recall@20"}
+    assert 0 < in_process.metrics["validation_recall@20"] <= 1
+    recommender = TasteRecommender.load(world, in_process.id)
+    histories = next(Dataset(world).read_bucket(0))
+    songs, scores = recommender.recommend(histories, split.test_from, 5)
+    assert (songs >= 0).all()
+    assert (np.abs(scores) <= 1.0001).all()
+
+
+def test_the_lines_of_the_epochs_tell_both_phases(world: Workspace, split: Split, in_process: Manifest) -> None:
+    lines = [json.loads(line) for line in world.read_bytes(in_process.path("epochs.jsonl")).splitlines()]
+    assert [line["phase"] for line in lines[:2]] == ["selection", "selection"]
+    assert lines[-1]["phase"] == "final"
+    dataset = Dataset(world)
+    for phase, allowed in (("selection", split.selection), ("final", split.final)):
+        inputs = sum(int((allowed.select(plays).lengths - 1).sum()) for plays in dataset.read_all())
+        assert {line["plays"] for line in lines if line["phase"] == phase} == {inputs}
+
+
+def test_the_same_training_is_found_again(world: Workspace, split: Split, in_process: Manifest) -> None:
+    assert train(world, CONFIG, split=split) == in_process
+    elsewhere = replace(CONFIG, workers=1, checkpoint_minutes=1.0)
+    assert train(world, elsewhere, split=split) == in_process
+
+
+def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
+    """A training worker whose process is lost."""
+    from rayrec.jobs import train as here
+
+    stepped = here._RayHost.stepped
+
+    def dying(host: Any, phase: Phase, report: StepReport) -> None:
+        if report.epoch == 1 and report.step == 1:
+            for _ in range(300):  # until Ray Train has taken the checkpoint of the first epoch
+                if host._plan.workspace.exists(f"{host._plan.folder}/run/{SNAPSHOT}"):
+                    break
+                time.sleep(0.1)
+            os._exit(1)
+        stepped(host, phase, report)
+
+    here._RayHost.stepped = dying  # type: ignore[method-assign]
+    here._train_worker(arguments)
+
+
+def _notes_its_first_step(arguments: dict[str, Any]) -> None:
+    """A training worker that writes down where it began."""
+    from rayrec.jobs import train as here
+
+    stepped = here._RayHost.stepped
+
+    def noting(host: Any, phase: Phase, report: StepReport) -> None:
+        path = f"steps/{host._share.rank}.json"
+        if not host._plan.workspace.exists(path):
+            host._plan.workspace.write_json(path, [host._share.workers, phase, report.epoch, report.step])
+        stepped(host, phase, report)
+
+    here._RayHost.stepped = noting  # type: ignore[method-assign]
+    here._train_worker(arguments)
+
+
+def test_a_killed_training_goes_on_with_other_workers_to_the_same_result(
+    world: Workspace, split: Split, in_process: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    monkeypatch.setattr(job, "WORKER_FAILURES", 0)
+    monkeypatch.setattr(job, "_train_worker", _dies_in_the_second_epoch)
+    with pytest.raises(RayrecError, match=r"training failed: .*rayrec train --resume"):
+        train(world, replace(CONFIG, workers=1), split=split, repeat=True)
+    assert [manifest.id for manifest in listing(world, "models")] == [in_process.id]
+    monkeypatch.setattr(job, "_train_worker", _notes_its_first_step)
+    made = train(world, replace(CONFIG, workers=2), split=split, resume=True, repeat=True)
+    for rank in range(2):
+        assert world.read_json(f"steps/{rank}.json") == [2, "selection", 1, 0]
+    one, other = weights(world, in_process), weights(world, made)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        np.testing.assert_allclose(other[name], value, atol=1e-4, rtol=0, err_msg=name)
+    assert made.metrics["loss"] == pytest.approx(in_process.metrics["loss"], rel=1e-4)
+    assert made.metrics["validation_recall@20"] == in_process.metrics["validation_recall@20"]
+
+
+def test_ray_data_streams_the_batches_of_the_plain_loop_none_past_the_cut(
+    world: Workspace, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "PLAYS_PER_UNIT", 1)  # each bucket alone
+    dataset = Dataset(world)
+    for rank in range(2):
+        share = Share(rank=rank, workers=2)
+        streamed = list(window_stream(dataset, split.selection, CONFIG, share, epoch=3))
+        units = epoch_units(dataset.manifest.buckets, 1, seed=CONFIG.seed, epoch=3)
+        plain = list(plain_stream(UnitReader(dataset, split.selection, CONFIG, share, 3), units))
+        assert len(streamed) == len(plain) > 3
+        for found, wanted in zip(streamed, plain, strict=True):
+            np.testing.assert_array_equal(found.plays.songs, wanted.plays.songs)
+            np.testing.assert_array_equal(found.previous_at, wanted.previous_at)
+        assert max(windows.plays.played_at.max() for windows in streamed) < split.validation_from
+    assert dataset.manifest.last_play >= split.test_from
+
+
+def test_the_plays_to_predict_lie_in_the_validation_range_alone(world: Workspace, split: Split) -> None:
+    validation = load_validation(_validation_table(Dataset(world), split, 10_000), split.selection, 50)
+    at = validation.histories.played_at
+    assert at.max() < split.test_from
+    assert (at[validation.plays] >= split.validation_from).all()
+    assert 0 < len(validation.plays) <= 50
+    assert not set(validation.plays.tolist()) & set(validation.histories.offsets.tolist())  # none is a first play
+
+
+def test_song_vectors_of_another_split_or_data_set_are_refused(world: Workspace, split: Split) -> None:
+    with pytest.raises(MismatchError, match=r"made from split .*, the training is for None; run `rayrec embed`"):
+        train(world, CONFIG)
+    other = Manifest(kind="songs", id="other", inputs={"dataset": "gone", "split": split.id})
+    publish(world, other, [])
+    with pytest.raises(MismatchError, match=r"other were made from dataset gone"):
+        train(world, CONFIG, songs_id="other", split=split)
+    world.delete("songs/other")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_split_that_leaves_no_plays_is_refused(workspace: Workspace) -> None:
+    write_dataset(workspace, Histories.from_lists([[0, 1]], [[10, 20]]), 2)
+    write_song_vectors(workspace, random_vectors(2), {"dataset": "by-hand", "split": "early"})
+    early = Split(id="early", dataset="by-hand", validation_from=5, test_from=5)
+    with pytest.raises(RayrecError, match=r"leaves no plays to train on; make a split"):
+        train(workspace, CONFIG, split=early)
+
+
+def test_without_song_vectors_the_command_to_run_is_named(workspace: Workspace) -> None:
+    write_dataset(workspace, Histories.from_lists([[0, 1]], [[10, 20]]), 2)
+    with pytest.raises(NotFoundError, match="rayrec embed"):
+        train(workspace, CONFIG)
+
+
+def test_features_follow_the_data_and_the_settings(world: Workspace) -> None:
+    dataset = Dataset(world)
+    full = model_config(dataset, CONFIG, 8).features
+    assert full.contexts == tuple(dataset.manifest.contexts) != ()
+    assert full.skipped
+    bare = replace(CONFIG, contexts=False, gaps=False, skips=False, hours=True)
+    spec = model_config(dataset, bare, 8).features
+    assert (spec.contexts, spec.gap, spec.request_gap, spec.skipped) == ((), False, False, False)
+    assert spec.dim == 24 + 7
