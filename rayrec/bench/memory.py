@@ -1,7 +1,8 @@
 """Private memory of this process and of all below it, sampled while something runs.
 
-USS, the memory that would be freed if the process ended: what workers share, such as Ray's object
-store, counts for none of them.
+USS, the memory that would be freed if the process ended, without Ray's object store: that is one
+block of shared memory of a fixed size for the whole node, whose pages Linux books as private to the
+process that happened to touch them alone.
 """
 
 import threading
@@ -12,6 +13,7 @@ import psutil
 
 MIB = 1 << 20
 DRIVER, WORKER, OTHER = "driver", "worker", "other"
+OBJECT_STORE = "/plasma"  # in the path of the store's mapping
 WORKER_TITLE = "ray::"  # how the titles of processes begin that run Ray tasks and actors
 
 
@@ -21,7 +23,7 @@ class Found:
 
     pid: int
     role: str  # driver, worker (of Ray, at work or waiting) or other
-    uss_mb: float
+    private_mb: float
 
 
 class MemoryWatch:
@@ -52,9 +54,9 @@ class MemoryWatch:
 
     def record(self, processes: list[Found]) -> None:
         """Take in what one look found."""
-        self.total_mb = max(self.total_mb, sum(process.uss_mb for process in processes))
+        self.total_mb = max(self.total_mb, sum(process.private_mb for process in processes))
         for process in processes:
-            self.peaks_mb[process.role] = max(self.peaks_mb.get(process.role, 0.0), process.uss_mb)
+            self.peaks_mb[process.role] = max(self.peaks_mb.get(process.role, 0.0), process.private_mb)
 
 
 def sample() -> list[Found]:
@@ -65,10 +67,19 @@ def sample() -> list[Found]:
         try:
             role = WORKER if " ".join(process.cmdline()).startswith(WORKER_TITLE) else OTHER
             role = DRIVER if process == this else role
-            found.append(Found(process.pid, role, process.memory_full_info().uss / MIB))
+            found.append(Found(process.pid, role, _private(process) / MIB))
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue  # it ended while we looked
     return found
+
+
+def _private(process: psutil.Process) -> int:
+    """Bytes."""
+    private = int(process.memory_full_info().uss)
+    if not psutil.LINUX:
+        return private
+    store = [area for area in process.memory_maps() if OBJECT_STORE in area.path]
+    return private - sum(area.private_clean + area.private_dirty for area in store)
 
 
 def growth(small: dict[str, float], large: dict[str, float]) -> dict[str, float]:

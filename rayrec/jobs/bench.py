@@ -197,7 +197,7 @@ def data_memory(workspace: Workspace) -> MemoryPass:
 
 
 def _watched(job: Callable[[], Any]) -> MemoryPass:
-    with ray_cluster(), MemoryWatch(interval=0.2) as watch:
+    with ray_cluster(), MemoryWatch() as watch:
         began = time.perf_counter()
         job()
         seconds = time.perf_counter() - began

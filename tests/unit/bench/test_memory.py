@@ -1,7 +1,9 @@
 """The memory watch: it sees what is held, in this process and in those below it, and tells roles apart."""
 
+import mmap
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +27,21 @@ class TestWatch:
             assert child.stdout is not None
             child.stdout.readline()
             (found,) = [process for process in sample() if process.pid == child.pid]
-            assert (found.role, found.uss_mb > 32) == (OTHER, True)
+            assert (found.role, found.private_mb > 32) == (OTHER, True)
             child.communicate()
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory map of a process")
+    def test_the_object_store_counts_for_nobody(self, tmp_path: Path) -> None:
+        def held(name: str) -> float:
+            with (tmp_path / name).open("w+b") as file:
+                file.truncate(32 << 20)
+                with mmap.mmap(file.fileno(), 32 << 20) as area:
+                    area.write(b"x" * (32 << 20))
+                    return sample()[0].private_mb
+
+        before = sample()[0].private_mb
+        assert held("other") - before == pytest.approx(32, abs=4)
+        assert held("plasmaXYZ") - before == pytest.approx(0, abs=4)
 
     def test_peaks_are_the_highest_of_each_role_and_the_total_of_one_moment(self) -> None:
         watch = MemoryWatch()
