@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayrec import artifacts
@@ -17,7 +18,7 @@ from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.progress import progress
 from rayrec.taste.config import TasteConfig
-from rayrec.taste.tastes import tastes_file
+from rayrec.taste.tastes import PLAYS, tastes_file
 from rayrec.workspace import Workspace
 
 
@@ -53,7 +54,9 @@ def compute_tastes(
         results = run_buckets(
             BucketTastes, left, arguments=arguments, num_gpus=float(config.gpu), concurrency=config.concurrency
         )
-        for _ in results:
+        computed = 0
+        for plays in results:
+            computed += plays
             bar.advance()
     seconds = time.monotonic() - began
     users, plays = _count_rows(workspace, manifest, buckets)
@@ -61,7 +64,7 @@ def compute_tastes(
         "seconds": round(seconds, 1),
         "users": users,
         "plays": plays,
-        "plays_per_second": round(plays / seconds),
+        "plays_per_second": round(computed / seconds),
         "buckets_computed": len(left),
     }
     names = [tastes_file(manifest.folder, bucket).removeprefix(manifest.folder + "/") for bucket in buckets]
@@ -82,17 +85,17 @@ class BucketTastes:
         self._dataset, self._folder, self._at, self._config = Dataset(workspace), folder, at, config
 
     def __call__(self, bucket: int) -> int:
-        """Write the bucket's file; the number of users in it."""
-        users = 0
+        """Write the bucket's file; the number of plays that it took."""
+        plays = 0
         with self._dataset.workspace.open_output(tastes_file(self._folder, int(bucket))) as stream:
             writer = None
             for table in self._tables(int(bucket)):
                 writer = writer or pq.ParquetWriter(stream, table.schema, compression="zstd")
                 writer.write_table(table)
-                users += table.num_rows
+                plays += int(pc.sum(table.column(PLAYS)).as_py() or 0)
             if writer is not None:
                 writer.close()
-        return users
+        return plays
 
     def _tables(self, bucket: int) -> Iterator[pa.Table]:
         from rayrec.data.histories import Histories
@@ -110,7 +113,7 @@ def _count_rows(workspace: Workspace, manifest: Manifest, buckets: Any) -> tuple
     """Users and plays over all files of the artifact, those of an earlier run too."""
     users, plays = 0, 0
     for bucket in buckets:
-        table = workspace.read_table(tastes_file(manifest.folder, bucket), columns=["plays"])
+        table = workspace.read_table(tastes_file(manifest.folder, bucket), columns=[PLAYS])
         users += table.num_rows
-        plays += sum(table.column("plays").to_pylist())
+        plays += int(pc.sum(table.column(PLAYS)).as_py() or 0)
     return users, plays

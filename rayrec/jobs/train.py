@@ -31,7 +31,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.split import FitRange, Split
 from rayrec.data.windows import Windows, epoch_units
-from rayrec.errors import MismatchError, RayrecError
+from rayrec.errors import InputError, MismatchError, RayrecError
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import cluster_cpus, quiet_data, ray_cluster
 from rayrec.jobs.node import run_on_node
@@ -89,6 +89,8 @@ def train(
         return artifacts.load(workspace, "models", model_id)
     manifest = Manifest(kind="models", id=model_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     began = time.monotonic()
+    if resume and not config.workers:
+        raise InputError("a training without workers keeps no checkpoint to go on from; leave out --resume")
     if not resume:
         workspace.delete(manifest.folder)
     with ray_cluster():
@@ -158,6 +160,8 @@ def _prepare(
         validation = manifest.path("run/validation.parquet")
         if not workspace.exists(validation):
             workspace.write_table(validation, _validation_table(dataset, split, config.validation_plays))
+        if not len(load_validation(workspace.read_table(validation), ranges["selection"], 1).plays):
+            validation = None  # nothing to choose by: train for the epochs of the config
     dim = int(workspace.read_array(vectors["final"]).shape[1])
     return TrainPlan(
         workspace=workspace,

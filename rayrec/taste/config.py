@@ -1,7 +1,7 @@
 """Settings of the taste network, its training and the batch job over all users. Loads no torch."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from rayrec.artifacts import Manifest
 from rayrec.config import setting
@@ -118,6 +118,9 @@ class TrainConfig:
         for name in ("hidden_dim", "num_layers", "negatives", "window", "batch", "epochs", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
+        for name, known in (("cell", Cell), ("song_table", SongTable), ("objective", Objective)):
+            if getattr(self, name) not in get_args(known):
+                raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(known))}")
         if self.workers < 0 or self.validation_plays < 0:
             raise InputError(
                 f"workers {self.workers} and validation plays {self.validation_plays} must not be negative"
