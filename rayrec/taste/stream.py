@@ -16,6 +16,7 @@ from rayrec.taste.config import TrainConfig
 from rayrec.taste.training import Share
 
 POOL_PLAYS = 200_000  # plays whose windows are put in batches by length together
+USERS_PER_READ = 1_000  # few, so that a pool holds little more than its plays, whatever the size of a bucket
 FIRST = "first"  # column: whether a window is the first of its batch
 
 
@@ -34,7 +35,7 @@ class UnitReader:
     def _pools(self, buckets: list[int]) -> Iterator[Histories]:
         held: list[Histories] = []
         for bucket in buckets:
-            for histories in self._dataset.read_bucket(bucket):
+            for histories in self._dataset.read_bucket(bucket, USERS_PER_READ):
                 held.append(self._allowed.select(histories))
                 if sum(part.num_plays for part in held) >= POOL_PLAYS:
                     yield concatenate(held)
