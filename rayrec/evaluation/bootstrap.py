@@ -20,10 +20,15 @@ _CUMULATIVE = np.cumsum([math.exp(-1) / math.factorial(count) for count in range
 def poisson_weights(user_ids: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """float64 (B + 1, U): how often each user counts; once in row 0, Poisson(1) times in each sample below it."""
     hashes = user_hash(user_ids, salt=f"bootstrap {seed} ")
-    steps = np.arange(1, samples + 1, dtype=np.uint64) * _GOLDEN
-    uniform = (_mixed(hashes[None, :] + steps[:, None]) >> np.uint64(11)) * 2.0**-53
+    uniform = uniform_draws(hashes[None, :], np.arange(1, samples + 1, dtype=np.uint64)[:, None])
     weights = np.searchsorted(_CUMULATIVE, uniform.ravel(), side="right").reshape(uniform.shape)
     return np.concatenate([np.ones((1, len(user_ids))), weights])
+
+
+def uniform_draws(hashes: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """float64 in [0, 1): one number for each hash and step, uint64 arrays that broadcast; always the same one."""
+    bits = _mixed(hashes + steps.astype(np.uint64) * _GOLDEN)
+    return np.asarray((bits >> np.uint64(11)) * 2.0**-53)
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Mean cosine by offset: how near a taste vector is to the songs played later.
 
-Q questions, U users, L offsets.
+Q questions, U users, L offsets, D dimensions.
 """
 
 from collections.abc import Sequence
@@ -23,16 +23,14 @@ def curves_of(recommenders: Sequence[Recommender]) -> list[Curve]:
 
 
 def cosine_sums(
-    curve: Curve, histories: Histories, questions: Questions, offsets: int
+    recommender: VectorRecommender, vectors: np.ndarray, histories: Histories, questions: Questions, offsets: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sums of cosines and their counts, float64 (U, L) each.
 
-    The cosine of a question's taste vector with the song l plays ahead, l from 1 to L, offset 1 being
-    the next song. What has no vector, or lies beyond the history, is not counted.
+    The cosine of a question's taste vector, in float32 (Q, D), with the song l plays ahead, l from 1
+    to L, offset 1 being the next song. What has no vector, or lies beyond the history, is not counted.
     """
-    recommender, horizon = curve
     sums, counts = np.zeros((2, len(histories), offsets))
-    vectors = recommender.vectors(histories, questions, horizon)
     asked = np.flatnonzero(vectors.any(axis=1))
     for start in range(0, len(asked), QUESTIONS_AT_ONCE):
         block = asked[start : start + QUESTIONS_AT_ONCE]
@@ -43,13 +41,15 @@ def cosine_sums(
             block, rows, plays = block[there], rows[there], plays[there]
             if not len(block):
                 break
-            cosines, known = _cosines(recommender, vectors[block], histories.songs[plays + ahead])
+            cosines, known = song_cosines(recommender, vectors[block], histories.songs[plays + ahead])
             sums[:, ahead] += np.bincount(rows, weights=cosines, minlength=len(histories))
             counts[:, ahead] += np.bincount(rows, weights=known, minlength=len(histories))
     return sums, counts
 
 
-def _cosines(recommender: VectorRecommender, vectors: np.ndarray, songs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def song_cosines(
+    recommender: VectorRecommender, vectors: np.ndarray, songs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """float32 (Q,), the cosines, 0 for songs without a vector; and bool (Q,), which songs have one."""
     known = songs < recommender.num_songs
     song_vectors = recommender.song_vectors[np.where(known, songs, 0)]

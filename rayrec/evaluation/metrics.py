@@ -1,6 +1,6 @@
-"""Metrics of a single right answer among all songs, from its rank.
+"""Metrics of right answers among all songs, from their ranks.
 
-Q questions, N songs, K cut-offs.
+Q questions, N songs, T right answers of all questions together, K cut-offs.
 """
 
 from collections.abc import Sequence
@@ -8,18 +8,32 @@ from collections.abc import Sequence
 import numpy as np
 
 METRICS = ("recall", "mrr", "ndcg")
-NEVER = np.iinfo(np.int64).max  # rank of a song that no recommender could have known
+NEVER = np.iinfo(np.int64).max  # rank of a song that lies too deep, or that no recommender could have known
 
 
-def ranks_of(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """int64 (Q,): the rank, from 1, of song targets[q] among scores[q] of float32 (Q, N).
+def best_scores(scores: np.ndarray, depth: int) -> np.ndarray:
+    """float32 (Q, min(depth, N)): the best scores of each row of float32 (Q, N), ascending. NaN counts as -inf."""
+    first = max(0, scores.shape[1] - depth)
+    best = np.sort(np.partition(scores, first, axis=1)[:, first:], axis=1)
+    if np.isnan(best[:, -1]).any():  # NaN is sorted behind everything else
+        return best_scores(np.where(np.isnan(scores), -np.inf, scores), depth)
+    return np.asarray(best)
 
-    Ties count against the target: 1 + the other songs that score at least as much. NaN counts as -inf.
+
+def ranks_of(scores: np.ndarray, rows: np.ndarray, songs: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """int64 (T,): the rank, from 1, of song songs[t] among scores[rows[t]] of float32 (Q, N).
+
+    `best` are the `best_scores` of a depth above any cut-off; a song that is not among them is NEVER
+    found, nor is one at -inf. Ties count against a song: 1 + the others that score at least as much.
     """
-    target_scores = scores[np.arange(len(scores)), targets]
-    ranks = np.count_nonzero(scores >= target_scores[:, None], axis=1)  # the target itself is the 1
-    unscored = np.isnan(target_scores) | np.isneginf(target_scores)
-    return np.asarray(np.where(unscored, scores.shape[1], ranks), dtype=np.int64)
+    own = scores[rows, songs]
+    near = np.flatnonzero((own >= best[rows, 0]) & (own > -np.inf))
+    found = np.count_nonzero(best[rows[near]] >= own[near, None], axis=1)  # the song itself is the 1
+    # All of the best, and more lie below: others may tie with it among these.
+    whole = (found == best.shape[1]) & (best.shape[1] < scores.shape[1])
+    ranks = np.full(len(own), NEVER, dtype=np.int64)
+    ranks[near] = np.where(whole, NEVER, found)
+    return ranks
 
 
 def metric_columns(ks: Sequence[int]) -> list[tuple[str, int]]:
@@ -27,11 +41,23 @@ def metric_columns(ks: Sequence[int]) -> list[tuple[str, int]]:
     return [(metric, k) for metric in METRICS for k in ks]
 
 
-def metrics_of(ranks: np.ndarray, ks: Sequence[int]) -> np.ndarray:
-    """float64 (Q, 3 · K): recall, reciprocal rank and NDCG of one right answer at `ranks`, each at every k.
+def metrics_of(ranks: np.ndarray, rows: np.ndarray, sizes: np.ndarray, ks: Sequence[int]) -> np.ndarray:
+    """float64 (Q, 3 · K): recall, reciprocal rank and NDCG, each at every k.
 
-    With one right answer recall is 1 within the first k and 0 elsewhere, and NDCG is 1 / log2(rank + 1) there.
+    `ranks` and `rows` are int64 (T,), the rank of each right answer and its question; `sizes` is
+    int64 (Q,), how many right answers a question has. Recall at k is the share of them within the first
+    k; MRR is 1 / the best rank there; NDCG is Σ 1 / log2(rank + 1) over those there, divided by what
+    min(k, size) answers in the first places would give.
     """
-    ranks = ranks.astype(np.float64)
-    gains = (np.ones_like(ranks), 1 / ranks, 1 / np.log2(ranks + 1))
-    return np.stack([np.where(ranks <= k, gain, 0) for gain in gains for k in ks], axis=1)
+    questions = len(sizes)
+    columns = np.zeros((len(METRICS), len(ks), questions))
+    ideals = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, max(ks) + 2)))])
+    for place, k in enumerate(ks):
+        within = ranks <= k
+        there, their = ranks[within].astype(np.float64), rows[within]
+        recall, reciprocal, gain = columns[:, place]
+        recall += np.bincount(their, minlength=questions) / np.maximum(sizes, 1)
+        np.maximum.at(reciprocal, their, 1 / there)
+        ideal = ideals[np.clip(sizes, 1, k)]
+        gain += np.bincount(their, weights=1 / np.log2(there + 1), minlength=questions) / ideal
+    return np.asarray(columns.reshape(-1, questions).T)

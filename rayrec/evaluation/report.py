@@ -1,23 +1,18 @@
 """The report of an evaluation: results.json for programs, report.html and a plot for people."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 from rayrec.evaluation.figure import cosine_figure
+from rayrec.evaluation.protocol import usual_k
+from rayrec.evaluation.tables import GROUP_TITLES, Entry, breakdown, compared, paired, recommended, section, targets
 from rayrec.workspace import Workspace
 
 RESULTS = "results.json"
 FIGURE = "cosine_by_offset.png"
 PAGE = "report.html"
-
-GROUP_TITLES = {
-    "all": "All users",
-    "seen": "Users with plays before the cut",
-    "new": "New users: no play before the cut",
-    "held_out": "Users held out of every fit",
-}
+CURVES = "cosine_by_offset"
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 0 auto;
@@ -45,41 +40,51 @@ dt { color: #595959; } dd { margin: 0; overflow-wrap: anywhere; }
 def write_report(
     workspace: Workspace,
     folder: str,
-    results: Sequence[dict[str, Any]],
-    curves: Sequence[dict[str, Any]],
+    figures: Mapping[str, Sequence[Entry]],
     *,
     default: str,
     about: dict[str, str],
 ) -> list[str]:
     """Write the report's files to a folder of the workspace and return their names.
 
-    `default` names the model that `recommend` uses; `about` says what was judged, name by name, for
-    the head of the page. The figure is left out where there are no curves.
+    `figures` are those of `figures_of`, or some of them. `default` names the model that `recommend`
+    uses; `about` says what was judged, name by name, for the head of the page. The plot is left out
+    where there are no curves.
     """
     names = [RESULTS, PAGE]
-    workspace.write_json(
-        f"{folder}/{RESULTS}",
-        {"default": default, "results": list(results), "cosine_by_offset": list(curves), "about": about},
-    )
+    workspace.write_json(f"{folder}/{RESULTS}", {"default": default, "about": about, **figures})
+    curves = figures.get(CURVES, [])
     figure = cosine_figure(curves) if curves else None
     if figure is not None:
         workspace.write_bytes(f"{folder}/{FIGURE}", figure)
         names.append(FIGURE)
-    page = html_page(results, figure, default=default, about=about)
+    page = html_page(figures, figure, default=default, about=about)
     workspace.write_bytes(f"{folder}/{PAGE}", page.encode())
     return names
 
 
-def html_page(results: Sequence[dict[str, Any]], figure: bytes | None, *, default: str, about: dict[str, str]) -> str:
-    """The report as one HTML page that needs no other file."""
-    ks = sorted({entry["k"] for entry in results}, reverse=True)
-    groups = [group for group in GROUP_TITLES if any(entry["users"] == group for entry in results)]
-    shown = groups if len(groups) > 2 else groups[:1]  # one group alone is the same users as all
-    parts = [section(results, group, ks[0], default) for group in shown]
+def html_page(
+    figures: Mapping[str, Sequence[Entry]], figure: bytes | None, *, default: str, about: dict[str, str]
+) -> str:
+    """The report as one HTML page that needs no other file: the headline first, what differs behind it."""
+    results = figures["results"]
+    ks = [entry["k"] for entry in results]
+    usual = usual_k(ks)
+    next_play = [entry for entry in results if entry["target"] == "next"]
+    groups = [group for group in GROUP_TITLES if any(entry["users"] == group for entry in next_play)]
+    parts = [section(next_play, GROUP_TITLES[group], group, usual, default) for group in groups[:1]]
+    parts += [compared(figures.get("comparisons", [])), targets(results, usual, default)]
     if figure is not None:
-        parts.insert(1, _figure(figure))
-    if groups:
-        parts += [section(results, groups[0], k, default) for k in ks[1:]]
+        parts.append(_figure(figure))
+    parts += [paired(figures.get("pairwise", []), default), recommended(figures.get("recommended", []), default)]
+    if len(groups) > 2:  # one group alone is the same users as all
+        parts += [section(next_play, GROUP_TITLES[group], group, usual, default) for group in groups[1:]]
+    parts += [breakdown(figures.get("breakdowns", []), by, default) for by in ("history", "activity", "context")]
+    left_out = figures.get("leave_one_out", [])
+    if left_out:
+        parts.append(section(left_out, "Leave one out: the last play of each user alone", "all", usual, default))
+    others = sorted(set(ks) - {usual}, reverse=True)
+    parts += [section(next_play, GROUP_TITLES[group], group, k, default) for k in others for group in groups[:1]]
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items())
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -91,37 +96,6 @@ def html_page(results: Sequence[dict[str, Any]], figure: bytes | None, *, defaul
         "that no fit has seen is a miss. Figures are means over plays, with bootstrap intervals over users.</p>"
         f"<dl>{facts}</dl>{''.join(parts)}</body></html>\n"
     )
-
-
-def section(results: Sequence[dict[str, Any]], group: str, k: int, default: str) -> str:
-    """A heading and a table of one group of users at one cut-off, the best recall first."""
-    entries = [entry for entry in results if entry["users"] == group and entry["k"] == k]
-    metrics = list(dict.fromkeys(entry["metric"] for entry in entries))
-    by_model: dict[str, dict[str, dict[str, Any]]] = {}
-    for entry in entries:
-        by_model.setdefault(entry["model"], {})[entry["metric"]] = entry
-    ranked = sorted(by_model, key=lambda model: -by_model[model][metrics[0]]["value"])
-    head = "".join(f"<th scope=col>{_metric_title(metric)}@{k}</th>" for metric in metrics)
-    rows = "".join(_row(model, [by_model[model][metric] for metric in metrics], default) for model in ranked)
-    plays, users = entries[0]["plays"], entries[0]["users_count"]
-    return (
-        f"<h2>{escape(GROUP_TITLES[group])}, first {k}</h2><p>{plays:,} plays of {users:,} users.</p>"
-        f"<div class=scroll><table><thead><tr><th scope=col>model</th>{head}</tr></thead>"
-        f"<tbody>{rows}</tbody></table></div>"
-    )
-
-
-def _row(model: str, entries: Sequence[dict[str, Any]], default: str) -> str:
-    cells = "".join(
-        f"<td>{entry['value']:.4f}<small>{entry['low']:.4f}–{entry['high']:.4f}</small></td>" for entry in entries
-    )
-    mark = "<small>what recommend uses</small>" if model == default else ""
-    style = " class=default" if model == default else ""
-    return f"<tr{style}><th scope=row>{escape(model)}{mark}</th>{cells}</tr>"
-
-
-def _metric_title(metric: str) -> str:
-    return metric if metric == "recall" else metric.upper()
 
 
 def _figure(figure: bytes) -> str:

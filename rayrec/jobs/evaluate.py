@@ -10,9 +10,11 @@ from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
 from rayrec.errors import InputError, MismatchError
-from rayrec.evaluation.protocol import EvaluateConfig, Evaluator, Tally
-from rayrec.evaluation.report import write_report
-from rayrec.evaluation.results import curves_of_tally, results_of
+from rayrec.evaluation.evaluator import Evaluator
+from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.evaluation.report import CURVES, write_report
+from rayrec.evaluation.results import figures_of
+from rayrec.evaluation.tally import Tally
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.progress import progress
@@ -39,7 +41,8 @@ def evaluate(
 
     Without names these are the network `model_id` (None: the one trained last) and every baseline.
     Baselines are fitted on what came before the test range, with the song vectors that the network
-    was trained from. The manifest's metrics hold default, results, users, plays and seconds.
+    was trained from. The manifest's metrics hold default, protocol, users, plays, seconds and the figures
+    of `figures_of` but the curves.
 
     Raises `InputError` for an unknown model and for a test range without questions, `NotFoundError`
     where there is no network or no song vectors, `MismatchError` for those of another split.
@@ -54,12 +57,12 @@ def evaluate(
         return load(workspace, KIND, report_id)
     evaluator = make_evaluator(workspace, dataset, config, split, parts)
     tally = tally_buckets(workspace, evaluator, dataset.manifest.buckets)
-    if not tally.users.sum():
+    if not tally.users[0].sum():
         raise InputError(
             f"none of {split.test_range} has an earlier play by the same user, so there is nothing to predict; "
             "make a split with more test days or a larger last fraction"
         )
-    results = results_of(tally, evaluator.recommenders, config)
+    figures = figures_of(tally, evaluator, parts.default)
     manifest = Manifest(
         kind=KIND,
         id=report_id,
@@ -69,15 +72,14 @@ def evaluate(
         metrics={
             "default": parts.default,
             "protocol": split.protocol,
-            "results": results,
-            "users": int(tally.users.sum()),
-            "plays": int(tally.plays[:, 0].sum()),
+            **{name: figures[name] for name in figures if name != CURVES},
+            "users": int(tally.users[0].sum()),
+            "plays": int(tally.questions[0, :, 0].sum()),
             "seconds": round(time.monotonic() - started, 1),
         },
     )
-    curves = curves_of_tally(tally, evaluator.curves, config)
     about = {"protocol": split.protocol, "test range": split.test_range, **parts.inputs}
-    names = write_report(workspace, manifest.folder, results, curves, default=parts.default, about=about)
+    names = write_report(workspace, manifest.folder, figures, default=parts.default, about=about)
     return publish(workspace, manifest, names)
 
 
@@ -155,9 +157,10 @@ def make_evaluator(
     return Evaluator(
         [fitted[name] for name in parts.names],
         split=split,
-        known_songs=popularity.plays > 0,
+        song_plays=popularity.plays,
         config=config,
         curve_share=min(1.0, config.max_curve_users / max(1, dataset.manifest.users)),
+        contexts=dataset.manifest.contexts,
     )
 
 

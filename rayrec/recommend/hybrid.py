@@ -81,6 +81,7 @@ class HybridRecommender(Recommender):
 
     name = "hybrid"
     kind: ClassVar[Kind] = "network"
+    horizons: ClassVar[tuple[Horizon, ...]] = ("short", "long")
 
     def __init__(self, network: TasteRecommender, memory: Memory, weights: Weights) -> None:
         self.network, self.memory, self.weights = network, memory, weights

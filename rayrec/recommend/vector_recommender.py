@@ -5,7 +5,7 @@ Q questions, N songs, D dimensions.
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,8 +23,6 @@ class VectorRecommender(Recommender):
     is never recommended. `index`, where there is one, holds the same vectors and answers
     `recommend` without scoring every song.
     """
-
-    horizons: ClassVar[tuple[Horizon, ...]] = ("short",)  # those whose vectors differ
 
     def __init__(self, song_vectors: np.ndarray, index: "SongIndex | None" = None) -> None:
         self.song_vectors = np.ascontiguousarray(song_vectors, dtype=np.float32)

@@ -1,13 +1,16 @@
-"""Ranks and metrics against cases worked out by hand."""
+"""Ranks and metrics against cases worked out by hand, and against plain loops over sorted songs."""
+
+import math
 
 import numpy as np
 import pytest
 
-from rayrec.evaluation.metrics import NEVER, metric_columns, metrics_of, ranks_of
+from rayrec.evaluation.metrics import NEVER, best_scores, metric_columns, metrics_of, ranks_of
 
 NAN, INF = np.nan, np.inf
 
 
+@pytest.mark.parametrize("depth", [4, 100])
 @pytest.mark.parametrize(
     ("scores", "target", "rank"),
     [
@@ -16,27 +19,65 @@ NAN, INF = np.nan, np.inf
         ([2, 2, 2], 1, 3),  # ties count against
         ([0, 5, 5, 1], 2, 2),
         ([NAN, 1, NAN], 1, 1),  # NaN is -inf
-        ([NAN, 1, 0], 0, 3),
-        ([-INF, -INF, 4], 0, 3),
-        ([-INF, NAN, -INF], 1, 3),
+        ([NAN, 1, 0], 0, NEVER),
+        ([-INF, -INF, 4], 0, NEVER),  # such a song is never recommended
+        ([-INF, NAN, -INF], 1, NEVER),
     ],
 )
-def test_the_rank_counts_every_other_song_that_scores_as_much(scores: list[float], target: int, rank: int) -> None:
-    assert ranks_of(np.array([scores], dtype=np.float32), np.array([target])).tolist() == [rank]
+def test_the_rank_counts_every_other_song_that_scores_as_much(
+    scores: list[float], target: int, rank: int, depth: int
+) -> None:
+    row = np.array([scores], dtype=np.float32)
+    assert ranks_of(row, np.array([0]), np.array([target]), best_scores(row, depth)).tolist() == [rank]
 
 
-def test_ranks_of_a_batch_are_those_of_each_row() -> None:
-    scores = np.random.default_rng(0).integers(0, 4, size=(20, 9)).astype(np.float32)
-    targets = np.arange(20) % 9
-    alone = [ranks_of(scores[row : row + 1], targets[row : row + 1])[0] for row in range(20)]
-    assert ranks_of(scores, targets).tolist() == alone
+def test_ranks_of_several_songs_a_row_are_exact_above_the_depth_and_never_below() -> None:
+    random = np.random.default_rng(0)
+    scores = random.integers(0, 12, size=(40, 30)).astype(np.float32)
+    scores[random.random(scores.shape) < 0.1] = -np.inf
+    rows, songs = np.divmod(np.arange(40 * 30), 30)
+    best = best_scores(scores, 11)
+    ranks = ranks_of(scores, rows, songs, best)
+    for row, song, rank in zip(rows, songs, ranks, strict=True):
+        own = scores[row, song]
+        expected = sum(other >= own for other in scores[row])
+        assert rank == (expected if expected < 11 and own > -np.inf else NEVER)
+
+
+def _by_loops(ranks: list[int], k: int) -> tuple[float, float, float]:
+    within = sorted(rank for rank in ranks if rank <= k)
+    gain = sum(1 / math.log2(rank + 1) for rank in within)
+    ideal = sum(1 / math.log2(place + 2) for place in range(min(k, len(ranks))))
+    return len(within) / len(ranks), 1 / within[0] if within else 0.0, gain / ideal
 
 
 def test_metrics_of_one_right_answer_are_those_of_the_textbook() -> None:
     columns = metric_columns((2, 5))
     assert columns == [("recall", 2), ("recall", 5), ("mrr", 2), ("mrr", 5), ("ndcg", 2), ("ndcg", 5)]
-    first, third, sixth, never = metrics_of(np.array([1, 3, 6, NEVER]), (2, 5))
+    ranks = np.array([1, 3, 6, NEVER])
+    first, third, sixth, never = metrics_of(ranks, np.arange(4), np.ones(4, int), (2, 5))
     np.testing.assert_allclose(first, [1, 1, 1, 1, 1, 1])
     np.testing.assert_allclose(third, [0, 1, 0, 1 / 3, 0, 1 / 2])  # log2(4) = 2
     np.testing.assert_array_equal(sixth, 0)
     np.testing.assert_array_equal(never, 0)
+
+
+def test_metrics_of_several_right_answers_are_those_worked_out_by_hand() -> None:
+    # Right answers at 1, 3 and never: within 2 one of three; within 5 two of three.
+    ranks, rows = np.array([3, NEVER, 1]), np.array([1, 1, 1])
+    nothing, found = metrics_of(ranks, rows, np.array([0, 3]), (2, 5))
+    ideal_2, ideal_3 = 1 + 1 / np.log2(3), 1 + 1 / np.log2(3) + 0.5
+    np.testing.assert_allclose(found, [1 / 3, 2 / 3, 1, 1, 1 / ideal_2, 1.5 / ideal_3])
+    np.testing.assert_array_equal(nothing, 0)
+
+
+def test_metrics_equal_plain_loops() -> None:
+    random = np.random.default_rng(1)
+    sizes = random.integers(1, 14, size=60)
+    rows = np.repeat(np.arange(60), sizes)
+    ranks = np.concatenate([random.permutation(30)[:size] + 1 for size in sizes])
+    ks = (1, 10, 20)
+    found = metrics_of(ranks, rows, sizes, ks)
+    for row in range(60):
+        by_k = [_by_loops(ranks[rows == row].tolist(), k) for k in ks]
+        np.testing.assert_allclose(found[row], np.array(by_k).T.ravel())

@@ -38,7 +38,8 @@ def results() -> list[dict[str, Any]]:
 
 def test_the_report_is_written_with_everything_in_it(workspace: Workspace, results: list[dict[str, Any]]) -> None:
     curves = [_curve("weak"), _curve("taste", "network")]
-    names = write_report(workspace, "reports/r", results, curves, default="taste", about={"split": "abc"})
+    figures = {"results": results, "cosine_by_offset": curves, "pairwise": []}
+    names = write_report(workspace, "reports/r", figures, default="taste", about={"split": "abc"})
     assert sorted(names) == ["cosine_by_offset.png", "report.html", "results.json"]
     stored = workspace.read_json("reports/r/results.json")
     assert stored["default"] == "taste"
@@ -50,12 +51,12 @@ def test_the_report_is_written_with_everything_in_it(workspace: Workspace, resul
 
 
 def test_without_curves_there_is_no_figure(workspace: Workspace, results: list[dict[str, Any]]) -> None:
-    names = write_report(workspace, "reports/r", results, [], default="taste", about={})
+    names = write_report(workspace, "reports/r", {"results": results}, default="taste", about={})
     assert names == ["results.json", "report.html"]
 
 
 def test_the_page_needs_no_other_file_and_escapes_what_it_shows(results: list[dict[str, Any]]) -> None:
-    page = html_page(results, PNG, default="weak", about={"data set": "<b>"})
+    page = html_page({"results": results}, PNG, default="weak", about={"data set": "<b>"})
     assert "strong &lt;&amp;&gt;" in page
     assert "<dd>&lt;b&gt;</dd>" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
@@ -63,16 +64,40 @@ def test_the_page_needs_no_other_file_and_escapes_what_it_shows(results: list[di
 
 
 def test_the_page_lists_the_best_first_and_marks_the_default(results: list[dict[str, Any]]) -> None:
-    page = html_page(results, None, default="weak", about={})
+    page = html_page({"results": results}, None, default="weak", about={})
     assert page.index("strong") < page.index("weak<small>")
     assert page.count("<tr class=default>") == 4  # one a table: all, seen and new at 20, all at 10
     assert "1,234 plays of 56 users" in page
-    assert "0.4000<small>0.3900–0.4100</small>" in page
+    assert "0.4000<small>0.3900 to 0.4100</small>" in page
 
 
 def test_one_group_alone_is_not_told_twice(results: list[dict[str, Any]]) -> None:
     lone = [entry for entry in results if entry["users"] in ("all", "seen") and entry["k"] == 20]
-    assert html_page(lone, None, default="weak", about={}).count("<table>") == 1
+    assert html_page({"results": lone}, None, default="weak", about={}).count("<table>") == 1
+
+
+def test_every_kind_of_figure_has_its_table(results: list[dict[str, Any]]) -> None:
+    interval = {"value": 0.25, "low": 0.2, "high": 0.3}
+    about = {"model": "weak", "kind": "baseline", "target": "next", "metric": "recall", "k": 20}
+    difference = {"difference": -0.031, "low": -0.04, "high": -0.02}
+    ranks = {"popularity_rank": 3210.4, "popularity_rank_low": 3000.0, "popularity_rank_high": 3400.0}
+    repeats = {"repeats": 0.2, "repeats_low": 0.1, "repeats_high": 0.3}
+    figures = {
+        "results": [*results, {**_entry("weak", "all", 0.1), "target": "offsets25_50"}],
+        "comparisons": [{**about, "other": "strong <&>", "users": "all", **difference}],
+        "pairwise": [{**about, "horizon": "short", "negatives": "zipf", **interval, "pairs": 9}],
+        "breakdowns": [{**about, "by": "history", "slice": "5-19", **interval, "plays": 4321}],
+        "recommended": [{"model": "weak", "coverage": 0.5, **ranks, **repeats, "lists": 77}],
+        "leave_one_out": [_entry("weak", "all", 0.6)],
+    }
+    page = html_page(figures, None, default="weak", about={})
+    assert "<td>-0.0310<small>-0.0400 to -0.0200</small></td>" in page
+    assert "the next song, against popular songs" in page
+    assert "25 to 50 plays ahead" in page
+    assert "5-19: 4,321" in page
+    assert "3,210<small>3,000 to 3,400</small>" in page
+    assert "0.6000" in page[page.index("Leave one out") :]
+    assert "<td>–</td>" in page  # strong was not asked for the long term
 
 
 def test_a_figure_can_be_drawn_of_many_curves_of_one_and_of_none() -> None:

@@ -1,0 +1,83 @@
+"""Pairwise accuracy against negatives that are drawn as often as they should be."""
+
+import numpy as np
+import pytest
+from worlds import random_histories, random_vectors
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.evaluation import pairwise
+from rayrec.evaluation.pairwise import NEGATIVES, Negatives, pair_sums, popularity_ranks, songs_by_popularity
+from rayrec.recommend.neighbours import NeighboursRecommender
+
+PLAYS = np.array([4, 0, 9, 1, 4])
+
+
+def test_songs_stand_in_the_order_of_their_plays() -> None:
+    assert songs_by_popularity(PLAYS).tolist() == [2, 0, 4, 3]
+    assert popularity_ranks(PLAYS).tolist() == [2, 5, 1, 4, 3]
+
+
+def test_negatives_are_drawn_uniformly_or_by_zipf_over_popularity_ranks() -> None:
+    hashes, steps = np.full(100_000, 7, np.uint64), np.arange(100_000, dtype=np.uint64)
+    negatives = Negatives(PLAYS, seed=0)
+    for kind, chances in (("uniform", [1 / 4] * 4), ("zipf", np.array([1, 1 / 2, 1 / 3, 1 / 4]) / (25 / 12))):
+        drawn = np.bincount(negatives.draw(kind, hashes, steps), minlength=5) / 100_000
+        np.testing.assert_allclose(drawn[[2, 0, 4, 3]], chances, atol=0.005)
+        assert drawn[1] == 0
+
+
+def _sums(histories: Histories, target: str, vectors: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    recommender = NeighboursRecommender(vectors)
+    questions = Questions.before_plays(histories, np.flatnonzero(histories.places > 0))
+    negatives = Negatives(np.ones(len(vectors)), seed)
+    return pair_sums(recommender, recommender.vectors(histories, questions), histories, questions, target, negatives)
+
+
+def test_a_pair_is_won_where_the_song_played_is_nearer() -> None:
+    # Songs 0, 1 and 2 lie together, all others opposite: whoever plays 0, 1, 2 beats any far negative.
+    vectors = np.array([[1, 0], [0.99, 0.14], [0.98, 0.2]] + [[-1, 0]] * 997, dtype=np.float32)
+    histories = Histories.from_lists([[0, 1, 2, 0, 1, 2, 0, 1]], [range(8)])
+    won, pairs = _sums(histories, "next", vectors)
+    uniform, zipf = NEGATIVES.index("uniform"), NEGATIVES.index("zipf")
+    assert pairs[0, uniform] == won[0, uniform] == 7
+    assert won[0, zipf] < 7  # the most popular songs are the nearest, or even the song itself: no pair then
+
+
+def test_every_question_and_offset_makes_a_pair() -> None:
+    histories, vectors = random_histories(12, 40, longest=60, seed=5), random_vectors(40)
+    won, pairs = _sums(histories, "offsets25_50", vectors)
+    counted = sum(
+        max(0, min(50, length - seen) - 24) for length in histories.lengths for seen in range(1, max(1, length))
+    )
+    assert 0.9 * counted < pairs[:, 0].sum() < counted  # one in forty negatives is the song itself
+    assert won.sum() / pairs.sum() == pytest.approx(0.5, abs=0.03)  # nothing to be known
+
+
+def test_a_tie_counts_against_the_song_played_be_it_broken_by_rounding() -> None:
+    nearest = np.nextafter(np.float32(0.6), np.float32(1))  # the next larger number that there is
+    vectors = np.array([[1, 0], [nearest, 0.8], [0.6, 0.8]], dtype=np.float32)
+    histories = Histories.from_lists([[0, 1]] * 50, [[0, 1]] * 50)
+    won, pairs = _sums(histories, "next", vectors)
+    assert pairs[:, 0].sum() > 20
+    assert won.sum() == 0  # against song 0 itself, which is nearer, and against 2, which is as near
+
+
+def test_songs_without_a_vector_make_no_pair() -> None:
+    vectors = random_vectors(5)
+    vectors[1] = 0
+    histories = Histories.from_lists([[0, 1, 0, 7, 2]], [range(5)])
+    _, pairs = _sums(histories, "next", vectors)
+    # After 0 comes 1 and after 1 nothing is known; of (0, 7) and (7, 2) song 7 is not there.
+    assert pairs.sum() == 0
+
+
+def test_division_of_users_and_questions_changes_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    histories, vectors = random_histories(12, 40, longest=60, seed=5), random_vectors(40)
+    whole = _sums(histories, "offsets25_50", vectors)
+    monkeypatch.setattr(pairwise, "QUESTIONS_AT_ONCE", 5)
+    parts = [_sums(histories.take(np.array([row])), "offsets25_50", vectors) for row in range(12)]
+    for place in (0, 1):
+        np.testing.assert_array_equal(np.concatenate([part[place] for part in parts]), whole[place])
+    assert sum(part[1].sum() for part in parts) > 0
+    other_seed = _sums(histories, "offsets25_50", vectors, seed=1)
+    assert (other_seed[0] != whole[0]).any()
