@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rayrec.data.dataset import Dataset
 from rayrec.data.splits import choose_split
 from rayrec.errors import InputError, NotFoundError
+from rayrec.evaluation.prefixes import PrefixFile
 from rayrec.evaluation.protocol import EvaluateConfig, usual_k
 from rayrec.recommend.answering import Answer, RecommendConfig, answer, load_recommender, parse_moment
 from rayrec.releases import default_parts
@@ -26,6 +27,19 @@ AtOption = Annotated[
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model (the live one, or newest).")]
 SplitOption = Annotated[str | None, typer.Option("--split", metavar="ID", help="Split to test on (the model's own).")]
+PrefixesOption = Annotated[
+    str | None, typer.Option("--prefixes", metavar="FILE", help="Predict the targets of this file instead.")
+]
+ItemSeparatorOption = Annotated[
+    str,
+    typer.Option(
+        "--item-separator", metavar="TEXT", help="Between the songs of a prefix (a space).", show_default=False
+    ),
+]
+TargetSeparatorOption = Annotated[
+    str,
+    typer.Option("--target-separator", metavar="TEXT", help="Before the target (a tab, \\t).", show_default=False),
+]
 
 
 HEADLINES = ("validation_recall@20", "coverage", "mean_cosine", "kind", "recall", "users")  # of any kind of artifact
@@ -70,21 +84,42 @@ def evaluate(
     *,
     model: ModelOption = None,
     split: SplitOption = None,
+    prefixes: PrefixesOption = None,
+    item_separator: ItemSeparatorOption = " ",
+    target_separator: TargetSeparatorOption = "\\t",
     force: ForceOption = False,
 ) -> Shown:
     """Measure the network against the baselines.
 
-    Every play of the test range that has an earlier one by the same user is predicted, over the full catalog.
+    Every play of the test range that has an earlier one by the same user is predicted, over the full catalog. With
+    --prefixes it is the targets of a file: lines of song ids, a tab and the id of the song that followed.
     """
     from rayrec.jobs.evaluate import evaluate as job
 
     parts = _parts(call, model)
+    if prefixes is not None:
+        file = PrefixFile(path=prefixes, item_separator=item_separator, target_separator=target_separator)
+        return _evaluate_prefixes(call, config, file, split or parts.get("split"), parts.get("models"), force)
     chosen = choose_split(call.workspace, split or parts.get("split"))
     if chosen is None:
         raise InputError("there is no split to test on; run `rayrec split`, then embed, train and index again")
     report = job(call.workspace, config, split=chosen, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **report.metrics}
     return Shown(data, [results_table(data), f"Report: {call.workspace.full(report.path('report.html'))}"])
+
+
+def _evaluate_prefixes(
+    call: Call, config: EvaluateConfig, file: PrefixFile, split: str | None, model: str | None, force: bool
+) -> Shown:
+    """Judge by the pairs of a file; without a split of the model's the models know all plays."""
+    from rayrec.jobs.evaluate_prefixes import evaluate_prefixes as job
+
+    chosen = choose_split(call.workspace, split, no_split=split is None)
+    report = job(call.workspace, config, file, split=chosen, model_id=model, repeat=force)
+    data = {"id": report.id, **report.metrics}
+    counts = {name: data[name] for name in ("pairs", "unknown_targets", "unknown_items")}
+    where = f"Report: {call.workspace.full(report.path('report.html'))}"
+    return Shown(data, [results_table(data), figures("Pairs of prefix and target", counts), where])
 
 
 def results_table(data: dict[str, Any]) -> RenderableType:

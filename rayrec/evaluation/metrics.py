@@ -60,4 +60,4 @@ def metrics_of(ranks: np.ndarray, rows: np.ndarray, sizes: np.ndarray, ks: Seque
         np.maximum.at(reciprocal, their, 1 / there)
         ideal = ideals[np.clip(sizes, 1, k)]
         gain += np.bincount(their, weights=1 / np.log2(there + 1), minlength=questions) / ideal
-    return np.asarray(columns.reshape(-1, questions).T)
+    return np.asarray(columns.reshape(len(METRICS) * len(ks), questions).T)

@@ -14,6 +14,10 @@ FIGURE = "cosine_by_offset.png"
 PAGE = "report.html"
 CURVES = "cosine_by_offset"
 
+EVERY_PLAY = (
+    "Every play of the test range that has an earlier play by the same user is predicted from the plays before it."
+)
+
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 0 auto;
        max-width: 60rem; padding: 1rem; }
@@ -25,7 +29,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
 th { font-weight: 600; }
 th:first-child { text-align: left; }
-tbody th { font-weight: normal; overflow-wrap: anywhere; }
+tbody th { font-weight: normal; min-width: 6.5rem; overflow-wrap: break-word; }
 tr.default th, tr.default td { font-weight: 600; background: #fdf1e7; }
 small { display: block; color: #595959; font-size: .75rem; font-weight: normal; }
 td small { white-space: nowrap; }
@@ -44,12 +48,13 @@ def write_report(
     *,
     default: str,
     about: dict[str, str],
+    asked: str = EVERY_PLAY,
 ) -> list[str]:
     """Write the report's files to a folder of the workspace and return their names.
 
     `figures` are those of `figures_of`, or some of them. `default` names the model that `recommend`
-    uses; `about` says what was judged, name by name, for the head of the page. The plot is left out
-    where there are no curves.
+    uses; `about` says what was judged, name by name, and `asked` what was predicted from what, for the
+    head of the page. The plot is left out where there are no curves.
     """
     names = [RESULTS, PAGE]
     workspace.write_json(f"{folder}/{RESULTS}", {"default": default, "about": about, **figures})
@@ -58,13 +63,18 @@ def write_report(
     if figure is not None:
         workspace.write_bytes(f"{folder}/{FIGURE}", figure)
         names.append(FIGURE)
-    page = html_page(figures, figure, default=default, about=about)
+    page = html_page(figures, figure, default=default, about=about, asked=asked)
     workspace.write_bytes(f"{folder}/{PAGE}", page.encode())
     return names
 
 
 def html_page(
-    figures: Mapping[str, Sequence[Entry]], figure: bytes | None, *, default: str, about: dict[str, str]
+    figures: Mapping[str, Sequence[Entry]],
+    figure: bytes | None,
+    *,
+    default: str,
+    about: dict[str, str],
+    asked: str = EVERY_PLAY,
 ) -> str:
     """The report as one HTML page that needs no other file: the headline first, what differs behind it."""
     results = figures["results"]
@@ -91,9 +101,8 @@ def html_page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Next-song evaluation</title><style>{STYLE}</style></head><body>"
         "<h1>How often the next song is found</h1>"
-        "<p>Every play of the test range that has an earlier play by the same user is predicted from the plays "
-        "before it. All songs of the catalog are candidates, repeats too; ties count against a model, and a song "
-        "that no fit has seen is a miss. Figures are means over plays, with bootstrap intervals over users.</p>"
+        f"<p>{escape(asked)} All songs of the catalog are candidates, repeats too; ties count against a model, and a "
+        "song that no fit has seen is a miss. Figures are means over plays, with bootstrap intervals over users.</p>"
         f"<dl>{facts}</dl>{''.join(parts)}</body></html>\n"
     )
 

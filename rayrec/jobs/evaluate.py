@@ -8,7 +8,7 @@ import numpy as np
 from rayrec.artifacts import Manifest, fingerprint, load, new_id, newest, publish
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split
+from rayrec.data.split import FitRange, Split
 from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
@@ -95,21 +95,26 @@ class Parts:
 
 
 def choose_parts(
-    workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split, model_id: str | None
+    workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split | None, model_id: str | None
 ) -> Parts:
-    """The models of `config` with the artifacts they need. Raises as `evaluate` does."""
+    """The models of `config` with the artifacts they need, all made for `split` or, without one, of all plays.
+
+    Raises as `evaluate` does.
+    """
     unknown = [name for name in config.models or () if name not in (*NETWORKS, *BASELINES)]
     if unknown:
         raise InputError(f"there is no model {unknown[0]!r}; there are: {', '.join((*NETWORKS, *BASELINES))}")
-    if split.dataset != dataset.manifest.id:
+    if split is not None and split.dataset != dataset.manifest.id:
         raise MismatchError(
             f"split {split.id} cuts data set {split.dataset}, the workspace holds {dataset.manifest.id}; "
             "run `rayrec split` again"
         )
-    inputs, model, songs, default = {"dataset": dataset.manifest.id, "split": split.id}, None, None, NETWORKS[0]
+    inputs, model, songs, default = {"dataset": dataset.manifest.id}, None, None, NETWORKS[0]
+    if split is not None:
+        inputs["split"] = split.id
     if config.models is None or set(NETWORKS) & set(config.models):
         model = load(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
-        require_split(model, split, "train")
+        require_split(model, split, inputs["dataset"], "train")
         inputs["models"] = model.id
         default = NETWORKS[0] if has_memory(model) else NETWORKS[1]
         if NETWORKS[0] in (config.models or ()) and default != NETWORKS[0]:
@@ -117,33 +122,53 @@ def choose_parts(
     names = tuple(dict.fromkeys(config.models or (default, NETWORKS[1], *BASELINES)))
     if needs_vectors(names):
         songs = load(workspace, "songs", model.inputs["songs"]) if model else newest(workspace, "songs", "embed")
-        require_split(songs, split, "embed")
+        require_split(songs, split, inputs["dataset"], "embed")
         inputs["songs"] = songs.id
     return Parts(names=names, default=default, model=model, songs=songs, inputs=inputs)
 
 
-def require_split(part: Manifest, split: Split, command: str) -> None:
-    """Raise `MismatchError` for a part that another split, or none, kept from the test range."""
-    made_of = part.inputs.get("split")
-    if made_of != split.id or part.inputs.get("dataset", split.dataset) != split.dataset:
-        saw = f"was made for split {made_of}" if made_of else "was made from all plays, those to be predicted too"
-        raise MismatchError(
-            f"{part.kind} {part.id} {saw}, and this is an evaluation of split {split.id}; "
-            f"run `rayrec {command}` with this split first"
-        )
+def require_split(part: Manifest, split: Split | None, dataset: str, command: str) -> None:
+    """Raise `MismatchError` for a part that was not made for the split, or without one not of all plays."""
+    made_of, wanted = part.inputs.get("split"), split.id if split else None
+    if made_of == wanted and part.inputs.get("dataset", dataset) == dataset:
+        return
+    saw = f"was made for split {made_of}" if made_of else "was made from all plays"
+    saw += ", those to be predicted too" if wanted and not made_of else ""
+    judged = f"this is an evaluation of split {wanted}; run `rayrec {command}` with this split first"
+    if not wanted:
+        judged = f"this is an evaluation without a split; name the split, or run `rayrec {command} --no-split` first"
+    raise MismatchError(f"{part.kind} {part.id} {saw}, and {judged}")
 
 
 def make_evaluator(
     workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split, parts: Parts
 ) -> Evaluator:
-    """Fit the baselines, load the network, and hand both to an evaluator in the order of the names."""
+    """An evaluator of the models of `parts`."""
+    recommenders, song_plays = make_recommenders(workspace, dataset, parts, split.final)
+    return Evaluator(
+        recommenders,
+        split=split,
+        song_plays=song_plays,
+        config=config,
+        curve_share=min(1.0, config.max_curve_users / max(1, dataset.manifest.users)),
+        contexts=dataset.manifest.contexts,
+    )
+
+
+def make_recommenders(
+    workspace: Workspace, dataset: Dataset, parts: Parts, allowed: FitRange
+) -> tuple[list[Recommender], np.ndarray]:
+    """Fit the baselines on what `allowed` lets through and load the network, in the order of the names.
+
+    Also float64 (N,): how often each song was played there.
+    """
     # A plain array: a memory map would not be shared through Ray's object store.
     vectors = np.array(workspace.read_array(parts.songs.path("vectors.npy"))) if parts.songs else None
     baselines = ["popularity"] + [name for name in parts.names if name not in (*NETWORKS, "popularity")]
     fitted: dict[str, Recommender] = {}
     with progress("fit baselines", len(baselines)) as bar:
         for name in baselines:
-            fitted[name] = fit_baselines([name], dataset, vectors, split.final)[0]
+            fitted[name] = fit_baselines([name], dataset, vectors, allowed)[0]
             bar.advance(note=name)
     if parts.model:
         from rayrec.recommend.hybrid import HybridRecommender, load_recommender  # brings torch: only once needed
@@ -154,14 +179,7 @@ def make_evaluator(
             fitted[network.network.name] = network.network
     popularity = fitted["popularity"]
     assert isinstance(popularity, PopularityRecommender)
-    return Evaluator(
-        [fitted[name] for name in parts.names],
-        split=split,
-        song_plays=popularity.plays,
-        config=config,
-        curve_share=min(1.0, config.max_curve_users / max(1, dataset.manifest.users)),
-        contexts=dataset.manifest.contexts,
-    )
+    return [fitted[name] for name in parts.names], popularity.plays
 
 
 def tally_buckets(workspace: Workspace, evaluator: Evaluator, buckets: int) -> Tally:

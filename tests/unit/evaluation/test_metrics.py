@@ -69,6 +69,7 @@ def test_metrics_of_several_right_answers_are_those_worked_out_by_hand() -> None
     ideal_2, ideal_3 = 1 + 1 / np.log2(3), 1 + 1 / np.log2(3) + 0.5
     np.testing.assert_allclose(found, [1 / 3, 2 / 3, 1, 1, 1 / ideal_2, 1.5 / ideal_3])
     np.testing.assert_array_equal(nothing, 0)
+    assert metrics_of(ranks[:0], rows[:0], np.zeros(0, int), (2, 5)).shape == (0, 6)
 
 
 def test_metrics_equal_plain_loops() -> None:

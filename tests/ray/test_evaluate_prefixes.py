@@ -1,0 +1,101 @@
+"""Given pairs judged on a local cluster, and from the command line."""
+
+import json
+from functools import reduce
+from operator import add
+from pathlib import Path
+
+import numpy as np
+import pytest
+from worlds import random_histories, random_vectors, write_dataset, write_song_vectors
+
+from rayrec.data import columns
+from rayrec.data.dataset import Dataset
+from rayrec.data.readers.reader import Unit
+from rayrec.data.split import FitRange, Split
+from rayrec.errors import InputError, MismatchError
+from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
+from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.evaluation.results import results_of
+from rayrec.jobs import evaluate_prefixes as job
+from rayrec.jobs.evaluate_prefixes import evaluate_prefixes
+from rayrec.recommend.baselines import fit_baselines
+from rayrec.recommend.popularity import PopularityRecommender
+from rayrec.workspace import Workspace
+from rayrec_cli.main import main
+
+NUM_SONGS = 30
+MODELS = ("popularity", "sequential-rules", "neighbours")
+SETTINGS = EvaluateConfig(models=MODELS, bootstrap_samples=20)
+
+
+@pytest.fixture
+def dataset(workspace: Workspace) -> Dataset:
+    write_song_vectors(workspace, random_vectors(NUM_SONGS), {"dataset": "by-hand"})
+    made = random_histories(80, NUM_SONGS, seed=11)
+    return write_dataset(workspace, made.take(made.lengths > 0), NUM_SONGS)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> PrefixFile:
+    random = np.random.default_rng(0)
+    pairs = [random.integers(0, NUM_SONGS + 2, size=random.integers(2, 9)) for _ in range(200)]
+    path = tmp_path / "pairs.txt"
+    texts = [[f"song-{song}" for song in pair] for pair in pairs]
+    path.write_text("".join(f"{' '.join(text[:-1])}\t{text[-1]}\n" for text in texts))
+    return PrefixFile(path=str(path))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_job_over_shards_equals_one_pass_in_one_process(
+    dataset: Dataset, file: PrefixFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "UNIT_BYTES", 1_500)
+    manifest = evaluate_prefixes(dataset.workspace, SETTINGS, file)
+    fitted = fit_baselines(MODELS, dataset, random_vectors(NUM_SONGS), FitRange())
+    popularity = fitted[0]
+    assert isinstance(popularity, PopularityRecommender)
+    evaluator = PrefixEvaluator(fitted, song_plays=popularity.plays, config=SETTINGS)
+    song_ids = dataset.catalog().table.column(columns.SONG_ID)
+    pairs = list(read_prefixes(Unit(source=file.path), file, song_ids))
+    expected = results_of(reduce(add, map(evaluator, pairs)), fitted, SETTINGS, ["next"])
+    expected = [entry for entry in expected if entry["users"] == "all"]
+    assert len(manifest.metrics["results"]) == len(expected) == len(MODELS) * 9
+    for found, wanted in zip(manifest.metrics["results"], expected, strict=True):
+        assert found == pytest.approx(wanted, abs=2e-6)
+    counts = [manifest.metrics[name] for name in ("pairs", "unknown_targets", "unknown_items")]
+    assert counts == np.sum([one.counts for one in pairs], axis=0).tolist()
+    assert min(counts) > 0
+    assert evaluate_prefixes(dataset.workspace, SETTINGS, file) == manifest
+    page = dataset.workspace.read_bytes(manifest.path("report.html")).decode()
+    assert "The target of each line" in page
+
+
+@pytest.mark.usefixtures("cluster")
+def test_pairs_are_judged_from_the_command_line(
+    dataset: Dataset, file: PrefixFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--workspace", dataset.workspace.uri, "evaluate", "--models", "popularity", "--prefixes", file.path]
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["pairs"], told["protocol"]) == (200, "prefixes")
+    assert main([*arguments, "--target-separator", "|"]) == 2
+    assert "a line without '|' before a target" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_file_without_pairs_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(InputError, match=r"empty.txt has no pairs"):
+        evaluate_prefixes(dataset.workspace, SETTINGS, PrefixFile(path=str(tmp_path / "empty.txt")))
+
+
+def test_vectors_made_for_a_split_are_refused_without_it(workspace: Workspace, file: PrefixFile) -> None:
+    made = random_histories(20, NUM_SONGS, seed=1)
+    write_dataset(workspace, made.take(made.lengths > 0), NUM_SONGS)
+    write_song_vectors(workspace, random_vectors(NUM_SONGS), {"dataset": "by-hand", "split": "cut"})
+    with pytest.raises(MismatchError, match=r"made for split cut.*without a split; name the split, or run"):
+        evaluate_prefixes(workspace, SETTINGS, file)
+    other = Split(id="other", dataset="by-hand", validation_from=1, test_from=2)
+    with pytest.raises(MismatchError, match=r"made for split cut.*evaluation of split other"):
+        evaluate_prefixes(workspace, SETTINGS, file, split=other)
