@@ -27,7 +27,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.generate import GenerateConfig
 from rayrec.data.split import FitRange
 from rayrec.jobs.bench_training import rounds_of_training
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.cluster import WORKER_ENVIRONMENT, ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.generating import generate
 from rayrec.jobs.node import node_cpus
@@ -59,8 +59,10 @@ def bench(
     """
     check_name(name)
     config = config or (BenchConfig.quick() if quick else BenchConfig())
-    # Before Ray starts: its workers as nice as the driver, like the plain loops.
+    # Before Ray starts: its workers as nice as the driver, like the plain loops, and these with the
+    # environment of its workers, which the allocator reads when a process starts.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.update(WORKER_ENVIRONMENT)
     with _place(workspace) as place:
         return BENCHES[name](place, config)
 

@@ -17,8 +17,8 @@ from ray.data import DataContext
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
-    # A worker that runs for long gives freed memory back, not to one of many arenas: the taste job at
-    # 500,000 users peaks at 420 MiB with both and at 507 without.
+    # A worker that runs for long gives freed memory back, not to one of many arenas. Single runs of the
+    # taste job at 500,000 users peaked at 420 MiB with both, at 494 and 507 without.
     "ARROW_DEFAULT_MEMORY_POOL": "system",
     "MALLOC_ARENA_MAX": "2",
 }
