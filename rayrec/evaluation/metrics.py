@@ -13,11 +13,12 @@ NEVER = np.iinfo(np.int64).max  # rank of a song that lies too deep, or that no 
 
 def best_scores(scores: np.ndarray, depth: int) -> np.ndarray:
     """float32 (Q, min(depth, N)): the best scores of each row of float32 (Q, N), ascending. NaN counts as -inf."""
-    first = max(0, scores.shape[1] - depth)
-    best = np.sort(np.partition(scores, first, axis=1)[:, first:], axis=1)
-    if np.isnan(best[:, -1]).any():  # NaN is sorted behind everything else
-        return best_scores(np.where(np.isnan(scores), -np.inf, scores), depth)
-    return np.asarray(best)
+    depth = min(depth, scores.shape[1])
+    # Of the negative scores, since many equal ones behind the best are quicker to part from than before them.
+    behind = np.partition(-scores, depth - 1, axis=1)[:, :depth]
+    best: np.ndarray = -np.sort(behind, axis=1)[:, ::-1]
+    best[np.isnan(best)] = -np.inf  # NaN is sorted behind everything else
+    return best
 
 
 def ranks_of(scores: np.ndarray, rows: np.ndarray, songs: np.ndarray, best: np.ndarray) -> np.ndarray:
