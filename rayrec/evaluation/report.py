@@ -36,8 +36,8 @@ td small { white-space: nowrap; }
 img { width: 100%; min-width: 38rem; height: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .875rem; }
 dt { color: #595959; } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { body { font-size: 15px; padding: .75rem; } th, td { padding: .35rem .3rem; }
-  th, td { font-size: .8125rem; } small { font-size: .6875rem; } }
+@media (max-width: 40rem) { body { font-size: 15px; padding: .75rem; } th, td { padding: .35rem .2rem; }
+  th, td { font-size: .8125rem; } small { font-size: .625rem; } tbody th { min-width: 4.8rem; } }
 """
 
 

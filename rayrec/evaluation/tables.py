@@ -35,7 +35,8 @@ NEGATIVE_TITLES = {"uniform": "any song", "zipf": "popular songs"}
 def section(results: Sequence[Entry], title: str, group: str, k: int, default: str) -> str:
     """One group of users at one cut-off, the best recall first."""
     entries = [entry for entry in results if entry["users"] == group and entry["k"] == k]
-    behind = f"{entries[0]['plays']:,} plays of {entries[0]['users_count']:,} users."
+    users = f" of {entries[0]['users_count']:,} users" if "users_count" in entries[0] else ""
+    behind = f"{entries[0]['plays']:,} plays{users}."
     return _table(
         f"{title}, first {k}", behind, entries, lambda entry: f"{_metric_title(entry['metric'])}@{k}", default=default
     )

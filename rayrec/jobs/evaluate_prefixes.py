@@ -64,9 +64,9 @@ def evaluate_prefixes(
     tally, counts = judge(workspace, evaluator, file, byte_ranges(found.source, found.size, UNIT_BYTES))
     if not counts[0]:
         raise InputError(f"{file.path} has no pairs; expected lines of songs, a tab and the song that followed")
-    results = results_of(tally, recommenders, config, ["next"])
+    results = [entry for entry in results_of(tally, recommenders, config, ["next"]) if entry["users"] == "all"]
     figures = {
-        "results": [entry for entry in results if entry["users"] == "all"],
+        "results": [{name: value for name, value in entry.items() if name != "users_count"} for entry in results],
         "comparisons": comparisons_of(tally, recommenders, config, parts.default),
     }
     told = dict(zip(("pairs", "unknown_targets", "unknown_items"), counts.tolist(), strict=True))

