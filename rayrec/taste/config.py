@@ -161,7 +161,7 @@ class TasteConfig:
     """How to compute the taste vectors of all users."""
 
     at: int | None = setting(None, help="moment that the vectors are for, ms UTC; default: the last play of the data")
-    users: int = setting(5_000, help="users computed at once")
+    users: int = setting(2_500, help="users computed at once")
     gpu: bool = setting(False, help="give each worker a GPU")
     concurrency: int | None = setting(None, help="workers at once; default: what the cluster has CPUs for")
 

@@ -16,7 +16,7 @@ from rayrec.data.windows import NEVER
 from rayrec.taste.features import gap_seconds, pad, scale_gap
 from rayrec.taste.model import TasteModel
 
-PLAYS_PER_PASS = 1 << 15  # padded plays that go through the network at once
+PLAYS_PER_PASS = 1 << 14  # padded plays that go through the network at once
 PIECE = 1024  # plays of one user in a pass; longer histories carry their state on
 
 

@@ -31,6 +31,7 @@ class UnitReader:
         for unit in rows["unit"]:
             for pool in self._pools(json.loads(unit)):
                 yield from self._batches(pool, json.loads(unit))
+                pa.default_memory_pool().release_unused()  # a reader lives as long as the training
 
     def _pools(self, buckets: list[int]) -> Iterator[Histories]:
         held: list[Histories] = []
