@@ -7,10 +7,8 @@ and uneven ends at which workers wait for each other (ray issues 63285 and 66085
 
 import json
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from rayrec.data.histories import Histories, concatenate
 from rayrec.data.split import FitRange, Split
 from rayrec.data.windows import Windows, epoch_units
 from rayrec.errors import InputError, MismatchError, RayrecError
+from rayrec.jobs.board import Board, shown
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import cluster_cpus, quiet_data, ray_cluster
 from rayrec.jobs.node import run_on_node
@@ -40,6 +39,7 @@ from rayrec.recommend.hybrid import MEMBERS
 from rayrec.recommend.mixing import write_memory
 from rayrec.taste.checkpoint import save_model
 from rayrec.taste.config import FeatureSpec, ModelConfig, TrainConfig
+from rayrec.taste.curves import write_epochs, write_tensorboard
 from rayrec.taste.fitting import RECALL_AT, Fit, FitData, Phase, Progress, Validation
 from rayrec.taste.model import TasteModel
 from rayrec.taste.stream import UnitReader, split_batches
@@ -213,7 +213,7 @@ def load_validation(table: pa.Table, selection: FitRange, limit: int) -> Validat
 
 
 def _fit(plan: TrainPlan) -> dict[str, Any]:
-    board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    board = Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     workers = plan.config.workers
     trainer = TorchTrainer(
         _train_worker,
@@ -231,7 +231,7 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
             failure_config=FailureConfig(max_failures=WORKER_FAILURES if workers else 0),
         ),
     )
-    with _shown(board, plan):
+    with shown(board, "Training", float(plan.workspace.read_array(plan.counts["final"]).sum())):
         try:
             trainer.fit()
         except TrainingFailedError as error:
@@ -296,8 +296,8 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         save_model(plan.workspace, plan.folder, model, fit.known)
         figures = summary(fit.progress)
         plan.workspace.write_json(f"{plan.folder}/figures.json", figures)
-        lines = "".join(json.dumps(line) + "\n" for line in fit.progress.epochs)
-        plan.workspace.write_bytes(f"{plan.folder}/epochs.jsonl", lines.encode())
+        write_epochs(plan.workspace, plan.folder, fit.progress.epochs)
+        write_tensorboard(plan.workspace, plan.folder, fit.progress.epochs)
 
 
 def summary(done: Progress) -> dict[str, Any]:
@@ -351,6 +351,7 @@ class _RayHost:
         with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
             save(Path(folder))
             ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        write_epochs(self._plan.workspace, self._plan.folder, progress.epochs)
         recall = figures.get(f"validation_recall@{RECALL_AT}")
         if recall is not None:
             self._board.judge.remote(f"recall@{RECALL_AT} {recall:.3f}")
@@ -372,43 +373,3 @@ def window_stream(
         reader.tables, batch_size=1, num_cpus=READER_CPUS
     )
     yield from split_batches(stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
-
-
-@ray.remote
-class _Board:
-    """Carries a worker's progress to the driver's bar."""
-
-    def __init__(self) -> None:
-        self._plays, self._note, self._judged = 0.0, "", ""
-
-    def show(self, plays: float, note: str) -> None:
-        self._plays, self._note = plays, note
-
-    def judge(self, text: str) -> None:
-        self._judged = text
-
-    def look(self) -> tuple[float, str]:
-        return self._plays, f"{self._note} {self._judged}".strip()
-
-
-@contextmanager
-def _shown(board: Any, plan: TrainPlan) -> Iterator[None]:
-    """Draw the board as a bar on stderr while the block runs."""
-    counts = plan.workspace.read_array(plan.counts["final"])
-    stop = threading.Event()
-
-    def draw() -> None:
-        with progress("Training", float(counts.sum())) as bar:
-            drawn = 0.0
-            while not stop.wait(0.5):
-                plays, note = ray.get(board.look.remote())
-                bar.advance(plays - drawn, note)
-                drawn = plays
-
-    thread = threading.Thread(target=draw, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=5)
