@@ -24,6 +24,7 @@ class DatasetManifest:
     """dataset/dataset.json, written after everything it speaks of."""
 
     id: str  # changes with every import
+    lineage: str = ""  # id of the data set whose rows of songs it shares, itself where empty
     source: str  # the format it came from
     buckets: int  # fixed at the first import
     parts: int  # parts of the histories, numbered from 0
@@ -70,6 +71,11 @@ class Dataset:
     def num_songs(self) -> int:
         """N: rows of the song table."""
         return self.manifest.songs
+
+    @property
+    def lineage(self) -> str:
+        """The same for all data sets that agree on the rows of the songs they share."""
+        return self.manifest.lineage or self.manifest.id
 
     def bucket_of(self, user_ids: np.ndarray) -> np.ndarray:
         """int64 (U,): the bucket that holds each user."""
