@@ -1,5 +1,10 @@
-"""A progress bar on stderr for what takes over two seconds; nothing where stderr is no terminal."""
+"""A progress bar on stderr for what takes over two seconds.
 
+Where stderr is no terminal nothing is drawn, or a line now and then where RAYREC_PROGRESS_LINES=1 asks
+for it: that is what a job's log can hold.
+"""
+
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 DELAY_SECONDS = 2.0
+LINES_VARIABLE = "RAYREC_PROGRESS_LINES"
+LINE_SECONDS = 10.0  # between two lines of one piece of work
 
 
 class Progress:
@@ -19,13 +26,17 @@ class Progress:
         self._title, self._total = title, total
         self._done = 0.0
         self._note = ""
-        self._started = time.monotonic()
+        self._started = self._told = time.monotonic()
+        self._lines = os.environ.get(LINES_VARIABLE) == "1" and not sys.stderr.isatty()
         self._bars: Bars | None = None
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
         """Say that `amount` more is done; `note` is shown behind the bar."""
         self._done += amount
         self._note = self._note if note is None else note
+        if self._lines:
+            self._tell_now_and_then()
+            return
         if self._bars is None and sys.stderr.isatty() and time.monotonic() - self._started > DELAY_SECONDS:
             self._bars = Bars(
                 TextColumn("{task.description}"),
@@ -41,6 +52,15 @@ class Progress:
             self._bars.start()
         if self._bars is not None:
             self._bars.update(self._bars.task_ids[0], completed=self._done, note=self._note)
+
+    def _tell_now_and_then(self) -> None:
+        now = time.monotonic()
+        if now - self._told < LINE_SECONDS:
+            return
+        self._told = now
+        of = "" if self._total is None else f" of {self._total:,.0f} ({self._done / max(self._total, 1):.0%})"
+        line = f"{self._title}: {self._done:,.0f}{of}, {now - self._started:,.0f} s {self._note}"
+        print(line.rstrip(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Take the bar off the screen."""

@@ -9,10 +9,25 @@ from collections.abc import Sequence
 import typer
 
 from rayrec.errors import RayrecError
-from rayrec_cli import ask_commands, data_commands, model_commands, release_commands, run_commands
+from rayrec_cli import (
+    ask_commands,
+    cluster_commands,
+    data_commands,
+    model_commands,
+    release_commands,
+    run_commands,
+)
 from rayrec_cli.app import app
 
-__all__ = ["ask_commands", "data_commands", "main", "model_commands", "release_commands", "run_commands"]
+__all__ = [
+    "ask_commands",
+    "cluster_commands",
+    "data_commands",
+    "main",
+    "model_commands",
+    "release_commands",
+    "run_commands",
+]
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, which newer typers carry under a private name
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130

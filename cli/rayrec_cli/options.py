@@ -43,7 +43,12 @@ class Globals:
 class Call:
     """What every command is called with beside its own options."""
 
-    workspace: Workspace
+    uri: str  # of the workspace, as it was given
+
+    @functools.cached_property
+    def workspace(self) -> Workspace:
+        """Opened when it is first asked for: not every command reads it on this machine."""
+        return Workspace(self.uri)
 
 
 def command(
@@ -53,12 +58,14 @@ def command(
     example: str,
     config: type[Any] | None = None,
     arguments: Mapping[str, Any] | None = None,
+    options_first: bool = False,
 ) -> Callable[[Callable[..., Shown]], Callable[..., Shown]]:
     """Register `body(call, [config], **own options)` as a command that prints what it returns.
 
     With `config`, each of its settings becomes a flag, or the positional argument that `arguments`
     annotates; --config FILE reads them from the section named after the command, or from the top
-    level of the file.
+    level of the file. With `options_first` all that follows the first word without a dash belongs to
+    the arguments, options of another command among it.
     """
 
     def register(body: Callable[..., Shown]) -> Callable[..., Shown]:
@@ -67,15 +74,16 @@ def command(
         flags = positional + ([] if config is None else [flag(item, config) for item in _flags(config, positional)])
 
         @functools.wraps(body)
-        def run(ctx: typer.Context, **values: Any) -> None:
+        def run(ctx: typer.Context, **values: Any) -> int:
             said: Globals = ctx.obj
-            workspace = Workspace(values.pop("workspace") or said.workspace)
+            call = Call(values.pop("workspace") or said.workspace)
             as_json = values.pop("json") or said.as_json
             with redirect_stdout(sys.stderr):  # what libraries print is no outcome
                 if config is not None:
                     values["config"] = _config(config, name, values, [item.name for item in flags])
-                shown = body(Call(workspace), **values)
+                shown = body(call, **values)
             show(shown, as_json=as_json)
+            return shown.exit_code
 
         shared = [_parameter("workspace", WorkspaceOption, None), _parameter("json", JsonOption, False)]
         if config is not None:
@@ -86,7 +94,8 @@ def command(
         parameters = [context, *(item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own), *flags, *shared]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {item.name: item.annotation for item in parameters}
-        app.command(name, help=f"{inspect.getdoc(body)}\n\n\b\nExample:\n  {example}")(run)
+        settings = {"allow_interspersed_args": not options_first}
+        app.command(name, help=f"{inspect.getdoc(body)}\n\n\b\nExample:\n  {example}", context_settings=settings)(run)
         return body
 
     return register

@@ -21,6 +21,7 @@ class Shown:
 
     data: dict[str, Any]
     views: list[RenderableType] = field(default_factory=list)
+    exit_code: int = 0  # of the command line, where the work was done and its answer is no
 
 
 def show(shown: Shown, *, as_json: bool) -> None:

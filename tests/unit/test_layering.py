@@ -117,6 +117,7 @@ def loaded_by(code: str) -> set[str]:
         "import rayrec_cli.main",
         "from rayrec_cli.main import main; main(['--help'])",
         "from rayrec_cli.main import main; main(['train', '--help'])",
+        "from rayrec_cli.main import main; main(['submit', '--help'])",
         "from rayrec_cli.main import main; main(['--workspace', '/nonexistent/rayrec', 'status'])",
     ],
 )

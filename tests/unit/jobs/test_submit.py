@@ -1,0 +1,86 @@
+"""Following a job's log, and what is refused before a cluster is asked."""
+
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+
+import pytest
+from ray.job_submission import JobStatus
+
+from rayrec.errors import InputError, RayrecError
+from rayrec.jobs import submit
+from rayrec.jobs.submit import Cluster, shared_workspace
+from rayrec_cli.main import main
+
+LOG = ["read 1\n", "read 2\nread 3\n", "done\n"]
+
+
+class BreakingServer:
+    """Stands for Ray's client: its log stream breaks after so many pieces, each time it is opened."""
+
+    def __init__(self, breaks: list[int]) -> None:
+        self.breaks = breaks
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        """The log from its first line on."""
+        until = self.breaks.pop(0) if self.breaks else None
+        for text in LOG[:until]:
+            yield text
+        if until is not None:
+            raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        """A job that ends when its log has been seen whole."""
+        status = JobStatus.RUNNING if self.breaks else JobStatus.FAILED
+        return SimpleNamespace(status=status, driver_exit_code=3, message="", start_time=1_000, end_time=4_500)
+
+
+def followed(breaks: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[str, submit.JobEnd]:
+    """What a follower reads and is told at the end."""
+    monkeypatch.setattr(submit, "POLL_SECONDS", 0.0)
+    cluster = Cluster.__new__(Cluster)
+    cluster.address, cluster._client = "http://here:8265", BreakingServer(breaks)  # type: ignore[assignment]
+    read: list[str] = []
+    end = cluster.follow("job", read.append)
+    return "".join(read), end
+
+
+@pytest.mark.parametrize("breaks", [[], [1], [0, 2, 2], [1, 1, 2]])
+def test_a_broken_log_is_taken_up_where_it_broke(breaks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    read, end = followed(breaks, monkeypatch)
+    assert read == "".join(LOG)
+    assert (end.status, end.exit_code, end.seconds) == ("FAILED", 3, 3.5)
+
+
+def test_a_log_that_keeps_breaking_ends_the_following_and_not_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RayrecError, match="the job goes on, follow it with `rayrec submit --attach job`"):
+        followed([1] * 50, monkeypatch)
+
+
+@pytest.mark.parametrize("uri", ["s3://music/rayrec", "gs://music/rayrec", "/mnt/shared/rayrec"])
+def test_a_workspace_that_nodes_share_is_passed_on(uri: str) -> None:
+    assert shared_workspace(uri) == uri
+
+
+def test_a_folder_of_this_machine_is_no_workspace_of_a_cluster() -> None:
+    with pytest.raises(InputError, match="is a folder of this machine"):
+        shared_workspace("./workspace")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give a COMMAND to submit"),
+        (["--attach", "a", "train"], "give a COMMAND to submit"),
+        (["--attach", "a", "--stop", "b"], "give a COMMAND to submit"),
+        (["trian"], "there is no command 'trian' to submit"),
+        (["submit", "train"], "there is no command 'submit' to submit"),
+        (["train"], "which cluster? give --address"),
+    ],
+)
+def test_wrong_use_is_said_before_a_cluster_is_asked(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["submit", *words]) == 2
+    assert message in capsys.readouterr().err
