@@ -6,7 +6,7 @@ N songs, D numbers per vector, Q queries.
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,8 @@ import numpy as np
 from rayrec.artifacts import Manifest
 from rayrec.config import setting
 from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError
-from rayrec.recommend.recommender import NO_SONG, chunk_size, top_k
+from rayrec.recommend.filters import NOTHING, Limits
+from rayrec.recommend.recommender import NO_SONG, Ranking, SearchPath, top_k
 from rayrec.workspace import Workspace
 
 IndexKind = Literal["flat", "ivf"]
@@ -23,7 +24,9 @@ IndexKind = Literal["flat", "ivf"]
 INDEX_FILE = "index.faiss"
 RECALL_DEPTH = 100  # recall is measured on the first 100 answers
 TIE_SLACK = 16  # extra answers fetched, so that songs of equal score at the end come in the order of rows
-MAX_OVERFETCH = 1_000  # more answers to leave out than this: the whole catalog is scored where it takes that
+MAX_OVERFETCH = 1_000  # songs to leave out that are made up for by fetching as many more answers
+FEW_SONGS = 5_000  # no more than this that qualify: each of them is scored
+MOST_LISTS = 0.25  # share of the lists beyond which scoring every song that qualifies is as fast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ class SongIndex:
     """Searches songs by inner product; over normalized vectors that is the cosine.
 
     Flat answers are exact. IVF answers are those of the lists it looks into; where these hold fewer
-    than k songs that qualify, the query is answered exactly.
+    than k songs that qualify, or few songs qualify at all, every song that does is scored.
     """
 
     def __init__(self, index: Any, vectors: np.ndarray, figures: IndexFigures) -> None:
@@ -121,40 +124,82 @@ class SongIndex:
     def search(
         self, queries: np.ndarray, k: int, exclude: Sequence[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k songs of highest inner product with each of float32 (Q, D), best first.
+        """As `rank`, where `exclude` holds the song rows, int (any,), that each query must not get.
 
-        `exclude` holds the song rows, int (any,), that each query must not get. Songs without a
-        vector never come. Returns songs int32 (Q, k) and scores float32 (Q, k), filled with -1 and
-        -inf only where fewer than k songs qualify; equal scores in the order of song rows, except
-        among more than 16 of them at the end.
+        Returns songs int32 (Q, k) and scores float32 (Q, k).
+        """
+        ranking = self.rank(queries, k, None if exclude is None else [Limits(banned=rows) for rows in exclude])
+        return ranking.songs, ranking.scores
+
+    def rank(self, queries: np.ndarray, k: int, limits: Sequence[Limits] | None = None) -> Ranking:
+        """The k songs of highest inner product with each of float32 (Q, D), best first, within its limits.
+
+        Songs without a vector never come. Fewer than k come only where fewer qualify; equal scores in the
+        order of song rows, except among more than 16 of them at the end.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        banned = [np.unique(rows) for rows in exclude] if exclude is not None else [_NOTHING] * len(queries)
-        if len(banned) != len(queries):
-            raise ValueError(f"{len(queries)} queries need as many lists of songs to leave out, got {len(banned)}")
-        if not len(queries):
-            return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
-        most = max(len(rows) for rows in banned)
-        fetched = min(self.figures.songs, k + TIE_SLACK + min(most, MAX_OVERFETCH))
-        scores, songs = self._index.search(queries, fetched)
-        songs, scores = _first_allowed(songs, scores, banned, len(self.vectors), k)
-        if fetched < self.figures.songs or self.figures.kind == "ivf":
-            short = np.flatnonzero(songs[:, -1] == NO_SONG)
-            songs[short], scores[short] = self._exact(queries[short], k, [banned[query] for query in short])
-        return songs, scores
+        limits = [_NO_LIMITS] * len(queries) if limits is None else limits
+        if len(limits) != len(queries):
+            raise ValueError(f"{len(queries)} queries need as many limits, got {len(limits)}")
+        ranking = Ranking.empty(len(queries), k, "index")
+        paths = list(ranking.paths)
+        for query in self._first_that_qualify(queries, k, limits, ranking):
+            one = slice(query, query + 1)
+            paths[query] = self._rank_within(queries[one], k, limits[query], ranking.songs[one], ranking.scores[one])
+        return replace(ranking, paths=tuple(paths))
 
-    def _exact(self, queries: np.ndarray, k: int, banned: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """As `search`, by scoring every song."""
-        songs = np.full((len(queries), k), NO_SONG, dtype=np.int32)
-        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        step = chunk_size(len(self.vectors))
-        for start in range(0, len(queries), step):
-            chunk = slice(start, start + step)
-            scored = queries[chunk] @ self.vectors.T
-            scored[:, self._unknown] = -np.inf
-            for row, rows in zip(scored, banned[chunk], strict=True):
-                row[rows] = -np.inf
-            songs[chunk], scores[chunk] = top_k(scored, k)
+    def _first_that_qualify(self, queries: np.ndarray, k: int, limits: Sequence[Limits], ranking: Ranking) -> list[int]:
+        """Answer all queries that ban few songs and allow all others, in one search; returns those left over."""
+        few = [limit.allowed is None and len(limit.banned) <= MAX_OVERFETCH for limit in limits]
+        rows = np.flatnonzero(few)
+        if not len(rows):
+            return list(range(len(queries)))
+        banned = [limits[row].banned_rows(len(self.vectors)) for row in rows.tolist()]
+        fetched = min(self.figures.songs, k + TIE_SLACK + max(len(songs) for songs in banned))
+        scores, songs = self._index.search(queries if all(few) else queries[rows], fetched)
+        songs, scores = _first_allowed(songs, scores, banned, len(self.vectors), k)
+        ranking.songs[rows], ranking.scores[rows] = songs, scores
+        complete = fetched == self.figures.songs and self.figures.kind == "flat"
+        short = [] if complete else rows[songs[:, -1] == NO_SONG].tolist()
+        return sorted([*short, *np.flatnonzero(np.logical_not(few)).tolist()])
+
+    def _rank_within(
+        self, query: np.ndarray, k: int, limits: Limits, songs: np.ndarray, scores: np.ndarray
+    ) -> SearchPath:
+        """Answer one query, float32 (1, D), in place, (1, k), by a search among the songs that qualify or by all."""
+        mask = limits.mask(len(self.vectors))
+        mask[self._unknown] = False
+        qualify = int(np.count_nonzero(mask))
+        nprobe = self._deeper(k, qualify)
+        if nprobe:
+            found = self._select(query, min(k + TIE_SLACK, qualify), mask, nprobe)
+            if found[0][0, min(k, qualify) - 1] != NO_SONG:
+                songs[:], scores[:] = _first_allowed(*found, [NOTHING], len(mask), k)
+                return "selector"
+        rows = np.flatnonzero(mask)
+        places, best = top_k(query @ self.vectors[rows].T if qualify < len(mask) else query @ self.vectors.T, k)
+        songs[:], scores[:] = np.where(places == NO_SONG, NO_SONG, np.append(rows, NO_SONG)[places]), best
+        return "exact"
+
+    def _deeper(self, k: int, qualify: int) -> int:
+        """The lists to look into where `qualify` songs do; 0 where scoring all of these is as fast.
+
+        If a share s of the songs qualifies, the k-th of them is the k/s-th of all: recall, measured on the
+        first 100, holds where the lists looked into grow with that depth.
+        """
+        if self.figures.kind == "flat" or qualify <= FEW_SONGS:
+            return 0
+        depth = k * self.figures.songs / qualify
+        nprobe = int(np.ceil(self.figures.nprobe * max(1.0, depth / RECALL_DEPTH)))
+        return nprobe if nprobe <= self.figures.nlist * MOST_LISTS else 0
+
+    def _select(self, query: np.ndarray, count: int, mask: np.ndarray, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first `count` songs of the mask, bool (N,), in `nprobe` lists, and their scores; (1, count) each."""
+        faiss = import_faiss()
+        bits = np.packbits(mask, bitorder="little")  # must outlive the search, which only points to it
+        selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
+        parameters = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
+        scores, songs = self._index.search(query, count, params=parameters)
         return songs, scores
 
     def save(self, workspace: Workspace, path: str) -> None:
@@ -191,7 +236,7 @@ class SongIndex:
         return cls(index, vectors, figures)
 
 
-_NOTHING = np.zeros(0, dtype=np.int64)
+_NO_LIMITS = Limits()
 
 
 def _first_allowed(

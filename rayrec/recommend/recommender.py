@@ -4,25 +4,48 @@ Q questions, N songs, k answers.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.errors import InputError
+from rayrec.recommend.filters import Limits, without_heard
 
 Horizon = Literal["short", "long"]
 Kind = Literal["baseline", "network"]
+# How an answer was found: the first of the index that qualify, a search of the index among those that
+# qualify, or a score for every song that qualifies.
+SearchPath = Literal["index", "selector", "exact"]
 
 SCORES_PER_CHUNK = 1 << 24  # float32 scores held at once: 64 MiB
 NO_SONG = -1  # fills answers of fewer than k songs
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """The answers to Q questions, best first, filled with -1 and -inf where fewer than k songs qualify."""
+
+    songs: np.ndarray  # int32 (Q, k), song rows
+    scores: np.ndarray  # float32 (Q, k), descending
+    paths: tuple[SearchPath, ...]  # (Q,), how each was found
+
+    @classmethod
+    def empty(cls, questions: int, k: int, path: SearchPath = "exact") -> "Ranking":
+        """Answers without a song, to be filled in."""
+        return cls(
+            songs=np.full((questions, k), NO_SONG, dtype=np.int32),
+            scores=np.full((questions, k), -np.inf, dtype=np.float32),
+            paths=(path,) * questions,
+        )
+
+
 class Recommender(ABC):
     """Scores songs for users at a moment.
 
-    Subclasses give `score`; `recommend` ranks by it, and a subclass may rank faster as long as the
+    Subclasses give `score`; `rank` orders by it, and a subclass may rank faster as long as the
     answer is the same. A score of -inf says that a song is never recommended.
     """
 
@@ -47,6 +70,31 @@ class Recommender(ABC):
             chunk = slice(start, start + step)
             yield chunk, self.score(histories, questions.take(chunk), horizon)
 
+    def rank(
+        self,
+        histories: Histories,
+        at: int | np.ndarray,
+        k: int,
+        *,
+        horizon: Horizon = "short",
+        limits: Sequence[Limits] | None = None,
+    ) -> Ranking:
+        """The k best songs of each user among those within the user's limits, and how they were found.
+
+        `at` (ms UTC) is the moment of the request, one for all users or one each. Exactly k
+        songs wherever as many qualify; equal scores in the order of song rows. Raises `InputError` for k below 1.
+        """
+        check_count(k)
+        questions = Questions.at_end(histories, at)
+        ranking = Ranking.empty(len(questions), k)
+        for chunk, chunk_scores in self.score_chunks(histories, questions, horizon):
+            scored = np.array(chunk_scores)
+            if limits is not None:
+                for row, limit in zip(scored, limits[chunk], strict=True):
+                    limit.strike(row)
+            ranking.songs[chunk], ranking.scores[chunk] = top_k(scored, k)
+        return ranking
+
     def recommend(
         self,
         histories: Histories,
@@ -56,24 +104,14 @@ class Recommender(ABC):
         horizon: Horizon = "short",
         exclude_heard: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k best songs of each user, best first; equal scores in the order of song rows.
+        """As `rank`, within no limits but perhaps that of new songs.
 
-        `at` (ms UTC) is the moment of the request, one for all users or one each.
         Returns song rows int32 (U, k) and scores float32 (U, k), filled with -1 and -inf where
         fewer than k songs qualify. Raises `InputError` for k below 1.
         """
-        check_count(k)
-        questions = Questions.at_end(histories, at)
-        songs = np.full((len(questions), k), NO_SONG, dtype=np.int32)
-        scores = np.full((len(questions), k), -np.inf, dtype=np.float32)
-        for chunk, chunk_scores in self.score_chunks(histories, questions, horizon):
-            scored = np.array(chunk_scores)
-            if exclude_heard:
-                for row, user in zip(scored, range(chunk.start, chunk.start + len(scored)), strict=True):
-                    heard = histories.songs[histories.offsets[user] : histories.offsets[user + 1]]
-                    row[heard[heard < self.num_songs]] = -np.inf
-            songs[chunk], scores[chunk] = top_k(scored, k)
-        return songs, scores
+        limits = without_heard(histories) if exclude_heard else None
+        ranking = self.rank(histories, at, k, horizon=horizon, limits=limits)
+        return ranking.songs, ranking.scores
 
     def recommend_one(
         self, history: Histories, at: int, k: int, *, horizon: Horizon = "short", exclude_heard: bool = False
@@ -106,6 +144,8 @@ def top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     kept = min(k, num_songs)
     songs = np.full((count, k), NO_SONG, dtype=np.int32)
     values = np.full((count, k), -np.inf, dtype=np.float32)
+    if not kept:
+        return songs, values
     threshold = -np.partition(-scores, kept - 1, axis=1)[:, kept - 1]
     for row in range(count):
         candidates = np.flatnonzero((scores[row] >= threshold[row]) & (scores[row] > -np.inf))

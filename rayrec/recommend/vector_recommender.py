@@ -4,13 +4,14 @@ Q questions, N songs, D dimensions.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.recommender import NO_SONG, Horizon, Recommender, check_count, chunk_size
+from rayrec.recommend.filters import Limits
+from rayrec.recommend.recommender import NO_SONG, Horizon, Ranking, Recommender, check_count, chunk_size
 
 if TYPE_CHECKING:
     from rayrec.recommend.index import SongIndex
@@ -21,7 +22,7 @@ class VectorRecommender(Recommender):
 
     `song_vectors` is float32 (N, D), L2-normalized; a row of zeros is a song without a vector, which
     is never recommended. `index`, where there is one, holds the same vectors and answers
-    `recommend` without scoring every song.
+    `rank` without scoring every song.
     """
 
     def __init__(self, song_vectors: np.ndarray, index: "SongIndex | None" = None) -> None:
@@ -57,29 +58,29 @@ class VectorRecommender(Recommender):
         for start in range(0, len(questions), step):
             yield slice(start, start + step), self.score_vectors(vectors[start : start + step])
 
-    def recommend(
+    def rank(
         self,
         histories: Histories,
         at: int | np.ndarray,
         k: int,
         *,
         horizon: Horizon = "short",
-        exclude_heard: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray]:
+        limits: Sequence[Limits] | None = None,
+    ) -> Ranking:
         """As in `Recommender`; through the index where there is one."""
         if self.index is None:
-            return super().recommend(histories, at, k, horizon=horizon, exclude_heard=exclude_heard)
+            return super().rank(histories, at, k, horizon=horizon, limits=limits)
         check_count(k)
-        vectors = self.vectors(histories, Questions.at_end(histories, at), horizon)
-        songs, scores = self.index.search(vectors, k, exclude=self._heard(histories) if exclude_heard else None)
-        silent = ~vectors.any(axis=1)
-        songs[silent], scores[silent] = NO_SONG, -np.inf
-        return songs, scores
+        return self.rank_vectors(self.vectors(histories, Questions.at_end(histories, at), horizon), k, limits)
 
-    def _heard(self, histories: Histories) -> list[np.ndarray]:
-        """The songs of each user, without those that came after this recommender was made."""
-        known = histories.keep(histories.songs < self.num_songs)
-        return np.split(known.songs, known.offsets[1:-1]) if len(known) else []
+    def rank_vectors(self, vectors: np.ndarray, k: int, limits: Sequence[Limits] | None = None) -> Ranking:
+        """As `rank`, from taste vectors, float32 (Q, D), that are at hand. Needs the index."""
+        if self.index is None:
+            raise ValueError("vectors are ranked through an index, and there is none")
+        ranking = self.index.rank(vectors, k, limits)
+        silent = ~vectors.any(axis=1)
+        ranking.songs[silent], ranking.scores[silent] = NO_SONG, -np.inf
+        return ranking
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:

@@ -1,0 +1,175 @@
+"""Limits: exactly k songs of those that qualify, whichever way they are found."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from worlds import random_histories, random_vectors
+
+from rayrec.data.histories import Histories
+from rayrec.recommend import index as index_module
+from rayrec.recommend.filters import Limits, without_heard
+from rayrec.recommend.index import IndexConfig, SongIndex
+from rayrec.recommend.neighbours import NeighboursRecommender
+from rayrec.recommend.recommender import NO_SONG, top_k
+
+
+@st.composite
+def limits(draw: st.DrawFn, num_songs: int) -> Limits:
+    """Perhaps an allow list, perhaps songs left out, of which some may not exist."""
+    banned = draw(st.lists(st.integers(0, num_songs + 3), max_size=2 * num_songs))
+    allowed = draw(st.none() | st.lists(st.booleans(), min_size=num_songs, max_size=num_songs))
+    return Limits(
+        banned=np.array(banned, np.int32), allowed=None if allowed is None else np.array(allowed, dtype=np.bool_)
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    """Few songs with vectors of small whole numbers: scores are exact and ties are many."""
+    num_songs, dim, asked = draw(st.integers(1, 16)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    row = st.lists(st.integers(-2, 2), min_size=dim, max_size=dim)
+    vectors = draw(st.lists(row, min_size=num_songs, max_size=num_songs))
+    vectors[draw(st.integers(0, num_songs - 1))] = [1] * dim
+    return {
+        "vectors": np.array(vectors, np.float32),
+        "queries": np.array(draw(st.lists(row, min_size=asked, max_size=asked)), np.float32),
+        "k": draw(st.integers(1, 30)),
+        "limits": draw(st.lists(limits(num_songs), min_size=asked, max_size=asked)),
+        # All ways to an answer, however small the catalog: none or all of the songs are few, no or all bans are many.
+        "few": draw(st.sampled_from([0, 100])),
+        "overfetch": draw(st.sampled_from([0, 3, 1_000])),
+    }
+
+
+def by_hand(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """The answers by scoring every song, and how many songs qualify for each query."""
+    vectors = case["vectors"]
+    scores, qualify = case["queries"] @ vectors.T, []
+    for row, limit in zip(scores, case["limits"], strict=True):
+        fits = [
+            bool(vectors[song].any())
+            and song not in limit.banned
+            and (limit.allowed is None or bool(limit.allowed[song]))
+            for song in range(len(vectors))
+        ]
+        row[~np.array(fits)] = -np.inf
+        qualify.append(sum(fits))
+    return (*top_k(scores, case["k"]), qualify)
+
+
+@pytest.mark.parametrize(("kind", "nlist"), [("flat", 0), ("ivf", 1)])
+@settings(max_examples=300, deadline=None)
+@given(case=cases())
+def test_an_answer_within_limits_equals_brute_force(kind: str, nlist: int, case: dict[str, Any]) -> None:
+    # With one list IVF is exact, so that rankings can be compared song by song.
+    config = IndexConfig(kind=kind, nlist=nlist, queries=4)
+    index = SongIndex.build(case["vectors"], config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "FEW_SONGS", case["few"])
+        patch.setattr(index_module, "MAX_OVERFETCH", case["overfetch"])
+        patch.setattr(index_module, "MOST_LISTS", 1.0)
+        ranking = index.rank(case["queries"], case["k"], case["limits"])
+    songs, scores, _ = by_hand(case)
+    np.testing.assert_array_equal(ranking.songs, songs)
+    np.testing.assert_array_equal(ranking.scores, scores)
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=cases(), lists=st.integers(2, 6))
+def test_an_index_that_looks_into_few_lists_still_holds_exactly_k_that_qualify(
+    case: dict[str, Any], lists: int
+) -> None:
+    config = IndexConfig(kind="ivf", nlist=lists, target_recall=0.01, queries=4)
+    index = SongIndex.build(case["vectors"], config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "FEW_SONGS", case["few"])
+        patch.setattr(index_module, "MAX_OVERFETCH", case["overfetch"])
+        ranking = index.rank(case["queries"], case["k"], case["limits"])
+    _, _, qualify = by_hand(case)
+    for songs, scores, limit, count in zip(ranking.songs, ranking.scores, case["limits"], qualify, strict=True):
+        real = songs[songs != NO_SONG]
+        assert len(set(real.tolist())) == len(real) == min(case["k"], count)
+        assert limit.mask(len(case["vectors"]))[real].all()
+        assert case["vectors"][real].any(axis=1).all()
+        assert np.isneginf(scores[len(real) :]).all()
+        assert (np.diff(scores[: len(real)]) <= 0).all()
+
+
+def _index(songs: int = 3_000) -> SongIndex:
+    config = IndexConfig(kind="ivf", nlist=30, target_recall=0.5, queries=50)
+    return SongIndex.build(random_vectors(songs, 16), config)
+
+
+def test_the_path_taken_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "FEW_SONGS", 100)
+    index = _index()
+    half, hundred = np.arange(3_000) % 2 == 0, np.arange(3_000) < 100
+    given = [
+        Limits(),
+        Limits(banned=np.arange(10)),
+        Limits(allowed=half),
+        Limits(banned=np.arange(1_500)),
+        Limits(allowed=hundred),
+        Limits(allowed=np.zeros(3_000, dtype=np.bool_)),
+    ]
+    ranking = index.rank(random_vectors(len(given), 16, seed=1), 10, given)
+    assert ranking.paths == ("index", "index", "selector", "selector", "exact", "exact")
+    assert (ranking.songs[:5] != NO_SONG).all()
+    assert (ranking.songs[5] == NO_SONG).all()
+
+
+def test_a_search_among_few_looks_into_more_lists_so_that_recall_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "FEW_SONGS", 0)
+    monkeypatch.setattr(index_module, "MOST_LISTS", 1.0)
+    vectors = random_vectors(6_000, 16)
+    index = SongIndex.build(vectors, IndexConfig(kind="ivf", nlist=64, target_recall=0.95, queries=200))
+    queries = random_vectors(40, 16, seed=1)
+    allowed = np.arange(6_000) % 10 == 0
+    ranking = index.rank(queries, 20, [Limits(allowed=allowed)] * 40)
+    assert set(ranking.paths) == {"selector"}
+    scores = queries @ vectors.T
+    scores[:, ~allowed] = -np.inf
+    exact, _ = top_k(scores, 20)
+    recall = np.mean([np.isin(true, found).mean() for true, found in zip(exact, ranking.songs, strict=True)])
+    assert recall >= 0.95
+
+
+def test_limits_hold_without_an_index_as_with_one() -> None:
+    vectors = random_vectors(80)
+    vectors[::9] = 0
+    plain, indexed = NeighboursRecommender(vectors), NeighboursRecommender(vectors)
+    indexed.index = SongIndex.build(indexed.song_vectors, IndexConfig())
+    histories = random_histories(20, 80, seed=3)
+    histories = histories.take(histories.lengths > 0)
+    allowed = np.arange(80) % 3 > 0
+    given = [Limits(banned=np.array([row, 79 - row, 1_000]), allowed=allowed) for row in range(len(histories))]
+    expected = plain.rank(histories, 10**9, 12, limits=given)
+    found = indexed.rank(histories, 10**9, 12, limits=given)
+    np.testing.assert_array_equal(found.songs, expected.songs)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
+    for row, songs in enumerate(found.songs):
+        assert allowed[songs].all()
+        assert not {row, 79 - row} & set(songs.tolist())
+    assert set(expected.paths) == {"exact"}
+
+
+def test_songs_heard_join_the_limits_given() -> None:
+    histories = Histories.from_lists([[1, 2], []], [[0, 1], []])
+    allowed = np.ones(5, dtype=np.bool_)
+    first, second = without_heard(histories, [Limits(banned=np.array([4]), allowed=allowed), Limits()])
+    assert sorted(first.banned.tolist()) == [1, 2, 4]
+    assert first.allowed is allowed
+    assert second.banned.tolist() == []
+    assert [limit.banned.tolist() for limit in without_heard(histories)] == [[1, 2], []]
+
+
+def test_a_mask_of_an_older_or_newer_catalog_does_no_harm() -> None:
+    limit = Limits(banned=np.array([0, 9]), allowed=np.array([True, True, False]))
+    assert limit.mask(5).tolist() == [False, True, False, False, False]
+    assert limit.mask(2).tolist() == [False, True]
+    scores = np.zeros(5, dtype=np.float32)
+    limit.strike(scores)
+    assert np.isfinite(scores).tolist() == [False, True, False, False, False]
