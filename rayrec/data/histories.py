@@ -214,19 +214,23 @@ class Questions:
     rows: np.ndarray  # int64 (Q,), row of the user in the histories
     seen: np.ndarray  # int64 (Q,), how many of the user's plays come before the request, at least 0
     at: np.ndarray  # int64 (Q,), ms UTC, the moment of the request
+    # float32 (Q, state layers, H): where a taste network stands after the last of the plays seen, if that is
+    # stored. It then runs over no plays, and the histories may leave out early ones.
+    hidden: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, which: np.ndarray | slice) -> "Questions":
         """Some of the questions."""
-        return Questions(rows=self.rows[which], seen=self.seen[which], at=self.at[which])
+        hidden = None if self.hidden is None else self.hidden[which]
+        return Questions(rows=self.rows[which], seen=self.seen[which], at=self.at[which], hidden=hidden)
 
     @classmethod
-    def at_end(cls, histories: Histories, at: int | np.ndarray) -> "Questions":
+    def at_end(cls, histories: Histories, at: int | np.ndarray, hidden: np.ndarray | None = None) -> "Questions":
         """One question per user, after all plays, at time `at` (ms UTC), one for all or one each."""
         moments = np.broadcast_to(np.asarray(at, dtype=np.int64), (len(histories),))
-        return cls(rows=np.arange(len(histories)), seen=histories.lengths, at=moments)
+        return cls(rows=np.arange(len(histories)), seen=histories.lengths, at=moments, hidden=hidden)
 
     @classmethod
     def before_plays(cls, histories: Histories, plays: np.ndarray) -> "Questions":

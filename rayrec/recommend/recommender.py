@@ -78,14 +78,17 @@ class Recommender(ABC):
         *,
         horizon: Horizon = "short",
         limits: Sequence[Limits] | None = None,
+        hidden: np.ndarray | None = None,
     ) -> Ranking:
         """The k best songs of each user among those within the user's limits, and how they were found.
 
         `at` (ms UTC) is the moment of the request, one for all users or one each. Exactly k
-        songs wherever as many qualify; equal scores in the order of song rows. Raises `InputError` for k below 1.
+        songs wherever as many qualify; equal scores in the order of song rows. `hidden`, float32 (U, state
+        layers, H), is where a taste network stands after the histories, if that is stored; others ignore it.
+        Raises `InputError` for k below 1.
         """
         check_count(k)
-        questions = Questions.at_end(histories, at)
+        questions = Questions.at_end(histories, at, hidden)
         ranking = Ranking.empty(len(questions), k)
         for chunk, chunk_scores in self.score_chunks(histories, questions, horizon):
             scored = np.array(chunk_scores)
@@ -103,6 +106,7 @@ class Recommender(ABC):
         *,
         horizon: Horizon = "short",
         exclude_heard: bool = False,
+        hidden: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `rank`, within no limits but perhaps that of new songs.
 
@@ -110,16 +114,23 @@ class Recommender(ABC):
         fewer than k songs qualify. Raises `InputError` for k below 1.
         """
         limits = without_heard(histories) if exclude_heard else None
-        ranking = self.rank(histories, at, k, horizon=horizon, limits=limits)
+        ranking = self.rank(histories, at, k, horizon=horizon, limits=limits, hidden=hidden)
         return ranking.songs, ranking.scores
 
     def recommend_one(
-        self, history: Histories, at: int, k: int, *, horizon: Horizon = "short", exclude_heard: bool = False
+        self,
+        history: Histories,
+        at: int,
+        k: int,
+        *,
+        horizon: Horizon = "short",
+        exclude_heard: bool = False,
+        hidden: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `recommend` for a single user: song rows int32 and scores float32, 1-D, at most k long."""
         if len(history) != 1:
             raise ValueError(f"recommend_one takes the history of one user, got {len(history)}")
-        songs, scores = self.recommend(history, at, k, horizon=horizon, exclude_heard=exclude_heard)
+        songs, scores = self.recommend(history, at, k, horizon=horizon, exclude_heard=exclude_heard, hidden=hidden)
         real = songs[0] != NO_SONG
         return songs[0][real], scores[0][real]
 

@@ -59,6 +59,8 @@ class TasteRecommender(VectorRecommender):
 
         A network of one horizon answers for both with it.
         """
+        if questions.hidden is not None:
+            return self._encoder.vectors(histories, questions, self._head(horizon))
         rows, inverse = np.unique(questions.rows, return_inverse=True)
         needed = np.zeros(len(rows), dtype=np.int64)
         np.maximum.at(needed, inverse, questions.seen)

@@ -66,12 +66,14 @@ class VectorRecommender(Recommender):
         *,
         horizon: Horizon = "short",
         limits: Sequence[Limits] | None = None,
+        hidden: np.ndarray | None = None,
     ) -> Ranking:
         """As in `Recommender`; through the index where there is one."""
         if self.index is None:
-            return super().rank(histories, at, k, horizon=horizon, limits=limits)
+            return super().rank(histories, at, k, horizon=horizon, limits=limits, hidden=hidden)
         check_count(k)
-        return self.rank_vectors(self.vectors(histories, Questions.at_end(histories, at), horizon), k, limits)
+        vectors = self.vectors(histories, Questions.at_end(histories, at, hidden), horizon)
+        return self.rank_vectors(vectors, k, limits)
 
     def rank_vectors(self, vectors: np.ndarray, k: int, limits: Sequence[Limits] | None = None) -> Ranking:
         """As `rank`, from taste vectors, float32 (Q, D), that are at hand. Needs the index."""

@@ -66,9 +66,15 @@ class TasteEncoder:
     def vectors(
         self, histories: Histories, questions: Questions, horizon: str, start: States | None = None
     ) -> np.ndarray:
-        """float32 (Q, D), normalized: the taste vectors at the questions, from the plays before each only."""
+        """float32 (Q, D), normalized: the taste vectors at the questions, from the plays before each only.
+
+        Questions that bring their hidden state are answered from it and the time of the last play before them.
+        """
         start = start or self.no_states(len(histories))
-        hidden, _ = self.run(histories, questions, start)
+        if questions.hidden is None:
+            hidden, _ = self.run(histories, questions, start)
+        else:
+            hidden = np.ascontiguousarray(questions.hidden[:, self._last])
         index = histories.offsets[questions.rows] + questions.seen - 1
         played = histories.played_at[np.maximum(index, 0)] if histories.num_plays else index
         before = np.where(questions.seen > 0, played, start.last_played_at[questions.rows])

@@ -124,3 +124,11 @@ def test_the_hash_of_a_user_never_changes() -> None:
     assert hashes.dtype == np.uint64
     assert [int(value) % 1000 for value in hashes] == [139, 66, 193]
     assert len(set(user_hash(["ann", "bob"], salt="x").tolist()) & set(hashes.tolist())) == 0
+
+
+def test_questions_take_their_states_along(histories: Histories) -> None:
+    states = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
+    questions = Questions.at_end(histories, 99, states)
+    np.testing.assert_array_equal(questions.take(np.array([2, 0])).hidden, states[[2, 0]])
+    np.testing.assert_array_equal(questions.take(slice(1, 3)).hidden, states[1:3])
+    assert Questions.at_end(histories, 99).take(slice(1)).hidden is None

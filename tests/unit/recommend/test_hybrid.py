@@ -12,6 +12,7 @@ from rayrec.data.split import FitRange
 from rayrec.errors import LeakError
 from rayrec.recommend.hybrid import RULES_POWER, HybridRecommender, Memory, load_recommender, shares, softmax
 from rayrec.recommend.own_rules import OwnRulesRecommender
+from rayrec.recommend.recommender import Horizon
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.session_neighbours import SessionNeighboursRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
@@ -145,3 +146,39 @@ def test_memory_ranks_first_what_it_alone_remembers() -> None:
     hybrid = HybridRecommender(TasteRecommender(network(), random_vectors(NUM_SONGS)), memory, WEIGHTS)
     songs, _ = hybrid.recommend(Histories.from_lists([[3]], [[0]]), 0, 1)
     np.testing.assert_array_equal(songs, [[4]])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("horizon", ["short", "long"])
+def test_a_stored_state_stands_for_the_pass_over_the_plays(
+    hybrid: HybridRecommender, histories: Histories, monkeypatch: pytest.MonkeyPatch, layers: int, horizon: Horizon
+) -> None:
+    mixed = HybridRecommender(
+        TasteRecommender(network(model_config(layers=layers)), random_vectors(NUM_SONGS)), hybrid.memory, WEIGHTS
+    )
+    at = int(histories.played_at.max()) + MINUTE
+    states = mixed.network._encoder.run(histories)[1].hidden
+    for recommender in (mixed, mixed.network):
+        songs, scores = recommender.recommend(histories, at, 5, horizon=horizon, exclude_heard=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(mixed.network._encoder, "run", None)  # no network runs over plays
+            found = recommender.recommend(histories, at, 5, horizon=horizon, exclude_heard=True, hidden=states)
+            alone = recommender.recommend_one(
+                histories.take(np.array([3])), at, 5, horizon=horizon, exclude_heard=True, hidden=states[[3]]
+            )
+        np.testing.assert_array_equal(found[0], songs)
+        np.testing.assert_allclose(found[1], scores, atol=1e-5)
+        np.testing.assert_array_equal(alone[0], songs[3])
+
+
+def test_the_network_needs_no_more_than_the_last_play_beside_its_state(
+    hybrid: HybridRecommender, histories: Histories
+) -> None:
+    at = int(histories.played_at.max()) + MINUTE
+    last = histories.keep(np.arange(histories.num_plays) == histories.offsets[1:][histories.rows] - 1)
+    states = hybrid.network._encoder.run(histories)[1].hidden
+    np.testing.assert_allclose(
+        hybrid.network.vectors(last, Questions.at_end(last, at, states)),
+        hybrid.network.vectors(histories, Questions.at_end(histories, at)),
+        atol=1e-5,
+    )
