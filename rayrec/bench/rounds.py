@@ -6,8 +6,13 @@ machine, and every other round starts with the other way, so that a drift favour
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
+
+from rayrec.bench.config import BenchConfig
+from rayrec.bench.memory import MemoryWatch
+from rayrec.progress import progress
 
 
 @dataclass(frozen=True)
@@ -72,3 +77,17 @@ def compare(
         rounds=rounds,
         extra=extra,
     )
+
+
+def measure(name: str, unit: str, ours: Way, plain: Way, config: BenchConfig, **extra: Any) -> BenchResult:
+    """One round of ours for its memory, unmeasured otherwise, and then the rounds that count; with a bar."""
+    with progress(f"bench {name}", 2 * config.rounds + 1) as bar:
+
+        def shown(way: Way) -> Measured:
+            bar.advance()
+            return way()
+
+        with MemoryWatch() as watch:
+            shown(ours)
+        ways = partial(shown, ours), partial(shown, plain)
+        return compare(name, unit, *ways, rounds=config.rounds, peak_mb=watch.total_mb, **extra)

@@ -1,4 +1,4 @@
-"""Ray Train for the training benchmark: one worker that stays up and does a round when asked.
+"""Ray Data and Ray Train against plain PyTorch: one worker that stays up and does a round when asked.
 
 Starting a trainer takes half a minute; a round, a few seconds. So the worker waits for its orders
 between rounds, while the plain loop has the machine.
@@ -14,17 +14,45 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
+from rayrec.bench import loops
+from rayrec.bench.config import BenchConfig
 from rayrec.bench.loops import TrainTask, timed_steps, timed_windows
-from rayrec.bench.rounds import Measured
+from rayrec.bench.rounds import Measured, measure
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange
 from rayrec.errors import RayrecError
-from rayrec.jobs.cluster import quiet_data
+from rayrec.jobs.bench_data import bench_dataset, plain_process, train_task
+from rayrec.jobs.cluster import quiet_data, ray_cluster
 from rayrec.jobs.train import window_stream
+from rayrec.taste.config import TrainConfig
 from rayrec.taste.training import Share
+from rayrec.workspace import Workspace
 
 ORDER_TRAIN, ORDER_DATA, ORDER_END = "train", "data", "end"
 SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def bench_train(place: Workspace, config: BenchConfig) -> dict[str, Any]:
+    """Steady plays a second of Ray Data and Ray Train with one worker.
+
+    `feed` is what the data path alone delivers, as a multiple of what the network eats.
+    """
+    with ray_cluster():
+        dataset = bench_dataset(place, config, users=config.train_users)
+        task = train_task(dataset, config.seed)
+        epochs = iter(range(config.rounds))
+        with rounds_of_training(task, config.train_seconds) as ray_side, plain_process() as plain:
+            feed = ray_side.data_path()
+            result = measure(
+                "train",
+                "plays",
+                ray_side.train,
+                lambda: plain.run(loops.train_loop, task, next(epochs), config.train_seconds),
+                config,
+                users=config.train_users,
+                data_per_second=feed.per_second,
+            )
+    return {**result.to_json(), "feed": feed.per_second / result.per_second}
 
 
 class TrainingRounds:
@@ -105,3 +133,8 @@ def run_rounds(arguments: dict[str, Any]) -> None:
             answers.put(timed_steps(task.training(), stream, epoch, seconds))
         del stream  # left half-read, it would go on reading ahead
     ray.train.report({})
+
+
+def read_windows(dataset: Dataset, config: TrainConfig) -> int:
+    """Plays of an epoch of the training data path, which nothing learns from."""
+    return sum(int(windows.inputs.sum()) for windows in window_stream(dataset, FitRange(), config, Share(), 0))
