@@ -13,6 +13,9 @@ from rayrec_cli.output import Shown, figures, note, table
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="TOML file with a section for each stage.")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")]
+SaveOption = Annotated[
+    str | None, typer.Option("--save", metavar="FILE", help="Merge the measured rates into this JSON file.")
+]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Small data and few rounds: to see that it works.")]
 
 
@@ -60,12 +63,14 @@ def demo(call: Call, *, force: ForceOption = False) -> Shown:
 
 
 @command(app, "bench", config=BenchConfig, example="rayrec bench train")
-def bench(call: Call, config: BenchConfig, *, name: NameArgument, quick: QuickOption = False) -> Shown:
+def bench(
+    call: Call, config: BenchConfig, *, name: NameArgument, quick: QuickOption = False, save: SaveOption = None
+) -> Shown:
     """Measure a stage against a plain loop.
 
     Both do the same work in one run, in alternating rounds; the ratio is the median over them.
     """
     from rayrec.jobs.bench import bench as job
 
-    told = job(name, call.workspace, None if quick else config, quick=quick)
+    told = job(name, call.workspace, None if quick else config, quick=quick, save=save)
     return Shown(told, [figures(f"bench {name}", told)])

@@ -6,6 +6,7 @@ from typing import Any
 
 from rayrec.bench.config import BenchConfig, check_name
 from rayrec.bench.indexes import bench_index
+from rayrec.bench.rates import check_rates_file, save_rates
 from rayrec.jobs.bench_data import bench_place
 from rayrec.jobs.bench_embed import bench_embed
 from rayrec.jobs.bench_memory import bench_memory
@@ -24,18 +25,29 @@ BENCHES: dict[str, Callable[[Workspace, BenchConfig], dict[str, Any]]] = {
 
 
 def bench(
-    name: str, workspace: Workspace | None = None, config: BenchConfig | None = None, *, quick: bool = False
+    name: str,
+    workspace: Workspace | None = None,
+    config: BenchConfig | None = None,
+    *,
+    quick: bool = False,
+    save: str | None = None,
 ) -> dict[str, Any]:
     """Run one benchmark, train, taste, index, embed or memory; its figures as one flat object.
 
     Generated data stay under bench/ of the workspace for the next run; without one they are
-    temporary. `quick` is for a look whether it works. Raises `InputError` for another name.
+    temporary. `quick` is for a look whether it works. `save` names a file of rates to merge the
+    measured ones into. Raises `InputError` for another name and for a file of something else.
     """
     check_name(name)
+    if save:
+        check_rates_file(save)
     config = config or (BenchConfig.quick() if quick else BenchConfig())
     # Before Ray starts: its workers as nice as the driver, like the plain loops, and these with the
     # environment of its workers, which the allocator reads when a process starts.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.update(WORKER_ENVIRONMENT)
     with bench_place(workspace) as place:
-        return BENCHES[name](place, config)
+        told = BENCHES[name](place, config)
+    if save:
+        save_rates(save, told)
+    return told

@@ -1,5 +1,7 @@
 """Every benchmark once on a tiny world: that it runs, and the shape of what it tells."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,8 +49,11 @@ class TestBench:
         check_common(told, "taste", "plays")
         assert told["users"] == 150
 
-    def test_embed_counts_tokens_against_gensim_alone(self, place: Workspace) -> None:
-        told = bench("embed", place, TINY)
+    def test_embed_counts_tokens_against_gensim_alone(self, place: Workspace, tmp_path: Path) -> None:
+        told = bench("embed", place, TINY, save=str(tmp_path / "rates.json"))
+        assert json.loads((tmp_path / "rates.json").read_text())["rates"] == {
+            "embed_tokens_per_second_per_cpu": told["per_second"]
+        }
         check_common(told, "embed", "tokens")
         assert told["workers"] == 1
         assert 0 < told["corpus_tokens"] < 2_000
