@@ -26,6 +26,7 @@ def model_config(
     cell: Cell = "gru",
     features: FeatureSpec | None = None,
     song_table: SongTable = "frozen",
+    averages: tuple[float, ...] = (0.0, 0.5, 1.0),
 ) -> ModelConfig:
     """The shape that `config` asks for, or a small one."""
     return ModelConfig(
@@ -40,6 +41,7 @@ def model_config(
         if config
         else {"short": Horizon(min_offset=1, max_offset=1), "long": Horizon(min_offset=2, max_offset=4)},
         song_table=config.song_table if config else song_table,
+        averages=config.averages if config else averages,
     )
 
 

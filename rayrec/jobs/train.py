@@ -138,6 +138,7 @@ def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> M
         features=features,
         horizons=config.horizons,
         song_table=config.song_table,
+        averages=config.averages,
     )
 
 

@@ -114,7 +114,7 @@ class HybridRecommender(Recommender):
         """M times float32 (Q, N): what each member thinks of each song as the next; rows add up to 1 or 0."""
         cosines = self.network.score(histories, questions, "short")
         return [
-            softmax(cosines * np.float32(self.network.scale)),
+            softmax(cosines * np.float32(self.network.scale("short"))),
             shares(self.memory.sessions.score(histories, questions)),
             shares(self.memory.rules.score(histories, questions) ** RULES_POWER),
             shares(self._own.score(histories, questions)),

@@ -28,10 +28,9 @@ class TasteRecommender(VectorRecommender):
         super().__init__(song_vectors, index)
         self._encoder = TasteEncoder(model)
 
-    @property
-    def scale(self) -> float:
+    def scale(self, horizon: Horizon) -> float:
         """The factor that makes logits of cosines: the inverse of the temperature that the network learned."""
-        return float(self._encoder.model.log_scale.detach().exp())
+        return float(self._encoder.model.scale(self._head(horizon)).detach())
 
     @classmethod
     def load(cls, workspace: Workspace, model_id: str, index_id: str | None = None) -> "TasteRecommender":

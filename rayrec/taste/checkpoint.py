@@ -18,12 +18,17 @@ from rayrec.workspace import Workspace
 WEIGHTS = "model.safetensors"
 SONG_VECTORS = "song_vectors.npy"
 MODEL_CONFIG = "model.json"
+SONGS_AT_ONCE = 1 << 16  # that go through the map of song vectors
 
 
 def export_song_vectors(model: TasteModel, known: np.ndarray) -> np.ndarray:
     """float32 (N, D): the normalized vectors that the model scores against; zero where not `known`, bool (N,)."""
     with torch.inference_mode():
-        vectors = torch.nn.functional.normalize(model.songs.weight, dim=-1).float().cpu().numpy()
+        rows = torch.arange(model.config.num_songs, device=model.songs.weight.device)
+        parts = [
+            model.song_vectors(rows[begin : begin + SONGS_AT_ONCE]) for begin in range(0, len(rows), SONGS_AT_ONCE)
+        ]
+        vectors = torch.cat(parts).float().cpu().numpy()
     return np.where(known[:, None], vectors, np.float32(0.0))
 
 
@@ -51,7 +56,9 @@ def load_model(workspace: Workspace, folder: str) -> TasteModel:
     model = TasteModel(config, torch.from_numpy(vectors))
     with workspace.local_copy(f"{folder}/{WEIGHTS}") as path:
         weights = load_file(path)
+    weights["log_scale"] = weights["log_scale"].expand_as(model.log_scale)  # one for all horizons up to version 0.1
     model.load_state_dict({**weights, SONG_TABLE: model.songs.weight})
+    model.exported = True
     return model.requires_grad_(False).eval()
 
 

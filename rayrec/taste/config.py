@@ -7,7 +7,7 @@ from rayrec.artifacts import Manifest
 from rayrec.config import setting
 from rayrec.errors import InputError
 
-SongTable = Literal["trained", "frozen"]
+SongTable = Literal["trained", "mapped", "frozen"]
 Objective = Literal["sampled-softmax", "softmax", "cosine", "l2"]
 Cell = Literal["gru", "lstm"]
 REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards song vectors, as the paper's do
@@ -60,18 +60,25 @@ class ModelConfig:
     horizons: dict[str, Horizon]
     song_table: SongTable
     cell: Cell = "gru"
+    averages: tuple[float, ...] = ()  # discounts γ of the averages that the head sees
+
+    @property
+    def recurrent_layers(self) -> int:
+        """Vectors of D_hid that the cells carry on: one a layer, two for an LSTM, outputs before cells."""
+        return self.num_layers * (2 if self.cell == "lstm" else 1)
 
     @property
     def state_layers(self) -> int:
-        """Vectors of D_hid that the network carries on: one a layer, two for an LSTM, outputs before cells."""
-        return self.num_layers * (2 if self.cell == "lstm" else 1)
+        """Vectors of D_hid that the network carries on: those of the cells, then the sums of the averages."""
+        return self.recurrent_layers + -(-len(self.averages) * self.embedding_dim // self.hidden_dim)
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "ModelConfig":
         """From the JSON form that `dataclasses.asdict` gives."""
         features = FeatureSpec(**{**raw["features"], "contexts": tuple(raw["features"]["contexts"])})
         horizons = {name: Horizon(**value) for name, value in raw["horizons"].items()}
-        return cls(**{**raw, "features": features, "horizons": horizons})
+        averages = tuple(raw.get("averages", ()))
+        return cls(**{**raw, "features": features, "horizons": horizons, "averages": averages})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,21 +87,30 @@ class TrainConfig:
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
-        # The paper's networks on histories: frozen song vectors, cosine distance, one horizon, no memory. Its
-        # offsets of the long horizon are not known to us; these are the default's.
-        "r_hst": {"objective": "cosine", "song_table": "frozen", "memory": False, "long": ()},
-        "r_hlt": {"objective": "cosine", "song_table": "frozen", "memory": False, "short": ()},
+        # The paper's networks on histories: frozen song vectors, cosine distance, one horizon, no averages, no
+        # memory. Its offsets of the long horizon are not known to us; these are the default's.
+        "r_hst": {"objective": "cosine", "song_table": "frozen", "averages": (), "memory": False, "long": ()},
+        "r_hlt": {"objective": "cosine", "song_table": "frozen", "averages": (), "memory": False, "short": ()},
     }
 
     cell: Cell = setting("gru", help="the recurrent cell")
     hidden_dim: int = setting(128, help="units of the recurrent network, D_hid")
     num_layers: int = setting(1, help="layers of the recurrent network")
     dropout: float = setting(0.0, help="share of its inputs and outputs dropped in training")
-    song_table: SongTable = setting("trained", help="whether the song vectors train along or stay as they came")
+    averages: tuple[float, ...] = setting(
+        (0.0, 0.5, 0.9, 0.99), help="discounts of the averages of the songs played that the head sees; empty: none"
+    )
+    song_table: SongTable = setting(
+        "trained", help="song vectors that train along, go through a map that trains, or stay as they came"
+    )
     objective: Objective = setting(
         "sampled-softmax", help="what to train for; cosine and l2 are the paper's, softmax is over all songs"
     )
     negatives: int = setting(1024, help="songs drawn by popularity as negatives of a step")
+    long_targets: int = setting(4, help="plays drawn as targets of each position on a horizon of several offsets")
+    long_correction: float = setting(
+        0.5, help="share of the popularity correction on the long horizon: 1 ranks by chance, 0 by likeness"
+    )
     short: tuple[int, ...] = setting((1, 1), help="offsets min,max of the short horizon, in plays; empty: none")
     long: tuple[int, ...] = setting((25, 50), help="offsets min,max of the long horizon, in plays; empty: none")
     contexts: bool = setting(True, help="use the playback contexts where the data has them")
@@ -115,7 +131,7 @@ class TrainConfig:
     seed: int = setting(0, help="of initial weights, order and negatives")
 
     def __post_init__(self) -> None:
-        for name in ("hidden_dim", "num_layers", "negatives", "window", "batch", "epochs", "patience"):
+        for name in ("hidden_dim", "num_layers", "negatives", "window", "batch", "epochs", "patience", "long_targets"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
         for name, known in (("cell", Cell), ("song_table", SongTable), ("objective", Objective)):
@@ -129,9 +145,13 @@ class TrainConfig:
             raise InputError(
                 f"dropout {self.dropout} must be in [0, 1) and the learning rate {self.learning_rate} above 0"
             )
-        if self.objective in REGRESSIONS and self.song_table == "trained":
+        if not (all(0 <= discount <= 1 for discount in self.averages) and 0 <= self.long_correction <= 1):
             raise InputError(
-                f"the {self.objective} objective needs --song-table frozen: with a table that trains along, "
+                f"averages {self.averages} and the long correction {self.long_correction} must be in [0, 1]"
+            )
+        if self.objective in REGRESSIONS and self.song_table != "frozen":
+            raise InputError(
+                f"the {self.objective} objective needs --song-table frozen: with song vectors that are trained, "
                 "making all songs equal would be perfect"
             )
         if self.memory and not self.short:

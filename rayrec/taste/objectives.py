@@ -4,6 +4,7 @@ Shapes: P positions that have a target, K negatives, D embedding.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,7 +15,15 @@ from rayrec.taste.model import TasteModel
 
 SMALLEST = 1e-12  # under a root, whose slope at 0 has no end
 
-ObjectiveFunction = Callable[[TasteModel, Tensor, Tensor, "Negatives"], Tensor]
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What tells one horizon's loss from another's."""
+
+    scale: Tensor  # of cosine logits
+    # Share of the logQ correction [ours]. With all of it the logits are the songs' chances, with none their
+    # chances over their popularity.
+    correction: float = 1.0
 
 
 class Negatives:
@@ -37,30 +46,39 @@ class Negatives:
         self.log_expected = self.log_expected.to(device)
 
 
-def cosine(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives) -> Tensor:
+ObjectiveFunction = Callable[[TasteModel, Tensor, Tensor, Negatives, Goal], Tensor]
+
+
+def cosine(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
     """L_cos = 1 − cos(t, s) [paper], summed over positions."""
     return (1.0 - (taste_PD * model.song_vectors(targets_P)).sum(-1)).sum()
 
 
-def l2(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives) -> Tensor:
+def l2(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
     """‖t − s‖2 [paper], summed over positions; on unit vectors, so that it weighs a far target less than L_cos does."""
     return (taste_PD - model.song_vectors(targets_P)).square().sum(-1).clamp(min=SMALLEST).sqrt().sum()
 
 
-def softmax(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives) -> Tensor:
+def softmax(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
     """Cross-entropy of the target among all songs, summed [ours]; for small catalogs, its cost grows with N."""
     songs_ND = model.song_vectors(torch.arange(model.config.num_songs, device=targets_P.device))
-    return cross_entropy(taste_PD @ songs_ND.T * model.log_scale.exp(), targets_P, reduction="sum")
+    logits = taste_PD @ songs_ND.T * goal.scale
+    if goal.correction < 1:
+        logits = logits + (1 - goal.correction) * negatives.log_expected.to(logits.device)
+    return cross_entropy(logits, targets_P, reduction="sum")
 
 
-def sampled_softmax(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives) -> Tensor:
-    """Cross-entropy of the target among popularity-drawn negatives, with the logQ correction, summed [ours].
+def sampled_softmax(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
+    """`softmax` estimated from drawn negatives, with the logQ correction, summed [ours].
 
-    Logits are cosines times a learned scale. A negative that is the target itself does not count.
+    Each negative stands for the songs that were not drawn, so its logit is corrected by how often it is
+    expected among the K. The target stands for itself, and a negative that is the target does not count.
     """
-    scale = model.log_scale.exp()
-    positive_P = (taste_PD * model.song_vectors(targets_P)).sum(-1) * scale - negatives.log_expected[targets_P]
-    negative_PK = taste_PD @ model.song_vectors(negatives.songs_K).T * scale - negatives.log_expected[negatives.songs_K]
+    log_expected = negatives.log_expected
+    positive_P = (taste_PD * model.song_vectors(targets_P)).sum(-1) * goal.scale
+    positive_P = positive_P + (1 - goal.correction) * log_expected[targets_P]
+    songs_KD = model.song_vectors(negatives.songs_K)
+    negative_PK = taste_PD @ songs_KD.T * goal.scale - goal.correction * log_expected[negatives.songs_K]
     negative_PK = negative_PK.masked_fill(negatives.songs_K == targets_P.unsqueeze(-1), -torch.inf)
     logits = torch.cat([positive_P.unsqueeze(-1), negative_PK], dim=-1)
     return cross_entropy(logits, torch.zeros_like(targets_P), reduction="sum")

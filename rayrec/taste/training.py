@@ -18,7 +18,7 @@ from rayrec.data.windows import Windows
 from rayrec.taste.config import Horizon, TrainConfig
 from rayrec.taste.features import PlayBatch, pad
 from rayrec.taste.model import SONG_TABLE, TasteModel
-from rayrec.taste.objectives import OBJECTIVES, Negatives, ObjectiveFunction
+from rayrec.taste.objectives import OBJECTIVES, Goal, Negatives
 
 LARGEST_GRADIENT = 1.0  # norm to which gradients are clipped
 
@@ -54,10 +54,11 @@ class StepReport:
 class Losses(nn.Module):
     """The network and what it is trained for, as one module, so that a distributed step sees all of it."""
 
-    def __init__(self, model: TasteModel, objective: ObjectiveFunction, negatives: Negatives, share: Share) -> None:
+    def __init__(self, model: TasteModel, config: TrainConfig, negatives: Negatives, share: Share) -> None:
         super().__init__()
         self.model = model
-        self._objective, self._negatives, self._share = objective, negatives, share
+        self._objective, self._negatives, self._share = OBJECTIVES[config.objective], negatives, share
+        self._corrections = {"long": config.long_correction}
 
     def forward(self, batch: PlayBatch, inputs_B: Tensor, targets: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """The losses of all horizons added, each the mean over the positions of all workers.
@@ -67,16 +68,17 @@ class Losses(nn.Module):
         """
         longest = int(inputs_B.max())
         taste = self.model(batch.shortened(inputs_B), batch.gap_BL[:, 1 : longest + 1])
-        losses = [self._mean(taste[name], *targets[name]) for name in taste]
+        losses = [self._mean(name, taste[name], *targets[name]) for name in taste]
         return torch.stack(losses).sum()
 
-    def _mean(self, taste_BLD: Tensor, positions: Tensor, targets_P: Tensor) -> Tensor:
+    def _mean(self, horizon: str, taste_BLD: Tensor, positions: Tensor, targets_P: Tensor) -> Tensor:
         count = self._share.total(len(positions))
         if count == 0:
             return taste_BLD.sum() * 0.0
         taste_PD = taste_BLD.flatten(0, 1)[positions].float()
+        goal = Goal(scale=self.model.scale(horizon), correction=self._corrections.get(horizon, 1.0))
         # Gradients are averaged over workers afterwards, which this factor undoes.
-        return self._objective(self.model, taste_PD, targets_P, self._negatives) * (self._share.workers / count)
+        return self._objective(self.model, taste_PD, targets_P, self._negatives, goal) * (self._share.workers / count)
 
 
 class Training:
@@ -97,7 +99,7 @@ class Training:
         if table:
             self.optimizers.append(torch.optim.SparseAdam(table, lr=config.learning_rate))
         self._dense = dense
-        self._losses: nn.Module = Losses(model, OBJECTIVES[config.objective], self.negatives, share)
+        self._losses: nn.Module = Losses(model, config, self.negatives, share)
         if share.workers > 1:
             self._losses = self._distributed()
 
@@ -141,18 +143,22 @@ class Training:
     def _targets(
         self, songs_BL: Tensor, held_B: Tensor, inputs_B: Tensor, horizon: Horizon, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Flat positions (P,) in (B, L inputs) that have a target, and the target songs (P,)."""
+        """Flat positions (P,) in (B, L inputs) that have a target, and the target songs (P,).
+
+        A horizon of several offsets draws `long_targets` of them for each position.
+        """
         rows, longest = len(inputs_B), int(inputs_B.max())
+        draws = 1 if horizon.min_offset == horizon.max_offset else self.config.long_targets
         # Drawn for the whole batch, whatever the number of workers, so that a window's targets do not depend on it.
         total = (rows + 1) * self.share.workers
         offsets = torch.randint(
-            horizon.min_offset, horizon.max_offset + 1, (total, self.config.window), generator=generator
+            horizon.min_offset, horizon.max_offset + 1, (total, self.config.window, draws), generator=generator
         )[self.share.rank :: self.share.workers][:rows, :longest]
-        position = torch.arange(longest)
+        row, position = torch.arange(rows)[:, None, None], torch.arange(longest)[:, None]
         target = position + offsets
-        valid = (position < inputs_B[:, None]) & (target < held_B[:, None])
-        flat = valid.flatten().nonzero().squeeze(-1)
-        source = (torch.arange(rows)[:, None] * songs_BL.shape[1] + target).flatten()[flat]
+        valid = (position < inputs_B[:, None, None]) & (target < held_B[:, None, None])
+        flat = (row * longest + position).expand_as(target)[valid]
+        source = (row * songs_BL.shape[1] + target)[valid]
         return flat.to(self.device), songs_BL.flatten()[source.to(self.device)]
 
     def _distributed(self) -> DistributedDataParallel:

@@ -67,7 +67,7 @@ def test_shares_add_up_to_one_or_stay_zero() -> None:
 
 def test_a_score_is_the_weighted_sum_of_chances(hybrid: HybridRecommender, histories: Histories) -> None:
     questions = Questions.at_end(histories, 10**9)
-    temperature = np.exp(-hybrid.network._encoder.model.log_scale.item())
+    temperature = 1 / hybrid.network.scale("short")
     exponents = np.exp(hybrid.network.score(histories, questions) / temperature)
     expected = 0.4 * exponents / exponents.sum(axis=1, keepdims=True)
     remembered = (

@@ -190,7 +190,8 @@ def test_passes_are_bounded_and_hold_every_user_with_plays_once() -> None:
 
 def test_states_can_be_made_by_hand() -> None:
     encoder = TasteEncoder(network())
-    states = States(hidden=np.zeros((1, 1, 12), np.float32), last_played_at=np.array([NEVER]))
+    layers = encoder.model.config.state_layers
+    states = States(hidden=np.zeros((1, layers, 12), np.float32), last_played_at=np.array([NEVER]))
     history = Histories.from_lists([[1, 2]], [[1, 2]])
     with torch.no_grad():
         np.testing.assert_array_equal(encoder.run(history, start=states)[1].hidden, encoder.run(history)[1].hidden)

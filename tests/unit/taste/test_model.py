@@ -6,8 +6,9 @@ import torch
 from networks import NUM_SONGS, model_config, network
 from worlds import random_histories
 
-from rayrec.data.histories import Histories
+from rayrec.data.histories import Histories, Questions
 from rayrec.data.windows import NEVER
+from rayrec.recommend.average import AverageRecommender
 from rayrec.taste.config import FeatureSpec
 from rayrec.taste.features import PlayBatch, pad
 from rayrec.taste.model import TasteModel
@@ -41,9 +42,9 @@ def test_padding_and_neighbours_in_the_batch_change_nothing(model: TasteModel, h
 def test_the_state_is_the_one_after_the_last_play_not_after_the_padding(
     model: TasteModel, histories: Histories
 ) -> None:
-    hidden, last = model.trunk(padded(model, histories))
+    seen, last = model.trunk(padded(model, histories))
     ends = torch.from_numpy(histories.lengths - 1)
-    torch.testing.assert_close(last[-1], hidden[torch.arange(len(histories)), ends])
+    torch.testing.assert_close(model.seen_in(last), seen[torch.arange(len(histories)), ends])
 
 
 @torch.inference_mode()
@@ -81,11 +82,11 @@ def test_songs_are_compared_by_direction_alone() -> None:
 
 @torch.inference_mode()
 def test_the_time_of_the_request_matters_only_where_it_is_an_input() -> None:
-    hidden = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+    seen = torch.randn(3, 12 + 3 * 8, generator=torch.Generator().manual_seed(0))
     asked_soon, asked_late = torch.zeros(3), torch.ones(3)
     for matters in (True, False):
         model = network(model_config(features=FeatureSpec(request_gap=matters)))
-        soon, late = (model.head(hidden, gap, "short") for gap in (asked_soon, asked_late))
+        soon, late = (model.head(seen, gap, "short") for gap in (asked_soon, asked_late))
         assert torch.equal(soon, late) is not matters
 
 
@@ -113,3 +114,56 @@ def test_padding_touches_no_song(histories: Histories) -> None:
     gradient = model.songs.weight.grad
     assert gradient is not None
     assert set(gradient.coalesce().indices()[0].tolist()) == set(some.songs.tolist())
+
+
+@torch.inference_mode()
+def test_the_averages_are_those_of_the_baseline(histories: Histories) -> None:
+    model = network(model_config(averages=(0.25, 0.75, 1.0)))
+    seen, _ = model.trunk(padded(model, histories))
+    vectors = torch.nn.functional.normalize(model.songs.weight, dim=-1).numpy()
+    questions = Questions.before_plays(histories, np.arange(histories.num_plays))
+    asked = questions.seen > 0
+    rows, steps = questions.rows[asked], questions.seen[asked] - 1
+    for place, discount in enumerate(model.config.averages):
+        found = seen[torch.from_numpy(rows), torch.from_numpy(steps), 12 + 8 * place : 20 + 8 * place]
+        wanted = AverageRecommender(vectors, discount).vectors(histories, questions.take(asked))
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_what_was_played_can_be_said_again() -> None:
+    model = network()
+    history = Histories.from_lists([[3, 7, 9]], [[10, 20, 30]])
+    seen, _ = model.trunk(padded(model, history))
+    songs = model.song_vectors(torch.arange(NUM_SONGS))
+    model.again["short"][0] = 50.0  # the discount 0: the last song
+    assert int((songs @ model.head(seen[:, -1], torch.zeros(1), "short")[0]).argmax()) == 9
+
+
+@torch.inference_mode()
+def test_the_long_horizon_starts_from_the_short_one(histories: Histories) -> None:
+    model = network()
+    seen, _ = model.trunk(padded(model, histories))
+    model.linked["long"].fill_(1e4)
+    gap = torch.zeros(seen.shape[:2])
+    torch.testing.assert_close(model.head(seen, gap, "long"), model.head(seen, gap, "short"), atol=1e-3, rtol=0)
+
+
+def test_a_map_of_song_vectors_starts_as_none_and_moves_songs_it_never_saw() -> None:
+    model = network(model_config(song_table="mapped"))
+    songs = torch.arange(NUM_SONGS)
+    units = torch.nn.functional.normalize(model.songs.weight, dim=-1)
+    torch.testing.assert_close(model.song_vectors(songs), units)
+    assert model.map is not None
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))[0]
+    optimizer = torch.optim.Adam(model.map.parameters(), lr=0.01)
+    for _ in range(400):
+        loss = (model.song_vectors(songs[:40]) - units[:40] @ turn).square().sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    with torch.inference_mode():
+        unseen = (model.song_vectors(songs[40:]) * (units[40:] @ turn)).sum(-1).mean()
+        assert float(unseen) > 0.8
+        model.exported = True
+        torch.testing.assert_close(model.song_vectors(songs), units)
