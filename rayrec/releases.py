@@ -8,12 +8,21 @@ from typing import Any
 
 from rayrec import artifacts
 from rayrec.artifacts import Manifest, fingerprint, new_id, publish, sha256
-from rayrec.data.dataset import Dataset, DatasetManifest
+from rayrec.data.dataset import Dataset
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
-from rayrec.workspace import DATASET_MANIFEST, Workspace, artifact_dir, split_file
+from rayrec.workspace import (
+    DATASET,
+    DATASET_MANIFEST,
+    SONGS_TABLE,
+    Workspace,
+    artifact_dir,
+    earlier_manifest,
+    split_file,
+)
 
 KIND = "releases"
 ACTIVE = "releases/active"  # JSON: the live id, and the ids that were live before it, oldest first
+SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
 PART_KINDS = ("songs", "models", "tastes", "indexes")
 MADE_BY = {"songs": "embed", "models": "train", "tastes": "taste", "indexes": "index"}  # kind -> command
@@ -34,7 +43,7 @@ def create_release(
 
     Raises `NotFoundError` where a part is missing, `MismatchError` where named parts do not belong together.
     """
-    dataset = Dataset(workspace).manifest
+    dataset = Dataset(workspace)
     named = {"models": model_id, "tastes": tastes_id, "indexes": index_id}
     chosen = {kind: artifacts.load(workspace, kind, part) for kind, part in named.items() if part is not None}
     model = chosen.get("models") or _newest_model(workspace, dataset, chosen)
@@ -44,21 +53,25 @@ def create_release(
         "tastes": chosen.get("tastes") or _newest_of(workspace, "tastes", model),
         "indexes": chosen.get("indexes") or _newest_of(workspace, "indexes", model),
     }
-    inputs = {"dataset": dataset.id, **{kind: part.id for kind, part in parts.items()}}
+    inputs = {"dataset": dataset.manifest.id, **{kind: part.id for kind, part in parts.items()}}
     if "split" in model.inputs:
         inputs["split"] = model.inputs["split"]
-    require_fit(inputs, parts.values())
+    require_fit(dataset, inputs, parts.values())
     release = _publish_release(workspace, inputs)
     if activate:
         activate_release(workspace, release.id)
     return release
 
 
-def require_fit(inputs: dict[str, str], parts: Any) -> None:
-    """Raise `MismatchError` where a part was made of something else than `inputs` (role -> id) says."""
+def require_fit(dataset: Dataset, inputs: dict[str, str], parts: Any) -> None:
+    """Raise `MismatchError` where a part was made of something else than `inputs` (role -> id) says.
+
+    A part may have been made of a data set that the present one descends from.
+    """
     for part in parts:
         for role, made_of in part.inputs.items():
-            if role in inputs and inputs[role] != made_of:
+            descends = role == "dataset" and dataset.descends_from(made_of)
+            if role in inputs and inputs[role] != made_of and not descends:
                 raise MismatchError(
                     f"{part.kind} {part.id} was made of {role} {made_of}, but {role} {inputs[role]} is asked for; "
                     f"name parts that belong together, or run `rayrec {MADE_BY[part.kind]}` again"
@@ -101,15 +114,36 @@ def rollback(workspace: Workspace) -> Manifest:
 
 
 def verify_release(workspace: Workspace, release: Manifest) -> None:
-    """Compare every file of every part with its checksum. Raises `DamagedArtifactError` for the first that differs."""
+    """Compare every file of every part with its checksum. Raises `DamagedArtifactError` for the first that differs.
+
+    Where plays were appended to its data set since, that is the part of the present one that it begins with.
+    """
     artifacts.verify(workspace, release)
-    for path, expected in workspace.read_json(release.path(CHECKSUMS)).items():
+    for path, expected in files_of(workspace, release).items():
         _compare(workspace, path, expected)
-    dataset = Dataset(workspace).manifest
-    for name, expected in dataset.files.items():
-        _compare(workspace, f"dataset/{name}", expected)
     for kind in PART_KINDS:
         artifacts.verify(workspace, artifacts.load(workspace, kind, release.inputs[kind]))
+
+
+def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
+    """Path -> sha256 of what a release is made of, but for the files of its artifacts.
+
+    Raises `DamagedArtifactError` where its data set is gone or was replaced.
+    """
+    if not workspace.exists(DATASET_MANIFEST):
+        raise DamagedArtifactError(f"{DATASET_MANIFEST} is missing; bring it back or import the data again")
+    dataset, made_of = Dataset(workspace), release.inputs["dataset"]
+    files = dict(workspace.read_json(release.path(CHECKSUMS)))
+    if not dataset.descends_from(made_of):
+        raise DamagedArtifactError(
+            f"data set {made_of} of release {release.id} was replaced by {dataset.manifest.id}; make a new release"
+        )
+    if made_of != dataset.manifest.id:
+        files[earlier_manifest(made_of)] = files.pop(DATASET_MANIFEST)
+    of_dataset = dataset.earlier(made_of).files
+    if SONGS_FILE in of_dataset:  # songs are appended to it: the checksum is the present one's
+        of_dataset = {**of_dataset, SONGS_FILE: dataset.manifest.files[SONGS_FILE]}
+    return files | {f"{DATASET}/{name}": digest for name, digest in of_dataset.items()}
 
 
 def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str, str]:
@@ -133,13 +167,13 @@ def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str
     return found
 
 
-def _newest_model(workspace: Workspace, dataset: DatasetManifest, chosen: dict[str, Manifest]) -> Manifest:
+def _newest_model(workspace: Workspace, dataset: Dataset, chosen: dict[str, Manifest]) -> Manifest:
     """The model that the named parts were made of, else the newest of the data set that has all other parts."""
     if chosen:
         return artifacts.load(workspace, "models", next(iter(chosen.values())).inputs["models"])
-    models = [m for m in artifacts.listing(workspace, "models") if m.inputs.get("dataset") == dataset.id]
+    models = [m for m in artifacts.listing(workspace, "models") if dataset.descends_from(m.inputs.get("dataset", ""))]
     if not models:
-        raise NotFoundError(f"there is no model of data set {dataset.id} to release; run `rayrec train` first")
+        raise NotFoundError(f"there is no model of data set {dataset.manifest.id} to release; run `rayrec train` first")
     complete = models
     for kind in ("tastes", "indexes"):
         used = {part.inputs.get("models") for part in artifacts.listing(workspace, kind)}

@@ -33,9 +33,19 @@ def histories_file(part: int, bucket: int) -> str:
     return f"{HISTORIES}/part={part:04d}/bucket={bucket:05d}/histories.parquet"
 
 
+def earlier_manifest(dataset_id: str) -> str:
+    """The manifest of a data set to which more was appended since."""
+    return f"{DATASET}/earlier/{dataset_id}.json"
+
+
 def playlists_file(bucket: int) -> str:
     """The Parquet file of one bucket of imported playlists."""
     return f"{PLAYLISTS}/playlists-{bucket:05d}.parquet"
+
+
+def set_aside_file(kind: str, part: int, name: str) -> str:
+    """The Parquet file of some rows of plays or playlists that an import could not use."""
+    return f"{SET_ASIDE}/{kind}-{f'part{part:04d}-' if part else ''}{name}.parquet"
 
 
 def split_file(split_id: str) -> str:

@@ -12,6 +12,7 @@ from rayrec.data.importing import ImportConfig
 from rayrec.data.readers import FORMATS
 from rayrec.data.split import WEAKER, SplitConfig
 from rayrec.data.splits import split_dataset
+from rayrec.errors import InputError
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
 from rayrec_cli.output import Shown, figures, table
@@ -21,6 +22,8 @@ PathsArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="PATH", help="Files, or folders of files; .gz too, local, s3:// or gs://."),
 ]
+
+AppendOption = Annotated[bool, typer.Option("--append", help="Add the plays to those that are there, as a new part.")]
 
 
 @command(app, "generate", config=GenerateConfig, example="rayrec generate --users 2000 --songs 2000 --seed 1")
@@ -42,12 +45,23 @@ def import_data(
     call: Call,
     config: ImportConfig,
     *,
+    append: AppendOption = False,
     force: ForceOption = False,
 ) -> Shown:
-    """Import plays or playlists from files into the data set."""
+    """Import plays or playlists from files into the data set.
+
+    With --append the plays are added to those that are there; plays that are there already are merged.
+    """
+    from rayrec.jobs.importing import append_plays
     from rayrec.jobs.importing import import_data as job
 
-    return _dataset(job(call.workspace, config, repeat=force))
+    if append and force:
+        raise InputError("--append adds plays and --force replaces them; give one of the two")
+    return (
+        _appended(append_plays(call.workspace, config))
+        if append
+        else _dataset(job(call.workspace, config, repeat=force))
+    )
 
 
 @command(app, "split", config=SplitConfig, example="rayrec split --test-days 30 --validation-days 7")
@@ -85,6 +99,19 @@ def _dataset(manifest: DatasetManifest) -> Shown:
         views.append("Each with its reason and line in dataset/set_aside.")
     times = {"first_play": manifest.first_play, "last_play": manifest.last_play}
     return Shown({**values, **times, "times": manifest.times, "reasons": manifest.set_aside}, views)
+
+
+def _appended(made: Any) -> Shown:
+    new = {"plays": made.plays, "users": made.users, "songs": made.songs}
+    came_to = {"read": made.read, "merged": made.merged, "set_aside": sum(made.set_aside.values())}
+    views: list[Any] = [figures("Appended", {f"new {name}": count for name, count in new.items()} | came_to)]
+    if not made.plays:
+        views.append("Nothing was new: the data set is as it was.")
+    if made.set_aside:
+        views.append(table("Rows set aside", ["reason", "rows"], list(made.set_aside.items())))
+    shown = _dataset(made.dataset)
+    data = {**shown.data, "appended": {**new, **came_to, "reasons": made.set_aside}}
+    return Shown(data, [*views, shown.views[0]])
 
 
 def _cut(value: int | float | str) -> str:

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.histories import Histories, user_hash
+from rayrec.data.parts import bucket_files, find_user, merge_users, read_files, with_columns
 from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
-from rayrec.workspace import DATASET_MANIFEST, PLAYLISTS, SONGS_TABLE, Workspace, histories_file
+from rayrec.workspace import DATASET_MANIFEST, PLAYLISTS, SONGS_TABLE, Workspace, earlier_manifest
 
 SCHEMA_VERSION = 1
 
@@ -25,6 +26,9 @@ class DatasetManifest:
 
     id: str  # changes with every import
     lineage: str = ""  # id of the data set whose rows of songs it shares, itself where empty
+    ancestors: list[str] = field(
+        default_factory=list
+    )  # ids of those whose parts and songs it begins with, oldest first
     source: str  # the format it came from
     buckets: int  # fixed at the first import
     parts: int  # parts of the histories, numbered from 0
@@ -38,10 +42,11 @@ class DatasetManifest:
     times: Times = "real"  # positions: times say in which order a user's plays came, and nothing else
     contexts: list[str] = field(default_factory=list)  # name of each bit, at most 31
     has_skipped: bool = False
-    read: int = 0  # rows read by the import
+    read: int = 0  # rows read by the import, with --append by all of them
     merged: int = 0  # exact duplicates merged
     set_aside: dict[str, int] = field(default_factory=dict)  # reason -> rows
     config: dict[str, object] = field(default_factory=dict)  # of the import
+    appended: list[dict[str, object]] = field(default_factory=list)  # part by part: settings, plan, rows and plays
     files: dict[str, str] = field(default_factory=dict)  # path below dataset/ -> sha256
     created_at: str = ""
     schema_version: int = SCHEMA_VERSION
@@ -58,14 +63,8 @@ class Dataset:
             raise NotFoundError(
                 f"workspace {workspace.uri} holds no data set; run `rayrec import` or `rayrec generate` first"
             )
-        raw = workspace.read_json(DATASET_MANIFEST)
-        if raw.get("schema_version") != SCHEMA_VERSION:
-            raise DamagedArtifactError(
-                f"{DATASET_MANIFEST} has schema version {raw.get('schema_version')}, "
-                f"this rayrec reads {SCHEMA_VERSION}; import the data again"
-            )
         self.workspace = workspace
-        self.manifest = DatasetManifest(**raw)
+        self.manifest = read_manifest(workspace, DATASET_MANIFEST)
 
     @property
     def num_songs(self) -> int:
@@ -81,14 +80,30 @@ class Dataset:
         """int64 (U,): the bucket that holds each user."""
         return bucket_of(user_ids, self.manifest.buckets)
 
-    def read_bucket(self, bucket: int, users_per_batch: int = 5_000) -> Iterator[Histories]:
-        """The histories of one bucket in batches, in the order in which they are stored."""
-        for part in range(self.manifest.parts):
-            path = histories_file(part, bucket)
-            if self.workspace.exists(path):
-                with self.workspace.open_input(path) as stream:
-                    for batch in pq.ParquetFile(stream).iter_batches(batch_size=users_per_batch):
-                        yield Histories.from_arrow(batch)
+    def descends_from(self, dataset_id: str) -> bool:
+        """True for the data set itself and those that it begins with: what was made of them stays of use.
+
+        Song rows agree, songs from their number on are new, and their plays are the first parts.
+        """
+        return dataset_id == self.manifest.id or dataset_id in self.manifest.ancestors
+
+    def earlier(self, dataset_id: str) -> DatasetManifest:
+        """The manifest of the data set itself or of one that it descends from."""
+        if dataset_id == self.manifest.id:
+            return self.manifest
+        return read_manifest(self.workspace, earlier_manifest(dataset_id))
+
+    def read_bucket(self, bucket: int, users_per_batch: int = 5_000, *, first_part: int = 0) -> Iterator[Histories]:
+        """The histories of one bucket in batches, each user once, in the order in which users first appeared.
+
+        With `first_part` the plays of that part and later ones alone. A batch holds at most
+        `users_per_batch` users, fewer where histories are long: memory is bounded by 1 M plays of each
+        part and the longest history.
+        """
+        earlier = bucket_files(self.workspace, range(first_part), bucket)
+        files = bucket_files(self.workspace, range(first_part, self.manifest.parts), bucket)
+        for histories in read_files(self.workspace, files, users_per_batch, earlier):
+            yield self._told(histories)
 
     def read_all(self, users_per_batch: int = 5_000) -> Iterator[Histories]:
         """The histories of all buckets in batches."""
@@ -98,11 +113,19 @@ class Dataset:
     def history(self, user_id: str) -> Histories:
         """One user's history. Raises `NotFoundError` for a user who is not there."""
         bucket = int(self.bucket_of(np.array([user_id], dtype=object))[0])
-        for batch in self.read_bucket(bucket):
-            found = np.flatnonzero(batch.user_ids == user_id)
-            if len(found):
-                return batch.take(found)
-        raise NotFoundError(f"user {user_id!r} has no plays in the data set; check the id or import the plays first")
+        files = bucket_files(self.workspace, range(self.manifest.parts), bucket)
+        found = [row for path in files if (row := find_user(self.workspace, path, user_id)) is not None]
+        if not found:
+            raise NotFoundError(
+                f"user {user_id!r} has no plays in the data set; check the id or import the plays first"
+            )
+        return self._told(merge_users(found))
+
+    def _told(self, histories: Histories) -> Histories:
+        """With the columns of the data set, also where an earlier part came without them."""
+        if self.manifest.parts == 1:
+            return histories
+        return with_columns(histories, contexts=bool(self.manifest.contexts), skipped=self.manifest.has_skipped)
 
     def read_playlists(self, playlists_per_batch: int = 5_000) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Playlists in batches: songs int32 (P,) and offsets int64 (playlists + 1,)."""
@@ -114,8 +137,8 @@ class Dataset:
                     yield lists.flatten().to_numpy(), offsets - offsets[0]
 
     def catalog(self) -> "Catalog":
-        """The song table, in memory."""
-        return Catalog(self.workspace.read_table(SONGS_TABLE))
+        """The song table, in memory; without songs that an unfinished import has put behind it."""
+        return Catalog(self.workspace.read_table(SONGS_TABLE).slice(0, self.num_songs))
 
 
 class Catalog:
@@ -157,6 +180,17 @@ class Catalog:
 def bucket_of(user_ids: np.ndarray, buckets: int) -> np.ndarray:
     """int64 (U,): the bucket of each user among `buckets`, by a hash that never changes."""
     return (user_hash(user_ids) % np.uint64(buckets)).astype(np.int64)
+
+
+def read_manifest(workspace: Workspace, path: str) -> DatasetManifest:
+    """The manifest at a path. Raises `DamagedArtifactError` for another schema version."""
+    raw = workspace.read_json(path)
+    if raw.get("schema_version") != SCHEMA_VERSION:
+        raise DamagedArtifactError(
+            f"{path} has schema version {raw.get('schema_version')}, "
+            f"this rayrec reads {SCHEMA_VERSION}; import the data again"
+        )
+    return DatasetManifest(**raw)
 
 
 def write_manifest(workspace: Workspace, manifest: DatasetManifest) -> None:

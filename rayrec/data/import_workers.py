@@ -3,16 +3,29 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from rayrec.data.fragments import FragmentStore, UnitResult
 from rayrec.data.importing import ImportConfig
-from rayrec.data.merging import Rows, drop_rare, song_counts, sort_rows, to_histories, to_playlists, to_positions
+from rayrec.data.merging import (
+    Rows,
+    drop_rare,
+    rows_among,
+    song_counts,
+    sort_rows,
+    to_histories,
+    to_playlists,
+    to_positions,
+)
+from rayrec.data.parts import bucket_files, order_of_users, read_files, read_users
 from rayrec.data.readers.reader import Unit
 from rayrec.data.staging import Staging
 from rayrec.data.vocabulary import KEY, SongRows
 from rayrec.errors import InputError
-from rayrec.workspace import SET_ASIDE, histories_file, playlists_file
+from rayrec.workspace import Workspace, histories_file, playlists_file, set_aside_file
+
+USERS_PER_READ = 5_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +39,7 @@ class MergeSettings:
     contexts: list[str]  # name of each bit
     has_skipped: bool
     in_lines: bool  # the order of a row is its place in its line
+    part: int = 0  # of the histories, that plays become
 
 
 class UnitImporter:
@@ -62,10 +76,35 @@ class SongCounter:
     def __call__(self, bucket: int) -> int:
         """Write the counts of one bucket."""
         rows, _ = read_bucket(self.staging.fragments, self.merge, int(bucket))
-        keys, counts = song_counts(rows, self.config.min_user_plays)
+        there = ThereAlready(self.staging.workspace, self.merge.part, int(bucket))
+        keys, counts = song_counts(rows, self.config.min_user_plays, there.knows(rows.owners))
         table = pa.table({KEY: pa.array(keys, pa.uint64()), "count": pa.array(counts, pa.int64())})
         self.staging.workspace.write_table(self.staging.counts_file(int(bucket)), table)
         return int(bucket)
+
+
+class ThereAlready:
+    """What a bucket holds in the parts before the one that is made."""
+
+    def __init__(self, workspace: Workspace, part: int, bucket: int) -> None:
+        self.workspace, self.files = workspace, bucket_files(workspace, range(part), bucket)
+        ids = [read_users(workspace, path) for path in self.files]
+        self.users = pd.unique(np.concatenate([np.zeros(0, object), *ids]))  # in the order of first appearance
+
+    def knows(self, owners: np.ndarray) -> np.ndarray:
+        """bool (O,): the owners who have plays."""
+        return np.asarray(pd.Index(owners).isin(self.users), dtype=bool)
+
+    def without(self, rows: Rows, songs: SongRows) -> Rows:
+        """The rows that are not there yet: exact duplicates of plays drop out."""
+        if not self.files or not len(rows):
+            return rows
+        row_songs = songs.find(rows.key)
+        repeated: np.ndarray = np.zeros(len(rows), dtype=bool)
+        for path in self.files:
+            for histories in read_files(self.workspace, [path], USERS_PER_READ):
+                repeated[rows_among(rows, row_songs, histories)] = True
+        return rows.keep(~repeated)
 
 
 class BucketMerger:
@@ -80,19 +119,23 @@ class BucketMerger:
     def __call__(self, bucket: int) -> int:
         """Write the files of one bucket, then its result."""
         number = int(bucket)
+        there = ThereAlready(self.staging.workspace, self.merge.part, number)
         rows, merged = read_bucket(self.staging.fragments, self.merge, number)
-        rows, dropped = drop_rare(rows, self.songs, self.config.min_user_plays, self.config.drop_reasons)
+        known = there.knows(rows.owners)
+        distinct = there.without(rows, self.songs)
+        merged += len(rows) - len(distinct)
+        rows, dropped = drop_rare(distinct, self.songs, self.config.min_user_plays, self.config.drop_reasons, known)
         rows = to_positions(rows) if self.merge.in_lines else rows
         written = []
         if len(rows):
-            written.append(self._write_rows(number, rows))
+            written.append(self._write_rows(number, rows, there.users))
         if dropped.rows:
-            written.append(f"{SET_ASIDE}/{self.config.produces}-{number:05d}.parquet")
+            written.append(set_aside_file(self.config.produces, self.merge.part, f"{number:05d}"))
             table = dropped.table(self.merge.sources)
             self.staging.workspace.write_table(self.staging.out(written[-1]), table)
         result = {
             "rows": len(rows),
-            "owners": int((rows.counts() > 0).sum()),
+            "owners": int(((rows.counts() > 0) & ~known).sum()),
             "merged": merged,
             "dropped": dropped.counts(),
             "first": int(rows.order.min()) if len(rows) else 0,
@@ -102,12 +145,14 @@ class BucketMerger:
         self.staging.workspace.write_json(self.staging.bucket_file(number), result)
         return number
 
-    def _write_rows(self, number: int, rows: Rows) -> str:
+    def _write_rows(self, number: int, rows: Rows, known_users: np.ndarray) -> str:
         if self.config.produces == "playlists":
             path = playlists_file(number)
             self.staging.workspace.write_table(self.staging.out(path), to_playlists(rows, self.songs))
             return path
-        path = histories_file(0, number)
+        path = histories_file(self.merge.part, number)
         histories = to_histories(rows, self.songs, self.merge.contexts, self.merge.has_skipped)
+        if len(known_users):
+            histories = histories.take(order_of_users(known_users, histories.user_ids))
         self.staging.write_histories(path, histories)
         return path

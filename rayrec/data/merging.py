@@ -1,9 +1,10 @@
 """The second pass of an import: the fragments of one bucket become sorted histories or playlists."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -128,9 +129,12 @@ def _no_rows() -> Rows:
     )
 
 
-def song_counts(rows: Rows, min_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keys, uint64, and numbers of rows, int64, of the songs of owners with at least `min_rows` rows."""
-    enough = rows.counts()[rows.owner] >= min_rows
+def song_counts(rows: Rows, min_rows: int, known: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Keys, uint64, and numbers of rows, int64, of the songs of owners with at least `min_rows` rows.
+
+    Owners who are `known` already, bool (O,), count however few rows they have.
+    """
+    enough = ((rows.counts() >= min_rows) | _none_unless(known, rows))[rows.owner]
     keys, counts = np.unique(rows.key[enough], return_counts=True)
     return keys, counts
 
@@ -170,23 +174,45 @@ class Dropped:
         return pa.concat_tables(tables).combine_chunks()
 
 
-def drop_rare(rows: Rows, song_rows: SongRows, min_rows: int, reasons: tuple[str, str]) -> tuple[Rows, Dropped]:
+def drop_rare(
+    rows: Rows, song_rows: SongRows, min_rows: int, reasons: tuple[str, str], known: np.ndarray | None = None
+) -> tuple[Rows, Dropped]:
     """The rows whose song is in the vocabulary and whose owner has at least `min_rows` of them.
 
-    `reasons` are those of an owner and of a song with too few rows.
+    `reasons` are those of an owner and of a song with too few rows. Owners who are `known` already,
+    bool (O,), stay however few rows they have.
     """
     dropped = Dropped()
     too_few, too_rare = reasons
 
     def drop_owners(rows: Rows) -> Rows:
-        enough = rows.counts()[rows.owner] >= min_rows
+        enough = ((rows.counts() >= min_rows) | _none_unless(known, rows))[rows.owner]
         dropped.add(rows.keep(~enough), too_few)
         return rows.keep(enough)
 
     rows = drop_owners(rows)
-    known = song_rows.find(rows.key) >= 0
-    dropped.add(rows.keep(~known), too_rare)
-    return drop_owners(rows.keep(known)), dropped
+    in_vocabulary = song_rows.find(rows.key) >= 0
+    dropped.add(rows.keep(~in_vocabulary), too_rare)
+    return drop_owners(rows.keep(in_vocabulary)), dropped
+
+
+def _none_unless(known: np.ndarray | None, rows: Rows) -> np.ndarray:
+    return np.zeros(len(rows.owners), dtype=bool) if known is None else known
+
+
+def rows_among(rows: Rows, songs: np.ndarray, histories: Histories) -> np.ndarray:
+    """int64: the rows whose user, time and song are those of a play in `histories`.
+
+    `songs`, int32 (R,), are the song rows of `rows`, -1 where they are new.
+    """
+    place = pd.Index(rows.owners).get_indexer(pd.Index(histories.user_ids))
+    plays = histories.take(place >= 0)
+    plays = plays.keep((plays.played_at >= rows.order.min()) & (plays.played_at <= rows.order.max()))
+    owner = place[place >= 0][plays.rows]
+    asked = np.flatnonzero(np.isin(rows.owner, owner))
+    mine = pd.MultiIndex.from_arrays([rows.owner[asked], rows.order[asked], songs[asked]])
+    found: np.ndarray = mine.isin(pd.MultiIndex.from_arrays([owner, plays.played_at, plays.songs]))
+    return np.asarray(asked[found])
 
 
 def to_histories(rows: Rows, song_rows: SongRows, contexts: list[str], has_skipped: bool) -> Histories:
@@ -226,6 +252,7 @@ def context_bits(names: pa.Array, contexts: list[str]) -> np.ndarray:
     return bits
 
 
-def choose_contexts(counts: dict[str, int]) -> list[str]:
-    """The names of the bits: the 31 most frequent contexts, the most frequent first."""
-    return sorted(counts, key=lambda name: (-counts[name], name))[:MAX_CONTEXTS]
+def choose_contexts(counts: dict[str, int], before: Sequence[str] = ()) -> list[str]:
+    """The names of the bits, at most 31: those `before`, then the most frequent contexts, the most frequent first."""
+    new = sorted(counts.keys() - set(before), key=lambda name: (-counts[name], name))
+    return [*before, *new][:MAX_CONTEXTS]

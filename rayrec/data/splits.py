@@ -34,19 +34,31 @@ def list_splits(workspace: Workspace) -> list[Split]:
 def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split: bool = False) -> Split | None:
     """The named split, else the newest of the data set, else none: fits then use all plays.
 
-    Raises `NotFoundError` for an unknown id and `MismatchError` for a split of another data set.
+    A split that is named may be one of a data set that this one descends from. Raises `NotFoundError`
+    for an unknown id and `MismatchError` for a split that does not fit.
     """
     if no_split:
         if split_id is not None:
             raise InputError(f"a split ({split_id}) and no split are both asked for; give --split ID or --no-split")
         return None
-    dataset = Dataset(workspace).manifest.id
+    dataset = Dataset(workspace)
     if split_id is None:
-        fitting = [split for split in list_splits(workspace) if split.dataset == dataset]
+        fitting = [split for split in list_splits(workspace) if split.dataset == dataset.manifest.id]
         return fitting[-1] if fitting else None
     split = load_split(workspace, split_id)
-    if split.dataset != dataset:
-        raise MismatchError(
-            f"split {split_id} cuts data set {split.dataset}, the workspace holds {dataset}; run `rayrec split` again"
-        )
+    require_split_of(dataset, split)
     return split
+
+
+def require_split_of(dataset: Dataset, split: Split) -> None:
+    """Raise `MismatchError` unless the split cuts the data set, or one that it descends from in time.
+
+    A cut in time stays where it is when plays are appended; one at a share of each user's plays moves,
+    and what was learned before the one may be tested behind the other.
+    """
+    if split.dataset == dataset.manifest.id or (split.protocol == "time" and dataset.descends_from(split.dataset)):
+        return
+    raise MismatchError(
+        f"split {split.id} cuts data set {split.dataset}, the workspace holds {dataset.manifest.id}; "
+        "run `rayrec split` again"
+    )

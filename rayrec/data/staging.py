@@ -5,7 +5,6 @@ place and puts the new manifest last; if it is killed, the next import finishes 
 """
 
 from dataclasses import asdict
-from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -13,7 +12,15 @@ from rayrec.artifacts import sha256
 from rayrec.data.dataset import DatasetManifest
 from rayrec.data.fragments import FragmentStore
 from rayrec.data.histories import Histories
-from rayrec.workspace import DATASET, DATASET_MANIFEST, GENERATING, IMPORT_STAGING, Workspace
+from rayrec.workspace import (
+    DATASET,
+    DATASET_MANIFEST,
+    GENERATING,
+    IMPORT_STAGING,
+    SONGS_TABLE,
+    Workspace,
+    earlier_manifest,
+)
 
 PLAYS_PER_ROW_GROUP = 500_000
 
@@ -54,6 +61,12 @@ class Staging:
         """sha256 of a file that waits for being published."""
         return sha256(self.workspace, self.out(path))
 
+    def keep_manifest(self, dataset_id: str) -> dict[str, str]:
+        """Put the present manifest among the files of the next: its name below dataset/, and its checksum."""
+        path = earlier_manifest(dataset_id)
+        self.workspace.write_bytes(self.out(path), self.workspace.read_bytes(DATASET_MANIFEST))
+        return {path.removeprefix(f"{DATASET}/"): self.checksum(path)}
+
     def publish(self, manifest: DatasetManifest) -> None:
         """Make the staged files and those that the manifest keeps the data set; nothing else stays."""
         self.workspace.write_json(self.out(DATASET_MANIFEST), asdict(manifest))
@@ -68,20 +81,34 @@ def discard_others(workspace: Workspace, staging: Staging) -> None:
 
 
 def finish_publishing(workspace: Workspace) -> None:
-    """Publish an import whose files are complete; does nothing where none waits. May be repeated at any point."""
+    """Publish an import whose files are complete; does nothing where none waits. May be repeated at any point.
+
+    A data set of which every file stays (but the song table, which grows at its end) is there for readers
+    all the while; any other is gone from before its first file is touched until the new one is whole.
+    """
     for name in workspace.folders(IMPORT_STAGING):
         staging = Staging(workspace, name)
         staged_manifest = staging.out(DATASET_MANIFEST)
         if not workspace.exists(staged_manifest):
             continue
-        manifest: dict[str, Any] = workspace.read_json(staged_manifest)
-        workspace.delete(DATASET_MANIFEST)
-        workspace.delete(GENERATING)
-        for path in workspace.files(DATASET):
-            if not path.startswith(f"{IMPORT_STAGING}/") and path.removeprefix(f"{DATASET}/") not in manifest["files"]:
-                workspace.delete(path)
-        for path in manifest["files"]:
+        files: dict[str, str] = workspace.read_json(staged_manifest)["files"]
+        if not _stays_whole(workspace, files):
+            workspace.delete(DATASET_MANIFEST)
+            workspace.delete(GENERATING)
+            for path in workspace.files(DATASET):
+                if not path.startswith(f"{IMPORT_STAGING}/") and path.removeprefix(f"{DATASET}/") not in files:
+                    workspace.delete(path)
+        for path in files:
             if workspace.exists(staging.out(path)):
                 workspace.move(staging.out(path), f"{DATASET}/{path}")
         workspace.move(staged_manifest, DATASET_MANIFEST)
         workspace.delete(IMPORT_STAGING)
+
+
+def _stays_whole(workspace: Workspace, files: dict[str, str]) -> bool:
+    """True where the data set that is there keeps all its files under the new manifest's `files`."""
+    if not workspace.exists(DATASET_MANIFEST):
+        return False
+    there: dict[str, str] = workspace.read_json(DATASET_MANIFEST)["files"]
+    songs = SONGS_TABLE.removeprefix(f"{DATASET}/")
+    return bool(there) and all(files.get(path) == digest for path, digest in there.items() if path != songs)

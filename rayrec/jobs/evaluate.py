@@ -9,6 +9,7 @@ from rayrec.artifacts import Manifest, fingerprint, load, new_id, newest, publis
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange, Split
+from rayrec.data.splits import require_split_of
 from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
@@ -104,17 +105,14 @@ def choose_parts(
     unknown = [name for name in config.models or () if name not in (*NETWORKS, *BASELINES)]
     if unknown:
         raise InputError(f"there is no model {unknown[0]!r}; there are: {', '.join((*NETWORKS, *BASELINES))}")
-    if split is not None and split.dataset != dataset.manifest.id:
-        raise MismatchError(
-            f"split {split.id} cuts data set {split.dataset}, the workspace holds {dataset.manifest.id}; "
-            "run `rayrec split` again"
-        )
+    if split is not None:
+        require_split_of(dataset, split)
     inputs, model, songs, default = {"dataset": dataset.manifest.id}, None, None, NETWORKS[0]
     if split is not None:
         inputs["split"] = split.id
     if config.models is None or set(NETWORKS) & set(config.models):
         model = load(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
-        require_split(model, split, inputs["dataset"], "train")
+        require_split(model, split, dataset, "train")
         inputs["models"] = model.id
         default = NETWORKS[0] if has_memory(model) else NETWORKS[1]
         if NETWORKS[0] in (config.models or ()) and default != NETWORKS[0]:
@@ -122,15 +120,18 @@ def choose_parts(
     names = tuple(dict.fromkeys(config.models or (default, NETWORKS[1], *BASELINES)))
     if needs_vectors(names):
         songs = load(workspace, "songs", model.inputs["songs"]) if model else newest(workspace, "songs", "embed")
-        require_split(songs, split, inputs["dataset"], "embed")
+        require_split(songs, split, dataset, "embed")
         inputs["songs"] = songs.id
     return Parts(names=names, default=default, model=model, songs=songs, inputs=inputs)
 
 
-def require_split(part: Manifest, split: Split | None, dataset: str, command: str) -> None:
-    """Raise `MismatchError` for a part that was not made for the split, or without one not of all plays."""
+def require_split(part: Manifest, split: Split | None, dataset: Dataset, command: str) -> None:
+    """Raise `MismatchError` for a part that was not made for the split, or without one not of all plays.
+
+    Made from the data set, or from one that it descends from.
+    """
     made_of, wanted = part.inputs.get("split"), split.id if split else None
-    if made_of == wanted and part.inputs.get("dataset", dataset) == dataset:
+    if made_of == wanted and dataset.descends_from(part.inputs.get("dataset", dataset.manifest.id)):
         return
     saw = f"was made for split {made_of}" if made_of else "was made from all plays"
     saw += ", those to be predicted too" if wanted and not made_of else ""

@@ -6,7 +6,7 @@ passes run on Ray Data and hold a bounded number of rows per worker, whatever th
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -35,6 +35,7 @@ from rayrec.workspace import (
     SET_ASIDE,
     SONGS_TABLE,
     Workspace,
+    set_aside_file,
 )
 
 
@@ -62,6 +63,57 @@ def import_data(workspace: Workspace, config: ImportConfig, *, repeat: bool = Fa
         return task.run()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Appended:
+    """What an append came to."""
+
+    dataset: DatasetManifest  # with the new part; as it was where nothing was new
+    read: int = 0  # rows of the files
+    merged: int = 0  # exact duplicates, of each other and of plays that were there already
+    set_aside: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    plays: int = 0  # new ones
+    users: int = 0  # new ones
+    songs: int = 0  # new ones
+
+
+def append_plays(workspace: Workspace, config: ImportConfig) -> Appended:
+    """Add the plays of files to the data set, as a new part; the parts and song rows that exist stay as they are.
+
+    Plays that are there already are merged and counted: the same files again change nothing, and
+    files that were appended under the same names and dates are not read again. The fewest plays that
+    users and songs must have are asked of new users and new songs only. A killed append leaves the
+    data set as it was, and goes on where it was.
+
+    Raises `InputError` where no plays are there, for playlists, and for plays without times.
+    """
+    finish_publishing(workspace)
+    base = _require_appendable(workspace, config)
+    plan = make_plan(config)
+    if plan.id in [each["plan"] for each in base.appended] or _was_made_by(base, config, plan):
+        return Appended(dataset=base)
+    task = _Import(workspace, config, plan, base, append=True)
+    discard_others(workspace, task.staging)
+    with ray_cluster():
+        made = task.run()
+    if made.id == base.id:
+        return Appended(dataset=base, **task.came_to)
+    new = {name: getattr(made, name) - getattr(base, name) for name in ("plays", "users", "songs")}
+    return Appended(dataset=made, **task.came_to, **new)
+
+
+def _require_appendable(workspace: Workspace, config: ImportConfig) -> DatasetManifest:
+    base = Dataset(workspace).manifest
+    if not base.plays:
+        raise InputError(f"workspace {workspace.uri} holds no plays to append to; leave out --append")
+    if config.produces == "playlists":
+        raise InputError("playlists cannot be appended, only plays; replace all playlists with --force")
+    if "positions" in (base.times, config.times):
+        raise InputError(
+            "plays without times cannot be appended: nothing says which came first; import all files together"
+        )
+    return base
+
+
 def _was_made_by(existing: DatasetManifest, config: ImportConfig, plan: Plan) -> bool:
     made = existing.config.get(config.produces)
     return isinstance(made, dict) and made.get("plan") == plan.id
@@ -84,38 +136,61 @@ def _other(kind: Kind) -> Kind:
 
 
 class _Import:
-    """One run of an import; `base` is the data set whose songs and other kind of rows stay."""
+    """One run of an import; `base` is the data set whose songs and other kind of rows stay, or to append to."""
 
-    def __init__(self, workspace: Workspace, config: ImportConfig, plan: Plan, base: DatasetManifest | None) -> None:
-        self.workspace, self.config, self.plan, self.base = workspace, config, plan, base
+    def __init__(
+        self,
+        workspace: Workspace,
+        config: ImportConfig,
+        plan: Plan,
+        base: DatasetManifest | None,
+        *,
+        append: bool = False,
+    ) -> None:
+        self.workspace, self.config, self.plan, self.base, self.append = workspace, config, plan, base, append
         self.buckets = base.buckets if base else config.buckets or choose_buckets(plan.size)
         if config.buckets not in (0, self.buckets):
             raise InputError(
                 f"the data set has {self.buckets} buckets, {config.buckets} were asked for; leave the number out"
             )
-        inputs = {"base": base.id if base else "", "buckets": str(self.buckets)}
+        inputs = {"base": base.id if base else "", "buckets": str(self.buckets)} | ({"append": "yes"} if append else {})
         self.staging = Staging(workspace, fingerprint("staging", {"plan": plan.id}, inputs))
+        self.came_to: dict[str, Any] = {}  # read, merged, set_aside
 
     def run(self) -> DatasetManifest:
         units = self._read_units()
-        merge = MergeSettings(
-            units=units,
-            offsets=self.plan.line_offsets([unit.lines for unit in units]),
-            files=self.plan.unit_files,
-            sources=[file.source for file in self.plan.files],
-            contexts=choose_contexts(_added(unit.contexts for unit in units)),
-            has_skipped=any(unit.has_skipped for unit in units),
-            in_lines=self.config.times == "positions",
-        )
+        merge = self._merge_settings(units)
         vocabulary = self._vocabulary(units, merge)
         self.workspace.write_table(self.staging.out(SONGS_TABLE), vocabulary.table())
         buckets = self._merge_buckets(vocabulary, merge)
+        dropped = _added(bucket["dropped"] for bucket in buckets)
+        self.came_to = {
+            "read": sum(unit.read for unit in units),
+            "merged": sum(bucket["merged"] for bucket in buckets),
+            "set_aside": _added([*(unit.rejected for unit in units), dropped]),
+        }
         if not any(bucket["rows"] for bucket in buckets):
-            self._refuse(_added(bucket["dropped"] for bucket in buckets), sum(unit.read for unit in units))
+            if self.append and self.base and self.came_to["merged"]:
+                self.workspace.delete(self.staging.folder)
+                return self.base
+            self._refuse(dropped, self.came_to["read"])
         rejected = self._write_rejected(merge)
         manifest = self._manifest(merge, buckets, len(vocabulary.keys), rejected)
         self.staging.publish(manifest)
         return manifest
+
+    def _merge_settings(self, units: list[UnitResult]) -> MergeSettings:
+        before = self.base if self.append and self.base else None
+        return MergeSettings(
+            units=units,
+            offsets=self.plan.line_offsets([unit.lines for unit in units]),
+            files=self.plan.unit_files,
+            sources=[file.source for file in self.plan.files],
+            contexts=choose_contexts(_added(unit.contexts for unit in units), before.contexts if before else []),
+            has_skipped=any(unit.has_skipped for unit in units) or (before is not None and before.has_skipped),
+            in_lines=self.config.times == "positions",
+            part=before.parts if before else 0,
+        )
 
     def _run(self, title: str, make_worker: Callable[..., BucketWorker], todo: list[int], **arguments: Any) -> None:
         if not todo:
@@ -176,7 +251,7 @@ class _Import:
         """All rejects of the first pass in one file, with the lines of their files; its path and checksum."""
         if not any(unit.rejected for unit in merge.units):
             return {}
-        path = f"{SET_ASIDE}/{self.config.produces}-rejected.parquet"
+        path = set_aside_file(self.config.produces, merge.part, "rejected")
         with (
             self.workspace.open_output(self.staging.out(path)) as stream,
             pq.ParquetWriter(stream, columns.REJECTED, compression="zstd") as writer,
@@ -205,23 +280,52 @@ class _Import:
         for bucket in buckets:
             written |= bucket["files"]
         kept = {name: digest for name, digest in base.files.items() if self._stays(name)}
-        files = dict(sorted({**kept, **{name.removeprefix(f"{DATASET}/"): written[name] for name in written}}.items()))
-        made = {**to_mapping(self.config), "plan": self.plan.id}
-        other: str = _other(self.config.produces)
-        beside = {other: base.config[other]} if other in base.config else {}
+        files = {**kept, **{name.removeprefix(f"{DATASET}/"): written[name] for name in written}}
+        made_id = fingerprint("dataset", {"files": dict(sorted(files.items()))}, {})
+        figures = self._appended(merge, base, buckets) if self.append else self._replaced(merge, base, buckets)
+        if figures["ancestors"]:
+            files |= self.staging.keep_manifest(base.id)
         return replace(
             base,
-            id=fingerprint("dataset", {"files": files}, {}),
-            source=self.config.format if not base.source else f"{base.source} + {self.config.format}",
+            id=made_id,
+            lineage=base.lineage or base.id,
+            source=_joined(base.source, self.config.format),
             songs=songs,
-            read=sum(unit.read for unit in merge.units),
-            merged=sum(bucket["merged"] for bucket in buckets),
-            set_aside=_added([*(unit.rejected for unit in merge.units), *(bucket["dropped"] for bucket in buckets)]),
-            config={**beside, str(self.config.produces): made},
-            files=files,
+            files=dict(sorted(files.items())),
             created_at=datetime.now(timezone.utc).isoformat(),
-            **self._figures(merge, buckets),
+            **figures,
         )
+
+    def _appended(self, merge: MergeSettings, base: DatasetManifest, buckets: list[dict[str, Any]]) -> dict[str, Any]:
+        """What an append changes in the manifest."""
+        figures = self._figures(merge, buckets)
+        new = {name: figures[name] for name in ("plays", "users")}
+        came_to = {**new, "read": self.came_to["read"], "merged": self.came_to["merged"]}
+        made = {**to_mapping(self.config), "plan": self.plan.id, "part": merge.part, **came_to}
+        return {
+            **figures,
+            **{name: getattr(base, name) + count for name, count in came_to.items()},
+            "set_aside": _added([base.set_aside, self.came_to["set_aside"]]),
+            "first_play": min(base.first_play, figures["first_play"]),
+            "last_play": max(base.last_play, figures["last_play"]),
+            "ancestors": [*base.ancestors, base.id],
+            "appended": [*base.appended, made],
+        }
+
+    def _replaced(self, merge: MergeSettings, base: DatasetManifest, buckets: list[dict[str, Any]]) -> dict[str, Any]:
+        """What an import that adds or replaces all plays, or all playlists, changes in the manifest."""
+        other: str = _other(self.config.produces)
+        beside = {other: base.config[other]} if other in base.config else {}
+        made = {**to_mapping(self.config), "plan": self.plan.id}
+        # What was made of plays that are gone is of no more use; playlists may change beside the plays.
+        goes_on = bool(base.id) and (self.config.produces == "playlists" or not base.plays)
+        return {
+            **self._figures(merge, buckets),
+            **self.came_to,
+            "ancestors": [*base.ancestors, base.id] if goes_on else [],
+            "appended": base.appended if self.config.produces == "playlists" else [],
+            "config": {**beside, str(self.config.produces): made},
+        }
 
     def _figures(self, merge: MergeSettings, buckets: list[dict[str, Any]]) -> dict[str, Any]:
         rows, owners = (sum(bucket[name] for bucket in buckets) for name in ("rows", "owners"))
@@ -231,7 +335,7 @@ class _Import:
         return {
             "plays": rows,
             "users": owners,
-            "parts": 1,
+            "parts": merge.part + 1,
             "first_play": min(bucket["first"] for bucket in filled),
             "last_play": max(bucket["last"] for bucket in filled),
             "times": self.config.times,
@@ -240,10 +344,17 @@ class _Import:
         }
 
     def _stays(self, name: str) -> bool:
-        """True for a file of the base that the other kind of rows needs."""
+        """True for a file of the base that is still of use: all of them, or those of the other kind of rows."""
+        if self.append or name.startswith("earlier/"):
+            return True
         other = _other(self.config.produces)
         folder = "histories/" if other == "plays" else "playlists/"
         return name.startswith((folder, f"{SET_ASIDE.removeprefix(f'{DATASET}/')}/{other}-"))
+
+
+def _joined(before: str, source: str) -> str:
+    """The formats that a data set came from, each once."""
+    return " + ".join(dict.fromkeys([*filter(None, before.split(" + ")), source]))
 
 
 def _work(batch: dict[str, np.ndarray], make_worker: Callable[..., BucketWorker], stored: list[Any]) -> dict[str, Any]:

@@ -27,13 +27,13 @@ def compute_tastes(
 ) -> Manifest:
     """Compute the taste vectors of all users; the tastes artifact.
 
-    Raises `MismatchError` for a model of another data set.
+    Raises `MismatchError` for a model of a data set that this one does not descend from.
     """
     dataset = Dataset(workspace)
     model = (
         artifacts.load(workspace, "models", model_id) if model_id else artifacts.newest(workspace, "models", "train")
     )
-    if model.inputs["dataset"] != dataset.manifest.id:
+    if not dataset.descends_from(model.inputs["dataset"]):
         raise MismatchError(
             f"model {model.id} was trained on data set {model.inputs['dataset']}, the workspace holds "
             f"{dataset.manifest.id}; train a model on it first"

@@ -83,11 +83,11 @@ def answer(
 def load_recommender(workspace: Workspace, dataset: Dataset, *, model_id: str, index_id: str | None) -> Recommender:
     """What answers for the model `model_id`: the network, searching through `index_id` where given, and its memory.
 
-    Raises `MismatchError` for a model of another data set, whose song rows may differ.
+    Raises `MismatchError` for a model of a data set that this one does not descend from: song rows may differ.
     """
     manifest = load(workspace, "models", model_id)
     made_of = manifest.inputs.get("dataset")
-    if made_of != dataset.manifest.id:
+    if made_of is None or not dataset.descends_from(made_of):
         raise MismatchError(
             f"model {model_id} was made of data set {made_of}, the workspace holds data set {dataset.manifest.id}; "
             "train, index and release again"

@@ -202,7 +202,7 @@ def test_changed_input_starts_a_killed_import_afresh(
 ) -> None:
     file = write(tmp_path / "a.csv", ["user,song,played_at", f"a,s1,{START}"])
     with monkeypatch.context() as patch:
-        patch.setattr(importing, "choose_contexts", lambda _: 1 / 0)
+        patch.setattr(importing, "choose_contexts", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             import_data(workspace, csv_config(file))
     write(file, ["user,song,played_at", f"b,s2,{START}", f"b,s3,{START + 1}"])

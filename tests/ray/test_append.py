@@ -1,0 +1,289 @@
+"""Appends end to end on a local cluster: new plays become a new part, and nothing that was there changes."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from networks import model_config, network
+from worlds import random_vectors, write_song_vectors
+
+from rayrec import artifacts, releases
+from rayrec.artifacts import sha256
+from rayrec.data.dataset import Dataset
+from rayrec.data.importing import ImportConfig
+from rayrec.data.split import SplitConfig
+from rayrec.data.splits import choose_split, split_dataset
+from rayrec.data.staging import Staging
+from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
+from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.jobs import importing
+from rayrec.jobs.embed import embed
+from rayrec.jobs.evaluate import evaluate
+from rayrec.jobs.importing import append_plays, import_data
+from rayrec.jobs.index import build_index
+from rayrec.jobs.taste import compute_tastes
+from rayrec.recommend.answering import RecommendConfig, answer, load_recommender
+from rayrec.recommend.index import IndexConfig
+from rayrec.songs.embedding import EmbedConfig
+from rayrec.taste.checkpoint import save_model
+from rayrec.taste.config import TasteConfig
+from rayrec.workspace import Workspace
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+START = 1421163674
+HEADER = ["user", "song", "played_at", "contexts", "skipped"]
+
+Play = list[Any]
+
+
+def plays(rows: int, seed: int, *, start: int = START, users: int = 60, songs: int = 80) -> list[Play]:
+    random = np.random.default_rng(seed)
+    return [
+        [
+            f"u{random.integers(users)}",
+            f"s{random.integers(songs)}",
+            start + int(random.integers(20_000)),
+            ["", "radio", "search|album"][row % 3],
+            row % 2,
+        ]
+        for row in range(rows)
+    ]
+
+
+def config_of(path: Path, rows: list[Play], **changes: Any) -> ImportConfig:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([HEADER, *rows])
+    return ImportConfig(format="csv", paths=(str(path),), buckets=4, **changes)
+
+
+def content(workspace: Workspace) -> dict[str, list[tuple[Any, ...]]]:
+    """User -> (ms, song id, contexts, skipped) of every play; fails where a user is there twice."""
+    dataset = Dataset(workspace)
+    ids, names = dataset.catalog().table.column("song_id").to_pylist(), dataset.manifest.contexts
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    for batch in dataset.read_all():
+        for user, first, last in zip(batch.user_ids, batch.offsets[:-1], batch.offsets[1:], strict=True):
+            assert user not in found
+            assert batch.contexts is not None
+            assert batch.skipped is not None
+            found[user] = [
+                (
+                    int(batch.played_at[play]),
+                    ids[batch.songs[play]],
+                    {name for bit, name in enumerate(names) if batch.contexts[play] >> bit & 1},
+                    bool(batch.skipped[play]),
+                )
+                for play in range(first, last)
+            ]
+    return found
+
+
+def test_parts_hold_what_one_import_of_all_files_holds(tmp_path: Path, workspace: Workspace) -> None:
+    days = [
+        plays(900, 1),
+        plays(500, 2, start=START + 15_000, users=70, songs=100),  # overlaps: some plays are older than the last
+        [["new", "only-new", START - 5, "podcast", 1], *plays(300, 3, start=START + 90_000, users=90, songs=120)],
+    ]
+    first = import_data(workspace, config_of(tmp_path / "0.csv", days[0]))
+    songs = Dataset(workspace).catalog().table.column("song_id").to_pylist()
+    files = {path: sha256(workspace, f"dataset/{path}") for path in first.files if path.startswith("histories")}
+    made = [append_plays(workspace, config_of(tmp_path / f"{day}.csv", days[day])) for day in (1, 2)]
+    manifest = Dataset(workspace).manifest
+
+    together = Workspace(tmp_path / "together")
+    whole = import_data(
+        together, replace(config_of(tmp_path / "0.csv", days[0]), paths=tuple(f"{tmp_path}/{n}.csv" for n in range(3)))
+    )
+    assert content(workspace) == content(together)
+    for name in ("users", "plays", "songs", "first_play", "last_play", "has_skipped", "read", "merged", "set_aside"):
+        assert getattr(manifest, name) == getattr(whole, name), name
+    assert (manifest.parts, manifest.buckets, manifest.lineage) == (3, 4, first.id)
+    assert manifest.ancestors == [first.id, made[0].dataset.id]
+    assert manifest.contexts == [*first.contexts, "podcast"]
+    assert [made[1].dataset.plays, sum(each.plays for each in made)] == [manifest.plays, manifest.plays - first.plays]
+    assert Dataset(workspace).catalog().table.column("song_id").to_pylist()[: len(songs)] == songs
+    for path, digest in {**files, **manifest.files}.items():
+        assert sha256(workspace, f"dataset/{path}") == digest
+    assert {*manifest.files, "dataset.json"} == {path.removeprefix("dataset/") for path in workspace.files("dataset")}
+    assert Dataset(workspace).earlier(first.id) == first
+    assert len(Dataset(workspace).history("new").songs) == 1
+
+
+def test_the_same_plays_again_change_nothing_and_are_counted(tmp_path: Path, workspace: Workspace) -> None:
+    rows = plays(400, 1)
+    first = import_data(workspace, config_of(tmp_path / "a.csv", rows))
+    again = append_plays(workspace, config_of(tmp_path / "a.csv", rows))
+    assert (again.dataset, again.plays, again.users, again.songs) == (first, 0, 0, 0)
+    other = append_plays(workspace, config_of(tmp_path / "b.csv", rows))
+    assert (other.dataset, other.plays, other.read, other.merged) == (first, 0, 400, 400)
+    half = append_plays(workspace, config_of(tmp_path / "c.csv", [*rows[:50], *plays(70, 9, start=START + 90_000)]))
+    assert (half.read, half.merged, half.plays, half.dataset.parts) == (120, 50, 70, 2)
+    assert append_plays(workspace, replace(half_config(tmp_path), min_song_plays=1)).dataset == half.dataset
+
+
+def half_config(folder: Path) -> ImportConfig:
+    return ImportConfig(format="csv", paths=(str(folder / "c.csv"),), buckets=4)
+
+
+def test_least_counts_are_asked_of_new_users_and_songs_only(tmp_path: Path, workspace: Workspace) -> None:
+    base = [["ann", f"s{song}", START + song, "radio", 0] for song in range(5)]
+    import_data(workspace, config_of(tmp_path / "a.csv", base))
+    new = [["ann", "s1", START + 90, "", 0], ["bob", "s1", START + 91, "", 0], ["ann", "rare", START + 92, "", 0]]
+    made = append_plays(workspace, config_of(tmp_path / "b.csv", new, min_user_plays=2, min_song_plays=2))
+    assert made.plays == 1
+    assert made.set_aside == {"user with fewer than 2 plays": 1, "song with fewer than 2 plays": 1}
+    assert [play[:2] for play in content(workspace)["ann"]][-1] == ((START + 90) * 1000, "s1")
+
+
+@pytest.mark.parametrize("step", ["_vocabulary", "_merge_buckets", "_write_rejected"])
+def test_a_killed_append_leaves_the_data_set_whole_and_goes_on(
+    tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    first = import_data(workspace, config_of(tmp_path / "a.csv", plays(300, 1)))
+    before = content(workspace)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    new = config_of(tmp_path / "b.csv", plays(200, 2, start=START + 90_000, songs=90))
+    with monkeypatch.context() as patch:
+        patch.setattr(importing._Import, step, killed)
+        with pytest.raises(KeyboardInterrupt):
+            append_plays(workspace, new)
+    assert Dataset(workspace).manifest == first
+    assert content(workspace) == before
+    assert append_plays(workspace, new).dataset.plays == first.plays + 200
+
+
+def test_an_append_killed_while_it_is_published_is_never_seen_half(
+    tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = import_data(workspace, config_of(tmp_path / "a.csv", plays(300, 1)))
+    before = content(workspace)
+    new = config_of(tmp_path / "b.csv", plays(200, 2, start=START + 90_000, songs=90))
+    move, left = Workspace.move, [0]
+
+    def failing_move(self: Workspace, source: str, target: str) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        move(self, source, target)
+
+    for moves in range(20):
+        left[0] = moves
+        with monkeypatch.context() as patch:
+            patch.setattr(Workspace, "move", failing_move)
+            try:
+                append_plays(workspace, new)
+            except KeyboardInterrupt:
+                assert Dataset(workspace).manifest == first
+                assert len(Dataset(workspace).catalog()) == first.songs
+                assert content(workspace) == before
+                continue
+        break
+    assert Dataset(workspace).manifest.plays == first.plays + 200
+    assert not workspace.exists(Staging(workspace, "").folder.rstrip("/"))
+
+
+def test_what_cannot_be_appended_is_refused(tmp_path: Path, workspace: Workspace) -> None:
+    new = config_of(tmp_path / "a.csv", plays(10, 1))
+    with pytest.raises(NotFoundError, match="holds no data set"):
+        append_plays(workspace, new)
+    import_data(workspace, new)
+    (tmp_path / "lists.csv").write_text("playlist,position,song\np,0,s1\n")
+    lists = ImportConfig(format="csv", paths=(str(tmp_path / "lists.csv"),), kind="playlists")
+    with pytest.raises(InputError, match="playlists cannot be appended"):
+        append_plays(workspace, lists)
+    (tmp_path / "lines.txt").write_text("s1 s2\n")
+    with pytest.raises(InputError, match="plays without times cannot be appended"):
+        append_plays(workspace, ImportConfig(format="sequences", paths=(str(tmp_path / "lines.txt"),)))
+
+
+def test_playlists_beside_plays_keep_the_data_set_an_ancestor(tmp_path: Path, workspace: Workspace) -> None:
+    first = import_data(workspace, config_of(tmp_path / "a.csv", plays(50, 1)))
+    (tmp_path / "lists.csv").write_text("playlist,position,song\np,0,s1\np,1,other\n")
+    second = import_data(workspace, ImportConfig(format="csv", paths=(str(tmp_path / "lists.csv"),), kind="playlists"))
+    assert (second.ancestors, second.lineage) == ([first.id], first.id)
+    assert Dataset(workspace).descends_from(first.id)
+    replaced = import_data(workspace, config_of(tmp_path / "b.csv", plays(60, 2)), repeat=True)
+    assert (replaced.ancestors, replaced.lineage) == ([], first.id)
+    assert artifacts.listing(workspace, "models") == []
+
+
+def test_contexts_and_skips_that_come_later_are_none_and_false_before(tmp_path: Path, workspace: Workspace) -> None:
+    lines = [f"u{row % 9},s{row % 5},{START + row}" for row in range(90)]
+    (tmp_path / "a.csv").write_text("\n".join(["user,song,played_at", *lines]) + "\n")
+    import_data(workspace, ImportConfig(format="csv", paths=(str(tmp_path / "a.csv"),), buckets=4))
+    append_plays(workspace, config_of(tmp_path / "b.csv", [["u1", "s1", START + 900, "radio", 1]]))
+    plays_of = content(workspace)
+    assert plays_of["u1"][-1] == ((START + 900) * 1000, "s1", {"radio"}, True)
+    told = [play[2:] for plays in plays_of.values() for play in plays[:10]]
+    assert all(play == (set(), False) for play in told)
+
+
+@pytest.fixture
+def released(tmp_path: Path, workspace: Workspace) -> str:
+    """A release of an untrained network over a data set; its id."""
+    dataset = import_data(workspace, config_of(tmp_path / "a.csv", plays(600, 1)))
+    vectors = write_song_vectors(workspace, random_vectors(dataset.songs), {"dataset": dataset.id})
+    names = save_model(
+        workspace, "models/m", network(model_config(num_songs=dataset.songs)), np.ones(dataset.songs, dtype=bool)
+    )
+    inputs = {"dataset": dataset.id, "songs": vectors.id}
+    artifacts.publish(workspace, artifacts.Manifest(kind="models", id="m", inputs=inputs), names)
+    build_index(workspace, IndexConfig())
+    compute_tastes(workspace, TasteConfig())
+    return releases.create_release(workspace).id
+
+
+def test_a_model_of_the_data_set_before_an_append_stays_of_use(
+    tmp_path: Path, workspace: Workspace, released: str
+) -> None:
+    first = Dataset(workspace).manifest
+    append_plays(workspace, config_of(tmp_path / "b.csv", plays(200, 2, start=START + 90_000, songs=120)))
+    dataset = Dataset(workspace)
+    assert dataset.num_songs > first.songs
+    releases.verify_release(workspace, artifacts.load(workspace, "releases", released))
+
+    recommender = load_recommender(workspace, dataset, model_id="m", index_id=None)
+    told = answer(dataset, recommender, RecommendConfig(k=200, include_heard=True), at=START * 2000, user="u1")
+    assert len(told.song_ids) == first.songs  # songs newer than the network are never recommended
+    tastes = compute_tastes(workspace, TasteConfig())
+    assert tastes.inputs["dataset"] == dataset.manifest.id
+    again = releases.create_release(workspace)
+    assert (again.inputs["dataset"], again.inputs["tastes"], again.inputs["models"]) == (
+        dataset.manifest.id,
+        tastes.id,
+        "m",
+    )
+    releases.verify_release(workspace, again)
+    releases.verify_release(workspace, artifacts.load(workspace, "releases", released))
+    part = next(path for path in first.files if path.startswith("histories"))
+    workspace.write_bytes(f"dataset/{part}", b"changed")
+    with pytest.raises(DamagedArtifactError, match="histories"):
+        releases.verify_release(workspace, artifacts.load(workspace, "releases", released))
+
+
+def test_a_model_is_evaluated_on_plays_that_were_appended_but_not_by_a_cut_that_moves(
+    tmp_path: Path, workspace: Workspace
+) -> None:
+    first = import_data(workspace, config_of(tmp_path / "a.csv", plays(600, 1)))
+    cuts = [
+        split_dataset(workspace, config)
+        for config in (SplitConfig(test_days=0.05, validation_days=0.01), SplitConfig(last_fraction=0.2))
+    ]
+    append_plays(workspace, config_of(tmp_path / "b.csv", plays(200, 2, start=START + 90_000, songs=120)))
+    config = EvaluateConfig(models=("popularity",), bootstrap_samples=10, offsets=0)
+    report = evaluate(workspace, config, split=cuts[0])
+    assert report.inputs["dataset"] == Dataset(workspace).manifest.id != first.id
+    assert report.metrics["plays"] > 200
+    assert choose_split(workspace, cuts[0].id) == cuts[0]
+    assert choose_split(workspace) is None  # fits begin with a split of the present data set
+    with pytest.raises(MismatchError, match="run `rayrec split` again"):
+        choose_split(workspace, cuts[1].id)
+    with pytest.raises(MismatchError, match="run `rayrec split` again"):
+        embed(workspace, EmbedConfig(), split=cuts[0])
