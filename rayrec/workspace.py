@@ -22,6 +22,7 @@ DATASET = "dataset"
 DATASET_MANIFEST = "dataset/dataset.json"
 GENERATING = "dataset/.generating.json"  # the config that unfinished generated buckets belong to
 SONGS_TABLE = "dataset/songs.parquet"
+DESCRIPTIONS = "dataset/descriptions.parquet"  # what `rayrec describe` was told of songs
 HISTORIES = "dataset/histories"
 PLAYLISTS = "dataset/playlists"
 SET_ASIDE = "dataset/set_aside"

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rayrec.data.dataset import DatasetManifest
+from rayrec.data.describing import DescribeConfig, describe
 from rayrec.data.generate import GenerateConfig
 from rayrec.data.importing import ImportConfig
 from rayrec.data.readers import FORMATS
@@ -22,6 +23,7 @@ PathsArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="PATH", help="Files, or folders of files; .gz too, local, s3:// or gs://."),
 ]
+TableArgument = Annotated[str, typer.Argument(metavar="FILE", help="csv (.gz too) or Parquet file, a row a song.")]
 
 AppendOption = Annotated[bool, typer.Option("--append", help="Add the plays to those that are there, as a new part.")]
 
@@ -62,6 +64,19 @@ def import_data(
         if append
         else _dataset(job(call.workspace, config, repeat=force))
     )
+
+
+@command(
+    app, "describe", config=DescribeConfig, example="rayrec describe songs.csv --columns song=id,released=release_date"
+)
+def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument) -> Shown:
+    """Tell titles, artists, release days and markets of songs.
+
+    From a csv or Parquet table with a row a song. Recommendations can keep to these: see `rayrec serve`. A second table
+    takes the place of the first.
+    """
+    told = asdict(describe(call.workspace, config, path))
+    return Shown(told, [figures("Songs", told)])
 
 
 @command(app, "split", config=SplitConfig, example="rayrec split --test-days 30 --validation-days 7")

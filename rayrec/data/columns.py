@@ -7,6 +7,8 @@ SONG = "song"  # int32 row of the song in songs.parquet
 SONG_ID = "song_id"  # the string by which the outside world knows the song
 TITLE = "title"
 ARTIST = "artist"
+RELEASED = "released"  # day
+MARKETS = "markets"  # names of the markets in which a song may be played
 SONGS = "songs"
 PLAYED_AT = "played_at"  # ms since 1970, UTC
 CONTEXTS = "contexts"  # bit i set: the play came from the i-th context of dataset.json
@@ -79,5 +81,16 @@ SONGS_TABLE = pa.schema(
         pa.field(SONG_ID, pa.string(), nullable=False),
         pa.field(TITLE, pa.string()),
         pa.field(ARTIST, pa.string()),
+    ]
+)
+
+# What is told of songs beside their plays; a song without a row, or with a null in it, tells nothing.
+DESCRIPTIONS = pa.schema(
+    [
+        pa.field(SONG_ID, pa.string(), nullable=False),
+        pa.field(TITLE, pa.string()),
+        pa.field(ARTIST, pa.string()),
+        pa.field(RELEASED, pa.date32()),
+        pa.field(MARKETS, pa.list_(pa.string())),
     ]
 )

@@ -13,7 +13,7 @@ from rayrec.data import columns
 from rayrec.data.histories import Histories, user_hash
 from rayrec.data.parts import bucket_files, find_user, merge_users, read_files, with_columns
 from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
-from rayrec.workspace import DATASET_MANIFEST, PLAYLISTS, SONGS_TABLE, Workspace, earlier_manifest
+from rayrec.workspace import DATASET_MANIFEST, DESCRIPTIONS, PLAYLISTS, SONGS_TABLE, Workspace, earlier_manifest
 
 SCHEMA_VERSION = 1
 
@@ -137,12 +137,18 @@ class Dataset:
                     yield lists.flatten().to_numpy(), offsets - offsets[0]
 
     def catalog(self) -> "Catalog":
-        """The song table, in memory; without songs that an unfinished import has put behind it."""
-        return Catalog(self.workspace.read_table(SONGS_TABLE).slice(0, self.num_songs))
+        """The song table, in memory, with what songs were described by.
+
+        Without songs that an unfinished import has put behind it.
+        """
+        table = self.workspace.read_table(SONGS_TABLE).slice(0, self.num_songs)
+        if self.workspace.exists(DESCRIPTIONS):
+            table = _described(table, self.workspace.read_table(DESCRIPTIONS))
+        return Catalog(table)
 
 
 class Catalog:
-    """The songs: rows, ids, titles and artists."""
+    """The songs: rows, ids, titles and artists; release days and markets where they were described."""
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table.combine_chunks()
@@ -175,6 +181,22 @@ class Catalog:
                 "check the ids against dataset/songs.parquet"
             )
         return np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.int32)
+
+
+def _described(songs: pa.Table, told: pa.Table) -> pa.Table:
+    """The song table with release days and markets, and with the titles and artists that were told before its own."""
+    ids = (table.column(columns.SONG_ID).combine_chunks() for table in (songs, told))
+    places = pc.index_in(next(ids), value_set=next(ids))
+    for told_field in columns.DESCRIPTIONS:
+        if told_field.name == columns.SONG_ID:
+            continue
+        values = told.column(told_field.name).combine_chunks().take(places)
+        if told_field.name in songs.column_names:
+            values = pc.coalesce(values, songs.column(told_field.name))
+            songs = songs.set_column(songs.column_names.index(told_field.name), told_field, values)
+        else:
+            songs = songs.append_column(told_field, values)
+    return songs
 
 
 def bucket_of(user_ids: np.ndarray, buckets: int) -> np.ndarray:

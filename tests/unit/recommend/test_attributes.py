@@ -1,0 +1,73 @@
+"""Masks of songs by artist, release day and market."""
+
+from datetime import date
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rayrec.data import columns
+from rayrec.data.dataset import Catalog
+from rayrec.errors import InputError
+from rayrec.recommend.attributes import SongMasks, Wanted
+
+
+def catalog(described: bool = True) -> Catalog:
+    data = {
+        columns.SONG: pa.array(range(5), pa.int32()),
+        columns.SONG_ID: [f"s{row}" for row in range(5)],
+        columns.TITLE: pa.array([None] * 5, pa.string()),
+        columns.ARTIST: ["Björk", "Abba", None, "ABBA", "Cher"],
+    }
+    if described:
+        data[columns.RELEASED] = pa.array(
+            [date(1999, 1, 1), date(2001, 5, 7), None, date(2020, 1, 1), date(2020, 6, 1)]
+        )
+        data[columns.MARKETS] = pa.array([["SE", "NO"], ["DE"], None, [], ["SE", "SE"]], pa.list_(pa.string()))
+    return Catalog(pa.table(data))
+
+
+def fitting(**wanted: object) -> list[int]:
+    return np.flatnonzero(SongMasks(catalog()).mask(Wanted(**wanted))).tolist()  # type: ignore[arg-type]
+
+
+def test_artists_fit_whatever_case_and_accents() -> None:
+    assert fitting(artists=("abba",)) == [1, 3]
+    assert fitting(artists=("BJORK", "Cher")) == [0, 4]
+    assert fitting(artists=("nobody",)) == []
+    assert fitting(artists=("abb",)) == []
+
+
+def test_release_days_bound_on_both_sides_the_days_included() -> None:
+    assert fitting(released_from=date(2001, 5, 7)) == [1, 3, 4]
+    assert fitting(released_to=date(2001, 5, 7)) == [0, 1]
+    assert fitting(released_from=date(2000, 1, 1), released_to=date(2020, 1, 1)) == [1, 3]
+
+
+def test_a_song_fits_a_market_that_it_names() -> None:
+    assert fitting(market="SE") == [0, 4]
+    assert fitting(market="FR") == []
+
+
+def test_everything_wanted_must_fit_and_nothing_wanted_fits_all() -> None:
+    assert fitting(artists=("Björk", "Abba"), market="SE") == [0]
+    assert fitting() == [0, 1, 2, 3, 4]
+    assert not Wanted()
+    assert Wanted(market="SE")
+
+
+def test_masks_are_kept_and_cannot_be_changed() -> None:
+    masks = SongMasks(catalog())
+    first = masks.mask(Wanted(market="SE"))
+    assert masks.mask(Wanted(market="SE")) is first
+    with pytest.raises(ValueError, match="read-only"):
+        first[0] = False
+
+
+@pytest.mark.parametrize(
+    ("wanted", "what"), [(Wanted(released_to=date(2000, 1, 1)), "release days"), (Wanted(market="SE"), "markets")]
+)
+def test_asking_for_what_no_song_tells_is_refused(wanted: Wanted, what: str) -> None:
+    with pytest.raises(InputError, match=f"{what}.*rayrec describe"):
+        SongMasks(catalog(described=False)).mask(wanted)
+    assert SongMasks(catalog(described=False)).mask(Wanted(artists=("cher",))).tolist() == [False] * 4 + [True]
