@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 from rayrec_cli.options import Globals
 
 ORDER = (  # as one meets them
-    *("demo", "generate", "import", "split", "embed", "train", "taste", "index", "evaluate", "release"),
+    *("demo", "generate", "import", "describe", "split", "embed", "train", "taste", "index", "evaluate", "release"),
     *("recommend", "status", "run", "submit", "bench"),
 )
 
