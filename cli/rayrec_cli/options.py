@@ -18,7 +18,10 @@ from rayrec.errors import InputError
 from rayrec.workspace import Workspace
 from rayrec_cli.output import Shown, note, show
 
-SECTIONS = ("import", "describe", "generate", "split", "embed", "train", "taste", "index", "recommend", "evaluate", "release")
+SECTIONS = (
+    *("import", "describe", "generate", "split", "embed", "train", "taste", "index"),
+    *("recommend", "evaluate", "release"),
+)
 
 WorkspaceOption = Annotated[
     str | None,
