@@ -4,6 +4,7 @@ A release copies nothing. It names its parts and holds the checksums of their ma
 checksums cover the files: change a byte anywhere and `verify_release` says where.
 """
 
+import uuid
 from typing import Any
 
 from rayrec import artifacts
@@ -21,7 +22,7 @@ from rayrec.workspace import (
 )
 
 KIND = "releases"
-ACTIVE = "releases/active"  # JSON: the live id, and the ids that were live before it, oldest first
+ACTIVE = "releases/active"  # JSON: the live id, the ids live before it, oldest first, and which change made it so
 SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
 PART_KINDS = ("songs", "models", "tastes", "indexes")
@@ -85,23 +86,24 @@ def list_releases(workspace: Workspace) -> list[Manifest]:
 
 def active_release(workspace: Workspace) -> Manifest | None:
     """The live release; None where none was activated."""
-    active = _read_active(workspace)["active"]
+    active = read_active(workspace)["active"]
     return None if active is None else artifacts.load(workspace, KIND, active)
 
 
 def activate_release(workspace: Workspace, release_id: str) -> Manifest:
     """Make a release the live one. Raises `NotFoundError` where there is no such release."""
     release = artifacts.load(workspace, KIND, release_id)
-    state = _read_active(workspace)
-    if state["active"] != release_id:
-        earlier = state["history"] + ([state["active"]] if state["active"] else [])
-        workspace.write_json(ACTIVE, {"active": release_id, "history": earlier})
+    state = read_active(workspace)
+    earlier = state["history"]
+    if state["active"] not in (None, release_id):
+        earlier = [*earlier, state["active"]]
+    write_active(workspace, release_id, earlier)
     return release
 
 
 def rollback(workspace: Workspace) -> Manifest:
     """Make the release live that was live before. Raises `InputError` where there was none."""
-    state = _read_active(workspace)
+    state = read_active(workspace)
     if not state["history"]:
         raise InputError(
             f"there is no release to go back to: {state['active'] or 'none'} is the only one that was ever active; "
@@ -109,8 +111,24 @@ def rollback(workspace: Workspace) -> Manifest:
         )
     *earlier, previous = state["history"]
     release = artifacts.load(workspace, KIND, previous)
-    workspace.write_json(ACTIVE, {"active": previous, "history": earlier})
+    write_active(workspace, previous, earlier)
     return release
+
+
+def read_active(workspace: Workspace) -> dict[str, Any]:
+    """`active`, the live release's id or None; `history`, the ids before it, oldest first; `change`, a change's own id.
+
+    Whoever follows the live release tells by the change that it was activated anew, even if it is the same one.
+    """
+    state: dict[str, Any] = {"active": None, "history": [], "change": ""}
+    if workspace.exists(ACTIVE):
+        state |= workspace.read_json(ACTIVE)
+    return state
+
+
+def write_active(workspace: Workspace, release_id: str | None, history: list[str]) -> None:
+    """Make a release the live one, or none, as a new change."""
+    workspace.write_json(ACTIVE, {"active": release_id, "history": history, "change": uuid.uuid4().hex})
 
 
 def verify_release(workspace: Workspace, release: Manifest) -> None:
@@ -202,13 +220,6 @@ def _publish_release(workspace: Workspace, inputs: dict[str, str]) -> Manifest:
     manifest = Manifest(kind=KIND, id=release_id, inputs=inputs)
     workspace.write_json(manifest.path(CHECKSUMS), checksums)
     return publish(workspace, manifest, [CHECKSUMS])
-
-
-def _read_active(workspace: Workspace) -> dict[str, Any]:
-    if not workspace.exists(ACTIVE):
-        return {"active": None, "history": []}
-    state: dict[str, Any] = workspace.read_json(ACTIVE)
-    return state
 
 
 def _compare(workspace: Workspace, path: str, expected: str) -> None:

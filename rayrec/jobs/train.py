@@ -38,7 +38,7 @@ from rayrec.progress import progress
 from rayrec.recommend.hybrid import MEMBERS
 from rayrec.recommend.mixing import write_memory
 from rayrec.taste.checkpoint import save_model
-from rayrec.taste.config import FeatureSpec, ModelConfig, TrainConfig
+from rayrec.taste.config import PLAY_COUNTS, FeatureSpec, ModelConfig, TrainConfig
 from rayrec.taste.curves import write_epochs, write_tensorboard
 from rayrec.taste.fitting import RECALL_AT, Fit, FitData, Phase, Progress, Validation
 from rayrec.taste.model import TasteModel
@@ -97,6 +97,7 @@ def train(
         plan = _prepare(dataset, config, songs, split, manifest)
         figures = _fit(plan) | (_remember(dataset, plan) if config.memory else {})
     metrics = {"seconds": round(time.monotonic() - began, 1), **figures}
+    workspace.move(plan.counts["final"], manifest.path(PLAY_COUNTS))  # popular songs answer where no taste is known
     workspace.delete(manifest.path("run"))
     names = [name.removeprefix(manifest.folder + "/") for name in workspace.files(manifest.folder)]
     return artifacts.publish(workspace, Manifest(**{**asdict(manifest), "metrics": metrics}), names)

@@ -112,7 +112,10 @@ class HybridRecommender(Recommender):
 
     def chances(self, histories: Histories, questions: Questions) -> list[np.ndarray]:
         """M times float32 (Q, N): what each member thinks of each song as the next; rows add up to 1 or 0."""
-        cosines = self.network.score(histories, questions, "short")
+        return self.chances_beside(self.network.score(histories, questions, "short"), histories, questions)
+
+    def chances_beside(self, cosines: np.ndarray, histories: Histories, questions: Questions) -> list[np.ndarray]:
+        """As `chances`, where the network's cosines, float32 (Q, N), are known; the histories then feed the memory."""
         return [
             softmax(cosines * np.float32(self.network.scale("short"))),
             shares(self.memory.sessions.score(histories, questions)),

@@ -26,11 +26,11 @@ class TasteRecommender(VectorRecommender):
     def __init__(self, model: TasteModel, song_vectors: np.ndarray, index: SongIndex | None = None) -> None:
         """`song_vectors` float32 (N, D) are those the model scores against, zero rows for unknown songs."""
         super().__init__(song_vectors, index)
-        self._encoder = TasteEncoder(model)
+        self.encoder = TasteEncoder(model)
 
     def scale(self, horizon: Horizon) -> float:
         """The factor that makes logits of cosines: the inverse of the temperature that the network learned."""
-        return float(self._encoder.model.scale(self._head(horizon)).detach())
+        return float(self.encoder.model.scale(self.head(horizon)).detach())
 
     @classmethod
     def load(cls, workspace: Workspace, model_id: str, index_id: str | None = None) -> "TasteRecommender":
@@ -59,17 +59,18 @@ class TasteRecommender(VectorRecommender):
         A network of one horizon answers for both with it.
         """
         if questions.hidden is not None:
-            return self._encoder.vectors(histories, questions, self._head(horizon))
+            return self.encoder.vectors(histories, questions, self.head(horizon))
         rows, inverse = np.unique(questions.rows, return_inverse=True)
         needed = np.zeros(len(rows), dtype=np.int64)
         np.maximum.at(needed, inverse, questions.seen)
         asked = histories.take(rows)
         position = np.arange(asked.num_plays) - asked.offsets[asked.rows]
         asked = asked.keep(position < needed[asked.rows])
-        return self._encoder.vectors(
-            asked, Questions(rows=inverse, seen=questions.seen, at=questions.at), self._head(horizon)
+        return self.encoder.vectors(
+            asked, Questions(rows=inverse, seen=questions.seen, at=questions.at), self.head(horizon)
         )
 
-    def _head(self, horizon: Horizon) -> str:
-        heads = list(self._encoder.model.config.horizons)
+    def head(self, horizon: Horizon) -> str:
+        """The head of the network that answers for a horizon."""
+        heads = list(self.encoder.model.config.horizons)
         return horizon if horizon in heads else heads[0]

@@ -14,6 +14,7 @@ REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards son
 
 
 MEMORY = "memory.safetensors"  # the file of a models artifact that holds what is mixed in beside the network
+PLAY_COUNTS = "play_counts.npy"  # int64 (N,): plays of each song in the range that the model was fit on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,11 +157,11 @@ def test_a_stored_state_stands_for_the_pass_over_the_plays(
         TasteRecommender(network(model_config(layers=layers)), random_vectors(NUM_SONGS)), hybrid.memory, WEIGHTS
     )
     at = int(histories.played_at.max()) + MINUTE
-    states = mixed.network._encoder.run(histories)[1].hidden
+    states = mixed.network.encoder.run(histories)[1].hidden
     for recommender in (mixed, mixed.network):
         songs, scores = recommender.recommend(histories, at, 5, horizon=horizon, exclude_heard=True)
         with monkeypatch.context() as patch:
-            patch.setattr(mixed.network._encoder, "run", None)  # no network runs over plays
+            patch.setattr(mixed.network.encoder, "run", None)  # no network runs over plays
             found = recommender.recommend(histories, at, 5, horizon=horizon, exclude_heard=True, hidden=states)
             alone = recommender.recommend_one(
                 histories.take(np.array([3])), at, 5, horizon=horizon, exclude_heard=True, hidden=states[[3]]
@@ -176,7 +176,7 @@ def test_the_network_needs_no_more_than_the_last_play_beside_its_state(
 ) -> None:
     at = int(histories.played_at.max()) + MINUTE
     last = histories.keep(np.arange(histories.num_plays) == histories.offsets[1:][histories.rows] - 1)
-    states = hybrid.network._encoder.run(histories)[1].hidden
+    states = hybrid.network.encoder.run(histories)[1].hidden
     np.testing.assert_allclose(
         hybrid.network.vectors(last, Questions.at_end(last, at, states)),
         hybrid.network.vectors(histories, Questions.at_end(histories, at)),

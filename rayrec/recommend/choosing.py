@@ -1,0 +1,117 @@
+"""Choose k songs for one user: at a horizon between short and long, some songs left out, others not allowed.
+
+Where `Recommender.recommend` answers for many users alike, this answers each request as it was put, from
+taste vectors that may come out of a stored state. N songs, D numbers per vector.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.recommend.filters import Limits
+from rayrec.recommend.hybrid import HybridRecommender, softmax
+from rayrec.recommend.recommender import NO_SONG, Horizon, Recommender, SearchPath, check_count, top_k
+from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.vector_recommender import normalized
+
+Path = SearchPath | Literal["popular"]  # how an answer was found; popular: by play counts alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What one request asks for."""
+
+    k: int  # songs, at least 1
+    long_weight: float = 0.0  # 0: the next songs; 1: songs for the time to come; between: both, mixed
+    limits: Limits = field(default_factory=Limits)  # the songs that may come
+
+    def __post_init__(self) -> None:
+        check_count(self.k)
+        if not 0 <= self.long_weight <= 1:
+            raise ValueError(f"long_weight is {self.long_weight}; expected a number in [0, 1]")
+
+    @property
+    def horizons(self) -> tuple[Horizon, ...]:
+        """The horizons whose taste vectors the answer needs."""
+        return ("short",) if self.long_weight == 0 else ("long",) if self.long_weight == 1 else ("short", "long")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What is known of one user at the moment of a request."""
+
+    vectors: Mapping[Horizon, np.ndarray]  # float32 (D,) each, the taste vectors that the wish needs
+    history: Histories  # of this one user: the plays that the memory of a hybrid looks at
+    at: int  # ms UTC, the moment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The songs, best first; equal scores in the order of song rows."""
+
+    songs: np.ndarray  # int32 (n,), n = k wherever as many songs qualify
+    scores: np.ndarray  # float32 (n,), descending
+    path: Path
+
+
+def network_of(recommender: Recommender) -> TasteRecommender:
+    """The network within a recommender that has one."""
+    network = recommender.network if isinstance(recommender, HybridRecommender) else recommender
+    if not isinstance(network, TasteRecommender):
+        raise TypeError(f"{type(recommender).__name__} has no taste network to answer with")
+    return network
+
+
+def choose(recommender: Recommender, known: Known, wish: Wish) -> Chosen:
+    """The k best songs of a user, as `recommender` ranks them.
+
+    At weight 0 and 1 these are the songs of `recommender.recommend` on the horizon. Between them a network
+    alone looks around the mean of its two taste vectors; a hybrid mixes the chances of the short horizon
+    with the softmax of the long one's cosines.
+    """
+    network = network_of(recommender)
+    if isinstance(recommender, HybridRecommender) and wish.long_weight < 1:
+        return _best(_mixed_chances(recommender, known, wish), wish)
+    vector = _mixed_vector(known, wish)[None]
+    if network.index is None:
+        return _best(network.score_vectors(vector)[0], wish)
+    ranking = network.rank_vectors(vector, wish.k, [wish.limits])
+    real = ranking.songs[0] != NO_SONG
+    return Chosen(songs=ranking.songs[0][real], scores=ranking.scores[0][real], path=ranking.paths[0])
+
+
+def choose_popular(plays: np.ndarray, order: np.ndarray, wish: Wish) -> Chosen:
+    """The k most played songs; `plays` is int64 (N,) and `order` the song rows, int32, by descending plays."""
+    songs = order[wish.limits.mask(len(plays))[order]][: wish.k]
+    return Chosen(songs=songs, scores=plays[songs].astype(np.float32), path="popular")
+
+
+def _mixed_vector(known: Known, wish: Wish) -> np.ndarray:
+    """float32 (D,): the taste vector of the wish's horizon."""
+    if len(wish.horizons) == 1:
+        return known.vectors[wish.horizons[0]]
+    short, long = (known.vectors[horizon] for horizon in wish.horizons)
+    mixed: np.ndarray = normalized(((1 - wish.long_weight) * short + wish.long_weight * long)[None])[0]
+    return mixed
+
+
+def _mixed_chances(hybrid: HybridRecommender, known: Known, wish: Wish) -> np.ndarray:
+    """float32 (N,): the chances of all songs; -inf for those that the network does not know."""
+    network, questions = hybrid.network, Questions.at_end(known.history, known.at)
+    cosines = network.score_vectors(known.vectors["short"][None])
+    chances: np.ndarray = hybrid.mix(hybrid.chances_beside(cosines, known.history, questions), hybrid.weights)[0]
+    if wish.long_weight > 0:
+        later = softmax(network.score_vectors(known.vectors["long"][None]) * np.float32(network.scale("long")))[0]
+        chances = np.float32(1 - wish.long_weight) * chances + np.float32(wish.long_weight) * later
+    return chances
+
+
+def _best(scores: np.ndarray, wish: Wish) -> Chosen:
+    """The k best of scores, float32 (N,), which are overwritten."""
+    wish.limits.strike(scores)
+    songs, values = top_k(scores[None], wish.k)
+    real = songs[0] != NO_SONG
+    return Chosen(songs=songs[0][real], scores=values[0][real], path="exact")

@@ -1,0 +1,102 @@
+"""From what a request says to what the engine takes: rows instead of ids, one time line, one moment."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rayrec.data.histories import Histories
+from rayrec.errors import InputError
+from rayrec.recommend.answering import ASSUMED_GAP_MS, parse_moment
+from rayrec.recommend.choosing import Wish
+from rayrec.recommend.filters import Limits
+from rayrec.serving.live import Songs
+from rayrec.serving.schemas import LAST_MOMENT, Asker, Play, RecommendationsRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One user's plays in the rows of a release."""
+
+    songs: np.ndarray  # int32 (P,), known songs only, in the order of time
+    played_at: np.ndarray  # int64 (P,), ms UTC
+    contexts: np.ndarray  # int32 (P,), bit sets
+    skipped: np.ndarray  # bool (P,)
+    at: int  # ms UTC, the moment of the request
+    unknown: int  # songs that the release does not know
+
+
+def read_asker(asker: Asker, songs: Songs) -> Asked:
+    """The history of a request. Raises `InputError` for times that are none, or not for all, or after the request."""
+    plays = [play if isinstance(play, Play) else Play(song=play) for play in asker.history]
+    rows = songs.find([play.song for play in plays])
+    played_at, at = _times(plays, asker.at)
+    order = np.argsort(played_at, kind="stable")
+    order = order[rows[order] >= 0]
+    return Asked(
+        songs=rows[order],
+        played_at=played_at[order],
+        contexts=np.array([_bits(play.contexts, songs) for play in plays], dtype=np.int32)[order],
+        skipped=np.array([play.skipped for play in plays], dtype=bool)[order],
+        at=at,
+        unknown=int((rows < 0).sum()),
+    )
+
+
+def read_wish(request: RecommendationsRequest, asked: Asked, songs: Songs) -> tuple[Wish, int]:
+    """What is asked for, and how many songs to leave out are unknown."""
+    excluded = songs.find(request.exclude)
+    parts = [excluded[excluded >= 0], asked.songs] if request.exclude_heard else [excluded[excluded >= 0]]
+    wish = Wish(k=request.k, long_weight=request.long_weight, limits=Limits(banned=np.concatenate(parts)))
+    return wish, int((excluded < 0).sum())
+
+
+def histories_of(asked: Sequence[Asked]) -> Histories:
+    """The plays of all askers."""
+    return Histories(
+        user_ids=np.arange(len(asked)).astype(str).astype(object),
+        offsets=np.concatenate([[0], np.cumsum([len(one.songs) for one in asked])]).astype(np.int64),
+        songs=np.concatenate([one.songs for one in asked]),
+        played_at=np.concatenate([one.played_at for one in asked]),
+        contexts=np.concatenate([one.contexts for one in asked]),
+        skipped=np.concatenate([one.skipped for one in asked]),
+    )
+
+
+def moment_of(value: int | str) -> int:
+    """ms UTC. Raises `InputError` for what is no time, or none in the years 1970 to 9999."""
+    moment = parse_moment(str(value))
+    if not 0 <= moment <= LAST_MOMENT:
+        raise InputError(f"time {value!r} is not in the years 1970 to 9999")
+    return moment
+
+
+def now_ms() -> int:
+    """ms UTC."""
+    return time.time_ns() // 1_000_000
+
+
+def _times(plays: Sequence[Play], at: int | str | None) -> tuple[np.ndarray, int]:
+    """int64 (P,), ms UTC: when each was played, and the moment of the request."""
+    told = [play.played_at for play in plays if play.played_at is not None]
+    if told and len(told) < len(plays):
+        raise InputError(f"{len(told)} of {len(plays)} plays have a played_at; give it for all of them or for none")
+    if not told:
+        moment = now_ms() if at is None else moment_of(at)
+        return moment - ASSUMED_GAP_MS * np.arange(len(plays) - 1, -1, -1, dtype=np.int64), moment
+    played_at = np.array([moment_of(value) for value in told], dtype=np.int64)
+    latest = int(played_at.max())
+    # A client's clock may run ahead of ours: without a moment of its own the request comes after its plays.
+    moment = max(now_ms(), latest) if at is None else moment_of(at)
+    if moment < latest:
+        raise InputError("a song was played after the moment `at` that the request is for; leave such plays out")
+    return played_at, moment
+
+
+def _bits(contexts: Sequence[str], songs: Songs) -> int:
+    bits = 0
+    for name in contexts:
+        if name in songs.contexts:
+            bits |= 1 << songs.contexts[name]
+    return bits

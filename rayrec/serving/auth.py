@@ -1,0 +1,82 @@
+"""API keys by role: who may read, who may write plays, who may look behind the scenes.
+
+Keys come from the environment or a file, in the replica itself: they pass through no argument, which Ray
+would show on its dashboard. Only digests are kept.
+"""
+
+import hmac
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal, get_args
+
+from rayrec.errors import InputError
+from rayrec.serving.config import ServeConfig, is_loopback
+
+Role = Literal["read", "write", "admin"]
+ROLES: tuple[Role, ...] = get_args(Role)
+GRANTS: dict[Role, tuple[Role, ...]] = {"read": ("read",), "write": ("write",), "admin": ROLES}  # admin may do all
+VARIABLE = "RAYREC_API_KEYS"
+SHORTEST = 16  # characters of a key
+
+
+@dataclass(frozen=True, repr=False)
+class Keys:
+    """The digests of all keys with their roles; none: everybody may do everything."""
+
+    digests: tuple[tuple[bytes, Role], ...] = ()
+
+    @property
+    def required(self) -> bool:
+        """Whether a request needs a key."""
+        return bool(self.digests)
+
+    def roles(self, authorization: str | None) -> set[Role]:
+        """What the sender of an Authorization header may do; nothing for a wrong or missing key.
+
+        All digests are compared, whichever fits, so that the time tells nothing.
+        """
+        scheme, _, key = (authorization or "").partition(" ")
+        digest = sha256(key.strip().encode("utf-8", "replace")).digest()
+        found: set[Role] = set()
+        for known, role in self.digests:
+            if hmac.compare_digest(known, digest):
+                found.update(GRANTS[role])
+        return found if scheme.lower() == "bearer" else set()
+
+
+def load_keys(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> Keys:
+    """The keys of the environment and of the config's file.
+
+    Raises `InputError` for what does not read as keys, and where there are none though others than this
+    machine may reach the application.
+    """
+    entries = list(_entries(environment.get(VARIABLE, "").replace(",", "\n").splitlines(), VARIABLE))
+    if config.keys_file:
+        try:
+            text = Path(config.keys_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"keys file {config.keys_file} cannot be read: {error}") from error
+        entries += _entries(text.splitlines(), config.keys_file)
+    if not entries and not is_loopback(config.host):
+        raise InputError(
+            f"serving on {config.host} without API keys would let everybody in; set {VARIABLE}=read:KEY,write:KEY "
+            "or give --keys-file, or serve on 127.0.0.1"
+        )
+    return Keys(tuple(entries))
+
+
+def _entries(lines: Iterable[str], where: str) -> Iterable[tuple[bytes, Role]]:
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        role, colon, key = text.partition(":")
+        key = key.strip()
+        if not colon or role.strip() not in ROLES or any(char.isspace() for char in key):
+            raise InputError(f"{where}, entry {number} is not role:key; roles are {', '.join(ROLES)}")
+        if len(key) < SHORTEST:
+            raise InputError(f"{where}, entry {number} has a key of {len(key)} characters; give at least {SHORTEST}")
+        yield sha256(key.encode()).digest(), role.strip()  # type: ignore[misc]

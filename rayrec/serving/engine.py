@@ -1,0 +1,164 @@
+"""Model and index as requests use them, wherever they run; and the bound on work in this process.
+
+U users, D numbers per vector.
+"""
+
+import asyncio
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+
+from rayrec.data.histories import Histories
+from rayrec.recommend.choosing import Chosen, Known, Wish, choose, network_of
+from rayrec.recommend.recommender import Horizon, Recommender
+from rayrec.serving.metrics import Metrics
+from rayrec.serving.problems import OverloadedError
+from rayrec.taste.encoding import States
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Vectors = Mapping[Horizon, np.ndarray]  # float32 (U, D) each
+
+
+class Pool:
+    """One thread that does the numeric work of a process, and a bound on what waits for it.
+
+    One thread because one BLAS and torch thread fills a core, and more of them on it make every request
+    slow; its own, so that health checks and refusals are answered while it works.
+    """
+
+    def __init__(self, most: int) -> None:
+        """`most` calls may run or wait."""
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayrec-work")
+        self._most = most
+        self._lock = threading.Lock()
+        self.waiting = 0  # calls that run or wait
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of a call on the pool's thread. Raises `OverloadedError` where too many wait.
+
+        A call whose caller is cancelled gives its place back at once, or as soon as its work has ended.
+        """
+        with self._lock:
+            if self.waiting >= self._most:
+                raise OverloadedError(f"{self.waiting} requests are waiting here already; try again in a second")
+            self.waiting += 1
+        future = self._executor.submit(work, *args, **kwargs)
+        future.add_done_callback(self._leave)
+        return await asyncio.wrap_future(future)
+
+    def _leave(self, _: "Future[T]") -> None:
+        with self._lock:
+            self.waiting -= 1
+
+
+class Engine(ABC):
+    """The model and the index of one release."""
+
+    @abstractmethod
+    async def states(self, plays: Histories, start: States | None = None) -> States:
+        """The network's states after plays, from no state or from `start`."""
+
+    @abstractmethod
+    async def vectors(self, states: States, at: np.ndarray, horizons: Sequence[Horizon]) -> Vectors:
+        """The taste vectors, float32 (U, D), at the moments `at`, int64 (U,) ms UTC."""
+
+    @abstractmethod
+    async def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
+        """The songs of each user."""
+
+    async def answer(self, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
+        """The songs of each user from all their plays."""
+        return await self.answer_states(await self.states(plays), plays, at, wishes)
+
+    async def answer_states(
+        self, states: States, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]
+    ) -> list[Chosen]:
+        """The songs of each user from states, and the plays that the memory of a hybrid looks at."""
+        vectors = await self.vectors(states, at, needed(wishes))
+        return await self.choose(known_of(vectors, plays, at), wishes)
+
+
+def needed(wishes: Sequence[Wish]) -> list[Horizon]:
+    """The horizons that any of the wishes needs."""
+    found = {horizon for wish in wishes for horizon in wish.horizons}
+    return [horizon for horizon in ("short", "long") if horizon in found]
+
+
+def known_of(vectors: Vectors, plays: Histories, at: np.ndarray) -> list[Known]:
+    """What is known of each user."""
+    return [
+        Known(
+            vectors={horizon: values[row] for horizon, values in vectors.items()},
+            history=plays.take(np.array([row])) if len(plays) > 1 else plays,
+            at=int(at[row]),
+        )
+        for row in range(len(plays))
+    ]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The work itself, without a thread or a process around it: what a deployment of its own runs."""
+
+    recommender: Recommender
+    metrics: Metrics
+
+    def states(self, plays: Histories, start: States | None = None) -> States:
+        """As `Engine.states`."""
+        with self.metrics.stage("encode"):
+            return network_of(self.recommender).encoder.run(plays, start=start)[1]
+
+    def vectors(self, states: States, at: np.ndarray, horizons: Sequence[Horizon]) -> Vectors:
+        """As `Engine.vectors`."""
+        network = network_of(self.recommender)
+        with self.metrics.stage("project"):
+            return {name: network.encoder.tastes(states, at, network.head(name)) for name in horizons}
+
+    def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
+        """As `Engine.choose`."""
+        with self.metrics.stage("choose"):
+            return [choose(self.recommender, one, wish) for one, wish in zip(known, wishes, strict=True)]
+
+    def answer_states(self, states: States, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
+        """As `Engine.answer_states`."""
+        return self.choose(known_of(self.vectors(states, at, needed(wishes)), plays, at), wishes)
+
+    def answer(self, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
+        """As `Engine.answer`."""
+        return self.answer_states(self.states(plays), plays, at, wishes)
+
+
+class LocalEngine(Engine):
+    """Model and index in this process: each request is one call on the pool's thread."""
+
+    def __init__(self, parts: Parts, pool: Pool) -> None:
+        self.parts, self._pool = parts, pool
+
+    async def states(self, plays: Histories, start: States | None = None) -> States:
+        """As in `Engine`."""
+        return await self._pool.run(self.parts.states, plays, start)
+
+    async def vectors(self, states: States, at: np.ndarray, horizons: Sequence[Horizon]) -> Vectors:
+        """As in `Engine`."""
+        return await self._pool.run(self.parts.vectors, states, at, horizons)
+
+    async def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
+        """As in `Engine`."""
+        return await self._pool.run(self.parts.choose, known, wishes)
+
+    async def answer(self, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
+        """As in `Engine`."""
+        return await self._pool.run(self.parts.answer, plays, at, wishes)
+
+    async def answer_states(
+        self, states: States, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]
+    ) -> list[Chosen]:
+        """As in `Engine`."""
+        return await self._pool.run(self.parts.answer_states, states, plays, at, wishes)

@@ -1,0 +1,76 @@
+"""What a replica counts, in the format of Prometheus. Each replica has its own, labelled with its id."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """The metrics of one replica."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, replica: str) -> None:
+        self.replica, self._registry = replica, CollectorRegistry()
+        self._requests = self._counter("requests", "Requests answered.", "route", "status")
+        self._latency = self._histogram("request_seconds", "Whole requests, in the replica.", SECONDS, "route")
+        self._stages = self._histogram("stage_seconds", "Stages of a request's work.", SECONDS, "stage")
+        self._batch = self._histogram("batch_users", "Users of a call.", USERS)
+        self._paths = self._counter("answers", "Answers by how they were found.", "path")
+        self._cache = self._counter("cache_requests", "Look-ups in a cache.", "cache", "outcome")
+        self._waiting = self._gauge("waiting", "Calls that run on the worker thread or wait for it.")
+        self._release = self._gauge("release", "1 for the release that answers.", "release", "model")
+
+    def _counter(self, name: str, about: str, *labels: str) -> Counter:
+        return Counter(f"rayrec_{name}", about, ("replica", *labels), registry=self._registry)
+
+    def _gauge(self, name: str, about: str, *labels: str) -> Gauge:
+        return Gauge(f"rayrec_{name}", about, ("replica", *labels), registry=self._registry)
+
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"rayrec_{name}", about, ("replica", *labels), registry=self._registry, buckets=buckets)
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """A request has ended."""
+        self._requests.labels(self.replica, route, status).inc()
+        self._latency.labels(self.replica, route).observe(seconds)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage of the work."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stages.labels(self.replica, name).observe(time.perf_counter() - began)
+
+    def batch(self, users: int) -> None:
+        """A call asks for so many users."""
+        self._batch.labels(self.replica).observe(users)
+
+    def path(self, name: str) -> None:
+        """An answer was found in this way."""
+        self._paths.labels(self.replica, name).inc()
+
+    def cache(self, name: str, hit: bool) -> None:
+        """A cache had what was looked for, or had not."""
+        self._cache.labels(self.replica, name, "hit" if hit else "miss").inc()
+
+    def release(self, release_id: str, model_id: str) -> None:
+        """From now on this release answers."""
+        self._release.clear()
+        self._release.labels(self.replica, release_id, model_id).set(1)
+
+    def watch_waiting(self, calls: Callable[[], float]) -> None:
+        """Ask `calls` how many calls run or wait, whenever the figures are read."""
+        self._waiting.labels(self.replica).set_function(calls)
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self._registry)

@@ -1,0 +1,132 @@
+"""Errors as RFC 9457 problem details, all of them: ours, the framework's and those nobody thought of."""
+
+import json
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from rayrec.errors import InputError, NotFoundError, RayrecError
+
+MEDIA_TYPE = "application/problem+json"
+MOST_ERRORS = 20  # told of one request
+RETRY_AFTER_S = 1
+
+log = logging.getLogger(__name__)
+
+
+class NotReadyError(RayrecError):
+    """The application cannot answer yet."""
+
+
+class OverloadedError(RayrecError):
+    """There is more to do than can be done in time."""
+
+
+SCHEMA: dict[str, Any] = {
+    "title": "Problem",
+    "description": "What went wrong (RFC 9457).",
+    "type": "object",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string", "const": "about:blank"},
+        "title": {"type": "string", "description": "The name of the status."},
+        "status": {"type": "integer"},
+        "detail": {"type": "string", "description": "What came, what was expected and what to do."},
+        "errors": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["where", "detail"],
+                "properties": {"where": {"type": "string"}, "detail": {"type": "string"}},
+            },
+        },
+    },
+    "example": {
+        "type": "about:blank",
+        "title": "Unprocessable Content",
+        "status": 422,
+        "detail": "the request is not as expected; see errors",
+        "errors": [{"where": "body.k", "detail": "Input should be less than or equal to 1000"}],
+    },
+}
+TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # as RFC 9110 names them; http.HTTPStatus is older
+DOCUMENTED = (400, 401, 403, 404, 413, 422, 500, 503)
+
+
+def problem(
+    status: int, detail: str, *, errors: list[dict[str, str]] | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A response that says what went wrong."""
+    body: dict[str, Any] = {"type": "about:blank", "title": title(status), "status": status, "detail": detail}
+    if errors:
+        body["errors"] = errors
+    return Response(json.dumps(body), status, headers, MEDIA_TYPE)
+
+
+def title(status: int) -> str:
+    """The name of a status."""
+    return TITLES.get(status) or HTTPStatus(status).phrase
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Responses for the OpenAPI document."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": title(status), "content": content} for status in statuses}
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer every error of the app with a problem."""
+    app.exception_handler(RequestValidationError)(_invalid)
+    app.exception_handler(HTTPException)(_http)
+    app.exception_handler(RayrecError)(_ours)
+    app.exception_handler(Exception)(_unexpected)
+
+
+def of_error(error: Exception) -> Response:
+    """The problem that one of our errors is."""
+    if isinstance(error, (OverloadedError, NotReadyError)):
+        return problem(503, str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
+    if isinstance(error, NotFoundError):
+        return problem(404, str(error))
+    if isinstance(error, InputError):
+        return problem(422, str(error))
+    log.error("a request failed", exc_info=error)
+    return problem(500, "something is wrong on our side; the log of the replica says what")
+
+
+async def _invalid(request: Request, error: Any) -> Response:
+    found = error.errors()
+    if any(item["type"] == "json_invalid" for item in found):
+        return problem(400, f"the body is not JSON: {found[0].get('ctx', {}).get('error', 'it does not parse')}")
+    errors = [
+        {"where": ".".join(str(part) for part in item["loc"])[:200], "detail": item["msg"][:500]}
+        for item in found[:MOST_ERRORS]
+    ]
+    return problem(422, "the request is not as expected; see errors and /openapi.json", errors=errors)
+
+
+async def _http(request: Request, error: Any) -> Response:
+    detail = error.detail if error.detail != title(error.status_code) else _usual(error.status_code, request)
+    return problem(error.status_code, detail, headers=error.headers)
+
+
+def _usual(status: int, request: Request) -> str:
+    if status == 404:
+        return f"there is nothing at {request.url.path[:200]}; see /openapi.json"
+    if status == 405:
+        return f"{request.method[:20]} is not for {request.url.path[:200]}; see /openapi.json"
+    return title(status)
+
+
+async def _ours(request: Request, error: Exception) -> Response:
+    return of_error(error)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    return of_error(error)

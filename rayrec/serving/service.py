@@ -1,0 +1,101 @@
+"""What the routes answer with: the live release, its engine, keys, limits and metrics of one replica."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rayrec.recommend.choosing import Chosen, Wish, choose_popular
+from rayrec.serving.asking import Asked, histories_of, read_asker, read_wish
+from rayrec.serving.auth import Keys
+from rayrec.serving.config import ServeConfig
+from rayrec.serving.live import LiveRelease, ReleaseHolder
+from rayrec.serving.metrics import Metrics
+from rayrec.serving.schemas import Asker, Recommendations, RecommendationsRequest, RecommendedSong, Taste, Tastes
+
+TOGETHER = 32  # users of a batch that are answered at once: others get their turn in between
+
+
+class Service:
+    """One replica's work. Routes take `live` once and hand it to every call that answers their request."""
+
+    def __init__(self, holder: ReleaseHolder, config: ServeConfig, keys: Keys, metrics: Metrics) -> None:
+        self.holder, self.config, self.keys, self.metrics = holder, config, keys, metrics
+
+    @property
+    def live(self) -> LiveRelease:
+        """The release to answer with. Raises `NotReadyError` where none is loaded."""
+        return self.holder.live
+
+    def close(self) -> None:
+        """Watch no more, and take the report of this replica back."""
+        self.holder.stop()
+
+    async def recommend(self, live: LiveRelease, requests: Sequence[RecommendationsRequest]) -> list[Recommendations]:
+        """The answers to requests with histories."""
+        self.metrics.batch(len(requests))
+        answers: list[Recommendations] = []
+        for begin in range(0, len(requests), TOGETHER):
+            answers += await self._recommend(live, requests[begin : begin + TOGETHER])
+        return answers
+
+    async def tastes(self, live: LiveRelease, askers: Sequence[Asker]) -> Tastes:
+        """The taste vectors of histories."""
+        self.metrics.batch(len(askers))
+        told: list[Taste] = []
+        for begin in range(0, len(askers), TOGETHER):
+            told += await self._tastes(live, askers[begin : begin + TOGETHER])
+        return Tastes(release=live.id, model=live.model_id, dim=len(told[0].short), tastes=told)
+
+    async def _recommend(self, live: LiveRelease, requests: Sequence[RecommendationsRequest]) -> list[Recommendations]:
+        with self.metrics.stage("read"):
+            asked = [read_asker(request, live.songs) for request in requests]
+            wishes = [read_wish(request, one, live.songs) for request, one in zip(requests, asked, strict=True)]
+        chosen = await self.choose(live, asked, [wish for wish, _ in wishes])
+        with self.metrics.stage("write"):
+            return [
+                self.told(live, one, found, unknown=one.unknown + unknown)
+                for one, found, (_, unknown) in zip(asked, chosen, wishes, strict=True)
+            ]
+
+    async def choose(self, live: LiveRelease, asked: Sequence[Asked], wishes: Sequence[Wish]) -> list[Chosen]:
+        """The songs of each: by taste, or the popular ones where no play is known."""
+        heard = [row for row, one in enumerate(asked) if len(one.songs)]
+        chosen = [choose_popular(live.songs.plays, live.songs.by_plays, wish) for wish in wishes]
+        if heard:
+            some = [asked[row] for row in heard]
+            at = np.array([one.at for one in some], dtype=np.int64)
+            found = await live.engine.answer(histories_of(some), at, [wishes[row] for row in heard])
+            for row, answer in zip(heard, found, strict=True):
+                chosen[row] = answer
+        return chosen
+
+    def told(self, live: LiveRelease, asked: Asked, chosen: Chosen, *, unknown: int) -> Recommendations:
+        """An answer in the words of the outside world."""
+        self.metrics.path(chosen.path)
+        names = live.songs.describe(chosen.songs)
+        songs = [
+            RecommendedSong.model_construct(song=song, title=title, artist=artist, score=score)
+            for (song, title, artist), score in zip(names, chosen.scores.tolist(), strict=True)
+        ]
+        return Recommendations.model_construct(
+            release=live.id,
+            at=asked.at,
+            source="popular" if chosen.path == "popular" else "taste",
+            path=chosen.path,
+            plays=len(asked.songs),
+            unknown_songs=unknown,
+            songs=songs,
+        )
+
+    async def _tastes(self, live: LiveRelease, askers: Sequence[Asker]) -> list[Taste]:
+        with self.metrics.stage("read"):
+            asked = [read_asker(asker, live.songs) for asker in askers]
+        at = np.array([one.at for one in asked], dtype=np.int64)
+        states = await live.engine.states(histories_of(asked))
+        vectors = await live.engine.vectors(states, at, ("short", "long"))
+        return [
+            Taste.model_construct(
+                at=one.at, plays=len(one.songs), unknown_songs=one.unknown, short=short.tolist(), long=long.tolist()
+            )
+            for one, short, long in zip(asked, vectors["short"], vectors["long"], strict=True)
+        ]

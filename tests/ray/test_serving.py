@@ -1,0 +1,56 @@
+"""The application through a real Serve, over HTTP."""
+
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+from served import AT, write_release, write_world
+from serving_apps import running
+
+from rayrec import releases
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Questions
+from rayrec.recommend.answering import history_of_songs, load_recommender
+from rayrec.recommend.recommender import top_k
+from rayrec.workspace import Workspace
+
+SONGS = ["song-3", "song-50", "song-3", "song-9"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = Workspace(tmp_path_factory.mktemp("serving") / "workspace")
+    write_world(workspace)
+    write_release(workspace)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def url(world: Workspace, cluster: None) -> Iterator[str]:
+    with running(world) as made:
+        yield made
+
+
+@pytest.mark.parametrize("horizon", ["short", "long"])
+def test_over_http_the_answer_is_what_evaluate_ranks(url: str, world: Workspace, horizon: str) -> None:
+    parts = releases.default_parts(world)
+    recommender = load_recommender(world, Dataset(world), model_id=parts["models"], index_id=None)
+    history = history_of_songs(Dataset(world).catalog(), SONGS, AT)
+    scores = recommender.score(history, Questions.at_end(history, AT), horizon)  # type: ignore[arg-type]
+    rows, best = top_k(scores, 50)
+    body = {"history": SONGS, "at": AT, "k": 50, "horizon": horizon, "exclude_heard": False}
+    answer = httpx.post(f"{url}/v1/recommendations", json=body).json()
+    assert [song["song"] for song in answer["songs"]] == [f"song-{row}" for row in rows[0]]
+    np.testing.assert_allclose([song["score"] for song in answer["songs"]], best[0], rtol=1e-4)
+
+
+def test_errors_are_problems_through_serve_too(url: str) -> None:
+    for response, status in (
+        (httpx.get(f"{url}/v1/nothing"), 404),
+        (httpx.get(f"{url}/v1/recommendations"), 405),
+        (httpx.post(f"{url}/v1/recommendations", content=b"{"), 422),
+        (httpx.post(f"{url}/v1/recommendations", json={"history": [], "k": 0}), 422),
+    ):
+        assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
+        assert response.json()["status"] == status

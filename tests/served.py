@@ -1,0 +1,131 @@
+"""A small world ready to be served: a data set, releases over it, and the application around them."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import httpx
+import numpy as np
+from networks import model_config, network
+from worlds import random_histories, write_dataset, write_song_vectors
+
+from rayrec import releases
+from rayrec.artifacts import Manifest, publish
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
+from rayrec.data.split import FitRange
+from rayrec.recommend.hybrid import Memory
+from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
+from rayrec.serving.auth import Keys
+from rayrec.serving.config import ServeConfig
+from rayrec.serving.replica import open_service
+from rayrec.serving.routes import create_app
+from rayrec.serving.service import Service
+from rayrec.taste.checkpoint import save_model
+from rayrec.taste.config import MEMORY, PLAY_COUNTS
+from rayrec.taste.encoding import TasteEncoder
+from rayrec.taste.model import TasteModel
+from rayrec.taste.tastes import taste_table, tastes_file
+from rayrec.workspace import Workspace
+
+NUM_SONGS = 200
+BEGIN = 1_700_000_000_000  # ms UTC, before all plays of the world
+AT = BEGIN + 40_000_000  # ms UTC, after all of them
+WITHOUT_VECTOR = 7  # a song that is never recommended
+WEIGHTS = (0.4, 0.3, 0.2, 0.1)
+
+
+def write_world(workspace: Workspace, *, users: int = 60, num_songs: int = NUM_SONGS) -> Histories:
+    """A data set of random plays, with song vectors."""
+    histories = random_histories(users, num_songs)
+    histories = histories.take(histories.lengths > 0)
+    histories = replace(histories, played_at=histories.played_at + BEGIN)
+    write_dataset(workspace, histories, num_songs)
+    write_song_vectors(workspace, np.ones((num_songs, 8), np.float32), {"dataset": "by-hand"})
+    return histories
+
+
+def write_release(
+    workspace: Workspace,
+    name: str = "1",
+    *,
+    seed: int = 0,
+    memory: bool = True,
+    kind: str = "flat",
+    activate: bool = True,
+) -> Manifest:
+    """A release of an untrained network over the data set of a workspace; other seeds answer otherwise."""
+    dataset = Dataset(workspace)
+    histories = list(dataset.read_all())
+    model = network(model_config(num_songs=dataset.num_songs), seed)
+    inputs = {"dataset": dataset.manifest.id, "songs": "by-hand"}
+    made = _write_model(workspace, Manifest(kind="models", id=f"model{name}", inputs=inputs), model, histories, memory)
+    _write_index(workspace, made, name, kind)
+    tastes = Manifest(kind="tastes", id=f"tastes{name}", inputs={"dataset": dataset.manifest.id, "models": made.id})
+    for bucket in range(dataset.manifest.buckets):
+        for batch in dataset.read_bucket(bucket):
+            workspace.write_table(tastes_file(tastes.folder, bucket), taste_table(TasteEncoder(model), batch, AT))
+    publish(workspace, tastes, [path.removeprefix(tastes.folder + "/") for path in workspace.files(tastes.folder)])
+    return releases.create_release(workspace, model_id=made.id, activate=activate)
+
+
+def _write_model(
+    workspace: Workspace, manifest: Manifest, model: TasteModel, histories: list[Histories], memory: bool
+) -> Manifest:
+    num_songs = model.config.num_songs
+    known = np.arange(num_songs) != WITHOUT_VECTOR
+    files = [*save_model(workspace, manifest.folder, model, known), PLAY_COUNTS]
+    plays = sum(np.bincount(batch.songs, minlength=num_songs) for batch in histories)
+    workspace.write_array(manifest.path(PLAY_COUNTS), np.asarray(plays))
+    if memory:
+        fitted = Memory.fit(lambda: histories, num_songs=num_songs, allowed=FitRange())
+        fitted.save(workspace, manifest.path(MEMORY), WEIGHTS)
+        files.append(MEMORY)
+    return publish(workspace, manifest, files)
+
+
+def _write_index(workspace: Workspace, model: Manifest, name: str, kind: str) -> None:
+    vectors = workspace.read_array(model.path("song_vectors.npy"))
+    index = SongIndex.build(vectors, IndexConfig(kind=kind, nlist=8, queries=50))  # type: ignore[arg-type]
+    manifest = Manifest(kind="indexes", id=f"index{name}", inputs={"models": model.id}, metrics=asdict(index.figures))
+    index.save(workspace, manifest.path(INDEX_FILE))
+    publish(workspace, manifest, [INDEX_FILE])
+
+
+@contextmanager
+def service(workspace: Workspace, keys: Keys | None = None, **settings: Any) -> Iterator[Service]:
+    """A replica in this process, without Ray."""
+    opened = open_service(workspace, ServeConfig(**settings), keys=keys)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+class Client:
+    """Sends requests to the application of a service, without a network between them."""
+
+    def __init__(self, opened: Service, *, address: str = "127.0.0.1", key: str | None = None) -> None:
+        self.app = create_app(opened)
+        self._transport = httpx.ASGITransport(self.app, raise_app_exceptions=False, client=(address, 50_000))
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        """The response to a GET."""
+        return self.request("GET", path, **options)
+
+    def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        """The response to a POST of JSON."""
+        return self.request("POST", path, **({} if body is None else {"json": body}), **options)
+
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """The response to any request."""
+        return asyncio.run(self._send(method, path, options))
+
+    async def _send(self, method: str, path: str, options: dict[str, Any]) -> httpx.Response:
+        async with httpx.AsyncClient(
+            transport=self._transport, base_url="http://app", headers=self._headers
+        ) as connection:
+            return await connection.request(method, path, **options)

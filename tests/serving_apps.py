@@ -1,0 +1,33 @@
+"""A real Serve application over HTTP, on the cluster of the tests."""
+
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from rayrec.serving.app import build
+from rayrec.workspace import Workspace
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(workspace: Workspace, **settings: Any) -> Iterator[str]:
+    """The URL of an application that runs until the block ends; needs a connection to Ray."""
+    port = free_port()
+    quiet = LoggingConfig(log_level=logging.ERROR, enable_access_log=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
+    try:
+        serve.run(build({"workspace": workspace.root, "port": port, **settings}), logging_config=quiet)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()

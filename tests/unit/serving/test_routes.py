@@ -1,0 +1,265 @@
+"""The application without Ray: what it answers, and what it refuses."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from served import AT, NUM_SONGS, WITHOUT_VECTOR, Client, service, write_release, write_world
+
+from rayrec import releases
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Questions
+from rayrec.recommend.answering import history_of_songs, load_recommender
+from rayrec.recommend.recommender import Recommender
+from rayrec.serving.config import MAX_BATCH, MAX_HISTORY, MAX_K
+from rayrec.serving.service import Service
+from rayrec.workspace import Workspace
+
+SONGS = ["song-3", "song-50", "song-3", "song-9"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = Workspace(tmp_path_factory.mktemp("serving") / "workspace")
+    write_world(workspace)
+    write_release(workspace)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def opened(world: Workspace) -> Iterator[Service]:
+    with service(world, max_body=200_000) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def app(opened: Service) -> Client:
+    return Client(opened)
+
+
+@pytest.fixture(scope="module")
+def recommender(world: Workspace) -> Recommender:
+    parts = releases.default_parts(world)
+    return load_recommender(world, Dataset(world), model_id=parts["models"], index_id=parts["indexes"])
+
+
+def ids(answer: dict[str, Any]) -> list[str]:
+    return [song["song"] for song in answer["songs"]]
+
+
+def ask(app: Client, **body: Any) -> dict[str, Any]:
+    response = app.post("/v1/recommendations", {"history": SONGS, "at": AT, **body})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def require_problem(response: Any, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    told: dict[str, Any] = response.json()
+    assert (told["status"], told["type"]) == (status, "about:blank")
+    assert told["title"]
+    assert told["detail"]
+    return told
+
+
+@pytest.mark.parametrize("horizon", ["short", "long"])
+def test_the_answer_is_what_the_recommender_of_the_release_ranks(
+    app: Client, world: Workspace, recommender: Recommender, horizon: Any
+) -> None:
+    history = history_of_songs(Dataset(world).catalog(), SONGS, AT)
+    rows, scores = recommender.recommend_one(history, AT, 10, horizon=horizon)
+    answer = ask(app, k=10, horizon=horizon, exclude_heard=False)
+    assert ids(answer) == [f"song-{row}" for row in rows]
+    np.testing.assert_allclose([song["score"] for song in answer["songs"]], scores, rtol=1e-5)
+    assert (answer["source"], answer["plays"], answer["unknown_songs"], answer["at"]) == ("taste", 4, 0, AT)
+    assert answer["songs"][0]["title"] == f"Title {rows[0]}"
+    assert answer["songs"][0]["artist"] == f"Artist {rows[0] % 7}"
+
+
+def test_the_weights_0_and_1_are_the_horizons_short_and_long(app: Client) -> None:
+    assert ask(app, horizon=0.0)["songs"] == ask(app, horizon="short")["songs"]
+    assert ask(app, horizon=1)["songs"] == ask(app, horizon="long")["songs"]
+    assert ask(app, horizon=0.5)["songs"] != ask(app, horizon="short")["songs"]
+
+
+def test_heard_and_excluded_songs_do_not_come_and_k_songs_still_do(app: Client) -> None:
+    first = ids(ask(app, k=30, exclude_heard=False))
+    assert set(SONGS) & set(first)
+    answer = ids(ask(app, k=NUM_SONGS - 10, exclude=first[:5]))
+    assert not (set(SONGS) | set(first[:5])) & set(answer)
+    assert f"song-{WITHOUT_VECTOR}" not in answer
+    assert len(set(answer)) == len(answer) == NUM_SONGS - 10
+    everything = ids(ask(app, k=MAX_K, exclude=first[:5]))
+    assert len(everything) == NUM_SONGS - 1 - len(set(SONGS) | set(first[:5]))
+
+
+def test_unknown_songs_are_counted_and_change_nothing(app: Client) -> None:
+    plain = ask(app)
+    answer = ask(app, history=["nobody", *SONGS, "nothing"], exclude=["nowhere"])
+    assert (answer["unknown_songs"], answer["plays"], answer["source"]) == (3, 4, "taste")
+    assert ids(answer) != []
+    assert set(ids(plain)) & set(ids(answer))
+
+
+@pytest.mark.parametrize("history", [[], ["nobody", "nothing"]])
+def test_where_no_song_is_known_the_popular_ones_answer_and_say_so(
+    app: Client, world: Workspace, history: list[str]
+) -> None:
+    plays = sum(np.bincount(batch.songs, minlength=NUM_SONGS) for batch in Dataset(world).read_all())
+    plays[WITHOUT_VECTOR] = -1  # type: ignore[index]
+    expected = np.argsort(-np.asarray(plays), kind="stable")[:20]
+    answer = ask(app, history=history)
+    assert ids(answer) == [f"song-{row}" for row in expected]
+    assert (answer["source"], answer["path"], answer["unknown_songs"]) == ("popular", "popular", len(history))
+    assert ids(ask(app, history=history, exclude=[f"song-{expected[0]}"], k=5)) == ids(answer)[1:6]
+
+
+def test_plays_with_times_are_put_in_order(app: Client) -> None:
+    history = [{"song": song, "played_at": AT - 60_000 * back} for back, song in enumerate(reversed(SONGS))]
+    assert ask(app, history=history)["songs"] == ask(app, history=history[::-1])["songs"]
+    assert ask(app, history=history)["songs"] != ask(app)["songs"]
+
+
+def test_the_batch_form_answers_as_single_calls_do(app: Client) -> None:
+    requests = [
+        {"history": SONGS, "at": AT},
+        {"history": [], "at": AT, "k": 3},
+        {"history": ["song-1"] * 40, "at": AT, "horizon": 0.3, "exclude": ["song-5"]},
+        {"history": ["nobody", "song-8"], "at": AT, "horizon": "long", "exclude_heard": False},
+    ] * 12
+    answer = app.post("/v1/recommendations/batch", {"requests": requests}).json()
+    assert len(answer["answers"]) == len(requests)
+    for request, found in zip(requests[:4], answer["answers"], strict=False):
+        single = app.post("/v1/recommendations", request).json()
+        assert {**found, "songs": ids(found)} == {**single, "songs": ids(single)}
+        np.testing.assert_allclose(
+            [song["score"] for song in found["songs"]], [song["score"] for song in single["songs"]], rtol=1e-4
+        )
+    assert answer["answers"][:4] == answer["answers"][44:]
+
+
+def test_tastes_are_the_vectors_of_the_network(app: Client, world: Workspace, recommender: Any) -> None:
+    history = history_of_songs(Dataset(world).catalog(), SONGS, AT)
+    users = [{"history": SONGS, "at": AT}, {"history": ["nobody"], "at": AT}]
+    answer = app.post("/v1/tastes", {"users": users}).json()
+    assert answer["dim"] == 8
+    assert [taste["unknown_songs"] for taste in answer["tastes"]] == [0, 1]
+    for horizon in ("short", "long"):
+        expected = recommender.network.vectors(history, Questions.at_end(history, AT), horizon)[0]
+        np.testing.assert_allclose(answer["tastes"][0][horizon], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({}, "history"),
+        ({"history": SONGS, "k": 0}, "k"),
+        ({"history": SONGS, "k": MAX_K + 1}, "k"),
+        ({"history": SONGS, "k": "5"}, "k"),
+        ({"history": SONGS, "k": True}, "k"),
+        ({"history": SONGS, "k": 10**400}, "k"),
+        ({"history": SONGS, "horizon": -0.1}, "horizon"),
+        ({"history": SONGS, "horizon": "medium"}, "horizon"),
+        ({"history": SONGS, "horizon": float("nan")}, "horizon"),
+        ({"history": SONGS, "horizon": float("inf")}, "horizon"),
+        ({"history": [3]}, "history"),
+        ({"history": [""]}, "history"),
+        ({"history": ["x" * 600]}, "history"),
+        ({"history": "song-3"}, "history"),
+        ({"history": ["song-3"] * (MAX_HISTORY + 1)}, "history"),
+        ({"history": [{"song": "song-3", "played_at": -1}]}, "played_at"),
+        ({"history": [{"song": "song-3", "played_at": 10**30}]}, "played_at"),
+        ({"history": [{"song": "song-3", "played_at": "yesterday"}]}, "yesterday"),
+        ({"history": [{"song": "song-3", "played_at": "1e300"}]}, "1e300"),
+        ({"history": [{"song": "song-3", "played_at": "2026-01-20T18:24:00"}]}, "zone"),
+        ({"history": [{"song": "song-3", "played_at": 5}, "song-4"]}, "for all of them or for none"),
+        ({"history": [{"song": "song-3", "played_at": AT + 1}], "at": AT}, "after the moment"),
+        ({"history": SONGS, "users": 3}, "users"),
+        ({"history": SONGS, "exclude": [None]}, "exclude"),
+        ([], "body"),
+        (None, "body"),
+    ],
+)
+def test_what_is_not_as_expected_is_a_422_that_names_it(app: Client, body: Any, told: str) -> None:
+    content = json.dumps(body).encode()
+    response = app.post("/v1/recommendations", content=content, headers={"Content-Type": "application/json"})
+    problem = require_problem(response, 422)
+    assert told in problem["detail"] or any(told in error["where"] for error in problem["errors"])
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"{'k': 1}", b"[" * 100_000, b'{"k":' * 20_000])
+def test_what_is_not_json_is_a_400(app: Client, content: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    require_problem(app.post("/v1/recommendations", content=content, headers=headers), 400)
+
+
+def test_a_batch_has_its_limit(app: Client) -> None:
+    body = {"requests": [{"history": []}] * (MAX_BATCH + 1)}
+    require_problem(app.post("/v1/recommendations/batch", body), 422)
+
+
+def test_a_body_over_the_limit_is_a_413(app: Client) -> None:
+    require_problem(app.post("/v1/recommendations", content=b" " * 200_001), 413)
+
+
+def test_what_is_not_there_is_a_404_and_a_wrong_method_a_405(app: Client) -> None:
+    require_problem(app.get("/v1/nothing"), 404)
+    refused = app.get("/v1/recommendations")
+    require_problem(refused, 405)
+    assert "POST" in refused.headers["allow"]
+
+
+def test_an_unthought_of_error_is_a_500_without_its_text(app: Client, opened: Service, monkeypatch: Any) -> None:
+    async def broken(*_: Any) -> Any:
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(type(opened), "recommend", broken)
+    told = require_problem(app.post("/v1/recommendations", {"history": SONGS}), 500)
+    assert "secret" not in json.dumps(told)
+
+
+def test_health_readiness_and_release_name_what_answers(app: Client, opened: Service, world: Workspace) -> None:
+    active = releases.read_active(world)
+    assert app.get("/healthz").json()["status"] == "ok"
+    assert app.get("/readyz").json()["release"] == active["active"]
+    status = app.get("/v1/release").json()
+    assert (status["release"], status["wanted"], status["agreed"]) == (active["active"], active["active"], True)
+    assert [replica["replica"] for replica in status["replicas"]] == [status["replica"]]
+    assert status["refused"] is None
+
+
+def test_the_metrics_tell_latency_by_stage_batches_paths_and_the_release(app: Client, world: Workspace) -> None:
+    ask(app)
+    text = app.get("/metrics").text
+    for name in ("read", "encode", "project", "choose", "write"):
+        assert f'stage="{name}"' in text
+    assert 'rayrec_answers_total{path="exact"' in text
+    assert f'release="{releases.read_active(world)["active"]}"' in text
+    assert "rayrec_batch_users_bucket" in text
+    assert 'route="/v1/recommendations"' in text
+
+
+def test_the_document_shows_every_endpoint_with_an_example_and_its_problems(app: Client) -> None:
+    document = app.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    for path, methods in document["paths"].items():
+        for about in methods.values():
+            assert "500" in about["responses"], path
+            assert "HTTPValidationError" not in json.dumps(about)
+            if "requestBody" in about:
+                reference = about["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+                assert schemas[reference.rsplit("/", 1)[1]]["examples"], path
+
+
+def test_the_examples_of_the_document_are_good_requests(app: Client) -> None:
+    document = app.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        body = methods.get("post", {}).get("requestBody")
+        if body:
+            reference = body["content"]["application/json"]["schema"]["$ref"]
+            for example in document["components"]["schemas"][reference.rsplit("/", 1)[1]]["examples"]:
+                assert app.post(path, example).status_code == 200, path
