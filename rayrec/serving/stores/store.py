@@ -1,0 +1,107 @@
+"""The one interface of all stores of user states.
+
+A store holds, for each user, the state, which is replaced whole, and the log, to which pieces are only added. Both
+are bytes that it does not look into. What `put` or `add` has returned from is there after the death of any process,
+as far as each store's own page says.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from rayrec.errors import InputError, RayrecError
+
+NOT_THERE = 0  # the version of a user who is not in the store; real ones count from 1
+
+
+class StoreUnavailableError(RayrecError):
+    """The store cannot be reached, or not in time. What was sent may have been stored or not: send it again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What a store holds of one user."""
+
+    version: int  # changes with every put
+    state: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """State and log of one user, of one moment."""
+
+    stored: Stored
+    log: list[bytes]  # pieces, the first added first
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewUser:
+    """A user to add."""
+
+    user_id: str
+    state: bytes
+    log: bytes  # the first piece
+
+
+class StateStore(ABC):
+    """The users of one namespace. Safe to use from many threads; many processes may open the same store.
+
+    Data sets whose rows of songs differ must not share a namespace. Every method raises
+    `StoreUnavailableError` where the store does not answer.
+    """
+
+    @abstractmethod
+    def get(self, user_id: str) -> Stored | None:
+        """A user's state; None where the user is not there."""
+
+    @abstractmethod
+    def read(self, user_id: str) -> Whole | None:
+        """A user's state and log as they were at one moment; None where the user is not there."""
+
+    @abstractmethod
+    def put(
+        self, user_id: str, state: bytes, *, expected: int, append: bytes | None = None, restart: bool = False
+    ) -> bool:
+        """Replace a user's state and add a piece to the log, both or neither, where the version is `expected`.
+
+        `NOT_THERE` is expected of a new user. With `restart` the log is emptied first. False, and
+        nothing is changed, where the version is another: somebody else was first.
+        """
+
+    @abstractmethod
+    def add(self, users: Sequence[NewUser]) -> list[bool]:
+        """Add the users who are not there, all at once; which ones were added. The others stay as they are."""
+
+    @abstractmethod
+    def count(self) -> int:
+        """How many users there are."""
+
+    @abstractmethod
+    def note(self, name: str) -> str | None:
+        """What was noted under a name."""
+
+    @abstractmethod
+    def write_note(self, name: str, text: str) -> None:
+        """Note a text under a name."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give connections back. Nothing else may be called after."""
+
+
+def open_store(uri: str, namespace: str) -> StateStore:
+    """The store at sqlite:///path or redis://host:port/number (rediss:// with TLS), made where it is new.
+
+    Raises `InputError` for another address, for one that holds something else, and where a package is missing.
+    """
+    scheme = urlsplit(uri).scheme
+    if scheme == "sqlite":
+        from rayrec.serving.stores.sqlite_store import SqliteStore
+
+        return SqliteStore.from_uri(uri, namespace)
+    if scheme in ("redis", "rediss"):
+        from rayrec.serving.stores.redis_store import RedisStore
+
+        return RedisStore.from_uri(uri, namespace)
+    raise InputError(f"store {uri!r} is not known; give sqlite:///PATH or redis://HOST:PORT/0")
