@@ -26,7 +26,9 @@ USUAL_K = 20
 class EvaluateConfig:
     """What is measured, and how finely."""
 
-    models: tuple[str, ...] | None = setting(None, help="models by name; without it the network and every baseline")
+    models: tuple[str, ...] | None = setting(
+        None, help="models by name, NAME=ID for the network of another model; none: the network and every baseline"
+    )
     ks: tuple[int, ...] = setting((10, 20, 100), help="cut-offs of recall, MRR and NDCG")
     bootstrap_samples: int = setting(1000, help="samples of the bootstrap over users; 0: no intervals")
     confidence: float = setting(0.95, help="share of the bootstrap samples within low and high, in (0, 1)")

@@ -22,14 +22,15 @@ from rayrec.evaluation.results import comparisons_of, results_of
 from rayrec.evaluation.tally import Tally
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import ray_cluster
-from rayrec.jobs.evaluate import KIND, choose_parts, make_recommenders
+from rayrec.jobs.evaluate import KIND
+from rayrec.jobs.judged import choose, make_recommenders
 from rayrec.progress import progress
 from rayrec.workspace import Workspace
 
 UNIT_BYTES = 1 << 18  # of the file that one task reads
 ASKED = "The target of each line of the file is predicted from the songs of its prefix; there are no times."
 
-Judged = tuple[Tally, np.ndarray]  # and the counts of `Prefixes`
+Tallied = tuple[Tally, np.ndarray]  # and the counts of `Prefixes`
 
 
 def evaluate_prefixes(
@@ -52,14 +53,14 @@ def evaluate_prefixes(
     started = time.monotonic()
     dataset = Dataset(workspace)
     (found,) = find_files([file.path], ["*"])[:1]
-    parts = choose_parts(workspace, dataset, config, split, model_id)
+    judged = choose(workspace, dataset, config, split, model_id)
     settings = {**to_mapping(config), "prefixes": {**asdict(file), "size": found.size, "changed": found.changed}}
     report_id, complete = new_id(
-        workspace, KIND, fingerprint("evaluate prefixes", settings, parts.inputs), repeat=repeat
+        workspace, KIND, fingerprint("evaluate prefixes", settings, judged.inputs), repeat=repeat
     )
     if complete:
         return load(workspace, KIND, report_id)
-    recommenders, song_plays = make_recommenders(workspace, dataset, parts, fit_range(split))
+    recommenders, song_plays = make_recommenders(workspace, dataset, judged, fit_range(split))
     evaluator = PrefixEvaluator(recommenders, song_plays=song_plays, config=config)
     tally, counts = judge(workspace, evaluator, file, byte_ranges(found.source, found.size, UNIT_BYTES))
     if not counts[0]:
@@ -67,7 +68,7 @@ def evaluate_prefixes(
     results = [entry for entry in results_of(tally, recommenders, config, ["next"]) if entry["users"] == "all"]
     figures = {
         "results": [{name: value for name, value in entry.items() if name != "users_count"} for entry in results],
-        "comparisons": comparisons_of(tally, recommenders, config, parts.default),
+        "comparisons": comparisons_of(tally, recommenders, config, judged.default),
     }
     told = dict(zip(("pairs", "unknown_targets", "unknown_items"), counts.tolist(), strict=True))
     seconds = round(time.monotonic() - started, 1)
@@ -75,17 +76,17 @@ def evaluate_prefixes(
         kind=KIND,
         id=report_id,
         config=settings,
-        inputs=parts.inputs,
+        inputs=judged.inputs,
         seed=config.seed,
-        metrics={"default": parts.default, "protocol": "prefixes", **figures, **told, "seconds": seconds},
+        metrics={"default": judged.default, "protocol": "prefixes", **figures, **told, "seconds": seconds},
     )
     about = {"protocol": "prefixes", "file": file.path, **{name: f"{count:,}" for name, count in told.items()}}
-    about |= parts.inputs
-    names = write_report(workspace, manifest.folder, figures, default=parts.default, about=about, asked=ASKED)
+    about |= judged.inputs
+    names = write_report(workspace, manifest.folder, figures, default=judged.default, about=about, asked=ASKED)
     return publish(workspace, manifest, names)
 
 
-def judge(workspace: Workspace, evaluator: PrefixEvaluator, file: PrefixFile, units: Sequence[Unit]) -> Judged:
+def judge(workspace: Workspace, evaluator: PrefixEvaluator, file: PrefixFile, units: Sequence[Unit]) -> Tallied:
     """The tally and the counts of all units, spread over the cluster."""
     tally, counts = evaluator.empty(), np.zeros(3, dtype=np.int64)
     with ray_cluster(), progress("evaluate", len(units)) as bar:
@@ -105,7 +106,7 @@ class UnitEvaluator:
         self.evaluator, self.file, self.units = evaluator, file, units
         self.song_ids = Dataset(workspace).catalog().table.column(columns.SONG_ID)
 
-    def __call__(self, unit: int) -> Judged:
+    def __call__(self, unit: int) -> Tallied:
         """The tally and the counts of the pairs that begin in the unit."""
         tally, counts = self.evaluator.empty(), np.zeros(3, dtype=np.int64)
         for prefixes in read_prefixes(self.units[int(unit)], self.file, self.song_ids):

@@ -81,7 +81,7 @@ class HybridRecommender(Recommender):
 
     name = "hybrid"
     kind: ClassVar[Kind] = "network"
-    horizons: ClassVar[tuple[Horizon, ...]] = ("short", "long")
+    horizons: tuple[Horizon, ...] = ("short", "long")
 
     def __init__(self, network: TasteRecommender, memory: Memory, weights: Weights) -> None:
         self.network, self.memory, self.weights = network, memory, weights
@@ -137,7 +137,10 @@ def shares(scores: np.ndarray) -> np.ndarray:
     return np.asarray(scores / np.where(totals > 0, totals, 1), dtype=np.float32)
 
 
-def load_recommender(workspace: Workspace, manifest: Manifest, index_id: str | None = None) -> Recommender:
+def load_recommender(
+    workspace: Workspace, manifest: Manifest, index_id: str | None = None
+) -> HybridRecommender | TasteRecommender:
     """What answers for a models artifact: the hybrid where it has a memory, else the network alone."""
-    kind = HybridRecommender if has_memory(manifest) else TasteRecommender
-    return kind.load(workspace, manifest.id, index_id)
+    if has_memory(manifest):
+        return HybridRecommender.load(workspace, manifest.id, index_id)
+    return TasteRecommender.load(workspace, manifest.id, index_id)

@@ -51,7 +51,7 @@ class Recommender(ABC):
 
     name: str  # as reports and `--models` spell it
     kind: ClassVar[Kind] = "baseline"
-    horizons: ClassVar[tuple[Horizon, ...]] = ("short",)  # those whose answers differ
+    horizons: tuple[Horizon, ...] = ("short",)  # those whose answers differ
     num_songs: int  # N
 
     @abstractmethod

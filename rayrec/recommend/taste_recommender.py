@@ -1,5 +1,6 @@
 """The network as a recommender: the songs nearest to the taste vector at the moment of the request."""
 
+from copy import copy
 from typing import ClassVar
 
 import numpy as np
@@ -21,7 +22,7 @@ class TasteRecommender(VectorRecommender):
 
     name = "taste"
     kind: ClassVar[Kind] = "network"
-    horizons: ClassVar[tuple[Horizon, ...]] = ("short", "long")
+    horizons: tuple[Horizon, ...] = ("short", "long")
 
     def __init__(self, model: TasteModel, song_vectors: np.ndarray, index: SongIndex | None = None) -> None:
         """`song_vectors` float32 (N, D) are those the model scores against, zero rows for unknown songs."""
@@ -52,6 +53,12 @@ class TasteRecommender(VectorRecommender):
         """From the files of a network, finished or not yet an artifact."""
         vectors = np.array(workspace.read_array(f"{folder}/{SONG_VECTORS}"))
         return cls(load_model(workspace, folder), vectors)
+
+    def short_only(self) -> "TasteRecommender":
+        """The same network, answering for every horizon with its short one."""
+        other = copy(self)
+        other.name, other.horizons = f"{self.name}-short", ("short",)
+        return other
 
     def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, D): the taste vectors, from no more of each history than its questions need.

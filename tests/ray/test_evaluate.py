@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from networks import model_config, network
 from worlds import random_histories, random_vectors, write_dataset, write_song_vectors
 
 from rayrec.artifacts import Manifest, load, publish, verify
@@ -17,6 +18,8 @@ from rayrec.evaluation.results import figures_of
 from rayrec.jobs.evaluate import evaluate
 from rayrec.recommend.baselines import BASELINES, fit_baselines
 from rayrec.recommend.popularity import PopularityRecommender
+from rayrec.taste.checkpoint import save_model
+from rayrec.taste.model import TasteModel
 from rayrec.workspace import Workspace
 
 NUM_SONGS = 30
@@ -105,8 +108,42 @@ def test_without_a_network_the_command_to_run_is_named(dataset: Dataset) -> None
 
 
 def test_an_unknown_model_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(InputError, match="no model 'gru'; there are: hybrid, taste, popularity"):
+    with pytest.raises(InputError, match="no model 'gru'; there are: hybrid, taste, taste-short, popularity"):
         evaluate(dataset.workspace, EvaluateConfig(models=("gru",)), split=SPLIT)
+
+
+def _publish_network(workspace: Workspace, model_id: str, seed: int) -> TasteModel:
+    model = network(model_config(num_songs=NUM_SONGS), seed)
+    names = save_model(workspace, f"models/{model_id}", model, np.ones(NUM_SONGS, dtype=bool))
+    publish(workspace, Manifest(kind="models", id=model_id, inputs={**MADE_OF, "songs": "by-hand"}), names)
+    return model
+
+
+@pytest.mark.usefixtures("cluster")
+def test_networks_of_several_models_stand_on_one_table_under_their_names(dataset: Dataset) -> None:
+    for model_id, seed in (("first", 0), ("second", 1)):
+        _publish_network(dataset.workspace, model_id, seed)
+    settings = EvaluateConfig(models=("taste", "taste-short", "again=first", "r_hst=second"), bootstrap_samples=10)
+    told = evaluate(dataset.workspace, settings, split=SPLIT, model_id="first")
+    assert told.inputs["models r_hst"] == "second"
+    found = {
+        (entry["model"], entry["target"]): entry["value"]
+        for entry in told.metrics["results"]
+        if (entry["users"], entry["metric"], entry["k"]) == ("all", "recall", 20)
+    }
+    for target in ("next", "offsets25_50"):
+        assert found["again", target] == found["taste", target] != found["r_hst", target]
+    assert found["taste-short", "next"] == found["taste", "next"]
+    assert found["taste-short", "offsets25_50"] != found["taste", "offsets25_50"]  # the long horizon's is another
+    cosines = {(entry["model"], entry["horizon"]) for entry in told.metrics["pairwise"]}
+    assert ("taste-short", "long") not in cosines
+
+
+def test_another_model_needs_a_name_of_its_own(dataset: Dataset) -> None:
+    with pytest.raises(InputError, match="popularity=first: give another model a name of its own"):
+        evaluate(dataset.workspace, EvaluateConfig(models=("popularity=first",)), split=SPLIT)
+    with pytest.raises(NotFoundError, match="nowhere"):
+        evaluate(dataset.workspace, EvaluateConfig(models=("mine=nowhere",)), split=SPLIT)
 
 
 @pytest.mark.usefixtures("cluster")
