@@ -1,0 +1,101 @@
+"""Values that stand in several files are the same in all of them."""
+
+import re
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+from cluster_files import CLUSTER, LAUNCHER, ROOT, every_manifest, launcher, pods, ray_clusters, serve_config
+from ray.serve.schema import ServeDeploySchema
+
+import rayrec
+from rayrec.config import to_mapping
+from rayrec.jobs.submit import IMAGE_PYTHON
+from rayrec.taste.config import TasteConfig, TrainConfig
+from rayrec_cli.main import app
+
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+CONSTRAINTS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+IMAGE = re.compile(r"registry\.example\.com/rayrec:(?P<version>[\d.]+)-(?P<kind>cpu|gpu)")
+
+
+def test_every_image_is_this_version_of_rayrec() -> None:
+    texts = [path.read_text() for path in [*CLUSTER.rglob("*.yaml"), CLUSTER / "Dockerfile", CLUSTER / "README.md"]]
+    found = [match for text in texts for match in IMAGE.finditer(text)]
+    assert len(found) > 20
+    assert {match["version"] for match in found} == {rayrec.__version__}
+
+
+@pytest.mark.parametrize(("name", "spec"), ray_clusters())
+def test_gpu_pods_have_the_gpu_image_and_the_others_have_not(name: str, spec: dict[str, Any]) -> None:
+    for pod in pods(spec):
+        (container,) = pod["containers"]
+        wants = "nvidia.com/gpu" in container["resources"]["limits"]
+        assert container["image"].endswith("-gpu" if wants else "-cpu")
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_gpu_machines_have_the_gpu_image_and_the_others_have_not(name: str) -> None:
+    config = launcher(name)
+    assert config["docker"]["image"].endswith("-cpu")
+    for node in config["available_node_types"].values():
+        image = node.get("docker", {}).get("worker_image", config["docker"]["image"])
+        assert image.endswith("-gpu" if "GPU" in node["resources"] else "-cpu")
+
+
+def test_ray_is_the_pinned_one_everywhere() -> None:
+    assert {spec["rayVersion"] for _, spec in ray_clusters()} == {CONSTRAINTS["ray"]} == {version("ray")}
+
+
+def test_python_of_the_image_is_one_that_the_project_allows_and_the_constraints_were_made_with() -> None:
+    (python,) = set(re.findall(r"python:(\d+\.\d+)\.\d+-", (CLUSTER / "Dockerfile").read_text()))
+    low, high = re.search(r'requires-python = ">=(\d+\.\d+),<(\d+\.\d+)"', PYPROJECT).groups()  # type: ignore[union-attr]
+    order = [tuple(map(int, text.split("."))) for text in (low, python, high)]
+    assert order[0] <= order[1] < order[2]
+
+
+def test_what_the_image_adds_is_in_pyproject_and_pinned() -> None:
+    extras = set(re.findall(r"'\.\[([a-z,]+)\]'", (CLUSTER / "Dockerfile").read_text()))
+    assert extras == {"cpu,redis,aws,gcp", "gpu,redis,aws,gcp"}
+    for extra in {name for names in extras for name in names.split(",")}:
+        (listed,) = re.findall(rf"^{extra} = \[(.*)\]", PYPROJECT, flags=re.MULTILINE)
+        for package in re.findall(r'"([A-Za-z0-9_-]+)', listed):
+            assert package in CONSTRAINTS, f"{package} of [{extra}] is not pinned"
+
+
+def test_the_interpreter_of_jobs_is_the_image_s() -> None:
+    text = (CLUSTER / "Dockerfile").read_text()
+    assert f"python -m venv {IMAGE_PYTHON.removesuffix('/bin/python')}" in text
+    starts = [str(item["spec"]) for _, item in every_manifest() if item["kind"] in ("RayJob", "RayCronJob")]
+    assert starts
+    assert all("/opt/rayrec/bin/" in text for text in starts)
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "config"),
+    [("rayjob-train.yaml", "train", TrainConfig), ("rayjob-taste.yaml", "taste", TasteConfig)],
+)
+def test_the_jobs_name_commands_and_options_that_are_there(name: str, command: str, config: type) -> None:
+    (entrypoint,) = (item["spec"]["entrypoint"] for each, item in every_manifest() if each == name)
+    words = entrypoint.split()
+    assert words[3] == command
+    options = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words[4:] if word[:2] == "--"}
+    assert options <= set(to_mapping(config())) | {"resume"}
+    assert command in {item.name for item in app.registered_commands}
+
+
+def test_ports_agree() -> None:
+    port = serve_config()["http_options"]["port"]
+    (spec,) = (spec for name, spec in ray_clusters() if name == "rayservice.yaml")
+    for pod in pods(spec):
+        assert {"name": "serve", "containerPort": port} in pod["containers"][0]["ports"]
+    for name in LAUNCHER:
+        head, worker = launcher(name)["head_start_ray_commands"][1], launcher(name)["worker_start_ray_commands"][1]
+        assert "--port=6379" in head
+        assert "$RAY_HEAD_IP:6379" in worker
+        assert "--dashboard-port=8265" in head
+
+
+def test_serve_takes_the_config() -> None:
+    parsed = ServeDeploySchema.model_validate(serve_config())
+    assert [item.import_path for item in parsed.applications] == ["rayrec.serving.app:build"]

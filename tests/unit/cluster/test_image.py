@@ -1,0 +1,77 @@
+"""The image: two targets, no root, every version pinned.
+
+A linter for Dockerfiles is in no Python registry; these are the rules of one that matter here, over the
+instructions as dockerfile-parse reads them.
+"""
+
+import re
+from typing import Any
+
+from cluster_files import CLUSTER, ROOT
+from dockerfile_parse import DockerfileParser
+
+PARSER = DockerfileParser(fileobj=(CLUSTER / "Dockerfile").open("rb"))
+INSTRUCTIONS: list[dict[str, Any]] = [item for item in PARSER.structure if item["instruction"] != "COMMENT"]
+
+
+def stages() -> dict[str, list[tuple[str, str]]]:
+    """Instructions by stage."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for item in INSTRUCTIONS:
+        if item["instruction"] == "FROM":
+            found[item["value"].split(" AS ")[1]] = current = []
+        current.append((item["instruction"], item["value"]))
+    return found
+
+
+def test_there_is_a_target_for_each_kind_of_node() -> None:
+    assert {"cpu", "gpu"} <= set(stages())
+
+
+def test_bases_are_pinned_to_a_patch_version() -> None:
+    outside = [item["value"].split()[0] for item in INSTRUCTIONS if item["instruction"] == "FROM"]
+    outside = [image for image in outside if image not in stages()]
+    assert outside
+    assert all(re.fullmatch(r"python:\d+\.\d+\.\d+-slim-[a-z]+", image) for image in outside)
+
+
+def test_final_stages_run_as_nobody_in_particular() -> None:
+    for target in ("cpu", "gpu"):
+        users = [value for name, value in stages()[target] if name == "USER"]
+        assert users == ["1000:1000"]
+        names = [name for name, _ in stages()[target]]
+        assert names.index("USER") > names.index("COPY")
+
+
+def test_python_packages_are_installed_by_the_constraints_alone() -> None:
+    runs = [value for name in stages() for kind, value in stages()[name] if kind == "RUN"]
+    installs = [step for run in runs for step in run.split("&&") if "pip install" in step]
+    assert len(installs) == 3
+    assert all("--constraint constraints.txt" in step for step in installs)
+    assert not any("--extra-index-url" in step for step in installs)
+
+
+def test_debian_packages_leave_no_lists_behind() -> None:
+    for name in stages():
+        for kind, value in stages()[name]:
+            if kind == "RUN" and "apt-get install" in value:
+                assert "--no-install-recommends" in value
+                assert "rm -rf /var/lib/apt/lists/*" in value
+
+
+def test_nothing_is_added_from_an_address_and_no_secret_is_an_argument() -> None:
+    assert not any(item["instruction"] in ("ADD", "ARG") for item in INSTRUCTIONS)
+    text = (CLUSTER / "Dockerfile").read_text()
+    assert not re.search(r"(?i)(password|secret|api_key)\s*=", text)
+
+
+def test_what_is_copied_is_there_and_the_build_sees_it() -> None:
+    seen = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
+    assert "*" in seen
+    for name in ("build-cpu", "build-gpu"):
+        copied = [value.split()[:-1] for kind, value in stages()[name] if kind == "COPY"]
+        sources = [source for group in copied for source in group]
+        assert {"constraints.txt", "pyproject.toml", "rayrec", "cli"} <= set(sources)
+        for source in sources:
+            assert (ROOT / source).exists()
+            assert any(line.startswith(f"!{source}") for line in seen), source

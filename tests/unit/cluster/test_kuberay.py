@@ -1,0 +1,114 @@
+"""The manifests for Kubernetes pass the schemas of KubeRay and of Kubernetes, and keep their promises."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster_files import MANIFESTS, every_manifest, manifests, pods, ray_clusters, serve_config
+from jsonschema import Draft202012Validator
+from referencing import Registry, Resource
+
+ARTIFACTS = Path(__file__).parents[2] / "artifacts"
+KUBERAY = json.loads((ARTIFACTS / "kuberay.json").read_text())
+KUBERNETES = json.loads(gzip.decompress((ARTIFACTS / "kubernetes-1.34.json.gz").read_bytes()))
+REGISTRY: Registry = Registry().with_resources(
+    [("kuberay.json", Resource.from_contents(KUBERAY)), ("kubernetes.json", Resource.from_contents(KUBERNETES))]
+)
+KUBERNETES_KINDS = {
+    "Service": "core.v1",
+    "ServiceAccount": "core.v1",
+    "StatefulSet": "apps.v1",
+    "NetworkPolicy": "networking.v1",
+}
+
+
+def faults(item: dict[str, Any]) -> list[str]:
+    """What a schema finds wrong with an object, each with its place."""
+    kind = item["kind"]
+    if item["apiVersion"] == "ray.io/v1":
+        where = f"kuberay.json#/$defs/{kind}"
+    else:
+        where = f"kubernetes.json#/$defs/io.k8s.api.{KUBERNETES_KINDS[kind]}.{kind}"
+    validator = Draft202012Validator({"$ref": where}, registry=REGISTRY)
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(item)]
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_every_object_fits_its_schema(name: str) -> None:
+    for item in manifests(name):
+        if item["kind"] != "Namespace":
+            assert faults(item) == [], item["kind"]
+
+
+def test_the_files_are_those_that_a_cluster_needs() -> None:
+    kinds = {item["kind"] for _, item in every_manifest()}
+    assert kinds >= {"RayCluster", "RayJob", "RayService", "RayCronJob", "StatefulSet", "ServiceAccount"}
+    assert len(ray_clusters()) == 5
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("spec", "enableInTreeAutoscaler"), True, "enableInTreeAutoscaler"),
+        (("spec", "headGroupSpec", "template", "spec", "container"), [], "container"),
+        (("spec", "workerGroupSpecs", 0, "minReplicas"), "one", "'one' is not of type"),
+        (("spec", "authOptions", "mode"), "tokens", "'tokens' is not one of"),
+    ],
+)
+def test_the_schemas_see_a_slip_at_any_depth(path: tuple[Any, ...], value: Any, message: str) -> None:
+    (item,) = manifests("raycluster.yaml")
+    place: Any = item
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    assert any(message in fault for fault in faults(item))
+
+
+@pytest.mark.parametrize(("name", "spec"), ray_clusters())
+def test_every_cluster_asks_for_a_token_and_keeps_its_dashboard_inside(name: str, spec: dict[str, Any]) -> None:
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert "enableIngress" not in spec["headGroupSpec"]
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+@pytest.mark.parametrize(("name", "spec"), ray_clusters())
+def test_no_pod_runs_as_root_or_without_bounds(name: str, spec: dict[str, Any]) -> None:
+    for pod in pods(spec):
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["serviceAccountName"] == "rayrec"
+        for container in pod["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            # Ray takes its number of CPUs and its memory from the limits.
+            assert container["resources"]["limits"] == container["resources"]["requests"]
+
+
+@pytest.mark.parametrize(("name", "spec"), [each for each in ray_clusters() if each[0] != "rayservice.yaml"])
+def test_spot_groups_come_first_and_have_a_fallback(name: str, spec: dict[str, Any]) -> None:
+    groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+    for group_name, group in groups.items():
+        if group_name.endswith("-spot"):
+            fallback = groups[group_name.replace("-spot", "-on-demand")]
+            assert group["priority"] > fallback["priority"]
+            assert (
+                pods({"headGroupSpec": group, "workerGroupSpecs": []})[0]["nodeSelector"]
+                != (fallback["template"]["spec"]["nodeSelector"])
+            )
+
+
+def test_what_stays_up_keeps_its_state_in_redis_with_a_password_from_a_secret() -> None:
+    lasting = [spec for name, spec in ray_clusters() if name in ("raycluster.yaml", "rayservice.yaml")]
+    for spec in lasting:
+        options = spec["gcsFaultToleranceOptions"]
+        assert options["redisAddress"] == "redis:6379"
+        assert options["redisPassword"]["valueFrom"]["secretKeyRef"]["name"] == "rayrec-redis"
+    for name, item in every_manifest():
+        assert item["kind"] != "Secret", f"{name} holds a Secret: make it by hand"
+
+
+def test_the_service_runs_the_config_that_serve_yaml_holds() -> None:
+    (service,) = (item for item in manifests("rayservice.yaml") if item["kind"] == "RayService")
+    assert yaml.safe_load(service["spec"]["serveConfigV2"]) == serve_config()
