@@ -4,11 +4,14 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
 
+from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
+from rayrec.jobs.plan_inputs import DataSize, PlanConfig, read_rates
 from rayrec_cli.app import ORDER, app
 from rayrec_cli.options import Call, command
-from rayrec_cli.output import Shown, figures, note
+from rayrec_cli.output import Shown, figures, note, size, table
 
 WordsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="COMMAND...", help="A command of rayrec with its options.")
@@ -27,6 +30,15 @@ FilesOption = Annotated[
 DetachOption = Annotated[bool, typer.Option("--detach", help="Say the job's id and return while it runs.")]
 AttachOption = Annotated[
     str | None, typer.Option("--attach", metavar="ID", help="Follow a job that was submitted before.")
+]
+ClusterOption = Annotated[
+    str, typer.Option("--cluster", metavar="FILE", help="The cluster: a file of ray up, or a RayCluster of KubeRay.")
+]
+UsersOption = Annotated[int | None, typer.Option("--users", help="Users, where there is no data set yet.")]
+PlaysOption = Annotated[int | None, typer.Option("--plays", help="Plays of all of them together.")]
+SongsOption = Annotated[int | None, typer.Option("--songs", help="Songs in the catalog.")]
+RatesOption = Annotated[
+    str | None, typer.Option("--rates", metavar="FILE", help="Measured rates: rayrec bench NAME --save FILE.")
 ]
 StopOption = Annotated[str | None, typer.Option("--stop", metavar="ID", help="End a job.")]
 
@@ -95,3 +107,65 @@ def _ended(end: Any, *, exit_code: int, follow: str | None = None) -> Shown:
     shown = {key: data[key] for key in ("status", "seconds", "exit_code") if key in data}
     hint = [] if follow is None else [f"Follow it: {follow}"]
     return Shown(data, [figures(f"Job {end.job}", shown), *hint], exit_code=exit_code)
+
+
+@command(
+    app,
+    "plan",
+    config=PlanConfig,
+    example="rayrec plan --cluster cluster/aws.yaml --users 100000000 --plays 20000000000 --songs 10000000",
+)
+def plan(
+    call: Call,
+    config: PlanConfig,
+    *,
+    cluster: ClusterOption,
+    users: UsersOption = None,
+    plays: PlaysOption = None,
+    songs: SongsOption = None,
+    rates: RatesOption = None,
+) -> Shown:
+    """Say what the stages will take on a cluster.
+
+    For the data set of the workspace, or for --users, --plays and --songs. What will not fit is an
+    error: exit code 1.
+    """
+    from rayrec.jobs.cluster_file import read_cluster
+    from rayrec.jobs.plan import make_plan
+
+    known = read_cluster(cluster)
+    counts = (users, plays, songs)
+    skew: dict[str, Any] = {}
+    if None not in counts:
+        data = DataSize.assumed(users or 0, plays or 0, songs or 0, config.buckets)
+    elif any(count is not None for count in counts):
+        raise InputError("give --users, --plays and --songs, or none of the three for the data set of --workspace")
+    else:
+        from rayrec.data.skew import measure_skew
+
+        dataset = Dataset(call.workspace)
+        found = measure_skew(dataset)
+        data = DataSize.of(dataset.manifest, found)
+        skew = {"largest_buckets": found.largest_buckets, "longest_histories": found.longest_histories}
+    made = make_plan(data, known, config, read_rates(rates) if rates else None, skew)
+    return Shown(made.to_mapping(), plan_views(made), exit_code=1 if made.problems else 0)
+
+
+def plan_views(made: Any) -> list[RenderableType]:
+    """One line a stage, what stays where, and what will not fit."""
+    rows = []
+    for item in made.stages:
+        needs, has = size(item.memory), size(item.memory_there)
+        rows.append([item.stage, item.node, item.nodes, item.workers, needs, has, item.batches, item.hours])
+    headers = ["stage", "node", "nodes", "workers", "needs", "has", "batches", "hours"]
+    stored = {name: size(count) for name, count in made.storage.items()}
+    stored["on embed's disk"] = size(made.disk)
+    views: list[RenderableType] = [
+        table(f"{made.data.plays:,} plays on cluster {made.cluster}", headers, rows, left=["node"]),
+        figures("In the bucket", stored),
+    ]
+    for name, pairs in made.skew.items():
+        views.append(table(name.replace("_", " ").capitalize(), ["which", "plays"], pairs))
+    views.extend(f"Will not fit: {problem}" for problem in made.problems)
+    views.extend(f"Note: {text}" for text in made.notes)
+    return views

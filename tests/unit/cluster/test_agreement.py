@@ -9,8 +9,9 @@ from cluster_files import CLUSTER, LAUNCHER, ROOT, every_manifest, launcher, pod
 from ray.serve.schema import ServeDeploySchema
 
 import rayrec
-from rayrec.config import to_mapping
+from rayrec.config import from_mapping, to_mapping
 from rayrec.jobs.submit import IMAGE_PYTHON
+from rayrec.serving.app import AppConfig, build
 from rayrec.taste.config import TasteConfig, TrainConfig
 from rayrec_cli.main import app
 
@@ -99,3 +100,10 @@ def test_ports_agree() -> None:
 def test_serve_takes_the_config() -> None:
     parsed = ServeDeploySchema.model_validate(serve_config())
     assert [item.import_path for item in parsed.applications] == ["rayrec.serving.app:build"]
+
+
+def test_the_app_takes_the_arguments_that_the_config_gives_it() -> None:
+    config = from_mapping(AppConfig, serve_config()["applications"][0]["args"], "serve.yaml")
+    assert build(to_mapping(config)) is not None
+    assert config.host == serve_config()["http_options"]["host"]
+    assert config.port == serve_config()["http_options"]["port"]
