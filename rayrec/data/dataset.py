@@ -5,13 +5,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.histories import Histories, user_hash
-from rayrec.data.parts import bucket_files, find_user, merge_users, read_files, with_columns
+from rayrec.data.parts import bucket_files, find_user, merge_users, read_files, read_users, with_columns
 from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
 from rayrec.workspace import DATASET_MANIFEST, DESCRIPTIONS, PLAYLISTS, SONGS_TABLE, Workspace, earlier_manifest
 
@@ -104,6 +105,12 @@ class Dataset:
         files = bucket_files(self.workspace, range(first_part, self.manifest.parts), bucket)
         for histories in read_files(self.workspace, files, users_per_batch, earlier):
             yield self._told(histories)
+
+    def bucket_users(self, bucket: int, first_part: int = 0) -> np.ndarray:
+        """object (U,): the ids of the users of one bucket who have plays from `first_part` on, each once."""
+        files = bucket_files(self.workspace, range(first_part, self.manifest.parts), bucket)
+        ids = [read_users(self.workspace, path) for path in files]
+        return np.asarray(pd.unique(np.concatenate([np.zeros(0, dtype=object), *ids])))
 
     def read_all(self, users_per_batch: int = 5_000) -> Iterator[Histories]:
         """The histories of all buckets in batches."""

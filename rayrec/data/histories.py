@@ -153,6 +153,21 @@ class Histories:
             skipped=None if self.skipped is None else self.skipped[mask],
         )
 
+    def span(self, first: int, last: int) -> "Histories":
+        """Of each user the plays from place `first` up to `last`; costs as much as these, however many there are."""
+        begin = np.minimum(self.offsets[:-1] + first, self.offsets[1:])
+        lengths = np.minimum(self.offsets[:-1] + last, self.offsets[1:]) - begin
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        plays = np.repeat(begin - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return replace(
+            self,
+            offsets=offsets,
+            songs=self.songs[plays],
+            played_at=self.played_at[plays],
+            contexts=None if self.contexts is None else self.contexts[plays],
+            skipped=None if self.skipped is None else self.skipped[plays],
+        )
+
     def take(self, rows: np.ndarray) -> "Histories":
         """The users at `rows`, int (R,) or bool (U,), in that order."""
         rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=np.int64)

@@ -45,11 +45,13 @@ def read_files(
     streams = [_Rows(_read_file(workspace, path, users_per_batch)) for path in paths]
     for leading, stream in enumerate(streams):
         while (first := stream.next_batch()) is not None:
-            taken = [first]
-            last = places[leading][stream.read - 1]
+            taken, taken_places = [first], [places[leading][stream.read - len(first) : stream.read]]
+            last = taken_places[0][-1]
             for other, place in zip(streams[leading + 1 :], places[leading + 1 :], strict=True):
-                taken.append(other.take(int(np.searchsorted(place, last, side="right")) - other.read))
-            yield merge_users(taken)
+                end = int(np.searchsorted(place, last, side="right"))
+                taken_places.append(place[other.read : end])
+                taken.append(other.take(end - other.read))
+            yield merge_users(taken, np.concatenate(taken_places))
 
 
 def read_users(workspace: Workspace, path: str) -> np.ndarray:
@@ -71,22 +73,24 @@ def find_user(workspace: Workspace, path: str, user_id: str) -> Histories | None
     return None
 
 
-def merge_users(parts: Sequence[Histories]) -> Histories:
-    """Each user of the parts once, in the order of first appearance, with all plays in the order of time.
+def merge_users(parts: Sequence[Histories], places: np.ndarray | None = None) -> Histories:
+    """Each user of the parts once, with all plays in the order of time.
 
-    Plays of the same moment stay in the order of the parts. What one part does not tell (contexts,
-    skips) is none and false where another does.
+    Users come in the order of `places`, int64, one for each row of the parts, the same for the same
+    user; without them in the order of first appearance. Plays of the same moment stay in the order of
+    the parts. What one part does not tell (contexts, skips) is none and false where another does.
     """
     parts = [part for part in parts if len(part)]
     if len(parts) == 1:
         return parts[0]
     joined = concatenate(_alike(parts))
-    codes, names = pd.factorize(joined.user_ids)
-    owner = codes[joined.rows]
+    codes = pd.factorize(joined.user_ids)[0] if places is None else places
+    _, first, user = np.unique(codes, return_index=True, return_inverse=True)
+    owner = user[joined.rows]
     order = np.lexsort((joined.played_at, owner))
-    counts = np.bincount(owner, minlength=len(names))
+    counts = np.bincount(owner, minlength=len(first))
     return Histories(
-        user_ids=np.asarray(names, dtype=object),
+        user_ids=joined.user_ids[first],
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         songs=joined.songs[order],
         played_at=joined.played_at[order],

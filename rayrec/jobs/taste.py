@@ -1,12 +1,16 @@
-"""The taste stage: one row per user for all users, bucket by bucket; a killed job goes on with the buckets left."""
+"""The taste stage: one row per user for all users, bucket by bucket; a killed job goes on with the buckets left.
 
+Where there are tastes of the same model already, of this data set or of one that it began with, only
+the plays that came since go through the network.
+"""
+
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayrec import artifacts
@@ -21,11 +25,17 @@ from rayrec.taste.config import TasteConfig
 from rayrec.taste.tastes import PLAYS, tastes_file
 from rayrec.workspace import Workspace
 
+COUNTS = b"rayrec counts"  # key of a file's metadata: JSON of what its bucket came to
+
 
 def compute_tastes(
     workspace: Workspace, config: TasteConfig, *, model_id: str | None = None, repeat: bool = False
 ) -> Manifest:
     """Compute the taste vectors of all users; the tastes artifact.
+
+    Goes on from the newest tastes of the model, unless `config.full` or `repeat` ask for all plays;
+    either way the rows are the same. Metrics: seconds, users, plays, plays_per_second,
+    buckets_computed, base ("": none) and the fields of `Counts`.
 
     Raises `MismatchError` for a model of a data set that this one does not descend from.
     """
@@ -44,13 +54,21 @@ def compute_tastes(
     tastes_id, complete = artifacts.new_id(workspace, "tastes", print_id, repeat=repeat)
     if complete:
         return artifacts.load(workspace, "tastes", tastes_id)
+    base = None if config.full or repeat else newest_base(dataset, model)
     manifest = Manifest(kind="tastes", id=tastes_id, config={**to_mapping(config), "at": at}, inputs=inputs)
     began = time.monotonic()
     buckets = range(dataset.manifest.buckets)
     left = [bucket for bucket in buckets if not workspace.exists(tastes_file(manifest.folder, bucket))]
     with ray_cluster(), progress("Taste vectors", len(buckets)) as bar:
         bar.advance(len(buckets) - len(left))
-        arguments = {"workspace": workspace, "model": model, "folder": manifest.folder, "at": at, "config": config}
+        arguments = {
+            "workspace": workspace,
+            "model": model,
+            "folder": manifest.folder,
+            "at": at,
+            "config": config,
+            "base": base,
+        }
         results = run_buckets(
             BucketTastes, left, arguments=arguments, num_gpus=float(config.gpu), concurrency=config.concurrency
         )
@@ -59,22 +77,39 @@ def compute_tastes(
             computed += plays
             bar.advance()
     seconds = time.monotonic() - began
-    users, plays = _count_rows(workspace, manifest, buckets)
     metrics = {
         "seconds": round(seconds, 1),
-        "users": users,
-        "plays": plays,
+        **_add_counts(workspace, manifest, buckets),
         "plays_per_second": round(computed / seconds),
         "buckets_computed": len(left),
+        "base": base.id if base else "",
     }
     names = [tastes_file(manifest.folder, bucket).removeprefix(manifest.folder + "/") for bucket in buckets]
     return artifacts.publish(workspace, Manifest(**{**asdict(manifest), "metrics": metrics}), names)
 
 
+def newest_base(dataset: Dataset, model: Manifest) -> Manifest | None:
+    """The tastes of the model that know the most parts of the data set's plays, the newest of them; None where none."""
+    fitting = [
+        tastes
+        for tastes in artifacts.listing(dataset.workspace, "tastes")
+        if tastes.inputs["models"] == model.id and dataset.descends_from(tastes.inputs["dataset"])
+    ]
+    return max(fitting, key=lambda tastes: dataset.earlier(tastes.inputs["dataset"]).parts, default=None)
+
+
 class BucketTastes:
     """A bucket worker: reads a bucket's histories, writes its rows of tastes."""
 
-    def __init__(self, workspace: Workspace, model: Manifest, folder: str, at: int, config: TasteConfig) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        model: Manifest,
+        folder: str,
+        at: int,
+        config: TasteConfig,
+        base: Manifest | None = None,
+    ) -> None:
         import torch
 
         from rayrec.taste.checkpoint import load_model
@@ -82,40 +117,62 @@ class BucketTastes:
 
         torch.set_num_threads(1)
         self._encoder = TasteEncoder(load_model(workspace, model.folder), "cuda" if config.gpu else "cpu")
-        self._dataset, self._folder, self._at, self._config = Dataset(workspace), folder, at, config
+        self._dataset, self._folder, self._at, self._config, self._base = Dataset(workspace), folder, at, config, base
 
     def __call__(self, bucket: int) -> int:
-        """Write the bucket's file; the number of plays that it took."""
-        plays = 0
+        """Write the bucket's file; the number of plays that went through the network."""
+        from rayrec.taste.continuing import Counts
+
+        counts = Counts()
+        users = plays = 0
         with self._dataset.workspace.open_output(tastes_file(self._folder, int(bucket))) as stream:
             writer = None
-            for table in self._tables(int(bucket)):
+            for table in self._tables(int(bucket), counts):
                 writer = writer or pq.ParquetWriter(stream, table.schema, compression="zstd")
                 writer.write_table(table)
-                plays += int(pc.sum(table.column(PLAYS)).as_py() or 0)
+                users, plays = users + table.num_rows, plays + int(table.column(PLAYS).to_numpy().sum())
+                # Freed memory goes back at once: left to itself the heap grows by a tenth over a long bucket.
+                pa.default_memory_pool().release_unused()
             if writer is not None:
+                told = {"users": users, "plays": plays, **asdict(counts)}
+                writer.add_key_value_metadata({COUNTS.decode(): json.dumps(told)})
                 writer.close()
-        return plays
+        return counts.plays_computed
 
-    def _tables(self, bucket: int) -> Iterator[pa.Table]:
+    def _tables(self, bucket: int, counts: Any) -> Iterator[pa.Table]:
         from rayrec.data.histories import Histories
+        from rayrec.taste.continuing import continued_tables, full_tables
         from rayrec.taste.tastes import taste_table
 
+        how = {"at": self._at, "users": self._config.users, "counts": counts}
+        if self._base is None:
+            tables = full_tables(self._encoder, self._dataset, bucket, **how)
+        else:
+            first_part = self._dataset.earlier(self._base.inputs["dataset"]).parts
+            tables = continued_tables(
+                self._encoder, self._dataset, bucket, self._base_tables(bucket), first_part=first_part, **how
+            )
         empty = True
-        for histories in self._dataset.read_bucket(bucket, self._config.users):
+        for table in tables:
             empty = False
-            yield taste_table(self._encoder, histories, self._at)
-            # Freed memory goes back at once: left to itself the heap grows by a tenth over a long bucket.
-            pa.default_memory_pool().release_unused()
+            yield table
         if empty:
             yield taste_table(self._encoder, Histories.from_lists([], []), self._at)
 
+    def _base_tables(self, bucket: int) -> Iterator[pa.Table]:
+        """The rows of the earlier tastes, some users at a time."""
+        assert self._base is not None
+        with self._dataset.workspace.open_input(tastes_file(self._base.folder, bucket)) as stream:
+            for batch in pq.ParquetFile(stream).iter_batches(batch_size=self._config.users):
+                yield pa.Table.from_batches([batch])
 
-def _count_rows(workspace: Workspace, manifest: Manifest, buckets: Any) -> tuple[int, int]:
-    """Users and plays over all files of the artifact, those of an earlier run too."""
-    users, plays = 0, 0
+
+def _add_counts(workspace: Workspace, manifest: Manifest, buckets: Any) -> dict[str, int]:
+    """What all buckets came to, those of an earlier run of the job too."""
+    totals: dict[str, int] = {}
     for bucket in buckets:
-        table = workspace.read_table(tastes_file(manifest.folder, bucket), columns=[PLAYS])
-        users += table.num_rows
-        plays += int(pc.sum(table.column(PLAYS)).as_py() or 0)
-    return users, plays
+        with workspace.open_input(tastes_file(manifest.folder, bucket)) as stream:
+            told = json.loads(pq.ParquetFile(stream).metadata.metadata[COUNTS])
+        for name, count in told.items():
+            totals[name] = totals.get(name, 0) + count
+    return totals

@@ -182,6 +182,7 @@ class TasteConfig:
     """How to compute the taste vectors of all users."""
 
     at: int | None = setting(None, help="moment that the vectors are for, ms UTC; default: the last play of the data")
+    full: bool = setting(False, help="run over all plays, though earlier tastes of the model hold states to go on from")
     users: int = setting(2_500, help="users computed at once")
     gpu: bool = setting(False, help="give each worker a GPU")
     concurrency: int | None = setting(None, help="workers at once; default: what the cluster has CPUs for")

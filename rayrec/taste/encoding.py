@@ -103,8 +103,7 @@ class TasteEncoder:
     ) -> None:
         plays = histories.take(rows)
         for begin in range(0, int(plays.lengths.max()), PIECE):
-            position = np.arange(plays.num_plays) - plays.offsets[plays.rows]
-            piece = plays.keep((position >= begin) & (position < begin + PIECE))
+            piece = plays.span(begin, begin + PIECE)
             active = np.flatnonzero(piece.lengths > 0)
             previous = last_before[rows] if begin == 0 else plays.played_at[plays.offsets[:-1] + begin - 1]
             batch = pad(piece.take(active), previous[active], self.model.config.features).to(self.device)

@@ -30,6 +30,7 @@ from rayrec.recommend.index import IndexConfig
 from rayrec.songs.embedding import EmbedConfig
 from rayrec.taste.checkpoint import save_model
 from rayrec.taste.config import TasteConfig
+from rayrec.taste.tastes import tastes_file
 from rayrec.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -287,3 +288,65 @@ def test_a_model_is_evaluated_on_plays_that_were_appended_but_not_by_a_cut_that_
         choose_split(workspace, cuts[1].id)
     with pytest.raises(MismatchError, match="run `rayrec split` again"):
         embed(workspace, EmbedConfig(), split=cuts[0])
+
+
+def test_tastes_go_on_from_earlier_ones_and_equal_a_full_run(
+    tmp_path: Path, workspace: Workspace, released: str
+) -> None:
+    first = Dataset(workspace).manifest
+    base = artifacts.newest(workspace, "tastes", "taste")
+    new = plays(120, 2, start=START + 90_000, users=30)
+    older = [["u40", "s1", START - 500, "", 0]]
+    new_user = [["newcomer", "s1", START + 500, "", 0]]
+    append_plays(workspace, config_of(tmp_path / "b.csv", new))
+    append_plays(workspace, config_of(tmp_path / "c.csv", [*older, *new_user]))
+    gone_on = compute_tastes(workspace, TasteConfig(users=7))
+    continued = len({play[0] for play in new})
+    metrics = gone_on.metrics
+    assert metrics["base"] == base.id
+    assert {name: metrics[name] for name in ("new", "continued", "recomputed", "unchanged")} == {
+        "new": 1,
+        "continued": continued,
+        "recomputed": 1,
+        "unchanged": first.users - continued - 1,
+    }
+    again = Dataset(workspace).history("u40").num_plays
+    assert metrics["plays_computed"] == len(new) + again + 1
+    assert (metrics["users"], metrics["plays"]) == (first.users + 1, Dataset(workspace).manifest.plays)
+    full = compute_tastes(workspace, TasteConfig(users=7), repeat=True)
+    assert (full.metrics["base"], full.metrics["new"]) == ("", first.users + 1)
+    mine, theirs = (tastes_of(workspace, tastes) for tastes in (gone_on, full))
+    assert list(mine) == list(theirs)
+    for user, row in theirs.items():
+        for name, values in row.items():
+            np.testing.assert_allclose(mine[user][name], values, atol=2e-6, err_msg=f"{user} {name}")
+
+
+def tastes_of(workspace: Workspace, manifest: artifacts.Manifest) -> dict[str, dict[str, Any]]:
+    """User -> the other columns; fails where a user is there twice."""
+    rows = [
+        row for bucket in range(4) for row in workspace.read_table(tastes_file(manifest.folder, bucket)).to_pylist()
+    ]
+    found = {row.pop("user_id"): row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_tastes_that_were_killed_go_on_with_the_buckets_left_and_count_them_all(
+    tmp_path: Path, workspace: Workspace, released: str
+) -> None:
+    append_plays(workspace, config_of(tmp_path / "b.csv", plays(120, 2, start=START + 90_000, users=30)))
+    whole = compute_tastes(workspace, TasteConfig())
+    workspace.delete(whole.path("manifest.json"))  # as a killed job leaves it
+    workspace.delete(tastes_file(whole.folder, 2))
+    again = compute_tastes(workspace, TasteConfig())
+    assert again.metrics["buckets_computed"] == 1
+    told = ("base", "users", "plays", "new", "continued", "unchanged", "plays_computed")
+    assert {name: again.metrics[name] for name in told} == {name: whole.metrics[name] for name in told}
+    assert again.files == whole.files
+
+
+def test_full_computes_every_user_from_the_first_play_on(tmp_path: Path, workspace: Workspace, released: str) -> None:
+    append_plays(workspace, config_of(tmp_path / "b.csv", plays(20, 2, start=START + 90_000, users=30)))
+    full = compute_tastes(workspace, TasteConfig(full=True))
+    assert (full.metrics["base"], full.metrics["plays_computed"]) == ("", Dataset(workspace).manifest.plays)

@@ -132,3 +132,13 @@ def test_questions_take_their_states_along(histories: Histories) -> None:
     np.testing.assert_array_equal(questions.take(np.array([2, 0])).hidden, states[[2, 0]])
     np.testing.assert_array_equal(questions.take(slice(1, 3)).hidden, states[1:3])
     assert Questions.at_end(histories, 99).take(slice(1)).hidden is None
+
+
+def test_a_span_is_the_same_places_of_every_user(histories: Histories) -> None:
+    assert lists(histories.span(1, 3)) == {
+        "songs": [[1, 2], [], [], [4]],
+        "at": [[20, 30], [], [], [40]],
+        "contexts": [[0, 3], [], [], [1]],
+        "skipped": [[False, False], [], [], [True]],
+    }
+    assert histories.span(7, 9).lengths.tolist() == [0, 0, 0, 0]

@@ -1,5 +1,7 @@
 """Inference: batch equals single, and a carried state equals one pass over the whole history."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -195,3 +197,20 @@ def test_states_can_be_made_by_hand() -> None:
     history = Histories.from_lists([[1, 2]], [[1, 2]])
     with torch.no_grad():
         np.testing.assert_array_equal(encoder.run(history, start=states)[1].hidden, encoder.run(history)[1].hidden)
+
+
+@pytest.mark.parametrize("plays", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_a_very_long_history_costs_what_its_plays_cost(plays: int) -> None:
+    random = np.random.default_rng(0)
+    encoder = TasteEncoder(network())
+
+    def seconds(count: int) -> float:
+        songs = random.integers(0, NUM_SONGS, size=count)
+        history = Histories.from_lists([songs], [np.arange(count) * MINUTE])  # type: ignore[list-item]
+        began = time.process_time()
+        encoder.run(history)
+        return time.process_time() - began
+
+    seconds(2_000)
+    # Ten times the plays, ten times the time; a look at all plays for every piece made it a hundred times.
+    assert seconds(plays) < 25 * seconds(plays // 10)
