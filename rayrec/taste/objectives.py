@@ -1,6 +1,7 @@
 """Objectives: what a taste vector is trained for. All of them plug in here.
 
-Shapes: P positions that have a target, K negatives, D embedding.
+Shapes: P positions that have a target, T targets of a position at most, -1 where it has fewer, K negatives,
+D embedding.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import log_softmax
 
 from rayrec.taste.model import TasteModel
 
@@ -49,39 +50,64 @@ class Negatives:
 ObjectiveFunction = Callable[[TasteModel, Tensor, Tensor, Negatives, Goal], Tensor]
 
 
-def cosine(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
-    """L_cos = 1 − cos(t, s) [paper], summed over positions."""
-    return (1.0 - (taste_PD * model.song_vectors(targets_P)).sum(-1)).sum()
+def cosine(model: TasteModel, taste_PD: Tensor, targets_PT: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
+    """L_cos = 1 − cos(t, s) [paper], summed over targets."""
+    return _over_targets(1.0 - _cosines(model, taste_PD, targets_PT), targets_PT)
 
 
-def l2(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
-    """‖t − s‖2 [paper], summed over positions; on unit vectors, so that it weighs a far target less than L_cos does."""
-    return (taste_PD - model.song_vectors(targets_P)).square().sum(-1).clamp(min=SMALLEST).sqrt().sum()
+def l2(model: TasteModel, taste_PD: Tensor, targets_PT: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
+    """‖t − s‖2 [paper], summed over targets; on unit vectors, so that it weighs a far target less than L_cos does."""
+    songs_PTD = model.song_vectors(targets_PT.clamp(min=0))
+    squared_PT = (taste_PD.unsqueeze(1) - songs_PTD).square().sum(-1)
+    return _over_targets(squared_PT.clamp(min=SMALLEST).sqrt(), targets_PT)
 
 
-def softmax(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
-    """Cross-entropy of the target among all songs, summed [ours]; for small catalogs, its cost grows with N."""
-    songs_ND = model.song_vectors(torch.arange(model.config.num_songs, device=targets_P.device))
-    logits = taste_PD @ songs_ND.T * goal.scale
+def softmax(model: TasteModel, taste_PD: Tensor, targets_PT: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
+    """Cross-entropy of a target among all songs, summed [ours]; for small catalogs, its cost grows with N."""
+    songs_ND = model.song_vectors(torch.arange(model.config.num_songs, device=targets_PT.device))
+    logits_PN = taste_PD @ songs_ND.T * goal.scale
     if goal.correction < 1:
-        logits = logits + (1 - goal.correction) * negatives.log_expected.to(logits.device)
-    return cross_entropy(logits, targets_P, reduction="sum")
+        logits_PN = logits_PN + (1 - goal.correction) * negatives.log_expected.to(logits_PN.device)
+    chances_PT = log_softmax(logits_PN, dim=-1).gather(1, targets_PT.clamp(min=0))
+    return _over_targets(-chances_PT, targets_PT)
 
 
-def sampled_softmax(model: TasteModel, taste_PD: Tensor, targets_P: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
+def sampled_softmax(
+    model: TasteModel, taste_PD: Tensor, targets_PT: Tensor, negatives: Negatives, goal: Goal
+) -> Tensor:
     """`softmax` estimated from drawn negatives, with the logQ correction, summed [ours].
 
     Each negative stands for the songs that were not drawn, so its logit is corrected by how often it is
-    expected among the K. The target stands for itself, and a negative that is the target does not count.
+    expected among the K. The targets of a position stand for themselves, each song once, and a negative
+    that is one of them does not count.
     """
-    log_expected = negatives.log_expected
-    positive_P = (taste_PD * model.song_vectors(targets_P)).sum(-1) * goal.scale
-    positive_P = positive_P + (1 - goal.correction) * log_expected[targets_P]
-    songs_KD = model.song_vectors(negatives.songs_K)
-    negative_PK = taste_PD @ songs_KD.T * goal.scale - goal.correction * log_expected[negatives.songs_K]
-    negative_PK = negative_PK.masked_fill(negatives.songs_K == targets_P.unsqueeze(-1), -torch.inf)
-    logits = torch.cat([positive_P.unsqueeze(-1), negative_PK], dim=-1)
-    return cross_entropy(logits, torch.zeros_like(targets_P), reduction="sum")
+    log_expected, songs_K = negatives.log_expected, negatives.songs_K
+    known_PT = targets_PT.clamp(min=0)
+    targets_logits_PT = _cosines(model, taste_PD, targets_PT) * goal.scale
+    targets_logits_PT = targets_logits_PT + (1 - goal.correction) * log_expected[known_PT]
+    negative_PK = taste_PD @ model.song_vectors(songs_K).T * goal.scale - goal.correction * log_expected[songs_K]
+    hit_PK = torch.zeros_like(negative_PK, dtype=torch.bool)
+    for targets_P in targets_PT.unbind(1):
+        hit_PK |= songs_K == targets_P.unsqueeze(-1)
+    own_PT = targets_logits_PT.masked_fill((targets_PT < 0) | _repeated(targets_PT), -torch.inf)
+    logits = torch.cat([own_PT, negative_PK.masked_fill(hit_PK, -torch.inf)], dim=-1)
+    return _over_targets(logits.logsumexp(-1, keepdim=True) - targets_logits_PT, targets_PT)
+
+
+def _cosines(model: TasteModel, taste_PD: Tensor, targets_PT: Tensor) -> Tensor:
+    """(P, T): of taste vectors with their targets, of an unimportant song where there is none."""
+    return (taste_PD.unsqueeze(1) * model.song_vectors(targets_PT.clamp(min=0))).sum(-1)
+
+
+def _repeated(targets_PT: Tensor) -> Tensor:
+    """bool (P, T): whether a target stands in the row before."""
+    same_PTT = targets_PT.unsqueeze(2) == targets_PT.unsqueeze(1)
+    return same_PTT.tril(-1).any(-1)
+
+
+def _over_targets(losses_PT: Tensor, targets_PT: Tensor) -> Tensor:
+    """The sum of the losses of all targets that are there."""
+    return losses_PT.where(targets_PT >= 0, 0.0).sum()
 
 
 OBJECTIVES: dict[str, ObjectiveFunction] = {

@@ -1,7 +1,7 @@
 """The training loop: plain PyTorch over an iterable of windows, on one device or as one of many workers.
 
 Everything random is a function of seed, epoch and step, so a resumed run goes on as if it had never
-stopped. Shapes: B windows, L plays, P positions that have a target.
+stopped. Shapes: B windows, L plays, P positions that have a target, T targets of a position.
 """
 
 from collections.abc import Callable, Iterable
@@ -61,24 +61,24 @@ class Losses(nn.Module):
         self._corrections = {"long": config.long_correction}
 
     def forward(self, batch: PlayBatch, inputs_B: Tensor, targets: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """The losses of all horizons added, each the mean over the positions of all workers.
+        """The losses of all horizons added, each the mean over the targets of all workers.
 
         `targets` holds for each horizon the flat positions (P,) in (B, L inputs) that have a target,
-        and the target songs (P,).
+        and the target songs (P, T), -1 where there are fewer than T.
         """
         longest = int(inputs_B.max())
         taste = self.model(batch.shortened(inputs_B), batch.gap_BL[:, 1 : longest + 1])
         losses = [self._mean(name, taste[name], *targets[name]) for name in taste]
         return torch.stack(losses).sum()
 
-    def _mean(self, horizon: str, taste_BLD: Tensor, positions: Tensor, targets_P: Tensor) -> Tensor:
-        count = self._share.total(len(positions))
+    def _mean(self, horizon: str, taste_BLD: Tensor, positions: Tensor, targets_PT: Tensor) -> Tensor:
+        count = self._share.total(int((targets_PT >= 0).sum()))
         if count == 0:
             return taste_BLD.sum() * 0.0
         taste_PD = taste_BLD.flatten(0, 1)[positions].float()
         goal = Goal(scale=self.model.scale(horizon), correction=self._corrections.get(horizon, 1.0))
         # Gradients are averaged over workers afterwards, which this factor undoes.
-        return self._objective(self.model, taste_PD, targets_P, self._negatives, goal) * (self._share.workers / count)
+        return self._objective(self.model, taste_PD, targets_PT, self._negatives, goal) * (self._share.workers / count)
 
 
 class Training:
@@ -143,9 +143,9 @@ class Training:
     def _targets(
         self, songs_BL: Tensor, held_B: Tensor, inputs_B: Tensor, horizon: Horizon, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Flat positions (P,) in (B, L inputs) that have a target, and the target songs (P,).
+        """Flat positions (P,) in (B, L inputs) that have a target, and the target songs (P, T), -1 where none is.
 
-        A horizon of several offsets draws `long_targets` of them for each position.
+        A horizon of several offsets draws T = `long_targets` of them for each position.
         """
         rows, longest = len(inputs_B), int(inputs_B.max())
         draws = 1 if horizon.min_offset == horizon.max_offset else self.config.long_targets
@@ -156,10 +156,12 @@ class Training:
         )[self.share.rank :: self.share.workers][:rows, :longest]
         row, position = torch.arange(rows)[:, None, None], torch.arange(longest)[:, None]
         target = position + offsets
-        valid = (position < inputs_B[:, None, None]) & (target < held_B[:, None, None])
-        flat = (row * longest + position).expand_as(target)[valid]
-        source = (row * songs_BL.shape[1] + target)[valid]
-        return flat.to(self.device), songs_BL.flatten()[source.to(self.device)]
+        there = (position < inputs_B[:, None, None]) & (target < held_B[:, None, None])
+        source = torch.where(there, row * songs_BL.shape[1] + target, 0).flatten(0, 1)
+        there = there.flatten(0, 1)
+        asked = there.any(-1).nonzero().squeeze(-1)
+        songs_PT = songs_BL.flatten()[source[asked].to(self.device)].masked_fill(~there[asked].to(self.device), -1)
+        return asked.to(self.device), songs_PT
 
     def _distributed(self) -> DistributedDataParallel:
         ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model

@@ -32,7 +32,9 @@ def test_cosine_distance_equals_its_formula(negatives: Negatives, taste: torch.T
         1 - float(t @ model.songs.weight[song] / model.songs.weight[song].norm())
         for t, song in zip(taste, targets, strict=True)
     )
-    assert float(cosine(model, taste, torch.tensor(targets), negatives, GOAL)) == pytest.approx(wanted, rel=1e-5)
+    assert float(cosine(model, taste, torch.tensor(targets).unsqueeze(1), negatives, GOAL)) == pytest.approx(
+        wanted, rel=1e-5
+    )
 
 
 def test_sampled_softmax_equals_its_formula(negatives: Negatives, taste: torch.Tensor) -> None:
@@ -48,7 +50,7 @@ def test_sampled_softmax_equals_its_formula(negatives: Negatives, taste: torch.T
             if song != target:  # an accidental hit is no negative
                 logits[number] = t @ vectors[song] * 12.0 - np.log(expected_draws[song])
         wanted += np.log(sum(np.exp(list(logits.values())))) - logits[0]
-    found = sampled_softmax(model, taste, torch.tensor(targets), negatives, GOAL).detach()
+    found = sampled_softmax(model, taste, torch.tensor(targets).unsqueeze(1), negatives, GOAL).detach()
     assert float(found) == pytest.approx(wanted, rel=1e-4)
 
 
@@ -57,13 +59,15 @@ def test_l2_is_the_distance_of_unit_vectors(negatives: Negatives, taste: torch.T
     targets = [3, 9, 9, 1, 59]
     units = torch.nn.functional.normalize(model.songs.weight.detach(), dim=-1)
     wanted = sum(float((t - units[song]).norm()) for t, song in zip(taste, targets, strict=True))
-    assert float(l2(model, taste, torch.tensor(targets), negatives, GOAL)) == pytest.approx(wanted, rel=1e-5)
+    assert float(l2(model, taste, torch.tensor(targets).unsqueeze(1), negatives, GOAL)) == pytest.approx(
+        wanted, rel=1e-5
+    )
 
 
 def test_l2_has_a_gradient_where_taste_and_song_are_one(negatives: Negatives) -> None:
     model = network()
     song = torch.nn.functional.normalize(model.songs.weight.detach()[4:5], dim=-1).requires_grad_()
-    l2(model, song, torch.tensor([4]), negatives, GOAL).backward()
+    l2(model, song, torch.tensor([[4]]), negatives, GOAL).backward()
     assert song.grad is not None
     assert song.grad.isfinite().all()
 
@@ -74,7 +78,7 @@ def test_softmax_is_over_all_songs(negatives: Negatives, taste: torch.Tensor) ->
     units = torch.nn.functional.normalize(model.songs.weight.detach(), dim=-1).numpy().astype(np.float64)
     logits = taste.numpy().astype(np.float64) @ units.T * 12.0
     wanted = sum(np.log(np.exp(row).sum()) - row[target] for row, target in zip(logits, targets, strict=True))
-    assert float(softmax(model, taste, torch.tensor(targets), negatives, GOAL).detach()) == pytest.approx(
+    assert float(softmax(model, taste, torch.tensor(targets).unsqueeze(1), negatives, GOAL).detach()) == pytest.approx(
         wanted, rel=1e-4
     )
 
@@ -98,7 +102,7 @@ def test_the_same_generator_draws_the_same_negatives() -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_no_positions_cost_nothing(name: str, negatives: Negatives) -> None:
-    loss = OBJECTIVES[name](network(), torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64), negatives, GOAL)
+    loss = OBJECTIVES[name](network(), torch.zeros(0, 8), torch.zeros(0, 1, dtype=torch.int64), negatives, GOAL)
     assert float(loss.detach()) == 0
 
 
@@ -107,7 +111,7 @@ def test_the_gradient_reaches_the_song_table_sparsely_where_it_is_trained(
     table: SongTable, negatives: Negatives, taste: torch.Tensor
 ) -> None:
     model = network(model_config(song_table=table))
-    targets = torch.tensor([3, 9, 9, 1, 59])
+    targets = torch.tensor([[3], [9], [9], [1], [59]])
     sampled_softmax(model, taste.requires_grad_(), targets, negatives, GOAL).backward()  # type: ignore[no-untyped-call]
     assert taste.grad is not None
     gradient = model.songs.weight.grad
@@ -117,13 +121,13 @@ def test_the_gradient_reaches_the_song_table_sparsely_where_it_is_trained(
     assert gradient is not None
     assert gradient.is_sparse
     touched = set(gradient.coalesce().indices()[0].tolist())
-    assert touched == set(targets.tolist()) | set(negatives.songs_K.tolist())
+    assert touched == set(targets.flatten().tolist()) | set(negatives.songs_K.tolist())
 
 
 def test_each_horizon_learns_a_temperature_of_its_own(negatives: Negatives, taste: torch.Tensor) -> None:
     model = network()
     goal = Goal(scale=model.scale("long"))
-    sampled_softmax(model, taste, torch.tensor([3, 9, 9, 1, 59]), negatives, goal).backward()  # type: ignore[no-untyped-call]
+    sampled_softmax(model, taste, torch.tensor([[3], [9], [9], [1], [59]]), negatives, goal).backward()  # type: ignore[no-untyped-call]
     assert model.log_scale.grad is not None
     assert model.log_scale.grad[0] == 0
     assert model.log_scale.grad[1] != 0
@@ -132,15 +136,28 @@ def test_each_horizon_learns_a_temperature_of_its_own(negatives: Negatives, tast
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_less_of_the_correction_leaves_popularity_out_of_the_logits(share: float, taste: torch.Tensor) -> None:
     """Over all songs, each drawn once: what is not corrected is added to the logits before they are compared."""
-    model, targets = network(), torch.tensor([3, 9, 9, 1, 59])
+    model, targets = network(), torch.tensor([[3], [9], [9], [1], [59]])
     goal = Goal(scale=torch.tensor(12.0), correction=share)
     counts = COUNTS + 1
     negatives = Negatives(counts, 1)
     whole = softmax(model, taste, targets, negatives, goal)
     units = torch.nn.functional.normalize(model.songs.weight, dim=-1)
     logits = 12.0 * taste @ units.T + (1 - share) * torch.from_numpy(np.log(counts / counts.sum())).float()
-    torch.testing.assert_close(whole, torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    torch.testing.assert_close(whole, torch.nn.functional.cross_entropy(logits, targets[:, 0], reduction="sum"))
     many = Negatives(counts, 400_000)
     many.draw(torch.Generator().manual_seed(0), torch.device("cpu"))
     sampled = sampled_softmax(model, taste, targets, many, goal)
     assert float(sampled.detach()) == pytest.approx(float(whole.detach()), rel=0.02)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_several_targets_of_a_position_cost_what_they_cost_alone(name: str, taste: torch.Tensor) -> None:
+    """With nearly all songs drawn the estimate of the sum over songs is the same, whoever is the target."""
+    model = network()
+    negatives = Negatives(COUNTS + 1, 400_000)
+    negatives.draw(torch.Generator().manual_seed(0), torch.device("cpu"))
+    together = torch.tensor([[3, 9, -1], [4, -1, -1], [7, 7, 5], [-1, 8, 2], [1, 0, 6]])
+    rows, places = torch.nonzero(together >= 0, as_tuple=True)
+    alone = OBJECTIVES[name](model, taste[rows], together[rows, places].unsqueeze(1), negatives, GOAL)
+    found = OBJECTIVES[name](model, taste, together, negatives, GOAL)
+    assert float(found.detach()) == pytest.approx(float(alone.detach()), rel=0.01)

@@ -89,7 +89,7 @@ def test_steps_that_were_taken_before_are_passed_over(histories: Histories) -> N
 def targets_of(
     windows: Windows, config: TrainConfig, horizon: Horizon, seed: int, share: Share | None = None
 ) -> Tensor:
-    """int64 (W, L): for each input play the song at its target, -1 where it has none."""
+    """int64 (W, L, T): for each input play the songs at its targets, -1 where it has none."""
     made = training(config, None)
     made.share = share or Share()
     lengths = windows.plays.lengths
@@ -98,9 +98,9 @@ def targets_of(
     inputs = torch.from_numpy(windows.inputs)
     generator = torch.Generator().manual_seed(seed)
     flat, found = made._targets(torch.from_numpy(songs), torch.from_numpy(lengths), inputs, horizon, generator)
-    grid = torch.full((len(windows), int(inputs.max())), -1)
-    grid.view(-1)[flat] = found
-    return grid
+    grid = torch.full((len(windows) * int(inputs.max()), found.shape[1]), -1)
+    grid[flat] = found
+    return grid.view(len(windows), int(inputs.max()), found.shape[1])
 
 
 def counted(histories: Histories) -> Histories:
@@ -120,10 +120,11 @@ def test_targets_lie_between_the_offsets_and_never_past_the_history(
     config = settings(long=bounds)
     windows = cut_windows(counted(histories), config.window, config.lookahead)
     targets = targets_of(windows, config, config.horizons["long"], seed=5).numpy()
-    position = np.arange(targets.shape[1])
-    own = windows.plays.songs[windows.plays.offsets[:-1]][:, None] + position
-    inside = position < windows.inputs[:, None]
-    ends = histories.offsets[np.searchsorted(histories.offsets, own[:, 0], side="right")][:, None]
+    assert targets.shape[2] == (1 if bounds[0] == bounds[1] else config.long_targets)
+    position = np.arange(targets.shape[1])[:, None]
+    own = windows.plays.songs[windows.plays.offsets[:-1]][:, None, None] + position
+    inside = np.broadcast_to(position < windows.inputs[:, None, None], targets.shape)
+    ends = histories.offsets[np.searchsorted(histories.offsets, own[:, 0, 0], side="right")][:, None, None]
     has = targets >= 0
     offset = targets - own
     assert ((offset[has] >= bounds[0]) & (offset[has] <= bounds[1])).all()
