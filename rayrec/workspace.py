@@ -26,6 +26,7 @@ DESCRIPTIONS = "dataset/descriptions.parquet"  # what `rayrec describe` was told
 HISTORIES = "dataset/histories"
 PLAYLISTS = "dataset/playlists"
 SET_ASIDE = "dataset/set_aside"
+STATES_FILE = "serving/states.sqlite"  # the embedded store of user states
 IMPORT_STAGING = "dataset/.staging"  # what an unfinished import has done so far
 
 

@@ -214,7 +214,27 @@ def plan(state: UserState, arrived: Plays) -> Step:
     return Step(state=state, outcomes=outcomes, window=window, leaving=leaving, runs=tuple(runs))
 
 
-def gather(steps: Sequence[Step]) -> tuple[Histories, States]:
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """A state on its way to another model: its network runs over all plays again, log and window."""
+
+    state: UserState  # of the model before
+    model: str
+    runs: tuple[tuple[States, Plays], ...]  # over all plays, and over those that have left the window
+
+    @classmethod
+    def of(cls, state: UserState, model: str, blank: States, log: Plays) -> "Replay":
+        """From `blank`, the new network's state before the first play; `log` holds the plays that left the window."""
+        if len(log) != state.left:
+            raise ValueError(f"the log holds {len(log)} plays, the state says that {state.left} have left the window")
+        return cls(state=state, model=model, runs=((blank, Plays.joined([log, state.window])), (blank, log)))
+
+    def finish(self, states: States) -> UserState:
+        """The state of the new model, from the states in which the runs ended."""
+        return replace(self.state, model=self.model, hidden=states.hidden[0], before=states.hidden[1])
+
+
+def gather(steps: Sequence[Step | Replay]) -> tuple[Histories, States]:
     """All runs of steps as one batch, at least one run: the plays, and the states from which to run over them."""
     runs = [run for step in steps for run in step.runs]
     start = States(
@@ -224,7 +244,7 @@ def gather(steps: Sequence[Step]) -> tuple[Histories, States]:
     return histories_of([plays for _, plays in runs]), start
 
 
-def scatter(steps: Sequence[Step], ended: States | None) -> list[UserState]:
+def scatter(steps: Sequence[Step | Replay], ended: States | None) -> list[UserState]:
     """The new state of each step, from the states in which the batch of `gather` ended."""
     found, row = [], 0
     for step in steps:
@@ -238,15 +258,6 @@ def advance(run: Run, state: UserState, arrived: Plays) -> tuple[UserState, Step
     """Take plays into a state, with a network at hand."""
     step = plan(state, arrived)
     return scatter([step], run(*gather([step])) if step.runs else None)[0], step
-
-
-def replay(run: Run, model: str, blank: States, log: Plays, state: UserState) -> UserState:
-    """The state that another model's network comes to: from `blank` over the log, and over the window of `state`."""
-    before = run(log.history(), blank)
-    after = run(state.window.history(), before)
-    return replace(
-        state, model=model, hidden=after.hidden[0], before=before.hidden[0], before_at=int(before.last_played_at[0])
-    )
 
 
 _NOTHING = States(hidden=np.zeros((0, 0, 0), np.float32), last_played_at=np.zeros(0, np.int64))
@@ -264,8 +275,9 @@ def _repeated(window: Plays, arrived: Plays) -> np.ndarray:
     columns = (arrived.events.tolist(), arrived.songs.tolist(), arrived.played_at.tolist())
     for place, (event, song, played_at) in enumerate(zip(*columns, strict=True)):
         repeated[place] = event in events or (song, played_at) in moments
-        events.update({event} - {NO_EVENT})
-        moments.add((song, played_at))
+        if not repeated[place]:
+            events.update({event} - {NO_EVENT})
+            moments.add((song, played_at))
     return repeated
 
 

@@ -12,7 +12,9 @@ from rayrec.recommend.answering import ASSUMED_GAP_MS, parse_moment
 from rayrec.recommend.choosing import Wish
 from rayrec.recommend.filters import Limits
 from rayrec.serving.live import Songs
-from rayrec.serving.schemas import LAST_MOMENT, Asker, Play, RecommendationsRequest
+from rayrec.serving.schemas import LAST_MOMENT, Play, RecommendationsRequest
+from rayrec.serving.user_states import StoredUser
+from rayrec.taste.encoding import States
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,22 +27,41 @@ class Asked:
     skipped: np.ndarray  # bool (P,)
     at: int  # ms UTC, the moment of the request
     unknown: int  # songs that the release does not know
+    states: States | None = None  # of this one user, after the plays, where they are stored
 
 
-def read_asker(asker: Asker, songs: Songs) -> Asked:
+def read_history(history: Sequence[Play | str], moment: int | str | None, songs: Songs) -> Asked:
     """The history of a request. Raises `InputError` for times that are none, or not for all, or after the request."""
-    plays = [play if isinstance(play, Play) else Play(song=play) for play in asker.history]
+    plays = [play if isinstance(play, Play) else Play(song=play) for play in history]
     rows = songs.find([play.song for play in plays])
-    played_at, at = _times(plays, asker.at)
+    played_at, at = _times(plays, moment)
     order = np.argsort(played_at, kind="stable")
     order = order[rows[order] >= 0]
     return Asked(
         songs=rows[order],
         played_at=played_at[order],
-        contexts=np.array([_bits(play.contexts, songs) for play in plays], dtype=np.int32)[order],
+        contexts=np.array([context_bits(play.contexts, songs) for play in plays], dtype=np.int32)[order],
         skipped=np.array([play.skipped for play in plays], dtype=bool)[order],
         at=at,
         unknown=int((rows < 0).sum()),
+    )
+
+
+def read_stored(user: StoredUser | None, moment: int | str | None) -> Asked:
+    """A stored user's plays. Raises `InputError` for a moment before the last of them: a state does not go back."""
+    if user is None:
+        nothing = np.zeros(0, np.int32)
+        at = now_ms() if moment is None else moment_of(moment)
+        return Asked(songs=nothing, played_at=nothing, contexts=nothing, skipped=nothing, at=at, unknown=0)
+    plays = user.plays
+    return Asked(
+        songs=plays.songs,
+        played_at=plays.played_at,
+        contexts=np.zeros(len(plays.songs), np.int32) if plays.contexts is None else plays.contexts,
+        skipped=np.zeros(len(plays.songs), bool) if plays.skipped is None else plays.skipped,
+        at=moment_after(user.state.last_played_at, moment),
+        unknown=0,
+        states=user.states,
     )
 
 
@@ -72,6 +93,19 @@ def moment_of(value: int | str) -> int:
     return moment
 
 
+def moment_after(latest: int, moment: int | str | None) -> int:
+    """ms UTC: the moment of a request about a user who played last at `latest`, now where it is not said.
+
+    Raises `InputError` for one before that play.
+    """
+    if moment is None:
+        return max(now_ms(), latest)  # a client's clock may run ahead of ours
+    at = moment_of(moment)
+    if at < latest:
+        raise InputError(f"the user has played after the moment `at` that the request is for: at {latest}, ms UTC")
+    return at
+
+
 def now_ms() -> int:
     """ms UTC."""
     return time.time_ns() // 1_000_000
@@ -94,7 +128,8 @@ def _times(plays: Sequence[Play], at: int | str | None) -> tuple[np.ndarray, int
     return played_at, moment
 
 
-def _bits(contexts: Sequence[str], songs: Songs) -> int:
+def context_bits(contexts: Sequence[str], songs: Songs) -> int:
+    """The bit set of contexts by their names; names that the data set does not know are left out."""
     bits = 0
     for name in contexts:
         if name in songs.contexts:

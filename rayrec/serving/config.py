@@ -13,6 +13,7 @@ Topology = Literal["colocated", "split"]
 MAX_K = 1_000  # songs of an answer
 MAX_HISTORY = 10_000  # plays of a history
 MAX_BATCH = 256  # users of a call
+MAX_PLAYS = 1_000  # new plays of a call
 MAX_LISTED = 10_000  # songs of a list to leave out
 MAX_ID = 512  # characters of an id
 
@@ -28,6 +29,11 @@ class ServeConfig:
     replicas: int = setting(1, help="replicas of the application")
     topology: Topology = setting(
         "colocated", help="colocated: model and index in each replica; split: deployments of their own"
+    )
+    store: str | None = setting(
+        None,
+        help="where the states of users are: sqlite:///PATH, for one node, or redis://HOST:PORT/0; "
+        "default: an SQLite file in the workspace",
     )
     keys_file: str | None = setting(None, help="file of API keys, role:key a line; beside RAYREC_API_KEYS")
     max_body: int = setting(4 << 20, help="bytes of a request's body")

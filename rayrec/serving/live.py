@@ -43,6 +43,7 @@ class Songs:
     contexts: dict[str, int]  # name -> bit
     plays: np.ndarray  # int64 (N,), plays of each song that the model knows, in its fit range
     by_plays: np.ndarray  # int32 (N,), rows by descending plays
+    lineage: str  # of the data set: rows of songs mean the same wherever it is the same
 
     def find(self, song_ids: list[str]) -> np.ndarray:
         """int32: the row of each id, -1 for unknown ones."""
@@ -101,6 +102,7 @@ def load_songs(workspace: Workspace, release: Manifest, recommender: Recommender
         contexts={name: bit for bit, name in enumerate(dataset.manifest.contexts)},
         plays=plays,
         by_plays=by_plays[~np.isin(by_plays, silent)],
+        lineage=dataset.lineage,
     )
 
 

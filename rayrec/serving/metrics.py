@@ -24,6 +24,7 @@ class Metrics:
         self._batch = self._histogram("batch_users", "Users of a call.", USERS)
         self._paths = self._counter("answers", "Answers by how they were found.", "path")
         self._cache = self._counter("cache_requests", "Look-ups in a cache.", "cache", "outcome")
+        self._plays = self._counter("plays", "New plays by what became of them.", "outcome")
         self._waiting = self._gauge("waiting", "Calls that run on the worker thread or wait for it.")
         self._release = self._gauge("release", "1 for the release that answers.", "release", "model")
 
@@ -61,6 +62,10 @@ class Metrics:
     def cache(self, name: str, hit: bool) -> None:
         """A cache had what was looked for, or had not."""
         self._cache.labels(self.replica, name, "hit" if hit else "miss").inc()
+
+    def plays(self, outcome: str, count: int) -> None:
+        """So many new plays were taken, repeated, set aside or of unknown songs."""
+        self._plays.labels(self.replica, outcome).inc(count)
 
     def release(self, release_id: str, model_id: str) -> None:
         """From now on this release answers."""

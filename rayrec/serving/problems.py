@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from rayrec.errors import InputError, NotFoundError, RayrecError
+from rayrec.serving.stores.store import StoreUnavailableError
 
 MEDIA_TYPE = "application/problem+json"
 MOST_ERRORS = 20  # told of one request
@@ -90,7 +91,7 @@ def add_handlers(app: FastAPI) -> None:
 
 def of_error(error: Exception) -> Response:
     """The problem that one of our errors is."""
-    if isinstance(error, (OverloadedError, NotReadyError)):
+    if isinstance(error, (OverloadedError, NotReadyError, StoreUnavailableError)):
         return problem(503, str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
     if isinstance(error, NotFoundError):
         return problem(404, str(error))

@@ -12,6 +12,8 @@ from rayrec.serving.live import LiveRelease, ReleaseHolder, load_parts, load_son
 from rayrec.serving.metrics import Metrics
 from rayrec.serving.reports import Reports
 from rayrec.serving.service import Service
+from rayrec.serving.stores.store import store_uri
+from rayrec.serving.user_states import UserStates
 from rayrec.workspace import Workspace
 
 
@@ -51,8 +53,9 @@ def make_service(
         watch_seconds=config.watch_seconds,
         on_switch=lambda live: metrics.release(live.id, live.model_id),
     )
+    states = UserStates(store_uri(workspace, config.store), metrics)
     holder.start()
-    return Service(holder, config, keys, metrics)
+    return Service(holder, config, keys, metrics, states)
 
 
 def own_name() -> str:

@@ -5,7 +5,6 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
@@ -21,8 +20,10 @@ from rayrec.serving.schemas import (
     ReleaseStatus,
     Tastes,
     TastesRequest,
+    as_json,
 )
 from rayrec.serving.service import Service
+from rayrec.serving.user_routes import users
 
 Router = Callable[[Service], APIRouter]
 
@@ -41,11 +42,6 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Gate, service=service)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
-
-
-def as_json(answer: BaseModel, status: int = 200) -> Response:
-    """A response whose model was made by us: written out once, not checked again."""
-    return Response(answer.model_dump_json(), status, media_type="application/json")
 
 
 def recommendations(service: Service) -> APIRouter:
@@ -100,7 +96,7 @@ def operations(service: Service) -> APIRouter:
     return router
 
 
-ROUTERS: tuple[Router, ...] = (recommendations, operations)
+ROUTERS: tuple[Router, ...] = (recommendations, users, operations)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.responses import Response
 
 from rayrec.serving.config import MAX_BATCH, MAX_HISTORY, MAX_ID, MAX_K, MAX_LISTED
 
 LAST_MOMENT = 253_402_300_799_999  # ms UTC: the end of the year 9999
 
+UserId = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 SongId = Annotated[str, Field(min_length=1, max_length=MAX_ID, description="Id of a song, as it was imported.")]
 Moment = Annotated[
     Annotated[int, Field(ge=0, le=LAST_MOMENT)] | Annotated[str, Field(min_length=1, max_length=40)],
@@ -39,38 +41,56 @@ HISTORY_EXAMPLE: list[Any] = [
 ]
 
 
-class Asker(Request):
-    """Whose taste is asked for, and when."""
-
-    history: list[Play | SongId] = Field(
+History = Annotated[
+    list[Play | SongId],
+    Field(
         max_length=MAX_HISTORY,
         description="Songs played, the latest last, as plays or as bare ids. Without times they count as played "
         "three minutes apart, the last at the moment of the request.",
         examples=[HISTORY_EXAMPLE],
-    )
-    at: Moment | None = Field(default=None, description="The moment of the request: now, where it is left out.")
+    ),
+]
+At = Annotated[Moment | None, Field(description="The moment of the request: now, where it is left out.")]
 
 
-class RecommendationsRequest(Asker):
-    """For whom to recommend, and what."""
+class Asker(Request):
+    """Whose taste is asked for, and when."""
+
+    history: History
+    at: At = None
+
+
+class RecommendationsRequest(Request):
+    """For whom to recommend, and what: for a stored user, or for whoever has the history."""
 
     model_config = ConfigDict(
         json_schema_extra={
+            "oneOf": [{"required": ["user_id"]}, {"required": ["history"]}],
             "examples": [
+                {"user_id": "ann", "k": 5},
                 {"history": HISTORY_EXAMPLE, "at": "2026-01-20T18:31:00Z", "k": 5, "horizon": "short"},
                 {"history": ["song-12", "song-7"], "horizon": 0.5, "exclude_heard": False, "exclude": ["song-3"]},
-            ]
+            ],
         }
     )
 
+    user_id: UserId = Field(default="", description="A user whose plays were loaded or sent before.")
+    history: History = []
+    at: At = None
     k: int = Field(default=20, ge=1, le=MAX_K, description="How many songs.")
     horizon: Literal["short", "long"] | Weight = Field(
         default="short",
         description="short: the next songs; long: songs for the time to come; a number from 0 to 1: "
         "both, with this weight for long.",
     )
-    exclude_heard: bool = Field(default=True, description="Leave out the songs of the history.")
+    exclude_heard: bool = Field(default=True, description="Leave out the songs that were played.")
     exclude: list[SongId] = Field(default=[], max_length=MAX_LISTED, description="Songs to leave out.")
+
+    @model_validator(mode="after")
+    def _one_listener(self) -> "RecommendationsRequest":
+        if ("user_id" in self.model_fields_set) == ("history" in self.model_fields_set):
+            raise ValueError("give either a user_id or a history")
+        return self
 
     @property
     def long_weight(self) -> float:
@@ -182,3 +202,8 @@ class Health(BaseModel):
 
     status: Literal["ok"] = "ok"
     release: str | None = None
+
+
+def as_json(answer: BaseModel, status: int = 200) -> Response:
+    """A response whose model was made by us: written out once, not checked again."""
+    return Response(answer.model_dump_json(), status, media_type="application/json")

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayrec.recommend.choosing import Chosen, Wish, choose_popular
-from rayrec.serving.asking import Asked, histories_of, read_asker, read_wish
+from rayrec.serving.asking import Asked, histories_of, read_history, read_stored, read_wish
 from rayrec.serving.auth import Keys
 from rayrec.serving.config import ServeConfig
 from rayrec.serving.live import LiveRelease, ReleaseHolder
 from rayrec.serving.metrics import Metrics
 from rayrec.serving.schemas import Asker, Recommendations, RecommendationsRequest, RecommendedSong, Taste, Tastes
+from rayrec.serving.user_states import UserStates
+from rayrec.taste.encoding import States
 
 TOGETHER = 32  # users of a batch that are answered at once: others get their turn in between
 
@@ -18,8 +20,10 @@ TOGETHER = 32  # users of a batch that are answered at once: others get their tu
 class Service:
     """One replica's work. Routes take `live` once and hand it to every call that answers their request."""
 
-    def __init__(self, holder: ReleaseHolder, config: ServeConfig, keys: Keys, metrics: Metrics) -> None:
-        self.holder, self.config, self.keys, self.metrics = holder, config, keys, metrics
+    def __init__(
+        self, holder: ReleaseHolder, config: ServeConfig, keys: Keys, metrics: Metrics, states: UserStates
+    ) -> None:
+        self.holder, self.config, self.keys, self.metrics, self.states = holder, config, keys, metrics, states
 
     @property
     def live(self) -> LiveRelease:
@@ -27,11 +31,12 @@ class Service:
         return self.holder.live
 
     def close(self) -> None:
-        """Watch no more, and take the report of this replica back."""
+        """Watch no more, take the report of this replica back, and close the store of users."""
         self.holder.stop()
+        self.states.close()
 
     async def recommend(self, live: LiveRelease, requests: Sequence[RecommendationsRequest]) -> list[Recommendations]:
-        """The answers to requests with histories."""
+        """The answers to requests."""
         self.metrics.batch(len(requests))
         answers: list[Recommendations] = []
         for begin in range(0, len(requests), TOGETHER):
@@ -47,8 +52,15 @@ class Service:
         return Tastes(release=live.id, model=live.model_id, dim=len(told[0].short), tastes=told)
 
     async def _recommend(self, live: LiveRelease, requests: Sequence[RecommendationsRequest]) -> list[Recommendations]:
+        names = sorted({request.user_id for request in requests} - {""})
+        stored = dict(zip(names, await self.states.read(live, names), strict=True)) if names else {}
         with self.metrics.stage("read"):
-            asked = [read_asker(request, live.songs) for request in requests]
+            asked = [
+                read_stored(stored[request.user_id], request.at)
+                if request.user_id
+                else read_history(request.history, request.at, live.songs)
+                for request in requests
+            ]
             wishes = [read_wish(request, one, live.songs) for request, one in zip(requests, asked, strict=True)]
         chosen = await self.choose(live, asked, [wish for wish, _ in wishes])
         with self.metrics.stage("write"):
@@ -59,14 +71,15 @@ class Service:
 
     async def choose(self, live: LiveRelease, asked: Sequence[Asked], wishes: Sequence[Wish]) -> list[Chosen]:
         """The songs of each: by taste, or the popular ones where no play is known."""
-        heard = [row for row, one in enumerate(asked) if len(one.songs)]
+        played = [row for row, one in enumerate(asked) if len(one.songs)]
+        stored = [row for row in played if asked[row].states is not None]
+        told = [row for row in played if asked[row].states is None]
         chosen = [choose_popular(live.songs.plays, live.songs.by_plays, wish) for wish in wishes]
-        if heard:
-            some = [asked[row] for row in heard]
-            at = np.array([one.at for one in some], dtype=np.int64)
-            found = await live.engine.answer(histories_of(some), at, [wishes[row] for row in heard])
-            for row, answer in zip(heard, found, strict=True):
-                chosen[row] = answer
+        for rows in (stored, told):
+            if rows:
+                some = [asked[row] for row in rows]
+                for row, answer in zip(rows, await _answer(live, some, [wishes[row] for row in rows]), strict=True):
+                    chosen[row] = answer
         return chosen
 
     def told(self, live: LiveRelease, asked: Asked, chosen: Chosen, *, unknown: int) -> Recommendations:
@@ -89,7 +102,7 @@ class Service:
 
     async def _tastes(self, live: LiveRelease, askers: Sequence[Asker]) -> list[Taste]:
         with self.metrics.stage("read"):
-            asked = [read_asker(asker, live.songs) for asker in askers]
+            asked = [read_history(asker.history, asker.at, live.songs) for asker in askers]
         at = np.array([one.at for one in asked], dtype=np.int64)
         states = await live.engine.states(histories_of(asked))
         vectors = await live.engine.vectors(states, at, ("short", "long"))
@@ -99,3 +112,16 @@ class Service:
             )
             for one, short, long in zip(asked, vectors["short"], vectors["long"], strict=True)
         ]
+
+
+async def _answer(live: LiveRelease, asked: Sequence[Asked], wishes: Sequence[Wish]) -> list[Chosen]:
+    """The songs of users who have played: all of them with states, or all without."""
+    at = np.array([one.at for one in asked], dtype=np.int64)
+    states = [one.states for one in asked if one.states is not None]
+    if not states:
+        return await live.engine.answer(histories_of(asked), at, wishes)
+    joined = States(
+        hidden=np.concatenate([one.hidden for one in states]),
+        last_played_at=np.concatenate([one.last_played_at for one in states]),
+    )
+    return await live.engine.answer_states(joined, histories_of(asked), at, wishes)

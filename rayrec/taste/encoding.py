@@ -83,7 +83,7 @@ class TasteEncoder:
 
     def tastes(self, states: States, at: int | np.ndarray, horizon: str) -> np.ndarray:
         """float32 (U, D), normalized: the taste vectors at the moment `at` (ms UTC) from states alone."""
-        seen = self._seen_in(torch.from_numpy(states.hidden)).numpy()
+        seen = self._seen_in(torch.tensor(states.hidden)).numpy()  # a copy: what comes from a store is read-only
         return self.project(seen, gap_seconds(states.last_played_at, np.asarray(at)), horizon)
 
     @torch.inference_mode()

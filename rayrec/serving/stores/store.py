@@ -8,9 +8,11 @@ as far as each store's own page says.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from pathlib import Path
+from urllib.parse import quote, urlsplit
 
 from rayrec.errors import InputError, RayrecError
+from rayrec.workspace import STATES_FILE, Workspace
 
 NOT_THERE = 0  # the version of a user who is not in the store; real ones count from 1
 
@@ -88,6 +90,21 @@ class StateStore(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give connections back. Nothing else may be called after."""
+
+
+def store_uri(workspace: Workspace, uri: str | None) -> str:
+    """The address that was given, else that of an SQLite file in the workspace.
+
+    Raises `InputError` where the workspace is a bucket and no address was given.
+    """
+    if uri is not None:
+        return uri
+    if not workspace.is_local:
+        raise InputError(
+            f"workspace {workspace.uri} is a bucket, which holds no SQLite file; name a store: sqlite:///PATH, "
+            "or redis://HOST:PORT/0 for replicas on many nodes"
+        )
+    return f"sqlite:///{quote(str(Path(workspace.full(STATES_FILE)).absolute()))}"
 
 
 def open_store(uri: str, namespace: str) -> StateStore:

@@ -11,7 +11,7 @@ from networks import MINUTE, NUM_SONGS, model_config, network
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
 from rayrec.recommend import user_state
-from rayrec.recommend.user_state import OUTCOMES, Plays, Step, UserState, advance, gather, plan, replay, scatter
+from rayrec.recommend.user_state import OUTCOMES, Plays, Replay, Step, UserState, advance, gather, plan, scatter
 from rayrec.taste.config import FeatureSpec
 from rayrec.taste.encoding import States, TasteEncoder
 
@@ -190,9 +190,12 @@ def test_another_model_starts_anew_from_the_log_and_the_window(encoder: TasteEnc
     plays = random_plays(14)
     state, (step,) = post(encoder, nobody(encoder), [plays])
     other = TasteEncoder(network(model_config(layers=1, features=FEATURES), seed=5))
-    found = replay(run(other), "n", other.no_states(1), step.left, state)
+    replay = Replay.of(state, "n", other.no_states(1), step.left)
+    found = scatter([replay], run(other)(*gather([replay])))[0]
     assert found.model == "n"
     require_batch(other, found, plays)
+    with pytest.raises(ValueError, match="the log holds 2 plays, the state says that 10 have left"):
+        Replay.of(state, "n", other.no_states(1), step.left.take(slice(2)))
     late = Plays.of([3], [int(plays.played_at[-2]) + 1])
     require_batch(other, advance(run(other), found, late)[0], Plays.joined([plays, late]))
 

@@ -156,7 +156,8 @@ def test_tastes_are_the_vectors_of_the_network(app: Client, world: Workspace, re
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ({}, "history"),
+        ({}, "body"),
+        ({"history": SONGS, "user_id": "ann"}, "body"),
         ({"history": SONGS, "k": 0}, "k"),
         ({"history": SONGS, "k": MAX_K + 1}, "k"),
         ({"history": SONGS, "k": "5"}, "k"),

@@ -1,0 +1,326 @@
+"""Stored users over HTTP, without Ray: the online state equals the batch's, and answers follow the plays."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from served import AT, NUM_SONGS, Client, service, write_release, write_world
+from stores import RedisServer, needs_redis
+
+from rayrec import releases
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
+from rayrec.recommend import user_state
+from rayrec.recommend.answering import load_recommender
+from rayrec.recommend.choosing import network_of
+from rayrec.recommend.recommender import Recommender
+from rayrec.serving.config import MAX_PLAYS
+from rayrec.taste.encoding import TasteEncoder
+from rayrec.taste.tastes import states_of, taste_table
+from rayrec.workspace import Workspace
+
+MINUTE = 60_000
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = Workspace(tmp_path_factory.mktemp("users") / "workspace")
+    write_world(workspace)
+    for name, seed in (("1", 0), ("2", 5)):
+        write_release(workspace, name, seed=seed, activate=name == "1")
+    return workspace
+
+
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/states.sqlite"
+        return
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server.uri
+    server.kill()
+
+
+@pytest.fixture
+def app(world: Workspace, store: str) -> Iterator[Client]:
+    with service(world, store=store) as opened:
+        yield Client(opened)
+
+
+def recommender(world: Workspace, model: str = "model1") -> Recommender:
+    index = model.replace("model", "index")
+    return load_recommender(world, Dataset(world), model_id=model, index_id=index)
+
+
+def encoder(world: Workspace, model: str = "model1") -> TasteEncoder:
+    return network_of(recommender(world, model)).encoder
+
+
+def history_of(events: list[dict[str, Any]]) -> Histories:
+    """What an import makes of plays: in the order of time."""
+    events = sorted(events, key=lambda event: event["played_at"])
+    return Histories.from_lists(
+        [[int(event["song"].removeprefix("song-")) for event in events]],
+        [[event["played_at"] for event in events]],
+        skipped=[[event.get("skipped", False) for event in events]],
+    )
+
+
+def events_of(user: str, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    random = np.random.default_rng(seed)
+    times = AT + np.cumsum(random.integers(1_000, 10 * MINUTE, count))
+    return [
+        {
+            "event_id": f"{user}-{place}",
+            "user_id": user,
+            "song": f"song-{random.integers(NUM_SONGS)}",
+            "played_at": int(time),
+            "skipped": bool(random.random() < 0.3),
+        }
+        for place, time in enumerate(times)
+    ]
+
+
+def send(app: Client, *events: dict[str, Any]) -> dict[str, Any]:
+    response = app.post("/v1/plays", events[0] if len(events) == 1 else {"plays": list(events)})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def taste(app: Client, user: str, at: int) -> dict[str, Any]:
+    response = app.get(f"/v1/users/{user}/taste", params={"at": at})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def recommend(app: Client, **body: Any) -> dict[str, Any]:
+    response = app.post("/v1/recommendations", body)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def require_problem(response: Any, status: int, told: str) -> None:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    assert told in response.text
+
+
+def require_taste_of_batch(world: Workspace, found: dict[str, Any], events: list[dict[str, Any]], at: int) -> None:
+    """The vectors are those of the batch job's table over the same plays, and of its state."""
+    made_of = encoder(world, found["model"])
+    table = taste_table(made_of, history_of(events), at)
+    for horizon in ("short", "long"):
+        np.testing.assert_allclose(found[horizon], table.column(f"taste_{horizon}")[0].as_py(), atol=1e-5)
+        from_state = made_of.tastes(states_of(table, made_of.model.config.state_layers), at, horizon)[0]
+        np.testing.assert_allclose(found[horizon], from_state, atol=1e-5)
+    assert found["plays"] == table.column("plays")[0].as_py() == len(events)
+    assert found["last_played_at"] == table.column("last_played_at")[0].as_py()
+
+
+def test_the_online_state_is_what_the_batch_job_computes_over_the_same_plays(app: Client, world: Workspace) -> None:
+    """Over 300 plays, one by one, in calls of many, out of order and sent twice."""
+    events, random = events_of("ann", 300), np.random.default_rng(2)
+    order = np.argsort(np.arange(300) + random.uniform(0, user_state.WINDOW / 2, 300), kind="stable")
+    place, sent = 0, {"taken": 0, "repeated": 0, "set_aside": 0}
+    while place < 300:
+        size = int(random.choice([1, 1, 2, 30]))
+        batch = [events[row] for row in order[place : place + size]]
+        if random.random() < 0.3:
+            batch.append(batch[0])
+        answer = send(app, *batch)
+        for name in sent:
+            sent[name] += answer[name]
+        place += size
+    assert (sent["taken"], sent["set_aside"]) == (300, 0)
+    assert sent["repeated"] > 3
+    at = events[-1]["played_at"] + MINUTE
+    require_taste_of_batch(world, taste(app, "ann", at), events, at)
+
+
+@pytest.mark.parametrize("horizon", ["short", "long"])
+@pytest.mark.parametrize("exclude_heard", [False, True])
+def test_a_stored_user_is_recommended_what_the_whole_history_is(
+    app: Client, world: Workspace, horizon: Any, exclude_heard: bool
+) -> None:
+    """By the hybrid, whose memory looks at the songs played; more plays than the window holds."""
+    events = events_of("ann", 200, seed=4)
+    send(app, *events)
+    at = events[-1]["played_at"] + MINUTE
+    rows, scores = recommender(world).recommend_one(
+        history_of(events), at, 10, horizon=horizon, exclude_heard=exclude_heard
+    )
+    answer = recommend(app, user_id="ann", at=at, k=10, horizon=horizon, exclude_heard=exclude_heard)
+    assert [song["song"] for song in answer["songs"]] == [f"song-{row}" for row in rows]
+    np.testing.assert_allclose([song["score"] for song in answer["songs"]], scores, atol=1e-5)
+    assert (answer["source"], answer["plays"], answer["at"]) == ("taste", 200, at)
+
+
+def test_the_next_recommendation_reflects_a_play(app: Client, world: Workspace) -> None:
+    events = events_of("ann", 6)
+    send(app, *events[:5])
+    at = events[-1]["played_at"]
+    before = recommend(app, user_id="ann", at=at, k=NUM_SONGS)
+    assert events[5]["song"] in [song["song"] for song in before["songs"]]
+    send(app, events[5])
+    after = recommend(app, user_id="ann", at=at, k=NUM_SONGS)
+    assert events[5]["song"] not in [song["song"] for song in after["songs"]]
+    assert after["plays"] == before["plays"] + 1
+    told = [{"song": event["song"], "played_at": event["played_at"], "skipped": event["skipped"]} for event in events]
+    same = recommend(app, history=told, at=at, k=5)["songs"]
+    assert [song["song"] for song in after["songs"][:5]] == [song["song"] for song in same]
+
+
+def test_a_first_play_makes_the_user_and_now_is_its_time(app: Client) -> None:
+    answer = send(app, {"event_id": "1", "user_id": "new/user ë", "song": "song-3"})
+    assert (answer["taken"], answer["outcomes"]) == (1, ["taken"])
+    found = app.get("/v1/users/new%2Fuser%20%C3%AB/taste").json()
+    assert (found["user_id"], found["plays"], found["set_aside"]) == ("new/user ë", 1, 0)
+    assert abs(found["at"] - found["last_played_at"]) < 60 * MINUTE
+    assert len(found["short"]) == len(found["long"]) == 8
+
+
+def test_what_became_of_each_play_is_told_and_counted(app: Client) -> None:
+    plays = events_of("ann", 3) + events_of("bob", 1)
+    strange = {**plays[0], "event_id": "s", "song": "nobody"}
+    answer = send(app, plays[0], strange, plays[3], plays[0], plays[2], plays[1])
+    assert answer["outcomes"] == ["taken", "unknown", "taken", "repeated", "taken", "taken"]
+    assert [answer[name] for name in ("taken", "repeated", "set_aside", "unknown_songs")] == [4, 1, 0, 1]
+    assert send(app, strange)["outcomes"] == ["unknown"]
+    many = events_of("ann", 200)
+    send(app, *many[3:])
+    late = {**plays[0], "event_id": "late", "played_at": plays[0]["played_at"] + 1}
+    assert send(app, late, many[199])["outcomes"] == ["set_aside", "repeated"]
+    assert taste(app, "ann", AT + 10**9)["set_aside"] == 1
+    metrics = app.get("/metrics").text
+    for outcome, count in (("taken", 201), ("repeated", 2), ("set_aside", 1), ("unknown", 2)):
+        lines = [line for line in metrics.splitlines() if f'outcome="{outcome}"' in line and "plays_total" in line]
+        assert [float(line.split()[-1]) for line in lines] == [count]
+
+
+def test_unknown_contexts_say_nothing_and_times_come_in_any_form(app: Client) -> None:
+    plays = events_of("ann", 1)[0]
+    send(app, {**plays, "contexts": ["nowhere"], "played_at": "2026-01-20T18:24:00Z"})
+    assert taste(app, "ann", AT + 10**12)["last_played_at"] == 1_768_933_440_000
+
+
+def test_a_user_who_is_not_there_is_a_404_and_is_recommended_popular_songs(app: Client) -> None:
+    require_problem(app.get("/v1/users/nobody/taste"), 404, "rayrec states load")
+    answer = recommend(app, user_id="nobody", k=7)
+    assert (answer["source"], answer["path"], answer["plays"]) == ("popular", "popular", 0)
+    assert answer["songs"] == recommend(app, history=[], k=7)["songs"]
+
+
+def test_stored_users_and_histories_go_in_one_batch(app: Client) -> None:
+    for user in ("ann", "bob"):
+        send(app, *events_of(user, 30, seed=len(user)))
+    at = AT + 10**9
+    requests = [
+        {"user_id": "bob", "at": at, "k": 4},
+        {"history": ["song-3", "song-4"], "at": at, "k": 4},
+        {"user_id": "nobody", "at": at, "k": 4},
+        {"user_id": "ann", "at": at, "k": 4, "horizon": 0.5},
+        {"user_id": "bob", "at": at, "k": 4},
+    ]
+    together = app.post("/v1/recommendations/batch", {"requests": requests}).json()["answers"]
+    for one, request in zip(together, requests, strict=True):
+        alone = recommend(app, **request)
+        assert [song["song"] for song in one["songs"]] == [song["song"] for song in alone["songs"]]
+        assert one["source"] == alone["source"]
+
+
+def test_the_state_of_another_model_is_computed_anew_and_kept(world: Workspace, store: str) -> None:
+    """A release with another network goes live: its states come from the plays, not from the old network's."""
+    events = events_of("ann", 160, seed=9)
+    at = events[-1]["played_at"] + MINUTE
+    with service(world, store=store) as opened:
+        send(Client(opened), *events[:150])
+        before = taste(Client(opened), "ann", at)
+    releases.activate_release(world, releases.list_releases(world)[1].id)
+    try:
+        with service(world, store=store) as opened:
+            app = Client(opened)
+            assert send(app, *events[150:])["taken"] == 10
+            found = taste(app, "ann", at)
+            assert (before["model"], found["model"]) == ("model1", "model2")
+            require_taste_of_batch(world, found, events, at)
+            rows, _ = recommender(world, "model2").recommend_one(history_of(events), at, 10)
+            answer = recommend(app, user_id="ann", at=at, k=10, exclude_heard=False)
+            assert [song["song"] for song in answer["songs"]] == [f"song-{row}" for row in rows]
+    finally:
+        releases.rollback(world)
+    with service(world, store=store) as opened:  # and back again, read first
+        require_taste_of_batch(world, taste(Client(opened), "ann", at), events, at)
+
+
+def test_a_moment_before_the_last_play_is_refused(app: Client) -> None:
+    events = events_of("ann", 2)
+    send(app, *events)
+    early = events[-1]["played_at"] - 1
+    require_problem(app.get("/v1/users/ann/taste", params={"at": early}), 422, "after the moment")
+    require_problem(app.post("/v1/recommendations", {"user_id": "ann", "at": early}), 422, "after the moment")
+    assert taste(app, "ann", early + 1)["at"] == early + 1
+
+
+PLAY = {"event_id": "e", "user_id": "ann", "song": "song-1"}
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({}, "plays"),
+        ({**PLAY, "event_id": ""}, "event_id"),
+        ({**PLAY, "event_id": "x" * 513}, "event_id"),
+        ({**PLAY, "user_id": ""}, "user_id"),
+        ({**PLAY, "user_id": 3}, "user_id"),
+        ({"event_id": "e", "song": "song-1"}, "user_id"),
+        ({**PLAY, "song": None}, "song"),
+        ({**PLAY, "skipped": "yes"}, "skipped"),
+        ({**PLAY, "contexts": ["x"] * 32}, "contexts"),
+        ({**PLAY, "played_at": -1}, "played_at"),
+        ({**PLAY, "played_at": "yesterday"}, "yesterday"),
+        ({**PLAY, "played_at": "2999-01-01T00:00:00Z"}, "over a day from now"),
+        ({**PLAY, "more": 1}, "more"),
+        ({"plays": []}, "plays"),
+        ({"plays": [PLAY] * (MAX_PLAYS + 1)}, "plays"),
+        ({"plays": [PLAY, {}]}, "plays"),
+        ({"plays": 7}, "plays"),
+        ([PLAY], "body"),
+    ],
+)
+def test_plays_that_are_none_are_a_422_and_nothing_is_stored(
+    world: Workspace, tmp_path: Path, body: Any, told: str
+) -> None:
+    with service(world, store=f"sqlite:///{tmp_path}/s.sqlite") as opened:
+        app = Client(opened)
+        require_problem(app.post("/v1/plays", body), 422, told)
+        assert app.get("/v1/users/ann/taste").status_code == 404
+
+
+def test_a_user_id_that_is_no_text_is_a_422(app: Client) -> None:
+    content = b'{"event_id": "e", "user_id": "\\ud800", "song": "song-1"}'
+    response = app.post("/v1/plays", content=content, headers={"Content-Type": "application/json"})
+    assert 400 <= response.status_code < 500, response.text
+    assert app.get("/v1/users/" + "x" * 600 + "/taste").status_code == 422
+    assert app.get("/v1/users/%FF/taste").status_code in (404, 422)
+
+
+@needs_redis
+def test_a_store_out_of_reach_is_a_503_that_says_when_to_try_again(world: Workspace, tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    with service(world, store=server.uri) as opened:
+        app = Client(opened)
+        send(app, PLAY)
+        server.kill()
+        response = app.post("/v1/plays", {**PLAY, "event_id": "f"})
+        require_problem(response, 503, "does not answer")
+        assert response.headers["retry-after"] == "1"
+        server.start()
+        assert send(app, PLAY, {**PLAY, "event_id": "f"})["outcomes"] == ["repeated", "taken"]
+    server.kill()
