@@ -2,11 +2,12 @@
 
 The batches of an epoch are a function of seed, epoch and the buckets alone. A worker of n takes
 every n-th window of each batch, so any number of workers sees the same batches, all of them make
-the same number of steps, and a position in the epoch is one number, the step. [ours]
+the same number of steps, and a position in the epoch is one number, the step. A worker for whom a
+batch holds none takes the step with a window of no inputs. [ours]
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -79,18 +80,15 @@ def cut_windows(histories: Histories, window: int, lookahead: int) -> Windows:
     )
 
 
-def batch_rows(inputs: np.ndarray, batch: int, workers: int, rng: np.random.Generator) -> list[np.ndarray]:
+def batch_rows(inputs: np.ndarray, batch: int, rng: np.random.Generator) -> list[np.ndarray]:
     """The rows of each batch: windows of like length together, batches in random order.
 
     `inputs` int (W,) are the windows' lengths. Every batch has at least `batch` rows, the odd ones
-    spread over all, so that the cuts do not depend on `workers`; fewer windows than that are one
-    batch. Where there are fewer windows than workers, rows come again, so that no worker goes without.
+    spread over all; fewer windows than that are one batch.
     """
     if not len(inputs):
         return []
     order = np.lexsort((rng.random(len(inputs)), inputs))
-    if len(order) < workers:
-        order = np.resize(order, workers)
     batches = np.array_split(order, max(1, len(order) // batch))
     return [batches[number] for number in rng.permutation(len(batches))]
 
@@ -98,9 +96,14 @@ def batch_rows(inputs: np.ndarray, batch: int, workers: int, rng: np.random.Gene
 def worker_batches(
     windows: Windows, *, batch: int, rank: int, workers: int, rng: np.random.Generator
 ) -> Iterator[Windows]:
-    """One worker's share of each batch; together the shares of all workers are the batch."""
-    for rows in batch_rows(windows.inputs, batch, workers, rng):
-        yield windows.take(rows[rank::workers])
+    """One worker's share of each batch; together the shares of all workers are the batch.
+
+    An empty share is the batch's first window without its inputs: there is nothing to learn from it,
+    and the songs that the step looks up are those of the batch.
+    """
+    for rows in batch_rows(windows.inputs, batch, rng):
+        share = windows.take(rows[rank::workers])
+        yield share if len(share) else replace(windows.take(rows[:1]), inputs=np.zeros(1, dtype=np.int64))
 
 
 def epoch_units(buckets: int, group: int, *, seed: int, epoch: int) -> list[list[int]]:

@@ -35,8 +35,8 @@ class PlayBatch:
         return self._each(lambda values: values.to(device, non_blocking=True), self.length_B)
 
     def shortened(self, length_B: Tensor) -> "PlayBatch":
-        """The first `length_B` plays of each row only."""
-        longest = int(length_B.max())
+        """The first `length_B` plays of each row only; a column of padding where no row has any."""
+        longest = max(1, int(length_B.max()))
         return self._each(lambda values: values[:, :longest], length_B)
 
     def _each(self, change: Callable[[Tensor], Tensor], length_B: Tensor) -> "PlayBatch":

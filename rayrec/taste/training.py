@@ -66,8 +66,8 @@ class Losses(nn.Module):
         `targets` holds for each horizon the flat positions (P,) in (B, L inputs) that have a target,
         and the target songs (P, T), -1 where there are fewer than T.
         """
-        longest = int(inputs_B.max())
-        taste = self.model(batch.shortened(inputs_B), batch.gap_BL[:, 1 : longest + 1])
+        shortened = batch.shortened(inputs_B)
+        taste = self.model(shortened, batch.gap_BL[:, 1 : shortened.songs_BL.shape[1] + 1])
         losses = [self._mean(name, taste[name], *targets[name]) for name in taste]
         return torch.stack(losses).sum()
 
@@ -147,7 +147,7 @@ class Training:
 
         A horizon of several offsets draws T = `long_targets` of them for each position.
         """
-        rows, longest = len(inputs_B), int(inputs_B.max())
+        rows, longest = len(inputs_B), max(1, int(inputs_B.max()))
         draws = 1 if horizon.min_offset == horizon.max_offset else self.config.long_targets
         # Drawn for the whole batch, whatever the number of workers, so that a window's targets do not depend on it.
         total = (rows + 1) * self.share.workers

@@ -90,22 +90,35 @@ def test_histories_without_a_pair_of_plays_give_no_window(lengths: list[int]) ->
 
 @pytest.mark.parametrize("windows", [1, 2, 3, 16, 17, 31, 32, 33, 63, 64, 65, 130])
 @pytest.mark.parametrize("workers", [2, 3, 5])
-def test_workers_share_the_batches_of_one_worker(windows: int, workers: int) -> None:
-    lengths = np.random.default_rng(1).integers(1, 9, size=windows)
-    alone = batch_rows(lengths, 16, 1, np.random.default_rng(7))
-    together = batch_rows(lengths, 16, workers, np.random.default_rng(7))
-    shares = [[rows[rank::workers] for rows in together] for rank in range(workers)]
-    assert all(len(part) for share in shares for part in share)
-    if windows >= workers:
-        assert [sorted(rows) for rows in alone] == [
-            sorted(np.concatenate(parts).tolist()) for parts in zip(*shares, strict=True)
-        ]
-    assert sorted(set(np.concatenate(together).tolist())) == list(range(windows))
+def test_workers_share_the_batches_of_one_worker_and_make_as_many_steps(windows: int, workers: int) -> None:
+    lengths = np.random.default_rng(1).integers(2, 9, size=windows)
+    songs = np.split(np.arange(lengths.sum()), np.cumsum(lengths)[:-1])
+    cut = cut_windows(Histories.from_lists([list(part) for part in songs], [list(part) for part in songs]), 8, 1)
+
+    def share(rank: int, of: int) -> list[Windows]:
+        return list(worker_batches(cut, batch=16, rank=rank, workers=of, rng=np.random.default_rng(7)))
+
+    alone, shares = share(0, 1), [share(rank, workers) for rank in range(workers)]
+    assert {len(batches) for batches in shares} == {len(alone)} == {max(1, windows // 16)}
+    for step, batch in enumerate(alone):
+        together = [inputs for rank in range(workers) for inputs in inputs_of(shares[rank][step]) if inputs]
+        assert sorted(together) == sorted(inputs_of(batch))
+    assert sum(len(batch) for batch in alone) == windows
+
+
+def test_a_worker_without_a_window_gets_one_of_the_batch_without_inputs(histories: Histories) -> None:
+    cut = cut_windows(histories, WINDOW, LOOKAHEAD).take(np.arange(2))
+    parts = [
+        next(worker_batches(cut, batch=16, rank=rank, workers=3, rng=np.random.default_rng(0))) for rank in range(3)
+    ]
+    assert [part.inputs.min() > 0 for part in parts] == [True, True, False]
+    assert parts[2].inputs.tolist() == [0]
+    np.testing.assert_array_equal(parts[2].plays.songs, parts[0].plays.songs)
 
 
 def test_a_batch_holds_windows_of_like_length() -> None:
     lengths = np.random.default_rng(1).permutation(np.repeat([3, 50, 100], 32))
-    batches = batch_rows(lengths, 32, 1, np.random.default_rng(0))
+    batches = batch_rows(lengths, 32, np.random.default_rng(0))
     assert sorted(set(lengths[rows].tolist()) == {lengths[rows[0]]} for rows in batches) == [True] * 3
 
 

@@ -147,30 +147,42 @@ def test_the_targets_of_a_window_do_not_depend_on_the_number_of_workers(historie
         assert torch.equal(part, whole[torch.from_numpy(rows), : part.shape[1]])
 
 
+# Name -> song table and users; 45 users make 11 windows to a batch, so that the shares of two workers are
+# uneven, and one user makes one window, which leaves the second worker none.
+TRAININGS: dict[str, tuple[SongTable, int]] = {
+    "trained": ("trained", 45),
+    "frozen": ("frozen", 45),
+    "one window": ("trained", 1),
+    "one window, frozen": ("frozen", 1),
+}
+
+
 def _one_of_two(rank: int, folder: str) -> None:
     """A process of a real gloo group; leaves its weights in the folder."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    for table in ("trained", "frozen"):
-        weights = _trained(settings(song_table=table), Share(rank=rank, workers=2)).model.state_dict()
-        torch.save(weights, Path(folder) / f"{table}-{rank}.pt")
+    for name, (table, users) in TRAININGS.items():
+        weights = _trained(settings(song_table=table), users, Share(rank=rank, workers=2)).model.state_dict()
+        torch.save(weights, Path(folder) / f"{name}-{rank}.pt")
     dist.barrier()
     os._exit(0)  # threads of gloo that outlive the group abort an interpreter that ends in good order
 
 
-def _trained(config: TrainConfig, share: Share) -> Training:
-    """One epoch: 11 windows to a batch, so that the shares of two workers are uneven."""
-    made, host = training(config, share), MemoryHost({"final": cycling_histories(45)}, config, share=share)
-    made.epoch(host.windows("final", 0), 0, on_step=lambda _: None)
+def _trained(config: TrainConfig, users: int, share: Share) -> Training:
+    """Three epochs, so that the optimizers' momentum counts."""
+    plays = cycling_histories(users, shortest=10, longest=12 if users == 1 else 30)
+    made, host = training(config, share), MemoryHost({"final": plays}, config, share=share)
+    for epoch in range(3):
+        made.epoch(host.windows("final", epoch), epoch, on_step=lambda _: None)
     return made
 
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
-    for table in ("trained", "frozen"):
-        alone = _trained(settings(song_table=table), Share()).model.state_dict()
-        first, second = (torch.load(tmp_path / f"{table}-{rank}.pt", weights_only=True) for rank in (0, 1))
+    for case, (table, users) in TRAININGS.items():
+        alone = _trained(settings(song_table=table), users, Share()).model.state_dict()
+        first, second = (torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True) for rank in (0, 1))
         for name, value in alone.items():
-            assert torch.equal(first[name], second[name]), name
-            torch.testing.assert_close(first[name], value, atol=1e-4, rtol=0, msg=name)
+            assert torch.equal(first[name], second[name]), (case, name)
+            torch.testing.assert_close(first[name], value, atol=1e-4, rtol=0, msg=f"{case}: {name}")
