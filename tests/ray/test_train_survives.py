@@ -1,0 +1,131 @@
+"""A training that is killed learns from the same plays as an undisturbed one and ends where it ends."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import witness
+from safetensors.numpy import load as load_safetensors
+from trainings import CONFIG, make_world, only_split
+from witness import STEPS_BETWEEN_CLOCKS, Death, Seen, read_log
+
+from rayrec.artifacts import Manifest
+from rayrec.data.split import Split
+from rayrec.jobs.train import train
+from rayrec.workspace import Workspace
+
+TOLERANCE = 1e-4  # of weights, where another number of workers adds up gradients in another order
+
+
+@dataclass(frozen=True)
+class World:
+    """A data set, and what an undisturbed training of it saw and made."""
+
+    workspace: Workspace
+    split: Split
+    made: Manifest
+    seen: Seen
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> World:
+    folder = tmp_path_factory.mktemp("survive")
+    workspace, split = make_world(folder / "workspace")
+    with pytest.MonkeyPatch.context() as patch:
+        witness.watch(patch, folder / "undisturbed")
+        made = train(workspace, replace(CONFIG, workers=0), split=split)
+    return World(workspace, split, made, read_log(folder / "undisturbed"))
+
+
+def weights(workspace: Workspace, manifest: Manifest) -> dict[str, np.ndarray]:
+    found = load_safetensors(workspace.read_bytes(manifest.path("model.safetensors")))
+    return {**found, "songs": np.array(workspace.read_array(manifest.path("song_vectors.npy")))}
+
+
+def difference(world: World, workspace: Workspace, manifest: Manifest) -> float:
+    """The largest, of any weight."""
+    wanted, found = weights(world.workspace, world.made), weights(workspace, manifest)
+    assert found.keys() == wanted.keys()
+    return max(float(np.abs(found[name] - wanted[name]).max()) for name in wanted)
+
+
+def test_an_epoch_sees_every_window_once(world: World) -> None:
+    windows = {at: prints for at, prints in world.seen.windows.items() if at[:2] == ("selection", 0)}
+    flat = [print_ for prints in windows.values() for print_ in prints]
+    assert len(flat) == len(set(flat)) > 100
+    other = [print_ for at, prints in world.seen.windows.items() if at[:2] == ("selection", 1) for print_ in prints]
+    assert sorted(flat) == sorted(other)
+    assert set(world.seen.times.values()) == {1}
+
+
+def check_seen(world: World, seen: Seen, died_at: tuple[str, int, int]) -> None:
+    """The same windows in the same steps, and none again but those since the last two checkpoints."""
+    assert seen.windows == world.seen.windows
+    again = [at for at, times in seen.times.items() if times > 1]
+    assert all(at[:2] == died_at[:2] and at[2] < died_at[2] for at in again)
+    # Ray Train takes a checkpoint in while the next steps run: the newest may be lost.
+    assert len(again) <= 2 * STEPS_BETWEEN_CLOCKS
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_training_worker_killed_within_an_epoch_is_replaced(
+    world: World, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    death = Death(at=("selection", 1, 5), rank=workers - 1, marker=str(tmp_path / "killed"))
+    witness.watch(monkeypatch, tmp_path / "log", death)
+    made = train(world.workspace, replace(CONFIG, workers=workers), split=world.split, repeat=True)
+    assert (tmp_path / "killed").exists()
+    check_seen(world, read_log(tmp_path / "log"), death.at)
+    assert difference(world, world.workspace, made) <= (0.0 if workers == 1 else TOLERANCE)
+    recall = "validation_recall@20"
+    assert made.metrics[recall] == world.made.metrics[recall]
+
+
+DRIVER = """
+import os, sys
+import pytest, witness
+from pathlib import Path
+from dataclasses import replace
+from trainings import CONFIG, only_split
+from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.train import train
+from rayrec.workspace import Workspace
+
+workspace = Workspace(sys.argv[1])
+death = witness.Death(at=("selection", 1, 5), driver=os.getpid(), marker=sys.argv[3])
+witness.watch(pytest.MonkeyPatch(), Path(sys.argv[2]), death)
+with ray_cluster(num_cpus=2):
+    train(workspace, CONFIG, split=only_split(workspace), repeat=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_job_is_resumed_with_as_many_or_other_workers(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment.pop("RAY_ADDRESS", None)
+    words = [sys.executable, "-c", DRIVER, world.workspace.root, str(tmp_path / "log"), str(tmp_path / "killed")]
+    with subprocess.Popen(words, env=environment) as driver:
+        driver.wait(timeout=300)
+    assert driver.returncode == -signal.SIGKILL
+    for workers in (1, 2):
+        folder = tmp_path / f"resumed-{workers}"
+        shutil.copytree(world.workspace.root, folder)
+        log = tmp_path / f"log-{workers}"
+        shutil.copytree(tmp_path / "log", log)
+        workspace = Workspace(folder)
+        witness.watch(monkeypatch, log)
+        made = train(workspace, replace(CONFIG, workers=workers), split=only_split(workspace), resume=True, repeat=True)
+        seen = read_log(log)
+        check_seen(world, seen, ("selection", 1, 5))
+        assert seen.workers[("selection", 0, 0)] == {1}
+        assert seen.workers[("selection", 1, 5)] == {workers}
+        assert difference(world, workspace, made) <= (0.0 if workers == 1 else TOLERANCE)
+        assert made.metrics["validation_recall@20"] == world.made.metrics["validation_recall@20"]

@@ -1,0 +1,42 @@
+"""A small generated data set with song vectors, and a training of it that takes seconds."""
+
+from pathlib import Path
+
+from worlds import random_vectors, write_song_vectors
+
+from rayrec.data.generate import GenerateConfig
+from rayrec.data.split import Split, SplitConfig
+from rayrec.data.splits import list_splits, split_dataset
+from rayrec.taste.config import TrainConfig
+from rayrec.workspace import Workspace
+
+NUM_SONGS = 80
+CONFIG = TrainConfig(
+    hidden_dim=8,
+    window=20,
+    batch=16,
+    negatives=20,
+    long=(2, 5),
+    epochs=2,
+    learning_rate=0.01,
+    validation_plays=200,
+    checkpoint_minutes=0.0,
+    workers=1,
+)
+
+
+def make_world(folder: Path) -> tuple[Workspace, Split]:
+    """The data set in a new workspace; needs a cluster."""
+    from rayrec.jobs.generating import generate
+
+    workspace = Workspace(folder)
+    generate(workspace, GenerateConfig(users=150, songs=NUM_SONGS, artists=12, genres=4, plays=25, days=60, buckets=3))
+    split = split_dataset(workspace, SplitConfig(test_days=15, validation_days=10))
+    write_song_vectors(workspace, random_vectors(NUM_SONGS), {"dataset": split.dataset, "split": split.id})
+    return workspace, split
+
+
+def only_split(workspace: Workspace) -> Split:
+    """The split of `make_world`, in another process."""
+    (split,) = list_splits(workspace)
+    return split

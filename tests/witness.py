@@ -1,0 +1,137 @@
+"""A training worker that writes down the windows it learns from, step by step, and dies where it is told to.
+
+Workers cannot import test modules: a test that uses it calls `ship` first.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray.cloudpickle
+
+from rayrec.data.windows import Windows
+
+STEPS_BETWEEN_CLOCKS = 2  # so that checkpoints come often; with checkpoint_minutes=0 one comes each time
+SNAPSHOT = "run/checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints, in the model's folder
+
+Step = tuple[str, int, int]  # phase, epoch, step
+
+
+@dataclass(frozen=True)
+class Death:
+    """Where a process is killed, as the out-of-memory killer does it: once only."""
+
+    at: Step
+    driver: int = 0  # the process to kill; 0: the training worker itself
+    rank: int = 0  # the worker that does it
+    marker: str = ""  # file that says that it has been done
+
+
+def ship() -> None:
+    """Send this module along with what is pickled."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, log: Path, death: Death | None = None) -> None:
+    """Let the trainings from now on write to the folder `log`."""
+    from rayrec.jobs import train as job
+
+    ship()
+    log.mkdir(parents=True, exist_ok=True)
+    if not hasattr(job, "_undisturbed"):  # where a training runs in this process, it meets the patched module
+        monkeypatch.setattr(job, "_undisturbed", job._train_worker, raising=False)
+    monkeypatch.setattr(job, "_train_worker", partial(train_worker, str(log), death))
+
+
+def train_worker(log: str, death: Death | None, arguments: dict[str, Any]) -> None:
+    """What every training worker runs."""
+    from rayrec.jobs import train as job
+    from rayrec.taste import fitting
+    from rayrec.taste.training import Training
+
+    phases: list[str] = []
+    windows_of, step_of, clocks = job._RayHost.windows, Training.step, fitting.STEPS_BETWEEN_CLOCKS
+
+    def windows(host: Any, phase: Any, epoch: int) -> Iterator[Windows]:
+        phases.append(phase)
+        return windows_of(host, phase, epoch)
+
+    def step(training: Training, windows: Windows, epoch: int, number: int) -> float:
+        at = (phases[-1], epoch, number)
+        if death is not None and death.at == at and training.share.rank == death.rank:
+            die(death, arguments["plan"])
+        loss = step_of(training, windows, epoch, number)
+        line = {"at": at, "rank": training.share.rank, "of": training.share.workers, "windows": prints_of(windows)}
+        with Path(log, f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        return loss
+
+    job._RayHost.windows, Training.step = windows, step  # type: ignore[method-assign]
+    fitting.STEPS_BETWEEN_CLOCKS = STEPS_BETWEEN_CLOCKS
+    try:
+        getattr(job, "_undisturbed", job._train_worker)(arguments)
+    finally:
+        job._RayHost.windows, Training.step = windows_of, step_of  # type: ignore[method-assign]
+        fitting.STEPS_BETWEEN_CLOCKS = clocks
+
+
+def die(death: Death, plan: Any) -> None:
+    """Kill, once Ray Train has taken the last checkpoint; returns where it has been done before."""
+    marker = Path(death.marker)
+    if marker.exists():
+        return
+    path = f"{plan.folder}/{SNAPSHOT}"
+    for _ in range(300):
+        if plan.workspace.exists(path):
+            break
+        time.sleep(0.1)
+    time.sleep(0.5)  # a later checkpoint may be under way
+    marker.write_text("killed")
+    os.kill(death.driver or os.getpid(), signal.SIGKILL)
+    time.sleep(60)  # this process goes with the driver's cluster
+
+
+def prints_of(windows: Windows) -> list[int]:
+    """A fingerprint of each window's input plays; none of a window without inputs."""
+    plays, found = windows.plays, []
+    for begin, count in zip(plays.offsets[:-1].tolist(), windows.inputs.tolist(), strict=True):
+        if count:
+            some = slice(begin, begin + count)
+            found.append(zlib.crc32(np.concatenate([plays.songs[some], plays.played_at[some]]).tobytes()))
+    return found
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What all workers of a training, its restarts included, learned from."""
+
+    windows: dict[Step, list[int]]  # of the last time that a step was taken, over all workers, sorted
+    times: dict[Step, int]  # how often each step was taken
+    workers: dict[Step, set[int]]  # by how many
+
+
+def read_log(log: Path) -> Seen:
+    """What stands in the folder."""
+    lines = [json.loads(line) for file in sorted(log.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    by_rank: dict[Step, dict[tuple[int, int], list[list[int]]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        by_rank[tuple(line["at"])][line["of"], line["rank"]].append(line["windows"])
+    windows, times, workers = {}, {}, {}
+    for at, parts in by_rank.items():
+        of = {of for of, _ in parts}
+        complete = [number for number in of if all((number, rank) in parts for rank in range(number))]
+        windows[at] = sorted(print_ for rank in range(complete[0]) for print_ in parts[complete[0], rank][-1])
+        times[at] = sum(max(len(parts.get((number, rank), [])) for rank in range(number)) for number in of)
+        workers[at] = of
+    return Seen(windows=windows, times=times, workers=workers)
