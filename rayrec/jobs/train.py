@@ -18,8 +18,7 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
+from ray.data import TaskPoolStrategy
 
 from rayrec import artifacts
 from rayrec.artifacts import Manifest
@@ -34,6 +33,7 @@ from rayrec.jobs.board import Board, shown
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import cluster_cpus, quiet_data, ray_cluster
 from rayrec.jobs.node import run_on_node
+from rayrec.jobs.trainer import Crew, run_workers
 from rayrec.progress import progress
 from rayrec.recommend.hybrid import MEMBERS
 from rayrec.recommend.mixing import write_memory
@@ -47,9 +47,10 @@ from rayrec.taste.training import Share, StepReport
 from rayrec.workspace import Workspace
 
 PLAYS_PER_UNIT = 200_000  # small buckets are read together until they hold about as many
-READER_CPUS = 0.25  # of a task that reads and cuts windows: far cheaper than training on them
+# Tasks that read and cut windows for one worker at once. They ask for no CPU: they are far cheaper than the
+# training that they feed, and would else wait for ever where the workers hold all CPUs, after the loss of a node say.
+READERS = 2
 BLOCK_BYTES = 4 << 20  # of windows handed on at a time
-WORKER_FAILURES = 3  # lost training workers that are replaced before the job gives up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def _require_fit(songs: Manifest, inputs: dict[str, str]) -> None:
 
 def _fingerprinted(config: TrainConfig) -> dict[str, Any]:
     """The settings that change what is learned; a resumed run may have other workers."""
-    placement = ("workers", "gpu", "checkpoint_minutes")
+    placement = ("workers", "gpu", "checkpoint_minutes", "wait_minutes")
     return {name: value for name, value in to_mapping(config).items() if name not in placement}
 
 
@@ -216,31 +217,15 @@ def load_validation(table: pa.Table, selection: FitRange, limit: int) -> Validat
 
 def _fit(plan: TrainPlan) -> dict[str, Any]:
     board = Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
-    workers = plan.config.workers
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"plan": plan, "board": board},
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=plan.config.gpu,
-            resources_per_worker={"CPU": worker_cpus(workers), **({"GPU": 1} if plan.config.gpu else {})},
-        ),
-        run_config=RunConfig(
-            name="run",
-            storage_path=plan.workspace.full(plan.folder),
-            storage_filesystem=plan.workspace.filesystem,
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-            failure_config=FailureConfig(max_failures=WORKER_FAILURES if workers else 0),
-        ),
+    config = plan.config
+    crew = Crew(
+        workers=config.workers,
+        cpus=worker_cpus(config.workers),
+        gpus=int(config.gpu),
+        wait_minutes=config.wait_minutes,
     )
     with shown(board, "Training", float(plan.workspace.read_array(plan.counts["final"]).sum())):
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            cause = str(error).strip().splitlines()[-1]
-            raise RayrecError(
-                f"training failed: {cause}; `rayrec train --resume` goes on from the last checkpoint"
-            ) from error
+        run_workers(_train_worker, {"plan": plan, "board": board}, crew, plan.workspace, plan.folder)
     return dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
 
 
@@ -264,9 +249,8 @@ def _read_validation(plan: TrainPlan) -> Validation:
 
 
 def worker_cpus(workers: int) -> float:
-    """CPUs of a training worker: one, or less where the tasks that read for it would find none left."""
-    spare = cluster_cpus() - 2 * READER_CPUS
-    return 1.0 if workers <= spare else max(READER_CPUS, spare / max(1, workers))
+    """CPUs of a training worker: one, or less where there are more workers than CPUs."""
+    return min(1.0, int(100 * cluster_cpus() / max(1, workers)) / 100)
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
@@ -372,6 +356,6 @@ def window_stream(
     context.target_max_block_size = BLOCK_BYTES  # else Ray gathers up to 128 MiB in each task before it hands on
     rows = [{"unit": json.dumps(unit)} for unit in units]
     stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        reader.tables, batch_size=1, num_cpus=READER_CPUS
+        reader.tables, batch_size=1, num_cpus=0, compute=TaskPoolStrategy(size=min(READERS, len(rows)))
     )
     yield from split_batches(stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))

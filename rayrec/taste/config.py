@@ -129,6 +129,7 @@ class TrainConfig:
     workers: int = setting(1, help="training workers; 0 trains in this process")
     gpu: bool = setting(False, help="give each worker a GPU")
     checkpoint_minutes: float = setting(10.0, help="minutes between checkpoints within an epoch")
+    wait_minutes: float = setting(15.0, help="minutes to wait for the workers' CPUs or GPUs to be free")
     seed: int = setting(0, help="of initial weights, order and negatives")
 
     def __post_init__(self) -> None:
@@ -154,6 +155,11 @@ class TrainConfig:
             raise InputError(
                 f"the {self.objective} objective needs --song-table frozen: with song vectors that are trained, "
                 "making all songs equal would be perfect"
+            )
+        if self.wait_minutes <= 0 or self.checkpoint_minutes < 0:
+            raise InputError(
+                f"wait minutes {self.wait_minutes:g} must be above 0, checkpoint minutes {self.checkpoint_minutes:g} "
+                "not negative"
             )
         if self.memory and not self.short:
             raise InputError("a memory is mixed into the short horizon, and there is none; give --short or --no-memory")

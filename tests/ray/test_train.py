@@ -22,6 +22,7 @@ from rayrec.data.splits import split_dataset
 from rayrec.data.windows import epoch_units
 from rayrec.errors import MismatchError, NotFoundError, RayrecError
 from rayrec.jobs import train as job
+from rayrec.jobs import trainer
 from rayrec.jobs.generating import generate
 from rayrec.jobs.train import _validation_table, load_validation, model_config, train, window_stream
 from rayrec.recommend.taste_recommender import TasteRecommender
@@ -142,7 +143,7 @@ def test_a_killed_training_goes_on_with_other_workers_to_the_same_result(
     world: Workspace, split: Split, in_process: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
-    monkeypatch.setattr(job, "WORKER_FAILURES", 0)
+    monkeypatch.setattr(trainer, "WORKER_FAILURES", 0)
     monkeypatch.setattr(job, "_train_worker", _dies_in_the_second_epoch)
     with pytest.raises(RayrecError, match=r"training failed: .*rayrec train --resume"):
         train(world, replace(CONFIG, workers=1), split=split, repeat=True)

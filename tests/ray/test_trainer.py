@@ -1,0 +1,78 @@
+"""Training workers that find no room: what is waited for is said, and not for ever."""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import ray
+import ray.cloudpickle
+import ray.train
+
+from rayrec.errors import RayrecError
+from rayrec.jobs import trainer
+from rayrec.jobs.trainer import Crew, run_workers
+from rayrec.workspace import Workspace
+
+pytestmark = pytest.mark.usefixtures("cluster")
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+
+
+@ray.remote
+class Holder:
+    """Has the CPUs of the cluster."""
+
+    def ready(self) -> bool:
+        return True
+
+
+@contextmanager
+def held(cpus: int, seconds: float = 600.0) -> Iterator[None]:
+    """Somebody else's work on the cluster, for at most so long."""
+    holder: Any = Holder.options(num_cpus=cpus).remote()  # type: ignore[attr-defined]
+    ray.get(holder.ready.remote())
+    timer = threading.Timer(seconds, ray.kill, [holder])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        ray.kill(holder)
+
+
+def work(arguments: dict[str, Any]) -> None:
+    Workspace(arguments["folder"]).write_json("done.json", ray.train.get_context().get_world_size())
+
+
+def run(workspace: Workspace, crew: Crew) -> None:
+    run_workers(work, {"folder": workspace.root}, crew, workspace, "model")
+
+
+def test_workers_that_find_no_cpu_are_given_up_with_what_they_need(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trainer, "SECONDS_BEFORE_TELLING", 1.0)
+    began = time.monotonic()
+    with held(2), caplog.at_level(logging.WARNING), pytest.raises(RayrecError) as raised:
+        run(workspace, Crew(workers=2, cpus=1.0, wait_minutes=0.1))
+    assert time.monotonic() - began < 60
+    need = "2 training workers of 1 CPU each (the cluster has 2, free 0)"
+    assert f"did not start within 0.1 minutes: it asked for {need}; free some" in str(raised.value)
+    told = [record.getMessage() for record in caplog.records if record.name == trainer.__name__]
+    assert told[0] == f"training waits, for 0.1 minutes at most: {need}"
+    assert not workspace.exists("done.json")
+
+
+def test_a_gpu_that_no_node_has_is_named(workspace: Workspace) -> None:
+    with pytest.raises(RayrecError, match=r"1 training worker of 1 CPU each .* and 1 GPU each \(the cluster has 0"):
+        run(workspace, Crew(workers=1, cpus=1.0, gpus=1, wait_minutes=0.05))
+
+
+def test_workers_start_once_there_is_room(workspace: Workspace) -> None:
+    with held(2, seconds=8.0):
+        run(workspace, Crew(workers=2, cpus=1.0, wait_minutes=2.0))
+    assert workspace.read_json("done.json") == 2
