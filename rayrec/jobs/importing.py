@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from rayrec.artifacts import fingerprint
 from rayrec.config import to_mapping
@@ -26,7 +25,7 @@ from rayrec.data.merging import choose_contexts
 from rayrec.data.staging import Staging, discard_others, finish_publishing
 from rayrec.data.vocabulary import KEY, SongRows, Vocabulary
 from rayrec.errors import InputError
-from rayrec.jobs.buckets import BucketWorker
+from rayrec.jobs.buckets import BucketWorker, run_buckets
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.progress import progress
 from rayrec.workspace import (
@@ -193,15 +192,10 @@ class _Import:
         )
 
     def _run(self, title: str, make_worker: Callable[..., BucketWorker], todo: list[int], **arguments: Any) -> None:
-        if not todo:
-            return
-        stored = ray.put({"staging": self.staging, "config": self.config, **arguments})
-        # Tasks and not actors: they start at once in workers that are there, and have next to no state to load.
-        done = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
-            _work, fn_kwargs={"make_worker": make_worker, "stored": [stored]}, batch_size=1, num_cpus=1
-        )
         with progress(title, len(todo)) as bar:
-            for _ in done.iter_rows():
+            given = {"staging": self.staging, "config": self.config, **arguments}
+            called = "unit" if make_worker is UnitImporter else "bucket"
+            for _ in run_buckets(make_worker, todo, arguments=given, called=called):
                 bar.advance()
 
     def _read_units(self) -> list[UnitResult]:
@@ -355,11 +349,6 @@ class _Import:
 def _joined(before: str, source: str) -> str:
     """The formats that a data set came from, each once."""
     return " + ".join(dict.fromkeys([*filter(None, before.split(" + ")), source]))
-
-
-def _work(batch: dict[str, np.ndarray], make_worker: Callable[..., BucketWorker], stored: list[Any]) -> dict[str, Any]:
-    worker = make_worker(**ray.get(stored[0]))
-    return {"done": [worker(unit) for unit in batch["item"]]}
 
 
 def _added(counts: Iterable[dict[str, int]]) -> dict[str, int]:

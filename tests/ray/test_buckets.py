@@ -1,13 +1,17 @@
 """Workers over buckets on a real cluster."""
 
+import os
+import signal
 import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import ray.cloudpickle
 
-from rayrec.errors import DamagedArtifactError
-from rayrec.jobs.buckets import run_buckets
+from rayrec.errors import DamagedArtifactError, RayrecError
+from rayrec.jobs.buckets import RETRIES, run_buckets
 
 pytestmark = pytest.mark.usefixtures("cluster")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -43,3 +47,52 @@ def test_no_units_are_no_work() -> None:
 def test_an_error_of_ours_comes_out_as_it_was_raised() -> None:
     with pytest.raises(DamagedArtifactError, match="bucket 3 is damaged"):
         list(run_buckets(Adder, range(5), arguments={"number": np.ones(1), "refuse": True}))
+
+
+class Dying:
+    """Is killed at some units, as the out-of-memory killer does it, so many times."""
+
+    def __init__(self, folder: str, deadly: dict[int, int]) -> None:
+        self.folder, self.deadly = Path(folder), deadly
+
+    def __call__(self, unit: int) -> int:
+        with (self.folder / f"{os.getpid()}").open("a") as log:
+            log.write(f"{unit}\n")
+        if begun(self.folder)[unit] <= self.deadly.get(unit, 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return unit
+
+
+def begun(folder: Path) -> Counter[int]:
+    """How often each unit was begun."""
+    return Counter(int(line) for file in folder.iterdir() for line in file.read_text().split())
+
+
+def test_a_unit_whose_worker_is_killed_is_done_again_and_no_other(tmp_path: Path) -> None:
+    results = run_buckets(Dying, range(6), arguments={"folder": str(tmp_path), "deadly": {2: RETRIES}})
+    assert sorted(results) == list(range(6))
+    counts = begun(tmp_path)
+    assert counts.pop(2) == RETRIES + 1
+    assert set(counts.values()) == {1}
+
+
+def test_a_unit_that_kills_every_worker_is_named_and_the_others_are_done(tmp_path: Path) -> None:
+    results = run_buckets(Dying, range(6), arguments={"folder": str(tmp_path), "deadly": {1: 99, 4: 99}})
+    assert sorted(next(results) for _ in range(4)) == [0, 2, 3, 5]
+    with pytest.raises(RayrecError, match=r"bucket 1, 4 of 6 could not be done: .* killed each of 4 times, .* memory"):
+        next(results)
+    assert begun(tmp_path)[1] == begun(tmp_path)[4] == RETRIES + 1
+
+
+class Buggy:
+    """Has a bug at unit 1."""
+
+    def __call__(self, unit: int) -> float:
+        return 1 / (unit - 1)
+
+
+def test_a_bug_comes_out_with_its_unit_and_its_traceback() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"bucket 1 failed in its worker:\n(.|\n)*ZeroDivisionError: division by zero"
+    ):
+        list(run_buckets(Buggy, range(3), arguments={}))
