@@ -89,6 +89,7 @@ class Training:
     ) -> None:
         """`counts` int (N,) are each song's plays in the fit range; negatives are drawn by them."""
         self.device = torch.device(device)
+        self.bf16 = self.device.type == "cuda"  # products in bfloat16; weights and sums stay float32
         self.model = model.to(self.device)
         self.config = config
         self.share = share
@@ -102,6 +103,13 @@ class Training:
         self._losses: nn.Module = Losses(model, config, self.negatives, share)
         if share.workers > 1:
             self._losses = self._distributed()
+
+    def compile(self) -> None:
+        """Let torch.compile fuse the network and its losses; the first steps then take up to minutes."""
+        # Not the look-ups: their sparse gradients cannot be compiled (torch 2.13).
+        songs = self.model.songs
+        songs.forward = torch.compiler.disable(songs.forward)  # type: ignore[method-assign, no-untyped-call]
+        self._losses.compile(dynamic=True)
 
     def epoch(
         self, batches: Iterable[Windows], epoch: int, *, skip: int = 0, on_step: Callable[[StepReport], None]
@@ -129,7 +137,7 @@ class Training:
             )
             for name, own in zip(horizons, seeds, strict=True)
         }
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             loss = self._losses(batch, inputs_B, targets)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
