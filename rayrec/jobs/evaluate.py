@@ -80,7 +80,7 @@ def make_evaluator(
     workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split, judged: Judged
 ) -> Evaluator:
     """An evaluator of the models of `judged`."""
-    recommenders, song_plays = make_recommenders(workspace, dataset, judged, split.final)
+    recommenders, song_plays = make_recommenders(workspace, dataset, judged, split)
     return Evaluator(
         recommenders,
         split=split,

@@ -13,7 +13,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.readers.files import find_files
 from rayrec.data.readers.lines import byte_ranges
 from rayrec.data.readers.reader import Unit
-from rayrec.data.split import Split, fit_range
+from rayrec.data.split import Split
 from rayrec.errors import InputError
 from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
@@ -60,7 +60,7 @@ def evaluate_prefixes(
     )
     if complete:
         return load(workspace, KIND, report_id)
-    recommenders, song_plays = make_recommenders(workspace, dataset, judged, fit_range(split))
+    recommenders, song_plays = make_recommenders(workspace, dataset, judged, split)
     evaluator = PrefixEvaluator(recommenders, song_plays=song_plays, config=config)
     tally, counts = judge(workspace, evaluator, file, byte_ranges(found.source, found.size, UNIT_BYTES))
     if not counts[0]:

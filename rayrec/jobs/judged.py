@@ -6,14 +6,16 @@ import numpy as np
 
 from rayrec.artifacts import Manifest, load, newest
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import FitRange, Split
+from rayrec.data.split import Split, fit_range
 from rayrec.data.splits import require_split_of
 from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.progress import progress
-from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
+from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_selection, needs_vectors
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.recommender import Recommender
+from rayrec.recommend.selection import make_selection
+from rayrec.songs.vectors import FINAL, SELECTION
 from rayrec.taste.config import has_memory
 from rayrec.workspace import Workspace
 
@@ -102,19 +104,22 @@ def require_split(part: Manifest, split: Split | None, dataset: Dataset, command
 
 
 def make_recommenders(
-    workspace: Workspace, dataset: Dataset, judged: Judged, allowed: FitRange
+    workspace: Workspace, dataset: Dataset, judged: Judged, split: Split | None
 ) -> tuple[list[Recommender], np.ndarray]:
-    """Fit the baselines on what `allowed` lets through and load the networks, in the order of the names.
+    """Fit the baselines on what final fits may see and load the networks, in the order of the names.
 
     Also float64 (N,): how often each song was played there.
     """
     # A plain array: a memory map would not be shared through Ray's object store.
-    vectors = np.array(workspace.read_array(judged.songs.path("vectors.npy"))) if judged.songs else None
+    vectors = np.array(workspace.read_array(judged.songs.path(FINAL))) if judged.songs else None
+    allowed, selection = fit_range(split), None
+    if split is not None and judged.songs and SELECTION in judged.songs.files and needs_selection(judged.names):
+        selection = make_selection(dataset, split, np.array(workspace.read_array(judged.songs.path(SELECTION))))
     fitted: dict[str, Recommender] = {}
     baselines = dict.fromkeys(["popularity", *(name for name in judged.names if name in BASELINES)])
     with progress("fit baselines", len(baselines)) as bar:
         for name in baselines:
-            fitted[name] = fit_baselines([name], dataset, vectors, allowed)[0]
+            fitted[name] = fit_baselines([name], dataset, vectors, allowed, selection)[0]
             bar.advance(note=name)
     if judged.model:
         fitted |= _networks(workspace, judged.model)

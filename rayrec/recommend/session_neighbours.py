@@ -57,7 +57,11 @@ class SessionNeighboursRecommender(Recommender):
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, N): the summed similarity of the neighbours that hold each song; 0 where none does."""
         scores = np.zeros((len(questions), self.num_songs), dtype=np.float32)
-        weights = self._weights(histories, questions)
+        rows, songs, back = last_plays(histories, questions, self.num_songs, LAST_PLAYS)
+        shape = (len(questions), self.num_songs)
+        weights = csr_matrix(
+            ((1 - back / LAST_PLAYS).astype(np.float32), (rows, songs)), shape=shape
+        )  # of one song add up
         for begin in range(0, len(questions), QUESTIONS_AT_ONCE):
             chunk = slice(begin, begin + QUESTIONS_AT_ONCE)
             (self._nearest(weights[chunk]) @ self.sessions).toarray(out=scores[chunk])
@@ -67,25 +71,33 @@ class SessionNeighboursRecommender(Recommender):
         """Sparse (Q, S): the similarity of the nearest sessions, from the weights of songs (Q, N)."""
         similarity: csr_matrix = (weights @ self._holders).tocsr()
         similarity.data *= self._damping[similarity.indices]
-        for begin, end in zip(similarity.indptr[:-1], similarity.indptr[1:], strict=True):
-            if end - begin > NEIGHBOURS:
-                values = similarity.data[begin:end]
-                values[values < np.partition(values, -NEIGHBOURS)[-NEIGHBOURS]] = 0
-        similarity.eliminate_zeros()
-        return similarity
+        return keep_nearest(similarity, NEIGHBOURS)
 
-    def _weights(self, histories: Histories, questions: Questions) -> csr_matrix:
-        """Sparse (Q, N): the weight of each of the last plays before a question; a repeated song adds up."""
-        end = histories.offsets[questions.rows] + questions.seen
-        count = np.minimum(questions.seen, LAST_PLAYS)
-        starts = np.cumsum(count) - count
-        place = np.arange(count.sum()) - np.repeat(starts, count)
-        back = np.repeat(count, count) - 1 - place
-        songs = histories.songs[np.repeat(end - count, count) + place]
-        weights = (1 - back / LAST_PLAYS).astype(np.float32)
-        rows = np.repeat(np.arange(len(questions)), count)
-        known = songs < self.num_songs
-        return csr_matrix((weights[known], (rows[known], songs[known])), shape=(len(questions), self.num_songs))
+
+def keep_nearest(similarity: csr_matrix, count: int) -> csr_matrix:
+    """Sparse (Q, S): of each row the `count` largest entries and all that are as large as the last of them."""
+    for begin, end in zip(similarity.indptr[:-1], similarity.indptr[1:], strict=True):
+        if end - begin > count:
+            values = similarity.data[begin:end]
+            values[values < np.partition(values, -count)[-count]] = 0
+    similarity.eliminate_zeros()
+    return similarity
+
+
+def last_plays(histories: Histories, questions: Questions, num_songs: int, limit: int) -> tuple[np.ndarray, ...]:
+    """The last `limit` plays before each question as three int arrays: question, song, and plays since, from 0.
+
+    Songs from `num_songs` on are left out.
+    """
+    end = histories.offsets[questions.rows] + questions.seen
+    count = np.minimum(questions.seen, limit)
+    starts = np.cumsum(count) - count
+    place = np.arange(count.sum()) - np.repeat(starts, count)
+    back = np.repeat(count, count) - 1 - place
+    songs = histories.songs[np.repeat(end - count, count) + place]
+    rows = np.repeat(np.arange(len(questions)), count)
+    known = songs < num_songs
+    return rows[known], songs[known], back[known]
 
 
 def _sessions(songs: np.ndarray, offsets: np.ndarray, num_songs: int) -> csr_matrix:

@@ -11,17 +11,19 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.errors import InputError, LeakError
 from rayrec.recommend.average import AverageRecommender
-from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
+from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_selection, needs_vectors
 from rayrec.recommend.neighbours import NeighboursRecommender
-from rayrec.recommend.popularity import PopularityRecommender
+from rayrec.recommend.popularity import RECENT_DAYS, PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender, count_rules, strongest
 from rayrec.recommend.session_neighbours import SessionNeighboursRecommender
+from rayrec.recommend.vstan import VstanRecommender
 from rayrec.workspace import Workspace
 
 FITS: list[Callable[..., Any]] = [
     PopularityRecommender.fit,
     SequentialRulesRecommender.fit,
     SessionNeighboursRecommender.fit,
+    VstanRecommender.fit,
 ]
 
 
@@ -83,12 +85,26 @@ def test_unknown_names_and_missing_vectors_are_refused(workspace: Workspace) -> 
     with pytest.raises(InputError, match="neighbours works on song vectors"):
         fit_baselines(["neighbours"], dataset, None, FitRange())
     assert needs_vectors(["popularity", "average-0.9"])
+    assert needs_vectors(["weighted-long"])
+    assert needs_selection(["popularity", "weighted-short"])
+    assert not needs_selection(["average-0.9", "vstan"])
     assert not needs_vectors(["popularity", "sequential-rules"])
 
 
 def test_popularity_is_the_number_of_plays() -> None:
     fitted = PopularityRecommender.fit([_songs([0, 2, 2]), _songs([2, 1])], num_songs=4, allowed=FitRange())
     np.testing.assert_array_equal(_score(fitted, [0]), [1, 1, 3, 0])
+
+
+def test_recent_popularity_counts_the_last_days_before_the_cut(workspace: Workspace) -> None:
+    day, cut = 24 * 3600 * 1000, 100 * 24 * 3600 * 1000
+    old, recent = cut - RECENT_DAYS * day - 1, cut - RECENT_DAYS * day
+    plays = Histories.from_lists([[0, 0, 1, 2, 3]], [[0, old, recent, cut - 1, cut]])
+    dataset = write_dataset(workspace, plays, 5)
+    (fitted,) = fit_baselines(["popularity-recent"], dataset, None, FitRange(before=cut))
+    np.testing.assert_array_equal(_score(fitted, [0]), [0, 1, 1, 0, 0])
+    (whole,) = fit_baselines(["popularity-recent"], dataset, None, FitRange())  # the last play of all is the end
+    np.testing.assert_array_equal(_score(whole, [0]), [0, 0, 1, 1, 0])
 
 
 def test_rules_weigh_what_followed_by_one_over_the_distance() -> None:

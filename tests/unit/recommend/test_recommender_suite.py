@@ -23,6 +23,8 @@ from rayrec.recommend.recommender import Recommender, top_k
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.session_neighbours import SessionNeighboursRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.vstan import VstanRecommender
+from rayrec.recommend.weighted import fit_weighted
 from rayrec.taste.config import FeatureSpec, ModelConfig
 from rayrec.taste.config import Horizon as Offsets
 from rayrec.taste.model import TasteModel
@@ -69,6 +71,12 @@ MAKERS: dict[str, Maker] = {
     "session-neighbours": lambda plays, _: SessionNeighboursRecommender.fit(
         [plays], num_songs=NUM_SONGS, allowed=FitRange()
     ),
+    "popularity-recent": lambda plays, _: PopularityRecommender.fit(
+        [plays], num_songs=NUM_SONGS, allowed=FitRange(), since=20 * 60_000
+    ),
+    "vstan": lambda plays, _: VstanRecommender.fit([plays], num_songs=NUM_SONGS, allowed=FitRange()),
+    "weighted-short": lambda plays, vectors: fit_weighted([plays], vectors, "weighted-short", FitRange(), None),
+    "weighted-long": lambda plays, vectors: fit_weighted([plays], vectors, "weighted-long", FitRange(), None),
     "own-rules": lambda plays, _: OwnRulesRecommender(NUM_SONGS),
     "neighbours": lambda _, vectors: NeighboursRecommender(vectors),
     "neighbours through an index": _indexed,
