@@ -90,6 +90,11 @@ def active_release(workspace: Workspace) -> Manifest | None:
     return None if active is None else artifacts.load(workspace, KIND, active)
 
 
+def is_active(workspace: Workspace, release_id: str) -> bool:
+    """True for the live release."""
+    return bool(read_active(workspace)["active"] == release_id)
+
+
 def activate_release(workspace: Workspace, release_id: str) -> Manifest:
     """Make a release the live one. Raises `NotFoundError` where there is no such release."""
     release = artifacts.load(workspace, KIND, release_id)

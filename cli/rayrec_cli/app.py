@@ -9,7 +9,7 @@ from rayrec_cli.options import Globals
 
 ORDER = (  # as one meets them
     *("demo", "generate", "import", "describe", "split", "embed", "train", "taste", "index", "evaluate", "release"),
-    *("recommend", "status", "run", "submit", "plan", "bench"),
+    *("recommend", "status", "verify", "run", "submit", "plan", "bench"),
 )
 
 

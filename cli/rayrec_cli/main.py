@@ -16,6 +16,7 @@ from rayrec_cli import (
     model_commands,
     release_commands,
     run_commands,
+    verify_commands,
 )
 from rayrec_cli.app import app
 
@@ -27,6 +28,7 @@ __all__ = [
     "model_commands",
     "release_commands",
     "run_commands",
+    "verify_commands",
 ]
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, which newer typers carry under a private name

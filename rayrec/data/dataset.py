@@ -106,9 +106,9 @@ class Dataset:
         for histories in read_files(self.workspace, files, users_per_batch, earlier):
             yield self._told(histories)
 
-    def bucket_users(self, bucket: int, first_part: int = 0) -> np.ndarray:
-        """object (U,): the ids of the users of one bucket who have plays from `first_part` on, each once."""
-        files = bucket_files(self.workspace, range(first_part, self.manifest.parts), bucket)
+    def bucket_users(self, bucket: int, first_part: int = 0, *, parts: int | None = None) -> np.ndarray:
+        """object (U,): the ids of the users of one bucket with plays in `first_part` up to `parts`, each once."""
+        files = bucket_files(self.workspace, range(first_part, parts or self.manifest.parts), bucket)
         ids = [read_users(self.workspace, path) for path in files]
         return np.asarray(pd.unique(np.concatenate([np.zeros(0, dtype=object), *ids])))
 

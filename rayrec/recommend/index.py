@@ -5,7 +5,7 @@ N songs, D numbers per vector, Q queries.
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from rayrec.workspace import Workspace
 IndexKind = Literal["flat", "ivf"]
 
 INDEX_FILE = "index.faiss"
+STORED_AT_ONCE = 10_000  # vectors that `stored` gives out together
 RECALL_DEPTH = 100  # recall is measured on the first 100 answers
 TIE_SLACK = 16  # extra answers fetched, so that songs of equal score at the end come in the order of rows
 MAX_OVERFETCH = 1_000  # songs to leave out that are made up for by fetching as many more answers
@@ -201,6 +202,22 @@ class SongIndex:
         parameters = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
         scores, songs = self._index.search(query, count, params=parameters)
         return songs, scores
+
+    def stored(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What the index holds, some at a time: song rows int64 (n,) and their vectors, float32 (n, D)."""
+        faiss = import_faiss()
+        dim = self._index.d
+        if self.figures.kind == "flat":
+            songs = faiss.vector_to_array(self._index.id_map)
+            for start in range(0, len(songs), STORED_AT_ONCE):
+                count = min(STORED_AT_ONCE, len(songs) - start)
+                yield songs[start : start + count], self._index.index.reconstruct_n(start, count)
+            return
+        lists = self._index.invlists
+        for number in range(self._index.nlist):
+            if size := lists.list_size(number):
+                codes = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size)
+                yield faiss.rev_swig_ptr(lists.get_ids(number), size).copy(), codes.view(np.float32).reshape(size, dim)
 
     def save(self, workspace: Workspace, path: str) -> None:
         """Write the index as one file."""

@@ -21,7 +21,7 @@ LEVELS = [
     {"taste"},
     {"recommend"},
     {"evaluation", "releases"},
-    {"status", "bench"},
+    {"status", "bench", "verifying"},
     {"jobs", "serving"},
     {"rayrec_cli"},
 ]
