@@ -9,6 +9,7 @@ from rayrec_cli.options import Globals
 
 ORDER = (  # as one meets them
     *("demo", "generate", "import", "describe", "split", "embed", "train", "taste", "index", "evaluate", "release"),
+    "states",
     *("recommend", "status", "verify", "run", "submit", "plan", "bench"),
 )
 
@@ -34,6 +35,10 @@ release_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Tie parts into a release, and choose which one is live."
 )
 app.add_typer(release_app, name="release")
+states_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Load the states of users, for answers on demand."
+)
+app.add_typer(states_app, name="states")
 
 
 def _version(wanted: bool) -> None:

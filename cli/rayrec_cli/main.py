@@ -16,6 +16,7 @@ from rayrec_cli import (
     model_commands,
     release_commands,
     run_commands,
+    states_commands,
     verify_commands,
 )
 from rayrec_cli.app import app
@@ -28,6 +29,7 @@ __all__ = [
     "model_commands",
     "release_commands",
     "run_commands",
+    "states_commands",
     "verify_commands",
 ]
 

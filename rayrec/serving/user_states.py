@@ -17,7 +17,7 @@ from rayrec.recommend.state_format import pack_plays, pack_state, unpack_plays, 
 from rayrec.recommend.user_state import OUTCOMES, Outcome, Plays, Replay, Step, UserState, gather, plan, scatter
 from rayrec.serving.live import LiveRelease
 from rayrec.serving.metrics import Metrics
-from rayrec.serving.stores.store import NOT_THERE, StateStore, StoreUnavailableError, Whole, open_store
+from rayrec.serving.stores.store import NOT_THERE, Change, StateStore, StoreUnavailableError, Whole, open_store
 from rayrec.taste.encoding import States
 
 ATTEMPTS = 100  # puts of one user before the request is given up: each that fails was another's success
@@ -75,10 +75,13 @@ class UserStates:
         with self._metrics.stage("store"):
             wholes = await self._call(lambda: [store.read(user_id) for user_id in user_ids])
         found = {user_id: _found(whole) for user_id, whole in zip(user_ids, wholes, strict=True) if whole is not None}
+        changes = []
         for user_id, renewed in (await self._renew(live, found)).items():
             old = found[user_id]
             found[user_id] = _Found(old.version, renewed, old.log)
-            await self._call(store.put, user_id, pack_state(renewed), expected=old.version)
+            changes.append(Change(user_id=user_id, state=pack_state(renewed), expected=old.version))
+        if changes:
+            await self._call(store.put, changes)
         return [_user(user_id, found[user_id]) if user_id in found else None for user_id in user_ids]
 
     async def take(self, live: LiveRelease, plays: Mapping[str, Plays]) -> dict[str, list[Outcome]]:
@@ -105,16 +108,20 @@ class UserStates:
         steps = {user_id: plan(found[user_id].state, arrived) for user_id, arrived in plays.items()}
         states = await self._run(live, list(steps.values()))
 
-        def put_all() -> list[bool]:
-            pairs = zip(steps.items(), states, strict=True)
-            return [_put(store, user_id, found[user_id].version, step, state) for (user_id, step), state in pairs]
-
-        with self._metrics.stage("store"):
-            done = await self._call(put_all)
+        changes = [
+            _change(user_id, found[user_id].version, step, state)
+            for (user_id, step), state in zip(steps.items(), states, strict=True)
+            if step.changes  # else all of it is in the store already
+        ]
+        refused: set[str] = set()
+        if changes:
+            with self._metrics.stage("store"):
+                done = await self._call(store.put, changes)
+            refused = {change.user_id for change, put in zip(changes, done, strict=True) if not put}
         return {
             user_id: [OUTCOMES[place] for place in step.outcomes]
-            for (user_id, step), put in zip(steps.items(), done, strict=True)
-            if put
+            for user_id, step in steps.items()
+            if user_id not in refused
         }
 
     async def _current(self, live: LiveRelease, store: StateStore, user_ids: list[str]) -> dict[str, _Found]:
@@ -173,11 +180,9 @@ class UserStates:
         return await asyncio.wrap_future(future)
 
 
-def _put(store: StateStore, user_id: str, version: int, step: Step, state: UserState) -> bool:
-    if not step.changes:
-        return True  # all of it is in the store already
+def _change(user_id: str, version: int, step: Step, state: UserState) -> Change:
     left = pack_plays(step.left) if step.leaving else None
-    return store.put(user_id, pack_state(state), expected=version, append=left)
+    return Change(user_id=user_id, state=pack_state(state), expected=version, append=left)
 
 
 def _found(whole: Whole) -> _Found:

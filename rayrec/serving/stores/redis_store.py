@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from rayrec.errors import InputError, MissingDependencyError
-from rayrec.serving.stores.store import NewUser, StateStore, Stored, StoreUnavailableError, Whole
+from rayrec.serving.stores.store import Change, StateStore, Stored, StoreUnavailableError, Whole
 
 PASSWORD_VARIABLE = "RAYREC_REDIS_PASSWORD"  # rather than in the address, which Ray shows on its dashboard
 TIMEOUT_SECONDS = 5.0  # of connecting and of each answer
@@ -83,19 +83,14 @@ class RedisStore(StateStore):
         stored = _stored(fields)
         return None if stored is None else Whole(stored=stored, log=pieces)
 
-    def put(
-        self, user_id: str, state: bytes, *, expected: int, append: bytes | None = None, restart: bool = False
-    ) -> bool:
-        """As in `StateStore`."""
-        arguments = [expected, state, append or b"", int(restart)]
-        return bool(self._answer(lambda: self._put(keys=self._keys(user_id), args=arguments)))
-
-    def add(self, users: Sequence[NewUser]) -> list[bool]:
-        """As in `StateStore`."""
+    def put(self, changes: Sequence[Change]) -> list[bool]:
+        """As in `StateStore`; each user by itself."""
+        if len(changes) == 1:  # a pipeline asks first whether the server has the script
+            return [bool(self._answer(lambda: self._run_put(changes[0], self._client)))]
         pipeline = self._client.pipeline(transaction=False)
-        for user in users:
-            self._put(keys=self._keys(user.user_id), args=[0, user.state, user.log, 0], client=pipeline)
-        return [bool(added) for added in self._answer(pipeline.execute)]
+        for change in changes:
+            self._run_put(change, pipeline)
+        return [bool(put) for put in self._answer(pipeline.execute)]
 
     def count(self) -> int:
         """As in `StateStore`."""
@@ -113,6 +108,10 @@ class RedisStore(StateStore):
     def close(self) -> None:
         """As in `StateStore`."""
         self._client.close()
+
+    def _run_put(self, change: Change, client: Any) -> Any:
+        arguments = [change.expected, change.state, change.append or b"", int(change.restart)]
+        return self._put(keys=self._keys(change.user_id), args=arguments, client=client)
 
     @property
     def _count_key(self) -> str:

@@ -13,11 +13,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from rayrec.errors import InputError
-from rayrec.serving.stores.store import NOT_THERE, NewUser, StateStore, Stored, StoreUnavailableError, Whole
+from rayrec.serving.stores.store import NOT_THERE, Change, StateStore, Stored, StoreUnavailableError, Whole
 
 FORMAT = 1  # of the tables, in user_version; 0 is a file that was just made
 WAIT_SECONDS = 10.0  # for other writers, at most
-IDS_AT_ONCE = 500  # parameters of a statement
 
 TABLES = """
 CREATE TABLE states (
@@ -72,45 +71,10 @@ class SqliteStore(StateStore):
             )
             return Whole(stored=stored, log=[piece for (piece,) in pieces])
 
-    def put(
-        self, user_id: str, state: bytes, *, expected: int, append: bytes | None = None, restart: bool = False
-    ) -> bool:
-        """As in `StateStore`."""
-        key = (self._namespace, user_id)
+    def put(self, changes: Sequence[Change]) -> list[bool]:
+        """As in `StateStore`; one transaction, and one wait for the disk, for all."""
         with self._transaction("IMMEDIATE") as connection:
-            if expected == NOT_THERE:
-                done = connection.execute("INSERT OR IGNORE INTO states VALUES (?, ?, 1, ?)", (*key, state))
-            else:
-                done = connection.execute(
-                    "UPDATE states SET version = version + 1, state = ? "
-                    "WHERE namespace = ? AND user = ? AND version = ?",
-                    (state, *key, expected),
-                )
-            if done.rowcount != 1:
-                return False
-            if restart:
-                connection.execute("DELETE FROM log WHERE namespace = ? AND user = ?", key)
-            if append is not None:
-                connection.execute(
-                    "INSERT INTO log SELECT ?1, ?2, COALESCE(MAX(place) + 1, 0), ?3 FROM log "
-                    "WHERE namespace = ?1 AND user = ?2",
-                    (*key, append),
-                )
-        return True
-
-    def add(self, users: Sequence[NewUser]) -> list[bool]:
-        """As in `StateStore`."""
-        with self._transaction("IMMEDIATE") as connection:
-            known = self._known(connection, [user.user_id for user in users])
-            new = [user for user in users if user.user_id not in known]
-            space = self._namespace
-            connection.executemany(
-                "INSERT INTO states VALUES (?, ?, 1, ?)", [(space, user.user_id, user.state) for user in new]
-            )
-            connection.executemany(
-                "INSERT INTO log VALUES (?, ?, 0, ?)", [(space, user.user_id, user.log) for user in new]
-            )
-        return [user.user_id not in known for user in users]
+            return [self._put(connection, change) for change in changes]
 
     def count(self) -> int:
         """As in `StateStore`."""
@@ -153,16 +117,26 @@ class SqliteStore(StateStore):
         ).fetchone()
         return None if row is None else Stored(version=row[0], state=row[1])
 
-    def _known(self, connection: sqlite3.Connection, user_ids: list[str]) -> set[str]:
-        known: set[str] = set()
-        for begin in range(0, len(user_ids), IDS_AT_ONCE):
-            some = user_ids[begin : begin + IDS_AT_ONCE]
-            marks = ",".join("?" * len(some))
-            found = connection.execute(
-                f"SELECT user FROM states WHERE namespace = ? AND user IN ({marks})", (self._namespace, *some)
+    def _put(self, connection: sqlite3.Connection, change: Change) -> bool:
+        key = (self._namespace, change.user_id)
+        if change.expected == NOT_THERE:
+            done = connection.execute("INSERT OR IGNORE INTO states VALUES (?, ?, 1, ?)", (*key, change.state))
+        else:
+            done = connection.execute(
+                "UPDATE states SET version = version + 1, state = ? WHERE namespace = ? AND user = ? AND version = ?",
+                (change.state, *key, change.expected),
             )
-            known.update(user for (user,) in found)
-        return known
+        if done.rowcount != 1:
+            return False
+        if change.restart:
+            connection.execute("DELETE FROM log WHERE namespace = ? AND user = ?", key)
+        if change.append is not None:
+            connection.execute(
+                "INSERT INTO log SELECT ?1, ?2, COALESCE(MAX(place) + 1, 0), ?3 FROM log "
+                "WHERE namespace = ?1 AND user = ?2",
+                (*key, change.append),
+            )
+        return True
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:

@@ -1,8 +1,8 @@
 """The one interface of all stores of user states.
 
-A store holds, for each user, the state, which is replaced whole, and the log, to which pieces are only added. Both
-are bytes that it does not look into. What `put` or `add` has returned from is there after the death of any process,
-as far as each store's own page says.
+A store holds, for each user, the state, which is replaced whole, and the log, to which pieces are added. Both are
+bytes that it does not look into. What `put` has returned from is there after the death of any process, as far
+as each store's own page says.
 """
 
 from abc import ABC, abstractmethod
@@ -38,12 +38,14 @@ class Whole:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NewUser:
-    """A user to add."""
+class Change:
+    """What to put in place of what a store holds of one user."""
 
     user_id: str
     state: bytes
-    log: bytes  # the first piece
+    expected: int  # the version that it goes on from; NOT_THERE makes a new user
+    append: bytes | None = None  # a piece to add to the log
+    restart: bool = False  # empty the log first
 
 
 class StateStore(ABC):
@@ -62,18 +64,11 @@ class StateStore(ABC):
         """A user's state and log as they were at one moment; None where the user is not there."""
 
     @abstractmethod
-    def put(
-        self, user_id: str, state: bytes, *, expected: int, append: bytes | None = None, restart: bool = False
-    ) -> bool:
-        """Replace a user's state and add a piece to the log, both or neither, where the version is `expected`.
+    def put(self, changes: Sequence[Change]) -> list[bool]:
+        """Change the users whose versions are as expected, state and log together; which ones were changed.
 
-        `NOT_THERE` is expected of a new user. With `restart` the log is emptied first. False, and
-        nothing is changed, where the version is another: somebody else was first.
+        False, and nothing is changed of that user, where the version is another: somebody else was first.
         """
-
-    @abstractmethod
-    def add(self, users: Sequence[NewUser]) -> list[bool]:
-        """Add the users who are not there, all at once; which ones were added. The others stay as they are."""
 
     @abstractmethod
     def count(self) -> int:

@@ -11,7 +11,7 @@ import pytest
 from stores import RedisServer, needs_redis
 
 from rayrec.errors import InputError
-from rayrec.serving.stores.store import NOT_THERE, NewUser, StateStore, StoreUnavailableError, open_store
+from rayrec.serving.stores.store import NOT_THERE, Change, StateStore, StoreUnavailableError, open_store
 
 Opener = Callable[[], StateStore]
 WRITERS, PUTS = 3, 25
@@ -46,6 +46,13 @@ def store(uri: str, namespace: str) -> Iterator[StateStore]:
     opened.close()
 
 
+def put(
+    store: StateStore, user: str, state: bytes, *, expected: int, append: bytes | None = None, restart: bool = False
+) -> bool:
+    change = Change(user_id=user, state=state, expected=expected, append=append, restart=restart)
+    return store.put([change])[0]
+
+
 def contents(store: StateStore, user: str) -> tuple[int, bytes, list[bytes]] | None:
     whole = store.read(user)
     return None if whole is None else (whole.stored.version, whole.stored.state, whole.log)
@@ -58,11 +65,11 @@ def test_a_user_who_is_not_there_is_none(store: StateStore) -> None:
 
 
 def test_a_put_replaces_the_state_and_adds_to_the_log(store: StateStore) -> None:
-    assert store.put("ann", b"1", expected=NOT_THERE)
+    assert put(store, "ann", b"1", expected=NOT_THERE)
     assert contents(store, "ann") == (1, b"1", [])
-    assert store.put("ann", b"2", expected=1, append=b"first")
-    assert store.put("ann", b"3", expected=2, append=b"second")
-    assert store.put("ann", b"4", expected=3)
+    assert put(store, "ann", b"2", expected=1, append=b"first")
+    assert put(store, "ann", b"3", expected=2, append=b"second")
+    assert put(store, "ann", b"4", expected=3)
     assert contents(store, "ann") == (4, b"4", [b"first", b"second"])
     got = store.get("ann")
     assert got is not None
@@ -71,52 +78,53 @@ def test_a_put_replaces_the_state_and_adds_to_the_log(store: StateStore) -> None
 
 
 def test_a_put_on_another_version_changes_nothing(store: StateStore) -> None:
-    store.put("ann", b"1", expected=NOT_THERE, append=b"first")
+    put(store, "ann", b"1", expected=NOT_THERE, append=b"first")
     for wrong in (NOT_THERE, 2, 7):
-        assert not store.put("ann", b"x", expected=wrong, append=b"x", restart=True)
-    assert not store.put("bob", b"x", expected=1, append=b"x")
+        assert not put(store, "ann", b"x", expected=wrong, append=b"x", restart=True)
+    assert not put(store, "bob", b"x", expected=1, append=b"x")
     assert contents(store, "ann") == (1, b"1", [b"first"])
     assert store.read("bob") is None
     assert store.count() == 1
 
 
 def test_a_log_can_start_anew(store: StateStore) -> None:
-    store.put("ann", b"1", expected=NOT_THERE, append=b"old")
-    store.put("ann", b"2", expected=1, append=b"older")
-    assert store.put("ann", b"3", expected=2, append=b"new", restart=True)
-    assert store.put("ann", b"4", expected=3, append=b"newer")
+    put(store, "ann", b"1", expected=NOT_THERE, append=b"old")
+    put(store, "ann", b"2", expected=1, append=b"older")
+    assert put(store, "ann", b"3", expected=2, append=b"new", restart=True)
+    assert put(store, "ann", b"4", expected=3, append=b"newer")
     assert contents(store, "ann") == (4, b"4", [b"new", b"newer"])
 
 
-def test_users_are_added_where_they_are_not_there(store: StateStore) -> None:
-    store.put("bob", b"own", expected=NOT_THERE, append=b"own log")
-    new = [NewUser(user_id=name, state=name.encode(), log=b"log of " + name.encode()) for name in ("ann", "bob", "cy")]
-    assert store.add(new) == [True, False, True]
-    assert contents(store, "ann") == (1, b"ann", [b"log of ann"])
+def test_many_users_are_changed_at_once_each_by_itself(store: StateStore) -> None:
+    put(store, "bob", b"own", expected=NOT_THERE, append=b"own log")
+    names = ("ann", "bob", "cy")
+    new = [Change(user_id=name, state=name.encode(), expected=NOT_THERE, append=b"log") for name in names]
+    assert store.put(new) == [True, False, True]
+    assert contents(store, "ann") == (1, b"ann", [b"log"])
     assert contents(store, "bob") == (1, b"own", [b"own log"])
     assert store.count() == 3
-    assert store.add(new) == [False] * 3
-    assert store.add([]) == []
-    many = [NewUser(user_id=f"user {row}", state=b"s", log=b"l") for row in range(1_201)]
-    assert all(store.add(many))
+    assert store.put(new) == [False] * 3
+    assert store.put([]) == []
+    many = [Change(user_id=f"user {row}", state=b"s", expected=NOT_THERE) for row in range(1_201)]
+    assert all(store.put(many))
     assert store.count() == 1_204
 
 
 @pytest.mark.parametrize("user", ["", "a b/c?d", "Zoë 🎵", "a\x00b", "x" * 512, "user:log", "%s'; --"])
 def test_any_text_is_a_user_of_its_own(store: StateStore, user: str) -> None:
     data = bytes(range(256)) * 40
-    assert store.put(user, data, expected=NOT_THERE, append=data)
+    assert put(store, user, data, expected=NOT_THERE, append=data)
     assert contents(store, user) == (1, data, [data])
     assert store.get(user + "x") is None
 
 
 def test_namespaces_do_not_meet(store: StateStore, uri: str, namespace: str) -> None:
-    store.put("ann", b"1", expected=NOT_THERE, append=b"log")
+    put(store, "ann", b"1", expected=NOT_THERE, append=b"log")
     store.write_note("place", "here")
     other = open_store(uri, namespace + "-other")
     try:
         assert (other.get("ann"), other.count(), other.note("place")) == (None, 0, None)
-        assert other.put("ann", b"2", expected=NOT_THERE)
+        assert put(other, "ann", b"2", expected=NOT_THERE)
         assert contents(store, "ann") == (1, b"1", [b"log"])
     finally:
         other.close()
@@ -130,7 +138,7 @@ def test_notes_are_kept_and_replaced(store: StateStore) -> None:
 
 
 def test_what_one_opening_wrote_the_next_one_reads(store: StateStore, uri: str, namespace: str) -> None:
-    store.put("ann", b"1", expected=NOT_THERE, append=b"log")
+    put(store, "ann", b"1", expected=NOT_THERE, append=b"log")
     again = open_store(uri, namespace)
     try:
         assert contents(again, "ann") == (1, b"1", [b"log"])
@@ -145,7 +153,7 @@ def add_lines(store: StateStore, writer: int) -> None:
         while not done:
             stored = store.get("ann")
             version, count = (NOT_THERE, 0) if stored is None else (stored.version, int(stored.state))
-            done = store.put("ann", str(count + 1).encode(), expected=version, append=f"{writer}-{turn}".encode())
+            done = put(store, "ann", str(count + 1).encode(), expected=version, append=f"{writer}-{turn}".encode())
 
 
 def require_all_lines(store: StateStore) -> None:
@@ -169,7 +177,7 @@ def test_threads_that_write_to_one_user_lose_nothing(store: StateStore) -> None:
 
 PROGRAM = """
 import sys
-from rayrec.serving.stores.store import NOT_THERE, open_store
+from rayrec.serving.stores.store import NOT_THERE, Change, open_store
 uri, namespace, writer, puts = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 store = open_store(uri, namespace)
 for turn in range(puts):
@@ -177,7 +185,8 @@ for turn in range(puts):
     while not done:
         stored = store.get("ann")
         version, count = (NOT_THERE, 0) if stored is None else (stored.version, int(stored.state))
-        done = store.put("ann", str(count + 1).encode(), expected=version, append=f"{writer}-{turn}".encode())
+        line = f"{writer}-{turn}".encode()
+        done = store.put([Change(user_id="ann", state=str(count + 1).encode(), expected=version, append=line)])[0]
 """
 
 
@@ -192,11 +201,12 @@ def test_processes_that_write_to_one_user_lose_nothing(store: StateStore, uri: s
 
 WRITES_FOR_EVER = """
 import sys
-from rayrec.serving.stores.store import NOT_THERE, open_store
+from rayrec.serving.stores.store import NOT_THERE, Change, open_store
 store = open_store(sys.argv[1], sys.argv[2])
 version = NOT_THERE
 while True:
-    assert store.put("ann", str(version + 1).encode(), expected=version, append=str(version + 1).encode())
+    text = str(version + 1).encode()
+    assert store.put([Change(user_id="ann", state=text, expected=version, append=text)]) == [True]
     version += 1
     print(version, flush=True)
 """
@@ -226,13 +236,13 @@ def test_what_redis_acknowledged_survives_the_kill_of_its_server(tmp_path: Path)
     store = open_store(server.uri, "n")
     try:
         for version in range(40):
-            assert store.put("ann", str(version + 1).encode(), expected=version, append=b"x")
+            assert put(store, "ann", str(version + 1).encode(), expected=version, append=b"x")
         server.kill()
         with pytest.raises(StoreUnavailableError, match="try again"):
             store.get("ann")
         server.start()
         assert contents(store, "ann") == (40, b"40", [b"x"] * 40)
-        assert store.put("ann", b"41", expected=40)  # the script is not there any more, and sent again
+        assert put(store, "ann", b"41", expected=40)  # the script is not there any more, and sent again
     finally:
         store.close()
         server.kill()
@@ -269,10 +279,10 @@ def test_an_sqlite_store_that_is_locked_for_long_says_so(tmp_path: Path, monkeyp
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailableError, match="locked; try again"):
-        store.put("ann", b"1", expected=NOT_THERE)
+        put(store, "ann", b"1", expected=NOT_THERE)
     assert store.get("ann") is None  # reading does not wait
     other.close()
-    assert store.put("ann", b"1", expected=NOT_THERE)
+    assert put(store, "ann", b"1", expected=NOT_THERE)
     store.close()
 
 
