@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from rayrec.config import setting
 from rayrec.errors import InputError
 
-BenchName = Literal["train", "taste", "index", "embed", "memory"]
+BenchName = Literal["train", "taste", "index", "embed", "memory", "songs"]
 NAMES: tuple[str, ...] = get_args(BenchName)
 
 
@@ -29,11 +29,17 @@ class BenchConfig:
     index_queries: int = setting(10_000, help="index: queries timed in a round")
     memory_users: tuple[int, ...] = setting((50_000, 500_000), help="memory: users of the small and the large data")
     memory_plays: float = setting(20.0, help="memory: mean plays of a user")
+    table_songs: tuple[int, ...] = setting(
+        (10_000, 100_000, 1_000_000), help="songs: catalogs whose training steps are timed"
+    )
+    table_steps: int = setting(10, help="songs: training steps timed in a round")
     seed: int = setting(0, help="of the generated data and of initial weights")
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise InputError(f"rounds is {self.rounds}; give at least 1")
+        if len(self.table_songs) < 2 or min(self.table_songs) < 1:
+            raise InputError(f"table songs are {self.table_songs}; give at least two sizes to compare")
         if len(self.memory_users) != 2 or self.memory_users[0] >= self.memory_users[1]:
             raise InputError(f"memory users are {self.memory_users}; give two numbers, the smaller first")
 
@@ -54,6 +60,8 @@ class BenchConfig:
             index_queries=200,
             memory_users=(200, 400),
             memory_plays=10.0,
+            table_songs=(500, 5_000),
+            table_steps=2,
         )
 
 

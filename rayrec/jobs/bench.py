@@ -7,6 +7,7 @@ from typing import Any
 from rayrec.bench.config import BenchConfig, check_name
 from rayrec.bench.indexes import bench_index
 from rayrec.bench.rates import check_rates_file, save_rates
+from rayrec.bench.song_side import bench_song_side
 from rayrec.jobs.bench_data import bench_place
 from rayrec.jobs.bench_embed import bench_embed
 from rayrec.jobs.bench_memory import bench_memory
@@ -21,6 +22,7 @@ BENCHES: dict[str, Callable[[Workspace, BenchConfig], dict[str, Any]]] = {
     "index": lambda place, config: bench_index(config).to_json(),
     "embed": bench_embed,
     "memory": bench_memory,
+    "songs": lambda place, config: bench_song_side(config).to_json(),
 }
 
 
@@ -32,7 +34,7 @@ def bench(
     quick: bool = False,
     save: str | None = None,
 ) -> dict[str, Any]:
-    """Run one benchmark, train, taste, index, embed or memory; its figures as one flat object.
+    """Run one benchmark; its figures as one flat object.
 
     Generated data stay under bench/ of the workspace for the next run; without one they are
     temporary. `quick` is for a look whether it works. `save` names a file of rates to merge the

@@ -25,6 +25,8 @@ TINY = BenchConfig(
     index_queries=100,
     memory_users=(100, 200),
     memory_plays=10.0,
+    table_songs=(1_000, 3_000),
+    table_steps=1,
 )
 COMMON = {"name", "unit", "ratio", "ratio_low", "ratio_high", "per_second", "plain_per_second", "peak_mb", "rounds"}
 
