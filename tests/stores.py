@@ -12,14 +12,18 @@ REDIS = shutil.which("redis-server")
 needs_redis = pytest.mark.skipif(REDIS is None, reason="redis-server is not installed")
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class RedisServer:
     """A Redis server on a free port of this machine; its data outlives its process."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self._folder, self.port = folder, free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -33,8 +37,11 @@ class RedisServer:
         durable = ["--appendonly", "yes", "--appendfsync", "always"]
         self.process = subprocess.Popen([str(REDIS), *options, *durable], stdout=subprocess.DEVNULL)
         import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
 
-        client, deadline = redis.Redis(port=self.port), time.monotonic() + 20
+        client = redis.Redis("127.0.0.1", self.port, retry=Retry(NoBackoff(), 0))
+        deadline = time.monotonic() + 20
         while True:
             try:
                 client.ping()

@@ -12,7 +12,6 @@ from rayrec.serving.live import LiveRelease, ReleaseHolder, load_parts, load_son
 from rayrec.serving.metrics import Metrics
 from rayrec.serving.reports import Reports
 from rayrec.serving.service import Service
-from rayrec.serving.stores.store import store_uri
 from rayrec.serving.user_states import UserStates
 from rayrec.workspace import Workspace
 
@@ -53,7 +52,7 @@ def make_service(
         watch_seconds=config.watch_seconds,
         on_switch=lambda live: metrics.release(live.id, live.model_id),
     )
-    states = UserStates(store_uri(workspace, config.store), metrics)
+    states = UserStates(workspace, config.store, metrics)
     holder.start()
     return Service(holder, config, keys, metrics, states)
 

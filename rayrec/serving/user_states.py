@@ -13,12 +13,23 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from rayrec.data.histories import Histories
+from rayrec.errors import InputError
 from rayrec.recommend.state_format import pack_plays, pack_state, unpack_plays, unpack_state
 from rayrec.recommend.user_state import OUTCOMES, Outcome, Plays, Replay, Step, UserState, gather, plan, scatter
 from rayrec.serving.live import LiveRelease
 from rayrec.serving.metrics import Metrics
-from rayrec.serving.stores.store import NOT_THERE, Change, StateStore, StoreUnavailableError, Whole, open_store
+from rayrec.serving.problems import NotReadyError
+from rayrec.serving.stores.store import (
+    NOT_THERE,
+    Change,
+    StateStore,
+    StoreUnavailableError,
+    Whole,
+    open_store,
+    store_uri,
+)
 from rayrec.taste.encoding import States
+from rayrec.workspace import Workspace
 
 ATTEMPTS = 100  # puts of one user before the request is given up: each that fails was another's success
 PAUSE_SECONDS = 0.005  # at most, after the first attempt that another was faster than; then more
@@ -52,9 +63,9 @@ class _Found:
 class UserStates:
     """The users of one store."""
 
-    def __init__(self, uri: str, metrics: Metrics) -> None:
-        """`uri` as `open_store` takes it; the store is opened when it is asked for first."""
-        self._uri, self._metrics = uri, metrics
+    def __init__(self, workspace: Workspace, uri: str | None, metrics: Metrics) -> None:
+        """`uri` as `store_uri` takes it; the store is opened when it is asked for first."""
+        self._workspace, self._uri, self._metrics = workspace, uri, metrics
         self._executor = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="rayrec-store")
         self._stores: dict[str, StateStore] = {}  # by namespace
         self._opening = threading.Lock()
@@ -169,7 +180,10 @@ class UserStates:
         def opened() -> StateStore:
             with self._opening:
                 if namespace not in self._stores:
-                    self._stores[namespace] = open_store(self._uri, namespace)
+                    try:
+                        self._stores[namespace] = open_store(store_uri(self._workspace, self._uri), namespace)
+                    except InputError as error:  # whoever runs the application has to mend it, not who asks
+                        raise NotReadyError(f"users cannot be stored here: {error}") from error
                 return self._stores[namespace]
 
         store = self._stores.get(namespace)

@@ -1,0 +1,160 @@
+"""Acknowledged plays survive kill -9: of a replica, and of the store's own process. Real processes over HTTP."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from served import NUM_SONGS, write_release, write_world
+from stores import RedisServer, free_port, needs_redis
+
+from rayrec.data.dataset import Dataset
+from rayrec.recommend.state_format import unpack_plays, unpack_state
+from rayrec.recommend.user_state import Plays, digest
+from rayrec.serving.stores.store import open_store
+from rayrec.workspace import Workspace
+
+PLAYS = 120
+KILLED_AT = 50
+USERS = ("ann", "bob")
+
+REPLICA = """
+import sys, uvicorn
+from rayrec.serving.config import ServeConfig
+from rayrec.serving.replica import open_service
+from rayrec.serving.routes import create_app
+from rayrec.workspace import Workspace
+service = open_service(Workspace(sys.argv[1]), ServeConfig(store=sys.argv[2]))
+uvicorn.run(create_app(service), host="127.0.0.1", port=int(sys.argv[3]), log_level="error")
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = Workspace(tmp_path_factory.mktemp("killed") / "workspace")
+    write_world(workspace)
+    write_release(workspace)
+    return workspace
+
+
+class Replica:
+    """A replica of the application in a process of its own."""
+
+    def __init__(self, world: Workspace, store: str) -> None:
+        self.url = f"http://127.0.0.1:{(port := free_port())}"
+        self.process = subprocess.Popen([sys.executable, "-c", REPLICA, world.root, store, str(port)])
+
+    def wait(self) -> None:
+        """Until it answers."""
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                if httpx.get(f"{self.url}/readyz").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            assert self.process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        """As kill -9."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def replicas(world: Workspace, store: str, count: int) -> Iterator[list[Replica]]:
+    made = [Replica(world, store) for _ in range(count)]
+    try:
+        for replica in made:
+            replica.wait()
+        yield made
+    finally:
+        for replica in made:
+            replica.kill()
+
+
+def play(place: int) -> dict[str, Any]:
+    return {
+        "event_id": f"event-{place}",
+        "user_id": USERS[place % 2],
+        "song": f"song-{place % NUM_SONGS}",
+        "played_at": 1_700_000_000_000 + place * 60_000,
+    }
+
+
+def send_all(urls: list[str], at_turn: Callable[[int], None]) -> None:
+    """Send each play to the replicas in turn, again to the next one until it is acknowledged."""
+    with httpx.Client(timeout=20) as client:
+        for place in range(PLAYS):
+            at_turn(place)
+            deadline, turn = time.monotonic() + 60, place
+            while True:
+                turn += 1
+                try:
+                    response = client.post(f"{urls[turn % len(urls)]}/v1/plays", json=play(place))
+                except httpx.TransportError:
+                    response = None
+                if response is not None and response.status_code == 200:
+                    assert response.json()["outcomes"][0] in ("taken", "repeated")
+                    break
+                assert response is None or response.status_code == 503, response.text
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+
+def require_each_play_once(world: Workspace, store: str) -> None:
+    opened = open_store(store, Dataset(world).lineage)
+    try:
+        for number, user in enumerate(USERS):
+            whole = opened.read(user)
+            assert whole is not None
+            state = unpack_state(whole.stored.state)
+            held = Plays.joined([unpack_plays(whole.log), state.window])
+            own = range(number, PLAYS, len(USERS))
+            assert held.events.tolist() == [digest(f"event-{place}") for place in own]
+            assert (state.plays, state.set_aside) == (len(own), 0)
+    finally:
+        opened.close()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("redis", marks=needs_redis)])
+def test_plays_survive_the_kill_of_a_replica(world: Workspace, tmp_path: Path, kind: str) -> None:
+    server = RedisServer(tmp_path)
+    if kind == "redis":
+        server.start()
+    store = server.uri if kind == "redis" else f"sqlite:///{tmp_path}/states.sqlite"
+    try:
+        with replicas(world, store, 2) as both:
+            send_all([replica.url for replica in both], lambda place: both[0].kill() if place == KILLED_AT else None)
+            require_each_play_once(world, store)
+    finally:
+        server.kill()
+
+
+@needs_redis
+def test_plays_survive_the_kill_of_the_store(world: Workspace, tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+
+    restart = threading.Timer(1.0, server.start)  # meanwhile the replica answers 503
+
+    def killed(place: int) -> None:
+        if place == KILLED_AT:
+            server.kill()
+            restart.start()
+
+    try:
+        with replicas(world, server.uri, 1) as one:
+            send_all([one[0].url], killed)
+            restart.join()
+            require_each_play_once(world, server.uri)
+    finally:
+        server.kill()
