@@ -14,6 +14,8 @@ from rayrec.workspace import Workspace
 FINAL = "vectors.npy"  # fitted on all that a final fit may see
 SELECTION = "selection_vectors.npy"  # fitted without the validation range; there where the split has one
 
+SMALLEST_LENGTH = 1e-6  # of a vector that has a direction
+
 
 @dataclass(frozen=True)
 class SongVectors:
@@ -54,6 +56,19 @@ class SongVectors:
         rows /= np.where(largest > 0, largest, 1)
         lengths = np.linalg.norm(rows, axis=1, keepdims=True)
         return cls(rows / np.where(lengths > 0, lengths, 1))
+
+    def centered(self) -> "SongVectors":
+        """Without the mean of all known songs, normalized again; a song that is the mean stays as it is.
+
+        word2vec leaves a direction that all songs share, the wider the more its negatives favour rare
+        ones, and next to it what tells songs apart is small (Mu and Viswanath 2018, arXiv:1702.01417).
+        """
+        known = self.known
+        moved = self.vectors - np.where(known[:, None], self.vectors[known].mean(axis=0, dtype=np.float64), 0)
+        lengths = np.linalg.norm(moved, axis=1, keepdims=True)
+        apart = lengths > SMALLEST_LENGTH
+        rows = np.where(apart, moved / np.where(apart, lengths, 1), self.vectors)
+        return SongVectors(rows.astype(np.float32))
 
     def nearest(self, song: int, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k other songs of highest cosine to one song: rows int64 (<= k,) and cosines float32, best first."""

@@ -104,7 +104,8 @@ class Word2Vec:
         words = self._model.wv
         raw = np.zeros((len(self.corpus.counts), self.config.dim), dtype=np.float32)
         raw[np.array(words.index_to_key, dtype=np.int64)] = words.vectors
-        return SongVectors.normalized(raw)
+        vectors = SongVectors.normalized(raw)
+        return vectors.centered() if self.config.center and vectors.known.any() else vectors
 
 
 def _frequencies(corpus: Corpus, min_count: int) -> dict[str, int]:
