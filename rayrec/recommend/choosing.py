@@ -5,12 +5,13 @@ taste vectors that may come out of a stored state. N songs, D numbers per vector
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
+from rayrec.recommend.diversity import diversify, pool_size
 from rayrec.recommend.filters import Limits
 from rayrec.recommend.hybrid import HybridRecommender, softmax
 from rayrec.recommend.recommender import NO_SONG, Horizon, Recommender, SearchPath, check_count, top_k
@@ -27,11 +28,14 @@ class Wish:
     k: int  # songs, at least 1
     long_weight: float = 0.0  # 0: the next songs; 1: songs for the time to come; between: both, mixed
     limits: Limits = field(default_factory=Limits)  # the songs that may come
+    diversity: float = 0.0  # 0: the best songs; 1: songs unlike each other
 
     def __post_init__(self) -> None:
         check_count(self.k)
         if not 0 <= self.long_weight <= 1:
             raise ValueError(f"long_weight is {self.long_weight}; expected a number in [0, 1]")
+        if not 0 <= self.diversity <= 1:
+            raise ValueError(f"diversity is {self.diversity}; expected a number in [0, 1]")
 
     @property
     def horizons(self) -> tuple[Horizon, ...]:
@@ -50,10 +54,10 @@ class Known:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The songs, best first; equal scores in the order of song rows."""
+    """The songs, best first; equal scores in the order of song rows. With diversity, in the order of choice."""
 
     songs: np.ndarray  # int32 (n,), n = k wherever as many songs qualify
-    scores: np.ndarray  # float32 (n,), descending
+    scores: np.ndarray  # float32 (n,), descending without diversity
     path: Path
 
 
@@ -70,15 +74,34 @@ def choose(recommender: Recommender, known: Known, wish: Wish) -> Chosen:
 
     At weight 0 and 1 these are the songs of `recommender.recommend` on the horizon. Between them a network
     alone looks around the mean of its two taste vectors; a hybrid mixes the chances of the short horizon
-    with the softmax of the long one's cosines.
+    with the softmax of the long one's cosines. Diverse songs are chosen among the first of them.
     """
+    if not wish.diversity:
+        return _choose(recommender, known, wish)
+    pool = _choose(recommender, known, replace(wish, k=pool_size(wish.k)))
+    taken = diversify(network_of(recommender).song_vectors[pool.songs], wish.k, wish.diversity)
+    return replace(pool, songs=pool.songs[taken], scores=pool.scores[taken])
+
+
+def similar(recommender: Recommender, song: int, k: int) -> Chosen:
+    """The k songs nearest to a song, int row, by cosine of the network's vectors; none to a song without a vector."""
+    network = network_of(recommender)
+    vector, wish = network.song_vectors[song], Wish(k=k, limits=Limits(banned=np.array([song])))
+    return _nearest(network, vector, wish)
+
+
+def _choose(recommender: Recommender, known: Known, wish: Wish) -> Chosen:
     network = network_of(recommender)
     if isinstance(recommender, HybridRecommender) and wish.long_weight < 1:
         return _best(_mixed_chances(recommender, known, wish), wish)
-    vector = _mixed_vector(known, wish)[None]
+    return _nearest(network, _mixed_vector(known, wish), wish)
+
+
+def _nearest(network: TasteRecommender, vector: np.ndarray, wish: Wish) -> Chosen:
+    """The songs nearest to a vector, float32 (D,)."""
     if network.index is None:
-        return _best(network.score_vectors(vector)[0], wish)
-    ranking = network.rank_vectors(vector, wish.k, [wish.limits])
+        return _best(network.score_vectors(vector[None])[0], wish)
+    ranking = network.rank_vectors(vector[None], wish.k, [wish.limits])
     real = ranking.songs[0] != NO_SONG
     return Chosen(songs=ranking.songs[0][real], scores=ranking.scores[0][real], path=ranking.paths[0])
 

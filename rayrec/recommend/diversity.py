@@ -32,6 +32,6 @@ def diversify(vectors: np.ndarray, k: int, diversity: float) -> np.ndarray:
     return chosen
 
 
-def pool_size(k: int, diversity: float) -> int:
-    """How many songs to rank so that k diverse ones can be chosen: k itself where no diversity is asked for."""
-    return k if not diversity else k + max(k, 100)
+def pool_size(k: int) -> int:
+    """How many songs to rank so that k diverse ones can be chosen among them."""
+    return k + max(k, 100)

@@ -3,12 +3,14 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 
 import numpy as np
 
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
 from rayrec.recommend.answering import ASSUMED_GAP_MS, parse_moment
+from rayrec.recommend.attributes import Wanted
 from rayrec.recommend.choosing import Wish
 from rayrec.recommend.filters import Limits
 from rayrec.serving.live import Songs
@@ -66,11 +68,40 @@ def read_stored(user: StoredUser | None, moment: int | str | None) -> Asked:
 
 
 def read_wish(request: RecommendationsRequest, asked: Asked, songs: Songs) -> tuple[Wish, int]:
-    """What is asked for, and how many songs to leave out are unknown."""
+    """What is asked for, and how many songs to leave out or to keep to are unknown.
+
+    Raises `InputError` for days that are none, and for attributes that the catalog does not tell.
+    """
     excluded = songs.find(request.exclude)
     parts = [excluded[excluded >= 0], asked.songs] if request.exclude_heard else [excluded[excluded >= 0]]
-    wish = Wish(k=request.k, long_weight=request.long_weight, limits=Limits(banned=np.concatenate(parts)))
-    return wish, int((excluded < 0).sum())
+    allowed, unknown = _allowed(request, songs)
+    limits = Limits(banned=np.concatenate(parts), allowed=allowed)
+    wish = Wish(k=request.k, long_weight=request.long_weight, limits=limits, diversity=request.diversity)
+    return wish, unknown + int((excluded < 0).sum())
+
+
+def _allowed(request: RecommendationsRequest, songs: Songs) -> tuple[np.ndarray | None, int]:
+    """bool (N,): the songs to keep to, None for all; and how many of those listed are unknown."""
+    wanted = Wanted(
+        artists=tuple(sorted(set(request.artists))),
+        released_from=_day(request.released_from),
+        released_to=_day(request.released_to),
+        market=request.market,
+    )
+    mask = songs.masks.mask(wanted) if wanted else None
+    if request.allow is None:
+        return mask, 0
+    rows = songs.find(request.allow)
+    listed = np.zeros(len(songs.catalog), dtype=np.bool_)
+    listed[rows[rows >= 0]] = True
+    return listed if mask is None else listed & mask, int((rows < 0).sum())
+
+
+def _day(text: str | None) -> date | None:
+    try:
+        return None if text is None else date.fromisoformat(text)
+    except ValueError as error:
+        raise InputError(f"day {text!r} is in no calendar; give YYYY-MM-DD") from error
 
 
 def histories_of(asked: Sequence[Asked]) -> Histories:

@@ -14,7 +14,9 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 
 from rayrec.data.histories import Histories
-from rayrec.recommend.choosing import Chosen, Known, Wish, choose, network_of
+from rayrec.recommend.choosing import Chosen, Known, Wish, choose, network_of, similar
+from rayrec.recommend.explain import Explanation, explain
+from rayrec.recommend.layout import layout
 from rayrec.recommend.recommender import Horizon, Recommender
 from rayrec.serving.metrics import Metrics
 from rayrec.serving.problems import OverloadedError
@@ -72,6 +74,20 @@ class Engine(ABC):
     @abstractmethod
     async def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
         """The songs of each user."""
+
+    @abstractmethod
+    async def explain(
+        self, plays: Histories, at: int, songs: np.ndarray, horizon: Horizon, start: States | None = None
+    ) -> Explanation:
+        """Which of one user's last plays moved the taste vector most, and which speak for songs, int (n,) rows."""
+
+    @abstractmethod
+    async def similar(self, song: int, k: int) -> Chosen:
+        """The k songs nearest to a song of the network."""
+
+    @abstractmethod
+    async def layout(self, songs: np.ndarray) -> np.ndarray:
+        """float32 (n, 2): places on a plane of the network's songs, int (n,) rows."""
 
     async def answer(self, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
         """The songs of each user from all their plays."""
@@ -134,6 +150,22 @@ class Parts:
         """As `Engine.answer`."""
         return self.answer_states(self.states(plays), plays, at, wishes)
 
+    def explain(
+        self, plays: Histories, at: int, songs: np.ndarray, horizon: Horizon, start: States | None = None
+    ) -> Explanation:
+        """As `Engine.explain`."""
+        with self.metrics.stage("explain"):
+            return explain(network_of(self.recommender), plays, at, songs, horizon=horizon, start=start)
+
+    def similar(self, song: int, k: int) -> Chosen:
+        """As `Engine.similar`."""
+        with self.metrics.stage("choose"):
+            return similar(self.recommender, song, k)
+
+    def layout(self, songs: np.ndarray) -> np.ndarray:
+        """As `Engine.layout`."""
+        return layout(network_of(self.recommender).song_vectors[songs])
+
 
 class LocalEngine(Engine):
     """Model and index in this process: each request is one call on the pool's thread."""
@@ -152,6 +184,20 @@ class LocalEngine(Engine):
     async def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
         """As in `Engine`."""
         return await self._pool.run(self.parts.choose, known, wishes)
+
+    async def explain(
+        self, plays: Histories, at: int, songs: np.ndarray, horizon: Horizon, start: States | None = None
+    ) -> Explanation:
+        """As in `Engine`."""
+        return await self._pool.run(self.parts.explain, plays, at, songs, horizon, start)
+
+    async def similar(self, song: int, k: int) -> Chosen:
+        """As in `Engine`."""
+        return await self._pool.run(self.parts.similar, song, k)
+
+    async def layout(self, songs: np.ndarray) -> np.ndarray:
+        """As in `Engine`."""
+        return await self._pool.run(self.parts.layout, songs)
 
     async def answer(self, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
         """As in `Engine`."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rayrec.serving.service import Service
 
 # Who may do what; every path that is not named is for readers.
+OPEN = ("/",)  # the page, which holds nothing but itself
 NEEDS: dict[str, Role] = {"/metrics": "admin", "/v1/plays": "write"}
 
 
@@ -61,6 +62,8 @@ class Gate:
             client = scope.get("client")
             if client and not is_loopback(client[0]):
                 return problem(403, "this application runs without API keys and answers its own machine only")
+            return None
+        if scope["path"] in OPEN and scope["method"] in ("GET", "HEAD"):
             return None
         needed = NEEDS.get(scope["path"], "read")
         roles = keys.roles(headers.get("authorization"))

@@ -18,8 +18,10 @@ from rayrec import artifacts, releases
 from rayrec.artifacts import Manifest
 from rayrec.data import columns
 from rayrec.data.dataset import Catalog, Dataset
+from rayrec.data.search import SongSearch
 from rayrec.errors import RayrecError
 from rayrec.recommend.answering import load_recommender
+from rayrec.recommend.attributes import SongMasks
 from rayrec.recommend.choosing import network_of
 from rayrec.recommend.recommender import Recommender
 from rayrec.serving.config import REPORT_SECONDS
@@ -44,6 +46,9 @@ class Songs:
     plays: np.ndarray  # int64 (N,), plays of each song that the model knows, in its fit range
     by_plays: np.ndarray  # int32 (N,), rows by descending plays
     lineage: str  # of the data set: rows of songs mean the same wherever it is the same
+    known: np.ndarray  # bool (N,), songs that the network has a vector of
+    search: SongSearch
+    masks: SongMasks
 
     def find(self, song_ids: list[str]) -> np.ndarray:
         """int32: the row of each id, -1 for unknown ones."""
@@ -103,7 +108,17 @@ def load_songs(workspace: Workspace, release: Manifest, recommender: Recommender
         plays=plays,
         by_plays=by_plays[~np.isin(by_plays, silent)],
         lineage=dataset.lineage,
+        known=_known(recommender, len(catalog)),
+        search=SongSearch(catalog, np.pad(plays, (0, len(catalog) - len(plays)))),  # new songs are found too
+        masks=SongMasks(catalog),
     )
+
+
+def _known(recommender: Recommender, songs: int) -> np.ndarray:
+    """bool (songs,): songs that the network has a vector of; those that came after it are none."""
+    known: np.ndarray = np.arange(songs) < recommender.num_songs
+    known[network_of(recommender).without_vector] = False
+    return known
 
 
 def play_counts(workspace: Workspace, dataset: Dataset, model_id: str, num_songs: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from rayrec.serving.gate import Gate
 from rayrec.serving.live import status_of
+from rayrec.serving.page import page
 from rayrec.serving.problems import DOCUMENTED, SCHEMA, add_handlers, documented
 from rayrec.serving.schemas import (
     BatchAnswer,
@@ -23,6 +24,7 @@ from rayrec.serving.schemas import (
     as_json,
 )
 from rayrec.serving.service import Service
+from rayrec.serving.song_routes import songs
 from rayrec.serving.user_routes import users
 
 Router = Callable[[Service], APIRouter]
@@ -96,7 +98,7 @@ def operations(service: Service) -> APIRouter:
     return router
 
 
-ROUTERS: tuple[Router, ...] = (recommendations, users, operations)
+ROUTERS: tuple[Router, ...] = (recommendations, users, songs, operations, page)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

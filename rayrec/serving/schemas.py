@@ -15,6 +15,7 @@ Moment = Annotated[
     Annotated[int, Field(ge=0, le=LAST_MOMENT)] | Annotated[str, Field(min_length=1, max_length=40)],
     Field(description="ISO 8601 with a zone, or unix seconds or milliseconds."),
 ]
+Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="YYYY-MM-DD.")]
 Weight = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -70,6 +71,7 @@ class RecommendationsRequest(Request):
                 {"user_id": "ann", "k": 5},
                 {"history": HISTORY_EXAMPLE, "at": "2026-01-20T18:31:00Z", "k": 5, "horizon": "short"},
                 {"history": ["song-12", "song-7"], "horizon": 0.5, "exclude_heard": False, "exclude": ["song-3"]},
+                {"history": ["song-12"], "artists": ["Abba"], "diversity": 0.3, "explain": True},
             ],
         }
     )
@@ -85,6 +87,22 @@ class RecommendationsRequest(Request):
     )
     exclude_heard: bool = Field(default=True, description="Leave out the songs that were played.")
     exclude: list[SongId] = Field(default=[], max_length=MAX_LISTED, description="Songs to leave out.")
+    allow: list[SongId] | None = Field(default=None, max_length=MAX_LISTED, description="Songs to keep to.")
+    artists: list[Annotated[str, Field(min_length=1, max_length=MAX_ID)]] = Field(
+        default=[], max_length=100, description="Keep to songs of these artists, whatever case and accents."
+    )
+    released_from: Day | None = Field(default=None, description="Keep to songs released on that day or later.")
+    released_to: Day | None = Field(default=None, description="Keep to songs released on that day or earlier.")
+    market: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(
+        default=None, description="Keep to songs that name this market."
+    )
+    diversity: Weight = Field(
+        default=0.0,
+        description="0: the best songs; up to 1: the more unlike each other. Then they come in the order of choice.",
+    )
+    explain: bool = Field(
+        default=False, description="Say which of the last plays moved the taste most, and why a song."
+    )
 
     @model_validator(mode="after")
     def _one_listener(self) -> "RecommendationsRequest":
@@ -123,6 +141,19 @@ class RecommendedSong(BaseModel):
     title: str | None = None
     artist: str | None = None
     score: float = Field(description="Comparable within one answer only.")
+    because: str | None = Field(
+        default=None, description="Explained: the song among the last plays that this one owes most to, if any."
+    )
+
+
+class Reason(BaseModel):
+    """One of the last plays, and what it did."""
+
+    song: str
+    title: str | None = None
+    artist: str | None = None
+    played_at: int = Field(description="ms UTC; made up where the request gave no times.")
+    moved: float = Field(description="1 − cosine of the taste vector with the one without this play, from 0 to 2.")
 
 
 class Recommendations(BaseModel):
@@ -140,6 +171,11 @@ class Recommendations(BaseModel):
     plays: int = Field(description="Plays of known songs that the answer is drawn from.")
     unknown_songs: int = Field(description="Songs of history and exclude that the release does not know.")
     songs: list[RecommendedSong] = Field(description="k of them, fewer only where fewer qualify.")
+    explanation: list[Reason] | None = Field(
+        default=None,
+        description="Explained: the last plays, the one that moved the taste vector most first. Of an answer by "
+        "network and memory it explains the network.",
+    )
 
 
 class BatchAnswer(BaseModel):

@@ -5,12 +5,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayrec.recommend.choosing import Chosen, Wish, choose_popular
+from rayrec.recommend.explain import Explanation
+from rayrec.recommend.recommender import Horizon
 from rayrec.serving.asking import Asked, histories_of, read_history, read_stored, read_wish
 from rayrec.serving.auth import Keys
 from rayrec.serving.config import ServeConfig
-from rayrec.serving.live import LiveRelease, ReleaseHolder
+from rayrec.serving.live import LiveRelease, ReleaseHolder, Songs
 from rayrec.serving.metrics import Metrics
-from rayrec.serving.schemas import Asker, Recommendations, RecommendationsRequest, RecommendedSong, Taste, Tastes
+from rayrec.serving.schemas import (
+    Asker,
+    Reason,
+    Recommendations,
+    RecommendationsRequest,
+    RecommendedSong,
+    Taste,
+    Tastes,
+)
 from rayrec.serving.user_states import UserStates
 from rayrec.taste.encoding import States
 
@@ -64,10 +74,16 @@ class Service:
             wishes = [read_wish(request, one, live.songs) for request, one in zip(requests, asked, strict=True)]
         chosen = await self.choose(live, asked, [wish for wish, _ in wishes])
         with self.metrics.stage("write"):
-            return [
+            answers = [
                 self.told(live, one, found, unknown=one.unknown + unknown)
                 for one, found, (_, unknown) in zip(asked, chosen, wishes, strict=True)
             ]
+        for request, answer, one, found in zip(requests, answers, asked, chosen, strict=True):
+            if request.explain and answer.source == "taste":
+                horizon: Horizon = "short" if request.long_weight < 0.5 else "long"
+                told = await live.engine.explain(histories_of([one]), one.at, found.songs, horizon)
+                add_reasons(answer, told, one.songs, one.played_at, live.songs)
+        return answers
 
     async def choose(self, live: LiveRelease, asked: Sequence[Asked], wishes: Sequence[Wish]) -> list[Chosen]:
         """The songs of each: by taste, or the popular ones where no play is known."""
@@ -125,3 +141,19 @@ async def _answer(live: LiveRelease, asked: Sequence[Asked], wishes: Sequence[Wi
         last_played_at=np.concatenate([one.last_played_at for one in states]),
     )
     return await live.engine.answer_states(joined, histories_of(asked), at, wishes)
+
+
+def add_reasons(
+    answer: Recommendations, told: Explanation, songs: np.ndarray, played_at: np.ndarray, catalog: Songs
+) -> None:
+    """Say in an answer which plays of a history, song rows int32 (P,) at int64 (P,) ms UTC, it owes to."""
+    order = told.plays[np.argsort(-told.moved, kind="stable")]
+    moved = dict(zip(told.plays.tolist(), told.moved.tolist(), strict=True))
+    answer.explanation = [
+        Reason(song=song, title=title, artist=artist, played_at=int(played_at[play]), moved=moved[play])
+        for play, (song, title, artist) in zip(order.tolist(), catalog.describe(songs[order]), strict=True)
+    ]
+    speaks = told.because >= 0
+    names = catalog.catalog.song_ids(songs[told.because[speaks]])
+    for place, name in zip(np.flatnonzero(speaks).tolist(), names, strict=True):
+        answer.songs[place].because = name

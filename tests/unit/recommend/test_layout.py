@@ -1,0 +1,33 @@
+"""Songs on a plane."""
+
+import numpy as np
+from worlds import random_vectors
+
+from rayrec.recommend.layout import layout
+
+
+def test_distances_stay_where_the_songs_differ_in_two_directions_only() -> None:
+    plane = np.random.default_rng(0).normal(size=(20, 2)) * [3, 1]
+    turned = (plane @ np.linalg.qr(np.random.default_rng(1).normal(size=(8, 8)))[0][:2] + 5).astype(np.float32)
+    places = layout(turned)
+
+    def distances(points: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(points[:, None] - points[None], axis=2)
+
+    drawn, true = distances(places), distances(plane)
+    np.testing.assert_allclose(drawn / drawn.max(), true / true.max(), atol=1e-4)
+    assert np.abs(places).max() == 1
+    assert np.ptp(places[:, 0]) > np.ptp(places[:, 1])
+
+
+def test_the_same_songs_give_the_same_picture() -> None:
+    vectors = random_vectors(30)
+    order = np.random.default_rng(0).permutation(30)
+    np.testing.assert_allclose(layout(vectors)[order], layout(vectors[order]), atol=1e-4)
+
+
+def test_few_songs_have_a_place_too() -> None:
+    assert layout(random_vectors(0)).shape == (0, 2)
+    assert layout(random_vectors(1)).tolist() == [[0, 0]]
+    np.testing.assert_allclose(layout(random_vectors(2))[:, 1], 0, atol=1e-6)
+    assert np.isfinite(layout(np.ones((4, 8), np.float32))).all()
