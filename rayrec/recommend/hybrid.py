@@ -125,7 +125,7 @@ class HybridRecommender(Recommender):
 
 
 def _raised(rules: np.ndarray) -> np.ndarray:
-    """float32 (Q, N): the rules raised to their power, in place; few are not zero, and a power takes 20 times a look."""
+    """float32 (Q, N): the rules raised to their power, in place: few are not zero, and powers are slow."""
     there = np.nonzero(rules)
     rules[there] **= RULES_POWER
     return rules
