@@ -1,0 +1,60 @@
+"""CONTRIBUTING.md speaks of files, names and commands that are there; the hooks are those of `make check`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+QUOTED = sorted(set(re.findall(r"`([^`\n]+)`", TEXT)))
+PATHS = [each for each in QUOTED if re.fullmatch(r"[\w./-]+", each) and ("/" in each or "." in each[1:])]
+# name -> the file that the recipe says it is in
+NAMES = {
+    "Reader": "rayrec/data/readers/reader.py",
+    "FORMATS": "rayrec/data/readers/__init__.py",
+    "ObjectiveFunction": "rayrec/taste/objectives.py",
+    "OBJECTIVES": "rayrec/taste/objectives.py",
+    "Objective": "rayrec/taste/config.py",
+    "REGRESSIONS": "rayrec/taste/config.py",
+    "Recommender": "rayrec/recommend/recommender.py",
+    "FROM_PLAYS": "rayrec/recommend/baselines.py",
+    "FROM_VECTORS": "rayrec/recommend/baselines.py",
+    "MAKERS": "tests/unit/recommend/test_recommender_suite.py",
+}
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if not re.match(r"columns\.|rates\.json|\.npy|\.venv", path)])
+def test_every_file_it_names_is_there(path: str) -> None:
+    if "NAME" in path:
+        assert list(ROOT.glob(path.replace("NAME", "*")))
+    else:
+        assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_of_a_recipe_is_where_the_recipe_says(name: str) -> None:
+    assert f"`{name}`" in TEXT
+    assert re.search(rf"^(class )?{name}\b", (ROOT / NAMES[name]).read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_every_make_command_is_one() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))
+    assert set(re.findall(r"(?:^|`|; |=1 )make ([a-z-]+)", TEXT, flags=re.MULTILINE)) <= targets
+
+
+def test_hooks_run_what_make_check_runs() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    entries = [hook["entry"].removeprefix(".venv/bin/").removesuffix(" --force-exclude") for hook in hooks]
+    (checked,) = re.findall(r"^check:.*\n\t(.*)$", MAKEFILE, flags=re.MULTILINE)
+    assert entries == [part.replace("$(BIN)/", "").replace(" .", "") for part in checked.split(" && ")]
+
+
+def test_pre_commit_takes_the_hooks() -> None:
+    command = [sys.executable, "-m", "pre_commit", "validate-config", str(ROOT / ".pre-commit-config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
