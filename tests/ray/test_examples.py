@@ -182,6 +182,10 @@ def test_the_client_is_answered_by_the_application(
         ]
         with pytest.raises(module.ApiError, match="422"):
             module.Client(url).recommend(history=["song-3"], k=-1)
+        monkeypatch.setattr("sys.argv", ["http_client.py", url, "--user", "ann", "--played", "song-3"])
+        module.main()
+        assert len(capsys.readouterr().out.splitlines()) == 10
+        assert module.Client(url).recommend(user="ann")["plays"] == 1
 
 
 def test_a_night_goes_live_where_figures_hold_and_is_kept_back_where_they_fall(

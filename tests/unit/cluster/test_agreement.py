@@ -3,6 +3,7 @@
 import re
 from importlib.metadata import version
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from cluster_files import CLUSTER, LAUNCHER, ROOT, every_manifest, launcher, pods, ray_clusters, serve_config
@@ -12,6 +13,8 @@ import rayrec
 from rayrec.config import from_mapping, to_mapping
 from rayrec.jobs.submit import IMAGE_PYTHON
 from rayrec.serving.app import AppConfig, build
+from rayrec.serving.auth import VARIABLE as KEYS_VARIABLE
+from rayrec.serving.stores.redis_store import PASSWORD_VARIABLE
 from rayrec.taste.config import TasteConfig, TrainConfig
 from rayrec_cli.main import app
 
@@ -107,3 +110,16 @@ def test_the_app_takes_the_arguments_that_the_config_gives_it() -> None:
     assert build(to_mapping(config)) is not None
     assert config.host == serve_config()["http_options"]["host"]
     assert config.port == serve_config()["http_options"]["port"]
+
+
+def test_the_app_finds_its_store_and_its_secrets() -> None:
+    store = urlsplit(serve_config()["applications"][0]["args"]["store"])
+    services = [item for name, item in every_manifest() if name == "redis.yaml" and item["kind"] == "Service"]
+    assert [(item["metadata"]["name"], item["spec"]["ports"][0]["port"]) for item in services] == [
+        (store.hostname, store.port)
+    ]
+    assert store.password is None
+    (spec,) = (spec for name, spec in ray_clusters() if name == "rayservice.yaml")
+    for pod in pods(spec):
+        variables = {item["name"]: item["valueFrom"]["secretKeyRef"] for item in pod["containers"][0]["env"]}
+        assert set(variables) == {KEYS_VARIABLE, PASSWORD_VARIABLE}
