@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from rayrec.config import setting
 from rayrec.errors import InputError
 
-BenchName = Literal["train", "taste", "index", "embed", "memory", "songs"]
+BenchName = Literal["train", "taste", "index", "embed", "memory", "songs", "scale"]
 NAMES: tuple[str, ...] = get_args(BenchName)
 
 
@@ -33,6 +33,12 @@ class BenchConfig:
         (10_000, 100_000, 1_000_000), help="songs: catalogs whose training steps are timed"
     )
     table_steps: int = setting(10, help="songs: training steps timed in a round")
+    scale_users: tuple[int, ...] = setting(
+        (2_000, 20_000, 200_000), help="scale: users of the data, smallest first; all stages run on each"
+    )
+    scale_workers: tuple[int, ...] = setting(
+        (1, 2, 4), help="scale: workers on the middle data, 1 first; those above the CPUs of the machine are left out"
+    )
     seed: int = setting(0, help="of the generated data and of initial weights")
 
     def __post_init__(self) -> None:
@@ -42,6 +48,15 @@ class BenchConfig:
             raise InputError(f"table songs are {self.table_songs}; give at least two sizes to compare")
         if len(self.memory_users) != 2 or self.memory_users[0] >= self.memory_users[1]:
             raise InputError(f"memory users are {self.memory_users}; give two numbers, the smaller first")
+
+        if len(self.scale_users) < 2 or list(self.scale_users) != sorted(set(self.scale_users)):
+            raise InputError(f"scale users are {self.scale_users}; give two numbers or more, smallest first")
+        if (
+            not self.scale_workers
+            or self.scale_workers[0] != 1
+            or list(self.scale_workers) != sorted(self.scale_workers)
+        ):
+            raise InputError(f"scale workers are {self.scale_workers}; give numbers, 1 first")
 
     @classmethod
     def quick(cls) -> "BenchConfig":
@@ -62,6 +77,8 @@ class BenchConfig:
             memory_plays=10.0,
             table_songs=(500, 5_000),
             table_steps=2,
+            scale_users=(100, 400),
+            scale_workers=(1, 2),
         )
 
 

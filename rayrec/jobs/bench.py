@@ -11,6 +11,7 @@ from rayrec.bench.song_side import bench_song_side
 from rayrec.jobs.bench_data import bench_place
 from rayrec.jobs.bench_embed import bench_embed
 from rayrec.jobs.bench_memory import bench_memory
+from rayrec.jobs.bench_scale import bench_scale
 from rayrec.jobs.bench_taste import bench_taste
 from rayrec.jobs.bench_train import bench_train
 from rayrec.jobs.cluster import WORKER_ENVIRONMENT
@@ -23,6 +24,7 @@ BENCHES: dict[str, Callable[[Workspace, BenchConfig], dict[str, Any]]] = {
     "embed": bench_embed,
     "memory": bench_memory,
     "songs": lambda place, config: bench_song_side(config).to_json(),
+    "scale": bench_scale,
 }
 
 

@@ -27,6 +27,8 @@ TINY = BenchConfig(
     memory_plays=10.0,
     table_songs=(1_000, 3_000),
     table_steps=1,
+    scale_users=(60, 120),
+    scale_workers=(1, 2),
 )
 COMMON = {"name", "unit", "ratio", "ratio_low", "ratio_high", "per_second", "plain_per_second", "peak_mb", "rounds"}
 
@@ -75,6 +77,26 @@ class TestBench:
         assert told["growth_by_role"].keys() == {"taste driver", "taste worker", "data driver", "data worker"}
         assert told["users"] == [100, 200]
         assert told["growth"] < 0.1
+
+    @pytest.mark.slow
+    def test_scale_tells_every_stage_by_workers_and_by_size(self, place: Workspace, tmp_path: Path) -> None:
+        told = bench("scale", place, TINY, save=str(tmp_path / "rates.json"))
+        stages = {"import", "embed", "train", "taste"}
+        assert told["workers"] == [1, 2]
+        for part in ("throughput", "speedup", "cost"):
+            assert told[part].keys() == stages
+        for stage in stages:
+            one, two = (told["throughput"][stage][number] for number in ("1", "2"))
+            assert told["speedup"][stage] == {"1": 1.0, "2": pytest.approx(two / one)}
+            assert len(told["cost"][stage]["plays"]) == 2
+        assert told["extrapolated"]["extrapolated"] is True
+        assert json.loads((tmp_path / "rates.json").read_text())["rates"].keys() == {
+            "train_plays_per_second_per_cpu",
+            "taste_plays_per_second_per_cpu",
+            "import_plays_per_second_per_cpu",
+            "embed_tokens_per_second_per_cpu",
+        }
+        assert place.files("bench/chain") == []
 
     def test_nothing_is_left_in_the_workspace_but_the_data(self, place: Workspace) -> None:
         bench("taste", place, TINY)

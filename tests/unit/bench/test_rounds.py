@@ -64,7 +64,7 @@ class TestCompare:
 class TestConfig:
     def test_an_unknown_benchmark_is_refused_by_name(self) -> None:
         check_name("train")
-        with pytest.raises(InputError, match="no benchmark 'trian'; there are: train, taste, index, embed, memory"):
+        with pytest.raises(InputError, match=r"no benchmark 'trian'; there are: train, taste, index, embed, .*scale"):
             check_name("trian")
 
     def test_sizes_that_compare_nothing_are_refused(self) -> None:

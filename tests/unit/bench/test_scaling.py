@@ -1,0 +1,49 @@
+"""Speed-ups and costs of runs whose figures are planted."""
+
+import pytest
+
+from rayrec.bench.config import BenchConfig
+from rayrec.bench.rounds import Measured
+from rayrec.bench.scaling import costs, extrapolated, speedups
+from rayrec.errors import InputError
+
+
+def with_start(plays: float, *, start: float = 5.0, each: float = 2e-6) -> dict[str, Measured]:
+    """A stage that takes 5 s to start and 2 microseconds a play."""
+    return {"taste": Measured(plays, start + plays * each)}
+
+
+def test_a_further_play_costs_the_same_whatever_the_start() -> None:
+    cost = costs([with_start(plays) for plays in (1e5, 1e6, 1e7)])["taste"]
+    assert cost["plays"] == [1e5, 1e6, 1e7]
+    assert cost["microseconds_per_further_play"] == pytest.approx([2.0, 2.0])
+    assert cost["growth"] == pytest.approx(0.0)
+    assert cost["microseconds_per_play"] == pytest.approx([52.0, 7.0, 2.5])
+
+
+def test_a_play_that_costs_more_among_many_shows_as_growth() -> None:
+    cost = costs([with_start(1e5), with_start(1e6), {"taste": Measured(1e7, 5 + 1e7 * 3e-6)}])["taste"]
+    first, last = 2.0, (5 + 30 - 5 - 2) / 9
+    assert cost["growth"] == pytest.approx(last / first - 1)
+    assert cost["growth"] > 0.5
+
+
+def test_two_sizes_say_nothing_of_growth() -> None:
+    assert costs([with_start(1e5), with_start(1e6)])["taste"]["growth"] is None
+
+
+def test_a_speedup_is_against_the_fewest_workers() -> None:
+    runs = {1: {"train": Measured(100, 10.0)}, 4: {"train": Measured(100, 4.0)}, 2: {"train": Measured(100, 5.0)}}
+    assert speedups(runs) == {"train": {"1": 1.0, "2": 2.0, "4": 2.5}}
+
+
+def test_what_nobody_measured_is_marked() -> None:
+    told = extrapolated(costs([with_start(1e5), with_start(1e6)]))
+    assert told["extrapolated"] is True
+    assert told["cpu_hours"]["taste"] == pytest.approx(1e9 * 2e-6 / 3600)
+
+
+@pytest.mark.parametrize("changes", [{"scale_users": (10,)}, {"scale_users": (20, 10)}, {"scale_workers": (2, 1)}])
+def test_sizes_out_of_order_are_refused(changes: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(InputError, match="first"):
+        BenchConfig(**changes)
