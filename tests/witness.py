@@ -43,18 +43,18 @@ def ship() -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def watch(monkeypatch: pytest.MonkeyPatch, log: Path, death: Death | None = None) -> None:
-    """Let the trainings from now on write to the folder `log`."""
+def watch(monkeypatch: pytest.MonkeyPatch, log: Path, death: Death | None = None, pause: float = 0.0) -> None:
+    """Let the trainings from now on write to the folder `log`, and each step take so many seconds longer."""
     from rayrec.jobs import train as job
 
     ship()
     log.mkdir(parents=True, exist_ok=True)
     if not hasattr(job, "_undisturbed"):  # where a training runs in this process, it meets the patched module
         monkeypatch.setattr(job, "_undisturbed", job._train_worker, raising=False)
-    monkeypatch.setattr(job, "_train_worker", partial(train_worker, str(log), death))
+    monkeypatch.setattr(job, "_train_worker", partial(train_worker, str(log), death, pause))
 
 
-def train_worker(log: str, death: Death | None, arguments: dict[str, Any]) -> None:
+def train_worker(log: str, death: Death | None, pause: float, arguments: dict[str, Any]) -> None:
     """What every training worker runs."""
     from rayrec.jobs import train as job
     from rayrec.taste import fitting
@@ -72,7 +72,9 @@ def train_worker(log: str, death: Death | None, arguments: dict[str, Any]) -> No
         if death is not None and death.at == at and training.share.rank == death.rank:
             die(death, arguments["plan"])
         loss = step_of(training, windows, epoch, number)
+        time.sleep(pause)
         line = {"at": at, "rank": training.share.rank, "of": training.share.workers, "windows": prints_of(windows)}
+        line["node"] = ray.get_runtime_context().get_node_id()
         with Path(log, f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         return loss

@@ -1,0 +1,87 @@
+"""A cluster that loses a node during the import, the training and the tastes does the work once and right."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import many_nodes
+import numpy as np
+import pyarrow as pa
+import pytest
+from many_nodes import BUCKETS
+from safetensors.numpy import load as load_safetensors
+from witness import STEPS_BETWEEN_CLOCKS
+
+from rayrec import artifacts
+from rayrec.bench.plain import PlainProcess
+from rayrec.data.dataset import Dataset
+from rayrec.taste.tastes import tastes_file
+from rayrec.workspace import Workspace
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What came of the stages with and without losses."""
+
+    lossy: dict[str, Any]
+    whole: dict[str, Any]
+    lossy_workspace: Workspace
+    whole_workspace: Workspace
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("nodes")
+    plays = folder / "plays"
+    plays.mkdir()
+    many_nodes.write_plays(plays)
+    places = {name: str(folder / name) for name in ("lossy", "whole")}
+    with PlainProcess(0) as driver:
+        whole = driver.run(many_nodes.undisturbed, str(plays), places["whole"])
+    with PlainProcess(0) as driver:
+        lossy = driver.run(many_nodes.lose_nodes, str(plays), places["lossy"], str(folder / "log"))
+    return Runs(lossy, whole, Workspace(places["lossy"]), Workspace(places["whole"]))
+
+
+def test_every_stage_ends_in_a_sound_artifact(runs: Runs) -> None:
+    for kind in ("songs", "models", "tastes", "indexes", "reports"):
+        (manifest,) = artifacts.listing(runs.lossy_workspace, kind)
+        artifacts.verify(runs.lossy_workspace, manifest)
+
+
+@pytest.mark.parametrize("stage", ["import", "taste"])
+def test_only_the_buckets_in_the_hands_of_the_lost_node_are_done_again(runs: Runs, stage: str) -> None:
+    found = runs.lossy[stage]
+    assert found["held"]
+    assert set(found["again"]) <= set(found["held"])
+    assert len(found["held"]) < BUCKETS // 2
+
+
+def test_the_import_is_the_same_data_set(runs: Runs) -> None:
+    assert runs.lossy["made"]["import"] == runs.whole["import"]
+
+
+def test_the_training_repeats_no_more_than_the_steps_since_the_last_two_checkpoints(runs: Runs) -> None:
+    assert 0 < runs.lossy["train"]["again"] <= 2 * STEPS_BETWEEN_CLOCKS
+    assert runs.lossy["train"]["steps"] > 10
+
+
+def test_the_training_ends_where_one_without_losses_ends(runs: Runs) -> None:
+    found, wanted = (
+        load_safetensors(place.read_bytes(f"{made['train']['folder']}/model.safetensors"))
+        for place, made in ((runs.lossy_workspace, runs.lossy["made"]), (runs.whole_workspace, runs.whole))
+    )
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-4, err_msg=name)
+    recall = "validation_recall@20"
+    assert runs.lossy["made"]["train"]["metrics"][recall] == runs.whole["train"]["metrics"][recall]
+
+
+def test_every_user_has_exactly_one_row_of_tastes(runs: Runs) -> None:
+    manifest = runs.lossy["made"]["taste"]
+    place = runs.lossy_workspace
+    rows = pa.concat_tables([place.read_table(tastes_file(manifest["folder"], bucket)) for bucket in range(BUCKETS)])
+    users = [user for batch in Dataset(place).read_all() for user in batch.user_ids.tolist()]
+    assert sorted(rows.column("user_id").to_pylist()) == sorted(users)
+    assert len(users) == len(set(users)) == 160
