@@ -1,4 +1,8 @@
-"""The embed stage: song vectors by word2vec in one task on one node, or from an outside file."""
+"""The embed stage: song vectors by word2vec in one task on one node, or from an outside file.
+
+The task asks for as many CPUs as it has threads, all of the largest node unless told, so that Ray puts
+it where they are and nothing else beside it. Why one node, and what then: `rayrec.songs.word2vec`.
+"""
 
 import time
 from dataclasses import replace

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from rayrec.errors import RayrecError
+from rayrec.jobs.buckets import RETRIES
 
 
 def node_cpus() -> int:
@@ -17,9 +18,10 @@ def node_cpus() -> int:
 def run_on_node(work: Callable[..., Iterator[Any]], *arguments: Any, cpus: int) -> Iterator[Any]:
     """Yield what `work(*arguments)` yields, as it comes, from a task that holds `cpus` CPUs of one node.
 
-    An error of ours comes out as it was raised there, without Ray's wrapping.
+    An error of ours comes out as it was raised there, without Ray's wrapping. Raises `RayrecError`
+    where its worker dies `RETRIES` times more than once.
     """
-    task = ray.remote(work).options(num_cpus=cpus, num_returns="streaming")
+    task = ray.remote(work).options(num_cpus=cpus, num_returns="streaming", max_retries=RETRIES)
     try:
         for reference in task.remote(*arguments):
             yield ray.get(reference)
@@ -27,3 +29,8 @@ def run_on_node(work: Callable[..., Iterator[Any]], *arguments: Any, cpus: int) 
         if isinstance(error.cause, RayrecError):
             raise error.cause from error
         raise
+    except (WorkerCrashedError, OutOfMemoryError) as error:
+        raise RayrecError(
+            f"{work.__name__} could not be done: its worker was killed each of {RETRIES + 1} times, as it "
+            "happens where memory runs out; run the same command again on a node with more memory"
+        ) from error

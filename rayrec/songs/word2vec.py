@@ -3,6 +3,13 @@
 After De Boom et al. 2018 (arXiv:1708.06520), who train word2vec (Mikolov et al. 2013,
 arXiv:1301.3781) on playlists; item2vec (Barkan and Koenigstein 2016) is the same idea. Sessions as
 sentences are ours.
+
+gensim trains in the threads of one process, so this stage runs on one node, the largest, and does not
+grow with the cluster. Threads add up to about 24 (gensim issue 3376: they then wait for the same cache
+lines and for the thread that reads), and more than one makes the result depend on their timing (issue
+641). `rayrec bench scale` measures the threads of a machine. Where one node takes too long: fewer epochs,
+`--subsample`, `--no-skip-gram` or `--min-count` first; then vectors trained elsewhere, `rayrec embed
+--vectors`; and the network's song table trains on the whole cluster whatever it starts from.
 """
 
 from collections.abc import Iterable, Iterator
