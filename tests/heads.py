@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ class Head:
 
     url: str
     token: Path  # file that holds the token
+    address: str  # host:port that drivers and nodes connect to
 
 
 def free_ports(count: int) -> list[int]:
@@ -44,33 +45,58 @@ def ray_head(cpus: int = 2) -> Iterator[Head]:
     with tempfile.TemporaryDirectory(prefix="rr-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         token = Path(folder) / "token"
         token.write_text(secrets.token_hex(32))
-        ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
-        command = [
-            *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"),
-            *(f"--temp-dir={folder}/ray", f"--num-cpus={cpus}", "--object-store-memory=200000000"),
-            *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"),
-            *(f"--{name}={port}" for name, port in ports.items()),
-        ]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        with (Path(folder) / "out").open("w+") as out:
-            process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        ports = dict(zip((*HEAD_PORTS, *NODE_PORTS), free_ports(len(HEAD_PORTS) + len(NODE_PORTS)), strict=True))
+        options = (
+            f"--temp-dir={folder}/ray",
+            "--head",
+            "--dashboard-host=127.0.0.1",
+            "--node-ip-address=127.0.0.1",
+            *_flags(cpus, ports),
+        )
+        with _started(options, token, Path(folder) / "out") as process:
+            url = f"http://127.0.0.1:{ports['dashboard-port']}"
+            _wait(url, process, Path(folder) / "out")
+            yield Head(url, token, f"127.0.0.1:{ports['port']}")
+
+
+@contextmanager
+def ray_node(head: Head, cpus: int = 1) -> Iterator[None]:
+    """A node that joins the head from another address of this machine, as one on another machine would."""
+    ports = dict(zip(NODE_PORTS, free_ports(len(NODE_PORTS)), strict=True))
+    options = (f"--address={head.address}", "--node-ip-address=127.0.0.2", *_flags(cpus, ports))
+    with _started(options, head.token, head.token.with_name("node-out")):
+        yield
+
+
+@contextmanager
+def _started(options: Sequence[str], token: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`ray start --block`, ended with all that it started."""
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", *options]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    with out.open("w+") as stream:
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
+        try:
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
             try:
-                url = f"http://127.0.0.1:{ports['dashboard-port']}"
-                _wait(url, process, Path(folder) / "out")
-                yield Head(url, token)
-            finally:
-                os.killpg(process.pid, signal.SIGTERM)
-                try:
-                    process.wait(timeout=10)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
-PORTS = (
-    *("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port"),
-    *("dashboard-agent-grpc-port", "runtime-env-agent-port", "node-manager-port", "object-manager-port"),
+def _flags(cpus: int, ports: dict[str, int]) -> list[str]:
+    # Workers at any free ports: two nodes of one machine would else hand out the same.
+    sizes = [f"--num-cpus={cpus}", "--object-store-memory=200000000", "--min-worker-port=0", "--max-worker-port=0"]
+    return sizes + [f"--{name}={port}" for name, port in ports.items()]
+
+
+HEAD_PORTS = ("port", "dashboard-port", "ray-client-server-port")
+NODE_PORTS = (
+    *("dashboard-agent-listen-port", "metrics-export-port", "dashboard-agent-grpc-port"),
+    *("runtime-env-agent-port", "node-manager-port", "object-manager-port"),
 )
 
 
