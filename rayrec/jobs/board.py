@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrec.progress import progress
 
@@ -30,6 +32,12 @@ class Board:
         return self._plays, f"{self._note} {self._judged}".strip()
 
 
+def new_board() -> Any:
+    """A board on the driver's node: another node may be lost while the job goes on."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return Board.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
 @contextmanager
 def shown(board: Any, title: str, total: float) -> Iterator[None]:
     """Draw the board as a bar on stderr while the block runs; `total` is what is shown as all of it."""
@@ -39,7 +47,10 @@ def shown(board: Any, title: str, total: float) -> Iterator[None]:
         with progress(title, total) as bar:
             drawn = 0.0
             while not stop.wait(0.5):
-                plays, note = ray.get(board.look.remote())
+                try:
+                    plays, note = ray.get(board.look.remote())
+                except RayActorError:
+                    return  # a bar is no reason to fail
                 bar.advance(plays - drawn, note)
                 drawn = plays
 

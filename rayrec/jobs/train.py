@@ -29,7 +29,7 @@ from rayrec.data.histories import Histories, concatenate
 from rayrec.data.split import FitRange, Split
 from rayrec.data.windows import Windows, epoch_units
 from rayrec.errors import InputError, MismatchError, RayrecError
-from rayrec.jobs.board import Board, shown
+from rayrec.jobs.board import new_board, shown
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import cluster_cpus, quiet_data, ray_cluster
 from rayrec.jobs.node import run_on_node
@@ -216,7 +216,7 @@ def load_validation(table: pa.Table, selection: FitRange, limit: int) -> Validat
 
 
 def _fit(plan: TrainPlan) -> dict[str, Any]:
-    board = Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    board = new_board()
     config = plan.config
     crew = Crew(
         workers=config.workers,

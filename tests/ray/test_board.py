@@ -1,0 +1,38 @@
+"""The board that carries a worker's progress to the driver's bar."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+import ray
+
+from rayrec.jobs.board import new_board, shown
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def test_the_bar_moves_with_what_workers_write_and_shows_the_last_judgement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[tuple[float, str | None]] = []
+    monkeypatch.setattr("rayrec.progress.Progress.advance", lambda bar, amount, note: told.append((amount, note)))
+    board = new_board()
+    board.judge.remote("recall@20 0.3")
+    board.show.remote(40.0, "epoch 2")
+    with shown(board, "Training", 100.0):
+        _wait_for(lambda: bool(told))
+    assert told[0] == (40.0, "epoch 2 recall@20 0.3")
+    assert sum(amount for amount, _ in told) == 40.0
+
+
+def test_a_board_that_is_lost_ends_the_bar_and_not_the_job() -> None:
+    board = new_board()
+    ray.kill(board)
+    with shown(board, "Training", 100.0):
+        time.sleep(1.0)  # the bar looks twice a second
+
+
+def _wait_for(ready: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not ready() and time.monotonic() < end:
+        time.sleep(0.1)
