@@ -1,0 +1,75 @@
+"""One user with ten million plays among others with fifty: imported and computed, in memory that is stated."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from networks import model_config, network
+
+from rayrec.artifacts import Manifest, publish
+from rayrec.bench.memory import WORKER, MemoryWatch
+from rayrec.data.dataset import Dataset
+from rayrec.data.importing import ImportConfig
+from rayrec.jobs.importing import import_data
+from rayrec.jobs.taste import compute_tastes
+from rayrec.taste.checkpoint import save_model
+from rayrec.taste.config import TasteConfig
+from rayrec.taste.tastes import LAST_PLAYED_AT, PLAYS, tastes_file
+from rayrec.workspace import Workspace
+
+LONG, OTHERS, SHORT, NUM_SONGS = 10_000_000, 200, 50, 60
+ROWS_PER_GROUP = 1_000_000
+START = 1_400_000_000_000
+BUCKETS = 4
+BYTES_PER_PLAY = 400  # of the longest history, that the worker which merges it may need
+
+
+def write_plays(path: Path) -> None:
+    """The long history's plays 10 s apart, the others' somewhere among them."""
+    schema = pa.schema([("user", pa.string()), ("song", pa.string()), ("played_at", pa.int64())])
+    songs = pa.array([f"s{song}" for song in range(NUM_SONGS)])
+    with pq.ParquetWriter(path, schema) as writer:
+        for begin in range(0, LONG, ROWS_PER_GROUP):
+            step = np.arange(begin, min(LONG, begin + ROWS_PER_GROUP))
+            users = pa.array(np.full(len(step), "long", dtype=object))
+            writer.write_table(
+                pa.table([users, songs.take(pa.array(step * 7 % NUM_SONGS)), START + step * 10_000], schema=schema)
+            )
+        row = np.arange(OTHERS * SHORT)
+        users = pa.array([f"u{user}" for user in (row // SHORT).tolist()])
+        writer.write_table(
+            pa.table([users, songs.take(pa.array(row % NUM_SONGS)), START + row * 60_000], schema=schema)
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.usefixtures("cluster")
+def test_a_user_with_ten_million_plays_is_imported_and_computed(
+    tmp_path: Path, workspace: Workspace, record_property: Callable[[str, object], None]
+) -> None:
+    write_plays(tmp_path / "plays.parquet")
+    config = ImportConfig(format="parquet", paths=(str(tmp_path / "plays.parquet"),), buckets=BUCKETS)
+    with MemoryWatch() as importing:
+        manifest = import_data(workspace, config)
+    assert (manifest.users, manifest.plays) == (OTHERS + 1, LONG + OTHERS * SHORT)
+    record_property("import_worker_mb", importing.peaks_mb[WORKER])
+    assert importing.peaks_mb[WORKER] * 2**20 < BYTES_PER_PLAY * LONG
+    names = save_model(workspace, "models/m", network(model_config()), np.ones(NUM_SONGS, dtype=bool))
+    publish(workspace, Manifest(kind="models", id="m", inputs={"dataset": manifest.id}), names)
+    with MemoryWatch() as watch:
+        made = compute_tastes(workspace, TasteConfig())
+    record_property("taste_worker_mb", watch.peaks_mb[WORKER])
+    assert watch.peaks_mb[WORKER] * 2**20 < BYTES_PER_PLAY * LONG
+    rows = pa.concat_tables([workspace.read_table(tastes_file(made.folder, bucket)) for bucket in range(BUCKETS)])
+    plays = dict(zip(rows["user_id"].to_pylist(), rows[PLAYS].to_pylist(), strict=True))
+    assert plays.pop("long") == LONG
+    assert len(plays) == OTHERS
+    assert set(plays.values()) == {SHORT}
+    assert max(rows[LAST_PLAYED_AT].to_pylist()) == START + (LONG - 1) * 10_000
+    long = Dataset(workspace).history("long")
+    assert long.num_plays == LONG
+    assert (np.diff(long.played_at) == 10_000).all()
