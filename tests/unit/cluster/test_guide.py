@@ -1,0 +1,45 @@
+"""The guide speaks of files, commands and options that are there."""
+
+import re
+import shlex
+
+import pytest
+import typer
+from cluster_files import CLUSTER, ROOT
+
+from rayrec_cli.main import app
+
+TEXT = (CLUSTER / "README.md").read_text(encoding="utf-8")
+LINES = [line.split("  #")[0] for line in TEXT.replace("\\\n", " ").splitlines() if line.startswith("rayrec ")]
+NAMED = sorted(set(re.findall(r"`((?:kuberay/)?[A-Za-z-]+\.yaml|Dockerfile)`", TEXT)))
+
+
+def options(words: list[str]) -> tuple[set[str], list[str]]:
+    """The options that a command knows, and the words behind its name."""
+    found = typer.main.get_command(app)
+    while words and not words[0].startswith("-") and hasattr(found, "commands"):
+        found = found.commands[words.pop(0)]
+    return {name for each in found.params for name in (*each.opts, *each.secondary_opts)}, words
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_command_is_there_with_its_options(line: str) -> None:
+    words = shlex.split(line)[1:]
+    if words[0] == "submit":
+        words = words[1:]
+    known, left = options(words)
+    assert {word for word in left if re.match(r"--?[a-z]", word)} <= known
+
+
+def test_the_guide_goes_through_every_stage() -> None:
+    submitted = {line.split()[2] for line in LINES if line.startswith("rayrec submit")}
+    assert submitted == {"import", "split", "embed", "train", "taste", "index", "evaluate", "release"}
+
+
+def test_every_file_is_named_and_there() -> None:
+    for name in NAMED:
+        assert (CLUSTER / name).exists(), name
+    there = {path.relative_to(CLUSTER).as_posix() for path in CLUSTER.rglob("*.yaml")}
+    assert there <= set(NAMED)
+    for link in re.findall(r"\]\(\.\./([^)]+)\)", TEXT):
+        assert (ROOT / link).exists()
