@@ -6,6 +6,7 @@ from typing import Literal
 
 from rayrec.config import setting
 from rayrec.errors import InputError
+from rayrec.serving.stores.store import absolute_uri
 
 Topology = Literal["colocated", "split"]
 
@@ -41,6 +42,8 @@ class ServeConfig:
     watch_seconds: float = setting(1.0, help="seconds between two looks at which release is live")
 
     def __post_init__(self) -> None:
+        if self.store is not None:  # replicas run in other folders than the one where this was said
+            object.__setattr__(self, "store", absolute_uri(self.store))
         for name in ("replicas", "max_body", "max_waiting"):
             if getattr(self, name) < 1:
                 raise InputError(f"serve {name} is {getattr(self, name)}; give at least 1")

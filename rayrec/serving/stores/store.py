@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from rayrec.errors import InputError, RayrecError
 from rayrec.workspace import STATES_FILE, Workspace
@@ -99,7 +99,15 @@ def store_uri(workspace: Workspace, uri: str | None) -> str:
             f"workspace {workspace.uri} is a bucket, which holds no SQLite file; name a store: sqlite:///PATH, "
             "or redis://HOST:PORT/0 for replicas on many nodes"
         )
-    return f"sqlite:///{quote(str(Path(workspace.full(STATES_FILE)).absolute()))}"
+    return absolute_uri(f"sqlite:///{quote(workspace.full(STATES_FILE))}")
+
+
+def absolute_uri(uri: str) -> str:
+    """The address of an SQLite file with its whole path; others as they are."""
+    parts = urlsplit(uri)
+    if parts.scheme != "sqlite" or parts.netloc or len(parts.path) < 2:
+        return uri
+    return f"sqlite:///{quote(str(Path(unquote(parts.path)[1:]).absolute()))}"
 
 
 def open_store(uri: str, namespace: str) -> StateStore:

@@ -11,6 +11,7 @@ import pytest
 from stores import RedisServer, needs_redis
 
 from rayrec.errors import InputError
+from rayrec.serving.config import ServeConfig
 from rayrec.serving.stores.store import NOT_THERE, Change, StateStore, StoreUnavailableError, open_store
 
 Opener = Callable[[], StateStore]
@@ -313,3 +314,14 @@ def test_a_redis_out_of_reach_says_so_without_its_password() -> None:
     with pytest.raises(StoreUnavailableError, match=r"store redis://127.0.0.1:1/0 does not answer") as caught:
         open_store("redis://:secret@127.0.0.1:1/0", "n")
     assert "secret" not in str(caught.value)
+
+
+def test_a_relative_path_is_of_the_folder_where_it_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = ServeConfig(store="sqlite:///some folder/100%25.sqlite")
+    monkeypatch.chdir("/")
+    assert ServeConfig(store=config.store).store == config.store
+    open_store(str(config.store), "n").close()
+    assert (tmp_path / "some folder" / "100%.sqlite").exists()
+    for uri in ("redis://here:1/0", "sqlite:///", "sqlite://host/path", "nonsense"):
+        assert ServeConfig(store=uri).store == uri
