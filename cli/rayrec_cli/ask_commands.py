@@ -105,7 +105,9 @@ def evaluate(
         raise InputError("there is no split to test on; run `rayrec split`, then embed, train and index again")
     report = job(call.workspace, config, split=chosen, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **report.metrics}
-    return Shown(data, [results_table(data), f"Report: {call.workspace.full(report.path('report.html'))}"])
+    warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []
+    where = f"Report: {call.workspace.full(report.path('report.html'))}"
+    return Shown(data, [results_table(data), *warnings, where])
 
 
 def _evaluate_prefixes(

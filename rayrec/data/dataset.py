@@ -136,12 +136,22 @@ class Dataset:
 
     def read_playlists(self, playlists_per_batch: int = 5_000) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Playlists in batches: songs int32 (P,) and offsets int64 (playlists + 1,)."""
-        for path in self.workspace.files(PLAYLISTS):
-            with self.workspace.open_input(path) as stream:
-                for batch in pq.ParquetFile(stream).iter_batches(batch_size=playlists_per_batch):
-                    lists = batch.column(columns.SONGS)
-                    offsets = lists.offsets.to_numpy().astype(np.int64)
-                    yield lists.flatten().to_numpy(), offsets - offsets[0]
+        for path in self.playlist_files():
+            yield from self.read_playlist_file(path, playlists_per_batch)
+
+    def playlist_files(self) -> list[str]:
+        """The files that hold the playlists, sorted."""
+        return self.workspace.files(PLAYLISTS)
+
+    def read_playlist_file(
+        self, path: str, playlists_per_batch: int = 5_000
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The playlists of one file, as `read_playlists` gives them."""
+        with self.workspace.open_input(path) as stream:
+            for batch in pq.ParquetFile(stream).iter_batches(batch_size=playlists_per_batch):
+                lists = batch.column(columns.SONGS)
+                offsets = lists.offsets.to_numpy().astype(np.int64)
+                yield lists.flatten().to_numpy(), offsets - offsets[0]
 
     def catalog(self) -> "Catalog":
         """The song table, in memory, with what songs were described by.

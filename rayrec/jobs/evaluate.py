@@ -65,6 +65,7 @@ def evaluate(
         metrics={
             "default": judged.default,
             "protocol": split.protocol,
+            **({"warning": judged.warning} if judged.warning else {}),
             **{name: figures[name] for name in figures if name != CURVES},
             "users": int(tally.users[0].sum()),
             "plays": int(tally.questions[0, :, 0].sum()),
@@ -72,6 +73,7 @@ def evaluate(
         },
     )
     about = {"protocol": split.protocol, "test range": split.test_range, **judged.inputs}
+    about |= {"warning": judged.warning} if judged.warning else {}
     names = write_report(workspace, manifest.folder, figures, default=judged.default, about=about)
     return publish(workspace, manifest, names)
 

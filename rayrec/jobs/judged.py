@@ -15,6 +15,7 @@ from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_selection
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.recommender import Recommender
 from rayrec.recommend.selection import make_selection
+from rayrec.songs.sessions import UNCUT
 from rayrec.songs.vectors import FINAL, SELECTION
 from rayrec.taste.config import has_memory
 from rayrec.workspace import Workspace
@@ -33,6 +34,15 @@ class Judged:
     others: dict[str, Manifest]  # more networks by the name that they were given
     songs: Manifest | None  # the song vectors of the baselines, where one needs them
     inputs: dict[str, str]  # role -> id
+
+    @property
+    def warning(self) -> str | None:
+        """A line about the parts that a split could not keep from the plays they are judged on."""
+        if "split" not in self.inputs:
+            return None
+        parts = {"the network": self.model, **self.others, "the song vectors": self.songs}
+        uncut = [name for name, part in parts.items() if part and part.metrics.get("source") == "playlists"]
+        return f"{', '.join(uncut)}: {UNCUT}" if uncut else None
 
 
 def choose(

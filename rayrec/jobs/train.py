@@ -37,11 +37,13 @@ from rayrec.jobs.trainer import Crew, run_workers
 from rayrec.progress import progress
 from rayrec.recommend.hybrid import MEMBERS
 from rayrec.recommend.mixing import write_memory
+from rayrec.songs.sessions import UNCUT
 from rayrec.taste.checkpoint import save_model
 from rayrec.taste.config import PLAY_COUNTS, FeatureSpec, ModelConfig, TrainConfig
 from rayrec.taste.curves import write_epochs, write_tensorboard
 from rayrec.taste.fitting import RECALL_AT, Fit, FitData, Phase, Progress, Validation
 from rayrec.taste.model import TasteModel
+from rayrec.taste.sequences import Sequences
 from rayrec.taste.stream import UnitReader, split_batches
 from rayrec.taste.training import Share, StepReport
 from rayrec.workspace import Workspace
@@ -97,11 +99,17 @@ def train(
     with ray_cluster():
         plan = _prepare(dataset, config, songs, split, manifest)
         figures = _fit(plan) | (_remember(dataset, plan) if config.memory else {})
-    metrics = {"seconds": round(time.monotonic() - began, 1), **figures}
+    metrics = {"seconds": round(time.monotonic() - began, 1), **figures, **_source_figures(dataset, config, split)}
     workspace.move(plan.counts["final"], manifest.path(PLAY_COUNTS))  # popular songs answer where no taste is known
     workspace.delete(manifest.path("run"))
     names = [name.removeprefix(manifest.folder + "/") for name in workspace.files(manifest.folder)]
     return artifacts.publish(workspace, Manifest(**{**asdict(manifest), "metrics": metrics}), names)
+
+
+def _source_figures(dataset: Dataset, config: TrainConfig, split: Split | None) -> dict[str, Any]:
+    """What the sequences were, and a warning where a split could not cut them."""
+    kind = Sequences(dataset, config.source).kind
+    return {"source": kind} | ({"warning": UNCUT} if split is not None and kind == "playlists" else {})
 
 
 def _require_fit(songs: Manifest, inputs: dict[str, str]) -> None:
@@ -121,14 +129,15 @@ def _fingerprinted(config: TrainConfig) -> dict[str, Any]:
 
 def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> ModelConfig:
     """The shape of the network for a data set: features that it does not have are left out."""
-    timed = dataset.manifest.times == "real"  # where times are positions, gaps and hours say nothing
+    told = config.source == "histories"  # playlists are songs in their order and nothing else
+    timed = told and dataset.manifest.times == "real"  # where times are positions, gaps and hours say nothing
     features = FeatureSpec(
-        contexts=tuple(dataset.manifest.contexts) if config.contexts else (),
+        contexts=tuple(dataset.manifest.contexts) if config.contexts and told else (),
         gap=config.gaps and timed,
         request_gap=config.gaps and timed,
         hour=config.hours and timed,
         weekday=config.hours and timed,
-        skipped=config.skips and dataset.manifest.has_skipped,
+        skipped=config.skips and told and dataset.manifest.has_skipped,
     )
     return ModelConfig(
         num_songs=dataset.num_songs,
@@ -156,7 +165,7 @@ def _prepare(
         vectors["selection"] = songs.path(chosen)
     counts: dict[Phase, str] = {phase: manifest.path(f"run/{phase}_counts.npy") for phase in ranges}
     if not all(workspace.exists(path) for path in counts.values()):
-        for phase, counted in zip(counts, _count_songs(dataset, list(ranges.values())), strict=True):
+        for phase, counted in zip(counts, _count_songs(dataset, config, list(ranges.values())), strict=True):
             workspace.write_array(counts[phase], counted)
     validation = None
     if split is not None and "selection" in ranges:
@@ -178,7 +187,12 @@ def _prepare(
     )
 
 
-def _count_songs(dataset: Dataset, ranges: list[FitRange]) -> list[np.ndarray]:
+def _count_songs(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) -> list[np.ndarray]:
+    if Sequences(dataset, config.source).kind == "playlists":
+        entries = np.zeros(dataset.num_songs, dtype=np.int64)
+        for songs, _ in dataset.read_playlists():
+            entries += np.bincount(songs, minlength=dataset.num_songs)
+        return [entries for _ in ranges]
     totals = [np.zeros(dataset.num_songs, dtype=np.int64) for _ in ranges]
     buckets = range(dataset.manifest.buckets)
     with progress("Counting plays", len(buckets)) as bar:
@@ -226,7 +240,17 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
     )
     with shown(board, "Training", float(plan.workspace.read_array(plan.counts["final"]).sum())):
         run_workers(_train_worker, {"plan": plan, "board": board}, crew, plan.workspace, plan.folder)
-    return dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
+    figures = dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
+    if not figures["loss"]:
+        raise RayrecError(
+            f"nothing was learned: no sequence of the {config.source} holds a play and one {_offsets(config)} after "
+            "it; give horizons with smaller offsets"
+        )
+    return figures
+
+
+def _offsets(config: TrainConfig) -> str:
+    return " or ".join(f"{horizon.min_offset} to {horizon.max_offset}" for horizon in config.horizons.values())
 
 
 def selected_folder(plan: TrainPlan) -> str:
@@ -347,9 +371,9 @@ def window_stream(
     dataset: Dataset, allowed: FitRange, config: TrainConfig, share: Share, epoch: int
 ) -> Iterator[Windows]:
     """One worker's share of the batches of an epoch, read and cut by Ray Data tasks, in order."""
-    manifest = dataset.manifest
-    per_bucket = max(1.0, manifest.plays / manifest.buckets)
-    units = epoch_units(manifest.buckets, max(1, round(PLAYS_PER_UNIT / per_bucket)), seed=config.seed, epoch=epoch)
+    sequences = Sequences(dataset, config.source)
+    per_unit = max(1.0, sequences.plays / sequences.units)
+    units = epoch_units(sequences.units, max(1, round(PLAYS_PER_UNIT / per_unit)), seed=config.seed, epoch=epoch)
     reader = UnitReader(dataset, allowed, config, share, epoch)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True

@@ -13,6 +13,11 @@ from rayrec.data.split import FitRange
 MINUTE_MS = 60_000
 MAX_SENTENCE = 10_000  # words; gensim looks no further into a sentence
 
+UNCUT = (
+    "made of playlists, which carry no times: no split can cut them, so they may hold what was played together in "
+    "the test range, and figures there may flatter"
+)
+
 Sentences = tuple[np.ndarray, np.ndarray]  # songs int32 (P,), offsets int64 (S + 1,)
 
 

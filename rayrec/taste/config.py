@@ -10,6 +10,7 @@ from rayrec.errors import InputError
 SongTable = Literal["trained", "mapped", "frozen"]
 Objective = Literal["sampled-softmax", "softmax", "cosine", "l2"]
 Cell = Literal["gru", "lstm"]
+Source = Literal["histories", "playlists"]
 REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards song vectors, as the paper's do
 
 
@@ -82,6 +83,9 @@ class ModelConfig:
         return cls(**{**raw, "features": features, "horizons": horizons, "averages": averages})
 
 
+_PAPERS: dict[str, Any] = {"objective": "cosine", "song_table": "frozen", "averages": (), "memory": False}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How to train the taste network."""
@@ -90,11 +94,19 @@ class TrainConfig:
         "default": {},
         # Trained until the validation recall falls; on long histories it still rises after twelve epochs.
         "best": {"epochs": 40, "patience": 3},
-        # The paper's networks on histories: frozen song vectors, cosine distance, one horizon, no averages, no
-        # memory. Its offsets of the long horizon are not known to us; these are the default's.
-        "r_hst": {"objective": "cosine", "song_table": "frozen", "averages": (), "memory": False, "long": ()},
-        "r_hlt": {"objective": "cosine", "song_table": "frozen", "averages": (), "memory": False, "short": ()},
+        # The paper's networks, on histories and on playlists, short- and long-term: frozen song vectors, cosine
+        # distance, one horizon, no averages, no memory. Its offsets of the long horizon are not known to us; these
+        # are the default's.
+        "r_hst": {**_PAPERS, "long": ()},
+        "r_hlt": {**_PAPERS, "short": ()},
+        "r_pst": {**_PAPERS, "source": "playlists", "long": ()},
+        "r_plt": {**_PAPERS, "source": "playlists", "short": ()},
     }
+
+    source: Source = setting(
+        "histories",
+        help="sequences to learn from; playlists, without times and contexts: sessions where there are none",
+    )
 
     cell: Cell = setting("gru", help="the recurrent cell")
     hidden_dim: int = setting(128, help="units of the recurrent network, D_hid")
@@ -138,7 +150,7 @@ class TrainConfig:
         for name in ("hidden_dim", "num_layers", "negatives", "window", "batch", "epochs", "patience", "long_targets"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
-        for name, known in (("cell", Cell), ("song_table", SongTable), ("objective", Objective)):
+        for name, known in (("cell", Cell), ("song_table", SongTable), ("objective", Objective), ("source", Source)):
             if getattr(self, name) not in get_args(known):
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(known))}")
         if self.workers < 0 or self.validation_plays < 0:

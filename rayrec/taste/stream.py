@@ -13,6 +13,7 @@ from rayrec.data.histories import Histories, concatenate
 from rayrec.data.split import FitRange
 from rayrec.data.windows import Windows, cut_windows, worker_batches
 from rayrec.taste.config import TrainConfig
+from rayrec.taste.sequences import Sequences
 from rayrec.taste.training import Share
 
 POOL_PLAYS = 200_000  # plays whose windows are put in batches by length together
@@ -21,13 +22,14 @@ FIRST = "first"  # column: whether a window is the first of its batch
 
 
 class UnitReader:
-    """Reads units of buckets and cuts them into one worker's share of the batches."""
+    """Reads sequences by lists of units and cuts them into one worker's share of the batches."""
 
     def __init__(self, dataset: Dataset, allowed: FitRange, config: TrainConfig, share: Share, epoch: int) -> None:
-        self._dataset, self._allowed, self._config, self._share, self._epoch = dataset, allowed, config, share, epoch
+        self._sequences = Sequences(dataset, config.source)
+        self._allowed, self._config, self._share, self._epoch = allowed, config, share, epoch
 
     def tables(self, rows: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        """The batches of units given as JSON lists of buckets, as rows that `split_batches` takes apart."""
+        """The batches of JSON lists of units of `Sequences`, as rows that `split_batches` takes apart."""
         for unit in rows["unit"]:
             for pool in self._pools(json.loads(unit)):
                 yield from self._batches(pool, json.loads(unit))
@@ -36,8 +38,8 @@ class UnitReader:
     def _pools(self, buckets: list[int]) -> Iterator[Histories]:
         held: list[Histories] = []
         for bucket in buckets:
-            for histories in self._dataset.read_bucket(bucket, USERS_PER_READ):
-                held.append(self._allowed.select(histories))
+            for histories in self._sequences.read(bucket, self._allowed, USERS_PER_READ):
+                held.append(histories)
                 if sum(part.num_plays for part in held) >= POOL_PLAYS:
                     yield concatenate(held)
                     held = []
@@ -45,7 +47,6 @@ class UnitReader:
 
     def _batches(self, pool: Histories, buckets: list[int]) -> Iterator[pa.Table]:
         config = self._config
-        self._allowed.require(pool)  # the last place where the users are known
         windows = cut_windows(pool, config.window, config.lookahead)
         rng = np.random.default_rng([config.seed, self._epoch, buckets[0], pool.num_plays])
         batches = list(

@@ -104,6 +104,28 @@ def test_the_same_training_is_found_again(world: Workspace, split: Split, in_pro
     assert train(world, elsewhere, split=split) == in_process
 
 
+def test_a_network_of_playlists_sees_songs_alone_and_says_that_no_split_cut_them(
+    world: Workspace, split: Split
+) -> None:
+    config = replace(TrainConfig(**TrainConfig.PRESETS["r_pst"]), hidden_dim=8, window=20, epochs=1, workers=0)
+    made = train(world, config, split=split)
+    assert made.metrics["source"] == "playlists"
+    assert "no split can cut them" in made.metrics["warning"]
+    entries = Dataset(world).manifest.playlist_entries
+    assert made.metrics["plays"] == entries - Dataset(world).manifest.playlists  # all but the last of each
+    recommender = TasteRecommender.load(world, made.id)
+    assert recommender._encoder.model.config.features.dim == 0
+    histories = next(Dataset(world).read_bucket(0))
+    songs, _ = recommender.recommend(histories, split.test_from, 5)
+    assert (songs >= 0).all()
+
+
+def test_playlists_shorter_than_the_horizon_are_no_training(world: Workspace, split: Split) -> None:
+    config = replace(TrainConfig(**TrainConfig.PRESETS["r_plt"]), hidden_dim=8, long=(60, 70), epochs=1, workers=0)
+    with pytest.raises(RayrecError, match="no sequence of the playlists holds a play and one 60 to 70 after it"):
+        train(world, config, split=split)
+
+
 def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
     """A training worker whose process is lost."""
     from rayrec.jobs import train as here
