@@ -48,6 +48,7 @@ class Evaluator:
     ) -> None:
         self.recommenders = recommenders
         self.split = split
+        self.song_plays = song_plays
         self.known_songs = song_plays > 0
         self.config = config
         self.curve_share = curve_share

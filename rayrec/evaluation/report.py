@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from rayrec.evaluation.figure import cosine_figure
+from rayrec.evaluation.pictures import Picture
 from rayrec.evaluation.protocol import usual_k
 from rayrec.evaluation.tables import GROUP_TITLES, Entry, breakdown, compared, paired, recommended, section, targets
 from rayrec.workspace import Workspace
@@ -16,6 +17,12 @@ CURVES = "cosine_by_offset"
 
 EVERY_PLAY = (
     "Every play of the test range that has an earlier play by the same user is predicted from the plays before it."
+)
+AHEAD = (
+    "How near the taste vector is to songs played later",
+    "Mean cosine of the taste vector with the song so many plays ahead, each model in its own space of songs. "
+    "The bars are bootstrap intervals over users.",
+    "Mean cosine by offset, one line per model",
 )
 
 STYLE = """
@@ -49,12 +56,13 @@ def write_report(
     default: str,
     about: dict[str, str],
     asked: str = EVERY_PLAY,
+    pictures: Sequence[Picture] = (),
 ) -> list[str]:
     """Write the report's files to a folder of the workspace and return their names.
 
     `figures` are those of `figures_of`, or some of them. `default` names the model that `recommend`
     uses; `about` says what was judged, name by name, and `asked` what was predicted from what, for the
-    head of the page. The plot is left out where there are no curves.
+    head of the page. The plot is left out where there are no curves; `pictures` come at the end.
     """
     names = [RESULTS, PAGE]
     workspace.write_json(f"{folder}/{RESULTS}", {"default": default, "about": about, **figures})
@@ -63,7 +71,10 @@ def write_report(
     if figure is not None:
         workspace.write_bytes(f"{folder}/{FIGURE}", figure)
         names.append(FIGURE)
-    page = html_page(figures, figure, default=default, about=about, asked=asked)
+    for picture in pictures:
+        workspace.write_bytes(f"{folder}/{picture.file}", picture.png)
+        names.append(picture.file)
+    page = html_page(figures, figure, default=default, about=about, asked=asked, pictures=pictures)
     workspace.write_bytes(f"{folder}/{PAGE}", page.encode())
     return names
 
@@ -75,6 +86,7 @@ def html_page(
     default: str,
     about: dict[str, str],
     asked: str = EVERY_PLAY,
+    pictures: Sequence[Picture] = (),
 ) -> str:
     """The report as one HTML page that needs no other file: the headline first, what differs behind it."""
     results = figures["results"]
@@ -85,7 +97,7 @@ def html_page(
     parts = [section(next_play, GROUP_TITLES[group], group, usual, default) for group in groups[:1]]
     parts += [compared(figures.get("comparisons", [])), targets(results, usual, default)]
     if figure is not None:
-        parts.append(_figure(figure))
+        parts.append(_image(figure, *AHEAD))
     parts += [paired(figures.get("pairwise", []), default), recommended(figures.get("recommended", []), default)]
     if len(groups) > 2:  # one group alone is the same users as all
         parts += [section(next_play, GROUP_TITLES[group], group, usual, default) for group in groups[1:]]
@@ -95,6 +107,7 @@ def html_page(
         parts.append(section(left_out, "Leave one out: the last play of each user alone", "all", usual, default))
     others = sorted(set(ks) - {usual}, reverse=True)
     parts += [section(next_play, GROUP_TITLES[group], group, k, default) for k in others for group in groups[:1]]
+    parts += [_image(picture.png, picture.title, picture.note, picture.alt) for picture in pictures]
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items())
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -107,12 +120,9 @@ def html_page(
     )
 
 
-def _figure(figure: bytes) -> str:
-    data = base64.b64encode(figure).decode()
+def _image(png: bytes, title: str, note: str, alt: str) -> str:
+    data = base64.b64encode(png).decode()
     return (
-        "<h2>How near the taste vector is to songs played later</h2>"
-        "<p>Mean cosine of the taste vector with the song so many plays ahead, each model in its own space of songs. "
-        "The bars are bootstrap intervals over users.</p>"
-        '<div class=scroll><img alt="Mean cosine by offset, one line per model" '
-        f'src="data:image/png;base64,{data}"></div>'
+        f"<h2>{escape(title)}</h2><p>{escape(note)}</p>"
+        f'<div class=scroll><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></div>'
     )

@@ -1,6 +1,9 @@
 """Judge the network and the baselines on the test range, bucket by bucket on Ray."""
 
+import json
 import time
+
+import numpy as np
 
 from rayrec.artifacts import Manifest, fingerprint, load, new_id, publish
 from rayrec.config import to_mapping
@@ -8,6 +11,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
 from rayrec.errors import InputError
 from rayrec.evaluation.evaluator import Evaluator
+from rayrec.evaluation.pictures import NAMED, Picture, most_played, song_map, training_picture
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import CURVES, write_report
 from rayrec.evaluation.results import figures_of
@@ -16,6 +20,8 @@ from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.judged import Judged, choose, make_recommenders
 from rayrec.progress import progress
+from rayrec.songs.vectors import FINAL
+from rayrec.taste.curves import EPOCHS
 from rayrec.workspace import Workspace
 
 KIND = "reports"
@@ -74,8 +80,26 @@ def evaluate(
     )
     about = {"protocol": split.protocol, "test range": split.test_range, **judged.inputs}
     about |= {"warning": judged.warning} if judged.warning else {}
-    names = write_report(workspace, manifest.folder, figures, default=judged.default, about=about)
+    pictures = pictures_of(dataset, judged, evaluator.song_plays)
+    names = write_report(workspace, manifest.folder, figures, default=judged.default, about=about, pictures=pictures)
     return publish(workspace, manifest, names)
+
+
+def pictures_of(dataset: Dataset, judged: Judged, song_plays: np.ndarray) -> list[Picture]:
+    """The training of the network that is judged, and a map of the songs it answers with, or of the song vectors."""
+    from rayrec.taste.checkpoint import SONG_VECTORS  # brings torch: only once needed
+
+    workspace, made = dataset.workspace, []
+    if judged.model and EPOCHS in judged.model.files:
+        lines = workspace.read_bytes(judged.model.path(EPOCHS)).splitlines()
+        made.append(training_picture([json.loads(line) for line in lines]))
+    paths = [judged.model.path(SONG_VECTORS)] if judged.model else [judged.songs.path(FINAL)] if judged.songs else []
+    for path in paths:
+        vectors = np.asarray(workspace.read_array(path))
+        known = song_plays[: len(vectors)]
+        titles = dataset.catalog().titles(most_played(vectors, known, NAMED))
+        made.append(song_map(vectors, known, titles))
+    return [picture for picture in made if picture is not None]
 
 
 def make_evaluator(

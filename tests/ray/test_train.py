@@ -26,6 +26,7 @@ from rayrec.jobs import trainer
 from rayrec.jobs.generating import generate
 from rayrec.jobs.train import _validation_table, load_validation, model_config, train, window_stream
 from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.taste.checkpoint import load_model
 from rayrec.taste.config import TrainConfig
 from rayrec.taste.fitting import Phase
 from rayrec.taste.stream import UnitReader, plain_stream
@@ -114,7 +115,7 @@ def test_a_network_of_playlists_sees_songs_alone_and_says_that_no_split_cut_them
     entries = Dataset(world).manifest.playlist_entries
     assert made.metrics["plays"] == entries - Dataset(world).manifest.playlists  # all but the last of each
     recommender = TasteRecommender.load(world, made.id)
-    assert recommender._encoder.model.config.features.dim == 0
+    assert load_model(world, made.folder).config.features.dim == 0
     histories = next(Dataset(world).read_bucket(0))
     songs, _ = recommender.recommend(histories, split.test_from, 5)
     assert (songs >= 0).all()
