@@ -51,6 +51,13 @@ class RedisServer:
                 time.sleep(0.05)
         client.close()
 
+    def empty(self) -> None:
+        """Forget everything."""
+        import redis
+
+        with redis.Redis("127.0.0.1", self.port) as client:
+            client.flushall()
+
     def kill(self) -> None:
         """As kill -9."""
         if self.process is not None:

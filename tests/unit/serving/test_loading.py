@@ -34,15 +34,22 @@ def world(workspace: Workspace) -> Workspace:
     return workspace
 
 
-@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/states.sqlite"
-        return
-    server = RedisServer(tmp_path)
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
     server.start()
-    yield server.uri
+    yield server
     server.kill()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/states.sqlite"
+    server: RedisServer = request.getfixturevalue("redis")
+    server.empty()
+    return server.uri
 
 
 @pytest.fixture

@@ -33,15 +33,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
-@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/states.sqlite"
-        return
-    server = RedisServer(tmp_path)
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
     server.start()
-    yield server.uri
+    yield server
     server.kill()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/states.sqlite"
+    server: RedisServer = request.getfixturevalue("redis")
+    server.empty()
+    return server.uri
 
 
 @pytest.fixture
@@ -267,6 +274,13 @@ def test_a_moment_before_the_last_play_is_refused(app: Client) -> None:
     assert taste(app, "ann", early + 1)["at"] == early + 1
 
 
+@pytest.fixture(scope="module")
+def unused(world: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """An application whose store stays empty."""
+    with service(world, store=f"sqlite:///{tmp_path_factory.mktemp('unused')}/states.sqlite") as opened:
+        yield Client(opened)
+
+
 PLAY = {"event_id": "e", "user_id": "ann", "song": "song-1"}
 
 
@@ -293,13 +307,9 @@ PLAY = {"event_id": "e", "user_id": "ann", "song": "song-1"}
         ([PLAY], "body"),
     ],
 )
-def test_plays_that_are_none_are_a_422_and_nothing_is_stored(
-    world: Workspace, tmp_path: Path, body: Any, told: str
-) -> None:
-    with service(world, store=f"sqlite:///{tmp_path}/s.sqlite") as opened:
-        app = Client(opened)
-        require_problem(app.post("/v1/plays", body), 422, told)
-        assert app.get("/v1/users/ann/taste").status_code == 404
+def test_plays_that_are_none_are_a_422_and_nothing_is_stored(unused: Client, body: Any, told: str) -> None:
+    require_problem(unused.post("/v1/plays", body), 422, told)
+    assert unused.get("/v1/users/ann/taste").status_code == 404
 
 
 def test_a_user_id_that_is_no_text_is_a_422(app: Client) -> None:
