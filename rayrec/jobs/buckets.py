@@ -76,6 +76,7 @@ def run_buckets(
     stored = ray.put(arguments)
     source = ray.data.from_items(units, override_num_blocks=len(units))
     source.context.max_errored_blocks = -1  # the others go on
+    source.context.execution_no_progress_timeout_s = -1  # a large bucket may take longer than Ray Data's half hour
     results = source.map_batches(
         _run_unit,
         fn_args=(make_worker, [stored]),  # in a list, since Ray Data would resolve a bare reference for each task
