@@ -33,5 +33,9 @@ class LeakError(RayrecError):
     """A fit was handed plays that it must not see: past the cut, or of a held-out user."""
 
 
+class BusyError(RayrecError):
+    """Another run writes to the workspace."""
+
+
 class DamagedArtifactError(RayrecError):
     """A stored file does not match the checksum in its manifest, or has an unknown format version."""

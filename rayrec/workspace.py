@@ -29,6 +29,10 @@ SET_ASIDE = "dataset/set_aside"
 STATES_FILE = "serving/states.sqlite"  # the embedded store of user states
 IMPORT_STAGING = "dataset/.staging"  # what an unfinished import has done so far
 
+LOCK = ".lock"  # held by the run that writes, on a local disk
+LOCK_HOLDER = ".lock-holder.json"  # who that is
+LEASE = ".lease.json"  # the same on object storage
+
 
 def histories_file(part: int, bucket: int) -> str:
     """The Parquet file of one bucket of users in one part of the histories."""
@@ -112,6 +116,10 @@ class Workspace:
         if info.type == pafs.FileType.File:
             return int(info.size)
         return sum(self.filesystem.get_file_info(self.full(name)).size for name in self.files(path))
+
+    def modified(self, path: str) -> float:
+        """Seconds since 1970 by the clock of the storage when a file was written; 0 where there is none."""
+        return float(self.filesystem.get_file_info(self.full(path)).mtime_ns or 0) / 1e9
 
     def files(self, path: str) -> list[str]:
         """All files below a folder, as sorted paths relative to the root; hidden and temporary ones left out."""

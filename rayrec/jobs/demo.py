@@ -10,6 +10,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.generate import GenerateConfig
 from rayrec.errors import InputError, NotFoundError
 from rayrec.jobs.pipeline import Outcome, run
+from rayrec.locking import writes
 from rayrec.recommend.answering import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
 from rayrec.workspace import Workspace
 
@@ -56,6 +57,7 @@ class Demo:
         }
 
 
+@writes("demo")
 def demo(
     workspace: Workspace, *, force: bool = False, on_stage: Callable[[Outcome], None] = lambda outcome: None
 ) -> Demo:

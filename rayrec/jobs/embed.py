@@ -16,6 +16,7 @@ from rayrec.data.split import FitRange, Split, fit_range
 from rayrec.errors import MismatchError
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.node import node_cpus, run_on_node
+from rayrec.locking import writes
 from rayrec.progress import progress
 from rayrec.songs import fitting, health
 from rayrec.songs.embedding import EmbedConfig
@@ -24,6 +25,7 @@ from rayrec.songs.vectors import FINAL, SELECTION, SongVectors
 from rayrec.workspace import Workspace
 
 
+@writes("embed")
 def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = None, repeat: bool = False) -> Manifest:
     """Make the song vectors of a data set: vectors.npy, and with a validation range selection_vectors.npy.
 

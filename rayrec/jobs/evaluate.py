@@ -19,6 +19,7 @@ from rayrec.evaluation.tally import Tally
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.judged import Judged, choose, make_recommenders
+from rayrec.locking import writes
 from rayrec.progress import progress
 from rayrec.songs.vectors import FINAL
 from rayrec.taste.curves import EPOCHS
@@ -28,6 +29,7 @@ KIND = "reports"
 USERS_PER_BATCH = 2_000
 
 
+@writes("evaluate")
 def evaluate(
     workspace: Workspace,
     config: EvaluateConfig,

@@ -24,6 +24,7 @@ from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.evaluate import KIND
 from rayrec.jobs.judged import choose, make_recommenders
+from rayrec.locking import writes
 from rayrec.progress import progress
 from rayrec.workspace import Workspace
 
@@ -33,6 +34,7 @@ ASKED = "The target of each line of the file is predicted from the songs of its 
 Tallied = tuple[Tally, np.ndarray]  # and the counts of `Prefixes`
 
 
+@writes("evaluate --prefixes")
 def evaluate_prefixes(
     workspace: Workspace,
     config: EvaluateConfig,

@@ -15,6 +15,7 @@ from rayrec.data.generate import CONTEXTS, GenerateConfig, World
 from rayrec.errors import InputError
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import ray_cluster
+from rayrec.locking import writes
 from rayrec.progress import progress
 from rayrec.workspace import DATASET, DATASET_MANIFEST, GENERATING, PLAYLISTS, SONGS_TABLE, Workspace, histories_file
 
@@ -22,6 +23,7 @@ USERS_PER_RANGE = 100_000
 PLAYLISTS_PER_FILE = 100_000
 
 
+@writes("generate")
 def generate(workspace: Workspace, config: GenerateConfig, *, repeat: bool = False) -> DatasetManifest:
     """Make the data set of a generated world; after a crash, go on with the buckets that are missing.
 

@@ -27,6 +27,7 @@ from rayrec.data.vocabulary import KEY, SongRows, Vocabulary
 from rayrec.errors import InputError
 from rayrec.jobs.buckets import BucketWorker, run_buckets
 from rayrec.jobs.cluster import ray_cluster
+from rayrec.locking import writes
 from rayrec.progress import progress
 from rayrec.workspace import (
     DATASET,
@@ -38,6 +39,7 @@ from rayrec.workspace import (
 )
 
 
+@writes("import")
 def import_data(workspace: Workspace, config: ImportConfig, *, repeat: bool = False) -> DatasetManifest:
     """Make the data set of a workspace, or add playlists to its plays or plays to its playlists.
 
@@ -75,6 +77,7 @@ class Appended:
     songs: int = 0  # new ones
 
 
+@writes("import --append")
 def append_plays(workspace: Workspace, config: ImportConfig) -> Appended:
     """Add the plays of files to the data set, as a new part; the parts and song rows that exist stay as they are.
 

@@ -8,6 +8,7 @@ from rayrec.artifacts import Manifest, fingerprint, load, new_id, newest, publis
 from rayrec.config import to_mapping
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.node import node_cpus, run_on_node
+from rayrec.locking import writes
 from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex, import_faiss
 from rayrec.workspace import Workspace
@@ -15,6 +16,7 @@ from rayrec.workspace import Workspace
 MODEL_VECTORS = "song_vectors.npy"  # float32 (N, D) in a model's folder
 
 
+@writes("index")
 def build_index(
     workspace: Workspace, config: IndexConfig, *, model_id: str | None = None, repeat: bool = False
 ) -> Manifest:

@@ -24,6 +24,7 @@ from rayrec.jobs.importing import import_data
 from rayrec.jobs.index import build_index
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
+from rayrec.locking import writes
 from rayrec.recommend.index import IndexConfig
 from rayrec.songs.embedding import EmbedConfig
 from rayrec.taste.config import TasteConfig, TrainConfig
@@ -67,6 +68,7 @@ class Outcome:
         return asdict(self)
 
 
+@writes("run")
 def run(
     workspace: Workspace,
     source: str | Path | Mapping[str, Any],

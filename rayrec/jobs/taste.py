@@ -20,6 +20,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.errors import MismatchError
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import ray_cluster
+from rayrec.locking import writes
 from rayrec.progress import progress
 from rayrec.taste.config import TasteConfig
 from rayrec.taste.tastes import PLAYS, tastes_file
@@ -28,6 +29,7 @@ from rayrec.workspace import Workspace
 COUNTS = b"rayrec counts"  # key of a file's metadata: JSON of what its bucket came to
 
 
+@writes("taste")
 def compute_tastes(
     workspace: Workspace, config: TasteConfig, *, model_id: str | None = None, repeat: bool = False
 ) -> Manifest:

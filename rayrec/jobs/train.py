@@ -34,6 +34,7 @@ from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import cluster_cpus, quiet_data, ray_cluster
 from rayrec.jobs.node import run_on_node
 from rayrec.jobs.trainer import Crew, run_workers
+from rayrec.locking import writes
 from rayrec.progress import progress
 from rayrec.recommend.hybrid import MEMBERS
 from rayrec.recommend.mixing import write_memory
@@ -69,6 +70,7 @@ class TrainPlan:
     validation: str | None  # path of the plays to predict
 
 
+@writes("train")
 def train(
     workspace: Workspace,
     config: TrainConfig,

@@ -11,7 +11,7 @@ from rayrec.progress import progress
 from rayrec.verifying.audit import Audit
 from rayrec.verifying.datasets import check_dataset, check_splits
 from rayrec.verifying.parts import check_artifacts
-from rayrec.workspace import DATASET_MANIFEST, IMPORT_STAGING, Workspace
+from rayrec.workspace import DATASET_MANIFEST, IMPORT_STAGING, LEASE, LOCK, LOCK_HOLDER, Workspace
 
 STORED = (".npy", ".safetensors", ".parquet", ".faiss", ".arrow")  # files that must stand under a checksum
 
@@ -54,6 +54,8 @@ def _check_leftovers(audit: Audit) -> None:
             continue
         if path.startswith(f"{IMPORT_STAGING}/"):
             staged += 1
+        elif path in (LOCK, LOCK_HOLDER, LEASE):
+            continue
         elif posixpath.basename(path).startswith(".") or "/." in path:
             audit.note(path, "is a temporary file that a job left behind; it may be deleted")
         elif path.endswith(STORED):

@@ -15,7 +15,7 @@ ROOT = Path(rayrec.__file__).parent.parent
 LEVELS = [
     {"errors"},
     {"config", "progress", "workspace"},
-    {"artifacts"},
+    {"artifacts", "locking"},
     {"data"},
     {"songs"},
     {"taste"},
