@@ -90,13 +90,19 @@ def test_an_error_gives_it_back(workspace: Workspace) -> None:
             stage(workspace)
 
 
+def test_a_path_where_nothing_was_and_nothing_came_of_it_stays_so(tmp_path: Path) -> None:
+    with exclusive(Workspace(tmp_path / "mistyped"), "taste"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
 def test_the_files_of_a_lock_are_nothing_to_the_audit(workspace: Workspace) -> None:
     with exclusive(workspace, "run"):
         assert [note.path for note in verify_workspace(workspace).notes] == ["dataset/dataset.json"]
 
 
 @pytest.mark.parametrize(
-    "stage", ["importing", "embed", "train", "taste", "index", "evaluate", "pipeline", "generating"]
+    "stage", ["importing", "embed", "train", "taste", "index", "evaluate", "pipeline", "generating", "demo"]
 )
 def test_every_stage_that_writes_takes_it(stage: str) -> None:
     source = (Path(locking.__file__).parent / "jobs" / f"{stage}.py").read_text()
@@ -161,8 +167,7 @@ class TestLease:
                 with locking._lease(workspace, holder):
                     outcomes.append("held")
                     time.sleep(0.5)
-            except BusyError as error:
-                assert "`rayrec taste`" in str(error)
+            except BusyError:
                 outcomes.append("refused")
 
         threads = [threading.Thread(target=start, args=(number,)) for number in range(5)]
@@ -174,10 +179,12 @@ class TestLease:
 
     def test_a_run_that_lost_its_lease_stops(self, workspace: Workspace) -> None:
         mine = locking.Holder.of_this_run("train")
-        with (
-            pytest.raises(BusyError, match=r"`rayrec import` .* took over the lease of this run"),
-            locking._lease(workspace, mine),
-        ):
-            workspace.write_json(locking.LEASE, {**vars(mine), "command": "import", "token": "other"})
-            time.sleep(10)
+
+        def work() -> None:
+            with locking._lease(workspace, mine):
+                workspace.write_json(locking.LEASE, {**vars(mine), "command": "import", "token": "other"})
+                time.sleep(10)
+
+        with pytest.raises(BusyError, match=r"`rayrec import` .* took over the lease of this run"):
+            work()
         assert workspace.read_json(locking.LEASE)["token"] == "other"
