@@ -33,6 +33,10 @@ class LeakError(RayrecError):
     """A fit was handed plays that it must not see: past the cut, or of a held-out user."""
 
 
+class StorageError(RayrecError):
+    """A disk is full, or object storage goes on failing."""
+
+
 class BusyError(RayrecError):
     """Another run writes to the workspace."""
 

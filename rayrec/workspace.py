@@ -1,7 +1,9 @@
 """The workspace: the folder or bucket prefix that holds every artifact. Paths are made here only."""
 
+import errno
 import io
 import json
+import os
 import posixpath
 import shutil
 import tempfile
@@ -16,7 +18,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from rayrec.errors import InputError, NotFoundError
+from rayrec.errors import InputError, NotFoundError, StorageError
+from rayrec.object_storage import patient, upload
 
 DATASET = "dataset"
 DATASET_MANIFEST = "dataset/dataset.json"
@@ -29,6 +32,7 @@ SET_ASIDE = "dataset/set_aside"
 STATES_FILE = "serving/states.sqlite"  # the embedded store of user states
 IMPORT_STAGING = "dataset/.staging"  # what an unfinished import has done so far
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
 LOCK = ".lock"  # held by the run that writes, on a local disk
 LOCK_HOLDER = ".lock-holder.json"  # who that is
 LEASE = ".lease.json"  # the same on object storage
@@ -78,7 +82,8 @@ class Workspace:
         self.uri = str(uri)
         try:
             if "://" in self.uri:
-                self.filesystem, root = pafs.FileSystem.from_uri(self.uri)
+                filesystem, root = pafs.FileSystem.from_uri(self.uri)
+                self.filesystem = patient(filesystem)
             else:
                 self.filesystem = pafs.LocalFileSystem()
                 root = str(Path(self.uri).expanduser().resolve())
@@ -160,23 +165,35 @@ class Workspace:
 
     @contextmanager
     def open_output(self, path: str) -> Iterator[pa.NativeFile]:
-        """A stream that becomes the file `path` when the block ends without an error."""
+        """A stream that becomes the file `path` when the block ends without an error.
+
+        Raises `StorageError` where the disk is full or the storage goes on failing.
+        """
         target = self.full(path)
-        written = target
         if self.is_local:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
-            written = posixpath.join(posixpath.dirname(target), f".{posixpath.basename(target)}.{uuid.uuid4().hex}")
-        stream = self.filesystem.open_output_stream(written)
+            written = Path(target).parent / f".{posixpath.basename(target)}.{uuid.uuid4().hex}"
+        else:
+            # First on a local disk: pyarrow closes a stream that is let go of, and half a file would be there.
+            descriptor, name = tempfile.mkstemp(prefix="rayrec-")
+            os.close(descriptor)
+            written = Path(name)
         try:
-            yield stream
-        except BaseException:
+            with pa.OSFile(str(written), "wb") as stream:
+                yield stream
             if self.is_local:
-                stream.close()
-                Path(written).unlink(missing_ok=True)
-            raise
-        stream.close()
-        if self.is_local:
-            Path(written).replace(target)
+                written.replace(target)
+            else:
+                upload(self.filesystem, written, target)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise StorageError(
+                f"there is no room to write {path} in {self.uri if self.is_local else written.parent}: {error}; "
+                "make room and run again: what is done is kept"
+            ) from error
+        finally:
+            written.unlink(missing_ok=True)
 
     def read_bytes(self, path: str) -> bytes:
         """A file's content."""

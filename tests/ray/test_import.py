@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rayrec.artifacts import sha256
@@ -315,6 +317,38 @@ def test_input_without_a_usable_row_is_refused_and_leaves_nothing(tmp_path: Path
     with pytest.raises(InputError, match="none of 1 rows can be used: 1 × user with fewer than 2 plays"):
         import_data(workspace, csv_config(write(file, ["user,song,played_at", f"a,s,{START}"]), min_user_plays=2))
     assert workspace.files("dataset") == []
+
+
+def test_a_damaged_parquet_file_among_many_is_named_and_nothing_is_left(tmp_path: Path, workspace: Workspace) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number in range(40):
+        rows = {"user": [f"u{row}" for row in range(50)], "song": ["s"] * 50, "played_at": [START + number] * 50}
+        pq.write_table(pa.table(rows), folder / f"{number:03d}.parquet", write_page_checksum=True)
+    damaged = folder / "017.parquet"
+    content = bytearray(damaged.read_bytes())
+    content[60] ^= 255  # within a page: the footer is whole
+    damaged.write_bytes(content)
+    config = ImportConfig(format="parquet", paths=(str(folder),), unit_mib=0.0001)
+    with pytest.raises(InputError, match=r"017.parquet is damaged: .*bring it back whole or leave it out"):
+        import_data(workspace, config)
+    assert workspace.files("dataset") == []
+    damaged.unlink()
+    assert import_data(workspace, config).plays == 39 * 50
+
+
+def test_times_of_clocks_that_are_wrong_are_set_aside_beyond_tomorrow_and_kept_in_1970(
+    tmp_path: Path, workspace: Workspace
+) -> None:
+    moments = [START, 0, 5, int(time.time()) + 3 * 86_400, 4_000_000_000, -7, 5_000_000_000]
+    lines = [f"u{row},s,{moment}" for row, moment in enumerate(moments)]
+    manifest = import_data(workspace, csv_config(write(tmp_path / "a.csv", ["user,song,played_at", *lines])))
+    assert manifest.set_aside == {
+        "time is more than a day from now": 2,
+        "time is not between 1970 and 2100": 2,
+    }
+    assert sorted(content(workspace)) == ["u0", "u1", "u2"]
+    assert (manifest.first_play, manifest.last_play) == (0, START * 1000)
 
 
 def test_the_real_sample_has_its_known_figures(real_data: Path, workspace: Workspace) -> None:

@@ -1,6 +1,8 @@
 """The workspace: whole files or none, paths below one root, and messages where something is missing."""
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -107,3 +109,30 @@ def test_paths_are_spelled_as_the_layout_says() -> None:
     assert playlists_file(4) == "dataset/playlists/playlists-00004.parquet"
     assert split_file("s") == "splits/s.json"
     assert artifact_dir("models", "m") == "models/m"
+
+
+FILL = """
+import resource, sys
+from rayrec.workspace import Workspace
+from rayrec.errors import StorageError
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+workspace = Workspace(sys.argv[1])
+workspace.write_bytes("small", b"fits")
+try:
+    with workspace.open_output("large") as stream:
+        for _ in range(100):
+            stream.write(b"x" * 10_000)
+except StorageError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_said_and_leaves_what_was_there_and_no_rests(workspace: Workspace) -> None:
+    workspace.write_bytes("large", b"old")
+    told = subprocess.run(
+        [sys.executable, "-c", FILL, workspace.uri], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    assert "there is no room to write large in" in told
+    assert "what is done is kept" in told
+    assert workspace.read_bytes("large") == b"old"
+    assert sorted(path.name for path in Path(workspace.root).iterdir()) == ["large", "small"]

@@ -1,5 +1,6 @@
 """What every reader of an outside format shares: units of work, batches of rows, rows set aside."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -12,6 +13,8 @@ from rayrec.data import columns
 
 TEXT_LIMIT = 1_000  # characters kept of a row that is set aside
 NO_USER = "no user"
+IN_FUTURE = "time is more than a day from now"
+DAY_SECONDS = 86_400  # that clocks and zones may be wrong
 NO_SONG = "no song"
 NO_PLAYLIST = "no playlist"
 
@@ -116,6 +119,9 @@ def batch(
     `values` may lack nullable columns; `lines` is int64 (R,); `texts` gives the text of the rows at
     some positions; `also` holds rows that were rejected before.
     """
+    if columns.PLAYED_AT in values:
+        # One play of 2090 would be the last of the data: splits and tastes count back from that.
+        problems.mark(np.asarray(values[columns.PLAYED_AT]) > (time.time() + DAY_SECONDS) * 1000, IN_FUTURE)
     bad = problems.bad
     positions = np.flatnonzero(bad)
     refused = rejected(source, lines[positions], problems.reasons(), texts(positions))

@@ -107,7 +107,7 @@ class ParquetReader:
             wanted = {role: names[place] for role, place in find_columns(unit.source, names, self.options).items()}
             groups = list(range(unit.start, file.num_row_groups if unit.stop is None else unit.stop))
             first = 1
-            for part in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=list(set(wanted.values()))):
+            for part in _batches(unit.source, file, groups, list(set(wanted.values()))):
 
                 def texts(found: np.ndarray, part: pa.RecordBatch = part) -> list[str]:
                     return [json.dumps(row, default=str, ensure_ascii=False) for row in part.take(found).to_pylist()]
@@ -184,9 +184,18 @@ def convert(
 
 def _parquet(source: str, stream: pa.NativeFile) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(stream)
+        return pq.ParquetFile(stream, page_checksum_verification=True)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{source} is not a Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _batches(source: str, file: pq.ParquetFile, groups: list[int], names: list[str]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=names)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{source} is damaged: {str(error).splitlines()[0]}; bring it back whole or leave it out"
+        ) from error
 
 
 def _untangle(values: pa.Array) -> pa.Array:
