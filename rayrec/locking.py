@@ -14,10 +14,10 @@ objects, so the clocks of machines do not matter.
 Reading takes no lock, nor does what writes one small file: splits, and releases going live or back.
 """
 
-import _thread
 import functools
 import json
 import os
+import signal
 import socket
 import threading
 import uuid
@@ -194,7 +194,8 @@ class _Heartbeat(threading.Thread):
                 first = _read_holder(self._workspace, LEASE)
                 if first is not None and first != self._holder:
                     self.lost = first
-                    _thread.interrupt_main()
+                    # A real signal: it ends a wait in the main thread, too.
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
                 self._workspace.write_json(LEASE, asdict(self._holder))
             except OSError:

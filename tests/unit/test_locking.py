@@ -185,6 +185,8 @@ class TestLease:
                 workspace.write_json(locking.LEASE, {**vars(mine), "command": "import", "token": "other"})
                 time.sleep(10)
 
+        began = time.monotonic()
         with pytest.raises(BusyError, match=r"`rayrec import` .* took over the lease of this run"):
             work()
+        assert time.monotonic() - began < 8  # the wait was cut short
         assert workspace.read_json(locking.LEASE)["token"] == "other"
