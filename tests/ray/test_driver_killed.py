@@ -1,0 +1,149 @@
+"""`rayrec run` killed at planted moments: nothing half-written is read, and a second run ends as one would have."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+
+from rayrec import artifacts, releases
+from rayrec.artifacts import sha256
+from rayrec.data.dataset import Dataset
+from rayrec.jobs.pipeline import run
+from rayrec.taste.tastes import tastes_file
+from rayrec.workspace import DATASET_MANIFEST, Workspace
+
+KINDS = ("songs", "models", "tastes", "indexes", "reports")
+BUCKETS = 4
+COMMAND = [sys.executable, "-c", "import sys; from rayrec_cli.main import main; sys.exit(main())"]
+PIPELINE = f"""
+[import]
+format = "csv"
+paths = ["plays"]
+buckets = {BUCKETS}
+[split]
+test_days = 10
+validation_days = 5
+[embed]
+dim = 8
+epochs = 2
+workers = 1
+session_gap_minutes = 2000
+[train]
+hidden_dim = 8
+epochs = 2
+negatives = 16
+workers = 0
+[evaluate]
+bootstrap_samples = 20
+max_curve_users = 20
+models = ["taste", "popularity"]
+"""
+# What the run has just written when it is killed, in the order of the stages.
+MOMENTS = (
+    "dataset/.staging/*/units/*",
+    "dataset/.staging/*/buckets/*.json",
+    "dataset/dataset.json",
+    "songs/*/vectors.npy",
+    "models/*/run/*_counts.npy",
+    "models/*/model.safetensors",
+    "tastes/*/bucket=*/tastes.parquet",
+    "indexes/*/*",
+    "reports/*/*",
+    "releases/*/manifest.json",
+)
+
+
+def write_plays(folder: Path) -> None:
+    folder.mkdir()
+    for file in range(4):
+        lines = ["user,song,played_at"]
+        for user in range(20):
+            start = 1_420_000_000 + 86_400 * (user % 40)
+            lines += [f"u{file}-{user},s{(user * 7 + step * step) % 60},{start + step * 90_000}" for step in range(30)]
+        (folder / f"plays-{file}.csv").write_text("\n".join(lines) + "\n")
+
+
+def start(workspace: Path, file: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment.pop("RAY_ADDRESS", None)
+    words = [*COMMAND, "--workspace", str(workspace), "run", str(file)]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def kill_at(workspace: Path, file: Path, moment: str) -> bool:
+    """Start the run and kill it when something new is there at `moment`; False where it ended before that."""
+    before = set(workspace.glob(moment))
+    with start(workspace, file) as driver:
+        while driver.poll() is None:
+            if set(workspace.glob(moment)) - before:
+                family = psutil.Process(driver.pid).children(recursive=True)
+                driver.send_signal(signal.SIGKILL)
+                driver.wait()
+                _, left = psutil.wait_procs(family, timeout=90)
+                assert not left, "Ray's processes outlive a killed driver"
+                return True
+            time.sleep(0.002)
+    assert driver.returncode == 0
+    return False
+
+
+def check_sound(workspace: Workspace) -> None:
+    """Whatever can be found can be read whole."""
+    for kind in (*KINDS, "releases"):
+        for manifest in artifacts.listing(workspace, kind):
+            artifacts.verify(workspace, manifest)
+    if workspace.exists(DATASET_MANIFEST):
+        dataset = Dataset(workspace)
+        for name, digest in dataset.manifest.files.items():
+            assert sha256(workspace, f"dataset/{name}") == digest
+        assert sum(batch.num_plays for batch in dataset.read_all()) == dataset.manifest.plays
+
+
+def ids(workspace: Workspace) -> dict[str, list[str]]:
+    return {kind: [manifest.id for manifest in artifacts.listing(workspace, kind)] for kind in KINDS}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.usefixtures("cluster")
+def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    write_plays(tmp_path / "plays")
+    file = tmp_path / "pipeline.toml"
+    file.write_text(PIPELINE)
+    whole, place = Workspace(tmp_path / "whole"), tmp_path / "killed"
+    run(whole, file)
+    killed = Workspace(place)
+    survived = []
+    for moment in MOMENTS:
+        if kill_at(place, file, moment):
+            survived.append(moment)
+        check_sound(killed)
+    assert len(survived) >= 8, survived  # the last files of a run may come too late to kill it
+    with start(place, file) as driver:
+        _, told = driver.communicate(timeout=600)
+    assert driver.returncode == 0, told.decode()
+    check_sound(killed)
+    assert ids(killed) == ids(whole)
+    (released,), (wanted_release,) = (releases.list_releases(each) for each in (killed, whole))
+    assert released.inputs == wanted_release.inputs  # its id knows when its parts were made
+    assert Dataset(killed).manifest.id == Dataset(whole).manifest.id
+    for name in ("model.safetensors", "song_vectors.npy"):
+        (model,) = ids(whole)["models"]
+        assert killed.read_bytes(f"models/{model}/{name}") == whole.read_bytes(f"models/{model}/{name}")
+    (tastes,) = ids(whole)["tastes"]
+    found, wanted = (
+        pa.concat_tables([each.read_table(tastes_file(f"tastes/{tastes}", bucket)) for bucket in range(BUCKETS)])
+        for each in (killed, whole)
+    )
+    assert found.equals(wanted)
+    (report,), (expected,) = (artifacts.listing(each, "reports") for each in (killed, whole))
+    assert report.metrics["results"] == expected.metrics["results"]
+    live = releases.active_release(killed)
+    assert live is not None
+    releases.verify_release(killed, live)
