@@ -64,7 +64,7 @@ def split_file(split_id: str) -> str:
 
 
 def artifact_dir(kind: str, artifact_id: str) -> str:
-    """The folder of one artifact; `kind` is songs, models, indexes, tastes, releases or reports."""
+    """The folder of one artifact; `kind` is songs, models, indexes, tastes, releases, reports or tunings."""
     return f"{kind}/{artifact_id}"
 
 

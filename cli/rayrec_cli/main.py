@@ -17,6 +17,7 @@ from rayrec_cli import (
     release_commands,
     run_commands,
     states_commands,
+    tune_commands,
     verify_commands,
 )
 from rayrec_cli.app import app
@@ -30,6 +31,7 @@ __all__ = [
     "release_commands",
     "run_commands",
     "states_commands",
+    "tune_commands",
     "verify_commands",
 ]
 

@@ -1,0 +1,139 @@
+"""A sweep over settings of song vectors and network, judged on the validation range.
+
+A plain loop and not Ray Tune: a trial is an embed and a train job, which spread over the cluster
+themselves, and an interrupted one is found again by its id. What Ray Tune would add is trials side
+by side, for CPUs that a single training leaves idle.
+"""
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from rayrec import artifacts
+from rayrec.artifacts import Manifest
+from rayrec.config import read_toml, to_mapping
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import Split
+from rayrec.data.splits import require_split_of
+from rayrec.errors import InputError
+from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.embed import embed
+from rayrec.jobs.train import train
+from rayrec.taste.search import Trial, TuneConfig, read_trials, to_toml
+from rayrec.workspace import Workspace
+
+KIND = "tunings"
+TABLE, CSV, BEST = "trials.json", "trials.csv", "best.toml"
+JUDGED_BY = "validation_recall@20"
+
+Row = dict[str, Any]
+
+
+def tune(
+    workspace: Workspace,
+    config: TuneConfig,
+    file: str,
+    *,
+    split: Split | None,
+    repeat: bool = False,
+    on_trial: Callable[[Row, int], None] = lambda row, trials: None,
+) -> Manifest:
+    """Try the settings of a TOML file and keep tunings/<id>/ with the table of trials and the best settings.
+
+    Each trial fits song vectors and a network on the range before the validation range. An
+    interrupted sweep goes on where it was: the trials in its table are not repeated. The models of
+    trials are deleted once they are judged, and at the end all song vectors that the sweep made but
+    the best. Metrics: trials (rows of the table), best (settings), best_recall and seconds. `on_trial`
+    hears of each row as it is there, and of how many there will be.
+
+    Raises `InputError` for a file as `read_trials` does, and where there is no validation range.
+    """
+    if split is None or not split.has_validation:
+        raise InputError("a sweep is judged on a validation range, and there is none; run `rayrec split` first")
+    dataset = Dataset(workspace)
+    require_split_of(dataset, split)
+    trials = read_trials(read_toml(file), config, file)
+    settings = {**to_mapping(config), "settings": [trial.settings for trial in trials]}
+    inputs = {"dataset": dataset.manifest.id, "split": split.id}
+    print_id = artifacts.fingerprint("tune", settings, inputs)
+    tuning_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
+    if complete:
+        return artifacts.load(workspace, KIND, tuning_id)
+    manifest = Manifest(kind=KIND, id=tuning_id, config=settings, inputs=inputs, seed=config.seed)
+    rows = _run(workspace, manifest, trials, split, on_trial)
+    best = max(rows, key=lambda row: row[JUDGED_BY])
+    _forget_songs(workspace, rows, best)
+    workspace.write_bytes(manifest.path(CSV), _csv(rows).encode())
+    workspace.write_bytes(manifest.path(BEST), to_toml(best["settings"]).encode())
+    metrics = {
+        "trials": rows,
+        "best": best["settings"],
+        "best_recall": best[JUDGED_BY],
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+    }
+    return artifacts.publish(workspace, replace(manifest, metrics=metrics), [TABLE, CSV, BEST])
+
+
+def _run(
+    workspace: Workspace,
+    manifest: Manifest,
+    trials: list[Trial],
+    split: Split,
+    on_trial: Callable[[Row, int], None],
+) -> list[Row]:
+    """The rows of all trials, those that the table of an interrupted sweep holds as they are there."""
+    path = manifest.path(TABLE)
+    rows: list[Row] = workspace.read_json(path) if workspace.exists(path) else []
+    with ray_cluster():
+        for number, trial in enumerate(trials[len(rows) :], start=len(rows) + 1):
+            row, model = _try(workspace, trial, split)
+            rows.append({"trial": number, **row})
+            workspace.write_json(path, rows)
+            if model is not None:  # only now: a sweep that is cut off before finds its model again
+                workspace.delete(model.folder)
+            on_trial(rows[-1], len(trials))
+    return rows
+
+
+def _try(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, Manifest | None]:
+    """What came of a trial, and its model where the sweep trained it.
+
+    Song vectors of the same settings are shared by trials, and a training that was cut off goes on.
+    """
+    songs_before = {one.id for one in artifacts.listing(workspace, "songs")}
+    models_before = {one.id for one in artifacts.listing(workspace, "models")}
+    songs = embed(workspace, trial.embed, split=split)
+    model = train(workspace, trial.train, songs_id=songs.id, split=split, resume=trial.train.workers > 0)
+    recall = model.metrics[JUDGED_BY]
+    if recall is None:
+        raise InputError("the validation range holds no play with an earlier one; make a split with a longer one")
+    made = {"songs_made": songs.id not in songs_before}
+    seconds = model.metrics["seconds"] + (songs.metrics.get("seconds", 0.0) if made["songs_made"] else 0.0)
+    row = {
+        **trial.varied,
+        JUDGED_BY: round(recall, 6),
+        "epochs": model.metrics["epochs"],
+        "seconds": round(seconds, 1),
+        "songs": songs.id,
+        **made,
+        "settings": trial.settings,
+    }
+    return row, None if model.id in models_before else model
+
+
+def _forget_songs(workspace: Workspace, rows: list[Row], best: Row) -> None:
+    """Delete the song vectors that the sweep made, but not the best."""
+    for songs in {row["songs"] for row in rows if row["songs_made"]} - {best["songs"]}:
+        workspace.delete(Manifest(kind="songs", id=songs).folder)
+
+
+def _csv(rows: list[Row]) -> str:
+    """The table for spreadsheets, without what a cell cannot hold."""
+    text = io.StringIO()
+    names = [name for name in rows[0] if name not in ("settings", "songs_made")]
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

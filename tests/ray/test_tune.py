@@ -1,0 +1,112 @@
+"""A sweep finds what the planted world rewards, and goes on where it was killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rayrec.artifacts import listing, load
+from rayrec.config import from_mapping
+from rayrec.data.generate import GenerateConfig
+from rayrec.data.split import Split, SplitConfig
+from rayrec.data.splits import split_dataset
+from rayrec.errors import InputError
+from rayrec.jobs.generating import generate
+from rayrec.jobs.tune import JUDGED_BY, tune
+from rayrec.taste.config import TrainConfig
+from rayrec.taste.search import TuneConfig
+from rayrec.workspace import Workspace
+
+SPACE = """
+[embed]
+dim = [8, 16]
+epochs = 2
+workers = 1
+
+[train]
+learning_rate = [1e-9, 0.02]
+hidden_dim = 16
+negatives = 50
+long = []
+epochs = 2
+workers = 0
+"""
+TRIALS = 4
+DEADLINE = 240  # seconds
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Workspace:
+    """A small generated data set, split, with a sweep's file beside it."""
+    folder = tmp_path_factory.mktemp("tune")
+    workspace = Workspace(folder / "workspace")
+    generate(workspace, GenerateConfig(users=150, songs=80, artists=12, genres=4, plays=25, days=60, buckets=2))
+    split_dataset(workspace, SplitConfig(test_days=15, validation_days=10))
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def space(world: Workspace) -> str:
+    path = Path(world.uri).parent / "space.toml"
+    path.write_text(SPACE)
+    return str(path)
+
+
+def _split(workspace: Workspace) -> Split:
+    return split_dataset(workspace, SplitConfig(test_days=15, validation_days=10))
+
+
+def _rows(workspace: Workspace) -> list[dict[str, object]]:
+    tables = [path for path in workspace.files("tunings") if path.endswith("trials.json")]
+    rows: list[dict[str, object]] = workspace.read_json(tables[0]) if tables else []
+    return rows
+
+
+def test_a_killed_sweep_goes_on_and_finds_the_network_that_learns(world: Workspace, space: str) -> None:
+    split = _split(world)
+    command = [sys.executable, "-m", "rayrec_cli.main", "--workspace", world.uri, "tune", space]
+    with open(f"{space}.log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            began = time.monotonic()
+            while len(_rows(world)) < 1 and process.poll() is None and time.monotonic() - began < DEADLINE:
+                time.sleep(0.05)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    kept = _rows(world)
+    assert 1 <= len(kept) < TRIALS, Path(f"{space}.log").read_text()
+    heard: list[int] = []
+    made = tune(world, TuneConfig(), space, split=split, on_trial=lambda row, _: heard.append(row["trial"]))
+    assert heard == list(range(len(kept) + 1, TRIALS + 1))
+    assert made.metrics["trials"][: len(kept)] == kept  # the seconds too: they were not done again
+    recalls = {(row["embed.dim"], row["train.learning_rate"]): row[JUDGED_BY] for row in made.metrics["trials"]}
+    assert len(recalls) == TRIALS
+    assert min(recalls[dim, 0.02] for dim in (8, 16)) > max(recalls[dim, 1e-9] for dim in (8, 16))
+    assert made.metrics["best"]["train"]["learning_rate"] == 0.02
+    assert made.metrics["best_recall"] == max(recalls.values())
+
+
+def test_a_sweep_leaves_a_table_the_best_settings_and_no_models(world: Workspace, space: str) -> None:
+    made = tune(world, TuneConfig(), space, split=_split(world))  # the same one: it is there
+    assert load(world, "tunings", made.id) == made
+    assert set(made.files) == {"trials.json", "trials.csv", "best.toml"}
+    lines = world.read_bytes(made.path("trials.csv")).decode().splitlines()
+    assert lines[0] == f"trial,embed.dim,train.learning_rate,{JUDGED_BY},epochs,seconds,songs"
+    assert len(lines) == 1 + TRIALS
+    from rayrec.config import read_toml
+
+    best = read_toml(world.full(made.path("best.toml")))
+    assert best == made.metrics["best"]
+    from_mapping(TrainConfig, best["train"], "best.toml")
+    assert listing(world, "models") == []
+    assert [songs.config["dim"] for songs in listing(world, "songs")] == [best["embed"]["dim"]]
+
+
+def test_a_sweep_without_a_validation_range_is_refused(world: Workspace, space: str) -> None:
+    with pytest.raises(InputError, match="judged on a validation range, and there is none"):
+        tune(world, TuneConfig(), space, split=None)
