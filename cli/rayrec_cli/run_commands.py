@@ -6,6 +6,7 @@ import typer
 from rich.console import RenderableType
 
 from rayrec.bench.config import NAMES, BenchConfig
+from rayrec.errors import InputError
 from rayrec_cli.app import app
 from rayrec_cli.ask_commands import recommendations, results_table
 from rayrec_cli.options import Call, ForceOption, command
@@ -15,6 +16,9 @@ FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="TOML file wit
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")]
 SaveOption = Annotated[
     str | None, typer.Option("--save", metavar="FILE", help="Merge the measured rates into this JSON file.")
+]
+SoakOption = Annotated[
+    bool, typer.Option("--soak", help="serve: minutes of mixed load while replicas are killed, instead.")
 ]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Small data and few rounds: to see that it works.")]
 
@@ -64,13 +68,42 @@ def demo(call: Call, *, force: ForceOption = False) -> Shown:
 
 @command(app, "bench", config=BenchConfig, example="rayrec bench train")
 def bench(
-    call: Call, config: BenchConfig, *, name: NameArgument, quick: QuickOption = False, save: SaveOption = None
+    call: Call,
+    config: BenchConfig,
+    *,
+    name: NameArgument,
+    quick: QuickOption = False,
+    save: SaveOption = None,
+    soak: SoakOption = False,
 ) -> Shown:
     """Measure a stage against a plain loop.
 
     Both do the same work in one run, in alternating rounds; the ratio is the median over them.
     """
+    if name == "serve":
+        return _bench_serve(call, None if quick else config, quick, soak)
+    if soak:
+        raise InputError(f"--soak is of the benchmark serve, not of {name}; leave it out")
     from rayrec.jobs.bench import bench as job
 
     told = job(name, call.workspace, None if quick else config, quick=quick, save=save)
     return Shown(told, [figures(f"bench {name}", told)])
+
+
+def _bench_serve(call: Call, config: BenchConfig | None, quick: bool, soak: bool) -> Shown:
+    """The application through Serve beside bare uvicorn, or under load while replicas are killed."""
+    if soak:
+        from rayrec.serving import bench_soak
+
+        told = bench_soak.soak(call.workspace, config, quick=quick)
+        return Shown(told, [figures("bench serve --soak", told)])
+    from rayrec.serving.bench import bench_serve
+
+    told = bench_serve(call.workspace, config, quick=quick)
+    views: list[RenderableType] = [figures("bench serve", {k: v for k, v in told.items() if k != "catalogs"})]
+    for catalog in told["catalogs"]:
+        loads = catalog["loads"].items()
+        rows = [[name, load["per_second"], load["p50_ms"], load["p99_ms"], load["errors"]] for name, load in loads]
+        headers = ["application, request, clients", "requests/s", "p50 ms", "p99 ms", "errors"]
+        views.append(table(f"{catalog['songs']:,} songs", headers, rows, left=headers[:1]))
+    return Shown(told, views)

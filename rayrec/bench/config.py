@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from rayrec.config import setting
 from rayrec.errors import InputError
 
-BenchName = Literal["train", "taste", "index", "embed", "memory", "songs", "scale"]
+BenchName = Literal["train", "taste", "index", "embed", "memory", "songs", "scale", "serve"]
 NAMES: tuple[str, ...] = get_args(BenchName)
 
 
@@ -28,6 +28,12 @@ class BenchConfig:
     index_dim: int = setting(64, help="index: numbers per vector")
     index_queries: int = setting(10_000, help="index: queries timed in a round")
     memory_users: tuple[int, ...] = setting((50_000, 500_000), help="memory: users of the small and the large data")
+    serve_songs: tuple[int, ...] = setting((10_000, 1_000_000), help="serve: songs of each catalog")
+    serve_clients: tuple[int, ...] = setting((1, 16, 64), help="serve: clients at once; 1 and 16 among them")
+    serve_seconds: float = setting(5.0, help="serve: length of each load")
+    serve_many_plays: int = setting(10_000, help="serve: plays of users that are compared with those of 10")
+    soak_minutes: float = setting(10.0, help="serve --soak: length of the load")
+    soak_kill_seconds: float = setting(60.0, help="serve --soak: time between two kills of a replica")
     memory_plays: float = setting(20.0, help="memory: mean plays of a user")
     table_songs: tuple[int, ...] = setting(
         (10_000, 100_000, 1_000_000), help="songs: catalogs whose training steps are timed"
@@ -57,6 +63,8 @@ class BenchConfig:
             or list(self.scale_workers) != sorted(self.scale_workers)
         ):
             raise InputError(f"scale workers are {self.scale_workers}; give numbers, 1 first")
+        if not {1, 16} <= set(self.serve_clients):
+            raise InputError(f"serve clients are {self.serve_clients}; the ratios are those of 1 and of 16 clients")
 
     @classmethod
     def quick(cls) -> "BenchConfig":
@@ -75,6 +83,12 @@ class BenchConfig:
             index_queries=200,
             memory_users=(200, 400),
             memory_plays=10.0,
+            serve_songs=(500,),
+            serve_clients=(1, 16),
+            serve_seconds=1.0,
+            serve_many_plays=200,
+            soak_minutes=0.5,
+            soak_kill_seconds=10.0,
             table_songs=(500, 5_000),
             table_steps=2,
             scale_users=(100, 400),

@@ -90,13 +90,17 @@ class Service:
         played = [row for row, one in enumerate(asked) if len(one.songs)]
         stored = [row for row in played if asked[row].states is not None]
         told = [row for row in played if asked[row].states is None]
-        chosen = [choose_popular(live.songs.plays, live.songs.by_plays, wish) for wish in wishes]
+        chosen: dict[int, Chosen] = {}
         for rows in (stored, told):
             if rows:
                 some = [asked[row] for row in rows]
-                for row, answer in zip(rows, await _answer(live, some, [wishes[row] for row in rows]), strict=True):
-                    chosen[row] = answer
-        return chosen
+                answers = await _answer(live, some, [wishes[row] for row in rows])
+                chosen |= dict(zip(rows, answers, strict=True))
+        # Popular songs only for those who need them: the limits of one answer are a pass over all songs.
+        return [
+            chosen[row] if row in chosen else choose_popular(live.songs.plays, live.songs.by_plays, wish)
+            for row, wish in enumerate(wishes)
+        ]
 
     def told(self, live: LiveRelease, asked: Asked, chosen: Chosen, *, unknown: int) -> Recommendations:
         """An answer in the words of the outside world."""

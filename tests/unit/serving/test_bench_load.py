@@ -1,0 +1,105 @@
+"""The load generators against a server that counts, and the summary against figures by hand."""
+
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from rayrec.bench.config import BenchConfig
+from rayrec.errors import InputError
+from rayrec.serving import bench_load
+from rayrec.serving.bench import summary
+from rayrec.serving.bench_load import Load, put_under_load
+
+
+class Counting(BaseHTTPRequestHandler):
+    """Takes down what it is sent; every POST to /bad is answered with 503."""
+
+    protocol_version = "HTTP/1.1"
+    seen: list[tuple[str, str, bytes]] = []  # noqa: RUF012
+
+    def do_POST(self) -> None:
+        """Answer a POST."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.seen.append((self.command, self.headers.get("Content-Type", ""), body))
+        self.send_response(503 if self.path == "/bad" else 200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_GET = do_POST
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    Counting.seen = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Counting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(params=["wrk", "httpx"])
+def generator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "wrk" and not shutil.which("wrk"):
+        pytest.skip("wrk is not there: install Debian's package to test it")
+    monkeypatch.setattr(bench_load, "generator", lambda: request.param)
+    return str(request.param)
+
+
+def test_all_bodies_are_sent_and_answers_counted(url: str, generator: str) -> None:
+    load = put_under_load(url, [{"k": number} for number in range(3)], 2, 1.0)
+    assert load.answered > 10
+    assert load.errors == 0
+    assert 0 < load.p50_ms <= load.p99_ms < 30_000
+    assert load.per_second == pytest.approx(load.answered / load.seconds)
+    assert {body for _, _, body in Counting.seen} == {b'{"k": 0}', b'{"k": 1}', b'{"k": 2}'}
+    assert {(method, kind) for method, kind, _ in Counting.seen} == {("POST", "application/json")}
+    assert load.answered <= len(Counting.seen) <= load.answered + 4
+
+
+def test_without_bodies_it_gets(url: str, generator: str) -> None:
+    assert put_under_load(url, [], 1, 1.0).answered > 10
+    assert {method for method, _, _ in Counting.seen} == {"GET"}
+
+
+def test_refused_requests_are_errors_and_no_work(url: str, generator: str) -> None:
+    load = put_under_load(f"{url}/bad", [{}], 1, 1.0)
+    assert load.errors == load.answered > 10
+    assert load.per_second == 0
+
+
+def _load(per_second: float, p50_ms: float, errors: int = 0) -> Load:
+    return Load(answered=round(per_second) + errors, seconds=1.0, p50_ms=p50_ms, p99_ms=9.0, errors=errors)
+
+
+def test_ratios_are_medians_of_those_within_a_round() -> None:
+    rounds = [
+        {
+            "bare history 1": _load(100, 2.0),
+            "serve history 1": _load(90, 2.0 * factor),
+            "bare history 16": _load(200, 5.0),
+            "serve history 16": _load(200 * factor, 6.0, errors=1),
+            "bare noop 1": _load(900, 0.2),
+            "bare stored 1": _load(500, 0.2 + factor),
+        }
+        for factor in (1.0, 3.0, 1.5)
+    ]
+    told = summary(rounds)
+    assert told["p50_ratio"] == pytest.approx(1.5)
+    assert told["throughput_ratio"] == pytest.approx(1.5)
+    assert told["stored_over_noop_ms"] == pytest.approx(1.5)
+    assert told["errors"] == 3
+    assert told["loads"]["serve history 16"] == {"per_second": 300.0, "p50_ms": 6.0, "p99_ms": 9.0, "errors": 3}
+
+
+def test_the_clients_that_ratios_need_must_be_there() -> None:
+    with pytest.raises(InputError, match="1 and of 16"):
+        BenchConfig(serve_clients=(1, 64))
