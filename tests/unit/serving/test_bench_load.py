@@ -1,11 +1,13 @@
 """The load generators against a server that counts, and the summary against figures by hand."""
 
+import asyncio
 import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 
 from rayrec.bench.config import BenchConfig
@@ -13,6 +15,7 @@ from rayrec.errors import InputError
 from rayrec.serving import bench_load
 from rayrec.serving.bench import summary
 from rayrec.serving.bench_load import Load, put_under_load
+from rayrec.serving.bench_soak import Told, send
 
 
 class Counting(BaseHTTPRequestHandler):
@@ -103,3 +106,35 @@ def test_ratios_are_medians_of_those_within_a_round() -> None:
 def test_the_clients_that_ratios_need_must_be_there() -> None:
     with pytest.raises(InputError, match="1 and of 16"):
         BenchConfig(serve_clients=(1, 64))
+
+
+@pytest.mark.parametrize(
+    ("answers", "taken", "failed"),
+    [
+        ([200], True, {}),
+        ([503, 200], True, {}),
+        (["down", 200], True, {}),
+        ([503, 503, 200], False, {"503": 1}),
+        (["down", "down", 200], False, {"ConnectError": 1}),
+        ([422, 200], False, {"422": 1}),
+    ],
+)
+def test_a_client_tries_once_more_where_nothing_was_done(
+    answers: list[Any], taken: bool, failed: dict[str, int]
+) -> None:
+    left = list(answers)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        told = left.pop(0)
+        if told == "down":
+            raise httpx.ConnectError("down")
+        return httpx.Response(told, headers={"Retry-After": "0"})
+
+    async def asked() -> bool:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://app") as connection:
+            return await send(connection, "/v1/plays", {}, told)
+
+    told = Told()
+    assert asyncio.run(asked()) is taken
+    assert dict(told.failed) == failed
+    assert told.retried == len(answers) - len(left) - 1
