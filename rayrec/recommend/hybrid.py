@@ -15,14 +15,16 @@ from scipy.sparse import csr_matrix
 from rayrec.artifacts import Manifest, load
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
+from rayrec.errors import DamagedArtifactError
 from rayrec.recommend.own_rules import OwnRulesRecommender
 from rayrec.recommend.recommender import Horizon, Kind, Recommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
-from rayrec.recommend.session_neighbours import SessionNeighboursRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.vstan import VstanRecommender
 from rayrec.taste.config import MEMORY, has_memory
 from rayrec.workspace import Workspace
 
+ENDED_AT = "sessions.ended_at"
 MEMBERS = ("network", "sessions", "rules", "own")
 # Rules are raised to this power before they become shares: on 30Music's validation range the strongest
 # rule deserves more than its share. MRR@20 there is 0.268 with it and 0.251 without.
@@ -35,14 +37,14 @@ Batches = Callable[[], Iterable[Histories]]  # histories in batches, from the st
 class Memory:
     """What was played together and what followed what, in a fit range."""
 
-    def __init__(self, sessions: SessionNeighboursRecommender, rules: SequentialRulesRecommender) -> None:
+    def __init__(self, sessions: VstanRecommender, rules: SequentialRulesRecommender) -> None:
         self.sessions, self.rules = sessions, rules
 
     @classmethod
     def fit(cls, batches: Batches, *, num_songs: int, allowed: FitRange) -> "Memory":
         """Two passes over the histories. Raises `LeakError` for a play that `allowed` forbids."""
         return cls(
-            SessionNeighboursRecommender.fit(batches(), num_songs=num_songs, allowed=allowed),
+            VstanRecommender.fit(batches(), num_songs=num_songs, allowed=allowed),
             SequentialRulesRecommender.fit(batches(), num_songs=num_songs, allowed=allowed),
         )
 
@@ -54,13 +56,16 @@ class Memory:
             for name, matrix in matrices.items()
             for part in ("data", "indices", "indptr")
         }
+        tensors[ENDED_AT] = self.sessions.ended_at
         workspace.write_bytes(path, save({**tensors, "weights": np.array(weights, dtype=np.float64)}))
 
     @classmethod
     def load(cls, workspace: Workspace, path: str, num_songs: int) -> "tuple[Memory, Weights]":
-        """The memory and its weights."""
+        """The memory and its weights. Raises `DamagedArtifactError` for one whose sessions tell no times."""
         with workspace.local_copy(path) as local:
             tensors = load_file(local)
+        if ENDED_AT not in tensors:
+            raise DamagedArtifactError(f"{path} does not tell when its sessions ended; train the model again")
 
         def matrix(name: str) -> csr_matrix:
             indptr = tensors[f"{name}.indptr"]
@@ -68,8 +73,8 @@ class Memory:
             return csr_matrix(parts, shape=(len(indptr) - 1, num_songs))
 
         weights = tuple(float(weight) for weight in tensors["weights"])
-        memory = cls(SessionNeighboursRecommender(matrix("sessions")), SequentialRulesRecommender(matrix("rules")))
-        return memory, weights
+        sessions = VstanRecommender(matrix("sessions"), tensors[ENDED_AT])
+        return cls(sessions, SequentialRulesRecommender(matrix("rules"))), weights
 
 
 class HybridRecommender(Recommender):

@@ -14,8 +14,8 @@ from rayrec.recommend.hybrid import RULES_POWER, HybridRecommender, Memory, load
 from rayrec.recommend.own_rules import OwnRulesRecommender
 from rayrec.recommend.recommender import Horizon
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
-from rayrec.recommend.session_neighbours import SessionNeighboursRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.vstan import VstanRecommender
 from rayrec.taste.checkpoint import save_model
 from rayrec.taste.config import MEMORY, has_memory
 from rayrec.workspace import Workspace
@@ -142,7 +142,9 @@ def test_memory_ranks_first_what_it_alone_remembers() -> None:
     sessions = csr_matrix(np.eye(NUM_SONGS, dtype=np.float32)[[3]] + np.eye(NUM_SONGS, dtype=np.float32)[[4]])
     rules = np.zeros((NUM_SONGS, NUM_SONGS), dtype=np.float32)
     rules[3, 4] = 1
-    memory = Memory(SessionNeighboursRecommender(sessions), SequentialRulesRecommender(csr_matrix(rules)))
+    memory = Memory(
+        VstanRecommender(sessions, np.zeros(sessions.shape[0], np.int64)), SequentialRulesRecommender(csr_matrix(rules))
+    )
     hybrid = HybridRecommender(TasteRecommender(network(), random_vectors(NUM_SONGS)), memory, WEIGHTS)
     songs, _ = hybrid.recommend(Histories.from_lists([[3]], [[0]]), 0, 1)
     np.testing.assert_array_equal(songs, [[4]])
