@@ -1,6 +1,7 @@
 """Run a plain worker over buckets: the unit of work, of retry and of resume of every job over all users."""
 
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 from ray.data import TaskPoolStrategy
+from ray.util.annotations import RayDeprecationWarning
 
 from rayrec.errors import RayrecError
 from rayrec.jobs.cluster import cluster_cpus
@@ -77,15 +79,18 @@ def run_buckets(
     source = ray.data.from_items(units, override_num_blocks=len(units))
     source.context.max_errored_blocks = -1  # the others go on
     source.context.execution_no_progress_timeout_s = -1  # a large bucket may take longer than Ray Data's half hour
-    results = source.map_batches(
-        _run_unit,
-        fn_args=(make_worker, [stored]),  # in a list, since Ray Data would resolve a bare reference for each task
-        batch_size=1,
-        num_cpus=1,
-        num_gpus=num_gpus,
-        max_retries=RETRIES,  # Ray Data's own number has no end
-        compute=TaskPoolStrategy(size=workers),
-    )
+    with warnings.catch_warnings():
+        # Ray 2.60 announces the end of options like max_retries and has no other word for it yet.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        results = source.map_batches(
+            _run_unit,
+            fn_args=(make_worker, [stored]),  # in a list, since Ray Data would resolve a bare reference for each task
+            batch_size=1,
+            num_cpus=1,
+            num_gpus=num_gpus,
+            max_retries=RETRIES,  # Ray Data's own number has no end
+            compute=TaskPoolStrategy(size=workers),
+        )
     for row in results.iter_rows():
         if isinstance(row["result"], RayrecError):
             raise row["result"]
