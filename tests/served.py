@@ -12,7 +12,7 @@ from networks import model_config, network
 from worlds import random_histories, write_dataset, write_song_vectors
 
 from rayrec import releases
-from rayrec.artifacts import Manifest, publish
+from rayrec.artifacts import Manifest, load, publish
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
@@ -69,6 +69,14 @@ def write_release(
             workspace.write_table(tastes_file(tastes.folder, bucket), taste_table(TasteEncoder(model), batch, AT))
     publish(workspace, tastes, [path.removeprefix(tastes.folder + "/") for path in workspace.files(tastes.folder)])
     return releases.create_release(workspace, model_id=made.id, activate=activate)
+
+
+def damage(workspace: Workspace, release_id: str) -> None:
+    """Change one bit of the model of a release; a second time, repair it."""
+    release = load(workspace, "releases", release_id)
+    path = load(workspace, "models", release.inputs["models"]).path("model.safetensors")
+    content = workspace.read_bytes(path)
+    workspace.write_bytes(path, content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def _write_model(

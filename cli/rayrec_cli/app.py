@@ -10,7 +10,7 @@ from rayrec_cli.options import Globals
 ORDER = (  # as one meets them
     *("demo", "generate", "import", "describe", "split", "embed", "train", "taste", "index", "evaluate", "release"),
     "states",
-    *("recommend", "status", "verify", "run", "tune", "submit", "plan", "bench"),
+    *("recommend", "serve", "status", "verify", "run", "tune", "submit", "plan", "bench"),
 )
 
 

@@ -20,7 +20,7 @@ from rayrec_cli.output import Shown, note, show
 
 SECTIONS = (
     *("import", "describe", "generate", "split", "embed", "train", "taste", "index"),
-    *("recommend", "evaluate", "release"),
+    *("recommend", "evaluate", "release", "serve"),
 )
 
 WorkspaceOption = Annotated[

@@ -1,5 +1,6 @@
 """release create, list, activate, rollback."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -16,6 +17,14 @@ ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="
 TastesOption = Annotated[str | None, typer.Option("--tastes", metavar="ID", help="Tastes (the model's newest).")]
 IndexOption = Annotated[str | None, typer.Option("--index", metavar="ID", help="Index (the model's newest).")]
 ActivateOption = Annotated[bool, typer.Option("--activate/--no-activate", help="Make it the live release.")]
+WaitOption = Annotated[
+    bool, typer.Option("--wait", help="Wait until all replicas answer with it, else restore the old one and fail.")
+]
+UrlOption = Annotated[
+    str | None,
+    typer.Option("--url", metavar="URL", help="Ask the application here (what its replicas report); RAYREC_API_KEY."),
+]
+SecondsOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="How long to wait.")]
 ReleaseArgument = Annotated[str, typer.Argument(metavar="ID", help="Id of the release.")]
 
 
@@ -48,16 +57,35 @@ def list_releases(call: Call) -> Shown:
     return Shown({"releases": data, "active": live}, [view if found else "There are no releases."])
 
 
-@command(release_app, "activate", example="rayrec release activate 3f2a9c51d07b")
-def activate(call: Call, *, release: ReleaseArgument) -> Shown:
-    """Make a release the live one."""
-    return _release(call, releases.activate_release(call.workspace, release))
+@command(release_app, "activate", example="rayrec release activate 3f2a9c51d07b --wait")
+def activate(
+    call: Call,
+    *,
+    release: ReleaseArgument,
+    wait: WaitOption = False,
+    url: UrlOption = None,
+    timeout: SecondsOption = 120.0,
+) -> Shown:
+    """Make a release the live one.
+
+    A running application moves to it without a gap: each replica loads it beside the old one and then
+    switches. With --wait the command ends once all of them have.
+    """
+    return _switched(call, lambda: releases.activate_release(call.workspace, release), wait, url, timeout)
 
 
-@command(release_app, "rollback", example="rayrec release rollback")
-def rollback(call: Call) -> Shown:
+@command(release_app, "rollback", example="rayrec release rollback --wait")
+def rollback(call: Call, *, wait: WaitOption = False, url: UrlOption = None, timeout: SecondsOption = 120.0) -> Shown:
     """Make the release live that was live before."""
-    return _release(call, releases.rollback(call.workspace))
+    return _switched(call, lambda: releases.rollback(call.workspace), wait, url, timeout)
+
+
+def _switched(call: Call, change: Callable[[], Manifest], wait: bool, url: str | None, seconds: float) -> Shown:
+    if not (wait or url):
+        return _release(call, change())
+    from rayrec.serving.switching import Wait, switch
+
+    return _release(call, switch(call.workspace, change, Wait(url=url, seconds=seconds)))
 
 
 @command(release_app, "verify", example="rayrec release verify 3f2a9c51d07b")

@@ -13,8 +13,8 @@ from rayrec.recommend.answering import ASSUMED_GAP_MS, parse_moment
 from rayrec.recommend.attributes import Wanted
 from rayrec.recommend.choosing import Wish
 from rayrec.recommend.filters import Limits
-from rayrec.serving.live import Songs
 from rayrec.serving.schemas import LAST_MOMENT, Play, RecommendationsRequest
+from rayrec.serving.songs import Songs
 from rayrec.serving.user_states import StoredUser
 from rayrec.taste.encoding import States
 

@@ -18,6 +18,7 @@ MAX_PLAYS = 1_000  # new plays of a call
 MAX_LISTED = 10_000  # songs of a list to leave out
 MAX_ID = 512  # characters of an id
 
+LOOPBACK = "127.0.0.1"
 REPORT_SECONDS = 5.0  # between two reports of a replica that has nothing new to say
 
 
@@ -36,6 +37,7 @@ class ServeConfig:
         help="where the states of users are: sqlite:///PATH, for one node, or redis://HOST:PORT/0; "
         "default: an SQLite file in the workspace",
     )
+    cpus: float = setting(1.0, help="CPUs that each replica reserves of the cluster")
     keys_file: str | None = setting(None, help="file of API keys, role:key a line; beside RAYREC_API_KEYS")
     max_body: int = setting(4 << 20, help="bytes of a request's body")
     max_waiting: int = setting(64, help="requests that a replica works on or holds waiting; more get 503")
@@ -47,6 +49,8 @@ class ServeConfig:
         for name in ("replicas", "max_body", "max_waiting"):
             if getattr(self, name) < 1:
                 raise InputError(f"serve {name} is {getattr(self, name)}; give at least 1")
+        if not 0 <= self.cpus < 1e6:
+            raise InputError(f"serve cpus is {self.cpus}; give 0 or more")
         if not 0 <= self.port <= 65_535:
             raise InputError(f"serve port is {self.port}; give 1 to 65535, or 0 for any free one")
         if self.topology not in ("colocated", "split"):

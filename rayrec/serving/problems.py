@@ -90,7 +90,8 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def of_error(error: Exception) -> Response:
-    """The problem that one of our errors is."""
+    """The problem that one of our errors is, also where another deployment raised it and Ray wrapped it."""
+    error = getattr(error, "cause", error)
     if isinstance(error, (OverloadedError, NotReadyError, StoreUnavailableError)):
         return problem(503, str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
     if isinstance(error, NotFoundError):

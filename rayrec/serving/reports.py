@@ -7,7 +7,7 @@ inside the cluster or outside; a replica that dies just stops renewing its own.
 import re
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rayrec.errors import RayrecError
 from rayrec.serving.config import REPORT_SECONDS
@@ -17,12 +17,15 @@ FOLDER = "serving/replicas"
 STALE_SECONDS = 4 * REPORT_SECONDS  # a report older than this is of a replica that is gone
 FORGOTTEN_SECONDS = 3600.0
 
+Role = Literal["app", "model", "index"]  # model and index where they are deployments of their own
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Where one replica stands."""
 
     replica: str
+    role: Role
     release: str | None  # that it answers with
     change: str | None  # the activation that it acted on last
     refused: dict[str, str] | None  # the release that it could not load, with the reason

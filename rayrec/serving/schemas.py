@@ -215,6 +215,9 @@ class Replica(BaseModel):
     """What a replica said of itself last."""
 
     replica: str
+    role: Literal["app", "model", "index"] = Field(
+        description="model, index: where these are deployments of their own."
+    )
     release: str | None
     change: str | None = Field(description="The activation that it acted on last.")
     refused: Refused | None

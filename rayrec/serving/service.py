@@ -10,7 +10,8 @@ from rayrec.recommend.recommender import Horizon
 from rayrec.serving.asking import Asked, histories_of, read_history, read_stored, read_wish
 from rayrec.serving.auth import Keys
 from rayrec.serving.config import ServeConfig
-from rayrec.serving.live import LiveRelease, ReleaseHolder, Songs
+from rayrec.serving.holder import ReleaseHolder
+from rayrec.serving.live import LiveRelease
 from rayrec.serving.metrics import Metrics
 from rayrec.serving.schemas import (
     Asker,
@@ -21,6 +22,7 @@ from rayrec.serving.schemas import (
     Taste,
     Tastes,
 )
+from rayrec.serving.songs import Songs
 from rayrec.serving.user_states import UserStates
 from rayrec.taste.encoding import States
 
@@ -31,7 +33,12 @@ class Service:
     """One replica's work. Routes take `live` once and hand it to every call that answers their request."""
 
     def __init__(
-        self, holder: ReleaseHolder, config: ServeConfig, keys: Keys, metrics: Metrics, states: UserStates
+        self,
+        holder: ReleaseHolder[LiveRelease],
+        config: ServeConfig,
+        keys: Keys,
+        metrics: Metrics,
+        states: UserStates,
     ) -> None:
         self.holder, self.config, self.keys, self.metrics, self.states = holder, config, keys, metrics, states
 

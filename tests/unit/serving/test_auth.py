@@ -1,0 +1,128 @@
+"""Keys: how they are read, compared and asked for."""
+
+import hmac
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import Client, service, write_release, write_world
+
+from rayrec.errors import InputError
+from rayrec.serving.auth import VARIABLE, Keys, load_keys
+from rayrec.serving.config import ServeConfig
+from rayrec.workspace import Workspace
+
+READ, WRITE, ADMIN = "reader-0123456789", "writer-0123456789", "admin-0123456789a"
+ALL = f"read:{READ}, write:{WRITE},admin:{ADMIN}"
+
+
+@pytest.fixture
+def keys() -> Keys:
+    return load_keys(ServeConfig(host="0.0.0.0"), {VARIABLE: ALL})
+
+
+def test_keys_come_from_the_environment_and_a_file_with_their_roles(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"# of the mobile team\n\nread:{READ}\n")
+    keys = load_keys(ServeConfig(keys_file=str(path)), {VARIABLE: f"admin:{ADMIN}"})
+    assert keys.roles(f"Bearer {READ}") == {"read"}
+    assert keys.roles(f"bearer {ADMIN}") == {"read", "write", "admin"}
+    assert keys.required
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer ", f"Basic {READ}", f"Bearer {READ}x", READ, "Bearer ñ"]
+)
+def test_a_wrong_or_missing_key_may_do_nothing(keys: Keys, header: str | None) -> None:
+    assert keys.roles(header) == set()
+
+
+def test_every_key_is_compared_in_constant_time_whichever_fits(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    plain = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda *pair: compared.append(pair) or plain(*pair))
+    for header in (f"Bearer {READ}", f"Bearer {ADMIN}", "Bearer nothing"):
+        compared.clear()
+        keys.roles(header)
+        assert len(compared) == 3
+
+
+def test_keys_themselves_are_neither_kept_nor_shown(keys: Keys) -> None:
+    assert READ not in repr(keys) + repr(vars(keys))
+
+
+def test_without_keys_only_loopback_may_be_served() -> None:
+    assert not load_keys(ServeConfig(host="127.0.0.1"), {}).required
+    assert not load_keys(ServeConfig(host="::1"), {}).required
+    for host in ("0.0.0.0", "::", "10.0.0.5", "example.org"):
+        with pytest.raises(InputError, match=VARIABLE):
+            load_keys(ServeConfig(host=host), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("read", "role:key"),
+        (f"reader:{READ}", "read, write, admin"),
+        ("read:short", "5 characters"),
+        ("read:a b", "role"),
+    ],
+)
+def test_what_does_not_read_as_a_key_is_refused_without_showing_it(text: str, told: str) -> None:
+    with pytest.raises(InputError, match=told) as raised:
+        load_keys(ServeConfig(), {VARIABLE: text})
+    assert text.partition(":")[2] not in str(raised.value) or ":" not in text
+
+
+def test_a_keys_file_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="keys file"):
+        load_keys(ServeConfig(keys_file=str(tmp_path / "none")), {})
+
+
+@pytest.fixture
+def world(workspace: Workspace) -> Workspace:
+    write_world(workspace)
+    write_release(workspace)
+    return workspace
+
+
+def test_nothing_is_answered_without_a_key_and_each_role_has_its_own(world: Workspace, keys: Keys, caplog: Any) -> None:
+    caplog.set_level(logging.DEBUG)
+    with service(world, keys=keys) as opened:
+        assert Client(opened).get("/").headers["content-type"].startswith("text/html")  # the page, without any data
+        paths = [
+            "/healthz",
+            "/readyz",
+            "/metrics",
+            "/v1/release",
+            "/openapi.json",
+            "/docs",
+            "/v1/nothing",
+            "/-/healthz",
+        ]
+        for client in (Client(opened), Client(opened, key="wrong-0123456789")):
+            for method, path in [("GET", path) for path in paths] + [
+                ("POST", "/v1/recommendations"),
+                ("POST", "/v1/plays"),
+            ]:
+                response = client.request(method, path)
+                assert response.status_code == 401, path
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert response.headers["content-type"] == "application/problem+json"
+        reader, writer, admin = (Client(opened, key=key) for key in (READ, WRITE, ADMIN))
+        assert reader.post("/v1/recommendations", {"history": []}).status_code == 200
+        assert writer.post("/v1/recommendations", {"history": []}).status_code == 403
+        assert [client.get("/metrics").status_code for client in (reader, writer, admin)] == [403, 403, 200]
+        assert reader.post("/v1/plays", {}).status_code == 403
+        assert writer.post("/v1/plays", {}).status_code == 422
+        told = admin.get("/metrics").text + admin.get("/v1/release").text
+    for key in (READ, WRITE, ADMIN, "wrong-0123456789"):
+        assert key not in caplog.text + told
+
+
+def test_without_keys_other_machines_are_not_answered(world: Workspace) -> None:
+    with service(world) as opened:
+        assert Client(opened, address="10.0.0.7").get("/healthz").status_code == 403
+        assert Client(opened, address="127.0.0.1").get("/healthz").status_code == 200
+        assert Client(opened, address="::1").get("/healthz").status_code == 200

@@ -1,0 +1,75 @@
+"""Thousands of requests that the OpenAPI document allows or does not: never a 500, always what it promises."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from served import Client, service, write_release, write_world
+
+from rayrec.serving.service import Service
+from rayrec.workspace import Workspace
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+]
+
+FEW = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    workspace = Workspace(tmp_path_factory.mktemp("fuzz") / "workspace")
+    write_world(workspace)
+    write_release(workspace)
+    with service(workspace) as made:
+        yield made
+
+
+@pytest.fixture
+def document(opened: Service) -> schemathesis.BaseSchema:
+    app = Client(opened).app
+
+    async def from_here(scope: Any, receive: Any, send: Any) -> None:
+        await app({**scope, "client": ("127.0.0.1", 1)}, receive, send)
+
+    return schemathesis.openapi.from_asgi("/openapi.json", from_here)
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_no_request_meets_an_error_of_ours(document: schemathesis.BaseSchema, mode: GenerationMode) -> None:
+    tried = set()
+    for found in document.get_all_operations():
+        operation = found.ok()
+        tried.add(operation.path)
+
+        @settings(FEW)
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def check(case: schemathesis.Case) -> None:
+            case.validate_response(case.call(), checks=CHECKS)
+
+        with suppress(Unsatisfiable):  # nothing about a GET without parameters can be wrong
+            check()
+    assert {"/v1/recommendations", "/v1/recommendations/batch", "/v1/tastes", "/v1/plays", "/healthz"} <= tried

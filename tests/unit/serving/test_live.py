@@ -1,0 +1,176 @@
+"""Following the live release: what is loaded, when it is swapped, and what is refused."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from served import NUM_SONGS, Client, damage, service, write_release, write_world
+
+from rayrec import releases
+from rayrec.artifacts import load
+from rayrec.data.dataset import Dataset
+from rayrec.errors import RayrecError
+from rayrec.serving.problems import NotReadyError
+from rayrec.serving.reports import STALE_SECONDS, Report, Reports
+from rayrec.serving.service import Service
+from rayrec.serving.songs import play_counts
+from rayrec.serving.switching import Wait, switch
+from rayrec.workspace import Workspace
+
+QUICK = Wait(seconds=5)
+
+
+@pytest.fixture
+def two(workspace: Workspace) -> tuple[Workspace, str, str]:
+    """A workspace with two releases, the first of them live."""
+    write_world(workspace)
+    first = write_release(workspace, "1", seed=1)
+    second = write_release(workspace, "2", seed=2, activate=False)
+    return workspace, first.id, second.id
+
+
+@pytest.fixture
+def opened(two: tuple[Workspace, str, str]) -> Iterator[Service]:
+    with service(two[0], watch_seconds=0.05) as made:
+        yield made
+
+
+def test_waiting_ends_once_the_replica_answers_with_the_new_release(
+    two: tuple[Workspace, str, str], opened: Service
+) -> None:
+    workspace, first, second = two
+    assert opened.live.id == first
+    old = opened.live
+    made = switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
+    assert (made.id, opened.live.id, old.id) == (second, second, first)
+    switch(workspace, lambda: releases.rollback(workspace), QUICK)
+    assert opened.live.id == first
+    assert releases.read_active(workspace)["history"] == []
+
+
+def test_a_broken_release_is_refused_and_the_old_one_restored(two: tuple[Workspace, str, str], opened: Service) -> None:
+    workspace, first, second = two
+    damage(workspace, second)
+    with pytest.raises(RayrecError, match=rf"refuses release {second}: .*checksum.*release {first} is the live one"):
+        switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
+    assert releases.read_active(workspace)["active"] == first
+    assert opened.live.id == first
+
+
+def test_the_status_tells_what_was_refused_and_why(two: tuple[Workspace, str, str]) -> None:
+    workspace, first, second = two
+    with service(workspace, watch_seconds=1000) as opened:
+        damage(workspace, second)
+        releases.activate_release(workspace, second)
+        opened.holder.look()
+        status = Client(opened).get("/v1/release").json()
+        assert (status["release"], status["wanted"], status["agreed"]) == (first, second, False)
+        assert status["refused"]["id"] == second
+        assert "checksum" in status["refused"]["reason"]
+        assert Client(opened).post("/v1/recommendations", {"history": ["song-1"]}).json()["release"] == first
+        damage(workspace, second)  # the same bit once more: repaired
+        releases.activate_release(workspace, second)
+        opened.holder.look()
+        assert Client(opened).get("/v1/release").json()["refused"] is None
+        assert opened.live.id == second
+
+
+def test_without_a_running_application_waiting_fails_and_restores(two: tuple[Workspace, str, str]) -> None:
+    workspace, first, second = two
+    with pytest.raises(RayrecError, match="no application runs on this workspace"):
+        switch(workspace, lambda: releases.activate_release(workspace, second), Wait(seconds=0.3))
+    assert releases.read_active(workspace)["active"] == first
+    with pytest.raises(RayrecError, match="does not answer"):
+        switch(
+            workspace,
+            lambda: releases.activate_release(workspace, second),
+            Wait(url="http://127.0.0.1:9", seconds=0.3),
+        )
+    assert releases.read_active(workspace)["active"] == first
+
+
+def test_waiting_is_for_all_replicas(two: tuple[Workspace, str, str], opened: Service) -> None:
+    workspace, first, second = two
+    lagging = Report(
+        replica="lagging", role="app", release=first, change="", refused=None, at=opened.holder.report().at
+    )
+    Reports(workspace).write(lagging)
+    with pytest.raises(RayrecError, match="1 of 2 have not, such as lagging"):
+        switch(workspace, lambda: releases.activate_release(workspace, second), Wait(seconds=1))
+    assert releases.read_active(workspace)["active"] == first
+
+
+def test_another_change_in_between_is_left_alone(two: tuple[Workspace, str, str]) -> None:
+    workspace, first, second = two
+
+    def meanwhile() -> None:
+        while releases.read_active(workspace)["active"] != second:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        releases.write_active(workspace, first, ["by another"])
+
+    other = threading.Thread(target=meanwhile)
+    other.start()
+    with pytest.raises(RayrecError, match="another change of the live release"):
+        switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
+    other.join()
+    assert releases.read_active(workspace)["history"] == ["by another"]
+
+
+def test_reports_of_replicas_that_are_gone_do_not_count(workspace: Workspace) -> None:
+    reports = Reports(workspace)
+    now = time.time()
+    for name, at in (("alive", now), ("dead", now - 2 * STALE_SECONDS)):
+        reports.write(Report(replica=name, role="app", release="r", change="c", refused=None, at=at))
+    workspace.write_bytes("serving/replicas/junk.json", b"{")
+    assert [report.replica for report in reports.fresh()] == ["alive"]
+    reports.remove("alive")
+    assert reports.fresh() == []
+
+
+def test_a_replica_that_starts_on_a_broken_release_goes_back_to_the_one_before(
+    two: tuple[Workspace, str, str],
+) -> None:
+    workspace, first, second = two
+    releases.activate_release(workspace, second)
+    damage(workspace, second)
+    with service(workspace) as opened:
+        assert opened.live.id == first
+        assert opened.holder.report().refused is not None
+
+
+def test_without_a_release_the_replica_is_alive_and_not_ready(workspace: Workspace) -> None:
+    write_world(workspace)
+    with service(workspace, watch_seconds=0.05) as opened:
+        with pytest.raises(NotReadyError, match="rayrec release activate"):
+            _ = opened.live
+        app = Client(opened)
+        assert app.get("/healthz").status_code == 200
+        for response in (app.get("/readyz"), app.post("/v1/recommendations", {"history": []})):
+            assert (response.status_code, response.json()["status"]) == (503, 503)
+            assert int(response.headers["retry-after"]) > 0
+        release = write_release(workspace)
+        switch(workspace, lambda: releases.activate_release(workspace, release.id), QUICK)
+        assert app.get("/readyz").json()["release"] == release.id
+
+
+def test_a_workspace_out_of_reach_ends_no_watch(two: tuple[Workspace, str, str], opened: Service) -> None:
+    workspace, _, second = two
+    state = workspace.read_bytes(releases.ACTIVE)
+    workspace.write_bytes(releases.ACTIVE, b"{ half")
+    time.sleep(0.2)
+    workspace.write_bytes(releases.ACTIVE, state)
+    switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
+    assert opened.live.id == second
+
+
+def test_models_without_play_counts_are_given_those_of_the_data_set(two: tuple[Workspace, str, str]) -> None:
+    workspace, _, _ = two
+    counted = play_counts(workspace, Dataset(workspace), "model1", NUM_SONGS)
+    manifest = load(workspace, "models", "model1")
+    raw = workspace.read_json(manifest.path("manifest.json"))
+    raw["files"].pop("play_counts.npy")
+    workspace.write_json(manifest.path("manifest.json"), raw)
+    np.testing.assert_array_equal(play_counts(workspace, Dataset(workspace), "model1", NUM_SONGS), counted)

@@ -1,0 +1,72 @@
+"""What the local application is told before it starts."""
+
+import socket
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rayrec.errors import InputError
+from rayrec.serving.config import ServeConfig, is_loopback
+from rayrec.serving.run import WRAPPER, environment, free_ports, require_free
+
+
+def test_haproxy_is_handed_a_configuration_that_binds_loopback_alone(tmp_path: Path) -> None:
+    config = tmp_path / "haproxy.cfg"
+    config.write_text("frontend prometheus\n    bind :9101\nlisten stats\n  bind *:8404\n    bind 127.0.0.1:8000\n")
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(WRAPPER.format(binary="echo", loopback="127.0.0.1"))
+    wrapper.chmod(0o700)
+    done = subprocess.run([wrapper, "-db", "-f", str(config), "-sf", "12"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["-db", "-f", str(config), "-sf", "12"]
+    assert config.read_text().count("bind 127.0.0.1:") == 3
+
+
+def test_the_files_of_haproxy_are_the_owners_alone_and_its_ports_are_free(tmp_path: Path) -> None:
+    told = environment(ServeConfig(), tmp_path)
+    wrapper = Path(told["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    assert stat.S_IMODE(wrapper.stat().st_mode) == 0o700
+    ports = [value for name, value in told.items() if name.endswith("_PORT")]
+    assert len(set(ports)) == len(ports) == 3
+    paths = [value for name, value in told.items() if name.startswith("RAY_SERVE_HAPROXY") and "/" in value]
+    assert all(path.startswith(str(tmp_path)) for path in paths)
+    assert len(paths) == 6
+
+
+def test_ray_stays_on_loopback_unless_the_application_does_not(tmp_path: Path) -> None:
+    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    assert environment(ServeConfig(), tmp_path)[name] == "0"
+    assert environment(ServeConfig(host="0.0.0.0"), tmp_path)[name] == "1"
+
+
+def test_a_taken_port_is_an_input_error_before_anything_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=rf"port {port}: .*give another --port"):
+            require_free("127.0.0.1", port)
+    require_free("127.0.0.1", free_ports(1)[0])
+
+
+def test_loopback_is_told_from_other_addresses() -> None:
+    assert [
+        host
+        for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost", "0.0.0.0", "::", "10.1.1.1", "x")
+        if is_loopback(host)
+    ] == [
+        "127.0.0.1",
+        "127.9.9.9",
+        "::1",
+        "localhost",
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"replicas": 0}, {"port": 70_000}, {"topology": "round"}, {"watch_seconds": 0}, {"max_body": 0}, {"cpus": -1}],
+)
+def test_settings_that_make_no_sense_are_input_errors(wrong: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        ServeConfig(**wrong)  # type: ignore[arg-type]
