@@ -49,10 +49,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     process = run(workspace, "serve", "--port", "0", "--watch-seconds", "0.2")
     try:
         assert process.stderr is not None
-        line = process.stderr.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
-        assert found, line + process.stderr.read()
-        yield Served(workspace, process, found[0])
+        line = process.stderr.readline()  # the first: nothing is told before it
+        found = re.search(r"^Serving .* at (http://127\.0\.0\.1:\d+)", line)
+        assert found, line
+        yield Served(workspace, process, found[1])
     finally:
         process.kill()
         process.wait()
