@@ -22,7 +22,7 @@ def serve(call: Call, config: ServeConfig) -> Shown:
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())  # as service managers ask it to end
     with running(call.workspace, config) as url:
-        note(f"Serving workspace {call.workspace.uri} at {url} (Ctrl-C ends it)")
+        note(f"Serving at {url} (Ctrl-C ends it)")  # short: whoever waits for the URL finds it in one line
         data: dict[str, Any] = {"url": url, "workspace": call.workspace.uri}
         try:
             while not ended.wait(3600):

@@ -50,12 +50,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     try:
         assert process.stderr is not None
         line = process.stderr.readline()  # the first: nothing is told before it
-        found = re.search(r"^Serving .* at (http://127\.0\.0\.1:\d+)", line)
+        found = re.search(r"^Serving at (http://127\.0\.0\.1:\d+)", line)
         assert found, line
         yield Served(workspace, process, found[1])
     finally:
-        process.kill()
-        process.wait()
+        process.send_signal(signal.SIGINT)  # killed, it would leave HAProxy behind
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def run(workspace: Workspace, *arguments: str, key: str = "") -> "subprocess.Popen[str]":
