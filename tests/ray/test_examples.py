@@ -203,7 +203,14 @@ def test_a_night_goes_live_where_figures_hold_and_is_kept_back_where_they_fall(
         "import": {"format": "parquet", "paths": [str(first)], "columns": COLUMNS, "buckets": 2},
         "split": {"test_days": 60.0, "validation_days": 20.0},
         "embed": {"dim": 8, "epochs": 2},
-        "train": {"hidden_dim": 16, "epochs": 2, "negatives": 32, "workers": 0, "memory": False},
+        "train": {
+            "hidden_dim": 16,
+            "epochs": 8,
+            "learning_rate": 0.02,
+            "negatives": 32,
+            "workers": 0,
+            "memory": False,
+        },
         "evaluate": {"models": ["taste"], "bootstrap_samples": 0, "offsets": 0},
     }
     run(workspace, stages)
