@@ -32,6 +32,8 @@ for argument in "$@"; do
   [ "$seen" = -f ] && sed -i -E 's/^([[:space:]]*bind[[:space:]]+)\\*?:/\\1{loopback}:/' "$argument"
   seen="$argument"
 done
+# Where whoever started it is killed, HAProxy ends as well, and with it the open port.
+command -v setpriv > /dev/null && exec setpriv --pdeathsig TERM {binary} "$@"
 exec {binary} "$@"
 """
 

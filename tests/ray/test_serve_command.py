@@ -3,10 +3,12 @@
 import ipaddress
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
@@ -46,15 +48,22 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     write_world(workspace)
     write_release(workspace, "1", seed=1)
     write_release(workspace, "2", seed=2, activate=False)
+    with started(workspace) as (process, url):
+        yield Served(workspace, process, url)
+
+
+@contextmanager
+def started(workspace: Workspace) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """A running command and its URL."""
     process = run(workspace, "serve", "--port", "0", "--watch-seconds", "0.2")
     try:
         assert process.stderr is not None
         line = process.stderr.readline()  # the first: nothing is told before it
         found = re.search(r"^Serving at (http://127\.0\.0\.1:\d+)", line)
         assert found, line
-        yield Served(workspace, process, found[1])
+        yield process, found[1]
     finally:
-        process.send_signal(signal.SIGINT)  # killed, it would leave HAProxy behind
+        process.send_signal(signal.SIGINT)
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
@@ -138,3 +147,15 @@ def test_an_interrupt_ends_it_with_all_its_processes(served: Served) -> None:
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
     assert served.workspace.files("serving/replicas") == []
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv of util-linux is not here")
+def test_killed_it_leaves_nobody_who_answers(served: Served) -> None:
+    with started(served.workspace) as (process, _):
+        processes = psutil.Process(process.pid).children(recursive=True)
+        answering = [child for child in processes if child.name() == "haproxy" or "ServeReplica" in child.name()]
+        assert len(answering) >= 2
+        process.kill()
+        process.wait()
+        _, alive = psutil.wait_procs(answering, timeout=60)
+    assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
