@@ -80,6 +80,6 @@ def test_where_no_cluster_answers_the_address_is_named(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     token = tmp_path / "token"
     token.write_text("0" * 64)
-    gone = submit(Head(url, token), "--workspace", str(tmp_path), "status")
+    gone = submit(Head(url=url, token=token, address=""), "--workspace", str(tmp_path), "status")
     assert gone.returncode == 1
     assert f"no Ray cluster answers at {url}" in gone.stderr
