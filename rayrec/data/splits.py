@@ -1,8 +1,10 @@
 """The splits of a workspace: make one, list them, choose the one to work with."""
 
+import numpy as np
 import pyarrow.fs as pafs
 
 from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories, concatenate
 from rayrec.data.split import Split, SplitConfig, load_split, make_split, save_split
 from rayrec.errors import InputError, MismatchError
 from rayrec.workspace import Workspace
@@ -62,3 +64,20 @@ def require_split_of(dataset: Dataset, split: Split) -> None:
         f"split {split.id} cuts data set {split.dataset}, the workspace holds {dataset.manifest.id}; "
         "run `rayrec split` again"
     )
+
+
+def validation_histories(dataset: Dataset, split: Split, limit: int) -> Histories:
+    """Histories of users with plays in the validation range, in the order of the buckets, nothing after the range.
+
+    Users are taken until those plays are at least `limit`.
+    """
+    found: list[Histories] = []
+    plays = 0
+    for histories in dataset.read_all():
+        seen = split.final.select(histories)
+        recent = np.bincount(seen.rows[split.is_validation(seen)], minlength=len(seen))
+        found.append(seen.take(recent > 0))
+        plays += int(recent.sum())
+        if plays >= limit:
+            break
+    return concatenate(found)

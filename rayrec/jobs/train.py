@@ -25,8 +25,9 @@ from rayrec.artifacts import Manifest
 from rayrec.config import to_mapping
 from rayrec.data.counting import SongCounter
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, concatenate
+from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange, Split
+from rayrec.data.splits import validation_histories
 from rayrec.data.windows import Windows, epoch_units
 from rayrec.errors import InputError, MismatchError, RayrecError
 from rayrec.jobs.board import new_board, shown
@@ -173,7 +174,8 @@ def _prepare(
     if split is not None and "selection" in ranges:
         validation = manifest.path("run/validation.parquet")
         if not workspace.exists(validation):
-            workspace.write_table(validation, _validation_table(dataset, split, config.validation_plays))
+            table = validation_histories(dataset, split, config.validation_plays).to_arrow()
+            workspace.write_table(validation, table)
         if not len(load_validation(workspace.read_table(validation), ranges["selection"], 1).plays):
             validation = None  # nothing to choose by: train for the epochs of the config
     dim = int(workspace.read_array(vectors["final"]).shape[1])
@@ -206,20 +208,6 @@ def _count_songs(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) 
     if not totals[0].any():
         raise RayrecError("the split leaves no plays to train on; make a split with fewer test and validation days")
     return totals
-
-
-def _validation_table(dataset: Dataset, split: Split, limit: int) -> pa.Table:
-    """Histories of users with plays in the validation range, until those plays are `limit`; nothing after it."""
-    found: list[Histories] = []
-    plays = 0
-    for histories in dataset.read_all():
-        seen = split.final.select(histories)
-        recent = np.bincount(seen.rows[split.is_validation(seen)], minlength=len(seen))
-        found.append(seen.take(recent > 0))
-        plays += int(recent.sum())
-        if plays >= limit:
-            break
-    return concatenate(found).to_arrow()
 
 
 def load_validation(table: pa.Table, selection: FitRange, limit: int) -> Validation:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, Questions, concatenate
+from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange, Split
+from rayrec.data.splits import validation_histories
 
 MOST_PLAYS = 10_000  # of the validation range that are predicted
 
@@ -42,16 +43,7 @@ class Selection:
 
 def make_selection(dataset: Dataset, split: Split, vectors: np.ndarray, limit: int = MOST_PLAYS) -> Selection | None:
     """The first plays of the validation range in the order of the buckets, about `limit`; None where there are none."""
-    found: list[Histories] = []
-    count = 0
-    for histories in dataset.read_all():
-        seen = split.final.select(histories)
-        recent = np.bincount(seen.rows[split.is_validation(seen)], minlength=len(seen))
-        found.append(seen.take(recent > 0))
-        count += int(recent.sum())
-        if count >= limit:
-            break
-    kept = concatenate(found)
+    kept = validation_histories(dataset, split, limit)
     plays = np.flatnonzero(split.is_validation(kept))
     if not len(plays):
         return None

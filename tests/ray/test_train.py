@@ -18,13 +18,13 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.generate import GenerateConfig
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split, SplitConfig
-from rayrec.data.splits import split_dataset
+from rayrec.data.splits import split_dataset, validation_histories
 from rayrec.data.windows import epoch_units
 from rayrec.errors import MismatchError, NotFoundError, RayrecError
 from rayrec.jobs import train as job
 from rayrec.jobs import trainer
 from rayrec.jobs.generating import generate
-from rayrec.jobs.train import _validation_table, load_validation, model_config, train, window_stream
+from rayrec.jobs.train import load_validation, model_config, train, window_stream
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.taste.checkpoint import load_model
 from rayrec.taste.config import TrainConfig
@@ -204,7 +204,7 @@ def test_ray_data_streams_the_batches_of_the_plain_loop_none_past_the_cut(
 
 
 def test_the_plays_to_predict_lie_in_the_validation_range_alone(world: Workspace, split: Split) -> None:
-    validation = load_validation(_validation_table(Dataset(world), split, 10_000), split.selection, 50)
+    validation = load_validation(validation_histories(Dataset(world), split, 10_000).to_arrow(), split.selection, 50)
     at = validation.histories.played_at
     assert at.max() < split.test_from
     assert (at[validation.plays] >= split.validation_from).all()

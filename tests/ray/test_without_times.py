@@ -7,10 +7,10 @@ import pytest
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
-from rayrec.data.splits import list_splits
+from rayrec.data.splits import list_splits, validation_histories
 from rayrec.errors import LeakError
 from rayrec.jobs.pipeline import Outcome, run
-from rayrec.jobs.train import _validation_table, load_validation, model_config
+from rayrec.jobs.train import load_validation, model_config
 from rayrec.recommend.baselines import fit_baselines
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.taste.config import TrainConfig
@@ -73,7 +73,9 @@ def test_the_network_sees_neither_gaps_nor_hours(made: tuple[Workspace, dict[str
 def test_the_validation_plays_are_those_before_the_last_fifth(
     made: tuple[Workspace, dict[str, Outcome]], split: Split
 ) -> None:
-    validation = load_validation(_validation_table(Dataset(made[0]), split, 10_000), split.selection, 10_000)
+    validation = load_validation(
+        validation_histories(Dataset(made[0]), split, 10_000).to_arrow(), split.selection, 10_000
+    )
     assert validation.histories.lengths.tolist() == [16] * USERS
     assert sorted(set(validation.histories.places[validation.plays].tolist())) == [14, 15]
     assert len(validation.plays) == 2 * USERS
