@@ -44,6 +44,10 @@ class SongMasks:
         self._markets = _column(table, columns.MARKETS)
         self.mask = lru_cache(maxsize=MASKS_KEPT)(self._mask)
 
+    def lookups(self, outcome: str) -> int:
+        """How many masks asked for so far were `hits`, kept from before, or `misses`."""
+        return int(getattr(self.mask.cache_info(), outcome))
+
     def _mask(self, wanted: Wanted) -> np.ndarray:
         """bool (N,), read-only: true for the songs that are known to fit.
 

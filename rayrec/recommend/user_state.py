@@ -68,11 +68,6 @@ class Plays:
         )
 
     @classmethod
-    def of_history(cls, history: Histories) -> "Plays":
-        """The plays of the one user of a batch."""
-        return cls.of(history.songs, history.played_at, contexts=history.contexts, skipped=history.skipped)
-
-    @classmethod
     def joined(cls, parts: "Sequence[Plays]") -> "Plays":
         """The plays of all parts, one part after the other."""
         if not parts:

@@ -19,7 +19,7 @@ class _Listeners:
     """Users whose plays are in the store, all of the same number of plays but for the last few."""
 
     def __init__(self, post: Post, songs: Sequence[str], name: str, users: int, plays: int, begin: int) -> None:
-        self._post, self._songs = post, songs
+        self._songs = songs
         self._names = [f"{name}-{number}" for number in range(users)]
         self._begin = begin
         self._taken = dict.fromkeys(self._names, 0)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -23,7 +24,7 @@ class Metrics:
         self._stages = self._histogram("stage_seconds", "Stages of a request's work.", SECONDS, "stage")
         self._batch = self._histogram("batch_users", "Users of a call.", USERS)
         self._paths = self._counter("answers", "Answers by how they were found.", "path")
-        self._cache = self._counter("cache_requests", "Look-ups in a cache.", "cache", "outcome")
+        self._cache = self._gauge("cache_lookups", "Look-ups in a cache of the live release.", "cache", "outcome")
         self._plays = self._counter("plays", "New plays by what became of them.", "outcome")
         self._waiting = self._gauge("waiting", "Calls that run on the worker thread or wait for it.")
         self._release = self._gauge("release", "1 for the release that answers.", "release", "model")
@@ -59,10 +60,6 @@ class Metrics:
         """An answer was found in this way."""
         self._paths.labels(self.replica, name).inc()
 
-    def cache(self, name: str, hit: bool) -> None:
-        """A cache had what was looked for, or had not."""
-        self._cache.labels(self.replica, name, "hit" if hit else "miss").inc()
-
     def plays(self, outcome: str, count: int) -> None:
         """So many new plays were taken, repeated, set aside or of unknown songs."""
         self._plays.labels(self.replica, outcome).inc(count)
@@ -75,6 +72,11 @@ class Metrics:
     def watch_waiting(self, calls: Callable[[], float]) -> None:
         """Ask `calls` how many calls run or wait, whenever the figures are read."""
         self._waiting.labels(self.replica).set_function(calls)
+
+    def watch_cache(self, name: str, lookups: Callable[[str], float]) -> None:
+        """Ask `lookups` how many look-ups were hits, and how many misses, whenever the figures are read."""
+        for outcome in ("hits", "misses"):
+            self._cache.labels(self.replica, name, outcome).set_function(partial(lookups, outcome))
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

@@ -46,13 +46,18 @@ def make_service(
     load: Callable[[str], LiveRelease],
 ) -> Service:
     """A service whose releases `load` loads, by their id; it watches which one is live."""
+
+    def switched(live: LiveRelease) -> None:
+        metrics.release(live.id, live.model_id)
+        metrics.watch_cache("masks", live.songs.masks.lookups)
+
     holder = ReleaseHolder(
         workspace=workspace,
         load=load,
         reports=Reports(workspace),
         replica=metrics.replica,
         watch_seconds=config.watch_seconds,
-        on_switch=lambda live: metrics.release(live.id, live.model_id),
+        on_switch=switched,
     )
     states = UserStates(workspace, config.store, metrics)
     holder.start()

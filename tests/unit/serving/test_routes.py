@@ -244,6 +244,21 @@ def test_the_metrics_tell_latency_by_stage_batches_paths_and_the_release(app: Cl
     assert 'route="/v1/recommendations"' in text
 
 
+def test_the_metrics_tell_how_often_a_mask_of_songs_was_kept_from_before(app: Client) -> None:
+    def lookups(outcome: str) -> float:
+        (line,) = [
+            line
+            for line in app.get("/metrics").text.splitlines()
+            if line.startswith("rayrec_cache_lookups{") and f'outcome="{outcome}"' in line
+        ]
+        return float(line.split()[-1])
+
+    before = {outcome: lookups(outcome) for outcome in ("hits", "misses")}
+    for _ in range(3):
+        ask(app, artists=["nobody of that name"])
+    assert (lookups("misses") - before["misses"], lookups("hits") - before["hits"]) == (1, 2)
+
+
 def test_the_document_shows_every_endpoint_with_an_example_and_its_problems(app: Client) -> None:
     document = app.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
