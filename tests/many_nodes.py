@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import ray
 import ray.cloudpickle
 import witness
 from ray.cluster_utils import Cluster
+from trainings import CONFIG
 from witness import read_log
 
 from rayrec.artifacts import Manifest
@@ -39,24 +41,13 @@ from rayrec.jobs.taste import BucketTastes, compute_tastes
 from rayrec.jobs.train import train
 from rayrec.recommend.index import IndexConfig
 from rayrec.songs.embedding import EmbedConfig
-from rayrec.taste.config import TasteConfig, TrainConfig
+from rayrec.taste.config import TasteConfig
 from rayrec.workspace import Workspace
 
 LOG = "RAYREC_TEST_LOG"  # environment variable: the folder in which units are noted, on all nodes
 PAUSE = 0.4  # seconds that a unit takes longer, so that a node can be removed meanwhile
 BUCKETS = 12
-TRAIN = TrainConfig(
-    hidden_dim=8,
-    window=20,
-    batch=16,
-    negatives=20,
-    long=(2, 5),
-    epochs=2,
-    learning_rate=0.01,
-    validation_plays=200,
-    checkpoint_minutes=0.0,
-    workers=2,
-)
+TRAIN = replace(CONFIG, workers=2)
 
 
 def write_plays(folder: Path, files: int = 8) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from ray.cloudpickle import register_pickle_by_value
 from safetensors.numpy import load as load_safetensors
+from trainings import CONFIG as SMALL
+from trainings import NUM_SONGS
 from worlds import random_vectors, write_dataset, write_song_vectors
 
 from rayrec.artifacts import Manifest, listing, load, publish, verify
@@ -33,19 +35,8 @@ from rayrec.taste.stream import UnitReader, plain_stream
 from rayrec.taste.training import Share, StepReport
 from rayrec.workspace import Workspace
 
-NUM_SONGS = 80
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints
-CONFIG = TrainConfig(
-    hidden_dim=8,
-    window=20,
-    batch=16,
-    negatives=20,
-    long=(2, 5),
-    epochs=2,
-    learning_rate=0.01,
-    validation_plays=200,
-    workers=0,
-)
+CONFIG = replace(SMALL, workers=0, checkpoint_minutes=10.0)
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,11 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from served import AT, NUM_SONGS, Client, service, write_release, write_world
-from stores import RedisServer, needs_redis
 
 from rayrec import releases
 from rayrec.artifacts import Manifest
@@ -32,24 +30,6 @@ def world(workspace: Workspace) -> Workspace:
     write_world(workspace)
     write_release(workspace)
     return workspace
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty store."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/states.sqlite"
-    server: RedisServer = request.getfixturevalue("redis")
-    server.empty()
-    return server.uri
 
 
 @pytest.fixture

@@ -18,22 +18,6 @@ Opener = Callable[[], StateStore]
 WRITERS, PUTS = 3, 25
 
 
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "redis":
-        server: RedisServer = request.getfixturevalue("redis")
-        return server.uri
-    return f"sqlite:///{tmp_path}/states.sqlite"
-
-
 @pytest.fixture
 def namespace(request: pytest.FixtureRequest) -> str:
     """Another one for each test: one Redis server serves them all."""

@@ -33,27 +33,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty store."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/states.sqlite"
-    server: RedisServer = request.getfixturevalue("redis")
-    server.empty()
-    return server.uri
-
-
 @pytest.fixture
-def app(world: Workspace, store: str) -> Iterator[Client]:
-    with service(world, store=store) as opened:
+def app(world: Workspace, uri: str) -> Iterator[Client]:
+    with service(world, store=uri) as opened:
         yield Client(opened)
 
 
@@ -241,16 +223,16 @@ def test_stored_users_and_histories_go_in_one_batch(app: Client) -> None:
         assert one["source"] == alone["source"]
 
 
-def test_the_state_of_another_model_is_computed_anew_and_kept(world: Workspace, store: str) -> None:
+def test_the_state_of_another_model_is_computed_anew_and_kept(world: Workspace, uri: str) -> None:
     """A release with another network goes live: its states come from the plays, not from the old network's."""
     events = events_of("ann", 160, seed=9)
     at = events[-1]["played_at"] + MINUTE
-    with service(world, store=store) as opened:
+    with service(world, store=uri) as opened:
         send(Client(opened), *events[:150])
         before = taste(Client(opened), "ann", at)
     releases.activate_release(world, releases.list_releases(world)[1].id)
     try:
-        with service(world, store=store) as opened:
+        with service(world, store=uri) as opened:
             app = Client(opened)
             assert send(app, *events[150:])["taken"] == 10
             found = taste(app, "ann", at)
@@ -261,7 +243,7 @@ def test_the_state_of_another_model_is_computed_anew_and_kept(world: Workspace, 
             assert [song["song"] for song in answer["songs"]] == [f"song-{row}" for row in rows]
     finally:
         releases.rollback(world)
-    with service(world, store=store) as opened:  # and back again, read first
+    with service(world, store=uri) as opened:  # and back again, read first
         require_taste_of_batch(world, taste(Client(opened), "ann", at), events, at)
 
 
