@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -157,17 +157,20 @@ def _lease(workspace: Workspace, holder: Holder) -> Iterator[None]:
     if first != holder:
         raise _busy(workspace, first, "it started at the same time; wait until it ends")
     beat = _Heartbeat(workspace, holder)
-    beat.start()
     try:
-        yield
-    except KeyboardInterrupt:
-        if beat.lost is not None:
-            raise _busy(workspace, beat.lost, "it took over the lease of this run, which has stopped") from None
-        raise
+        with beat:
+            yield
+    except _LeaseLost:
+        pass  # told below, as where it is only seen at the end
     finally:
-        beat.stop()
         if _read_holder(workspace, LEASE) == holder:
             workspace.delete(LEASE)
+    if beat.lost is not None:
+        raise _busy(workspace, beat.lost, "it took over the lease of this run, which has stopped")
+
+
+class _LeaseLost(BaseException):
+    """Ends whatever the main thread does; no `except Exception` on the way holds it up."""
 
 
 def _age(workspace: Workspace, holder: Holder) -> float:
@@ -180,12 +183,33 @@ def _age(workspace: Workspace, holder: Holder) -> float:
 
 
 class _Heartbeat(threading.Thread):
-    """Writes the lease anew until it is stopped; where another run has taken it, this one is interrupted."""
+    """Writes the lease anew for the length of a with block; where another run has taken it, the block is left.
+
+    By a signal, which ends a wait in the main thread too. Not by an interrupt: a run in the background of
+    a shell is started with those ignored. A block in another thread is left at its end.
+    """
+
+    SIGNAL = signal.SIGUSR1
 
     def __init__(self, workspace: Workspace, holder: Holder) -> None:
         super().__init__(name="rayrec lease", daemon=True)
         self.lost: Holder | None = None  # to whom
         self._workspace, self._holder, self._stopped = workspace, holder, threading.Event()
+        self._in_main = threading.current_thread() is threading.main_thread()
+        self._handler: Any = None  # of the signal before
+
+    def __enter__(self) -> "_Heartbeat":
+        if self._in_main:
+            self._handler = signal.signal(self.SIGNAL, _leave)
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End, and wait for a beat in progress."""
+        self._stopped.set()
+        self.join()
+        if self._in_main:
+            signal.signal(self.SIGNAL, self._handler)
 
     def run(self) -> None:
         """Beat until stopped. A storage that fails now is asked again at the next beat."""
@@ -194,14 +218,13 @@ class _Heartbeat(threading.Thread):
                 first = _read_holder(self._workspace, LEASE)
                 if first is not None and first != self._holder:
                     self.lost = first
-                    # A real signal: it ends a wait in the main thread, too.
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    if self._in_main:
+                        signal.pthread_kill(threading.main_thread().ident or 0, self.SIGNAL)
                     return
                 self._workspace.write_json(LEASE, asdict(self._holder))
             except OSError:
                 continue
 
-    def stop(self) -> None:
-        """End, and wait for a beat in progress."""
-        self._stopped.set()
-        self.join()
+
+def _leave(*_: object) -> None:
+    raise _LeaseLost

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import psutil
@@ -76,7 +77,13 @@ def run(workspace: Workspace, *arguments: str, key: str = "") -> "subprocess.Pop
     environment = {**os.environ, "RAYREC_API_KEYS": f"read:{READ},admin:{ADMIN}", "RAYREC_API_KEY": key}
     for name in ("RAY_ADDRESS",):
         environment.pop(name, None)
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # As in a terminal: tests that run in the background of a shell would hand down that interrupts are ignored.
+    return subprocess.Popen(command, env=environment, **pipes, preexec_fn=_hear_interrupts)
+
+
+def _hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def with_key(key: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -177,7 +178,33 @@ class TestLease:
             thread.join()
         assert sorted(outcomes) == ["held", *["refused"] * 4]
 
-    def test_a_run_that_lost_its_lease_stops(self, workspace: Workspace) -> None:
+    @pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])
+    def test_a_run_that_lost_its_lease_stops(self, workspace: Workspace, interrupts: Any) -> None:
+        """In the background of a shell too, where interrupts are ignored."""
+        before = signal.signal(signal.SIGINT, interrupts)
+        try:
+            self._lose_the_lease(workspace)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def test_a_lease_lost_by_a_thread_is_told_at_the_end(self, workspace: Workspace) -> None:
+        found: list[BusyError] = []
+
+        def work() -> None:
+            try:
+                with locking._lease(workspace, mine):
+                    workspace.write_json(locking.LEASE, {**vars(mine), "command": "import", "token": "other"})
+                    time.sleep(1)
+            except BusyError as error:
+                found.append(error)
+
+        mine = locking.Holder.of_this_run("train")
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert "took over the lease of this run" in str(found[0])
+
+    def _lose_the_lease(self, workspace: Workspace) -> None:
         mine = locking.Holder.of_this_run("train")
 
         def work() -> None:
