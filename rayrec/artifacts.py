@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 class Manifest:
     """What an artifact is and where it came from. Stored as manifest.json, after all other files."""
 
-    kind: str  # songs, models, indexes, tastes, releases, reports or tunings
+    kind: str  # descriptions, songs, models, indexes, tastes, releases, reports or tunings
     id: str  # unique within its kind
     config: dict[str, Any] = field(default_factory=dict)  # the stage's settings
     inputs: dict[str, str] = field(default_factory=dict)  # role -> id: dataset, split, songs, models, ...

@@ -9,7 +9,7 @@ from rayrec.errors import NotFoundError
 from rayrec.releases import active_release
 from rayrec.workspace import Workspace
 
-KINDS = ("songs", "models", "tastes", "indexes", "reports", "tunings", "releases")
+KINDS = ("descriptions", "songs", "models", "tastes", "indexes", "reports", "tunings", "releases")
 DATASET_FIGURES = (
     "id",
     "source",

@@ -25,7 +25,6 @@ DATASET = "dataset"
 DATASET_MANIFEST = "dataset/dataset.json"
 GENERATING = "dataset/.generating.json"  # the config that unfinished generated buckets belong to
 SONGS_TABLE = "dataset/songs.parquet"
-DESCRIPTIONS = "dataset/descriptions.parquet"  # what `rayrec describe` was told of songs
 HISTORIES = "dataset/histories"
 PLAYLISTS = "dataset/playlists"
 SET_ASIDE = "dataset/set_aside"
@@ -64,7 +63,7 @@ def split_file(split_id: str) -> str:
 
 
 def artifact_dir(kind: str, artifact_id: str) -> str:
-    """The folder of one artifact; `kind` is songs, models, indexes, tastes, releases, reports or tunings."""
+    """The folder of one artifact; `kind` is one of those of `Manifest`."""
     return f"{kind}/{artifact_id}"
 
 

@@ -10,13 +10,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayrec import artifacts
+from rayrec.artifacts import Manifest
 from rayrec.data import columns
 from rayrec.data.histories import Histories, user_hash
 from rayrec.data.parts import bucket_files, find_user, merge_users, read_files, read_users, with_columns
 from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
-from rayrec.workspace import DATASET_MANIFEST, DESCRIPTIONS, PLAYLISTS, SONGS_TABLE, Workspace, earlier_manifest
+from rayrec.workspace import DATASET_MANIFEST, PLAYLISTS, SONGS_TABLE, Workspace, earlier_manifest
 
 SCHEMA_VERSION = 1
+DESCRIPTIONS = "descriptions"  # the kind of what `rayrec describe` was told of songs
+DESCRIPTIONS_FILE = "descriptions.parquet"  # in its folder: columns.DESCRIPTIONS
 
 Times = Literal["real", "positions"]
 
@@ -159,9 +163,15 @@ class Dataset:
         Without songs that an unfinished import has put behind it.
         """
         table = self.workspace.read_table(SONGS_TABLE).slice(0, self.num_songs)
-        if self.workspace.exists(DESCRIPTIONS):
-            table = _described(table, self.workspace.read_table(DESCRIPTIONS))
+        told = self.descriptions()
+        if told is not None:
+            table = _described(table, self.workspace.read_table(told.path(DESCRIPTIONS_FILE)))
         return Catalog(table)
+
+    def descriptions(self) -> Manifest | None:
+        """What songs were last described by, of this data set or one that it descends from; None where by nothing."""
+        told = artifacts.listing(self.workspace, DESCRIPTIONS)
+        return next((each for each in reversed(told) if self.descends_from(each.inputs["dataset"])), None)
 
 
 class Catalog:

@@ -1,16 +1,21 @@
 """Store what a file tells of the songs of a data set."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayrec.config import setting
+from rayrec import artifacts
+from rayrec.artifacts import Manifest
+from rayrec.config import setting, to_mapping
 from rayrec.data import columns
-from rayrec.data.dataset import Dataset
+from rayrec.data.dataset import DESCRIPTIONS, DESCRIPTIONS_FILE, Dataset
 from rayrec.data.descriptions import ROLES, read_descriptions
 from rayrec.data.readers.reader import plain
 from rayrec.errors import InputError
-from rayrec.workspace import DESCRIPTIONS, Workspace
+from rayrec.locking import writes
+from rayrec.workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,7 @@ class Described:
     markets: int  # songs with a list of markets
 
 
+@writes("describe")
 def describe(workspace: Workspace, config: DescribeConfig, path: str) -> Described:
     """Read a table of songs and keep it beside the data set, in place of the one that was there.
 
@@ -48,7 +54,7 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str) -> Describ
     """
     dataset = Dataset(workspace)
     told = read_descriptions(path, config.columns, config.delimiter)
-    workspace.write_table(DESCRIPTIONS, told)
+    store_descriptions(dataset, told, {**to_mapping(config), "path": path})
     table = dataset.catalog().table
     known = pc.is_in(told.column(columns.SONG_ID), value_set=plain(table.column(columns.SONG_ID)))
     described = pc.sum(known).as_py() or 0
@@ -65,3 +71,18 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str) -> Describ
         released=given(columns.RELEASED),
         markets=given(columns.MARKETS),
     )
+
+
+def store_descriptions(dataset: Dataset, told: pa.Table, config: dict[str, Any]) -> Manifest:
+    """Make `told`, columns.DESCRIPTIONS, what the data set's songs are described by; what was told before goes."""
+    workspace, inputs = dataset.workspace, {"dataset": dataset.manifest.id}
+    before = artifacts.listing(workspace, DESCRIPTIONS)
+    print_id = artifacts.fingerprint("describe", config, inputs)
+    made_id, _ = artifacts.new_id(workspace, DESCRIPTIONS, print_id, repeat=True)
+    manifest = Manifest(kind=DESCRIPTIONS, id=made_id, config=config, inputs=inputs)
+    workspace.write_table(manifest.path(DESCRIPTIONS_FILE), told)
+    made = artifacts.publish(workspace, manifest, [DESCRIPTIONS_FILE])
+    for each in before:
+        workspace.delete(each.path("manifest.json"))  # first: without it the rest is nothing
+        workspace.delete(each.folder)
+    return made

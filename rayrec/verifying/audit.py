@@ -27,7 +27,7 @@ class Finding:
 class Checked:
     """One thing that was looked at."""
 
-    kind: str  # dataset, splits, songs, models, tastes, indexes, reports, releases
+    kind: str  # dataset, splits, descriptions, songs, models, tastes, indexes, reports, releases
     id: str
     files: int  # compared with their checksums
     problems: int

@@ -6,23 +6,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayrec import artifacts, releases
 from rayrec.artifacts import Manifest
 from rayrec.data import columns
-from rayrec.data.dataset import Dataset, DatasetManifest, bucket_of
+from rayrec.data.dataset import DESCRIPTIONS, DESCRIPTIONS_FILE, Dataset, DatasetManifest, bucket_of
 from rayrec.verifying.audit import Audit
 
 ROWS = 5_000  # of tastes or vectors looked at at once
 TOLERANCE = 1e-3  # of the length of a normalized vector
 MODEL_VECTORS = "song_vectors.npy"
-KINDS = ("songs", "models", "tastes", "indexes", "reports", "releases")
+KINDS = (DESCRIPTIONS, "songs", "models", "tastes", "indexes", "reports", "releases")
 
 
 def check_artifacts(audit: Audit, dataset: Dataset | None) -> None:
     """Every artifact of every kind: its files, its inputs and its content."""
     content: dict[str, Callable[[Audit, Manifest, Dataset | None], None]] = {
+        DESCRIPTIONS: _check_descriptions,
         "songs": _check_songs,
         "models": _check_model,
         "tastes": _check_tastes,
@@ -76,6 +78,13 @@ def _check_vectors(audit: Audit, path: str, vectors: np.ndarray, songs: int | No
 def _are_normalized(vectors: np.ndarray) -> bool:
     lengths = np.linalg.norm(vectors, axis=1)
     return bool(((np.abs(lengths - 1) < TOLERANCE) | (lengths == 0)).all())  # false for NaN, too
+
+
+def _check_descriptions(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
+    path = manifest.path(DESCRIPTIONS_FILE)
+    table = audit.workspace.read_table(path, columns=columns.DESCRIPTIONS.names)
+    twice = len(table) - pc.count_distinct(table.column(columns.SONG_ID)).as_py()
+    audit.require(not twice, path, "a song is described twice")
 
 
 def _check_songs(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:

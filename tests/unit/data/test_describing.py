@@ -1,16 +1,19 @@
 """What a table tells of songs joins the catalog by song id."""
 
 import gzip
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from worlds import random_histories, write_dataset
 
+from rayrec import artifacts
 from rayrec.data import columns
-from rayrec.data.dataset import Dataset
+from rayrec.data.dataset import Dataset, write_manifest
 from rayrec.data.describing import DescribeConfig, describe
 from rayrec.errors import InputError, NotFoundError
 from rayrec.workspace import Workspace
@@ -77,6 +80,19 @@ def test_a_second_table_takes_the_place_of_the_first(dataset: Dataset, tmp_path:
     describe(dataset.workspace, DescribeConfig(delimiter=";"), written(tmp_path, "song;title\nsong-0;New\n"))
     assert dataset.catalog().table.column(columns.TITLE).to_pylist()[0] == "New"
     assert dataset.catalog().table.column(columns.RELEASED).null_count == 6
+    (made,) = artifacts.listing(dataset.workspace, "descriptions")
+    assert dataset.workspace.folders("descriptions") == [made.id]
+    artifacts.verify(dataset.workspace, made)
+    describe(dataset.workspace, DescribeConfig(), written(tmp_path, CSV))
+    assert dataset.catalog().table.column(columns.TITLE).to_pylist()[0] == "Zero"
+
+
+def test_what_was_told_of_other_songs_is_not_told_of_these(dataset: Dataset, tmp_path: Path) -> None:
+    describe(dataset.workspace, DescribeConfig(), written(tmp_path, CSV))
+    write_manifest(dataset.workspace, replace(dataset.manifest, id="next", ancestors=[dataset.manifest.id]))
+    assert Dataset(dataset.workspace).catalog().titles(np.array([0])) == ["Ann – Zero"]
+    write_manifest(dataset.workspace, replace(dataset.manifest, id="other"))
+    assert Dataset(dataset.workspace).catalog().titles(np.array([0])) == ["Artist 0 – Title 0"]
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ from served import AT, NUM_SONGS, WITHOUT_VECTOR, Client, service, write_release
 from rayrec import releases
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
+from rayrec.data.describing import store_descriptions
 from rayrec.recommend.answering import load_recommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.serving.auth import load_keys
 from rayrec.serving.config import ServeConfig
-from rayrec.workspace import DESCRIPTIONS, Workspace
+from rayrec.workspace import Workspace
 
 SONGS = ["song-3", "song-50", "song-3", "song-9"]
 KEY = "r" * 20
@@ -35,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         columns.RELEASED: [date.fromordinal(first + row) for row in range(NUM_SONGS)],
         columns.MARKETS: [["SE"] if row % 3 == 0 else ["DE"] for row in range(NUM_SONGS)],
     }
-    workspace.write_table(DESCRIPTIONS, pa.table(told, schema=columns.DESCRIPTIONS))
+    store_descriptions(Dataset(workspace), pa.table(told, schema=columns.DESCRIPTIONS), {})
     write_release(workspace, memory=False)
     return workspace
 

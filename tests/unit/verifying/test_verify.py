@@ -13,7 +13,8 @@ from worlds import random_histories, random_vectors, write_song_vectors
 from rayrec import releases
 from rayrec.artifacts import Manifest, load, publish, sha256
 from rayrec.data import columns
-from rayrec.data.dataset import Dataset, DatasetManifest, bucket_of, write_manifest
+from rayrec.data.dataset import DESCRIPTIONS_FILE, Dataset, DatasetManifest, bucket_of, write_manifest
+from rayrec.data.describing import store_descriptions
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
 from rayrec.songs.vectors import SongVectors
 from rayrec.taste.checkpoint import save_model
@@ -43,6 +44,11 @@ def build(workspace: Workspace, kind: str = "flat") -> Workspace:
     for number, part in enumerate(parts):
         workspace.write_table(histories_file(0, number), part.to_arrow())
     write_dataset_manifest(workspace)
+    told = pa.table({columns.SONG_ID: ["s1"], columns.TITLE: ["One"]})
+    rows = [
+        told[each.name] if each.name in told.column_names else pa.nulls(1, each.type) for each in columns.DESCRIPTIONS
+    ]
+    store_descriptions(Dataset(workspace), pa.table(rows, schema=columns.DESCRIPTIONS), {})
     dataset = {"dataset": "data"}
     song_vectors = write_song_vectors(workspace, random_vectors(NUM_SONGS), dataset)
     model = network(model_config())
@@ -107,7 +113,15 @@ def test_a_sound_workspace_has_neither_problems_nor_notes(tmp_path: Path, kind: 
     workspace = build(Workspace(tmp_path / "new"), kind)
     audit = verify_workspace(workspace)
     assert (audit.problems, audit.notes) == ([], [])
-    assert [item.kind for item in audit.checked] == ["dataset", "songs", "models", "tastes", "indexes", "releases"]
+    assert [item.kind for item in audit.checked] == [
+        "dataset",
+        "descriptions",
+        "songs",
+        "models",
+        "tastes",
+        "indexes",
+        "releases",
+    ]
     stored = [path for path in workspace.files("") if path.endswith((".npy", ".parquet", ".safetensors", ".faiss"))]
     assert stored
     assert set(stored) <= audit.covered
@@ -203,6 +217,14 @@ def say_other_plays(workspace: Workspace) -> None:
     workspace.delete("releases")
 
 
+def describe_a_song_twice(workspace: Workspace) -> None:
+    told = Dataset(workspace).descriptions()
+    assert told is not None
+    table = workspace.read_table(told.path(DESCRIPTIONS_FILE))
+    workspace.write_table(told.path(DESCRIPTIONS_FILE), pa.concat_tables([table, table]))
+    remake(workspace, "descriptions", told.id)
+
+
 def leave_a_stray_file(workspace: Workspace) -> None:
     workspace.write_array("models/m/forgotten.npy", np.zeros(3))
 
@@ -219,6 +241,7 @@ def leave_a_stray_file(workspace: Workspace) -> None:
         (repeat_a_user, "bucket=00000 a user is there twice"),
         (disorder_plays, "bucket=00000 plays are not in the order of time"),
         (say_other_plays, "dataset/dataset.json says plays 12, the histories hold"),
+        (describe_a_song_twice, "descriptions.parquet a song is described twice"),
         (leave_a_stray_file, "models/m/forgotten.npy stands under no manifest"),
     ],
 )
