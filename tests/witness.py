@@ -50,18 +50,19 @@ def watch(monkeypatch: pytest.MonkeyPatch, log: Path, death: Death | None = None
     ship()
     log.mkdir(parents=True, exist_ok=True)
     if not hasattr(job, "_undisturbed"):  # where a training runs in this process, it meets the patched module
-        monkeypatch.setattr(job, "_undisturbed", job._train_worker, raising=False)
-    monkeypatch.setattr(job, "_train_worker", partial(train_worker, str(log), death, pause))
+        monkeypatch.setattr(job, "_undisturbed", job.train_worker, raising=False)
+    monkeypatch.setattr(job, "train_worker", partial(train_worker, str(log), death, pause))
 
 
 def train_worker(log: str, death: Death | None, pause: float, arguments: dict[str, Any]) -> None:
     """What every training worker runs."""
     from rayrec.jobs import train as job
+    from rayrec.jobs.train_worker import RayHost
     from rayrec.taste import fitting
     from rayrec.taste.training import Training
 
     phases: list[str] = []
-    windows_of, step_of, clocks = job._RayHost.windows, Training.step, fitting.STEPS_BETWEEN_CLOCKS
+    windows_of, step_of, clocks = RayHost.windows, Training.step, fitting.STEPS_BETWEEN_CLOCKS
 
     def windows(host: Any, phase: Any, epoch: int) -> Iterator[Windows]:
         phases.append(phase)
@@ -79,12 +80,12 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
             stream.write(json.dumps(line) + "\n")
         return loss
 
-    job._RayHost.windows, Training.step = windows, step  # type: ignore[method-assign]
+    RayHost.windows, Training.step = windows, step  # type: ignore[method-assign]
     fitting.STEPS_BETWEEN_CLOCKS = STEPS_BETWEEN_CLOCKS
     try:
-        getattr(job, "_undisturbed", job._train_worker)(arguments)
+        getattr(job, "_undisturbed", job.train_worker)(arguments)
     finally:
-        job._RayHost.windows, Training.step = windows_of, step_of  # type: ignore[method-assign]
+        RayHost.windows, Training.step = windows_of, step_of  # type: ignore[method-assign]
         fitting.STEPS_BETWEEN_CLOCKS = clocks
 
 

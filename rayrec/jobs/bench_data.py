@@ -17,7 +17,7 @@ from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.generate import GenerateConfig
 from rayrec.jobs.generating import generate
-from rayrec.jobs.train import model_config
+from rayrec.jobs.train_plan import model_config
 from rayrec.taste.checkpoint import save_model
 from rayrec.taste.config import TrainConfig
 from rayrec.workspace import DATASET_MANIFEST, Workspace

@@ -23,7 +23,7 @@ from rayrec.data.split import FitRange
 from rayrec.errors import RayrecError
 from rayrec.jobs.bench_data import bench_dataset, plain_process, train_task
 from rayrec.jobs.cluster import quiet_data, ray_cluster
-from rayrec.jobs.train import window_stream
+from rayrec.jobs.train_worker import window_stream
 from rayrec.taste.config import TrainConfig
 from rayrec.taste.training import Share
 from rayrec.workspace import Workspace

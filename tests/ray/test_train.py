@@ -24,9 +24,12 @@ from rayrec.data.splits import split_dataset, validation_histories
 from rayrec.data.windows import epoch_units
 from rayrec.errors import MismatchError, NotFoundError, RayrecError
 from rayrec.jobs import train as job
+from rayrec.jobs import train_worker as worker
 from rayrec.jobs import trainer
 from rayrec.jobs.generating import generate
-from rayrec.jobs.train import load_validation, model_config, train, window_stream
+from rayrec.jobs.train import train
+from rayrec.jobs.train_plan import load_validation, model_config
+from rayrec.jobs.train_worker import window_stream
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.taste.checkpoint import load_model
 from rayrec.taste.config import TrainConfig
@@ -121,9 +124,9 @@ def test_playlists_shorter_than_the_horizon_are_no_training(world: Workspace, sp
 
 def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
     """A training worker whose process is lost."""
-    from rayrec.jobs import train as here
+    from rayrec.jobs import train_worker as here
 
-    stepped = here._RayHost.stepped
+    stepped = here.RayHost.stepped
 
     def dying(host: Any, phase: Phase, report: StepReport) -> None:
         if report.epoch == 1 and report.step == 1:
@@ -134,15 +137,15 @@ def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
             os._exit(1)
         stepped(host, phase, report)
 
-    here._RayHost.stepped = dying  # type: ignore[method-assign]
-    here._train_worker(arguments)
+    here.RayHost.stepped = dying  # type: ignore[method-assign]
+    here.train_worker(arguments)
 
 
 def _notes_its_first_step(arguments: dict[str, Any]) -> None:
     """A training worker that writes down where it began."""
-    from rayrec.jobs import train as here
+    from rayrec.jobs import train_worker as here
 
-    stepped = here._RayHost.stepped
+    stepped = here.RayHost.stepped
 
     def noting(host: Any, phase: Phase, report: StepReport) -> None:
         path = f"steps/{host._share.rank}.json"
@@ -150,8 +153,8 @@ def _notes_its_first_step(arguments: dict[str, Any]) -> None:
             host._plan.workspace.write_json(path, [host._share.workers, phase, report.epoch, report.step])
         stepped(host, phase, report)
 
-    here._RayHost.stepped = noting  # type: ignore[method-assign]
-    here._train_worker(arguments)
+    here.RayHost.stepped = noting  # type: ignore[method-assign]
+    here.train_worker(arguments)
 
 
 def test_a_killed_training_goes_on_with_other_workers_to_the_same_result(
@@ -159,12 +162,12 @@ def test_a_killed_training_goes_on_with_other_workers_to_the_same_result(
 ) -> None:
     register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     monkeypatch.setattr(trainer, "WORKER_FAILURES", 0)
-    monkeypatch.setattr(job, "_train_worker", _dies_in_the_second_epoch)
+    monkeypatch.setattr(job, "train_worker", _dies_in_the_second_epoch)
     before = listing(world, "models")
     with pytest.raises(RayrecError, match=r"training failed: .*rayrec train --resume"):
         train(world, replace(CONFIG, workers=1), split=split, repeat=True)
     assert listing(world, "models") == before
-    monkeypatch.setattr(job, "_train_worker", _notes_its_first_step)
+    monkeypatch.setattr(job, "train_worker", _notes_its_first_step)
     made = train(world, replace(CONFIG, workers=2), split=split, resume=True, repeat=True)
     for rank in range(2):
         assert world.read_json(f"steps/{rank}.json") == [2, "selection", 1, 0]
@@ -179,7 +182,7 @@ def test_a_killed_training_goes_on_with_other_workers_to_the_same_result(
 def test_ray_data_streams_the_batches_of_the_plain_loop_none_past_the_cut(
     world: Workspace, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "PLAYS_PER_UNIT", 1)  # each bucket alone
+    monkeypatch.setattr(worker, "PLAYS_PER_UNIT", 1)  # each bucket alone
     dataset = Dataset(world)
     for rank in range(2):
         share = Share(rank=rank, workers=2)

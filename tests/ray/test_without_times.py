@@ -10,7 +10,7 @@ from rayrec.data.split import Split
 from rayrec.data.splits import list_splits, validation_histories
 from rayrec.errors import LeakError
 from rayrec.jobs.pipeline import Outcome, run
-from rayrec.jobs.train import load_validation, model_config
+from rayrec.jobs.train_plan import load_validation, model_config
 from rayrec.recommend.baselines import fit_baselines
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.taste.config import TrainConfig

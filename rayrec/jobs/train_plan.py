@@ -1,0 +1,138 @@
+"""What a training's workers need to know, and how it is made ready: shape, ranges, counts, validation plays."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from rayrec.artifacts import Manifest
+from rayrec.data.counting import SongCounter
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
+from rayrec.data.split import FitRange, Split
+from rayrec.data.splits import validation_histories
+from rayrec.errors import RayrecError
+from rayrec.jobs.buckets import run_buckets
+from rayrec.progress import progress
+from rayrec.taste.config import FeatureSpec, ModelConfig, TrainConfig
+from rayrec.taste.fitting import Phase, Validation
+from rayrec.taste.sequences import Sequences
+from rayrec.workspace import Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """All that a training worker needs to know; plain values and paths."""
+
+    workspace: Workspace
+    folder: str  # of the model artifact
+    config: TrainConfig
+    model: ModelConfig
+    ranges: dict[Phase, FitRange]
+    vectors: dict[Phase, str]  # path of the song vectors of each phase
+    counts: dict[Phase, str]  # path of the play counts of each phase
+    validation: str | None  # path of the plays to predict
+
+
+def make_plan(
+    dataset: Dataset, config: TrainConfig, songs: Manifest, split: Split | None, manifest: Manifest
+) -> TrainPlan:
+    """The plan of a training, with what its workers read prepared: play counts, and the plays to choose by.
+
+    Raises `RayrecError` where the split leaves no plays to train on.
+    """
+    workspace = dataset.workspace
+    ranges: dict[Phase, FitRange] = {"final": FitRange() if split is None else split.final}
+    vectors: dict[Phase, str] = {"final": songs.path("vectors.npy")}
+    if split is not None and split.has_validation and config.validation_plays:
+        ranges["selection"] = split.selection
+        chosen = "selection_vectors.npy" if "selection_vectors.npy" in songs.files else "vectors.npy"
+        vectors["selection"] = songs.path(chosen)
+    counts: dict[Phase, str] = {phase: manifest.path(f"run/{phase}_counts.npy") for phase in ranges}
+    if not all(workspace.exists(path) for path in counts.values()):
+        for phase, counted in zip(counts, _count_songs(dataset, config, list(ranges.values())), strict=True):
+            workspace.write_array(counts[phase], counted)
+    validation = None
+    if split is not None and "selection" in ranges:
+        validation = manifest.path("run/validation.parquet")
+        if not workspace.exists(validation):
+            table = validation_histories(dataset, split, config.validation_plays).to_arrow()
+            workspace.write_table(validation, table)
+        if not len(load_validation(workspace.read_table(validation), ranges["selection"], 1).plays):
+            validation = None  # nothing to choose by: train for the epochs of the config
+    dim = int(workspace.read_array(vectors["final"]).shape[1])
+    return TrainPlan(
+        workspace=workspace,
+        folder=manifest.folder,
+        config=config,
+        model=model_config(dataset, config, dim),
+        ranges=ranges,
+        vectors=vectors,
+        counts=counts,
+        validation=validation,
+    )
+
+
+def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> ModelConfig:
+    """The shape of the network for a data set: features that it does not have are left out."""
+    told = config.source == "histories"  # playlists are songs in their order and nothing else
+    timed = told and dataset.manifest.times == "real"  # where times are positions, gaps and hours say nothing
+    features = FeatureSpec(
+        contexts=tuple(dataset.manifest.contexts) if config.contexts and told else (),
+        gap=config.gaps and timed,
+        request_gap=config.gaps and timed,
+        hour=config.hours and timed,
+        weekday=config.hours and timed,
+        skipped=config.skips and told and dataset.manifest.has_skipped,
+    )
+    return ModelConfig(
+        num_songs=dataset.num_songs,
+        embedding_dim=embedding_dim,
+        hidden_dim=config.hidden_dim,
+        num_layers=config.num_layers,
+        cell=config.cell,
+        dropout=config.dropout,
+        features=features,
+        horizons=config.horizons,
+        song_table=config.song_table,
+        averages=config.averages,
+    )
+
+
+def _count_songs(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) -> list[np.ndarray]:
+    if Sequences(dataset, config.source).kind == "playlists":
+        entries = np.zeros(dataset.num_songs, dtype=np.int64)
+        for songs, _ in dataset.read_playlists():
+            entries += np.bincount(songs, minlength=dataset.num_songs)
+        return [entries for _ in ranges]
+    totals = [np.zeros(dataset.num_songs, dtype=np.int64) for _ in ranges]
+    buckets = range(dataset.manifest.buckets)
+    with progress("Counting plays", len(buckets)) as bar:
+        for counts in run_buckets(SongCounter, buckets, arguments={"dataset": dataset, "ranges": ranges}):
+            for total, (songs, plays) in zip(totals, counts, strict=True):
+                # an empty bucket's arrays come back through Arrow as float64
+                total[np.asarray(songs, dtype=np.int64)] += np.asarray(plays, dtype=np.int64)
+            bar.advance()
+    if not totals[0].any():
+        raise RayrecError("the split leaves no plays to train on; make a split with fewer test and validation days")
+    return totals
+
+
+def load_validation(table: pa.Table, selection: FitRange, limit: int) -> Validation:
+    """The plays outside `selection` that have an earlier play by the same user, at most `limit`."""
+    histories = Histories.from_arrow(table)
+    first = np.zeros(histories.num_plays, dtype=bool)
+    first[histories.offsets[:-1]] = True
+    plays = np.flatnonzero(~selection.covers(histories) & ~first)[:limit]
+    return Validation(histories=histories, plays=plays)
+
+
+def read_validation(plan: TrainPlan) -> Validation:
+    """The plays to choose the best epoch by."""
+    table = plan.workspace.read_table(plan.validation or "")
+    return load_validation(table, plan.ranges["selection"], plan.config.validation_plays)
+
+
+def selected_folder(plan: TrainPlan) -> str:
+    """Where the best network of the selection phase lies while the training runs."""
+    return f"{plan.folder}/run/selected"

@@ -1,0 +1,147 @@
+"""What each training worker runs: the fit, its windows from Ray Data, its checkpoints to Ray Train.
+
+Each worker runs a stream of its own over its share of every batch. A shared one, split by Ray as it
+flows, would give each worker whichever rows come first: an order that no resumed run could repeat,
+and uneven ends at which workers wait for each other (ray issues 63285 and 66085).
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import ray.train
+from ray.data import TaskPoolStrategy
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import FitRange
+from rayrec.data.windows import Windows, epoch_units
+from rayrec.jobs.cluster import quiet_data
+from rayrec.jobs.train_plan import TrainPlan, read_validation, selected_folder
+from rayrec.taste.checkpoint import save_model
+from rayrec.taste.config import TrainConfig
+from rayrec.taste.curves import write_epochs, write_tensorboard
+from rayrec.taste.fitting import RECALL_AT, Fit, FitData, Phase, Progress
+from rayrec.taste.model import TasteModel
+from rayrec.taste.sequences import Sequences
+from rayrec.taste.stream import UnitReader, split_batches
+from rayrec.taste.training import Share, StepReport
+
+PLAYS_PER_UNIT = 200_000  # small buckets are read together until they hold about as many
+# Tasks that read and cut windows for one worker at once. They ask for no CPU: they are far cheaper than the
+# training that they feed, and would else wait for ever where the workers hold all CPUs, after the loss of a node say.
+READERS = 2
+BLOCK_BYTES = 4 << 20  # of windows handed on at a time
+
+
+def train_worker(arguments: dict[str, Any]) -> None:
+    """What every training worker runs."""
+    import torch
+
+    torch.set_num_threads(1)
+    quiet_data()
+    plan: TrainPlan = arguments["plan"]
+    context = ray.train.get_context()
+    share = Share(rank=context.get_world_rank(), workers=context.get_world_size())
+    validation = None if plan.validation is None else read_validation(plan)
+    data: dict[Phase, FitData] = {
+        phase: FitData(
+            vectors=np.asarray(plan.workspace.read_array(plan.vectors[phase])),
+            counts=np.asarray(plan.workspace.read_array(plan.counts[phase])),
+        )
+        for phase in plan.ranges
+    }
+    host = RayHost(plan, arguments["board"], share)
+    device = str(ray.train.torch.get_device())
+    fit = Fit(plan.model, plan.config, data, host, validation=validation, device=device, share=share)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            fit.resume(Path(folder))
+    model = fit.run()
+    if share.rank == 0:
+        save_model(plan.workspace, plan.folder, model, fit.known)
+        figures = summary(fit.progress)
+        plan.workspace.write_json(f"{plan.folder}/figures.json", figures)
+        write_epochs(plan.workspace, plan.folder, fit.progress.epochs)
+        write_tensorboard(plan.workspace, plan.folder, fit.progress.epochs)
+
+
+def summary(done: Progress) -> dict[str, Any]:
+    """The figures of a finished fit."""
+    selected = [line for line in done.epochs if line["phase"] == "selection"]
+    last = done.epochs[-1]
+    return {
+        "epochs": done.best_epoch + 1 if done.best_epoch >= 0 else last["epoch"] + 1,
+        "loss": last["loss"],
+        "plays": last["plays"],
+        "plays_per_second": round(last["plays_per_second"]),
+        f"validation_recall@{RECALL_AT}": done.best_recall if selected else None,
+    }
+
+
+class RayHost:
+    """Gives a fit its windows from Ray Data and its checkpoints to Ray Train."""
+
+    def __init__(self, plan: TrainPlan, board: Any, share: Share) -> None:
+        self._plan, self._board, self._share = plan, board, share
+        self._plays, self._shown_at, self._began = 0, 0.0, time.monotonic()
+
+    def windows(self, phase: Phase, epoch: int) -> Iterator[Windows]:
+        """A stream over all buckets in the order of the epoch, this worker's share of each batch."""
+        config, dataset = self._plan.config, Dataset(self._plan.workspace)
+        self._plays, self._began = 0, time.monotonic()
+        stream = window_stream(dataset, self._plan.ranges[phase], config, self._share, epoch)
+        return iter(stream)
+
+    def stepped(self, phase: Phase, report: StepReport) -> None:
+        """Tell the driver, a few times a second."""
+        self._plays += report.plays
+        now = time.monotonic()
+        if self._share.rank == 0 and now - self._shown_at > 0.3:
+            rate = self._plays * self._share.workers / (now - self._began)
+            note = f"{phase} epoch {report.epoch + 1} loss {report.loss:.3f} {rate:,.0f} plays/s"
+            self._board.show.remote(self._plays * self._share.workers, note)
+            self._shown_at = now
+
+    def selected(self, model: TasteModel, known: np.ndarray) -> None:
+        """Keep the network on which the weights of the memory are chosen."""
+        if self._share.rank == 0:
+            save_model(self._plan.workspace, selected_folder(self._plan), model, known)
+
+    def checkpoint(self, progress: Progress, save: Callable[[Path], None]) -> None:
+        """Report to Ray Train; the first worker's files are the checkpoint."""
+        figures = progress.epochs[-1] if progress.epochs else {"epoch": progress.epoch}
+        if self._share.rank:
+            ray.train.report(figures)
+            return
+        with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
+            save(Path(folder))
+            ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        write_epochs(self._plan.workspace, self._plan.folder, progress.epochs)
+        recall = figures.get(f"validation_recall@{RECALL_AT}")
+        if recall is not None:
+            self._board.judge.remote(f"recall@{RECALL_AT} {recall:.3f}")
+
+
+def window_stream(
+    dataset: Dataset, allowed: FitRange, config: TrainConfig, share: Share, epoch: int
+) -> Iterator[Windows]:
+    """One worker's share of the batches of an epoch, read and cut by Ray Data tasks, in order."""
+    sequences = Sequences(dataset, config.source)
+    per_unit = max(1.0, sequences.plays / sequences.units)
+    units = epoch_units(sequences.units, max(1, round(PLAYS_PER_UNIT / per_unit)), seed=config.seed, epoch=epoch)
+    reader = UnitReader(dataset, allowed, config, share, epoch)
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = BLOCK_BYTES  # else Ray gathers up to 128 MiB in each task before it hands on
+    rows = [{"unit": json.dumps(unit)} for unit in units]
+    stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        reader.tables, batch_size=1, num_cpus=0, compute=TaskPoolStrategy(size=min(READERS, len(rows)))
+    )
+    yield from split_batches(stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
