@@ -119,10 +119,13 @@ def newest(workspace: Workspace, kind: str, command: str) -> Manifest:
     return found[-1]
 
 
-def verify(workspace: Workspace, manifest: Manifest) -> None:
-    """Compare every file with its checksum. Raises `DamagedArtifactError` for the first that differs."""
-    for name, expected in manifest.files.items():
-        path = manifest.path(name)
+def verify(workspace: Workspace, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Compare every file, or those of some names, with its checksum.
+
+    Raises `DamagedArtifactError` for the first that differs.
+    """
+    for name in manifest.files if names is None else names:
+        path, expected = manifest.path(name), manifest.files[name]
         if not workspace.exists(path):
             raise DamagedArtifactError(f"{path} is missing; make {manifest.kind} {manifest.id} again")
         if sha256(workspace, path) != expected:

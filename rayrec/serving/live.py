@@ -4,6 +4,7 @@ A request takes the object once, at its start, and uses nothing else to its end:
 the model of one release and the index of another.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rayrec import artifacts, releases
@@ -37,11 +38,11 @@ class LiveRelease:
 
 
 def load_parts(workspace: Workspace, release_id: str) -> tuple[Manifest, Recommender]:
-    """A release, its files compared with their checksums, and its recommender.
+    """A release, the files that are loaded compared with their checksums, and its recommender.
 
     Raises as `load_release` does, and `MismatchError` where the parts do not belong together.
     """
-    release = load_release(workspace, release_id)
+    release = load_release(workspace, release_id, ("models", "indexes"))
     parts = release.inputs
     recommender = load_recommender(
         workspace, Dataset(workspace), model_id=parts["models"], index_id=parts.get("indexes")
@@ -51,15 +52,16 @@ def load_parts(workspace: Workspace, release_id: str) -> tuple[Manifest, Recomme
 
 def load_network(workspace: Workspace, release_id: str) -> tuple[Manifest, TasteRecommender]:
     """As `load_parts`, with the network alone: no index, no memory."""
-    release = load_release(workspace, release_id)
+    release = load_release(workspace, release_id, ("models",))
     return release, TasteRecommender.load(workspace, release.inputs["models"])
 
 
-def load_release(workspace: Workspace, release_id: str) -> Manifest:
-    """A release, its files compared with their checksums.
+def load_release(workspace: Workspace, release_id: str, kinds: Sequence[str]) -> Manifest:
+    """A release, its songs and its parts of some kinds compared with their checksums.
 
-    Raises `NotFoundError` or `DamagedArtifactError` for one that cannot be trusted.
+    Tastes and plays are not: a replica loads none of them, and reading those of all users would keep it from
+    starting. Raises `NotFoundError` or `DamagedArtifactError` for a release that cannot be trusted.
     """
     release = artifacts.load(workspace, releases.KIND, release_id)
-    releases.verify_release(workspace, release)
+    releases.verify_release(workspace, release, kinds, plays=False)
     return release

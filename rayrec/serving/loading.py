@@ -55,7 +55,8 @@ def load_states(dataset: Dataset, store: StateStore, release: Manifest, *, repea
 
     Each bucket is noted in the store when it is done, and left out by a later call; with `repeat` none is. A
     user's plays in the store that are newer than the batch's stay. Raises `MismatchError` for a
-    release of a data set that the workspace's does not descend from.
+    release of a data set that the workspace's does not descend from, `DamagedArtifactError` for tastes that are not
+    what their checksums say: the replicas, which load none, do not look.
     """
     tastes = artifacts.load(dataset.workspace, "tastes", release.inputs["tastes"])
     if not dataset.descends_from(tastes.inputs["dataset"]):
@@ -96,6 +97,7 @@ class _Loader:
         """The histories of a bucket, without plays that were appended later, and the rows of tastes beside them."""
         workspace = self._dataset.workspace
         path = tastes_file(self._tastes.folder, bucket)
+        artifacts.verify(workspace, self._tastes, [path.removeprefix(f"{self._tastes.folder}/")])
         parts = self._dataset.earlier(self._tastes.inputs["dataset"]).parts
         files = bucket_files(workspace, range(parts), bucket)
         with workspace.open_input(path) as stream:

@@ -1,5 +1,7 @@
 """Releases: parts that belong together, one id, going live and back, and finding damage."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from rayrec import artifacts, releases
@@ -7,12 +9,16 @@ from rayrec.artifacts import Manifest, publish
 from rayrec.data.dataset import DatasetManifest, write_manifest
 from rayrec.data.split import Split, save_split
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
-from rayrec.workspace import Workspace
+from rayrec.workspace import SONGS_TABLE, Workspace, histories_file
+
+HISTORIES_FILE = histories_file(0, 0)
+SERVED = ("models", "indexes")  # kinds of parts that a replica loads
 
 
 def put_dataset(workspace: Workspace, dataset_id: str = "data1") -> None:
-    workspace.write_bytes("dataset/songs.parquet", b"songs")
-    files = {"songs.parquet": artifacts.sha256(workspace, "dataset/songs.parquet")}
+    for path in (SONGS_TABLE, HISTORIES_FILE):
+        workspace.write_bytes(path, path.encode())
+    files = {path.removeprefix("dataset/"): artifacts.sha256(workspace, path) for path in (SONGS_TABLE, HISTORIES_FILE)}
     write_manifest(
         workspace,
         DatasetManifest(id=dataset_id, source="csv", buckets=1, parts=1, users=1, plays=1, songs=1, files=files),
@@ -137,7 +143,8 @@ def test_an_untouched_release_verifies(full: Workspace) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "dataset/songs.parquet",
+        SONGS_TABLE,
+        HISTORIES_FILE,
         "dataset/dataset.json",
         "splits/split1.json",
         "models/model1/payload",
@@ -156,6 +163,28 @@ def test_damage_to_any_part_is_found(full: Workspace, path: str, damage: str) ->
         full.delete(path)
     with pytest.raises((DamagedArtifactError, NotFoundError), match=path.split("/")[1]):
         releases.verify_release(full, release)
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        (SONGS_TABLE, True),
+        ("dataset/dataset.json", True),
+        ("models/model1/payload", True),
+        ("indexes/index1/payload", True),
+        ("tastes/tastes1/manifest.json", True),
+        (HISTORIES_FILE, False),
+        ("tastes/tastes1/payload", False),
+        ("songs/songs1/payload", False),
+    ],
+)
+def test_who_loads_neither_tastes_nor_plays_is_told_of_damage_to_all_else(
+    full: Workspace, path: str, found: bool
+) -> None:
+    release = releases.create_release(full)
+    full.write_bytes(path, full.read_bytes(path) + b" ")
+    with pytest.raises(DamagedArtifactError, match=path.split("/")[1]) if found else nullcontext():
+        releases.verify_release(full, release, SERVED, plays=False)
 
 
 def test_commands_default_to_the_live_release_not_to_what_is_newer(full: Workspace) -> None:

@@ -17,6 +17,7 @@ from rayrec.serving.reports import STALE_SECONDS, Report, Reports
 from rayrec.serving.service import Service
 from rayrec.serving.songs import play_counts
 from rayrec.serving.switching import Wait, switch
+from rayrec.taste.tastes import tastes_file
 from rayrec.workspace import Workspace
 
 QUICK = Wait(seconds=5)
@@ -75,6 +76,20 @@ def test_the_status_tells_what_was_refused_and_why(two: tuple[Workspace, str, st
         opened.holder.look()
         assert Client(opened).get("/v1/release").json()["refused"] is None
         assert opened.live.id == second
+
+
+@pytest.mark.parametrize(
+    ("path", "refused"), [("indexes/index2/index.faiss", True), (tastes_file("tastes/tastes2", 1), False)]
+)
+def test_a_replica_compares_what_it_loads_and_not_the_tastes_of_all_users(
+    two: tuple[Workspace, str, str], path: str, refused: bool
+) -> None:
+    workspace, first, second = two
+    workspace.write_bytes(path, workspace.read_bytes(path) + b" ")
+    releases.activate_release(workspace, second)
+    with service(workspace) as opened:
+        assert opened.live.id == (first if refused else second)
+        assert (opened.holder.report().refused is not None) is refused
 
 
 def test_without_a_running_application_waiting_fails_and_restores(two: tuple[Workspace, str, str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from served import AT, NUM_SONGS, Client, service, write_release, write_world
 
-from rayrec import releases
+from rayrec import artifacts, releases
 from rayrec.artifacts import Manifest
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
@@ -169,13 +169,20 @@ def test_a_play_that_comes_during_the_merge_is_not_lost(
 
 
 def test_tastes_of_other_users_are_refused(world: Workspace, store: StateStore) -> None:
-    path = tastes_file("tastes/tastes1", 1)
+    tastes = artifacts.load(world, "tastes", "tastes1")
+    path = tastes_file(tastes.folder, 1)
     table = world.read_table(path)
-    world.write_table(path, table.take(list(range(table.num_rows))[::-1]))
-    with pytest.raises(DamagedArtifactError, match="in the order of the histories; run `rayrec taste --force`"):
-        load_states(Dataset(world), store, live(world))
-    world.write_table(path, table.slice(0, 3))
-    with pytest.raises(DamagedArtifactError, match="bucket 1"):
+    for wrong in (table.take(list(range(table.num_rows))[::-1]), table.slice(0, 3)):
+        world.write_table(path, wrong)
+        artifacts.publish(world, tastes, tastes.files)
+        with pytest.raises(DamagedArtifactError, match=r"bucket 1 in the order of .*; run `rayrec taste --force`"):
+            load_states(Dataset(world), store, live(world))
+
+
+def test_tastes_that_are_not_what_was_computed_are_refused(world: Workspace, store: StateStore) -> None:
+    path = tastes_file("tastes/tastes1", 1)
+    world.write_bytes(path, world.read_bytes(path) + b" ")
+    with pytest.raises(DamagedArtifactError, match=rf"{path} does not match the checksum"):
         load_states(Dataset(world), store, live(world))
 
 
