@@ -1,0 +1,79 @@
+"""One user's songs, between the horizons too: the rankings written out, over all songs."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from served import AT, NUM_SONGS, WITHOUT_VECTOR, write_release, write_world
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories, Questions
+from rayrec.errors import InputError
+from rayrec.recommend.answering import load_recommender
+from rayrec.recommend.choosing import Known, Wish, choose, network_of
+from rayrec.recommend.filters import Limits
+from rayrec.recommend.hybrid import HybridRecommender, softmax
+from rayrec.recommend.recommender import Recommender
+from rayrec.workspace import Workspace
+
+HISTORY = Histories.from_lists([[3, 50, 3, 9]], [[AT - 60_000 * back for back in (3, 2, 1, 0)]])
+WEIGHTS = [0.0, 0.2, 0.5, 0.9, 1.0]
+
+
+@pytest.fixture(scope="module", params=["network", "hybrid"])
+def recommender(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recommender:
+    workspace = Workspace(tmp_path_factory.mktemp("choosing") / "workspace")
+    write_world(workspace)
+    write_release(workspace, memory=request.param == "hybrid")
+    loaded = load_recommender(workspace, Dataset(workspace), model_id="model1", index_id="index1")
+    assert isinstance(loaded, HybridRecommender) is (request.param == "hybrid")
+    return loaded
+
+
+def known(recommender: Recommender) -> Known:
+    network, questions = network_of(recommender), Questions.at_end(HISTORY, AT)
+    return Known(
+        vectors={horizon: network.vectors(HISTORY, questions, horizon)[0] for horizon in ("short", "long")},
+        history=HISTORY,
+        at=AT,
+    )
+
+
+def by_definition(recommender: Recommender, weight: float) -> np.ndarray:
+    """float32 (N,): what each song scores with this weight for the long horizon."""
+    network, questions = network_of(recommender), Questions.at_end(HISTORY, AT)
+    short, long = (network.vectors(HISTORY, questions, horizon)[0] for horizon in ("short", "long"))
+    if isinstance(recommender, HybridRecommender) and weight < 1:
+        chances = recommender.score(HISTORY, questions, "short")[0]
+        later = softmax(network.score(HISTORY, questions, "long") * np.float32(network.scale("long")))[0]
+        scores = (1 - weight) * chances + weight * later
+    else:
+        mixed = (1 - weight) * short + weight * long
+        scores = network.song_vectors @ (mixed / np.linalg.norm(mixed))
+    scores[WITHOUT_VECTOR] = -np.inf
+    return np.asarray(scores)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_songs_come_by_the_horizons_mixed_with_the_weight(recommender: Recommender, weight: float) -> None:
+    scores = by_definition(recommender, weight)
+    chosen = choose(recommender, known(recommender), Wish(k=NUM_SONGS, long_weight=weight))
+    assert len(chosen.songs) == NUM_SONGS - 1
+    np.testing.assert_allclose(chosen.scores, np.sort(scores)[::-1][:-1], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(scores[chosen.songs], chosen.scores, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_limits_leave_the_others_in_their_order(recommender: Recommender, weight: float) -> None:
+    everything = choose(recommender, known(recommender), Wish(k=NUM_SONGS, long_weight=weight)).songs
+    allowed, banned = np.arange(NUM_SONGS) % 3 == 0, np.array([0, 3, 9, 30])
+    limits = Limits(allowed=allowed, banned=banned)
+    chosen = choose(recommender, known(recommender), Wish(k=20, long_weight=weight, limits=limits)).songs
+    expected = [song for song in everything if allowed[song] and song not in banned]
+    assert chosen.tolist() == expected[:20]
+
+
+@pytest.mark.parametrize("wrong", [{"k": 0}, {"long_weight": 1.1}, {"long_weight": -0.1}, {"diversity": 2.0}])
+def test_wishes_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, InputError), match=next(iter(wrong))):
+        Wish(**{"k": 1, **wrong})
