@@ -25,6 +25,7 @@ CLIENTS, REPLICAS = 16, 2
 SHARES = {"history": 0.6, "stored": 0.2, "plays": 0.2}  # of the requests
 REPLICA_TITLE = "ray::ServeReplica"  # how the titles of replicas' processes begin
 SETTLED = 0.2  # of the time, after which memory must not grow
+READY_SECONDS = 20.0  # after which a new replica is taken to answer; before, the other one is left alone
 
 
 @dataclass
@@ -42,8 +43,9 @@ def soak(workspace: Workspace | None, config: BenchConfig | None, *, quick: bool
 
     A client tries once more after a connection error or a 503, as ours are told to: plays carry event
     ids, all else only reads. `failure_share` is of the requests that failed all the same, `lost_plays` of plays that
-    were acknowledged and are not in the store, `memory_growth` the memory of all processes at the end over that
-    after a fifth of the time.
+    were acknowledged and are not in the store. `memory_mb` is that of all processes halfway between the kills, when
+    all replicas are there again, and `memory_growth` its median in the second half of the time after the first fifth,
+    over that in the first half.
     """
     config = config or (BenchConfig.quick() if quick else BenchConfig())
     songs = config.serve_songs[0]
@@ -79,8 +81,8 @@ async def _run(url: str, songs: int, config: BenchConfig) -> tuple[Told, dict[st
     bodies = histories(np.random.default_rng(config.seed), songs)
     async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as connection:
         work = asyncio.gather(*(_client(connection, number, bodies, songs, told, end) for number in range(CLIENTS)))
-        killed, (settled, last), _ = await asyncio.gather(_kill(config, end), _watch(config, end), work)
-    return told, {"killed": killed, "memory_mb": last, "memory_growth": last / max(settled, 1e-9)}
+        killed, used, _ = await asyncio.gather(_kill(config, end), _watch(config, end), work)
+    return told, {"killed": killed, "memory_mb": used, "memory_growth": growth(used)}
 
 
 async def _client(
@@ -128,12 +130,12 @@ async def send(connection: "httpx.AsyncClient", path: str, body: dict[str, Any],
 
 
 async def _kill(config: BenchConfig, end: float) -> int:
-    """Kill a replica now and then, one that is not the last; how many."""
+    """Kill a replica now and then, while another one answers; how many."""
     killed = 0
     while time.monotonic() + config.soak_kill_seconds < end:
         await asyncio.sleep(config.soak_kill_seconds)
         found = replicas()
-        if len(found) > 1:
+        if sum(time.time() - replica.create_time() > READY_SECONDS for replica in found) > 1:
             random.choice(found).kill()
             killed += 1
     return killed
@@ -151,12 +153,21 @@ def replicas() -> list[psutil.Process]:
     return found
 
 
-async def _watch(config: BenchConfig, end: float) -> tuple[float, float]:
-    """Private memory, MiB, of the application's processes after a fifth of the time and at the end."""
-    await asyncio.sleep(60 * config.soak_minutes * SETTLED)
-    settled = await asyncio.to_thread(_memory)
-    await asyncio.sleep(max(0.0, end - time.monotonic()))
-    return settled, await asyncio.to_thread(_memory)
+async def _watch(config: BenchConfig, end: float) -> list[float]:
+    """Private memory, MiB, of the application's processes, halfway between the kills."""
+    used = []
+    await asyncio.sleep(config.soak_kill_seconds / 2)
+    while time.monotonic() < end:
+        used.append(await asyncio.to_thread(_memory))
+        await asyncio.sleep(config.soak_kill_seconds)
+    return used or [await asyncio.to_thread(_memory)]
+
+
+def growth(used: list[float]) -> float:
+    """The median memory of the second half of the samples over that of the first, without those of the first fifth."""
+    settled = used[int(SETTLED * len(used)) :]
+    half = (len(settled) + 1) // 2
+    return float(np.median(settled[-half:]) / max(np.median(settled[:half]), 1e-9))
 
 
 def _memory() -> float:
@@ -164,13 +175,13 @@ def _memory() -> float:
 
 
 async def _lost(url: str, told: Told) -> int:
-    """Plays that were acknowledged and are not there."""
+    """Plays that were acknowledged and are not there. Raises where the application does not say how many are."""
     import httpx
 
     lost = 0
     async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as connection:
         for user, plays in told.acknowledged.items():
             response = await connection.get(f"/v1/users/{user}/taste")
-            there = response.json()["plays"] if response.status_code == 200 else 0
+            there = 0 if response.status_code == 404 else response.raise_for_status().json()["plays"]
             lost += max(0, plays - there)
     return lost

@@ -15,7 +15,7 @@ from rayrec.errors import InputError
 from rayrec.serving import bench_load
 from rayrec.serving.bench import summary
 from rayrec.serving.bench_load import Load, put_under_load
-from rayrec.serving.bench_soak import Told, send
+from rayrec.serving.bench_soak import Told, growth, send
 
 
 class Counting(BaseHTTPRequestHandler):
@@ -138,3 +138,16 @@ def test_a_client_tries_once_more_where_nothing_was_done(
     assert asyncio.run(asked()) is taken
     assert dict(told.failed) == failed
     assert told.retried == len(answers) - len(left) - 1
+
+
+@pytest.mark.parametrize(
+    ("used", "grown"),
+    [
+        ([100.0], 1.0),
+        ([100.0, 110.0], 1.1),
+        ([10.0, 50.0, *[100.0] * 8], 1.0),  # it fills up at first
+        ([0.0, 0.0, 100.0, 70.0, 100.0, 100.0, 120.0, 120.0, 90.0, 120.0], 1.2),  # twice a replica was young
+    ],
+)
+def test_memory_grows_by_what_the_second_half_holds_over_the_first(used: list[float], grown: float) -> None:
+    assert growth(used) == pytest.approx(grown)
