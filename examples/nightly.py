@@ -16,6 +16,7 @@ from rayrec.artifacts import Manifest, load
 from rayrec.data.importing import ImportConfig
 from rayrec.data.splits import choose_split
 from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.evaluation.report import read_figures
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.importing import append_plays
@@ -67,8 +68,9 @@ def recall(workspace: Workspace, model: Manifest) -> float:
         )
     name = "hybrid" if has_memory(model) else "taste"
     config = EvaluateConfig(models=(name,), ks=(JUDGED_AT,), bootstrap_samples=0, offsets=0)
-    results = evaluate(workspace, config, split=split, model_id=model.id).metrics["results"]
+    report = evaluate(workspace, config, split=split, model_id=model.id)
     wanted = {"model": name, "metric": "recall", "k": JUDGED_AT, "users": "all", "target": "next"}
+    results = read_figures(workspace, report)["results"]
     return float(next(row["value"] for row in results if wanted.items() <= row.items()))
 
 

@@ -11,6 +11,7 @@ from rayrec.data.generate import GenerateConfig
 from rayrec.data.split import SplitConfig
 from rayrec.data.splits import split_dataset
 from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.evaluation.report import read_figures
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
@@ -52,7 +53,7 @@ report = evaluate(
     split=split,
     model_id=model.id,
 )
-for row in report.metrics["results"]:
+for row in read_figures(workspace, report)["results"]:
     if (row["metric"], row["k"], row["users"], row["target"]) == ("recall", 20, "all", "next"):
         print(f"{row['model']:20} recall@20 {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})")
 

@@ -42,7 +42,15 @@ TargetSeparatorOption = Annotated[
 ]
 
 
-HEADLINES = ("validation_recall@20", "coverage", "mean_cosine", "kind", "recall", "users")  # of any kind of artifact
+HEADLINES = (
+    "validation_recall@20",
+    "recall@20",
+    "coverage",
+    "mean_cosine",
+    "kind",
+    "recall",
+    "users",
+)  # of any kind of artifact
 
 
 @command(app, "recommend", config=RecommendConfig, example="rayrec recommend --user ann -k 10 --at 2015-01-20T18:30Z")
@@ -94,6 +102,7 @@ def evaluate(
     Every play of the test range that has an earlier one by the same user is predicted, over the full catalog. With
     --prefixes it is the targets of a file: lines of song ids, a tab and the id of the song that followed.
     """
+    from rayrec.evaluation.report import read_figures
     from rayrec.jobs.evaluate import evaluate as job
 
     parts = _parts(call, model)
@@ -104,7 +113,7 @@ def evaluate(
     if chosen is None:
         raise InputError("there is no split to test on; run `rayrec split`, then embed, train and index again")
     report = job(call.workspace, config, split=chosen, model_id=parts.get("models"), repeat=force)
-    data = {"id": report.id, **report.metrics}
+    data = {"id": report.id, **read_figures(call.workspace, report)}
     warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []
     where = f"Report: {call.workspace.full(report.path('report.html'))}"
     return Shown(data, [results_table(data), *warnings, where])
@@ -114,11 +123,12 @@ def _evaluate_prefixes(
     call: Call, config: EvaluateConfig, file: PrefixFile, split: str | None, model: str | None, force: bool
 ) -> Shown:
     """Judge by the pairs of a file; without a split of the model's the models know all plays."""
+    from rayrec.evaluation.report import read_figures
     from rayrec.jobs.evaluate_prefixes import evaluate_prefixes as job
 
     chosen = choose_split(call.workspace, split, no_split=split is None)
     report = job(call.workspace, config, file, split=chosen, model_id=model, repeat=force)
-    data = {"id": report.id, **report.metrics}
+    data = {"id": report.id, **read_figures(call.workspace, report)}
     counts = {name: data[name] for name in ("pairs", "unknown_targets", "unknown_items")}
     where = f"Report: {call.workspace.full(report.path('report.html'))}"
     return Shown(data, [results_table(data), figures("Pairs of prefix and target", counts), where])

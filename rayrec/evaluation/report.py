@@ -3,17 +3,30 @@
 import base64
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
+from rayrec.artifacts import Manifest, verify
 from rayrec.evaluation.figure import cosine_figure
 from rayrec.evaluation.pictures import Picture
 from rayrec.evaluation.protocol import usual_k
-from rayrec.evaluation.tables import GROUP_TITLES, Entry, breakdown, compared, paired, recommended, section, targets
+from rayrec.evaluation.tables import (
+    GROUP_TITLES,
+    Entry,
+    breakdown,
+    compared,
+    paired,
+    recommended,
+    section,
+    song_vectors,
+    targets,
+)
 from rayrec.workspace import Workspace
 
 RESULTS = "results.json"
 FIGURE = "cosine_by_offset.png"
 PAGE = "report.html"
 CURVES = "cosine_by_offset"
+SONG_VECTORS = "song_vectors"  # the health of the vectors behind the models: an entry for each table of them
 
 EVERY_PLAY = (
     "Every play of the test range that has an earlier play by the same user is predicted from the plays before it."
@@ -40,6 +53,7 @@ tbody th { font-weight: normal; min-width: 6.5rem; overflow-wrap: break-word; }
 tr.default th, tr.default td { font-weight: 600; background: #fdf1e7; }
 small { display: block; color: #595959; font-size: .75rem; font-weight: normal; }
 td small { white-space: nowrap; }
+td div { text-align: left; min-width: 14rem; }
 img { width: 100%; min-width: 38rem; height: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .875rem; }
 dt { color: #595959; } dd { margin: 0; overflow-wrap: anywhere; }
@@ -60,9 +74,10 @@ def write_report(
 ) -> list[str]:
     """Write the report's files to a folder of the workspace and return their names.
 
-    `figures` are those of `figures_of`, or some of them. `default` names the model that `recommend`
-    uses; `about` says what was judged, name by name, and `asked` what was predicted from what, for the
-    head of the page. The plot is left out where there are no curves; `pictures` come at the end.
+    `figures` are those of `figures_of`, or some of them, and the health of the song vectors. `default`
+    names the model that `recommend` uses; `about` says what was judged, name by name, and `asked` what was
+    predicted from what, for the head of the page. The plot is left out where there are no curves;
+    `pictures` come at the end.
     """
     names = [RESULTS, PAGE]
     workspace.write_json(f"{folder}/{RESULTS}", {"default": default, "about": about, **figures})
@@ -77,6 +92,25 @@ def write_report(
     page = html_page(figures, figure, default=default, about=about, asked=asked, pictures=pictures)
     workspace.write_bytes(f"{folder}/{PAGE}", page.encode())
     return names
+
+
+def read_figures(workspace: Workspace, report: Manifest) -> dict[str, Any]:
+    """What an evaluation found, as `rayrec --json evaluate` prints it: the manifest's metrics, all figures but curves.
+
+    The figures are those of results.json; it holds them in reports whose manifest held them too. Raises
+    `DamagedArtifactError` where a file is missing or is not the one that was written.
+    """
+    verify(workspace, report)
+    stored = workspace.read_json(report.path(RESULTS))
+    return {**report.metrics, **{name: stored[name] for name in stored if name not in ("about", CURVES)}}
+
+
+def headline(figures: Mapping[str, Sequence[Entry]], default: str) -> dict[str, float]:
+    """recall@k and mrr@k of the next play by the model that `recommend` uses; nothing where it was not judged."""
+    usual = usual_k([entry["k"] for entry in figures["results"]])
+    wanted = {"model": default, "users": "all", "target": "next", "k": usual}
+    found = [entry for entry in figures["results"] if wanted.items() <= entry.items()]
+    return {f"{entry['metric']}@{usual}": entry["value"] for entry in found if entry["metric"] in ("recall", "mrr")}
 
 
 def html_page(
@@ -107,6 +141,7 @@ def html_page(
         parts.append(section(left_out, "Leave one out: the last play of each user alone", "all", usual, default))
     others = sorted(set(ks) - {usual}, reverse=True)
     parts += [section(next_play, GROUP_TITLES[group], group, k, default) for k in others for group in groups[:1]]
+    parts.append(song_vectors(figures.get(SONG_VECTORS, [])))
     parts += [_image(picture.png, picture.title, picture.note, picture.alt) for picture in pictures]
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items())
     return (

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from rayrec.evaluation.protocol import usual_k
+from rayrec.songs.health import COLLAPSED
 
 Entry = dict[str, Any]
 
@@ -29,6 +30,7 @@ BY_TITLES = {
     "activity": "By plays of the user in the test range",
     "context": "By context of the play",
 }
+VECTOR_TITLES = {"songs": "as embedded", "models": "as the network answers with them"}
 NEGATIVE_TITLES = {"uniform": "any song", "zipf": "popular songs"}
 
 
@@ -131,6 +133,41 @@ def breakdown(breakdowns: Sequence[Entry], by: str, default: str) -> str:
     return _table(f"{BY_TITLES[by]}, recall@{k}", note, entries, lambda entry: str(entry["slice"]), default=default)
 
 
+def song_vectors(figures: Sequence[Entry]) -> str:
+    """The health of each table of song vectors, and the neighbours of the most played songs in it."""
+    if not figures:
+        return ""
+    note = (
+        f"Mean cosine: of random pairs of songs; above {COLLAPSED:g} they point nearly the same way. Directions in "
+        "use: all where the vectors spread alike along each, few where most directions tell no songs apart."
+    )
+    head = ("songs with a vector", "share of the catalog", "mean cosine", "directions in use")
+    rows = [
+        (
+            VECTOR_TITLES[entry["vectors"]],
+            [
+                f"{entry['songs_with_vector']:,}",
+                f"{entry['coverage']:.3f}",
+                f"{entry['mean_cosine']:.3f}",
+                f"{entry['directions']:.1f} of {entry['dim']}",
+            ],
+        )
+        for entry in figures
+    ]
+    parts = [_html("The song vectors", note, head, rows, first="vectors")]
+    for entry in figures:
+        title = f"Neighbours of the most played songs, {VECTOR_TITLES[entry['vectors']]}"
+        close = [(near["song"], [f"{near['plays']:,}", _titles(near)]) for near in entry["neighbours"]]
+        note = "The nearest songs, with their cosines."
+        parts.append(_html(title, note, ("plays", "neighbours"), close, first="song"))
+    return "".join(parts)
+
+
+def _titles(near: Mapping[str, Any]) -> str:
+    pairs = zip(near["neighbours"], near["cosines"], strict=True)
+    return f"<div>{'<br>'.join(f'{escape(title)} ({cosine:.2f})' for title, cosine in pairs)}</div>"
+
+
 def _table(
     title: str,
     note: str,
@@ -159,11 +196,18 @@ def _cell(value: float, low: float, high: float, form: str) -> str:
     return f"{form.format(value)}<small>{form.format(low)} to {form.format(high)}</small>"
 
 
-def _html(title: str, note: str, head: Sequence[str], rows: Sequence[tuple[str, list[str]]], default: str) -> str:
+def _html(
+    title: str,
+    note: str,
+    head: Sequence[str],
+    rows: Sequence[tuple[str, list[str]]],
+    default: str = "",
+    first: str = "model",
+) -> str:
     titles = "".join(f"<th scope=col>{escape(name)}</th>" for name in head)
     body = "".join(_row(model, cells, default) for model, cells in rows)
     return (
-        f"<h2>{escape(title)}</h2><p>{note}</p><div class=scroll><table><thead><tr><th scope=col>model</th>{titles}"
+        f"<h2>{escape(title)}</h2><p>{note}</p><div class=scroll><table><thead><tr><th scope=col>{first}</th>{titles}"
         f"</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -9,6 +9,7 @@ from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.generate import GenerateConfig
 from rayrec.errors import InputError, NotFoundError
+from rayrec.evaluation.report import read_figures
 from rayrec.jobs.pipeline import Outcome, run
 from rayrec.locking import writes
 from rayrec.recommend.answering import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
@@ -40,7 +41,7 @@ class Demo:
     """What the demo shows."""
 
     outcomes: list[Outcome]
-    evaluation: dict[str, Any]  # the report's metrics
+    evaluation: dict[str, Any]  # what `read_figures` gives
     report: str  # path of report.html
     user: str
     answer: Answer
@@ -76,7 +77,7 @@ def demo(
     report = artifacts.load(workspace, "reports", ids["evaluate"])
     return Demo(
         outcomes=outcomes,
-        evaluation=report.metrics,
+        evaluation=read_figures(workspace, report),
         report=workspace.full(report.path("report.html")),
         user=user,
         answer=answer(dataset, recommender, RecommendConfig(k=10), at=last_play + ASSUMED_GAP_MS, user=user),

@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from rayrec.errors import InputError
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.pictures import NAMED, Picture, most_played, song_map, training_picture
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.report import CURVES, write_report
+from rayrec.evaluation.report import SONG_VECTORS, headline, write_report
 from rayrec.evaluation.results import figures_of
 from rayrec.evaluation.tally import Tally
 from rayrec.jobs.buckets import run_buckets
@@ -21,7 +22,8 @@ from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.judged import Judged, choose, make_recommenders
 from rayrec.locking import writes
 from rayrec.progress import progress
-from rayrec.songs.vectors import FINAL
+from rayrec.songs import health
+from rayrec.songs.vectors import FINAL, SongVectors
 from rayrec.taste.curves import EPOCHS
 from rayrec.workspace import Workspace
 
@@ -42,8 +44,8 @@ def evaluate(
 
     Without names these are the network `model_id` (None: the one trained last) and every baseline.
     Baselines are fitted on what came before the test range, with the song vectors that the network
-    was trained from. The manifest's metrics hold default, protocol, users, plays, seconds and the figures
-    of `figures_of` but the curves.
+    was trained from. The manifest's metrics hold default, protocol, its headline, users, plays and seconds;
+    the figures of `figures_of` and the health of the song vectors are in results.json, see `read_figures`.
 
     Raises `InputError` for an unknown model and for a test range without questions, `NotFoundError`
     where there is no network or no song vectors, `MismatchError` for those of another split.
@@ -64,6 +66,7 @@ def evaluate(
             "make a split with more test days or a larger last fraction"
         )
     figures = figures_of(tally, evaluator, judged.default)
+    figures[SONG_VECTORS] = health_of(dataset, judged, evaluator.song_plays)
     manifest = Manifest(
         kind=KIND,
         id=report_id,
@@ -74,7 +77,7 @@ def evaluate(
             "default": judged.default,
             "protocol": split.protocol,
             **({"warning": judged.warning} if judged.warning else {}),
-            **{name: figures[name] for name in figures if name != CURVES},
+            **headline(figures, judged.default),
             "users": int(tally.users[0].sum()),
             "plays": int(tally.questions[0, :, 0].sum()),
             "seconds": round(time.monotonic() - started, 1),
@@ -89,19 +92,40 @@ def evaluate(
 
 def pictures_of(dataset: Dataset, judged: Judged, song_plays: np.ndarray) -> list[Picture]:
     """The training of the network that is judged, and a map of the songs it answers with, or of the song vectors."""
-    from rayrec.taste.checkpoint import SONG_VECTORS  # brings torch: only once needed
-
     workspace, made = dataset.workspace, []
     if judged.model and EPOCHS in judged.model.files:
         lines = workspace.read_bytes(judged.model.path(EPOCHS)).splitlines()
         made.append(training_picture([json.loads(line) for line in lines]))
-    paths = [judged.model.path(SONG_VECTORS)] if judged.model else [judged.songs.path(FINAL)] if judged.songs else []
-    for path in paths:
+    for path in [*vector_paths(judged).values()][-1:]:
         vectors = np.asarray(workspace.read_array(path))
         known = song_plays[: len(vectors)]
         titles = dataset.catalog().titles(most_played(vectors, known, NAMED))
         made.append(song_map(vectors, known, titles))
     return [picture for picture in made if picture is not None]
+
+
+def health_of(dataset: Dataset, judged: Judged, song_plays: np.ndarray) -> list[dict[str, Any]]:
+    """The health of the song vectors behind the models: an entry for those embedded, one for the network's.
+
+    Each has vectors (songs or models), id, dim, directions and the figures of `health.check`; `song_plays`,
+    int (N,), choose the most played songs.
+    """
+    entries = []
+    for role, path in vector_paths(judged).items():
+        vectors = SongVectors(np.asarray(dataset.workspace.read_array(path)))
+        figures = health.check(vectors, song_plays[: len(vectors)], dataset.catalog())
+        del figures["warning"]  # its advice is for word2vec; the page tells the limit
+        about = {"vectors": role, "id": judged.inputs[role], "dim": vectors.dim}
+        entries.append({**about, "directions": health.directions(vectors), **figures})
+    return entries
+
+
+def vector_paths(judged: Judged) -> dict[str, str]:
+    """Role -> path of the song vectors, where they are there: those embedded, then those the network answers with."""
+    from rayrec.taste.checkpoint import SONG_VECTORS as TRAINED  # brings torch: only once needed
+
+    paths = {"songs": judged.songs.path(FINAL)} if judged.songs else {}
+    return {**paths, "models": judged.model.path(TRAINED)} if judged.model else paths
 
 
 def make_evaluator(

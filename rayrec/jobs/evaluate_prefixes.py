@@ -17,12 +17,12 @@ from rayrec.data.split import Split
 from rayrec.errors import InputError
 from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.report import write_report
+from rayrec.evaluation.report import SONG_VECTORS, headline, write_report
 from rayrec.evaluation.results import comparisons_of, results_of
 from rayrec.evaluation.tally import Tally
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import ray_cluster
-from rayrec.jobs.evaluate import KIND
+from rayrec.jobs.evaluate import KIND, health_of
 from rayrec.jobs.judged import choose, make_recommenders
 from rayrec.locking import writes
 from rayrec.progress import progress
@@ -47,8 +47,9 @@ def evaluate_prefixes(
     """Write reports/<id>/ about the models of `config` on the pairs of a file.
 
     Models are those made for `split`, or without one those made of all plays, and baselines are
-    fitted likewise. The manifest's metrics hold default, results (users all, target next),
-    comparisons, pairs, unknown_targets (misses, all of them), unknown_items and seconds.
+    fitted likewise. The manifest's metrics hold default, its headline, pairs, unknown_targets (misses, all
+    of them), unknown_items and seconds; results (users all, target next), comparisons and the health of
+    the song vectors are in results.json, see `read_figures`.
 
     Raises `InputError` for a file without pairs or with a line that cannot be read, else as `evaluate`.
     """
@@ -71,6 +72,7 @@ def evaluate_prefixes(
     figures = {
         "results": [{name: value for name, value in entry.items() if name != "users_count"} for entry in results],
         "comparisons": comparisons_of(tally, recommenders, config, judged.default),
+        SONG_VECTORS: health_of(dataset, judged, song_plays),
     }
     told = dict(zip(("pairs", "unknown_targets", "unknown_items"), counts.tolist(), strict=True))
     seconds = round(time.monotonic() - started, 1)
@@ -80,7 +82,13 @@ def evaluate_prefixes(
         config=settings,
         inputs=judged.inputs,
         seed=config.seed,
-        metrics={"default": judged.default, "protocol": "prefixes", **figures, **told, "seconds": seconds},
+        metrics={
+            "default": judged.default,
+            "protocol": "prefixes",
+            **headline(figures, judged.default),
+            **told,
+            "seconds": seconds,
+        },
     )
     about = {"protocol": "prefixes", "file": file.path, **{name: f"{count:,}" for name, count in told.items()}}
     about |= judged.inputs

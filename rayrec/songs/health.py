@@ -48,6 +48,20 @@ def check(vectors: SongVectors, counts: np.ndarray, catalog: Catalog, seed: int 
     }
 
 
+def directions(vectors: SongVectors, seed: int = 0) -> float:
+    """How many of the D directions the vectors use: (Σλ)² / Σλ² of the eigenvalues λ of their covariance.
+
+    The participation ratio of physics: D where all are used alike, 1 where the vectors lie on a line, 0
+    where fewer than two have one. Of at most `PAIRS` songs drawn.
+    """
+    known = np.flatnonzero(vectors.known)
+    if len(known) < 2:
+        return 0.0
+    drawn = np.random.default_rng(seed).permutation(known)[:PAIRS]
+    variances = np.linalg.eigvalsh(np.cov(vectors.vectors[drawn], rowvar=False, dtype=np.float64)).clip(min=0)
+    return float(variances.sum() ** 2 / max(np.square(variances).sum(), 1e-24))
+
+
 def warning(cosine: float) -> str | None:
     """A line for vectors that have collapsed, None for those that have not."""
     if cosine <= COLLAPSED:

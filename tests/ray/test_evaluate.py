@@ -14,6 +14,7 @@ from rayrec.data.split import Split
 from rayrec.errors import InputError, MismatchError, NotFoundError
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.evaluation.report import read_figures
 from rayrec.evaluation.results import figures_of
 from rayrec.jobs.evaluate import evaluate
 from rayrec.recommend.baselines import BASELINES, fit_baselines
@@ -53,6 +54,9 @@ def test_the_job_over_buckets_equals_one_pass_in_one_process(dataset: Dataset, h
     stored = dataset.workspace.read_json(manifest.path("results.json"))
     assert len(stored["results"]) == len(MODELS) * 5 * 4 * 9
     stored["comparisons"] = expected.pop("comparisons")  # of the network, which is not here
+    (health,) = stored["song_vectors"]
+    assert (health["vectors"], health["coverage"], health["dim"]) == ("songs", 1.0, 8)
+    assert health["neighbours"][0]["plays"] == popularity.plays.max()
     for name, entries in expected.items():
         assert len(stored[name]) == len(entries) > 0, name
         for found, wanted in zip(stored[name], entries, strict=True):
@@ -74,12 +78,15 @@ def test_a_report_is_complete_found_again_and_repeated_on_purpose(dataset: Datas
     first = evaluate(dataset.workspace, settings, split=SPLIT)
     verify(dataset.workspace, load(dataset.workspace, "reports", first.id))
     assert first.metrics["default"] == "hybrid"  # what a training makes unless told otherwise
-    assert {entry["model"] for entry in first.metrics["results"]} == {"popularity"}
+    found = read_figures(dataset.workspace, first)
+    assert {entry["model"] for entry in found["results"]} == {"popularity"}
+    assert found["song_vectors"] == []  # popularity needs none
+    assert "results" not in first.metrics  # a manifest is read whenever the workspace is looked at
     assert first.inputs == MADE_OF
     assert evaluate(dataset.workspace, settings, split=SPLIT) == first
     again = evaluate(dataset.workspace, settings, split=SPLIT, repeat=True)
     assert again.id != first.id
-    assert again.metrics["results"] == first.metrics["results"]
+    assert read_figures(dataset.workspace, again)["results"] == found["results"]
 
 
 def test_vectors_that_saw_the_test_range_are_refused(workspace: Workspace, histories: Histories) -> None:
@@ -126,17 +133,21 @@ def test_networks_of_several_models_stand_on_one_table_under_their_names(dataset
     settings = EvaluateConfig(models=("taste", "taste-short", "again=first", "r_hst=second"), bootstrap_samples=10)
     told = evaluate(dataset.workspace, settings, split=SPLIT, model_id="first")
     assert told.inputs["models r_hst"] == "second"
+    figures = read_figures(dataset.workspace, told)
     found = {
         (entry["model"], entry["target"]): entry["value"]
-        for entry in told.metrics["results"]
+        for entry in figures["results"]
         if (entry["users"], entry["metric"], entry["k"]) == ("all", "recall", 20)
     }
     for target in ("next", "offsets25_50"):
         assert found["again", target] == found["taste", target] != found["r_hst", target]
     assert found["taste-short", "next"] == found["taste", "next"]
     assert found["taste-short", "offsets25_50"] != found["taste", "offsets25_50"]  # the long horizon's is another
-    cosines = {(entry["model"], entry["horizon"]) for entry in told.metrics["pairwise"]}
+    cosines = {(entry["model"], entry["horizon"]) for entry in figures["pairwise"]}
     assert ("taste-short", "long") not in cosines
+    assert told.metrics["recall@20"] == found["taste", "next"]
+    (health,) = figures["song_vectors"]  # none of these models asks for the vectors as embedded
+    assert (health["vectors"], health["id"], health["songs_with_vector"]) == ("models", "first", NUM_SONGS)
 
 
 def test_another_model_needs_a_name_of_its_own(dataset: Dataset) -> None:

@@ -16,6 +16,7 @@ from rayrec.data.split import FitRange, Split
 from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.evaluation.report import read_figures
 from rayrec.evaluation.results import results_of
 from rayrec.jobs import evaluate_prefixes as job
 from rayrec.jobs.evaluate_prefixes import evaluate_prefixes
@@ -60,8 +61,9 @@ def test_the_job_over_shards_equals_one_pass_in_one_process(
     pairs = list(read_prefixes(Unit(source=file.path), file, song_ids))
     expected = results_of(reduce(add, map(evaluator, pairs)), fitted, SETTINGS, ["next"])
     expected = [entry for entry in expected if entry["users"] == "all"]
-    assert len(manifest.metrics["results"]) == len(expected) == len(MODELS) * 9
-    for found, wanted in zip(manifest.metrics["results"], expected, strict=True):
+    results = read_figures(dataset.workspace, manifest)["results"]
+    assert len(results) == len(expected) == len(MODELS) * 9
+    for found, wanted in zip(results, expected, strict=True):
         assert {**found, "users_count": len(pairs[0].targets)} == pytest.approx(wanted, abs=2e-6)
     counts = [manifest.metrics[name] for name in ("pairs", "unknown_targets", "unknown_items")]
     assert counts == np.sum([one.counts for one in pairs], axis=0).tolist()
@@ -79,6 +81,7 @@ def test_pairs_are_judged_from_the_command_line(
     assert main([*arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["pairs"], told["protocol"]) == (200, "prefixes")
+    assert {entry["model"] for entry in told["results"]} == {"popularity"}
     assert main([*arguments, "--target-separator", "|"]) == 2
     assert "a line without '|' before a target" in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ from rayrec.data.split import Split, SplitConfig
 from rayrec.data.splits import split_dataset
 from rayrec.errors import InputError
 from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.evaluation.report import read_figures
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.generating import generate
 from rayrec.jobs.train import train
@@ -79,9 +80,9 @@ def test_evaluations_judge_what_the_model_answers_with(
     settings = EvaluateConfig(bootstrap_samples=10, offsets=5)
     mixed = evaluate(world, settings, split=split, model_id=remembering.id)
     assert mixed.metrics["default"] == "hybrid"
-    assert {"hybrid", "taste"} <= {entry["model"] for entry in mixed.metrics["results"]}
+    assert {"hybrid", "taste"} <= {entry["model"] for entry in read_figures(world, mixed)["results"]}
     alone = evaluate(world, settings, split=split, model_id=forgetful.id)
     assert alone.metrics["default"] == "taste"
-    assert "hybrid" not in {entry["model"] for entry in alone.metrics["results"]}
+    assert "hybrid" not in {entry["model"] for entry in read_figures(world, alone)["results"]}
     with pytest.raises(InputError, match="trained without a memory; name taste, or train with --memory"):
         evaluate(world, replace(settings, models=("hybrid",)), split=split, model_id=forgetful.id)

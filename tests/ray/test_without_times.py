@@ -49,16 +49,16 @@ def test_the_end_of_each_sequence_is_judged_and_the_report_says_so(
     workspace, outcomes = made
     assert outcomes["split"].figures["protocol"] == "last-fraction"
     figures = outcomes["evaluate"].figures
+    report = f"reports/{outcomes['evaluate'].id}"
     assert (figures["protocol"], figures["plays"], figures["users"]) == ("last-fraction", USERS * 4, USERS)
     value = {
         (entry["model"], entry["k"]): entry["value"]
-        for entry in figures["results"]
+        for entry in json.loads(workspace.read_bytes(f"{report}/results.json"))["results"]
         if (entry["users"], entry["target"], entry["metric"]) == ("all", "next", "recall")
     }
     assert value["sequential-rules", 1] == 0.75  # three of four: nobody can foresee the last song
     assert value["popularity", 1] < 0.2
     assert 0 < value["taste", 10] <= 0.75
-    report = f"reports/{outcomes['evaluate'].id}"
     assert b"weaker than a cut in time" in workspace.read_bytes(f"{report}/report.html")
     assert json.loads(workspace.read_bytes(f"{report}/results.json"))["about"]["protocol"] == "last-fraction"
 

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rayrec.artifacts import Manifest, publish
+from rayrec.errors import DamagedArtifactError
 from rayrec.evaluation.figure import LABEL_GAP, cosine_figure, curve_name, spread
-from rayrec.evaluation.report import html_page, write_report
+from rayrec.evaluation.report import headline, html_page, read_figures, write_report
 from rayrec.workspace import Workspace
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -48,6 +50,37 @@ def test_the_report_is_written_with_everything_in_it(workspace: Workspace, resul
     picture = workspace.read_bytes("reports/r/cosine_by_offset.png")
     assert picture.startswith(PNG)
     assert base64.b64encode(picture).decode() in workspace.read_bytes("reports/r/report.html").decode()
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_was_found_is_read_from_the_results_and_no_longer_from_the_manifest(
+    workspace: Workspace, results: list[dict[str, Any]], earlier: bool
+) -> None:
+    """Manifests of earlier reports held the figures too."""
+    figures = {"results": results, "cosine_by_offset": [_curve("weak")], "breakdowns": []}
+    names = write_report(workspace, "reports/r", figures, default="weak", about={"split": "abc"})
+    metrics = {"default": "weak", "plays": 9, **({"results": results} if earlier else {})}
+    report = publish(workspace, Manifest(kind="reports", id="r", metrics=metrics), names)
+    assert read_figures(workspace, report) == {"default": "weak", "plays": 9, "results": results, "breakdowns": []}
+    workspace.write_json("reports/r/results.json", {"default": "weak", "results": []})
+    with pytest.raises(DamagedArtifactError, match=r"results.json does not match"):
+        read_figures(workspace, report)
+
+
+def test_the_headline_is_the_next_play_by_what_recommends(results: list[dict[str, Any]]) -> None:
+    assert headline({"results": results}, "strong <&>") == {"recall@20": 0.4, "mrr@20": 0.4}
+    assert headline({"results": results}, "taste") == {}
+
+
+def test_the_page_shows_the_health_of_each_table_of_song_vectors(results: list[dict[str, Any]]) -> None:
+    near = {"song": "A <b>", "plays": 1234, "neighbours": ["C", "D & E"], "cosines": [0.91, 0.5]}
+    entry = {"coverage": 0.9, "songs_with_vector": 1800, "mean_cosine": 0.123, "directions": 9.26, "dim": 64}
+    tables = [{**entry, "vectors": role, "id": "x", "neighbours": [near]} for role in ("songs", "models")]
+    page = html_page({"results": results, "song_vectors": tables}, None, default="weak", about={})
+    assert page.count("<td>9.3 of 64</td>") == 2
+    assert "Neighbours of the most played songs, as embedded" in page
+    assert "A &lt;b&gt;</th><td>1,234</td><td><div>C (0.91)<br>D &amp; E (0.50)</div></td>" in page
+    assert "song vectors" not in html_page({"results": results}, None, default="weak", about={})
 
 
 def test_without_curves_there_is_no_figure(workspace: Workspace, results: list[dict[str, Any]]) -> None:

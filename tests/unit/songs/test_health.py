@@ -29,6 +29,15 @@ def test_a_song_is_never_paired_with_itself() -> None:
     assert abs(health.mean_cosine(SongVectors.normalized(np.array([[1, 0], [0, 1]])))) < 1e-6
 
 
+def test_the_directions_in_use_are_those_planted() -> None:
+    random = np.random.default_rng(0)
+    turned, _ = np.linalg.qr(random.normal(size=(16, 16)))
+    for planted in (1, 3, 16):
+        spread = SongVectors((random.normal(size=(5_000, planted)) @ turned[:planted]).astype(np.float32))
+        assert abs(health.directions(spread) - planted) < 0.2
+    assert health.directions(SongVectors.normalized(np.array([[1, 0], [0, 0]]))) == 0
+
+
 def test_collapsed_vectors_are_warned_of_and_spread_ones_are_not() -> None:
     catalog = titled(["t"] * 100)
     counts = np.ones(100, dtype=np.int64)
