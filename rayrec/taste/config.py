@@ -122,6 +122,7 @@ class TrainConfig:
         "sampled-softmax", help="what to train for; cosine and l2 are the paper's, softmax is over all songs"
     )
     negatives: int = setting(1024, help="songs drawn by popularity as negatives of a step")
+    in_batch: int = setting(0, help="targets drawn from the batch of a step as negatives beside those; 0: none")
     long_targets: int = setting(4, help="plays drawn as targets of each position on a horizon of several offsets")
     long_correction: float = setting(
         0.5, help="share of the popularity correction on the long horizon: 1 ranks by chance, 0 by likeness"
@@ -153,10 +154,9 @@ class TrainConfig:
         for name, known in (("cell", Cell), ("song_table", SongTable), ("objective", Objective), ("source", Source)):
             if getattr(self, name) not in get_args(known):
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(known))}")
-        if self.workers < 0 or self.validation_plays < 0:
-            raise InputError(
-                f"workers {self.workers} and validation plays {self.validation_plays} must not be negative"
-            )
+        for name in ("workers", "validation_plays", "in_batch"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.dropout < 1 or self.learning_rate <= 0:
             raise InputError(
                 f"dropout {self.dropout} must be in [0, 1) and the learning rate {self.learning_rate} above 0"

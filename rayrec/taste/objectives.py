@@ -28,22 +28,25 @@ class Goal:
 
 
 class Negatives:
-    """Draws songs by their popularity in the fit range, with replacement."""
+    """Songs drawn by their popularity in the fit range, with replacement, and songs of the batch beside them."""
 
-    def __init__(self, counts: np.ndarray, count: int) -> None:
-        """`counts` int (N,) are the plays of each song; `count` is K."""
+    def __init__(self, counts: np.ndarray, count: int, in_batch: int = 0) -> None:
+        """`counts` int (N,) are the plays of each song; K is `count` drawn by them and `in_batch` of the batch."""
         share = counts.astype(np.float64) / max(1, counts.sum())
         self._cumulative = torch.from_numpy(np.cumsum(share))
-        # The expected number of times that a song is drawn, for the logQ correction.
-        self.log_expected = torch.from_numpy(np.log(np.maximum(share * count, 1e-12))).float()
+        # The expected number of times that a song is among the K, for the logQ correction. Each play of the fit
+        # range is a target once an epoch, so those of a batch come by popularity too.
+        self.log_expected = torch.from_numpy(np.log(np.maximum(share * (count + in_batch), 1e-12))).float()
         self._count = count
         self.songs_K = torch.zeros(0, dtype=torch.int64)
 
-    def draw(self, generator: torch.Generator, device: torch.device) -> None:
-        """Draw the negatives of the next step: `songs_K`, int64."""
+    def draw(self, generator: torch.Generator, device: torch.device, in_batch: Tensor | None = None) -> None:
+        """Draw the negatives of the next step: `songs_K`, int64; `in_batch`, int64, are those of its batch."""
         points = torch.rand(self._count, generator=generator, dtype=torch.float64)
         drawn = torch.searchsorted(self._cumulative, points * self._cumulative[-1])
         self.songs_K = drawn.clamp_(max=len(self._cumulative) - 1).to(device)
+        if in_batch is not None:
+            self.songs_K = torch.cat([self.songs_K, in_batch])
         self.log_expected = self.log_expected.to(device)
 
 
@@ -75,7 +78,7 @@ def softmax(model: TasteModel, taste_PD: Tensor, targets_PT: Tensor, negatives: 
 def sampled_softmax(
     model: TasteModel, taste_PD: Tensor, targets_PT: Tensor, negatives: Negatives, goal: Goal
 ) -> Tensor:
-    """`softmax` estimated from drawn negatives, with the logQ correction, summed [ours].
+    """`softmax` estimated from negatives, with the logQ correction, summed [ours].
 
     Each negative stands for the songs that were not drawn, so its logit is corrected by how often it is
     expected among the K. The targets of a position stand for themselves, each song once, and a negative

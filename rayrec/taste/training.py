@@ -93,7 +93,7 @@ class Training:
         self.model = model.to(self.device)
         self.config = config
         self.share = share
-        self.negatives = Negatives(counts, config.negatives)
+        self.negatives = Negatives(counts, config.negatives, config.in_batch)
         table = [model.songs.weight] if model.songs.weight.requires_grad else []
         dense = [value for name, value in model.named_parameters() if name != SONG_TABLE]
         self.optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(dense, lr=config.learning_rate)]
@@ -127,9 +127,11 @@ class Training:
             np.random.SeedSequence([self.config.seed, epoch, step]).generate_state(1 + len(horizons)).tolist()
         )
         torch.manual_seed(seed + self.share.rank)  # for dropout
-        self.negatives.draw(torch.Generator().manual_seed(seed), self.device)
         batch = pad(windows.plays, windows.previous_at, self.model.config.features).to(self.device)
         inputs_B = torch.tensor(windows.inputs)
+        generator = torch.Generator().manual_seed(seed)
+        in_batch = self._in_batch(batch.songs_BL, inputs_B, generator) if self.config.in_batch else None
+        self.negatives.draw(generator, self.device, in_batch)
         # A generator each: how much one horizon draws depends on the number of workers.
         targets = {
             name: self._targets(
@@ -170,6 +172,22 @@ class Training:
         asked = there.any(-1).nonzero().squeeze(-1)
         songs_PT = songs_BL.flatten()[source[asked].to(self.device)].masked_fill(~there[asked].to(self.device), -1)
         return asked.to(self.device), songs_PT
+
+    def _in_batch(self, songs_BL: Tensor, inputs_B: Tensor, generator: torch.Generator) -> Tensor:
+        """int64 (in_batch,): next songs of positions drawn from the batch of all workers, the same in each of them.
+
+        A window is drawn and then one of its positions: windows of a batch are of like length.
+        """
+        windows = self.share.total(int((inputs_B > 0).sum()))
+        draws = torch.rand(2, self.config.in_batch, generator=generator, dtype=torch.float64)
+        drawn = (draws[0] * windows).long()
+        row, here = drawn // self.share.workers, drawn % self.share.workers == self.share.rank
+        row = torch.where(here, row, 0)
+        following = 1 + (draws[1] * inputs_B[row]).long()
+        songs = songs_BL[row.to(self.device), following.to(self.device)].where(here.to(self.device), 0)
+        if self.share.workers > 1:
+            dist.all_reduce(songs)
+        return songs
 
     def _distributed(self) -> DistributedDataParallel:
         ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model

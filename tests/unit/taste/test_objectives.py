@@ -54,6 +54,24 @@ def test_sampled_softmax_equals_its_formula(negatives: Negatives, taste: torch.T
     assert float(found) == pytest.approx(wanted, rel=1e-4)
 
 
+def test_negatives_of_the_batch_count_like_those_drawn(taste: torch.Tensor) -> None:
+    """Both stand among K, each song corrected by how often it is expected among all; a target is no negative."""
+    model, targets = network(), [3, 9, 9, 1, 59]
+    negatives = Negatives(COUNTS, 16, in_batch=5)
+    negatives.draw(torch.Generator().manual_seed(3), torch.device("cpu"), torch.tensor(targets))
+    together = negatives.songs_K.tolist()
+    assert (len(together), together[16:]) == (21, targets)
+    vectors = model.songs.weight.detach().numpy().astype(np.float64)
+    expected = COUNTS / COUNTS.sum() * 21
+    wanted = 0.0
+    for t, target in zip(taste.numpy().astype(np.float64), targets, strict=True):
+        own = t @ vectors[target] * 12.0
+        others = [t @ vectors[song] * 12.0 - np.log(expected[song]) for song in together if song != target]
+        wanted += np.log(np.exp([own, *others]).sum()) - own
+    found = sampled_softmax(model, taste, torch.tensor(targets).unsqueeze(1), negatives, GOAL).detach()
+    assert float(found) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_l2_is_the_distance_of_unit_vectors(negatives: Negatives, taste: torch.Tensor) -> None:
     model = network()
     targets = [3, 9, 9, 1, 59]

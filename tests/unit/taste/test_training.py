@@ -41,7 +41,7 @@ def histories() -> Histories:
     return cycling_histories(45)
 
 
-@pytest.mark.parametrize("changes", [{}, {"dropout": 0.3, "num_layers": 2}, {"song_table": "frozen"}])
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.3, "num_layers": 2}, {"song_table": "frozen"}, {"in_batch": 9}])
 def test_the_same_seed_gives_the_same_losses_bit_for_bit(histories: Histories, changes: dict[str, object]) -> None:
     first = losses(settings(**changes), histories)
     torch.rand(7)  # whatever else draws numbers in between
@@ -135,6 +135,22 @@ def test_targets_lie_between_the_offsets_and_never_past_the_history(
         assert set(offset[has].tolist()) == {2, 3, 4, 5}
 
 
+def test_negatives_of_the_batch_are_its_next_songs_and_as_many_as_asked(histories: Histories) -> None:
+    config = settings(in_batch=20_000)
+    windows = cut_windows(counted(histories), config.window, config.lookahead).take(np.arange(8))
+    lengths, starts = windows.plays.lengths, windows.plays.songs[windows.plays.offsets[:-1]]
+    songs = np.zeros((len(windows), lengths.max()), dtype=np.int64)
+    songs[np.arange(lengths.max()) < lengths[:, None]] = windows.plays.songs
+    arguments = torch.from_numpy(songs), torch.from_numpy(windows.inputs), torch.Generator().manual_seed(0)
+    drawn = training(config)._in_batch(*arguments).numpy()
+    found, counts = np.unique(drawn, return_counts=True)
+    following = [start + 1 + np.arange(inputs) for start, inputs in zip(starts, windows.inputs, strict=True)]
+    assert len(drawn) == 20_000
+    assert set(found) == set(np.concatenate(following))
+    expected = np.concatenate([np.full(len(part), 20_000 / 8 / len(part)) for part in following])
+    assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
+
+
 @pytest.mark.parametrize("windows", [10, 11, 13])
 def test_the_targets_of_a_window_do_not_depend_on_the_number_of_workers(histories: Histories, windows: int) -> None:
     config = settings()
@@ -147,13 +163,15 @@ def test_the_targets_of_a_window_do_not_depend_on_the_number_of_workers(historie
         assert torch.equal(part, whole[torch.from_numpy(rows), : part.shape[1]])
 
 
-# Name -> song table and users; 45 users make 11 windows to a batch, so that the shares of two workers are
+# Name -> settings and users; 45 users make 11 windows to a batch, so that the shares of two workers are
 # uneven, and one user makes one window, which leaves the second worker none.
-TRAININGS: dict[str, tuple[SongTable, int]] = {
-    "trained": ("trained", 45),
-    "frozen": ("frozen", 45),
-    "one window": ("trained", 1),
-    "one window, frozen": ("frozen", 1),
+TRAININGS: dict[str, tuple[dict[str, object], int]] = {
+    "trained": ({}, 45),
+    "frozen": ({"song_table": "frozen"}, 45),
+    "in batch": ({"in_batch": 15}, 45),
+    "one window": ({}, 1),
+    "one window, frozen": ({"song_table": "frozen"}, 1),
+    "one window, in batch": ({"in_batch": 15}, 1),
 }
 
 
@@ -162,8 +180,8 @@ def _one_of_two(rank: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    for name, (table, users) in TRAININGS.items():
-        weights = _trained(settings(song_table=table), users, Share(rank=rank, workers=2)).model.state_dict()
+    for name, (changes, users) in TRAININGS.items():
+        weights = _trained(settings(**changes), users, Share(rank=rank, workers=2)).model.state_dict()
         torch.save(weights, Path(folder) / f"{name}-{rank}.pt")
     dist.barrier()
     os._exit(0)  # threads of gloo that outlive the group abort an interpreter that ends in good order
@@ -180,8 +198,8 @@ def _trained(config: TrainConfig, users: int, share: Share) -> Training:
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
-    for case, (table, users) in TRAININGS.items():
-        alone = _trained(settings(song_table=table), users, Share()).model.state_dict()
+    for case, (changes, users) in TRAININGS.items():
+        alone = _trained(settings(**changes), users, Share()).model.state_dict()
         first, second = (torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True) for rank in (0, 1))
         for name, value in alone.items():
             assert torch.equal(first[name], second[name]), (case, name)
