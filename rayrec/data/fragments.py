@@ -5,7 +5,7 @@ rows of one bucket out of every fragment without touching the others. Plays and 
 have the same shape here: an owner (user or playlist), a song, and what orders them (time or position).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
@@ -54,26 +54,26 @@ class UnitResult:
 
 
 class FragmentStore:
-    """The files of the first pass, in a folder of the workspace."""
+    """The files of the first pass, in a folder of the workspace; `names` are those of the units' folders in it."""
 
-    def __init__(self, workspace: Workspace, folder: str) -> None:
-        self.workspace, self.folder = workspace, folder
+    def __init__(self, workspace: Workspace, folder: str, names: Sequence[str] = ()) -> None:
+        self.workspace, self.folder, self.names = workspace, folder, names
 
     def rows_file(self, unit: int, fragment: int) -> str:
         """Rows in buckets, Arrow IPC."""
-        return f"{self.folder}/{unit:06d}/rows-{fragment:04d}.arrow"
+        return f"{self.folder}/{self.names[unit]}/rows-{fragment:04d}.arrow"
 
     def songs_file(self, unit: int, fragment: int) -> str:
         """Distinct songs of a fragment, Parquet."""
-        return f"{self.folder}/{unit:06d}/songs-{fragment:04d}.parquet"
+        return f"{self.folder}/{self.names[unit]}/songs-{fragment:04d}.parquet"
 
     def rejected_file(self, unit: int, fragment: int) -> str:
         """Rows that could not be used, Parquet; only where there are any."""
-        return f"{self.folder}/{unit:06d}/rejected-{fragment:04d}.parquet"
+        return f"{self.folder}/{self.names[unit]}/rejected-{fragment:04d}.parquet"
 
     def result_file(self, unit: int) -> str:
         """The unit's result, JSON; where it is there, the unit is done."""
-        return f"{self.folder}/{unit:06d}/result.json"
+        return f"{self.folder}/{self.names[unit]}/result.json"
 
     def result(self, unit: int) -> UnitResult:
         """The result of a unit that is done."""
@@ -100,6 +100,10 @@ class FragmentStore:
     def write_error(self, unit: int, error: InputError) -> None:
         """Note that the input cannot be imported."""
         self.workspace.write_json(self.result_file(unit), asdict(UnitResult(error=str(error))))
+
+    def forget(self, unit: int) -> None:
+        """Take a unit for one that is not done."""
+        self.workspace.delete(self.result_file(unit))
 
     def songs(self, unit: int, result: UnitResult) -> Iterator[pa.Table]:
         """The distinct songs of a unit, fragment by fragment, in the order in which they appear."""

@@ -21,6 +21,8 @@ BUCKET_BYTES = 64 << 20
 MIN_BUCKETS, MAX_BUCKETS = 16, 4096
 UNPACKED = 6  # bytes of text in a byte of .gz, about; Parquet is as dense
 DENSE_FORMATS = ("parquet",)
+# Settings that change nothing in what is read of a unit.
+NOT_OF_READING = ("paths", "min_user_plays", "min_song_plays", "buckets", "unit_mib")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +126,7 @@ class Plan:
     files: list[SourceFile]
     units: list[Unit]
     unit_files: list[int]  # the file of each unit
+    unit_names: list[str]  # change with the piece of file, its size and date, and how it is read
     id: str  # changes with the settings and with the names, sizes and dates of the files
 
     @property
@@ -164,7 +167,12 @@ def make_plan(config: ImportConfig) -> Plan:
         unit_files.extend([number] * len(found))
     described = [list(file) for file in files]
     plan_id = fingerprint("import", {**to_mapping(config), "files": described}, {})
-    return Plan(files=files, units=units, unit_files=unit_files, id=plan_id)
+    how = {name: value for name, value in to_mapping(config).items() if name not in NOT_OF_READING}
+    unit_names = [
+        fingerprint("unit", how, {"unit": repr((files[file], unit.start, unit.stop))})
+        for file, unit in zip(unit_files, units, strict=True)
+    ]
+    return Plan(files=files, units=units, unit_files=unit_files, unit_names=unit_names, id=plan_id)
 
 
 def choose_buckets(size: int) -> int:

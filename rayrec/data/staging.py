@@ -1,9 +1,12 @@
 """The scratch folder of an import, and the step that makes its result the data set.
 
-Everything is written here first. Publishing takes the old manifest away, moves the files into
-place and puts the new manifest last; if it is killed, the next import finishes it.
+Everything is written here first. What was read of a unit of input stays of use to an import of other
+files in which the unit is the same, such as one that leaves a damaged file out. Publishing takes the
+old manifest away, moves the files into place and puts the new manifest last; if it is killed, the next
+import finishes it.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import pyarrow.parquet as pq
@@ -23,15 +26,17 @@ from rayrec.workspace import (
 )
 
 PLAYS_PER_ROW_GROUP = 500_000
+UNITS = "units"  # folder of the scratch folders in which every import reads
 
 
 class Staging:
     """The scratch folder of one import: a killed import with the same inputs goes on in it."""
 
-    def __init__(self, workspace: Workspace, print_id: str) -> None:
+    def __init__(self, workspace: Workspace, print_id: str, units: Sequence[str] = ()) -> None:
+        """`units` are the names of the units of input, as `unit_names` gives them."""
         self.workspace = workspace
         self.folder = f"{IMPORT_STAGING}/{print_id}"
-        self.fragments = FragmentStore(workspace, f"{self.folder}/units")
+        self.fragments = FragmentStore(workspace, f"{IMPORT_STAGING}/{UNITS}", units)
 
     def out(self, path: str) -> str:
         """Where the file that will be `path` waits for being published."""
@@ -73,11 +78,26 @@ class Staging:
         finish_publishing(self.workspace)
 
 
+def unit_names(units: Sequence[str], buckets: int) -> list[str]:
+    """Names of units of a plan that are read into so many buckets."""
+    return [f"{buckets:04d}-{unit}" for unit in units]
+
+
+def buckets_read(workspace: Workspace, units: Sequence[str]) -> int:
+    """Into how many buckets an unfinished import has read some of the units of a plan; 0 where none has."""
+    read = [name.split("-") for name in workspace.folders(f"{IMPORT_STAGING}/{UNITS}")]
+    known = set(units)
+    return max((int(buckets) for buckets, unit in read if unit in known), default=0)
+
+
 def discard_others(workspace: Workspace, staging: Staging) -> None:
-    """Delete what imports of other inputs have left."""
-    for name in workspace.folders(IMPORT_STAGING):
-        if f"{IMPORT_STAGING}/{name}" != staging.folder:
-            workspace.delete(f"{IMPORT_STAGING}/{name}")
+    """Delete what imports of other inputs have left, but for the units that this one reads too."""
+    kept = {f"{IMPORT_STAGING}/{UNITS}", staging.folder}
+    kept |= {f"{staging.fragments.folder}/{unit}" for unit in staging.fragments.names}
+    for folder in (IMPORT_STAGING, f"{IMPORT_STAGING}/{UNITS}"):
+        for name in workspace.folders(folder):
+            if f"{folder}/{name}" not in kept:
+                workspace.delete(f"{folder}/{name}")
 
 
 def finish_publishing(workspace: Workspace) -> None:

@@ -22,7 +22,7 @@ from rayrec.data.fragments import UnitResult
 from rayrec.data.import_workers import BucketMerger, MergeSettings, SongCounter, UnitImporter
 from rayrec.data.importing import ImportConfig, Kind, Plan, choose_buckets, make_plan
 from rayrec.data.merging import choose_contexts
-from rayrec.data.staging import Staging, discard_others, finish_publishing
+from rayrec.data.staging import Staging, buckets_read, discard_others, finish_publishing, unit_names
 from rayrec.data.vocabulary import KEY, SongRows, Vocabulary
 from rayrec.errors import InputError
 from rayrec.jobs.buckets import BucketWorker, run_buckets
@@ -32,6 +32,7 @@ from rayrec.progress import progress
 from rayrec.workspace import (
     DATASET,
     DATASET_MANIFEST,
+    IMPORT_STAGING,
     SET_ASIDE,
     SONGS_TABLE,
     Workspace,
@@ -44,9 +45,10 @@ def import_data(workspace: Workspace, config: ImportConfig, *, repeat: bool = Fa
     """Make the data set of a workspace, or add playlists to its plays or plays to its playlists.
 
     Work that is done already is kept: the same import again returns the data set that is there, and
-    one that was killed goes on with the units and buckets that are missing. Song rows that exist
-    never change. `repeat` replaces the plays (or playlists) that are there; without playlists (or
-    plays) beside them it replaces the vocabulary too.
+    one that was killed goes on with the units and buckets that are missing, as does one of other files
+    with the units that an unfinished one has read in the same way. Song rows that exist never change.
+    `repeat` replaces the plays (or playlists) that are there; without playlists (or plays) beside them it
+    replaces the vocabulary too.
 
     Raises `InputError` for bad input, and where other plays (or playlists) are there already.
     """
@@ -150,13 +152,14 @@ class _Import:
         append: bool = False,
     ) -> None:
         self.workspace, self.config, self.plan, self.base, self.append = workspace, config, plan, base, append
-        self.buckets = base.buckets if base else config.buckets or choose_buckets(plan.size)
+        self.buckets = base.buckets if base else config.buckets or self._choose_buckets()
         if config.buckets not in (0, self.buckets):
             raise InputError(
                 f"the data set has {self.buckets} buckets, {config.buckets} were asked for; leave the number out"
             )
         inputs = {"base": base.id if base else "", "buckets": str(self.buckets)} | ({"append": "yes"} if append else {})
-        self.staging = Staging(workspace, fingerprint("staging", {"plan": plan.id}, inputs))
+        print_id = fingerprint("staging", {"plan": plan.id}, inputs)
+        self.staging = Staging(workspace, print_id, unit_names(plan.unit_names, self.buckets))
         self.came_to: dict[str, Any] = {}  # read, merged, set_aside
 
     def run(self) -> DatasetManifest:
@@ -173,13 +176,18 @@ class _Import:
         }
         if not any(bucket["rows"] for bucket in buckets):
             if self.append and self.base and self.came_to["merged"]:
-                self.workspace.delete(self.staging.folder)
+                self.workspace.delete(IMPORT_STAGING)
                 return self.base
             self._refuse(dropped, self.came_to["read"])
         rejected = self._write_rejected(merge)
         manifest = self._manifest(merge, buckets, len(vocabulary.keys), rejected)
         self.staging.publish(manifest)
         return manifest
+
+    def _choose_buckets(self) -> int:
+        """By the size of the files; as many as an unfinished import of most of them has made."""
+        wanted, there = choose_buckets(self.plan.size), buckets_read(self.workspace, self.plan.unit_names)
+        return there if wanted <= 2 * there and there <= 2 * wanted else wanted
 
     def _merge_settings(self, units: list[UnitResult]) -> MergeSettings:
         before = self.base if self.append and self.base else None
@@ -207,13 +215,24 @@ class _Import:
         todo = [unit for unit in numbers if not store.is_done(unit)]
         self._run("read", UnitImporter, todo, units=self.plan.units, buckets=self.buckets)
         results = [store.result(unit) for unit in numbers]
-        for result in results:
-            if result.error:
-                self.workspace.delete(self.staging.folder)
-                raise InputError(result.error)
+        self._require_whole(results)
         if not any(result.kept for result in results):
             self._refuse(_added(result.rejected for result in results), sum(result.read for result in results))
         return results
+
+    def _require_whole(self, results: list[UnitResult]) -> None:
+        """Raises `InputError` where some unit could not be read. What was read of the others stays for the next run."""
+        failed = [number for number, result in enumerate(results) if result.error]
+        if not failed:
+            return
+        if len(failed) == len(results):
+            self.workspace.delete(IMPORT_STAGING)
+            raise InputError(results[0].error)
+        for number in failed:
+            self.staging.fragments.forget(number)
+        errors = list(dict.fromkeys(results[number].error for number in failed))
+        others = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
+        raise InputError(f"{errors[0]}{others}; what could be read is kept for the next run")
 
     def _vocabulary(self, units: list[UnitResult], merge: MergeSettings) -> Vocabulary:
         vocabulary = Vocabulary(self.workspace.read_table(SONGS_TABLE) if self.base else None)
@@ -260,7 +279,7 @@ class _Import:
         return {path: self.staging.checksum(path)}
 
     def _refuse(self, reasons: dict[str, int], read: int) -> None:
-        self.workspace.delete(self.staging.folder)
+        self.workspace.delete(IMPORT_STAGING)
         where = ", ".join(self.config.paths[:3])
         if not read:
             raise InputError(f"{where}: there are no rows to import; check the files")

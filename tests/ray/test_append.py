@@ -16,7 +16,6 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.importing import ImportConfig
 from rayrec.data.split import SplitConfig
 from rayrec.data.splits import choose_split, split_dataset
-from rayrec.data.staging import Staging
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.jobs import importing
@@ -31,7 +30,7 @@ from rayrec.songs.embedding import EmbedConfig
 from rayrec.taste.checkpoint import save_model
 from rayrec.taste.config import TasteConfig
 from rayrec.taste.tastes import tastes_file
-from rayrec.workspace import Workspace
+from rayrec.workspace import IMPORT_STAGING, Workspace
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -187,7 +186,7 @@ def test_an_append_killed_while_it_is_published_is_never_seen_half(
                 continue
         break
     assert Dataset(workspace).manifest.plays == first.plays + 200
-    assert not workspace.exists(Staging(workspace, "").folder.rstrip("/"))
+    assert not workspace.exists(IMPORT_STAGING)
 
 
 def test_what_cannot_be_appended_is_refused(tmp_path: Path, workspace: Workspace) -> None:

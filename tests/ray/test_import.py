@@ -23,6 +23,7 @@ from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.jobs import importing
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.importing import import_data
+from rayrec.verifying.verify import verify_workspace
 from rayrec.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -319,22 +320,62 @@ def test_input_without_a_usable_row_is_refused_and_leaves_nothing(tmp_path: Path
     assert workspace.files("dataset") == []
 
 
-def test_a_damaged_parquet_file_among_many_is_named_and_nothing_is_left(tmp_path: Path, workspace: Workspace) -> None:
+def test_a_damaged_parquet_file_among_a_thousand_is_named_and_the_others_are_not_read_again(
+    tmp_path: Path, workspace: Workspace
+) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
-    for number in range(40):
-        rows = {"user": [f"u{row}" for row in range(50)], "song": ["s"] * 50, "played_at": [START + number] * 50}
-        pq.write_table(pa.table(rows), folder / f"{number:03d}.parquet", write_page_checksum=True)
-    damaged = folder / "017.parquet"
-    content = bytearray(damaged.read_bytes())
-    content[60] ^= 255  # within a page: the footer is whole
-    damaged.write_bytes(content)
-    config = ImportConfig(format="parquet", paths=(str(folder),), unit_mib=0.0001)
-    with pytest.raises(InputError, match=r"017.parquet is damaged: .*bring it back whole or leave it out"):
+    for number in range(1_000):
+        rows = {"user": [f"u{row}" for row in range(5)], "song": ["s"] * 5, "played_at": [START + number] * 5}
+        pq.write_table(pa.table(rows), folder / f"{number:04d}.parquet", write_page_checksum=True)
+    damaged = folder / "0417.parquet"
+    whole = damaged.read_bytes()
+    damage(damaged)
+    config = ImportConfig(format="parquet", paths=(str(folder),), buckets=2)
+    with pytest.raises(InputError, match=r"0417.parquet is damaged: .*bring it back whole or leave it out; .* is kept"):
         import_data(workspace, config)
-    assert workspace.files("dataset") == []
-    damaged.unlink()
-    assert import_data(workspace, config).plays == 39 * 50
+    assert not workspace.exists("dataset/dataset.json")
+    audit = verify_workspace(workspace)
+    assert (audit.problems, [note.path for note in audit.notes]) == ([], ["dataset/dataset.json", "dataset/.staging"])
+    for path in folder.iterdir():  # were one of the others read again, it would be damaged now
+        state = path.stat()
+        damage(path)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    damaged.write_bytes(whole)
+    manifest = import_data(workspace, config)
+    assert (manifest.plays, manifest.users, manifest.read) == (5_000, 5, 5_000)
+    assert not workspace.exists("dataset/.staging")
+
+
+def damage(path: Path) -> None:
+    """Change a byte within a page of a Parquet file; its footer stays whole."""
+    content = bytearray(path.read_bytes())
+    content[60] ^= 255
+    path.write_bytes(content)
+
+
+def test_a_damaged_file_that_is_left_out_leaves_the_number_of_buckets_and_units_of_the_others(
+    tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with 100 GB, where a file less would be a bucket less and everything would be read again."""
+    sizes = iter([20, 19, 19])
+    monkeypatch.setattr(importing, "choose_buckets", lambda size: next(sizes))
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number in range(3):
+        rows = {"user": ["a", "b"], "song": ["s", "t"], "played_at": [START + number] * 2}
+        pq.write_table(pa.table(rows), folder / f"{number}.parquet", write_page_checksum=True)
+    damage(folder / "1.parquet")
+    config = ImportConfig(format="parquet", paths=(str(folder),))
+    with pytest.raises(InputError, match=r"1.parquet is damaged"):
+        import_data(workspace, config)
+    (folder / "1.parquet").unlink()
+    damage(folder / "2.parquet")
+    with pytest.raises(InputError, match=r"2.parquet is damaged"):  # changed since, so it is read again
+        import_data(workspace, config)
+    (folder / "2.parquet").unlink()
+    assert import_data(workspace, config).buckets == 20
+    assert content(workspace) == {"a": [("s", START * 1000)], "b": [("t", START * 1000)]}
 
 
 def test_times_of_clocks_that_are_wrong_are_set_aside_beyond_tomorrow_and_kept_in_1970(

@@ -111,7 +111,7 @@ def test_fragments_hold_every_row_in_the_bucket_of_its_user(
     monkeypatch.setattr(fragments, "ROWS_PER_FRAGMENT", rows_per_fragment)
     file = write_plays(tmp_path / "a.csv")
     config = ImportConfig(format="csv", paths=(str(file),))
-    place = Staging(workspace, "x")
+    place = Staging(workspace, "x", ["0004-u"])
     worker = UnitImporter(place, config, [Unit(source=str(file), stop=file.stat().st_size)], 4)
     worker(0)
     result = place.fragments.result(0)
@@ -127,7 +127,7 @@ def test_fragments_hold_every_row_in_the_bucket_of_its_user(
 
 def test_an_input_error_within_a_worker_is_noted_for_the_caller(workspace: Workspace, tmp_path: Path) -> None:
     config = ImportConfig(format="csv", paths=("gone.csv",))
-    place = Staging(workspace, "x")
+    place = Staging(workspace, "x", ["0004-u"])
     UnitImporter(place, config, [Unit(source=str(tmp_path / "gone.csv"), stop=10)], 4)(0)
     assert "cannot be opened" in place.fragments.result(0).error
 

@@ -254,7 +254,7 @@ def test_a_planted_fault_is_found_where_it_is(
 
 def test_what_unfinished_jobs_leave_is_a_note(sound: Workspace) -> None:
     sound.write_array("models/half/song_vectors.npy", np.zeros(3))
-    sound.write_bytes("dataset/.staging/abc/units/000000/rows-0000.arrow", b"x")
+    sound.write_bytes("dataset/.staging/units/0004-abc/rows-0000.arrow", b"x")
     sound.write_bytes("tastes/t/bucket=00000/.tastes.parquet.1234", b"x")
     audit = verify_workspace(sound)
     assert audit.problems == []
