@@ -40,10 +40,12 @@ class BenchConfig:
     )
     table_steps: int = setting(10, help="songs: training steps timed in a round")
     scale_users: tuple[int, ...] = setting(
-        (2_000, 20_000, 200_000), help="scale: users of the data, smallest first; all stages run on each"
+        (1_000, 10_000, 100_000), help="scale: users of the data, smallest first; all stages run on each"
     )
+    scale_embed_epochs: int = setting(2, help="scale: passes over the corpus; word2vec alone makes embed-epochs")
     scale_workers: tuple[int, ...] = setting(
-        (1, 2, 4), help="scale: workers on the middle data, 1 first; those above the CPUs of the machine are left out"
+        (1, 2, 4),
+        help="scale: workers on the small and middle data, 1 first; those above the machine's CPUs are left out",
     )
     seed: int = setting(0, help="of the generated data and of initial weights")
 
@@ -92,6 +94,7 @@ class BenchConfig:
             table_songs=(500, 5_000),
             table_steps=2,
             scale_users=(100, 400),
+            scale_embed_epochs=1,
             scale_workers=(1, 2),
         )
 

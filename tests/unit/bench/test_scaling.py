@@ -32,9 +32,13 @@ def test_two_sizes_say_nothing_of_growth() -> None:
     assert costs([with_start(1e5), with_start(1e6)])["taste"]["growth"] is None
 
 
-def test_a_speedup_is_against_the_fewest_workers() -> None:
-    runs = {1: {"train": Measured(100, 10.0)}, 4: {"train": Measured(100, 4.0)}, 2: {"train": Measured(100, 5.0)}}
-    assert speedups(runs) == {"train": {"1": 1.0, "2": 2.0, "4": 2.5}}
+def test_a_speedup_is_of_further_plays_against_the_fewest_workers_whatever_the_start() -> None:
+    def runs(start: float, each: float) -> tuple[dict[str, Measured], dict[str, Measured]]:
+        return tuple(with_start(plays, start=start, each=each) for plays in (1e5, 1e6))  # type: ignore[return-value]
+
+    found = speedups({1: runs(5, 4e-6), 4: runs(9, 1.6e-6), 2: runs(7, 2e-6)})["taste"]
+    assert found == {"1": 1.0, "2": pytest.approx(2.0), "4": pytest.approx(2.5)}
+    assert speedups({1: runs(5, 4e-6), 2: runs(5, 0.0)})["taste"]["2"] is None
 
 
 def test_what_nobody_measured_is_marked() -> None:
