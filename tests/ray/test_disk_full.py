@@ -1,0 +1,127 @@
+"""A stage on a disk that fills: it says so and ends with 1, nothing half is read, and with room it goes on and ends.
+
+The disk is a file system in memory, in a mount namespace of its own, for which this takes the rights.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from networks import NUM_SONGS, model_config, network
+from worlds import random_histories, write_dataset
+
+from rayrec import artifacts
+from rayrec.artifacts import Manifest, publish, sha256
+from rayrec.data.dataset import Dataset, write_manifest
+from rayrec.taste.checkpoint import save_model
+from rayrec.taste.tastes import tastes_file
+from rayrec.verifying.verify import verify_workspace
+from rayrec.workspace import DATASET_MANIFEST, Workspace
+
+NAMESPACE = ("unshare", "--mount", "--map-root-user")
+RAYREC = f"{sys.executable} -c 'import sys; from rayrec_cli.main import main; sys.exit(main())'"
+# The stage and an audit on a small disk, both again on a large one; at last the workspace is brought out. $1: where
+# to mount; $2: the workspace before; $3: bytes of the small disk; $4: where it is brought out to; then the stage.
+SCRIPT = f"""
+disk=$1 before=$2 small=$3 after=$4
+shift 4
+mount -t tmpfs -o size=$small none $disk && cp -r $before $disk/place || exit 77
+for size in $small 512m; do
+    mount -o remount,size=$size none $disk
+    {RAYREC} --workspace $disk/place "$@" >/dev/null 2>$after.told
+    echo $? "$(tail -n 1 $after.told)"
+    {RAYREC} --workspace $disk/place verify >/dev/null 2>&1
+    echo $?
+    (cd $disk/place && find . -type f) | sort >$after.$size
+done
+cp -r $disk/place $after
+"""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+SPARE = 300_000  # bytes that the small disk has left when the stage begins
+
+
+def can_mount() -> bool:
+    """Whether a mount namespace is to be had here."""
+    if shutil.which("unshare") is None:
+        return False
+    words = [*NAMESPACE, "mount", "-t", "tmpfs", "none", "/mnt"]
+    return subprocess.run(words, capture_output=True, check=False).returncode == 0
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """In pages, as a file system in memory counts."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
+
+
+class Runs:
+    """A stage run on a small and then on a large disk: exit codes, last lines, files there, and the workspace after."""
+
+    def __init__(self, folder: Path, before: Path, *stage: str) -> None:
+        (folder / "disk").mkdir()
+        small, after = str(bytes_on_disk(before) + SPARE), folder / "after"
+        words = [*NAMESPACE, "sh", "-c", SCRIPT, "sh", str(folder / "disk"), str(before), small, str(after), *stage]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment.pop("RAY_ADDRESS", None)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=800)
+        full, self.audit_when_full, room, self.audit_after = done.stdout.splitlines()
+        self.exit_when_full, _, self.told = full.partition(" ")
+        self.exit_after = room.partition(" ")[0]
+        self.there_when_full = Path(f"{after}.{small}").read_text().split()
+        self.workspace = Workspace(after)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """For one run; skips where no disk can be made."""
+    if not can_mount():
+        pytest.skip("mounting a file system in a namespace (unshare --mount --map-root-user) is not permitted here")
+    return tmp_path
+
+
+def check(runs: Runs, done_already: str) -> None:
+    assert runs.exit_when_full == "1"
+    assert runs.told.startswith("rayrec: there is no room to write ")
+    assert "No space left on device" in runs.told
+    assert runs.told.endswith("make room and run again: what is done is kept")
+    assert runs.audit_when_full == "0"
+    assert any(done_already in path for path in runs.there_when_full), runs.there_when_full
+    assert (runs.exit_after, runs.audit_after) == ("0", "0")
+    audit = verify_workspace(runs.workspace)
+    assert (audit.problems, audit.notes) == ([], [])
+
+
+def test_an_import_says_that_the_disk_is_full_and_goes_on_when_there_is_room(folder: Path) -> None:
+    (folder / "before").mkdir()
+    (folder / "plays").mkdir()
+    for file in range(24):
+        rows = range(file * 2_500, (file + 1) * 2_500)
+        lines = [f"user-{row % 500},song-{row * 7919 % 3_000},{1_400_000_000 + row * 600}" for row in rows]
+        (folder / "plays" / f"{file}.csv").write_text("\n".join(["user,song,played_at", *lines]) + "\n")
+    runs = Runs(folder, folder / "before", "import", "csv", str(folder / "plays"), "--buckets", "4")
+    check(runs, "/.staging/units/")
+    assert not any(path.endswith(DATASET_MANIFEST) for path in runs.there_when_full)
+    manifest = Dataset(runs.workspace).manifest
+    assert (manifest.read, manifest.plays, manifest.users) == (60_000, 60_000, 500)
+
+
+def test_tastes_say_that_the_disk_is_full_and_go_on_with_the_buckets_left(folder: Path) -> None:
+    before = Workspace(folder / "before")
+    histories = random_histories(6_000, NUM_SONGS, longest=6)
+    manifest = write_dataset(before, histories.take(histories.lengths > 0), NUM_SONGS, buckets=16).manifest
+    files = {path.removeprefix("dataset/"): sha256(before, path) for path in before.files("dataset")}
+    files.pop("dataset.json")
+    write_manifest(before, replace(manifest, files=files))
+    names = save_model(before, "models/m", network(model_config()), np.ones(NUM_SONGS, dtype=bool))
+    publish(before, Manifest(kind="models", id="m", inputs={"dataset": manifest.id}), names)
+    runs = Runs(folder, Path(before.root), "taste")
+    check(runs, "/tastes.parquet")
+    assert not any("tastes/" in path and path.endswith("manifest.json") for path in runs.there_when_full)
+    (made,) = artifacts.listing(runs.workspace, "tastes")
+    assert 0 < made.metrics["buckets_computed"] < 16
+    rows = [runs.workspace.read_table(tastes_file(made.folder, bucket)).num_rows for bucket in range(16)]
+    assert sum(rows) == manifest.users
