@@ -20,16 +20,23 @@ from pathlib import Path
 from rayrec.errors import InputError, RayrecError
 from rayrec.serving.auth import load_keys
 from rayrec.serving.config import LOOPBACK, ServeConfig, is_loopback
+from rayrec.serving.problems import RETRY_AFTER_S, problem
 from rayrec.workspace import Workspace
 
 NAME = "rayrec"  # of the application in Serve
 DRAIN_SECONDS = 2  # for a replica's last requests, where the whole application ends
 
-# HAProxy is handed its configuration by Serve, whose template binds the pages of figures to all interfaces.
+# HAProxy is handed its configuration by Serve, whose template binds the pages of figures to all interfaces, says 500
+# where a replica went away, and 404 to everything before the proxy has heard of the application. Only a request that
+# HAProxy holds whole can be sent to another replica.
 WRAPPER = """#!/bin/sh
 seen=
 for argument in "$@"; do
-  [ "$seen" = -f ] && sed -i -E 's/^([[:space:]]*bind[[:space:]]+)\\*?:/\\1{loopback}:/' "$argument"
+  [ "$seen" = -f ] && sed -i -E \\
+    -e 's/^([[:space:]]*bind[[:space:]]+)\\*?:/\\1{loopback}:/' \\
+    -e 's/^([[:space:]]*)option redispatch.*/&\\n\\1option http-buffer-request/' \\
+    -e 's|^([[:space:]]*errorfile [0-9]+) .*|\\1 {away}|' \\
+    -e 's|^([[:space:]]*http-request return) status 404 .*|\\1 status 503 errorfile {away}|' "$argument"
   seen="$argument"
 done
 # Where whoever started it is killed, HAProxy ends as well, and with it the open port.
@@ -69,6 +76,9 @@ def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(DRAIN_SECONDS),
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+        # A request whose replica dies goes to another one: all of ours may be sent twice.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three that fail, and a new HAProxy is started
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(figures),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
@@ -116,10 +126,18 @@ def _write_wrapper(folder: Path) -> Path:
         binary = shutil.which("haproxy")
     if not binary:
         raise RayrecError("there is no HAProxy; run `pip install ray[serve]` on Linux, or install haproxy")
-    path = folder / "haproxy"
-    path.write_text(WRAPPER.format(binary=shlex.quote(str(binary)), loopback=LOOPBACK))
+    path, away = folder / "haproxy", folder / "away.http"
+    away.write_bytes(_away())
+    path.write_text(WRAPPER.format(binary=shlex.quote(str(binary)), loopback=LOOPBACK, away=away))
     path.chmod(0o700)
     return path
+
+
+def _away() -> bytes:
+    """The response of HAProxy where no replica gives one."""
+    told = problem(503, "no replica answers; try again in a second", headers={"Retry-After": str(RETRY_AFTER_S)})
+    lines = ["HTTP/1.1 503 Service Unavailable", *(f"{name}: {value}" for name, value in told.headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + bytes(told.body)
 
 
 @contextmanager

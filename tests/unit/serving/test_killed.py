@@ -4,25 +4,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from served import NUM_SONGS, write_release, write_world
+from sent_plays import require_each_play_once, send_all
+from served import write_release, write_world
 from stores import RedisServer, free_port, needs_redis
 
-from rayrec.data.dataset import Dataset
-from rayrec.recommend.state_format import unpack_plays, unpack_state
-from rayrec.recommend.user_state import Plays, digest
-from rayrec.serving.stores.store import open_store
 from rayrec.workspace import Workspace
 
-PLAYS = 120
 KILLED_AT = 50
-USERS = ("ann", "bob")
 
 REPLICA = """
 import sys, uvicorn
@@ -79,50 +73,6 @@ def replicas(world: Workspace, store: str, count: int) -> Iterator[list[Replica]
     finally:
         for replica in made:
             replica.kill()
-
-
-def play(place: int) -> dict[str, Any]:
-    return {
-        "event_id": f"event-{place}",
-        "user_id": USERS[place % 2],
-        "song": f"song-{place % NUM_SONGS}",
-        "played_at": 1_700_000_000_000 + place * 60_000,
-    }
-
-
-def send_all(urls: list[str], at_turn: Callable[[int], None]) -> None:
-    """Send each play to the replicas in turn, again to the next one until it is acknowledged."""
-    with httpx.Client(timeout=20) as client:
-        for place in range(PLAYS):
-            at_turn(place)
-            deadline, turn = time.monotonic() + 60, place
-            while True:
-                turn += 1
-                try:
-                    response = client.post(f"{urls[turn % len(urls)]}/v1/plays", json=play(place))
-                except httpx.TransportError:
-                    response = None
-                if response is not None and response.status_code == 200:
-                    assert response.json()["outcomes"][0] in ("taken", "repeated")
-                    break
-                assert response is None or response.status_code == 503, response.text
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-
-
-def require_each_play_once(world: Workspace, store: str) -> None:
-    opened = open_store(store, Dataset(world).lineage)
-    try:
-        for number, user in enumerate(USERS):
-            whole = opened.read(user)
-            assert whole is not None
-            state = unpack_state(whole.stored.state)
-            held = Plays.joined([unpack_plays(whole.log), state.window])
-            own = range(number, PLAYS, len(USERS))
-            assert held.events.tolist() == [digest(f"event-{place}") for place in own]
-            assert (state.plays, state.set_aside) == (len(own), 0)
-    finally:
-        opened.close()
 
 
 @pytest.mark.parametrize("kind", ["sqlite", pytest.param("redis", marks=needs_redis)])

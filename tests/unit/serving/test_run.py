@@ -2,25 +2,13 @@
 
 import socket
 import stat
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from rayrec.errors import InputError
 from rayrec.serving.config import ServeConfig, is_loopback
-from rayrec.serving.run import WRAPPER, environment, free_ports, require_free
-
-
-def test_haproxy_is_handed_a_configuration_that_binds_loopback_alone(tmp_path: Path) -> None:
-    config = tmp_path / "haproxy.cfg"
-    config.write_text("frontend prometheus\n    bind :9101\nlisten stats\n  bind *:8404\n    bind 127.0.0.1:8000\n")
-    wrapper = tmp_path / "wrapper"
-    wrapper.write_text(WRAPPER.format(binary="echo", loopback="127.0.0.1"))
-    wrapper.chmod(0o700)
-    done = subprocess.run([wrapper, "-db", "-f", str(config), "-sf", "12"], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["-db", "-f", str(config), "-sf", "12"]
-    assert config.read_text().count("bind 127.0.0.1:") == 3
+from rayrec.serving.run import environment, free_ports, require_free
 
 
 def test_the_files_of_haproxy_are_the_owners_alone_and_its_ports_are_free(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""`rayrec serve` as people run it: the command in a process of its own, with keys, on a free port."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from rayrec.workspace import Workspace
+
+READ, ADMIN = "reader-0123456789", "admin-0123456789a"
+
+
+@dataclass
+class Served:
+    """A running command."""
+
+    workspace: Workspace
+    process: "subprocess.Popen[str]"
+    url: str
+
+    def processes(self, name: str = "") -> list[psutil.Process]:
+        """The command's processes that live and whose command line holds a name."""
+        command, found = psutil.Process(self.process.pid), []
+        for process in [command, *command.children(recursive=True)]:
+            try:
+                if name in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:  # it has just ended
+                continue
+        return found
+
+    def listening(self) -> dict[tuple[str, int], str]:
+        """Address and port -> command, of every TCP and UDP port that the command's processes have open to others."""
+        found = {}
+        for process in self.processes():
+            for connection in process.net_connections(kind="inet"):
+                if not connection.raddr and connection.laddr:
+                    found[(connection.laddr.ip, connection.laddr.port)] = " ".join(process.cmdline())
+        return found
+
+
+@contextmanager
+def started(workspace: Workspace, *options: str) -> Iterator[Served]:
+    """A running `rayrec serve`, until the block ends."""
+    process = run(workspace, "serve", "--port", "0", "--watch-seconds", "0.2", *options)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()  # the first: nothing is told before it
+        found = re.search(r"^Serving at (http://127\.0\.0\.1:\d+)", line)
+        assert found, line
+        yield Served(workspace, process, found[1])
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def run(workspace: Workspace, *arguments: str, key: str = "") -> "subprocess.Popen[str]":
+    """Any command, started."""
+    command = [sys.executable, "-m", "rayrec_cli.main", "--workspace", workspace.root, *arguments]
+    environment = {**os.environ, "RAYREC_API_KEYS": f"read:{READ},admin:{ADMIN}", "RAYREC_API_KEY": key}
+    for name in ("RAY_ADDRESS",):
+        environment.pop(name, None)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # As in a terminal: tests that run in the background of a shell would hand down that interrupts are ignored.
+    return subprocess.Popen(command, env=environment, **pipes, preexec_fn=_hear_interrupts)
+
+
+def with_key(key: str) -> dict[str, str]:
+    """The header of a request."""
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,0 +1,102 @@
+"""HAProxy as Serve is told to start it: on loopback alone, and a replica that goes away is no error of the client's."""
+
+import socketserver
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import psutil
+import pytest
+
+from rayrec.serving.config import ServeConfig
+from rayrec.serving.run import environment, free_ports
+
+# As Serve writes it, shortened.
+CONFIGURATION = """
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 5s
+    timeout server 5s
+    option redispatch 1
+    retry-on {retry_on}
+    errorfile 502 /nowhere/500.http
+    errorfile 503 /nowhere/500.http
+frontend prometheus
+    bind :{figures}
+frontend http_frontend
+  bind *:{port}
+    use_backend none if {{ path /none }}
+    use_backend dying if {{ path /dying }}
+    use_backend both if {{ path /both }}
+    default_backend default_backend
+backend default_backend
+    http-request return status 404 content-type text/plain lf-string "Path \\'%[path]\\' not found."
+backend none
+    server away 127.0.0.1:{nobody}
+backend dying
+    server dies 127.0.0.1:{dies}
+backend both
+    server dies 127.0.0.1:{dies}
+    server lives 127.0.0.1:{lives}
+"""
+Running = tuple[psutil.Popen, str]
+
+
+class Dies(socketserver.BaseRequestHandler):
+    """Reads a request with a body of JSON and hangs up, as the kernel does for a process that is killed."""
+
+    def handle(self) -> None:
+        while not self.request.recv(1 << 16).endswith(b"}"):
+            pass
+
+
+class Lives(Dies):
+    """Answers a request."""
+
+    def handle(self) -> None:
+        super().handle()
+        self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+
+
+@pytest.fixture(scope="module")
+def haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """HAProxy and its URL."""
+    folder = tmp_path_factory.mktemp("haproxy")
+    told, (port, figures, nobody) = environment(ServeConfig(), folder), free_ports(3)
+    servers = [socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) for handler in (Dies, Lives)]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    dies, lives = (server.server_address[1] for server in servers)
+    config = folder / "haproxy.cfg"
+    ports = {"port": port, "figures": figures, "nobody": nobody, "dies": dies, "lives": lives}
+    config.write_text(CONFIGURATION.format(retry_on=told["RAY_SERVE_HAPROXY_RETRY_ON"], **ports))
+    process = psutil.Popen([told["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)])
+    while len(process.net_connections()) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    yield process, f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_it_listens_on_loopback_alone_whatever_it_is_told(haproxy: Running) -> None:
+    listening = [connection for connection in haproxy[0].net_connections() if connection.status == psutil.CONN_LISTEN]
+    assert [connection.laddr.ip for connection in listening] == ["127.0.0.1"] * 2
+
+
+def test_a_request_whose_replica_dies_is_answered_by_another(haproxy: Running) -> None:
+    statuses = [httpx.post(f"{haproxy[1]}/both", json={"song": "song-3"}).status_code for _ in range(6)]
+    assert statuses == [200] * 6
+
+
+@pytest.mark.parametrize("path", ["none", "dying", "before-the-application-is-known"])
+def test_where_no_replica_answers_it_says_when_to_try_again(haproxy: Running, path: str) -> None:
+    response = httpx.post(f"{haproxy[1]}/{path}", json={}, timeout=20)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert response.headers["content-type"] == "application/problem+json"
+    assert (response.json()["status"], response.json()["title"]) == (503, "Service Unavailable")
