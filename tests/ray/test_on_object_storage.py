@@ -1,14 +1,25 @@
-"""Every stage on a local S3 server whose requests fail now and then: everything comes out whole."""
+"""Stages on a local S3 server whose requests fail now and then, or whose run is killed: everything comes out whole."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from s3 import S3Server, s3_server
 
-from rayrec import releases
+from rayrec import locking, releases
+from rayrec.data.dataset import Dataset
+from rayrec.data.importing import ImportConfig
+from rayrec.errors import BusyError
+from rayrec.jobs.importing import append_plays, import_data
 from rayrec.jobs.pipeline import run
 from rayrec.verifying.verify import verify_workspace
-from rayrec.workspace import Workspace
+from rayrec.workspace import LEASE, Workspace
 
 pytest.importorskip("moto.server")
 
@@ -42,3 +53,78 @@ def test_a_run_on_storage_that_fails_now_and_then_is_whole(server: S3Server) -> 
     assert live is not None
     releases.verify_release(workspace, live)
     assert {outcome.status for outcome in run(workspace, TINY)} == {"skipped"}
+
+
+# An append on another machine, as its lease tells; its leases last as long as this test waits.
+DRIVER = """
+import sys
+from types import SimpleNamespace
+from rayrec import locking
+from rayrec_cli.main import main
+locking.socket = SimpleNamespace(gethostname=lambda: "elsewhere")
+locking.LEASE_SECONDS, locking.BEAT_SECONDS = float(sys.argv[1]), float(sys.argv[1]) / 4
+sys.exit(main(sys.argv[2:]))
+"""
+LEASE_SECONDS = 20.0
+
+
+def write_plays(folder: Path, first_user: int, files: int = 6) -> ImportConfig:
+    folder.mkdir()
+    for file in range(files):
+        rows = [f"u{first_user + row % 20},s{row % 30},{1_400_000_000 + file * 7_000 + row * 60}" for row in range(100)]
+        (folder / f"{file}.csv").write_text("\n".join(["user,song,played_at", *rows]) + "\n")
+    return ImportConfig(format="csv", paths=(str(folder),), buckets=2)
+
+
+def content(workspace: Workspace) -> dict[str, list[tuple[int, str]]]:
+    """User -> moment and song of every play; fails where a user is there twice."""
+    dataset = Dataset(workspace)
+    ids = dataset.catalog().table.column("song_id").to_pylist()
+    found: dict[str, list[tuple[int, str]]] = {}
+    for batch in dataset.read_all():
+        for row, user in enumerate(batch.user_ids.tolist()):
+            assert user not in found
+            span = slice(batch.offsets[row], batch.offsets[row + 1])
+            songs = [ids[song] for song in batch.songs[span]]
+            found[user] = list(zip(batch.played_at[span].tolist(), songs, strict=True))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_an_append_killed_with_its_lease_in_hand_is_waited_out_and_then_gone_on_with(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace(server.uri("killed"))
+    base = import_data(workspace, write_plays(tmp_path / "base", 0))
+    more = write_plays(tmp_path / "more", 10)  # some users are there already
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment.pop("RAY_ADDRESS", None)
+    command = ["--workspace", workspace.uri, "import", "csv", str(tmp_path / "more"), "--append", "--buckets", "2"]
+    with subprocess.Popen([sys.executable, "-c", DRIVER, str(LEASE_SECONDS), *command], env=environment) as driver:
+        while driver.poll() is None and not workspace.files("dataset/.staging/units"):
+            time.sleep(0.05)
+        driver.send_signal(signal.SIGKILL)
+    assert driver.returncode == -signal.SIGKILL, "it was over before it could be killed"
+    assert workspace.read_json(LEASE)["host"] == "elsewhere"
+    assert Dataset(workspace).manifest == base
+
+    monkeypatch.setattr(locking, "LEASE_SECONDS", LEASE_SECONDS)
+    killed = time.monotonic()
+    with pytest.raises(BusyError, match=r"`rayrec import --append` \(process \d+ on elsewhere.*over in \d+ s"):
+        append_plays(workspace, more)
+    while True:
+        try:
+            made = append_plays(workspace, more)
+        except BusyError:
+            time.sleep(1)
+        else:
+            break
+    assert time.monotonic() - killed < 4 * LEASE_SECONDS
+    assert not workspace.exists(LEASE)
+    together = Workspace(tmp_path / "together")
+    import_data(together, replace(more, paths=(str(tmp_path / "base"), *more.paths)))
+    assert content(workspace) == content(together)
+    assert made.dataset.parts == base.parts + 1
+    audit = verify_workspace(workspace)
+    assert (audit.problems, audit.notes) == ([], [])
