@@ -17,6 +17,7 @@ from rayrec.config import from_mapping, setting
 from rayrec.serving.config import ServeConfig
 from rayrec.serving.loopback import hold_to_host
 from rayrec.serving.parts import part_deployment
+from rayrec.serving.problems import RETRY_AFTER_S
 from rayrec.serving.remote import RemoteParts
 from rayrec.serving.replica import open_service
 from rayrec.serving.routes import create_app
@@ -42,6 +43,7 @@ def build(args: Mapping[str, Any]) -> Application:
         "num_replicas": config.replicas,
         "max_ongoing_requests": WAITING_BEYOND * config.max_waiting,
         "max_queued_requests": config.max_waiting,
+        "backpressure_config": {"retry_after_s": RETRY_AFTER_S},  # with the 503 that Serve gives beyond all of these
         "ray_actor_options": {"num_cpus": config.cpus, "runtime_env": {"env_vars": ENVIRONMENT}},
     }
     parts: dict[str, Application] = {}

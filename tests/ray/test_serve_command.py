@@ -1,46 +1,21 @@
 """`rayrec serve` as people run it: behind HAProxy, on loopback alone, with keys, until it is told to end."""
 
+import asyncio
 import ipaddress
-import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import httpx
 import psutil
 import pytest
+from serve_command import ADMIN, READ, Served, run, started, with_key
 from served import AT, write_release, write_world
 
 from rayrec import releases
 from rayrec.workspace import Workspace
 
-READ, ADMIN = "reader-0123456789", "admin-0123456789a"
 BODY = {"history": ["song-3", "song-50"], "at": AT, "k": 5}
-
-
-@dataclass
-class Served:
-    """A running command."""
-
-    workspace: Workspace
-    process: "subprocess.Popen[str]"
-    url: str
-
-    def listening(self) -> dict[tuple[str, int], str]:
-        """Address and port -> command, of every TCP and UDP port that the command's processes have open to others."""
-        command = psutil.Process(self.process.pid)
-        found = {}
-        for process in [command, *command.children(recursive=True)]:
-            for connection in process.net_connections(kind="inet"):
-                if not connection.raddr and connection.laddr:
-                    found[(connection.laddr.ip, connection.laddr.port)] = " ".join(process.cmdline())
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -49,54 +24,42 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     write_world(workspace)
     write_release(workspace, "1", seed=1)
     write_release(workspace, "2", seed=2, activate=False)
-    with started(workspace) as (process, url):
-        yield Served(workspace, process, url)
+    with started(workspace) as running:
+        yield running
 
 
-@contextmanager
-def started(workspace: Workspace) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """A running command and its URL."""
-    process = run(workspace, "serve", "--port", "0", "--watch-seconds", "0.2")
-    try:
-        assert process.stderr is not None
-        line = process.stderr.readline()  # the first: nothing is told before it
-        found = re.search(r"^Serving at (http://127\.0\.0\.1:\d+)", line)
-        assert found, line
-        yield process, found[1]
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Model and index as deployments of their own, with room for few requests, on a workspace of its own."""
+    workspace = Workspace(tmp_path_factory.mktemp("split") / "workspace")
+    write_world(workspace)
+    write_release(workspace)
+    with started(workspace, "--topology", "split", "--max-waiting", "2") as running:
+        yield running
 
 
-def run(workspace: Workspace, *arguments: str, key: str = "") -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "rayrec_cli.main", "--workspace", workspace.root, *arguments]
-    environment = {**os.environ, "RAYREC_API_KEYS": f"read:{READ},admin:{ADMIN}", "RAYREC_API_KEY": key}
-    for name in ("RAY_ADDRESS",):
-        environment.pop(name, None)
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # As in a terminal: tests that run in the background of a shell would hand down that interrupts are ignored.
-    return subprocess.Popen(command, env=environment, **pipes, preexec_fn=_hear_interrupts)
-
-
-def _hear_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def with_key(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
-
-
-def test_every_port_is_on_loopback(served: Served) -> None:
-    httpx.post(f"{served.url}/v1/recommendations", json=BODY, headers=with_key(READ))
-    found = served.listening()
-    for name in ("haproxy", "ServeReplica", "raylet", "gcs_server", "ProxyActor", "ServeController", "DashboardAgent"):
+@pytest.mark.parametrize(("topology", "replicas"), [("served", ["http"]), ("split", ["http", "model", "index"])])
+def test_every_port_is_on_loopback(topology: str, replicas: list[str], request: pytest.FixtureRequest) -> None:
+    running: Served = request.getfixturevalue(topology)
+    httpx.post(f"{running.url}/v1/recommendations", json=BODY, headers=with_key(READ)).raise_for_status()
+    found = running.listening()
+    ray = ("raylet", "gcs_server", "ProxyActor", "ServeController", "DashboardAgent")
+    for name in ("haproxy", *ray, *(f"ServeReplica:rayrec:{deployment}" for deployment in replicas)):
         assert any(name in command for command in found.values()), name
     open_to_others = {place: command for place, command in found.items() if not loopback(place[0])}
     assert open_to_others == {}
+
+
+def test_more_than_can_be_answered_get_a_503_that_says_when_to_try_again(split: Served) -> None:
+    body = {"requests": [{**BODY, "history": ["song-3"] * 500}] * 20}
+
+    async def ask_all() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=split.url, headers=with_key(READ), timeout=60) as client:
+            return await asyncio.gather(*(client.post("/v1/recommendations/batch", json=body) for _ in range(30)))
+
+    answers = asyncio.run(ask_all())
+    assert {answer.status_code for answer in answers} == {200, 503}
+    assert {answer.headers.get("retry-after") for answer in answers if answer.status_code == 503} == {"1"}
 
 
 def loopback(address: str) -> bool:
@@ -158,11 +121,10 @@ def test_an_interrupt_ends_it_with_all_its_processes(served: Served) -> None:
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv of util-linux is not here")
 def test_killed_it_leaves_nobody_who_answers(served: Served) -> None:
-    with started(served.workspace) as (process, _):
-        processes = psutil.Process(process.pid).children(recursive=True)
-        answering = [child for child in processes if child.name() == "haproxy" or "ServeReplica" in child.name()]
+    with started(served.workspace) as running:
+        answering = [child for name in ("haproxy", "ServeReplica") for child in running.processes(name)]
         assert len(answering) >= 2
-        process.kill()
-        process.wait()
+        running.process.kill()
+        running.process.wait()
         _, alive = psutil.wait_procs(answering, timeout=60)
     assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []

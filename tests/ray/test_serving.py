@@ -5,14 +5,17 @@ from collections.abc import Iterator
 import httpx
 import numpy as np
 import pytest
-from served import AT, write_release, write_world
+from served import AT, NUM_SONGS, WITHOUT_VECTOR, write_release, write_world
 from serving_apps import running
 
 from rayrec import releases
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Questions
+from rayrec.evaluation.ranking import rank_answers
+from rayrec.evaluation.targets import answers
 from rayrec.recommend.answering import history_of_songs, load_recommender
-from rayrec.recommend.recommender import top_k
+from rayrec.recommend.hybrid import HybridRecommender
+from rayrec.recommend.recommender import Horizon, top_k
 from rayrec.workspace import Workspace
 
 SONGS = ["song-3", "song-50", "song-3", "song-9"]
@@ -33,16 +36,42 @@ def url(world: Workspace, cluster: None) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("horizon", ["short", "long"])
-def test_over_http_the_answer_is_what_evaluate_ranks(url: str, world: Workspace, horizon: str) -> None:
+def test_over_http_the_answer_is_what_evaluate_ranks(url: str, world: Workspace, horizon: Horizon) -> None:
     parts = releases.default_parts(world)
     recommender = load_recommender(world, Dataset(world), model_id=parts["models"], index_id=None)
+    assert isinstance(recommender, HybridRecommender)
     history = history_of_songs(Dataset(world).catalog(), SONGS, AT)
-    scores = recommender.score(history, Questions.at_end(history, AT), horizon)  # type: ignore[arg-type]
+    scores = recommender.score(history, Questions.at_end(history, AT), horizon)
     rows, best = top_k(scores, 50)
     body = {"history": SONGS, "at": AT, "k": 50, "horizon": horizon, "exclude_heard": False}
     answer = httpx.post(f"{url}/v1/recommendations", json=body).json()
     assert [song["song"] for song in answer["songs"]] == [f"song-{row}" for row in rows[0]]
     np.testing.assert_allclose([song["score"] for song in answer["songs"]], best[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("horizon", ["short", "long"])
+def test_over_http_a_song_stands_where_evaluate_ranks_it(url: str, world: Workspace, horizon: Horizon) -> None:
+    """The song that a user played at a moment, asked for at that moment, from the plays before it."""
+    histories = next(iter(Dataset(world).read_all()))
+    plays = np.flatnonzero((histories.places > 3) & (histories.songs != WITHOUT_VECTOR))[::20][:6]
+    questions = Questions.before_plays(histories, plays)
+    recommender = load_recommender(
+        world, Dataset(world), model_id=releases.default_parts(world)["models"], index_id=None
+    )
+    wanted = {"next": answers(histories, questions, "next")}
+    known = np.ones(NUM_SONGS, dtype=np.bool_)
+    ranked = rank_answers(recommender, histories, questions, wanted, known, depth=NUM_SONGS, horizon=horizon)
+    found = []
+    for row, seen, at, song in zip(questions.rows, questions.seen, questions.at, histories.songs[plays], strict=True):
+        own = slice(histories.offsets[row], histories.offsets[row] + seen)
+        told = [
+            {"song": f"song-{song}", "played_at": int(played_at)}
+            for song, played_at in zip(histories.songs[own], histories.played_at[own], strict=True)
+        ]
+        body = {"history": told, "at": int(at), "k": NUM_SONGS, "horizon": horizon, "exclude_heard": False}
+        answer = httpx.post(f"{url}/v1/recommendations", json=body).json()
+        found.append(1 + [each["song"] for each in answer["songs"]].index(f"song-{song}"))
+    assert found == ranked.ranks["next"].tolist()
 
 
 def test_errors_are_problems_through_serve_too(url: str) -> None:

@@ -1,6 +1,7 @@
 """Releases change under load: nothing fails, nothing is mixed, and what is broken stays out."""
 
 import asyncio
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -133,6 +134,26 @@ def test_a_broken_release_is_refused_by_all_and_no_request_notices(world: Worksp
         damage(world, ids["model3"])  # the same bit: repaired
     assert {(status, answer["release"]) for _, _, status, answer in load.answers} == {(200, before)}
     assert httpx.get(f"{url}/v1/release").json()["wanted"] == before
+
+
+def test_the_metrics_tell_stages_batches_look_ups_paths_and_the_release(world: Workspace, url: str) -> None:
+    """Of a replica of the app, wherever model and index are."""
+    body = {"requests": [{**BODY, "artists": ["Artist 1"]}] * 3}
+    texts = []
+    for _ in range(20):  # by turns one of two replicas answers
+        assert httpx.post(f"{url}/v1/recommendations/batch", json=body).status_code == 200
+        texts.append(httpx.get(f"{url}/metrics").text)
+    for line in (
+        *(
+            rf'rayrec_stage_seconds_count\{{.*stage="{name}"\}} \d'
+            for name in ("read", "encode", "project", "choose", "write")
+        ),
+        r'rayrec_batch_users_bucket\{le="4.0",.*\} [1-9]',
+        r'rayrec_cache_lookups\{cache="masks",outcome="hits",.*\} [1-9]',
+        r'rayrec_answers_total\{path="(index|selector|exact)",.*\} [1-9]',
+        rf'rayrec_release\{{.*release="{releases.read_active(world)["active"]}",.*\}} 1',
+    ):
+        assert any(re.search(line, text) for text in texts), line
 
 
 def _tell(load: Load, spans: list[tuple[float, float]]) -> None:
