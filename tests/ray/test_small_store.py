@@ -1,0 +1,132 @@
+"""Data several times as large as Ray's object store: they stream through it, and what it spills stays bounded."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from worlds import random_vectors, write_song_vectors
+
+from rayrec.artifacts import verify
+from rayrec.bench.plain import PlainProcess
+from rayrec.data.dataset import Dataset
+from rayrec.data.importing import ImportConfig
+from rayrec.data.split import FitRange
+from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.importing import import_data
+from rayrec.jobs.taste import compute_tastes
+from rayrec.jobs.train import train
+from rayrec.taste.config import TasteConfig, TrainConfig
+from rayrec.taste.sequences import Sequences
+from rayrec.taste.stream import UnitReader
+from rayrec.taste.training import Share
+from rayrec.workspace import Workspace
+
+STORE = 80 << 20  # bytes, about the least that Ray starts with
+USERS, PLAYS, NUM_SONGS = 4_000, 1_500, 40
+# The smallest network there is: this is about what flows to it. Each window brings four times its plays behind it.
+CONFIG = TrainConfig(
+    hidden_dim=2,
+    negatives=4,
+    long=(80, 80),
+    long_targets=1,
+    averages=(),
+    song_table="frozen",
+    memory=False,
+    window=20,
+    batch=2_000,
+    epochs=1,
+    workers=1,
+)
+
+
+def write_plays(folder: Path) -> str:
+    """Files of 500 users each, a play every minute."""
+    folder.mkdir()
+    for number, first in enumerate(range(0, USERS, 500)):
+        row = np.arange(500 * PLAYS)
+        users = pa.array([f"u{user}" for user in range(first, first + 500)]).take(pa.array(row // PLAYS))
+        songs = pa.array([f"s{song}" for song in range(NUM_SONGS)]).take(pa.array(row * 7 % NUM_SONGS))
+        times = pa.array(1_400_000_000_000 + row % PLAYS * 60_000)
+        pq.write_table(pa.table({"user": users, "song": songs, "played_at": times}), folder / f"{number}.parquet")
+    return str(folder)
+
+
+class SpillWatch(threading.Thread):
+    """The most bytes that ever lay in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.peak, self._ended = folder, 0, threading.Event()
+
+    def __enter__(self) -> "SpillWatch":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.05):
+            self.peak = max(self.peak, sum(_size(path) for path in self.folder.rglob("*")))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:
+        return 0
+
+
+def stages(plays: str, workspace: str, spills: str) -> dict[str, Any]:
+    """Import, train and taste with a small store; ids of what was made, and the peak of what was spilled by stage."""
+    place, found = Workspace(workspace), dict[str, Any]()
+    Path(spills).mkdir()
+    with ray_cluster(num_cpus=2, object_store_memory=STORE, object_spilling_directory=spills):
+
+        def watched(name: str, stage: Any) -> Any:
+            with SpillWatch(Path(spills)) as watch:
+                made = stage()
+            found[name] = watch.peak
+            return made
+
+        config = ImportConfig(format="parquet", paths=(plays,), buckets=16)
+        dataset = watched("import", lambda: import_data(place, config))
+        write_song_vectors(place, random_vectors(NUM_SONGS), {"dataset": dataset.id})
+        found["model"] = watched("train", lambda: train(place, CONFIG))
+        found["tastes"] = watched("taste", lambda: compute_tastes(place, TasteConfig()))
+    return found
+
+
+def streamed(workspace: Workspace) -> int:
+    """Bytes of the tables of windows that a training is handed in an epoch, all of them together."""
+    dataset = Dataset(workspace)
+    reader = UnitReader(dataset, FitRange(), CONFIG, Share(), 0)
+    return sum(
+        table.nbytes
+        for unit in range(Sequences(dataset, CONFIG.source).units)
+        for table in reader.tables({"unit": np.array([f"[{unit}]"], dtype=object)})
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_data_larger_than_the_object_store_stream_through_it(tmp_path: Path, record_property: Any) -> None:
+    plays, workspace = write_plays(tmp_path / "plays"), Workspace(tmp_path / "workspace")
+    with PlainProcess(0) as driver:
+        found = driver.run(stages, plays, workspace.root, str(tmp_path / "spills"))
+    size = streamed(workspace)
+    record_property("streamed_mb", size / 2**20)
+    record_property("spilled_mb", {stage: found[stage] / 2**20 for stage in ("import", "train", "taste")})
+    assert size > 3 * STORE
+    assert found["train"] < size / 4
+    assert max(found["import"], found["taste"]) < STORE / 4  # these keep their data out of the store
+    assert Dataset(workspace).manifest.plays == USERS * PLAYS
+    assert found["model"].metrics["plays"] == USERS * (PLAYS - 1)  # a last play is no input
+    assert (found["tastes"].metrics["users"], found["tastes"].metrics["plays"]) == (USERS, USERS * PLAYS)
+    for made in (found["model"], found["tastes"]):
+        verify(workspace, made)
