@@ -195,7 +195,9 @@ def application(kind: str, workspace: Workspace, store: Path, replicas: int = 1)
     timer = threading.Timer(START_SECONDS, process.kill)
     timer.start()
     try:
-        yield _url(kind, process)
+        url = _url(kind, process)
+        timer.cancel()  # it is for the start alone: an application that answers may run for longer
+        yield url
     finally:
         timer.cancel()
         _end(process)

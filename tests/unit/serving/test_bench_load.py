@@ -2,9 +2,13 @@
 
 import asyncio
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,10 +16,11 @@ import pytest
 
 from rayrec.bench.config import BenchConfig
 from rayrec.errors import InputError
-from rayrec.serving import bench_load
+from rayrec.serving import bench, bench_load
 from rayrec.serving.bench import summary
 from rayrec.serving.bench_load import Load, put_under_load
 from rayrec.serving.bench_soak import Told, growth, send
+from rayrec.workspace import Workspace
 
 
 class Counting(BaseHTTPRequestHandler):
@@ -151,3 +156,19 @@ def test_a_client_tries_once_more_where_nothing_was_done(
 )
 def test_memory_grows_by_what_the_second_half_holds_over_the_first(used: list[float], grown: float) -> None:
     assert growth(used) == pytest.approx(grown)
+
+
+def test_an_application_that_answers_may_run_longer_than_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says, started, start = "print('http://127.0.0.1:1', flush=True); import time; time.sleep(60)", [], subprocess.Popen
+
+    def launch(_: list[str], **options: Any) -> "subprocess.Popen[str]":
+        started.append(start([sys.executable, "-c", says], **options))
+        return started[-1]
+
+    monkeypatch.setattr(bench.subprocess, "Popen", launch)
+    monkeypatch.setattr(bench, "START_SECONDS", 3.0)
+    with bench.application("bare", Workspace(str(tmp_path)), tmp_path / "states.db"):
+        time.sleep(3.5)
+        assert started[0].poll() is None
