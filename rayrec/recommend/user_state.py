@@ -72,6 +72,8 @@ class Plays:
         """The plays of all parts, one part after the other."""
         if not parts:
             return cls.of([], [])
+        if len(parts) == 1:
+            return parts[0]
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in PLAY_FIELDS})
 
     def take(self, which: np.ndarray | slice) -> "Plays":

@@ -3,13 +3,16 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics import MetricWrapperBase
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+LABELS_KEPT = 1_000  # metrics under their labels that are kept at hand
 
 
 class Metrics:
@@ -28,6 +31,11 @@ class Metrics:
         self._plays = self._counter("plays", "New plays by what became of them.", "outcome")
         self._waiting = self._gauge("waiting", "Calls that run on the worker thread or wait for it.")
         self._release = self._gauge("release", "1 for the release that answers.", "release", "model")
+        self._of = lru_cache(maxsize=LABELS_KEPT)(self._labelled)
+
+    def _labelled(self, metric: MetricWrapperBase, *labels: str) -> Any:
+        """A metric under its labels; to look it up anew takes as long as to count."""
+        return metric.labels(self.replica, *labels)
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(f"rayrec_{name}", about, ("replica", *labels), registry=self._registry)
@@ -40,8 +48,8 @@ class Metrics:
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """A request has ended."""
-        self._requests.labels(self.replica, route, status).inc()
-        self._latency.labels(self.replica, route).observe(seconds)
+        self._of(self._requests, route, str(status)).inc()
+        self._of(self._latency, route).observe(seconds)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -50,19 +58,19 @@ class Metrics:
         try:
             yield
         finally:
-            self._stages.labels(self.replica, name).observe(time.perf_counter() - began)
+            self._of(self._stages, name).observe(time.perf_counter() - began)
 
     def batch(self, users: int) -> None:
         """A call asks for so many users."""
-        self._batch.labels(self.replica).observe(users)
+        self._of(self._batch).observe(users)
 
     def path(self, name: str) -> None:
         """An answer was found in this way."""
-        self._paths.labels(self.replica, name).inc()
+        self._of(self._paths, name).inc()
 
     def plays(self, outcome: str, count: int) -> None:
         """So many new plays were taken, repeated, set aside or of unknown songs."""
-        self._plays.labels(self.replica, outcome).inc(count)
+        self._of(self._plays, outcome).inc(count)
 
     def release(self, release_id: str, model_id: str) -> None:
         """From now on this release answers."""

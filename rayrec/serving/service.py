@@ -114,7 +114,7 @@ class Service:
         self.metrics.path(chosen.path)
         names = live.songs.describe(chosen.songs)
         songs = [
-            RecommendedSong.model_construct(song=song, title=title, artist=artist, score=score)
+            RecommendedSong(song=song, title=title, artist=artist, score=score)
             for (song, title, artist), score in zip(names, chosen.scores.tolist(), strict=True)
         ]
         return Recommendations.model_construct(

@@ -1,9 +1,9 @@
 """The songs of a release as requests speak of them: by id, by name, by what they are, by how often they are played."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-import pyarrow as pa
 
 from rayrec import artifacts
 from rayrec.artifacts import Manifest
@@ -15,6 +15,21 @@ from rayrec.recommend.choosing import network_of
 from rayrec.recommend.recommender import Recommender
 from rayrec.taste.config import PLAY_COUNTS
 from rayrec.workspace import Workspace
+
+NAMES_KEPT = 1 << 16  # of the songs that were described last: some 20 MB
+Named = tuple[str, str | None, str | None]  # a song's id, title and artist
+
+
+class SongNames:
+    """What songs are called. The names of those that answers hold often are kept: Arrow is slow at single rows."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._columns = [catalog.table.column(name) for name in (columns.SONG_ID, columns.TITLE, columns.ARTIST)]
+        self.of = lru_cache(maxsize=NAMES_KEPT)(self._of)
+
+    def _of(self, row: int) -> Named:
+        song, title, artist = (column[row].as_py() for column in self._columns)
+        return song, title, artist
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +45,15 @@ class Songs:
     known: np.ndarray  # bool (N,), songs that the network has a vector of
     search: SongSearch
     masks: SongMasks
+    names: SongNames
 
     def find(self, song_ids: list[str]) -> np.ndarray:
         """int32: the row of each id, -1 for unknown ones."""
         return np.fromiter((self.rows.get(song, -1) for song in song_ids), dtype=np.int32, count=len(song_ids))
 
-    def describe(self, rows: np.ndarray) -> list[tuple[str, str | None, str | None]]:
+    def describe(self, rows: np.ndarray) -> list[Named]:
         """Id, title and artist of song rows."""
-        taken = self.catalog.table.take(pa.array(rows))
-        names = (columns.SONG_ID, columns.TITLE, columns.ARTIST)
-        return list(zip(*(taken.column(name).to_pylist() for name in names), strict=True))
+        return [self.names.of(row) for row in rows.tolist()]
 
 
 def load_songs(workspace: Workspace, release: Manifest, recommender: Recommender) -> Songs:
@@ -59,6 +73,7 @@ def load_songs(workspace: Workspace, release: Manifest, recommender: Recommender
         known=_known(recommender, len(catalog)),
         search=SongSearch(catalog, np.pad(plays, (0, len(catalog) - len(plays)))),  # new songs are found too
         masks=SongMasks(catalog),
+        names=SongNames(catalog),
     )
 
 

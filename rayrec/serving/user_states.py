@@ -204,5 +204,5 @@ def _found(whole: Whole) -> _Found:
 
 
 def _user(user_id: str, found: _Found) -> StoredUser:
-    log = found.log or Plays.of([], [])
-    return StoredUser(state=found.state, plays=Plays.joined([log, found.state.window]).history(user_id))
+    parts = [found.log, found.state.window] if found.log else [found.state.window]
+    return StoredUser(state=found.state, plays=Plays.joined(parts).history(user_id))
