@@ -16,8 +16,9 @@ from rayrec.artifacts import Manifest, load, publish
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
-from rayrec.recommend.hybrid import Memory
+from rayrec.recommend.hybrid import Memory, Mix
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
+from rayrec.recommend.mixing import USUAL_MIX
 from rayrec.serving.auth import Keys
 from rayrec.serving.config import ServeConfig
 from rayrec.serving.replica import open_service
@@ -34,7 +35,7 @@ NUM_SONGS = 200
 BEGIN = 1_700_000_000_000  # ms UTC, before all plays of the world
 AT = BEGIN + 40_000_000  # ms UTC, after all of them
 WITHOUT_VECTOR = 7  # a song that is never recommended
-WEIGHTS = (0.4, 0.3, 0.2, 0.1)
+MIX = Mix(heard=(0.4, 0.3, 0.2, 0.1), new=(0.5, 0.3, 0.2, 0.0), gate=USUAL_MIX.gate)
 
 
 def write_world(workspace: Workspace, *, users: int = 60, num_songs: int = NUM_SONGS) -> Histories:
@@ -89,7 +90,7 @@ def _write_model(
     workspace.write_array(manifest.path(PLAY_COUNTS), np.asarray(plays))
     if memory:
         fitted = Memory.fit(lambda: histories, num_songs=num_songs, allowed=FitRange())
-        fitted.save(workspace, manifest.path(MEMORY), WEIGHTS)
+        fitted.save(workspace, manifest.path(MEMORY), MIX)
         files.append(MEMORY)
     return publish(workspace, manifest, files)
 

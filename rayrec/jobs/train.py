@@ -111,12 +111,13 @@ def _offsets(config: TrainConfig) -> str:
 
 
 def _remember(dataset: Dataset, plan: TrainPlan) -> dict[str, Any]:
-    """Write the memory that the recommender mixes in; the weights as figures."""
+    """Write the memory that the recommender mixes in; its weights as figures."""
     phase: Phase = "final" if plan.config.refit or plan.validation is None else "selection"
     validation = None if plan.validation is None else read_validation(plan)
     ranges = (plan.ranges[phase], plan.ranges.get("selection"))
-    (weights,) = run_on_node(write_memory, dataset, plan.folder, *ranges, validation, selected_folder(plan), cpus=1)
-    return {"weights": dict(zip(MEMBERS, weights, strict=True))}
+    (mix,) = run_on_node(write_memory, dataset, plan.folder, *ranges, validation, selected_folder(plan), cpus=1)
+    weights = {"heard": mix.heard, "new": mix.new}
+    return {"weights": {songs: dict(zip(MEMBERS, values, strict=True)) for songs, values in weights.items()}}
 
 
 def worker_cpus(workers: int) -> float:

@@ -125,7 +125,7 @@ def _mixed_chances(hybrid: HybridRecommender, known: Known, wish: Wish) -> np.nd
     """float32 (N,): the chances of all songs; -inf for those that the network does not know."""
     network, questions = hybrid.network, Questions.at_end(known.history, known.at)
     cosines = network.score_vectors(known.vectors["short"][None])
-    chances: np.ndarray = hybrid.mix(hybrid.chances_beside(cosines, known.history, questions), hybrid.weights)[0]
+    chances: np.ndarray = hybrid.score_beside(cosines, known.history, questions)[0]
     if wish.long_weight > 0:
         later = softmax(network.score_vectors(known.vectors["long"][None]) * np.float32(network.scale("long")))[0]
         chances = np.float32(1 - wish.long_weight) * chances + np.float32(wish.long_weight) * later

@@ -2,10 +2,12 @@
 
 A network learns where tastes drift and forgets single albums; session neighbours and sequential
 rules remember what was played together and what followed what, own rules how this user plays it
-again. Q questions, N songs, M members.
+again. How likely the user is to repeat a song at all just now is a question of its own. Q questions, N songs,
+M members, E pairs of a question and a song heard.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -18,13 +20,14 @@ from rayrec.data.split import FitRange
 from rayrec.errors import DamagedArtifactError
 from rayrec.recommend.own_rules import OwnRulesRecommender
 from rayrec.recommend.recommender import Horizon, Kind, Recommender
+from rayrec.recommend.repeats import RepeatGate, Repeats, gate_features
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.vstan import VstanRecommender
 from rayrec.taste.config import MEMORY, has_memory
 from rayrec.workspace import Workspace
 
-ENDED_AT = "sessions.ended_at"
+ENDED_AT, WEIGHTS, GATE = "sessions.ended_at", "mix.weights", "mix.gate"
 MEMBERS = ("network", "sessions", "rules", "own")
 # Rules are raised to this power before they become shares: on 30Music's validation range the strongest
 # rule deserves more than its share. MRR@20 there is 0.268 with it and 0.251 without.
@@ -32,6 +35,15 @@ RULES_POWER = 1.5
 
 Weights = tuple[float, ...]  # one a member; they add up to 1
 Batches = Callable[[], Iterable[Histories]]  # histories in batches, from the start at each call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """How what the members think becomes one chance."""
+
+    heard: Weights  # for songs that the user has heard
+    new: Weights  # for the others
+    gate: RepeatGate  # gives the chance of all songs heard together
 
 
 class Memory:
@@ -48,8 +60,8 @@ class Memory:
             SequentialRulesRecommender.fit(batches(), num_songs=num_songs, allowed=allowed),
         )
 
-    def save(self, workspace: Workspace, path: str, weights: Weights) -> None:
-        """Write sparse matrices and weights into one safetensors file."""
+    def save(self, workspace: Workspace, path: str, mix: Mix) -> None:
+        """Write sparse matrices and mix into one safetensors file."""
         matrices = {"sessions": self.sessions.sessions, "rules": self.rules.rules}
         tensors = {
             f"{name}.{part}": np.ascontiguousarray(getattr(matrix, part))
@@ -57,39 +69,47 @@ class Memory:
             for part in ("data", "indices", "indptr")
         }
         tensors[ENDED_AT] = self.sessions.ended_at
-        workspace.write_bytes(path, save({**tensors, "weights": np.array(weights, dtype=np.float64)}))
+        tensors |= {
+            WEIGHTS: np.array([mix.heard, mix.new], dtype=np.float64),
+            GATE: np.array(mix.gate.coefficients, dtype=np.float64),
+        }
+        workspace.write_bytes(path, save(tensors))
 
     @classmethod
-    def load(cls, workspace: Workspace, path: str, num_songs: int) -> "tuple[Memory, Weights]":
-        """The memory and its weights. Raises `DamagedArtifactError` for one whose sessions tell no times."""
+    def load(cls, workspace: Workspace, path: str, num_songs: int) -> "tuple[Memory, Mix]":
+        """The memory and its mix. Raises `DamagedArtifactError` for one of an earlier version without some of it."""
         with workspace.local_copy(path) as local:
             tensors = load_file(local)
-        if ENDED_AT not in tensors:
-            raise DamagedArtifactError(f"{path} does not tell when its sessions ended; train the model again")
+        missing = {ENDED_AT, WEIGHTS, GATE} - tensors.keys()
+        if missing:
+            raise DamagedArtifactError(f"{path} holds no {', '.join(sorted(missing))}; train the model again")
 
         def matrix(name: str) -> csr_matrix:
             indptr = tensors[f"{name}.indptr"]
             parts = (tensors[f"{name}.data"], tensors[f"{name}.indices"], indptr)
             return csr_matrix(parts, shape=(len(indptr) - 1, num_songs))
 
-        weights = tuple(float(weight) for weight in tensors["weights"])
+        heard, new = (tuple(weights) for weights in tensors[WEIGHTS].tolist())
+        mix = Mix(heard=heard, new=new, gate=RepeatGate(tuple(tensors[GATE].tolist())))
         sessions = VstanRecommender(matrix("sessions"), tensors[ENDED_AT])
-        return cls(sessions, SequentialRulesRecommender(matrix("rules"))), weights
+        return cls(sessions, SequentialRulesRecommender(matrix("rules"))), mix
 
 
 class HybridRecommender(Recommender):
-    """A song's score is its weighted chance to be next: of the network by softmax, of the others by share.
+    """A song's score is its chance to be next.
 
-    On the long horizon the network answers alone: the others know the next songs only. Costs a pass
-    over all songs and a few sparse products a question.
+    A gate gives the chance that it is one that the user has heard, which those songs share by the weighted
+    chances that the members give them: the network's softmax, the others' shares. The other songs share the rest.
+    On the long horizon the network answers alone: the others know the next songs only. Costs a pass over
+    all songs and a few sparse products a question.
     """
 
     name = "hybrid"
     kind: ClassVar[Kind] = "network"
     horizons: tuple[Horizon, ...] = ("short", "long")
 
-    def __init__(self, network: TasteRecommender, memory: Memory, weights: Weights) -> None:
-        self.network, self.memory, self.weights = network, memory, weights
+    def __init__(self, network: TasteRecommender, memory: Memory, mix: Mix) -> None:
+        self.network, self.memory, self.mix = network, memory, mix
         self.num_songs = network.num_songs
         self._own = OwnRulesRecommender(self.num_songs)
 
@@ -101,32 +121,59 @@ class HybridRecommender(Recommender):
         return cls(network, *Memory.load(workspace, path, network.num_songs))
 
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
-        """float32 (Q, N): the chances mixed; -inf for songs that the network does not know."""
-        if horizon == "long":
-            return self.network.score(histories, questions, horizon)
-        return self.mix(self.chances(histories, questions), self.weights)
+        """float32 (Q, N): chances, on the long horizon cosines; -inf for songs that the network does not know."""
+        cosines = self.network.score(histories, questions, horizon)
+        return cosines if horizon == "long" else self.score_beside(cosines, histories, questions)
 
-    def mix(self, chances: list[np.ndarray], weights: Weights) -> np.ndarray:
-        """float32 (Q, N): the weighted sum of what the members think; -inf for songs that the network does not know."""
-        mixed = np.zeros_like(chances[0])
-        for weight, member in zip(weights, chances, strict=True):
-            if weight:
-                mixed += np.float32(weight) * member
+    def score_beside(self, cosines: np.ndarray, histories: Histories, questions: Questions) -> np.ndarray:
+        """As `score`, where the network's cosines, float32 (Q, N), are known; the histories then feed the memory."""
+        mixed = combined(*self.chances_beside(cosines, histories, questions), self.mix)
         mixed[:, self.network.without_vector] = -np.inf
         return mixed
 
-    def chances(self, histories: Histories, questions: Questions) -> list[np.ndarray]:
-        """M times float32 (Q, N): what each member thinks of each song as the next; rows add up to 1 or 0."""
+    def chances(self, histories: Histories, questions: Questions) -> tuple[list[np.ndarray], Repeats]:
+        """M times float32 (Q, N): what each member thinks of each song as the next; rows add up to 1 or 0.
+
+        Beside them what is known of repeats. Songs that the network does not know are given no chance.
+        """
         return self.chances_beside(self.network.score(histories, questions, "short"), histories, questions)
 
-    def chances_beside(self, cosines: np.ndarray, histories: Histories, questions: Questions) -> list[np.ndarray]:
+    def chances_beside(
+        self, cosines: np.ndarray, histories: Histories, questions: Questions
+    ) -> tuple[list[np.ndarray], Repeats]:
         """As `chances`, where the network's cosines, float32 (Q, N), are known; the histories then feed the memory."""
-        return [
-            softmax(cosines * np.float32(self.network.scale("short"))),
-            shares(self.memory.sessions.score(histories, questions)),
-            shares(_raised(self.memory.rules.score(histories, questions))),
-            shares(self._own.score(histories, questions)),
+        remembered = [
+            self.memory.sessions.score(histories, questions),
+            _raised(self.memory.rules.score(histories, questions)),
+            self._own.score(histories, questions),
         ]
+        for scores in remembered:
+            scores[:, self.network.without_vector] = 0
+        network = softmax(cosines * np.float32(self.network.scale("short")))
+        members = [network, *(shares(scores) for scores in remembered)]
+        return members, Repeats.of(histories, questions, self.num_songs)
+
+
+def combined(chances: list[np.ndarray], repeats: Repeats, mix: Mix) -> np.ndarray:
+    """float32 (Q, N): rows of chances that add up to 1, or to less where nothing is thought of songs heard or new."""
+    asked, songs, count = repeats.asked, repeats.songs, len(chances[0])
+    again_ME = np.stack([member[asked, songs] for member in chances])
+    heard_MQ = np.stack([np.bincount(asked, weights=again, minlength=count) for again in again_ME]).astype(np.float32)
+    new_MQ = np.maximum(0, np.stack([member.sum(axis=1) for member in chances]) - heard_MQ)
+    chance = mix.gate.chances(gate_features(repeats, heard_MQ, new_MQ))
+    heard, new = (np.array(weights, dtype=np.float32) for weights in (mix.heard, mix.new))
+    factors = over(1 - chance, new @ new_MQ)
+    mixed = np.zeros_like(chances[0])
+    for weight, member in zip(new, chances, strict=True):
+        if weight:
+            mixed += (weight * factors)[:, None] * member
+    mixed[asked, songs] = heard @ again_ME * over(chance, heard @ heard_MQ)[asked]
+    return mixed
+
+
+def over(chance: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """float32: by what to multiply parts of a total so that they add up to the chance; 0 where there is nothing."""
+    return np.asarray(np.divide(chance, total, out=np.zeros_like(chance), where=total > 0, casting="same_kind"))
 
 
 def _raised(rules: np.ndarray) -> np.ndarray:

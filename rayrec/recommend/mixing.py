@@ -1,9 +1,10 @@
-"""How much of a hybrid's answer comes from the network and how much from its memory: weighed on validation plays.
+"""How a hybrid's answer comes from the network and from its memory: weighed on validation plays.
 
 Q questions, N songs, M members, C candidates.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -11,8 +12,9 @@ import numpy as np
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
-from rayrec.recommend.hybrid import MEMBERS, HybridRecommender, Memory, Weights
+from rayrec.recommend.hybrid import MEMBERS, HybridRecommender, Memory, Mix, Weights, over
 from rayrec.recommend.recommender import chunk_size
+from rayrec.recommend.repeats import RepeatGate, Repeats, gate_features
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.taste.config import MEMORY
 from rayrec.taste.fitting import Validation
@@ -23,7 +25,12 @@ PLACE_MATTERS = 0.2  # share of MRR@20 in it: a first place is worth a fifth mor
 
 FIRST_SONGS = 100  # of each member that are looked at
 MOST_PLAYS = 4_000  # that are asked for each of the weights
-USUAL_WEIGHTS: Weights = (0.1, 0.3, 0.2, 0.4)  # where there is no validation range; about what 30Music's chose
+# Where there is no validation range; about what 30Music's chose.
+USUAL_MIX = Mix(
+    heard=(0.1, 0.4, 0.3, 0.2),
+    new=(0.3, 0.6, 0.1, 0.0),
+    gate=RepeatGate((-2.7, 0.1, 2.4, 0.5, 0.3, 1.4, 0.0, 0.0, 0.3, 0.2)),
+)
 
 
 def write_memory(
@@ -33,58 +40,82 @@ def write_memory(
     selection: FitRange | None,
     validation: Validation | None,
     selected: str,
-) -> Iterator[Weights]:
-    """Fit a memory on `allowed` and write it into the folder of a models artifact; yields its weights.
+) -> Iterator[Mix]:
+    """Fit a memory on `allowed` and write it into the folder of a models artifact; yields its mix.
 
-    With a validation range the weights are chosen on it, with a memory fitted on `selection` and
+    With a validation range the mix is chosen on it, with a memory fitted on `selection` and
     the network in folder `selected`, neither of which has seen it.
     """
     workspace = dataset.workspace
-    weights = USUAL_WEIGHTS
+    mix = USUAL_MIX
     if validation is not None and selection is not None and len(validation.plays):
         memory = Memory.fit(lambda: _select(dataset, selection), num_songs=dataset.num_songs, allowed=selection)
-        hybrid = HybridRecommender(TasteRecommender.from_folder(workspace, selected), memory, weights)
+        hybrid = HybridRecommender(TasteRecommender.from_folder(workspace, selected), memory, mix)
         spread = np.linspace(0, len(validation.plays) - 1, min(MOST_PLAYS, len(validation.plays))).astype(np.int64)
-        weights = choose_weights(hybrid, validation.histories, validation.plays[spread])
+        mix = choose_mix(hybrid, validation.histories, validation.plays[spread])
     memory = Memory.fit(lambda: _select(dataset, allowed), num_songs=dataset.num_songs, allowed=allowed)
-    memory.save(workspace, f"{folder}/{MEMORY}", weights)
-    yield weights
+    memory.save(workspace, f"{folder}/{MEMORY}", mix)
+    yield mix
 
 
 def _select(dataset: Dataset, allowed: FitRange) -> Iterable[Histories]:
     return (allowed.select(histories) for histories in dataset.read_all())
 
 
-def choose_weights(hybrid: HybridRecommender, histories: Histories, plays: np.ndarray) -> Weights:
-    """The weights under which the plays at positions `plays`, int (Q,), are found best.
+@dataclass(frozen=True, kw_only=True)
+class _Cases:
+    """Questions, each with the song to find and those that may come before it."""
+
+    rivals_MQC: np.ndarray  # float32, what the members think of other songs, -1 where a place is empty
+    own_MQ: np.ndarray  # float32, and of the song to find
+    rivals_heard_QC: np.ndarray  # bool, whether the user has heard them
+    own_heard_Q: np.ndarray  # bool
+    heard_MQ: np.ndarray  # float32, what the members think of all songs heard
+    new_MQ: np.ndarray  # float32, and of all others
+    features_QF: np.ndarray  # float64, of repeats
+
+
+def choose_mix(hybrid: HybridRecommender, histories: Histories, plays: np.ndarray) -> Mix:
+    """The mix under which the plays at positions `plays`, int (Q,), are found best.
 
     Best by recall@20, with a share of MRR@20, of the next play, ties counted against, on plays that
-    no member was fitted on [ours]. A song that none of the members has among its first 100 is not
-    looked at.
+    no member was fitted on [ours]. The gate is fitted first, then the weights of songs heard are chosen, then those
+    of new ones. A song that none of the members has among its first 100 is not looked at.
     """
-    questions = Questions.before_plays(histories, plays)
+    cases = _cases(hybrid, histories, plays)
+    mix = replace(hybrid.mix, gate=RepeatGate.fit(cases.features_QF, cases.own_heard_Q))
+    heard = [replace(mix, heard=weights) for weights in weight_grid(WEIGHT_STEP)]
+    mix = max(heard, key=lambda each: _gain(each, cases))
+    # Own rules know of songs heard alone.
+    new = [replace(mix, new=(*weights, 0.0)) for weights in weight_grid(WEIGHT_STEP, len(MEMBERS) - 1)]
+    return max(new, key=lambda each: _gain(each, cases))
+
+
+def weight_grid(step: float, members: int = len(MEMBERS)) -> list[Weights]:
+    """All weights in steps of `step` that give the network some and add up to 1."""
+    count = round(1 / step)
+    others = product(range(count), repeat=members - 1)
+    return [tuple(part / count for part in (count - sum(parts), *parts)) for parts in others if sum(parts) < count]
+
+
+def _cases(hybrid: HybridRecommender, histories: Histories, plays: np.ndarray) -> _Cases:
+    questions, targets = Questions.before_plays(histories, plays), histories.songs[plays]
     step = chunk_size(hybrid.num_songs * len(MEMBERS))
     parts = []
     for begin in range(0, len(plays), step):
         chunk = slice(begin, begin + step)
-        members = np.stack(hybrid.chances(histories, questions.take(chunk)))
-        members[:, :, hybrid.network.without_vector] = 0  # these are never recommended
-        parts.append(_candidates(members, histories.songs[plays[chunk]]))
-    rivals_MQC = np.concatenate([rivals for rivals, _ in parts], axis=1)
-    own_MQ = np.concatenate([own for _, own in parts], axis=1)
-    grid = weight_grid(WEIGHT_STEP)
-    return max(grid, key=lambda weights: _gain(np.array(weights, dtype=np.float32), rivals_MQC, own_MQ))
+        members, repeats = hybrid.chances(histories, questions.take(chunk))
+        parts.append(_candidates(np.stack(members), repeats, targets[chunk]))
+    return _Cases(
+        **{
+            name: np.concatenate([getattr(part, name) for part in parts], axis=int("_M" in name))
+            for name in _Cases.__dataclass_fields__
+        }
+    )
 
 
-def weight_grid(step: float) -> list[Weights]:
-    """All weights in steps of `step` that give the network some and add up to 1."""
-    count = round(1 / step)
-    others = product(range(count), repeat=len(MEMBERS) - 1)
-    return [tuple(part / count for part in (count - sum(parts), *parts)) for parts in others if sum(parts) < count]
-
-
-def _candidates(members_MQN: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Chances (M, Q, C) of the songs that may come first, -1 where a place is empty, and of the targets (M, Q)."""
+def _candidates(members_MQN: np.ndarray, repeats: Repeats, targets: np.ndarray) -> _Cases:
+    """The songs that may come first, and the targets, int (Q,)."""
     kept = min(FIRST_SONGS, members_MQN.shape[2])
     firsts = np.argpartition(-members_MQN, kept - 1, axis=2)[:, :, :kept]
     songs = np.sort(np.concatenate(list(firsts), axis=1), axis=1)
@@ -92,11 +123,32 @@ def _candidates(members_MQN: np.ndarray, targets: np.ndarray) -> tuple[np.ndarra
     empty[:, 1:] |= songs[:, 1:] == songs[:, :-1]
     rivals = np.take_along_axis(members_MQN, songs[None], axis=2)
     rivals[:, empty] = -1
-    return rivals, members_MQN[:, np.arange(len(targets)), targets]
+    heard = np.zeros(members_MQN.shape[1:], dtype=bool)
+    heard[repeats.asked, repeats.songs] = True
+    heard_MQ = (members_MQN * heard).sum(axis=2)
+    new_MQ = np.maximum(0, members_MQN.sum(axis=2) - heard_MQ)
+    rows = np.arange(len(targets))
+    return _Cases(
+        rivals_MQC=rivals,
+        own_MQ=members_MQN[:, rows, targets],
+        rivals_heard_QC=np.take_along_axis(heard, songs, axis=1),
+        own_heard_Q=heard[rows, targets],
+        heard_MQ=heard_MQ,
+        new_MQ=new_MQ,
+        features_QF=gate_features(repeats, heard_MQ, new_MQ),
+    )
 
 
-def _gain(weights: np.ndarray, rivals_MQC: np.ndarray, own_MQ: np.ndarray) -> float:
-    own = weights @ own_MQ
-    ranks = 1 + (np.tensordot(weights, rivals_MQC, axes=1) >= own[:, None]).sum(axis=1)
+def _gain(mix: Mix, cases: _Cases) -> float:
+    heard, new = (np.array(weights, dtype=np.float32) for weights in (mix.heard, mix.new))
+    chance = mix.gate.chances(cases.features_QF)
+    again, first = over(chance, heard @ cases.heard_MQ), over(1 - chance, new @ cases.new_MQ)
+    own = np.where(cases.own_heard_Q, again * (heard @ cases.own_MQ), first * (new @ cases.own_MQ))
+    rivals = np.where(
+        cases.rivals_heard_QC,
+        again[:, None] * np.tensordot(heard, cases.rivals_MQC, axes=1),
+        first[:, None] * np.tensordot(new, cases.rivals_MQC, axes=1),
+    )
+    ranks = 1 + (rivals >= own[:, None]).sum(axis=1)
     found = (ranks <= JUDGED_AT) & (own > 0)
     return float(found.sum() + PLACE_MATTERS * (found / ranks).sum())

@@ -18,7 +18,7 @@ from rayrec.jobs.generating import generate
 from rayrec.jobs.train import train
 from rayrec.recommend.answering import load_recommender
 from rayrec.recommend.hybrid import MEMBERS, HybridRecommender, Memory
-from rayrec.recommend.mixing import USUAL_WEIGHTS
+from rayrec.recommend.mixing import USUAL_MIX
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.taste.config import MEMORY, TrainConfig
 from rayrec.workspace import Workspace
@@ -56,9 +56,10 @@ def test_a_training_leaves_a_memory_of_all_plays_before_the_test_range(
 ) -> None:
     verify(world, remembering)
     assert MEMORY in remembering.files
-    memory, weights = Memory.load(world, remembering.path(MEMORY), NUM_SONGS)
-    assert remembering.metrics["weights"] == dict(zip(MEMBERS, weights, strict=True))
-    assert weights != USUAL_WEIGHTS
+    memory, mix = Memory.load(world, remembering.path(MEMORY), NUM_SONGS)
+    told = {"heard": mix.heard, "new": mix.new}
+    assert remembering.metrics["weights"] == {songs: dict(zip(MEMBERS, told[songs], strict=True)) for songs in told}
+    assert mix != USUAL_MIX
     dataset = Dataset(world)
     expected = Memory.fit(
         lambda: (split.final.select(plays) for plays in dataset.read_all()), num_songs=NUM_SONGS, allowed=split.final

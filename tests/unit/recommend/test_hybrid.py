@@ -1,18 +1,31 @@
 """The mix of network and memory against sums by hand, and through its file."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from networks import MINUTE, NUM_SONGS, model_config, network
+from safetensors.numpy import load_file, save
 from scipy.sparse import csr_matrix
 from worlds import random_histories, random_vectors
 
 from rayrec.artifacts import Manifest, publish
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
-from rayrec.errors import LeakError
-from rayrec.recommend.hybrid import RULES_POWER, HybridRecommender, Memory, load_recommender, shares, softmax
+from rayrec.errors import DamagedArtifactError, LeakError
+from rayrec.recommend.hybrid import (
+    RULES_POWER,
+    HybridRecommender,
+    Memory,
+    Mix,
+    combined,
+    load_recommender,
+    shares,
+    softmax,
+)
 from rayrec.recommend.own_rules import OwnRulesRecommender
 from rayrec.recommend.recommender import Horizon
+from rayrec.recommend.repeats import RepeatGate, Repeats, gate_features
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.vstan import VstanRecommender
@@ -21,7 +34,9 @@ from rayrec.taste.config import MEMORY, has_memory
 from rayrec.workspace import Workspace
 
 WITHOUT_VECTOR = 7
-WEIGHTS = (0.4, 0.3, 0.2, 0.1)
+HEARD, NEW = (0.4, 0.3, 0.2, 0.1), (0.2, 0.5, 0.3, 0.0)
+GATE = RepeatGate((-1.0, 0.3, 0.5, 0.5, 0.5, 1.0, 0.2, 0.1, 0.1, 0.1))
+MIX = Mix(heard=HEARD, new=NEW, gate=GATE)
 
 
 def _memory(histories: Histories) -> Memory:
@@ -39,7 +54,7 @@ def hybrid() -> HybridRecommender:
     vectors = random_vectors(NUM_SONGS)
     vectors[WITHOUT_VECTOR] = 0
     return HybridRecommender(
-        TasteRecommender(network(), vectors), _memory(random_histories(60, NUM_SONGS, seed=1)), WEIGHTS
+        TasteRecommender(network(), vectors), _memory(random_histories(60, NUM_SONGS, seed=1)), MIX
     )
 
 
@@ -65,22 +80,53 @@ def test_shares_add_up_to_one_or_stay_zero() -> None:
     assert made.dtype == np.float32
 
 
-def test_a_score_is_the_weighted_sum_of_chances(hybrid: HybridRecommender, histories: Histories) -> None:
+def test_songs_heard_share_the_chance_of_a_repeat_and_new_ones_the_rest(
+    hybrid: HybridRecommender, histories: Histories
+) -> None:
     questions = Questions.at_end(histories, 10**9)
-    temperature = 1 / hybrid.network.scale("short")
-    exponents = np.exp(hybrid.network.score(histories, questions) / temperature)
-    expected = 0.4 * exponents / exponents.sum(axis=1, keepdims=True)
-    remembered = (
-        (0.3, hybrid.memory.sessions.score(histories, questions)),
-        (0.2, hybrid.memory.rules.score(histories, questions) ** RULES_POWER),
-        (0.1, OwnRulesRecommender(NUM_SONGS).score(histories, questions)),
-    )
-    for weight, scores in remembered:
-        assert scores.any()
-        expected += weight * scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-9)
-    found = hybrid.score(histories, questions)
     songs = np.arange(NUM_SONGS) != WITHOUT_VECTOR
-    np.testing.assert_allclose(found[:, songs], expected[:, songs], rtol=1e-4, atol=1e-7)
+    members = [
+        np.exp(hybrid.network.score(histories, questions) * hybrid.network.scale("short")),
+        hybrid.memory.sessions.score(histories, questions),
+        hybrid.memory.rules.score(histories, questions) ** RULES_POWER,
+        OwnRulesRecommender(NUM_SONGS).score(histories, questions),
+    ]
+    members = [np.where(songs, scores, 0) for scores in members]
+    members = [scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-9) for scores in members]
+    assert all(scores.any() for scores in members)
+    played = [np.isin(np.arange(NUM_SONGS), histories.songs[begin:end]) for begin, end in pairwise(histories.offsets)]
+    heard = np.array(played) & songs
+    masses = [np.stack([(scores * which).sum(axis=1) for scores in members]) for which in (heard, ~heard)]
+    repeats = Repeats.of(histories, questions, NUM_SONGS)
+    chance = GATE.chances(gate_features(repeats, *masses))[:, None]
+    again, first = (
+        np.where(which, sum(weight * scores for weight, scores in zip(weights, members, strict=True)), 0)
+        for which, weights in ((heard, HEARD), (~heard, NEW))
+    )
+    expected = chance * shares(again) + (1 - chance) * shares(first)
+    found = hybrid.score(histories, questions)
+    np.testing.assert_allclose(found[:, songs], expected[:, songs], rtol=2e-4, atol=1e-7)
+    np.testing.assert_allclose(found[:, songs].sum(axis=1), 1, rtol=1e-5)
+    assert np.ptp(chance) > 0.05
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_nobody_thinks_of_gets_no_chance() -> None:
+    """The first user heard song 0, of which no member thinks; the second one's members are silent."""
+    histories = Histories.from_lists([[0], [1]], [[0], [0]])
+    repeats = Repeats.of(histories, Questions.at_end(histories, 1), 3)
+    members = [np.array([[0, 0.5, 0.5], [0, 0, 0]], np.float32)] * 4
+    chance = GATE.chances(gate_features(repeats, np.zeros((4, 2)), np.array([[1, 0]] * 4)))
+    expected = np.array([[0, 0.5, 0.5], [0, 0, 0]]) * (1 - chance[:, None])
+    np.testing.assert_allclose(combined(members, repeats, MIX), expected, rtol=1e-5)
+
+
+def test_the_more_a_user_repeats_the_higher_songs_heard_stand(hybrid: HybridRecommender) -> None:
+    """Both users end with 1, 2, 3; one of them has played nothing else, over and over."""
+    loops, wanders = [1, 2, 3] * 8, [*range(10, 31), 1, 2, 3]
+    histories = Histories.from_lists([loops, wanders], [np.arange(24) * MINUTE] * 2)  # type: ignore[list-item]
+    scores = hybrid.score(histories, Questions.at_end(histories, 24 * MINUTE))
+    assert scores[0, [1, 2, 3]].sum() > 1.5 * scores[1, [1, 2, 3]].sum()
 
 
 def test_songs_that_the_network_does_not_know_stay_out(hybrid: HybridRecommender, histories: Histories) -> None:
@@ -102,17 +148,26 @@ def test_a_memory_refuses_plays_past_the_cut(histories: Histories) -> None:
 def test_a_memory_comes_back_from_its_file(
     hybrid: HybridRecommender, histories: Histories, workspace: Workspace
 ) -> None:
-    hybrid.memory.save(workspace, "here.safetensors", WEIGHTS)
-    memory, weights = Memory.load(workspace, "here.safetensors", NUM_SONGS)
-    assert weights == WEIGHTS
+    hybrid.memory.save(workspace, "here.safetensors", MIX)
+    memory, mix = Memory.load(workspace, "here.safetensors", NUM_SONGS)
+    assert mix == MIX
     questions = Questions.at_end(histories, 0)
     for found, kept in ((memory.sessions, hybrid.memory.sessions), (memory.rules, hybrid.memory.rules)):
         np.testing.assert_array_equal(found.score(histories, questions), kept.score(histories, questions))
 
 
+def test_a_memory_of_an_earlier_version_is_refused(hybrid: HybridRecommender, workspace: Workspace) -> None:
+    hybrid.memory.save(workspace, "here.safetensors", MIX)
+    with workspace.local_copy("here.safetensors") as local:
+        tensors = load_file(local)
+    workspace.write_bytes("here.safetensors", save({name: tensors[name] for name in tensors if name != "mix.gate"}))
+    with pytest.raises(DamagedArtifactError, match=r"holds no mix\.gate; train the model again"):
+        Memory.load(workspace, "here.safetensors", NUM_SONGS)
+
+
 def test_a_memory_of_nothing_comes_back_too(workspace: Workspace) -> None:
     nothing = Histories.from_lists([], [])
-    _memory(nothing).save(workspace, "empty.safetensors", WEIGHTS)
+    _memory(nothing).save(workspace, "empty.safetensors", MIX)
     memory, _ = Memory.load(workspace, "empty.safetensors", NUM_SONGS)
     assert memory.sessions.sessions.shape == (0, NUM_SONGS)
     assert memory.rules.rules.shape == (NUM_SONGS, NUM_SONGS)
@@ -126,13 +181,13 @@ def test_a_models_artifact_answers_with_its_memory_where_it_has_one(
         names = save_model(workspace, manifest.folder, network(model_config()), np.ones(NUM_SONGS, dtype=bool))
         return publish(workspace, manifest, [*names, *extra])
 
-    hybrid.memory.save(workspace, Manifest(kind="models", id="mixed").path(MEMORY), WEIGHTS)
+    hybrid.memory.save(workspace, Manifest(kind="models", id="mixed").path(MEMORY), MIX)
     mixed, plain = published("mixed", [MEMORY]), published("plain", [])
     assert (has_memory(mixed), has_memory(plain)) == (True, False)
     assert type(load_recommender(workspace, plain)) is TasteRecommender
     loaded = load_recommender(workspace, mixed)
     assert isinstance(loaded, HybridRecommender)
-    known = HybridRecommender(loaded.network, hybrid.memory, WEIGHTS)
+    known = HybridRecommender(loaded.network, hybrid.memory, MIX)
     questions = Questions.at_end(histories, 0)
     np.testing.assert_array_equal(loaded.score(histories, questions), known.score(histories, questions))
 
@@ -145,7 +200,7 @@ def test_memory_ranks_first_what_it_alone_remembers() -> None:
     memory = Memory(
         VstanRecommender(sessions, np.zeros(sessions.shape[0], np.int64)), SequentialRulesRecommender(csr_matrix(rules))
     )
-    hybrid = HybridRecommender(TasteRecommender(network(), random_vectors(NUM_SONGS)), memory, WEIGHTS)
+    hybrid = HybridRecommender(TasteRecommender(network(), random_vectors(NUM_SONGS)), memory, MIX)
     songs, _ = hybrid.recommend(Histories.from_lists([[3]], [[0]]), 0, 1)
     np.testing.assert_array_equal(songs, [[4]])
 
@@ -156,7 +211,7 @@ def test_a_stored_state_stands_for_the_pass_over_the_plays(
     hybrid: HybridRecommender, histories: Histories, monkeypatch: pytest.MonkeyPatch, layers: int, horizon: Horizon
 ) -> None:
     mixed = HybridRecommender(
-        TasteRecommender(network(model_config(layers=layers)), random_vectors(NUM_SONGS)), hybrid.memory, WEIGHTS
+        TasteRecommender(network(model_config(layers=layers)), random_vectors(NUM_SONGS)), hybrid.memory, MIX
     )
     at = int(histories.played_at.max()) + MINUTE
     states = mixed.network.encoder.run(histories)[1].hidden

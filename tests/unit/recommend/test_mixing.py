@@ -1,5 +1,7 @@
 """Weights of network and memory: the planted best is chosen, on plays that no member has seen."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from networks import MINUTE, cycling_histories, model_config, network
@@ -10,18 +12,20 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange, Split
 from rayrec.errors import LeakError
-from rayrec.recommend.hybrid import MEMBERS, HybridRecommender, Memory
+from rayrec.recommend.hybrid import MEMBERS, HybridRecommender, Memory, Mix, combined
 from rayrec.recommend.mixing import (
-    USUAL_WEIGHTS,
+    USUAL_MIX,
     _candidates,
+    _Cases,
     _gain,
     _select,
-    choose_weights,
+    choose_mix,
     weight_grid,
     write_memory,
 )
 from rayrec.recommend.neighbours import last_songs
 from rayrec.recommend.recommender import Horizon
+from rayrec.recommend.repeats import RepeatGate, Repeats
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.taste.checkpoint import save_model
 from rayrec.taste.config import MEMORY
@@ -76,8 +80,9 @@ def test_the_grid_adds_up_to_one_and_leaves_the_network_some(step: float) -> Non
 
 
 def test_usual_weights_are_one_a_member_and_add_up() -> None:
-    assert len(USUAL_WEIGHTS) == len(MEMBERS)
-    assert sum(USUAL_WEIGHTS) == pytest.approx(1)
+    for weights in (USUAL_MIX.heard, USUAL_MIX.new):
+        assert len(weights) == len(MEMBERS)
+        assert sum(weights) == pytest.approx(1)
 
 
 def test_where_sessions_tell_the_next_song_they_weigh_most() -> None:
@@ -86,11 +91,11 @@ def test_where_sessions_tell_the_next_song_they_weigh_most() -> None:
     hybrid = HybridRecommender(
         TasteRecommender(network(shape), random_vectors(num_songs)),
         _remembering(_albums(80, 1), num_songs),
-        (1, 0, 0, 0),
+        USUAL_MIX,
     )
     fresh = _albums(20, 2)
     plays = _later(fresh)
-    weights = choose_weights(hybrid, fresh, plays[plays % ALBUM > 0])
+    weights = choose_mix(hybrid, fresh, plays[plays % ALBUM > 0]).new  # nothing is played twice
     assert weights[SESSIONS] + weights[RULES] >= 0.7
     assert weights[NETWORK] < 0.3
 
@@ -100,34 +105,50 @@ def test_where_the_network_tells_the_next_song_it_weighs_most() -> None:
         [np.random.default_rng(user).integers(0, CYCLE, 30) for user in range(60)],  # type: ignore[misc]
         [np.arange(30) * MINUTE] * 60,  # type: ignore[list-item]
     )
-    hybrid = HybridRecommender(
-        Successor(network(), random_vectors(CYCLE)), _remembering(noise, CYCLE), (0.1, 0.3, 0.3, 0.3)
-    )
+    hybrid = HybridRecommender(Successor(network(), random_vectors(CYCLE)), _remembering(noise, CYCLE), USUAL_MIX)
     fresh = cycling_histories(20)
-    assert choose_weights(hybrid, fresh, _later(fresh))[NETWORK] >= 0.6
+    mix = choose_mix(hybrid, fresh, _later(fresh))
+    assert min(mix.heard[NETWORK], mix.new[NETWORK]) >= 0.6
 
 
 def test_the_chosen_weights_are_the_best_of_the_grid() -> None:
     """By ranks over the whole catalog, counted without candidates."""
     hybrid = HybridRecommender(
-        Successor(network(), random_vectors(CYCLE)), _remembering(_wandering(40, 1), CYCLE), USUAL_WEIGHTS
+        Successor(network(), random_vectors(CYCLE)), _remembering(_wandering(40, 1), CYCLE), USUAL_MIX
     )
     fresh = _wandering(10, 2)
     plays = _later(fresh)
-    members = hybrid.chances(fresh, Questions.before_plays(fresh, plays))
+    members, repeats = hybrid.chances(fresh, Questions.before_plays(fresh, plays))
     targets = fresh.songs[plays]
 
-    def worth(weights: tuple[float, ...]) -> float:
-        scores = hybrid.mix(members, weights)
+    def worth(mix: Mix) -> float:
+        scores = combined(members, repeats, mix)
         own = scores[np.arange(len(plays)), targets]
         ranks = (scores >= own[:, None]).sum(axis=1)
         found = (ranks <= 20) & (own > 0)
         return float(found.sum() + 0.2 * (found / ranks).sum())
 
-    chosen = choose_weights(hybrid, fresh, plays)
-    best = max(worth(weights) for weights in weight_grid(0.1))
-    assert worth(chosen) == pytest.approx(best, rel=0.01)
-    assert worth(chosen) > worth((0.1, 0.0, 0.0, 0.9)) + 1
+    chosen = choose_mix(hybrid, fresh, plays)
+    began = replace(chosen, new=USUAL_MIX.new)  # songs heard are weighed first
+    assert worth(began) == pytest.approx(max(worth(replace(began, heard=w)) for w in weight_grid(0.1)), rel=0.01)
+    news = [(*weights, 0.0) for weights in weight_grid(0.1, 3)]
+    assert worth(chosen) == pytest.approx(max(worth(replace(chosen, new=w)) for w in news), rel=0.01)
+    assert worth(chosen) > worth(replace(chosen, heard=(0.1, 0.0, 0.0, 0.9), new=(0.1, 0.0, 0.9, 0.0))) + 1
+
+
+def test_the_gate_is_fitted_on_what_was_repeated() -> None:
+    """Some listen to one song again and again, the others never to any."""
+    songs = [[user] * 20 if user % 2 else list(range(user, user + 20)) for user in range(20)]
+    fresh = Histories.from_lists(songs, [np.arange(20) * MINUTE] * 20)  # type: ignore[list-item]
+    hybrid = HybridRecommender(Successor(network(), random_vectors(CYCLE)), _remembering(fresh, CYCLE), USUAL_MIX)
+    plays = np.flatnonzero(fresh.places > 1)  # one play tells nothing
+    mix = choose_mix(hybrid, fresh, plays)
+    scores = combined(*hybrid.chances(fresh, Questions.before_plays(fresh, plays)), mix)
+    heard = Repeats.of(fresh, Questions.before_plays(fresh, plays), CYCLE)
+    chances = np.bincount(heard.asked, weights=scores[heard.asked, heard.songs], minlength=len(plays))
+    loops = fresh.rows[plays] % 2 == 1
+    assert chances[loops].min() > 0.9
+    assert chances[~loops].max() < 0.1
 
 
 def _wandering(users: int, seed: int) -> Histories:
@@ -141,23 +162,47 @@ def _wandering(users: int, seed: int) -> Histories:
 def test_candidates_are_the_first_of_every_member_without_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayrec.recommend.mixing.FIRST_SONGS", 2)
     members = np.array([[[0.5, 0.3, 0.2, 0, 0]], [[0, 0.6, 0, 0, 0.4]]], dtype=np.float32)
-    rivals, own = _candidates(members, np.array([1]))
-    np.testing.assert_allclose(own, [[0.3], [0.6]])
-    kept = rivals[:, 0, rivals[0, 0] >= 0]
-    np.testing.assert_allclose(kept, [[0.5, 0], [0, 0.4]])  # songs 0 and 4, each once
+    repeats = Repeats(np.array([0, 0]), np.array([1, 4]), np.zeros((1, 5)))
+    cases = _candidates(members, repeats, np.array([1]))
+    np.testing.assert_allclose(cases.own_MQ, [[0.3], [0.6]])
+    there = cases.rivals_MQC[0, 0] >= 0
+    np.testing.assert_allclose(cases.rivals_MQC[:, 0, there], [[0.5, 0], [0, 0.4]])  # songs 0 and 4, each once
+    np.testing.assert_array_equal(cases.rivals_heard_QC[0, there], [False, True])
+    assert cases.own_heard_Q.tolist() == [True]
+    np.testing.assert_allclose(cases.heard_MQ, [[0.3], [1]])
+    np.testing.assert_allclose(cases.new_MQ, [[0.7], [0]])
+
+
+ALONE = Mix(heard=(1.0,), new=(1.0,), gate=RepeatGate((0.0, 0.0)))  # of one member; a repeat is as likely as not
+
+
+def _case(rival: float, own: float, rivals: int = 20, *, heard: float = 0.5) -> _Cases:
+    """One question: a song that was heard among rivals that were not."""
+    return _Cases(
+        rivals_MQC=np.full((1, 1, rivals), rival, dtype=np.float32),
+        own_MQ=np.array([[own]], dtype=np.float32),
+        rivals_heard_QC=np.zeros((1, rivals), dtype=bool),
+        own_heard_Q=np.ones(1, dtype=bool),
+        heard_MQ=np.array([[heard]], dtype=np.float32),
+        new_MQ=np.array([[1 - heard]], dtype=np.float32),
+        features_QF=np.zeros((1, 1)),
+    )
 
 
 def test_ties_count_against_a_song() -> None:
-    weights = np.array([1.0], dtype=np.float32)
-    rivals = np.full((1, 1, 20), 0.3, dtype=np.float32)
-    own = np.array([[0.3]], dtype=np.float32)
-    assert _gain(weights, rivals, own) == 0  # rank 21
-    assert _gain(weights, rivals[:, :, :3], own) == pytest.approx(1 + 0.2 / 4)
-    assert _gain(weights, rivals[:, :, :3] - 0.1, own) == pytest.approx(1 + 0.2)
+    assert _gain(ALONE, _case(0.3, 0.3)) == 0  # rank 21
+    assert _gain(ALONE, _case(0.3, 0.3, 3)) == pytest.approx(1 + 0.2 / 4)
+    assert _gain(ALONE, _case(0.2, 0.3, 3)) == pytest.approx(1 + 0.2)
+
+
+def test_songs_heard_and_new_ones_are_weighed_by_their_shares() -> None:
+    """0.2 of the 0.25 that songs heard have between them is more than 0.3 of 0.75."""
+    assert _gain(ALONE, _case(0.3, 0.2, 3, heard=0.25)) == pytest.approx(1 + 0.2)
+    assert _gain(ALONE, _case(0.3, 0.2, 3)) == pytest.approx(1 + 0.2 / 4)
 
 
 def test_a_song_without_any_chance_is_never_found() -> None:
-    assert _gain(np.array([1.0]), np.full((1, 1, 3), -1.0), np.zeros((1, 1))) == 0
+    assert _gain(ALONE, _case(-1.0, 0.0, 3)) == 0
 
 
 def test_songs_that_the_network_does_not_know_win_no_weight_for_others() -> None:
@@ -166,10 +211,10 @@ def test_songs_that_the_network_does_not_know_win_no_weight_for_others() -> None
     vectors[30:] = 0
     fresh = cycling_histories(20)
     plays = _later(fresh)
-    hybrid = HybridRecommender(Successor(network(), vectors), _remembering(fresh, CYCLE), USUAL_WEIGHTS)
+    hybrid = HybridRecommender(Successor(network(), vectors), _remembering(fresh, CYCLE), USUAL_MIX)
     unknown = plays[fresh.songs[plays] >= 30]
-    first = weight_grid(0.1)[0]
-    assert choose_weights(hybrid, fresh, unknown) == first  # all alike, at nothing found
+    mix = choose_mix(hybrid, fresh, unknown)  # all alike, at nothing found
+    assert (mix.heard, mix.new) == (weight_grid(0.1)[0], (*weight_grid(0.1, 3)[0], 0.0))
 
 
 VALIDATION_FROM, TEST_FROM = 3 * 1440 * MINUTE, 4 * 1440 * MINUTE
@@ -192,9 +237,9 @@ def _validation(dataset: Dataset) -> Validation:
 
 def test_a_memory_is_weighed_on_the_selection_and_fitted_on_all_that_is_allowed(dataset: Dataset) -> None:
     validation = _validation(dataset)
-    (weights,) = write_memory(dataset, "model", SPLIT.final, SPLIT.selection, validation, "selected")
+    (mix,) = write_memory(dataset, "model", SPLIT.final, SPLIT.selection, validation, "selected")
     memory, stored = Memory.load(dataset.workspace, f"model/{MEMORY}", dataset.num_songs)
-    assert stored == pytest.approx(weights)
+    assert stored == mix
 
     def fitted(allowed: FitRange) -> Memory:
         return Memory.fit(lambda: _select(dataset, allowed), num_songs=dataset.num_songs, allowed=allowed)
@@ -204,13 +249,13 @@ def test_a_memory_is_weighed_on_the_selection_and_fitted_on_all_that_is_allowed(
     assert memory.sessions.sessions.shape == final.sessions.sessions.shape == (60 * 4, dataset.num_songs)
     assert selection.sessions.sessions.shape == (60 * 3, dataset.num_songs)
     selected = TasteRecommender.from_folder(dataset.workspace, "selected")
-    hybrid = HybridRecommender(selected, selection, USUAL_WEIGHTS)
-    assert weights == choose_weights(hybrid, validation.histories, validation.plays)
+    hybrid = HybridRecommender(selected, selection, USUAL_MIX)
+    assert mix == choose_mix(hybrid, validation.histories, validation.plays)
 
 
 def test_without_a_validation_range_the_usual_weights_stay(dataset: Dataset) -> None:
-    (weights,) = write_memory(dataset, "model", FitRange(), None, None, "nowhere")
-    assert weights == USUAL_WEIGHTS
+    (mix,) = write_memory(dataset, "model", FitRange(), None, None, "nowhere")
+    assert mix == USUAL_MIX
     memory, _ = Memory.load(dataset.workspace, f"model/{MEMORY}", dataset.num_songs)
     assert memory.sessions.sessions.shape[0] == 60 * 5
 

@@ -15,7 +15,7 @@ from rayrec.recommend import recommender as recommender_module
 from rayrec.recommend.average import AverageRecommender
 from rayrec.recommend.hybrid import HybridRecommender, Memory
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.mixing import USUAL_WEIGHTS
+from rayrec.recommend.mixing import USUAL_MIX
 from rayrec.recommend.neighbours import NeighboursRecommender
 from rayrec.recommend.own_rules import OwnRulesRecommender
 from rayrec.recommend.popularity import PopularityRecommender
@@ -60,7 +60,7 @@ def _network(_: Histories, vectors: np.ndarray) -> TasteRecommender:
 
 def _hybrid(plays: Histories, vectors: np.ndarray) -> Recommender:
     memory = Memory.fit(lambda: [plays], num_songs=NUM_SONGS, allowed=FitRange())
-    return HybridRecommender(_network(plays, vectors), memory, USUAL_WEIGHTS)
+    return HybridRecommender(_network(plays, vectors), memory, USUAL_MIX)
 
 
 MAKERS: dict[str, Maker] = {
