@@ -23,6 +23,7 @@ from rayrec.recommend.mixing import write_memory
 from rayrec.songs.sessions import UNCUT
 from rayrec.taste.config import PLAY_COUNTS, TrainConfig
 from rayrec.taste.fitting import Phase
+from rayrec.taste.popularity import log_prior
 from rayrec.taste.sequences import Sequences
 from rayrec.workspace import Workspace
 
@@ -115,7 +116,8 @@ def _remember(dataset: Dataset, plan: TrainPlan) -> dict[str, Any]:
     phase: Phase = "final" if plan.config.refit or plan.validation is None else "selection"
     validation = None if plan.validation is None else read_validation(plan)
     ranges = (plan.ranges[phase], plan.ranges.get("selection"))
-    (mix,) = run_on_node(write_memory, dataset, plan.folder, *ranges, validation, selected_folder(plan), cpus=1)
+    prior = log_prior(plan.workspace.read_array(plan.counts[phase]), plan.config.long_correction)
+    (mix,) = run_on_node(write_memory, dataset, plan.folder, *ranges, validation, selected_folder(plan), prior, cpus=1)
     weights = {"heard": mix.heard, "new": mix.new}
     return {"weights": {songs: dict(zip(MEMBERS, values, strict=True)) for songs, values in weights.items()}}
 

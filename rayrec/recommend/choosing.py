@@ -13,7 +13,7 @@ import numpy as np
 from rayrec.data.histories import Histories, Questions
 from rayrec.recommend.diversity import diversify, pool_size
 from rayrec.recommend.filters import Limits
-from rayrec.recommend.hybrid import HybridRecommender, softmax
+from rayrec.recommend.hybrid import HybridRecommender
 from rayrec.recommend.recommender import NO_SONG, Horizon, Recommender, SearchPath, check_count, top_k
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.vector_recommender import normalized
@@ -73,8 +73,8 @@ def choose(recommender: Recommender, known: Known, wish: Wish) -> Chosen:
     """The k best songs of a user, as `recommender` ranks them.
 
     At weight 0 and 1 these are the songs of `recommender.recommend` on the horizon. Between them a network
-    alone looks around the mean of its two taste vectors; a hybrid mixes the chances of the short horizon
-    with the softmax of the long one's cosines. Diverse songs are chosen among the first of them.
+    alone looks around the mean of its two taste vectors; a hybrid mixes the chances of both horizons. Diverse
+    songs are chosen among the first of them.
     """
     if not wish.diversity:
         return _choose(recommender, known, wish)
@@ -92,7 +92,7 @@ def similar(recommender: Recommender, song: int, k: int) -> Chosen:
 
 def _choose(recommender: Recommender, known: Known, wish: Wish) -> Chosen:
     network = network_of(recommender)
-    if isinstance(recommender, HybridRecommender) and wish.long_weight < 1:
+    if isinstance(recommender, HybridRecommender):
         return _best(_mixed_chances(recommender, known, wish), wish)
     return _nearest(network, _mixed_vector(known, wish), wish)
 
@@ -123,13 +123,15 @@ def _mixed_vector(known: Known, wish: Wish) -> np.ndarray:
 
 def _mixed_chances(hybrid: HybridRecommender, known: Known, wish: Wish) -> np.ndarray:
     """float32 (N,): the chances of all songs; -inf for those that the network does not know."""
-    network, questions = hybrid.network, Questions.at_end(known.history, known.at)
-    cosines = network.score_vectors(known.vectors["short"][None])
-    chances: np.ndarray = hybrid.score_beside(cosines, known.history, questions)[0]
-    if wish.long_weight > 0:
-        later = softmax(network.score_vectors(known.vectors["long"][None]) * np.float32(network.scale("long")))[0]
-        chances = np.float32(1 - wish.long_weight) * chances + np.float32(wish.long_weight) * later
-    return chances
+    cosines = {horizon: hybrid.network.score_vectors(known.vectors[horizon][None]) for horizon in wish.horizons}
+    chances = []
+    if "short" in cosines:
+        chances.append(hybrid.next(cosines["short"], known.history, Questions.at_end(known.history, known.at))[0])
+    if "long" in cosines:
+        chances.append(hybrid.later(cosines["long"])[0])
+    if len(chances) == 1:
+        return np.asarray(chances[0])
+    return np.asarray(np.float32(1 - wish.long_weight) * chances[0] + np.float32(wish.long_weight) * chances[1])
 
 
 def _best(scores: np.ndarray, wish: Wish) -> Chosen:

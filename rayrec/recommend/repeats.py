@@ -4,7 +4,7 @@ Listeners repeat in spells, so the latest plays tell most. Q questions, N songs,
 and a song, F features.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize
@@ -65,6 +65,10 @@ class RepeatGate:
     def chances(self, features: np.ndarray) -> np.ndarray:
         """float32 (Q,): in (0, 1)."""
         return np.asarray(expit(_with_one(features) @ np.array(self.coefficients)), dtype=np.float32)
+
+    def shifted(self, by: float) -> "RepeatGate":
+        """One whose log-odds of a repeat are higher by this."""
+        return replace(self, coefficients=(self.coefficients[0] + by, *self.coefficients[1:]))
 
     @classmethod
     def fit(cls, features: np.ndarray, repeated: np.ndarray) -> "RepeatGate":

@@ -22,9 +22,13 @@ class Goal:
     """What tells one horizon's loss from another's."""
 
     scale: Tensor  # of cosine logits
-    # Share of the logQ correction [ours]. With all of it the logits are the songs' chances, with none their
-    # chances over their popularity.
-    correction: float = 1.0
+    # float32 (N,), added to the logits to make those of the songs' chances [ours]: with popularity in it, the cosines
+    # need not say how popular songs are.
+    prior: Tensor | None = None
+
+    def logits(self, cosines: Tensor, songs: Tensor) -> Tensor:
+        """Of chances, from cosines (..., X) with songs int64 (..., X) or (X,)."""
+        return cosines * self.scale if self.prior is None else cosines * self.scale + self.prior[songs]
 
 
 class Negatives:
@@ -67,10 +71,8 @@ def l2(model: TasteModel, taste_PD: Tensor, targets_PT: Tensor, negatives: Negat
 
 def softmax(model: TasteModel, taste_PD: Tensor, targets_PT: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
     """Cross-entropy of a target among all songs, summed [ours]; for small catalogs, its cost grows with N."""
-    songs_ND = model.song_vectors(torch.arange(model.config.num_songs, device=targets_PT.device))
-    logits_PN = taste_PD @ songs_ND.T * goal.scale
-    if goal.correction < 1:
-        logits_PN = logits_PN + (1 - goal.correction) * negatives.log_expected.to(logits_PN.device)
+    songs_N = torch.arange(model.config.num_songs, device=targets_PT.device)
+    logits_PN = goal.logits(taste_PD @ model.song_vectors(songs_N).T, songs_N)
     chances_PT = log_softmax(logits_PN, dim=-1).gather(1, targets_PT.clamp(min=0))
     return _over_targets(-chances_PT, targets_PT)
 
@@ -84,11 +86,9 @@ def sampled_softmax(
     expected among the K. The targets of a position stand for themselves, each song once, and a negative
     that is one of them does not count.
     """
-    log_expected, songs_K = negatives.log_expected, negatives.songs_K
-    known_PT = targets_PT.clamp(min=0)
-    targets_logits_PT = _cosines(model, taste_PD, targets_PT) * goal.scale
-    targets_logits_PT = targets_logits_PT + (1 - goal.correction) * log_expected[known_PT]
-    negative_PK = taste_PD @ model.song_vectors(songs_K).T * goal.scale - goal.correction * log_expected[songs_K]
+    songs_K = negatives.songs_K
+    targets_logits_PT = goal.logits(_cosines(model, taste_PD, targets_PT), targets_PT.clamp(min=0))
+    negative_PK = goal.logits(taste_PD @ model.song_vectors(songs_K).T, songs_K) - negatives.log_expected[songs_K]
     hit_PK = torch.zeros_like(negative_PK, dtype=torch.bool)
     for targets_P in targets_PT.unbind(1):
         hit_PK |= songs_K == targets_P.unsqueeze(-1)

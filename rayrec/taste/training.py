@@ -19,6 +19,7 @@ from rayrec.taste.config import Horizon, TrainConfig
 from rayrec.taste.features import PlayBatch, pad
 from rayrec.taste.model import SONG_TABLE, TasteModel
 from rayrec.taste.objectives import OBJECTIVES, Goal, Negatives
+from rayrec.taste.popularity import log_prior
 
 LARGEST_GRADIENT = 1.0  # norm to which gradients are clipped
 
@@ -54,11 +55,13 @@ class StepReport:
 class Losses(nn.Module):
     """The network and what it is trained for, as one module, so that a distributed step sees all of it."""
 
-    def __init__(self, model: TasteModel, config: TrainConfig, negatives: Negatives, share: Share) -> None:
+    def __init__(
+        self, model: TasteModel, config: TrainConfig, negatives: Negatives, priors: dict[str, Tensor], share: Share
+    ) -> None:
         super().__init__()
         self.model = model
         self._objective, self._negatives, self._share = OBJECTIVES[config.objective], negatives, share
-        self._corrections = {"long": config.long_correction}
+        self._priors = priors  # by horizon, of those that have one
 
     def forward(self, batch: PlayBatch, inputs_B: Tensor, targets: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """The losses of all horizons added, each the mean over the targets of all workers.
@@ -76,7 +79,7 @@ class Losses(nn.Module):
         if count == 0:
             return taste_BLD.sum() * 0.0
         taste_PD = taste_BLD.flatten(0, 1)[positions].float()
-        goal = Goal(scale=self.model.scale(horizon), correction=self._corrections.get(horizon, 1.0))
+        goal = Goal(scale=self.model.scale(horizon), prior=self._priors.get(horizon))
         # Gradients are averaged over workers afterwards, which this factor undoes.
         return self._objective(self.model, taste_PD, targets_PT, self._negatives, goal) * (self._share.workers / count)
 
@@ -100,7 +103,10 @@ class Training:
         if table:
             self.optimizers.append(torch.optim.SparseAdam(table, lr=config.learning_rate))
         self._dense = dense
-        self._losses: nn.Module = Losses(model, config, self.negatives, share)
+        priors = {}
+        if config.long_correction < 1:
+            priors["long"] = torch.from_numpy(log_prior(counts, config.long_correction)).to(self.device)
+        self._losses: nn.Module = Losses(model, config, self.negatives, priors, share)
         if share.workers > 1:
             self._losses = self._distributed()
 

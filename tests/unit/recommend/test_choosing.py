@@ -12,7 +12,7 @@ from rayrec.errors import InputError
 from rayrec.recommend.answering import load_recommender
 from rayrec.recommend.choosing import Known, Wish, choose, network_of
 from rayrec.recommend.filters import Limits
-from rayrec.recommend.hybrid import HybridRecommender, softmax
+from rayrec.recommend.hybrid import HybridRecommender
 from rayrec.recommend.recommender import Recommender
 from rayrec.workspace import Workspace
 
@@ -43,10 +43,9 @@ def by_definition(recommender: Recommender, weight: float) -> np.ndarray:
     """float32 (N,): what each song scores with this weight for the long horizon."""
     network, questions = network_of(recommender), Questions.at_end(HISTORY, AT)
     short, long = (network.vectors(HISTORY, questions, horizon)[0] for horizon in ("short", "long"))
-    if isinstance(recommender, HybridRecommender) and weight < 1:
-        chances = recommender.score(HISTORY, questions, "short")[0]
-        later = softmax(network.score(HISTORY, questions, "long") * np.float32(network.scale("long")))[0]
-        scores = (1 - weight) * chances + weight * later
+    if isinstance(recommender, HybridRecommender):
+        soon, later = (recommender.score(HISTORY, questions, horizon)[0] for horizon in ("short", "long"))
+        scores = (1 - weight) * soon + weight * later
     else:
         mixed = (1 - weight) * short + weight * long
         scores = network.song_vectors @ (mixed / np.linalg.norm(mixed))

@@ -14,6 +14,7 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.errors import DamagedArtifactError, LeakError
 from rayrec.recommend.hybrid import (
+    PRIOR_SHARE,
     RULES_POWER,
     HybridRecommender,
     Memory,
@@ -37,10 +38,11 @@ WITHOUT_VECTOR = 7
 HEARD, NEW = (0.4, 0.3, 0.2, 0.1), (0.2, 0.5, 0.3, 0.0)
 GATE = RepeatGate((-1.0, 0.3, 0.5, 0.5, 0.5, 1.0, 0.2, 0.1, 0.1, 0.1))
 MIX = Mix(heard=HEARD, new=NEW, gate=GATE)
+PRIOR = np.linspace(-1, 1, NUM_SONGS, dtype=np.float32)
 
 
 def _memory(histories: Histories) -> Memory:
-    return Memory.fit(lambda: [histories], num_songs=NUM_SONGS, allowed=FitRange())
+    return Memory.fit(lambda: [histories], num_songs=NUM_SONGS, allowed=FitRange(), prior=PRIOR)
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +136,15 @@ def test_songs_that_the_network_does_not_know_stay_out(hybrid: HybridRecommender
     assert np.isneginf(hybrid.score(histories, Questions.at_end(histories, 0))[:, WITHOUT_VECTOR]).all()
 
 
-def test_the_network_alone_answers_for_the_time_to_come(hybrid: HybridRecommender, histories: Histories) -> None:
+def test_for_the_time_to_come_a_song_is_as_likely_as_taste_and_popularity_say(
+    hybrid: HybridRecommender, histories: Histories
+) -> None:
     questions = Questions.at_end(histories, 0)
-    wanted = hybrid.network.score(histories, questions, "long")
-    np.testing.assert_array_equal(hybrid.score(histories, questions, "long"), wanted)
+    likeness = np.exp(hybrid.network.score(histories, questions, "long") * hybrid.network.scale("long"))
+    found = hybrid.score(histories, questions, "long")
+    songs = np.arange(NUM_SONGS) != WITHOUT_VECTOR
+    np.testing.assert_allclose(found[:, songs], shares(likeness * np.exp(PRIOR_SHARE * PRIOR))[:, songs], rtol=1e-4)
+    assert np.isneginf(found[:, WITHOUT_VECTOR]).all()
 
 
 def test_a_memory_refuses_plays_past_the_cut(histories: Histories) -> None:
@@ -154,6 +161,7 @@ def test_a_memory_comes_back_from_its_file(
     questions = Questions.at_end(histories, 0)
     for found, kept in ((memory.sessions, hybrid.memory.sessions), (memory.rules, hybrid.memory.rules)):
         np.testing.assert_array_equal(found.score(histories, questions), kept.score(histories, questions))
+    np.testing.assert_array_equal(memory.prior, PRIOR)
 
 
 def test_a_memory_of_an_earlier_version_is_refused(hybrid: HybridRecommender, workspace: Workspace) -> None:
@@ -198,7 +206,9 @@ def test_memory_ranks_first_what_it_alone_remembers() -> None:
     rules = np.zeros((NUM_SONGS, NUM_SONGS), dtype=np.float32)
     rules[3, 4] = 1
     memory = Memory(
-        VstanRecommender(sessions, np.zeros(sessions.shape[0], np.int64)), SequentialRulesRecommender(csr_matrix(rules))
+        VstanRecommender(sessions, np.zeros(sessions.shape[0], np.int64)),
+        SequentialRulesRecommender(csr_matrix(rules)),
+        PRIOR,
     )
     hybrid = HybridRecommender(TasteRecommender(network(), random_vectors(NUM_SONGS)), memory, MIX)
     songs, _ = hybrid.recommend(Histories.from_lists([[3]], [[0]]), 0, 1)

@@ -14,9 +14,11 @@ from rayrec.data.split import FitRange, Split
 from rayrec.errors import LeakError
 from rayrec.recommend.hybrid import MEMBERS, HybridRecommender, Memory, Mix, combined
 from rayrec.recommend.mixing import (
+    SHIFTS,
     USUAL_MIX,
     _candidates,
     _Cases,
+    _cases,
     _gain,
     _select,
     choose_mix,
@@ -33,6 +35,7 @@ from rayrec.taste.fitting import Validation
 from rayrec.workspace import Workspace
 
 NETWORK, SESSIONS, RULES, OWN = range(len(MEMBERS))
+PRIOR = np.linspace(0, 1, 120, dtype=np.float32)
 ALBUMS, ALBUM = 30, 4  # a session plays one album, its songs in any order
 
 
@@ -119,20 +122,23 @@ def test_the_chosen_weights_are_the_best_of_the_grid() -> None:
     fresh = _wandering(10, 2)
     plays = _later(fresh)
     members, repeats = hybrid.chances(fresh, Questions.before_plays(fresh, plays))
-    targets = fresh.songs[plays]
+    targets, cases = fresh.songs[plays], _cases(hybrid, fresh, plays)
 
     def worth(mix: Mix) -> float:
         scores = combined(members, repeats, mix)
         own = scores[np.arange(len(plays)), targets]
         ranks = (scores >= own[:, None]).sum(axis=1)
-        found = (ranks <= 20) & (own > 0)
+        found = np.where(cases.own_heard_Q, 1, 2) * ((ranks <= 20) & (own > 0))
         return float(found.sum() + 0.2 * (found / ranks).sum())
 
     chosen = choose_mix(hybrid, fresh, plays)
-    began = replace(chosen, new=USUAL_MIX.new)  # songs heard are weighed first
+    fitted = replace(chosen, gate=RepeatGate.fit(cases.features_QF, cases.own_heard_Q))
+    shifted = [worth(replace(fitted, gate=fitted.gate.shifted(by))) for by in SHIFTS]
+    assert worth(chosen) == pytest.approx(max(shifted), rel=0.01)
+    began = replace(fitted, new=USUAL_MIX.new)  # songs heard are weighed first
     assert worth(began) == pytest.approx(max(worth(replace(began, heard=w)) for w in weight_grid(0.1)), rel=0.01)
     news = [(*weights, 0.0) for weights in weight_grid(0.1, 3)]
-    assert worth(chosen) == pytest.approx(max(worth(replace(chosen, new=w)) for w in news), rel=0.01)
+    assert worth(fitted) == pytest.approx(max(worth(replace(fitted, new=w)) for w in news), rel=0.01)
     assert worth(chosen) > worth(replace(chosen, heard=(0.1, 0.0, 0.0, 0.9), new=(0.1, 0.0, 0.9, 0.0))) + 1
 
 
@@ -195,6 +201,11 @@ def test_ties_count_against_a_song() -> None:
     assert _gain(ALONE, _case(0.2, 0.3, 3)) == pytest.approx(1 + 0.2)
 
 
+def test_a_new_song_found_counts_as_two_repeats() -> None:
+    found = replace(_case(0.2, 0.3, 3), own_heard_Q=np.zeros(1, dtype=bool))
+    assert _gain(ALONE, found) == pytest.approx(2 * _gain(ALONE, _case(0.2, 0.3, 3)))
+
+
 def test_songs_heard_and_new_ones_are_weighed_by_their_shares() -> None:
     """0.2 of the 0.25 that songs heard have between them is more than 0.3 of 0.75."""
     assert _gain(ALONE, _case(0.3, 0.2, 3, heard=0.25)) == pytest.approx(1 + 0.2)
@@ -237,9 +248,10 @@ def _validation(dataset: Dataset) -> Validation:
 
 def test_a_memory_is_weighed_on_the_selection_and_fitted_on_all_that_is_allowed(dataset: Dataset) -> None:
     validation = _validation(dataset)
-    (mix,) = write_memory(dataset, "model", SPLIT.final, SPLIT.selection, validation, "selected")
+    (mix,) = write_memory(dataset, "model", SPLIT.final, SPLIT.selection, validation, "selected", PRIOR)
     memory, stored = Memory.load(dataset.workspace, f"model/{MEMORY}", dataset.num_songs)
     assert stored == mix
+    np.testing.assert_array_equal(memory.prior, PRIOR)
 
     def fitted(allowed: FitRange) -> Memory:
         return Memory.fit(lambda: _select(dataset, allowed), num_songs=dataset.num_songs, allowed=allowed)
@@ -254,7 +266,7 @@ def test_a_memory_is_weighed_on_the_selection_and_fitted_on_all_that_is_allowed(
 
 
 def test_without_a_validation_range_the_usual_weights_stay(dataset: Dataset) -> None:
-    (mix,) = write_memory(dataset, "model", FitRange(), None, None, "nowhere")
+    (mix,) = write_memory(dataset, "model", FitRange(), None, None, "nowhere", PRIOR)
     assert mix == USUAL_MIX
     memory, _ = Memory.load(dataset.workspace, f"model/{MEMORY}", dataset.num_songs)
     assert memory.sessions.sessions.shape[0] == 60 * 5
@@ -263,4 +275,4 @@ def test_without_a_validation_range_the_usual_weights_stay(dataset: Dataset) -> 
 def test_a_memory_refuses_what_it_must_not_see(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FitRange, "select", lambda self, histories: histories)
     with pytest.raises(LeakError, match="at or after its cut"):
-        list(write_memory(dataset, "model", SPLIT.final, None, None, "selected"))
+        list(write_memory(dataset, "model", SPLIT.final, None, None, "selected", PRIOR))

@@ -7,6 +7,7 @@ from networks import NUM_SONGS, model_config, network
 
 from rayrec.taste.config import SongTable
 from rayrec.taste.objectives import OBJECTIVES, Goal, Negatives, cosine, l2, sampled_softmax, softmax
+from rayrec.taste.popularity import log_prior
 
 COUNTS = np.arange(NUM_SONGS)  # song 0 was never played
 GOAL = Goal(scale=torch.tensor(12.0))
@@ -151,16 +152,17 @@ def test_each_horizon_learns_a_temperature_of_its_own(negatives: Negatives, tast
     assert model.log_scale.grad[1] != 0
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_less_of_the_correction_leaves_popularity_out_of_the_logits(share: float, taste: torch.Tensor) -> None:
-    """Over all songs, each drawn once: what is not corrected is added to the logits before they are compared."""
+@pytest.mark.parametrize("correction", [0.0, 0.5, 1.0])
+def test_a_prior_is_added_to_the_logits_before_they_are_compared(correction: float, taste: torch.Tensor) -> None:
+    """Over all songs, and estimated from so many that each is drawn."""
     model, targets = network(), torch.tensor([[3], [9], [9], [1], [59]])
-    goal = Goal(scale=torch.tensor(12.0), correction=share)
     counts = COUNTS + 1
+    prior = log_prior(counts, correction)
+    goal = Goal(scale=torch.tensor(12.0), prior=torch.from_numpy(prior))
     negatives = Negatives(counts, 1)
     whole = softmax(model, taste, targets, negatives, goal)
     units = torch.nn.functional.normalize(model.songs.weight, dim=-1)
-    logits = 12.0 * taste @ units.T + (1 - share) * torch.from_numpy(np.log(counts / counts.sum())).float()
+    logits = 12.0 * taste @ units.T + torch.from_numpy(prior)
     torch.testing.assert_close(whole, torch.nn.functional.cross_entropy(logits, targets[:, 0], reduction="sum"))
     many = Negatives(counts, 400_000)
     many.draw(torch.Generator().manual_seed(0), torch.device("cpu"))
