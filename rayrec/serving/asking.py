@@ -106,13 +106,17 @@ def _day(text: str | None) -> date | None:
 
 def histories_of(asked: Sequence[Asked]) -> Histories:
     """The plays of all askers."""
+
+    def together(parts: list[np.ndarray]) -> np.ndarray:
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)  # one is what most requests are about
+
     return Histories(
-        user_ids=np.arange(len(asked)).astype(str).astype(object),
-        offsets=np.concatenate([[0], np.cumsum([len(one.songs) for one in asked])]).astype(np.int64),
-        songs=np.concatenate([one.songs for one in asked]),
-        played_at=np.concatenate([one.played_at for one in asked]),
-        contexts=np.concatenate([one.contexts for one in asked]),
-        skipped=np.concatenate([one.skipped for one in asked]),
+        user_ids=np.array([str(row) for row in range(len(asked))], dtype=object),
+        offsets=np.cumsum([0, *(len(one.songs) for one in asked)], dtype=np.int64),
+        songs=together([one.songs for one in asked]),
+        played_at=together([one.played_at for one in asked]),
+        contexts=together([one.contexts for one in asked]),
+        skipped=together([one.skipped for one in asked]),
     )
 
 

@@ -125,7 +125,7 @@ class TrainConfig:
     in_batch: int = setting(0, help="targets drawn from the batch of a step as negatives beside those; 0: none")
     long_targets: int = setting(4, help="plays drawn as targets of each position on a horizon of several offsets")
     long_correction: float = setting(
-        0.5, help="share of popularity that the long horizon's taste vectors hold: 1 is chance, 0 likeness alone"
+        0.75, help="share of popularity that the long horizon's taste vectors hold: 1 is chance, 0 likeness alone"
     )
     short: tuple[int, ...] = setting((1, 1), help="offsets min,max of the short horizon, in plays; empty: none")
     long: tuple[int, ...] = setting((25, 50), help="offsets min,max of the long horizon, in plays; empty: none")
