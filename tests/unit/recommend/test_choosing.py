@@ -45,7 +45,7 @@ def by_definition(recommender: Recommender, weight: float) -> np.ndarray:
     short, long = (network.vectors(HISTORY, questions, horizon)[0] for horizon in ("short", "long"))
     if isinstance(recommender, HybridRecommender):
         soon, later = (recommender.score(HISTORY, questions, horizon)[0] for horizon in ("short", "long"))
-        scores = (1 - weight) * soon + weight * later
+        scores = (1 - weight) * np.maximum(soon, 0) + weight * np.maximum(later, 0)  # -inf is no number to weigh
     else:
         mixed = (1 - weight) * short + weight * long
         scores = network.song_vectors @ (mixed / np.linalg.norm(mixed))
