@@ -31,6 +31,7 @@ PLAYS = 50  # of each history that is sent, and of each stored user
 K = 20
 BODIES = 200  # different requests
 USERS = 100
+PLAY_ROUNDS = 8  # of plays after few and after many, for each round of the other loads: they are short
 START_SECONDS = 600.0  # that an application may take to load a release
 # One thread for numeric work in each process, as the replicas have it.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "RAY_worker_niceness": "0"}
@@ -173,7 +174,8 @@ def _plays_cost(url: str, songs: int, config: BenchConfig) -> float:
             client.post(f"{url}/v1/plays", json=body).raise_for_status()
 
         many = config.serve_many_plays
-        told = bench_history_lengths(post, names, name=f"length-{songs}", rounds=config.rounds, many=many)
+        rounds = PLAY_ROUNDS * config.rounds
+        told = bench_history_lengths(post, names, name=f"length-{songs}", rounds=rounds, many=many)
     return 1 / float(told.ratio)
 
 
