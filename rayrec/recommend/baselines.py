@@ -10,6 +10,7 @@ from rayrec.data.split import DAY_MS, FitRange
 from rayrec.errors import InputError
 from rayrec.recommend.average import AverageRecommender
 from rayrec.recommend.neighbours import NeighboursRecommender
+from rayrec.recommend.own_plays import OwnPlaysRecommender
 from rayrec.recommend.popularity import RECENT_DAYS, PopularityRecommender
 from rayrec.recommend.recommender import Recommender
 from rayrec.recommend.selection import Selection
@@ -38,6 +39,7 @@ def _from_plays(fit: Callable[..., Recommender]) -> FromPlays:
 FROM_PLAYS: dict[str, FromPlays] = {
     "popularity": _from_plays(PopularityRecommender.fit),
     "popularity-recent": _recent,
+    "own-plays": lambda _batches, dataset, _allowed: OwnPlaysRecommender(dataset.num_songs),
     "sequential-rules": _from_plays(SequentialRulesRecommender.fit),
     "session-neighbours": _from_plays(SessionNeighboursRecommender.fit),
     "vstan": _from_plays(VstanRecommender.fit),

@@ -124,11 +124,9 @@ def _mixed_vector(known: Known, wish: Wish) -> np.ndarray:
 def _mixed_chances(hybrid: HybridRecommender, known: Known, wish: Wish) -> np.ndarray:
     """float32 (N,): the chances of all songs; -inf for those that the network does not know."""
     cosines = {horizon: hybrid.network.score_vectors(known.vectors[horizon][None]) for horizon in wish.horizons}
-    chances = []
-    if "short" in cosines:
-        chances.append(hybrid.next(cosines["short"], known.history, Questions.at_end(known.history, known.at))[0])
-    if "long" in cosines:
-        chances.append(hybrid.later(cosines["long"])[0])
+    questions = Questions.at_end(known.history, known.at)
+    answers = {"short": hybrid.next, "long": hybrid.later}
+    chances = [answers[horizon](found, known.history, questions)[0] for horizon, found in cosines.items()]
     if len(chances) == 1:
         return np.asarray(chances[0])
     return np.asarray(np.float32(1 - wish.long_weight) * chances[0] + np.float32(wish.long_weight) * chances[1])

@@ -14,6 +14,7 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.errors import DamagedArtifactError, LeakError
 from rayrec.recommend.hybrid import (
+    LATER_WEIGHTS,
     PRIOR_SHARE,
     RULES_POWER,
     HybridRecommender,
@@ -136,15 +137,26 @@ def test_songs_that_the_network_does_not_know_stay_out(hybrid: HybridRecommender
     assert np.isneginf(hybrid.score(histories, Questions.at_end(histories, 0))[:, WITHOUT_VECTOR]).all()
 
 
-def test_for_the_time_to_come_a_song_is_as_likely_as_taste_and_popularity_say(
+def test_for_the_time_to_come_a_song_is_as_likely_as_taste_popularity_sessions_and_own_plays_say(
     hybrid: HybridRecommender, histories: Histories
 ) -> None:
     questions = Questions.at_end(histories, 0)
     likeness = np.exp(hybrid.network.score(histories, questions, "long") * hybrid.network.scale("long"))
+    sessions = hybrid.memory.sessions.score(histories, questions)
+    played = np.stack([np.bincount(one.songs, minlength=NUM_SONGS) for one in _each(histories)]).astype(np.float32)
+    sessions[:, WITHOUT_VECTOR] = played[:, WITHOUT_VECTOR] = 0
+    assert sessions.any(axis=1).sum() > 1
+    network, together, own = LATER_WEIGHTS
+    expected = network * shares(likeness * np.exp(PRIOR_SHARE * PRIOR))
+    expected += together * shares(sessions) + own * shares(played)
     found = hybrid.score(histories, questions, "long")
     songs = np.arange(NUM_SONGS) != WITHOUT_VECTOR
-    np.testing.assert_allclose(found[:, songs], shares(likeness * np.exp(PRIOR_SHARE * PRIOR))[:, songs], rtol=1e-4)
+    np.testing.assert_allclose(found[:, songs], expected[:, songs], rtol=1e-4)
     assert np.isneginf(found[:, WITHOUT_VECTOR]).all()
+
+
+def _each(histories: Histories) -> list[Histories]:
+    return [histories.take(np.array([row])) for row in range(len(histories))]
 
 
 def test_a_memory_refuses_plays_past_the_cut(histories: Histories) -> None:

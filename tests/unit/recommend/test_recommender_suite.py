@@ -17,6 +17,7 @@ from rayrec.recommend.hybrid import HybridRecommender, Memory
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.mixing import USUAL_MIX
 from rayrec.recommend.neighbours import NeighboursRecommender
+from rayrec.recommend.own_plays import OwnPlaysRecommender
 from rayrec.recommend.own_rules import OwnRulesRecommender
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.recommender import Recommender, top_k
@@ -77,6 +78,7 @@ MAKERS: dict[str, Maker] = {
     "vstan": lambda plays, _: VstanRecommender.fit([plays], num_songs=NUM_SONGS, allowed=FitRange()),
     "weighted-short": lambda plays, vectors: fit_weighted([plays], vectors, "weighted-short", FitRange(), None),
     "weighted-long": lambda plays, vectors: fit_weighted([plays], vectors, "weighted-long", FitRange(), None),
+    "own-plays": lambda plays, _: OwnPlaysRecommender(NUM_SONGS),
     "own-rules": lambda plays, _: OwnRulesRecommender(NUM_SONGS),
     "neighbours": lambda _, vectors: NeighboursRecommender(vectors),
     "neighbours through an index": _indexed,
