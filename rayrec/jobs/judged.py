@@ -20,8 +20,8 @@ from rayrec.songs.vectors import FINAL, SELECTION
 from rayrec.taste.config import has_memory
 from rayrec.workspace import Workspace
 
-HYBRID, TASTE, TASTE_SHORT = "hybrid", "taste", "taste-short"
-NETWORKS = (HYBRID, TASTE, TASTE_SHORT)  # the recommenders that a models artifact may give
+HYBRID, HYBRID_SHORT, TASTE, TASTE_SHORT = "hybrid", "hybrid-short", "taste", "taste-short"
+NETWORKS = (HYBRID, HYBRID_SHORT, TASTE, TASTE_SHORT)  # the recommenders that a models artifact may give
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def choose(
         model = load(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
         inputs["models"] = model.id
         default = HYBRID if has_memory(model) else TASTE
-        if HYBRID in named and default != HYBRID:
+        if {HYBRID, HYBRID_SHORT} & set(named) and default != HYBRID:
             raise InputError(f"model {model.id} was trained without a memory; name taste, or train with --memory")
     for network in (*([model] if model else []), *others.values()):
         require_split(network, split, dataset, "train")
@@ -147,4 +147,5 @@ def _networks(workspace: Workspace, model: Manifest) -> dict[str, Recommender]:
 
     loaded = load_recommender(workspace, model)
     network = loaded.network if isinstance(loaded, HybridRecommender) else loaded
-    return {loaded.name: loaded, TASTE: network, TASTE_SHORT: network.short_only()}
+    parts = (loaded, loaded.short_only(), network, network.short_only())
+    return {part.name: part for part in parts}

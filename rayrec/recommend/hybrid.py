@@ -7,6 +7,7 @@ M members, E pairs of a question and a song heard.
 """
 
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -138,10 +139,16 @@ class HybridRecommender(Recommender):
         path = load(workspace, "models", model_id).path(MEMORY)
         return cls(network, *Memory.load(workspace, path, network.num_songs))
 
+    def short_only(self) -> "HybridRecommender":
+        """The same, answering for every horizon as for its short one."""
+        other = copy(self)
+        other.name, other.horizons, other.network = f"{self.name}-short", ("short",), self.network.short_only()
+        return other
+
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, N): the chances; -inf for songs that the network does not know."""
         cosines = self.network.score(histories, questions, horizon)
-        answer = self.later if horizon == "long" else self.next
+        answer = self.later if horizon == "long" and "long" in self.horizons else self.next
         return answer(cosines, histories, questions)
 
     def later(self, cosines: np.ndarray, histories: Histories, questions: Questions) -> np.ndarray:

@@ -80,4 +80,4 @@ class TasteRecommender(VectorRecommender):
     def head(self, horizon: Horizon) -> str:
         """The head of the network that answers for a horizon."""
         heads = list(self.encoder.model.config.horizons)
-        return horizon if horizon in heads else heads[0]
+        return horizon if horizon in heads and horizon in self.horizons else heads[0]

@@ -115,7 +115,7 @@ def test_without_a_network_the_command_to_run_is_named(dataset: Dataset) -> None
 
 
 def test_an_unknown_model_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(InputError, match="no model 'gru'; there are: hybrid, taste, taste-short, popularity"):
+    with pytest.raises(InputError, match="no model 'gru'; there are: hybrid, hybrid-short, taste, taste-short, pop"):
         evaluate(dataset.workspace, EvaluateConfig(models=("gru",)), split=SPLIT)
 
 

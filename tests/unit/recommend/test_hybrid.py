@@ -155,6 +155,17 @@ def test_for_the_time_to_come_a_song_is_as_likely_as_taste_popularity_sessions_a
     assert np.isneginf(found[:, WITHOUT_VECTOR]).all()
 
 
+def test_without_its_long_horizon_it_answers_for_the_time_to_come_as_for_the_next_play(
+    hybrid: HybridRecommender, histories: Histories
+) -> None:
+    short, questions = hybrid.short_only(), Questions.at_end(histories, 0)
+    assert (short.name, short.horizons) == ("hybrid-short", ("short",))
+    next_play = hybrid.score(histories, questions)
+    for horizon in hybrid.horizons:
+        np.testing.assert_array_equal(short.score(histories, questions, horizon), next_play)
+    assert not np.array_equal(hybrid.score(histories, questions, "long"), next_play)
+
+
 def _each(histories: Histories) -> list[Histories]:
     return [histories.take(np.array([row])) for row in range(len(histories))]
 
