@@ -260,18 +260,20 @@ def _first_allowed(
     songs: np.ndarray, scores: np.ndarray, banned: list[np.ndarray], num_songs: int, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first k of each row, ordered by score and song row, without the banned ones; filled with -1 and -inf."""
-    lengths = [len(rows) for rows in banned]
-    pairs = np.repeat(np.arange(len(banned)), lengths) * num_songs + np.concatenate(banned)
-    left_out = np.isin(songs + np.arange(len(songs))[:, None] * num_songs, pairs) | (songs == NO_SONG)
+    queries = np.arange(len(songs))[:, None]
+    pairs = np.repeat(np.arange(len(banned)), [len(rows) for rows in banned]) * num_songs + np.concatenate(banned)
+    keys = queries * num_songs + songs
+    left_out = songs == NO_SONG
+    if len(pairs):  # ascending, so that each is looked up where it would stand
+        left_out |= pairs[np.minimum(np.searchsorted(pairs, keys), len(pairs) - 1)] == keys
     scores = np.where(left_out, -np.inf, scores)
     order = np.lexsort((songs, -scores))[:, :k]
-    scores = np.take_along_axis(scores, order, axis=1)
-    songs = np.where(scores > -np.inf, np.take_along_axis(songs, order, axis=1), NO_SONG)
-    missing = ((0, 0), (0, k - songs.shape[1]))
-    return (
-        np.pad(songs, missing, constant_values=NO_SONG).astype(np.int32),
-        np.pad(scores, missing, constant_values=-np.inf).astype(np.float32),
-    )
+    first_songs = np.full((len(songs), k), NO_SONG, dtype=np.int32)
+    first_scores = np.full((len(songs), k), -np.inf, dtype=np.float32)
+    found = scores[queries, order]
+    first_songs[:, : order.shape[1]] = np.where(found > -np.inf, songs[queries, order], NO_SONG)
+    first_scores[:, : order.shape[1]] = found
+    return first_songs, first_scores
 
 
 def _lists(config: IndexConfig, songs: int) -> int:

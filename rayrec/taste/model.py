@@ -98,7 +98,7 @@ class TasteModel(nn.Module):
 
     def head(self, seen: Tensor, request_gap: Tensor, horizon: str) -> Tensor:
         """Normalized taste vectors (..., D) from what the trunk gives (..., X) and scaled gaps (...)."""
-        return self._tastes(seen, request_gap)[horizon]
+        return self._tastes(seen, request_gap, last=horizon)[horizon]
 
     def forward(self, batch: PlayBatch, request_gap_BL: Tensor) -> dict[str, Tensor]:
         """Normalized taste vectors (B, L, D) after every play, per horizon."""
@@ -121,7 +121,8 @@ class TasteModel(nn.Module):
         rows = state[self.config.recurrent_layers :]
         return from_state(rows, len(self.config.averages), self.config.embedding_dim)
 
-    def _tastes(self, seen: Tensor, request_gap: Tensor) -> dict[str, Tensor]:
+    def _tastes(self, seen: Tensor, request_gap: Tensor, last: str = "") -> dict[str, Tensor]:
+        """By horizon, up to and with `last` where it is given: a later one may build on those before it."""
         directions = seen[..., self.config.hidden_dim :]
         if self.config.features.request_gap:
             seen = torch.cat([seen, request_gap.unsqueeze(-1)], dim=-1)
@@ -137,6 +138,8 @@ class TasteModel(nn.Module):
                 if name in self.linked:
                     taste = taste + self.linked[name] * next(iter(tastes.values()))
             tastes[name] = normalize(taste, dim=-1)
+            if name == last:
+                break
         return tastes
 
 
