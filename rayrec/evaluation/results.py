@@ -13,11 +13,11 @@ from rayrec.evaluation.pairwise import NEGATIVES, PAIRED
 from rayrec.evaluation.protocol import EvaluateConfig, usual_k
 from rayrec.evaluation.slices import slices_of
 from rayrec.evaluation.tally import GROUPS, LAST, LISTED, SLICED, VIEWS, Tally
-from rayrec.evaluation.targets import TARGETS
+from rayrec.evaluation.targets import LONG_TERM, TARGETS
 from rayrec.recommend.recommender import Recommender
 
 DIGITS = 6  # of every figure
-COMPARED = (("next", "next_new"), ("recall", "mrr"))  # targets and metrics of comparisons
+COMPARED = (("next", "next_new", LONG_TERM), ("recall", "mrr"))  # targets and metrics of comparisons
 
 Entry = dict[str, Any]
 
