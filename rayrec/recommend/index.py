@@ -23,6 +23,7 @@ IndexKind = Literal["flat", "ivf"]
 
 INDEX_FILE = "index.faiss"
 STORED_AT_ONCE = 10_000  # vectors that `stored` gives out together
+SCORED_AT_ONCE = 256  # queries whose answers are scored together
 RECALL_DEPTH = 100  # recall is measured on the first 100 answers
 TIE_SLACK = 16  # extra answers fetched, so that songs of equal score at the end come in the order of rows
 MAX_OVERFETCH = 1_000  # songs to leave out that are made up for by fetching as many more answers
@@ -79,7 +80,8 @@ class SongIndex:
     """Searches songs by inner product; over normalized vectors that is the cosine.
 
     Flat answers are exact. IVF answers are those of the lists it looks into; where these hold fewer
-    than k songs that qualify, or few songs qualify at all, every song that does is scored.
+    than k songs that qualify, or few songs qualify at all, every song that does is scored. The lists hold vectors
+    in half precision, since most of a search is reading them; scores are those of the vectors themselves.
     """
 
     def __init__(self, index: Any, vectors: np.ndarray, figures: IndexFigures) -> None:
@@ -157,8 +159,8 @@ class SongIndex:
             return list(range(len(queries)))
         banned = [limits[row].banned_rows(len(self.vectors)) for row in rows.tolist()]
         fetched = min(self.figures.songs, k + TIE_SLACK + max(len(songs) for songs in banned))
-        scores, songs = self._index.search(queries if all(few) else queries[rows], fetched)
-        songs, scores = _first_allowed(songs, scores, banned, len(self.vectors), k)
+        found = self._found(queries if all(few) else queries[rows], fetched)
+        songs, scores = _first_allowed(*found, banned, len(self.vectors), k)
         ranking.songs[rows], ranking.scores[rows] = songs, scores
         complete = fetched == self.figures.songs and self.figures.kind == "flat"
         short = [] if complete else rows[songs[:, -1] == NO_SONG].tolist()
@@ -199,12 +201,20 @@ class SongIndex:
         faiss = import_faiss()
         bits = np.packbits(mask, bitorder="little")  # must outlive the search, which only points to it
         selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
-        parameters = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
-        scores, songs = self._index.search(query, count, params=parameters)
+        return self._found(query, count, faiss.SearchParametersIVF(sel=selector, nprobe=nprobe))
+
+    def _found(self, queries: np.ndarray, count: int, parameters: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """The first `count` songs that faiss finds for float32 (Q, D), and their scores; (Q, count) each."""
+        scores, songs = self._index.search(queries, count, params=parameters)
+        if self.figures.kind == "ivf":
+            for begin in range(0, len(queries), SCORED_AT_ONCE):
+                part = slice(begin, begin + SCORED_AT_ONCE)
+                exact = (self.vectors[songs[part]] @ queries[part, :, None])[..., 0]
+                scores[part] = np.where(songs[part] == NO_SONG, -np.inf, exact)
         return songs, scores
 
     def stored(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """What the index holds, some at a time: song rows int64 (n,) and their vectors, float32 (n, D)."""
+        """What the index holds, some at a time: song rows int64 (n,) and their vectors (n, D), float32 or float16."""
         faiss = import_faiss()
         dim = self._index.d
         if self.figures.kind == "flat":
@@ -217,7 +227,8 @@ class SongIndex:
         for number in range(self._index.nlist):
             if size := lists.list_size(number):
                 codes = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size)
-                yield faiss.rev_swig_ptr(lists.get_ids(number), size).copy(), codes.view(np.float32).reshape(size, dim)
+                vectors = codes.view(f"f{lists.code_size // dim}").reshape(size, dim)
+                yield faiss.rev_swig_ptr(lists.get_ids(number), size).copy(), vectors
 
     def save(self, workspace: Workspace, path: str) -> None:
         """Write the index as one file."""
@@ -284,7 +295,8 @@ def _lists(config: IndexConfig, songs: int) -> int:
 
 def _train_ivf(known: np.ndarray, rows: np.ndarray, nlist: int, seed: int) -> Any:
     faiss = import_faiss()
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(known.shape[1]), known.shape[1], nlist, faiss.METRIC_INNER_PRODUCT)
+    dim, half = known.shape[1], faiss.ScalarQuantizer.QT_fp16
+    index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, nlist, half, faiss.METRIC_INNER_PRODUCT, False)
     index.cp.seed = seed
     index.cp.min_points_per_centroid = 1  # small catalogs are no reason for a warning
     index.train(known)

@@ -168,8 +168,9 @@ def _check_index(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> N
     count = 0
     for songs, stored in index.stored():
         count += len(songs)
-        equal = bool(((songs >= 0) & (songs < len(vectors))).all()) and np.array_equal(vectors[songs], stored)
-        if not equal:
+        precision = float(np.finfo(stored.dtype).eps)
+        known = bool(((songs >= 0) & (songs < len(vectors))).all())
+        if not known or not np.allclose(vectors[songs], stored, rtol=precision, atol=1e-7):
             audit.problem(path, f"differs from {vectors_path}")
             return
     expected = int(np.count_nonzero(vectors.any(axis=1)))

@@ -116,6 +116,16 @@ def test_a_batch_answers_as_single_queries_do() -> None:
         np.testing.assert_array_equal(index.search(query[None], 10, [exclude[row]])[0][0], songs[row])
 
 
+def test_lists_in_half_precision_give_scores_and_an_order_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "SCORED_AT_ONCE", 3)
+    vectors, queries = unit_vectors(2_000), unit_vectors(7, seed=1)
+    index = SongIndex.build(vectors, IndexConfig(kind="ivf", nlist=1, queries=4))
+    songs, scores = index.search(queries, 50)
+    np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, songs, axis=1), rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(songs, brute_force(vectors, queries, 50, [np.zeros(0, np.int32)] * 7)[0])
+    assert {stored.dtype for _, stored in index.stored()} == {np.dtype(np.float16)}
+
+
 def test_no_queries_give_no_answers() -> None:
     songs, scores = SongIndex.build(unit_vectors(5), FLAT).search(np.zeros((0, 8)), 3)
     assert songs.shape == scores.shape == (0, 3)
