@@ -201,9 +201,9 @@ def test_ties_count_against_a_song() -> None:
     assert _gain(ALONE, _case(0.2, 0.3, 3)) == pytest.approx(1 + 0.2)
 
 
-def test_a_new_song_found_counts_as_two_repeats() -> None:
+def test_a_new_song_found_counts_as_three_repeats() -> None:
     found = replace(_case(0.2, 0.3, 3), own_heard_Q=np.zeros(1, dtype=bool))
-    assert _gain(ALONE, found) == pytest.approx(2 * _gain(ALONE, _case(0.2, 0.3, 3)))
+    assert _gain(ALONE, found) == pytest.approx(3 * _gain(ALONE, _case(0.2, 0.3, 3)))
 
 
 def test_songs_heard_and_new_ones_are_weighed_by_their_shares() -> None:
