@@ -14,11 +14,28 @@ NEVER = np.iinfo(np.int64).max  # rank of a song that lies too deep, or that no 
 def best_scores(scores: np.ndarray, depth: int) -> np.ndarray:
     """float32 (Q, min(depth, N)): the best scores of each row of float32 (Q, N), ascending. NaN counts as -inf."""
     depth = min(depth, scores.shape[1])
-    # Of the negative scores, since many equal ones behind the best are quicker to part from than before them.
-    behind = np.partition(-scores, depth - 1, axis=1)[:, :depth]
-    best: np.ndarray = -np.sort(behind, axis=1)[:, ::-1]
-    best[np.isnan(best)] = -np.inf  # NaN is sorted behind everything else
-    return best
+    floor = _floor(scores, depth)
+    flat = np.flatnonzero(scores > floor[:, None])  # NaN is above nothing
+    rows, songs = np.divmod(flat, max(1, scores.shape[1]))
+    count = np.bincount(rows, minlength=len(scores))
+    # What is above the floor, and the floor itself in all places that are left of the depth.
+    above = np.full((len(scores), depth + int(count.max(initial=0))), floor[:, None], dtype=np.float32)
+    above[rows, np.arange(len(rows)) - (np.cumsum(count) - count)[rows]] = scores[rows, songs]
+    return np.sort(np.partition(above, above.shape[1] - depth, axis=1)[:, above.shape[1] - depth :], axis=1)
+
+
+def _floor(scores: np.ndarray, depth: int) -> np.ndarray:
+    """float32 (Q,): a score that at least `depth` of each row reach, so that few need to be put in order.
+
+    The `depth` best of twice as many groups hold one each.
+    """
+    groups = 2 * depth
+    width = scores.shape[1] // groups
+    if not width:
+        return np.full(len(scores), -np.inf, dtype=np.float32)
+    best = np.fmax.reduce(scores[:, : groups * width].reshape(len(scores), width, groups), axis=1)
+    best[np.isnan(best)] = -np.inf
+    return np.asarray(np.partition(best, depth, axis=1)[:, depth])
 
 
 def ranks_of(scores: np.ndarray, rows: np.ndarray, songs: np.ndarray, best: np.ndarray) -> np.ndarray:

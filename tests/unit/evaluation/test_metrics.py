@@ -44,6 +44,24 @@ def test_ranks_of_several_songs_a_row_are_exact_above_the_depth_and_never_below(
         assert rank == (expected if expected < 11 and own > -np.inf else NEVER)
 
 
+@pytest.mark.parametrize("depth", [1, 5, 21, 400])
+@pytest.mark.parametrize("values", ["all different", "mostly ties", "few finite", "few numbers", "ascending"])
+def test_the_best_scores_are_those_that_sorting_finds(values: str, depth: int) -> None:
+    random = np.random.default_rng(2)
+    scores = random.standard_normal((30, 300)).astype(np.float32)
+    chance = random.random(scores.shape)
+    if values == "mostly ties":
+        scores = np.where(chance < 0.9, np.float32(0), scores)
+    elif values == "few finite":
+        scores[chance < 0.97] = -INF
+    elif values == "few numbers":
+        scores[chance < 0.97] = NAN
+    elif values == "ascending":
+        scores.sort(axis=1)
+    expected = np.sort(np.nan_to_num(scores, nan=-INF, neginf=-INF), axis=1)[:, -depth:]
+    np.testing.assert_array_equal(best_scores(scores, depth), expected)
+
+
 def _by_loops(ranks: list[int], k: int) -> tuple[float, float, float]:
     within = sorted(rank for rank in ranks if rank <= k)
     gain = sum(1 / math.log2(rank + 1) for rank in within)
