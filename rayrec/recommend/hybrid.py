@@ -6,7 +6,7 @@ again. How likely the user is to repeat a song at all just now is a question of 
 M members, E pairs of a question and a song heard.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,7 +21,7 @@ from rayrec.data.split import FitRange
 from rayrec.errors import DamagedArtifactError
 from rayrec.recommend.own_plays import OwnPlaysRecommender
 from rayrec.recommend.own_rules import OwnRulesRecommender
-from rayrec.recommend.recommender import Horizon, Kind, Recommender
+from rayrec.recommend.recommender import Horizon, Kind, Recommender, chunks_of
 from rayrec.recommend.repeats import RepeatGate, Repeats, gate_features
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
@@ -130,6 +130,7 @@ class HybridRecommender(Recommender):
     def __init__(self, network: TasteRecommender, memory: Memory, mix: Mix) -> None:
         self.network, self.memory, self.mix = network, memory, mix
         self.num_songs = network.num_songs
+        self._rules = _raised(memory.rules.rules)
         self._own = OwnRulesRecommender(self.num_songs)
         self._own_plays = OwnPlaysRecommender(self.num_songs)
 
@@ -148,40 +149,51 @@ class HybridRecommender(Recommender):
 
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, N): the chances; -inf for songs that the network does not know."""
-        cosines = self.network.score(histories, questions, horizon)
+        scores = np.empty((len(questions), self.num_songs), dtype=np.float32)
+        for chunk, chunk_scores in self.score_chunks(histories, questions, horizon):
+            scores[chunk] = chunk_scores
+        return scores
+
+    def score_chunks(
+        self, histories: Histories, questions: Questions, horizon: Horizon = "short"
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """As in `Recommender`; the network's vectors of all questions are computed in one pass."""
+        vectors = self.network.vectors(histories, questions, horizon)
         answer = self.later if horizon == "long" and "long" in self.horizons else self.next
-        return answer(cosines, histories, questions)
+        for chunk in chunks_of(len(questions), self.num_songs):
+            yield chunk, answer(self.network.score_vectors(vectors[chunk]), histories, questions.take(chunk))
 
     def later(self, cosines: np.ndarray, histories: Histories, questions: Questions) -> np.ndarray:
         """As `score` on the long horizon, where the network's cosines there, float32 (Q, N), are known."""
         network, together, own = np.array(LATER_WEIGHTS, dtype=np.float32)
         sessions, played = self.memory.sessions.score(histories, questions), self._own_plays.score(histories, questions)
         sessions[:, self.network.without_vector] = played[:, self.network.without_vector] = 0
-        likeness = cosines * np.float32(self.network.scale("long")) + PRIOR_SHARE * self.memory.prior
-        mixed: np.ndarray = network * softmax(likeness) + together * shares(sessions) + own * shares(played)
+        likeness = cosines * np.float32(self.network.scale("long"))
+        likeness += PRIOR_SHARE * self.memory.prior
+        mixed = softmax(likeness)
+        mixed *= network
+        for weight, scores in ((together, sessions), (own, played)):
+            mixed += np.multiply(weight, shares(scores), out=scores)
         mixed[:, self.network.without_vector] = -np.inf
         return mixed
 
     def next(self, cosines: np.ndarray, histories: Histories, questions: Questions) -> np.ndarray:
         """As `score` on the short horizon, where the network's cosines are known; the histories feed the memory."""
-        mixed = combined(*self.chances_beside(cosines, histories, questions), self.mix)
+        mixed = combined(*self.chances(cosines, histories, questions), self.mix)
         mixed[:, self.network.without_vector] = -np.inf
         return mixed
 
-    def chances(self, histories: Histories, questions: Questions) -> tuple[list[np.ndarray], Repeats]:
-        """M times float32 (Q, N): what each member thinks of each song as the next; rows add up to 1 or 0.
-
-        Beside them what is known of repeats. Songs that the network does not know are given no chance.
-        """
-        return self.chances_beside(self.network.score(histories, questions, "short"), histories, questions)
-
-    def chances_beside(
+    def chances(
         self, cosines: np.ndarray, histories: Histories, questions: Questions
     ) -> tuple[list[np.ndarray], Repeats]:
-        """As `chances`, where the network's cosines, float32 (Q, N), are known; the histories then feed the memory."""
+        """M times float32 (Q, N): what each member thinks of each song as the next; rows add up to 1 or 0.
+
+        Beside them what is known of repeats. The network's cosines, float32 (Q, N), are known, and the histories
+        feed the memory. Songs that the network does not know are given no chance.
+        """
         remembered = [
             self.memory.sessions.score(histories, questions),
-            _raised(self.memory.rules.score(histories, questions)),
+            self._rules.score(histories, questions),
             self._own.score(histories, questions),
         ]
         for scores in remembered:
@@ -213,24 +225,24 @@ def over(chance: np.ndarray, total: np.ndarray) -> np.ndarray:
     return np.asarray(np.divide(chance, total, out=np.zeros_like(chance), where=total > 0, casting="same_kind"))
 
 
-def _raised(rules: np.ndarray) -> np.ndarray:
-    """float32 (Q, N): the rules raised to their power, in place: few are not zero, and powers are slow."""
-    there = np.nonzero(rules)
-    rules[there] **= RULES_POWER
-    return rules
+def _raised(rules: csr_matrix) -> SequentialRulesRecommender:
+    """Rules raised to their power; where they lead is shared with those given."""
+    parts = (rules.data**RULES_POWER, rules.indices, rules.indptr)
+    return SequentialRulesRecommender(csr_matrix(parts, shape=rules.shape))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """float32 (Q, N): rows of chances; a row of -inf stays without any."""
+    """float32 (Q, N): rows of chances, written over the logits; a row of -inf stays without any."""
     top = logits.max(axis=1, keepdims=True)
-    exponents = np.exp(logits - np.where(np.isfinite(top), top, 0))
-    return shares(exponents)
+    logits -= np.where(np.isfinite(top), top, 0)
+    return shares(np.exp(logits, out=logits))
 
 
 def shares(scores: np.ndarray) -> np.ndarray:
-    """float32 (Q, N): rows scaled to add up to 1; rows of zeros stay."""
+    """float32 (Q, N): rows scaled to add up to 1, written over the scores; rows of zeros stay."""
     totals = scores.sum(axis=1, keepdims=True)
-    return np.asarray(scores / np.where(totals > 0, totals, 1), dtype=np.float32)
+    scores /= np.where(totals > 0, totals, 1)
+    return scores
 
 
 def load_recommender(

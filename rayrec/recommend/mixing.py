@@ -13,7 +13,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.recommend.hybrid import MEMBERS, HybridRecommender, Memory, Mix, Weights, over
-from rayrec.recommend.recommender import chunk_size
+from rayrec.recommend.recommender import chunks_of
 from rayrec.recommend.repeats import RepeatGate, Repeats, gate_features
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.taste.config import MEMORY
@@ -111,11 +111,11 @@ def weight_grid(step: float, members: int = len(MEMBERS)) -> list[Weights]:
 
 def _cases(hybrid: HybridRecommender, histories: Histories, plays: np.ndarray) -> _Cases:
     questions, targets = Questions.before_plays(histories, plays), histories.songs[plays]
-    step = chunk_size(hybrid.num_songs * len(MEMBERS))
+    vectors = hybrid.network.vectors(histories, questions)
     parts = []
-    for begin in range(0, len(plays), step):
-        chunk = slice(begin, begin + step)
-        members, repeats = hybrid.chances(histories, questions.take(chunk))
+    for chunk in chunks_of(len(plays), hybrid.num_songs * len(MEMBERS)):
+        cosines = hybrid.network.score_vectors(vectors[chunk])
+        members, repeats = hybrid.chances(cosines, histories, questions.take(chunk))
         parts.append(_candidates(np.stack(members), repeats, targets[chunk]))
     return _Cases(
         **{

@@ -1,7 +1,7 @@
 """Own plays: a user plays again what the user has played most."""
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import coo_matrix
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.recommend.recommender import Horizon, Recommender
@@ -25,5 +25,5 @@ class OwnPlaysRecommender(Recommender):
         """float32 (Q, N): times that each song is among the last 1,000 plays."""
         rows, songs, _ = last_plays(histories, questions, self.num_songs, LATEST)
         once = np.ones(len(rows), dtype=np.float32)
-        counts: np.ndarray = csr_matrix((once, (rows, songs)), shape=(len(questions), self.num_songs)).toarray()
+        counts: np.ndarray = coo_matrix((once, (rows, songs)), shape=(len(questions), self.num_songs)).toarray()
         return counts

@@ -6,7 +6,7 @@ P plays, N songs, Q questions.
 from dataclasses import replace
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import coo_matrix
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.recommend.neighbours import last_songs
@@ -40,7 +40,7 @@ class OwnRulesRecommender(Recommender):
             parts.append((weights, rows[known], songs[known]))
         weights, rows, songs = (np.concatenate(values) for values in zip(*parts, strict=True))
         shape = (len(questions), self.num_songs)
-        scores: np.ndarray = csr_matrix((weights, (rows, songs)), shape=shape).toarray()
+        scores: np.ndarray = coo_matrix((weights, (rows, songs)), shape=shape).toarray()
         return scores
 
     def _earlier(self, histories: Histories, questions: Questions) -> tuple[np.ndarray, np.ndarray]:

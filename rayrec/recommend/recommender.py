@@ -20,7 +20,10 @@ Kind = Literal["baseline", "network"]
 # qualify, or a score for every song that qualifies.
 SearchPath = Literal["index", "selector", "exact"]
 
-SCORES_PER_CHUNK = 1 << 24  # float32 scores held at once: 64 MiB
+# float32 scores held at once: those of as many questions as a cache holds (8 MiB), or of a few that share a pass over
+# the songs (64 MiB).
+SCORES_IN_CACHE, SCORES_PER_CHUNK = 1 << 21, 1 << 24
+FEW_QUESTIONS = 64
 NO_SONG = -1  # fills answers of fewer than k songs
 
 
@@ -65,9 +68,7 @@ class Recommender(ABC):
 
         A subclass may share work between the slices. The arrays may be read-only.
         """
-        step = chunk_size(self.num_songs)
-        for start in range(0, len(questions), step):
-            chunk = slice(start, start + step)
+        for chunk in chunks_of(len(questions), self.num_songs):
             yield chunk, self.score(histories, questions.take(chunk), horizon)
 
     def rank(
@@ -141,9 +142,11 @@ def check_count(k: int) -> None:
         raise InputError(f"k is {k}; ask for at least 1 song")
 
 
-def chunk_size(num_songs: int) -> int:
-    """Questions to score at once so that the scores stay within SCORES_PER_CHUNK."""
-    return max(1, SCORES_PER_CHUNK // max(1, num_songs))
+def chunks_of(questions: int, num_songs: int) -> Iterator[slice]:
+    """The questions to score at once, one slice after the other."""
+    songs = max(1, num_songs)
+    step = max(1, SCORES_IN_CACHE // songs, min(FEW_QUESTIONS, SCORES_PER_CHUNK // songs))
+    return (slice(start, start + step) for start in range(0, questions, step))
 
 
 def top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.recommend.filters import Limits
-from rayrec.recommend.recommender import NO_SONG, Horizon, Ranking, Recommender, check_count, chunk_size
+from rayrec.recommend.recommender import NO_SONG, Horizon, Ranking, Recommender, check_count, chunks_of
 
 if TYPE_CHECKING:
     from rayrec.recommend.index import SongIndex
@@ -54,9 +54,8 @@ class VectorRecommender(Recommender):
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """As in `Recommender`; the vectors of all questions are computed in one pass."""
         vectors = self.vectors(histories, questions, horizon)
-        step = chunk_size(self.num_songs)
-        for start in range(0, len(questions), step):
-            yield slice(start, start + step), self.score_vectors(vectors[start : start + step])
+        for chunk in chunks_of(len(questions), self.num_songs):
+            yield chunk, self.score_vectors(vectors[chunk])
 
     def rank(
         self,

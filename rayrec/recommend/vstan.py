@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import coo_matrix, csr_matrix, vstack
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import DAY_MS, FitRange
@@ -96,10 +96,10 @@ class VstanRecommender(Recommender):
         similarity.data *= self._damping[similarity.indices] * recency
         return keep_nearest(similarity, NEIGHBOURS)
 
-    def _weigh_songs(self, nearest: csr_matrix, since: np.ndarray) -> csr_matrix:
-        """Sparse (Q, N): the summed weights of the songs of the nearest sessions (Q, S); `since` is uint8 (Q, N)."""
+    def _weigh_songs(self, nearest: csr_matrix, since: np.ndarray) -> coo_matrix:
+        """Sparse (Q, N): the weights of the songs of the nearest sessions (Q, S); `since` is uint8 (Q, N)."""
         if not nearest.nnz:
-            return csr_matrix(since.shape, dtype=np.float32)
+            return coo_matrix(since.shape, dtype=np.float32)
         lengths = np.diff(self.sessions.indptr)[nearest.indices]
         first_B = np.cumsum(lengths) - lengths
         pair_E = np.repeat(np.arange(nearest.nnz), lengths)
@@ -112,7 +112,7 @@ class VstanRecommender(Recommender):
         matched_B[pair_E[is_match]] = places_E[is_match]
         weights_E = nearest.data[pair_E] * np.exp(-np.abs(places_E - matched_B[pair_E]) / np.float32(PLACES_DECAY))
         weights_E *= np.where(since_E < LAST_PLAYS, np.float32(JUST_PLAYED), np.float32(1))
-        return csr_matrix((weights_E, (rows_E, songs_E)), shape=since.shape)
+        return coo_matrix((weights_E, (rows_E, songs_E)), shape=since.shape)
 
 
 def _places(songs: np.ndarray, offsets: np.ndarray, num_songs: int) -> csr_matrix:

@@ -58,7 +58,8 @@ def test_chunks_of_questions_change_nothing(monkeypatch: object) -> None:
     whole = _ranked(recommender, histories, questions, np.ones(30, bool))
     from rayrec.recommend import recommender as base
 
-    monkeypatch.setattr(base, "SCORES_PER_CHUNK", 30 * 7)  # type: ignore[attr-defined]
+    monkeypatch.setattr(base, "SCORES_IN_CACHE", 30 * 7)  # type: ignore[attr-defined]
+    monkeypatch.setattr(base, "FEW_QUESTIONS", 1)  # type: ignore[attr-defined]
     parts = _ranked(recommender, histories, questions, np.ones(30, bool))
     np.testing.assert_array_equal(parts.listed_songs, whole.listed_songs)
     np.testing.assert_array_equal(parts.ranks["next10"], whole.ranks["next10"])

@@ -42,11 +42,16 @@ ALBUMS, ALBUM = 30, 4  # a session plays one album, its songs in any order
 class Successor(TasteRecommender):
     """A network that has learned that song n + 1 follows song n."""
 
-    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+    def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, N): 1 for the successor."""
-        scores = np.zeros((len(questions), self.num_songs), dtype=np.float32)
+        vectors = np.zeros((len(questions), self.num_songs), dtype=np.float32)
         following = (last_songs(histories, questions, self.num_songs) + 1) % self.num_songs
-        scores[np.arange(len(questions)), following] = 1
+        vectors[np.arange(len(questions)), following] = 1
+        return vectors
+
+    def score_vectors(self, vectors: np.ndarray) -> np.ndarray:
+        """float32 (Q, N): the same."""
+        scores = vectors.copy()
         scores[:, self.without_vector] = -np.inf
         return scores
 
@@ -121,7 +126,8 @@ def test_the_chosen_weights_are_the_best_of_the_grid() -> None:
     )
     fresh = _wandering(10, 2)
     plays = _later(fresh)
-    members, repeats = hybrid.chances(fresh, Questions.before_plays(fresh, plays))
+    questions = Questions.before_plays(fresh, plays)
+    members, repeats = hybrid.chances(hybrid.network.score(fresh, questions), fresh, questions)
     targets, cases = fresh.songs[plays], _cases(hybrid, fresh, plays)
 
     def worth(mix: Mix) -> float:
@@ -149,8 +155,9 @@ def test_the_gate_is_fitted_on_what_was_repeated() -> None:
     hybrid = HybridRecommender(Successor(network(), random_vectors(CYCLE)), _remembering(fresh, CYCLE), USUAL_MIX)
     plays = np.flatnonzero(fresh.places > 1)  # one play tells nothing
     mix = choose_mix(hybrid, fresh, plays)
-    scores = combined(*hybrid.chances(fresh, Questions.before_plays(fresh, plays)), mix)
-    heard = Repeats.of(fresh, Questions.before_plays(fresh, plays), CYCLE)
+    questions = Questions.before_plays(fresh, plays)
+    scores = combined(*hybrid.chances(hybrid.network.score(fresh, questions), fresh, questions), mix)
+    heard = Repeats.of(fresh, questions, CYCLE)
     chances = np.bincount(heard.asked, weights=scores[heard.asked, heard.songs], minlength=len(plays))
     loops = fresh.rows[plays] % 2 == 1
     assert chances[loops].min() > 0.9

@@ -199,7 +199,8 @@ def test_cutting_the_scores_into_chunks_changes_nothing(
 ) -> None:
     questions = Questions.at_end(histories, NOW)
     whole = recommender.score(histories, questions)
-    monkeypatch.setattr(recommender_module, "SCORES_PER_CHUNK", 3 * NUM_SONGS)
+    monkeypatch.setattr(recommender_module, "SCORES_IN_CACHE", 3 * NUM_SONGS)
+    monkeypatch.setattr(recommender_module, "FEW_QUESTIONS", 1)
     chunks = list(recommender.score_chunks(histories, questions))
     assert len(chunks) == -(-len(histories) // 3)
     np.testing.assert_allclose(np.concatenate([scores for _, scores in chunks]), whole, rtol=1e-5, atol=1e-6)
