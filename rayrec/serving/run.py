@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from random import SystemRandom
 
 from rayrec.errors import InputError, RayrecError
 from rayrec.serving.auth import load_keys
@@ -24,6 +25,8 @@ from rayrec.serving.problems import RETRY_AFTER_S, problem
 from rayrec.workspace import Workspace
 
 NAME = "rayrec"  # of the application in Serve
+# Above those of Ray's workers, below those of Serve's replicas and those that Linux gives to whoever asks for any.
+PORTS = range(20_000, 30_000)
 DRAIN_SECONDS = 2  # for a replica's last requests, where the whole application ends
 
 # HAProxy is handed its configuration by Serve, whose template binds the pages of figures to all interfaces, says 500
@@ -65,7 +68,7 @@ def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
 
 def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
     """What Ray and Serve read as they are imported; `folder` is for HAProxy's files."""
-    figures, statistics, fallback = free_ports(3)
+    figures, statistics, fallback = [port for port in free_ports(4) if port != config.port][:3]
     told = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -93,15 +96,15 @@ def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind((LOOPBACK, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """Ports that nobody listens on now, nor will by chance: Ray's processes take any that the system gives them."""
+    found: list[int] = []
+    for port in SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise RayrecError(f"{count} free ports are needed, and from {PORTS[0]} to {PORTS[-1]} there are {len(found)}")
 
 
 def require_free(host: str, port: int) -> None:

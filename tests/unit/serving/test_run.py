@@ -38,6 +38,13 @@ def test_a_taken_port_is_an_input_error_before_anything_starts() -> None:
     require_free("127.0.0.1", free_ports(1)[0])
 
 
+def test_free_ports_are_none_that_a_process_of_ray_may_be_given_before_they_are_used() -> None:
+    with socket.socket() as anyone:
+        anyone.bind(("127.0.0.1", 0))
+        given = anyone.getsockname()[1]
+    assert all(19_999 < port < min(given, 30_000) for port in free_ports(50))
+
+
 def test_loopback_is_told_from_other_addresses() -> None:
     assert [
         host
