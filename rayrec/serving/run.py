@@ -31,13 +31,15 @@ DRAIN_SECONDS = 2  # for a replica's last requests, where the whole application 
 
 # HAProxy is handed its configuration by Serve, whose template binds the pages of figures to all interfaces, says 500
 # where a replica went away, and 404 to everything before the proxy has heard of the application. Only a request that
-# HAProxy holds whole can be sent to another replica.
+# HAProxy holds whole can be sent to another replica. Serve would start two tasks a request to see whether its client
+# is still there; the application's gate sees that itself.
 WRAPPER = """#!/bin/sh
 seen=
 for argument in "$@"; do
   [ "$seen" = -f ] && sed -i -E \\
     -e 's/^([[:space:]]*bind[[:space:]]+)\\*?:/\\1{loopback}:/' \\
     -e 's/^([[:space:]]*)option redispatch.*/&\\n\\1option http-buffer-request/' \\
+    -e 's|^([[:space:]]*)http-reuse always.*|&\\n\\1http-request set-header x-request-disconnect-disabled ?1|' \\
     -e 's|^([[:space:]]*errorfile [0-9]+) .*|\\1 {away}|' \\
     -e 's|^([[:space:]]*http-request return) status 404 .*|\\1 status 503 errorfile {away}|' "$argument"
   seen="$argument"
@@ -82,6 +84,7 @@ def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
         # A request whose replica dies goes to another one: all of ours may be sent twice.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three that fail, and a new HAProxy is started
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a line of log a request that Serve's Python would read; we count
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(figures),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),

@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -42,10 +43,15 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def test_every_port_is_on_loopback(topology: str, replicas: list[str], request: pytest.FixtureRequest) -> None:
     running: Served = request.getfixturevalue(topology)
     httpx.post(f"{running.url}/v1/recommendations", json=BODY, headers=with_key(READ)).raise_for_status()
-    found = running.listening()
     ray = ("raylet", "gcs_server", "ProxyActor", "ServeController", "DashboardAgent")
-    for name in ("haproxy", *ray, *(f"ServeReplica:rayrec:{deployment}" for deployment in replicas)):
-        assert any(name in command for command in found.values()), name
+    names = {"haproxy", *ray, *(f"ServeReplica:rayrec:{deployment}" for deployment in replicas)}
+    for _ in range(60):  # Ray's agents may still be starting when the application answers
+        found = running.listening()
+        missing = {name for name in names if not any(name in command for command in found.values())}
+        if not missing:
+            break
+        time.sleep(0.5)
+    assert missing == set()
     open_to_others = {place: command for place, command in found.items() if not loopback(place[0])}
     assert open_to_others == {}
 
@@ -60,6 +66,23 @@ def test_more_than_can_be_answered_get_a_503_that_says_when_to_try_again(split: 
     answers = asyncio.run(ask_all())
     assert {answer.status_code for answer in answers} == {200, 503}
     assert {answer.headers.get("retry-after") for answer in answers if answer.status_code == 503} == {"1"}
+
+
+@pytest.mark.parametrize("topology", ["served", "split"])
+def test_the_work_for_a_client_that_goes_away_behind_haproxy_ends(
+    topology: str, request: pytest.FixtureRequest
+) -> None:
+    running: Served = request.getfixturevalue(topology)
+    body = {"requests": [{**BODY, "history": ["song-3"] * 500}] * 100}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{running.url}/v1/recommendations/batch", json=body, headers=with_key(READ), timeout=0.05)
+    wanted = 'route="/v1/recommendations/batch",status="499"'
+    for _ in range(100):
+        told = httpx.get(f"{running.url}/metrics", headers=with_key(ADMIN), timeout=30).text
+        if wanted in told:
+            break
+        time.sleep(0.1)
+    assert wanted in told
 
 
 def loopback(address: str) -> bool:

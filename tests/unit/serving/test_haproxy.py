@@ -38,6 +38,7 @@ backend none
 backend dying
     server dies 127.0.0.1:{dies}
 backend both
+    http-reuse always
     server dies 127.0.0.1:{dies}
     server lives 127.0.0.1:{lives}
 """
@@ -48,16 +49,22 @@ class Dies(socketserver.BaseRequestHandler):
     """Reads a request with a body of JSON and hangs up, as the kernel does for a process that is killed."""
 
     def handle(self) -> None:
-        while not self.request.recv(1 << 16).endswith(b"}"):
-            pass
+        self.read()
+
+    def read(self) -> bytes:
+        request = b""
+        while not request.endswith(b"}"):
+            request += self.request.recv(1 << 16)
+        return request
 
 
 class Lives(Dies):
-    """Answers a request."""
+    """Answers a request with itself."""
 
     def handle(self) -> None:
-        super().handle()
-        self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+        request = self.read()
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(request)}\r\nConnection: close\r\n\r\n"
+        self.request.sendall(head.encode() + request)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +99,12 @@ def test_it_listens_on_loopback_alone_whatever_it_is_told(haproxy: Running) -> N
 def test_a_request_whose_replica_dies_is_answered_by_another(haproxy: Running) -> None:
     statuses = [httpx.post(f"{haproxy[1]}/both", json={"song": "song-3"}).status_code for _ in range(6)]
     assert statuses == [200] * 6
+
+
+def test_serve_is_told_to_leave_watching_the_client_to_the_application(haproxy: Running) -> None:
+    asked = {"X-Request-Disconnect-Disabled": "?0"}
+    seen = httpx.post(f"{haproxy[1]}/both", json={}, headers=asked).text.lower().splitlines()
+    assert [line for line in seen if "disconnect" in line] == ["x-request-disconnect-disabled: ?1"]
 
 
 @pytest.mark.parametrize("path", ["none", "dying", "before-the-application-is-known"])
