@@ -30,7 +30,7 @@ class BenchConfig:
     memory_users: tuple[int, ...] = setting((50_000, 500_000), help="memory: users of the small and the large data")
     serve_songs: tuple[int, ...] = setting((10_000, 1_000_000), help="serve: songs of each catalog")
     serve_clients: tuple[int, ...] = setting((1, 16, 64), help="serve: clients at once; 1 and 16 among them")
-    serve_seconds: float = setting(5.0, help="serve: length of each load")
+    serve_seconds: float = setting(5.0, help="serve: length of each load a round, in slices of 1")
     serve_many_plays: int = setting(10_000, help="serve: plays of users that are compared with those of 10")
     soak_minutes: float = setting(10.0, help="serve --soak: length of the load")
     soak_kill_seconds: float = setting(60.0, help="serve --soak: time between two kills of a replica")

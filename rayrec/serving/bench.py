@@ -1,6 +1,7 @@
 """`rayrec bench serve`: the application through Ray Serve beside the same on bare uvicorn, under load, in one run.
 
-Rounds alternate, and every ratio is one within a round: machines share their cores and change their pace.
+Rounds are cut into slices that alternate, and every ratio is one within a slice: machines share their cores and
+change their pace.
 """
 
 import os
@@ -33,13 +34,14 @@ BODIES = 200  # different requests
 USERS = 100
 PLAY_ROUNDS = 8  # of plays after few and after many, for each round of the other loads: they are short
 START_SECONDS = 600.0  # that an application may take to load a release
+SLICE_SECONDS = 1.0  # of a load, before it is another's turn: what else a machine does changes from second to second
 # One thread for numeric work in each process, as the replicas have it.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "RAY_worker_niceness": "0"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement of a round: a request, on one of the applications."""
+    """One measurement of a slice: a request, on one of the applications."""
 
     target: str  # bare or serve
     request: str  # history, stored or noop
@@ -55,7 +57,7 @@ def bench_serve(workspace: Workspace | None, config: BenchConfig | None, *, quic
     """Requests a second, p50, p99 and errors at 1, 16 and 64 clients, for each size of the catalog.
 
     `p50_ratio` is Serve over bare at 1 client, `throughput_ratio` Serve over bare at 16, both of
-    recommendations for histories of 50 plays, medians over rounds and the worst over catalogs.
+    recommendations for histories of 50 plays, medians over slices of a second and the worst over catalogs.
     `stored_over_noop_ms` is the p50 of a recommendation to a stored user, less that of an endpoint that does
     nothing, on bare uvicorn.
     `plays_cost_ratio` is what a play costs after 10,000 plays over what it costs after 10.
@@ -90,13 +92,13 @@ def _bench_catalog(place: Workspace, songs: int, config: BenchConfig) -> dict[st
         }
         for url in urls.values():
             store_users(url, songs)
-        rounds = _measure(urls, songs, config)
+        slices = _measure(urls, songs, config)
         cost = _plays_cost(urls["bare"], songs, config)
-    return {"songs": songs, **summary(rounds), "plays_cost_ratio": cost}
+    return {"songs": songs, **summary(slices), "plays_cost_ratio": cost}
 
 
 def _measure(urls: dict[str, str], songs: int, config: BenchConfig) -> list[dict[str, Load]]:
-    """The loads of each round, by name; every other round begins with the other application."""
+    """The loads of each slice of each round, by name; every other slice begins with the other application."""
     random = np.random.default_rng(config.seed)
     bodies = {
         "history": histories(random, songs),
@@ -104,33 +106,33 @@ def _measure(urls: dict[str, str], songs: int, config: BenchConfig) -> list[dict
     }
     cases = [Case(target, "history", clients) for clients in config.serve_clients for target in ("bare", "serve")]
     cases += [Case("bare", "noop", 1), Case("bare", "stored", 1), Case("serve", "stored", 1)]
-    rounds: list[dict[str, Load]] = []
-    with progress(f"bench serve, {songs:,} songs", (config.rounds + 1) * len(cases)) as bar:
-        for number in range(-1, config.rounds):  # one round for caches and connections, which does not count
+    slices: list[dict[str, Load]] = []
+    count = config.rounds * max(1, round(config.serve_seconds / SLICE_SECONDS))
+    with progress(f"bench serve, {songs:,} songs", (count + 1) * len(cases)) as bar:
+        for number in range(-1, count):  # one for caches and connections, which does not count
             found = {}
             for case in cases if number % 2 else cases[::-1]:
                 url = f"{urls[case.target]}/{'noop' if case.request == 'noop' else 'v1/recommendations'}"
-                seconds = config.serve_seconds if number >= 0 else 1.0
-                found[case.name] = put_under_load(url, bodies.get(case.request, []), case.clients, seconds)
+                found[case.name] = put_under_load(url, bodies.get(case.request, []), case.clients, SLICE_SECONDS)
                 bar.advance()
-            rounds += [found] if number >= 0 else []
-    return rounds
+            slices += [found] if number >= 0 else []
+    return slices
 
 
-def summary(rounds: list[dict[str, Load]]) -> dict[str, Any]:
-    """Medians over rounds, of the loads and of the ratios within a round."""
+def summary(slices: list[dict[str, Load]]) -> dict[str, Any]:
+    """Medians over slices, of the loads and of the ratios within a slice."""
 
     def ratio(field: str, clients: int) -> float:
-        pairs = [(found[f"serve history {clients}"], found[f"bare history {clients}"]) for found in rounds]
+        pairs = [(found[f"serve history {clients}"], found[f"bare history {clients}"]) for found in slices]
         return float(median(getattr(serve, field) / max(getattr(bare, field), 1e-9) for serve, bare in pairs))
 
     fields = ("per_second", "p50_ms", "p99_ms")
     loads = {
-        name: {field: round(median(getattr(found[name], field) for found in rounds), 3) for field in fields}
-        | {"errors": sum(found[name].errors for found in rounds)}
-        for name in rounds[0]
+        name: {field: round(median(getattr(found[name], field) for found in slices), 3) for field in fields}
+        | {"errors": sum(found[name].errors for found in slices)}
+        for name in slices[0]
     }
-    stored = [found["bare stored 1"].p50_ms - found["bare noop 1"].p50_ms for found in rounds]
+    stored = [found["bare stored 1"].p50_ms - found["bare noop 1"].p50_ms for found in slices]
     return {
         "p50_ratio": ratio("p50_ms", 1),
         "throughput_ratio": ratio("per_second", 16),

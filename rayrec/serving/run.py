@@ -76,6 +76,7 @@ def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         # As on a laptop: Ray's node is 127.0.0.1, and all its servers listen there.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if is_loopback(config.host) else "1",
+        "RAY_worker_niceness": "0",  # else Ray's workers, replicas among them, give way to everything else
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),

@@ -56,6 +56,11 @@ def test_every_port_is_on_loopback(topology: str, replicas: list[str], request: 
     assert open_to_others == {}
 
 
+def test_replicas_give_way_to_nobody(served: Served) -> None:
+    """Ray would run them at a niceness of 15."""
+    assert [process.nice() for process in served.processes("ServeReplica")] == [psutil.Process().nice()]
+
+
 def test_more_than_can_be_answered_get_a_503_that_says_when_to_try_again(split: Served) -> None:
     body = {"requests": [{**BODY, "history": ["song-3"] * 500}] * 20}
 
