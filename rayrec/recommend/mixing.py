@@ -87,19 +87,24 @@ def choose_mix(hybrid: HybridRecommender, histories: Histories, plays: np.ndarra
     """The mix under which the plays at positions `plays`, int (Q,), are found best.
 
     Best by recall@20, with a share of MRR@20, of the next play, ties counted against and new songs thrice, on plays
-    that no member was fitted on [ours]. The gate is fitted first, then the weights of songs heard are chosen, then
-    those of new ones, then how far the gate is shifted towards new songs. A song that none of the members has among its
-    first 100 is not looked at.
+    that no member was fitted on [ours], among the mixes that find no less of all plays alike than the best member does
+    alone. The gate is fitted first, then the weights of songs heard are chosen, then those of new ones, then how far
+    the gate is shifted towards new songs. A song that none of the members has among its first 100 is not looked at.
     """
-    cases = _cases(hybrid, histories, plays)
-    mix = replace(hybrid.mix, gate=RepeatGate.fit(cases.features_QF, cases.own_heard_Q))
-    heard = [replace(mix, heard=weights) for weights in weight_grid(WEIGHT_STEP)]
-    mix = max(heard, key=lambda each: _gain(each, cases))
+    return _best_mix(_cases(hybrid, histories, plays))
+
+
+def _best_mix(cases: _Cases) -> Mix:
+    least = max(map(_gain, _ranks(cases.own_MQ, cases.rivals_MQC)))
+
+    def best(mixes: Iterable[Mix]) -> Mix:
+        return max(mixes, key=lambda mix: _worth(mix, cases, least))
+
+    mix = replace(USUAL_MIX, gate=RepeatGate.fit(cases.features_QF, cases.own_heard_Q))
+    mix = best(replace(mix, heard=weights) for weights in weight_grid(WEIGHT_STEP))
     # Own rules know of songs heard alone.
-    new = [replace(mix, new=(*weights, 0.0)) for weights in weight_grid(WEIGHT_STEP, len(MEMBERS) - 1)]
-    mix = max(new, key=lambda each: _gain(each, cases))
-    shifted = [replace(mix, gate=mix.gate.shifted(by)) for by in SHIFTS]
-    return max(shifted, key=lambda each: _gain(each, cases))
+    mix = best(replace(mix, new=(*weights, 0.0)) for weights in weight_grid(WEIGHT_STEP, len(MEMBERS) - 1))
+    return best(replace(mix, gate=mix.gate.shifted(by)) for by in SHIFTS)
 
 
 def weight_grid(step: float, members: int = len(MEMBERS)) -> list[Weights]:
@@ -150,7 +155,8 @@ def _candidates(members_MQN: np.ndarray, repeats: Repeats, targets: np.ndarray) 
     )
 
 
-def _gain(mix: Mix, cases: _Cases) -> float:
+def _worth(mix: Mix, cases: _Cases, least: float) -> tuple[float, float]:
+    """What a mix lacks of finding `least` of all plays, at most 0, and what it finds with new songs counted thrice."""
     heard, new = (np.array(weights, dtype=np.float32) for weights in (mix.heard, mix.new))
     chance = mix.gate.chances(cases.features_QF)
     again, first = over(chance, heard @ cases.heard_MQ), over(1 - chance, new @ cases.new_MQ)
@@ -160,6 +166,16 @@ def _gain(mix: Mix, cases: _Cases) -> float:
         again[:, None] * np.tensordot(heard, cases.rivals_MQC, axes=1),
         first[:, None] * np.tensordot(new, cases.rivals_MQC, axes=1),
     )
-    ranks = 1 + (rivals >= own[:, None]).sum(axis=1)
-    found = np.where(cases.own_heard_Q, 1.0, NEW_COUNTS) * ((ranks <= JUDGED_AT) & (own > 0))
+    ranks = _ranks(own, rivals)
+    return min(0.0, _gain(ranks) - least), _gain(ranks, np.where(cases.own_heard_Q, 1.0, NEW_COUNTS))
+
+
+def _ranks(own: np.ndarray, rivals: np.ndarray) -> np.ndarray:
+    """float64 (..., Q): the ranks of songs by their chances among rivals', (..., Q, C); infinite without a chance."""
+    return np.where(own > 0, 1.0 + (rivals >= own[..., None]).sum(axis=-1), np.inf)
+
+
+def _gain(ranks: np.ndarray, counts: np.ndarray | float = 1.0) -> float:
+    """Recall and its share of MRR, as sums over ranks (Q,), each of which counts as often as is said."""
+    found = counts * (ranks <= JUDGED_AT)
     return float(found.sum() + PLACE_MATTERS * (found / ranks).sum())

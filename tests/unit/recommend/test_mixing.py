@@ -14,13 +14,17 @@ from rayrec.data.split import FitRange, Split
 from rayrec.errors import LeakError
 from rayrec.recommend.hybrid import MEMBERS, HybridRecommender, Memory, Mix, combined
 from rayrec.recommend.mixing import (
+    NEW_COUNTS,
     SHIFTS,
     USUAL_MIX,
+    _best_mix,
     _candidates,
     _Cases,
     _cases,
     _gain,
+    _ranks,
     _select,
+    _worth,
     choose_mix,
     weight_grid,
     write_memory,
@@ -134,7 +138,7 @@ def test_the_chosen_weights_are_the_best_of_the_grid() -> None:
         scores = combined(members, repeats, mix)
         own = scores[np.arange(len(plays)), targets]
         ranks = (scores >= own[:, None]).sum(axis=1)
-        found = np.where(cases.own_heard_Q, 1, 2) * ((ranks <= 20) & (own > 0))
+        found = np.where(cases.own_heard_Q, 1, NEW_COUNTS) * ((ranks <= 20) & (own > 0))
         return float(found.sum() + 0.2 * (found / ranks).sum())
 
     chosen = choose_mix(hybrid, fresh, plays)
@@ -202,25 +206,57 @@ def _case(rival: float, own: float, rivals: int = 20, *, heard: float = 0.5) -> 
     )
 
 
+def _found(cases: _Cases) -> float:
+    lacks, found = _worth(ALONE, cases, 0.0)
+    assert lacks == 0
+    return found
+
+
 def test_ties_count_against_a_song() -> None:
-    assert _gain(ALONE, _case(0.3, 0.3)) == 0  # rank 21
-    assert _gain(ALONE, _case(0.3, 0.3, 3)) == pytest.approx(1 + 0.2 / 4)
-    assert _gain(ALONE, _case(0.2, 0.3, 3)) == pytest.approx(1 + 0.2)
+    assert _found(_case(0.3, 0.3)) == 0  # rank 21
+    assert _found(_case(0.3, 0.3, 3)) == pytest.approx(1 + 0.2 / 4)
+    assert _found(_case(0.2, 0.3, 3)) == pytest.approx(1 + 0.2)
 
 
 def test_a_new_song_found_counts_as_three_repeats() -> None:
     found = replace(_case(0.2, 0.3, 3), own_heard_Q=np.zeros(1, dtype=bool))
-    assert _gain(ALONE, found) == pytest.approx(3 * _gain(ALONE, _case(0.2, 0.3, 3)))
+    assert _found(found) == pytest.approx(3 * _found(_case(0.2, 0.3, 3)))
 
 
 def test_songs_heard_and_new_ones_are_weighed_by_their_shares() -> None:
     """0.2 of the 0.25 that songs heard have between them is more than 0.3 of 0.75."""
-    assert _gain(ALONE, _case(0.3, 0.2, 3, heard=0.25)) == pytest.approx(1 + 0.2)
-    assert _gain(ALONE, _case(0.3, 0.2, 3)) == pytest.approx(1 + 0.2 / 4)
+    assert _found(_case(0.3, 0.2, 3, heard=0.25)) == pytest.approx(1 + 0.2)
+    assert _found(_case(0.3, 0.2, 3)) == pytest.approx(1 + 0.2 / 4)
 
 
 def test_a_song_without_any_chance_is_never_found() -> None:
-    assert _gain(ALONE, _case(-1.0, 0.0, 3)) == 0
+    assert _found(_case(-1.0, 0.0, 3)) == 0
+
+
+def test_a_mix_lacks_what_it_finds_less_than_the_least_asked_for_all_plays_alike() -> None:
+    """A new song is found once, not thrice."""
+    found = replace(_case(0.2, 0.3, 3), own_heard_Q=np.zeros(1, dtype=bool))
+    assert _worth(ALONE, found, 1.0)[0] == 0
+    assert _worth(ALONE, found, 2.0)[0] == pytest.approx(1.2 - 2)
+
+
+def test_a_mix_finds_no_less_of_all_plays_than_its_best_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network finds 20 of 30 songs heard, the sessions 20 of 40 new ones; either kind may fill the first 20."""
+    heard, new, half = 30, 40, 200
+    members = np.zeros((len(MEMBERS), 2 * half, heard + new), dtype=np.float32)
+    random = np.random.default_rng(0)
+    members[NETWORK, :, :heard] = random.uniform(0.6, 1.4, (2 * half, heard)) / heard
+    members[SESSIONS, :, heard:] = random.uniform(0.6, 1.4, (2 * half, new)) / new
+    targets = np.concatenate([random.integers(0, heard, half), heard + random.integers(0, new, half)])
+    questions = np.arange(2 * half)
+    asked, songs = np.repeat(questions, heard), np.tile(np.arange(heard), 2 * half)
+    cases = _candidates(members, Repeats(asked, songs, np.zeros((2 * half, 5))), targets)
+    network = _gain(_ranks(cases.own_MQ, cases.rivals_MQC)[NETWORK])
+    assert _worth(_best_mix(cases), cases, network)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("rayrec.recommend.mixing._gain", lambda ranks, counts=0.0: _gain(ranks, counts))  # no least
+        unbound = _best_mix(cases)
+    assert _worth(unbound, cases, network)[0] < 0
 
 
 def test_songs_that_the_network_does_not_know_win_no_weight_for_others() -> None:
