@@ -6,7 +6,7 @@ import typer
 from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.splits import choose_split
+from rayrec.data.split import choose_split
 from rayrec.data.status import KINDS
 from rayrec.data.status import status as look
 from rayrec.errors import InputError, NotFoundError
