@@ -161,7 +161,7 @@ def status(call: Call) -> Shown:
     if dataset is None:
         views: list[RenderableType] = [f"Workspace {data['workspace']} holds no data set: see rayrec import --help."]
     else:
-        names = ("id", "source", "plays", "users", "songs", "playlists", "set_aside")
+        names = ("id", "source", "plays", "users", "songs", "playlists", "rejected")
         shown = {name: dataset[name] for name in names} | {"size": size(dataset["bytes"])}
         views = [figures(f"Workspace {data['workspace']}", shown)]
     rows = [["split", split["id"], "", "", split.get("protocol", "")] for split in data["splits"]]

@@ -53,7 +53,7 @@ def _dataset(workspace: Workspace) -> dict[str, Any] | None:
     except NotFoundError:
         return None
     figures = {name: getattr(manifest, name) for name in DATASET_FIGURES}
-    return {**figures, "set_aside": sum(manifest.set_aside.values()), "bytes": workspace.size("dataset")}
+    return {**figures, "rejected": sum(manifest.rejected.values()), "bytes": workspace.size("dataset")}
 
 
 def _artifact(workspace: Workspace, manifest: artifacts.Manifest) -> dict[str, Any]:

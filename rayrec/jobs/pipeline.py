@@ -237,5 +237,5 @@ def _figures(made: Manifest | DatasetManifest | Split) -> dict[str, Any]:
         return made.metrics
     if isinstance(made, DatasetManifest):
         counts = {"plays": made.plays, "users": made.users, "songs": made.songs}
-        return {**counts, "set_aside": sum(made.set_aside.values())}
+        return {**counts, "rejected": sum(made.rejected.values())}
     return made.figures()

@@ -75,7 +75,7 @@ class _Totals:
             said = getattr(manifest, name)
             audit.require(value == said, DATASET_MANIFEST, f"says {name} {said}, the histories hold {value}")
         if manifest.read and not manifest.playlists:
-            kept = manifest.plays + manifest.merged + sum(manifest.set_aside.values())
+            kept = manifest.plays + manifest.merged + sum(manifest.rejected.values())
             audit.require(
                 manifest.read == kept,
                 DATASET_MANIFEST,
