@@ -5,7 +5,7 @@ Q queries, C candidates of all queries together, F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from rayrec.recommend.query_batch import HOUR_MS, QueryBatch
 from rayrec.recommend.retrieval.ragged import first_of_each
 from rayrec.recommend.retrieval.retrieval import Retrieval
-from rayrec.recommend.retrieval.song_groups import SongGroups
+from rayrec.recommend.retrieval.song_groups import NO_GROUP, SongGroups
 from rayrec.recommend.retrievers import Candidates
 
 RECENT = 10  # plays among which artists and albums are counted
@@ -69,15 +69,12 @@ class FeatureSources:
             put(values[candidates.rows])
         return matrix
 
-    def _of_candidates(
-        self, batch: QueryBatch, candidates: Candidates, put: Callable[[np.ndarray], None]
-    ) -> None:
+    def _of_candidates(self, batch: QueryBatch, candidates: Candidates, put: Callable[[np.ndarray], None]) -> None:
         rows, songs, own = candidates.rows, candidates.songs, batch.own
-        vectors = self.song_vectors[songs]
-        put(np.einsum("cd,cd->c", vectors, batch.short_vectors[rows]))
-        put(np.einsum("cd,cd->c", vectors, batch.long_vectors[rows]))
-        last = batch.last_songs
-        put(np.where(last >= 0, 1, 0)[rows] * np.einsum("cd,cd->c", vectors, self.song_vectors[last[rows]]))
+        vectors = _looked_up(self.song_vectors, songs)
+        last_vectors = _looked_up(self.song_vectors, batch.last_songs)
+        for of_query in (batch.short_vectors, batch.long_vectors, last_vectors):
+            put(np.einsum("cd,cd->c", vectors, of_query[rows]))
         put(_proposed_by(candidates))
         found = own.find(candidates.keys)
         heard = found >= 0
@@ -94,8 +91,8 @@ class FeatureSources:
         put(of_own(own.base_level, -20))
         put(of_own(own.base_level_hours, -20) if self.real_times else np.zeros(len(rows)))
         put(of_own(own.session_plays, 0))
-        plays = np.log1p(self.retrieval.plays.plays[songs])
-        recent = np.log1p(self.retrieval.recent_plays[songs])
+        plays = np.log1p(_looked_up(self.retrieval.plays.plays, songs))
+        recent = np.log1p(_looked_up(self.retrieval.recent_plays, songs))
         put(plays)
         put(recent)
         put(recent - plays)
@@ -148,6 +145,14 @@ OF_QUERIES = [
 ]
 
 
+def _looked_up(values: np.ndarray, songs: np.ndarray, otherwise: int = 0) -> np.ndarray:
+    """The values of songs; `otherwise` for songs, int, that are -1 or came after the values."""
+    known = (songs >= 0) & (songs < len(values))
+    found = np.full((len(songs), *values.shape[1:]), otherwise, dtype=values.dtype)
+    found[known] = values[songs[known]]
+    return found
+
+
 def _proposed_by(candidates: Candidates) -> np.ndarray:
     """float64 (C,): how many retrievers propose each candidate."""
     counts = np.zeros(len(candidates.rows))
@@ -171,9 +176,7 @@ def _group_features(
     batch: QueryBatch, candidates: Candidates, groups: SongGroups, put: Callable[[np.ndarray], None]
 ) -> np.ndarray:
     """Put OF_GROUPS of the artists or the albums; float64 (Q,): how many different ones the last ten plays have."""
-    of_song = np.append(groups.of_song, -1)
-    known = np.minimum(batch.songs, len(of_song) - 1)
-    group = of_song[known].astype(np.int64)
+    group = _looked_up(groups.of_song, batch.songs, NO_GROUP).astype(np.int64)
     some = np.flatnonzero(group >= 0)
     width = max(1, len(groups.offsets))
     keys = batch.rows[some] * width + group[some]
@@ -184,7 +187,7 @@ def _group_features(
     last = some[order[np.append(first[1:], len(order)) - 1]] if len(order) else order
     recent = batch.back[some][order] < RECENT
     late = np.add.reduceat(recent.astype(np.int64), first) if len(first) else plays
-    own_group = of_song[np.minimum(candidates.songs, len(of_song) - 1)].astype(np.int64)
+    own_group = _looked_up(groups.of_song, candidates.songs, NO_GROUP).astype(np.int64)
     wanted = np.where(own_group >= 0, candidates.rows * width + own_group, -1)
     found = np.minimum(np.searchsorted(unique, wanted), max(0, len(unique) - 1))
     there = unique[found] == wanted if len(unique) else np.zeros(len(wanted), dtype=bool)
@@ -192,16 +195,10 @@ def _group_features(
     def of_group(values: np.ndarray, otherwise: float) -> np.ndarray:
         return np.where(there, values[found], otherwise) if len(values) else np.full(len(wanted), otherwise)
 
-    last_song = batch.last_songs
-    last_group = np.where(last_song >= 0, of_song[np.minimum(last_song, len(of_song) - 1)], -2)
-    put(last_group[candidates.rows] == own_group)
+    last_group = _looked_up(groups.of_song, batch.last_songs, NO_GROUP)
+    put((last_group[candidates.rows] == own_group) & (own_group >= 0))
     put(of_group(late, 0) / np.maximum(1, np.minimum(np.diff(batch.offsets), RECENT))[candidates.rows])
     put(of_group(plays, 0))
     put(of_group(batch.back[last], NEVER))
     different = np.bincount((unique // width)[late > 0], minlength=len(batch))
     return np.asarray(different, dtype=np.float64)
-
-
-def feature_table(names: Sequence[str], matrix: np.ndarray, row: int) -> dict[str, float]:
-    """The features of one candidate by name."""
-    return dict(zip(names, matrix[row].tolist(), strict=True))

@@ -83,7 +83,7 @@ class Calibration:
     def __call__(self, rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """float32 (C,): the chance of each candidate; `rows`, int (C,) ascending, says of which query it is one."""
         shares = softmax_shares(rows, scores * self.sharpness)
-        return np.interp(shares, self.shares, self.chances).astype(np.float32)
+        return np.asarray(np.interp(shares, self.shares, self.chances), dtype=np.float32)
 
 
 class Ranker:

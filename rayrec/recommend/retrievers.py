@@ -29,9 +29,7 @@ class Proposals(Pairs):
     ranks: np.ndarray  # int64 (E,), from 0, within the query
 
     @classmethod
-    def best(
-        cls, rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, *, num_songs: int, count: int
-    ) -> Proposals:
+    def best(cls, rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, *, num_songs: int, count: int) -> Proposals:
         """The `count` best of each query; each pair once, equal scores in the order of song rows."""
         order = np.lexsort((songs, -scores, rows))
         rows, songs, scores = rows[order], songs[order], scores[order]
@@ -79,7 +77,7 @@ class TasteRetriever(Retriever):
         """The `count` songs of highest cosine; none where nothing is known of the user."""
         vectors = batch.short_vectors if self._horizon == "short" else batch.long_vectors
         songs, scores = self._index.search(vectors, count)
-        known = (songs != NO_SONG) & vectors.any(axis=1)[:, None]
+        known = np.logical_and(songs != NO_SONG, vectors.any(axis=1, keepdims=True))
         rows = np.repeat(np.arange(len(batch)), known.sum(axis=1))
         return Proposals.best(rows, songs[known], scores[known], num_songs=batch.num_songs, count=count)
 
@@ -214,9 +212,7 @@ class OwnSongsRetriever(Retriever):
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """The `count` songs of highest activation."""
         own = batch.own
-        return Proposals.best(
-            own.rows, own.songs, np.exp(own.base_level), num_songs=batch.num_songs, count=count
-        )
+        return Proposals.best(own.rows, own.songs, np.exp(own.base_level), num_songs=batch.num_songs, count=count)
 
 
 class OwnRulesRetriever(Retriever):

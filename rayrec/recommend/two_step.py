@@ -13,7 +13,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.recommend.features import FeatureSources
-from rayrec.recommend.filters import Limits, without_heard
+from rayrec.recommend.filters import Limits
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import LATEST, QueryBatch
 from rayrec.recommend.ranker import Ranker, RankingExamples
@@ -55,7 +55,7 @@ class CandidateSource:
         index = network.index or SongIndex.build(network.song_vectors, IndexConfig())
         self.network, self.index, self.retrieval = network, index, retrieval
         self.retrievers = make_retrievers(retrieval, index, left_out=left_out)
-        self.num_songs = min(network.num_songs, retrieval.num_songs)
+        self.num_songs = max(network.num_songs, retrieval.num_songs)  # either may know songs that came later
         self._counts = counts
         self.sources = FeatureSources(
             retrieval=retrieval,
@@ -79,11 +79,8 @@ class CandidateSource:
 def slices_of(queries: Questions) -> Iterator[slice]:
     """The queries to answer at once, one slice after the other."""
     plays = np.minimum(queries.seen, LATEST) + 1
-    number = np.maximum((np.cumsum(plays) - plays) // PLAYS_AT_ONCE, np.arange(len(queries)) // QUERIES_AT_ONCE)
-    # Either bound may cut; a slice ends wherever one of the two numbers changes.
     by_plays, by_count = (np.cumsum(plays) - plays) // PLAYS_AT_ONCE, np.arange(len(queries)) // QUERIES_AT_ONCE
     changes = np.flatnonzero((np.diff(by_plays) != 0) | (np.diff(by_count) != 0)) + 1
-    del number
     for begin, end in zip([0, *changes.tolist()], [*changes.tolist(), len(queries)], strict=True):
         if end > begin:
             yield slice(begin, end)
@@ -103,7 +100,7 @@ class TwoStepRecommender(Recommender):
     def __init__(self, source: CandidateSource, rankers: dict[Horizon, Ranker]) -> None:
         self.source, self.rankers = source, rankers
         self.num_songs = source.num_songs
-        self.horizons = tuple(horizon for horizon in ("short", "long") if horizon in rankers)  # type: ignore[misc]
+        self.horizons = tuple(horizon for horizon in ("short", "long") if horizon in rankers)
 
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, N): the chances of the candidates; -inf for other songs. For small catalogs."""
@@ -170,6 +167,15 @@ class TwoStepRecommender(Recommender):
             totals = np.bincount(rows, weights=chances, minlength=len(scored.batch))
             mixed += np.float32(weight) * (chances / np.maximum(totals, 1e-12)[rows]).astype(np.float32)
         return mixed
+
+    def explain(self, histories: Histories, queries: Questions, songs: np.ndarray) -> list[dict[str, float]]:
+        """The features by name of songs, int (n,), as candidates of one query; {} for a song that is no candidate."""
+        found: list[dict[str, float]] = []
+        for _, scored in self.source.batches(histories, queries.take(slice(0, 1))):
+            rows = scored.candidates.find(np.asarray(songs, dtype=np.int64))
+            table = [scored.features[row].tolist() if row >= 0 else [] for row in rows.tolist()]
+            found = [dict(zip(self.source.sources.names, values, strict=False)) for values in table]
+        return found
 
     def _fill(
         self,
@@ -242,8 +248,8 @@ def examples_for(
 ) -> RankingExamples:
     """What a ranker learns from: the candidates of queries, and which of them are right.
 
-    `answer_rows`, int (T,), say to which query each right song, int (T,), belongs; `held_out` is bool (Q,). With `new_only`
-    songs that the user has played are neither candidates nor right. The source must not have seen the answers.
+    `answer_rows`, int (T,), say to which query each right song, int (T,), belongs; `held_out` is bool (Q,).
+    With `new_only` songs that the user has played are neither candidates nor right. The source must not have seen the answers.
     """
     features, right, counts, kept, asked = [], [], [], [], 0
     for chunk, scored in source.batches(histories, queries):
@@ -270,6 +276,3 @@ def examples_for(
         held_out=np.concatenate([np.zeros(0, bool), *kept]),
     )
     return RankingExamples(**{**joined.__dict__, "missed": 1 - len(joined) / max(1, asked)})
-
-
-__all__ = ["CandidateSource", "TwoStepRecommender", "examples_for", "without_heard"]
