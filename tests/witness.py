@@ -58,11 +58,11 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
     """What every training worker runs."""
     from rayrec.jobs import train as job
     from rayrec.jobs.train_worker import RayHost
-    from rayrec.taste import fitting
-    from rayrec.taste.training import Training
+    from rayrec.model import fit
+    from rayrec.model.training import Training
 
     phases: list[str] = []
-    windows_of, step_of, clocks = RayHost.windows, Training.step, fitting.STEPS_BETWEEN_CLOCKS
+    windows_of, step_of, clocks = RayHost.windows, Training.step, fit.STEPS_BETWEEN_CLOCKS
 
     def windows(host: Any, phase: Any, epoch: int) -> Iterator[Windows]:
         phases.append(phase)
@@ -81,12 +81,12 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
         return loss
 
     RayHost.windows, Training.step = windows, step  # type: ignore[method-assign]
-    fitting.STEPS_BETWEEN_CLOCKS = STEPS_BETWEEN_CLOCKS
+    fit.STEPS_BETWEEN_CLOCKS = STEPS_BETWEEN_CLOCKS
     try:
         getattr(job, "_undisturbed", job.train_worker)(arguments)
     finally:
         RayHost.windows, Training.step = windows_of, step_of  # type: ignore[method-assign]
-        fitting.STEPS_BETWEEN_CLOCKS = clocks
+        fit.STEPS_BETWEEN_CLOCKS = clocks
 
 
 def die(death: Death, plan: Any) -> None:

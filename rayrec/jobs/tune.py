@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from rayrec import artifacts
-from rayrec.artifacts import Manifest
 from rayrec.config import read_toml, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
@@ -21,8 +19,10 @@ from rayrec.errors import InputError
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.train import train
-from rayrec.taste.search import Trial, TuneConfig, read_trials, to_toml
-from rayrec.workspace import Workspace
+from rayrec.jobs.trials import Trial, TuneConfig, read_trials, to_toml
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
 
 KIND = "tunings"
 TABLE, CSV, BEST = "trials.json", "trials.csv", "best.toml"

@@ -1,0 +1,244 @@
+"""A whole fit: choose the number of epochs on the validation range, then train again on all that a fit may see.
+
+Phases: `selection` trains on the train range and measures recall on the validation range after each
+epoch; `final` trains a fresh network for the best number of epochs on train and validation. Without
+a validation range there is only `final`, for the epochs that the config names.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.windows import Windows
+from rayrec.model.checkpoint import export_song_vectors, load_training, save_training
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.network import TasteModel
+from rayrec.model.train_config import ModelConfig, TrainConfig
+from rayrec.model.training import Share, StepReport, Training
+
+Phase = Literal["selection", "final"]
+RECALL_AT = 20
+STEPS_BETWEEN_CLOCKS = 50  # workers agree on the time for a checkpoint this often
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitData:
+    """What one phase trains on, beside its windows."""
+
+    vectors: np.ndarray  # float32 (N, D), zero rows for songs without one
+    counts: np.ndarray  # int64 (N,), plays of each song in the phase's fit range
+
+    @property
+    def known(self) -> np.ndarray:
+        """bool (N,): songs that can be recommended, played in the fit range or given a vector."""
+        return (self.counts > 0) | self.vectors.any(axis=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Plays to predict: each from all plays before it by the same user."""
+
+    histories: Histories
+    plays: np.ndarray  # int64 (Q,), positions of the flat arrays
+
+    def share(self, share: Share) -> "Validation":
+        """One worker's part of the users."""
+        rows = np.arange(share.rank, len(self.histories), share.workers)
+        asked = np.zeros(self.histories.num_plays, dtype=bool)
+        asked[self.plays] = True
+        taken = self.histories.take(rows)
+        kept = np.concatenate(
+            [asked[a:b] for a, b in zip(self.histories.offsets[rows], self.histories.offsets[rows + 1], strict=True)]
+            or [asked[:0]]
+        )
+        return Validation(histories=taken, plays=np.flatnonzero(kept))
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a fit stands: the next step to take, and what was found so far."""
+
+    phase: Phase
+    epoch: int = 0
+    step: int = 0
+    best_epoch: int = -1
+    best_recall: float = -1.0
+    epochs: list[dict[str, Any]] = field(default_factory=list)  # figures of each finished epoch
+
+
+class Host(Protocol):
+    """What a fit asks of whoever runs it."""
+
+    def windows(self, phase: Phase, epoch: int) -> Iterable[Windows]:
+        """This worker's share of the batches of an epoch, the same every time."""
+        ...
+
+    def stepped(self, phase: Phase, report: StepReport) -> None:
+        """One step was taken."""
+        ...
+
+    def selected(self, model: TasteModel, known: np.ndarray) -> None:
+        """The selection phase is over; `model` is its best network and `known`, bool (N,), the songs it knows."""
+        ...
+
+    def checkpoint(self, progress: Progress, save: Callable[[Path], None]) -> None:
+        """Keep where the fit stands; `save` writes it into a folder. Every worker calls it at the same steps."""
+        ...
+
+
+class Fit:
+    """Runs the phases. All workers of a distributed fit run the same code in step."""
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        config: TrainConfig,
+        data: dict[Phase, FitData],
+        host: Host,
+        *,
+        validation: Validation | None,
+        device: str = "cpu",
+        share: Share | None = None,
+    ) -> None:
+        share = share or Share()
+        self._model_config, self._config, self._data, self._host = model_config, config, data, host
+        self._validation = None if validation is None else validation.share(share)
+        self._device, self._share = device, share
+        self._best: dict[str, Tensor] | None = None
+        self._saved_at = time.monotonic()
+        self.progress = Progress(phase="final" if validation is None else "selection")
+        self.training = self._new_training(self.progress.phase)
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
+        self.progress = Progress(**json.loads((folder / "progress.json").read_text()))
+        self.training = self._new_training(self.progress.phase)
+        self._best, _ = load_training(folder, self.training.model, self.training.optimizers)
+
+    def run(self) -> TasteModel:
+        """The trained network: of the final phase, or the best of the selection phase where there is no refit."""
+        if self.progress.phase == "selection":
+            self._select()
+            if self._best is not None:
+                self.training.model.load_state_dict(self._best)
+            self._host.selected(self.training.model, self.known)
+            if not self._config.refit:
+                return self.training.model
+            self._best = None
+            self.progress.phase, self.progress.epoch, self.progress.step = "final", 0, 0
+            self.training = self._new_training("final")
+        epochs = self.progress.best_epoch + 1 if self.progress.best_epoch >= 0 else self._config.epochs
+        while self.progress.epoch < epochs:
+            self._epoch()
+            self._checkpoint()
+        return self.training.model
+
+    @property
+    def known(self) -> np.ndarray:
+        """bool (N,): songs that the network can recommend."""
+        return self._data[self.progress.phase].known
+
+    def _select(self) -> None:
+        progress = self.progress
+        while progress.epoch < self._config.epochs and not self._out_of_patience():
+            self._epoch()
+            recall = self._recall()
+            progress.epochs[-1][f"validation_recall@{RECALL_AT}"] = recall
+            if recall > progress.best_recall:
+                progress.best_recall, progress.best_epoch = recall, progress.epoch - 1
+                self._best = _copied(self.training.model)
+            self._checkpoint()
+
+    def _out_of_patience(self) -> bool:
+        return self.progress.epoch - self.progress.best_epoch > self._config.patience
+
+    def _epoch(self) -> None:
+        progress, began = self.progress, time.monotonic()
+        loss, steps, plays = 0.0, 0, 0
+
+        def on_step(report: StepReport) -> None:
+            nonlocal loss, steps, plays
+            loss, steps, plays = loss + report.loss, steps + 1, plays + report.plays
+            progress.step = report.step + 1
+            self._host.stepped(progress.phase, report)
+            if progress.step % STEPS_BETWEEN_CLOCKS == 0 and self._time_to_save():
+                self._checkpoint()
+
+        windows = self._host.windows(progress.phase, progress.epoch)
+        self.training.epoch(windows, progress.epoch, skip=progress.step, on_step=on_step)
+        seconds = time.monotonic() - began
+        total = self._share.total(plays)
+        progress.epochs.append(
+            {
+                "phase": progress.phase,
+                "epoch": progress.epoch,
+                "loss": self._share.total(loss) / max(1, steps) / self._share.workers,
+                "plays": int(total),
+                "seconds": seconds,
+                "plays_per_second": total / seconds,
+            }
+        )
+        progress.epoch, progress.step = progress.epoch + 1, 0
+
+    def _time_to_save(self) -> bool:
+        due = time.monotonic() - self._saved_at > self._config.checkpoint_minutes * 60
+        return self._share.total(float(due)) > 0
+
+    def _checkpoint(self) -> None:
+        def save(folder: Path) -> None:
+            save_training(folder, self.training.model, self.training.optimizers, self._best, asdict(self.progress))
+
+        self._host.checkpoint(self.progress, save)
+        self._saved_at = time.monotonic()
+
+    def _recall(self) -> float:
+        if self._validation is None:
+            return 0.0
+        vectors = export_song_vectors(self.training.model, self._data["selection"].known)
+        hits = count_hits(self.training.model, vectors, self._validation, self._device)
+        return self._share.total(hits) / max(1.0, self._share.total(len(self._validation.plays)))
+
+    def _new_training(self, phase: Phase) -> Training:
+        torch.manual_seed(self._config.seed)
+        data = self._data[phase]
+        model = TasteModel(self._model_config, torch.from_numpy(start_vectors(data.vectors, self._config.seed)))
+        return Training(model, self._config, data.counts, device=self._device, share=self._share)
+
+
+def start_vectors(vectors: np.ndarray, seed: int) -> np.ndarray:
+    """float32 (N, D): a copy in which songs without a vector have a random one, so that they can be trained."""
+    filled = np.array(vectors, dtype=np.float32)
+    missing = ~filled.any(axis=1)
+    drawn = np.random.default_rng(seed).normal(size=(int(missing.sum()), filled.shape[1]))
+    filled[missing] = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    return filled
+
+
+def count_hits(model: TasteModel, vectors: np.ndarray, validation: Validation, device: str) -> int:
+    """How many plays are among the first 20 of the full catalog, ties counted against."""
+    questions = Questions.before_plays(validation.histories, validation.plays)
+    horizon = next(iter(model.config.horizons))  # short, where there is one
+    taste = TasteEncoder(model, device).vectors(validation.histories, questions, horizon)
+    targets = validation.histories.songs[validation.plays]
+    known: np.ndarray = np.asarray(vectors.any(axis=1))
+    hits = 0
+    step = max(1, (1 << 24) // max(1, len(vectors)))
+    for begin in range(0, len(taste), step):
+        scores = taste[begin : begin + step] @ vectors.T
+        scores[:, ~known] = -np.inf
+        wanted = targets[begin : begin + step]
+        own = scores[np.arange(len(wanted)), wanted]
+        hits += int((((scores >= own[:, None]).sum(axis=1) <= RECALL_AT) & known[wanted]).sum())
+    return hits
+
+
+def _copied(model: TasteModel) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
