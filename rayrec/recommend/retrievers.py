@@ -25,7 +25,7 @@ from rayrec.recommend.retrieval.song_groups import SongGroups
 class Proposals(Pairs):
     """What a retriever proposes, sorted by query and song."""
 
-    scores: np.ndarray  # float32 (E,), above 0 but for cosines
+    scores: np.ndarray  # float32 (E,), above 0
     ranks: np.ndarray  # int64 (E,), from 0, within the query
 
     @classmethod
@@ -70,14 +70,16 @@ class Retriever(ABC):
 class TasteRetriever(Retriever):
     """The songs nearest to the taste vector of a horizon, from the index."""
 
-    def __init__(self, index: SongIndex, horizon: Horizon) -> None:
-        self.name, self._index, self._horizon = f"taste_{horizon}", index, horizon
+    def __init__(self, index: SongIndex, horizon: Horizon, scale: float) -> None:
+        """`scale` makes logits of cosines: the inverse of the temperature that the network learned."""
+        self.name, self._index, self._horizon, self._scale = f"taste_{horizon}", index, horizon, scale
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
-        """The `count` songs of highest cosine; none where nothing is known of the user."""
+        """The `count` songs of highest cosine, scored exp(logit) over the best; none where nothing is known."""
         vectors = batch.short_vectors if self._horizon == "short" else batch.long_vectors
-        songs, scores = self._index.search(vectors, count)
+        songs, cosines = self._index.search(vectors, count)
         known = np.logical_and(songs != NO_SONG, vectors.any(axis=1, keepdims=True))
+        scores = np.exp(self._scale * (cosines - cosines[:, :1]))
         rows = np.repeat(np.arange(len(batch)), known.sum(axis=1))
         return Proposals.best(rows, songs[known], scores[known], num_songs=batch.num_songs, count=count)
 
@@ -152,27 +154,23 @@ class SessionRetriever(Retriever):
 
 
 class RuleRetriever(Retriever):
-    """What followed the last song most often, weighted 1/distance."""
+    """What followed the last song most often, weighted 1/distance; or what followed with no song between."""
 
-    name = "rules"
-
-    def __init__(self, retrieval: Retrieval) -> None:
-        self._rules = retrieval.rules
+    def __init__(self, retrieval: Retrieval, *, at_once: bool = False) -> None:
+        self.name, self._rules = "next_rules" if at_once else "rules", retrieval.rules
+        self._values, self._unit = (self._rules.at_once, 1) if at_once else (self._rules.weights, UNIT)
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """The `count` strongest rules of the last song."""
         last = batch.last_songs
         rows = np.flatnonzero((last >= 0) & (last < self._rules.num_songs))
         starts = self._rules.offsets[last[rows]]
-        counts = np.minimum(self._rules.offsets[last[rows] + 1] - starts, count)
+        counts = self._rules.offsets[last[rows] + 1] - starts
         entry = ranges(starts, counts)
-        return Proposals.best(
-            np.repeat(rows, counts),
-            self._rules.followers[entry],
-            self._rules.weights[entry] / np.float32(UNIT),
-            num_songs=batch.num_songs,
-            count=count,
-        )
+        rows, scores = np.repeat(rows, counts), self._values[entry] / np.float32(self._unit)
+        some = np.flatnonzero(scores > 0)
+        songs = self._rules.followers[entry[some]]
+        return Proposals.best(rows[some], songs, scores[some], num_songs=batch.num_songs, count=count)
 
 
 class RecentRulesRetriever(Retriever):
@@ -285,6 +283,7 @@ COUNTS = {
     "taste_long": 50,
     "sessions": 100,
     "rules": 100,
+    "next_rules": 50,
     "recent_rules": 50,
     "own_songs": 100,
     "own_rules": 30,
@@ -294,14 +293,20 @@ COUNTS = {
 }
 
 
-def make_retrievers(retrieval: Retrieval, index: SongIndex, *, left_out: Sequence[str] = ()) -> list[Retriever]:
-    """All retrievers but those left out, and those of artists and albums where the catalog knows any."""
+def make_retrievers(
+    retrieval: Retrieval, index: SongIndex, *, scales: tuple[float, float] = (1.0, 1.0), left_out: Sequence[str] = ()
+) -> list[Retriever]:
+    """All retrievers but those left out, and those of artists and albums where the catalog knows any.
+
+    `scales` make logits of the cosines of the short and the long horizon.
+    """
     plays = retrieval.plays.plays
     everything: list[Retriever] = [
-        TasteRetriever(index, "short"),
-        TasteRetriever(index, "long"),
+        TasteRetriever(index, "short", scales[0]),
+        TasteRetriever(index, "long", scales[1]),
         SessionRetriever(retrieval),
         RuleRetriever(retrieval),
+        RuleRetriever(retrieval, at_once=True),
         RecentRulesRetriever(retrieval),
         OwnSongsRetriever(),
         OwnRulesRetriever(),
