@@ -73,7 +73,7 @@ class FeatureSources:
         return matrix
 
     def _of_candidates(self, batch: QueryBatch, candidates: Candidates, put: Callable[[np.ndarray], None]) -> None:
-        rows, songs, own = candidates.rows, candidates.songs, batch.own
+        rows, songs, known = candidates.rows, candidates.songs, batch.user_songs
         vectors = _looked_up(self.song_vectors, songs)
         first = first_of_each(rows)
         counts = np.diff(np.append(first, len(rows)))
@@ -91,21 +91,21 @@ class FeatureSources:
         put(nearest)
         put(mean)
         put(_proposed_by(candidates))
-        found = own.find(candidates.keys)
+        found = known.find(candidates.keys)
         heard = found >= 0
         found = np.where(heard, found, 0)
 
-        def of_own(values: np.ndarray, otherwise: float) -> np.ndarray:
+        def of_user(values: np.ndarray, otherwise: float) -> np.ndarray:
             return np.where(heard, values[found], otherwise) if len(values) else np.full(len(rows), otherwise)
 
         history = np.maximum(1, np.diff(batch.offsets))
-        put(of_own(own.plays, 0))
-        put(of_own(own.plays / history[own.rows], 0))
-        put(of_own(own.back, NEVER))
-        put(of_own(own.hours, NEVER) if self.real_times else np.zeros(len(rows)))
-        put(of_own(own.base_level, -20))
-        put(of_own(own.base_level_hours, -20) if self.real_times else np.zeros(len(rows)))
-        put(of_own(own.session_plays, 0))
+        put(of_user(known.plays, 0))
+        put(of_user(known.plays / history[known.rows], 0))
+        put(of_user(known.back, NEVER))
+        put(of_user(known.hours, NEVER) if self.real_times else np.zeros(len(rows)))
+        put(of_user(known.base_level, -20))
+        put(of_user(known.base_level_hours, -20) if self.real_times else np.zeros(len(rows)))
+        put(of_user(known.session_plays, 0))
         plays = np.log1p(_looked_up(self.retrieval.plays.plays, songs))
         recent = np.log1p(_looked_up(self.retrieval.recent_plays, songs))
         put(plays)
@@ -147,7 +147,7 @@ class FeatureSources:
             _repeat_share(batch, lengths),
             _repeat_share(batch, session.astype(np.int64)),
             hour if self.real_times else np.zeros(len(batch)),
-            np.bincount(batch.own.rows, minlength=len(batch)) / np.maximum(1, lengths),
+            np.bincount(batch.user_songs.rows, minlength=len(batch)) / np.maximum(1, lengths),
         ]
 
 
@@ -160,19 +160,19 @@ OF_CANDIDATES = [
     "cosine_nearest_recent",
     "cosine_mean_recent",
     "proposed_by",
-    "own_plays",
-    "own_share",
-    "own_plays_since",
-    "own_hours_since",
-    "own_base_level",
-    "own_base_level_hours",
-    "own_session_plays",
+    "user_plays",
+    "user_share",
+    "user_plays_since",
+    "user_hours_since",
+    "user_base_level",
+    "user_base_level_hours",
+    "user_session_plays",
     "plays",
     "recent_plays",
     "trend",
     "rules_lift",
 ]
-OF_GROUPS = ["of_last_song", "recent_share", "own_plays", "plays_since"]
+OF_GROUPS = ["of_last_song", "recent_share", "user_plays", "plays_since"]
 OF_QUERIES = [
     "history_length",
     "session_length",
@@ -226,8 +226,8 @@ def _group_features(
     last = some[order[np.append(first[1:], len(order)) - 1]] if len(order) else order
     recent = batch.back[some][order] < RECENT
     late = np.add.reduceat(recent.astype(np.int64), first) if len(first) else plays
-    own_group = _looked_up(groups.of_song, candidates.songs, NO_GROUP).astype(np.int64)
-    wanted = np.where(own_group >= 0, candidates.rows * width + own_group, -1)
+    candidate_group = _looked_up(groups.of_song, candidates.songs, NO_GROUP).astype(np.int64)
+    wanted = np.where(candidate_group >= 0, candidates.rows * width + candidate_group, -1)
     found = np.minimum(np.searchsorted(unique, wanted), max(0, len(unique) - 1))
     there = unique[found] == wanted if len(unique) else np.zeros(len(wanted), dtype=bool)
 
@@ -235,7 +235,7 @@ def _group_features(
         return np.where(there, values[found], otherwise) if len(values) else np.full(len(wanted), otherwise)
 
     last_group = _looked_up(groups.of_song, batch.last_songs, NO_GROUP)
-    put((last_group[candidates.rows] == own_group) & (own_group >= 0))
+    put((last_group[candidates.rows] == candidate_group) & (candidate_group >= 0))
     put(of_group(late, 0) / np.maximum(1, np.minimum(np.diff(batch.offsets), RECENT))[candidates.rows])
     put(of_group(plays, 0))
     put(of_group(batch.back[last], NEVER))

@@ -147,8 +147,12 @@ class SessionRetriever(Retriever):
         apart = np.abs(position - (sessions.offsets[session] + match)[neighbour])
         scores = similarity[neighbour] * np.exp(-apart / settings.places_decay)
         pair_rows, pair_songs = row[neighbour], sessions.songs[position].astype(np.int64)
-        found = batch.own.find(batch.keys(pair_rows, pair_songs))
-        just = (found >= 0) & (batch.own.back[found] < settings.last_plays) if len(batch.own.back) else found >= 0
+        found = batch.user_songs.find(batch.keys(pair_rows, pair_songs))
+        just = (
+            (found >= 0) & (batch.user_songs.back[found] < settings.last_plays)
+            if len(batch.user_songs.back)
+            else found >= 0
+        )
         scores = np.where(just, settings.just_played * scores, scores)
         return Proposals.summed(pair_rows, pair_songs, scores, num_songs=batch.num_songs, count=count)
 
@@ -202,21 +206,21 @@ class RecentRulesRetriever(Retriever):
         )
 
 
-class OwnSongsRetriever(Retriever):
+class UserTopRetriever(Retriever):
     """The user's own songs by ACT-R base level: those played often and lately."""
 
-    name = "own_songs"
+    name = "user_top"
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """The `count` songs of highest activation."""
-        own = batch.own
+        own = batch.user_songs
         return Proposals.best(own.rows, own.songs, np.exp(own.base_level), num_songs=batch.num_songs, count=count)
 
 
-class OwnRulesRetriever(Retriever):
+class UserRulesRetriever(Retriever):
     """What followed the last song when this user played it before."""
 
-    name = "own_rules"
+    name = "user_rules"
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """The `count` songs of most weight, Σ 1/distance up to 10 plays apart."""
@@ -285,8 +289,8 @@ COUNTS = {
     "rules": 100,
     "next_rules": 50,
     "recent_rules": 50,
-    "own_songs": 100,
-    "own_rules": 30,
+    "user_top": 100,
+    "user_rules": 30,
     "artists": 50,
     "albums": 30,
     "popular": 20,
@@ -308,8 +312,8 @@ def make_retrievers(
         RuleRetriever(retrieval),
         RuleRetriever(retrieval, at_once=True),
         RecentRulesRetriever(retrieval),
-        OwnSongsRetriever(),
-        OwnRulesRetriever(),
+        UserTopRetriever(),
+        UserRulesRetriever(),
         *([GroupRetriever("artists", retrieval.artists, plays)] if retrieval.artists else []),
         *([GroupRetriever("albums", retrieval.albums, plays)] if retrieval.albums else []),
         PopularRetriever(retrieval),

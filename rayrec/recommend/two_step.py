@@ -261,8 +261,8 @@ def examples_for(
         keys = np.unique(batch.keys(answer_rows[inside] - chunk.start, answer_songs[inside].astype(np.int64)))
         allowed = np.ones(len(candidates.rows), dtype=bool)
         if new_only:
-            allowed = batch.own.find(candidates.keys) < 0
-            keys = keys[batch.own.find(keys) < 0]
+            allowed = batch.user_songs.find(candidates.keys) < 0
+            keys = keys[batch.user_songs.find(keys) < 0]
         asked += len(np.unique(keys // source.num_songs))
         hit = np.isin(candidates.keys, keys, assume_unique=True)
         queries_hit = np.bincount(candidates.rows, weights=hit & allowed, minlength=size) > 0

@@ -211,4 +211,4 @@ def test_examples_hold_only_queries_whose_song_is_a_candidate(recommender: TwoSt
     assert examples.missed == pytest.approx(1 - len(examples) / len(queries))
     new = examples_for(recommender.source, histories, queries, rows, targets, held_out=held_out, new_only=True)
     assert len(new) < len(examples)
-    assert not new.features[:, recommender.source.sources.names.index("own_plays")].any()
+    assert not new.features[:, recommender.source.sources.names.index("user_plays")].any()
