@@ -1,6 +1,6 @@
 """Descriptions of songs: a table of titles, artists, albums, release days and markets, by song id.
 
-A csv file with a header line, or a Parquet file. Roles of its columns: song, and where there are any title, artist, album,
+A csv file with a header line, or a Parquet file. Roles of its columns: song, and any of title, artist, album,
 released (YYYY-MM-DD, YYYY-MM or YYYY) and markets (names separated by `|`); in Parquet dates and lists will do.
 """
 

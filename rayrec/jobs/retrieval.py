@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -106,15 +107,22 @@ class BucketCounter:
         task, dataset = self._task, self._task.dataset
         if dataset.workspace.exists(task.piece(bucket, len(task.song_ranges) - 1)):
             return 0
-        settings = {"num_songs": dataset.num_songs, "newest": task.config.sessions_per_song}
-        parts = [RetrievalCounts.fit(Histories.from_lists([], []), **settings)]
+        counts = self._count(Histories.from_lists([], []))
         for histories in dataset.read_bucket(bucket):
-            parts.append(RetrievalCounts.fit(task.allowed.select(histories), allowed=task.allowed, **settings))
-            parts = [RetrievalCounts.merge(parts)]
+            counts = RetrievalCounts.merge([counts, self._count(task.allowed.select(histories))])
         for number, (first, last) in enumerate(task.song_ranges):
-            data = pack_counts(parts[0].of_songs(first, last), first, last)
+            data = pack_counts(counts.of_songs(first, last), first, last)
             dataset.workspace.write_bytes(task.piece(bucket, number), data)
         return 1
+
+    def _count(self, histories: Histories) -> RetrievalCounts:
+        task = self._task
+        return RetrievalCounts.fit(
+            histories,
+            num_songs=task.dataset.num_songs,
+            allowed=task.allowed,
+            newest=task.config.sessions_per_song,
+        )
 
 
 class RangeMerger:
@@ -142,7 +150,7 @@ class RangeMerger:
 def _song_ranges(dataset: Dataset) -> list[tuple[int, int]]:
     count = max(1, min(dataset.num_songs, -(-dataset.manifest.plays // PLAYS_PER_RANGE)))
     bounds = np.linspace(0, dataset.num_songs, count + 1).astype(int).tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def _build(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]:
