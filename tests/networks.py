@@ -94,7 +94,7 @@ class MemoryHost:
         rng = np.random.default_rng([config.seed, epoch])
         return worker_batches(windows, batch=config.batch, rank=self._share.rank, workers=self._share.workers, rng=rng)
 
-    def stepped(self, phase: Phase, report: StepReport) -> None:
+    def stepped(self, phase: Phase, report: StepReport, loss: float) -> None:
         """Remember the step."""
         self.reports.append((phase, report))
         taken = sum(each == phase for each, _ in self.reports)

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 import ray.cloudpickle
+from torch import Tensor
 
 from rayrec.data.windows import Windows
 
-STEPS_BETWEEN_CLOCKS = 2  # so that checkpoints come often; with checkpoint_minutes=0 one comes each time
+STEPS_BETWEEN_READS = 2  # so that checkpoints come often; with checkpoint_minutes=0 one comes each time
 SNAPSHOT = "run/checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints, in the model's folder
 
 Step = tuple[str, int, int]  # phase, epoch, step
@@ -62,13 +63,13 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
     from rayrec.taste.training import Training
 
     phases: list[str] = []
-    windows_of, step_of, clocks = RayHost.windows, Training.step, fitting.STEPS_BETWEEN_CLOCKS
+    windows_of, step_of, reads = RayHost.windows, Training.step, fitting.STEPS_BETWEEN_READS
 
     def windows(host: Any, phase: Any, epoch: int) -> Iterator[Windows]:
         phases.append(phase)
         return windows_of(host, phase, epoch)
 
-    def step(training: Training, windows: Windows, epoch: int, number: int) -> float:
+    def step(training: Training, windows: Windows, epoch: int, number: int) -> Tensor:
         at = (phases[-1], epoch, number)
         if death is not None and death.at == at and training.share.rank == death.rank:
             die(death, arguments["plan"])
@@ -81,12 +82,12 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
         return loss
 
     RayHost.windows, Training.step = windows, step  # type: ignore[method-assign]
-    fitting.STEPS_BETWEEN_CLOCKS = STEPS_BETWEEN_CLOCKS
+    fitting.STEPS_BETWEEN_READS = STEPS_BETWEEN_READS
     try:
         getattr(job, "_undisturbed", job.train_worker)(arguments)
     finally:
         RayHost.windows, Training.step = windows_of, step_of  # type: ignore[method-assign]
-        fitting.STEPS_BETWEEN_CLOCKS = clocks
+        fitting.STEPS_BETWEEN_READS = reads
 
 
 def die(death: Death, plan: Any) -> None:

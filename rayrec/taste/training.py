@@ -49,7 +49,7 @@ class StepReport:
     epoch: int
     step: int  # within the epoch, from 0
     plays: int  # inputs
-    loss: float  # mean over positions, horizons added
+    loss: Tensor  # float32 (), on the device: mean over the targets of the share, horizons added
 
 
 class Losses(nn.Module):
@@ -126,8 +126,8 @@ class Training:
             loss = self.step(windows, epoch, step)
             on_step(StepReport(epoch=epoch, step=step, plays=int(windows.inputs.sum()), loss=loss))
 
-    def step(self, windows: Windows, epoch: int, step: int) -> float:
-        """One step of the optimizers on this worker's share of a batch; the mean loss of the share."""
+    def step(self, windows: Windows, epoch: int, step: int) -> Tensor:
+        """One step of the optimizers on this worker's share of a batch; the mean loss of the share, on the device."""
         horizons = self.model.config.horizons
         seed, *seeds = (
             np.random.SeedSequence([self.config.seed, epoch, step]).generate_state(1 + len(horizons)).tolist()
@@ -154,7 +154,7 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self._dense, LARGEST_GRADIENT)
         for optimizer in self.optimizers:
             optimizer.step()
-        return float(loss.detach())
+        return loss.detach()
 
     def _targets(
         self, songs_BL: Tensor, held_B: Tensor, inputs_B: Tensor, horizon: Horizon, generator: torch.Generator

@@ -33,7 +33,7 @@ def losses(config: TrainConfig, histories: Histories, epochs: int = 1) -> list[f
     made, host = training(config), MemoryHost({"final": histories}, config)
     for epoch in range(epochs):
         made.epoch(host.windows("final", epoch), epoch, on_step=reports.append)
-    return [report.loss for report in reports]
+    return [float(report.loss) for report in reports]
 
 
 @pytest.fixture(scope="module")
