@@ -29,7 +29,8 @@ from rayrec.taste.fitting import start_vectors
 from rayrec.taste.model import TasteModel
 from rayrec.taste.stream import POOL_PLAYS
 from rayrec.taste.tastes import taste_table
-from rayrec.taste.training import Share, Training
+from rayrec.taste.training import Training
+from rayrec.taste.workers import Share
 from rayrec.workspace import Workspace
 
 WARM_STEPS = 5  # first steps of a round, in which buffers fill: not timed

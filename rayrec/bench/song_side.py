@@ -66,7 +66,8 @@ def _training(songs: int, settings: "TrainConfig") -> "Training":
 
     from rayrec.taste.config import FeatureSpec, ModelConfig
     from rayrec.taste.model import TasteModel
-    from rayrec.taste.training import Share, Training
+    from rayrec.taste.training import Training
+    from rayrec.taste.workers import Share
 
     torch.set_num_threads(1)
     vectors = torch.randn(songs, DIM, generator=torch.Generator().manual_seed(settings.seed))

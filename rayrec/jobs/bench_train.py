@@ -25,7 +25,7 @@ from rayrec.jobs.bench_data import bench_dataset, plain_process, train_task
 from rayrec.jobs.cluster import quiet_data, ray_cluster
 from rayrec.jobs.train_worker import window_stream
 from rayrec.taste.config import TrainConfig
-from rayrec.taste.training import Share
+from rayrec.taste.workers import Share
 from rayrec.workspace import Workspace
 
 ORDER_TRAIN, ORDER_DATA, ORDER_END = "train", "data", "end"

@@ -96,6 +96,7 @@ def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> M
         horizons=config.horizons,
         song_table=config.song_table,
         averages=config.averages,
+        input_table=config.has_input_table,
     )
 
 

@@ -31,7 +31,8 @@ from rayrec.taste.fitting import RECALL_AT, Fit, FitData, Phase, Progress
 from rayrec.taste.model import TasteModel
 from rayrec.taste.sequences import Sequences
 from rayrec.taste.stream import UnitReader, split_batches
-from rayrec.taste.training import Share, StepReport
+from rayrec.taste.training import StepReport
+from rayrec.taste.workers import Share
 
 PLAYS_PER_UNIT = 200_000  # small buckets are read together until they hold about as many
 # Tasks that read and cut windows for one worker at once. They ask for no CPU: they are far cheaper than the

@@ -23,7 +23,8 @@ from rayrec.taste.encoding import TasteEncoder
 from rayrec.taste.fitting import start_vectors
 from rayrec.taste.limits import asked, copy_bandwidth, per_second, product_flops
 from rayrec.taste.model import TasteModel
-from rayrec.taste.training import Share, Training
+from rayrec.taste.training import Training
+from rayrec.taste.workers import Share
 
 Work = Literal["train", "tastes"]
 WAYS = ((False, False), (True, False), (False, True), (True, True))  # of working: in bfloat16, compiled
@@ -149,6 +150,7 @@ def network(size: Size) -> TasteModel:
         horizons=config.horizons,
         song_table=config.song_table,
         averages=config.averages,
+        input_table=config.has_input_table,
     )
     torch.manual_seed(config.seed)
     vectors = start_vectors(np.zeros((size.songs, size.dim), dtype=np.float32), config.seed)

@@ -24,7 +24,8 @@ from rayrec.taste.checkpoint import export_song_vectors, load_training, save_tra
 from rayrec.taste.config import ModelConfig, TrainConfig
 from rayrec.taste.encoding import TasteEncoder
 from rayrec.taste.model import TasteModel
-from rayrec.taste.training import Share, StepReport, Training
+from rayrec.taste.training import StepReport, Training
+from rayrec.taste.workers import Share
 
 Phase = Literal["selection", "final"]
 RECALL_AT = 20
@@ -74,7 +75,7 @@ class Progress:
     step: int = 0
     best_epoch: int = -1
     best_recall: float = -1.0
-    loss: float = 0.0  # of the steps of the epoch in progress, added up and averaged over workers
+    loss: float = 0.0  # of the steps of the epoch in progress, added up
     plays: int = 0  # inputs of those steps, over all workers
     seconds: float = 0.0  # that those steps took
     epochs: list[dict[str, Any]] = field(default_factory=list)  # figures of each finished epoch
@@ -127,7 +128,7 @@ class Fit:
         """Go on from a checkpoint."""
         self.progress = Progress(**json.loads((folder / "progress.json").read_text()))
         self.training = self._new_training(self.progress.phase)
-        self._best, _ = load_training(folder, self.training.model, self.training.optimizers)
+        self._best, _ = load_training(folder, self.training)
 
     def run(self) -> TasteModel:
         """The trained network: of the final phase, or the best of the selection phase where there is no refit."""
@@ -226,7 +227,7 @@ class Fit:
 
     def _checkpoint(self) -> None:
         def save(folder: Path) -> None:
-            save_training(folder, self.training.model, self.training.optimizers, self._best, asdict(self.progress))
+            save_training(folder, self.training, self._best, asdict(self.progress))
 
         self._host.checkpoint(self.progress, save)
         self._saved_at = time.monotonic()
@@ -259,10 +260,10 @@ class _Ledger:
         self._plays += report.plays
 
     def read(self) -> tuple[float, int, float]:
-        """Losses added up and averaged over workers, plays of all workers, and seconds, since the last reading."""
+        """Losses of all steps and workers added up, plays of all workers, and seconds, since the last reading."""
         count = len(self._losses)
         local = float(torch.stack(self._losses).double().sum()) if count else 0.0
-        loss = self._share.total(local) / self._share.workers
+        loss = self._share.total(local)
         plays = int(self._share.total(self._plays))
         seconds = time.monotonic() - self._began
         self.last_loss = loss / max(1, count)

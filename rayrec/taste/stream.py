@@ -14,7 +14,7 @@ from rayrec.data.split import FitRange
 from rayrec.data.windows import Windows, cut_windows, worker_batches
 from rayrec.taste.config import TrainConfig
 from rayrec.taste.sequences import Sequences
-from rayrec.taste.training import Share
+from rayrec.taste.workers import Share
 
 POOL_PLAYS = 200_000  # plays whose windows are put in batches by length together
 USERS_PER_READ = 1_000  # few, so that a pool holds little more than its plays, whatever the size of a bucket

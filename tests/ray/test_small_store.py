@@ -22,7 +22,7 @@ from rayrec.jobs.train import train
 from rayrec.taste.config import TasteConfig, TrainConfig
 from rayrec.taste.sequences import Sequences
 from rayrec.taste.stream import UnitReader
-from rayrec.taste.training import Share
+from rayrec.taste.workers import Share
 from rayrec.workspace import Workspace
 
 STORE = 80 << 20  # bytes, about the least that Ray starts with

@@ -35,7 +35,8 @@ from rayrec.taste.checkpoint import load_model
 from rayrec.taste.config import TrainConfig
 from rayrec.taste.fitting import Phase
 from rayrec.taste.stream import UnitReader, plain_stream
-from rayrec.taste.training import Share, StepReport
+from rayrec.taste.training import StepReport
+from rayrec.taste.workers import Share
 from rayrec.workspace import Workspace
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints

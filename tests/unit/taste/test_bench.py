@@ -11,7 +11,8 @@ from rayrec.taste import bench, limits
 from rayrec.taste.bench import Size, network, random_histories
 from rayrec.taste.config import TrainConfig
 from rayrec.taste.encoding import TasteEncoder
-from rayrec.taste.training import Share, Training
+from rayrec.taste.training import Training
+from rayrec.taste.workers import Share
 
 UNCOMPILED = ((False, False), (True, False))
 

@@ -16,7 +16,7 @@ from rayrec.taste import fitting
 from rayrec.taste.config import Objective, SongTable, TrainConfig
 from rayrec.taste.fitting import RECALL_AT, Fit, FitData, Phase, Validation, start_vectors
 from rayrec.taste.model import TasteModel
-from rayrec.taste.training import Share
+from rayrec.taste.workers import Share
 
 CUT = 15 * MINUTE
 SMALL = {"hidden_dim": 16, "window": 12, "batch": 8, "negatives": 30, "long": (2, 5), "learning_rate": 0.01}

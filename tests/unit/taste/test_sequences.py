@@ -14,7 +14,7 @@ from rayrec.errors import InputError, LeakError
 from rayrec.taste.config import TrainConfig
 from rayrec.taste.sequences import Sequences
 from rayrec.taste.stream import UnitReader, plain_stream
-from rayrec.taste.training import Share
+from rayrec.taste.workers import Share
 from rayrec.workspace import Workspace, playlists_file
 
 PLAYLISTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]

@@ -15,7 +15,7 @@ from rayrec.errors import LeakError
 from rayrec.taste import stream
 from rayrec.taste.config import TrainConfig
 from rayrec.taste.stream import UnitReader, plain_stream, split_batches
-from rayrec.taste.training import Share
+from rayrec.taste.workers import Share
 from rayrec.workspace import Workspace
 
 CONFIG = TrainConfig(window=5, batch=6, long=(2, 3))
