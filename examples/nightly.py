@@ -12,17 +12,17 @@ import sys
 from datetime import datetime, timedelta, timezone
 
 from rayrec import Dataset, Workspace
-from rayrec.artifacts import Manifest, load
-from rayrec.data.importing import ImportConfig
 from rayrec.data.splits import choose_split
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
+from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.evaluate import evaluate
-from rayrec.jobs.importing import append_plays
+from rayrec.jobs.import_data import append_plays
 from rayrec.jobs.taste import compute_tastes
-from rayrec.releases import activate_release, active_release, create_release
-from rayrec.taste.config import TasteConfig, has_memory
+from rayrec.model.train_config import TasteConfig, has_memory
+from rayrec.storage.artifacts import Manifest, load
+from rayrec.storage.releases import activate_release, active_release, create_release
 
 FORMAT = "parquet"
 COLUMNS = {"user": "user_id", "song": "song_id", "played_at": "ts"}

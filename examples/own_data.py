@@ -9,7 +9,7 @@ import time
 
 from rayrec import Dataset, Workspace
 from rayrec.jobs.pipeline import run
-from rayrec.recommend.answering import RecommendConfig, answer, load_recommender
+from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
 
 COLUMNS = {"user": "user_id", "song": "song_id", "played_at": "ts"}
 

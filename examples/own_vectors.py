@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from rayrec import Workspace
+from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.jobs.embed import embed
-from rayrec.songs.embedding import EmbedConfig
 
 BANDS = 24  # of equal width in the logarithm of frequency
 FRAME = 2048  # samples

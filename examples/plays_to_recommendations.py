@@ -7,23 +7,23 @@
 import sys
 
 from rayrec import Dataset, Workspace
-from rayrec.data.generate import GenerateConfig
 from rayrec.data.split import SplitConfig
 from rayrec.data.splits import split_dataset
+from rayrec.data.synthetic.world import GenerateConfig
+from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
+from rayrec.jobs.build_index import build_index
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
-from rayrec.jobs.generating import generate
-from rayrec.jobs.index import build_index
+from rayrec.jobs.generate import generate
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
-from rayrec.recommend.answering import RecommendConfig, answer, load_recommender
+from rayrec.model.train_config import TasteConfig, TrainConfig
+from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
 from rayrec.recommend.index import IndexConfig
-from rayrec.releases import create_release
-from rayrec.songs.embedding import EmbedConfig
-from rayrec.taste.config import TasteConfig, TrainConfig
+from rayrec.storage.releases import create_release
 
 workspace = Workspace(sys.argv[1] if len(sys.argv) > 1 else "./workspace-notebook")
 cluster = ray_cluster()  # one for all cells; without it each stage starts one of its own

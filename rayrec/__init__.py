@@ -16,7 +16,7 @@ from rayrec.errors import (
     NotFoundError,
     RayrecError,
 )
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 __version__ = version("rayrec")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 
 @pytest.fixture

@@ -24,25 +24,25 @@ from ray.cluster_utils import Cluster
 from trainings import CONFIG
 from witness import read_log
 
-from rayrec.artifacts import Manifest
-from rayrec.data.import_workers import BucketMerger, UnitImporter
-from rayrec.data.importing import ImportConfig
 from rayrec.data.split import Split, SplitConfig
 from rayrec.data.splits import split_dataset
+from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.jobs import importing
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.importing.import_workers import BucketMerger, UnitImporter
+from rayrec.jobs import import_data as import_job
 from rayrec.jobs import taste as taste_job
+from rayrec.jobs.build_index import build_index
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
-from rayrec.jobs.importing import import_data
-from rayrec.jobs.index import build_index
+from rayrec.jobs.import_data import import_data
 from rayrec.jobs.taste import BucketTastes, compute_tastes
 from rayrec.jobs.train import train
+from rayrec.model.train_config import TasteConfig
 from rayrec.recommend.index import IndexConfig
-from rayrec.songs.embedding import EmbedConfig
-from rayrec.taste.config import TasteConfig
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
 
 LOG = "RAYREC_TEST_LOG"  # environment variable: the folder in which units are noted, on all nodes
 PAUSE = 0.4  # seconds that a unit takes longer, so that a node can be removed meanwhile
@@ -177,8 +177,8 @@ def lose_nodes(plays: str, folder: str, log: str) -> dict[str, Any]:
     """All stages; a node is lost during the import, the training and the tastes, and a new one comes after each."""
     patch, found = pytest.MonkeyPatch(), dict[str, Any]()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    patch.setattr(importing, "UnitImporter", noted(UnitImporter, "read"))
-    patch.setattr(importing, "BucketMerger", noted(BucketMerger, "merge"))
+    patch.setattr(import_job, "UnitImporter", noted(UnitImporter, "read"))
+    patch.setattr(import_job, "BucketMerger", noted(BucketMerger, "merge"))
     patch.setattr(taste_job, "BucketTastes", noted(BucketTastes, "taste"))
     stages = Stages(Path(plays), Workspace(folder))
     with three_nodes(Path(log)) as cluster:

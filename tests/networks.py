@@ -9,11 +9,11 @@ from worlds import random_vectors
 
 from rayrec.data.histories import Histories
 from rayrec.data.windows import Windows, cut_windows, worker_batches
-from rayrec.taste.config import Cell, FeatureSpec, Horizon, ModelConfig, SongTable, TrainConfig
-from rayrec.taste.fitting import Phase, Progress
-from rayrec.taste.model import TasteModel
-from rayrec.taste.training import StepReport
-from rayrec.taste.workers import Share
+from rayrec.model.fit import Phase, Progress
+from rayrec.model.network import TasteModel
+from rayrec.model.train_config import Cell, FeatureSpec, Horizon, ModelConfig, SongTable, TrainConfig
+from rayrec.model.training import StepReport
+from rayrec.model.workers import Share
 
 MINUTE = 60_000
 NUM_SONGS = 60

@@ -8,10 +8,10 @@ import httpx
 from served import NUM_SONGS
 
 from rayrec.data.dataset import Dataset
-from rayrec.recommend.state_format import unpack_plays, unpack_state
-from rayrec.recommend.user_state import Plays, digest
-from rayrec.serving.stores.store import open_store
-from rayrec.workspace import Workspace
+from rayrec.online.state_codec import unpack_plays, unpack_state
+from rayrec.online.stores.state_store import open_store
+from rayrec.online.user_state import Plays, digest
+from rayrec.storage.workspace import Workspace
 
 PLAYS = 120
 USERS = ("ann", "bob")

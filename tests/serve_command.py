@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 READ, ADMIN = "reader-0123456789", "admin-0123456789a"
 

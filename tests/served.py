@@ -11,25 +11,25 @@ import numpy as np
 from networks import model_config, network
 from worlds import random_histories, write_dataset, write_song_vectors
 
-from rayrec import releases
-from rayrec.artifacts import Manifest, load, publish
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
+from rayrec.model.checkpoint import save_model
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.network import TasteModel
+from rayrec.model.taste_table import taste_table, tastes_file
+from rayrec.model.train_config import MEMORY, PLAY_COUNTS
 from rayrec.recommend.hybrid import Memory, Mix
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
 from rayrec.recommend.mixing import USUAL_MIX
 from rayrec.serving.auth import Keys
-from rayrec.serving.config import ServeConfig
 from rayrec.serving.replica import open_service
 from rayrec.serving.routes import create_app
+from rayrec.serving.serve_config import ServeConfig
 from rayrec.serving.service import Service
-from rayrec.taste.checkpoint import save_model
-from rayrec.taste.config import MEMORY, PLAY_COUNTS
-from rayrec.taste.encoding import TasteEncoder
-from rayrec.taste.model import TasteModel
-from rayrec.taste.tastes import taste_table, tastes_file
-from rayrec.workspace import Workspace
+from rayrec.storage import releases
+from rayrec.storage.artifacts import Manifest, load, publish
+from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 200
 BEGIN = 1_700_000_000_000  # ms UTC, before all plays of the world

@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from rayrec.serving.app import build
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 
 def free_port() -> int:

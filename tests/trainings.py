@@ -4,11 +4,11 @@ from pathlib import Path
 
 from worlds import random_vectors, write_song_vectors
 
-from rayrec.data.generate import GenerateConfig
 from rayrec.data.split import Split, SplitConfig
 from rayrec.data.splits import list_splits, split_dataset
-from rayrec.taste.config import TrainConfig
-from rayrec.workspace import Workspace
+from rayrec.data.synthetic.world import GenerateConfig
+from rayrec.model.train_config import TrainConfig
+from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 80
 CONFIG = TrainConfig(
@@ -27,7 +27,7 @@ CONFIG = TrainConfig(
 
 def make_world(folder: Path) -> tuple[Workspace, Split]:
     """The data set in a new workspace; needs a cluster."""
-    from rayrec.jobs.generating import generate
+    from rayrec.jobs.generate import generate
 
     workspace = Workspace(folder)
     generate(workspace, GenerateConfig(users=150, songs=NUM_SONGS, artists=12, genres=4, plays=25, days=60, buckets=3))

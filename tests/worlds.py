@@ -3,11 +3,12 @@
 import numpy as np
 import pyarrow as pa
 
-from rayrec.artifacts import Manifest, publish
 from rayrec.data import columns
-from rayrec.data.dataset import Dataset, DatasetManifest, bucket_of, write_manifest
+from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.data.histories import Histories
-from rayrec.workspace import SONGS_TABLE, Workspace, histories_file
+from rayrec.storage.artifacts import Manifest, publish
+from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 
 
 def write_dataset(workspace: Workspace, histories: Histories, num_songs: int, buckets: int = 4) -> Dataset:

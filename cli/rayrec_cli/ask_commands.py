@@ -7,13 +7,13 @@ from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.splits import choose_split
+from rayrec.data.status import KINDS
+from rayrec.data.status import status as look
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.prefixes import PrefixFile
 from rayrec.evaluation.protocol import EvaluateConfig, usual_k
-from rayrec.recommend.answering import Answer, RecommendConfig, answer, load_recommender, parse_moment
-from rayrec.releases import default_parts
-from rayrec.status import KINDS
-from rayrec.status import status as look
+from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender, parse_moment
+from rayrec.storage.releases import default_parts
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
 from rayrec_cli.output import Shown, day, figures, number, size, table

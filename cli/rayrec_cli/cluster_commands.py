@@ -8,7 +8,7 @@ from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
-from rayrec.jobs.plan_inputs import DataSize, PlanConfig, read_rates
+from rayrec.jobs.planning.plan_inputs import DataSize, PlanConfig, read_rates
 from rayrec_cli.app import ORDER, app
 from rayrec_cli.options import Call, command
 from rayrec_cli.output import Shown, figures, note, size, table
@@ -130,8 +130,8 @@ def plan(
     For the data set of the workspace, or for --users, --plays and --songs. What will not fit is an
     error: exit code 1.
     """
-    from rayrec.jobs.cluster_file import read_cluster
-    from rayrec.jobs.plan import make_plan
+    from rayrec.jobs.planning.cluster_file import read_cluster
+    from rayrec.jobs.planning.plan import make_plan
 
     known = read_cluster(cluster)
     counts = (users, plays, songs)
@@ -141,7 +141,7 @@ def plan(
     elif any(count is not None for count in counts):
         raise InputError("give --users, --plays and --songs, or none of the three for the data set of --workspace")
     else:
-        from rayrec.data.skew import measure_skew
+        from rayrec.jobs.planning.skew import measure_skew
 
         dataset = Dataset(call.workspace)
         found = measure_skew(dataset)

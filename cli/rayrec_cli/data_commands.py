@@ -6,14 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from rayrec.data.dataset import DatasetManifest
-from rayrec.data.describing import DescribeConfig, describe
-from rayrec.data.generate import GenerateConfig
-from rayrec.data.importing import ImportConfig
-from rayrec.data.readers import FORMATS
 from rayrec.data.split import WEAKER, SplitConfig
 from rayrec.data.splits import split_dataset
+from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
+from rayrec.importing.describing import DescribeConfig, describe
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.importing.readers import FORMATS
+from rayrec.storage.dataset_manifest import DatasetManifest
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
 from rayrec_cli.output import Shown, figures, table
@@ -31,7 +31,7 @@ AppendOption = Annotated[bool, typer.Option("--append", help="Add the plays to t
 @command(app, "generate", config=GenerateConfig, example="rayrec generate --users 2000 --songs 2000 --seed 1")
 def generate(call: Call, config: GenerateConfig, *, force: ForceOption = False) -> Shown:
     """Generate plays of a planted world whose answers are known."""
-    from rayrec.jobs.generating import generate as job
+    from rayrec.jobs.generate import generate as job
 
     return _dataset(job(call.workspace, config, repeat=force))
 
@@ -54,8 +54,8 @@ def import_data(
 
     With --append the plays are added to those that are there; plays that are there already are merged.
     """
-    from rayrec.jobs.importing import append_plays
-    from rayrec.jobs.importing import import_data as job
+    from rayrec.jobs.import_data import append_plays
+    from rayrec.jobs.import_data import import_data as job
 
     if append and force:
         raise InputError("--append adds plays and --force replaces them; give one of the two")

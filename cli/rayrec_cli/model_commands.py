@@ -5,12 +5,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from rayrec.artifacts import Manifest
 from rayrec.data.splits import choose_split
+from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError
+from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
-from rayrec.songs.embedding import EmbedConfig
-from rayrec.taste.config import TasteConfig, TrainConfig
+from rayrec.storage.artifacts import Manifest
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
 from rayrec_cli.output import Shown, figures, table
@@ -83,7 +83,7 @@ def taste(call: Call, config: TasteConfig, *, model: ModelOption = None, force: 
 @command(app, "index", config=IndexConfig, example="rayrec index")
 def index(call: Call, config: IndexConfig, *, model: ModelOption = None, force: ForceOption = False) -> Shown:
     """Build the index over the vectors that a model scores against."""
-    from rayrec.jobs.index import build_index as job
+    from rayrec.jobs.build_index import build_index as job
 
     return shown(job(call.workspace, config, model_id=model, repeat=force), "Index")
 

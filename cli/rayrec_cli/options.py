@@ -15,7 +15,7 @@ import typer
 
 from rayrec.config import from_mapping, presets_of, read_toml
 from rayrec.errors import InputError
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 from rayrec_cli.output import Shown, note, show
 
 SECTIONS = (

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from rayrec import releases
-from rayrec.artifacts import Manifest, load
+from rayrec.storage import releases
+from rayrec.storage.artifacts import Manifest, load
 from rayrec_cli.app import release_app
 from rayrec_cli.options import Call, command
 from rayrec_cli.output import Shown, day, figures, table

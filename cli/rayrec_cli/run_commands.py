@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from rayrec.bench.config import NAMES, BenchConfig
+from rayrec.bench.bench_config import NAMES, BenchConfig
 from rayrec.errors import InputError
 from rayrec_cli.app import app
 from rayrec_cli.ask_commands import recommendations, results_table
@@ -84,7 +84,7 @@ def bench(
         return _bench_serve(call, None if quick else config, quick, soak)
     if soak:
         raise InputError(f"--soak is of the benchmark serve, not of {name}; leave it out")
-    from rayrec.jobs.bench import bench as job
+    from rayrec.bench.suite import bench as job
 
     told = job(name, call.workspace, None if quick else config, quick=quick, save=save)
     return Shown(told, [figures(f"bench {name}", told)])
@@ -93,11 +93,11 @@ def bench(
 def _bench_serve(call: Call, config: BenchConfig | None, quick: bool, soak: bool) -> Shown:
     """The application through Serve beside bare uvicorn, or under load while replicas are killed."""
     if soak:
-        from rayrec.serving import bench_soak
+        from rayrec.bench.soak import soak as soak_test
 
-        told = bench_soak.soak(call.workspace, config, quick=quick)
+        told = soak_test(call.workspace, config, quick=quick)
         return Shown(told, [figures("bench serve --soak", told)])
-    from rayrec.serving.bench import bench_serve
+    from rayrec.bench.serve_bench import bench_serve
 
     told = bench_serve(call.workspace, config, quick=quick)
     views: list[RenderableType] = [figures("bench serve", {k: v for k, v in told.items() if k != "catalogs"})]

@@ -4,7 +4,7 @@ import signal
 import threading
 from typing import Any
 
-from rayrec.serving.config import ServeConfig
+from rayrec.serving.serve_config import ServeConfig
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, command
 from rayrec_cli.output import Shown, note

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from rayrec.artifacts import load as load_artifact
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
-from rayrec.releases import active_release
+from rayrec.storage.artifacts import load as load_artifact
+from rayrec.storage.releases import active_release
 from rayrec_cli.app import states_app
 from rayrec_cli.options import Call, ForceOption, command
 from rayrec_cli.output import Shown, figures
@@ -27,8 +27,8 @@ def load(call: Call, *, store: StoreOption = None, release: ReleaseOption = None
     Users whose plays in the store are newer than the release's keep those. Buckets that are done are left out when
     it is run again.
     """
-    from rayrec.serving.loading import load_states
-    from rayrec.serving.stores.store import open_store, store_uri
+    from rayrec.online.load_states import load_states
+    from rayrec.online.stores.state_store import open_store, store_uri
 
     chosen = active_release(call.workspace) if release is None else load_artifact(call.workspace, "releases", release)
     if chosen is None:

@@ -15,23 +15,23 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from rayrec.artifacts import Manifest
 from rayrec.bench.rounds import Measured
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.windows import Windows, cut_windows, worker_batches
+from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError
-from rayrec.songs.embedding import EmbedConfig
-from rayrec.taste.checkpoint import load_model
-from rayrec.taste.config import ModelConfig, TrainConfig
-from rayrec.taste.encoding import TasteEncoder
-from rayrec.taste.fitting import start_vectors
-from rayrec.taste.model import TasteModel
-from rayrec.taste.stream import POOL_PLAYS
-from rayrec.taste.tastes import taste_table
-from rayrec.taste.training import Training
-from rayrec.taste.workers import Share
-from rayrec.workspace import Workspace
+from rayrec.model.checkpoint import load_model
+from rayrec.model.fit import start_vectors
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.network import TasteModel
+from rayrec.model.taste_table import taste_table
+from rayrec.model.train_config import ModelConfig, TrainConfig
+from rayrec.model.training import Training
+from rayrec.model.window_stream import POOL_PLAYS
+from rayrec.model.workers import Share
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
 
 WARM_STEPS = 5  # first steps of a round, in which buffers fill: not timed
 

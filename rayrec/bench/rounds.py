@@ -10,8 +10,8 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from rayrec.bench.config import BenchConfig
-from rayrec.bench.memory import MemoryWatch
+from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.private_memory import MemoryWatch
 from rayrec.progress import progress
 
 

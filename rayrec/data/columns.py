@@ -94,3 +94,12 @@ DESCRIPTIONS = pa.schema(
         pa.field(MARKETS, pa.list_(pa.string())),
     ]
 )
+
+
+def one_array(values: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """One array out of a column of a table."""
+    if not isinstance(values, pa.ChunkedArray):
+        return values
+    if values.num_chunks == 1:
+        return values.chunk(0)
+    return pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)

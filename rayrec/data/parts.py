@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from rayrec.data import columns
 from rayrec.data.histories import Histories, concatenate
 from rayrec.errors import DamagedArtifactError
-from rayrec.workspace import Workspace, histories_file
+from rayrec.storage.workspace import Workspace, histories_file
 
 PLAYS_PER_READ = 1_000_000  # plays decoded at once, about; a user's plays are never cut
 SONGS_COLUMN = 1  # of a histories file: behind the user's id

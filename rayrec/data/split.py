@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rayrec.artifacts import fingerprint
 from rayrec.config import setting
 from rayrec.data.histories import Histories, user_hash
 from rayrec.errors import InputError, LeakError, NotFoundError
-from rayrec.workspace import Workspace, split_file
+from rayrec.storage.artifacts import fingerprint
+from rayrec.storage.workspace import Workspace, split_file
 
 DAY_MS = 24 * 3600 * 1000
 SHARE_DIGITS = 9  # 1 - 0.2 - 0.1 is to be 0.7, not a little more

@@ -7,7 +7,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.split import Split, SplitConfig, load_split, make_split, save_split
 from rayrec.errors import InputError, MismatchError
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 
 def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:

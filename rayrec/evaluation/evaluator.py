@@ -14,16 +14,16 @@ import numpy as np
 
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split
-from rayrec.evaluation.block import Block
-from rayrec.evaluation.curves import cosine_sums, curves_of
+from rayrec.evaluation.accumulator import SLICED, VIEWS, Tally
+from rayrec.evaluation.cosine_curves import cosine_sums, curves_of
 from rayrec.evaluation.metrics import metric_columns, metrics_of
 from rayrec.evaluation.pairwise import PAIRED, Negatives, pair_sums, popularity_ranks
 from rayrec.evaluation.protocol import EvaluateConfig, blocks, usual_k
+from rayrec.evaluation.query_block import Block
 from rayrec.evaluation.ranking import Ranked, rank_answers
 from rayrec.evaluation.slices import slices_of
-from rayrec.evaluation.tally import SLICED, VIEWS, Tally
 from rayrec.evaluation.targets import AHEAD, horizon_of
-from rayrec.recommend.recommender import Recommender
+from rayrec.recommend.base import Recommender
 
 QUESTIONS_PER_BLOCK = 1 << 16
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.evaluation.bootstrap import uniform_draws
-from rayrec.evaluation.curves import song_cosines
+from rayrec.evaluation.cosine_curves import song_cosines
 from rayrec.evaluation.targets import AHEAD, LONG_TERM, plays_ahead
 from rayrec.recommend.vector_recommender import VectorRecommender
 

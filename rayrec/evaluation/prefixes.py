@@ -14,17 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.data.readers.lines import read_blocks
-from rayrec.data.readers.reader import Unit
 from rayrec.errors import InputError
+from rayrec.evaluation.accumulator import GROUPS, VIEWS, Tally
 from rayrec.evaluation.bootstrap import poisson_weights
 from rayrec.evaluation.metrics import metrics_of
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.ranking import rank_answers
-from rayrec.evaluation.tally import GROUPS, VIEWS, Tally
 from rayrec.evaluation.targets import Answers
-from rayrec.recommend.answering import ASSUMED_GAP_MS
-from rayrec.recommend.recommender import Recommender
+from rayrec.importing.readers.lines import read_blocks
+from rayrec.importing.readers.reader import Unit
+from rayrec.recommend.answer import ASSUMED_GAP_MS
+from rayrec.recommend.base import Recommender
 
 BLOCK_BYTES = 1 << 18  # about 7,000 short lines, each with a weight in every bootstrap sample
 SHOWN = 60  # characters of a line that cannot be read

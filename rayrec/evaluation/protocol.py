@@ -17,7 +17,7 @@ from rayrec.config import setting
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split
 from rayrec.errors import InputError
-from rayrec.evaluation.tally import GROUPS
+from rayrec.evaluation.accumulator import GROUPS
 
 USUAL_K = 20
 

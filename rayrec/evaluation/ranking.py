@@ -12,7 +12,7 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.evaluation.lists import LIST_LENGTH, listed_songs
 from rayrec.evaluation.metrics import NEVER, best_scores, ranks_of
 from rayrec.evaluation.targets import Answers
-from rayrec.recommend.recommender import Horizon, Recommender
+from rayrec.recommend.base import Horizon, Recommender
 
 
 class Ranked(NamedTuple):

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from rayrec.artifacts import Manifest, verify
 from rayrec.evaluation.figure import cosine_figure
 from rayrec.evaluation.pictures import Picture
 from rayrec.evaluation.protocol import usual_k
@@ -20,7 +19,8 @@ from rayrec.evaluation.tables import (
     song_vectors,
     targets,
 )
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest, verify
+from rayrec.storage.workspace import Workspace
 
 RESULTS = "results.json"
 FIGURE = "cosine_by_offset.png"

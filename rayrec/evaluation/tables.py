@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from rayrec.embeddings.health import COLLAPSED
 from rayrec.evaluation.protocol import usual_k
-from rayrec.songs.health import COLLAPSED
 
 Entry = dict[str, Any]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.recommender import Horizon, Recommender
+from rayrec.recommend.base import Horizon, Recommender
 
 TARGETS = ("next", "next_new", "next_repeat", "next10", "offsets25_50")
 AHEAD = {"next": (1, 1), "next10": (1, 10), "offsets25_50": (25, 50)}  # offsets; 1 is the next play

@@ -4,16 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rayrec import artifacts
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.generate import GenerateConfig
+from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.report import read_figures
 from rayrec.jobs.pipeline import Outcome, run
-from rayrec.locking import writes
-from rayrec.recommend.answering import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
-from rayrec.workspace import Workspace
+from rayrec.recommend.answer import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
+from rayrec.storage import artifacts
+from rayrec.storage.locking import writes
+from rayrec.storage.workspace import Workspace
 
 # Small enough to watch, a minute of training on two cores; few songs, so that each is played often
 # enough for the network to learn what follows it in which context.

@@ -1,28 +1,28 @@
 """The embed stage: song vectors by word2vec in one task on one node, or from an outside file.
 
 The task asks for as many CPUs as it has threads, all of the largest node unless told, so that Ray puts
-it where they are and nothing else beside it. Why one node, and what then: `rayrec.songs.word2vec`.
+it where they are and nothing else beside it. Why one node, and what then: `rayrec.embeddings.word2vec`.
 """
 
 import time
 from dataclasses import replace
 from typing import Any
 
-from rayrec import artifacts
-from rayrec.artifacts import Manifest
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange, Split, fit_range
+from rayrec.embeddings import fit_embeddings, health
+from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.external import file_id
+from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors
 from rayrec.errors import MismatchError
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.node import node_cpus, run_on_node
-from rayrec.locking import writes
 from rayrec.progress import progress
-from rayrec.songs import fitting, health
-from rayrec.songs.embedding import EmbedConfig
-from rayrec.songs.outside import file_id
-from rayrec.songs.vectors import FINAL, SELECTION, SongVectors
-from rayrec.workspace import Workspace
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.locking import writes
+from rayrec.storage.workspace import Workspace
 
 
 @writes("embed")
@@ -57,11 +57,11 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
     if split is not None and split.has_validation:
         fits[SELECTION] = split.selection
     if config.vectors is None:
-        fitting.choose_source(dataset, config)  # before a cluster is started for nothing
+        fit_embeddings.choose_source(dataset, config)  # before a cluster is started for nothing
         made = _fit_all(workspace, config, manifest, fits)
     else:
         paths = [manifest.path(name) for name in fits]
-        made = fitting.take_vectors(workspace, config, fits[FINAL], paths)
+        made = fit_embeddings.take_vectors(workspace, config, fits[FINAL], paths)
     counts = made.pop("counts")
     vectors = SongVectors(workspace.read_array(manifest.path(FINAL)))
     metrics = {**made, **health.check(vectors, counts, dataset.catalog(), config.seed)}
@@ -78,7 +78,7 @@ def _fit_all(
         cpus = min(config.workers or node_cpus(), node_cpus())
         for name, allowed in fits.items():
             arguments = (workspace, config, allowed, config.workers or cpus, manifest.path(name))
-            for figures in run_on_node(fitting.fit_vectors, *arguments, cpus=cpus):
+            for figures in run_on_node(fit_embeddings.fit_vectors, *arguments, cpus=cpus):
                 if figures is None:
                     bar.advance()
                 elif name == FINAL:

@@ -6,26 +6,26 @@ from typing import Any
 
 import numpy as np
 
-from rayrec.artifacts import Manifest, fingerprint, load, new_id, publish
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
+from rayrec.embeddings import health
+from rayrec.embeddings.vectors import FINAL, SongVectors
 from rayrec.errors import InputError
+from rayrec.evaluation.accumulator import Tally
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.pictures import NAMED, Picture, most_played, song_map, training_picture
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import SONG_VECTORS, headline, write_report
 from rayrec.evaluation.results import figures_of
-from rayrec.evaluation.tally import Tally
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import ray_cluster
-from rayrec.jobs.judged import Judged, choose, make_recommenders
-from rayrec.locking import writes
+from rayrec.jobs.compared_models import Judged, choose, make_recommenders
+from rayrec.model.training_log import EPOCHS
 from rayrec.progress import progress
-from rayrec.songs import health
-from rayrec.songs.vectors import FINAL, SongVectors
-from rayrec.taste.curves import EPOCHS
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, publish
+from rayrec.storage.locking import writes
+from rayrec.storage.workspace import Workspace
 
 KIND = "reports"
 USERS_PER_BATCH = 2_000
@@ -122,7 +122,7 @@ def health_of(dataset: Dataset, judged: Judged, song_plays: np.ndarray) -> list[
 
 def vector_paths(judged: Judged) -> dict[str, str]:
     """Role -> path of the song vectors, where they are there: those embedded, then those the network answers with."""
-    from rayrec.taste.checkpoint import SONG_VECTORS as TRAINED  # brings torch: only once needed
+    from rayrec.model.checkpoint import SONG_VECTORS as TRAINED  # brings torch: only once needed
 
     paths = {"songs": judged.songs.path(FINAL)} if judged.songs else {}
     return {**paths, "models": judged.model.path(TRAINED)} if judged.model else paths

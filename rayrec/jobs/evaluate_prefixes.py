@@ -6,27 +6,27 @@ from dataclasses import asdict
 
 import numpy as np
 
-from rayrec.artifacts import Manifest, fingerprint, load, new_id, publish
 from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
-from rayrec.data.readers.files import find_files
-from rayrec.data.readers.lines import byte_ranges
-from rayrec.data.readers.reader import Unit
 from rayrec.data.split import Split
 from rayrec.errors import InputError
+from rayrec.evaluation.accumulator import Tally
 from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import SONG_VECTORS, headline, write_report
 from rayrec.evaluation.results import comparisons_of, results_of
-from rayrec.evaluation.tally import Tally
+from rayrec.importing.readers.files import find_files
+from rayrec.importing.readers.lines import byte_ranges
+from rayrec.importing.readers.reader import Unit
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.compared_models import choose, make_recommenders
 from rayrec.jobs.evaluate import KIND, health_of
-from rayrec.jobs.judged import choose, make_recommenders
-from rayrec.locking import writes
 from rayrec.progress import progress
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, publish
+from rayrec.storage.locking import writes
+from rayrec.storage.workspace import Workspace
 
 UNIT_BYTES = 1 << 18  # of the file that one task reads
 ASKED = "The target of each line of the file is predicted from the songs of its prefix; there are no times."

@@ -6,29 +6,30 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rayrec import artifacts, releases
-from rayrec.artifacts import Manifest
 from rayrec.config import from_mapping, read_toml, setting, to_mapping
-from rayrec.data.dataset import Dataset, DatasetManifest
-from rayrec.data.generate import GenerateConfig
-from rayrec.data.importing import ImportConfig, make_plan
+from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, SplitConfig
 from rayrec.data.splits import list_splits, split_dataset
+from rayrec.data.synthetic.world import GenerateConfig
+from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.importing.import_plan import ImportConfig, make_plan
+from rayrec.jobs.build_index import build_index
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
-from rayrec.jobs.generating import generate
-from rayrec.jobs.importing import import_data
-from rayrec.jobs.index import build_index
+from rayrec.jobs.generate import generate
+from rayrec.jobs.import_data import import_data
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
-from rayrec.locking import writes
+from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
-from rayrec.songs.embedding import EmbedConfig
-from rayrec.taste.config import TasteConfig, TrainConfig
-from rayrec.workspace import Workspace
+from rayrec.storage import artifacts, releases
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.locking import writes
+from rayrec.storage.workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,18 +13,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayrec import artifacts
-from rayrec.artifacts import Manifest
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.errors import MismatchError
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import ray_cluster
-from rayrec.locking import writes
+from rayrec.model.taste_table import PLAYS, tastes_file
+from rayrec.model.train_config import TasteConfig
 from rayrec.progress import progress
-from rayrec.taste.config import TasteConfig
-from rayrec.taste.tastes import PLAYS, tastes_file
-from rayrec.workspace import Workspace
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.locking import writes
+from rayrec.storage.workspace import Workspace
 
 COUNTS = b"rayrec counts"  # key of a file's metadata: JSON of what its bucket came to
 
@@ -114,8 +114,8 @@ class BucketTastes:
     ) -> None:
         import torch
 
-        from rayrec.taste.checkpoint import load_model
-        from rayrec.taste.encoding import TasteEncoder
+        from rayrec.model.checkpoint import load_model
+        from rayrec.model.inference import TasteEncoder
 
         torch.set_num_threads(1)
         self._encoder = TasteEncoder(load_model(workspace, model.folder), "cuda" if config.gpu else "cpu")
@@ -123,7 +123,7 @@ class BucketTastes:
 
     def __call__(self, bucket: int) -> int:
         """Write the bucket's file; the number of plays that went through the network."""
-        from rayrec.taste.continuing import Counts
+        from rayrec.model.carried_tastes import Counts
 
         counts = Counts()
         users = plays = 0
@@ -143,8 +143,8 @@ class BucketTastes:
 
     def _tables(self, bucket: int, counts: Any) -> Iterator[pa.Table]:
         from rayrec.data.histories import Histories
-        from rayrec.taste.continuing import continued_tables, full_tables
-        from rayrec.taste.tastes import taste_table
+        from rayrec.model.carried_tastes import continued_tables, full_tables
+        from rayrec.model.taste_table import taste_table
 
         how = {"at": self._at, "users": self._config.users, "counts": counts}
         if self._base is None:

@@ -5,11 +5,10 @@ import time
 from dataclasses import asdict
 from typing import Any, Literal
 
-from rayrec import artifacts
-from rayrec.artifacts import Manifest
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
+from rayrec.embeddings.sessions import UNCUT
 from rayrec.errors import DivergedError, InputError, MismatchError, RayrecError
 from rayrec.jobs.board import new_board, shown
 from rayrec.jobs.cluster import cluster_cpus, ray_cluster
@@ -17,15 +16,16 @@ from rayrec.jobs.node import run_on_node
 from rayrec.jobs.train_plan import TrainPlan, diverged_file, make_plan, read_validation, selected_folder
 from rayrec.jobs.train_worker import train_worker
 from rayrec.jobs.trainer import SNAPSHOT, Crew, run_workers
-from rayrec.locking import writes
+from rayrec.model.fit import Phase
+from rayrec.model.popularity_prior import log_prior
+from rayrec.model.train_config import PLAY_COUNTS, TrainConfig
+from rayrec.model.training_sequences import Sequences
 from rayrec.recommend.hybrid import MEMBERS
 from rayrec.recommend.mixing import write_memory
-from rayrec.songs.sessions import UNCUT
-from rayrec.taste.config import PLAY_COUNTS, TrainConfig
-from rayrec.taste.fitting import Phase
-from rayrec.taste.popularity import log_prior
-from rayrec.taste.sequences import Sequences
-from rayrec.workspace import Workspace
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.locking import writes
+from rayrec.storage.workspace import Workspace
 
 Unfinished = Literal["ask", "resume", "restart"]
 

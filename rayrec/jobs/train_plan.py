@@ -5,19 +5,19 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from rayrec.artifacts import Manifest
-from rayrec.data.counting import SongCounter
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
+from rayrec.data.song_counts import SongCounter
 from rayrec.data.split import FitRange, Split
 from rayrec.data.splits import validation_histories
 from rayrec.errors import RayrecError
 from rayrec.jobs.buckets import run_buckets
+from rayrec.model.fit import Phase, Validation
+from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
+from rayrec.model.training_sequences import Sequences
 from rayrec.progress import progress
-from rayrec.taste.config import FeatureSpec, ModelConfig, TrainConfig
-from rayrec.taste.fitting import Phase, Validation
-from rayrec.taste.sequences import Sequences
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,15 +24,15 @@ from rayrec.data.windows import Windows, epoch_units
 from rayrec.errors import DivergedError
 from rayrec.jobs.cluster import quiet_data
 from rayrec.jobs.train_plan import TrainPlan, diverged_file, read_validation, selected_folder
-from rayrec.taste.checkpoint import save_model
-from rayrec.taste.config import TrainConfig
-from rayrec.taste.curves import write_epochs, write_tensorboard
-from rayrec.taste.fitting import RECALL_AT, Fit, FitData, Phase, Progress
-from rayrec.taste.model import TasteModel
-from rayrec.taste.sequences import Sequences
-from rayrec.taste.stream import UnitReader, split_batches
-from rayrec.taste.training import StepReport
-from rayrec.taste.workers import Share
+from rayrec.model.checkpoint import save_model
+from rayrec.model.fit import RECALL_AT, Fit, FitData, Phase, Progress
+from rayrec.model.network import TasteModel
+from rayrec.model.train_config import TrainConfig
+from rayrec.model.training import StepReport
+from rayrec.model.training_log import write_epochs, write_tensorboard
+from rayrec.model.training_sequences import Sequences
+from rayrec.model.window_stream import UnitReader, split_batches
+from rayrec.model.workers import Share
 
 PLAYS_PER_UNIT = 200_000  # small buckets are read together until they hold about as many
 # Tasks that read and cut windows for one worker at once. They ask for no CPU: they are far cheaper than the

@@ -14,7 +14,7 @@ from ray.train.torch import TorchTrainer
 from ray.util import placement_group_table
 
 from rayrec.errors import RayrecError
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 LOGGER = logging.getLogger(__name__)
 WORKER_FAILURES = 3  # lost training workers that are replaced before the job gives up

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from rayrec import artifacts
-from rayrec.artifacts import Manifest
 from rayrec.config import read_toml, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
@@ -23,8 +21,10 @@ from rayrec.errors import DivergedError, InputError
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.train import Unfinished, train
-from rayrec.taste.search import Trial, TuneConfig, read_trials, to_toml
-from rayrec.workspace import Workspace
+from rayrec.jobs.trials import Trial, TuneConfig, read_trials, to_toml
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
 
 LOGGER = logging.getLogger(__name__)
 KIND = "tunings"

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data import columns
-from rayrec.data.dataset import Catalog
-from rayrec.data.search import fold, fold_all
+from rayrec.data.catalog import Catalog
+from rayrec.data.song_search import fold, fold_all
 from rayrec.errors import InputError
 
 MASKS_KEPT = 64  # of those asked for last: a byte a song each

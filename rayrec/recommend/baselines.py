@@ -8,16 +8,16 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.errors import InputError
-from rayrec.recommend.average import AverageRecommender
-from rayrec.recommend.neighbours import NeighboursRecommender
-from rayrec.recommend.own_plays import OwnPlaysRecommender
+from rayrec.recommend.base import Recommender
+from rayrec.recommend.discounted_average import AverageRecommender
+from rayrec.recommend.item_knn import NeighboursRecommender
 from rayrec.recommend.popularity import RECENT_DAYS, PopularityRecommender
-from rayrec.recommend.recommender import Recommender
 from rayrec.recommend.selection import Selection
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
-from rayrec.recommend.session_neighbours import SessionNeighboursRecommender
+from rayrec.recommend.user_top import OwnPlaysRecommender
+from rayrec.recommend.vsknn import SessionNeighboursRecommender
 from rayrec.recommend.vstan import VstanRecommender
-from rayrec.recommend.weighted import OFFSETS, fit_weighted
+from rayrec.recommend.weighted_average import OFFSETS, fit_weighted
 
 DISCOUNTS = (0.25, 0.5, 0.75, 0.9, 1.0)
 

@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
+from rayrec.recommend.base import NO_SONG, Horizon, Recommender, SearchPath, check_count, top_k
 from rayrec.recommend.diversity import diversify, pool_size
 from rayrec.recommend.filters import Limits
 from rayrec.recommend.hybrid import HybridRecommender
-from rayrec.recommend.recommender import NO_SONG, Horizon, Recommender, SearchPath, check_count, top_k
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.vector_recommender import normalized
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.recommender import Horizon
+from rayrec.model.inference import States
+from rayrec.recommend.base import Horizon
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.taste.encoding import States
 
 LAST_PLAYS = 10  # looked at, unless told otherwise
 

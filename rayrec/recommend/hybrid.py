@@ -15,19 +15,19 @@ import numpy as np
 from safetensors.numpy import load_file, save
 from scipy.sparse import csr_matrix
 
-from rayrec.artifacts import Manifest, load
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.errors import DamagedArtifactError
-from rayrec.recommend.own_plays import OwnPlaysRecommender
+from rayrec.model.train_config import MEMORY, has_memory
+from rayrec.recommend.base import Horizon, Kind, Recommender, chunks_of
 from rayrec.recommend.own_rules import OwnRulesRecommender
-from rayrec.recommend.recommender import Horizon, Kind, Recommender, chunks_of
 from rayrec.recommend.repeats import RepeatGate, Repeats, gate_features
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.user_top import OwnPlaysRecommender
 from rayrec.recommend.vstan import VstanRecommender
-from rayrec.taste.config import MEMORY, has_memory
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest, load
+from rayrec.storage.workspace import Workspace
 
 ENDED_AT, WEIGHTS, GATE, PRIOR = "sessions.ended_at", "mix.weights", "mix.gate", "long.prior"
 MEMBERS = ("network", "sessions", "rules", "own")

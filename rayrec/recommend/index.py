@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rayrec.artifacts import Manifest
 from rayrec.config import setting
 from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError
+from rayrec.recommend.base import NO_SONG, Ranking, SearchPath, top_k
 from rayrec.recommend.filters import NOTHING, Limits
-from rayrec.recommend.recommender import NO_SONG, Ranking, SearchPath, top_k
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
 
 IndexKind = Literal["flat", "ivf"]
 

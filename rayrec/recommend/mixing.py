@@ -12,12 +12,12 @@ import numpy as np
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
+from rayrec.model.fit import Validation
+from rayrec.model.train_config import MEMORY
+from rayrec.recommend.base import chunks_of
 from rayrec.recommend.hybrid import MEMBERS, HybridRecommender, Memory, Mix, Weights, over
-from rayrec.recommend.recommender import chunks_of
 from rayrec.recommend.repeats import RepeatGate, Repeats, gate_features
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.taste.config import MEMORY
-from rayrec.taste.fitting import Validation
 
 WEIGHT_STEP = 0.1  # of the grid over which weights are chosen
 JUDGED_AT = 20  # recall@20 chooses the weights, as it chooses the epochs

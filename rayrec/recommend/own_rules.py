@@ -9,8 +9,8 @@ import numpy as np
 from scipy.sparse import coo_matrix
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.neighbours import last_songs
-from rayrec.recommend.recommender import Horizon, Recommender
+from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.item_knn import last_songs
 from rayrec.recommend.sequential_rules import MAX_DISTANCE
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
-from rayrec.recommend.recommender import Horizon, Recommender
+from rayrec.recommend.base import Horizon, Recommender
 
 # On 30Music's validation range the plays of 21 days find 0.025 of the next songs (recall@20), those of 7 days 0.018,
 # of 60 days 0.020 and all plays 0.017.

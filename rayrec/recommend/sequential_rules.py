@@ -10,8 +10,8 @@ from scipy.sparse import csr_matrix
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
-from rayrec.recommend.neighbours import last_songs
-from rayrec.recommend.recommender import Horizon, Recommender
+from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.item_knn import last_songs
 
 MAX_DISTANCE = 10  # plays between a song and one that follows it
 RULES_PER_SONG = 1_000  # kept, the strongest

@@ -5,16 +5,16 @@ from typing import ClassVar
 
 import numpy as np
 
-from rayrec import artifacts
 from rayrec.data.histories import Histories, Questions
 from rayrec.errors import MismatchError
+from rayrec.model.checkpoint import SONG_VECTORS, load_model
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.network import TasteModel
+from rayrec.recommend.base import Horizon, Kind
 from rayrec.recommend.index import SongIndex
-from rayrec.recommend.recommender import Horizon, Kind
 from rayrec.recommend.vector_recommender import VectorRecommender
-from rayrec.taste.checkpoint import SONG_VECTORS, load_model
-from rayrec.taste.encoding import TasteEncoder
-from rayrec.taste.model import TasteModel
-from rayrec.workspace import Workspace
+from rayrec.storage import artifacts
+from rayrec.storage.workspace import Workspace
 
 
 class TasteRecommender(VectorRecommender):

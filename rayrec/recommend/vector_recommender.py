@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
+from rayrec.recommend.base import NO_SONG, Horizon, Ranking, Recommender, check_count, chunks_of
 from rayrec.recommend.filters import Limits
-from rayrec.recommend.recommender import NO_SONG, Horizon, Ranking, Recommender, check_count, chunks_of
 
 if TYPE_CHECKING:
     from rayrec.recommend.index import SongIndex

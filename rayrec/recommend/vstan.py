@@ -11,15 +11,9 @@ from scipy.sparse import coo_matrix, csr_matrix, vstack
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import DAY_MS, FitRange
-from rayrec.recommend.recommender import Horizon, Recommender
-from rayrec.recommend.session_neighbours import (
-    MAX_SESSIONS,
-    NEIGHBOURS,
-    QUESTIONS_AT_ONCE,
-    keep_nearest,
-    last_plays,
-)
-from rayrec.songs.sessions import cut_sessions, drop_single
+from rayrec.embeddings.sessions import cut_sessions, drop_single
+from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.vsknn import MAX_SESSIONS, NEIGHBOURS, QUESTIONS_AT_ONCE, keep_nearest, last_plays
 
 # Chosen on 30Music's validation range by recall@20 plus a fifth of MRR@20, as a hybrid's weights are. What
 # they give there, on 4,000 plays: 0.417 (0.245). A session that fades within 60 days finds 0.400 of the

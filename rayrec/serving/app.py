@@ -14,15 +14,15 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from rayrec.config import from_mapping, setting
-from rayrec.serving.config import ServeConfig
 from rayrec.serving.loopback import hold_to_host
-from rayrec.serving.parts import part_deployment
+from rayrec.serving.part_deployments import part_deployment
 from rayrec.serving.problems import RETRY_AFTER_S
 from rayrec.serving.remote import RemoteParts
 from rayrec.serving.replica import open_service
 from rayrec.serving.routes import create_app
-from rayrec.serving.split import open_split_service
-from rayrec.workspace import Workspace
+from rayrec.serving.serve_config import ServeConfig
+from rayrec.serving.split_replica import open_split_service
+from rayrec.storage.workspace import Workspace
 
 # One thread for numeric work, none that spins while it waits for more, and freed memory given back.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "2"}

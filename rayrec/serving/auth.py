@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from rayrec.errors import InputError
-from rayrec.serving.config import ServeConfig, is_loopback
+from rayrec.serving.serve_config import ServeConfig, is_loopback
 
 Role = Literal["read", "write", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)

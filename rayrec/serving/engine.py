@@ -14,13 +14,13 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 
 from rayrec.data.histories import Histories
+from rayrec.model.inference import States
+from rayrec.recommend.base import Horizon, Recommender
 from rayrec.recommend.choosing import Chosen, Known, Wish, choose, network_of, similar
 from rayrec.recommend.explain import Explanation, explain
 from rayrec.recommend.layout import layout
-from rayrec.recommend.recommender import Horizon, Recommender
-from rayrec.serving.metrics import Metrics
 from rayrec.serving.problems import OverloadedError
-from rayrec.taste.encoding import States
+from rayrec.serving.prometheus import Metrics
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from rayrec import releases
 from rayrec.errors import RayrecError
-from rayrec.serving.config import REPORT_SECONDS
 from rayrec.serving.problems import NotReadyError
 from rayrec.serving.reports import Report, Reports, Role
-from rayrec.workspace import Workspace
+from rayrec.serving.serve_config import REPORT_SECONDS
+from rayrec.storage import releases
+from rayrec.storage.workspace import Workspace
 
 RETRY_SECONDS = 60.0  # before a refused release is tried again, should it have been repaired
 

@@ -7,15 +7,15 @@ the model of one release and the index of another.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rayrec import artifacts, releases
-from rayrec.artifacts import Manifest
 from rayrec.data.dataset import Dataset
-from rayrec.recommend.answering import load_recommender
-from rayrec.recommend.recommender import Recommender
+from rayrec.recommend.answer import load_recommender
+from rayrec.recommend.base import Recommender
 from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.serving.catalog import Songs
 from rayrec.serving.engine import Engine
-from rayrec.serving.songs import Songs
-from rayrec.workspace import Workspace
+from rayrec.storage import artifacts, releases
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Keep a replica's ports where the application was told to listen."""
 
-from rayrec.serving.config import LOOPBACK, ServeConfig, is_loopback
+from rayrec.serving.serve_config import LOOPBACK, ServeConfig, is_loopback
 
 
 def hold_to_host(config: ServeConfig) -> None:

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from rayrec.errors import InputError, NotFoundError, RayrecError
-from rayrec.serving.stores.store import StoreUnavailableError
+from rayrec.online.stores.state_store import StoreUnavailableError
 
 MEDIA_TYPE = "application/problem+json"
 MOST_ERRORS = 20  # told of one request

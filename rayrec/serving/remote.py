@@ -9,14 +9,14 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from rayrec.data.histories import Histories
+from rayrec.model.inference import States
+from rayrec.recommend.base import Horizon
 from rayrec.recommend.choosing import Chosen, Known, Wish
 from rayrec.recommend.explain import Explanation
-from rayrec.recommend.recommender import Horizon
 from rayrec.serving.engine import Engine, Vectors
-from rayrec.serving.metrics import Metrics
-from rayrec.serving.parts import Work
+from rayrec.serving.part_deployments import Work
 from rayrec.serving.problems import OverloadedError
-from rayrec.taste.encoding import States
+from rayrec.serving.prometheus import Metrics
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@ import uuid
 from collections.abc import Callable
 
 from rayrec.serving.auth import Keys, load_keys
-from rayrec.serving.config import ServeConfig
+from rayrec.serving.catalog import load_songs
 from rayrec.serving.engine import LocalEngine, Parts, Pool
 from rayrec.serving.holder import ReleaseHolder
 from rayrec.serving.live import LiveRelease, load_parts
-from rayrec.serving.metrics import Metrics
+from rayrec.serving.prometheus import Metrics
 from rayrec.serving.reports import Reports
+from rayrec.serving.serve_config import ServeConfig
 from rayrec.serving.service import Service
-from rayrec.serving.songs import load_songs
 from rayrec.serving.user_states import UserStates
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 
 def open_service(

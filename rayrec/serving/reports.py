@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rayrec.errors import RayrecError
-from rayrec.serving.config import REPORT_SECONDS
-from rayrec.workspace import Workspace
+from rayrec.serving.serve_config import REPORT_SECONDS
+from rayrec.storage.workspace import Workspace
 
 FOLDER = "serving/replicas"
 STALE_SECONDS = 4 * REPORT_SECONDS  # a report older than this is of a replica that is gone

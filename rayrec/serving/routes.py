@@ -8,8 +8,8 @@ from fastapi.openapi.utils import get_openapi
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from rayrec.serving.gate import Gate
 from rayrec.serving.holder import status_of
+from rayrec.serving.middleware import Gate
 from rayrec.serving.page import page
 from rayrec.serving.problems import DOCUMENTED, SCHEMA, add_handlers, documented
 from rayrec.serving.schemas import (

@@ -20,9 +20,9 @@ from random import SystemRandom
 
 from rayrec.errors import InputError, RayrecError
 from rayrec.serving.auth import load_keys
-from rayrec.serving.config import LOOPBACK, ServeConfig, is_loopback
 from rayrec.serving.problems import RETRY_AFTER_S, problem
-from rayrec.workspace import Workspace
+from rayrec.serving.serve_config import LOOPBACK, ServeConfig, is_loopback
+from rayrec.storage.workspace import Workspace
 
 NAME = "rayrec"  # of the application in Serve
 # Above those of Ray's workers, below those of Serve's replicas and those that Linux gives to whoever asks for any.

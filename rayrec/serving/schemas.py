@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import Response
 
-from rayrec.serving.config import MAX_BATCH, MAX_HISTORY, MAX_ID, MAX_K, MAX_LISTED
+from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_ID, MAX_K, MAX_LISTED
 
 LAST_MOMENT = 253_402_300_799_999  # ms UTC: the end of the year 9999
 

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rayrec.model.inference import States
+from rayrec.recommend.base import Horizon
 from rayrec.recommend.choosing import Chosen, Wish, choose_popular
 from rayrec.recommend.explain import Explanation
-from rayrec.recommend.recommender import Horizon
-from rayrec.serving.asking import Asked, histories_of, read_history, read_stored, read_wish
 from rayrec.serving.auth import Keys
-from rayrec.serving.config import ServeConfig
+from rayrec.serving.catalog import Songs
 from rayrec.serving.holder import ReleaseHolder
 from rayrec.serving.live import LiveRelease
-from rayrec.serving.metrics import Metrics
+from rayrec.serving.prometheus import Metrics
+from rayrec.serving.requests import Asked, histories_of, read_history, read_stored, read_wish
 from rayrec.serving.schemas import (
     Asker,
     Reason,
@@ -22,9 +23,8 @@ from rayrec.serving.schemas import (
     Taste,
     Tastes,
 )
-from rayrec.serving.songs import Songs
+from rayrec.serving.serve_config import ServeConfig
 from rayrec.serving.user_states import UserStates
-from rayrec.taste.encoding import States
 
 TOGETHER = 32  # users of a batch that are answered at once: others get their turn in between
 

@@ -8,10 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from rayrec.serving.config import MAX_ID, MAX_K
 from rayrec.serving.live import LiveRelease
 from rayrec.serving.problems import documented, problem
 from rayrec.serving.schemas import RecommendedSong, Request, SongId, as_json
+from rayrec.serving.serve_config import MAX_ID, MAX_K
 from rayrec.serving.service import Service
 
 MAX_QUERY = 200  # characters

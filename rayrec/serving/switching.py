@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rayrec import releases
-from rayrec.artifacts import Manifest
 from rayrec.errors import RayrecError
 from rayrec.serving.auth import KEY_VARIABLE
 from rayrec.serving.reports import Report, Reports
-from rayrec.workspace import Workspace
+from rayrec.storage import releases
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
 
 POLL_SECONDS = 0.2
 ASK_SECONDS = 5.0  # for an application's answer

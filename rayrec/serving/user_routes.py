@@ -5,9 +5,9 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query
 from starlette.responses import Response
 
-from rayrec.serving.config import MAX_ID
 from rayrec.serving.problems import DOCUMENTED, documented
 from rayrec.serving.schemas import as_json
+from rayrec.serving.serve_config import MAX_ID
 from rayrec.serving.service import Service
 from rayrec.serving.user_schemas import PlaysTaken, SentPlays, UserTaste
 from rayrec.serving.users import take_plays, user_taste

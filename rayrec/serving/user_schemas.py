@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
-from rayrec.serving.config import MAX_ID, MAX_PLAYS
 from rayrec.serving.schemas import Moment, Play, Request, UserId
+from rayrec.serving.serve_config import MAX_ID, MAX_PLAYS
 
 PLAY_EXAMPLE: dict[str, Any] = {
     "event_id": "4f1c9b52-7c1e-4a53-9a43-6d8f6f2f7c10",

@@ -14,12 +14,9 @@ from typing import TypeVar
 
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
-from rayrec.recommend.state_format import pack_plays, pack_state, unpack_plays, unpack_state
-from rayrec.recommend.user_state import OUTCOMES, Outcome, Plays, Replay, Step, UserState, gather, plan, scatter
-from rayrec.serving.live import LiveRelease
-from rayrec.serving.metrics import Metrics
-from rayrec.serving.problems import NotReadyError
-from rayrec.serving.stores.store import (
+from rayrec.model.inference import States
+from rayrec.online.state_codec import pack_plays, pack_state, unpack_plays, unpack_state
+from rayrec.online.stores.state_store import (
     NOT_THERE,
     Change,
     StateStore,
@@ -28,8 +25,11 @@ from rayrec.serving.stores.store import (
     open_store,
     store_uri,
 )
-from rayrec.taste.encoding import States
-from rayrec.workspace import Workspace
+from rayrec.online.user_state import OUTCOMES, Outcome, Plays, Replay, Step, UserState, gather, plan, scatter
+from rayrec.serving.live import LiveRelease
+from rayrec.serving.problems import NotReadyError
+from rayrec.serving.prometheus import Metrics
+from rayrec.storage.workspace import Workspace
 
 ATTEMPTS = 100  # puts of one user before the request is given up: each that fails was another's success
 PAUSE_SECONDS = 0.005  # at most, after the first attempt that another was faster than; then more

@@ -7,11 +7,11 @@ import numpy as np
 
 from rayrec.data.windows import NEVER
 from rayrec.errors import InputError, NotFoundError
-from rayrec.recommend.user_state import Plays
-from rayrec.serving.asking import context_bits, moment_after, moment_of, now_ms
+from rayrec.online.user_state import Plays
+from rayrec.serving.catalog import Songs
 from rayrec.serving.live import LiveRelease
-from rayrec.serving.metrics import Metrics
-from rayrec.serving.songs import Songs
+from rayrec.serving.prometheus import Metrics
+from rayrec.serving.requests import context_bits, moment_after, moment_of, now_ms
 from rayrec.serving.user_schemas import NewPlay, PlaysTaken, UserTaste
 from rayrec.serving.user_states import UserStates
 

@@ -10,27 +10,27 @@ import pytest
 from networks import model_config, network
 from worlds import random_vectors, write_song_vectors
 
-from rayrec import artifacts, releases
-from rayrec.artifacts import sha256
 from rayrec.data.dataset import Dataset
-from rayrec.data.importing import ImportConfig
 from rayrec.data.split import SplitConfig
 from rayrec.data.splits import choose_split, split_dataset
+from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.jobs import importing
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.jobs import import_data as import_job
+from rayrec.jobs.build_index import build_index
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
-from rayrec.jobs.importing import append_plays, import_data
-from rayrec.jobs.index import build_index
+from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.taste import compute_tastes
-from rayrec.recommend.answering import RecommendConfig, answer, load_recommender
+from rayrec.model.checkpoint import save_model
+from rayrec.model.taste_table import tastes_file
+from rayrec.model.train_config import TasteConfig
+from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
 from rayrec.recommend.index import IndexConfig
-from rayrec.songs.embedding import EmbedConfig
-from rayrec.taste.checkpoint import save_model
-from rayrec.taste.config import TasteConfig
-from rayrec.taste.tastes import tastes_file
-from rayrec.workspace import IMPORT_STAGING, Workspace
+from rayrec.storage import artifacts, releases
+from rayrec.storage.artifacts import sha256
+from rayrec.storage.workspace import IMPORT_STAGING, Workspace
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -151,7 +151,7 @@ def test_a_killed_append_leaves_the_data_set_whole_and_goes_on(
 
     new = config_of(tmp_path / "b.csv", plays(200, 2, start=START + 90_000, songs=90))
     with monkeypatch.context() as patch:
-        patch.setattr(importing._Import, step, killed)
+        patch.setattr(import_job._Import, step, killed)
         with pytest.raises(KeyboardInterrupt):
             append_plays(workspace, new)
     assert Dataset(workspace).manifest == first

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from rayrec.bench.config import BenchConfig
+from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.suite import bench
 from rayrec.errors import InputError
-from rayrec.jobs.bench import bench
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 TINY = BenchConfig(
     rounds=1,

@@ -4,15 +4,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rayrec import artifacts
-from rayrec.artifacts import Manifest
+from rayrec.embeddings.vectors import SongVectors
 from rayrec.errors import MissingDependencyError, NotFoundError
-from rayrec.jobs import index as index_job
-from rayrec.jobs.index import MODEL_VECTORS, build_index
+from rayrec.jobs import build_index as index_job
+from rayrec.jobs.build_index import MODEL_VECTORS, build_index
+from rayrec.recommend.base import top_k
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.recommender import top_k
-from rayrec.songs.vectors import SongVectors
-from rayrec.workspace import Workspace
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -15,13 +15,14 @@ import pytest
 from networks import NUM_SONGS, model_config, network
 from worlds import random_histories, write_dataset
 
-from rayrec import artifacts
-from rayrec.artifacts import Manifest, publish, sha256
-from rayrec.data.dataset import Dataset, write_manifest
-from rayrec.taste.checkpoint import save_model
-from rayrec.taste.tastes import tastes_file
-from rayrec.verifying.verify import verify_workspace
-from rayrec.workspace import DATASET_MANIFEST, Workspace
+from rayrec.data.dataset import Dataset
+from rayrec.jobs.verifying.verify import verify_workspace
+from rayrec.model.checkpoint import save_model
+from rayrec.model.taste_table import tastes_file
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest, publish, sha256
+from rayrec.storage.dataset_manifest import write_manifest
+from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
 
 NAMESPACE = ("unshare", "--mount", "--map-root-user")
 RAYREC = f"{sys.executable} -c 'import sys; from rayrec_cli.main import main; sys.exit(main())'"

@@ -12,13 +12,13 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from rayrec import artifacts, releases
-from rayrec.artifacts import sha256
 from rayrec.data.dataset import Dataset
 from rayrec.evaluation.report import read_figures
 from rayrec.jobs.pipeline import run
-from rayrec.taste.tastes import tastes_file
-from rayrec.workspace import DATASET_MANIFEST, Workspace
+from rayrec.model.taste_table import tastes_file
+from rayrec.storage import artifacts, releases
+from rayrec.storage.artifacts import sha256
+from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
 
 KINDS = ("songs", "models", "tastes", "indexes", "reports")
 BUCKETS = 4

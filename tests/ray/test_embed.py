@@ -5,17 +5,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayrec import artifacts
 from rayrec.data import columns
-from rayrec.data.dataset import DatasetManifest, bucket_of, write_manifest
+from rayrec.data.dataset import bucket_of
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split
+from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.sessions import MINUTE_MS
+from rayrec.embeddings.vectors import SongVectors
 from rayrec.errors import InputError, MismatchError
 from rayrec.jobs.embed import embed
-from rayrec.songs.embedding import EmbedConfig
-from rayrec.songs.sessions import MINUTE_MS
-from rayrec.songs.vectors import SongVectors
-from rayrec.workspace import PLAYLISTS, SONGS_TABLE, Workspace, histories_file
+from rayrec.storage import artifacts
+from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.workspace import PLAYLISTS, SONGS_TABLE, Workspace, histories_file
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

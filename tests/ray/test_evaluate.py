@@ -7,7 +7,6 @@ import pytest
 from networks import model_config, network
 from worlds import random_histories, random_vectors, write_dataset, write_song_vectors
 
-from rayrec.artifacts import Manifest, load, publish, verify
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split
@@ -17,11 +16,12 @@ from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
 from rayrec.evaluation.results import figures_of
 from rayrec.jobs.evaluate import evaluate
+from rayrec.model.checkpoint import save_model
+from rayrec.model.network import TasteModel
 from rayrec.recommend.baselines import BASELINES, fit_baselines
 from rayrec.recommend.popularity import PopularityRecommender
-from rayrec.taste.checkpoint import save_model
-from rayrec.taste.model import TasteModel
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest, load, publish, verify
+from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 30
 SPLIT = Split(id="cut", dataset="by-hand", validation_from=400_000, test_from=700_000, held_out_share=0.1)

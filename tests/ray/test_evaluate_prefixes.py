@@ -11,18 +11,18 @@ from worlds import random_histories, random_vectors, write_dataset, write_song_v
 
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
-from rayrec.data.readers.reader import Unit
 from rayrec.data.split import FitRange, Split
 from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
 from rayrec.evaluation.results import results_of
+from rayrec.importing.readers.reader import Unit
 from rayrec.jobs import evaluate_prefixes as job
 from rayrec.jobs.evaluate_prefixes import evaluate_prefixes
 from rayrec.recommend.baselines import fit_baselines
 from rayrec.recommend.popularity import PopularityRecommender
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
 NUM_SONGS = 30

@@ -20,11 +20,11 @@ from serving_apps import running
 from worlds import write_dataset
 
 from rayrec import Dataset, Workspace
-from rayrec.artifacts import listing
-from rayrec.data.generate import GenerateConfig, World
 from rayrec.data.histories import Histories
+from rayrec.data.synthetic.world import GenerateConfig, World
 from rayrec.jobs.pipeline import run
-from rayrec.releases import active_release
+from rayrec.storage.artifacts import listing
+from rayrec.storage.releases import active_release
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DAY_MS = 24 * 3600 * 1000

@@ -7,11 +7,11 @@ import pytest
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.generate import GenerateConfig, World
 from rayrec.data.histories import concatenate
+from rayrec.data.synthetic.world import GenerateConfig, World
 from rayrec.errors import InputError
-from rayrec.jobs.generating import generate
-from rayrec.workspace import DATASET_MANIFEST, GENERATING, Workspace, histories_file
+from rayrec.jobs.generate import generate
+from rayrec.storage.workspace import DATASET_MANIFEST, GENERATING, Workspace, histories_file
 
 CONFIG = GenerateConfig(users=300, songs=200, artists=40, genres=5, plays=20, playlists=50, buckets=4)
 

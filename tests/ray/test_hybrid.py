@@ -5,23 +5,23 @@ from dataclasses import replace
 import pytest
 from worlds import random_vectors, write_song_vectors
 
-from rayrec.artifacts import Manifest, verify
 from rayrec.data.dataset import Dataset
-from rayrec.data.generate import GenerateConfig
 from rayrec.data.split import Split, SplitConfig
 from rayrec.data.splits import split_dataset
+from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
 from rayrec.jobs.evaluate import evaluate
-from rayrec.jobs.generating import generate
+from rayrec.jobs.generate import generate
 from rayrec.jobs.train import train
-from rayrec.recommend.answering import load_recommender
+from rayrec.model.train_config import MEMORY, TrainConfig
+from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.hybrid import MEMBERS, HybridRecommender, Memory
 from rayrec.recommend.mixing import USUAL_MIX
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.taste.config import MEMORY, TrainConfig
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest, verify
+from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 60
 CONFIG = TrainConfig(hidden_dim=8, window=20, batch=32, negatives=20, long=(2, 5), epochs=1, workers=0)

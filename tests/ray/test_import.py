@@ -13,18 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rayrec.artifacts import sha256
-from rayrec.data.dataset import Dataset, DatasetManifest
-from rayrec.data.importing import ImportConfig
+from rayrec.data.dataset import Dataset
 from rayrec.data.split import SplitConfig
 from rayrec.data.splits import split_dataset
 from rayrec.errors import InputError
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.jobs import importing
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.jobs import import_data as import_job
 from rayrec.jobs.evaluate import evaluate
-from rayrec.jobs.importing import import_data
-from rayrec.verifying.verify import verify_workspace
-from rayrec.workspace import Workspace
+from rayrec.jobs.import_data import import_data
+from rayrec.jobs.verifying.verify import verify_workspace
+from rayrec.storage.artifacts import sha256
+from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -188,7 +189,7 @@ def test_a_killed_import_leaves_no_data_set_and_goes_on_where_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(importing._Import, step, killed)
+        patch.setattr(import_job._Import, step, killed)
         with pytest.raises(KeyboardInterrupt):
             import_data(workspace, config)
     assert not workspace.exists("dataset/dataset.json")
@@ -205,7 +206,7 @@ def test_changed_input_starts_a_killed_import_afresh(
 ) -> None:
     file = write(tmp_path / "a.csv", ["user,song,played_at", f"a,s1,{START}"])
     with monkeypatch.context() as patch:
-        patch.setattr(importing, "choose_contexts", lambda *_: 1 / 0)
+        patch.setattr(import_job, "choose_contexts", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             import_data(workspace, csv_config(file))
     write(file, ["user,song,played_at", f"b,s2,{START}", f"b,s3,{START + 1}"])
@@ -359,7 +360,7 @@ def test_a_damaged_file_that_is_left_out_leaves_the_number_of_buckets_and_units_
 ) -> None:
     """As with 100 GB, where a file less would be a bucket less and everything would be read again."""
     sizes = iter([20, 19, 19])
-    monkeypatch.setattr(importing, "choose_buckets", lambda size: next(sizes))
+    monkeypatch.setattr(import_job, "choose_buckets", lambda size: next(sizes))
     folder = tmp_path / "files"
     folder.mkdir()
     for number in range(3):

@@ -9,16 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 from networks import model_config, network
 
-from rayrec.artifacts import Manifest, publish
-from rayrec.bench.memory import WORKER, MemoryWatch
+from rayrec.bench.private_memory import WORKER, MemoryWatch
 from rayrec.data.dataset import Dataset
-from rayrec.data.importing import ImportConfig
-from rayrec.jobs.importing import import_data
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.jobs.import_data import import_data
 from rayrec.jobs.taste import compute_tastes
-from rayrec.taste.checkpoint import save_model
-from rayrec.taste.config import TasteConfig
-from rayrec.taste.tastes import LAST_PLAYED_AT, PLAYS, tastes_file
-from rayrec.workspace import Workspace
+from rayrec.model.checkpoint import save_model
+from rayrec.model.taste_table import LAST_PLAYED_AT, PLAYS, tastes_file
+from rayrec.model.train_config import TasteConfig
+from rayrec.storage.artifacts import Manifest, publish
+from rayrec.storage.workspace import Workspace
 
 LONG, OTHERS, SHORT, NUM_SONGS = 10_000_000, 200, 50, 60
 ROWS_PER_GROUP = 1_000_000

@@ -11,11 +11,11 @@ from heads import Head, ray_head, ray_node
 DRIVER = """
 import json, sys, time
 import ray
-from rayrec.data.generate import GenerateConfig
+from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import cluster_cpus, ray_cluster
-from rayrec.jobs.generating import generate
-from rayrec.workspace import Workspace
+from rayrec.jobs.generate import generate
+from rayrec.storage.workspace import Workspace
 
 
 class Place:

@@ -11,11 +11,11 @@ from many_nodes import BUCKETS
 from safetensors.numpy import load as load_safetensors
 from witness import STEPS_BETWEEN_READS
 
-from rayrec import artifacts
 from rayrec.bench.plain import PlainProcess
 from rayrec.data.dataset import Dataset
-from rayrec.taste.tastes import tastes_file
-from rayrec.workspace import Workspace
+from rayrec.model.taste_table import tastes_file
+from rayrec.storage import artifacts
+from rayrec.storage.workspace import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from s3 import S3Server, s3_server
 
-from rayrec import locking, releases
 from rayrec.data.dataset import Dataset
-from rayrec.data.importing import ImportConfig
 from rayrec.errors import BusyError
-from rayrec.jobs.importing import append_plays, import_data
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.pipeline import run
-from rayrec.verifying.verify import verify_workspace
-from rayrec.workspace import LEASE, Workspace
+from rayrec.jobs.verifying.verify import verify_workspace
+from rayrec.storage import locking, releases
+from rayrec.storage.workspace import LEASE, Workspace
 
 pytest.importorskip("moto.server")
 

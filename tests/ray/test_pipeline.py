@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from rayrec import releases
 from rayrec.errors import InputError, MismatchError
 from rayrec.jobs import demo as demo_module
 from rayrec.jobs.demo import demo
 from rayrec.jobs.pipeline import Outcome, run
-from rayrec.workspace import Workspace
+from rayrec.storage import releases
+from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
 TINY: dict[str, dict[str, Any]] = {

@@ -13,8 +13,8 @@ import pytest
 from serve_command import ADMIN, READ, Served, run, started, with_key
 from served import AT, write_release, write_world
 
-from rayrec import releases
-from rayrec.workspace import Workspace
+from rayrec.storage import releases
+from rayrec.storage.workspace import Workspace
 
 BODY = {"history": ["song-3", "song-50"], "at": AT, "k": 5}
 

@@ -7,7 +7,7 @@ from sent_plays import PLAYS, USERS, require_each_play_once, send_all
 from serve_command import ADMIN, started, with_key
 from served import AT, write_release, write_world
 
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 # Which process is killed before which of the plays: the one behind the proxy, the proxy, what keeps the proxy alive.
 KILLED_AT = {30: "ServeReplica", 60: "haproxy -db", 90: "HAProxyManager"}

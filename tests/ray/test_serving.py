@@ -8,15 +8,15 @@ import pytest
 from served import AT, NUM_SONGS, WITHOUT_VECTOR, write_release, write_world
 from serving_apps import running
 
-from rayrec import releases
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Questions
 from rayrec.evaluation.ranking import rank_answers
 from rayrec.evaluation.targets import answers
-from rayrec.recommend.answering import history_of_songs, load_recommender
+from rayrec.recommend.answer import history_of_songs, load_recommender
+from rayrec.recommend.base import Horizon, top_k
 from rayrec.recommend.hybrid import HybridRecommender
-from rayrec.recommend.recommender import Horizon, top_k
-from rayrec.workspace import Workspace
+from rayrec.storage import releases
+from rayrec.storage.workspace import Workspace
 
 SONGS = ["song-3", "song-50", "song-3", "song-9"]
 

@@ -14,12 +14,12 @@ import pytest
 from served import AT, damage, write_release, write_world
 from serving_apps import running
 
-from rayrec import releases
 from rayrec.data.dataset import Dataset
 from rayrec.errors import RayrecError
-from rayrec.recommend.answering import history_of_songs, load_recommender
+from rayrec.recommend.answer import history_of_songs, load_recommender
 from rayrec.serving.switching import Wait, ask, switch
-from rayrec.workspace import Workspace
+from rayrec.storage import releases
+from rayrec.storage.workspace import Workspace
 
 BODY = {"history": ["song-3", "song-50", "song-9"], "at": AT, "k": 20, "horizon": "long", "exclude_heard": False}
 CLIENTS = 4

@@ -10,20 +10,20 @@ import pyarrow.parquet as pq
 import pytest
 from worlds import random_vectors, write_song_vectors
 
-from rayrec.artifacts import verify
 from rayrec.bench.plain import PlainProcess
 from rayrec.data.dataset import Dataset
-from rayrec.data.importing import ImportConfig
 from rayrec.data.split import FitRange
+from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.cluster import ray_cluster
-from rayrec.jobs.importing import import_data
+from rayrec.jobs.import_data import import_data
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
-from rayrec.taste.config import TasteConfig, TrainConfig
-from rayrec.taste.sequences import Sequences
-from rayrec.taste.stream import UnitReader
-from rayrec.taste.workers import Share
-from rayrec.workspace import Workspace
+from rayrec.model.train_config import TasteConfig, TrainConfig
+from rayrec.model.training_sequences import Sequences
+from rayrec.model.window_stream import UnitReader
+from rayrec.model.workers import Share
+from rayrec.storage.artifacts import verify
+from rayrec.storage.workspace import Workspace
 
 STORE = 80 << 20  # bytes, about the least that Ray starts with
 USERS, PLAYS, NUM_SONGS = 4_000, 1_500, 40

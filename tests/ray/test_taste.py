@@ -8,16 +8,16 @@ import pytest
 from networks import MINUTE, NUM_SONGS, model_config, network
 from worlds import random_histories, write_dataset
 
-from rayrec.artifacts import Manifest, load, publish, verify
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.errors import MismatchError, NotFoundError
 from rayrec.jobs.taste import compute_tastes
+from rayrec.model.checkpoint import save_model
+from rayrec.model.taste_table import tastes_file
+from rayrec.model.train_config import TasteConfig
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.taste.checkpoint import save_model
-from rayrec.taste.config import TasteConfig
-from rayrec.taste.tastes import tastes_file
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest, load, publish, verify
+from rayrec.storage.workspace import Workspace
 
 BUCKETS = 4
 AT = 200 * MINUTE

@@ -15,29 +15,29 @@ from trainings import CONFIG as SMALL
 from trainings import NUM_SONGS
 from worlds import random_vectors, write_dataset, write_song_vectors
 
-from rayrec.artifacts import Manifest, listing, load, publish, verify
 from rayrec.data.dataset import Dataset
-from rayrec.data.generate import GenerateConfig
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split, SplitConfig
 from rayrec.data.splits import split_dataset, validation_histories
+from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.data.windows import epoch_units
 from rayrec.errors import MismatchError, NotFoundError, RayrecError
 from rayrec.jobs import train as job
 from rayrec.jobs import train_worker as worker
 from rayrec.jobs import trainer
-from rayrec.jobs.generating import generate
+from rayrec.jobs.generate import generate
 from rayrec.jobs.train import train
 from rayrec.jobs.train_plan import load_validation, model_config
 from rayrec.jobs.train_worker import window_stream
+from rayrec.model.checkpoint import load_model
+from rayrec.model.fit import Phase
+from rayrec.model.train_config import TrainConfig
+from rayrec.model.training import StepReport
+from rayrec.model.window_stream import UnitReader, plain_stream
+from rayrec.model.workers import Share
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.taste.checkpoint import load_model
-from rayrec.taste.config import TrainConfig
-from rayrec.taste.fitting import Phase
-from rayrec.taste.stream import UnitReader, plain_stream
-from rayrec.taste.training import StepReport
-from rayrec.taste.workers import Share
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest, listing, load, publish, verify
+from rayrec.storage.workspace import Workspace
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints
 CONFIG = replace(SMALL, workers=0, checkpoint_minutes=10.0)

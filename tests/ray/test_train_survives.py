@@ -15,10 +15,10 @@ from safetensors.numpy import load as load_safetensors
 from trainings import CONFIG, make_world, only_split
 from witness import STEPS_BETWEEN_READS, Death, Seen, read_log
 
-from rayrec.artifacts import Manifest
 from rayrec.data.split import Split
 from rayrec.jobs.train import train
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
 
 TOLERANCE = 1e-4  # of weights, where another number of workers adds up gradients in another order
 
@@ -95,7 +95,7 @@ from dataclasses import replace
 from trainings import CONFIG, only_split
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.train import train
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 workspace = Workspace(sys.argv[1])
 death = witness.Death(at=("selection", 1, 5), driver=os.getpid(), marker=sys.argv[3])

@@ -16,7 +16,7 @@ import ray.train
 from rayrec.errors import RayrecError
 from rayrec.jobs import trainer
 from rayrec.jobs.trainer import Crew, run_workers
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("cluster")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file

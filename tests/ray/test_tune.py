@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from rayrec.artifacts import listing, load
 from rayrec.config import from_mapping
-from rayrec.data.generate import GenerateConfig
 from rayrec.data.split import Split, SplitConfig
 from rayrec.data.splits import split_dataset
+from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
-from rayrec.jobs.generating import generate
+from rayrec.jobs.generate import generate
+from rayrec.jobs.trials import TuneConfig
 from rayrec.jobs.tune import JUDGED_BY, tune
-from rayrec.taste.config import TrainConfig
-from rayrec.taste.search import TuneConfig
-from rayrec.workspace import Workspace
+from rayrec.model.train_config import TrainConfig
+from rayrec.storage.artifacts import listing, load
+from rayrec.storage.workspace import Workspace
 
 SPACE = """
 [embed]

@@ -11,10 +11,10 @@ from rayrec.data.splits import list_splits, validation_histories
 from rayrec.errors import LeakError
 from rayrec.jobs.pipeline import Outcome, run
 from rayrec.jobs.train_plan import load_validation, model_config
+from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.baselines import fit_baselines
 from rayrec.recommend.popularity import PopularityRecommender
-from rayrec.taste.config import TrainConfig
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
 USERS, SONGS = 60, 12

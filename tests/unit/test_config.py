@@ -7,7 +7,7 @@ import pytest
 
 from rayrec.config import from_mapping, read_toml, setting, to_mapping
 from rayrec.errors import InputError
-from rayrec.taste.config import Horizon, TrainConfig
+from rayrec.model.train_config import Horizon, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ QUOTED = sorted(set(re.findall(r"`([^`\n]+)`", TEXT)))
 PATHS = [each for each in QUOTED if re.fullmatch(r"[\w./-]+", each) and ("/" in each or "." in each[1:])]
 # name -> the file that the recipe says it is in
 NAMES = {
-    "Reader": "rayrec/data/readers/reader.py",
-    "FORMATS": "rayrec/data/readers/__init__.py",
-    "ObjectiveFunction": "rayrec/taste/objectives.py",
-    "OBJECTIVES": "rayrec/taste/objectives.py",
-    "Objective": "rayrec/taste/config.py",
-    "REGRESSIONS": "rayrec/taste/config.py",
-    "Recommender": "rayrec/recommend/recommender.py",
+    "Reader": "rayrec/importing/readers/reader.py",
+    "FORMATS": "rayrec/importing/readers/__init__.py",
+    "ObjectiveFunction": "rayrec/model/objectives.py",
+    "OBJECTIVES": "rayrec/model/objectives.py",
+    "Objective": "rayrec/model/train_config.py",
+    "REGRESSIONS": "rayrec/model/train_config.py",
+    "Recommender": "rayrec/recommend/base.py",
     "FROM_PLAYS": "rayrec/recommend/baselines.py",
     "FROM_VECTORS": "rayrec/recommend/baselines.py",
     "MAKERS": "tests/unit/recommend/test_recommender_suite.py",

@@ -9,22 +9,22 @@ import pytest
 import torch
 from worlds import random_histories, write_dataset
 
-from rayrec.artifacts import Manifest, publish
 from rayrec.bench import loops
 from rayrec.bench.loops import TrainTask
 from rayrec.data import columns
 from rayrec.data.histories import concatenate
 from rayrec.data.split import FitRange
 from rayrec.data.windows import Windows
+from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.sessions import from_histories
+from rayrec.embeddings.word2vec import write_corpus
 from rayrec.errors import InputError
-from rayrec.songs.embedding import EmbedConfig
-from rayrec.songs.sessions import from_histories
-from rayrec.songs.word2vec import write_corpus
-from rayrec.taste.checkpoint import save_model
-from rayrec.taste.config import FeatureSpec, ModelConfig, TrainConfig
-from rayrec.taste.encoding import TasteEncoder
-from rayrec.taste.tastes import taste_table
-from rayrec.workspace import Workspace
+from rayrec.model.checkpoint import save_model
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.taste_table import taste_table
+from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
+from rayrec.storage.artifacts import Manifest, publish
+from rayrec.storage.workspace import Workspace
 
 SONGS = 50
 

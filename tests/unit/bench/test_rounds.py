@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from rayrec.bench.config import BenchConfig, check_name
+from rayrec.bench.bench_config import BenchConfig, check_name
 from rayrec.bench.rounds import Measured, Way, compare
 from rayrec.errors import InputError
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrec.bench.config import BenchConfig
+from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.rounds import Measured
 from rayrec.bench.scaling import costs, extrapolated, speedups
 from rayrec.errors import InputError

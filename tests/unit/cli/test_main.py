@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rayrec.data.dataset import DatasetManifest, write_manifest
 from rayrec.errors import LeakError, NotFoundError
-from rayrec.workspace import Workspace
+from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
 HELP = Path(__file__).parents[2] / "artifacts" / "help.txt"

@@ -12,10 +12,10 @@ from ray.serve.schema import ServeDeploySchema
 import rayrec
 from rayrec.config import from_mapping, to_mapping
 from rayrec.jobs.submit import IMAGE_PYTHON
+from rayrec.model.train_config import TasteConfig, TrainConfig
+from rayrec.online.stores.redis_store import PASSWORD_VARIABLE
 from rayrec.serving.app import AppConfig, build
 from rayrec.serving.auth import VARIABLE as KEYS_VARIABLE
-from rayrec.serving.stores.redis_store import PASSWORD_VARIABLE
-from rayrec.taste.config import TasteConfig, TrainConfig
 from rayrec_cli.main import app
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()

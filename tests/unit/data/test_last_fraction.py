@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.split import FitRange, Split, SplitConfig, load_split, make_split, save_split
 from rayrec.errors import InputError, LeakError
-from rayrec.workspace import Workspace, split_file
+from rayrec.storage.workspace import Workspace, split_file
 
 
 def sequences(*lengths: int) -> Histories:

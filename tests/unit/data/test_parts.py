@@ -8,9 +8,9 @@ from rayrec.data import parts
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.parts import merge_users, order_of_users
-from rayrec.data.staging import Staging
 from rayrec.errors import DamagedArtifactError
-from rayrec.workspace import Workspace, histories_file
+from rayrec.importing.staging import Staging
+from rayrec.storage.workspace import Workspace, histories_file
 
 
 def rows_of(histories: Histories) -> dict[str, list[tuple[int, int]]]:
@@ -82,7 +82,7 @@ def test_a_batch_is_bounded_by_plays_where_some_users_have_many(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parts, "PLAYS_PER_READ", 500)
-    monkeypatch.setattr("rayrec.data.staging.PLAYS_PER_ROW_GROUP", 100)
+    monkeypatch.setattr("rayrec.importing.staging.PLAYS_PER_ROW_GROUP", 100)
     lengths = [3] * 200 + [2_000] + [40] * 100 + [3] * 200
     histories = Histories.from_lists(
         [np.zeros(length, int) for length in lengths],  # type: ignore[misc]

@@ -6,18 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrec.data.histories import Histories
-from rayrec.data.split import (
-    DAY_MS,
-    FitRange,
-    Split,
-    SplitConfig,
-    fit_range,
-    load_split,
-    make_split,
-    save_split,
-)
+from rayrec.data.split import DAY_MS, FitRange, Split, SplitConfig, fit_range, load_split, make_split, save_split
 from rayrec.errors import InputError, LeakError, NotFoundError
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 USERS = [f"user-{number}" for number in range(2_000)]
 

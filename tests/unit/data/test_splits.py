@@ -4,11 +4,12 @@ import os
 
 import pytest
 
-from rayrec.data.dataset import Dataset, DatasetManifest, Times, write_manifest
+from rayrec.data.dataset import Dataset
 from rayrec.data.split import DAY_MS, SplitConfig
 from rayrec.data.splits import choose_split, list_splits, split_dataset
 from rayrec.errors import InputError, MismatchError, NotFoundError
-from rayrec.workspace import DATASET_MANIFEST, Workspace, split_file
+from rayrec.storage.dataset_manifest import DatasetManifest, Times, write_manifest
+from rayrec.storage.workspace import DATASET_MANIFEST, Workspace, split_file
 
 
 def put_dataset(workspace: Workspace, dataset_id: str, times: Times = "real") -> None:

@@ -7,7 +7,7 @@ from worlds import random_histories, random_vectors
 from rayrec.data.histories import Histories, Questions
 from rayrec.evaluation import pairwise
 from rayrec.evaluation.pairwise import NEGATIVES, Negatives, pair_sums, popularity_ranks, songs_by_popularity
-from rayrec.recommend.neighbours import NeighboursRecommender
+from rayrec.recommend.item_knn import NeighboursRecommender
 
 PLAYS = np.array([4, 0, 9, 1, 4])
 

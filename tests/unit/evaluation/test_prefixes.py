@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayrec.data.readers.lines import byte_ranges
 from rayrec.errors import InputError
 from rayrec.evaluation.prefixes import Prefixes, PrefixEvaluator, PrefixFile, parse_prefixes, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.results import comparisons_of, results_of
-from rayrec.recommend.neighbours import NeighboursRecommender
+from rayrec.importing.readers.lines import byte_ranges
+from rayrec.recommend.item_knn import NeighboursRecommender
 from rayrec.recommend.popularity import PopularityRecommender
 
 SONGS = pa.chunked_array([["a", "b"], ["c", "d"]])

@@ -13,14 +13,14 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange, Split
 from rayrec.errors import InputError
 from rayrec.evaluation import evaluator as asking
+from rayrec.evaluation.accumulator import GROUPS, Tally
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig, blocks, plays_to_predict, user_groups, usual_k
 from rayrec.evaluation.results import curves_of_tally, results_of
-from rayrec.evaluation.tally import GROUPS, Tally
-from rayrec.recommend.average import AverageRecommender
-from rayrec.recommend.neighbours import NeighboursRecommender
+from rayrec.recommend.base import Recommender
+from rayrec.recommend.discounted_average import AverageRecommender
+from rayrec.recommend.item_knn import NeighboursRecommender
 from rayrec.recommend.popularity import PopularityRecommender
-from rayrec.recommend.recommender import Recommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 
 CUT = 100

@@ -9,9 +9,9 @@ from rayrec.evaluation.metrics import NEVER
 from rayrec.evaluation.protocol import plays_to_predict
 from rayrec.evaluation.ranking import Ranked, rank_answers
 from rayrec.evaluation.targets import answers
-from rayrec.recommend.average import AverageRecommender
+from rayrec.recommend.base import Recommender
+from rayrec.recommend.discounted_average import AverageRecommender
 from rayrec.recommend.popularity import PopularityRecommender
-from rayrec.recommend.recommender import Recommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 
 EVERYTHING = Split(id="s", dataset="d", validation_from=0, test_from=0)
@@ -56,7 +56,7 @@ def test_chunks_of_questions_change_nothing(monkeypatch: object) -> None:
     recommender = AverageRecommender(random_vectors(30), 0.5)
     questions = Questions.before_plays(histories, plays_to_predict(histories, EVERYTHING))
     whole = _ranked(recommender, histories, questions, np.ones(30, bool))
-    from rayrec.recommend import recommender as base
+    from rayrec.recommend import base as base
 
     monkeypatch.setattr(base, "SCORES_IN_CACHE", 30 * 7)  # type: ignore[attr-defined]
     monkeypatch.setattr(base, "FEW_QUESTIONS", 1)  # type: ignore[attr-defined]

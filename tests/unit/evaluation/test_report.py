@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayrec.artifacts import Manifest, publish
 from rayrec.errors import DamagedArtifactError
 from rayrec.evaluation.figure import LABEL_GAP, cosine_figure, curve_name, spread
 from rayrec.evaluation.report import headline, html_page, read_figures, write_report
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest, publish
+from rayrec.storage.workspace import Workspace
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -13,9 +13,9 @@ from rayrec.data.split import FitRange, Split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.results import figures_of
-from rayrec.recommend.neighbours import NeighboursRecommender
+from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.item_knn import NeighboursRecommender
 from rayrec.recommend.popularity import PopularityRecommender
-from rayrec.recommend.recommender import Horizon, Recommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 
 CUT = 1_500_000

@@ -5,8 +5,8 @@ from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.evaluation.targets import AHEAD, Heard, answers, horizon_of, plays_ahead
-from rayrec.recommend.neighbours import NeighboursRecommender
-from rayrec.recommend.recommender import Recommender
+from rayrec.recommend.base import Recommender
+from rayrec.recommend.item_knn import NeighboursRecommender
 
 
 class Both(NeighboursRecommender):

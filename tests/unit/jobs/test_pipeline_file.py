@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.jobs.pipeline import read_configs
-from rayrec.songs.embedding import EmbedConfig
 
 
 def write(folder: Path, text: str) -> Path:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from rayrec.data import columns
-from rayrec.data.dataset import Catalog
+from rayrec.data.catalog import Catalog
 from rayrec.errors import InputError
 from rayrec.recommend.attributes import SongMasks, Wanted
 

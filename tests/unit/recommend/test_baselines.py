@@ -10,14 +10,14 @@ from worlds import random_histories, random_vectors, write_dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.errors import InputError, LeakError
-from rayrec.recommend.average import AverageRecommender
 from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_selection, needs_vectors
-from rayrec.recommend.neighbours import NeighboursRecommender
+from rayrec.recommend.discounted_average import AverageRecommender
+from rayrec.recommend.item_knn import NeighboursRecommender
 from rayrec.recommend.popularity import RECENT_DAYS, PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender, count_rules, strongest
-from rayrec.recommend.session_neighbours import SessionNeighboursRecommender
+from rayrec.recommend.vsknn import SessionNeighboursRecommender
 from rayrec.recommend.vstan import VstanRecommender
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 FITS: list[Callable[..., Any]] = [
     PopularityRecommender.fit,

@@ -9,12 +9,12 @@ from served import AT, NUM_SONGS, WITHOUT_VECTOR, write_release, write_world
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.errors import InputError
-from rayrec.recommend.answering import load_recommender
+from rayrec.recommend.answer import load_recommender
+from rayrec.recommend.base import Recommender
 from rayrec.recommend.choosing import Known, Wish, choose, network_of
 from rayrec.recommend.filters import Limits
 from rayrec.recommend.hybrid import HybridRecommender
-from rayrec.recommend.recommender import Recommender
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 HISTORY = Histories.from_lists([[3, 50, 3, 9]], [[AT - 60_000 * back for back in (3, 2, 1, 0)]])
 WEIGHTS = [0.0, 0.2, 0.5, 0.9, 1.0]

@@ -6,9 +6,9 @@ from networks import MINUTE, NUM_SONGS, model_config, network
 from worlds import random_vectors
 
 from rayrec.data.histories import Histories, Questions
+from rayrec.model.train_config import FeatureSpec
 from rayrec.recommend.explain import explain
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.taste.config import FeatureSpec
 
 NOW = 100 * MINUTE
 

@@ -10,10 +10,10 @@ from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories
 from rayrec.recommend import index as index_module
+from rayrec.recommend.base import NO_SONG, top_k
 from rayrec.recommend.filters import Limits, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.neighbours import NeighboursRecommender
-from rayrec.recommend.recommender import NO_SONG, top_k
+from rayrec.recommend.item_knn import NeighboursRecommender
 
 
 @st.composite

@@ -9,10 +9,12 @@ from safetensors.numpy import load_file, save
 from scipy.sparse import csr_matrix
 from worlds import random_histories, random_vectors
 
-from rayrec.artifacts import Manifest, publish
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.errors import DamagedArtifactError, LeakError
+from rayrec.model.checkpoint import save_model
+from rayrec.model.train_config import MEMORY, has_memory
+from rayrec.recommend.base import Horizon
 from rayrec.recommend.hybrid import (
     LATER_WEIGHTS,
     PRIOR_SHARE,
@@ -26,14 +28,12 @@ from rayrec.recommend.hybrid import (
     softmax,
 )
 from rayrec.recommend.own_rules import OwnRulesRecommender
-from rayrec.recommend.recommender import Horizon
 from rayrec.recommend.repeats import RepeatGate, Repeats, gate_features
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.vstan import VstanRecommender
-from rayrec.taste.checkpoint import save_model
-from rayrec.taste.config import MEMORY, has_memory
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest, publish
+from rayrec.storage.workspace import Workspace
 
 WITHOUT_VECTOR = 7
 HEARD, NEW = (0.4, 0.3, 0.2, 0.1), (0.2, 0.5, 0.3, 0.0)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrec.artifacts import Manifest
 from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError
 from rayrec.recommend import index as index_module
+from rayrec.recommend.base import NO_SONG, top_k
 from rayrec.recommend.index import (
     INDEX_FILE,
     IndexConfig,
@@ -18,8 +18,8 @@ from rayrec.recommend.index import (
     recall_against,
     sample_queries,
 )
-from rayrec.recommend.recommender import NO_SONG, top_k
-from rayrec.workspace import Workspace
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
 
 FLAT, IVF = IndexConfig(kind="flat"), IndexConfig(kind="ivf", nlist=4, queries=20)
 

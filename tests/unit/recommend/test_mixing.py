@@ -12,7 +12,12 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange, Split
 from rayrec.errors import LeakError
+from rayrec.model.checkpoint import save_model
+from rayrec.model.fit import Validation
+from rayrec.model.train_config import MEMORY
+from rayrec.recommend.base import Horizon
 from rayrec.recommend.hybrid import MEMBERS, HybridRecommender, Memory, Mix, combined
+from rayrec.recommend.item_knn import last_songs
 from rayrec.recommend.mixing import (
     NEW_COUNTS,
     SHIFTS,
@@ -29,14 +34,9 @@ from rayrec.recommend.mixing import (
     weight_grid,
     write_memory,
 )
-from rayrec.recommend.neighbours import last_songs
-from rayrec.recommend.recommender import Horizon
 from rayrec.recommend.repeats import RepeatGate, Repeats
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.taste.checkpoint import save_model
-from rayrec.taste.config import MEMORY
-from rayrec.taste.fitting import Validation
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 NETWORK, SESSIONS, RULES, OWN = range(len(MEMBERS))
 PRIOR = np.linspace(0, 1, 120, dtype=np.float32)

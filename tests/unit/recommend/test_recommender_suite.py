@@ -11,24 +11,24 @@ from worlds import random_histories, random_vectors
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.errors import InputError
-from rayrec.recommend import recommender as recommender_module
-from rayrec.recommend.average import AverageRecommender
+from rayrec.model.network import TasteModel
+from rayrec.model.train_config import FeatureSpec, ModelConfig
+from rayrec.model.train_config import Horizon as Offsets
+from rayrec.recommend import base as recommender_module
+from rayrec.recommend.base import Recommender, top_k
+from rayrec.recommend.discounted_average import AverageRecommender
 from rayrec.recommend.hybrid import HybridRecommender, Memory
 from rayrec.recommend.index import IndexConfig, SongIndex
+from rayrec.recommend.item_knn import NeighboursRecommender
 from rayrec.recommend.mixing import USUAL_MIX
-from rayrec.recommend.neighbours import NeighboursRecommender
-from rayrec.recommend.own_plays import OwnPlaysRecommender
 from rayrec.recommend.own_rules import OwnRulesRecommender
 from rayrec.recommend.popularity import PopularityRecommender
-from rayrec.recommend.recommender import Recommender, top_k
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
-from rayrec.recommend.session_neighbours import SessionNeighboursRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.user_top import OwnPlaysRecommender
+from rayrec.recommend.vsknn import SessionNeighboursRecommender
 from rayrec.recommend.vstan import VstanRecommender
-from rayrec.recommend.weighted import fit_weighted
-from rayrec.taste.config import FeatureSpec, ModelConfig
-from rayrec.taste.config import Horizon as Offsets
-from rayrec.taste.model import TasteModel
+from rayrec.recommend.weighted_average import fit_weighted
 
 NUM_SONGS = 40
 WITHOUT_VECTOR = 7

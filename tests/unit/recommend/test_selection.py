@@ -9,7 +9,7 @@ from worlds import random_histories, random_vectors, write_dataset
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
 from rayrec.recommend.selection import Selection, make_selection
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 30
 SPLIT = Split(id="s", dataset="by-hand", validation_from=1_500_000, test_from=2_500_000)

@@ -10,8 +10,8 @@ from served import Client, service, write_release, write_world
 
 from rayrec.errors import InputError
 from rayrec.serving.auth import VARIABLE, Keys, load_keys
-from rayrec.serving.config import ServeConfig
-from rayrec.workspace import Workspace
+from rayrec.serving.serve_config import ServeConfig
+from rayrec.storage.workspace import Workspace
 
 READ, WRITE, ADMIN = "reader-0123456789", "writer-0123456789", "admin-0123456789a"
 ALL = f"read:{READ}, write:{WRITE},admin:{ADMIN}"

@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 from served import Client, service, write_release, write_world
 
 from rayrec.serving.service import Service
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 CHECKS = [
     not_a_server_error,

@@ -9,8 +9,8 @@ import httpx
 import psutil
 import pytest
 
-from rayrec.serving.config import ServeConfig
 from rayrec.serving.run import environment, free_ports
+from rayrec.serving.serve_config import ServeConfig
 
 # As Serve writes it, shortened.
 CONFIGURATION = """

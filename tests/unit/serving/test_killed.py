@@ -14,16 +14,16 @@ from sent_plays import require_each_play_once, send_all
 from served import write_release, write_world
 from stores import RedisServer, free_port, needs_redis
 
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 KILLED_AT = 50
 
 REPLICA = """
 import sys, uvicorn
-from rayrec.serving.config import ServeConfig
+from rayrec.serving.serve_config import ServeConfig
 from rayrec.serving.replica import open_service
 from rayrec.serving.routes import create_app
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 service = open_service(Workspace(sys.argv[1]), ServeConfig(store=sys.argv[2]))
 uvicorn.run(create_app(service), host="127.0.0.1", port=int(sys.argv[3]), log_level="error")
 """

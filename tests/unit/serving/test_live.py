@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from served import NUM_SONGS, Client, damage, service, write_release, write_world
 
-from rayrec import releases
-from rayrec.artifacts import load
 from rayrec.data.dataset import Dataset
 from rayrec.errors import RayrecError
+from rayrec.model.taste_table import tastes_file
+from rayrec.serving.catalog import play_counts
 from rayrec.serving.problems import NotReadyError
 from rayrec.serving.reports import STALE_SECONDS, Report, Reports
 from rayrec.serving.service import Service
-from rayrec.serving.songs import play_counts
 from rayrec.serving.switching import Wait, switch
-from rayrec.taste.tastes import tastes_file
-from rayrec.workspace import Workspace
+from rayrec.storage import releases
+from rayrec.storage.artifacts import load
+from rayrec.storage.workspace import Workspace
 
 QUICK = Wait(seconds=5)
 

@@ -13,9 +13,9 @@ from served import AT, service, write_release, write_world
 
 from rayrec.data import columns
 from rayrec.serving.auth import Keys, load_keys
-from rayrec.serving.config import ServeConfig
 from rayrec.serving.routes import create_app
-from rayrec.workspace import SONGS_TABLE, Workspace
+from rayrec.serving.serve_config import ServeConfig
+from rayrec.storage.workspace import SONGS_TABLE, Workspace
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from served import AT, NUM_SONGS, WITHOUT_VECTOR, Client, service, write_release, write_world
 
-from rayrec import releases
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Questions
-from rayrec.recommend.answering import history_of_songs, load_recommender
-from rayrec.recommend.recommender import Recommender
-from rayrec.serving.config import MAX_BATCH, MAX_HISTORY, MAX_K
+from rayrec.recommend.answer import history_of_songs, load_recommender
+from rayrec.recommend.base import Recommender
+from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K
 from rayrec.serving.service import Service
-from rayrec.workspace import Workspace
+from rayrec.storage import releases
+from rayrec.storage.workspace import Workspace
 
 SONGS = ["song-3", "song-50", "song-3", "song-9"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from rayrec.errors import InputError
-from rayrec.serving.config import ServeConfig, is_loopback
 from rayrec.serving.run import environment, free_ports, require_free
+from rayrec.serving.serve_config import ServeConfig, is_loopback
 
 
 def test_the_files_of_haproxy_are_the_owners_alone_and_its_ports_are_free(tmp_path: Path) -> None:

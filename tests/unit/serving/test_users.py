@@ -9,17 +9,17 @@ import pytest
 from served import AT, NUM_SONGS, Client, service, write_release, write_world
 from stores import RedisServer, needs_redis
 
-from rayrec import releases
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.recommend import user_state
-from rayrec.recommend.answering import load_recommender
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.taste_table import states_of, taste_table
+from rayrec.online import user_state
+from rayrec.recommend.answer import load_recommender
+from rayrec.recommend.base import Recommender
 from rayrec.recommend.choosing import network_of
-from rayrec.recommend.recommender import Recommender
-from rayrec.serving.config import MAX_PLAYS
-from rayrec.taste.encoding import TasteEncoder
-from rayrec.taste.tastes import states_of, taste_table
-from rayrec.workspace import Workspace
+from rayrec.serving.serve_config import MAX_PLAYS
+from rayrec.storage import releases
+from rayrec.storage.workspace import Workspace
 
 MINUTE = 60_000
 

@@ -1,0 +1,61 @@
+"""`python -m rayrec.bench.bare_server WORKSPACE STORE`: the application on bare uvicorn, without Ray.
+
+Beside it /noop, an endpoint that does nothing. Prints its URL once it answers, and ends with its standard input.
+"""
+
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from rayrec.serving.serve_config import ServeConfig
+from rayrec.storage.workspace import Workspace
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+WAITING = 1_000  # requests that are let in: the load is to be answered, not refused
+
+
+def main(uri: str, store: str) -> None:
+    """Run until standard input ends."""
+    _bare(Workspace(uri), ServeConfig(port=0, store=store, max_waiting=WAITING))
+
+
+def _bare(workspace: Workspace, config: ServeConfig) -> None:
+    import uvicorn
+    from fastapi import FastAPI
+
+    from rayrec.serving.replica import open_service
+    from rayrec.serving.routes import create_app
+
+    noop = FastAPI(openapi_url=None)
+
+    @noop.get("/noop")
+    async def nothing() -> dict[str, str]:
+        return {"status": "ok"}
+
+    service = open_service(workspace, config)
+    app: ASGIApp = create_app(service)
+
+    async def both(scope: "Scope", receive: "Receive", send: "Send") -> None:
+        await (noop if scope.get("path") == "/noop" else app)(scope, receive, send)
+
+    server = uvicorn.Server(uvicorn.Config(both, host=config.host, port=0, log_level="error", access_log=False))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.05)
+    _tell(f"http://{config.host}:{server.servers[0].sockets[0].getsockname()[1]}")
+    sys.stdin.read()
+    server.should_exit = True
+    thread.join(10)
+    service.close()
+
+
+def _tell(url: str) -> None:
+    print(url, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,44 @@
+"""The embed job against gensim alone."""
+
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rayrec.bench import loops
+from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_data import bench_dataset, plain_process
+from rayrec.bench.rounds import Measured, measure
+from rayrec.data.split import FitRange
+from rayrec.embeddings import sessions
+from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.word2vec import TOKENS_PER_WORKER, write_corpus
+from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.embed import embed
+from rayrec.jobs.node import node_cpus
+from rayrec.storage.workspace import Workspace
+
+
+def bench_embed(place: Workspace, config: BenchConfig) -> dict[str, Any]:
+    """Tokens a second of the embed job, making the corpus and the health check included, against gensim alone."""
+    with ray_cluster(), tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
+        dataset = bench_dataset(place, config, users=config.embed_users)
+        settings = EmbedConfig(source="histories", epochs=config.embed_epochs, seed=config.seed)
+        sentences = sessions.from_histories(dataset.read_all(), FitRange(), settings.session_gap_minutes)
+        corpus = write_corpus(sentences, Path(folder) / "corpus", dataset.num_songs)
+        workers = max(1, min(node_cpus(), corpus.tokens // TOKENS_PER_WORKER))
+        settings = replace(settings, workers=workers)
+
+        def ours() -> Measured:
+            began = time.perf_counter()
+            made = embed(dataset.workspace, settings, repeat=True)
+            seconds = time.perf_counter() - began
+            dataset.workspace.delete(made.folder)
+            return Measured(made.metrics["tokens"] * settings.epochs, seconds)
+
+        with plain_process() as plain:
+            tokens = partial(plain.run, loops.embed_loop, corpus.path, settings, workers, corpus.tokens)
+            result = measure("embed", "tokens", ours, tokens, config, workers=workers, corpus_tokens=corpus.tokens)
+    return result.to_json()

@@ -1,0 +1,230 @@
+"""`rayrec bench serve`: the application through Ray Serve beside the same on bare uvicorn, under load, in one run.
+
+Rounds are cut into slices that alternate, and every ratio is one within a slice: machines share their cores and
+change their pace.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from rayrec.bench.bare_server import WAITING
+from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.http_load import Load, generator, put_under_load
+from rayrec.bench.plays_bench import bench_history_lengths
+from rayrec.bench.serve_release import PLAYED_AT, song_name, write_bench_release
+from rayrec.errors import RayrecError
+from rayrec.progress import progress
+from rayrec.storage.workspace import Workspace
+
+PLAYS = 50  # of each history that is sent, and of each stored user
+K = 20
+BODIES = 200  # different requests
+USERS = 100
+PLAY_ROUNDS = 8  # of plays after few and after many, for each round of the other loads: they are short
+START_SECONDS = 600.0  # that an application may take to load a release
+SLICE_SECONDS = 1.0  # of a load, before it is another's turn: what else a machine does changes from second to second
+# One thread for numeric work in each process, as the replicas have it.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement of a slice: a request, on one of the applications."""
+
+    target: str  # bare or serve
+    request: str  # history, stored or noop
+    clients: int
+
+    @property
+    def name(self) -> str:
+        """As the figures spell it."""
+        return f"{self.target} {self.request} {self.clients}"
+
+
+def bench_serve(workspace: Workspace | None, config: BenchConfig | None, *, quick: bool = False) -> dict[str, Any]:
+    """Requests a second, p50, p99 and errors at 1, 16 and 64 clients, for each size of the catalog.
+
+    `p50_ratio` is Serve over bare at 1 client, `throughput_ratio` Serve over bare at 16, both of
+    recommendations for histories of 50 plays, medians over slices of a second and the worst over catalogs.
+    `stored_over_noop_ms` is the p50 of a recommendation to a stored user, less that of an endpoint that does
+    nothing, on bare uvicorn.
+    `plays_cost_ratio` is what a play costs after 10,000 plays over what it costs after 10.
+    """
+    config = config or (BenchConfig.quick() if quick else BenchConfig())
+    with ExitStack() as stack:
+        root = workspace.uri if workspace else stack.enter_context(tempfile.TemporaryDirectory(prefix="rayrec-bench-"))
+        catalogs = [
+            _bench_catalog(Workspace(f"{root}/bench/serve-{songs}"), songs, config) for songs in config.serve_songs
+        ]
+    return {
+        "name": "serve",
+        "unit": "requests",
+        "p50_ratio": max(told["p50_ratio"] for told in catalogs),
+        "throughput_ratio": min(told["throughput_ratio"] for told in catalogs),
+        "stored_over_noop_ms": max(told["stored_over_noop_ms"] for told in catalogs),
+        "plays_cost_ratio": max(told["plays_cost_ratio"] for told in catalogs),
+        "per_second": min(told["loads"]["serve history 16"]["per_second"] for told in catalogs),
+        "errors": sum(told["errors"] for told in catalogs),
+        "load_generator": generator(),
+        "rounds": config.rounds,
+        "catalogs": catalogs,
+    }
+
+
+def _bench_catalog(place: Workspace, songs: int, config: BenchConfig) -> dict[str, Any]:
+    write_bench_release(place, songs, config.seed)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rayrec-store-")))
+        urls = {
+            kind: stack.enter_context(application(kind, place, folder / f"{kind}.db")) for kind in ("bare", "serve")
+        }
+        for url in urls.values():
+            store_users(url, songs)
+        slices = _measure(urls, songs, config)
+        cost = _plays_cost(urls["bare"], songs, config)
+    return {"songs": songs, **summary(slices), "plays_cost_ratio": cost}
+
+
+def _measure(urls: dict[str, str], songs: int, config: BenchConfig) -> list[dict[str, Load]]:
+    """The loads of each slice of each round, by name; every other slice begins with the other application."""
+    random = np.random.default_rng(config.seed)
+    bodies = {
+        "history": histories(random, songs),
+        "stored": [{"user_id": f"user-{user}", "k": K} for user in range(USERS)],
+    }
+    cases = [Case(target, "history", clients) for clients in config.serve_clients for target in ("bare", "serve")]
+    cases += [Case("bare", "noop", 1), Case("bare", "stored", 1), Case("serve", "stored", 1)]
+    slices: list[dict[str, Load]] = []
+    count = config.rounds * max(1, round(config.serve_seconds / SLICE_SECONDS))
+    with progress(f"bench serve, {songs:,} songs", (count + 1) * len(cases)) as bar:
+        for number in range(-1, count):  # one for caches and connections, which does not count
+            found = {}
+            for case in cases if number % 2 else cases[::-1]:
+                url = f"{urls[case.target]}/{'noop' if case.request == 'noop' else 'v1/recommendations'}"
+                found[case.name] = put_under_load(url, bodies.get(case.request, []), case.clients, SLICE_SECONDS)
+                bar.advance()
+            slices += [found] if number >= 0 else []
+    return slices
+
+
+def summary(slices: list[dict[str, Load]]) -> dict[str, Any]:
+    """Medians over slices, of the loads and of the ratios within a slice."""
+
+    def ratio(field: str, clients: int) -> float:
+        pairs = [(found[f"serve history {clients}"], found[f"bare history {clients}"]) for found in slices]
+        return float(median(getattr(serve, field) / max(getattr(bare, field), 1e-9) for serve, bare in pairs))
+
+    fields = ("per_second", "p50_ms", "p99_ms")
+    loads = {
+        name: {field: round(median(getattr(found[name], field) for found in slices), 3) for field in fields}
+        | {"errors": sum(found[name].errors for found in slices)}
+        for name in slices[0]
+    }
+    stored = [found["bare stored 1"].p50_ms - found["bare noop 1"].p50_ms for found in slices]
+    return {
+        "p50_ratio": ratio("p50_ms", 1),
+        "throughput_ratio": ratio("per_second", 16),
+        "stored_over_noop_ms": median(stored),
+        "errors": sum(load["errors"] for load in loads.values()),
+        "loads": loads,
+    }
+
+
+def histories(random: np.random.Generator, songs: int) -> list[dict[str, Any]]:
+    """Requests for recommendations, each of a history of its own."""
+    rows = random.integers(songs, size=(BODIES, PLAYS)).tolist()
+    return [{"history": [song_name(row) for row in history], "k": K} for history in rows]
+
+
+def store_users(url: str, songs: int) -> None:
+    """Send the plays of the stored users."""
+    import httpx
+
+    with httpx.Client(timeout=60, trust_env=False) as client:
+        for user in range(USERS):
+            plays = [
+                {
+                    "event_id": f"{user}-{place}",
+                    "user_id": f"user-{user}",
+                    "song": song_name((user * 7919 + place * 104_729) % songs),
+                    "played_at": PLAYED_AT + place * 200_000,
+                }
+                for place in range(PLAYS)
+            ]
+            client.post(f"{url}/v1/plays", json={"plays": plays}).raise_for_status()
+
+
+def _plays_cost(url: str, songs: int, config: BenchConfig) -> float:
+    import httpx
+
+    names = [song_name(row) for row in range(min(songs, 1_000))]
+    with httpx.Client(timeout=60, trust_env=False) as client:
+
+        def post(body: dict[str, Any]) -> None:
+            client.post(f"{url}/v1/plays", json=body).raise_for_status()
+
+        many = config.serve_many_plays
+        rounds = PLAY_ROUNDS * config.rounds
+        told = bench_history_lengths(post, names, name=f"length-{songs}", rounds=rounds, many=many)
+    return 1 / float(told.ratio)
+
+
+@contextmanager
+def application(kind: str, workspace: Workspace, store: Path, replicas: int = 1) -> Iterator[str]:
+    """The URL of an application in a process of its own until the block ends: bare, or as `rayrec serve` runs it.
+
+    Raises `RayrecError` with the last it said where it does not start.
+    """
+    uri = f"sqlite:///{store}"
+    command = [sys.executable, "-m", "rayrec.bench.bare_server", workspace.uri, uri]
+    if kind == "serve":
+        command = [sys.executable, "-m", "rayrec_cli.main", "--workspace", workspace.uri, "serve", "--port", "0"]
+        command += ["--store", uri, "--replicas", str(replicas), "--max-waiting", str(WAITING)]
+    environment = {**os.environ, **ENVIRONMENT}
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    timer = threading.Timer(START_SECONDS, process.kill)
+    timer.start()
+    try:
+        url = _url(kind, process)
+        timer.cancel()  # it is for the start alone: an application that answers may run for longer
+        yield url
+    finally:
+        timer.cancel()
+        _end(process)
+
+
+def _url(kind: str, process: "subprocess.Popen[str]") -> str:
+    """The URL that an application tells when it answers; what it says later is read and dropped."""
+    said, lines = "", process.stdout
+    assert lines is not None
+    for line in lines:
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        if found:
+            threading.Thread(target=lambda: [None for _ in lines], daemon=True).start()
+            return found[0]
+        said = line.strip() or said
+    raise RayrecError(f"the {kind} application did not start: {said or 'it said nothing'}")
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    if process.stdin:
+        process.stdin.close()
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()

@@ -1,0 +1,335 @@
+"""Generated plays: a planted world whose answers are known, at any size.
+
+The world (ours). Songs belong to artists and artists to genres. A song has a successor in its
+artist's album order and another one in a playlist order that runs through its whole genre. A user
+has a long-term taste over a few genres. A session starts with a mood, one genre of that taste or
+now and then any other, and the mood of each next play is the genre of the play before. Each play
+comes from a context, which tends to stay and says how the song was found:
+
+- playlist, album: the successor in that order, with probability `follow`; else as radio
+- radio: a song of the mood, by Zipf popularity
+- search: a new mood, any genre; a song of it by Zipf popularity
+- collection: one of the user's own earlier plays, each as likely
+
+The first play of a session has no song to follow: playlist, album and radio draw from its mood. So
+the state that decides a play is the taste, the earlier plays and their contexts, and whether the gap
+before it starts a session: all but the taste can be read off a history, and `oracle.py` computes
+from it what a perfect predictor would say.
+
+U users in a block, L plays of the longest history among them, N songs, G genres, C contexts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from scipy.special import ndtri
+
+from rayrec.config import setting
+from rayrec.data import columns
+from rayrec.data.histories import Histories, concatenate
+from rayrec.data.synthetic.song_names import artist_names, song_titles
+from rayrec.errors import InputError
+
+CONTEXTS = ("playlist", "album", "search", "radio", "collection")
+PLAYLIST, ALBUM, SEARCH, RADIO, COLLECTION = range(5)
+STAY = np.array([0.85, 0.85, 0.1, 0.85, 0.6])  # probability that the next play of a session has the same context
+SWITCH = np.array([0.3, 0.25, 0.15, 0.15, 0.15])  # shares of the contexts where it does not
+START = np.array([0.3, 0.15, 0.15, 0.2, 0.2])  # shares of the contexts of a session's first play
+
+TASTE = np.array([0.6, 0.3, 0.1])  # shares of a user's genres, dearest first
+SKIP_ON_TASTE, SKIP_OFF_TASTE = 0.05, 0.35  # probability of a skip, by whether the genre is in the taste
+PLAYS_SIGMA, PLAYS_LIMIT = 0.7, 6  # lognormal spread of the plays of a user, and their limit in means
+PLAYLIST_LENGTHS = (10, 40)
+PLAYLIST_STEPS = np.array([0.4, 0.3])  # shares of playlist and album steps in a playlist; else a song of the genre
+
+FIRST_MOMENT = 1_704_067_200_000  # 2024-01-01, ms UTC
+MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000  # ms
+SONG_LENGTHS = (2 * MINUTE, 6 * MINUTE)
+SKIPPED_AFTER = (5_000, 40_000)  # ms
+SESSION_GAP = 30 * MINUTE  # a longer gap starts a session; the world leaves at least an hour
+CELLS_PER_BLOCK = 1 << 20  # U × L at once, some 100 MiB of work space
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """The size and the temper of a generated world."""
+
+    users: int = setting(2_000, help="users")
+    songs: int = setting(2_000, help="songs in the catalog")
+    artists: int = setting(250, help="artists, each with about as many songs")
+    genres: int = setting(12, help="genres, each with about as many artists")
+    plays: float = setting(60.0, help="mean plays of a user")
+    playlists: int = setting(1_000, help="playlists")
+    days: float = setting(120.0, help="length of the time range, in days")
+    buckets: int = setting(16, help="buckets of users: the unit of work of all later jobs")
+    session_plays: float = setting(10.0, help="mean plays of a session")
+    follow: float = setting(0.85, help="probability that a song of an album or playlist is followed by the next one")
+    outside: float = setting(0.1, help="probability that a session's mood is any genre and not one of the taste")
+    zipf: float = setting(1.0, help="exponent of the popularity of songs within their genre")
+    seed: int = setting(0, help="of all random numbers")
+
+    def __post_init__(self) -> None:
+        for name in ("users", "songs", "buckets"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.playlists < 0 or self.zipf < 0 or self.seed < 0:
+            raise InputError("playlists, zipf and seed must not be negative")
+        if not len(TASTE) <= self.genres <= self.artists <= self.songs:
+            raise InputError(
+                f"{self.genres} genres, {self.artists} artists and {self.songs} songs do not fit: "
+                f"give at least {len(TASTE)} genres, as many artists and as many songs"
+            )
+        if self.plays < 1 or self.session_plays < 1:
+            raise InputError(f"plays {self.plays} and session plays {self.session_plays} must be at least 1")
+        if not (0 <= self.follow <= 1 and 0 <= self.outside <= 1):
+            raise InputError(f"follow {self.follow} and outside {self.outside} are probabilities; give 0 to 1")
+        needed = self.max_plays * (SONG_LENGTHS[1] + 2 * HOUR / self.session_plays) / DAY
+        if self.days < needed:
+            raise InputError(
+                f"{self.days:g} days are too few for users with up to {self.max_plays} plays; "
+                f"give at least {int(needed) + 1} days, or fewer plays"
+            )
+
+    @property
+    def max_plays(self) -> int:
+        """The longest history that a user can have."""
+        return max(1, round(PLAYS_LIMIT * self.plays))
+
+
+class World:
+    """The songs and rules of one config. Users and playlists are made when asked for.
+
+    Each user has random numbers of its own, so any set of users can be made alone, in any order
+    and in any number of processes, and has the same plays.
+    """
+
+    genre: np.ndarray  # int32 (N,), of each song row
+    artist: np.ndarray  # int32 (N,)
+    share: np.ndarray  # float64 (N,), Zipf probability of a song among those of its genre
+    album_next: np.ndarray  # int32 (N,), the song that follows in the artist's order; the first follows the last
+    playlist_next: np.ndarray  # int32 (N,), the same in the genre's playlist order
+    song_ms: np.ndarray  # int64 (N,), length of each song
+    context_shares: np.ndarray  # float64 (C + 1, C): of the next context, by the last one; row C: a session's first
+    genre_shares: np.ndarray  # float64 (G,), how dear the genres are to all users together
+
+    def __init__(self, config: GenerateConfig) -> None:
+        self.config = config
+        rng = np.random.default_rng([config.seed, 1])
+        count = config.songs
+        # Song rows are shuffled, so that a row's number says nothing about its artist or rank.
+        place = rng.permutation(count)
+        self.artist = (place * config.artists // count).astype(np.int32)
+        self.genre = (self.artist * config.genres // config.artists).astype(np.int32)
+        self._ranked = np.lexsort((rng.random(count), self.genre)).astype(np.int32)
+        self._genre_starts = np.searchsorted(self.genre[self._ranked], np.arange(config.genres + 1))
+        self.share, self._cumulative = self._popularity()
+        self.album_next = _followers(np.lexsort((place, self.artist)), self.artist)
+        self.playlist_next = _followers(np.lexsort((rng.random(count), self.genre)), self.genre)
+        self.song_ms = rng.integers(*SONG_LENGTHS, size=count)
+        moves = np.diag(STAY) + (1 - STAY)[:, None] * SWITCH
+        self.context_shares = np.vstack([moves, START])
+        weights = 1 / np.sqrt(1 + rng.permutation(config.genres))
+        self.genre_shares = weights / weights.sum()
+
+    def _popularity(self) -> tuple[np.ndarray, np.ndarray]:
+        """Each song's share of its genre, and genre + cumulative share in the order of `_ranked`."""
+        genre = self.genre[self._ranked]
+        weights = (1.0 + np.arange(len(genre)) - self._genre_starts[genre]) ** -self.config.zipf
+        weights /= np.add.reduceat(weights, self._genre_starts[:-1])[genre]
+        running = np.cumsum(weights)
+        share = np.empty(len(genre))
+        share[self._ranked] = weights
+        return share, running - np.concatenate([[0.0], running])[self._genre_starts[genre]] + genre
+
+    def user_ids(self, users: np.ndarray) -> np.ndarray:
+        """object (U,): the ids of users by index, such as `user-000123`."""
+        return np.array([f"user-{user:06d}" for user in np.asarray(users).tolist()], dtype=object)
+
+    def user_index(self, user_ids: np.ndarray) -> np.ndarray:
+        """int64 (U,): the inverse of `user_ids`."""
+        return np.array([int(user_id.removeprefix("user-")) for user_id in user_ids], dtype=np.int64)
+
+    def songs_table(self) -> pa.Table:
+        """The song table, columns.SONGS_TABLE."""
+        count = self.config.songs
+        genre_of_artist = np.arange(self.config.artists) * self.config.genres // self.config.artists
+        data = {
+            columns.SONG: pa.array(np.arange(count, dtype=np.int32)),
+            columns.SONG_ID: pa.array([f"song-{song:06d}" for song in range(count)]),
+            columns.TITLE: pa.array(song_titles(count, self.config.seed)),
+            columns.ARTIST: pa.array(artist_names(genre_of_artist)[self.artist]),
+        }
+        return pa.table(data, schema=columns.SONGS_TABLE)
+
+    def tastes(self, users: np.ndarray) -> np.ndarray:
+        """int64 (U, 3): the genres of each user's long-term taste, dearest first; their shares are `TASTE`."""
+        keys = _keys(self.config.seed, "taste", users)
+        # Gumbel top-k (Vieira 2014): a draw without replacement by genre_shares, all users at once.
+        noise = -np.log(-np.log(_uniform(keys[:, None], np.arange(self.config.genres)) + 1e-300))
+        return np.asarray(np.argsort(-(np.log(self.genre_shares) + noise), axis=1)[:, : len(TASTE)])
+
+    def histories(self, users: np.ndarray) -> Histories:
+        """The histories of users by index, int (U,), in that order; every user has at least one play."""
+        return concatenate(list(self.blocks(users)))
+
+    def blocks(self, users: np.ndarray, most: int = 5_000) -> Iterator[Histories]:
+        """The same, in batches of at most `most` users and of bounded memory."""
+        users = np.asarray(users, dtype=np.int64)
+        size = max(1, min(most, CELLS_PER_BLOCK // self.config.max_plays))
+        for start in range(0, len(users), size):
+            yield self._block(users[start : start + size])
+
+    def playlists(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Playlists by index, int (R,): songs int32 (P,) and offsets int64 (R + 1,); each a walk within one genre."""
+        keys = _keys(self.config.seed, "playlist", np.asarray(indices, dtype=np.int64))
+        low, high = PLAYLIST_LENGTHS
+        lengths = (low + _uniform(keys, 0) * (high - low + 1)).astype(np.int64)
+        genre = np.searchsorted(np.cumsum(self.genre_shares)[:-1], _uniform(keys, 1), side="right")
+        walk = np.zeros((len(keys), high), dtype=np.int32)
+        for step in range(high):
+            choice = np.searchsorted(np.cumsum(PLAYLIST_STEPS), _uniform(keys, 2 + 2 * step), side="right")
+            song = self._draw(genre, _uniform(keys, 3 + 2 * step))
+            if step:
+                last = walk[:, step - 1]
+                song = np.where(choice == 0, self.playlist_next[last], song)
+                song = np.where(choice == 1, self.album_next[last], song)
+            walk[:, step] = song
+        return walk[np.arange(high) < lengths[:, None]], np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+    def _draw(self, genre: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        """int32: a song of each genre, by its share."""
+        at = np.searchsorted(self._cumulative, genre + uniform, side="right")
+        return np.asarray(self._ranked[np.minimum(at, self._genre_starts[genre + 1] - 1)])
+
+    def _block(self, users: np.ndarray) -> Histories:
+        lengths = self._lengths(users)
+        # The longest first: the users who still play at a step are then a slice, not a mask.
+        order = np.argsort(-lengths, kind="stable")
+        users, lengths = users[order], lengths[order]
+        played = np.arange(lengths.max(initial=0)) < lengths[:, None]
+        starts = self._session_starts(users, played.shape[1])
+        tastes = self.tastes(users)
+        songs, contexts = self._songs(users, lengths, starts, tastes)
+        skipped = self._skips(users, songs, tastes)
+        made = Histories(
+            user_ids=self.user_ids(users),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            songs=songs[played],
+            played_at=self._times(users, songs, skipped, starts, played)[played],
+            contexts=(1 << contexts[played]).astype(np.int32),
+            skipped=skipped[played],
+        )
+        return made.take(np.argsort(order))
+
+    def _lengths(self, users: np.ndarray) -> np.ndarray:
+        """int64 (U,): plays of each user, lognormal with the configured mean."""
+        normal = ndtri(np.clip(_uniform(_keys(self.config.seed, "length", users), 0), 1e-12, None))
+        plays = self.config.plays * np.exp(PLAYS_SIGMA * normal - PLAYS_SIGMA**2 / 2)
+        return np.asarray(np.clip(np.rint(plays), 1, self.config.max_plays), dtype=np.int64)
+
+    def _session_starts(self, users: np.ndarray, steps: int) -> np.ndarray:
+        """bool (U, L): the plays that start a session."""
+        keys = _keys(self.config.seed, "session", users)
+        starts = _uniform(keys[:, None], np.arange(steps)) < 1 / self.config.session_plays
+        starts[:, :1] = True
+        return np.asarray(starts)
+
+    def _songs(
+        self, users: np.ndarray, lengths: np.ndarray, starts: np.ndarray, tastes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Songs int32 and contexts int64 (U, L), one step of all users at a time; users by length, longest first."""
+        keys = _keys(self.config.seed, "song", users)
+        shares = np.cumsum(self.context_shares, axis=1)[:, :-1]
+        songs = np.zeros(starts.shape, dtype=np.int32)
+        contexts = np.zeros(starts.shape, dtype=np.int64)
+        for step in range(starts.shape[1]):
+            playing = slice(0, int(np.searchsorted(-lengths, -step)))
+            start, last = starts[playing, step], songs[playing, step - 1]
+            state = np.where(start, len(CONTEXTS), contexts[playing, step - 1])
+            draws = [_uniform(keys[playing], 6 * step + channel) for channel in range(6)]
+            context = (draws[0][:, None] >= shares[state]).sum(axis=1)
+            mood = np.where(start, self._moods(tastes[playing], draws[1], draws[2]), self.genre[last])
+            mood = np.where(context == SEARCH, self._any_genre(draws[2]), mood)
+            song = self._draw(mood, draws[3])
+            following = ~start & (draws[4] < self.config.follow)
+            song = np.where(following & (context == ALBUM), self.album_next[last], song)
+            song = np.where(following & (context == PLAYLIST), self.playlist_next[last], song)
+            if step:
+                heard = songs[np.arange(len(start)), (draws[5] * step).astype(np.int64)]
+                song = np.where(context == COLLECTION, heard, song)
+            songs[playing, step], contexts[playing, step] = song, context
+        return songs, contexts
+
+    def _moods(self, tastes: np.ndarray, which: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """The genre that a session starts with, from two uniforms per user."""
+        outside = which < self.config.outside
+        inside = (which - self.config.outside) / max(1 - self.config.outside, 1e-9)
+        place = np.searchsorted(np.cumsum(TASTE)[:-1], inside, side="right")
+        return np.where(outside, self._any_genre(other), tastes[np.arange(len(tastes)), place])
+
+    def _any_genre(self, uniform: np.ndarray) -> np.ndarray:
+        return np.asarray((uniform * self.config.genres).astype(np.int64))
+
+    def _skips(self, users: np.ndarray, songs: np.ndarray, tastes: np.ndarray) -> np.ndarray:
+        """bool (U, L)."""
+        on_taste = (self.genre[songs][:, :, None] == tastes[:, None, :]).any(axis=2)
+        chance = np.where(on_taste, SKIP_ON_TASTE, SKIP_OFF_TASTE)
+        keys = _keys(self.config.seed, "skip", users)
+        return np.asarray(_uniform(keys[:, None], np.arange(songs.shape[1])) < chance)
+
+    def _times(
+        self, users: np.ndarray, songs: np.ndarray, skipped: np.ndarray, starts: np.ndarray, played: np.ndarray
+    ) -> np.ndarray:
+        """int64 (U, L), ms UTC: a song's length within a session, else an hour and a random share of what is left."""
+        keys = _keys(self.config.seed, "time", users)
+        most, steps = self.config.max_plays, np.arange(songs.shape[1])
+        low, high = SKIPPED_AFTER
+        heard = np.where(skipped, low + _uniform(keys[:, None], steps) * (high - low), self.song_ms[songs])
+        apart = starts & played & (steps > 0)
+        gaps = apart * HOUR + np.concatenate([np.zeros((len(users), 1)), heard[:, :-1]], axis=1).astype(np.int64)
+        # Summed in the order of time, so that the padding of a block changes no last digit.
+        waits = np.cumsum(apart * -np.log1p(-_uniform(keys[:, None], most + steps)), axis=1)
+        first, share = (_uniform(keys, 2 * most + channel) for channel in (0, 1))
+        spare = np.maximum(self.config.days * DAY - (gaps * played).sum(axis=1), 0.0)
+        # Most users begin early and play until near the end; some come late, some leave.
+        first = spare * 0.9 * first**3
+        scale = (spare - first) * (1 - share**3) / np.maximum(waits[:, -1], 1e-9)
+        return np.asarray(
+            FIRST_MOMENT + np.cumsum(gaps, axis=1) + (first[:, None] + waits * scale[:, None]).astype(np.int64)
+        )
+
+
+def _followers(order: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """int32 (N,): the song after each in `order`, which is sorted by group; a group's last is followed by its first."""
+    members = group[order]
+    firsts = np.searchsorted(members, members)
+    last = np.append(members[1:] != members[:-1], True)
+    after = np.where(last, order[firsts], np.roll(order, -1))
+    followers = np.empty(len(order), dtype=np.int32)
+    followers[order] = after
+    return followers
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_STREAMS = {"taste": 1, "length": 2, "session": 3, "song": 4, "skip": 5, "time": 6, "playlist": 7}
+
+
+def _keys(seed: int, stream: str, indices: np.ndarray) -> np.ndarray:
+    """uint64: the start of each user's (or playlist's) own sequence of random numbers in one stream."""
+    world = np.random.SeedSequence([seed, _STREAMS[stream]]).generate_state(1, np.uint64)[0]
+    return _mix(_mix(indices.astype(np.uint64)) ^ world)
+
+
+def _uniform(keys: np.ndarray, counters: int | np.ndarray) -> np.ndarray:
+    """float64 in [0, 1): number `counters` of each sequence. SplitMix64 (Steele, Lea, Flood 2014), read by counter."""
+    steps = np.asarray(counters, dtype=np.uint64).reshape(-1) * np.uint64(_GOLDEN)
+    return np.asarray((_mix(keys + (steps if np.ndim(counters) else steps[0])) >> np.uint64(11)) * 2.0**-53)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    values = (values + np.uint64(_GOLDEN)).astype(np.uint64)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(values ^ (values >> np.uint64(31)))

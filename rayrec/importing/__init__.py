@@ -1,0 +1,1 @@
+"""From files in outside formats to the canonical data set. No Ray."""

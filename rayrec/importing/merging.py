@@ -1,0 +1,258 @@
+"""The second pass of an import: the fragments of one bucket become sorted histories or playlists."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayrec.data import columns
+from rayrec.data.columns import one_array
+from rayrec.data.histories import Histories
+from rayrec.importing.fragments import KEY, LINE, ORDER, OWNER
+from rayrec.importing.vocabulary import SongRows
+
+MAX_CONTEXTS = 31  # bits of an int32 without its sign
+POSITION_MS = 180_000  # from one position to the next: about a song, so that no session gap falls within a line
+LINE_GAP = 20  # positions left out between two lines of a user: an hour, so that a session gap does
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """R rows of one bucket, sorted by owner and then by order; rows that tie stay in the order of import."""
+
+    owners: np.ndarray  # object (O,), strings, ascending
+    owner: np.ndarray  # int64 (R,), place in `owners`, ascending
+    order: np.ndarray  # int64 (R,), ms UTC or position
+    key: np.ndarray  # uint64 (R,)
+    contexts: pa.Array  # list<string> (R,)
+    skipped: np.ndarray  # bool (R,), false where not known
+    source: np.ndarray  # int64 (R,), number of the file
+    line: np.ndarray  # int64 (R,), line of the file
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def keep(self, mask: np.ndarray) -> "Rows":
+        """The rows where `mask`, bool (R,), is true."""
+        if mask.all():
+            return self
+        return Rows(
+            owners=self.owners,
+            owner=self.owner[mask],
+            order=self.order[mask],
+            key=self.key[mask],
+            contexts=self.contexts.filter(pa.array(mask)),
+            skipped=self.skipped[mask],
+            source=self.source[mask],
+            line=self.line[mask],
+        )
+
+    def counts(self) -> np.ndarray:
+        """int64 (O,): rows of each owner."""
+        return np.bincount(self.owner, minlength=len(self.owners))
+
+
+def sort_rows(parts: Iterable[tuple[int, int, pa.RecordBatch]], *, in_lines: bool = False) -> tuple[Rows, int]:
+    """Rows out of fragments in the order of import, exact duplicates (owner, order, song) merged; and how many.
+
+    A part is the number of its file, the line of the file before its unit's first, and its rows.
+    Of duplicates the first in the order of import stays. Where rows are `in_lines`, the order is a
+    place in the line: an owner's lines follow each other as they came, and nothing is a duplicate.
+    """
+    listed = [(source, offset, rows) for source, offset, rows in parts if rows.num_rows]
+    if not listed:
+        return _no_rows(), 0
+    table = pa.Table.from_batches([rows for _, _, rows in listed]).combine_chunks()
+    lengths = [rows.num_rows for _, _, rows in listed]
+    source = np.repeat([part[0] for part in listed], lengths)
+    line = table.column(LINE).to_numpy() + np.repeat([part[1] for part in listed], lengths)
+    encoded = one_array(table.column(OWNER)).dictionary_encode()
+    names = encoded.dictionary.to_numpy(zero_copy_only=False)
+    ascending = np.argsort(names)
+    rank = np.empty(len(names), dtype=np.int64)
+    rank[ascending] = np.arange(len(names))
+    owner = rank[encoded.indices.to_numpy()]
+    moment = table.column(ORDER).to_numpy()
+    sequence = np.lexsort((moment, line, source, owner) if in_lines else (moment, owner))
+    skipped = pc.fill_null(one_array(table.column(columns.SKIPPED)), False).to_numpy(zero_copy_only=False)
+    rows = Rows(
+        owners=names[ascending],
+        owner=owner[sequence],
+        order=moment[sequence],
+        key=table.column(KEY).to_numpy()[sequence],
+        contexts=one_array(table.column(columns.CONTEXTS)).take(pa.array(sequence)),
+        skipped=skipped[sequence],
+        source=source[sequence],
+        line=line[sequence],
+    )
+    if in_lines:
+        return rows, 0
+    distinct = rows.keep(_first_of_each(rows))
+    return distinct, len(rows) - len(distinct)
+
+
+def _first_of_each(rows: Rows) -> np.ndarray:
+    by_song = np.lexsort((rows.key, rows.order, rows.owner))
+    owner, order, key = rows.owner[by_song], rows.order[by_song], rows.key[by_song]
+    repeated = (owner[1:] == owner[:-1]) & (order[1:] == order[:-1]) & (key[1:] == key[:-1])
+    first = np.ones(len(rows), dtype=bool)
+    first[by_song[1:]] = ~repeated
+    return first
+
+
+def to_positions(rows: Rows) -> Rows:
+    """Rows in lines with positions for times: an owner's first row is at 0, the next 3 minutes later,
+    the first of the owner's next line an hour after that."""
+    same_owner = rows.owner[1:] == rows.owner[:-1]
+    same_line = same_owner & (rows.source[1:] == rows.source[:-1]) & (rows.line[1:] == rows.line[:-1])
+    steps = np.zeros(len(rows), dtype=np.int64)
+    steps[1:] = np.where(same_line, 1, 1 + LINE_GAP) * same_owner
+    place = np.cumsum(steps)
+    first = np.searchsorted(rows.owner, rows.owner)
+    return replace(rows, order=(place - place[first]) * POSITION_MS)
+
+
+def _no_rows() -> Rows:
+    whole, keys = np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    return Rows(
+        owners=np.zeros(0, object),
+        owner=whole,
+        order=whole,
+        key=keys,
+        contexts=pa.array([], pa.list_(pa.string())),
+        skipped=np.zeros(0, bool),
+        source=whole,
+        line=whole,
+    )
+
+
+def song_counts(rows: Rows, min_rows: int, known: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Keys, uint64, and numbers of rows, int64, of the songs of owners with at least `min_rows` rows.
+
+    Owners who are `known` already, bool (O,), count however few rows they have.
+    """
+    enough = ((rows.counts() >= min_rows) | _none_unless(known, rows))[rows.owner]
+    keys, counts = np.unique(rows.key[enough], return_counts=True)
+    return keys, counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """Rows that are left out because their owner or song has too few."""
+
+    rows: list[Rows] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    def add(self, rows: Rows, reason: str) -> None:
+        """Rows that share a reason."""
+        if len(rows):
+            self.rows.append(rows)
+            self.reasons.append(reason)
+
+    def counts(self) -> dict[str, int]:
+        """Reason -> rows."""
+        totals: dict[str, int] = {}
+        for rows, reason in zip(self.rows, self.reasons, strict=True):
+            totals[reason] = totals.get(reason, 0) + len(rows)
+        return totals
+
+    def table(self, sources: list[str]) -> pa.Table:
+        """columns.REJECTED; `sources` are the files by number. The text names owner and time or position."""
+        tables = [columns.REJECTED.empty_table()]
+        for rows, reason in zip(self.rows, self.reasons, strict=True):
+            owners = pa.array(rows.owners, pa.string()).take(pa.array(rows.owner))
+            data = [
+                pa.array(sources, pa.string()).take(pa.array(rows.source)),
+                pa.array(rows.line),
+                pa.array([reason], pa.string()).take(pa.array(np.zeros(len(rows), np.int64))),
+                pc.binary_join_element_wise(owners, pa.array(rows.order).cast(pa.string()), " "),
+            ]
+            tables.append(pa.table(data, schema=columns.REJECTED))
+        return pa.concat_tables(tables).combine_chunks()
+
+
+def drop_rare(
+    rows: Rows, song_rows: SongRows, min_rows: int, reasons: tuple[str, str], known: np.ndarray | None = None
+) -> tuple[Rows, Dropped]:
+    """The rows whose song is in the vocabulary and whose owner has at least `min_rows` of them.
+
+    `reasons` are those of an owner and of a song with too few rows. Owners who are `known` already,
+    bool (O,), stay however few rows they have.
+    """
+    dropped = Dropped()
+    too_few, too_rare = reasons
+
+    def drop_owners(rows: Rows) -> Rows:
+        enough = ((rows.counts() >= min_rows) | _none_unless(known, rows))[rows.owner]
+        dropped.add(rows.keep(~enough), too_few)
+        return rows.keep(enough)
+
+    rows = drop_owners(rows)
+    in_vocabulary = song_rows.find(rows.key) >= 0
+    dropped.add(rows.keep(~in_vocabulary), too_rare)
+    return drop_owners(rows.keep(in_vocabulary)), dropped
+
+
+def _none_unless(known: np.ndarray | None, rows: Rows) -> np.ndarray:
+    return np.zeros(len(rows.owners), dtype=bool) if known is None else known
+
+
+def rows_among(rows: Rows, songs: np.ndarray, histories: Histories) -> np.ndarray:
+    """int64: the rows whose user, time and song are those of a play in `histories`.
+
+    `songs`, int32 (R,), are the song rows of `rows`, -1 where they are new.
+    """
+    place = pd.Index(rows.owners).get_indexer(pd.Index(histories.user_ids))
+    plays = histories.take(place >= 0)
+    plays = plays.keep((plays.played_at >= rows.order.min()) & (plays.played_at <= rows.order.max()))
+    owner = place[place >= 0][plays.rows]
+    asked = np.flatnonzero(np.isin(rows.owner, owner))
+    mine = pd.MultiIndex.from_arrays([rows.owner[asked], rows.order[asked], songs[asked]])
+    found: np.ndarray = mine.isin(pd.MultiIndex.from_arrays([owner, plays.played_at, plays.songs]))
+    return np.asarray(asked[found])
+
+
+def to_histories(rows: Rows, song_rows: SongRows, contexts: list[str], has_skipped: bool) -> Histories:
+    """The histories of the owners who have rows. `contexts` are the names of the bits, at most 31."""
+    owners, offsets = _spans(rows)
+    return Histories(
+        user_ids=owners,
+        offsets=offsets,
+        songs=song_rows.find(rows.key),
+        played_at=rows.order,
+        contexts=context_bits(rows.contexts, contexts) if contexts else None,
+        skipped=rows.skipped if has_skipped else None,
+    )
+
+
+def to_playlists(rows: Rows, song_rows: SongRows) -> pa.Table:
+    """columns.PLAYLISTS."""
+    owners, offsets = _spans(rows)
+    songs = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(song_rows.find(rows.key)))
+    return pa.table([pa.array(owners, pa.string()), songs], schema=columns.PLAYLISTS)
+
+
+def _spans(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    counts = rows.counts()
+    present = counts > 0
+    return rows.owners[present], np.concatenate([[0], np.cumsum(counts[present])]).astype(np.int64)
+
+
+def context_bits(names: pa.Array, contexts: list[str]) -> np.ndarray:
+    """int32 (R,): the set of contexts of each row; names that are not among `contexts` leave no bit."""
+    bit = pc.index_in(pc.list_flatten(names), value_set=pa.array(contexts, pa.string()))
+    row = pc.list_parent_indices(names).to_numpy()
+    known = bit.is_valid().to_numpy(zero_copy_only=False)
+    place = pc.fill_null(bit, 0).to_numpy()[known]
+    bits = np.zeros(len(names), dtype=np.int32)
+    np.bitwise_or.at(bits, row[known], np.left_shift(np.int32(1), place.astype(np.int32)))
+    return bits
+
+
+def choose_contexts(counts: dict[str, int], before: Sequence[str] = ()) -> list[str]:
+    """The names of the bits, at most 31: those `before`, then the most frequent contexts, the most frequent first."""
+    new = sorted(counts.keys() - set(before), key=lambda name: (-counts[name], name))
+    return [*before, *new][:MAX_CONTEXTS]

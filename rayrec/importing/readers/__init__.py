@@ -1,0 +1,35 @@
+"""Readers of outside formats. Each turns units of files into batches of plays or playlist entries."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rayrec.importing.readers.lastfm_1k import LastfmReader
+from rayrec.importing.readers.listenbrainz import ListenBrainzReader
+from rayrec.importing.readers.mpd import MpdReader
+from rayrec.importing.readers.reader import Reader, ReadOptions
+from rayrec.importing.readers.sequences import SequenceReader
+from rayrec.importing.readers.spotify_history import SpotifyHistoryReader
+from rayrec.importing.readers.tabular import CsvReader, ParquetReader
+from rayrec.storage.dataset_manifest import Times
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """An outside format."""
+
+    make: Callable[[ReadOptions], Reader]
+    patterns: tuple[str, ...]  # lower-case names of its files within a folder, without .gz
+    mapped: bool = False  # columns are mapped, and rows may be plays or playlist entries
+    playlists: bool = False  # holds playlists, not plays
+    times: Times = "real"  # positions: plays come with their place in the line, and lines are in order
+
+
+FORMATS: dict[str, Format] = {
+    "csv": Format(make=CsvReader, patterns=("*.csv", "*.tsv"), mapped=True),
+    "lastfm-1k": Format(make=LastfmReader, patterns=("userid-timestamp*.tsv",)),
+    "listenbrainz": Format(make=ListenBrainzReader, patterns=("*.listens", "*.jsonl", "*.ndjson", "*.json")),
+    "mpd": Format(make=MpdReader, patterns=("*.json",), playlists=True),
+    "parquet": Format(make=ParquetReader, patterns=("*.parquet",), mapped=True),
+    "sequences": Format(make=SequenceReader, patterns=("*.txt", "*.lst", "*.seq"), times="positions"),
+    "spotify-history": Format(make=SpotifyHistoryReader, patterns=("streaming_history_*.json", "endsong*.json")),
+}

@@ -1,0 +1,66 @@
+"""Last.fm-1k, the public table of listening events of a thousand users (Celma 2010).
+
+Tab-separated, without header and quotes: user, time (ISO 8601 in UTC), artist id, artist name,
+track id (MusicBrainz, often empty), track name. A track without an id is known by its names.
+"""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayrec.data import columns
+from rayrec.importing.readers import delimited, reader
+from rayrec.importing.readers.lines import byte_ranges, read_blocks
+from rayrec.importing.readers.reader import Batch, Problems, ReadOptions, Unit, missing
+from rayrec.importing.readers.times import to_ms
+
+COLUMNS = ("user", "played_at", "artist_id", "artist", "song", "title")
+WANTED = {name: place for place, name in enumerate(COLUMNS) if name != "artist_id"}
+
+
+class LastfmReader:
+    """Reads userid-timestamp-artid-artname-traid-traname.tsv."""
+
+    def __init__(self, options: ReadOptions) -> None:
+        pass
+
+    def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
+        """Byte ranges."""
+        return byte_ranges(source, size, unit_bytes)
+
+    def read(self, unit: Unit) -> Iterator[Batch]:
+        """One batch per block of 16 MiB."""
+        for block in read_blocks(unit):
+            rows = delimited.parse(
+                block, WANTED, num_columns=len(COLUMNS), delimiter="\t", quoted=False, source=unit.source
+            )
+            values = rows.values
+            problems = Problems(len(rows.indices))
+            problems.mark(missing(values["user"]), reader.NO_USER)
+            song = song_names(values["song"], values["artist"], values["title"])
+            problems.mark(missing(song), reader.NO_SONG)
+            data = {
+                columns.USER: values["user"],
+                columns.SONG_ID: song,
+                columns.PLAYED_AT: pa.array(to_ms(values["played_at"], problems)),
+                columns.TITLE: values["title"],
+                columns.ARTIST: values["artist"],
+            }
+
+            yield reader.batch(
+                columns.PLAYS,
+                data,
+                source=unit.source,
+                lines=rows.lines,
+                problems=problems,
+                texts=rows.texts,
+                covered=len(block),
+                also=rows.rejected,
+            )
+
+
+def song_names(ids: pa.Array, artists: pa.Array, titles: pa.Array) -> pa.Array:
+    """The id of each song, else `artist – title`; null where the title is missing too."""
+    named = pc.binary_join_element_wise(pc.fill_null(artists, ""), titles, " – ")
+    return pc.coalesce(pc.if_else(pc.equal(ids, ""), None, ids), pc.if_else(pc.equal(titles, ""), None, named))

@@ -1,0 +1,157 @@
+"""What every reader of an outside format shares: units of work, batches of rows, rows set aside."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayrec.data import columns
+
+TEXT_LIMIT = 1_000  # characters kept of a row that is set aside
+NO_USER = "no user"
+IN_FUTURE = "time is more than a day from now"
+DAY_SECONDS = 86_400  # that clocks and zones may be wrong
+NO_SONG = "no song"
+NO_PLAYLIST = "no playlist"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One piece of one file, read by one task.
+
+    `start` and `stop` are bytes of a line-based file (the lines that begin there) and row groups
+    of a Parquet file; a file that cannot be split is one unit without a `stop`.
+    """
+
+    source: str  # path or URI of the file
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What a reader may need to know besides the file."""
+
+    playlists: bool = False  # rows are entries of playlists, not plays
+    columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> its name in the file
+    delimiter: str = ","  # between the values of a csv file
+    user: str = ""  # whose plays they are, where the format does not say
+    user_separator: str = ""  # between user and songs of a line of a sequence file; empty: lines name no user
+    song_separator: str = " "  # between the songs of such a line
+
+
+class Batch(NamedTuple):
+    """Some rows of a unit. Line numbers count from the start of the unit, the first line is 1."""
+
+    rows: pa.Table  # columns.PLAYS or columns.PLAYLIST_ENTRIES
+    rejected: pa.Table  # columns.REJECTED
+    read: int  # rows read, good and bad
+    lines: int  # lines (or records) covered, empty ones and the header included
+
+
+class Reader(Protocol):
+    """Reads one outside format."""
+
+    def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
+        """Units of about `unit_bytes` that cover a file of `size` bytes.
+
+        Raises `InputError` where the file can be seen to be of another format or lacks a column.
+        """
+        ...
+
+    def read(self, unit: Unit) -> Iterator[Batch]:
+        """The rows of a unit, in the order of the file."""
+        ...
+
+
+class Problems:
+    """Marks what is wrong with each of R rows; the first reason found for a row stays."""
+
+    def __init__(self, rows: int) -> None:
+        self._codes = np.zeros(rows, dtype=np.int16)
+        self._reasons: list[str] = []
+
+    @property
+    def bad(self) -> np.ndarray:
+        """bool (R,): rows with a reason against them."""
+        return self._codes > 0
+
+    def mark(self, mask: np.ndarray, reason: str) -> None:
+        """Give the rows where `mask`, bool (R,), is true a reason to be set aside."""
+        new = mask & ~self.bad
+        if new.any():
+            self._reasons.append(reason)
+            self._codes[new] = len(self._reasons)
+
+    def reasons(self) -> list[str]:
+        """The reasons of the bad rows, in order."""
+        return [self._reasons[code - 1] for code in self._codes[self.bad]]
+
+
+def rejected(source: str, lines: Sequence[int] | np.ndarray, reasons: Sequence[str], texts: Sequence[str]) -> pa.Table:
+    """Rows of columns.REJECTED."""
+    data = [
+        pa.array([source] * len(reasons), pa.string()),
+        pa.array(np.asarray(lines, dtype=np.int64)),
+        pa.array(reasons, pa.string()),
+        pa.array([clean(text[:TEXT_LIMIT]) for text in texts], pa.string()),
+    ]
+    return pa.table(data, schema=columns.REJECTED)
+
+
+def batch(
+    schema: pa.Schema,
+    values: dict[str, pa.Array],
+    *,
+    source: str,
+    lines: np.ndarray,
+    problems: Problems,
+    texts: Callable[[np.ndarray], Sequence[str]],
+    covered: int,
+    also: pa.Table | None = None,
+) -> Batch:
+    """The good rows under `schema`, the bad ones with reason and text.
+
+    `values` may lack nullable columns; `lines` is int64 (R,); `texts` gives the text of the rows at
+    some positions; `also` holds rows that were rejected before.
+    """
+    if columns.PLAYED_AT in values:
+        # One play of 2090 would be the last of the data: splits and tastes count back from that.
+        problems.mark(np.asarray(values[columns.PLAYED_AT]) > (time.time() + DAY_SECONDS) * 1000, IN_FUTURE)
+    bad = problems.bad
+    positions = np.flatnonzero(bad)
+    refused = rejected(source, lines[positions], problems.reasons(), texts(positions))
+    if also is not None and also.num_rows:
+        refused = pa.concat_tables([also, refused]).sort_by("line")
+    good = pa.array(~bad)
+    data = {**values, "line": pa.array(lines)}
+    arrays = []
+    for item in schema:
+        if item.name == "source":
+            arrays.append(_repeated(source, len(lines) - len(positions)))
+        elif item.name not in data:
+            arrays.append(pa.nulls(len(lines) - len(positions), item.type))
+        else:
+            arrays.append(data[item.name].filter(good) if len(positions) else data[item.name])
+    rows = pa.table(arrays, schema=schema)
+    return Batch(rows, refused, rows.num_rows + refused.num_rows, covered)
+
+
+def missing(values: pa.Array) -> np.ndarray:
+    """bool (R,): null or empty strings."""
+    return np.asarray(pc.fill_null(pc.equal(values, ""), True).to_numpy(zero_copy_only=False))
+
+
+def clean(text: str) -> str:
+    """Text that UTF-8 can hold: half surrogate pairs, which JSON can escape, become question marks."""
+    return text if text.isascii() else text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _repeated(text: str, count: int) -> pa.Array:
+    encoded = text.encode()
+    offsets = np.arange(count + 1, dtype=np.int32) * len(encoded)
+    return pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(encoded * count))

@@ -1,0 +1,90 @@
+"""Plays that are only in order: one history or session a line, `user<separator>song<separator>song ...`.
+
+There are no times. Rows carry the place in their line instead, and the second pass of the import
+makes positions of it once all of a user's lines are together. Without a user separator each line is
+a user of its own, named `file:line`.
+"""
+
+import posixpath
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayrec.data import columns
+from rayrec.importing.readers import reader
+from rayrec.importing.readers.delimited import line_faults
+from rayrec.importing.readers.lines import BYTE_ORDER_MARK, Block, byte_ranges, read_blocks
+from rayrec.importing.readers.reader import Batch, Problems, ReadOptions, Unit, missing
+
+BLOCK_BYTES = 4 << 20  # a few characters can be a play: a row takes ten times its text in memory
+EMPTY_LINE = "empty line"
+
+
+class SequenceReader:
+    """Reads files of lines of songs."""
+
+    def __init__(self, options: ReadOptions) -> None:
+        self.options = options
+
+    def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
+        """Byte ranges; a file whole where line numbers are names, since only its start knows them."""
+        return byte_ranges(source, size, unit_bytes) if self.options.user_separator else [Unit(source=source)]
+
+    def read(self, unit: Unit) -> Iterator[Batch]:
+        """One batch per block of 4 MiB; `played_at` is the place in the line, from 0."""
+        for block in read_blocks(unit, BLOCK_BYTES):
+            yield self._batch(block, unit.source)
+
+    def _batch(self, block: Block, source: str) -> Batch:
+        problems = Problems(len(block))
+        users, songs = self._take_apart(_texts(block, problems), block, source, problems)
+        usable = np.flatnonzero(~problems.bad)
+        split = pc.split_pattern(songs.take(pa.array(usable)), self.options.song_separator)
+        lengths = pc.list_value_length(split).to_numpy()
+        names = pc.utf8_trim_whitespace(pc.list_flatten(split))
+        line = np.repeat(usable, lengths)
+        empty = Problems(len(names))
+        empty.mark(missing(names), reader.NO_SONG)
+        refused = np.flatnonzero(problems.bad)
+        return reader.batch(
+            columns.PLAYS,
+            {
+                columns.USER: users.take(pa.array(line)),
+                columns.SONG_ID: names,
+                columns.PLAYED_AT: pa.array(np.arange(len(names)) - np.repeat(np.cumsum(lengths) - lengths, lengths)),
+            },
+            source=source,
+            lines=block.numbers(line),
+            problems=empty,
+            texts=lambda found: block.texts(line[found]),
+            covered=len(block),
+            also=reader.rejected(source, block.numbers(refused), problems.reasons(), block.texts(refused)),
+        )
+
+    def _take_apart(self, texts: pa.Array, block: Block, source: str, problems: Problems) -> tuple[pa.Array, pa.Array]:
+        """User and songs of each line, strings (L,)."""
+        separator = self.options.user_separator
+        if not separator:
+            numbers = pa.array(block.numbers(np.arange(len(block)))).cast(pa.string())
+            return pc.binary_join_element_wise(f"{posixpath.basename(source)}:", numbers, ""), texts
+        parts = pc.split_pattern(texts, separator, max_splits=1)
+        problems.mark(pc.list_value_length(parts).to_numpy() < 2, f"no {separator!r} between user and songs")
+        flat, offsets = pc.list_flatten(parts), parts.offsets.to_numpy()
+        users = pc.utf8_trim_whitespace(flat.take(pa.array(offsets[:-1])))
+        problems.mark(missing(users), reader.NO_USER)
+        return users, flat.take(pa.array(offsets[1:] - 1))
+
+
+def _texts(block: Block, problems: Problems) -> pa.Array:
+    """The lines without space around them, strings (L,); those that are no text are marked and left empty."""
+    bounds = np.append(np.stack([block.starts, block.ends], axis=1).ravel(), len(block.data)).astype(np.int32)
+    between = pa.StringArray.from_buffers(2 * len(block), pa.py_buffer(bounds), pa.py_buffer(block.data))
+    faults = line_faults(block, quoted=False)
+    for reason in sorted(set(faults.values())):
+        problems.mark(np.isin(np.arange(len(block)), [line for line in faults if faults[line] == reason]), reason)
+    lines = between.take(pa.array(np.where(problems.bad, 1, 2 * np.arange(len(block)))))
+    texts = pc.utf8_trim_whitespace(pc.utf8_ltrim(lines, BYTE_ORDER_MARK.decode()))
+    problems.mark(missing(texts), EMPTY_LINE)
+    return texts

@@ -1,0 +1,134 @@
+"""The scratch folder of an import, and the step that makes its result the data set.
+
+Everything is written here first. What was read of a unit of input stays of use to an import of other
+files in which the unit is the same, such as one that leaves a damaged file out. Publishing takes the
+old manifest away, moves the files into place and puts the new manifest last; if it is killed, the next
+import finishes it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import pyarrow.parquet as pq
+
+from rayrec.data.histories import Histories
+from rayrec.importing.fragments import FragmentStore
+from rayrec.storage.artifacts import sha256
+from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.workspace import (
+    DATASET,
+    DATASET_MANIFEST,
+    GENERATING,
+    IMPORT_STAGING,
+    SONGS_TABLE,
+    Workspace,
+    earlier_manifest,
+)
+
+PLAYS_PER_ROW_GROUP = 500_000
+UNITS = "units"  # folder of the scratch folders in which every import reads
+
+
+class Staging:
+    """The scratch folder of one import: a killed import with the same inputs goes on in it."""
+
+    def __init__(self, workspace: Workspace, print_id: str, units: Sequence[str] = ()) -> None:
+        """`units` are the names of the units of input, as `unit_names` gives them."""
+        self.workspace = workspace
+        self.folder = f"{IMPORT_STAGING}/{print_id}"
+        self.fragments = FragmentStore(workspace, f"{IMPORT_STAGING}/{UNITS}", units)
+
+    def out(self, path: str) -> str:
+        """Where the file that will be `path` waits for being published."""
+        return f"{self.folder}/out/{path.removeprefix(f'{DATASET}/')}"
+
+    def counts_file(self, bucket: int) -> str:
+        """Plays of each song in one bucket, Parquet."""
+        return f"{self.folder}/counts/{bucket:05d}.parquet"
+
+    def bucket_file(self, bucket: int) -> str:
+        """The result of one bucket, JSON; where it is there, the bucket is done."""
+        return f"{self.folder}/buckets/{bucket:05d}.json"
+
+    def write_histories(self, path: str, histories: Histories) -> None:
+        """Write a bucket of histories in row groups of about 500,000 plays."""
+        table = histories.to_arrow()
+        groups = histories.offsets[:-1] // PLAYS_PER_ROW_GROUP
+        starts = [row for row in range(len(groups)) if row == 0 or groups[row] != groups[row - 1]]
+        with (
+            self.workspace.open_output(self.out(path)) as stream,
+            pq.ParquetWriter(stream, table.schema, compression="zstd") as writer,
+        ):
+            for start, stop in zip(starts, [*starts[1:], len(groups)], strict=True):
+                writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
+
+    def checksum(self, path: str) -> str:
+        """sha256 of a file that waits for being published."""
+        return sha256(self.workspace, self.out(path))
+
+    def keep_manifest(self, dataset_id: str) -> dict[str, str]:
+        """Put the present manifest among the files of the next: its name below dataset/, and its checksum."""
+        path = earlier_manifest(dataset_id)
+        self.workspace.write_bytes(self.out(path), self.workspace.read_bytes(DATASET_MANIFEST))
+        return {path.removeprefix(f"{DATASET}/"): self.checksum(path)}
+
+    def publish(self, manifest: DatasetManifest) -> None:
+        """Make the staged files and those that the manifest keeps the data set; nothing else stays."""
+        self.workspace.write_json(self.out(DATASET_MANIFEST), asdict(manifest))
+        finish_publishing(self.workspace)
+
+
+def unit_names(units: Sequence[str], buckets: int) -> list[str]:
+    """Names of units of a plan that are read into so many buckets."""
+    return [f"{buckets:04d}-{unit}" for unit in units]
+
+
+def buckets_read(workspace: Workspace, units: Sequence[str]) -> int:
+    """Into how many buckets an unfinished import has read some of the units of a plan; 0 where none has."""
+    read = [name.split("-") for name in workspace.folders(f"{IMPORT_STAGING}/{UNITS}")]
+    known = set(units)
+    return max((int(buckets) for buckets, unit in read if unit in known), default=0)
+
+
+def discard_others(workspace: Workspace, staging: Staging) -> None:
+    """Delete what imports of other inputs have left, but for the units that this one reads too."""
+    kept = {f"{IMPORT_STAGING}/{UNITS}", staging.folder}
+    kept |= {f"{staging.fragments.folder}/{unit}" for unit in staging.fragments.names}
+    for folder in (IMPORT_STAGING, f"{IMPORT_STAGING}/{UNITS}"):
+        for name in workspace.folders(folder):
+            if f"{folder}/{name}" not in kept:
+                workspace.delete(f"{folder}/{name}")
+
+
+def finish_publishing(workspace: Workspace) -> None:
+    """Publish an import whose files are complete; does nothing where none waits. May be repeated at any point.
+
+    A data set of which every file stays (but the song table, which grows at its end) is there for readers
+    all the while; any other is gone from before its first file is touched until the new one is whole.
+    """
+    for name in workspace.folders(IMPORT_STAGING):
+        staging = Staging(workspace, name)
+        staged_manifest = staging.out(DATASET_MANIFEST)
+        if not workspace.exists(staged_manifest):
+            continue
+        files: dict[str, str] = workspace.read_json(staged_manifest)["files"]
+        if not _stays_whole(workspace, files):
+            workspace.delete(DATASET_MANIFEST)
+            workspace.delete(GENERATING)
+            for path in workspace.files(DATASET):
+                if not path.startswith(f"{IMPORT_STAGING}/") and path.removeprefix(f"{DATASET}/") not in files:
+                    workspace.delete(path)
+        for path in files:
+            if workspace.exists(staging.out(path)):
+                workspace.move(staging.out(path), f"{DATASET}/{path}")
+        workspace.move(staged_manifest, DATASET_MANIFEST)
+        workspace.delete(IMPORT_STAGING)
+
+
+def _stays_whole(workspace: Workspace, files: dict[str, str]) -> bool:
+    """True where the data set that is there keeps all its files under the new manifest's `files`."""
+    if not workspace.exists(DATASET_MANIFEST):
+        return False
+    there: dict[str, str] = workspace.read_json(DATASET_MANIFEST)["files"]
+    songs = SONGS_TABLE.removeprefix(f"{DATASET}/")
+    return bool(there) and all(files.get(path) == digest for path, digest in there.items() if path != songs)

@@ -1,0 +1,158 @@
+"""Write a generated world as the canonical data set, bucket by bucket on Ray."""
+
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayrec.config import to_mapping
+from rayrec.data import columns
+from rayrec.data.dataset import bucket_of
+from rayrec.data.synthetic.world import CONTEXTS, GenerateConfig, World
+from rayrec.errors import InputError
+from rayrec.jobs.buckets import run_buckets
+from rayrec.jobs.cluster import ray_cluster
+from rayrec.progress import progress
+from rayrec.storage.artifacts import fingerprint, sha256
+from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.locking import writes
+from rayrec.storage.workspace import (
+    DATASET,
+    DATASET_MANIFEST,
+    GENERATING,
+    PLAYLISTS,
+    SONGS_TABLE,
+    Workspace,
+    histories_file,
+)
+
+USERS_PER_RANGE = 100_000
+PLAYLISTS_PER_FILE = 100_000
+
+
+@writes("generate")
+def generate(workspace: Workspace, config: GenerateConfig, *, repeat: bool = False) -> DatasetManifest:
+    """Make the data set of a generated world; after a crash, go on with the buckets that are missing.
+
+    Raises `InputError` where the workspace holds a data set already; `repeat` replaces it.
+    """
+    _clear(workspace, config, repeat=repeat)
+    world = World(config)
+    workspace.write_table(SONGS_TABLE, world.songs_table())
+    playlist_files, entries = _write_playlists(workspace, world)
+    found = []
+    with ray_cluster(), progress("generate", config.buckets) as bar:
+        arguments = {"workspace": workspace, "config": config, "buckets": _buckets(world)}
+        for result in run_buckets(BucketGenerator, range(config.buckets), arguments=arguments):
+            found.append(result)
+            bar.advance()
+    files = {name: sha256(workspace, name) for name in (SONGS_TABLE, *playlist_files)}
+    manifest = _manifest(config, found, files, entries)
+    write_manifest(workspace, manifest)
+    workspace.delete(GENERATING)
+    return manifest
+
+
+class BucketGenerator:
+    """Makes the users of one bucket at a time; a bucket whose file is there is only read."""
+
+    def __init__(self, workspace: Workspace, config: GenerateConfig, buckets: np.ndarray) -> None:
+        self.workspace, self.world, self.buckets = workspace, World(config), buckets
+
+    def __call__(self, unit: int) -> dict[str, Any]:
+        """Counts, time range (ms UTC) and checksum of the file of bucket `unit`."""
+        path = histories_file(0, int(unit))
+        if not self.workspace.exists(path):
+            self._write(path, np.flatnonzero(self.buckets == unit))
+        return {"file": path, "sha256": sha256(self.workspace, path), **_summary(self.workspace, path)}
+
+    def _write(self, path: str, users: np.ndarray) -> None:
+        with (
+            self.workspace.open_output(path) as stream,
+            pq.ParquetWriter(stream, columns.HISTORIES, compression="zstd") as writer,
+        ):
+            for histories in self.world.blocks(users):
+                writer.write_table(histories.to_arrow())
+
+
+def _clear(workspace: Workspace, config: GenerateConfig, *, repeat: bool) -> None:
+    """Make room: leave only the finished buckets of the same config."""
+    if workspace.exists(DATASET_MANIFEST):
+        if not repeat:
+            raise InputError(
+                f"workspace {workspace.uri} holds a data set already; "
+                "generate into another workspace, or repeat on purpose to replace it"
+            )
+        # The manifest first: a reader must not take half of the old files for a data set.
+        workspace.delete(DATASET_MANIFEST)
+        workspace.delete(DATASET)
+    wanted = to_mapping(config)
+    if not (workspace.exists(GENERATING) and workspace.read_json(GENERATING) == wanted):
+        workspace.delete(DATASET)
+        workspace.write_json(GENERATING, wanted)
+
+
+def _manifest(
+    config: GenerateConfig, found: list[dict[str, Any]], files: dict[str, str], entries: int
+) -> DatasetManifest:
+    plays = sum(result["plays"] for result in found)
+    files = files | {result["file"]: result["sha256"] for result in found}
+    return DatasetManifest(
+        id=fingerprint("generate", to_mapping(config), {}),
+        source="generated",
+        buckets=config.buckets,
+        parts=1,
+        users=sum(result["users"] for result in found),
+        plays=plays,
+        songs=config.songs,
+        playlists=config.playlists,
+        playlist_entries=entries,
+        first_play=min(result["first_play"] for result in found if result["plays"]),
+        last_play=max(result["last_play"] for result in found),
+        contexts=list(CONTEXTS),
+        has_skipped=True,
+        read=plays,
+        config=to_mapping(config),
+        files={name.removeprefix(f"{DATASET}/"): digest for name, digest in sorted(files.items())},
+        created_at=datetime.now(timezone.utc).isoformat(),
+    )
+
+
+def _buckets(world: World) -> np.ndarray:
+    """uint32 (users,): the bucket of each user by index, hashed range by range."""
+    users = np.arange(world.config.users)
+    ranges = (users[start : start + USERS_PER_RANGE] for start in range(0, len(users), USERS_PER_RANGE))
+    return np.concatenate([bucket_of(world.user_ids(some), world.config.buckets).astype(np.uint32) for some in ranges])
+
+
+def _write_playlists(workspace: Workspace, world: World) -> tuple[list[str], int]:
+    """The files written and the number of entries in them."""
+    files, entries = [], 0
+    for number, start in enumerate(range(0, world.config.playlists, PLAYLISTS_PER_FILE)):
+        indices = np.arange(start, min(start + PLAYLISTS_PER_FILE, world.config.playlists))
+        songs, offsets = world.playlists(indices)
+        data = {
+            columns.PLAYLIST: pa.array([f"playlist-{index:06d}" for index in indices.tolist()]),
+            columns.SONGS: pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(songs)),
+        }
+        path = f"{PLAYLISTS}/playlists-{number:05d}.parquet"
+        workspace.write_table(path, pa.table(data, schema=columns.PLAYLISTS))
+        files.append(path)
+        entries += len(songs)
+    return files, entries
+
+
+def _summary(workspace: Workspace, path: str) -> dict[str, int]:
+    """Users, plays and time range of a histories file, a row group at a time."""
+    users = plays = last = 0
+    first: int | None = None
+    with workspace.open_input(path) as stream:
+        for batch in pq.ParquetFile(stream).iter_batches(columns=[columns.PLAYED_AT]):
+            moments = batch.column(0).flatten().to_numpy()
+            users, plays = users + batch.num_rows, plays + len(moments)
+            if len(moments):
+                first = int(moments.min()) if first is None else min(first, int(moments.min()))
+                last = max(last, int(moments.max()))
+    return {"users": users, "plays": plays, "first_play": first or 0, "last_play": last}

@@ -1,0 +1,382 @@
+"""Import files of plays or playlists as the canonical data set, in two passes over staged fragments.
+
+First pass: each unit of input is read, checked and written in buckets by user. Between the passes:
+the song vocabulary and the set of contexts. Second pass: each bucket is merged and sorted. Both
+passes run on Ray Data and hold a bounded number of rows per worker, whatever the number of users.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayrec.config import to_mapping
+from rayrec.data import columns
+from rayrec.data.dataset import Dataset
+from rayrec.errors import InputError
+from rayrec.importing.fragments import UnitResult
+from rayrec.importing.import_plan import ImportConfig, Kind, Plan, choose_buckets, make_plan
+from rayrec.importing.import_workers import BucketMerger, MergeSettings, SongCounter, UnitImporter
+from rayrec.importing.merging import choose_contexts
+from rayrec.importing.staging import Staging, buckets_read, discard_others, finish_publishing, unit_names
+from rayrec.importing.vocabulary import KEY, SongRows, Vocabulary
+from rayrec.jobs.buckets import BucketWorker, run_buckets
+from rayrec.jobs.cluster import ray_cluster
+from rayrec.progress import progress
+from rayrec.storage.artifacts import fingerprint
+from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.locking import writes
+from rayrec.storage.workspace import (
+    DATASET,
+    DATASET_MANIFEST,
+    IMPORT_STAGING,
+    SET_ASIDE,
+    SONGS_TABLE,
+    Workspace,
+    set_aside_file,
+)
+
+
+@writes("import")
+def import_data(workspace: Workspace, config: ImportConfig, *, repeat: bool = False) -> DatasetManifest:
+    """Make the data set of a workspace, or add playlists to its plays or plays to its playlists.
+
+    Work that is done already is kept: the same import again returns the data set that is there, and
+    one that was killed goes on with the units and buckets that are missing, as does one of other files
+    with the units that an unfinished one has read in the same way. Song rows that exist never change.
+    `repeat` replaces the plays (or playlists) that are there; without playlists (or plays) beside them it
+    replaces the vocabulary too.
+
+    Raises `InputError` for bad input, and where other plays (or playlists) are there already.
+    """
+    finish_publishing(workspace)
+    plan = make_plan(config)
+    existing = Dataset(workspace).manifest if workspace.exists(DATASET_MANIFEST) else None
+    if existing is not None and not repeat:
+        if _was_made_by(existing, config, plan):
+            return existing
+        _require_room(workspace, existing, config.produces)
+    base = existing if existing is not None and _rows_of(existing, _other(config.produces)) else None
+    task = _Import(workspace, config, plan, base)
+    discard_others(workspace, task.staging)
+    with ray_cluster():
+        return task.run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Appended:
+    """What an append came to."""
+
+    dataset: DatasetManifest  # with the new part; as it was where nothing was new
+    read: int = 0  # rows of the files
+    merged: int = 0  # exact duplicates, of each other and of plays that were there already
+    set_aside: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    plays: int = 0  # new ones
+    users: int = 0  # new ones
+    songs: int = 0  # new ones
+
+
+@writes("import --append")
+def append_plays(workspace: Workspace, config: ImportConfig) -> Appended:
+    """Add the plays of files to the data set, as a new part; the parts and song rows that exist stay as they are.
+
+    Plays that are there already are merged and counted: the same files again change nothing, and
+    files that were appended under the same names and dates are not read again. The fewest plays that
+    users and songs must have are asked of new users and new songs only. A killed append leaves the
+    data set as it was, and goes on where it was.
+
+    Raises `InputError` where no plays are there, for playlists, and for plays without times.
+    """
+    finish_publishing(workspace)
+    base = _require_appendable(workspace, config)
+    plan = make_plan(config)
+    if plan.id in [each["plan"] for each in base.appended] or _was_made_by(base, config, plan):
+        return Appended(dataset=base)
+    task = _Import(workspace, config, plan, base, append=True)
+    discard_others(workspace, task.staging)
+    with ray_cluster():
+        made = task.run()
+    if made.id == base.id:
+        return Appended(dataset=base, **task.came_to)
+    new = {name: getattr(made, name) - getattr(base, name) for name in ("plays", "users", "songs")}
+    return Appended(dataset=made, **task.came_to, **new)
+
+
+def _require_appendable(workspace: Workspace, config: ImportConfig) -> DatasetManifest:
+    base = Dataset(workspace).manifest
+    if not base.plays:
+        raise InputError(f"workspace {workspace.uri} holds no plays to append to; leave out --append")
+    if config.produces == "playlists":
+        raise InputError("playlists cannot be appended, only plays; replace all playlists with --force")
+    if "positions" in (base.times, config.times):
+        raise InputError(
+            "plays without times cannot be appended: nothing says which came first; import all files together"
+        )
+    return base
+
+
+def _was_made_by(existing: DatasetManifest, config: ImportConfig, plan: Plan) -> bool:
+    made = existing.config.get(config.produces)
+    return isinstance(made, dict) and made.get("plan") == plan.id
+
+
+def _require_room(workspace: Workspace, existing: DatasetManifest, kind: Kind) -> None:
+    if _rows_of(existing, kind):
+        raise InputError(
+            f"workspace {workspace.uri} holds {_rows_of(existing, kind)} {kind} from {existing.source} already; "
+            "import into another --workspace, or replace them with --force"
+        )
+
+
+def _rows_of(manifest: DatasetManifest, kind: Kind) -> int:
+    return manifest.plays if kind == "plays" else manifest.playlists
+
+
+def _other(kind: Kind) -> Kind:
+    return "playlists" if kind == "plays" else "plays"
+
+
+class _Import:
+    """One run of an import; `base` is the data set whose songs and other kind of rows stay, or to append to."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        config: ImportConfig,
+        plan: Plan,
+        base: DatasetManifest | None,
+        *,
+        append: bool = False,
+    ) -> None:
+        self.workspace, self.config, self.plan, self.base, self.append = workspace, config, plan, base, append
+        self.buckets = base.buckets if base else config.buckets or self._choose_buckets()
+        if config.buckets not in (0, self.buckets):
+            raise InputError(
+                f"the data set has {self.buckets} buckets, {config.buckets} were asked for; leave the number out"
+            )
+        inputs = {"base": base.id if base else "", "buckets": str(self.buckets)} | ({"append": "yes"} if append else {})
+        print_id = fingerprint("staging", {"plan": plan.id}, inputs)
+        self.staging = Staging(workspace, print_id, unit_names(plan.unit_names, self.buckets))
+        self.came_to: dict[str, Any] = {}  # read, merged, set_aside
+
+    def run(self) -> DatasetManifest:
+        units = self._read_units()
+        merge = self._merge_settings(units)
+        vocabulary = self._vocabulary(units, merge)
+        self.workspace.write_table(self.staging.out(SONGS_TABLE), vocabulary.table())
+        buckets = self._merge_buckets(vocabulary, merge)
+        dropped = _added(bucket["dropped"] for bucket in buckets)
+        self.came_to = {
+            "read": sum(unit.read for unit in units),
+            "merged": sum(bucket["merged"] for bucket in buckets),
+            "set_aside": _added([*(unit.rejected for unit in units), dropped]),
+        }
+        if not any(bucket["rows"] for bucket in buckets):
+            if self.append and self.base and self.came_to["merged"]:
+                self.workspace.delete(IMPORT_STAGING)
+                return self.base
+            self._refuse(dropped, self.came_to["read"])
+        rejected = self._write_rejected(merge)
+        manifest = self._manifest(merge, buckets, len(vocabulary.keys), rejected)
+        self.staging.publish(manifest)
+        return manifest
+
+    def _choose_buckets(self) -> int:
+        """By the size of the files; as many as an unfinished import of most of them has made."""
+        wanted, there = choose_buckets(self.plan.size), buckets_read(self.workspace, self.plan.unit_names)
+        return there if wanted <= 2 * there and there <= 2 * wanted else wanted
+
+    def _merge_settings(self, units: list[UnitResult]) -> MergeSettings:
+        before = self.base if self.append and self.base else None
+        return MergeSettings(
+            units=units,
+            offsets=self.plan.line_offsets([unit.lines for unit in units]),
+            files=self.plan.unit_files,
+            sources=[file.source for file in self.plan.files],
+            contexts=choose_contexts(_added(unit.contexts for unit in units), before.contexts if before else []),
+            has_skipped=any(unit.has_skipped for unit in units) or (before is not None and before.has_skipped),
+            in_lines=self.config.times == "positions",
+            part=before.parts if before else 0,
+        )
+
+    def _run(self, title: str, make_worker: Callable[..., BucketWorker], todo: list[int], **arguments: Any) -> None:
+        with progress(title, len(todo)) as bar:
+            given = {"staging": self.staging, "config": self.config, **arguments}
+            called = "unit" if make_worker is UnitImporter else "bucket"
+            for _ in run_buckets(make_worker, todo, arguments=given, called=called):
+                bar.advance()
+
+    def _read_units(self) -> list[UnitResult]:
+        """The first pass."""
+        store, numbers = self.staging.fragments, range(len(self.plan.units))
+        todo = [unit for unit in numbers if not store.is_done(unit)]
+        self._run("read", UnitImporter, todo, units=self.plan.units, buckets=self.buckets)
+        results = [store.result(unit) for unit in numbers]
+        self._require_whole(results)
+        if not any(result.kept for result in results):
+            self._refuse(_added(result.rejected for result in results), sum(result.read for result in results))
+        return results
+
+    def _require_whole(self, results: list[UnitResult]) -> None:
+        """Raises `InputError` where some unit could not be read. What was read of the others stays for the next run."""
+        failed = [number for number, result in enumerate(results) if result.error]
+        if not failed:
+            return
+        if len(failed) == len(results):
+            self.workspace.delete(IMPORT_STAGING)
+            raise InputError(results[0].error)
+        for number in failed:
+            self.staging.fragments.forget(number)
+        errors = list(dict.fromkeys(results[number].error for number in failed))
+        others = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
+        raise InputError(f"{errors[0]}{others}; what could be read is kept for the next run")
+
+    def _vocabulary(self, units: list[UnitResult], merge: MergeSettings) -> Vocabulary:
+        vocabulary = Vocabulary(self.workspace.read_table(SONGS_TABLE) if self.base else None)
+        for number, unit in enumerate(units):
+            vocabulary.add(self.staging.fragments.songs(number, unit))
+        if self.config.min_user_plays > 1 or self.config.min_song_plays > 1:
+            todo = [number for number in range(self.buckets) if not self._exists(self.staging.counts_file(number))]
+            self._run("count songs", SongCounter, todo, merge=merge)
+            vocabulary.keep(self._song_counts(vocabulary.keys) >= self.config.min_song_plays)
+        return vocabulary
+
+    def _song_counts(self, keys: np.ndarray) -> np.ndarray:
+        """int64 (N,): plays of each song by users with enough plays."""
+        rows, totals = SongRows.of(keys), np.zeros(len(keys), dtype=np.int64)
+        for bucket in range(self.buckets):
+            table = self.workspace.read_table(self.staging.counts_file(bucket))
+            totals[rows.find(table.column(KEY).to_numpy())] += table.column("count").to_numpy()
+        return totals
+
+    def _merge_buckets(self, vocabulary: Vocabulary, merge: MergeSettings) -> list[dict[str, Any]]:
+        """The second pass."""
+        numbers = range(self.buckets)
+        todo = [number for number in numbers if not self._exists(self.staging.bucket_file(number))]
+        songs = SongRows.of(vocabulary.keys)
+        self._run("merge", BucketMerger, todo, merge=merge, keys=songs.keys, rows=songs.rows)
+        return [self.workspace.read_json(self.staging.bucket_file(number)) for number in numbers]
+
+    def _exists(self, path: str) -> bool:
+        return self.workspace.exists(path)
+
+    def _write_rejected(self, merge: MergeSettings) -> dict[str, str]:
+        """All rejects of the first pass in one file, with the lines of their files; its path and checksum."""
+        if not any(unit.rejected for unit in merge.units):
+            return {}
+        path = set_aside_file(self.config.produces, merge.part, "rejected")
+        with (
+            self.workspace.open_output(self.staging.out(path)) as stream,
+            pq.ParquetWriter(stream, columns.REJECTED, compression="zstd") as writer,
+        ):
+            for number, (unit, offset) in enumerate(zip(merge.units, merge.offsets, strict=True)):
+                for table in self.staging.fragments.rejected(number, unit):
+                    lines = pa.array(table.column("line").to_numpy() + offset)
+                    writer.write_table(table.set_column(1, columns.REJECTED.field("line"), lines))
+        return {path: self.staging.checksum(path)}
+
+    def _refuse(self, reasons: dict[str, int], read: int) -> None:
+        self.workspace.delete(IMPORT_STAGING)
+        where = ", ".join(self.config.paths[:3])
+        if not read:
+            raise InputError(f"{where}: there are no rows to import; check the files")
+        told = ", ".join(f"{count} × {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+        raise InputError(f"{where}: none of {read} rows can be used: {told}; check the format and the settings")
+
+    def _manifest(
+        self, merge: MergeSettings, buckets: list[dict[str, Any]], songs: int, rejected: dict[str, str]
+    ) -> DatasetManifest:
+        base = self.base or DatasetManifest(
+            id="", source="", buckets=self.buckets, parts=0, users=0, plays=0, songs=0, created_at=""
+        )
+        written = {SONGS_TABLE: self.staging.checksum(SONGS_TABLE), **rejected}
+        for bucket in buckets:
+            written |= bucket["files"]
+        kept = {name: digest for name, digest in base.files.items() if self._stays(name)}
+        files = {**kept, **{name.removeprefix(f"{DATASET}/"): written[name] for name in written}}
+        made_id = fingerprint("dataset", {"files": dict(sorted(files.items()))}, {})
+        figures = self._appended(merge, base, buckets) if self.append else self._replaced(merge, base, buckets)
+        if figures["ancestors"]:
+            files |= self.staging.keep_manifest(base.id)
+        return replace(
+            base,
+            id=made_id,
+            lineage=base.lineage or base.id,
+            source=_joined(base.source, self.config.format),
+            songs=songs,
+            files=dict(sorted(files.items())),
+            created_at=datetime.now(timezone.utc).isoformat(),
+            **figures,
+        )
+
+    def _appended(self, merge: MergeSettings, base: DatasetManifest, buckets: list[dict[str, Any]]) -> dict[str, Any]:
+        """What an append changes in the manifest."""
+        figures = self._figures(merge, buckets)
+        new = {name: figures[name] for name in ("plays", "users")}
+        came_to = {**new, "read": self.came_to["read"], "merged": self.came_to["merged"]}
+        made = {**to_mapping(self.config), "plan": self.plan.id, "part": merge.part, **came_to}
+        return {
+            **figures,
+            **{name: getattr(base, name) + count for name, count in came_to.items()},
+            "set_aside": _added([base.set_aside, self.came_to["set_aside"]]),
+            "first_play": min(base.first_play, figures["first_play"]),
+            "last_play": max(base.last_play, figures["last_play"]),
+            "ancestors": [*base.ancestors, base.id],
+            "appended": [*base.appended, made],
+        }
+
+    def _replaced(self, merge: MergeSettings, base: DatasetManifest, buckets: list[dict[str, Any]]) -> dict[str, Any]:
+        """What an import that adds or replaces all plays, or all playlists, changes in the manifest."""
+        other: str = _other(self.config.produces)
+        beside = {other: base.config[other]} if other in base.config else {}
+        made = {**to_mapping(self.config), "plan": self.plan.id}
+        # What was made of plays that are gone is of no more use; playlists may change beside the plays.
+        goes_on = bool(base.id) and (self.config.produces == "playlists" or not base.plays)
+        return {
+            **self._figures(merge, buckets),
+            **self.came_to,
+            "ancestors": [*base.ancestors, base.id] if goes_on else [],
+            "appended": base.appended if self.config.produces == "playlists" else [],
+            "config": {**beside, str(self.config.produces): made},
+        }
+
+    def _figures(self, merge: MergeSettings, buckets: list[dict[str, Any]]) -> dict[str, Any]:
+        rows, owners = (sum(bucket[name] for bucket in buckets) for name in ("rows", "owners"))
+        if self.config.produces == "playlists":
+            return {"playlists": owners, "playlist_entries": rows}
+        filled = [bucket for bucket in buckets if bucket["rows"]]
+        return {
+            "plays": rows,
+            "users": owners,
+            "parts": merge.part + 1,
+            "first_play": min(bucket["first"] for bucket in filled),
+            "last_play": max(bucket["last"] for bucket in filled),
+            "times": self.config.times,
+            "contexts": merge.contexts,
+            "has_skipped": merge.has_skipped,
+        }
+
+    def _stays(self, name: str) -> bool:
+        """True for a file of the base that is still of use: all of them, or those of the other kind of rows."""
+        if self.append or name.startswith("earlier/"):
+            return True
+        other = _other(self.config.produces)
+        folder = "histories/" if other == "plays" else "playlists/"
+        return name.startswith((folder, f"{SET_ASIDE.removeprefix(f'{DATASET}/')}/{other}-"))
+
+
+def _joined(before: str, source: str) -> str:
+    """The formats that a data set came from, each once."""
+    return " + ".join(dict.fromkeys([*filter(None, before.split(" + ")), source]))
+
+
+def _added(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for count in counts:
+        for name, number in count.items():
+            totals[name] = totals.get(name, 0) + number
+    return totals

@@ -1,0 +1,1 @@
+"""What a data set will take on a cluster: memory, disk, storage and hours."""

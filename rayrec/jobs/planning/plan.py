@@ -1,0 +1,352 @@
+"""What a data set will take on a cluster: memory, disk, storage, batches and hours, before money is spent.
+
+Plain arithmetic from three things: how large the data are, what the nodes have, and how fast a CPU was
+measured to be. Sizes are bytes. Every constant says where it comes from: `measured` ones were, on
+2026-11-24, on 2,010,839 generated plays of 20,000 users over 200,000 songs, D 64, two horizons, H 128;
+`code` ones follow from the arrays that the code holds.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from math import ceil
+from typing import Any
+
+from rayrec.embeddings.word2vec import MAX_WORKERS
+from rayrec.errors import InputError
+from rayrec.jobs.planning.cluster_file import GIB, ClusterFile, NodeType
+from rayrec.jobs.planning.plan_inputs import (
+    ASSUMED_SKEW,
+    BUILT_IN,
+    BUILT_IN_FROM,
+    CSV_BYTES,
+    TRAIN_ON_GPU,
+    DataSize,
+    PlanConfig,
+)
+from rayrec.model.train_config import TrainConfig
+from rayrec.recommend.sequential_rules import MAX_RULES
+from rayrec.recommend.vsknn import MAX_SESSIONS
+
+STAGED_BYTES = 36  # of a play at the end of an import's second pass, in the bucket until it ends; measured
+HISTORY_BYTES = 10  # of a play in the data set; measured, 8.1 to 9.8 with one or many buckets
+SONG_BYTES = 40  # of a song in songs.parquet: 10 measured with ids alone, titles and artists are longer
+READ_BYTES = 275  # of a play while a unit is read; measured peak
+MERGE_BYTES = 210  # of a play while a bucket is merged; measured peak
+KEY_BYTES = 12  # of a song in the object store while buckets are merged: a uint64 and an int32; code
+VOCABULARY_BYTES = 200  # of a song on the driver of an import: two copies of key, id, title and artist; code
+FLOAT = 4
+STORED_FLOAT = 5.2  # bytes of a float in the Parquet lists of tastes; measured: 1,314 bytes for 256
+HEARD_BYTES = 3  # of a distinct song in a row of tastes; measured
+NEW_SONG_SHARE = 0.85  # of a user's plays that are songs not heard before; measured 0.83
+GENSIM_WORD = 172  # of a word beside its two vectors: 22 measured with the arrays, the rest is its counts' dict; code
+WORKER = int(0.35 * GIB)  # of a worker of taste beside vectors: measured largest 327 MiB at 500,000 users
+TRAINER = GIB  # of a training worker beside vectors: torch, a pool of windows; code
+SESSION_PLAYS = 10  # of a session: measured 9.6 after those of one play are left out
+SPARSE_ENTRY = 8  # bytes of an entry of a sparse matrix: a float32 and an int32; code
+GPU_SLACK = 2 * GIB  # of a GPU: CUDA's own, activations of a batch; not measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage: where it runs and what it takes there."""
+
+    stage: str
+    node: str  # its type
+    nodes: int  # of it, at once
+    workers: int  # processes over all nodes
+    memory: int  # bytes a node needs
+    memory_there: int  # bytes a node has for it
+    batches: int  # units of work
+    batch_of: str  # what such a unit is
+    hours: float | None  # None where nobody has measured a rate
+    rate: float | None  # work a second of one worker
+    rate_from: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All stages, what they leave in the bucket, and what will not work."""
+
+    stages: list[StagePlan]
+    storage: dict[str, int]  # what -> bytes in the bucket
+    disk: int  # bytes on the node of embed
+    problems: list[str]
+    notes: list[str]
+    data: DataSize
+    cluster: str
+    skew: dict[str, Any] = field(default_factory=dict)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        hours = [stage.hours for stage in self.stages if stage.hours is not None]
+        return {**asdict(self), "hours": round(sum(hours), 2), "storage_total": sum(self.storage.values())}
+
+
+def make_plan(
+    data: DataSize,
+    cluster: ClusterFile,
+    config: PlanConfig,
+    rates: dict[str, float] | None = None,
+    skew: dict[str, Any] | None = None,
+) -> Plan:
+    """The plan. `rates` are measured ones by name, of `rayrec bench --save`; the built-in ones fill in and are marked.
+
+    Raises `InputError` for a cluster without any node that work lands on.
+    """
+    planner = _Planner(data, cluster, config, rates or {})
+    stages = planner.stages()
+    disk = planner.corpus_bytes()
+    problems = [*planner.missing(), *(problem for stage in stages for problem in _too_little(stage))]
+    return Plan(
+        stages=stages,
+        storage=planner.storage(),
+        disk=disk,
+        problems=[*problems, *planner.other_problems(disk)],
+        notes=planner.notes(stages),
+        data=data,
+        cluster=cluster.name,
+        skew=skew or {},
+    )
+
+
+class _Planner:
+    """The arithmetic, stage by stage."""
+
+    def __init__(self, data: DataSize, cluster: ClusterFile, config: PlanConfig, rates: dict[str, float]) -> None:
+        self.data, self.cluster, self.config, self.rates = data, cluster, config, rates
+        plain = [node for node in cluster.workers if not node.gpus] or cluster.workers
+        if not plain:
+            raise InputError(f"cluster {cluster.name} has no node with CPUs that work may land on; give workers CPUs")
+        # The kind that holds least a CPU is the one that runs out first; the largest one gets what runs on one node.
+        self.tight = min(plain, key=lambda node: node.memory / node.cpus)
+        self.large = max(plain, key=lambda node: (node.cpus, node.memory))
+        self.nodes = config.nodes or min(cluster.most_nodes, sum(node.most for node in plain))
+        self.cpus = self.nodes * self.tight.cpus
+        with_gpu = [node for node in cluster.workers if node.gpus]
+        self.gpu = min(with_gpu, key=lambda node: (node.gpu_memory or 0, node.memory)) if with_gpu else None
+        self.vectors = data.songs * config.dim * FLOAT
+
+    def stages(self) -> list[StagePlan]:
+        """In the order in which they run."""
+        made = [self.importing(), self.embed(), self.train()]
+        return [*made, *([self.remember()] if self.config.memory else []), self.taste(), self.index(), self.evaluate()]
+
+    def importing(self) -> StagePlan:
+        """Units of text are read and buckets merged, one a CPU; the larger of the two decides."""
+        unit = int((64 << 20) / CSV_BYTES * READ_BYTES)
+        bucket = self.data.largest_bucket * MERGE_BYTES
+        needed = self.tight.cpus * (WORKER + max(unit, bucket)) + self.data.songs * KEY_BYTES
+        return self._spread("import", needed, self.data.buckets, "bucket of users", self.data.plays)
+
+    def embed(self) -> StagePlan:
+        """gensim's two tables, its words, and three copies of the result; one node, threads of which few help."""
+        needed = WORKER + self.data.songs * (5 * self.config.dim * FLOAT + GENSIM_WORD)
+        threads = min(self.large.cpus, MAX_WORKERS)
+        work = self.data.plays * self.config.embed_epochs * self.config.fits
+        return self._stage(
+            "embed",
+            self.large,
+            1,
+            threads,
+            needed,
+            batches=self.config.embed_epochs * self.config.fits,
+            batch_of="pass over the corpus",
+            work=work,
+            rate="embed_tokens_per_second_per_cpu",
+        )
+
+    def train(self) -> StagePlan:
+        """Host: the vectors of both fits, the best network and one on its way to a checkpoint.
+
+        The table and Adam's two moments are on the device, so on the host where that is a CPU.
+        """
+        node = self.gpu if self.config.gpu and self.gpu else self.large
+        workers = self.train_workers()
+        on_node = min(workers, node.gpus) if node.gpus else ceil(workers / self.nodes)
+        tables = 2 * self.config.fits + 1 + (0 if self.config.gpu else 3)
+        windows = ceil(self.data.plays / self.config.window)
+        batch = self.config.batch or TrainConfig.batch * workers
+        steps = ceil(windows / batch) * self.config.epochs * self.config.fits
+        on_gpu = self.config.gpu and TRAIN_ON_GPU in self.rates
+        return self._stage(
+            "train",
+            node,
+            ceil(workers / on_node),
+            workers,
+            on_node * (TRAINER + tables * self.vectors),
+            batches=steps,
+            batch_of=f"step of {batch} windows",
+            work=self.data.plays * self.config.epochs * self.config.fits,
+            rate=TRAIN_ON_GPU if on_gpu else "train_plays_per_second_per_cpu",
+        )
+
+    def train_workers(self) -> int:
+        """As many as asked for, or one a GPU, or one a CPU node."""
+        if self.config.workers:
+            return self.config.workers
+        if self.config.gpu and self.gpu:
+            gpus = sum(node.gpus * node.most for node in self.cluster.workers)
+            return max(1, min(gpus, self.cluster.most_nodes * self.gpu.gpus))
+        return max(1, self.nodes)
+
+    def remember(self) -> StagePlan:
+        """The hybrid's memory, fitted after the network: sessions, once more by song and once while they are joined;
+        rules three times while they are summed."""
+        return self._stage(
+            "memory",
+            self.large,
+            1,
+            1,
+            WORKER + 3 * self.memory_bytes() + 2 * self.vectors,
+            batches=2 * self.config.fits,
+            batch_of="pass over the histories",
+            work=self.data.plays * self.config.fits,
+            rate="memory_plays_per_second_per_cpu",
+        )
+
+    def memory_bytes(self) -> int:
+        """Of sessions and rules, both of which are bounded."""
+        sessions = min(self.data.plays, MAX_SESSIONS * SESSION_PLAYS) * SPARSE_ENTRY
+        return sessions + min(4 * self.data.plays, MAX_RULES) * SPARSE_ENTRY
+
+    def taste(self) -> StagePlan:
+        """Every CPU runs a process with a network of its own; its song table is there twice while it loads."""
+        needed = self.tight.cpus * (WORKER + 2 * self.vectors)
+        return self._spread("taste", needed, self.data.buckets, "bucket of users", self.data.plays)
+
+    def index(self) -> StagePlan:
+        """The vectors and the index over them; one node."""
+        needed = WORKER + int(2.2 * self.vectors)
+        return self._stage("index", self.large, 1, self.large.cpus, needed, batches=1, batch_of="index", work=None)
+
+    def evaluate(self) -> StagePlan:
+        """Recommenders are shared in the object store; each process scores blocks of bounded size."""
+        needed = self.tight.cpus * 2 * WORKER + 2 * self.vectors + 2 * self.memory_bytes()
+        return self._spread("evaluate", needed, self.data.buckets, "bucket of users", None)
+
+    def storage(self) -> dict[str, int]:
+        """Bytes in the bucket, by what they are; what is there for a while only is named so."""
+        width = (2 * self.config.dim + self.config.hidden_dim) * STORED_FLOAT
+        heard = self.data.plays * NEW_SONG_SHARE * HEARD_BYTES
+        checkpoint = 4 * self.vectors
+        return {
+            "histories": self.data.plays * HISTORY_BYTES,
+            "songs": self.data.songs * SONG_BYTES,
+            "song vectors": self.config.fits * self.vectors,
+            "model": self.vectors + (self.memory_bytes() if self.config.memory else 0),
+            "tastes": int(self.data.users * (width + 40) + heard),
+            "index": int(1.1 * self.vectors),
+            "while it imports": self.data.plays * STAGED_BYTES,
+            "while it trains": 2 * checkpoint + self.data.songs * 8 * self.config.fits,
+        }
+
+    def corpus_bytes(self) -> int:
+        """On the local disk of embed's node: a play is a song's row in decimal and a space."""
+        return self.data.plays * (len(str(self.data.songs)) + 1)
+
+    def missing(self) -> Iterator[str]:
+        """What the cluster does not have at all."""
+        if self.config.gpu and self.gpu is None:
+            yield f"--gpu is asked for, and cluster {self.cluster.name} has no node type with a GPU"
+        if 0 < self.config.batch < self.train_workers():
+            yield (
+                f"a batch of {self.config.batch} windows cannot be shared by {self.train_workers()} training workers: "
+                "a larger --batch or fewer --workers"
+            )
+
+    def other_problems(self, disk: int) -> Iterator[str]:
+        """Disk, the head and the GPU's memory."""
+        if self.large.disk is not None and disk > 0.8 * self.large.disk:
+            yield (
+                f"embed writes a corpus of {gib(disk)} to the disk of one {self.large.name}, which has "
+                f"{gib(self.large.disk)}; give it a larger disk, or make the vectors elsewhere: embed --vectors"
+            )
+        driver = WORKER + self.data.songs * VOCABULARY_BYTES
+        for head in (node for node in self.cluster.nodes if node.head):
+            if driver > head.memory:
+                yield (
+                    f"the driver of an import holds the songs, {gib(driver)}, and {head.name} has {gib(head.memory)}; "
+                    "give the head more memory"
+                )
+        if self.config.gpu and self.gpu is not None and self.gpu.gpu_memory is not None:
+            needed = GPU_SLACK + 3 * self.vectors
+            if needed > self.gpu.gpu_memory:
+                yield (
+                    f"train keeps the song table and Adam's two moments on the GPU, {gib(needed)}, and one of "
+                    f"{self.gpu.name} has {gib(self.gpu.gpu_memory)}: a larger GPU or a smaller --dim"
+                )
+
+    def notes(self, stages: list[StagePlan]) -> list[str]:
+        """What to know of these figures."""
+        told = []
+        if any(stage.rate_from == BUILT_IN_FROM for stage in stages):
+            told.append(f"built-in rates are those of {BUILT_IN_FROM}; measure yours: rayrec bench NAME --save FILE")
+        if self.config.gpu and TRAIN_ON_GPU not in self.rates:
+            told.append(f"no rate of a GPU is known ({TRAIN_ON_GPU}): each counts as one CPU")
+        if not self.data.looked_at:
+            told.append(f"the largest bucket is assumed {ASSUMED_SKEW} times the mean; --workspace looks")
+        if self.config.memory and self.data.songs > 1_000_000:
+            told.append("a hybrid scores every song for each answer: with millions of songs plan with --no-memory")
+        if self.config.gpu and self.gpu is not None and self.gpu.gpu_memory is None:
+            told.append(f"{self.gpu.name} does not say which GPU it has: its memory is not checked")
+        return told
+
+    def _spread(self, stage: str, memory: int, units: int, unit: str, work: int | None) -> StagePlan:
+        """A stage over all buckets on all CPU nodes."""
+        workers = min(self.cpus, units)
+        rate = f"{stage}_plays_per_second_per_cpu"
+        nodes = min(self.nodes, ceil(workers / self.tight.cpus))
+        return self._stage(
+            stage, self.tight, nodes, workers, memory, batches=units, batch_of=unit, work=work, rate=rate
+        )
+
+    def _stage(
+        self,
+        stage: str,
+        node: NodeType,
+        nodes: int,
+        workers: int,
+        memory: int,
+        *,
+        batches: int,
+        batch_of: str,
+        work: int | None,
+        rate: str = "",
+    ) -> StagePlan:
+        speed = self.rates.get(rate, BUILT_IN.get(rate)) if work is not None else None
+        origin = "the file of rates" if rate in self.rates else BUILT_IN_FROM
+        return StagePlan(
+            stage=stage,
+            node=node.name,
+            nodes=nodes,
+            workers=workers,
+            memory=memory,
+            memory_there=node.memory,
+            batches=batches,
+            batch_of=batch_of,
+            hours=None if speed is None or work is None else work / (speed * workers) / 3600,
+            rate=speed,
+            rate_from="nobody has measured it" if speed is None else origin,
+        )
+
+
+ADVICE: dict[str, str] = {
+    "import": "more --buckets, fewer CPUs a node or more memory",
+    "embed": "a smaller --dim or more memory",
+    "train": "fewer training workers a node, a smaller --dim or more memory",
+    "taste": "fewer CPUs a node, a smaller --dim or more memory",
+}
+
+
+def _too_little(stage: StagePlan) -> Iterator[str]:
+    if stage.memory > stage.memory_there:
+        advice = ADVICE.get(stage.stage, "more memory")
+        yield (
+            f"{stage.stage} needs {gib(stage.memory)} of memory on a {stage.node}, which has "
+            f"{gib(stage.memory_there)} for it: {advice}"
+        )
+
+
+def gib(size: int) -> str:
+    """Bytes as people who rent machines say them."""
+    return f"{size / GIB:,.1f} GiB"

@@ -1,0 +1,109 @@
+"""What a plan starts from: how large the data are, how the stages will be run, how fast a CPU is."""
+
+import json
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+from rayrec.config import setting
+from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.errors import InputError
+from rayrec.importing.import_plan import BUCKET_BYTES, MAX_BUCKETS, MIN_BUCKETS
+from rayrec.jobs.planning.skew import Skew
+from rayrec.model.train_config import TrainConfig
+from rayrec.storage.dataset_manifest import DatasetManifest
+
+CSV_BYTES = 33  # of a play with user, song and unix seconds; measured as the sizes of plan.py were
+ASSUMED_SKEW = 1.25  # largest bucket over the mean where no data set is there to look at
+
+BUILT_IN_FROM = "two shared cores of an AMD EPYC without a GPU, 2026-11-24"
+BUILT_IN = {
+    "import_plays_per_second_per_cpu": 650_000.0,
+    "embed_tokens_per_second_per_cpu": 262_000.0,
+    "train_plays_per_second_per_cpu": 23_300.0,
+    "memory_plays_per_second_per_cpu": 287_000.0,
+    "taste_plays_per_second_per_cpu": 322_000.0,
+}
+TRAIN_ON_GPU = "train_plays_per_second_per_gpu"  # measured by nobody yet: only a file of rates can hold it
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """How the stages will be run; the defaults are theirs."""
+
+    dim: int = setting(EmbedConfig.dim, help="numbers per vector, D")
+    hidden_dim: int = setting(TrainConfig.hidden_dim, help="units of the recurrent network, D_hid")
+    embed_epochs: int = setting(EmbedConfig.epochs, help="passes of word2vec over the corpus")
+    epochs: int = setting(TrainConfig.epochs, help="passes of the network over the plays, at most")
+    window: int = setting(TrainConfig.window, help="plays the network learns from in one piece")
+    batch: int = setting(0, help="windows of a step, over all workers; 0: 64 a worker")
+    workers: int = setting(0, help="training workers; 0: one a GPU, or one a CPU node where there is no GPU")
+    gpu: bool = setting(TrainConfig.gpu, help="train on GPUs")
+    memory: bool = setting(TrainConfig.memory, help="mix in what sessions and sequential rules remember")
+    validation: bool = setting(True, help="hold back a validation range: two fits of vectors and network, not one")
+    buckets: int = setting(0, help="buckets of users; 0: one per 64 MiB of input, 16 to 4096")
+    nodes: int = setting(0, help="CPU nodes to count with; 0: as many as the cluster may have")
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "hidden_dim", "embed_epochs", "epochs", "window"):
+            if getattr(self, name) < 1:
+                raise InputError(f"plan {name} is {getattr(self, name)}; give at least 1")
+        for name in ("batch", "workers", "buckets", "nodes"):
+            if getattr(self, name) < 0:
+                raise InputError(f"plan {name} is {getattr(self, name)}; it must not be negative")
+        if self.buckets > MAX_BUCKETS:
+            raise InputError(f"plan buckets is {self.buckets}; there are at most {MAX_BUCKETS}")
+
+    @property
+    def fits(self) -> int:
+        """Fits of vectors and network: for the selection and the final one."""
+        return 2 if self.validation else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """How large the data are. `largest_bucket` is plays, assumed where nobody has looked."""
+
+    users: int
+    plays: int
+    songs: int
+    buckets: int
+    largest_bucket: int
+    looked_at: bool  # whether the skew is that of a data set
+
+    @classmethod
+    def assumed(cls, users: int, plays: int, songs: int, buckets: int = 0) -> "DataSize":
+        """From counts alone. Raises `InputError` for counts that cannot be."""
+        for name, count in (("users", users), ("plays", plays), ("songs", songs)):
+            if count < 1:
+                raise InputError(f"{name} is {count}; give at least 1")
+        made = buckets or min(MAX_BUCKETS, max(MIN_BUCKETS, ceil(plays * CSV_BYTES / BUCKET_BYTES)))
+        largest = ceil(plays / made * ASSUMED_SKEW)
+        return cls(users=users, plays=plays, songs=songs, buckets=made, largest_bucket=largest, looked_at=False)
+
+    @classmethod
+    def of(cls, manifest: DatasetManifest, skew: Skew) -> "DataSize":
+        """Of a data set that is there."""
+        return cls(
+            users=manifest.users,
+            plays=manifest.plays,
+            songs=manifest.songs,
+            buckets=manifest.buckets,
+            largest_bucket=max([plays for _, plays in skew.largest_buckets], default=manifest.plays),
+            looked_at=True,
+        )
+
+
+def read_rates(path: str) -> dict[str, float]:
+    """The rates of a file that `rayrec bench --save` wrote. Raises `InputError` for another file."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))["rates"]
+        rates = {str(name): float(rate) for name, rate in found.items()}
+    except OSError as error:
+        raise InputError(f"file of rates {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} holds no rates; give a file that `rayrec bench NAME --save FILE` wrote") from error
+    slow = [name for name, rate in rates.items() if not rate > 0]
+    if slow:
+        raise InputError(f"{path} says {slow[0]} is {rates[slow[0]]}; a rate is above 0")
+    return rates

@@ -1,0 +1,117 @@
+"""What a sweep tries: settings of song vectors and network, each with the values to choose from."""
+
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from rayrec.config import from_mapping, setting
+from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.errors import InputError
+from rayrec.model.train_config import TrainConfig
+
+SECTIONS: dict[str, type[Any]] = {"embed": EmbedConfig, "train": TrainConfig}
+# A trial is judged by its network alone, on the validation range that a refit would train on.
+OWN = {"train": {"refit": False, "memory": False}}
+
+Settings = dict[str, dict[str, Any]]  # section -> setting -> value
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """How to go through a space of settings."""
+
+    trials: int = setting(0, help="combinations drawn at random, none twice; 0: all of them, in order")
+    seed: int = setting(0, help="which combinations are drawn")
+
+    def __post_init__(self) -> None:
+        if self.trials < 0 or self.seed < 0:
+            raise InputError(f"trials {self.trials} and seed {self.seed} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One combination."""
+
+    settings: Settings  # as the file gives them, those that do not vary too
+    varied: dict[str, Any]  # section.setting -> value
+    embed: EmbedConfig
+    train: TrainConfig
+
+
+def read_trials(sections: Mapping[str, Any], config: TuneConfig, where: str) -> list[Trial]:
+    """The trials of the sections [embed] and [train], in which a list is a choice.
+
+    Of a setting that holds several values itself, such as `short`, a list of lists is a choice. Raises
+    `InputError` for unknown sections and settings, for settings that a sweep decides itself, for combinations that
+    are no config, and where nothing varies.
+    """
+    unknown = sorted(set(sections) - set(SECTIONS))
+    if unknown:
+        raise InputError(f"{where} has a section or key {unknown[0]!r}; expected sections: {', '.join(SECTIONS)}")
+    choices = {
+        (section, name): _values(section, name, value, where)
+        for section in SECTIONS
+        for name, value in _section(sections, section, where).items()
+    }
+    if all(len(values) == 1 for values in choices.values()):
+        raise InputError(f"{where} leaves nothing to choose; give a setting a list of values, such as dim = [32, 64]")
+    return [_trial(choices, picked, where) for picked in _combinations([len(v) for v in choices.values()], config)]
+
+
+def to_toml(settings: Settings) -> str:
+    """The settings as sections of a TOML file; plain values and lists are written there as in JSON."""
+    parts = (
+        "\n".join([f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in values.items())])
+        for section, values in settings.items()
+        if values
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(sections: Mapping[str, Any], section: str, where: str) -> dict[str, Any]:
+    values = sections.get(section, {})
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where} has {section} = {values!r}; expected a section [{section}]")
+    decided = sorted(set(values) & set(OWN.get(section, {})))
+    if decided:
+        raise InputError(f"{where} [{section}] has {decided[0]}, which a sweep decides itself; leave it out")
+    return dict(values)
+
+
+def _values(section: str, name: str, value: Any, where: str) -> list[Any]:
+    """The values to choose from; a plain one is the only one."""
+    several = typing.get_origin(typing.get_type_hints(SECTIONS[section]).get(name)) is tuple
+    is_choice = isinstance(value, list) and (not several or (bool(value) and isinstance(value[0], list)))
+    if is_choice and not value:
+        raise InputError(f"{where} [{section}] {name} is an empty list; give the values to choose from")
+    return value if is_choice else [value]
+
+
+def _combinations(sizes: list[int], config: TuneConfig) -> Iterator[tuple[int, ...]]:
+    """Places in each list of values, the last list running fastest where all are taken."""
+    total = prod(sizes)
+    numbers = np.arange(total)
+    if 0 < config.trials < total:
+        numbers = np.random.default_rng(config.seed).choice(total, size=config.trials, replace=False)
+    for number in numbers:
+        yield tuple(int(place) for place in np.unravel_index(number, sizes))
+
+
+def _trial(choices: dict[tuple[str, str], list[Any]], picked: tuple[int, ...], where: str) -> Trial:
+    settings: Settings = {section: {} for section in SECTIONS}
+    varied = {}
+    for ((section, name), values), place in zip(choices.items(), picked, strict=True):
+        settings[section][name] = values[place]
+        if len(values) > 1:
+            varied[f"{section}.{name}"] = values[place]
+    told = ", ".join(f"{name} = {value}" for name, value in varied.items())
+    embed, train = (
+        from_mapping(kind, settings[section] | OWN.get(section, {}), f"{where} [{section}] with {told}")
+        for section, kind in SECTIONS.items()
+    )
+    return Trial(settings=settings, varied=varied, embed=embed, train=train)

@@ -1,0 +1,148 @@
+"""Tastes that go on from earlier ones: a bucket's rows are brought up to date with the plays that came since.
+
+Everything streams in the one order in which a bucket's users first appeared, so that what is held
+at once is a batch of rows and a batch of plays, whatever the bucket holds.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from rayrec.data import columns
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
+from rayrec.errors import DamagedArtifactError
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.taste_table import HEARD, PLAYS, Rows, rows_table, states_of, taste_table
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What became of users, and the work that it took."""
+
+    new: int = 0  # users without an earlier row
+    continued: int = 0  # users whose state went on with their new plays
+    recomputed: int = 0  # users computed from their first play on: a new one is older than their state
+    unchanged: int = 0  # users without new plays
+    plays_computed: int = 0  # plays that went through the network
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+
+def full_tables(
+    encoder: TasteEncoder, dataset: Dataset, bucket: int, *, at: int, users: int, counts: Counts
+) -> Iterator[pa.Table]:
+    """The rows of a bucket from the first play on."""
+    for histories in dataset.read_bucket(bucket, users):
+        yield _from_start(encoder, histories, at, counts)
+
+
+def continued_tables(
+    encoder: TasteEncoder,
+    dataset: Dataset,
+    bucket: int,
+    base: Iterable[pa.Table],
+    *,
+    first_part: int,
+    at: int,
+    users: int,
+    counts: Counts,
+) -> Iterator[pa.Table]:
+    """The rows of a bucket from the rows `base`, made before part `first_part`, and the plays that came since.
+
+    Only the new parts are read, and the whole bucket where a user's new plays are older than the state.
+    Raises `DamagedArtifactError` where rows and parts do not stand in the same order.
+    """
+    new = _Forward(dataset.read_bucket(bucket, users, first_part=first_part))
+    whole = _Forward(dataset.read_bucket(bucket, users))  # not opened before it is asked
+    new_users = pd.Index(dataset.bucket_users(bucket, first_part))
+    for table in base:
+        rows = rows_of(table, encoder)
+        with_plays = rows.user_ids[np.asarray(pd.Index(rows.user_ids).isin(new_users))]
+        older = [_go_on(encoder, rows, histories, counts) for histories in new.find(with_plays)]
+        again = np.concatenate([np.zeros(0, dtype=object), *older])
+        for histories in whole.find(again):
+            _start_again(encoder, rows, histories, counts)
+        counts.unchanged += len(rows.user_ids) - len(with_plays)
+        yield rows_table(encoder, rows, at)
+    for histories in new.rest():
+        yield _from_start(encoder, histories, at, counts)
+
+
+def rows_of(table: pa.Table, encoder: TasteEncoder) -> Rows:
+    """Stored rows as arrays that can be brought up to date."""
+    states = states_of(table, encoder.model.config.state_layers)
+    return Rows(
+        user_ids=table.column(columns.USER).to_numpy(),
+        hidden=states.hidden.copy(),
+        last_played_at=states.last_played_at.copy(),
+        heard=table.column(HEARD).combine_chunks(),
+        plays=table.column(PLAYS).to_numpy().copy(),
+    )
+
+
+def _from_start(encoder: TasteEncoder, histories: Histories, at: int, counts: Counts) -> pa.Table:
+    counts.new += len(histories)
+    counts.plays_computed += histories.num_plays
+    return taste_table(encoder, histories, at)
+
+
+def _go_on(encoder: TasteEncoder, rows: Rows, new: Histories, counts: Counts) -> np.ndarray:
+    """Move the states on by new plays; object array: the users whose new plays are older, left as they were."""
+    place = pd.Index(rows.user_ids).get_indexer(pd.Index(new.user_ids))
+    # Plays of the moment of the last one come behind it, as they do where parts are merged.
+    follows = new.played_at[new.offsets[:-1]] >= rows.last_played_at[place]
+    some, place_of_some = new.take(follows), place[follows]
+    _, states = encoder.run(some, start=rows.states(place_of_some))
+    rows.put(place_of_some, states, rows.plays[place_of_some] + some.lengths)
+    rows.hear(place_of_some, some)
+    counts.continued += len(some)
+    counts.plays_computed += some.num_plays
+    return np.asarray(new.user_ids[~follows])
+
+
+def _start_again(encoder: TasteEncoder, rows: Rows, histories: Histories, counts: Counts) -> None:
+    place = pd.Index(rows.user_ids).get_indexer(pd.Index(histories.user_ids))
+    _, states = encoder.run(histories)
+    rows.put(place, states, histories.lengths)
+    rows.hear(place, histories)
+    counts.recomputed += len(histories)
+    counts.plays_computed += histories.num_plays
+
+
+class _Forward:
+    """Finds users in a stream of batches, in the order of the stream and without ever going back."""
+
+    def __init__(self, batches: Iterator[Histories]) -> None:
+        self._batches = batches
+        self._rest: Histories | None = None
+
+    def find(self, user_ids: np.ndarray) -> Iterator[Histories]:
+        """The histories of these users, batch by batch."""
+        wanted, left = pd.Index(user_ids), len(user_ids)
+        while left:
+            batch = self._next()
+            if batch is None:
+                raise DamagedArtifactError(
+                    "the rows of the earlier tastes do not stand in the order of the data set's users; "
+                    "run `rayrec taste --full`"
+                )
+            found = np.flatnonzero(np.asarray(pd.Index(batch.user_ids).isin(wanted)))
+            left -= len(found)
+            if not left and found[-1] + 1 < len(batch):
+                self._rest = batch.take(np.arange(found[-1] + 1, len(batch)))
+            if len(found):
+                yield batch.take(found)
+
+    def rest(self) -> Iterator[Histories]:
+        """Everything that was not passed yet."""
+        while (batch := self._next()) is not None:
+            yield batch
+
+    def _next(self) -> Histories | None:
+        batch, self._rest = self._rest, None
+        return next(self._batches, None) if batch is None else batch

@@ -1,0 +1,148 @@
+"""Inference: from histories to taste vectors, in batches, in pieces, or onwards from a stored state.
+
+Training aside, every taste vector comes from here: the batch job, the evaluation, and answers to
+single requests, so that they agree. U users, Q questions, D embedding, H hidden units, X
+numbers that the head sees.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.windows import NEVER
+from rayrec.model.features import gap_seconds, pad, scale_gap
+from rayrec.model.network import TasteModel
+
+PLAYS_PER_PASS = 1 << 14  # padded plays that go through the network at once
+PIECE = 1024  # plays of one user in a pass; longer histories carry their state on
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """Where the network stands after each user's last play."""
+
+    # float32 (U, state layers, H): the outputs of the layers, the cells of an LSTM, the sums of the averages
+    hidden: np.ndarray
+    last_played_at: np.ndarray  # int64 (U,), ms UTC; NEVER for a user without plays
+
+
+class TasteEncoder:
+    """Runs a taste network over histories. Holds no state between calls."""
+
+    def __init__(self, model: TasteModel, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+
+    def no_states(self, users: int) -> States:
+        """The states of users before their first play."""
+        config = self.model.config
+        return States(
+            hidden=np.zeros((users, config.state_layers, config.hidden_dim), dtype=np.float32),
+            last_played_at=np.full(users, NEVER, dtype=np.int64),
+        )
+
+    @torch.inference_mode()
+    def run(
+        self, histories: Histories, questions: Questions | None = None, start: States | None = None
+    ) -> tuple[np.ndarray, States]:
+        """What the head sees at the questions, float32 (Q, X), and the states after all plays.
+
+        `start` holds the states before the first of these plays; `questions` count from there.
+        """
+        start = start or self.no_states(len(histories))
+        hidden = torch.from_numpy(start.hidden.copy())  # (U, layers, H), moved on piece by piece
+        asked = _Asked(questions, self._seen_in(hidden))
+        for rows in _passes(histories.lengths):
+            self._run_rows(histories, rows, start.last_played_at, hidden, asked)
+        last = start.last_played_at.copy()
+        some = histories.lengths > 0
+        last[some] = histories.played_at[histories.offsets[1:][some] - 1]
+        return asked.seen_QX.numpy(), States(hidden=hidden.numpy(), last_played_at=last)
+
+    @torch.inference_mode()
+    def vectors(
+        self, histories: Histories, questions: Questions, horizon: str, start: States | None = None
+    ) -> np.ndarray:
+        """float32 (Q, D), normalized: the taste vectors at the questions, from the plays before each only.
+
+        Questions that bring their hidden state are answered from it and the time of the last play before them.
+        """
+        start = start or self.no_states(len(histories))
+        if questions.hidden is None:
+            seen, _ = self.run(histories, questions, start)
+        else:
+            seen = self._seen_in(torch.from_numpy(np.asarray(questions.hidden, dtype=np.float32))).numpy()
+        index = histories.offsets[questions.rows] + questions.seen - 1
+        played = histories.played_at[np.maximum(index, 0)] if histories.num_plays else index
+        before = np.where(questions.seen > 0, played, start.last_played_at[questions.rows])
+        return self.project(seen, gap_seconds(before, questions.at), horizon)
+
+    def tastes(self, states: States, at: int | np.ndarray, horizon: str) -> np.ndarray:
+        """float32 (U, D), normalized: the taste vectors at the moment `at` (ms UTC) from states alone."""
+        seen = self._seen_in(torch.tensor(states.hidden)).numpy()  # a copy: what comes from a store is read-only
+        return self.project(seen, gap_seconds(states.last_played_at, np.asarray(at)), horizon)
+
+    @torch.inference_mode()
+    def project(self, seen: np.ndarray, gap: np.ndarray, horizon: str) -> np.ndarray:
+        """float32 (Q, D): from what the head sees (Q, X) and seconds since the last play (Q,)."""
+        request = torch.from_numpy(scale_gap(gap)).to(self.device)
+        taste = self.model.head(torch.from_numpy(seen).to(self.device), request, horizon)
+        return taste.float().cpu().numpy()
+
+    @torch.inference_mode()
+    def _seen_in(self, hidden: Tensor) -> Tensor:
+        """(U, X): what the head sees of states (U, layers, H)."""
+        return self.model.seen_in(hidden.transpose(0, 1))
+
+    def _run_rows(
+        self, histories: Histories, rows: np.ndarray, last_before: np.ndarray, hidden: Tensor, asked: "_Asked"
+    ) -> None:
+        plays = histories.take(rows)
+        for begin in range(0, int(plays.lengths.max()), PIECE):
+            piece = plays.span(begin, begin + PIECE)
+            active = np.flatnonzero(piece.lengths > 0)
+            previous = last_before[rows] if begin == 0 else plays.played_at[plays.offsets[:-1] + begin - 1]
+            batch = pad(piece.take(active), previous[active], self.model.config.features).to(self.device)
+            users = torch.from_numpy(rows[active])
+            state = hidden[users].transpose(0, 1).contiguous().to(self.device)
+            seen_BLX, last = self.model.trunk(batch, state)
+            hidden[users] = last.transpose(0, 1).float().cpu()
+            asked.collect(rows[active], begin, seen_BLX)
+
+
+class _Asked:
+    """Collects what the head sees where questions ask for it."""
+
+    def __init__(self, questions: Questions | None, initial_UX: Tensor) -> None:
+        self._rows = np.zeros(0, np.int64) if questions is None else np.asarray(questions.rows)
+        self._last = np.zeros(0, np.int64) if questions is None else np.asarray(questions.seen) - 1
+        self._order = np.argsort(self._rows, kind="stable")
+        self._sorted_rows = self._rows[self._order]
+        self.seen_QX = initial_UX[torch.from_numpy(self._rows)].clone()
+
+    def collect(self, rows: np.ndarray, begin: int, seen_BLX: Tensor) -> None:
+        first = np.searchsorted(self._sorted_rows, rows, side="left")
+        counts = np.searchsorted(self._sorted_rows, rows, side="right") - first
+        starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
+        which = self._order[np.arange(counts.sum()) - np.repeat(starts - first, counts)]
+        step = self._last[which] - begin
+        here = (step >= 0) & (step < seen_BLX.shape[1])
+        batch_row = np.repeat(np.arange(len(rows)), counts)[here]
+        picked = seen_BLX[torch.from_numpy(batch_row), torch.from_numpy(step[here])]
+        self.seen_QX[torch.from_numpy(which[here])] = picked.float().cpu()
+
+
+def _passes(lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows with plays, those of like length together, so that a pass is small and little of it padding."""
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    widths = np.minimum(lengths[order], PIECE)
+    end = len(order)
+    while end > 0:
+        begin = max(0, end - max(1, PLAYS_PER_PASS // int(widths[end - 1])))
+        yield order[begin:end]
+        end = begin

@@ -1,0 +1,189 @@
+"""The taste network, R(.; W) of the paper.
+
+Shapes: B rows, L plays, D embedding, H hidden units, F features, N songs, Q questions, K discounts,
+X = H + K·D numbers that the head sees.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu, normalize
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from rayrec.model.averages import as_state, from_state, running_sums
+from rayrec.model.features import PlayBatch, encode
+from rayrec.model.train_config import ModelConfig
+
+SONG_TABLE, INPUT_TABLE = "songs.weight", "inputs.weight"  # the parameters that grow with the catalog
+TABLES = (SONG_TABLE, INPUT_TABLE)
+
+
+class TasteModel(nn.Module):
+    """GRU or LSTM, dense leaky-rectifier layer, one linear head per horizon [paper; the shared trunk is ours].
+
+    Step j sees x_j = s_j ⊕ c_j. The head also sees the time from the last play to the request and
+    discounted averages of the songs played, which are added to its output too: what was just played
+    can be said again without a way through the hidden units. The long horizon starts from the short
+    one [all ours]. Taste vectors and song vectors are compared by cosine.
+    """
+
+    def __init__(self, config: ModelConfig, song_vectors: Tensor, input_vectors: Tensor | None = None) -> None:
+        """`song_vectors` float32 (N, D) are the song table, or start it where it is trained.
+
+        `input_vectors`, the same shape, are those of the songs as inputs where the network has a table of its own
+        for them; None: it starts as the song table.
+        """
+        super().__init__()
+        for vectors in (song_vectors,) if input_vectors is None else (song_vectors, input_vectors):
+            if tuple(vectors.shape) != (config.num_songs, config.embedding_dim):
+                raise ValueError(f"song vectors {tuple(vectors.shape)} do not fit {config}")
+        self.config = config
+        count = len(config.averages)
+        # Training looks rows up itself and moves them on itself: the cost of a step does not grow with the catalog.
+        self.songs = _table(song_vectors)
+        self.inputs = None
+        if config.input_table:
+            started = song_vectors if input_vectors is None else input_vectors
+            self.inputs = _table(started)
+        self.map = SongMap(config.embedding_dim) if config.song_table == "mapped" else None
+        self.exported = False  # whether the table holds what the map makes of it already, as a stored network's does
+        # torch's LSTM has no peephole weights, which the paper's symbols include; Greff et al. 2015 found no gain.
+        self.rnn = (nn.LSTM if config.cell == "lstm" else nn.GRU)(
+            config.embedding_dim + config.features.dim,
+            config.hidden_dim,
+            config.num_layers,
+            batch_first=True,
+            dropout=config.dropout if config.num_layers > 1 else 0.0,
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        seen = config.hidden_dim + count * config.embedding_dim + int(config.features.request_gap)
+        self.dense = nn.Linear(seen, config.hidden_dim)
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(config.hidden_dim, config.embedding_dim) for name in config.horizons}
+        )
+        self.log_scale = nn.Parameter(torch.full((len(config.horizons),), 2.5))  # of cosine logits: 1 / temperature
+        if count:
+            self.again = nn.ParameterDict({name: torch.zeros(count) for name in config.horizons})
+            self.linked = nn.ParameterDict({name: torch.ones(()) for name in [*config.horizons][1:]})
+
+    def song_vectors(self, songs: Tensor) -> Tensor:
+        """Normalized vectors of songs, (..., D), that taste vectors are compared with."""
+        vectors = self.songs(songs)
+        return normalize(vectors, dim=-1) if self.exported else self.compared(vectors)
+
+    def input_vectors(self, songs: Tensor) -> Tensor:
+        """Normalized vectors of songs, (..., D), as the network reads them."""
+        return self.song_vectors(songs) if self.inputs is None else normalize(self.inputs(songs), dim=-1)
+
+    def compared(self, rows: Tensor) -> Tensor:
+        """Rows of the song table, (..., D), as vectors that taste vectors are compared with."""
+        return normalize(rows if self.map is None else self.map(rows), dim=-1)
+
+    def scale(self, horizon: str) -> Tensor:
+        """What makes logits of a horizon's cosines: the inverse of its temperature."""
+        return self.log_scale[[*self.config.horizons].index(horizon)].exp()
+
+    def trunk(self, batch: PlayBatch, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the head sees after every play (B, L, X), and the state after each row's last one (state layers, B, H).
+
+        `state` is the one before the first play, zeros where None. Songs newer than the network, rows
+        from N on, count as a vector of zeros.
+        """
+        known_BL = batch.songs_BL < self.config.num_songs
+        songs_BLD = self.input_vectors(batch.songs_BL.where(known_BL, 0)) * known_BL.unsqueeze(-1)
+        if state is None:
+            state = songs_BLD.new_zeros(self.config.state_layers, len(songs_BLD), self.config.hidden_dim)
+        packed = pack_padded_sequence(
+            self._steps(songs_BLD, batch), batch.length_B, batch_first=True, enforce_sorted=False
+        )
+        recurrent = state[: self.config.recurrent_layers]
+        if self.config.cell == "gru":
+            output, last = self.rnn(packed, recurrent.contiguous())
+        else:
+            output, pair = self.rnn(packed, tuple(part.contiguous() for part in recurrent.chunk(2)))
+            last = torch.cat(pair)
+        hidden_BLH, _ = pad_packed_sequence(output, batch_first=True)
+        if not self.config.averages:
+            return hidden_BLH, last
+        sums_BLKD = running_sums(songs_BLD, self.config.averages, self._sums(state))
+        ends = sums_BLKD[torch.arange(len(sums_BLKD)), batch.length_B.to(sums_BLKD.device) - 1]
+        return _beside(hidden_BLH, sums_BLKD), torch.cat([last, as_state(ends, self.config.hidden_dim)])
+
+    def seen_in(self, state: Tensor) -> Tensor:
+        """What the head sees of states alone (B, X), from (state layers, B, H)."""
+        hidden_BH = state[self.config.num_layers - 1]
+        return _beside(hidden_BH, self._sums(state)) if self.config.averages else hidden_BH
+
+    def head(self, seen: Tensor, request_gap: Tensor, horizon: str) -> Tensor:
+        """Normalized taste vectors (..., D) from what the trunk gives (..., X) and scaled gaps (...)."""
+        return self._tastes(seen, request_gap, last=horizon)[horizon]
+
+    def forward(self, batch: PlayBatch, request_gap_BL: Tensor, songs_BLD: Tensor | None = None) -> dict[str, Tensor]:
+        """Normalized taste vectors (B, L, D) after every play, per horizon.
+
+        `songs_BLD` are the input vectors of the plays where a training has looked them up. Padding on the right
+        changes nothing before it, and unpacked sequences train up to twice as fast.
+        """
+        if songs_BLD is None:
+            songs_BLD = self.input_vectors(batch.songs_BL)
+        seen_BLX, _ = self.rnn(self.dropout(self._steps(songs_BLD, batch)))
+        seen_BLX = self.dropout(seen_BLX)
+        if self.config.averages:
+            start_BKD = songs_BLD.new_zeros(len(songs_BLD), len(self.config.averages), self.config.embedding_dim)
+            seen_BLX = _beside(seen_BLX, running_sums(songs_BLD, self.config.averages, start_BKD))
+        return self._tastes(seen_BLX, request_gap_BL)
+
+    def _steps(self, songs_BLD: Tensor, batch: PlayBatch) -> Tensor:
+        return torch.cat([songs_BLD, *encode(batch, self.config.features)], dim=-1)
+
+    def _sums(self, state: Tensor) -> Tensor:
+        rows = state[self.config.recurrent_layers :]
+        return from_state(rows, len(self.config.averages), self.config.embedding_dim)
+
+    def _tastes(self, seen: Tensor, request_gap: Tensor, last: str = "") -> dict[str, Tensor]:
+        """By horizon, up to and with `last` where it is given: a later one may build on those before it."""
+        directions = seen[..., self.config.hidden_dim :]
+        if self.config.features.request_gap:
+            seen = torch.cat([seen, request_gap.unsqueeze(-1)], dim=-1)
+        dense = leaky_relu(self.dense(seen))
+        tastes: dict[str, Tensor] = {}
+        for name in self.config.horizons:
+            taste = self.heads[name](dense)
+            if self.config.averages:
+                averages = directions.reshape(
+                    *directions.shape[:-1], len(self.config.averages), self.config.embedding_dim
+                )
+                taste = normalize(taste, dim=-1) + (self.again[name].unsqueeze(-1) * averages).sum(-2)
+                if name in self.linked:
+                    taste = taste + self.linked[name] * next(iter(tastes.values()))
+            tastes[name] = normalize(taste, dim=-1)
+            if name == last:
+                break
+        return tastes
+
+
+class SongMap(nn.Module):
+    """A map on top of given song vectors, (..., D) to (..., D), that starts as the identity [ours].
+
+    It maps the vectors of songs that were not there at training too.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim, bias=False)
+        nn.init.zeros_(self.outer.weight)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Vectors of the space that the network scores in."""
+        moved: Tensor = self.outer(leaky_relu(self.inner(vectors)))
+        return vectors + moved
+
+
+def _table(vectors: Tensor) -> nn.Embedding:
+    """A table of its own that starts as float32 (N, D)."""
+    rows, dim = vectors.shape
+    return nn.Embedding(rows, dim, _weight=vectors.clone()).requires_grad_(False)
+
+
+def _beside(hidden: Tensor, sums: Tensor) -> Tensor:
+    """(..., X): hidden outputs (..., H) and, beside them, the directions of sums (..., K, D)."""
+    return torch.cat([hidden, normalize(sums, dim=-1).flatten(-2)], dim=-1)

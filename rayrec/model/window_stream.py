@@ -1,0 +1,78 @@
+"""From buckets on disk to batches of windows, as plain functions that any engine can run in parallel."""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories, concatenate
+from rayrec.data.split import FitRange
+from rayrec.data.windows import Windows, cut_windows, worker_batches
+from rayrec.model.train_config import TrainConfig
+from rayrec.model.training_sequences import Sequences
+from rayrec.model.workers import Share
+
+POOL_PLAYS = 200_000  # plays whose windows are put in batches by length together
+USERS_PER_READ = 1_000  # few, so that a pool holds little more than its plays, whatever the size of a bucket
+FIRST = "first"  # column: whether a window is the first of its batch
+
+
+class UnitReader:
+    """Reads sequences by lists of units and cuts them into one worker's share of the batches."""
+
+    def __init__(self, dataset: Dataset, allowed: FitRange, config: TrainConfig, share: Share, epoch: int) -> None:
+        self._sequences = Sequences(dataset, config.source)
+        self._allowed, self._config, self._share, self._epoch = allowed, config, share, epoch
+
+    def tables(self, rows: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        """The batches of JSON lists of units of `Sequences`, as rows that `split_batches` takes apart."""
+        for unit in rows["unit"]:
+            for pool in self._pools(json.loads(unit)):
+                yield from self._batches(pool, json.loads(unit))
+                pa.default_memory_pool().release_unused()  # a reader lives as long as the training
+
+    def _pools(self, buckets: list[int]) -> Iterator[Histories]:
+        held: list[Histories] = []
+        for bucket in buckets:
+            for histories in self._sequences.read(bucket, self._allowed, USERS_PER_READ):
+                held.append(histories)
+                if sum(part.num_plays for part in held) >= POOL_PLAYS:
+                    yield concatenate(held)
+                    held = []
+        yield concatenate(held)
+
+    def _batches(self, pool: Histories, buckets: list[int]) -> Iterator[pa.Table]:
+        config = self._config
+        windows = cut_windows(pool, config.window, config.lookahead)
+        rng = np.random.default_rng([config.seed, self._epoch, buckets[0], pool.num_plays])
+        batches = list(
+            worker_batches(windows, batch=config.batch, rank=self._share.rank, workers=self._share.workers, rng=rng)
+        )
+        if batches:
+            table = pa.concat_tables([batch.to_arrow() for batch in batches])
+            first: np.ndarray = np.zeros(len(table), dtype=bool)
+            first[np.cumsum([0] + [len(batch) for batch in batches[:-1]])] = True
+            yield table.append_column(FIRST, pa.array(first))
+
+
+def split_batches(tables: Iterable[pa.Table]) -> Iterator[Windows]:
+    """The batches of the tables that `UnitReader` made, in order, wherever an engine joined or cut the tables."""
+    rest: pa.Table | None = None
+    for arrived in tables:
+        table = arrived if rest is None else pa.concat_tables([rest, arrived])
+        cuts = np.flatnonzero(table.column(FIRST).to_numpy()).tolist()
+        for begin, end in pairwise(cuts):
+            yield Windows.from_arrow(table.slice(begin, end - begin))
+        rest = table.slice(cuts[-1]) if cuts else table
+    if rest is not None and len(rest):
+        yield Windows.from_arrow(rest)
+
+
+def plain_stream(reader: UnitReader, units: list[list[int]]) -> Iterator[Windows]:
+    """The same batches in this process, for training without a cluster."""
+    rows: dict[str, Any] = {"unit": np.array([json.dumps(unit) for unit in units], dtype=object)}
+    yield from split_batches(reader.tables(rows))

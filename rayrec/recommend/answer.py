@@ -1,0 +1,148 @@
+"""Answer one request for recommendations: whose plays, at which moment, in whose words."""
+
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+
+from rayrec.config import setting
+from rayrec.data.catalog import Catalog
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
+from rayrec.errors import InputError, MismatchError
+from rayrec.recommend.base import Horizon, Recommender
+from rayrec.storage.artifacts import load
+from rayrec.storage.workspace import Workspace
+
+ASSUMED_GAP_MS = 3 * 60 * 1000  # between songs that are given without times: about the length of one
+FIRST_MS = 100_000_000_000  # a number below it is in seconds (until the year 5138), else in milliseconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecommendConfig:
+    """What to answer."""
+
+    k: int = setting(20, help="how many songs to recommend")
+    horizon: Horizon = setting("short", help="short: the next songs; long: songs for the time to come")
+    include_heard: bool = setting(False, help="recommend songs that the user has already heard too")
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise InputError(f"k is {self.k}; ask for at least 1 song")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """k songs, best first, and what they were chosen from."""
+
+    song_ids: list[str]  # (k,), as the outside world knows the songs
+    titles: list[str]  # (k,), artist and title, the id where there is none
+    scores: list[float]  # (k,), descending
+    at: int  # ms UTC, the moment of the request
+    last_plays: list[str]  # titles of the last plays before it, the latest last
+    plays: int  # plays before the request, all of them
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+def answer(
+    dataset: Dataset,
+    recommender: Recommender,
+    config: RecommendConfig,
+    *,
+    at: int,
+    user: str | None = None,
+    songs: list[str] | None = None,
+    shown: int = 5,
+) -> Answer:
+    """Recommend to a user of the data set, or to whoever has just played `songs`, at time `at` (ms UTC).
+
+    Songs come without times: the last is taken as played at `at`, each earlier one three minutes
+    before the next. Raises `InputError` unless exactly one of user and songs is given, for
+    an unknown user or song, and for a user without plays before `at`.
+    """
+    if (user is None) == (songs is None):
+        raise InputError("recommendations are for a user or for songs; give --user ID or --songs ID,ID, one of them")
+    catalog = dataset.catalog()
+    history = history_of_songs(catalog, songs or [], at) if user is None else history_of_user(dataset, user, at)
+    rows, scores = recommender.recommend_one(
+        history, at, config.k, horizon=config.horizon, exclude_heard=not config.include_heard
+    )
+    return Answer(
+        song_ids=catalog.song_ids(rows),
+        titles=catalog.titles(rows),
+        scores=[round(float(score), 6) for score in scores],
+        at=at,
+        last_plays=catalog.titles(history.last_songs(shown)[0]),
+        plays=history.num_plays,
+    )
+
+
+def load_recommender(workspace: Workspace, dataset: Dataset, *, model_id: str, index_id: str | None) -> Recommender:
+    """What answers for the model `model_id`: the network, searching through `index_id` where given, and its memory.
+
+    Raises `MismatchError` for a model of a data set that this one does not descend from: song rows may differ.
+    """
+    manifest = load(workspace, "models", model_id)
+    made_of = manifest.inputs.get("dataset")
+    if made_of is None or not dataset.descends_from(made_of):
+        raise MismatchError(
+            f"model {model_id} was made of data set {made_of}, the workspace holds data set {dataset.manifest.id}; "
+            "train, index and release again"
+        )
+    from rayrec.recommend import hybrid  # brings torch: only once it is needed
+
+    return hybrid.load_recommender(workspace, manifest, index_id)
+
+
+def history_of_user(dataset: Dataset, user_id: str, at: int) -> Histories:
+    """A user's plays before `at` (ms UTC). Raises `InputError` where there are none."""
+    history = dataset.history(user_id)
+    known = history.before(at)
+    if not len(known):
+        first = datetime.fromtimestamp(int(history.played_at[0]) / 1000, timezone.utc)
+        raise InputError(
+            f"user {user_id!r} has no plays before the moment asked for; the first is at {first.isoformat()}"
+        )
+    return known
+
+
+def history_of_songs(catalog: Catalog, song_ids: list[str], at: int) -> Histories:
+    """Songs as if just played, three minutes apart, the last at `at` (ms UTC). Raises `InputError` for unknown ones."""
+    if not song_ids:
+        raise InputError("no songs were given; give at least one song id, such as --songs 12,7")
+    rows = catalog.rows(song_ids)
+    played_at = at - ASSUMED_GAP_MS * np.arange(len(rows) - 1, -1, -1, dtype=np.int64)
+    return Histories.from_lists([rows], [played_at])  # type: ignore[list-item]
+
+
+def parse_moment(text: str | None) -> int:
+    """ms UTC of an ISO 8601 time with its zone, or of unix seconds or milliseconds; now where there is none.
+
+    Raises `InputError` for anything else.
+    """
+    if text is None:
+        return round(datetime.now(timezone.utc).timestamp() * 1000)
+    try:
+        number = float(text)
+    except ValueError:
+        return _parse_iso(text)
+    if not np.isfinite(number) or number < 0:
+        raise InputError(f"time {text!r} is not a time; {_EXPECTED}")
+    return round(number if number >= FIRST_MS else number * 1000)
+
+
+_EXPECTED = "give ISO 8601 with a zone, such as 2015-01-20T18:30:00Z, or unix seconds or milliseconds"
+
+
+def _parse_iso(text: str) -> int:
+    try:
+        moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
+    except ValueError as error:
+        raise InputError(f"time {text!r} is not a time; {_EXPECTED}") from error
+    if moment.tzinfo is None:
+        raise InputError(f"time {text!r} has no zone; {_EXPECTED}")
+    return round(moment.timestamp() * 1000)

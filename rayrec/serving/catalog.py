@@ -1,0 +1,99 @@
+"""The songs of a release as requests speak of them: by id, by name, by what they are, by how often they are played."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from rayrec.data import columns
+from rayrec.data.catalog import Catalog
+from rayrec.data.dataset import Dataset
+from rayrec.data.song_search import SongSearch
+from rayrec.model.train_config import PLAY_COUNTS
+from rayrec.recommend.attributes import SongMasks
+from rayrec.recommend.base import Recommender
+from rayrec.recommend.choosing import network_of
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
+
+NAMES_KEPT = 1 << 16  # of the songs that were described last: some 20 MB
+Named = tuple[str, str | None, str | None]  # a song's id, title and artist
+
+
+class SongNames:
+    """What songs are called. The names of those that answers hold often are kept: Arrow is slow at single rows."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._columns = [catalog.table.column(name) for name in (columns.SONG_ID, columns.TITLE, columns.ARTIST)]
+        self.of = lru_cache(maxsize=NAMES_KEPT)(self._of)
+
+    def _of(self, row: int) -> Named:
+        song, title, artist = (column[row].as_py() for column in self._columns)
+        return song, title, artist
+
+
+@dataclass(frozen=True, kw_only=True)
+class Songs:
+    """The catalog of a release, looked up by id as fast as by row."""
+
+    catalog: Catalog
+    rows: dict[str, int]  # id -> row
+    contexts: dict[str, int]  # name -> bit
+    plays: np.ndarray  # int64 (N,), plays of each song that the model knows, in its fit range
+    by_plays: np.ndarray  # int32 (N,), rows by descending plays
+    lineage: str  # of the data set: rows of songs mean the same wherever it is the same
+    known: np.ndarray  # bool (N,), songs that the network has a vector of
+    search: SongSearch
+    masks: SongMasks
+    names: SongNames
+
+    def find(self, song_ids: list[str]) -> np.ndarray:
+        """int32: the row of each id, -1 for unknown ones."""
+        return np.fromiter((self.rows.get(song, -1) for song in song_ids), dtype=np.int32, count=len(song_ids))
+
+    def describe(self, rows: np.ndarray) -> list[Named]:
+        """Id, title and artist of song rows."""
+        return [self.names.of(row) for row in rows.tolist()]
+
+
+def load_songs(workspace: Workspace, release: Manifest, recommender: Recommender) -> Songs:
+    """The catalog of a release and its popular songs."""
+    dataset = Dataset(workspace)
+    catalog = dataset.catalog()
+    plays = play_counts(workspace, dataset, release.inputs["models"], recommender.num_songs)
+    silent = network_of(recommender).without_vector  # never recommended, however popular
+    by_plays = np.argsort(-plays, kind="stable").astype(np.int32)
+    return Songs(
+        catalog=catalog,
+        rows={song: row for row, song in enumerate(catalog.song_ids(np.arange(len(catalog))))},
+        contexts={name: bit for bit, name in enumerate(dataset.manifest.contexts)},
+        plays=plays,
+        by_plays=by_plays[~np.isin(by_plays, silent)],
+        lineage=dataset.lineage,
+        known=_known(recommender, len(catalog)),
+        search=SongSearch(catalog, np.pad(plays, (0, len(catalog) - len(plays)))),  # new songs are found too
+        masks=SongMasks(catalog),
+        names=SongNames(catalog),
+    )
+
+
+def _known(recommender: Recommender, songs: int) -> np.ndarray:
+    """bool (songs,): songs that the network has a vector of; those that came after it are none."""
+    known: np.ndarray = np.arange(songs) < recommender.num_songs
+    known[network_of(recommender).without_vector] = False
+    return known
+
+
+def play_counts(workspace: Workspace, dataset: Dataset, model_id: str, num_songs: int) -> np.ndarray:
+    """int64 (N,): plays of each song in the fit range of a model.
+
+    Models made before they kept these counts are given those of the whole data set.
+    """
+    manifest = artifacts.load(workspace, "models", model_id)
+    if PLAY_COUNTS in manifest.files:
+        return np.asarray(workspace.read_array(manifest.path(PLAY_COUNTS)))
+    plays = np.zeros(num_songs, dtype=np.int64)
+    for histories in dataset.read_all():
+        plays += np.bincount(histories.songs, minlength=num_songs)[:num_songs]
+    return plays

@@ -1,0 +1,1 @@
+"""Where artifacts live: workspace, object storage, manifests, locking and releases."""

@@ -1,0 +1,134 @@
+"""Artifacts: folders whose manifest is written last and names what they were made of.
+
+An artifact's id is the fingerprint of its stage, config and inputs, so the same work finds its
+own earlier result (or its unfinished files) again. Repeating it on purpose makes a new attempt,
+`<fingerprint>.2`, and leaves the first untouched for the releases that use it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from rayrec.errors import DamagedArtifactError, NotFoundError
+from rayrec.storage.workspace import Workspace, artifact_dir
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What an artifact is and where it came from. Stored as manifest.json, after all other files."""
+
+    kind: str  # descriptions, songs, models, indexes, tastes, releases, reports or tunings
+    id: str  # unique within its kind
+    config: dict[str, Any] = field(default_factory=dict)  # the stage's settings
+    inputs: dict[str, str] = field(default_factory=dict)  # role -> id: dataset, split, songs, models, ...
+    seed: int = 0  # of the stage's random numbers
+    metrics: dict[str, Any] = field(default_factory=dict)  # figures that the stage reports
+    files: dict[str, str] = field(default_factory=dict)  # file name in the folder -> sha256
+    created_at: str = ""  # ISO 8601, UTC
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def folder(self) -> str:
+        """The artifact's folder, relative to the workspace."""
+        return artifact_dir(self.kind, self.id)
+
+    def path(self, name: str) -> str:
+        """The path of one of the artifact's files."""
+        return f"{self.folder}/{name}"
+
+
+def fingerprint(stage: str, config: dict[str, Any], inputs: dict[str, str]) -> str:
+    """Twelve hex digits that change when the stage, its config or its inputs change."""
+    text = json.dumps([FORMAT_VERSION, stage, config, inputs], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def new_id(workspace: Workspace, kind: str, print_id: str, *, repeat: bool) -> tuple[str, bool]:
+    """The id to work under, and whether its artifact is already complete.
+
+    With `repeat` a complete artifact is left alone and the next free attempt is taken.
+    """
+    attempt = 1
+    while True:
+        candidate = print_id if attempt == 1 else f"{print_id}.{attempt}"
+        complete = workspace.exists(f"{artifact_dir(kind, candidate)}/manifest.json")
+        following = f"{artifact_dir(kind, f'{print_id}.{attempt + 1}')}/manifest.json"
+        if not complete:
+            return candidate, False
+        if not repeat and not workspace.exists(following):
+            return candidate, True
+        attempt += 1
+
+
+def sha256(workspace: Workspace, path: str) -> str:
+    """The checksum of a stored file, read in blocks."""
+    digest = hashlib.sha256()
+    with workspace.open_input(path) as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def publish(workspace: Workspace, manifest: Manifest, names: Iterable[str]) -> Manifest:
+    """Checksum the named files, stamp the time and write the manifest: from now on the artifact exists."""
+    files = {name: sha256(workspace, manifest.path(name)) for name in sorted(names)}
+    stamped = Manifest(**{**asdict(manifest), "files": files, "created_at": datetime.now(timezone.utc).isoformat()})
+    workspace.write_json(stamped.path("manifest.json"), asdict(stamped))
+    return stamped
+
+
+def load(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
+    """The manifest of one artifact.
+
+    Raises `NotFoundError` where there is none (an unfinished artifact has none either) and
+    `DamagedArtifactError` for a manifest of another format version.
+    """
+    path = f"{artifact_dir(kind, artifact_id)}/manifest.json"
+    if not workspace.exists(path):
+        known = ", ".join(m.id for m in listing(workspace, kind)) or "none"
+        raise NotFoundError(f"{kind} {artifact_id!r} is not in workspace {workspace.uri}; there are: {known}")
+    raw = workspace.read_json(path)
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise DamagedArtifactError(
+            f"{path} has format version {raw.get('format_version')}, this rayrec reads {FORMAT_VERSION}; "
+            "use the rayrec that wrote it, or make the artifact again"
+        )
+    return Manifest(**raw)
+
+
+def listing(workspace: Workspace, kind: str) -> list[Manifest]:
+    """All complete artifacts of a kind, oldest first."""
+    found = [
+        load(workspace, kind, name)
+        for name in workspace.folders(kind)
+        if workspace.exists(f"{artifact_dir(kind, name)}/manifest.json")
+    ]
+    return sorted(found, key=lambda manifest: manifest.created_at)
+
+
+def newest(workspace: Workspace, kind: str, command: str) -> Manifest:
+    """The artifact of a kind made last. Raises `NotFoundError` that names the command to run first."""
+    found = listing(workspace, kind)
+    if not found:
+        raise NotFoundError(f"workspace {workspace.uri} holds no {kind}; run `rayrec {command}` first")
+    return found[-1]
+
+
+def verify(workspace: Workspace, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Compare every file, or those of some names, with its checksum.
+
+    Raises `DamagedArtifactError` for the first that differs.
+    """
+    for name in manifest.files if names is None else names:
+        path, expected = manifest.path(name), manifest.files[name]
+        if not workspace.exists(path):
+            raise DamagedArtifactError(f"{path} is missing; make {manifest.kind} {manifest.id} again")
+        if sha256(workspace, path) != expected:
+            raise DamagedArtifactError(
+                f"{path} does not match the checksum in its manifest; make {manifest.kind} {manifest.id} again"
+            )

@@ -1,0 +1,244 @@
+"""Releases: one id over data set, split, song vectors, model, tastes and index, and which one is live.
+
+A release copies nothing. It names its parts and holds the checksums of their manifests, whose own
+checksums cover the files: change a byte anywhere and `verify_release` says where.
+"""
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest, fingerprint, new_id, publish, sha256
+from rayrec.storage.dataset_manifest import DatasetManifest, earlier_version, read_manifest
+from rayrec.storage.workspace import (
+    DATASET,
+    DATASET_MANIFEST,
+    HISTORIES,
+    PLAYLISTS,
+    SONGS_TABLE,
+    Workspace,
+    artifact_dir,
+    earlier_manifest,
+    split_file,
+)
+
+KIND = "releases"
+ACTIVE = "releases/active"  # JSON: the live id, the ids live before it, oldest first, and which change made it so
+SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
+CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
+PART_KINDS = ("songs", "models", "tastes", "indexes")
+MADE_BY = {"songs": "embed", "models": "train", "tastes": "taste", "indexes": "index"}  # kind -> command
+
+
+def create_release(
+    workspace: Workspace,
+    *,
+    model_id: str | None = None,
+    tastes_id: str | None = None,
+    index_id: str | None = None,
+    activate: bool = True,
+) -> Manifest:
+    """Tie a model, its song vectors, tastes and index and the data set together under one id.
+
+    What is not named is the newest that fits: the newest model of the data set that has tastes and
+    an index, and the newest of those. The same parts make the same release.
+
+    Raises `NotFoundError` where a part is missing, `MismatchError` where named parts do not belong together.
+    """
+    dataset = read_manifest(workspace)
+    named = {"models": model_id, "tastes": tastes_id, "indexes": index_id}
+    chosen = {kind: artifacts.load(workspace, kind, part) for kind, part in named.items() if part is not None}
+    model = chosen.get("models") or _newest_model(workspace, dataset, chosen)
+    parts = {
+        "songs": artifacts.load(workspace, "songs", model.inputs["songs"]),
+        "models": model,
+        "tastes": chosen.get("tastes") or _newest_of(workspace, "tastes", model),
+        "indexes": chosen.get("indexes") or _newest_of(workspace, "indexes", model),
+    }
+    inputs = {"dataset": dataset.id, **{kind: part.id for kind, part in parts.items()}}
+    if "split" in model.inputs:
+        inputs["split"] = model.inputs["split"]
+    require_fit(dataset, inputs, parts.values())
+    release = _publish_release(workspace, inputs)
+    if activate:
+        activate_release(workspace, release.id)
+    return release
+
+
+def require_fit(dataset: DatasetManifest, inputs: dict[str, str], parts: Any) -> None:
+    """Raise `MismatchError` where a part was made of something else than `inputs` (role -> id) says.
+
+    A part may have been made of a data set that the present one descends from.
+    """
+    for part in parts:
+        for role, made_of in part.inputs.items():
+            descends = role == "dataset" and dataset.descends_from(made_of)
+            if role in inputs and inputs[role] != made_of and not descends:
+                raise MismatchError(
+                    f"{part.kind} {part.id} was made of {role} {made_of}, but {role} {inputs[role]} is asked for; "
+                    f"name parts that belong together, or run `rayrec {MADE_BY[part.kind]}` again"
+                )
+
+
+def list_releases(workspace: Workspace) -> list[Manifest]:
+    """All releases, oldest first."""
+    return artifacts.listing(workspace, KIND)
+
+
+def active_release(workspace: Workspace) -> Manifest | None:
+    """The live release; None where none was activated."""
+    active = read_active(workspace)["active"]
+    return None if active is None else artifacts.load(workspace, KIND, active)
+
+
+def is_active(workspace: Workspace, release_id: str) -> bool:
+    """True for the live release."""
+    return bool(read_active(workspace)["active"] == release_id)
+
+
+def activate_release(workspace: Workspace, release_id: str) -> Manifest:
+    """Make a release the live one. Raises `NotFoundError` where there is no such release."""
+    release = artifacts.load(workspace, KIND, release_id)
+    state = read_active(workspace)
+    earlier = state["history"]
+    if state["active"] not in (None, release_id):
+        earlier = [*earlier, state["active"]]
+    write_active(workspace, release_id, earlier)
+    return release
+
+
+def rollback(workspace: Workspace) -> Manifest:
+    """Make the release live that was live before. Raises `InputError` where there was none."""
+    state = read_active(workspace)
+    if not state["history"]:
+        raise InputError(
+            f"there is no release to go back to: {state['active'] or 'none'} is the only one that was ever active; "
+            "see `rayrec release list` and use `rayrec release activate ID`"
+        )
+    *earlier, previous = state["history"]
+    release = artifacts.load(workspace, KIND, previous)
+    write_active(workspace, previous, earlier)
+    return release
+
+
+def read_active(workspace: Workspace) -> dict[str, Any]:
+    """`active`, the live release's id or None; `history`, the ids before it, oldest first; `change`, a change's own id.
+
+    Whoever follows the live release tells by the change that it was activated anew, even if it is the same one.
+    """
+    state: dict[str, Any] = {"active": None, "history": [], "change": ""}
+    if workspace.exists(ACTIVE):
+        state |= workspace.read_json(ACTIVE)
+    return state
+
+
+def write_active(workspace: Workspace, release_id: str | None, history: list[str]) -> None:
+    """Make a release the live one, or none, as a new change."""
+    workspace.write_json(ACTIVE, {"active": release_id, "history": history, "change": uuid.uuid4().hex})
+
+
+def verify_release(
+    workspace: Workspace, release: Manifest, kinds: Sequence[str] = PART_KINDS, *, plays: bool = True
+) -> None:
+    """Compare every file of every part with its checksum. Raises `DamagedArtifactError` for the first that differs.
+
+    Parts of other than `kinds` are compared by their manifests alone, and the data set without `plays` by all else:
+    who loads neither tastes nor plays need not read those of millions of users.
+    Where plays were appended to its data set since, that is the part of the present one that it begins with.
+    """
+    artifacts.verify(workspace, release)
+    for path, expected in files_of(workspace, release).items():
+        if plays or not path.startswith((HISTORIES, PLAYLISTS)):
+            _compare(workspace, path, expected)
+    for kind in kinds:
+        artifacts.verify(workspace, artifacts.load(workspace, kind, release.inputs[kind]))
+
+
+def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
+    """Path -> sha256 of what a release is made of, but for the files of its artifacts.
+
+    Raises `DamagedArtifactError` where its data set is gone or was replaced.
+    """
+    if not workspace.exists(DATASET_MANIFEST):
+        raise DamagedArtifactError(f"{DATASET_MANIFEST} is missing; bring it back or import the data again")
+    dataset, made_of = read_manifest(workspace), release.inputs["dataset"]
+    files = dict(workspace.read_json(release.path(CHECKSUMS)))
+    if not dataset.descends_from(made_of):
+        raise DamagedArtifactError(
+            f"data set {made_of} of release {release.id} was replaced by {dataset.id}; make a new release"
+        )
+    if made_of != dataset.id:
+        files[earlier_manifest(made_of)] = files.pop(DATASET_MANIFEST)
+    of_dataset = earlier_version(workspace, dataset, made_of).files
+    if SONGS_FILE in of_dataset:  # songs are appended to it: the checksum is the present one's
+        of_dataset = {**of_dataset, SONGS_FILE: dataset.files[SONGS_FILE]}
+    return files | {f"{DATASET}/{name}": digest for name, digest in of_dataset.items()}
+
+
+def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str, str]:
+    """Role -> id of the parts to answer with: the live release's, else those of the newest model; or of `model_id`.
+
+    Tastes and index are there only where the model has them. Raises `NotFoundError` for an unknown
+    model, or naming the command to run first where there is none.
+    """
+    release = active_release(workspace)
+    if release is not None and model_id in (None, release.inputs["models"]):
+        return dict(release.inputs)
+    if model_id is None:
+        model = artifacts.newest(workspace, "models", "train")
+    else:
+        model = artifacts.load(workspace, "models", model_id)
+    found = {**model.inputs, "models": model.id}
+    for kind in ("tastes", "indexes"):
+        of_model = [part for part in artifacts.listing(workspace, kind) if part.inputs.get("models") == model.id]
+        if of_model:
+            found[kind] = of_model[-1].id
+    return found
+
+
+def _newest_model(workspace: Workspace, dataset: DatasetManifest, chosen: dict[str, Manifest]) -> Manifest:
+    """The model that the named parts were made of, else the newest of the data set that has all other parts."""
+    if chosen:
+        return artifacts.load(workspace, "models", next(iter(chosen.values())).inputs["models"])
+    models = [m for m in artifacts.listing(workspace, "models") if dataset.descends_from(m.inputs.get("dataset", ""))]
+    if not models:
+        raise NotFoundError(f"there is no model of data set {dataset.id} to release; run `rayrec train` first")
+    complete = models
+    for kind in ("tastes", "indexes"):
+        used = {part.inputs.get("models") for part in artifacts.listing(workspace, kind)}
+        complete = [model for model in complete if model.id in used]
+        if not complete:
+            raise NotFoundError(f"no model has {kind} to release with it; run `rayrec {MADE_BY[kind]}` first")
+    return complete[-1]
+
+
+def _newest_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest:
+    fitting = [part for part in artifacts.listing(workspace, kind) if part.inputs.get("models") == model.id]
+    if not fitting:
+        raise NotFoundError(f"model {model.id} has no {kind}; run `rayrec {MADE_BY[kind]} --model {model.id}` first")
+    return fitting[-1]
+
+
+def _publish_release(workspace: Workspace, inputs: dict[str, str]) -> Manifest:
+    paths = [DATASET_MANIFEST, *(f"{artifact_dir(kind, inputs[kind])}/manifest.json" for kind in PART_KINDS)]
+    if "split" in inputs:
+        paths.append(split_file(inputs["split"]))
+    checksums = {path: sha256(workspace, path) for path in paths}
+    # Parts made anew under the same ids (a folder deleted and rebuilt) make another release.
+    release_id, complete = new_id(workspace, KIND, fingerprint("release", checksums, inputs), repeat=False)
+    if complete:
+        return artifacts.load(workspace, KIND, release_id)
+    manifest = Manifest(kind=KIND, id=release_id, inputs=inputs)
+    workspace.write_json(manifest.path(CHECKSUMS), checksums)
+    return publish(workspace, manifest, [CHECKSUMS])
+
+
+def _compare(workspace: Workspace, path: str, expected: str) -> None:
+    if not workspace.exists(path):
+        raise DamagedArtifactError(f"{path} is missing; the release that uses it cannot be trusted, make it again")
+    if sha256(workspace, path) != expected:
+        raise DamagedArtifactError(
+            f"{path} is not what the release was made of; make a new release, or bring the old file back"
+        )

@@ -1,0 +1,137 @@
+"""The benchmark without Ray: what it counts, what it tells, and that a GPU computes what a CPU does."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rayrec.bench import device_bench, device_limits
+from rayrec.bench.device_bench import Size, network, random_histories
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.train_config import TrainConfig
+from rayrec.model.training import Training
+from rayrec.model.workers import Share
+
+UNCOMPILED = ((False, False), (True, False))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(device_limits, "PRODUCT_ROWS", {"cpu": 64, "cuda": 512})
+    monkeypatch.setattr(device_limits, "COPY_BYTES", {"cpu": 1 << 16, "cuda": 1 << 24})
+
+
+def test_each_way_of_working_is_told_with_its_shares(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device_bench, "WAYS", UNCOMPILED)
+    device_bench.main(["--device", "cpu", "--quick", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert {(run["work"], run["bfloat16"]) for run in told["runs"]} == {
+        (work, bf16) for work in ("train", "tastes") for bf16 in (False, True)
+    }
+    for run in told["runs"]:
+        needs = told["needs"][run["work"]]
+        limit = told["limits"]["bfloat16_flops" if run["bfloat16"] else "float32_flops"]
+        assert run["plays_per_second"] > 0
+        assert run["share_of_flops"] == pytest.approx(run["plays_per_second"] * needs["flops_per_play"] / limit)
+        moved = run["plays_per_second"] * needs["unfused_bytes_per_play"]
+        assert run["share_of_bytes"] == pytest.approx(moved / told["limits"]["bytes_per_second"])
+    device_bench.main(["--device", "cpu", "--quick"])
+    assert len(capsys.readouterr().out.splitlines()) == len(told["runs"])
+
+
+def test_a_way_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_compiler(training: Training) -> None:
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    monkeypatch.setattr(device_bench, "WAYS", ((False, True), (False, False)))
+    monkeypatch.setattr(Training, "compile", without_compiler)
+    compiled, plain = device_bench.bench("cpu", Size.quick())["runs"][:2]
+    assert compiled == {"work": "train", "bfloat16": False, "compiled": True, "error": "no C++ compiler"}
+    assert plain["plays_per_second"] > 0
+
+
+def test_the_operations_of_a_play_are_those_of_its_matrices() -> None:
+    """Histories of one length, so that nothing is padded; every matrix product counted by hand."""
+    size = replace(Size.quick(), users=4)
+    size = replace(size, config=replace(size.config, averages=()))
+    config, histories = size.config, random_histories(size)
+    encoder = TasteEncoder(network(size))
+
+    def work() -> float:
+        encoder.run(histories)
+        return float(histories.num_plays)
+
+    flops, moved = device_limits.asked(work)
+    hidden, features = config.hidden_dim, encoder.model.config.features.dim
+    assert flops == pytest.approx(2 * 3 * hidden * (size.dim + features + hidden), rel=0.01)
+    assert moved > 4 * (size.dim + hidden)
+
+
+def test_work_a_second_counts_all_calls_but_the_first() -> None:
+    calls: list[float] = []
+
+    def work() -> float:
+        calls.append(1.0)
+        return 100.0
+
+    rate = device_limits.per_second(work, torch.device("cpu"), 0.05)
+    assert len(calls) > device_limits.WARM_CALLS
+    assert rate <= 100.0 * (len(calls) - device_limits.WARM_CALLS) / 0.05
+
+
+def test_histories_are_made_up_alike_each_time() -> None:
+    first, second = random_histories(Size.quick()), random_histories(Size.quick())
+    np.testing.assert_array_equal(first.songs, second.songs)
+    assert first.songs.max() < Size.quick().songs
+    assert (np.diff(first.played_at) > 0).all()
+
+
+@pytest.mark.slow
+def test_a_compiled_training_takes_the_steps_of_another() -> None:
+    plain, compiled = (_trained("cpu", compiled=choice) for choice in (False, True))
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, atol=1e-4, rtol=0, msg=name)
+
+
+def _trained(device: str, *, compiled: bool = False, bf16: bool = False) -> torch.nn.Module:
+    """The network after three steps."""
+    size = Size.quick()
+    histories = random_histories(size)
+    counts = np.bincount(histories.songs, minlength=size.songs)
+    training = Training(network(size), size.config, counts, device=device, share=Share())
+    training.bf16 = bf16
+    if compiled:
+        training.compile()
+    batches = device_bench.batches_of(histories, size.config)[:3]
+    for step, batch in enumerate(batches):
+        training.step(batch, 0, step)
+    return training.model.cpu()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+class TestOnAGpu:
+    def test_tastes_are_those_of_a_cpu(self) -> None:
+        histories = random_histories(Size.quick())
+        found = {}
+        for device in ("cpu", "cuda"):
+            encoder = TasteEncoder(network(Size.quick()), device)
+            _, states = encoder.run(histories)
+            found[device] = encoder.tastes(states, int(histories.played_at.max()), "short")
+        np.testing.assert_allclose(found["cuda"], found["cpu"], atol=1e-3)  # TF32 in cuDNN
+
+    @pytest.mark.parametrize("bf16", [False, True])
+    def test_a_training_takes_the_steps_of_a_cpu(self, bf16: bool) -> None:
+        there, here = _trained("cuda", bf16=bf16).state_dict(), _trained("cpu").state_dict()
+        learned = TrainConfig().learning_rate * 3  # of Adam: each step moves a weight by about the learning rate
+        for name, value in here.items():
+            assert (there[name] - value).abs().mean() < 0.2 * learned, name
+
+    def test_the_benchmark_runs_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(device_bench, "WAYS", UNCOMPILED)
+        told = device_bench.bench("cuda", Size.quick())
+        assert all(run["plays_per_second"] > 0 for run in told["runs"])

@@ -1,0 +1,174 @@
+"""The load generators against a server that counts, and the summary against figures by hand."""
+
+import asyncio
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from rayrec.bench import http_load, serve_bench
+from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.http_load import Load, put_under_load
+from rayrec.bench.serve_bench import summary
+from rayrec.bench.soak import Told, growth, send
+from rayrec.errors import InputError
+from rayrec.storage.workspace import Workspace
+
+
+class Counting(BaseHTTPRequestHandler):
+    """Takes down what it is sent; every POST to /bad is answered with 503."""
+
+    protocol_version = "HTTP/1.1"
+    seen: list[tuple[str, str, bytes]] = []  # noqa: RUF012
+
+    def do_POST(self) -> None:
+        """Answer a POST."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.seen.append((self.command, self.headers.get("Content-Type", ""), body))
+        self.send_response(503 if self.path == "/bad" else 200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_GET = do_POST
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    Counting.seen = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Counting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(params=["wrk", "httpx"])
+def generator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "wrk" and not shutil.which("wrk"):
+        pytest.skip("wrk is not there: install Debian's package to test it")
+    monkeypatch.setattr(http_load, "generator", lambda: request.param)
+    return str(request.param)
+
+
+def test_all_bodies_are_sent_and_answers_counted(url: str, generator: str) -> None:
+    load = put_under_load(url, [{"k": number} for number in range(3)], 2, 1.0)
+    assert load.answered > 10
+    assert load.errors == 0
+    assert 0 < load.p50_ms <= load.p99_ms < 30_000
+    assert load.per_second == pytest.approx(load.answered / load.seconds)
+    assert {body for _, _, body in Counting.seen} == {b'{"k": 0}', b'{"k": 1}', b'{"k": 2}'}
+    assert {(method, kind) for method, kind, _ in Counting.seen} == {("POST", "application/json")}
+    assert load.answered <= len(Counting.seen) <= load.answered + 4
+
+
+def test_without_bodies_it_gets(url: str, generator: str) -> None:
+    assert put_under_load(url, [], 1, 1.0).answered > 10
+    assert {method for method, _, _ in Counting.seen} == {"GET"}
+
+
+def test_refused_requests_are_errors_and_no_work(url: str, generator: str) -> None:
+    load = put_under_load(f"{url}/bad", [{}], 1, 1.0)
+    assert load.errors == load.answered > 10
+    assert load.per_second == 0
+
+
+def _load(per_second: float, p50_ms: float, errors: int = 0) -> Load:
+    return Load(answered=round(per_second) + errors, seconds=1.0, p50_ms=p50_ms, p99_ms=9.0, errors=errors)
+
+
+def test_ratios_are_medians_of_those_within_a_round() -> None:
+    rounds = [
+        {
+            "bare history 1": _load(100, 2.0),
+            "serve history 1": _load(90, 2.0 * factor),
+            "bare history 16": _load(200, 5.0),
+            "serve history 16": _load(200 * factor, 6.0, errors=1),
+            "bare noop 1": _load(900, 0.2),
+            "bare stored 1": _load(500, 0.2 + factor),
+        }
+        for factor in (1.0, 3.0, 1.5)
+    ]
+    told = summary(rounds)
+    assert told["p50_ratio"] == pytest.approx(1.5)
+    assert told["throughput_ratio"] == pytest.approx(1.5)
+    assert told["stored_over_noop_ms"] == pytest.approx(1.5)
+    assert told["errors"] == 3
+    assert told["loads"]["serve history 16"] == {"per_second": 300.0, "p50_ms": 6.0, "p99_ms": 9.0, "errors": 3}
+
+
+def test_the_clients_that_ratios_need_must_be_there() -> None:
+    with pytest.raises(InputError, match="1 and of 16"):
+        BenchConfig(serve_clients=(1, 64))
+
+
+@pytest.mark.parametrize(
+    ("answers", "taken", "failed"),
+    [
+        ([200], True, {}),
+        ([503, 200], True, {}),
+        (["down", 200], True, {}),
+        ([503, 503, 200], False, {"503": 1}),
+        (["down", "down", 200], False, {"ConnectError": 1}),
+        ([422, 200], False, {"422": 1}),
+    ],
+)
+def test_a_client_tries_once_more_where_nothing_was_done(
+    answers: list[Any], taken: bool, failed: dict[str, int]
+) -> None:
+    left = list(answers)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        told = left.pop(0)
+        if told == "down":
+            raise httpx.ConnectError("down")
+        return httpx.Response(told, headers={"Retry-After": "0"})
+
+    async def asked() -> bool:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://app") as connection:
+            return await send(connection, "/v1/plays", {}, told)
+
+    told = Told()
+    assert asyncio.run(asked()) is taken
+    assert dict(told.failed) == failed
+    assert told.retried == len(answers) - len(left) - 1
+
+
+@pytest.mark.parametrize(
+    ("used", "grown"),
+    [
+        ([100.0], 1.0),
+        ([100.0, 110.0], 1.1),
+        ([10.0, 50.0, *[100.0] * 8], 1.0),  # it fills up at first
+        ([0.0, 0.0, 100.0, 70.0, 100.0, 100.0, 120.0, 120.0, 90.0, 120.0], 1.2),  # twice a replica was young
+    ],
+)
+def test_memory_grows_by_what_the_second_half_holds_over_the_first(used: list[float], grown: float) -> None:
+    assert growth(used) == pytest.approx(grown)
+
+
+def test_an_application_that_answers_may_run_longer_than_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says, started, start = "print('http://127.0.0.1:1', flush=True); import time; time.sleep(60)", [], subprocess.Popen
+
+    def launch(_: list[str], **options: Any) -> "subprocess.Popen[str]":
+        started.append(start([sys.executable, "-c", says], **options))
+        return started[-1]
+
+    monkeypatch.setattr(serve_bench.subprocess, "Popen", launch)
+    monkeypatch.setattr(serve_bench, "START_SECONDS", 3.0)
+    with serve_bench.application("bare", Workspace(str(tmp_path)), tmp_path / "states.db"):
+        time.sleep(3.5)
+        assert started[0].poll() is None

@@ -1,0 +1,12 @@
+"""The song side: every kind of table at every size, the largest against the smallest."""
+
+from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.song_side_bench import bench_song_side
+
+
+def test_every_table_is_timed_at_every_size() -> None:
+    told = bench_song_side(BenchConfig(rounds=1, table_songs=(300, 200), table_steps=1)).to_json()
+    assert (told["name"], told["unit"]) == ("songs", "plays")
+    for table in ("trained", "mapped", "frozen"):
+        for songs in (200, 300):
+            assert told[f"{table}_{songs}_per_second"] > 0

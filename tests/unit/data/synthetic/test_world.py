@@ -1,0 +1,237 @@
+"""The generated world: its plays follow its rules, and depend on nothing else."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayrec.data import columns
+from rayrec.data.histories import Histories
+from rayrec.data.synthetic.world import (
+    ALBUM,
+    COLLECTION,
+    CONTEXTS,
+    DAY,
+    FIRST_MOMENT,
+    HOUR,
+    PLAYLIST,
+    RADIO,
+    SEARCH,
+    SESSION_GAP,
+    SKIP_OFF_TASTE,
+    SKIP_ON_TASTE,
+    TASTE,
+    GenerateConfig,
+    World,
+)
+from rayrec.errors import InputError
+
+SMALL = GenerateConfig(users=400, songs=300, artists=60, genres=6, plays=40)
+NAMES = ("user_ids", "offsets", "songs", "played_at", "contexts", "skipped")
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(GenerateConfig())
+
+
+@pytest.fixture(scope="module")
+def histories(world: World) -> Histories:
+    """All 2,000 users, some 120,000 plays."""
+    return world.histories(np.arange(world.config.users))
+
+
+@pytest.fixture(scope="module")
+def contexts(histories: Histories) -> np.ndarray:
+    assert histories.contexts is not None
+    return np.log2(histories.contexts).astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def starts(histories: Histories) -> np.ndarray:
+    """bool (P,): the plays that start a session, read off the gaps."""
+    gaps = np.diff(histories.played_at, prepend=0)
+    first = np.zeros(histories.num_plays, dtype=bool)
+    first[histories.offsets[:-1]] = True
+    return first | (gaps >= SESSION_GAP)
+
+
+def assert_same(left: Histories, right: Histories) -> None:
+    for name in NAMES:
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
+
+
+class TestUsersAreIndependent:
+    @settings(max_examples=15, deadline=None)
+    @given(st.lists(st.integers(0, 399), min_size=1, max_size=20, unique=True))
+    def test_any_users_made_alone_have_the_same_plays(self, users: list[int]) -> None:
+        world = World(SMALL)
+        assert_same(world.histories(np.array(users)), world.histories(np.arange(400)).take(np.array(users)))
+
+    def test_block_size_changes_nothing(self) -> None:
+        world, users = World(SMALL), np.arange(100)
+        whole = world.histories(users)
+        start = 0
+        for block in world.blocks(users, most=7):
+            assert len(block) <= 7
+            assert_same(block, whole.take(np.arange(start, start + len(block))))
+            start += len(block)
+        assert start == 100
+
+    def test_users_differ_and_seeds_differ(self) -> None:
+        first, second = World(SMALL).histories(np.arange(2)), World(SMALL).histories(np.arange(2))
+        assert_same(first, second)
+        assert not np.array_equal(first.last_songs(5)[0], first.last_songs(5)[1])
+        other = World(GenerateConfig(users=400, songs=300, artists=60, genres=6, plays=40, seed=1))
+        assert not np.array_equal(first.lengths, other.histories(np.arange(2)).lengths)
+
+    def test_user_ids_lead_back_to_users(self, world: World) -> None:
+        users = np.array([0, 123, 1_999_999])
+        assert list(world.user_ids(users)) == ["user-000000", "user-000123", "user-1999999"]
+        np.testing.assert_array_equal(world.user_index(world.user_ids(users)), users)
+
+    def test_playlists_are_independent_too(self, world: World) -> None:
+        songs, offsets = world.playlists(np.arange(50))
+        alone, _ = world.playlists(np.array([33]))
+        np.testing.assert_array_equal(alone, songs[offsets[33] : offsets[34]])
+
+
+class TestCatalog:
+    def test_names_are_unique_and_songs_stand_in_order(self, world: World) -> None:
+        table = world.songs_table()
+        assert table.schema.equals(columns.SONGS_TABLE)
+        assert table.column(columns.SONG).to_pylist() == list(range(2_000))
+        names = set(zip(table.column(columns.ARTIST).to_pylist(), table.column(columns.TITLE).to_pylist(), strict=True))
+        assert len(names) == 2_000
+        assert len(set(table.column(columns.TITLE).to_pylist())) == 2_000
+        assert len(set(table.column(columns.ARTIST).to_pylist())) == world.config.artists
+
+    def test_an_artist_belongs_to_one_genre(self, world: World) -> None:
+        pairs = np.unique(np.stack([world.artist, world.genre]), axis=1)
+        assert pairs.shape[1] == world.config.artists
+        assert len(np.unique(world.genre)) == world.config.genres
+
+    @pytest.mark.parametrize(("order", "group"), [("album_next", "artist"), ("playlist_next", "genre")])
+    def test_following_the_order_visits_the_whole_group_and_comes_back(
+        self, world: World, order: str, group: str
+    ) -> None:
+        following, groups = getattr(world, order), getattr(world, group)
+        for start in (0, 700, 1_999):
+            seen, song = [start], following[start]
+            while song != start:
+                seen.append(song)
+                song = following[song]
+            np.testing.assert_array_equal(np.sort(seen), np.flatnonzero(groups == groups[start]))
+
+    def test_shares_are_zipf_within_each_genre(self, world: World) -> None:
+        for genre in range(world.config.genres):
+            share = np.sort(world.share[world.genre == genre])[::-1]
+            assert share.sum() == pytest.approx(1)
+            np.testing.assert_allclose(share[0] / share, np.arange(1, len(share) + 1) ** world.config.zipf)
+
+
+class TestPlaysFollowTheRules:
+    def test_sizes(self, world: World, histories: Histories, starts: np.ndarray) -> None:
+        assert histories.lengths.min() >= 1
+        assert histories.lengths.mean() == pytest.approx(world.config.plays, rel=0.05)
+        later = np.delete(starts, histories.offsets[:-1])
+        assert later.mean() == pytest.approx(1 / world.config.session_plays, rel=0.03)
+
+    def test_gaps_are_of_songs_or_of_hours_and_stay_in_the_range(
+        self, world: World, histories: Histories, starts: np.ndarray
+    ) -> None:
+        gaps = np.delete(np.diff(histories.played_at, prepend=0), histories.offsets[:-1])
+        assert gaps.min() >= 5_000
+        assert not ((gaps > SESSION_GAP) & (gaps < HOUR)).any()
+        assert histories.played_at.min() >= FIRST_MOMENT
+        assert histories.played_at.max() <= FIRST_MOMENT + world.config.days * DAY
+        assert histories.played_at.max() > FIRST_MOMENT + 0.95 * world.config.days * DAY
+
+    def test_contexts_move_by_their_shares(self, world: World, contexts: np.ndarray, starts: np.ndarray) -> None:
+        later = np.flatnonzero(~starts)
+        moves = np.zeros((len(CONTEXTS), len(CONTEXTS)))
+        np.add.at(moves, (contexts[later - 1], contexts[later]), 1)
+        np.testing.assert_allclose(
+            moves / moves.sum(axis=1, keepdims=True), world.context_shares[:-1], rtol=0, atol=0.02
+        )
+        first = np.bincount(contexts[starts], minlength=len(CONTEXTS)) / starts.sum()
+        np.testing.assert_allclose(first, world.context_shares[-1], atol=0.015)
+
+    @pytest.mark.parametrize(("context", "order"), [(ALBUM, "album_next"), (PLAYLIST, "playlist_next")])
+    def test_albums_and_playlists_go_on_in_order_as_often_as_configured(
+        self, world: World, histories: Histories, contexts: np.ndarray, starts: np.ndarray, context: int, order: str
+    ) -> None:
+        plays = np.flatnonzero(~starts & (contexts == context))
+        last, song = histories.songs[plays - 1], histories.songs[plays]
+        by_chance = (1 - world.config.follow) * world.share[getattr(world, order)[last]].mean()
+        followed = (getattr(world, order)[last] == song).mean()
+        assert followed == pytest.approx(world.config.follow + by_chance, abs=0.01)
+
+    def test_radio_stays_near_and_search_goes_anywhere(
+        self, world: World, histories: Histories, contexts: np.ndarray, starts: np.ndarray
+    ) -> None:
+        genre = world.genre[histories.songs]
+        radio = np.flatnonzero(~starts & (contexts == RADIO))
+        assert (genre[radio] == genre[radio - 1]).all()
+        search = genre[contexts == SEARCH]
+        np.testing.assert_allclose(np.bincount(search) / len(search), 1 / world.config.genres, atol=0.02)
+
+    def test_radio_draws_songs_by_their_share(
+        self, world: World, histories: Histories, contexts: np.ndarray, starts: np.ndarray
+    ) -> None:
+        songs = histories.songs[~starts & (contexts == RADIO)]
+        for genre in range(world.config.genres):
+            here = songs[world.genre[songs] == genre]
+            best = np.argmax(np.where(world.genre == genre, world.share, 0))
+            spread = 4 * np.sqrt(world.share[best] / len(here))
+            assert (here == best).mean() == pytest.approx(world.share[best], abs=spread)
+
+    def test_collection_repeats_what_the_user_heard(self, histories: Histories, contexts: np.ndarray) -> None:
+        first_of_user = np.zeros(histories.num_plays, dtype=bool)
+        first_of_user[histories.offsets[:-1]] = True
+        for play in np.flatnonzero((contexts == COLLECTION) & ~first_of_user)[:2_000]:
+            start = histories.offsets[np.searchsorted(histories.offsets, play, side="right") - 1]
+            assert histories.songs[play] in histories.songs[start:play]
+
+    def test_sessions_start_in_the_long_term_taste(
+        self, world: World, histories: Histories, contexts: np.ndarray, starts: np.ndarray
+    ) -> None:
+        tastes = world.tastes(np.arange(world.config.users))
+        assert (np.diff(np.sort(tastes, axis=1), axis=1) > 0).all()
+        plays = np.flatnonzero(starts & (contexts == RADIO))
+        place = world.genre[histories.songs[plays]][:, None] == tastes[histories.rows[plays]]
+        by_chance = world.config.outside / world.config.genres
+        np.testing.assert_allclose(place.mean(axis=0), (1 - world.config.outside) * TASTE + by_chance, atol=0.03)
+
+    def test_songs_off_the_taste_are_skipped_more_often(self, world: World, histories: Histories) -> None:
+        tastes = world.tastes(np.arange(world.config.users))[histories.rows]
+        on_taste = (world.genre[histories.songs][:, None] == tastes).any(axis=1)
+        assert histories.skipped is not None
+        assert histories.skipped[on_taste].mean() == pytest.approx(SKIP_ON_TASTE, abs=0.005)
+        assert histories.skipped[~on_taste].mean() == pytest.approx(SKIP_OFF_TASTE, abs=0.015)
+
+    def test_a_playlist_stays_in_one_genre(self, world: World) -> None:
+        songs, offsets = world.playlists(np.arange(200))
+        lengths = np.diff(offsets)
+        assert lengths.min() >= 10
+        assert lengths.max() <= 40
+        genre = world.genre[songs]
+        assert (genre == np.repeat(genre[offsets[:-1]], lengths)).all()
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("values", "said"),
+        [
+            ({"users": 0}, "users is 0"),
+            ({"genres": 2}, "2 genres"),
+            ({"artists": 3_000}, "3000 artists"),
+            ({"plays": 0.5}, "plays 0.5"),
+            ({"follow": 1.5}, "follow 1.5"),
+            ({"zipf": -1.0}, "must not be negative"),
+            ({"days": 1.0}, "1 days are too few"),
+        ],
+    )
+    def test_a_value_that_makes_no_world_is_refused(self, values: dict[str, float], said: str) -> None:
+        with pytest.raises(InputError, match=said):
+            GenerateConfig(**values)

@@ -1,0 +1,118 @@
+"""Songs are found by words of title and artist, the best fit first."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayrec.data import columns
+from rayrec.data.catalog import Catalog
+from rayrec.data.song_search import SongSearch, fold, fold_all
+
+SONGS: list[tuple[str | None, str | None]] = [
+    ("Hollow", "Abba"),
+    ("Hollow Engine", "Björk"),
+    ("The Hollow", "Abba"),
+    ("ABBA", "Someone"),
+    ("Straße", "Sigur Rós"),
+    (None, None),
+    ("Hollow", None),
+]
+TEXTS = st.text("ab ", max_size=4) | st.none()
+
+
+def catalog(songs: list[tuple[str | None, str | None]] = SONGS) -> Catalog:
+    data = {
+        columns.SONG: pa.array(range(len(songs)), pa.int32()),
+        columns.SONG_ID: [f"id-{row}" for row in range(len(songs))],
+        columns.TITLE: pa.array([title for title, _ in songs], pa.string()),
+        columns.ARTIST: pa.array([artist for _, artist in songs], pa.string()),
+    }
+    return Catalog(pa.table(data, schema=columns.SONGS_TABLE))
+
+
+def found(query: str, popularity: list[int] | None = None, limit: int = 10) -> list[int]:
+    rows, _ = SongSearch(catalog(), None if popularity is None else np.array(popularity)).find(query, limit)
+    assert rows.dtype == np.int32
+    return rows.tolist()
+
+
+def test_the_same_comes_before_a_beginning_and_a_beginning_before_the_rest() -> None:
+    assert found("hollow") == [0, 6, 1, 2]
+
+
+def test_songs_that_fit_equally_well_come_by_popularity() -> None:
+    assert found("hollow", [1, 9, 9, 0, 0, 0, 5]) == [6, 0, 1, 2]
+
+
+def test_title_and_artist_both_count() -> None:
+    assert set(found("abba")) == {0, 2, 3}
+    assert found("abba hollow") == found("hollow abba")
+    assert set(found("abba hollow")) == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("query", "row"),
+    [("bjork", 1), ("BJÖRK", 1), ("sigur ros", 4), ("strasse", 4), ("STRASSE", 4), ("  engine\thollow ", 1)],
+)
+def test_case_accents_and_spaces_do_not_matter(query: str, row: int) -> None:
+    assert found(query) == [row]
+
+
+def test_a_song_without_a_title_is_found_by_its_id() -> None:
+    assert found("id-5") == [5]
+    assert found("id-0") == []
+
+
+@pytest.mark.parametrize("query", ["", "   ", "́"])
+def test_nothing_asked_finds_nothing(query: str) -> None:
+    assert found(query) == []
+
+
+def test_signs_of_patterns_are_only_signs() -> None:
+    assert found(".*") == []
+    assert found("h[o") == []
+
+
+def test_the_limit_cuts_and_the_count_does_not() -> None:
+    rows, count = SongSearch(catalog()).find("hollow", 2)
+    assert (rows.tolist(), count) == ([0, 6], 4)
+
+
+def test_an_empty_catalog_finds_nothing() -> None:
+    assert SongSearch(catalog([])).find("a", 5)[1] == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(categories=["L", "M", "N", "P"], include_characters=" \t\n"), max_size=20))
+def test_one_text_folds_as_a_column_does(text: str) -> None:
+    # Characters whose casefold is no lower case of theirs and no letter that people type are left out.
+    kept = "".join(char for char in text if fold(char) == " ".join(fold_all(pa.array([char]))[0].as_py().split()))
+    assert fold_all(pa.array([kept]))[0].as_py() == fold(kept)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    songs=st.lists(
+        st.tuples(st.text("ab ", max_size=4) | st.none(), st.text("ab ", max_size=4) | st.none()), max_size=20
+    ),
+    query=st.text("ab ", max_size=3),
+    limit=st.integers(1, 8),
+    data=st.data(),
+)
+def test_finding_equals_a_plain_loop(
+    songs: list[tuple[str | None, str | None]], query: str, limit: int, data: st.DataObject
+) -> None:
+    plays = data.draw(st.lists(st.integers(0, 3), min_size=len(songs), max_size=len(songs)))
+    ranked = []
+    for row, (title, artist) in enumerate(songs):
+        parts = [fold(f"id-{row}" if title is None else title), fold(artist or "")]
+        wanted = fold(query)
+        if not wanted or not all(word in "\n".join(parts) for word in wanted.split()):
+            continue
+        fit = max(2 if part == wanted else 1 if part.startswith(wanted) else 0 for part in parts)
+        ranked.append((-fit, -plays[row], row))
+    rows, count = SongSearch(catalog(songs), np.array(plays)).find(query, limit)
+    assert rows.tolist() == [row for *_, row in sorted(ranked)][:limit]
+    assert count == len(ranked)

@@ -1,0 +1,133 @@
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rayrec.data import columns
+from rayrec.data.catalog import Catalog
+from rayrec.embeddings.external import read_outside
+from rayrec.errors import InputError
+
+RAW = np.array([[3.0, 4.0], [0.0, 2.0], [-1.0, 0.0]])
+UNIT = np.array([[0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]])
+
+
+@pytest.fixture
+def catalog() -> Catalog:
+    rows = {columns.SONG: [0, 1, 2], columns.SONG_ID: ["a", "b", "c"], columns.TITLE: None, columns.ARTIST: None}
+    return Catalog(pa.table({**rows, columns.TITLE: [None] * 3, columns.ARTIST: [None] * 3}, columns.SONGS_TABLE))
+
+
+def parquet(folder: Path, song_ids: list[str], vectors: pa.Array) -> Path:
+    path = folder / "vectors.parquet"
+    pq.write_table(pa.table({"song_id": song_ids, "vector": vectors}), path)
+    return path
+
+
+def npy(folder: Path, array: np.ndarray, name: str = "vectors.npy") -> Path:
+    np.save(folder / name, array)
+    return folder / name
+
+
+def test_npy_rows_stand_in_the_order_of_the_catalog(tmp_path: Path, catalog: Catalog) -> None:
+    outside = read_outside(npy(tmp_path, RAW), catalog)
+    np.testing.assert_allclose(outside.vectors.vectors, UNIT, rtol=1e-6)
+    assert (outside.rows, outside.unknown_ids, outside.zero_vectors) == (3, 0, 0)
+
+
+@pytest.mark.parametrize("listed", ["txt", "json"])
+def test_ids_beside_an_npy_file_place_its_rows(listed: str, tmp_path: Path, catalog: Catalog) -> None:
+    ids = ["c", "unknown", "a"]
+    text = json.dumps(ids) if listed == "json" else "\n".join(ids) + "\n"
+    (tmp_path / f"vectors.ids.{listed}").write_text(text)
+    outside = read_outside(npy(tmp_path, RAW.astype(np.float16)), catalog)
+    np.testing.assert_allclose(outside.vectors.vectors, [UNIT[2], [0, 0], UNIT[0]], rtol=1e-3)
+    assert outside.unknown_ids == 1
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.float64()), pa.list_(pa.float32(), 2), pa.large_list(pa.float32())], ids=str
+)
+def test_parquet_places_vectors_by_id(kind: pa.DataType, tmp_path: Path, catalog: Catalog) -> None:
+    path = parquet(tmp_path, ["b", "x", "a"], pa.array(RAW.tolist(), kind))
+    outside = read_outside(path, catalog)
+    np.testing.assert_allclose(outside.vectors.vectors, [UNIT[2], UNIT[0], [0, 0]], rtol=1e-6)
+    assert outside.unknown_ids == 1
+
+
+def test_zero_vectors_are_counted_and_leave_their_songs_without_one(tmp_path: Path, catalog: Catalog) -> None:
+    outside = read_outside(npy(tmp_path, RAW * [[1], [0], [1]]), catalog)
+    assert outside.zero_vectors == 1
+    assert outside.vectors.known.tolist() == [True, False, True]
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path: Path, catalog: Catalog) -> None:
+    path = tmp_path / "vectors.npy"
+    path.write_bytes(pickle.dumps(RAW))
+    with pytest.raises(InputError, match="not an array of numbers"):
+        read_outside(path, catalog)
+    np.save(path, np.array([{}, {}, {}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="not an array of numbers"):
+        read_outside(path, catalog)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (RAW[:2], "has 2 rows, the catalog 3 songs"),
+        (RAW[0], r"shape \(2,\)"),
+        (RAW.astype("U4"), "expected numbers"),
+        (RAW * [[1], [np.nan], [1]], "NaN"),
+        (RAW * 0, "for none of the 3 songs"),
+    ],
+)
+def test_wrong_arrays_are_refused(array: np.ndarray, message: str, tmp_path: Path, catalog: Catalog) -> None:
+    with pytest.raises(InputError, match=message):
+        read_outside(npy(tmp_path, array), catalog)
+
+
+@pytest.mark.parametrize(
+    ("song_ids", "vectors", "message"),
+    [
+        (["a", "a"], [[1.0], [2.0]], "occur before"),
+        (["a", "b"], [[1.0], [2.0, 3.0]], "one length"),
+        (["a", "b"], [[1.0], None], "one length"),
+        (["x", "y"], [[1.0], [2.0]], "2 of its 2 ids are unknown"),
+        (["a", "b"], [1.0, 2.0], "expected lists"),
+        (["a", "b"], [["x"], ["y"]], "expected numbers"),
+        (["a", "b"], [[1.0], [None]], "NaN"),
+    ],
+)
+def test_wrong_tables_are_refused(
+    song_ids: list[str], vectors: list[object], message: str, tmp_path: Path, catalog: Catalog
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read_outside(parquet(tmp_path, song_ids, pa.array(vectors)), catalog)
+
+
+def test_a_missing_file_column_and_format_are_named(tmp_path: Path, catalog: Catalog) -> None:
+    with pytest.raises(InputError, match="is not there"):
+        read_outside(tmp_path / "none.npy", catalog)
+    (tmp_path / "vectors.csv").write_text("")
+    with pytest.raises(InputError, match=r"ends in '\.csv'"):
+        read_outside(tmp_path / "vectors.csv", catalog)
+    pq.write_table(pa.table({"song_id": ["a"]}), tmp_path / "vectors.parquet")
+    with pytest.raises(InputError, match="no column 'vector'"):
+        read_outside(tmp_path / "vectors.parquet", catalog)
+    (tmp_path / "vectors.parquet").write_text("no parquet")
+    with pytest.raises(InputError, match="not Parquet"):
+        read_outside(tmp_path / "vectors.parquet", catalog)
+
+
+def test_ids_must_be_as_many_as_rows(tmp_path: Path, catalog: Catalog) -> None:
+    (tmp_path / "vectors.ids.txt").write_text("a\nb\n")
+    with pytest.raises(InputError, match="3 rows, its ids file 2 ids"):
+        read_outside(npy(tmp_path, RAW), catalog)
+    (tmp_path / "vectors.ids.txt").unlink()
+    (tmp_path / "vectors.ids.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_outside(npy(tmp_path, RAW), catalog)

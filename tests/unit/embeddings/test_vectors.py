@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+
+from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors
+from rayrec.errors import InputError
+from rayrec.storage.artifacts import Manifest, publish
+from rayrec.storage.workspace import Workspace
+
+
+def test_rows_are_scaled_to_length_one_and_zero_rows_stay() -> None:
+    vectors = SongVectors.normalized(np.array([[3, 4], [0, 0], [-2, 0]]))
+    np.testing.assert_allclose(vectors.vectors, [[0.6, 0.8], [0, 0], [-1, 0]], rtol=1e-6)
+    assert vectors.vectors.dtype == np.float32
+    assert vectors.known.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_very_short_and_very_long_vectors_are_scaled_too(scale: float) -> None:
+    vectors = SongVectors.normalized(np.array([[3, 4]]) * scale)
+    np.testing.assert_allclose(vectors.vectors, [[0.6, 0.8]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf, 1e300])
+def test_numbers_that_are_not_finite_are_refused_with_their_row(broken: float) -> None:
+    with pytest.raises(InputError, match="1 of 2 song vectors hold NaN or infinite numbers, the first row 1"):
+        SongVectors.normalized(np.array([[1, 0], [0, broken]]))
+
+
+def test_nearest_leaves_out_the_song_itself_and_songs_without_a_vector() -> None:
+    vectors = SongVectors.normalized(np.array([[1, 0], [0, 0], [1, 1], [-1, 0], [1, 1]]))
+    songs, cosines = vectors.nearest(0, 10)
+    assert songs.tolist() == [2, 4, 3]
+    np.testing.assert_allclose(cosines, [0.5**0.5, 0.5**0.5, -1], rtol=1e-6)
+    assert vectors.nearest(0, 1)[0].tolist() == [2]
+
+
+def test_vectors_come_back_from_the_workspace_as_they_were(workspace: Workspace) -> None:
+    final, selection = (SongVectors.normalized(np.random.default_rng(seed).normal(size=(5, 3))) for seed in (0, 1))
+    manifest = Manifest(kind="songs", id="a")
+    final.save(workspace, manifest.path(FINAL))
+    selection.save(workspace, manifest.path(SELECTION))
+    manifest = publish(workspace, manifest, [FINAL, SELECTION])
+    np.testing.assert_array_equal(SongVectors.load(workspace, manifest).vectors, final.vectors)
+    np.testing.assert_array_equal(SongVectors.load(workspace, manifest, selection=True).vectors, selection.vectors)
+
+
+def test_selection_vectors_of_an_artifact_without_them_are_refused(workspace: Workspace) -> None:
+    manifest = Manifest(kind="songs", id="a")
+    SongVectors.normalized(np.ones((2, 2))).save(workspace, manifest.path(FINAL))
+    with pytest.raises(InputError, match="validation days"):
+        SongVectors.load(workspace, publish(workspace, manifest, [FINAL]), selection=True)
+
+
+def test_centered_vectors_share_no_direction_and_keep_what_tells_songs_apart() -> None:
+    random = np.random.default_rng(3)
+    apart = random.normal(size=(200, 16)).astype(np.float32)
+    hidden = SongVectors.normalized(apart / 10 + np.eye(16, dtype=np.float32)[0])
+    assert float((hidden.vectors @ hidden.vectors.T).mean()) > 0.8
+    shown = hidden.centered()
+    assert abs(float((shown.vectors @ shown.vectors.T).mean())) < 0.01
+    np.testing.assert_allclose(np.linalg.norm(shown.vectors, axis=1), 1, atol=1e-6)
+    wanted = SongVectors.normalized(apart - apart.mean(axis=0))
+    assert float((shown.vectors[:, 1:] * wanted.vectors[:, 1:]).sum(axis=1).mean()) > 0.9
+
+
+def test_centering_leaves_songs_without_a_vector_and_a_song_alone() -> None:
+    two = SongVectors(np.array([[1, 0], [0, 0], [0, 1]], dtype=np.float32)).centered()
+    np.testing.assert_allclose(two.vectors, np.array([[1, -1], [0, 0], [-1, 1]]) / [[2**0.5], [1], [2**0.5]], atol=1e-6)
+    alone = SongVectors(np.array([[0.6, 0.8], [0, 0]], dtype=np.float32))
+    np.testing.assert_array_equal(alone.centered().vectors, alone.vectors)

@@ -1,0 +1,49 @@
+"""Finding the files of an import."""
+
+from pathlib import Path
+
+import pytest
+
+from rayrec.errors import InputError
+from rayrec.importing.readers.files import find_files
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+
+
+def names(paths: list[Path], patterns: list[str], below: Path) -> list[str]:
+    return [str(Path(file.source).relative_to(below)) for file in find_files([str(path) for path in paths], patterns)]
+
+
+def test_a_folder_gives_its_matching_files_by_name_and_below_too(tmp_path: Path) -> None:
+    touch(tmp_path, "b.csv", "a.CSV", "deep/c.csv.gz", "d.txt", ".hidden.csv", "_done.csv")
+    assert names([tmp_path], ["*.csv"], tmp_path) == ["a.CSV", "b.csv", "deep/c.csv.gz"]
+
+
+def test_a_named_file_is_taken_whatever_its_name_and_once(tmp_path: Path) -> None:
+    touch(tmp_path, "plays.txt", "z.csv")
+    found = names([tmp_path / "plays.txt", tmp_path / "z.csv", tmp_path], ["*.csv"], tmp_path)
+    assert found == ["plays.txt", "z.csv"]
+
+
+def test_a_missing_path_and_an_empty_folder_are_input_errors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        find_files([str(tmp_path / "nothing")], ["*.csv"])
+    with pytest.raises(InputError, match=r"holds no file named \*\.csv"):
+        find_files([str(tmp_path)], ["*.csv"])
+
+
+def test_local_sources_are_absolute_for_workers_in_other_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "plays.csv")
+    monkeypatch.chdir(tmp_path)
+    assert find_files(["plays.csv"], ["*.csv"])[0].source == str(tmp_path / "plays.csv")
+
+
+def test_a_uri_that_cannot_be_opened_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="cannot be opened"):
+        find_files(["nosuch://bucket/key"], ["*.csv"])

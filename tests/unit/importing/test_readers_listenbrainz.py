@@ -1,0 +1,103 @@
+"""ListenBrainz dumps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrec.data import columns
+from rayrec.importing.readers import FORMATS, listenbrainz
+from rayrec.importing.readers.reader import Batch, ReadOptions
+
+
+def listen(**changes: Any) -> dict[str, Any]:
+    """A line of a dump, as ListenBrainz writes it."""
+    return {
+        "listened_at": 1421163674,
+        "user_id": 17,
+        "user_name": "ann",
+        "recording_msid": "msid-1",
+        "track_metadata": {
+            "artist_name": "Björk",
+            "track_name": "Jóga",
+            "release_name": "Homogenic",
+            "additional_info": {"recording_mbid": "said-1", "music_service": "spotify.com"},
+            "mbid_mapping": {"recording_mbid": "mapped-1", "artist_mbids": ["x"]},
+        },
+        **changes,
+    }
+
+
+def read(path: Path, lines: list[Any], user: str = "") -> list[Batch]:
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8"
+    )
+    reader = FORMATS["listenbrainz"].make(ReadOptions(user=user))
+    return [batch for unit in reader.plan(str(path), path.stat().st_size, 1 << 20) for batch in reader.read(unit)]
+
+
+def test_a_listen_becomes_a_play(tmp_path: Path) -> None:
+    (batch,) = read(tmp_path / "1.listens", [listen()])
+    assert batch.rows.schema == columns.PLAYS
+    row = batch.rows.to_pylist()[0]
+    assert (row["user_id"], row["song_id"], row["played_at"]) == ("ann", "mapped-1", 1421163674000)
+    assert (row["title"], row["artist"], row["line"]) == ("Jóga", "Björk", 1)
+
+
+def test_the_song_is_the_best_id_that_a_listen_has(tmp_path: Path) -> None:
+    names = {"artist_name": "Björk", "track_name": "Jóga"}
+    lines = [
+        listen(track_metadata={**names, "additional_info": {"recording_mbid": "said-1"}, "mbid_mapping": None}),
+        listen(track_metadata=names),
+        listen(track_metadata=names, recording_msid=None),
+        listen(track_metadata={**names, "additional_info": {"recording_msid": "msid-2"}}, recording_msid=None),
+    ]
+    (batch,) = read(tmp_path / "1.listens", lines)
+    assert batch.rows.column("song_id").to_pylist() == ["said-1", "msid-1", "Björk – Jóga", "msid-2"]
+
+
+def test_bad_lines_are_set_aside_with_their_numbers(tmp_path: Path) -> None:
+    lines = [
+        listen(),
+        "{not json",
+        "",
+        {"user_name": "ann", "listened_at": 1},
+        listen(listened_at=None),
+        listen(user_name=None, user_id=None),
+        listen(track_metadata={}, recording_msid=""),
+        "[1, 2]",
+        listen(),
+    ]
+    (batch,) = read(tmp_path / "1.listens", lines)
+    assert batch.rows.column("line").to_pylist() == [1, 9]
+    assert [(row["line"], row["reason"]) for row in batch.rejected.to_pylist()] == [
+        (2, "not JSON"),
+        (4, listenbrainz.NOT_A_LISTEN),
+        (5, "no time"),
+        (6, "no user"),
+        (7, "no song"),
+        (8, listenbrainz.NOT_A_LISTEN),
+    ]
+    assert batch.rejected.column("text")[0].as_py() == "{not json"
+    assert (batch.read, batch.lines) == (8, 9)
+
+
+def test_half_a_surrogate_pair_does_no_harm(tmp_path: Path) -> None:
+    metadata = r'{"artist_name": "\ud83d", "track_name": "t"}'
+    line = f'{{"user_name": "ann", "listened_at": 1421163674, "track_metadata": {metadata}}}'
+    (batch,) = read(tmp_path / "1.listens", [line])
+    assert batch.rows.column("artist").to_pylist() == ["?"]
+
+
+def test_the_user_setting_names_whose_export_it_is(tmp_path: Path) -> None:
+    (batch,) = read(tmp_path / "export.jsonl", [listen(user_name=None, user_id=None)], user="me")
+    assert batch.rows.column("user_id").to_pylist() == ["me"]
+
+
+def test_batches_are_bounded_and_cover_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listenbrainz, "ROWS_PER_BATCH", 3)
+    batches = read(tmp_path / "1.listens", [listen(listened_at=1421163674 + row) for row in range(10)])
+    assert [batch.rows.num_rows for batch in batches] == [3, 3, 3, 1]
+    assert sum(batch.lines for batch in batches) == 10
+    assert [line for batch in batches for line in batch.rows.column("line").to_pylist()] == list(range(1, 11))

@@ -1,0 +1,72 @@
+"""What nodes a cluster may have, read from the files that launch it."""
+
+from pathlib import Path
+
+import pytest
+
+from rayrec.errors import InputError
+from rayrec.jobs.planning.cluster_file import GIB, quantity, read_cluster
+
+CLUSTER = Path(__file__).parents[4] / "cluster"
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
+def test_a_file_of_ray_up_says_nodes_memory_disk_and_gpus(name: str) -> None:
+    found = read_cluster(str(CLUSTER / name))
+    nodes = {node.name: node for node in found.nodes}
+    assert found.most_nodes == 80
+    assert [node.name for node in found.workers] == ["cpu-spot", "cpu-on-demand", "gpu-spot", "gpu-on-demand"]
+    assert nodes["head"].head
+    assert nodes["cpu-spot"].cpus == 16
+    assert nodes["cpu-spot"].disk == 200 * 10**9
+    assert nodes["cpu-spot"].memory == pytest.approx(0.7 * 128 * GIB, rel=1e-6)
+    assert (nodes["gpu-spot"].gpus, nodes["gpu-spot"].gpu_memory) == (1, 24 * GIB)
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob-train.yaml", "rayservice.yaml", "nightly.yaml"])
+def test_a_manifest_of_kuberay_says_them_too(name: str) -> None:
+    found = read_cluster(str(CLUSTER / "kuberay" / name))
+    head, *workers = found.nodes
+    assert (head.cpus, head.head) == (0, True)
+    assert workers
+    assert all(node.memory and node.disk and node.most for node in workers)
+    assert found.most_nodes == sum(node.most for node in workers)
+
+
+def test_pods_leave_a_share_of_their_memory_to_the_object_store() -> None:
+    nodes = {node.name: node for node in read_cluster(str(CLUSTER / "kuberay" / "raycluster.yaml")).nodes}
+    assert nodes["cpu-spot"].memory == int(0.7 * 120 * GIB)
+    assert nodes["gpu-spot"].gpu_memory == 24 * GIB
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("4", 4), (4, 4), ("500m", 0.5), ("16Gi", 16 * GIB), ("1.5G", 1.5e9), ("2Ki", 2048)],
+)
+def test_quantities_of_kubernetes_are_numbers(text: object, value: float) -> None:
+    assert quantity(text) == value
+
+
+def test_a_cluster_without_autoscaling_has_the_nodes_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "fixed.yaml"
+    text = (CLUSTER / "kuberay" / "raycluster.yaml").read_text()
+    path.write_text(text.replace("enableInTreeAutoscaling: true", "enableInTreeAutoscaling: false"))
+    assert read_cluster(str(path)).most_nodes == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("cluster: [", "is not YAML"),
+        ("kind: Deployment", "neither available_node_types nor a RayCluster"),
+        ("cluster_name: a\navailable_node_types: {a: {resources: {CPU: 4}}}", "a says no memory"),
+        ("kind: RayCluster\nspec: {headGroupSpec: {}}", "cannot be understood"),
+    ],
+)
+def test_other_files_are_refused_with_what_is_wrong(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_cluster(str(path))
+    with pytest.raises(InputError, match="cannot be read"):
+        read_cluster(str(tmp_path / "missing.yaml"))

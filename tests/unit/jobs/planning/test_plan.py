@@ -1,0 +1,174 @@
+"""A plan's figures, worked out by hand, and what it refuses."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from worlds import write_dataset
+
+from rayrec import Workspace
+from rayrec.data.histories import Histories
+from rayrec.errors import InputError
+from rayrec.jobs.planning.cluster_file import GIB, ClusterFile, NodeType
+from rayrec.jobs.planning.plan import GPU_SLACK, TRAINER, WORKER, Plan, StagePlan, make_plan
+from rayrec.jobs.planning.plan_inputs import BUILT_IN_FROM, DataSize, PlanConfig, read_rates
+from rayrec_cli.main import main
+
+CPU = NodeType(name="cpu", cpus=8, gpus=0, memory=64 * GIB, disk=500 * 10**9, gpu_memory=None, most=4)
+GPU = NodeType(name="gpu", cpus=8, gpus=2, memory=64 * GIB, disk=500 * 10**9, gpu_memory=24 * GIB, most=2)
+HEAD = NodeType(name="head", cpus=0, gpus=0, memory=8 * GIB, disk=None, gpu_memory=None, most=1, head=True)
+SMALL = ClusterFile(name="small", nodes=[HEAD, CPU, GPU], most_nodes=5)
+DATA = DataSize(users=10**6, plays=10**8, songs=10**5, buckets=64, largest_bucket=2 * 10**6, looked_at=True)
+RATES = {
+    "import_plays_per_second_per_cpu": 1_000.0,
+    "embed_tokens_per_second_per_cpu": 1_000.0,
+    "train_plays_per_second_per_cpu": 1_000.0,
+    "memory_plays_per_second_per_cpu": 1_000.0,
+    "taste_plays_per_second_per_cpu": 1_000.0,
+}
+ROOT = Path(__file__).parents[4]
+
+
+def planned(config: PlanConfig | None = None, data: DataSize = DATA, cluster: ClusterFile = SMALL) -> Plan:
+    """A plan with rates of a thousand a second."""
+    return make_plan(data, cluster, config or PlanConfig(), RATES)
+
+
+def stage(plan: Plan, name: str) -> StagePlan:
+    """One of its stages."""
+    return next(item for item in plan.stages if item.stage == name)
+
+
+def test_stages_over_users_take_all_cpus_and_hours_by_their_rate() -> None:
+    found = stage(planned(), "taste")
+    assert (found.nodes, found.workers, found.batches) == (4, 32, 64)
+    assert found.hours == pytest.approx(10**8 / (1_000 * 32) / 3600)
+
+
+def test_no_more_cpus_work_than_there_are_buckets() -> None:
+    found = stage(planned(data=replace(DATA, buckets=16)), "taste")
+    assert (found.nodes, found.workers) == (2, 16)
+    assert found.hours == pytest.approx(10**8 / (1_000 * 16) / 3600)
+
+
+def test_a_worker_of_taste_holds_the_song_table_of_its_own() -> None:
+    songs = 10**7
+    found = stage(planned(data=replace(DATA, songs=songs)), "taste")
+    assert found.memory == 8 * (WORKER + 2 * songs * 64 * 4)
+
+
+def test_training_without_gpus_holds_vectors_table_and_moments_on_each_node() -> None:
+    found = stage(planned(PlanConfig(workers=4)), "train")
+    assert (found.node, found.nodes, found.workers) == ("cpu", 4, 4)
+    assert found.memory == TRAINER + (2 * 2 + 1 + 3) * 10**5 * 64 * 4
+    assert found.hours == pytest.approx(10**8 * 12 * 2 / (1_000 * 4) / 3600)
+    assert found.batches == 10**6 // (64 * 4) * 24 + 24
+    packed = stage(planned(PlanConfig(workers=8)), "train")
+    assert packed.memory == 2 * found.memory
+
+
+def test_training_on_gpus_has_a_worker_a_gpu_and_says_that_their_rate_is_unknown() -> None:
+    plan = planned(PlanConfig(gpu=True))
+    found = stage(plan, "train")
+    assert (found.node, found.nodes, found.workers) == ("gpu", 2, 4)
+    assert any("no rate of a GPU is known" in note for note in plan.notes)
+    rates = {**RATES, "train_plays_per_second_per_gpu": 50_000.0}
+    known = stage(make_plan(DATA, SMALL, PlanConfig(gpu=True), rates), "train")
+    assert known.hours == pytest.approx(10**8 * 24 / (50_000 * 4) / 3600)
+
+
+def test_without_a_validation_range_there_is_one_fit() -> None:
+    one, two = (stage(planned(PlanConfig(validation=there)), "embed") for there in (False, True))
+    assert two.hours == pytest.approx(2 * (one.hours or 0))
+    assert planned(PlanConfig(validation=False)).storage["song vectors"] == 10**5 * 64 * 4
+
+
+def test_built_in_rates_fill_in_and_are_marked() -> None:
+    plan = make_plan(DATA, SMALL, PlanConfig(), {"taste_plays_per_second_per_cpu": 5.0})
+    assert stage(plan, "taste").rate_from == "the file of rates"
+    assert stage(plan, "train").rate_from == BUILT_IN_FROM
+    assert any("rayrec bench NAME --save FILE" in note for note in plan.notes)
+    assert stage(plan, "evaluate").hours is None
+    assert not any("built-in" in note for note in planned().notes)
+
+
+@pytest.mark.parametrize(
+    ("data", "cluster", "config", "message"),
+    [
+        ({"largest_bucket": 10**8}, SMALL, {}, "import needs .* more --buckets"),
+        ({"songs": 10**8}, SMALL, {}, "taste needs .* on a cpu"),
+        ({"songs": 10**8}, SMALL, {}, "the driver of an import holds the songs"),
+        ({"plays": 10**11}, SMALL, {}, "embed writes a corpus of .* to the disk of one cpu"),
+        ({"songs": 4 * 10**7}, SMALL, {"gpu": True}, "Adam's two moments on the GPU"),
+        ({}, replace(SMALL, nodes=[HEAD, CPU]), {"gpu": True}, "has no node type with a GPU"),
+        ({}, SMALL, {"batch": 2, "workers": 4}, "a batch of 2 windows cannot be shared by 4"),
+    ],
+)
+def test_what_will_not_fit_is_a_problem(
+    data: dict[str, int], cluster: ClusterFile, config: dict[str, int], message: str
+) -> None:
+    plan = planned(PlanConfig(**config), replace(DATA, **data), cluster)
+    assert any(re.search(message, text) for text in plan.problems), plan.problems
+
+
+def test_what_fits_has_no_problems() -> None:
+    assert planned().problems == []
+    assert planned(PlanConfig(gpu=True)).problems == []
+
+
+def test_a_gpu_holds_the_table_and_its_moments() -> None:
+    edge = int((24 * GIB - GPU_SLACK) / 3 / (64 * 4))
+    fits, fails = (
+        planned(PlanConfig(gpu=True), replace(DATA, songs=songs)).problems for songs in (edge - 1_000, edge + 1_000)
+    )
+    assert not any("on the GPU" in text for text in fits)
+    assert any("on the GPU" in text for text in fails)
+
+
+def test_counts_alone_give_buckets_as_an_import_would() -> None:
+    data = DataSize.assumed(users=10**8, plays=2 * 10**10, songs=10**7)
+    assert data.buckets == 4096
+    assert data.largest_bucket == pytest.approx(1.25 * 2 * 10**10 / 4096, rel=1e-3)
+    assert DataSize.assumed(users=10, plays=100, songs=5).buckets == 16
+    with pytest.raises(InputError, match="plays is 0"):
+        DataSize.assumed(users=10, plays=0, songs=5)
+
+
+def test_rates_are_read_as_bench_writes_them(tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps({"rates": RATES, "machine": {"cpus": 2}, "commit": "abc"}))
+    assert read_rates(str(path)) == RATES
+    for text, message in [("[]", "holds no rates"), ('{"rates": {"a": 0}}', "a rate is above 0")]:
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_rates(str(path))
+
+
+def test_the_command_line_says_problems_by_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--json", "plan", "--cluster", str(ROOT / "cluster" / "aws.yaml"), "--songs", "1000000"]
+    assert main([*command, "--users", "1000000", "--plays", "100000000", "--no-memory"]) == 0
+    fits = json.loads(capsys.readouterr().out)
+    assert fits["problems"] == []
+    assert fits["hours"] > 0
+    assert fits["storage"]["histories"] == 10**9
+    assert main([*command, "--users", "1000000", "--plays", "10000000000000", "--no-memory"]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"]
+    assert main([*command, "--users", "5"]) == 2
+    assert "give --users, --plays and --songs, or none" in capsys.readouterr().err
+
+
+def test_a_data_set_tells_its_skew(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = [3, 40_000, 5, 20, 7, 11, 2, 9]
+    songs = [np.arange(length) % 50 for length in lengths]
+    times = [np.arange(length) * 60_000 for length in lengths]
+    users = [f"user-{number}" for number in range(len(lengths))]
+    write_dataset(workspace, Histories.from_lists(songs, times, user_ids=users), num_songs=50)
+    cluster = str(ROOT / "cluster" / "kuberay" / "raycluster.yaml")
+    assert main(["--workspace", workspace.uri, "plan", "--cluster", cluster, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["skew"]["longest_histories"][0] == ["user-1", 40_000]
+    assert told["data"]["largest_bucket"] == told["skew"]["largest_buckets"][0][1] > 0.8 * sum(lengths)
+    assert told["data"]["looked_at"] is True

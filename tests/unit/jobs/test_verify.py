@@ -1,0 +1,287 @@
+"""The audit finds each planted fault, names where it is, and finds none in a sound workspace."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from networks import NUM_SONGS, model_config, network
+from worlds import random_histories, random_vectors, write_song_vectors
+
+from rayrec.data import columns
+from rayrec.data.catalog import DESCRIPTIONS_FILE
+from rayrec.data.dataset import Dataset, bucket_of
+from rayrec.embeddings.vectors import SongVectors
+from rayrec.importing.describing import store_descriptions
+from rayrec.jobs.verifying.verify import verify_workspace
+from rayrec.model.checkpoint import save_model
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.taste_table import taste_table, tastes_file
+from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
+from rayrec.storage import releases
+from rayrec.storage.artifacts import Manifest, load, publish, sha256
+from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
+from rayrec_cli.main import main
+
+BUCKETS = 2
+AT = 10**7
+
+
+def build(workspace: Workspace, kind: str = "flat") -> Workspace:
+    """A workspace with everything that a release needs, all of it sound."""
+    histories = random_histories(30, NUM_SONGS, seed=3)
+    histories = histories.take(histories.lengths > 0)
+    songs = {
+        columns.SONG: pa.array(range(NUM_SONGS), pa.int32()),
+        columns.SONG_ID: [f"s{song}" for song in range(NUM_SONGS)],
+        columns.TITLE: [""] * NUM_SONGS,
+        columns.ARTIST: [""] * NUM_SONGS,
+    }
+    workspace.write_table(SONGS_TABLE, pa.table(songs, schema=columns.SONGS_TABLE))
+    bucket = bucket_of(histories.user_ids, BUCKETS)
+    parts = [histories.take(bucket == number) for number in range(BUCKETS)]
+    for number, part in enumerate(parts):
+        workspace.write_table(histories_file(0, number), part.to_arrow())
+    write_dataset_manifest(workspace)
+    told = pa.table({columns.SONG_ID: ["s1"], columns.TITLE: ["One"]})
+    rows = [
+        told[each.name] if each.name in told.column_names else pa.nulls(1, each.type) for each in columns.DESCRIPTIONS
+    ]
+    store_descriptions(Dataset(workspace), pa.table(rows, schema=columns.DESCRIPTIONS), {})
+    dataset = {"dataset": "data"}
+    song_vectors = write_song_vectors(workspace, random_vectors(NUM_SONGS), dataset)
+    model = network(model_config())
+    names = save_model(workspace, "models/m", model, np.arange(NUM_SONGS) != 7)
+    publish(workspace, Manifest(kind="models", id="m", inputs={**dataset, "songs": song_vectors.id}), names)
+    tastes = Manifest(kind="tastes", id="t", inputs={**dataset, "models": "m"})
+    for number, part in enumerate(parts):
+        workspace.write_table(tastes_file(tastes.folder, number), taste_table(TasteEncoder(model), part, AT))
+    publish(workspace, tastes, [f"bucket={number:05d}/tastes.parquet" for number in range(BUCKETS)])
+    vectors = np.array(workspace.read_array("models/m/song_vectors.npy"))
+    index = SongIndex.build(vectors, IndexConfig(kind=kind, nlist=4, queries=10))  # type: ignore[arg-type]
+    index.save(workspace, f"indexes/i/{INDEX_FILE}")
+    metrics = vars(index.figures)
+    publish(workspace, Manifest(kind="indexes", id="i", inputs={"models": "m"}, metrics=metrics), [INDEX_FILE])
+    releases.create_release(workspace)
+    return workspace
+
+
+def write_dataset_manifest(workspace: Workspace, **changes: int) -> None:
+    """The manifest of what is there; `changes` are what it says wrongly."""
+    paths = [path.removeprefix("dataset/") for path in workspace.files("dataset") if path.endswith(".parquet")]
+    found = list(_plain_histories(workspace))
+    said = {
+        "users": sum(map(len, found)),
+        "plays": sum(part.num_plays for part in found),
+        "first_play": min(int(part.played_at.min()) for part in found),
+        "last_play": max(int(part.played_at.max()) for part in found),
+        "songs": NUM_SONGS,
+    }
+    files = {path: sha256(workspace, f"dataset/{path}") for path in paths}
+    write_manifest(
+        workspace, DatasetManifest(id="data", source="x", buckets=BUCKETS, parts=1, files=files, **{**said, **changes})
+    )
+
+
+def _plain_histories(workspace: Workspace):
+    from rayrec.data.histories import Histories
+
+    for bucket in range(BUCKETS):
+        yield Histories.from_arrow(workspace.read_table(histories_file(0, bucket)))
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound") / "workspace"
+    build(Workspace(folder))
+    return folder
+
+
+@pytest.fixture
+def sound(template: Path, tmp_path: Path) -> Workspace:
+    shutil.copytree(template, tmp_path / "copy")
+    return Workspace(tmp_path / "copy")
+
+
+def problems(workspace: Workspace) -> list[str]:
+    return [f"{finding.path} {finding.text}" for finding in verify_workspace(workspace).problems]
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_a_sound_workspace_has_neither_problems_nor_notes(tmp_path: Path, kind: str) -> None:
+    workspace = build(Workspace(tmp_path / "new"), kind)
+    audit = verify_workspace(workspace)
+    assert (audit.problems, audit.notes) == ([], [])
+    assert [item.kind for item in audit.checked] == [
+        "dataset",
+        "descriptions",
+        "songs",
+        "models",
+        "tastes",
+        "indexes",
+        "releases",
+    ]
+    stored = [path for path in workspace.files("") if path.endswith((".npy", ".parquet", ".safetensors", ".faiss"))]
+    assert stored
+    assert set(stored) <= audit.covered
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_a_byte_changed_or_a_file_gone_is_named_whatever_the_file(sound: Workspace, damage: str) -> None:
+    for path in sound.files(""):
+        if path == "releases/active":
+            continue
+        before = sound.read_bytes(path)
+        if damage == "changed":
+            sound.write_bytes(path, before[:-3] + bytes([before[-3] ^ 1]) + before[-2:])
+        else:
+            sound.delete(path)
+        audit = verify_workspace(sound)
+        told = [finding.path for finding in audit.problems + audit.notes]
+        assert not audit.is_sound or path.endswith("manifest.json"), path
+        assert any(path.startswith(name) for name in told) or path == "dataset/dataset.json", (path, told)
+        sound.write_bytes(path, before)
+    assert problems(sound) == []
+
+
+def remake(workspace: Workspace, kind: str, name: str) -> None:
+    """Checksum an artifact's files as they are now, so that only their content can tell."""
+    manifest = load(workspace, kind, name)
+    publish(workspace, manifest, manifest.files)
+    workspace.delete("releases")
+
+
+def drop_a_taste(workspace: Workspace) -> None:
+    path = tastes_file("tastes/t", 0)
+    workspace.write_table(path, workspace.read_table(path).slice(1))
+    remake(workspace, "tastes", "t")
+
+
+def repeat_a_taste(workspace: Workspace) -> None:
+    path = tastes_file("tastes/t", 1)
+    table = workspace.read_table(path)
+    workspace.write_table(path, pa.concat_tables([table, table.slice(0, 1)]))
+    remake(workspace, "tastes", "t")
+
+
+def stretch_a_taste(workspace: Workspace) -> None:
+    path = tastes_file("tastes/t", 0)
+    table = workspace.read_table(path)
+    values = [[2.0 * value for value in row] for row in table.column("taste_short").to_pylist()]
+    column = table.column_names.index("taste_short")
+    workspace.write_table(path, table.set_column(column, "taste_short", pa.array(values, pa.list_(pa.float32()))))
+    remake(workspace, "tastes", "t")
+
+
+def break_song_vectors(workspace: Workspace) -> None:
+    vectors = np.array(workspace.read_array("songs/by-hand/vectors.npy"))
+    vectors[5, 0] = np.nan
+    workspace.write_array("songs/by-hand/vectors.npy", vectors)
+    remake(workspace, "songs", "by-hand")
+
+
+def index_other_vectors(workspace: Workspace) -> None:
+    vectors = np.array(workspace.read_array("models/m/song_vectors.npy"))
+    vectors[3] = SongVectors.normalized(vectors[3:4] + 0.1).vectors[0]
+    SongIndex.build(vectors, IndexConfig()).save(workspace, f"indexes/i/{INDEX_FILE}")
+    remake(workspace, "indexes", "i")
+
+
+def move_a_user(workspace: Workspace) -> None:
+    one, two = (workspace.read_table(histories_file(0, bucket)) for bucket in range(2))
+    workspace.write_table(histories_file(0, 1), pa.concat_tables([two, one.slice(0, 1)]))
+    workspace.write_table(histories_file(0, 0), one.slice(1))
+    write_dataset_manifest(workspace)
+    workspace.delete("releases")
+
+
+def repeat_a_user(workspace: Workspace) -> None:
+    table = workspace.read_table(histories_file(0, 0))
+    workspace.write_table(histories_file(0, 0), pa.concat_tables([table, table.slice(2, 1)]))
+    write_dataset_manifest(workspace)
+    workspace.delete("releases")
+
+
+def disorder_plays(workspace: Workspace) -> None:
+    table = workspace.read_table(histories_file(0, 0))
+    times = [row[::-1] for row in table.column("played_at").to_pylist()]
+    column = table.column_names.index("played_at")
+    workspace.write_table(histories_file(0, 0), table.set_column(column, "played_at", [times]).cast(table.schema))
+    write_dataset_manifest(workspace)
+    workspace.delete("releases")
+
+
+def say_other_plays(workspace: Workspace) -> None:
+    write_dataset_manifest(workspace, plays=12)
+    workspace.delete("releases")
+
+
+def describe_a_song_twice(workspace: Workspace) -> None:
+    told = Dataset(workspace).descriptions()
+    assert told is not None
+    table = workspace.read_table(told.path(DESCRIPTIONS_FILE))
+    workspace.write_table(told.path(DESCRIPTIONS_FILE), pa.concat_tables([table, table]))
+    remake(workspace, "descriptions", told.id)
+
+
+def leave_a_stray_file(workspace: Workspace) -> None:
+    workspace.write_array("models/m/forgotten.npy", np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("plant", "expected"),
+    [
+        (drop_a_taste, "bucket=00000/tastes.parquet lacks 1 users"),
+        (repeat_a_taste, "bucket=00001/tastes.parquet a user is there twice"),
+        (stretch_a_taste, "taste_short holds a row that is not of length 1"),
+        (break_song_vectors, "songs/by-hand/vectors.npy a row from 0 on is neither finite"),
+        (index_other_vectors, "indexes/i/index.faiss differs from models/m/song_vectors.npy"),
+        (move_a_user, "bucket=00001 user"),
+        (repeat_a_user, "bucket=00000 a user is there twice"),
+        (disorder_plays, "bucket=00000 plays are not in the order of time"),
+        (say_other_plays, "dataset/dataset.json says plays 12, the histories hold"),
+        (describe_a_song_twice, "descriptions.parquet a song is described twice"),
+        (leave_a_stray_file, "models/m/forgotten.npy stands under no manifest"),
+    ],
+)
+def test_a_planted_fault_is_found_where_it_is(
+    sound: Workspace, plant: Callable[[Workspace], None], expected: str
+) -> None:
+    plant(sound)
+    assert [line for line in problems(sound) if expected in line], problems(sound)
+
+
+def test_what_unfinished_jobs_leave_is_a_note(sound: Workspace) -> None:
+    sound.write_array("models/half/song_vectors.npy", np.zeros(3))
+    sound.write_bytes("dataset/.staging/units/0004-abc/rows-0000.arrow", b"x")
+    sound.write_bytes("tastes/t/bucket=00000/.tastes.parquet.1234", b"x")
+    audit = verify_workspace(sound)
+    assert audit.problems == []
+    assert sorted(note.path for note in audit.notes) == [
+        "dataset/.staging",
+        "models/half",
+        "tastes/t/bucket=00000/.tastes.parquet.1234",
+    ]
+
+
+def test_an_empty_workspace_is_sound(workspace: Workspace) -> None:
+    audit = verify_workspace(workspace)
+    assert (audit.problems, [note.path for note in audit.notes]) == ([], ["dataset/dataset.json"])
+
+
+def test_a_live_release_whose_data_set_was_replaced_is_a_problem(sound: Workspace) -> None:
+    manifest = sound.read_json("dataset/dataset.json")
+    sound.write_json("dataset/dataset.json", {**manifest, "id": "other"})
+    assert ["its data set data is gone" in line for line in problems(sound)] == [True]
+
+
+def test_exit_codes_and_json_tell_what_is_wrong(sound: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--workspace", sound.uri, "verify"]) == 0
+    assert "The workspace is sound." in capsys.readouterr().out
+    sound.delete("models/m/song_vectors.npy")
+    assert main(["--workspace", sound.uri, "--json", "verify"]) == 1
+    assert '"path": "models/m/song_vectors.npy", "text": "is missing"' in capsys.readouterr().out
+    assert Dataset(sound).manifest.id == "data"

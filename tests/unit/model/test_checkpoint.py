@@ -1,0 +1,98 @@
+"""Networks at rest: what comes back is what was saved."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import NUM_SONGS, MemoryHost, cycling_histories, model_config, network
+from worlds import random_histories
+
+from rayrec.data.histories import Questions
+from rayrec.errors import DamagedArtifactError
+from rayrec.model.checkpoint import export_song_vectors, load_model, load_training, save_model, save_training
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.train_config import FeatureSpec, SongTable, TrainConfig
+from rayrec.model.training import Training
+from rayrec.model.workers import Share
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
+
+KNOWN = np.arange(NUM_SONGS) % 5 > 0
+MANIFEST = Manifest(kind="models", id="m")
+
+
+@pytest.mark.parametrize("input_table", [False, True])
+def test_a_stored_network_gives_the_same_vectors(workspace: Workspace, input_table: bool) -> None:
+    features = FeatureSpec(contexts=("a", "b"), hour=True)
+    model = network(model_config(layers=2, song_table="trained", features=features, input_table=input_table))
+    with torch.no_grad():
+        model.songs.weight *= 3  # a trained table is not normalized
+        if model.inputs is not None:
+            model.inputs.weight.copy_(torch.randn(NUM_SONGS, 8, generator=torch.Generator().manual_seed(2)))
+    names = save_model(workspace, MANIFEST.folder, model, np.ones(NUM_SONGS, dtype=bool))
+    assert sorted(f"{MANIFEST.folder}/{name}" for name in names) == workspace.files(MANIFEST.folder)
+    loaded = load_model(workspace, MANIFEST.folder)
+    assert loaded.config == model.config
+    assert not any(value.requires_grad for value in loaded.parameters())
+    histories = random_histories(20, NUM_SONGS)
+    asked = Questions.at_end(histories, 10**9)
+    found, wanted = (TasteEncoder(each).vectors(histories, asked, "long") for each in (loaded, model))
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_exported_song_vectors_are_normalized_and_zero_where_unknown() -> None:
+    model = network()
+    with torch.no_grad():
+        model.songs.weight *= torch.arange(1, NUM_SONGS + 1).unsqueeze(1)
+    vectors = export_song_vectors(model, KNOWN)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), KNOWN, atol=1e-6)
+
+
+def test_song_vectors_of_another_network_are_noticed(workspace: Workspace) -> None:
+    save_model(workspace, MANIFEST.folder, network(), KNOWN)
+    workspace.write_array(MANIFEST.path("song_vectors.npy"), np.zeros((3, 8), np.float32))
+    with pytest.raises(DamagedArtifactError, match=r"is \(3, 8\), the model expects \(60, 8\); train the model again"):
+        load_model(workspace, MANIFEST.folder)
+
+
+def trained(config: TrainConfig, epochs: int) -> Training:
+    made = Training(network(model_config(config)), config, np.ones(NUM_SONGS), device="cpu", share=Share())
+    host = MemoryHost({"final": cycling_histories(20)}, config)
+    for epoch in range(epochs):
+        made.epoch(host.windows("final", epoch), epoch, on_step=lambda _: None)
+    return made
+
+
+@pytest.mark.parametrize("table", ["trained", "frozen"])
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_training_is_put_back_with_its_optimizers(tmp_path: Path, table: SongTable, epochs: int) -> None:
+    config = TrainConfig(hidden_dim=8, window=10, batch=8, negatives=10, long=(2, 3), song_table=table)
+    made = trained(config, epochs)
+    best = {"a": torch.arange(3.0)}
+    save_training(tmp_path, made, best, {"epoch": epochs})
+    fresh = trained(config, 0)
+    found, progress = load_training(tmp_path, fresh)
+    assert progress == {"epoch": epochs}
+    assert found is not None
+    assert torch.equal(found["a"], best["a"])
+    for name, value in made.model.state_dict().items():
+        assert torch.equal(fresh.model.state_dict()[name], value)
+    mine, theirs = fresh.optimizer_state(), made.optimizer_state()
+    assert mine.keys() == theirs.keys()
+    assert any(name.startswith("inputs.weight/") for name in theirs) is (table == "trained")
+    for name, value in theirs.items():
+        assert torch.equal(mine[name], value), name
+
+
+def test_without_best_weights_there_are_none(tmp_path: Path) -> None:
+    made = trained(TrainConfig(hidden_dim=8, window=10, batch=8, negatives=10, long=(2, 3)), 0)
+    save_training(tmp_path, made, None, {})
+    assert load_training(tmp_path, made)[0] is None
+
+
+def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
+    made = trained(TrainConfig(hidden_dim=8, window=10, batch=8, negatives=10, long=(2, 3)), 1)
+    save_training(tmp_path, made, None, {})
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}

@@ -1,0 +1,97 @@
+"""What contexts are worth: in a world where they decide, the network gains by them what the world's rules predict."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from networks import MemoryHost, model_config
+from worlds import random_vectors
+
+from rayrec.data.histories import Histories
+from rayrec.data.synthetic.oracle import Oracle, every_play
+from rayrec.data.synthetic.world import ALBUM, CONTEXTS, PLAYLIST, GenerateConfig, World
+from rayrec.model.fit import Fit, FitData
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.train_config import FeatureSpec, TrainConfig
+
+NUM_SONGS = 40
+JUDGED, LEARNED = np.arange(150), np.arange(150, 750)  # users
+CONFIG = TrainConfig(
+    hidden_dim=32,
+    window=40,
+    batch=16,
+    negatives=64,
+    long=(),
+    epochs=7,
+    learning_rate=0.01,
+    memory=False,
+)
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Recall@1 of the plays that have an earlier one by the same user."""
+
+    with_contexts: float
+    without: float
+
+    @property
+    def margin(self) -> float:
+        return self.with_contexts - self.without
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    """Sessions of two plays on average, half of them albums and half playlists, each to its end.
+
+    The first song of a session is one of its mood whatever the context, so that only the context
+    tells which order the second one follows.
+    """
+    world = World(GenerateConfig(songs=NUM_SONGS, artists=6, genres=3, plays=30, session_plays=2, follow=1))
+    start: np.ndarray = np.zeros(len(CONTEXTS))
+    start[[PLAYLIST, ALBUM]] = 0.5
+    world.context_shares = np.vstack([np.eye(len(CONTEXTS)), start])
+    return world
+
+
+@pytest.fixture(scope="module")
+def predicted(world: World) -> Recall:
+    """What no predictor can pass that sees the contexts, or does not."""
+    aware, blind = (Oracle(world, know_contexts=known) for known in (True, False))
+    return Recall(aware.best_recall(1, JUDGED, first_play=1), blind.best_recall(1, JUDGED, first_play=1))
+
+
+@pytest.fixture(scope="module")
+def learned(world: World) -> Recall:
+    """What two networks reach on users that they have not seen, one of them with contexts."""
+    learn_from, judge_on = world.histories(LEARNED), world.histories(JUDGED)
+    return Recall(*(learned_recall(learn_from, judge_on, names) for names in (CONTEXTS, ())))
+
+
+def learned_recall(learn_from: Histories, judge_on: Histories, contexts: tuple[str, ...]) -> float:
+    """The recall@1 of a network with these contexts as features."""
+    torch.set_num_threads(1)
+    shape = model_config(CONFIG, num_songs=NUM_SONGS, features=FeatureSpec(contexts=contexts))
+    counts = np.bincount(learn_from.songs, minlength=NUM_SONGS)
+    data = FitData(vectors=random_vectors(NUM_SONGS), counts=counts)
+    model = Fit(shape, CONFIG, {"final": data}, MemoryHost({"final": learn_from}, CONFIG), validation=None).run()
+    questions = every_play(judge_on, first_play=1)
+    tastes = TasteEncoder(model).vectors(judge_on, questions, "short")
+    songs = model.song_vectors(torch.arange(NUM_SONGS)).detach().numpy()
+    played = judge_on.songs[judge_on.offsets[questions.rows] + questions.seen]
+    return float(((tastes @ songs.T).argmax(axis=1) == played).mean())
+
+
+def test_the_rules_predict_a_margin_that_no_sample_hides(predicted: Recall) -> None:
+    """A session's second play is one in four, and told by its context where a guess between two orders is not."""
+    assert predicted.margin == pytest.approx(0.25 * 0.5, abs=0.02)
+
+
+def test_the_network_with_contexts_gains_most_of_what_the_rules_predict(predicted: Recall, learned: Recall) -> None:
+    assert 0.5 * predicted.margin < learned.margin < 1.5 * predicted.margin
+    assert predicted.without < learned.with_contexts < predicted.with_contexts
+
+
+def test_the_network_without_them_stays_below_what_can_be_known_without(predicted: Recall, learned: Recall) -> None:
+    assert learned.without < predicted.without

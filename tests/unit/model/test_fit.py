@@ -1,0 +1,279 @@
+"""A whole fit: it learns a planted world, stops in time, and resumes as if it had never stopped."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import MINUTE, NUM_SONGS, Crash, MemoryHost, cycling_histories, model_config
+from worlds import random_vectors
+
+from rayrec.data.histories import Histories
+from rayrec.errors import DivergedError
+from rayrec.model import fit as fit_module
+from rayrec.model.fit import RECALL_AT, Fit, FitData, Phase, Validation, start_vectors
+from rayrec.model.network import TasteModel
+from rayrec.model.train_config import Objective, SongTable, TrainConfig
+from rayrec.model.workers import Share
+
+CUT = 15 * MINUTE
+SMALL = {"hidden_dim": 16, "window": 12, "batch": 8, "negatives": 30, "long": (2, 5), "learning_rate": 0.01}
+
+
+def settings(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{**SMALL, "epochs": 3, **changes})
+
+
+@pytest.fixture(scope="module")
+def histories() -> Histories:
+    torch.set_num_threads(1)
+    return cycling_histories(50)
+
+
+@pytest.fixture(scope="module")
+def plays(histories: Histories) -> dict[Phase, Histories]:
+    return {"selection": histories.before(CUT), "final": histories}
+
+
+@pytest.fixture(scope="module")
+def validation(histories: Histories) -> Validation:
+    return Validation(histories=histories, plays=np.flatnonzero(histories.played_at >= CUT))
+
+
+def fit_of(config: TrainConfig, plays: dict[Phase, Histories], validation: Validation | None, host: MemoryHost) -> Fit:
+    data = {
+        phase: FitData(vectors=random_vectors(NUM_SONGS), counts=np.bincount(plays[phase].songs, minlength=NUM_SONGS))
+        for phase in plays
+    }
+    return Fit(model_config(config), config, data, host, validation=validation)
+
+
+def same(first: TasteModel, second: TasteModel) -> bool:
+    return all(
+        torch.equal(value, other)
+        for value, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "table"), [("sampled-softmax", "trained"), ("sampled-softmax", "frozen"), ("cosine", "frozen")]
+)
+def test_a_planted_world_is_learned_far_above_popularity(
+    plays: dict[Phase, Histories], validation: Validation, objective: Objective, table: SongTable
+) -> None:
+    config = settings(epochs=10, patience=9, learning_rate=0.03, refit=False, objective=objective, song_table=table)
+    fit = fit_of(config, plays, validation, MemoryHost(plays, config))
+    fit.run()
+    counts = np.bincount(plays["selection"].songs, minlength=NUM_SONGS)
+    popular = np.argsort(-counts)[:RECALL_AT]
+    popularity = np.isin(validation.histories.songs[validation.plays], popular).mean()
+    assert popularity < 0.5
+    assert fit.progress.best_recall > 0.9
+
+
+def test_without_a_validation_range_the_fit_runs_the_epochs_it_was_told(plays: dict[Phase, Histories]) -> None:
+    config = settings()
+    host = MemoryHost(plays, config)
+    fit = fit_of(config, {"final": plays["final"]}, None, host)
+    fit.run()
+    assert [line["epoch"] for line in fit.progress.epochs] == [0, 1, 2]
+    assert {phase for phase, _ in host.reports} == {"final"}
+    inputs = int((plays["final"].lengths - 1).sum())
+    assert [line["plays"] for line in fit.progress.epochs] == [inputs] * 3
+
+
+def recalls(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """Let the validation find these figures, epoch by epoch."""
+    coming = iter(values)
+    monkeypatch.setattr(Fit, "_recall", lambda _: next(coming))
+
+
+def epochs_of(fit: Fit) -> dict[str, int]:
+    phases = [line["phase"] for line in fit.progress.epochs]
+    return {phase: phases.count(phase) for phase in set(phases)}
+
+
+def test_training_stops_when_patience_is_out_and_refits_for_the_best_epochs(
+    plays: dict[Phase, Histories], validation: Validation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recalls(monkeypatch, [0.1, 0.3, 0.2, 0.3, 0.9])
+    config = settings(epochs=10, patience=2)
+    fit = fit_of(config, plays, validation, MemoryHost(plays, config))
+    refitted = fit.run()
+    assert epochs_of(fit) == {"selection": 4, "final": 2}
+    assert (fit.progress.best_epoch, fit.progress.best_recall) == (1, 0.3)
+    alone = settings(epochs=2)
+    assert same(refitted, fit_of(alone, {"final": plays["final"]}, None, MemoryHost(plays, alone)).run())
+
+
+def test_without_refit_the_weights_of_the_best_epoch_are_kept(
+    plays: dict[Phase, Histories], validation: Validation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recalls(monkeypatch, [0.1, 0.3, 0.2, 0.2])
+    config = settings(epochs=4, patience=5, refit=False)
+    kept = fit_of(config, plays, validation, MemoryHost(plays, config)).run()
+    alone = replace(config, epochs=2)
+    data: dict[Phase, Histories] = {"final": plays["selection"]}
+    assert same(kept, fit_of(alone, data, None, MemoryHost(data, alone)).run())
+
+
+DEEP = {"song_table": "frozen", "dropout": 0.2, "num_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("phase", "crash_after", "changes"),
+    [
+        ("selection", 5, {}),
+        ("selection", 15, DEEP),
+        ("selection", 20, {"refit": False}),
+        ("final", 5, DEEP),
+        ("final", 20, {}),
+    ],
+)
+def test_a_resumed_fit_ends_where_an_undisturbed_one_ends(
+    plays: dict[Phase, Histories],
+    validation: Validation,
+    changes: dict[str, Any],
+    phase: Phase,
+    crash_after: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fit_module, "STEPS_BETWEEN_READS", 2)
+    monkeypatch.setattr(Fit, "_recall", lambda fit: [0.1, 0.3, 0.2][fit.progress.epoch - 1])
+    config = settings(epochs=3, checkpoint_minutes=0.0, **changes)
+    undisturbed_host = MemoryHost(plays, config)
+    undisturbed = fit_of(config, plays, validation, undisturbed_host)
+    wanted = undisturbed.run()
+    crashing = MemoryHost(plays, config, tmp_path, crash_after=(phase, crash_after))
+    with pytest.raises(Crash):
+        fit_of(config, plays, validation, crashing).run()
+    resumed_host = MemoryHost(plays, config)
+    resumed = fit_of(config, plays, validation, resumed_host)
+    resumed.resume(crashing.checkpoints[-1])
+    assert resumed.progress.phase == phase
+    assert same(resumed.run(), wanted)
+    kept = len(undisturbed_host.reports) - len(resumed_host.reports)
+    assert 1 <= len(crashing.reports) - kept <= 2  # no more is lost than since the last checkpoint
+    assert (resumed.progress.best_epoch, resumed.progress.best_recall) == (
+        undisturbed.progress.best_epoch,
+        undisturbed.progress.best_recall,
+    )
+
+
+def figures_of(fit: Fit) -> list[tuple[Any, ...]]:
+    """What each epoch reported, seconds aside."""
+    return [(line["phase"], line["epoch"], line["plays"], round(line["loss"], 5)) for line in fit.progress.epochs]
+
+
+def test_a_fit_resumed_after_any_step_reports_the_plays_and_losses_of_an_undisturbed_one(
+    plays: dict[Phase, Histories], validation: Validation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last step of an epoch and of the last epoch too."""
+    monkeypatch.setattr(fit_module, "STEPS_BETWEEN_READS", 1)
+    monkeypatch.setattr(Fit, "_recall", lambda fit: [0.1, 0.3][fit.progress.epoch - 1])
+    config = settings(epochs=2, checkpoint_minutes=0.0)
+    host = MemoryHost(plays, config, tmp_path)
+    undisturbed = fit_of(config, plays, validation, host)
+    undisturbed.run()
+    last_steps = 0
+    for folder in host.checkpoints[::3] + host.checkpoints[-2:]:
+        resumed = fit_of(config, plays, validation, MemoryHost(plays, config))
+        resumed.resume(folder)
+        last_steps += resumed.progress.step == len(list(host.windows(resumed.progress.phase, 0)))
+        resumed.run()
+        assert figures_of(resumed) == figures_of(undisturbed), folder
+    assert last_steps
+
+
+def test_a_training_that_diverges_stops_with_advice_and_keeps_no_checkpoint_of_it(
+    plays: dict[Phase, Histories], validation: Validation, tmp_path: Path
+) -> None:
+    config = settings(learning_rate=1e20)
+    host = MemoryHost(plays, config, tmp_path)
+    with pytest.raises(DivergedError, match=r"not finite in epoch 1.*lower the learning rate \(now 1e\+20\)"):
+        fit_of(config, plays, validation, host).run()
+    assert host.checkpoints == []
+
+
+def test_a_weight_that_is_not_finite_stops_a_training_whose_loss_still_is(
+    plays: dict[Phase, Histories], validation: Validation
+) -> None:
+    config = settings()
+    fit = fit_of(config, plays, validation, MemoryHost(plays, config))
+    with torch.no_grad():
+        fit.training.model.heads["long"].weight.fill_(torch.inf)
+    fit.training.epoch = lambda *_, **__: None  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match="a weight is not finite in epoch 1"):
+        fit.run()
+
+
+def test_a_finished_fit_that_is_resumed_has_nothing_left_to_do(
+    plays: dict[Phase, Histories], validation: Validation, tmp_path: Path
+) -> None:
+    config = settings(epochs=2)
+    host = MemoryHost(plays, config, tmp_path)
+    wanted = fit_of(config, plays, validation, host).run()
+    after = MemoryHost(plays, config)
+    resumed = fit_of(config, plays, validation, after)
+    resumed.resume(host.checkpoints[-1])
+    assert same(resumed.run(), wanted)
+    assert after.reports == []
+
+
+def test_the_validation_is_shared_by_users(validation: Validation) -> None:
+    parts = [validation.share(Share(rank=rank, workers=3)) for rank in range(3)]
+    found = sorted(
+        (str(part.histories.user_ids[row]), int(part.histories.played_at[play]))
+        for part in parts
+        for row, play in zip(part.histories.rows[part.plays], part.plays, strict=True)
+    )
+    whole = validation.histories
+    rows = whole.rows[validation.plays]
+    assert found == sorted(zip(whole.user_ids[rows], whole.played_at[validation.plays].tolist(), strict=True))
+
+
+def test_songs_without_a_vector_start_at_a_random_one_and_the_others_stay() -> None:
+    vectors = random_vectors(10)
+    vectors[3] = 0
+    filled = start_vectors(vectors, seed=1)
+    assert np.linalg.norm(filled[3]) == pytest.approx(1)
+    np.testing.assert_array_equal(np.delete(filled, 3, axis=0), np.delete(vectors, 3, axis=0))
+    np.testing.assert_array_equal(filled, start_vectors(vectors, seed=1))
+    assert not vectors[3].any()
+
+
+def test_songs_are_known_by_a_play_or_by_a_vector() -> None:
+    vectors = random_vectors(4)
+    vectors[2:] = 0
+    data = FitData(vectors=vectors, counts=np.array([0, 5, 1, 0]))
+    assert data.known.tolist() == [True, True, True, False]
+
+
+def test_ties_and_unknown_songs_are_no_hits() -> None:
+    """Against a vector that is equally near to all 30 songs, no play is found; nor is an unknown song."""
+    config = settings()
+    model = TasteModel(replace(model_config(config), num_songs=30), torch.ones(30, 8))
+    histories = Histories.from_lists([[1, 2, 3]], [[1, 2, 3]])
+    asked = Validation(histories=histories, plays=np.array([1, 2]))
+    alike: np.ndarray = np.ones((30, 8), np.float32)
+    assert fit_module.count_hits(model, alike, asked, "cpu") == 0
+    few = alike.copy()
+    few[10:] = 0  # ten known songs: all of them are among the first 20, ties or not
+    assert fit_module.count_hits(model, few, asked, "cpu") == 2
+    few[2] = 0
+    assert fit_module.count_hits(model, few, asked, "cpu") == 1
+
+
+def test_a_score_that_is_not_a_number_is_no_hit() -> None:
+    config = settings()
+    broken = TasteModel(replace(model_config(config), num_songs=3), torch.ones(3, 8))
+    torch.nn.init.constant_(broken.heads["short"].bias, torch.nan)
+    asked = Validation(histories=Histories.from_lists([[0, 1, 2]], [[1, 2, 3]]), plays=np.array([1, 2]))
+    assert fit_module.count_hits(broken, np.ones((3, 8), np.float32), asked, "cpu") == 0
+    whole = TasteModel(replace(model_config(config), num_songs=3), torch.ones(3, 8))
+    vectors: np.ndarray = np.ones((3, 8), np.float32)
+    vectors[1] = np.nan
+    assert fit_module.count_hits(whole, vectors, asked, "cpu") == 1

@@ -1,0 +1,216 @@
+"""Inference: batch equals single, and a carried state equals one pass over the whole history."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from networks import MINUTE, NUM_SONGS, model_config, network
+from worlds import random_histories
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.windows import NEVER
+from rayrec.model import inference
+from rayrec.model.inference import States, TasteEncoder
+from rayrec.model.train_config import FeatureSpec
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def histories() -> Histories:
+    """Users of 0 to 40 plays, some without any."""
+    made = random_histories(25, NUM_SONGS, longest=40, seed=8)
+    return made.keep(made.rows % 8 != 3)
+
+
+@pytest.fixture(params=[(1, "gru"), (2, "gru"), (2, "lstm")], ids=["one layer", "two layers", "lstm"])
+def encoder(request: pytest.FixtureRequest) -> TasteEncoder:
+    return TasteEncoder(
+        network(model_config(layers=request.param[0], cell=request.param[1], features=FeatureSpec(hour=True)))
+    )
+
+
+@pytest.fixture(params=[1024, 7], ids=["whole", "in pieces"])
+def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Plays in a pass: with 7, most histories of the tests are longer and carry their state on."""
+    monkeypatch.setattr(inference, "PIECE", request.param)
+    return int(request.param)
+
+
+def every_question(histories: Histories) -> Questions:
+    """A question before each play, and one after the last, of every user."""
+    rows = np.repeat(np.arange(len(histories)), histories.lengths + 1)
+    firsts = np.repeat(np.cumsum(histories.lengths + 1) - histories.lengths - 1, histories.lengths + 1)
+    at = np.full(len(rows), histories.played_at.max() + MINUTE)
+    order = np.random.default_rng(0).permutation(len(rows))
+    return Questions(rows=rows, seen=np.arange(len(rows)) - firsts, at=at).take(order)
+
+
+def halves(histories: Histories, shares: np.ndarray) -> tuple[Histories, Histories]:
+    """Each history cut in two, the first part holding `shares` of it."""
+    position = np.arange(histories.num_plays) - histories.offsets[histories.rows]
+    early = position < np.floor(histories.lengths * shares)[histories.rows]
+    return histories.keep(early), histories.keep(~early)
+
+
+@pytest.mark.usefixtures("piece")
+def test_a_batch_gives_what_each_user_gives_alone(encoder: TasteEncoder, histories: Histories) -> None:
+    at = int(histories.played_at.max())
+    together = encoder.vectors(histories, Questions.at_end(histories, at), "long")
+    _, states = encoder.run(histories)
+    for row in range(len(histories)):
+        alone = histories.take(np.array([row]))
+        np.testing.assert_allclose(
+            encoder.vectors(alone, Questions.at_end(alone, at), "long")[0], together[row], **CLOSE
+        )
+        np.testing.assert_allclose(encoder.run(alone)[1].hidden[0], states.hidden[row], **CLOSE)
+
+
+@pytest.mark.usefixtures("piece")
+def test_any_question_is_answered_from_the_plays_before_it_alone(encoder: TasteEncoder, histories: Histories) -> None:
+    questions = every_question(histories)
+    found = encoder.vectors(histories, questions, "short")
+    for number in range(0, len(questions), 7):
+        row, seen = int(questions.rows[number]), int(questions.seen[number])
+        alone = histories.take(np.array([row]))
+        prefix = alone.keep(np.arange(alone.num_plays) < seen)
+        wanted = encoder.vectors(prefix, Questions.at_end(prefix, questions.at[number]), "short")
+        np.testing.assert_allclose(found[number], wanted[0], **CLOSE)
+
+
+@pytest.mark.usefixtures("piece")
+@pytest.mark.parametrize("seed", range(3))
+def test_going_on_from_a_state_equals_one_pass(encoder: TasteEncoder, histories: Histories, seed: int) -> None:
+    whole, states = encoder.run(histories, Questions.at_end(histories, 0))
+    early, late = halves(histories, np.random.default_rng(seed).random(len(histories)))
+    _, between = encoder.run(early)
+    hidden, carried = encoder.run(late, Questions.at_end(late, 0), between)
+    np.testing.assert_allclose(carried.hidden, states.hidden, **CLOSE)
+    np.testing.assert_allclose(hidden, whole, **CLOSE)
+    np.testing.assert_array_equal(carried.last_played_at, states.last_played_at)
+
+
+def test_questions_after_a_carried_state_equal_those_of_the_whole(encoder: TasteEncoder, histories: Histories) -> None:
+    early, late = halves(histories, np.full(len(histories), 0.5))
+    _, between = encoder.run(early)
+    asked = every_question(late)
+    found = encoder.vectors(late, asked, "short", between)
+    whole = Questions(rows=asked.rows, seen=asked.seen + early.lengths[asked.rows], at=asked.at)
+    np.testing.assert_allclose(found, encoder.vectors(histories, whole, "short"), **CLOSE)
+
+
+def test_running_leaves_the_states_it_started_from_alone(encoder: TasteEncoder, histories: Histories) -> None:
+    _, states = encoder.run(histories)
+    hidden, last = states.hidden.copy(), states.last_played_at.copy()
+    encoder.run(histories, start=states)
+    np.testing.assert_array_equal(states.hidden, hidden)
+    np.testing.assert_array_equal(states.last_played_at, last)
+
+
+def test_read_only_states_are_enough(encoder: TasteEncoder, histories: Histories) -> None:
+    """Arrays from Ray's object store cannot be written to."""
+    _, states = encoder.run(histories)
+    states.hidden.setflags(write=False)
+    states.last_played_at.setflags(write=False)
+    np.testing.assert_array_equal(
+        encoder.run(histories.keep(histories.songs < 0), start=states)[1].hidden, states.hidden
+    )
+
+
+def test_a_history_longer_than_a_piece_carries_its_state_on(encoder: TasteEncoder) -> None:
+    random = np.random.default_rng(3)
+    plays = inference.PIECE * 2 + 100
+    history = Histories.from_lists(
+        [random.integers(0, NUM_SONGS, plays), [5]],  # type: ignore[list-item]
+        [np.arange(plays) * MINUTE, [3]],  # type: ignore[list-item]
+    )
+    seen = np.array([0, 1, inference.PIECE, inference.PIECE + 1, plays])
+    questions = Questions(rows=np.zeros(5, np.int64), seen=seen, at=np.full(5, plays * MINUTE))
+    found = encoder.vectors(history, questions, "short")
+    state = encoder.no_states(1)
+    for begin, end, wanted in zip(seen[:-1], seen[1:], found[1:], strict=True):
+        part = history.take(np.array([0])).keep((np.arange(plays) >= begin) & (np.arange(plays) < end))
+        _, state = encoder.run(part, start=state)
+        np.testing.assert_allclose(encoder.tastes(state, plays * MINUTE, "short")[0], wanted, **CLOSE)
+
+
+def test_states_alone_give_the_vectors_of_the_histories(encoder: TasteEncoder, histories: Histories) -> None:
+    at = int(histories.played_at.max()) + 5 * MINUTE
+    _, states = encoder.run(histories)
+    for horizon in ("short", "long"):
+        wanted = encoder.vectors(histories, Questions.at_end(histories, at), horizon)
+        np.testing.assert_allclose(encoder.tastes(states, at, horizon), wanted, **CLOSE)
+
+
+def test_vectors_are_normalized_float32_for_users_without_plays_too(
+    encoder: TasteEncoder, histories: Histories
+) -> None:
+    vectors = encoder.vectors(histories, Questions.at_end(histories, 10**9), "short")
+    assert vectors.dtype == np.float32
+    assert vectors.shape == (len(histories), 8)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    nobody = Histories.from_lists([[], []], [[], []])
+    unheard = encoder.vectors(nobody, Questions.at_end(nobody, 10**9), "short")
+    np.testing.assert_allclose(unheard, vectors[histories.lengths == 0][[0, 0]], **CLOSE)
+    assert encoder.no_states(2).last_played_at.tolist() == [NEVER, NEVER]
+
+
+def test_the_time_of_the_request_changes_the_vector(encoder: TasteEncoder, histories: Histories) -> None:
+    some = histories.take(histories.lengths > 0)
+    last = some.played_at[some.offsets[1:] - 1]
+    soon = encoder.vectors(some, Questions.at_end(some, last + MINUTE), "short")
+    late = encoder.vectors(some, Questions.at_end(some, last + 10_000 * MINUTE), "short")
+    assert (np.abs(soon - late).max(axis=1) > 1e-3).all()
+
+
+def test_no_questions_and_no_users_are_answered_with_nothing(encoder: TasteEncoder, histories: Histories) -> None:
+    none = Questions(rows=np.zeros(0, np.int64), seen=np.zeros(0, np.int64), at=np.zeros(0, np.int64))
+    assert encoder.vectors(histories, none, "short").shape == (0, 8)
+    nobody = Histories.from_lists([], [])
+    hidden, states = encoder.run(nobody)
+    assert hidden.shape[0] == len(states.hidden) == 0
+
+
+def test_the_encoder_switches_dropout_off(histories: Histories) -> None:
+    model = network()
+    model.dropout.p = 0.9
+    model.train()
+    encoder = TasteEncoder(model)
+    first, second = (encoder.vectors(histories, Questions.at_end(histories, 10**9), "short") for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_passes_are_bounded_and_hold_every_user_with_plays_once() -> None:
+    lengths = np.random.default_rng(1).integers(0, 3_000, size=500)
+    passes = list(inference._passes(lengths))
+    assert sorted(np.concatenate(passes).tolist()) == np.flatnonzero(lengths).tolist()
+    for rows in passes:
+        assert len(rows) * min(lengths[rows].max(), inference.PIECE) <= inference.PLAYS_PER_PASS
+        assert lengths[rows[-1]] == lengths[rows].max()  # pieces of shorter ones are looked up within its plays
+
+
+def test_states_can_be_made_by_hand() -> None:
+    encoder = TasteEncoder(network())
+    layers = encoder.model.config.state_layers
+    states = States(hidden=np.zeros((1, layers, 12), np.float32), last_played_at=np.array([NEVER]))
+    history = Histories.from_lists([[1, 2]], [[1, 2]])
+    with torch.no_grad():
+        np.testing.assert_array_equal(encoder.run(history, start=states)[1].hidden, encoder.run(history)[1].hidden)
+
+
+@pytest.mark.parametrize("plays", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_a_very_long_history_costs_what_its_plays_cost(plays: int) -> None:
+    random = np.random.default_rng(0)
+    encoder = TasteEncoder(network())
+
+    def seconds(count: int) -> float:
+        songs = random.integers(0, NUM_SONGS, size=count)
+        history = Histories.from_lists([songs], [np.arange(count) * MINUTE])  # type: ignore[list-item]
+        began = time.process_time()
+        encoder.run(history)
+        return time.process_time() - began
+
+    seconds(2_000)
+    # Ten times the plays, ten times the time; a look at all plays for every piece made it a hundred times.
+    assert seconds(plays) < 25 * seconds(plays // 10)

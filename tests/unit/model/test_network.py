@@ -1,0 +1,156 @@
+"""The network: padding changes nothing, and training sees what inference sees."""
+
+import numpy as np
+import pytest
+import torch
+from networks import NUM_SONGS, model_config, network
+from worlds import random_histories
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.windows import NEVER
+from rayrec.model.features import PlayBatch, pad
+from rayrec.model.network import TasteModel
+from rayrec.model.train_config import FeatureSpec
+from rayrec.recommend.discounted_average import AverageRecommender
+
+
+@pytest.fixture(scope="module")
+def histories() -> Histories:
+    made = random_histories(12, NUM_SONGS, longest=9, seed=2)
+    return made.take(made.lengths > 0)
+
+
+@pytest.fixture(params=[1, 2])
+def model(request: pytest.FixtureRequest) -> TasteModel:
+    return network(model_config(layers=request.param, features=FeatureSpec(hour=True)))
+
+
+def padded(model: TasteModel, histories: Histories) -> PlayBatch:
+    return pad(histories, np.full(len(histories), NEVER), model.config.features)
+
+
+@torch.inference_mode()
+def test_padding_and_neighbours_in_the_batch_change_nothing(model: TasteModel, histories: Histories) -> None:
+    together, last = model.trunk(padded(model, histories))
+    for row, length in enumerate(histories.lengths):
+        alone, alone_last = model.trunk(padded(model, histories.take(np.array([row]))))
+        torch.testing.assert_close(together[row, :length], alone[0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(last[:, row], alone_last[:, 0], atol=1e-6, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_state_is_the_one_after_the_last_play_not_after_the_padding(
+    model: TasteModel, histories: Histories
+) -> None:
+    seen, last = model.trunk(padded(model, histories))
+    ends = torch.from_numpy(histories.lengths - 1)
+    torch.testing.assert_close(model.seen_in(last), seen[torch.arange(len(histories)), ends])
+
+
+@torch.inference_mode()
+def test_training_computes_what_inference_computes(model: TasteModel, histories: Histories) -> None:
+    batch = padded(model, histories)
+    gap = torch.rand(batch.songs_BL.shape, generator=torch.Generator().manual_seed(1))
+    trained = model(batch, gap)
+    hidden, _ = model.trunk(batch)
+    inside = torch.arange(hidden.shape[1]) < batch.length_B[:, None]
+    for horizon, taste in trained.items():
+        torch.testing.assert_close(taste[inside], model.head(hidden, gap, horizon)[inside], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(taste.norm(dim=-1), torch.ones(taste.shape[:2]))
+    assert not torch.allclose(trained["short"], trained["long"])
+
+
+@torch.inference_mode()
+def test_songs_newer_than_the_network_count_as_a_vector_of_zeros(histories: Histories) -> None:
+    model = network()
+    newer = Histories.from_lists([[3, NUM_SONGS, NUM_SONGS + 50]], [[10, 20, 30]])
+    known = Histories.from_lists([[3, 7, 7]], [[10, 20, 30]])
+    found, _ = model.trunk(padded(model, newer))
+    model.songs.weight[7] = 0
+    wanted, _ = model.trunk(padded(model, known))
+    torch.testing.assert_close(found, wanted)
+
+
+@torch.inference_mode()
+def test_songs_are_compared_by_direction_alone() -> None:
+    model = network()
+    before = model.song_vectors(torch.tensor([1, 2]))
+    model.songs.weight[1] *= 17
+    torch.testing.assert_close(model.song_vectors(torch.tensor([1, 2])), before)
+    torch.testing.assert_close(before.norm(dim=-1), torch.ones(2))
+
+
+@torch.inference_mode()
+def test_the_time_of_the_request_matters_only_where_it_is_an_input() -> None:
+    seen = torch.randn(3, 12 + 3 * 8, generator=torch.Generator().manual_seed(0))
+    asked_soon, asked_late = torch.zeros(3), torch.ones(3)
+    for matters in (True, False):
+        model = network(model_config(features=FeatureSpec(request_gap=matters)))
+        soon, late = (model.head(seen, gap, "short") for gap in (asked_soon, asked_late))
+        assert torch.equal(soon, late) is not matters
+
+
+def test_song_vectors_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        TasteModel(model_config(), torch.zeros(NUM_SONGS, 9))
+
+
+def test_the_network_keeps_its_own_copy_of_the_song_vectors() -> None:
+    vectors = torch.ones(NUM_SONGS, 8)
+    model = TasteModel(model_config(song_table="trained"), vectors)
+    with torch.no_grad():
+        model.songs.weight[0] = 5
+    assert (vectors == 1).all()
+
+
+@torch.inference_mode()
+def test_the_averages_are_those_of_the_baseline(histories: Histories) -> None:
+    model = network(model_config(averages=(0.25, 0.75, 1.0)))
+    seen, _ = model.trunk(padded(model, histories))
+    vectors = torch.nn.functional.normalize(model.songs.weight, dim=-1).numpy()
+    questions = Questions.before_plays(histories, np.arange(histories.num_plays))
+    asked = questions.seen > 0
+    rows, steps = questions.rows[asked], questions.seen[asked] - 1
+    for place, discount in enumerate(model.config.averages):
+        found = seen[torch.from_numpy(rows), torch.from_numpy(steps), 12 + 8 * place : 20 + 8 * place]
+        wanted = AverageRecommender(vectors, discount).vectors(histories, questions.take(asked))
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_what_was_played_can_be_said_again() -> None:
+    model = network()
+    history = Histories.from_lists([[3, 7, 9]], [[10, 20, 30]])
+    seen, _ = model.trunk(padded(model, history))
+    songs = model.song_vectors(torch.arange(NUM_SONGS))
+    model.again["short"][0] = 50.0  # the discount 0: the last song
+    assert int((songs @ model.head(seen[:, -1], torch.zeros(1), "short")[0]).argmax()) == 9
+
+
+@torch.inference_mode()
+def test_the_long_horizon_starts_from_the_short_one(histories: Histories) -> None:
+    model = network()
+    seen, _ = model.trunk(padded(model, histories))
+    model.linked["long"].fill_(1e4)
+    gap = torch.zeros(seen.shape[:2])
+    torch.testing.assert_close(model.head(seen, gap, "long"), model.head(seen, gap, "short"), atol=1e-3, rtol=0)
+
+
+def test_a_map_of_song_vectors_starts_as_none_and_moves_songs_it_never_saw() -> None:
+    model = network(model_config(song_table="mapped"))
+    songs = torch.arange(NUM_SONGS)
+    units = torch.nn.functional.normalize(model.songs.weight, dim=-1)
+    torch.testing.assert_close(model.song_vectors(songs), units)
+    assert model.map is not None
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))[0]
+    optimizer = torch.optim.Adam(model.map.parameters(), lr=0.01)
+    for _ in range(400):
+        loss = (model.song_vectors(songs[:40]) - units[:40] @ turn).square().sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    with torch.inference_mode():
+        unseen = (model.song_vectors(songs[40:]) * (units[40:] @ turn)).sum(-1).mean()
+        assert float(unseen) > 0.8
+        model.exported = True
+        torch.testing.assert_close(model.song_vectors(songs), units)

@@ -1,0 +1,69 @@
+"""Taste vectors at rest: the rows hold what the encoder says, and a state that goes on."""
+
+import numpy as np
+import pytest
+from networks import MINUTE, NUM_SONGS, model_config, network
+from worlds import random_histories
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.windows import NEVER
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.taste_table import heard_songs, states_of, taste_column, taste_table
+
+AT = 100 * MINUTE
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TasteEncoder:
+    return TasteEncoder(network(model_config(layers=LAYERS)))
+
+
+@pytest.fixture(scope="module")
+def histories() -> Histories:
+    return random_histories(20, NUM_SONGS, longest=15, seed=6)
+
+
+def test_heard_songs_come_once_each_in_order() -> None:
+    histories = Histories.from_lists([[5, 3, 5, 0], [], [2, 2]], [[1, 2, 3, 4], [], [1, 2]])
+    assert heard_songs(histories).to_pylist() == [[0, 3, 5], [], [2]]
+    assert heard_songs(Histories.from_lists([], [])).to_pylist() == []
+
+
+def test_a_row_per_user_holds_the_encoders_vectors(encoder: TasteEncoder, histories: Histories) -> None:
+    table = taste_table(encoder, histories, AT)
+    assert table.column("user_id").to_pylist() == histories.user_ids.tolist()
+    assert table.column("plays").to_pylist() == histories.lengths.tolist()
+    for horizon in ("short", "long"):
+        wanted = encoder.vectors(histories, Questions.at_end(histories, AT), horizon)
+        found = np.array(table.column(taste_column(horizon)).to_pylist(), dtype=np.float32)
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_states_come_back_from_rows_and_go_on(encoder: TasteEncoder, histories: Histories) -> None:
+    early = histories.keep(np.arange(histories.num_plays) % 15 < 8)
+    states = states_of(taste_table(encoder, early, AT), encoder.model.config.state_layers)
+    _, wanted = encoder.run(early)
+    np.testing.assert_array_equal(states.hidden, wanted.hidden)
+    np.testing.assert_array_equal(states.last_played_at, wanted.last_played_at)
+    later = histories.take(np.arange(len(histories))[::-1])
+    np.testing.assert_array_equal(
+        encoder.run(later, start=states)[1].hidden, encoder.run(later, start=wanted)[1].hidden
+    )
+
+
+def test_states_come_back_from_a_slice_and_from_no_rows(encoder: TasteEncoder, histories: Histories) -> None:
+    table = taste_table(encoder, histories, AT)
+    np.testing.assert_array_equal(
+        states_of(table.slice(3, 4), encoder.model.config.state_layers).hidden,
+        states_of(table, encoder.model.config.state_layers).hidden[3:7],
+    )
+    nobody = taste_table(encoder, Histories.from_lists([], []), AT)
+    assert nobody.schema == table.schema
+    assert len(states_of(nobody, encoder.model.config.state_layers).hidden) == 0
+
+
+def test_a_user_without_plays_has_never_played(encoder: TasteEncoder) -> None:
+    table = taste_table(encoder, Histories.from_lists([[]], [[]]), AT)
+    assert table.column("last_played_at").to_pylist() == [NEVER]
+    assert table.column("heard").to_pylist() == [[]]

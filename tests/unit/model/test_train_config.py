@@ -1,0 +1,60 @@
+"""Settings of the network: what is refused, and what is derived."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from networks import model_config
+
+from rayrec.config import from_mapping, to_mapping
+from rayrec.errors import InputError
+from rayrec.model.train_config import FeatureSpec, Horizon, ModelConfig, TasteConfig, TrainConfig
+
+
+def test_cosine_with_a_table_that_trains_along_is_refused() -> None:
+    with pytest.raises(InputError, match=r"needs --song-table frozen"):
+        TrainConfig(objective="cosine")
+    TrainConfig(objective="cosine", song_table="frozen")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"hidden_dim": 0},
+        {"epochs": 0},
+        {"patience": 0},
+        {"workers": -1},
+        {"validation_plays": -1},
+        {"dropout": 1.0},
+        {"learning_rate": 0.0},
+        {"batch": 2, "workers": 3},
+        {"short": (1, 1, 1)},
+        {"long": (5, 2)},
+        {"short": (0, 1)},
+    ],
+)
+def test_settings_out_of_range_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=r"give|must|cannot be shared"):
+        TrainConfig(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [{"users": 0}, {"concurrency": 0}])
+def test_a_taste_job_needs_users_and_workers(bad: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="at least 1"):
+        TasteConfig(**bad)  # type: ignore[arg-type]
+
+
+def test_windows_look_ahead_as_far_as_the_farthest_target() -> None:
+    assert TrainConfig(short=(1, 3), long=(25, 50)).lookahead == 50
+    assert TrainConfig(short=(1, 60)).lookahead == 60
+    assert TrainConfig().horizons["long"] == Horizon(min_offset=25, max_offset=50)
+
+
+def test_settings_come_back_from_plain_values() -> None:
+    config = TrainConfig(long=(3, 9), objective="cosine", song_table="frozen")
+    assert from_mapping(TrainConfig, json.loads(json.dumps(to_mapping(config))), "[train]") == config
+
+
+def test_the_shape_of_a_network_comes_back_from_json() -> None:
+    config = model_config(features=FeatureSpec(contexts=("album", "radio"), skipped=True))
+    assert ModelConfig.from_json(json.loads(json.dumps(asdict(config)))) == config

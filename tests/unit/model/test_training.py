@@ -1,0 +1,221 @@
+"""The training loop: same seed same loss, targets where they belong, several processes equal one."""
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from networks import NUM_SONGS, MemoryHost, cycling_histories, model_config, network
+
+from rayrec.data.histories import Histories
+from rayrec.data.windows import Windows, cut_windows
+from rayrec.model.steps import StepMaker, ahead
+from rayrec.model.train_config import Objective, SongTable, TrainConfig
+from rayrec.model.training import StepReport, Training
+from rayrec.model.workers import Share
+
+COUNTS = np.full(NUM_SONGS, 10)
+SMALL = {"hidden_dim": 12, "window": 12, "batch": 10, "negatives": 20, "long": (2, 5), "learning_rate": 0.01}
+
+
+def settings(**changes: object) -> TrainConfig:
+    return TrainConfig(**{**SMALL, **changes})
+
+
+def training(config: TrainConfig, share: Share | None = None) -> Training:
+    return Training(network(model_config(config)), config, COUNTS, device="cpu", share=share or Share())
+
+
+def losses(config: TrainConfig, histories: Histories, epochs: int = 1) -> list[float]:
+    """The loss of every step of a new training."""
+    reports: list[StepReport] = []
+    made, host = training(config), MemoryHost({"final": histories}, config)
+    for epoch in range(epochs):
+        made.epoch(host.windows("final", epoch), epoch, on_step=reports.append)
+    return [float(report.loss) for report in reports]
+
+
+@pytest.fixture(scope="module")
+def histories() -> Histories:
+    return cycling_histories(45)
+
+
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.3, "num_layers": 2}, {"song_table": "frozen"}])
+def test_the_same_seed_gives_the_same_losses_bit_for_bit(histories: Histories, changes: dict[str, object]) -> None:
+    first = losses(settings(**changes), histories)
+    torch.rand(7)  # whatever else draws numbers in between
+    assert losses(settings(**changes), histories) == first
+    assert losses(settings(seed=1, **changes), histories) != first
+
+
+@pytest.mark.parametrize(
+    ("objective", "table"),
+    [
+        ("sampled-softmax", "trained"),
+        ("sampled-softmax", "frozen"),
+        ("softmax", "trained"),
+        ("cosine", "frozen"),
+        ("l2", "frozen"),
+    ],
+)
+def test_the_loss_falls_on_plays_that_can_be_learned(
+    histories: Histories, objective: Objective, table: SongTable
+) -> None:
+    found = losses(settings(objective=objective, song_table=table), histories, epochs=8)
+    steps = len(found) // 8
+    # a distance falls as the square root of what a cosine distance does
+    share = 0.9 if objective == "l2" else 0.8
+    assert np.mean(found[-steps:]) < share * np.mean(found[:steps])
+
+
+def test_a_frozen_table_stays_and_a_trained_one_moves(histories: Histories) -> None:
+    for table in ("frozen", "trained"):
+        config = settings(song_table=table)
+        made = training(config)
+        before = made.model.songs.weight.detach().clone()
+        made.epoch(MemoryHost({"final": histories}, config).windows("final", 0), 0, on_step=lambda _: None)
+        assert torch.equal(made.model.songs.weight.detach(), before) is (table == "frozen")
+
+
+def test_steps_that_were_taken_before_are_passed_over(histories: Histories) -> None:
+    config, reports = settings(), list[StepReport]()
+    host = MemoryHost({"final": histories}, config)
+    training(config).epoch(host.windows("final", 0), 0, skip=3, on_step=reports.append)
+    steps = len(list(host.windows("final", 0)))
+    assert [report.step for report in reports] == list(range(3, steps))
+
+
+def targets_of(
+    windows: Windows, config: TrainConfig, horizon: str, seed: int, share: Share | None = None
+) -> np.ndarray:
+    """int64 (W, L, T): for each input play the songs at its targets, -1 where it has none."""
+    songs = int(windows.plays.songs.max()) + 1
+    maker = StepMaker(model_config(config), replace(config, seed=seed), np.ones(songs), share or Share())
+    step = maker.make(windows, 0, 0)
+    found = step.targets[horizon]
+    looked_up = step.songs["songs.weight"].numpy()[found.places_PT.numpy()]
+    longest = int(windows.inputs.max())
+    grid = np.full((len(windows) * longest, looked_up.shape[1]), -1)
+    grid[found.positions.numpy()] = np.where(found.there_PT.numpy(), looked_up, -1)
+    return grid.reshape(len(windows), longest, -1)
+
+
+def counted(histories: Histories) -> Histories:
+    """The same users, whose n-th song of all is song n, so that a song tells its place."""
+    return Histories(
+        user_ids=histories.user_ids,
+        offsets=histories.offsets,
+        songs=np.arange(histories.num_plays, dtype=np.int32),
+        played_at=histories.played_at,
+    )
+
+
+@pytest.mark.parametrize("bounds", [(1, 1), (2, 5), (4, 4), (30, 40)])
+def test_targets_lie_between_the_offsets_and_never_past_the_history(
+    histories: Histories, bounds: tuple[int, int]
+) -> None:
+    config = settings(long=bounds)
+    windows = cut_windows(counted(histories), config.window, config.lookahead)
+    targets = targets_of(windows, config, "long", seed=5)
+    assert targets.shape[2] == (1 if bounds[0] == bounds[1] else config.long_targets)
+    position = np.arange(targets.shape[1])[:, None]
+    own = windows.plays.songs[windows.plays.offsets[:-1]][:, None, None] + position
+    inside = np.broadcast_to(position < windows.inputs[:, None, None], targets.shape)
+    ends = histories.offsets[np.searchsorted(histories.offsets, own[:, 0, 0], side="right")][:, None, None]
+    has = targets >= 0
+    offset = targets - own
+    assert ((offset[has] >= bounds[0]) & (offset[has] <= bounds[1])).all()
+    assert (targets < ends).all()
+    assert not has[~inside].any()
+    assert has[inside & (own + bounds[1] < ends)].all()  # those that cannot miss
+    if bounds == (2, 5):
+        assert set(offset[has].tolist()) == {2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("windows", [10, 11, 13])
+def test_the_targets_of_a_window_do_not_depend_on_the_number_of_workers(histories: Histories, windows: int) -> None:
+    config = settings()
+    batch = cut_windows(counted(histories), config.window, config.lookahead).take(np.arange(windows))
+    whole = targets_of(batch, config, "long", seed=5)
+    for rank in range(3):
+        share = Share(rank=rank, workers=3)
+        rows = np.arange(windows)[rank::3]
+        part = targets_of(batch.take(rows), config, "long", seed=5, share=share)
+        np.testing.assert_array_equal(part, whole[rows, : part.shape[1]])
+
+
+# Name -> settings and users; 45 users make 11 windows to a batch, so that the shares of two workers are
+# uneven, and one user makes one window, which leaves the second worker none.
+TRAININGS: dict[str, tuple[dict[str, object], int]] = {
+    "trained": ({}, 45),
+    "frozen": ({"song_table": "frozen"}, 45),
+    "one table": ({"input_table": False}, 45),
+    "one window": ({}, 1),
+    "one window, frozen": ({"song_table": "frozen"}, 1),
+}
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    """A process of a real gloo group; leaves its weights in the folder."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    for name, (changes, users) in TRAININGS.items():
+        weights = _trained(settings(**changes), users, Share(rank=rank, workers=2)).model.state_dict()
+        torch.save(weights, Path(folder) / f"{name}-{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # threads of gloo that outlive the group abort an interpreter that ends in good order
+
+
+def _trained(config: TrainConfig, users: int, share: Share) -> Training:
+    """Three epochs, so that the optimizers' momentum counts."""
+    plays = cycling_histories(users, shortest=10, longest=12 if users == 1 else 30)
+    made, host = training(config, share), MemoryHost({"final": plays}, config, share=share)
+    for epoch in range(3):
+        made.epoch(host.windows("final", epoch), epoch, on_step=lambda _: None)
+    return made
+
+
+def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    for case, (changes, users) in TRAININGS.items():
+        alone = _trained(settings(**changes), users, Share()).model.state_dict()
+        first, second = (torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True) for rank in (0, 1))
+        for name, value in alone.items():
+            assert torch.equal(first[name], second[name]), (case, name)
+            torch.testing.assert_close(first[name], value, atol=1e-4, rtol=0, msg=f"{case}: {name}")
+
+
+def test_values_made_ahead_come_in_order_and_an_error_where_it_happened() -> None:
+    def values(fails_at: int) -> Iterator[int]:
+        for value in range(10):
+            if value == fails_at:
+                raise KeyError(value)
+            yield value
+
+    assert list(ahead(values(99))) == list(range(10))
+    came: list[int] = []
+    with pytest.raises(KeyError, match="7"):
+        came.extend(ahead(values(7)))
+    made = ahead(values(99))
+    assert next(made) == 0
+    made.close()  # type: ignore[attr-defined]
+    assert "rayrec steps" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_padding_looks_up_no_song(histories: Histories) -> None:
+    """A song that is looked up is moved on by its momentum, even where its gradient is zero."""
+    config = settings()
+    some = histories.keep(histories.songs % 7 != 0)
+    windows = cut_windows(some.take(some.lengths > 1), config.window, config.lookahead)
+    assert len(set(windows.inputs.tolist())) > 1
+    step = StepMaker(model_config(config), config, COUNTS, Share()).make(windows, 0, 0)
+    inputs = np.concatenate(
+        [windows.plays.songs[a : a + n] for a, n in zip(windows.plays.offsets, windows.inputs, strict=False)]
+    )
+    assert set(step.songs["inputs.weight"].tolist()) == set(inputs.tolist())

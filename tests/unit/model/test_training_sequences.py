@@ -1,0 +1,109 @@
+"""Training sequences: playlists as they are, or sessions that the cut still binds."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from networks import MINUTE
+from worlds import write_dataset
+
+from rayrec.data import columns
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
+from rayrec.data.split import FitRange
+from rayrec.errors import InputError, LeakError
+from rayrec.model.train_config import TrainConfig
+from rayrec.model.training_sequences import Sequences
+from rayrec.model.window_stream import UnitReader, plain_stream
+from rayrec.model.workers import Share
+from rayrec.storage.dataset_manifest import write_manifest
+from rayrec.storage.workspace import Workspace, playlists_file
+
+PLAYLISTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+LONG = 60 * MINUTE
+EVERYTHING = FitRange()
+
+
+@pytest.fixture
+def without(workspace: Workspace) -> Dataset:
+    """Two users, the first with two sessions, and no playlists."""
+    plays = Histories.from_lists(
+        [[0, 1, 2, 3], [4, 5, 6]], [[0, MINUTE, LONG, LONG + MINUTE], [0, MINUTE, 2 * MINUTE]], user_ids=["a", "b"]
+    )
+    return write_dataset(workspace, plays, 10, buckets=1)
+
+
+@pytest.fixture
+def dataset(without: Dataset) -> Dataset:
+    """The same with three playlists in two files."""
+    for number, lists in enumerate((PLAYLISTS[:2], PLAYLISTS[2:])):
+        ids = [f"{number}-{row}" for row in range(len(lists))]
+        values = {columns.PLAYLIST: pa.array(ids), columns.SONGS: pa.array(lists, pa.list_(pa.int32()))}
+        without.workspace.write_table(playlists_file(number), pa.table(values))
+    manifest = without.manifest.__class__(**{**without.manifest.__dict__, "playlists": 3, "playlist_entries": 9})
+    write_manifest(without.workspace, manifest)
+    return Dataset(without.workspace)
+
+
+def _read(sequences: Sequences, allowed: FitRange = EVERYTHING) -> list[list[int]]:
+    return [
+        part.tolist()
+        for unit in range(sequences.units)
+        for histories in sequences.read(unit, allowed, 1_000)
+        for part in np.split(histories.songs, histories.offsets[1:-1])
+    ]
+
+
+def test_playlists_are_read_in_their_order_file_by_file(dataset: Dataset) -> None:
+    sequences = Sequences(dataset, "playlists")
+    assert (sequences.kind, sequences.units, sequences.plays) == ("playlists", 2, 9)
+    assert _read(sequences) == PLAYLISTS
+    (first,) = sequences.read(0, FitRange(before=1), 1_000)
+    assert first.played_at.tolist() == [0, 1, 2, 0, 1]  # places, so that order is all that they tell
+    assert first.contexts is None
+
+
+def test_without_playlists_sessions_within_the_fit_range_serve_as_playlists(without: Dataset) -> None:
+    sequences = Sequences(without, "playlists")
+    assert (sequences.kind, sequences.units, sequences.plays) == ("sessions", 1, 7)
+    assert sorted(_read(sequences)) == [[0, 1], [2, 3], [4, 5, 6]]
+    assert sorted(_read(sequences, FitRange(before=2 * MINUTE))) == [[0, 1], [4, 5]]
+
+
+def test_histories_are_whole_and_cut_by_the_range_though_there_are_playlists(dataset: Dataset) -> None:
+    sequences = Sequences(dataset, "histories")
+    assert (sequences.kind, sequences.units, sequences.plays) == ("histories", 1, 7)
+    assert sorted(_read(sequences)) == [[0, 1, 2, 3], [4, 5, 6]]
+    assert sorted(_read(sequences, FitRange(before=LONG))) == [[0, 1], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("source", ["histories", "playlists"])
+def test_a_source_that_selects_too_much_is_stopped(
+    without: Dataset, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FitRange, "select", lambda _, plays: plays)
+    with pytest.raises(LeakError, match="at or after its cut"):
+        _read(Sequences(without, source), FitRange(before=LONG))  # type: ignore[arg-type]
+
+
+def test_windows_are_cut_from_playlists_none_across_two(dataset: Dataset) -> None:
+    config = TrainConfig.PRESETS["r_pst"]
+    reader = UnitReader(dataset, FitRange(), TrainConfig(**config, window=2, batch=1), Share(), 0)
+    found = [
+        part.tolist()
+        for windows in plain_stream(reader, [[0, 1]])
+        for part in np.split(windows.plays.songs, windows.plays.offsets[1:-1])
+    ]
+    assert sorted(found) == [[1, 2, 3], [4, 5], [6, 7, 8], [8, 9]]  # inputs and one play of lookahead
+
+
+def test_the_papers_four_networks_are_presets() -> None:
+    presets = {name: TrainConfig(**TrainConfig.PRESETS[name]) for name in ("r_pst", "r_plt", "r_hst", "r_hlt")}
+    for name, config in presets.items():
+        assert config.source == ("playlists" if name[2] == "p" else "histories")
+        assert list(config.horizons) == (["short"] if name[3] == "s" else ["long"])
+        assert (config.objective, config.song_table, config.memory, config.averages) == ("cosine", "frozen", False, ())
+
+
+def test_an_unknown_source_is_refused() -> None:
+    with pytest.raises(InputError, match="source is 'albums'; expected one of histories, playlists"):
+        TrainConfig(source="albums")  # type: ignore[arg-type]

@@ -1,0 +1,216 @@
+"""From the batch job's tastes to the store: everybody, once, and with the plays that came since."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from served import AT, NUM_SONGS, Client, service, write_release, write_world
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
+from rayrec.errors import DamagedArtifactError, InputError, MismatchError
+from rayrec.model.taste_table import tastes_file
+from rayrec.online.load_states import load_states
+from rayrec.online.state_codec import unpack_plays, unpack_state
+from rayrec.online.stores.state_store import Change, StateStore, open_store, store_uri
+from rayrec.recommend.answer import load_recommender
+from rayrec.storage import artifacts, releases
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
+from rayrec_cli.main import main
+
+BUCKETS = 4
+
+
+@pytest.fixture
+def world(workspace: Workspace) -> Workspace:
+    write_world(workspace)
+    write_release(workspace)
+    return workspace
+
+
+@pytest.fixture
+def store(world: Workspace, uri: str) -> Iterator[StateStore]:
+    opened = open_store(uri, Dataset(world).lineage)
+    yield opened
+    opened.close()
+
+
+def live(workspace: Workspace) -> Manifest:
+    found = releases.active_release(workspace)
+    assert found is not None
+    return found
+
+
+def everybody(workspace: Workspace) -> Iterator[Histories]:
+    for batch in Dataset(workspace).read_all():
+        for row in range(len(batch)):
+            yield batch.take(np.array([row]))
+
+
+def play(user: str, played_at: int, song: int = 3) -> dict[str, Any]:
+    return {"event_id": f"{user}-{played_at}", "user_id": user, "song": f"song-{song}", "played_at": played_at}
+
+
+def answer(app: Client, user: str, at: int) -> list[str]:
+    asked = {"user_id": user, "at": at, "k": 8, "exclude_heard": False}
+    return [song["song"] for song in app.post("/v1/recommendations", asked).json()["songs"]]
+
+
+def test_every_user_is_loaded_with_state_and_plays(world: Workspace, store: StateStore, uri: str) -> None:
+    loaded = load_states(Dataset(world), store, live(world))
+    users = list(everybody(world))
+    assert (loaded.added, loaded.renewed, loaded.unchanged) == (len(users), 0, 0)
+    assert store.count() == loaded.users == len(users)
+    for history in users:
+        whole = store.read(history.user_ids[0])
+        assert whole is not None
+        plays, state = unpack_plays(whole.log), unpack_state(whole.stored.state)
+        np.testing.assert_array_equal(plays.songs, history.songs)
+        np.testing.assert_array_equal(plays.played_at, history.played_at)
+        assert (state.model, state.plays, state.last_played_at) == (
+            "model1", history.num_plays, history.played_at[-1])  # fmt: skip
+    recommender = load_recommender(world, Dataset(world), model_id="model1", index_id="index1")
+    with service(world, store=uri) as opened:
+        app = Client(opened)
+        for history in users[:5]:
+            wanted, _ = recommender.recommend_one(history, AT, 8)
+            assert answer(app, history.user_ids[0], AT) == [f"song-{song}" for song in wanted]
+
+
+def test_a_load_that_was_stopped_goes_on_with_the_buckets_left(
+    world: Workspace, store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = len(list(everybody(world)))
+    put, calls = type(store).put, []
+
+    def dies(self: StateStore, changes: list[Change]) -> list[bool]:
+        calls.append(len(changes))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return put(self, changes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "put", dies)
+        with pytest.raises(KeyboardInterrupt):
+            load_states(Dataset(world), store, live(world))
+    assert store.count() == sum(calls[:2]) < users
+    with monkeypatch.context() as patch:
+        calls.clear()
+        patch.setattr(type(store), "put", lambda self, changes: calls.append(len(changes)) or put(self, changes))
+        loaded = load_states(Dataset(world), store, live(world))
+    assert len(calls) == BUCKETS - 2
+    assert (loaded.buckets, loaded.added, store.count()) == (BUCKETS, users, users)
+    assert load_states(Dataset(world), store, live(world)) == loaded
+    again = load_states(Dataset(world), store, live(world), repeat=True)
+    assert (again.added, again.unchanged) == (0, users)
+
+
+def test_plays_newer_than_the_batch_stay_and_states_go_on_from_it(
+    world: Workspace, store: StateStore, uri: str
+) -> None:
+    """A user of the batch listens on, another release is made and loaded; a new user is nobody's business."""
+    load_states(Dataset(world), store, live(world))
+    histories = [history for history in everybody(world) if history.num_plays > 3][:2]
+    (ann, bob), at = (history.user_ids[0] for history in histories), AT + 10**6
+    sent = [play(ann, AT + turn, song=turn % NUM_SONGS) for turn in range(150)] + [play("new", AT)]
+    with service(world, store=uri) as opened:
+        assert Client(opened).post("/v1/plays", {"plays": sent}).json()["taken"] == 151
+        assert load_states(Dataset(world), store, live(world), repeat=True).unchanged == store.count() - 1
+        before = answer(Client(opened), ann, at)
+    second = write_release(world, "2", seed=5)
+    loaded = load_states(Dataset(world), store, second)
+    assert (loaded.added, loaded.renewed, loaded.merged, loaded.kept_plays) == (0, store.count() - 1, 1, 150)
+    whole = Histories.from_lists(
+        [[*histories[0].songs, *[turn % NUM_SONGS for turn in range(150)]]],
+        [[*histories[0].played_at, *[AT + turn for turn in range(150)]]],
+    )
+    recommender = load_recommender(world, Dataset(world), model_id="model2", index_id="index2")
+    stored = store.read(ann)
+    assert stored is not None
+    assert unpack_state(stored.stored.state).model == "model2"
+    np.testing.assert_array_equal(unpack_plays(stored.log).songs, whole.songs[: len(unpack_plays(stored.log))])
+    with service(world, store=uri) as opened:
+        app = Client(opened)
+        for user, history in ((ann, whole), (bob, histories[1])):
+            wanted, _ = recommender.recommend_one(history, at, 8)
+            assert answer(app, user, at) == [f"song-{song}" for song in wanted]
+        assert answer(app, ann, at) != before
+        repeated = app.post("/v1/plays", {"plays": [sent[149], sent[100]]}).json()
+        assert repeated["outcomes"] == ["repeated", "repeated"]
+
+
+def test_a_play_that_comes_during_the_merge_is_not_lost(
+    world: Workspace, store: StateStore, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_states(Dataset(world), store, live(world))
+    user = next(everybody(world)).user_ids[0]
+    second = write_release(world, "2", seed=5, activate=False)
+    read, sent = type(store).read, []
+    with service(world, store=uri) as opened:
+        app = Client(opened)
+
+        def read_then_play(self: StateStore, user_id: str) -> Any:
+            whole = read(self, user_id)
+            if user_id == user and not sent:
+                sent.append(user)
+                assert app.post("/v1/plays", play(user, AT)).json()["taken"] == 1
+            return whole
+
+        monkeypatch.setattr(type(store), "read", read_then_play)
+        loaded = load_states(Dataset(world), store, second)
+    assert (loaded.merged, loaded.kept_plays) == (1, 1)
+    stored = store.get(user)
+    assert stored is not None
+    assert unpack_state(stored.state).last_played_at == AT
+
+
+def test_tastes_of_other_users_are_refused(world: Workspace, store: StateStore) -> None:
+    tastes = artifacts.load(world, "tastes", "tastes1")
+    path = tastes_file(tastes.folder, 1)
+    table = world.read_table(path)
+    for wrong in (table.take(list(range(table.num_rows))[::-1]), table.slice(0, 3)):
+        world.write_table(path, wrong)
+        artifacts.publish(world, tastes, tastes.files)
+        with pytest.raises(DamagedArtifactError, match=r"bucket 1 in the order of .*; run `rayrec taste --force`"):
+            load_states(Dataset(world), store, live(world))
+
+
+def test_tastes_that_are_not_what_was_computed_are_refused(world: Workspace, store: StateStore) -> None:
+    path = tastes_file("tastes/tastes1", 1)
+    world.write_bytes(path, world.read_bytes(path) + b" ")
+    with pytest.raises(DamagedArtifactError, match=rf"{path} does not match the checksum"):
+        load_states(Dataset(world), store, live(world))
+
+
+def test_tastes_of_a_data_set_that_is_gone_are_refused(world: Workspace, store: StateStore) -> None:
+    dataset = Dataset(world)
+    dataset.manifest = replace(dataset.manifest, id="another")
+    with pytest.raises(MismatchError, match="run `rayrec taste` and `rayrec release create`"):
+        load_states(dataset, store, live(world))
+
+
+def test_the_command_loads_the_live_release_and_tells_what_it_did(
+    world: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--workspace", world.uri, "--json", "states", "load"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    users = len(list(everybody(world)))
+    assert (told["users"], told["added"], told["stored"], told["buckets"]) == (users, users, users, BUCKETS)
+    assert told["release"] == live(world).id
+    with service(world) as opened:  # whose store is the workspace's own where none is named
+        user = next(everybody(world)).user_ids[0]
+        assert Client(opened).get(f"/v1/users/{user}/taste").status_code == 200
+    assert main(["--workspace", world.uri, "states", "load", "--store", "nonsense"]) == 2
+    assert "sqlite:///PATH or redis://HOST:PORT/0" in capsys.readouterr().err
+
+
+def test_a_bucket_workspace_must_name_its_store(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store_uri(workspace, None) == f"sqlite:///{workspace.full('serving/states.sqlite')}"
+    monkeypatch.setattr(Workspace, "is_local", False)
+    assert store_uri(workspace, "redis://here:1/0") == "redis://here:1/0"
+    with pytest.raises(InputError, match="is a bucket, which holds no SQLite file; name a store"):
+        store_uri(workspace, None)

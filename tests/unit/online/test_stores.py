@@ -1,0 +1,311 @@
+"""One suite for all stores of user states."""
+
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from stores import RedisServer, needs_redis
+
+from rayrec.errors import InputError
+from rayrec.online.stores.state_store import NOT_THERE, Change, StateStore, StoreUnavailableError, open_store
+from rayrec.serving.serve_config import ServeConfig
+
+Opener = Callable[[], StateStore]
+WRITERS, PUTS = 3, 25
+
+
+@pytest.fixture
+def namespace(request: pytest.FixtureRequest) -> str:
+    """Another one for each test: one Redis server serves them all."""
+    return str(request.node.name)
+
+
+@pytest.fixture
+def store(uri: str, namespace: str) -> Iterator[StateStore]:
+    opened = open_store(uri, namespace)
+    yield opened
+    opened.close()
+
+
+def put(
+    store: StateStore, user: str, state: bytes, *, expected: int, append: bytes | None = None, restart: bool = False
+) -> bool:
+    change = Change(user_id=user, state=state, expected=expected, append=append, restart=restart)
+    return store.put([change])[0]
+
+
+def contents(store: StateStore, user: str) -> tuple[int, bytes, list[bytes]] | None:
+    whole = store.read(user)
+    return None if whole is None else (whole.stored.version, whole.stored.state, whole.log)
+
+
+def test_a_user_who_is_not_there_is_none(store: StateStore) -> None:
+    assert store.get("nobody") is None
+    assert store.read("nobody") is None
+    assert store.count() == 0
+
+
+def test_a_put_replaces_the_state_and_adds_to_the_log(store: StateStore) -> None:
+    assert put(store, "ann", b"1", expected=NOT_THERE)
+    assert contents(store, "ann") == (1, b"1", [])
+    assert put(store, "ann", b"2", expected=1, append=b"first")
+    assert put(store, "ann", b"3", expected=2, append=b"second")
+    assert put(store, "ann", b"4", expected=3)
+    assert contents(store, "ann") == (4, b"4", [b"first", b"second"])
+    got = store.get("ann")
+    assert got is not None
+    assert (got.version, got.state) == (4, b"4")
+    assert store.count() == 1
+
+
+def test_a_put_on_another_version_changes_nothing(store: StateStore) -> None:
+    put(store, "ann", b"1", expected=NOT_THERE, append=b"first")
+    for wrong in (NOT_THERE, 2, 7):
+        assert not put(store, "ann", b"x", expected=wrong, append=b"x", restart=True)
+    assert not put(store, "bob", b"x", expected=1, append=b"x")
+    assert contents(store, "ann") == (1, b"1", [b"first"])
+    assert store.read("bob") is None
+    assert store.count() == 1
+
+
+def test_a_log_can_start_anew(store: StateStore) -> None:
+    put(store, "ann", b"1", expected=NOT_THERE, append=b"old")
+    put(store, "ann", b"2", expected=1, append=b"older")
+    assert put(store, "ann", b"3", expected=2, append=b"new", restart=True)
+    assert put(store, "ann", b"4", expected=3, append=b"newer")
+    assert contents(store, "ann") == (4, b"4", [b"new", b"newer"])
+
+
+def test_many_users_are_changed_at_once_each_by_itself(store: StateStore) -> None:
+    put(store, "bob", b"own", expected=NOT_THERE, append=b"own log")
+    names = ("ann", "bob", "cy")
+    new = [Change(user_id=name, state=name.encode(), expected=NOT_THERE, append=b"log") for name in names]
+    assert store.put(new) == [True, False, True]
+    assert contents(store, "ann") == (1, b"ann", [b"log"])
+    assert contents(store, "bob") == (1, b"own", [b"own log"])
+    assert store.count() == 3
+    assert store.put(new) == [False] * 3
+    assert store.put([]) == []
+    many = [Change(user_id=f"user {row}", state=b"s", expected=NOT_THERE) for row in range(1_201)]
+    assert all(store.put(many))
+    assert store.count() == 1_204
+
+
+@pytest.mark.parametrize("user", ["", "a b/c?d", "Zoë 🎵", "a\x00b", "x" * 512, "user:log", "%s'; --"])
+def test_any_text_is_a_user_of_its_own(store: StateStore, user: str) -> None:
+    data = bytes(range(256)) * 40
+    assert put(store, user, data, expected=NOT_THERE, append=data)
+    assert contents(store, user) == (1, data, [data])
+    assert store.get(user + "x") is None
+
+
+def test_namespaces_do_not_meet(store: StateStore, uri: str, namespace: str) -> None:
+    put(store, "ann", b"1", expected=NOT_THERE, append=b"log")
+    store.write_note("place", "here")
+    other = open_store(uri, namespace + "-other")
+    try:
+        assert (other.get("ann"), other.count(), other.note("place")) == (None, 0, None)
+        assert put(other, "ann", b"2", expected=NOT_THERE)
+        assert contents(store, "ann") == (1, b"1", [b"log"])
+    finally:
+        other.close()
+
+
+def test_notes_are_kept_and_replaced(store: StateStore) -> None:
+    assert store.note("load") is None
+    store.write_note("load", "bucket 1")
+    store.write_note("load", "bucket 2 – ë")
+    assert store.note("load") == "bucket 2 – ë"
+
+
+def test_what_one_opening_wrote_the_next_one_reads(store: StateStore, uri: str, namespace: str) -> None:
+    put(store, "ann", b"1", expected=NOT_THERE, append=b"log")
+    again = open_store(uri, namespace)
+    try:
+        assert contents(again, "ann") == (1, b"1", [b"log"])
+    finally:
+        again.close()
+
+
+def add_lines(store: StateStore, writer: int) -> None:
+    """Add to one user's log as often as PUTS, each time on the version just read."""
+    for turn in range(PUTS):
+        done = False
+        while not done:
+            stored = store.get("ann")
+            version, count = (NOT_THERE, 0) if stored is None else (stored.version, int(stored.state))
+            done = put(store, "ann", str(count + 1).encode(), expected=version, append=f"{writer}-{turn}".encode())
+
+
+def require_all_lines(store: StateStore) -> None:
+    whole = store.read("ann")
+    assert whole is not None
+    assert (whole.stored.version, int(whole.stored.state)) == (WRITERS * PUTS, WRITERS * PUTS)
+    found = [piece.decode() for piece in whole.log]
+    assert sorted(found) == sorted(f"{writer}-{turn}" for writer in range(WRITERS) for turn in range(PUTS))
+    for writer in range(WRITERS):  # each writer's own in the order of writing
+        assert [line for line in found if line.startswith(f"{writer}-")] == [f"{writer}-{turn}" for turn in range(PUTS)]
+
+
+def test_threads_that_write_to_one_user_lose_nothing(store: StateStore) -> None:
+    threads = [threading.Thread(target=add_lines, args=(store, writer)) for writer in range(WRITERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    require_all_lines(store)
+
+
+PROGRAM = """
+import sys
+from rayrec.online.stores.state_store import NOT_THERE, Change, open_store
+uri, namespace, writer, puts = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+store = open_store(uri, namespace)
+for turn in range(puts):
+    done = False
+    while not done:
+        stored = store.get("ann")
+        version, count = (NOT_THERE, 0) if stored is None else (stored.version, int(stored.state))
+        line = f"{writer}-{turn}".encode()
+        done = store.put([Change(user_id="ann", state=str(count + 1).encode(), expected=version, append=line)])[0]
+"""
+
+
+def test_processes_that_write_to_one_user_lose_nothing(store: StateStore, uri: str, namespace: str) -> None:
+    writers = [
+        subprocess.Popen([sys.executable, "-c", PROGRAM, uri, namespace, str(writer), str(PUTS)])
+        for writer in range(WRITERS)
+    ]
+    assert [writer.wait(timeout=120) for writer in writers] == [0] * WRITERS
+    require_all_lines(store)
+
+
+WRITES_FOR_EVER = """
+import sys
+from rayrec.online.stores.state_store import NOT_THERE, Change, open_store
+store = open_store(sys.argv[1], sys.argv[2])
+version = NOT_THERE
+while True:
+    text = str(version + 1).encode()
+    assert store.put([Change(user_id="ann", state=text, expected=version, append=text)]) == [True]
+    version += 1
+    print(version, flush=True)
+"""
+
+
+def test_what_was_acknowledged_survives_the_kill_of_the_writer(store: StateStore, uri: str, namespace: str) -> None:
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITES_FOR_EVER, uri, namespace], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    lines = [writer.stdout.readline() for _ in range(30)]
+    writer.kill()
+    lines += writer.stdout.readlines()
+    writer.wait()
+    acknowledged = max(int(line) for line in lines if line.endswith("\n"))
+    whole = store.read("ann")
+    assert whole is not None
+    assert acknowledged <= whole.stored.version <= acknowledged + 1
+    assert whole.log == [str(place + 1).encode() for place in range(whole.stored.version)]
+    assert int(whole.stored.state) == whole.stored.version
+
+
+@needs_redis
+def test_what_redis_acknowledged_survives_the_kill_of_its_server(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    store = open_store(server.uri, "n")
+    try:
+        for version in range(40):
+            assert put(store, "ann", str(version + 1).encode(), expected=version, append=b"x")
+        server.kill()
+        with pytest.raises(StoreUnavailableError, match="try again"):
+            store.get("ann")
+        server.start()
+        assert contents(store, "ann") == (40, b"40", [b"x"] * 40)
+        assert put(store, "ann", b"41", expected=40)  # the script is not there any more, and sent again
+    finally:
+        store.close()
+        server.kill()
+
+
+@needs_redis
+def test_a_redis_that_may_forget_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    try:
+        open_store(server.uri, "n").close()
+        assert not caplog.records
+        import redis
+
+        redis.Redis(port=server.port).config_set("appendfsync", "everysec")
+        open_store(server.uri, "n").close()
+        assert "appendfsync everysec: acknowledged plays may be lost" in caplog.text
+    finally:
+        server.kill()
+
+
+def test_an_sqlite_commit_waits_for_the_disk(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path}/states.sqlite", "n")
+    with store._connection() as connection:  # type: ignore[attr-defined]
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    store.close()
+
+
+def test_an_sqlite_store_that_is_locked_for_long_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayrec.online.stores.sqlite_store.WAIT_SECONDS", 0.1)
+    path = tmp_path / "states.sqlite"
+    store = open_store(f"sqlite:///{path}", "n")
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreUnavailableError, match="locked; try again"):
+        put(store, "ann", b"1", expected=NOT_THERE)
+    assert store.get("ann") is None  # reading does not wait
+    other.close()
+    assert put(store, "ann", b"1", expected=NOT_THERE)
+    store.close()
+
+
+def test_a_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("no database " * 100)
+    with pytest.raises(InputError, match=r"notes.txt cannot be opened: file is not a database"):
+        open_store(f"sqlite:///{text}", "n")
+    foreign = sqlite3.connect(tmp_path / "foreign.sqlite")
+    foreign.execute("CREATE TABLE other (x)")
+    foreign.commit()
+    foreign.close()
+    with pytest.raises(InputError, match="its format is 0, this rayrec reads 1"):
+        open_store(f"sqlite:///{tmp_path}/foreign.sqlite", "n")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["", "states.sqlite", "postgres://here/x", "sqlite://", "sqlite:///", "sqlite://host/path", "redis://h:port/0"],
+)
+def test_an_address_that_is_none_is_refused_with_one_that_is(uri: str) -> None:
+    with pytest.raises(InputError, match=r"sqlite:///PATH|no address of a Redis server"):
+        open_store(uri, "n")
+
+
+def test_a_redis_out_of_reach_says_so_without_its_password() -> None:
+    pytest.importorskip("redis")
+    with pytest.raises(StoreUnavailableError, match=r"store redis://127.0.0.1:1/0 does not answer") as caught:
+        open_store("redis://:secret@127.0.0.1:1/0", "n")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_relative_path_is_of_the_folder_where_it_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = ServeConfig(store="sqlite:///some folder/100%25.sqlite")
+    monkeypatch.chdir("/")
+    assert ServeConfig(store=config.store).store == config.store
+    open_store(str(config.store), "n").close()
+    assert (tmp_path / "some folder" / "100%.sqlite").exists()
+    for uri in ("redis://here:1/0", "sqlite:///", "sqlite://host/path", "nonsense"):
+        assert ServeConfig(store=uri).store == uri

@@ -1,0 +1,213 @@
+"""The online state equals the batch's over the same plays, in whatever order and however often they came."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import MINUTE, NUM_SONGS, model_config, network
+
+from rayrec.data.histories import Histories
+from rayrec.data.windows import NEVER
+from rayrec.model.inference import States, TasteEncoder
+from rayrec.model.train_config import FeatureSpec
+from rayrec.online import user_state
+from rayrec.online.user_state import OUTCOMES, Plays, Replay, Step, UserState, advance, gather, plan, scatter
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+FEATURES = FeatureSpec(contexts=("radio", "search"), hour=True, skipped=True)
+ENCODERS = {
+    "gru": TasteEncoder(network(model_config(layers=2, features=FEATURES))),
+    "lstm": TasteEncoder(network(model_config(layers=1, cell="lstm", features=FEATURES))),
+}
+
+
+@pytest.fixture(autouse=True)
+def short_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 to 8 plays are held back, so that few plays go far beyond them."""
+    monkeypatch.setattr(user_state, "WINDOW", 4)
+
+
+@pytest.fixture(params=list(ENCODERS))
+def encoder(request: pytest.FixtureRequest) -> TasteEncoder:
+    return ENCODERS[request.param]
+
+
+def run(encoder: TasteEncoder):  # type: ignore[no-untyped-def]
+    return lambda plays, start: encoder.run(plays, start=start)[1]
+
+
+def nobody(encoder: TasteEncoder) -> UserState:
+    return UserState.start("m", encoder.no_states(1))
+
+
+def random_plays(count: int, seed: int = 0) -> Plays:
+    """In the order of time, no two at one moment."""
+    random = np.random.default_rng(seed)
+    return Plays.of(
+        random.integers(0, NUM_SONGS + 3, count),  # three songs are newer than the network
+        np.cumsum(random.integers(1, 30 * MINUTE, count)),
+        contexts=random.integers(0, 4, count),
+        skipped=random.random(count) < 0.3,
+        events=[f"event-{place}" for place in range(count)],
+    )
+
+
+def require_batch(encoder: TasteEncoder, state: UserState, plays: Plays) -> None:
+    """The state is where the network ends after the plays, all in one pass, in the order of time."""
+    ordered = plays.take(np.argsort(plays.played_at, kind="stable"))
+    wanted = encoder.run(ordered.history())[1]
+    np.testing.assert_allclose(state.hidden, wanted.hidden[0], **CLOSE)
+    assert (state.last_played_at, state.plays) == (wanted.last_played_at[0], len(plays))
+    before = encoder.run(ordered.take(slice(state.left)).history())[1]
+    np.testing.assert_allclose(state.before, before.hidden[0], **CLOSE)
+    assert state.before_at == before.last_played_at[0]
+    for name in ("songs", "played_at", "contexts", "skipped"):
+        np.testing.assert_array_equal(getattr(state.window, name), getattr(ordered, name)[state.left :])
+
+
+def post(encoder: TasteEncoder, state: UserState, parts: Sequence[Plays]) -> tuple[UserState, list[Step]]:
+    steps = []
+    for part in parts:
+        state, step = advance(run(encoder), state, part)
+        steps.append(step)
+    return state, steps
+
+
+def outcomes(step: Step) -> list[str]:
+    return [OUTCOMES[place] for place in step.outcomes]
+
+
+def test_plays_in_turn_cost_one_step_each_however_long_the_history(encoder: TasteEncoder) -> None:
+    plays, state, ran = random_plays(100), nobody(encoder), []
+
+    def counted(histories: Histories, start: States) -> States:
+        ran.append(histories.num_plays)
+        return encoder.run(histories, start=start)[1]
+
+    for place in range(100):
+        state, _ = advance(counted, state, plays.take(slice(place, place + 1)))
+        assert len(state.window) <= 8
+    require_batch(encoder, state, plays)
+    assert len(ran) == 100
+    assert set(ran) == {1, 1 + 5}  # now and then the older plays of a full window leave it
+    assert sum(ran) <= 2 * 100
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_order_within_the_window_gives_the_state_of_the_batch(data: st.DataObject) -> None:
+    """Plays moved by less than the window, some sent twice, in calls of any size."""
+    encoder = ENCODERS[data.draw(st.sampled_from(sorted(ENCODERS)))]
+    plays = random_plays(data.draw(st.integers(1, 30)), seed=data.draw(st.integers(0, 9)))
+    moved = [place + data.draw(st.floats(0, 3.9)) for place in range(len(plays))]
+    order = np.argsort(moved, kind="stable")
+    again = data.draw(st.lists(st.integers(0, len(order) - 1), max_size=3))
+    for place in again:  # right after the first time: still in the window
+        order = np.insert(order, int(np.flatnonzero(order == place)[0]) + 1, place)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(order)), max_size=12)))
+    parts = [plays.take(part) for part in np.split(order, cuts)]
+    state, steps = post(encoder, nobody(encoder), parts)
+    require_batch(encoder, state, plays)
+    assert sum(step.count("repeated") for step in steps) == len(again)
+    assert sum(step.count("set_aside") for step in steps) == state.set_aside == 0
+    left = Plays.joined([step.left for step in steps])
+    np.testing.assert_array_equal(left.songs, plays.songs[: state.left])
+    np.testing.assert_array_equal(left.played_at, plays.played_at[: state.left])
+
+
+def test_plays_from_before_the_window_are_set_aside_and_counted(encoder: TasteEncoder) -> None:
+    plays = random_plays(12)
+    late, rest = plays.take(slice(0, 2)), plays.take(slice(2, None))
+    state, _ = post(encoder, nobody(encoder), [rest])
+    assert state.left == 6
+    state, (step,) = post(encoder, state, [late])
+    assert outcomes(step) == ["set_aside", "set_aside"]
+    assert (state.set_aside, step.runs) == (2, ())
+    require_batch(encoder, state, rest)
+
+
+def test_a_play_at_the_moment_of_the_last_that_left_is_set_aside(encoder: TasteEncoder) -> None:
+    """After a load the batch's own last play may be sent again: it must not count twice."""
+    states = encoder.run(random_plays(5).history())[1]
+    state = UserState.start("m", states, plays=5)
+    state, (step,) = post(encoder, state, [Plays.of([1], [state.before_at], events=["x"])])
+    assert outcomes(step) == ["set_aside"]
+    assert (state.plays, state.last_played_at) == (5, states.last_played_at[0])
+
+
+def test_repeated_events_and_plays_change_nothing(encoder: TasteEncoder) -> None:
+    state, _ = post(encoder, nobody(encoder), [Plays.of([1, 2], [10, 20], events=["a", "b"])])
+    again = Plays.of([9, 2, 3, 3, 4], [30, 20, 40, 40, 50], events=["a", "other", "c", "d", "c"])
+    after, (step,) = post(encoder, state, [again])
+    assert outcomes(step) == ["repeated", "repeated", "taken", "repeated", "repeated"]
+    require_batch(encoder, after, Plays.of([1, 2, 3], [10, 20, 40]))
+    same, (step,) = post(encoder, after, [again.take(slice(3))])
+    assert not step.changes
+    np.testing.assert_array_equal(same.hidden, after.hidden)
+
+
+def test_plays_without_event_ids_are_repeated_by_song_and_moment_only(encoder: TasteEncoder) -> None:
+    state, (step,) = post(encoder, nobody(encoder), [Plays.of([1, 1, 1, 2], [10, 20, 10, 10])])
+    assert outcomes(step) == ["taken", "taken", "repeated", "taken"]
+    require_batch(encoder, state, Plays.of([1, 2, 1], [10, 10, 20]))
+
+
+def test_plays_of_one_moment_keep_the_order_in_which_they_came_and_leave_together(encoder: TasteEncoder) -> None:
+    plays = Plays.of([5, 1, 4, 2, 3, 9, 8, 7, 6], [10, 10, 10, 10, 10, 10, 11, 12, 13])
+    state, steps = post(encoder, nobody(encoder), [plays.take(np.array([place])) for place in range(9)])
+    assert state.left == 6
+    require_batch(encoder, state, plays)
+    assert steps[-1].left.songs.tolist() == [5, 1, 4, 2, 3, 9]
+    together, _ = post(encoder, nobody(encoder), [plays])
+    np.testing.assert_allclose(together.hidden, state.hidden, **CLOSE)
+
+
+def test_more_plays_of_one_moment_than_the_window_holds_leave_it_all(encoder: TasteEncoder) -> None:
+    plays = Plays.of(np.arange(9), np.full(9, 10))
+    state, _ = post(encoder, nobody(encoder), [plays])
+    assert (state.left, len(state.window)) == (9, 0)
+    require_batch(encoder, state, plays)
+
+
+def test_steps_of_many_users_are_run_as_one_batch(encoder: TasteEncoder) -> None:
+    whole = [random_plays(count, seed=count) for count in (3, 11, 20)]
+    early = [plays.take(slice(len(plays) - 2)) for plays in whole]
+    late = [plays.take(slice(len(plays) - 2, None)) for plays in whole]
+    states = [post(encoder, nobody(encoder), [plays])[0] for plays in early]
+    late[2] = late[2].take(np.array([1, 0]))
+    late.append(Plays.of([], []))
+    steps = [plan(state, plays) for state, plays in zip([*states, states[0]], late, strict=True)]
+    ended = encoder.run(gather(steps)[0], start=gather(steps)[1])[1]
+    found = scatter(steps, ended)
+    for state, plays in zip(found, whole, strict=False):
+        require_batch(encoder, state, plays)
+    np.testing.assert_array_equal(found[3].hidden, states[0].hidden)
+
+
+def test_another_model_starts_anew_from_the_log_and_the_window(encoder: TasteEncoder) -> None:
+    plays = random_plays(14)
+    state, (step,) = post(encoder, nobody(encoder), [plays])
+    other = TasteEncoder(network(model_config(layers=1, features=FEATURES), seed=5))
+    replay = Replay.of(state, "n", other.no_states(1), step.left)
+    found = scatter([replay], run(other)(*gather([replay])))[0]
+    assert found.model == "n"
+    require_batch(other, found, plays)
+    with pytest.raises(ValueError, match="the log holds 2 plays, the state says that 10 have left"):
+        Replay.of(state, "n", other.no_states(1), step.left.take(slice(2)))
+    late = Plays.of([3], [int(plays.played_at[-2]) + 1])
+    require_batch(other, advance(run(other), found, late)[0], Plays.joined([plays, late]))
+
+
+def test_nobody_has_played_never(encoder: TasteEncoder) -> None:
+    state = nobody(encoder)
+    assert (state.plays, state.last_played_at) == (0, NEVER)
+    assert state.states.hidden.shape == encoder.no_states(1).hidden.shape
+    step = plan(state, Plays.of([], []))
+    assert scatter([step], None)[0].plays == 0
+
+
+def test_arrays_of_unlike_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="differ in length"):
+        Plays.of([1, 2], [10])

@@ -1,0 +1,124 @@
+"""The weight-based baselines: the planted weights come back, and the sums are those of the equations."""
+
+import numpy as np
+import pytest
+from worlds import random_histories, random_vectors, write_dataset
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.split import FitRange, Split
+from rayrec.errors import LeakError
+from rayrec.recommend import weighted_average as module
+from rayrec.recommend.baselines import fit_baselines
+from rayrec.recommend.selection import make_selection
+from rayrec.recommend.weighted_average import OFFSETS, LagSums, WeightedRecommender, choose_penalty, fit_weighted
+from rayrec.storage.workspace import Workspace
+
+NUM_SONGS = 30
+SPLIT = Split(id="s", dataset="by-hand", validation_from=1_500_000, test_from=2_500_000)
+PLANTED = np.array([0.3, 0.0, 0.8, -0.4])  # of the last song first
+
+
+def _planted(users: int, length: int) -> tuple[Histories, np.ndarray]:
+    """Users whose next song lies nearest to their last four by the planted weights, with some noise."""
+    vectors = random_vectors(3_000, dim=6)
+    random = np.random.default_rng(1)
+    songs = random.integers(0, len(vectors), size=(users, length))
+    for place in range(len(PLANTED), length):
+        last = vectors[songs[:, place - len(PLANTED) : place][:, ::-1]]
+        taste = np.einsum("j,ujd->ud", PLANTED, last) + random.normal(0, 0.3, size=(users, 6))
+        songs[:, place] = np.argmax(taste @ vectors.T, axis=1)
+    return Histories.from_lists(list(songs), [np.arange(length)] * users), vectors  # type: ignore[arg-type]
+
+
+def test_the_planted_weights_come_back() -> None:
+    histories, vectors = _planted(60, 60)
+    fitted = WeightedRecommender.fit([histories], vectors, name="weighted-short", allowed=FitRange(), penalty=1e-3)
+    found = fitted.weights[: len(PLANTED)] * np.linalg.norm(PLANTED) / np.linalg.norm(fitted.weights[: len(PLANTED)])
+    np.testing.assert_allclose(found, PLANTED, atol=0.05)
+    assert np.abs(fitted.weights[len(PLANTED) :]).max() < 0.1
+
+
+def test_the_planted_weights_answer_better_than_every_average() -> None:
+    histories, vectors = _planted(60, 60)
+    questions = Questions.before_plays(histories, np.arange(len(PLANTED), histories.num_plays, 7))
+    targets = vectors[histories.songs[np.arange(len(PLANTED), histories.num_plays, 7)]]
+    fitted = fit_weighted([histories], vectors, "weighted-short", FitRange(), None)
+    averages = [WeightedRecommender(vectors, discount ** np.arange(50), "average") for discount in (0.1, 0.5, 0.9, 1.0)]
+    ours, *others = [float((one.vectors(histories, questions) * targets).sum(1).mean()) for one in (fitted, *averages)]
+    assert ours > max(others) + 0.2
+
+
+@pytest.mark.parametrize("offsets", [(1, 1), (2, 4)])
+@pytest.mark.parametrize("penalty", [1e-3, 1.0])
+@pytest.mark.parametrize("parts", [1, 6])
+def test_the_sums_give_the_solution_of_the_equations_written_out(
+    offsets: tuple[int, int], penalty: float, parts: int
+) -> None:
+    histories, vectors, count = random_histories(24, NUM_SONGS, seed=7), random_vectors(NUM_SONGS), 5
+    sums = LagSums(offsets, count)
+    for rows in np.array_split(np.arange(24), parts):
+        sums.add(histories.take(rows), vectors)
+    inputs, targets = [], []
+    for songs in np.split(histories.songs, histories.offsets[1:-1]):
+        for last in range(len(songs)):
+            before = np.zeros((count, vectors.shape[1]))
+            recent = songs[max(0, last - count + 1) : last + 1][::-1]
+            before[: len(recent)] = vectors[recent]
+            for target in range(last + offsets[0], min(last + offsets[1] + 1, len(songs))):
+                inputs.append(before)
+                targets.append(vectors[songs[target]])
+    x, y = np.stack(inputs), np.stack(targets)
+    gram = np.einsum("pjd,pkd->jk", x, x) / len(x) + penalty * np.eye(count)
+    expected = np.linalg.solve(gram, np.einsum("pjd,pd->j", x, y) / len(x))
+    np.testing.assert_allclose(sums.weights(penalty), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_taste_vectors_are_the_weighted_sums_at_every_position() -> None:
+    vectors, histories = random_vectors(NUM_SONGS), random_histories(12, NUM_SONGS, seed=5)
+    recommender = WeightedRecommender(vectors, PLANTED, "weighted-short")
+    questions = Questions.before_plays(histories, np.random.default_rng(0).permutation(histories.num_plays))
+    taste = recommender.vectors(histories, questions)
+    for row, (user, seen) in enumerate(zip(questions.rows, questions.seen, strict=True)):
+        last = histories.songs[histories.offsets[user] : histories.offsets[user] + seen][::-1][: len(PLANTED)]
+        expected = PLANTED[: len(last)] @ vectors[last] if seen else np.zeros(8)
+        np.testing.assert_allclose(taste[row], expected / (np.linalg.norm(expected) or 1), atol=1e-5)
+
+
+def test_a_fit_refuses_plays_past_the_cut() -> None:
+    plays = Histories.from_lists([[0, 1, 2]], [[0, 1, 2]])
+    with pytest.raises(LeakError, match="1 plays at or after its cut 2"):
+        fit_weighted([plays], random_vectors(3), "weighted-long", FitRange(before=2), None)
+
+
+@pytest.fixture(params=list(OFFSETS))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def dataset(workspace: Workspace) -> Dataset:
+    return write_dataset(workspace, random_histories(80, NUM_SONGS, longest=60, seed=2), NUM_SONGS)
+
+
+def test_the_penalty_is_the_one_with_the_smallest_cosine_distance_on_the_validation_range(
+    dataset: Dataset, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = random_vectors(NUM_SONGS)
+    selection = make_selection(dataset, SPLIT, vectors)
+    assert selection is not None
+    questions, targets = selection.ahead(*OFFSETS[name])
+    distances = {}
+    for penalty in module.PENALTIES:
+        trial = WeightedRecommender.fit(
+            selection.batches(), vectors, name=name, allowed=SPLIT.selection, penalty=penalty
+        )
+        taste = trial.vectors(selection.histories, questions)
+        distances[penalty] = float(np.mean([1 - one @ vectors[song] for one, song in zip(taste, targets, strict=True)]))
+    best = min(distances, key=lambda penalty: distances[penalty])
+    assert choose_penalty(selection, name) == best
+    (fitted,) = fit_baselines([name], dataset, vectors, SPLIT.final, selection)
+    final = (SPLIT.final.select(batch) for batch in dataset.read_all())
+    expected = WeightedRecommender.fit(final, vectors, name=name, allowed=SPLIT.final, penalty=best)
+    assert isinstance(fitted, WeightedRecommender)
+    np.testing.assert_allclose(fitted.weights, expected.weights)

@@ -1,0 +1,185 @@
+"""Songs over HTTP: found, filtered, diverse, explained, like others, and on a map."""
+
+from collections.abc import Iterator
+from datetime import date
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from served import AT, NUM_SONGS, WITHOUT_VECTOR, Client, service, write_release, write_world
+
+from rayrec.data import columns
+from rayrec.data.dataset import Dataset
+from rayrec.importing.describing import store_descriptions
+from rayrec.recommend.answer import load_recommender
+from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.serving.auth import load_keys
+from rayrec.serving.serve_config import ServeConfig
+from rayrec.storage import releases
+from rayrec.storage.workspace import Workspace
+
+SONGS = ["song-3", "song-50", "song-3", "song-9"]
+KEY = "r" * 20
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Every song has a release day, one a day from 2000 on; every third is for Sweden."""
+    workspace = Workspace(tmp_path_factory.mktemp("songs") / "workspace")
+    write_world(workspace)
+    first = date(2000, 1, 1).toordinal()
+    told = {
+        columns.SONG_ID: [f"song-{row}" for row in range(NUM_SONGS)],
+        columns.TITLE: pa.nulls(NUM_SONGS, pa.string()),
+        columns.ARTIST: pa.nulls(NUM_SONGS, pa.string()),
+        columns.RELEASED: [date.fromordinal(first + row) for row in range(NUM_SONGS)],
+        columns.MARKETS: [["SE"] if row % 3 == 0 else ["DE"] for row in range(NUM_SONGS)],
+    }
+    store_descriptions(Dataset(workspace), pa.table(told, schema=columns.DESCRIPTIONS), {})
+    write_release(workspace, memory=False)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def app(world: Workspace) -> Iterator[Client]:
+    with service(world) as opened:
+        yield Client(opened)
+
+
+@pytest.fixture(scope="module")
+def network(world: Workspace) -> TasteRecommender:
+    parts = releases.default_parts(world)
+    made = load_recommender(world, Dataset(world), model_id=parts["models"], index_id=parts["indexes"])
+    assert isinstance(made, TasteRecommender)
+    return made
+
+
+def ask(app: Client, **body: Any) -> dict[str, Any]:
+    response = app.post("/v1/recommendations", {"history": SONGS, "at": AT, **body})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def rows(answer: dict[str, Any]) -> list[int]:
+    return [int(song["song"].removeprefix("song-")) for song in answer["songs"]]
+
+
+@pytest.mark.parametrize(
+    ("limits", "fits"),
+    [
+        ({"allow": [f"song-{row}" for row in range(40, 80)]}, lambda row: 40 <= row < 80),
+        ({"artists": ["ARTIST 2", "artist 3"]}, lambda row: row % 7 in (2, 3)),
+        ({"released_from": "2000-02-01"}, lambda row: row >= 31),
+        ({"released_from": "2000-01-11", "released_to": "2000-01-20"}, lambda row: 10 <= row < 20),
+        ({"market": "SE"}, lambda row: row % 3 == 0),
+        ({"market": "SE", "artists": ["Artist 1"], "exclude": ["song-15"]}, lambda row: row % 21 == 15 and row > 15),
+        ({"market": "SE", "allow": ["song-6", "song-7", "song-8", "nothing"]}, lambda row: row == 6),
+        ({"market": "FR"}, lambda row: False),
+    ],
+)
+@pytest.mark.parametrize("history", [SONGS, []])
+def test_an_answer_keeps_to_what_is_asked_and_holds_all_that_qualify(
+    app: Client, limits: dict[str, Any], fits: Any, history: list[str]
+) -> None:
+    expected = {row for row in range(NUM_SONGS) if fits(row) and row != WITHOUT_VECTOR} - {
+        int(song.removeprefix("song-")) for song in history
+    }
+    answer = ask(app, k=NUM_SONGS, history=history, **limits)
+    assert set(rows(answer)) == expected
+    few = ask(app, k=3, history=history, **limits)
+    assert rows(few) == rows(answer)[:3]
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ({"released_from": "2000-02-31"}, "2000-02-31"),
+        ({"released_from": "spring"}, "released_from"),
+        ({"market": ""}, "market"),
+        ({"artists": "Abba"}, "artists"),
+        ({"diversity": 1.5}, "diversity"),
+        ({"explain": 1}, "explain"),
+        ({"allow": [3]}, "allow"),
+    ],
+)
+def test_limits_that_are_none_are_a_422(app: Client, limits: dict[str, Any], told: str) -> None:
+    response = app.post("/v1/recommendations", {"history": SONGS, **limits})
+    assert response.status_code == 422
+    assert told in response.text
+
+
+def test_diversity_makes_answers_less_alike(app: Client, network: TasteRecommender) -> None:
+    def likeness(diversity: float) -> float:
+        answer = rows(ask(app, k=10, diversity=diversity))
+        assert len(set(answer)) == 10
+        assert not set(answer) & {3, 50, 9}
+        vectors = network.song_vectors[answer]
+        return float((vectors @ vectors.T)[~np.eye(10, dtype=np.bool_)].mean())
+
+    assert likeness(0.0) > likeness(0.5) > likeness(1.0)
+    assert ask(app, k=10, diversity=0.0)["songs"] == ask(app, k=10)["songs"]
+
+
+def test_an_explained_answer_names_the_plays_and_the_rest_stays(app: Client) -> None:
+    plain, told = ask(app), ask(app, explain=True)
+    assert plain["explanation"] is None
+    assert [reason["song"] for reason in told["explanation"]] != []
+    assert sorted(reason["song"] for reason in told["explanation"]) == sorted(SONGS)
+    moved = [reason["moved"] for reason in told["explanation"]]
+    assert moved == sorted(moved, reverse=True)
+    assert {song["because"] for song in told["songs"]} <= {*SONGS, None}
+    assert any(song["because"] for song in told["songs"])
+    assert rows(plain) == rows(told)
+    assert ask(app, history=[], explain=True)["explanation"] is None
+
+
+def test_songs_are_found_by_title_and_artist(app: Client) -> None:
+    found = app.get("/v1/songs", params={"query": "title 12"}).json()
+    assert found["songs"][0]["song"] == "song-12"
+    assert found["count"] == 12  # 12, 112 and 120 to 129
+    by_artist = app.get("/v1/songs", params={"query": "ARTIST 3", "limit": 5}).json()
+    assert len(by_artist["songs"]) == 5
+    assert {song["artist"] for song in by_artist["songs"]} == {"Artist 3"}
+    assert app.get("/v1/songs").status_code == 422
+    assert app.get("/v1/songs", params={"query": "x" * 201}).status_code == 422
+    assert app.get("/v1/songs", params={"query": " "}).json()["count"] == 0
+
+
+def test_similar_songs_are_the_nearest_by_cosine(app: Client, network: TasteRecommender) -> None:
+    scores = network.song_vectors @ network.song_vectors[5]
+    scores[[5, WITHOUT_VECTOR]] = -np.inf
+    found = app.get("/v1/songs/song-5/similar", params={"k": 7}).json()
+    assert rows(found) == np.argsort(-scores, kind="stable")[:7].tolist()
+    assert found["songs"][0]["score"] == pytest.approx(float(scores.max()), rel=1e-4)
+    assert app.get(f"/v1/songs/song-{WITHOUT_VECTOR}/similar").json()["songs"] == []
+    assert app.get("/v1/songs/none/similar").status_code == 404
+    assert app.get("/v1/songs/song-5/similar", params={"k": 0}).status_code == 422
+
+
+def test_songs_on_a_map_have_a_place_each(app: Client) -> None:
+    asked = ["song-1", "song-2", "nothing", "song-1", f"song-{WITHOUT_VECTOR}", "song-9"]
+    told = app.post("/v1/map", {"songs": asked}).json()
+    assert [point["song"] for point in told["points"]] == ["song-1", "song-2", "song-9"]
+    assert told["unknown_songs"] == 2
+    assert all(-1 <= point[axis] <= 1 for point in told["points"] for axis in "xy")
+    assert app.post("/v1/map", {"songs": ["nothing"]}).json()["points"] == []
+    assert app.post("/v1/map", {"songs": []}).status_code == 422
+
+
+def test_the_page_lets_nothing_in_from_elsewhere_and_needs_no_key(world: Workspace) -> None:
+    keys = load_keys(ServeConfig(), {"RAYREC_API_KEYS": f"read:{KEY}"})
+    with service(world, keys) as opened:
+        client = Client(opened)
+        page = client.get("/")
+        assert page.status_code == 200
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        rules = page.headers["content-security-policy"]
+        assert "default-src 'none'" in rules
+        assert "unsafe" not in rules
+        assert "http" not in page.text.replace("http://www.w3.org/2000/svg", "")
+        assert "innerHTML" not in page.text
+        assert client.get("/v1/songs", params={"query": "a"}).status_code == 401
+        assert client.post("/").status_code in (401, 405)
+        assert Client(opened, key=KEY).get("/v1/songs", params={"query": "title"}).json()["count"] > 0

@@ -1,0 +1,196 @@
+"""Limits on what is sent and on what waits, and clients that go away."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from served import Client, service, write_release, write_world
+
+from rayrec.serving.engine import Pool
+from rayrec.serving.problems import OverloadedError
+from rayrec.serving.service import Service
+from rayrec.storage.workspace import Workspace
+
+BODY = json.dumps({"history": ["song-1"]}).encode()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = Workspace(tmp_path_factory.mktemp("gate") / "workspace")
+    write_world(workspace)
+    write_release(workspace)
+    return workspace
+
+
+@pytest.fixture
+def opened(world: Workspace) -> Iterator[Service]:
+    with service(world, max_waiting=2, max_body=1000) as made:
+        yield made
+
+
+class Slow:
+    """Stands before the work of a release and lets it begin when it is told to."""
+
+    def __init__(self, opened: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may, self.begun = threading.Event(), 0
+        parts = opened.live.engine.parts  # type: ignore[attr-defined]
+        plain = type(parts).answer
+
+        def answer(this: Any, *args: Any) -> Any:
+            self.begun += 1
+            assert self.may.wait(10)
+            return plain(this, *args)
+
+        monkeypatch.setattr(type(parts), "answer", answer)
+
+
+class Call:
+    """One request, message by message: it ends when the application does, or when its client goes away."""
+
+    def __init__(self, app: Any, body: bytes = BODY) -> None:
+        self.gone, self.sent = asyncio.Event(), []  # type: ignore[var-annotated]
+        self._body: list[bytes] = [body]
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/recommendations", "raw_path": b"/v1/recommendations"}
+        scope |= {"headers": headers, "query_string": b"", "client": ("127.0.0.1", 1), "server": ("app", 80)}
+        scope |= {"scheme": "http", "http_version": "1.1", "root_path": "", "asgi": {"version": "3.0"}}
+        self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._body:
+            return {"type": "http.request", "body": self._body.pop(), "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    @property
+    def status(self) -> int | None:
+        return self.sent[0]["status"] if self.sent else None
+
+
+async def until(condition: Any) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come to it")
+
+
+def test_more_than_may_wait_get_a_503_that_says_when_to_try_again(
+    opened: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, app = Slow(opened, monkeypatch), Client(opened).app
+
+    async def scenario() -> None:
+        calls = [Call(app) for _ in range(5)]
+        await until(lambda: sum(call.status == 503 for call in calls) == 3)
+        health = Client(opened)._transport
+        assert health is not None
+        slow.may.set()
+        await asyncio.gather(*(call.task for call in calls))
+        assert sorted(call.status for call in calls) == [200, 200, 503, 503, 503]  # type: ignore[type-var]
+        refused = next(call for call in calls if call.status == 503)
+        headers = dict(refused.sent[0]["headers"])
+        assert int(headers[b"retry-after"]) >= 1
+        assert headers[b"content-type"] == b"application/problem+json"
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_goes_away_frees_its_place(opened: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, app = Slow(opened, monkeypatch), Client(opened).app
+
+    async def scenario() -> None:
+        running = Call(app)
+        await until(lambda: slow.begun == 1)
+        waiting = Call(app)
+        await asyncio.sleep(0.05)
+        refused = Call(app)
+        await refused.task
+        assert refused.status == 503
+        waiting.gone.set()
+        await waiting.task
+        assert waiting.status is None
+        third = Call(app)
+        await asyncio.sleep(0.05)
+        slow.may.set()
+        await asyncio.gather(running.task, third.task)
+        assert (running.status, third.status, slow.begun) == (200, 200, 2)
+
+    asyncio.run(scenario())
+    assert 'status="499"' in Client(opened).get("/metrics").text
+
+
+def test_health_answers_while_the_worker_is_busy(opened: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow(opened, monkeypatch)
+    client = Client(opened)
+
+    async def scenario() -> None:
+        call = Call(client.app)
+        await until(lambda: slow.begun == 1)
+        response = await client._send("GET", "/healthz", {})
+        assert (response.status_code, call.status) == (200, None)
+        slow.may.set()
+        await call.task
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_over_the_limit_is_refused_before_it_is_all_read(opened: Service, declared: bool) -> None:
+    read = 0
+
+    async def endless() -> Any:
+        nonlocal read
+        for _ in range(100):
+            read += 1
+            yield b" " * 500
+
+    headers = {"Content-Length": "50000"} if declared else {}
+    response = Client(opened).request("POST", "/v1/recommendations", content=endless(), headers=headers)
+    assert response.status_code == 413
+    assert read <= 4
+
+
+def test_a_websocket_is_turned_away(opened: Service) -> None:
+    sent: list[Any] = []
+
+    async def scenario() -> None:
+        async def receive() -> Any:
+            return {"type": "websocket.connect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "websocket", "path": "/v1/release", "headers": [], "query_string": b"", "subprotocols": []}
+        await Client(opened).app(scope, receive, send)
+
+    asyncio.run(scenario())
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+def test_a_pool_counts_no_call_twice() -> None:
+    pool = Pool(3)
+
+    async def scenario() -> None:
+        may = threading.Event()
+        tasks = [asyncio.ensure_future(pool.run(may.wait, 10)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(OverloadedError):
+            await pool.run(int)
+        tasks[2].cancel()
+        await asyncio.sleep(0.05)
+        assert pool.waiting == 2
+        may.set()
+        assert await asyncio.gather(*tasks[:2]) == [True, True]
+        with pytest.raises(ZeroDivisionError):
+            await pool.run(lambda: 1 // 0)
+        await asyncio.sleep(0.05)
+        assert pool.waiting == 0
+
+    asyncio.run(scenario())

@@ -1,0 +1,94 @@
+"""Artifacts: found again by what they were made of, complete or not there, and checked."""
+
+from dataclasses import asdict
+
+import pytest
+
+from rayrec.errors import DamagedArtifactError, NotFoundError
+from rayrec.storage.artifacts import Manifest, fingerprint, listing, load, new_id, newest, publish, verify
+from rayrec.storage.workspace import Workspace
+
+
+def put(workspace: Workspace, artifact_id: str, content: bytes = b"1") -> Manifest:
+    manifest = Manifest(kind="models", id=artifact_id, config={"a": 1}, inputs={"dataset": "d"}, seed=3)
+    workspace.write_bytes(manifest.path("weights"), content)
+    return publish(workspace, manifest, ["weights"])
+
+
+def test_the_fingerprint_follows_stage_config_and_inputs() -> None:
+    first = fingerprint("train", {"a": 1, "b": [2]}, {"dataset": "d"})
+    assert len(first) == 12
+    assert fingerprint("train", {"b": [2], "a": 1}, {"dataset": "d"}) == first
+    others = {
+        fingerprint("embed", {"a": 1, "b": [2]}, {"dataset": "d"}),
+        fingerprint("train", {"a": 2, "b": [2]}, {"dataset": "d"}),
+        fingerprint("train", {"a": 1, "b": [2]}, {"dataset": "e"}),
+    }
+    assert len(others | {first}) == 4
+
+
+def test_what_is_published_is_loaded(workspace: Workspace) -> None:
+    made = put(workspace, "m")
+    assert load(workspace, "models", "m") == made
+    assert made.created_at
+    assert len(made.files["weights"]) == 64
+    verify(workspace, made)
+
+
+def test_without_its_manifest_an_artifact_is_not_there(workspace: Workspace) -> None:
+    put(workspace, "whole")
+    workspace.write_bytes("models/half/weights", b"1")
+    assert [manifest.id for manifest in listing(workspace, "models")] == ["whole"]
+    with pytest.raises(NotFoundError, match=r"models 'half' is not in workspace .*; there are: whole"):
+        load(workspace, "models", "half")
+
+
+def test_the_newest_is_the_one_published_last(workspace: Workspace) -> None:
+    for name in ("z", "a", "m"):
+        put(workspace, name)
+    assert [manifest.id for manifest in listing(workspace, "models")] == ["z", "a", "m"]
+    assert newest(workspace, "models", "train").id == "m"
+    with pytest.raises(NotFoundError, match=r"holds no indexes; run `rayrec index` first"):
+        newest(workspace, "indexes", "index")
+
+
+def test_damage_is_found(workspace: Workspace) -> None:
+    made = put(workspace, "m")
+    workspace.write_bytes(made.path("weights"), b"2")
+    with pytest.raises(DamagedArtifactError, match="weights does not match the checksum"):
+        verify(workspace, made)
+    workspace.delete(made.path("weights"))
+    with pytest.raises(DamagedArtifactError, match="weights is missing; make models m again"):
+        verify(workspace, made)
+
+
+def test_another_format_version_is_refused(workspace: Workspace) -> None:
+    made = put(workspace, "m")
+    workspace.write_json(made.path("manifest.json"), {**asdict(made), "format_version": 99})
+    with pytest.raises(DamagedArtifactError, match="format version 99, this rayrec reads 1"):
+        load(workspace, "models", "m")
+
+
+def test_the_same_work_finds_its_result_or_its_unfinished_files(workspace: Workspace) -> None:
+    assert new_id(workspace, "models", "p", repeat=False) == ("p", False)
+    workspace.write_bytes("models/p/weights", b"half done")
+    assert new_id(workspace, "models", "p", repeat=False) == ("p", False)
+    assert new_id(workspace, "models", "p", repeat=True) == ("p", False)
+    put(workspace, "p")
+    assert new_id(workspace, "models", "p", repeat=False) == ("p", True)
+
+
+def test_repeating_makes_the_next_attempt_and_later_work_finds_the_last(workspace: Workspace) -> None:
+    put(workspace, "p")
+    assert new_id(workspace, "models", "p", repeat=True) == ("p.2", False)
+    assert new_id(workspace, "models", "p", repeat=False) == ("p", True)  # an attempt not finished does not count
+    put(workspace, "p.2")
+    assert new_id(workspace, "models", "p", repeat=False) == ("p.2", True)
+    assert new_id(workspace, "models", "p", repeat=True) == ("p.3", False)
+
+
+def test_publishing_checksums_the_named_files_and_stamps_the_time(workspace: Workspace) -> None:
+    first, second = put(workspace, "a", b"same"), put(workspace, "b", b"same")
+    assert first.files == second.files
+    assert first.created_at < second.created_at
+    assert put(workspace, "c", b"other").files != first.files

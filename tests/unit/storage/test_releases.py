@@ -1,0 +1,206 @@
+"""Releases: parts that belong together, one id, going live and back, and finding damage."""
+
+from contextlib import nullcontext
+
+import pytest
+
+from rayrec.data.split import Split, save_split
+from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
+from rayrec.storage import artifacts, releases
+from rayrec.storage.artifacts import Manifest, publish
+from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
+
+HISTORIES_FILE = histories_file(0, 0)
+SERVED = ("models", "indexes")  # kinds of parts that a replica loads
+
+
+def put_dataset(workspace: Workspace, dataset_id: str = "data1") -> None:
+    for path in (SONGS_TABLE, HISTORIES_FILE):
+        workspace.write_bytes(path, path.encode())
+    files = {path.removeprefix("dataset/"): artifacts.sha256(workspace, path) for path in (SONGS_TABLE, HISTORIES_FILE)}
+    write_manifest(
+        workspace,
+        DatasetManifest(id=dataset_id, source="csv", buckets=1, parts=1, users=1, plays=1, songs=1, files=files),
+    )
+
+
+def put(workspace: Workspace, kind: str, part_id: str, **inputs: str) -> Manifest:
+    manifest = Manifest(kind=kind, id=part_id, inputs=inputs)
+    workspace.write_bytes(manifest.path("payload"), f"{kind} {part_id}".encode())
+    return publish(workspace, manifest, ["payload"])
+
+
+def put_model(workspace: Workspace, number: int, dataset: str = "data1") -> None:
+    """Song vectors, a model, its tastes and its index, ids ending in `number`."""
+    put(workspace, "songs", f"songs{number}", dataset=dataset)
+    put(workspace, "models", f"model{number}", dataset=dataset, songs=f"songs{number}", split="split1")
+    put(workspace, "tastes", f"tastes{number}", dataset=dataset, models=f"model{number}")
+    put(workspace, "indexes", f"index{number}", models=f"model{number}")
+
+
+@pytest.fixture
+def full(workspace: Workspace) -> Workspace:
+    """A workspace with one of everything that a release needs."""
+    put_dataset(workspace)
+    save_split(workspace, Split(id="split1", dataset="data1", validation_from=1, test_from=2))
+    put_model(workspace, 1)
+    return workspace
+
+
+def test_a_release_names_all_its_parts_and_goes_live(full: Workspace) -> None:
+    release = releases.create_release(full)
+    assert release.inputs == {
+        "dataset": "data1",
+        "split": "split1",
+        "songs": "songs1",
+        "models": "model1",
+        "tastes": "tastes1",
+        "indexes": "index1",
+    }
+    assert releases.active_release(full) == release
+    assert releases.list_releases(full) == [release]
+
+
+def test_the_same_parts_make_the_same_release_and_keep_the_history_short(full: Workspace) -> None:
+    first = releases.create_release(full)
+    assert releases.create_release(full).id == first.id
+    with pytest.raises(InputError, match="no release to go back to"):
+        releases.rollback(full)
+
+
+def test_the_newest_parts_that_fit_are_taken(full: Workspace) -> None:
+    put_model(full, 2)
+    put(full, "models", "model3", dataset="data1", songs="songs2")  # newer, but without tastes and index
+    release = releases.create_release(full)
+    assert (release.inputs["models"], release.inputs["indexes"]) == ("model2", "index2")
+
+
+def test_naming_an_index_brings_its_model(full: Workspace) -> None:
+    put_model(full, 2)
+    assert releases.create_release(full, index_id="index1").inputs["models"] == "model1"
+
+
+@pytest.mark.parametrize("named", [{"tastes_id": "tastes2"}, {"index_id": "index2"}])
+def test_parts_of_another_model_are_refused_by_both_names(full: Workspace, named: dict[str, str]) -> None:
+    put_model(full, 2)
+    with pytest.raises(MismatchError, match=r"model2.*model1"):
+        releases.create_release(full, model_id="model1", **named)
+
+
+def test_tastes_and_index_of_two_models_are_refused(full: Workspace) -> None:
+    put_model(full, 2)
+    with pytest.raises(MismatchError, match="model"):
+        releases.create_release(full, tastes_id="tastes1", index_id="index2")
+
+
+def test_a_model_of_another_data_set_is_refused_by_both_names(full: Workspace) -> None:
+    put_dataset(full, "data2")
+    with pytest.raises(MismatchError, match=r"data1.*data2"):
+        releases.create_release(full, model_id="model1")
+    with pytest.raises(NotFoundError, match="no model of data set data2"):
+        releases.create_release(full)
+
+
+def test_a_missing_part_says_which_command_makes_it(full: Workspace) -> None:
+    put(full, "models", "model9", dataset="data1", songs="songs1")
+    with pytest.raises(NotFoundError, match="rayrec taste --model model9"):
+        releases.create_release(full, model_id="model9")
+    full.delete("indexes")
+    with pytest.raises(NotFoundError, match="rayrec index"):
+        releases.create_release(full)
+
+
+def test_rollback_returns_step_by_step_to_what_was_live_before(full: Workspace) -> None:
+    made = [releases.create_release(full)]
+    for number in (2, 3):
+        put_model(full, number)
+        made.append(releases.create_release(full))
+    assert releases.rollback(full).id == made[1].id
+    assert releases.rollback(full).id == made[0].id
+    assert releases.active_release(full) == made[0]
+    with pytest.raises(InputError, match="no release to go back to"):
+        releases.rollback(full)
+
+
+def test_a_release_can_be_made_without_going_live(full: Workspace) -> None:
+    release = releases.create_release(full, activate=False)
+    assert releases.active_release(full) is None
+    releases.activate_release(full, release.id)
+    assert releases.active_release(full) == release
+
+
+def test_an_unknown_release_cannot_be_activated(full: Workspace) -> None:
+    releases.create_release(full)
+    with pytest.raises(NotFoundError, match="nope"):
+        releases.activate_release(full, "nope")
+
+
+def test_an_untouched_release_verifies(full: Workspace) -> None:
+    releases.verify_release(full, releases.create_release(full))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        SONGS_TABLE,
+        HISTORIES_FILE,
+        "dataset/dataset.json",
+        "splits/split1.json",
+        "models/model1/payload",
+        "models/model1/manifest.json",
+        "indexes/index1/payload",
+        "tastes/tastes1/payload",
+        "songs/songs1/payload",
+    ],
+)
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_damage_to_any_part_is_found(full: Workspace, path: str, damage: str) -> None:
+    release = releases.create_release(full)
+    if damage == "changed":
+        full.write_bytes(path, full.read_bytes(path) + b" ")
+    else:
+        full.delete(path)
+    with pytest.raises((DamagedArtifactError, NotFoundError), match=path.split("/")[1]):
+        releases.verify_release(full, release)
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        (SONGS_TABLE, True),
+        ("dataset/dataset.json", True),
+        ("models/model1/payload", True),
+        ("indexes/index1/payload", True),
+        ("tastes/tastes1/manifest.json", True),
+        (HISTORIES_FILE, False),
+        ("tastes/tastes1/payload", False),
+        ("songs/songs1/payload", False),
+    ],
+)
+def test_who_loads_neither_tastes_nor_plays_is_told_of_damage_to_all_else(
+    full: Workspace, path: str, found: bool
+) -> None:
+    release = releases.create_release(full)
+    full.write_bytes(path, full.read_bytes(path) + b" ")
+    with pytest.raises(DamagedArtifactError, match=path.split("/")[1]) if found else nullcontext():
+        releases.verify_release(full, release, SERVED, plays=False)
+
+
+def test_commands_default_to_the_live_release_not_to_what_is_newer(full: Workspace) -> None:
+    releases.create_release(full)
+    put_model(full, 2)
+    assert releases.default_parts(full)["models"] == "model1"
+    assert releases.default_parts(full, "model2")["indexes"] == "index2"
+
+
+def test_commands_default_to_the_newest_model_and_its_own_index_without_a_release(full: Workspace) -> None:
+    put(full, "models", "model2", dataset="data1", songs="songs1")
+    assert releases.default_parts(full) == {"dataset": "data1", "songs": "songs1", "models": "model2"}
+
+
+def test_the_split_of_a_model_is_optional(full: Workspace) -> None:
+    put(full, "models", "model4", dataset="data1", songs="songs1")
+    put(full, "tastes", "tastes4", models="model4")
+    put(full, "indexes", "index4", models="model4")
+    assert "split" not in releases.create_release(full).inputs

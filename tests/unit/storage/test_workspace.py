@@ -1,0 +1,138 @@
+"""The workspace: whole files or none, paths below one root, and messages where something is missing."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rayrec.errors import InputError, NotFoundError
+from rayrec.storage.workspace import Workspace, artifact_dir, histories_file, playlists_file, split_file
+
+
+def test_what_is_written_is_read(workspace: Workspace) -> None:
+    workspace.write_bytes("a/b.bin", b"\x00\x01")
+    workspace.write_json("a/c.json", {"title": "Für Elise", "n": [1, 2]})
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    workspace.write_array("a/d.npy", array)
+    table = pa.table({"x": [1, 2, 3], "y": ["a", "b", None]})
+    workspace.write_table("a/e.parquet", table)
+    assert workspace.read_bytes("a/b.bin") == b"\x00\x01"
+    assert workspace.read_json("a/c.json") == {"title": "Für Elise", "n": [1, 2]}
+    np.testing.assert_array_equal(workspace.read_array("a/d.npy"), array)
+    assert workspace.read_table("a/e.parquet").equals(table)
+    assert workspace.read_table("a/e.parquet", columns=["y"]).column_names == ["y"]
+    assert workspace.files("a") == ["a/b.bin", "a/c.json", "a/d.npy", "a/e.parquet"]
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_no_rests(workspace: Workspace) -> None:
+    workspace.write_bytes("f", b"old")
+    with pytest.raises(RuntimeError, match="half way"), workspace.open_output("f") as stream:  # noqa: PT012
+        stream.write(b"new")
+        raise RuntimeError("half way")
+    assert workspace.read_bytes("f") == b"old"
+    assert [path.name for path in Path(workspace.root).iterdir()] == ["f"]
+
+
+def test_a_file_appears_only_when_it_is_whole(workspace: Workspace) -> None:
+    with workspace.open_output("folder/f") as stream:
+        stream.write(b"part")
+        assert not workspace.exists("folder/f")
+        assert workspace.files("folder") == []
+    assert workspace.read_bytes("folder/f") == b"part"
+
+
+def test_arrays_on_disk_are_read_only_and_never_pickled(workspace: Workspace) -> None:
+    workspace.write_array("a.npy", np.arange(3))
+    with pytest.raises(ValueError, match="read-only"):
+        workspace.read_array("a.npy")[0] = 1
+    with pytest.raises(ValueError, match="allow_pickle"):
+        workspace.write_array("b.npy", np.array([{}], dtype=object))
+    assert not workspace.exists("b.npy")
+
+
+@pytest.mark.parametrize("read", ["read_bytes", "read_json", "read_array", "read_table"])
+def test_a_missing_file_is_named(workspace: Workspace, read: str) -> None:
+    with pytest.raises(NotFoundError, match="gone/x is not in workspace"):
+        getattr(workspace, read)("gone/x")
+    with pytest.raises(NotFoundError, match="gone/x"), workspace.local_copy("gone/x"):
+        pass
+
+
+def test_files_and_folders_are_listed_moved_and_deleted(workspace: Workspace) -> None:
+    for name in ("k/2/f", "k/1/f", "k/1/.hidden", "k/g"):
+        workspace.write_bytes(name, b"12")
+    assert workspace.files("k") == ["k/1/f", "k/2/f", "k/g"]
+    assert workspace.folders("k") == ["1", "2"]
+    assert (workspace.size("k"), workspace.size("k/g"), workspace.size("none")) == (6, 2, 0)
+    workspace.move("k/g", "new/folder/g")
+    assert workspace.files("new") == ["new/folder/g"]
+    workspace.delete("k")
+    workspace.delete("new/folder/g")
+    workspace.delete("was/never/there")
+    assert workspace.files("k") == workspace.files("new") == workspace.folders("none") == []
+
+
+def test_a_local_file_is_copied_in_and_lent_out(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "here").write_bytes(b"content")
+    workspace.put_file(tmp_path / "here", "deep/there")
+    with workspace.local_copy("deep/there") as path:
+        assert path.read_bytes() == b"content"
+
+
+def test_a_workspace_travels_to_workers_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sent = pickle.dumps(Workspace("relative"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert pickle.loads(sent).root == str(tmp_path / "relative")
+
+
+def test_a_file_or_an_unknown_scheme_is_no_workspace(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file; give a folder"):
+        Workspace(tmp_path / "file")
+    with pytest.raises(InputError, match="cannot be opened"):
+        Workspace("ftp://host/folder")
+
+
+def test_a_uri_of_a_file_system_works_as_a_path_does(tmp_path: Path) -> None:
+    Workspace(f"file://{tmp_path}/w").write_bytes("f", b"1")
+    assert Workspace(tmp_path / "w").read_bytes("f") == b"1"
+
+
+def test_paths_are_spelled_as_the_layout_says() -> None:
+    assert histories_file(1, 23) == "dataset/histories/part=0001/bucket=00023/histories.parquet"
+    assert playlists_file(4) == "dataset/playlists/playlists-00004.parquet"
+    assert split_file("s") == "splits/s.json"
+    assert artifact_dir("models", "m") == "models/m"
+
+
+FILL = """
+import resource, sys
+from rayrec.storage.workspace import Workspace
+from rayrec.errors import StorageError
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+workspace = Workspace(sys.argv[1])
+workspace.write_bytes("small", b"fits")
+try:
+    with workspace.open_output("large") as stream:
+        for _ in range(100):
+            stream.write(b"x" * 10_000)
+except StorageError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_said_and_leaves_what_was_there_and_no_rests(workspace: Workspace) -> None:
+    workspace.write_bytes("large", b"old")
+    told = subprocess.run(
+        [sys.executable, "-c", FILL, workspace.uri], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    assert "there is no room to write large in" in told
+    assert "what is done is kept" in told
+    assert workspace.read_bytes("large") == b"old"
+    assert sorted(path.name for path in Path(workspace.root).iterdir()) == ["large", "small"]
