@@ -33,6 +33,10 @@ class LeakError(RayrecError):
     """A fit was handed plays that it must not see: past the cut, or of a held-out user."""
 
 
+class DivergedError(RayrecError):
+    """A training whose loss or weights are not finite any more."""
+
+
 class StorageError(RayrecError):
     """A disk is full, or object storage goes on failing."""
 

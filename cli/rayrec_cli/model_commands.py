@@ -7,6 +7,7 @@ from rich.console import RenderableType
 
 from rayrec.data.split import choose_split
 from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.errors import InputError
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
 from rayrec.storage.artifacts import Manifest
@@ -20,7 +21,12 @@ SplitOption = Annotated[
 NoSplitOption = Annotated[bool, typer.Option("--no-split", help="Fit on all plays, as production does.")]
 SongsOption = Annotated[str | None, typer.Option("--songs", metavar="ID", help="Song vectors to start from (newest).")]
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model to work with (newest).")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the same training.")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on from the last checkpoint of an unfinished training of these settings.")
+]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Delete an unfinished training of these settings and start over.")
+]
 
 
 @command(app, "embed", config=EmbedConfig, example="rayrec embed --dim 64 --epochs 30")
@@ -51,13 +57,18 @@ def train(
     split: SplitOption = None,
     no_split: NoSplitOption = False,
     resume: ResumeOption = False,
+    restart: RestartOption = False,
     force: ForceOption = False,
 ) -> Shown:
     """Train the taste network on windows of histories."""
+    from rayrec.jobs.train import Unfinished
     from rayrec.jobs.train import train as job
 
+    if resume and restart:
+        raise InputError("--resume and --restart contradict each other; give one of them")
+    unfinished: Unfinished = "resume" if resume else "restart" if restart else "ask"
     chosen = choose_split(call.workspace, split, no_split=no_split)
-    made = job(call.workspace, config, songs_id=songs, split=chosen, resume=resume, repeat=force)
+    made = job(call.workspace, config, songs_id=songs, split=chosen, unfinished=unfinished, repeat=force)
     return shown(made, "Model")
 
 

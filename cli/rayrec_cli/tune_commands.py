@@ -29,11 +29,12 @@ def tune(
     from rayrec.jobs.tune import tune as job
 
     def say(row: dict[str, Any], trials: int) -> None:
-        note(f"trial {row['trial']} of {trials}: {JUDGED_BY} {row[JUDGED_BY]:.4f} ({row['seconds']:,.1f} s)")
+        outcome = "diverged" if row[JUDGED_BY] is None else f"{JUDGED_BY} {row[JUDGED_BY]:.4f}"
+        note(f"trial {row['trial']} of {trials}: {outcome} ({row['seconds']:,.1f} s)")
 
     chosen = choose_split(call.workspace, split)
     made = job(call.workspace, config, file, split=chosen, repeat=force, on_trial=say)
-    ranked = sorted(made.metrics["trials"], key=lambda row: -row[JUDGED_BY])
+    ranked = sorted(made.metrics["trials"], key=lambda row: 1.0 if row[JUDGED_BY] is None else -row[JUDGED_BY])
     columns = [name for name in ranked[0] if name not in ("settings", "songs", "songs_made")]
     rows = [[(_setting if "." in name else _cell)(row[name]) for name in columns] for row in ranked]
     kept = f"Table: {call.workspace.full(made.path('trials.csv'))}"

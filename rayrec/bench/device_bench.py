@@ -23,7 +23,8 @@ from rayrec.model.fit import start_vectors
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
-from rayrec.model.training import Share, Training
+from rayrec.model.training import Training
+from rayrec.model.workers import Share
 
 Work = Literal["train", "tastes"]
 WAYS = ((False, False), (True, False), (False, True), (True, True))  # of working: in bfloat16, compiled
@@ -149,6 +150,7 @@ def network(size: Size) -> TasteModel:
         horizons=config.horizons,
         song_table=config.song_table,
         averages=config.averages,
+        input_table=config.has_input_table,
     )
     torch.manual_seed(config.seed)
     vectors = start_vectors(np.zeros((size.songs, size.dim), dtype=np.float32), config.seed)

@@ -199,7 +199,14 @@ class _Stages:
         return embed(self.workspace, config, split=self.split, repeat=self.force)
 
     def _train(self, config: TrainConfig) -> Manifest:
-        return train(self.workspace, config, songs_id=self.made["embed"], split=self.split, repeat=self.force)
+        return train(
+            self.workspace,
+            config,
+            songs_id=self.made["embed"],
+            split=self.split,
+            unfinished="resume" if config.workers else "restart",
+            repeat=self.force,
+        )
 
     def _taste(self, config: TasteConfig) -> Manifest:
         return compute_tastes(self.workspace, config, model_id=self.made["train"], repeat=self.force)

@@ -63,6 +63,7 @@ class ModelConfig:
     song_table: SongTable
     cell: Cell = "gru"
     averages: tuple[float, ...] = ()  # discounts γ of the averages that the head sees
+    input_table: bool = False  # whether songs as inputs have a table of their own
 
     @property
     def recurrent_layers(self) -> int:
@@ -118,11 +119,16 @@ class TrainConfig:
     song_table: SongTable = setting(
         "trained", help="song vectors that train along, go through a map that trains, or stay as they came"
     )
+    input_table: bool = setting(
+        True,
+        help="give songs as inputs a table of their own, so that a song need not be near those that follow it; only "
+        "with --song-table trained",
+    )
+    table_learning_rate: float = setting(0.002, help="step size of Adam on the song tables")
     objective: Objective = setting(
         "sampled-softmax", help="what to train for; cosine and l2 are the paper's, softmax is over all songs"
     )
     negatives: int = setting(1024, help="songs drawn by popularity as negatives of a step")
-    in_batch: int = setting(0, help="targets drawn from the batch of a step as negatives beside those; 0: none")
     long_targets: int = setting(4, help="plays drawn as targets of each position on a horizon of several offsets")
     long_correction: float = setting(
         0.75, help="share of popularity that the long horizon's taste vectors hold: 1 is chance, 0 likeness alone"
@@ -154,12 +160,13 @@ class TrainConfig:
         for name, known in (("cell", Cell), ("song_table", SongTable), ("objective", Objective), ("source", Source)):
             if getattr(self, name) not in get_args(known):
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(known))}")
-        for name in ("workers", "validation_plays", "in_batch"):
+        for name in ("workers", "validation_plays"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if not 0 <= self.dropout < 1 or self.learning_rate <= 0:
+        if not 0 <= self.dropout < 1 or min(self.learning_rate, self.table_learning_rate) <= 0:
             raise InputError(
-                f"dropout {self.dropout} must be in [0, 1) and the learning rate {self.learning_rate} above 0"
+                f"dropout {self.dropout} must be in [0, 1), the learning rates {self.learning_rate} and "
+                f"{self.table_learning_rate} above 0"
             )
         if not (all(0 <= discount <= 1 for discount in self.averages) and 0 <= self.long_correction <= 1):
             raise InputError(
@@ -190,6 +197,11 @@ class TrainConfig:
         """The horizons by name, those that are there."""
         offsets = {"short": self.short, "long": self.long}
         return {name: Horizon(min_offset=pair[0], max_offset=pair[1]) for name, pair in offsets.items() if pair}
+
+    @property
+    def has_input_table(self) -> bool:
+        """True where songs as inputs have a table of their own: where tables are trained at all."""
+        return self.input_table and self.song_table == "trained"
 
     @property
     def lookahead(self) -> int:

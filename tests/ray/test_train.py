@@ -31,8 +31,9 @@ from rayrec.jobs.train_worker import window_stream
 from rayrec.model.checkpoint import load_model
 from rayrec.model.fit import Phase
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training import Share, StepReport
+from rayrec.model.training import StepReport
 from rayrec.model.window_stream import UnitReader, plain_stream
+from rayrec.model.workers import Share
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.artifacts import Manifest, listing, load, publish, verify
 from rayrec.storage.workspace import Workspace
@@ -127,14 +128,14 @@ def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
 
     stepped = here.RayHost.stepped
 
-    def dying(host: Any, phase: Phase, report: StepReport) -> None:
+    def dying(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
         if report.epoch == 1 and report.step == 1:
             for _ in range(300):  # until Ray Train has taken the checkpoint of the first epoch
                 if host._plan.workspace.exists(f"{host._plan.folder}/run/{SNAPSHOT}"):
                     break
                 time.sleep(0.1)
             os._exit(1)
-        stepped(host, phase, report)
+        stepped(host, phase, report, loss)
 
     here.RayHost.stepped = dying  # type: ignore[method-assign]
     here.train_worker(arguments)
@@ -146,11 +147,11 @@ def _notes_its_first_step(arguments: dict[str, Any]) -> None:
 
     stepped = here.RayHost.stepped
 
-    def noting(host: Any, phase: Phase, report: StepReport) -> None:
+    def noting(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
         path = f"steps/{host._share.rank}.json"
         if not host._plan.workspace.exists(path):
             host._plan.workspace.write_json(path, [host._share.workers, phase, report.epoch, report.step])
-        stepped(host, phase, report)
+        stepped(host, phase, report, loss)
 
     here.RayHost.stepped = noting  # type: ignore[method-assign]
     here.train_worker(arguments)
@@ -167,7 +168,7 @@ def test_a_killed_training_goes_on_with_other_workers_to_the_same_result(
         train(world, replace(CONFIG, workers=1), split=split, repeat=True)
     assert listing(world, "models") == before
     monkeypatch.setattr(job, "train_worker", _notes_its_first_step)
-    made = train(world, replace(CONFIG, workers=2), split=split, resume=True, repeat=True)
+    made = train(world, replace(CONFIG, workers=2), split=split, unfinished="resume", repeat=True)
     for rank in range(2):
         assert world.read_json(f"steps/{rank}.json") == [2, "selection", 1, 0]
     one, other = weights(world, in_process), weights(world, made)

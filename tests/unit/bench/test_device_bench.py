@@ -11,7 +11,8 @@ from rayrec.bench import device_bench, device_limits
 from rayrec.bench.device_bench import Size, network, random_histories
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training import Share, Training
+from rayrec.model.training import Training
+from rayrec.model.workers import Share
 
 UNCOMPILED = ((False, False), (True, False))
 
