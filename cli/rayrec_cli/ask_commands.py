@@ -72,7 +72,7 @@ def recommend(
     listed = None if songs is None else [song.strip() for song in songs.split(",") if song.strip()]
     dataset = Dataset(call.workspace)
     parts = default_parts(call.workspace, model)
-    recommender = load_recommender(call.workspace, dataset, model_id=parts["models"], index_id=parts.get("indexes"))
+    recommender = load_recommender(call.workspace, dataset, parts)
     told = answer(dataset, recommender, config, at=moment, user=user, songs=listed)
     return Shown(told.to_mapping(), recommendations(told, f"user {user}" if user else "those songs"))
 

@@ -1,4 +1,4 @@
-"""embed, train, taste, index: from a data set to vectors that answer."""
+"""embed, train, retrieval, rank, taste, index: from a data set to vectors that answer."""
 
 from typing import Annotated, Any
 
@@ -10,6 +10,8 @@ from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
+from rayrec.recommend.ranker_config import RankConfig
+from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
 from rayrec.storage.artifacts import Manifest
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
@@ -70,6 +72,39 @@ def train(
     chosen = choose_split(call.workspace, split, no_split=no_split)
     made = job(call.workspace, config, songs_id=songs, split=chosen, unfinished=unfinished, repeat=force)
     return shown(made, "Model")
+
+
+@command(app, "retrieval", config=RetrievalConfig, example="rayrec retrieval")
+def retrieval(
+    call: Call,
+    config: RetrievalConfig,
+    *,
+    split: SplitOption = None,
+    no_split: NoSplitOption = False,
+    force: ForceOption = False,
+) -> Shown:
+    """Count sessions, rules and play counts that candidates come from."""
+    from rayrec.jobs.retrieval import fit_retrieval as job
+
+    chosen = choose_split(call.workspace, split, no_split=no_split)
+    return shown(job(call.workspace, config, split=chosen, repeat=force), "Retrieval")
+
+
+@command(app, "rank", config=RankConfig, example="rayrec rank")
+def rank(
+    call: Call,
+    config: RankConfig,
+    *,
+    model: ModelOption = None,
+    retrieval: Annotated[
+        str | None, typer.Option("--retrieval", metavar="ID", help="Retrieval to rank candidates of (newest).")
+    ] = None,
+    force: ForceOption = False,
+) -> Shown:
+    """Train the rankers that order candidates, on the validation range."""
+    from rayrec.jobs.rank import fit_rankers as job
+
+    return shown(job(call.workspace, config, model_id=model, retrieval_id=retrieval, repeat=force), "Rankers")
 
 
 @command(app, "taste", config=TasteConfig, example="rayrec taste")

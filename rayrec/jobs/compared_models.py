@@ -10,17 +10,18 @@ from rayrec.embeddings.sessions import UNCUT
 from rayrec.embeddings.vectors import FINAL, SELECTION
 from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.model.train_config import has_memory
 from rayrec.progress import progress
+from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import Recommender
 from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_selection, needs_vectors
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.selection import make_selection
 from rayrec.storage.artifacts import Manifest, load, newest
+from rayrec.storage.releases import default_parts
 from rayrec.storage.workspace import Workspace
 
-HYBRID, HYBRID_SHORT, TASTE, TASTE_SHORT = "hybrid", "hybrid-short", "taste", "taste-short"
-NETWORKS = (HYBRID, HYBRID_SHORT, TASTE, TASTE_SHORT)  # the recommenders that a models artifact may give
+TWO_STEP, TASTE, TASTE_SHORT = "two-step", "taste", "taste-short"
+NETWORKS = (TWO_STEP, TASTE, TASTE_SHORT)  # the recommenders that a models artifact may give
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +57,17 @@ def choose(
     named, others = _named(workspace, config)
     if split is not None:
         require_split_of(dataset, split)
-    inputs, model, songs, default = {"dataset": dataset.manifest.id}, None, None, HYBRID
+    inputs, model, songs, default = {"dataset": dataset.manifest.id}, None, None, TWO_STEP
     if split is not None:
         inputs["split"] = split.id
     if config.models is None or set(NETWORKS) & set(named):
         model = load(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
         inputs["models"] = model.id
-        default = HYBRID if has_memory(model) else TASTE
-        if {HYBRID, HYBRID_SHORT} & set(named) and default != HYBRID:
-            raise InputError(f"model {model.id} was trained without a memory; name taste, or train with --memory")
+        parts = default_parts(workspace, model.id)
+        default = TWO_STEP if "rankers" in parts else TASTE
+        if TWO_STEP in named and default != TWO_STEP:
+            raise InputError(f"model {model.id} has no rankers; run `rayrec retrieval` and `rayrec rank` first")
+        inputs |= {kind: parts[kind] for kind in ("retrieval", "rankers") if kind in parts}
     for network in (*([model] if model else []), *others.values()):
         require_split(network, split, dataset, "train")
     inputs |= {f"models {name}": other.id for name, other in others.items()}
@@ -131,20 +134,22 @@ def make_recommenders(
             fitted[name] = fit_baselines([name], dataset, vectors, allowed, selection)[0]
             bar.advance(note=name)
     if judged.model:
-        fitted |= _networks(workspace, judged.model)
+        fitted |= _networks(workspace, dataset, judged.model)
     for name, other in judged.others.items():
-        fitted[name] = _networks(workspace, other)[HYBRID if has_memory(other) else TASTE]
+        fitted[name] = _networks(workspace, dataset, other)[TASTE]
         fitted[name].name = name
     popularity = fitted["popularity"]
     assert isinstance(popularity, PopularityRecommender)
     return [fitted[name] for name in judged.names], popularity.plays
 
 
-def _networks(workspace: Workspace, model: Manifest) -> dict[str, Recommender]:
-    """What a models artifact gives, by name."""
-    from rayrec.recommend.hybrid import HybridRecommender, load_recommender  # brings torch: only once needed
+def _networks(workspace: Workspace, dataset: Dataset, model: Manifest) -> dict[str, Recommender]:
+    """What a models artifact gives, by name: with its rankers where it has some, and the network alone."""
+    from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once needed
+    from rayrec.recommend.two_step import TwoStepRecommender
 
-    loaded = load_recommender(workspace, model)
-    network = loaded.network if isinstance(loaded, HybridRecommender) else loaded
-    parts = (loaded, loaded.short_only(), network, network.short_only())
-    return {part.name: part for part in parts}
+    parts = default_parts(workspace, model.id)
+    loaded = load_recommender(workspace, dataset, {role: id for role, id in parts.items() if role != "indexes"})
+    network = loaded.source.network if isinstance(loaded, TwoStepRecommender) else loaded
+    assert isinstance(network, TasteRecommender)
+    return {part.name: part for part in (loaded, network, network.short_only())}

@@ -18,11 +18,9 @@ from rayrec.jobs.retrieval import write_retrieval
 from rayrec.model.train_config import SELECTION_NETWORK
 from rayrec.progress import progress
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.ranker import Ranker, RankingExamples
+from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples
 from rayrec.recommend.ranker_config import RankConfig
 from rayrec.recommend.ranker_training import (
-    KINDS,
-    RankerKind,
     collect_examples,
     pack_examples,
     unpack_examples,
@@ -31,7 +29,7 @@ from rayrec.recommend.ranker_training import (
 from rayrec.recommend.retrieval.retrieval import Retrieval
 from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.recommend.two_step import CandidateSource
+from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
@@ -184,4 +182,7 @@ def _grown(kind: RankerKind, examples: RankingExamples, features: list[str], con
     """A ranker; None on the long horizon where the validation range reaches too few plays ahead."""
     if kind == "long" and min(np.bincount(examples.held_out.astype(int), minlength=2)) < config.min_long_queries:
         return None
-    return Ranker.fit(examples, features, config.settings)
+    settings = RankerSettings(
+        trees=config.trees, leaves=config.leaves, learning_rate=config.learning_rate, seed=config.seed
+    )
+    return Ranker.fit(examples, features, settings)

@@ -5,7 +5,6 @@ from typing import Any, ClassVar, Literal, get_args
 
 from rayrec.config import setting
 from rayrec.errors import InputError
-from rayrec.storage.artifacts import Manifest
 
 SongTable = Literal["trained", "mapped", "frozen"]
 Objective = Literal["sampled-softmax", "softmax", "cosine", "l2"]
@@ -14,7 +13,7 @@ Source = Literal["histories", "playlists"]
 REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards song vectors, as the paper's do
 
 
-MEMORY = "memory.safetensors"  # the file of a models artifact that holds what is mixed in beside the network
+SELECTION_NETWORK = "selection"  # folder in a models artifact: the network before it saw the validation range
 PLAY_COUNTS = "play_counts.npy"  # int64 (N,): plays of each song in the range that the model was fit on
 
 
@@ -84,7 +83,7 @@ class ModelConfig:
         return cls(**{**raw, "features": features, "horizons": horizons, "averages": averages})
 
 
-_PAPERS: dict[str, Any] = {"objective": "cosine", "song_table": "frozen", "averages": (), "memory": False}
+_PAPERS: dict[str, Any] = {"objective": "cosine", "song_table": "frozen", "averages": ()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +95,7 @@ class TrainConfig:
         # Trained until the validation recall falls; on long histories it still rises after twelve epochs.
         "best": {"epochs": 40, "patience": 3},
         # The paper's networks, on histories and on playlists, short- and long-term: frozen song vectors, cosine
-        # distance, one horizon, no averages, no memory. Its offsets of the long horizon are not known to us; these
+        # distance, one horizon, no averages. Its offsets of the long horizon are not known to us; these
         # are the default's.
         "r_hst": {**_PAPERS, "long": ()},
         "r_hlt": {**_PAPERS, "short": ()},
@@ -145,7 +144,6 @@ class TrainConfig:
     epochs: int = setting(12, help="passes over the plays; with a validation range, at most as many")
     patience: int = setting(2, help="epochs without a better validation recall before training stops")
     refit: bool = setting(True, help="after the best epoch is known, train again on train and validation together")
-    memory: bool = setting(True, help="mix in what sessions and sequential rules remember, weighed on validation")
     validation_plays: int = setting(10_000, help="plays of the validation range that are predicted each epoch")
     workers: int = setting(1, help="training workers; 0 trains in this process")
     gpu: bool = setting(False, help="give each worker a GPU")
@@ -182,8 +180,6 @@ class TrainConfig:
                 f"wait minutes {self.wait_minutes:g} must be above 0, checkpoint minutes {self.checkpoint_minutes:g} "
                 "not negative"
             )
-        if self.memory and not self.short:
-            raise InputError("a memory is mixed into the short horizon, and there is none; give --short or --no-memory")
         if self.batch < self.workers:
             raise InputError(f"a batch of {self.batch} windows cannot be shared by {self.workers} workers")
         for name in ("short", "long"):
@@ -222,8 +218,3 @@ class TasteConfig:
     def __post_init__(self) -> None:
         if self.users < 1 or (self.concurrency is not None and self.concurrency < 1):
             raise InputError(f"users {self.users} and concurrency {self.concurrency} must be at least 1")
-
-
-def has_memory(model: Manifest) -> bool:
-    """True for a models artifact whose recommender is a hybrid of network and memory."""
-    return MEMORY in model.files

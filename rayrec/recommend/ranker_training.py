@@ -6,7 +6,6 @@ Q queries, T right songs.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Literal, get_args
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -15,12 +14,8 @@ from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.data.split import Split
 from rayrec.recommend.ranker import RankingExamples
 from rayrec.recommend.retrieval.ragged import ranges
-from rayrec.recommend.two_step import CandidateSource, examples_for
+from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind, examples_for
 
-# next: the next play among all songs; served: a next play new to the user, among songs new to the user, as answers
-# leave out songs heard; long: the plays at offsets 25 to 50.
-RankerKind = Literal["next", "served", "long"]
-KINDS: tuple[RankerKind, ...] = get_args(RankerKind)
 LONG_OFFSETS = (25, 50)  # plays ahead, first and last
 HELD_OUT = 5  # one user in so many checks what the others' examples taught
 
@@ -72,17 +67,16 @@ def pack_examples(examples: dict[RankerKind, RankingExamples]) -> bytes:
 def unpack_examples(data: bytes) -> dict[RankerKind, RankingExamples]:
     """What `pack_examples` made."""
     arrays = load(data)
-    kinds = [kind for kind in KINDS if f"{kind}.right" in arrays]
     return {
         kind: RankingExamples(
-            **{
-                field.name: float(arrays[f"{kind}.missed"])
-                if field.name == "missed"
-                else arrays[f"{kind}.{field.name}"]
-                for field in fields(RankingExamples)
-            }
+            features=arrays[f"{kind}.features"],
+            right=arrays[f"{kind}.right"],
+            counts=arrays[f"{kind}.counts"],
+            held_out=arrays[f"{kind}.held_out"],
+            missed=arrays[f"{kind}.missed"].item(),
         )
-        for kind in kinds
+        for kind in KINDS
+        if f"{kind}.right" in arrays
     }
 
 

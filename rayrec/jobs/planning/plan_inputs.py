@@ -21,7 +21,7 @@ BUILT_IN = {
     "import_plays_per_second_per_cpu": 650_000.0,
     "embed_tokens_per_second_per_cpu": 262_000.0,
     "train_plays_per_second_per_cpu": 23_300.0,
-    "memory_plays_per_second_per_cpu": 287_000.0,
+    "retrieval_plays_per_second_per_cpu": 100_000.0,
     "taste_plays_per_second_per_cpu": 322_000.0,
 }
 TRAIN_ON_GPU = "train_plays_per_second_per_gpu"  # measured by nobody yet: only a file of rates can hold it
@@ -39,7 +39,6 @@ class PlanConfig:
     batch: int = setting(0, help="windows of a step, over all workers; 0: 64 a worker")
     workers: int = setting(0, help="training workers; 0: one a GPU, or one a CPU node where there is no GPU")
     gpu: bool = setting(TrainConfig.gpu, help="train on GPUs")
-    memory: bool = setting(TrainConfig.memory, help="mix in what sessions and sequential rules remember")
     validation: bool = setting(True, help="hold back a validation range: two fits of vectors and network, not one")
     buckets: int = setting(0, help="buckets of users; 0: one per 64 MiB of input, 16 to 4096")
     nodes: int = setting(0, help="CPU nodes to count with; 0: as many as the cluster may have")
