@@ -9,8 +9,9 @@ from datetime import datetime, timezone
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from rayrec.config import setting
+from rayrec.config import Settings, to_mapping
 from rayrec.data.histories import Histories, user_hash
 from rayrec.errors import InputError, LeakError, NotFoundError
 from rayrec.storage.artifacts import fingerprint
@@ -154,34 +155,28 @@ class Split:
         return None if self.protocol == "time" else round(1.0 - fraction, SHARE_DIGITS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitConfig:
-    """How to cut a data set: in time, or each user's own sequence where `last_fraction` is above 0."""
+class SplitConfig(Settings):
+    """How to split a data set: in time, or each user's own sequence where `last_fraction` is above 0."""
 
-    test_days: float = setting(30.0, help="length of the test range, in days from the last play back")
-    validation_days: float = setting(7.0, help="length of the validation range before it, in days")
-    last_fraction: float = setting(
-        0.0, help="cut each user's own plays instead: the share at their end that is test; a weaker protocol than time"
+    test_days: float = Field(30.0, ge=0, description="Length of the test range at the end of the data, in days")
+    validation_days: float = Field(7.0, ge=0, description="Length of the validation range before it, in days")
+    last_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Test share at the end of each user's plays instead; weaker than a split in time"
     )
-    validation_fraction: float = setting(0.1, help="share of each user's plays before it that is validation")
-    held_out_users: float = setting(0.0, help="share of users held out entirely, in [0, 1)")
-    seed: int = setting(0, help="which users are held out")
+    validation_fraction: float = Field(
+        0.1, ge=0, lt=1, description="Validation share of each user's plays, before the test share"
+    )
+    held_out_users: float = Field(0.0, ge=0, lt=1, description="Share of users held out of training entirely")
+    seed: int = Field(0, ge=0, description="Random seed of the held-out users")
 
-    def __post_init__(self) -> None:
-        if self.test_days < 0 or self.validation_days < 0:
-            raise InputError(
-                f"test days {self.test_days} and validation days {self.validation_days} must not be negative"
-            )
-        for name in ("last_fraction", "validation_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} is not in [0, 1); give a share such as 0.2")
+    @model_validator(mode="after")
+    def _check_fractions(self) -> "SplitConfig":
         if self.last_fraction + self.validation_fraction >= 1:
-            raise InputError(
-                f"fractions {self.last_fraction:g} and {self.validation_fraction:g} leave nothing to train on; "
-                "give two that add up to less than 1"
+            raise ValueError(
+                f"last_fraction {self.last_fraction:g} and validation_fraction {self.validation_fraction:g} leave "
+                "nothing to train on; expected a sum below 1"
             )
-        if not 0 <= self.held_out_users < 1:
-            raise InputError(f"held-out share {self.held_out_users} is not in [0, 1); give a share such as 0.1")
+        return self
 
 
 def make_split(config: SplitConfig, *, dataset: str, first_play: int, last_play: int) -> Split:
@@ -223,7 +218,9 @@ def _last_fraction_split(config: SplitConfig, dataset: str) -> Split:
 
 def _split_id(config: SplitConfig, dataset: str, cut_by: tuple[str, str]) -> str:
     """From the settings that matter: those of the other protocol do not."""
-    settings = {name: value for name, value in asdict(config).items() if name in (*cut_by, "held_out_users", "seed")}
+    settings = {
+        name: value for name, value in to_mapping(config).items() if name in (*cut_by, "held_out_users", "seed")
+    }
     return fingerprint("split", settings, {"dataset": dataset})
 
 

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rayrec.config import from_mapping, read_toml, setting, to_mapping
+from pydantic import Field
+
+from rayrec.config import Settings, from_mapping, read_toml, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, SplitConfig
 from rayrec.data.splits import list_splits, split_dataset
@@ -32,14 +34,13 @@ from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReleaseConfig:
+class ReleaseConfig(Settings):
     """What to do with the release of a run."""
 
-    activate: bool = setting(True, help="make it the live release")
+    activate: bool = Field(True, description="Make it the live release")
 
 
-CONFIGS: dict[str, type[Any]] = {
+CONFIGS: dict[str, type[Settings]] = {
     "import": ImportConfig,
     "generate": GenerateConfig,
     "split": SplitConfig,

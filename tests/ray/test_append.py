@@ -1,7 +1,6 @@
 """Appends end to end on a local cluster: new plays become a new part, and nothing that was there changes."""
 
 import csv
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ def test_parts_hold_what_one_import_of_all_files_holds(tmp_path: Path, workspace
 
     together = Workspace(tmp_path / "together")
     whole = import_data(
-        together, replace(config_of(tmp_path / "0.csv", days[0]), paths=tuple(f"{tmp_path}/{n}.csv" for n in range(3)))
+        together, config_of(tmp_path / "0.csv", days[0]).replace(paths=tuple(f"{tmp_path}/{n}.csv" for n in range(3)))
     )
     assert content(workspace) == content(together)
     for name in ("users", "plays", "songs", "first_play", "last_play", "has_skipped", "read", "merged", "set_aside"):
@@ -122,7 +121,7 @@ def test_the_same_plays_again_change_nothing_and_are_counted(tmp_path: Path, wor
     assert (other.dataset, other.plays, other.read, other.merged) == (first, 0, 400, 400)
     half = append_plays(workspace, config_of(tmp_path / "c.csv", [*rows[:50], *plays(70, 9, start=START + 90_000)]))
     assert (half.read, half.merged, half.plays, half.dataset.parts) == (120, 50, 70, 2)
-    assert append_plays(workspace, replace(half_config(tmp_path), min_song_plays=1)).dataset == half.dataset
+    assert append_plays(workspace, half_config(tmp_path).replace(min_song_plays=1)).dataset == half.dataset
 
 
 def half_config(folder: Path) -> ImportConfig:

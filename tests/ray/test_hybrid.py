@@ -1,7 +1,5 @@
 """A training leaves a memory, and evaluations judge by the mix of both: where it was asked for."""
 
-from dataclasses import replace
-
 import pytest
 from worlds import random_vectors, write_song_vectors
 
@@ -48,7 +46,7 @@ def remembering(world: Workspace, split: Split) -> Manifest:
 
 @pytest.fixture(scope="module")
 def forgetful(world: Workspace, split: Split) -> Manifest:
-    return train(world, replace(CONFIG, memory=False), split=split)
+    return train(world, CONFIG.replace(memory=False), split=split)
 
 
 def test_a_training_leaves_a_memory_of_all_plays_before_the_test_range(
@@ -86,4 +84,4 @@ def test_evaluations_judge_what_the_model_answers_with(
     assert alone.metrics["default"] == "taste"
     assert "hybrid" not in {entry["model"] for entry in read_figures(world, alone)["results"]}
     with pytest.raises(InputError, match="trained without a memory; name taste, or train with --memory"):
-        evaluate(world, replace(settings, models=("hybrid",)), split=split, model_id=forgetful.id)
+        evaluate(world, settings.replace(models=("hybrid",)), split=split, model_id=forgetful.id)

@@ -165,7 +165,7 @@ class _Planner:
         on_node = min(workers, node.gpus) if node.gpus else ceil(workers / self.nodes)
         tables = 2 * self.config.fits + 1 + (0 if self.config.gpu else 3)
         windows = ceil(self.data.plays / self.config.window)
-        batch = self.config.batch or TrainConfig.batch * workers
+        batch = self.config.batch or TrainConfig().batch * workers
         steps = ceil(windows / batch) * self.config.epochs * self.config.fits
         on_gpu = self.config.gpu and TRAIN_ON_GPU in self.rates
         return self._stage(
