@@ -55,7 +55,10 @@ def filled(tmp_path: Path) -> str:
         (["generate", "--users", "0"], "users is 0"),
         (["split"], "holds no data set; run `rayrec import`"),
         (["--workspace", "FILLED", "split", "--test-days", "30"], "leave nothing to train on"),
-        (["--workspace", "FILLED", "split", "--held-out-users", "1"], "held_out_users is 1.0; expected a number of at least 0 and below 1"),
+        (
+            ["--workspace", "FILLED", "split", "--held-out-users", "1"],
+            "held_out_users is 1.0; expected a number",
+        ),
         (["--workspace", "FILLED", "embed", "--split", "nope"], "split 'nope' is not in workspace"),
         (["embed", "--dim", "0"], "dim is 0"),
         (["train", "--objective", "guessing"], "expected one of sampled-softmax, softmax, cosine, l2"),
