@@ -25,18 +25,18 @@ SECTIONS = (
 
 WorkspaceOption = Annotated[
     str | None,
-    typer.Option("--workspace", metavar="URI", help="Folder, s3:// or gs:// prefix that holds everything."),
+    typer.Option("--workspace", metavar="URI", help="Local folder, s3:// or gs:// prefix of all data."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]
 ConfigOption = Annotated[
-    str | None, typer.Option("--config", metavar="FILE", help="TOML file with the settings; flags override it.")
+    str | None, typer.Option("--config", metavar="FILE", help="TOML file of settings; flags override it.")
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Do it again, though the same work is done already.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Recompute even if the result exists.")]
 
 
 @dataclass(frozen=True)
 class Globals:
-    """What was said before the command."""
+    """Options before the command."""
 
     workspace: str
     as_json: bool
@@ -44,13 +44,13 @@ class Globals:
 
 @dataclass(frozen=True)
 class Call:
-    """What every command is called with beside its own options."""
+    """What every command receives in addition to its own options."""
 
-    uri: str  # of the workspace, as it was given
+    uri: str  # of the workspace, as given
 
     @functools.cached_property
     def workspace(self) -> Workspace:
-        """Opened when it is first asked for: not every command reads it on this machine."""
+        """Opened at first use: not every command reads it on this machine."""
         return Workspace(self.uri)
 
 
@@ -79,10 +79,10 @@ def command(
 
         @functools.wraps(body)
         def run(ctx: typer.Context, **values: Any) -> int:
-            said: Globals = ctx.obj
-            call = Call(values.pop("workspace") or said.workspace)
-            as_json = values.pop("json") or said.as_json
-            with redirect_stdout(sys.stderr):  # what libraries print is no outcome
+            given: Globals = ctx.obj
+            call = Call(values.pop("workspace") or given.workspace)
+            as_json = values.pop("json") or given.as_json
+            with redirect_stdout(sys.stderr):  # what libraries print is not the result
                 if config is not None:
                     values["config"] = _config(config, name, values, [item.name for item in flags])
                 shown = body(call, **values)
@@ -159,7 +159,7 @@ def _from_file(path: str, name: str) -> dict[str, Any]:
     content = read_toml(path)
     if set(content) <= set(SECTIONS):
         if name not in content:
-            note(f"note: {path} has no section [{name}]")
+            note(f"Note: {path} has no section [{name}]")
         section = content.get(name, {})
         if not isinstance(section, dict):
             raise InputError(f"{name} in {path} is {section!r}; expected a section [{name}]")

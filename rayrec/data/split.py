@@ -23,7 +23,7 @@ DAY_MS = 24 * 3600 * 1000
 SHARE_DIGITS = 9  # 1 - 0.2 - 0.1 is to be 0.7, not a little more
 
 Protocol = Literal["time", "last-fraction"]
-WEAKER = "weaker than a cut in time: fits see what others played later"
+WEAKER = "weaker than a split in time: training sees later plays of other users"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +75,17 @@ class FitRange:
         """
         if self.share is not None and histories.num_plays and histories.totals is None:
             raise LeakError(
-                "a fit was handed histories that do not say how many plays each user has in all; "
-                "pass the histories through FitRange.select first"
+                "training data lacks the total number of plays per user; call FitRange.select on the histories first"
             )
         late = int((~self.covers(histories)).sum())
         if late:
             cut = f"{self.before} (ms UTC)" if self.share is None else f"{self.share:.3g} (of each user's plays)"
             raise LeakError(
-                f"a fit was handed {late} plays at or after its cut {cut}; "
-                "pass the histories through FitRange.select first"
+                f"training data holds {late} plays at or after its cut {cut}; "
+                "call FitRange.select on the histories first"
             )
         if self.held_out_share and not self.allowed_users(histories.user_ids).all():
-            raise LeakError("a fit was handed users who are held out; pass the histories through FitRange.select first")
+            raise LeakError("training data holds users who are held out; call FitRange.select on the histories first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +193,7 @@ def make_split(config: SplitConfig, *, dataset: str, first_play: int, last_play:
         days = (last_play - first_play) / DAY_MS
         raise InputError(
             f"{config.test_days:g} test and {config.validation_days:g} validation days leave nothing to train on: "
-            f"the plays span {days:.1f} days; ask for fewer days"
+            f"the plays span {days:.1f} days; use fewer days"
         )
     return Split(
         id=_split_id(config, dataset, ("test_days", "validation_days")),
@@ -234,7 +233,7 @@ def save_split(workspace: Workspace, split: Split) -> None:
 def load_split(workspace: Workspace, split_id: str) -> Split:
     """Raises `NotFoundError` where there is no such split."""
     if not workspace.exists(split_file(split_id)):
-        raise NotFoundError(f"split {split_id!r} is not in workspace {workspace.uri}; run `rayrec split` first")
+        raise NotFoundError(f"split {split_id!r} not found in workspace {workspace.uri}; run `rayrec split` first")
     raw: dict[str, Any] = workspace.read_json(split_file(split_id))
     return Split(**raw)
 
@@ -252,7 +251,7 @@ def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
     dataset = Dataset(workspace).manifest
     if dataset.times == "positions" and not config.last_fraction:
         raise InputError(
-            "the data set has no times, its plays are only in order; cut each user's own plays with --last-fraction 0.2"
+            "The data set has no times, plays are only ordered; split each user's plays with --last-fraction 0.2"
         )
     split = make_split(config, dataset=dataset.id, first_play=dataset.first_play, last_play=dataset.last_play)
     save_split(workspace, split)
@@ -275,7 +274,7 @@ def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split:
     """
     if no_split:
         if split_id is not None:
-            raise InputError(f"a split ({split_id}) and no split are both asked for; give --split ID or --no-split")
+            raise InputError(f"a split ({split_id}) and no split exclude each other; pass --split ID or --no-split")
         return None
     dataset = Dataset(workspace)
     if split_id is None:
@@ -295,7 +294,7 @@ def require_split_of(dataset: Dataset, split: Split) -> None:
     if split.dataset == dataset.manifest.id or (split.protocol == "time" and dataset.descends_from(split.dataset)):
         return
     raise MismatchError(
-        f"split {split.id} cuts data set {split.dataset}, the workspace holds {dataset.manifest.id}; "
+        f"split {split.id} belongs to data set {split.dataset}, the workspace has {dataset.manifest.id}; "
         "run `rayrec split` again"
     )
 

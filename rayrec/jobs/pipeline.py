@@ -107,9 +107,9 @@ def read_configs(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     folder = Path() if isinstance(source, Mapping) else Path(source).parent
     unknown = sorted(set(sections) - set(CONFIGS))
     if unknown:
-        raise InputError(f"{where} has a section or key {unknown[0]!r}; expected sections: {', '.join(CONFIGS)}")
+        raise InputError(f"{where} has an unknown section {unknown[0]!r}; expected {', '.join(CONFIGS)}")
     if "import" in sections and "generate" in sections:
-        raise InputError(f"{where} has both [import] and [generate]; a workspace holds one data set, keep one of them")
+        raise InputError(f"{where} has both [import] and [generate]; keep one of them")
     configs = {}
     for name, config in CONFIGS.items():
         if name in sections or name not in OPTIONAL:

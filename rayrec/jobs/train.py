@@ -53,7 +53,7 @@ def train(
     manifest = Manifest(kind="models", id=model_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     began = time.monotonic()
     if resume and not config.workers:
-        raise InputError("a training without workers keeps no checkpoint to go on from; leave out --resume")
+        raise InputError("Training without workers writes no checkpoints; omit --resume or use --workers 1")
     if not resume:
         workspace.delete(manifest.folder)
     with ray_cluster():
@@ -76,8 +76,8 @@ def _require_fit(songs: Manifest, inputs: dict[str, str]) -> None:
     for role in ("dataset", "split"):
         if songs.inputs.get(role) != inputs.get(role):
             raise MismatchError(
-                f"song vectors {songs.id} were made from {role} {songs.inputs.get(role)}, the training is for "
-                f"{inputs.get(role)}; run `rayrec embed` for it first"
+                f"song embeddings {songs.id} were made from {role} {songs.inputs.get(role)}, not from "
+                f"{inputs.get(role)}; run `rayrec embed` first"
             )
 
 
@@ -101,8 +101,8 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
     figures = dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
     if not figures["loss"]:
         raise RayrecError(
-            f"nothing was learned: no sequence of the {config.source} holds a play and one {_offsets(config)} after "
-            "it; give horizons with smaller offsets"
+            f"no training example: no sequence of the {config.source} holds a play and one {_offsets(config)} plays "
+            "later; use horizons with smaller offsets"
         )
     return figures
 

@@ -48,14 +48,14 @@ def read_trials(sections: Mapping[str, Any], config: TuneConfig, where: str) -> 
     """
     unknown = sorted(set(sections) - set(SECTIONS))
     if unknown:
-        raise InputError(f"{where} has a section or key {unknown[0]!r}; expected sections: {', '.join(SECTIONS)}")
+        raise InputError(f"{where} has an unknown section {unknown[0]!r}; expected {', '.join(SECTIONS)}")
     choices = {
         (section, name): _values(section, name, value, where)
         for section in SECTIONS
         for name, value in _section(sections, section, where).items()
     }
     if all(len(values) == 1 for values in choices.values()):
-        raise InputError(f"{where} leaves nothing to choose; give a setting a list of values, such as dim = [32, 64]")
+        raise InputError(f"{where} has nothing to search; give a setting a list of values, such as dim = [32, 64]")
     return [_trial(choices, picked, where) for picked in _combinations([len(v) for v in choices.values()], config)]
 
 
@@ -75,7 +75,7 @@ def _section(sections: Mapping[str, Any], section: str, where: str) -> dict[str,
         raise InputError(f"{where} has {section} = {values!r}; expected a section [{section}]")
     decided = sorted(set(values) & set(OWN.get(section, {})))
     if decided:
-        raise InputError(f"{where} [{section}] has {decided[0]}, which a sweep decides itself; leave it out")
+        raise InputError(f"{where} [{section}] has {decided[0]}, which the search sets itself; remove it")
     return dict(values)
 
 
@@ -85,7 +85,7 @@ def _values(section: str, name: str, value: Any, where: str) -> list[Any]:
     several = field is not None and typing.get_origin(field.annotation) is tuple
     is_choice = isinstance(value, list) and (not several or (bool(value) and isinstance(value[0], list)))
     if is_choice and not value:
-        raise InputError(f"{where} [{section}] {name} is an empty list; give the values to choose from")
+        raise InputError(f"{where} [{section}] {name} is an empty list; expected at least one value")
     return value if is_choice else [value]
 
 

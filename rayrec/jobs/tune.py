@@ -50,7 +50,7 @@ def tune(
     Raises `InputError` for a file as `read_trials` does, and where there is no validation range.
     """
     if split is None or not split.has_validation:
-        raise InputError("a sweep is judged on a validation range, and there is none; run `rayrec split` first")
+        raise InputError("tune needs a validation range; run `rayrec split` first")
     dataset = Dataset(workspace)
     require_split_of(dataset, split)
     trials = read_trials(read_toml(file), config, file)
@@ -107,7 +107,7 @@ def _try(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, Manifes
     model = train(workspace, trial.train, songs_id=songs.id, split=split, resume=trial.train.workers > 0)
     recall = model.metrics[JUDGED_BY]
     if recall is None:
-        raise InputError("the validation range holds no play with an earlier one; make a split with a longer one")
+        raise InputError("the validation range has no play to predict; use more validation days")
     made = {"songs_made": songs.id not in songs_before}
     seconds = model.metrics["seconds"] + (songs.metrics.get("seconds", 0.0) if made["songs_made"] else 0.0)
     row = {

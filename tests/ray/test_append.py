@@ -189,15 +189,15 @@ def test_an_append_killed_while_it_is_published_is_never_seen_half(
 
 def test_what_cannot_be_appended_is_refused(tmp_path: Path, workspace: Workspace) -> None:
     new = config_of(tmp_path / "a.csv", plays(10, 1))
-    with pytest.raises(NotFoundError, match="holds no data set"):
+    with pytest.raises(NotFoundError, match="has no data set"):
         append_plays(workspace, new)
     import_data(workspace, new)
     (tmp_path / "lists.csv").write_text("playlist,position,song\np,0,s1\n")
     lists = ImportConfig(format="csv", paths=(str(tmp_path / "lists.csv"),), kind="playlists")
-    with pytest.raises(InputError, match="playlists cannot be appended"):
+    with pytest.raises(InputError, match="Playlists cannot be appended"):
         append_plays(workspace, lists)
     (tmp_path / "lines.txt").write_text("s1 s2\n")
-    with pytest.raises(InputError, match="plays without times cannot be appended"):
+    with pytest.raises(InputError, match="Plays without times cannot be appended"):
         append_plays(workspace, ImportConfig(format="sequences", paths=(str(tmp_path / "lines.txt"),)))
 
 

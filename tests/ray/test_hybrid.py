@@ -82,5 +82,5 @@ def test_evaluations_judge_what_the_model_answers_with(
     alone = evaluate(world, settings, split=split, model_id=forgetful.id)
     assert alone.metrics["default"] == "taste"
     assert "hybrid" not in {entry["model"] for entry in read_figures(world, alone)["results"]}
-    with pytest.raises(InputError, match="trained without a memory; name taste, or train with --memory"):
+    with pytest.raises(InputError, match="trained without --memory; use taste, or train again with --memory"):
         evaluate(world, settings.replace(models=("hybrid",)), split=split, model_id=forgetful.id)

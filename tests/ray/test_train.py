@@ -219,7 +219,7 @@ def test_a_split_that_leaves_no_plays_is_refused(workspace: Workspace) -> None:
     write_dataset(workspace, Histories.from_lists([[0, 1]], [[10, 20]]), 2)
     write_song_vectors(workspace, random_vectors(2), {"dataset": "by-hand", "split": "early"})
     early = Split(id="early", dataset="by-hand", validation_from=5, test_from=5)
-    with pytest.raises(RayrecError, match=r"leaves no plays to train on; make a split"):
+    with pytest.raises(RayrecError, match=r"leaves no plays to train on; use fewer"):
         train(workspace, CONFIG, split=early)
 
 

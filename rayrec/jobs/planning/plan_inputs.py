@@ -72,7 +72,7 @@ class DataSize:
         """From counts alone. Raises `InputError` for counts that cannot be."""
         for name, count in (("users", users), ("plays", plays), ("songs", songs)):
             if count < 1:
-                raise InputError(f"{name} is {count}; give at least 1")
+                raise InputError(f"{name} is {count}; expected at least 1")
         made = buckets or min(MAX_BUCKETS, max(MIN_BUCKETS, ceil(plays * CSV_BYTES / BUCKET_BYTES)))
         largest = ceil(plays / made * ASSUMED_SKEW)
         return cls(users=users, plays=plays, songs=songs, buckets=made, largest_bucket=largest, looked_at=False)
@@ -96,10 +96,10 @@ def read_rates(path: str) -> dict[str, float]:
         found = json.loads(Path(path).read_text(encoding="utf-8"))["rates"]
         rates = {str(name): float(rate) for name, rate in found.items()}
     except OSError as error:
-        raise InputError(f"file of rates {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"rates file {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} holds no rates; give a file that `rayrec bench NAME --save FILE` wrote") from error
+        raise InputError(f"{path} has no rates; expected a file written by `rayrec bench NAME --save FILE`") from error
     slow = [name for name, rate in rates.items() if not rate > 0]
     if slow:
-        raise InputError(f"{path} says {slow[0]} is {rates[slow[0]]}; a rate is above 0")
+        raise InputError(f"{path} has {slow[0]} {rates[slow[0]]}; expected a number above 0")
     return rates

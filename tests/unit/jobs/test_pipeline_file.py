@@ -46,8 +46,8 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[tain]\nepochs = 1", "section or key 'tain'; expected sections: import, generate"),
-        ("epochs = 1", "section or key 'epochs'"),
+        ("[tain]\nepochs = 1", "unknown section 'tain'; expected import, generate"),
+        ("epochs = 1", "unknown section 'epochs'"),
         ("train = 3", r"train = 3; expected a section \[train\]"),
         ("[train]\nepoch = 1", r"run.toml \[train\]: unknown setting 'epoch'"),
         ("[train]\nepochs = 'many'", r"\[train\]: epochs is 'many'; expected an integer of at least 1"),
