@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ class Size:
     users: int = 2_000
     plays: int = 200  # mean of a user
     seconds: float = 5.0  # of each measurement
-    config: TrainConfig = TrainConfig()
+    config: TrainConfig = field(default_factory=TrainConfig)
 
     @classmethod
     def quick(cls) -> "Size":

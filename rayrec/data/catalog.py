@@ -49,7 +49,7 @@ class Catalog:
         if unknown:
             raise InputError(
                 f"{len(unknown)} of {len(song_ids)} songs are not in the catalog: {', '.join(unknown[:5])}; "
-                "check the ids against dataset/songs.parquet"
+                "check the IDs against dataset/songs.parquet"
             )
         return np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.int32)
 

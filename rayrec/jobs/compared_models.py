@@ -16,7 +16,7 @@ from rayrec.recommend.base import Recommender
 from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_selection, needs_vectors
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.selection import make_selection
-from rayrec.storage.artifacts import Manifest, load, newest
+from rayrec.storage.artifacts import Manifest, load, newest, noun
 from rayrec.storage.releases import default_parts
 from rayrec.storage.workspace import Workspace
 
@@ -40,7 +40,7 @@ class Judged:
         """A line about the parts that a split could not keep from the plays they are judged on."""
         if "split" not in self.inputs:
             return None
-        parts = {"the network": self.model, **self.others, "the song vectors": self.songs}
+        parts = {"the network": self.model, **self.others, "the song embeddings": self.songs}
         uncut = [name for name, part in parts.items() if part and part.metrics.get("source") == "playlists"]
         return f"{', '.join(uncut)}: {UNCUT}" if uncut else None
 
@@ -88,11 +88,11 @@ def _named(workspace: Workspace, config: EvaluateConfig) -> tuple[list[str], dic
         name, equals, model_id = asked.partition("=")
         if equals:
             if name in (*NETWORKS, *BASELINES, *others) or not name:
-                raise InputError(f"{asked}: give another model a name of its own, such as r_hst={model_id}")
+                raise InputError(f"{asked}: name another model differently, such as r_hst={model_id}")
             others[name] = load(workspace, "models", model_id)
         elif name not in (*NETWORKS, *BASELINES):
             raise InputError(
-                f"there is no model {name!r}; there are: {', '.join((*NETWORKS, *BASELINES))}, and NAME=ID for "
+                f"Unknown model {name!r}; expected {', '.join((*NETWORKS, *BASELINES))}, or NAME=ID for "
                 "the network of another model"
             )
         names.append(name)
@@ -107,12 +107,13 @@ def require_split(part: Manifest, split: Split | None, dataset: Dataset, command
     made_of, wanted = part.inputs.get("split"), split.id if split else None
     if made_of == wanted and dataset.descends_from(part.inputs.get("dataset", dataset.manifest.id)):
         return
-    saw = f"was made for split {made_of}" if made_of else "was made from all plays"
-    saw += ", those to be predicted too" if wanted and not made_of else ""
-    judged = f"this is an evaluation of split {wanted}; run `rayrec {command}` with this split first"
-    if not wanted:
-        judged = f"this is an evaluation without a split; name the split, or run `rayrec {command} --no-split` first"
-    raise MismatchError(f"{part.kind} {part.id} {saw}, and {judged}")
+    saw = f"was trained before the test range of split {made_of}" if made_of else "was trained on all plays"
+    saw += ", including the test range" if wanted and not made_of else ""
+    advice = f"run `rayrec {command} --split {wanted}` first" if wanted else f"pass --split {made_of}"
+    raise MismatchError(
+        f"{noun(part.kind)} {part.id} {saw}, but the evaluation is of {f'split {wanted}' if wanted else 'no split'}; "
+        f"{advice}"
+    )
 
 
 def make_recommenders(

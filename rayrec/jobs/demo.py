@@ -95,7 +95,7 @@ def _require_room(workspace: Workspace) -> None:
     if there.source != "generated" or there.config != to_mapping(GenerateConfig(**PIPELINE["generate"])):
         raise InputError(
             f"workspace {workspace.uri} holds another data set ({there.source}, {there.plays:,} plays); "
-            "run the demo in a workspace of its own: rayrec --workspace ./demo demo"
+            "run the demo in its own workspace: rayrec --workspace ./demo demo"
         )
 
 
@@ -104,4 +104,4 @@ def _some_user(dataset: Dataset) -> tuple[str, int]:
     for batch in dataset.read_all():
         for row in (batch.lengths >= MIN_PLAYS).nonzero()[0][:1]:
             return str(batch.user_ids[row]), int(batch.played_at[batch.offsets[row + 1] - 1])
-    raise NotFoundError(f"no generated user has {MIN_PLAYS} plays")
+    raise NotFoundError(f"No generated user has {MIN_PLAYS} plays")

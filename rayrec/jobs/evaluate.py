@@ -63,7 +63,7 @@ def evaluate(
     if not tally.users[0].sum():
         raise InputError(
             f"none of {split.test_range} has an earlier play by the same user, so there is nothing to predict; "
-            "make a split with more test days or a larger last fraction"
+            "run `rayrec split` with more test days or a larger last fraction"
         )
     figures = figures_of(tally, evaluator, judged.default)
     figures[SONG_VECTORS] = health_of(dataset, judged, evaluator.song_plays)

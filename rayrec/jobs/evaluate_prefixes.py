@@ -67,7 +67,7 @@ def evaluate_prefixes(
     evaluator = PrefixEvaluator(recommenders, song_plays=song_plays, config=config)
     tally, counts = judge(workspace, evaluator, file, byte_ranges(found.source, found.size, UNIT_BYTES))
     if not counts[0]:
-        raise InputError(f"{file.path} has no pairs; expected lines of songs, a tab and the song that followed")
+        raise InputError(f"{file.path} has no pairs; expected lines of songs, a tab and the next song")
     results = results_of(tally, recommenders, config, ["served", "next"])
     results = [entry for entry in results if entry["users"] == "all"]
     figures = {

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rayrec.config import from_mapping, read_toml, setting, to_mapping
+from pydantic import Field
+
+from rayrec.config import Settings, from_mapping, read_toml, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, SplitConfig, list_splits, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
@@ -35,14 +37,13 @@ from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReleaseConfig:
+class ReleaseConfig(Settings):
     """What to do with the release of a run."""
 
-    activate: bool = setting(True, help="make it the live release")
+    activate: bool = Field(True, description="Make it the live release")
 
 
-CONFIGS: dict[str, type[Any]] = {
+CONFIGS: dict[str, type[Settings]] = {
     "import": ImportConfig,
     "generate": GenerateConfig,
     "split": SplitConfig,
@@ -112,9 +113,9 @@ def read_configs(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     folder = Path() if isinstance(source, Mapping) else Path(source).parent
     unknown = sorted(set(sections) - set(CONFIGS))
     if unknown:
-        raise InputError(f"{where} has a section or key {unknown[0]!r}; expected sections: {', '.join(CONFIGS)}")
+        raise InputError(f"{where} has an unknown section {unknown[0]!r}; expected {', '.join(CONFIGS)}")
     if "import" in sections and "generate" in sections:
-        raise InputError(f"{where} has both [import] and [generate]; a workspace holds one data set, keep one of them")
+        raise InputError(f"{where} has both [import] and [generate]; keep one of them")
     configs = {}
     for name, config in CONFIGS.items():
         if name in sections or name not in OPTIONAL:

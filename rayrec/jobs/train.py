@@ -94,8 +94,8 @@ def _require_fit(songs: Manifest, inputs: dict[str, str]) -> None:
     for role in ("dataset", "split"):
         if songs.inputs.get(role) != inputs.get(role):
             raise MismatchError(
-                f"song vectors {songs.id} were made from {role} {songs.inputs.get(role)}, the training is for "
-                f"{inputs.get(role)}; run `rayrec embed` for it first"
+                f"song embeddings {songs.id} were made from {role} {songs.inputs.get(role)}, not from "
+                f"{inputs.get(role)}; run `rayrec embed` first"
             )
 
 
@@ -123,8 +123,8 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
     figures = dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
     if not figures["loss"]:
         raise RayrecError(
-            f"nothing was learned: no sequence of the {config.source} holds a play and one {_offsets(config)} after "
-            "it; give horizons with smaller offsets"
+            f"no training example: no sequence of the {config.source} holds a play and one {_offsets(config)} plays "
+            "later; use horizons with smaller offsets"
         )
     return figures
 

@@ -6,8 +6,9 @@ from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
-from rayrec.config import setting
+from rayrec.config import Settings
 from rayrec.data.catalog import Catalog
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
@@ -20,17 +21,12 @@ ASSUMED_GAP_MS = 3 * 60 * 1000  # between songs that are given without times: ab
 FIRST_MS = 100_000_000_000  # a number below it is in seconds (until the year 5138), else in milliseconds
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecommendConfig:
-    """What to answer."""
+class RecommendConfig(Settings):
+    """What to recommend."""
 
-    k: int = setting(20, help="how many songs to recommend")
-    horizon: Horizon = setting("short", help="short: the next songs; long: songs for the time to come")
-    include_heard: bool = setting(False, help="recommend songs that the user has already heard too")
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise InputError(f"k is {self.k}; ask for at least 1 song")
+    k: int = Field(20, ge=1, description="Number of recommendations")
+    horizon: Horizon = Field("short", description="short: the next songs; long: songs for later")
+    include_heard: bool = Field(False, description="Include songs that the user has already heard")
 
 
 @dataclass(frozen=True, kw_only=True)

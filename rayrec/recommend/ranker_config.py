@@ -1,29 +1,16 @@
 """Settings of the rank stage. Loads nothing heavy."""
 
-from __future__ import annotations
+from pydantic import Field
 
-from dataclasses import dataclass
-
-from rayrec.config import setting
-from rayrec.errors import InputError
+from rayrec.config import Settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankConfig:
-    """How rankers are grown, and on how many queries."""
+class RankConfig(Settings):
+    """How rankers are trained, and on how many queries."""
 
-    queries: int = setting(40_000, help="Queries of the validation range to learn from, at most")
-    trees: int = setting(300, help="Trees, at most; growing stops where held-out users gain nothing more")
-    leaves: int = setting(31, help="Leaves of a tree")
-    learning_rate: float = setting(0.07, help="Weight of each tree")
-    min_long_queries: int = setting(20, help="Held-out queries below which the long horizon gets no ranker")
-    seed: int = setting(0, help="Random seed")
-
-    def __post_init__(self) -> None:
-        for name in ("queries", "trees"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more")
-        if self.leaves < 2:
-            raise InputError(f"leaves is {self.leaves}; expected 2 or more")
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate is {self.learning_rate}; expected more than 0")
+    queries: int = Field(40_000, ge=1, description="Maximum queries of the validation range to train on")
+    trees: int = Field(300, ge=1, description="Maximum trees; training stops where held-out users gain nothing more")
+    leaves: int = Field(31, ge=2, description="Leaves per tree")
+    learning_rate: float = Field(0.07, gt=0, description="Weight of each tree")
+    min_long_queries: int = Field(20, ge=1, description="Held-out queries needed to train a long-horizon ranker")
+    seed: int = Field(0, ge=0, description="Random seed")

@@ -89,8 +89,8 @@ def require_fit(dataset: DatasetManifest, inputs: dict[str, str], parts: Any) ->
             descends = role == "dataset" and dataset.descends_from(made_of)
             if role in inputs and inputs[role] != made_of and not descends:
                 raise MismatchError(
-                    f"{part.kind} {part.id} was made of {role} {made_of}, but {role} {inputs[role]} is asked for; "
-                    f"name parts that belong together, or run `rayrec {MADE_BY[part.kind]}` again"
+                    f"{artifacts.noun(part.kind)} {part.id} was made from {artifacts.noun(role)} {made_of}, not from "
+                    f"{inputs[role]}; choose matching artifacts, or run `rayrec {MADE_BY[part.kind]}` again"
                 )
 
 
@@ -126,7 +126,7 @@ def rollback(workspace: Workspace) -> Manifest:
     state = read_active(workspace)
     if not state["history"]:
         raise InputError(
-            f"there is no release to go back to: {state['active'] or 'none'} is the only one that was ever active; "
+            f"No earlier release to roll back to (live: {state['active'] or 'none'}); "
             "see `rayrec release list` and use `rayrec release activate ID`"
         )
     *earlier, previous = state["history"]
@@ -176,12 +176,12 @@ def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
     Raises `DamagedArtifactError` where its data set is gone or was replaced.
     """
     if not workspace.exists(DATASET_MANIFEST):
-        raise DamagedArtifactError(f"{DATASET_MANIFEST} is missing; bring it back or import the data again")
+        raise DamagedArtifactError(f"{DATASET_MANIFEST} is missing; restore it or import the data again")
     dataset, made_of = read_manifest(workspace), release.inputs["dataset"]
     files = dict(workspace.read_json(release.path(CHECKSUMS)))
     if not dataset.descends_from(made_of):
         raise DamagedArtifactError(
-            f"data set {made_of} of release {release.id} was replaced by {dataset.id}; make a new release"
+            f"data set {made_of} of release {release.id} was replaced by {dataset.id}; create a new release"
         )
     if made_of != dataset.id:
         files[earlier_manifest(made_of)] = files.pop(DATASET_MANIFEST)
@@ -220,13 +220,13 @@ def _newest_model(workspace: Workspace, dataset: DatasetManifest, chosen: dict[s
         return artifacts.load(workspace, "models", next(iter(chosen.values())).inputs["models"])
     models = [m for m in artifacts.listing(workspace, "models") if dataset.descends_from(m.inputs.get("dataset", ""))]
     if not models:
-        raise NotFoundError(f"there is no model of data set {dataset.id} to release; run `rayrec train` first")
+        raise NotFoundError(f"Data set {dataset.id} has no model; run `rayrec train` first")
     complete = models
     for kind in ("tastes", "indexes"):
         used = {part.inputs.get("models") for part in artifacts.listing(workspace, kind)}
         complete = [model for model in complete if model.id in used]
         if not complete:
-            raise NotFoundError(f"no model has {kind} to release with it; run `rayrec {MADE_BY[kind]}` first")
+            raise NotFoundError(f"No model has {artifacts.noun(kind)}; run `rayrec {MADE_BY[kind]}` first")
     return complete[-1]
 
 
@@ -239,7 +239,8 @@ def _last_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest | Non
 def _newest_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest:
     part = _last_of(workspace, kind, model)
     if part is None:
-        raise NotFoundError(f"model {model.id} has no {kind}; run `rayrec {MADE_BY[kind]} --model {model.id}` first")
+        advice = f"run `rayrec {MADE_BY[kind]} --model {model.id}` first"
+        raise NotFoundError(f"model {model.id} has no {artifacts.noun(kind)}; {advice}")
     return part
 
 
@@ -262,8 +263,6 @@ def _publish_release(workspace: Workspace, inputs: dict[str, str]) -> Manifest:
 
 def _compare(workspace: Workspace, path: str, expected: str) -> None:
     if not workspace.exists(path):
-        raise DamagedArtifactError(f"{path} is missing; the release that uses it cannot be trusted, make it again")
+        raise DamagedArtifactError(f"{path} is missing; create the release again")
     if sha256(workspace, path) != expected:
-        raise DamagedArtifactError(
-            f"{path} is not what the release was made of; make a new release, or bring the old file back"
-        )
+        raise DamagedArtifactError(f"{path} changed since the release; create a new release, or restore the old file")

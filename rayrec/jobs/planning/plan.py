@@ -40,6 +40,7 @@ NEW_SONG_SHARE = 0.85  # of a user's plays that are songs not heard before; meas
 GENSIM_WORD = 172  # of a word beside its two vectors: 22 measured with the arrays, the rest is its counts' dict; code
 WORKER = int(0.35 * GIB)  # of a worker of taste beside vectors: measured largest 327 MiB at 500,000 users
 TRAINER = GIB  # of a training worker beside vectors: torch, a pool of windows; code
+_RETRIEVAL = RetrievalConfig()
 RULE_DISTANCE = 10  # plays ahead that a rule reaches; code
 RULE_ENTRY = 12  # bytes of a rule: an int32 and an int64; code
 SESSION_ENTRY = 9  # bytes of a posting, an int32 and a byte, and of its song in the session; code
@@ -116,7 +117,7 @@ class _Planner:
         self.data, self.cluster, self.config, self.rates = data, cluster, config, rates
         plain = [node for node in cluster.workers if not node.gpus] or cluster.workers
         if not plain:
-            raise InputError(f"cluster {cluster.name} has no node with CPUs that work may land on; give workers CPUs")
+            raise InputError(f"cluster {cluster.name} has no worker node with CPUs; give workers CPUs")
         # The kind that holds least a CPU is the one that runs out first; the largest one gets what runs on one node.
         self.tight = min(plain, key=lambda node: node.memory / node.cpus)
         self.large = max(plain, key=lambda node: (node.cpus, node.memory))
@@ -165,7 +166,7 @@ class _Planner:
         on_node = min(workers, node.gpus) if node.gpus else ceil(workers / self.nodes)
         tables = 2 * self.config.fits + 1 + (0 if self.config.gpu else 3)
         windows = ceil(self.data.plays / self.config.window)
-        batch = self.config.batch or TrainConfig.batch * workers
+        batch = self.config.batch or TrainConfig().batch * workers
         steps = ceil(windows / batch) * self.config.epochs * self.config.fits
         on_gpu = self.config.gpu and TRAIN_ON_GPU in self.rates
         return self._stage(
@@ -198,8 +199,8 @@ class _Planner:
     def retrieval_bytes(self) -> int:
         """Of the postings and rules that are kept of each song, both of which are bounded."""
         songs, plays = self.data.songs, self.data.plays
-        sessions = min(plays, songs * RetrievalConfig.sessions_per_song) * SESSION_ENTRY
-        return sessions + min(RULE_DISTANCE * plays, songs * RetrievalConfig.rules_per_song) * RULE_ENTRY
+        sessions = min(plays, songs * _RETRIEVAL.sessions_per_song) * SESSION_ENTRY
+        return sessions + min(RULE_DISTANCE * plays, songs * _RETRIEVAL.rules_per_song) * RULE_ENTRY
 
     def taste(self) -> StagePlan:
         """Every CPU runs a process with a network of its own; its song table is there twice while it loads."""
@@ -240,11 +241,11 @@ class _Planner:
     def missing(self) -> Iterator[str]:
         """What the cluster does not have at all."""
         if self.config.gpu and self.gpu is None:
-            yield f"--gpu is asked for, and cluster {self.cluster.name} has no node type with a GPU"
+            yield f"--gpu needs a node type with a GPU, and cluster {self.cluster.name} has no node type with a GPU"
         if 0 < self.config.batch < self.train_workers():
             yield (
-                f"a batch of {self.config.batch} windows cannot be shared by {self.train_workers()} training workers: "
-                "a larger --batch or fewer --workers"
+                f"batch is {self.config.batch}, less than one window for each of {self.train_workers()} workers: "
+                "use a larger --batch or fewer --workers"
             )
 
     def other_problems(self, disk: int) -> Iterator[str]:
@@ -252,7 +253,7 @@ class _Planner:
         if self.large.disk is not None and disk > 0.8 * self.large.disk:
             yield (
                 f"embed writes a corpus of {gib(disk)} to the disk of one {self.large.name}, which has "
-                f"{gib(self.large.disk)}; give it a larger disk, or make the vectors elsewhere: embed --vectors"
+                f"{gib(self.large.disk)}; give it a larger disk, or import embeddings with embed --vectors"
             )
         driver = WORKER + self.data.songs * VOCABULARY_BYTES
         for head in (node for node in self.cluster.nodes if node.head):
@@ -273,13 +274,13 @@ class _Planner:
         """What to know of these figures."""
         told = []
         if any(stage.rate_from == BUILT_IN_FROM for stage in stages):
-            told.append(f"built-in rates are those of {BUILT_IN_FROM}; measure yours: rayrec bench NAME --save FILE")
+            told.append(f"rates were measured on {BUILT_IN_FROM}; measure yours with rayrec bench NAME --save FILE")
         if self.config.gpu and TRAIN_ON_GPU not in self.rates:
-            told.append(f"no rate of a GPU is known ({TRAIN_ON_GPU}): each counts as one CPU")
+            told.append(f"no GPU rate ({TRAIN_ON_GPU}): each GPU counts as one CPU")
         if not self.data.looked_at:
-            told.append(f"the largest bucket is assumed {ASSUMED_SKEW} times the mean; --workspace looks")
+            told.append(f"the largest bucket is assumed to be {ASSUMED_SKEW} times the mean; --workspace measures it")
         if self.config.gpu and self.gpu is not None and self.gpu.gpu_memory is None:
-            told.append(f"{self.gpu.name} does not say which GPU it has: its memory is not checked")
+            told.append(f"{self.gpu.name} does not name its GPU: GPU memory is not checked")
         return told
 
     def _spread(self, stage: str, memory: int, units: int, unit: str, work: int | None) -> StagePlan:
@@ -317,7 +318,7 @@ class _Planner:
             batch_of=batch_of,
             hours=None if speed is None or work is None else work / (speed * workers) / 3600,
             rate=speed,
-            rate_from="nobody has measured it" if speed is None else origin,
+            rate_from="not measured" if speed is None else origin,
         )
 
 
@@ -334,10 +335,10 @@ def _too_little(stage: StagePlan) -> Iterator[str]:
         advice = ADVICE.get(stage.stage, "more memory")
         yield (
             f"{stage.stage} needs {gib(stage.memory)} of memory on a {stage.node}, which has "
-            f"{gib(stage.memory_there)} for it: {advice}"
+            f"{gib(stage.memory_there)}: use {advice}"
         )
 
 
 def gib(size: int) -> str:
-    """Bytes as people who rent machines say them."""
+    """Bytes in GiB."""
     return f"{size / GIB:,.1f} GiB"

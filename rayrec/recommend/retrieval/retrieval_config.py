@@ -1,19 +1,12 @@
-"""Settings of what retrievers look up."""
+"""Settings of the retrieval stage. Loads nothing heavy."""
 
-from dataclasses import dataclass
+from pydantic import Field
 
-from rayrec.config import setting
-from rayrec.errors import InputError
+from rayrec.config import Settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class RetrievalConfig:
-    """What is kept of sessions and rules."""
+class RetrievalConfig(Settings):
+    """How many sessions and rules are kept."""
 
-    sessions_per_song: int = setting(50, help="Newest sessions kept for each song")
-    rules_per_song: int = setting(200, help="Strongest followers kept for each song")
-
-    def __post_init__(self) -> None:
-        for name in ("sessions_per_song", "rules_per_song"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more")
+    sessions_per_song: int = Field(50, ge=1, description="Newest sessions kept for each song")
+    rules_per_song: int = Field(200, ge=1, description="Strongest followers kept for each song")

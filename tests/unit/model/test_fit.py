@@ -114,7 +114,7 @@ def test_without_refit_the_weights_of_the_best_epoch_are_kept(
     recalls(monkeypatch, [0.1, 0.3, 0.2, 0.2])
     config = settings(epochs=4, patience=5, refit=False)
     kept = fit_of(config, plays, validation, MemoryHost(plays, config)).run()
-    alone = replace(config, epochs=2)
+    alone = config.replace(epochs=2)
     data: dict[Phase, Histories] = {"final": plays["selection"]}
     assert same(kept, fit_of(alone, data, None, MemoryHost(data, alone)).run())
 

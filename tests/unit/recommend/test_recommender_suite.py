@@ -6,6 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rayrec.recommend.hybrid import HybridRecommender, Memory
+from rayrec.recommend.mixing import USUAL_MIX
+from rayrec.recommend.own_rules import OwnRulesRecommender
 from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Questions
@@ -17,11 +20,8 @@ from rayrec.model.train_config import Horizon as Offsets
 from rayrec.recommend import base as recommender_module
 from rayrec.recommend.base import Recommender, top_k
 from rayrec.recommend.discounted_average import AverageRecommender
-from rayrec.recommend.hybrid import HybridRecommender, Memory
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.item_knn import NeighboursRecommender
-from rayrec.recommend.mixing import USUAL_MIX
-from rayrec.recommend.own_rules import OwnRulesRecommender
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
