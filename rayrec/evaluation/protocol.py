@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.config import setting
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.data.split import Split
 from rayrec.errors import InputError
+from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.recommend.base import Horizon, Recommender
 
 USUAL_K = 20
@@ -46,6 +47,9 @@ class EvaluateConfig:
         None, help="models by name, NAME=ID for the network of another model; none: the network and every baseline"
     )
     ks: tuple[int, ...] = setting((10, 20, 100), help="cut-offs of recall, MRR and NDCG")
+    queries: int = setting(
+        0, help="about how many plays are predicted, drawn by a hash of user and play; 0: every play of the test range"
+    )
     bootstrap_samples: int = setting(1000, help="samples of the bootstrap over users; 0: no intervals")
     confidence: float = setting(0.95, help="share of the bootstrap samples within low and high, in (0, 1)")
     offsets: int = setting(100, help="plays ahead in the curve of mean cosine; 0: no curve")
@@ -61,7 +65,7 @@ class EvaluateConfig:
             raise InputError(f"ks is {self.ks}; give different cut-offs of at least 1, such as 10,20,100")
         if not 0 < self.confidence < 1:
             raise InputError(f"confidence {self.confidence} is not in (0, 1); give a share such as 0.95")
-        for name in ("bootstrap_samples", "offsets", "max_curve_users"):
+        for name in ("queries", "bootstrap_samples", "offsets", "max_curve_users"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
 
@@ -83,15 +87,31 @@ def plays_to_predict(histories: Histories, split: Split) -> np.ndarray:
     return np.flatnonzero(has_earlier & split.is_test(histories))
 
 
-def blocks(histories: Histories, split: Split, queries: int) -> Iterator[tuple[Histories, np.ndarray]]:
-    """The users who have test plays, with the positions of these, in blocks of about `queries` of them."""
-    rows = histories.rows[plays_to_predict(histories, split)]
+def drawn_plays(histories: Histories, split: Split, share: float) -> np.ndarray:
+    """int64 (Q,): positions of a share of the plays to predict, by a hash of user and place in the history.
+
+    A play is drawn or not whatever other users and models there are; those of a smaller share are among those of a
+    larger one.
+    """
+    plays = plays_to_predict(histories, split)
+    if share >= 1:
+        return plays
+    hashes = user_hash(histories.user_ids, salt="queries ")
+    rows = np.searchsorted(histories.offsets, plays, side="right") - 1
+    return plays[uniform_draws(hashes[rows], plays - histories.offsets[rows]) < share]
+
+
+def blocks(
+    histories: Histories, split: Split, queries: int, share: float = 1.0
+) -> Iterator[tuple[Histories, np.ndarray]]:
+    """The users who have plays to predict, with the positions of a share of these, in blocks of about `queries`."""
+    rows = histories.rows[drawn_plays(histories, split, share)]
     users, counts = np.unique(rows, return_counts=True)
     number = (np.cumsum(counts) - counts) // queries
     for cut in np.split(users, np.flatnonzero(np.diff(number)) + 1):
         if len(cut):
             block = histories.take(cut)
-            yield block, plays_to_predict(block, split)
+            yield block, drawn_plays(block, split, share)
 
 
 def user_groups(histories: Histories, split: Split) -> np.ndarray:
@@ -168,9 +188,9 @@ def slices_of(contexts: Sequence[str]) -> list[tuple[str, str]]:
     return by_plays + [("context", name) for name in contexts]
 
 
-def slice_masks(histories: Histories, queries: Questions, contexts: Sequence[str]) -> np.ndarray:
-    """bool (S, Q): the queries in each of the slices of `slices_of`."""
-    activity = np.bincount(queries.rows, minlength=len(histories))[queries.rows]
+def slice_masks(histories: Histories, queries: Questions, predicted: np.ndarray, contexts: Sequence[str]) -> np.ndarray:
+    """bool (S, Q): the queries in each of the slices of `slices_of`; `predicted` is int (U,), plays to predict."""
+    activity = predicted[queries.rows]
     masks = [class_of(plays) == place for plays in (queries.seen, activity) for place in range(len(CLASSES))]
     target = histories.offsets[queries.rows] + queries.seen
     bits = np.zeros(len(queries), np.int32) if histories.contexts is None else histories.contexts[target]

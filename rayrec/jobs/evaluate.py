@@ -1,4 +1,4 @@
-"""Judge the network and the baselines on the test range, bucket by bucket on Ray."""
+"""Evaluate the network and the baselines on the test range, bucket by bucket on Ray."""
 
 import json
 import time
@@ -12,10 +12,11 @@ from rayrec.data.split import Split
 from rayrec.embeddings import health
 from rayrec.embeddings.vectors import FINAL, SongVectors
 from rayrec.errors import InputError
-from rayrec.evaluation.accumulator import Tally
+from rayrec.evaluation.accumulator import VIEWS, MetricAccumulator
+from rayrec.evaluation.bootstrap import CellRange, cell_ranges
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.pictures import NAMED, Picture, most_played, song_map, training_picture
-from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.evaluation.protocol import EvaluateConfig, plays_to_predict
 from rayrec.evaluation.report import SONG_VECTORS, headline, write_report
 from rayrec.evaluation.results import figures_of
 from rayrec.jobs.buckets import run_buckets
@@ -29,6 +30,7 @@ from rayrec.storage.workspace import Workspace
 
 KIND = "reports"
 USERS_PER_BATCH = 2_000
+COUNTED_BUCKETS = 16  # whose plays to predict are counted where a number of queries is drawn
 
 
 @writes("evaluate")
@@ -59,13 +61,14 @@ def evaluate(
     if complete:
         return load(workspace, KIND, report_id)
     evaluator = make_evaluator(workspace, dataset, config, split, judged)
-    tally = tally_buckets(workspace, evaluator, dataset.manifest.buckets)
-    if not tally.users[0].sum():
+    sums = evaluate_buckets(workspace, evaluator, dataset.manifest.buckets)
+    users, plays = sums.users[VIEWS.index("next")].sum(), sums.queries[:, VIEWS.index("next")].sum()
+    if not users:
         raise InputError(
             f"none of {split.test_range} has an earlier play by the same user, so there is nothing to predict; "
             "make a split with more test days or a larger last fraction"
         )
-    figures = figures_of(tally, evaluator, judged.default)
+    figures = figures_of(sums, evaluator, judged.default)
     figures[SONG_VECTORS] = health_of(dataset, judged, evaluator.song_plays)
     manifest = Manifest(
         kind=KIND,
@@ -78,8 +81,8 @@ def evaluate(
             "protocol": split.protocol,
             **({"warning": judged.warning} if judged.warning else {}),
             **headline(figures, judged.default),
-            "users": int(tally.users[0].sum()),
-            "plays": int(tally.questions[0, :, 0].sum()),
+            "users": int(users),
+            "plays": int(plays),
             "seconds": round(time.monotonic() - started, 1),
         },
     )
@@ -143,26 +146,53 @@ def make_evaluator(
     )
 
 
-def tally_buckets(workspace: Workspace, evaluator: Evaluator, buckets: int) -> Tally:
-    """The tally of all users, the buckets spread over the cluster, the evaluator shared by all workers."""
-    tally = evaluator.empty()
-    with ray_cluster(), progress("evaluate", buckets) as bar:
-        arguments = {"workspace": workspace, "evaluator": evaluator}
-        for result in run_buckets(BucketEvaluator, range(buckets), arguments=arguments):
-            tally = tally + result
+def evaluate_buckets(workspace: Workspace, evaluator: Evaluator, buckets: int) -> MetricAccumulator:
+    """The sums of all users, the buckets spread over the cluster, the evaluator shared by all workers of a node."""
+    sums = evaluator.empty()
+    ranges = cell_ranges(buckets, evaluator.cells_at_once)
+    units = buckets * len(ranges)
+    with ray_cluster(), progress("evaluate", units) as bar:
+        evaluator.query_share = query_share(workspace, evaluator, buckets)
+        arguments = {"workspace": workspace, "evaluator": evaluator, "ranges": ranges}
+        for unit, part in run_buckets(BucketEvaluator, range(units), arguments=arguments):
+            sums.add(part, first_cell=unit * part.cells)
             bar.advance()
-    return tally
+    return sums
+
+
+def query_share(workspace: Workspace, evaluator: Evaluator, buckets: int) -> float:
+    """The share of the test range's queries that leaves about `queries` of them, from the counts of a few buckets."""
+    if not evaluator.config.queries:
+        return 1.0
+    counted = np.unique(np.linspace(0, buckets - 1, min(buckets, COUNTED_BUCKETS)).astype(int)).tolist()
+    arguments = {"workspace": workspace, "split": evaluator.split}
+    counts = sum(run_buckets(QueryCounter, counted, arguments=arguments))
+    return min(1.0, evaluator.config.queries / max(1.0, counts * buckets / len(counted)))
+
+
+class QueryCounter:
+    """Counts the plays to predict of one bucket at a time."""
+
+    def __init__(self, workspace: Workspace, split: Split) -> None:
+        self.dataset, self.split = Dataset(workspace), split
+
+    def __call__(self, bucket: int) -> int:
+        """The plays to predict of a bucket's users."""
+        batches = self.dataset.read_bucket(int(bucket), USERS_PER_BATCH)
+        return sum(len(plays_to_predict(histories, self.split)) for histories in batches)
 
 
 class BucketEvaluator:
-    """Tallies one bucket of users at a time."""
+    """Evaluates the users of some bootstrap cells of one bucket at a time."""
 
-    def __init__(self, workspace: Workspace, evaluator: Evaluator) -> None:
-        self.dataset, self.evaluator = Dataset(workspace), evaluator
+    def __init__(self, workspace: Workspace, evaluator: Evaluator, ranges: list[CellRange]) -> None:
+        self.dataset, self.evaluator, self.ranges = Dataset(workspace), evaluator, ranges
 
-    def __call__(self, bucket: int) -> Tally:
-        """The tally of a bucket's users."""
-        tally = self.evaluator.empty()
-        for histories in self.dataset.read_bucket(int(bucket), USERS_PER_BATCH):
-            tally = tally + self.evaluator(histories)
-        return tally
+    def __call__(self, unit: int) -> tuple[int, MetricAccumulator]:
+        """The unit and the sums of its users: a bucket's, divided by ranges of cells."""
+        bucket, part = divmod(int(unit), len(self.ranges))
+        cells = self.ranges[part]
+        sums = self.evaluator.empty(cells.count)
+        for histories in self.dataset.read_bucket(bucket, USERS_PER_BATCH):
+            sums.add(self.evaluator(histories, cells))
+        return int(unit), sums

@@ -150,6 +150,8 @@ class ScoredCandidates:
 class CandidateRecommender(Recommender):
     """Scores a few candidates of each query instead of every song; a song that is no candidate has no score."""
 
+    retrievers: tuple[str, ...]  # names of what proposes the candidates
+
     @abstractmethod
     def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
         """The candidates in slices of the queries, in order, so that few are held at once."""

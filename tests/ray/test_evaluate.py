@@ -52,11 +52,12 @@ def test_the_job_over_buckets_equals_one_pass_in_one_process(dataset: Dataset, h
     evaluator = Evaluator(fitted, split=SPLIT, song_plays=popularity.plays, config=SETTINGS)
     expected = figures_of(evaluator(histories), evaluator, "neighbours")
     stored = dataset.workspace.read_json(manifest.path("results.json"))
-    assert len(stored["results"]) == len(MODELS) * 5 * 4 * 9
+    assert len(stored["results"]) == len(MODELS) * 7 * 4 * 9
     stored["comparisons"] = expected.pop("comparisons")  # of the network, which is not here
     (health,) = stored["song_vectors"]
     assert (health["vectors"], health["coverage"], health["dim"]) == ("songs", 1.0, 8)
     assert health["neighbours"][0]["plays"] == popularity.plays.max()
+    assert stored["retrieval"] == expected.pop("retrieval") == []  # none of these models has candidates
     for name, entries in expected.items():
         assert len(stored[name]) == len(entries) > 0, name
         for found, wanted in zip(stored[name], entries, strict=True):
@@ -66,6 +67,8 @@ def test_the_job_over_buckets_equals_one_pass_in_one_process(dataset: Dataset, h
 def _assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
+        if key.endswith(("low", "high")):
+            continue  # the job has other cells of users for its bootstrap
         if isinstance(value, str):
             assert found[key] == value
         else:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.evaluation import cosine_curves
-from rayrec.evaluation.cosine_curves import cosine_sums, curves_of
+from rayrec.evaluation import vector_metrics
+from rayrec.evaluation.vector_metrics import cosine_sums, curves_of
 from rayrec.recommend.item_knn import NeighboursRecommender
 from rayrec.recommend.popularity import PopularityRecommender
 
@@ -52,7 +52,7 @@ def test_blocks_of_questions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     questions = Questions.before_plays(histories, np.flatnonzero(np.arange(19) % 9))
     recommender = NeighboursRecommender(_circle(9, 7))
     whole = _cosine_sums(recommender, histories, questions, 4)
-    monkeypatch.setattr(cosine_curves, "QUESTIONS_AT_ONCE", 3)
+    monkeypatch.setattr(vector_metrics, "CURVE_QUERIES_AT_ONCE", 3)
     np.testing.assert_allclose(_cosine_sums(recommender, histories, questions, 4), whole)
 
 

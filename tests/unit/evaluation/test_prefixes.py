@@ -9,7 +9,7 @@ import pytest
 from rayrec.errors import InputError
 from rayrec.evaluation.prefixes import Prefixes, PrefixEvaluator, PrefixFile, parse_prefixes, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.results import comparisons_of, results_of
+from rayrec.evaluation.results import Figures
 from rayrec.importing.readers.lines import byte_ranges
 from rayrec.recommend.item_knn import NeighboursRecommender
 from rayrec.recommend.popularity import PopularityRecommender
@@ -78,10 +78,10 @@ def test_figures_are_those_worked_out_by_hand_and_unknown_songs_are_misses() -> 
     models = [popular, NeighboursRecommender(vectors)]
     config = EvaluateConfig(ks=(1, 2), bootstrap_samples=50)
     evaluator = PrefixEvaluator(models, song_plays=plays, config=config)
-    tally = evaluator(_parse(["a\tb", "a\ta", "b\tc", "b\tx", "x\tb"]))
+    sums = evaluator(_parse(["a\tb", "a\ta", "b\tc", "b\tx", "x\tb"]))
     values = {
         (row["model"], row["metric"], row["k"]): row["value"]
-        for row in results_of(tally, models, config, ["next"])
+        for row in Figures(sums, models, config).results(["next"])
         if row["users"] == "all"
     }
     # Popularity ranks c, b, a, d: b is second twice. Neighbours of a: a, b, c, d; of what is unknown: nothing.
@@ -94,7 +94,7 @@ def test_figures_are_those_worked_out_by_hand_and_unknown_songs_are_misses() -> 
     # As served without the song of the prefix: b is found by popularity after a and after x, by neighbours after a.
     differences = {
         (entry["target"], entry["metric"]): entry["difference"]
-        for entry in comparisons_of(tally, models, config, "neighbours")
+        for entry in Figures(sums, models, config).comparisons("neighbours")
     }
     assert differences == {
         ("served", "recall"): -0.25,
@@ -104,7 +104,7 @@ def test_figures_are_those_worked_out_by_hand_and_unknown_songs_are_misses() -> 
     }
     found = {
         row["model"]: row["value"]
-        for row in results_of(tally, models, config, ["served"])
+        for row in Figures(sums, models, config).results(["served"])
         if (row["users"], row["metric"], row["k"]) == ("all", "recall", 2)
     }
     assert found == {"popularity": 2 / 4, "neighbours": 1 / 4}
