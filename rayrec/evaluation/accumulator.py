@@ -59,7 +59,7 @@ class MetricAccumulator:
         """The sums of no users; `songs` are those drawn for coverage."""
         views, groups = len(VIEWS), len(GROUPS)
         pairs = (cells, curves, len(PAIRED), len(NEGATIVES))
-        asked = retrievers + 1 if retrievers else 0
+        columns = retrievers + 1 if retrievers else 0
         return cls(
             users=np.zeros((views, groups), dtype=np.int64),
             queries=np.zeros((cells, views, groups)),
@@ -74,8 +74,8 @@ class MetricAccumulator:
             list_sums=np.zeros((cells, models, len(LISTED))),
             list_counts=np.zeros((cells, models)),
             lists=np.zeros(models, dtype=np.int64),
-            retrieved=np.zeros((cells, models, len(OFFSETS), asked)),
-            candidates=np.zeros((cells, models, asked)),
+            retrieved=np.zeros((cells, models, len(OFFSETS), columns)),
+            candidates=np.zeros((cells, models, columns)),
         )
 
     @property
@@ -86,7 +86,7 @@ class MetricAccumulator:
     @property
     def bytes_of_cell(self) -> int:
         """Bytes of the sums of one cell."""
-        return sum(getattr(self, name).nbytes for name in BY_CELL) // max(1, self.cells)
+        return int(sum(getattr(self, name).nbytes for name in BY_CELL)) // max(1, self.cells)
 
     def add(self, other: MetricAccumulator, first_cell: int = 0) -> None:
         """Add sums whose cells are these from `first_cell` on; cells beyond the last go on at the first."""

@@ -77,8 +77,9 @@ def rank_targets(
         if counts is not None and isinstance(ranking, CandidateRankings):
             counts[chunk] = ranking.counts()
             for name, target in targets.items():
-                some = _entries(target, known[name], chunk)
-                proposed[name][some] = ranking.proposed(target.rows[some] - chunk.start, target.songs[some])
+                positions = _entries(target, known[name], chunk)
+                rows, songs = target.rows[positions] - chunk.start, target.songs[positions]
+                proposed[name][positions] = ranking.proposed(rows, songs)
         if listed is not None:
             rows, songs = ranking.first(np.flatnonzero(listed[chunk]), LIST_LENGTH)
             lists.append((chunk.start + rows, songs))

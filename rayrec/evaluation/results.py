@@ -26,6 +26,7 @@ def figures_of(sums: MetricAccumulator, evaluator: Evaluator, default: str) -> d
     """All figures by name; `default` names the model that `recommend` uses. See the methods of `Figures` for each."""
     figures = Figures(sums, evaluator.recommenders, evaluator.config)
     return {
+        "settings": settings_of(evaluator.recommenders),
         "results": figures.results(),
         "comparisons": figures.comparisons(default),
         "retrieval": figures.retrieval(evaluator.retrievers),
@@ -35,6 +36,11 @@ def figures_of(sums: MetricAccumulator, evaluator: Evaluator, default: str) -> d
         "leave_one_out": figures.leave_one_out(),
         "cosine_by_offset": figures.cosine_by_offset(evaluator.curves),
     }
+
+
+def settings_of(recommenders: Sequence[Recommender]) -> list[Entry]:
+    """The settings that were chosen for the data set: model, and each setting by its name."""
+    return [{"model": one.name, **one.settings} for one in recommenders if one.settings]
 
 
 class Figures:

@@ -21,7 +21,7 @@ from rayrec.evaluation.report import SONG_VECTORS, headline, write_report
 from rayrec.evaluation.results import figures_of
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import ray_cluster
-from rayrec.jobs.compared_models import Judged, choose, make_recommenders
+from rayrec.jobs.compared_models import ComparedModels, choose, make_recommenders
 from rayrec.model.training_log import EPOCHS
 from rayrec.progress import progress
 from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, publish
@@ -54,13 +54,13 @@ def evaluate(
     """
     started = time.monotonic()
     dataset = Dataset(workspace)
-    judged = choose(workspace, dataset, config, split, model_id)
+    compared = choose(workspace, dataset, config, split, model_id)
     report_id, complete = new_id(
-        workspace, KIND, fingerprint("evaluate", to_mapping(config), judged.inputs), repeat=repeat
+        workspace, KIND, fingerprint("evaluate", to_mapping(config), compared.inputs), repeat=repeat
     )
     if complete:
         return load(workspace, KIND, report_id)
-    evaluator = make_evaluator(workspace, dataset, config, split, judged)
+    evaluator = make_evaluator(workspace, dataset, config, split, compared)
     sums = evaluate_buckets(workspace, evaluator, dataset.manifest.buckets)
     users, plays = sums.users[VIEWS.index("next")].sum(), sums.queries[:, VIEWS.index("next")].sum()
     if not users:
@@ -68,38 +68,38 @@ def evaluate(
             f"none of {split.test_range} has an earlier play by the same user, so there is nothing to predict; "
             "make a split with more test days or a larger last fraction"
         )
-    figures = figures_of(sums, evaluator, judged.default)
-    figures[SONG_VECTORS] = health_of(dataset, judged, evaluator.song_plays)
+    figures = figures_of(sums, evaluator, compared.default)
+    figures[SONG_VECTORS] = health_of(dataset, compared, evaluator.song_plays)
     manifest = Manifest(
         kind=KIND,
         id=report_id,
         config=to_mapping(config),
-        inputs=judged.inputs,
+        inputs=compared.inputs,
         seed=config.seed,
         metrics={
-            "default": judged.default,
+            "default": compared.default,
             "protocol": split.protocol,
-            **({"warning": judged.warning} if judged.warning else {}),
-            **headline(figures, judged.default),
+            **({"warning": compared.warning} if compared.warning else {}),
+            **headline(figures, compared.default),
             "users": int(users),
             "plays": int(plays),
             "seconds": round(time.monotonic() - started, 1),
         },
     )
-    about = {"protocol": split.protocol, "test range": split.test_range, **judged.inputs}
-    about |= {"warning": judged.warning} if judged.warning else {}
-    pictures = pictures_of(dataset, judged, evaluator.song_plays)
-    names = write_report(workspace, manifest.folder, figures, default=judged.default, about=about, pictures=pictures)
+    about = {"protocol": split.protocol, "test range": split.test_range, **compared.inputs}
+    about |= {"warning": compared.warning} if compared.warning else {}
+    pictures = pictures_of(dataset, compared, evaluator.song_plays)
+    names = write_report(workspace, manifest.folder, figures, default=compared.default, about=about, pictures=pictures)
     return publish(workspace, manifest, names)
 
 
-def pictures_of(dataset: Dataset, judged: Judged, song_plays: np.ndarray) -> list[Picture]:
-    """The training of the network that is judged, and a map of the songs it answers with, or of the song vectors."""
+def pictures_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[Picture]:
+    """The training of the network that is compared, and a map of the songs it answers with, or of the song vectors."""
     workspace, made = dataset.workspace, []
-    if judged.model and EPOCHS in judged.model.files:
-        lines = workspace.read_bytes(judged.model.path(EPOCHS)).splitlines()
+    if compared.model and EPOCHS in compared.model.files:
+        lines = workspace.read_bytes(compared.model.path(EPOCHS)).splitlines()
         made.append(training_picture([json.loads(line) for line in lines]))
-    for path in [*vector_paths(judged).values()][-1:]:
+    for path in [*vector_paths(compared).values()][-1:]:
         vectors = np.asarray(workspace.read_array(path))
         known = song_plays[: len(vectors)]
         titles = dataset.catalog().titles(most_played(vectors, known, NAMED))
@@ -107,35 +107,35 @@ def pictures_of(dataset: Dataset, judged: Judged, song_plays: np.ndarray) -> lis
     return [picture for picture in made if picture is not None]
 
 
-def health_of(dataset: Dataset, judged: Judged, song_plays: np.ndarray) -> list[dict[str, Any]]:
+def health_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[dict[str, Any]]:
     """The health of the song vectors behind the models: an entry for those embedded, one for the network's.
 
     Each has vectors (songs or models), id, dim, directions and the figures of `health.check`; `song_plays`,
     int (N,), choose the most played songs.
     """
     entries = []
-    for role, path in vector_paths(judged).items():
+    for role, path in vector_paths(compared).items():
         vectors = SongVectors(np.asarray(dataset.workspace.read_array(path)))
         figures = health.check(vectors, song_plays[: len(vectors)], dataset.catalog())
         del figures["warning"]  # its advice is for word2vec; the page tells the limit
-        about = {"vectors": role, "id": judged.inputs[role], "dim": vectors.dim}
+        about = {"vectors": role, "id": compared.inputs[role], "dim": vectors.dim}
         entries.append({**about, "directions": health.directions(vectors), **figures})
     return entries
 
 
-def vector_paths(judged: Judged) -> dict[str, str]:
+def vector_paths(compared: ComparedModels) -> dict[str, str]:
     """Role -> path of the song vectors, where they are there: those embedded, then those the network answers with."""
     from rayrec.model.checkpoint import SONG_VECTORS as TRAINED  # brings torch: only once needed
 
-    paths = {"songs": judged.songs.path(FINAL)} if judged.songs else {}
-    return {**paths, "models": judged.model.path(TRAINED)} if judged.model else paths
+    paths = {"songs": compared.songs.path(FINAL)} if compared.songs else {}
+    return {**paths, "models": compared.model.path(TRAINED)} if compared.model else paths
 
 
 def make_evaluator(
-    workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split, judged: Judged
+    workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split, compared: ComparedModels
 ) -> Evaluator:
-    """An evaluator of the models of `judged`."""
-    recommenders, song_plays = make_recommenders(workspace, dataset, judged, split)
+    """An evaluator of the models of `compared`."""
+    recommenders, song_plays = make_recommenders(workspace, dataset, compared, split)
     return Evaluator(
         recommenders,
         split=split,
@@ -167,7 +167,7 @@ def query_share(workspace: Workspace, evaluator: Evaluator, buckets: int) -> flo
     counted = np.unique(np.linspace(0, buckets - 1, min(buckets, COUNTED_BUCKETS)).astype(int)).tolist()
     arguments = {"workspace": workspace, "split": evaluator.split}
     counts = sum(run_buckets(QueryCounter, counted, arguments=arguments))
-    return min(1.0, evaluator.config.queries / max(1.0, counts * buckets / len(counted)))
+    return float(min(1.0, evaluator.config.queries / max(1.0, counts * buckets / len(counted))))
 
 
 class QueryCounter:

@@ -16,7 +16,7 @@ from rayrec.evaluation.bootstrap import CellRange, cell_ranges
 from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import SONG_VECTORS, headline, write_report
-from rayrec.evaluation.results import Figures
+from rayrec.evaluation.results import Figures, settings_of
 from rayrec.importing.readers.files import find_files
 from rayrec.importing.readers.lines import byte_ranges
 from rayrec.importing.readers.reader import Unit
@@ -57,14 +57,14 @@ def evaluate_prefixes(
         raise InputError("--queries draws from the test range of a split; the pairs of a file are all evaluated")
     dataset = Dataset(workspace)
     (found,) = find_files([file.path], ["*"])[:1]
-    judged = choose(workspace, dataset, config, split, model_id)
+    compared = choose(workspace, dataset, config, split, model_id)
     settings = {**to_mapping(config), "prefixes": {**asdict(file), "size": found.size, "changed": found.changed}}
     report_id, complete = new_id(
-        workspace, KIND, fingerprint("evaluate prefixes", settings, judged.inputs), repeat=repeat
+        workspace, KIND, fingerprint("evaluate prefixes", settings, compared.inputs), repeat=repeat
     )
     if complete:
         return load(workspace, KIND, report_id)
-    recommenders, song_plays = make_recommenders(workspace, dataset, judged, split)
+    recommenders, song_plays = make_recommenders(workspace, dataset, compared, split)
     evaluator = PrefixEvaluator(recommenders, song_plays=song_plays, config=config)
     sums, counts = evaluate_pairs(workspace, evaluator, file, byte_ranges(found.source, found.size, UNIT_BYTES))
     if not counts[0]:
@@ -72,29 +72,30 @@ def evaluate_prefixes(
     made = Figures(sums, recommenders, config)
     results = [entry for entry in made.results(["served", "next"]) if entry["users"] == "all"]
     figures = {
+        "settings": settings_of(recommenders),
         "results": [{name: value for name, value in entry.items() if name != "users_count"} for entry in results],
-        "comparisons": made.comparisons(judged.default),
-        SONG_VECTORS: health_of(dataset, judged, song_plays),
+        "comparisons": made.comparisons(compared.default),
+        SONG_VECTORS: health_of(dataset, compared, song_plays),
     }
-    told = dict(zip(("pairs", "unknown_targets", "unknown_items"), counts.tolist(), strict=True))
+    pairs = dict(zip(("pairs", "unknown_targets", "unknown_items"), counts.tolist(), strict=True))
     seconds = round(time.monotonic() - started, 1)
     manifest = Manifest(
         kind=KIND,
         id=report_id,
         config=settings,
-        inputs=judged.inputs,
+        inputs=compared.inputs,
         seed=config.seed,
         metrics={
-            "default": judged.default,
+            "default": compared.default,
             "protocol": "prefixes",
-            **headline(figures, judged.default),
-            **told,
+            **headline(figures, compared.default),
+            **pairs,
             "seconds": seconds,
         },
     )
-    about = {"protocol": "prefixes", "file": file.path, **{name: f"{count:,}" for name, count in told.items()}}
-    about |= judged.inputs
-    names = write_report(workspace, manifest.folder, figures, default=judged.default, about=about, asked=ASKED)
+    about = {"protocol": "prefixes", "file": file.path, **{name: f"{count:,}" for name, count in pairs.items()}}
+    about |= compared.inputs
+    names = write_report(workspace, manifest.folder, figures, default=compared.default, about=about, asked=ASKED)
     return publish(workspace, manifest, names)
 
 

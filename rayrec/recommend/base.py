@@ -56,6 +56,7 @@ class Recommender(ABC):
     kind: ClassVar[Kind] = "baseline"
     horizons: tuple[Horizon, ...] = ("short",)  # those whose answers differ
     num_songs: int  # N
+    settings: Mapping[str, float] = {}  # those chosen for the data set, by name
 
     @abstractmethod
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:

@@ -24,7 +24,7 @@ from rayrec.recommend.own_rules import OwnRulesRecommender
 from rayrec.recommend.repeats import RepeatGate, Repeats, gate_features
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.recommend.user_top import OwnPlaysRecommender
+from rayrec.recommend.user_top import UserTopRecommender
 from rayrec.recommend.vstan import VstanRecommender
 from rayrec.storage.artifacts import Manifest, load
 from rayrec.storage.workspace import Workspace
@@ -132,7 +132,7 @@ class HybridRecommender(Recommender):
         self.num_songs = network.num_songs
         self._rules = _raised(memory.rules.rules)
         self._own = OwnRulesRecommender(self.num_songs)
-        self._own_plays = OwnPlaysRecommender(self.num_songs)
+        self._own_plays = UserTopRecommender(self.num_songs)
 
     @classmethod
     def load(cls, workspace: Workspace, model_id: str, index_id: str | None = None) -> "HybridRecommender":

@@ -24,7 +24,7 @@ from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
 NUM_SONGS = 30
-MODELS = ("popularity", "sequential-rules", "neighbours")
+MODELS = ("popularity", "sequential-rules", "item-knn")
 SETTINGS = EvaluateConfig(models=MODELS, bootstrap_samples=20)
 
 

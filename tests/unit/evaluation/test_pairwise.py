@@ -7,7 +7,7 @@ from worlds import random_histories, random_vectors
 from rayrec.data.histories import Histories, Questions
 from rayrec.evaluation import vector_metrics
 from rayrec.evaluation.vector_metrics import NEGATIVES, Negatives, pair_sums, popularity_ranks, songs_by_popularity
-from rayrec.recommend.item_knn import NeighboursRecommender
+from rayrec.recommend.item_knn import ItemKnnRecommender
 
 PLAYS = np.array([4, 0, 9, 1, 4])
 
@@ -27,7 +27,7 @@ def test_negatives_are_drawn_uniformly_or_by_zipf_over_popularity_ranks() -> Non
 
 
 def _sums(histories: Histories, target: str, vectors: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    recommender = NeighboursRecommender(vectors)
+    recommender = ItemKnnRecommender(vectors)
     questions = Questions.before_plays(histories, np.flatnonzero(histories.places > 0))
     negatives = Negatives(np.ones(len(vectors)), seed)
     return pair_sums(recommender, recommender.vectors(histories, questions), histories, questions, target, negatives)

@@ -19,7 +19,7 @@ from rayrec.evaluation.protocol import GROUPS, EvaluateConfig, blocks, plays_to_
 from rayrec.evaluation.results import Figures
 from rayrec.recommend.base import Recommender
 from rayrec.recommend.discounted_average import AverageRecommender
-from rayrec.recommend.item_knn import NeighboursRecommender
+from rayrec.recommend.item_knn import ItemKnnRecommender
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 
@@ -109,7 +109,7 @@ def _models(histories: Histories) -> list[Recommender]:
     return [
         PopularityRecommender.fit([fit_on], num_songs=25, allowed=allowed),
         SequentialRulesRecommender.fit([fit_on], num_songs=25, allowed=allowed),
-        NeighboursRecommender(vectors),
+        ItemKnnRecommender(vectors),
         AverageRecommender(vectors, 0.75),
     ]
 
@@ -148,7 +148,7 @@ def test_sums_of_parts_add_up_to_the_sums_of_the_whole(cut: int, monkeypatch: py
 @pytest.mark.parametrize("buckets", [1, 16, 5_000])
 def test_what_a_worker_returns_is_below_1_mb_whatever_the_number_of_songs_models_and_buckets(buckets: int) -> None:
     models = [PopularityRecommender(np.ones(4), name=f"model-{number}") for number in range(16)]
-    models += [NeighboursRecommender(random_vectors(4)) for _ in range(8)]
+    models += [ItemKnnRecommender(random_vectors(4)) for _ in range(8)]
     histories = random_histories(200, 4, longest=60, seed=1)
     split = Split(id="s", dataset="d", validation_from=1, test_from=2)
     plays, contexts = np.ones(2_000_000), ["a"] * 10
@@ -201,7 +201,7 @@ def test_a_part_of_the_queries_gives_figures_near_those_of_all_with_wider_interv
 
 def test_only_the_drawn_users_are_in_the_curves() -> None:
     histories = random_histories(300, 25, longest=4, seed=2)
-    recommender = NeighboursRecommender(random_vectors(25))
+    recommender = ItemKnnRecommender(random_vectors(25))
     config = EvaluateConfig(bootstrap_samples=0, offsets=1)
 
     def plays(share: float) -> float:
@@ -213,10 +213,10 @@ def test_only_the_drawn_users_are_in_the_curves() -> None:
 
 
 def test_curves_are_listed_with_their_plays(world: Histories) -> None:
-    recommender = NeighboursRecommender(random_vectors(4))
+    recommender = ItemKnnRecommender(random_vectors(4))
     evaluator = _evaluator([PopularityRecommender(np.ones(4)), recommender])
     (curve,) = Figures(evaluator(world), evaluator.recommenders, evaluator.config).cosine_by_offset(evaluator.curves)
-    assert (curve["model"], curve["horizon"], curve["offset"]) == ("neighbours", "short", [1, 2])
+    assert (curve["model"], curve["horizon"], curve["offset"]) == ("item-knn", "short", [1, 2])
     assert curve["plays"] == [4, 2]
     vectors = recommender.song_vectors
     expected = (

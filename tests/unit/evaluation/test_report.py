@@ -138,15 +138,15 @@ def test_every_kind_of_figure_has_its_table(results: list[dict[str, Any]]) -> No
 
 def test_a_figure_can_be_drawn_of_many_curves_of_one_and_of_none() -> None:
     many = [_curve(f"average-{discount}") for discount in range(7)]
-    many += [_curve("taste", "network"), _curve("taste", "network", "long"), _curve("neighbours")]
+    many += [_curve("taste", "network"), _curve("taste", "network", "long"), _curve("item-knn")]
     nothing = {**_curve("x"), **{name: [] for name in ("offset", "value", "low", "high", "plays")}}
     for curves in (many, many[:1], [], [nothing]):
         assert cosine_figure(curves).startswith(PNG)
 
 
 def test_a_model_with_two_curves_is_named_with_its_horizon() -> None:
-    curves = [_curve("taste", horizon="short"), _curve("taste", horizon="long"), _curve("neighbours")]
-    assert [curve_name(curve, curves) for curve in curves] == ["taste, short", "taste, long", "neighbours"]
+    curves = [_curve("taste", horizon="short"), _curve("taste", horizon="long"), _curve("item-knn")]
+    assert [curve_name(curve, curves) for curve in curves] == ["taste, short", "taste, long", "item-knn"]
 
 
 def test_labels_are_spread_apart_in_their_order() -> None:
