@@ -6,7 +6,7 @@ import typer
 from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.splits import choose_split
+from rayrec.data.split import choose_split
 from rayrec.data.status import KINDS
 from rayrec.data.status import status as look
 from rayrec.errors import InputError, NotFoundError
@@ -171,7 +171,7 @@ def status(call: Call) -> Shown:
     if dataset is None:
         views: list[RenderableType] = [f"Workspace {data['workspace']} holds no data set: see rayrec import --help."]
     else:
-        names = ("id", "source", "plays", "users", "songs", "playlists", "set_aside")
+        names = ("id", "source", "plays", "users", "songs", "playlists", "rejected")
         shown = {name: dataset[name] for name in names} | {"size": size(dataset["bytes"])}
         views = [figures(f"Workspace {data['workspace']}", shown)]
     rows = [["split", split["id"], "", "", split.get("protocol", "")] for split in data["splits"]]
