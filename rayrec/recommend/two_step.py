@@ -12,7 +12,16 @@ from typing import ClassVar
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.base import NO_SONG, Horizon, Kind, Ranking, Recommender, SearchPath, check_count
+from rayrec.recommend.base import (
+    NO_SONG,
+    CandidateRecommender,
+    Horizon,
+    Kind,
+    Ranking,
+    ScoredCandidates,
+    SearchPath,
+    check_count,
+)
 from rayrec.recommend.candidate_features import FeatureSources
 from rayrec.recommend.filters import Limits
 from rayrec.recommend.index import IndexConfig, SongIndex
@@ -86,7 +95,7 @@ def slices_of(queries: Questions) -> Iterator[slice]:
             yield slice(begin, end)
 
 
-class TwoStepRecommender(Recommender):
+class TwoStepRecommender(CandidateRecommender):
     """Orders the candidates of all retrievers by a learned ranker, one a horizon.
 
     A score is the chance that the song is the next play, or on the long horizon one of the plays there. Where the
@@ -100,15 +109,23 @@ class TwoStepRecommender(Recommender):
     def __init__(self, source: CandidateSource, rankers: dict[Horizon, Ranker]) -> None:
         self.source, self.rankers = source, rankers
         self.num_songs = source.num_songs
+        self.retrievers = tuple(retriever.name for retriever in source.retrievers)
         self.horizons = tuple(horizon for horizon in ("short", "long") if horizon in rankers)
 
-    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
-        """float32 (Q, N): the chances of the candidates; -inf for other songs. For small catalogs."""
-        scores = np.full((len(questions), self.num_songs), -np.inf, dtype=np.float32)
-        for chunk, scored in self.source.batches(histories, questions):
-            chances = self.chances(scored, horizon)
-            scores[chunk.start + scored.candidates.rows, scored.candidates.songs] = chances
-        return scores
+    def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
+        """As in `CandidateRecommender`; the chances are the same with the songs that a user has heard and without."""
+        for chunk, scored in self.source.batches(histories, queries):
+
+            def scores(horizon: Horizon, exclude_heard: bool, scored: Scored = scored) -> np.ndarray:
+                return self.chances(scored, horizon)
+
+            proposed = scored.candidates
+            yield (
+                chunk,
+                ScoredCandidates(
+                    rows=proposed.rows, songs=proposed.songs, scores=scores, retrievers=proposed.positions
+                ),
+            )
 
     def rank(
         self,
