@@ -15,9 +15,9 @@ from rayrec.errors import InputError
 from rayrec.evaluation.accumulator import VIEWS, MetricAccumulator
 from rayrec.evaluation.bootstrap import CellRange, cell_ranges
 from rayrec.evaluation.evaluator import Evaluator
-from rayrec.evaluation.pictures import NAMED, Picture, most_played, song_map, training_picture
+from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_map, training_plot
 from rayrec.evaluation.protocol import EvaluateConfig, plays_to_predict
-from rayrec.evaluation.report import SONG_VECTORS, headline, write_report
+from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, write_report
 from rayrec.evaluation.results import figures_of
 from rayrec.jobs.buckets import run_buckets
 from rayrec.jobs.cluster import ray_cluster
@@ -30,6 +30,7 @@ from rayrec.storage.workspace import Workspace
 
 KIND = "reports"
 USERS_PER_BATCH = 2_000
+EXAMPLES, EXAMPLE_PLAYS, EXAMPLE_SONGS = 3, 5, 5  # users shown, with their last plays and recommended songs
 COUNTED_BUCKETS = 16  # whose plays to predict are counted where a number of queries is drawn
 
 
@@ -69,7 +70,8 @@ def evaluate(
             "make a split with more test days or a larger last fraction"
         )
     figures = figures_of(sums, evaluator, compared.default)
-    figures[SONG_VECTORS] = health_of(dataset, compared, evaluator.song_plays)
+    figures["examples"] = examples_of(dataset, evaluator, compared.default)
+    figures[SONG_EMBEDDINGS] = health_of(dataset, compared, evaluator.song_plays)
     manifest = Manifest(
         kind=KIND,
         id=report_id,
@@ -88,23 +90,48 @@ def evaluate(
     )
     about = {"protocol": split.protocol, "test range": split.test_range, **compared.inputs}
     about |= {"warning": compared.warning} if compared.warning else {}
-    pictures = pictures_of(dataset, compared, evaluator.song_plays)
-    names = write_report(workspace, manifest.folder, figures, default=compared.default, about=about, pictures=pictures)
+    plots = [*filter(None, [cosine_plot(figures[CURVES])]), *plots_of(dataset, compared, evaluator.song_plays)]
+    names = write_report(workspace, manifest.folder, figures, default=compared.default, about=about, plots=plots)
     return publish(workspace, manifest, names)
 
 
-def pictures_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[Picture]:
-    """The training of the network that is compared, and a map of the songs it answers with, or of the song vectors."""
-    workspace, made = dataset.workspace, []
+def plots_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[Plot]:
+    """The training of the network that is evaluated, and a map of the song embeddings that it uses, or of word2vec's."""
+    workspace, plots = dataset.workspace, []
     if compared.model and EPOCHS in compared.model.files:
         lines = workspace.read_bytes(compared.model.path(EPOCHS)).splitlines()
-        made.append(training_picture([json.loads(line) for line in lines]))
+        plots.append(training_plot([json.loads(line) for line in lines]))
     for path in [*vector_paths(compared).values()][-1:]:
         vectors = np.asarray(workspace.read_array(path))
         known = song_plays[: len(vectors)]
         titles = dataset.catalog().titles(most_played(vectors, known, NAMED))
-        made.append(song_map(vectors, known, titles))
-    return [picture for picture in made if picture is not None]
+        plots.append(song_map(vectors, known, titles))
+    return [plot for plot in plots if plot is not None]
+
+
+def examples_of(dataset: Dataset, evaluator: Evaluator, default: str) -> list[dict[str, Any]]:
+    """What the default model recommends to three users, as served, before their first play of the test range.
+
+    Each has last_plays and songs, by title.
+    """
+    named = [recommender for recommender in evaluator.recommenders if recommender.name == default]
+    catalog, examples = dataset.catalog(), []
+    for histories in dataset.read_all() if named else ():
+        plays = plays_to_predict(histories, evaluator.split)
+        rows, first = np.unique(histories.rows[plays], return_index=True)
+        for row, play in zip(rows.tolist(), plays[first].tolist(), strict=True):
+            seen = play - histories.offsets[row]
+            if seen < EXAMPLE_PLAYS:
+                continue
+            history = histories.take(np.array([row])).span(0, seen)
+            songs, _ = named[0].recommend_one(
+                history, int(histories.played_at[play]), EXAMPLE_SONGS, exclude_heard=True
+            )
+            last = history.songs[-EXAMPLE_PLAYS:]
+            examples.append({"last_plays": catalog.titles(last), "songs": catalog.titles(songs)})
+            if len(examples) == EXAMPLES:
+                return examples
+    return examples
 
 
 def health_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[dict[str, Any]]:

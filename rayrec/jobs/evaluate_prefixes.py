@@ -15,7 +15,7 @@ from rayrec.evaluation.accumulator import MetricAccumulator
 from rayrec.evaluation.bootstrap import CellRange, cell_ranges
 from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.report import SONG_VECTORS, headline, write_report
+from rayrec.evaluation.report import SONG_EMBEDDINGS, headline, write_report
 from rayrec.evaluation.results import Figures, settings_of
 from rayrec.importing.readers.files import find_files
 from rayrec.importing.readers.lines import byte_ranges
@@ -30,7 +30,7 @@ from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 UNIT_BYTES = 1 << 18  # of the file that one task reads
-ASKED = "The target of each line of the file is predicted from the songs of its prefix; there are no times."
+DESCRIBED = "The target of each line of the file is predicted from the songs of its prefix; there are no times."
 
 
 @writes("evaluate --prefixes")
@@ -75,7 +75,7 @@ def evaluate_prefixes(
         "settings": settings_of(recommenders),
         "results": [{name: value for name, value in entry.items() if name != "users_count"} for entry in results],
         "comparisons": made.comparisons(compared.default),
-        SONG_VECTORS: health_of(dataset, compared, song_plays),
+        SONG_EMBEDDINGS: health_of(dataset, compared, song_plays),
     }
     pairs = dict(zip(("pairs", "unknown_targets", "unknown_items"), counts.tolist(), strict=True))
     seconds = round(time.monotonic() - started, 1)
@@ -95,7 +95,9 @@ def evaluate_prefixes(
     )
     about = {"protocol": "prefixes", "file": file.path, **{name: f"{count:,}" for name, count in pairs.items()}}
     about |= compared.inputs
-    names = write_report(workspace, manifest.folder, figures, default=compared.default, about=about, asked=ASKED)
+    names = write_report(
+        workspace, manifest.folder, figures, default=compared.default, about=about, described=DESCRIBED
+    )
     return publish(workspace, manifest, names)
 
 
