@@ -185,8 +185,8 @@ def recommended(figures: Sequence[Entry], default: str) -> Table | None:
     return Table(
         id="recommended",
         title="Coverage, popularity and repeats",
-        note=f"The first 20 of all songs for {figures[0]['lists']:,} queries of drawn users. Coverage: the share of the "
-        "catalog that is in any list. Popularity rank: 1 is the most played song. Repeats: songs that the user had "
+        note=f"The first 20 of all songs for {figures[0]['lists']:,} queries of drawn users. Coverage: the share of "
+        "the catalog that is in any list. Popularity rank: 1 is the most played song. Repeats: songs that the user had "
         "heard.",
         head=("coverage", "mean popularity rank", "repeats"),
         rows=rows,
@@ -229,8 +229,8 @@ def song_embeddings(figures: Sequence[Entry]) -> list[Table]:
         Table(
             id="embeddings",
             title="Song embeddings",
-            note=f"Mean cosine: of random pairs of songs; above {COLLAPSED:g} they point nearly the same way. Directions "
-            "in use: all where the vectors spread alike along each, few where most directions do not separate songs.",
+            note=f"Mean cosine: of random pairs of songs; above {COLLAPSED:g} they point nearly the same way. "
+            "Directions in use: all where the vectors spread alike along each, few where most do not separate songs.",
             head=("songs with a vector", "share of the catalog", "mean cosine", "directions in use"),
             rows=rows,
             first="embeddings",

@@ -96,7 +96,7 @@ def evaluate(
 
 
 def plots_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[Plot]:
-    """The training of the network that is evaluated, and a map of the song embeddings that it uses, or of word2vec's."""
+    """The training of the network, and a map of the song embeddings that it scores, or of those it was made from."""
     workspace, plots = dataset.workspace, []
     if compared.model and EPOCHS in compared.model.files:
         lines = workspace.read_bytes(compared.model.path(EPOCHS)).splitlines()
