@@ -140,10 +140,10 @@ def _evaluate_prefixes(
 COLUMNS = (
     ("served", "recall", "served"),
     ("served", "mrr", "MRR"),
-    ("next", "recall", "all plays"),
+    ("next", "recall", "all"),
     ("next", "mrr", "MRR"),
     ("next_repeat", "recall", "repeats"),
-    ("offsets25_50", "recall", "25-50 ahead"),
+    ("offsets25_50", "recall", "25-50"),
 )
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation judges: baselines, and the networks of one or more models artifacts, all of one split."""
+"""What an evaluation compares: baselines, and the networks of one or more models artifacts, all of one split."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,11 @@ from rayrec.embeddings.sessions import UNCUT
 from rayrec.embeddings.vectors import FINAL, SELECTION
 from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.evaluation.tuning import CHOICES, tune_baseline
 from rayrec.progress import progress
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import Recommender
-from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_selection, needs_vectors
+from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.selection import make_selection
 from rayrec.storage.artifacts import Manifest, load, newest, noun
@@ -25,8 +26,8 @@ NETWORKS = (TWO_STEP, TASTE, TASTE_SHORT)  # the recommenders that a models arti
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """What is judged, all of one split."""
+class ComparedModels:
+    """The models of an evaluation, all of one split."""
 
     names: tuple[str, ...]  # of the models
     default: str  # the one that `recommend` uses
@@ -37,7 +38,7 @@ class Judged:
 
     @property
     def warning(self) -> str | None:
-        """A line about the parts that a split could not keep from the plays they are judged on."""
+        """A line about the parts that a split could not keep from the plays they are evaluated on."""
         if "split" not in self.inputs:
             return None
         parts = {"the network": self.model, **self.others, "the song embeddings": self.songs}
@@ -47,7 +48,7 @@ class Judged:
 
 def choose(
     workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split | None, model_id: str | None
-) -> Judged:
+) -> ComparedModels:
     """The models of `config` with the artifacts they need, all made for `split` or, without one, of all plays.
 
     `NAME=ID` among the models is the network of another models artifact, under that name. Raises
@@ -77,7 +78,7 @@ def choose(
         songs = load(workspace, "songs", trained[0].inputs["songs"]) if trained else newest(workspace, "songs", "embed")
         require_split(songs, split, dataset, "embed")
         inputs["songs"] = songs.id
-    return Judged(names=names, default=default, model=model, others=others, songs=songs, inputs=inputs)
+    return ComparedModels(names=names, default=default, model=model, others=others, songs=songs, inputs=inputs)
 
 
 def _named(workspace: Workspace, config: EvaluateConfig) -> tuple[list[str], dict[str, Manifest]]:
@@ -117,31 +118,36 @@ def require_split(part: Manifest, split: Split | None, dataset: Dataset, command
 
 
 def make_recommenders(
-    workspace: Workspace, dataset: Dataset, judged: Judged, split: Split | None
+    workspace: Workspace, dataset: Dataset, compared: ComparedModels, split: Split | None
 ) -> tuple[list[Recommender], np.ndarray]:
     """Fit the baselines on what final fits may see and load the networks, in the order of the names.
+
+    The settings of baselines are chosen on the validation range, where the split has one.
 
     Also float64 (N,): how often each song was played there.
     """
     # A plain array: a memory map would not be shared through Ray's object store.
-    vectors = np.array(workspace.read_array(judged.songs.path(FINAL))) if judged.songs else None
+    vectors = np.array(workspace.read_array(compared.songs.path(FINAL))) if compared.songs else None
     allowed, selection = fit_range(split), None
-    if split is not None and judged.songs and SELECTION in judged.songs.files and needs_selection(judged.names):
-        selection = make_selection(dataset, split, np.array(workspace.read_array(judged.songs.path(SELECTION))))
+    if split is not None and split.has_validation:
+        songs = compared.songs
+        early = np.array(workspace.read_array(songs.path(SELECTION))) if songs and SELECTION in songs.files else None
+        selection = make_selection(dataset, split, early)
     fitted: dict[str, Recommender] = {}
-    baselines = dict.fromkeys(["popularity", *(name for name in judged.names if name in BASELINES)])
+    baselines = dict.fromkeys(["popularity", *(name for name in compared.names if name in BASELINES)])
     with progress("fit baselines", len(baselines)) as bar:
         for name in baselines:
-            fitted[name] = fit_baselines([name], dataset, vectors, allowed, selection)[0]
+            settings = {name: tune_baseline(name, selection)} if selection and name in CHOICES else {}
+            fitted[name] = fit_baselines([name], dataset, vectors, allowed, selection, settings)[0]
             bar.advance(note=name)
-    if judged.model:
-        fitted |= _networks(workspace, dataset, judged.model)
-    for name, other in judged.others.items():
+    if compared.model:
+        fitted |= _networks(workspace, dataset, compared.model)
+    for name, other in compared.others.items():
         fitted[name] = _networks(workspace, dataset, other)[TASTE]
         fitted[name].name = name
     popularity = fitted["popularity"]
     assert isinstance(popularity, PopularityRecommender)
-    return [fitted[name] for name in judged.names], popularity.plays
+    return [fitted[name] for name in compared.names], popularity.plays
 
 
 def _networks(workspace: Workspace, dataset: Dataset, model: Manifest) -> dict[str, Recommender]:

@@ -12,7 +12,16 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.base import NO_SONG, Horizon, Kind, Ranking, Recommender, SearchPath, check_count
+from rayrec.recommend.base import (
+    NO_SONG,
+    CandidateRecommender,
+    Horizon,
+    Kind,
+    Ranking,
+    ScoredCandidates,
+    SearchPath,
+    check_count,
+)
 from rayrec.recommend.candidate_features import FeatureSources
 from rayrec.recommend.filters import Limits
 from rayrec.recommend.index import IndexConfig, SongIndex
@@ -103,7 +112,7 @@ def slices_of(queries: Questions) -> Iterator[slice]:
             yield slice(begin, end)
 
 
-class TwoStepRecommender(Recommender):
+class TwoStepRecommender(CandidateRecommender):
     """Orders the candidates of all retrievers by learned rankers: for the next play, new songs and the long term.
 
     A score is the chance that the song is the next play, or on the long horizon one of the plays there. Where the
@@ -118,15 +127,24 @@ class TwoStepRecommender(Recommender):
         """`rankers` hold one for the next play, and may hold one for answers of new songs and one for the long term."""
         self.source, self.rankers = source, rankers
         self.num_songs = source.num_songs
+        self.retrievers = tuple(retriever.name for retriever in source.retrievers)
         self.horizons = HORIZONS if "long" in rankers else ("short",)
 
-    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
-        """float32 (Q, N): the chances of the candidates; -inf for other songs. For small catalogs."""
-        scores = np.full((len(questions), self.num_songs), -np.inf, dtype=np.float32)
-        for chunk, scored in self.source.batches(histories, questions):
-            chances = self.chances(scored, float(horizon == "long"), np.zeros(len(scored.batch), dtype=bool))
-            scores[chunk.start + scored.candidates.rows, scored.candidates.songs] = chances
-        return scores
+    def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
+        """As in `CandidateRecommender`."""
+        for chunk, scored in self.source.batches(histories, queries):
+
+            def scores(horizon: Horizon, exclude_heard: bool, scored: Scored = scored) -> np.ndarray:
+                new_only = np.full(len(scored.batch), exclude_heard)
+                return self.chances(scored, float(horizon == "long"), new_only)
+
+            proposed = scored.candidates
+            yield (
+                chunk,
+                ScoredCandidates(
+                    rows=proposed.rows, songs=proposed.songs, scores=scores, retrievers=proposed.positions
+                ),
+            )
 
     def rank(
         self,
