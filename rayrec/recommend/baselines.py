@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from rayrec.recommend.weighted_average import OFFSETS, fit_weighted
 
 DISCOUNTS = (0.25, 0.5, 0.75, 0.9, 1.0)
 
-Settings = Mapping[str, float]  # of a baseline, by name; those that are left out have their defaults
+Settings = Mapping[str, Any]  # numbers, of a baseline, by name; those that are left out have their defaults
 FromPlays = Callable[[Iterator[Histories], Dataset, FitRange, Settings], Recommender]
 FromVectors = Callable[[np.ndarray], Recommender]
 
