@@ -5,14 +5,23 @@ Q queries, N songs, C candidates of all queries together, k answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.base import NO_SONG, Horizon, Kind, Ranking, Recommender, SearchPath, check_count
+from rayrec.recommend.base import (
+    NO_SONG,
+    CandidateRecommender,
+    Horizon,
+    Kind,
+    Ranking,
+    ScoredCandidates,
+    SearchPath,
+    check_count,
+)
 from rayrec.recommend.candidate_features import FeatureSources
 from rayrec.recommend.filters import Limits
 from rayrec.recommend.index import IndexConfig, SongIndex
@@ -88,7 +97,7 @@ def slices_of(queries: Questions) -> Iterator[slice]:
             yield slice(begin, end)
 
 
-class TwoStepRecommender(Recommender):
+class TwoStepRecommender(CandidateRecommender):
     """Orders the candidates of all retrievers by a learned ranker, one a horizon.
 
     A score is the chance that the song is the next play, or on the long horizon one of the plays there. Where the
@@ -99,18 +108,26 @@ class TwoStepRecommender(Recommender):
     kind: ClassVar[Kind] = "network"
     horizons: tuple[Horizon, ...] = ("short", "long")
 
-    def __init__(self, source: CandidateSource, rankers: dict[Horizon, Ranker]) -> None:
+    def __init__(self, source: CandidateSource, rankers: Mapping[Horizon, Ranker]) -> None:
         self.source, self.rankers = source, rankers
         self.num_songs = source.num_songs
         self.horizons = tuple(horizon for horizon in ("short", "long") if horizon in rankers)
 
-    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
-        """float32 (Q, N): the chances of the candidates; -inf for other songs. For small catalogs."""
-        scores = np.full((len(questions), self.num_songs), -np.inf, dtype=np.float32)
-        for chunk, scored in self.source.batches(histories, questions):
-            chances = self.chances(scored, horizon)
-            scores[chunk.start + scored.candidates.rows, scored.candidates.songs] = chances
-        return scores
+    def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
+        """As in `CandidateRecommender`; the same chances as `rank_queries` orders by."""
+        for chunk, scored in self.source.batches(histories, queries):
+            chances = {horizon: self.chances(scored, horizon) for horizon in self.horizons}
+
+            def scores(horizon: Horizon, served: bool, known: dict[Horizon, np.ndarray] = chances) -> np.ndarray:
+                return known[horizon if horizon in known else self.horizons[0]]
+
+            candidates = scored.candidates
+            yield (
+                chunk,
+                ScoredCandidates(
+                    rows=candidates.rows, songs=candidates.songs, scores=scores, retrievers=candidates.positions
+                ),
+            )
 
     def rank(
         self,
