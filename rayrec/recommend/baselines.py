@@ -49,12 +49,12 @@ def _rules(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, se
 
 def _vsknn(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> Recommender:
     fitted = VsknnRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
-    return fitted.with_settings(replace(fitted.chosen, **settings))  # type: ignore[arg-type]
+    return fitted.with_settings(replace(fitted.chosen, **settings))
 
 
 def _vstan(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> Recommender:
     fitted = VstanRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
-    return fitted.with_settings(replace(fitted.chosen, **settings))  # type: ignore[arg-type]
+    return fitted.with_settings(replace(fitted.chosen, **settings))
 
 
 def _user_top(_batches: Iterator[Histories], dataset: Dataset, _allowed: FitRange, _settings: Settings) -> Recommender:
