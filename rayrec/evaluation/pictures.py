@@ -55,7 +55,7 @@ def training_picture(epochs: Sequence[dict[str, Any]]) -> Picture | None:
         axes.legend(*(one + two for one, two in zip(*handles, strict=True)), **LEGEND)
     else:
         axes.legend(**LEGEND)
-    note = "The validation range says after how many epochs to stop; then a network is trained anew on both ranges."
+    note = "The validation range says after how many epochs to stop; then a network is trained again on both ranges."
     return Picture(
         file="training.png",
         title="How the training went",

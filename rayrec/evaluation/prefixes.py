@@ -44,7 +44,7 @@ class PrefixFile:
                     f"{name} is empty; give what stands there in each line, such as a space or \\t for a tab"
                 )
         if self.item_separator == self.target_separator:
-            raise InputError(f"both separators are {self.item_separator!r}; the target must be told from the prefix")
+            raise InputError(f"both separators are {self.item_separator!r}; they must differ")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,7 +143,7 @@ def song_vectors(figures: Sequence[Entry]) -> str:
         return ""
     note = (
         f"Mean cosine: of random pairs of songs; above {COLLAPSED:g} they point nearly the same way. Directions in "
-        "use: all where the vectors spread alike along each, few where most directions tell no songs apart."
+        "use: all where the vectors spread alike along each, few where songs differ in few directions only."
     )
     head = ("songs with a vector", "share of the catalog", "mean cosine", "directions in use")
     rows = [
@@ -158,7 +158,7 @@ def song_vectors(figures: Sequence[Entry]) -> str:
         )
         for entry in figures
     ]
-    parts = [_html("The song vectors", note, head, rows, first="vectors")]
+    parts = [_html("The song embeddings", note, head, rows, first="vectors")]
     for entry in figures:
         title = f"Neighbours of the most played songs, {VECTOR_TITLES[entry['vectors']]}"
         close = [(near["song"], [f"{near['plays']:,}", _titles(near)]) for near in entry["neighbours"]]

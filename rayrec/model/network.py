@@ -29,7 +29,7 @@ class TasteModel(nn.Module):
         """`song_vectors` float32 (N, D) are the song table, or start it where it is trained."""
         super().__init__()
         if tuple(song_vectors.shape) != (config.num_songs, config.embedding_dim):
-            raise ValueError(f"song vectors {tuple(song_vectors.shape)} do not fit {config}")
+            raise ValueError(f"song embeddings {tuple(song_vectors.shape)} do not fit {config}")
         self.config = config
         trained, count = config.song_table == "trained", len(config.averages)
         # Sparse gradients keep the cost of a step independent of the size of the catalog.

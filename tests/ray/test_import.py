@@ -332,7 +332,9 @@ def test_a_damaged_parquet_file_among_a_thousand_is_named_and_the_others_are_not
     whole = damaged.read_bytes()
     damage(damaged)
     config = ImportConfig(format="parquet", paths=(str(folder),), buckets=2)
-    with pytest.raises(InputError, match=r"0417.parquet is damaged: .*bring it back whole or leave it out; .* is kept"):
+    with pytest.raises(
+        InputError, match=r"0417.parquet is damaged: .*restore it or remove it from the import; .* is kept"
+    ):
         import_data(workspace, config)
     assert not workspace.exists("dataset/dataset.json")
     audit = verify_workspace(workspace)

@@ -232,7 +232,7 @@ class _Planner:
         return {
             "histories": self.data.plays * HISTORY_BYTES,
             "songs": self.data.songs * SONG_BYTES,
-            "song vectors": self.config.fits * self.vectors,
+            "song embeddings": self.config.fits * self.vectors,
             "model": self.vectors + (self.memory_bytes() if self.config.memory else 0),
             "tastes": int(self.data.users * (width + 40) + heard),
             "index": int(1.1 * self.vectors),

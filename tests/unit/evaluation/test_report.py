@@ -83,7 +83,7 @@ def test_the_page_shows_the_health_of_each_table_of_song_vectors(results: list[d
     assert page.count("<td>9.3 of 64</td>") == 2
     assert "Neighbours of the most played songs, as embedded" in page
     assert "A &lt;b&gt;</th><td>1,234</td><td><div>C (0.91)<br>D &amp; E (0.50)</div></td>" in page
-    assert "song vectors" not in html_page({"results": results}, None, default="weak", about={})
+    assert "song embeddings" not in html_page({"results": results}, None, default="weak", about={})
 
 
 def test_without_curves_there_is_no_figure(workspace: Workspace, results: list[dict[str, Any]]) -> None:

@@ -83,7 +83,7 @@ def test_training_on_gpus_has_a_worker_a_gpu_and_says_that_their_rate_is_unknown
 def test_without_a_validation_range_there_is_one_fit() -> None:
     one, two = (stage(planned(PlanConfig(validation=there)), "embed") for there in (False, True))
     assert two.hours == pytest.approx(2 * (one.hours or 0))
-    assert planned(PlanConfig(validation=False)).storage["song vectors"] == 10**5 * 64 * 4
+    assert planned(PlanConfig(validation=False)).storage["song embeddings"] == 10**5 * 64 * 4
 
 
 def test_built_in_rates_fill_in_and_are_marked() -> None:
