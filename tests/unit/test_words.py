@@ -69,8 +69,8 @@ def go():
     """Do it again."""
     help = "Say which."
 '''
-    assert [text for _, text in sentences(source) if PATTERN.search(text)] == [
+    assert {text for _, text in sentences(source) if PATTERN.search(text)} == {
         "Do it again.",
         "{} was asked for",
         "Say which.",
-    ]
+    }
