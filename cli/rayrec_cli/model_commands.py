@@ -121,7 +121,7 @@ def taste(call: Call, config: TasteConfig, *, model: ModelOption = None, force: 
 
 @command(app, "index", config=IndexConfig, example="rayrec index")
 def index(call: Call, config: IndexConfig, *, model: ModelOption = None, force: ForceOption = False) -> Shown:
-    """Build the nearest-neighbor index over a model's song embeddings."""
+    """Build the nearest-neighbor index."""
     from rayrec.jobs.build_index import build_index as job
 
     return artifact_view(job(call.workspace, config, model_id=model, repeat=force), "Index")

@@ -120,7 +120,7 @@ def test_vectors_from_outside_are_taken_for_both_fits(planted: Workspace, tmp_pa
 
 
 def test_what_does_not_fit_is_refused(planted: Workspace) -> None:
-    with pytest.raises(MismatchError, match="cuts data set 'other'"):
+    with pytest.raises(MismatchError, match="belongs to data set 'other'"):
         embed(planted, CONFIG, split=replace(SPLIT, dataset="other"))
     with pytest.raises(InputError, match="has none"):
         embed(planted, CONFIG.replace(source="playlists"))
@@ -129,6 +129,6 @@ def test_what_does_not_fit_is_refused(planted: Workspace) -> None:
 
 
 def test_an_error_in_the_task_comes_out_as_ours_and_leaves_no_artifact(planted: Workspace) -> None:
-    with pytest.raises(InputError, match=r"^nothing to train song vectors on"):
+    with pytest.raises(InputError, match=r"^nothing to train song embeddings on"):
         embed(planted, CONFIG.replace(min_count=10**6))
     assert artifacts.listing(planted, "songs") == []

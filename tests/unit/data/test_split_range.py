@@ -92,7 +92,7 @@ def test_every_play_falls_in_one_range_and_the_last_into_test_where_there_are_te
 
 
 def test_a_split_that_leaves_nothing_is_refused_with_the_span() -> None:
-    with pytest.raises(InputError, match=r"the plays span 10.0 days; ask for fewer days"):
+    with pytest.raises(InputError, match=r"the plays span 10.0 days; use fewer days"):
         make_split(SplitConfig(), dataset="d", first_play=0, last_play=10 * DAY_MS)
 
 
