@@ -25,7 +25,7 @@ from rayrec.errors import DivergedError
 from rayrec.jobs.cluster import quiet_data
 from rayrec.jobs.train_plan import TrainPlan, diverged_file, read_validation, selected_folder
 from rayrec.model.checkpoint import save_model
-from rayrec.model.fit import RECALL_AT, Fit, FitData, Phase, Progress
+from rayrec.model.fit import RECALL_AT, VALIDATION_FIGURES, Fit, FitData, Phase, Progress
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.training import StepReport
@@ -89,7 +89,7 @@ def summary(done: Progress) -> dict[str, Any]:
         "loss": last["loss"],
         "plays": last["plays"],
         "plays_per_second": round(last["plays_per_second"]),
-        f"validation_recall@{RECALL_AT}": done.best_recall if selected else None,
+        **{name: selected[done.best_epoch].get(name) if selected else None for name in VALIDATION_FIGURES},
     }
 
 

@@ -84,7 +84,10 @@ class ModelConfig:
         return cls(**{**raw, "features": features, "horizons": horizons, "averages": averages})
 
 
-_PAPERS: dict[str, Any] = {"objective": "cosine", "song_table": "frozen", "averages": (), "memory": False}
+_PAPERS: dict[str, Any] = {
+    **{"objective": "cosine", "song_table": "frozen", "averages": (), "memory": False},
+    **{"dropout": 0.0, "averaged_steps": 0},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,7 @@ class TrainConfig:
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
-        # Trained until the validation recall falls; on long histories it still rises after twelve epochs.
+        # Trained until the validation NDCG falls; on long histories it still rises after twelve epochs.
         "best": {"epochs": 40, "patience": 3},
         # The paper's networks, on histories and on playlists, short- and long-term: frozen song vectors, cosine
         # distance, one horizon, no averages, no memory. Its offsets of the long horizon are not known to us; these
@@ -112,7 +115,7 @@ class TrainConfig:
     cell: Cell = setting("gru", help="the recurrent cell")
     hidden_dim: int = setting(128, help="units of the recurrent network, D_hid")
     num_layers: int = setting(1, help="layers of the recurrent network")
-    dropout: float = setting(0.0, help="share of its inputs and outputs dropped in training")
+    dropout: float = setting(0.25, help="share of its inputs and outputs dropped in training")
     averages: tuple[float, ...] = setting(
         (0.0, 0.5, 0.9, 0.99), help="discounts of the averages of the songs played that the head sees; empty: none"
     )
@@ -125,6 +128,10 @@ class TrainConfig:
         "with --song-table trained",
     )
     table_learning_rate: float = setting(0.002, help="step size of Adam on the song tables")
+    averaged_steps: int = setting(
+        200,
+        help="keep the weights as they were on average over about so many last steps; 0: as the last step left them",
+    )
     objective: Objective = setting(
         "sampled-softmax", help="what to train for; cosine and l2 are the paper's, softmax is over all songs"
     )
@@ -143,7 +150,7 @@ class TrainConfig:
     batch: int = setting(64, help="windows of a step, over all workers")
     learning_rate: float = setting(0.001, help="step size of Adam, η")
     epochs: int = setting(12, help="passes over the plays; with a validation range, at most as many")
-    patience: int = setting(2, help="epochs without a better validation recall before training stops")
+    patience: int = setting(2, help="epochs without a better validation NDCG before training stops")
     refit: bool = setting(True, help="after the best epoch is known, train again on train and validation together")
     memory: bool = setting(True, help="mix in what sessions and sequential rules remember, weighed on validation")
     validation_plays: int = setting(10_000, help="plays of the validation range that are predicted each epoch")
@@ -160,7 +167,7 @@ class TrainConfig:
         for name, known in (("cell", Cell), ("song_table", SongTable), ("objective", Objective), ("source", Source)):
             if getattr(self, name) not in get_args(known):
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(known))}")
-        for name in ("workers", "validation_plays"):
+        for name in ("workers", "validation_plays", "averaged_steps"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.dropout < 1 or min(self.learning_rate, self.table_learning_rate) <= 0:

@@ -4,6 +4,7 @@ Everything random is a function of seed, epoch and step, so a resumed run goes o
 stopped. Shapes: B windows, L plays, U songs of a step, D embedding.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +18,7 @@ from rayrec.data.windows import Windows
 from rayrec.model.network import INPUT_TABLE, SONG_TABLE, TABLES, TasteModel
 from rayrec.model.objectives import OBJECTIVES
 from rayrec.model.steps import Step, StepMaker, ahead
-from rayrec.model.tables import RowAdam
+from rayrec.model.tables import Decay, RowAdam
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.workers import Share
 
@@ -53,18 +54,38 @@ class Training:
         if config.song_table == "trained":
             weights = dict(model.named_parameters())
             names = [name for name in TABLES if name in weights]
-            self.tables = {name: RowAdam(weights[name].detach(), config.table_learning_rate) for name in names}
+            self.tables = {
+                name: RowAdam(weights[name].detach(), config.table_learning_rate, config.averaged_steps)
+                for name in names
+            }
+        self._decay = Decay(config.averaged_steps)
+        self._averages = [value.detach().clone() for value in self._dense]
 
     def compile(self) -> None:
         """Let torch.compile fuse the network; the first steps then take up to minutes."""
         self.model.compile(dynamic=True)
+
+    def averaged(self) -> TasteModel:
+        """The network whose weights are averages over the last steps, for whatever is judged or kept."""
+        if not self._decay.steps:
+            return self.model
+        model = copy.deepcopy(self.model)
+        dense = [value for name, value in model.named_parameters() if name not in TABLES]
+        with torch.no_grad():
+            for value, average in zip(dense, self._averages, strict=True):
+                value.copy_(average)
+            for name, table in self.tables.items():
+                model.get_parameter(name).copy_(table.averaged())
+        return model
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """What the optimizers remember, as a checkpoint keeps it."""
         slots = self.optimizer.state_dict()["state"]
         dense = {f"dense/{index}/{key}": value for index, of in slots.items() for key, value in of.items()}
         rows = {f"{name}/{key}": value for name, table in self.tables.items() for key, value in table.state().items()}
-        return dense | rows
+        averages = {f"average/{index}": value for index, value in enumerate(self._averages)}
+        decay = torch.tensor([self._decay.taken, self._decay.log_total], dtype=torch.float64)
+        return dense | rows | averages | {"decay": decay}
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what `optimizer_state` gave."""
@@ -75,7 +96,11 @@ class Training:
                 slots.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         for name, table in self.tables.items():
-            table.load({key: state[f"{name}/{key}"] for key in ("mean", "square", "steps")})
+            prefix = f"{name}/"
+            table.load({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+        for index, average in enumerate(self._averages):
+            average.copy_(state[f"average/{index}"])
+        self._decay.taken, self._decay.log_total = int(state["decay"][0]), float(state["decay"][1])
 
     def epoch(
         self, batches: Iterable[Windows], epoch: int, *, skip: int = 0, on_step: Callable[[StepReport], None]
@@ -116,6 +141,8 @@ class Training:
         totals = self._add_up_gradients(following)
         torch.nn.utils.clip_grad_norm_(self._dense, LARGEST_GRADIENT)
         self.optimizer.step()
+        if self._decay.steps:
+            torch._foreach_lerp_(self._averages, [value.detach() for value in self._dense], 1 - self._decay.step())
         for name, table in self.tables.items():
             self._move_rows(table, on_device.songs[name], rows[name])
         return loss.detach(), totals
