@@ -21,6 +21,9 @@ SplitOption = Annotated[
 NoSplitOption = Annotated[bool, typer.Option("--no-split", help="Fit on all plays, as production does.")]
 SongsOption = Annotated[str | None, typer.Option("--songs", metavar="ID", help="Song vectors to start from (newest).")]
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model to work with (newest).")]
+FromOption = Annotated[
+    str | None, typer.Option("--from", metavar="ID", help="Start from the weights of this model; new songs get rows.")
+]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on from the last checkpoint of an unfinished training of these settings.")
 ]
@@ -56,6 +59,7 @@ def train(
     songs: SongsOption = None,
     split: SplitOption = None,
     no_split: NoSplitOption = False,
+    start: FromOption = None,
     resume: ResumeOption = False,
     restart: RestartOption = False,
     force: ForceOption = False,
@@ -68,7 +72,7 @@ def train(
         raise InputError("--resume and --restart contradict each other; give one of them")
     unfinished: Unfinished = "resume" if resume else "restart" if restart else "ask"
     chosen = choose_split(call.workspace, split, no_split=no_split)
-    made = job(call.workspace, config, songs_id=songs, split=chosen, unfinished=unfinished, repeat=force)
+    made = job(call.workspace, config, songs_id=songs, split=chosen, from_id=start, unfinished=unfinished, repeat=force)
     return shown(made, "Model")
 
 

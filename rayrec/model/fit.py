@@ -22,7 +22,7 @@ from rayrec.data.windows import Windows
 from rayrec.errors import DivergedError
 from rayrec.model.checkpoint import export_song_vectors, load_training, save_training
 from rayrec.model.inference import TasteEncoder
-from rayrec.model.network import TasteModel
+from rayrec.model.network import TABLES, TasteModel
 from rayrec.model.train_config import ModelConfig, TrainConfig
 from rayrec.model.training import StepReport, Training
 from rayrec.model.workers import Share
@@ -114,13 +114,15 @@ class Fit:
         host: Host,
         *,
         validation: Validation | None,
+        start: TasteModel | None = None,
         device: str = "cpu",
         share: Share | None = None,
     ) -> None:
+        """With `start` both phases begin with the weights of that network, fit on some of the same plays."""
         share = share or Share()
         self._model_config, self._config, self._data, self._host = model_config, config, data, host
         self._validation = None if validation is None else validation.share(share)
-        self._device, self._share = device, share
+        self._device, self._share, self._start = device, share, start
         self._best: dict[str, Tensor] | None = None
         self._saved_at = time.monotonic()
         self.progress = Progress(phase="final" if validation is None else "selection")
@@ -253,6 +255,8 @@ class Fit:
         torch.manual_seed(self._config.seed)
         data = self._data[phase]
         model = TasteModel(self._model_config, torch.from_numpy(start_vectors(data.vectors, self._config.seed)))
+        if self._start is not None:
+            carry_over(self._start, model)
         return Training(model, self._config, data.counts, device=self._device, share=self._share)
 
 
@@ -288,6 +292,19 @@ def start_vectors(vectors: np.ndarray, seed: int) -> np.ndarray:
     drawn = np.random.default_rng(seed).normal(size=(int(missing.sum()), filled.shape[1]))
     filled[missing] = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
     return filled
+
+
+def carry_over(start: TasteModel, model: TasteModel) -> None:
+    """Give a new network the weights of a stored one; songs that that one does not know keep their rows."""
+    weights = {name: value for name, value in start.state_dict().items() if name not in TABLES}
+    model.load_state_dict({**model.state_dict(), **weights})
+    if model.config.song_table != "trained":
+        return  # the rows are the song vectors that both were given
+    for name in TABLES:
+        if name in start.state_dict():
+            rows = start.get_parameter(name)
+            known = rows.any(dim=1).nonzero().squeeze(1)
+            model.get_parameter(name).index_copy_(0, known, rows[known])
 
 
 def judge(model: TasteModel, vectors: np.ndarray, validation: Validation, device: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from worlds import random_vectors
 from rayrec.data.histories import Histories
 from rayrec.errors import DivergedError
 from rayrec.model import fit as fit_module
-from rayrec.model.fit import CHOSEN_BY, RECALL_AT, Fit, FitData, Phase, Validation, judge, start_vectors
+from rayrec.model.fit import CHOSEN_BY, RECALL_AT, Fit, FitData, Phase, Validation, carry_over, judge, start_vectors
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import Objective, SongTable, TrainConfig
 from rayrec.model.workers import Share
@@ -326,3 +326,32 @@ def test_the_network_kept_is_the_average_of_the_last_steps(plays: dict[Phase, Hi
     for name, value in kept.state_dict().items():
         torch.testing.assert_close(value, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
     assert not same(kept, fit.training.model)
+
+
+def test_a_network_starts_from_another_and_new_songs_keep_their_rows(plays: dict[Phase, Histories]) -> None:
+    config = settings(epochs=2)
+    before = fit_of(config, {"final": plays["final"]}, None, MemoryHost(plays, config)).run()
+    with torch.no_grad():
+        before.songs.weight[7] = 0  # as a stored network has it for a song that it does not know
+    fresh = TasteModel(replace(before.config, num_songs=NUM_SONGS + 5), torch.from_numpy(random_vectors(NUM_SONGS + 5)))
+    began = fresh.songs.weight.clone()
+    carry_over(before, fresh)
+    known = np.delete(np.arange(NUM_SONGS), 7)
+    assert torch.equal(fresh.songs.weight[known], before.songs.weight[known])
+    assert torch.equal(
+        fresh.songs.weight[[7, *range(NUM_SONGS, NUM_SONGS + 5)]], began[[7, *range(NUM_SONGS, NUM_SONGS + 5)]]
+    )
+    assert torch.equal(fresh.dense.weight, before.dense.weight)
+
+
+def test_a_fit_that_starts_from_a_trained_network_begins_with_its_loss(plays: dict[Phase, Histories]) -> None:
+    config = settings(epochs=6)
+    host = MemoryHost(plays, config)
+    first = fit_of(config, {"final": plays["final"]}, None, host)
+    start = first.run()
+    data = {"final": FitData(vectors=random_vectors(NUM_SONGS), counts=np.full(NUM_SONGS, 10))}
+    once = replace(config, epochs=1)
+    second = Fit(model_config(once), once, data, host, validation=None, start=start)  # type: ignore[arg-type]
+    second.run()
+    losses = [line["loss"] for line in first.progress.epochs]
+    assert second.progress.epochs[0]["loss"] < losses[2]
