@@ -5,7 +5,7 @@ stopped. Shapes: B windows, L plays, U songs of a step, D embedding.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -106,15 +106,19 @@ class Training:
         self, batches: Iterable[Windows], epoch: int, *, skip: int = 0, on_step: Callable[[StepReport], None]
     ) -> None:
         """One pass; the first `skip` steps were taken before and are passed over."""
+        for report in self.steps(islice(batches, skip, None), epoch, first=skip):
+            on_step(report)
+
+    def steps(self, batches: Iterable[Windows], epoch: int, *, first: int = 0) -> Iterator[StepReport]:
+        """Take a step on each batch, the first of them numbered `first`, while a thread prepares those that follow."""
         self.model.train()
-        windows = enumerate(islice(batches, skip, None), start=skip)
-        steps = ahead(self._maker.make(part, epoch, number) for number, part in windows)
-        step = next(steps, None)
-        totals = torch.tensor(self.share.totals(step.counts), dtype=torch.float32) if step else None
-        while step is not None and totals is not None:
-            following = next(steps, None)
+        made = ahead(self._maker.make(windows, epoch, number) for number, windows in enumerate(batches, start=first))
+        step = next(made, None)
+        totals = torch.tensor(self.share.totals(step.counts) if step else [], dtype=torch.float32)
+        while step is not None:
+            following = next(made, None)
             loss, totals = self.take(step, totals, following)
-            on_step(StepReport(epoch=epoch, step=step.number, plays=step.plays, loss=loss))
+            yield StepReport(epoch=epoch, step=step.number, plays=step.plays, loss=loss)
             step = following
 
     def step(self, windows: Windows, epoch: int, number: int) -> Tensor:
