@@ -12,6 +12,7 @@ from worlds import random_vectors
 
 from rayrec.data.histories import Histories
 from rayrec.data.windows import cut_windows
+from rayrec.model import objectives
 from rayrec.model.network import TasteModel
 from rayrec.model.steps import StepMaker
 from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
@@ -52,7 +53,10 @@ class OneProduct(nn.Module):
         return self.linear(steps), None
 
 
-def test_a_step_at_the_default_settings_keeps_its_budget_and_reads_nothing_back() -> None:
+def test_a_step_at_the_default_settings_keeps_its_budget_and_reads_nothing_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(objectives.CHUNK_LOGITS, "cpu", objectives.CHUNK_LOGITS["cuda"])  # as many chunks as there
     torch.set_num_threads(1)
     config = TrainConfig()
     random = np.random.default_rng(0)
