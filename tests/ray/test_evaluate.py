@@ -83,7 +83,7 @@ def test_a_report_is_complete_found_again_and_repeated_on_purpose(dataset: Datas
     settings = EvaluateConfig(models=("popularity",), bootstrap_samples=10)
     first = evaluate(dataset.workspace, settings, split=SPLIT)
     verify(dataset.workspace, load(dataset.workspace, "reports", first.id))
-    assert first.metrics["default"] == "hybrid"  # what a training makes unless told otherwise
+    assert first.metrics["default"] == "two-step"  # what a training makes unless told otherwise
     found = read_figures(dataset.workspace, first)
     assert {entry["model"] for entry in found["results"]} == {"popularity"}
     assert found["song_vectors"] == []  # popularity needs none
@@ -123,7 +123,7 @@ def test_without_a_network_the_command_to_run_is_named(dataset: Dataset) -> None
 
 
 def test_an_unknown_model_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(InputError, match="no model 'gru'; there are: hybrid, hybrid-short, taste, taste-short, pop"):
+    with pytest.raises(InputError, match="no model 'gru'; there are: two-step, taste, taste-short, pop"):
         evaluate(dataset.workspace, EvaluateConfig(models=("gru",)), split=SPLIT)
 
 

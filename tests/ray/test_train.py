@@ -70,7 +70,7 @@ def weights(workspace: Workspace, manifest: Manifest) -> dict[str, np.ndarray]:
 def test_a_model_is_complete_and_answers(world: Workspace, split: Split, in_process: Manifest) -> None:
     verify(world, load(world, "models", in_process.id))
     assert set(in_process.files) == {
-        "model.safetensors", "model.json", "song_vectors.npy", "input_vectors.npy", "memory.safetensors",
+        "model.safetensors", "model.json", "song_vectors.npy", "input_vectors.npy",
         "figures.json", "epochs.jsonl", "play_counts.npy"
     }  # fmt: skip
     assert in_process.inputs == {"dataset": split.dataset, "songs": "by-hand", "split": split.id}
