@@ -1,4 +1,4 @@
-"""generate, import, split: from files of plays to a data set and its cuts."""
+"""generate, import, compact, split: from files of plays to a data set and its cuts."""
 
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -10,6 +10,7 @@ from rayrec.data.split import WEAKER, SplitConfig
 from rayrec.data.splits import split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
+from rayrec.importing.compaction import PARTS_BEFORE_COMPACT
 from rayrec.importing.describing import DescribeConfig, describe
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.readers import FORMATS
@@ -64,6 +65,24 @@ def import_data(
         if append
         else _dataset(job(call.workspace, config, repeat=force))
     )
+
+
+@command(app, "compact", example="rayrec compact")
+def compact(call: Call) -> Shown:
+    """Join the parts that import --append left, so that reading takes few requests again.
+
+    The plays stay the same, and so does everything that was made of them. The old files stay until rayrec clean
+    deletes them.
+    """
+    from rayrec.jobs.compact import compact as job
+
+    made = job(call.workspace)
+    before, after = len(made.spans_before), len(made.spans)
+    told = {"id": made.dataset.id, "files_per_bucket": after, "files_per_bucket_before": before}
+    text = (
+        f"{before} files a bucket became {after}." if made.spans != made.spans_before else "There is nothing to join."
+    )
+    return Shown({**told, "parts": made.dataset.parts}, [text])
 
 
 @command(
@@ -124,6 +143,8 @@ def _appended(made: Any) -> Shown:
         views.append("Nothing was new: the data set is as it was.")
     if made.set_aside:
         views.append(table("Rows set aside", ["reason", "rows"], list(made.set_aside.items())))
+    if (files := len(made.dataset.spans)) > PARTS_BEFORE_COMPACT:
+        views.append(f"Each bucket of users has {files} files; `rayrec compact` joins them.")
     shown = _dataset(made.dataset)
     data = {**shown.data, "appended": {**new, **came_to, "reasons": made.set_aside}}
     return Shown(data, [*views, shown.views[0]])

@@ -7,6 +7,7 @@ one file of a bucket holds the plays of several.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,11 +45,42 @@ def read_users(workspace: Workspace, path: str) -> np.ndarray:
     return np.asarray(workspace.read_table(path, [columns.USER]).column(columns.USER).to_numpy())
 
 
+def read_overlap(workspace: Workspace, path: str, user_ids: np.ndarray, first: int, last: int) -> Iterator[Histories]:
+    """Of a file the row groups that may hold plays of some users from `first` up to and with `last`, ms UTC.
+
+    `user_ids`, object (U,), are ascending.
+    """
+    with workspace.open_input(path) as stream:
+        file = pq.ParquetFile(stream)
+        for number in range(file.num_row_groups):
+            group = file.metadata.row_group(number)
+            low, high = _range(group, columns.USER)
+            begin, end = _range(group, columns.PLAYED_AT)
+            if begin is not None and (begin > last or end < first):
+                continue
+            if low is not None and np.searchsorted(user_ids, low) == np.searchsorted(user_ids, high, side="right"):
+                continue
+            yield Histories.from_arrow(file.read_row_group(number))
+
+
+def _range(group: pq.RowGroupMetaData, name: str) -> tuple[Any, Any]:
+    """The least and the greatest value of a column of a row group; None where the file does not say."""
+    for place in range(group.num_columns):
+        column = group.column(place)
+        if column.path_in_schema.split(".")[0] == name:
+            stats = column.statistics
+            return (stats.min, stats.max) if stats is not None and stats.has_min_max else (None, None)
+    return None, None
+
+
 def find_user(workspace: Workspace, path: str, user_id: str) -> Histories | None:
     """One user's row of a file, out of the row group that holds it."""
     with workspace.open_input(path) as stream:
         file = pq.ParquetFile(stream)
         for group in range(file.num_row_groups):
+            low, high = _range(file.metadata.row_group(group), columns.USER)
+            if low is not None and not low <= user_id <= high:
+                continue
             ids = file.read_row_group(group, columns=[columns.USER]).column(columns.USER)
             place = ids.index(pa.scalar(user_id, ids.type)).as_py()
             if place >= 0:

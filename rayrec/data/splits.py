@@ -58,7 +58,9 @@ def require_split_of(dataset: Dataset, split: Split) -> None:
     A cut in time stays where it is when plays are appended; one at a share of each user's plays moves,
     and what was learned before the one may be tested behind the other.
     """
-    if split.dataset == dataset.manifest.plays_id or (split.protocol == "time" and dataset.descends_from(split.dataset)):
+    if split.dataset == dataset.manifest.plays_id or (
+        split.protocol == "time" and dataset.descends_from(split.dataset)
+    ):
         return
     raise MismatchError(
         f"split {split.id} cuts data set {split.dataset}, the workspace holds {dataset.manifest.id}; "

@@ -80,9 +80,10 @@ class FragmentStore:
         """The result of a unit that is done."""
         return UnitResult(**self.workspace.read_json(self.result_file(unit)))
 
-    def is_done(self, unit: int) -> bool:
-        """True where a unit needs no more work."""
-        return self.workspace.exists(self.result_file(unit))
+    def units_done(self) -> set[int]:
+        """The units that need no more work, by one listing."""
+        there = set(self.workspace.files(self.folder))
+        return {unit for unit in range(len(self.names)) if self.result_file(unit) in there}
 
     def write_unit(self, unit: int, batches: Iterable[Batch], buckets: int) -> UnitResult:
         """Write everything that the batches of a unit hold; memory is bounded by a fragment of 1 M rows."""
@@ -98,9 +99,11 @@ class FragmentStore:
         self.workspace.write_json(self.result_file(unit), asdict(result))
         return result
 
-    def write_error(self, unit: int, error: InputError) -> None:
+    def write_error(self, unit: int, error: InputError) -> UnitResult:
         """Note that the input cannot be imported."""
-        self.workspace.write_json(self.result_file(unit), asdict(UnitResult(error=str(error))))
+        result = UnitResult(error=str(error))
+        self.workspace.write_json(self.result_file(unit), asdict(result))
+        return result
 
     def forget(self, unit: int) -> None:
         """Take a unit for one that is not done."""

@@ -1,12 +1,13 @@
 """The workers of an import: plain classes that do one unit of input or one bucket per call."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
-from rayrec.data.parts import bucket_files, order_of_users, read_files, read_users
+from rayrec.data import columns
+from rayrec.data.parts import read_overlap, read_users
 from rayrec.errors import InputError
 from rayrec.importing.fragments import FragmentStore, UnitResult
 from rayrec.importing.import_plan import ImportConfig
@@ -21,11 +22,10 @@ from rayrec.importing.merging import (
     to_positions,
 )
 from rayrec.importing.readers.reader import Unit
-from rayrec.importing.staging import Staging
+from rayrec.importing.staging import Staging, write_histories
 from rayrec.importing.vocabulary import KEY, SongRows
-from rayrec.storage.workspace import Workspace, histories_file, playlists_file, set_aside_file
-
-USERS_PER_READ = 5_000
+from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.workspace import Workspace, histories_file, playlists_file, set_aside_file, users_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,12 @@ class MergeSettings:
     contexts: list[str]  # name of each bit
     has_skipped: bool
     in_lines: bool  # the order of a row is its place in its line
-    part: int = 0  # of the histories, that plays become
+    base: DatasetManifest | None = None  # the data set that plays are appended to
+
+    @property
+    def part(self) -> int:
+        """The part of the histories that plays become."""
+        return self.base.parts if self.base else 0
 
 
 class UnitImporter:
@@ -48,13 +53,12 @@ class UnitImporter:
     def __init__(self, staging: Staging, config: ImportConfig, units: list[Unit], buckets: int) -> None:
         self.store, self.reader, self.units, self.buckets = staging.fragments, config.reader(), units, buckets
 
-    def __call__(self, unit: int) -> int:
-        """Do one unit; bad input is noted rather than raised, so that the message arrives as it is."""
+    def __call__(self, unit: int) -> tuple[int, UnitResult]:
+        """Do one unit; bad input is noted rather than raised, so that the others are read too."""
         try:
-            self.store.write_unit(int(unit), self.reader.read(self.units[unit]), self.buckets)
+            return unit, self.store.write_unit(unit, self.reader.read(self.units[unit]), self.buckets)
         except InputError as error:
-            self.store.write_error(int(unit), error)
-        return int(unit)
+            return unit, self.store.write_error(unit, error)
 
 
 def read_bucket(store: FragmentStore, merge: MergeSettings, bucket: int) -> tuple[Rows, int]:
@@ -75,34 +79,43 @@ class SongCounter:
 
     def __call__(self, bucket: int) -> int:
         """Write the counts of one bucket."""
-        rows, _ = read_bucket(self.staging.fragments, self.merge, int(bucket))
-        there = ThereAlready(self.staging.workspace, self.merge.part, int(bucket))
-        keys, counts = song_counts(rows, self.config.min_user_plays, there.knows(rows.owners))
+        rows, _ = read_bucket(self.staging.fragments, self.merge, bucket)
+        earlier = EarlierParts(self.staging.workspace, self.merge.base, bucket)
+        keys, counts = song_counts(rows, self.config.min_user_plays, earlier.knows(rows.owners))
         table = pa.table({KEY: pa.array(keys, pa.uint64()), "count": pa.array(counts, pa.int64())})
-        self.staging.workspace.write_table(self.staging.counts_file(int(bucket)), table)
-        return int(bucket)
+        self.staging.workspace.write_table(self.staging.counts_file(bucket), table)
+        return bucket
 
 
-class ThereAlready:
+class EarlierParts:
     """What a bucket holds in the parts before the one that is made."""
 
-    def __init__(self, workspace: Workspace, part: int, bucket: int) -> None:
-        self.workspace, self.files = workspace, bucket_files(workspace, range(part), bucket)
-        ids = [read_users(workspace, path) for path in self.files]
-        self.users = pd.unique(np.concatenate([np.zeros(0, object), *ids]))  # in the order of first appearance
+    def __init__(self, workspace: Workspace, base: DatasetManifest | None, bucket: int) -> None:
+        self.workspace, self.base, self.bucket = workspace, base, bucket
+        path = base.current_users_file(bucket) if base else None
+        # object (U,), ascending
+        self.users = read_users(workspace, path) if path else np.zeros(0, dtype=object)
 
     def knows(self, owners: np.ndarray) -> np.ndarray:
         """bool (O,): the owners who have plays."""
-        return np.asarray(pd.Index(owners).isin(self.users), dtype=bool)
+        return np.isin(owners, self.users)
 
     def without(self, rows: Rows, songs: SongRows) -> Rows:
-        """The rows that are not there yet: exact duplicates of plays drop out."""
-        if not self.files or not len(rows):
+        """The rows that are not there yet: exact duplicates of plays drop out.
+
+        Only files of parts whose time range meets that of the rows are read, and of them only row groups
+        that may hold plays of that time by these users.
+        """
+        known = rows.keep(self.knows(rows.owners)[rows.owner])
+        if self.base is None or not len(known):
             return rows
+        first, last = int(known.order.min()), int(known.order.max())
+        files = self.base.files_between(self.bucket, first, last)
         row_songs = songs.find(rows.key)
         repeated: np.ndarray = np.zeros(len(rows), dtype=bool)
-        for path in self.files:
-            for histories in read_files(self.workspace, [path], USERS_PER_READ):
+        owners = known.owners[np.unique(known.owner)]
+        for path in files:
+            for histories in read_overlap(self.workspace, path, owners, first, last):
                 repeated[rows_among(rows, row_songs, histories)] = True
         return rows.keep(~repeated)
 
@@ -116,43 +129,43 @@ class BucketMerger:
         self.staging, self.config, self.merge = staging, config, merge
         self.songs = SongRows(keys, rows)
 
-    def __call__(self, bucket: int) -> int:
+    def __call__(self, bucket: int) -> tuple[int, dict[str, Any]]:
         """Write the files of one bucket, then its result."""
-        number = int(bucket)
-        there = ThereAlready(self.staging.workspace, self.merge.part, number)
-        rows, merged = read_bucket(self.staging.fragments, self.merge, number)
-        known = there.knows(rows.owners)
-        distinct = there.without(rows, self.songs)
+        earlier = EarlierParts(self.staging.workspace, self.merge.base, bucket)
+        rows, merged = read_bucket(self.staging.fragments, self.merge, bucket)
+        known = earlier.knows(rows.owners)
+        distinct = earlier.without(rows, self.songs)
         merged += len(rows) - len(distinct)
         rows, dropped = drop_rare(distinct, self.songs, self.config.min_user_plays, self.config.drop_reasons, known)
         rows = to_positions(rows) if self.merge.in_lines else rows
-        written = []
-        if len(rows):
-            written.append(self._write_rows(number, rows, there.users))
+        is_new = (rows.counts() > 0) & ~known
+        files = self._write_rows(bucket, rows)
+        if self.config.produces == "plays" and (is_new.any() or not self.merge.part):
+            path = users_file(self.merge.part, bucket)
+            user_ids = np.union1d(earlier.users, rows.owners[is_new])
+            files[path] = self._write_table(path, pa.table({columns.USER: pa.array(user_ids, pa.string())}))
         if dropped.rows:
-            written.append(set_aside_file(self.config.produces, self.merge.part, f"{number:05d}"))
-            table = dropped.table(self.merge.sources)
-            self.staging.workspace.write_table(self.staging.out(written[-1]), table)
+            path = set_aside_file(self.config.produces, self.merge.part, f"{bucket:05d}")
+            files[path] = self._write_table(path, dropped.table(self.merge.sources))
         result = {
             "rows": len(rows),
-            "owners": int(((rows.counts() > 0) & ~known).sum()),
+            "owners": int(is_new.sum()),
             "merged": merged,
             "dropped": dropped.counts(),
             "first": int(rows.order.min()) if len(rows) else 0,
             "last": int(rows.order.max()) if len(rows) else 0,
-            "files": {path: self.staging.checksum(path) for path in written},
+            "files": files,
         }
-        self.staging.workspace.write_json(self.staging.bucket_file(number), result)
-        return number
+        self.staging.workspace.write_json(self.staging.bucket_file(bucket), result)
+        return bucket, result
 
-    def _write_rows(self, number: int, rows: Rows, known_users: np.ndarray) -> str:
+    def _write_rows(self, bucket: int, rows: Rows) -> dict[str, str]:
         if self.config.produces == "playlists":
-            path = playlists_file(number)
-            self.staging.workspace.write_table(self.staging.out(path), to_playlists(rows, self.songs))
-            return path
-        path = histories_file(self.merge.part, number)
+            path = playlists_file(bucket)
+            return {path: self._write_table(path, to_playlists(rows, self.songs))} if len(rows) else {}
+        path = histories_file(self.merge.part, bucket)
         histories = to_histories(rows, self.songs, self.merge.contexts, self.merge.has_skipped)
-        if len(known_users):
-            histories = histories.take(order_of_users(known_users, histories.user_ids))
-        self.staging.write_histories(path, histories)
-        return path
+        return {path: write_histories(self.staging.workspace, self.staging.out(path), [histories])}
+
+    def _write_table(self, path: str, table: pa.Table) -> str:
+        return self.staging.workspace.write_table(self.staging.out(path), table)

@@ -1,20 +1,17 @@
 """Run a plain worker over buckets: the unit of work, of retry and of resume of every job over all users."""
 
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import ray
-from ray.data import TaskPoolStrategy
-from ray.util.annotations import RayDeprecationWarning
+from ray.exceptions import RayError
 
 from rayrec.errors import RayrecError
-from rayrec.jobs.cluster import cluster_cpus
 
 RETRIES = 3  # times that a unit is done again whose worker or node was lost
+MAX_WAITING = 1_000  # units handed to Ray at once
 
 
 class BucketWorker(Protocol):
@@ -38,20 +35,17 @@ class _Failed:
     trace: str
 
 
-def _run_unit(
-    batch: dict[str, np.ndarray], make_worker: Callable[..., BucketWorker], stored: list[ray.ObjectRef]
-) -> dict[str, list[Any]]:
+def _run_unit(make_worker: Callable[..., BucketWorker], stored: list[ray.ObjectRef], unit: Any) -> Any:
     key = stored[0].hex()
-    (unit,) = batch["item"].tolist()
     try:
         if key not in _made:
             _made.clear()
             _made[key] = make_worker(**ray.get(stored[0]))
-        return {"unit": [unit], "result": [_made[key](unit)]}
+        return _made[key](unit)
     except RayrecError as error:
-        return {"unit": [unit], "result": [error]}  # as a value: what Ray Data raises holds no more of it than its text
+        return error  # as a value: of what is raised Ray keeps no more than the text
     except Exception:
-        return {"unit": [unit], "result": [_Failed(traceback.format_exc())]}
+        return _Failed(traceback.format_exc())
 
 
 def run_buckets(
@@ -70,38 +64,43 @@ def run_buckets(
     most `RETRIES` times. Raises `RayrecError` for those that are lost even so, once all others are
     done; `called` is what it calls a unit.
     """
-    units = list(units)
-    if not units:
+    left = list(units)
+    total = len(left)
+    if not left:
         return
-    lost = set(units)
-    workers = min(concurrency or cluster_cpus(), len(units))
-    stored = ray.put(arguments)
-    source = ray.data.from_items(units, override_num_blocks=len(units))
-    source.context.max_errored_blocks = -1  # the others go on
-    source.context.execution_no_progress_timeout_s = -1  # a large bucket may take longer than Ray Data's half hour
-    with warnings.catch_warnings():
-        # Ray 2.60 announces the end of options like max_retries and has no other word for it yet.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        results = source.map_batches(
-            _run_unit,
-            fn_args=(make_worker, [stored]),  # in a list, since Ray Data would resolve a bare reference for each task
-            batch_size=1,
-            num_cpus=1,
-            num_gpus=num_gpus,
-            max_retries=RETRIES,  # Ray Data's own number has no end
-            compute=TaskPoolStrategy(size=workers),
-        )
-    for row in results.iter_rows():
-        if isinstance(row["result"], RayrecError):
-            raise row["result"]
-        if isinstance(row["result"], _Failed):
-            raise RuntimeError(f"{called} {row['unit']} failed in its worker:\n{row['result'].trace}")
-        lost.discard(row["unit"])
-        yield row["result"]
+    # In a list, since Ray would resolve a bare reference for each task.
+    stored = [ray.put(arguments)]
+    task = ray.remote(_run_unit).options(
+        num_cpus=1, num_gpus=num_gpus, max_retries=RETRIES, scheduling_strategy="SPREAD"
+    )
+    at_once = min(concurrency or MAX_WAITING, total)  # those without a free CPU wait: an autoscaler sees the demand
+    running: dict[ray.ObjectRef, int] = {}
+    lost: list[int] = []
+    left.reverse()
+    try:
+        while left or running:
+            while left and len(running) < at_once:
+                unit = left.pop()
+                running[task.remote(make_worker, stored, unit)] = unit
+            (done, *_), _ = ray.wait(list(running))
+            unit = running.pop(done)
+            try:
+                result = ray.get(done)
+            except RayError:  # its worker or node was lost once more than it may be
+                lost.append(unit)
+                continue
+            if isinstance(result, RayrecError):
+                raise result
+            if isinstance(result, _Failed):
+                raise RuntimeError(f"{called} {unit} failed in its worker:\n{result.trace}")
+            yield result
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
     if lost:
         named = ", ".join(map(str, sorted(lost)[:10])) + (", ..." if len(lost) > 10 else "")
         raise RayrecError(
-            f"{called} {named} of {len(units)} could not be done: the worker was killed each of {RETRIES + 1} times, "
-            "as it happens where memory runs out; the others are done and kept, so run the same command again, with "
-            "fewer workers at once or on nodes with more memory"
+            f"{called} {named} of {total} failed: the worker was killed {RETRIES + 1} times, probably out of memory. "
+            "The others are done and kept: run the same command again, with fewer workers at once or on nodes with "
+            "more memory"
         )

@@ -38,6 +38,7 @@ from rayrec.storage.workspace import (
     SONGS_TABLE,
     Workspace,
     set_aside_file,
+    users_file,
 )
 
 
@@ -167,7 +168,7 @@ class _Import:
         units = self._read_units()
         merge = self._merge_settings(units)
         vocabulary = self._vocabulary(units, merge)
-        self.workspace.write_table(self.staging.out(SONGS_TABLE), vocabulary.table())
+        songs = self.workspace.write_table(self.staging.out(SONGS_TABLE), vocabulary.table())
         buckets = self._merge_buckets(vocabulary, merge)
         dropped = _added(bucket["dropped"] for bucket in buckets)
         self.came_to = {
@@ -180,8 +181,8 @@ class _Import:
                 self.workspace.delete(IMPORT_STAGING)
                 return self.base
             self._refuse(dropped, self.came_to["read"])
-        rejected = self._write_rejected(merge)
-        manifest = self._manifest(merge, buckets, len(vocabulary.keys), rejected)
+        written = {SONGS_TABLE: songs, **self._write_rejected(merge)}
+        manifest = self._manifest(merge, buckets, len(vocabulary.keys), written)
         self.staging.publish(manifest)
         return manifest
 
@@ -200,22 +201,29 @@ class _Import:
             contexts=choose_contexts(_added(unit.contexts for unit in units), before.contexts if before else []),
             has_skipped=any(unit.has_skipped for unit in units) or (before is not None and before.has_skipped),
             in_lines=self.config.times == "positions",
-            part=before.parts if before else 0,
+            base=before,
         )
 
-    def _run(self, title: str, make_worker: Callable[..., BucketWorker], todo: list[int], **arguments: Any) -> None:
+    def _run(
+        self, title: str, make_worker: Callable[..., BucketWorker], todo: list[int], **arguments: Any
+    ) -> list[Any]:
+        """What the worker returned for each unit of `todo`, in any order."""
+        results = []
         with progress(title, len(todo)) as bar:
             given = {"staging": self.staging, "config": self.config, **arguments}
             called = "unit" if make_worker is UnitImporter else "bucket"
-            for _ in run_buckets(make_worker, todo, arguments=given, called=called):
+            for result in run_buckets(make_worker, todo, arguments=given, called=called):
+                results.append(result)
                 bar.advance()
+        return results
 
     def _read_units(self) -> list[UnitResult]:
         """The first pass."""
         store, numbers = self.staging.fragments, range(len(self.plan.units))
-        todo = [unit for unit in numbers if not store.is_done(unit)]
-        self._run("read", UnitImporter, todo, units=self.plan.units, buckets=self.buckets)
-        results = [store.result(unit) for unit in numbers]
+        done = store.units_done()
+        todo = [unit for unit in numbers if unit not in done]
+        made = dict(self._run("read", UnitImporter, todo, units=self.plan.units, buckets=self.buckets))
+        results = [made[unit] if unit in made else store.result(unit) for unit in numbers]
         self._require_whole(results)
         if not any(result.kept for result in results):
             self._refuse(_added(result.rejected for result in results), sum(result.read for result in results))
@@ -240,7 +248,8 @@ class _Import:
         for number, unit in enumerate(units):
             vocabulary.add(self.staging.fragments.songs(number, unit))
         if self.config.min_user_plays > 1 or self.config.min_song_plays > 1:
-            todo = [number for number in range(self.buckets) if not self._exists(self.staging.counts_file(number))]
+            done = set(self.workspace.files(self.staging.folder))
+            todo = [number for number in range(self.buckets) if self.staging.counts_file(number) not in done]
             self._run("count songs", SongCounter, todo, merge=merge)
             vocabulary.keep(self._song_counts(vocabulary.keys) >= self.config.min_song_plays)
         return vocabulary
@@ -255,14 +264,12 @@ class _Import:
 
     def _merge_buckets(self, vocabulary: Vocabulary, merge: MergeSettings) -> list[dict[str, Any]]:
         """The second pass."""
-        numbers = range(self.buckets)
-        todo = [number for number in numbers if not self._exists(self.staging.bucket_file(number))]
+        results = self.staging.bucket_results()
+        todo = [number for number in range(self.buckets) if number not in results]
         songs = SongRows.of(vocabulary.keys)
-        self._run("merge", BucketMerger, todo, merge=merge, keys=songs.keys, rows=songs.rows)
-        return [self.workspace.read_json(self.staging.bucket_file(number)) for number in numbers]
-
-    def _exists(self, path: str) -> bool:
-        return self.workspace.exists(path)
+        arguments = {"merge": merge, "keys": songs.keys, "rows": songs.rows}
+        results |= dict(self._run("merge", BucketMerger, todo, **arguments))
+        return [results[number] for number in range(self.buckets)]
 
     def _write_rejected(self, merge: MergeSettings) -> dict[str, str]:
         """All rejects of the first pass in one file, with the lines of their files; its path and checksum."""
@@ -277,7 +284,7 @@ class _Import:
                 for table in self.staging.fragments.rejected(number, unit):
                     lines = pa.array(table.column("line").to_numpy() + offset)
                     writer.write_table(table.set_column(1, columns.REJECTED.field("line"), lines))
-        return {path: self.staging.checksum(path)}
+        return {path: stream.sha256}
 
     def _refuse(self, reasons: dict[str, int], read: int) -> None:
         self.workspace.delete(IMPORT_STAGING)
@@ -288,15 +295,19 @@ class _Import:
         raise InputError(f"{where}: none of {read} rows can be used: {told}; check the format and the settings")
 
     def _manifest(
-        self, merge: MergeSettings, buckets: list[dict[str, Any]], songs: int, rejected: dict[str, str]
+        self, merge: MergeSettings, buckets: list[dict[str, Any]], songs: int, written: dict[str, str]
     ) -> DatasetManifest:
         base = self.base or DatasetManifest(
             id="", source="", buckets=self.buckets, parts=0, users=0, plays=0, songs=0, created_at=""
         )
-        written = {SONGS_TABLE: self.staging.checksum(SONGS_TABLE), **rejected}
         for bucket in buckets:
-            written |= bucket["files"]
-        kept = {name: digest for name, digest in base.files.items() if self._stays(name)}
+            written = written | bucket["files"]
+        replaced = {
+            base.current_users_file(number).removeprefix(f"{DATASET}/")
+            for number in range(self.buckets)
+            if users_file(merge.part, number) in written
+        }
+        kept = {name: digest for name, digest in base.files.items() if self._stays(name) and name not in replaced}
         files = {**kept, **{name.removeprefix(f"{DATASET}/"): written[name] for name in written}}
         made_id = fingerprint("dataset", {"files": dict(sorted(files.items()))}, {})
         figures = self._appended(merge, base, buckets) if self.append else self._replaced(merge, base, buckets)
@@ -306,6 +317,7 @@ class _Import:
             base,
             id=made_id,
             lineage=base.lineage or base.id,
+            joined_from="",
             source=_joined(base.source, self.config.format),
             songs=songs,
             files=dict(sorted(files.items())),
@@ -349,12 +361,22 @@ class _Import:
         if self.config.produces == "playlists":
             return {"playlists": owners, "playlist_entries": rows}
         filled = [bucket for bucket in buckets if bucket["rows"]]
+        first, last = min(bucket["first"] for bucket in filled), max(bucket["last"] for bucket in filled)
+        earlier = merge.base
         return {
             "plays": rows,
             "users": owners,
             "parts": merge.part + 1,
-            "first_play": min(bucket["first"] for bucket in filled),
-            "last_play": max(bucket["last"] for bucket in filled),
+            "part_times": [*(earlier.part_times if earlier else []), (first, last)],
+            "joined": earlier.joined if earlier else [],
+            "users_parts": [
+                merge.part
+                if users_file(merge.part, number) in bucket["files"] or earlier is None
+                else (earlier.users_parts or [0] * self.buckets)[number]
+                for number, bucket in enumerate(buckets)
+            ],
+            "first_play": first,
+            "last_play": last,
             "times": self.config.times,
             "contexts": merge.contexts,
             "has_skipped": merge.has_skipped,
@@ -365,8 +387,8 @@ class _Import:
         if self.append or name.startswith("earlier/"):
             return True
         other = _other(self.config.produces)
-        folder = "histories/" if other == "plays" else "playlists/"
-        return name.startswith((folder, f"{SET_ASIDE.removeprefix(f'{DATASET}/')}/{other}-"))
+        folders = ("histories/", "users/") if other == "plays" else ("playlists/",)
+        return name.startswith((*folders, f"{SET_ASIDE.removeprefix(f'{DATASET}/')}/{other}-"))
 
 
 def _joined(before: str, source: str) -> str:

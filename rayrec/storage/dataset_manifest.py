@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from rayrec.errors import DamagedArtifactError, MismatchError, NotFoundError
-from rayrec.storage.workspace import DATASET_MANIFEST, Workspace, earlier_manifest, histories_file
+from rayrec.storage.workspace import DATASET_MANIFEST, Workspace, earlier_manifest, histories_file, users_file
 
 SCHEMA_VERSION = 2
 
@@ -27,6 +27,7 @@ class DatasetManifest:
     joined_from: str = ""  # id of the data set of the same plays before parts were joined, itself where empty
     joined_at: str = ""  # ISO 8601, UTC, when parts were last joined
     part_times: list[tuple[int, int]] = field(default_factory=list)  # ms UTC of the first and last play of each part
+    users_parts: list[int] = field(default_factory=list)  # bucket by bucket the part whose users file is current
     users: int
     plays: int
     songs: int
@@ -80,6 +81,18 @@ class DatasetManifest:
                 "what was made of them is made anew by its command with --force"
             )
         return [histories_file(first, bucket, last) for first, last in spans]
+
+    def files_between(self, bucket: int, first: int, last: int) -> list[str]:
+        """The files of a bucket that may hold plays from `first` up to and with `last`, ms UTC."""
+        return [
+            histories_file(start, bucket, end)
+            for start, end in self.spans
+            if any(begin <= last and stop >= first for begin, stop in self.part_times[start : end + 1])
+        ]
+
+    def current_users_file(self, bucket: int) -> str:
+        """The file of the ids of all users of a bucket."""
+        return users_file(self.users_parts[bucket] if self.users_parts else 0, bucket)
 
     def splits_at(self, part: int) -> bool:
         """True where the plays before a part, and those from it on, can be read alone."""

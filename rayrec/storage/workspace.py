@@ -204,7 +204,8 @@ class Workspace:
     def open_output(self, path: str) -> Iterator[OutputFile]:
         """A stream that becomes the file `path` when the block ends without an error; it knows its checksum.
 
-        On a local disk the file survives a power cut once the block has ended. Raises `StorageError` where the disk is full or the storage goes on failing.
+        On a local disk the file survives a power cut once the block has ended.
+        Raises `StorageError` where the disk is full or the storage goes on failing.
         """
         target = self.full(path)
         if self.is_local:

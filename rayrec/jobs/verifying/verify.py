@@ -11,7 +11,7 @@ from rayrec.jobs.verifying.datasets import check_dataset, check_splits
 from rayrec.jobs.verifying.parts import check_artifacts
 from rayrec.progress import progress
 from rayrec.storage import releases
-from rayrec.storage.workspace import DATASET_MANIFEST, IMPORT_STAGING, LEASE, LOCK, LOCK_HOLDER, Workspace
+from rayrec.storage.workspace import DATASET, DATASET_MANIFEST, IMPORT_STAGING, LEASE, LOCK, LOCK_HOLDER, Workspace
 
 STORED = (".npy", ".safetensors", ".parquet", ".faiss", ".arrow")  # files that must stand under a checksum
 
@@ -39,15 +39,17 @@ def verify_workspace(workspace: Workspace) -> Audit:
         check_artifacts(audit, dataset)
         with audit.reading(releases.ACTIVE):
             releases.active_release(workspace)
-        _check_leftovers(audit)
+        _check_leftovers(audit, dataset)
     return audit
 
 
-def _check_leftovers(audit: Audit) -> None:
+def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
     """Files that no manifest speaks of: problems where they look like artifacts, notes where a job left them."""
+    ancestors = [dataset.earlier(name) for name in dataset.manifest.ancestors] if dataset else []
+    earlier = {f"{DATASET}/{path}" for manifest in ancestors for path in manifest.files}
     unfinished = tuple(f"{note.path}/" for note in audit.notes)
     selector = pafs.FileSelector(audit.workspace.root, allow_not_found=True, recursive=True)
-    staged = 0
+    staged = replaced = 0
     for info in audit.workspace.filesystem.get_file_info(selector):
         path = posixpath.relpath(info.path, audit.workspace.root)
         if info.type != pafs.FileType.File or path in audit.covered or path.startswith(unfinished):
@@ -58,7 +60,11 @@ def _check_leftovers(audit: Audit) -> None:
             continue
         elif posixpath.basename(path).startswith(".") or "/." in path:
             audit.note(path, "is a temporary file that a job left behind; it may be deleted")
+        elif path in earlier:
+            replaced += 1
         elif path.endswith(STORED):
             audit.problem(path, "stands under no manifest")
+    if replaced:
+        audit.note(DATASET, f"holds {replaced} files that later parts have replaced; `rayrec clean` deletes them")
     if staged:
         audit.note(IMPORT_STAGING, f"holds {staged} files of an unfinished import; the next one goes on or clears them")

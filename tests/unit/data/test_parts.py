@@ -9,7 +9,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.parts import merge_users
 from rayrec.errors import DamagedArtifactError
-from rayrec.importing.staging import Staging
+from rayrec.importing.staging import write_histories
 from rayrec.storage.workspace import Workspace, histories_file
 
 
@@ -85,9 +85,7 @@ def test_a_batch_is_bounded_by_plays_where_some_users_have_many(
         [np.arange(length) for length in lengths],  # type: ignore[misc]
     )
     dataset = write_dataset(workspace, histories, 1, buckets=1)
-    staging = Staging(workspace, "x")
-    staging.write_histories(histories_file(0, 0), histories)
-    workspace.move(staging.out(histories_file(0, 0)), histories_file(0, 0))
+    write_histories(workspace, histories_file(0, 0), [histories])
     sizes = [batch.num_plays for batch in dataset.read_bucket(0, users_per_batch=5_000)]
     assert sum(sizes) == sum(lengths)
     assert max(sizes) <= 500 + 2_000

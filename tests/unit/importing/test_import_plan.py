@@ -135,9 +135,8 @@ def test_an_input_error_within_a_worker_is_noted_for_the_caller(workspace: Works
 def test_histories_are_written_in_bounded_row_groups(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "PLAYS_PER_ROW_GROUP", 10)
     histories = Histories.from_lists([[1] * 4] * 9 + [[2] * 25], [range(4)] * 9 + [range(25)])
-    place = Staging(workspace, "x")
-    place.write_histories("dataset/histories/h.parquet", histories)
-    with workspace.open_input(place.out("dataset/histories/h.parquet")) as stream:
+    staging.write_histories(workspace, "h.parquet", [histories])
+    with workspace.open_input("h.parquet") as stream:
         file = pq.ParquetFile(stream)
         sizes = [
             sum(len(songs) for songs in file.read_row_group(group).column("songs").to_pylist())
