@@ -2,8 +2,9 @@
 
 Appends the new plays, brings the tastes of all users up to date with the live model, judges that model
 with the new plays among those it has to predict, and makes the new release live only where its figures
-hold; then joins the parts of many nights, and deletes what no recent release needs. The exit code says what became of it: 0 live or nothing new, 1 kept back. `{yesterday}` in a path
-stands for yesterday's date, UTC: plays/day={yesterday} names what is new, and nothing is read twice.
+hold. Then it joins the parts of many nights, and deletes what no recent release needs. The exit code says
+what became of it: 0 live or nothing new, 1 kept back. `{yesterday}` in a path stands for yesterday's date,
+UTC: plays/day={yesterday} names what is new, and nothing is read twice.
 
 The model itself stays; when a release is kept back, it is time for a new one: rayrec run pipeline.toml.
 """

@@ -102,5 +102,3 @@ class _CountedReads:
 
     def writable(self) -> bool:
         return False
-
-

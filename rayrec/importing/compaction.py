@@ -1,6 +1,7 @@
 """Joins parts of the histories: the files that a bucket has in several parts become one."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.parts import read_files, with_columns
@@ -16,7 +17,7 @@ Spans = list[tuple[int, int]]  # first and last part of each set of files
 def joined_spans(parts: int, cuts: Iterable[int]) -> Spans:
     """Parts from 0 up to `parts` as few spans: parts stay apart at `cuts`, from where something goes on reading."""
     bounds = sorted({0, parts, *(cut for cut in cuts if 0 < cut < parts)})
-    return [(first, after - 1) for first, after in zip(bounds, bounds[1:], strict=False)]
+    return [(first, after - 1) for first, after in pairwise(bounds)]
 
 
 class BucketJoiner:

@@ -1,5 +1,7 @@
-"""The workers of an import: plain classes that do one unit of input or one bucket per call."""
+"""The workers of an import: plain classes that do one piece of input or one group of buckets per call."""
 
+import tempfile
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +10,7 @@ import pyarrow as pa
 
 from rayrec.data import columns
 from rayrec.data.parts import read_overlap, read_users
-from rayrec.errors import InputError
-from rayrec.importing.fragments import FragmentStore, UnitResult
+from rayrec.importing.fragments import BucketGroup, PieceResult
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.merging import (
     Rows,
@@ -23,7 +24,7 @@ from rayrec.importing.merging import (
 )
 from rayrec.importing.readers.reader import Unit
 from rayrec.importing.staging import Staging, write_histories
-from rayrec.importing.vocabulary import KEY, SongRows
+from rayrec.importing.vocabulary import KEY, SongMerger, SongRows
 from rayrec.storage.dataset_manifest import DatasetManifest
 from rayrec.storage.workspace import Workspace, histories_file, playlists_file, set_aside_file, users_file
 
@@ -32,7 +33,7 @@ from rayrec.storage.workspace import Workspace, histories_file, playlists_file, 
 class MergeSettings:
     """What the second pass knows from the first."""
 
-    units: list[UnitResult]
+    pieces: list[list[int]]  # units of each piece of input
     offsets: list[int]  # line of the file before each unit's first
     files: list[int]  # file of each unit
     sources: list[str]  # name of each file
@@ -46,45 +47,82 @@ class MergeSettings:
         """The part of the histories that plays become."""
         return self.base.parts if self.base else 0
 
-
-class UnitImporter:
-    """Reads units of input into fragments."""
-
-    def __init__(self, staging: Staging, config: ImportConfig, units: list[Unit], buckets: int) -> None:
-        self.store, self.reader, self.units, self.buckets = staging.fragments, config.reader(), units, buckets
-
-    def __call__(self, unit: int) -> tuple[int, UnitResult]:
-        """Do one unit; bad input is noted rather than raised, so that the others are read too."""
-        try:
-            return unit, self.store.write_unit(unit, self.reader.read(self.units[unit]), self.buckets)
-        except InputError as error:
-            return unit, self.store.write_error(unit, error)
+    def rows_of(self, group: BucketGroup, bucket: int) -> tuple[Rows, int]:
+        """The rows of a bucket, sorted, and how many duplicates were merged."""
+        parts = (
+            (
+                [self.files[unit] for unit in self.pieces[piece]],
+                [self.offsets[unit] for unit in self.pieces[piece]],
+                rows,
+            )
+            for piece, rows in group.read(bucket)
+        )
+        return sort_rows(parts, in_lines=self.in_lines)
 
 
-def read_bucket(store: FragmentStore, merge: MergeSettings, bucket: int) -> tuple[Rows, int]:
-    """The rows of a bucket, sorted, and how many duplicates were merged."""
-    parts = (
-        (file, offset, rows)
-        for number, (unit, file, offset) in enumerate(zip(merge.units, merge.files, merge.offsets, strict=True))
-        for rows in store.read_bucket(number, unit, bucket)
-    )
-    return sort_rows(parts, in_lines=merge.in_lines)
+class PieceImporter:
+    """Reads pieces of input into fragments."""
+
+    def __init__(
+        self, staging: Staging, config: ImportConfig, units: list[Unit], pieces: list[list[int]], buckets: int
+    ) -> None:
+        self.store, self.reader, self.units, self.pieces = staging.fragments, config.reader(), units, pieces
+        self.buckets, self.with_lines = buckets, config.needs_lines
+
+    def __call__(self, piece: int) -> tuple[int, PieceResult]:
+        """Do one piece; bad input is noted rather than raised, so that the others are read too."""
+        batches = (self.reader.read(self.units[unit]) for unit in self.pieces[piece])
+        return piece, self.store.write_piece(piece, batches, self.buckets, with_lines=self.with_lines)
 
 
-class SongCounter:
+class SongRange:
+    """Merges the songs of all pieces in a range of keys."""
+
+    def __init__(self, staging: Staging, config: ImportConfig, offsets: np.ndarray) -> None:
+        self.staging, self.offsets = staging, offsets  # int64 (pieces, ranges + 1)
+
+    def __call__(self, key_range: int) -> int:
+        """Write the songs of one range."""
+        merger = SongMerger()
+        for piece, offsets in enumerate(self.offsets):
+            songs = self.staging.fragments.read_songs(piece, offsets, key_range)
+            if songs is not None:
+                merger.add(songs)
+        self.staging.workspace.write_table(self.staging.songs_file(key_range), merger.table())
+        return key_range
+
+
+class _GroupWorker:
+    """Does the buckets of a group one after another, out of one read a piece."""
+
+    def __init__(
+        self, staging: Staging, config: ImportConfig, merge: MergeSettings, offsets: np.ndarray, buckets: Set[int]
+    ) -> None:
+        self.staging, self.config, self.merge = staging, config, merge
+        self.offsets, self.buckets = offsets, buckets  # int64 (pieces, all buckets + 1); those that are not done
+
+    def __call__(self, group: tuple[int, int]) -> list[tuple[int, Any]]:
+        """Do the buckets from the first to the last of a group that are not done; each with its result."""
+        first, last = group
+        with tempfile.TemporaryFile(prefix="rayrec-") as spool:
+            rows = self.staging.fragments.read_group(self.offsets, first, last, spool)
+            return [(bucket, self.run(bucket, rows)) for bucket in range(first, last + 1) if bucket in self.buckets]
+
+    def run(self, bucket: int, group: BucketGroup) -> Any:
+        """Do one bucket."""
+        raise NotImplementedError
+
+
+class SongCounter(_GroupWorker):
     """Counts the plays of each song in a bucket."""
 
-    def __init__(self, staging: Staging, config: ImportConfig, merge: MergeSettings) -> None:
-        self.staging, self.config, self.merge = staging, config, merge
-
-    def __call__(self, bucket: int) -> int:
+    def run(self, bucket: int, group: BucketGroup) -> None:
         """Write the counts of one bucket."""
-        rows, _ = read_bucket(self.staging.fragments, self.merge, bucket)
+        rows, _ = self.merge.rows_of(group, bucket)
         earlier = EarlierParts(self.staging.workspace, self.merge.base, bucket)
         keys, counts = song_counts(rows, self.config.min_user_plays, earlier.knows(rows.owners))
         table = pa.table({KEY: pa.array(keys, pa.uint64()), "count": pa.array(counts, pa.int64())})
         self.staging.workspace.write_table(self.staging.counts_file(bucket), table)
-        return bucket
 
 
 class EarlierParts:
@@ -120,19 +158,26 @@ class EarlierParts:
         return rows.keep(~repeated)
 
 
-class BucketMerger:
-    """Makes the histories (or playlists) of a bucket out of the fragments of all units."""
+class BucketMerger(_GroupWorker):
+    """Makes the histories (or playlists) of a bucket out of the fragments of all pieces."""
 
     def __init__(
-        self, staging: Staging, config: ImportConfig, merge: MergeSettings, keys: np.ndarray, rows: np.ndarray
+        self,
+        staging: Staging,
+        config: ImportConfig,
+        merge: MergeSettings,
+        offsets: np.ndarray,
+        buckets: Set[int],
+        keys: np.ndarray,
+        rows: np.ndarray,
     ) -> None:
-        self.staging, self.config, self.merge = staging, config, merge
+        super().__init__(staging, config, merge, offsets, buckets)
         self.songs = SongRows(keys, rows)
 
-    def __call__(self, bucket: int) -> tuple[int, dict[str, Any]]:
+    def run(self, bucket: int, group: BucketGroup) -> dict[str, Any]:
         """Write the files of one bucket, then its result."""
         earlier = EarlierParts(self.staging.workspace, self.merge.base, bucket)
-        rows, merged = read_bucket(self.staging.fragments, self.merge, bucket)
+        rows, merged = self.merge.rows_of(group, bucket)
         known = earlier.knows(rows.owners)
         distinct = earlier.without(rows, self.songs)
         merged += len(rows) - len(distinct)
@@ -157,7 +202,7 @@ class BucketMerger:
             "files": files,
         }
         self.staging.workspace.write_json(self.staging.bucket_file(bucket), result)
-        return bucket, result
+        return result
 
     def _write_rows(self, bucket: int, rows: Rows) -> dict[str, str]:
         if self.config.produces == "playlists":

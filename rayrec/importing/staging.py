@@ -27,17 +27,17 @@ from rayrec.storage.workspace import (
 )
 
 PLAYS_PER_ROW_GROUP = 500_000
-UNITS = "units"  # folder of the scratch folders in which every import reads
+PIECES = "pieces"  # folder of the scratch folders in which every import reads
 
 
 class Staging:
     """The scratch folder of one import or compaction: a killed one with the same inputs goes on in it."""
 
-    def __init__(self, workspace: Workspace, print_id: str, units: Sequence[str] = ()) -> None:
-        """`units` are the names of the units of input, as `unit_names` gives them."""
+    def __init__(self, workspace: Workspace, print_id: str, pieces: Sequence[str] = ()) -> None:
+        """`pieces` are the names of the pieces of input, as `piece_names` gives them."""
         self.workspace = workspace
         self.folder = f"{IMPORT_STAGING}/{print_id}"
-        self.fragments = FragmentStore(workspace, f"{IMPORT_STAGING}/{UNITS}", units)
+        self.fragments = FragmentStore(workspace, f"{IMPORT_STAGING}/{PIECES}", pieces)
 
     def out(self, path: str) -> str:
         """Where the file that will be `path` waits for being published."""
@@ -46,6 +46,10 @@ class Staging:
     def counts_file(self, bucket: int) -> str:
         """Plays of each song in one bucket, Parquet."""
         return f"{self.folder}/counts/{bucket:05d}.parquet"
+
+    def songs_file(self, key_range: int) -> str:
+        """Distinct songs in a range of keys, Parquet."""
+        return f"{self.folder}/songs/{key_range:05d}.parquet"
 
     def bucket_file(self, bucket: int) -> str:
         """The result of one bucket, JSON; where it is there, the bucket is done."""
@@ -88,23 +92,23 @@ def write_histories(workspace: Workspace, path: str, batches: Iterable[Histories
     return stream.sha256
 
 
-def unit_names(units: Sequence[str], buckets: int) -> list[str]:
-    """Names of units of a plan that are read into so many buckets."""
-    return [f"{buckets:04d}-{unit}" for unit in units]
+def piece_names(pieces: Sequence[str], buckets: int) -> list[str]:
+    """Names of pieces of a plan that are read into so many buckets."""
+    return [f"{buckets:04d}-{unit}" for unit in pieces]
 
 
-def buckets_read(workspace: Workspace, units: Sequence[str]) -> int:
-    """Into how many buckets an unfinished import has read some of the units of a plan; 0 where none has."""
-    read = [name.split("-") for name in workspace.folders(f"{IMPORT_STAGING}/{UNITS}")]
-    known = set(units)
+def buckets_read(workspace: Workspace, pieces: Sequence[str]) -> int:
+    """Into how many buckets an unfinished import has read some of the pieces of a plan; 0 where none has."""
+    read = [name.split("-") for name in workspace.folders(f"{IMPORT_STAGING}/{PIECES}")]
+    known = set(pieces)
     return max((int(buckets) for buckets, unit in read if unit in known), default=0)
 
 
 def discard_others(workspace: Workspace, staging: Staging) -> None:
-    """Delete what imports of other inputs have left, but for the units that this one reads too."""
-    kept = {f"{IMPORT_STAGING}/{UNITS}", staging.folder}
+    """Delete what imports of other inputs have left, but for the pieces that this one reads too."""
+    kept = {f"{IMPORT_STAGING}/{PIECES}", staging.folder}
     kept |= {f"{staging.fragments.folder}/{unit}" for unit in staging.fragments.names}
-    for folder in (IMPORT_STAGING, f"{IMPORT_STAGING}/{UNITS}"):
+    for folder in (IMPORT_STAGING, f"{IMPORT_STAGING}/{PIECES}"):
         for name in workspace.folders(folder):
             if f"{folder}/{name}" not in kept:
                 workspace.delete(f"{folder}/{name}")

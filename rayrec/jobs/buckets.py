@@ -50,7 +50,7 @@ def _run_unit(make_worker: Callable[..., BucketWorker], stored: list[ray.ObjectR
 
 def run_buckets(
     make_worker: Callable[..., BucketWorker],
-    units: Iterable[int],
+    units: Iterable[Any],
     *,
     arguments: dict[str, Any],
     num_gpus: float = 0,
@@ -74,8 +74,8 @@ def run_buckets(
         num_cpus=1, num_gpus=num_gpus, max_retries=RETRIES, scheduling_strategy="SPREAD"
     )
     at_once = min(concurrency or MAX_WAITING, total)  # those without a free CPU wait: an autoscaler sees the demand
-    running: dict[ray.ObjectRef, int] = {}
-    lost: list[int] = []
+    running: dict[ray.ObjectRef, Any] = {}
+    lost: list[Any] = []
     left.reverse()
     try:
         while left or running:

@@ -93,7 +93,7 @@ def compute_tastes(
         "buckets_computed": len(buckets) - len(done),
         "base": base.id if base else "",
     }
-    return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums)
+    return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums, checksums)
 
 
 def newest_base(dataset: Dataset, model: Manifest) -> Manifest | None:

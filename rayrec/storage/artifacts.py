@@ -74,12 +74,14 @@ def sha256(workspace: Workspace, path: str) -> str:
     return digest.hexdigest()
 
 
-def publish(workspace: Workspace, manifest: Manifest, names: Iterable[str] | Mapping[str, str]) -> Manifest:
+def publish(
+    workspace: Workspace, manifest: Manifest, names: Iterable[str], checksums: Mapping[str, str] | None = None
+) -> Manifest:
     """Stamp the time and write the manifest: from now on the artifact exists.
 
-    `names` are those of its files, best with the sha256 that their writers returned: files without are read again.
+    `names` are those of its files; `checksums` are the sha256 that their writers returned. Files without one are read.
     """
-    known = dict(names) if isinstance(names, Mapping) else {}
+    known = checksums or {}
     files = {name: known.get(name) or sha256(workspace, manifest.path(name)) for name in sorted(names)}
     stamped = Manifest(**{**asdict(manifest), "files": files, "created_at": datetime.now(timezone.utc).isoformat()})
     workspace.write_json(stamped.path("manifest.json"), asdict(stamped))

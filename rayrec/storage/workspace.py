@@ -35,8 +35,7 @@ IMPORT_STAGING = "dataset/.staging"  # what an unfinished import has done so far
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
 LOCK = ".lock"  # held by the run that writes, on a local disk
-LOCK_HOLDER = ".lock-holder.json"  # who that is
-LEASE = ".lease.json"  # the same on object storage
+LOCK_HOLDER = ".lock-holder.json"  # who that is; on object storage the lock itself
 
 
 def histories_file(part: int, bucket: int, last_part: int | None = None) -> str:
@@ -153,10 +152,6 @@ class Workspace:
         """Bytes of all files at or below `path`; 0 where there is nothing."""
         info = self.filesystem.get_file_info(self.full(path))
         return int(info.size) if info.type == pafs.FileType.File else sum(self.sizes(path).values())
-
-    def modified(self, path: str) -> float:
-        """Seconds since 1970 by the clock of the storage when a file was written; 0 where there is none."""
-        return float(self.filesystem.get_file_info(self.full(path)).mtime_ns or 0) / 1e9
 
     def files(self, path: str) -> list[str]:
         """All files below a folder, as sorted paths relative to the root; hidden and temporary ones left out."""

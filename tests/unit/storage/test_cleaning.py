@@ -56,8 +56,8 @@ def test_what_old_releases_alone_refer_to_is_named_with_its_size(nights: Workspa
 
 def test_after_cleaning_what_is_kept_verifies_and_rolls_back(nights: Workspace) -> None:
     garbage = find_garbage(nights, keep=2, hours=0)
-    before = nights.size("")
-    assert delete_garbage(nights, garbage) == before - nights.size("")
+    assert delete_garbage(nights, garbage) == sum(item.bytes for item in garbage)
+    assert not [item.path for item in garbage if nights.exists(item.path)]
     kept = releases.list_releases(nights)
     assert len(kept) == 2
     for each in kept:
