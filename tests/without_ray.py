@@ -11,13 +11,25 @@ import pytest
 from rayrec.jobs import compact, import_data, taste
 from rayrec.storage.workspace import Workspace
 
+REQUESTS = {"move": 2}  # a copy and a delete
+IN_WORKER: list[bool] = []  # not empty while a worker works: all else is the driver's
+
 
 def run_here(
     make_worker: Callable[..., Any], units: Iterable[int], *, arguments: dict[str, Any], **_: Any
 ) -> Iterator[Any]:
     """What `run_buckets` does, by one worker."""
-    worker = make_worker(**arguments)
-    return (worker(unit) for unit in list(units))
+
+    def working(work: Callable[[], Any]) -> Any:
+        IN_WORKER.append(True)
+        try:
+            return work()
+        finally:
+            IN_WORKER.pop()
+
+    worker = working(lambda: make_worker(**arguments))
+    for unit in list(units):
+        yield working(lambda unit=unit: worker(unit))
 
 
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,34 +47,26 @@ class CountingFileSystem:
 
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
-        self.bytes_read = 0
-        self.read_paths: list[str] = []
+        self.bytes_read = self.driver_bytes_read = 0
+        self.path_bytes: Counter[str] = Counter()  # read
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Count from now on."""
-        open_input, open_output, delete, move = (
-            Workspace.open_input,
-            Workspace.open_output,
-            Workspace.delete,
-            Workspace.move,
-        )
+        open_input = Workspace.open_input
 
         def counted_input(workspace: Workspace, path: str) -> pa.NativeFile:
             self.requests["size"] += 1
-            self.read_paths.append(path)
-            return pa.PythonFile(_CountedReads(open_input(workspace, path), self), mode="r")
+            return pa.PythonFile(_CountedReads(open_input(workspace, path), path, self), mode="r")
 
         def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
             def run(*arguments: Any, **options: Any) -> Any:
-                self.requests[name] += 1
+                self.requests[name] += REQUESTS.get(name, 1)
                 return method(*arguments, **options)
 
             return run
 
         monkeypatch.setattr(Workspace, "open_input", counted_input)
-        for name, method in {"open_output": open_output, "delete": delete, "move": move}.items():
-            monkeypatch.setattr(Workspace, name, counted(name, method))
-        for name in ("exists", "sizes", "folders"):
+        for name in ("open_output", "delete", "move", "exists", "sizes", "folders"):
             monkeypatch.setattr(Workspace, name, counted(name, getattr(Workspace, name)))
 
     @property
@@ -74,14 +78,16 @@ class CountingFileSystem:
 class _CountedReads:
     """A file whose reads are counted."""
 
-    def __init__(self, file: pa.NativeFile, counts: CountingFileSystem) -> None:
-        self._file, self._counts = file, counts
+    def __init__(self, file: pa.NativeFile, path: str, counts: CountingFileSystem) -> None:
+        self._file, self._path, self._counts = file, path, counts
         self.closed = False
 
     def read(self, size: int = -1) -> bytes:
         data: bytes = self._file.read() if size is None or size < 0 else self._file.read(size)
         self._counts.requests["read"] += 1
         self._counts.bytes_read += len(data)
+        self._counts.path_bytes[self._path] += len(data)
+        self._counts.driver_bytes_read += 0 if IN_WORKER else len(data)
         return data
 
     def seek(self, place: int, whence: int = 0) -> int:

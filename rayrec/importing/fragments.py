@@ -162,6 +162,7 @@ class FragmentStore:
         if begin == end:
             return None
         stored = pq.read_table(pa.BufferReader(self._read(self.songs_file(piece), begin, end)))
+        song_ids = one_array(stored.column(columns.SONG_ID).cast(SONGS.field(columns.SONG_ID).type))
         places = one_array(stored.column(PLACE)).to_numpy() + (piece << 32)
         data = {
             item.name: stored.column(item.name).cast(item.type)
@@ -169,7 +170,7 @@ class FragmentStore:
             else pa.nulls(len(stored), item.type)
             for item in SONGS
         }
-        return pa.table({**data, PLACE: pa.array(places)}, schema=SONGS)
+        return pa.table({**data, KEY: pa.array(song_keys(song_ids)), PLACE: pa.array(places)}, schema=SONGS)
 
     def rejected(self, piece: int, result: PieceResult) -> Iterator[tuple[int, pa.Table]]:
         """Place of the unit in the piece, and its columns.REJECTED with lines from the start of the unit."""
@@ -315,6 +316,7 @@ class _Spool:
         places = pa.array(np.arange(len(self._songs), dtype=np.int64))
         songs = self._songs.set_column(self._songs.column_names.index(PLACE), PLACE, places)
         part = range_of(one_array(songs.column(KEY)).to_numpy(), ranges)
+        songs = songs.drop_columns([KEY])  # the ids tell them
         return (songs.filter(pa.array(part == number)) for number in range(ranges))
 
 

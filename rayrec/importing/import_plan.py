@@ -21,7 +21,7 @@ Kind = Literal["plays", "playlists"]
 
 BUCKET_BYTES = 64 << 20
 MIN_BUCKETS, MAX_BUCKETS = 16, 4096
-MAX_PIECES = 1024
+MAX_PIECES = 512
 READS = 1 << 18  # of the second pass of an import, about: two requests each
 UNPACKED = 6  # bytes of text in a byte of .gz, about; Parquet is as dense
 DENSE_FORMATS = ("parquet",)
