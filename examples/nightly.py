@@ -13,7 +13,7 @@ import sys
 from datetime import datetime, timedelta, timezone
 
 from rayrec import Dataset, Workspace
-from rayrec.data.splits import choose_split
+from rayrec.data.split import choose_split
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
 from rayrec.importing.compaction import PARTS_BEFORE_COMPACT

@@ -26,7 +26,7 @@ from rayrec.importing.readers.reader import Unit
 from rayrec.importing.staging import Staging, write_histories
 from rayrec.importing.vocabulary import KEY, SongMerger, SongRows
 from rayrec.storage.dataset_manifest import DatasetManifest
-from rayrec.storage.workspace import Workspace, histories_file, playlists_file, set_aside_file, users_file
+from rayrec.storage.workspace import Workspace, histories_file, playlists_file, rejected_rows_file, users_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +190,7 @@ class BucketMerger(_GroupWorker):
             user_ids = np.union1d(earlier.users, rows.owners[is_new])
             files[path] = self._write_table(path, pa.table({columns.USER: pa.array(user_ids, pa.string())}))
         if dropped.rows:
-            path = set_aside_file(self.config.produces, self.merge.part, f"{bucket:05d}")
+            path = rejected_rows_file(self.config.produces, self.merge.part, f"{bucket:05d}")
             files[path] = self._write_table(path, dropped.table(self.merge.sources))
         result = {
             "rows": len(rows),

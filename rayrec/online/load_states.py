@@ -151,7 +151,7 @@ class _Loader:
                 unchanged += 1
                 continue
             versions[user_id] = whole.stored.version
-            steps[user_id] = plan(replace(state, set_aside=stored.set_aside), newer)
+            steps[user_id] = plan(replace(state, rejected=stored.rejected), newer)
         states = self._finish(list(steps.values()))
         changes = [
             Change(

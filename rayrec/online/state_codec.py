@@ -26,7 +26,7 @@ def pack_state(state: UserState) -> bytes:
         "hidden": state.hidden.astype("<f4").tobytes(),
         "before_at": None if state.before_at == NEVER else state.before_at,
         "left": state.left,
-        "set_aside": state.set_aside,
+        "rejected": state.rejected,
     }
     if len(state.window):
         fields |= {"before": state.before.astype("<f4").tobytes(), "window": _fields(state.window)}
@@ -46,7 +46,7 @@ def unpack_state(data: bytes) -> UserState:
             before_at=NEVER if fields["before_at"] is None else fields["before_at"],
             left=fields["left"],
             window=_plays(fields["window"]) if "window" in fields else Plays.of([], []),
-            set_aside=fields["set_aside"],
+            rejected=fields["rejected"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedArtifactError(f"a user state is not as it was written: {error!r}; {_REMEDY}") from error

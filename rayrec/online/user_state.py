@@ -3,7 +3,7 @@
 Plays come one by one, and not always in the order of time. The latest are held back in a window, with the network's
 state from before it. A play that comes in its turn costs one step of the network; one that comes late, but
 after the last play that has left the window, is put in its place and the window is run over again. Of older ones
-there is nothing to go back to: they are set aside. When the window has grown to twice its size its
+there is nothing to go back to: they are rejected. When the window has grown to twice its size its
 older half leaves, so a play costs the same whatever came before it. The state always equals that of the
 batch job over the plays taken, in the order of time.
 
@@ -24,7 +24,7 @@ from rayrec.model.inference import States
 WINDOW = 64  # plays held back, at least, where there are as many; at most twice that
 NO_EVENT = 0  # in place of the digest of an event id: the play came without one
 
-Outcome = Literal["taken", "repeated", "set_aside"]
+Outcome = Literal["taken", "repeated", "rejected"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Run = Callable[[Histories, States], States]  # the network's states after plays, from the states before them
 
@@ -116,7 +116,7 @@ class UserState:
     before_at: int = NEVER  # ms UTC, when the last of those was played
     left: int = 0  # how many have left the window
     window: Plays = field(default_factory=lambda: Plays.of([], []))  # the plays since, in the order of time
-    set_aside: int = 0  # plays that came too late
+    rejected: int = 0  # plays that came too late
 
     @classmethod
     def start(cls, model: str, states: States, row: int = 0, plays: int = 0) -> "UserState":
@@ -174,7 +174,7 @@ class Step:
 
     def finish(self, states: States) -> UserState:
         """The new state, from the states in which this step's runs ended."""
-        after = replace(self.state, set_aside=self.state.set_aside + self.count("set_aside"))
+        after = replace(self.state, rejected=self.state.rejected + self.count("rejected"))
         if self.runs:
             after = replace(after, hidden=states.hidden[0], window=self.window.take(slice(self.leaving, None)))
         if self.leaving:
@@ -195,7 +195,7 @@ def plan(state: UserState, arrived: Plays) -> Step:
     """
     repeated = _repeated(state.window, arrived)
     late = ~repeated & (arrived.played_at <= state.before_at)
-    outcomes = np.select([repeated, late], [OUTCOMES.index("repeated"), OUTCOMES.index("set_aside")]).astype(np.int8)
+    outcomes = np.select([repeated, late], [OUTCOMES.index("repeated"), OUTCOMES.index("rejected")]).astype(np.int8)
     taken = arrived.take(~repeated & ~late)
     taken = taken.take(np.argsort(taken.played_at, kind="stable"))
     window = Plays.joined([state.window, taken])

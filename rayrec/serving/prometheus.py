@@ -69,7 +69,7 @@ class Metrics:
         self._of(self._paths, name).inc()
 
     def plays(self, outcome: str, count: int) -> None:
-        """So many new plays were taken, repeated, set aside or of unknown songs."""
+        """So many new plays were taken, repeated, rejected or of unknown songs."""
         self._of(self._plays, outcome).inc(count)
 
     def release(self, release_id: str, model_id: str) -> None:

@@ -22,7 +22,7 @@ def users(service: Service) -> APIRouter:
         """Take one play or many, of any users; the next answer for a user reflects them.
 
         Plays may be sent again with the same event ids, and come out of order: those among a user's last 64 are put
-        in their place, older ones are set aside. When the answer is here they are stored.
+        in their place, older ones are rejected. When the answer is here they are stored.
         """
         return as_json(await take_plays(service.states, service.live, service.metrics, request.plays))
 

@@ -52,9 +52,9 @@ class PlaysTaken(BaseModel):
     release: str = Field(description="Id of the release whose model took them.")
     taken: int = Field(description="Plays that are part of their users' states now.")
     repeated: int = Field(description="Plays that were there already; nothing changed.")
-    set_aside: int = Field(description="Plays too old to be put in their place.")
+    rejected: int = Field(description="Plays too old to be put in their place.")
     unknown_songs: int = Field(description="Plays of songs that the release does not know; left out.")
-    outcomes: list[Literal["taken", "repeated", "set_aside", "unknown"]] = Field(description="One for each play.")
+    outcomes: list[Literal["taken", "repeated", "rejected", "unknown"]] = Field(description="One for each play.")
 
 
 class UserTaste(BaseModel):
@@ -66,6 +66,6 @@ class UserTaste(BaseModel):
     at: int = Field(description="The moment of the request, ms UTC.")
     plays: int = Field(description="Plays that the vectors are drawn from.")
     last_played_at: int | None = Field(description="The last of them, ms UTC.")
-    set_aside: int = Field(description="Plays that came too late to be put in their place.")
+    rejected: int = Field(description="Plays that came too late to be put in their place.")
     short: list[float] = Field(description="Points at the next songs; normalized.")
     long: list[float] = Field(description="Points at songs for the time to come; normalized.")

@@ -18,7 +18,7 @@ from rayrec.serving.user_states import UserStates
 # A play of the future would hold the end of the window and make every later one come out of order.
 AHEAD_MS = 24 * 3600 * 1000  # that a client's clock may be ahead of ours
 
-Fate = Literal["taken", "repeated", "set_aside", "unknown"]
+Fate = Literal["taken", "repeated", "rejected", "unknown"]
 
 
 async def take_plays(states: UserStates, live: LiveRelease, metrics: Metrics, sent: Sequence[NewPlay]) -> PlaysTaken:
@@ -28,14 +28,14 @@ async def take_plays(states: UserStates, live: LiveRelease, metrics: Metrics, se
     for user_id, outcomes in (await states.take(live, plays)).items() if plays else ():
         for place, outcome in zip(places[user_id], outcomes, strict=True):
             fates[place] = outcome
-    counts = {fate: fates.count(fate) for fate in ("taken", "repeated", "set_aside", "unknown")}
+    counts = {fate: fates.count(fate) for fate in ("taken", "repeated", "rejected", "unknown")}
     for fate, count in counts.items():
         metrics.plays(fate, count)
     return PlaysTaken(
         release=live.id,
         taken=counts["taken"],
         repeated=counts["repeated"],
-        set_aside=counts["set_aside"],
+        rejected=counts["rejected"],
         unknown_songs=counts["unknown"],
         outcomes=fates,
     )
@@ -79,7 +79,7 @@ async def user_taste(states: UserStates, live: LiveRelease, user_id: str, moment
         at=at,
         plays=state.plays,
         last_played_at=None if state.last_played_at == NEVER else state.last_played_at,
-        set_aside=state.set_aside,
+        rejected=state.rejected,
         short=vectors["short"][0].tolist(),
         long=vectors["long"][0].tolist(),
     )

@@ -28,7 +28,7 @@ KIND = "releases"
 ACTIVE = "releases/active"  # JSON: the live id, the ids live before it, oldest first, and which change made it so
 SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
-FIXED = ("playlists/", "set_aside/", "earlier/")  # files below dataset/ that stay as they are as plays are appended
+FIXED = ("playlists/", "rejected/", "earlier/")  # files below dataset/ that stay as they are as plays are appended
 PART_KINDS = ("songs", "models", "tastes", "indexes")
 MADE_BY = {"songs": "embed", "models": "train", "tastes": "taste", "indexes": "index"}  # kind -> command
 

@@ -35,7 +35,7 @@ def some_state(window: Plays) -> UserState:
         before_at=-5,
         left=10**9,
         window=window,
-        set_aside=2,
+        rejected=2,
     )
 
 
@@ -43,7 +43,7 @@ def some_state(window: Plays) -> UserState:
 def test_a_state_comes_back_as_it_was(window: Plays) -> None:
     state = some_state(window)
     found = unpack_state(pack_state(state))
-    for name in ("model", "before_at", "left", "set_aside", "plays", "last_played_at"):
+    for name in ("model", "before_at", "left", "rejected", "plays", "last_played_at"):
         assert getattr(found, name) == getattr(state, name), name
     np.testing.assert_array_equal(found.hidden, state.hidden)
     np.testing.assert_array_equal(found.before, state.before)
@@ -94,7 +94,7 @@ def test_another_version_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"model": "m", "shape": [2, 2], "hidden": b"1234", "before_at": 1, "left": 1, "set_aside": 0}]
+    "fields", [{}, {"model": "m", "shape": [2, 2], "hidden": b"1234", "before_at": 1, "left": 1, "rejected": 0}]
 )
 def test_whole_bytes_of_something_else_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(DamagedArtifactError, match="not as it was written"):
@@ -110,7 +110,7 @@ def test_the_format_of_version_1_stays_readable() -> None:
         "before": np.array([3, 4], "<f4").tobytes(),
         "before_at": None,
         "left": 0,
-        "set_aside": 1,
+        "rejected": 1,
         "window": {"songs": np.array([7], "<i4").tobytes(), "played_at": np.array([9], "<i8").tobytes()},
     }
     body = msgpack.packb(fields)
