@@ -139,7 +139,7 @@ class BucketTastes:
         from rayrec.model.inference import TasteEncoder
 
         torch.set_num_threads(1)
-        self._encoder = TasteEncoder(load_model(workspace, model.folder), "cuda" if config.gpu else "cpu")
+        self._encoder = TasteEncoder(load_model(workspace, model.folder, model.files), "cuda" if config.gpu else "cpu")
         self._dataset, self._folder, self._at, self._config, self._base = Dataset(workspace), folder, at, config, base
         self._done = done
 

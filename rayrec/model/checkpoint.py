@@ -1,6 +1,7 @@
 """Stored networks and half-done trainings: safetensors, .npy and JSON, so that loading runs no code."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,23 +42,30 @@ def save_model(workspace: Workspace, folder: str, model: TasteModel, known: np.n
     return [WEIGHTS, SONG_VECTORS, MODEL_CONFIG]
 
 
-def load_model(workspace: Workspace, folder: str) -> TasteModel:
+def load_model(workspace: Workspace, folder: str, checksums: Mapping[str, str] | None = None) -> TasteModel:
     """The network in the folder of a models artifact, ready for inference.
 
-    Raises `DamagedArtifactError` where its parts do not fit together.
+    Its song table is memory-mapped: the processes of a node share it. `checksums`, by file name, are compared
+    where files are fetched from object storage. Raises `DamagedArtifactError` where its parts do not fit together.
     """
+    known = checksums or {}
     config = ModelConfig.from_json(workspace.read_json(f"{folder}/{MODEL_CONFIG}"))
-    vectors = np.array(workspace.read_array(f"{folder}/{SONG_VECTORS}"))
+    # Copy on write, since torch knows no read-only tensors; nothing writes.
+    path = workspace.local_file(f"{folder}/{SONG_VECTORS}", known.get(SONG_VECTORS))
+    vectors = np.load(path, mmap_mode="c", allow_pickle=False)
     if vectors.shape != (config.num_songs, config.embedding_dim):
         raise DamagedArtifactError(
             f"{folder}/{SONG_VECTORS} is {vectors.shape}, the model expects "
             f"{(config.num_songs, config.embedding_dim)}; train the model again"
         )
-    model = TasteModel(config, torch.from_numpy(vectors))
-    with workspace.local_copy(f"{folder}/{WEIGHTS}") as path:
-        weights = load_file(path)
-    weights["log_scale"] = weights["log_scale"].expand_as(model.log_scale)  # one for all horizons up to version 0.1
-    model.load_state_dict({**weights, SONG_TABLE: model.songs.weight})
+    model = TasteModel(config, torch.from_numpy(vectors), shared=True)
+    weights = load_file(workspace.local_file(f"{folder}/{WEIGHTS}", known.get(WEIGHTS)))
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if missing != [SONG_TABLE] or unexpected:
+        raise DamagedArtifactError(
+            f"{folder}/{WEIGHTS} lacks {missing[1:]} and has {unexpected} that the network does not know; "
+            "train the model again"
+        )
     model.exported = True
     return model.requires_grad_(False).eval()
 

@@ -25,15 +25,19 @@ class TasteModel(nn.Module):
     one [all ours]. Taste vectors and song vectors are compared by cosine.
     """
 
-    def __init__(self, config: ModelConfig, song_vectors: Tensor) -> None:
-        """`song_vectors` float32 (N, D) are the song table, or start it where it is trained."""
+    def __init__(self, config: ModelConfig, song_vectors: Tensor, *, shared: bool = False) -> None:
+        """`song_vectors` float32 (N, D) are the song table, or start it where it is trained.
+
+        They are copied unless they are `shared`: then nothing may write to the table.
+        """
         super().__init__()
         if tuple(song_vectors.shape) != (config.num_songs, config.embedding_dim):
             raise ValueError(f"song vectors {tuple(song_vectors.shape)} do not fit {config}")
         self.config = config
         trained, count = config.song_table == "trained", len(config.averages)
         # Sparse gradients keep the cost of a step independent of the size of the catalog.
-        self.songs = nn.Embedding(config.num_songs, config.embedding_dim, sparse=trained, _weight=song_vectors.clone())
+        table = song_vectors if shared else song_vectors.clone()
+        self.songs = nn.Embedding(config.num_songs, config.embedding_dim, sparse=trained, _weight=table)
         self.songs.weight.requires_grad_(trained)
         self.map = SongMap(config.embedding_dim) if config.song_table == "mapped" else None
         self.exported = False  # whether the table holds what the map makes of it already, as a stored network's does

@@ -97,8 +97,7 @@ class Memory:
     @classmethod
     def load(cls, workspace: Workspace, path: str, num_songs: int) -> "tuple[Memory, Mix]":
         """The memory and its mix. Raises `DamagedArtifactError` for one of an earlier version without some of it."""
-        with workspace.local_copy(path) as local:
-            tensors = load_file(local)
+        tensors = load_file(workspace.local_file(path))
         missing = {ENDED_AT, WEIGHTS, GATE, PRIOR} - tensors.keys()
         if missing:
             raise DamagedArtifactError(f"{path} holds no {', '.join(sorted(missing))}; train the model again")

@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rayrec.errors import InputError, NotFoundError, StorageError
+from rayrec.storage.local_cache import cached
 from rayrec.storage.object_storage import patient, upload
 
 DATASET = "dataset"
@@ -251,13 +252,12 @@ class Workspace:
         """Write a JSON file, indented, for people to read; its sha256."""
         return self.write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
-    def read_array(self, path: str) -> np.ndarray:
-        """A .npy file as an array; memory-mapped, read-only, on a local disk. Never unpickles."""
-        if self.is_local:
-            if not self.exists(path):
-                raise NotFoundError(f"{path} is not in workspace {self.uri}")
-            return np.load(self.full(path), mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
-        return np.load(io.BytesIO(self.read_bytes(path)), allow_pickle=False)  # type: ignore[no-any-return]
+    def read_array(self, path: str, sha256: str | None = None) -> np.ndarray:
+        """A .npy file as an array, memory-mapped and read-only: the processes of a node share its pages.
+
+        Never unpickles. On a bucket it is a copy on the local disk, which is compared with `sha256` while it is made.
+        """
+        return np.load(self.local_file(path, sha256), mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
 
     def write_array(self, path: str, array: np.ndarray) -> str:
         """Write a .npy file, without pickle; its sha256."""
@@ -276,19 +276,12 @@ class Workspace:
             pq.write_table(table, stream, compression="zstd", row_group_size=row_group_rows)
         return stream.sha256
 
-    @contextmanager
-    def local_copy(self, path: str) -> Iterator[Path]:
-        """The file under a local path, for libraries that read nothing else; a download on a bucket."""
-        if self.is_local:
-            if not self.exists(path):
-                raise NotFoundError(f"{path} is not in workspace {self.uri}")
-            yield Path(self.full(path))
-            return
-        with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
-            target = Path(folder) / posixpath.basename(path)
-            with self.open_input(path) as source, target.open("wb") as copy:
-                shutil.copyfileobj(source, copy)
-            yield target
+    def local_file(self, path: str, sha256: str | None = None) -> Path:
+        """The file under a local path, for libraries that read nothing else; on a bucket the one copy of this node."""
+        info = self.filesystem.get_file_info(self.full(path))
+        if info.type != pafs.FileType.File:
+            raise NotFoundError(f"{path} is not in workspace {self.uri}")
+        return Path(info.path) if self.is_local else cached(self.filesystem, info, sha256)
 
     def put_file(self, local: Path, path: str) -> str:
         """Copy a local file into the workspace, whole; its sha256."""

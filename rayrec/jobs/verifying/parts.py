@@ -105,10 +105,9 @@ def _check_model(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> N
     _check_vectors(audit, path, audit.workspace.read_array(path), known.songs if known else None)
     for file in manifest.files:
         if file.endswith(".safetensors"):
-            with audit.workspace.local_copy(manifest.path(file)) as local:
-                for name, values in load_file(local).items():
-                    finite = values.dtype.kind != "f" or bool(np.isfinite(values).all())
-                    audit.require(finite, manifest.path(file), f"{name} holds a number that is not finite")
+            for name, values in load_file(audit.workspace.local_file(manifest.path(file))).items():
+                finite = values.dtype.kind != "f" or bool(np.isfinite(values).all())
+                audit.require(finite, manifest.path(file), f"{name} holds a number that is not finite")
 
 
 def _check_tastes(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:

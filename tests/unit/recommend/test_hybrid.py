@@ -189,8 +189,7 @@ def test_a_memory_comes_back_from_its_file(
 
 def test_a_memory_of_an_earlier_version_is_refused(hybrid: HybridRecommender, workspace: Workspace) -> None:
     hybrid.memory.save(workspace, "here.safetensors", MIX)
-    with workspace.local_copy("here.safetensors") as local:
-        tensors = load_file(local)
+    tensors = load_file(workspace.local_file("here.safetensors"))
     workspace.write_bytes("here.safetensors", save({name: tensors[name] for name in tensors if name != "mix.gate"}))
     with pytest.raises(DamagedArtifactError, match=r"holds no mix\.gate; train the model again"):
         Memory.load(workspace, "here.safetensors", NUM_SONGS)

@@ -60,8 +60,8 @@ def test_arrays_on_disk_are_read_only_and_never_pickled(workspace: Workspace) ->
 def test_a_missing_file_is_named(workspace: Workspace, read: str) -> None:
     with pytest.raises(NotFoundError, match="gone/x is not in workspace"):
         getattr(workspace, read)("gone/x")
-    with pytest.raises(NotFoundError, match="gone/x"), workspace.local_copy("gone/x"):
-        pass
+    with pytest.raises(NotFoundError, match="gone/x"):
+        workspace.local_file("gone/x")
 
 
 def test_files_and_folders_are_listed_moved_and_deleted(workspace: Workspace) -> None:
@@ -81,8 +81,7 @@ def test_files_and_folders_are_listed_moved_and_deleted(workspace: Workspace) ->
 def test_a_local_file_is_copied_in_and_lent_out(workspace: Workspace, tmp_path: Path) -> None:
     (tmp_path / "here").write_bytes(b"content")
     workspace.put_file(tmp_path / "here", "deep/there")
-    with workspace.local_copy("deep/there") as path:
-        assert path.read_bytes() == b"content"
+    assert workspace.local_file("deep/there").read_bytes() == b"content"
 
 
 def test_a_workspace_travels_to_workers_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
