@@ -18,10 +18,10 @@ from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
 from rayrec.importing.compaction import PARTS_BEFORE_COMPACT
 from rayrec.importing.import_plan import ImportConfig
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.compact import compact
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.import_data import append_plays
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.model.train_config import TasteConfig, has_memory
 from rayrec.storage.artifacts import Manifest, load

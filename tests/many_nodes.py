@@ -32,10 +32,10 @@ from rayrec.importing.import_workers import BucketMerger, UnitImporter
 from rayrec.jobs import import_data as import_job
 from rayrec.jobs import taste as taste_job
 from rayrec.jobs.build_index import build_index
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.import_data import import_data
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import BucketTastes, compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig

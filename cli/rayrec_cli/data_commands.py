@@ -67,7 +67,7 @@ def import_data(
 
 
 @command(app, "compact", example="rayrec compact")
-def compact(call: Call) -> Shown:
+def compact_parts(call: Call) -> Shown:
     """Join the parts that import --append left, so that reading takes few requests again.
 
     The plays stay the same, and so does everything that was made of them. The old files stay until rayrec clean

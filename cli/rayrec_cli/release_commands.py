@@ -87,7 +87,7 @@ def rollback(call: Call, *, wait: WaitOption = False, url: UrlOption = None, tim
 
 
 @command(app, "clean", example="rayrec clean --keep 3 --yes")
-def clean(
+def clean_workspace(
     call: Call,
     *,
     keep: KeepOption = 3,

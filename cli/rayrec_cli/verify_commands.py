@@ -20,7 +20,7 @@ def verify(call: Call) -> Shown:
     Compares every file with its checksum and looks into each: every user once, vectors finite and
     normalized, the index equal to its model, releases whole. Exit code 0 where all is sound, 1 where not.
     """
-    from rayrec.jobs.verifying.verify import verify_workspace
+    from rayrec.jobs.verify import verify_workspace
 
     audit = verify_workspace(call.workspace)
     rows = [[item.kind, item.id, item.files, item.problems or "ok"] for item in audit.checked]

@@ -113,7 +113,7 @@ class _GroupWorker:
         raise NotImplementedError
 
 
-class SongCounter(_GroupWorker):
+class KeyCounter(_GroupWorker):
     """Counts the plays of each song in a bucket."""
 
     def run(self, bucket: int, group: BucketGroup) -> None:

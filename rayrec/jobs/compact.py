@@ -6,8 +6,7 @@ from datetime import datetime, timezone
 from rayrec.data.dataset import Dataset
 from rayrec.importing.compaction import BucketJoiner, Spans, joined_spans
 from rayrec.importing.staging import Staging, finish_publishing
-from rayrec.jobs.buckets import run_buckets
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import fingerprint

@@ -18,9 +18,8 @@ from rayrec.evaluation.pictures import NAMED, Picture, most_played, song_map, tr
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import SONG_VECTORS, headline, write_report
 from rayrec.evaluation.results import figures_of
-from rayrec.jobs.buckets import run_buckets
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.compared_models import Judged, choose, make_recommenders
+from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.training_log import EPOCHS
 from rayrec.progress import progress
 from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, publish

@@ -12,8 +12,7 @@ from rayrec.data import columns
 from rayrec.data.dataset import bucket_of
 from rayrec.data.synthetic.world import CONTEXTS, GenerateConfig, World
 from rayrec.errors import InputError
-from rayrec.jobs.buckets import run_buckets
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress
 from rayrec.storage.artifacts import fingerprint, sha256
 from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest

@@ -20,12 +20,11 @@ from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
 from rayrec.importing.fragments import PieceResult, UnitResult
 from rayrec.importing.import_plan import ImportConfig, Kind, Plan, bucket_groups, choose_buckets, make_plan
-from rayrec.importing.import_workers import BucketMerger, MergeSettings, PieceImporter, SongCounter, SongRange
+from rayrec.importing.import_workers import BucketMerger, KeyCounter, MergeSettings, PieceImporter, SongRange
 from rayrec.importing.merging import choose_contexts
 from rayrec.importing.staging import Staging, buckets_read, discard_others, finish_publishing, piece_names
 from rayrec.importing.vocabulary import KEY, SongRows, Vocabulary, key_ranges
-from rayrec.jobs.buckets import BucketWorker, run_buckets
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.runtime import BucketWorker, ray_cluster, run_buckets
 from rayrec.progress import progress
 from rayrec.storage.artifacts import fingerprint
 from rayrec.storage.dataset_manifest import DatasetManifest
@@ -264,7 +263,7 @@ class _Import:
         vocabulary = Vocabulary(self.workspace.read_table(SONGS_TABLE) if self.base else None, new)
         if self.config.min_user_plays > 1 or self.config.min_song_plays > 1:
             left = {number for number in range(self.buckets) if self.staging.counts_file(number) not in there}
-            self._run_groups("count songs", SongCounter, left, merge=merge, offsets=offsets)
+            self._run_groups("count songs", KeyCounter, left, merge=merge, offsets=offsets)
             vocabulary.keep(self._song_counts(vocabulary.keys) >= self.config.min_song_plays)
         return vocabulary
 

@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.errors import MismatchError
-from rayrec.jobs.buckets import run_buckets
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.taste_table import PLAYS, tastes_file
 from rayrec.model.train_config import TasteConfig
 from rayrec.progress import progress

@@ -11,8 +11,7 @@ from rayrec.data.split import Split
 from rayrec.embeddings.sessions import UNCUT
 from rayrec.errors import InputError, MismatchError, RayrecError
 from rayrec.jobs.board import new_board, shown
-from rayrec.jobs.cluster import cluster_cpus, ray_cluster
-from rayrec.jobs.node import run_on_node
+from rayrec.jobs.runtime import cluster_cpus, ray_cluster, run_on_node
 from rayrec.jobs.train_plan import TrainPlan, make_plan, read_validation, selected_folder
 from rayrec.jobs.train_worker import train_worker
 from rayrec.jobs.trainer import Crew, run_workers

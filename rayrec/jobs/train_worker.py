@@ -21,7 +21,7 @@ from ray.data import TaskPoolStrategy
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange
 from rayrec.data.windows import Windows, epoch_units
-from rayrec.jobs.cluster import quiet_data
+from rayrec.jobs.runtime import quiet_data
 from rayrec.jobs.train_plan import TrainPlan, read_validation, selected_folder
 from rayrec.model.checkpoint import save_model
 from rayrec.model.fit import RECALL_AT, Fit, FitData, Phase, Progress

@@ -1,4 +1,4 @@
-"""Files of object storage that all processes of a node share: one copy on the local disk, memory-mapped by whoever reads.
+"""Files of object storage that the processes of a node share: one memory-mapped copy on the local disk.
 
 The copy is made once, by the process that comes first, while the others wait. Copies that nobody has used for
 some days go when the next one is made.

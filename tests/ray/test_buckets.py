@@ -11,7 +11,7 @@ import pytest
 import ray.cloudpickle
 
 from rayrec.errors import DamagedArtifactError, RayrecError
-from rayrec.jobs.buckets import RETRIES, run_buckets
+from rayrec.jobs.runtime import RETRIES, run_buckets
 
 pytestmark = pytest.mark.usefixtures("cluster")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file

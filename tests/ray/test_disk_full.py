@@ -16,7 +16,7 @@ from networks import NUM_SONGS, model_config, network
 from worlds import random_histories, write_dataset
 
 from rayrec.data.dataset import Dataset
-from rayrec.jobs.verifying.verify import verify_workspace
+from rayrec.jobs.verify import verify_workspace
 from rayrec.model.checkpoint import save_model
 from rayrec.model.taste_table import tastes_file
 from rayrec.storage import artifacts

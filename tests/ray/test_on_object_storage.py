@@ -17,7 +17,7 @@ from rayrec.errors import BusyError
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.pipeline import run
-from rayrec.jobs.verifying.verify import verify_workspace
+from rayrec.jobs.verify import verify_workspace
 from rayrec.storage import locking, releases
 from rayrec.storage.workspace import Workspace
 

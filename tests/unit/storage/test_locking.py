@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from rayrec.errors import BusyError, InputError, StorageError
-from rayrec.jobs.verifying.verify import verify_workspace
+from rayrec.jobs.verify import verify_workspace
 from rayrec.storage import locking
 from rayrec.storage.locking import exclusive, writes
 from rayrec.storage.object_storage import GcsWriter, conditional_writer
