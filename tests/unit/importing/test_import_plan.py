@@ -192,7 +192,7 @@ def test_many_units_are_few_pieces_and_few_pieces_are_read_bucket_by_bucket() ->
     many = import_plan._pieces([1.0] * 10_000)
     assert len(many) == import_plan.MAX_PIECES
     assert [unit for piece in many for unit in piece] == list(range(10_000))
-    assert max(map(len, many)) <= 10
+    assert max(map(len, many)) <= 20
     assert bucket_groups(20, 16) == [(bucket, bucket) for bucket in range(16)]
     groups = bucket_groups(import_plan.MAX_PIECES, 4096)
     assert [bucket for first, last in groups for bucket in range(first, last + 1)] == list(range(4096))
