@@ -1,4 +1,4 @@
-"""What stages ask of object storage: each formula is compared with counts in tests/unit/jobs/planning/test_formulas.py.
+"""What stages ask of object storage and leave there; tests/unit/jobs/planning/test_formulas.py compares it with counts.
 
 A request is what object storage charges for: asking for a file's size (which opening one does), a read of a range, a
 write, a listing, a deletion; renaming is two.
@@ -14,6 +14,14 @@ SONG_BYTES = 9.0  # of a distinct song of a piece in the shuffle, with ids of 12
 INPUT_BLOCK = 16 << 20  # bytes of input that are read at once
 UNIT_REQUESTS = 3  # of a unit of input beside its blocks: its size, and both ends of its range
 SMALL_PARQUET = 4  # to read a small Parquet file: its size, its end, its columns
+TASTE_REQUESTS = 19  # of `taste` beside its buckets: manifests, listings, the model
+HISTORY_BYTES = 8.5  # of a play in the data set, with id and time; contexts and skips add about 1
+STORED_SONG_BYTES = 10.0  # of a song in songs.parquet with an id of 12 characters
+DESCRIBED_SONG_BYTES = 40.0  # the same with title and artist
+STORED_FLOAT_BYTES = 5.2  # of a number in the Parquet lists of tastes: 1,314 bytes for 256 measured on 2026-11-24
+HEARD_BYTES = 3.0  # of a distinct song in a row of tastes, measured on 2026-11-24
+NEW_SONG_SHARE = 0.85  # of a user's plays that are songs not heard before, measured 0.83 on 2026-11-24
+ROW_BYTES_OF_TASTES = 40.0  # of a row of tastes beside its lists
 DRIVER_REQUESTS = 25  # of an import, whatever its size
 
 
@@ -64,6 +72,28 @@ def shuffle_bytes(plays: int, songs_of_pieces: int) -> int:
     return int(plays * ROW_BYTES + songs_of_pieces * SONG_BYTES)
 
 
-def taste_driver_requests(buckets: int) -> int:
-    """Of the driver of `taste`: manifests and a listing, whatever the number of users."""
-    return DRIVER_REQUESTS + buckets // 1_000
+def taste_requests(buckets: int, files: int, *, row_groups: int, columns: int) -> int:
+    """Of `taste`: each bucket has so many files of histories, each with so many row groups of so many columns."""
+    reading = files * (1 + 1 + row_groups * columns)  # its size, its end, its columns
+    return TASTE_REQUESTS + buckets * (reading + 1)
+
+
+def histories_bytes(plays: int) -> int:
+    """Of the plays in the data set."""
+    return int(plays * HISTORY_BYTES)
+
+
+def songs_bytes(songs: int, *, described: bool) -> int:
+    """Of songs.parquet, with titles and artists or with ids alone."""
+    return int(songs * (DESCRIBED_SONG_BYTES if described else STORED_SONG_BYTES))
+
+
+def tastes_bytes(users: int, plays: int, *, dim: int, hidden_dim: int, horizons: int) -> int:
+    """Of the rows of all users: a vector a horizon, the state, the songs heard, each once, and the id."""
+    floats = users * (horizons * dim + hidden_dim) * STORED_FLOAT_BYTES
+    return int(floats + plays * NEW_SONG_SHARE * HEARD_BYTES + users * ROW_BYTES_OF_TASTES)
+
+
+def shared_memory(songs: int, dim: int) -> int:
+    """Bytes of a song table in memory: one a node, whatever the number of workers."""
+    return songs * dim * 4

@@ -17,9 +17,12 @@ from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.planning.formulas import (
     ImportSize,
     append_requests,
+    histories_bytes,
     import_requests,
     input_requests,
     shuffle_bytes,
+    songs_bytes,
+    taste_requests,
 )
 from rayrec.jobs.taste import compute_tastes
 from rayrec.model.checkpoint import save_model
@@ -89,7 +92,7 @@ def test_bytes_of_a_shuffle_in_blocks_as_large_as_those_of_20_billion_plays(
     assert read == pytest.approx(shuffle_bytes(plays, made.songs), rel=0.15)
 
 
-def write_parts(workspace: Workspace, parts: int, *, users: int = 300, days: int = 100) -> Dataset:
+def write_parts(workspace: Workspace, parts: int, *, users: int = 300, days: int = 100, buckets: int = 4) -> Dataset:
     """The same plays, one a user and day, in so many parts by time."""
     moments = np.arange(days) * DAY_MS + START * 1_000
     files = {}
@@ -98,14 +101,14 @@ def write_parts(workspace: Workspace, parts: int, *, users: int = 300, days: int
         [moments + 1_000 * user for user in range(users)],  # type: ignore[misc]
         [f"u{user:08d}" for user in range(users)],
     )
-    dataset = write_dataset(workspace, whole, 50, buckets=4)
-    bucket = bucket_of(whole.user_ids, 4)
+    dataset = write_dataset(workspace, whole, 50, buckets=buckets)
+    bucket = bucket_of(whole.user_ids, buckets)
     bounds = np.linspace(0, days, parts + 1).astype(int) * DAY_MS + START * 1_000
     times = []
     for part in range(parts):
         kept = whole.keep((whole.played_at >= bounds[part]) & (whole.played_at < bounds[part + 1]))
         times.append((int(kept.played_at.min()), int(kept.played_at.max())))
-        for number in range(4):
+        for number in range(buckets):
             path = histories_file(part, number)
             files[path.removeprefix("dataset/")] = write_histories(workspace, path, [kept.take(bucket == number)])
     write_manifest(workspace, replace(dataset.manifest, parts=parts, part_times=times, files=files))
@@ -138,21 +141,41 @@ def test_an_append_costs_the_same_after_1_and_after_100_parts(
     assert found[100].bytes_read <= 1.2 * found[1].bytes_read
 
 
+def taste_counts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, users: int, buckets: int = 4, parts: int = 1
+) -> CountingFileSystem:
+    """What the tastes of all users ask of the storage."""
+    workspace = Workspace(folder)
+    dataset = write_parts(workspace, parts, users=users, days=10, buckets=buckets)
+    names = save_model(workspace, "models/m", network(model_config(num_songs=50)), np.ones(50, dtype=np.bool_))
+    inputs = {"dataset": dataset.manifest.id, "songs": "s"}
+    artifacts.publish(workspace, artifacts.Manifest(kind="models", id="m", inputs=inputs), names)
+    counts = CountingFileSystem()
+    with monkeypatch.context() as patch:
+        counts.watch(patch)
+        tastes = compute_tastes(workspace, TasteConfig())
+    artifacts.verify(workspace, tastes)
+    return counts
+
+
 def test_the_driver_of_taste_reads_manifests_alone_whatever_the_number_of_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver_bytes = []
-    for users in (50, 500):
-        workspace = Workspace(tmp_path / str(users))
-        dataset = write_parts(workspace, 1, users=users, days=10)
-        names = save_model(workspace, "models/m", network(model_config(num_songs=50)), np.ones(50, dtype=np.bool_))
-        inputs = {"dataset": dataset.manifest.id, "songs": "s"}
-        artifacts.publish(workspace, artifacts.Manifest(kind="models", id="m", inputs=inputs), names)
-        counts = CountingFileSystem()
-        with monkeypatch.context() as patch:
-            counts.watch(patch)
-            tastes = compute_tastes(workspace, TasteConfig())
-        driver_bytes.append(counts.driver_bytes_read)
-        assert counts.bytes_read > 10 * counts.driver_bytes_read
-        artifacts.verify(workspace, tastes)
-    assert driver_bytes[1] <= 1.02 * driver_bytes[0] < 20_000
+    few, many = (taste_counts(tmp_path / str(users), monkeypatch, users=users) for users in (50, 500))
+    assert many.bytes_read > 3 * few.bytes_read
+    assert many.driver_bytes_read <= 1.02 * few.driver_bytes_read < 20_000
+
+
+@pytest.mark.parametrize(("buckets", "parts"), [(4, 1), (24, 1), (6, 3)])
+def test_requests_of_taste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buckets: int, parts: int) -> None:
+    counts = taste_counts(tmp_path / "w", monkeypatch, users=200, buckets=buckets, parts=parts)
+    expected = taste_requests(buckets, parts, row_groups=1, columns=3)
+    assert counts.total == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("plays", [60_000, 120_000])
+def test_bytes_of_a_data_set(workspace: Workspace, tmp_path: Path, plays: int) -> None:
+    path = write_sessions(tmp_path / "plays.csv", plays, songs=10**7, users=plays // 10)
+    made = import_data(workspace, ImportConfig(format="csv", paths=(str(path),), buckets=4))
+    assert workspace.size("dataset/histories") == pytest.approx(histories_bytes(made.plays), rel=0.15)
+    assert workspace.size("dataset/songs.parquet") == pytest.approx(songs_bytes(made.songs, described=False), rel=0.15)
