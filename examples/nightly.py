@@ -47,7 +47,8 @@ def main(folder: str, *plays: str) -> int:
         before = recall(workspace, model)
         added = append_plays(workspace, ImportConfig(format=FORMAT, paths=paths, columns=COLUMNS))
         print(f"{added.plays:,} new plays, {added.users:,} new users, {added.merged:,} were there already")
-        if Dataset(workspace).manifest.id == live.inputs["dataset"]:
+        dataset = Dataset(workspace)
+        if dataset.manifest.plays_id == dataset.earlier(live.inputs["dataset"]).plays_id:
             print("nothing is new: the live release stays")
             return 0
         tastes = compute_tastes(workspace, TasteConfig(), model_id=model.id)
@@ -61,7 +62,7 @@ def main(folder: str, *plays: str) -> int:
         return 1
     activate_release(workspace, made.id)
     print(f"release {made.id} is live")
-    if len(Dataset(workspace).manifest.spans) > PARTS_BEFORE_COMPACT:
+    if len(dataset.manifest.spans) > PARTS_BEFORE_COMPACT:
         compact(workspace)
     freed = delete_garbage(workspace, find_garbage(workspace, keep=KEPT_RELEASES))
     print(f"{freed / 1e9:.1f} GB of earlier releases deleted")
