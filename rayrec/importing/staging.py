@@ -60,11 +60,10 @@ class Staging:
         paths = self.workspace.files(f"{self.folder}/buckets")
         return {int(posixpath.basename(path).split(".")[0]): self.workspace.read_json(path) for path in paths}
 
-    def keep_manifest(self, dataset_id: str) -> dict[str, str]:
+    def keep_manifest(self, dataset: DatasetManifest) -> dict[str, str]:
         """Put the present manifest among the files of the next: its name below dataset/, and its checksum."""
-        path = earlier_manifest(dataset_id)
-        digest = self.workspace.write_bytes(self.out(path), self.workspace.read_bytes(DATASET_MANIFEST))
-        return {path.removeprefix(f"{DATASET}/"): digest}
+        path = earlier_manifest(dataset.id)
+        return {path.removeprefix(f"{DATASET}/"): self.workspace.write_json(self.out(path), asdict(dataset))}
 
     def publish(self, manifest: DatasetManifest) -> None:
         """Make the staged files and those that the manifest keeps the data set; nothing else stays."""

@@ -88,5 +88,5 @@ def _manifest(
         ancestors=[*base.ancestors, base.id],
         joined_from=base.plays_id,
         joined_at=datetime.now(timezone.utc).isoformat(),
-        files=dict(sorted((files | staging.keep_manifest(base.id)).items())),
+        files=dict(sorted((files | staging.keep_manifest(base)).items())),
     )

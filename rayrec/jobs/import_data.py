@@ -326,7 +326,7 @@ class _Import:
         made_id = fingerprint("dataset", {"files": dict(sorted(files.items()))}, {})
         figures = self._appended(merge, base, buckets) if self.append else self._replaced(merge, base, buckets)
         if figures["ancestors"]:
-            files |= self.staging.keep_manifest(base.id)
+            files |= self.staging.keep_manifest(base)
         return replace(
             base,
             id=made_id,
