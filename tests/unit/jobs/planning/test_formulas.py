@@ -123,8 +123,9 @@ def test_an_append_costs_the_same_after_1_and_after_100_parts(
     day = START + (100 - overlap) * 86_400
     random = np.random.default_rng(0)
     moments = day + np.sort(random.integers(86_400, size=(300, 500)))
+    songs = np.exp(random.random((300, 500)) * np.log(10**6)).astype(int)
     lines = [
-        f"u{user:08d},song-{random.integers(50)},{moments[user - 150, play]}"
+        f"u{user:08d},track{songs[user - 150, play]:07d},{moments[user - 150, play]}"
         for user in range(150, 450)
         for play in range(500)
     ]
