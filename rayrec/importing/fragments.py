@@ -23,7 +23,7 @@ from rayrec.data.columns import one_array
 from rayrec.data.dataset import bucket_of
 from rayrec.errors import InputError
 from rayrec.importing.readers.reader import Batch
-from rayrec.importing.vocabulary import PLACE, SONGS, first_songs, key_ranges, merge_songs, range_of, song_keys
+from rayrec.importing.vocabulary import PLACE, SONGS, SongMerger, first_songs, key_ranges, range_of, song_keys
 from rayrec.storage.workspace import OutputFile, Workspace
 
 OWNER = "owner"  # user or playlist
@@ -33,6 +33,7 @@ UNIT = "unit"  # place of the unit in its piece
 LINE = "line"  # from the start of the unit
 
 ROWS_PER_CHUNK = 1 << 20  # rows of a piece held in memory at once
+REJECTED = "rejected.parquet"
 SECONDS, MILLISECONDS = "seconds", "milliseconds"  # columns of a block: times as steps from row to row
 STEPS = {SECONDS: 1_000, MILLISECONDS: 1}  # ms
 
@@ -119,22 +120,24 @@ class FragmentStore:
         counts: list[_Counts] = []
         with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
             spool = _Spool(Path(folder), buckets, with_lines=with_lines)
-            with _RejectedFile(self.workspace, self.rejected_file(piece)) as rejected:
-                for number, batches in enumerate(units):
-                    counts.append(_Counts())
-                    try:
-                        for batch in batches:
-                            counts[-1].add(batch)
-                            rejected.add(number, batch.rejected)
-                            spool.add(number, batch.rows)
-                    except InputError as error:
-                        counts[-1].error = str(error)
-                        break
+            for number, batches in enumerate(units):
+                counts.append(_Counts())
+                try:
+                    for batch in batches:
+                        counts[-1].add(batch)
+                        spool.reject(number, batch.rejected)
+                        spool.add(number, batch.rows)
+                except InputError as error:
+                    counts[-1].error = str(error)
+                    break
+            rejected = spool.rejected()
             result = PieceResult(
                 units=[unit.result() for unit in counts],
                 rows=np.zeros(buckets + 1, dtype=np.int64),
                 songs=np.zeros(key_ranges(buckets) + 1, dtype=np.int64),
             )
+            if rejected is not None:
+                self.workspace.put_file(rejected, self.rejected_file(piece))
             if not counts[-1].error:
                 result = replace(
                     result,
@@ -266,7 +269,23 @@ class _Spool:
         self._folder, self._buckets, self._with_lines = folder, buckets, with_lines
         self._waiting: list[pa.Table] = []
         self._chunks: list[tuple[Path, np.ndarray]] = []  # file, int64 (buckets + 1,): the first row of each bucket
-        self._songs: pa.Table | None = None
+        self._songs = SongMerger()
+        self._rejected: pq.ParquetWriter | None = None
+
+    def reject(self, unit: int, rows: pa.Table) -> None:
+        """Rows of a unit that cannot be used."""
+        if rows.num_rows:
+            numbered = rows.append_column(UNIT, pa.array(np.full(rows.num_rows, unit, dtype=np.int32)))
+            path = str(self._folder / REJECTED)
+            self._rejected = self._rejected or pq.ParquetWriter(path, numbered.schema, compression="zstd")
+            self._rejected.write_table(numbered)
+
+    def rejected(self) -> Path | None:
+        """The file of all rejected rows; None where there are none."""
+        if self._rejected is None:
+            return None
+        self._rejected.close()
+        return self._folder / REJECTED
 
     def add(self, unit: int, rows: pa.Table) -> None:
         """Rows of a unit, in the order of the file."""
@@ -279,8 +298,7 @@ class _Spool:
     def _write_chunk(self) -> None:
         rows = pa.concat_tables(self._waiting).combine_chunks()
         self._waiting = []
-        songs = first_songs(rows)
-        self._songs = songs if self._songs is None else merge_songs([self._songs, songs])
+        self._songs.add(first_songs(rows))
         kept = _rows(rows, with_lines=self._with_lines)
         owners = one_array(kept.column(OWNER)).dictionary_encode()
         bucket = bucket_of(owners.dictionary.to_numpy(zero_copy_only=False), self._buckets)[owners.indices.to_numpy()]
@@ -311,35 +329,12 @@ class _Spool:
         """The distinct songs in each range of keys, in the order in which they appear; with their place in it."""
         if self._waiting:
             self._write_chunk()
-        if self._songs is None:
-            return iter([pa.table({})] * ranges)
-        places = pa.array(np.arange(len(self._songs), dtype=np.int64))
-        songs = self._songs.set_column(self._songs.column_names.index(PLACE), PLACE, places)
+        songs = self._songs.table()
+        places = pa.array(np.arange(len(songs), dtype=np.int64))
+        songs = songs.set_column(songs.column_names.index(PLACE), PLACE, places)
         part = range_of(one_array(songs.column(KEY)).to_numpy(), ranges)
         songs = songs.drop_columns([KEY])  # the ids tell them
         return (songs.filter(pa.array(part == number)) for number in range(ranges))
-
-
-class _RejectedFile:
-    """The rejected rows of a piece, written as they come; no file where there are none."""
-
-    def __init__(self, workspace: Workspace, path: str) -> None:
-        self._workspace, self._path = workspace, path
-        self._tables: list[pa.Table] = []
-
-    def __enter__(self) -> "_RejectedFile":
-        return self
-
-    def add(self, unit: int, rejected: pa.Table) -> None:
-        """Rows of a unit."""
-        if rejected.num_rows:
-            self._tables.append(
-                rejected.append_column(UNIT, pa.array(np.full(rejected.num_rows, unit, dtype=np.int32)))
-            )
-
-    def __exit__(self, *_: object) -> None:
-        if self._tables:
-            self._workspace.write_table(self._path, pa.concat_tables(self._tables))
 
 
 class _Counts:
