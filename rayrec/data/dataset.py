@@ -79,9 +79,7 @@ class Dataset:
         files = self.manifest.histories_files(bucket)
         found = [row for path in files if (row := find_user(self.workspace, path, user_id)) is not None]
         if not found:
-            raise NotFoundError(
-                f"user {user_id!r} has no plays in the data set; check the id or import the plays first"
-            )
+            raise NotFoundError(f"User {user_id!r} not found in the data set; check the ID or import the user's plays")
         return self._with_columns(merge_users(found))
 
     def _with_columns(self, histories: Histories) -> Histories:

@@ -158,8 +158,7 @@ def run_buckets(
         named = ", ".join(map(str, sorted(lost)[:10])) + (", ..." if len(lost) > 10 else "")
         raise RayrecError(
             f"{called} {named} of {total} failed: the worker was killed {RETRIES + 1} times, probably out of memory. "
-            "The others are done and kept: run the same command again, with fewer workers at once or on nodes with "
-            "more memory"
+            "Completed work is kept: run the command again with fewer workers or on nodes with more memory"
         )
 
 
@@ -185,5 +184,5 @@ def run_on_node(work: Callable[..., Iterator[Any]], *arguments: Any, cpus: int) 
     except (WorkerCrashedError, OutOfMemoryError) as error:
         raise RayrecError(
             f"{work.__name__} failed: its worker was killed {RETRIES + 1} times, probably out of memory. "
-            "Run the same command again on a node with more memory"
+            "Run the command again on a node with more memory"
         ) from error

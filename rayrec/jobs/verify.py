@@ -160,7 +160,7 @@ def check_splits(audit: Audit, dataset: Dataset) -> None:
     for split in list_splits(audit.workspace):
         with audit.looking_at("splits", split.id, 0):
             if not dataset.descends_from(split.dataset):
-                audit.note(split_file(split.id), f"cuts data set {split.dataset}, which is not there any more")
+                audit.note(split_file(split.id), f"belongs to data set {split.dataset}, which no longer exists")
 
 
 def _check_song_table(audit: Audit, dataset: Dataset) -> None:
@@ -170,7 +170,7 @@ def _check_song_table(audit: Audit, dataset: Dataset) -> None:
         len(table) == dataset.num_songs, SONGS_TABLE, f"holds {len(table)} songs, the manifest says {dataset.num_songs}"
     )
     audit.require(bool((rows == np.arange(len(rows))).all()), SONGS_TABLE, "rows are not numbered 0, 1, 2 ...")
-    audit.require(pc.count_distinct(ids).as_py() == len(table), SONGS_TABLE, "a song id is there twice")
+    audit.require(pc.count_distinct(ids).as_py() == len(table), SONGS_TABLE, "a song id occurs twice")
 
 
 class _Totals:
@@ -193,14 +193,14 @@ class _Totals:
         if self.plays:
             found |= {"first_play": self.first, "last_play": self.last}
         for name, value in found.items():
-            said = getattr(manifest, name)
-            audit.require(value == said, DATASET_MANIFEST, f"says {name} {said}, the histories hold {value}")
+            expected = getattr(manifest, name)
+            audit.require(value == expected, DATASET_MANIFEST, f"has {name} {expected}, the histories hold {value}")
         if manifest.read and not manifest.playlists:
             kept = manifest.plays + manifest.merged + sum(manifest.rejected.values())
             audit.require(
                 manifest.read == kept,
                 DATASET_MANIFEST,
-                f"says that {manifest.read} rows were read, and what became of {kept}",
+                f"counts {manifest.read} rows read, but accounts for {kept}",
             )
 
 
@@ -209,17 +209,17 @@ def _check_bucket(audit: Audit, dataset: Dataset, bucket: int, path: str, totals
     for histories in dataset.read_bucket(bucket):
         totals.add(histories)
         users = set(histories.user_ids.tolist())
-        audit.require(len(users) == len(histories) and not users & seen, path, "a user is there twice")
+        audit.require(len(users) == len(histories) and not users & seen, path, "a user occurs twice")
         seen |= users
         astray = histories.user_ids[bucket_of(histories.user_ids, dataset.manifest.buckets) != bucket]
-        audit.require(not len(astray), path, f"user {astray[:1]} belongs into another bucket")
+        audit.require(not len(astray), path, f"user {astray[:1]} belongs to another bucket")
         known = not histories.num_plays or bool(
             (histories.songs.min() >= 0) & (histories.songs.max() < dataset.num_songs)
         )
         audit.require(known, path, "a play is of a song that is not in the song table")
         same_user = np.diff(histories.rows) == 0
         ordered = (np.diff(histories.played_at) >= 0) | ~same_user
-        audit.require(bool(ordered.all()), path, "plays are not in the order of time")
+        audit.require(bool(ordered.all()), path, "plays are not sorted by time")
 
 
 def _check_playlists(audit: Audit, dataset: Dataset) -> None:
@@ -268,9 +268,9 @@ def check_artifacts(audit: Audit, dataset: Dataset | None) -> None:
 def _check_inputs(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
     for role, made_of in manifest.inputs.items():
         if role == "dataset" and not (dataset and dataset.descends_from(made_of)):
-            audit.note(manifest.folder, f"was made of data set {made_of}, which is not there any more")
+            audit.note(manifest.folder, f"was made of data set {made_of}, which no longer exists")
         if role in KINDS and not audit.workspace.exists(f"{role}/{made_of}/manifest.json"):
-            audit.note(manifest.folder, f"was made of {role} {made_of}, which is not there any more")
+            audit.note(manifest.folder, f"was made of {role} {made_of}, which no longer exists")
 
 
 def _known(dataset: Dataset | None, manifest: Manifest) -> DatasetManifest | None:
@@ -338,10 +338,10 @@ def _check_tastes(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> 
             _check_taste_rows(audit, path, table)
         ids = np.concatenate(seen)
         users += len(ids)
-        audit.require(len(set(ids)) == len(ids), path, "a user is there twice")
+        audit.require(len(set(ids)) == len(ids), path, "a user occurs twice")
         if known and dataset:
             astray = len(ids) > 0 and bool((bucket_of(ids, known.buckets) != bucket).any())
-            audit.require(not astray, path, "a user belongs into another bucket")
+            audit.require(not astray, path, "a user belongs to another bucket")
             # Where later parts were joined with these, their users cannot be told apart.
             whole = dataset.manifest.splits_at(known.parts)
             expected = set(dataset.bucket_users(bucket, parts=known.parts if whole else None))
@@ -417,7 +417,7 @@ def _check_release(audit: Audit, manifest: Manifest, dataset: Dataset | None) ->
 def verify_workspace(workspace: Workspace) -> Audit:
     """Compare every file with its checksum and every count with its like; look into every artifact.
 
-    Problems: a file that is missing, differs or stands under no manifest, a user who is missing or
+    Problems: a file that is missing, differs or is listed in no manifest, a user who is missing or
     there twice, vectors that are not finite and normalized, an index that is not that of its model,
     a release whose parts do not fit. Notes: what unfinished jobs have left, and what was made of
     something that is not there any more.
@@ -429,7 +429,7 @@ def verify_workspace(workspace: Workspace) -> Audit:
             try:
                 dataset = Dataset(workspace)
             except NotFoundError:
-                audit.note(DATASET_MANIFEST, "is not there: no data set, or one that is being replaced")
+                audit.note(DATASET_MANIFEST, "is missing: no data set, or one being replaced")
         if dataset is not None:
             check_dataset(audit, dataset)
             with audit.reading("splits"):
@@ -457,12 +457,12 @@ def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
         elif path in (LOCK, LOCK_HOLDER):
             continue
         elif posixpath.basename(path).startswith(".") or "/." in path:
-            audit.note(path, "is a temporary file that a job left behind; it may be deleted")
+            audit.note(path, "is a leftover temporary file; it can be deleted")
         elif path in earlier:
             replaced += 1
         elif path.endswith(STORED):
-            audit.problem(path, "stands under no manifest")
+            audit.problem(path, "is listed in no manifest")
     if replaced:
         audit.note(DATASET, f"holds {replaced} files that later parts have replaced; `rayrec clean` deletes them")
     if staged:
-        audit.note(IMPORT_STAGING, f"holds {staged} files of an unfinished import; the next one goes on or clears them")
+        audit.note(IMPORT_STAGING, f"holds {staged} files of an unfinished import; the next one reuses or deletes them")

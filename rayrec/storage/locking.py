@@ -127,9 +127,9 @@ def _file_lock(workspace: Workspace, holder: Holder) -> Iterator[None]:
     except Timeout:
         # What a killed run left names it until the next one comes; the lock alone decides.
         first = _read_holder(workspace, LOCK_HOLDER)
-        raise _busy(workspace, first, "wait until it ends, or stop it") from None
+        raise _busy(workspace, first, "wait for it or stop it") from None
     except OSError as error:
-        raise InputError(f"workspace {workspace.uri} cannot be written to: {error}; choose another") from error
+        raise InputError(f"workspace {workspace.uri} is not writable: {error}; choose another one") from error
     with lock:
         workspace.write_json(LOCK_HOLDER, asdict(holder))
         try:
