@@ -261,7 +261,7 @@ def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
         raise InputError(
             "The data set has no times, plays are only ordered; split each user's plays with --last-fraction 0.2"
         )
-    split = make_split(config, dataset=dataset.id, first_play=dataset.first_play, last_play=dataset.last_play)
+    split = make_split(config, dataset=dataset.plays_id, first_play=dataset.first_play, last_play=dataset.last_play)
     save_split(workspace, split)
     return split
 
@@ -286,7 +286,7 @@ def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split:
         return None
     dataset = Dataset(workspace)
     if split_id is None:
-        fitting = [split for split in list_splits(workspace) if split.dataset == dataset.manifest.id]
+        fitting = [split for split in list_splits(workspace) if split.dataset == dataset.manifest.plays_id]
         return fitting[-1] if fitting else None
     split = load_split(workspace, split_id)
     require_split_of(dataset, split)
@@ -299,7 +299,9 @@ def require_split_of(dataset: Dataset, split: Split) -> None:
     A cut in time stays where it is when plays are appended; one at a share of each user's plays moves,
     and what was learned before the one may be tested behind the other.
     """
-    if split.dataset == dataset.manifest.id or (split.protocol == "time" and dataset.descends_from(split.dataset)):
+    if split.dataset == dataset.manifest.plays_id or (
+        split.protocol == "time" and dataset.descends_from(split.dataset)
+    ):
         return
     raise MismatchError(
         f"split {split.id} belongs to data set {split.dataset}, the workspace has {dataset.manifest.id}; "

@@ -19,9 +19,8 @@ from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_
 from rayrec.evaluation.protocol import EvaluateConfig, plays_to_predict
 from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, write_report
 from rayrec.evaluation.results import figures_of
-from rayrec.jobs.buckets import run_buckets
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.compared_models import ComparedModels, choose, make_recommenders
+from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.training_log import EPOCHS
 from rayrec.progress import progress
 from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, publish

@@ -7,7 +7,7 @@ own earlier result (or its unfinished files) again. Repeating it on purpose make
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -89,9 +89,15 @@ def sha256(workspace: Workspace, path: str) -> str:
     return digest.hexdigest()
 
 
-def publish(workspace: Workspace, manifest: Manifest, names: Iterable[str]) -> Manifest:
-    """Checksum the named files, stamp the time and write the manifest: from now on the artifact exists."""
-    files = {name: sha256(workspace, manifest.path(name)) for name in sorted(names)}
+def publish(
+    workspace: Workspace, manifest: Manifest, names: Iterable[str], checksums: Mapping[str, str] | None = None
+) -> Manifest:
+    """Stamp the time and write the manifest: from now on the artifact exists.
+
+    `names` are those of its files; `checksums` are the sha256 that their writers returned. Files without one are read.
+    """
+    known = checksums or {}
+    files = {name: known.get(name) or sha256(workspace, manifest.path(name)) for name in sorted(names)}
     stamped = Manifest(**{**asdict(manifest), "files": files, "created_at": datetime.now(timezone.utc).isoformat()})
     workspace.write_json(stamped.path("manifest.json"), asdict(stamped))
     return stamped
