@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all check fix gpu-check
+.PHONY: setup demo test test-all check fix docs figures gpu-check
 
 setup: .venv/.installed
 
@@ -21,10 +21,19 @@ test-all: setup
 	$(BIN)/python -m pytest
 
 check: setup
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/mkdocs build --strict --quiet
 
 fix: setup
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+# Writes the pages that come from the code and serves all pages on http://127.0.0.1:8000.
+docs: setup
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs serve
+
+# Measures the tables between figure marks again, as far as their data are here, and shows what changed.
+figures: setup
+	$(BIN)/python docs/figures.py
 
 # On a machine with torch and CUDA: neither Ray nor a network is needed, nor what setup installs.
 gpu-check:

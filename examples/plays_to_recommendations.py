@@ -48,7 +48,7 @@ print(f"validation recall@20 {model.metrics['validation_recall@20']:.3f} after {
 # %% What it is worth: the next play of the last days, over the full catalog, beside baselines
 report = evaluate(
     workspace,
-    EvaluateConfig(models=("hybrid", "taste", "sequential-rules", "popularity"), ks=(10, 20), bootstrap_samples=100),
+    EvaluateConfig(models=("two-step", "taste", "sequential-rules", "popularity"), ks=(10, 20), bootstrap_samples=100),
     split=split,
     model_id=model.id,
 )

@@ -1,0 +1,144 @@
+"""README, guides and pages speak of commands, options, files and names that are there; generated pages are current."""
+
+import ast
+import importlib
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from rayrec_cli.main import app
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+GENERATED = ("cli.md", "python.md")
+PAGES = sorted(
+    [
+        *(path for path in (ROOT / "docs").glob("*.md") if path.name not in GENERATED),
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "cluster/README.md")),
+    ]
+)
+GROUP = typer.main.get_command(app)
+COMMANDS = GROUP.commands  # type: ignore[attr-defined]
+NAME = {page: str(page.relative_to(ROOT)) for page in PAGES}
+
+
+def command_lines(text: str) -> list[str]:
+    """The lines of a page that call rayrec, in blocks and in sentences, without comments and shell around them."""
+    text = text.replace("\\\n", " ")
+    found = re.findall(r"(?:^|\$ |&& |`)(rayrec [^\n`&|]*)", text, flags=re.MULTILINE)
+    return [line.split("  #")[0] for line in found if re.match(r"rayrec (-|[a-z])", line) and "─" not in line]
+
+
+LINES = sorted(
+    {
+        (NAME[page], line)
+        for page in PAGES
+        for line in command_lines(page.read_text("utf-8"))
+        if not re.match(r"rayrec (is|needs|turns) ", line)
+    }
+)
+LINKS = [
+    (NAME[page], link)
+    for page in PAGES
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
+    if "://" not in link
+]
+BLOCKS = [
+    (NAME[page], block)
+    for page in PAGES
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+]
+
+
+def options(words: list[str]) -> set[str]:
+    """The options that a command knows, and those of the command that it submits."""
+    command, words = GROUP, list(words)
+    known: set[str] = set()
+    while hasattr(command, "commands"):
+        known |= {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        while words and words[0].startswith("-"):  # an option of the group, with its value
+            words = words[1 if words[0] in ("--json", "--debug", "--version") else 2 :]
+        if not words:
+            return known
+        command = command.commands[words.pop(0)]
+    known |= {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    submitted = [place for place, word in enumerate(words) if command.name == "submit" and word in COMMANDS]
+    return known | (options(words[submitted[0] :]) if submitted else set())
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", head.lower()).strip()) for head in heads}
+
+
+@pytest.mark.parametrize(("page", "line"), LINES)
+def test_every_command_is_there_with_its_options(page: str, line: str) -> None:
+    words = shlex.split(line)[1:]
+    assert {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)} <= options(words)
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS)
+def test_every_link_leads_to_a_file_and_a_heading_of_the_project(page: str, link: str) -> None:
+    path, _, anchor = link.partition("#")
+    target = (ROOT / page).parent / path if path else ROOT / page
+    assert target.exists()
+    assert not anchor or anchor in anchors(target)
+
+
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_python_in_pages_imports_what_is_there(page: str, block: str) -> None:
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_the_readme_shows_every_stage() -> None:
+    shown = {line.split()[1] for page, line in LINES if page == "README.md"}
+    assert shown >= {"generate", "import", "split", "embed", "train", "retrieval", "rank", "taste", "index", "evaluate"}
+    assert shown >= {"release", "states", "serve", "status", "bench"}
+
+
+def test_the_readme_is_a_page_and_no_book() -> None:
+    assert len(README.read_text("utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_pages_are_what_the_code_says(name: str) -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["pages"]()
+    assert (ROOT / "docs" / name).read_text("utf-8") == pages[name], "run `make docs`"
+
+
+def test_a_table_of_figures_replaces_the_marked_one_alone() -> None:
+    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    results = [
+        {"model": model, "target": target, "metric": metric, "k": k, "users": users, "value": value / 10}
+        for value, model in enumerate(("good", "bad"), 4)
+        for target in ("served", "next", "next_repeat")
+        for metric in ("recall", "mrr")
+        for k, users in ((20, "all"), (10, "all"), (20, "new"))
+    ]
+    table = figures["markdown_table"](results, ["bad", "good"])
+    assert table.splitlines()[2:] == [
+        "| bad | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 |",
+        "| good | 0.400 | 0.400 | 0.400 | 0.400 | 0.400 |",
+    ]
+    page = "a\n<!-- figures: one -->\nold\n<!-- end -->\nb\n<!-- figures: two -->\nkept\n<!-- end -->\n"
+    changed = figures["replaced"](page, "one", table)
+    assert changed == page.replace("old", table)
+    with pytest.raises(ValueError, match="0 tables"):
+        figures["replaced"](page, "three", table)
+
+
+def test_every_table_of_figures_has_its_place_and_known_commands() -> None:
+    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    for table in figures["TABLES"]:
+        assert f"<!-- figures: {table.name} -->" in figures["PAGE"].read_text("utf-8")
+        for command in table.commands:
+            words = shlex.split(command)
+            assert {word for word in words if word.startswith("--")} <= options(words)
