@@ -1,4 +1,4 @@
-"""Measure the tables of docs/evaluation.md again: python docs/figures.py; `make figures` runs it.
+"""Measure the tables of README.md and docs/evaluation.md again: python docs/figures.py; `make figures` runs it.
 
 RAYREC_REAL_DATA names the folder that holds the data sets. A table whose data are not there stays as it is. The
 workspaces are in build/figures, so a second run repeats only what changed.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "evaluation.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "evaluation.md")
 K = 20
 
 
@@ -90,14 +90,17 @@ def replaced(text: str, name: str, table: str) -> str:
 def main() -> None:
     """Measure all tables whose data are here and show what changed."""
     folder = Path(os.environ.get("RAYREC_REAL_DATA", ""))
-    before = text = PAGE.read_text(encoding="utf-8")
     for figures in TABLES:
         if not (folder / figures.data).is_file():
             print(f"{figures.name}: no {figures.data} in RAYREC_REAL_DATA; its table stays", file=sys.stderr)
             continue
-        text = replaced(text, figures.name, markdown_table(measure(figures, folder / figures.data), figures.models))
-    PAGE.write_text(text, encoding="utf-8")
-    print("\n".join(difflib.unified_diff(before.splitlines(), text.splitlines(), "before", "after", lineterm="")))
+        table = markdown_table(measure(figures, folder / figures.data), figures.models)
+        for page in PAGES:
+            before = page.read_text(encoding="utf-8")
+            after = replaced(before, figures.name, table)
+            page.write_text(after, encoding="utf-8")
+            changes = difflib.unified_diff(before.splitlines(), after.splitlines(), page.name, page.name, lineterm="")
+            print("\n".join(changes))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def _signature(name: str, function: Any) -> str:
     if isinstance(function, classmethod | staticmethod):
         function = function.__func__
     text = str(inspect.signature(function)).replace("'", "")
-    text = re.sub(r"<function [^>]*>", "...", text)
+    text = re.sub(r"<function .*? at 0x[0-9a-f]+>", "...", text)
     return name + MODULES.sub(r"\1", text)
 
 

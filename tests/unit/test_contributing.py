@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md speaks of files, names and commands that are there; the hooks are those of `make check`."""
+"""CONTRIBUTING.md and the design page speak of what is there; the hooks are those of `make check`."""
 
 import re
 import subprocess
@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+TEXT = CONTRIBUTING + DESIGN[DESIGN.index("## Add a reader") :]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 QUOTED = sorted(set(re.findall(r"`([^`\n]+)`", TEXT)))
 PATHS = [each for each in QUOTED if re.fullmatch(r"[\w./-]+", each) and ("/" in each or "." in each[1:])]
@@ -21,6 +23,15 @@ NAMES = {
     "OBJECTIVES": "rayrec/model/objectives.py",
     "Objective": "rayrec/model/train_config.py",
     "REGRESSIONS": "rayrec/model/train_config.py",
+    "Retriever": "rayrec/recommend/retrievers.py",
+    "Proposals": "rayrec/recommend/retrievers.py",
+    "COUNTS": "rayrec/recommend/retrievers.py",
+    "make_retrievers": "rayrec/recommend/retrievers.py",
+    "Retrieval": "rayrec/recommend/retrieval/retrieval.py",
+    "RuleCounts": "rayrec/recommend/retrieval/rule_counts.py",
+    "OF_CANDIDATES": "rayrec/recommend/candidate_features.py",
+    "OF_GROUPS": "rayrec/recommend/candidate_features.py",
+    "OF_QUERIES": "rayrec/recommend/candidate_features.py",
     "Recommender": "rayrec/recommend/base.py",
     "FROM_PLAYS": "rayrec/recommend/baselines.py",
     "FROM_VECTORS": "rayrec/recommend/baselines.py",
@@ -39,7 +50,7 @@ def test_every_file_it_names_is_there(path: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_of_a_recipe_is_where_the_recipe_says(name: str) -> None:
     assert f"`{name}`" in TEXT
-    assert re.search(rf"^(class )?{name}\b", (ROOT / NAMES[name]).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert re.search(rf"^((class|def) )?{name}\b", (ROOT / NAMES[name]).read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 def test_every_make_command_is_one() -> None:

@@ -57,7 +57,7 @@ BLOCKS = [
 def options(words: list[str]) -> set[str]:
     """The options that a command knows, and those of the command that it submits."""
     command, words = GROUP, list(words)
-    known: set[str] = set()
+    known = {"--help"}
     while hasattr(command, "commands"):
         known |= {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
         while words and words[0].startswith("-"):  # an option of the group, with its value
@@ -138,7 +138,8 @@ def test_a_table_of_figures_replaces_the_marked_one_alone() -> None:
 def test_every_table_of_figures_has_its_place_and_known_commands() -> None:
     figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
     for table in figures["TABLES"]:
-        assert f"<!-- figures: {table.name} -->" in figures["PAGE"].read_text("utf-8")
+        for page in figures["PAGES"]:
+            assert f"<!-- figures: {table.name} -->" in page.read_text("utf-8")
         for command in table.commands:
             words = shlex.split(command)
             assert {word for word in words if word.startswith("--")} <= options(words)
