@@ -6,13 +6,14 @@ import typer
 from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
+from rayrec.data.moments import now_ms, parse_moment
 from rayrec.data.splits import choose_split
 from rayrec.data.status import KINDS
 from rayrec.data.status import status as look
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.prefixes import PrefixFile
 from rayrec.evaluation.protocol import EvaluateConfig, usual_k
-from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender, parse_moment
+from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender
 from rayrec.storage.releases import default_parts
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
@@ -68,7 +69,7 @@ def recommend(
     To a user of the data set, or to whoever has just played some songs: these are taken as played
     three minutes apart, the last of them at --at.
     """
-    moment = parse_moment(at)
+    moment = now_ms() if at is None else parse_moment(at)
     listed = None if songs is None else [song.strip() for song in songs.split(",") if song.strip()]
     dataset = Dataset(call.workspace)
     parts = default_parts(call.workspace, model)

@@ -1,6 +1,5 @@
 """From what a request says to what the engine takes: rows instead of ids, one time line, one moment."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -8,14 +7,15 @@ from datetime import date
 import numpy as np
 
 from rayrec.data.histories import Histories
+from rayrec.data.moments import now_ms, parse_moment
 from rayrec.errors import InputError
 from rayrec.model.inference import States
-from rayrec.recommend.answer import ASSUMED_GAP_MS, parse_moment
+from rayrec.recommend.answer import ASSUMED_GAP_MS
 from rayrec.recommend.attributes import Wanted
 from rayrec.recommend.choosing import Wish
 from rayrec.recommend.filters import Limits
 from rayrec.serving.catalog import Songs
-from rayrec.serving.schemas import LAST_MOMENT, Play, RecommendationsRequest
+from rayrec.serving.schemas import Play, RecommendationsRequest
 from rayrec.serving.user_states import StoredUser
 
 
@@ -53,7 +53,7 @@ def read_stored(user: StoredUser | None, moment: int | str | None) -> Asked:
     """A stored user's plays. Raises `InputError` for a moment before the last of them: a state does not go back."""
     if user is None:
         nothing = np.zeros(0, np.int32)
-        at = now_ms() if moment is None else moment_of(moment)
+        at = now_ms() if moment is None else parse_moment(moment)
         return Asked(songs=nothing, played_at=nothing, contexts=nothing, skipped=nothing, at=at, unknown=0)
     plays = user.plays
     return Asked(
@@ -120,14 +120,6 @@ def histories_of(asked: Sequence[Asked]) -> Histories:
     )
 
 
-def moment_of(value: int | str) -> int:
-    """ms UTC. Raises `InputError` for what is no time, or none in the years 1970 to 9999."""
-    moment = parse_moment(str(value))
-    if not 0 <= moment <= LAST_MOMENT:
-        raise InputError(f"time {value!r} is not in the years 1970 to 9999")
-    return moment
-
-
 def moment_after(latest: int, moment: int | str | None) -> int:
     """ms UTC: the moment of a request about a user who played last at `latest`, now where it is not said.
 
@@ -135,15 +127,10 @@ def moment_after(latest: int, moment: int | str | None) -> int:
     """
     if moment is None:
         return max(now_ms(), latest)  # a client's clock may run ahead of ours
-    at = moment_of(moment)
+    at = parse_moment(moment)
     if at < latest:
         raise InputError(f"the user has played after the moment `at` that the request is for: at {latest}, ms UTC")
     return at
-
-
-def now_ms() -> int:
-    """ms UTC."""
-    return time.time_ns() // 1_000_000
 
 
 def _times(plays: Sequence[Play], at: int | str | None) -> tuple[np.ndarray, int]:
@@ -152,12 +139,12 @@ def _times(plays: Sequence[Play], at: int | str | None) -> tuple[np.ndarray, int
     if told and len(told) < len(plays):
         raise InputError(f"{len(told)} of {len(plays)} plays have a played_at; give it for all of them or for none")
     if not told:
-        moment = now_ms() if at is None else moment_of(at)
+        moment = now_ms() if at is None else parse_moment(at)
         return moment - ASSUMED_GAP_MS * np.arange(len(plays) - 1, -1, -1, dtype=np.int64), moment
-    played_at = np.array([moment_of(value) for value in told], dtype=np.int64)
+    played_at = np.array([parse_moment(value) for value in told], dtype=np.int64)
     latest = int(played_at.max())
     # A client's clock may run ahead of ours: without a moment of its own the request comes after its plays.
-    moment = max(now_ms(), latest) if at is None else moment_of(at)
+    moment = max(now_ms(), latest) if at is None else parse_moment(at)
     if moment < latest:
         raise InputError("a song was played after the moment `at` that the request is for; leave such plays out")
     return played_at, moment

@@ -5,9 +5,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import Response
 
+from rayrec.data.moments import END_MS
 from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_ID, MAX_K, MAX_LISTED
 
-LAST_MOMENT = 253_402_300_799_999  # ms UTC: the end of the year 9999
+LAST_MOMENT = END_MS - 1  # ms UTC
 
 UserId = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 SongId = Annotated[str, Field(min_length=1, max_length=MAX_ID, description="Id of a song, as it was imported.")]

@@ -5,13 +5,14 @@ from typing import Literal
 
 import numpy as np
 
+from rayrec.data.moments import now_ms, parse_moment
 from rayrec.data.windows import NEVER
 from rayrec.errors import InputError, NotFoundError
 from rayrec.online.user_state import Plays
 from rayrec.serving.catalog import Songs
 from rayrec.serving.live import LiveRelease
 from rayrec.serving.prometheus import Metrics
-from rayrec.serving.requests import context_bits, moment_after, moment_of, now_ms
+from rayrec.serving.requests import context_bits, moment_after
 from rayrec.serving.user_schemas import NewPlay, PlaysTaken, UserTaste
 from rayrec.serving.user_states import UserStates
 
@@ -86,7 +87,7 @@ async def user_taste(states: UserStates, live: LiveRelease, user_id: str, moment
 
 
 def _time(play: NewPlay, now: int) -> int:
-    played_at = now if play.played_at is None else moment_of(play.played_at)
+    played_at = now if play.played_at is None else parse_moment(play.played_at)
     if played_at > now + AHEAD_MS:
         raise InputError(
             f"event {play.event_id!r} was played at {play.played_at!r}, over a day from now; check the sender's clock"
