@@ -7,7 +7,7 @@ from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.moments import now_ms, parse_moment
-from rayrec.data.splits import choose_split
+from rayrec.data.split import choose_split
 from rayrec.data.status import KINDS
 from rayrec.data.status import status as look
 from rayrec.errors import InputError, NotFoundError

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rayrec.data.split import WEAKER, SplitConfig
-from rayrec.data.splits import split_dataset
+from rayrec.data.split import WEAKER, SplitConfig, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.importing.describing import DescribeConfig, describe

@@ -106,7 +106,8 @@ def plain(values: pa.Array) -> pa.Array:
     if pa.types.is_dictionary(values.type):
         return plain(values.dictionary_decode())
     if _is_list_view(values.type):
-        return plain(values.cast(pa.list_(values.type.value_type)))
+        # Not cast: pyarrow's cast of list views loses elements.
+        return plain(pa.array(values.to_pylist(), pa.list_(values.type.value_type)))
     return values
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.splits import list_splits
+from rayrec.data.split import list_splits
 from rayrec.errors import NotFoundError
 from rayrec.storage import artifacts
 from rayrec.storage.releases import active_release

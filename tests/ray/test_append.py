@@ -11,8 +11,7 @@ from networks import model_config, network
 from worlds import random_vectors, write_song_vectors
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import SplitConfig
-from rayrec.data.splits import choose_split, split_dataset
+from rayrec.data.split import SplitConfig, choose_split, split_dataset
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
 from rayrec.evaluation.protocol import EvaluateConfig

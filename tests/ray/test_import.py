@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import SplitConfig
-from rayrec.data.splits import split_dataset
+from rayrec.data.split import SplitConfig, split_dataset
 from rayrec.errors import InputError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig
