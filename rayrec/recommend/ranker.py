@@ -14,7 +14,7 @@ import numpy as np
 
 from rayrec.errors import DamagedArtifactError, InputError
 from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, ranges
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 TOP = 20  # places that training looks at
 HELD_OUT_SHARE = 0.2  # of the examples' users, on whom trees are counted and chances calibrated

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.data.split import DAY_MS
+from rayrec.recommend.base import NO_SONG, Horizon
 from rayrec.recommend.index import SongIndex
 from rayrec.recommend.query_batch import Pairs, QueryBatch
-from rayrec.recommend.recommender import NO_SONG, Horizon
 from rayrec.recommend.retrieval.ragged import first_of_each, ranges
 from rayrec.recommend.retrieval.retrieval import Retrieval
 from rayrec.recommend.retrieval.rule_counts import MAX_DISTANCE, UNIT

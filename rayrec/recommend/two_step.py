@@ -12,12 +12,12 @@ from typing import ClassVar
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.features import FeatureSources
+from rayrec.recommend.base import NO_SONG, Horizon, Kind, Ranking, Recommender, SearchPath, check_count
+from rayrec.recommend.candidate_features import FeatureSources
 from rayrec.recommend.filters import Limits
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import LATEST, QueryBatch
 from rayrec.recommend.ranker import Ranker, RankingExamples
-from rayrec.recommend.recommender import NO_SONG, Horizon, Kind, Ranking, Recommender, SearchPath, check_count
 from rayrec.recommend.retrieval.ragged import ranges
 from rayrec.recommend.retrieval.retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates, make_retrievers, retrieve
@@ -249,7 +249,8 @@ def examples_for(
     """What a ranker learns from: the candidates of queries, and which of them are right.
 
     `answer_rows`, int (T,), say to which query each right song, int (T,), belongs; `held_out` is bool (Q,).
-    With `new_only` songs that the user has played are neither candidates nor right. The source must not have seen the answers.
+    With `new_only` songs that the user has played are neither candidates nor right. The source must not have seen the
+    answers.
     """
     features, right, counts, kept, asked = [], [], [], [], 0
     for chunk, scored in source.batches(histories, queries):

@@ -18,7 +18,7 @@ from rayrec.recommend.retrieval.play_counts import PlayCounts
 from rayrec.recommend.retrieval.rule_counts import RuleCounts
 from rayrec.recommend.retrieval.session_postings import SessionPostings
 from rayrec.recommend.retrieval.song_groups import NO_GROUP, SongGroups
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 POPULAR = 500  # songs kept in the list of those popular of late
 POPULAR_DAYS = 7  # plays of the last days that make a song popular of late

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.data.histories import Histories, user_hash
+from rayrec.embeddings.sessions import cut_long, cut_sessions
 from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, places_in, ranges
-from rayrec.songs.sessions import cut_long, cut_sessions
 
 NEWEST = 50  # sessions kept for each song
 MAX_SESSION = 100  # songs; longer sessions, and histories without times, are cut into pieces

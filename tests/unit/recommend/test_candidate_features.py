@@ -5,7 +5,7 @@ import pytest
 from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.features import FeatureSources
+from rayrec.recommend.candidate_features import FeatureSources
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import QueryBatch
 from rayrec.recommend.retrieval.retrieval import Retrieval

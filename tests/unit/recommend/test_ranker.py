@@ -7,7 +7,7 @@ import pytest
 
 from rayrec.errors import DamagedArtifactError, InputError
 from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, softmax_shares
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 CANDIDATES = 20
 NAMES = ["planted", "noise", "of_query"]

@@ -15,7 +15,7 @@ from rayrec.errors import LeakError
 from rayrec.recommend.retrieval.retrieval import Retrieval, RetrievalCounts
 from rayrec.recommend.retrieval.rule_counts import UNIT, RuleCounts
 from rayrec.recommend.retrieval.session_postings import SessionPostings
-from rayrec.workspace import Workspace
+from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 50
 MINUTE = 60_000

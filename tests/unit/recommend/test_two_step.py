@@ -10,17 +10,17 @@ from worlds import random_histories, random_vectors
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.errors import InputError
+from rayrec.model.network import TasteModel
+from rayrec.model.train_config import FeatureSpec, ModelConfig
+from rayrec.model.train_config import Horizon as Offsets
+from rayrec.recommend.base import NO_SONG, Horizon
 from rayrec.recommend.filters import Limits, without_heard
 from rayrec.recommend.ranker import Ranker, RankerSettings
 from rayrec.recommend.reasons import reasons
-from rayrec.recommend.recommender import NO_SONG, Horizon
 from rayrec.recommend.retrieval.retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import CandidateSource, TwoStepRecommender, examples_for
 from rayrec.recommend.vstan import VstanRecommender
-from rayrec.taste.config import FeatureSpec, ModelConfig
-from rayrec.taste.config import Horizon as Offsets
-from rayrec.taste.model import TasteModel
 
 NUM_SONGS = 60
 MINUTE = 60_000
