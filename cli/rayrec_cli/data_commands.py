@@ -1,10 +1,12 @@
 """generate, import, split: from files of plays to a data set and its cuts."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
 
 from rayrec.data.split import WEAKER, SplitConfig, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
@@ -12,10 +14,11 @@ from rayrec.errors import InputError
 from rayrec.importing.describing import DescribeConfig, describe
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.readers import FORMATS
+from rayrec.importing.summary import TooManyRejectedError
 from rayrec.storage.dataset_manifest import DatasetManifest
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
-from rayrec_cli.output import Shown, figures, table
+from rayrec_cli.output import Shown, error_data, figures, number, size, table
 
 FormatArgument = Annotated[str | None, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")]
 PathsArgument = Annotated[
@@ -23,6 +26,8 @@ PathsArgument = Annotated[
     typer.Argument(metavar="PATH", help="Files, or folders of files; .gz too, local, s3:// or gs://."),
 ]
 TableArgument = Annotated[str, typer.Argument(metavar="FILE", help="csv (.gz too) or Parquet file, a row a song.")]
+
+BEFORE_STREAMING = 946_684_800_000  # ms UTC, the year 2000
 
 AppendOption = Annotated[bool, typer.Option("--append", help="Add the plays to those that are there, as a new part.")]
 
@@ -58,11 +63,15 @@ def import_data(
 
     if append and force:
         raise InputError("--append adds plays and --force replaces them; give one of the two")
-    return (
-        _appended(append_plays(call.workspace, config))
-        if append
-        else _dataset(job(call.workspace, config, repeat=force))
-    )
+    try:
+        return (
+            _appended(append_plays(call.workspace, config))
+            if append
+            else _dataset(job(call.workspace, config, repeat=force))
+        )
+    except TooManyRejectedError as error:
+        summary = error.summary.to_mapping()
+        return Shown({**error_data(error), "import": summary}, _import_views(summary), error=error)
 
 
 @command(
@@ -104,15 +113,48 @@ def _dataset(manifest: DatasetManifest) -> Shown:
         "merged": manifest.merged,
         "rejected": rejected,
     }
-    shown = {**values, "first play": _moment(manifest.first_play), "last play": _moment(manifest.last_play)}
+    shown = (
+        values
+        if not manifest.plays
+        else {**values, "first play": _moment(manifest.first_play), "last play": _moment(manifest.last_play)}
+    )
     if manifest.times == "positions":
         shown = {**values, "times": "none, the plays are only in order"}
-    views: list[Any] = [figures("Data set", shown)]
-    if rejected:
-        views.append(table("Rejected rows", ["reason", "rows"], list(manifest.rejected.items())))
-        views.append("Each with its reason and line in dataset/rejected.")
     times = {"first_play": manifest.first_play, "last_play": manifest.last_play}
-    return Shown({**values, **times, "times": manifest.times, "reasons": manifest.rejected}, views)
+    data = {**values, **times, "times": manifest.times, "reasons": manifest.rejected, "import": manifest.last_import}
+    views = [figures("Data set", shown), *_import_views(manifest.last_import)]
+    dropped = {reason: rows for reason, rows in manifest.rejected.items() if "fewer than" in reason}
+    if dropped:
+        views.append(table("Rows left out", ["reason", "rows"], list(dropped.items())))
+    if rejected:
+        views.append("Each with its reason and line in dataset/rejected.")
+    if manifest.times == "real" and manifest.plays > 0 and manifest.first_play < BEFORE_STREAMING:
+        views.append(
+            f"Warning: the first play is of {_moment(manifest.first_play)}: a clock may have been wrong. Such a play "
+            "widens the time range that `rayrec split` cuts."
+        )
+    return Shown(data, views)
+
+
+def _import_views(summary: Mapping[str, Any]) -> list[RenderableType]:
+    """What the last import read, file by file and reason by reason; nothing where no files were imported."""
+    if not summary:
+        return []
+    values: dict[str, Any] = {"files": summary["files"], "bytes": size(summary["bytes"])}
+    if summary["rows_per_file"] and summary["files"] > 1:
+        least, median, most = (number(count) for count in summary["rows_per_file"])
+        values["rows a file (least, median, most)"] = f"{least}, {median}, {most}"
+    views: list[RenderableType] = [figures("Files", values)]
+    if summary["outliers"]:
+        views.append(table("Files that differ from the others", ["file", "rows"], list(summary["outliers"].items())))
+    if summary["damaged"]:
+        views.append(table("Files left out", ["file", "why"], list(summary["damaged"].items()), left=["why"]))
+    if summary["reasons"]:
+        rows = [[each["reason"], each["rows"], f"{each['share']:.1%}"] for each in summary["reasons"]]
+        views.append(table("Rejected rows", ["reason", "rows", "share"], rows))
+        views.append("\n".join(f"{each['source']}, line {each['line']}: {each['text']}" for each in summary["reasons"]))
+    views += [f"Warning: {warning}" for warning in summary["warnings"]]
+    return views
 
 
 def _appended(made: Any) -> Shown:
@@ -121,11 +163,9 @@ def _appended(made: Any) -> Shown:
     views: list[Any] = [figures("Appended", {f"new {name}": count for name, count in new.items()} | came_to)]
     if not made.plays:
         views.append("Nothing was new: the data set is as it was.")
-    if made.rejected:
-        views.append(table("Rejected rows", ["reason", "rows"], list(made.rejected.items())))
     shown = _dataset(made.dataset)
-    data = {**shown.data, "appended": {**new, **came_to, "reasons": made.rejected}}
-    return Shown(data, [*views, shown.views[0]])
+    data = {**shown.data, "appended": {**new, **came_to, "reasons": made.rejected}, "import": made.last_import}
+    return Shown(data, [*views, *_import_views(made.last_import), shown.views[0]])
 
 
 def _cut(value: int | float | str) -> str:

@@ -86,6 +86,9 @@ def command(
                     values["config"] = _config(config, name, values, [item.name for item in flags])
                 shown = body(call, **values)
             show(shown, as_json=as_json)
+            if shown.error is not None:
+                print("rayrec:", " ".join(str(shown.error).split()), file=sys.stderr)
+                return shown.error.exit_code
             return shown.exit_code
 
         shared = [_parameter("workspace", WorkspaceOption, None), _parameter("json", JsonOption, False)]

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.dataset import bucket_of
-from rayrec.errors import InputError
+from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers.reader import Batch
 from rayrec.importing.vocabulary import first_songs, song_keys
 from rayrec.storage.workspace import Workspace
@@ -52,6 +52,7 @@ class UnitResult:
     contexts: dict[str, int] = field(default_factory=dict)  # name -> plays
     has_skipped: bool = False
     error: str = ""  # why the input cannot be imported at all
+    damaged: bool = False  # the error is that the file cannot be read to its end
 
 
 class FragmentStore:
@@ -100,7 +101,9 @@ class FragmentStore:
 
     def write_error(self, unit: int, error: InputError) -> None:
         """Note that the input cannot be imported."""
-        self.workspace.write_json(self.result_file(unit), asdict(UnitResult(error=str(error))))
+        self.workspace.write_json(
+            self.result_file(unit), asdict(UnitResult(error=str(error), damaged=isinstance(error, DamagedInputError)))
+        )
 
     def forget(self, unit: int) -> None:
         """Take a unit for one that is not done."""

@@ -3,13 +3,13 @@
 import posixpath
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rayrec.config import setting, to_mapping
-from rayrec.errors import InputError
+from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers import FORMATS
-from rayrec.importing.readers.files import SourceFile, find_files, is_compressed
+from rayrec.importing.readers.files import SourceFile, ends_with_line, find_files, is_compressed
 from rayrec.importing.readers.reader import Reader, ReadOptions, Unit
 from rayrec.importing.readers.tabular import roles
 from rayrec.storage.artifacts import fingerprint
@@ -22,7 +22,10 @@ MIN_BUCKETS, MAX_BUCKETS = 16, 4096
 UNPACKED = 6  # bytes of text in a byte of .gz, about; Parquet is as dense
 DENSE_FORMATS = ("parquet",)
 # Settings that change nothing in what is read of a unit.
-NOT_OF_READING = ("paths", "min_user_plays", "min_song_plays", "buckets", "unit_mib")
+NOT_OF_READING = (
+    *("paths", "min_user_plays", "min_song_plays", "buckets", "unit_mib"),
+    *("max_rejected", "skip_damaged"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class ImportConfig:
         0, help="number of buckets of users, fixed at the first import; 0: one per 64 MiB, 16 to 4096"
     )
     unit_mib: float = setting(64.0, help="MiB of a file that one task reads")
+    max_rejected: float = setting(0.5, help="share of the rows that may be rejected; over it nothing is imported")
+    skip_damaged: bool = setting(False, help="leave out files that cannot be read to their end, instead of stopping")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", dict(self.columns or {}))
@@ -68,6 +73,8 @@ class ImportConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not 0 <= self.buckets <= MAX_BUCKETS:
             raise InputError(f"buckets is {self.buckets}; expected 1 to {MAX_BUCKETS}, or 0 to choose by size")
+        if not 0 <= self.max_rejected <= 1:
+            raise InputError(f"max_rejected is {self.max_rejected}; expected a share from 0 to 1, such as 0.5")
         if self.unit_mib <= 0:
             raise InputError(f"unit_mib is {self.unit_mib}; expected a positive number of MiB")
 
@@ -81,7 +88,7 @@ class ImportConfig:
         unknown = [role for role in self.columns if role not in known]
         if unknown:
             raise InputError(f"cannot map a column to {unknown[0]!r}; expected some of {', '.join(known)}")
-        if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
+        if len(self.delimiter) != 1 or not self.delimiter.isascii() or self.delimiter in '"\r\n':
             raise InputError(f"delimiter is {self.delimiter!r}; expected one character such as , or ;")
         if not self.song_separator:
             raise InputError("song_separator is empty; give what stands between the songs, such as : or a space")
@@ -128,6 +135,8 @@ class Plan:
     unit_files: list[int]  # the file of each unit
     unit_names: list[str]  # change with the piece of file, its size and date, and how it is read
     id: str  # changes with the settings and with the names, sizes and dates of the files
+    notes: list[str] = field(default_factory=list)  # what a person should know of the files
+    damaged: dict[str, str] = field(default_factory=dict)  # file -> why it cannot be read; it has no units
 
     @property
     def size(self) -> int:
@@ -149,7 +158,8 @@ def make_plan(config: ImportConfig) -> Plan:
     """Find the files and cut them into units.
 
     Raises `InputError` for a path that is not there, a folder without files of the format, a file
-    that can be seen to lack a header or a column, and files of one name where users are named by file.
+    that can be seen to be damaged (unless it may be skipped), to lack a header or a column, and files whose users
+    their names would mix up.
     """
     files = find_files(config.paths, FORMATS[config.format].patterns)
     names = Counter(posixpath.basename(file.source) for file in files)
@@ -158,11 +168,16 @@ def make_plan(config: ImportConfig) -> Plan:
             f"{names.most_common(1)[0][0]} is there twice, and lines without a user are named by file and number; "
             "rename one of the files"
         )
-    reader = config.reader()
+    reader, damaged = config.reader(), {}
     units: list[Unit] = []
     unit_files: list[int] = []
     for number, file in enumerate(files):
-        found = reader.plan(file.source, file.size, max(1, round(config.unit_mib * (1 << 20))))
+        try:
+            found = reader.plan(file.source, file.size, max(1, round(config.unit_mib * (1 << 20))))
+        except DamagedInputError as error:
+            if not config.skip_damaged:
+                raise
+            damaged[file.source], found = str(error), []
         units.extend(found)
         unit_files.extend([number] * len(found))
     described = [list(file) for file in files]
@@ -172,7 +187,27 @@ def make_plan(config: ImportConfig) -> Plan:
         fingerprint("unit", how, {"unit": repr((files[file], unit.start, unit.stop))})
         for file, unit in zip(unit_files, units, strict=True)
     ]
-    return Plan(files=files, units=units, unit_files=unit_files, unit_names=unit_names, id=plan_id)
+    whole = [file for file in files if file.source not in damaged]
+    return Plan(
+        files=files,
+        units=units,
+        unit_files=unit_files,
+        unit_names=unit_names,
+        id=plan_id,
+        notes=_notes(config, whole),
+        damaged=damaged,
+    )
+
+
+def _notes(config: ImportConfig, files: Sequence[SourceFile]) -> list[str]:
+    kind = FORMATS[config.format]
+    notes = kind.check_users([file.source for file in files], config.user) if kind.check_users else []
+    if kind.ends_with_line:
+        open_ended = [file.source for file in files if not ends_with_line(file)]
+        if open_ended:
+            more = f" and {len(open_ended) - 1:,} more files" if len(open_ended) > 1 else ""
+            notes.append(f"The last line of {open_ended[0]}{more} has no line end: the file may have been cut.")
+    return notes
 
 
 def choose_buckets(size: int) -> int:

@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
-from rayrec.errors import InputError
+from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.fragments import UnitResult
 from rayrec.importing.import_plan import ImportConfig, Kind, Plan, choose_buckets, make_plan
 from rayrec.importing.import_workers import BucketMerger, MergeSettings, SongCounter, UnitImporter
 from rayrec.importing.merging import choose_contexts
 from rayrec.importing.staging import Staging, buckets_read, discard_others, finish_publishing, unit_names
+from rayrec.importing.summary import ImportSummary, TooManyRejectedError, summarize
 from rayrec.importing.vocabulary import KEY, SongRows, Vocabulary
 from rayrec.jobs.buckets import BucketWorker, run_buckets
 from rayrec.jobs.cluster import ray_cluster
@@ -78,6 +79,7 @@ class Appended:
     plays: int = 0  # new ones
     users: int = 0  # new ones
     songs: int = 0  # new ones
+    last_import: dict[str, object] = field(default_factory=dict)  # summary.ImportSummary
 
 
 @writes("import --append")
@@ -161,10 +163,12 @@ class _Import:
         inputs = {"base": base.id if base else "", "buckets": str(self.buckets)} | ({"append": "yes"} if append else {})
         print_id = fingerprint("staging", {"plan": plan.id}, inputs)
         self.staging = Staging(workspace, print_id, unit_names(plan.unit_names, self.buckets))
-        self.came_to: dict[str, Any] = {}  # read, merged, rejected
+        self.damaged: dict[str, str] = {}  # file -> why it was left out
+        self.came_to: dict[str, Any] = {}  # read, merged, rejected, last_import
 
     def run(self) -> DatasetManifest:
         units = self._read_units()
+        summary = self._summarize(units)
         merge = self._merge_settings(units)
         vocabulary = self._vocabulary(units, merge)
         self.workspace.write_table(self.staging.out(SONGS_TABLE), vocabulary.table())
@@ -174,6 +178,7 @@ class _Import:
             "read": sum(unit.read for unit in units),
             "merged": sum(bucket["merged"] for bucket in buckets),
             "rejected": _added([*(unit.rejected for unit in units), dropped]),
+            "last_import": summary.to_mapping(),
         }
         if not any(bucket["rows"] for bucket in buckets):
             if self.append and self.base and self.came_to["merged"]:
@@ -216,24 +221,50 @@ class _Import:
         todo = [unit for unit in numbers if not store.is_done(unit)]
         self._run("read", UnitImporter, todo, units=self.plan.units, buckets=self.buckets)
         results = [store.result(unit) for unit in numbers]
-        self._require_whole(results)
+        damaged = self._require_whole(results)
+        results = [
+            UnitResult() if self.plan.files[file].source in damaged else result
+            for file, result in zip(self.plan.unit_files, results, strict=True)
+        ]
+        self.damaged = {**self.plan.damaged, **damaged}
         if not any(result.kept for result in results):
             self._refuse(_added(result.rejected for result in results), sum(result.read for result in results))
         return results
 
-    def _require_whole(self, results: list[UnitResult]) -> None:
-        """Raises `InputError` where some unit could not be read. What was read of the others stays for the next run."""
+    def _require_whole(self, results: list[UnitResult]) -> dict[str, str]:
+        """The files that could not be read to their end, and why, where the settings allow to leave them out.
+
+        Raises `InputError` for those of other settings, and for files that cannot be imported at all. What was read of
+        the others stays for the next run.
+        """
         failed = [number for number, result in enumerate(results) if result.error]
         if not failed:
-            return
-        if len(failed) == len(results):
-            self.workspace.delete(IMPORT_STAGING)
-            raise InputError(results[0].error)
+            return {}
         for number in failed:
             self.staging.fragments.forget(number)
+        if self.config.skip_damaged and all(results[number].damaged for number in failed):
+            return {self.plan.files[self.plan.unit_files[number]].source: results[number].error for number in failed}
+        if len(failed) == len(results) > 0:
+            self.workspace.delete(IMPORT_STAGING)
+            raise (DamagedInputError if results[0].damaged else InputError)(results[0].error)
         errors = list(dict.fromkeys(results[number].error for number in failed))
         others = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
-        raise InputError(f"{errors[0]}{others}; what could be read is kept for the next run")
+        kind = DamagedInputError if all(results[number].damaged for number in failed) else InputError
+        raise kind(f"{errors[0]}{others}; what could be read is kept for the next run")
+
+    def _summarize(self, units: list[UnitResult]) -> ImportSummary:
+        """Raises `TooManyRejectedError` where more rows were rejected than the settings allow."""
+        summary = summarize(
+            self.plan, units, lambda number: self.staging.fragments.rejected(number, units[number]), self.damaged
+        )
+        if summary.share > self.config.max_rejected:
+            raise TooManyRejectedError(
+                f"{summary.rejected:,} of {summary.read:,} rows ({summary.share:.0%}) were rejected, more than "
+                f"{self.config.max_rejected:.0%}, and nothing was imported; check the format and the settings, "
+                "or allow more with --max-rejected",
+                summary,
+            )
+        return summary
 
     def _vocabulary(self, units: list[UnitResult], merge: MergeSettings) -> Vocabulary:
         vocabulary = Vocabulary(self.workspace.read_table(SONGS_TABLE) if self.base else None)
@@ -323,6 +354,7 @@ class _Import:
             **figures,
             **{name: getattr(base, name) + count for name, count in came_to.items()},
             "rejected": _added([base.rejected, self.came_to["rejected"]]),
+            "last_import": self.came_to["last_import"],
             "first_play": min(base.first_play, figures["first_play"]),
             "last_play": max(base.last_play, figures["last_play"]),
             "ancestors": [*base.ancestors, base.id],

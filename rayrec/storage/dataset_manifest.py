@@ -37,6 +37,7 @@ class DatasetManifest:
     merged: int = 0  # exact duplicates merged
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
     config: dict[str, object] = field(default_factory=dict)  # of the import
+    last_import: dict[str, object] = field(default_factory=dict)  # summary.ImportSummary
     appended: list[dict[str, object]] = field(default_factory=list)  # part by part: settings, plan, rows and plays
     files: dict[str, str] = field(default_factory=dict)  # path below dataset/ -> sha256
     created_at: str = ""

@@ -76,7 +76,7 @@ def rejected(workspace: Workspace) -> list[tuple[int, str]]:
 
 def figures(manifest: DatasetManifest) -> DatasetManifest:
     """What does not depend on when and how it was made."""
-    return replace(manifest, config={}, created_at="", id="", files={})
+    return replace(manifest, config={}, created_at="", id="", files={}, last_import={})
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,15 @@ def open_plain(source: str) -> Iterator[IO[bytes]]:
             ) from error
 
 
+def ends_with_line(file: SourceFile) -> bool:
+    """True where the last byte of a file is a line end; a compressed file knows its own end."""
+    if is_compressed(file.source) or not file.size:
+        return True
+    with open_source(file.source) as stream:
+        stream.seek(file.size - 1)
+        return bool(stream.read(1) == b"\n")
+
+
 def require_text(source: str) -> bytes:
     """A file's first 64 KiB. Raises `DamagedInputError` where it is empty or plainly of another format."""
     with open_plain(source) as stream:
