@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rayrec.data.split import WEAKER, SplitConfig, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
-from rayrec.importing.describing import DescribeConfig, describe
+from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.summary import TooManyRejectedError
@@ -83,8 +83,12 @@ def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument) -
     From a csv or Parquet table with a row a song. Recommendations can keep to these: see `rayrec serve`. A second table
     takes the place of the first.
     """
-    told = asdict(describe(call.workspace, config, path))
-    return Shown(told, [figures("Songs", told)])
+    counts = asdict(describe(call.workspace, config, path))
+    views = [figures("Songs", counts)]
+    for name, title in (("rejected", "Rejected rows"), ("invalid", "Values left out of their rows")):
+        if counts[name]:
+            views.append(table(title, ["reason", name], list(counts[name].items())))
+    return Shown(counts, views)
 
 
 @command(app, "split", config=SplitConfig, example="rayrec split --test-days 30 --validation-days 7")

@@ -19,6 +19,7 @@ from rayrec.storage.artifacts import fingerprint
 from rayrec.storage.workspace import Workspace, split_file
 
 DAY_MS = 24 * 3600 * 1000
+MIN_TRAINING_SHARE = 0.01  # of all plays
 SHARE_DIGITS = 9  # 1 - 0.2 - 0.1 is to be 0.7, not a little more
 
 Protocol = Literal["time", "last-fraction"]
@@ -258,8 +259,37 @@ def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
             "the data set has no times, its plays are only in order; cut each user's own plays with --last-fraction 0.2"
         )
     split = make_split(config, dataset=dataset.id, first_play=dataset.first_play, last_play=dataset.last_play)
+    if split.protocol == "time":
+        _require_training_plays(workspace, split)
     save_split(workspace, split)
     return split
+
+
+def _require_training_plays(workspace: Workspace, split: Split) -> None:
+    """Raise `InputError` where the training range holds less than 1 % of the plays.
+
+    The range reaches from the first play on, and one play of a clock that was wrong makes it look long.
+    """
+    dataset = Dataset(workspace)
+    early, later, first_later = 0, 0, dataset.manifest.last_play
+    for histories in dataset.read_all():
+        is_early = histories.played_at < split.validation_from
+        early += int(is_early.sum())
+        later += int((~is_early).sum())
+        if early >= MIN_TRAINING_SHARE * dataset.manifest.plays:
+            return  # in the first buckets, mostly
+        first_later = min(first_later, histories.played_at[~is_early].min(initial=first_later))
+    if later:
+        raise InputError(
+            f"the training range, before {_day(split.validation_from)}, holds {early:,} of {early + later:,} plays: "
+            f"the first play is of {_day(dataset.manifest.first_play)}, the others are from {_day(first_later)} on; "
+            "ask for fewer test and validation days, or take plays of a wrong clock out of the files and import them "
+            "again with --force"
+        )
+
+
+def _day(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, timezone.utc).date().isoformat()
 
 
 def list_splits(workspace: Workspace) -> list[Split]:

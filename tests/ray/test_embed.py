@@ -129,6 +129,6 @@ def test_what_does_not_fit_is_refused(planted: Workspace) -> None:
 
 
 def test_an_error_in_the_task_comes_out_as_ours_and_leaves_no_artifact(planted: Workspace) -> None:
-    with pytest.raises(InputError, match=r"^nothing to train song vectors on"):
+    with pytest.raises(InputError, match=r"^nothing to train song embeddings on"):
         embed(planted, replace(CONFIG, min_count=10**6))
     assert artifacts.listing(planted, "songs") == []

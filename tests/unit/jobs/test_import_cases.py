@@ -211,3 +211,13 @@ def test_parquet_with_nan_users_has_no_user_called_nan(rayrec: Any, tmp_path: Pa
     pq.write_table(table, tmp_path / "p.parquet")
     done = rayrec("import", "parquet", tmp_path / "p.parquet", "--max-rejected", "1")
     assert (users(workspace), done.data["reasons"]) == ({"16": 1}, {"no user": 2})
+
+
+def test_a_train_range_of_one_play_of_1970_is_refused(rayrec: Any, tmp_path: Path) -> None:
+    file = plays_csv(tmp_path / "p.csv", rows=300)
+    write(file, file.read_text() + "u1,s1,0\n")
+    assert rayrec("import", "csv", file).code == 0
+    done = rayrec("split")
+    assert (done.code, done.data["error"]["kind"]) == (2, "input")
+    assert "holds 1 of 301 plays: the first play is of 1970-01-01, the others are from 2024-04-01 on" in done.err
+    assert rayrec("split", "--test-days", "7", "--validation-days", "2").code == 0

@@ -11,7 +11,7 @@ from served import AT, NUM_SONGS, WITHOUT_VECTOR, Client, service, write_release
 
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
-from rayrec.importing.describing import store_descriptions
+from rayrec.importing.descriptions import store_descriptions
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.serving.auth import load_keys
