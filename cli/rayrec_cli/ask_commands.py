@@ -21,7 +21,12 @@ from rayrec_cli.output import Shown, day, figures, number, size, table
 
 UserOption = Annotated[str | None, typer.Option("--user", metavar="ID", help="Recommend to this user.")]
 SongsOption = Annotated[
-    str | None, typer.Option("--songs", metavar="ID,ID", help="Or to whoever just played these songs.")
+    list[str] | None,
+    typer.Option(
+        "--songs",
+        metavar="ID,ID",
+        help="Or to whoever just played these songs; give it once for each song whose id holds a comma.",
+    ),
 ]
 AtOption = Annotated[
     str | None, typer.Option("--at", metavar="TIME", help="Moment of the request: ISO 8601 with zone, or unix (now).")
@@ -70,8 +75,8 @@ def recommend(
     three minutes apart, the last of them at --at.
     """
     moment = now_ms() if at is None else parse_moment(at)
-    listed = None if songs is None else [song.strip() for song in songs.split(",") if song.strip()]
     dataset = Dataset(call.workspace)
+    listed = [song for text in songs for song in dataset.catalog().listed(text)] if songs else None
     parts = default_parts(call.workspace, model)
     recommender = load_recommender(call.workspace, dataset, model_id=parts["models"], index_id=parts.get("indexes"))
     told = answer(dataset, recommender, config, at=moment, user=user, songs=listed)

@@ -118,7 +118,7 @@ def _read_ids(path: Path) -> pa.Array | None:
     text, listed = path.with_suffix(".ids.txt"), path.with_suffix(".ids.json")
     try:
         if text.is_file():
-            lines = text.read_text(encoding="utf-8-sig", newline="").split("\n")  # other line ends may be within an id
+            lines = text.read_bytes().decode("utf-8-sig").split("\n")  # other line separators may be within an id
             while lines and not lines[-1].strip():
                 lines.pop()
             return pa.array([line.removesuffix("\r") for line in lines], pa.string())

@@ -112,7 +112,7 @@ def _listed(content: Any, lists: tuple[str, ...]) -> list[Any] | None:
 
 def _of_line(number: int, line: bytes) -> Record:
     try:
-        return Record(number, json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8", errors="surrogateescape")))
+        return Record(number, json.loads(line.decode("utf-8", errors="surrogateescape")))
     except (ValueError, RecursionError):
         return Record(number, line.decode("utf-8", errors="replace"), NOT_JSON)
 

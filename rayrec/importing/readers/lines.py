@@ -78,11 +78,16 @@ def read_blocks(unit: Unit, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
                 rest += piece
                 _check_length(rest, unit)
                 continue
-            block = Block(rest + piece[:end], first)
+            block = Block(_without_mark(rest + piece[:end], unit, first), first)
             rest, first = piece[end:], first + len(block)
             yield block
         if rest:
-            yield Block(rest, first)
+            yield Block(_without_mark(rest, unit, first), first)
+
+
+def _without_mark(data: bytes, unit: Unit, first: int) -> bytes:
+    """Lines without the byte order mark that the first of a file may begin with."""
+    return data.removeprefix(BYTE_ORDER_MARK) if first == 1 and not unit.start else data
 
 
 def first_line(source: str) -> bytes:

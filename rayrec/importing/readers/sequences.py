@@ -18,7 +18,7 @@ from rayrec.data.spelling import spell_ids
 from rayrec.importing.readers import reader
 from rayrec.importing.readers.delimited import line_faults
 from rayrec.importing.readers.files import require_text
-from rayrec.importing.readers.lines import BYTE_ORDER_MARK, Block, byte_ranges, read_blocks
+from rayrec.importing.readers.lines import Block, byte_ranges, read_blocks
 from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
 
 BLOCK_BYTES = 4 << 20  # a few characters can be a play: a row takes ten times its text in memory
@@ -87,6 +87,6 @@ def _texts(block: Block, problems: Problems) -> pa.Array:
     for reason in sorted(set(faults.values())):
         problems.mark(np.isin(np.arange(len(block)), [line for line in faults if faults[line] == reason]), reason)
     lines = between.take(pa.array(np.where(problems.bad, 1, 2 * np.arange(len(block)))))
-    texts = pc.utf8_trim_whitespace(pc.utf8_ltrim(lines, BYTE_ORDER_MARK.decode()))
+    texts = pc.utf8_trim_whitespace(lines)
     problems.mark(missing(texts), EMPTY_LINE)
     return texts
