@@ -8,7 +8,20 @@ from typer.core import TyperGroup
 from rayrec_cli.options import Globals
 
 ORDER = (  # as one meets them
-    *("demo", "generate", "import", "describe", "split", "embed", "train", "taste", "index", "evaluate", "release"),
+    *(
+        "demo",
+        "generate",
+        "inspect",
+        "import",
+        "describe",
+        "split",
+        "embed",
+        "train",
+        "taste",
+        "index",
+        "evaluate",
+        "release",
+    ),
     "states",
     *("recommend", "serve", "status", "verify", "run", "tune", "submit", "plan", "bench"),
 )

@@ -13,7 +13,9 @@ from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.importing.import_plan import ImportConfig
+from rayrec.importing.inspection import inspect_files
 from rayrec.importing.readers import FORMATS
+from rayrec.importing.readers.tabular import spelled_delimiter
 from rayrec.importing.summary import TooManyRejectedError
 from rayrec.storage.dataset_manifest import DatasetManifest
 from rayrec_cli.app import app
@@ -72,6 +74,35 @@ def import_data(
     except TooManyRejectedError as error:
         summary = error.summary.to_mapping()
         return Shown({**error_data(error), "import": summary}, _import_views(summary), error=error)
+
+
+InspectFormat = Annotated[str, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")]
+InspectPaths = Annotated[list[str], typer.Argument(metavar="PATH", help="Files, or folders of files.")]
+
+
+@command(app, "inspect", example="rayrec inspect csv plays.csv")
+def inspect(call: Call, *, format_name: InspectFormat, paths: InspectPaths) -> Shown:
+    """Look at the first rows of files before they are imported.
+
+    Shows which columns an import would take for what, how times are written, how many of the first rows it would
+    reject and why, and the command that imports the files.
+    """
+    found = inspect_files(format_name, paths)
+    values: dict[str, Any] = {"files": found.files, "bytes": size(found.bytes), "rows looked at": found.rows}
+    if found.delimiter:
+        values["delimiter"] = spelled_delimiter(found.delimiter)
+    if found.time:
+        values["times"] = found.time
+    views: list[RenderableType] = [figures(f"{found.format}, {found.kind}", values)]
+    if found.columns:
+        rows = [[column.name, column.role, column.type, column.example] for column in found.columns]
+        views.append(
+            table("Columns", ["column", "taken for", "type", "example"], rows, left=["taken for", "type", "example"])
+        )
+    if found.rejected:
+        views.append(table("Rows that would be rejected", ["reason", "rows"], list(found.rejected.items())))
+        views.append("\n".join(found.examples.values()))
+    return Shown(found.to_mapping(), [*views, *found.notes, found.command])
 
 
 @command(

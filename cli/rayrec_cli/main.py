@@ -55,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     fail = _Failure(as_json="--json" in arguments, debug=debug)
     try:
-        return int(app(arguments, prog_name="rayrec", standalone_mode=False) or 0)
+        code = int(app(arguments, prog_name="rayrec", standalone_mode=False) or 0)
+        # typer hands an interrupt over as an exit code
+        return (
+            fail(KeyboardInterrupt(), "interrupted", INTERRUPTED, kind="interrupted") if code == INTERRUPTED else code
+        )
     except UsageError as error:
         return _usage(error, fail)
     except (KeyboardInterrupt, typer.Abort) as error:

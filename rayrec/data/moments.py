@@ -23,6 +23,7 @@ END_MS = 4_102_444_800_000  # 2100-01-01
 NUMBER = r"^[+-]?\d{1,18}(\.\d*)?$"
 ZONED = r"\d:?\d{2}(:?\d{2}([.,]\d+)?)?\s*([Zz]|UTC|[+-]\d{2}(:?\d{2})?)$"
 ISO = r"^\d{4}-?\d{2}-?\d{2}[T ]\d{2}:?\d{2}"
+DATE = r"\d{4}-?\d{2}-?\d{2}"
 EXPECTED = "give ISO 8601 with a zone, such as 2015-01-20T18:30:00Z, or unix seconds or milliseconds"
 
 _NUMBER = re.compile(NUMBER, re.ASCII)
@@ -57,6 +58,8 @@ def parse_moment(value: str | int | float) -> int:
 def _parse_iso(text: str) -> int:
     parts = _MOMENT.fullmatch(text)
     if parts is None:
+        if re.fullmatch(DATE, text):
+            raise InputError(f"time {text!r} has no time of day and no zone; {EXPECTED}")
         if re.match(ISO, text) and not re.search(ZONED, text):
             raise InputError(f"time {text!r} has no zone; {EXPECTED}")
         raise InputError(f"time {text!r} is not a time; {EXPECTED}")

@@ -26,6 +26,7 @@ from rayrec.importing.readers.lines import byte_ranges, read_blocks
 from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
 
 PLAY_ROLES = ("user", "song", "played_at", "contexts", "skipped", "title", "artist")
+OPTIONAL_ROLES = ("contexts", "skipped", "title", "artist")
 PLAYLIST_ROLES = ("playlist", "position", "song", "title", "artist")
 NOT_A_POSITION = "position is not a whole number"
 NOT_A_FLAG = "skipped is none of true, false, 1, 0"
@@ -96,7 +97,7 @@ class ParquetReader:
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
         """Runs of row groups. Raises `InputError` for another format or a missing column."""
         with open_source(source) as stream:
-            file = _parquet(source, stream)
+            file = open_parquet(source, stream)
             find_columns(source, file.schema_arrow.names, self.options)
             sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
         numbers = (np.cumsum(sizes) - sizes) // unit_bytes if sizes else np.zeros(0)
@@ -107,12 +108,12 @@ class ParquetReader:
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Batches of 262,144 rows; the line is the number of the record."""
         with open_source(unit.source) as stream:
-            file = _parquet(unit.source, stream)
+            file = open_parquet(unit.source, stream)
             names = file.schema_arrow.names
             wanted = {role: names[place] for role, place in find_columns(unit.source, names, self.options).items()}
             groups = list(range(unit.start, file.num_row_groups if unit.stop is None else unit.stop))
             first = 1
-            for part in _batches(unit.source, file, groups, list(set(wanted.values()))):
+            for part in read_batches(unit.source, file, groups, list(set(wanted.values()))):
 
                 def texts(positions: np.ndarray, part: pa.RecordBatch = part) -> list[str]:
                     return _row_texts(part, positions)
@@ -140,7 +141,6 @@ def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dic
     Raises `InputError` for an unknown role, a column that is not there or one that is there twice.
     """
     known = roles(options.playlists)
-    optional = ("contexts", "skipped", "title", "artist")
     unknown = [role for role in options.columns if role not in known]
     if unknown:
         raise InputError(f"cannot map a column to {unknown[0]!r}; expected some of {', '.join(known)}")
@@ -151,7 +151,7 @@ def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dic
             raise InputError(f"{source} has {names.count(name)} columns named {name!r}; rename all but one")
         if name in names:
             found[role] = names.index(name)
-        elif role in options.columns or role not in optional:
+        elif role in options.columns or role not in OPTIONAL_ROLES:
             raise InputError(
                 f"{source} has no column {name!r} for {role}; it has {delimited.shown_columns(names)}; "
                 f"say which one it is with --columns {role}=NAME"
@@ -205,7 +205,8 @@ def convert(
     )
 
 
-def _parquet(source: str, stream: pa.NativeFile) -> pq.ParquetFile:
+def open_parquet(source: str, stream: pa.NativeFile) -> pq.ParquetFile:
+    """A Parquet file. Raises `DamagedInputError` where it is none or its footer is not whole."""
     try:
         return pq.ParquetFile(stream, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
@@ -214,7 +215,10 @@ def _parquet(source: str, stream: pa.NativeFile) -> pq.ParquetFile:
         ) from error
 
 
-def _batches(source: str, file: pq.ParquetFile, groups: list[int], names: list[str]) -> Iterator[pa.RecordBatch]:
+def read_batches(
+    source: str, file: pq.ParquetFile, groups: list[int] | None, names: list[str] | None
+) -> Iterator[pa.RecordBatch]:
+    """Some columns of some row groups, or all. Raises `DamagedInputError` where a page is not whole."""
     try:
         for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=names):
             batch.validate()
