@@ -1,4 +1,4 @@
-"""generate, import, split: from files of plays to a data set and its cuts."""
+"""generate, import, describe, split: from files of plays to a data set with splits."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,18 +25,20 @@ from rayrec_cli.output import Shown, error_data, figures, number, size, table
 FormatArgument = Annotated[str | None, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")]
 PathsArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="PATH", help="Files, or folders of files; .gz too, local, s3:// or gs://."),
+    typer.Argument(metavar="PATH", help="Files or folders of files, .gz too; local, s3:// or gs://."),
 ]
-TableArgument = Annotated[str, typer.Argument(metavar="FILE", help="csv (.gz too) or Parquet file, a row a song.")]
+TableArgument = Annotated[
+    str, typer.Argument(metavar="FILE", help="csv (.gz too) or Parquet file with one row per song.")
+]
 
 BEFORE_STREAMING = 946_684_800_000  # ms UTC, the year 2000
 
-AppendOption = Annotated[bool, typer.Option("--append", help="Add the plays to those that are there, as a new part.")]
+AppendOption = Annotated[bool, typer.Option("--append", help="Add the plays to the data set as a new part.")]
 
 
 @command(app, "generate", config=GenerateConfig, example="rayrec generate --users 2000 --songs 2000 --seed 1")
 def generate(call: Call, config: GenerateConfig, *, force: ForceOption = False) -> Shown:
-    """Generate plays of a planted world whose answers are known."""
+    """Generate a synthetic data set."""
     from rayrec.jobs.generate import generate as job
 
     return _dataset(job(call.workspace, config, repeat=force))
@@ -56,15 +58,15 @@ def import_data(
     append: AppendOption = False,
     force: ForceOption = False,
 ) -> Shown:
-    """Import plays or playlists from files into the data set.
+    """Import plays or playlists from files.
 
-    With --append the plays are added to those that are there; plays that are there already are merged.
+    With --append the plays are added to the existing ones; duplicates are merged.
     """
     from rayrec.jobs.import_data import append_plays
     from rayrec.jobs.import_data import import_data as job
 
     if append and force:
-        raise InputError("--append adds plays and --force replaces them; give one of the two")
+        raise InputError("--append adds plays and --force replaces them; pass only one of them")
     try:
         return (
             _appended(append_plays(call.workspace, config))
@@ -109,13 +111,12 @@ def inspect(call: Call, *, format_name: InspectFormat, paths: InspectPaths) -> S
     app, "describe", config=DescribeConfig, example="rayrec describe songs.csv --columns song=id,released=release_date"
 )
 def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument) -> Shown:
-    """Tell titles, artists, release days and markets of songs.
+    """Import song metadata: titles, artists, release dates, markets.
 
-    From a csv or Parquet table with a row a song. Recommendations can keep to these: see `rayrec serve`. A second table
-    takes the place of the first.
+    A second file replaces the first. The server can filter recommendations by this metadata.
     """
     counts = asdict(describe(call.workspace, config, path))
-    views = [figures("Songs", counts)]
+    views = [figures("Song metadata", counts)]
     for name, title in (("rejected", "Rejected rows"), ("invalid", "Values left out of their rows")):
         if counts[name]:
             views.append(table(title, ["reason", name], list(counts[name].items())))
@@ -124,10 +125,9 @@ def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument) -
 
 @command(app, "split", config=SplitConfig, example="rayrec split --test-days 30 --validation-days 7")
 def split(call: Call, config: SplitConfig) -> Shown:
-    """Cut the data set into train, validation and test.
+    """Split the data set into training, validation and test range.
 
-    In this order in time, or within each user's own plays with --last-fraction; a share of the users may
-    be held out entirely.
+    In time, or with --last-fraction within each user's plays. A share of users can be held out entirely.
     """
     made = split_dataset(call.workspace, config)
     cuts = {name.replace("_", " "): _cut(value) for name, value in made.figures().items()}
@@ -154,7 +154,7 @@ def _dataset(manifest: DatasetManifest) -> Shown:
         else {**values, "first play": _moment(manifest.first_play), "last play": _moment(manifest.last_play)}
     )
     if manifest.times == "positions":
-        shown = {**values, "times": "none, the plays are only in order"}
+        shown = {**values, "times": "none, plays are only ordered"}
     times = {"first_play": manifest.first_play, "last_play": manifest.last_play}
     data = {**values, **times, "times": manifest.times, "reasons": manifest.rejected, "import": manifest.last_import}
     views = [figures("Data set", shown), *_import_views(manifest.last_import)]
@@ -162,7 +162,7 @@ def _dataset(manifest: DatasetManifest) -> Shown:
     if dropped:
         views.append(table("Rows left out", ["reason", "rows"], list(dropped.items())))
     if rejected:
-        views.append("Each with its reason and line in dataset/rejected.")
+        views.append("Rejected rows are stored with line and reason in dataset/rejected.")
     if manifest.times == "real" and manifest.plays > 0 and manifest.first_play < BEFORE_STREAMING:
         views.append(
             f"Warning: the first play is of {_moment(manifest.first_play)}: a clock may have been wrong. Such a play "
@@ -194,12 +194,12 @@ def _import_views(summary: Mapping[str, Any]) -> list[RenderableType]:
 
 def _appended(made: Any) -> Shown:
     new = {"plays": made.plays, "users": made.users, "songs": made.songs}
-    came_to = {"read": made.read, "merged": made.merged, "rejected": sum(made.rejected.values())}
-    views: list[Any] = [figures("Appended", {f"new {name}": count for name, count in new.items()} | came_to)]
+    outcomes = {"read": made.read, "merged": made.merged, "rejected": sum(made.rejected.values())}
+    views: list[Any] = [figures("Appended", {f"new {name}": count for name, count in new.items()} | outcomes)]
     if not made.plays:
-        views.append("Nothing was new: the data set is as it was.")
+        views.append("No new plays: the data set is unchanged.")
     shown = _dataset(made.dataset)
-    data = {**shown.data, "appended": {**new, **came_to, "reasons": made.rejected}, "import": made.last_import}
+    data = {**shown.data, "appended": {**new, **outcomes, "reasons": made.rejected}, "import": made.last_import}
     return Shown(data, [*views, *_import_views(made.last_import), shown.views[0]])
 
 

@@ -12,32 +12,26 @@ import typer
 
 from rayrec.errors import RayrecError
 from rayrec_cli import (
-    ask_commands,
     cluster_commands,
     data_commands,
     model_commands,
+    recommend_commands,
     release_commands,
     run_commands,
-    serve_commands,
-    states_commands,
-    tune_commands,
-    verify_commands,
+    workspace_commands,
 )
 from rayrec_cli.app import app
-from rayrec_cli.output import error_data, show_json
+from rayrec_cli.output import error_data, print_error, show_json
 
 __all__ = [
-    "ask_commands",
     "cluster_commands",
     "data_commands",
     "main",
     "model_commands",
+    "recommend_commands",
     "release_commands",
     "run_commands",
-    "serve_commands",
-    "states_commands",
-    "tune_commands",
-    "verify_commands",
+    "workspace_commands",
 ]
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, which newer typers carry under a private name
@@ -56,23 +50,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fail = _Failure(as_json="--json" in arguments, debug=debug)
     try:
         code = int(app(arguments, prog_name="rayrec", standalone_mode=False) or 0)
-        # typer hands an interrupt over as an exit code
-        return (
-            fail(KeyboardInterrupt(), "interrupted", INTERRUPTED, kind="interrupted") if code == INTERRUPTED else code
-        )
+        if code == INTERRUPTED:  # typer hands an interrupt over as an exit code
+            return fail(KeyboardInterrupt(), "Interrupted", INTERRUPTED, kind="interrupted")
+        return code
     except UsageError as error:
         return _usage(error, fail)
     except (KeyboardInterrupt, typer.Abort) as error:
-        return fail(error, "interrupted", INTERRUPTED, kind="interrupted")
+        return fail(error, "Interrupted", INTERRUPTED, kind="interrupted")
     except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone: nobody is there to be told
+        sys.stderr.close()  # the reader has gone: no reader is left
         return FAILED
     except Exception as error:
         # Ray wraps what a worker raised: as its cause, below a text that holds the whole traceback.
         cause = getattr(error, "cause", error)
         if isinstance(cause, RayrecError):
             return fail(cause, str(cause), cause.exit_code)
-        # Our bug, or a machine that failed us.
+        # A bug, or a failed machine.
         last = str(cause).strip().splitlines()[-1:] or [""]
         message = f"{type(cause).__name__}: {last[0]}; run again with --debug for the traceback"
         return fail(cause, message, FAILED, kind="internal")
@@ -80,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Tells of an error: one line on stderr, and with --json one object on stdout."""
+    """Reports an error: one line on stderr, and with --json one object on stdout."""
 
     as_json: bool
     debug: bool
@@ -90,14 +83,14 @@ class _Failure:
             traceback.print_exc()
         if self.as_json:
             show_json(error_data(error, message, kind))
-        print("rayrec:", " ".join(message.split()), file=sys.stderr)
+        print_error(message)
         return code
 
 
 def _usage(error: Exception, fail: _Failure) -> int:
     context = getattr(error, "ctx", None)
     message = error.format_message()  # type: ignore[attr-defined]
-    if not message.strip() or message.startswith("Usage:"):  # no command was given: what is said is the help
+    if not message.strip() or message.startswith("Usage:"):  # no command: the message is the help
         print(message, file=sys.stderr)
         return WRONG_USE
     where = context.command_path if context is not None else "rayrec"

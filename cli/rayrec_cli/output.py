@@ -1,6 +1,7 @@
 """What commands print: tables of 80 columns for people, one JSON object for programs."""
 
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -53,7 +54,24 @@ def show(shown: Shown, *, as_json: bool) -> None:
 def show_json(data: dict[str, Any]) -> None:
     """One JSON object on stdout, escaped where the terminal or file takes no UTF-8."""
     ascii_only = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8"
-    sys.stdout.write(json.dumps(data, ensure_ascii=ascii_only) + "\n")
+    sys.stdout.write(json.dumps(_finite(data), ensure_ascii=ascii_only, allow_nan=False) + "\n")
+
+
+def print_error(message: str) -> None:
+    """One line on stderr that begins with a capital letter, unless with a name."""
+    first = message.partition(" ")[0]
+    if first.isalpha() and first.islower() and first != "rayrec":
+        message = first.capitalize() + message[len(first) :]
+    print("rayrec:", " ".join(message.split()), file=sys.stderr)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON does not have: NaN and the infinite ones."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def note(text: str) -> None:

@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any, Literal
 
@@ -23,7 +23,8 @@ from rayrec.model.fit import start_vectors
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
-from rayrec.model.training import Share, Training
+from rayrec.model.training import Training
+from rayrec.model.workers import Share
 
 Work = Literal["train", "tastes"]
 WAYS = ((False, False), (True, False), (False, True), (True, True))  # of working: in bfloat16, compiled
@@ -38,7 +39,7 @@ class Size:
     users: int = 2_000
     plays: int = 200  # mean of a user
     seconds: float = 5.0  # of each measurement
-    config: TrainConfig = TrainConfig()
+    config: TrainConfig = field(default_factory=TrainConfig)
 
     @classmethod
     def quick(cls) -> "Size":
@@ -149,6 +150,7 @@ def network(size: Size) -> TasteModel:
         horizons=config.horizons,
         song_table=config.song_table,
         averages=config.averages,
+        input_table=config.has_input_table,
     )
     torch.manual_seed(config.seed)
     vectors = start_vectors(np.zeros((size.songs, size.dim), dtype=np.float32), config.seed)

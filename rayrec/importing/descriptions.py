@@ -1,6 +1,6 @@
-"""Song metadata: a table of titles, artists, release days and markets by song id, kept beside the data set.
+"""Song metadata: a table of titles, artists, albums, release days and markets by song id, kept beside the data set.
 
-A csv file with a header line, or a Parquet file. Roles of its columns: song, and where there are any title, artist,
+A csv file with a header line, or a Parquet file. Roles of its columns: song, and any of title, artist, album,
 released (YYYY-MM-DD, YYYY-MM or YYYY) and markets (names separated by `|`); in Parquet dates and lists will do.
 """
 
@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
 
-from rayrec.config import setting, to_mapping
+from rayrec.config import Settings, to_mapping
 from rayrec.data import columns
 from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE
 from rayrec.data.columns import one_array
@@ -23,6 +24,7 @@ from rayrec.data.problems import Problems
 from rayrec.data.spelling import NOT_UTF8, plain, spell_ids, spell_lists, spell_texts
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers import delimited
+from rayrec.importing.readers.delimited import Delimiter
 from rayrec.importing.readers.files import COMPRESSED, open_plain
 from rayrec.importing.readers.lines import read_blocks
 from rayrec.importing.readers.reader import NO_SONG, Unit
@@ -35,6 +37,7 @@ ROLES = {
     "song": columns.SONG_ID,
     "title": columns.TITLE,
     "artist": columns.ARTIST,
+    "album": columns.ALBUM,
     "released": columns.RELEASED,
     "markets": columns.MARKETS,
 }
@@ -44,19 +47,14 @@ NO_DAY = "release day is neither YYYY-MM-DD, YYYY-MM nor YYYY"
 DAY_OUT_OF_RANGE = "release day is not in the years 1 to 9999"
 
 
-@dataclass(frozen=True, kw_only=True)
-class DescribeConfig:
-    """Which columns of the file hold what."""
+class DescribeConfig(Settings):
+    """Which columns of the file hold which metadata."""
 
-    columns: dict[str, str] = setting(
-        None, help=f"role=column pairs; roles: {', '.join(ROLES)}; a role not named has the column of its name"
+    columns: dict[str, str] = Field(
+        {},
+        description=f"Column of each role, as role=column; roles: {', '.join(ROLES)}; default: same name",
     )
-    delimiter: str = setting(",", help="csv: between the columns")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", dict(self.columns or {}))
-        if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
-            raise InputError(f"delimiter is {self.delimiter!r}; expected one character such as , or ;")
+    delimiter: Delimiter = Field(",", description="csv: column delimiter; \\t for a tab")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +75,7 @@ class Described:
     unknown: int  # songs of the file that are not in the catalog; left out until they are imported
     titles: int  # songs of the catalog with a title now
     artists: int
+    albums: int
     released: int  # songs with a release day
     markets: int  # songs with a list of markets
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows of the file
@@ -105,6 +104,7 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str) -> Describ
         unknown=len(metadata.table) - described,
         titles=given(columns.TITLE),
         artists=given(columns.ARTIST),
+        albums=given(columns.ALBUM),
         released=given(columns.RELEASED),
         markets=given(columns.MARKETS),
         rejected=metadata.rejected,
@@ -150,10 +150,10 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
         raise InputError(f"{source}: no row can be used: {told}; check the format and the delimiter")
     kept = pa.array(usable[_first_of_each(ids.take(pa.array(usable)))])
     values, invalid = {columns.SONG_ID: ids.take(kept)}, {}
-    readers = {"title": spell_texts, "artist": spell_texts, "released": _days, "markets": spell_lists}
-    for role in [role for role in readers if role in rows]:
+    readers = {"released": _days, "markets": spell_lists}
+    for role in [role for role in ROLES if role in rows and role != "song"]:
         problems = Problems(len(kept))
-        read = readers[role](plain(rows[role]).take(kept), problems, column=role)
+        read = readers.get(role, spell_texts)(plain(rows[role]).take(kept), problems, column=role)
         bad = pa.array(problems.bad)
         values[ROLES[role]] = pc.if_else(bad, pa.scalar(None, read.type), read) if problems.bad.any() else read
         for reason, count in _counts(problems).items():

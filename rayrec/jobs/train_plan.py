@@ -95,6 +95,7 @@ def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> M
         horizons=config.horizons,
         song_table=config.song_table,
         averages=config.averages,
+        input_table=config.has_input_table,
     )
 
 
@@ -113,7 +114,7 @@ def _count_songs(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) 
                 total[np.asarray(songs, dtype=np.int64)] += np.asarray(plays, dtype=np.int64)
             bar.advance()
     if not totals[0].any():
-        raise RayrecError("the split leaves no plays to train on; make a split with fewer test and validation days")
+        raise RayrecError("the split leaves no plays to train on; use fewer test and validation days")
     return totals
 
 
@@ -135,3 +136,8 @@ def read_validation(plan: TrainPlan) -> Validation:
 def selected_folder(plan: TrainPlan) -> str:
     """Where the best network of the selection phase lies while the training runs."""
     return f"{plan.folder}/run/selected"
+
+
+def diverged_file(plan: TrainPlan) -> str:
+    """Where the first worker leaves the message of a training that diverged."""
+    return f"{plan.folder}/run/diverged.json"

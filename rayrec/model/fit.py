@@ -6,6 +6,7 @@ a validation range there is only `final`, for the epochs that the config names.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -18,15 +19,18 @@ from torch import Tensor
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.windows import Windows
+from rayrec.errors import DivergedError
 from rayrec.model.checkpoint import export_song_vectors, load_training, save_training
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import ModelConfig, TrainConfig
-from rayrec.model.training import Share, StepReport, Training
+from rayrec.model.training import StepReport, Training
+from rayrec.model.workers import Share
 
 Phase = Literal["selection", "final"]
 RECALL_AT = 20
-STEPS_BETWEEN_CLOCKS = 50  # workers agree on the time for a checkpoint this often
+SHORTEST_S = 1e-9  # of an epoch without steps
+STEPS_BETWEEN_READS = 50  # the loss is read from the device, and workers agree on the time for a checkpoint, this often
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,9 @@ class Progress:
     step: int = 0
     best_epoch: int = -1
     best_recall: float = -1.0
+    loss: float = 0.0  # of the steps of the epoch in progress, added up
+    plays: int = 0  # inputs of those steps, over all workers
+    seconds: float = 0.0  # that those steps took
     epochs: list[dict[str, Any]] = field(default_factory=list)  # figures of each finished epoch
 
 
@@ -81,8 +88,8 @@ class Host(Protocol):
         """This worker's share of the batches of an epoch, the same every time."""
         ...
 
-    def stepped(self, phase: Phase, report: StepReport) -> None:
-        """One step was taken."""
+    def stepped(self, phase: Phase, report: StepReport, loss: float) -> None:
+        """One step was taken; `loss` is the mean over the steps that were read from the device last."""
         ...
 
     def selected(self, model: TasteModel, known: np.ndarray) -> None:
@@ -121,7 +128,7 @@ class Fit:
         """Go on from a checkpoint."""
         self.progress = Progress(**json.loads((folder / "progress.json").read_text()))
         self.training = self._new_training(self.progress.phase)
-        self._best, _ = load_training(folder, self.training.model, self.training.optimizers)
+        self._best, _ = load_training(folder, self.training)
 
     def run(self) -> TasteModel:
         """The trained network: of the final phase, or the best of the selection phase where there is no refit."""
@@ -161,32 +168,58 @@ class Fit:
         return self.progress.epoch - self.progress.best_epoch > self._config.patience
 
     def _epoch(self) -> None:
-        progress, began = self.progress, time.monotonic()
-        loss, steps, plays = 0.0, 0, 0
+        progress, ledger = self.progress, _Ledger(self._share)
 
         def on_step(report: StepReport) -> None:
-            nonlocal loss, steps, plays
-            loss, steps, plays = loss + report.loss, steps + 1, plays + report.plays
+            ledger.add(report)
+            if report.step % STEPS_BETWEEN_READS == 0:
+                self._read(ledger)
             progress.step = report.step + 1
-            self._host.stepped(progress.phase, report)
-            if progress.step % STEPS_BETWEEN_CLOCKS == 0 and self._time_to_save():
+            self._host.stepped(progress.phase, report, ledger.last_loss)
+            if progress.step % STEPS_BETWEEN_READS == 0 and self._time_to_save():
+                self._read(ledger)
                 self._checkpoint()
 
         windows = self._host.windows(progress.phase, progress.epoch)
         self.training.epoch(windows, progress.epoch, skip=progress.step, on_step=on_step)
-        seconds = time.monotonic() - began
-        total = self._share.total(plays)
+        self._read(ledger)
+        self._require_finite_weights()
         progress.epochs.append(
             {
                 "phase": progress.phase,
                 "epoch": progress.epoch,
-                "loss": self._share.total(loss) / max(1, steps) / self._share.workers,
-                "plays": int(total),
-                "seconds": seconds,
-                "plays_per_second": total / seconds,
+                "loss": progress.loss / max(1, progress.step),
+                "plays": progress.plays,
+                "seconds": progress.seconds,
+                "plays_per_second": progress.plays / max(progress.seconds, SHORTEST_S),
             }
         )
         progress.epoch, progress.step = progress.epoch + 1, 0
+        progress.loss, progress.plays, progress.seconds = 0.0, 0, 0.0
+
+    def _read(self, ledger: "_Ledger") -> None:
+        """Move what the steps since the last reading added up to into the progress. Raises `DivergedError`."""
+        loss, plays, seconds = ledger.read()
+        progress = self.progress
+        if not math.isfinite(loss):
+            raise DivergedError(self._diverged("the loss"))
+        progress.loss, progress.plays, progress.seconds = (
+            progress.loss + loss,
+            progress.plays + plays,
+            progress.seconds + seconds,
+        )
+
+    def _require_finite_weights(self) -> None:
+        """Raises `DivergedError`. A last step can break what no loss tells of any more."""
+        finite = all(bool(value.isfinite().all()) for value in self.training.model.state_dict().values())
+        if self._share.total(float(not finite)):
+            raise DivergedError(self._diverged("a weight"))
+
+    def _diverged(self, what: str) -> str:
+        return (
+            f"training diverged: {what} is not finite in epoch {self.progress.epoch + 1}, at or before step "
+            f"{self.progress.step + 1}; lower the learning rate (now {self._config.learning_rate:g})"
+        )
 
     def _time_to_save(self) -> bool:
         due = time.monotonic() - self._saved_at > self._config.checkpoint_minutes * 60
@@ -194,7 +227,7 @@ class Fit:
 
     def _checkpoint(self) -> None:
         def save(folder: Path) -> None:
-            save_training(folder, self.training.model, self.training.optimizers, self._best, asdict(self.progress))
+            save_training(folder, self.training, self._best, asdict(self.progress))
 
         self._host.checkpoint(self.progress, save)
         self._saved_at = time.monotonic()
@@ -211,6 +244,31 @@ class Fit:
         data = self._data[phase]
         model = TasteModel(self._model_config, torch.from_numpy(start_vectors(data.vectors, self._config.seed)))
         return Training(model, self._config, data.counts, device=self._device, share=self._share)
+
+
+class _Ledger:
+    """Adds up on the device what steps report, so that a step does not wait for it."""
+
+    def __init__(self, share: Share) -> None:
+        self._share = share
+        self._losses: list[Tensor] = []
+        self._plays, self._began = 0, time.monotonic()
+        self.last_loss = 0.0  # mean over the steps of the last reading
+
+    def add(self, report: StepReport) -> None:
+        self._losses.append(report.loss)
+        self._plays += report.plays
+
+    def read(self) -> tuple[float, int, float]:
+        """Losses of all steps and workers added up, plays of all workers, and seconds, since the last reading."""
+        count = len(self._losses)
+        local = float(torch.stack(self._losses).double().sum()) if count else 0.0
+        loss = self._share.total(local)
+        plays = int(self._share.total(self._plays))
+        seconds = time.monotonic() - self._began
+        self.last_loss = loss / max(1, count)
+        self._losses, self._plays, self._began = [], 0, time.monotonic()
+        return loss, plays, seconds
 
 
 def start_vectors(vectors: np.ndarray, seed: int) -> np.ndarray:
@@ -236,7 +294,8 @@ def count_hits(model: TasteModel, vectors: np.ndarray, validation: Validation, d
         scores[:, ~known] = -np.inf
         wanted = targets[begin : begin + step]
         own = scores[np.arange(len(wanted)), wanted]
-        hits += int((((scores >= own[:, None]).sum(axis=1) <= RECALL_AT) & known[wanted]).sum())
+        better = (~(scores < own[:, None])).sum(axis=1)  # a score that is no number counts against
+        hits += int(((better <= RECALL_AT) & known[wanted] & np.isfinite(own)).sum())
     return hits
 
 

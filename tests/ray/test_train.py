@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,14 +30,15 @@ from rayrec.jobs.train_worker import window_stream
 from rayrec.model.checkpoint import load_model
 from rayrec.model.fit import Phase
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training import Share, StepReport
+from rayrec.model.training import StepReport
 from rayrec.model.window_stream import UnitReader, plain_stream
+from rayrec.model.workers import Share
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.artifacts import Manifest, listing, load, publish, verify
 from rayrec.storage.workspace import Workspace
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints
-CONFIG = replace(SMALL, workers=0, checkpoint_minutes=10.0)
+CONFIG = SMALL.replace(workers=0, checkpoint_minutes=10.0)
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +95,14 @@ def test_the_lines_of_the_epochs_tell_both_phases(world: Workspace, split: Split
 
 def test_the_same_training_is_found_again(world: Workspace, split: Split, in_process: Manifest) -> None:
     assert train(world, CONFIG, split=split) == in_process
-    elsewhere = replace(CONFIG, workers=1, checkpoint_minutes=1.0)
+    elsewhere = CONFIG.replace(workers=1, checkpoint_minutes=1.0)
     assert train(world, elsewhere, split=split) == in_process
 
 
 def test_a_network_of_playlists_sees_songs_alone_and_says_that_no_split_cut_them(
     world: Workspace, split: Split
 ) -> None:
-    config = replace(TrainConfig(**TrainConfig.PRESETS["r_pst"]), hidden_dim=8, window=20, epochs=1, workers=0)
+    config = TrainConfig(**TrainConfig.PRESETS["r_pst"]).replace(hidden_dim=8, window=20, epochs=1, workers=0)
     made = train(world, config, split=split)
     assert made.metrics["source"] == "playlists"
     assert "no split can cut them" in made.metrics["warning"]
@@ -116,7 +116,7 @@ def test_a_network_of_playlists_sees_songs_alone_and_says_that_no_split_cut_them
 
 
 def test_playlists_shorter_than_the_horizon_are_no_training(world: Workspace, split: Split) -> None:
-    config = replace(TrainConfig(**TrainConfig.PRESETS["r_plt"]), hidden_dim=8, long=(60, 70), epochs=1, workers=0)
+    config = TrainConfig(**TrainConfig.PRESETS["r_plt"]).replace(hidden_dim=8, long=(60, 70), epochs=1, workers=0)
     with pytest.raises(RayrecError, match="no sequence of the playlists holds a play and one 60 to 70 after it"):
         train(world, config, split=split)
 
@@ -127,14 +127,14 @@ def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
 
     stepped = here.RayHost.stepped
 
-    def dying(host: Any, phase: Phase, report: StepReport) -> None:
+    def dying(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
         if report.epoch == 1 and report.step == 1:
             for _ in range(300):  # until Ray Train has taken the checkpoint of the first epoch
                 if host._plan.workspace.exists(f"{host._plan.folder}/run/{SNAPSHOT}"):
                     break
                 time.sleep(0.1)
             os._exit(1)
-        stepped(host, phase, report)
+        stepped(host, phase, report, loss)
 
     here.RayHost.stepped = dying  # type: ignore[method-assign]
     here.train_worker(arguments)
@@ -146,11 +146,11 @@ def _notes_its_first_step(arguments: dict[str, Any]) -> None:
 
     stepped = here.RayHost.stepped
 
-    def noting(host: Any, phase: Phase, report: StepReport) -> None:
+    def noting(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
         path = f"steps/{host._share.rank}.json"
         if not host._plan.workspace.exists(path):
             host._plan.workspace.write_json(path, [host._share.workers, phase, report.epoch, report.step])
-        stepped(host, phase, report)
+        stepped(host, phase, report, loss)
 
     here.RayHost.stepped = noting  # type: ignore[method-assign]
     here.train_worker(arguments)
@@ -164,10 +164,10 @@ def test_a_killed_training_goes_on_with_other_workers_to_the_same_result(
     monkeypatch.setattr(job, "train_worker", _dies_in_the_second_epoch)
     before = listing(world, "models")
     with pytest.raises(RayrecError, match=r"training failed: .*rayrec train --resume"):
-        train(world, replace(CONFIG, workers=1), split=split, repeat=True)
+        train(world, CONFIG.replace(workers=1), split=split, repeat=True)
     assert listing(world, "models") == before
     monkeypatch.setattr(job, "train_worker", _notes_its_first_step)
-    made = train(world, replace(CONFIG, workers=2), split=split, resume=True, repeat=True)
+    made = train(world, CONFIG.replace(workers=2), split=split, unfinished="resume", repeat=True)
     for rank in range(2):
         assert world.read_json(f"steps/{rank}.json") == [2, "selection", 1, 0]
     one, other = weights(world, in_process), weights(world, made)
@@ -220,7 +220,7 @@ def test_a_split_that_leaves_no_plays_is_refused(workspace: Workspace) -> None:
     write_dataset(workspace, Histories.from_lists([[0, 1]], [[10, 20]]), 2)
     write_song_vectors(workspace, random_vectors(2), {"dataset": "by-hand", "split": "early"})
     early = Split(id="early", dataset="by-hand", validation_from=5, test_from=5)
-    with pytest.raises(RayrecError, match=r"leaves no plays to train on; make a split"):
+    with pytest.raises(RayrecError, match=r"leaves no plays to train on; use fewer"):
         train(workspace, CONFIG, split=early)
 
 
@@ -235,7 +235,7 @@ def test_features_follow_the_data_and_the_settings(world: Workspace) -> None:
     full = model_config(dataset, CONFIG, 8).features
     assert full.contexts == tuple(dataset.manifest.contexts) != ()
     assert full.skipped
-    bare = replace(CONFIG, contexts=False, gaps=False, skips=False, hours=True)
+    bare = CONFIG.replace(contexts=False, gaps=False, skips=False, hours=True)
     spec = model_config(dataset, bare, 8).features
     assert (spec.contexts, spec.gap, spec.request_gap, spec.skipped) == ((), False, False, False)
     assert spec.dim == 24 + 7

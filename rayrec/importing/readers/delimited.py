@@ -4,11 +4,12 @@ Every csv file of the project is read here. Every line is one row or is rejected
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
+from pydantic import AfterValidator
 
 from rayrec.data.spelling import NOT_UTF8
 from rayrec.errors import DamagedInputError, InputError
@@ -22,6 +23,20 @@ STRAY_RETURN = "a carriage return within the line"
 QUOTE = ord('"')
 USUAL_DELIMITERS = (",", ";", "\t", "|")
 SHOWN_COLUMNS, SHOWN_NAME = 20, 40  # of a header, in a message
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("\\t", "\t")
+
+
+def _one_character(text: str) -> str:
+    if len(text) != 1 or not text.isascii() or text in '"\r\n':
+        raise ValueError("expected one character such as , or ;")
+    return text
+
+
+Separator = Annotated[str, AfterValidator(_unescaped)]  # a flag or a TOML file may write a tab as \\t
+Delimiter = Annotated[Separator, AfterValidator(_one_character)]
 
 
 class Rows(NamedTuple):

@@ -11,7 +11,8 @@ from rayrec.bench import device_bench, device_limits
 from rayrec.bench.device_bench import Size, network, random_histories
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training import Share, Training
+from rayrec.model.training import Training
+from rayrec.model.workers import Share
 
 UNCOMPILED = ((False, False), (True, False))
 
@@ -57,7 +58,7 @@ def test_a_way_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.Monke
 def test_the_operations_of_a_play_are_those_of_its_matrices() -> None:
     """Histories of one length, so that nothing is padded; every matrix product counted by hand."""
     size = replace(Size.quick(), users=4)
-    size = replace(size, config=replace(size.config, averages=()))
+    size = replace(size, config=size.config.replace(averages=()))
     config, histories = size.config, random_histories(size)
     encoder = TasteEncoder(network(size))
 

@@ -11,11 +11,12 @@ from networks import MINUTE, NUM_SONGS, Crash, MemoryHost, cycling_histories, mo
 from worlds import random_vectors
 
 from rayrec.data.histories import Histories
-from rayrec.model import fit
+from rayrec.errors import DivergedError
+from rayrec.model import fit as fit_module
 from rayrec.model.fit import RECALL_AT, Fit, FitData, Phase, Validation, start_vectors
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import Objective, SongTable, TrainConfig
-from rayrec.model.training import Share
+from rayrec.model.workers import Share
 
 CUT = 15 * MINUTE
 SMALL = {"hidden_dim": 16, "window": 12, "batch": 8, "negatives": 30, "long": (2, 5), "learning_rate": 0.01}
@@ -113,7 +114,7 @@ def test_without_refit_the_weights_of_the_best_epoch_are_kept(
     recalls(monkeypatch, [0.1, 0.3, 0.2, 0.2])
     config = settings(epochs=4, patience=5, refit=False)
     kept = fit_of(config, plays, validation, MemoryHost(plays, config)).run()
-    alone = replace(config, epochs=2)
+    alone = config.replace(epochs=2)
     data: dict[Phase, Histories] = {"final": plays["selection"]}
     assert same(kept, fit_of(alone, data, None, MemoryHost(data, alone)).run())
 
@@ -140,7 +141,7 @@ def test_a_resumed_fit_ends_where_an_undisturbed_one_ends(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fit, "STEPS_BETWEEN_CLOCKS", 2)
+    monkeypatch.setattr(fit_module, "STEPS_BETWEEN_READS", 2)
     monkeypatch.setattr(Fit, "_recall", lambda fit: [0.1, 0.3, 0.2][fit.progress.epoch - 1])
     config = settings(epochs=3, checkpoint_minutes=0.0, **changes)
     undisturbed_host = MemoryHost(plays, config)
@@ -160,6 +161,53 @@ def test_a_resumed_fit_ends_where_an_undisturbed_one_ends(
         undisturbed.progress.best_epoch,
         undisturbed.progress.best_recall,
     )
+
+
+def figures_of(fit: Fit) -> list[tuple[Any, ...]]:
+    """What each epoch reported, seconds aside."""
+    return [(line["phase"], line["epoch"], line["plays"], round(line["loss"], 5)) for line in fit.progress.epochs]
+
+
+def test_a_fit_resumed_after_any_step_reports_the_plays_and_losses_of_an_undisturbed_one(
+    plays: dict[Phase, Histories], validation: Validation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last step of an epoch and of the last epoch too."""
+    monkeypatch.setattr(fit_module, "STEPS_BETWEEN_READS", 1)
+    monkeypatch.setattr(Fit, "_recall", lambda fit: [0.1, 0.3][fit.progress.epoch - 1])
+    config = settings(epochs=2, checkpoint_minutes=0.0)
+    host = MemoryHost(plays, config, tmp_path)
+    undisturbed = fit_of(config, plays, validation, host)
+    undisturbed.run()
+    last_steps = 0
+    for folder in host.checkpoints[::3] + host.checkpoints[-2:]:
+        resumed = fit_of(config, plays, validation, MemoryHost(plays, config))
+        resumed.resume(folder)
+        last_steps += resumed.progress.step == len(list(host.windows(resumed.progress.phase, 0)))
+        resumed.run()
+        assert figures_of(resumed) == figures_of(undisturbed), folder
+    assert last_steps
+
+
+def test_a_training_that_diverges_stops_with_advice_and_keeps_no_checkpoint_of_it(
+    plays: dict[Phase, Histories], validation: Validation, tmp_path: Path
+) -> None:
+    config = settings(learning_rate=1e20)
+    host = MemoryHost(plays, config, tmp_path)
+    with pytest.raises(DivergedError, match=r"not finite in epoch 1.*lower the learning rate \(now 1e\+20\)"):
+        fit_of(config, plays, validation, host).run()
+    assert host.checkpoints == []
+
+
+def test_a_weight_that_is_not_finite_stops_a_training_whose_loss_still_is(
+    plays: dict[Phase, Histories], validation: Validation
+) -> None:
+    config = settings()
+    fit = fit_of(config, plays, validation, MemoryHost(plays, config))
+    with torch.no_grad():
+        fit.training.model.heads["long"].weight.fill_(torch.inf)
+    fit.training.epoch = lambda *_, **__: None  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match="a weight is not finite in epoch 1"):
+        fit.run()
 
 
 def test_a_finished_fit_that_is_resumed_has_nothing_left_to_do(
@@ -211,9 +259,21 @@ def test_ties_and_unknown_songs_are_no_hits() -> None:
     histories = Histories.from_lists([[1, 2, 3]], [[1, 2, 3]])
     asked = Validation(histories=histories, plays=np.array([1, 2]))
     alike: np.ndarray = np.ones((30, 8), np.float32)
-    assert fit.count_hits(model, alike, asked, "cpu") == 0
+    assert fit_module.count_hits(model, alike, asked, "cpu") == 0
     few = alike.copy()
     few[10:] = 0  # ten known songs: all of them are among the first 20, ties or not
-    assert fit.count_hits(model, few, asked, "cpu") == 2
+    assert fit_module.count_hits(model, few, asked, "cpu") == 2
     few[2] = 0
-    assert fit.count_hits(model, few, asked, "cpu") == 1
+    assert fit_module.count_hits(model, few, asked, "cpu") == 1
+
+
+def test_a_score_that_is_not_a_number_is_no_hit() -> None:
+    config = settings()
+    broken = TasteModel(replace(model_config(config), num_songs=3), torch.ones(3, 8))
+    torch.nn.init.constant_(broken.heads["short"].bias, torch.nan)
+    asked = Validation(histories=Histories.from_lists([[0, 1, 2]], [[1, 2, 3]]), plays=np.array([1, 2]))
+    assert fit_module.count_hits(broken, np.ones((3, 8), np.float32), asked, "cpu") == 0
+    whole = TasteModel(replace(model_config(config), num_songs=3), torch.ones(3, 8))
+    vectors: np.ndarray = np.ones((3, 8), np.float32)
+    vectors[1] = np.nan
+    assert fit_module.count_hits(whole, vectors, asked, "cpu") == 1
