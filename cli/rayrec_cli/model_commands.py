@@ -25,6 +25,9 @@ SplitOption = Annotated[
 NoSplitOption = Annotated[bool, typer.Option("--no-split", help="Train on all plays, as for production.")]
 SongsOption = Annotated[str | None, typer.Option("--songs", metavar="ID", help="Song embeddings. [default: current]")]
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model. [default: current]")]
+FromOption = Annotated[
+    str | None, typer.Option("--from", metavar="ID", help="Start from the weights of this model; new songs get rows.")
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint.")]
 
 SpaceArgument = Annotated[
@@ -62,6 +65,7 @@ def train(
     songs: SongsOption = None,
     split: SplitOption = None,
     no_split: NoSplitOption = False,
+    start: FromOption = None,
     resume: ResumeOption = False,
     restart: RestartOption = False,
     force: ForceOption = False,
@@ -74,7 +78,7 @@ def train(
         raise InputError("--resume and --restart contradict each other; give one of them")
     unfinished: Unfinished = "resume" if resume else "restart" if restart else "ask"
     chosen = choose_split(call.workspace, split, no_split=no_split)
-    made = job(call.workspace, config, songs_id=songs, split=chosen, unfinished=unfinished, repeat=force)
+    made = job(call.workspace, config, songs_id=songs, split=chosen, from_id=start, unfinished=unfinished, repeat=force)
     return artifact_view(made, "Model")
 
 
@@ -121,7 +125,7 @@ def taste(call: Call, config: TasteConfig, *, model: ModelOption = None, force: 
 
 @command(app, "index", config=IndexConfig, example="rayrec index")
 def index(call: Call, config: IndexConfig, *, model: ModelOption = None, force: ForceOption = False) -> Shown:
-    """Build the nearest-neighbor index over a model's song embeddings."""
+    """Build the nearest-neighbor index."""
     from rayrec.jobs.build_index import build_index as job
 
     return artifact_view(job(call.workspace, config, model_id=model, repeat=force), "Index")

@@ -60,8 +60,12 @@ def _trials(name: str, selection: Selection) -> Callable[[Settings], Recommender
         return fit_baselines([name], selection.dataset, None, selection.allowed, settings={name: settings})[0]
 
     fitted = fit({})
-    if isinstance(fitted, (VstanRecommender, VsknnRecommender)):
-        return lambda settings: fitted.with_settings(replace(fitted.chosen, **settings))  # type: ignore[arg-type]
+    if isinstance(fitted, VstanRecommender):
+        vstan = fitted
+        return lambda settings: vstan.with_settings(replace(vstan.chosen, **settings))
+    if isinstance(fitted, VsknnRecommender):
+        vsknn = fitted
+        return lambda settings: vsknn.with_settings(replace(vsknn.chosen, **settings))
     return fit
 
 

@@ -213,10 +213,10 @@ def _columns(source: str, there: list[str], names: Mapping[str, str]) -> dict[st
     if missing:
         raise InputError(
             f"{source} has no column {names.get(missing[0], missing[0])!r} for {missing[0]}; it has "
-            f"{delimited.shown_columns(there)}; say which one it is with --columns {missing[0]}=NAME"
+            f"{delimited.shown_columns(there)}; map it with --columns {missing[0]}=NAME"
         )
     if len(found) == 1:
-        raise InputError(f"{source} has no metadata of its songs; expected one of {', '.join(list(ROLES)[1:])} in it")
+        raise InputError(f"{source} has no metadata column; expected one of {', '.join(list(ROLES)[1:])} in it")
     return found
 
 

@@ -101,7 +101,7 @@ def inspect_files(format_name: str, paths: Sequence[str]) -> Inspection:
         for name, values in sample.items()
     ]
     if missing:
-        notes.append(f"No column looks like {' or '.join(missing)}: say which with --columns {missing[0]}=NAME.")
+        notes.append(f"No column looks like {' or '.join(missing)}: map it with --columns {missing[0]}=NAME.")
     if _looks_like_data(list(sample)):
         notes.append("The first line looks like data: an import takes it for the names of the columns.")
     wanted = {role: found.get(role, "NAME") for role in roles(produces == "playlists") if role in [*found, *missing]}

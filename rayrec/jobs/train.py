@@ -2,21 +2,21 @@
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
 from rayrec.embeddings.sessions import UNCUT
-from rayrec.errors import DivergedError, InputError, MismatchError, RayrecError
+from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
 from rayrec.jobs.board import new_board, shown
 from rayrec.jobs.cluster import cluster_cpus, ray_cluster
-from rayrec.jobs.train_plan import TrainPlan, diverged_file, make_plan, selected_folder
+from rayrec.jobs.train_plan import TrainPlan, diverged_file, fit_range_of, make_plan, selected_folder
 from rayrec.jobs.train_worker import train_worker
 from rayrec.jobs.trainer import SNAPSHOT, Crew, run_workers
-from rayrec.model.checkpoint import WEIGHTS
-from rayrec.model.train_config import PLAY_COUNTS, SELECTION_NETWORK, TrainConfig
+from rayrec.model.checkpoint import MODEL_CONFIG, WEIGHTS
+from rayrec.model.train_config import PLAY_COUNTS, SELECTION_NETWORK, ModelConfig, TrainConfig
 from rayrec.model.training_sequences import Sequences
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -33,10 +33,15 @@ def train(
     *,
     songs_id: str | None = None,
     split: Split | None = None,
+    from_id: str | None = None,
     unfinished: Unfinished = "ask",
     repeat: bool = False,
 ) -> Manifest:
     """Train the taste network; the models artifact.
+
+    With `from_id` it starts from the weights of that model, made of the same data set or of one that this one
+    descends from, on its song vectors; new songs start at random. Where that model was fit on the validation range
+    nothing can be chosen there: the training then takes a quarter of the epochs that the model took.
 
     `unfinished` says what to do with a training of the same settings that was stopped: go on from its last
     checkpoint, start over, or refuse, so that nobody loses hours of work by a second start.
@@ -46,9 +51,18 @@ def train(
     `RayrecError` where Ray Train gives up.
     """
     dataset = Dataset(workspace)
+    start = None if from_id is None else artifacts.load(workspace, "models", from_id)
+    if start is not None:
+        if songs_id is not None:
+            raise InputError("a training that starts from a model uses its song vectors; leave out --songs")
+        _require_start(dataset, start, split)
+        songs_id = start.inputs["songs"]
     songs = artifacts.load(workspace, "songs", songs_id) if songs_id else artifacts.newest(workspace, "songs", "embed")
     inputs = {"dataset": dataset.manifest.id, "songs": songs.id} | ({"split": split.id} if split else {})
-    _require_fit(songs, inputs)
+    if start is None:
+        _require_fit(songs, inputs)
+    else:
+        inputs["from"] = start.id
     print_id = artifacts.fingerprint("train", _fingerprinted(config), inputs)
     model_id, complete = artifacts.new_id(workspace, "models", print_id, repeat=repeat)
     if complete:
@@ -67,7 +81,12 @@ def train(
             "a training without workers cannot go on from a checkpoint; give --workers 1 or more, or --restart"
         )
     with ray_cluster():
-        plan = make_plan(dataset, config, songs, split, manifest)
+        plan = make_plan(dataset, config, songs, split, manifest, start)
+        if start is not None:
+            _require_shape(plan, start)
+            if plan.validation is None:
+                quarter = -(-int(start.metrics["epochs"]) // 4)
+                plan = replace(plan, config=config.replace(epochs=min(config.epochs, quarter)))
         figures = _fit(plan)
     metrics = {"seconds": round(time.monotonic() - began, 1), **figures, **_source_figures(dataset, config, split)}
     workspace.move(plan.counts["final"], manifest.path(PLAY_COUNTS))  # popular songs answer where no taste is known
@@ -77,6 +96,35 @@ def train(
     workspace.delete(manifest.path("run"))
     names = [name.removeprefix(manifest.folder + "/") for name in workspace.files(manifest.folder)]
     return artifacts.publish(workspace, Manifest(**{**asdict(manifest), "metrics": metrics}), names)
+
+
+def _require_start(dataset: Dataset, start: Manifest, split: Split | None) -> None:
+    """Raises `MismatchError` for a model of other data, `LeakError` for one fit on plays that must not be seen."""
+    if not dataset.descends_from(start.inputs["dataset"]):
+        raise MismatchError(
+            f"model {start.id} was trained on data set {start.inputs['dataset']}, of which {dataset.manifest.id} is no "
+            "continuation; train without --from"
+        )
+    if split is None:
+        return
+    moved = split.protocol == "last-fraction" and dataset.manifest.id != start.inputs["dataset"]
+    if moved or not fit_range_of(dataset.workspace, start).is_within(split.final):
+        raise LeakError(
+            f"model {start.id} was fit on plays of the test range of split {split.id}; start from a model that was fit "
+            "before that range, or train without --from"
+        )
+
+
+def _require_shape(plan: TrainPlan, start: Manifest) -> None:
+    """Raises `MismatchError` where the settings or the data ask for a network of another shape."""
+    shape = ModelConfig.from_json(plan.workspace.read_json(start.path(MODEL_CONFIG)))
+    wanted, there = asdict(plan.model), asdict(shape)
+    for name, value in wanted.items():
+        if name != "num_songs" and there[name] != value:
+            raise MismatchError(
+                f"model {start.id} has {name} {there[name]}, this training {value}; give the settings of the model, or "
+                "train without --from"
+            )
 
 
 def _has_checkpoint(workspace: Workspace, manifest: Manifest) -> bool:

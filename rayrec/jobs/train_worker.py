@@ -23,9 +23,9 @@ from rayrec.data.split import FitRange
 from rayrec.data.windows import Windows, epoch_units
 from rayrec.errors import DivergedError
 from rayrec.jobs.cluster import quiet_data
-from rayrec.jobs.train_plan import TrainPlan, diverged_file, read_validation, selected_folder
-from rayrec.model.checkpoint import save_model
-from rayrec.model.fit import RECALL_AT, Fit, FitData, Phase, Progress
+from rayrec.jobs.train_plan import TrainPlan, diverged_file, read_validation, read_vectors, selected_folder
+from rayrec.model.checkpoint import load_model, save_model
+from rayrec.model.fit import RECALL_AT, VALIDATION_FIGURES, Fit, FitData, Phase, Progress
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.training import StepReport
@@ -53,14 +53,15 @@ def train_worker(arguments: dict[str, Any]) -> None:
     validation = None if plan.validation is None else read_validation(plan)
     data: dict[Phase, FitData] = {
         phase: FitData(
-            vectors=np.asarray(plan.workspace.read_array(plan.vectors[phase])),
+            vectors=read_vectors(plan, phase),
             counts=np.asarray(plan.workspace.read_array(plan.counts[phase])),
         )
         for phase in plan.ranges
     }
     host = RayHost(plan, arguments["board"], share)
     device = str(ray.train.torch.get_device())
-    fit = Fit(plan.model, plan.config, data, host, validation=validation, device=device, share=share)
+    start = None if plan.start is None else load_model(plan.workspace, plan.start)
+    fit = Fit(plan.model, plan.config, data, host, validation=validation, start=start, device=device, share=share)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
@@ -89,7 +90,7 @@ def summary(done: Progress) -> dict[str, Any]:
         "loss": last["loss"],
         "plays": last["plays"],
         "plays_per_second": round(last["plays_per_second"]),
-        f"validation_recall@{RECALL_AT}": done.best_recall if selected else None,
+        **{name: selected[done.best_epoch].get(name) if selected else None for name in VALIDATION_FIGURES},
     }
 
 

@@ -21,6 +21,7 @@ from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.train import Unfinished, train
 from rayrec.jobs.trials import Trial, TuneConfig, read_trials, to_toml
+from rayrec.model.fit import CHOSEN_BY
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -28,7 +29,7 @@ from rayrec.storage.workspace import Workspace
 LOGGER = logging.getLogger(__name__)
 KIND = "tunings"
 TABLE, CSV, BEST = "trials.json", "trials.csv", "best.toml"
-JUDGED_BY = "validation_recall@20"
+JUDGED_BY = CHOSEN_BY
 
 Row = dict[str, Any]
 
@@ -47,7 +48,7 @@ def tune(
     Each trial fits song vectors and a network on the range before the validation range. An
     interrupted sweep goes on where it was: the trials in its table are not repeated. The models of
     trials are deleted once they are judged, and at the end all song vectors that the sweep made but
-    the best. Metrics: trials (rows of the table), best (settings), best_recall and seconds. `on_trial`
+    the best. Metrics: trials (rows of the table), best (settings), best_ndcg and seconds. `on_trial`
     hears of each row as it is there, and of how many there will be.
 
     Raises `InputError` for a file as `read_trials` does, and where there is no validation range.
@@ -75,7 +76,7 @@ def tune(
     metrics = {
         "trials": rows,
         "best": best["settings"],
-        "best_recall": best[JUDGED_BY],
+        "best_ndcg": best[JUDGED_BY],
         "seconds": round(sum(row["seconds"] for row in rows), 1),
     }
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), [TABLE, CSV, BEST])
@@ -103,7 +104,7 @@ def _run(
 
 
 def _try(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, Manifest | None]:
-    """What came of a trial, and its model where the sweep trained it; a trial that diverged has no recall.
+    """What came of a trial, and its model where the sweep trained it; a trial that diverged has no figure.
 
     Song vectors of the same settings are shared by trials, and a training that was cut off goes on.
     """
@@ -114,16 +115,16 @@ def _try(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, Manifes
     began = time.monotonic()
     try:
         model = train(workspace, trial.train, songs_id=songs.id, split=split, unfinished=unfinished)
-        recall, epochs, seconds = (model.metrics[name] for name in (JUDGED_BY, "epochs", "seconds"))
+        ndcg, epochs, seconds = (model.metrics[name] for name in (JUDGED_BY, "epochs", "seconds"))
     except DivergedError as error:
-        LOGGER.warning("%s; the trial has no recall", error)
-        model, recall, epochs, seconds = None, None, None, time.monotonic() - began
-    if model is not None and recall is None:
+        LOGGER.warning("%s; the trial has no figure", error)
+        model, ndcg, epochs, seconds = None, None, None, time.monotonic() - began
+    if model is not None and ndcg is None:
         raise InputError("the validation range holds no play with an earlier one; make a split with a longer one")
     songs_made = songs.id not in songs_before
     row = {
         **trial.varied,
-        JUDGED_BY: None if recall is None else round(recall, 6),
+        JUDGED_BY: None if ndcg is None else round(ndcg, 6),
         "epochs": epochs,
         "seconds": round(seconds + (songs.metrics.get("seconds", 0.0) if songs_made else 0.0), 1),
         "songs": songs.id,

@@ -1,6 +1,6 @@
 """A whole fit: choose the number of epochs on the validation range, then train again on all that a fit may see.
 
-Phases: `selection` trains on the train range and measures recall on the validation range after each
+Phases: `selection` trains on the train range and measures NDCG on the validation range after each
 epoch; `final` trains a fresh network for the best number of epochs on train and validation. Without
 a validation range there is only `final`, for the epochs that the config names.
 """
@@ -22,13 +22,15 @@ from rayrec.data.windows import Windows
 from rayrec.errors import DivergedError
 from rayrec.model.checkpoint import export_song_vectors, load_training, save_training
 from rayrec.model.inference import TasteEncoder
-from rayrec.model.network import TasteModel
+from rayrec.model.network import TABLES, TasteModel
 from rayrec.model.train_config import ModelConfig, TrainConfig
 from rayrec.model.training import StepReport, Training
 from rayrec.model.workers import Share
 
 Phase = Literal["selection", "final"]
 RECALL_AT = 20
+CHOSEN_BY = f"validation_ndcg@{RECALL_AT}"  # as served: recall alone prefers networks that put few songs first
+VALIDATION_FIGURES = (f"validation_recall@{RECALL_AT}", f"validation_mrr@{RECALL_AT}", CHOSEN_BY)
 SHORTEST_S = 1e-9  # of an epoch without steps
 STEPS_BETWEEN_READS = 50  # the loss is read from the device, and workers agree on the time for a checkpoint, this often
 
@@ -74,7 +76,7 @@ class Progress:
     epoch: int = 0
     step: int = 0
     best_epoch: int = -1
-    best_recall: float = -1.0
+    best_ndcg: float = -1.0
     loss: float = 0.0  # of the steps of the epoch in progress, added up
     plays: int = 0  # inputs of those steps, over all workers
     seconds: float = 0.0  # that those steps took
@@ -112,13 +114,15 @@ class Fit:
         host: Host,
         *,
         validation: Validation | None,
+        start: TasteModel | None = None,
         device: str = "cpu",
         share: Share | None = None,
     ) -> None:
+        """With `start` both phases begin with the weights of that network, fit on some of the same plays."""
         share = share or Share()
         self._model_config, self._config, self._data, self._host = model_config, config, data, host
         self._validation = None if validation is None else validation.share(share)
-        self._device, self._share = device, share
+        self._device, self._share, self._start = device, share, start
         self._best: dict[str, Tensor] | None = None
         self._saved_at = time.monotonic()
         self.progress = Progress(phase="final" if validation is None else "selection")
@@ -136,9 +140,10 @@ class Fit:
             self._select()
             if self._best is not None:
                 self.training.model.load_state_dict(self._best)
-            self._host.selected(self.training.model, self.known)
+            selected = self.training.averaged() if self._best is None else self.training.model
+            self._host.selected(selected, self.known)
             if not self._config.refit:
-                return self.training.model
+                return selected
             self._best = None
             self.progress.phase, self.progress.epoch, self.progress.step = "final", 0, 0
             self.training = self._new_training("final")
@@ -146,7 +151,7 @@ class Fit:
         while self.progress.epoch < epochs:
             self._epoch()
             self._checkpoint()
-        return self.training.model
+        return self.training.averaged()
 
     @property
     def known(self) -> np.ndarray:
@@ -157,11 +162,11 @@ class Fit:
         progress = self.progress
         while progress.epoch < self._config.epochs and not self._out_of_patience():
             self._epoch()
-            recall = self._recall()
-            progress.epochs[-1][f"validation_recall@{RECALL_AT}"] = recall
-            if recall > progress.best_recall:
-                progress.best_recall, progress.best_epoch = recall, progress.epoch - 1
-                self._best = _copied(self.training.model)
+            figures = self._judge()
+            progress.epochs[-1] |= figures
+            if figures[CHOSEN_BY] > progress.best_ndcg:
+                progress.best_ndcg, progress.best_epoch = figures[CHOSEN_BY], progress.epoch - 1
+                self._best = _copied(self.training.averaged())
             self._checkpoint()
 
     def _out_of_patience(self) -> bool:
@@ -232,17 +237,26 @@ class Fit:
         self._host.checkpoint(self.progress, save)
         self._saved_at = time.monotonic()
 
-    def _recall(self) -> float:
+    def _judge(self) -> dict[str, float]:
+        """Figures of the network on the validation range, over all workers."""
         if self._validation is None:
-            return 0.0
-        vectors = export_song_vectors(self.training.model, self._data["selection"].known)
-        hits = count_hits(self.training.model, vectors, self._validation, self._device)
-        return self._share.total(hits) / max(1.0, self._share.total(len(self._validation.plays)))
+            return {CHOSEN_BY: 0.0}
+        model = self.training.averaged()
+        vectors = export_song_vectors(model, self._data["selection"].known)
+        totals = self._share.totals(judge(model, vectors, self._validation, self._device).tolist())
+        plays, hits, reciprocal, gain, new_plays, new_gain = totals
+        return {
+            f"validation_recall@{RECALL_AT}": hits / max(1.0, plays),
+            f"validation_mrr@{RECALL_AT}": reciprocal / max(1.0, plays),
+            CHOSEN_BY: new_gain / new_plays if new_plays else gain / max(1.0, plays),
+        }
 
     def _new_training(self, phase: Phase) -> Training:
         torch.manual_seed(self._config.seed)
         data = self._data[phase]
         model = TasteModel(self._model_config, torch.from_numpy(start_vectors(data.vectors, self._config.seed)))
+        if self._start is not None:
+            carry_over(self._start, model)
         return Training(model, self._config, data.counts, device=self._device, share=self._share)
 
 
@@ -280,23 +294,68 @@ def start_vectors(vectors: np.ndarray, seed: int) -> np.ndarray:
     return filled
 
 
-def count_hits(model: TasteModel, vectors: np.ndarray, validation: Validation, device: str) -> int:
-    """How many plays are among the first 20 of the full catalog, ties counted against."""
-    questions = Questions.before_plays(validation.histories, validation.plays)
+def carry_over(start: TasteModel, model: TasteModel) -> None:
+    """Give a new network the weights of a stored one; songs that that one does not know keep their rows."""
+    weights = {name: value for name, value in start.state_dict().items() if name not in TABLES}
+    model.load_state_dict({**model.state_dict(), **weights})
+    if model.config.song_table != "trained":
+        return  # the rows are the song vectors that both were given
+    for name in TABLES:
+        if name in start.state_dict():
+            rows = start.get_parameter(name)
+            known = rows.any(dim=1).nonzero().squeeze(1)
+            model.get_parameter(name).index_copy_(0, known, rows[known])
+
+
+def judge(model: TasteModel, vectors: np.ndarray, validation: Validation, device: str) -> np.ndarray:
+    """float64 (6,): plays, and among the first 20 of the full catalog hits, reciprocal ranks and NDCG gains; then of
+    the plays of songs new to the user how many there are, and their gains among the songs not heard, as served.
+
+    Ties count against a play, and a score that is no number never finds one.
+    """
+    histories, plays = validation.histories, validation.plays
+    questions = Questions.before_plays(histories, plays)
     horizon = next(iter(model.config.horizons))  # short, where there is one
-    taste = TasteEncoder(model, device).vectors(validation.histories, questions, horizon)
-    targets = validation.histories.songs[validation.plays]
+    taste = TasteEncoder(model, device).vectors(histories, questions, horizon)
+    targets = histories.songs[plays]
     known: np.ndarray = np.asarray(vectors.any(axis=1))
-    hits = 0
+    sums: np.ndarray = np.zeros(6)
     step = max(1, (1 << 24) // max(1, len(vectors)))
     for begin in range(0, len(taste), step):
+        wanted = targets[begin : begin + step]
         scores = taste[begin : begin + step] @ vectors.T
         scores[:, ~known] = -np.inf
-        wanted = targets[begin : begin + step]
-        own = scores[np.arange(len(wanted)), wanted]
-        better = (~(scores < own[:, None])).sum(axis=1)  # a score that is no number counts against
-        hits += int(((better <= RECALL_AT) & known[wanted] & np.isfinite(own)).sum())
-    return hits
+        findable = known[wanted] & np.isfinite(scores[np.arange(len(wanted)), wanted])
+        ranks = np.where(findable, _ranks(scores, wanted), RECALL_AT + 1)
+        rows, heard = _heard(histories, questions.take(np.arange(begin, begin + len(wanted))))
+        is_new: np.ndarray = np.ones(len(wanted), dtype=bool)
+        is_new[rows[heard == wanted[rows]]] = False
+        scores[rows, heard] = -np.inf
+        served = np.where(findable, _ranks(scores, wanted), RECALL_AT + 1)[is_new]
+        found = ranks <= RECALL_AT
+        sums += [
+            len(wanted), found.sum(), (found / ranks).sum(), _gains(ranks).sum(), is_new.sum(), _gains(served).sum()
+        ]  # fmt: skip
+    return sums
+
+
+def _ranks(scores: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """int64 (Q,): the rank of one song a row, from 1."""
+    own = scores[np.arange(len(wanted)), wanted]
+    return np.asarray((~(scores < own[:, None])).sum(axis=1))
+
+
+def _gains(ranks: np.ndarray) -> np.ndarray:
+    """float64: NDCG of one right answer at each rank."""
+    return np.where(ranks <= RECALL_AT, 1 / np.log2(ranks + 1.0), 0.0)
+
+
+def _heard(histories: Histories, questions: Questions) -> tuple[np.ndarray, np.ndarray]:
+    """The songs that users had heard when they were asked for: rows of the questions, and songs."""
+    counts = np.asarray(questions.seen)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    begin = histories.offsets[questions.rows] - (np.cumsum(counts) - counts)
+    return rows, histories.songs[np.repeat(begin, counts) + np.arange(len(rows))]
 
 
 def _copied(model: TasteModel) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SMALLEST = 1e-12  # under a root, whose slope at 0 has no end
-CHUNK_LOGITS = 1_000_000  # held at once: 4 MB, which a core's caches still hold, be there ever so many positions
+# Logits held at once, be there ever so many positions: what a core's caches hold, or enough to fill a GPU.
+CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,33 +104,37 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, query_PD: Tensor, own_PT: Tensor, negatives_KD: Tensor, weight_K: Tensor, targets: Targets
     ) -> Tensor:
         """The sum; `own_PT` are the targets' logits."""
-        device, positions, count = query_PD.device.type, len(query_PD), len(negatives_KD)
+        device, (positions, targets_each) = query_PD.device.type, own_PT.shape
         product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query_PD.dtype
         with torch.autocast(device, enabled=False):
-            query, negatives = query_PD.to(product), negatives_KD.to(product)
-            own = own_PT.masked_fill(~targets.first_PT, -torch.inf)
-            share_P = targets.there_PT.sum(-1, keepdim=True).to(own.dtype)
-            rows = max(1, CHUNK_LOGITS // (count + 1))
-            logits = query.new_empty(min(rows, positions), count + 1, dtype=own.dtype)
-            loss, grad_negatives = own.new_zeros(()), torch.zeros_like(negatives_KD, dtype=own.dtype)
-            grad_query, grad_own = torch.empty_like(query_PD, dtype=own.dtype), torch.empty_like(own)
+            query, negatives, weight_K = query_PD.to(product), negatives_KD.to(product), weight_K.to(product)
+            count = len(negatives)
+            share_P1 = targets.there_PT.sum(-1, keepdim=True).to(own_PT.dtype)
+            weighed = query_PD * share_P1
+            # Behind the negatives stand the targets, and a column where the hits of targets go that are no negatives.
+            others_P = torch.full_like(share_P1, -torch.inf)
+            own = torch.cat([own_PT.masked_fill(~targets.first_PT, -torch.inf), others_P], dim=-1)
+            hits = torch.where(targets.hits_PT < count, targets.hits_PT, count + targets_each)
+            rows = max(1, CHUNK_LOGITS[device] // (count + targets_each + 1))
+            logits = own.new_empty(min(rows, positions), count + targets_each + 1)
+            grad_query, grad_negatives = torch.empty_like(query_PD), torch.zeros_like(negatives_KD)
+            parts = []
             for begin in range(0, positions, rows):
                 here = slice(begin, begin + rows)
                 chunk = logits[: min(rows, positions - begin)]
-                chunk[:, :count] = query[here] @ negatives.T + weight_K
-                chunk[:, count] = -torch.inf  # where the hits of targets go that are no negatives
-                chunk.scatter_(1, targets.hits_PT[here], -torch.inf)
-                top = torch.maximum(chunk.amax(-1, keepdim=True), own[here].amax(-1, keepdim=True))
-                chunk.sub_(top).exp_()
-                own_chances = (own[here] - top).exp()
-                total = chunk.sum(-1, keepdim=True) + own_chances.sum(-1, keepdim=True)
-                losses = total.log() + top - own_PT[here]
-                loss += losses.where(targets.there_PT[here], 0.0).sum()
-                weight = share_P[here] / total
-                grad_own[here] = own_chances * weight - targets.there_PT[here].to(own.dtype)
-                chances = chunk.mul_(weight)[:, :count].to(product)
+                chunk[:, :count] = torch.addmm(weight_K, query[here], negatives.T)
+                chunk[:, count:] = own[here]
+                chunk.scatter_(1, hits[here], -torch.inf)
+                total = chunk.logsumexp(-1, keepdim=True)
+                chances = chunk.sub_(total).exp_()
+                parts.append(torch.cat([total, chances[:, count : count + targets_each]], dim=-1))
+                chances = chances[:, :count].to(product)
                 grad_query[here] = chances @ negatives
-                grad_negatives += chances.T @ query[here]
+                grad_negatives += chances.T @ weighed[here].to(product)
+            found = torch.cat(parts) if parts else own[:, : targets_each + 1]
+            loss = (found[:, :1] - own_PT).where(targets.there_PT, 0.0).sum()
+            grad_own = found[:, 1:] * share_P1 - targets.there_PT.to(own.dtype)
+            grad_query *= share_P1
         ctx.save_for_backward(grad_query, grad_own, grad_negatives)
         return loss
 

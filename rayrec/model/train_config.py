@@ -87,7 +87,10 @@ class ModelConfig:
         return cls(**{**raw, "features": features, "horizons": horizons, "averages": averages})
 
 
-_PAPERS: dict[str, Any] = {"objective": "cosine", "song_table": "frozen", "averages": ()}
+_PAPERS: dict[str, Any] = {
+    **{"objective": "cosine", "song_table": "frozen", "averages": ()},
+    **{"dropout": 0.0, "averaged_steps": 0},
+}
 
 
 class TrainConfig(Settings):
@@ -95,7 +98,7 @@ class TrainConfig(Settings):
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
-        # Trained until the validation recall falls; on long histories it still rises after twelve epochs.
+        # Trained until the validation NDCG falls; on long histories it still rises after twelve epochs.
         "best": {"epochs": 40, "patience": 3},
         # The paper's networks, on histories and on playlists, short- and long-term: frozen song vectors, cosine
         # distance, one horizon, no averages. Its offsets of the long horizon are not known to us; these
@@ -113,7 +116,7 @@ class TrainConfig(Settings):
     cell: Cell = Field("gru", description="Recurrent cell")
     hidden_dim: int = Field(128, ge=1, description="Hidden size")
     num_layers: int = Field(1, ge=1, description="Number of recurrent layers")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability")
+    dropout: float = Field(0.25, ge=0, lt=1, description="Dropout probability")
     averages: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         (0.0, 0.5, 0.9, 0.99), description="Discounts of the averages of played songs that the head sees; empty: none"
     )
@@ -126,6 +129,9 @@ class TrainConfig(Settings):
         "with a trained song table",
     )
     table_learning_rate: float = Field(0.002, gt=0, description="Adam learning rate of the song tables")
+    averaged_steps: int = Field(
+        200, ge=0, description="Average the weights over about so many last steps; 0 keeps the last step's weights"
+    )
     objective: Objective = Field(
         "sampled-softmax", description="Training objective; softmax is over all songs, cosine and l2 are the paper's"
     )
@@ -144,7 +150,7 @@ class TrainConfig(Settings):
     batch: int = Field(64, ge=1, description="Batch size in windows, over all workers")
     learning_rate: float = Field(0.001, gt=0, description="Adam learning rate")
     epochs: int = Field(12, ge=1, description="Number of epochs, with a validation range the maximum")
-    patience: int = Field(2, ge=1, description="Epochs without improved validation recall before training stops")
+    patience: int = Field(2, ge=1, description="Epochs without improved validation NDCG before training stops")
     refit: bool = Field(True, description="Train again on training and validation range with the best number of epochs")
     validation_plays: int = Field(
         10_000, ge=0, description="Plays of the validation range that are predicted per epoch"

@@ -4,7 +4,8 @@ Everything random is a function of seed, epoch and step, so a resumed run goes o
 stopped. Shapes: B windows, L plays, U songs of a step, D embedding.
 """
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,7 +18,7 @@ from rayrec.data.windows import Windows
 from rayrec.model.network import INPUT_TABLE, SONG_TABLE, TABLES, TasteModel
 from rayrec.model.objectives import OBJECTIVES
 from rayrec.model.steps import Step, StepMaker, ahead
-from rayrec.model.tables import RowAdam
+from rayrec.model.tables import Decay, RowAdam
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.workers import Share
 
@@ -53,43 +54,71 @@ class Training:
         if config.song_table == "trained":
             weights = dict(model.named_parameters())
             names = [name for name in TABLES if name in weights]
-            self.tables = {name: RowAdam(weights[name].detach(), config.table_learning_rate) for name in names}
+            self.tables = {
+                name: RowAdam(weights[name].detach(), config.table_learning_rate, config.averaged_steps)
+                for name in names
+            }
+        self._decay = Decay(config.averaged_steps)
+        self._averages = [value.detach().clone() for value in self._dense]
 
     def compile(self) -> None:
         """Let torch.compile fuse the network; the first steps then take up to minutes."""
         self.model.compile(dynamic=True)
+
+    def averaged(self) -> TasteModel:
+        """The network whose weights are averages over the last steps, for whatever is judged or kept."""
+        if not self._decay.steps:
+            return self.model
+        model = copy.deepcopy(self.model)
+        dense = [value for name, value in model.named_parameters() if name not in TABLES]
+        with torch.no_grad():
+            for value, average in zip(dense, self._averages, strict=True):
+                value.copy_(average)
+            for name, table in self.tables.items():
+                model.get_parameter(name).copy_(table.averaged())
+        return model
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """What the optimizers remember, as a checkpoint keeps it."""
         slots = self.optimizer.state_dict()["state"]
         dense = {f"dense/{index}/{key}": value for index, of in slots.items() for key, value in of.items()}
         rows = {f"{name}/{key}": value for name, table in self.tables.items() for key, value in table.state().items()}
-        return dense | rows
+        averages = {f"average/{index}": value for index, value in enumerate(self._averages)}
+        decay = torch.tensor([self._decay.taken, self._decay.log_total], dtype=torch.float64)
+        return dense | rows | averages | {"decay": decay}
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what `optimizer_state` gave."""
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in state.items():
             if name.startswith("dense/"):
-                _, index, key = name.split("/")
-                slots.setdefault(int(index), {})[key] = value
+                _, number, key = name.split("/")
+                slots.setdefault(int(number), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         for name, table in self.tables.items():
-            table.load({key: state[f"{name}/{key}"] for key in ("mean", "square", "steps")})
+            prefix = f"{name}/"
+            table.load({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+        for index, average in enumerate(self._averages):
+            average.copy_(state[f"average/{index}"])
+        self._decay.taken, self._decay.log_total = int(state["decay"][0]), float(state["decay"][1])
 
     def epoch(
         self, batches: Iterable[Windows], epoch: int, *, skip: int = 0, on_step: Callable[[StepReport], None]
     ) -> None:
         """One pass; the first `skip` steps were taken before and are passed over."""
+        for report in self.steps(islice(batches, skip, None), epoch, first=skip):
+            on_step(report)
+
+    def steps(self, batches: Iterable[Windows], epoch: int, *, first: int = 0) -> Iterator[StepReport]:
+        """Take a step on each batch, the first of them numbered `first`, while a thread prepares those that follow."""
         self.model.train()
-        windows = enumerate(islice(batches, skip, None), start=skip)
-        steps = ahead(self._maker.make(part, epoch, number) for number, part in windows)
-        step = next(steps, None)
-        totals = torch.tensor(self.share.totals(step.counts), dtype=torch.float32) if step else None
-        while step is not None and totals is not None:
-            following = next(steps, None)
+        made = ahead(self._maker.make(windows, epoch, number) for number, windows in enumerate(batches, start=first))
+        step = next(made, None)
+        totals = torch.tensor(self.share.totals(step.counts) if step else [], dtype=torch.float32)
+        while step is not None:
+            following = next(made, None)
             loss, totals = self.take(step, totals, following)
-            on_step(StepReport(epoch=epoch, step=step.number, plays=step.plays, loss=loss))
+            yield StepReport(epoch=epoch, step=step.number, plays=step.plays, loss=loss)
             step = following
 
     def step(self, windows: Windows, epoch: int, number: int) -> Tensor:
@@ -116,6 +145,8 @@ class Training:
         totals = self._add_up_gradients(following)
         torch.nn.utils.clip_grad_norm_(self._dense, LARGEST_GRADIENT)
         self.optimizer.step()
+        if self._decay.steps:
+            torch._foreach_lerp_(self._averages, [value.detach() for value in self._dense], 1 - self._decay.step())
         for name, table in self.tables.items():
             self._move_rows(table, on_device.songs[name], rows[name])
         return loss.detach(), totals

@@ -116,7 +116,7 @@ def history_of_user(dataset: Dataset, user_id: str, at: int) -> Histories:
     if not len(known):
         first = datetime.fromtimestamp(int(history.played_at[0]) / 1000, timezone.utc)
         raise InputError(
-            f"user {user_id!r} has no plays before the moment asked for; the first is at {first.isoformat()}"
+            f"user {user_id!r} has no plays before the time of the request; the first is at {first.isoformat()}"
         )
     return known
 

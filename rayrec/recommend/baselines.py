@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from rayrec.recommend.weighted_average import OFFSETS, fit_weighted
 
 DISCOUNTS = (0.25, 0.5, 0.75, 0.9, 1.0)
 
-Settings = Mapping[str, float]  # of a baseline, by name; those that are left out have their defaults
+Settings = Mapping[str, Any]  # numbers, of a baseline, by name; those that are left out have their defaults
 FromPlays = Callable[[Iterator[Histories], Dataset, FitRange, Settings], Recommender]
 FromVectors = Callable[[np.ndarray], Recommender]
 
@@ -48,12 +49,12 @@ def _rules(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, se
 
 def _vsknn(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> Recommender:
     fitted = VsknnRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
-    return fitted.with_settings(replace(fitted.chosen, **settings))  # type: ignore[arg-type]
+    return fitted.with_settings(replace(fitted.chosen, **settings))
 
 
 def _vstan(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> Recommender:
     fitted = VstanRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
-    return fitted.with_settings(replace(fitted.chosen, **settings))  # type: ignore[arg-type]
+    return fitted.with_settings(replace(fitted.chosen, **settings))
 
 
 def _user_top(_batches: Iterator[Histories], dataset: Dataset, _allowed: FitRange, _settings: Settings) -> Recommender:
@@ -110,7 +111,7 @@ def fit_baselines(
         elif name not in BASELINES:
             raise InputError(f"there is no baseline {name!r}; there are: {', '.join(BASELINES)}")
         elif vectors is None:
-            raise InputError(f"{name} works on song vectors, and there are none; run `rayrec embed` first")
+            raise InputError(f"{name} requires song embeddings; run `rayrec embed` first")
         elif name in FROM_VECTORS:
             fitted.append(FROM_VECTORS[name](vectors))
         else:

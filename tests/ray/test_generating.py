@@ -65,7 +65,7 @@ class TestGenerate:
     def test_a_data_set_is_replaced_only_on_purpose(self, workspace: Workspace) -> None:
         first = generate(workspace, CONFIG)
         smaller = CONFIG.replace(users=50)
-        with pytest.raises(InputError, match="holds a data set already"):
+        with pytest.raises(InputError, match="already has a data set"):
             generate(workspace, smaller)
         second = generate(workspace, smaller, repeat=True)
         assert (Dataset(workspace).manifest.users, second.users) == (50, 50)

@@ -86,7 +86,9 @@ def test_tastes_are_found_again_and_repeated_on_purpose(dataset: Dataset) -> Non
 
 def test_a_model_of_another_data_set_is_refused(dataset: Dataset) -> None:
     publish(dataset.workspace, Manifest(kind="models", id="other", inputs={"dataset": "gone"}), [])
-    with pytest.raises(MismatchError, match=r"model other was trained on data set gone, .* train a model on it first"):
+    with pytest.raises(
+        MismatchError, match=r"model other was trained on data set gone, .* run `rayrec embed` and `rayrec train` first"
+    ):
         compute_tastes(dataset.workspace, CONFIG)
 
 

@@ -35,7 +35,7 @@ class Users:
             if len(self._named) > 1:
                 raise InputError(
                     f"{self.source} holds plays of several users, such as {' and '.join(sorted(self._named))}; "
-                    "--user would make one of them; leave it out"
+                    "--user would merge them; import without --user"
                 )
         return self.user
 

@@ -97,7 +97,7 @@ def require_text(source: str) -> bytes:
     with open_plain(source) as stream:
         head = stream.read(HEAD_BYTES)
     if not head:
-        raise DamagedInputError(f"{source} is empty; fetch it again or leave it out")
+        raise DamagedInputError(f"{source} is empty; fetch it again or skip it with --skip-damaged")
     for beginning, what in OTHER_FORMATS.items():
         if head.startswith(beginning):
             raise DamagedInputError(f"{source} is {what}")

@@ -78,7 +78,7 @@ def load_json(source: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise DamagedInputError(
             f"{source} cannot be read to its end ({len(data):,} bytes): {str(error)[:200] or type(error).__name__}; "
-            "fetch it again, or leave it out with --skip-damaged"
+            "fetch it again or skip it with --skip-damaged"
         ) from error
 
 

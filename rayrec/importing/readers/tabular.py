@@ -83,7 +83,7 @@ class CsvReader:
         if other:
             raise InputError(
                 f"{source} has one column, {delimited.shown_columns(header)!r}; its values seem to be divided by "
-                f"{other!r}: say so with --delimiter {spelled_delimiter(other)}"
+                f"{other!r}: pass --delimiter {spelled_delimiter(other)}"
             )
         return find_columns(source, header, self.options)
 
@@ -154,7 +154,7 @@ def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dic
         elif role in options.columns or role not in OPTIONAL_ROLES:
             raise InputError(
                 f"{source} has no column {name!r} for {role}; it has {delimited.shown_columns(names)}; "
-                f"say which one it is with --columns {role}=NAME"
+                f"map it with --columns {role}=NAME"
             )
     return found
 
@@ -225,7 +225,7 @@ def read_batches(
             yield batch
     except (pa.ArrowException, OSError) as error:
         raise DamagedInputError(
-            f"{source} is damaged: {_first_line(error)}; bring it back whole or leave it out"
+            f"{source} is damaged: {_first_line(error)}; restore it or skip it with --skip-damaged"
         ) from error
 
 

@@ -225,7 +225,7 @@ class _Planner:
         return {
             "histories": self.data.plays * HISTORY_BYTES,
             "songs": self.data.songs * SONG_BYTES,
-            "song vectors": self.config.fits * self.vectors,
+            "song embeddings": self.config.fits * self.vectors,
             "model": self.config.fits * self.vectors,
             "retrieval": self.retrieval_bytes(),
             "tastes": int(self.data.users * (width + 40) + heard),

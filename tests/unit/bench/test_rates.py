@@ -56,7 +56,7 @@ def test_rates_of_two_machines_are_not_mixed(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "machine": {"cpus": 96}}))
     for refused in (lambda: save_rates(path, EMBED), lambda: check_rates_file(path)):
-        with pytest.raises(InputError, match=r"rates of another machine .*96.*name another file"):
+        with pytest.raises(InputError, match=r"rates of another machine .*96.*pass another file"):
             refused()
 
 

@@ -81,7 +81,7 @@ def test_what_was_selected_stays_known_through_joining_taking_and_storing() -> N
 def test_a_fit_refuses_plays_behind_the_cut() -> None:
     histories, split = sequences(10, 10), cut()
     split.final.require(split.final.select(histories))
-    with pytest.raises(LeakError, match=r"do not say how many plays each user has .*FitRange.select"):
+    with pytest.raises(LeakError, match=r"lacks the total number of plays per user.*FitRange.select"):
         split.final.require(histories)
     with pytest.raises(LeakError, match=r"2 plays at or after its cut 0.7 .of each user's plays"):
         split.selection.require(split.final.select(histories))
@@ -109,7 +109,7 @@ def test_without_a_validation_fraction_there_is_no_validation_range() -> None:
 
 def test_the_split_says_that_it_is_the_weaker_one_and_is_found_again(workspace: Workspace) -> None:
     split = cut()
-    assert "the last 0.2 of each user's plays (weaker than a cut in time" in split.test_range
+    assert "the last 0.2 of each user's plays (weaker than a split in time" in split.test_range
     assert split.figures() == {"protocol": "last-fraction", "last_fraction": 0.2, "validation_fraction": 0.1}
     save_split(workspace, split)
     assert load_split(workspace, split.id) == split

@@ -62,7 +62,7 @@ def test_a_column_of_times_is_found_by_its_values_and_a_missing_one_is_said(tmp_
     assert found.missing == ["user"]
     assert found.rows == 0
     assert "--columns user=NAME,played_at=ts" in found.command
-    assert found.notes == ["No column looks like user: say which with --columns user=NAME."]
+    assert found.notes == ["No column looks like user: map it with --columns user=NAME."]
 
 
 def test_playlists_are_told_from_plays(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_the_user_is_the_setting_or_in_the_file_or_the_folder(tmp_path: Path) ->
 
 
 def test_a_user_setting_never_makes_one_of_two_named_users(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="plays of several users, such as ann and bea; --user would make one"):
+    with pytest.raises(InputError, match="plays of several users, such as ann and bea; --user would merge them"):
         read(tmp_path / "endsong_0.json", [record(), record(username="bea")], user="carl")
 
 

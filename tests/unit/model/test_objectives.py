@@ -117,7 +117,7 @@ def plain(songs: Tensor, taste: Tensor, targets: Targets, negatives: Negatives, 
 
 @pytest.mark.parametrize("chunk", [1_000_000, 100])
 def test_gradients_of_chunks_equal_those_of_all_logits_at_once(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objectives, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(objectives, "CHUNK_LOGITS", {"cpu": chunk})
     generator = torch.Generator().manual_seed(5)
     taste = torch.nn.functional.normalize(torch.randn(40, 8, generator=generator), dim=-1)
     songs = torch.randint(-1, NUM_SONGS, (40, 3), generator=generator)

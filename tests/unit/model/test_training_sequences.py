@@ -101,7 +101,7 @@ def test_the_papers_four_networks_are_presets() -> None:
     for name, config in presets.items():
         assert config.source == ("playlists" if name[2] == "p" else "histories")
         assert list(config.horizons) == (["short"] if name[3] == "s" else ["long"])
-        assert (config.objective, config.song_table, config.memory, config.averages) == ("cosine", "frozen", False, ())
+        assert (config.objective, config.song_table, config.averages) == ("cosine", "frozen", ())
 
 
 def test_an_unknown_source_is_refused() -> None:

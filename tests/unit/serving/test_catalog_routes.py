@@ -37,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         columns.MARKETS: [["SE"] if row % 3 == 0 else ["DE"] for row in range(NUM_SONGS)],
     }
     store_descriptions(Dataset(workspace), pa.table(told, schema=columns.DESCRIPTIONS), {})
-    write_release(workspace, memory=False)
+    write_release(workspace, ranked=False)
     return workspace
 
 

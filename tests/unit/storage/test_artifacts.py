@@ -58,7 +58,7 @@ def test_damage_is_found(workspace: Workspace) -> None:
     with pytest.raises(DamagedArtifactError, match="weights does not match the checksum"):
         verify(workspace, made)
     workspace.delete(made.path("weights"))
-    with pytest.raises(DamagedArtifactError, match="weights is missing; make models m again"):
+    with pytest.raises(DamagedArtifactError, match="weights is missing; create model m again"):
         verify(workspace, made)
 
 

@@ -131,7 +131,7 @@ class TestLease:
     ) -> None:
         mine = locking.Holder.of_this_run("taste")
         with (
-            pytest.raises(BusyError, match=r"`rayrec train` \(process 7 on elsewhere.*its lease is over in [1-3] s"),
+            pytest.raises(BusyError, match=r"`rayrec train` \(process 7 on elsewhere.*its lease expires in [1-3] s"),
             locking._lease(workspace, mine),
         ):
             pass

@@ -98,7 +98,7 @@ def test_a_model_of_another_data_set_is_refused_by_both_names(full: Workspace) -
     put_dataset(full, "data2")
     with pytest.raises(MismatchError, match=r"data1.*data2"):
         releases.create_release(full, model_id="model1")
-    with pytest.raises(NotFoundError, match="no model of data set data2"):
+    with pytest.raises(NotFoundError, match="Data set data2 has no model"):
         releases.create_release(full)
 
 

@@ -132,7 +132,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there_and_no_rests(workspace: W
     told = subprocess.run(
         [sys.executable, "-c", FILL, workspace.uri], capture_output=True, text=True, check=True, timeout=120
     ).stdout
-    assert "there is no room to write large in" in told
+    assert "no space left to write large in" in told
     assert "completed work is kept" in told
     assert workspace.read_bytes("large") == b"old"
     assert sorted(path.name for path in Path(workspace.root).iterdir()) == ["large", "small"]
