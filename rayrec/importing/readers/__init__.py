@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rayrec.importing.readers.accounts import check_accounts
 from rayrec.importing.readers.lastfm_1k import LastfmReader
 from rayrec.importing.readers.listenbrainz import ListenBrainzReader
 from rayrec.importing.readers.mpd import MpdReader
@@ -10,6 +11,8 @@ from rayrec.importing.readers.reader import Reader, ReadOptions
 from rayrec.importing.readers.sequences import SequenceReader
 from rayrec.importing.readers.spotify_history import SpotifyHistoryReader, check_usernames
 from rayrec.importing.readers.tabular import CsvReader, ParquetReader
+from rayrec.importing.readers.yambda import YambdaReader
+from rayrec.importing.readers.youtube_takeout import YoutubeTakeoutReader
 from rayrec.storage.dataset_manifest import Times
 
 
@@ -38,4 +41,6 @@ FORMATS: dict[str, Format] = {
     "spotify-history": Format(
         make=SpotifyHistoryReader, patterns=("streaming_history_*.json", "endsong*.json"), check_users=check_usernames
     ),
+    "yambda": Format(make=YambdaReader, patterns=("listens.parquet",)),
+    "youtube-takeout": Format(make=YoutubeTakeoutReader, patterns=("watch-history.json",), check_users=check_accounts),
 }

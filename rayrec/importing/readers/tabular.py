@@ -116,7 +116,7 @@ class ParquetReader:
             for part in read_batches(unit.source, file, groups, list(set(wanted.values()))):
 
                 def texts(positions: np.ndarray, part: pa.RecordBatch = part) -> list[str]:
-                    return _row_texts(part, positions)
+                    return row_texts(part, positions)
 
                 yield convert(
                     {role: part.column(name) for role, name in wanted.items()},
@@ -233,7 +233,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _row_texts(rows: pa.RecordBatch, positions: np.ndarray) -> list[str]:
+def row_texts(rows: pa.RecordBatch, positions: np.ndarray) -> list[str]:
     """The rows at some positions as JSON, for the file of rejected rows."""
     cells = [[_cell(column[row]) for column in rows.columns] for row in positions.tolist()]
     return [
