@@ -65,7 +65,7 @@ def _parse_iso(text: str) -> int:
         raise InputError(f"time {text!r} is not a time; {EXPECTED}")
     year, _, month, day, hour, minute, second, fraction, zone_hours, zone_minutes = parts.groups()
     try:
-        local = datetime(*map(int, (year, month, day, hour, minute, second or 0)), tzinfo=timezone.utc)  # type: ignore[misc, arg-type]
+        local = datetime(int(year), int(month), int(day), int(hour), int(minute), int(second or 0), tzinfo=timezone.utc)
     except ValueError as error:
         raise InputError(f"time {text!r} is not a time: {error}; {EXPECTED}") from error
     offset = timedelta(hours=abs(int(zone_hours or 0)), minutes=int(zone_minutes or 0))

@@ -135,8 +135,10 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
     role or column that there is not.
     """
     path = source.removesuffix(COMPRESSED)
+    rejected: dict[str, int] = {}
+    invalid: dict[str, int] = {}
     if path.endswith(".parquet"):
-        rows, rejected = _read_parquet(source, names or {}), {}
+        rows = _read_parquet(source, names or {})
     elif path.endswith((".csv", ".tsv")):
         rows, rejected = _read_csv(source, names or {}, delimiter)
     else:
@@ -149,7 +151,7 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
         told = ", ".join(f"{count} × {reason}" for reason, count in rejected.items()) or "it has none"
         raise InputError(f"{source}: no row can be used: {told}; check the format and the delimiter")
     kept = pa.array(usable[_first_of_each(ids.take(pa.array(usable)))])
-    values, invalid = {columns.SONG_ID: ids.take(kept)}, {}
+    values = {columns.SONG_ID: ids.take(kept)}
     readers = {"released": _days, "markets": spell_lists}
     for role in [role for role in ROLES if role in rows and role != "song"]:
         problems = Problems(len(kept))
@@ -166,7 +168,8 @@ def _read_csv(source: str, names: Mapping[str, str], delimiter: str) -> tuple[di
     """The columns by role, and how many lines were no rows, by reason."""
     header = delimited.read_header(source, delimiter)
     found = _columns(source, header, names)
-    parts, rejected = [], []
+    parts: list[pa.Table] = []
+    rejected: list[pa.ChunkedArray] = []
     for block in read_blocks(Unit(source=source)):
         rows = delimited.parse(
             block,

@@ -154,7 +154,8 @@ def make_plan(config: ImportConfig) -> Plan:
             f"{names.most_common(1)[0][0]} is there twice, and lines without a user are named by file and number; "
             "rename one of the files"
         )
-    reader, damaged = config.reader(), {}
+    reader = config.reader()
+    damaged: dict[str, str] = {}
     units: list[Unit] = []
     unit_files: list[int] = []
     for number, file in enumerate(files):
