@@ -148,8 +148,8 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
     rejected |= _counts(problems)
     usable = np.flatnonzero(~problems.bad)
     if not len(usable):
-        told = ", ".join(f"{count} × {reason}" for reason, count in rejected.items()) or "it has none"
-        raise InputError(f"{source}: no row can be used: {told}; check the format and the delimiter")
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in rejected.items()) or "it has none"
+        raise InputError(f"{source}: no row can be used: {reasons}; check the format and the delimiter")
     kept = pa.array(usable[_first_of_each(ids.take(pa.array(usable)))])
     values = {columns.SONG_ID: ids.take(kept)}
     readers = {"released": _days, "markets": spell_lists}
