@@ -5,7 +5,7 @@ Q queries, N songs, C candidates of all queries together, k answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -63,12 +63,14 @@ class CandidateSource:
         """`left_out` names retrievers to do without, `counts` how many songs a query retrievers propose."""
         index = network.index or SongIndex.build(network.song_vectors, IndexConfig())
         self.network, self.index, self.retrieval = network, index, retrieval
-        self.retrievers = make_retrievers(retrieval, index, left_out=left_out)
+        scales = (network.scale("short"), network.scale("long"))
+        self.retrievers = make_retrievers(retrieval, index, scales=scales, left_out=left_out)
         self.num_songs = max(network.num_songs, retrieval.num_songs)  # either may know songs that came later
         self._counts = counts
         self.sources = FeatureSources(
             retrieval=retrieval,
             song_vectors=network.song_vectors,
+            scales=scales,
             retrievers=tuple(retriever.name for retriever in self.retrievers),
             real_times=real_times,
         )
@@ -106,24 +108,25 @@ class TwoStepRecommender(CandidateRecommender):
     kind: ClassVar[Kind] = "network"
     horizons: tuple[Horizon, ...] = ("short", "long")
 
-    def __init__(self, source: CandidateSource, rankers: dict[Horizon, Ranker]) -> None:
+    def __init__(self, source: CandidateSource, rankers: Mapping[Horizon, Ranker]) -> None:
         self.source, self.rankers = source, rankers
         self.num_songs = source.num_songs
         self.retrievers = tuple(retriever.name for retriever in source.retrievers)
         self.horizons = tuple(horizon for horizon in ("short", "long") if horizon in rankers)
 
     def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
-        """As in `CandidateRecommender`; the chances are the same with the songs that a user has heard and without."""
+        """As in `CandidateRecommender`; the same chances as `rank_queries` orders by."""
         for chunk, scored in self.source.batches(histories, queries):
+            chances = {horizon: self.chances(scored, horizon) for horizon in self.horizons}
 
-            def scores(horizon: Horizon, exclude_heard: bool, scored: Scored = scored) -> np.ndarray:
-                return self.chances(scored, horizon)
+            def scores(horizon: Horizon, served: bool, known: dict[Horizon, np.ndarray] = chances) -> np.ndarray:
+                return known[horizon if horizon in known else self.horizons[0]]
 
-            proposed = scored.candidates
+            candidates = scored.candidates
             yield (
                 chunk,
                 ScoredCandidates(
-                    rows=proposed.rows, songs=proposed.songs, scores=scores, retrievers=proposed.positions
+                    rows=candidates.rows, songs=candidates.songs, scores=scores, retrievers=candidates.positions
                 ),
             )
 
@@ -169,20 +172,19 @@ class TwoStepRecommender(CandidateRecommender):
         return Ranking(songs=ranking.songs, scores=ranking.scores, paths=tuple(paths))
 
     def chances(self, scored: Scored, horizon: Horizon) -> np.ndarray:
-        """float32 (C,): the chance of each candidate on a horizon."""
+        """float64 (C,): the chance of each candidate on a horizon."""
         ranker = self.rankers[horizon if horizon in self.rankers else self.horizons[0]]
         return ranker.calibration(scored.candidates.rows, ranker.scores(scored.features))
 
     def mixed_chances(self, scored: Scored, long_weight: float) -> np.ndarray:
-        """float32 (C,): between the chances of the horizons, of which the larger ones do not drown the others."""
+        """float64 (C,): the chances on one horizon; between both the mean of each candidate's shares on them."""
         if long_weight in (0.0, 1.0):
             return self.chances(scored, "long" if long_weight else "short")
         rows = scored.candidates.rows
-        mixed = np.zeros(len(rows), dtype=np.float32)
-        for horizon, weight in (("short", 1 - long_weight), ("long", long_weight)):
-            chances = self.chances(scored, horizon)  # type: ignore[arg-type]
-            totals = np.bincount(rows, weights=chances, minlength=len(scored.batch))
-            mixed += np.float32(weight) * (chances / np.maximum(totals, 1e-12)[rows]).astype(np.float32)
+        mixed = np.zeros(len(rows))
+        for horizon, weight in zip(self.horizons, (1 - long_weight, long_weight), strict=False):
+            ranker = self.rankers[horizon]
+            mixed += weight * ranker.calibration.shares_of(rows, ranker.scores(scored.features))
         return mixed
 
     def explain(self, histories: Histories, queries: Questions, songs: np.ndarray) -> list[dict[str, float]]:
@@ -277,8 +279,8 @@ def examples_for(
         keys = np.unique(batch.keys(answer_rows[inside] - chunk.start, answer_songs[inside].astype(np.int64)))
         allowed = np.ones(len(candidates.rows), dtype=bool)
         if new_only:
-            allowed = batch.own.find(candidates.keys) < 0
-            keys = keys[batch.own.find(keys) < 0]
+            allowed = batch.user_songs.find(candidates.keys) < 0
+            keys = keys[batch.user_songs.find(keys) < 0]
         asked += len(np.unique(keys // source.num_songs))
         hit = np.isin(candidates.keys, keys, assume_unique=True)
         queries_hit = np.bincount(candidates.rows, weights=hit & allowed, minlength=size) > 0
