@@ -1,5 +1,6 @@
 """What an evaluation compares: baselines, and the networks of one or more models artifacts, all of one split."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,10 @@ from rayrec.storage.workspace import Workspace
 
 HYBRID, HYBRID_SHORT, TASTE, TASTE_SHORT = "hybrid", "hybrid-short", "taste", "taste-short"
 NETWORKS = (HYBRID, HYBRID_SHORT, TASTE, TASTE_SHORT)  # the recommenders that a models artifact may give
+
+
+# The part that is left out, and what makes the default model without it: a ranker is trained anew for each.
+Ablations = Mapping[str, Callable[[], Recommender]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +119,13 @@ def require_split(part: Manifest, split: Split | None, dataset: Dataset, command
 
 
 def make_recommenders(
-    workspace: Workspace, dataset: Dataset, compared: ComparedModels, split: Split | None
+    workspace: Workspace,
+    dataset: Dataset,
+    compared: ComparedModels,
+    split: Split | None,
+    ablations: Ablations | None = None,
 ) -> tuple[list[Recommender], np.ndarray]:
-    """Fit the baselines on what final fits may see and load the networks, in the order of the names.
+    """Fit the baselines on what final fits may see and load the networks, in the order of the names, then ablations.
 
     The settings of baselines are chosen on the validation range, where the split has one.
 
@@ -143,7 +152,17 @@ def make_recommenders(
         fitted[name].name = name
     popularity = fitted["popularity"]
     assert isinstance(popularity, PopularityRecommender)
-    return [fitted[name] for name in compared.names], popularity.plays
+    return [*(fitted[name] for name in compared.names), *make_ablated(ablations or {})], popularity.plays
+
+
+def make_ablated(ablations: Ablations) -> list[Recommender]:
+    """The default model without each of its parts, named `without PART`."""
+    models = []
+    for part, make in ablations.items():
+        model = make()
+        model.name, model.without = f"without {part}", part
+        models.append(model)
+    return models
 
 
 def _networks(workspace: Workspace, model: Manifest) -> dict[str, Recommender]:
