@@ -84,14 +84,14 @@ def choose(
 
 
 def _named(workspace: Workspace, config: EvaluateConfig) -> tuple[list[str], dict[str, Manifest]]:
-    """The names of the models asked for, and the artifacts of those given as NAME=ID."""
+    """The names of the models wanted, and the artifacts of those given as NAME=ID."""
     names: list[str] = []
     others: dict[str, Manifest] = {}
-    for asked in config.models or ():
-        name, equals, model_id = asked.partition("=")
+    for spelled in config.models or ():
+        name, equals, model_id = spelled.partition("=")
         if equals:
             if name in (*NETWORKS, *BASELINES, *others) or not name:
-                raise InputError(f"{asked}: give another model a name of its own, such as r_hst={model_id}")
+                raise InputError(f"{spelled}: give another model a name of its own, such as r_hst={model_id}")
             others[name] = load(workspace, "models", model_id)
         elif name not in (*NETWORKS, *BASELINES):
             raise InputError(
