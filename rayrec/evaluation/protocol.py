@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import Field, PositiveInt, model_validator
 
-from rayrec.config import setting
+from rayrec.config import Settings
 from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.data.split import Split
-from rayrec.errors import InputError
 from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.recommend.base import Horizon, Recommender
 
@@ -39,35 +39,31 @@ BOUNDS = (1, 5, 20, 100)  # the least plays of each class
 CLASSES = ("1-4", "5-19", "20-99", "100+")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """What is measured, and how finely."""
 
-    models: tuple[str, ...] | None = setting(
-        None, help="models by name, NAME=ID for the network of another model; none: the network and every baseline"
+    models: tuple[str, ...] | None = Field(
+        None, description="Models to compare, NAME=ID for another network; default: the network and all baselines"
     )
-    ks: tuple[int, ...] = setting((10, 20, 100), help="cut-offs of recall, MRR and NDCG")
-    queries: int = setting(
-        0, help="about how many plays are predicted, drawn by a hash of user and play; 0: every play of the test range"
+    ks: tuple[PositiveInt, ...] = Field((10, 20, 100), description="Cutoffs k of recall, MRR and NDCG")
+    queries: int = Field(
+        0, ge=0, description="Approximate number of queries, sampled by a hash of user and play; 0 evaluates all"
     )
-    bootstrap_samples: int = setting(1000, help="samples of the bootstrap over users; 0: no intervals")
-    confidence: float = setting(0.95, help="share of the bootstrap samples within low and high, in (0, 1)")
-    offsets: int = setting(100, help="plays ahead in the curve of mean cosine; 0: no curve")
-    max_curve_users: int = setting(
-        5_000, help="about how many users are drawn for the curves, the pairs and what is recommended"
+    bootstrap_samples: int = Field(1000, ge=0, description="Bootstrap samples over users; 0 computes no intervals")
+    confidence: float = Field(0.95, gt=0, lt=1, description="Confidence level of the intervals")
+    offsets: int = Field(100, ge=0, description="Offsets of the cosine curve, in plays ahead; 0 computes no curve")
+    max_curve_users: int = Field(
+        5_000, ge=0, description="Users sampled for the cosine curve, pairwise accuracy and recommendation statistics"
     )
-    seed: int = setting(0, help="of the bootstrap, of the users drawn and of the negatives")
+    seed: int = Field(0, ge=0, description="Random seed of the bootstrap, sampled users and negatives")
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check_lists(self) -> EvaluateConfig:
         if self.models is not None and not self.models:
-            raise InputError("models is empty; name at least one, or leave it out for all")
-        if not self.ks or min(self.ks) < 1 or len(set(self.ks)) < len(self.ks):
-            raise InputError(f"ks is {self.ks}; give different cut-offs of at least 1, such as 10,20,100")
-        if not 0 < self.confidence < 1:
-            raise InputError(f"confidence {self.confidence} is not in (0, 1); give a share such as 0.95")
-        for name in ("queries", "bootstrap_samples", "offsets", "max_curve_users"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
+            raise ValueError("models is empty; expected at least one name, or no value for all models")
+        if not self.ks or len(set(self.ks)) < len(self.ks):
+            raise ValueError(f"ks is {list(self.ks)}; expected different cutoffs such as 10, 20, 100")
+        return self
 
 
 def usual_k(ks: Sequence[int]) -> int:

@@ -68,7 +68,7 @@ def evaluate(
     if not users:
         raise InputError(
             f"none of {split.test_range} has an earlier play by the same user, so there is nothing to predict; "
-            "make a split with more test days or a larger last fraction"
+            "run `rayrec split` with more test days or a larger last fraction"
         )
     figures = figures_of(sums, evaluator, compared.default)
     figures["examples"] = examples_of(dataset, evaluator, compared.default)

@@ -68,7 +68,7 @@ def evaluate_prefixes(
     evaluator = PrefixEvaluator(recommenders, song_plays=song_plays, config=config)
     sums, counts = evaluate_pairs(workspace, evaluator, file, byte_ranges(found.source, found.size, UNIT_BYTES))
     if not counts[0]:
-        raise InputError(f"{file.path} has no pairs; expected lines of songs, a tab and the song that followed")
+        raise InputError(f"{file.path} has no pairs; expected lines of songs, a tab and the next song")
     made = Figures(sums, recommenders, config)
     results = [entry for entry in made.results(["served", "next"]) if entry["users"] == "all"]
     figures = {

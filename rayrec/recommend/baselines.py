@@ -111,7 +111,7 @@ def fit_baselines(
         elif name not in BASELINES:
             raise InputError(f"there is no baseline {name!r}; there are: {', '.join(BASELINES)}")
         elif vectors is None:
-            raise InputError(f"{name} works on song vectors, and there are none; run `rayrec embed` first")
+            raise InputError(f"{name} requires song embeddings; run `rayrec embed` first")
         elif name in FROM_VECTORS:
             fitted.append(FROM_VECTORS[name](vectors))
         else:

@@ -99,7 +99,7 @@ def of_error(error: Exception) -> Response:
     if isinstance(error, InputError):
         return problem(422, str(error))
     log.error("a request failed", exc_info=error)
-    return problem(500, "something is wrong on our side; the log of the replica says what")
+    return problem(500, "Internal server error; the replica's log has the details")
 
 
 async def _invalid(request: Request, error: Any) -> Response:

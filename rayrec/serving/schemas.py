@@ -101,7 +101,8 @@ class RecommendationsRequest(Request):
         description="0: the best songs; up to 1: the more unlike each other. Then they come in the order of choice.",
     )
     explain: bool = Field(
-        default=False, description="Say which of the last plays moved the taste most, and why a song."
+        default=False,
+        description="Explain which of the last plays influenced the taste most, and why each song is recommended.",
     )
 
     @model_validator(mode="after")

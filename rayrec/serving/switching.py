@@ -52,7 +52,7 @@ def switch(workspace: Workspace, change: Callable[[], Manifest], wait: Wait) -> 
 
 def _wait(workspace: Workspace, release_id: str, change: str, wait: Wait) -> None:
     until = time.monotonic() + wait.seconds
-    problem = "nobody answered yet"
+    problem = "no answer yet"
     while time.monotonic() < until:
         if releases.read_active(workspace)["change"] != change:
             raise RayrecError(f"another change of the live release came before all replicas had {release_id}")

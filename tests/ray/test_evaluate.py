@@ -83,7 +83,7 @@ def test_a_report_is_complete_found_again_and_repeated_on_purpose(dataset: Datas
     settings = EvaluateConfig(models=("popularity",), bootstrap_samples=10)
     first = evaluate(dataset.workspace, settings, split=SPLIT)
     verify(dataset.workspace, load(dataset.workspace, "reports", first.id))
-    assert first.metrics["default"] == "hybrid"  # what a training makes unless told otherwise
+    assert first.metrics["default"] == "two-step"  # what a training makes unless told otherwise
     found = read_figures(dataset.workspace, first)
     assert {entry["model"] for entry in found["results"]} == {"popularity"}
     assert found["song_vectors"] == []  # popularity needs none
@@ -105,13 +105,15 @@ def test_vectors_that_saw_the_test_range_are_refused(workspace: Workspace, histo
 def test_a_network_of_another_split_is_refused(dataset: Dataset) -> None:
     made_of = {"dataset": "by-hand", "split": "another", "songs": "by-hand"}
     publish(dataset.workspace, Manifest(kind="models", id="m", inputs=made_of), [])
-    with pytest.raises(MismatchError, match=r"models m was made for split another.*rayrec train"):
+    with pytest.raises(
+        MismatchError, match=r"model m was trained before the test range of split another.*rayrec train"
+    ):
         evaluate(dataset.workspace, EvaluateConfig(), split=SPLIT)
 
 
 def test_a_split_of_another_data_set_is_refused(dataset: Dataset) -> None:
     other = Split(id="cut", dataset="other", validation_from=1, test_from=2)
-    with pytest.raises(MismatchError, match="cuts data set other"):
+    with pytest.raises(MismatchError, match="belongs to data set other"):
         evaluate(dataset.workspace, EvaluateConfig(models=("popularity",)), split=other)
 
 
@@ -121,7 +123,7 @@ def test_without_a_network_the_command_to_run_is_named(dataset: Dataset) -> None
 
 
 def test_an_unknown_model_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(InputError, match="no model 'gru'; there are: hybrid, hybrid-short, taste, taste-short, pop"):
+    with pytest.raises(InputError, match="no model 'gru'; there are: two-step, taste, taste-short, pop"):
         evaluate(dataset.workspace, EvaluateConfig(models=("gru",)), split=SPLIT)
 
 
@@ -157,7 +159,7 @@ def test_networks_of_several_models_stand_on_one_table_under_their_names(dataset
 
 
 def test_another_model_needs_a_name_of_its_own(dataset: Dataset) -> None:
-    with pytest.raises(InputError, match="popularity=first: give another model a name of its own"):
+    with pytest.raises(InputError, match="popularity=first: name another model differently"):
         evaluate(dataset.workspace, EvaluateConfig(models=("popularity=first",)), split=SPLIT)
     with pytest.raises(NotFoundError, match="nowhere"):
         evaluate(dataset.workspace, EvaluateConfig(models=("mine=nowhere",)), split=SPLIT)
@@ -166,5 +168,5 @@ def test_another_model_needs_a_name_of_its_own(dataset: Dataset) -> None:
 @pytest.mark.usefixtures("cluster")
 def test_a_test_range_without_questions_is_refused(dataset: Dataset) -> None:
     late = Split(id="cut", dataset="by-hand", validation_from=10**12, test_from=10**12)
-    with pytest.raises(InputError, match="nothing to predict; make a split with more test days"):
+    with pytest.raises(InputError, match="nothing to predict; run `rayrec split` with more test days"):
         evaluate(dataset.workspace, EvaluateConfig(models=("popularity",)), split=late)

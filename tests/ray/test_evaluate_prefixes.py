@@ -100,8 +100,8 @@ def test_vectors_made_for_a_split_are_refused_without_it(workspace: Workspace, f
     made = random_histories(20, NUM_SONGS, seed=1)
     write_dataset(workspace, made.take(made.lengths > 0), NUM_SONGS)
     write_song_vectors(workspace, random_vectors(NUM_SONGS), {"dataset": "by-hand", "split": "cut"})
-    with pytest.raises(MismatchError, match=r"made for split cut.*without a split; name the split, or run"):
+    with pytest.raises(MismatchError, match=r"before the test range of split cut.*of no split; pass --split cut"):
         evaluate_prefixes(workspace, SETTINGS, file)
     other = Split(id="other", dataset="by-hand", validation_from=1, test_from=2)
-    with pytest.raises(MismatchError, match=r"made for split cut.*evaluation of split other"):
+    with pytest.raises(MismatchError, match=r"before the test range of split cut.*evaluation is of split other"):
         evaluate_prefixes(workspace, SETTINGS, file, split=other)

@@ -243,7 +243,7 @@ def test_users_without_test_plays_are_not_scored() -> None:
         ({"ks": ()}, "ks is"),
         ({"ks": (0, 10)}, "ks is"),
         ({"ks": (10, 10)}, "ks is"),
-        ({"confidence": 1.0}, "confidence 1.0"),
+        ({"confidence": 1.0}, "confidence is 1.0"),
         ({"bootstrap_samples": -1}, "bootstrap_samples is -1"),
         ({"offsets": -1}, "offsets is -1"),
         ({"queries": -1}, "queries is -1"),

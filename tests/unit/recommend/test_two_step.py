@@ -207,7 +207,7 @@ def test_no_array_as_long_as_the_catalog_is_made_for_a_query(recommender: TwoSte
         held_out=np.arange(len(past)) % 2 == 0,
     )
     ranker = Ranker.fit(examples, source.sources.names, RankerSettings(trees=3, min_leaf=5))
-    large = TwoStepRecommender(source, {"short": ranker})
+    large = TwoStepRecommender(source, {"next": ranker})
     history = past.take(np.array([int(past.lengths.argmax())]))
     large.recommend(history, NOW, 20, exclude_heard=True)
     tracemalloc.start()

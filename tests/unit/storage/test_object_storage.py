@@ -54,7 +54,7 @@ def test_a_storage_that_does_not_answer_is_named_and_nothing_half_is_there(
     hasty = Workspace(remote.uri)
     hasty.write_bytes("f", b"old")
     server.fail(1.0)
-    with pytest.raises(StorageError, match=r"/f could not be written in 4 attempts.*what is done is kept"):
+    with pytest.raises(StorageError, match=r"/f was not written in 4 attempts.*completed work is kept"):
         hasty.write_bytes("f", b"new" * 1000)
     server.fail(0.0)
     assert hasty.read_bytes("f") == b"old"
