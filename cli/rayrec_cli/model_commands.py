@@ -5,15 +5,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from rayrec.data.split import choose_split
+from rayrec.data.split import choose_split, load_split
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.jobs.trials import TuneConfig, to_toml
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
-from rayrec.storage.artifacts import Manifest
+from rayrec.storage.artifacts import Manifest, noun
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
-from rayrec_cli.output import Shown, figures, note, table
+from rayrec_cli.output import Shown, day, figures, note, table
 
 SplitOption = Annotated[
     str | None,
@@ -45,7 +45,7 @@ def embed(
     from rayrec.jobs.embed import embed as job
 
     chosen = choose_split(call.workspace, split, no_split=no_split)
-    return artifact_view(job(call.workspace, config, split=chosen, repeat=force), "Song embeddings")
+    return artifact_view(call, job(call.workspace, config, split=chosen, repeat=force), "Song embeddings")
 
 
 @command(app, "train", config=TrainConfig, example="rayrec train --epochs 8 --hidden-dim 128")
@@ -64,7 +64,7 @@ def train(
 
     chosen = choose_split(call.workspace, split, no_split=no_split)
     made = job(call.workspace, config, songs_id=songs, split=chosen, resume=resume, repeat=force)
-    return artifact_view(made, "Model")
+    return artifact_view(call, made, "Model")
 
 
 @command(app, "taste", config=TasteConfig, example="rayrec taste")
@@ -72,7 +72,7 @@ def taste(call: Call, config: TasteConfig, *, model: ModelOption = None, force: 
     """Compute the taste vectors of all users."""
     from rayrec.jobs.taste import compute_tastes as job
 
-    return artifact_view(job(call.workspace, config, model_id=model, repeat=force), "Taste vectors")
+    return artifact_view(call, job(call.workspace, config, model_id=model, repeat=force), "Taste vectors")
 
 
 @command(app, "index", config=IndexConfig, example="rayrec index")
@@ -80,7 +80,7 @@ def index(call: Call, config: IndexConfig, *, model: ModelOption = None, force: 
     """Build the nearest-neighbor index."""
     from rayrec.jobs.build_index import build_index as job
 
-    return artifact_view(job(call.workspace, config, model_id=model, repeat=force), "Index")
+    return artifact_view(call, job(call.workspace, config, model_id=model, repeat=force), "Index")
 
 
 @command(app, "tune", config=TuneConfig, example="rayrec tune space.toml --trials 20 --seed 1")
@@ -109,17 +109,24 @@ def tune(
     return Shown({"id": made.id, **made.metrics}, [*views])
 
 
-def artifact_view(manifest: Manifest, title: str) -> Shown:
-    """The metrics of an artifact; lists of records become tables."""
+def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:
+    """The id, inputs and metrics of an artifact, and the plays it was trained on; lists of records become tables."""
     metrics = dict(manifest.metrics)
     warning = metrics.pop("warning", None)
-    views: list[RenderableType] = [figures(title, {"id": manifest.id, **metrics})]
+    inputs = {f"from {noun(role)}": used for role, used in manifest.inputs.items()}
+    views: list[RenderableType] = [figures(title, {"id": manifest.id, **inputs, **metrics})]
     for name, value in metrics.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             views.append(_records(name, value))
+    if manifest.kind in ("songs", "models"):
+        split = manifest.inputs.get("split")
+        held_back = "" if split is None else f" except {load_split(call.workspace, split).test_range} (split {split})"
+        views.append(f"Trained on all plays{held_back}.")
+    if manifest.created_at < call.started:
+        views.append(f"Reused the result of {day(manifest.created_at)} UTC; --force recomputes it.")
     if warning:
         views.append(f"Warning: {warning}")
-    return Shown({"id": manifest.id, **manifest.metrics}, views)
+    return Shown({"id": manifest.id, "inputs": manifest.inputs, **manifest.metrics}, views)
 
 
 def _records(name: str, records: list[dict[str, Any]]) -> RenderableType:

@@ -23,7 +23,7 @@ from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.compared_models import Judged, choose, make_recommenders
 from rayrec.model.training_log import EPOCHS
 from rayrec.progress import progress
-from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, publish
+from rayrec.storage.artifacts import Manifest, fingerprint, new_id, publish, reuse
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
@@ -57,7 +57,7 @@ def evaluate(
         workspace, KIND, fingerprint("evaluate", to_mapping(config), judged.inputs), repeat=repeat
     )
     if complete:
-        return load(workspace, KIND, report_id)
+        return reuse(workspace, KIND, report_id)
     evaluator = make_evaluator(workspace, dataset, config, split, judged)
     tally = tally_buckets(workspace, evaluator, dataset.manifest.buckets)
     if not tally.users[0].sum():

@@ -178,7 +178,7 @@ def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
 
 
 def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str, str]:
-    """Role -> id of the parts to answer with: the live release's, else those of the newest model; or of `model_id`.
+    """Role -> id of the parts to answer with: the live release's, else those of the current model; or of `model_id`.
 
     Tastes and index are there only where the model has them. Raises `NotFoundError` for an unknown
     model, or naming the command to run first where there is none.
@@ -192,9 +192,9 @@ def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str
         model = artifacts.load(workspace, "models", model_id)
     found = {**model.inputs, "models": model.id}
     for kind in ("tastes", "indexes"):
-        of_model = [part for part in artifacts.listing(workspace, kind) if part.inputs.get("models") == model.id]
-        if of_model:
-            found[kind] = of_model[-1].id
+        part = artifacts.latest(workspace, kind, lambda item: item.inputs.get("models") == model.id)
+        if part is not None:
+            found[kind] = part.id
     return found
 
 
@@ -205,7 +205,8 @@ def _newest_model(workspace: Workspace, dataset: DatasetManifest, chosen: dict[s
     models = [m for m in artifacts.listing(workspace, "models") if dataset.descends_from(m.inputs.get("dataset", ""))]
     if not models:
         raise NotFoundError(f"Data set {dataset.id} has no model; run `rayrec train` first")
-    complete = models
+    current = artifacts.current_ids(workspace).get("models")
+    complete = sorted(models, key=lambda model: model.id == current)  # the current one last
     for kind in ("tastes", "indexes"):
         used = {part.inputs.get("models") for part in artifacts.listing(workspace, kind)}
         complete = [model for model in complete if model.id in used]
@@ -215,11 +216,11 @@ def _newest_model(workspace: Workspace, dataset: DatasetManifest, chosen: dict[s
 
 
 def _newest_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest:
-    fitting = [part for part in artifacts.listing(workspace, kind) if part.inputs.get("models") == model.id]
-    if not fitting:
+    part = artifacts.latest(workspace, kind, lambda item: item.inputs.get("models") == model.id)
+    if part is None:
         advice = f"run `rayrec {MADE_BY[kind]} --model {model.id}` first"
         raise NotFoundError(f"model {model.id} has no {artifacts.noun(kind)}; {advice}")
-    return fitting[-1]
+    return part
 
 
 def _publish_release(workspace: Workspace, inputs: dict[str, str]) -> Manifest:

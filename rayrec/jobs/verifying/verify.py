@@ -11,7 +11,7 @@ from rayrec.jobs.verifying.datasets import check_dataset, check_splits
 from rayrec.jobs.verifying.parts import check_artifacts
 from rayrec.progress import progress
 from rayrec.storage import releases
-from rayrec.storage.workspace import DATASET_MANIFEST, IMPORT_STAGING, LEASE, LOCK, LOCK_HOLDER, Workspace
+from rayrec.storage.workspace import CURRENT, DATASET_MANIFEST, IMPORT_STAGING, LEASE, LOCK, LOCK_HOLDER, Workspace
 
 STORED = (".npy", ".safetensors", ".parquet", ".faiss", ".arrow")  # files that must stand under a checksum
 
@@ -54,7 +54,7 @@ def _check_leftovers(audit: Audit) -> None:
             continue
         if path.startswith(f"{IMPORT_STAGING}/"):
             staged += 1
-        elif path in (LOCK, LOCK_HOLDER, LEASE):
+        elif path in (CURRENT, LOCK, LOCK_HOLDER, LEASE):
             continue
         elif posixpath.basename(path).startswith(".") or "/." in path:
             audit.note(path, "is a leftover temporary file; it can be deleted")
