@@ -33,6 +33,10 @@ class LeakError(RayrecError):
     """Training data holds plays that it must not: of the test range, or of a held-out user."""
 
 
+class DivergedError(RayrecError):
+    """A training whose loss or weights are not finite any more."""
+
+
 class StorageError(RayrecError):
     """A disk is full, or object storage keeps failing."""
 

@@ -1,4 +1,4 @@
-"""embed, train, taste, index, tune: from a data set to taste vectors and an index."""
+"""embed, train, retrieval, rank, taste, index, tune: from a data set to what answers are made of."""
 
 from typing import Annotated, Any
 
@@ -7,9 +7,12 @@ from rich.console import RenderableType
 
 from rayrec.data.split import choose_split, load_split
 from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.errors import InputError
 from rayrec.jobs.trials import TuneConfig, to_toml
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
+from rayrec.recommend.ranker_config import RankConfig
+from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
 from rayrec.storage.artifacts import Manifest, noun
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
@@ -22,10 +25,16 @@ SplitOption = Annotated[
 NoSplitOption = Annotated[bool, typer.Option("--no-split", help="Train on all plays, as for production.")]
 SongsOption = Annotated[str | None, typer.Option("--songs", metavar="ID", help="Song embeddings. [default: current]")]
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model. [default: current]")]
+FromOption = Annotated[
+    str | None, typer.Option("--from", metavar="ID", help="Start from the weights of this model; new songs get rows.")
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint.")]
 
 SpaceArgument = Annotated[
     str, typer.Argument(metavar="FILE", help="TOML file with [embed] and [train]; a list is a choice of values.")
+]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Delete the unfinished training of these settings and start over.")
 ]
 
 
@@ -56,15 +65,56 @@ def train(
     songs: SongsOption = None,
     split: SplitOption = None,
     no_split: NoSplitOption = False,
+    start: FromOption = None,
     resume: ResumeOption = False,
+    restart: RestartOption = False,
     force: ForceOption = False,
 ) -> Shown:
     """Train the taste network."""
+    from rayrec.jobs.train import Unfinished
     from rayrec.jobs.train import train as job
 
+    if resume and restart:
+        raise InputError("--resume and --restart exclude each other; pass only one of them")
+    unfinished: Unfinished = "resume" if resume else "restart" if restart else "ask"
     chosen = choose_split(call.workspace, split, no_split=no_split)
-    made = job(call.workspace, config, songs_id=songs, split=chosen, resume=resume, repeat=force)
+    made = job(call.workspace, config, songs_id=songs, split=chosen, from_id=start, unfinished=unfinished, repeat=force)
     return artifact_view(call, made, "Model")
+
+
+@command(app, "retrieval", config=RetrievalConfig, example="rayrec retrieval")
+def retrieval(
+    call: Call,
+    config: RetrievalConfig,
+    *,
+    split: SplitOption = None,
+    no_split: NoSplitOption = False,
+    force: ForceOption = False,
+) -> Shown:
+    """Fit the retrievers: sessions, sequential rules and play counts."""
+    from rayrec.jobs.retrieval import fit_retrieval as job
+
+    chosen = choose_split(call.workspace, split, no_split=no_split)
+    return artifact_view(call, job(call.workspace, config, split=chosen, repeat=force), "Retrieval")
+
+
+@command(app, "rank", config=RankConfig, example="rayrec rank")
+def rank(
+    call: Call,
+    config: RankConfig,
+    *,
+    model: ModelOption = None,
+    retrieval: Annotated[
+        str | None, typer.Option("--retrieval", metavar="ID", help="Fitted retrievers. [default: current]")
+    ] = None,
+    force: ForceOption = False,
+) -> Shown:
+    """Train the rankers on the validation range."""
+    from rayrec.jobs.rank import fit_rankers as job
+
+    return artifact_view(
+        call, job(call.workspace, config, model_id=model, retrieval_id=retrieval, repeat=force), "Rankers"
+    )
 
 
 @command(app, "taste", config=TasteConfig, example="rayrec taste")
@@ -96,11 +146,12 @@ def tune(
     from rayrec.jobs.tune import tune as job
 
     def report(row: dict[str, Any], trials: int) -> None:
-        note(f"trial {row['trial']} of {trials}: {JUDGED_BY} {row[JUDGED_BY]:.4f} ({row['seconds']:,.1f} s)")
+        outcome = "diverged" if row[JUDGED_BY] is None else f"{JUDGED_BY} {row[JUDGED_BY]:.4f}"
+        note(f"trial {row['trial']} of {trials}: {outcome} ({row['seconds']:,.1f} s)")
 
     chosen = choose_split(call.workspace, split)
     made = job(call.workspace, config, file, split=chosen, repeat=force, on_trial=report)
-    ranked = sorted(made.metrics["trials"], key=lambda row: -row[JUDGED_BY])
+    ranked = sorted(made.metrics["trials"], key=lambda row: 1.0 if row[JUDGED_BY] is None else -row[JUDGED_BY])
     columns = [name for name in ranked[0] if name not in ("settings", "songs", "songs_made")]
     rows = [[(_setting if "." in name else _joined)(row[name]) for name in columns] for row in ranked]
     saved = f"Table: {call.workspace.full(made.path('trials.csv'))}"
@@ -118,7 +169,7 @@ def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:
     for name, value in metrics.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             views.append(_records(name, value))
-    if manifest.kind in ("songs", "models"):
+    if manifest.kind in ("songs", "models", "retrieval"):
         split = manifest.inputs.get("split")
         held_back = "" if split is None else f" except {load_split(call.workspace, split).test_range} (split {split})"
         views.append(f"Trained on all plays{held_back}.")

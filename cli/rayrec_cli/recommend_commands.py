@@ -71,7 +71,7 @@ def recommend(
     listed = None if songs is None else [song.strip() for song in songs.split(",") if song.strip()]
     dataset = Dataset(call.workspace)
     parts = default_parts(call.workspace, model)
-    recommender = load_recommender(call.workspace, dataset, model_id=parts["models"], index_id=parts.get("indexes"))
+    recommender = load_recommender(call.workspace, dataset, parts)
     recommended = answer(dataset, recommender, config, at=moment, user=user, songs=listed)
     return Shown(recommended.to_mapping(), answer_view(recommended, f"user {user}" if user else "these songs"))
 
@@ -140,10 +140,10 @@ def _evaluate_prefixes(
 COLUMNS = (
     ("served", "recall", "served"),
     ("served", "mrr", "MRR"),
-    ("next", "recall", "all plays"),
+    ("next", "recall", "all"),
     ("next", "mrr", "MRR"),
     ("next_repeat", "recall", "repeats"),
-    ("offsets25_50", "recall", "25-50 ahead"),
+    ("offsets25_50", "recall", "25-50"),
 )
 
 

@@ -67,6 +67,14 @@ class FitRange:
         kept = allowed.keep(self.covers(allowed))
         return kept.take(kept.lengths > 0)
 
+    def is_within(self, other: "FitRange") -> bool:
+        """True where every play that this range covers is covered by `other`, in one data set or, for cuts in time,
+        in data sets that descend from each other."""
+        in_time = other.before is None or (self.before is not None and self.before <= other.before)
+        in_share = other.share is None or (self.share is not None and self.share <= other.share)
+        own, others = ((each.held_out_share, each.held_out_seed) for each in (self, other))
+        return in_time and in_share and (other.held_out_share == 0.0 or own == others)
+
     def require(self, histories: Histories) -> None:
         """Raises `LeakError` if the histories hold a play that a fit must not see. Every fit calls it.
 

@@ -39,6 +39,7 @@ class Described:
     unknown: int  # songs of the file that are not in the catalog; left out until they are imported
     titles: int  # songs of the catalog with a title now
     artists: int
+    albums: int
     released: int  # songs with a release day
     markets: int  # songs with a list of markets
 
@@ -65,6 +66,7 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str) -> Describ
         unknown=len(told) - described,
         titles=given(columns.TITLE),
         artists=given(columns.ARTIST),
+        albums=given(columns.ALBUM),
         released=given(columns.RELEASED),
         markets=given(columns.MARKETS),
     )

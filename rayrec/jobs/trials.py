@@ -17,7 +17,7 @@ from rayrec.model.train_config import TrainConfig
 
 SECTIONS: dict[str, type[Any]] = {"embed": EmbedConfig, "train": TrainConfig}
 # A trial is judged by its network alone, on the validation range that a refit would train on.
-OWN = {"train": {"refit": False, "memory": False}}
+OWN = {"train": {"refit": False}}
 
 Values = dict[str, dict[str, Any]]  # section -> setting -> value
 

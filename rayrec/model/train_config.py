@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from rayrec.config import Settings
 from rayrec.errors import InputError
-from rayrec.storage.artifacts import Manifest
 
 SongTable = Literal["trained", "mapped", "frozen"]
 Objective = Literal["sampled-softmax", "softmax", "cosine", "l2"]
@@ -17,7 +16,7 @@ Source = Literal["histories", "playlists"]
 REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards song vectors, as the paper's do
 
 
-MEMORY = "memory.safetensors"  # the file of a models artifact that holds what is mixed in beside the network
+SELECTION_NETWORK = "selection"  # folder in a models artifact: the network before it saw the validation range
 PLAY_COUNTS = "play_counts.npy"  # int64 (N,): plays of each song in the range that the model was fit on
 
 
@@ -66,6 +65,7 @@ class ModelConfig:
     song_table: SongTable
     cell: Cell = "gru"
     averages: tuple[float, ...] = ()  # discounts γ of the averages that the head sees
+    input_table: bool = False  # whether songs as inputs have a table of their own
 
     @property
     def recurrent_layers(self) -> int:
@@ -86,7 +86,10 @@ class ModelConfig:
         return cls(**{**raw, "features": features, "horizons": horizons, "averages": averages})
 
 
-_PAPERS: dict[str, Any] = {"objective": "cosine", "song_table": "frozen", "averages": (), "memory": False}
+_PAPERS: dict[str, Any] = {
+    **{"objective": "cosine", "song_table": "frozen", "averages": ()},
+    **{"dropout": 0.0, "averaged_steps": 0},
+}
 
 
 class TrainConfig(Settings):
@@ -94,10 +97,10 @@ class TrainConfig(Settings):
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
-        # Trained until the validation recall falls; on long histories it still rises after twelve epochs.
+        # Trained until the validation NDCG falls; on long histories it still rises after twelve epochs.
         "best": {"epochs": 40, "patience": 3},
         # The paper's networks, on histories and on playlists, short- and long-term: frozen song vectors, cosine
-        # distance, one horizon, no averages, no memory. Its offsets of the long horizon are not known to us; these
+        # distance, one horizon, no averages. Its offsets of the long horizon are not known to us; these
         # are the default's.
         "r_hst": {**_PAPERS, "long": ()},
         "r_hlt": {**_PAPERS, "short": ()},
@@ -112,18 +115,26 @@ class TrainConfig(Settings):
     cell: Cell = Field("gru", description="Recurrent cell")
     hidden_dim: int = Field(128, ge=1, description="Hidden size")
     num_layers: int = Field(1, ge=1, description="Number of recurrent layers")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability")
+    dropout: float = Field(0.25, ge=0, lt=1, description="Dropout probability")
     averages: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         (0.0, 0.5, 0.9, 0.99), description="Discounts of the averages of played songs that the head sees; empty: none"
     )
     song_table: SongTable = Field(
         "trained", description="Song embeddings: trained, mapped by a trained linear layer, or frozen"
     )
+    input_table: bool = Field(
+        True,
+        description="Train a table of its own for songs as inputs, so that a song need not be near its followers; only "
+        "with a trained song table",
+    )
+    table_learning_rate: float = Field(0.002, gt=0, description="Adam learning rate of the song tables")
+    averaged_steps: int = Field(
+        200, ge=0, description="Average the weights over about so many last steps; 0 keeps the last step's weights"
+    )
     objective: Objective = Field(
         "sampled-softmax", description="Training objective; softmax is over all songs, cosine and l2 are the paper's"
     )
     negatives: int = Field(1024, ge=1, description="Negative samples per step, drawn by popularity")
-    in_batch: int = Field(0, ge=0, description="In-batch negatives per step, in addition; 0: none")
     long_targets: int = Field(4, ge=1, description="Sampled targets per position on a horizon of several offsets")
     long_correction: float = Field(
         0.75, ge=0, le=1, description="Popularity kept by the long horizon's taste vectors, from 0 (none) to 1 (full)"
@@ -138,11 +149,8 @@ class TrainConfig(Settings):
     batch: int = Field(64, ge=1, description="Batch size in windows, over all workers")
     learning_rate: float = Field(0.001, gt=0, description="Adam learning rate")
     epochs: int = Field(12, ge=1, description="Number of epochs, with a validation range the maximum")
-    patience: int = Field(2, ge=1, description="Epochs without improved validation recall before training stops")
+    patience: int = Field(2, ge=1, description="Epochs without improved validation NDCG before training stops")
     refit: bool = Field(True, description="Train again on training and validation range with the best number of epochs")
-    memory: bool = Field(
-        True, description="Combine the network with session kNN and sequential rules, weighted on the validation range"
-    )
     validation_plays: int = Field(
         10_000, ge=0, description="Plays of the validation range that are predicted per epoch"
     )
@@ -159,8 +167,6 @@ class TrainConfig(Settings):
                 f"objective {self.objective} requires song_table frozen, not {self.song_table}; "
                 "trained embeddings would collapse into one vector"
             )
-        if self.memory and not self.short:
-            raise ValueError("memory requires a short horizon; give offsets for short, or switch memory off")
         if self.batch < self.workers:
             raise ValueError(f"batch is {self.batch}; expected at least one window for each of {self.workers} workers")
         for name, offsets in (("short", self.short), ("long", self.long)):
@@ -177,6 +183,11 @@ class TrainConfig(Settings):
         """The horizons by name, those that are there."""
         offsets = {"short": self.short, "long": self.long}
         return {name: Horizon(min_offset=pair[0], max_offset=pair[1]) for name, pair in offsets.items() if pair}
+
+    @property
+    def has_input_table(self) -> bool:
+        """True where songs as inputs have a table of their own: where tables are trained at all."""
+        return self.input_table and self.song_table == "trained"
 
     @property
     def lookahead(self) -> int:
@@ -196,8 +207,3 @@ class TasteConfig(Settings):
     concurrency: int | None = Field(
         None, ge=1, description="Parallel workers; default: as many as the cluster has CPUs for"
     )
-
-
-def has_memory(model: Manifest) -> bool:
-    """True for a models artifact whose recommender is a hybrid of network and memory."""
-    return MEMORY in model.files

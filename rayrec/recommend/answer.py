@@ -1,5 +1,6 @@
 """Answer one request for recommendations: whose plays, at which moment, in whose words."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -77,11 +78,15 @@ def answer(
     )
 
 
-def load_recommender(workspace: Workspace, dataset: Dataset, *, model_id: str, index_id: str | None) -> Recommender:
-    """What answers for the model `model_id`: the network, searching through `index_id` where given, and its memory.
+def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> Recommender:
+    """What answers with some parts, role -> id, as `releases.default_parts` gives them.
 
-    Raises `MismatchError` for a model of a data set that this one does not descend from: song rows may differ.
+    `models` is needed. With `retrieval` and `rankers` candidates are retrieved and ranked, without them the songs
+    nearest to the taste vector come first, searched through `indexes` where that is given. Raises `MismatchError`
+    for a model of a data set that this one does not descend from, whose song rows may differ, and for an index or
+    rankers of another model.
     """
+    model_id = parts["models"]
     manifest = load(workspace, "models", model_id)
     made_of = manifest.inputs.get("dataset")
     if made_of is None or not dataset.descends_from(made_of):
@@ -89,9 +94,20 @@ def load_recommender(workspace: Workspace, dataset: Dataset, *, model_id: str, i
             f"model {model_id} was made of data set {made_of}, the workspace holds data set {dataset.manifest.id}; "
             "train, index and release again"
         )
-    from rayrec.recommend import hybrid  # brings torch: only once it is needed
+    from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once it is needed
+    from rayrec.recommend.two_step import load_two_step
 
-    return hybrid.load_recommender(workspace, manifest, index_id)
+    network = TasteRecommender.load(workspace, model_id, parts.get("indexes"))
+    if "rankers" not in parts:
+        return network
+    rankers = load(workspace, "rankers", parts["rankers"])
+    if rankers.inputs["models"] != model_id:
+        raise MismatchError(
+            f"rankers {rankers.id} were learned with model {rankers.inputs['models']}, not with {model_id}; "
+            "run `rayrec rank` for this model"
+        )
+    retrieval = load(workspace, "retrieval", parts["retrieval"])
+    return load_two_step(workspace, network, retrieval, rankers, real_times=dataset.manifest.times == "real")
 
 
 def history_of_user(dataset: Dataset, user_id: str, at: int) -> Histories:

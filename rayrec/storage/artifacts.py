@@ -21,6 +21,8 @@ NOUNS = {  # kind -> what messages call one of it
     "descriptions": "song metadata",
     "songs": "song embeddings",
     "models": "model",
+    "retrieval": "retrievers",
+    "rankers": "rankers",
     "tastes": "taste vectors",
     "indexes": "index",
     "releases": "release",

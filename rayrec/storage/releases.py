@@ -28,8 +28,16 @@ KIND = "releases"
 ACTIVE = "releases/active"  # JSON: the live id, the ids live before it, oldest first, and which change made it so
 SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
-PART_KINDS = ("songs", "models", "tastes", "indexes")
-MADE_BY = {"songs": "embed", "models": "train", "tastes": "taste", "indexes": "index"}  # kind -> command
+PART_KINDS = ("songs", "models", "retrieval", "rankers", "tastes", "indexes")
+OPTIONAL_KINDS = ("retrieval", "rankers")  # a release without them answers with the network alone
+MADE_BY = {
+    "songs": "embed",
+    "models": "train",
+    "retrieval": "retrieval",
+    "rankers": "rank",
+    "tastes": "taste",
+    "indexes": "index",
+}  # kind -> command
 
 
 def create_release(
@@ -38,9 +46,10 @@ def create_release(
     model_id: str | None = None,
     tastes_id: str | None = None,
     index_id: str | None = None,
+    rankers_id: str | None = None,
     activate: bool = True,
 ) -> Manifest:
-    """Tie a model, its song vectors, tastes and index and the data set together under one id.
+    """Tie a model, its song vectors, tastes, index, rankers and their retrieval and the data set together under one id.
 
     What is not named is the newest that fits: the newest model of the data set that has tastes and
     an index, and the newest of those. The same parts make the same release.
@@ -48,7 +57,7 @@ def create_release(
     Raises `NotFoundError` where a part is missing, `MismatchError` where named parts do not belong together.
     """
     dataset = read_manifest(workspace)
-    named = {"models": model_id, "tastes": tastes_id, "indexes": index_id}
+    named = {"models": model_id, "rankers": rankers_id, "tastes": tastes_id, "indexes": index_id}
     chosen = {kind: artifacts.load(workspace, kind, part) for kind, part in named.items() if part is not None}
     model = chosen.get("models") or _newest_model(workspace, dataset, chosen)
     parts = {
@@ -57,6 +66,9 @@ def create_release(
         "tastes": chosen.get("tastes") or _newest_of(workspace, "tastes", model),
         "indexes": chosen.get("indexes") or _newest_of(workspace, "indexes", model),
     }
+    rankers = chosen.get("rankers") or _last_of(workspace, "rankers", model)
+    if rankers is not None:
+        parts |= {"rankers": rankers, "retrieval": artifacts.load(workspace, "retrieval", rankers.inputs["retrieval"])}
     inputs = {"dataset": dataset.id, **{kind: part.id for kind, part in parts.items()}}
     if "split" in model.inputs:
         inputs["split"] = model.inputs["split"]
@@ -153,6 +165,8 @@ def verify_release(
         if plays or not path.startswith((HISTORIES, PLAYLISTS)):
             _compare(workspace, path, expected)
     for kind in kinds:
+        if kind in OPTIONAL_KINDS and kind not in release.inputs:
+            continue
         artifacts.verify(workspace, artifacts.load(workspace, kind, release.inputs[kind]))
 
 
@@ -191,10 +205,12 @@ def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str
     else:
         model = artifacts.load(workspace, "models", model_id)
     found = {**model.inputs, "models": model.id}
-    for kind in ("tastes", "indexes"):
-        part = artifacts.latest(workspace, kind, lambda item: item.inputs.get("models") == model.id)
+    for kind in ("tastes", "indexes", "rankers"):
+        part = _last_of(workspace, kind, model)
         if part is not None:
             found[kind] = part.id
+            if kind == "rankers":
+                found["retrieval"] = part.inputs["retrieval"]
     return found
 
 
@@ -215,8 +231,13 @@ def _newest_model(workspace: Workspace, dataset: DatasetManifest, chosen: dict[s
     return complete[-1]
 
 
+def _last_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest | None:
+    """The current part of a kind where it was made with the model, else the last that was."""
+    return artifacts.latest(workspace, kind, lambda part: part.inputs.get("models") == model.id)
+
+
 def _newest_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest:
-    part = artifacts.latest(workspace, kind, lambda item: item.inputs.get("models") == model.id)
+    part = _last_of(workspace, kind, model)
     if part is None:
         advice = f"run `rayrec {MADE_BY[kind]} --model {model.id}` first"
         raise NotFoundError(f"model {model.id} has no {artifacts.noun(kind)}; {advice}")
@@ -224,7 +245,10 @@ def _newest_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest:
 
 
 def _publish_release(workspace: Workspace, inputs: dict[str, str]) -> Manifest:
-    paths = [DATASET_MANIFEST, *(f"{artifact_dir(kind, inputs[kind])}/manifest.json" for kind in PART_KINDS)]
+    paths = [
+        DATASET_MANIFEST,
+        *(f"{artifact_dir(kind, inputs[kind])}/manifest.json" for kind in PART_KINDS if kind in inputs),
+    ]
     if "split" in inputs:
         paths.append(split_file(inputs["split"]))
     checksums = {path: sha256(workspace, path) for path in paths}

@@ -13,7 +13,7 @@ import pytest
 import witness
 from safetensors.numpy import load as load_safetensors
 from trainings import CONFIG, make_world, only_split
-from witness import STEPS_BETWEEN_CLOCKS, Death, Seen, read_log
+from witness import STEPS_BETWEEN_READS, Death, Seen, read_log
 
 from rayrec.data.split import Split
 from rayrec.jobs.train import train
@@ -70,7 +70,7 @@ def check_seen(world: World, seen: Seen, died_at: tuple[str, int, int]) -> None:
     again = [at for at, times in seen.times.items() if times > 1]
     assert all(at[:2] == died_at[:2] and at[2] < died_at[2] for at in again)
     # Ray Train takes a checkpoint in while the next steps run: the newest may be lost.
-    assert len(again) <= 2 * STEPS_BETWEEN_CLOCKS
+    assert len(again) <= 2 * STEPS_BETWEEN_READS
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])

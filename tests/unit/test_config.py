@@ -126,4 +126,4 @@ def test_the_papers_presets_have_one_horizon_and_its_objective() -> None:
     assert short.horizons == {"short": Horizon(min_offset=1, max_offset=1)}
     assert list(long.horizons) == ["long"]
     for config in (short, long):
-        assert (config.objective, config.song_table, config.memory) == ("cosine", "frozen", False)
+        assert (config.objective, config.song_table) == ("cosine", "frozen")

@@ -23,7 +23,7 @@ BUILT_IN = {
     "import_plays_per_second_per_cpu": 650_000.0,
     "embed_tokens_per_second_per_cpu": 262_000.0,
     "train_plays_per_second_per_cpu": 23_300.0,
-    "memory_plays_per_second_per_cpu": 287_000.0,
+    "retrieval_plays_per_second_per_cpu": 100_000.0,
     "taste_plays_per_second_per_cpu": 322_000.0,
 }
 TRAIN_ON_GPU = "train_plays_per_second_per_gpu"  # measured by nobody yet: only a file of rates can hold it
@@ -43,7 +43,6 @@ class PlanConfig(Settings):
     batch: int = Field(0, ge=0, description="Batch size in windows, over all workers; 0: 64 per worker")
     workers: int = Field(0, ge=0, description="Training workers; 0: one per GPU, or one per CPU node without GPUs")
     gpu: bool = Field(_TRAIN.gpu, description="Train on GPUs")
-    memory: bool = Field(_TRAIN.memory, description="Combine the network with session kNN and sequential rules")
     validation: bool = Field(True, description="Hold back a validation range: embeddings and network are fitted twice")
     buckets: int = Field(
         0, ge=0, le=MAX_BUCKETS, description="Buckets of users; 0: one per 64 MiB of input, 16 to 4096"

@@ -2,17 +2,17 @@
 
 import pytest
 
-from rayrec.jobs.compared_models import Judged
+from rayrec.jobs.compared_models import ComparedModels
 from rayrec.storage.artifacts import Manifest
 
 
-def _judged(*, split: bool = True, **sources: str) -> Judged:
+def _judged(*, split: bool = True, **sources: str) -> ComparedModels:
     """The network `model`, another one `r_pst` and the song embeddings, each made of so-and-so."""
     made = {
         name: Manifest(kind="models", id=name, metrics={"source": sources.get(name, "histories")})
         for name in ("model", "r_pst", "songs")
     }
-    return Judged(
+    return ComparedModels(
         names=("taste", "r_pst"),
         default="taste",
         model=made["model"],

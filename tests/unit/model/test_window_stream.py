@@ -14,8 +14,8 @@ from rayrec.data.windows import Windows, epoch_units
 from rayrec.errors import LeakError
 from rayrec.model import window_stream
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training import Share
 from rayrec.model.window_stream import UnitReader, plain_stream, split_batches
+from rayrec.model.workers import Share
 from rayrec.storage.workspace import Workspace
 
 CONFIG = TrainConfig(window=5, batch=6, long=(2, 3))

@@ -108,9 +108,9 @@ def test_fewer_than_one_song_is_refused() -> None:
 def test_a_model_of_another_data_set_is_refused_by_both_names(dataset: Dataset) -> None:
     publish(dataset.workspace, Manifest(kind="models", id="old", inputs={"dataset": "data0"}), [])
     with pytest.raises(MismatchError, match=r"data0.*data1"):
-        load_recommender(dataset.workspace, dataset, model_id="old", index_id=None)
+        load_recommender(dataset.workspace, dataset, {"models": "old"})
     with pytest.raises(NotFoundError, match="none-such"):
-        load_recommender(dataset.workspace, dataset, model_id="none-such", index_id=None)
+        load_recommender(dataset.workspace, dataset, {"models": "none-such"})
     assert artifacts.listing(dataset.workspace, "models")
 
 

@@ -149,12 +149,12 @@ def test_rates_are_read_as_bench_writes_them(tmp_path: Path) -> None:
 
 def test_the_command_line_says_problems_by_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--json", "plan", "--cluster", str(ROOT / "cluster" / "aws.yaml"), "--songs", "1000000"]
-    assert main([*command, "--users", "1000000", "--plays", "100000000", "--no-memory"]) == 0
+    assert main([*command, "--users", "1000000", "--plays", "100000000"]) == 0
     fits = json.loads(capsys.readouterr().out)
     assert fits["problems"] == []
     assert fits["hours"] > 0
     assert fits["storage"]["histories"] == 10**9
-    assert main([*command, "--users", "1000000", "--plays", "10000000000000", "--no-memory"]) == 1
+    assert main([*command, "--users", "1000000", "--plays", "10000000000000"]) == 1
     assert json.loads(capsys.readouterr().out)["problems"]
     assert main([*command, "--users", "5"]) == 2
     assert "Pass all of --users, --plays and --songs, or none" in capsys.readouterr().err
