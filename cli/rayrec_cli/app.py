@@ -40,7 +40,6 @@ app = typer.Typer(
     name="rayrec",
     cls=InOrder,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -23,7 +23,7 @@ from rayrec.jobs.compared_models import Ablations, ComparedModels, choose, make_
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.training_log import EPOCHS
 from rayrec.progress import progress
-from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, publish
+from rayrec.storage.artifacts import Manifest, fingerprint, new_id, publish, reuse
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
@@ -60,7 +60,7 @@ def evaluate(
     settings = {**to_mapping(config), **({"ablations": list(ablations)} if ablations else {})}
     report_id, complete = new_id(workspace, KIND, fingerprint("evaluate", settings, compared.inputs), repeat=repeat)
     if complete:
-        return load(workspace, KIND, report_id)
+        return reuse(workspace, KIND, report_id)
     evaluator = make_evaluator(workspace, dataset, config, split, compared, ablations)
     sums = evaluate_buckets(workspace, evaluator, dataset.manifest.buckets)
     users, plays = sums.users[VIEWS.index("next")].sum(), sums.queries[:, VIEWS.index("next")].sum()

@@ -66,7 +66,7 @@ def train(
     print_id = artifacts.fingerprint("train", _fingerprinted(config), inputs)
     model_id, complete = artifacts.new_id(workspace, "models", print_id, repeat=repeat)
     if complete:
-        return artifacts.load(workspace, "models", model_id)
+        return artifacts.reuse(workspace, "models", model_id)
     manifest = Manifest(kind="models", id=model_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     began = time.monotonic()
     if unfinished == "restart" or not _has_checkpoint(workspace, manifest):
