@@ -20,9 +20,9 @@ from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.import_data import append_plays
 from rayrec.jobs.taste import compute_tastes
-from rayrec.model.train_config import TasteConfig, has_memory
+from rayrec.model.train_config import TasteConfig
 from rayrec.storage.artifacts import Manifest, load
-from rayrec.storage.releases import activate_release, active_release, create_release
+from rayrec.storage.releases import activate_release, active_release, create_release, default_parts
 
 FORMAT = "parquet"
 COLUMNS = {"user": "user_id", "song": "song_id", "played_at": "ts"}
@@ -66,7 +66,7 @@ def recall(workspace: Workspace, model: Manifest) -> float:
         raise SystemExit(
             "the live model was trained on all plays, so nothing is left to judge it by; train with a split"
         )
-    name = "hybrid" if has_memory(model) else "taste"
+    name = "two-step" if "rankers" in default_parts(workspace, model.id) else "taste"
     config = EvaluateConfig(models=(name,), ks=(JUDGED_AT,), bootstrap_samples=0, offsets=0)
     report = evaluate(workspace, config, split=split, model_id=model.id)
     wanted = {"model": name, "metric": "recall", "k": JUDGED_AT, "users": "all", "target": "next"}

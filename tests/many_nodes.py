@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ from rayrec.storage.workspace import Workspace
 LOG = "RAYREC_TEST_LOG"  # environment variable: the folder in which units are noted, on all nodes
 PAUSE = 0.4  # seconds that a unit takes longer, so that a node can be removed meanwhile
 BUCKETS = 12
-TRAIN = replace(CONFIG, workers=2)
+TRAIN = CONFIG.replace(workers=2)
 
 
 def write_plays(folder: Path, files: int = 8) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import numpy as np
 from networks import model_config, network
+from rayrec.recommend.hybrid import Memory, Mix
+from rayrec.recommend.mixing import USUAL_MIX
 from worlds import random_histories, write_dataset, write_song_vectors
 
 from rayrec.data.dataset import Dataset
@@ -19,9 +21,7 @@ from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.taste_table import taste_table, tastes_file
 from rayrec.model.train_config import MEMORY, PLAY_COUNTS
-from rayrec.recommend.hybrid import Memory, Mix
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
-from rayrec.recommend.mixing import USUAL_MIX
 from rayrec.serving.auth import Keys
 from rayrec.serving.replica import open_service
 from rayrec.serving.routes import create_app

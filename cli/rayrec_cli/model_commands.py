@@ -1,4 +1,4 @@
-"""embed, train, taste, index: from a data set to vectors that answer."""
+"""embed, train, retrieval, rank, taste, index, tune: from a data set to what answers are made of."""
 
 from typing import Annotated, Any
 
@@ -8,27 +8,33 @@ from rich.console import RenderableType
 from rayrec.data.split import choose_split
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError
+from rayrec.jobs.trials import TuneConfig, to_toml
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
+from rayrec.recommend.ranker_config import RankConfig
+from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
 from rayrec.storage.artifacts import Manifest
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
-from rayrec_cli.output import Shown, figures, table
+from rayrec_cli.output import Shown, figures, note, table
 
 SplitOption = Annotated[
-    str | None, typer.Option("--split", metavar="ID", help="Fit before this split's cut (the newest split).")
+    str | None,
+    typer.Option("--split", metavar="ID", help="Train on the plays before this split's test range. [default: current]"),
 ]
-NoSplitOption = Annotated[bool, typer.Option("--no-split", help="Fit on all plays, as production does.")]
-SongsOption = Annotated[str | None, typer.Option("--songs", metavar="ID", help="Song vectors to start from (newest).")]
-ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model to work with (newest).")]
+NoSplitOption = Annotated[bool, typer.Option("--no-split", help="Train on all plays, as for production.")]
+SongsOption = Annotated[str | None, typer.Option("--songs", metavar="ID", help="Song embeddings. [default: current]")]
+ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model. [default: current]")]
 FromOption = Annotated[
     str | None, typer.Option("--from", metavar="ID", help="Start from the weights of this model; new songs get rows.")
 ]
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on from the last checkpoint of an unfinished training of these settings.")
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint.")]
+
+SpaceArgument = Annotated[
+    str, typer.Argument(metavar="FILE", help="TOML file with [embed] and [train]; a list is a choice of values.")
 ]
 RestartOption = Annotated[
-    bool, typer.Option("--restart", help="Delete an unfinished training of these settings and start over.")
+    bool, typer.Option("--restart", help="Delete the unfinished training of these settings and start over.")
 ]
 
 
@@ -41,14 +47,14 @@ def embed(
     no_split: NoSplitOption = False,
     force: ForceOption = False,
 ) -> Shown:
-    """Make song vectors.
+    """Train or import song embeddings.
 
-    By word2vec from playlists or sessions, or from a file of outside vectors.
+    word2vec on playlists or sessions, or vectors from a file.
     """
     from rayrec.jobs.embed import embed as job
 
     chosen = choose_split(call.workspace, split, no_split=no_split)
-    return shown(job(call.workspace, config, split=chosen, repeat=force), "Song vectors")
+    return artifact_view(job(call.workspace, config, split=chosen, repeat=force), "Song embeddings")
 
 
 @command(app, "train", config=TrainConfig, example="rayrec train --epochs 8 --hidden-dim 128")
@@ -64,7 +70,7 @@ def train(
     restart: RestartOption = False,
     force: ForceOption = False,
 ) -> Shown:
-    """Train the taste network on windows of histories."""
+    """Train the taste network."""
     from rayrec.jobs.train import Unfinished
     from rayrec.jobs.train import train as job
 
@@ -73,7 +79,40 @@ def train(
     unfinished: Unfinished = "resume" if resume else "restart" if restart else "ask"
     chosen = choose_split(call.workspace, split, no_split=no_split)
     made = job(call.workspace, config, songs_id=songs, split=chosen, from_id=start, unfinished=unfinished, repeat=force)
-    return shown(made, "Model")
+    return artifact_view(made, "Model")
+
+
+@command(app, "retrieval", config=RetrievalConfig, example="rayrec retrieval")
+def retrieval(
+    call: Call,
+    config: RetrievalConfig,
+    *,
+    split: SplitOption = None,
+    no_split: NoSplitOption = False,
+    force: ForceOption = False,
+) -> Shown:
+    """Count sessions, rules and play counts that candidates come from."""
+    from rayrec.jobs.retrieval import fit_retrieval as job
+
+    chosen = choose_split(call.workspace, split, no_split=no_split)
+    return artifact_view(job(call.workspace, config, split=chosen, repeat=force), "Retrieval")
+
+
+@command(app, "rank", config=RankConfig, example="rayrec rank")
+def rank(
+    call: Call,
+    config: RankConfig,
+    *,
+    model: ModelOption = None,
+    retrieval: Annotated[
+        str | None, typer.Option("--retrieval", metavar="ID", help="Retrieval to rank candidates of (newest).")
+    ] = None,
+    force: ForceOption = False,
+) -> Shown:
+    """Train the rankers that order candidates, on the validation range."""
+    from rayrec.jobs.rank import fit_rankers as job
+
+    return artifact_view(job(call.workspace, config, model_id=model, retrieval_id=retrieval, repeat=force), "Rankers")
 
 
 @command(app, "taste", config=TasteConfig, example="rayrec taste")
@@ -81,19 +120,46 @@ def taste(call: Call, config: TasteConfig, *, model: ModelOption = None, force: 
     """Compute the taste vectors of all users."""
     from rayrec.jobs.taste import compute_tastes as job
 
-    return shown(job(call.workspace, config, model_id=model, repeat=force), "Tastes")
+    return artifact_view(job(call.workspace, config, model_id=model, repeat=force), "Taste vectors")
 
 
 @command(app, "index", config=IndexConfig, example="rayrec index")
 def index(call: Call, config: IndexConfig, *, model: ModelOption = None, force: ForceOption = False) -> Shown:
-    """Build the index over the vectors that a model scores against."""
+    """Build the nearest-neighbor index over a model's song embeddings."""
     from rayrec.jobs.build_index import build_index as job
 
-    return shown(job(call.workspace, config, model_id=model, repeat=force), "Index")
+    return artifact_view(job(call.workspace, config, model_id=model, repeat=force), "Index")
 
 
-def shown(manifest: Manifest, title: str) -> Shown:
-    """An artifact's figures; those that are lists of records become tables of their own."""
+@command(app, "tune", config=TuneConfig, example="rayrec tune space.toml --trials 20 --seed 1")
+def tune(
+    call: Call, config: TuneConfig, *, file: SpaceArgument, split: SplitOption = None, force: ForceOption = False
+) -> Shown:
+    """Search settings of embeddings and network.
+
+    Each combination is trained before the validation range and evaluated on it. An interrupted search resumes.
+    The best settings are printed as sections for `rayrec run`.
+    """
+    from rayrec.jobs.tune import JUDGED_BY
+    from rayrec.jobs.tune import tune as job
+
+    def report(row: dict[str, Any], trials: int) -> None:
+        outcome = "diverged" if row[JUDGED_BY] is None else f"{JUDGED_BY} {row[JUDGED_BY]:.4f}"
+        note(f"trial {row['trial']} of {trials}: {outcome} ({row['seconds']:,.1f} s)")
+
+    chosen = choose_split(call.workspace, split)
+    made = job(call.workspace, config, file, split=chosen, repeat=force, on_trial=report)
+    ranked = sorted(made.metrics["trials"], key=lambda row: 1.0 if row[JUDGED_BY] is None else -row[JUDGED_BY])
+    columns = [name for name in ranked[0] if name not in ("settings", "songs", "songs_made")]
+    rows = [[(_setting if "." in name else _joined)(row[name]) for name in columns] for row in ranked]
+    saved = f"Table: {call.workspace.full(made.path('trials.csv'))}"
+    heads = [name.removeprefix("validation_") for name in columns]
+    views = [table("Trials, best first", heads, rows), saved, f"Best settings:\n\n{to_toml(made.metrics['best'])}"]
+    return Shown({"id": made.id, **made.metrics}, [*views])
+
+
+def artifact_view(manifest: Manifest, title: str) -> Shown:
+    """The metrics of an artifact; lists of records become tables."""
     metrics = dict(manifest.metrics)
     warning = metrics.pop("warning", None)
     views: list[RenderableType] = [figures(title, {"id": manifest.id, **metrics})]
@@ -119,3 +185,12 @@ def _numbers(values: list[Any]) -> bool:
 
 def _cell(value: Any) -> Any:
     return str(next(iter(value), "")) if isinstance(value, list) else value
+
+
+def _joined(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _setting(value: Any) -> Any:
+    """A setting as written: 1e-5 must not become 0.000."""
+    return f"{value:g}" if isinstance(value, float) else _joined(value)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import cycle, product
 from typing import Any, Literal, get_args
 
@@ -60,12 +60,12 @@ class Size:
     users: int = 2_000
     plays: int = 200  # mean of a user
     seconds: float = 3.0  # of each measurement
-    config: TrainConfig = TrainConfig()
+    config: TrainConfig = field(default_factory=TrainConfig)
 
     def times(self, batch: int) -> "Size":
         """The same with a larger batch, and with as many more negatives."""
         config = self.config
-        return replace(self, config=replace(config, batch=config.batch * batch, negatives=config.negatives * batch))
+        return replace(self, config=config.replace(batch=config.batch * batch, negatives=config.negatives * batch))
 
     @classmethod
     def quick(cls) -> "Size":
@@ -116,7 +116,7 @@ def checks(device: str) -> list[dict[str, Any]]:
     told = []
     for cell, objective in product(get_args(Cell), get_args(Objective)):
         table: SongTable = "frozen" if objective in REGRESSIONS else "trained"
-        config = replace(Size.quick().config, cell=cell, objective=objective, song_table=table, dropout=0.0)
+        config = Size.quick().config.replace(cell=cell, objective=objective, song_table=table, dropout=0.0)
         size = replace(Size.quick(), config=config)
         began = network(size).state_dict()
         here, there = (learned(size, place, CHECKED_STEPS).state_dict() for place in ("cpu", device))

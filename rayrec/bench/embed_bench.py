@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ def bench_embed(place: Workspace, config: BenchConfig) -> dict[str, Any]:
         sentences = sessions.from_histories(dataset.read_all(), FitRange(), settings.session_gap_minutes)
         corpus = write_corpus(sentences, Path(folder) / "corpus", dataset.num_songs)
         workers = max(1, min(node_cpus(), corpus.tokens // TOKENS_PER_WORKER))
-        settings = replace(settings, workers=workers)
+        settings = settings.replace(workers=workers)
 
         def ours() -> Measured:
             began = time.perf_counter()

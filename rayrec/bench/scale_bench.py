@@ -50,7 +50,7 @@ def run_chain(plays: str, place: Workspace, workers: int, embed_epochs: int, see
         dataset = import_data(place, ImportConfig(format="parquet", paths=(plays,)))
         stages = {"import": Measured(dataset.plays, time.perf_counter() - began)}
         stages["embed"] = _timed(lambda: embed(place, settings), lambda made: made.metrics["tokens"] * embed_epochs)
-        made = train(place, TrainConfig(epochs=1, workers=workers, memory=False, seed=seed))
+        made = train(place, TrainConfig(epochs=1, workers=workers, seed=seed))
         stages["train"] = Measured(made.metrics["plays"], made.metrics["plays"] / made.metrics["plays_per_second"])
         stages["taste"] = _timed(
             lambda: compute_tastes(place, TasteConfig()), lambda made: float(made.metrics["plays"])

@@ -47,7 +47,7 @@ class _SteadySteps:
     def __init__(self, table: "SongTable", songs: int, config: BenchConfig) -> None:
         from rayrec.model.train_config import TrainConfig
 
-        self._settings = TrainConfig(song_table=table, workers=0, memory=False, seed=config.seed)
+        self._settings = TrainConfig(song_table=table, workers=0, seed=config.seed)
         self._windows = _windows(songs, self._settings, config.seed)
         self._training = _training(songs, self._settings)
         self._steps = config.table_steps

@@ -81,9 +81,7 @@ class Dataset:
         files = bucket_files(self.workspace, range(self.manifest.parts), bucket)
         found = [row for path in files if (row := find_user(self.workspace, path, user_id)) is not None]
         if not found:
-            raise NotFoundError(
-                f"user {user_id!r} has no plays in the data set; check the id or import the plays first"
-            )
+            raise NotFoundError(f"User {user_id!r} not found in the data set; check the ID or import the user's plays")
         return self._told(merge_users(found))
 
     def _told(self, histories: Histories) -> Histories:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow.fs as pafs
+from pydantic import Field, model_validator
 
-from rayrec.config import setting
+from rayrec.config import Settings, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate, user_hash
 from rayrec.errors import InputError, LeakError, MismatchError, NotFoundError
@@ -22,7 +23,7 @@ DAY_MS = 24 * 3600 * 1000
 SHARE_DIGITS = 9  # 1 - 0.2 - 0.1 is to be 0.7, not a little more
 
 Protocol = Literal["time", "last-fraction"]
-WEAKER = "weaker than a cut in time: fits see what others played later"
+WEAKER = "weaker than a split in time: training sees later plays of other users"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +83,17 @@ class FitRange:
         """
         if self.share is not None and histories.num_plays and histories.totals is None:
             raise LeakError(
-                "a fit was handed histories that do not say how many plays each user has in all; "
-                "pass the histories through FitRange.select first"
+                "training data lacks the total number of plays per user; call FitRange.select on the histories first"
             )
         late = int((~self.covers(histories)).sum())
         if late:
             cut = f"{self.before} (ms UTC)" if self.share is None else f"{self.share:.3g} (of each user's plays)"
             raise LeakError(
-                f"a fit was handed {late} plays at or after its cut {cut}; "
-                "pass the histories through FitRange.select first"
+                f"training data holds {late} plays at or after its cut {cut}; "
+                "call FitRange.select on the histories first"
             )
         if self.held_out_share and not self.allowed_users(histories.user_ids).all():
-            raise LeakError("a fit was handed users who are held out; pass the histories through FitRange.select first")
+            raise LeakError("training data holds users who are held out; call FitRange.select on the histories first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,34 +164,28 @@ class Split:
         return None if self.protocol == "time" else round(1.0 - fraction, SHARE_DIGITS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitConfig:
-    """How to cut a data set: in time, or each user's own sequence where `last_fraction` is above 0."""
+class SplitConfig(Settings):
+    """How to split a data set: in time, or each user's own sequence where `last_fraction` is above 0."""
 
-    test_days: float = setting(30.0, help="length of the test range, in days from the last play back")
-    validation_days: float = setting(7.0, help="length of the validation range before it, in days")
-    last_fraction: float = setting(
-        0.0, help="cut each user's own plays instead: the share at their end that is test; a weaker protocol than time"
+    test_days: float = Field(30.0, ge=0, description="Length of the test range at the end of the data, in days")
+    validation_days: float = Field(7.0, ge=0, description="Length of the validation range before it, in days")
+    last_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Test share at the end of each user's plays instead; weaker than a split in time"
     )
-    validation_fraction: float = setting(0.1, help="share of each user's plays before it that is validation")
-    held_out_users: float = setting(0.0, help="share of users held out entirely, in [0, 1)")
-    seed: int = setting(0, help="which users are held out")
+    validation_fraction: float = Field(
+        0.1, ge=0, lt=1, description="Validation share of each user's plays, before the test share"
+    )
+    held_out_users: float = Field(0.0, ge=0, lt=1, description="Share of users held out of training entirely")
+    seed: int = Field(0, ge=0, description="Random seed of the held-out users")
 
-    def __post_init__(self) -> None:
-        if self.test_days < 0 or self.validation_days < 0:
-            raise InputError(
-                f"test days {self.test_days} and validation days {self.validation_days} must not be negative"
-            )
-        for name in ("last_fraction", "validation_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} is not in [0, 1); give a share such as 0.2")
+    @model_validator(mode="after")
+    def _check_fractions(self) -> "SplitConfig":
         if self.last_fraction + self.validation_fraction >= 1:
-            raise InputError(
-                f"fractions {self.last_fraction:g} and {self.validation_fraction:g} leave nothing to train on; "
-                "give two that add up to less than 1"
+            raise ValueError(
+                f"last_fraction {self.last_fraction:g} and validation_fraction {self.validation_fraction:g} leave "
+                "nothing to train on; expected a sum below 1"
             )
-        if not 0 <= self.held_out_users < 1:
-            raise InputError(f"held-out share {self.held_out_users} is not in [0, 1); give a share such as 0.1")
+        return self
 
 
 def make_split(config: SplitConfig, *, dataset: str, first_play: int, last_play: int) -> Split:
@@ -207,7 +201,7 @@ def make_split(config: SplitConfig, *, dataset: str, first_play: int, last_play:
         days = (last_play - first_play) / DAY_MS
         raise InputError(
             f"{config.test_days:g} test and {config.validation_days:g} validation days leave nothing to train on: "
-            f"the plays span {days:.1f} days; ask for fewer days"
+            f"the plays span {days:.1f} days; use fewer days"
         )
     return Split(
         id=_split_id(config, dataset, ("test_days", "validation_days")),
@@ -233,7 +227,9 @@ def _last_fraction_split(config: SplitConfig, dataset: str) -> Split:
 
 def _split_id(config: SplitConfig, dataset: str, cut_by: tuple[str, str]) -> str:
     """From the settings that matter: those of the other protocol do not."""
-    settings = {name: value for name, value in asdict(config).items() if name in (*cut_by, "held_out_users", "seed")}
+    settings = {
+        name: value for name, value in to_mapping(config).items() if name in (*cut_by, "held_out_users", "seed")
+    }
     return fingerprint("split", settings, {"dataset": dataset})
 
 
@@ -245,7 +241,7 @@ def save_split(workspace: Workspace, split: Split) -> None:
 def load_split(workspace: Workspace, split_id: str) -> Split:
     """Raises `NotFoundError` where there is no such split."""
     if not workspace.exists(split_file(split_id)):
-        raise NotFoundError(f"split {split_id!r} is not in workspace {workspace.uri}; run `rayrec split` first")
+        raise NotFoundError(f"split {split_id!r} not found in workspace {workspace.uri}; run `rayrec split` first")
     raw: dict[str, Any] = workspace.read_json(split_file(split_id))
     return Split(**raw)
 
@@ -263,7 +259,7 @@ def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
     dataset = Dataset(workspace).manifest
     if dataset.times == "positions" and not config.last_fraction:
         raise InputError(
-            "the data set has no times, its plays are only in order; cut each user's own plays with --last-fraction 0.2"
+            "The data set has no times, plays are only ordered; split each user's plays with --last-fraction 0.2"
         )
     split = make_split(config, dataset=dataset.id, first_play=dataset.first_play, last_play=dataset.last_play)
     save_split(workspace, split)
@@ -286,7 +282,7 @@ def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split:
     """
     if no_split:
         if split_id is not None:
-            raise InputError(f"a split ({split_id}) and no split are both asked for; give --split ID or --no-split")
+            raise InputError(f"a split ({split_id}) and no split exclude each other; pass --split ID or --no-split")
         return None
     dataset = Dataset(workspace)
     if split_id is None:
@@ -306,7 +302,7 @@ def require_split_of(dataset: Dataset, split: Split) -> None:
     if split.dataset == dataset.manifest.id or (split.protocol == "time" and dataset.descends_from(split.dataset)):
         return
     raise MismatchError(
-        f"split {split.id} cuts data set {split.dataset}, the workspace holds {dataset.manifest.id}; "
+        f"split {split.id} belongs to data set {split.dataset}, the workspace has {dataset.manifest.id}; "
         "run `rayrec split` again"
     )
 

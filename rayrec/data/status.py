@@ -9,7 +9,18 @@ from rayrec.storage import artifacts
 from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import Workspace
 
-KINDS = ("descriptions", "songs", "models", "tastes", "indexes", "reports", "tunings", "releases")
+KINDS = (
+    "descriptions",
+    "songs",
+    "models",
+    "retrieval",
+    "rankers",
+    "tastes",
+    "indexes",
+    "reports",
+    "tunings",
+    "releases",
+)
 DATASET_FIGURES = (
     "id",
     "source",

@@ -101,7 +101,6 @@ def run_buckets(
     if lost:
         named = ", ".join(map(str, sorted(lost)[:10])) + (", ..." if len(lost) > 10 else "")
         raise RayrecError(
-            f"{called} {named} of {len(units)} could not be done: the worker was killed each of {RETRIES + 1} times, "
-            "as it happens where memory runs out; the others are done and kept, so run the same command again, with "
-            "fewer workers at once or on nodes with more memory"
+            f"{called} {named} of {len(units)} failed: the worker was killed {RETRIES + 1} times, probably out of "
+            "memory. Completed work is kept: run the command again with fewer workers or on nodes with more memory"
         )

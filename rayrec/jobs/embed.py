@@ -41,7 +41,7 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
     if split is not None:
         if split.dataset != dataset.manifest.id:
             raise MismatchError(
-                f"split {split.id!r} cuts data set {split.dataset!r}, the workspace holds {dataset.manifest.id!r}; "
+                f"split {split.id!r} belongs to data set {split.dataset!r}, the workspace has {dataset.manifest.id!r}; "
                 "run `rayrec split` again"
             )
         inputs["split"] = split.id
@@ -74,7 +74,7 @@ def _fit_all(
 ) -> dict[str, Any]:
     """Fit one range after another, with one bar over all epochs; the figures of the final fit."""
     made: dict[str, Any] = {}
-    with ray_cluster(), progress("song vectors, epochs", total=len(fits) * config.epochs) as bar:
+    with ray_cluster(), progress("Song embeddings, epochs", total=len(fits) * config.epochs) as bar:
         cpus = min(config.workers or node_cpus(), node_cpus())
         for name, allowed in fits.items():
             arguments = (workspace, config, allowed, config.workers or cpus, manifest.path(name))

@@ -36,7 +36,7 @@ PLAYLISTS_PER_FILE = 100_000
 def generate(workspace: Workspace, config: GenerateConfig, *, repeat: bool = False) -> DatasetManifest:
     """Make the data set of a generated world; after a crash, go on with the buckets that are missing.
 
-    Raises `InputError` where the workspace holds a data set already; `repeat` replaces it.
+    Raises `InputError` where the workspace already has a data set; `repeat` replaces it.
     """
     _clear(workspace, config, repeat=repeat)
     world = World(config)
@@ -82,8 +82,7 @@ def _clear(workspace: Workspace, config: GenerateConfig, *, repeat: bool) -> Non
     if workspace.exists(DATASET_MANIFEST):
         if not repeat:
             raise InputError(
-                f"workspace {workspace.uri} holds a data set already; "
-                "generate into another workspace, or repeat on purpose to replace it"
+                f"workspace {workspace.uri} already has a data set; use another --workspace, or replace it with --force"
             )
         # The manifest first: a reader must not take half of the old files for a data set.
         workspace.delete(DATASET_MANIFEST)

@@ -109,13 +109,11 @@ def append_plays(workspace: Workspace, config: ImportConfig) -> Appended:
 def _require_appendable(workspace: Workspace, config: ImportConfig) -> DatasetManifest:
     base = Dataset(workspace).manifest
     if not base.plays:
-        raise InputError(f"workspace {workspace.uri} holds no plays to append to; leave out --append")
+        raise InputError(f"workspace {workspace.uri} has no plays to append to; omit --append")
     if config.produces == "playlists":
-        raise InputError("playlists cannot be appended, only plays; replace all playlists with --force")
+        raise InputError("Playlists cannot be appended; replace all playlists with --force")
     if "positions" in (base.times, config.times):
-        raise InputError(
-            "plays without times cannot be appended: nothing says which came first; import all files together"
-        )
+        raise InputError("Plays without times cannot be appended, their order is unknown; import all files together")
     return base
 
 
@@ -128,7 +126,7 @@ def _require_room(workspace: Workspace, existing: DatasetManifest, kind: Kind) -
     if _rows_of(existing, kind):
         raise InputError(
             f"workspace {workspace.uri} holds {_rows_of(existing, kind)} {kind} from {existing.source} already; "
-            "import into another --workspace, or replace them with --force"
+            "use another --workspace, or replace them with --force"
         )
 
 
@@ -156,7 +154,7 @@ class _Import:
         self.buckets = base.buckets if base else config.buckets or self._choose_buckets()
         if config.buckets not in (0, self.buckets):
             raise InputError(
-                f"the data set has {self.buckets} buckets, {config.buckets} were asked for; leave the number out"
+                f"buckets is {config.buckets}; expected {self.buckets}, the number fixed at the first import"
             )
         inputs = {"base": base.id if base else "", "buckets": str(self.buckets)} | ({"append": "yes"} if append else {})
         print_id = fingerprint("staging", {"plan": plan.id}, inputs)
@@ -233,7 +231,7 @@ class _Import:
             self.staging.fragments.forget(number)
         errors = list(dict.fromkeys(results[number].error for number in failed))
         others = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
-        raise InputError(f"{errors[0]}{others}; what could be read is kept for the next run")
+        raise InputError(f"{errors[0]}{others}; completed work is kept for the next run")
 
     def _vocabulary(self, units: list[UnitResult], merge: MergeSettings) -> Vocabulary:
         vocabulary = Vocabulary(self.workspace.read_table(SONGS_TABLE) if self.base else None)
@@ -283,9 +281,11 @@ class _Import:
         self.workspace.delete(IMPORT_STAGING)
         where = ", ".join(self.config.paths[:3])
         if not read:
-            raise InputError(f"{where}: there are no rows to import; check the files")
-        told = ", ".join(f"{count} × {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
-        raise InputError(f"{where}: none of {read} rows can be used: {told}; check the format and the settings")
+            raise InputError(f"{where}: no rows to import; check the files")
+        counts = ", ".join(
+            f"{count} × {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
+        )
+        raise InputError(f"{where}: all {read} rows are rejected: {counts}; check the settings")
 
     def _manifest(
         self, merge: MergeSettings, buckets: list[dict[str, Any]], songs: int, rejected: dict[str, str]

@@ -31,6 +31,6 @@ def run_on_node(work: Callable[..., Iterator[Any]], *arguments: Any, cpus: int) 
         raise
     except (WorkerCrashedError, OutOfMemoryError) as error:
         raise RayrecError(
-            f"{work.__name__} could not be done: its worker was killed each of {RETRIES + 1} times, as it "
-            "happens where memory runs out; run the same command again on a node with more memory"
+            f"{work.__name__} failed: its worker was killed {RETRIES + 1} times, probably out of memory. "
+            "Run the command again on a node with more memory"
         ) from error

@@ -47,8 +47,8 @@ def compute_tastes(
     )
     if not dataset.descends_from(model.inputs["dataset"]):
         raise MismatchError(
-            f"model {model.id} was trained on data set {model.inputs['dataset']}, the workspace holds "
-            f"{dataset.manifest.id}; train a model on it first"
+            f"model {model.id} was trained on data set {model.inputs['dataset']}, the workspace has "
+            f"{dataset.manifest.id}; run `rayrec embed` and `rayrec train` first"
         )
     inputs = {"dataset": dataset.manifest.id, "models": model.id}
     at = dataset.manifest.last_play if config.at is None else config.at

@@ -12,17 +12,12 @@ from rayrec.embeddings.sessions import UNCUT
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
 from rayrec.jobs.board import new_board, shown
 from rayrec.jobs.cluster import cluster_cpus, ray_cluster
-from rayrec.jobs.node import run_on_node
-from rayrec.jobs.train_plan import TrainPlan, diverged_file, fit_range_of, make_plan, read_validation, selected_folder
+from rayrec.jobs.train_plan import TrainPlan, diverged_file, fit_range_of, make_plan, selected_folder
 from rayrec.jobs.train_worker import train_worker
 from rayrec.jobs.trainer import SNAPSHOT, Crew, run_workers
-from rayrec.model.checkpoint import MODEL_CONFIG
-from rayrec.model.fit import Phase
-from rayrec.model.popularity_prior import log_prior
-from rayrec.model.train_config import PLAY_COUNTS, ModelConfig, TrainConfig
+from rayrec.model.checkpoint import MODEL_CONFIG, WEIGHTS
+from rayrec.model.train_config import PLAY_COUNTS, SELECTION_NETWORK, ModelConfig, TrainConfig
 from rayrec.model.training_sequences import Sequences
-from rayrec.recommend.hybrid import MEMBERS
-from rayrec.recommend.mixing import write_memory
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
@@ -91,10 +86,13 @@ def train(
             _require_shape(plan, start)
             if plan.validation is None:
                 quarter = -(-int(start.metrics["epochs"]) // 4)
-                plan = replace(plan, config=replace(config, epochs=min(config.epochs, quarter)))
-        figures = _fit(plan) | (_remember(dataset, plan) if config.memory else {})
+                plan = replace(plan, config=config.replace(epochs=min(config.epochs, quarter)))
+        figures = _fit(plan)
     metrics = {"seconds": round(time.monotonic() - began, 1), **figures, **_source_figures(dataset, config, split)}
     workspace.move(plan.counts["final"], manifest.path(PLAY_COUNTS))  # popular songs answer where no taste is known
+    if workspace.exists(f"{selected_folder(plan)}/{WEIGHTS}"):  # rankers learn on the range that it has not seen
+        for path in workspace.files(selected_folder(plan)):
+            workspace.move(path, manifest.path(f"{SELECTION_NETWORK}/{path.rpartition('/')[2]}"))
     workspace.delete(manifest.path("run"))
     names = [name.removeprefix(manifest.folder + "/") for name in workspace.files(manifest.folder)]
     return artifacts.publish(workspace, Manifest(**{**asdict(manifest), "metrics": metrics}), names)
@@ -144,8 +142,8 @@ def _require_fit(songs: Manifest, inputs: dict[str, str]) -> None:
     for role in ("dataset", "split"):
         if songs.inputs.get(role) != inputs.get(role):
             raise MismatchError(
-                f"song vectors {songs.id} were made from {role} {songs.inputs.get(role)}, the training is for "
-                f"{inputs.get(role)}; run `rayrec embed` for it first"
+                f"song embeddings {songs.id} were made from {role} {songs.inputs.get(role)}, not from "
+                f"{inputs.get(role)}; run `rayrec embed` first"
             )
 
 
@@ -173,25 +171,14 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
     figures = dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
     if not figures["loss"]:
         raise RayrecError(
-            f"nothing was learned: no sequence of the {config.source} holds a play and one {_offsets(config)} after "
-            "it; give horizons with smaller offsets"
+            f"no training example: no sequence of the {config.source} holds a play and one {_offsets(config)} plays "
+            "later; use horizons with smaller offsets"
         )
     return figures
 
 
 def _offsets(config: TrainConfig) -> str:
     return " or ".join(f"{horizon.min_offset} to {horizon.max_offset}" for horizon in config.horizons.values())
-
-
-def _remember(dataset: Dataset, plan: TrainPlan) -> dict[str, Any]:
-    """Write the memory that the recommender mixes in; its weights as figures."""
-    phase: Phase = "final" if plan.config.refit or plan.validation is None else "selection"
-    validation = None if plan.validation is None else read_validation(plan)
-    ranges = (plan.ranges[phase], plan.ranges.get("selection"))
-    prior = log_prior(plan.workspace.read_array(plan.counts[phase]), plan.config.long_correction)
-    (mix,) = run_on_node(write_memory, dataset, plan.folder, *ranges, validation, selected_folder(plan), prior, cpus=1)
-    weights = {"heard": mix.heard, "new": mix.new}
-    return {"weights": {songs: dict(zip(MEMBERS, values, strict=True)) for songs, values in weights.items()}}
 
 
 def worker_cpus(workers: int) -> float:

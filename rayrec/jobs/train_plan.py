@@ -137,7 +137,7 @@ def _count_songs(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) 
                 total[np.asarray(songs, dtype=np.int64)] += np.asarray(plays, dtype=np.int64)
             bar.advance()
     if not totals[0].any():
-        raise RayrecError("the split leaves no plays to train on; make a split with fewer test and validation days")
+        raise RayrecError("the split leaves no plays to train on; use fewer test and validation days")
     return totals
 
 

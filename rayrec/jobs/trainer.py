@@ -83,13 +83,13 @@ def run_workers(
             trainer.fit()
     except ControllerError as error:
         raise RayrecError(
-            f"training did not start within {crew.wait_minutes:g} minutes: it asked for {crew.wanted()}; free some, "
-            "give fewer --workers or more --wait-minutes, and `rayrec train --resume`"
+            f"training did not start within {crew.wait_minutes:g} minutes: it needs {crew.wanted()}; free some, "
+            "use fewer --workers or more --wait-minutes, and run `rayrec train --resume`"
         ) from error
     except TrainingFailedError as error:
         cause = str(error).strip().splitlines()[-1]
         raise RayrecError(
-            f"training failed: {cause}; `rayrec train --resume` goes on from the last checkpoint"
+            f"training failed: {cause}; `rayrec train --resume` continues from the last checkpoint"
         ) from error
 
 
@@ -103,7 +103,7 @@ def _told_of_waiting(crew: Crew) -> Iterator[None]:
         while not ended.wait(SECONDS_BEFORE_TELLING):
             waits = _waits(crew)
             if waits and not told:
-                LOGGER.warning("training waits, for %g minutes at most: %s", crew.wait_minutes, crew.wanted())
+                LOGGER.warning("training waits at most %g minutes for resources: %s", crew.wait_minutes, crew.wanted())
             told = waits
 
     thread = threading.Thread(target=look, daemon=True)

@@ -54,7 +54,7 @@ def tune(
     Raises `InputError` for a file as `read_trials` does, and where there is no validation range.
     """
     if split is None or not split.has_validation:
-        raise InputError("a sweep is judged on a validation range, and there is none; run `rayrec split` first")
+        raise InputError("tune needs a validation range; run `rayrec split` first")
     dataset = Dataset(workspace)
     require_split_of(dataset, split)
     trials = read_trials(read_toml(file), config, file)

@@ -5,15 +5,15 @@ more memory or other machines: `parts`. The routes know nothing of Ray.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import Field
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from rayrec.config import from_mapping, setting
+from rayrec.config import from_mapping
 from rayrec.serving.loopback import hold_to_host
 from rayrec.serving.part_deployments import part_deployment
 from rayrec.serving.problems import RETRY_AFTER_S
@@ -29,11 +29,10 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARE
 WAITING_BEYOND = 2  # times the requests that a replica admits are sent to it: it refuses the others at once
 
 
-@dataclass(frozen=True, kw_only=True)
 class AppConfig(ServeConfig):
     """The arguments of `build`, in a Serve config file under `args`."""
 
-    workspace: str = setting(help="folder, s3:// or gs:// prefix that holds the releases")
+    workspace: str = Field(description="Folder, s3:// or gs:// prefix of the workspace")
 
 
 def build(args: Mapping[str, Any]) -> Application:

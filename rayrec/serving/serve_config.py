@@ -1,11 +1,11 @@
 """Settings of the serving application and the limits of its requests. Loads nothing heavy."""
 
 import ipaddress
-from dataclasses import dataclass
 from typing import Literal
 
-from rayrec.config import setting
-from rayrec.errors import InputError
+from pydantic import Field, field_validator
+
+from rayrec.config import Settings
 from rayrec.online.stores.state_store import absolute_uri
 
 Topology = Literal["colocated", "split"]
@@ -22,41 +22,34 @@ LOOPBACK = "127.0.0.1"
 REPORT_SECONDS = 5.0  # between two reports of a replica that has nothing new to say
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(Settings):
     """How the application runs."""
 
-    host: str = setting("127.0.0.1", help="address to listen on; any but loopback needs API keys")
-    port: int = setting(8000, help="port to listen on; 0: any free one")
-    replicas: int = setting(1, help="replicas of the application")
-    topology: Topology = setting(
-        "colocated", help="colocated: model and index in each replica; split: deployments of their own"
+    host: str = Field("127.0.0.1", description="Address to listen on; any but loopback requires API keys")
+    port: int = Field(8000, ge=0, le=65_535, description="Port to listen on; 0: any free port")
+    replicas: int = Field(1, ge=1, description="Number of replicas")
+    topology: Topology = Field(
+        "colocated", description="colocated: model and index in every replica; split: as separate deployments"
     )
-    store: str | None = setting(
+    store: str | None = Field(
         None,
-        help="where the states of users are: sqlite:///PATH, for one node, or redis://HOST:PORT/0; "
+        description="Store of user states: sqlite:///PATH, for one node, or redis://HOST:PORT/0; "
         "default: an SQLite file in the workspace",
     )
-    cpus: float = setting(1.0, help="CPUs that each replica reserves of the cluster")
-    keys_file: str | None = setting(None, help="file of API keys, role:key a line; beside RAYREC_API_KEYS")
-    max_body: int = setting(4 << 20, help="bytes of a request's body")
-    max_waiting: int = setting(64, help="requests that a replica works on or holds waiting; more get 503")
-    watch_seconds: float = setting(1.0, help="seconds between two looks at which release is live")
+    cpus: float = Field(1.0, ge=0, lt=1e6, description="CPUs reserved per replica")
+    keys_file: str | None = Field(
+        None, description="File of API keys, one role:key per line, in addition to RAYREC_API_KEYS"
+    )
+    max_body: int = Field(4 << 20, ge=1, description="Maximum size of a request body, in bytes")
+    max_waiting: int = Field(64, ge=1, description="Maximum requests in progress or queued per replica; more get 503")
+    watch_seconds: float = Field(
+        1.0, gt=0, le=3600, description="Interval of checks for a new live release, in seconds"
+    )
 
-    def __post_init__(self) -> None:
-        if self.store is not None:  # replicas run in other folders than the one where this was said
-            object.__setattr__(self, "store", absolute_uri(self.store))
-        for name in ("replicas", "max_body", "max_waiting"):
-            if getattr(self, name) < 1:
-                raise InputError(f"serve {name} is {getattr(self, name)}; give at least 1")
-        if not 0 <= self.cpus < 1e6:
-            raise InputError(f"serve cpus is {self.cpus}; give 0 or more")
-        if not 0 <= self.port <= 65_535:
-            raise InputError(f"serve port is {self.port}; give 1 to 65535, or 0 for any free one")
-        if self.topology not in ("colocated", "split"):
-            raise InputError(f"serve topology is {self.topology!r}; expected colocated or split")
-        if not 0 < self.watch_seconds <= 3600:
-            raise InputError(f"serve watch_seconds is {self.watch_seconds}; give a number in (0, 3600]")
+    @field_validator("store")
+    @classmethod
+    def _absolute_store(cls, value: str | None) -> str | None:
+        return None if value is None else absolute_uri(value)  # replicas run in other folders
 
 
 def is_loopback(host: str) -> bool:

@@ -16,6 +16,16 @@ from rayrec.errors import DamagedArtifactError, NotFoundError
 from rayrec.storage.workspace import Workspace, artifact_dir
 
 FORMAT_VERSION = 1
+NOUNS = {  # kind -> what messages call one of it
+    "descriptions": "song metadata",
+    "songs": "song embeddings",
+    "models": "model",
+    "tastes": "taste vectors",
+    "indexes": "index",
+    "releases": "release",
+    "reports": "report",
+    "tunings": "tuning",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +50,11 @@ class Manifest:
     def path(self, name: str) -> str:
         """The path of one of the artifact's files."""
         return f"{self.folder}/{name}"
+
+
+def noun(kind: str) -> str:
+    """What messages call an artifact of a kind."""
+    return NOUNS.get(kind, kind)
 
 
 def fingerprint(stage: str, config: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -91,12 +106,12 @@ def load(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
     path = f"{artifact_dir(kind, artifact_id)}/manifest.json"
     if not workspace.exists(path):
         known = ", ".join(m.id for m in listing(workspace, kind)) or "none"
-        raise NotFoundError(f"{kind} {artifact_id!r} is not in workspace {workspace.uri}; there are: {known}")
+        raise NotFoundError(f"{noun(kind)} {artifact_id!r} not found in workspace {workspace.uri}; existing: {known}")
     raw = workspace.read_json(path)
     if raw.get("format_version") != FORMAT_VERSION:
         raise DamagedArtifactError(
             f"{path} has format version {raw.get('format_version')}, this rayrec reads {FORMAT_VERSION}; "
-            "use the rayrec that wrote it, or make the artifact again"
+            "use the rayrec version that wrote it, or create the artifact again"
         )
     return Manifest(**raw)
 
@@ -115,7 +130,7 @@ def newest(workspace: Workspace, kind: str, command: str) -> Manifest:
     """The artifact of a kind made last. Raises `NotFoundError` that names the command to run first."""
     found = listing(workspace, kind)
     if not found:
-        raise NotFoundError(f"workspace {workspace.uri} holds no {kind}; run `rayrec {command}` first")
+        raise NotFoundError(f"workspace {workspace.uri} has no {noun(kind)}; run `rayrec {command}` first")
     return found[-1]
 
 
@@ -127,8 +142,8 @@ def verify(workspace: Workspace, manifest: Manifest, names: Iterable[str] | None
     for name in manifest.files if names is None else names:
         path, expected = manifest.path(name), manifest.files[name]
         if not workspace.exists(path):
-            raise DamagedArtifactError(f"{path} is missing; make {manifest.kind} {manifest.id} again")
+            raise DamagedArtifactError(f"{path} is missing; create {noun(manifest.kind)} {manifest.id} again")
         if sha256(workspace, path) != expected:
             raise DamagedArtifactError(
-                f"{path} does not match the checksum in its manifest; make {manifest.kind} {manifest.id} again"
+                f"{path} does not match the checksum in its manifest; create {noun(manifest.kind)} {manifest.id} again"
             )

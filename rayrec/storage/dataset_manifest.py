@@ -57,7 +57,7 @@ def read_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) -> Dataset
     """
     if path == DATASET_MANIFEST and not workspace.exists(path):
         raise NotFoundError(
-            f"workspace {workspace.uri} holds no data set; run `rayrec import` or `rayrec generate` first"
+            f"workspace {workspace.uri} has no data set; run `rayrec import` or `rayrec generate` first"
         )
     raw = workspace.read_json(path)
     if raw.get("schema_version") != SCHEMA_VERSION:

@@ -130,9 +130,9 @@ def _file_lock(workspace: Workspace, holder: Holder) -> Iterator[None]:
     except Timeout:
         # What a killed run left names it until the next one comes; the lock alone decides.
         first = _read_holder(workspace, LOCK_HOLDER)
-        raise _busy(workspace, first, "wait until it ends, or stop it") from None
+        raise _busy(workspace, first, "wait for it or stop it") from None
     except OSError as error:
-        raise InputError(f"workspace {workspace.uri} cannot be written to: {error}; choose another") from error
+        raise InputError(f"workspace {workspace.uri} is not writable: {error}; choose another one") from error
     with lock:
         workspace.write_json(LOCK_HOLDER, asdict(holder))
         try:
@@ -150,12 +150,12 @@ def _lease(workspace: Workspace, holder: Holder) -> Iterator[None]:
     if first is not None and not first.is_known_dead:
         left = LEASE_SECONDS - _age(workspace, holder)
         if left > 0:
-            raise _busy(workspace, first, f"wait until it ends; if it was killed, its lease is over in {left:.0f} s")
+            raise _busy(workspace, first, f"wait until it ends; if it was killed, its lease expires in {left:.0f} s")
     workspace.write_json(LEASE, asdict(holder))
     threading.Event().wait(SETTLE_SECONDS)
     first = _read_holder(workspace, LEASE)
     if first != holder:
-        raise _busy(workspace, first, "it started at the same time; wait until it ends")
+        raise _busy(workspace, first, "it started at the same time; wait for it")
     beat = _Heartbeat(workspace, holder)
     try:
         with beat:
@@ -166,7 +166,7 @@ def _lease(workspace: Workspace, holder: Holder) -> Iterator[None]:
         if _read_holder(workspace, LEASE) == holder:
             workspace.delete(LEASE)
     if beat.lost is not None:
-        raise _busy(workspace, beat.lost, "it took over the lease of this run, which has stopped")
+        raise _busy(workspace, beat.lost, "it took over the expired lease of this run")
 
 
 class _LeaseLost(BaseException):

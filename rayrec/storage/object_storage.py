@@ -41,7 +41,7 @@ def upload(filesystem: pafs.FileSystem, local: Path, target: str) -> None:
         except OSError as error:
             if attempt + 1 == UPLOAD_ATTEMPTS:
                 raise StorageError(
-                    f"{target} could not be written in {UPLOAD_ATTEMPTS} attempts: {error}; "
-                    "run again once the storage answers: what is done is kept"
+                    f"{target} was not written in {UPLOAD_ATTEMPTS} attempts: {error}; "
+                    "run the command again later: completed work is kept"
                 ) from error
         time.sleep(FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.0))

@@ -89,11 +89,11 @@ class Workspace:
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(
                 f"workspace {self.uri!r} cannot be opened: {error}; "
-                "give a local path, s3://bucket/prefix or gs://bucket/prefix"
+                "expected a local path, s3://bucket/prefix or gs://bucket/prefix"
             ) from error
         self.root = root.rstrip("/")
         if self.is_local and Path(self.root).exists() and not Path(self.root).is_dir():
-            raise InputError(f"workspace {self.uri!r} is a file; give a folder")
+            raise InputError(f"workspace {self.uri!r} is a file; expected a folder")
 
     def __reduce__(self) -> tuple[type["Workspace"], tuple[str]]:
         return Workspace, (self.root if self.is_local else self.uri,)
@@ -160,7 +160,7 @@ class Workspace:
         try:
             return self.filesystem.open_input_file(self.full(path))
         except FileNotFoundError as error:
-            raise NotFoundError(f"{path} is not in workspace {self.uri}") from error
+            raise NotFoundError(f"{path} not found in workspace {self.uri}") from error
 
     @contextmanager
     def open_output(self, path: str) -> Iterator[pa.NativeFile]:
@@ -188,8 +188,8 @@ class Workspace:
             if error.errno not in FULL:
                 raise
             raise StorageError(
-                f"there is no room to write {path} in {self.uri if self.is_local else written.parent}: {error}; "
-                "make room and run again: what is done is kept"
+                f"no space left to write {path} in {self.uri if self.is_local else written.parent}: {error}; "
+                "free some space and run the command again: completed work is kept"
             ) from error
         finally:
             written.unlink(missing_ok=True)
@@ -216,7 +216,7 @@ class Workspace:
         """A .npy file as an array; memory-mapped, read-only, on a local disk. Never unpickles."""
         if self.is_local:
             if not self.exists(path):
-                raise NotFoundError(f"{path} is not in workspace {self.uri}")
+                raise NotFoundError(f"{path} not found in workspace {self.uri}")
             return np.load(self.full(path), mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
         return np.load(io.BytesIO(self.read_bytes(path)), allow_pickle=False)  # type: ignore[no-any-return]
 
@@ -240,7 +240,7 @@ class Workspace:
         """The file under a local path, for libraries that read nothing else; a download on a bucket."""
         if self.is_local:
             if not self.exists(path):
-                raise NotFoundError(f"{path} is not in workspace {self.uri}")
+                raise NotFoundError(f"{path} not found in workspace {self.uri}")
             yield Path(self.full(path))
             return
         with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:

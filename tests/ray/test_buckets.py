@@ -81,7 +81,7 @@ def test_a_unit_whose_worker_is_killed_is_done_again_and_no_other(tmp_path: Path
 def test_a_unit_that_kills_every_worker_is_named_and_the_others_are_done(tmp_path: Path) -> None:
     results = run_buckets(Dying, range(6), arguments={"folder": str(tmp_path), "deadly": {1: 99, 4: 99}})
     assert sorted(next(results) for _ in range(4)) == [0, 2, 3, 5]
-    with pytest.raises(RayrecError, match=r"bucket 1, 4 of 6 could not be done: .* killed each of 4 times, .* memory"):
+    with pytest.raises(RayrecError, match=r"bucket 1, 4 of 6 failed: .* killed 4 times, .* memory"):
         next(results)
     assert begun(tmp_path)[1] == begun(tmp_path)[4] == RETRIES + 1
 

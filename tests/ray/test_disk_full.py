@@ -88,7 +88,7 @@ def check(runs: Runs, done_already: str) -> None:
     assert runs.exit_when_full == "1"
     assert runs.told.startswith("rayrec: there is no room to write ")
     assert "No space left on device" in runs.told
-    assert runs.told.endswith("make room and run again: what is done is kept")
+    assert runs.told.endswith("free some space and run the command again: completed work is kept")
     assert runs.audit_when_full == "0"
     assert any(done_already in path for path in runs.there_when_full), runs.there_when_full
     assert (runs.exit_after, runs.audit_after) == ("0", "0")

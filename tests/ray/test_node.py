@@ -46,7 +46,7 @@ def test_a_task_whose_worker_is_killed_begins_again(tmp_path: Path) -> None:
 
 
 def test_a_task_that_kills_every_worker_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RayrecError, match=r"killed could not be done: .* killed each of 4 times, .* more memory"):
+    with pytest.raises(RayrecError, match=r"killed failed: .* killed 4 times, .* more memory"):
         list(run_on_node(killed, str(tmp_path), 99, cpus=1))
     assert len(list(tmp_path.iterdir())) == RETRIES + 1
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import httpx
 import numpy as np
 import pytest
+from rayrec.recommend.hybrid import HybridRecommender
 from served import AT, NUM_SONGS, WITHOUT_VECTOR, write_release, write_world
 from serving_apps import running
 
@@ -14,7 +15,6 @@ from rayrec.evaluation.protocol import HeardSongs, target_songs
 from rayrec.evaluation.ranks import rank_targets
 from rayrec.recommend.answer import history_of_songs, load_recommender
 from rayrec.recommend.base import Horizon, top_k
-from rayrec.recommend.hybrid import HybridRecommender
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
@@ -38,7 +38,7 @@ def url(world: Workspace, cluster: None) -> Iterator[str]:
 @pytest.mark.parametrize("horizon", ["short", "long"])
 def test_over_http_the_answer_is_what_evaluate_ranks(url: str, world: Workspace, horizon: Horizon) -> None:
     parts = releases.default_parts(world)
-    recommender = load_recommender(world, Dataset(world), model_id=parts["models"], index_id=None)
+    recommender = load_recommender(world, Dataset(world), {"models": parts["models"]})
     assert isinstance(recommender, HybridRecommender)
     history = history_of_songs(Dataset(world).catalog(), SONGS, AT)
     scores = recommender.score(history, Questions.at_end(history, AT), horizon)

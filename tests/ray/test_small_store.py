@@ -35,7 +35,6 @@ CONFIG = TrainConfig(
     long_targets=1,
     averages=(),
     song_table="frozen",
-    memory=False,
     window=20,
     batch=2_000,
     epochs=1,

@@ -107,5 +107,5 @@ def test_a_sweep_leaves_a_table_the_best_settings_and_no_models(world: Workspace
 
 
 def test_a_sweep_without_a_validation_range_is_refused(world: Workspace, space: str) -> None:
-    with pytest.raises(InputError, match="judged on a validation range, and there is none"):
+    with pytest.raises(InputError, match="tune needs a validation range"):
         tune(world, TuneConfig(), space, split=None)

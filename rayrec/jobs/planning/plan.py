@@ -24,8 +24,7 @@ from rayrec.jobs.planning.plan_inputs import (
     PlanConfig,
 )
 from rayrec.model.train_config import TrainConfig
-from rayrec.recommend.sequential_rules import MAX_RULES
-from rayrec.recommend.vsknn import MAX_SESSIONS
+from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
 
 STAGED_BYTES = 36  # of a play at the end of an import's second pass, in the bucket until it ends; measured
 HISTORY_BYTES = 10  # of a play in the data set; measured, 8.1 to 9.8 with one or many buckets
@@ -41,8 +40,10 @@ NEW_SONG_SHARE = 0.85  # of a user's plays that are songs not heard before; meas
 GENSIM_WORD = 172  # of a word beside its two vectors: 22 measured with the arrays, the rest is its counts' dict; code
 WORKER = int(0.35 * GIB)  # of a worker of taste beside vectors: measured largest 327 MiB at 500,000 users
 TRAINER = GIB  # of a training worker beside vectors: torch, a pool of windows; code
-SESSION_PLAYS = 10  # of a session: measured 9.6 after those of one play are left out
-SPARSE_ENTRY = 8  # bytes of an entry of a sparse matrix: a float32 and an int32; code
+_RETRIEVAL = RetrievalConfig()
+RULE_DISTANCE = 10  # plays ahead that a rule reaches; code
+RULE_ENTRY = 12  # bytes of a rule: an int32 and an int64; code
+SESSION_ENTRY = 9  # bytes of a posting, an int32 and a byte, and of its song in the session; code
 GPU_SLACK = 2 * GIB  # of a GPU: CUDA's own, activations of a batch; not measured
 
 
@@ -116,7 +117,7 @@ class _Planner:
         self.data, self.cluster, self.config, self.rates = data, cluster, config, rates
         plain = [node for node in cluster.workers if not node.gpus] or cluster.workers
         if not plain:
-            raise InputError(f"cluster {cluster.name} has no node with CPUs that work may land on; give workers CPUs")
+            raise InputError(f"cluster {cluster.name} has no worker node with CPUs; give workers CPUs")
         # The kind that holds least a CPU is the one that runs out first; the largest one gets what runs on one node.
         self.tight = min(plain, key=lambda node: node.memory / node.cpus)
         self.large = max(plain, key=lambda node: (node.cpus, node.memory))
@@ -129,7 +130,7 @@ class _Planner:
     def stages(self) -> list[StagePlan]:
         """In the order in which they run."""
         made = [self.importing(), self.embed(), self.train()]
-        return [*made, *([self.remember()] if self.config.memory else []), self.taste(), self.index(), self.evaluate()]
+        return [*made, self.retrieval(), self.taste(), self.index(), self.evaluate()]
 
     def importing(self) -> StagePlan:
         """Units of text are read and buckets merged, one a CPU; the larger of the two decides."""
@@ -165,7 +166,7 @@ class _Planner:
         on_node = min(workers, node.gpus) if node.gpus else ceil(workers / self.nodes)
         tables = 2 * self.config.fits + 1 + (0 if self.config.gpu else 3)
         windows = ceil(self.data.plays / self.config.window)
-        batch = self.config.batch or TrainConfig.batch * workers
+        batch = self.config.batch or TrainConfig().batch * workers
         steps = ceil(windows / batch) * self.config.epochs * self.config.fits
         on_gpu = self.config.gpu and TRAIN_ON_GPU in self.rates
         return self._stage(
@@ -189,25 +190,17 @@ class _Planner:
             return max(1, min(gpus, self.cluster.most_nodes * self.gpu.gpus))
         return max(1, self.nodes)
 
-    def remember(self) -> StagePlan:
-        """The hybrid's memory, fitted after the network: sessions, once more by song and once while they are joined;
-        rules three times while they are summed."""
-        return self._stage(
-            "memory",
-            self.large,
-            1,
-            1,
-            WORKER + 3 * self.memory_bytes() + 2 * self.vectors,
-            batches=2 * self.config.fits,
-            batch_of="pass over the histories",
-            work=self.data.plays * self.config.fits,
-            rate="memory_plays_per_second_per_cpu",
-        )
+    def retrieval(self) -> StagePlan:
+        """Each CPU counts one bucket: rules of ten plays ahead, sorted once; ranges of songs are merged after it."""
+        pairs = self.data.plays // max(1, self.data.buckets) * RULE_DISTANCE
+        needed = self.tight.cpus * (WORKER + 3 * pairs * RULE_ENTRY)
+        return self._spread("retrieval", needed, self.data.buckets, "bucket of users", self.data.plays)
 
-    def memory_bytes(self) -> int:
-        """Of sessions and rules, both of which are bounded."""
-        sessions = min(self.data.plays, MAX_SESSIONS * SESSION_PLAYS) * SPARSE_ENTRY
-        return sessions + min(4 * self.data.plays, MAX_RULES) * SPARSE_ENTRY
+    def retrieval_bytes(self) -> int:
+        """Of the postings and rules that are kept of each song, both of which are bounded."""
+        songs, plays = self.data.songs, self.data.plays
+        sessions = min(plays, songs * _RETRIEVAL.sessions_per_song) * SESSION_ENTRY
+        return sessions + min(RULE_DISTANCE * plays, songs * _RETRIEVAL.rules_per_song) * RULE_ENTRY
 
     def taste(self) -> StagePlan:
         """Every CPU runs a process with a network of its own; its song table is there twice while it loads."""
@@ -221,7 +214,7 @@ class _Planner:
 
     def evaluate(self) -> StagePlan:
         """Recommenders are shared in the object store; each process scores blocks of bounded size."""
-        needed = self.tight.cpus * 2 * WORKER + 2 * self.vectors + 2 * self.memory_bytes()
+        needed = self.tight.cpus * 2 * WORKER + 2 * self.vectors + self.retrieval_bytes()
         return self._spread("evaluate", needed, self.data.buckets, "bucket of users", None)
 
     def storage(self) -> dict[str, int]:
@@ -233,7 +226,8 @@ class _Planner:
             "histories": self.data.plays * HISTORY_BYTES,
             "songs": self.data.songs * SONG_BYTES,
             "song vectors": self.config.fits * self.vectors,
-            "model": self.vectors + (self.memory_bytes() if self.config.memory else 0),
+            "model": self.config.fits * self.vectors,
+            "retrieval": self.retrieval_bytes(),
             "tastes": int(self.data.users * (width + 40) + heard),
             "index": int(1.1 * self.vectors),
             "while it imports": self.data.plays * STAGED_BYTES,
@@ -247,11 +241,11 @@ class _Planner:
     def missing(self) -> Iterator[str]:
         """What the cluster does not have at all."""
         if self.config.gpu and self.gpu is None:
-            yield f"--gpu is asked for, and cluster {self.cluster.name} has no node type with a GPU"
+            yield f"--gpu needs a node type with a GPU, and cluster {self.cluster.name} has no node type with a GPU"
         if 0 < self.config.batch < self.train_workers():
             yield (
-                f"a batch of {self.config.batch} windows cannot be shared by {self.train_workers()} training workers: "
-                "a larger --batch or fewer --workers"
+                f"batch is {self.config.batch}, less than one window for each of {self.train_workers()} workers: "
+                "use a larger --batch or fewer --workers"
             )
 
     def other_problems(self, disk: int) -> Iterator[str]:
@@ -259,7 +253,7 @@ class _Planner:
         if self.large.disk is not None and disk > 0.8 * self.large.disk:
             yield (
                 f"embed writes a corpus of {gib(disk)} to the disk of one {self.large.name}, which has "
-                f"{gib(self.large.disk)}; give it a larger disk, or make the vectors elsewhere: embed --vectors"
+                f"{gib(self.large.disk)}; give it a larger disk, or import embeddings with embed --vectors"
             )
         driver = WORKER + self.data.songs * VOCABULARY_BYTES
         for head in (node for node in self.cluster.nodes if node.head):
@@ -280,15 +274,13 @@ class _Planner:
         """What to know of these figures."""
         told = []
         if any(stage.rate_from == BUILT_IN_FROM for stage in stages):
-            told.append(f"built-in rates are those of {BUILT_IN_FROM}; measure yours: rayrec bench NAME --save FILE")
+            told.append(f"rates were measured on {BUILT_IN_FROM}; measure yours with rayrec bench NAME --save FILE")
         if self.config.gpu and TRAIN_ON_GPU not in self.rates:
-            told.append(f"no rate of a GPU is known ({TRAIN_ON_GPU}): each counts as one CPU")
+            told.append(f"no GPU rate ({TRAIN_ON_GPU}): each GPU counts as one CPU")
         if not self.data.looked_at:
-            told.append(f"the largest bucket is assumed {ASSUMED_SKEW} times the mean; --workspace looks")
-        if self.config.memory and self.data.songs > 1_000_000:
-            told.append("a hybrid scores every song for each answer: with millions of songs plan with --no-memory")
+            told.append(f"the largest bucket is assumed to be {ASSUMED_SKEW} times the mean; --workspace measures it")
         if self.config.gpu and self.gpu is not None and self.gpu.gpu_memory is None:
-            told.append(f"{self.gpu.name} does not say which GPU it has: its memory is not checked")
+            told.append(f"{self.gpu.name} does not name its GPU: GPU memory is not checked")
         return told
 
     def _spread(self, stage: str, memory: int, units: int, unit: str, work: int | None) -> StagePlan:
@@ -326,7 +318,7 @@ class _Planner:
             batch_of=batch_of,
             hours=None if speed is None or work is None else work / (speed * workers) / 3600,
             rate=speed,
-            rate_from="nobody has measured it" if speed is None else origin,
+            rate_from="not measured" if speed is None else origin,
         )
 
 
@@ -343,10 +335,10 @@ def _too_little(stage: StagePlan) -> Iterator[str]:
         advice = ADVICE.get(stage.stage, "more memory")
         yield (
             f"{stage.stage} needs {gib(stage.memory)} of memory on a {stage.node}, which has "
-            f"{gib(stage.memory_there)} for it: {advice}"
+            f"{gib(stage.memory_there)}: use {advice}"
         )
 
 
 def gib(size: int) -> str:
-    """Bytes as people who rent machines say them."""
+    """Bytes in GiB."""
     return f"{size / GIB:,.1f} GiB"

@@ -39,7 +39,7 @@ def check_splits(audit: Audit, dataset: Dataset) -> None:
     for split in list_splits(audit.workspace):
         with audit.looking_at("splits", split.id, 0):
             if not dataset.descends_from(split.dataset):
-                audit.note(split_file(split.id), f"cuts data set {split.dataset}, which is not there any more")
+                audit.note(split_file(split.id), f"belongs to data set {split.dataset}, which no longer exists")
 
 
 def _check_songs(audit: Audit, dataset: Dataset) -> None:
@@ -49,7 +49,7 @@ def _check_songs(audit: Audit, dataset: Dataset) -> None:
         len(table) == dataset.num_songs, SONGS_TABLE, f"holds {len(table)} songs, the manifest says {dataset.num_songs}"
     )
     audit.require(bool((rows == np.arange(len(rows))).all()), SONGS_TABLE, "rows are not numbered 0, 1, 2 ...")
-    audit.require(pc.count_distinct(ids).as_py() == len(table), SONGS_TABLE, "a song id is there twice")
+    audit.require(pc.count_distinct(ids).as_py() == len(table), SONGS_TABLE, "a song id occurs twice")
 
 
 class _Totals:
@@ -72,14 +72,14 @@ class _Totals:
         if self.plays:
             found |= {"first_play": self.first, "last_play": self.last}
         for name, value in found.items():
-            said = getattr(manifest, name)
-            audit.require(value == said, DATASET_MANIFEST, f"says {name} {said}, the histories hold {value}")
+            expected = getattr(manifest, name)
+            audit.require(value == expected, DATASET_MANIFEST, f"has {name} {expected}, the histories hold {value}")
         if manifest.read and not manifest.playlists:
             kept = manifest.plays + manifest.merged + sum(manifest.rejected.values())
             audit.require(
                 manifest.read == kept,
                 DATASET_MANIFEST,
-                f"says that {manifest.read} rows were read, and what became of {kept}",
+                f"counts {manifest.read} rows read, but accounts for {kept}",
             )
 
 
@@ -88,17 +88,17 @@ def _check_bucket(audit: Audit, dataset: Dataset, bucket: int, path: str, totals
     for histories in dataset.read_bucket(bucket):
         totals.add(histories)
         users = set(histories.user_ids.tolist())
-        audit.require(len(users) == len(histories) and not users & seen, path, "a user is there twice")
+        audit.require(len(users) == len(histories) and not users & seen, path, "a user occurs twice")
         seen |= users
         astray = histories.user_ids[bucket_of(histories.user_ids, dataset.manifest.buckets) != bucket]
-        audit.require(not len(astray), path, f"user {astray[:1]} belongs into another bucket")
+        audit.require(not len(astray), path, f"user {astray[:1]} belongs to another bucket")
         known = not histories.num_plays or bool(
             (histories.songs.min() >= 0) & (histories.songs.max() < dataset.num_songs)
         )
         audit.require(known, path, "a play is of a song that is not in the song table")
         same_user = np.diff(histories.rows) == 0
         ordered = (np.diff(histories.played_at) >= 0) | ~same_user
-        audit.require(bool(ordered.all()), path, "plays are not in the order of time")
+        audit.require(bool(ordered.all()), path, "plays are not sorted by time")
 
 
 def _check_playlists(audit: Audit, dataset: Dataset) -> None:
@@ -109,7 +109,9 @@ def _check_playlists(audit: Audit, dataset: Dataset) -> None:
             playlists, entries = playlists + len(offsets) - 1, entries + len(songs)
             known = not len(songs) or bool((songs.min() >= 0) & (songs.max() < dataset.num_songs))
             audit.require(known, path, "an entry is of a song that is not in the song table")
-        said = (dataset.manifest.playlists, dataset.manifest.playlist_entries)
+        expected = (dataset.manifest.playlists, dataset.manifest.playlist_entries)
         audit.require(
-            (playlists, entries) == said, path, f"holds {playlists} playlists of {entries} songs, expected {said}"
+            (playlists, entries) == expected,
+            path,
+            f"holds {playlists} playlists of {entries} songs, expected {expected}",
         )

@@ -55,9 +55,9 @@ def check_artifacts(audit: Audit, dataset: Dataset | None) -> None:
 def _check_inputs(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
     for role, made_of in manifest.inputs.items():
         if role == "dataset" and not (dataset and dataset.descends_from(made_of)):
-            audit.note(manifest.folder, f"was made of data set {made_of}, which is not there any more")
+            audit.note(manifest.folder, f"was made of data set {made_of}, which no longer exists")
         if role in KINDS and not audit.workspace.exists(f"{role}/{made_of}/manifest.json"):
-            audit.note(manifest.folder, f"was made of {role} {made_of}, which is not there any more")
+            audit.note(manifest.folder, f"was made of {role} {made_of}, which no longer exists")
 
 
 def _known(dataset: Dataset | None, manifest: Manifest) -> DatasetManifest | None:
@@ -126,10 +126,10 @@ def _check_tastes(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> 
             _check_taste_rows(audit, path, table)
         ids = np.concatenate(seen)
         users += len(ids)
-        audit.require(len(set(ids)) == len(ids), path, "a user is there twice")
+        audit.require(len(set(ids)) == len(ids), path, "a user occurs twice")
         if known and dataset:
             astray = len(ids) > 0 and bool((bucket_of(ids, known.buckets) != bucket).any())
-            audit.require(not astray, path, "a user belongs into another bucket")
+            audit.require(not astray, path, "a user belongs to another bucket")
             expected = set(dataset.bucket_users(bucket, parts=known.parts))
             missing, strange = len(expected.difference(ids)), len(set(ids) - expected)
             audit.require(not (missing or strange), path, f"lacks {missing} users and has {strange} without plays")

@@ -19,7 +19,7 @@ STORED = (".npy", ".safetensors", ".parquet", ".faiss", ".arrow")  # files that 
 def verify_workspace(workspace: Workspace) -> Audit:
     """Compare every file with its checksum and every count with its like; look into every artifact.
 
-    Problems: a file that is missing, differs or stands under no manifest, a user who is missing or
+    Problems: a file that is missing, differs or is listed in no manifest, a user who is missing or
     there twice, vectors that are not finite and normalized, an index that is not that of its model,
     a release whose parts do not fit. Notes: what unfinished jobs have left, and what was made of
     something that is not there any more.
@@ -31,7 +31,7 @@ def verify_workspace(workspace: Workspace) -> Audit:
             try:
                 dataset = Dataset(workspace)
             except NotFoundError:
-                audit.note(DATASET_MANIFEST, "is not there: no data set, or one that is being replaced")
+                audit.note(DATASET_MANIFEST, "is missing: no data set, or one being replaced")
         if dataset is not None:
             check_dataset(audit, dataset)
             with audit.reading("splits"):
@@ -57,8 +57,8 @@ def _check_leftovers(audit: Audit) -> None:
         elif path in (LOCK, LOCK_HOLDER, LEASE):
             continue
         elif posixpath.basename(path).startswith(".") or "/." in path:
-            audit.note(path, "is a temporary file that a job left behind; it may be deleted")
+            audit.note(path, "is a leftover temporary file; it can be deleted")
         elif path.endswith(STORED):
-            audit.problem(path, "stands under no manifest")
+            audit.problem(path, "is listed in no manifest")
     if staged:
-        audit.note(IMPORT_STAGING, f"holds {staged} files of an unfinished import; the next one goes on or clears them")
+        audit.note(IMPORT_STAGING, f"holds {staged} files of an unfinished import; the next one reuses or deletes them")

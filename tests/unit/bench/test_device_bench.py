@@ -85,7 +85,7 @@ def test_a_way_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.Monke
 def test_the_operations_of_a_play_are_those_of_its_matrices() -> None:
     """Histories of one length, so that nothing is padded; every matrix product counted by hand."""
     size = replace(Size.quick(), users=4)
-    size = replace(size, config=replace(size.config, averages=()))
+    size = replace(size, config=size.config.replace(averages=()))
     config, histories = size.config, random_histories(size)
     encoder = TasteEncoder(network(size))
 
@@ -138,7 +138,7 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("bf16", [False, True])
     def test_a_training_takes_the_steps_of_a_cpu(self, bf16: bool) -> None:
-        size = replace(Size.quick(), config=replace(Size.quick().config, dropout=0.0))
+        size = replace(Size.quick(), config=Size.quick().config.replace(dropout=0.0))
         there = device_bench.learned(size, "cuda", 3, bf16=bf16).state_dict()
         here = device_bench.learned(size, "cpu", 3).state_dict()
         learned = TrainConfig().learning_rate * 3  # of Adam: each step moves a weight by about the learning rate

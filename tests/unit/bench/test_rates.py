@@ -64,7 +64,7 @@ def test_rates_of_two_machines_are_not_mixed(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_never_overwritten(tmp_path: Path, text: str) -> None:
     path = tmp_path / "notes.json"
     path.write_text(text)
-    with pytest.raises(InputError, match="no file of rates"):
+    with pytest.raises(InputError, match="is not a rates file"):
         save_rates(path, TRAIN)
     assert path.read_text() == text
 

@@ -6,8 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from rayrec_cli.ask_commands import results_table
 from rayrec_cli.output import Shown, day, figures, number, show, size, table
+from rayrec_cli.recommend_commands import results_table
 
 
 def lines(view: object) -> list[str]:

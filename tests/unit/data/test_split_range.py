@@ -98,7 +98,7 @@ def test_a_split_that_leaves_nothing_is_refused_with_the_span() -> None:
 
 @pytest.mark.parametrize("bad", [{"test_days": -1}, {"validation_days": -0.5}, {"held_out_users": 1.0}])
 def test_settings_out_of_range_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(InputError, match=r"must not be negative|not in"):
+    with pytest.raises(InputError, match="expected a number of at least 0"):
         SplitConfig(**bad)
 
 

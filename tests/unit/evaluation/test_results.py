@@ -14,7 +14,7 @@ from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.results import figures_of
 from rayrec.recommend.base import Horizon, Recommender
-from rayrec.recommend.item_knn import NeighboursRecommender
+from rayrec.recommend.item_knn import ItemKnnRecommender
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 
@@ -25,7 +25,7 @@ CONFIG = EvaluateConfig(ks=(3, 20), bootstrap_samples=30, offsets=2)
 CONTEXTS = ("radio", "album")
 
 
-class TwoHorizons(NeighboursRecommender):
+class TwoHorizons(ItemKnnRecommender):
     """Answers the long term with the opposite of the last song."""
 
     name = "taste"
@@ -197,7 +197,7 @@ def test_differences_are_those_of_the_means_and_their_intervals_are_paired(
         difference = values[("taste", *key)]["value"] - values[(row["other"], *key)]["value"]
         assert row["difference"] == pytest.approx(difference, abs=3e-6)
     # Against itself under another name a model differs by nothing in every sample, however wide both intervals are.
-    twin = NeighboursRecommender(random_vectors(NUM_SONGS))
+    twin = ItemKnnRecommender(random_vectors(NUM_SONGS))
     both = Evaluator([evaluator.recommenders[0], twin], split=SPLIT, song_plays=np.ones(NUM_SONGS), config=CONFIG)
     compared = figures_of(both(histories), both, "taste")["comparisons"]
     short = [row for row in compared if not row["target"].endswith("25_50")]  # the twin has no long horizon

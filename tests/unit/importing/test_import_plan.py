@@ -30,18 +30,18 @@ def write_plays(path: Path, rows: int = 50) -> Path:
     ("values", "message"),
     [
         ({"format": "xml"}, "unknown format 'xml'; expected one of csv, lastfm-1k"),
-        ({"paths": ()}, "no path to import"),
+        ({"paths": ()}, r"paths is \[\]; expected a non-empty list of strings"),
         ({"kind": "songs"}, "kind is 'songs'"),
         ({"format": "lastfm-1k", "columns": {"user": "u"}}, "has fixed columns"),
         ({"format": "lastfm-1k", "kind": "playlists"}, "holds plays, not playlists"),
-        ({"columns": {"time": "ts"}}, "cannot map a column to 'time'; expected some of user, song, played_at"),
+        ({"columns": {"time": "ts"}}, "unknown column role 'time'; expected some of user, song, played_at"),
         ({"kind": "playlists", "columns": {"user": "u"}}, "expected some of playlist, position, song"),
         ({"min_user_plays": 0}, "min_user_plays is 0"),
         ({"min_song_plays": -1}, "min_song_plays is -1"),
         ({"buckets": 5000}, "buckets is 5000"),
         ({"unit_mib": 0.0}, "unit_mib is 0.0"),
-        ({"delimiter": ";;"}, "delimiter is ';;'"),
-        ({"format": "sequences", "song_separator": ""}, "song_separator is empty"),
+        ({"delimiter": ";;"}, "delimiter is ';;'; expected one character"),
+        ({"format": "sequences", "song_separator": ""}, "song_separator is ''; expected a non-empty string"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(values: dict[str, Any], message: str) -> None:

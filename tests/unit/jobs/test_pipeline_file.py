@@ -46,11 +46,11 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[tain]\nepochs = 1", "section or key 'tain'; expected sections: import, generate"),
-        ("epochs = 1", "section or key 'epochs'"),
+        ("[tain]\nepochs = 1", "unknown section 'tain'; expected import, generate"),
+        ("epochs = 1", "unknown section 'epochs'"),
         ("train = 3", r"train = 3; expected a section \[train\]"),
-        ("[train]\nepoch = 1", r"run.toml \[train\] has no setting 'epoch'"),
-        ("[train]\nepochs = 'many'", r"\[train\], epochs is 'many'; expected int"),
+        ("[train]\nepoch = 1", r"run.toml \[train\]: unknown setting 'epoch'"),
+        ("[train]\nepochs = 'many'", r"\[train\]: epochs is 'many'; expected an integer of at least 1"),
         ("[train]\nepochs = 0", "epochs is 0"),
         ("[import]\nformat = 'csv'", r"\[import\].*paths"),
         ("[import]\nformat='csv'\npaths=['a']\n[generate]", r"both \[import\] and \[generate\]"),

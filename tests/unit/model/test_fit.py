@@ -122,7 +122,7 @@ def test_without_refit_the_weights_of_the_best_epoch_are_kept(
     figures(monkeypatch, [0.1, 0.3, 0.2, 0.2])
     config = settings(epochs=4, patience=5, refit=False)
     kept = fit_of(config, plays, validation, MemoryHost(plays, config)).run()
-    alone = replace(config, epochs=2)
+    alone = config.replace(epochs=2)
     data: dict[Phase, Histories] = {"final": plays["selection"]}
     assert same(kept, fit_of(alone, data, None, MemoryHost(data, alone)).run())
 
@@ -356,7 +356,7 @@ def test_a_fit_that_starts_from_a_trained_network_begins_with_its_loss(plays: di
     first = fit_of(config, {"final": plays["final"]}, None, host)
     start = first.run()
     data = {"final": FitData(vectors=random_vectors(NUM_SONGS), counts=np.full(NUM_SONGS, 10))}
-    once = replace(config, epochs=1)
+    once = config.replace(epochs=1)
     second = Fit(model_config(once), once, data, host, validation=None, start=start)  # type: ignore[arg-type]
     second.run()
     losses = [line["loss"] for line in first.progress.epochs]

@@ -3,7 +3,6 @@
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +102,7 @@ def targets_of(
 ) -> np.ndarray:
     """int64 (W, L, T): for each input play the songs at its targets, -1 where it has none."""
     songs = int(windows.plays.songs.max()) + 1
-    maker = StepMaker(model_config(config), replace(config, seed=seed), np.ones(songs), share or Share())
+    maker = StepMaker(model_config(config), config.replace(seed=seed), np.ones(songs), share or Share())
     step = maker.make(windows, 0, 0)
     found = step.targets[horizon]
     looked_up = step.songs["songs.weight"].numpy()[found.places_PT.numpy()]

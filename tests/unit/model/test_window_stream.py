@@ -95,7 +95,7 @@ def test_batches_stay_whole_wherever_an_engine_cuts_or_joins_the_tables(
     dataset: Dataset, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(window_stream, "POOL_PLAYS", 100)  # several pools to a unit, each with few batches
-    reader = UnitReader(dataset, EVERYTHING, replace(CONFIG, batch=50), Share(), 0)
+    reader = UnitReader(dataset, EVERYTHING, CONFIG.replace(batch=50), Share(), 0)
     units = {"unit": np.array(["[0, 1]", "[3]", "[2]"], dtype=object)}
     tables = list(reader.tables(units))
     assert len(tables) > 3

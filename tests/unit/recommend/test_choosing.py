@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rayrec.recommend.hybrid import HybridRecommender
 from served import AT, NUM_SONGS, WITHOUT_VECTOR, write_release, write_world
 
 from rayrec.data.dataset import Dataset
@@ -13,7 +14,6 @@ from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import Recommender
 from rayrec.recommend.choosing import Known, Wish, choose, network_of
 from rayrec.recommend.filters import Limits
-from rayrec.recommend.hybrid import HybridRecommender
 from rayrec.storage.workspace import Workspace
 
 HISTORY = Histories.from_lists([[3, 50, 3, 9]], [[AT - 60_000 * back for back in (3, 2, 1, 0)]])
@@ -25,7 +25,7 @@ def recommender(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     workspace = Workspace(tmp_path_factory.mktemp("choosing") / "workspace")
     write_world(workspace)
     write_release(workspace, memory=request.param == "hybrid")
-    loaded = load_recommender(workspace, Dataset(workspace), model_id="model1", index_id="index1")
+    loaded = load_recommender(workspace, Dataset(workspace), {"models": "model1", "indexes": "index1"})
     assert isinstance(loaded, HybridRecommender) is (request.param == "hybrid")
     return loaded
 

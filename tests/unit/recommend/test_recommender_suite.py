@@ -6,6 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rayrec.recommend.hybrid import HybridRecommender, Memory
+from rayrec.recommend.mixing import USUAL_MIX
+from rayrec.recommend.own_rules import OwnRulesRecommender
 from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Questions
@@ -17,16 +20,13 @@ from rayrec.model.train_config import Horizon as Offsets
 from rayrec.recommend import base as recommender_module
 from rayrec.recommend.base import Recommender, top_k
 from rayrec.recommend.discounted_average import AverageRecommender
-from rayrec.recommend.hybrid import HybridRecommender, Memory
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.item_knn import NeighboursRecommender
-from rayrec.recommend.mixing import USUAL_MIX
-from rayrec.recommend.own_rules import OwnRulesRecommender
+from rayrec.recommend.item_knn import ItemKnnRecommender
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.recommend.user_top import OwnPlaysRecommender
-from rayrec.recommend.vsknn import SessionNeighboursRecommender
+from rayrec.recommend.user_top import UserTopRecommender
+from rayrec.recommend.vsknn import VsknnRecommender
 from rayrec.recommend.vstan import VstanRecommender
 from rayrec.recommend.weighted_average import fit_weighted
 
@@ -38,7 +38,7 @@ Maker = Callable[[Histories, np.ndarray], Recommender]
 
 
 def _indexed(plays: Histories, vectors: np.ndarray) -> Recommender:
-    recommender = NeighboursRecommender(vectors)
+    recommender = ItemKnnRecommender(vectors)
     recommender.index = SongIndex.build(recommender.song_vectors, IndexConfig())
     return recommender
 
@@ -69,18 +69,16 @@ MAKERS: dict[str, Maker] = {
     "sequential-rules": lambda plays, _: SequentialRulesRecommender.fit(
         [plays], num_songs=NUM_SONGS, allowed=FitRange()
     ),
-    "session-neighbours": lambda plays, _: SessionNeighboursRecommender.fit(
-        [plays], num_songs=NUM_SONGS, allowed=FitRange()
-    ),
+    "vsknn": lambda plays, _: VsknnRecommender.fit([plays], num_songs=NUM_SONGS, allowed=FitRange()),
     "popularity-recent": lambda plays, _: PopularityRecommender.fit(
         [plays], num_songs=NUM_SONGS, allowed=FitRange(), since=20 * 60_000
     ),
     "vstan": lambda plays, _: VstanRecommender.fit([plays], num_songs=NUM_SONGS, allowed=FitRange()),
     "weighted-short": lambda plays, vectors: fit_weighted([plays], vectors, "weighted-short", FitRange(), None),
     "weighted-long": lambda plays, vectors: fit_weighted([plays], vectors, "weighted-long", FitRange(), None),
-    "own-plays": lambda plays, _: OwnPlaysRecommender(NUM_SONGS),
+    "user-top": lambda plays, _: UserTopRecommender(NUM_SONGS),
     "own-rules": lambda plays, _: OwnRulesRecommender(NUM_SONGS),
-    "neighbours": lambda _, vectors: NeighboursRecommender(vectors),
+    "item-knn": lambda _, vectors: ItemKnnRecommender(vectors),
     "neighbours through an index": _indexed,
     "average-0.5": lambda _, vectors: AverageRecommender(vectors, 0.5),
     "average-1.0": lambda _, vectors: AverageRecommender(vectors, 1.0),

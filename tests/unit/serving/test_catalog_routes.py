@@ -50,7 +50,7 @@ def app(world: Workspace) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def network(world: Workspace) -> TasteRecommender:
     parts = releases.default_parts(world)
-    made = load_recommender(world, Dataset(world), model_id=parts["models"], index_id=parts["indexes"])
+    made = load_recommender(world, Dataset(world), {"models": parts["models"], "indexes": parts["indexes"]})
     assert isinstance(made, TasteRecommender)
     return made
 

@@ -202,7 +202,7 @@ class TestLease:
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-        assert "took over the lease of this run" in str(found[0])
+        assert "took over the expired lease of this run" in str(found[0])
 
     def _lose_the_lease(self, workspace: Workspace) -> None:
         mine = locking.Holder.of_this_run("train")
@@ -213,7 +213,7 @@ class TestLease:
                 time.sleep(10)
 
         began = time.monotonic()
-        with pytest.raises(BusyError, match=r"`rayrec import` .* took over the lease of this run"):
+        with pytest.raises(BusyError, match=r"`rayrec import` .* took over the expired lease of this run"):
             work()
         assert time.monotonic() - began < 8  # the wait was cut short
         assert workspace.read_json(locking.LEASE)["token"] == "other"

@@ -56,7 +56,7 @@ def test_arrays_on_disk_are_read_only_and_never_pickled(workspace: Workspace) ->
 
 @pytest.mark.parametrize("read", ["read_bytes", "read_json", "read_array", "read_table"])
 def test_a_missing_file_is_named(workspace: Workspace, read: str) -> None:
-    with pytest.raises(NotFoundError, match="gone/x is not in workspace"):
+    with pytest.raises(NotFoundError, match="gone/x not found in workspace"):
         getattr(workspace, read)("gone/x")
     with pytest.raises(NotFoundError, match="gone/x"), workspace.local_copy("gone/x"):
         pass
@@ -93,7 +93,7 @@ def test_a_workspace_travels_to_workers_in_other_folders(tmp_path: Path, monkeyp
 
 def test_a_file_or_an_unknown_scheme_is_no_workspace(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is a file; give a folder"):
+    with pytest.raises(InputError, match="is a file; expected a folder"):
         Workspace(tmp_path / "file")
     with pytest.raises(InputError, match="cannot be opened"):
         Workspace("ftp://host/folder")
@@ -133,6 +133,6 @@ def test_a_full_disk_is_said_and_leaves_what_was_there_and_no_rests(workspace: W
         [sys.executable, "-c", FILL, workspace.uri], capture_output=True, text=True, check=True, timeout=120
     ).stdout
     assert "there is no room to write large in" in told
-    assert "what is done is kept" in told
+    assert "completed work is kept" in told
     assert workspace.read_bytes("large") == b"old"
     assert sorted(path.name for path in Path(workspace.root).iterdir()) == ["large", "small"]

@@ -74,7 +74,7 @@ def test_training_on_gpus_has_a_worker_a_gpu_and_says_that_their_rate_is_unknown
     plan = planned(PlanConfig(gpu=True))
     found = stage(plan, "train")
     assert (found.node, found.nodes, found.workers) == ("gpu", 2, 4)
-    assert any("no rate of a GPU is known" in note for note in plan.notes)
+    assert any("no GPU rate" in note for note in plan.notes)
     rates = {**RATES, "train_plays_per_second_per_gpu": 50_000.0}
     known = stage(make_plan(DATA, SMALL, PlanConfig(gpu=True), rates), "train")
     assert known.hours == pytest.approx(10**8 * 24 / (50_000 * 4) / 3600)
@@ -141,7 +141,7 @@ def test_rates_are_read_as_bench_writes_them(tmp_path: Path) -> None:
     path = tmp_path / "rates.json"
     path.write_text(json.dumps({"rates": RATES, "machine": {"cpus": 2}, "commit": "abc"}))
     assert read_rates(str(path)) == RATES
-    for text, message in [("[]", "holds no rates"), ('{"rates": {"a": 0}}', "a rate is above 0")]:
+    for text, message in [("[]", "has no rates"), ('{"rates": {"a": 0}}', "expected a number above 0")]:
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             read_rates(str(path))

@@ -1,22 +1,68 @@
-"""Pairwise accuracy: how often a song that was played later is nearer to the taste vector than a random one.
+"""Metrics of taste vectors: mean cosine with the songs played later, and how often these are nearer than random songs.
 
-Q questions, U users, N songs, P pairs of a question and a later play, D dimensions.
+Q queries, U users, N songs, P pairs of a query and a later play, L offsets, D dimensions.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.evaluation.bootstrap import uniform_draws
-from rayrec.evaluation.cosine_curves import song_cosines
 from rayrec.evaluation.protocol import OFFSETS, plays_ahead
+from rayrec.recommend.base import Horizon, Recommender
 from rayrec.recommend.vector_recommender import VectorRecommender
 
 NEGATIVES = ("uniform", "zipf")
 PAIRED = ("next", "offsets25_50")  # the targets for which pairs are made
 ZIPF_EXPONENT = 1.0  # z: a song's chance falls with its popularity rank to this power
-QUESTIONS_AT_ONCE = 1 << 12
+PAIR_QUERIES_AT_ONCE = 1 << 12
 TIE = 1e-6  # cosines nearer to each other than rounding can tell; (a + b) is as near to a as to b
 PLACES = 1 << 32  # more than anyone's plays
+CURVE_QUERIES_AT_ONCE = 1 << 14
+
+Curve = tuple[VectorRecommender, Horizon]
+
+
+def curves_of(recommenders: Sequence[Recommender]) -> list[Curve]:
+    """One curve per horizon of each recommender that has vectors."""
+    vector_recommenders = [one for one in recommenders if isinstance(one, VectorRecommender)]
+    return [(one, horizon) for one in vector_recommenders for horizon in one.horizons]
+
+
+def cosine_sums(
+    recommender: VectorRecommender, vectors: np.ndarray, histories: Histories, queries: Questions, offsets: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of cosines and their counts, float64 (U, L) each.
+
+    The cosine of a query's taste vector, in float32 (Q, D), with the song l plays ahead, l from 1
+    to L, offset 1 being the next song. What has no vector, or lies beyond the history, is not counted.
+    """
+    sums, counts = np.zeros((2, len(histories), offsets))
+    known_queries = np.flatnonzero(vectors.any(axis=1))
+    for start in range(0, len(known_queries), CURVE_QUERIES_AT_ONCE):
+        block = known_queries[start : start + CURVE_QUERIES_AT_ONCE]
+        rows = queries.rows[block]
+        plays = histories.offsets[rows] + queries.seen[block]
+        for ahead in range(offsets):
+            there = plays + ahead < histories.offsets[rows + 1]
+            block, rows, plays = block[there], rows[there], plays[there]
+            if not len(block):
+                break
+            cosines, known = song_cosines(recommender, vectors[block], histories.songs[plays + ahead])
+            sums[:, ahead] += np.bincount(rows, weights=cosines, minlength=len(histories))
+            counts[:, ahead] += np.bincount(rows, weights=known, minlength=len(histories))
+    return sums, counts
+
+
+def song_cosines(
+    recommender: VectorRecommender, vectors: np.ndarray, songs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (Q,), the cosines, 0 for songs without a vector; and bool (Q,), which songs have one."""
+    known = songs < recommender.num_songs
+    song_vectors = recommender.song_vectors[np.where(known, songs, 0)]
+    cosines = np.einsum("qd,qd->q", vectors, song_vectors)
+    return np.where(known, cosines, 0), known & song_vectors.any(axis=1)
 
 
 class Negatives:
@@ -58,25 +104,25 @@ def pair_sums(
     recommender: VectorRecommender,
     vectors: np.ndarray,
     histories: Histories,
-    questions: Questions,
+    queries: Questions,
     target: str,
     negatives: Negatives,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pairs won and pairs, float64 (U, 2) each, by kind of NEGATIVES.
 
-    A pair is a question, with its taste vector in float32 (Q, D), and a play at one of the target's
+    A pair is a query, with its taste vector in float32 (Q, D), and a play at one of the target's
     offsets; it is won where the cosine with the song played is above that with the negative, and ties
     count against it. Pairs in which either song has no vector, or both are the same song, are not counted.
     """
     won, pairs = np.zeros((2, len(histories), len(NEGATIVES)))
     hashes = user_hash(histories.user_ids, salt=f"negatives {negatives.seed} ")
-    asked = np.flatnonzero(vectors.any(axis=1)) if len(negatives.by_rank) else np.zeros(0, dtype=np.int64)
-    for start in range(0, len(asked), QUESTIONS_AT_ONCE):
-        block = asked[start : start + QUESTIONS_AT_ONCE]
-        rows, plays = plays_ahead(histories, questions.take(block), *OFFSETS[target])
+    known_queries = np.flatnonzero(vectors.any(axis=1)) if len(negatives.by_rank) else np.zeros(0, dtype=np.int64)
+    for start in range(0, len(known_queries), PAIR_QUERIES_AT_ONCE):
+        block = known_queries[start : start + PAIR_QUERIES_AT_ONCE]
+        rows, plays = plays_ahead(histories, queries.take(block), *OFFSETS[target])
         rows = block[rows]
-        users, songs = questions.rows[rows], histories.songs[plays]
-        steps = (questions.seen[rows] * PLACES + plays - histories.offsets[users]).astype(np.uint64)
+        users, songs = queries.rows[rows], histories.songs[plays]
+        steps = (queries.seen[rows] * PLACES + plays - histories.offsets[users]).astype(np.uint64)
         near, known = song_cosines(recommender, vectors[rows], songs)
         for place, kind in enumerate(NEGATIVES):
             others = negatives.draw(kind, hashes[users], steps)

@@ -1,4 +1,4 @@
-"""recommend, evaluate, status: what a workspace answers."""
+"""recommend, evaluate: what the models of a workspace recommend, and how well."""
 
 from typing import Annotated, Any
 
@@ -7,8 +7,6 @@ from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import choose_split
-from rayrec.data.status import KINDS
-from rayrec.data.status import status as look
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.prefixes import PrefixFile
 from rayrec.evaluation.protocol import EvaluateConfig, usual_k
@@ -16,41 +14,43 @@ from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recomm
 from rayrec.storage.releases import default_parts
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
-from rayrec_cli.output import Shown, day, figures, number, size, table
+from rayrec_cli.output import Shown, figures, number, table
 
-UserOption = Annotated[str | None, typer.Option("--user", metavar="ID", help="Recommend to this user.")]
+UserOption = Annotated[str | None, typer.Option("--user", metavar="ID", help="User ID.")]
 SongsOption = Annotated[
-    str | None, typer.Option("--songs", metavar="ID,ID", help="Or to whoever just played these songs.")
+    str | None, typer.Option("--songs", metavar="ID,ID", help="Recommend after these songs instead, as if just played.")
 ]
 AtOption = Annotated[
-    str | None, typer.Option("--at", metavar="TIME", help="Moment of the request: ISO 8601 with zone, or unix (now).")
+    str | None,
+    typer.Option("--at", metavar="TIME", help="Time of the request, ISO 8601 with zone or Unix time. [default: now]"),
 ]
-ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model (the live one, or newest).")]
-SplitOption = Annotated[str | None, typer.Option("--split", metavar="ID", help="Split to test on (the model's own).")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="ID", help="Model. [default: the live one, else current]")
+]
+SplitOption = Annotated[
+    str | None, typer.Option("--split", metavar="ID", help="Split to evaluate on. [default: the model's]")
+]
 PrefixesOption = Annotated[
-    str | None, typer.Option("--prefixes", metavar="FILE", help="Predict the targets of this file instead.")
+    str | None, typer.Option("--prefixes", metavar="FILE", help="Predict the targets of this file of prefixes instead.")
 ]
 ItemSeparatorOption = Annotated[
     str,
     typer.Option(
-        "--item-separator", metavar="TEXT", help="Between the songs of a prefix (a space).", show_default=False
+        "--item-separator",
+        metavar="TEXT",
+        help="Separator of songs in a prefix. [default: a space]",
+        show_default=False,
     ),
 ]
 TargetSeparatorOption = Annotated[
     str,
-    typer.Option("--target-separator", metavar="TEXT", help="Before the target (a tab, \\t).", show_default=False),
+    typer.Option(
+        "--target-separator",
+        metavar="TEXT",
+        help="Separator before the target. [default: a tab, \\t]",
+        show_default=False,
+    ),
 ]
-
-
-HEADLINES = (
-    "validation_recall@20",
-    "recall@20",
-    "coverage",
-    "mean_cosine",
-    "kind",
-    "recall",
-    "users",
-)  # of any kind of artifact
 
 
 @command(app, "recommend", config=RecommendConfig, example="rayrec recommend --user ann -k 10 --at 2015-01-20T18:30Z")
@@ -63,25 +63,27 @@ def recommend(
     at: AtOption = None,
     model: ModelOption = None,
 ) -> Shown:
-    """Recommend songs.
+    """Recommend songs to a user or after given songs.
 
-    To a user of the data set, or to whoever has just played some songs: these are taken as played
-    three minutes apart, the last of them at --at.
+    Songs given by --songs count as played three minutes apart, the last one at --at.
     """
     moment = parse_moment(at)
     listed = None if songs is None else [song.strip() for song in songs.split(",") if song.strip()]
     dataset = Dataset(call.workspace)
     parts = default_parts(call.workspace, model)
-    recommender = load_recommender(call.workspace, dataset, model_id=parts["models"], index_id=parts.get("indexes"))
-    told = answer(dataset, recommender, config, at=moment, user=user, songs=listed)
-    return Shown(told.to_mapping(), recommendations(told, f"user {user}" if user else "those songs"))
+    recommender = load_recommender(call.workspace, dataset, parts)
+    recommended = answer(dataset, recommender, config, at=moment, user=user, songs=listed)
+    return Shown(recommended.to_mapping(), answer_view(recommended, f"user {user}" if user else "these songs"))
 
 
-def recommendations(told: Answer, who: str) -> list[RenderableType]:
+def answer_view(recommended: Answer, who: str) -> list[RenderableType]:
     """The last plays and the songs recommended after them."""
-    title = f"Last plays of {who}, {told.plays:,} in all"
-    rows = [[rank, song, score] for rank, (song, score) in enumerate(zip(told.titles, told.scores, strict=True), 1)]
-    played: list[RenderableType] = [table(title, ["song"], [[song] for song in told.last_plays])]
+    title = f"Last plays of {who}, {recommended.plays:,} in all"
+    rows = [
+        [rank, song, score]
+        for rank, (song, score) in enumerate(zip(recommended.titles, recommended.scores, strict=True), 1)
+    ]
+    played: list[RenderableType] = [table(title, ["song"], [[song] for song in recommended.last_plays])]
     return [*played, table("Recommended", ["#", "song", "score"], rows, left=["song"])]
 
 
@@ -97,10 +99,10 @@ def evaluate(
     target_separator: TargetSeparatorOption = "\\t",
     force: ForceOption = False,
 ) -> Shown:
-    """Measure the network against the baselines.
+    """Compare the network with the baselines on the test range.
 
-    Every play of the test range that has an earlier one by the same user is predicted, over the full catalog. With
-    --prefixes it is the targets of a file: lines of song ids, a tab and the id of the song that followed.
+    Predicts every play of the test range after a user's first, over the full catalog. With --prefixes the targets are
+    those of a file: per line song IDs, a tab and the ID of the next song.
     """
     from rayrec.evaluation.report import read_figures
     from rayrec.jobs.evaluate import evaluate as job
@@ -111,7 +113,7 @@ def evaluate(
         return _evaluate_prefixes(call, config, file, split or parts.get("split"), parts.get("models"), force)
     chosen = choose_split(call.workspace, split or parts.get("split"))
     if chosen is None:
-        raise InputError("there is no split to test on; run `rayrec split`, then embed, train and index again")
+        raise InputError("No split to evaluate on; run `rayrec split`, then embed, train and index again")
     report = job(call.workspace, config, split=chosen, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **read_figures(call.workspace, report)}
     warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []
@@ -122,7 +124,7 @@ def evaluate(
 def _evaluate_prefixes(
     call: Call, config: EvaluateConfig, file: PrefixFile, split: str | None, model: str | None, force: bool
 ) -> Shown:
-    """Judge by the pairs of a file; without a split of the model's the models know all plays."""
+    """Evaluate on the pairs of a file; the models may have been trained on all plays."""
     from rayrec.evaluation.report import read_figures
     from rayrec.jobs.evaluate_prefixes import evaluate_prefixes as job
 
@@ -138,15 +140,15 @@ def _evaluate_prefixes(
 COLUMNS = (
     ("served", "recall", "served"),
     ("served", "mrr", "MRR"),
-    ("next", "recall", "all plays"),
+    ("next", "recall", "all"),
     ("next", "mrr", "MRR"),
     ("next_repeat", "recall", "repeats"),
-    ("offsets25_50", "recall", "25-50 ahead"),
+    ("offsets25_50", "recall", "25-50"),
 )
 
 
 def results_table(data: dict[str, Any]) -> RenderableType:
-    """One line a model, the best recall as served first, with its interval, at 20."""
+    """One line per model, the best recall as served first, with its interval, at 20."""
     usual = usual_k([row["k"] for row in data["results"]])
     results = [row for row in data["results"] if row["users"] == "all" and row["k"] == usual]
     values = {(row["model"], row["target"], row["metric"]): row for row in results}
@@ -159,35 +161,8 @@ def results_table(data: dict[str, Any]) -> RenderableType:
         shown = f"{name} *" if name == data["default"] else name
         rows.append([shown, cells[0], _interval(values[(name, *first)]), *cells[1:]])
     titles = [title for _, _, title in columns]
-    title = f"Recall@{usual} and MRR@{usual} over the full catalog (* is what `recommend` uses)"
+    title = f"Recall@{usual} and MRR@{usual} over the full catalog (* is used by `recommend`)"
     return table(title, ["model", titles[0], "95 %", *titles[1:]], rows)
-
-
-@command(app, "status", example="rayrec status")
-def status(call: Call) -> Shown:
-    """Say what the workspace holds."""
-    data = look(call.workspace)
-    dataset = data["dataset"]
-    if dataset is None:
-        views: list[RenderableType] = [f"Workspace {data['workspace']} holds no data set: see rayrec import --help."]
-    else:
-        names = ("id", "source", "plays", "users", "songs", "playlists", "rejected")
-        shown = {name: dataset[name] for name in names} | {"size": size(dataset["bytes"])}
-        views = [figures(f"Workspace {data['workspace']}", shown)]
-    rows = [["split", split["id"], "", "", split.get("protocol", "")] for split in data["splits"]]
-    for kind in KINDS:
-        for item in data[kind]:
-            told = "live" if item["id"] == data["active"] else _headline(item["figures"])
-            rows.append([kind, item["id"], size(item["bytes"]), day(item["created_at"]), told])
-    if rows:
-        views.append(table("", ["kind", "id", "size", "created (UTC)", "figures"], rows, left=["id", "figures"]))
-    return Shown(data, views)
-
-
-def _headline(values: dict[str, Any]) -> str:
-    """The figures that say most of an artifact, as many of them as it has."""
-    found = [f"{name.replace('_', ' ')} {number(values[name])}" for name in HEADLINES if name in values]
-    return ", ".join(found)
 
 
 def _parts(call: Call, model: str | None) -> dict[str, str]:
