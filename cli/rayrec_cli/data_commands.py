@@ -1,4 +1,4 @@
-"""generate, import, describe, split: from files of plays to a data set with splits."""
+"""generate, import, compact, describe, split: from files of plays to a data set with splits."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rayrec.data.split import WEAKER, SplitConfig, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
+from rayrec.importing.compaction import PARTS_BEFORE_COMPACT
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.inspection import inspect_files
@@ -107,6 +108,24 @@ def inspect(call: Call, *, format_name: InspectFormat, paths: InspectPaths) -> S
     return Shown(found.to_mapping(), [*views, *found.notes, found.command])
 
 
+@command(app, "compact", example="rayrec compact")
+def compact_parts(call: Call) -> Shown:
+    """Join the parts that import --append left, so that reading takes few requests again.
+
+    The plays stay the same, and so does everything that was made of them. The old files stay until rayrec clean
+    deletes them.
+    """
+    from rayrec.jobs.compact import compact as job
+
+    made = job(call.workspace)
+    before, after = len(made.spans_before), len(made.spans)
+    told = {"id": made.dataset.id, "files_per_bucket": after, "files_per_bucket_before": before}
+    text = (
+        f"{before} files a bucket became {after}." if made.spans != made.spans_before else "There is nothing to join."
+    )
+    return Shown({**told, "parts": made.dataset.parts}, [text])
+
+
 @command(
     app, "describe", config=DescribeConfig, example="rayrec describe songs.csv --columns song=id,released=release_date"
 )
@@ -198,6 +217,8 @@ def _appended(made: Any) -> Shown:
     views: list[Any] = [figures("Appended", {f"new {name}": count for name, count in new.items()} | outcomes)]
     if not made.plays:
         views.append("No new plays: the data set is unchanged.")
+    if (files := len(made.dataset.spans)) > PARTS_BEFORE_COMPACT:
+        views.append(f"Each bucket of users has {files} files; `rayrec compact` joins them.")
     shown = _dataset(made.dataset)
     data = {**shown.data, "appended": {**new, **outcomes, "reasons": made.rejected}, "import": made.last_import}
     return Shown(data, [*views, *_import_views(made.last_import), shown.views[0]])

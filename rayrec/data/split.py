@@ -16,7 +16,7 @@ from rayrec.config import Settings, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate, user_hash
 from rayrec.errors import InputError, LeakError, MismatchError, NotFoundError
-from rayrec.storage.artifacts import fingerprint
+from rayrec.storage.artifacts import current_ids, fingerprint, make_current
 from rayrec.storage.workspace import Workspace, split_file
 
 DAY_MS = 24 * 3600 * 1000
@@ -262,10 +262,11 @@ def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
         raise InputError(
             "The data set has no times, plays are only ordered; split each user's plays with --last-fraction 0.2"
         )
-    split = make_split(config, dataset=dataset.id, first_play=dataset.first_play, last_play=dataset.last_play)
+    split = make_split(config, dataset=dataset.plays_id, first_play=dataset.first_play, last_play=dataset.last_play)
     if split.protocol == "time":
         _require_training_plays(workspace, split)
     save_split(workspace, split)
+    make_current(workspace, "splits", split.id)
     return split
 
 
@@ -305,10 +306,10 @@ def list_splits(workspace: Workspace) -> list[Split]:
 
 
 def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split: bool = False) -> Split | None:
-    """The named split, else the newest of the data set, else none: fits then use all plays.
+    """The named split, else the current one of the data set, else none: fits then use all plays.
 
-    A split that is named may be one of a data set that this one descends from. Raises `NotFoundError`
-    for an unknown id and `MismatchError` for a split that does not fit.
+    A split in time also holds for the data sets that plays were appended to since: the new plays are in its test range.
+    Raises `NotFoundError` for an unknown id and `MismatchError` for a split that does not fit.
     """
     if no_split:
         if split_id is not None:
@@ -316,20 +317,28 @@ def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split:
         return None
     dataset = Dataset(workspace)
     if split_id is None:
-        fitting = [split for split in list_splits(workspace) if split.dataset == dataset.manifest.id]
-        return fitting[-1] if fitting else None
+        fitting = [split for split in list_splits(workspace) if holds_for(dataset, split)]
+        current = current_ids(workspace).get("splits")
+        return next((split for split in fitting if split.id == current), fitting[-1] if fitting else None)
     split = load_split(workspace, split_id)
     require_split_of(dataset, split)
     return split
 
 
-def require_split_of(dataset: Dataset, split: Split) -> None:
-    """Raise `MismatchError` unless the split cuts the data set, or one that it descends from in time.
+def holds_for(dataset: Dataset, split: Split) -> bool:
+    """True if the split is of the data set or, in time, of one that it descends from.
 
     A cut in time stays where it is when plays are appended; one at a share of each user's plays moves,
     and what was learned before the one may be tested behind the other.
     """
-    if split.dataset == dataset.manifest.id or (split.protocol == "time" and dataset.descends_from(split.dataset)):
+    return split.dataset == dataset.manifest.plays_id or (
+        split.protocol == "time" and dataset.descends_from(split.dataset)
+    )
+
+
+def require_split_of(dataset: Dataset, split: Split) -> None:
+    """Raise `MismatchError` unless the split holds for the data set."""
+    if holds_for(dataset, split):
         return
     raise MismatchError(
         f"split {split.id} belongs to data set {split.dataset}, the workspace has {dataset.manifest.id}; "

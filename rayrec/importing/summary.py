@@ -1,7 +1,7 @@
 """What an import came to, so that a person sees at once where something is off."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -64,13 +64,9 @@ class TooManyRejectedError(InputError):
         return type(self), (str(self), self.summary)
 
 
-def summarize(
-    plan: Plan,
-    units: Sequence[UnitResult],
-    rejected_of: Callable[[int], Iterable[pa.Table]],
-    damaged: dict[str, str],
-) -> ImportSummary:
-    """Count what the units came to; `rejected_of` gives columns.REJECTED of a unit, lines from its start."""
+def summarize(plan: Plan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]]) -> ImportSummary:
+    """Count what the units came to; `rejected` is unit by unit columns.REJECTED, with lines from the unit's start."""
+    damaged = plan.damaged
     rows: dict[str, int] = {file.source: 0 for file in plan.files}
     counts: dict[str, int] = {}
     for file, unit in zip(plan.unit_files, units, strict=True):
@@ -78,7 +74,7 @@ def summarize(
         for reason, count in unit.rejected.items():
             counts[reason] = counts.get(reason, 0) + count
     read = sum(unit.read for unit in units)
-    examples = _examples(plan, units, rejected_of, set(counts))
+    examples = _examples(plan, units, rejected, set(counts))
     reasons = [
         RejectedRows(reason=reason, rows=counts[reason], share=counts[reason] / read, **examples[reason])
         for reason in sorted(counts, key=lambda reason: -counts[reason])
@@ -90,17 +86,17 @@ def summarize(
         for source, count in kept.items()
         if len(kept) > 2 and (count * OUTLIER <= median or count >= median * OUTLIER)
     }
-    rejected = sum(counts.values())
+    num_rejected = sum(counts.values())
     warnings = [*plan.notes]
-    if read and rejected / read > FEW_REJECTED:
-        warnings.append(f"{rejected:,} of {read:,} rows ({rejected / read:.1%}) were rejected.")
+    if read and num_rejected / read > FEW_REJECTED:
+        warnings.append(f"{num_rejected:,} of {read:,} rows ({num_rejected / read:.1%}) were rejected.")
     if damaged:
         warnings.append(f"{len(damaged):,} of {len(rows):,} files could not be read to their end and were left out.")
     return ImportSummary(
         files=len(rows),
         bytes=sum(file.size for file in plan.files),
         read=read,
-        rejected=rejected,
+        rejected=num_rejected,
         reasons=reasons,
         rows_per_file=[min(kept.values()), round(median), max(kept.values())] if kept else [],
         outliers=dict(sorted(outliers.items(), key=lambda item: item[1])[:OUTLIERS_SHOWN]),
@@ -110,21 +106,20 @@ def summarize(
 
 
 def _examples(
-    plan: Plan, units: Sequence[UnitResult], rejected_of: Callable[[int], Iterable[pa.Table]], wanted: set[str]
+    plan: Plan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]], wanted: set[str]
 ) -> dict[str, dict[str, Any]]:
     """The first row of each reason."""
     found: dict[str, dict[str, Any]] = {}
     offsets = plan.line_offsets([unit.lines for unit in units])
-    for number, unit in enumerate(units):
-        if not set(unit.rejected) - set(found):
-            continue
-        for table in rejected_of(number):
-            for reason in set(unit.rejected) - set(found):
-                index = table.column("reason").index(reason).as_py()
-                if index >= 0:
-                    row = table.slice(index, 1).to_pylist()[0]
-                    text = str(row["text"])[:TEXT_SHOWN]
-                    found[reason] = {"source": row["source"], "line": row["line"] + offsets[number], "text": text}
+    if not wanted:
+        return found
+    for number, table in rejected:
+        for reason in wanted - set(found):
+            index = table.column("reason").index(reason).as_py()
+            if index >= 0:
+                row = table.slice(index, 1).to_pylist()[0]
+                text = str(row["text"])[:TEXT_SHOWN]
+                found[reason] = {"source": row["source"], "line": row["line"] + offsets[number], "text": text}
         if wanted <= set(found):
             break
     return found

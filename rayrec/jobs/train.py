@@ -11,7 +11,7 @@ from rayrec.data.split import Split
 from rayrec.embeddings.sessions import UNCUT
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
 from rayrec.jobs.board import new_board, shown
-from rayrec.jobs.cluster import cluster_cpus, ray_cluster
+from rayrec.jobs.runtime import cluster_cpus, ray_cluster
 from rayrec.jobs.train_plan import TrainPlan, diverged_file, fit_range_of, make_plan, selected_folder
 from rayrec.jobs.train_worker import train_worker
 from rayrec.jobs.trainer import SNAPSHOT, Crew, run_workers
@@ -66,7 +66,7 @@ def train(
     print_id = artifacts.fingerprint("train", _fingerprinted(config), inputs)
     model_id, complete = artifacts.new_id(workspace, "models", print_id, repeat=repeat)
     if complete:
-        return artifacts.load(workspace, "models", model_id)
+        return artifacts.reuse(workspace, "models", model_id)
     manifest = Manifest(kind="models", id=model_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     began = time.monotonic()
     if unfinished == "restart" or not _has_checkpoint(workspace, manifest):

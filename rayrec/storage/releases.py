@@ -28,6 +28,7 @@ KIND = "releases"
 ACTIVE = "releases/active"  # JSON: the live id, the ids live before it, oldest first, and which change made it so
 SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
+FIXED = ("playlists/", "rejected/", "earlier/")  # files below dataset/ that stay as they are as plays are appended
 PART_KINDS = ("songs", "models", "retrieval", "rankers", "tastes", "indexes")
 OPTIONAL_KINDS = ("retrieval", "rankers")  # a release without them answers with the network alone
 MADE_BY = {
@@ -185,14 +186,20 @@ def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
         )
     if made_of != dataset.id:
         files[earlier_manifest(made_of)] = files.pop(DATASET_MANIFEST)
-    of_dataset = earlier_version(workspace, dataset, made_of).files
-    if SONGS_FILE in of_dataset:  # songs are appended to it: the checksum is the present one's
-        of_dataset = {**of_dataset, SONGS_FILE: dataset.files[SONGS_FILE]}
+    earlier = earlier_version(workspace, dataset, made_of)
+    of_dataset = {path: digest for path, digest in earlier.files.items() if path.startswith(FIXED)}
+    if SONGS_FILE in earlier.files:  # songs are appended to it: the checksum is the present one's
+        of_dataset[SONGS_FILE] = dataset.files[SONGS_FILE]
+    # Parts may have been joined since: their plays are in the present files.
+    last = f"histories/part={earlier.parts:04d}"
+    of_dataset |= {
+        path: digest for path, digest in dataset.files.items() if path.startswith("histories/") and path < last
+    }
     return files | {f"{DATASET}/{name}": digest for name, digest in of_dataset.items()}
 
 
 def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str, str]:
-    """Role -> id of the parts to answer with: the live release's, else those of the newest model; or of `model_id`.
+    """Role -> id of the parts to answer with: the live release's, else those of the current model; or of `model_id`.
 
     Tastes and index are there only where the model has them. Raises `NotFoundError` for an unknown
     model, or naming the command to run first where there is none.
@@ -221,7 +228,8 @@ def _newest_model(workspace: Workspace, dataset: DatasetManifest, chosen: dict[s
     models = [m for m in artifacts.listing(workspace, "models") if dataset.descends_from(m.inputs.get("dataset", ""))]
     if not models:
         raise NotFoundError(f"Data set {dataset.id} has no model; run `rayrec train` first")
-    complete = models
+    current = artifacts.current_ids(workspace).get("models")
+    complete = sorted(models, key=lambda model: model.id == current)  # the current one last
     for kind in ("tastes", "indexes"):
         used = {part.inputs.get("models") for part in artifacts.listing(workspace, kind)}
         complete = [model for model in complete if model.id in used]
@@ -231,9 +239,8 @@ def _newest_model(workspace: Workspace, dataset: DatasetManifest, chosen: dict[s
 
 
 def _last_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest | None:
-    """The newest part of a kind that was made with a model."""
-    fitting = [part for part in artifacts.listing(workspace, kind) if part.inputs.get("models") == model.id]
-    return fitting[-1] if fitting else None
+    """The current part of a kind where it was made with the model, else the last that was."""
+    return artifacts.latest(workspace, kind, lambda part: part.inputs.get("models") == model.id)
 
 
 def _newest_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest:

@@ -16,21 +16,8 @@ from rayrec_cli.main import main
 
 HELP = Path(__file__).parents[2] / "artifacts" / "help.txt"
 COMMANDS = (
-    *(
-        "demo",
-        "generate",
-        "inspect",
-        "import",
-        "describe",
-        "split",
-        "embed",
-        "train",
-        "taste",
-        "index",
-        "evaluate",
-        "release",
-    ),
-    *("recommend", "serve", "status", "run", "tune", "bench"),
+    *("demo", "generate", "inspect", "import", "split", "embed", "train", "taste", "index", "evaluate", "release"),
+    *("recommend", "serve", "status", "run", "tune", "bench", "compact", "clean", "unlock", "verify"),
 )
 RELEASE_COMMANDS = ("create", "list", "activate", "rollback", "verify")
 

@@ -10,8 +10,8 @@ import pytest
 import ray
 
 from rayrec.errors import InputError, RayrecError
-from rayrec.jobs import cluster
-from rayrec.jobs.cluster import HTTP2_GREETING, ray_cluster, require_cluster
+from rayrec.jobs import runtime as cluster
+from rayrec.jobs.runtime import HTTP2_GREETING, ray_cluster, require_cluster
 
 
 @contextmanager
