@@ -13,10 +13,10 @@ from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
 from rayrec.jobs.build_index import build_index
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.generate import generate
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig

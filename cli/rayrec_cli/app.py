@@ -8,9 +8,22 @@ from typer.core import TyperGroup
 from rayrec_cli.options import Globals
 
 ORDER = (  # of the commands in the help
-    *("demo", "generate", "import", "describe", "split", "embed", "train", "taste", "index", "evaluate", "release"),
+    *(
+        "demo",
+        "generate",
+        "import",
+        "compact",
+        "describe",
+        "split",
+        "embed",
+        "train",
+        "taste",
+        "index",
+        "evaluate",
+        "release",
+    ),
     "states",
-    *("recommend", "serve", "status", "verify", "run", "tune", "submit", "plan", "bench"),
+    *("recommend", "serve", "status", "verify", "clean", "unlock", "run", "tune", "submit", "plan", "bench"),
 )
 
 

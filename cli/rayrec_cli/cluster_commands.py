@@ -162,6 +162,8 @@ def plan_views(made: Any) -> list[RenderableType]:
         table(f"{made.data.plays:,} plays on cluster {made.cluster}", headers, rows, left=["node"]),
         figures("Storage", stored),
     ]
+    requests = {item.stage: item.requests for item in made.stages if item.requests is not None}
+    views.append(figures("Requests of object storage", requests))
     for name, pairs in made.skew.items():
         views.append(table(name.replace("_", " ").capitalize(), ["which", "plays"], pairs))
     views.extend(f"Does not fit: {problem}" for problem in made.problems)

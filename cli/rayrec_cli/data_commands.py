@@ -1,4 +1,4 @@
-"""generate, import, describe, split: from files of plays to a data set with splits."""
+"""generate, import, compact, describe, split: from files of plays to a data set with splits."""
 
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -9,6 +9,7 @@ import typer
 from rayrec.data.split import WEAKER, SplitConfig, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
+from rayrec.importing.compaction import PARTS_BEFORE_COMPACT
 from rayrec.importing.describing import DescribeConfig, describe
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.readers import FORMATS
@@ -67,6 +68,24 @@ def import_data(
     )
 
 
+@command(app, "compact", example="rayrec compact")
+def compact_parts(call: Call) -> Shown:
+    """Join the parts that import --append left, so that reading takes few requests again.
+
+    The plays stay the same, and so does everything that was made of them. The old files stay until rayrec clean
+    deletes them.
+    """
+    from rayrec.jobs.compact import compact as job
+
+    made = job(call.workspace)
+    before, after = len(made.spans_before), len(made.spans)
+    told = {"id": made.dataset.id, "files_per_bucket": after, "files_per_bucket_before": before}
+    text = (
+        f"{before} files a bucket became {after}." if made.spans != made.spans_before else "There is nothing to join."
+    )
+    return Shown({**told, "parts": made.dataset.parts}, [text])
+
+
 @command(
     app, "describe", config=DescribeConfig, example="rayrec describe songs.csv --columns song=id,released=release_date"
 )
@@ -123,6 +142,8 @@ def _appended(made: Any) -> Shown:
         views.append("No new plays: the data set is unchanged.")
     if made.rejected:
         views.append(table("Rejected rows", ["reason", "rows"], list(made.rejected.items())))
+    if (files := len(made.dataset.spans)) > PARTS_BEFORE_COMPACT:
+        views.append(f"Each bucket of users has {files} files; `rayrec compact` joins them.")
     shown = _dataset(made.dataset)
     data = {**shown.data, "appended": {**new, **outcomes, "reasons": made.rejected}}
     return Shown(data, [*views, shown.views[0]])

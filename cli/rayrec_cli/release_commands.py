@@ -13,9 +13,10 @@ from rayrec.errors import InputError
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest, load
+from rayrec.storage.cleaning import delete_garbage, find_garbage
 from rayrec_cli.app import app, release_app, states_app
 from rayrec_cli.options import Call, ForceOption, command
-from rayrec_cli.output import Shown, day, figures, note, table
+from rayrec_cli.output import Shown, day, figures, note, size, table
 
 PARTS = ("dataset", "split", "songs", "models", "tastes", "indexes")
 
@@ -35,6 +36,11 @@ UrlOption = Annotated[
     typer.Option("--url", metavar="URL", help="Address of the server to wait for; its key is in RAYREC_API_KEY."),
 ]
 SecondsOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Maximum wait in seconds.")]
+KeepOption = Annotated[int, typer.Option("--keep", metavar="N", help="Newest releases to keep beside the live one.")]
+HoursOption = Annotated[
+    float, typer.Option("--hours", metavar="HOURS", help="Keep what was made or replaced in the last so many hours.")
+]
+YesOption = Annotated[bool, typer.Option("--yes", help="Delete; without it only show what would be deleted.")]
 ReleaseArgument = Annotated[str, typer.Argument(metavar="ID", help="Release ID.")]
 
 StoreOption = Annotated[
@@ -95,6 +101,35 @@ def activate(
 def rollback(call: Call, *, wait: WaitOption = False, url: UrlOption = None, timeout: SecondsOption = 120.0) -> Shown:
     """Make the previously live release live again."""
     return _switched(call, lambda: releases.rollback(call.workspace), wait, url, timeout)
+
+
+@command(app, "clean", example="rayrec clean --keep 3 --yes")
+def clean_workspace(
+    call: Call,
+    *,
+    keep: KeepOption = 3,
+    hours: HoursOption = 24.0,
+    yes: YesOption = False,
+) -> Shown:
+    """Show what no release needs any more, and with --yes delete it.
+
+    Old releases with their tastes, models, indexes and song embeddings, parts of the data set that `rayrec compact`
+    joined, and what killed jobs left. It is refused while a job writes to the workspace.
+    """
+    garbage = find_garbage(call.workspace, keep=keep, hours=hours)
+    total = sum(item.bytes for item in garbage)
+    if yes and garbage:
+        delete_garbage(call.workspace, garbage)
+    data = {
+        "deleted": yes and bool(garbage),
+        "bytes": total,
+        "items": [{"path": item.path, "bytes": item.bytes, "reason": item.reason} for item in garbage],
+    }
+    if not garbage:
+        return Shown(data, ["There is nothing to delete."])
+    rows = [[item.path, size(item.bytes), item.reason] for item in garbage]
+    said = f"Deleted {size(total)}." if yes else f"{size(total)} can be deleted: run the same command with --yes."
+    return Shown(data, [table("", ["path", "size", "why"], rows, left=["path", "why"]), said])
 
 
 def _switched(call: Call, change: Callable[[], Manifest], wait: bool, url: str | None, seconds: float) -> Shown:

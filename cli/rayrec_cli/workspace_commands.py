@@ -1,7 +1,9 @@
-"""status, verify: what the workspace holds, and whether it is intact."""
+"""status, verify, unlock: what the workspace holds, whether it is intact, and who writes to it."""
 
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
 
+import typer
 from rich.console import RenderableType
 from rich.text import Text
 from rich.tree import Tree
@@ -9,9 +11,12 @@ from rich.tree import Tree
 from rayrec.data.status import KINDS
 from rayrec.data.status import status as look
 from rayrec.storage.artifacts import noun
+from rayrec.storage.locking import lock_holder, unlock
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, command
 from rayrec_cli.output import Shown, day, number, size, table
+
+YesOption = Annotated[bool, typer.Option("--yes", help="Delete the lock; without it only show it.")]
 
 # Main metrics of any kind of artifact, in the order of their importance.
 HEADLINES = ("validation_recall@20", "recall@20", "coverage", "mean_cosine", "kind", "recall", "users")
@@ -80,7 +85,7 @@ def verify_workspace(call: Call) -> Shown:
     Compares every file with its checksum and checks its content: each user once, vectors finite and normalized,
     the index equal to its model, releases complete. Exit code 0 if no problem is found, 1 otherwise.
     """
-    from rayrec.jobs.verifying.verify import verify_workspace as job
+    from rayrec.jobs.verify import verify_workspace as job
 
     audit = job(call.workspace)
     rows = [[item.kind, item.id, item.files, item.problems or "ok"] for item in audit.checked]
@@ -96,3 +101,19 @@ def _headline(values: dict[str, Any]) -> str:
     """The main metrics of an artifact."""
     found = [f"{name.replace('_', ' ')} {number(values[name])}" for name in HEADLINES if name in values]
     return ", ".join(found)
+
+
+@command(app, "unlock", example="rayrec --workspace s3://bucket/prefix unlock --yes")
+def unlock_workspace(call: Call, *, yes: YesOption = False) -> Shown:
+    """Show the lock of a workspace on object storage, and delete it with --yes.
+
+    A killed run leaves its lock. Make sure that the run has ended: two runs at once damage what they write.
+    On a local disk the lock ends with its process.
+    """
+    holder = lock_holder(call.workspace)
+    if holder is None:
+        return Shown({"holder": None, "deleted": False}, ["The workspace is not locked."])
+    if yes:
+        unlock(call.workspace)
+    advice = "Deleted." if yes else "If it has ended, run the command again with --yes."
+    return Shown({"holder": asdict(holder), "deleted": yes}, [f"The workspace is locked by {holder}. {advice}"])

@@ -15,9 +15,8 @@ from rayrec.data.split import FitRange
 from rayrec.embeddings import sessions
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.embeddings.word2vec import TOKENS_PER_WORKER, Corpus, Word2Vec, write_corpus
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
-from rayrec.jobs.node import node_cpus
+from rayrec.jobs.runtime import node_cpus, ray_cluster
 from rayrec.storage.workspace import Workspace
 
 

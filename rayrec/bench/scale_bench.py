@@ -19,9 +19,9 @@ from rayrec.bench.rounds import Measured, PlainProcess
 from rayrec.data.dataset import Dataset
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.importing.import_plan import ImportConfig
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.import_data import import_data
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig

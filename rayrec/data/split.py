@@ -261,7 +261,7 @@ def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
         raise InputError(
             "The data set has no times, plays are only ordered; split each user's plays with --last-fraction 0.2"
         )
-    split = make_split(config, dataset=dataset.id, first_play=dataset.first_play, last_play=dataset.last_play)
+    split = make_split(config, dataset=dataset.plays_id, first_play=dataset.first_play, last_play=dataset.last_play)
     save_split(workspace, split)
     make_current(workspace, "splits", split.id)
     return split
@@ -301,7 +301,9 @@ def holds_for(dataset: Dataset, split: Split) -> bool:
     A cut in time stays where it is when plays are appended; one at a share of each user's plays moves,
     and what was learned before the one may be tested behind the other.
     """
-    return split.dataset == dataset.manifest.id or (split.protocol == "time" and dataset.descends_from(split.dataset))
+    return split.dataset == dataset.manifest.plays_id or (
+        split.protocol == "time" and dataset.descends_from(split.dataset)
+    )
 
 
 def require_split_of(dataset: Dataset, split: Split) -> None:

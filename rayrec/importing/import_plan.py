@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from rayrec.config import Settings, to_mapping
@@ -22,6 +23,8 @@ Kind = Literal["plays", "playlists"]
 
 BUCKET_BYTES = 64 << 20
 MIN_BUCKETS, MAX_BUCKETS = 16, 4096
+MAX_PIECES = 512
+READS = 1 << 18  # of the second pass of an import, about: two requests each
 UNPACKED = 6  # bytes of text in a byte of .gz, about; Parquet is as dense
 DENSE_FORMATS = ("parquet",)
 # Settings that change nothing in what is read of a unit.
@@ -95,6 +98,11 @@ class ImportConfig(Settings):
         return FORMATS[self.format].make(options)
 
     @property
+    def needs_lines(self) -> bool:
+        """Whether the line of a row is of use after it was read: as its place, or where it may be left out."""
+        return self.times == "positions" or self.min_user_plays > 1 or self.min_song_plays > 1
+
+    @property
     def drop_reasons(self) -> tuple[str, str]:
         """Why rows are left out whose user (or playlist) or whose song has too few."""
         if self.produces == "playlists":
@@ -112,7 +120,8 @@ class Plan:
     files: list[SourceFile]
     units: list[Unit]
     unit_files: list[int]  # the file of each unit
-    unit_names: list[str]  # change with the piece of file, its size and date, and how it is read
+    pieces: list[list[int]]  # units that one task reads into one file of fragments, in the order of import
+    piece_names: list[str]  # change with the units' files, their sizes and dates, and how they are read
     id: str  # changes with the settings and with the names, sizes and dates of the files
 
     @property
@@ -154,11 +163,36 @@ def make_plan(config: ImportConfig) -> Plan:
     described = [list(file) for file in files]
     plan_id = fingerprint("import", {**to_mapping(config), "files": described}, {})
     how = {name: value for name, value in to_mapping(config).items() if name not in NOT_OF_READING}
+    how["lines"] = config.needs_lines
     unit_names = [
         fingerprint("unit", how, {"unit": repr((files[file], unit.start, unit.stop))})
         for file, unit in zip(unit_files, units, strict=True)
     ]
-    return Plan(files=files, units=units, unit_files=unit_files, unit_names=unit_names, id=plan_id)
+    shares = Counter(unit_files)
+    pieces = _pieces([files[file].size / shares[file] for file in unit_files])
+    piece_names = [
+        unit_names[piece[0]] if len(piece) == 1 else fingerprint("piece", {"units": [unit_names[n] for n in piece]}, {})
+        for piece in pieces
+    ]
+    return Plan(files=files, units=units, unit_files=unit_files, pieces=pieces, piece_names=piece_names, id=plan_id)
+
+
+def _pieces(sizes: Sequence[float]) -> list[list[int]]:
+    """Units of some bytes each, one a piece; where there are very many, so many that follow each other."""
+    if len(sizes) <= MAX_PIECES:
+        return [[unit] for unit in range(len(sizes))]
+    ends = np.cumsum(sizes)
+    piece = np.minimum(ends / max(1, ends[-1]) * MAX_PIECES, MAX_PIECES - 1).astype(np.int64)
+    return [found.tolist() for found in np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(piece)) + 1)]
+
+
+def bucket_groups(pieces: int, buckets: int) -> list[tuple[int, int]]:
+    """First and last bucket of each task of the second pass, each of which reads a range of every piece.
+
+    As few that the reads stay below READS; one bucket a task where there are few pieces.
+    """
+    size = max(1, -(-pieces * buckets // READS))
+    return [(first, min(first + size, buckets) - 1) for first in range(0, buckets, size)]
 
 
 def choose_buckets(size: int) -> int:

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from rayrec.config import to_mapping
-from rayrec.jobs.cluster import ray_cluster
-from rayrec.jobs.node import node_cpus, run_on_node
+from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
 from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex, import_faiss
 from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, newest, publish, reuse

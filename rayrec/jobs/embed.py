@@ -15,8 +15,7 @@ from rayrec.embeddings import fit_embeddings, health
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.embeddings.external import file_id
 from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors
-from rayrec.jobs.cluster import ray_cluster
-from rayrec.jobs.node import node_cpus, run_on_node
+from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
 from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest

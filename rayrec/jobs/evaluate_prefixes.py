@@ -20,10 +20,9 @@ from rayrec.evaluation.results import Figures, settings_of
 from rayrec.importing.readers.files import find_files
 from rayrec.importing.readers.lines import byte_ranges
 from rayrec.importing.readers.reader import Unit
-from rayrec.jobs.buckets import run_buckets
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.compared_models import choose, make_recommenders
 from rayrec.jobs.evaluate import KIND, health_of
+from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress
 from rayrec.storage.artifacts import Manifest, fingerprint, new_id, publish, reuse
 from rayrec.storage.locking import writes

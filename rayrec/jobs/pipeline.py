@@ -17,13 +17,13 @@ from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig, make_plan
 from rayrec.jobs.build_index import build_index
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.generate import generate
 from rayrec.jobs.import_data import import_data
 from rayrec.jobs.rank import fit_rankers
 from rayrec.jobs.retrieval import fit_retrieval
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig

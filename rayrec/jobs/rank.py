@@ -11,10 +11,8 @@ from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, load_split
 from rayrec.errors import InputError, MismatchError
-from rayrec.jobs.buckets import run_buckets
-from rayrec.jobs.cluster import ray_cluster
-from rayrec.jobs.node import run_on_node
 from rayrec.jobs.retrieval import write_retrieval
+from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
 from rayrec.model.train_config import SELECTION_NETWORK
 from rayrec.progress import progress
 from rayrec.recommend.index import IndexConfig, SongIndex

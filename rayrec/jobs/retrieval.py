@@ -13,9 +13,7 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange, Split, fit_range, require_split_of
-from rayrec.jobs.buckets import run_buckets
-from rayrec.jobs.cluster import ray_cluster
-from rayrec.jobs.node import run_on_node
+from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
 from rayrec.progress import progress
 from rayrec.recommend.retrieval.count_files import pack_counts, unpack_counts
 from rayrec.recommend.retrieval.retrieval import Retrieval, RetrievalCounts

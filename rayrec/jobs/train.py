@@ -11,7 +11,7 @@ from rayrec.data.split import Split
 from rayrec.embeddings.sessions import UNCUT
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
 from rayrec.jobs.board import new_board, shown
-from rayrec.jobs.cluster import cluster_cpus, ray_cluster
+from rayrec.jobs.runtime import cluster_cpus, ray_cluster
 from rayrec.jobs.train_plan import TrainPlan, diverged_file, fit_range_of, make_plan, selected_folder
 from rayrec.jobs.train_worker import train_worker
 from rayrec.jobs.trainer import SNAPSHOT, Crew, run_workers

@@ -10,7 +10,7 @@ from rayrec.data.histories import Histories
 from rayrec.data.song_counts import SongCounter
 from rayrec.data.split import FitRange, Split, load_split, validation_histories
 from rayrec.errors import RayrecError
-from rayrec.jobs.buckets import run_buckets
+from rayrec.jobs.runtime import run_buckets
 from rayrec.model.fit import Phase, Validation
 from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
 from rayrec.model.training_sequences import Sequences

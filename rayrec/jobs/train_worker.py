@@ -22,7 +22,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange
 from rayrec.data.windows import Windows, epoch_units
 from rayrec.errors import DivergedError
-from rayrec.jobs.cluster import quiet_data
+from rayrec.jobs.runtime import quiet_data
 from rayrec.jobs.train_plan import TrainPlan, diverged_file, read_validation, read_vectors, selected_folder
 from rayrec.model.checkpoint import load_model, save_model
 from rayrec.model.fit import RECALL_AT, VALIDATION_FIGURES, Fit, FitData, Phase, Progress
@@ -119,7 +119,7 @@ class RayHost:
             self._shown_at = now
 
     def selected(self, model: TasteModel, known: np.ndarray) -> None:
-        """Keep the network on which the weights of the memory are chosen."""
+        """Keep the network on which rankers learn."""
         if self._share.rank == 0:
             save_model(self._plan.workspace, selected_folder(self._plan), model, known)
 

@@ -17,8 +17,8 @@ from rayrec.config import read_toml, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, require_split_of
 from rayrec.errors import DivergedError, InputError
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.train import Unfinished, train
 from rayrec.jobs.trials import Trial, TuneConfig, read_trials, to_toml
 from rayrec.model.fit import CHOSEN_BY

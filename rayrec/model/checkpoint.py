@@ -1,7 +1,7 @@
 """Stored networks and half-done trainings: safetensors, .npy and JSON, so that loading runs no code."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,30 +50,37 @@ def save_model(workspace: Workspace, folder: str, model: TasteModel, known: np.n
     return written
 
 
-def load_model(workspace: Workspace, folder: str) -> TasteModel:
+def load_model(workspace: Workspace, folder: str, checksums: Mapping[str, str] | None = None) -> TasteModel:
     """The network in the folder of a models artifact, ready for inference.
 
-    Raises `DamagedArtifactError` where its parts do not fit together.
+    Its song table is memory-mapped: the processes of a node share it. `checksums`, by file name, are compared
+    where files are fetched from object storage. Raises `DamagedArtifactError` where its parts do not fit together.
     """
+    known = checksums or {}
     config = ModelConfig.from_json(workspace.read_json(f"{folder}/{MODEL_CONFIG}"))
     names = [SONG_VECTORS, INPUT_VECTORS] if config.input_table else [SONG_VECTORS]
-    tables = [torch.from_numpy(_read_table(workspace, f"{folder}/{name}", config)) for name in names]
-    model = TasteModel(config, *tables)
-    with workspace.local_copy(f"{folder}/{WEIGHTS}") as path:
-        weights = load_file(path)
-    model.load_state_dict({**{name: model.state_dict()[name] for name in TABLES[: len(names)]}, **weights})
+    tables = [_read_table(workspace, f"{folder}/{name}", known.get(name), config) for name in names]
+    model = TasteModel(config, *tables, shared=True)
+    weights = load_file(workspace.local_file(f"{folder}/{WEIGHTS}", known.get(WEIGHTS)))
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected or set(missing) - set(TABLES):
+        raise DamagedArtifactError(
+            f"{folder}/{WEIGHTS} lacks {missing} and has {unexpected}, which the network does not know; "
+            "train the model again"
+        )
     model.exported = True
     return model.requires_grad_(False).eval()
 
 
-def _read_table(workspace: Workspace, path: str, config: ModelConfig) -> np.ndarray:
-    vectors = np.array(workspace.read_array(path))
+def _read_table(workspace: Workspace, path: str, sha256: str | None, config: ModelConfig) -> Tensor:
+    # Copy on write, since torch knows no read-only tensors.
+    vectors = np.load(workspace.local_file(path, sha256), mmap_mode="c", allow_pickle=False)
     if vectors.shape != (config.num_songs, config.embedding_dim):
         raise DamagedArtifactError(
             f"{path} is {vectors.shape}, the model expects {(config.num_songs, config.embedding_dim)}; "
             "train the model again"
         )
-    return vectors
+    return torch.from_numpy(vectors)
 
 
 def save_training(folder: Path, training: Training, best: dict[str, Tensor] | None, progress: dict[str, Any]) -> None:

@@ -26,11 +26,18 @@ class TasteModel(nn.Module):
     one [all ours]. Taste vectors and song vectors are compared by cosine.
     """
 
-    def __init__(self, config: ModelConfig, song_vectors: Tensor, input_vectors: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        song_vectors: Tensor,
+        input_vectors: Tensor | None = None,
+        *,
+        shared: bool = False,
+    ) -> None:
         """`song_vectors` float32 (N, D) are the song table, or start it where it is trained.
 
         `input_vectors`, the same shape, are those of the songs as inputs where the network has a table of its own
-        for them; None: it starts as the song table.
+        for them; None: it starts as the song table. The tables are copies unless they are `shared`.
         """
         super().__init__()
         for vectors in (song_vectors,) if input_vectors is None else (song_vectors, input_vectors):
@@ -39,11 +46,11 @@ class TasteModel(nn.Module):
         self.config = config
         count = len(config.averages)
         # Training looks rows up itself and moves them on itself: the cost of a step does not grow with the catalog.
-        self.songs = _table(song_vectors)
+        self.songs = _table(song_vectors, shared)
         self.inputs = None
         if config.input_table:
             started = song_vectors if input_vectors is None else input_vectors
-            self.inputs = _table(started)
+            self.inputs = _table(started, shared and input_vectors is not None)
         self.map = SongMap(config.embedding_dim) if config.song_table == "mapped" else None
         self.exported = False  # whether the table holds what the map makes of it already, as a stored network's does
         # torch's LSTM has no peephole weights, which the paper's symbols include; Greff et al. 2015 found no gain.
@@ -178,10 +185,10 @@ class SongMap(nn.Module):
         return vectors + moved
 
 
-def _table(vectors: Tensor) -> nn.Embedding:
-    """A table of its own that starts as float32 (N, D)."""
+def _table(vectors: Tensor, shared: bool) -> nn.Embedding:
+    """A table that is float32 (N, D), or starts as a copy of it."""
     rows, dim = vectors.shape
-    return nn.Embedding(rows, dim, _weight=vectors.clone()).requires_grad_(False)
+    return nn.Embedding(rows, dim, _weight=vectors if shared else vectors.clone()).requires_grad_(False)
 
 
 def _beside(hidden: Tensor, sums: Tensor) -> Tensor:

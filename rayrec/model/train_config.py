@@ -129,7 +129,7 @@ class TrainConfig(Settings):
     )
     table_learning_rate: float = Field(0.002, gt=0, description="Adam learning rate of the song tables")
     averaged_steps: int = Field(
-        200, ge=0, description="Average the weights over about so many last steps; 0 keeps the last step's weights"
+        200, ge=0, description="Average the weights over about the last N steps; 0: keep those of the last step"
     )
     objective: Objective = Field(
         "sampled-softmax", description="Training objective; softmax is over all songs, cosine and l2 are the paper's"

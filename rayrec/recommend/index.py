@@ -246,8 +246,7 @@ class SongIndex:
         mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if figures.kind == "ivf" else 0
         path = manifest.path(INDEX_FILE)
         try:
-            with workspace.local_copy(path) as local:
-                index = faiss.read_index(str(local), mapped)
+            index = faiss.read_index(str(workspace.local_file(path, manifest.files.get(INDEX_FILE))), mapped)
         except RuntimeError as error:
             raise DamagedArtifactError(f"{path} is not an index that faiss reads; run `rayrec index` again") from error
         if index.d != vectors.shape[1] or index.ntotal != figures.songs:

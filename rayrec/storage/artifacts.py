@@ -7,7 +7,7 @@ own earlier result (or its unfinished files) again. Repeating it on purpose make
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -92,9 +92,15 @@ def sha256(workspace: Workspace, path: str) -> str:
     return digest.hexdigest()
 
 
-def publish(workspace: Workspace, manifest: Manifest, names: Iterable[str]) -> Manifest:
-    """Checksum the named files, stamp the time and write the manifest: the artifact exists and is the current one."""
-    files = {name: sha256(workspace, manifest.path(name)) for name in sorted(names)}
+def publish(
+    workspace: Workspace, manifest: Manifest, names: Iterable[str], checksums: Mapping[str, str] | None = None
+) -> Manifest:
+    """Stamp the time and write the manifest: the artifact exists and is the current one.
+
+    `names` are those of its files; `checksums` are the sha256 that their writers returned. Files without one are read.
+    """
+    known = checksums or {}
+    files = {name: known.get(name) or sha256(workspace, manifest.path(name)) for name in sorted(names)}
     stamped = Manifest(**{**asdict(manifest), "files": files, "created_at": datetime.now(timezone.utc).isoformat()})
     workspace.write_json(stamped.path("manifest.json"), asdict(stamped))
     make_current(workspace, manifest.kind, manifest.id)

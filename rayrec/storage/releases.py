@@ -28,6 +28,7 @@ KIND = "releases"
 ACTIVE = "releases/active"  # JSON: the live id, the ids live before it, oldest first, and which change made it so
 SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
+FIXED = ("playlists/", "rejected/", "earlier/")  # files below dataset/ that stay as they are as plays are appended
 PART_KINDS = ("songs", "models", "retrieval", "rankers", "tastes", "indexes")
 OPTIONAL_KINDS = ("retrieval", "rankers")  # a release without them answers with the network alone
 MADE_BY = {
@@ -185,9 +186,15 @@ def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
         )
     if made_of != dataset.id:
         files[earlier_manifest(made_of)] = files.pop(DATASET_MANIFEST)
-    of_dataset = earlier_version(workspace, dataset, made_of).files
-    if SONGS_FILE in of_dataset:  # songs are appended to it: the checksum is the present one's
-        of_dataset = {**of_dataset, SONGS_FILE: dataset.files[SONGS_FILE]}
+    earlier = earlier_version(workspace, dataset, made_of)
+    of_dataset = {path: digest for path, digest in earlier.files.items() if path.startswith(FIXED)}
+    if SONGS_FILE in earlier.files:  # songs are appended to it: the checksum is the present one's
+        of_dataset[SONGS_FILE] = dataset.files[SONGS_FILE]
+    # Parts may have been joined since: their plays are in the present files.
+    last = f"histories/part={earlier.parts:04d}"
+    of_dataset |= {
+        path: digest for path, digest in dataset.files.items() if path.startswith("histories/") and path < last
+    }
     return files | {f"{DATASET}/{name}": digest for name, digest in of_dataset.items()}
 
 

@@ -16,7 +16,7 @@ from networks import NUM_SONGS, model_config, network
 from worlds import random_histories, write_dataset
 
 from rayrec.data.dataset import Dataset
-from rayrec.jobs.verifying.verify import verify_workspace
+from rayrec.jobs.verify import verify_workspace
 from rayrec.model.checkpoint import save_model
 from rayrec.model.taste_table import tastes_file
 from rayrec.storage import artifacts
@@ -104,7 +104,7 @@ def test_an_import_says_that_the_disk_is_full_and_goes_on_when_there_is_room(fol
         lines = [f"user-{row % 500},song-{row * 7919 % 3_000},{1_400_000_000 + row * 600}" for row in rows]
         (folder / "plays" / f"{file}.csv").write_text("\n".join(["user,song,played_at", *lines]) + "\n")
     runs = Runs(folder, folder / "before", "import", "csv", str(folder / "plays"), "--buckets", "4")
-    check(runs, "/.staging/units/")
+    check(runs, "/.staging/pieces/")
     assert not any(path.endswith(DATASET_MANIFEST) for path in runs.there_when_full)
     manifest = Dataset(runs.workspace).manifest
     assert (manifest.read, manifest.plays, manifest.users) == (60_000, 60_000, 500)

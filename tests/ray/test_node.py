@@ -10,8 +10,7 @@ import pytest
 import ray.cloudpickle
 
 from rayrec.errors import InputError, RayrecError
-from rayrec.jobs.buckets import RETRIES
-from rayrec.jobs.node import node_cpus, run_on_node
+from rayrec.jobs.runtime import RETRIES, node_cpus, run_on_node
 
 pytestmark = pytest.mark.usefixtures("cluster")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file

@@ -14,8 +14,8 @@ from rayrec.bench.rounds import PlainProcess
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange
 from rayrec.importing.import_plan import ImportConfig
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.import_data import import_data
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig

@@ -93,7 +93,7 @@ import pytest, witness
 from pathlib import Path
 from dataclasses import replace
 from trainings import CONFIG, only_split
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.train import train
 from rayrec.storage.workspace import Workspace
 

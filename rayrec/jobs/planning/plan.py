@@ -13,7 +13,21 @@ from typing import Any
 
 from rayrec.embeddings.word2vec import MAX_WORKERS
 from rayrec.errors import InputError
+from rayrec.importing.fragments import ROWS_PER_CHUNK
+from rayrec.importing.import_plan import MAX_PIECES
+from rayrec.importing.staging import PLAYS_PER_ROW_GROUP
 from rayrec.jobs.planning.cluster_file import GIB, ClusterFile, NodeType
+from rayrec.jobs.planning.formulas import (
+    ROW_BYTES,
+    ImportSize,
+    histories_bytes,
+    import_requests,
+    input_requests,
+    shared_memory,
+    songs_bytes,
+    taste_requests,
+    tastes_bytes,
+)
 from rayrec.jobs.planning.plan_inputs import (
     ASSUMED_SKEW,
     BUILT_IN,
@@ -26,17 +40,12 @@ from rayrec.jobs.planning.plan_inputs import (
 from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
 
-STAGED_BYTES = 36  # of a play at the end of an import's second pass, in the bucket until it ends; measured
-HISTORY_BYTES = 10  # of a play in the data set; measured, 8.1 to 9.8 with one or many buckets
-SONG_BYTES = 40  # of a song in songs.parquet: 10 measured with ids alone, titles and artists are longer
 READ_BYTES = 275  # of a play while a unit is read; measured peak
 MERGE_BYTES = 210  # of a play while a bucket is merged; measured peak
 KEY_BYTES = 12  # of a song in the object store while buckets are merged: a uint64 and an int32; code
 VOCABULARY_BYTES = 200  # of a song on the driver of an import: two copies of key, id, title and artist; code
+UNIT_BYTES = 64 << 20  # of a file, read by one task
 FLOAT = 4
-STORED_FLOAT = 5.2  # bytes of a float in the Parquet lists of tastes; measured: 1,314 bytes for 256
-HEARD_BYTES = 3  # of a distinct song in a row of tastes; measured
-NEW_SONG_SHARE = 0.85  # of a user's plays that are songs not heard before; measured 0.83
 GENSIM_WORD = 172  # of a word beside its two vectors: 22 measured with the arrays, the rest is its counts' dict; code
 WORKER = int(0.35 * GIB)  # of a worker of taste beside vectors: measured largest 327 MiB at 500,000 users
 TRAINER = GIB  # of a training worker beside vectors: torch, a pool of windows; code
@@ -59,6 +68,7 @@ class StagePlan:
     memory_there: int  # bytes a node has for it
     batches: int  # units of work
     batch_of: str  # what such a unit is
+    requests: int | None  # of object storage; None where no formula is known
     hours: float | None  # None where nobody has measured a rate
     rate: float | None  # work a second of one worker
     rate_from: str
@@ -134,7 +144,7 @@ class _Planner:
 
     def importing(self) -> StagePlan:
         """Units of text are read and buckets merged, one a CPU; the larger of the two decides."""
-        unit = int((64 << 20) / CSV_BYTES * READ_BYTES)
+        unit = ROWS_PER_CHUNK * READ_BYTES
         bucket = self.data.largest_bucket * MERGE_BYTES
         needed = self.tight.cpus * (WORKER + max(unit, bucket)) + self.data.songs * KEY_BYTES
         return self._spread("import", needed, self.data.buckets, "bucket of users", self.data.plays)
@@ -203,8 +213,8 @@ class _Planner:
         return sessions + min(RULE_DISTANCE * plays, songs * _RETRIEVAL.rules_per_song) * RULE_ENTRY
 
     def taste(self) -> StagePlan:
-        """Every CPU runs a process with a network of its own; its song table is there twice while it loads."""
-        needed = self.tight.cpus * (WORKER + 2 * self.vectors)
+        """Every CPU runs a process; the song table is one memory-mapped copy a node."""
+        needed = self.tight.cpus * WORKER + shared_memory(self.data.songs, self.config.dim)
         return self._spread("taste", needed, self.data.buckets, "bucket of users", self.data.plays)
 
     def index(self) -> StagePlan:
@@ -217,20 +227,31 @@ class _Planner:
         needed = self.tight.cpus * 2 * WORKER + 2 * self.vectors + self.retrieval_bytes()
         return self._spread("evaluate", needed, self.data.buckets, "bucket of users", None)
 
+    def requests(self, stage: str) -> int | None:
+        """What a stage asks of object storage; an import reads text files."""
+        if stage == "import":
+            text = self.data.plays * CSV_BYTES
+            pieces = max(1, min(MAX_PIECES, ceil(text / UNIT_BYTES)))
+            size = ImportSize(pieces=pieces, buckets=self.data.buckets)
+            return input_requests(text, UNIT_BYTES) + import_requests(size)
+        if stage == "taste":
+            groups = max(1, ceil(self.data.plays / self.data.buckets / PLAYS_PER_ROW_GROUP))
+            return taste_requests(self.data.buckets, 1, row_groups=groups, columns=3)
+        return None
+
     def storage(self) -> dict[str, int]:
         """Bytes in the bucket, by what they are; what is there for a while only is named so."""
-        width = (2 * self.config.dim + self.config.hidden_dim) * STORED_FLOAT
-        heard = self.data.plays * NEW_SONG_SHARE * HEARD_BYTES
+        sizes = {"dim": self.config.dim, "hidden_dim": self.config.hidden_dim, "horizons": 2}
         checkpoint = 4 * self.vectors
         return {
-            "histories": self.data.plays * HISTORY_BYTES,
-            "songs": self.data.songs * SONG_BYTES,
+            "histories": histories_bytes(self.data.plays),
+            "songs": songs_bytes(self.data.songs, described=True),
             "song embeddings": self.config.fits * self.vectors,
             "model": self.config.fits * self.vectors,
             "retrieval": self.retrieval_bytes(),
-            "tastes": int(self.data.users * (width + 40) + heard),
+            "tastes": tastes_bytes(self.data.users, self.data.plays, **sizes),
             "index": int(1.1 * self.vectors),
-            "while it imports": self.data.plays * STAGED_BYTES,
+            "while it imports": int(self.data.plays * ROW_BYTES) + histories_bytes(self.data.plays),
             "while it trains": 2 * checkpoint + self.data.songs * 8 * self.config.fits,
         }
 
@@ -316,6 +337,7 @@ class _Planner:
             memory_there=node.memory,
             batches=batches,
             batch_of=batch_of,
+            requests=self.requests(stage),
             hours=None if speed is None or work is None else work / (speed * workers) / 3600,
             rate=speed,
             rate_from="not measured" if speed is None else origin,

@@ -17,7 +17,7 @@ from rayrec_cli.main import main
 HELP = Path(__file__).parents[2] / "artifacts" / "help.txt"
 COMMANDS = (
     *("demo", "generate", "import", "split", "embed", "train", "taste", "index", "evaluate", "release"),
-    *("recommend", "serve", "status", "run", "tune", "bench"),
+    *("recommend", "serve", "status", "run", "tune", "bench", "compact", "clean", "unlock", "verify"),
 )
 RELEASE_COMMANDS = ("create", "list", "activate", "rollback", "verify")
 

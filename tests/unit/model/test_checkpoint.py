@@ -1,5 +1,8 @@
 """Networks at rest: what comes back is what was saved."""
 
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +99,31 @@ def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
     made = trained(TrainConfig(hidden_dim=8, window=10, batch=8, negatives=10, long=(2, 3)), 1)
     save_training(tmp_path, made, None, {})
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
+
+
+MEASURE = """
+import sys
+import numpy as np
+from rayrec.data.histories import Histories
+from rayrec.model.checkpoint import load_model
+from rayrec.model.inference import TasteEncoder
+from rayrec.storage.workspace import Workspace
+encoder = TasteEncoder(load_model(Workspace(sys.argv[1]), "models/m"))
+songs = np.random.default_rng(0).integers(encoder.model.config.num_songs, size=(200, 50))
+encoder.run(Histories.from_lists(songs, [np.arange(50)] * 200))
+fields = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
+print(int(fields["Private_Dirty"].split()[0]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's figures of memory")
+def test_private_memory_of_a_process_does_not_grow_with_the_catalog(tmp_path: Path) -> None:
+    kilobytes = []
+    for songs in (10_000, 400_000):
+        workspace = Workspace(tmp_path / str(songs))
+        config = replace(model_config(num_songs=songs), embedding_dim=64)
+        save_model(workspace, "models/m", network(config), np.ones(songs, dtype=bool))
+        run = [sys.executable, "-c", MEASURE, workspace.uri]
+        told = subprocess.run(run, capture_output=True, text=True, check=True, timeout=240).stdout
+        kilobytes.append(int(told))
+    assert kilobytes[1] - kilobytes[0] < 10_000  # the larger table has 102,400 kB

@@ -54,10 +54,17 @@ def test_no_more_cpus_work_than_there_are_buckets() -> None:
     assert found.hours == pytest.approx(10**8 / (1_000 * 16) / 3600)
 
 
-def test_a_worker_of_taste_holds_the_song_table_of_its_own() -> None:
+def test_the_workers_of_a_node_share_the_song_table() -> None:
     songs = 10**7
     found = stage(planned(data=replace(DATA, songs=songs)), "taste")
-    assert found.memory == 8 * (WORKER + 2 * songs * 64 * 4)
+    assert found.memory == 8 * WORKER + songs * 64 * 4
+
+
+def test_requests_are_those_of_the_formulas() -> None:
+    plan = planned(data=DataSize.assumed(users=10**8, plays=2 * 10**10, songs=10**7))
+    assert 500_000 < (stage(plan, "import").requests or 0) < 1_000_000
+    assert 4096 * 4 < (stage(plan, "taste").requests or 0) < 4096 * 40
+    assert stage(plan, "train").requests is None
 
 
 def test_training_without_gpus_holds_vectors_table_and_moments_on_each_node() -> None:
@@ -99,7 +106,7 @@ def test_built_in_rates_fill_in_and_are_marked() -> None:
     ("data", "cluster", "config", "message"),
     [
         ({"largest_bucket": 10**8}, SMALL, {}, "import needs .* more --buckets"),
-        ({"songs": 10**8}, SMALL, {}, "taste needs .* on a cpu"),
+        ({"songs": 3 * 10**8}, SMALL, {}, "taste needs .* on a cpu"),
         ({"songs": 10**8}, SMALL, {}, "the driver of an import holds the songs"),
         ({"plays": 10**11}, SMALL, {}, "embed writes a corpus of .* to the disk of one cpu"),
         ({"songs": 4 * 10**7}, SMALL, {"gpu": True}, "Adam's two moments on the GPU"),
@@ -153,7 +160,7 @@ def test_the_command_line_says_problems_by_its_exit_code(capsys: pytest.CaptureF
     fits = json.loads(capsys.readouterr().out)
     assert fits["problems"] == []
     assert fits["hours"] > 0
-    assert fits["storage"]["histories"] == 10**9
+    assert fits["storage"]["histories"] == 850_000_000
     assert main([*command, "--users", "1000000", "--plays", "10000000000000"]) == 1
     assert json.loads(capsys.readouterr().out)["problems"]
     assert main([*command, "--users", "5"]) == 2
