@@ -17,6 +17,8 @@ ORDER = (  # of the commands in the help
         "split",
         "embed",
         "train",
+        "retrieval",
+        "rank",
         "taste",
         "index",
         "evaluate",
