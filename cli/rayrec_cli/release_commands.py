@@ -111,10 +111,10 @@ def clean_workspace(
     hours: HoursOption = 24.0,
     yes: YesOption = False,
 ) -> Shown:
-    """Show what no release needs any more, and with --yes delete it.
+    """Show what no release needs, and with --yes delete it.
 
-    Old releases with their tastes, models, indexes and song embeddings, parts of the data set that `rayrec compact`
-    joined, and what killed jobs left. It is refused while a job writes to the workspace.
+    Old releases with their artifacts, parts of the data set that `rayrec compact`
+    merged, and leftovers of killed jobs. Fails while a job writes to the workspace.
     """
     garbage = find_garbage(call.workspace, keep=keep, hours=hours)
     total = sum(item.bytes for item in garbage)

@@ -134,7 +134,7 @@ def training_plot(epochs: Sequence[dict[str, Any]]) -> Plot | None:
     return Plot(
         file="training.png",
         title="Training",
-        note="The validation range gives the number of epochs; then a network is trained anew on both ranges.",
+        note="The validation range gives the number of epochs; then a network is trained again on both ranges.",
         alt="Loss and validation recall by epoch",
         png=_png(figure),
     )

@@ -54,7 +54,7 @@ def train(
     start = None if from_id is None else artifacts.load(workspace, "models", from_id)
     if start is not None:
         if songs_id is not None:
-            raise InputError("a training that starts from a model uses its song vectors; leave out --songs")
+            raise InputError("--from uses the song embeddings of its model; omit --songs")
         _require_start(dataset, start, split)
         songs_id = start.inputs["songs"]
     songs = artifacts.load(workspace, "songs", songs_id) if songs_id else artifacts.newest(workspace, "songs", "embed")

@@ -138,7 +138,7 @@ def choose_penalty(selection: Selection, name: str) -> float:
     """λ of PENALTIES under which the taste vectors lie nearest to the plays of `selection`, by L_cos."""
     vectors = selection.vectors
     if vectors is None:
-        raise ValueError("a penalty is chosen by song vectors, and the selection has none")
+        raise ValueError("the penalty is chosen on song embeddings, and the selection has none")
     sums = _fit_sums(selection.batches(), vectors, OFFSETS[name], selection.allowed)
     queries, targets = selection.ahead(*OFFSETS[name])
     wanted = vectors[targets]

@@ -79,7 +79,7 @@ class DatasetManifest:
         if spans and (spans[0][0] < first_part or spans[-1][1] >= parts):
             raise MismatchError(
                 f"parts {first_part} to {parts - 1} of the histories were joined with others by `rayrec compact`; "
-                "what was made of them is made anew by its command with --force"
+                "recompute what was made from them with --force"
             )
         return [histories_file(first, bucket, last) for first, last in spans]
 
