@@ -17,14 +17,17 @@ def write(folder: Path, text: str) -> Path:
 
 def test_every_stage_after_the_data_runs_with_its_defaults() -> None:
     configs = read_configs({})
-    assert list(configs) == ["embed", "train", "taste", "index", "evaluate", "release"]
+    assert list(configs) == ["embed", "train", "retrieval", "rank", "taste", "index", "evaluate", "release"]
     assert configs["embed"] == EmbedConfig()
 
 
 def test_the_stages_run_in_the_order_of_the_data_not_of_the_file() -> None:
     sections = {"release": {}, "train": {"epochs": 1}, "split": {"test_days": 3}, "generate": {"users": 9}}
     configs = read_configs(sections)
-    assert list(configs) == ["generate", "split", "embed", "train", "taste", "index", "evaluate", "release"]
+    assert list(configs) == [
+        *("generate", "split", "embed", "train", "retrieval", "rank"),
+        *("taste", "index", "evaluate", "release"),
+    ]
     assert (configs["train"].epochs, configs["split"].test_days, configs["generate"].users) == (1, 3.0, 9)
 
 

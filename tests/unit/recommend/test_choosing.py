@@ -14,6 +14,7 @@ from rayrec.recommend.base import Recommender
 from rayrec.recommend.choosing import Known, Wish, choose, network_of
 from rayrec.recommend.filters import Limits
 from rayrec.recommend.two_step import TwoStepRecommender
+from rayrec.storage.releases import default_parts
 from rayrec.storage.workspace import Workspace
 
 HISTORY = Histories.from_lists([[3, 50, 3, 9]], [[AT - 60_000 * back for back in (3, 2, 1, 0)]])
@@ -25,7 +26,7 @@ def recommender(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     workspace = Workspace(tmp_path_factory.mktemp("choosing") / "workspace")
     write_world(workspace)
     write_release(workspace, ranked=request.param == "two-step")
-    loaded = load_recommender(workspace, Dataset(workspace), {"models": "model1", "indexes": "index1"})
+    loaded = load_recommender(workspace, Dataset(workspace), default_parts(workspace))
     assert isinstance(loaded, TwoStepRecommender) is (request.param == "two-step")
     return loaded
 

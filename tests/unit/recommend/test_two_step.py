@@ -13,13 +13,13 @@ from rayrec.errors import InputError
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets
-from rayrec.recommend.base import NO_SONG, Horizon
+from rayrec.recommend.base import NO_SONG
 from rayrec.recommend.filters import Limits, without_heard
 from rayrec.recommend.ranker import Ranker, RankerSettings
 from rayrec.recommend.reasons import reasons
 from rayrec.recommend.retrieval.retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.recommend.two_step import CandidateSource, TwoStepRecommender, examples_for
+from rayrec.recommend.two_step import CandidateSource, RankerKind, TwoStepRecommender, examples_for
 from rayrec.recommend.vstan import VstanRecommender
 
 NUM_SONGS = 60
@@ -70,13 +70,13 @@ def recommender() -> TwoStepRecommender:
     checked = _cycling(400, 1)
     queries, targets = _last_plays(checked)
     held_out = np.arange(len(queries)) % 4 == 0
-    rankers: dict[Horizon, Ranker] = {}
-    for horizon, shift in (("short", 0), ("long", 7)):  # the long horizon's right songs are others
+    rankers: dict[RankerKind, Ranker] = {}
+    for kind, shift in (("next", 0), ("long", 7)):  # the long horizon's right songs are others
         examples = examples_for(
             source, checked, queries, np.arange(len(queries)), (targets + shift) % NUM_SONGS, held_out=held_out
         )
         settings = RankerSettings(trees=30, min_leaf=10)
-        rankers[horizon] = Ranker.fit(examples, source.sources.names, settings)  # type: ignore[index]
+        rankers[kind] = Ranker.fit(examples, source.sources.names, settings)  # type: ignore[index]
     return TwoStepRecommender(source, rankers)
 
 
