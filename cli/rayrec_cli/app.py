@@ -8,21 +8,8 @@ from typer.core import TyperGroup
 from rayrec_cli.options import Globals
 
 ORDER = (  # of the commands in the help
-    *(
-        "demo",
-        "generate",
-        "import",
-        "compact",
-        "describe",
-        "split",
-        "embed",
-        "train",
-        "taste",
-        "index",
-        "evaluate",
-        "release",
-    ),
-    "states",
+    *("demo", "generate", "import", "compact", "describe", "split", "embed", "train", "retrieval", "rank"),
+    *("taste", "index", "evaluate", "release", "states"),
     *("recommend", "serve", "status", "verify", "clean", "unlock", "run", "tune", "submit", "plan", "bench"),
 )
 

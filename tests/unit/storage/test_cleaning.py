@@ -63,7 +63,7 @@ def test_after_cleaning_what_is_kept_verifies_and_rolls_back(nights: Workspace) 
     for each in kept:
         releases.verify_release(nights, each)
     assert releases.rollback(nights).id == kept[0].id
-    with pytest.raises(InputError, match="release"):
+    with pytest.raises(InputError, match="No earlier release"):
         releases.rollback(nights)
     assert find_garbage(nights, keep=2, hours=0) == []
 
