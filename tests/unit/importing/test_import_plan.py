@@ -196,7 +196,7 @@ def test_many_units_are_few_pieces_and_few_pieces_are_read_bucket_by_bucket() ->
     assert bucket_groups(20, 16) == [(bucket, bucket) for bucket in range(16)]
     groups = bucket_groups(import_plan.MAX_PIECES, 4096)
     assert [bucket for first, last in groups for bucket in range(first, last + 1)] == list(range(4096))
-    assert len(groups) * import_plan.MAX_PIECES * <= import_plan.READS
+    assert len(groups) * import_plan.MAX_PIECES <= import_plan.READS
 
 
 def test_histories_are_written_in_bounded_row_groups(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
