@@ -23,7 +23,8 @@ Kind = Literal["plays", "playlists"]
 
 BUCKET_BYTES = 64 << 20
 MIN_BUCKETS, MAX_BUCKETS = 16, 4096
-MAX_PIECES = 512
+UNGROUPED_UNITS = 2_048  # up to which each unit is a piece: a damaged file costs nothing but itself
+MAX_PIECES = 512  # where there are more units
 READS = 1 << 18  # of the second pass of an import, about: two requests each
 UNPACKED = 6  # bytes of text in a byte of .gz, about; Parquet is as dense
 DENSE_FORMATS = ("parquet",)
@@ -217,7 +218,7 @@ def _notes(config: ImportConfig, files: Sequence[SourceFile]) -> list[str]:
 
 def _pieces(sizes: Sequence[float]) -> list[list[int]]:
     """Units of some bytes each, one a piece; where there are very many, so many that follow each other."""
-    if len(sizes) <= MAX_PIECES:
+    if len(sizes) <= UNGROUPED_UNITS:
         return [[unit] for unit in range(len(sizes))]
     ends = np.cumsum(sizes)
     piece = np.minimum(ends / max(1, ends[-1]) * MAX_PIECES, MAX_PIECES - 1).astype(np.int64)
