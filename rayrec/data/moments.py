@@ -123,7 +123,7 @@ def _from_timestamps(values: pa.Array, problems: Problems) -> np.ndarray:
     per_ms = {"s": 0.001, "ms": 1, "us": 1_000, "ns": 1_000_000}[values.type.unit]
     numbers = _numpy(pc.fill_null(whole, 0))
     if per_ms < 1:  # seconds of years far away do not fit as ms
-        return np.clip(numbers, -1, END_MS // 1000) * 1000
+        return np.asarray(np.clip(numbers, -1, END_MS // 1000) * 1000)
     return np.asarray(numbers // int(per_ms), dtype=np.int64)
 
 

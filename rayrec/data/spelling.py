@@ -163,7 +163,7 @@ def _is_uuid(kind: pa.DataType) -> bool:
 
 
 def _is_list_view(kind: pa.DataType) -> bool:
-    return pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
+    return bool(pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
 
 
 def _of_decimal(value: Decimal) -> str:

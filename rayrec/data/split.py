@@ -275,6 +275,8 @@ def _require_training_plays(workspace: Workspace, split: Split) -> None:
 
     The range reaches from the first play on, and one play of a clock that was wrong makes it look long.
     """
+    if split.validation_from is None:
+        raise AssertionError("a split in time has a moment from which on it validates")
     dataset = Dataset(workspace)
     early, later, first_later = 0, 0, dataset.manifest.last_play
     for histories in dataset.read_all():

@@ -190,7 +190,7 @@ def _rows(batches: Sequence[Batch]) -> dict[str, Any]:
 
 def _command(
     format_name: str, produces: str, paths: Sequence[str], found: dict[str, str], delimiter: str
-) -> dict[str, str]:
+) -> dict[str, Any]:
     words = ["rayrec", "import", format_name, *map(shlex.quote, paths)]
     if produces == "playlists" and FORMATS[format_name].mapped:
         words += ["--kind", "playlists"]
