@@ -9,7 +9,7 @@ from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest, load
 from rayrec_cli.app import release_app
 from rayrec_cli.options import Call, command
-from rayrec_cli.output import Shown, day, figures, table
+from rayrec_cli.output import Shown, day, figures, note, table
 
 PARTS = ("dataset", "split", "songs", "models", "tastes", "indexes")
 
@@ -18,13 +18,19 @@ TastesOption = Annotated[str | None, typer.Option("--tastes", metavar="ID", help
 IndexOption = Annotated[str | None, typer.Option("--index", metavar="ID", help="Index (the model's newest).")]
 ActivateOption = Annotated[bool, typer.Option("--activate/--no-activate", help="Make it the live release.")]
 WaitOption = Annotated[
-    bool, typer.Option("--wait", help="Wait until all replicas answer with it, else restore the old one and fail.")
+    bool,
+    typer.Option("--wait", help="Wait until all replicas answer with it; if one refuses it, restore the old."),
 ]
 UrlOption = Annotated[
     str | None,
-    typer.Option("--url", metavar="URL", help="Ask the application here (what its replicas report); RAYREC_API_KEY."),
+    typer.Option(
+        "--url", metavar="URL", help="Address of the application (default: its reports in the workspace)."
+    ),
 ]
-SecondsOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="How long to wait.")]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option("--timeout", metavar="SECONDS", help="Give up after this time (as long as replicas load)."),
+]
 ReleaseArgument = Annotated[str, typer.Argument(metavar="ID", help="Id of the release.")]
 
 
@@ -64,7 +70,7 @@ def activate(
     release: ReleaseArgument,
     wait: WaitOption = False,
     url: UrlOption = None,
-    timeout: SecondsOption = 120.0,
+    timeout: TimeoutOption = None,
 ) -> Shown:
     """Make a release the live one.
 
@@ -75,17 +81,17 @@ def activate(
 
 
 @command(release_app, "rollback", example="rayrec release rollback --wait")
-def rollback(call: Call, *, wait: WaitOption = False, url: UrlOption = None, timeout: SecondsOption = 120.0) -> Shown:
+def rollback(call: Call, *, wait: WaitOption = False, url: UrlOption = None, timeout: TimeoutOption = None) -> Shown:
     """Make the release live that was live before."""
     return _switched(call, lambda: releases.rollback(call.workspace), wait, url, timeout)
 
 
-def _switched(call: Call, change: Callable[[], Manifest], wait: bool, url: str | None, seconds: float) -> Shown:
+def _switched(call: Call, change: Callable[[], Manifest], wait: bool, url: str | None, timeout: float | None) -> Shown:
     if not (wait or url):
         return _release(call, change())
-    from rayrec.serving.switching import Wait, switch
+    from rayrec.serving.release_switch import SwitchWait, switch
 
-    return _release(call, switch(call.workspace, change, Wait(url=url, seconds=seconds)))
+    return _release(call, switch(call.workspace, change, SwitchWait(url=url, seconds=timeout, tell=note)))
 
 
 @command(release_app, "verify", example="rayrec release verify 3f2a9c51d07b")

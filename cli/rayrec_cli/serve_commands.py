@@ -20,8 +20,8 @@ def serve(call: Call, config: ServeConfig) -> Shown:
     from rayrec.serving.run import running
 
     ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())  # as service managers ask it to end
     with running(call.workspace, config) as url:
+        signal.signal(signal.SIGTERM, lambda *_: ended.set())  # after Ray's own handler, which aborts the process
         note(f"Serving at {url} (Ctrl-C ends it)")  # short: whoever waits for the URL finds it in one line
         data: dict[str, Any] = {"url": url, "workspace": call.workspace.uri}
         try:

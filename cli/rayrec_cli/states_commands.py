@@ -24,11 +24,11 @@ ReleaseOption = Annotated[str | None, typer.Option("--release", metavar="ID", he
 def load(call: Call, *, store: StoreOption = None, release: ReleaseOption = None, force: ForceOption = False) -> Shown:
     """Load the states and plays of all users from a release.
 
-    Users whose plays in the store are newer than the release's keep those. Buckets that are done are left out when
-    it is run again.
+    The release need not be live: its states are stored beside those of the live one. Plays in the store that are
+    newer than the release's stay. A second run continues with the buckets that are left.
     """
     from rayrec.online.load_states import load_states
-    from rayrec.online.stores.state_store import open_store, store_uri
+    from rayrec.online.state_store import open_store, store_uri
 
     chosen = active_release(call.workspace) if release is None else load_artifact(call.workspace, "releases", release)
     if chosen is None:
@@ -37,7 +37,8 @@ def load(call: Call, *, store: StoreOption = None, release: ReleaseOption = None
     opened = open_store(store_uri(call.workspace, store), dataset.lineage)
     try:
         loaded = load_states(dataset, opened, chosen, repeat=force)
-        told = {"release": chosen.id, **asdict(loaded), "users": loaded.users, "stored": opened.count()}
     finally:
         opened.close()
-    return Shown(told, [figures("User states", told)])
+    rate = round(loaded.users / loaded.seconds) if loaded.seconds else None
+    result = {"release": chosen.id, **asdict(loaded), "users": loaded.users, "users_per_second": rate}
+    return Shown(result, [figures("User states", result)])

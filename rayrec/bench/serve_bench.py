@@ -158,7 +158,7 @@ def store_users(url: str, songs: int) -> None:
                 {
                     "event_id": f"{user}-{place}",
                     "user_id": f"user-{user}",
-                    "song": song_name((user * 7919 + place * 104_729) % songs),
+                    "song_id": song_name((user * 7919 + place * 104_729) % songs),
                     "played_at": PLAYED_AT + place * 200_000,
                 }
                 for place in range(PLAYS)

@@ -99,7 +99,7 @@ async def _client(
             )
             await send(connection, "/v1/recommendations", asked, told)
             continue
-        play = {"event_id": f"{user}-{plays}", "user_id": user, "song": song_name(choices.randrange(songs))}
+        play = {"event_id": f"{user}-{plays}", "user_id": user, "song_id": song_name(choices.randrange(songs))}
         taken = await send(
             connection, "/v1/plays", {"plays": [{**play, "played_at": PLAYED_AT + plays * 200_000}]}, told
         )
