@@ -22,7 +22,7 @@ from rayrec.model.checkpoint import load_model
 from rayrec.model.taste_table import LAST_PLAYED_AT, PLAYS, STATE, states_of, tastes_file
 from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_heard, unpack_plays, unpack_state
 from rayrec.online.state_store import NOT_THERE, Change, Piece, StateStore, WholeUser
-from rayrec.online.user_state import LAST_PLAYS, Plays, UserState, fold, over_window
+from rayrec.online.user_state import LAST_PLAYS, Plays, UserState, fold_heard, over_window
 from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -189,7 +189,7 @@ class _Loader:
             own = replace(own, turn=after.turn)
         heard = None
         if after.left - after.folded > LAST_PLAYS:
-            after, songs = fold(after, np.concatenate([log.songs, moved.songs]), unpack_heard(whole.heard))
+            after, songs = fold_heard(after, np.concatenate([log.songs, moved.songs]), unpack_heard(whole.heard))
             heard = pack_heard(songs)
         return Change(
             user_id=user_id,
@@ -223,7 +223,7 @@ def _whole_change(user_id: str, expected: int, state: UserState, log: Plays) -> 
     """A user's log from its beginning, and the state after it."""
     heard = None
     if state.left > LAST_PLAYS:
-        state, songs = fold(state, log.songs, np.zeros(0, np.int32))
+        state, songs = fold_heard(state, log.songs, np.zeros(0, np.int32))
         heard = pack_heard(songs)
     return Change(
         user_id=user_id,

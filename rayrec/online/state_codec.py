@@ -1,7 +1,7 @@
 """User states, logs of plays and sets of heard songs as bytes: a mark, a checksum, then msgpack with raw arrays.
 
 Reading runs no code. Bytes of another version or with a changed bit are refused. Network states are stored in half
-precision; arrays of plays are stored as differences, byte plane by byte plane, and compressed.
+precision where that is enough; arrays of plays are stored as differences, byte plane by byte plane, and compressed.
 """
 
 import zlib
@@ -16,7 +16,7 @@ from rayrec.errors import DamagedArtifactError
 from rayrec.online.user_state import ModelState, Plays, UserState
 
 STATE_MARK, PLAYS_MARK, HEARD_MARK = b"RrS2", b"RrP2", b"RrH1"  # the digit is the format's version
-HIDDEN = "<f2"
+HALF, SINGLE = "<f2", "<f4"
 REMEDY = "restore the store from a backup, or load the states again with `rayrec states load --force`"
 
 
@@ -25,9 +25,9 @@ def pack_state(state: UserState) -> bytes:
     models = []
     for model, own in state.models.items():
         shape = list(own.hidden.shape)
-        before = b"" if own.before is own.hidden else own.before.astype(HIDDEN).tobytes()
+        before = [] if own.before is own.hidden else _pack_layers(own.before)
         place = [_moment(own.before_at), own.left, own.restarts, own.turn]
-        models.append([model, shape, own.hidden.astype(HIDDEN).tobytes(), before, *place])
+        models.append([model, shape, _pack_layers(own.hidden), before, *place])
     counts = [state.left, state.folded, state.set_aside, state.turn, state.restarts]
     window = _play_arrays(state.window) if len(state.window) else []
     return _seal(STATE_MARK, [_moment(state.before_at), _moment(state.forgotten_at), counts, window, models])
@@ -49,7 +49,7 @@ def unpack_state(data: bytes) -> UserState:
             forgotten_at=_time(forgotten_at),
             models={name: _model_state(*rest) for name, *rest in models},
         )
-    except (KeyError, TypeError, ValueError, zlib.error) as error:
+    except (IndexError, KeyError, TypeError, ValueError, zlib.error) as error:
         raise DamagedArtifactError(f"a user state is not as it was written: {error!r}; {REMEDY}") from error
 
 
@@ -83,17 +83,39 @@ def unpack_heard(data: bytes | None) -> np.ndarray:
 
 
 def _model_state(
-    shape: list[int], hidden: bytes, before: bytes, before_at: int | None, left: int, restarts: int, turn: int
+    shape: list[int], hidden: list[Any], before: list[Any], before_at: int | None, left: int, restarts: int, turn: int
 ) -> ModelState:
-    after = np.frombuffer(hidden, HIDDEN).reshape(shape).astype(np.float32)
+    after = _unpack_layers(hidden, shape)
     return ModelState(
         hidden=after,
-        before=np.frombuffer(before, HIDDEN).reshape(shape).astype(np.float32) if before else after,
+        before=_unpack_layers(before, shape) if before else after,
         before_at=_time(before_at),
         left=left,
         restarts=restarts,
         turn=turn,
     )
+
+
+def _pack_layers(hidden: np.ndarray) -> list[Any]:
+    """Type and bytes of each layer of a network state, without the zeros at its end.
+
+    Outputs of a recurrent layer lie within -1 and 1 and lose nothing that matters in half precision. Sums over all
+    plays grow, and half precision would swallow what one more play adds.
+    """
+    layers = []
+    for layer in hidden:
+        dtype = HALF if np.abs(layer).max(initial=0.0) <= 1 else SINGLE
+        count = int(np.flatnonzero(layer).max(initial=-1)) + 1
+        layers.append([dtype, layer[:count].astype(dtype).tobytes()])
+    return layers
+
+
+def _unpack_layers(layers: list[Any], shape: list[int]) -> np.ndarray:
+    hidden: np.ndarray = np.zeros(shape, np.float32)
+    for row, (dtype, data) in enumerate(layers):
+        values = np.frombuffer(data, {HALF: HALF, SINGLE: SINGLE}[dtype])
+        hidden[row, : len(values)] = values
+    return hidden
 
 
 def _play_arrays(plays: Plays) -> list[Any]:

@@ -228,7 +228,7 @@ class Step:
         return after.with_model(self.model, replace(own, hidden=states.hidden[0], turn=after.turn))
 
 
-def plan(state: UserState, model: str, arrived: Plays, repeated: np.ndarray | None = None) -> Step:
+def plan_plays(state: UserState, model: str, arrived: Plays, repeated: np.ndarray | None = None) -> Step:
     """How to take plays, in any order, into a state that is up to date for a model.
 
     `repeated`, bool (arrived,), are the plays whose event ids are stored already. A play is set aside where it was
@@ -312,11 +312,11 @@ def scatter(steps: Sequence[Step | CatchUp], ended: States | None) -> list[UserS
 
 def advance(run: Run, state: UserState, model: str, arrived: Plays) -> tuple[UserState, Step]:
     """Take plays into a state, with a network at hand."""
-    step = plan(state, model, arrived)
+    step = plan_plays(state, model, arrived)
     return scatter([step], run(*gather([step])) if step.runs else None)[0], step
 
 
-def fold(state: UserState, log_songs: np.ndarray, heard: np.ndarray) -> tuple[UserState, np.ndarray]:
+def fold_heard(state: UserState, log_songs: np.ndarray, heard: np.ndarray) -> tuple[UserState, np.ndarray]:
     """Add the songs of the log's older plays to the set of heard songs, int32 ascending; both new.
 
     `log_songs`, int32, are the songs of the last plays of the log, all that are not folded among them. Half of

@@ -19,7 +19,6 @@ Role = Literal["read", "write", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
 GRANTS: dict[Role, tuple[Role, ...]] = {"read": ("read",), "write": ("write",), "admin": ROLES}  # admin may do all
 VARIABLE = "RAYREC_API_KEYS"  # of the application: role:key or role+role:key, separated by commas
-KEY_VARIABLE = "RAYREC_API_KEY"  # of a client: its own key
 SHORTEST = 16  # characters of a key
 
 

@@ -103,8 +103,8 @@ class Engine(ABC):
 
 def needed(wishes: Sequence[Wish]) -> list[Horizon]:
     """The horizons that any of the wishes needs."""
-    found = {horizon for wish in wishes for horizon in wish.horizons}
-    return [horizon for horizon in ("short", "long") if horizon in found]
+    weighted = {horizon for wish in wishes for horizon in wish.horizons}
+    return [horizon for horizon in ("short", "long") if horizon in weighted]
 
 
 def known_of(vectors: Vectors, plays: Histories, at: np.ndarray) -> list[Known]:

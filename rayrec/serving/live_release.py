@@ -217,15 +217,15 @@ class ReleaseHolder(Generic[H]):
 
     def look(self) -> None:
         """Compare with `releases/active`, once; load and swap, or refuse, where it names another release."""
-        wanted = releases.read_active(self.workspace)
-        change, release_id = wanted["change"], wanted["active"]
+        active = releases.read_active(self.workspace)
+        change, release_id = active["change"], active["active"]
         waited = time.monotonic() - self._refused_at > RETRY_SECONDS
         if release_id is None or (change == self._change and not (self._refused and waited)):
             return
         if self._live is None or self._live.id != release_id:
             self._switch(release_id)
             if self._live is None:  # a fresh replica has no old release to stay with: go back to what was live before
-                self._go_back(wanted["history"])
+                self._go_back(active["history"])
         else:
             self._refused = None
         self._change = change
@@ -291,8 +291,8 @@ class ReleaseHolder(Generic[H]):
 
 
 def release_status(holder: ReleaseHolder[Any]) -> dict[str, Any]:
-    """What /v1/release says: this replica, the release that is wanted, and the reports of all replicas."""
-    wanted = releases.read_active(holder.workspace)
+    """What /v1/release says: this replica, the activated release, and the reports of all replicas."""
+    active = releases.read_active(holder.workspace)
     own = holder.report()
     others = [report for report in holder.reports.alive() if report.replica != own.replica]
     replicas = sorted((own, *others), key=lambda report: report.replica)
@@ -300,8 +300,8 @@ def release_status(holder: ReleaseHolder[Any]) -> dict[str, Any]:
         "replica": own.replica,
         "release": own.release,
         "refused": own.refused,
-        "wanted": wanted["active"],
-        "change": wanted["change"],
-        "agreed": all(report.release == wanted["active"] for report in replicas),
+        "activated": active["active"],
+        "change": active["change"],
+        "agreed": all(report.release == active["active"] for report in replicas),
         "replicas": [report.to_mapping() for report in replicas],
     }

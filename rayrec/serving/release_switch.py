@@ -3,17 +3,12 @@
 Where a replica refuses the release, the earlier one is made live again.
 """
 
-import json
-import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+from rayrec.client import KEY_VARIABLE, ApiError, ApiUnavailableError, Client, Retry
 from rayrec.errors import RayrecError
-from rayrec.serving.auth import KEY_VARIABLE
 from rayrec.serving.live_release import STALE_SECONDS, Report, Reports, ReportWatch
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest
@@ -61,8 +56,8 @@ def _wait(workspace: Workspace, release_id: str, change: str, wait: SwitchWait) 
             raise RayrecError(f"another change of the live release came before all replicas had {release_id}")
         try:
             alive = watch.alive(fetch_reports(wait.url)) if wait.url else reports_of.alive()
-        except OSError as error:  # also of urllib: not there, or not yet
-            problem = f"{wait.url} does not answer: {error}"
+        except ApiUnavailableError as error:  # not there, or not yet
+            problem = str(error)
         else:
             problem = _missing(alive, release_id, change)
             if not problem:
@@ -93,19 +88,14 @@ def _missing(alive: list[Report], release_id: str, change: str) -> str:
 
 
 def fetch_reports(url: str) -> list[Report]:
-    """The reports of all replicas of an application at a URL.
+    """The reports of all replicas of an application at a URL; the key comes from the environment.
 
-    Raises `OSError` where it does not answer, `RayrecError` where it refuses the key, which comes from the environment.
+    Raises `ApiUnavailableError` where it does not answer, `RayrecError` where it refuses the key.
     """
-    headers = {}
-    if os.environ.get(KEY_VARIABLE):
-        headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
-    request = urllib.request.Request(f"{url.rstrip('/')}/v1/release", headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
-            status: dict[str, Any] = json.load(response)
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
+        with Client(url, retry=Retry(retries=0, timeout=ANSWER_SECONDS)) as client:
+            return [Report(**report) for report in client.release()["replicas"]]
+    except ApiError as error:
+        if error.status in (401, 403):
             raise RayrecError(f"{url} needs a key; set {KEY_VARIABLE} to one of role read or admin") from error
-        raise
-    return [Report(**report) for report in status["replicas"]]
+        raise ApiUnavailableError(str(error)) from error

@@ -27,8 +27,8 @@ from rayrec.serving.schemas import (
     ReleaseStatus,
     SentPlays,
     SimilarSongs,
-    SongMap,
     SongMatches,
+    SongPlaces,
     Tastes,
     TastesRequest,
     UserTaste,
@@ -82,7 +82,7 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-def recommendations(service: Service) -> APIRouter:
+def _recommendations_router(service: Service) -> APIRouter:
     """Recommendations and taste vectors of given histories."""
     router = APIRouter(prefix="/v1", tags=["recommendations"], responses=documented(*DOCUMENTED))
 
@@ -106,7 +106,7 @@ def recommendations(service: Service) -> APIRouter:
     return router
 
 
-def users(service: Service) -> APIRouter:
+def _users_router(service: Service) -> APIRouter:
     """Stored users."""
     router = APIRouter(prefix="/v1", tags=["users"], responses=documented(*DOCUMENTED))
 
@@ -160,7 +160,7 @@ def users(service: Service) -> APIRouter:
     return router
 
 
-def songs(service: Service) -> APIRouter:
+def _songs_router(service: Service) -> APIRouter:
     """The songs of the catalog."""
     router = APIRouter(prefix="/v1", tags=["songs"], responses=documented(401, 403, 422, 500, 503))
 
@@ -174,7 +174,7 @@ def songs(service: Service) -> APIRouter:
         """Get songs like a song."""
         return as_json(await service.similar_songs(service.live, song_id, k))
 
-    @router.post("/map", response_model=SongMap, responses=documented(400, 413, 415))
+    @router.post("/map", response_model=SongPlaces, responses=documented(400, 413, 415))
     async def place(request: MapRequest) -> Response:
         """Place songs on a map."""
         return as_json(await service.map_songs(service.live, request.songs))
@@ -182,7 +182,7 @@ def songs(service: Service) -> APIRouter:
     return router
 
 
-def operations(service: Service) -> APIRouter:
+def _operations_router(service: Service) -> APIRouter:
     """The state of the application."""
     router = APIRouter(tags=["operations"], responses=documented(401, 403, 500))
 
@@ -210,7 +210,7 @@ def operations(service: Service) -> APIRouter:
     return router
 
 
-ROUTERS: tuple[Router, ...] = (recommendations, users, songs, operations, page)
+ROUTERS: tuple[Router, ...] = (_recommendations_router, _users_router, _songs_router, _operations_router, page)
 
 
 def _number(text: str) -> float | str:

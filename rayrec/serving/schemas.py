@@ -416,7 +416,7 @@ class MapPoint(BaseModel):
     y: float
 
 
-class SongMap(BaseModel):
+class SongPlaces(BaseModel):
     """Songs on the plane on which their embeddings differ most; songs like each other lie together."""
 
     release: str
@@ -451,7 +451,7 @@ class ReleaseStatus(BaseModel):
     replica: str = Field(description="The replica that gave this answer.")
     release: str | None = Field(description="The release that it answers with.")
     refused: RefusedRelease | None = Field(description="The release that it could not load, and why.")
-    wanted: str | None = Field(description="The release that was activated.")
+    activated: str | None = Field(description="The release that was activated.")
     change: str = Field(description="The activation.")
     agreed: bool = Field(description="Whether all replicas answer with the activated release.")
     replicas: list[ReplicaReport]

@@ -22,7 +22,7 @@ SongName = tuple[str, str | None, str | None]  # a song's id, title and artist
 
 
 class SongNames:
-    """What songs are called. The names of those that answers hold often are kept: Arrow is slow at single rows."""
+    """Names of songs; those of frequent songs are cached, since Arrow is slow at single rows."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._columns = [catalog.table.column(name) for name in (columns.SONG_ID, columns.TITLE, columns.ARTIST)]

@@ -39,8 +39,8 @@ from rayrec.serving.schemas import (
     RecommendationsRequest,
     RecommendedSong,
     SimilarSongs,
-    SongMap,
     SongMatches,
+    SongPlaces,
     Taste,
     TasteQuery,
     Tastes,
@@ -173,7 +173,7 @@ class Service:
         songs = _recommended(live.catalog, chosen)
         return SimilarSongs(release=live.id, song_id=song_id, path=chosen.path, songs=songs)
 
-    async def map_songs(self, live: LiveRelease, song_ids: Sequence[str]) -> SongMap:
+    async def map_songs(self, live: LiveRelease, song_ids: Sequence[str]) -> SongPlaces:
         """Places of songs on a map."""
         ids = list(dict.fromkeys(song_ids))
         rows = live.catalog.find(ids)
@@ -181,7 +181,7 @@ class Service:
         places = await live.engine.layout(rows[embedded])
         names = (song_id for song_id, has in zip(ids, embedded.tolist(), strict=True) if has)
         points = [MapPoint(song_id=name, x=x, y=y) for name, (x, y) in zip(names, places.tolist(), strict=True)]
-        return SongMap(release=live.id, points=points, unknown_songs=int((~embedded).sum()))
+        return SongPlaces(release=live.id, points=points, unknown_songs=int((~embedded).sum()))
 
     async def _recommend(
         self, live: LiveRelease, requests: Sequence[RecommendationsRequest | InvalidEntry], alone: bool

@@ -37,9 +37,9 @@ from rayrec.online.user_state import (
     Step,
     UserState,
     event_digest,
-    fold,
+    fold_heard,
     gather,
-    plan,
+    plan_plays,
     scatter,
 )
 from rayrec.serving.live_release import LiveRelease
@@ -148,7 +148,7 @@ class StoredUsers:
         users = await self._current(live, store, events)
         repeated = {user_id: _repeated(events[user_id], users[user_id].events) for user_id in sent}
         steps = {
-            user_id: plan(users[user_id].state, live.model_id, new.plays, repeated[user_id])
+            user_id: plan_plays(users[user_id].state, live.model_id, new.plays, repeated[user_id])
             for user_id, new in sent.items()
         }
         states = await self._run(live, list(steps.values()))
@@ -181,7 +181,7 @@ class StoredUsers:
             if whole is None or whole.stored.version != version:
                 return None
             songs = np.concatenate([unpack_plays(whole.log).songs, step.left.songs])
-            state, heard_songs = fold(state, songs, unpack_heard(whole.heard))
+            state, heard_songs = fold_heard(state, songs, unpack_heard(whole.heard))
             heard = pack_heard(heard_songs)
         pieces = [Piece(step.leaving, pack_plays(step.left))] if step.leaving else []
         return Change(user_id=user_id, state=pack_state(state), expected=version, append=pieces, heard=heard)

@@ -133,7 +133,7 @@ def test_a_broken_release_is_refused_by_all_and_no_request_notices(world: Worksp
     finally:
         damage(world, ids["model3"])  # the same bit: repaired
     assert {(status, answer["release"]) for _, _, status, answer in load.answers} == {(200, before)}
-    assert httpx.get(f"{url}/v1/release").json()["wanted"] == before
+    assert httpx.get(f"{url}/v1/release").json()["activated"] == before
 
 
 def test_the_metrics_tell_stages_batches_look_ups_paths_and_the_release(world: Workspace, url: str) -> None:

@@ -1,5 +1,7 @@
 """States and logs come back from their bytes as they were, or not at all."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from networks import NUM_SONGS
@@ -62,6 +64,15 @@ def test_a_state_comes_back_as_it_was_with_network_states_in_half_precision(wind
     for name in PLAY_FIELDS:
         np.testing.assert_array_equal(getattr(read.window, name), getattr(window, name))
         assert getattr(read.window, name).dtype == getattr(window, name).dtype
+
+
+def test_a_sum_over_many_plays_keeps_what_one_more_adds() -> None:
+    hidden = np.array([[3_000.0, -0.25, 0.0], [0.5, 0.0, 0.0]], np.float32)
+    own = ModelState(hidden=hidden, before=hidden, before_at=1, left=2, restarts=0, turn=0)
+    for _ in range(10):
+        (read,) = unpack_state(pack_state(UserState(models={"m": own}))).models.values()
+        own = replace(read, hidden=read.hidden + np.float32(0.1))
+    np.testing.assert_allclose(own.hidden[0], [3_001.0, 0.75, 1.0], rtol=1e-6)
 
 
 def test_a_state_before_the_first_play_comes_back() -> None:

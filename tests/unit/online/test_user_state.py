@@ -22,9 +22,9 @@ from rayrec.online.user_state import (
     Step,
     UserState,
     advance,
-    fold,
+    fold_heard,
     gather,
-    plan,
+    plan_plays,
     scatter,
 )
 
@@ -149,11 +149,11 @@ def test_a_play_at_the_moment_of_the_last_that_left_is_set_aside(encoder: TasteE
 
 def test_plays_whose_events_are_stored_change_nothing(encoder: TasteEncoder) -> None:
     state, _ = post(encoder, nobody(encoder), [Plays.of([1, 2], [10, 20])])
-    step = plan(state, "m", Plays.of([9, 2, 3], [30, 20, 40]), np.array([True, True, False]))
+    step = plan_plays(state, "m", Plays.of([9, 2, 3], [30, 20, 40]), np.array([True, True, False]))
     assert outcomes(step) == ["repeated", "repeated", "taken"]
     after = scatter([step], run(encoder)(*gather([step])))[0]
     require_batch(encoder, after, Plays.of([1, 2, 3], [10, 20, 40]))
-    step = plan(after, "m", Plays.of([9], [30]), np.array([True]))
+    step = plan_plays(after, "m", Plays.of([9], [30]), np.array([True]))
     assert not step.changes
     assert scatter([step], None)[0] is after or scatter([step], None)[0].turn == after.turn
 
@@ -188,7 +188,7 @@ def test_steps_of_many_users_are_run_as_one_batch(encoder: TasteEncoder) -> None
     states = [post(encoder, nobody(encoder), [plays])[0] for plays in early]
     late[2] = late[2].take(np.array([1, 0]))
     late.append(Plays.of([], []))
-    steps = [plan(state, "m", plays) for state, plays in zip([*states, states[0]], late, strict=True)]
+    steps = [plan_plays(state, "m", plays) for state, plays in zip([*states, states[0]], late, strict=True)]
     ended = encoder.run(gather(steps)[0], start=gather(steps)[1])[1]
     found = scatter(steps, ended)
     for state, plays in zip(found, whole, strict=False):
@@ -260,11 +260,11 @@ def test_plays_from_before_a_deletion_are_set_aside(encoder: TasteEncoder) -> No
 def test_songs_of_plays_that_no_answer_reads_stay_heard() -> None:
     songs = np.arange(LAST_PLAYS + 10, dtype=np.int32) % 4_000
     state = UserState(left=len(songs))
-    folded, heard = fold(state, songs, np.zeros(0, np.int32))
+    folded, heard = fold_heard(state, songs, np.zeros(0, np.int32))
     assert len(songs) - folded.folded == LAST_PLAYS // 2
     assert set(heard) == set(songs[: folded.folded])
     more = np.concatenate([songs, np.full(3_000, 9_999, np.int32)])
-    again, all_heard = fold(replace(folded, left=len(more)), more[-LAST_PLAYS - 600 :], heard)
+    again, all_heard = fold_heard(replace(folded, left=len(more)), more[-LAST_PLAYS - 600 :], heard)
     assert set(all_heard) == set(more[: again.folded])
 
 
@@ -272,7 +272,7 @@ def test_nobody_has_played_never(encoder: TasteEncoder) -> None:
     state = nobody(encoder)
     assert (state.plays, state.last_played_at) == (0, NEVER)
     assert state.states("m").hidden.shape == encoder.no_states(1).hidden.shape
-    step = plan(state, "m", Plays.of([], []))
+    step = plan_plays(state, "m", Plays.of([], []))
     assert scatter([step], None)[0].plays == 0
 
 

@@ -68,7 +68,7 @@ def test_the_status_tells_what_was_refused_and_why(two: tuple[Workspace, str, st
         releases.activate_release(workspace, second)
         opened.holder.look()
         status = Client(opened).get("/v1/release").json()
-        assert (status["release"], status["wanted"], status["agreed"]) == (first, second, False)
+        assert (status["release"], status["activated"], status["agreed"]) == (first, second, False)
         assert status["refused"]["id"] == second
         assert "checksum" in status["refused"]["reason"]
         assert Client(opened).post("/v1/recommendations", {"history": ["song-1"]}).json()["release"] == first

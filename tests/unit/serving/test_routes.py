@@ -322,7 +322,7 @@ def test_health_readiness_and_release_name_what_answers(app: Client, opened: Ser
     assert app.get("/healthz").json()["status"] == "ok"
     assert app.get("/readyz").json()["release"] == active["active"]
     status = app.get("/v1/release").json()
-    assert (status["release"], status["wanted"], status["agreed"]) == (active["active"], active["active"], True)
+    assert (status["release"], status["activated"], status["agreed"]) == (active["active"], active["active"], True)
     assert [replica["replica"] for replica in status["replicas"]] == [status["replica"]]
     assert status["refused"] is None
 
