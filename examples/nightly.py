@@ -12,7 +12,7 @@ import sys
 from datetime import datetime, timedelta, timezone
 
 from rayrec import Dataset, Workspace
-from rayrec.data.splits import choose_split
+from rayrec.data.split import choose_split
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
 from rayrec.importing.import_plan import ImportConfig

@@ -7,8 +7,7 @@
 import sys
 
 from rayrec import Dataset, Workspace
-from rayrec.data.split import SplitConfig
-from rayrec.data.splits import split_dataset
+from rayrec.data.split import SplitConfig, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.evaluation.protocol import EvaluateConfig

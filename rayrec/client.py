@@ -60,7 +60,7 @@ class PlaysAnswer(TypedDict):
     release: str
     taken: int
     repeated: int
-    set_aside: int
+    rejected: int
     unknown_songs: int
     invalid: int
     outcomes: list[str]
@@ -76,7 +76,7 @@ class TasteAnswer(TypedDict):
     at: str
     plays: int
     last_played_at: str | None
-    set_aside: int
+    rejected: int
     short: list[float]
     long: list[float]
 

@@ -24,8 +24,7 @@ from ray.cluster_utils import Cluster
 from trainings import CONFIG
 from witness import read_log
 
-from rayrec.data.split import Split, SplitConfig
-from rayrec.data.splits import split_dataset
+from rayrec.data.split import Split, SplitConfig, split_dataset
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig

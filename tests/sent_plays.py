@@ -59,6 +59,6 @@ def require_each_play_once(world: Workspace, store: str) -> None:
             held = Plays.joined([unpack_plays(whole.log), state.window])
             own = range(number, PLAYS, len(USERS))
             assert held.played_at.tolist() == [play(place)["played_at"] for place in own]
-            assert (state.plays, state.set_aside) == (len(own), 0)
+            assert (state.plays, state.rejected) == (len(own), 0)
     finally:
         opened.close()

@@ -6,7 +6,7 @@ import typer
 from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.splits import choose_split
+from rayrec.data.split import choose_split
 from rayrec.data.status import KINDS
 from rayrec.data.status import status as look
 from rayrec.errors import InputError, NotFoundError
@@ -134,23 +134,33 @@ def _evaluate_prefixes(
     return Shown(data, [results_table(data), figures("Pairs of prefix and target", counts), where])
 
 
+# Target, metric and title of each column; the first sorts the models.
+COLUMNS = (
+    ("served", "recall", "served"),
+    ("served", "mrr", "MRR"),
+    ("next", "recall", "all plays"),
+    ("next", "mrr", "MRR"),
+    ("next_repeat", "recall", "repeats"),
+    ("offsets25_50", "recall", "25-50 ahead"),
+)
+
+
 def results_table(data: dict[str, Any]) -> RenderableType:
-    """One line a model, best first, at 20 and the cut-off before it, with the interval of recall."""
-    results = [row for row in data["results"] if row["users"] == "all" and row["target"] == "next"]
-    values = {(row["model"], row["metric"], row["k"]): row for row in results}
-    usual = usual_k([row["k"] for row in results])
-    cuts = sorted(k for k in {row["k"] for row in results} if k <= usual)[-2:]
-    recalls, others = [("recall", k) for k in cuts], [(metric, usual) for metric in ("mrr", "ndcg")]
-    models = sorted({row["model"] for row in results}, key=lambda name: -values[(name, *recalls[-1])]["value"])
-    rows = [
-        [f"{name} *" if name == data["default"] else name]
-        + [number(values[(name, *column)]["value"]) for column in recalls]
-        + [_interval(values[(name, *recalls[-1])])]
-        + [number(values[(name, *column)]["value"]) for column in others]
-        for name in models
-    ]
-    headers = [f"R@{k}" for k in cuts] + ["95 %"] + [f"{metric.upper()}@{k}" for metric, k in others]
-    return table("The next play, over the full catalog (* answers `recommend`)", ["model", *headers], rows)
+    """One line a model, the best recall as served first, with its interval, at 20."""
+    usual = usual_k([row["k"] for row in data["results"]])
+    results = [row for row in data["results"] if row["users"] == "all" and row["k"] == usual]
+    values = {(row["model"], row["target"], row["metric"]): row for row in results}
+    columns = [column for column in COLUMNS if any(row["target"] == column[0] for row in results)]
+    first = columns[0][:2]
+    models = sorted({row["model"] for row in results}, key=lambda name: -values[(name, *first)]["value"])
+    rows = []
+    for name in models:
+        cells = [number(values[(name, *column[:2])]["value"]) for column in columns]
+        shown = f"{name} *" if name == data["default"] else name
+        rows.append([shown, cells[0], _interval(values[(name, *first)]), *cells[1:]])
+    titles = [title for _, _, title in columns]
+    title = f"Recall@{usual} and MRR@{usual} over the full catalog (* is what `recommend` uses)"
+    return table(title, ["model", titles[0], "95 %", *titles[1:]], rows)
 
 
 @command(app, "status", example="rayrec status")
@@ -161,7 +171,7 @@ def status(call: Call) -> Shown:
     if dataset is None:
         views: list[RenderableType] = [f"Workspace {data['workspace']} holds no data set: see rayrec import --help."]
     else:
-        names = ("id", "source", "plays", "users", "songs", "playlists", "set_aside")
+        names = ("id", "source", "plays", "users", "songs", "playlists", "rejected")
         shown = {name: dataset[name] for name in names} | {"size": size(dataset["bytes"])}
         views = [figures(f"Workspace {data['workspace']}", shown)]
     rows = [["split", split["id"], "", "", split.get("protocol", "")] for split in data["splits"]]

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rayrec.data.split import WEAKER, SplitConfig
-from rayrec.data.splits import split_dataset
+from rayrec.data.split import WEAKER, SplitConfig, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.importing.describing import DescribeConfig, describe
@@ -94,7 +93,7 @@ def split(call: Call, config: SplitConfig) -> Shown:
 
 
 def _dataset(manifest: DatasetManifest) -> Shown:
-    set_aside = sum(manifest.set_aside.values())
+    rejected = sum(manifest.rejected.values())
     values: dict[str, Any] = {
         "id": manifest.id,
         "plays": manifest.plays,
@@ -103,29 +102,29 @@ def _dataset(manifest: DatasetManifest) -> Shown:
         "playlists": manifest.playlists,
         "read": manifest.read,
         "merged": manifest.merged,
-        "set_aside": set_aside,
+        "rejected": rejected,
     }
     shown = {**values, "first play": _moment(manifest.first_play), "last play": _moment(manifest.last_play)}
     if manifest.times == "positions":
         shown = {**values, "times": "none, the plays are only in order"}
     views: list[Any] = [figures("Data set", shown)]
-    if set_aside:
-        views.append(table("Rows set aside", ["reason", "rows"], list(manifest.set_aside.items())))
-        views.append("Each with its reason and line in dataset/set_aside.")
+    if rejected:
+        views.append(table("Rejected rows", ["reason", "rows"], list(manifest.rejected.items())))
+        views.append("Each with its reason and line in dataset/rejected.")
     times = {"first_play": manifest.first_play, "last_play": manifest.last_play}
-    return Shown({**values, **times, "times": manifest.times, "reasons": manifest.set_aside}, views)
+    return Shown({**values, **times, "times": manifest.times, "reasons": manifest.rejected}, views)
 
 
 def _appended(made: Any) -> Shown:
     new = {"plays": made.plays, "users": made.users, "songs": made.songs}
-    came_to = {"read": made.read, "merged": made.merged, "set_aside": sum(made.set_aside.values())}
+    came_to = {"read": made.read, "merged": made.merged, "rejected": sum(made.rejected.values())}
     views: list[Any] = [figures("Appended", {f"new {name}": count for name, count in new.items()} | came_to)]
     if not made.plays:
         views.append("Nothing was new: the data set is as it was.")
-    if made.set_aside:
-        views.append(table("Rows set aside", ["reason", "rows"], list(made.set_aside.items())))
+    if made.rejected:
+        views.append(table("Rejected rows", ["reason", "rows"], list(made.rejected.items())))
     shown = _dataset(made.dataset)
-    data = {**shown.data, "appended": {**new, **came_to, "reasons": made.set_aside}}
+    data = {**shown.data, "appended": {**new, **came_to, "reasons": made.rejected}}
     return Shown(data, [*views, shown.views[0]])
 
 

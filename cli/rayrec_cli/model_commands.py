@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from rayrec.data.splits import choose_split
+from rayrec.data.split import choose_split
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig

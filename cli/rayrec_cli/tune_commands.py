@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rayrec.data.splits import choose_split
+from rayrec.data.split import choose_split
 from rayrec.jobs.trials import TuneConfig, to_toml
 from rayrec_cli.app import app
 from rayrec_cli.model_commands import SplitOption

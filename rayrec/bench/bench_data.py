@@ -10,7 +10,7 @@ import ray
 
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.loops import TrainTask
-from rayrec.bench.plain import PlainProcess, niceness
+from rayrec.bench.rounds import PlainProcess, niceness
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.synthetic.world import GenerateConfig

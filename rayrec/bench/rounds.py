@@ -4,11 +4,15 @@ Machines share their cores and change their pace. Within a round both ways meet 
 machine, and every other round starts with the other way, so that a drift favours neither.
 """
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing import get_context
 from statistics import median
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.private_memory import MemoryWatch
@@ -91,3 +95,39 @@ def measure(name: str, unit: str, ours: Way, plain: Way, config: BenchConfig, **
             shown(ours)
         ways = partial(shown, ours), partial(shown, plain)
         return compare(name, unit, *ways, rounds=config.rounds, peak_mb=watch.total_mb, **extra)
+
+
+Result = TypeVar("Result")
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # what Ray's workers are given too
+
+
+class PlainProcess:
+    """Runs functions of importable modules, one at a time, in one process that stays up for the with block."""
+
+    def __init__(self, nice: int) -> None:
+        self._executor = ProcessPoolExecutor(
+            max_workers=1, mp_context=get_context("spawn"), initializer=_level, initargs=(nice,)
+        )
+
+    def __enter__(self) -> "PlainProcess":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._executor.shutdown()
+
+    def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """The result of `work(*arguments)`; its errors come out here."""
+        return self._executor.submit(work, *arguments).result()
+
+
+def niceness() -> int:
+    """How nice this process is."""
+    return os.nice(0)
+
+
+def _level(wanted: int) -> None:
+    os.environ.update(ONE_THREAD)
+    os.nice(max(0, wanted - niceness()))

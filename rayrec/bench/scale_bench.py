@@ -1,6 +1,10 @@
 """How the stages scale: with workers on one machine, and with the number of plays."""
 
 import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -8,16 +12,111 @@ import pyarrow as pa
 
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.bench_data import bench_dataset
-from rayrec.bench.chain import ChainRun, run_chain
-from rayrec.bench.plain import PlainProcess
-from rayrec.bench.private_memory import growth
+from rayrec.bench.embed_bench import word2vec_scaling
+from rayrec.bench.private_memory import MemoryWatch, growth
 from rayrec.bench.rates import RATE_OF
-from rayrec.bench.scaling import costs, extrapolated, speedups
-from rayrec.bench.word2vec_scaling import word2vec_scaling
+from rayrec.bench.rounds import Measured, PlainProcess
 from rayrec.data.dataset import Dataset
+from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.embed import embed
+from rayrec.jobs.import_data import import_data
+from rayrec.jobs.taste import compute_tastes
+from rayrec.jobs.train import train
+from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.progress import progress
+from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainRun:
+    """What came of it."""
+
+    stages: dict[str, Measured]  # import, embed (tokens of all epochs), train (steady, in one epoch) and taste
+    peaks_mb: dict[str, float]  # of the driver and of the largest worker, by role
+
+
+def run_chain(plays: str, place: Workspace, workers: int, embed_epochs: int, seed: int) -> ChainRun:
+    """Run the stages on the Parquet files of the folder `plays`, on a cluster of `workers` CPUs of its own.
+
+    For a process of its own, which has no connection to Ray. The workspace is left empty.
+    """
+    os.environ.pop("RAY_ADDRESS", None)
+    settings = EmbedConfig(source="histories", epochs=embed_epochs, workers=workers, seed=seed)
+    with ray_cluster(num_cpus=workers), MemoryWatch() as watch:
+        began = time.perf_counter()
+        dataset = import_data(place, ImportConfig(format="parquet", paths=(plays,)))
+        stages = {"import": Measured(dataset.plays, time.perf_counter() - began)}
+        stages["embed"] = _timed(lambda: embed(place, settings), lambda made: made.metrics["tokens"] * embed_epochs)
+        made = train(place, TrainConfig(epochs=1, workers=workers, memory=False, seed=seed))
+        stages["train"] = Measured(made.metrics["plays"], made.metrics["plays"] / made.metrics["plays_per_second"])
+        stages["taste"] = _timed(
+            lambda: compute_tastes(place, TasteConfig()), lambda made: float(made.metrics["plays"])
+        )
+    place.delete("")
+    return ChainRun(stages=stages, peaks_mb=watch.peaks_mb)
+
+
+def _timed(stage: Callable[[], Manifest], work: Callable[[Manifest], float]) -> Measured:
+    began = time.perf_counter()
+    made = stage()
+    return Measured(work(made), time.perf_counter() - began)
+
+
+EXTRAPOLATED_PLAYS = 1e9
+MICROSECONDS = 1e6
+
+Stages = dict[str, Measured]  # stage -> plays (or tokens) and seconds
+
+
+def further(smaller: Measured, larger: Measured) -> float:
+    """Seconds of a further play."""
+    return (larger.seconds - smaller.seconds) / (larger.work - smaller.work)
+
+
+def speedups(by_workers: dict[int, tuple[Stages, Stages]]) -> dict[str, dict[str, float | None]]:
+    """Stage -> number of workers -> further plays a second, as a multiple of those of the fewest workers.
+
+    From a smaller and a larger run with each number of workers. None where the larger took no longer: both were
+    over as soon as they had started.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for stage in next(iter(by_workers.values()))[0]:
+        costs = {
+            number: further(smaller[stage], larger[stage]) for number, (smaller, larger) in sorted(by_workers.items())
+        }
+        alone = costs[min(costs)]
+        found[stage] = {str(number): alone / cost if min(alone, cost) > 0 else None for number, cost in costs.items()}
+    return found
+
+
+def costs(by_size: list[Stages]) -> dict[str, dict[str, Any]]:
+    """Stage -> plays and microseconds_per_play of each run, smallest first, microseconds_per_further_play between
+    one and the next, and growth: by which share the last of these is above the one before (None with two sizes).
+    """
+    found = {}
+    for stage in by_size[0]:
+        runs = [run[stage] for run in by_size]
+        each = [MICROSECONDS * further(smaller, larger) for smaller, larger in pairwise(runs)]
+        found[stage] = {
+            "plays": [run.work for run in runs],
+            "microseconds_per_play": [MICROSECONDS / run.per_second for run in runs],
+            "microseconds_per_further_play": each,
+            "growth": each[-1] / each[-2] - 1 if len(each) > 1 else None,
+        }
+    return found
+
+
+def extrapolated(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Hours of one CPU for a billion plays at the cost of the last further play; nobody has measured them."""
+    hours = {
+        stage: EXTRAPOLATED_PLAYS * cost["microseconds_per_further_play"][-1] / MICROSECONDS / 3600
+        for stage, cost in found.items()
+    }
+    return {"extrapolated": True, "plays": EXTRAPOLATED_PLAYS, "cpu_hours": hours}
+
 
 CHAIN = "chain"  # folder of the workspace that a run works in
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.splits import list_splits
+from rayrec.data.split import list_splits
 from rayrec.errors import NotFoundError
 from rayrec.storage import artifacts
 from rayrec.storage.releases import active_release
@@ -53,7 +53,7 @@ def _dataset(workspace: Workspace) -> dict[str, Any] | None:
     except NotFoundError:
         return None
     figures = {name: getattr(manifest, name) for name in DATASET_FIGURES}
-    return {**figures, "set_aside": sum(manifest.set_aside.values()), "bytes": workspace.size("dataset")}
+    return {**figures, "rejected": sum(manifest.rejected.values()), "bytes": workspace.size("dataset")}
 
 
 def _artifact(workspace: Workspace, manifest: artifacts.Manifest) -> dict[str, Any]:

@@ -9,11 +9,10 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from rayrec.evaluation.metrics import METRICS
 from rayrec.evaluation.pairwise import NEGATIVES, PAIRED
-from rayrec.evaluation.targets import TARGETS
+from rayrec.evaluation.protocol import GROUPS, TARGETS
+from rayrec.evaluation.ranks import METRICS
 
-GROUPS = ("seen", "new", "held_out")  # every user is in one; "all" is their sum
 LAST = "last"  # leave one out: each user's last play alone
 VIEWS = (*TARGETS, LAST)
 SLICED = ("recall", "mrr")  # the metrics of breakdowns

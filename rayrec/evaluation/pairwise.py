@@ -8,11 +8,11 @@ import numpy as np
 from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.evaluation.cosine_curves import song_cosines
-from rayrec.evaluation.targets import AHEAD, LONG_TERM, plays_ahead
+from rayrec.evaluation.protocol import OFFSETS, plays_ahead
 from rayrec.recommend.vector_recommender import VectorRecommender
 
 NEGATIVES = ("uniform", "zipf")
-PAIRED = ("next", LONG_TERM)  # the targets for which pairs are made
+PAIRED = ("next", "offsets25_50")  # the targets for which pairs are made
 ZIPF_EXPONENT = 1.0  # z: a song's chance falls with its popularity rank to this power
 QUESTIONS_AT_ONCE = 1 << 12
 TIE = 1e-6  # cosines nearer to each other than rounding can tell; (a + b) is as near to a as to b
@@ -73,7 +73,7 @@ def pair_sums(
     asked = np.flatnonzero(vectors.any(axis=1)) if len(negatives.by_rank) else np.zeros(0, dtype=np.int64)
     for start in range(0, len(asked), QUESTIONS_AT_ONCE):
         block = asked[start : start + QUESTIONS_AT_ONCE]
-        rows, plays = plays_ahead(histories, questions.take(block), *AHEAD[target])
+        rows, plays = plays_ahead(histories, questions.take(block), *OFFSETS[target])
         rows = block[rows]
         users, songs = questions.rows[rows], histories.songs[plays]
         steps = (questions.seen[rows] * PLACES + plays - histories.offsets[users]).astype(np.uint64)

@@ -15,12 +15,10 @@ import pyarrow.compute as pc
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.errors import InputError
-from rayrec.evaluation.accumulator import GROUPS, VIEWS, Tally
+from rayrec.evaluation.accumulator import VIEWS, Tally
 from rayrec.evaluation.bootstrap import poisson_weights
-from rayrec.evaluation.metrics import metrics_of
-from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.ranking import rank_answers
-from rayrec.evaluation.targets import Answers
+from rayrec.evaluation.protocol import GROUPS, EvaluateConfig, HeardSongs, TargetSongs
+from rayrec.evaluation.ranks import metrics_of, rank_targets
 from rayrec.importing.readers.lines import read_blocks
 from rayrec.importing.readers.reader import Unit
 from rayrec.recommend.answer import ASSUMED_GAP_MS
@@ -127,18 +125,32 @@ class PrefixEvaluator:
 
     def __call__(self, prefixes: Prefixes) -> Tally:
         """The tally of some pairs."""
-        tally, histories = self.empty(), prefixes.histories
-        pairs, view, group = len(histories), VIEWS.index("next"), GROUPS.index("new")
-        questions = Questions.at_end(histories, ASSUMED_GAP_MS * histories.lengths)
-        answers = Answers(rows=np.arange(pairs), songs=prefixes.targets, sizes=np.ones(pairs, dtype=np.int64))
+        tally, histories, targets = self.empty(), prefixes.histories, self._targets(prefixes)
+        queries = Questions.at_end(histories, ASSUMED_GAP_MS * histories.lengths)
         weights = poisson_weights(histories.user_ids, self.config.bootstrap_samples, self.config.seed)
-        tally.users[view, group] = pairs
-        tally.questions[view, group] = weights.sum(axis=1)
+        group = GROUPS.index("new")
+        for name, target in targets.items():
+            tally.users[VIEWS.index(name), group] = np.count_nonzero(target.sizes)
+            tally.questions[VIEWS.index(name), group] = weights @ (target.sizes > 0)
         for model, recommender in enumerate(self.recommenders):
-            wanted = {"next": answers}
-            ranked = rank_answers(
-                recommender, histories, questions, wanted, self.known_songs, depth=max(self.config.ks)
-            )
-            metrics = metrics_of(ranked.ranks["next"], answers.rows, answers.sizes, self.config.ks)
-            tally.metrics[model, view, group] = weights @ metrics
+            ranked = rank_targets(recommender, histories, queries, targets, self.known_songs, depth=max(self.config.ks))
+            for name, target in targets.items():
+                metrics = metrics_of(ranked.ranks[name], target.rows, target.sizes, self.config.ks)
+                tally.metrics[model, VIEWS.index(name), group] = weights @ metrics
         return tally
+
+    @staticmethod
+    def _targets(prefixes: Prefixes) -> dict[str, TargetSongs]:
+        """The target of each pair, and as served where it is not a song of the prefix."""
+        histories, rows = prefixes.histories, np.arange(len(prefixes.histories))
+        new = np.flatnonzero(~HeardSongs(histories)(rows, histories.lengths, prefixes.targets))
+        sizes = np.ones(len(rows), dtype=np.int64)
+        return {
+            "served": TargetSongs(
+                rows=new,
+                songs=prefixes.targets[new],
+                sizes=np.bincount(new, minlength=len(rows)),
+                served=True,
+            ),
+            "next": TargetSongs(rows=rows, songs=prefixes.targets, sizes=sizes),
+        }

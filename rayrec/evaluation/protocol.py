@@ -1,9 +1,9 @@
-"""The protocol: what is measured, which plays are predicted, and for whom.
+"""The protocol: which plays are predicted, what the targets of each query are, and for which users they count.
 
-Every play of the test range that has an earlier play by the same user is a question, asked at its
-time. Figures are means over questions: sums and counts are carried, never means of means.
+Every play of the test range that has an earlier play by the same user gives a query, at the time of the play. Metrics
+are means over queries: sums and counts are carried, never means of means.
 
-Q questions, U users.
+Q queries, U users, P plays, S slices, T target songs of all queries together.
 """
 
 from __future__ import annotations
@@ -14,12 +14,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.config import setting
-from rayrec.data.histories import Histories
+from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import Split
 from rayrec.errors import InputError
-from rayrec.evaluation.accumulator import GROUPS
+from rayrec.recommend.base import Horizon, Recommender
 
 USUAL_K = 20
+
+# served: the next play where it is a song new to the user, ranked among the songs that the user has not heard.
+TARGETS = ("served", "next", "next_new", "next_repeat", "next10", "offsets25_50", "served25_50")
+OFFSETS = {
+    "served": (1, 1),
+    "next": (1, 1),
+    "next10": (1, 10),
+    "offsets25_50": (25, 50),
+    "served25_50": (25, 50),
+}  # first and last play ahead of the query, 1 is the next; next_new and next_repeat are parts of next
+SERVED = ("served", "served25_50")  # songs that the user has heard are neither targets nor in the ranking
+LONG_TERM = ("offsets25_50", "served25_50")
+
+GROUPS = ("seen", "new", "held_out")  # every user is in one; "all" is their sum
+BOUNDS = (1, 5, 20, 100)  # the least plays of each class
+CLASSES = ("1-4", "5-19", "20-99", "100+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +71,11 @@ def usual_k(ks: Sequence[int]) -> int:
     return USUAL_K if USUAL_K in ks else max(ks)
 
 
+def horizon_of(recommender: Recommender, target: str) -> Horizon:
+    """The long horizon for the long term where a recommender has one, else the short."""
+    return "long" if target in LONG_TERM and "long" in recommender.horizons else "short"
+
+
 def plays_to_predict(histories: Histories, split: Split) -> np.ndarray:
     """int64 (Q,): positions of the plays to predict, those of the test range with an earlier play."""
     has_earlier = np.ones(histories.num_plays, dtype=bool)
@@ -62,11 +83,11 @@ def plays_to_predict(histories: Histories, split: Split) -> np.ndarray:
     return np.flatnonzero(has_earlier & split.is_test(histories))
 
 
-def blocks(histories: Histories, split: Split, questions: int) -> Iterator[tuple[Histories, np.ndarray]]:
-    """The users who have test plays, with the positions of these, in blocks of about `questions` of them."""
+def blocks(histories: Histories, split: Split, queries: int) -> Iterator[tuple[Histories, np.ndarray]]:
+    """The users who have test plays, with the positions of these, in blocks of about `queries` of them."""
     rows = histories.rows[plays_to_predict(histories, split)]
     users, counts = np.unique(rows, return_counts=True)
-    number = (np.cumsum(counts) - counts) // questions
+    number = (np.cumsum(counts) - counts) // queries
     for cut in np.split(users, np.flatnonzero(np.diff(number)) + 1):
         if len(cut):
             block = histories.take(cut)
@@ -79,3 +100,84 @@ def user_groups(histories: Histories, split: Split) -> np.ndarray:
     groups = np.where(earlier, GROUPS.index("seen"), GROUPS.index("new"))
     allowed = split.held_out.allowed_users(histories.user_ids)
     return np.where(allowed, groups, GROUPS.index("held_out"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSongs:
+    """The distinct songs that a ranking should hold, query by query."""
+
+    rows: np.ndarray  # int64 (T,), the query, ascending
+    songs: np.ndarray  # int64 (T,)
+    sizes: np.ndarray  # int64 (Q,), targets of each query; one without any is not counted
+    served: bool = False  # ranked among the songs that the user has not heard
+
+
+def target_songs(histories: Histories, queries: Questions, target: str, heard: HeardSongs) -> TargetSongs:
+    """The songs played at the offsets of a target of OFFSETS, as many of them as the histories hold.
+
+    A song that is played twice there counts once. The targets of SERVED are songs new to the user at the query.
+    """
+    first, last = OFFSETS[target]
+    rows, plays = plays_ahead(histories, queries, first, last)
+    songs = histories.songs[plays].astype(np.int64)
+    if last > first:
+        num_songs = int(histories.songs.max(initial=0)) + 1
+        rows, songs = np.divmod(np.unique(rows * num_songs + songs), num_songs)
+    if target in SERVED:
+        new = ~heard(queries.rows[rows], queries.seen[rows], songs)
+        rows, songs = rows[new], songs[new]
+    sizes = np.bincount(rows, minlength=len(queries))
+    return TargetSongs(rows=rows, songs=songs, sizes=sizes, served=target in SERVED)
+
+
+def plays_ahead(histories: Histories, queries: Questions, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """The plays at offsets `first` to `last` that the histories hold: their queries and positions, int64 each."""
+    start = histories.offsets[queries.rows] + queries.seen + first - 1
+    count = np.clip(histories.offsets[queries.rows + 1] - start, 0, last - first + 1)
+    rows = np.repeat(np.arange(len(queries)), count)
+    plays = np.repeat(start - np.cumsum(count) + count, count) + np.arange(count.sum())
+    return rows, plays
+
+
+class HeardSongs:
+    """Which songs a user has played before a moment."""
+
+    def __init__(self, histories: Histories) -> None:
+        self._num_songs = int(histories.songs.max(initial=0)) + 1
+        keys = histories.rows * self._num_songs + histories.songs
+        self._keys, plays = np.unique(keys, return_index=True)  # the first play of each user and song
+        self._places = histories.places[plays]
+
+    def __call__(self, rows: np.ndarray, seen: np.ndarray, songs: np.ndarray) -> np.ndarray:
+        """bool: whether the user at `rows` has song `songs` among the first `seen` plays, int each, of one shape."""
+        if not len(self._keys):
+            return np.zeros(np.shape(songs), dtype=bool)
+        keys = rows * self._num_songs + songs
+        position = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        played = (self._keys[position] == keys) & (songs < self._num_songs)
+        return np.asarray(played & (self._places[position] < seen))
+
+
+def slices_of(contexts: Sequence[str]) -> list[tuple[str, str]]:
+    """What each slice goes by and its name, S of them: history, activity and the named contexts.
+
+    history: the user's plays before the query. activity: how many plays of the user are predicted. context: where the
+    play to predict came from; a play of several counts in each.
+    """
+    by_plays = [(by, name) for by in ("history", "activity") for name in CLASSES]
+    return by_plays + [("context", name) for name in contexts]
+
+
+def slice_masks(histories: Histories, queries: Questions, contexts: Sequence[str]) -> np.ndarray:
+    """bool (S, Q): the queries in each of the slices of `slices_of`."""
+    activity = np.bincount(queries.rows, minlength=len(histories))[queries.rows]
+    masks = [class_of(plays) == place for plays in (queries.seen, activity) for place in range(len(CLASSES))]
+    target = histories.offsets[queries.rows] + queries.seen
+    bits = np.zeros(len(queries), np.int32) if histories.contexts is None else histories.contexts[target]
+    masks += [(bits >> bit) & 1 == 1 for bit in range(len(contexts))]
+    return np.stack(masks)
+
+
+def class_of(plays: np.ndarray) -> np.ndarray:
+    """int64: the place in CLASSES of numbers of plays, at least 1 each."""
+    return np.asarray(np.searchsorted(BOUNDS, plays, side="right") - 1)

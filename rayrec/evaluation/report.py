@@ -106,11 +106,22 @@ def read_figures(workspace: Workspace, report: Manifest) -> dict[str, Any]:
 
 
 def headline(figures: Mapping[str, Sequence[Entry]], default: str) -> dict[str, float]:
-    """recall@k and mrr@k of the next play by the model that `recommend` uses; nothing where it was not judged."""
+    """recall@k and mrr@k by the model that `recommend` uses: served_recall@k and so on as served, then of all plays.
+
+    Nothing where the model was not evaluated.
+    """
     usual = usual_k([entry["k"] for entry in figures["results"]])
-    wanted = {"model": default, "users": "all", "target": "next", "k": usual}
-    found = [entry for entry in figures["results"] if wanted.items() <= entry.items()]
-    return {f"{entry['metric']}@{usual}": entry["value"] for entry in found if entry["metric"] in ("recall", "mrr")}
+    values = {
+        (entry["target"], entry["metric"]): entry["value"]
+        for entry in figures["results"]
+        if (entry["model"], entry["users"], entry["k"]) == (default, "all", usual)
+    }
+    return {
+        f"{prefix}{metric}@{usual}": values[target, metric]
+        for target, prefix in (("served", "served_"), ("next", ""))
+        for metric in ("recall", "mrr")
+        if (target, metric) in values
+    }
 
 
 def html_page(
@@ -128,8 +139,8 @@ def html_page(
     usual = usual_k(ks)
     next_play = [entry for entry in results if entry["target"] == "next"]
     groups = [group for group in GROUP_TITLES if any(entry["users"] == group for entry in next_play)]
-    parts = [section(next_play, GROUP_TITLES[group], group, usual, default) for group in groups[:1]]
-    parts += [compared(figures.get("comparisons", [])), targets(results, usual, default)]
+    parts = [targets(results, usual, default), compared(figures.get("comparisons", []))]
+    parts += [section(next_play, GROUP_TITLES[group], group, usual, default) for group in groups[:1]]
     if figure is not None:
         parts.append(_image(figure, *AHEAD))
     parts += [paired(figures.get("pairwise", []), default), recommended(figures.get("recommended", []), default)]

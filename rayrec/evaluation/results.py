@@ -5,19 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from rayrec.evaluation.accumulator import GROUPS, LAST, LISTED, SLICED, VIEWS, Tally
+from rayrec.evaluation.accumulator import LAST, LISTED, SLICED, VIEWS, Tally
 from rayrec.evaluation.bootstrap import means_with_intervals
 from rayrec.evaluation.cosine_curves import Curve
 from rayrec.evaluation.evaluator import Evaluator
-from rayrec.evaluation.metrics import metric_columns
 from rayrec.evaluation.pairwise import NEGATIVES, PAIRED
-from rayrec.evaluation.protocol import EvaluateConfig, usual_k
-from rayrec.evaluation.slices import slices_of
-from rayrec.evaluation.targets import LONG_TERM, TARGETS
+from rayrec.evaluation.protocol import GROUPS, TARGETS, EvaluateConfig, slices_of, usual_k
+from rayrec.evaluation.ranks import metric_columns
 from rayrec.recommend.base import Recommender
 
 DIGITS = 6  # of every figure
-COMPARED = (("next", "next_new", LONG_TERM), ("recall", "mrr"))  # targets and metrics of comparisons
+# Targets and metrics of comparisons.
+COMPARED = (("served", "next", "next_repeat", "offsets25_50", "served25_50"), ("recall", "mrr"))
 
 Entry = dict[str, Any]
 

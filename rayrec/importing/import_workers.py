@@ -23,7 +23,7 @@ from rayrec.importing.merging import (
 from rayrec.importing.readers.reader import Unit
 from rayrec.importing.staging import Staging
 from rayrec.importing.vocabulary import KEY, SongRows
-from rayrec.storage.workspace import Workspace, histories_file, playlists_file, set_aside_file
+from rayrec.storage.workspace import Workspace, histories_file, playlists_file, rejected_rows_file
 
 USERS_PER_READ = 5_000
 
@@ -130,7 +130,7 @@ class BucketMerger:
         if len(rows):
             written.append(self._write_rows(number, rows, there.users))
         if dropped.rows:
-            written.append(set_aside_file(self.config.produces, self.merge.part, f"{number:05d}"))
+            written.append(rejected_rows_file(self.config.produces, self.merge.part, f"{number:05d}"))
             table = dropped.table(self.merge.sources)
             self.staging.workspace.write_table(self.staging.out(written[-1]), table)
         result = {

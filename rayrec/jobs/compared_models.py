@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split, fit_range
-from rayrec.data.splits import require_split_of
+from rayrec.data.split import Split, fit_range, require_split_of
 from rayrec.embeddings.sessions import UNCUT
 from rayrec.embeddings.vectors import FINAL, SELECTION
 from rayrec.errors import InputError, MismatchError

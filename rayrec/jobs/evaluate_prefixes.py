@@ -48,7 +48,7 @@ def evaluate_prefixes(
 
     Models are those made for `split`, or without one those made of all plays, and baselines are
     fitted likewise. The manifest's metrics hold default, its headline, pairs, unknown_targets (misses, all
-    of them), unknown_items and seconds; results (users all, target next), comparisons and the health of
+    of them), unknown_items and seconds; results (users all, targets served and next), comparisons and the health of
     the song vectors are in results.json, see `read_figures`.
 
     Raises `InputError` for a file without pairs or with a line that cannot be read, else as `evaluate`.
@@ -68,7 +68,8 @@ def evaluate_prefixes(
     tally, counts = judge(workspace, evaluator, file, byte_ranges(found.source, found.size, UNIT_BYTES))
     if not counts[0]:
         raise InputError(f"{file.path} has no pairs; expected lines of songs, a tab and the song that followed")
-    results = [entry for entry in results_of(tally, recommenders, config, ["next"]) if entry["users"] == "all"]
+    results = results_of(tally, recommenders, config, ["served", "next"])
+    results = [entry for entry in results if entry["users"] == "all"]
     figures = {
         "results": [{name: value for name, value in entry.items() if name != "users_count"} for entry in results],
         "comparisons": comparisons_of(tally, recommenders, config, judged.default),

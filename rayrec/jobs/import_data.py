@@ -34,10 +34,10 @@ from rayrec.storage.workspace import (
     DATASET,
     DATASET_MANIFEST,
     IMPORT_STAGING,
-    SET_ASIDE,
+    REJECTED_ROWS,
     SONGS_TABLE,
     Workspace,
-    set_aside_file,
+    rejected_rows_file,
 )
 
 
@@ -74,7 +74,7 @@ class Appended:
     dataset: DatasetManifest  # with the new part; as it was where nothing was new
     read: int = 0  # rows of the files
     merged: int = 0  # exact duplicates, of each other and of plays that were there already
-    set_aside: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
     plays: int = 0  # new ones
     users: int = 0  # new ones
     songs: int = 0  # new ones
@@ -161,7 +161,7 @@ class _Import:
         inputs = {"base": base.id if base else "", "buckets": str(self.buckets)} | ({"append": "yes"} if append else {})
         print_id = fingerprint("staging", {"plan": plan.id}, inputs)
         self.staging = Staging(workspace, print_id, unit_names(plan.unit_names, self.buckets))
-        self.came_to: dict[str, Any] = {}  # read, merged, set_aside
+        self.came_to: dict[str, Any] = {}  # read, merged, rejected
 
     def run(self) -> DatasetManifest:
         units = self._read_units()
@@ -173,7 +173,7 @@ class _Import:
         self.came_to = {
             "read": sum(unit.read for unit in units),
             "merged": sum(bucket["merged"] for bucket in buckets),
-            "set_aside": _added([*(unit.rejected for unit in units), dropped]),
+            "rejected": _added([*(unit.rejected for unit in units), dropped]),
         }
         if not any(bucket["rows"] for bucket in buckets):
             if self.append and self.base and self.came_to["merged"]:
@@ -268,7 +268,7 @@ class _Import:
         """All rejects of the first pass in one file, with the lines of their files; its path and checksum."""
         if not any(unit.rejected for unit in merge.units):
             return {}
-        path = set_aside_file(self.config.produces, merge.part, "rejected")
+        path = rejected_rows_file(self.config.produces, merge.part, "rejected")
         with (
             self.workspace.open_output(self.staging.out(path)) as stream,
             pq.ParquetWriter(stream, columns.REJECTED, compression="zstd") as writer,
@@ -322,7 +322,7 @@ class _Import:
         return {
             **figures,
             **{name: getattr(base, name) + count for name, count in came_to.items()},
-            "set_aside": _added([base.set_aside, self.came_to["set_aside"]]),
+            "rejected": _added([base.rejected, self.came_to["rejected"]]),
             "first_play": min(base.first_play, figures["first_play"]),
             "last_play": max(base.last_play, figures["last_play"]),
             "ancestors": [*base.ancestors, base.id],
@@ -366,7 +366,7 @@ class _Import:
             return True
         other = _other(self.config.produces)
         folder = "histories/" if other == "plays" else "playlists/"
-        return name.startswith((folder, f"{SET_ASIDE.removeprefix(f'{DATASET}/')}/{other}-"))
+        return name.startswith((folder, f"{REJECTED_ROWS.removeprefix(f'{DATASET}/')}/{other}-"))
 
 
 def _joined(before: str, source: str) -> str:

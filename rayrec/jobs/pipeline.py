@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from rayrec.config import from_mapping, read_toml, setting, to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split, SplitConfig
-from rayrec.data.splits import list_splits, split_dataset
+from rayrec.data.split import Split, SplitConfig, list_splits, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError, NotFoundError
@@ -238,5 +237,5 @@ def _figures(made: Manifest | DatasetManifest | Split) -> dict[str, Any]:
         return made.metrics
     if isinstance(made, DatasetManifest):
         counts = {"plays": made.plays, "users": made.users, "songs": made.songs}
-        return {**counts, "set_aside": sum(made.set_aside.values())}
+        return {**counts, "rejected": sum(made.rejected.values())}
     return made.figures()

@@ -8,8 +8,7 @@ import pyarrow as pa
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.song_counts import SongCounter
-from rayrec.data.split import FitRange, Split
-from rayrec.data.splits import validation_histories
+from rayrec.data.split import FitRange, Split, validation_histories
 from rayrec.errors import RayrecError
 from rayrec.jobs.buckets import run_buckets
 from rayrec.model.fit import Phase, Validation

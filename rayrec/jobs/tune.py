@@ -13,8 +13,7 @@ from typing import Any
 
 from rayrec.config import read_toml, to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split
-from rayrec.data.splits import require_split_of
+from rayrec.data.split import Split, require_split_of
 from rayrec.errors import InputError
 from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed

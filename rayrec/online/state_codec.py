@@ -28,7 +28,7 @@ def pack_state(state: UserState) -> bytes:
         before = [] if own.before is own.hidden else _pack_layers(own.before)
         place = [_moment(own.before_at), own.left, own.restarts, own.turn]
         models.append([model, shape, _pack_layers(own.hidden), before, *place])
-    counts = [state.left, state.folded, state.set_aside, state.turn, state.restarts]
+    counts = [state.left, state.folded, state.rejected, state.turn, state.restarts]
     window = _play_arrays(state.window) if len(state.window) else []
     return _seal(STATE_MARK, [_moment(state.before_at), _moment(state.forgotten_at), counts, window, models])
 
@@ -37,13 +37,13 @@ def unpack_state(data: bytes) -> UserState:
     """What `pack_state` packed. Raises `DamagedArtifactError` for anything else."""
     fields = _open(STATE_MARK, data, "user state")
     try:
-        before_at, forgotten_at, (left, folded, set_aside, turn, restarts), window, models = fields
+        before_at, forgotten_at, (left, folded, rejected, turn, restarts), window, models = fields
         return UserState(
             window=_plays(window) if window else Plays.of([], []),
             before_at=_time(before_at),
             left=left,
             folded=folded,
-            set_aside=set_aside,
+            rejected=rejected,
             turn=turn,
             restarts=restarts,
             forgotten_at=_time(forgotten_at),

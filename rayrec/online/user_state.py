@@ -2,7 +2,7 @@
 
 Plays arrive one by one, not always in time order. The latest are held in a window, with the network's state from
 before it. A play in its turn costs one step of the network; a late one that still falls into the window is put in its
-place and the network runs over the window again. Plays older than the window are set aside. When the window has grown
+place and the network runs over the window again. Plays older than the window are rejected. When the window has grown
 to twice its size its older half moves to the log, so a play costs the same however long the history is.
 
 Window and log belong to the user; each model has its own network state beside them, which says up to which plays it
@@ -26,7 +26,7 @@ WINDOW = 64  # plays held in the window, at least, where there are as many; at m
 LAST_PLAYS = 5_000  # of the log, that an answer or another model's state is computed from
 MODELS_KEPT = 2  # network states of one user: the live release's, and that of the one before or to come
 
-Outcome = Literal["taken", "repeated", "set_aside"]
+Outcome = Literal["taken", "repeated", "rejected"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Run = Callable[[Histories, States], States]  # the network's states after plays, from the states before them
 
@@ -135,10 +135,10 @@ class UserState:
     before_at: int = NEVER  # ms UTC, when the last play of the log was played
     left: int = 0  # plays in the log
     folded: int = 0  # of those, the first, whose songs are in the set of heard songs
-    set_aside: int = 0  # plays that arrived too late
+    rejected: int = 0  # plays that arrived too late
     turn: int = 0  # counts the changes of the plays
     restarts: int = 0  # counts how often the log was replaced
-    forgotten_at: int = NEVER  # ms UTC, when the user was deleted: plays up to then are set aside
+    forgotten_at: int = NEVER  # ms UTC, when the user was deleted: plays up to then are rejected
     models: Mapping[str, ModelState] = field(default_factory=dict)  # by model id, the one written last at the end
 
     @classmethod
@@ -216,7 +216,7 @@ class Step:
 
     def finish(self, states: States) -> UserState:
         """The new state, from the states in which this step's runs ended."""
-        after = replace(self.state, set_aside=self.state.set_aside + self.count("set_aside"))
+        after = replace(self.state, rejected=self.state.rejected + self.count("rejected"))
         if not self.runs:
             return after
         own = self.state.models[self.model]
@@ -231,7 +231,7 @@ class Step:
 def plan_plays(state: UserState, model: str, arrived: Plays, repeated: np.ndarray | None = None) -> Step:
     """How to take plays, in any order, into a state that is up to date for a model.
 
-    `repeated`, bool (arrived,), are the plays whose event ids are stored already. A play is set aside where it was
+    `repeated`, bool (arrived,), are the plays whose event ids are stored already. A play is rejected where it was
     not played after the last play of the log.
     """
     own = state.current(model)
@@ -239,7 +239,7 @@ def plan_plays(state: UserState, model: str, arrived: Plays, repeated: np.ndarra
         raise ValueError(f"the state of model {model} is not up to date")
     again = np.zeros(len(arrived), np.bool_) if repeated is None else repeated
     late = ~again & (arrived.played_at <= max(state.before_at, state.forgotten_at))
-    outcomes = np.select([again, late], [OUTCOMES.index("repeated"), OUTCOMES.index("set_aside")]).astype(np.int8)
+    outcomes = np.select([again, late], [OUTCOMES.index("repeated"), OUTCOMES.index("rejected")]).astype(np.int8)
     taken = arrived.take(~again & ~late)
     taken = taken.take(np.argsort(taken.played_at, kind="stable"))
     window = Plays.joined([state.window, taken])

@@ -4,7 +4,7 @@ Q questions, N songs, k answers.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -134,6 +134,32 @@ class Recommender(ABC):
         songs, scores = self.recommend(history, at, k, horizon=horizon, exclude_heard=exclude_heard, hidden=hidden)
         real = songs[0] != NO_SONG
         return songs[0][real], scores[0][real]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredCandidates:
+    """The candidates of some queries, C of all together, and their scores."""
+
+    rows: np.ndarray  # int64 (C,), the query, counted from the first of these
+    songs: np.ndarray  # int64 (C,), song rows, each once a query
+    # float32 (C,) for a horizon, and for answers without the songs that the user has heard (True) or with them.
+    scores: Callable[[Horizon, bool], np.ndarray]
+    retrievers: Mapping[str, np.ndarray]  # name -> int64, positions of the candidates that each retriever proposes
+
+
+class CandidateRecommender(Recommender):
+    """Scores a few candidates of each query instead of every song; a song that is no candidate has no score."""
+
+    @abstractmethod
+    def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
+        """The candidates in slices of the queries, in order, so that few are held at once."""
+
+    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+        """float32 (Q, N): the scores of the candidates, -inf for all other songs. For small catalogs."""
+        scores = np.full((len(questions), self.num_songs), -np.inf, dtype=np.float32)
+        for chunk, candidates in self.candidate_chunks(histories, questions):
+            scores[(chunk.start or 0) + candidates.rows, candidates.songs] = candidates.scores(horizon, False)
+        return scores
 
 
 def check_count(k: int) -> None:

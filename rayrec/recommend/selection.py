@@ -7,8 +7,7 @@ import numpy as np
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
-from rayrec.data.split import FitRange, Split
-from rayrec.data.splits import validation_histories
+from rayrec.data.split import FitRange, Split, validation_histories
 
 MOST_PLAYS = 10_000  # of the validation range that are predicted
 

@@ -115,7 +115,7 @@ def _users_router(service: Service) -> APIRouter:
         """Store one play or many, of any users; the next answer for a user reflects them.
 
         Plays may be sent again with the same event ids, and out of order: those among a user's last 64 are put
-        in their place, older ones are set aside. An invalid play of many fails alone.
+        in their place, older ones are rejected. An invalid play of many fails alone.
         """
         return as_json(await service.take_plays(service.live, request.plays))
 
@@ -153,7 +153,7 @@ def _users_router(service: Service) -> APIRouter:
 
     @router.delete("/users/{user_id:any_id}", status_code=204, response_class=Response)
     async def forget(user_id: UserPath) -> Response:
-        """Delete a user from the store, known or not. Plays from before this moment are set aside from now on."""
+        """Delete a user from the store, known or not. Plays from before this moment are rejected from now on."""
         await service.forget(service.live, user_id)
         return Response(status_code=204)
 

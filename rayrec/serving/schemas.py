@@ -366,12 +366,10 @@ class PlaysTaken(BaseModel):
     release: str = Field(description="Id of the release whose model took them.")
     taken: int = Field(description="Plays that are part of their users' states now.")
     repeated: int = Field(description="Plays whose event ids were stored already; nothing changed.")
-    set_aside: int = Field(
-        description="Plays older than the latest 64 to 128 of their user, or from before a deletion."
-    )
+    rejected: int = Field(description="Plays older than the latest 64 to 128 of their user, or from before a deletion.")
     unknown_songs: int = Field(description="Plays of songs that are not in the catalog; left out.")
     invalid: int = Field(description="Plays that are not as expected; left out.")
-    outcomes: list[Literal["taken", "repeated", "set_aside", "unknown", "invalid"]] = Field(
+    outcomes: list[Literal["taken", "repeated", "rejected", "unknown", "invalid"]] = Field(
         description="One for each play."
     )
     errors: list[dict[str, str]] = Field(description="Where and what, of the invalid plays: the first 20.")
@@ -386,7 +384,7 @@ class UserTaste(BaseModel):
     at: IsoMoment = Field(description="The moment that they are for.")
     plays: int = Field(description="Plays that they are computed from.")
     last_played_at: IsoMoment | None = Field(description="When the last of them was played.")
-    set_aside: int = Field(description="Plays that arrived too late to be put in their place.")
+    rejected: int = Field(description="Plays that arrived too late to be put in their place.")
     short: list[float] = Field(description="Points at the next songs.")
     long: list[float] = Field(description="Points at songs of a later time.")
 

@@ -119,7 +119,7 @@ class Service:
             release=live.id,
             taken=counts["taken"],
             repeated=counts["repeated"],
-            set_aside=counts["set_aside"],
+            rejected=counts["rejected"],
             unknown_songs=counts["unknown"],
             invalid=counts["invalid"],
             outcomes=outcomes,
@@ -143,13 +143,13 @@ class Service:
             at=at,
             plays=state.plays,
             last_played_at=None if state.last_played_at == NEVER else state.last_played_at,
-            set_aside=state.set_aside,
+            rejected=state.rejected,
             short=vectors["short"][0].tolist(),
             long=vectors["long"][0].tolist(),
         )
 
     async def forget(self, live: LiveRelease, user_id: str) -> None:
-        """Delete a user from the store; plays from before this moment are set aside from now on."""
+        """Delete a user from the store; plays from before this moment are rejected from now on."""
         await self.users.forget(live, user_id, now_ms())
 
     async def find_songs(self, live: LiveRelease, query: str, limit: int) -> SongMatches:

@@ -136,7 +136,7 @@ class StoredUsers:
         raise StoreUnavailableError(f"other writers were faster {ATTEMPTS} times; try again")
 
     async def forget(self, live: LiveRelease, user_id: str, at: int) -> None:
-        """Delete a user. Plays up to `at`, ms UTC, are set aside from now on, and no load brings the user back."""
+        """Delete a user. Plays up to `at`, ms UTC, are rejected from now on, and no load brings the user back."""
         store = await self._store(live)
         await self._call(store.forget, user_id, pack_state(UserState(forgotten_at=at)))
 

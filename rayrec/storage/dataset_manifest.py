@@ -35,7 +35,7 @@ class DatasetManifest:
     has_skipped: bool = False
     read: int = 0  # rows read by the import, with --append by all of them
     merged: int = 0  # exact duplicates merged
-    set_aside: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
     config: dict[str, object] = field(default_factory=dict)  # of the import
     appended: list[dict[str, object]] = field(default_factory=list)  # part by part: settings, plan, rows and plays
     files: dict[str, str] = field(default_factory=dict)  # path below dataset/ -> sha256

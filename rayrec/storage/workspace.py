@@ -27,7 +27,7 @@ GENERATING = "dataset/.generating.json"  # the config that unfinished generated 
 SONGS_TABLE = "dataset/songs.parquet"
 HISTORIES = "dataset/histories"
 PLAYLISTS = "dataset/playlists"
-SET_ASIDE = "dataset/set_aside"
+REJECTED_ROWS = "dataset/rejected"
 STATES_FILE = "serving/states.sqlite"  # the embedded store of user states
 IMPORT_STAGING = "dataset/.staging"  # what an unfinished import has done so far
 
@@ -52,9 +52,9 @@ def playlists_file(bucket: int) -> str:
     return f"{PLAYLISTS}/playlists-{bucket:05d}.parquet"
 
 
-def set_aside_file(kind: str, part: int, name: str) -> str:
+def rejected_rows_file(kind: str, part: int, name: str) -> str:
     """The Parquet file of some rows of plays or playlists that an import could not use."""
-    return f"{SET_ASIDE}/{kind}-{f'part{part:04d}-' if part else ''}{name}.parquet"
+    return f"{REJECTED_ROWS}/{kind}-{f'part{part:04d}-' if part else ''}{name}.parquet"
 
 
 def split_file(split_id: str) -> str:

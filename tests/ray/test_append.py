@@ -11,8 +11,7 @@ from networks import model_config, network
 from worlds import random_vectors, write_song_vectors
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import SplitConfig
-from rayrec.data.splits import choose_split, split_dataset
+from rayrec.data.split import SplitConfig, choose_split, split_dataset
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
 from rayrec.evaluation.protocol import EvaluateConfig
@@ -99,7 +98,7 @@ def test_parts_hold_what_one_import_of_all_files_holds(tmp_path: Path, workspace
         together, replace(config_of(tmp_path / "0.csv", days[0]), paths=tuple(f"{tmp_path}/{n}.csv" for n in range(3)))
     )
     assert content(workspace) == content(together)
-    for name in ("users", "plays", "songs", "first_play", "last_play", "has_skipped", "read", "merged", "set_aside"):
+    for name in ("users", "plays", "songs", "first_play", "last_play", "has_skipped", "read", "merged", "rejected"):
         assert getattr(manifest, name) == getattr(whole, name), name
     assert (manifest.parts, manifest.buckets, manifest.lineage) == (3, 4, first.id)
     assert manifest.ancestors == [first.id, made[0].dataset.id]
@@ -135,7 +134,7 @@ def test_least_counts_are_asked_of_new_users_and_songs_only(tmp_path: Path, work
     new = [["ann", "s1", START + 90, "", 0], ["bob", "s1", START + 91, "", 0], ["ann", "rare", START + 92, "", 0]]
     made = append_plays(workspace, config_of(tmp_path / "b.csv", new, min_user_plays=2, min_song_plays=2))
     assert made.plays == 1
-    assert made.set_aside == {"user with fewer than 2 plays": 1, "song with fewer than 2 plays": 1}
+    assert made.rejected == {"user with fewer than 2 plays": 1, "song with fewer than 2 plays": 1}
     assert [play[:2] for play in content(workspace)["ann"]][-1] == ((START + 90) * 1000, "s1")
 
 

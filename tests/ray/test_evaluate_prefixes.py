@@ -59,10 +59,10 @@ def test_the_job_over_shards_equals_one_pass_in_one_process(
     evaluator = PrefixEvaluator(fitted, song_plays=popularity.plays, config=SETTINGS)
     song_ids = dataset.catalog().table.column(columns.SONG_ID)
     pairs = list(read_prefixes(Unit(source=file.path), file, song_ids))
-    expected = results_of(reduce(add, map(evaluator, pairs)), fitted, SETTINGS, ["next"])
+    expected = results_of(reduce(add, map(evaluator, pairs)), fitted, SETTINGS, ["served", "next"])
     expected = [entry for entry in expected if entry["users"] == "all"]
     results = read_figures(dataset.workspace, manifest)["results"]
-    assert len(results) == len(expected) == len(MODELS) * 9
+    assert len(results) == len(expected) == len(MODELS) * 18
     for found, wanted in zip(results, expected, strict=True):
         assert {**found, "users_count": len(pairs[0].targets)} == pytest.approx(wanted, abs=2e-6)
     counts = [manifest.metrics[name] for name in ("pairs", "unknown_targets", "unknown_items")]

@@ -6,8 +6,7 @@ import pytest
 from worlds import random_vectors, write_song_vectors
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split, SplitConfig
-from rayrec.data.splits import split_dataset
+from rayrec.data.split import Split, SplitConfig, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.evaluation.protocol import EvaluateConfig

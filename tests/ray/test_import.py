@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import SplitConfig
-from rayrec.data.splits import split_dataset
+from rayrec.data.split import SplitConfig, split_dataset
 from rayrec.errors import InputError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig
@@ -70,8 +69,8 @@ def content(workspace: Workspace) -> dict[str, list[tuple[str, int]]]:
     return found
 
 
-def set_aside(workspace: Workspace) -> list[tuple[int, str]]:
-    tables = [workspace.read_table(path) for path in workspace.files("dataset/set_aside")]
+def rejected(workspace: Workspace) -> list[tuple[int, str]]:
+    tables = [workspace.read_table(path) for path in workspace.files("dataset/rejected")]
     return sorted((row["line"], row["reason"]) for row in pa.concat_tables(tables).to_pylist())
 
 
@@ -111,7 +110,7 @@ def test_an_import_holds_what_plain_python_makes_of_the_file(
     assert manifest.plays == sum(map(len, expected.values()))
     assert manifest.read == 3_042
     assert manifest.merged == 3_030 - manifest.plays >= 30
-    assert manifest.set_aside == {"no song": 12}
+    assert manifest.rejected == {"no song": 12}
     assert manifest.contexts == ["album", "radio", "search"] or sorted(manifest.contexts) == [
         "album",
         "radio",
@@ -133,10 +132,10 @@ def test_the_manifest_lists_every_file_with_its_checksum_and_nothing_else_stays(
         assert sha256(workspace, f"dataset/{path}") == digest
 
 
-def test_set_aside_rows_name_their_lines(imported: tuple[Path, Workspace, DatasetManifest]) -> None:
+def test_rejected_rows_name_their_lines(imported: tuple[Path, Workspace, DatasetManifest]) -> None:
     file, workspace, _ = imported
     lines = file.read_text().splitlines()
-    found = set_aside(workspace)
+    found = rejected(workspace)
     assert len(found) == 12
     assert all(lines[line - 1].split(",")[1] == "" for line, _ in found)
 
@@ -148,10 +147,10 @@ def test_many_byte_ranges_and_files_give_the_same_data_set(
     cut = Workspace(tmp_path / "cut")
     in_pieces = import_data(cut, csv_config(file, unit_mib=0.011))
     assert figures(in_pieces) == figures(manifest)
-    assert {name: digest for name, digest in in_pieces.files.items() if "set_aside" not in name} == {
-        name: digest for name, digest in manifest.files.items() if "set_aside" not in name
+    assert {name: digest for name, digest in in_pieces.files.items() if "rejected" not in name} == {
+        name: digest for name, digest in manifest.files.items() if "rejected" not in name
     }
-    assert set_aside(cut) == set_aside(workspace)
+    assert rejected(cut) == rejected(workspace)
 
 
 def test_the_same_import_again_does_nothing_and_another_one_is_refused(
@@ -169,7 +168,7 @@ def test_repeat_replaces_the_data_set(tmp_path: Path, workspace: Workspace) -> N
     other = write(tmp_path / "b.csv", ["user,song,played_at", f"c,new,{START}"])
     manifest = import_data(workspace, csv_config(other), repeat=True)
     assert content(workspace) == {"c": [("new", START * 1000)]}
-    assert (manifest.songs, manifest.set_aside) == (1, {})
+    assert (manifest.songs, manifest.rejected) == (1, {})
     assert {path.removeprefix("dataset/") for path in workspace.files("dataset")} == {*manifest.files, "dataset.json"}
 
 
@@ -229,9 +228,9 @@ def test_minimum_counts_keep_what_they_promise_and_set_the_rest_aside(tmp_path: 
     }
     assert Dataset(workspace).catalog().table.column("song_id").to_pylist() == ["s1", "s3"]
     assert manifest.merged == 5
-    assert manifest.set_aside == {"song with fewer than 3 plays": 4, "user with fewer than 3 plays": 2}
-    assert manifest.read == manifest.plays + manifest.merged + sum(manifest.set_aside.values())
-    assert (3, "song with fewer than 3 plays") in set_aside(workspace)
+    assert manifest.rejected == {"song with fewer than 3 plays": 4, "user with fewer than 3 plays": 2}
+    assert manifest.read == manifest.plays + manifest.merged + sum(manifest.rejected.values())
+    assert (3, "song with fewer than 3 plays") in rejected(workspace)
 
 
 def test_songs_of_users_who_are_left_out_are_not_in_the_catalog(tmp_path: Path, workspace: Workspace) -> None:
@@ -240,7 +239,7 @@ def test_songs_of_users_who_are_left_out_are_not_in_the_catalog(tmp_path: Path, 
         workspace, csv_config(write(tmp_path / "a.csv", ["user,song,played_at", *lines]), min_user_plays=2)
     )
     assert Dataset(workspace).catalog().table.column("song_id").to_pylist() == ["s1", "s2"]
-    assert manifest.set_aside == {"user with fewer than 2 plays": 1}
+    assert manifest.rejected == {"user with fewer than 2 plays": 1}
 
 
 @pytest.mark.parametrize("plays_first", [True, False])
@@ -294,8 +293,8 @@ def test_lines_of_songs_are_imported_in_order_and_cut_by_place(tmp_path: Path, w
     )
     manifest = import_data(workspace, config)
     assert (manifest.times, manifest.plays, manifest.users, manifest.merged) == ("positions", 122, 12, 0)
-    assert manifest.set_aside == {"empty line": 1, "no '=' between user and songs": 1, "no song": 1}
-    assert [line for line, _ in set_aside(workspace)] == [13, 14, 15]
+    assert manifest.rejected == {"empty line": 1, "no '=' between user and songs": 1, "no song": 1}
+    assert [line for line, _ in rejected(workspace)] == [13, 14, 15]
     kept = content(workspace)
     assert [song for song, _ in kept["u3"]] == [*(f"s{(3 * place) % 7}" for place in range(10)), "s1", "s2"]
     assert [at for _, at in kept["u5"]] == [place * 180_000 for place in range(10)]
@@ -379,13 +378,13 @@ def test_a_damaged_file_that_is_left_out_leaves_the_number_of_buckets_and_units_
     assert content(workspace) == {"a": [("s", START * 1000)], "b": [("t", START * 1000)]}
 
 
-def test_times_of_clocks_that_are_wrong_are_set_aside_beyond_tomorrow_and_kept_in_1970(
+def test_times_of_clocks_that_are_wrong_are_rejected_beyond_tomorrow_and_kept_in_1970(
     tmp_path: Path, workspace: Workspace
 ) -> None:
     moments = [START, 0, 5, int(time.time()) + 3 * 86_400, 4_000_000_000, -7, 5_000_000_000]
     lines = [f"u{row},s,{moment}" for row, moment in enumerate(moments)]
     manifest = import_data(workspace, csv_config(write(tmp_path / "a.csv", ["user,song,played_at", *lines])))
-    assert manifest.set_aside == {
+    assert manifest.rejected == {
         "time is more than a day from now": 2,
         "time is not between 1970 and 2100": 2,
     }
@@ -400,7 +399,7 @@ def test_the_real_sample_has_its_known_figures(real_data: Path, workspace: Works
     )
     manifest = import_data(workspace, config)
     assert (manifest.plays, manifest.users, manifest.songs) == (343_183, 14_262, 9_999)
-    assert (manifest.merged, manifest.set_aside) == (0, {})
+    assert (manifest.merged, manifest.rejected) == (0, {})
 
 
 def test_the_real_histories_without_times_have_their_known_figures(real_data: Path, workspace: Workspace) -> None:
@@ -408,11 +407,11 @@ def test_the_real_histories_without_times_have_their_known_figures(real_data: Pa
     config = ImportConfig(format="sequences", paths=(path,), user_separator=",", song_separator=":")
     manifest = import_data(workspace, config)
     assert (manifest.plays, manifest.users, manifest.songs) == (630_906, 2_965, 82_219)
-    assert (manifest.merged, manifest.set_aside) == (0, {})
+    assert (manifest.merged, manifest.rejected) == (0, {})
 
 
 def test_the_real_sessions_without_users_have_their_known_figures(real_data: Path, workspace: Workspace) -> None:
     path = str(real_data / "nowplaying" / "all_train_seq.plain.txt")
     manifest = import_data(workspace, ImportConfig(format="sequences", paths=(path,)))
     assert (manifest.plays, manifest.users, manifest.songs) == (953_381, 128_077, 60_416)
-    assert (manifest.merged, manifest.set_aside) == (0, {})
+    assert (manifest.merged, manifest.rejected) == (0, {})

@@ -11,7 +11,7 @@ from many_nodes import BUCKETS
 from safetensors.numpy import load as load_safetensors
 from witness import STEPS_BETWEEN_CLOCKS
 
-from rayrec.bench.plain import PlainProcess
+from rayrec.bench.rounds import PlainProcess
 from rayrec.data.dataset import Dataset
 from rayrec.model.taste_table import tastes_file
 from rayrec.storage import artifacts

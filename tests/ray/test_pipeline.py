@@ -81,7 +81,7 @@ def test_files_that_changed_are_imported_anew_and_other_data_never_replaced(tmp_
     workspace = Workspace(tmp_path / "workspace")
     first = run(workspace, file)
     assert [outcome.stage for outcome in first] == ["import", "embed", "train", "taste", "index", "release"]
-    assert first[0].figures == {"plays": 600, "users": 30, "songs": 5, "set_aside": 0}
+    assert first[0].figures == {"plays": 600, "users": 30, "songs": 5, "rejected": 0}
     plays.write_text(plays.read_text() + "\nu99,s1,1400000000\nu99,s2,1400000300")
     second = run(workspace, file)
     assert second[0].figures["plays"] == 602

@@ -29,5 +29,5 @@ def test_plays_survive_the_kill_of_a_replica_and_of_the_proxy(tmp_path: Path) ->
         send_all([served.url], killed, with_key(ADMIN))
         for user in USERS:
             told = httpx.get(f"{served.url}/v1/users/{user}/taste", params={"at": AT}, headers=with_key(ADMIN)).json()
-            assert (told["plays"], told["set_aside"]) == (PLAYS // len(USERS), 0)
+            assert (told["plays"], told["rejected"]) == (PLAYS // len(USERS), 0)
     require_each_play_once(world, store)

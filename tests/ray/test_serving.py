@@ -10,8 +10,8 @@ from serving_apps import running
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Questions
-from rayrec.evaluation.ranking import rank_answers
-from rayrec.evaluation.targets import answers
+from rayrec.evaluation.protocol import HeardSongs, target_songs
+from rayrec.evaluation.ranks import rank_targets
 from rayrec.recommend.answer import history_of_songs, load_recommender
 from rayrec.recommend.base import Horizon, top_k
 from rayrec.recommend.hybrid import HybridRecommender
@@ -58,9 +58,9 @@ def test_over_http_a_song_stands_where_evaluate_ranks_it(url: str, world: Worksp
     recommender = load_recommender(
         world, Dataset(world), model_id=releases.default_parts(world)["models"], index_id=None
     )
-    wanted = {"next": answers(histories, questions, "next")}
+    wanted = {"next": target_songs(histories, questions, "next", HeardSongs(histories))}
     known = np.ones(NUM_SONGS, dtype=np.bool_)
-    ranked = rank_answers(recommender, histories, questions, wanted, known, depth=NUM_SONGS, horizon=horizon)
+    ranked = rank_targets(recommender, histories, questions, wanted, known, depth=NUM_SONGS, horizon=horizon)
     found = []
     for row, seen, at, song in zip(questions.rows, questions.seen, questions.at, histories.songs[plays], strict=True):
         own = slice(histories.offsets[row], histories.offsets[row] + seen)

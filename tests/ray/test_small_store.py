@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from worlds import random_vectors, write_song_vectors
 
-from rayrec.bench.plain import PlainProcess
+from rayrec.bench.rounds import PlainProcess
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange
 from rayrec.importing.import_plan import ImportConfig

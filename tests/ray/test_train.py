@@ -17,8 +17,7 @@ from worlds import random_vectors, write_dataset, write_song_vectors
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.split import Split, SplitConfig
-from rayrec.data.splits import split_dataset, validation_histories
+from rayrec.data.split import Split, SplitConfig, split_dataset, validation_histories
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.data.windows import epoch_units
 from rayrec.errors import MismatchError, NotFoundError, RayrecError

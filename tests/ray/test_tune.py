@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from rayrec.config import from_mapping
-from rayrec.data.split import Split, SplitConfig
-from rayrec.data.splits import split_dataset
+from rayrec.data.split import Split, SplitConfig, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.jobs.generate import generate

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split
-from rayrec.data.splits import list_splits, validation_histories
+from rayrec.data.split import Split, list_splits, validation_histories
 from rayrec.errors import LeakError
 from rayrec.jobs.pipeline import Outcome, run
 from rayrec.jobs.train_plan import load_validation, model_config

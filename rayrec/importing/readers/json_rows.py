@@ -30,7 +30,7 @@ def load_json(source: str) -> Any:
 
 
 def dump(value: Any) -> str:
-    """A JSON value as one line, for the file of rows that are set aside."""
+    """A JSON value as one line, for the file of rejected rows."""
     return json.dumps(value, ensure_ascii=False)
 
 

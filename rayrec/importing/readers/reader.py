@@ -1,4 +1,4 @@
-"""What every reader of an outside format shares: units of work, batches of rows, rows set aside."""
+"""What every reader of an outside format shares: units of work, batches of rows, rejected rows."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from rayrec.data import columns
 
-TEXT_LIMIT = 1_000  # characters kept of a row that is set aside
+TEXT_LIMIT = 1_000  # characters kept of a rejected row
 NO_USER = "no user"
 IN_FUTURE = "time is more than a day from now"
 DAY_SECONDS = 86_400  # that clocks and zones may be wrong
@@ -81,7 +81,7 @@ class Problems:
         return self._codes > 0
 
     def mark(self, mask: np.ndarray, reason: str) -> None:
-        """Give the rows where `mask`, bool (R,), is true a reason to be set aside."""
+        """Give the rows where `mask`, bool (R,), is true a reason to be rejected."""
         new = mask & ~self.bad
         if new.any():
             self._reasons.append(reason)

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.data.histories import Histories
-from rayrec.data.splits import list_splits
+from rayrec.data.split import list_splits
 from rayrec.jobs.verifying.audit import Audit
 from rayrec.storage.workspace import DATASET, DATASET_MANIFEST, HISTORIES, SONGS_TABLE, split_file
 
@@ -75,7 +75,7 @@ class _Totals:
             said = getattr(manifest, name)
             audit.require(value == said, DATASET_MANIFEST, f"says {name} {said}, the histories hold {value}")
         if manifest.read and not manifest.playlists:
-            kept = manifest.plays + manifest.merged + sum(manifest.set_aside.values())
+            kept = manifest.plays + manifest.merged + sum(manifest.rejected.values())
             audit.require(
                 manifest.read == kept,
                 DATASET_MANIFEST,

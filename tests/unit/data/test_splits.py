@@ -5,8 +5,7 @@ import os
 import pytest
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import DAY_MS, SplitConfig
-from rayrec.data.splits import choose_split, list_splits, split_dataset
+from rayrec.data.split import DAY_MS, SplitConfig, choose_split, list_splits, split_dataset
 from rayrec.errors import InputError, MismatchError, NotFoundError
 from rayrec.storage.dataset_manifest import DatasetManifest, Times, write_manifest
 from rayrec.storage.workspace import DATASET_MANIFEST, Workspace, split_file

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rayrec.evaluation.metrics import NEVER, best_scores, metric_columns, metrics_of, ranks_of
+from rayrec.evaluation.ranks import NOT_FOUND, best_scores, metric_columns, metrics_of, ranks_of
 
 NAN, INF = np.nan, np.inf
 
@@ -19,9 +19,9 @@ NAN, INF = np.nan, np.inf
         ([2, 2, 2], 1, 3),  # ties count against
         ([0, 5, 5, 1], 2, 2),
         ([NAN, 1, NAN], 1, 1),  # NaN is -inf
-        ([NAN, 1, 0], 0, NEVER),
-        ([-INF, -INF, 4], 0, NEVER),  # such a song is never recommended
-        ([-INF, NAN, -INF], 1, NEVER),
+        ([NAN, 1, 0], 0, NOT_FOUND),
+        ([-INF, -INF, 4], 0, NOT_FOUND),  # such a song is never recommended
+        ([-INF, NAN, -INF], 1, NOT_FOUND),
     ],
 )
 def test_the_rank_counts_every_other_song_that_scores_as_much(
@@ -41,7 +41,7 @@ def test_ranks_of_several_songs_a_row_are_exact_above_the_depth_and_never_below(
     for row, song, rank in zip(rows, songs, ranks, strict=True):
         own = scores[row, song]
         expected = sum(other >= own for other in scores[row])
-        assert rank == (expected if expected < 11 and own > -np.inf else NEVER)
+        assert rank == (expected if expected < 11 and own > -np.inf else NOT_FOUND)
 
 
 @pytest.mark.parametrize("depth", [1, 5, 21, 400])
@@ -72,7 +72,7 @@ def _by_loops(ranks: list[int], k: int) -> tuple[float, float, float]:
 def test_metrics_of_one_right_answer_are_those_of_the_textbook() -> None:
     columns = metric_columns((2, 5))
     assert columns == [("recall", 2), ("recall", 5), ("mrr", 2), ("mrr", 5), ("ndcg", 2), ("ndcg", 5)]
-    ranks = np.array([1, 3, 6, NEVER])
+    ranks = np.array([1, 3, 6, NOT_FOUND])
     first, third, sixth, never = metrics_of(ranks, np.arange(4), np.ones(4, int), (2, 5))
     np.testing.assert_allclose(first, [1, 1, 1, 1, 1, 1])
     np.testing.assert_allclose(third, [0, 1, 0, 1 / 3, 0, 1 / 2])  # log2(4) = 2
@@ -82,7 +82,7 @@ def test_metrics_of_one_right_answer_are_those_of_the_textbook() -> None:
 
 def test_metrics_of_several_right_answers_are_those_worked_out_by_hand() -> None:
     # Right answers at 1, 3 and never: within 2 one of three; within 5 two of three.
-    ranks, rows = np.array([3, NEVER, 1]), np.array([1, 1, 1])
+    ranks, rows = np.array([3, NOT_FOUND, 1]), np.array([1, 1, 1])
     nothing, found = metrics_of(ranks, rows, np.array([0, 3]), (2, 5))
     ideal_2, ideal_3 = 1 + 1 / np.log2(3), 1 + 1 / np.log2(3) + 0.5
     np.testing.assert_allclose(found, [1 / 3, 2 / 3, 1, 1, 1 / ideal_2, 1.5 / ideal_3])

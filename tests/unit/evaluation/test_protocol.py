@@ -13,9 +13,9 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange, Split
 from rayrec.errors import InputError
 from rayrec.evaluation import evaluator as asking
-from rayrec.evaluation.accumulator import GROUPS, Tally
+from rayrec.evaluation.accumulator import Tally
 from rayrec.evaluation.evaluator import Evaluator
-from rayrec.evaluation.protocol import EvaluateConfig, blocks, plays_to_predict, user_groups, usual_k
+from rayrec.evaluation.protocol import GROUPS, EvaluateConfig, blocks, plays_to_predict, user_groups, usual_k
 from rayrec.evaluation.results import curves_of_tally, results_of
 from rayrec.recommend.base import Recommender
 from rayrec.recommend.discounted_average import AverageRecommender
@@ -98,8 +98,9 @@ def test_figures_are_means_over_plays_and_not_over_users() -> None:
     always = PopularityRecommender(np.array([9, 1, 1, 1]))
     world = Histories.from_lists([[0, 0, 0, 0, 0], [0, 1]], [[100, 101, 102, 103, 104], [100, 101]])
     evaluator = _evaluator([always])
-    results = results_of(evaluator(world), [always], evaluator.config)
-    assert results[0]["value"] == 0.8  # 4 of 5 plays; the mean over users would be 0.5
+    assert (
+        results_of(evaluator(world), [always], evaluator.config, ["next"])[0]["value"] == 0.8
+    )  # 4 of 5 plays; the mean over users would be 0.5
 
 
 def _models(histories: Histories) -> list[Recommender]:
@@ -128,7 +129,7 @@ def test_tallies_of_parts_add_up_to_the_tally_of_the_whole(cut: int, monkeypatch
     whole = evaluator(histories)
     assert (whole.users > 0).all()
     assert min(whole.curve_counts.sum(), whole.pairs.sum(), whole.slice_questions.sum(), whole.lists.sum()) > 0
-    monkeypatch.setattr(asking, "QUESTIONS_PER_BLOCK", 40)
+    monkeypatch.setattr(asking, "QUERIES_PER_BLOCK", 40)
     shuffled = np.random.default_rng(0).permutation(len(histories))
     parts = [evaluator(histories.take(shuffled[start : start + cut])) for start in range(0, 120, cut)]
     _assert_same(reduce(add, parts, evaluator.empty()), whole)

@@ -69,6 +69,9 @@ def test_what_was_found_is_read_from_the_results_and_no_longer_from_the_manifest
 
 def test_the_headline_is_the_next_play_by_what_recommends(results: list[dict[str, Any]]) -> None:
     assert headline({"results": results}, "strong <&>") == {"recall@20": 0.4, "mrr@20": 0.4}
+    served = [{**_entry("weak", "all", 0.3, metric=metric), "target": "served"} for metric in ("recall", "mrr")]
+    found = headline({"results": [*results, *served]}, "weak")
+    assert found == {"served_recall@20": 0.3, "served_mrr@20": 0.3, "recall@20": 0.1, "mrr@20": 0.1}
     assert headline({"results": results}, "taste") == {}
 
 
@@ -125,7 +128,7 @@ def test_every_kind_of_figure_has_its_table(results: list[dict[str, Any]]) -> No
     }
     page = html_page(figures, None, default="weak", about={})
     assert "<td>-0.0310<small>-0.0400 to -0.0200</small></td>" in page
-    assert "the next song, against popular songs" in page
+    assert "all next plays, against popular songs" in page
     assert "25 to 50 plays ahead" in page
     assert "5-19: 4,321" in page
     assert "3,210<small>3,000 to 3,400</small>" in page

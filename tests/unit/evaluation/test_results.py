@@ -79,8 +79,12 @@ class Asked:
         self.scores = {name: recommender.score(histories, question, name)[0] for name in recommender.horizons}
         self.known = evaluator.known_songs
 
-    def figures(self, songs: list[int], k: int, horizon: str = "short") -> tuple[float, float, float]:
-        scores = self.scores.get(horizon, self.scores["short"])
+    def figures(
+        self, songs: list[int], k: int, horizon: str = "short", served: bool = False
+    ) -> tuple[float, float, float]:
+        scores = np.array(self.scores.get(horizon, self.scores["short"]))
+        if served:
+            scores[self.past] = -np.inf
         right = list(dict.fromkeys(songs))
         ranks = [sum(scores >= scores[song]) if self.known[song] else math.inf for song in right]
         within = sorted(rank for rank in ranks if rank <= k)
@@ -90,6 +94,8 @@ class Asked:
 
     def wanted(self, target: str) -> list[int]:
         return {
+            "served": [song for song in self.future[:1] if song not in self.past],
+            "served25_50": [song for song in self.future[24:50] if song not in self.past],
             "next": self.future[:1],
             "next_new": [song for song in self.future[:1] if song not in self.past],
             "next_repeat": [song for song in self.future[:1] if song in self.past],
@@ -113,9 +119,10 @@ def asked(evaluator: Evaluator, histories: Histories) -> dict[str, list[Asked]]:
 
 
 def _mean(asked: list[Asked], target: str, metric: str, k: int) -> float:
-    horizon = "long" if target == "offsets25_50" else "short"
+    horizon, served = "long" if target.endswith("25_50") else "short", target.startswith("served")
     place = ("recall", "mrr", "ndcg").index(metric)
-    return float(np.mean([one.figures(one.wanted(target), k, horizon)[place] for one in asked if one.wanted(target)]))
+    some = [one for one in asked if one.wanted(target)]
+    return float(np.mean([one.figures(one.wanted(target), k, horizon, served)[place] for one in some]))
 
 
 def test_results_equal_plain_loops(figures: dict[str, Any], asked: dict[str, list[Asked]]) -> None:
@@ -126,7 +133,7 @@ def test_results_equal_plain_loops(figures: dict[str, Any], asked: dict[str, lis
         "held_out": lambda one: one.held_out,
     }
     keys = {(row["model"], row["users"], row["target"], row["metric"], row["k"]) for row in figures["results"]}
-    assert len(keys) == len(figures["results"]) == 3 * 4 * 5 * 3 * 2
+    assert len(keys) == len(figures["results"]) == 3 * 4 * 7 * 3 * 2
     for row in figures["results"]:
         some = [one for one in asked[row["model"]] if users[row["users"]](one)]
         assert row["value"] == pytest.approx(_mean(some, row["target"], row["metric"], row["k"]), abs=1e-5), row
@@ -183,7 +190,7 @@ def test_differences_are_those_of_the_means_and_their_intervals_are_paired(
     figures: dict[str, Any], evaluator: Evaluator, histories: Histories
 ) -> None:
     values = {(row["model"], row["users"], row["target"], row["metric"], row["k"]): row for row in figures["results"]}
-    assert len(figures["comparisons"]) == 2 * 3 * 2  # models, targets, metrics
+    assert len(figures["comparisons"]) == 2 * 5 * 2  # models, targets, metrics
     for row in figures["comparisons"]:
         key = (row["users"], row["target"], row["metric"], row["k"])
         assert (row["model"], row["k"]) == ("taste", 20)
@@ -193,6 +200,6 @@ def test_differences_are_those_of_the_means_and_their_intervals_are_paired(
     twin = NeighboursRecommender(random_vectors(NUM_SONGS))
     both = Evaluator([evaluator.recommenders[0], twin], split=SPLIT, song_plays=np.ones(NUM_SONGS), config=CONFIG)
     compared = figures_of(both(histories), both, "taste")["comparisons"]
-    short = [row for row in compared if row["target"] != "offsets25_50"]  # the twin has no long horizon
-    assert [(row["difference"], row["low"], row["high"]) for row in short] == [(0, 0, 0)] * 4
+    short = [row for row in compared if not row["target"].endswith("25_50")]  # the twin has no long horizon
+    assert [(row["difference"], row["low"], row["high"]) for row in short] == [(0, 0, 0)] * 6
     assert figures_of(both(histories), both, "nobody")["comparisons"] == []

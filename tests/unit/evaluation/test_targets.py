@@ -1,10 +1,10 @@
-"""Which songs are the right answers, and which questions ask for songs new to the user."""
+"""Which songs are the targets of a query, and which queries have targets new to the user."""
 
 import numpy as np
 from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.evaluation.targets import AHEAD, Heard, answers, horizon_of, plays_ahead
+from rayrec.evaluation.protocol import OFFSETS, SERVED, HeardSongs, TargetSongs, horizon_of, plays_ahead, target_songs
 from rayrec.recommend.base import Recommender
 from rayrec.recommend.item_knn import NeighboursRecommender
 
@@ -13,14 +13,18 @@ class Both(NeighboursRecommender):
     horizons = ("short", "long")
 
 
-def _all_questions(histories: Histories) -> Questions:
+def _targets(histories: Histories, queries: Questions, target: str) -> TargetSongs:
+    return target_songs(histories, queries, target, HeardSongs(histories))
+
+
+def _all_queries(histories: Histories) -> Questions:
     return Questions.before_plays(histories, np.flatnonzero(histories.places > 0))
 
 
-def test_right_answers_are_the_distinct_songs_at_the_offsets() -> None:
+def test_target_songs_are_the_distinct_songs_at_the_offsets() -> None:
     histories = Histories.from_lists([[9, 5, 6, 5, 7], [1, 2]], [range(5), range(2)])
-    questions = _all_questions(histories)
-    next_song, ten = answers(histories, questions, "next"), answers(histories, questions, "next10")
+    queries = _all_queries(histories)
+    next_song, ten = _targets(histories, queries, "next"), _targets(histories, queries, "next10")
     assert next_song.songs.tolist() == [5, 6, 5, 7, 2]
     assert next_song.sizes.tolist() == [1] * 5
     assert list(zip(ten.rows.tolist(), ten.songs.tolist(), strict=True)) == [
@@ -35,24 +39,37 @@ def test_right_answers_are_the_distinct_songs_at_the_offsets() -> None:
 
 def test_the_long_term_is_offsets_25_to_50_of_those_who_play_so_long() -> None:
     histories = Histories.from_lists([np.arange(60), np.arange(25)], [range(60), range(25)])  # type: ignore[list-item]
-    questions = Questions(rows=np.array([0, 0, 1]), seen=np.array([1, 30, 1]), at=np.zeros(3, int))
-    found = answers(histories, questions, "offsets25_50")
+    queries = Questions(rows=np.array([0, 0, 1]), seen=np.array([1, 30, 1]), at=np.zeros(3, int))
+    found = _targets(histories, queries, "offsets25_50")
     assert found.songs[found.rows == 0].tolist() == list(range(25, 51))  # the next song, offset 1, is song 1
     assert found.songs[found.rows == 1].tolist() == list(range(54, 60))
     assert found.sizes.tolist() == [26, 6, 0]
 
 
-def test_right_answers_equal_a_plain_loop() -> None:
+def test_target_songs_equal_a_plain_loop() -> None:
     histories = random_histories(30, 9, longest=60, seed=3)
-    questions = _all_questions(histories)
-    for target, (first, last) in AHEAD.items():
-        found = answers(histories, questions, target)
-        for question in range(0, len(questions), 7):
-            start = histories.offsets[questions.rows[question]] + questions.seen[question]
-            end = histories.offsets[questions.rows[question] + 1]
+    queries = _all_queries(histories)
+    for target, (first, last) in OFFSETS.items():
+        found = _targets(histories, queries, target)
+        for query in range(0, len(queries), 7):
+            start = histories.offsets[queries.rows[query]] + queries.seen[query]
+            end = histories.offsets[queries.rows[query] + 1]
             expected = set(histories.songs[start + first - 1 : min(end, start + last)].tolist())
-            assert sorted(expected) == sorted(found.songs[found.rows == question].tolist())
-            assert found.sizes[question] == len(expected)
+            if target in SERVED:
+                expected -= set(histories.songs[histories.offsets[queries.rows[query]] : start].tolist())
+            assert sorted(expected) == sorted(found.songs[found.rows == query].tolist())
+            assert found.sizes[query] == len(expected)
+
+
+def test_as_served_the_targets_are_songs_new_to_the_user_at_the_query() -> None:
+    histories = Histories.from_lists([[9, 5, 9, 6, 5]], [range(5)])
+    served = _targets(histories, _all_queries(histories), "served")
+    assert served.served
+    assert (served.rows.tolist(), served.songs.tolist()) == ([0, 2], [5, 6])  # the plays of 9 and 5 are repeats
+    assert served.sizes.tolist() == [1, 0, 1, 0]
+    long = Histories.from_lists([[0, *range(100, 130), 0, 7, 7]], [range(34)])
+    later = _targets(long, Questions(rows=np.array([0]), seen=np.array([3]), at=np.zeros(1, int)), "served25_50")
+    assert later.songs.tolist() == [7, 126, 127, 128, 129]  # and not 0, which the user had heard
 
 
 def test_plays_ahead_stay_within_the_history() -> None:
@@ -61,17 +78,17 @@ def test_plays_ahead_stay_within_the_history() -> None:
     assert (len(rows), len(plays)) == (0, 0)
 
 
-def test_a_song_is_heard_once_it_was_played_before_the_question() -> None:
+def test_a_song_is_heard_once_it_was_played_before_the_query() -> None:
     histories = Histories.from_lists([[1, 2, 1], [3, 1]], [range(3), range(2)])
-    heard = Heard(histories)
+    heard = HeardSongs(histories)
     rows, seen, songs = np.array([0, 0, 0, 1, 1, 0]), np.array([1, 2, 1, 1, 2, 3]), np.array([1, 2, 2, 1, 1, 99])
     assert heard(rows, seen, songs).tolist() == [True, True, False, False, True, False]
-    nobody = Heard(Histories.from_lists([], []))
+    nobody = HeardSongs(Histories.from_lists([], []))
     assert nobody(np.zeros(1, int), np.zeros(1, int), np.zeros(1, int)).tolist() == [False]
 
 
 def test_the_long_horizon_answers_the_long_term_where_there_is_one() -> None:
     short: Recommender = NeighboursRecommender(random_vectors(3))
     both = Both(random_vectors(3))
-    assert [horizon_of(short, target) for target in AHEAD] == ["short", "short", "short"]
-    assert [horizon_of(both, target) for target in AHEAD] == ["short", "short", "long"]
+    assert [horizon_of(short, target) for target in OFFSETS] == ["short", "short", "short", "short", "short"]
+    assert [horizon_of(both, target) for target in OFFSETS] == ["short", "short", "short", "long", "long"]

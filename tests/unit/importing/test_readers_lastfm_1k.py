@@ -41,7 +41,7 @@ def test_a_track_without_an_id_is_known_by_its_names_and_quotes_are_letters(tmp_
     assert songs[2] == '"Weird Al" Yankovic – 12" mix'
 
 
-def test_bad_lines_are_set_aside_with_a_reason(tmp_path: Path) -> None:
+def test_bad_lines_are_rejected_with_a_reason(tmp_path: Path) -> None:
     batch = read(tmp_path / "userid-timestamp.tsv")
     assert batch.read == 6
     assert [(row["line"], row["reason"]) for row in batch.rejected.to_pylist()] == [

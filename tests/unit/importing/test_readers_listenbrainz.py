@@ -57,7 +57,7 @@ def test_the_song_is_the_best_id_that_a_listen_has(tmp_path: Path) -> None:
     assert batch.rows.column("song_id").to_pylist() == ["said-1", "msid-1", "Björk – Jóga", "msid-2"]
 
 
-def test_bad_lines_are_set_aside_with_their_numbers(tmp_path: Path) -> None:
+def test_bad_lines_are_rejected_with_their_numbers(tmp_path: Path) -> None:
     lines = [
         listen(),
         "{not json",

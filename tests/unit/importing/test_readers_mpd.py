@@ -47,7 +47,7 @@ def test_a_slice_gives_one_row_per_track(tmp_path: Path) -> None:
     assert batch.rejected.num_rows == 0
 
 
-def test_bad_playlists_and_tracks_are_set_aside(tmp_path: Path) -> None:
+def test_bad_playlists_and_tracks_are_rejected(tmp_path: Path) -> None:
     playlists = [{"name": "no id", "tracks": []}, {"pid": 4, "tracks": [track(0, None), "x", track(2, "c")]}, 5]
     batch = read(tmp_path / "mpd.slice.0-999.json", {"playlists": playlists})
     assert [(row["position"], row["song_id"]) for row in batch.rows.to_pylist()] == [(2, "c")]

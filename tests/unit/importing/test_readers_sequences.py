@@ -49,7 +49,7 @@ def test_without_a_user_each_line_is_named_by_file_and_number(tmp_path: Path) ->
     ]
 
 
-def test_bad_lines_and_items_are_set_aside_with_their_reasons(tmp_path: Path) -> None:
+def test_bad_lines_and_items_are_rejected_with_their_reasons(tmp_path: Path) -> None:
     content = "a,1:2\n\nno separator\n ,1:2\nb,3::4:\n  \nc,\nd,5:\xff".encode("latin-1") + b"\ne,6\n"
     batches = read(tmp_path / "h.lst", content, user_separator=",", song_separator=":")
     assert [(user, song) for user, song, _, _ in plays(batches)] == [

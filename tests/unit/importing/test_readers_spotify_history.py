@@ -55,7 +55,7 @@ def test_a_play_keeps_its_song_time_context_and_names(tmp_path: Path) -> None:
     assert (row["title"], row["artist"], row["line"]) == ("Dreams", "Fleetwood Mac", 1)
 
 
-def test_podcasts_and_rows_without_song_or_time_are_set_aside(tmp_path: Path) -> None:
+def test_podcasts_and_rows_without_song_or_time_are_rejected(tmp_path: Path) -> None:
     rows = [
         record(spotify_track_uri=None, spotify_episode_uri="spotify:episode:1", episode_name="Talk"),
         record(spotify_track_uri=None),

@@ -61,7 +61,7 @@ def test_a_mapped_csv_gives_every_field_of_a_play(tmp_path: Path) -> None:
     assert (good[1]["contexts"], good[1]["skipped"], good[1]["title"]) == (None, False, None)
 
 
-def test_each_bad_line_is_set_aside_by_itself_with_its_number_and_text(tmp_path: Path) -> None:
+def test_each_bad_line_is_rejected_by_itself_with_its_number_and_text(tmp_path: Path) -> None:
     lines = [
         b"user,song,played_at,skipped",
         b"a,s1,1421163674,1",  # 2: good

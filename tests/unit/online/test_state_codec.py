@@ -44,7 +44,7 @@ def some_state(window: Plays) -> UserState:
         )
         for name, row in (("abc.2", 0), ("def", 2))
     }
-    counts = {"left": 10**9, "folded": 5, "set_aside": 2, "turn": 7, "restarts": 1}
+    counts = {"left": 10**9, "folded": 5, "rejected": 2, "turn": 7, "restarts": 1}
     return UserState(before_at=-5, window=window, forgotten_at=-9, models=models, **counts)
 
 
@@ -52,7 +52,7 @@ def some_state(window: Plays) -> UserState:
 def test_a_state_comes_back_as_it_was_with_network_states_in_half_precision(window: Plays) -> None:
     state = some_state(window)
     read = unpack_state(pack_state(state))
-    counts = ("before_at", "left", "folded", "set_aside", "turn", "restarts", "forgotten_at", "plays", "last_played_at")
+    counts = ("before_at", "left", "folded", "rejected", "turn", "restarts", "forgotten_at", "plays", "last_played_at")
     for name in counts:
         assert getattr(read, name) == getattr(state, name), name
     assert list(read.models) == list(state.models)

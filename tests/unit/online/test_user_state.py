@@ -121,29 +121,29 @@ def test_any_order_within_the_window_gives_the_state_of_the_batch(data: st.DataO
     parts = [plays.take(part) for part in np.split(order, cuts)]
     state, steps = post(encoder, nobody(encoder), parts)
     require_batch(encoder, state, plays)
-    assert sum(step.count("set_aside") for step in steps) == state.set_aside == 0
+    assert sum(step.count("rejected") for step in steps) == state.rejected == 0
     left = Plays.joined([step.left for step in steps])
     np.testing.assert_array_equal(left.songs, plays.songs[: state.left])
     np.testing.assert_array_equal(left.played_at, plays.played_at[: state.left])
 
 
-def test_plays_from_before_the_window_are_set_aside_and_counted(encoder: TasteEncoder) -> None:
+def test_plays_from_before_the_window_are_rejected_and_counted(encoder: TasteEncoder) -> None:
     plays = random_plays(12)
     late, rest = plays.take(slice(0, 2)), plays.take(slice(2, None))
     state, _ = post(encoder, nobody(encoder), [rest])
     assert state.left == 6
     state, (step,) = post(encoder, state, [late])
-    assert outcomes(step) == ["set_aside", "set_aside"]
-    assert (state.set_aside, step.runs) == (2, ())
+    assert outcomes(step) == ["rejected", "rejected"]
+    assert (state.rejected, step.runs) == (2, ())
     require_batch(encoder, state, rest)
 
 
-def test_a_play_at_the_moment_of_the_last_that_left_is_set_aside(encoder: TasteEncoder) -> None:
+def test_a_play_at_the_moment_of_the_last_that_left_is_rejected(encoder: TasteEncoder) -> None:
     """After a load the batch's own last play may be sent again: it must not count twice."""
     states = encoder.run(random_plays(5).history())[1]
     state = UserState.start("m", states, plays=5)
     state, (step,) = post(encoder, state, [Plays.of([1], [state.before_at])])
-    assert outcomes(step) == ["set_aside"]
+    assert outcomes(step) == ["rejected"]
     assert (state.plays, state.last_played_at) == (5, states.last_played_at[0])
 
 
@@ -248,11 +248,11 @@ def test_a_log_that_was_replaced_is_run_over_from_the_first_play(encoder: TasteE
         catch_up(encoder, restarted, "m", step.left.take(slice(2)))
 
 
-def test_plays_from_before_a_deletion_are_set_aside(encoder: TasteEncoder) -> None:
+def test_plays_from_before_a_deletion_are_rejected(encoder: TasteEncoder) -> None:
     forgotten = replace(nobody(encoder), forgotten_at=100)
     assert forgotten.forgotten
     state, (step,) = post(encoder, forgotten, [Plays.of([1, 2, 3], [90, 100, 101])])
-    assert outcomes(step) == ["set_aside", "set_aside", "taken"]
+    assert outcomes(step) == ["rejected", "rejected", "taken"]
     require_batch(encoder, state, Plays.of([3], [101]))
     assert not state.forgotten
 

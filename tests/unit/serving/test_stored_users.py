@@ -146,7 +146,7 @@ class World:
                 continue
             state = unpack_state(whole.stored.state)
             held = Plays.joined([unpack_plays(whole.log), state.window])
-            assert state.plays + state.set_aside == len(own)
+            assert state.plays + state.rejected == len(own)
             assert state.plays == len(held)
             plays = Counter(zip(held.songs.tolist(), held.played_at.tolist(), strict=True))
             acknowledged = Counter((event.song, event.played_at) for event in own if event.id in self.taken)
@@ -249,7 +249,7 @@ def test_a_deleted_user_is_unknown_until_a_play_from_after_the_deletion(workspac
     assert take("a", BEGIN) == ["taken"]
     asyncio.run(users.forget(live, "ann", BEGIN + 10))
     assert asyncio.run(users.read(live, ["ann"])) == [None]
-    assert take("b", BEGIN + 5) == ["set_aside"]
+    assert take("b", BEGIN + 5) == ["rejected"]
     assert asyncio.run(users.read(live, ["ann"])) == [None]
     assert take("c", BEGIN + 20) == ["taken"]
     (known,) = asyncio.run(users.read(live, ["ann"]))

@@ -118,7 +118,7 @@ def test_the_online_state_is_what_the_batch_job_computes_over_the_same_plays(app
     """Over 300 plays, one by one, in calls of many, out of order and sent twice."""
     events, random = events_of("ann", 300), np.random.default_rng(2)
     order = np.argsort(np.arange(300) + random.uniform(0, user_state.WINDOW / 2, 300), kind="stable")
-    place, sent = 0, {"taken": 0, "repeated": 0, "set_aside": 0}
+    place, sent = 0, {"taken": 0, "repeated": 0, "rejected": 0}
     while place < 300:
         size = int(random.choice([1, 1, 2, 30]))
         batch = [events[row] for row in order[place : place + size]]
@@ -128,7 +128,7 @@ def test_the_online_state_is_what_the_batch_job_computes_over_the_same_plays(app
         for name in sent:
             sent[name] += answer[name]
         place += size
-    assert (sent["taken"], sent["set_aside"]) == (300, 0)
+    assert (sent["taken"], sent["rejected"]) == (300, 0)
     assert sent["repeated"] > 3
     at = events[-1]["played_at"] + MINUTE
     require_taste_of_batch(world, taste(app, "ann", at), events, at)
@@ -173,7 +173,7 @@ def test_a_first_play_makes_the_user_and_now_is_its_time(app: Client) -> None:
     answer = send(app, {"event_id": "1", "user_id": "new/user ë", "song_id": "song-3"})
     assert (answer["taken"], answer["outcomes"]) == (1, ["taken"])
     found = app.get("/v1/users/new%2Fuser%20%C3%AB/taste").json()
-    assert (found["user_id"], found["plays"], found["set_aside"]) == ("new/user ë", 1, 0)
+    assert (found["user_id"], found["plays"], found["rejected"]) == ("new/user ë", 1, 0)
     assert abs(ms(found["at"]) - ms(found["last_played_at"])) < 60 * MINUTE
     assert len(found["short"]) == len(found["long"]) == 8
 
@@ -183,15 +183,15 @@ def test_what_became_of_each_play_is_told_and_counted(app: Client) -> None:
     strange = {**plays[0], "event_id": "s", "song_id": "nobody"}
     answer = send(app, plays[0], strange, plays[3], plays[0], plays[2], plays[1])
     assert answer["outcomes"] == ["taken", "unknown", "taken", "repeated", "taken", "taken"]
-    assert [answer[name] for name in ("taken", "repeated", "set_aside", "unknown_songs")] == [4, 1, 0, 1]
+    assert [answer[name] for name in ("taken", "repeated", "rejected", "unknown_songs")] == [4, 1, 0, 1]
     assert send(app, strange)["outcomes"] == ["unknown"]
     many = events_of("ann", 200)
     send(app, *many[3:])
     late = {**plays[0], "event_id": "late", "played_at": plays[0]["played_at"] + 1}
-    assert send(app, late, many[199])["outcomes"] == ["set_aside", "repeated"]
-    assert taste(app, "ann", AT + 10**9)["set_aside"] == 1
+    assert send(app, late, many[199])["outcomes"] == ["rejected", "repeated"]
+    assert taste(app, "ann", AT + 10**9)["rejected"] == 1
     metrics = app.get("/metrics").text
-    for outcome, count in (("taken", 201), ("repeated", 2), ("set_aside", 1), ("unknown", 2)):
+    for outcome, count in (("taken", 201), ("repeated", 2), ("rejected", 1), ("unknown", 2)):
         lines = [line for line in metrics.splitlines() if f'outcome="{outcome}"' in line and "plays_total" in line]
         assert [float(line.split()[-1]) for line in lines] == [count]
 
@@ -345,7 +345,7 @@ def test_a_deleted_user_is_answered_as_an_unknown_one_and_old_plays_stay_out(app
     assert app.request("DELETE", "/v1/users/ann").status_code == 204
     require_problem(app.get("/v1/users/ann/taste"), 404, "rayrec states load")
     assert recommend(app, user_id="ann", k=7)["songs"] == recommend(app, history=[], k=7)["songs"]
-    assert send(app, events[0])["outcomes"] == ["set_aside"]
+    assert send(app, events[0])["outcomes"] == ["rejected"]
     assert send(app, {**PLAY, "event_id": "later"})["outcomes"] == ["taken"]
     assert app.get("/v1/users/ann/taste").json()["plays"] == 1
     assert app.request("DELETE", "/v1/users/nobody").status_code == 204

@@ -4,7 +4,7 @@ import pytest
 
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.rounds import Measured
-from rayrec.bench.scaling import costs, extrapolated, speedups
+from rayrec.bench.scale_bench import costs, extrapolated, speedups
 from rayrec.errors import InputError
 
 

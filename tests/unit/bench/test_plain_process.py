@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from rayrec.bench.plain import PlainProcess, niceness
+from rayrec.bench.rounds import PlainProcess, niceness
 
 
 def threads() -> str:

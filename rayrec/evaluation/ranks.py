@@ -1,0 +1,287 @@
+"""Ranks of target songs in a recommender's ranking, and the metrics that come from ranks.
+
+A model that scores every song and one that scores a few candidates are ranked by the same rules: ties count against a
+target, a song at NaN or -inf is never found, and a song that is no candidate has no rank.
+
+Q queries, N songs, C candidates of all queries together, T target songs, L listed songs, K cut-offs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.evaluation.protocol import TargetSongs
+from rayrec.recommend.base import CandidateRecommender, Horizon, Recommender, ScoredCandidates
+from rayrec.recommend.vsknn import last_plays
+
+METRICS = ("recall", "mrr", "ndcg")
+NOT_FOUND = np.iinfo(np.int64).max  # rank of a song that lies too deep, or that the ranking does not hold
+LIST_LENGTH = 20  # songs of a query that are looked at for coverage, popularity and repeats
+SCORES_AT_ONCE = 1 << 21  # where many songs tie for the last place, all of them are looked at
+
+
+class Ranked(NamedTuple):
+    """Where the targets stand, and the first songs of some queries."""
+
+    ranks: dict[str, np.ndarray]  # target -> int64 (T,), NOT_FOUND beyond the depth
+    listed_rows: np.ndarray  # int64 (L,), the query of each listed song
+    listed_songs: np.ndarray  # int64 (L,)
+
+
+def rank_targets(
+    recommender: Recommender,
+    histories: Histories,
+    queries: Questions,
+    targets: Mapping[str, TargetSongs],
+    known_songs: np.ndarray,
+    *,
+    depth: int,
+    horizon: Horizon = "short",
+    listed: np.ndarray | None = None,
+) -> Ranked:
+    """The rank of each target song, exact up to `depth`.
+
+    `known_songs` is bool (N,): any other song is NOT_FOUND, however well it scores. Of the queries in `listed`,
+    bool (Q,), the first LIST_LENGTH songs are returned too, of all songs.
+    """
+    ranks = {name: np.full(len(target.songs), NOT_FOUND, dtype=np.int64) for name, target in targets.items()}
+    known = {name: _known(target.songs, known_songs, recommender.num_songs) for name, target in targets.items()}
+    lists = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
+    for chunk, ranking in _rankings(recommender, histories, queries, horizon, max(depth, LIST_LENGTH)):
+        names = {served: [name for name in targets if targets[name].served == served] for served in (False, True)}
+        for served, some in names.items():
+            entries = {name: _entries(targets[name], known[name], chunk) for name in some}
+            if not any(len(positions) for positions in entries.values()):
+                continue
+            unheard = ranking
+            if served:
+                rows = np.unique(np.concatenate([targets[name].rows[entries[name]] for name in some])) - chunk.start
+                unheard = ranking.without_heard(histories, queries.take(chunk), rows)
+            for name, positions in entries.items():
+                target = targets[name]
+                ranks[name][positions] = unheard.ranks(target.rows[positions] - chunk.start, target.songs[positions])
+        if listed is not None:
+            rows, songs = ranking.first(np.flatnonzero(listed[chunk]), LIST_LENGTH)
+            lists.append((chunk.start + rows, songs))
+    rows, songs = (np.concatenate(parts) for parts in zip(*lists, strict=True))
+    return Ranked(ranks, rows, songs)
+
+
+def _entries(target: TargetSongs, known: np.ndarray, chunk: slice) -> np.ndarray:
+    """int64: positions of the known targets of the queries of a chunk."""
+    start, stop = np.searchsorted(target.rows, [chunk.start, chunk.stop])
+    return np.asarray(start + np.flatnonzero(known[start:stop]))
+
+
+def _known(songs: np.ndarray, known_songs: np.ndarray, num_songs: int) -> np.ndarray:
+    """bool (T,): songs that the fit range and the recommender know."""
+    known = songs < min(len(known_songs), num_songs)
+    known[known] = known_songs[songs[known]]
+    return known
+
+
+class _Rankings(ABC):
+    """The rankings of the queries of a chunk."""
+
+    @abstractmethod
+    def ranks(self, rows: np.ndarray, songs: np.ndarray) -> np.ndarray:
+        """int64 (T,): 1 + the other songs that score at least as much; NOT_FOUND beyond the depth."""
+
+    @abstractmethod
+    def first(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Queries and songs, int64 (L,) each: the `count` best of the queries at `rows`; equal ones by song row."""
+
+    @abstractmethod
+    def without_heard(self, histories: Histories, queries: Questions, rows: np.ndarray) -> _Rankings:
+        """The rankings of the queries at `rows`, ascending, without the songs that their users have heard.
+
+        Only the ranks of these queries may then be read.
+        """
+
+
+def _rankings(
+    recommender: Recommender, histories: Histories, queries: Questions, horizon: Horizon, depth: int
+) -> Iterator[tuple[slice, _Rankings]]:
+    if isinstance(recommender, CandidateRecommender):
+        for chunk, candidates in recommender.candidate_chunks(histories, queries):
+            start, stop, _ = chunk.indices(len(queries))
+            yield slice(start, stop), CandidateRankings(candidates, horizon, stop - start, recommender.num_songs)
+        return
+    for chunk, scores in recommender.score_chunks(histories, queries, horizon):
+        yield slice(chunk.start, chunk.start + len(scores)), DenseRankings(scores, depth)
+
+
+class DenseRankings(_Rankings):
+    """Rankings by the score of every song, float32 (Q, N)."""
+
+    def __init__(self, scores: np.ndarray, depth: int, rows: np.ndarray | None = None) -> None:
+        """`rows`, int64 ascending, are the queries of the scores where they are those of a part."""
+        self._scores, self._depth, self._rows = scores, depth, rows
+        self._best = best_scores(scores, depth + 1)
+
+    def ranks(self, rows: np.ndarray, songs: np.ndarray) -> np.ndarray:
+        """As in `_Rankings`."""
+        places = rows if self._rows is None else np.searchsorted(self._rows, rows)
+        return ranks_of(self._scores, places, songs, self._best)
+
+    def first(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """As in `_Rankings`."""
+        found, songs = listed_songs(self._scores[rows], self._best[rows], count)
+        return rows[found], songs
+
+    def without_heard(self, histories: Histories, queries: Questions, rows: np.ndarray) -> DenseRankings:
+        """As in `_Rankings`."""
+        scores = np.array(self._scores[rows])
+        places, songs, _ = last_plays(histories, queries.take(rows), scores.shape[1], histories.num_plays)
+        scores[places, songs] = -np.inf
+        return DenseRankings(scores, self._depth, rows)
+
+
+class CandidateRankings(_Rankings):
+    """Rankings of the candidates of each query, at any depth."""
+
+    def __init__(
+        self,
+        candidates: ScoredCandidates,
+        horizon: Horizon,
+        size: int,
+        num_songs: int,
+        heard: np.ndarray | None = None,
+    ) -> None:
+        """`heard`, int64, are the keys of songs that are left out: query · N + song."""
+        self._candidates, self._horizon, self._size, self._num_songs = candidates, horizon, size, num_songs
+        scores = candidates.scores(horizon, heard is not None)
+        keys = candidates.rows * num_songs + candidates.songs
+        rankable = scores > -np.inf  # NaN is above nothing
+        if heard is not None:
+            rankable &= ~np.isin(keys, heard)
+        some = np.flatnonzero(rankable)
+        order = some[np.lexsort((candidates.songs[some], -scores[some], candidates.rows[some]))]
+        self._rows, self._songs, self._scores = candidates.rows[order], candidates.songs[order], scores[order]
+        self._keys = keys[order]
+        self._starts = np.searchsorted(self._rows, np.arange(size + 1))
+
+    def ranks(self, rows: np.ndarray, songs: np.ndarray) -> np.ndarray:
+        """As in `_Rankings`."""
+        ranks = np.full(len(rows), NOT_FOUND, dtype=np.int64)
+        if not len(self._keys):
+            return ranks
+        order = np.argsort(self._keys)
+        wanted = rows * self._num_songs + songs
+        position = order[np.minimum(np.searchsorted(self._keys, wanted, sorter=order), len(order) - 1)]
+        found = self._keys[position] == wanted
+        # A run of equal scores ends where the next score or query begins; a tied song has the rank of the last of them.
+        last = np.append((np.diff(self._rows) != 0) | (np.diff(self._scores) != 0), True)
+        ends = np.flatnonzero(last) + 1
+        ends = ends[np.searchsorted(ends, position[found], side="right")]
+        ranks[found] = ends - self._starts[rows[found]]
+        return ranks
+
+    def first(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """As in `_Rankings`."""
+        within = np.arange(len(self._rows)) - self._starts[self._rows] < count
+        within &= np.isin(self._rows, rows)
+        return self._rows[within], self._songs[within]
+
+    def without_heard(self, histories: Histories, queries: Questions, rows: np.ndarray) -> CandidateRankings:
+        """As in `_Rankings`."""
+        places, songs, _ = last_plays(histories, queries.take(rows), self._num_songs, histories.num_plays)
+        heard = np.unique(rows[places] * self._num_songs + songs)
+        return CandidateRankings(self._candidates, self._horizon, self._size, self._num_songs, heard)
+
+
+def best_scores(scores: np.ndarray, depth: int) -> np.ndarray:
+    """float32 (Q, min(depth, N)): the best scores of each row of float32 (Q, N), ascending. NaN counts as -inf."""
+    depth = min(depth, scores.shape[1])
+    floor = _floor(scores, depth)
+    flat = np.flatnonzero(scores > floor[:, None])  # NaN is above nothing
+    rows, songs = np.divmod(flat, max(1, scores.shape[1]))
+    count = np.bincount(rows, minlength=len(scores))
+    # What is above the floor, and the floor itself in all places that are left of the depth.
+    above = np.full((len(scores), depth + int(count.max(initial=0))), floor[:, None], dtype=np.float32)
+    above[rows, np.arange(len(rows)) - (np.cumsum(count) - count)[rows]] = scores[rows, songs]
+    return np.sort(np.partition(above, above.shape[1] - depth, axis=1)[:, above.shape[1] - depth :], axis=1)
+
+
+def _floor(scores: np.ndarray, depth: int) -> np.ndarray:
+    """float32 (Q,): a score that at least `depth` of each row reach, so that few need to be put in order.
+
+    The `depth` best of twice as many groups hold one each.
+    """
+    groups = 2 * depth
+    width = scores.shape[1] // groups
+    if not width:
+        return np.full(len(scores), -np.inf, dtype=np.float32)
+    best = np.fmax.reduce(scores[:, : groups * width].reshape(len(scores), width, groups), axis=1)
+    best[np.isnan(best)] = -np.inf
+    return np.asarray(np.partition(best, depth, axis=1)[:, depth])
+
+
+def ranks_of(scores: np.ndarray, rows: np.ndarray, songs: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """int64 (T,): the rank, from 1, of song songs[t] among scores[rows[t]] of float32 (Q, N).
+
+    `best` are the `best_scores` of a depth above any cut-off; a song that is not among them is NOT_FOUND,
+    nor is one at -inf. Ties count against a song: 1 + the others that score at least as much.
+    """
+    own = scores[rows, songs]
+    near = np.flatnonzero((own >= best[rows, 0]) & (own > -np.inf))
+    reached = np.count_nonzero(best[rows[near]] >= own[near, None], axis=1)  # the song itself is the 1
+    # All of the best, and more lie below: others may tie with it among these.
+    whole = (reached == best.shape[1]) & (best.shape[1] < scores.shape[1])
+    ranks = np.full(len(own), NOT_FOUND, dtype=np.int64)
+    ranks[near] = np.where(whole, NOT_FOUND, reached)
+    return ranks
+
+
+def listed_songs(scores: np.ndarray, best: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and songs, int64 (L,) each, of the `count` best of each row of float32 (Q, N).
+
+    `best` are the `best_scores` of at least that depth. As in `Recommender.recommend`, of equal
+    scores those come with the lower song row, and songs at -inf do not come.
+    """
+    last = best[:, -min(count, best.shape[1])]
+    step = max(1, SCORES_AT_ONCE // max(1, scores.shape[1]))
+    rows, songs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for start in range(0, len(scores), step):
+        chunk, least = scores[start : start + step], last[start : start + step]
+        row, song = np.nonzero((chunk >= least[:, None]) & (chunk > -np.inf))
+        tied = chunk[row, song] == least[row]
+        starts = np.searchsorted(row, np.arange(len(chunk)))
+        ties_before = np.cumsum(tied) - tied
+        places = ties_before - np.append(ties_before, 0)[np.minimum(starts, len(tied))][row]
+        room = count - np.bincount(row, weights=~tied, minlength=len(chunk))
+        kept = ~tied | (places < room[row])
+        rows.append(row[kept] + start)
+        songs.append(song[kept])
+    return np.concatenate(rows), np.concatenate(songs)
+
+
+def metric_columns(ks: Sequence[int]) -> list[tuple[str, int]]:
+    """The metric and the cut-off of each column of `metrics_of`."""
+    return [(metric, k) for metric in METRICS for k in ks]
+
+
+def metrics_of(ranks: np.ndarray, rows: np.ndarray, sizes: np.ndarray, ks: Sequence[int]) -> np.ndarray:
+    """float64 (Q, 3 · K): recall, reciprocal rank and NDCG, each at every k.
+
+    `ranks` and `rows` are int64 (T,), the rank of each target song and its query; `sizes` is int64 (Q,), how many
+    target songs a query has. Recall at k is the share of them within the first k; MRR is 1 / the best rank there; NDCG
+    is Σ 1 / log2(rank + 1) over those there, divided by what min(k, size) targets in the first places would give.
+    """
+    queries = len(sizes)
+    columns = np.zeros((len(METRICS), len(ks), queries))
+    ideals = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, max(ks) + 2)))])
+    for place, k in enumerate(ks):
+        within = ranks <= k
+        rank, row = ranks[within].astype(np.float64), rows[within]
+        recall, reciprocal, gain = columns[:, place]
+        recall += np.bincount(row, minlength=queries) / np.maximum(sizes, 1)
+        np.maximum.at(reciprocal, row, 1 / rank)
+        ideal = ideals[np.clip(sizes, 1, k)]
+        gain += np.bincount(row, weights=1 / np.log2(rank + 1), minlength=queries) / ideal
+    return np.asarray(columns.reshape(len(METRICS) * len(ks), queries).T)

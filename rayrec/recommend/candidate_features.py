@@ -1,0 +1,204 @@
+"""Features of candidates: what the ranker knows of each proposed song and of the query.
+
+Q queries, C candidates of all queries together, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from rayrec.recommend.query_batch import HOUR_MS, QueryBatch
+from rayrec.recommend.retrieval.ragged import first_of_each
+from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrieval.song_groups import NO_GROUP, SongGroups
+from rayrec.recommend.retrievers import Candidates
+
+RECENT = 10  # plays among which artists and albums are counted
+REPEATS = 20  # plays among which repeats are counted
+NEVER = -1.0  # plays or hours since a song, an artist or an album that the user has never played
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSources:
+    """What features are read from, beside the queries."""
+
+    retrieval: Retrieval
+    song_vectors: np.ndarray  # float32 (N, D), normalized
+    retrievers: tuple[str, ...]  # names, in the order of their features
+    real_times: bool = True  # False where times say in which order plays came, and nothing else
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the features, in the order of the columns."""
+        groups = [name for name, group in self._groups() if group]
+        return [
+            *(f"{retriever}_{what}" for retriever in self.retrievers for what in ("score", "share", "rank")),
+            *OF_CANDIDATES,
+            *(f"{group}_{what}" for group in groups for what in OF_GROUPS),
+            *OF_QUERIES,
+            *(f"recent_{group}s" for group in groups),
+        ]
+
+    def _groups(self) -> list[tuple[str, SongGroups]]:
+        return [("artist", self.retrieval.artists), ("album", self.retrieval.albums)]
+
+    def features(self, batch: QueryBatch, candidates: Candidates) -> np.ndarray:
+        """float32 (C, F): one row for each candidate."""
+        matrix = np.zeros((len(candidates.rows), len(self.names)), dtype=np.float32, order="F")
+        columns = iter(range(matrix.shape[1]))
+
+        def put(values: np.ndarray) -> None:
+            matrix[:, next(columns)] = values
+
+        for name in self.retrievers:
+            proposals, position = candidates.proposals[name], candidates.positions[name]
+            totals = np.bincount(proposals.rows, weights=np.abs(proposals.scores), minlength=len(batch))
+            where = next(columns), next(columns), next(columns)
+            matrix[position, where[0]] = proposals.scores
+            matrix[position, where[1]] = proposals.scores / np.maximum(totals, 1e-12)[proposals.rows]
+            matrix[position, where[2]] = 1.0 / (1.0 + proposals.ranks)
+        self._of_candidates(batch, candidates, put)
+        of_queries = self._of_queries(batch)
+        for _, group in self._groups():
+            if group:
+                of_queries.append(_group_features(batch, candidates, group, put))
+        for values in of_queries:
+            put(values[candidates.rows])
+        return matrix
+
+    def _of_candidates(self, batch: QueryBatch, candidates: Candidates, put: Callable[[np.ndarray], None]) -> None:
+        rows, songs, own = candidates.rows, candidates.songs, batch.own
+        vectors = _looked_up(self.song_vectors, songs)
+        last_vectors = _looked_up(self.song_vectors, batch.last_songs)
+        for of_query in (batch.short_vectors, batch.long_vectors, last_vectors):
+            put(np.einsum("cd,cd->c", vectors, of_query[rows]))
+        put(_proposed_by(candidates))
+        found = own.find(candidates.keys)
+        heard = found >= 0
+        found = np.where(heard, found, 0)
+
+        def of_own(values: np.ndarray, otherwise: float) -> np.ndarray:
+            return np.where(heard, values[found], otherwise) if len(values) else np.full(len(rows), otherwise)
+
+        history = np.maximum(1, np.diff(batch.offsets))
+        put(of_own(own.plays, 0))
+        put(of_own(own.plays / history[own.rows], 0))
+        put(of_own(own.back, NEVER))
+        put(of_own(own.hours, NEVER) if self.real_times else np.zeros(len(rows)))
+        put(of_own(own.base_level, -20))
+        put(of_own(own.base_level_hours, -20) if self.real_times else np.zeros(len(rows)))
+        put(of_own(own.session_plays, 0))
+        plays = np.log1p(_looked_up(self.retrieval.plays.plays, songs))
+        recent = np.log1p(_looked_up(self.retrieval.recent_plays, songs))
+        put(plays)
+        put(recent)
+        put(recent - plays)
+
+    def _of_queries(self, batch: QueryBatch) -> list[np.ndarray]:
+        """OF_QUERIES, (Q,) each."""
+        lengths = np.diff(batch.offsets)
+        session = np.bincount(batch.rows, weights=batch.in_session, minlength=len(batch))
+        last = np.where(lengths > 0, batch.offsets[1:] - 1, 0)
+        since = np.full(len(batch), NEVER)
+        if len(batch.played_at):
+            since = np.where(lengths > 0, (batch.queries.at - batch.played_at[last]) / HOUR_MS, NEVER)
+        hour = (batch.queries.at // HOUR_MS) % 24
+        return [
+            np.log1p(batch.queries.seen),
+            session,
+            since if self.real_times else np.zeros(len(batch)),
+            _repeat_share(batch, lengths),
+            _repeat_share(batch, session.astype(np.int64)),
+            hour if self.real_times else np.zeros(len(batch)),
+            np.bincount(batch.own.rows, minlength=len(batch)) / np.maximum(1, lengths),
+        ]
+
+
+OF_CANDIDATES = [
+    "cosine_short",
+    "cosine_long",
+    "cosine_last_song",
+    "proposed_by",
+    "own_plays",
+    "own_share",
+    "own_plays_since",
+    "own_hours_since",
+    "own_base_level",
+    "own_base_level_hours",
+    "own_session_plays",
+    "plays",
+    "recent_plays",
+    "trend",
+]
+OF_GROUPS = ["of_last_song", "recent_share", "own_plays", "plays_since"]
+OF_QUERIES = [
+    "history_length",
+    "session_length",
+    "hours_since_last",
+    "recent_repeats",
+    "session_repeats",
+    "hour",
+    "different_songs",
+]
+
+
+def _looked_up(values: np.ndarray, songs: np.ndarray, otherwise: int = 0) -> np.ndarray:
+    """The values of songs; `otherwise` for songs, int, that are -1 or came after the values."""
+    known = (songs >= 0) & (songs < len(values))
+    found = np.full((len(songs), *values.shape[1:]), otherwise, dtype=values.dtype)
+    found[known] = values[songs[known]]
+    return found
+
+
+def _proposed_by(candidates: Candidates) -> np.ndarray:
+    """float64 (C,): how many retrievers propose each candidate."""
+    counts = np.zeros(len(candidates.rows))
+    for position in candidates.positions.values():
+        counts[position] += 1
+    return counts
+
+
+def _repeat_share(batch: QueryBatch, counts: np.ndarray) -> np.ndarray:
+    """float64 (Q,): of the last plays, `counts` (Q,) but at most 20, the share that repeated an earlier one."""
+    keys = batch.keys(batch.rows, batch.songs)
+    again = np.ones(len(keys), dtype=bool)
+    order = np.argsort(keys, kind="stable")
+    again[order[first_of_each(keys[order])]] = False
+    looked_at = batch.back < np.minimum(counts, REPEATS)[batch.rows]
+    repeats = np.bincount(batch.rows, weights=again & looked_at, minlength=len(batch))
+    return np.asarray(repeats / np.maximum(1, np.minimum(counts, REPEATS)))
+
+
+def _group_features(
+    batch: QueryBatch, candidates: Candidates, groups: SongGroups, put: Callable[[np.ndarray], None]
+) -> np.ndarray:
+    """Put OF_GROUPS of the artists or the albums; float64 (Q,): how many different ones the last ten plays have."""
+    group = _looked_up(groups.of_song, batch.songs, NO_GROUP).astype(np.int64)
+    some = np.flatnonzero(group >= 0)
+    width = max(1, len(groups.offsets))
+    keys = batch.rows[some] * width + group[some]
+    order = np.argsort(keys, kind="stable")
+    first = first_of_each(keys[order])
+    unique = keys[order][first]
+    plays = np.diff(np.append(first, len(order)))
+    last = some[order[np.append(first[1:], len(order)) - 1]] if len(order) else order
+    recent = batch.back[some][order] < RECENT
+    late = np.add.reduceat(recent.astype(np.int64), first) if len(first) else plays
+    own_group = _looked_up(groups.of_song, candidates.songs, NO_GROUP).astype(np.int64)
+    wanted = np.where(own_group >= 0, candidates.rows * width + own_group, -1)
+    found = np.minimum(np.searchsorted(unique, wanted), max(0, len(unique) - 1))
+    there = unique[found] == wanted if len(unique) else np.zeros(len(wanted), dtype=bool)
+
+    def of_group(values: np.ndarray, otherwise: float) -> np.ndarray:
+        return np.where(there, values[found], otherwise) if len(values) else np.full(len(wanted), otherwise)
+
+    last_group = _looked_up(groups.of_song, batch.last_songs, NO_GROUP)
+    put((last_group[candidates.rows] == own_group) & (own_group >= 0))
+    put(of_group(late, 0) / np.maximum(1, np.minimum(np.diff(batch.offsets), RECENT))[candidates.rows])
+    put(of_group(plays, 0))
+    put(of_group(batch.back[last], NEVER))
+    different = np.bincount((unique // width)[late > 0], minlength=len(batch))
+    return np.asarray(different, dtype=np.float64)

@@ -1,0 +1,225 @@
+"""The ranker: trees that order candidates by their features, and the chance behind each score.
+
+Q queries, C candidates of all queries together, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightgbm
+import numpy as np
+
+from rayrec.errors import DamagedArtifactError, InputError
+from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, ranges
+from rayrec.storage.workspace import Workspace
+
+TOP = 20  # places that training looks at
+HELD_OUT_SHARE = 0.2  # of the examples' users, on whom trees are counted and chances calibrated
+KNOTS = 60  # points of the curve from scores to chances
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankerSettings:
+    """How trees are grown."""
+
+    trees: int = 300  # at most; fewer where the held-out users gain nothing more
+    leaves: int = 31
+    learning_rate: float = 0.07
+    min_leaf: int = 100  # candidates in a leaf, at least
+    feature_share: float = 0.6  # of the features, drawn for each tree
+    patience: int = 30  # trees without a gain before growing stops
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingExamples:
+    """Queries with their candidates, of which at least one is right."""
+
+    features: np.ndarray  # float32 (C, F)
+    right: np.ndarray  # bool (C,)
+    counts: np.ndarray  # int64 (Q,), candidates of each query, in order
+    held_out: np.ndarray  # bool (Q,), queries on which trees are counted and chances calibrated
+    missed: float = 0.0  # share of all queries whose right song is no candidate; they are not here
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @classmethod
+    def joined(cls, parts: Sequence[RankingExamples]) -> RankingExamples:
+        """The queries of all parts."""
+        asked = [len(part) / max(1e-9, 1 - part.missed) for part in parts]
+        return cls(
+            features=np.concatenate([part.features for part in parts]),
+            right=np.concatenate([part.right for part in parts]),
+            counts=np.concatenate([part.counts for part in parts]),
+            held_out=np.concatenate([part.held_out for part in parts]),
+            missed=1 - sum(len(part) for part in parts) / max(1e-9, sum(asked)),
+        )
+
+    def take(self, queries: np.ndarray) -> RankingExamples:
+        """The queries where `queries`, bool (Q,), is true."""
+        starts = offsets_of(self.counts)[:-1][queries]
+        rows = ranges(starts, self.counts[queries])
+        return RankingExamples(
+            features=self.features[rows],
+            right=self.right[rows],
+            counts=self.counts[queries],
+            held_out=self.held_out[queries],
+            missed=self.missed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """From scores to chances: the softmax over a query's candidates, sharpened, then along a rising curve."""
+
+    sharpness: float  # factor of the scores before the softmax
+    shares: tuple[float, ...]  # ascending
+    chances: tuple[float, ...]  # ascending, one a share
+
+    def __call__(self, rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """float32 (C,): the chance of each candidate; `rows`, int (C,) ascending, says of which query it is one."""
+        shares = softmax_shares(rows, scores * self.sharpness)
+        return np.asarray(np.interp(shares, self.shares, self.chances), dtype=np.float32)
+
+
+class Ranker:
+    """Orders candidates and says how likely each is right."""
+
+    def __init__(self, booster: lightgbm.Booster, names: list[str], calibration: Calibration) -> None:
+        self.names, self.calibration, self._booster = names, calibration, booster
+
+    @property
+    def trees(self) -> int:
+        """How many trees it has."""
+        return int(self._booster.num_trees())
+
+    @property
+    def importance(self) -> dict[str, float]:
+        """The gain of each feature over all trees, the largest first."""
+        gains = zip(self.names, self._booster.feature_importance("gain").tolist(), strict=True)
+        return dict(sorted(gains, key=lambda pair: -pair[1]))
+
+    @classmethod
+    def fit(cls, examples: RankingExamples, names: list[str], settings: RankerSettings | None = None) -> Ranker:
+        """Grow trees on the queries that are not held out, as long as those held out gain from them.
+
+        Raises `InputError` where one of the two has no queries.
+        """
+        settings = settings or RankerSettings()
+        grown, held_out = examples.take(~examples.held_out), examples.take(examples.held_out)
+        if not len(grown) or not len(held_out):
+            raise InputError(
+                f"a ranker learns from queries whose right song is a candidate; there are {len(grown)} to learn from "
+                f"and {len(held_out)} to check on: give a split with more validation days"
+            )
+        parameters: dict[str, Any] = {
+            "objective": "lambdarank",
+            "metric": "ndcg",
+            "eval_at": [TOP],
+            "lambdarank_truncation_level": TOP + 10,
+            "num_leaves": settings.leaves,
+            "learning_rate": settings.learning_rate,
+            "min_data_in_leaf": settings.min_leaf,
+            "feature_fraction": settings.feature_share,
+            "max_bin": 127,
+            "num_threads": 1,
+            "deterministic": True,
+            "force_col_wise": True,
+            "seed": settings.seed,
+            "verbosity": -1,
+        }
+        data = lightgbm.Dataset(grown.features, grown.right, group=grown.counts, feature_name=names, params=parameters)
+        check = data.create_valid(held_out.features, held_out.right, group=held_out.counts)
+        booster = lightgbm.train(
+            parameters,
+            data,
+            num_boost_round=settings.trees,
+            valid_sets=[check],
+            callbacks=[lightgbm.early_stopping(settings.patience, verbose=False)],
+        )
+        booster = lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration))
+        scores = np.asarray(booster.predict(held_out.features, num_threads=1))
+        rows = np.repeat(np.arange(len(held_out)), held_out.counts)
+        return cls(booster, names, calibrate(rows, scores, held_out.right, examples.missed))
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """float32 (C,): higher is better; comparable within a query only."""
+        if not len(features):
+            return np.zeros(0, dtype=np.float32)
+        return np.asarray(self._booster.predict(np.ascontiguousarray(features), num_threads=1), dtype=np.float32)
+
+    def save(self, workspace: Workspace, folder: str, name: str) -> list[str]:
+        """Write LightGBM's text form and a JSON file; the names of the files."""
+        about = {"features": self.names, "calibration": asdict(self.calibration)}
+        workspace.write_bytes(f"{folder}/{name}.trees.txt", self._booster.model_to_string().encode())
+        workspace.write_json(f"{folder}/{name}.json", about)
+        return [f"{name}.trees.txt", f"{name}.json"]
+
+    @classmethod
+    def load(cls, workspace: Workspace, folder: str, name: str) -> Ranker:
+        """What `save` wrote. Raises `DamagedArtifactError` where LightGBM cannot read it."""
+        about = workspace.read_json(f"{folder}/{name}.json")
+        text = workspace.read_bytes(f"{folder}/{name}.trees.txt").decode()
+        try:
+            booster = lightgbm.Booster(model_str=text)
+        except lightgbm.basic.LightGBMError as error:
+            raise DamagedArtifactError(
+                f"{folder}/{name}.trees.txt is no model that LightGBM reads; train the ranker again"
+            ) from error
+        curve = about["calibration"]
+        calibration = Calibration(
+            sharpness=curve["sharpness"], shares=tuple(curve["shares"]), chances=tuple(curve["chances"])
+        )
+        return cls(booster, list(about["features"]), calibration)
+
+
+def softmax_shares(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """float64 (C,): exp(score) as a share of its query; `rows`, int (C,), are the queries, ascending."""
+    if not len(rows):
+        return np.zeros(0)
+    first = first_of_each(rows)
+    counts = np.diff(np.append(first, len(rows)))
+    powers = np.exp(scores - np.repeat(np.maximum.reduceat(scores, first), counts))
+    return np.asarray(powers / np.repeat(np.add.reduceat(powers, first), counts))
+
+
+def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray, missed: float) -> Calibration:
+    """The curve under which chances agree with how often candidates are right.
+
+    `rows`, int (C,), are the queries of the candidates, ascending, `scores` float (C,), `right` bool (C,); of
+    all queries the share `missed` has no right candidate and is not among them.
+    """
+    factors = np.geomspace(0.25, 8, 41)
+    losses = [-np.log(softmax_shares(rows, scores * factor)[right] + 1e-9).mean() for factor in factors]
+    sharpness = float(factors[int(np.argmin(losses))])
+    shares = softmax_shares(rows, scores * sharpness)
+    order = np.argsort(shares, kind="stable")
+    # Bins hold as many right candidates each, so that the curve is as sure everywhere.
+    bins = np.minimum(np.cumsum(right[order]) * KNOTS // max(1, int(right.sum())), KNOTS - 1)
+    count = np.bincount(bins, minlength=KNOTS).astype(float)
+    hits = np.bincount(bins, weights=right[order], minlength=KNOTS)
+    middle = np.bincount(bins, weights=shares[order], minlength=KNOTS)
+    some = count > 0
+    heights = _rising(hits[some] / count[some], count[some]) * (1 - missed)
+    return Calibration(
+        sharpness=sharpness,
+        shares=tuple(np.maximum.accumulate(middle[some] / count[some]).tolist()),
+        chances=tuple(heights.tolist()),
+    )
+
+
+def _rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The nearest non-decreasing values by weighted squares: pool adjacent violators."""
+    blocks: list[list[float]] = []  # value, weight, length
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        blocks.append([value, weight, 1.0])
+        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
+            value, weight, length = blocks.pop()
+            before = blocks[-1]
+            total = before[1] + weight
+            blocks[-1] = [(before[0] * before[1] + value * weight) / total, total, before[2] + length]
+    return np.repeat([block[0] for block in blocks], [int(block[2]) for block in blocks])

@@ -1,0 +1,34 @@
+"""Ragged arrays: flat values plus offsets, and the positions of many ranges at once."""
+
+import numpy as np
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """int64: starts[0], starts[0] + 1, ... (counts[0] of them), then those of starts[1], and so on."""
+    counts = np.asarray(counts, dtype=np.int64)
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.asarray(np.repeat(np.asarray(starts, dtype=np.int64) - ends + counts, counts) + np.arange(total))
+
+
+def offsets_of(counts: np.ndarray) -> np.ndarray:
+    """int64 (len(counts) + 1,): where each group begins, from 0 to the total."""
+    offsets = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
+
+
+def places_in(sorted_groups: np.ndarray) -> np.ndarray:
+    """int64: the place of each value within its run of equal values, from 0. Equal values must be adjacent."""
+    count = len(sorted_groups)
+    first = np.ones(count, dtype=bool)
+    first[1:] = sorted_groups[1:] != sorted_groups[:-1]
+    starts = np.flatnonzero(first)
+    return np.asarray(np.arange(count) - np.repeat(starts, np.diff(np.append(starts, count))))
+
+
+def first_of_each(sorted_values: np.ndarray) -> np.ndarray:
+    """int64: the positions at which a run of equal values begins."""
+    if not len(sorted_values):
+        return np.zeros(0, dtype=np.int64)
+    return np.flatnonzero(np.concatenate([[True], sorted_values[1:] != sorted_values[:-1]]))

@@ -1,0 +1,87 @@
+"""What followed each song: counts of pairs of plays at most ten apart.
+
+N songs, R rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rayrec.data.histories import Histories
+from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, places_in
+
+MAX_DISTANCE = 10  # plays between a song and one that follows it
+UNIT = 2520  # weight of a song that follows at once; 1/distance of it is whole for every distance, so sums are exact
+KEPT = 200  # followers of a song, the strongest
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleCounts:
+    """The followers of each song with their weights, Σ 2520 / distance, the strongest first.
+
+    Weights are whole numbers, so merging is exact in any order. `strongest` cuts each song's followers: do it
+    once, after all parts have been merged.
+    """
+
+    offsets: np.ndarray  # int64 (N + 1,)
+    followers: np.ndarray  # int32 (R,), song rows
+    weights: np.ndarray  # int64 (R,), descending within a song; equal ones by row
+
+    @property
+    def num_songs(self) -> int:
+        """N."""
+        return len(self.offsets) - 1
+
+    @classmethod
+    def fit(cls, histories: Histories, *, num_songs: int) -> RuleCounts:
+        """Count what follows what in each user's history, across pauses as well."""
+        rows, songs = histories.rows, histories.songs.astype(np.int64)
+        keys, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for distance in range(1, min(MAX_DISTANCE, len(songs) - 1) + 1):
+            pairs = np.flatnonzero(rows[distance:] == rows[:-distance])
+            pairs = pairs[songs[pairs] != songs[pairs + distance]]
+            keys.append(songs[pairs] * num_songs + songs[pairs + distance])
+            weights.append(np.full(len(pairs), UNIT // distance, dtype=np.int64))
+        return _summed(np.concatenate(keys), np.concatenate(weights), num_songs)
+
+    @classmethod
+    def merge(cls, parts: Sequence[RuleCounts]) -> RuleCounts:
+        """The sums over all parts; a catalog may have grown between them."""
+        num_songs = max(part.num_songs for part in parts)
+        keys = [
+            np.repeat(np.arange(part.num_songs), np.diff(part.offsets)) * num_songs + part.followers for part in parts
+        ]
+        return _summed(np.concatenate(keys), np.concatenate([part.weights for part in parts]), num_songs)
+
+    def strongest(self, count: int = KEPT) -> RuleCounts:
+        """The `count` strongest followers of each song."""
+        song = np.repeat(np.arange(self.num_songs), np.diff(self.offsets))
+        kept = np.flatnonzero(places_in(song) < count)
+        return RuleCounts(
+            offsets=offsets_of(np.bincount(song[kept], minlength=self.num_songs)),
+            followers=self.followers[kept],
+            weights=self.weights[kept],
+        )
+
+    def of_songs(self, first: int, last: int) -> RuleCounts:
+        """The part for the songs from row `first` up to `last`; the parts of all ranges merge into the whole again."""
+        entries = slice(int(self.offsets[first]), int(self.offsets[last]))
+        offsets = np.clip(self.offsets, entries.start, entries.stop) - entries.start
+        return RuleCounts(offsets=offsets, followers=self.followers[entries], weights=self.weights[entries])
+
+
+def _summed(keys: np.ndarray, weights: np.ndarray, num_songs: int) -> RuleCounts:
+    """Add up the weights of equal keys, song * num_songs + follower."""
+    order = np.argsort(keys, kind="stable")
+    first = first_of_each(keys[order])
+    sums = np.add.reduceat(weights[order], first) if len(first) else np.zeros(0, np.int64)
+    songs, followers = np.divmod(keys[order][first], max(1, num_songs))
+    strongest = np.lexsort((followers, -sums, songs))
+    return RuleCounts(
+        offsets=offsets_of(np.bincount(songs, minlength=num_songs)),
+        followers=followers[strongest].astype(np.int32),
+        weights=sums[strongest],
+    )

@@ -1,0 +1,340 @@
+"""Retrievers: each proposes a bounded number of songs for a query, at a cost that no size of catalog changes.
+
+Q queries, N songs, E proposed songs of all queries together.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rayrec.data.split import DAY_MS
+from rayrec.recommend.base import NO_SONG, Horizon
+from rayrec.recommend.index import SongIndex
+from rayrec.recommend.query_batch import Pairs, QueryBatch
+from rayrec.recommend.retrieval.ragged import first_of_each, ranges
+from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrieval.rule_counts import MAX_DISTANCE, UNIT
+from rayrec.recommend.retrieval.song_groups import SongGroups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposals(Pairs):
+    """What a retriever proposes, sorted by query and song."""
+
+    scores: np.ndarray  # float32 (E,), above 0 but for cosines
+    ranks: np.ndarray  # int64 (E,), from 0, within the query
+
+    @classmethod
+    def best(cls, rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, *, num_songs: int, count: int) -> Proposals:
+        """The `count` best of each query; each pair once, equal scores in the order of song rows."""
+        order = np.lexsort((songs, -scores, rows))
+        rows, songs, scores = rows[order], songs[order], scores[order]
+        first = first_of_each(rows)
+        ranks = np.arange(len(rows)) - np.repeat(first, np.diff(np.append(first, len(rows))))
+        kept = np.flatnonzero(ranks < count)
+        kept = kept[np.lexsort((songs[kept], rows[kept]))]
+        return cls(
+            num_songs=num_songs,
+            rows=rows[kept],
+            songs=songs[kept].astype(np.int64),
+            scores=scores[kept].astype(np.float32),
+            ranks=ranks[kept],
+        )
+
+    @classmethod
+    def summed(
+        cls, rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, *, num_songs: int, count: int
+    ) -> Proposals:
+        """As `best`, where the scores of a pair that comes more than once add up."""
+        keys = rows * num_songs + songs
+        order = np.argsort(keys, kind="stable")
+        first = first_of_each(keys[order])
+        sums = np.add.reduceat(scores[order], first) if len(first) else scores[:0]
+        return cls.best(rows[order][first], songs[order][first], sums, num_songs=num_songs, count=count)
+
+
+class Retriever(ABC):
+    """Proposes songs for queries from what is known of each and of its plays."""
+
+    name: str  # as features and reports spell it
+
+    @abstractmethod
+    def propose(self, batch: QueryBatch, count: int) -> Proposals:
+        """At most `count` songs a query with their scores."""
+
+
+class TasteRetriever(Retriever):
+    """The songs nearest to the taste vector of a horizon, from the index."""
+
+    def __init__(self, index: SongIndex, horizon: Horizon) -> None:
+        self.name, self._index, self._horizon = f"taste_{horizon}", index, horizon
+
+    def propose(self, batch: QueryBatch, count: int) -> Proposals:
+        """The `count` songs of highest cosine; none where nothing is known of the user."""
+        vectors = batch.short_vectors if self._horizon == "short" else batch.long_vectors
+        songs, scores = self._index.search(vectors, count)
+        known = np.logical_and(songs != NO_SONG, vectors.any(axis=1, keepdims=True))
+        rows = np.repeat(np.arange(len(batch)), known.sum(axis=1))
+        return Proposals.best(rows, songs[known], scores[known], num_songs=batch.num_songs, count=count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionKnnSettings:
+    """V-STAN's weights (Ludewig et al. 2020)."""
+
+    last_plays: int = 10  # that sessions are compared with
+    neighbours: int = 200  # sessions that vote, the most similar
+    plays_decay: float = 2.0  # plays since, after which a play weighs 1/e
+    days_decay: float = 365.0  # days since, after which a session weighs 1/e
+    places_decay: float = 5.0  # places from the matched song, after which a song weighs 1/e
+    places: int = 20  # on both sides of the matched song that are looked at
+    just_played: float = 0.25  # weight of a song that is among the last plays
+
+
+class SessionRetriever(Retriever):
+    """Session kNN over the newest sessions of each of the last songs: V-STAN's weights, VMIS-kNN's postings.
+
+    A session's similarity is the weight of the last plays that it shares, over the square root of its number of songs,
+    less the older it is. A song scores the similarity of the sessions that hold it, less the farther it stands from
+    the song that was matched last.
+    """
+
+    name = "sessions"
+
+    def __init__(self, retrieval: Retrieval, settings: SessionKnnSettings | None = None) -> None:
+        self._sessions, self._settings = retrieval.sessions, settings or SessionKnnSettings()
+
+    def propose(self, batch: QueryBatch, count: int) -> Proposals:
+        """The `count` songs of most weight."""
+        settings, sessions = self._settings, self._sessions
+        plays = batch.latest(settings.last_plays)
+        rows, songs, back = batch.rows[plays], batch.songs[plays], batch.back[plays]
+        held = songs < sessions.num_songs
+        rows, songs, back = rows[held], songs[held], back[held]
+        # Entries of the postings: each is a session that holds one of the last songs.
+        entries_of = sessions.song_offsets[songs + 1] - sessions.song_offsets[songs]
+        entry = ranges(sessions.song_offsets[songs], entries_of)
+        play = np.repeat(np.arange(len(songs)), entries_of)
+        session, place = sessions.song_sessions[entry].astype(np.int64), sessions.song_places[entry].astype(np.int64)
+        order = np.lexsort((back[play], session, rows[play]))  # the match of the latest play first
+        session, place, play = session[order], place[order], play[order]
+        pair = rows[play] * max(1, len(sessions)) + session
+        first = first_of_each(pair)
+        weights = np.exp(-back[play] / settings.plays_decay)
+        similarity = np.add.reduceat(weights, first) if len(first) else weights
+        row, session, match = rows[play[first]], session[first], place[first]
+        lengths = sessions.offsets[session + 1] - sessions.offsets[session]
+        days = np.maximum(0, batch.queries.at[row] - sessions.ended_at[session]) / DAY_MS
+        similarity = similarity / np.sqrt(lengths) * np.exp(-days / settings.days_decay)
+        nearest = np.lexsort((session, -similarity, row))
+        ranked = row[nearest]
+        start = first_of_each(ranked)
+        within = np.arange(len(ranked)) - np.repeat(start, np.diff(np.append(start, len(ranked))))
+        nearest = nearest[within < settings.neighbours]
+        row, session, match = row[nearest], session[nearest], match[nearest]
+        similarity, lengths = similarity[nearest], lengths[nearest]
+        # The songs of the neighbours around the matched one.
+        left = np.maximum(0, match - settings.places)
+        taken = np.minimum(lengths, match + settings.places + 1) - left
+        position = ranges(sessions.offsets[session] + left, taken)
+        neighbour = np.repeat(np.arange(len(row)), taken)
+        apart = np.abs(position - (sessions.offsets[session] + match)[neighbour])
+        scores = similarity[neighbour] * np.exp(-apart / settings.places_decay)
+        pair_rows, pair_songs = row[neighbour], sessions.songs[position].astype(np.int64)
+        found = batch.own.find(batch.keys(pair_rows, pair_songs))
+        just = (found >= 0) & (batch.own.back[found] < settings.last_plays) if len(batch.own.back) else found >= 0
+        scores = np.where(just, settings.just_played * scores, scores)
+        return Proposals.summed(pair_rows, pair_songs, scores, num_songs=batch.num_songs, count=count)
+
+
+class RuleRetriever(Retriever):
+    """What followed the last song most often, weighted 1/distance."""
+
+    name = "rules"
+
+    def __init__(self, retrieval: Retrieval) -> None:
+        self._rules = retrieval.rules
+
+    def propose(self, batch: QueryBatch, count: int) -> Proposals:
+        """The `count` strongest rules of the last song."""
+        last = batch.last_songs
+        rows = np.flatnonzero((last >= 0) & (last < self._rules.num_songs))
+        starts = self._rules.offsets[last[rows]]
+        counts = np.minimum(self._rules.offsets[last[rows] + 1] - starts, count)
+        entry = ranges(starts, counts)
+        return Proposals.best(
+            np.repeat(rows, counts),
+            self._rules.followers[entry],
+            self._rules.weights[entry] / np.float32(UNIT),
+            num_songs=batch.num_songs,
+            count=count,
+        )
+
+
+class RecentRulesRetriever(Retriever):
+    """What followed the last ten songs, those of each as shares, less the longer a song ago."""
+
+    name = "recent_rules"
+    last_plays, decay, followers = 10, 0.75, 40
+
+    def __init__(self, retrieval: Retrieval) -> None:
+        self._rules = retrieval.rules
+
+    def propose(self, batch: QueryBatch, count: int) -> Proposals:
+        """The `count` songs of most weight."""
+        plays = batch.latest(self.last_plays)
+        plays = plays[batch.songs[plays] < self._rules.num_songs]
+        songs = batch.songs[plays]
+        starts = self._rules.offsets[songs]
+        counts = np.minimum(self._rules.offsets[songs + 1] - starts, self.followers)
+        entry = ranges(starts, counts)
+        play = np.repeat(plays, counts)
+        strongest = self._rules.weights[np.minimum(starts, max(0, len(self._rules.weights) - 1))] + UNIT
+        shares = self._rules.weights[entry] / np.repeat(strongest, counts)
+        return Proposals.summed(
+            batch.rows[play],
+            self._rules.followers[entry].astype(np.int64),
+            shares * self.decay ** batch.back[play],
+            num_songs=batch.num_songs,
+            count=count,
+        )
+
+
+class OwnSongsRetriever(Retriever):
+    """The user's own songs by ACT-R base level: those played often and lately."""
+
+    name = "own_songs"
+
+    def propose(self, batch: QueryBatch, count: int) -> Proposals:
+        """The `count` songs of highest activation."""
+        own = batch.own
+        return Proposals.best(own.rows, own.songs, np.exp(own.base_level), num_songs=batch.num_songs, count=count)
+
+
+class OwnRulesRetriever(Retriever):
+    """What followed the last song when this user played it before."""
+
+    name = "own_rules"
+
+    def propose(self, batch: QueryBatch, count: int) -> Proposals:
+        """The `count` songs of most weight, Σ 1/distance up to 10 plays apart."""
+        earlier = np.flatnonzero((batch.songs == batch.last_songs[batch.rows]) & (batch.back > 0))
+        rows = batch.rows[earlier]
+        reach = np.minimum(batch.back[earlier], MAX_DISTANCE)
+        position = ranges(earlier + 1, reach)
+        origin = np.repeat(np.arange(len(earlier)), reach)
+        scores = 1.0 / (position - earlier[origin])
+        return Proposals.summed(rows[origin], batch.songs[position], scores, num_songs=batch.num_songs, count=count)
+
+
+class GroupRetriever(Retriever):
+    """The songs of the artists, or of the albums, of the last plays, the most played of each."""
+
+    last_plays, decay = 10, 0.7
+
+    def __init__(self, name: str, groups: SongGroups, plays: np.ndarray) -> None:
+        self.name, self._groups, self._plays = name, groups, plays
+
+    def propose(self, batch: QueryBatch, count: int) -> Proposals:
+        """The `count` songs of most weight; none where the catalog knows no groups."""
+        plays = batch.latest(self.last_plays)
+        plays = plays[batch.songs[plays] < len(self._groups.of_song)]
+        group = self._groups.of_song[batch.songs[plays]].astype(np.int64)
+        plays, group = plays[group >= 0], group[group >= 0]
+        # Each group of a query once, with the weight of all its plays.
+        groups = max(1, len(self._groups.offsets))
+        keys = batch.rows[plays] * groups + group
+        order = np.argsort(keys, kind="stable")
+        first = first_of_each(keys[order])
+        weights = self.decay ** batch.back[plays][order]
+        weights = np.add.reduceat(weights, first) if len(first) else weights
+        rows, group = np.divmod(keys[order][first], groups)
+        starts = self._groups.offsets[group]
+        counts = np.minimum(self._groups.offsets[group + 1] - starts, count)
+        entry = ranges(starts, counts)
+        songs = self._groups.songs[entry].astype(np.int64)
+        scores = np.repeat(weights, counts) * np.log1p(self._plays[songs] + 1.0)
+        return Proposals.best(np.repeat(rows, counts), songs, scores, num_songs=batch.num_songs, count=count)
+
+
+class PopularRetriever(Retriever):
+    """What was played most of late, the same for everybody."""
+
+    name = "popular"
+
+    def __init__(self, retrieval: Retrieval) -> None:
+        self._songs = retrieval.popular
+
+    def propose(self, batch: QueryBatch, count: int) -> Proposals:
+        """The first `count` songs."""
+        songs = np.asarray(self._songs[:count], dtype=np.int64)
+        scores = 1.0 / np.arange(1, len(songs) + 1)
+        rows = np.repeat(np.arange(len(batch)), len(songs))
+        return Proposals.best(
+            rows, np.tile(songs, len(batch)), np.tile(scores, len(batch)), num_songs=batch.num_songs, count=count
+        )
+
+
+# How many songs each retriever proposes for a query.
+COUNTS = {
+    "taste_short": 100,
+    "taste_long": 50,
+    "sessions": 100,
+    "rules": 100,
+    "recent_rules": 50,
+    "own_songs": 100,
+    "own_rules": 30,
+    "artists": 50,
+    "albums": 30,
+    "popular": 20,
+}
+
+
+def make_retrievers(retrieval: Retrieval, index: SongIndex, *, left_out: Sequence[str] = ()) -> list[Retriever]:
+    """All retrievers but those left out, and those of artists and albums where the catalog knows any."""
+    plays = retrieval.plays.plays
+    everything: list[Retriever] = [
+        TasteRetriever(index, "short"),
+        TasteRetriever(index, "long"),
+        SessionRetriever(retrieval),
+        RuleRetriever(retrieval),
+        RecentRulesRetriever(retrieval),
+        OwnSongsRetriever(),
+        OwnRulesRetriever(),
+        *([GroupRetriever("artists", retrieval.artists, plays)] if retrieval.artists else []),
+        *([GroupRetriever("albums", retrieval.albums, plays)] if retrieval.albums else []),
+        PopularRetriever(retrieval),
+    ]
+    return [retriever for retriever in everything if retriever.name not in left_out]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates(Pairs):
+    """The union of what all retrievers propose, sorted by query and song."""
+
+    proposals: dict[str, Proposals]  # by retriever
+    positions: dict[str, np.ndarray]  # int64, where each proposal stands among the candidates
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64: candidates of each query up to the last that has any."""
+        return np.bincount(self.rows)
+
+
+def retrieve(retrievers: Sequence[Retriever], batch: QueryBatch, counts: dict[str, int] | None = None) -> Candidates:
+    """Ask all retrievers; `counts` are songs a query by the name of the retriever, those of COUNTS where not given."""
+    counts = {**COUNTS, **(counts or {})}
+    proposals = {retriever.name: retriever.propose(batch, counts[retriever.name]) for retriever in retrievers}
+    keys = np.unique(np.concatenate([np.zeros(0, np.int64), *(found.keys for found in proposals.values())]))
+    rows, songs = np.divmod(keys, max(1, batch.num_songs))
+    return Candidates(
+        num_songs=batch.num_songs,
+        rows=rows,
+        songs=songs,
+        proposals=proposals,
+        positions={name: np.searchsorted(keys, found.keys) for name, found in proposals.items()},
+    )

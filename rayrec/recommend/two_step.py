@@ -1,0 +1,279 @@
+"""Retrieve, then rank: a few hundred candidates a query, put in order by what is known of each.
+
+Q queries, N songs, C candidates of all queries together, k answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.recommend.base import NO_SONG, Horizon, Kind, Ranking, Recommender, SearchPath, check_count
+from rayrec.recommend.candidate_features import FeatureSources
+from rayrec.recommend.filters import Limits
+from rayrec.recommend.index import IndexConfig, SongIndex
+from rayrec.recommend.query_batch import LATEST, QueryBatch
+from rayrec.recommend.ranker import Ranker, RankingExamples
+from rayrec.recommend.retrieval.ragged import ranges
+from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrievers import Candidates, make_retrievers, retrieve
+from rayrec.recommend.taste_recommender import TasteRecommender
+
+QUERIES_AT_ONCE = 512
+PLAYS_AT_ONCE = 1 << 19  # before the queries that are answered together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Candidates of some queries with their features; scores are chances."""
+
+    batch: QueryBatch
+    candidates: Candidates
+    features: np.ndarray  # float32 (C, F)
+
+
+class CandidateSource:
+    """Retrievers and features: everything of the two steps but the order.
+
+    Training a ranker and answering with it share it, so that the features mean the same.
+    """
+
+    def __init__(
+        self,
+        network: TasteRecommender,
+        retrieval: Retrieval,
+        *,
+        real_times: bool = True,
+        left_out: Sequence[str] = (),
+        counts: dict[str, int] | None = None,
+    ) -> None:
+        """`left_out` names retrievers to do without, `counts` how many songs a query retrievers propose."""
+        index = network.index or SongIndex.build(network.song_vectors, IndexConfig())
+        self.network, self.index, self.retrieval = network, index, retrieval
+        self.retrievers = make_retrievers(retrieval, index, left_out=left_out)
+        self.num_songs = max(network.num_songs, retrieval.num_songs)  # either may know songs that came later
+        self._counts = counts
+        self.sources = FeatureSources(
+            retrieval=retrieval,
+            song_vectors=network.song_vectors,
+            retrievers=tuple(retriever.name for retriever in self.retrievers),
+            real_times=real_times,
+        )
+
+    def batches(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, Scored]]:
+        """The queries in slices, few enough at once that little is held, with candidates and features."""
+        short = self.network.vectors(histories, queries, "short")
+        long = self.network.vectors(histories, queries, "long")
+        for chunk in slices_of(queries):
+            batch = QueryBatch.of(
+                histories, queries.take(chunk), self.num_songs, short_vectors=short[chunk], long_vectors=long[chunk]
+            )
+            candidates = retrieve(self.retrievers, batch, self._counts)
+            yield chunk, Scored(batch=batch, candidates=candidates, features=self.sources.features(batch, candidates))
+
+
+def slices_of(queries: Questions) -> Iterator[slice]:
+    """The queries to answer at once, one slice after the other."""
+    plays = np.minimum(queries.seen, LATEST) + 1
+    by_plays, by_count = (np.cumsum(plays) - plays) // PLAYS_AT_ONCE, np.arange(len(queries)) // QUERIES_AT_ONCE
+    changes = np.flatnonzero((np.diff(by_plays) != 0) | (np.diff(by_count) != 0)) + 1
+    for begin, end in zip([0, *changes.tolist()], [*changes.tolist(), len(queries)], strict=True):
+        if end > begin:
+            yield slice(begin, end)
+
+
+class TwoStepRecommender(Recommender):
+    """Orders the candidates of all retrievers by a learned ranker, one a horizon.
+
+    A score is the chance that the song is the next play, or on the long horizon one of the plays there. Where the
+    candidates that qualify are fewer than k, the songs nearest to the taste vector fill the answer; their scores are 0.
+    """
+
+    name = "two-step"
+    kind: ClassVar[Kind] = "network"
+    horizons: tuple[Horizon, ...] = ("short", "long")
+
+    def __init__(self, source: CandidateSource, rankers: dict[Horizon, Ranker]) -> None:
+        self.source, self.rankers = source, rankers
+        self.num_songs = source.num_songs
+        self.horizons = tuple(horizon for horizon in ("short", "long") if horizon in rankers)
+
+    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+        """float32 (Q, N): the chances of the candidates; -inf for other songs. For small catalogs."""
+        scores = np.full((len(questions), self.num_songs), -np.inf, dtype=np.float32)
+        for chunk, scored in self.source.batches(histories, questions):
+            chances = self.chances(scored, horizon)
+            scores[chunk.start + scored.candidates.rows, scored.candidates.songs] = chances
+        return scores
+
+    def rank(
+        self,
+        histories: Histories,
+        at: int | np.ndarray,
+        k: int,
+        *,
+        horizon: Horizon = "short",
+        limits: Sequence[Limits] | None = None,
+        hidden: np.ndarray | None = None,
+    ) -> Ranking:
+        """As in `Recommender`, without a score for every song."""
+        queries = Questions.at_end(histories, at, hidden)
+        return self.rank_queries(histories, queries, k, long_weight=float(horizon == "long"), limits=limits)
+
+    def rank_queries(
+        self,
+        histories: Histories,
+        queries: Questions,
+        k: int,
+        *,
+        long_weight: float = 0.0,
+        limits: Sequence[Limits] | None = None,
+    ) -> Ranking:
+        """The k best songs of each query within its limits, exactly k wherever as many qualify.
+
+        `long_weight` is 0 for the order of the short horizon, 1 for that of the long one, and between them mixes both.
+        Paths say `index` where songs near the taste vector had to fill an answer.
+        """
+        check_count(k)
+        ranking = Ranking.empty(len(queries), k, "exact")
+        paths = list(ranking.paths)
+        for chunk, scored in self.source.batches(histories, queries):
+            some = None if limits is None else limits[chunk]
+            chances = self.mixed_chances(scored, long_weight)
+            songs, scores = _best(scored.candidates, chances, len(scored.batch), k, some)
+            for row in np.flatnonzero(songs[:, -1] == NO_SONG).tolist():
+                path = self._fill(scored.batch, row, songs[row], scores[row], some, long_weight)
+                paths[chunk.start + row] = path
+            ranking.songs[chunk], ranking.scores[chunk] = songs, scores
+        return Ranking(songs=ranking.songs, scores=ranking.scores, paths=tuple(paths))
+
+    def chances(self, scored: Scored, horizon: Horizon) -> np.ndarray:
+        """float32 (C,): the chance of each candidate on a horizon."""
+        ranker = self.rankers[horizon if horizon in self.rankers else self.horizons[0]]
+        return ranker.calibration(scored.candidates.rows, ranker.scores(scored.features))
+
+    def mixed_chances(self, scored: Scored, long_weight: float) -> np.ndarray:
+        """float32 (C,): between the chances of the horizons, of which the larger ones do not drown the others."""
+        if long_weight in (0.0, 1.0):
+            return self.chances(scored, "long" if long_weight else "short")
+        rows = scored.candidates.rows
+        mixed = np.zeros(len(rows), dtype=np.float32)
+        for horizon, weight in (("short", 1 - long_weight), ("long", long_weight)):
+            chances = self.chances(scored, horizon)  # type: ignore[arg-type]
+            totals = np.bincount(rows, weights=chances, minlength=len(scored.batch))
+            mixed += np.float32(weight) * (chances / np.maximum(totals, 1e-12)[rows]).astype(np.float32)
+        return mixed
+
+    def explain(self, histories: Histories, queries: Questions, songs: np.ndarray) -> list[dict[str, float]]:
+        """The features by name of songs, int (n,), as candidates of one query; {} for a song that is no candidate."""
+        found: list[dict[str, float]] = []
+        for _, scored in self.source.batches(histories, queries.take(slice(0, 1))):
+            rows = scored.candidates.find(np.asarray(songs, dtype=np.int64))
+            table = [scored.features[row].tolist() if row >= 0 else [] for row in rows.tolist()]
+            found = [dict(zip(self.source.sources.names, values, strict=False)) for values in table]
+        return found
+
+    def _fill(
+        self,
+        batch: QueryBatch,
+        row: int,
+        songs: np.ndarray,
+        scores: np.ndarray,
+        limits: Sequence[Limits] | None,
+        long_weight: float,
+    ) -> SearchPath:
+        """Put the songs nearest to the taste vector behind the candidates of one query, in place."""
+        vector = batch.short_vectors[row] if long_weight < 0.5 else batch.long_vectors[row]
+        found = int(np.count_nonzero(songs != NO_SONG))
+        limit = Limits() if limits is None else limits[row]
+        if not vector.any():
+            return "exact"
+        within = Limits(banned=np.concatenate([limit.banned, songs[:found]]), allowed=limit.allowed)
+        more = self.source.index.rank(vector[None], len(songs) - found, [within])
+        songs[found:] = more.songs[0]
+        scores[found:] = np.where(more.songs[0] == NO_SONG, -np.inf, 0)
+        return "index"
+
+
+def _best(
+    candidates: Candidates, chances: np.ndarray, queries: int, k: int, limits: Sequence[Limits] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Songs int32 (Q, k) and scores float32 (Q, k): the best candidates that qualify; equal ones by song row."""
+    rows, songs = candidates.rows, candidates.songs
+    if limits is not None:
+        kept = _qualify(candidates, limits)
+        rows, songs, chances = rows[kept], songs[kept], chances[kept]
+    order = np.lexsort((songs, -chances, rows))
+    counts = np.bincount(rows, minlength=queries)
+    place = ranges(np.zeros(queries, np.int64), counts)
+    inside = place < k
+    best_songs = np.full((queries, k), NO_SONG, dtype=np.int32)
+    best_scores = np.full((queries, k), -np.inf, dtype=np.float32)
+    best_songs[rows[order][inside], place[inside]] = songs[order][inside]
+    best_scores[rows[order][inside], place[inside]] = chances[order][inside]
+    return best_songs, best_scores
+
+
+def _qualify(candidates: Candidates, limits: Sequence[Limits]) -> np.ndarray:
+    """bool (C,): candidates within the limits of their query."""
+    banned = [limit.banned for limit in limits]
+    rows = np.repeat(np.arange(len(limits)), [len(songs) for songs in banned])
+    songs = np.concatenate([np.zeros(0, np.int64), *banned])
+    known = songs < candidates.num_songs
+    keys = np.unique(rows[known] * candidates.num_songs + songs[known])
+    kept = ~np.isin(candidates.keys, keys, assume_unique=True)
+    if any(limit.allowed is not None for limit in limits):
+        bounds = np.searchsorted(candidates.rows, np.arange(len(limits) + 1))
+        for row, limit in enumerate(limits):
+            if limit.allowed is not None:
+                own = slice(int(bounds[row]), int(bounds[row + 1]))
+                inside = candidates.songs[own] < len(limit.allowed)
+                kept[own] &= inside & limit.allowed[np.minimum(candidates.songs[own], len(limit.allowed) - 1)]
+    return np.asarray(kept)
+
+
+def examples_for(
+    source: CandidateSource,
+    histories: Histories,
+    queries: Questions,
+    answer_rows: np.ndarray,
+    answer_songs: np.ndarray,
+    *,
+    new_only: bool = False,
+    held_out: np.ndarray,
+) -> RankingExamples:
+    """What a ranker learns from: the candidates of queries, and which of them are right.
+
+    `answer_rows`, int (T,), say to which query each right song, int (T,), belongs; `held_out` is bool (Q,).
+    With `new_only` songs that the user has played are neither candidates nor right. The source must not have seen the
+    answers.
+    """
+    features, right, counts, kept, asked = [], [], [], [], 0
+    for chunk, scored in source.batches(histories, queries):
+        size = len(scored.batch)
+        candidates, batch = scored.candidates, scored.batch
+        inside = (answer_rows >= chunk.start) & (answer_rows < chunk.stop) & (answer_songs < source.num_songs)
+        keys = np.unique(batch.keys(answer_rows[inside] - chunk.start, answer_songs[inside].astype(np.int64)))
+        allowed = np.ones(len(candidates.rows), dtype=bool)
+        if new_only:
+            allowed = batch.own.find(candidates.keys) < 0
+            keys = keys[batch.own.find(keys) < 0]
+        asked += len(np.unique(keys // source.num_songs))
+        hit = np.isin(candidates.keys, keys, assume_unique=True)
+        queries_hit = np.bincount(candidates.rows, weights=hit & allowed, minlength=size) > 0
+        use = allowed & queries_hit[candidates.rows]
+        features.append(scored.features[use])
+        right.append(hit[use])
+        counts.append(np.bincount(candidates.rows[use], minlength=size)[queries_hit])
+        kept.append(held_out[chunk][queries_hit])
+    joined = RankingExamples(
+        features=np.concatenate(features) if features else np.zeros((0, len(source.sources.names)), np.float32),
+        right=np.concatenate([np.zeros(0, bool), *right]),
+        counts=np.concatenate([np.zeros(0, np.int64), *counts]),
+        held_out=np.concatenate([np.zeros(0, bool), *kept]),
+    )
+    return RankingExamples(**{**joined.__dict__, "missed": 1 - len(joined) / max(1, asked)})

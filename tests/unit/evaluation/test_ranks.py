@@ -1,0 +1,156 @@
+"""Ranks and lists are those that recommend serves."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from worlds import random_histories, random_vectors
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.split import FitRange, Split
+from rayrec.evaluation.protocol import HeardSongs, plays_to_predict, target_songs
+from rayrec.evaluation.ranks import NOT_FOUND, Ranked, rank_targets
+from rayrec.recommend.base import CandidateRecommender, Horizon, Recommender, ScoredCandidates
+from rayrec.recommend.discounted_average import AverageRecommender
+from rayrec.recommend.popularity import PopularityRecommender
+from rayrec.recommend.sequential_rules import SequentialRulesRecommender
+
+EVERYTHING = Split(id="s", dataset="d", validation_from=0, test_from=0)
+
+
+def _ranked(recommender: Recommender, histories: Histories, queries: Questions, known: np.ndarray) -> Ranked:
+    heard = HeardSongs(histories)
+    targets = {name: target_songs(histories, queries, name, heard) for name in ("served", "next", "next10")}
+    listed = np.arange(len(queries)) % 3 == 0
+    return rank_targets(recommender, histories, queries, targets, known, depth=100, listed=listed)
+
+
+def test_a_song_that_no_fit_has_seen_is_a_miss_however_well_it_scores() -> None:
+    popular = PopularityRecommender(np.array([0, 0, 0, 9]))
+    histories = Histories.from_lists([[0, 3, 0, 7]], [[100, 101, 102, 103]])
+    queries = Questions.before_plays(histories, np.array([1, 2, 3]))
+    ranks = _ranked(popular, histories, queries, np.array([True, True, True, False])).ranks
+    assert ranks["next"].tolist() == [NOT_FOUND, 4, NOT_FOUND]  # song 7 is not even in the catalog
+    assert ranks["next10"].tolist() == [
+        4,
+        NOT_FOUND,
+        NOT_FOUND,
+        4,
+        NOT_FOUND,
+        NOT_FOUND,
+    ]  # of the songs 0, 3, 7, then 0, 7, then 7
+
+
+def test_ranks_and_lists_are_those_that_recommend_serves() -> None:
+    histories = random_histories(20, 30, seed=8)
+    rules = SequentialRulesRecommender.fit([histories], num_songs=30, allowed=FitRange(), rules_per_song=4)
+    plays = plays_to_predict(histories, EVERYTHING)
+    queries = Questions.before_plays(histories, plays)
+    for recommender in (AverageRecommender(random_vectors(30), 0.5), rules):
+        ranked = _ranked(recommender, histories, queries, np.ones(30, bool))
+        for query in range(0, len(queries), 21):
+            row, seen = queries.rows[query], queries.seen[query]
+            past = histories.take(np.array([row])).keep(np.arange(histories.lengths[row]) < seen)
+            songs, scores = recommender.recommend_one(past, int(queries.at[query]), 30)
+            target = histories.songs[plays[query]]
+            own = scores[songs == target][0]
+            assert ranked.ranks["next"][query] == (scores >= own).sum()
+            listed = ranked.listed_songs[ranked.listed_rows == query]
+            assert sorted(listed.tolist()) == sorted(songs[:20].tolist())
+        assert set(ranked.listed_rows.tolist()) == set(range(0, len(queries), 3))
+
+
+def test_chunks_of_queries_change_nothing(monkeypatch: object) -> None:
+    histories = random_histories(20, 30, seed=8)
+    recommender = AverageRecommender(random_vectors(30), 0.5)
+    queries = Questions.before_plays(histories, plays_to_predict(histories, EVERYTHING))
+    whole = _ranked(recommender, histories, queries, np.ones(30, bool))
+    from rayrec.recommend import base as base
+
+    monkeypatch.setattr(base, "SCORES_IN_CACHE", 30 * 7)  # type: ignore[attr-defined]
+    monkeypatch.setattr(base, "FEW_QUESTIONS", 1)  # type: ignore[attr-defined]
+    parts = _ranked(recommender, histories, queries, np.ones(30, bool))
+    np.testing.assert_array_equal(parts.listed_songs, whole.listed_songs)
+    np.testing.assert_array_equal(parts.ranks["next10"], whole.ranks["next10"])
+
+
+class PlannedScores(Recommender):
+    """Gives every query the same scores."""
+
+    name = "planned"
+
+    def __init__(self, scores: list[float]) -> None:
+        self.scores = np.array(scores, dtype=np.float32)
+        self.num_songs = len(scores)
+
+    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+        return np.broadcast_to(self.scores, (len(questions), self.num_songs))
+
+
+class PlannedCandidates(CandidateRecommender):
+    """The songs with a score as candidates, two queries a chunk."""
+
+    name = "planned-candidates"
+
+    def __init__(self, scores: list[float]) -> None:
+        self.scores = np.array(scores, dtype=np.float32)
+        self.num_songs = len(scores)
+
+    def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
+        proposed = np.flatnonzero(~(self.scores == -np.inf))[::-1]  # in no order of songs
+        for start in range(0, len(queries), 2):
+            size = min(2, len(queries) - start)
+            scores = np.tile(self.scores[proposed], size)
+            yield (
+                slice(start, start + 2),
+                ScoredCandidates(
+                    rows=np.repeat(np.arange(size), len(proposed)),
+                    songs=np.tile(proposed, size),
+                    scores=lambda horizon, exclude_heard, scores=scores: scores,
+                    retrievers={"all": np.arange(size * len(proposed))},
+                ),
+            )
+
+
+INF, NAN = np.inf, np.nan
+
+
+@pytest.mark.parametrize("kind", [PlannedScores, PlannedCandidates])
+def test_as_served_songs_that_the_user_has_heard_are_not_in_the_ranking(kind: type[Recommender]) -> None:
+    planned = kind([5, 4, 3, 3, 2, -INF])  # type: ignore[call-arg]
+    # Queries for 3 (after 0), for 1 (after 0, 3), for 0 (a repeat), for 4 (after 0, 3, 1, 0), for 5.
+    histories = Histories.from_lists([[0, 3, 1, 0, 4, 5]], [range(6)])
+    queries = Questions.before_plays(histories, np.arange(1, 6))
+    ranks = _ranked(planned, histories, queries, np.ones(6, bool)).ranks
+    assert ranks["next"].tolist() == [4, 2, 1, 5, NOT_FOUND]  # 3 ties with 2, and ties count against
+    # Without 0, then without 0 and 3, then without 0, 3 and 1: 2 stands before 4.
+    assert ranks["served"].tolist() == [3, 1, 2, NOT_FOUND]
+
+
+def test_candidates_are_ranked_as_the_same_scores_of_every_song_are() -> None:
+    histories = random_histories(20, 30, seed=8)
+    queries = Questions.before_plays(histories, plays_to_predict(histories, EVERYTHING))
+    random = np.random.default_rng(0)
+    scores = random.integers(0, 9, size=30).astype(float)
+    scores[random.random(30) < 0.3] = -INF
+    scores[3] = NAN
+    dense, candidates = (
+        _ranked(planned, histories, queries, np.ones(30, bool))
+        for planned in (PlannedScores(scores.tolist()), PlannedCandidates(scores.tolist()))
+    )
+    for target in ("served", "next", "next10"):
+        np.testing.assert_array_equal(candidates.ranks[target], dense.ranks[target])
+        assert (dense.ranks[target] == NOT_FOUND).any()
+    lists = [sorted(zip(ranked.listed_rows, ranked.listed_songs, strict=True)) for ranked in (dense, candidates)]
+    assert lists[0] == lists[1]
+    assert len(lists[0]) > 100
+    np.testing.assert_array_equal(
+        PlannedCandidates(scores.tolist()).score(histories, queries)[7], scores.astype(np.float32)
+    )
+
+
+def test_a_candidate_without_a_number_is_never_found() -> None:
+    histories = Histories.from_lists([[0, 1, 2]], [range(3)])
+    queries = Questions.before_plays(histories, np.array([1, 2]))
+    ranks = _ranked(PlannedCandidates([0, NAN, 1]), histories, queries, np.ones(3, bool)).ranks
+    assert ranks["next"].tolist() == [NOT_FOUND, 1]

@@ -1,0 +1,113 @@
+"""The features of candidates are what a look at the history says."""
+
+import numpy as np
+import pytest
+from worlds import random_histories, random_vectors
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.recommend.candidate_features import FeatureSources
+from rayrec.recommend.index import IndexConfig, SongIndex
+from rayrec.recommend.query_batch import QueryBatch
+from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrievers import Candidates, make_retrievers, retrieve
+
+NUM_SONGS = 40
+MINUTE, HOUR = 60_000, 3_600_000
+VECTORS = random_vectors(NUM_SONGS, 8)
+ARTISTS = np.arange(NUM_SONGS) % 5
+
+
+def _features(
+    histories: Histories, queries: Questions, *, real_times: bool = True, artists: np.ndarray | None = ARTISTS
+) -> tuple[QueryBatch, Candidates, dict[str, np.ndarray]]:
+    past = random_histories(120, NUM_SONGS, seed=9)
+    retrieval = Retrieval.fit([past], num_songs=NUM_SONGS, artist_of_song=artists)
+    retrievers = make_retrievers(retrieval, SongIndex.build(VECTORS, IndexConfig()))
+    tastes = random_vectors(max(2, len(queries)), 8, seed=4)[: len(queries)]
+    batch = QueryBatch.of(histories, queries, NUM_SONGS, short_vectors=tastes, long_vectors=-tastes)
+    candidates = retrieve(retrievers, batch, {retriever.name: NUM_SONGS for retriever in retrievers})
+    sources = FeatureSources(
+        retrieval=retrieval,
+        song_vectors=VECTORS,
+        retrievers=tuple(retriever.name for retriever in retrievers),
+        real_times=real_times,
+    )
+    matrix = sources.features(batch, candidates)
+    assert matrix.shape == (len(candidates.rows), len(sources.names))
+    assert matrix.dtype == np.float32
+    assert len(set(sources.names)) == len(sources.names)
+    return batch, candidates, dict(zip(sources.names, matrix.T, strict=True))
+
+
+def _one(songs: list[int], minutes: list[float], at: float) -> dict[int, dict[str, float]]:
+    """The features by song for one user who played songs at minutes, asked at a minute."""
+    histories = Histories.from_lists([songs], [[round(minute * MINUTE) for minute in minutes]])
+    _, candidates, features = _features(histories, Questions.at_end(histories, round(at * MINUTE)))
+    return {
+        song: {name: float(values[place]) for name, values in features.items()}
+        for place, song in enumerate(candidates.songs.tolist())
+    }
+
+
+def test_own_plays_their_age_and_activation_are_those_of_the_history() -> None:
+    song = _one([3, 4, 3, 5], [0, 1, 2, 3], at=63)[3]
+    assert (song["own_plays"], song["own_plays_since"], song["own_share"]) == (2, 1, 0.5)
+    assert song["own_hours_since"] == pytest.approx(61 / 60, rel=1e-5)
+    assert song["own_base_level"] == pytest.approx(np.log(2**-0.5 + 4**-0.5), rel=1e-5)
+    never = _one([3, 4, 3, 5], [0, 1, 2, 3], at=63)[6]
+    assert (never["own_plays"], never["own_plays_since"], never["own_hours_since"]) == (0, -1, -1)
+
+
+def test_a_pause_ends_the_session_for_songs_and_for_the_query() -> None:
+    going_on = _one([3, 4, 5], [0, 60, 61], at=62)
+    assert going_on[5]["session_length"] == 2
+    assert (going_on[3]["own_session_plays"], going_on[4]["own_session_plays"]) == (0, 1)
+    assert _one([3, 4, 5], [0, 60, 61], at=200)[5]["session_length"] == 0
+
+
+def test_artists_are_counted_over_the_last_ten_plays_and_the_history() -> None:
+    features = _one([0, 1, 2, 5], [0, 1, 2, 3], at=4)  # artists 0, 1, 2, 0
+    of_first, of_last = features[10], features[11]  # artists 0 and 1
+    assert (of_first["artist_of_last_song"], of_last["artist_of_last_song"]) == (1, 0)
+    assert (of_first["artist_recent_share"], of_last["artist_recent_share"]) == (0.5, 0.25)
+    assert (of_first["artist_own_plays"], of_first["artist_plays_since"], of_last["artist_plays_since"]) == (2, 0, 2)
+    assert of_first["recent_artists"] == 3
+
+
+def test_recent_repeats_are_the_share_of_plays_of_songs_played_before() -> None:
+    assert _one([1, 2, 1, 2], [0, 1, 2, 3], at=4)[1]["recent_repeats"] == 0.5
+    assert _one([1, 2, 3, 4], [0, 1, 2, 3], at=4)[1]["recent_repeats"] == 0
+
+
+def test_cosines_are_known_for_every_candidate_whoever_proposed_it() -> None:
+    histories = random_histories(10, NUM_SONGS)
+    batch, candidates, features = _features(histories, Questions.at_end(histories, 10**9))
+    expected = (VECTORS[candidates.songs] * batch.short_vectors[candidates.rows]).sum(axis=1)
+    np.testing.assert_allclose(features["cosine_short"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(features["cosine_long"], -expected, rtol=1e-5, atol=1e-6)
+
+
+def test_plays_after_the_query_change_nothing() -> None:
+    histories = random_histories(20, NUM_SONGS, seed=2)
+    rows = np.flatnonzero(histories.lengths > 4)
+    seen = histories.lengths[rows] // 2
+    queries = Questions(rows=rows, seen=seen, at=np.full(len(rows), 10**9))
+    cut = histories.take(rows).keep(histories.take(rows).places < np.repeat(seen, histories.lengths[rows]))
+    _, some, features = _features(histories, queries)
+    _, others, expected = _features(cut, Questions.at_end(cut, 10**9))
+    np.testing.assert_array_equal(some.keys, others.keys)
+    for name, values in features.items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-6, err_msg=name)
+
+
+def test_where_times_are_places_nothing_is_said_of_hours() -> None:
+    histories = random_histories(10, NUM_SONGS)
+    _, _, features = _features(histories, Questions.at_end(histories, 10**9), real_times=False)
+    for name in ("own_hours_since", "own_base_level_hours", "hours_since_last", "hour"):
+        assert not features[name].any(), name
+
+
+def test_a_catalog_without_artists_gives_no_features_of_them() -> None:
+    histories = random_histories(10, NUM_SONGS)
+    _, _, features = _features(histories, Questions.at_end(histories, 10**9), artists=None)
+    assert not [name for name in features if name.startswith(("artist", "album", "recent_artists"))]

@@ -1,0 +1,112 @@
+"""The ranker learns a planted order, and its chances agree with how often it is right."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayrec.errors import DamagedArtifactError, InputError
+from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, softmax_shares
+from rayrec.storage.workspace import Workspace
+
+CANDIDATES = 20
+NAMES = ["planted", "noise", "of_query"]
+
+
+def _examples(queries: int, seed: int = 0, missed: float = 0.0) -> RankingExamples:
+    """One right candidate a query, drawn by a softmax over the planted feature."""
+    random = np.random.default_rng(seed)
+    planted = random.normal(size=(queries, CANDIDATES)) * 2
+    chances = np.exp(planted) / np.exp(planted).sum(axis=1, keepdims=True)
+    right = np.zeros((queries, CANDIDATES), dtype=bool)
+    drawn = (np.cumsum(chances, axis=1) < random.random((queries, 1))).sum(axis=1)
+    right[np.arange(queries), np.minimum(drawn, CANDIDATES - 1)] = True
+    noise, of_query = random.normal(size=(2, queries, CANDIDATES))
+    features = np.stack([planted, noise, np.broadcast_to(of_query[:, :1], of_query.shape)], axis=2)
+    return RankingExamples(
+        features=features.reshape(-1, 3).astype(np.float32),
+        right=right.ravel(),
+        counts=np.full(queries, CANDIDATES),
+        held_out=np.arange(queries) % 5 == 0,
+        missed=missed,
+    )
+
+
+@pytest.fixture(scope="module")
+def ranker() -> Ranker:
+    return Ranker.fit(_examples(3_000), NAMES, RankerSettings(trees=60, min_leaf=20))
+
+
+def test_candidates_are_ordered_by_what_makes_them_right(ranker: Ranker) -> None:
+    other = _examples(200, seed=1)
+    scores = ranker.scores(other.features).reshape(-1, CANDIDATES)
+    planted = other.features[:, 0].reshape(-1, CANDIDATES)
+    assert (scores.argmax(axis=1) == planted.argmax(axis=1)).mean() > 0.8
+    assert next(iter(ranker.importance)) == "planted"
+
+
+def _error(chances: np.ndarray, right: np.ndarray) -> float:
+    """The expected calibration error over ten bins."""
+    bins = np.minimum((chances * 10).astype(int), 9)
+    return float(np.abs(np.bincount(bins, weights=chances - right, minlength=10)).sum() / len(right))
+
+
+def test_chances_agree_with_how_often_candidates_are_right(ranker: Ranker) -> None:
+    other = _examples(2_000, seed=2)
+    rows = np.repeat(np.arange(len(other)), other.counts)
+    scores = ranker.scores(other.features)
+    chances = ranker.calibration(rows, scores)
+    assert _error(chances, other.right) < 0.02
+    best = np.lexsort((-scores, rows))[::CANDIDATES]
+    assert _error(chances[best], other.right[best]) < 0.05
+    assert chances.min() >= 0
+    assert chances.max() <= 1
+
+
+def test_chances_hold_what_no_candidate_can_be_right_about() -> None:
+    always, half = (Ranker.fit(_examples(600, missed=missed), NAMES, RankerSettings(trees=20)) for missed in (0, 0.5))
+    other = _examples(100, seed=3)
+    rows = np.repeat(np.arange(len(other)), other.counts)
+    of_all = always.calibration(rows, always.scores(other.features))
+    np.testing.assert_allclose(half.calibration(rows, half.scores(other.features)), of_all / 2, rtol=1e-5)
+
+
+def test_a_chance_never_falls_where_the_score_rises(ranker: Ranker) -> None:
+    scores = np.sort(np.random.default_rng(0).normal(size=50))
+    assert (np.diff(ranker.calibration(np.zeros(50, np.int64), scores)) >= 0).all()
+
+
+def test_what_was_saved_scores_the_same(ranker: Ranker, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    names = ranker.save(workspace, "rankers/one", "short")
+    assert sorted(f"rankers/one/{name}" for name in names) == workspace.files("rankers/one")
+    loaded = Ranker.load(workspace, "rankers/one", "short")
+    other = _examples(20, seed=5)
+    np.testing.assert_array_equal(loaded.scores(other.features), ranker.scores(other.features))
+    assert (loaded.names, loaded.calibration) == (ranker.names, ranker.calibration)
+
+
+def test_a_damaged_file_is_named(ranker: Ranker, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    ranker.save(workspace, "rankers/one", "short")
+    workspace.write_bytes("rankers/one/short.trees.txt", b"no trees")
+    with pytest.raises(DamagedArtifactError, match=r"short\.trees\.txt"):
+        Ranker.load(workspace, "rankers/one", "short")
+
+
+def test_the_same_examples_give_the_same_ranker() -> None:
+    one, other = (Ranker.fit(_examples(300), NAMES, RankerSettings(trees=10)) for _ in range(2))
+    features = _examples(20, seed=5).features
+    np.testing.assert_array_equal(one.scores(features), other.scores(features))
+
+
+def test_without_queries_to_check_on_the_error_says_so() -> None:
+    examples = _examples(50)
+    with pytest.raises(InputError, match="validation days"):
+        Ranker.fit(examples.take(~examples.held_out), NAMES)
+
+
+def test_softmax_shares_add_up_to_one_within_each_query() -> None:
+    rows = np.array([0, 0, 2, 2, 2])
+    shares = softmax_shares(rows, np.array([900.0, 900.0, 0.0, 0.0, np.log(2)]))
+    np.testing.assert_allclose(shares, [0.5, 0.5, 0.25, 0.25, 0.5])

@@ -1,0 +1,163 @@
+"""Each retriever finds what was planted for it, at a cost that is bounded."""
+
+import numpy as np
+import pytest
+from worlds import random_histories, random_vectors
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.split import FitRange
+from rayrec.recommend.index import IndexConfig, SongIndex
+from rayrec.recommend.query_batch import QueryBatch
+from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrievers import (
+    OwnRulesRetriever,
+    OwnSongsRetriever,
+    Proposals,
+    Retriever,
+    SessionKnnSettings,
+    SessionRetriever,
+    make_retrievers,
+    retrieve,
+)
+from rayrec.recommend.vstan import VstanRecommender
+
+MINUTE, HOUR = 60_000, 3_600_000
+NUM_SONGS = 40
+NOW = 10**9
+
+
+def _batch(histories: Histories, queries: Questions, num_songs: int = NUM_SONGS) -> QueryBatch:
+    vectors = random_vectors(max(1, len(queries)), 8)[: len(queries)]
+    return QueryBatch.of(histories, queries, num_songs, short_vectors=vectors, long_vectors=-vectors)
+
+
+def _asked(songs: list[int], num_songs: int = NUM_SONGS) -> QueryBatch:
+    """One user who has just played songs, a minute apart."""
+    histories = Histories.from_lists([songs], [[NOW + MINUTE * place for place in range(len(songs))]])
+    return _batch(histories, Questions.at_end(histories, NOW + MINUTE * len(songs)), num_songs)
+
+
+def _ordered(found: Proposals) -> list[int]:
+    return found.songs[np.argsort(found.ranks)].tolist()
+
+
+def _all(retrieval: Retrieval, num_songs: int = NUM_SONGS) -> dict[str, Retriever]:
+    index = SongIndex.build(random_vectors(num_songs, 8), IndexConfig())
+    return {retriever.name: retriever for retriever in make_retrievers(retrieval, index)}
+
+
+def test_session_knn_scores_as_vstan_over_all_sessions_does() -> None:
+    played = random_histories(60, NUM_SONGS, longest=12)
+    once = played.keep(_first_plays(played))  # a song stands in one place of a session, so places agree
+    histories = random_histories(25, NUM_SONGS, longest=15, seed=3)
+    queries = Questions.at_end(histories, NOW)
+    vstan = VstanRecommender.fit([once], num_songs=NUM_SONGS, allowed=FitRange()).score(histories, queries)
+    settings = SessionKnnSettings(places=100)
+    retrieval = Retrieval.fit([once], num_songs=NUM_SONGS, newest=10_000)
+    found = SessionRetriever(retrieval, settings).propose(_batch(histories, queries), NUM_SONGS)
+    assert len(found.rows) == np.count_nonzero(vstan)
+    np.testing.assert_allclose(found.scores, vstan[found.rows, found.songs], rtol=1e-4)
+
+
+def _first_plays(histories: Histories) -> np.ndarray:
+    first = np.zeros(histories.num_plays, dtype=bool)
+    first[np.unique(histories.rows * NUM_SONGS + histories.songs, return_index=True)[1]] = True
+    return first
+
+
+def test_a_song_known_only_outside_the_buckets_read_last_is_found() -> None:
+    early = Histories.from_lists([[31, 30]], [[0, MINUTE]], user_ids=["early"])
+    late = [random_histories(200, 20, longest=20, seed=seed) for seed in range(5)]
+    retrieval = Retrieval.fit([early, *late], num_songs=NUM_SONGS, newest=2)
+    assert 30 in SessionRetriever(retrieval).propose(_asked([5, 31]), 25).songs
+
+
+def test_the_work_of_a_query_does_not_grow_with_the_sessions() -> None:
+    few, many = (Retrieval.fit([random_histories(users, 20)], num_songs=NUM_SONGS, newest=8) for users in (300, 3_000))
+    assert len(many.sessions) <= 8 * 20 >= len(few.sessions)
+    assert np.diff(many.sessions.song_offsets).max() <= 8
+    assert np.diff(many.rules.offsets).max() <= 200
+
+
+def test_rules_propose_what_followed_the_last_song_strongest_first() -> None:
+    histories = Histories.from_lists([[1, 2], [1, 2], [1, 3]], [[0, MINUTE]] * 3)
+    found = _all(Retrieval.fit([histories], num_songs=NUM_SONGS))["rules"].propose(_asked([9, 1]), 10)
+    assert _ordered(found) == [2, 3]
+    assert found.scores[np.argsort(found.ranks)].tolist() == [2.0, 1.0]
+
+
+def test_recent_rules_know_what_followed_earlier_songs() -> None:
+    histories = Histories.from_lists([[1, 2], [1, 2]], [[0, MINUTE]] * 2)
+    found = _all(Retrieval.fit([histories], num_songs=NUM_SONGS))["recent_rules"].propose(_asked([1, 9, 8]), 10)
+    assert _ordered(found) == [2]
+
+
+def test_own_songs_come_by_how_often_and_how_lately_they_were_played() -> None:
+    assert _ordered(OwnSongsRetriever().propose(_asked([5, 6, 7, 5, 7, 7]), 10)) == [7, 5, 6]
+
+
+def test_own_rules_propose_what_the_user_played_next_before() -> None:
+    found = OwnRulesRetriever().propose(_asked([1, 2, 3, 1, 2, 9, 1]), 10)
+    assert _ordered(found)[0] == 2
+    assert set(found.songs) == {1, 2, 3, 9}
+    assert found.scores[np.argsort(found.ranks)][0] == pytest.approx(1 + 1 / 4 + 1)
+
+
+def test_songs_of_the_last_artist_come_before_those_of_earlier_ones() -> None:
+    played = Histories.from_lists([[1, 1, 2, 3, 4]], [list(range(5))])
+    artists = np.full(NUM_SONGS, -1)
+    artists[[1, 2]], artists[[3, 4]] = 0, 1
+    retrieval = Retrieval.fit([played], num_songs=NUM_SONGS, artist_of_song=artists)
+    found = _all(retrieval)["artists"].propose(_asked([2, 8, 3]), 10)
+    assert set(_ordered(found)[:2]) == {3, 4}
+    assert set(_ordered(found)[2:]) == {1, 2}
+
+
+def test_a_catalog_without_artists_has_no_retriever_for_them() -> None:
+    retrieval = Retrieval.fit([random_histories(5, NUM_SONGS)], num_songs=NUM_SONGS)
+    assert not {"artists", "albums"} & _all(retrieval).keys()
+
+
+def test_the_taste_retrievers_propose_the_songs_nearest_to_their_vector() -> None:
+    histories = random_histories(6, NUM_SONGS)
+    retrievers = _all(Retrieval.fit([histories], num_songs=NUM_SONGS))
+    batch = _batch(histories, Questions.at_end(histories, NOW))
+    for name, vectors in (("taste_short", batch.short_vectors), ("taste_long", batch.long_vectors)):
+        found = retrievers[name].propose(batch, 5)
+        for row in range(len(batch)):
+            expected = np.argsort(-(random_vectors(NUM_SONGS, 8) @ vectors[row]))[:5]
+            assert found.songs[found.rows == row][np.argsort(found.ranks[found.rows == row])].tolist() == list(expected)
+
+
+def test_proposals_are_bounded_distinct_and_the_same_alone_as_in_a_batch() -> None:
+    histories = random_histories(30, NUM_SONGS, seed=5)
+    queries = Questions.at_end(histories, NOW)
+    retrievers = list(_all(Retrieval.fit([random_histories(80, NUM_SONGS)], num_songs=NUM_SONGS)).values())
+    batch = _batch(histories, queries)
+    counts = {retriever.name: 7 for retriever in retrievers}
+    together = retrieve(retrievers, batch, counts)
+    assert len(np.unique(together.keys)) == len(together.keys)
+    for row in range(len(queries)):
+        one = queries.take(slice(row, row + 1))
+        vectors = {"short_vectors": batch.short_vectors[row][None], "long_vectors": batch.long_vectors[row][None]}
+        alone = retrieve(retrievers, QueryBatch.of(histories, one, NUM_SONGS, **vectors), counts)
+        np.testing.assert_array_equal(alone.songs, together.songs[together.rows == row])
+        for name, found in alone.proposals.items():
+            assert len(found.rows) <= 7
+            mine = together.proposals[name].rows == row
+            np.testing.assert_array_equal(found.ranks, together.proposals[name].ranks[mine])
+            np.testing.assert_allclose(found.scores, together.proposals[name].scores[mine], rtol=1e-6)
+
+
+def test_a_user_without_plays_gets_what_is_popular_of_late() -> None:
+    histories = Histories.from_lists([[]], [[]])
+    retrieval = Retrieval.fit([random_histories(30, NUM_SONGS)], num_songs=NUM_SONGS)
+    batch = QueryBatch.of(
+        histories,
+        Questions.at_end(histories, NOW),
+        NUM_SONGS,
+        short_vectors=np.zeros((1, 8), np.float32),
+        long_vectors=np.zeros((1, 8), np.float32),
+    )
+    found = retrieve(list(_all(retrieval).values()), batch)
+    assert sorted(found.songs) == sorted(retrieval.popular[:20])

@@ -1,0 +1,214 @@
+"""Retrieve, then rank: one answer for one user and for many, exactly k within limits, at a bounded cost."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from worlds import random_histories, random_vectors
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.split import FitRange
+from rayrec.errors import InputError
+from rayrec.model.network import TasteModel
+from rayrec.model.train_config import FeatureSpec, ModelConfig
+from rayrec.model.train_config import Horizon as Offsets
+from rayrec.recommend.base import NO_SONG, Horizon
+from rayrec.recommend.filters import Limits, without_heard
+from rayrec.recommend.ranker import Ranker, RankerSettings
+from rayrec.recommend.reasons import reasons
+from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.two_step import CandidateSource, TwoStepRecommender, examples_for
+from rayrec.recommend.vstan import VstanRecommender
+
+NUM_SONGS = 60
+MINUTE = 60_000
+NOW = 10**9
+
+
+def _network(num_songs: int = NUM_SONGS) -> TasteRecommender:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = ModelConfig(
+        num_songs=num_songs,
+        embedding_dim=8,
+        hidden_dim=12,
+        num_layers=1,
+        dropout=0.0,
+        features=FeatureSpec(),
+        horizons={"short": Offsets(min_offset=1, max_offset=1), "long": Offsets(min_offset=2, max_offset=4)},
+        song_table="frozen",
+    )
+    vectors = random_vectors(num_songs, 8)
+    return TasteRecommender(TasteModel(config, torch.from_numpy(vectors)).eval(), vectors)
+
+
+def _cycling(users: int, seed: int) -> Histories:
+    """Users who play song n + 1 after song n most of the time, and any other song else."""
+    random = np.random.default_rng(seed)
+    lists = []
+    for _ in range(users):
+        song, songs = int(random.integers(NUM_SONGS)), []
+        for _ in range(12):
+            songs.append(song)
+            song = (song + 1) % NUM_SONGS if random.random() < 0.7 else int(random.integers(NUM_SONGS))
+        lists.append(songs)
+    times = [[MINUTE * place for place in range(12)] for _ in lists]
+    return Histories.from_lists(lists, times, user_ids=[f"{seed}-{row}" for row in range(users)])
+
+
+def _last_plays(histories: Histories) -> tuple[Questions, np.ndarray]:
+    """The queries that the last play of each user answers, and these songs."""
+    plays = histories.offsets[1:] - 1
+    return Questions.before_plays(histories, plays), histories.songs[plays]
+
+
+@pytest.fixture(scope="module")
+def recommender() -> TwoStepRecommender:
+    source = CandidateSource(_network(), Retrieval.fit([_cycling(150, 0)], num_songs=NUM_SONGS))
+    checked = _cycling(400, 1)
+    queries, targets = _last_plays(checked)
+    held_out = np.arange(len(queries)) % 4 == 0
+    rankers: dict[Horizon, Ranker] = {}
+    for horizon, shift in (("short", 0), ("long", 7)):  # the long horizon's right songs are others
+        examples = examples_for(
+            source, checked, queries, np.arange(len(queries)), (targets + shift) % NUM_SONGS, held_out=held_out
+        )
+        settings = RankerSettings(trees=30, min_leaf=10)
+        rankers[horizon] = Ranker.fit(examples, source.sources.names, settings)  # type: ignore[index]
+    return TwoStepRecommender(source, rankers)
+
+
+def test_the_learned_order_finds_more_than_the_best_baseline_does(recommender: TwoStepRecommender) -> None:
+    histories = _cycling(300, 2)
+    queries, targets = _last_plays(histories)
+    songs = recommender.rank_queries(histories, queries, 3).songs
+    vstan = VstanRecommender.fit([_cycling(150, 0)], num_songs=NUM_SONGS, allowed=FitRange()).score(histories, queries)
+    baseline = np.argsort(-vstan, axis=1)[:, :3]
+    found, by_baseline = ((ranked == targets[:, None]).any(axis=1).mean() for ranked in (songs, baseline))
+    assert found > 0.68
+    assert found > by_baseline
+
+
+def test_one_user_gets_the_same_answer_as_in_a_batch(recommender: TwoStepRecommender) -> None:
+    histories = random_histories(30, NUM_SONGS, seed=4)
+    songs, scores = recommender.recommend(histories, NOW, 10)
+    for row in range(len(histories)):
+        alone = recommender.recommend(histories.take(np.array([row])), NOW, 10)
+        np.testing.assert_array_equal(alone[0][0], songs[row])
+        np.testing.assert_allclose(alone[1][0], scores[row], rtol=1e-5)
+
+
+def test_a_stored_state_and_the_last_plays_answer_as_the_whole_history(recommender: TwoStepRecommender) -> None:
+    histories = random_histories(20, NUM_SONGS, seed=6)
+    _, states = recommender.source.network.encoder.run(histories)
+    songs, _ = recommender.recommend(histories, NOW, 10)
+    from_state, _ = recommender.recommend(histories, NOW, 10, hidden=states.hidden)
+    np.testing.assert_array_equal(from_state, songs)
+
+
+def test_exactly_k_songs_come_within_limits_and_the_index_fills_what_is_missing(
+    recommender: TwoStepRecommender,
+) -> None:
+    histories = random_histories(12, NUM_SONGS, seed=5)
+    queries = Questions.at_end(histories, NOW)
+    allowed = np.zeros(NUM_SONGS, dtype=bool)
+    allowed[[3, 9, 27, 41, 55]] = True
+    limits = [Limits(banned=np.array([9]), allowed=allowed)] * len(queries)
+    ranking = recommender.rank_queries(histories, queries, 4, limits=limits)
+    for songs, scores in zip(ranking.songs, ranking.scores, strict=True):
+        assert sorted(songs.tolist()) == [3, 27, 41, 55]
+        assert (np.diff(scores) <= 0).all()
+    more = recommender.rank_queries(histories, queries, 6, limits=limits)
+    assert (more.songs[:, 4:] == NO_SONG).all()
+
+
+def test_songs_heard_are_left_out_where_asked(recommender: TwoStepRecommender) -> None:
+    histories = random_histories(12, NUM_SONGS, seed=5)
+    songs, _ = recommender.recommend(histories, NOW, 20, exclude_heard=True)
+    for row, limit in enumerate(without_heard(histories)):
+        assert not set(songs[row].tolist()) & set(limit.banned.tolist())
+        assert (songs[row] != NO_SONG).all()
+
+
+def test_a_weight_mixes_the_orders_of_both_horizons(recommender: TwoStepRecommender) -> None:
+    histories = _cycling(40, 3)
+    queries, _ = _last_plays(histories)
+    short, long = (recommender.rank_queries(histories, queries, 5, long_weight=weight).songs for weight in (0.0, 1.0))
+    mixed = recommender.rank_queries(histories, queries, 10, long_weight=0.5).songs
+    assert (short[:, 0] != long[:, 0]).mean() > 0.8
+    firsts = [(first[:, :1] == mixed).any(axis=1).mean() for first in (short, long)]
+    assert min(firsts) > 0.9
+    near = recommender.rank_queries(histories, queries, 5, long_weight=0.01).songs
+    np.testing.assert_array_equal(near[:, 0], short[:, 0])
+
+
+def test_scores_and_ranks_agree(recommender: TwoStepRecommender) -> None:
+    histories = random_histories(8, NUM_SONGS, seed=8)
+    queries = Questions.at_end(histories, NOW)
+    scores = recommender.score(histories, queries)
+    ranking = recommender.rank_queries(histories, queries, 5)
+    np.testing.assert_allclose(
+        np.take_along_axis(scores, ranking.songs.astype(np.int64), axis=1), ranking.scores, rtol=1e-6
+    )
+    assert (ranking.scores >= 0).all()
+    assert (ranking.scores <= 1).all()
+
+
+def test_k_below_one_is_refused(recommender: TwoStepRecommender) -> None:
+    histories = random_histories(2, NUM_SONGS)
+    with pytest.raises(InputError):
+        recommender.rank_queries(histories, Questions.at_end(histories, NOW), 0)
+
+
+def test_no_array_as_long_as_the_catalog_is_made_for_a_query(recommender: TwoStepRecommender) -> None:
+    songs = 400_000
+    artists = np.arange(songs) % 1_000
+    past = random_histories(200, songs, seed=1)
+    source = CandidateSource(
+        _network(songs), Retrieval.fit([past], num_songs=songs, artist_of_song=artists, album_of_song=artists)
+    )
+    examples = examples_for(
+        source,
+        past,
+        Questions.at_end(past, NOW),
+        np.arange(len(past)),
+        np.array([last[-1] if len(last) else 0 for last in past.last_songs(1)]),
+        held_out=np.arange(len(past)) % 2 == 0,
+    )
+    ranker = Ranker.fit(examples, source.sources.names, RankerSettings(trees=3, min_leaf=5))
+    large = TwoStepRecommender(source, {"short": ranker})
+    history = past.take(np.array([int(past.lengths.argmax())]))
+    large.recommend(history, NOW, 20, exclude_heard=True)
+    tracemalloc.start()
+    large.recommend(history, NOW, 20, exclude_heard=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < songs  # bytes: not even a mask over the catalog
+
+
+def test_the_reasons_of_a_song_are_those_of_its_features(recommender: TwoStepRecommender) -> None:
+    histories = Histories.from_lists([[1, 2, 9, 1]], [[0, MINUTE, 2 * MINUTE, 3 * MINUTE]])
+    queries = Questions.at_end(histories, 3 * MINUTE + 3 * 24 * 60 * MINUTE)
+    (song, unknown) = recommender.explain(histories, queries, np.array([2, 10**6]))
+    assert reasons(song, "Song One")[:2] == [
+        "you played it after Song One before",
+        "you played it once, last 3 days ago",
+    ]
+    assert unknown == {}
+    assert reasons(unknown, None)
+
+
+def test_examples_hold_only_queries_whose_song_is_a_candidate(recommender: TwoStepRecommender) -> None:
+    histories = _cycling(50, 7)
+    queries, targets = _last_plays(histories)
+    held_out = np.zeros(len(queries), dtype=bool)
+    rows = np.arange(len(queries))
+    examples = examples_for(recommender.source, histories, queries, rows, targets, held_out=held_out)
+    right = np.add.reduceat(examples.right, np.cumsum(examples.counts) - examples.counts)
+    assert (right == 1).all()
+    assert examples.missed == pytest.approx(1 - len(examples) / len(queries))
+    new = examples_for(recommender.source, histories, queries, rows, targets, held_out=held_out, new_only=True)
+    assert len(new) < len(examples)
+    assert not new.features[:, recommender.source.sources.names.index("own_plays")].any()
