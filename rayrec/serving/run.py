@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -28,7 +29,8 @@ from rayrec.storage.workspace import Workspace
 NAME = "rayrec"  # of the application in Serve
 # Above those of Ray's workers, below those of Serve's replicas and those that Linux gives to whoever asks for any.
 PORTS = range(20_000, 30_000)
-DRAIN_SECONDS = 2  # for a replica's last requests, where the whole application ends
+DRAIN_SECONDS = 2  # that Serve waits at least before it ends a replica
+REQUEST_SECONDS = 30  # for the requests at work when the application ends
 SETTLE_SECONDS = 3.0  # for sockets that are open for a moment only
 
 
@@ -65,7 +67,7 @@ def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(DRAIN_SECONDS),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(REQUEST_SECONDS),
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
         # A request whose replica dies goes to another one: all of ours may be sent twice.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
@@ -138,6 +140,17 @@ def require_loopback() -> None:
         time.sleep(0.2)
 
 
+def _finish_requests() -> None:
+    """Have HAProxy take no more requests, and wait for those at work: Serve itself would cut them off."""
+    proxies = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if process.name() == "haproxy":
+                process.send_signal(signal.SIGUSR1)
+                proxies.append(process)
+    psutil.wait_procs(proxies, timeout=REQUEST_SECONDS)
+
+
 @contextmanager
 def _application(workspace: Workspace, config: ServeConfig) -> Iterator[None]:
     import ray
@@ -159,6 +172,7 @@ def _application(workspace: Workspace, config: ServeConfig) -> Iterator[None]:
         arguments = {**asdict(config), "workspace": workspace.root if workspace.is_local else workspace.uri}
         serve.run(build(arguments), name=NAME, logging_config=quiet)
         yield
+        _finish_requests()
     finally:
         # Ray prints on stdout that the controller has ended, and at times raises it.
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):

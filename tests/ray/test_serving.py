@@ -78,7 +78,7 @@ def test_errors_are_problems_through_serve_too(url: str) -> None:
     for response, status in (
         (httpx.get(f"{url}/v1/nothing"), 404),
         (httpx.get(f"{url}/v1/recommendations"), 405),
-        (httpx.post(f"{url}/v1/recommendations", content=b"{"), 422),
+        (httpx.post(f"{url}/v1/recommendations", content=b"{"), 415),
         (httpx.post(f"{url}/v1/recommendations", json={"history": [], "k": 0}), 422),
     ):
         assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
