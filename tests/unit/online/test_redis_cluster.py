@@ -13,6 +13,7 @@ from stores import RedisServer, needs_redis
 
 from rayrec.online.redis_store import RedisStore
 from rayrec.online.state_store import NOT_THERE, Change, Piece, StateStore, StoreUnavailableError, open_store
+from rayrec.serving.run import free_ports
 
 CLI = shutil.which("redis-cli")
 USERS = [f"user {number}" for number in range(60)]
@@ -37,11 +38,12 @@ def until(condition: Callable[[], Any], what: str) -> None:
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[list[RedisServer]]:
     """Three primaries and a replica of the first."""
-    made = []
+    made, ports = [], free_ports(4)  # low ones: nodes talk to each other on ports 10,000 higher
     for number in range(4):
         folder = tmp_path / str(number)
         folder.mkdir()
         made.append(RedisServer(folder, *CLUSTER))
+        made[-1].port = ports[number]
         made[-1].start()
     places = [f"127.0.0.1:{node.port}" for node in made]
     try:

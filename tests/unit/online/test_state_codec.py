@@ -125,7 +125,7 @@ def test_another_version_is_named() -> None:
         unpack_plays([pack_state(some_state(some_plays(2)))])
 
 
-@pytest.mark.parametrize("fields", [[], [1, 2, 3], [1, None, [1, 0, 0, 0, 0], [3, 1, b"x", b"y", b"", b""], []]])
+@pytest.mark.parametrize("fields", [[], [1, 2, 3], [1, None, [1, 0, 0, 0, 0], [3, 1, False, b"y", b""], []]])
 def test_whole_bytes_of_something_else_are_refused(fields: list[object]) -> None:
     with pytest.raises(DamagedArtifactError, match="not as it was written"):
         unpack_state(_seal(b"RrS2", fields))
