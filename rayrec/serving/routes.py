@@ -33,6 +33,7 @@ from rayrec.serving.schemas import (
     TastesRequest,
     UserTaste,
     as_json,
+    iso_moment,
 )
 from rayrec.serving.serve_config import MAX_ID, MAX_K
 from rayrec.serving.service import Service
@@ -134,7 +135,7 @@ def _users_router(service: Service) -> APIRouter:
             "user_id": user_id,
             "k": k,
             "horizon": horizon if horizon in ("short", "long") else _number(horizon),
-            "at": at,
+            "at": None if at is None else iso_moment(at),
             "exclude_heard": exclude_heard,
             "diversity": diversity,
             "explain": explain,

@@ -234,8 +234,10 @@ def test_a_user_with_many_plays_is_read_by_the_last_of_them_and_no_song_is_forgo
         assert known.state.plays == count
         assert LAST_PLAYS <= known.plays.num_plays <= LAST_PLAYS + 1_200
         assert set(known.heard) | set(known.plays.songs) == set(songs)
-        whole = ENCODERS[model].run(Plays.of(songs, BEGIN + np.arange(count) * 60_000).history())[1]
-        np.testing.assert_allclose(known.states.hidden, whole.hidden, rtol=1e-3, atol=HALF_PRECISION)
+        # The first model saw every play; the second one starts from those that are read.
+        seen = Plays.of(songs, BEGIN + np.arange(count) * 60_000).history() if model == "m1" else known.plays
+        batch = ENCODERS[model].run(seen)[1]
+        np.testing.assert_allclose(known.states.hidden, batch.hidden, rtol=1e-3, atol=HALF_PRECISION)
     users.close()
 
 
