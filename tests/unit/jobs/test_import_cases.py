@@ -106,7 +106,7 @@ def test_in_every_format_a_file_that_is_not_whole_or_empty_is_named(
     assert (done.code, done.data["error"]["kind"]) == (2, "damaged_input"), done.err
     assert str(file) in done.data["error"]["message"]
     nothing = rayrec("import", format_name, file, "--skip-damaged")
-    assert (nothing.code, nothing.data["error"]["message"]) == (2, f"{file}: there are no rows to import")
+    assert (nothing.code, nothing.data["error"]["message"]) == (2, f"{file}: no rows to import")
 
 
 def spotify(song: str, day: int, **more: str) -> dict[str, Any]:
