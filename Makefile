@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all check fix
+.PHONY: setup demo test test-all check fix gpu-check
 
 setup: .venv/.installed
 
@@ -25,3 +25,7 @@ check: setup
 
 fix: setup
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+# On a machine with torch and CUDA: neither Ray nor a network is needed, nor what setup installs.
+gpu-check:
+	$(PYTHON) -m rayrec.bench.device_bench

@@ -2,8 +2,9 @@
 
 Appends the new plays, brings the tastes of all users up to date with the live model, judges that model
 with the new plays among those it has to predict, and makes the new release live only where its figures
-hold. The exit code says what became of it: 0 live or nothing new, 1 kept back. `{yesterday}` in a path
-stands for yesterday's date, UTC: plays/day={yesterday} names what is new, and nothing is read twice.
+hold. Then it joins the parts of many nights, and deletes what no recent release needs. The exit code says
+what became of it: 0 live or nothing new, 1 kept back. `{yesterday}` in a path stands for yesterday's date,
+UTC: plays/day={yesterday} names what is new, and nothing is read twice.
 
 The model itself stays; when a release is kept back, it is time for a new one: rayrec run pipeline.toml.
 """
@@ -15,18 +16,22 @@ from rayrec import Dataset, Workspace
 from rayrec.data.split import choose_split
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
+from rayrec.importing.compaction import PARTS_BEFORE_COMPACT
 from rayrec.importing.import_plan import ImportConfig
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.compact import compact
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.import_data import append_plays
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
-from rayrec.model.train_config import TasteConfig, has_memory
+from rayrec.model.train_config import TasteConfig
 from rayrec.storage.artifacts import Manifest, load
-from rayrec.storage.releases import activate_release, active_release, create_release
+from rayrec.storage.cleaning import delete_garbage, find_garbage
+from rayrec.storage.releases import activate_release, active_release, create_release, default_parts
 
 FORMAT = "parquet"
 COLUMNS = {"user": "user_id", "song": "song_id", "played_at": "ts"}
 JUDGED_AT = 20
+KEPT_RELEASES = 3  # to go back to
 FLOOR = 0.97  # of yesterday's recall@20: a night's noise, not a fall
 
 
@@ -42,7 +47,8 @@ def main(folder: str, *plays: str) -> int:
         before = recall(workspace, model)
         added = append_plays(workspace, ImportConfig(format=FORMAT, paths=paths, columns=COLUMNS))
         print(f"{added.plays:,} new plays, {added.users:,} new users, {added.merged:,} were there already")
-        if Dataset(workspace).manifest.id == live.inputs["dataset"]:
+        dataset = Dataset(workspace)
+        if dataset.manifest.plays_id == dataset.earlier(live.inputs["dataset"]).plays_id:
             print("nothing is new: the live release stays")
             return 0
         tastes = compute_tastes(workspace, TasteConfig(), model_id=model.id)
@@ -56,6 +62,10 @@ def main(folder: str, *plays: str) -> int:
         return 1
     activate_release(workspace, made.id)
     print(f"release {made.id} is live")
+    if len(dataset.manifest.spans) > PARTS_BEFORE_COMPACT:
+        compact(workspace)
+    freed = delete_garbage(workspace, find_garbage(workspace, keep=KEPT_RELEASES))
+    print(f"{freed / 1e9:.1f} GB of earlier releases deleted")
     return 0
 
 
@@ -66,7 +76,7 @@ def recall(workspace: Workspace, model: Manifest) -> float:
         raise SystemExit(
             "the live model was trained on all plays, so nothing is left to judge it by; train with a split"
         )
-    name = "hybrid" if has_memory(model) else "taste"
+    name = "two-step" if "rankers" in default_parts(workspace, model.id) else "taste"
     config = EvaluateConfig(models=(name,), ks=(JUDGED_AT,), bootstrap_samples=0, offsets=0)
     report = evaluate(workspace, config, split=split, model_id=model.id)
     wanted = {"model": name, "metric": "recall", "k": JUDGED_AT, "users": "all", "target": "next"}

@@ -10,6 +10,7 @@ import time
 from rayrec import Dataset, Workspace
 from rayrec.jobs.pipeline import run
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
+from rayrec.storage.releases import default_parts
 
 COLUMNS = {"user": "user_id", "song": "song_id", "played_at": "ts"}
 
@@ -24,7 +25,7 @@ def main(plays: str, folder: str = "./workspace") -> None:
     )
     ids = {stage.stage: stage.id for stage in stages}
     dataset = Dataset(workspace)
-    recommender = load_recommender(workspace, dataset, model_id=ids["train"], index_id=ids["index"])
+    recommender = load_recommender(workspace, dataset, default_parts(workspace, ids["train"]))
     user = str(next(dataset.read_all()).user_ids[0])
     told = answer(dataset, recommender, RecommendConfig(k=5), at=round(time.time() * 1000), user=user)
     print(f"For {user}:")

@@ -13,16 +13,16 @@ from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
 from rayrec.jobs.build_index import build_index
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.generate import generate
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
 from rayrec.recommend.index import IndexConfig
-from rayrec.storage.releases import create_release
+from rayrec.storage.releases import create_release, default_parts
 
 workspace = Workspace(sys.argv[1] if len(sys.argv) > 1 else "./workspace-notebook")
 cluster = ray_cluster()  # one for all cells; without it each stage starts one of its own
@@ -65,7 +65,7 @@ print(f"release {release.id} is live")
 # %% Recommendations for one listener, a moment after the last play
 dataset = Dataset(workspace)
 listener = str(next(dataset.read_all()).user_ids[0])
-recommender = load_recommender(workspace, dataset, model_id=model.id, index_id=index.id)
+recommender = load_recommender(workspace, dataset, default_parts(workspace, model.id))
 told = answer(dataset, recommender, RecommendConfig(k=5), at=dataset.manifest.last_play, user=listener)
 print(f"{listener} heard last: {', '.join(told.last_plays[-3:])}")
 for title, score in zip(told.titles, told.scores, strict=True):

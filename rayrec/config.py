@@ -1,15 +1,13 @@
-"""Stage settings: frozen dataclasses whose fields carry their own help, read from TOML and flags.
-
-A setting's help line stands where the setting is, and serves the reader of the code, the command
-line and the error messages.
-"""
+"""Stage settings: immutable pydantic models that are read from TOML and become command-line flags."""
 
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, field, fields
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from rayrec.errors import InputError
 
@@ -18,57 +16,54 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[import-not-found, no-redef]
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="Settings")
 
 
-def setting(default: Any = MISSING, *, help: str) -> Any:
-    """A dataclass field with a default and one line of help, units included."""
-    return field(default=default, metadata={"help": help})
+class Settings(BaseModel):
+    """Base class of all settings. A field's range is in its type, its help in its description.
+
+    Raises `InputError` for an unknown name, a missing value, a wrong type or a value out of range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name -> settings that belong together
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(_message(type(self), values, error)) from None
+
+    def replace(self: Config, **changes: Any) -> Config:
+        """A copy with some settings changed, checked like the first."""
+        return type(self)(**{**dict(self), **changes})
 
 
 def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
-    """A config from plain values; lists become tuples.
+    """Settings from plain values, as TOML and JSON hold them; `where` starts the message of an error.
 
-    The key `preset` stands for the settings of that name in the config's PRESETS; other keys
-    override them. Raises `InputError` for an unknown key or preset or a value of the wrong type;
-    `where` says whose they are.
+    The key `preset` stands for the settings of that name in PRESETS; other keys override them. Raises `InputError`.
     """
-    values = _with_preset(cls, values, where)
-    hints = typing.get_type_hints(cls)
-    known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise InputError(f"{where} has no setting {unknown[0]!r}; there are: {', '.join(known)}")
-    converted = {name: _convert(hints[name], value, f"{where}, {name}") for name, value in values.items()}
+    values = dict(values)
+    if "preset" in values and cls.PRESETS:
+        name = values.pop("preset")
+        if name not in cls.PRESETS:
+            raise InputError(f"{where}: unknown preset {name!r}; expected one of {', '.join(cls.PRESETS)}")
+        values = {**cls.PRESETS[name], **values}
     try:
-        return cls(**converted)
-    except TypeError as error:
-        raise InputError(f"{where}: {error}") from error
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
-def presets_of(cls: type) -> Mapping[str, Mapping[str, Any]]:
-    """Settings that belong together, by name; none where a config has no PRESETS."""
-    found: Mapping[str, Mapping[str, Any]] = getattr(cls, "PRESETS", {})
-    return found
-
-
-def _with_preset(cls: type, values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    presets = presets_of(cls)
-    if "preset" not in values or not presets:
-        return values
-    name = values["preset"]
-    if name not in presets:
-        raise InputError(f"{where} has no preset {name!r}; there are: {', '.join(presets)}")
-    return {**presets[name], **{key: value for key, value in values.items() if key != "preset"}}
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """The plain values of a config, as JSON holds them."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+def to_mapping(config: Settings) -> dict[str, Any]:
+    """The plain values of settings, as JSON holds them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in config}
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """A TOML file's content. Raises `InputError` for a file that is not there or does not parse."""
+    """A TOML file's content. Raises `InputError` for a file that cannot be read or parsed."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -77,24 +72,65 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"config file {path} is not TOML: {error}") from error
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def base_type(hint: Any) -> Any:
+    """The type that is not None of an optional type; any other type as it is."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(option for option in typing.get_args(hint) if option is not type(None))
+    return hint
+
+
+def expected_value(field: FieldInfo) -> str:
+    """What a setting may be, in words: `an integer of at least 1`."""
+    hint = base_type(field.annotation)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in options:
-            return None
-        inner = [option for option in options if option is not type(None)]
-        return _convert(inner[0], value, where) if len(inner) == 1 else value
     if origin is typing.Literal:
-        if value not in options:
-            raise InputError(f"{where} is {value!r}; expected one of {', '.join(map(str, options))}")
-        return value
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(options[0], item, where) for item in value)
-    if origin is dict and isinstance(value, dict):
-        return dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    expected = origin or hint
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise InputError(f"{where} is {value!r}; expected {getattr(expected, '__name__', expected)}")
-    return value
+        return f"one of {', '.join(map(str, options))}"
+    if origin is tuple:
+        item, *metadata = typing.get_args(options[0]) or (options[0],)
+        constraints = [part for entry in metadata for part in getattr(entry, "metadata", [entry])]
+        filled = "non-empty " if _min_length(field) else ""
+        return _bounded(f"a {filled}list of {_NOUNS[item][1]}", constraints, joint=", each ")
+    if origin is dict:
+        return "name = value pairs"
+    if hint is str and _min_length(field):
+        return "a non-empty string"
+    return _bounded(_NOUNS[hint][0], field.metadata, joint=" ")
+
+
+_NOUNS = {
+    int: ("an integer", "integers"),
+    float: ("a number", "numbers"),
+    str: ("a string", "strings"),
+    bool: ("true or false", ""),
+}
+
+
+def _min_length(field: FieldInfo) -> int:
+    return max((getattr(constraint, "min_length", 0) for constraint in field.metadata), default=0)
+
+
+def _bounded(noun: str, constraints: Iterable[Any], *, joint: str) -> str:
+    """The noun with the bounds that its constraints set."""
+    words = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
+    bounds = [
+        f"{word} {getattr(constraint, name):g}"
+        for constraint in constraints
+        for name, word in words.items()
+        if getattr(constraint, name, None) is not None
+    ]
+    return noun + (joint + " and ".join(bounds) if bounds else "")
+
+
+def _message(cls: type[Settings], values: Mapping[str, Any], error: ValidationError) -> str:
+    """The first problem in one line: the setting, its value, what was expected."""
+    problem = error.errors(include_url=False)[0]
+    kind, name = problem["type"], str(problem["loc"][0]) if problem["loc"] else ""
+    if kind == "extra_forbidden":
+        return f"unknown setting {name!r}; expected one of {', '.join(cls.model_fields)}"
+    if kind == "missing":
+        return f"{name} is missing; expected {expected_value(cls.model_fields[name])}"
+    value = values.get(name)
+    shown = f"{name} is {list(value) if isinstance(value, tuple) else value!r}; " if name else ""
+    if kind == "value_error":  # raised by a validator of the class
+        return shown + str(problem["ctx"]["error"])
+    return f"{shown}expected {expected_value(cls.model_fields[name])}"

@@ -1,12 +1,12 @@
-"""The errors that users of rayrec can meet.
+"""The errors that rayrec raises.
 
-Every message says what came, what was expected and what to do. The command line prints the
+Every message says what was given, what was expected and what to do. The command line prints the
 message as one line and exits with `exit_code`; anything that is not a `RayrecError` is our bug.
 """
 
 
 class RayrecError(Exception):
-    """A job could not be done. Exit code 1."""
+    """A command failed. Exit code 1."""
 
     exit_code = 1
 
@@ -18,11 +18,11 @@ class InputError(RayrecError):
 
 
 class NotFoundError(InputError):
-    """Something asked for by name is not in the workspace."""
+    """Something named is not in the workspace."""
 
 
 class MismatchError(InputError):
-    """Parts that do not belong together, such as a model and an index of another model."""
+    """Artifacts that do not belong together, such as a model and an index of another model."""
 
 
 class MissingDependencyError(InputError):
@@ -30,15 +30,19 @@ class MissingDependencyError(InputError):
 
 
 class LeakError(RayrecError):
-    """A fit was handed plays that it must not see: past the cut, or of a held-out user."""
+    """Training data holds plays that it must not: of the test range, or of a held-out user."""
+
+
+class DivergedError(RayrecError):
+    """A training whose loss or weights are not finite any more."""
 
 
 class StorageError(RayrecError):
-    """A disk is full, or object storage goes on failing."""
+    """A disk is full, or object storage keeps failing."""
 
 
 class BusyError(RayrecError):
-    """Another run writes to the workspace."""
+    """Another command writes to the workspace."""
 
 
 class DamagedArtifactError(RayrecError):

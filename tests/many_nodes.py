@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,14 @@ from rayrec.data.split import Split, SplitConfig, split_dataset
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig
-from rayrec.importing.import_workers import BucketMerger, UnitImporter
+from rayrec.importing.import_workers import BucketMerger, PieceImporter
 from rayrec.jobs import import_data as import_job
 from rayrec.jobs import taste as taste_job
 from rayrec.jobs.build_index import build_index
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.import_data import import_data
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import BucketTastes, compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig
@@ -46,7 +45,7 @@ from rayrec.storage.workspace import Workspace
 LOG = "RAYREC_TEST_LOG"  # environment variable: the folder in which units are noted, on all nodes
 PAUSE = 0.4  # seconds that a unit takes longer, so that a node can be removed meanwhile
 BUCKETS = 12
-TRAIN = replace(CONFIG, workers=2)
+TRAIN = CONFIG.replace(workers=2)
 
 
 def write_plays(folder: Path, files: int = 8) -> None:
@@ -126,11 +125,12 @@ def noted(worker: type[Any], kind: str) -> type[Any]:
     """The bucket worker, slower, noting when it begins a unit and when it has done it."""
 
     class Noted(worker):  # type: ignore[misc]
-        def __call__(self, unit: int) -> Any:
-            note(kind, int(unit), "begin")
+        def __call__(self, unit: Any) -> Any:
+            number = unit[0] if isinstance(unit, tuple) else unit  # of a group of buckets, here one each
+            note(kind, number, "begin")
             time.sleep(PAUSE)
             result = super().__call__(unit)
-            note(kind, int(unit), "end")
+            note(kind, number, "end")
             return result
 
     return Noted
@@ -176,7 +176,7 @@ def lose_nodes(plays: str, folder: str, log: str) -> dict[str, Any]:
     """All stages; a node is lost during the import, the training and the tastes, and a new one comes after each."""
     patch, found = pytest.MonkeyPatch(), dict[str, Any]()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    patch.setattr(import_job, "UnitImporter", noted(UnitImporter, "read"))
+    patch.setattr(import_job, "PieceImporter", noted(PieceImporter, "read"))
     patch.setattr(import_job, "BucketMerger", noted(BucketMerger, "merge"))
     patch.setattr(taste_job, "BucketTastes", noted(BucketTastes, "taste"))
     stages = Stages(Path(plays), Workspace(folder))

@@ -12,7 +12,8 @@ from rayrec.data.windows import Windows, cut_windows, worker_batches
 from rayrec.model.fit import Phase, Progress
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import Cell, FeatureSpec, Horizon, ModelConfig, SongTable, TrainConfig
-from rayrec.model.training import Share, StepReport
+from rayrec.model.training import StepReport
+from rayrec.model.workers import Share
 
 MINUTE = 60_000
 NUM_SONGS = 60
@@ -27,6 +28,7 @@ def model_config(
     features: FeatureSpec | None = None,
     song_table: SongTable = "frozen",
     averages: tuple[float, ...] = (0.0, 0.5, 1.0),
+    input_table: bool = False,
 ) -> ModelConfig:
     """The shape that `config` asks for, or a small one."""
     return ModelConfig(
@@ -42,6 +44,7 @@ def model_config(
         else {"short": Horizon(min_offset=1, max_offset=1), "long": Horizon(min_offset=2, max_offset=4)},
         song_table=config.song_table if config else song_table,
         averages=config.averages if config else averages,
+        input_table=config.has_input_table if config else input_table,
     )
 
 
@@ -94,7 +97,7 @@ class MemoryHost:
         rng = np.random.default_rng([config.seed, epoch])
         return worker_batches(windows, batch=config.batch, rank=self._share.rank, workers=self._share.workers, rng=rng)
 
-    def stepped(self, phase: Phase, report: StepReport) -> None:
+    def stepped(self, phase: Phase, report: StepReport, loss: float) -> None:
         """Remember the step."""
         self.reports.append((phase, report))
         taken = sum(each == phase for each, _ in self.reports)

@@ -10,19 +10,18 @@ from typing import Any
 import httpx
 import numpy as np
 from networks import model_config, network
+from rankings import fit_rankers
 from worlds import random_histories, write_dataset, write_song_vectors
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories
-from rayrec.data.split import FitRange
+from rayrec.data.histories import Histories, concatenate
 from rayrec.model.checkpoint import save_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.taste_table import taste_table, tastes_file
-from rayrec.model.train_config import MEMORY, PLAY_COUNTS
-from rayrec.recommend.hybrid import Memory, Mix
+from rayrec.model.train_config import PLAY_COUNTS
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
-from rayrec.recommend.mixing import USUAL_MIX
+from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.serving.auth import Keys
 from rayrec.serving.routes import create_app
 from rayrec.serving.serve_config import ServeConfig
@@ -35,7 +34,6 @@ NUM_SONGS = 200
 BEGIN = 1_700_000_000_000  # ms UTC, before all plays of the world
 AT = BEGIN + 40_000_000  # ms UTC, after all of them
 WITHOUT_VECTOR = 7  # a song that is never recommended
-MIX = Mix(heard=(0.4, 0.3, 0.2, 0.1), new=(0.5, 0.3, 0.2, 0.0), gate=USUAL_MIX.gate)
 
 
 def write_world(workspace: Workspace, *, users: int = 60, num_songs: int = NUM_SONGS) -> Histories:
@@ -53,16 +51,21 @@ def write_release(
     name: str = "1",
     *,
     seed: int = 0,
-    memory: bool = True,
+    ranked: bool = True,
     kind: str = "flat",
     activate: bool = True,
 ) -> Manifest:
-    """A release of an untrained network over the data set of a workspace; other seeds answer otherwise."""
+    """A release of an untrained network over the data set of a workspace; other seeds answer otherwise.
+
+    With `ranked` it has a retrieval and rankers, without them the network answers alone.
+    """
     dataset = Dataset(workspace)
     histories = list(dataset.read_all())
     model = network(model_config(num_songs=dataset.num_songs), seed)
     inputs = {"dataset": dataset.manifest.id, "songs": "by-hand"}
-    made = _write_model(workspace, Manifest(kind="models", id=f"model{name}", inputs=inputs), model, histories, memory)
+    made = _write_model(workspace, Manifest(kind="models", id=f"model{name}", inputs=inputs), model, histories)
+    if ranked:
+        _write_rankers(workspace, made, name, concatenate(histories))
     _write_index(workspace, made, name, kind)
     tastes = Manifest(kind="tastes", id=f"tastes{name}", inputs={"dataset": dataset.manifest.id, "models": made.id})
     for bucket in range(dataset.manifest.buckets):
@@ -80,19 +83,25 @@ def damage(workspace: Workspace, release_id: str) -> None:
     workspace.write_bytes(path, content[:-1] + bytes([content[-1] ^ 1]))
 
 
-def _write_model(
-    workspace: Workspace, manifest: Manifest, model: TasteModel, histories: list[Histories], memory: bool
-) -> Manifest:
+def _write_model(workspace: Workspace, manifest: Manifest, model: TasteModel, histories: list[Histories]) -> Manifest:
     num_songs = model.config.num_songs
     known = np.arange(num_songs) != WITHOUT_VECTOR
     files = [*save_model(workspace, manifest.folder, model, known), PLAY_COUNTS]
     plays = sum(np.bincount(batch.songs, minlength=num_songs) for batch in histories)
     workspace.write_array(manifest.path(PLAY_COUNTS), np.asarray(plays))
-    if memory:
-        fitted = Memory.fit(lambda: histories, num_songs=num_songs, allowed=FitRange())
-        fitted.save(workspace, manifest.path(MEMORY), MIX)
-        files.append(MEMORY)
     return publish(workspace, manifest, files)
+
+
+def _write_rankers(workspace: Workspace, model: Manifest, name: str, histories: Histories) -> None:
+    retrieval, rankers = fit_rankers(TasteRecommender.load(workspace, model.id), histories)
+    inputs = {"dataset": model.inputs["dataset"]}
+    fitted = Manifest(kind="retrieval", id=f"retrieval{name}", inputs=inputs)
+    publish(workspace, fitted, retrieval.save(workspace, fitted.folder))
+    learned = Manifest(
+        kind="rankers", id=f"rankers{name}", inputs={**inputs, "models": model.id, "retrieval": fitted.id}
+    )
+    files = [file for kind, ranker in rankers.items() for file in ranker.save(workspace, learned.folder, kind)]
+    publish(workspace, learned, files)
 
 
 def _write_index(workspace: Workspace, model: Manifest, name: str, kind: str) -> None:

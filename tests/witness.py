@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 import ray.cloudpickle
+from torch import Tensor
 
 from rayrec.data.windows import Windows
+from rayrec.model.steps import Step as TrainingStep
 
-STEPS_BETWEEN_CLOCKS = 2  # so that checkpoints come often; with checkpoint_minutes=0 one comes each time
+STEPS_BETWEEN_READS = 2  # so that checkpoints come often; with checkpoint_minutes=0 one comes each time
 SNAPSHOT = "run/checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints, in the model's folder
 
 Step = tuple[str, int, int]  # phase, epoch, step
@@ -62,31 +64,35 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
     from rayrec.model.training import Training
 
     phases: list[str] = []
-    windows_of, step_of, clocks = RayHost.windows, Training.step, fit.STEPS_BETWEEN_CLOCKS
+    epochs: list[int] = []
+    windows_of, take_of, reads = RayHost.windows, Training.take, fit.STEPS_BETWEEN_READS
 
     def windows(host: Any, phase: Any, epoch: int) -> Iterator[Windows]:
         phases.append(phase)
+        epochs.append(epoch)
         return windows_of(host, phase, epoch)
 
-    def step(training: Training, windows: Windows, epoch: int, number: int) -> float:
-        at = (phases[-1], epoch, number)
+    def take(
+        training: Training, step: TrainingStep, totals: Tensor, following: TrainingStep | None
+    ) -> tuple[Tensor, Tensor]:
+        at = (phases[-1], epochs[-1], step.number)
         if death is not None and death.at == at and training.share.rank == death.rank:
             die(death, arguments["plan"])
-        loss = step_of(training, windows, epoch, number)
+        taken = take_of(training, step, totals, following)
         time.sleep(pause)
-        line = {"at": at, "rank": training.share.rank, "of": training.share.workers, "windows": prints_of(windows)}
+        line = {"at": at, "rank": training.share.rank, "of": training.share.workers, "windows": prints_of(step.windows)}
         line["node"] = ray.get_runtime_context().get_node_id()
         with Path(log, f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
-        return loss
+        return taken
 
-    RayHost.windows, Training.step = windows, step  # type: ignore[method-assign]
-    fit.STEPS_BETWEEN_CLOCKS = STEPS_BETWEEN_CLOCKS
+    RayHost.windows, Training.take = windows, take  # type: ignore[method-assign]
+    fit.STEPS_BETWEEN_READS = STEPS_BETWEEN_READS
     try:
         getattr(job, "_undisturbed", job.train_worker)(arguments)
     finally:
-        RayHost.windows, Training.step = windows_of, step_of  # type: ignore[method-assign]
-        fit.STEPS_BETWEEN_CLOCKS = clocks
+        RayHost.windows, Training.take = windows_of, take_of  # type: ignore[method-assign]
+        fit.STEPS_BETWEEN_READS = reads
 
 
 def die(death: Death, plan: Any) -> None:

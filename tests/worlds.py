@@ -8,14 +8,17 @@ from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.data.histories import Histories
 from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
-from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
+from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file, users_file
 
 
 def write_dataset(workspace: Workspace, histories: Histories, num_songs: int, buckets: int = 4) -> Dataset:
     """The histories as the canonical data set of a workspace."""
+    histories = histories.take(np.argsort(histories.user_ids))
     bucket = bucket_of(histories.user_ids, buckets)
-    for number in np.unique(bucket).tolist():
-        workspace.write_table(histories_file(0, number), histories.take(bucket == number).to_arrow())
+    for number in range(buckets):
+        kept = histories.take(bucket == number)
+        workspace.write_table(histories_file(0, number), kept.to_arrow())
+        workspace.write_table(users_file(0, number), pa.table({columns.USER: pa.array(kept.user_ids, pa.string())}))
     songs = {
         columns.SONG: pa.array(range(num_songs), pa.int32()),
         columns.SONG_ID: [f"song-{song}" for song in range(num_songs)],
@@ -33,6 +36,7 @@ def write_dataset(workspace: Workspace, histories: Histories, num_songs: int, bu
         songs=num_songs,
         first_play=int(histories.played_at.min()),
         last_play=int(histories.played_at.max()),
+        part_times=[(int(histories.played_at.min()), int(histories.played_at.max()))],
     )
     write_manifest(workspace, manifest)
     return Dataset(workspace)

@@ -7,15 +7,28 @@ from typer.core import TyperGroup
 
 from rayrec_cli.options import Globals
 
-ORDER = (  # as one meets them
-    *("demo", "generate", "import", "describe", "split", "embed", "train", "taste", "index", "evaluate", "release"),
+ORDER = (  # of the commands in the help
+    *(
+        "demo",
+        "generate",
+        "import",
+        "compact",
+        "describe",
+        "split",
+        "embed",
+        "train",
+        "taste",
+        "index",
+        "evaluate",
+        "release",
+    ),
     "states",
-    *("recommend", "serve", "status", "verify", "run", "tune", "submit", "plan", "bench"),
+    *("recommend", "serve", "status", "verify", "clean", "unlock", "run", "tune", "submit", "plan", "bench"),
 )
 
 
 class InOrder(TyperGroup):
-    """Lists the commands in the order in which one needs them."""
+    """Lists the commands in the order of use."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names in the order of ORDER."""
@@ -27,17 +40,12 @@ app = typer.Typer(
     name="rayrec",
     cls=InOrder,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-release_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Tie parts into a release, and choose which one is live."
-)
+release_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Create, list and activate releases.")
 app.add_typer(release_app, name="release")
-states_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Load the states of users, for answers on demand."
-)
+states_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Manage the user states of the server.")
 app.add_typer(states_app, name="states")
 
 
@@ -54,15 +62,15 @@ def root(
     ctx: typer.Context,
     workspace: Annotated[
         str,
-        typer.Option(
-            envvar="RAYREC_WORKSPACE", metavar="URI", help="Folder, s3:// or gs:// prefix that holds everything."
-        ),
+        typer.Option(envvar="RAYREC_WORKSPACE", metavar="URI", help="Local folder, s3:// or gs:// prefix of all data."),
     ] = "./workspace",
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
-    """From files of plays to recommendations: data set, song vectors, taste network, index, release.
+    """Music recommendations from play histories: import, train, evaluate, release, serve.
 
     \b
     Example:

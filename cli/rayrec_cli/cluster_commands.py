@@ -1,4 +1,4 @@
-"""submit, plan: work on a cluster, and what it will take."""
+"""submit, plan: run commands on a cluster, and estimate what they need."""
 
 import sys
 from typing import Annotated, Any
@@ -14,35 +14,33 @@ from rayrec_cli.options import Call, command
 from rayrec_cli.output import Shown, figures, note, size, table
 
 WordsArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="COMMAND...", help="A command of rayrec with its options.")
+    list[str] | None, typer.Argument(metavar="COMMAND...", help="A rayrec command with its options.")
 ]
 AddressOption = Annotated[
     str | None,
-    typer.Option("--address", metavar="URL", help="Dashboard of the cluster, http://HOST:8265."),
+    typer.Option("--address", metavar="URL", help="Dashboard address of the cluster, http://HOST:8265."),
 ]
 PythonOption = Annotated[
     str | None,
-    typer.Option("--python", metavar="PATH", help="The interpreter on the cluster that has rayrec (the image's)."),
+    typer.Option("--python", metavar="PATH", help="Python interpreter on the cluster. [default: the image's]"),
 ]
 FilesOption = Annotated[
-    str | None, typer.Option("--files", metavar="DIR", help="Folder to upload, in which the command runs.")
+    str | None, typer.Option("--files", metavar="DIR", help="Folder to upload and run the command in.")
 ]
-DetachOption = Annotated[bool, typer.Option("--detach", help="Say the job's id and return while it runs.")]
-AttachOption = Annotated[
-    str | None, typer.Option("--attach", metavar="ID", help="Follow a job that was submitted before.")
-]
+DetachOption = Annotated[bool, typer.Option("--detach", help="Print the job ID and return while it runs.")]
+AttachOption = Annotated[str | None, typer.Option("--attach", metavar="ID", help="Follow a submitted job.")]
 ClusterOption = Annotated[
-    str, typer.Option("--cluster", metavar="FILE", help="The cluster: a file of ray up, or a RayCluster of KubeRay.")
+    str, typer.Option("--cluster", metavar="FILE", help="Cluster file of ray up or KubeRay RayCluster.")
 ]
-UsersOption = Annotated[int | None, typer.Option("--users", help="Users, where there is no data set yet.")]
-PlaysOption = Annotated[int | None, typer.Option("--plays", help="Plays of all of them together.")]
-SongsOption = Annotated[int | None, typer.Option("--songs", help="Songs in the catalog.")]
+UsersOption = Annotated[int | None, typer.Option("--users", help="Number of users, if there is no data set yet.")]
+PlaysOption = Annotated[int | None, typer.Option("--plays", help="Number of plays of all users.")]
+SongsOption = Annotated[int | None, typer.Option("--songs", help="Number of songs.")]
 RatesOption = Annotated[
-    str | None, typer.Option("--rates", metavar="FILE", help="Measured rates: rayrec bench NAME --save FILE.")
+    str | None, typer.Option("--rates", metavar="FILE", help="Measured rates of rayrec bench NAME --save FILE.")
 ]
-StopOption = Annotated[str | None, typer.Option("--stop", metavar="ID", help="End a job.")]
+StopOption = Annotated[str | None, typer.Option("--stop", metavar="ID", help="Stop a job.")]
 
-ELSEWHERE = ("submit", "plan")  # commands that have no business on a cluster
+ELSEWHERE = ("submit", "plan")  # commands that do not run on a cluster
 
 
 @command(
@@ -64,16 +62,15 @@ def submit(
 ) -> Shown:
     """Run a command on a Ray cluster as a job.
 
-    Its log comes back on stderr, and its exit code is that of this command. Interrupting this command
-    leaves the job running; --attach follows it again from the beginning, --stop ends it. Options of
-    `submit` stand before the COMMAND.
+    Prints the job's log to stderr and exits with the job's exit code. Ctrl-C leaves the job running; --attach
+    follows it again, --stop stops it. Options of submit come before COMMAND.
     """
     words = words or []
     if (bool(words), attach is not None, stop is not None).count(True) != 1:
-        raise InputError("give a COMMAND to submit, or --attach ID, or --stop ID; see rayrec submit --help")
+        raise InputError("Missing argument COMMAND, --attach ID or --stop ID; see rayrec submit --help")
     if words and (words[0] not in ORDER or words[0] in ELSEWHERE):
         known = ", ".join(name for name in ORDER if name not in ELSEWHERE)
-        raise InputError(f"there is no command {words[0]!r} to submit; there are: {known}")
+        raise InputError(f"Command {words[0]!r} cannot be submitted; expected one of {known}")
     from rayrec.jobs.submit import IMAGE_PYTHON, NOT_FOUND, Cluster
 
     cluster = Cluster(address)
@@ -89,10 +86,10 @@ def submit(
     try:
         end = cluster.follow(job, _write)
     except KeyboardInterrupt:
-        note(f"the job goes on; follow it again with: rayrec submit --attach {job}")
+        note(f"The job keeps running; follow it with: rayrec submit --attach {job}")
         raise
     if end.exit_code == NOT_FOUND and python is None:
-        note(f"the cluster has no {IMAGE_PYTHON}; name its interpreter with --python")
+        note(f"The cluster has no {IMAGE_PYTHON}; pass its interpreter with --python")
     return _ended(end, exit_code=end.exit_code or 0)
 
 
@@ -102,10 +99,10 @@ def _write(text: str) -> None:
 
 
 def _ended(end: Any, *, exit_code: int, follow: str | None = None) -> Shown:
-    """Where a job stands, and the exit code of this command."""
+    """The state of a job, and the exit code of this command."""
     data = {key: value for key, value in end.to_mapping().items() if value is not None}
     shown = {key: data[key] for key in ("status", "seconds", "exit_code") if key in data}
-    hint = [] if follow is None else [f"Follow it: {follow}"]
+    hint = [] if follow is None else [f"Follow it with: {follow}"]
     return Shown(data, [figures(f"Job {end.job}", shown), *hint], exit_code=exit_code)
 
 
@@ -115,7 +112,7 @@ def _ended(end: Any, *, exit_code: int, follow: str | None = None) -> Shown:
     config=PlanConfig,
     example="rayrec plan --cluster cluster/aws.yaml --users 100000000 --plays 20000000000 --songs 10000000",
 )
-def plan(
+def estimate(
     call: Call,
     config: PlanConfig,
     *,
@@ -125,10 +122,9 @@ def plan(
     songs: SongsOption = None,
     rates: RatesOption = None,
 ) -> Shown:
-    """Say what the stages will take on a cluster.
+    """Estimate time, memory and storage of the stages on a cluster.
 
-    For the data set of the workspace, or for --users, --plays and --songs. What will not fit is an
-    error: exit code 1.
+    For the data set of the workspace, or for --users, --plays and --songs. Exit code 1 if a stage does not fit.
     """
     from rayrec.jobs.planning.cluster_file import read_cluster
     from rayrec.jobs.planning.plan import make_plan
@@ -139,7 +135,9 @@ def plan(
     if None not in counts:
         data = DataSize.assumed(users or 0, plays or 0, songs or 0, config.buckets)
     elif any(count is not None for count in counts):
-        raise InputError("give --users, --plays and --songs, or none of the three for the data set of --workspace")
+        raise InputError(
+            "Pass all of --users, --plays and --songs, or none of them to use the data set of the workspace"
+        )
     else:
         from rayrec.jobs.planning.skew import measure_skew
 
@@ -152,7 +150,7 @@ def plan(
 
 
 def plan_views(made: Any) -> list[RenderableType]:
-    """One line a stage, what stays where, and what will not fit."""
+    """One line per stage, the storage, and what does not fit."""
     rows = []
     for item in made.stages:
         needs, has = size(item.memory), size(item.memory_there)
@@ -162,10 +160,12 @@ def plan_views(made: Any) -> list[RenderableType]:
     stored["on embed's disk"] = size(made.disk)
     views: list[RenderableType] = [
         table(f"{made.data.plays:,} plays on cluster {made.cluster}", headers, rows, left=["node"]),
-        figures("In the bucket", stored),
+        figures("Storage", stored),
     ]
+    requests = {item.stage: item.requests for item in made.stages if item.requests is not None}
+    views.append(figures("Requests of object storage", requests))
     for name, pairs in made.skew.items():
         views.append(table(name.replace("_", " ").capitalize(), ["which", "plays"], pairs))
-    views.extend(f"Will not fit: {problem}" for problem in made.problems)
+    views.extend(f"Does not fit: {problem}" for problem in made.problems)
     views.extend(f"Note: {text}" for text in made.notes)
     return views

@@ -1,4 +1,4 @@
-"""generate, import, split: from files of plays to a data set and its cuts."""
+"""generate, import, compact, describe, split: from files of plays to a data set with splits."""
 
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -9,6 +9,7 @@ import typer
 from rayrec.data.split import WEAKER, SplitConfig, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
+from rayrec.importing.compaction import PARTS_BEFORE_COMPACT
 from rayrec.importing.describing import DescribeConfig, describe
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.readers import FORMATS
@@ -20,16 +21,18 @@ from rayrec_cli.output import Shown, figures, table
 FormatArgument = Annotated[str | None, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")]
 PathsArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="PATH", help="Files, or folders of files; .gz too, local, s3:// or gs://."),
+    typer.Argument(metavar="PATH", help="Files or folders of files, .gz too; local, s3:// or gs://."),
 ]
-TableArgument = Annotated[str, typer.Argument(metavar="FILE", help="csv (.gz too) or Parquet file, a row a song.")]
+TableArgument = Annotated[
+    str, typer.Argument(metavar="FILE", help="csv (.gz too) or Parquet file with one row per song.")
+]
 
-AppendOption = Annotated[bool, typer.Option("--append", help="Add the plays to those that are there, as a new part.")]
+AppendOption = Annotated[bool, typer.Option("--append", help="Add the plays to the data set as a new part.")]
 
 
 @command(app, "generate", config=GenerateConfig, example="rayrec generate --users 2000 --songs 2000 --seed 1")
 def generate(call: Call, config: GenerateConfig, *, force: ForceOption = False) -> Shown:
-    """Generate plays of a planted world whose answers are known."""
+    """Generate a synthetic data set."""
     from rayrec.jobs.generate import generate as job
 
     return _dataset(job(call.workspace, config, repeat=force))
@@ -49,15 +52,15 @@ def import_data(
     append: AppendOption = False,
     force: ForceOption = False,
 ) -> Shown:
-    """Import plays or playlists from files into the data set.
+    """Import plays or playlists from files.
 
-    With --append the plays are added to those that are there; plays that are there already are merged.
+    With --append the plays are added to the existing ones; duplicates are merged.
     """
     from rayrec.jobs.import_data import append_plays
     from rayrec.jobs.import_data import import_data as job
 
     if append and force:
-        raise InputError("--append adds plays and --force replaces them; give one of the two")
+        raise InputError("--append adds plays and --force replaces them; pass only one of them")
     return (
         _appended(append_plays(call.workspace, config))
         if append
@@ -65,25 +68,41 @@ def import_data(
     )
 
 
+@command(app, "compact", example="rayrec compact")
+def compact_parts(call: Call) -> Shown:
+    """Join the parts that import --append left, so that reading takes few requests again.
+
+    The plays stay the same, and so does everything that was made of them. The old files stay until rayrec clean
+    deletes them.
+    """
+    from rayrec.jobs.compact import compact as job
+
+    made = job(call.workspace)
+    before, after = len(made.spans_before), len(made.spans)
+    told = {"id": made.dataset.id, "files_per_bucket": after, "files_per_bucket_before": before}
+    text = (
+        f"{before} files a bucket became {after}." if made.spans != made.spans_before else "There is nothing to join."
+    )
+    return Shown({**told, "parts": made.dataset.parts}, [text])
+
+
 @command(
     app, "describe", config=DescribeConfig, example="rayrec describe songs.csv --columns song=id,released=release_date"
 )
 def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument) -> Shown:
-    """Tell titles, artists, release days and markets of songs.
+    """Import song metadata: titles, artists, release dates, markets.
 
-    From a csv or Parquet table with a row a song. Recommendations can keep to these: see `rayrec serve`. A second table
-    takes the place of the first.
+    A second file replaces the first. The server can filter recommendations by this metadata.
     """
-    told = asdict(describe(call.workspace, config, path))
-    return Shown(told, [figures("Songs", told)])
+    counts = asdict(describe(call.workspace, config, path))
+    return Shown(counts, [figures("Song metadata", counts)])
 
 
 @command(app, "split", config=SplitConfig, example="rayrec split --test-days 30 --validation-days 7")
 def split(call: Call, config: SplitConfig) -> Shown:
-    """Cut the data set into train, validation and test.
+    """Split the data set into training, validation and test range.
 
-    In this order in time, or within each user's own plays with --last-fraction; a share of the users may
-    be held out entirely.
+    In time, or with --last-fraction within each user's plays. A share of users can be held out entirely.
     """
     made = split_dataset(call.workspace, config)
     cuts = {name.replace("_", " "): _cut(value) for name, value in made.figures().items()}
@@ -106,25 +125,27 @@ def _dataset(manifest: DatasetManifest) -> Shown:
     }
     shown = {**values, "first play": _moment(manifest.first_play), "last play": _moment(manifest.last_play)}
     if manifest.times == "positions":
-        shown = {**values, "times": "none, the plays are only in order"}
+        shown = {**values, "times": "none, plays are only ordered"}
     views: list[Any] = [figures("Data set", shown)]
     if rejected:
         views.append(table("Rejected rows", ["reason", "rows"], list(manifest.rejected.items())))
-        views.append("Each with its reason and line in dataset/rejected.")
+        views.append("Rejected rows are stored with line and reason in dataset/rejected.")
     times = {"first_play": manifest.first_play, "last_play": manifest.last_play}
     return Shown({**values, **times, "times": manifest.times, "reasons": manifest.rejected}, views)
 
 
 def _appended(made: Any) -> Shown:
     new = {"plays": made.plays, "users": made.users, "songs": made.songs}
-    came_to = {"read": made.read, "merged": made.merged, "rejected": sum(made.rejected.values())}
-    views: list[Any] = [figures("Appended", {f"new {name}": count for name, count in new.items()} | came_to)]
+    outcomes = {"read": made.read, "merged": made.merged, "rejected": sum(made.rejected.values())}
+    views: list[Any] = [figures("Appended", {f"new {name}": count for name, count in new.items()} | outcomes)]
     if not made.plays:
-        views.append("Nothing was new: the data set is as it was.")
+        views.append("No new plays: the data set is unchanged.")
     if made.rejected:
         views.append(table("Rejected rows", ["reason", "rows"], list(made.rejected.items())))
+    if (files := len(made.dataset.spans)) > PARTS_BEFORE_COMPACT:
+        views.append(f"Each bucket of users has {files} files; `rayrec compact` joins them.")
     shown = _dataset(made.dataset)
-    data = {**shown.data, "appended": {**new, **came_to, "reasons": made.rejected}}
+    data = {**shown.data, "appended": {**new, **outcomes, "reasons": made.rejected}}
     return Shown(data, [*views, shown.views[0]])
 
 

@@ -10,31 +10,25 @@ import typer
 
 from rayrec.errors import RayrecError
 from rayrec_cli import (
-    ask_commands,
     cluster_commands,
     data_commands,
     model_commands,
+    recommend_commands,
     release_commands,
     run_commands,
-    serve_commands,
-    states_commands,
-    tune_commands,
-    verify_commands,
+    workspace_commands,
 )
 from rayrec_cli.app import app
 
 __all__ = [
-    "ask_commands",
     "cluster_commands",
     "data_commands",
     "main",
     "model_commands",
+    "recommend_commands",
     "release_commands",
     "run_commands",
-    "serve_commands",
-    "states_commands",
-    "tune_commands",
-    "verify_commands",
+    "workspace_commands",
 ]
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, which newer typers carry under a private name
@@ -52,16 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _usage(error, debug)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", INTERRUPTED, debug=False)
+        return _fail("Interrupted", INTERRUPTED, debug=False)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone: nobody is there to be told
+        sys.stderr.close()  # the reader has gone: no reader is left
         return FAILED
     except Exception as error:
         # Ray wraps what a worker raised: as its cause, below a text that holds the whole traceback.
         cause = getattr(error, "cause", error)
         if isinstance(cause, RayrecError):
             return _fail(str(cause), cause.exit_code, debug)
-        # Our bug, or a machine that failed us.
+        # A bug, or a failed machine.
         last = str(cause).strip().splitlines()[-1:] or [""]
         return _fail(f"{type(cause).__name__}: {last[0]}; run again with --debug for the traceback", FAILED, debug)
 
@@ -69,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _usage(error: Exception, debug: bool) -> int:
     context = getattr(error, "ctx", None)
     message = error.format_message()  # type: ignore[attr-defined]
-    if not message.strip() or message.startswith("Usage:"):  # no command was given: what is said is the help
+    if not message.strip() or message.startswith("Usage:"):  # no command: the message is the help
         print(message, file=sys.stderr)
         return WRONG_USE
     where = context.command_path if context is not None else "rayrec"
@@ -79,6 +73,9 @@ def _usage(error: Exception, debug: bool) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
+    first = message.partition(" ")[0]
+    if first.isalpha() and first.islower() and first != "rayrec":
+        message = first.capitalize() + message[len(first) :]
     print("rayrec:", " ".join(message.split()), file=sys.stderr)
     return code
 

@@ -1,26 +1,41 @@
-"""embed, train, taste, index: from a data set to vectors that answer."""
+"""embed, train, retrieval, rank, taste, index, tune: from a data set to what answers are made of."""
 
 from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
 
-from rayrec.data.split import choose_split
+from rayrec.data.split import choose_split, load_split
 from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.errors import InputError
+from rayrec.jobs.trials import TuneConfig, to_toml
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
-from rayrec.storage.artifacts import Manifest
+from rayrec.recommend.ranker_config import RankConfig
+from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.storage.artifacts import Manifest, noun
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
-from rayrec_cli.output import Shown, figures, table
+from rayrec_cli.output import Shown, day, figures, note, table
 
 SplitOption = Annotated[
-    str | None, typer.Option("--split", metavar="ID", help="Fit before this split's cut (the newest split).")
+    str | None,
+    typer.Option("--split", metavar="ID", help="Train on the plays before this split's test range. [default: current]"),
 ]
-NoSplitOption = Annotated[bool, typer.Option("--no-split", help="Fit on all plays, as production does.")]
-SongsOption = Annotated[str | None, typer.Option("--songs", metavar="ID", help="Song vectors to start from (newest).")]
-ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model to work with (newest).")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the same training.")]
+NoSplitOption = Annotated[bool, typer.Option("--no-split", help="Train on all plays, as for production.")]
+SongsOption = Annotated[str | None, typer.Option("--songs", metavar="ID", help="Song embeddings. [default: current]")]
+ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model. [default: current]")]
+FromOption = Annotated[
+    str | None, typer.Option("--from", metavar="ID", help="Start from the weights of this model; new songs get rows.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint.")]
+
+SpaceArgument = Annotated[
+    str, typer.Argument(metavar="FILE", help="TOML file with [embed] and [train]; a list is a choice of values.")
+]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Delete the unfinished training of these settings and start over.")
+]
 
 
 @command(app, "embed", config=EmbedConfig, example="rayrec embed --dim 64 --epochs 30")
@@ -32,14 +47,14 @@ def embed(
     no_split: NoSplitOption = False,
     force: ForceOption = False,
 ) -> Shown:
-    """Make song vectors.
+    """Train or import song embeddings.
 
-    By word2vec from playlists or sessions, or from a file of outside vectors.
+    word2vec on playlists or sessions, or vectors from a file.
     """
     from rayrec.jobs.embed import embed as job
 
     chosen = choose_split(call.workspace, split, no_split=no_split)
-    return shown(job(call.workspace, config, split=chosen, repeat=force), "Song vectors")
+    return artifact_view(call, job(call.workspace, config, split=chosen, repeat=force), "Song embeddings")
 
 
 @command(app, "train", config=TrainConfig, example="rayrec train --epochs 8 --hidden-dim 128")
@@ -50,15 +65,56 @@ def train(
     songs: SongsOption = None,
     split: SplitOption = None,
     no_split: NoSplitOption = False,
+    start: FromOption = None,
     resume: ResumeOption = False,
+    restart: RestartOption = False,
     force: ForceOption = False,
 ) -> Shown:
-    """Train the taste network on windows of histories."""
+    """Train the taste network."""
+    from rayrec.jobs.train import Unfinished
     from rayrec.jobs.train import train as job
 
+    if resume and restart:
+        raise InputError("--resume and --restart exclude each other; pass only one of them")
+    unfinished: Unfinished = "resume" if resume else "restart" if restart else "ask"
     chosen = choose_split(call.workspace, split, no_split=no_split)
-    made = job(call.workspace, config, songs_id=songs, split=chosen, resume=resume, repeat=force)
-    return shown(made, "Model")
+    made = job(call.workspace, config, songs_id=songs, split=chosen, from_id=start, unfinished=unfinished, repeat=force)
+    return artifact_view(call, made, "Model")
+
+
+@command(app, "retrieval", config=RetrievalConfig, example="rayrec retrieval")
+def retrieval(
+    call: Call,
+    config: RetrievalConfig,
+    *,
+    split: SplitOption = None,
+    no_split: NoSplitOption = False,
+    force: ForceOption = False,
+) -> Shown:
+    """Fit the retrievers: sessions, sequential rules and play counts."""
+    from rayrec.jobs.retrieval import fit_retrieval as job
+
+    chosen = choose_split(call.workspace, split, no_split=no_split)
+    return artifact_view(call, job(call.workspace, config, split=chosen, repeat=force), "Retrieval")
+
+
+@command(app, "rank", config=RankConfig, example="rayrec rank")
+def rank(
+    call: Call,
+    config: RankConfig,
+    *,
+    model: ModelOption = None,
+    retrieval: Annotated[
+        str | None, typer.Option("--retrieval", metavar="ID", help="Fitted retrievers. [default: current]")
+    ] = None,
+    force: ForceOption = False,
+) -> Shown:
+    """Train the rankers on the validation range."""
+    from rayrec.jobs.rank import fit_rankers as job
+
+    return artifact_view(
+        call, job(call.workspace, config, model_id=model, retrieval_id=retrieval, repeat=force), "Rankers"
+    )
 
 
 @command(app, "taste", config=TasteConfig, example="rayrec taste")
@@ -66,28 +122,62 @@ def taste(call: Call, config: TasteConfig, *, model: ModelOption = None, force: 
     """Compute the taste vectors of all users."""
     from rayrec.jobs.taste import compute_tastes as job
 
-    return shown(job(call.workspace, config, model_id=model, repeat=force), "Tastes")
+    return artifact_view(call, job(call.workspace, config, model_id=model, repeat=force), "Taste vectors")
 
 
 @command(app, "index", config=IndexConfig, example="rayrec index")
 def index(call: Call, config: IndexConfig, *, model: ModelOption = None, force: ForceOption = False) -> Shown:
-    """Build the index over the vectors that a model scores against."""
+    """Build the nearest-neighbor index."""
     from rayrec.jobs.build_index import build_index as job
 
-    return shown(job(call.workspace, config, model_id=model, repeat=force), "Index")
+    return artifact_view(call, job(call.workspace, config, model_id=model, repeat=force), "Index")
 
 
-def shown(manifest: Manifest, title: str) -> Shown:
-    """An artifact's figures; those that are lists of records become tables of their own."""
+@command(app, "tune", config=TuneConfig, example="rayrec tune space.toml --trials 20 --seed 1")
+def tune(
+    call: Call, config: TuneConfig, *, file: SpaceArgument, split: SplitOption = None, force: ForceOption = False
+) -> Shown:
+    """Search settings of embeddings and network.
+
+    Each combination is trained before the validation range and evaluated on it. An interrupted search resumes.
+    The best settings are printed as sections for `rayrec run`.
+    """
+    from rayrec.jobs.tune import JUDGED_BY
+    from rayrec.jobs.tune import tune as job
+
+    def report(row: dict[str, Any], trials: int) -> None:
+        outcome = "diverged" if row[JUDGED_BY] is None else f"{JUDGED_BY} {row[JUDGED_BY]:.4f}"
+        note(f"trial {row['trial']} of {trials}: {outcome} ({row['seconds']:,.1f} s)")
+
+    chosen = choose_split(call.workspace, split)
+    made = job(call.workspace, config, file, split=chosen, repeat=force, on_trial=report)
+    ranked = sorted(made.metrics["trials"], key=lambda row: 1.0 if row[JUDGED_BY] is None else -row[JUDGED_BY])
+    columns = [name for name in ranked[0] if name not in ("settings", "songs", "songs_made")]
+    rows = [[(_setting if "." in name else _joined)(row[name]) for name in columns] for row in ranked]
+    saved = f"Table: {call.workspace.full(made.path('trials.csv'))}"
+    heads = [name.removeprefix("validation_") for name in columns]
+    views = [table("Trials, best first", heads, rows), saved, f"Best settings:\n\n{to_toml(made.metrics['best'])}"]
+    return Shown({"id": made.id, **made.metrics}, [*views])
+
+
+def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:
+    """The id, inputs and metrics of an artifact, and the plays it was trained on; lists of records become tables."""
     metrics = dict(manifest.metrics)
     warning = metrics.pop("warning", None)
-    views: list[RenderableType] = [figures(title, {"id": manifest.id, **metrics})]
+    inputs = {f"from {noun(role)}": used for role, used in manifest.inputs.items()}
+    views: list[RenderableType] = [figures(title, {"id": manifest.id, **inputs, **metrics})]
     for name, value in metrics.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             views.append(_records(name, value))
+    if manifest.kind in ("songs", "models", "retrieval"):
+        split = manifest.inputs.get("split")
+        held_back = "" if split is None else f" except {load_split(call.workspace, split).test_range} (split {split})"
+        views.append(f"Trained on all plays{held_back}.")
+    if manifest.created_at < call.started:
+        views.append(f"Reused the result of {day(manifest.created_at)} UTC; --force recomputes it.")
     if warning:
         views.append(f"Warning: {warning}")
-    return Shown({"id": manifest.id, **manifest.metrics}, views)
+    return Shown({"id": manifest.id, "inputs": manifest.inputs, **manifest.metrics}, views)
 
 
 def _records(name: str, records: list[dict[str, Any]]) -> RenderableType:
@@ -104,3 +194,12 @@ def _numbers(values: list[Any]) -> bool:
 
 def _cell(value: Any) -> Any:
     return str(next(iter(value), "")) if isinstance(value, list) else value
+
+
+def _joined(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _setting(value: Any) -> Any:
+    """A setting as written: 1e-5 must not become 0.000."""
+    return f"{value:g}" if isinstance(value, float) else _joined(value)

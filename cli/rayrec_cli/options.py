@@ -1,19 +1,20 @@
-"""Turn a stage's settings into flags: the dataclass says the names, types, defaults and help."""
+"""Turn a stage's settings into flags: the fields give the names, types, defaults and help."""
 
-import dataclasses
 import functools
 import inspect
 import sys
-import types
 import typing
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Annotated, Any
 
 import typer
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
-from rayrec.config import from_mapping, presets_of, read_toml
+from rayrec.config import Settings, base_type, expected_value, from_mapping, read_toml
 from rayrec.errors import InputError
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.output import Shown, note, show
@@ -25,18 +26,18 @@ SECTIONS = (
 
 WorkspaceOption = Annotated[
     str | None,
-    typer.Option("--workspace", metavar="URI", help="Folder, s3:// or gs:// prefix that holds everything."),
+    typer.Option("--workspace", metavar="URI", help="Local folder, s3:// or gs:// prefix of all data."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]
 ConfigOption = Annotated[
-    str | None, typer.Option("--config", metavar="FILE", help="TOML file with the settings; flags override it.")
+    str | None, typer.Option("--config", metavar="FILE", help="TOML file of settings; flags override it.")
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Do it again, though the same work is done already.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Recompute even if the result exists.")]
 
 
 @dataclass(frozen=True)
 class Globals:
-    """What was said before the command."""
+    """Options before the command."""
 
     workspace: str
     as_json: bool
@@ -44,13 +45,14 @@ class Globals:
 
 @dataclass(frozen=True)
 class Call:
-    """What every command is called with beside its own options."""
+    """What every command receives in addition to its own options."""
 
-    uri: str  # of the workspace, as it was given
+    uri: str  # of the workspace, as given
+    started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat())  # ISO 8601, UTC
 
     @functools.cached_property
     def workspace(self) -> Workspace:
-        """Opened when it is first asked for: not every command reads it on this machine."""
+        """Opened at first use: not every command reads it on this machine."""
         return Workspace(self.uri)
 
 
@@ -59,7 +61,7 @@ def command(
     name: str,
     *,
     example: str,
-    config: type[Any] | None = None,
+    config: type[Settings] | None = None,
     arguments: Mapping[str, Any] | None = None,
     options_first: bool = False,
 ) -> Callable[[Callable[..., Shown]], Callable[..., Shown]]:
@@ -74,14 +76,15 @@ def command(
     def register(body: Callable[..., Shown]) -> Callable[..., Shown]:
         own = list(inspect.signature(body, eval_str=True).parameters.values())[1 if config is None else 2 :]
         positional = [_parameter(key, kind, None) for key, kind in (arguments or {}).items()]
-        flags = positional + ([] if config is None else [flag(item, config) for item in _flags(config, positional)])
+        fields = {} if config is None else config.model_fields
+        flags = [*positional, *(flag(key, field) for key, field in fields.items() if key not in (arguments or {}))]
 
         @functools.wraps(body)
         def run(ctx: typer.Context, **values: Any) -> int:
-            said: Globals = ctx.obj
-            call = Call(values.pop("workspace") or said.workspace)
-            as_json = values.pop("json") or said.as_json
-            with redirect_stdout(sys.stderr):  # what libraries print is no outcome
+            given: Globals = ctx.obj
+            call = Call(values.pop("workspace") or given.workspace)
+            as_json = values.pop("json") or given.as_json
+            with redirect_stdout(sys.stderr):  # what libraries print is not the result
                 if config is not None:
                     values["config"] = _config(config, name, values, [item.name for item in flags])
                 shown = body(call, **values)
@@ -91,7 +94,7 @@ def command(
         shared = [_parameter("workspace", WorkspaceOption, None), _parameter("json", JsonOption, False)]
         if config is not None:
             shared.insert(0, _parameter("config", ConfigOption, None))
-            if presets_of(config):
+            if config.PRESETS:
                 shared.insert(0, _parameter("preset", _preset_option(config), None))
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
         parameters = [context, *(item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own), *flags, *shared]
@@ -104,21 +107,25 @@ def command(
     return register
 
 
-def flag(item: "dataclasses.Field[Any]", config: type[Any]) -> inspect.Parameter:
-    """The flag of one setting; it is None where it was not given, so that a config file can speak."""
-    kind, metavar = _flag_type(typing.get_type_hints(config)[item.name])
-    spelled = item.name.replace("_", "-")
+def flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The flag of one setting; its value is None where it is not given, so that a config file can set it."""
+    hint = base_type(field.annotation)
+    origin = typing.get_origin(hint)
+    metavar = {typing.Literal: "|".join(map(str, typing.get_args(hint))), tuple: "A,B,...", dict: "A=B,..."}.get(origin)
+    kind = hint if origin is None else str
+    spelled = name.replace("_", "-")
     names = [f"--{spelled}/--no-{spelled}"] if kind is bool else [f"--{spelled}"]
     if len(spelled) == 1:
         names.append(f"-{spelled}")
-    option = typer.Option(*names, metavar=metavar, help=_help(item), show_default=False)
-    return _parameter(item.name, Annotated[kind | None, option], None)
-
-
-def _preset_option(config: type[Any]) -> Any:
+    choices = list(map(str, typing.get_args(hint))) if origin is typing.Literal else []
     option = typer.Option(
-        "--preset", metavar="|".join(presets_of(config)), help="Settings that belong together; flags override them."
+        *names, metavar=metavar, help=_help(field), show_default=False, autocompletion=lambda: choices
     )
+    return _parameter(name, Annotated[kind | None, option], None)
+
+
+def _preset_option(config: type[Settings]) -> Any:
+    option = typer.Option("--preset", metavar="|".join(config.PRESETS), help="Named settings; flags override them.")
     return Annotated[str | None, option]
 
 
@@ -126,52 +133,30 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _flags(config: type[Any], positional: list[inspect.Parameter]) -> list["dataclasses.Field[Any]"]:
-    """The settings that become flags."""
-    hints, taken = typing.get_type_hints(config), [item.name for item in positional]
-    return [item for item in dataclasses.fields(config) if item.name not in taken and _flag_type(hints[item.name])[0]]
-
-
-def _flag_type(hint: Any) -> tuple[Any, str | None]:
-    """The type that the command line parses and how the help names it; (None, None) where only TOML can say it."""
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        inner = [option for option in options if option is not type(None)]
-        return _flag_type(inner[0]) if len(inner) == 1 else (None, None)
-    if origin is typing.Literal:
-        return str, "|".join(map(str, options))
-    if origin is tuple:
-        return str, "A,B,..."
-    if origin is dict:
-        return str, "A=B,..."
-    return (hint, None) if hint in (int, float, str, bool) else (None, None)
-
-
-def _help(item: "dataclasses.Field[Any]") -> str:
-    text = str(item.metadata.get("help", "")).rstrip(".")
-    text = text[:1].upper() + text[1:]
-    default = None if item.default is dataclasses.MISSING else item.default
+def _help(field: FieldInfo) -> str:
+    """The description with the default, as click writes it."""
+    default = field.default
     if isinstance(default, bool):
-        return f"{text} ({'yes' if default else 'no'})."
-    if isinstance(default, tuple):
+        default = "yes" if default else "no"
+    elif isinstance(default, tuple):
         default = ",".join(map(str, default))
-    return f"{text}." if default is None or not str(default).strip() else f"{text} ({default})."
+    shown = not field.is_required() and default is not None and str(default).strip() and default != {}
+    return f"{field.description}." + (f" [default: {default}]" if shown else "")
 
 
-def _config(config: type[Any], name: str, values: dict[str, Any], flags: list[str]) -> Any:
+def _config(config: type[Settings], name: str, values: dict[str, Any], flags: list[str]) -> Settings:
     """Take the flags out of `values` and lay them over the config file's."""
     path, preset = values.pop("config"), values.pop("preset", None)
     settings = _from_file(path, name) if path else {}
     if preset is not None:
         settings["preset"] = preset
-    hints = typing.get_type_hints(config)
     for item in flags:
         given = values.pop(item)
         if given not in (None, []):
-            settings[item] = parse(given, hints[item], f"--{item.replace('_', '-')}")
-    for field in dataclasses.fields(config):
-        if field.name not in settings and field.default is dataclasses.MISSING:
-            raise InputError(f"{field.name} is missing; see rayrec {name} --help")
+            settings[item] = _parse(given, config.model_fields[item], f"--{item.replace('_', '-')}")
+    missing = [key for key, field in config.model_fields.items() if field.is_required() and key not in settings]
+    if missing:
+        raise InputError(f"Missing argument {missing[0].upper()}; see rayrec {name} --help")
     return from_mapping(config, settings, f"rayrec {name}")
 
 
@@ -179,7 +164,7 @@ def _from_file(path: str, name: str) -> dict[str, Any]:
     content = read_toml(path)
     if set(content) <= set(SECTIONS):
         if name not in content:
-            note(f"note: {path} has no section [{name}]")
+            note(f"Note: {path} has no section [{name}]")
         section = content.get(name, {})
         if not isinstance(section, dict):
             raise InputError(f"{name} in {path} is {section!r}; expected a section [{name}]")
@@ -187,31 +172,22 @@ def _from_file(path: str, name: str) -> dict[str, Any]:
     return content
 
 
-def parse(given: Any, hint: Any, where: str) -> Any:
-    """A flag's text as the value of a setting that holds several: `a,b` and `a=b,c=d`.
-
-    Raises `InputError` for what does not read so.
-    """
-    options = [option for option in typing.get_args(hint) if option is not type(None)]
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return parse(given, options[0], where)
-    if typing.get_origin(hint) is tuple:
-        parts = given.split(",") if isinstance(given, str) else given
-        return tuple(_item(part.strip(), options[0], where) for part in parts if part.strip())
-    if typing.get_origin(hint) is dict:
-        return dict(_pair(part, where) for part in given.split(",") if part.strip())
-    return given
-
-
-def _item(text: str, kind: Any, where: str) -> Any:
+def _parse(given: Any, field: FieldInfo, flag_name: str) -> Any:
+    """The value of a flag; `a,b` and `a=b,c=d` become what they list. Raises `InputError`."""
+    hint = base_type(field.annotation)
+    if typing.get_origin(hint) not in (tuple, dict):
+        return given
+    parts: Any = [part.strip() for part in (given.split(",") if isinstance(given, str) else given) if part.strip()]
     try:
-        return kind(text) if kind in (int, float) else text
-    except ValueError as error:
-        raise InputError(f"{where} has {text!r} in it; expected {kind.__name__}s with commas between them") from error
+        if typing.get_origin(hint) is dict:
+            parts = dict(map(_pair, parts))
+        return TypeAdapter(hint).validate_python(parts)
+    except (ValidationError, ValueError):
+        raise InputError(f"{flag_name} is {given!r}; expected {expected_value(field)}, separated by commas") from None
 
 
-def _pair(text: str, where: str) -> tuple[str, str]:
-    name, equals, value = (part.strip() for part in text.partition("="))
-    if not (name and equals and value):
-        raise InputError(f"{where} has {text!r} in it; expected name=value pairs with commas between them")
+def _pair(text: str) -> tuple[str, str]:
+    name, _, value = (part.strip() for part in text.partition("="))
+    if not (name and value):
+        raise ValueError(text)
     return name, value

@@ -1,6 +1,7 @@
 """What commands print: tables of 80 columns for people, one JSON object for programs."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,13 +28,22 @@ class Shown:
 def show(shown: Shown, *, as_json: bool) -> None:
     """Write the outcome to stdout."""
     if as_json:
-        sys.stdout.write(json.dumps(shown.data, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(_finite(shown.data), ensure_ascii=False, allow_nan=False) + "\n")
         return
     console = Console(highlight=False)
     for position, view in enumerate(shown.views):
         if position:
             console.print()
         console.print(Text(view) if isinstance(view, str) else view)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON does not have: NaN and the infinite ones."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def note(text: str) -> None:

@@ -1,37 +1,58 @@
-"""release create, list, activate, rollback."""
+"""release, states, serve: what the server uses, and the server."""
 
+import signal
+import threading
 from collections.abc import Callable
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 
+from rayrec.data.dataset import Dataset
+from rayrec.errors import InputError
+from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest, load
-from rayrec_cli.app import release_app
-from rayrec_cli.options import Call, command
-from rayrec_cli.output import Shown, day, figures, note, table
+from rayrec.storage.cleaning import delete_garbage, find_garbage
+from rayrec_cli.app import app, release_app, states_app
+from rayrec_cli.options import Call, ForceOption, command
+from rayrec_cli.output import Shown, day, figures, note, size, table
 
 PARTS = ("dataset", "split", "songs", "models", "tastes", "indexes")
 
-ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model (the newest with all parts).")]
-TastesOption = Annotated[str | None, typer.Option("--tastes", metavar="ID", help="Tastes (the model's newest).")]
-IndexOption = Annotated[str | None, typer.Option("--index", metavar="ID", help="Index (the model's newest).")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="ID", help="Model. [default: the newest with all parts]")
+]
+TastesOption = Annotated[
+    str | None, typer.Option("--tastes", metavar="ID", help="Taste vectors. [default: the model's newest]")
+]
+IndexOption = Annotated[str | None, typer.Option("--index", metavar="ID", help="Index. [default: the model's newest]")]
 ActivateOption = Annotated[bool, typer.Option("--activate/--no-activate", help="Make it the live release.")]
 WaitOption = Annotated[
-    bool,
-    typer.Option("--wait", help="Wait until all replicas answer with it; if one refuses it, restore the old."),
+    bool, typer.Option("--wait", help="Wait until all replicas use it; if one refuses it, restore the old one.")
 ]
 UrlOption = Annotated[
     str | None,
-    typer.Option(
-        "--url", metavar="URL", help="Address of the application (default: its reports in the workspace)."
-    ),
+    typer.Option("--url", metavar="URL", help="Address of the server to wait for; its key is in RAYREC_API_KEY."),
 ]
 TimeoutOption = Annotated[
     float | None,
-    typer.Option("--timeout", metavar="SECONDS", help="Give up after this time (as long as replicas load)."),
+    typer.Option("--timeout", metavar="SECONDS", help="Maximum wait. [default: as long as replicas load]"),
 ]
-ReleaseArgument = Annotated[str, typer.Argument(metavar="ID", help="Id of the release.")]
+KeepOption = Annotated[int, typer.Option("--keep", metavar="N", help="Newest releases to keep beside the live one.")]
+HoursOption = Annotated[
+    float, typer.Option("--hours", metavar="HOURS", help="Keep what was made or replaced in the last so many hours.")
+]
+YesOption = Annotated[bool, typer.Option("--yes", help="Delete; without it only show what would be deleted.")]
+ReleaseArgument = Annotated[str, typer.Argument(metavar="ID", help="Release ID.")]
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store", metavar="URI", help="sqlite:///PATH or redis://HOST:PORT/0. [default: a file in the workspace]"
+    ),
+]
+ReleaseOption = Annotated[str | None, typer.Option("--release", metavar="ID", help="Release. [default: the live one]")]
 
 
 @command(release_app, "create", example="rayrec release create")
@@ -43,9 +64,9 @@ def create(
     index: IndexOption = None,
     activate: ActivateOption = True,
 ) -> Shown:
-    """Make a release and make it live.
+    """Bundle artifacts into a release and make it live.
 
-    It ties data set, song vectors, model, tastes and index under one id, with checksums.
+    A release names one data set, song embeddings, model, taste vectors and index, with checksums.
     """
     made = releases.create_release(call.workspace, model_id=model, tastes_id=tastes, index_id=index, activate=activate)
     return _release(call, made)
@@ -53,14 +74,14 @@ def create(
 
 @command(release_app, "list", example="rayrec release list")
 def list_releases(call: Call) -> Shown:
-    """List the releases, oldest first."""
+    """List all releases, oldest first."""
     active = releases.active_release(call.workspace)
     live = None if active is None else active.id
     found = releases.list_releases(call.workspace)
     rows = [["→" if item.id == live else "", item.id, item.inputs["models"], day(item.created_at)] for item in found]
     data = [{"id": item.id, "active": item.id == live, "created_at": item.created_at, **item.inputs} for item in found]
     view = table("Releases", ["", "id", "model", "created (UTC)"], rows, left=["id", "model", "created (UTC)"])
-    return Shown({"releases": data, "active": live}, [view if found else "There are no releases."])
+    return Shown({"releases": data, "active": live}, [view if found else "No releases."])
 
 
 @command(release_app, "activate", example="rayrec release activate 3f2a9c51d07b --wait")
@@ -72,18 +93,46 @@ def activate(
     url: UrlOption = None,
     timeout: TimeoutOption = None,
 ) -> Shown:
-    """Make a release the live one.
+    """Make a release live.
 
-    A running application moves to it without a gap: each replica loads it beside the old one and then
-    switches. With --wait the command ends once all of them have.
+    A running server switches without downtime: each replica loads the release beside the old one.
     """
     return _switched(call, lambda: releases.activate_release(call.workspace, release), wait, url, timeout)
 
 
 @command(release_app, "rollback", example="rayrec release rollback --wait")
 def rollback(call: Call, *, wait: WaitOption = False, url: UrlOption = None, timeout: TimeoutOption = None) -> Shown:
-    """Make the release live that was live before."""
+    """Make the previously live release live again."""
     return _switched(call, lambda: releases.rollback(call.workspace), wait, url, timeout)
+
+
+@command(app, "clean", example="rayrec clean --keep 3 --yes")
+def clean_workspace(
+    call: Call,
+    *,
+    keep: KeepOption = 3,
+    hours: HoursOption = 24.0,
+    yes: YesOption = False,
+) -> Shown:
+    """Show what no release needs any more, and with --yes delete it.
+
+    Old releases with their tastes, models, indexes and song embeddings, parts of the data set that `rayrec compact`
+    joined, and what killed jobs left. It is refused while a job writes to the workspace.
+    """
+    garbage = find_garbage(call.workspace, keep=keep, hours=hours)
+    total = sum(item.bytes for item in garbage)
+    if yes and garbage:
+        delete_garbage(call.workspace, garbage)
+    data = {
+        "deleted": yes and bool(garbage),
+        "bytes": total,
+        "items": [{"path": item.path, "bytes": item.bytes, "reason": item.reason} for item in garbage],
+    }
+    if not garbage:
+        return Shown(data, ["There is nothing to delete."])
+    rows = [[item.path, size(item.bytes), item.reason] for item in garbage]
+    said = f"Deleted {size(total)}." if yes else f"{size(total)} can be deleted: run the same command with --yes."
+    return Shown(data, [table("", ["path", "size", "why"], rows, left=["path", "why"]), said])
 
 
 def _switched(call: Call, change: Callable[[], Manifest], wait: bool, url: str | None, timeout: float | None) -> Shown:
@@ -95,11 +144,58 @@ def _switched(call: Call, change: Callable[[], Manifest], wait: bool, url: str |
 
 
 @command(release_app, "verify", example="rayrec release verify 3f2a9c51d07b")
-def verify(call: Call, *, release: ReleaseArgument) -> Shown:
-    """Compare every file of a release with its checksum."""
+def verify_release(call: Call, *, release: ReleaseArgument) -> Shown:
+    """Verify the checksums of a release."""
     found = load(call.workspace, "releases", release)
     releases.verify_release(call.workspace, found)
-    return Shown({"id": found.id, "verified": True}, [f"Release {found.id}: every file is as it was made."])
+    return Shown({"id": found.id, "verified": True}, [f"Release {found.id}: all checksums match."])
+
+
+@command(states_app, "load", example="rayrec states load --store redis://127.0.0.1:6379/0")
+def load_user_states(
+    call: Call, *, store: StoreOption = None, release: ReleaseOption = None, force: ForceOption = False
+) -> Shown:
+    """Load all users' states from a release into a store.
+
+    The release need not be live. Plays in the store that are newer stay. When run again, completed buckets are skipped.
+    """
+    from rayrec.online.load_states import load_states
+    from rayrec.online.state_store import open_store, store_uri
+
+    chosen = releases.active_release(call.workspace) if release is None else load(call.workspace, "releases", release)
+    if chosen is None:
+        raise InputError("No release is live; pass --release ID or run `rayrec release activate ID`")
+    dataset = Dataset(call.workspace)
+    opened = open_store(store_uri(call.workspace, store), dataset.lineage)
+    try:
+        loaded = load_states(dataset, opened, chosen, repeat=force)
+    finally:
+        opened.close()
+    rate = round(loaded.users / loaded.seconds) if loaded.seconds else None
+    counts = {"release": chosen.id, **asdict(loaded), "users": loaded.users, "users_per_second": rate}
+    return Shown(counts, [figures("User states", counts)])
+
+
+@command(app, "serve", config=ServeConfig, example="rayrec serve --port 8000")
+def serve(call: Call, config: ServeConfig) -> Shown:
+    """Serve recommendations over HTTP.
+
+    Runs on this machine until Ctrl-C and follows the live release; `rayrec release activate` switches it while
+    it runs. For a cluster see cluster/serve.yaml.
+    """
+    from rayrec.serving.run import running
+
+    stopped = threading.Event()
+    with running(call.workspace, config) as url:
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # after Ray's own handler, which aborts the process
+        note(f"Serving at {url} (Ctrl-C stops it)")  # short: whoever waits for the URL finds it in one line
+        data: dict[str, Any] = {"url": url, "workspace": call.workspace.uri}
+        try:
+            while not stopped.wait(3600):
+                pass
+        except KeyboardInterrupt:
+            note("Stopping")
+    return Shown(data, ["Stopped."])
 
 
 def _release(call: Call, release: Manifest) -> Shown:

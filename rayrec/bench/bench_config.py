@@ -1,72 +1,71 @@
 """Sizes of the benchmarks. Loads nothing heavy."""
 
-from dataclasses import dataclass
 from typing import Literal, get_args
 
-from rayrec.config import setting
+from pydantic import Field, PositiveInt, model_validator
+
+from rayrec.config import Settings
 from rayrec.errors import InputError
 
 BenchName = Literal["train", "taste", "index", "embed", "memory", "songs", "scale", "serve"]
 NAMES: tuple[str, ...] = get_args(BenchName)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class BenchConfig(Settings):
     """How much work a benchmark does. Data are generated."""
 
-    rounds: int = setting(5, help="alternating rounds; ratios are medians over them")
-    songs: int = setting(10_000, help="songs of the generated data of train, taste and memory")
-    plays: float = setting(60.0, help="mean plays of a user in train, taste and embed")
-    train_users: int = setting(20_000, help="train: users")
-    train_seconds: float = setting(
-        10.0, help="train: steady seconds that a round of each side is timed for, at most an epoch"
+    rounds: int = Field(5, ge=1, description="Alternating rounds; ratios are medians over them")
+    songs: int = Field(10_000, ge=1, description="Songs of the generated data of train, taste and memory")
+    plays: float = Field(60.0, ge=1, description="Mean plays per user in train, taste and embed")
+    train_users: int = Field(20_000, ge=1, description="train: number of users")
+    train_seconds: float = Field(
+        10.0, gt=0, description="train: timed seconds of each side per round, at most one epoch"
     )
-    taste_users: int = setting(200_000, help="taste: users")
-    embed_users: int = setting(10_000, help="embed: users, each session of whom is a sentence")
-    embed_epochs: int = setting(10, help="embed: passes over the corpus")
-    index_songs: int = setting(300_000, help="index: songs")
-    index_dim: int = setting(64, help="index: numbers per vector")
-    index_queries: int = setting(10_000, help="index: queries timed in a round")
-    memory_users: tuple[int, ...] = setting((50_000, 500_000), help="memory: users of the small and the large data")
-    serve_songs: tuple[int, ...] = setting((10_000, 1_000_000), help="serve: songs of each catalog")
-    serve_clients: tuple[int, ...] = setting((1, 16, 64), help="serve: clients at once; 1 and 16 among them")
-    serve_seconds: float = setting(5.0, help="serve: length of each load a round, in slices of 1")
-    serve_many_plays: int = setting(10_000, help="serve: plays of users that are compared with those of 10")
-    soak_minutes: float = setting(10.0, help="serve --soak: length of the load")
-    soak_kill_seconds: float = setting(60.0, help="serve --soak: time between two kills of a replica")
-    memory_plays: float = setting(20.0, help="memory: mean plays of a user")
-    table_songs: tuple[int, ...] = setting(
-        (10_000, 100_000, 1_000_000), help="songs: catalogs whose training steps are timed"
+    taste_users: int = Field(200_000, ge=1, description="taste: number of users")
+    embed_users: int = Field(10_000, ge=1, description="embed: number of users; each of their sessions is a sentence")
+    embed_epochs: int = Field(10, ge=1, description="embed: number of epochs")
+    index_songs: int = Field(300_000, ge=1, description="index: number of songs")
+    index_dim: int = Field(64, ge=1, description="index: embedding dimension")
+    index_queries: int = Field(10_000, ge=1, description="index: queries timed per round")
+    memory_users: tuple[PositiveInt, ...] = Field(
+        (50_000, 500_000), description="memory: users of the small and the large data set"
     )
-    table_steps: int = setting(10, help="songs: training steps timed in a round")
-    scale_users: tuple[int, ...] = setting(
-        (1_000, 10_000, 100_000), help="scale: users of the data, smallest first; all stages run on each"
+    serve_songs: tuple[PositiveInt, ...] = Field((10_000, 1_000_000), description="serve: songs of each catalog")
+    serve_clients: tuple[PositiveInt, ...] = Field(
+        (1, 16, 64), description="serve: concurrent clients; must include 1 and 16"
     )
-    scale_embed_epochs: int = setting(2, help="scale: passes over the corpus; word2vec alone makes embed-epochs")
-    scale_workers: tuple[int, ...] = setting(
+    serve_seconds: float = Field(5.0, gt=0, description="serve: seconds of each load per round, in slices of 1 second")
+    serve_many_plays: int = Field(10_000, ge=1, description="serve: plays of the users compared with users of 10 plays")
+    soak_minutes: float = Field(10.0, gt=0, description="serve --soak: minutes of load")
+    soak_kill_seconds: float = Field(60.0, gt=0, description="serve --soak: seconds between two killed replicas")
+    memory_plays: float = Field(20.0, ge=1, description="memory: mean plays per user")
+    table_songs: tuple[PositiveInt, ...] = Field(
+        (10_000, 100_000, 1_000_000), description="songs: catalog sizes whose training steps are timed"
+    )
+    table_steps: int = Field(10, ge=1, description="songs: training steps timed per round")
+    scale_users: tuple[PositiveInt, ...] = Field(
+        (1_000, 10_000, 100_000), description="scale: users of each data set, smallest first; all stages run on each"
+    )
+    scale_embed_epochs: int = Field(2, ge=1, description="scale: epochs of embed; word2vec alone uses --embed-epochs")
+    scale_workers: tuple[PositiveInt, ...] = Field(
         (1, 2, 4),
-        help="scale: workers on the small and middle data, 1 first; those above the machine's CPUs are left out",
+        description="scale: workers on the small and the middle data set, 1 first; counts above the CPUs are skipped",
     )
-    seed: int = setting(0, help="of the generated data and of initial weights")
+    seed: int = Field(0, ge=0, description="Random seed of the generated data and of the initial weights")
 
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise InputError(f"rounds is {self.rounds}; give at least 1")
-        if len(self.table_songs) < 2 or min(self.table_songs) < 1:
-            raise InputError(f"table songs are {self.table_songs}; give at least two sizes to compare")
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "BenchConfig":
+        if len(self.table_songs) < 2:
+            raise ValueError(f"table_songs is {list(self.table_songs)}; expected at least two sizes to compare")
         if len(self.memory_users) != 2 or self.memory_users[0] >= self.memory_users[1]:
-            raise InputError(f"memory users are {self.memory_users}; give two numbers, the smaller first")
-
+            raise ValueError(f"memory_users is {list(self.memory_users)}; expected two integers, the smaller first")
         if len(self.scale_users) < 2 or list(self.scale_users) != sorted(set(self.scale_users)):
-            raise InputError(f"scale users are {self.scale_users}; give two numbers or more, smallest first")
-        if (
-            not self.scale_workers
-            or self.scale_workers[0] != 1
-            or list(self.scale_workers) != sorted(self.scale_workers)
-        ):
-            raise InputError(f"scale workers are {self.scale_workers}; give numbers, 1 first")
+            raise ValueError(f"scale_users is {list(self.scale_users)}; expected two or more integers, smallest first")
+        if self.scale_workers[:1] != (1,) or list(self.scale_workers) != sorted(self.scale_workers):
+            raise ValueError(f"scale_workers is {list(self.scale_workers)}; expected ascending integers, 1 first")
         if not {1, 16} <= set(self.serve_clients):
-            raise InputError(f"serve clients are {self.serve_clients}; the ratios are those of 1 and of 16 clients")
+            raise ValueError(f"serve_clients is {list(self.serve_clients)}; expected 1 and 16 among them")
+        return self
 
     @classmethod
     def quick(cls) -> "BenchConfig":
@@ -102,4 +101,4 @@ class BenchConfig:
 def check_name(name: str) -> None:
     """Raises `InputError` for a benchmark that there is not."""
     if name not in NAMES:
-        raise InputError(f"there is no benchmark {name!r}; there are: {', '.join(NAMES)}")
+        raise InputError(f"Unknown benchmark {name!r}; expected one of {', '.join(NAMES)}")

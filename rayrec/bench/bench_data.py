@@ -39,7 +39,7 @@ def bench_place(workspace: Workspace | None) -> Iterator[Workspace]:
 def bench_dataset(place: Workspace, config: BenchConfig, **sizes: Any) -> Dataset:
     """Generated plays of a size, made now or by an earlier run."""
     common = {"songs": config.songs, "plays": config.plays, "seed": config.seed, "playlists": 0}
-    artists = max(GenerateConfig.genres, config.songs // SONGS_PER_ARTIST)
+    artists = max(GenerateConfig().genres, config.songs // SONGS_PER_ARTIST)
     world = GenerateConfig(**{**common, "artists": artists, **sizes})
     workspace = Workspace(f"{place.uri}/{fingerprint('bench', to_mapping(world), {})}")
     if not workspace.exists(DATASET_MANIFEST):

@@ -1,32 +1,54 @@
-"""Plays a second of the taste network on one device, without Ray: `python -m rayrec.bench.device_bench`.
+"""Does a device compute what a CPU does, and how fast: `make gpu-check`, or `python -m rayrec.bench.device_bench`.
 
-Training steps and batch tastes on made-up histories, each with and without bfloat16 and
-torch.compile, as shares of what the device was measured to do in the same run.
+Needs neither Ray nor a network. First every cell and objective learns a few steps on the CPU and on the device, and
+the weights are compared. Then plays a second of training and of batch tastes on made-up histories, each with and
+without bfloat16 and torch.compile, at 1, 4 and 16 times the default batch, as shares of what the device was measured
+to do in the same run. Last, how many plays a second come from files, prepared for steps, by one process.
 """
 
 import argparse
 import json
 import logging
 import sys
+import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import cycle
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from itertools import cycle, product
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from rayrec.bench.device_limits import asked, copy_bandwidth, per_second, product_flops
+from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
+from rayrec.data.split import FitRange
 from rayrec.data.windows import Windows, cut_windows, worker_batches
 from rayrec.model.fit import start_vectors
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
-from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
-from rayrec.model.training import Share, Training
+from rayrec.model.steps import StepMaker
+from rayrec.model.train_config import (
+    REGRESSIONS,
+    Cell,
+    FeatureSpec,
+    ModelConfig,
+    Objective,
+    SongTable,
+    TrainConfig,
+)
+from rayrec.model.training import Training
+from rayrec.model.window_stream import UnitReader, plain_stream
+from rayrec.model.workers import Share
+from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.workspace import Workspace, histories_file
 
 Work = Literal["train", "tastes"]
 WAYS = ((False, False), (True, False), (False, True), (True, True))  # of working: in bfloat16, compiled
+BATCHES = (1, 4, 16)  # times the default
+CHECKED_STEPS = 3  # of each cell and objective
+TOLERANCE = 0.2  # mean difference of a weight, as a share of what it was moved on average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +59,13 @@ class Size:
     dim: int = 64
     users: int = 2_000
     plays: int = 200  # mean of a user
-    seconds: float = 5.0  # of each measurement
-    config: TrainConfig = TrainConfig()
+    seconds: float = 3.0  # of each measurement
+    config: TrainConfig = field(default_factory=TrainConfig)
+
+    def times(self, batch: int) -> "Size":
+        """The same with a larger batch, and with as many more negatives."""
+        config = self.config
+        return replace(self, config=config.replace(batch=config.batch * batch, negatives=config.negatives * batch))
 
     @classmethod
     def quick(cls) -> "Size":
@@ -62,9 +89,9 @@ def bench(device: str, size: Size) -> dict[str, Any]:
     for work in works:
         flops, moved = asked(_work(work, "cpu", replace(size, users=min(size.users, 200)), bf16=False, compiled=False))
         needs[work] = {"flops_per_play": flops, "unfused_bytes_per_play": moved}
-        for bf16, compiled in WAYS:
-            run: dict[str, Any] = {"work": work, "bfloat16": bf16, "compiled": compiled}
-            run |= _measured(work, place, size, bf16=bf16, compiled=compiled)
+        for (bf16, compiled), batch in product(WAYS, BATCHES if work == "train" else (1,)):
+            run: dict[str, Any] = {"work": work, "bfloat16": bf16, "compiled": compiled, "batch": batch}
+            run |= _measured(work, place, size.times(batch), bf16=bf16, compiled=compiled)
             if plays := run.get("plays_per_second"):
                 run["share_of_flops"] = plays * flops / limits["bfloat16_flops" if bf16 else "float32_flops"]
                 run["share_of_bytes"] = plays * moved / limits["bytes_per_second"]
@@ -73,10 +100,77 @@ def bench(device: str, size: Size) -> dict[str, Any]:
         "device": device,
         "name": torch.cuda.get_device_name(place) if place.type == "cuda" else "one CPU thread",
         "torch": torch.__version__,
+        "checks": checks(device),
         "limits": limits,
+        "reading_plays_per_second": reading(size),
         "needs": needs,
         "runs": runs,
     }
+
+
+def checks(device: str) -> list[dict[str, Any]]:
+    """For each cell and objective how far weights that learned a few steps on the device lie from a CPU's.
+
+    `difference` is the mean over weights, as a share of how far the CPU moved them.
+    """
+    told = []
+    for cell, objective in product(get_args(Cell), get_args(Objective)):
+        table: SongTable = "frozen" if objective in REGRESSIONS else "trained"
+        config = Size.quick().config.replace(cell=cell, objective=objective, song_table=table, dropout=0.0)
+        size = replace(Size.quick(), config=config)
+        began = network(size).state_dict()
+        here, there = (learned(size, place, CHECKED_STEPS).state_dict() for place in ("cpu", device))
+        names = [name for name in began if not torch.equal(here[name], began[name])]
+        moved = torch.cat([(here[name] - began[name]).abs().flatten() for name in names]).mean()
+        apart = torch.cat([(here[name] - there[name]).abs().flatten() for name in names]).mean()
+        share = float(apart / moved)
+        told.append({"cell": cell, "objective": objective, "difference": share, "same": share < TOLERANCE})
+    return told
+
+
+def learned(size: Size, device: str, steps: int, *, compiled: bool = False, bf16: bool = False) -> TasteModel:
+    """The network after a few steps on a device, on the CPU."""
+    histories = random_histories(size)
+    counts = np.bincount(histories.songs, minlength=size.songs)
+    training = Training(network(size), size.config, counts, device=device, share=Share())
+    training.bf16 = bf16
+    if compiled:
+        training.compile()
+    for _ in training.steps(batches_of(histories, size.config)[:steps], 0):
+        pass
+    return training.model.cpu()
+
+
+def reading(size: Size) -> float:
+    """Plays a second that one process reads from files and prepares for steps."""
+    config, histories = size.config, random_histories(size)
+    with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
+        dataset = write_histories(Workspace(folder), histories, size.songs)
+        maker = StepMaker(network(size).config, config, np.bincount(histories.songs, minlength=size.songs), Share())
+        began, plays = time.perf_counter(), 0
+        while time.perf_counter() - began < size.seconds:
+            reader = UnitReader(dataset, FitRange(), config, Share(), epoch=0)
+            for number, windows in enumerate(plain_stream(reader, [[0]])):
+                plays += maker.make(windows, 0, number).plays
+        return plays / (time.perf_counter() - began)
+
+
+def write_histories(workspace: Workspace, histories: Histories, songs: int) -> Dataset:
+    """A data set of one bucket; its songs have no names."""
+    workspace.write_table(histories_file(0, 0), histories.to_arrow())
+    manifest = DatasetManifest(
+        id="made-up",
+        source="made up",
+        buckets=1,
+        parts=1,
+        users=len(histories),
+        plays=histories.num_plays,
+        songs=songs,
+        first_play=int(histories.played_at.min()),
+        last_play=int(histories.played_at.max()),
+    )
+    write_manifest(workspace, manifest)
+    return Dataset(workspace)
 
 
 def _measured(work: Work, device: torch.device, size: Size, *, bf16: bool, compiled: bool) -> dict[str, Any]:
@@ -99,17 +193,10 @@ def _steps(device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[[
     counts = np.bincount(histories.songs, minlength=size.songs)
     training = Training(network(size), config, counts, device=device, share=Share())
     training.bf16 = bf16
-    training.model.train()
     if compiled:
         training.compile()
-    steps = cycle(enumerate(batches_of(histories, config)))
-
-    def call() -> float:
-        step, batch = next(steps)
-        training.step(batch, 0, step)
-        return float(batch.inputs.sum())
-
-    return call
+    reports = training.steps(cycle(batches_of(histories, config)), 0)
+    return lambda: float(next(reports).plays)
 
 
 def _tastes(device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[[], float]:
@@ -149,6 +236,7 @@ def network(size: Size) -> TasteModel:
         horizons=config.horizons,
         song_table=config.song_table,
         averages=config.averages,
+        input_table=config.has_input_table,
     )
     torch.manual_seed(config.seed)
     vectors = start_vectors(np.zeros((size.songs, size.dim), dtype=np.float32), config.seed)
@@ -169,7 +257,7 @@ def random_histories(size: Size) -> Histories:
 
 
 def main(words: list[str] | None = None) -> None:
-    """The command line: one line for each way of working, or one JSON object."""
+    """The command line: one table or JSON object; exit code 1 where the device does not compute what a CPU does."""
     parser = argparse.ArgumentParser(prog="python -m rayrec.bench.device_bench", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -181,15 +269,28 @@ def main(words: list[str] | None = None) -> None:
         json.dump(told, sys.stdout)
         sys.stdout.write("\n")
         return
+    sys.stdout.write(as_table(told))
+    if not all(check["same"] for check in told["checks"]):
+        sys.exit(1)
+
+
+def as_table(told: dict[str, Any]) -> str:
+    """The figures for people."""
+    lines = [f"{told['name']}, torch {told['torch']}", ""]
+    for check in told["checks"]:
+        verdict = "as on a CPU" if check["same"] else "NOT AS ON A CPU"
+        lines.append(f"{check['cell']:5} {check['objective']:16} {verdict} (difference {check['difference']:.2%})")
+    lines += ["", "work   batch precision compiled      plays/s  of FLOP/s  of bandwidth"]
     for run in told["runs"]:
-        ways = (
-            f"{run['work']:6} {'bfloat16' if run['bfloat16'] else 'float32':8} {'compiled' if run['compiled'] else ''}"
+        ways = f"{run['work']:6} x{run['batch']:<4} {'bfloat16' if run['bfloat16'] else 'float32':9}"
+        ways += f" {'yes' if run['compiled'] else 'no':8}"
+        lines.append(
+            f"{ways} {run['error']}"
+            if "error" in run
+            else f"{ways} {run['plays_per_second']:12,.0f} {run['share_of_flops']:10.1%} {run['share_of_bytes']:13.1%}"
         )
-        figures = run.get("error") or (
-            f"{run['plays_per_second']:12,.0f} plays/s {run['share_of_flops']:7.1%} of the measured FLOP/s "
-            f"{run['share_of_bytes']:7.1%} of the measured bandwidth"
-        )
-        sys.stdout.write(f"{ways:25} {figures}\n")
+    lines.append(f"\nread from files and prepared by one process: {told['reading_plays_per_second']:,.0f} plays/s\n")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

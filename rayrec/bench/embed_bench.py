@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from rayrec.data.split import FitRange
 from rayrec.embeddings import sessions
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.embeddings.word2vec import TOKENS_PER_WORKER, Corpus, Word2Vec, write_corpus
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
-from rayrec.jobs.node import node_cpus
+from rayrec.jobs.runtime import node_cpus, ray_cluster
 from rayrec.storage.workspace import Workspace
 
 
@@ -30,7 +28,7 @@ def bench_embed(place: Workspace, config: BenchConfig) -> dict[str, Any]:
         sentences = sessions.from_histories(dataset.read_all(), FitRange(), settings.session_gap_minutes)
         corpus = write_corpus(sentences, Path(folder) / "corpus", dataset.num_songs)
         workers = max(1, min(node_cpus(), corpus.tokens // TOKENS_PER_WORKER))
-        settings = replace(settings, workers=workers)
+        settings = settings.replace(workers=workers)
 
         def ours() -> Measured:
             began = time.perf_counter()

@@ -3,7 +3,6 @@
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,11 @@ def bench_index(config: BenchConfig) -> BenchResult:
     """
     vectors = song_vectors(config.index_songs, config.index_dim, config.seed)
     settings = IndexConfig(seed=config.seed)
-    queries = sample_queries(vectors, replace(settings, queries=config.index_queries, seed=config.seed + 1))
+    queries = sample_queries(vectors, settings.replace(queries=config.index_queries, seed=config.seed + 1))
     few = queries[: min(1_000, len(queries))]  # flat search of all of them would take minutes
     figures: dict[str, Any] = {"songs": config.index_songs}
     with MemoryWatch() as watch:
-        built = {kind: SongIndex.build(vectors, replace(settings, kind=kind)) for kind in ("flat", "ivf")}
+        built = {kind: SongIndex.build(vectors, settings.replace(kind=kind)) for kind in ("flat", "ivf")}
     for kind, index in built.items():
         figures[f"{kind}_build_seconds"] = index.figures.build_seconds
         figures[f"{kind}_recall"] = index.figures.recall

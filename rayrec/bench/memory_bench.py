@@ -15,7 +15,7 @@ from rayrec.bench.private_memory import MemoryWatch
 from rayrec.bench.rounds import PlainProcess
 from rayrec.bench.train_bench import read_windows
 from rayrec.data.dataset import Dataset
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.progress import progress

@@ -77,14 +77,14 @@ def commit() -> str | None:
 def _read(path: Path) -> dict[str, float]:
     """The rates that are there."""
     if not path.parent.is_dir():
-        raise InputError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+        raise InputError(f"{path} cannot be written: folder {path.parent} does not exist")
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rates, where = dict(content["rates"]), dict(content["machine"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no file of rates; name another file to save to") from error
+        raise InputError(f"{path} is not a rates file; pass another file to --save") from error
     if where != machine():
-        raise InputError(f"{path} holds rates of another machine ({where}); name another file to save to")
+        raise InputError(f"{path} holds rates of another machine ({where}); pass another file to --save")
     return rates

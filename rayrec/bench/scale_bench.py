@@ -19,9 +19,9 @@ from rayrec.bench.rounds import Measured, PlainProcess
 from rayrec.data.dataset import Dataset
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.importing.import_plan import ImportConfig
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.import_data import import_data
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
@@ -50,7 +50,7 @@ def run_chain(plays: str, place: Workspace, workers: int, embed_epochs: int, see
         dataset = import_data(place, ImportConfig(format="parquet", paths=(plays,)))
         stages = {"import": Measured(dataset.plays, time.perf_counter() - began)}
         stages["embed"] = _timed(lambda: embed(place, settings), lambda made: made.metrics["tokens"] * embed_epochs)
-        made = train(place, TrainConfig(epochs=1, workers=workers, memory=False, seed=seed))
+        made = train(place, TrainConfig(epochs=1, workers=workers, seed=seed))
         stages["train"] = Measured(made.metrics["plays"], made.metrics["plays"] / made.metrics["plays_per_second"])
         stages["taste"] = _timed(
             lambda: compute_tastes(place, TasteConfig()), lambda made: float(made.metrics["plays"])

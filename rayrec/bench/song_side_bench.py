@@ -47,7 +47,7 @@ class _SteadySteps:
     def __init__(self, table: "SongTable", songs: int, config: BenchConfig) -> None:
         from rayrec.model.train_config import TrainConfig
 
-        self._settings = TrainConfig(song_table=table, workers=0, memory=False, seed=config.seed)
+        self._settings = TrainConfig(song_table=table, workers=0, seed=config.seed)
         self._windows = _windows(songs, self._settings, config.seed)
         self._training = _training(songs, self._settings)
         self._steps = config.table_steps
@@ -66,7 +66,8 @@ def _training(songs: int, settings: "TrainConfig") -> "Training":
 
     from rayrec.model.network import TasteModel
     from rayrec.model.train_config import FeatureSpec, ModelConfig
-    from rayrec.model.training import Share, Training
+    from rayrec.model.training import Training
+    from rayrec.model.workers import Share
 
     torch.set_num_threads(1)
     vectors = torch.randn(songs, DIM, generator=torch.Generator().manual_seed(settings.seed))
@@ -80,6 +81,7 @@ def _training(songs: int, settings: "TrainConfig") -> "Training":
         horizons=settings.horizons,
         song_table=settings.song_table,
         averages=settings.averages,
+        input_table=settings.has_input_table,
     )
     counts = np.arange(songs, 0, -1)
     return Training(TasteModel(shape, vectors), settings, counts, device="cpu", share=Share())

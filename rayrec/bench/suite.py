@@ -14,7 +14,7 @@ from rayrec.bench.scale_bench import bench_scale
 from rayrec.bench.song_side_bench import bench_song_side
 from rayrec.bench.taste_bench import bench_taste
 from rayrec.bench.train_bench import bench_train
-from rayrec.jobs.cluster import WORKER_ENVIRONMENT
+from rayrec.jobs.runtime import WORKER_ENVIRONMENT
 from rayrec.storage.workspace import Workspace
 
 BENCHES: dict[str, Callable[[Workspace, BenchConfig], dict[str, Any]]] = {

@@ -8,7 +8,7 @@ from rayrec.bench import loops
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.bench_data import bench_dataset, plain_process, untrained_model
 from rayrec.bench.rounds import Measured, measure
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.model.train_config import TasteConfig
 from rayrec.storage.workspace import Workspace

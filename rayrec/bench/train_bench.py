@@ -22,10 +22,10 @@ from rayrec.bench.rounds import Measured, measure
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange
 from rayrec.errors import RayrecError
-from rayrec.jobs.cluster import quiet_data, ray_cluster
+from rayrec.jobs.runtime import quiet_data, ray_cluster
 from rayrec.jobs.train_worker import window_stream
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training import Share
+from rayrec.model.workers import Share
 from rayrec.storage.workspace import Workspace
 
 ORDER_TRAIN, ORDER_DATA, ORDER_END = "train", "data", "end"

@@ -35,6 +35,13 @@ class Catalog:
             for row in picked
         ]
 
+    def codes(self, name: str) -> np.ndarray:
+        """int32 (N,): a number for each different value of a column of strings, -1 where it is null or not there."""
+        if name not in self.table.column_names:
+            return np.full(len(self), -1, dtype=np.int32)
+        encoded = columns.one_array(self.table.column(name)).dictionary_encode()
+        return np.asarray(pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False), dtype=np.int32)
+
     def rows(self, song_ids: list[str]) -> np.ndarray:
         """int32: the rows of outside ids. Raises `InputError` that names the unknown ones."""
         found = pc.index_in(pa.array(song_ids, pa.string()), value_set=self.table.column(columns.SONG_ID))
@@ -42,7 +49,7 @@ class Catalog:
         if unknown:
             raise InputError(
                 f"{len(unknown)} of {len(song_ids)} songs are not in the catalog: {', '.join(unknown[:5])}; "
-                "check the ids against dataset/songs.parquet"
+                "check the IDs against dataset/songs.parquet"
             )
         return np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.int32)
 

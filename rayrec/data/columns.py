@@ -7,6 +7,7 @@ SONG = "song"  # int32 row of the song in songs.parquet
 SONG_ID = "song_id"  # the string by which the outside world knows the song
 TITLE = "title"
 ARTIST = "artist"
+ALBUM = "album"
 RELEASED = "released"  # day
 MARKETS = "markets"  # names of the markets in which a song may be played
 SONGS = "songs"
@@ -90,6 +91,7 @@ DESCRIPTIONS = pa.schema(
         pa.field(SONG_ID, pa.string(), nullable=False),
         pa.field(TITLE, pa.string()),
         pa.field(ARTIST, pa.string()),
+        pa.field(ALBUM, pa.string()),
         pa.field(RELEASED, pa.date32()),
         pa.field(MARKETS, pa.list_(pa.string())),
     ]

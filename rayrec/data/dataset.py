@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 
 import numpy as np
-import pandas as pd
 import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE, Catalog, described
 from rayrec.data.histories import Histories, user_hash
-from rayrec.data.parts import bucket_files, find_user, merge_users, read_files, read_users, with_columns
+from rayrec.data.parts import find_user, merge_users, read_files, read_users, with_columns
 from rayrec.errors import NotFoundError
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -53,22 +52,21 @@ class Dataset:
         return earlier_version(self.workspace, self.manifest, dataset_id)
 
     def read_bucket(self, bucket: int, users_per_batch: int = 5_000, *, first_part: int = 0) -> Iterator[Histories]:
-        """The histories of one bucket in batches, each user once, in the order in which users first appeared.
+        """The histories of one bucket in batches, each user once, by ascending id.
 
         With `first_part` the plays of that part and later ones alone. A batch holds at most
         `users_per_batch` users, fewer where histories are long: memory is bounded by 1 M plays of each
         part and the longest history.
         """
-        earlier = bucket_files(self.workspace, range(first_part), bucket)
-        files = bucket_files(self.workspace, range(first_part, self.manifest.parts), bucket)
-        for histories in read_files(self.workspace, files, users_per_batch, earlier):
-            yield self._told(histories)
+        files = self.manifest.histories_files(bucket, first_part)
+        for histories in read_files(self.workspace, files, users_per_batch):
+            yield self._with_columns(histories)
 
     def bucket_users(self, bucket: int, first_part: int = 0, *, parts: int | None = None) -> np.ndarray:
-        """object (U,): the ids of the users of one bucket with plays in `first_part` up to `parts`, each once."""
-        files = bucket_files(self.workspace, range(first_part, parts or self.manifest.parts), bucket)
+        """object (U,): the ids of the users of one bucket with plays in `first_part` up to `parts`, ascending."""
+        files = self.manifest.histories_files(bucket, first_part, parts)
         ids = [read_users(self.workspace, path) for path in files]
-        return np.asarray(pd.unique(np.concatenate([np.zeros(0, dtype=object), *ids])))
+        return np.unique(np.concatenate([np.zeros(0, dtype=object), *ids]))
 
     def read_all(self, users_per_batch: int = 5_000) -> Iterator[Histories]:
         """The histories of all buckets in batches."""
@@ -78,15 +76,13 @@ class Dataset:
     def history(self, user_id: str) -> Histories:
         """One user's history. Raises `NotFoundError` for a user who is not there."""
         bucket = int(self.bucket_of(np.array([user_id], dtype=object))[0])
-        files = bucket_files(self.workspace, range(self.manifest.parts), bucket)
+        files = self.manifest.histories_files(bucket)
         found = [row for path in files if (row := find_user(self.workspace, path, user_id)) is not None]
         if not found:
-            raise NotFoundError(
-                f"user {user_id!r} has no plays in the data set; check the id or import the plays first"
-            )
-        return self._told(merge_users(found))
+            raise NotFoundError(f"User {user_id!r} not found in the data set; check the ID or import the user's plays")
+        return self._with_columns(merge_users(found))
 
-    def _told(self, histories: Histories) -> Histories:
+    def _with_columns(self, histories: Histories) -> Histories:
         """With the columns of the data set, also where an earlier part came without them."""
         if self.manifest.parts == 1:
             return histories

@@ -1,64 +1,76 @@
 """The parts of the histories: each import of plays leaves one, readers see every user once.
 
-A part is written once and never changed. Within a bucket the rows of a part stand in the order in
-which the bucket's users first appeared, over all parts, so that parts are merged as they stream.
+A part is written once and never changed, and has a file of every bucket, perhaps without rows. In a
+file users stand by ascending id, so that files are merged as they stream. Parts may be joined: then
+one file of a bucket holds the plays of several.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.histories import Histories, concatenate
 from rayrec.errors import DamagedArtifactError
-from rayrec.storage.workspace import Workspace, histories_file
+from rayrec.storage.workspace import Workspace
 
 PLAYS_PER_READ = 1_000_000  # plays decoded at once, about; a user's plays are never cut
 SONGS_COLUMN = 1  # of a histories file: behind the user's id
 
 
-def bucket_files(workspace: Workspace, parts: range, bucket: int) -> list[str]:
-    """The files that a bucket has in some parts: a part without plays of its users has none."""
-    paths = (histories_file(part, bucket) for part in parts)
-    return [path for path in paths if workspace.exists(path)]
+def read_files(workspace: Workspace, paths: Sequence[str], users_per_batch: int) -> Iterator[Histories]:
+    """The users of some files of a bucket in batches, each user once, by ascending id.
 
-
-def read_files(
-    workspace: Workspace, paths: Sequence[str], users_per_batch: int, earlier: Sequence[str] = ()
-) -> Iterator[Histories]:
-    """The users of some parts of a bucket in batches, each user once. `earlier` are the files of the parts before.
-
-    Memory: a batch of each part, and the ids of the bucket's users where there are several parts. A
-    batch holds at most `users_per_batch` users, and fewer where they have many plays.
-    Raises `DamagedArtifactError` for a part whose users stand in another order.
+    Memory: a batch of each file. A batch holds at most `users_per_batch` users, and fewer where they
+    have many plays. Raises `DamagedArtifactError` for a file whose users are not in that order.
     """
     if len(paths) <= 1:
         for path in paths:
             yield from _read_file(workspace, path, users_per_batch)
         return
-    everything = [*earlier, *paths]
-    places = _places(everything, [read_users(workspace, path) for path in everything])[len(earlier) :]
-    streams = [_Rows(_read_file(workspace, path, users_per_batch)) for path in paths]
-    for leading, stream in enumerate(streams):
-        while (first := stream.next_batch()) is not None:
-            taken, taken_places = [first], [places[leading][stream.read - len(first) : stream.read]]
-            last = taken_places[0][-1]
-            for other, place in zip(streams[leading + 1 :], places[leading + 1 :], strict=True):
-                end = int(np.searchsorted(place, last, side="right"))
-                taken_places.append(place[other.read : end])
-                taken.append(other.take(end - other.read))
-            yield merge_users(taken, np.concatenate(taken_places))
+    streams = [_Rows(path, _read_file(workspace, path, users_per_batch)) for path in paths]
+    while lasts := [last for stream in streams if (last := stream.last_id()) is not None]:
+        # Up to here every file has been read: no later batch holds these users.
+        merged = merge_users([stream.take_up_to(min(lasts)) for stream in streams])
+        for start in range(0, len(merged), users_per_batch):
+            yield merged.take(np.arange(start, min(start + users_per_batch, len(merged))))
 
 
 def read_users(workspace: Workspace, path: str) -> np.ndarray:
     """object (U,): the ids of the users of one file, in its order."""
+    return np.asarray(workspace.read_table(path, [columns.USER]).column(columns.USER).to_numpy())
+
+
+def read_overlap(workspace: Workspace, path: str, user_ids: np.ndarray, first: int, last: int) -> Iterator[Histories]:
+    """Of a file the row groups that may hold plays of some users from `first` up to and with `last`, ms UTC.
+
+    `user_ids`, object (U,), are ascending.
+    """
     with workspace.open_input(path) as stream:
-        table = pq.ParquetFile(stream).read(columns=[columns.USER])
-    return np.asarray(table.column(columns.USER).to_numpy())
+        file = pq.ParquetFile(stream)
+        for number in range(file.num_row_groups):
+            group = file.metadata.row_group(number)
+            low, high = _range(group, columns.USER)
+            begin, end = _range(group, columns.PLAYED_AT)
+            if begin is not None and (begin > last or end < first):
+                continue
+            if low is not None and np.searchsorted(user_ids, low) == np.searchsorted(user_ids, high, side="right"):
+                continue
+            yield Histories.from_arrow(file.read_row_group(number))
+
+
+def _range(group: pq.RowGroupMetaData, name: str) -> tuple[Any, Any]:
+    """The least and the greatest value of a column of a row group; None where the file does not say."""
+    for place in range(group.num_columns):
+        column = group.column(place)
+        if column.path_in_schema.split(".")[0] == name:
+            stats = column.statistics
+            return (stats.min, stats.max) if stats is not None and stats.has_min_max else (None, None)
+    return None, None
 
 
 def find_user(workspace: Workspace, path: str, user_id: str) -> Histories | None:
@@ -66,6 +78,9 @@ def find_user(workspace: Workspace, path: str, user_id: str) -> Histories | None
     with workspace.open_input(path) as stream:
         file = pq.ParquetFile(stream)
         for group in range(file.num_row_groups):
+            low, high = _range(file.metadata.row_group(group), columns.USER)
+            if low is not None and not low <= user_id <= high:
+                continue
             ids = file.read_row_group(group, columns=[columns.USER]).column(columns.USER)
             place = ids.index(pa.scalar(user_id, ids.type)).as_py()
             if place >= 0:
@@ -73,24 +88,22 @@ def find_user(workspace: Workspace, path: str, user_id: str) -> Histories | None
     return None
 
 
-def merge_users(parts: Sequence[Histories], places: np.ndarray | None = None) -> Histories:
-    """Each user of the parts once, with all plays in the order of time.
+def merge_users(parts: Sequence[Histories]) -> Histories:
+    """Each user of the parts once, by ascending id, with all plays in the order of time.
 
-    Users come in the order of `places`, int64, one for each row of the parts, the same for the same
-    user; without them in the order of first appearance. Plays of the same moment stay in the order of
-    the parts. What one part does not tell (contexts, skips) is none and false where another does.
+    Plays of the same moment stay in the order of the parts. What one part does not tell (contexts,
+    skips) is none and false where another does.
     """
     parts = [part for part in parts if len(part)]
     if len(parts) == 1:
         return parts[0]
     joined = concatenate(_alike(parts))
-    codes = pd.factorize(joined.user_ids)[0] if places is None else places
-    _, first, user = np.unique(codes, return_index=True, return_inverse=True)
+    user_ids, user = np.unique(joined.user_ids, return_inverse=True)
     owner = user[joined.rows]
     order = np.lexsort((joined.played_at, owner))
-    counts = np.bincount(owner, minlength=len(first))
+    counts = np.bincount(owner, minlength=len(user_ids))
     return Histories(
-        user_ids=joined.user_ids[first],
+        user_ids=user_ids,
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         songs=joined.songs[order],
         played_at=joined.played_at[order],
@@ -108,41 +121,32 @@ def with_columns(histories: Histories, *, contexts: bool, skipped: bool) -> Hist
     return histories
 
 
-def order_of_users(known: np.ndarray, user_ids: np.ndarray) -> np.ndarray:
-    """int64 (U,): the order in which a new part holds `user_ids`: as they stand in `known`, then the new ones."""
-    place = pd.Index(known).get_indexer(pd.Index(user_ids))
-    return np.argsort(np.where(place < 0, len(known), place), kind="stable")
-
-
 class _Rows:
-    """The rows of a stream of batches, as many at a time as asked for."""
+    """The rows of one file, by ascending user id."""
 
-    def __init__(self, batches: Iterator[Histories]) -> None:
-        self._batches = batches
-        self._rest = Histories.from_lists([], [])
-        self.read = 0  # rows handed out so far
+    def __init__(self, path: str, batches: Iterator[Histories]) -> None:
+        self._path, self._batches = path, batches
+        self._batch = Histories.from_lists([], [])
 
-    def next_batch(self) -> Histories | None:
-        """What is left of the last batch, else the next one; None at the end."""
-        batch = self._rest if len(self._rest) else next(self._batches, None)
-        self._rest = Histories.from_lists([], [])
-        self.read += 0 if batch is None else len(batch)
-        return batch
+    def last_id(self) -> str | None:
+        """The last user of the batch at hand, read where there is none; None at the end of the file."""
+        if not len(self._batch):
+            last, self._batch = self._last(), next(self._batches, self._batch)
+            ids = self._batch.user_ids
+            if (ids[1:] <= ids[:-1]).any() or (last is not None and len(ids) and ids[0] <= last):
+                raise DamagedArtifactError(
+                    f"the users of {self._path} are not by ascending id, each once; import the data again"
+                )
+        return self._last()
 
-    def take(self, count: int) -> Histories:
-        """The next `count` rows."""
-        taken = []
-        while count > 0:
-            batch = self.next_batch()
-            if batch is None:
-                raise AssertionError("a part has fewer rows than users")
-            if len(batch) > count:
-                self._rest = batch.take(np.arange(count, len(batch)))
-                self.read -= len(self._rest)
-                batch = batch.take(np.arange(count))
-            taken.append(batch)
-            count -= len(batch)
-        return concatenate(taken)
+    def take_up_to(self, user_id: str) -> Histories:
+        """The rows at hand up to a user."""
+        end = int(np.searchsorted(self._batch.user_ids, user_id, side="right"))
+        taken, self._batch = self._batch.take(np.arange(end)), self._batch.take(np.arange(end, len(self._batch)))
+        return taken
+
+    def _last(self) -> str | None:
+        return str(self._batch.user_ids[-1]) if len(self._batch) else None
 
 
 def _read_file(workspace: Workspace, path: str, users_per_batch: int) -> Iterator[Histories]:
@@ -169,18 +173,6 @@ def _spans(metadata: pq.FileMetaData) -> Iterator[list[int]]:
         plays += values
     if held:
         yield held
-
-
-def _places(paths: Sequence[str], ids: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """For each part, int64 (U,), the place of its users in the order of first appearance over all parts."""
-    codes, _ = pd.factorize(np.concatenate(ids))
-    places = np.split(codes, np.cumsum([len(part) for part in ids])[:-1])
-    for path, place in zip(paths, places, strict=True):
-        if (np.diff(place) <= 0).any():
-            raise DamagedArtifactError(
-                f"the users of {path} are not in the order of the earlier parts, each once; import the data again"
-            )
-    return places
 
 
 def _alike(parts: Sequence[Histories]) -> list[Histories]:

@@ -10,19 +10,20 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow.fs as pafs
+from pydantic import Field, model_validator
 
-from rayrec.config import setting
+from rayrec.config import Settings, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate, user_hash
 from rayrec.errors import InputError, LeakError, MismatchError, NotFoundError
-from rayrec.storage.artifacts import fingerprint
+from rayrec.storage.artifacts import current_ids, fingerprint, make_current
 from rayrec.storage.workspace import Workspace, split_file
 
 DAY_MS = 24 * 3600 * 1000
 SHARE_DIGITS = 9  # 1 - 0.2 - 0.1 is to be 0.7, not a little more
 
 Protocol = Literal["time", "last-fraction"]
-WEAKER = "weaker than a cut in time: fits see what others played later"
+WEAKER = "weaker than a split in time: training sees later plays of other users"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,14 @@ class FitRange:
         kept = allowed.keep(self.covers(allowed))
         return kept.take(kept.lengths > 0)
 
+    def is_within(self, other: "FitRange") -> bool:
+        """True where every play that this range covers is covered by `other`, in one data set or, for cuts in time,
+        in data sets that descend from each other."""
+        in_time = other.before is None or (self.before is not None and self.before <= other.before)
+        in_share = other.share is None or (self.share is not None and self.share <= other.share)
+        own, others = ((each.held_out_share, each.held_out_seed) for each in (self, other))
+        return in_time and in_share and (other.held_out_share == 0.0 or own == others)
+
     def require(self, histories: Histories) -> None:
         """Raises `LeakError` if the histories hold a play that a fit must not see. Every fit calls it.
 
@@ -74,18 +83,17 @@ class FitRange:
         """
         if self.share is not None and histories.num_plays and histories.totals is None:
             raise LeakError(
-                "a fit was handed histories that do not say how many plays each user has in all; "
-                "pass the histories through FitRange.select first"
+                "training data lacks the total number of plays per user; call FitRange.select on the histories first"
             )
         late = int((~self.covers(histories)).sum())
         if late:
             cut = f"{self.before} (ms UTC)" if self.share is None else f"{self.share:.3g} (of each user's plays)"
             raise LeakError(
-                f"a fit was handed {late} plays at or after its cut {cut}; "
-                "pass the histories through FitRange.select first"
+                f"training data holds {late} plays at or after its cut {cut}; "
+                "call FitRange.select on the histories first"
             )
         if self.held_out_share and not self.allowed_users(histories.user_ids).all():
-            raise LeakError("a fit was handed users who are held out; pass the histories through FitRange.select first")
+            raise LeakError("training data holds users who are held out; call FitRange.select on the histories first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,34 +164,28 @@ class Split:
         return None if self.protocol == "time" else round(1.0 - fraction, SHARE_DIGITS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitConfig:
-    """How to cut a data set: in time, or each user's own sequence where `last_fraction` is above 0."""
+class SplitConfig(Settings):
+    """How to split a data set: in time, or each user's own sequence where `last_fraction` is above 0."""
 
-    test_days: float = setting(30.0, help="length of the test range, in days from the last play back")
-    validation_days: float = setting(7.0, help="length of the validation range before it, in days")
-    last_fraction: float = setting(
-        0.0, help="cut each user's own plays instead: the share at their end that is test; a weaker protocol than time"
+    test_days: float = Field(30.0, ge=0, description="Length of the test range at the end of the data, in days")
+    validation_days: float = Field(7.0, ge=0, description="Length of the validation range before it, in days")
+    last_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Test share at the end of each user's plays instead; weaker than a split in time"
     )
-    validation_fraction: float = setting(0.1, help="share of each user's plays before it that is validation")
-    held_out_users: float = setting(0.0, help="share of users held out entirely, in [0, 1)")
-    seed: int = setting(0, help="which users are held out")
+    validation_fraction: float = Field(
+        0.1, ge=0, lt=1, description="Validation share of each user's plays, before the test share"
+    )
+    held_out_users: float = Field(0.0, ge=0, lt=1, description="Share of users held out of training entirely")
+    seed: int = Field(0, ge=0, description="Random seed of the held-out users")
 
-    def __post_init__(self) -> None:
-        if self.test_days < 0 or self.validation_days < 0:
-            raise InputError(
-                f"test days {self.test_days} and validation days {self.validation_days} must not be negative"
-            )
-        for name in ("last_fraction", "validation_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} is not in [0, 1); give a share such as 0.2")
+    @model_validator(mode="after")
+    def _check_fractions(self) -> "SplitConfig":
         if self.last_fraction + self.validation_fraction >= 1:
-            raise InputError(
-                f"fractions {self.last_fraction:g} and {self.validation_fraction:g} leave nothing to train on; "
-                "give two that add up to less than 1"
+            raise ValueError(
+                f"last_fraction {self.last_fraction:g} and validation_fraction {self.validation_fraction:g} leave "
+                "nothing to train on; expected a sum below 1"
             )
-        if not 0 <= self.held_out_users < 1:
-            raise InputError(f"held-out share {self.held_out_users} is not in [0, 1); give a share such as 0.1")
+        return self
 
 
 def make_split(config: SplitConfig, *, dataset: str, first_play: int, last_play: int) -> Split:
@@ -199,7 +201,7 @@ def make_split(config: SplitConfig, *, dataset: str, first_play: int, last_play:
         days = (last_play - first_play) / DAY_MS
         raise InputError(
             f"{config.test_days:g} test and {config.validation_days:g} validation days leave nothing to train on: "
-            f"the plays span {days:.1f} days; ask for fewer days"
+            f"the plays span {days:.1f} days; use fewer days"
         )
     return Split(
         id=_split_id(config, dataset, ("test_days", "validation_days")),
@@ -225,7 +227,9 @@ def _last_fraction_split(config: SplitConfig, dataset: str) -> Split:
 
 def _split_id(config: SplitConfig, dataset: str, cut_by: tuple[str, str]) -> str:
     """From the settings that matter: those of the other protocol do not."""
-    settings = {name: value for name, value in asdict(config).items() if name in (*cut_by, "held_out_users", "seed")}
+    settings = {
+        name: value for name, value in to_mapping(config).items() if name in (*cut_by, "held_out_users", "seed")
+    }
     return fingerprint("split", settings, {"dataset": dataset})
 
 
@@ -237,7 +241,7 @@ def save_split(workspace: Workspace, split: Split) -> None:
 def load_split(workspace: Workspace, split_id: str) -> Split:
     """Raises `NotFoundError` where there is no such split."""
     if not workspace.exists(split_file(split_id)):
-        raise NotFoundError(f"split {split_id!r} is not in workspace {workspace.uri}; run `rayrec split` first")
+        raise NotFoundError(f"split {split_id!r} not found in workspace {workspace.uri}; run `rayrec split` first")
     raw: dict[str, Any] = workspace.read_json(split_file(split_id))
     return Split(**raw)
 
@@ -255,10 +259,11 @@ def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
     dataset = Dataset(workspace).manifest
     if dataset.times == "positions" and not config.last_fraction:
         raise InputError(
-            "the data set has no times, its plays are only in order; cut each user's own plays with --last-fraction 0.2"
+            "The data set has no times, plays are only ordered; split each user's plays with --last-fraction 0.2"
         )
-    split = make_split(config, dataset=dataset.id, first_play=dataset.first_play, last_play=dataset.last_play)
+    split = make_split(config, dataset=dataset.plays_id, first_play=dataset.first_play, last_play=dataset.last_play)
     save_split(workspace, split)
+    make_current(workspace, "splits", split.id)
     return split
 
 
@@ -271,34 +276,42 @@ def list_splits(workspace: Workspace) -> list[Split]:
 
 
 def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split: bool = False) -> Split | None:
-    """The named split, else the newest of the data set, else none: fits then use all plays.
+    """The named split, else the current one of the data set, else none: fits then use all plays.
 
-    A split that is named may be one of a data set that this one descends from. Raises `NotFoundError`
-    for an unknown id and `MismatchError` for a split that does not fit.
+    A split in time also holds for the data sets that plays were appended to since: the new plays are in its test range.
+    Raises `NotFoundError` for an unknown id and `MismatchError` for a split that does not fit.
     """
     if no_split:
         if split_id is not None:
-            raise InputError(f"a split ({split_id}) and no split are both asked for; give --split ID or --no-split")
+            raise InputError(f"a split ({split_id}) and no split exclude each other; pass --split ID or --no-split")
         return None
     dataset = Dataset(workspace)
     if split_id is None:
-        fitting = [split for split in list_splits(workspace) if split.dataset == dataset.manifest.id]
-        return fitting[-1] if fitting else None
+        fitting = [split for split in list_splits(workspace) if holds_for(dataset, split)]
+        current = current_ids(workspace).get("splits")
+        return next((split for split in fitting if split.id == current), fitting[-1] if fitting else None)
     split = load_split(workspace, split_id)
     require_split_of(dataset, split)
     return split
 
 
-def require_split_of(dataset: Dataset, split: Split) -> None:
-    """Raise `MismatchError` unless the split cuts the data set, or one that it descends from in time.
+def holds_for(dataset: Dataset, split: Split) -> bool:
+    """True if the split is of the data set or, in time, of one that it descends from.
 
     A cut in time stays where it is when plays are appended; one at a share of each user's plays moves,
     and what was learned before the one may be tested behind the other.
     """
-    if split.dataset == dataset.manifest.id or (split.protocol == "time" and dataset.descends_from(split.dataset)):
+    return split.dataset == dataset.manifest.plays_id or (
+        split.protocol == "time" and dataset.descends_from(split.dataset)
+    )
+
+
+def require_split_of(dataset: Dataset, split: Split) -> None:
+    """Raise `MismatchError` unless the split holds for the data set."""
+    if holds_for(dataset, split):
         return
     raise MismatchError(
-        f"split {split.id} cuts data set {split.dataset}, the workspace holds {dataset.manifest.id}; "
+        f"split {split.id} belongs to data set {split.dataset}, the workspace has {dataset.manifest.id}; "
         "run `rayrec split` again"
     )
 

@@ -1,17 +1,16 @@
-"""Settings of song vectors."""
+"""Settings of song embeddings."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from rayrec.config import setting
-from rayrec.errors import InputError
+from pydantic import Field
+
+from rayrec.config import Settings
 
 Source = Literal["auto", "playlists", "histories"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class EmbedConfig:
-    """How song vectors are made: by word2vec, or from a file.
+class EmbedConfig(Settings):
+    """Song embeddings: word2vec, or vectors from a file.
 
     The defaults were chosen on the validation range of the 30Music sample (fitted on what is before
     it; 7,492 plays in it; full catalog). Recall@20 (MRR@20) of the next play among the neighbours of
@@ -25,33 +24,33 @@ class EmbedConfig:
     et al. 2018 (arXiv:1804.04212).
     """
 
-    dim: int = setting(64, help="numbers per vector, D")
-    epochs: int = setting(20, help="passes over the corpus")
-    skip_gram: bool = setting(True, help="skip-gram; else continuous bag of words, faster and weaker on plays")
-    window: int = setting(3, help="songs on either side that count as neighbours")
-    negatives: int = setting(10, help="songs drawn against each true neighbour")
-    ns_exponent: float = setting(-0.5, help="negatives are drawn by play count to this power; 0 draws all songs alike")
-    learning_rate: float = setting(0.025, help="step size at the start; falls linearly to nearly 0")
-    center: bool = setting(True, help="take off the direction that all songs share, which hides what tells them apart")
-    subsample: float = setting(0.0, help="gensim's threshold for leaving out plays of frequent songs; 0 keeps all")
-    min_count: int = setting(1, help="songs seen fewer times in the corpus get no vector")
-    session_gap_minutes: float = setting(30.0, help="a longer pause between two plays starts a new session, in minutes")
-    source: Source = setting(
-        "auto", help="what a sentence is: playlists, or sessions of histories; auto: what is there"
+    dim: int = Field(64, ge=1, description="Embedding dimension")
+    epochs: int = Field(20, ge=1, description="Number of epochs")
+    skip_gram: bool = Field(
+        True, description="Use skip-gram; otherwise CBOW, which is faster and less accurate on plays"
     )
-    vectors: str | None = setting(None, help="take vectors from this .npy or .parquet file instead of training")
-    workers: int = setting(0, help="training threads; 0: the CPUs of one node; more than 1 is not reproducible")
-    seed: int = setting(0, help="of the first vectors and of the negatives")
-
-    def __post_init__(self) -> None:
-        for name in ("dim", "epochs", "window", "negatives", "min_count"):
-            if getattr(self, name) < 1:
-                raise InputError(f"embed {name} is {getattr(self, name)}; give a whole number of at least 1")
-        for name in ("workers", "subsample", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError(f"embed {name} is {getattr(self, name)}; it must not be negative")
-        for name in ("learning_rate", "session_gap_minutes"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"embed {name} is {getattr(self, name)}; it must be positive")
-        if self.source not in ("auto", "playlists", "histories"):
-            raise InputError(f"embed source is {self.source!r}; expected auto, playlists or histories")
+    window: int = Field(3, ge=1, description="Context window: songs on either side of the target")
+    negatives: int = Field(10, ge=1, description="Negative samples per positive pair")
+    ns_exponent: float = Field(
+        -0.5, description="Exponent of play counts in negative sampling; 0 is uniform, below 0 prefers rare songs"
+    )
+    learning_rate: float = Field(0.025, gt=0, description="Initial learning rate; decays linearly to almost 0")
+    center: bool = Field(True, description="Subtract the mean vector before normalization")
+    subsample: float = Field(
+        0.0, ge=0, description="gensim's threshold for subsampling frequent songs; 0 keeps all plays"
+    )
+    min_count: int = Field(1, ge=1, description="Minimum occurrences of a song in the corpus to get an embedding")
+    session_gap_minutes: float = Field(
+        30.0, gt=0, description="Pause between two plays that starts a new session, in minutes"
+    )
+    source: Source = Field(
+        "auto",
+        description="Sentences to train on: playlists, or sessions of histories; auto: playlists if any",
+    )
+    vectors: str | None = Field(
+        None, description="Import embeddings from this .npy or .parquet file instead of training"
+    )
+    workers: int = Field(
+        0, ge=0, description="Training threads; 0 uses all CPUs of one node; above 1 results are not reproducible"
+    )
+    seed: int = Field(0, ge=0, description="Random seed")

@@ -67,7 +67,7 @@ def warning(cosine: float) -> str | None:
     if cosine <= COLLAPSED:
         return None
     return (
-        f"song vectors point nearly the same way: the mean cosine of random pairs is {cosine:.2f}, expected below "
+        f"song embeddings point nearly the same way: the mean cosine of random pairs is {cosine:.2f}, expected below "
         f"{COLLAPSED:g}; train for more epochs, with skip-gram and without subsampling"
     )
 

@@ -25,7 +25,7 @@ class SongVectors:
 
     def __post_init__(self) -> None:
         if self.vectors.ndim != 2 or self.vectors.dtype != np.float32:
-            raise ValueError(f"song vectors are float32 (N, D), got {self.vectors.dtype} {self.vectors.shape}")
+            raise ValueError(f"song embeddings must be float32 (N, D), got {self.vectors.dtype} {self.vectors.shape}")
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -48,8 +48,8 @@ class SongVectors:
         broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if len(broken):
             raise InputError(
-                f"{len(broken)} of {len(rows)} song vectors hold NaN or infinite numbers, the first row {broken[0]}; "
-                "give finite vectors, or zeros for a song without one"
+                f"{len(broken)} of {len(rows)} song embeddings hold NaN or infinite numbers, the first row {broken[0]}"
+                "; give finite vectors, or zeros for a song without one"
             )
         # Scaled by the largest number first: the square of a very small or large float32 is 0 or inf.
         largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)

@@ -120,7 +120,7 @@ def _frequencies(corpus: Corpus, min_count: int) -> dict[str, int]:
     rows = np.flatnonzero(corpus.counts)
     if not (corpus.counts >= min_count).any():
         raise InputError(
-            f"nothing to train song vectors on: {corpus.sentences} playlists or sessions of two or more songs, "
+            f"nothing to train song embeddings on: {corpus.sentences} playlists or sessions of two or more songs, "
             f"no song {min_count} times in them; import more plays, or lower min_count"
         )
     return dict(zip(map(str, rows.tolist()), corpus.counts[rows].tolist(), strict=True))

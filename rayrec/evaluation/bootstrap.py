@@ -1,28 +1,58 @@
-"""Intervals by bootstrap over users, in sums that add up over any cut of the users.
+"""Intervals by bootstrap over users, from sums that add up over any division of the users.
 
-The Poisson bootstrap (Chamandy et al. 2012, "Estimating uncertainty for massive data streams"): in
-each sample a user counts Poisson(1) times, drawn from the user's hash, so that no pass needs all
-users at once and the answer is the same however they are divided.
+Users fall by hash into 1,024 cells, and a sample of the bootstrap draws cells: each counts Poisson(1) times (Chamandy
+et al. 2012, "Estimating uncertainty for massive data streams"). Workers thus return sums by cell, whose size depends
+neither on the number of users nor on that of the samples, and two models are compared on the same users.
 
-U users, B samples, C columns.
+U users, B samples, C cells, K columns.
 """
 
-import math
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from rayrec.data.histories import user_hash
 
+CELLS = 1024
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_CUMULATIVE = np.cumsum([math.exp(-1) / math.factorial(count) for count in range(18)])  # of Poisson(1)
 
 
-def poisson_weights(user_ids: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """float64 (B + 1, U): how often each user counts; once in row 0, Poisson(1) times in each sample below it."""
-    hashes = user_hash(user_ids, salt=f"bootstrap {seed} ")
-    uniform = uniform_draws(hashes[None, :], np.arange(1, samples + 1, dtype=np.uint64)[:, None])
-    weights = np.searchsorted(_CUMULATIVE, uniform.ravel(), side="right").reshape(uniform.shape)
-    return np.concatenate([np.ones((1, len(user_ids))), weights])
+@dataclass(frozen=True, kw_only=True)
+class CellRange:
+    """The cells that one unit of work holds: `count` of `total` from `first` on."""
+
+    total: int = CELLS
+    first: int = 0
+    count: int = CELLS
+
+    def cells_of(self, user_ids: np.ndarray) -> np.ndarray:
+        """int64 (U,): the cell of each user, counted from `first`; not within [0, count) for users of other units."""
+        hashes = user_hash(user_ids, salt="bootstrap cell ")
+        return np.asarray((hashes % np.uint64(self.total)).astype(np.int64) - self.first)
+
+    def holds(self, user_ids: np.ndarray) -> np.ndarray:
+        """bool (U,): the users whose cells are among these."""
+        cells = self.cells_of(user_ids)
+        return np.asarray((cells >= 0) & (cells < self.count))
+
+
+def cell_ranges(units: int, most_cells: int) -> list[CellRange]:
+    """How to divide each of `units` shares of the users, so that all together have about 1,024 cells.
+
+    No range has more than `most_cells`. The ranges are those of one unit; every unit is divided alike.
+    """
+    count = max(1, min(-(-CELLS // units), most_cells))
+    parts = -(-CELLS // (units * count))
+    return [CellRange(total=parts * count, first=part * count, count=count) for part in range(parts)]
+
+
+def bootstrap_weights(cells: int, samples: int, seed: int) -> np.ndarray:
+    """float64 (B + 1, C): how often each cell counts; once in row 0, Poisson(1) times in each sample below it."""
+    weights = np.ones((samples + 1, cells))
+    weights[1:] = np.random.default_rng(seed).poisson(1.0, size=(samples, cells))
+    return weights
 
 
 def uniform_draws(hashes: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -41,7 +71,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 def means_with_intervals(
     sums: np.ndarray, counts: np.ndarray, confidence: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Value, low and high, float64 (C,) each, of the means sums / counts, both (B + 1, C), row 0 the data itself.
+    """Value, low and high, float64 (K,) each, of the means sums / counts, both (B + 1, K), row 0 the data itself.
 
     NaN where nothing was counted. Samples that counted nothing are left out. Without samples low and
     high are the value.

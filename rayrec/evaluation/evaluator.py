@@ -1,9 +1,9 @@
-"""Ask recommenders the queries of a batch of users and tally the answers.
+"""Answer the queries of a batch of users with every model and add up metrics.
 
-Each model scores each query once for each of its horizons; the ranks of all right answers, and
-what is recommended, come from these scores.
+Each model scores each query once for each of its horizons; the ranks of all targets, and what is recommended, come from
+these scores.
 
-N songs.
+N songs, R retrievers.
 """
 
 from __future__ import annotations
@@ -14,23 +14,32 @@ import numpy as np
 
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split
-from rayrec.evaluation.accumulator import SLICED, VIEWS, Tally
-from rayrec.evaluation.cosine_curves import cosine_sums, curves_of
-from rayrec.evaluation.pairwise import PAIRED, Negatives, pair_sums, popularity_ranks
-from rayrec.evaluation.protocol import EvaluateConfig, blocks, horizon_of, slices_of, usual_k
+from rayrec.evaluation.accumulator import COVERAGE_SONGS, LISTED, RETURN_BYTES, SLICED, VIEWS, MetricAccumulator
+from rayrec.evaluation.bootstrap import CellRange
+from rayrec.evaluation.protocol import (
+    GROUPS,
+    OFFSETS,
+    EvaluateConfig,
+    blocks,
+    horizon_of,
+    slices_of,
+    usual_k,
+)
 from rayrec.evaluation.query_block import QueryBlock
 from rayrec.evaluation.ranks import Ranked, metric_columns, metrics_of, rank_targets
-from rayrec.recommend.base import Recommender
+from rayrec.evaluation.vector_metrics import PAIRED, Negatives, cosine_sums, curves_of, pair_sums, popularity_ranks
+from rayrec.recommend.base import CandidateRecommender, Recommender
 
 QUERIES_PER_BLOCK = 1 << 16
 
 
 class Evaluator:
-    """Asks and tallies.
+    """Evaluates recommenders on whole histories.
 
-    `song_plays` is (N,), how often each song was played in the fit range: a song without a play is a
-    miss for every model. `curve_share` in [0, 1] is the share of users, by hash, who are drawn for
-    the curves, the pairs and what is recommended. `contexts` names the bits of the plays' contexts.
+    `song_plays` is (N,), how often each song was played in the fit range: a song without a play is a miss for every
+    model. `query_share` in (0, 1] is the share of the queries, by a hash of user and play, that are answered;
+    `curve_share` in [0, 1] the share of users, by hash, who are drawn for the curves, the pairs and what is
+    recommended. `contexts` names the bits of the plays' contexts.
     """
 
     def __init__(
@@ -40,6 +49,7 @@ class Evaluator:
         split: Split,
         song_plays: np.ndarray,
         config: EvaluateConfig,
+        query_share: float = 1.0,
         curve_share: float = 1.0,
         contexts: Sequence[str] = (),
     ) -> None:
@@ -48,46 +58,55 @@ class Evaluator:
         self.song_plays = song_plays
         self.known_songs = song_plays > 0
         self.config = config
-        self.curve_share = curve_share
+        self.query_share, self.curve_share = query_share, curve_share
         self.contexts = contexts
         self.curves = curves_of(recommenders)
+        self.retrievers = retrievers_of(recommenders)
+        self.coverage_songs = coverage_songs(len(song_plays))
         self._negatives = Negatives(song_plays, config.seed)
         self._popularity_ranks = popularity_ranks(song_plays)
 
-    def empty(self) -> Tally:
-        """The tally of no users."""
-        return Tally.empty(
+    def empty(self, cells: int = CellRange().count) -> MetricAccumulator:
+        """The sums of no users."""
+        return MetricAccumulator.empty(
+            cells=cells,
             models=len(self.recommenders),
-            curves=len(self.curves),
-            slices=len(slices_of(self.contexts)),
-            songs=len(self.known_songs),
-            samples=self.config.bootstrap_samples,
             ks=len(self.config.ks),
+            curves=len(self.curves),
             offsets=self.config.offsets,
+            slices=len(slices_of(self.contexts)),
+            songs=len(self.coverage_songs),
+            retrievers=len(self.retrievers),
         )
 
-    def __call__(self, histories: Histories) -> Tally:
-        """The tally of whole histories; users without a test play cost next to nothing."""
-        tally = self.empty()
-        for users, plays in blocks(histories, self.split, QUERIES_PER_BLOCK):
-            block = QueryBlock.of(users, plays, self.split, self.config, self.curve_share, self.contexts)
-            self._count(tally, block)
+    @property
+    def cells_at_once(self) -> int:
+        """How many bootstrap cells one return value may hold."""
+        return max(1, RETURN_BYTES // self.empty(1).bytes_of_cell)
+
+    def __call__(self, histories: Histories, cells: CellRange | None = None) -> MetricAccumulator:
+        """The sums of whole histories, of users in `cells` alone; users without a test play cost next to nothing."""
+        cells = cells or CellRange()
+        sums = self.empty(cells.count)
+        histories = histories.take(cells.holds(histories.user_ids))
+        for users, plays in blocks(histories, self.split, QUERIES_PER_BLOCK, self.query_share):
+            block = QueryBlock.of(users, plays, self.split, self.config, self.curve_share, self.contexts, cells)
+            self._count(sums, block)
             for model in range(len(self.recommenders)):
-                self._add_model(tally, model, block)
-            self._add_curves(tally, block)
-        return tally
+                self._add_model(sums, model, block)
+            self._add_curves(sums, block)
+        return sums
 
-    def _count(self, tally: Tally, block: QueryBlock) -> None:
-        """The queries behind each view and each slice."""
+    def _count(self, sums: MetricAccumulator, block: QueryBlock) -> None:
+        """The queries behind each view and each slice, and the users with any."""
         for place, view in enumerate(VIEWS):
-            per_user = block.sums_by_user(np.ones((len(block.queries), 1)), block.counted[view])
-            for group, users in enumerate(block.groups):
-                tally.users[place, group] += np.count_nonzero(per_user[users])
-                tally.questions[place, group] += block.weighted(per_user, users)[:, 0]
-        few = tally.slice_questions.shape[1]
-        tally.slice_questions += block.weights[:few].dot(block.sums_by_user(block.slices.T.astype(np.float64))).T
+            mask = block.counted[view]
+            sums.queries[:, place] += block.sums(np.ones((len(mask), 1)), mask)[..., 0]
+            groups = block.groups[np.unique(block.queries.rows[mask])]
+            sums.users[place] += np.bincount(groups, minlength=len(GROUPS))
+        sums.slice_queries += block.sums(block.slices.T.astype(np.float64)).sum(axis=1)
 
-    def _add_model(self, tally: Tally, model: int, block: QueryBlock) -> None:
+    def _add_model(self, sums: MetricAccumulator, model: int, block: QueryBlock) -> None:
         recommender = self.recommenders[model]
         metrics: dict[str, np.ndarray] = {}
         for horizon in recommender.horizons:
@@ -105,47 +124,63 @@ class Evaluator:
                 target = block.targets[name]
                 metrics[name] = metrics_of(ranks, target.rows, target.sizes, self.config.ks)
             if horizon == "short":
-                self._add_lists(tally, model, block, ranked)
+                self._add_lists(sums, model, block, ranked)
+            if isinstance(recommender, CandidateRecommender):
+                self._add_retrieved(sums, model, block, ranked, recommender.retrievers)
         for place, view in enumerate(VIEWS):
-            per_user = block.sums_by_user(metrics.get(view, metrics["next"]), block.counted[view])
-            for group, users in enumerate(block.groups):
-                tally.metrics[model, place, group] += block.weighted(per_user, users)
-        self._add_slices(tally, model, block, metrics["next"])
-
-    def _add_slices(self, tally: Tally, model: int, block: QueryBlock, metrics: np.ndarray) -> None:
+            sums.metrics[:, model, place] += block.sums(metrics.get(view, metrics["next"]), block.counted[view])
         columns = metric_columns(self.config.ks)
-        chosen = metrics[:, [columns.index((metric, usual_k(self.config.ks))) for metric in SLICED]]
+        chosen = metrics["next"][:, [columns.index((metric, usual_k(self.config.ks))) for metric in SLICED]]
         for place, mask in enumerate(block.slices):
-            per_user = block.sums_by_user(chosen, mask)
-            tally.slice_metrics[model, place] += block.weights[: tally.slice_questions.shape[1]] @ per_user
+            sums.slice_metrics[:, model, place] += block.sums(chosen, mask).sum(axis=1)
 
-    def _add_lists(self, tally: Tally, model: int, block: QueryBlock, ranked: Ranked) -> None:
+    def _add_lists(self, sums: MetricAccumulator, model: int, block: QueryBlock, ranked: Ranked) -> None:
         rows, songs = ranked.listed_rows, ranked.listed_songs
-        again = block.heard(block.queries.rows[rows], block.queries.seen[rows], songs)
-        figures = np.stack([np.ones(len(songs)), self._popularity_ranks[songs], again], axis=1)
-        users = block.queries.rows[rows]
-        per_user = np.stack(
-            [np.bincount(users, weights=column, minlength=len(block.histories)) for column in figures.T], axis=1
-        )
-        weighted = block.weights[: tally.list_counts.shape[1]] @ per_user
-        tally.list_counts[model] += weighted[:, 0]
-        tally.list_sums[model] += weighted[:, 1:]
-        tally.listed[model, songs] = True
-        tally.lists[model] += np.count_nonzero(block.drawn)
+        repeats = block.heard(block.queries.rows[rows], block.queries.seen[rows], songs)
+        per_query = np.zeros((len(block.queries), 1 + len(LISTED)))
+        np.add.at(per_query, rows, np.stack([np.ones(len(songs)), self._popularity_ranks[songs], repeats], axis=1))
+        by_cell = block.sums(per_query).sum(axis=1)
+        sums.list_counts[:, model] += by_cell[:, 0]
+        sums.list_sums[:, model] += by_cell[:, 1:]
+        sums.listed[model] |= np.packbits(np.isin(self.coverage_songs, songs))
+        sums.lists[model] += np.count_nonzero(block.drawn)
 
-    def _add_curves(self, tally: Tally, block: QueryBlock) -> None:
+    def _add_retrieved(
+        self, sums: MetricAccumulator, model: int, block: QueryBlock, ranked: Ranked, names: Sequence[str]
+    ) -> None:
+        """The share of the targets that are candidates, of all retrievers together and of each."""
+        columns = [0, *(1 + self.retrievers.index(name) for name in names)]
+        for name, proposed in ranked.proposed.items():
+            target, place = block.targets[name], list(OFFSETS).index(name)
+            shares = np.zeros((len(block.queries), len(columns)))
+            np.add.at(shares, target.rows, proposed / target.sizes[target.rows][:, None])
+            sums.retrieved[:, model, place, columns] += block.sums(shares, target.sizes > 0).sum(axis=1)
+        if ranked.candidates is not None and "next" in ranked.ranks:
+            sums.candidates[:, model, columns] += block.sums(ranked.candidates).sum(axis=1)
+
+    def _add_curves(self, sums: MetricAccumulator, block: QueryBlock) -> None:
         """Cosines and pairs of the drawn users."""
-        if not self.curves:
-            return
         histories, sampled = block.histories, block.queries.take(np.flatnonzero(block.drawn))
-        weights = block.weights[: tally.curve_sums.shape[1]]
         for row, (recommender, horizon) in enumerate(self.curves):
             vectors = recommender.vectors(histories, sampled, horizon)
-            sums, counts = cosine_sums(recommender, vectors, histories, sampled, self.config.offsets)
-            tally.curve_sums[row] += weights @ sums
-            tally.curve_counts[row] += weights @ counts
+            cosines, counts = cosine_sums(recommender, vectors, histories, sampled, self.config.offsets)
+            sums.curve_sums[:, row] += block.sums_of_users(cosines)
+            sums.curve_counts[:, row] += block.sums_of_users(counts)
             for place, target in enumerate(PAIRED):
                 if horizon_of(recommender, target) == horizon:
                     won, pairs = pair_sums(recommender, vectors, histories, sampled, target, self._negatives)
-                    tally.pairs_won[row, place] += weights @ won
-                    tally.pairs[row, place] += weights @ pairs
+                    sums.pairs_won[:, row, place] += block.sums_of_users(won)
+                    sums.pairs[:, row, place] += block.sums_of_users(pairs)
+
+
+def retrievers_of(recommenders: Sequence[Recommender]) -> list[str]:
+    """The names of the retrievers of all candidate recommenders, each once."""
+    named = (one.retrievers for one in recommenders if isinstance(one, CandidateRecommender))
+    return list(dict.fromkeys(name for names in named for name in names))
+
+
+def coverage_songs(num_songs: int) -> np.ndarray:
+    """int64, ascending: the songs by which coverage is measured: all of a small catalog, else some drawn at random."""
+    if num_songs <= COVERAGE_SONGS:
+        return np.arange(num_songs)
+    return np.sort(np.random.default_rng(0).choice(num_songs, COVERAGE_SONGS, replace=False))

@@ -3,8 +3,10 @@
 A text file, one pair a line: `song song song<TAB>target`, songs by their outside ids. There are no
 times: songs count as played three minutes apart, the last one three minutes before the request.
 
-Q pairs, P songs of all prefixes together, B bootstrap samples.
+Q pairs, P songs of all prefixes together.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +17,8 @@ import pyarrow.compute as pc
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.errors import InputError
-from rayrec.evaluation.accumulator import VIEWS, Tally
-from rayrec.evaluation.bootstrap import poisson_weights
+from rayrec.evaluation.accumulator import RETURN_BYTES, VIEWS, MetricAccumulator
+from rayrec.evaluation.bootstrap import CellRange
 from rayrec.evaluation.protocol import GROUPS, EvaluateConfig, HeardSongs, TargetSongs
 from rayrec.evaluation.ranks import metrics_of, rank_targets
 from rayrec.importing.readers.lines import read_blocks
@@ -44,7 +46,7 @@ class PrefixFile:
                     f"{name} is empty; give what stands there in each line, such as a space or \\t for a tab"
                 )
         if self.item_separator == self.target_separator:
-            raise InputError(f"both separators are {self.item_separator!r}; the target must be told from the prefix")
+            raise InputError(f"both separators are {self.item_separator!r}; they must differ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,10 @@ class Prefixes:
     histories: Histories  # Q users, each named by its line
     targets: np.ndarray  # int64 (Q,)
     num_songs: int  # of the catalog
+
+    def take(self, rows: np.ndarray) -> Prefixes:
+        """The pairs at `rows`, int or bool (Q,)."""
+        return Prefixes(histories=self.histories.take(rows), targets=self.targets[rows], num_songs=self.num_songs)
 
     @property
     def counts(self) -> np.ndarray:
@@ -108,36 +114,39 @@ def _rows(names: pa.Array, song_ids: pa.ChunkedArray) -> np.ndarray:
 
 
 class PrefixEvaluator:
-    """Asks recommenders for the targets and tallies the answers, each pair as a new user's question.
+    """Answers each pair as the query of a new user and adds up metrics.
 
-    `song_plays` is (N,), as for the `Evaluator`; a target without a play there, or unknown to the
-    catalog, is a miss. Pairs are what the bootstrap draws: a line counts as often as its text says.
+    `song_plays` is (N,), as for the `Evaluator`; a target without a play there, or unknown to the catalog, is a miss.
+    Pairs are what the bootstrap draws, by the text of their lines.
     """
 
     def __init__(self, recommenders: Sequence[Recommender], *, song_plays: np.ndarray, config: EvaluateConfig) -> None:
         self.recommenders, self.known_songs, self.config = recommenders, song_plays > 0, config
 
-    def empty(self) -> Tally:
-        """The tally of no pairs."""
-        config = self.config
-        shape = {"curves": 0, "slices": 0, "songs": 0, "offsets": 0, "ks": len(config.ks)}
-        return Tally.empty(models=len(self.recommenders), samples=config.bootstrap_samples, **shape)
+    def empty(self, cells: int = CellRange().count) -> MetricAccumulator:
+        """The sums of no pairs."""
+        return MetricAccumulator.empty(cells=cells, models=len(self.recommenders), ks=len(self.config.ks))
 
-    def __call__(self, prefixes: Prefixes) -> Tally:
-        """The tally of some pairs."""
-        tally, histories, targets = self.empty(), prefixes.histories, self._targets(prefixes)
+    @property
+    def cells_at_once(self) -> int:
+        """How many bootstrap cells one return value may hold."""
+        return max(1, RETURN_BYTES // self.empty(1).bytes_of_cell)
+
+    def __call__(self, prefixes: Prefixes, cells: CellRange | None = None) -> MetricAccumulator:
+        """The sums of some pairs."""
+        cells = cells or CellRange()
+        sums, histories, targets = self.empty(cells.count), prefixes.histories, self._targets(prefixes)
         queries = Questions.at_end(histories, ASSUMED_GAP_MS * histories.lengths)
-        weights = poisson_weights(histories.user_ids, self.config.bootstrap_samples, self.config.seed)
-        group = GROUPS.index("new")
+        cell, group = cells.cells_of(histories.user_ids), GROUPS.index("new")
         for name, target in targets.items():
-            tally.users[VIEWS.index(name), group] = np.count_nonzero(target.sizes)
-            tally.questions[VIEWS.index(name), group] = weights @ (target.sizes > 0)
+            sums.users[VIEWS.index(name), group] = np.count_nonzero(target.sizes)
+            np.add.at(sums.queries[:, VIEWS.index(name), group], cell, target.sizes)
         for model, recommender in enumerate(self.recommenders):
             ranked = rank_targets(recommender, histories, queries, targets, self.known_songs, depth=max(self.config.ks))
             for name, target in targets.items():
                 metrics = metrics_of(ranked.ranks[name], target.rows, target.sizes, self.config.ks)
-                tally.metrics[model, VIEWS.index(name), group] = weights @ metrics
-        return tally
+                np.add.at(sums.metrics[:, model, VIEWS.index(name), group], cell, metrics)
+        return sums
 
     @staticmethod
     def _targets(prefixes: Prefixes) -> dict[str, TargetSongs]:

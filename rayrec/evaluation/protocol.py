@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import Field, PositiveInt, model_validator
 
-from rayrec.config import setting
-from rayrec.data.histories import Histories, Questions
+from rayrec.config import Settings
+from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.data.split import Split
-from rayrec.errors import InputError
+from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.recommend.base import Horizon, Recommender
 
 USUAL_K = 20
@@ -38,32 +39,31 @@ BOUNDS = (1, 5, 20, 100)  # the least plays of each class
 CLASSES = ("1-4", "5-19", "20-99", "100+")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """What is measured, and how finely."""
 
-    models: tuple[str, ...] | None = setting(
-        None, help="models by name, NAME=ID for the network of another model; none: the network and every baseline"
+    models: tuple[str, ...] | None = Field(
+        None, description="Models to compare, NAME=ID for another network; default: the network and all baselines"
     )
-    ks: tuple[int, ...] = setting((10, 20, 100), help="cut-offs of recall, MRR and NDCG")
-    bootstrap_samples: int = setting(1000, help="samples of the bootstrap over users; 0: no intervals")
-    confidence: float = setting(0.95, help="share of the bootstrap samples within low and high, in (0, 1)")
-    offsets: int = setting(100, help="plays ahead in the curve of mean cosine; 0: no curve")
-    max_curve_users: int = setting(
-        5_000, help="about how many users are drawn for the curves, the pairs and what is recommended"
+    ks: tuple[PositiveInt, ...] = Field((10, 20, 100), description="Cutoffs k of recall, MRR and NDCG")
+    queries: int = Field(
+        0, ge=0, description="Approximate number of queries, sampled by a hash of user and play; 0 evaluates all"
     )
-    seed: int = setting(0, help="of the bootstrap, of the users drawn and of the negatives")
+    bootstrap_samples: int = Field(1000, ge=0, description="Bootstrap samples over users; 0 computes no intervals")
+    confidence: float = Field(0.95, gt=0, lt=1, description="Confidence level of the intervals")
+    offsets: int = Field(100, ge=0, description="Offsets of the cosine curve, in plays ahead; 0 computes no curve")
+    max_curve_users: int = Field(
+        5_000, ge=0, description="Users sampled for the cosine curve, pairwise accuracy and recommendation statistics"
+    )
+    seed: int = Field(0, ge=0, description="Random seed of the bootstrap, sampled users and negatives")
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check_lists(self) -> EvaluateConfig:
         if self.models is not None and not self.models:
-            raise InputError("models is empty; name at least one, or leave it out for all")
-        if not self.ks or min(self.ks) < 1 or len(set(self.ks)) < len(self.ks):
-            raise InputError(f"ks is {self.ks}; give different cut-offs of at least 1, such as 10,20,100")
-        if not 0 < self.confidence < 1:
-            raise InputError(f"confidence {self.confidence} is not in (0, 1); give a share such as 0.95")
-        for name in ("bootstrap_samples", "offsets", "max_curve_users"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
+            raise ValueError("models is empty; expected at least one name, or no value for all models")
+        if not self.ks or len(set(self.ks)) < len(self.ks):
+            raise ValueError(f"ks is {list(self.ks)}; expected different cutoffs such as 10, 20, 100")
+        return self
 
 
 def usual_k(ks: Sequence[int]) -> int:
@@ -83,15 +83,31 @@ def plays_to_predict(histories: Histories, split: Split) -> np.ndarray:
     return np.flatnonzero(has_earlier & split.is_test(histories))
 
 
-def blocks(histories: Histories, split: Split, queries: int) -> Iterator[tuple[Histories, np.ndarray]]:
-    """The users who have test plays, with the positions of these, in blocks of about `queries` of them."""
-    rows = histories.rows[plays_to_predict(histories, split)]
+def drawn_plays(histories: Histories, split: Split, share: float) -> np.ndarray:
+    """int64 (Q,): positions of a share of the plays to predict, by a hash of user and place in the history.
+
+    A play is drawn or not whatever other users and models there are; those of a smaller share are among those of a
+    larger one.
+    """
+    plays = plays_to_predict(histories, split)
+    if share >= 1:
+        return plays
+    hashes = user_hash(histories.user_ids, salt="queries ")
+    rows = np.searchsorted(histories.offsets, plays, side="right") - 1
+    return plays[uniform_draws(hashes[rows], plays - histories.offsets[rows]) < share]
+
+
+def blocks(
+    histories: Histories, split: Split, queries: int, share: float = 1.0
+) -> Iterator[tuple[Histories, np.ndarray]]:
+    """The users who have plays to predict, with the positions of a share of these, in blocks of about `queries`."""
+    rows = histories.rows[drawn_plays(histories, split, share)]
     users, counts = np.unique(rows, return_counts=True)
     number = (np.cumsum(counts) - counts) // queries
     for cut in np.split(users, np.flatnonzero(np.diff(number)) + 1):
         if len(cut):
             block = histories.take(cut)
-            yield block, plays_to_predict(block, split)
+            yield block, drawn_plays(block, split, share)
 
 
 def user_groups(histories: Histories, split: Split) -> np.ndarray:
@@ -168,9 +184,9 @@ def slices_of(contexts: Sequence[str]) -> list[tuple[str, str]]:
     return by_plays + [("context", name) for name in contexts]
 
 
-def slice_masks(histories: Histories, queries: Questions, contexts: Sequence[str]) -> np.ndarray:
-    """bool (S, Q): the queries in each of the slices of `slices_of`."""
-    activity = np.bincount(queries.rows, minlength=len(histories))[queries.rows]
+def slice_masks(histories: Histories, queries: Questions, predicted: np.ndarray, contexts: Sequence[str]) -> np.ndarray:
+    """bool (S, Q): the queries in each of the slices of `slices_of`; `predicted` is int (U,), plays to predict."""
+    activity = predicted[queries.rows]
     masks = [class_of(plays) == place for plays in (queries.seen, activity) for place in range(len(CLASSES))]
     target = histories.offsets[queries.rows] + queries.seen
     bits = np.zeros(len(queries), np.int32) if histories.contexts is None else histories.contexts[target]

@@ -31,6 +31,9 @@ class Ranked(NamedTuple):
     ranks: dict[str, np.ndarray]  # target -> int64 (T,), NOT_FOUND beyond the depth
     listed_rows: np.ndarray  # int64 (L,), the query of each listed song
     listed_songs: np.ndarray  # int64 (L,)
+    # Of a candidate recommender with R retrievers, the union of all first and then each:
+    proposed: dict[str, np.ndarray]  # target -> bool (T, R + 1), which of them propose the target song
+    candidates: np.ndarray | None  # float64 (Q, R + 1), how many candidates a query has
 
 
 def rank_targets(
@@ -52,6 +55,12 @@ def rank_targets(
     ranks = {name: np.full(len(target.songs), NOT_FOUND, dtype=np.int64) for name, target in targets.items()}
     known = {name: _known(target.songs, known_songs, recommender.num_songs) for name, target in targets.items()}
     lists = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
+    proposed: dict[str, np.ndarray] = {}
+    counts: np.ndarray | None = None
+    if isinstance(recommender, CandidateRecommender):
+        columns = 1 + len(recommender.retrievers)
+        proposed = {name: np.zeros((len(target.songs), columns), dtype=bool) for name, target in targets.items()}
+        counts = np.zeros((len(queries), columns))
     for chunk, ranking in _rankings(recommender, histories, queries, horizon, max(depth, LIST_LENGTH)):
         names = {served: [name for name in targets if targets[name].served == served] for served in (False, True)}
         for served, some in names.items():
@@ -65,11 +74,17 @@ def rank_targets(
             for name, positions in entries.items():
                 target = targets[name]
                 ranks[name][positions] = unheard.ranks(target.rows[positions] - chunk.start, target.songs[positions])
+        if counts is not None and isinstance(ranking, CandidateRankings):
+            counts[chunk] = ranking.counts()
+            for name, target in targets.items():
+                positions = _entries(target, known[name], chunk)
+                rows, songs = target.rows[positions] - chunk.start, target.songs[positions]
+                proposed[name][positions] = ranking.proposed(rows, songs)
         if listed is not None:
             rows, songs = ranking.first(np.flatnonzero(listed[chunk]), LIST_LENGTH)
             lists.append((chunk.start + rows, songs))
     rows, songs = (np.concatenate(parts) for parts in zip(*lists, strict=True))
-    return Ranked(ranks, rows, songs)
+    return Ranked(ranks, rows, songs, proposed, counts)
 
 
 def _entries(target: TargetSongs, known: np.ndarray, chunk: slice) -> np.ndarray:
@@ -110,7 +125,10 @@ def _rankings(
     if isinstance(recommender, CandidateRecommender):
         for chunk, candidates in recommender.candidate_chunks(histories, queries):
             start, stop, _ = chunk.indices(len(queries))
-            yield slice(start, stop), CandidateRankings(candidates, horizon, stop - start, recommender.num_songs)
+            ranking = CandidateRankings(
+                candidates, recommender.retrievers, horizon, stop - start, recommender.num_songs
+            )
+            yield slice(start, stop), ranking
         return
     for chunk, scores in recommender.score_chunks(histories, queries, horizon):
         yield slice(chunk.start, chunk.start + len(scores)), DenseRankings(scores, depth)
@@ -148,13 +166,15 @@ class CandidateRankings(_Rankings):
     def __init__(
         self,
         candidates: ScoredCandidates,
+        retrievers: Sequence[str],
         horizon: Horizon,
         size: int,
         num_songs: int,
         heard: np.ndarray | None = None,
     ) -> None:
         """`heard`, int64, are the keys of songs that are left out: query · N + song."""
-        self._candidates, self._horizon, self._size, self._num_songs = candidates, horizon, size, num_songs
+        self._candidates, self._retrievers, self._horizon = candidates, retrievers, horizon
+        self._size, self._num_songs = size, num_songs
         scores = candidates.scores(horizon, heard is not None)
         keys = candidates.rows * num_songs + candidates.songs
         rankable = scores > -np.inf  # NaN is above nothing
@@ -192,7 +212,20 @@ class CandidateRankings(_Rankings):
         """As in `_Rankings`."""
         places, songs, _ = last_plays(histories, queries.take(rows), self._num_songs, histories.num_plays)
         heard = np.unique(rows[places] * self._num_songs + songs)
-        return CandidateRankings(self._candidates, self._horizon, self._size, self._num_songs, heard)
+        return CandidateRankings(self._candidates, self._retrievers, self._horizon, self._size, self._num_songs, heard)
+
+    def counts(self) -> np.ndarray:
+        """float64 (Q, R + 1): candidates of each query, in all and by retriever."""
+        rows = self._candidates.rows
+        of_each = [rows, *(rows[self._candidates.retrievers[name]] for name in self._retrievers)]
+        return np.stack([np.bincount(some, minlength=self._size) for some in of_each], axis=1).astype(np.float64)
+
+    def proposed(self, rows: np.ndarray, songs: np.ndarray) -> np.ndarray:
+        """bool (T, R + 1): whether each song is a candidate, and which retrievers propose it."""
+        keys = self._candidates.rows * self._num_songs + self._candidates.songs
+        wanted = rows * self._num_songs + songs
+        of_each = [keys, *(keys[self._candidates.retrievers[name]] for name in self._retrievers)]
+        return np.stack([np.isin(wanted, some) for some in of_each], axis=1)
 
 
 def best_scores(scores: np.ndarray, depth: int) -> np.ndarray:

@@ -1,65 +1,41 @@
-"""The report of an evaluation: results.json for programs, report.html and a plot for people."""
+"""The report of an evaluation: results.json for programs, report.html and its plots for people."""
+
+from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass, field
 from typing import Any
 
-from rayrec.evaluation.figure import cosine_figure
-from rayrec.evaluation.pictures import Picture
-from rayrec.evaluation.protocol import usual_k
-from rayrec.evaluation.tables import (
-    GROUP_TITLES,
-    Entry,
-    breakdown,
-    compared,
-    paired,
-    recommended,
-    section,
-    song_vectors,
-    targets,
-)
+import jinja2
+
+from rayrec.evaluation import tables
+from rayrec.evaluation.plots import Plot
+from rayrec.evaluation.protocol import TARGETS, usual_k
+from rayrec.evaluation.results import ABLATION
+from rayrec.evaluation.tables import GROUP_TITLES, SUMMARY, Entry, Table
 from rayrec.storage.artifacts import Manifest, verify
 from rayrec.storage.workspace import Workspace
 
 RESULTS = "results.json"
-FIGURE = "cosine_by_offset.png"
 PAGE = "report.html"
 CURVES = "cosine_by_offset"
-SONG_VECTORS = "song_vectors"  # the health of the vectors behind the models: an entry for each table of them
+SONG_EMBEDDINGS = "song_vectors"  # the health of the embeddings behind the models: an entry for each table of them
+SHOWN_MODELS = 5  # in the chart and the first table
 
 EVERY_PLAY = (
     "Every play of the test range that has an earlier play by the same user is predicted from the plays before it."
 )
-AHEAD = (
-    "How near the taste vector is to songs played later",
-    "Mean cosine of the taste vector with the song so many plays ahead, each model in its own space of songs. "
-    "The bars are bootstrap intervals over users.",
-    "Mean cosine by offset, one line per model",
-)
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 0 auto;
-       max-width: 60rem; padding: 1rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .25rem; }
-p { margin: .25rem 0 .75rem; max-width: 45rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
-th { font-weight: 600; }
-th:first-child { text-align: left; }
-tbody th { font-weight: normal; min-width: 6.5rem; overflow-wrap: break-word; }
-tr.default th, tr.default td { font-weight: 600; background: #fdf1e7; }
-small { display: block; color: #595959; font-size: .75rem; font-weight: normal; }
-td small { white-space: nowrap; }
-td div { text-align: left; min-width: 14rem; }
-img { width: 100%; min-width: 38rem; height: auto; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .875rem; }
-dt { color: #595959; } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { body { font-size: 15px; padding: .75rem; } th, td { padding: .35rem .2rem; }
-  th, td { font-size: .8125rem; } small { font-size: .625rem; } tbody th { min-width: 4.8rem; } }
-"""
+
+@dataclass(frozen=True, kw_only=True)
+class Chapter:
+    """Tables and plots that are folded together."""
+
+    id: str
+    title: str
+    tables: Sequence[Table] = ()
+    plots: Sequence[Mapping[str, str]] = field(default_factory=list)
 
 
 def write_report(
@@ -69,36 +45,30 @@ def write_report(
     *,
     default: str,
     about: dict[str, str],
-    asked: str = EVERY_PLAY,
-    pictures: Sequence[Picture] = (),
+    described: str = EVERY_PLAY,
+    plots: Sequence[Plot] = (),
 ) -> list[str]:
     """Write the report's files to a folder of the workspace and return their names.
 
-    `figures` are those of `figures_of`, or some of them, and the health of the song vectors. `default`
-    names the model that `recommend` uses; `about` says what was judged, name by name, and `asked` what was
-    predicted from what, for the head of the page. The plot is left out where there are no curves;
-    `pictures` come at the end.
+    `figures` are those of `figures_of`, or some of them, and the health of the song embeddings. `default` names the
+    model that `recommend` uses; `about` says what was evaluated, name by name, and `described` what was predicted
+    from what, for the head of the page.
     """
     names = [RESULTS, PAGE]
     workspace.write_json(f"{folder}/{RESULTS}", {"default": default, "about": about, **figures})
-    curves = figures.get(CURVES, [])
-    figure = cosine_figure(curves) if curves else None
-    if figure is not None:
-        workspace.write_bytes(f"{folder}/{FIGURE}", figure)
-        names.append(FIGURE)
-    for picture in pictures:
-        workspace.write_bytes(f"{folder}/{picture.file}", picture.png)
-        names.append(picture.file)
-    page = html_page(figures, figure, default=default, about=about, asked=asked, pictures=pictures)
+    for plot in plots:
+        workspace.write_bytes(f"{folder}/{plot.file}", plot.png)
+        names.append(plot.file)
+    page = html_page(figures, default=default, about=about, described=described, plots=plots)
     workspace.write_bytes(f"{folder}/{PAGE}", page.encode())
     return names
 
 
 def read_figures(workspace: Workspace, report: Manifest) -> dict[str, Any]:
-    """What an evaluation found, as `rayrec --json evaluate` prints it: the manifest's metrics, all figures but curves.
+    """The outcome of an evaluation, as `rayrec --json evaluate` prints it: the manifest's metrics, all but curves.
 
-    The figures are those of results.json; it holds them in reports whose manifest held them too. Raises
-    `DamagedArtifactError` where a file is missing or is not the one that was written.
+    The figures are those of results.json. Raises `DamagedArtifactError` where a file is missing or is not the one
+    that was written.
     """
     verify(workspace, report)
     stored = workspace.read_json(report.path(RESULTS))
@@ -111,64 +81,198 @@ def headline(figures: Mapping[str, Sequence[Entry]], default: str) -> dict[str, 
     Nothing where the model was not evaluated.
     """
     usual = usual_k([entry["k"] for entry in figures["results"]])
-    values = {
-        (entry["target"], entry["metric"]): entry["value"]
-        for entry in figures["results"]
-        if (entry["model"], entry["users"], entry["k"]) == (default, "all", usual)
-    }
+    values = _values(figures["results"], usual)
     return {
-        f"{prefix}{metric}@{usual}": values[target, metric]
+        f"{prefix}{metric}@{usual}": values[default, target, metric]["value"]
         for target, prefix in (("served", "served_"), ("next", ""))
         for metric in ("recall", "mrr")
-        if (target, metric) in values
+        if (default, target, metric) in values
     }
 
 
 def html_page(
     figures: Mapping[str, Sequence[Entry]],
-    figure: bytes | None,
     *,
     default: str,
     about: dict[str, str],
-    asked: str = EVERY_PLAY,
-    pictures: Sequence[Picture] = (),
+    described: str = EVERY_PLAY,
+    plots: Sequence[Plot] = (),
 ) -> str:
-    """The report as one HTML page that needs no other file: the headline first, what differs behind it."""
+    """The report as one HTML page that needs no other file: the verdict and a chart first, all figures folded."""
+    compared = [entry for entry in figures["results"] if entry["kind"] != ABLATION]
+    k = usual_k([entry["k"] for entry in compared])
+    first = next(target for target in TARGETS if any(entry["target"] == target for entry in compared))
+    values = _values(compared, k)
+    models = list(dict.fromkeys(entry["model"] for entry in compared))
+    ranked = sorted(models, key=lambda model: -values[model, first, "recall"]["value"])
+    shown = ranked[:SHOWN_MODELS]
+    if default in ranked and default not in shown:
+        shown = [*shown[:-1], default]
+    facts = {**{name: value for name, value in about.items() if name != "warning"}}
+    for entry in figures.get("settings", []):
+        chosen = [f"{name.replace('_', ' ')} {value:g}" for name, value in entry.items() if name != "model"]
+        facts[f"settings of {entry['model']}"] = ", ".join(chosen)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("rayrec.evaluation"), autoescape=True)
+    return environment.get_template("report.html.j2").render(
+        title=about.get("test range") or about.get("file") or "the test range",
+        verdict=verdict(figures, default),
+        warning=about.get("warning"),
+        described=described,
+        chart=_chart(shown, values, first, k, default, len(ranked)),
+        summary=tables.by_target(
+            [entry for entry in compared if entry["model"] in shown], "recall", k, default, only=SUMMARY
+        ),
+        examples=figures.get("examples", []),
+        facts=facts.items(),
+        chapters=_chapters({**figures, "results": compared}, default, k, plots),
+    )
+
+
+def verdict(figures: Mapping[str, Sequence[Entry]], default: str) -> str:
+    """In a sentence: how much the default model finds, and by how much it beats the best baseline, or does not."""
+    k = usual_k([entry["k"] for entry in figures["results"]])
+    values = _values(figures["results"], k)
+    target = "served" if any(name == "served" for _, name, _ in values) else "next"
+    what = "next new songs" if target == "served" else "next songs"
+    recalls = {model: row for (model, name, metric), row in values.items() if (name, metric) == (target, "recall")}
+    baselines = [model for model, row in recalls.items() if row["kind"] == "baseline" and model != default]
+    best = max(baselines, key=lambda model: recalls[model]["value"], default=None)
+    if default not in recalls:
+        best = max(recalls, key=lambda model: recalls[model]["value"])
+        return f"{best} finds {100 * recalls[best]['value']:.0f} of 100 {what} in its first {k}."
+    found = f"{default} finds {100 * recalls[default]['value']:.0f} of 100 {what} in its first {k}"
+    if best is None:
+        return f"{found}."
+    key = {"other": best, "target": target, "metric": "recall", "k": k}
+    for entry in figures.get("comparisons", []):
+        if key.items() <= entry.items():
+            low, high, more = 100 * entry["low"], 100 * entry["high"], 100 * entry["difference"]
+            if low <= 0 <= high:
+                return f"{found}: no clear difference from the best baseline, {best} ({low:+.1f} to {high:+.1f})."
+            word = "more" if more > 0 else "fewer"
+            span = f"{min(abs(low), abs(high)):.1f} to {max(abs(low), abs(high)):.1f}"
+            return f"{found}: {abs(more):.1f} {word} than the best baseline, {best} (surely {span})."
+    return f"{found}; the best baseline, {best}, finds {100 * recalls[best]['value']:.0f}."
+
+
+def _values(results: Sequence[Entry], k: int) -> dict[tuple[str, str, str], Entry]:
+    """The entries of all users at a cut-off, by model, target and metric."""
+    some = [entry for entry in results if (entry["users"], entry["k"]) == ("all", k)]
+    return {(entry["model"], entry["target"], entry["metric"]): entry for entry in some}
+
+
+def _chart(
+    models: Sequence[str],
+    values: Mapping[tuple[str, str, str], Entry],
+    target: str,
+    k: int,
+    default: str,
+    count: int,
+) -> dict[str, Any]:
+    """The bars of recall with their intervals, in per cent of the longest."""
+    rows = [values[model, target, "recall"] for model in models]
+    longest = max([entry["high"] for entry in rows] + [1e-9])
+    bars = [
+        {
+            "name": entry["model"],
+            "default": entry["model"] == default,
+            "width": round(100 * entry["value"] / longest, 2),
+            "left": round(100 * entry["low"] / longest, 2),
+            "span": round(100 * (entry["high"] - entry["low"]) / longest, 2),
+            "text": f"{entry['value']:.3f}",
+        }
+        for entry in rows
+    ]
+    title = f"Recall@{k}, {tables.TARGET_TITLES[target]}"
+    return {"title": title, "bars": bars, "more": count if count > len(models) else 0}
+
+
+def _chapters(figures: Mapping[str, Sequence[Entry]], default: str, k: int, plots: Sequence[Plot]) -> list[Chapter]:
+    """Everything below the first page; a chapter without a table or a plot is left out."""
     results = figures["results"]
-    ks = [entry["k"] for entry in results]
-    usual = usual_k(ks)
-    next_play = [entry for entry in results if entry["target"] == "next"]
-    groups = [group for group in GROUP_TITLES if any(entry["users"] == group for entry in next_play)]
-    parts = [targets(results, usual, default), compared(figures.get("comparisons", []))]
-    parts += [section(next_play, GROUP_TITLES[group], group, usual, default) for group in groups[:1]]
-    if figure is not None:
-        parts.append(_image(figure, *AHEAD))
-    parts += [paired(figures.get("pairwise", []), default), recommended(figures.get("recommended", []), default)]
-    if len(groups) > 2:  # one group alone is the same users as all
-        parts += [section(next_play, GROUP_TITLES[group], group, usual, default) for group in groups[1:]]
-    parts += [breakdown(figures.get("breakdowns", []), by, default) for by in ("history", "activity", "context")]
-    left_out = figures.get("leave_one_out", [])
-    if left_out:
-        parts.append(section(left_out, "Leave one out: the last play of each user alone", "all", usual, default))
-    others = sorted(set(ks) - {usual}, reverse=True)
-    parts += [section(next_play, GROUP_TITLES[group], group, k, default) for k in others for group in groups[:1]]
-    parts.append(song_vectors(figures.get(SONG_VECTORS, [])))
-    parts += [_image(picture.png, picture.title, picture.note, picture.alt) for picture in pictures]
-    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items())
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Next-song evaluation</title><style>{STYLE}</style></head><body>"
-        "<h1>How often the next song is found</h1>"
-        f"<p>{escape(asked)} All songs of the catalog are candidates, repeats too; ties count against a model, and a "
-        "song that no fit has seen is a miss. Figures are means over plays, with bootstrap intervals over users.</p>"
-        f"<dl>{facts}</dl>{''.join(parts)}</body></html>\n"
-    )
+    others = sorted({entry["k"] for entry in results} - {k})
+    groups = [group for group in GROUP_TITLES if any(entry["users"] == group for entry in results)]
+    groups = groups if len(groups) > 2 else groups[:1]  # one group alone is the same users as all
+    targets = [target for target in ("served", "next") if any(entry["target"] == target for entry in results)]
+    comparisons = figures.get("comparisons", [])
+    ablated = {entry["other"] for entry in comparisons} - {entry["model"] for entry in results}
+    chapters = [
+        Chapter(
+            id="all-models",
+            title="All models by target",
+            tables=[tables.by_target(results, metric, k, default) for metric in ("recall", "mrr")],
+        ),
+        Chapter(
+            id="differences",
+            title="Differences from the other models, with intervals",
+            tables=_some(
+                tables.differences([entry for entry in comparisons if entry["other"] not in ablated], metric)
+                for metric in ("recall", "mrr")
+            ),
+        ),
+        Chapter(
+            id="ablation",
+            title="Ablation: what each part is worth",
+            tables=_some(
+                tables.differences([entry for entry in comparisons if entry["other"] in ablated], metric)
+                for metric in ("recall", "mrr")
+            ),
+        ),
+        Chapter(
+            id="retrieval",
+            title="Recall of the retrievers",
+            tables=tables.retrievers(figures.get("retrieval", [])),
+        ),
+        Chapter(
+            id="users",
+            title="By group of users and cut-off",
+            tables=_some(
+                [
+                    *(tables.by_metric(results, target, group, k, default) for target in targets for group in groups),
+                    *(tables.by_metric(results, target, "all", cut, default) for target in targets for cut in others),
+                ]
+            ),
+        ),
+        Chapter(
+            id="slices",
+            title="By history, activity and context",
+            tables=_some(tables.breakdown(figures.get("breakdowns", []), by, default) for by in tables.BY_TITLES),
+        ),
+        Chapter(
+            id="lists",
+            title="What is recommended: coverage, popularity, repeats",
+            tables=_some([tables.recommended(figures.get("recommended", []), default)]),
+        ),
+        Chapter(
+            id="last-plays",
+            title="Leave one out: the last play of each user alone",
+            tables=_some([tables.by_metric(figures.get("leave_one_out", []), "next", "all", k, default)]),
+        ),
+        Chapter(
+            id="vectors",
+            title="Taste vectors and song embeddings",
+            tables=[
+                *_some([tables.pairwise(figures.get("pairwise", []), default)]),
+                *tables.song_embeddings(figures.get(SONG_EMBEDDINGS, [])),
+            ],
+        ),
+        Chapter(
+            id="plots",
+            title="Plots",
+            plots=[
+                {
+                    "id": plot.file.partition(".")[0],
+                    "title": plot.title,
+                    "note": plot.note,
+                    "alt": plot.alt,
+                    "data": base64.b64encode(plot.png).decode(),
+                }
+                for plot in plots
+            ],
+        ),
+    ]
+    return [chapter for chapter in chapters if chapter.tables or chapter.plots]
 
 
-def _image(png: bytes, title: str, note: str, alt: str) -> str:
-    data = base64.b64encode(png).decode()
-    return (
-        f"<h2>{escape(title)}</h2><p>{escape(note)}</p>"
-        f'<div class=scroll><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></div>'
-    )
+def _some(made: Any) -> list[Table]:
+    return [table for table in made if table is not None]

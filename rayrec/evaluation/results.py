@@ -1,200 +1,215 @@
 """The figures of an evaluation, as plain values: what results.json holds."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from rayrec.evaluation.accumulator import LAST, LISTED, SLICED, VIEWS, Tally
+from rayrec.evaluation.accumulator import LAST, LISTED, SLICED, VIEWS, MetricAccumulator
 from rayrec.evaluation.bootstrap import means_with_intervals
-from rayrec.evaluation.cosine_curves import Curve
 from rayrec.evaluation.evaluator import Evaluator
-from rayrec.evaluation.pairwise import NEGATIVES, PAIRED
-from rayrec.evaluation.protocol import GROUPS, TARGETS, EvaluateConfig, slices_of, usual_k
+from rayrec.evaluation.protocol import GROUPS, OFFSETS, TARGETS, EvaluateConfig, slices_of, usual_k
 from rayrec.evaluation.ranks import metric_columns
-from rayrec.recommend.base import Recommender
+from rayrec.evaluation.vector_metrics import NEGATIVES, PAIRED, Curve
+from rayrec.recommend.base import CandidateRecommender, Recommender
 
 DIGITS = 6  # of every figure
 # Targets and metrics of comparisons.
 COMPARED = (("served", "next", "next_repeat", "offsets25_50", "served25_50"), ("recall", "mrr"))
 
+ABLATION = "ablation"  # the kind of models that lack a part of the default one
+
 Entry = dict[str, Any]
 
 
-def figures_of(tally: Tally, evaluator: Evaluator, default: str) -> dict[str, list[Entry]]:
-    """All figures by name: results, comparisons, pairwise, breakdowns, recommended, leave_one_out, cosine_by_offset.
-
-    `default` names the model that `recommend` uses. Each list's function below says what its entries hold.
-    """
-    recommenders, config = evaluator.recommenders, evaluator.config
+def figures_of(sums: MetricAccumulator, evaluator: Evaluator, default: str) -> dict[str, list[Entry]]:
+    """All figures by name; `default` names the model that `recommend` uses. See the methods of `Figures` for each."""
+    figures = Figures(sums, evaluator.recommenders, evaluator.config)
     return {
-        "results": results_of(tally, recommenders, config),
-        "comparisons": comparisons_of(tally, recommenders, config, default),
-        "pairwise": pairwise_of(tally, evaluator.curves, config),
-        "breakdowns": breakdowns_of(tally, recommenders, config, evaluator.contexts),
-        "recommended": recommended_of(tally, recommenders, config),
-        "leave_one_out": leave_one_out_of(tally, recommenders, config),
-        "cosine_by_offset": curves_of_tally(tally, evaluator.curves, config),
+        "settings": settings_of(evaluator.recommenders),
+        "results": figures.results(),
+        "comparisons": figures.comparisons(default),
+        "retrieval": figures.retrieval(evaluator.retrievers),
+        "pairwise": figures.pairwise(evaluator.curves),
+        "breakdowns": figures.breakdowns(evaluator.contexts),
+        "recommended": figures.recommended(len(evaluator.coverage_songs)),
+        "leave_one_out": figures.leave_one_out(),
+        "cosine_by_offset": figures.cosine_by_offset(evaluator.curves),
     }
 
 
-def results_of(
-    tally: Tally, recommenders: Sequence[Recommender], config: EvaluateConfig, views: Sequence[str] = TARGETS
-) -> list[Entry]:
-    """One entry per model, target, group of users, metric and cut-off; groups without a question are left out.
-
-    Each has model, kind, users (all, seen, new or held_out), target, metric, k, value, low and high
-    (the bootstrap interval over users), plays (the questions) and users_count, which stand behind it.
-    """
-    return [
-        entry
-        for model, recommender in enumerate(recommenders)
-        for view in views
-        for group in ("all", *GROUPS)
-        for entry in _entries(tally, model, recommender, view, group, config)
-    ]
+def settings_of(recommenders: Sequence[Recommender]) -> list[Entry]:
+    """The settings that were chosen for the data set: model, and each setting by its name."""
+    return [{"model": one.name, **one.settings} for one in recommenders if one.settings]
 
 
-def leave_one_out_of(tally: Tally, recommenders: Sequence[Recommender], config: EvaluateConfig) -> list[Entry]:
-    """As `results_of` for the last play of each user alone, target next: for comparison with publications."""
-    return results_of(tally, recommenders, config, (LAST,))
+class Figures:
+    """Means with their bootstrap intervals over users, low and high, from the sums of all users."""
 
+    def __init__(self, sums: MetricAccumulator, recommenders: Sequence[Recommender], config: EvaluateConfig) -> None:
+        self._sums = sums.resampled(config.bootstrap_samples, config.seed)
+        self._recommenders, self._config = recommenders, config
+        self._columns, self._k = metric_columns(config.ks), usual_k(config.ks)
 
-def _entries(
-    tally: Tally, model: int, recommender: Recommender, view: str, group: str, config: EvaluateConfig
-) -> Iterator[Entry]:
-    place, groups = VIEWS.index(view), _groups(group)
-    questions = tally.questions[place, groups].sum(axis=0)
-    if questions[0] == 0:
-        return
-    sums = tally.metrics[model, place, groups].sum(axis=0)
-    values, lows, highs = means_with_intervals(sums, np.broadcast_to(questions[:, None], sums.shape), config.confidence)
-    target = "next" if view == LAST else view
-    about = {"model": recommender.name, "kind": recommender.kind, "users": group, "target": target}
-    behind = {"plays": int(questions[0]), "users_count": int(tally.users[place, groups].sum())}
-    for column, (metric, k) in enumerate(metric_columns(config.ks)):
-        yield {**about, "metric": metric, "k": k, **_figures(values, lows, highs, column), **behind}
+    def results(self, views: Sequence[str] = TARGETS) -> list[Entry]:
+        """One entry per model, target, group of users, metric and cut-off; groups without a query are left out.
 
+        Each has model, kind (baseline, network or ablation), users (all, seen, new or held_out), target, metric, k,
+        value, low, high, and plays (the queries) and users_count, which stand behind it.
+        """
+        return [
+            entry
+            for model in range(len(self._recommenders))
+            for view in views
+            for group in ("all", *GROUPS)
+            for entry in self._results_of(model, view, group)
+        ]
 
-def comparisons_of(
-    tally: Tally, recommenders: Sequence[Recommender], config: EvaluateConfig, default: str
-) -> list[Entry]:
-    """The default model against each other one: difference (default's minus other's), low and high.
+    def leave_one_out(self) -> list[Entry]:
+        """As `results` for the last play of each user alone, target next: for comparison with publications."""
+        return self.results((LAST,))
 
-    A paired bootstrap: in each sample both models are judged on the same users, so an interval
-    without 0 says that the difference is not one of the users drawn. Nothing where the default
-    model is not among the recommenders.
-    """
-    names = [recommender.name for recommender in recommenders]
-    if default not in names:
-        return []
-    entries = []
-    columns, k = metric_columns(config.ks), usual_k(config.ks)
-    for other in (name for name in names if name != default):
-        for target in COMPARED[0]:
-            place = VIEWS.index(target)
-            questions = tally.questions[place].sum(axis=0)
-            if questions[0] == 0:
+    def _results_of(self, model: int, view: str, group: str) -> Iterator[Entry]:
+        place = VIEWS.index(view)
+        groups = list(range(len(GROUPS))) if group == "all" else [GROUPS.index(group)]
+        queries = self._sums.queries[:, place, groups].sum(axis=1)
+        if queries[0] == 0:
+            return
+        figures = self._means(self._sums.metrics[:, model, place, groups].sum(axis=1), queries)
+        recommender, target = self._recommenders[model], "next" if view == LAST else view
+        kind = ABLATION if recommender.without else recommender.kind
+        about = {"model": recommender.name, "kind": kind, "users": group, "target": target}
+        behind = {"plays": int(queries[0]), "users_count": int(self._sums.users[place, groups].sum())}
+        for column, (metric, k) in enumerate(self._columns):
+            yield {**about, "metric": metric, "k": k, **_interval(figures, column), **behind}
+
+    def comparisons(self, default: str) -> list[Entry]:
+        """The default model against each other one: difference (default's minus other's), low and high.
+
+        A paired bootstrap: each sample holds the same users for both models, so an interval without 0 says that the
+        difference is not due to the users drawn. Nothing where the default model is not among the recommenders.
+        """
+        names = [recommender.name for recommender in self._recommenders]
+        if default not in names:
+            return []
+        entries = []
+        for other in (name for name in names if name != default):
+            for target in COMPARED[0]:
+                place = VIEWS.index(target)
+                queries = self._sums.queries[:, place].sum(axis=1)
+                if queries[0] == 0:
+                    continue
+                own, theirs = (self._sums.metrics[:, names.index(name), place].sum(axis=1) for name in (default, other))
+                figures = self._means(own - theirs, queries)
+                about = {"model": default, "other": other, "users": "all", "target": target}
+                for metric in COMPARED[1]:
+                    interval = _interval(figures, self._columns.index((metric, self._k)), "difference")
+                    entries.append({**about, "metric": metric, "k": self._k, **interval})
+        return entries
+
+    def retrieval(self, retrievers: Sequence[str]) -> list[Entry]:
+        """How many of the target songs are candidates: the ceiling of what a ranker can find.
+
+        One entry per candidate recommender, target and retriever ("all": the union), with model, retriever, target,
+        candidates (mean number of a query), value (recall of all candidates), low and high.
+        """
+        entries = []
+        for model, recommender in enumerate(self._recommenders):
+            if not isinstance(recommender, CandidateRecommender):
                 continue
-            ours, theirs = (tally.metrics[names.index(name), place].sum(axis=0) for name in (default, other))
-            counts = np.broadcast_to(questions[:, None], ours.shape)
-            figures = means_with_intervals(ours - theirs, counts, config.confidence)
-            for metric in COMPARED[1]:
-                about = {"model": default, "other": other, "users": "all", "target": target, "metric": metric, "k": k}
-                entries.append({**about, **_figures(*figures, columns.index((metric, k)), name="difference")})
-    return entries
+            every = self._sums.queries[:, VIEWS.index("next")].sum(axis=1)
+            for place, target in enumerate(OFFSETS):
+                queries = self._sums.queries[:, VIEWS.index(target)].sum(axis=1)
+                if queries[0] == 0:
+                    continue
+                figures = self._means(self._sums.retrieved[:, model, place], queries)
+                for column, retriever in enumerate(("all", *retrievers)):
+                    if retriever in ("all", *recommender.retrievers):
+                        candidates = round(float(self._sums.candidates[0, model, column] / every[0]), 2)
+                        about = {"model": recommender.name, "retriever": retriever, "target": target}
+                        entries.append({**about, "candidates": candidates, **_interval(figures, column)})
+        return entries
 
+    def breakdowns(self, contexts: Sequence[str]) -> list[Entry]:
+        """Recall and MRR of the next play by slice: model, by, slice, metric, k, value, low, high and plays.
 
-def breakdowns_of(
-    tally: Tally, recommenders: Sequence[Recommender], config: EvaluateConfig, contexts: Sequence[str]
-) -> list[Entry]:
-    """Recall and MRR of the next play by slice: model, by, slice, metric, k, value, low, high and plays.
+        Empty slices are left out; `by` is history, activity or context, see `slices_of`.
+        """
+        entries = []
+        for place, (by, name) in enumerate(slices_of(contexts)):
+            queries = self._sums.slice_queries[:, place]
+            if queries[0] == 0:
+                continue
+            for model, recommender in enumerate(self._recommenders):
+                figures = self._means(self._sums.slice_metrics[:, model, place], queries)
+                for column, metric in enumerate(SLICED):
+                    about = {"model": recommender.name, "by": by, "slice": name, "target": "next", "metric": metric}
+                    behind = {"plays": int(queries[0])}
+                    entries.append({**about, "k": self._k, **_interval(figures, column), **behind})
+        return entries
 
-    Empty slices are left out; `by` is history, activity or context, see `slices_of`.
-    """
-    entries = []
-    for place, (by, name) in enumerate(slices_of(contexts)):
-        questions = tally.slice_questions[place]
-        if questions[0] == 0:
-            continue
-        for model, recommender in enumerate(recommenders):
-            sums = tally.slice_metrics[model, place]
-            figures = means_with_intervals(sums, np.broadcast_to(questions[:, None], sums.shape), config.confidence)
-            for column, metric in enumerate(SLICED):
-                about = {"model": recommender.name, "by": by, "slice": name, "target": "next", "metric": metric}
-                interval = _figures(*figures, column)
-                entries.append({**about, "k": usual_k(config.ks), **interval, "plays": int(questions[0])})
-    return entries
+    def recommended(self, coverage_songs: int) -> list[Entry]:
+        """What each model recommends to the users drawn, in lists of LIST_LENGTH songs: one entry a model.
 
+        coverage is the share of the `coverage_songs` drawn from the catalog that is in any list; popularity_rank (1:
+        the most played song) and repeats (share of songs that the user had heard) are means over the places of the
+        lists, each with its low and high; lists is how many lists there were.
+        """
+        entries = []
+        for model, recommender in enumerate(self._recommenders):
+            counts = self._sums.list_counts[:, model]
+            if not counts[0]:
+                continue
+            figures = self._means(self._sums.list_sums[:, model], counts)
+            entry: Entry = {"model": recommender.name, "kind": recommender.kind}
+            listed = int(np.unpackbits(self._sums.listed[model]).sum())
+            entry["coverage"] = round(listed / max(1, coverage_songs), DIGITS)
+            for column, name in enumerate(LISTED):
+                value, low, high = _interval(figures, column).values()
+                entry |= {name: value, f"{name}_low": low, f"{name}_high": high}
+            entries.append({**entry, "lists": int(self._sums.lists[model])})
+        return entries
 
-def recommended_of(tally: Tally, recommenders: Sequence[Recommender], config: EvaluateConfig) -> list[Entry]:
-    """What each model recommends to the users drawn, in lists of LIST_LENGTH songs: one entry a model.
+    def pairwise(self, curves: Sequence[Curve]) -> list[Entry]:
+        """Pairwise accuracy: model, kind, horizon, target, negatives, value, low, high and pairs (how many)."""
+        entries = []
+        for row, (recommender, horizon) in enumerate(curves):
+            for place, target in enumerate(PAIRED):
+                pairs = self._sums.pairs[:, row, place]
+                figures = means_with_intervals(self._sums.pairs_won[:, row, place], pairs, self._config.confidence)
+                about = {"model": recommender.name, "kind": recommender.kind, "horizon": horizon, "target": target}
+                for column, negatives in enumerate(NEGATIVES):
+                    if pairs[0, column]:
+                        behind = {"pairs": int(pairs[0, column])}
+                        entries.append({**about, "negatives": negatives, **_interval(figures, column), **behind})
+        return entries
 
-    coverage is the share of the catalog that is in any list; popularity_rank (1: the most played
-    song) and repeats (share of songs that the user had heard) are means over the places of the lists, each
-    with its low and high; lists is how many lists there were.
-    """
-    entries = []
-    for model, recommender in enumerate(recommenders):
-        if not tally.list_counts[model, 0]:
-            continue
-        counts = np.broadcast_to(tally.list_counts[model][:, None], tally.list_sums[model].shape)
-        figures = means_with_intervals(tally.list_sums[model], counts, config.confidence)
-        entry: Entry = {"model": recommender.name, "kind": recommender.kind}
-        entry["coverage"] = round(float(tally.listed[model].mean()), DIGITS)
-        for column, name in enumerate(LISTED):
-            value, low, high = _figures(*figures, column).values()
-            entry |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        entries.append({**entry, "lists": int(tally.lists[model])})
-    return entries
+    def cosine_by_offset(self, curves: Sequence[Curve]) -> list[Entry]:
+        """One entry per curve: model, kind, horizon, and lists over the offsets that have a play behind them.
 
-
-def pairwise_of(tally: Tally, curves: Sequence[Curve], config: EvaluateConfig) -> list[Entry]:
-    """Pairwise accuracy: model, kind, horizon, target, negatives, value, low, high and pairs (how many)."""
-    entries = []
-    for row, (recommender, horizon) in enumerate(curves):
-        for place, target in enumerate(PAIRED):
-            pairs = tally.pairs[row, place]
-            figures = means_with_intervals(tally.pairs_won[row, place], pairs, config.confidence)
-            for column, negatives in enumerate(NEGATIVES):
-                if pairs[0, column]:
-                    about = {"model": recommender.name, "kind": recommender.kind, "horizon": horizon, "target": target}
-                    behind = {"pairs": int(pairs[0, column])}
-                    entries.append({**about, "negatives": negatives, **_figures(*figures, column), **behind})
-    return entries
-
-
-def curves_of_tally(tally: Tally, curves: Sequence[Curve], config: EvaluateConfig) -> list[Entry]:
-    """One entry per curve: model, kind, horizon, and lists over the offsets that have a play behind them.
-
-    The lists are offset, value (the mean cosine), low, high and plays.
-    """
-    entries: list[Entry] = []
-    for row, (recommender, horizon) in enumerate(curves if config.offsets else []):
-        counts = tally.curve_counts[row]
-        value, low, high = means_with_intervals(tally.curve_sums[row], counts, config.confidence)
-        filled = np.flatnonzero(counts[0])
-        entries.append(
-            {
-                "model": recommender.name,
-                "kind": recommender.kind,
-                "horizon": horizon,
-                "offset": (filled + 1).tolist(),
-                "value": np.round(value[filled], DIGITS).tolist(),
-                "low": np.round(low[filled], DIGITS).tolist(),
-                "high": np.round(high[filled], DIGITS).tolist(),
-                "plays": counts[0, filled].astype(int).tolist(),
+        The lists are offset, value (the mean cosine), low, high and plays.
+        """
+        entries: list[Entry] = []
+        for row, (recommender, horizon) in enumerate(curves if self._config.offsets else []):
+            counts = self._sums.curve_counts[:, row]
+            figures = means_with_intervals(self._sums.curve_sums[:, row], counts, self._config.confidence)
+            filled = np.flatnonzero(counts[0])
+            values = {
+                name: np.round(figure[filled], DIGITS).tolist()
+                for name, figure in zip(("value", "low", "high"), figures, strict=True)
             }
-        )
-    return entries
+            about = {"model": recommender.name, "kind": recommender.kind, "horizon": horizon}
+            plays = counts[0, filled].astype(int).tolist()
+            entries.append({**about, "offset": (filled + 1).tolist(), **values, "plays": plays})
+        return entries
+
+    def _means(self, sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Value, low and high of sums (B + 1, K) over the same counts, (B + 1,), in each column."""
+        return means_with_intervals(sums, np.broadcast_to(counts[:, None], sums.shape), self._config.confidence)
 
 
-def _groups(name: str) -> list[int]:
-    return list(range(len(GROUPS))) if name == "all" else [GROUPS.index(name)]
-
-
-def _figures(
-    values: np.ndarray, lows: np.ndarray, highs: np.ndarray, column: int, name: str = "value"
-) -> dict[str, float]:
-    interval = {name: values[column], "low": lows[column], "high": highs[column]}
-    return {key: round(float(figure), DIGITS) for key, figure in interval.items()}
+def _interval(figures: tuple[np.ndarray, np.ndarray, np.ndarray], column: int, name: str = "value") -> dict[str, float]:
+    names = (name, "low", "high")
+    return {key: round(float(figure[column]), DIGITS) for key, figure in zip(names, figures, strict=True)}

@@ -5,33 +5,29 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
-from rayrec.config import setting, to_mapping
+from rayrec.config import Settings, to_mapping
 from rayrec.data import columns
 from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE
 from rayrec.data.columns import one_array
 from rayrec.data.dataset import Dataset
-from rayrec.errors import InputError
 from rayrec.importing.descriptions import ROLES, read_descriptions
+from rayrec.importing.readers.delimited import Delimiter
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 
-@dataclass(frozen=True, kw_only=True)
-class DescribeConfig:
-    """Which columns of the file tell what."""
+class DescribeConfig(Settings):
+    """Which columns of the file hold which metadata."""
 
-    columns: dict[str, str] = setting(
-        None, help=f"role=column pairs; roles: {', '.join(ROLES)}; a role not named has the column of its name"
+    columns: dict[str, str] = Field(
+        {},
+        description=f"Column of each role, as role=column; roles: {', '.join(ROLES)}; default: same name",
     )
-    delimiter: str = setting(",", help="csv: between the columns")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", dict(self.columns or {}))
-        if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
-            raise InputError(f"delimiter is {self.delimiter!r}; expected one character such as , or ;")
+    delimiter: Delimiter = Field(",", description="csv: column delimiter; \\t for a tab")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +39,7 @@ class Described:
     unknown: int  # songs of the file that are not in the catalog; left out until they are imported
     titles: int  # songs of the catalog with a title now
     artists: int
+    albums: int
     released: int  # songs with a release day
     markets: int  # songs with a list of markets
 
@@ -69,6 +66,7 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str) -> Describ
         unknown=len(told) - described,
         titles=given(columns.TITLE),
         artists=given(columns.ARTIST),
+        albums=given(columns.ALBUM),
         released=given(columns.RELEASED),
         markets=given(columns.MARKETS),
     )

@@ -1,6 +1,6 @@
-"""Descriptions of songs: a table of titles, artists, release days and markets, by song id.
+"""Descriptions of songs: a table of titles, artists, albums, release days and markets, by song id.
 
-A csv file with a header line, or a Parquet file. Roles of its columns: song, and where there are any title, artist,
+A csv file with a header line, or a Parquet file. Roles of its columns: song, and any of title, artist, album,
 released (YYYY-MM-DD, YYYY-MM or YYYY) and markets (names separated by `|`); in Parquet dates and lists will do.
 """
 
@@ -21,6 +21,7 @@ ROLES = {
     "song": columns.SONG_ID,
     "title": columns.TITLE,
     "artist": columns.ARTIST,
+    "album": columns.ALBUM,
     "released": columns.RELEASED,
     "markets": columns.MARKETS,
 }
@@ -40,7 +41,7 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
     kept = _first_of_each(ids)
     table, ids = table.take(pa.array(kept)), ids.take(pa.array(kept))
     values = {columns.SONG_ID: ids}
-    for role in ("title", "artist"):
+    for role in ("title", "artist", "album"):
         if role in found:
             values[ROLES[role]] = _text(table.column(found[role]))
     if "released" in found:
@@ -79,10 +80,10 @@ def _columns(source: str, there: list[str], names: Mapping[str, str]) -> dict[st
     if missing:
         raise InputError(
             f"{source} has no column {names.get(missing[0], missing[0])!r} for {missing[0]}; it has "
-            f"{', '.join(there)}; say which one it is with --columns {missing[0]}=NAME"
+            f"{', '.join(there)}; map it with --columns {missing[0]}=NAME"
         )
     if len(found) == 1:
-        raise InputError(f"{source} tells nothing of its songs; expected one of {', '.join(list(ROLES)[1:])} in it")
+        raise InputError(f"{source} has no metadata column; expected one of {', '.join(list(ROLES)[1:])} in it")
     return found
 
 

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rayrec.config import setting, to_mapping
+import numpy as np
+from pydantic import Field, model_validator
+
+from rayrec.config import Settings, to_mapping
 from rayrec.errors import InputError
 from rayrec.importing.readers import FORMATS
+from rayrec.importing.readers.delimited import Delimiter, Separator
 from rayrec.importing.readers.files import SourceFile, find_files, is_compressed
 from rayrec.importing.readers.reader import Reader, ReadOptions, Unit
 from rayrec.importing.readers.tabular import roles
@@ -19,72 +23,57 @@ Kind = Literal["plays", "playlists"]
 
 BUCKET_BYTES = 64 << 20
 MIN_BUCKETS, MAX_BUCKETS = 16, 4096
+MAX_PIECES = 512
+READS = 1 << 18  # of the second pass of an import, about: two requests each
 UNPACKED = 6  # bytes of text in a byte of .gz, about; Parquet is as dense
 DENSE_FORMATS = ("parquet",)
 # Settings that change nothing in what is read of a unit.
 NOT_OF_READING = ("paths", "min_user_plays", "min_song_plays", "buckets", "unit_mib")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportConfig:
+class ImportConfig(Settings):
     """From which files, in which format, and which of their rows."""
 
-    format: str = setting(help=f"format of the files: {', '.join(FORMATS)}")
-    paths: tuple[str, ...] = setting(
-        help="files, or folders whose files are all imported; .gz too, local, s3:// or gs://"
+    format: str = Field(description=f"Format of the files: {', '.join(FORMATS)}")
+    paths: tuple[str, ...] = Field(
+        min_length=1, description="Files or folders, .gz too, local, s3:// or gs://; all files of a folder are imported"
     )
-    kind: Kind = setting("plays", help="what the rows of a csv or parquet file are: plays or playlists (their entries)")
-    columns: dict[str, str] = setting(
-        None, help="csv, parquet: which column of the file holds what, such as user=user_id,song=song_id,played_at=ts"
+    kind: Kind = Field("plays", description="csv, parquet: what a row is, a play or a playlist entry")
+    columns: dict[str, str] = Field(
+        {}, description="csv, parquet: column of each role, such as user=user_id,song=song_id,played_at=ts"
     )
-    delimiter: str = setting(",", help="csv: the character between values; \\t for a tab")
-    user: str = setting("", help="whose plays they are, for formats that do not say")
-    user_separator: str = setting(
-        "", help="sequences: what stands between the user and the songs of a line; without it each line is a user"
+    delimiter: Delimiter = Field(",", description="csv: column delimiter; \\t for a tab")
+    user: str = Field("", description="User id of all plays, for formats without one")
+    user_separator: Separator = Field(
+        "", description="sequences: separator between the user and the songs; without it each line is a user"
     )
-    song_separator: str = setting(
-        " ", help="sequences: what stands between the songs of a line; a space unless given, \\t: a tab"
+    song_separator: Separator = Field(
+        " ", min_length=1, description="sequences: separator between songs; \\t for a tab"
     )
-    min_user_plays: int = setting(1, help="leave out users with fewer plays (playlists with fewer entries)")
-    min_song_plays: int = setting(1, help="leave out songs with fewer plays, counted over the users who stay")
-    buckets: int = setting(
-        0, help="number of buckets of users, fixed at the first import; 0: one per 64 MiB, 16 to 4096"
+    min_user_plays: int = Field(1, ge=1, description="Minimum plays per user (entries per playlist)")
+    min_song_plays: int = Field(1, ge=1, description="Minimum plays per song, counted over the users that are kept")
+    buckets: int = Field(
+        0,
+        ge=0,
+        le=MAX_BUCKETS,
+        description="Buckets of users, fixed at the first import; 0: one per 64 MiB, 16 to 4096",
     )
-    unit_mib: float = setting(64.0, help="MiB of a file that one task reads")
+    unit_mib: float = Field(64.0, gt=0, description="Input per task, in MiB of a file")
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", dict(self.columns or {}))
-        for name in ("delimiter", "user_separator", "song_separator"):
-            object.__setattr__(self, name, getattr(self, name).replace("\\t", "\t"))
+    @model_validator(mode="after")
+    def _check_format(self) -> "ImportConfig":
         if self.format not in FORMATS:
-            raise InputError(f"unknown format {self.format!r}; expected one of {', '.join(FORMATS)}")
-        if not self.paths:
-            raise InputError("no path to import; give at least one file or folder")
-        if self.kind not in ("plays", "playlists"):
-            raise InputError(f"kind is {self.kind!r}; expected plays or playlists")
-        self._check_mapping()
-        for name in ("min_user_plays", "min_song_plays"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if not 0 <= self.buckets <= MAX_BUCKETS:
-            raise InputError(f"buckets is {self.buckets}; expected 1 to {MAX_BUCKETS}, or 0 to choose by size")
-        if self.unit_mib <= 0:
-            raise InputError(f"unit_mib is {self.unit_mib}; expected a positive number of MiB")
-
-    def _check_mapping(self) -> None:
+            raise ValueError(f"unknown format {self.format!r}; expected one of {', '.join(FORMATS)}")
         mapped = FORMATS[self.format].mapped
         if self.columns and not mapped:
-            raise InputError(f"format {self.format} has fixed columns; leave the column mapping out")
+            raise ValueError(f"format {self.format} has fixed columns; leave the column mapping out")
         if self.kind == "playlists" and not (mapped or FORMATS[self.format].playlists):
-            raise InputError(f"format {self.format} holds plays, not playlists; leave the kind out")
+            raise ValueError(f"format {self.format} holds plays, not playlists; leave the kind out")
         known = roles(self.kind == "playlists")
         unknown = [role for role in self.columns if role not in known]
         if unknown:
-            raise InputError(f"cannot map a column to {unknown[0]!r}; expected some of {', '.join(known)}")
-        if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
-            raise InputError(f"delimiter is {self.delimiter!r}; expected one character such as , or ;")
-        if not self.song_separator:
-            raise InputError("song_separator is empty; give what stands between the songs, such as : or a space")
+            raise ValueError(f"unknown column role {unknown[0]!r}; expected some of {', '.join(known)}")
+        return self
 
     @property
     def produces(self) -> Kind:
@@ -109,6 +98,11 @@ class ImportConfig:
         return FORMATS[self.format].make(options)
 
     @property
+    def needs_lines(self) -> bool:
+        """Whether the line of a row is of use after it was read: as its place, or where it may be left out."""
+        return self.times == "positions" or self.min_user_plays > 1 or self.min_song_plays > 1
+
+    @property
     def drop_reasons(self) -> tuple[str, str]:
         """Why rows are left out whose user (or playlist) or whose song has too few."""
         if self.produces == "playlists":
@@ -126,7 +120,8 @@ class Plan:
     files: list[SourceFile]
     units: list[Unit]
     unit_files: list[int]  # the file of each unit
-    unit_names: list[str]  # change with the piece of file, its size and date, and how it is read
+    pieces: list[list[int]]  # units that one task reads into one file of fragments, in the order of import
+    piece_names: list[str]  # change with the units' files, their sizes and dates, and how they are read
     id: str  # changes with the settings and with the names, sizes and dates of the files
 
     @property
@@ -168,11 +163,36 @@ def make_plan(config: ImportConfig) -> Plan:
     described = [list(file) for file in files]
     plan_id = fingerprint("import", {**to_mapping(config), "files": described}, {})
     how = {name: value for name, value in to_mapping(config).items() if name not in NOT_OF_READING}
+    how["lines"] = config.needs_lines
     unit_names = [
         fingerprint("unit", how, {"unit": repr((files[file], unit.start, unit.stop))})
         for file, unit in zip(unit_files, units, strict=True)
     ]
-    return Plan(files=files, units=units, unit_files=unit_files, unit_names=unit_names, id=plan_id)
+    shares = Counter(unit_files)
+    pieces = _pieces([files[file].size / shares[file] for file in unit_files])
+    piece_names = [
+        unit_names[piece[0]] if len(piece) == 1 else fingerprint("piece", {"units": [unit_names[n] for n in piece]}, {})
+        for piece in pieces
+    ]
+    return Plan(files=files, units=units, unit_files=unit_files, pieces=pieces, piece_names=piece_names, id=plan_id)
+
+
+def _pieces(sizes: Sequence[float]) -> list[list[int]]:
+    """Units of some bytes each, one a piece; where there are very many, so many that follow each other."""
+    if len(sizes) <= MAX_PIECES:
+        return [[unit] for unit in range(len(sizes))]
+    ends = np.cumsum(sizes)
+    piece = np.minimum(ends / max(1, ends[-1]) * MAX_PIECES, MAX_PIECES - 1).astype(np.int64)
+    return [found.tolist() for found in np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(piece)) + 1)]
+
+
+def bucket_groups(pieces: int, buckets: int) -> list[tuple[int, int]]:
+    """First and last bucket of each task of the second pass, each of which reads a range of every piece.
+
+    As few that the reads stay below READS; one bucket a task where there are few pieces.
+    """
+    size = max(1, -(-pieces * buckets // READS))
+    return [(first, min(first + size, buckets) - 1) for first in range(0, buckets, size)]
 
 
 def choose_buckets(size: int) -> int:

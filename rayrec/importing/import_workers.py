@@ -1,14 +1,16 @@
-"""The workers of an import: plain classes that do one unit of input or one bucket per call."""
+"""The workers of an import: plain classes that do one piece of input or one group of buckets per call."""
 
+import tempfile
+from collections.abc import Set
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
-from rayrec.data.parts import bucket_files, order_of_users, read_files, read_users
-from rayrec.errors import InputError
-from rayrec.importing.fragments import FragmentStore, UnitResult
+from rayrec.data import columns
+from rayrec.data.parts import read_overlap, read_users
+from rayrec.importing.fragments import BucketGroup, PieceResult
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.merging import (
     Rows,
@@ -21,138 +23,194 @@ from rayrec.importing.merging import (
     to_positions,
 )
 from rayrec.importing.readers.reader import Unit
-from rayrec.importing.staging import Staging
-from rayrec.importing.vocabulary import KEY, SongRows
-from rayrec.storage.workspace import Workspace, histories_file, playlists_file, rejected_rows_file
-
-USERS_PER_READ = 5_000
+from rayrec.importing.staging import Staging, write_histories
+from rayrec.importing.vocabulary import KEY, SongMerger, SongRows
+from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.workspace import Workspace, histories_file, playlists_file, rejected_rows_file, users_file
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings:
     """What the second pass knows from the first."""
 
-    units: list[UnitResult]
+    pieces: list[list[int]]  # units of each piece of input
     offsets: list[int]  # line of the file before each unit's first
     files: list[int]  # file of each unit
     sources: list[str]  # name of each file
     contexts: list[str]  # name of each bit
     has_skipped: bool
     in_lines: bool  # the order of a row is its place in its line
-    part: int = 0  # of the histories, that plays become
+    base: DatasetManifest | None = None  # the data set that plays are appended to
+
+    @property
+    def part(self) -> int:
+        """The part of the histories that plays become."""
+        return self.base.parts if self.base else 0
+
+    def rows_of(self, group: BucketGroup, bucket: int) -> tuple[Rows, int]:
+        """The rows of a bucket, sorted, and how many duplicates were merged."""
+        parts = (
+            (
+                [self.files[unit] for unit in self.pieces[piece]],
+                [self.offsets[unit] for unit in self.pieces[piece]],
+                rows,
+            )
+            for piece, rows in group.read(bucket)
+        )
+        return sort_rows(parts, in_lines=self.in_lines)
 
 
-class UnitImporter:
-    """Reads units of input into fragments."""
+class PieceImporter:
+    """Reads pieces of input into fragments."""
 
-    def __init__(self, staging: Staging, config: ImportConfig, units: list[Unit], buckets: int) -> None:
-        self.store, self.reader, self.units, self.buckets = staging.fragments, config.reader(), units, buckets
+    def __init__(
+        self, staging: Staging, config: ImportConfig, units: list[Unit], pieces: list[list[int]], buckets: int
+    ) -> None:
+        self.store, self.reader, self.units, self.pieces = staging.fragments, config.reader(), units, pieces
+        self.buckets, self.with_lines = buckets, config.needs_lines
 
-    def __call__(self, unit: int) -> int:
-        """Do one unit; bad input is noted rather than raised, so that the message arrives as it is."""
-        try:
-            self.store.write_unit(int(unit), self.reader.read(self.units[unit]), self.buckets)
-        except InputError as error:
-            self.store.write_error(int(unit), error)
-        return int(unit)
-
-
-def read_bucket(store: FragmentStore, merge: MergeSettings, bucket: int) -> tuple[Rows, int]:
-    """The rows of a bucket, sorted, and how many duplicates were merged."""
-    parts = (
-        (file, offset, rows)
-        for number, (unit, file, offset) in enumerate(zip(merge.units, merge.files, merge.offsets, strict=True))
-        for rows in store.read_bucket(number, unit, bucket)
-    )
-    return sort_rows(parts, in_lines=merge.in_lines)
+    def __call__(self, piece: int) -> tuple[int, PieceResult]:
+        """Do one piece; bad input is noted rather than raised, so that the others are read too."""
+        batches = (self.reader.read(self.units[unit]) for unit in self.pieces[piece])
+        return piece, self.store.write_piece(piece, batches, self.buckets, with_lines=self.with_lines)
 
 
-class SongCounter:
+class SongRange:
+    """Merges the songs of all pieces in a range of keys."""
+
+    def __init__(self, staging: Staging, config: ImportConfig, offsets: np.ndarray) -> None:
+        self.staging, self.offsets = staging, offsets  # int64 (pieces, ranges + 1)
+
+    def __call__(self, key_range: int) -> int:
+        """Write the songs of one range."""
+        merger = SongMerger()
+        for piece, offsets in enumerate(self.offsets):
+            songs = self.staging.fragments.read_songs(piece, offsets, key_range)
+            if songs is not None:
+                merger.add(songs)
+        self.staging.workspace.write_table(self.staging.songs_file(key_range), merger.table())
+        return key_range
+
+
+class _GroupWorker:
+    """Does the buckets of a group one after another, out of one read a piece."""
+
+    def __init__(
+        self, staging: Staging, config: ImportConfig, merge: MergeSettings, offsets: np.ndarray, buckets: Set[int]
+    ) -> None:
+        self.staging, self.config, self.merge = staging, config, merge
+        self.offsets, self.buckets = offsets, buckets  # int64 (pieces, all buckets + 1); those that are not done
+
+    def __call__(self, group: tuple[int, int]) -> list[tuple[int, Any]]:
+        """Do the buckets from the first to the last of a group that are not done; each with its result."""
+        first, last = group
+        with tempfile.TemporaryFile(prefix="rayrec-") as spool:
+            rows = self.staging.fragments.read_group(self.offsets, first, last, spool)
+            return [(bucket, self.run(bucket, rows)) for bucket in range(first, last + 1) if bucket in self.buckets]
+
+    def run(self, bucket: int, group: BucketGroup) -> Any:
+        """Do one bucket."""
+        raise NotImplementedError
+
+
+class KeyCounter(_GroupWorker):
     """Counts the plays of each song in a bucket."""
 
-    def __init__(self, staging: Staging, config: ImportConfig, merge: MergeSettings) -> None:
-        self.staging, self.config, self.merge = staging, config, merge
-
-    def __call__(self, bucket: int) -> int:
+    def run(self, bucket: int, group: BucketGroup) -> None:
         """Write the counts of one bucket."""
-        rows, _ = read_bucket(self.staging.fragments, self.merge, int(bucket))
-        there = ThereAlready(self.staging.workspace, self.merge.part, int(bucket))
-        keys, counts = song_counts(rows, self.config.min_user_plays, there.knows(rows.owners))
+        rows, _ = self.merge.rows_of(group, bucket)
+        earlier = EarlierParts(self.staging.workspace, self.merge.base, bucket)
+        keys, counts = song_counts(rows, self.config.min_user_plays, earlier.knows(rows.owners))
         table = pa.table({KEY: pa.array(keys, pa.uint64()), "count": pa.array(counts, pa.int64())})
-        self.staging.workspace.write_table(self.staging.counts_file(int(bucket)), table)
-        return int(bucket)
+        self.staging.workspace.write_table(self.staging.counts_file(bucket), table)
 
 
-class ThereAlready:
+class EarlierParts:
     """What a bucket holds in the parts before the one that is made."""
 
-    def __init__(self, workspace: Workspace, part: int, bucket: int) -> None:
-        self.workspace, self.files = workspace, bucket_files(workspace, range(part), bucket)
-        ids = [read_users(workspace, path) for path in self.files]
-        self.users = pd.unique(np.concatenate([np.zeros(0, object), *ids]))  # in the order of first appearance
+    def __init__(self, workspace: Workspace, base: DatasetManifest | None, bucket: int) -> None:
+        self.workspace, self.base, self.bucket = workspace, base, bucket
+        path = base.current_users_file(bucket) if base else None
+        # object (U,), ascending
+        self.users = read_users(workspace, path) if path else np.zeros(0, dtype=object)
 
     def knows(self, owners: np.ndarray) -> np.ndarray:
         """bool (O,): the owners who have plays."""
-        return np.asarray(pd.Index(owners).isin(self.users), dtype=bool)
+        return np.isin(owners, self.users)
 
     def without(self, rows: Rows, songs: SongRows) -> Rows:
-        """The rows that are not there yet: exact duplicates of plays drop out."""
-        if not self.files or not len(rows):
+        """The rows that are not there yet: exact duplicates of plays drop out.
+
+        Only files of parts whose time range meets that of the rows are read, and of them only row groups
+        that may hold plays of that time by these users.
+        """
+        known = rows.keep(self.knows(rows.owners)[rows.owner])
+        if self.base is None or not len(known):
             return rows
+        first, last = int(known.order.min()), int(known.order.max())
+        files = self.base.files_between(self.bucket, first, last)
         row_songs = songs.find(rows.key)
         repeated: np.ndarray = np.zeros(len(rows), dtype=bool)
-        for path in self.files:
-            for histories in read_files(self.workspace, [path], USERS_PER_READ):
+        owners = known.owners[np.unique(known.owner)]
+        for path in files:
+            for histories in read_overlap(self.workspace, path, owners, first, last):
                 repeated[rows_among(rows, row_songs, histories)] = True
         return rows.keep(~repeated)
 
 
-class BucketMerger:
-    """Makes the histories (or playlists) of a bucket out of the fragments of all units."""
+class BucketMerger(_GroupWorker):
+    """Makes the histories (or playlists) of a bucket out of the fragments of all pieces."""
 
     def __init__(
-        self, staging: Staging, config: ImportConfig, merge: MergeSettings, keys: np.ndarray, rows: np.ndarray
+        self,
+        staging: Staging,
+        config: ImportConfig,
+        merge: MergeSettings,
+        offsets: np.ndarray,
+        buckets: Set[int],
+        keys: np.ndarray,
+        rows: np.ndarray,
     ) -> None:
-        self.staging, self.config, self.merge = staging, config, merge
+        super().__init__(staging, config, merge, offsets, buckets)
         self.songs = SongRows(keys, rows)
 
-    def __call__(self, bucket: int) -> int:
+    def run(self, bucket: int, group: BucketGroup) -> dict[str, Any]:
         """Write the files of one bucket, then its result."""
-        number = int(bucket)
-        there = ThereAlready(self.staging.workspace, self.merge.part, number)
-        rows, merged = read_bucket(self.staging.fragments, self.merge, number)
-        known = there.knows(rows.owners)
-        distinct = there.without(rows, self.songs)
+        earlier = EarlierParts(self.staging.workspace, self.merge.base, bucket)
+        rows, merged = self.merge.rows_of(group, bucket)
+        known = earlier.knows(rows.owners)
+        distinct = earlier.without(rows, self.songs)
         merged += len(rows) - len(distinct)
         rows, dropped = drop_rare(distinct, self.songs, self.config.min_user_plays, self.config.drop_reasons, known)
         rows = to_positions(rows) if self.merge.in_lines else rows
-        written = []
-        if len(rows):
-            written.append(self._write_rows(number, rows, there.users))
+        is_new = (rows.counts() > 0) & ~known
+        files = self._write_rows(bucket, rows)
+        if self.config.produces == "plays" and (is_new.any() or not self.merge.part):
+            path = users_file(self.merge.part, bucket)
+            user_ids = np.union1d(earlier.users, rows.owners[is_new])
+            files[path] = self._write_table(path, pa.table({columns.USER: pa.array(user_ids, pa.string())}))
         if dropped.rows:
-            written.append(rejected_rows_file(self.config.produces, self.merge.part, f"{number:05d}"))
-            table = dropped.table(self.merge.sources)
-            self.staging.workspace.write_table(self.staging.out(written[-1]), table)
+            path = rejected_rows_file(self.config.produces, self.merge.part, f"{bucket:05d}")
+            files[path] = self._write_table(path, dropped.table(self.merge.sources))
         result = {
             "rows": len(rows),
-            "owners": int(((rows.counts() > 0) & ~known).sum()),
+            "owners": int(is_new.sum()),
             "merged": merged,
             "dropped": dropped.counts(),
             "first": int(rows.order.min()) if len(rows) else 0,
             "last": int(rows.order.max()) if len(rows) else 0,
-            "files": {path: self.staging.checksum(path) for path in written},
+            "files": files,
         }
-        self.staging.workspace.write_json(self.staging.bucket_file(number), result)
-        return number
+        self.staging.workspace.write_json(self.staging.bucket_file(bucket), result)
+        return result
 
-    def _write_rows(self, number: int, rows: Rows, known_users: np.ndarray) -> str:
+    def _write_rows(self, bucket: int, rows: Rows) -> dict[str, str]:
         if self.config.produces == "playlists":
-            path = playlists_file(number)
-            self.staging.workspace.write_table(self.staging.out(path), to_playlists(rows, self.songs))
-            return path
-        path = histories_file(self.merge.part, number)
+            path = playlists_file(bucket)
+            return {path: self._write_table(path, to_playlists(rows, self.songs))} if len(rows) else {}
+        path = histories_file(self.merge.part, bucket)
         histories = to_histories(rows, self.songs, self.merge.contexts, self.merge.has_skipped)
-        if len(known_users):
-            histories = histories.take(order_of_users(known_users, histories.user_ids))
-        self.staging.write_histories(path, histories)
-        return path
+        return {path: write_histories(self.staging.workspace, self.staging.out(path), [histories])}
+
+    def _write_table(self, path: str, table: pa.Table) -> str:
+        return self.staging.workspace.write_table(self.staging.out(path), table)

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.histories import Histories
-from rayrec.importing.fragments import KEY, LINE, ORDER, OWNER
+from rayrec.importing.fragments import KEY, LINE, ORDER, OWNER, UNIT
 from rayrec.importing.vocabulary import SongRows
 
 MAX_CONTEXTS = 31  # bits of an int32 without its sign
@@ -55,20 +55,20 @@ class Rows:
         return np.bincount(self.owner, minlength=len(self.owners))
 
 
-def sort_rows(parts: Iterable[tuple[int, int, pa.RecordBatch]], *, in_lines: bool = False) -> tuple[Rows, int]:
-    """Rows out of fragments in the order of import, exact duplicates (owner, order, song) merged; and how many.
+def sort_rows(
+    parts: Iterable[tuple[Sequence[int], Sequence[int], pa.Table]], *, in_lines: bool = False
+) -> tuple[Rows, int]:
+    """Rows out of pieces of input in the order of import, exact duplicates (owner, order, song) merged; and how many.
 
-    A part is the number of its file, the line of the file before its unit's first, and its rows.
-    Of duplicates the first in the order of import stays. Where rows are `in_lines`, the order is a
+    A part is the number of the file of each unit of a piece, the line of that file before the unit's first, and
+    the piece's rows. Of duplicates the first in the order of import stays. Where rows are `in_lines`, the order is a
     place in the line: an owner's lines follow each other as they came, and nothing is a duplicate.
     """
-    listed = [(source, offset, rows) for source, offset, rows in parts if rows.num_rows]
+    listed = [(files, offsets, rows) for files, offsets, rows in parts if rows.num_rows]
     if not listed:
         return _no_rows(), 0
-    table = pa.Table.from_batches([rows for _, _, rows in listed]).combine_chunks()
-    lengths = [rows.num_rows for _, _, rows in listed]
-    source = np.repeat([part[0] for part in listed], lengths)
-    line = table.column(LINE).to_numpy() + np.repeat([part[1] for part in listed], lengths)
+    table = pa.concat_tables([rows for _, _, rows in listed]).combine_chunks()
+    source, line = (np.concatenate(values) for values in zip(*(_lines(*part) for part in listed), strict=True))
     encoded = one_array(table.column(OWNER)).dictionary_encode()
     names = encoded.dictionary.to_numpy(zero_copy_only=False)
     ascending = np.argsort(names)
@@ -92,6 +92,14 @@ def sort_rows(parts: Iterable[tuple[int, int, pa.RecordBatch]], *, in_lines: boo
         return rows, 0
     distinct = rows.keep(_first_of_each(rows))
     return distinct, len(rows) - len(distinct)
+
+
+def _lines(files: Sequence[int], offsets: Sequence[int], rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (R,) twice: the number of the file of each row and its line there; zeros where they were not kept."""
+    if rows.column(LINE).null_count:
+        return np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
+    unit = rows.column(UNIT).to_numpy()
+    return np.asarray(files, dtype=np.int64)[unit], np.asarray(offsets)[unit] + rows.column(LINE).to_numpy()
 
 
 def _first_of_each(rows: Rows) -> np.ndarray:

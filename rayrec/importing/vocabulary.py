@@ -1,10 +1,11 @@
 """The song vocabulary: which int32 row stands for which song, in the order of first import.
 
 Songs are told apart by a 64-bit key of their id while rows are still on the way, so that passes
-over plays never join on strings.
+over plays never join on strings. They are merged by ranges of keys, each range by a worker of its own.
+Strings have 64-bit offsets here: 100 million ids take more than the 2 GiB that 32-bit ones reach.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,14 +18,18 @@ from rayrec.errors import RayrecError
 
 HASH_KEY = "rayrec song hash"  # 16 bytes
 KEY = "key"
-COMPACT_ROWS = 1 << 20  # songs that wait to be merged into the vocabulary
+PLACE = "place"  # of a song's first appearance: piece of input << 32 | place among the songs of the piece
+MERGE_ROWS = 1 << 20  # songs that wait to be merged
+ROWS_PER_ARRAY = 1 << 20  # of strings with 32-bit offsets
+BUCKETS_PER_RANGE = 256
 
 SONGS = pa.schema(
     [
         pa.field(KEY, pa.uint64()),
-        pa.field(columns.SONG_ID, pa.string()),
-        pa.field(columns.TITLE, pa.string()),
-        pa.field(columns.ARTIST, pa.string()),
+        pa.field(columns.SONG_ID, pa.large_string()),
+        pa.field(columns.TITLE, pa.large_string()),
+        pa.field(columns.ARTIST, pa.large_string()),
+        pa.field(PLACE, pa.int64()),
     ]
 )
 
@@ -33,6 +38,16 @@ def song_keys(song_ids: pa.Array) -> np.ndarray:
     """uint64: a key of each song id, the same on every machine."""
     texts = song_ids.to_numpy(zero_copy_only=False)
     return np.asarray(pd.util.hash_array(texts, hash_key=HASH_KEY, categorize=False), dtype=np.uint64)
+
+
+def key_ranges(buckets: int) -> int:
+    """Ranges of keys in which the songs of an import into so many buckets of users are merged."""
+    return max(1, buckets // BUCKETS_PER_RANGE)
+
+
+def range_of(keys: np.ndarray, ranges: int) -> np.ndarray:
+    """int64: the range of each key, uint64."""
+    return ((keys >> np.uint64(32)) * np.uint64(ranges) >> np.uint64(32)).astype(np.int64)
 
 
 def first_songs(rows: pa.Table) -> pa.Table:
@@ -44,7 +59,24 @@ def first_songs(rows: pa.Table) -> pa.Table:
     encoded = one_array(rows.column(columns.SONG_ID)).dictionary_encode()
     codes, count = encoded.indices.to_numpy(), len(encoded.dictionary)
     titles, artists = (_first_values(rows.column(name), codes, count) for name in (columns.TITLE, columns.ARTIST))
-    return pa.table([pa.array(song_keys(encoded.dictionary)), encoded.dictionary, titles, artists], schema=SONGS)
+    places = pa.array(np.arange(count, dtype=np.int64))
+    data = [pa.array(song_keys(encoded.dictionary)), encoded.dictionary, titles, artists, places]
+    return pa.table(dict(zip(SONGS.names, data, strict=True))).cast(SONGS)
+
+
+def merge_songs(tables: Sequence[pa.Table]) -> pa.Table:
+    """SONGS: each song of some tables of SONGS once, in the order in which they appear.
+
+    Raises `RayrecError` where two song ids have the same key.
+    """
+    everything = pa.concat_tables(tables)
+    encoded = one_array(everything.column(KEY)).dictionary_encode()
+    codes, count = encoded.indices.to_numpy(), len(encoded.dictionary)
+    values = {name: _first_values(everything.column(name), codes, count) for name in SONGS.names[1:]}
+    song_ids = values[columns.SONG_ID]
+    if not pc.all(pc.equal(song_ids.take(pa.array(codes)), one_array(everything.column(columns.SONG_ID)))).as_py():
+        raise RayrecError("two song ids have the same 64-bit key; please report this with the two ids")
+    return pa.table([encoded.dictionary, *values.values()], schema=SONGS)
 
 
 def _first_values(values: pa.ChunkedArray, codes: np.ndarray, count: int) -> pa.Array:
@@ -56,63 +88,64 @@ def _first_values(values: pa.ChunkedArray, codes: np.ndarray, count: int) -> pa.
     return column.take(pa.array(places, mask=places < 0))
 
 
-class Vocabulary:
-    """The song table under construction: rows that exist already, then new songs as they are added.
+class SongMerger:
+    """Merges tables of SONGS as they come. Memory: the songs, and a bounded number that wait to be merged."""
 
-    Memory: the songs, and a bounded number of songs that wait to be merged.
-    """
-
-    def __init__(self, existing: pa.Table | None = None) -> None:
-        table = columns.SONGS_TABLE.empty_table() if existing is None else existing
-        self._fixed = len(table)
-        song_ids = one_array(table.column(columns.SONG_ID))
-        keys = pa.array(song_keys(song_ids) if self._fixed else np.zeros(0, np.uint64))
-        self._songs = pa.table(
-            [keys, song_ids, table.column(columns.TITLE), table.column(columns.ARTIST)], schema=SONGS
-        )
+    def __init__(self) -> None:
+        self._songs = SONGS.empty_table()
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
 
-    def add(self, songs: Iterable[pa.Table]) -> None:
-        """Add tables of SONGS, in the order of import."""
-        for table in songs:
-            self._waiting.append(table)
-            self._waiting_rows += table.num_rows
-            # Merging costs as much as the vocabulary is long: wait until that much is new.
-            if self._waiting_rows > max(COMPACT_ROWS, len(self._songs)):
-                self._compact()
+    def add(self, table: pa.Table) -> None:
+        """Add a table, in the order of import."""
+        self._waiting.append(table)
+        self._waiting_rows += table.num_rows
+        # Merging costs as much as what is there: wait until that much is new.
+        if self._waiting_rows > max(MERGE_ROWS, len(self._songs)):
+            self.table()
+
+    def table(self) -> pa.Table:
+        """SONGS: all songs added so far."""
+        if self._waiting:
+            self._songs = merge_songs([self._songs, *self._waiting])
+            self._waiting, self._waiting_rows = [], 0
+        return self._songs
+
+
+class Vocabulary:
+    """The song table: rows that exist already, then new songs by the place of their first appearance."""
+
+    def __init__(self, existing: pa.Table | None, new: Iterable[pa.Table]) -> None:
+        """`existing` is columns.SONGS_TABLE; `new` are SONGS of ranges of keys."""
+        table = columns.SONGS_TABLE.empty_table() if existing is None else existing
+        self._fixed = len(table)
+        wide = [table.column(name).cast(pa.large_string()) for name in SONGS.names[1:4]]
+        keys = [song_keys(chunk) for chunk in wide[0].chunks if len(chunk)]
+        keys_array = pa.array(np.concatenate([np.zeros(0, np.uint64), *keys]))
+        before = pa.table([keys_array, *wide, pa.array(np.full(len(table), -1))], schema=SONGS)
+        added = pa.concat_tables([SONGS.empty_table(), *new]).sort_by(PLACE)
+        self._songs = merge_songs([before, added])
 
     @property
     def keys(self) -> np.ndarray:
         """uint64 (N,): the key of every song row."""
-        self._compact()
-        return np.asarray(self._songs.column(KEY).to_numpy())
+        return np.asarray(one_array(self._songs.column(KEY)).to_numpy())
 
     def keep(self, mask: np.ndarray) -> None:
         """Drop the new songs where `mask`, bool (N,), is false; rows that existed before stay."""
-        self._compact()
         mask = mask.copy()
         mask[: self._fixed] = True
         self._songs = self._songs.filter(pa.array(mask))
 
     def table(self) -> pa.Table:
-        """columns.SONGS_TABLE."""
-        self._compact()
-        rows = pa.array(np.arange(len(self._songs), dtype=np.int32))
-        return pa.table([rows, *self._songs.columns[1:]], schema=columns.SONGS_TABLE)
-
-    def _compact(self) -> None:
-        if not self._waiting:
-            return
-        everything = pa.concat_tables([self._songs, *self._waiting])
-        self._waiting, self._waiting_rows = [], 0
-        encoded = one_array(everything.column(KEY)).dictionary_encode()
-        codes, count = encoded.indices.to_numpy(), len(encoded.dictionary)
-        values = {name: _first_values(everything.column(name), codes, count) for name in SONGS.names[1:]}
-        song_ids = values[columns.SONG_ID]
-        if not pc.all(pc.equal(song_ids.take(pa.array(codes)), one_array(everything.column(columns.SONG_ID)))).as_py():
-            raise RayrecError("two song ids have the same 64-bit key; please report this with the two ids")
-        self._songs = pa.table([encoded.dictionary, *values.values()], schema=SONGS)
+        """columns.SONGS_TABLE, in pieces whose strings 32-bit offsets reach."""
+        pieces = []
+        for start in range(0, max(1, len(self._songs)), ROWS_PER_ARRAY):
+            piece = self._songs.slice(start, ROWS_PER_ARRAY)
+            rows = pa.array(np.arange(start, start + len(piece), dtype=np.int32))
+            data = [rows, *(piece.column(name).cast(pa.string()) for name in SONGS.names[1:4])]
+            pieces.append(pa.table(data, schema=columns.SONGS_TABLE))
+        return pa.concat_tables(pieces)
 
 
 class SongRows:

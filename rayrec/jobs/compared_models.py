@@ -1,5 +1,6 @@
-"""What an evaluation judges: baselines, and the networks of one or more models artifacts, all of one split."""
+"""What an evaluation compares: baselines, and the networks of one or more models artifacts, all of one split."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,22 +11,28 @@ from rayrec.embeddings.sessions import UNCUT
 from rayrec.embeddings.vectors import FINAL, SELECTION
 from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.model.train_config import has_memory
+from rayrec.evaluation.tuning import CHOICES, tune_baseline
 from rayrec.progress import progress
+from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import Recommender
-from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_selection, needs_vectors
+from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.selection import make_selection
-from rayrec.storage.artifacts import Manifest, load, newest
+from rayrec.storage.artifacts import Manifest, load, newest, noun
+from rayrec.storage.releases import default_parts
 from rayrec.storage.workspace import Workspace
 
-HYBRID, HYBRID_SHORT, TASTE, TASTE_SHORT = "hybrid", "hybrid-short", "taste", "taste-short"
-NETWORKS = (HYBRID, HYBRID_SHORT, TASTE, TASTE_SHORT)  # the recommenders that a models artifact may give
+TWO_STEP, TASTE, TASTE_SHORT = "two-step", "taste", "taste-short"
+NETWORKS = (TWO_STEP, TASTE, TASTE_SHORT)  # the recommenders that a models artifact may give
+
+
+# The part that is left out, and what makes the default model without it: a ranker is trained anew for each.
+Ablations = Mapping[str, Callable[[], Recommender]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """What is judged, all of one split."""
+class ComparedModels:
+    """The models of an evaluation, all of one split."""
 
     names: tuple[str, ...]  # of the models
     default: str  # the one that `recommend` uses
@@ -36,17 +43,17 @@ class Judged:
 
     @property
     def warning(self) -> str | None:
-        """A line about the parts that a split could not keep from the plays they are judged on."""
+        """A line about the parts that a split could not keep from the plays they are evaluated on."""
         if "split" not in self.inputs:
             return None
-        parts = {"the network": self.model, **self.others, "the song vectors": self.songs}
+        parts = {"the network": self.model, **self.others, "the song embeddings": self.songs}
         uncut = [name for name, part in parts.items() if part and part.metrics.get("source") == "playlists"]
         return f"{', '.join(uncut)}: {UNCUT}" if uncut else None
 
 
 def choose(
     workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split | None, model_id: str | None
-) -> Judged:
+) -> ComparedModels:
     """The models of `config` with the artifacts they need, all made for `split` or, without one, of all plays.
 
     `NAME=ID` among the models is the network of another models artifact, under that name. Raises
@@ -56,15 +63,17 @@ def choose(
     named, others = _named(workspace, config)
     if split is not None:
         require_split_of(dataset, split)
-    inputs, model, songs, default = {"dataset": dataset.manifest.id}, None, None, HYBRID
+    inputs, model, songs, default = {"dataset": dataset.manifest.id}, None, None, TWO_STEP
     if split is not None:
         inputs["split"] = split.id
     if config.models is None or set(NETWORKS) & set(named):
         model = load(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
         inputs["models"] = model.id
-        default = HYBRID if has_memory(model) else TASTE
-        if {HYBRID, HYBRID_SHORT} & set(named) and default != HYBRID:
-            raise InputError(f"model {model.id} was trained without a memory; name taste, or train with --memory")
+        parts = default_parts(workspace, model.id)
+        default = TWO_STEP if "rankers" in parts else TASTE
+        if TWO_STEP in named and default != TWO_STEP:
+            raise InputError(f"model {model.id} has no rankers; run `rayrec retrieval` and `rayrec rank` first")
+        inputs |= {kind: parts[kind] for kind in ("retrieval", "rankers") if kind in parts}
     for network in (*([model] if model else []), *others.values()):
         require_split(network, split, dataset, "train")
     inputs |= {f"models {name}": other.id for name, other in others.items()}
@@ -74,22 +83,22 @@ def choose(
         songs = load(workspace, "songs", trained[0].inputs["songs"]) if trained else newest(workspace, "songs", "embed")
         require_split(songs, split, dataset, "embed")
         inputs["songs"] = songs.id
-    return Judged(names=names, default=default, model=model, others=others, songs=songs, inputs=inputs)
+    return ComparedModels(names=names, default=default, model=model, others=others, songs=songs, inputs=inputs)
 
 
 def _named(workspace: Workspace, config: EvaluateConfig) -> tuple[list[str], dict[str, Manifest]]:
-    """The names of the models asked for, and the artifacts of those given as NAME=ID."""
+    """The names of the models wanted, and the artifacts of those given as NAME=ID."""
     names: list[str] = []
     others: dict[str, Manifest] = {}
-    for asked in config.models or ():
-        name, equals, model_id = asked.partition("=")
+    for spelled in config.models or ():
+        name, equals, model_id = spelled.partition("=")
         if equals:
             if name in (*NETWORKS, *BASELINES, *others) or not name:
-                raise InputError(f"{asked}: give another model a name of its own, such as r_hst={model_id}")
+                raise InputError(f"{spelled}: name another model differently, such as r_hst={model_id}")
             others[name] = load(workspace, "models", model_id)
         elif name not in (*NETWORKS, *BASELINES):
             raise InputError(
-                f"there is no model {name!r}; there are: {', '.join((*NETWORKS, *BASELINES))}, and NAME=ID for "
+                f"Unknown model {name!r}; expected {', '.join((*NETWORKS, *BASELINES))}, or NAME=ID for "
                 "the network of another model"
             )
         names.append(name)
@@ -104,47 +113,69 @@ def require_split(part: Manifest, split: Split | None, dataset: Dataset, command
     made_of, wanted = part.inputs.get("split"), split.id if split else None
     if made_of == wanted and dataset.descends_from(part.inputs.get("dataset", dataset.manifest.id)):
         return
-    saw = f"was made for split {made_of}" if made_of else "was made from all plays"
-    saw += ", those to be predicted too" if wanted and not made_of else ""
-    judged = f"this is an evaluation of split {wanted}; run `rayrec {command}` with this split first"
-    if not wanted:
-        judged = f"this is an evaluation without a split; name the split, or run `rayrec {command} --no-split` first"
-    raise MismatchError(f"{part.kind} {part.id} {saw}, and {judged}")
+    saw = f"was trained before the test range of split {made_of}" if made_of else "was trained on all plays"
+    saw += ", including the test range" if wanted and not made_of else ""
+    advice = f"run `rayrec {command} --split {wanted}` first" if wanted else f"pass --split {made_of}"
+    raise MismatchError(
+        f"{noun(part.kind)} {part.id} {saw}, but the evaluation is of {f'split {wanted}' if wanted else 'no split'}; "
+        f"{advice}"
+    )
 
 
 def make_recommenders(
-    workspace: Workspace, dataset: Dataset, judged: Judged, split: Split | None
+    workspace: Workspace,
+    dataset: Dataset,
+    compared: ComparedModels,
+    split: Split | None,
+    ablations: Ablations | None = None,
 ) -> tuple[list[Recommender], np.ndarray]:
-    """Fit the baselines on what final fits may see and load the networks, in the order of the names.
+    """Fit the baselines on what final fits may see and load the networks, in the order of the names, then ablations.
+
+    The settings of baselines are chosen on the validation range, where the split has one.
 
     Also float64 (N,): how often each song was played there.
     """
     # A plain array: a memory map would not be shared through Ray's object store.
-    vectors = np.array(workspace.read_array(judged.songs.path(FINAL))) if judged.songs else None
+    vectors = np.array(workspace.read_array(compared.songs.path(FINAL))) if compared.songs else None
     allowed, selection = fit_range(split), None
-    if split is not None and judged.songs and SELECTION in judged.songs.files and needs_selection(judged.names):
-        selection = make_selection(dataset, split, np.array(workspace.read_array(judged.songs.path(SELECTION))))
+    if split is not None and split.has_validation:
+        songs = compared.songs
+        early = np.array(workspace.read_array(songs.path(SELECTION))) if songs and SELECTION in songs.files else None
+        selection = make_selection(dataset, split, early)
     fitted: dict[str, Recommender] = {}
-    baselines = dict.fromkeys(["popularity", *(name for name in judged.names if name in BASELINES)])
+    baselines = dict.fromkeys(["popularity", *(name for name in compared.names if name in BASELINES)])
     with progress("fit baselines", len(baselines)) as bar:
         for name in baselines:
-            fitted[name] = fit_baselines([name], dataset, vectors, allowed, selection)[0]
+            settings = {name: tune_baseline(name, selection)} if selection and name in CHOICES else {}
+            fitted[name] = fit_baselines([name], dataset, vectors, allowed, selection, settings)[0]
             bar.advance(note=name)
-    if judged.model:
-        fitted |= _networks(workspace, judged.model)
-    for name, other in judged.others.items():
-        fitted[name] = _networks(workspace, other)[HYBRID if has_memory(other) else TASTE]
+    if compared.model:
+        fitted |= _networks(workspace, dataset, compared.model)
+    for name, other in compared.others.items():
+        fitted[name] = _networks(workspace, dataset, other)[TASTE]
         fitted[name].name = name
     popularity = fitted["popularity"]
     assert isinstance(popularity, PopularityRecommender)
-    return [fitted[name] for name in judged.names], popularity.plays
+    return [*(fitted[name] for name in compared.names), *make_ablated(ablations or {})], popularity.plays
 
 
-def _networks(workspace: Workspace, model: Manifest) -> dict[str, Recommender]:
-    """What a models artifact gives, by name."""
-    from rayrec.recommend.hybrid import HybridRecommender, load_recommender  # brings torch: only once needed
+def make_ablated(ablations: Ablations) -> list[Recommender]:
+    """The default model without each of its parts, named `without PART`."""
+    models = []
+    for part, make in ablations.items():
+        model = make()
+        model.name, model.without = f"without {part}", part
+        models.append(model)
+    return models
 
-    loaded = load_recommender(workspace, model)
-    network = loaded.network if isinstance(loaded, HybridRecommender) else loaded
-    parts = (loaded, loaded.short_only(), network, network.short_only())
-    return {part.name: part for part in parts}
+
+def _networks(workspace: Workspace, dataset: Dataset, model: Manifest) -> dict[str, Recommender]:
+    """What a models artifact gives, by name: with its rankers where it has some, and the network alone."""
+    from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once needed
+    from rayrec.recommend.two_step import TwoStepRecommender
+
+    parts = default_parts(workspace, model.id)
+    loaded = load_recommender(workspace, dataset, {role: id for role, id in parts.items() if role != "indexes"})
+    network = loaded.source.network if isinstance(loaded, TwoStepRecommender) else loaded
+    assert isinstance(network, TasteRecommender)
+    return {part.name: part for part in (loaded, network, network.short_only())}

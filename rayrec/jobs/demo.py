@@ -13,6 +13,7 @@ from rayrec.jobs.pipeline import Outcome, run
 from rayrec.recommend.answer import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
 from rayrec.storage import artifacts
 from rayrec.storage.locking import writes
+from rayrec.storage.releases import default_parts
 from rayrec.storage.workspace import Workspace
 
 # Small enough to watch, a minute of training on two cores; few songs, so that each is played often
@@ -28,6 +29,8 @@ PIPELINE: dict[str, dict[str, Any]] = {
         **{"hidden_dim": 96, "negatives": 256, "batch": 16, "learning_rate": 0.005, "epochs": 10},
         "workers": 0,  # in this process: starting Ray Train's workers takes half as long as the training
     },
+    "retrieval": {},
+    "rank": {},
     "taste": {},
     "index": {},
     "evaluate": {"bootstrap_samples": 200, "max_curve_users": 500},
@@ -73,7 +76,7 @@ def demo(
     ids = {outcome.stage: outcome.id for outcome in outcomes}
     dataset = Dataset(workspace)
     user, last_play = _some_user(dataset)
-    recommender = load_recommender(workspace, dataset, model_id=ids["train"], index_id=ids["index"])
+    recommender = load_recommender(workspace, dataset, default_parts(workspace, ids["train"]))
     report = artifacts.load(workspace, "reports", ids["evaluate"])
     return Demo(
         outcomes=outcomes,
@@ -92,7 +95,7 @@ def _require_room(workspace: Workspace) -> None:
     if there.source != "generated" or there.config != to_mapping(GenerateConfig(**PIPELINE["generate"])):
         raise InputError(
             f"workspace {workspace.uri} holds another data set ({there.source}, {there.plays:,} plays); "
-            "run the demo in a workspace of its own: rayrec --workspace ./demo demo"
+            "run the demo in its own workspace: rayrec --workspace ./demo demo"
         )
 
 
@@ -101,4 +104,4 @@ def _some_user(dataset: Dataset) -> tuple[str, int]:
     for batch in dataset.read_all():
         for row in (batch.lengths >= MIN_PLAYS).nonzero()[0][:1]:
             return str(batch.user_ids[row]), int(batch.played_at[batch.offsets[row + 1] - 1])
-    raise NotFoundError(f"no generated user has {MIN_PLAYS} plays")
+    raise NotFoundError(f"No generated user has {MIN_PLAYS} plays")

@@ -10,14 +10,12 @@ from typing import Any
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import FitRange, Split, fit_range
+from rayrec.data.split import FitRange, Split, fit_range, require_split_of
 from rayrec.embeddings import fit_embeddings, health
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.embeddings.external import file_id
 from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors
-from rayrec.errors import MismatchError
-from rayrec.jobs.cluster import ray_cluster
-from rayrec.jobs.node import node_cpus, run_on_node
+from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
 from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -39,18 +37,14 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
     dataset = Dataset(workspace)
     inputs = {"dataset": dataset.manifest.id}
     if split is not None:
-        if split.dataset != dataset.manifest.id:
-            raise MismatchError(
-                f"split {split.id!r} cuts data set {split.dataset!r}, the workspace holds {dataset.manifest.id!r}; "
-                "run `rayrec split` again"
-            )
+        require_split_of(dataset, split)
         inputs["split"] = split.id
     if config.vectors is not None:
         inputs["vectors"] = file_id(config.vectors)
     stage_id = artifacts.fingerprint("embed", to_mapping(config), inputs)
     songs_id, complete = artifacts.new_id(workspace, "songs", stage_id, repeat=repeat)
     if complete:
-        return artifacts.load(workspace, "songs", songs_id)
+        return artifacts.reuse(workspace, "songs", songs_id)
     manifest = Manifest(kind="songs", id=songs_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     started = time.perf_counter()
     fits = {FINAL: fit_range(split)}
@@ -74,7 +68,7 @@ def _fit_all(
 ) -> dict[str, Any]:
     """Fit one range after another, with one bar over all epochs; the figures of the final fit."""
     made: dict[str, Any] = {}
-    with ray_cluster(), progress("song vectors, epochs", total=len(fits) * config.epochs) as bar:
+    with ray_cluster(), progress("Song embeddings, epochs", total=len(fits) * config.epochs) as bar:
         cpus = min(config.workers or node_cpus(), node_cpus())
         for name, allowed in fits.items():
             arguments = (workspace, config, allowed, config.workers or cpus, manifest.path(name))

@@ -1,4 +1,4 @@
-"""Judge the network and the baselines on the test range, bucket by bucket on Ray."""
+"""Evaluate the network and the baselines on the test range, bucket by bucket on Ray."""
 
 import json
 import time
@@ -12,23 +12,25 @@ from rayrec.data.split import Split
 from rayrec.embeddings import health
 from rayrec.embeddings.vectors import FINAL, SongVectors
 from rayrec.errors import InputError
-from rayrec.evaluation.accumulator import Tally
+from rayrec.evaluation.accumulator import VIEWS, MetricAccumulator
+from rayrec.evaluation.bootstrap import CellRange, cell_ranges
 from rayrec.evaluation.evaluator import Evaluator
-from rayrec.evaluation.pictures import NAMED, Picture, most_played, song_map, training_picture
-from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.report import SONG_VECTORS, headline, write_report
+from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_map, training_plot
+from rayrec.evaluation.protocol import EvaluateConfig, plays_to_predict
+from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, write_report
 from rayrec.evaluation.results import figures_of
-from rayrec.jobs.buckets import run_buckets
-from rayrec.jobs.cluster import ray_cluster
-from rayrec.jobs.compared_models import Judged, choose, make_recommenders
+from rayrec.jobs.compared_models import Ablations, ComparedModels, choose, make_recommenders
+from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.training_log import EPOCHS
 from rayrec.progress import progress
-from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, publish
+from rayrec.storage.artifacts import Manifest, fingerprint, new_id, publish, reuse
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 KIND = "reports"
 USERS_PER_BATCH = 2_000
+EXAMPLES, EXAMPLE_PLAYS, EXAMPLE_SONGS = 3, 5, 5  # users shown, with their last plays and recommended songs
+COUNTED_BUCKETS = 16  # whose plays to predict are counted where a number of queries is drawn
 
 
 @writes("evaluate")
@@ -38,101 +40,134 @@ def evaluate(
     *,
     split: Split,
     model_id: str | None = None,
+    ablations: Ablations | None = None,
     repeat: bool = False,
 ) -> Manifest:
     """Write reports/<id>/ about the models of `config` on the test range of `split`.
 
-    Without names these are the network `model_id` (None: the one trained last) and every baseline.
-    Baselines are fitted on what came before the test range, with the song vectors that the network
-    was trained from. The manifest's metrics hold default, protocol, its headline, users, plays and seconds;
-    the figures of `figures_of` and the health of the song vectors are in results.json, see `read_figures`.
+    Without names these are the network `model_id` (None: the one trained last) and every baseline. Baselines are
+    fitted on what came before the test range, with the song embeddings that the network was trained from, and tuned
+    on the validation range. `ablations` make the default model without each of its parts. The manifest's metrics hold
+    default, protocol, its headline, users, plays and seconds; the figures of `figures_of`, examples and the health of
+    the song embeddings are in results.json, see `read_figures`.
 
-    Raises `InputError` for an unknown model and for a test range without questions, `NotFoundError`
-    where there is no network or no song vectors, `MismatchError` for those of another split.
+    Raises `InputError` for an unknown model and for a test range without queries, `NotFoundError` where there is no
+    network or no song embeddings, `MismatchError` for those of another split.
     """
     started = time.monotonic()
     dataset = Dataset(workspace)
-    judged = choose(workspace, dataset, config, split, model_id)
-    report_id, complete = new_id(
-        workspace, KIND, fingerprint("evaluate", to_mapping(config), judged.inputs), repeat=repeat
-    )
+    compared = choose(workspace, dataset, config, split, model_id)
+    settings = {**to_mapping(config), **({"ablations": list(ablations)} if ablations else {})}
+    report_id, complete = new_id(workspace, KIND, fingerprint("evaluate", settings, compared.inputs), repeat=repeat)
     if complete:
-        return load(workspace, KIND, report_id)
-    evaluator = make_evaluator(workspace, dataset, config, split, judged)
-    tally = tally_buckets(workspace, evaluator, dataset.manifest.buckets)
-    if not tally.users[0].sum():
+        return reuse(workspace, KIND, report_id)
+    evaluator = make_evaluator(workspace, dataset, config, split, compared, ablations)
+    sums = evaluate_buckets(workspace, evaluator, dataset.manifest.buckets)
+    users, plays = sums.users[VIEWS.index("next")].sum(), sums.queries[:, VIEWS.index("next")].sum()
+    if not users:
         raise InputError(
             f"none of {split.test_range} has an earlier play by the same user, so there is nothing to predict; "
-            "make a split with more test days or a larger last fraction"
+            "run `rayrec split` with more test days or a larger last fraction"
         )
-    figures = figures_of(tally, evaluator, judged.default)
-    figures[SONG_VECTORS] = health_of(dataset, judged, evaluator.song_plays)
+    figures = figures_of(sums, evaluator, compared.default)
+    figures["examples"] = examples_of(dataset, evaluator, compared.default)
+    figures[SONG_EMBEDDINGS] = health_of(dataset, compared, evaluator.song_plays)
     manifest = Manifest(
         kind=KIND,
         id=report_id,
-        config=to_mapping(config),
-        inputs=judged.inputs,
+        config=settings,
+        inputs=compared.inputs,
         seed=config.seed,
         metrics={
-            "default": judged.default,
+            "default": compared.default,
             "protocol": split.protocol,
-            **({"warning": judged.warning} if judged.warning else {}),
-            **headline(figures, judged.default),
-            "users": int(tally.users[0].sum()),
-            "plays": int(tally.questions[0, :, 0].sum()),
+            **({"warning": compared.warning} if compared.warning else {}),
+            **headline(figures, compared.default),
+            "users": int(users),
+            "plays": int(plays),
             "seconds": round(time.monotonic() - started, 1),
         },
     )
-    about = {"protocol": split.protocol, "test range": split.test_range, **judged.inputs}
-    about |= {"warning": judged.warning} if judged.warning else {}
-    pictures = pictures_of(dataset, judged, evaluator.song_plays)
-    names = write_report(workspace, manifest.folder, figures, default=judged.default, about=about, pictures=pictures)
+    about = {"protocol": split.protocol, "test range": split.test_range, **compared.inputs}
+    about |= {"warning": compared.warning} if compared.warning else {}
+    plots = [*filter(None, [cosine_plot(figures[CURVES])]), *plots_of(dataset, compared, evaluator.song_plays)]
+    names = write_report(workspace, manifest.folder, figures, default=compared.default, about=about, plots=plots)
     return publish(workspace, manifest, names)
 
 
-def pictures_of(dataset: Dataset, judged: Judged, song_plays: np.ndarray) -> list[Picture]:
-    """The training of the network that is judged, and a map of the songs it answers with, or of the song vectors."""
-    workspace, made = dataset.workspace, []
-    if judged.model and EPOCHS in judged.model.files:
-        lines = workspace.read_bytes(judged.model.path(EPOCHS)).splitlines()
-        made.append(training_picture([json.loads(line) for line in lines]))
-    for path in [*vector_paths(judged).values()][-1:]:
+def plots_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[Plot]:
+    """The training of the network, and a map of the song embeddings that it scores, or of those it was made from."""
+    workspace, plots = dataset.workspace, []
+    if compared.model and EPOCHS in compared.model.files:
+        lines = workspace.read_bytes(compared.model.path(EPOCHS)).splitlines()
+        plots.append(training_plot([json.loads(line) for line in lines]))
+    for path in [*vector_paths(compared).values()][-1:]:
         vectors = np.asarray(workspace.read_array(path))
         known = song_plays[: len(vectors)]
         titles = dataset.catalog().titles(most_played(vectors, known, NAMED))
-        made.append(song_map(vectors, known, titles))
-    return [picture for picture in made if picture is not None]
+        plots.append(song_map(vectors, known, titles))
+    return [plot for plot in plots if plot is not None]
 
 
-def health_of(dataset: Dataset, judged: Judged, song_plays: np.ndarray) -> list[dict[str, Any]]:
+def examples_of(dataset: Dataset, evaluator: Evaluator, default: str) -> list[dict[str, Any]]:
+    """What the default model recommends to three users, as served, before their first play of the test range.
+
+    Each has last_plays and songs, by title.
+    """
+    named = [recommender for recommender in evaluator.recommenders if recommender.name == default]
+    catalog, examples = dataset.catalog(), []
+    for histories in dataset.read_all() if named else ():
+        plays = plays_to_predict(histories, evaluator.split)
+        rows, first = np.unique(histories.rows[plays], return_index=True)
+        for row, play in zip(rows.tolist(), plays[first].tolist(), strict=True):
+            seen = play - histories.offsets[row]
+            if seen < EXAMPLE_PLAYS:
+                continue
+            history = histories.take(np.array([row])).span(0, seen)
+            songs, _ = named[0].recommend_one(
+                history, int(histories.played_at[play]), EXAMPLE_SONGS, exclude_heard=True
+            )
+            last = history.songs[-EXAMPLE_PLAYS:]
+            examples.append({"last_plays": catalog.titles(last), "songs": catalog.titles(songs)})
+            if len(examples) == EXAMPLES:
+                return examples
+    return examples
+
+
+def health_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[dict[str, Any]]:
     """The health of the song vectors behind the models: an entry for those embedded, one for the network's.
 
     Each has vectors (songs or models), id, dim, directions and the figures of `health.check`; `song_plays`,
     int (N,), choose the most played songs.
     """
     entries = []
-    for role, path in vector_paths(judged).items():
+    for role, path in vector_paths(compared).items():
         vectors = SongVectors(np.asarray(dataset.workspace.read_array(path)))
         figures = health.check(vectors, song_plays[: len(vectors)], dataset.catalog())
         del figures["warning"]  # its advice is for word2vec; the page tells the limit
-        about = {"vectors": role, "id": judged.inputs[role], "dim": vectors.dim}
+        about = {"vectors": role, "id": compared.inputs[role], "dim": vectors.dim}
         entries.append({**about, "directions": health.directions(vectors), **figures})
     return entries
 
 
-def vector_paths(judged: Judged) -> dict[str, str]:
+def vector_paths(compared: ComparedModels) -> dict[str, str]:
     """Role -> path of the song vectors, where they are there: those embedded, then those the network answers with."""
     from rayrec.model.checkpoint import SONG_VECTORS as TRAINED  # brings torch: only once needed
 
-    paths = {"songs": judged.songs.path(FINAL)} if judged.songs else {}
-    return {**paths, "models": judged.model.path(TRAINED)} if judged.model else paths
+    paths = {"songs": compared.songs.path(FINAL)} if compared.songs else {}
+    return {**paths, "models": compared.model.path(TRAINED)} if compared.model else paths
 
 
 def make_evaluator(
-    workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split, judged: Judged
+    workspace: Workspace,
+    dataset: Dataset,
+    config: EvaluateConfig,
+    split: Split,
+    compared: ComparedModels,
+    ablations: Ablations | None = None,
 ) -> Evaluator:
-    """An evaluator of the models of `judged`."""
-    recommenders, song_plays = make_recommenders(workspace, dataset, judged, split)
+    """An evaluator of the models of `compared` and of the ablations."""
+    recommenders, song_plays = make_recommenders(workspace, dataset, compared, split, ablations)
     return Evaluator(
         recommenders,
         split=split,
@@ -143,26 +178,53 @@ def make_evaluator(
     )
 
 
-def tally_buckets(workspace: Workspace, evaluator: Evaluator, buckets: int) -> Tally:
-    """The tally of all users, the buckets spread over the cluster, the evaluator shared by all workers."""
-    tally = evaluator.empty()
-    with ray_cluster(), progress("evaluate", buckets) as bar:
-        arguments = {"workspace": workspace, "evaluator": evaluator}
-        for result in run_buckets(BucketEvaluator, range(buckets), arguments=arguments):
-            tally = tally + result
+def evaluate_buckets(workspace: Workspace, evaluator: Evaluator, buckets: int) -> MetricAccumulator:
+    """The sums of all users, the buckets spread over the cluster, the evaluator shared by all workers of a node."""
+    sums = evaluator.empty()
+    ranges = cell_ranges(buckets, evaluator.cells_at_once)
+    units = buckets * len(ranges)
+    with ray_cluster(), progress("evaluate", units) as bar:
+        evaluator.query_share = query_share(workspace, evaluator, buckets)
+        arguments = {"workspace": workspace, "evaluator": evaluator, "ranges": ranges}
+        for unit, part in run_buckets(BucketEvaluator, range(units), arguments=arguments):
+            sums.add(part, first_cell=unit * part.cells)
             bar.advance()
-    return tally
+    return sums
+
+
+def query_share(workspace: Workspace, evaluator: Evaluator, buckets: int) -> float:
+    """The share of the test range's queries that leaves about `queries` of them, from the counts of a few buckets."""
+    if not evaluator.config.queries:
+        return 1.0
+    counted = np.unique(np.linspace(0, buckets - 1, min(buckets, COUNTED_BUCKETS)).astype(int)).tolist()
+    arguments = {"workspace": workspace, "split": evaluator.split}
+    counts = sum(run_buckets(QueryCounter, counted, arguments=arguments))
+    return float(min(1.0, evaluator.config.queries / max(1.0, counts * buckets / len(counted))))
+
+
+class QueryCounter:
+    """Counts the plays to predict of one bucket at a time."""
+
+    def __init__(self, workspace: Workspace, split: Split) -> None:
+        self.dataset, self.split = Dataset(workspace), split
+
+    def __call__(self, bucket: int) -> int:
+        """The plays to predict of a bucket's users."""
+        batches = self.dataset.read_bucket(int(bucket), USERS_PER_BATCH)
+        return sum(len(plays_to_predict(histories, self.split)) for histories in batches)
 
 
 class BucketEvaluator:
-    """Tallies one bucket of users at a time."""
+    """Evaluates the users of some bootstrap cells of one bucket at a time."""
 
-    def __init__(self, workspace: Workspace, evaluator: Evaluator) -> None:
-        self.dataset, self.evaluator = Dataset(workspace), evaluator
+    def __init__(self, workspace: Workspace, evaluator: Evaluator, ranges: list[CellRange]) -> None:
+        self.dataset, self.evaluator, self.ranges = Dataset(workspace), evaluator, ranges
 
-    def __call__(self, bucket: int) -> Tally:
-        """The tally of a bucket's users."""
-        tally = self.evaluator.empty()
-        for histories in self.dataset.read_bucket(int(bucket), USERS_PER_BATCH):
-            tally = tally + self.evaluator(histories)
-        return tally
+    def __call__(self, unit: int) -> tuple[int, MetricAccumulator]:
+        """The unit and the sums of its users: a bucket's, divided by ranges of cells."""
+        bucket, part = divmod(int(unit), len(self.ranges))
+        cells = self.ranges[part]
+        sums = self.evaluator.empty(cells.count)
+        for histories in self.dataset.read_bucket(bucket, USERS_PER_BATCH):
+            sums.add(self.evaluator(histories, cells))
+        return int(unit), sums

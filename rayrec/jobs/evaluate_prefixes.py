@@ -1,4 +1,4 @@
-"""Judge the network and the baselines on given pairs of prefix and target, shard by shard of the file on Ray."""
+"""Evaluate the network and the baselines on given pairs of prefix and target, shard by shard of the file on Ray."""
 
 import time
 from collections.abc import Sequence
@@ -11,27 +11,25 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
 from rayrec.errors import InputError
-from rayrec.evaluation.accumulator import Tally
+from rayrec.evaluation.accumulator import MetricAccumulator
+from rayrec.evaluation.bootstrap import CellRange, cell_ranges
 from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.report import SONG_VECTORS, headline, write_report
-from rayrec.evaluation.results import comparisons_of, results_of
+from rayrec.evaluation.report import SONG_EMBEDDINGS, headline, write_report
+from rayrec.evaluation.results import Figures, settings_of
 from rayrec.importing.readers.files import find_files
 from rayrec.importing.readers.lines import byte_ranges
 from rayrec.importing.readers.reader import Unit
-from rayrec.jobs.buckets import run_buckets
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.compared_models import choose, make_recommenders
 from rayrec.jobs.evaluate import KIND, health_of
+from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress
-from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, publish
+from rayrec.storage.artifacts import Manifest, fingerprint, new_id, publish, reuse
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 UNIT_BYTES = 1 << 18  # of the file that one task reads
-ASKED = "The target of each line of the file is predicted from the songs of its prefix; there are no times."
-
-Tallied = tuple[Tally, np.ndarray]  # and the counts of `Prefixes`
+DESCRIBED = "The target of each line of the file is predicted from the songs of its prefix; there are no times."
 
 
 @writes("evaluate --prefixes")
@@ -54,72 +52,91 @@ def evaluate_prefixes(
     Raises `InputError` for a file without pairs or with a line that cannot be read, else as `evaluate`.
     """
     started = time.monotonic()
+    if config.queries:
+        raise InputError("--queries draws from the test range of a split; the pairs of a file are all evaluated")
     dataset = Dataset(workspace)
     (found,) = find_files([file.path], ["*"])[:1]
-    judged = choose(workspace, dataset, config, split, model_id)
+    compared = choose(workspace, dataset, config, split, model_id)
     settings = {**to_mapping(config), "prefixes": {**asdict(file), "size": found.size, "changed": found.changed}}
     report_id, complete = new_id(
-        workspace, KIND, fingerprint("evaluate prefixes", settings, judged.inputs), repeat=repeat
+        workspace, KIND, fingerprint("evaluate prefixes", settings, compared.inputs), repeat=repeat
     )
     if complete:
-        return load(workspace, KIND, report_id)
-    recommenders, song_plays = make_recommenders(workspace, dataset, judged, split)
+        return reuse(workspace, KIND, report_id)
+    recommenders, song_plays = make_recommenders(workspace, dataset, compared, split)
     evaluator = PrefixEvaluator(recommenders, song_plays=song_plays, config=config)
-    tally, counts = judge(workspace, evaluator, file, byte_ranges(found.source, found.size, UNIT_BYTES))
+    sums, counts = evaluate_pairs(workspace, evaluator, file, byte_ranges(found.source, found.size, UNIT_BYTES))
     if not counts[0]:
-        raise InputError(f"{file.path} has no pairs; expected lines of songs, a tab and the song that followed")
-    results = results_of(tally, recommenders, config, ["served", "next"])
-    results = [entry for entry in results if entry["users"] == "all"]
+        raise InputError(f"{file.path} has no pairs; expected lines of songs, a tab and the next song")
+    made = Figures(sums, recommenders, config)
+    results = [entry for entry in made.results(["served", "next"]) if entry["users"] == "all"]
     figures = {
+        "settings": settings_of(recommenders),
         "results": [{name: value for name, value in entry.items() if name != "users_count"} for entry in results],
-        "comparisons": comparisons_of(tally, recommenders, config, judged.default),
-        SONG_VECTORS: health_of(dataset, judged, song_plays),
+        "comparisons": made.comparisons(compared.default),
+        SONG_EMBEDDINGS: health_of(dataset, compared, song_plays),
     }
-    told = dict(zip(("pairs", "unknown_targets", "unknown_items"), counts.tolist(), strict=True))
+    pairs = dict(zip(("pairs", "unknown_targets", "unknown_items"), counts.tolist(), strict=True))
     seconds = round(time.monotonic() - started, 1)
     manifest = Manifest(
         kind=KIND,
         id=report_id,
         config=settings,
-        inputs=judged.inputs,
+        inputs=compared.inputs,
         seed=config.seed,
         metrics={
-            "default": judged.default,
+            "default": compared.default,
             "protocol": "prefixes",
-            **headline(figures, judged.default),
-            **told,
+            **headline(figures, compared.default),
+            **pairs,
             "seconds": seconds,
         },
     )
-    about = {"protocol": "prefixes", "file": file.path, **{name: f"{count:,}" for name, count in told.items()}}
-    about |= judged.inputs
-    names = write_report(workspace, manifest.folder, figures, default=judged.default, about=about, asked=ASKED)
+    about = {"protocol": "prefixes", "file": file.path, **{name: f"{count:,}" for name, count in pairs.items()}}
+    about |= compared.inputs
+    names = write_report(
+        workspace, manifest.folder, figures, default=compared.default, about=about, described=DESCRIBED
+    )
     return publish(workspace, manifest, names)
 
 
-def judge(workspace: Workspace, evaluator: PrefixEvaluator, file: PrefixFile, units: Sequence[Unit]) -> Tallied:
-    """The tally and the counts of all units, spread over the cluster."""
-    tally, counts = evaluator.empty(), np.zeros(3, dtype=np.int64)
-    with ray_cluster(), progress("evaluate", len(units)) as bar:
+def evaluate_pairs(
+    workspace: Workspace, evaluator: PrefixEvaluator, file: PrefixFile, units: Sequence[Unit]
+) -> tuple[MetricAccumulator, np.ndarray]:
+    """The sums and the counts, as in `Prefixes`, of all units, spread over the cluster."""
+    sums, counts = evaluator.empty(), np.zeros(3, dtype=np.int64)
+    ranges = cell_ranges(len(units), evaluator.cells_at_once)
+    tasks = len(units) * len(ranges)
+    with ray_cluster(), progress("evaluate", tasks) as bar:
         arguments = {"workspace": workspace, "evaluator": evaluator, "file": file, "units": list(units)}
-        for more, found in run_buckets(UnitEvaluator, range(len(units)), arguments=arguments):
-            tally, counts = tally + more, counts + found
+        for task, part, pairs in run_buckets(UnitEvaluator, range(tasks), arguments={**arguments, "ranges": ranges}):
+            sums.add(part, first_cell=task * part.cells)
+            counts += pairs
             bar.advance()
-    return tally, counts
+    return sums, counts
 
 
 class UnitEvaluator:
-    """Judges one unit of the file at a time."""
+    """Evaluates the pairs of some bootstrap cells of one unit of the file at a time."""
 
     def __init__(
-        self, workspace: Workspace, evaluator: PrefixEvaluator, file: PrefixFile, units: Sequence[Unit]
+        self,
+        workspace: Workspace,
+        evaluator: PrefixEvaluator,
+        file: PrefixFile,
+        units: Sequence[Unit],
+        ranges: list[CellRange],
     ) -> None:
-        self.evaluator, self.file, self.units = evaluator, file, units
+        self.evaluator, self.file, self.units, self.ranges = evaluator, file, units, ranges
         self.song_ids = Dataset(workspace).catalog().table.column(columns.SONG_ID)
 
-    def __call__(self, unit: int) -> Tallied:
-        """The tally and the counts of the pairs that begin in the unit."""
-        tally, counts = self.evaluator.empty(), np.zeros(3, dtype=np.int64)
-        for prefixes in read_prefixes(self.units[int(unit)], self.file, self.song_ids):
-            tally, counts = tally + self.evaluator(prefixes), counts + prefixes.counts
-        return tally, counts
+    def __call__(self, task: int) -> tuple[int, MetricAccumulator, np.ndarray]:
+        """The task, and the sums and counts of its pairs: those that begin in a unit, divided by ranges of cells."""
+        unit, part = divmod(int(task), len(self.ranges))
+        cells = self.ranges[part]
+        sums, counts = self.evaluator.empty(cells.count), np.zeros(3, dtype=np.int64)
+        for prefixes in read_prefixes(self.units[unit], self.file, self.song_ids):
+            some = prefixes.take(np.flatnonzero(cells.holds(prefixes.histories.user_ids)))
+            sums.add(self.evaluator(some, cells))
+            counts += some.counts
+        return int(task), sums, counts

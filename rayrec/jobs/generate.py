@@ -12,8 +12,7 @@ from rayrec.data import columns
 from rayrec.data.dataset import bucket_of
 from rayrec.data.synthetic.world import CONTEXTS, GenerateConfig, World
 from rayrec.errors import InputError
-from rayrec.jobs.buckets import run_buckets
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress
 from rayrec.storage.artifacts import fingerprint, sha256
 from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
@@ -26,6 +25,7 @@ from rayrec.storage.workspace import (
     SONGS_TABLE,
     Workspace,
     histories_file,
+    users_file,
 )
 
 USERS_PER_RANGE = 100_000
@@ -36,11 +36,11 @@ PLAYLISTS_PER_FILE = 100_000
 def generate(workspace: Workspace, config: GenerateConfig, *, repeat: bool = False) -> DatasetManifest:
     """Make the data set of a generated world; after a crash, go on with the buckets that are missing.
 
-    Raises `InputError` where the workspace holds a data set already; `repeat` replaces it.
+    Raises `InputError` where the workspace already has a data set; `repeat` replaces it.
     """
     _clear(workspace, config, repeat=repeat)
     world = World(config)
-    workspace.write_table(SONGS_TABLE, world.songs_table())
+    files = {SONGS_TABLE: workspace.write_table(SONGS_TABLE, world.songs_table())}
     playlist_files, entries = _write_playlists(workspace, world)
     found = []
     with ray_cluster(), progress("generate", config.buckets) as bar:
@@ -48,33 +48,39 @@ def generate(workspace: Workspace, config: GenerateConfig, *, repeat: bool = Fal
         for result in run_buckets(BucketGenerator, range(config.buckets), arguments=arguments):
             found.append(result)
             bar.advance()
-    files = {name: sha256(workspace, name) for name in (SONGS_TABLE, *playlist_files)}
-    manifest = _manifest(config, found, files, entries)
+    manifest = _manifest(config, found, files | playlist_files, entries)
     write_manifest(workspace, manifest)
     workspace.delete(GENERATING)
     return manifest
 
 
 class BucketGenerator:
-    """Makes the users of one bucket at a time; a bucket whose file is there is only read."""
+    """Makes the users of one bucket at a time; a bucket whose files are there is only read."""
 
     def __init__(self, workspace: Workspace, config: GenerateConfig, buckets: np.ndarray) -> None:
         self.workspace, self.world, self.buckets = workspace, World(config), buckets
 
     def __call__(self, unit: int) -> dict[str, Any]:
-        """Counts, time range (ms UTC) and checksum of the file of bucket `unit`."""
-        path = histories_file(0, int(unit))
-        if not self.workspace.exists(path):
-            self._write(path, np.flatnonzero(self.buckets == unit))
-        return {"file": path, "sha256": sha256(self.workspace, path), **_summary(self.workspace, path)}
+        """Counts, time range (ms UTC) and checksums of the files of bucket `unit`."""
+        path, users_path = histories_file(0, int(unit)), users_file(0, int(unit))
+        if self.workspace.exists(path):
+            files = {name: sha256(self.workspace, name) for name in (path, users_path)}
+        else:
+            files = self._write(path, users_path, np.flatnonzero(self.buckets == unit))
+        return {"files": files, **_summary(self.workspace, path)}
 
-    def _write(self, path: str, users: np.ndarray) -> None:
+    def _write(self, path: str, users_path: str, users: np.ndarray) -> dict[str, str]:
+        user_ids = self.world.user_ids(users)
+        users = users[np.argsort(user_ids)]
+        ids = pa.table({columns.USER: pa.array(np.sort(user_ids), pa.string())})
+        files = {users_path: self.workspace.write_table(users_path, ids)}
         with (
             self.workspace.open_output(path) as stream,
             pq.ParquetWriter(stream, columns.HISTORIES, compression="zstd") as writer,
         ):
             for histories in self.world.blocks(users):
                 writer.write_table(histories.to_arrow())
+        return {**files, path: stream.sha256}
 
 
 def _clear(workspace: Workspace, config: GenerateConfig, *, repeat: bool) -> None:
@@ -82,8 +88,7 @@ def _clear(workspace: Workspace, config: GenerateConfig, *, repeat: bool) -> Non
     if workspace.exists(DATASET_MANIFEST):
         if not repeat:
             raise InputError(
-                f"workspace {workspace.uri} holds a data set already; "
-                "generate into another workspace, or repeat on purpose to replace it"
+                f"workspace {workspace.uri} already has a data set; use another --workspace, or replace it with --force"
             )
         # The manifest first: a reader must not take half of the old files for a data set.
         workspace.delete(DATASET_MANIFEST)
@@ -98,7 +103,10 @@ def _manifest(
     config: GenerateConfig, found: list[dict[str, Any]], files: dict[str, str], entries: int
 ) -> DatasetManifest:
     plays = sum(result["plays"] for result in found)
-    files = files | {result["file"]: result["sha256"] for result in found}
+    for result in found:
+        files = files | result["files"]
+    times = [(result["first_play"], result["last_play"]) for result in found if result["plays"]]
+    first_play, last_play = min(first for first, _ in times), max(last for _, last in times)
     return DatasetManifest(
         id=fingerprint("generate", to_mapping(config), {}),
         source="generated",
@@ -109,8 +117,9 @@ def _manifest(
         songs=config.songs,
         playlists=config.playlists,
         playlist_entries=entries,
-        first_play=min(result["first_play"] for result in found if result["plays"]),
-        last_play=max(result["last_play"] for result in found),
+        first_play=first_play,
+        last_play=last_play,
+        part_times=[(first_play, last_play)],
         contexts=list(CONTEXTS),
         has_skipped=True,
         read=plays,
@@ -127,9 +136,9 @@ def _buckets(world: World) -> np.ndarray:
     return np.concatenate([bucket_of(world.user_ids(some), world.config.buckets).astype(np.uint32) for some in ranges])
 
 
-def _write_playlists(workspace: Workspace, world: World) -> tuple[list[str], int]:
-    """The files written and the number of entries in them."""
-    files, entries = [], 0
+def _write_playlists(workspace: Workspace, world: World) -> tuple[dict[str, str], int]:
+    """The files written with their sha256, and the number of entries in them."""
+    files, entries = {}, 0
     for number, start in enumerate(range(0, world.config.playlists, PLAYLISTS_PER_FILE)):
         indices = np.arange(start, min(start + PLAYLISTS_PER_FILE, world.config.playlists))
         songs, offsets = world.playlists(indices)
@@ -138,8 +147,7 @@ def _write_playlists(workspace: Workspace, world: World) -> tuple[list[str], int
             columns.SONGS: pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(songs)),
         }
         path = f"{PLAYLISTS}/playlists-{number:05d}.parquet"
-        workspace.write_table(path, pa.table(data, schema=columns.PLAYLISTS))
-        files.append(path)
+        files[path] = workspace.write_table(path, pa.table(data, schema=columns.PLAYLISTS))
         entries += len(songs)
     return files, entries
 

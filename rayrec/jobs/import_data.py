@@ -1,8 +1,8 @@
 """Import files of plays or playlists as the canonical data set, in two passes over staged fragments.
 
-First pass: each unit of input is read, checked and written in buckets by user. Between the passes:
+First pass: each piece of input is read, checked and written in buckets by user. Between the passes:
 the song vocabulary and the set of contexts. Second pass: each bucket is merged and sorted. Both
-passes run on Ray Data and hold a bounded number of rows per worker, whatever the number of users.
+passes run on Ray and hold a bounded number of rows per worker, whatever the number of users.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,14 +18,13 @@ from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
-from rayrec.importing.fragments import UnitResult
-from rayrec.importing.import_plan import ImportConfig, Kind, Plan, choose_buckets, make_plan
-from rayrec.importing.import_workers import BucketMerger, MergeSettings, SongCounter, UnitImporter
+from rayrec.importing.fragments import PieceResult, UnitResult
+from rayrec.importing.import_plan import ImportConfig, Kind, Plan, bucket_groups, choose_buckets, make_plan
+from rayrec.importing.import_workers import BucketMerger, KeyCounter, MergeSettings, PieceImporter, SongRange
 from rayrec.importing.merging import choose_contexts
-from rayrec.importing.staging import Staging, buckets_read, discard_others, finish_publishing, unit_names
-from rayrec.importing.vocabulary import KEY, SongRows, Vocabulary
-from rayrec.jobs.buckets import BucketWorker, run_buckets
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.importing.staging import Staging, buckets_read, discard_others, finish_publishing, piece_names
+from rayrec.importing.vocabulary import KEY, SongRows, Vocabulary, key_ranges
+from rayrec.jobs.runtime import BucketWorker, ray_cluster, run_buckets
 from rayrec.progress import progress
 from rayrec.storage.artifacts import fingerprint
 from rayrec.storage.dataset_manifest import DatasetManifest
@@ -38,6 +37,7 @@ from rayrec.storage.workspace import (
     SONGS_TABLE,
     Workspace,
     rejected_rows_file,
+    users_file,
 )
 
 
@@ -109,13 +109,11 @@ def append_plays(workspace: Workspace, config: ImportConfig) -> Appended:
 def _require_appendable(workspace: Workspace, config: ImportConfig) -> DatasetManifest:
     base = Dataset(workspace).manifest
     if not base.plays:
-        raise InputError(f"workspace {workspace.uri} holds no plays to append to; leave out --append")
+        raise InputError(f"workspace {workspace.uri} has no plays to append to; omit --append")
     if config.produces == "playlists":
-        raise InputError("playlists cannot be appended, only plays; replace all playlists with --force")
+        raise InputError("Playlists cannot be appended; replace all playlists with --force")
     if "positions" in (base.times, config.times):
-        raise InputError(
-            "plays without times cannot be appended: nothing says which came first; import all files together"
-        )
+        raise InputError("Plays without times cannot be appended, their order is unknown; import all files together")
     return base
 
 
@@ -128,7 +126,7 @@ def _require_room(workspace: Workspace, existing: DatasetManifest, kind: Kind) -
     if _rows_of(existing, kind):
         raise InputError(
             f"workspace {workspace.uri} holds {_rows_of(existing, kind)} {kind} from {existing.source} already; "
-            "import into another --workspace, or replace them with --force"
+            "use another --workspace, or replace them with --force"
         )
 
 
@@ -156,19 +154,21 @@ class _Import:
         self.buckets = base.buckets if base else config.buckets or self._choose_buckets()
         if config.buckets not in (0, self.buckets):
             raise InputError(
-                f"the data set has {self.buckets} buckets, {config.buckets} were asked for; leave the number out"
+                f"buckets is {config.buckets}; expected {self.buckets}, the number fixed at the first import"
             )
         inputs = {"base": base.id if base else "", "buckets": str(self.buckets)} | ({"append": "yes"} if append else {})
         print_id = fingerprint("staging", {"plan": plan.id}, inputs)
-        self.staging = Staging(workspace, print_id, unit_names(plan.unit_names, self.buckets))
+        self.staging = Staging(workspace, print_id, piece_names(plan.piece_names, self.buckets))
         self.came_to: dict[str, Any] = {}  # read, merged, rejected
 
     def run(self) -> DatasetManifest:
-        units = self._read_units()
+        pieces = self._read_pieces()
+        units = [unit for piece in pieces for unit in piece.units]
+        offsets = np.array([piece.rows for piece in pieces])
         merge = self._merge_settings(units)
-        vocabulary = self._vocabulary(units, merge)
-        self.workspace.write_table(self.staging.out(SONGS_TABLE), vocabulary.table())
-        buckets = self._merge_buckets(vocabulary, merge)
+        vocabulary = self._vocabulary(pieces, merge, offsets)
+        songs = self.workspace.write_table(self.staging.out(SONGS_TABLE), vocabulary.table())
+        buckets = self._merge_buckets(vocabulary, merge, offsets)
         dropped = _added(bucket["dropped"] for bucket in buckets)
         self.came_to = {
             "read": sum(unit.read for unit in units),
@@ -180,68 +180,88 @@ class _Import:
                 self.workspace.delete(IMPORT_STAGING)
                 return self.base
             self._refuse(dropped, self.came_to["read"])
-        rejected = self._write_rejected(merge)
-        manifest = self._manifest(merge, buckets, len(vocabulary.keys), rejected)
+        written = {SONGS_TABLE: songs, **self._write_rejected(pieces, merge)}
+        manifest = self._manifest(merge, buckets, len(vocabulary.keys), written)
         self.staging.publish(manifest)
         return manifest
 
     def _choose_buckets(self) -> int:
         """By the size of the files; as many as an unfinished import of most of them has made."""
-        wanted, there = choose_buckets(self.plan.size), buckets_read(self.workspace, self.plan.unit_names)
+        wanted, there = choose_buckets(self.plan.size), buckets_read(self.workspace, self.plan.piece_names)
         return there if wanted <= 2 * there and there <= 2 * wanted else wanted
 
     def _merge_settings(self, units: list[UnitResult]) -> MergeSettings:
         before = self.base if self.append and self.base else None
         return MergeSettings(
-            units=units,
+            pieces=self.plan.pieces,
             offsets=self.plan.line_offsets([unit.lines for unit in units]),
             files=self.plan.unit_files,
             sources=[file.source for file in self.plan.files],
             contexts=choose_contexts(_added(unit.contexts for unit in units), before.contexts if before else []),
             has_skipped=any(unit.has_skipped for unit in units) or (before is not None and before.has_skipped),
             in_lines=self.config.times == "positions",
-            part=before.parts if before else 0,
+            base=before,
         )
 
-    def _run(self, title: str, make_worker: Callable[..., BucketWorker], todo: list[int], **arguments: Any) -> None:
+    def _run(
+        self, title: str, make_worker: Callable[..., BucketWorker], todo: list[Any], **arguments: Any
+    ) -> list[Any]:
+        """What the worker returned for each unit of `todo`, in any order."""
+        results = []
         with progress(title, len(todo)) as bar:
             given = {"staging": self.staging, "config": self.config, **arguments}
-            called = "unit" if make_worker is UnitImporter else "bucket"
-            for _ in run_buckets(make_worker, todo, arguments=given, called=called):
+            called = "piece of input" if make_worker is PieceImporter else "bucket"
+            for result in run_buckets(make_worker, todo, arguments=given, called=called):
+                results.append(result)
                 bar.advance()
-
-    def _read_units(self) -> list[UnitResult]:
-        """The first pass."""
-        store, numbers = self.staging.fragments, range(len(self.plan.units))
-        todo = [unit for unit in numbers if not store.is_done(unit)]
-        self._run("read", UnitImporter, todo, units=self.plan.units, buckets=self.buckets)
-        results = [store.result(unit) for unit in numbers]
-        self._require_whole(results)
-        if not any(result.kept for result in results):
-            self._refuse(_added(result.rejected for result in results), sum(result.read for result in results))
         return results
 
-    def _require_whole(self, results: list[UnitResult]) -> None:
-        """Raises `InputError` where some unit could not be read. What was read of the others stays for the next run."""
-        failed = [number for number, result in enumerate(results) if result.error]
-        if not failed:
-            return
-        if len(failed) == len(results):
-            self.workspace.delete(IMPORT_STAGING)
-            raise InputError(results[0].error)
-        for number in failed:
-            self.staging.fragments.forget(number)
-        errors = list(dict.fromkeys(results[number].error for number in failed))
-        others = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
-        raise InputError(f"{errors[0]}{others}; what could be read is kept for the next run")
+    def _run_groups(
+        self, title: str, make_worker: Callable[..., BucketWorker], todo: set[int], **arguments: Any
+    ) -> Any:
+        """Bucket -> result of those that a worker was to do."""
+        groups = bucket_groups(len(self.plan.pieces), self.buckets)
+        left = [group for group in groups if not todo.isdisjoint(range(group[0], group[1] + 1))]
+        return dict(pair for group in self._run(title, make_worker, left, buckets=todo, **arguments) for pair in group)
 
-    def _vocabulary(self, units: list[UnitResult], merge: MergeSettings) -> Vocabulary:
-        vocabulary = Vocabulary(self.workspace.read_table(SONGS_TABLE) if self.base else None)
-        for number, unit in enumerate(units):
-            vocabulary.add(self.staging.fragments.songs(number, unit))
+    def _read_pieces(self) -> list[PieceResult]:
+        """The first pass."""
+        store, numbers = self.staging.fragments, range(len(self.plan.pieces))
+        done = store.pieces_done()
+        todo = [piece for piece in numbers if piece not in done]
+        how = {"units": self.plan.units, "pieces": self.plan.pieces, "buckets": self.buckets}
+        made = dict(self._run("read", PieceImporter, todo, **how))
+        results = [made[piece] if piece in made else store.result(piece) for piece in numbers]
+        self._require_whole(results)
+        units = [unit for result in results for unit in result.units]
+        if not any(unit.kept for unit in units):
+            self._refuse(_added(unit.rejected for unit in units), sum(unit.read for unit in units))
+        return results
+
+    def _require_whole(self, results: list[PieceResult]) -> None:
+        """Raises `InputError` where some unit could not be read. What was read of the others stays for the next run."""
+        errors = {number: result.units[-1].error for number, result in enumerate(results) if result.units[-1].error}
+        if not errors:
+            return
+        if len(errors) == len(results):
+            self.workspace.delete(IMPORT_STAGING)
+            raise InputError(errors[0])
+        for number in errors:
+            self.staging.fragments.forget(number)
+        first, *more = dict.fromkeys(errors.values())
+        others = f" (and {len(more)} more like it)" if more else ""
+        raise InputError(f"{first}{others}; what could be read is kept for the next run")
+
+    def _vocabulary(self, pieces: list[PieceResult], merge: MergeSettings, offsets: np.ndarray) -> Vocabulary:
+        ranges = range(key_ranges(self.buckets))
+        there = set(self.workspace.files(self.staging.folder))
+        todo = [number for number in ranges if self.staging.songs_file(number) not in there]
+        self._run("songs", SongRange, todo, offsets=np.array([piece.songs for piece in pieces]))
+        new = (self.workspace.read_table(self.staging.songs_file(number)) for number in ranges)
+        vocabulary = Vocabulary(self.workspace.read_table(SONGS_TABLE) if self.base else None, new)
         if self.config.min_user_plays > 1 or self.config.min_song_plays > 1:
-            todo = [number for number in range(self.buckets) if not self._exists(self.staging.counts_file(number))]
-            self._run("count songs", SongCounter, todo, merge=merge)
+            left = {number for number in range(self.buckets) if self.staging.counts_file(number) not in there}
+            self._run_groups("count songs", KeyCounter, left, merge=merge, offsets=offsets)
             vocabulary.keep(self._song_counts(vocabulary.keys) >= self.config.min_song_plays)
         return vocabulary
 
@@ -253,59 +273,65 @@ class _Import:
             totals[rows.find(table.column(KEY).to_numpy())] += table.column("count").to_numpy()
         return totals
 
-    def _merge_buckets(self, vocabulary: Vocabulary, merge: MergeSettings) -> list[dict[str, Any]]:
+    def _merge_buckets(self, vocabulary: Vocabulary, merge: MergeSettings, offsets: np.ndarray) -> list[dict[str, Any]]:
         """The second pass."""
-        numbers = range(self.buckets)
-        todo = [number for number in numbers if not self._exists(self.staging.bucket_file(number))]
+        results = self.staging.bucket_results()
+        todo = {number for number in range(self.buckets) if number not in results}
         songs = SongRows.of(vocabulary.keys)
-        self._run("merge", BucketMerger, todo, merge=merge, keys=songs.keys, rows=songs.rows)
-        return [self.workspace.read_json(self.staging.bucket_file(number)) for number in numbers]
+        arguments = {"merge": merge, "offsets": offsets, "keys": songs.keys, "rows": songs.rows}
+        results |= self._run_groups("merge", BucketMerger, todo, **arguments)
+        return [results[number] for number in range(self.buckets)]
 
-    def _exists(self, path: str) -> bool:
-        return self.workspace.exists(path)
-
-    def _write_rejected(self, merge: MergeSettings) -> dict[str, str]:
+    def _write_rejected(self, pieces: list[PieceResult], merge: MergeSettings) -> dict[str, str]:
         """All rejects of the first pass in one file, with the lines of their files; its path and checksum."""
-        if not any(unit.rejected for unit in merge.units):
+        if not any(unit.rejected for piece in pieces for unit in piece.units):
             return {}
         path = rejected_rows_file(self.config.produces, merge.part, "rejected")
         with (
             self.workspace.open_output(self.staging.out(path)) as stream,
             pq.ParquetWriter(stream, columns.REJECTED, compression="zstd") as writer,
         ):
-            for number, (unit, offset) in enumerate(zip(merge.units, merge.offsets, strict=True)):
-                for table in self.staging.fragments.rejected(number, unit):
+            for number, piece in enumerate(pieces):
+                for place, table in self.staging.fragments.rejected(number, piece):
+                    offset = merge.offsets[merge.pieces[number][place]]
                     lines = pa.array(table.column("line").to_numpy() + offset)
                     writer.write_table(table.set_column(1, columns.REJECTED.field("line"), lines))
-        return {path: self.staging.checksum(path)}
+        return {path: stream.sha256}
 
     def _refuse(self, reasons: dict[str, int], read: int) -> None:
         self.workspace.delete(IMPORT_STAGING)
         where = ", ".join(self.config.paths[:3])
         if not read:
-            raise InputError(f"{where}: there are no rows to import; check the files")
-        told = ", ".join(f"{count} × {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
-        raise InputError(f"{where}: none of {read} rows can be used: {told}; check the format and the settings")
+            raise InputError(f"{where}: no rows to import; check the files")
+        counts = ", ".join(
+            f"{count} × {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
+        )
+        raise InputError(f"{where}: all {read} rows are rejected: {counts}; check the settings")
 
     def _manifest(
-        self, merge: MergeSettings, buckets: list[dict[str, Any]], songs: int, rejected: dict[str, str]
+        self, merge: MergeSettings, buckets: list[dict[str, Any]], songs: int, written: dict[str, str]
     ) -> DatasetManifest:
         base = self.base or DatasetManifest(
             id="", source="", buckets=self.buckets, parts=0, users=0, plays=0, songs=0, created_at=""
         )
-        written = {SONGS_TABLE: self.staging.checksum(SONGS_TABLE), **rejected}
         for bucket in buckets:
-            written |= bucket["files"]
-        kept = {name: digest for name, digest in base.files.items() if self._stays(name)}
+            written = written | bucket["files"]
+        replaced = {
+            base.current_users_file(number).removeprefix(f"{DATASET}/")
+            for number in range(self.buckets)
+            if users_file(merge.part, number) in written
+        }
+        kept = {name: digest for name, digest in base.files.items() if self._stays(name) and name not in replaced}
         files = {**kept, **{name.removeprefix(f"{DATASET}/"): written[name] for name in written}}
         made_id = fingerprint("dataset", {"files": dict(sorted(files.items()))}, {})
         figures = self._appended(merge, base, buckets) if self.append else self._replaced(merge, base, buckets)
         if figures["ancestors"]:
-            files |= self.staging.keep_manifest(base.id)
+            files |= self.staging.keep_manifest(base)
         return replace(
             base,
             id=made_id,
             lineage=base.lineage or base.id,
+            joined_from="",
             source=_joined(base.source, self.config.format),
             songs=songs,
             files=dict(sorted(files.items())),
@@ -349,12 +375,22 @@ class _Import:
         if self.config.produces == "playlists":
             return {"playlists": owners, "playlist_entries": rows}
         filled = [bucket for bucket in buckets if bucket["rows"]]
+        first, last = min(bucket["first"] for bucket in filled), max(bucket["last"] for bucket in filled)
+        earlier = merge.base
         return {
             "plays": rows,
             "users": owners,
             "parts": merge.part + 1,
-            "first_play": min(bucket["first"] for bucket in filled),
-            "last_play": max(bucket["last"] for bucket in filled),
+            "part_times": [*(earlier.part_times if earlier else []), (first, last)],
+            "joined": earlier.joined if earlier else [],
+            "users_parts": [
+                merge.part
+                if users_file(merge.part, number) in bucket["files"] or earlier is None
+                else (earlier.users_parts or [0] * self.buckets)[number]
+                for number, bucket in enumerate(buckets)
+            ],
+            "first_play": first,
+            "last_play": last,
             "times": self.config.times,
             "contexts": merge.contexts,
             "has_skipped": merge.has_skipped,
@@ -365,8 +401,8 @@ class _Import:
         if self.append or name.startswith("earlier/"):
             return True
         other = _other(self.config.produces)
-        folder = "histories/" if other == "plays" else "playlists/"
-        return name.startswith((folder, f"{REJECTED_ROWS.removeprefix(f'{DATASET}/')}/{other}-"))
+        folders = ("histories/", "users/") if other == "plays" else ("playlists/",)
+        return name.startswith((*folders, f"{REJECTED_ROWS.removeprefix(f'{DATASET}/')}/{other}-"))
 
 
 def _joined(before: str, source: str) -> str:

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rayrec.config import from_mapping, read_toml, setting, to_mapping
+from pydantic import Field
+
+from rayrec.config import Settings, from_mapping, read_toml, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, SplitConfig, list_splits, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
@@ -15,15 +17,19 @@ from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig, make_plan
 from rayrec.jobs.build_index import build_index
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.generate import generate
 from rayrec.jobs.import_data import import_data
+from rayrec.jobs.rank import fit_rankers
+from rayrec.jobs.retrieval import fit_retrieval
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
+from rayrec.recommend.ranker_config import RankConfig
+from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.dataset_manifest import DatasetManifest
@@ -31,19 +37,20 @@ from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReleaseConfig:
+class ReleaseConfig(Settings):
     """What to do with the release of a run."""
 
-    activate: bool = setting(True, help="make it the live release")
+    activate: bool = Field(True, description="Make it the live release")
 
 
-CONFIGS: dict[str, type[Any]] = {
+CONFIGS: dict[str, type[Settings]] = {
     "import": ImportConfig,
     "generate": GenerateConfig,
     "split": SplitConfig,
     "embed": EmbedConfig,
     "train": TrainConfig,
+    "retrieval": RetrievalConfig,
+    "rank": RankConfig,
     "taste": TasteConfig,
     "index": IndexConfig,
     "evaluate": EvaluateConfig,
@@ -76,10 +83,10 @@ def run(
     force: bool = False,
     on_stage: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Run import or generate, split, embed, train, taste, index, evaluate and release, in this order.
+    """Run import or generate, split, embed, train, retrieval, rank, taste, index, evaluate and release, in this order.
 
     `source` is a TOML file, or its content, with a section of settings for each stage. import,
-    generate and split run only where there is a section, evaluate only after a split, the rest
+    generate and split run only where there is a section, rank and evaluate only after a split, the rest
     always. `force` repeats what is done already. `on_stage` hears of each stage as it ends.
 
     Raises `InputError` for unknown sections or settings before any work begins.
@@ -89,7 +96,7 @@ def run(
     outcomes = []
     with ray_cluster():
         for name in configs:
-            if name == "evaluate" and stages.split is None:
+            if name in ("rank", "evaluate") and stages.split is None:
                 continue
             outcomes.append(stages.outcome(name))
             on_stage(outcomes[-1])
@@ -106,9 +113,9 @@ def read_configs(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     folder = Path() if isinstance(source, Mapping) else Path(source).parent
     unknown = sorted(set(sections) - set(CONFIGS))
     if unknown:
-        raise InputError(f"{where} has a section or key {unknown[0]!r}; expected sections: {', '.join(CONFIGS)}")
+        raise InputError(f"{where} has an unknown section {unknown[0]!r}; expected {', '.join(CONFIGS)}")
     if "import" in sections and "generate" in sections:
-        raise InputError(f"{where} has both [import] and [generate]; a workspace holds one data set, keep one of them")
+        raise InputError(f"{where} has both [import] and [generate]; keep one of them")
     configs = {}
     for name, config in CONFIGS.items():
         if name in sections or name not in OPTIONAL:
@@ -199,7 +206,26 @@ class _Stages:
         return embed(self.workspace, config, split=self.split, repeat=self.force)
 
     def _train(self, config: TrainConfig) -> Manifest:
-        return train(self.workspace, config, songs_id=self.made["embed"], split=self.split, repeat=self.force)
+        return train(
+            self.workspace,
+            config,
+            songs_id=self.made["embed"],
+            split=self.split,
+            unfinished="resume" if config.workers else "restart",
+            repeat=self.force,
+        )
+
+    def _retrieval(self, config: RetrievalConfig) -> Manifest:
+        return fit_retrieval(self.workspace, config, split=self.split, repeat=self.force)
+
+    def _rank(self, config: RankConfig) -> Manifest:
+        return fit_rankers(
+            self.workspace,
+            config,
+            model_id=self.made["train"],
+            retrieval_id=self.made["retrieval"],
+            repeat=self.force,
+        )
 
     def _taste(self, config: TasteConfig) -> Manifest:
         return compute_tastes(self.workspace, config, model_id=self.made["train"], repeat=self.force)
@@ -218,6 +244,7 @@ class _Stages:
             model_id=self.made["train"],
             tastes_id=self.made["taste"],
             index_id=self.made["index"],
+            rankers_id=self.made.get("rank"),
             activate=config.activate,
         )
 
@@ -225,6 +252,8 @@ class _Stages:
 KINDS = {
     "embed": "songs",
     "train": "models",
+    "retrieval": "retrieval",
+    "rank": "rankers",
     "taste": "tastes",
     "index": "indexes",
     "evaluate": "reports",

@@ -60,8 +60,8 @@ class Cluster:
         self.address = address or os.environ.get(API_SERVER) or os.environ.get("RAY_ADDRESS") or ""
         if not self.address:
             raise InputError(
-                f"which cluster? give --address http://HOST:8265 or set {API_SERVER}; "
-                "`ray dashboard cluster/aws.yaml` and `kubectl port-forward` open that port here"
+                f"Missing cluster address; pass --address http://HOST:8265 or set {API_SERVER}. "
+                "`ray dashboard cluster/aws.yaml` and `kubectl port-forward` forward that port"
             )
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
         with _refusals(self.address), _only_address(self.address):
@@ -84,9 +84,9 @@ class Cluster:
         Raises `InputError` for a workspace or folder that cannot be meant.
         """
         if not Path(python).is_absolute():
-            raise InputError(f"python {python!r} is not absolute; give the path of the interpreter on the cluster")
+            raise InputError(f"python {python!r} is not absolute; expected the path of the interpreter on the cluster")
         if files is not None and not Path(files).is_dir():
-            raise InputError(f"files {files!r} is no folder; give the one that holds what the command reads")
+            raise InputError(f"files {files!r} is not a folder; expected the folder that the command reads")
         named = [] if workspace is None else ["--workspace", shared_workspace(workspace)]
         environment: dict[str, Any] = {"env_vars": {LINES_VARIABLE: "1"}}
         if files is not None:
@@ -120,8 +120,8 @@ class Cluster:
                 breaks = 1 if log.shown > shown else breaks + 1
                 if breaks > MOST_BREAKS:
                     raise RayrecError(
-                        f"the log of {job} broke off {breaks} times: {error}; the job goes on, follow it with "
-                        f"`rayrec submit --attach {job}`"
+                        f"the log of {job} was interrupted {breaks} times: {error}; the job keeps running, "
+                        f"follow it with `rayrec submit --attach {job}`"
                     ) from error
             time.sleep(POLL_SECONDS)
 
@@ -173,7 +173,7 @@ def shared_workspace(uri: str) -> str:
     if "://" in uri or Path(uri).is_absolute():
         return uri
     raise InputError(
-        f"workspace {uri!r} is a folder of this machine; give s3://bucket/prefix, gs://bucket/prefix or the "
+        f"workspace {uri!r} is a folder of this machine; expected s3://bucket/prefix, gs://bucket/prefix or the "
         "absolute path of a disk that all nodes share"
     )
 
@@ -207,14 +207,14 @@ def _refusals(address: str, job: str | None = None) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise InputError(
-            f"the cluster at {address} refuses the token; put the cluster's own into RAY_AUTH_TOKEN or name its file "
-            "in RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token"
+            f"the cluster at {address} rejects the token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's "
+            "token, or RAY_AUTH_TOKEN_PATH to its file"
         ) from error
     except OSError as error:
         raise RayrecError(
-            f"no Ray cluster answers at {address}; check the address, and that the tunnel to its dashboard is open"
+            f"no Ray cluster answers at {address}; check the address and the port forwarding to its dashboard"
         ) from error
     except RuntimeError as error:
         if job is not None and "404" in str(error):
-            raise NotFoundError(f"the cluster at {address} knows no job {job!r}; see `ray job list`") from error
-        raise RayrecError(f"the cluster at {address} refused: {str(error).splitlines()[0]}") from error
+            raise NotFoundError(f"Job {job!r} not found on the cluster at {address}; see `ray job list`") from error
+        raise RayrecError(f"the cluster at {address} rejected the request: {str(error).splitlines()[0]}") from error

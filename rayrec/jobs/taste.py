@@ -6,8 +6,9 @@ the plays that came since go through the network.
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterator, Set
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -16,8 +17,7 @@ import pyarrow.parquet as pq
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.errors import MismatchError
-from rayrec.jobs.buckets import run_buckets
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.taste_table import PLAYS, tastes_file
 from rayrec.model.train_config import TasteConfig
 from rayrec.progress import progress
@@ -47,22 +47,25 @@ def compute_tastes(
     )
     if not dataset.descends_from(model.inputs["dataset"]):
         raise MismatchError(
-            f"model {model.id} was trained on data set {model.inputs['dataset']}, the workspace holds "
-            f"{dataset.manifest.id}; train a model on it first"
+            f"model {model.id} was trained on data set {model.inputs['dataset']}, the workspace has "
+            f"{dataset.manifest.id}; run `rayrec embed` and `rayrec train` first"
         )
-    inputs = {"dataset": dataset.manifest.id, "models": model.id}
+    inputs = {"dataset": dataset.manifest.plays_id, "models": model.id}
     at = dataset.manifest.last_play if config.at is None else config.at
     print_id = artifacts.fingerprint("taste", {"at": at}, inputs)
     tastes_id, complete = artifacts.new_id(workspace, "tastes", print_id, repeat=repeat)
     if complete:
-        return artifacts.load(workspace, "tastes", tastes_id)
+        return artifacts.reuse(workspace, "tastes", tastes_id)
     base = None if config.full or repeat else newest_base(dataset, model)
     manifest = Manifest(kind="tastes", id=tastes_id, config={**to_mapping(config), "at": at}, inputs=inputs)
     began = time.monotonic()
     buckets = range(dataset.manifest.buckets)
-    left = [bucket for bucket in buckets if not workspace.exists(tastes_file(manifest.folder, bucket))]
+    there = set(workspace.files(manifest.folder))
+    done = {bucket for bucket in buckets if tastes_file(manifest.folder, bucket) in there}
+    checksums: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    computed = 0
     with ray_cluster(), progress("Taste vectors", len(buckets)) as bar:
-        bar.advance(len(buckets) - len(left))
         arguments = {
             "workspace": workspace,
             "model": model,
@@ -70,34 +73,49 @@ def compute_tastes(
             "at": at,
             "config": config,
             "base": base,
+            "done": done,
         }
         results = run_buckets(
-            BucketTastes, left, arguments=arguments, num_gpus=float(config.gpu), concurrency=config.concurrency
+            BucketTastes, buckets, arguments=arguments, num_gpus=float(config.gpu), concurrency=config.concurrency
         )
-        computed = 0
-        for plays in results:
-            computed += plays
+        for result in results:
+            path = tastes_file(manifest.folder, result.bucket)
+            checksums[path.removeprefix(f"{manifest.folder}/")] = result.sha256
+            counts.update(result.counts)
+            computed += 0 if result.bucket in done else result.counts["plays_computed"]
             bar.advance()
     seconds = time.monotonic() - began
     metrics = {
         "seconds": round(seconds, 1),
-        **_add_counts(workspace, manifest, buckets),
+        **counts,
         "plays_per_second": round(computed / seconds),
-        "buckets_computed": len(left),
+        "buckets_computed": len(buckets) - len(done),
         "base": base.id if base else "",
     }
-    names = [tastes_file(manifest.folder, bucket).removeprefix(manifest.folder + "/") for bucket in buckets]
-    return artifacts.publish(workspace, Manifest(**{**asdict(manifest), "metrics": metrics}), names)
+    return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums, checksums)
 
 
 def newest_base(dataset: Dataset, model: Manifest) -> Manifest | None:
-    """The tastes of the model that know the most parts of the data set's plays, the newest of them; None where none."""
+    """The tastes of the model that know the most parts of the data set's plays, the newest of them; None where none.
+
+    None of those whose last part was joined with later ones.
+    """
     fitting = [
-        tastes
+        (dataset.earlier(tastes.inputs["dataset"]).parts, tastes)
         for tastes in artifacts.listing(dataset.workspace, "tastes")
         if tastes.inputs["models"] == model.id and dataset.descends_from(tastes.inputs["dataset"])
     ]
-    return max(fitting, key=lambda tastes: dataset.earlier(tastes.inputs["dataset"]).parts, default=None)
+    readable = [(parts, tastes) for parts, tastes in fitting if dataset.manifest.splits_at(parts)]
+    return max(readable, key=lambda each: each[0], default=(0, None))[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketResult:
+    """What a bucket came to; all that the driver ever sees of it."""
+
+    bucket: int
+    sha256: str  # of its file
+    counts: dict[str, int]  # users, plays and the fields of `Counts`
 
 
 class BucketTastes:
@@ -111,35 +129,47 @@ class BucketTastes:
         at: int,
         config: TasteConfig,
         base: Manifest | None = None,
+        done: Set[int] = frozenset(),
     ) -> None:
+        """`done` are the buckets that an earlier run has written: they are only read for their checksums."""
         import torch
 
         from rayrec.model.checkpoint import load_model
         from rayrec.model.inference import TasteEncoder
 
         torch.set_num_threads(1)
-        self._encoder = TasteEncoder(load_model(workspace, model.folder), "cuda" if config.gpu else "cpu")
+        self._encoder = TasteEncoder(load_model(workspace, model.folder, model.files), "cuda" if config.gpu else "cpu")
         self._dataset, self._folder, self._at, self._config, self._base = Dataset(workspace), folder, at, config, base
+        self._done = done
 
-    def __call__(self, bucket: int) -> int:
-        """Write the bucket's file; the number of plays that went through the network."""
+    def __call__(self, bucket: int) -> BucketResult:
+        """Write the bucket's file."""
         from rayrec.model.carried_tastes import Counts
 
+        path = tastes_file(self._folder, bucket)
+        if bucket in self._done:
+            return self._written(bucket, path)
         counts = Counts()
         users = plays = 0
-        with self._dataset.workspace.open_output(tastes_file(self._folder, int(bucket))) as stream:
+        with self._dataset.workspace.open_output(path) as stream:
             writer = None
-            for table in self._tables(int(bucket), counts):
+            for table in self._tables(bucket, counts):
                 writer = writer or pq.ParquetWriter(stream, table.schema, compression="zstd")
                 writer.write_table(table)
                 users, plays = users + table.num_rows, plays + int(table.column(PLAYS).to_numpy().sum())
                 # Freed memory goes back at once: left to itself the heap grows by a tenth over a long bucket.
                 pa.default_memory_pool().release_unused()
+            totals = {"users": users, "plays": plays, **asdict(counts)}
             if writer is not None:
-                told = {"users": users, "plays": plays, **asdict(counts)}
-                writer.add_key_value_metadata({COUNTS.decode(): json.dumps(told)})
+                writer.add_key_value_metadata({COUNTS.decode(): json.dumps(totals)})
                 writer.close()
-        return counts.plays_computed
+        return BucketResult(bucket=bucket, sha256=stream.sha256, counts=totals)
+
+    def _written(self, bucket: int, path: str) -> BucketResult:
+        """The result of a bucket whose file is there."""
+        with self._dataset.workspace.open_input(path) as stream:
+            counts = json.loads(pq.ParquetFile(stream).metadata.metadata[COUNTS])
+        return BucketResult(bucket=bucket, sha256=artifacts.sha256(self._dataset.workspace, path), counts=counts)
 
     def _tables(self, bucket: int, counts: Any) -> Iterator[pa.Table]:
         from rayrec.data.histories import Histories
@@ -167,14 +197,3 @@ class BucketTastes:
         with self._dataset.workspace.open_input(tastes_file(self._base.folder, bucket)) as stream:
             for batch in pq.ParquetFile(stream).iter_batches(batch_size=self._config.users):
                 yield pa.Table.from_batches([batch])
-
-
-def _add_counts(workspace: Workspace, manifest: Manifest, buckets: Any) -> dict[str, int]:
-    """What all buckets came to, those of an earlier run of the job too."""
-    totals: dict[str, int] = {}
-    for bucket in buckets:
-        with workspace.open_input(tastes_file(manifest.folder, bucket)) as stream:
-            told = json.loads(pq.ParquetFile(stream).metadata.metadata[COUNTS])
-        for name, count in told.items():
-            totals[name] = totals.get(name, 0) + count
-    return totals

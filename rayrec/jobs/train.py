@@ -2,30 +2,28 @@
 
 import json
 import time
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, Literal
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
 from rayrec.embeddings.sessions import UNCUT
-from rayrec.errors import InputError, MismatchError, RayrecError
+from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
 from rayrec.jobs.board import new_board, shown
-from rayrec.jobs.cluster import cluster_cpus, ray_cluster
-from rayrec.jobs.node import run_on_node
-from rayrec.jobs.train_plan import TrainPlan, make_plan, read_validation, selected_folder
+from rayrec.jobs.runtime import cluster_cpus, ray_cluster
+from rayrec.jobs.train_plan import TrainPlan, diverged_file, fit_range_of, make_plan, selected_folder
 from rayrec.jobs.train_worker import train_worker
-from rayrec.jobs.trainer import Crew, run_workers
-from rayrec.model.fit import Phase
-from rayrec.model.popularity_prior import log_prior
-from rayrec.model.train_config import PLAY_COUNTS, TrainConfig
+from rayrec.jobs.trainer import SNAPSHOT, Crew, run_workers
+from rayrec.model.checkpoint import MODEL_CONFIG, WEIGHTS
+from rayrec.model.train_config import PLAY_COUNTS, SELECTION_NETWORK, ModelConfig, TrainConfig
 from rayrec.model.training_sequences import Sequences
-from rayrec.recommend.hybrid import MEMBERS
-from rayrec.recommend.mixing import write_memory
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
+
+Unfinished = Literal["ask", "resume", "restart"]
 
 
 @writes("train")
@@ -35,35 +33,103 @@ def train(
     *,
     songs_id: str | None = None,
     split: Split | None = None,
-    resume: bool = False,
+    from_id: str | None = None,
+    unfinished: Unfinished = "ask",
     repeat: bool = False,
 ) -> Manifest:
-    """Train the taste network; the models artifact. With `resume` a killed training goes on.
+    """Train the taste network; the models artifact.
 
-    Raises `MismatchError` for song vectors of another data set or split, `RayrecError` where Ray Train gives up.
+    With `from_id` it starts from the weights of that model, made of the same data set or of one that this one
+    descends from, on its song vectors; new songs start at random. Where that model was fit on the validation range
+    nothing can be chosen there: the training then takes a quarter of the epochs that the model took.
+
+    `unfinished` says what to do with a training of the same settings that was stopped: go on from its last
+    checkpoint, start over, or refuse, so that nobody loses hours of work by a second start.
+
+    Raises `MismatchError` for song vectors of another data set or split, `InputError` for an unfinished training
+    that nothing is said about, `DivergedError` where the loss or a weight is not finite any more, and
+    `RayrecError` where Ray Train gives up.
     """
     dataset = Dataset(workspace)
+    start = None if from_id is None else artifacts.load(workspace, "models", from_id)
+    if start is not None:
+        if songs_id is not None:
+            raise InputError("a training that starts from a model uses its song vectors; leave out --songs")
+        _require_start(dataset, start, split)
+        songs_id = start.inputs["songs"]
     songs = artifacts.load(workspace, "songs", songs_id) if songs_id else artifacts.newest(workspace, "songs", "embed")
     inputs = {"dataset": dataset.manifest.id, "songs": songs.id} | ({"split": split.id} if split else {})
-    _require_fit(songs, inputs)
+    if start is None:
+        _require_fit(songs, inputs)
+    else:
+        inputs["from"] = start.id
     print_id = artifacts.fingerprint("train", _fingerprinted(config), inputs)
     model_id, complete = artifacts.new_id(workspace, "models", print_id, repeat=repeat)
     if complete:
-        return artifacts.load(workspace, "models", model_id)
+        return artifacts.reuse(workspace, "models", model_id)
     manifest = Manifest(kind="models", id=model_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     began = time.monotonic()
-    if resume and not config.workers:
-        raise InputError("a training without workers keeps no checkpoint to go on from; leave out --resume")
-    if not resume:
+    if unfinished == "restart" or not _has_checkpoint(workspace, manifest):
         workspace.delete(manifest.folder)
+    elif unfinished == "ask":
+        raise InputError(
+            f"a training of the same settings was stopped and left a checkpoint ({manifest.folder}); go on from it "
+            "with --resume, or delete it and start over with --restart"
+        )
+    elif not config.workers:
+        raise InputError(
+            "a training without workers cannot go on from a checkpoint; give --workers 1 or more, or --restart"
+        )
     with ray_cluster():
-        plan = make_plan(dataset, config, songs, split, manifest)
-        figures = _fit(plan) | (_remember(dataset, plan) if config.memory else {})
+        plan = make_plan(dataset, config, songs, split, manifest, start)
+        if start is not None:
+            _require_shape(plan, start)
+            if plan.validation is None:
+                quarter = -(-int(start.metrics["epochs"]) // 4)
+                plan = replace(plan, config=config.replace(epochs=min(config.epochs, quarter)))
+        figures = _fit(plan)
     metrics = {"seconds": round(time.monotonic() - began, 1), **figures, **_source_figures(dataset, config, split)}
     workspace.move(plan.counts["final"], manifest.path(PLAY_COUNTS))  # popular songs answer where no taste is known
+    if workspace.exists(f"{selected_folder(plan)}/{WEIGHTS}"):  # rankers learn on the range that it has not seen
+        for path in workspace.files(selected_folder(plan)):
+            workspace.move(path, manifest.path(f"{SELECTION_NETWORK}/{path.rpartition('/')[2]}"))
     workspace.delete(manifest.path("run"))
     names = [name.removeprefix(manifest.folder + "/") for name in workspace.files(manifest.folder)]
     return artifacts.publish(workspace, Manifest(**{**asdict(manifest), "metrics": metrics}), names)
+
+
+def _require_start(dataset: Dataset, start: Manifest, split: Split | None) -> None:
+    """Raises `MismatchError` for a model of other data, `LeakError` for one fit on plays that must not be seen."""
+    if not dataset.descends_from(start.inputs["dataset"]):
+        raise MismatchError(
+            f"model {start.id} was trained on data set {start.inputs['dataset']}, of which {dataset.manifest.id} is no "
+            "continuation; train without --from"
+        )
+    if split is None:
+        return
+    moved = split.protocol == "last-fraction" and dataset.manifest.id != start.inputs["dataset"]
+    if moved or not fit_range_of(dataset.workspace, start).is_within(split.final):
+        raise LeakError(
+            f"model {start.id} was fit on plays of the test range of split {split.id}; start from a model that was fit "
+            "before that range, or train without --from"
+        )
+
+
+def _require_shape(plan: TrainPlan, start: Manifest) -> None:
+    """Raises `MismatchError` where the settings or the data ask for a network of another shape."""
+    shape = ModelConfig.from_json(plan.workspace.read_json(start.path(MODEL_CONFIG)))
+    wanted, there = asdict(plan.model), asdict(shape)
+    for name, value in wanted.items():
+        if name != "num_songs" and there[name] != value:
+            raise MismatchError(
+                f"model {start.id} has {name} {there[name]}, this training {value}; give the settings of the model, or "
+                "train without --from"
+            )
+
+
+def _has_checkpoint(workspace: Workspace, manifest: Manifest) -> bool:
+    """True where Ray Train has recorded a checkpoint of the training."""
+    return workspace.exists(manifest.path(f"run/{SNAPSHOT}"))
 
 
 def _source_figures(dataset: Dataset, config: TrainConfig, split: Split | None) -> dict[str, Any]:
@@ -76,8 +142,8 @@ def _require_fit(songs: Manifest, inputs: dict[str, str]) -> None:
     for role in ("dataset", "split"):
         if songs.inputs.get(role) != inputs.get(role):
             raise MismatchError(
-                f"song vectors {songs.id} were made from {role} {songs.inputs.get(role)}, the training is for "
-                f"{inputs.get(role)}; run `rayrec embed` for it first"
+                f"song embeddings {songs.id} were made from {role} {songs.inputs.get(role)}, not from "
+                f"{inputs.get(role)}; run `rayrec embed` first"
             )
 
 
@@ -98,28 +164,21 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
     )
     with shown(board, "Training", float(plan.workspace.read_array(plan.counts["final"]).sum())):
         run_workers(train_worker, {"plan": plan, "board": board}, crew, plan.workspace, plan.folder)
+    if plan.workspace.exists(diverged_file(plan)):
+        message = plan.workspace.read_json(diverged_file(plan))
+        plan.workspace.delete(plan.folder)  # its checkpoints lead to the same end
+        raise DivergedError(message)
     figures = dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
     if not figures["loss"]:
         raise RayrecError(
-            f"nothing was learned: no sequence of the {config.source} holds a play and one {_offsets(config)} after "
-            "it; give horizons with smaller offsets"
+            f"no training example: no sequence of the {config.source} holds a play and one {_offsets(config)} plays "
+            "later; use horizons with smaller offsets"
         )
     return figures
 
 
 def _offsets(config: TrainConfig) -> str:
     return " or ".join(f"{horizon.min_offset} to {horizon.max_offset}" for horizon in config.horizons.values())
-
-
-def _remember(dataset: Dataset, plan: TrainPlan) -> dict[str, Any]:
-    """Write the memory that the recommender mixes in; its weights as figures."""
-    phase: Phase = "final" if plan.config.refit or plan.validation is None else "selection"
-    validation = None if plan.validation is None else read_validation(plan)
-    ranges = (plan.ranges[phase], plan.ranges.get("selection"))
-    prior = log_prior(plan.workspace.read_array(plan.counts[phase]), plan.config.long_correction)
-    (mix,) = run_on_node(write_memory, dataset, plan.folder, *ranges, validation, selected_folder(plan), prior, cpus=1)
-    weights = {"heard": mix.heard, "new": mix.new}
-    return {"weights": {songs: dict(zip(MEMBERS, values, strict=True)) for songs, values in weights.items()}}
 
 
 def worker_cpus(workers: int) -> float:

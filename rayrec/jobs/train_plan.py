@@ -8,9 +8,9 @@ import pyarrow as pa
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.song_counts import SongCounter
-from rayrec.data.split import FitRange, Split, validation_histories
+from rayrec.data.split import FitRange, Split, load_split, validation_histories
 from rayrec.errors import RayrecError
-from rayrec.jobs.buckets import run_buckets
+from rayrec.jobs.runtime import run_buckets
 from rayrec.model.fit import Phase, Validation
 from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
 from rayrec.model.training_sequences import Sequences
@@ -31,19 +31,27 @@ class TrainPlan:
     vectors: dict[Phase, str]  # path of the song vectors of each phase
     counts: dict[Phase, str]  # path of the play counts of each phase
     validation: str | None  # path of the plays to predict
+    start: str | None  # folder of the model to start from
 
 
 def make_plan(
-    dataset: Dataset, config: TrainConfig, songs: Manifest, split: Split | None, manifest: Manifest
+    dataset: Dataset,
+    config: TrainConfig,
+    songs: Manifest,
+    split: Split | None,
+    manifest: Manifest,
+    start: Manifest | None = None,
 ) -> TrainPlan:
     """The plan of a training, with what its workers read prepared: play counts, and the plays to choose by.
 
-    Raises `RayrecError` where the split leaves no plays to train on.
+    Nothing is chosen by plays that the model to start from, `start`, was fit on. Raises `RayrecError` where the
+    split leaves no plays to train on.
     """
     workspace = dataset.workspace
     ranges: dict[Phase, FitRange] = {"final": FitRange() if split is None else split.final}
     vectors: dict[Phase, str] = {"final": songs.path("vectors.npy")}
-    if split is not None and split.has_validation and config.validation_plays:
+    unseen = split is not None and (start is None or fit_range_of(workspace, start).is_within(split.selection))
+    if split is not None and unseen and split.has_validation and config.validation_plays:
         ranges["selection"] = split.selection
         chosen = "selection_vectors.npy" if "selection_vectors.npy" in songs.files else "vectors.npy"
         vectors["selection"] = songs.path(chosen)
@@ -69,7 +77,22 @@ def make_plan(
         vectors=vectors,
         counts=counts,
         validation=validation,
+        start=None if start is None else start.folder,
     )
+
+
+def fit_range_of(workspace: Workspace, model: Manifest) -> FitRange:
+    """The plays that a model was fit on."""
+    if "split" not in model.inputs:
+        return FitRange()
+    split = load_split(workspace, model.inputs["split"])
+    return split.final if model.config["refit"] else split.selection
+
+
+def read_vectors(plan: TrainPlan, phase: Phase) -> np.ndarray:
+    """float32 (N, D): the song vectors of a phase; zeros for songs that are newer than they are."""
+    vectors = np.asarray(plan.workspace.read_array(plan.vectors[phase]))
+    return np.pad(vectors, ((0, plan.model.num_songs - len(vectors)), (0, 0)))
 
 
 def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> ModelConfig:
@@ -95,6 +118,7 @@ def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> M
         horizons=config.horizons,
         song_table=config.song_table,
         averages=config.averages,
+        input_table=config.has_input_table,
     )
 
 
@@ -113,7 +137,7 @@ def _count_songs(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) 
                 total[np.asarray(songs, dtype=np.int64)] += np.asarray(plays, dtype=np.int64)
             bar.advance()
     if not totals[0].any():
-        raise RayrecError("the split leaves no plays to train on; make a split with fewer test and validation days")
+        raise RayrecError("the split leaves no plays to train on; use fewer test and validation days")
     return totals
 
 
@@ -135,3 +159,8 @@ def read_validation(plan: TrainPlan) -> Validation:
 def selected_folder(plan: TrainPlan) -> str:
     """Where the best network of the selection phase lies while the training runs."""
     return f"{plan.folder}/run/selected"
+
+
+def diverged_file(plan: TrainPlan) -> str:
+    """Where the first worker leaves the message of a training that diverged."""
+    return f"{plan.folder}/run/diverged.json"

@@ -21,16 +21,18 @@ from ray.data import TaskPoolStrategy
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange
 from rayrec.data.windows import Windows, epoch_units
-from rayrec.jobs.cluster import quiet_data
-from rayrec.jobs.train_plan import TrainPlan, read_validation, selected_folder
-from rayrec.model.checkpoint import save_model
-from rayrec.model.fit import RECALL_AT, Fit, FitData, Phase, Progress
+from rayrec.errors import DivergedError
+from rayrec.jobs.runtime import quiet_data
+from rayrec.jobs.train_plan import TrainPlan, diverged_file, read_validation, read_vectors, selected_folder
+from rayrec.model.checkpoint import load_model, save_model
+from rayrec.model.fit import RECALL_AT, VALIDATION_FIGURES, Fit, FitData, Phase, Progress
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training import Share, StepReport
+from rayrec.model.training import StepReport
 from rayrec.model.training_log import write_epochs, write_tensorboard
 from rayrec.model.training_sequences import Sequences
 from rayrec.model.window_stream import UnitReader, split_batches
+from rayrec.model.workers import Share
 
 PLAYS_PER_UNIT = 200_000  # small buckets are read together until they hold about as many
 # Tasks that read and cut windows for one worker at once. They ask for no CPU: they are far cheaper than the
@@ -51,19 +53,26 @@ def train_worker(arguments: dict[str, Any]) -> None:
     validation = None if plan.validation is None else read_validation(plan)
     data: dict[Phase, FitData] = {
         phase: FitData(
-            vectors=np.asarray(plan.workspace.read_array(plan.vectors[phase])),
+            vectors=read_vectors(plan, phase),
             counts=np.asarray(plan.workspace.read_array(plan.counts[phase])),
         )
         for phase in plan.ranges
     }
     host = RayHost(plan, arguments["board"], share)
     device = str(ray.train.torch.get_device())
-    fit = Fit(plan.model, plan.config, data, host, validation=validation, device=device, share=share)
+    start = None if plan.start is None else load_model(plan.workspace, plan.start)
+    fit = Fit(plan.model, plan.config, data, host, validation=validation, start=start, device=device, share=share)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             fit.resume(Path(folder))
-    model = fit.run()
+    try:
+        model = fit.run()
+    except DivergedError as error:
+        # Ends this worker in good order, or Ray Train would repeat steps that lead to the same end.
+        if share.rank == 0:
+            plan.workspace.write_json(diverged_file(plan), str(error))
+        return
     if share.rank == 0:
         save_model(plan.workspace, plan.folder, model, fit.known)
         figures = summary(fit.progress)
@@ -81,7 +90,7 @@ def summary(done: Progress) -> dict[str, Any]:
         "loss": last["loss"],
         "plays": last["plays"],
         "plays_per_second": round(last["plays_per_second"]),
-        f"validation_recall@{RECALL_AT}": done.best_recall if selected else None,
+        **{name: selected[done.best_epoch].get(name) if selected else None for name in VALIDATION_FIGURES},
     }
 
 
@@ -99,18 +108,18 @@ class RayHost:
         stream = window_stream(dataset, self._plan.ranges[phase], config, self._share, epoch)
         return iter(stream)
 
-    def stepped(self, phase: Phase, report: StepReport) -> None:
+    def stepped(self, phase: Phase, report: StepReport, loss: float) -> None:
         """Tell the driver, a few times a second."""
         self._plays += report.plays
         now = time.monotonic()
         if self._share.rank == 0 and now - self._shown_at > 0.3:
             rate = self._plays * self._share.workers / (now - self._began)
-            note = f"{phase} epoch {report.epoch + 1} loss {report.loss:.3f} {rate:,.0f} plays/s"
+            note = f"{phase} epoch {report.epoch + 1} loss {loss:.3f} {rate:,.0f} plays/s"
             self._board.show.remote(self._plays * self._share.workers, note)
             self._shown_at = now
 
     def selected(self, model: TasteModel, known: np.ndarray) -> None:
-        """Keep the network on which the weights of the memory are chosen."""
+        """Keep the network on which rankers learn."""
         if self._share.rank == 0:
             save_model(self._plan.workspace, selected_folder(self._plan), model, known)
 

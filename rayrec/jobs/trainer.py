@@ -20,6 +20,7 @@ LOGGER = logging.getLogger(__name__)
 WORKER_FAILURES = 3  # lost training workers that are replaced before the job gives up
 START_TRIES = 4  # times that Ray Train asks for the workers' resources in the minutes that it is given
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # environment variable: seconds of each try
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that are whole
 SECONDS_BEFORE_TELLING = 10.0  # that workers are waited for
 
 
@@ -82,13 +83,13 @@ def run_workers(
             trainer.fit()
     except ControllerError as error:
         raise RayrecError(
-            f"training did not start within {crew.wait_minutes:g} minutes: it asked for {crew.wanted()}; free some, "
-            "give fewer --workers or more --wait-minutes, and `rayrec train --resume`"
+            f"training did not start within {crew.wait_minutes:g} minutes: it needs {crew.wanted()}; free some, "
+            "use fewer --workers or more --wait-minutes, and run `rayrec train --resume`"
         ) from error
     except TrainingFailedError as error:
         cause = str(error).strip().splitlines()[-1]
         raise RayrecError(
-            f"training failed: {cause}; `rayrec train --resume` goes on from the last checkpoint"
+            f"training failed: {cause}; `rayrec train --resume` continues from the last checkpoint"
         ) from error
 
 
@@ -102,7 +103,7 @@ def _told_of_waiting(crew: Crew) -> Iterator[None]:
         while not ended.wait(SECONDS_BEFORE_TELLING):
             waits = _waits(crew)
             if waits and not told:
-                LOGGER.warning("training waits, for %g minutes at most: %s", crew.wait_minutes, crew.wanted())
+                LOGGER.warning("training waits at most %g minutes for resources: %s", crew.wait_minutes, crew.wanted())
             told = waits
 
     thread = threading.Thread(target=look, daemon=True)

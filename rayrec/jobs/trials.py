@@ -8,36 +8,32 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
-from rayrec.config import from_mapping, setting
+from rayrec.config import Settings, from_mapping
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.model.train_config import TrainConfig
 
 SECTIONS: dict[str, type[Any]] = {"embed": EmbedConfig, "train": TrainConfig}
 # A trial is judged by its network alone, on the validation range that a refit would train on.
-OWN = {"train": {"refit": False, "memory": False}}
+OWN = {"train": {"refit": False}}
 
-Settings = dict[str, dict[str, Any]]  # section -> setting -> value
+Values = dict[str, dict[str, Any]]  # section -> setting -> value
 
 
-@dataclass(frozen=True, kw_only=True)
-class TuneConfig:
-    """How to go through a space of settings."""
+class TuneConfig(Settings):
+    """How to search a space of settings."""
 
-    trials: int = setting(0, help="combinations drawn at random, none twice; 0: all of them, in order")
-    seed: int = setting(0, help="which combinations are drawn")
-
-    def __post_init__(self) -> None:
-        if self.trials < 0 or self.seed < 0:
-            raise InputError(f"trials {self.trials} and seed {self.seed} must not be negative")
+    trials: int = Field(0, ge=0, description="Combinations sampled without replacement; 0 runs all of them in order")
+    seed: int = Field(0, ge=0, description="Random seed of the sampled combinations")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """One combination."""
 
-    settings: Settings  # as the file gives them, those that do not vary too
+    settings: Values  # as the file gives them, those that do not vary too
     varied: dict[str, Any]  # section.setting -> value
     embed: EmbedConfig
     train: TrainConfig
@@ -52,18 +48,18 @@ def read_trials(sections: Mapping[str, Any], config: TuneConfig, where: str) -> 
     """
     unknown = sorted(set(sections) - set(SECTIONS))
     if unknown:
-        raise InputError(f"{where} has a section or key {unknown[0]!r}; expected sections: {', '.join(SECTIONS)}")
+        raise InputError(f"{where} has an unknown section {unknown[0]!r}; expected {', '.join(SECTIONS)}")
     choices = {
         (section, name): _values(section, name, value, where)
         for section in SECTIONS
         for name, value in _section(sections, section, where).items()
     }
     if all(len(values) == 1 for values in choices.values()):
-        raise InputError(f"{where} leaves nothing to choose; give a setting a list of values, such as dim = [32, 64]")
+        raise InputError(f"{where} has nothing to search; give a setting a list of values, such as dim = [32, 64]")
     return [_trial(choices, picked, where) for picked in _combinations([len(v) for v in choices.values()], config)]
 
 
-def to_toml(settings: Settings) -> str:
+def to_toml(settings: Values) -> str:
     """The settings as sections of a TOML file; plain values and lists are written there as in JSON."""
     parts = (
         "\n".join([f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in values.items())])
@@ -79,16 +75,17 @@ def _section(sections: Mapping[str, Any], section: str, where: str) -> dict[str,
         raise InputError(f"{where} has {section} = {values!r}; expected a section [{section}]")
     decided = sorted(set(values) & set(OWN.get(section, {})))
     if decided:
-        raise InputError(f"{where} [{section}] has {decided[0]}, which a sweep decides itself; leave it out")
+        raise InputError(f"{where} [{section}] has {decided[0]}, which the search sets itself; remove it")
     return dict(values)
 
 
 def _values(section: str, name: str, value: Any, where: str) -> list[Any]:
     """The values to choose from; a plain one is the only one."""
-    several = typing.get_origin(typing.get_type_hints(SECTIONS[section]).get(name)) is tuple
+    field = SECTIONS[section].model_fields.get(name)
+    several = field is not None and typing.get_origin(field.annotation) is tuple
     is_choice = isinstance(value, list) and (not several or (bool(value) and isinstance(value[0], list)))
     if is_choice and not value:
-        raise InputError(f"{where} [{section}] {name} is an empty list; give the values to choose from")
+        raise InputError(f"{where} [{section}] {name} is an empty list; expected at least one value")
     return value if is_choice else [value]
 
 
@@ -103,7 +100,7 @@ def _combinations(sizes: list[int], config: TuneConfig) -> Iterator[tuple[int, .
 
 
 def _trial(choices: dict[tuple[str, str], list[Any]], picked: tuple[int, ...], where: str) -> Trial:
-    settings: Settings = {section: {} for section in SECTIONS}
+    settings: Values = {section: {} for section in SECTIONS}
     varied = {}
     for ((section, name), values), place in zip(choices.items(), picked, strict=True):
         settings[section][name] = values[place]

@@ -7,6 +7,8 @@ by side, for CPUs that a single training leaves idle.
 
 import csv
 import io
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,18 +16,20 @@ from typing import Any
 from rayrec.config import read_toml, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, require_split_of
-from rayrec.errors import InputError
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.errors import DivergedError, InputError
 from rayrec.jobs.embed import embed
-from rayrec.jobs.train import train
+from rayrec.jobs.runtime import ray_cluster
+from rayrec.jobs.train import Unfinished, train
 from rayrec.jobs.trials import Trial, TuneConfig, read_trials, to_toml
+from rayrec.model.fit import CHOSEN_BY
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
+LOGGER = logging.getLogger(__name__)
 KIND = "tunings"
 TABLE, CSV, BEST = "trials.json", "trials.csv", "best.toml"
-JUDGED_BY = "validation_recall@20"
+JUDGED_BY = CHOSEN_BY
 
 Row = dict[str, Any]
 
@@ -44,13 +48,13 @@ def tune(
     Each trial fits song vectors and a network on the range before the validation range. An
     interrupted sweep goes on where it was: the trials in its table are not repeated. The models of
     trials are deleted once they are judged, and at the end all song vectors that the sweep made but
-    the best. Metrics: trials (rows of the table), best (settings), best_recall and seconds. `on_trial`
+    the best. Metrics: trials (rows of the table), best (settings), best_ndcg and seconds. `on_trial`
     hears of each row as it is there, and of how many there will be.
 
     Raises `InputError` for a file as `read_trials` does, and where there is no validation range.
     """
     if split is None or not split.has_validation:
-        raise InputError("a sweep is judged on a validation range, and there is none; run `rayrec split` first")
+        raise InputError("tune needs a validation range; run `rayrec split` first")
     dataset = Dataset(workspace)
     require_split_of(dataset, split)
     trials = read_trials(read_toml(file), config, file)
@@ -59,17 +63,24 @@ def tune(
     print_id = artifacts.fingerprint("tune", settings, inputs)
     tuning_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
     if complete:
-        return artifacts.load(workspace, KIND, tuning_id)
+        return artifacts.reuse(workspace, KIND, tuning_id)
     manifest = Manifest(kind=KIND, id=tuning_id, config=settings, inputs=inputs, seed=config.seed)
+    before = artifacts.current_ids(workspace)
     rows = _run(workspace, manifest, trials, split, on_trial)
-    best = max(rows, key=lambda row: row[JUDGED_BY])
+    for kind in ("songs", "models"):  # trials are nothing that later stages start from
+        if kind in before:
+            artifacts.make_current(workspace, kind, before[kind])
+    judged = [row for row in rows if row[JUDGED_BY] is not None]
+    if not judged:
+        raise DivergedError("no trial has a finite loss; give smaller learning rates")
+    best = max(judged, key=lambda row: row[JUDGED_BY])
     _forget_songs(workspace, rows, best)
     workspace.write_bytes(manifest.path(CSV), _csv(rows).encode())
     workspace.write_bytes(manifest.path(BEST), to_toml(best["settings"]).encode())
     metrics = {
         "trials": rows,
         "best": best["settings"],
-        "best_recall": best[JUDGED_BY],
+        "best_ndcg": best[JUDGED_BY],
         "seconds": round(sum(row["seconds"] for row in rows), 1),
     }
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), [TABLE, CSV, BEST])
@@ -97,29 +108,34 @@ def _run(
 
 
 def _try(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, Manifest | None]:
-    """What came of a trial, and its model where the sweep trained it.
+    """What came of a trial, and its model where the sweep trained it; a trial that diverged has no figure.
 
     Song vectors of the same settings are shared by trials, and a training that was cut off goes on.
     """
     songs_before = {one.id for one in artifacts.listing(workspace, "songs")}
     models_before = {one.id for one in artifacts.listing(workspace, "models")}
     songs = embed(workspace, trial.embed, split=split)
-    model = train(workspace, trial.train, songs_id=songs.id, split=split, resume=trial.train.workers > 0)
-    recall = model.metrics[JUDGED_BY]
-    if recall is None:
+    unfinished: Unfinished = "resume" if trial.train.workers else "restart"
+    began = time.monotonic()
+    try:
+        model = train(workspace, trial.train, songs_id=songs.id, split=split, unfinished=unfinished)
+        ndcg, epochs, seconds = (model.metrics[name] for name in (JUDGED_BY, "epochs", "seconds"))
+    except DivergedError as error:
+        LOGGER.warning("%s; the trial has no figure", error)
+        model, ndcg, epochs, seconds = None, None, None, time.monotonic() - began
+    if model is not None and ndcg is None:
         raise InputError("the validation range holds no play with an earlier one; make a split with a longer one")
-    made = {"songs_made": songs.id not in songs_before}
-    seconds = model.metrics["seconds"] + (songs.metrics.get("seconds", 0.0) if made["songs_made"] else 0.0)
+    songs_made = songs.id not in songs_before
     row = {
         **trial.varied,
-        JUDGED_BY: round(recall, 6),
-        "epochs": model.metrics["epochs"],
-        "seconds": round(seconds, 1),
+        JUDGED_BY: None if ndcg is None else round(ndcg, 6),
+        "epochs": epochs,
+        "seconds": round(seconds + (songs.metrics.get("seconds", 0.0) if songs_made else 0.0), 1),
         "songs": songs.id,
-        **made,
+        "songs_made": songs_made,
         "settings": trial.settings,
     }
-    return row, None if model.id in models_before else model
+    return row, None if model is None or model.id in models_before else model
 
 
 def _forget_songs(workspace: Workspace, rows: list[Row], best: Row) -> None:

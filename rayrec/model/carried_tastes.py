@@ -1,7 +1,7 @@
 """Tastes that go on from earlier ones: a bucket's rows are brought up to date with the plays that came since.
 
-Everything streams in the one order in which a bucket's users first appeared, so that what is held
-at once is a batch of rows and a batch of plays, whatever the bucket holds.
+Everything streams by ascending user id, so that what is held at once is a batch of rows and the
+plays that came since for its users, whatever the bucket holds.
 """
 
 from collections.abc import Iterable, Iterator
@@ -55,20 +55,31 @@ def continued_tables(
     """The rows of a bucket from the rows `base`, made before part `first_part`, and the plays that came since.
 
     Only the new parts are read, and the whole bucket where a user's new plays are older than the state.
-    Raises `DamagedArtifactError` where rows and parts do not stand in the same order.
+    Raises `DamagedArtifactError` where rows are not by ascending user id.
     """
     new = _Forward(dataset.read_bucket(bucket, users, first_part=first_part))
     whole = _Forward(dataset.read_bucket(bucket, users))  # not opened before it is asked
-    new_users = pd.Index(dataset.bucket_users(bucket, first_part))
+    last = ""
     for table in base:
         rows = rows_of(table, encoder)
-        with_plays = rows.user_ids[np.asarray(pd.Index(rows.user_ids).isin(new_users))]
-        older = [_go_on(encoder, rows, histories, counts) for histories in new.find(with_plays)]
-        again = np.concatenate([np.zeros(0, dtype=object), *older])
-        for histories in whole.find(again):
+        if (rows.user_ids[1:] <= rows.user_ids[:-1]).any() or (len(table) and rows.user_ids[0] <= last):
+            raise DamagedArtifactError(
+                "the rows of the earlier tastes are not by ascending user id; run `rayrec taste --full`"
+            )
+        last = str(rows.user_ids[-1]) if len(table) else last
+        unchanged, added = len(table), []
+        again = [np.zeros(0, dtype=object)]
+        for histories in new.up_to(last):
+            is_known = np.isin(histories.user_ids, rows.user_ids)
+            unchanged -= int(is_known.sum())
+            again.append(_go_on(encoder, rows, histories.take(is_known), counts))
+            if not is_known.all():
+                added.append(_from_start(encoder, histories.take(~is_known), at, counts))
+        for histories in whole.find(np.concatenate(again)):
             _start_again(encoder, rows, histories, counts)
-        counts.unchanged += len(rows.user_ids) - len(with_plays)
-        yield rows_table(encoder, rows, at)
+        counts.unchanged += unchanged
+        updated = rows_table(encoder, rows, at)
+        yield pa.concat_tables([updated, *added]).sort_by(columns.USER) if added else updated
     for histories in new.rest():
         yield _from_start(encoder, histories, at, counts)
 
@@ -93,6 +104,8 @@ def _from_start(encoder: TasteEncoder, histories: Histories, at: int, counts: Co
 
 def _go_on(encoder: TasteEncoder, rows: Rows, new: Histories, counts: Counts) -> np.ndarray:
     """Move the states on by new plays; object array: the users whose new plays are older, left as they were."""
+    if not len(new):
+        return np.zeros(0, dtype=object)
     place = pd.Index(rows.user_ids).get_indexer(pd.Index(new.user_ids))
     # Plays of the moment of the last one come behind it, as they do where parts are merged.
     follows = new.played_at[new.offsets[:-1]] >= rows.last_played_at[place]
@@ -115,28 +128,27 @@ def _start_again(encoder: TasteEncoder, rows: Rows, histories: Histories, counts
 
 
 class _Forward:
-    """Finds users in a stream of batches, in the order of the stream and without ever going back."""
+    """Finds users in a stream of batches by ascending id, without ever going back."""
 
     def __init__(self, batches: Iterator[Histories]) -> None:
         self._batches = batches
         self._rest: Histories | None = None
 
     def find(self, user_ids: np.ndarray) -> Iterator[Histories]:
-        """The histories of these users, batch by batch."""
-        wanted, left = pd.Index(user_ids), len(user_ids)
-        while left:
-            batch = self._next()
-            if batch is None:
-                raise DamagedArtifactError(
-                    "the rows of the earlier tastes do not stand in the order of the data set's users; "
-                    "run `rayrec taste --full`"
-                )
-            found = np.flatnonzero(np.asarray(pd.Index(batch.user_ids).isin(wanted)))
-            left -= len(found)
-            if not left and found[-1] + 1 < len(batch):
-                self._rest = batch.take(np.arange(found[-1] + 1, len(batch)))
-            if len(found):
-                yield batch.take(found)
+        """The histories of these users, ascending, batch by batch."""
+        if len(user_ids):
+            for batch in self.up_to(str(user_ids[-1])):
+                yield batch.take(np.isin(batch.user_ids, user_ids))
+
+    def up_to(self, user_id: str) -> Iterator[Histories]:
+        """The histories of users up to this one that were not passed yet."""
+        while (batch := self._next()) is not None:
+            end = int(np.searchsorted(batch.user_ids, user_id, side="right"))
+            if end:
+                yield batch.take(np.arange(end))
+            if end < len(batch):
+                self._rest = batch.take(np.arange(end, len(batch)))
+                return
 
     def rest(self) -> Iterator[Histories]:
         """Everything that was not passed yet."""

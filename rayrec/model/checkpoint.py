@@ -1,6 +1,7 @@
 """Stored networks and half-done trainings: safetensors, .npy and JSON, so that loading runs no code."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,94 +12,93 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from rayrec.errors import DamagedArtifactError
-from rayrec.model.network import SONG_TABLE, TasteModel
+from rayrec.model.network import TABLES, TasteModel
 from rayrec.model.train_config import ModelConfig
+from rayrec.model.training import Training
 from rayrec.storage.workspace import Workspace
 
 WEIGHTS = "model.safetensors"
-SONG_VECTORS = "song_vectors.npy"
+SONG_VECTORS = "song_vectors.npy"  # that taste vectors are compared with
+INPUT_VECTORS = "input_vectors.npy"  # of songs as inputs, where they have a table of their own
 MODEL_CONFIG = "model.json"
 SONGS_AT_ONCE = 1 << 16  # that go through the map of song vectors
 
 
 def export_song_vectors(model: TasteModel, known: np.ndarray) -> np.ndarray:
     """float32 (N, D): the normalized vectors that the model scores against; zero where not `known`, bool (N,)."""
+    return _exported(model.song_vectors, model, known)
+
+
+def _exported(vectors_of: Callable[[Tensor], Tensor], model: TasteModel, known: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
         rows = torch.arange(model.config.num_songs, device=model.songs.weight.device)
-        parts = [
-            model.song_vectors(rows[begin : begin + SONGS_AT_ONCE]) for begin in range(0, len(rows), SONGS_AT_ONCE)
-        ]
+        parts = [vectors_of(rows[begin : begin + SONGS_AT_ONCE]) for begin in range(0, len(rows), SONGS_AT_ONCE)]
         vectors = torch.cat(parts).float().cpu().numpy()
     return np.where(known[:, None], vectors, np.float32(0.0))
 
 
 def save_model(workspace: Workspace, folder: str, model: TasteModel, known: np.ndarray) -> list[str]:
     """Write a network into a folder of the workspace; the names of its files."""
-    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items() if name != SONG_TABLE}
-    workspace.write_bytes(f"{folder}/{WEIGHTS}", save(weights))
+    weights = {name: value for name, value in model.state_dict().items() if name not in TABLES}
+    workspace.write_bytes(f"{folder}/{WEIGHTS}", save(_on_cpu(weights)))
     workspace.write_array(f"{folder}/{SONG_VECTORS}", export_song_vectors(model, known))
+    written = [WEIGHTS, SONG_VECTORS, MODEL_CONFIG]
+    if model.inputs is not None:
+        workspace.write_array(f"{folder}/{INPUT_VECTORS}", _exported(model.input_vectors, model, known))
+        written.append(INPUT_VECTORS)
     workspace.write_json(f"{folder}/{MODEL_CONFIG}", asdict(model.config))
-    return [WEIGHTS, SONG_VECTORS, MODEL_CONFIG]
+    return written
 
 
-def load_model(workspace: Workspace, folder: str) -> TasteModel:
+def load_model(workspace: Workspace, folder: str, checksums: Mapping[str, str] | None = None) -> TasteModel:
     """The network in the folder of a models artifact, ready for inference.
 
-    Raises `DamagedArtifactError` where its parts do not fit together.
+    Its song table is memory-mapped: the processes of a node share it. `checksums`, by file name, are compared
+    where files are fetched from object storage. Raises `DamagedArtifactError` where its parts do not fit together.
     """
+    known = checksums or {}
     config = ModelConfig.from_json(workspace.read_json(f"{folder}/{MODEL_CONFIG}"))
-    vectors = np.array(workspace.read_array(f"{folder}/{SONG_VECTORS}"))
-    if vectors.shape != (config.num_songs, config.embedding_dim):
+    names = [SONG_VECTORS, INPUT_VECTORS] if config.input_table else [SONG_VECTORS]
+    tables = [_read_table(workspace, f"{folder}/{name}", known.get(name), config) for name in names]
+    model = TasteModel(config, *tables, shared=True)
+    weights = load_file(workspace.local_file(f"{folder}/{WEIGHTS}", known.get(WEIGHTS)))
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected or set(missing) - set(TABLES):
         raise DamagedArtifactError(
-            f"{folder}/{SONG_VECTORS} is {vectors.shape}, the model expects "
-            f"{(config.num_songs, config.embedding_dim)}; train the model again"
+            f"{folder}/{WEIGHTS} lacks {missing} and has {unexpected}, which the network does not know; "
+            "train the model again"
         )
-    model = TasteModel(config, torch.from_numpy(vectors))
-    with workspace.local_copy(f"{folder}/{WEIGHTS}") as path:
-        weights = load_file(path)
-    weights["log_scale"] = weights["log_scale"].expand_as(model.log_scale)  # one for all horizons up to version 0.1
-    model.load_state_dict({**weights, SONG_TABLE: model.songs.weight})
     model.exported = True
     return model.requires_grad_(False).eval()
 
 
-def save_training(
-    folder: Path,
-    model: TasteModel,
-    optimizers: list[torch.optim.Optimizer],
-    best: dict[str, Tensor] | None,
-    progress: dict[str, Any],
-) -> None:
-    """Write where a training stands into a local folder."""
-    save_file(
-        {name: value.cpu().contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors"
-    )
-    tensors = {
-        f"{number}/{index}/{key}": torch.as_tensor(value).cpu().contiguous()
-        for number, optimizer in enumerate(optimizers)
-        for index, slots in optimizer.state_dict()["state"].items()
-        for key, value in slots.items()
-    }
-    save_file(tensors, folder / "optimizers.safetensors")
-    if best is not None:
-        save_file({name: value.cpu().contiguous() for name, value in best.items()}, folder / "best.safetensors")
-    (folder / "progress.json").write_text(json.dumps(progress))
-
-
-def load_training(
-    folder: Path, model: TasteModel, optimizers: list[torch.optim.Optimizer]
-) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-    """Put a training back where `save_training` left it; the best weights so far and its progress."""
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    states: list[dict[int, dict[str, Any]]] = [{} for _ in optimizers]
-    for name, value in load_file(folder / "optimizers.safetensors").items():
-        number, index, key = name.split("/")
-        slots = states[int(number)].setdefault(int(index), {})
-        # SparseAdam counts its steps in a plain int.
-        slots[key] = (
-            int(value) if isinstance(optimizers[int(number)], torch.optim.SparseAdam) and key == "step" else value
+def _read_table(workspace: Workspace, path: str, sha256: str | None, config: ModelConfig) -> Tensor:
+    # Copy on write, since torch knows no read-only tensors.
+    vectors = np.load(workspace.local_file(path, sha256), mmap_mode="c", allow_pickle=False)
+    if vectors.shape != (config.num_songs, config.embedding_dim):
+        raise DamagedArtifactError(
+            f"{path} is {vectors.shape}, the model expects {(config.num_songs, config.embedding_dim)}; "
+            "train the model again"
         )
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return torch.from_numpy(vectors)
+
+
+def save_training(folder: Path, training: Training, best: dict[str, Tensor] | None, progress: dict[str, Any]) -> None:
+    """Write where a training stands into a local folder."""
+    save_file(_on_cpu(training.model.state_dict()), folder / "model.safetensors")
+    save_file(_on_cpu(training.optimizer_state()), folder / "optimizers.safetensors")
+    if best is not None:
+        save_file(_on_cpu(best), folder / "best.safetensors")
+    (folder / "progress.json").write_text(json.dumps(progress, allow_nan=False))
+
+
+def load_training(folder: Path, training: Training) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+    """Put a training back where `save_training` left it; the best weights so far and its progress."""
+    training.model.load_state_dict(load_file(folder / "model.safetensors"))
+    training.load_optimizer_state(load_file(folder / "optimizers.safetensors"))
     best = load_file(folder / "best.safetensors") if (folder / "best.safetensors").exists() else None
     return best, json.loads((folder / "progress.json").read_text())
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu().contiguous() for name, value in tensors.items()}

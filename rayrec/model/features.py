@@ -32,14 +32,16 @@ class PlayBatch:
 
     def to(self, device: torch.device) -> "PlayBatch":
         """The batch on another device, lengths excepted."""
-        return self._each(lambda values: values.to(device, non_blocking=True), self.length_B)
+        return self.each(lambda values: values.to(device, non_blocking=True), self.length_B)
 
     def shortened(self, length_B: Tensor) -> "PlayBatch":
         """The first `length_B` plays of each row only; a column of padding where no row has any."""
         longest = max(1, int(length_B.max()))
-        return self._each(lambda values: values[:, :longest], length_B)
+        return self.each(lambda values: values[:, :longest], length_B)
 
-    def _each(self, change: Callable[[Tensor], Tensor], length_B: Tensor) -> "PlayBatch":
+    def each(self, change: Callable[[Tensor], Tensor], length_B: Tensor) -> "PlayBatch":
+        """The batch with every tensor changed but the lengths, which are given anew."""
+
         def optional(values: Tensor | None) -> Tensor | None:
             return None if values is None else change(values)
 

@@ -13,7 +13,8 @@ from rayrec.model.averages import as_state, from_state, running_sums
 from rayrec.model.features import PlayBatch, encode
 from rayrec.model.train_config import ModelConfig
 
-SONG_TABLE = "songs.weight"  # the parameter that grows with the catalog
+SONG_TABLE, INPUT_TABLE = "songs.weight", "inputs.weight"  # the parameters that grow with the catalog
+TABLES = (SONG_TABLE, INPUT_TABLE)
 
 
 class TasteModel(nn.Module):
@@ -25,16 +26,31 @@ class TasteModel(nn.Module):
     one [all ours]. Taste vectors and song vectors are compared by cosine.
     """
 
-    def __init__(self, config: ModelConfig, song_vectors: Tensor) -> None:
-        """`song_vectors` float32 (N, D) are the song table, or start it where it is trained."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        song_vectors: Tensor,
+        input_vectors: Tensor | None = None,
+        *,
+        shared: bool = False,
+    ) -> None:
+        """`song_vectors` float32 (N, D) are the song table, or start it where it is trained.
+
+        `input_vectors`, the same shape, are those of the songs as inputs where the network has a table of its own
+        for them; None: it starts as the song table. The tables are copies unless they are `shared`.
+        """
         super().__init__()
-        if tuple(song_vectors.shape) != (config.num_songs, config.embedding_dim):
-            raise ValueError(f"song vectors {tuple(song_vectors.shape)} do not fit {config}")
+        for vectors in (song_vectors,) if input_vectors is None else (song_vectors, input_vectors):
+            if tuple(vectors.shape) != (config.num_songs, config.embedding_dim):
+                raise ValueError(f"song vectors {tuple(vectors.shape)} do not fit {config}")
         self.config = config
-        trained, count = config.song_table == "trained", len(config.averages)
-        # Sparse gradients keep the cost of a step independent of the size of the catalog.
-        self.songs = nn.Embedding(config.num_songs, config.embedding_dim, sparse=trained, _weight=song_vectors.clone())
-        self.songs.weight.requires_grad_(trained)
+        count = len(config.averages)
+        # Training looks rows up itself and moves them on itself: the cost of a step does not grow with the catalog.
+        self.songs = _table(song_vectors, shared)
+        self.inputs = None
+        if config.input_table:
+            started = song_vectors if input_vectors is None else input_vectors
+            self.inputs = _table(started, shared and input_vectors is not None)
         self.map = SongMap(config.embedding_dim) if config.song_table == "mapped" else None
         self.exported = False  # whether the table holds what the map makes of it already, as a stored network's does
         # torch's LSTM has no peephole weights, which the paper's symbols include; Greff et al. 2015 found no gain.
@@ -57,9 +73,17 @@ class TasteModel(nn.Module):
             self.linked = nn.ParameterDict({name: torch.ones(()) for name in [*config.horizons][1:]})
 
     def song_vectors(self, songs: Tensor) -> Tensor:
-        """Normalized vectors of songs, (..., D)."""
+        """Normalized vectors of songs, (..., D), that taste vectors are compared with."""
         vectors = self.songs(songs)
-        return normalize(vectors if self.map is None or self.exported else self.map(vectors), dim=-1)
+        return normalize(vectors, dim=-1) if self.exported else self.compared(vectors)
+
+    def input_vectors(self, songs: Tensor) -> Tensor:
+        """Normalized vectors of songs, (..., D), as the network reads them."""
+        return self.song_vectors(songs) if self.inputs is None else normalize(self.inputs(songs), dim=-1)
+
+    def compared(self, rows: Tensor) -> Tensor:
+        """Rows of the song table, (..., D), as vectors that taste vectors are compared with."""
+        return normalize(rows if self.map is None else self.map(rows), dim=-1)
 
     def scale(self, horizon: str) -> Tensor:
         """What makes logits of a horizon's cosines: the inverse of its temperature."""
@@ -72,7 +96,7 @@ class TasteModel(nn.Module):
         from N on, count as a vector of zeros.
         """
         known_BL = batch.songs_BL < self.config.num_songs
-        songs_BLD = self.song_vectors(batch.songs_BL.where(known_BL, 0)) * known_BL.unsqueeze(-1)
+        songs_BLD = self.input_vectors(batch.songs_BL.where(known_BL, 0)) * known_BL.unsqueeze(-1)
         if state is None:
             state = songs_BLD.new_zeros(self.config.state_layers, len(songs_BLD), self.config.hidden_dim)
         packed = pack_padded_sequence(
@@ -100,13 +124,14 @@ class TasteModel(nn.Module):
         """Normalized taste vectors (..., D) from what the trunk gives (..., X) and scaled gaps (...)."""
         return self._tastes(seen, request_gap, last=horizon)[horizon]
 
-    def forward(self, batch: PlayBatch, request_gap_BL: Tensor) -> dict[str, Tensor]:
-        """Normalized taste vectors (B, L, D) after every play, per horizon."""
-        # Padding on the right changes nothing before it, and unpacked sequences train up to twice as fast.
-        # It looks up the row's first song: a song that is looked up is moved on by its momentum, gradient or not.
-        position_L = torch.arange(batch.songs_BL.shape[1], device=batch.songs_BL.device)
-        inside_BL = position_L < batch.length_B.to(batch.songs_BL.device, non_blocking=True).unsqueeze(-1)
-        songs_BLD = self.song_vectors(batch.songs_BL.where(inside_BL, batch.songs_BL[:, :1]))
+    def forward(self, batch: PlayBatch, request_gap_BL: Tensor, songs_BLD: Tensor | None = None) -> dict[str, Tensor]:
+        """Normalized taste vectors (B, L, D) after every play, per horizon.
+
+        `songs_BLD` are the input vectors of the plays where a training has looked them up. Padding on the right
+        changes nothing before it, and unpacked sequences train up to twice as fast.
+        """
+        if songs_BLD is None:
+            songs_BLD = self.input_vectors(batch.songs_BL)
         seen_BLX, _ = self.rnn(self.dropout(self._steps(songs_BLD, batch)))
         seen_BLX = self.dropout(seen_BLX)
         if self.config.averages:
@@ -158,6 +183,12 @@ class SongMap(nn.Module):
         """Vectors of the space that the network scores in."""
         moved: Tensor = self.outer(leaky_relu(self.inner(vectors)))
         return vectors + moved
+
+
+def _table(vectors: Tensor, shared: bool) -> nn.Embedding:
+    """A table that is float32 (N, D), or starts as a copy of it."""
+    rows, dim = vectors.shape
+    return nn.Embedding(rows, dim, _weight=vectors if shared else vectors.clone()).requires_grad_(False)
 
 
 def _beside(hidden: Tensor, sums: Tensor) -> Tensor:

@@ -1,120 +1,163 @@
 """Objectives: what a taste vector is trained for. All of them plug in here.
 
-Shapes: P positions that have a target, T targets of a position at most, -1 where it has fewer, K negatives,
-D embedding.
+Shapes: U songs of a step, P positions that have a target, T targets of a position at most, K negatives,
+D embedding, C positions of a chunk.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
-
-from rayrec.model.network import TasteModel
+from torch.autograd.function import once_differentiable
 
 SMALLEST = 1e-12  # under a root, whose slope at 0 has no end
+# Logits held at once, be there ever so many positions: what a core's caches hold, or enough to fill a GPU.
+CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Goal:
-    """What tells one horizon's loss from another's."""
+class Targets:
+    """The songs that taste vectors are trained for on one horizon. Places are rows of the songs of the step."""
 
-    scale: Tensor  # of cosine logits
-    # float32 (N,), added to the logits to make those of the songs' chances [ours]: with popularity in it, the cosines
-    # need not say how popular songs are.
-    prior: Tensor | None = None
+    positions: Tensor  # int64 (P,), flat in (B, L inputs)
+    places_PT: Tensor  # int64, 0 where a position has fewer than T
+    there_PT: Tensor  # bool
+    first_PT: Tensor  # bool: there, and no repetition of a target before it in the row
+    hits_PT: Tensor  # int64: the negative that is the same song; K where there is none
+    prior_PT: Tensor  # float32: added to the logits of the targets
+    count: int  # targets that are there
 
-    def logits(self, cosines: Tensor, songs: Tensor) -> Tensor:
-        """Of chances, from cosines (..., X) with songs int64 (..., X) or (X,)."""
-        return cosines * self.scale if self.prior is None else cosines * self.scale + self.prior[songs]
 
-
+@dataclass(frozen=True, kw_only=True)
 class Negatives:
-    """Songs drawn by their popularity in the fit range, with replacement, and songs of the batch beside them."""
+    """The songs that targets compete with in a step, each once."""
 
-    def __init__(self, counts: np.ndarray, count: int, in_batch: int = 0) -> None:
-        """`counts` int (N,) are the plays of each song; K is `count` drawn by them and `in_batch` of the batch."""
+    places_K: Tensor  # int64, rows of the songs of the step
+    weight_K: Tensor  # float32: added to their logits
+
+
+class NegativeSampler:
+    """Draws songs by their popularity in the fit range, with replacement."""
+
+    def __init__(self, counts: np.ndarray, count: int) -> None:
+        """`counts` int (N,) are the plays of each song; `count` songs are drawn by them."""
         share = counts.astype(np.float64) / max(1, counts.sum())
-        self._cumulative = torch.from_numpy(np.cumsum(share))
-        # The expected number of times that a song is among the K, for the logQ correction. Each play of the fit
-        # range is a target once an epoch, so those of a batch come by popularity too.
-        self.log_expected = torch.from_numpy(np.log(np.maximum(share * (count + in_batch), 1e-12))).float()
+        self._cumulative = np.cumsum(share)
+        # The expected number of times that a song is among those drawn, for the logQ correction.
+        self._log_expected = np.log(np.maximum(share * count, 1e-12)).astype(np.float32)
         self._count = count
-        self.songs_K = torch.zeros(0, dtype=torch.int64)
 
-    def draw(self, generator: torch.Generator, device: torch.device, in_batch: Tensor | None = None) -> None:
-        """Draw the negatives of the next step: `songs_K`, int64; `in_batch`, int64, are those of its batch."""
-        points = torch.rand(self._count, generator=generator, dtype=torch.float64)
-        drawn = torch.searchsorted(self._cumulative, points * self._cumulative[-1])
-        self.songs_K = drawn.clamp_(max=len(self._cumulative) - 1).to(device)
-        if in_batch is not None:
-            self.songs_K = torch.cat([self.songs_K, in_batch])
-        self.log_expected = self.log_expected.to(device)
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Songs, int64 (K,), each once and ascending, and what is added to their logits, float32 (K,).
 
-
-ObjectiveFunction = Callable[[TasteModel, Tensor, Tensor, Negatives, Goal], Tensor]
+        A song that is drawn several times counts as many times. Each negative stands for the songs that were not
+        drawn, so its logit is corrected by how often it is expected.
+        """
+        points = rng.random(self._count) * self._cumulative[-1]
+        drawn = np.searchsorted(self._cumulative, points, side="right")
+        songs, times = np.unique(np.minimum(drawn, len(self._cumulative) - 1), return_counts=True)
+        return songs, np.log(times).astype(np.float32) - self._log_expected[songs]
 
 
-def cosine(model: TasteModel, taste_PD: Tensor, targets_PT: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
+# (songs of the step (U, D), taste vectors (P, D), their targets, negatives, scale of cosine logits) -> summed loss
+ObjectiveFunction = Callable[[Tensor, Tensor, Targets, Negatives, Tensor], Tensor]
+
+
+def cosine(songs_UD: Tensor, taste_PD: Tensor, targets: Targets, negatives: Negatives, scale: Tensor) -> Tensor:
     """L_cos = 1 − cos(t, s) [paper], summed over targets."""
-    return _over_targets(1.0 - _cosines(model, taste_PD, targets_PT), targets_PT)
+    return _over_targets(1.0 - _cosines(songs_UD, taste_PD, targets), targets)
 
 
-def l2(model: TasteModel, taste_PD: Tensor, targets_PT: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
+def l2(songs_UD: Tensor, taste_PD: Tensor, targets: Targets, negatives: Negatives, scale: Tensor) -> Tensor:
     """‖t − s‖2 [paper], summed over targets; on unit vectors, so that it weighs a far target less than L_cos does."""
-    songs_PTD = model.song_vectors(targets_PT.clamp(min=0))
-    squared_PT = (taste_PD.unsqueeze(1) - songs_PTD).square().sum(-1)
-    return _over_targets(squared_PT.clamp(min=SMALLEST).sqrt(), targets_PT)
+    squared_PT = (taste_PD.unsqueeze(1) - songs_UD[targets.places_PT]).square().sum(-1)
+    return _over_targets(squared_PT.clamp(min=SMALLEST).sqrt(), targets)
 
 
-def softmax(model: TasteModel, taste_PD: Tensor, targets_PT: Tensor, negatives: Negatives, goal: Goal) -> Tensor:
-    """Cross-entropy of a target among all songs, summed [ours]; for small catalogs, its cost grows with N."""
-    songs_N = torch.arange(model.config.num_songs, device=targets_PT.device)
-    logits_PN = goal.logits(taste_PD @ model.song_vectors(songs_N).T, songs_N)
-    chances_PT = log_softmax(logits_PN, dim=-1).gather(1, targets_PT.clamp(min=0))
-    return _over_targets(-chances_PT, targets_PT)
+def softmax(songs_UD: Tensor, taste_PD: Tensor, targets: Targets, negatives: Negatives, scale: Tensor) -> Tensor:
+    """Cross-entropy of the targets among themselves and the negatives, summed [ours].
 
-
-def sampled_softmax(
-    model: TasteModel, taste_PD: Tensor, targets_PT: Tensor, negatives: Negatives, goal: Goal
-) -> Tensor:
-    """`softmax` estimated from negatives, with the logQ correction, summed [ours].
-
-    Each negative stands for the songs that were not drawn, so its logit is corrected by how often it is
-    expected among the K. The targets of a position stand for themselves, each song once, and a negative
-    that is one of them does not count.
+    The targets of a position stand for themselves, each song once, and a negative that is one of them does not
+    count. Over all songs where all of them are the negatives, else an estimate of that.
     """
-    songs_K = negatives.songs_K
-    targets_logits_PT = goal.logits(_cosines(model, taste_PD, targets_PT), targets_PT.clamp(min=0))
-    negative_PK = goal.logits(taste_PD @ model.song_vectors(songs_K).T, songs_K) - negatives.log_expected[songs_K]
-    hit_PK = torch.zeros_like(negative_PK, dtype=torch.bool)
-    for targets_P in targets_PT.unbind(1):
-        hit_PK |= songs_K == targets_P.unsqueeze(-1)
-    own_PT = targets_logits_PT.masked_fill((targets_PT < 0) | _repeated(targets_PT), -torch.inf)
-    logits = torch.cat([own_PT, negative_PK.masked_fill(hit_PK, -torch.inf)], dim=-1)
-    return _over_targets(logits.logsumexp(-1, keepdim=True) - targets_logits_PT, targets_PT)
+    query_PD = taste_PD * scale
+    own_PT = _cosines(songs_UD, query_PD, targets) + targets.prior_PT
+    negatives_KD = songs_UD[negatives.places_K]
+    loss: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        query_PD, own_PT, negatives_KD, negatives.weight_K, targets
+    )
+    return loss
 
 
-def _cosines(model: TasteModel, taste_PD: Tensor, targets_PT: Tensor) -> Tensor:
+class _CrossEntropy(torch.autograd.Function):
+    """The summed cross-entropy, chunk by chunk: neither logits nor chances of all positions are ever held.
+
+    The gradients are computed in the same pass, while a chunk's chances are in the caches. Products are in bfloat16
+    where autocast says so; sums stay float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_PD: Tensor, own_PT: Tensor, negatives_KD: Tensor, weight_K: Tensor, targets: Targets
+    ) -> Tensor:
+        """The sum; `own_PT` are the targets' logits."""
+        device, (positions, targets_each) = query_PD.device.type, own_PT.shape
+        product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query_PD.dtype
+        with torch.autocast(device, enabled=False):
+            query, negatives, weight_K = query_PD.to(product), negatives_KD.to(product), weight_K.to(product)
+            count = len(negatives)
+            share_P1 = targets.there_PT.sum(-1, keepdim=True).to(own_PT.dtype)
+            weighed = query_PD * share_P1
+            # Behind the negatives stand the targets, and a column where the hits of targets go that are no negatives.
+            others_P = torch.full_like(share_P1, -torch.inf)
+            own = torch.cat([own_PT.masked_fill(~targets.first_PT, -torch.inf), others_P], dim=-1)
+            hits = torch.where(targets.hits_PT < count, targets.hits_PT, count + targets_each)
+            rows = max(1, CHUNK_LOGITS[device] // (count + targets_each + 1))
+            logits = own.new_empty(min(rows, positions), count + targets_each + 1)
+            grad_query, grad_negatives = torch.empty_like(query_PD), torch.zeros_like(negatives_KD)
+            parts = []
+            for begin in range(0, positions, rows):
+                here = slice(begin, begin + rows)
+                chunk = logits[: min(rows, positions - begin)]
+                chunk[:, :count] = torch.addmm(weight_K, query[here], negatives.T)
+                chunk[:, count:] = own[here]
+                chunk.scatter_(1, hits[here], -torch.inf)
+                total = chunk.logsumexp(-1, keepdim=True)
+                chances = chunk.sub_(total).exp_()
+                parts.append(torch.cat([total, chances[:, count : count + targets_each]], dim=-1))
+                chances = chances[:, :count].to(product)
+                grad_query[here] = chances @ negatives
+                grad_negatives += chances.T @ weighed[here].to(product)
+            found = torch.cat(parts) if parts else own[:, : targets_each + 1]
+            loss = (found[:, :1] - own_PT).where(targets.there_PT, 0.0).sum()
+            grad_own = found[:, 1:] * share_P1 - targets.there_PT.to(own.dtype)
+            grad_query *= share_P1
+        ctx.save_for_backward(grad_query, grad_own, grad_negatives)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """The gradients of the forward pass, times that of the sum."""
+        query, own, negatives = ctx.saved_tensors
+        return query * gradient, own * gradient, negatives * gradient, None, None
+
+
+def _cosines(songs_UD: Tensor, taste_PD: Tensor, targets: Targets) -> Tensor:
     """(P, T): of taste vectors with their targets, of an unimportant song where there is none."""
-    return (taste_PD.unsqueeze(1) * model.song_vectors(targets_PT.clamp(min=0))).sum(-1)
+    return (taste_PD.unsqueeze(1) * songs_UD[targets.places_PT]).sum(-1)
 
 
-def _repeated(targets_PT: Tensor) -> Tensor:
-    """bool (P, T): whether a target stands in the row before."""
-    same_PTT = targets_PT.unsqueeze(2) == targets_PT.unsqueeze(1)
-    return same_PTT.tril(-1).any(-1)
-
-
-def _over_targets(losses_PT: Tensor, targets_PT: Tensor) -> Tensor:
+def _over_targets(losses_PT: Tensor, targets: Targets) -> Tensor:
     """The sum of the losses of all targets that are there."""
-    return losses_PT.where(targets_PT >= 0, 0.0).sum()
+    return losses_PT.where(targets.there_PT, 0.0).sum()
 
 
 OBJECTIVES: dict[str, ObjectiveFunction] = {
-    "sampled-softmax": sampled_softmax,
+    "sampled-softmax": softmax,
     "softmax": softmax,
     "cosine": cosine,
     "l2": l2,

@@ -1,11 +1,13 @@
 """Settings of the taste network, its training and the batch job over all users. Loads no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
-from rayrec.config import setting
+from pydantic import Field, model_validator
+
+from rayrec.config import Settings
 from rayrec.errors import InputError
-from rayrec.storage.artifacts import Manifest
 
 SongTable = Literal["trained", "mapped", "frozen"]
 Objective = Literal["sampled-softmax", "softmax", "cosine", "l2"]
@@ -14,7 +16,7 @@ Source = Literal["histories", "playlists"]
 REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards song vectors, as the paper's do
 
 
-MEMORY = "memory.safetensors"  # the file of a models artifact that holds what is mixed in beside the network
+SELECTION_NETWORK = "selection"  # folder in a models artifact: the network before it saw the validation range
 PLAY_COUNTS = "play_counts.npy"  # int64 (N,): plays of each song in the range that the model was fit on
 
 
@@ -63,6 +65,7 @@ class ModelConfig:
     song_table: SongTable
     cell: Cell = "gru"
     averages: tuple[float, ...] = ()  # discounts γ of the averages that the head sees
+    input_table: bool = False  # whether songs as inputs have a table of their own
 
     @property
     def recurrent_layers(self) -> int:
@@ -83,19 +86,21 @@ class ModelConfig:
         return cls(**{**raw, "features": features, "horizons": horizons, "averages": averages})
 
 
-_PAPERS: dict[str, Any] = {"objective": "cosine", "song_table": "frozen", "averages": (), "memory": False}
+_PAPERS: dict[str, Any] = {
+    **{"objective": "cosine", "song_table": "frozen", "averages": ()},
+    **{"dropout": 0.0, "averaged_steps": 0},
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """How to train the taste network."""
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
-        # Trained until the validation recall falls; on long histories it still rises after twelve epochs.
+        # Trained until the validation NDCG falls; on long histories it still rises after twelve epochs.
         "best": {"epochs": 40, "patience": 3},
         # The paper's networks, on histories and on playlists, short- and long-term: frozen song vectors, cosine
-        # distance, one horizon, no averages, no memory. Its offsets of the long horizon are not known to us; these
+        # distance, one horizon, no averages. Its offsets of the long horizon are not known to us; these
         # are the default's.
         "r_hst": {**_PAPERS, "long": ()},
         "r_hlt": {**_PAPERS, "short": ()},
@@ -103,87 +108,75 @@ class TrainConfig:
         "r_plt": {**_PAPERS, "source": "playlists", "short": ()},
     }
 
-    source: Source = setting(
+    source: Source = Field(
         "histories",
-        help="sequences to learn from; playlists, without times and contexts: sessions where there are none",
+        description="Training sequences; playlists have no times and contexts, and are sessions if there are none",
     )
+    cell: Cell = Field("gru", description="Recurrent cell")
+    hidden_dim: int = Field(128, ge=1, description="Hidden size")
+    num_layers: int = Field(1, ge=1, description="Number of recurrent layers")
+    dropout: float = Field(0.25, ge=0, lt=1, description="Dropout probability")
+    averages: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        (0.0, 0.5, 0.9, 0.99), description="Discounts of the averages of played songs that the head sees; empty: none"
+    )
+    song_table: SongTable = Field(
+        "trained", description="Song embeddings: trained, mapped by a trained linear layer, or frozen"
+    )
+    input_table: bool = Field(
+        True,
+        description="Train a table of its own for songs as inputs, so that a song need not be near its followers; only "
+        "with a trained song table",
+    )
+    table_learning_rate: float = Field(0.002, gt=0, description="Adam learning rate of the song tables")
+    averaged_steps: int = Field(
+        200, ge=0, description="Average the weights over about the last N steps; 0: keep those of the last step"
+    )
+    objective: Objective = Field(
+        "sampled-softmax", description="Training objective; softmax is over all songs, cosine and l2 are the paper's"
+    )
+    negatives: int = Field(1024, ge=1, description="Negative samples per step, drawn by popularity")
+    long_targets: int = Field(4, ge=1, description="Sampled targets per position on a horizon of several offsets")
+    long_correction: float = Field(
+        0.75, ge=0, le=1, description="Popularity kept by the long horizon's taste vectors, from 0 (none) to 1 (full)"
+    )
+    short: tuple[int, ...] = Field((1, 1), description="Offsets min,max of the short horizon, in plays; empty: none")
+    long: tuple[int, ...] = Field((25, 50), description="Offsets min,max of the long horizon, in plays; empty: none")
+    contexts: bool = Field(True, description="Use playback contexts where the data has them")
+    gaps: bool = Field(True, description="Use the time since the previous play and until the request")
+    hours: bool = Field(False, description="Use the hour of day and the day of week, UTC")
+    skips: bool = Field(True, description="Use whether a play was skipped where the data has it")
+    window: int = Field(100, ge=1, description="Sequence length of truncated backpropagation, in plays")
+    batch: int = Field(64, ge=1, description="Batch size in windows, over all workers")
+    learning_rate: float = Field(0.001, gt=0, description="Adam learning rate")
+    epochs: int = Field(12, ge=1, description="Number of epochs, with a validation range the maximum")
+    patience: int = Field(2, ge=1, description="Epochs without improved validation NDCG before training stops")
+    refit: bool = Field(True, description="Train again on training and validation range with the best number of epochs")
+    validation_plays: int = Field(
+        10_000, ge=0, description="Plays of the validation range that are predicted per epoch"
+    )
+    workers: int = Field(1, ge=0, description="Training workers; 0 trains in this process")
+    gpu: bool = Field(False, description="Give each worker a GPU")
+    checkpoint_minutes: float = Field(10.0, ge=0, description="Minutes between checkpoints within an epoch")
+    wait_minutes: float = Field(15.0, gt=0, description="Minutes to wait for free CPUs or GPUs")
+    seed: int = Field(0, ge=0, description="Random seed")
 
-    cell: Cell = setting("gru", help="the recurrent cell")
-    hidden_dim: int = setting(128, help="units of the recurrent network, D_hid")
-    num_layers: int = setting(1, help="layers of the recurrent network")
-    dropout: float = setting(0.0, help="share of its inputs and outputs dropped in training")
-    averages: tuple[float, ...] = setting(
-        (0.0, 0.5, 0.9, 0.99), help="discounts of the averages of the songs played that the head sees; empty: none"
-    )
-    song_table: SongTable = setting(
-        "trained", help="song vectors that train along, go through a map that trains, or stay as they came"
-    )
-    objective: Objective = setting(
-        "sampled-softmax", help="what to train for; cosine and l2 are the paper's, softmax is over all songs"
-    )
-    negatives: int = setting(1024, help="songs drawn by popularity as negatives of a step")
-    in_batch: int = setting(0, help="targets drawn from the batch of a step as negatives beside those; 0: none")
-    long_targets: int = setting(4, help="plays drawn as targets of each position on a horizon of several offsets")
-    long_correction: float = setting(
-        0.75, help="share of popularity that the long horizon's taste vectors hold: 1 is chance, 0 likeness alone"
-    )
-    short: tuple[int, ...] = setting((1, 1), help="offsets min,max of the short horizon, in plays; empty: none")
-    long: tuple[int, ...] = setting((25, 50), help="offsets min,max of the long horizon, in plays; empty: none")
-    contexts: bool = setting(True, help="use the playback contexts where the data has them")
-    gaps: bool = setting(True, help="use the time since the previous play and until the request")
-    hours: bool = setting(False, help="use the hour of the day and the day of the week, UTC")
-    skips: bool = setting(True, help="use whether a play was skipped where the data says so")
-    window: int = setting(100, help="plays the network learns from in one piece")
-    batch: int = setting(64, help="windows of a step, over all workers")
-    learning_rate: float = setting(0.001, help="step size of Adam, η")
-    epochs: int = setting(12, help="passes over the plays; with a validation range, at most as many")
-    patience: int = setting(2, help="epochs without a better validation recall before training stops")
-    refit: bool = setting(True, help="after the best epoch is known, train again on train and validation together")
-    memory: bool = setting(True, help="mix in what sessions and sequential rules remember, weighed on validation")
-    validation_plays: int = setting(10_000, help="plays of the validation range that are predicted each epoch")
-    workers: int = setting(1, help="training workers; 0 trains in this process")
-    gpu: bool = setting(False, help="give each worker a GPU")
-    checkpoint_minutes: float = setting(10.0, help="minutes between checkpoints within an epoch")
-    wait_minutes: float = setting(15.0, help="minutes to wait for the workers' CPUs or GPUs to be free")
-    seed: int = setting(0, help="of initial weights, order and negatives")
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_dim", "num_layers", "negatives", "window", "batch", "epochs", "patience", "long_targets"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
-        for name, known in (("cell", Cell), ("song_table", SongTable), ("objective", Objective), ("source", Source)):
-            if getattr(self, name) not in get_args(known):
-                raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(known))}")
-        for name in ("workers", "validation_plays", "in_batch"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if not 0 <= self.dropout < 1 or self.learning_rate <= 0:
-            raise InputError(
-                f"dropout {self.dropout} must be in [0, 1) and the learning rate {self.learning_rate} above 0"
-            )
-        if not (all(0 <= discount <= 1 for discount in self.averages) and 0 <= self.long_correction <= 1):
-            raise InputError(
-                f"averages {self.averages} and the long correction {self.long_correction} must be in [0, 1]"
-            )
+    @model_validator(mode="after")
+    def _check_together(self) -> "TrainConfig":
         if self.objective in REGRESSIONS and self.song_table != "frozen":
-            raise InputError(
-                f"the {self.objective} objective needs --song-table frozen: with song vectors that are trained, "
-                "making all songs equal would be perfect"
+            raise ValueError(
+                f"objective {self.objective} requires song_table frozen, not {self.song_table}; "
+                "trained embeddings would collapse into one vector"
             )
-        if self.wait_minutes <= 0 or self.checkpoint_minutes < 0:
-            raise InputError(
-                f"wait minutes {self.wait_minutes:g} must be above 0, checkpoint minutes {self.checkpoint_minutes:g} "
-                "not negative"
-            )
-        if self.memory and not self.short:
-            raise InputError("a memory is mixed into the short horizon, and there is none; give --short or --no-memory")
         if self.batch < self.workers:
-            raise InputError(f"a batch of {self.batch} windows cannot be shared by {self.workers} workers")
-        for name in ("short", "long"):
-            if len(getattr(self, name)) not in (0, 2):
-                raise InputError(f"{name} is {getattr(self, name)}; give two offsets, min,max, or none")
+            raise ValueError(f"batch is {self.batch}; expected at least one window for each of {self.workers} workers")
+        for name, offsets in (("short", self.short), ("long", self.long)):
+            if offsets and not (len(offsets) == 2 and 1 <= offsets[0] <= offsets[1]):
+                raise ValueError(
+                    f"{name} is {list(offsets)}; expected two offsets min,max with 1 <= min <= max, or none"
+                )
         if not self.horizons:
-            raise InputError("short and long are both empty; a network needs at least one horizon")
+            raise ValueError("short and long are both empty; expected at least one horizon")
+        return self
 
     @property
     def horizons(self) -> dict[str, Horizon]:
@@ -192,26 +185,25 @@ class TrainConfig:
         return {name: Horizon(min_offset=pair[0], max_offset=pair[1]) for name, pair in offsets.items() if pair}
 
     @property
+    def has_input_table(self) -> bool:
+        """True where songs as inputs have a table of their own: where tables are trained at all."""
+        return self.input_table and self.song_table == "trained"
+
+    @property
     def lookahead(self) -> int:
         """Plays behind a window's last input that targets may lie in."""
         return max(horizon.max_offset for horizon in self.horizons.values())
 
 
-@dataclass(frozen=True, kw_only=True)
-class TasteConfig:
+class TasteConfig(Settings):
     """How to compute the taste vectors of all users."""
 
-    at: int | None = setting(None, help="moment that the vectors are for, ms UTC; default: the last play of the data")
-    full: bool = setting(False, help="run over all plays, though earlier tastes of the model hold states to go on from")
-    users: int = setting(2_500, help="users computed at once")
-    gpu: bool = setting(False, help="give each worker a GPU")
-    concurrency: int | None = setting(None, help="workers at once; default: what the cluster has CPUs for")
-
-    def __post_init__(self) -> None:
-        if self.users < 1 or (self.concurrency is not None and self.concurrency < 1):
-            raise InputError(f"users {self.users} and concurrency {self.concurrency} must be at least 1")
-
-
-def has_memory(model: Manifest) -> bool:
-    """True for a models artifact whose recommender is a hybrid of network and memory."""
-    return MEMORY in model.files
+    at: int | None = Field(None, description="Time that the taste vectors are for; default: the last play of the data")
+    full: bool = Field(
+        False, description="Process all plays instead of continuing from the states of earlier taste vectors"
+    )
+    users: int = Field(2_500, ge=1, description="Inference batch size, in users")
+    gpu: bool = Field(False, description="Give each worker a GPU")
+    concurrency: int | None = Field(
+        None, ge=1, description="Parallel workers; default: as many as the cluster has CPUs for"
+    )

@@ -1,10 +1,11 @@
 """The training loop: plain PyTorch over an iterable of windows, on one device or as one of many workers.
 
 Everything random is a function of seed, epoch and step, so a resumed run goes on as if it had never
-stopped. Shapes: B windows, L plays, P positions that have a target, T targets of a position.
+stopped. Shapes: B windows, L plays, U songs of a step, D embedding.
 """
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -12,34 +13,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from rayrec.data.windows import Windows
-from rayrec.model.features import PlayBatch, pad
-from rayrec.model.network import SONG_TABLE, TasteModel
-from rayrec.model.objectives import OBJECTIVES, Goal, Negatives
-from rayrec.model.popularity_prior import log_prior
-from rayrec.model.train_config import Horizon, TrainConfig
+from rayrec.model.network import INPUT_TABLE, SONG_TABLE, TABLES, TasteModel
+from rayrec.model.objectives import OBJECTIVES
+from rayrec.model.steps import Step, StepMaker, ahead
+from rayrec.model.tables import Decay, RowAdam
+from rayrec.model.train_config import TrainConfig
+from rayrec.model.workers import Share
 
 LARGEST_GRADIENT = 1.0  # norm to which gradients are clipped
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """Which of how many workers this is."""
-
-    rank: int = 0
-    workers: int = 1
-
-    def total(self, value: float) -> float:
-        """The sum of a number over all workers."""
-        if self.workers == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64)
-        if dist.get_backend() == "nccl":
-            tensor = tensor.cuda()
-        dist.all_reduce(tensor)
-        return float(tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,39 +32,7 @@ class StepReport:
     epoch: int
     step: int  # within the epoch, from 0
     plays: int  # inputs
-    loss: float  # mean over positions, horizons added
-
-
-class Losses(nn.Module):
-    """The network and what it is trained for, as one module, so that a distributed step sees all of it."""
-
-    def __init__(
-        self, model: TasteModel, config: TrainConfig, negatives: Negatives, priors: dict[str, Tensor], share: Share
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self._objective, self._negatives, self._share = OBJECTIVES[config.objective], negatives, share
-        self._priors = priors  # by horizon, of those that have one
-
-    def forward(self, batch: PlayBatch, inputs_B: Tensor, targets: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """The losses of all horizons added, each the mean over the targets of all workers.
-
-        `targets` holds for each horizon the flat positions (P,) in (B, L inputs) that have a target,
-        and the target songs (P, T), -1 where there are fewer than T.
-        """
-        shortened = batch.shortened(inputs_B)
-        taste = self.model(shortened, batch.gap_BL[:, 1 : shortened.songs_BL.shape[1] + 1])
-        losses = [self._mean(name, taste[name], *targets[name]) for name in taste]
-        return torch.stack(losses).sum()
-
-    def _mean(self, horizon: str, taste_BLD: Tensor, positions: Tensor, targets_PT: Tensor) -> Tensor:
-        count = self._share.total(int((targets_PT >= 0).sum()))
-        if count == 0:
-            return taste_BLD.sum() * 0.0
-        taste_PD = taste_BLD.flatten(0, 1)[positions].float()
-        goal = Goal(scale=self.model.scale(horizon), prior=self._priors.get(horizon))
-        # Gradients are averaged over workers afterwards, which this factor undoes.
-        return self._objective(self.model, taste_PD, targets_PT, self._negatives, goal) * (self._share.workers / count)
+    loss: Tensor  # float32 (), on the device: this worker's part of the mean over all targets, horizons added
 
 
 class Training:
@@ -96,127 +47,167 @@ class Training:
         self.model = model.to(self.device)
         self.config = config
         self.share = share
-        self.negatives = Negatives(counts, config.negatives, config.in_batch)
-        table = [model.songs.weight] if model.songs.weight.requires_grad else []
-        dense = [value for name, value in model.named_parameters() if name != SONG_TABLE]
-        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(dense, lr=config.learning_rate)]
-        if table:
-            self.optimizers.append(torch.optim.SparseAdam(table, lr=config.learning_rate))
-        self._dense = dense
-        priors = {}
-        if config.long_correction < 1:
-            priors["long"] = torch.from_numpy(log_prior(counts, config.long_correction)).to(self.device)
-        self._losses: nn.Module = Losses(model, config, self.negatives, priors, share)
-        if share.workers > 1:
-            self._losses = self._distributed()
+        self._maker = StepMaker(model.config, config, counts, share)
+        self._dense = [value for name, value in model.named_parameters() if name not in TABLES]
+        self.optimizer = torch.optim.Adam(self._dense, lr=config.learning_rate, fused=True)
+        self.tables: dict[str, RowAdam] = {}
+        if config.song_table == "trained":
+            weights = dict(model.named_parameters())
+            names = [name for name in TABLES if name in weights]
+            self.tables = {
+                name: RowAdam(weights[name].detach(), config.table_learning_rate, config.averaged_steps)
+                for name in names
+            }
+        self._decay = Decay(config.averaged_steps)
+        self._averages = [value.detach().clone() for value in self._dense]
 
     def compile(self) -> None:
-        """Let torch.compile fuse the network and its losses; the first steps then take up to minutes."""
-        # Not the look-ups: their sparse gradients cannot be compiled (torch 2.13).
-        songs = self.model.songs
-        songs.forward = torch.compiler.disable(songs.forward)  # type: ignore[method-assign, no-untyped-call]
-        self._losses.compile(dynamic=True)
+        """Let torch.compile fuse the network; the first steps then take up to minutes."""
+        self.model.compile(dynamic=True)
+
+    def averaged(self) -> TasteModel:
+        """The network whose weights are averages over the last steps, for whatever is judged or kept."""
+        if not self._decay.steps:
+            return self.model
+        model = copy.deepcopy(self.model)
+        dense = [value for name, value in model.named_parameters() if name not in TABLES]
+        with torch.no_grad():
+            for value, average in zip(dense, self._averages, strict=True):
+                value.copy_(average)
+            for name, table in self.tables.items():
+                model.get_parameter(name).copy_(table.averaged())
+        return model
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """What the optimizers remember, as a checkpoint keeps it."""
+        slots = self.optimizer.state_dict()["state"]
+        dense = {f"dense/{index}/{key}": value for index, of in slots.items() for key, value in of.items()}
+        rows = {f"{name}/{key}": value for name, table in self.tables.items() for key, value in table.state().items()}
+        averages = {f"average/{index}": value for index, value in enumerate(self._averages)}
+        decay = torch.tensor([self._decay.taken, self._decay.log_total], dtype=torch.float64)
+        return dense | rows | averages | {"decay": decay}
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `optimizer_state` gave."""
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("dense/"):
+                _, number, key = name.split("/")
+                slots.setdefault(int(number), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        for name, table in self.tables.items():
+            prefix = f"{name}/"
+            table.load({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+        for index, average in enumerate(self._averages):
+            average.copy_(state[f"average/{index}"])
+        self._decay.taken, self._decay.log_total = int(state["decay"][0]), float(state["decay"][1])
 
     def epoch(
         self, batches: Iterable[Windows], epoch: int, *, skip: int = 0, on_step: Callable[[StepReport], None]
     ) -> None:
         """One pass; the first `skip` steps were taken before and are passed over."""
+        for report in self.steps(islice(batches, skip, None), epoch, first=skip):
+            on_step(report)
+
+    def steps(self, batches: Iterable[Windows], epoch: int, *, first: int = 0) -> Iterator[StepReport]:
+        """Take a step on each batch, the first of them numbered `first`, while a thread prepares those that follow."""
         self.model.train()
-        for step, windows in enumerate(islice(batches, skip, None), start=skip):
-            loss = self.step(windows, epoch, step)
-            on_step(StepReport(epoch=epoch, step=step, plays=int(windows.inputs.sum()), loss=loss))
+        made = ahead(self._maker.make(windows, epoch, number) for number, windows in enumerate(batches, start=first))
+        step = next(made, None)
+        totals = torch.tensor(self.share.totals(step.counts) if step else [], dtype=torch.float32)
+        while step is not None:
+            following = next(made, None)
+            loss, totals = self.take(step, totals, following)
+            yield StepReport(epoch=epoch, step=step.number, plays=step.plays, loss=loss)
+            step = following
 
-    def step(self, windows: Windows, epoch: int, step: int) -> float:
-        """One step of the optimizers on this worker's share of a batch; the mean loss of the share."""
-        horizons = self.model.config.horizons
-        seed, *seeds = (
-            np.random.SeedSequence([self.config.seed, epoch, step]).generate_state(1 + len(horizons)).tolist()
-        )
-        torch.manual_seed(seed + self.share.rank)  # for dropout
-        batch = pad(windows.plays, windows.previous_at, self.model.config.features).to(self.device)
-        inputs_B = torch.tensor(windows.inputs)
-        generator = torch.Generator().manual_seed(seed)
-        in_batch = self._in_batch(batch.songs_BL, inputs_B, generator) if self.config.in_batch else None
-        self.negatives.draw(generator, self.device, in_batch)
-        # A generator each: how much one horizon draws depends on the number of workers.
-        targets = {
-            name: self._targets(
-                batch.songs_BL, batch.length_B, inputs_B, horizons[name], torch.Generator().manual_seed(own)
-            )
-            for name, own in zip(horizons, seeds, strict=True)
-        }
+    def step(self, windows: Windows, epoch: int, number: int) -> Tensor:
+        """One step by itself; its loss, on the device."""
+        step = self._maker.make(windows, epoch, number)
+        loss, _ = self.take(step, torch.tensor(self.share.totals(step.counts), dtype=torch.float32), None)
+        return loss
+
+    def take(self, step: Step, totals: Tensor, following: Step | None) -> tuple[Tensor, Tensor]:
+        """One step of the optimizers on this worker's share of a batch.
+
+        `totals` float32 (horizons,) are the targets of all workers. Gives this worker's part of the mean loss, on
+        the device, and the totals of the step that follows: they come with the gradients, so that a step waits for
+        the other workers only once.
+        """
+        torch.manual_seed(step.seed)
+        on_device = step.to(self.device)
+        rows = {name: self._look_up(name, songs) for name, songs in on_device.songs.items()}
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            loss = self._losses(batch, inputs_B, targets)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self._synchronize_table()
+            loss = self._loss(on_device, rows, totals.to(self.device, non_blocking=True))
+        self.optimizer.zero_grad(set_to_none=True)
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        totals = self._add_up_gradients(following)
         torch.nn.utils.clip_grad_norm_(self._dense, LARGEST_GRADIENT)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return float(loss.detach())
+        self.optimizer.step()
+        if self._decay.steps:
+            torch._foreach_lerp_(self._averages, [value.detach() for value in self._dense], 1 - self._decay.step())
+        for name, table in self.tables.items():
+            self._move_rows(table, on_device.songs[name], rows[name])
+        return loss.detach(), totals
 
-    def _targets(
-        self, songs_BL: Tensor, held_B: Tensor, inputs_B: Tensor, horizon: Horizon, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Flat positions (P,) in (B, L inputs) that have a target, and the target songs (P, T), -1 where none is.
+    def _look_up(self, name: str, songs_U: Tensor) -> Tensor:
+        if name in self.tables:
+            return self.tables[name].look_up(songs_U)
+        return self.model.songs.weight.index_select(0, songs_U)
 
-        A horizon of several offsets draws T = `long_targets` of them for each position.
-        """
-        rows, longest = len(inputs_B), max(1, int(inputs_B.max()))
-        draws = 1 if horizon.min_offset == horizon.max_offset else self.config.long_targets
-        # Drawn for the whole batch, whatever the number of workers, so that a window's targets do not depend on it.
-        total = (rows + 1) * self.share.workers
-        offsets = torch.randint(
-            horizon.min_offset, horizon.max_offset + 1, (total, self.config.window, draws), generator=generator
-        )[self.share.rank :: self.share.workers][:rows, :longest]
-        row, position = torch.arange(rows)[:, None, None], torch.arange(longest)[:, None]
-        target = position + offsets
-        there = (position < inputs_B[:, None, None]) & (target < held_B[:, None, None])
-        source = torch.where(there, row * songs_BL.shape[1] + target, 0).flatten(0, 1)
-        there = there.flatten(0, 1)
-        asked = there.any(-1).nonzero().squeeze(-1)
-        songs_PT = songs_BL.flatten()[source[asked].to(self.device)].masked_fill(~there[asked].to(self.device), -1)
-        return asked.to(self.device), songs_PT
+    def _loss(self, step: Step, rows: dict[str, Tensor], totals: Tensor) -> Tensor:
+        """This worker's part of the losses of all horizons added, each the mean over the targets of all workers."""
+        outputs_UD = self.model.compared(rows[SONG_TABLE])
+        inputs_UD = nn.functional.normalize(rows[INPUT_TABLE], dim=-1) if INPUT_TABLE in rows else outputs_UD
+        songs_BLD = nn.functional.embedding(step.batch.songs_BL, inputs_UD)
+        tastes = self.model(step.batch, step.request_gap_BL, songs_BLD)
+        losses = []
+        for place, (horizon, targets) in enumerate(step.targets.items()):
+            if not len(targets.positions):
+                continue
+            taste_PD = tastes[horizon].flatten(0, 1).index_select(0, targets.positions).float()
+            scale, objective = self.model.scale(horizon), OBJECTIVES[self.config.objective]
+            loss = objective(outputs_UD.float(), taste_PD, targets, step.negatives[horizon], scale)
+            losses.append(loss / totals[place])
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
-    def _in_batch(self, songs_BL: Tensor, inputs_B: Tensor, generator: torch.Generator) -> Tensor:
-        """int64 (in_batch,): next songs of positions drawn from the batch of all workers, the same in each of them.
+    def _add_up_gradients(self, following: Step | None) -> Tensor:
+        """Sum the dense gradients over all workers; the sums of the following step's targets come along."""
+        counts = following.counts if following else [0] * len(self.model.config.horizons)
+        for value in self._dense:
+            if value.grad is None:  # no target of any horizon depends on it; the same for any number of workers
+                value.grad = torch.zeros_like(value)
+        if self.share.workers == 1:
+            return torch.tensor(counts, dtype=torch.float32)
+        gradients = [value.grad for value in self._dense if value.grad is not None]
+        sizes = [gradient.numel() for gradient in gradients]
+        told = torch.tensor(counts, dtype=torch.float32).to(self.device, non_blocking=True)
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), told])
+        self.share.add_up(flat)
+        *parts, totals = torch.split(flat, [*sizes, len(counts)])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return totals
 
-        A window is drawn and then one of its positions: windows of a batch are of like length.
-        """
-        windows = self.share.total(int((inputs_B > 0).sum()))
-        draws = torch.rand(2, self.config.in_batch, generator=generator, dtype=torch.float64)
-        drawn = (draws[0] * windows).long()
-        row, here = drawn // self.share.workers, drawn % self.share.workers == self.share.rank
-        row = torch.where(here, row, 0)
-        following = 1 + (draws[1] * inputs_B[row]).long()
-        songs = songs_BL[row.to(self.device), following.to(self.device)].where(here.to(self.device), 0)
+    def _move_rows(self, table: RowAdam, songs_U: Tensor, rows_UD: Tensor) -> None:
+        """Move rows on by their gradients, summed over the workers: only the touched rows travel."""
+        gradient_UD = torch.zeros_like(rows_UD) if rows_UD.grad is None else rows_UD.grad
         if self.share.workers > 1:
-            dist.all_reduce(songs)
-        return songs
+            songs_U, gradient_UD = self._gathered(songs_U, gradient_UD)
+        table.step(songs_U, gradient_UD)
 
-    def _distributed(self) -> DistributedDataParallel:
-        ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-        ignore(self._losses, [f"model.{SONG_TABLE}"])  # type: ignore[no-untyped-call]
-        return DistributedDataParallel(self._losses, find_unused_parameters=True)
-
-    def _synchronize_table(self) -> None:
-        """Average the sparse gradients of the song table over the workers: only the touched rows travel."""
-        table = self.model.songs.weight
-        if self.share.workers == 1 or not table.requires_grad:
-            return
-        gradient = table.grad.coalesce()  # type: ignore[union-attr]
-        rows, values = gradient.indices()[0], gradient.values()
+    def _gathered(self, songs_U: Tensor, gradient_UD: Tensor) -> tuple[Tensor, Tensor]:
+        """The songs of all workers, each once, and their gradients added up."""
         counts = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.share.workers)]
-        dist.all_gather(counts, torch.tensor([len(rows)], device=self.device))
+        dist.all_gather(counts, torch.tensor([len(songs_U)], device=self.device))
         longest = int(max(counts))
-        all_rows = [torch.zeros(longest, dtype=rows.dtype, device=self.device) for _ in counts]
-        all_values = [torch.zeros(longest, values.shape[1], device=self.device) for _ in counts]
-        dist.all_gather(all_rows, torch.nn.functional.pad(rows, (0, longest - len(rows))))
-        dist.all_gather(all_values, torch.nn.functional.pad(values, (0, 0, 0, longest - len(rows))))
+        all_songs = [torch.zeros(longest, dtype=songs_U.dtype, device=self.device) for _ in counts]
+        all_values = [torch.zeros(longest, gradient_UD.shape[1], device=self.device) for _ in counts]
+        dist.all_gather(all_songs, nn.functional.pad(songs_U, (0, longest - len(songs_U))))
+        dist.all_gather(all_values, nn.functional.pad(gradient_UD, (0, 0, 0, longest - len(songs_U))))
         # Not the filling: a row that has no gradient, but is named, is moved on by its momentum.
-        named = [rows[: int(count)] for rows, count in zip(all_rows, counts, strict=True)]
-        filled = [values[: int(count)] for values, count in zip(all_values, counts, strict=True)]
-        table.grad = torch.sparse_coo_tensor(
-            torch.cat(named).unsqueeze(0), torch.cat(filled) / self.share.workers, table.shape, check_invariants=False
-        ).coalesce()
+        named = torch.cat([songs[: int(count)] for songs, count in zip(all_songs, counts, strict=True)])
+        values = torch.cat([part[: int(count)] for part, count in zip(all_values, counts, strict=True)])
+        songs, places = torch.unique(named, return_inverse=True)
+        return songs, values.new_zeros(len(songs), values.shape[1]).index_add_(0, places, values)

@@ -13,8 +13,8 @@ from rayrec.data.histories import Histories, concatenate
 from rayrec.data.split import FitRange
 from rayrec.data.windows import Windows, cut_windows, worker_batches
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training import Share
 from rayrec.model.training_sequences import Sequences
+from rayrec.model.workers import Share
 
 POOL_PLAYS = 200_000  # plays whose windows are put in batches by length together
 USERS_PER_READ = 1_000  # few, so that a pool holds little more than its plays, whatever the size of a bucket

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.parts import bucket_files, read_files
+from rayrec.data.parts import read_files
 from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError, MismatchError
 from rayrec.model.checkpoint import load_model
@@ -105,7 +105,7 @@ class _Loader:
         path = tastes_file(self._tastes.folder, bucket)
         artifacts.verify(workspace, self._tastes, [path.removeprefix(f"{self._tastes.folder}/")])
         parts = self._dataset.earlier(self._tastes.inputs["dataset"]).parts
-        files = bucket_files(workspace, range(parts), bucket)
+        files = self._dataset.manifest.histories_files(bucket, parts=parts)
         with workspace.open_input(path) as stream:
             names = [columns.USER, STATE, LAST_PLAYED_AT, PLAYS]
             rows = _Rows(pq.ParquetFile(stream).iter_batches(batch_size=USERS_AT_ONCE, columns=names))

@@ -1,12 +1,14 @@
 """Answer one request for recommendations: whose plays, at which moment, in whose words."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
-from rayrec.config import setting
+from rayrec.config import Settings
 from rayrec.data.catalog import Catalog
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
@@ -19,17 +21,12 @@ ASSUMED_GAP_MS = 3 * 60 * 1000  # between songs that are given without times: ab
 FIRST_MS = 100_000_000_000  # a number below it is in seconds (until the year 5138), else in milliseconds
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecommendConfig:
-    """What to answer."""
+class RecommendConfig(Settings):
+    """What to recommend."""
 
-    k: int = setting(20, help="how many songs to recommend")
-    horizon: Horizon = setting("short", help="short: the next songs; long: songs for the time to come")
-    include_heard: bool = setting(False, help="recommend songs that the user has already heard too")
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise InputError(f"k is {self.k}; ask for at least 1 song")
+    k: int = Field(20, ge=1, description="Number of recommendations")
+    horizon: Horizon = Field("short", description="short: the next songs; long: songs for later")
+    include_heard: bool = Field(False, description="Include songs that the user has already heard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +78,15 @@ def answer(
     )
 
 
-def load_recommender(workspace: Workspace, dataset: Dataset, *, model_id: str, index_id: str | None) -> Recommender:
-    """What answers for the model `model_id`: the network, searching through `index_id` where given, and its memory.
+def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> Recommender:
+    """What answers with some parts, role -> id, as `releases.default_parts` gives them.
 
-    Raises `MismatchError` for a model of a data set that this one does not descend from: song rows may differ.
+    `models` is needed. With `retrieval` and `rankers` candidates are retrieved and ranked, without them the songs
+    nearest to the taste vector come first, searched through `indexes` where that is given. Raises `MismatchError`
+    for a model of a data set that this one does not descend from, whose song rows may differ, and for an index or
+    rankers of another model.
     """
+    model_id = parts["models"]
     manifest = load(workspace, "models", model_id)
     made_of = manifest.inputs.get("dataset")
     if made_of is None or not dataset.descends_from(made_of):
@@ -93,9 +94,20 @@ def load_recommender(workspace: Workspace, dataset: Dataset, *, model_id: str, i
             f"model {model_id} was made of data set {made_of}, the workspace holds data set {dataset.manifest.id}; "
             "train, index and release again"
         )
-    from rayrec.recommend import hybrid  # brings torch: only once it is needed
+    from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once it is needed
+    from rayrec.recommend.two_step import load_two_step
 
-    return hybrid.load_recommender(workspace, manifest, index_id)
+    network = TasteRecommender.load(workspace, model_id, parts.get("indexes"))
+    if "rankers" not in parts:
+        return network
+    rankers = load(workspace, "rankers", parts["rankers"])
+    if rankers.inputs["models"] != model_id:
+        raise MismatchError(
+            f"rankers {rankers.id} were learned with model {rankers.inputs['models']}, not with {model_id}; "
+            "run `rayrec rank` for this model"
+        )
+    retrieval = load(workspace, "retrieval", parts["retrieval"])
+    return load_two_step(workspace, network, retrieval, rankers, real_times=dataset.manifest.times == "real")
 
 
 def history_of_user(dataset: Dataset, user_id: str, at: int) -> Histories:
@@ -105,7 +117,7 @@ def history_of_user(dataset: Dataset, user_id: str, at: int) -> Histories:
     if not len(known):
         first = datetime.fromtimestamp(int(history.played_at[0]) / 1000, timezone.utc)
         raise InputError(
-            f"user {user_id!r} has no plays before the moment asked for; the first is at {first.isoformat()}"
+            f"user {user_id!r} has no plays before the time of the request; the first is at {first.isoformat()}"
         )
     return known
 

@@ -73,7 +73,7 @@ class SongMasks:
 
     def _told(self, values: pa.Array, what: str) -> pa.Array:
         if values.null_count == len(values):
-            raise InputError(f"no song of the catalog tells its {what}; give a table that does to `rayrec describe`")
+            raise InputError(f"no song of the catalog has {what}; give a table that does to `rayrec describe`")
         return values
 
 

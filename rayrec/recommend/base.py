@@ -56,6 +56,8 @@ class Recommender(ABC):
     kind: ClassVar[Kind] = "baseline"
     horizons: tuple[Horizon, ...] = ("short",)  # those whose answers differ
     num_songs: int  # N
+    settings: Mapping[str, float] = {}  # those chosen for the data set, by name
+    without: str = ""  # the part that is left out, in an ablation
 
     @abstractmethod
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
@@ -149,6 +151,8 @@ class ScoredCandidates:
 
 class CandidateRecommender(Recommender):
     """Scores a few candidates of each query instead of every song; a song that is no candidate has no score."""
+
+    retrievers: tuple[str, ...]  # names of what proposes the candidates
 
     @abstractmethod
     def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:

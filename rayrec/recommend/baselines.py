@@ -1,6 +1,8 @@
 """The baselines by name, and how each is fitted."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -10,39 +12,62 @@ from rayrec.data.split import DAY_MS, FitRange
 from rayrec.errors import InputError
 from rayrec.recommend.base import Recommender
 from rayrec.recommend.discounted_average import AverageRecommender
-from rayrec.recommend.item_knn import NeighboursRecommender
+from rayrec.recommend.item_knn import ItemKnnRecommender
 from rayrec.recommend.popularity import RECENT_DAYS, PopularityRecommender
 from rayrec.recommend.selection import Selection
-from rayrec.recommend.sequential_rules import SequentialRulesRecommender
-from rayrec.recommend.user_top import OwnPlaysRecommender
-from rayrec.recommend.vsknn import SessionNeighboursRecommender
+from rayrec.recommend.sequential_rules import DECAY, SequentialRulesRecommender
+from rayrec.recommend.user_top import UserTopRecommender
+from rayrec.recommend.vsknn import VsknnRecommender
 from rayrec.recommend.vstan import VstanRecommender
 from rayrec.recommend.weighted_average import OFFSETS, fit_weighted
 
 DISCOUNTS = (0.25, 0.5, 0.75, 0.9, 1.0)
 
-FromPlays = Callable[[Iterator[Histories], Dataset, FitRange], Recommender]
+Settings = Mapping[str, Any]  # numbers, of a baseline, by name; those that are left out have their defaults
+FromPlays = Callable[[Iterator[Histories], Dataset, FitRange, Settings], Recommender]
 FromVectors = Callable[[np.ndarray], Recommender]
 
 
-def _recent(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange) -> Recommender:
+def _popularity(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, _settings: Settings) -> Recommender:
+    return PopularityRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
+
+
+def _recent(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> Recommender:
     """Where the data has no times, the last days are all of it."""
     end = dataset.manifest.last_play + 1 if allowed.before is None else allowed.before
-    since = end - RECENT_DAYS * DAY_MS
-    return PopularityRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed, since=since)
+    days = settings.get("days", RECENT_DAYS)
+    since = end - round(days * DAY_MS)
+    recent = PopularityRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed, since=since)
+    recent.settings = {"days": days}
+    return recent
 
 
-def _from_plays(fit: Callable[..., Recommender]) -> FromPlays:
-    return lambda batches, dataset, allowed: fit(batches, num_songs=dataset.num_songs, allowed=allowed)
+def _rules(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> Recommender:
+    decay = settings.get("decay", DECAY)
+    return SequentialRulesRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed, decay=decay)
+
+
+def _vsknn(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> Recommender:
+    fitted = VsknnRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
+    return fitted.with_settings(replace(fitted.chosen, **settings))
+
+
+def _vstan(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> Recommender:
+    fitted = VstanRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
+    return fitted.with_settings(replace(fitted.chosen, **settings))
+
+
+def _user_top(_batches: Iterator[Histories], dataset: Dataset, _allowed: FitRange, _settings: Settings) -> Recommender:
+    return UserTopRecommender(dataset.num_songs)
 
 
 FROM_PLAYS: dict[str, FromPlays] = {
-    "popularity": _from_plays(PopularityRecommender.fit),
+    "popularity": _popularity,
     "popularity-recent": _recent,
-    "own-plays": lambda _batches, dataset, _allowed: OwnPlaysRecommender(dataset.num_songs),
-    "sequential-rules": _from_plays(SequentialRulesRecommender.fit),
-    "session-neighbours": _from_plays(SessionNeighboursRecommender.fit),
-    "vstan": _from_plays(VstanRecommender.fit),
+    "user-top": _user_top,
+    "sequential-rules": _rules,
+    "vsknn": _vsknn,
+    "vstan": _vstan,
 }
 
 
@@ -51,7 +76,7 @@ def _average(discount: float) -> FromVectors:
 
 
 FROM_VECTORS: dict[str, FromVectors] = {
-    "neighbours": NeighboursRecommender,
+    "item-knn": ItemKnnRecommender,
     **{f"average-{discount}": _average(discount) for discount in DISCOUNTS},
 }
 FROM_BOTH = tuple(OFFSETS)  # the weight-based ones
@@ -64,33 +89,29 @@ def needs_vectors(names: Sequence[str]) -> bool:
     return any(name in FROM_VECTORS or name in FROM_BOTH for name in names)
 
 
-def needs_selection(names: Sequence[str]) -> bool:
-    """True if one of the named baselines chooses a setting on the validation range."""
-    return any(name in FROM_BOTH for name in names)
-
-
 def fit_baselines(
     names: Sequence[str],
     dataset: Dataset,
     vectors: np.ndarray | None,
     allowed: FitRange,
     selection: Selection | None = None,
+    settings: Mapping[str, Settings] | None = None,
 ) -> list[Recommender]:
     """Fit the named baselines on what `allowed` lets through of the data set, in the order of the names.
 
-    `vectors` is float32 (N, D), normalized, and must itself come from that range; it is needed by
-    `neighbours`, the averages and the weight-based ones, which share it. These last choose λ by
-    `selection`, and take a usual one where there is none. Raises `InputError` for an unknown name.
+    `vectors` is float32 (N, D), normalized, and must itself come from that range; it is needed by `item-knn`, the
+    averages and the weight-based ones, which share it. These last choose λ by `selection`, and take a usual one where
+    there is none. `settings` are those of the others, by baseline. Raises `InputError` for an unknown name.
     """
     fitted: list[Recommender] = []
     for name in names:
         batches = (allowed.select(batch) for batch in dataset.read_all())
         if name in FROM_PLAYS:
-            fitted.append(FROM_PLAYS[name](batches, dataset, allowed))
+            fitted.append(FROM_PLAYS[name](batches, dataset, allowed, (settings or {}).get(name, {})))
         elif name not in BASELINES:
             raise InputError(f"there is no baseline {name!r}; there are: {', '.join(BASELINES)}")
         elif vectors is None:
-            raise InputError(f"{name} works on song vectors, and there are none; run `rayrec embed` first")
+            raise InputError(f"{name} requires song embeddings; run `rayrec embed` first")
         elif name in FROM_VECTORS:
             fitted.append(FROM_VECTORS[name](vectors))
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from rayrec.recommend.retrievers import Candidates
 
 RECENT = 10  # plays among which artists and albums are counted
 REPEATS = 20  # plays among which repeats are counted
+LIFT_PLAYS = 5.0  # added to the plays of a song by which the strength of a rule is divided
 NEVER = -1.0  # plays or hours since a song, an artist or an album that the user has never played
 
 
@@ -28,6 +30,7 @@ class FeatureSources:
     retrieval: Retrieval
     song_vectors: np.ndarray  # float32 (N, D), normalized
     retrievers: tuple[str, ...]  # names, in the order of their features
+    scales: tuple[float, float] = (1.0, 1.0)  # that make logits of the cosines of the short and the long horizon
     real_times: bool = True  # False where times say in which order plays came, and nothing else
 
     @property
@@ -70,32 +73,63 @@ class FeatureSources:
         return matrix
 
     def _of_candidates(self, batch: QueryBatch, candidates: Candidates, put: Callable[[np.ndarray], None]) -> None:
-        rows, songs, own = candidates.rows, candidates.songs, batch.own
+        rows, songs, known = candidates.rows, candidates.songs, batch.user_songs
         vectors = _looked_up(self.song_vectors, songs)
-        last_vectors = _looked_up(self.song_vectors, batch.last_songs)
-        for of_query in (batch.short_vectors, batch.long_vectors, last_vectors):
-            put(np.einsum("cd,cd->c", vectors, of_query[rows]))
+        first = first_of_each(rows)
+        counts = np.diff(np.append(first, len(rows)))
+        for of_query, scale in zip((batch.short_vectors, batch.long_vectors), self.scales, strict=True):
+            cosines = np.einsum("cd,cd->c", vectors, of_query[rows])
+            put(cosines)
+            # The logarithm of the softmax over the candidates of the query.
+            logits = scale * cosines
+            if len(first):
+                logits -= np.repeat(np.maximum.reduceat(logits, first), counts)
+                logits -= np.repeat(np.log(np.add.reduceat(np.exp(logits), first)), counts)
+            put(logits)
+        put(np.einsum("cd,cd->c", vectors, _looked_up(self.song_vectors, batch.last_songs)[rows]))
+        nearest, mean = self._likeness_to_recent(batch, rows, vectors)
+        put(nearest)
+        put(mean)
         put(_proposed_by(candidates))
-        found = own.find(candidates.keys)
+        found = known.find(candidates.keys)
         heard = found >= 0
         found = np.where(heard, found, 0)
 
-        def of_own(values: np.ndarray, otherwise: float) -> np.ndarray:
+        def of_user(values: np.ndarray, otherwise: float) -> np.ndarray:
             return np.where(heard, values[found], otherwise) if len(values) else np.full(len(rows), otherwise)
 
         history = np.maximum(1, np.diff(batch.offsets))
-        put(of_own(own.plays, 0))
-        put(of_own(own.plays / history[own.rows], 0))
-        put(of_own(own.back, NEVER))
-        put(of_own(own.hours, NEVER) if self.real_times else np.zeros(len(rows)))
-        put(of_own(own.base_level, -20))
-        put(of_own(own.base_level_hours, -20) if self.real_times else np.zeros(len(rows)))
-        put(of_own(own.session_plays, 0))
+        put(of_user(known.plays, 0))
+        put(of_user(known.plays / history[known.rows], 0))
+        put(of_user(known.back, NEVER))
+        put(of_user(known.hours, NEVER) if self.real_times else np.zeros(len(rows)))
+        put(of_user(known.base_level, -20))
+        put(of_user(known.base_level_hours, -20) if self.real_times else np.zeros(len(rows)))
+        put(of_user(known.session_plays, 0))
         plays = np.log1p(_looked_up(self.retrieval.plays.plays, songs))
         recent = np.log1p(_looked_up(self.retrieval.recent_plays, songs))
         put(plays)
         put(recent)
         put(recent - plays)
+        rules, position = candidates.proposals.get("rules"), candidates.positions.get("rules")
+        lift = np.zeros(len(rows))
+        if rules is not None and position is not None:
+            lift[position] = rules.scores / (LIFT_PLAYS + np.expm1(plays[position]))
+        put(lift)
+
+    def _likeness_to_recent(
+        self, batch: QueryBatch, rows: np.ndarray, vectors: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The largest and the mean cosine of each candidate with the last ten songs; 0 where there are none."""
+        latest = batch.latest(RECENT)
+        table = np.zeros((len(batch), RECENT, self.song_vectors.shape[1]), dtype=np.float32)
+        table[batch.rows[latest], batch.back[latest]] = _looked_up(self.song_vectors, batch.songs[latest])
+        bounds = np.searchsorted(rows, np.arange(len(batch) + 1)).tolist()
+        cosines = np.zeros((len(rows), RECENT), dtype=np.float32)
+        for row, (begin, end) in enumerate(pairwise(bounds)):
+            np.matmul(vectors[begin:end], table[row].T, out=cosines[begin:end])
+        known = np.maximum(1, np.bincount(batch.rows[latest], minlength=len(batch)))
+        return cosines.max(axis=1), cosines.sum(axis=1) / known[rows]
 
     def _of_queries(self, batch: QueryBatch) -> list[np.ndarray]:
         """OF_QUERIES, (Q,) each."""
@@ -113,27 +147,32 @@ class FeatureSources:
             _repeat_share(batch, lengths),
             _repeat_share(batch, session.astype(np.int64)),
             hour if self.real_times else np.zeros(len(batch)),
-            np.bincount(batch.own.rows, minlength=len(batch)) / np.maximum(1, lengths),
+            np.bincount(batch.user_songs.rows, minlength=len(batch)) / np.maximum(1, lengths),
         ]
 
 
 OF_CANDIDATES = [
     "cosine_short",
+    "logit_short",
     "cosine_long",
+    "logit_long",
     "cosine_last_song",
+    "cosine_nearest_recent",
+    "cosine_mean_recent",
     "proposed_by",
-    "own_plays",
-    "own_share",
-    "own_plays_since",
-    "own_hours_since",
-    "own_base_level",
-    "own_base_level_hours",
-    "own_session_plays",
+    "user_plays",
+    "user_share",
+    "user_plays_since",
+    "user_hours_since",
+    "user_base_level",
+    "user_base_level_hours",
+    "user_session_plays",
     "plays",
     "recent_plays",
     "trend",
+    "rules_lift",
 ]
-OF_GROUPS = ["of_last_song", "recent_share", "own_plays", "plays_since"]
+OF_GROUPS = ["of_last_song", "recent_share", "user_plays", "plays_since"]
 OF_QUERIES = [
     "history_length",
     "session_length",
@@ -187,8 +226,8 @@ def _group_features(
     last = some[order[np.append(first[1:], len(order)) - 1]] if len(order) else order
     recent = batch.back[some][order] < RECENT
     late = np.add.reduceat(recent.astype(np.int64), first) if len(first) else plays
-    own_group = _looked_up(groups.of_song, candidates.songs, NO_GROUP).astype(np.int64)
-    wanted = np.where(own_group >= 0, candidates.rows * width + own_group, -1)
+    candidate_group = _looked_up(groups.of_song, candidates.songs, NO_GROUP).astype(np.int64)
+    wanted = np.where(candidate_group >= 0, candidates.rows * width + candidate_group, -1)
     found = np.minimum(np.searchsorted(unique, wanted), max(0, len(unique) - 1))
     there = unique[found] == wanted if len(unique) else np.zeros(len(wanted), dtype=bool)
 
@@ -196,7 +235,7 @@ def _group_features(
         return np.where(there, values[found], otherwise) if len(values) else np.full(len(wanted), otherwise)
 
     last_group = _looked_up(groups.of_song, batch.last_songs, NO_GROUP)
-    put((last_group[candidates.rows] == own_group) & (own_group >= 0))
+    put((last_group[candidates.rows] == candidate_group) & (candidate_group >= 0))
     put(of_group(late, 0) / np.maximum(1, np.minimum(np.diff(batch.offsets), RECENT))[candidates.rows])
     put(of_group(plays, 0))
     put(of_group(batch.back[last], NEVER))

@@ -14,8 +14,8 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.recommend.base import NO_SONG, Horizon, Recommender, SearchPath, check_count, top_k
 from rayrec.recommend.diversity import diversify, pool_size
 from rayrec.recommend.filters import Limits
-from rayrec.recommend.hybrid import HybridRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.recommend.vector_recommender import normalized
 
 Path = SearchPath | Literal["popular"]  # how an answer was found; popular: by play counts alone
@@ -37,18 +37,13 @@ class Wish:
         if not 0 <= self.diversity <= 1:
             raise ValueError(f"diversity is {self.diversity}; expected a number in [0, 1]")
 
-    @property
-    def horizons(self) -> tuple[Horizon, ...]:
-        """The horizons whose taste vectors the answer needs."""
-        return ("short",) if self.long_weight == 0 else ("long",) if self.long_weight == 1 else ("short", "long")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
     """What is known of one user at the moment of a request."""
 
-    vectors: Mapping[Horizon, np.ndarray]  # float32 (D,) each, the taste vectors that the wish needs
-    history: Histories  # of this one user: the plays that the memory of a hybrid looks at
+    vectors: Mapping[Horizon, np.ndarray]  # float32 (D,) each, the taste vectors of both horizons
+    history: Histories  # of this one user: the plays that retrievers and features look at
     at: int  # ms UTC, the moment
 
 
@@ -63,7 +58,7 @@ class Chosen:
 
 def network_of(recommender: Recommender) -> TasteRecommender:
     """The network within a recommender that has one."""
-    network = recommender.network if isinstance(recommender, HybridRecommender) else recommender
+    network = recommender.source.network if isinstance(recommender, TwoStepRecommender) else recommender
     if not isinstance(network, TasteRecommender):
         raise TypeError(f"{type(recommender).__name__} has no taste network to answer with")
     return network
@@ -73,8 +68,8 @@ def choose(recommender: Recommender, known: Known, wish: Wish) -> Chosen:
     """The k best songs of a user, as `recommender` ranks them.
 
     At weight 0 and 1 these are the songs of `recommender.recommend` on the horizon. Between them a network
-    alone looks around the mean of its two taste vectors; a hybrid mixes the chances of both horizons. Diverse
-    songs are chosen among the first of them.
+    alone looks around the mean of its two taste vectors; two-step recommendation mixes the chances of both.
+    Diverse songs are chosen among the first of them.
     """
     if not wish.diversity:
         return _choose(recommender, known, wish)
@@ -92,8 +87,8 @@ def similar(recommender: Recommender, song: int, k: int) -> Chosen:
 
 def _choose(recommender: Recommender, known: Known, wish: Wish) -> Chosen:
     network = network_of(recommender)
-    if isinstance(recommender, HybridRecommender):
-        return _best(_mixed_chances(recommender, known, wish), wish)
+    if isinstance(recommender, TwoStepRecommender):
+        return _ranked(recommender, known, wish)
     return _nearest(network, _mixed_vector(known, wish), wish)
 
 
@@ -114,22 +109,22 @@ def choose_popular(plays: np.ndarray, order: np.ndarray, wish: Wish) -> Chosen:
 
 def _mixed_vector(known: Known, wish: Wish) -> np.ndarray:
     """float32 (D,): the taste vector of the wish's horizon."""
-    if len(wish.horizons) == 1:
-        return known.vectors[wish.horizons[0]]
-    short, long = (known.vectors[horizon] for horizon in wish.horizons)
+    if wish.long_weight in (0, 1):
+        return known.vectors["long" if wish.long_weight else "short"]
+    short, long = known.vectors["short"], known.vectors["long"]
     mixed: np.ndarray = normalized(((1 - wish.long_weight) * short + wish.long_weight * long)[None])[0]
     return mixed
 
 
-def _mixed_chances(hybrid: HybridRecommender, known: Known, wish: Wish) -> np.ndarray:
-    """float32 (N,): the chances of all songs; -inf for those that the network does not know."""
-    cosines = {horizon: hybrid.network.score_vectors(known.vectors[horizon][None]) for horizon in wish.horizons}
-    questions = Questions.at_end(known.history, known.at)
-    answers = {"short": hybrid.next, "long": hybrid.later}
-    chances = [answers[horizon](found, known.history, questions)[0] for horizon, found in cosines.items()]
-    if len(chances) == 1:
-        return np.asarray(chances[0])
-    return np.asarray(np.float32(1 - wish.long_weight) * chances[0] + np.float32(wish.long_weight) * chances[1])
+def _ranked(recommender: TwoStepRecommender, known: Known, wish: Wish) -> Chosen:
+    """The best candidates by the rankers."""
+    vectors = {horizon: vector[None] for horizon, vector in known.vectors.items()}
+    queries = Questions.at_end(known.history, known.at)
+    ranking = recommender.rank_queries(
+        known.history, queries, wish.k, long_weight=wish.long_weight, limits=[wish.limits], vectors=vectors
+    )
+    real = ranking.songs[0] != NO_SONG
+    return Chosen(songs=ranking.songs[0][real], scores=ranking.scores[0][real], path=ranking.paths[0])
 
 
 def _best(scores: np.ndarray, wish: Wish) -> Chosen:

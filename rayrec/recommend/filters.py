@@ -4,7 +4,7 @@ N songs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class Limits:
 
     banned: np.ndarray = field(default_factory=lambda: NOTHING)  # int (any,), song rows, some perhaps twice
     allowed: np.ndarray | None = None  # bool (N,); None: every song
+    new_only: bool = False  # True where every song that the user has played is banned
 
     def banned_rows(self, num_songs: int) -> np.ndarray:
         """int (any,): the banned rows of a catalog, each once."""
@@ -50,6 +51,6 @@ def without_heard(histories: Histories, limits: Sequence[Limits] | None = None) 
     """The limits of each user, with the songs of the user's history banned as well."""
     heard = np.split(histories.songs, histories.offsets[1:-1]) if len(histories) else []
     if limits is None:
-        return [Limits(banned=songs) for songs in heard]
+        return [Limits(banned=songs, new_only=True) for songs in heard]
     pairs = zip(limits, heard, strict=True)
-    return [Limits(banned=np.concatenate([limit.banned, songs]), allowed=limit.allowed) for limit, songs in pairs]
+    return [replace(limit, banned=np.concatenate([limit.banned, songs]), new_only=True) for limit, songs in pairs]

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from rayrec.config import setting
+from rayrec.config import Settings
 from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError
 from rayrec.recommend.base import NO_SONG, Ranking, SearchPath, top_k
 from rayrec.recommend.filters import NOTHING, Limits
@@ -31,26 +32,19 @@ FEW_SONGS = 5_000  # no more than this that qualify: each of them is scored
 MOST_LISTS = 0.25  # share of the lists beyond which scoring every song that qualifies is as fast
 
 
-@dataclass(frozen=True, kw_only=True)
-class IndexConfig:
-    """How the vectors of songs are searched."""
+class IndexConfig(Settings):
+    """How the song embeddings are searched."""
 
-    kind: Literal["auto", "flat", "ivf"] = setting("auto", help="flat: exact; ivf: by inverted lists; auto: by size")
-    flat_below: int = setting(200_000, help="auto: fewer songs than this are searched exactly")
-    nlist: int = setting(0, help="ivf: number of lists; 0: chosen from the number of songs")
-    target_recall: float = setting(0.99, help="ivf: recall@100 against exact search that nprobe must reach")
-    queries: int = setting(1_000, help="ivf: queries on which recall is measured")
-    seed: int = setting(0, help="which queries")
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("auto", "flat", "ivf"):
-            raise InputError(f"index kind is {self.kind!r}; expected auto, flat or ivf")
-        if not 0 < self.target_recall <= 1:
-            raise InputError(f"index target_recall is {self.target_recall}; give a share in (0, 1]")
-        if self.nlist < 0 or self.flat_below < 0:
-            raise InputError(f"index nlist {self.nlist} and flat_below {self.flat_below} must not be negative")
-        if self.queries < 1:
-            raise InputError(f"index queries is {self.queries}; measure recall on at least 1")
+    kind: Literal["auto", "flat", "ivf"] = Field(
+        "auto", description="Index type; flat: exact search; ivf: inverted lists; auto: by catalog size"
+    )
+    flat_below: int = Field(200_000, ge=0, description="auto: catalog size below which search is exact")
+    nlist: int = Field(0, ge=0, description="ivf: number of lists; 0: chosen by catalog size")
+    target_recall: float = Field(
+        0.99, gt=0, le=1, description="ivf: recall@100 against exact search that nprobe must reach"
+    )
+    queries: int = Field(1_000, ge=1, description="ivf: queries that recall is measured on")
+    seed: int = Field(0, ge=0, description="Random seed of the sampled queries")
 
 
 def import_faiss() -> Any:
@@ -252,8 +246,7 @@ class SongIndex:
         mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if figures.kind == "ivf" else 0
         path = manifest.path(INDEX_FILE)
         try:
-            with workspace.local_copy(path) as local:
-                index = faiss.read_index(str(local), mapped)
+            index = faiss.read_index(str(workspace.local_file(path, manifest.files.get(INDEX_FILE))), mapped)
         except RuntimeError as error:
             raise DamagedArtifactError(f"{path} is not an index that faiss reads; run `rayrec index` again") from error
         if index.d != vectors.shape[1] or index.ntotal != figures.songs:

@@ -1,4 +1,4 @@
-"""Neighbours of the last song: what lies nearest to it among the song vectors."""
+"""Item kNN: the songs whose embeddings are nearest to that of the last song."""
 
 import numpy as np
 
@@ -7,10 +7,10 @@ from rayrec.recommend.base import Horizon
 from rayrec.recommend.vector_recommender import VectorRecommender
 
 
-class NeighboursRecommender(VectorRecommender):
+class ItemKnnRecommender(VectorRecommender):
     """The taste vector is the vector of the last song played: item-to-item in the space of the songs."""
 
-    name = "neighbours"
+    name = "item-knn"
 
     def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, D): the last song's vector; zeros where there is no play, or the song has no vector."""
@@ -19,7 +19,7 @@ class NeighboursRecommender(VectorRecommender):
 
 
 def last_songs(histories: Histories, questions: Questions, num_songs: int) -> np.ndarray:
-    """int64 (Q,): the last song played before each question, -1 where there is none among the first `num_songs`."""
+    """int64 (Q,): the last song played before each query, -1 where there is none among the first `num_songs`."""
     last = np.full(len(questions), -1, dtype=np.int64)
     asked = questions.seen > 0
     last[asked] = histories.songs[histories.offsets[questions.rows[asked]] + questions.seen[asked] - 1]

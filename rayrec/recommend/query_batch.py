@@ -41,7 +41,7 @@ class Pairs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnSongs(Pairs):
+class UserSongs(Pairs):
     """The songs that the user of each query has played before it, among the last 5,000 plays."""
 
     plays: np.ndarray  # int64 (P,), how often
@@ -68,7 +68,7 @@ class QueryBatch:
     back: np.ndarray  # int64 (E,), plays since, 0 for the last
     played_at: np.ndarray  # int64 (E,), ms UTC
     in_session: np.ndarray  # bool (E,), in the session that the query goes on
-    own: OwnSongs
+    user_songs: UserSongs
     short_vectors: np.ndarray  # float32 (Q, D)
     long_vectors: np.ndarray  # float32 (Q, D)
 
@@ -106,7 +106,7 @@ class QueryBatch:
             back=back,
             played_at=played_at,
             in_session=in_session,
-            own=_own_songs(rows, songs, back, played_at, in_session, queries.at, num_songs),
+            user_songs=_user_songs(rows, songs, back, played_at, in_session, queries.at, num_songs),
             short_vectors=short_vectors,
             long_vectors=long_vectors,
         )
@@ -138,7 +138,7 @@ def _in_session(offsets: np.ndarray, rows: np.ndarray, played_at: np.ndarray, at
     return np.asarray(pauses[offsets[1:]][rows] == pauses[:-1])
 
 
-def _own_songs(
+def _user_songs(
     rows: np.ndarray,
     songs: np.ndarray,
     back: np.ndarray,
@@ -146,7 +146,7 @@ def _own_songs(
     in_session: np.ndarray,
     at: np.ndarray,
     num_songs: int,
-) -> OwnSongs:
+) -> UserSongs:
     keys = rows * num_songs + songs
     order = np.argsort(keys, kind="stable")  # plays of one query and song together, in the order of time
     first = first_of_each(keys[order])
@@ -156,7 +156,7 @@ def _own_songs(
     def total(values: np.ndarray) -> np.ndarray:
         return np.add.reduceat(values[order], first) if len(first) else values[:0]
 
-    return OwnSongs(
+    return UserSongs(
         num_songs=num_songs,
         rows=rows[last],
         songs=songs[last],

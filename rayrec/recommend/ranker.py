@@ -19,6 +19,7 @@ from rayrec.storage.workspace import Workspace
 TOP = 20  # places that training looks at
 HELD_OUT_SHARE = 0.2  # of the examples' users, on whom trees are counted and chances calibrated
 KNOTS = 60  # points of the curve from scores to chances
+SLOPE = 0.01  # of the curve where it would be level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +82,12 @@ class Calibration:
     chances: tuple[float, ...]  # ascending, one a share
 
     def __call__(self, rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """float32 (C,): the chance of each candidate; `rows`, int (C,) ascending, says of which query it is one."""
-        shares = softmax_shares(rows, scores * self.sharpness)
-        return np.asarray(np.interp(shares, self.shares, self.chances), dtype=np.float32)
+        """float64 (C,): the chance of each candidate; `rows`, int (C,) ascending, says of which query it is one."""
+        return np.asarray(np.interp(self.shares_of(rows, scores), self.shares, self.chances))
+
+    def shares_of(self, rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """float64 (C,): the share of each candidate in its query; they add up to 1."""
+        return softmax_shares(rows, scores.astype(np.float64) * self.sharpness)
 
 
 class Ranker:
@@ -204,11 +208,13 @@ def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray, missed: f
     hits = np.bincount(bins, weights=right[order], minlength=KNOTS)
     middle = np.bincount(bins, weights=shares[order], minlength=KNOTS)
     some = count > 0
-    heights = _rising(hits[some] / count[some], count[some]) * (1 - missed)
+    middle = np.maximum.accumulate(middle[some] / count[some])
+    heights = _rising(hits[some] / count[some], count[some])
+    # A little of the share itself keeps the order where the curve is level, and beyond its last point.
+    heights = (1 - missed) * ((1 - SLOPE) * heights + SLOPE * middle)
+    top = heights[-1] + (1 - missed) * SLOPE * (1 - middle[-1])
     return Calibration(
-        sharpness=sharpness,
-        shares=tuple(np.maximum.accumulate(middle[some] / count[some]).tolist()),
-        chances=tuple(heights.tolist()),
+        sharpness=sharpness, shares=(0.0, *middle.tolist(), 1.0), chances=(0.0, *heights.tolist(), float(top))
     )
 
 

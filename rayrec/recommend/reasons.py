@@ -20,16 +20,16 @@ def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
 
     last = last_title or "your last play"
     said: list[str] = []
-    if value("own_rules_score") > 0:
+    if value("user_rules_score") > 0:
         said.append(f"you played it after {last} before")
-    if value("own_plays") > 0:
-        said.append(f"you played it {_times(value('own_plays'))}, {_ago(features)}")
+    if value("user_plays") > 0:
+        said.append(f"you played it {_times(value('user_plays'))}, {_ago(features)}")
     if value("album_of_last_song"):
         said.append("same album as your last play")
     elif value("artist_of_last_song"):
         said.append("same artist as your last play")
-    elif value("artist_own_plays") > 0:
-        said.append(f"you played its artist {_times(value('artist_own_plays'))}")
+    elif value("artist_user_plays") > 0:
+        said.append(f"you played its artist {_times(value('artist_user_plays'))}")
     if value("rules_rank") >= NEAR:
         said.append(f"other listeners often play it soon after {last}")
     elif value("recent_rules_rank") >= NEAR:
@@ -51,7 +51,7 @@ def _times(count: float) -> str:
 
 def _ago(features: Mapping[str, float]) -> str:
     """When it was played last: hours or days ago where times are known, else in plays."""
-    hours, plays = float(features.get("own_hours_since", 0.0)), float(features.get("own_plays_since", 0.0))
+    hours, plays = float(features.get("user_hours_since", 0.0)), float(features.get("user_plays_since", 0.0))
     if hours <= 0:
         return "last just now" if plays < 1 else f"last {plays + 1:.0f} plays ago"
     if hours < 1:

@@ -25,7 +25,7 @@ from rayrec.recommend.retrieval.song_groups import SongGroups
 class Proposals(Pairs):
     """What a retriever proposes, sorted by query and song."""
 
-    scores: np.ndarray  # float32 (E,), above 0 but for cosines
+    scores: np.ndarray  # float32 (E,), above 0
     ranks: np.ndarray  # int64 (E,), from 0, within the query
 
     @classmethod
@@ -70,14 +70,16 @@ class Retriever(ABC):
 class TasteRetriever(Retriever):
     """The songs nearest to the taste vector of a horizon, from the index."""
 
-    def __init__(self, index: SongIndex, horizon: Horizon) -> None:
-        self.name, self._index, self._horizon = f"taste_{horizon}", index, horizon
+    def __init__(self, index: SongIndex, horizon: Horizon, scale: float) -> None:
+        """`scale` makes logits of cosines: the inverse of the temperature that the network learned."""
+        self.name, self._index, self._horizon, self._scale = f"taste_{horizon}", index, horizon, scale
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
-        """The `count` songs of highest cosine; none where nothing is known of the user."""
+        """The `count` songs of highest cosine, scored exp(logit) over the best; none where nothing is known."""
         vectors = batch.short_vectors if self._horizon == "short" else batch.long_vectors
-        songs, scores = self._index.search(vectors, count)
+        songs, cosines = self._index.search(vectors, count)
         known = np.logical_and(songs != NO_SONG, vectors.any(axis=1, keepdims=True))
+        scores = np.exp(self._scale * (cosines - cosines[:, :1]))
         rows = np.repeat(np.arange(len(batch)), known.sum(axis=1))
         return Proposals.best(rows, songs[known], scores[known], num_songs=batch.num_songs, count=count)
 
@@ -145,34 +147,34 @@ class SessionRetriever(Retriever):
         apart = np.abs(position - (sessions.offsets[session] + match)[neighbour])
         scores = similarity[neighbour] * np.exp(-apart / settings.places_decay)
         pair_rows, pair_songs = row[neighbour], sessions.songs[position].astype(np.int64)
-        found = batch.own.find(batch.keys(pair_rows, pair_songs))
-        just = (found >= 0) & (batch.own.back[found] < settings.last_plays) if len(batch.own.back) else found >= 0
+        found = batch.user_songs.find(batch.keys(pair_rows, pair_songs))
+        just = (
+            (found >= 0) & (batch.user_songs.back[found] < settings.last_plays)
+            if len(batch.user_songs.back)
+            else found >= 0
+        )
         scores = np.where(just, settings.just_played * scores, scores)
         return Proposals.summed(pair_rows, pair_songs, scores, num_songs=batch.num_songs, count=count)
 
 
 class RuleRetriever(Retriever):
-    """What followed the last song most often, weighted 1/distance."""
+    """What followed the last song most often, weighted 1/distance; or what followed with no song between."""
 
-    name = "rules"
-
-    def __init__(self, retrieval: Retrieval) -> None:
-        self._rules = retrieval.rules
+    def __init__(self, retrieval: Retrieval, *, at_once: bool = False) -> None:
+        self.name, self._rules = "next_rules" if at_once else "rules", retrieval.rules
+        self._values, self._unit = (self._rules.at_once, 1) if at_once else (self._rules.weights, UNIT)
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """The `count` strongest rules of the last song."""
         last = batch.last_songs
         rows = np.flatnonzero((last >= 0) & (last < self._rules.num_songs))
         starts = self._rules.offsets[last[rows]]
-        counts = np.minimum(self._rules.offsets[last[rows] + 1] - starts, count)
+        counts = self._rules.offsets[last[rows] + 1] - starts
         entry = ranges(starts, counts)
-        return Proposals.best(
-            np.repeat(rows, counts),
-            self._rules.followers[entry],
-            self._rules.weights[entry] / np.float32(UNIT),
-            num_songs=batch.num_songs,
-            count=count,
-        )
+        rows, scores = np.repeat(rows, counts), self._values[entry] / np.float32(self._unit)
+        some = np.flatnonzero(scores > 0)
+        songs = self._rules.followers[entry[some]]
+        return Proposals.best(rows[some], songs, scores[some], num_songs=batch.num_songs, count=count)
 
 
 class RecentRulesRetriever(Retriever):
@@ -204,21 +206,21 @@ class RecentRulesRetriever(Retriever):
         )
 
 
-class OwnSongsRetriever(Retriever):
+class UserTopRetriever(Retriever):
     """The user's own songs by ACT-R base level: those played often and lately."""
 
-    name = "own_songs"
+    name = "user_top"
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """The `count` songs of highest activation."""
-        own = batch.own
+        own = batch.user_songs
         return Proposals.best(own.rows, own.songs, np.exp(own.base_level), num_songs=batch.num_songs, count=count)
 
 
-class OwnRulesRetriever(Retriever):
+class UserRulesRetriever(Retriever):
     """What followed the last song when this user played it before."""
 
-    name = "own_rules"
+    name = "user_rules"
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """The `count` songs of most weight, Σ 1/distance up to 10 plays apart."""
@@ -285,26 +287,33 @@ COUNTS = {
     "taste_long": 50,
     "sessions": 100,
     "rules": 100,
+    "next_rules": 50,
     "recent_rules": 50,
-    "own_songs": 100,
-    "own_rules": 30,
+    "user_top": 100,
+    "user_rules": 30,
     "artists": 50,
     "albums": 30,
     "popular": 20,
 }
 
 
-def make_retrievers(retrieval: Retrieval, index: SongIndex, *, left_out: Sequence[str] = ()) -> list[Retriever]:
-    """All retrievers but those left out, and those of artists and albums where the catalog knows any."""
+def make_retrievers(
+    retrieval: Retrieval, index: SongIndex, *, scales: tuple[float, float] = (1.0, 1.0), left_out: Sequence[str] = ()
+) -> list[Retriever]:
+    """All retrievers but those left out, and those of artists and albums where the catalog knows any.
+
+    `scales` make logits of the cosines of the short and the long horizon.
+    """
     plays = retrieval.plays.plays
     everything: list[Retriever] = [
-        TasteRetriever(index, "short"),
-        TasteRetriever(index, "long"),
+        TasteRetriever(index, "short", scales[0]),
+        TasteRetriever(index, "long", scales[1]),
         SessionRetriever(retrieval),
         RuleRetriever(retrieval),
+        RuleRetriever(retrieval, at_once=True),
         RecentRulesRetriever(retrieval),
-        OwnSongsRetriever(),
-        OwnRulesRetriever(),
+        UserTopRetriever(),
+        UserRulesRetriever(),
         *([GroupRetriever("artists", retrieval.artists, plays)] if retrieval.artists else []),
         *([GroupRetriever("albums", retrieval.albums, plays)] if retrieval.albums else []),
         PopularRetriever(retrieval),

@@ -1,6 +1,6 @@
 """Sequential rules: the songs that most often followed the last one.
 
-P plays, N songs, Q questions.
+P plays, N songs, Q queries.
 """
 
 from collections.abc import Iterable
@@ -14,12 +14,13 @@ from rayrec.recommend.base import Horizon, Recommender
 from rayrec.recommend.item_knn import last_songs
 
 MAX_DISTANCE = 10  # plays between a song and one that follows it
+DECAY = 1.0  # a pair of plays so many plays apart counts distance^-DECAY, where no validation range chooses it
 RULES_PER_SONG = 1_000  # kept, the strongest
 MAX_RULES = 20_000_000  # held at a time while counting: 160 MB
 
 
 class SequentialRulesRecommender(Recommender):
-    """Scores a song by how often it followed the last song played, weighted 1/distance (SR; Ludewig and Jannach 2018).
+    """Scores a song by how often it followed the last song, weighted distance^-decay (SR; Ludewig and Jannach 2018).
 
     `rules` is a sparse float32 (N, N): row the song, column what followed it. A song that never
     followed scores 0.
@@ -27,8 +28,8 @@ class SequentialRulesRecommender(Recommender):
 
     name = "sequential-rules"
 
-    def __init__(self, rules: csr_matrix) -> None:
-        self.rules = rules
+    def __init__(self, rules: csr_matrix, decay: float = DECAY) -> None:
+        self.rules, self.settings = rules, {"decay": decay}
         self.num_songs = rules.shape[0]
 
     @classmethod
@@ -39,6 +40,7 @@ class SequentialRulesRecommender(Recommender):
         num_songs: int,
         allowed: FitRange,
         max_distance: int = MAX_DISTANCE,
+        decay: float = DECAY,
         rules_per_song: int = RULES_PER_SONG,
         max_rules: int = MAX_RULES,
     ) -> "SequentialRulesRecommender":
@@ -49,13 +51,13 @@ class SequentialRulesRecommender(Recommender):
         `LeakError` for a play that `allowed` forbids.
         """
         kept = max(1, min(rules_per_song, max_rules // (2 * max(1, num_songs))))
-        rules = count_rules(Histories.from_lists([], []), num_songs, max_distance)
+        rules = count_rules(Histories.from_lists([], []), num_songs, max_distance, decay)
         for histories in batches:
             allowed.require(histories)
-            rules = rules + count_rules(histories, num_songs, max_distance)
+            rules = rules + count_rules(histories, num_songs, max_distance, decay)
             if rules.nnz > max_rules:
                 rules = strongest(rules, kept)
-        return cls(strongest(rules, kept))
+        return cls(strongest(rules, kept), decay)
 
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, N): the weight of the rule from the last song to each song."""
@@ -69,13 +71,13 @@ class SequentialRulesRecommender(Recommender):
         return scores
 
 
-def count_rules(histories: Histories, num_songs: int, max_distance: int) -> csr_matrix:
-    """Sparse float32 (N, N): Σ 1/distance over pairs of plays of one user at most `max_distance` apart."""
+def count_rules(histories: Histories, num_songs: int, max_distance: int, decay: float = DECAY) -> csr_matrix:
+    """Sparse float32 (N, N): Σ distance^-decay over pairs of plays of one user at most `max_distance` apart."""
     rows, songs = histories.rows, histories.songs
     rules = csr_matrix((np.zeros(0, np.float32), (np.zeros(0, np.int32),) * 2), shape=(num_songs, num_songs))
     for distance in range(1, max_distance + 1):  # one at a time, so that few pairs are held at once
         pairs = np.flatnonzero(rows[distance:] == rows[:-distance])
-        weights = np.full(len(pairs), 1 / distance, dtype=np.float32)
+        weights = np.full(len(pairs), distance**-decay, dtype=np.float32)
         pair = (songs[pairs], songs[pairs + distance])
         rules = rules + csr_matrix((weights, pair), shape=(num_songs, num_songs))
     return rules

@@ -5,14 +5,23 @@ Q queries, N songs, C candidates of all queries together, k answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.base import NO_SONG, Horizon, Kind, Ranking, Recommender, SearchPath, check_count
+from rayrec.recommend.base import (
+    NO_SONG,
+    CandidateRecommender,
+    Horizon,
+    Kind,
+    Ranking,
+    ScoredCandidates,
+    SearchPath,
+    check_count,
+)
 from rayrec.recommend.candidate_features import FeatureSources
 from rayrec.recommend.filters import Limits
 from rayrec.recommend.index import IndexConfig, SongIndex
@@ -22,7 +31,14 @@ from rayrec.recommend.retrieval.ragged import ranges
 from rayrec.recommend.retrieval.retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates, make_retrievers, retrieve
 from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
 
+# next: the next play among all songs; served: a next play new to the user, among songs new to the user, since answers
+# leave out songs heard by default; long: the plays at offsets 25 to 50.
+RankerKind = Literal["next", "served", "long"]
+KINDS: tuple[RankerKind, ...] = get_args(RankerKind)
+HORIZONS: tuple[Horizon, ...] = ("short", "long")
 QUERIES_AT_ONCE = 512
 PLAYS_AT_ONCE = 1 << 19  # before the queries that are answered together
 
@@ -54,20 +70,30 @@ class CandidateSource:
         """`left_out` names retrievers to do without, `counts` how many songs a query retrievers propose."""
         index = network.index or SongIndex.build(network.song_vectors, IndexConfig())
         self.network, self.index, self.retrieval = network, index, retrieval
-        self.retrievers = make_retrievers(retrieval, index, left_out=left_out)
+        scales = (network.scale("short"), network.scale("long"))
+        self.retrievers = make_retrievers(retrieval, index, scales=scales, left_out=left_out)
         self.num_songs = max(network.num_songs, retrieval.num_songs)  # either may know songs that came later
         self._counts = counts
         self.sources = FeatureSources(
             retrieval=retrieval,
             song_vectors=network.song_vectors,
+            scales=scales,
             retrievers=tuple(retriever.name for retriever in self.retrievers),
             real_times=real_times,
         )
 
-    def batches(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, Scored]]:
-        """The queries in slices, few enough at once that little is held, with candidates and features."""
-        short = self.network.vectors(histories, queries, "short")
-        long = self.network.vectors(histories, queries, "long")
+    def batches(
+        self, histories: Histories, queries: Questions, vectors: Mapping[Horizon, np.ndarray] | None = None
+    ) -> Iterator[tuple[slice, Scored]]:
+        """The queries in slices, few enough at once that little is held, with candidates and features.
+
+        `vectors`, float32 (Q, D) by horizon, are the taste vectors where they are at hand.
+        """
+        vectors = vectors or {}
+        short, long = (
+            vectors[horizon] if horizon in vectors else self.network.vectors(histories, queries, horizon)
+            for horizon in HORIZONS
+        )
         for chunk in slices_of(queries):
             batch = QueryBatch.of(
                 histories, queries.take(chunk), self.num_songs, short_vectors=short[chunk], long_vectors=long[chunk]
@@ -86,8 +112,8 @@ def slices_of(queries: Questions) -> Iterator[slice]:
             yield slice(begin, end)
 
 
-class TwoStepRecommender(Recommender):
-    """Orders the candidates of all retrievers by a learned ranker, one a horizon.
+class TwoStepRecommender(CandidateRecommender):
+    """Orders the candidates of all retrievers by learned rankers: for the next play, new songs and the long term.
 
     A score is the chance that the song is the next play, or on the long horizon one of the plays there. Where the
     candidates that qualify are fewer than k, the songs nearest to the taste vector fill the answer; their scores are 0.
@@ -97,18 +123,28 @@ class TwoStepRecommender(Recommender):
     kind: ClassVar[Kind] = "network"
     horizons: tuple[Horizon, ...] = ("short", "long")
 
-    def __init__(self, source: CandidateSource, rankers: dict[Horizon, Ranker]) -> None:
+    def __init__(self, source: CandidateSource, rankers: Mapping[RankerKind, Ranker]) -> None:
+        """`rankers` hold one for the next play, and may hold one for answers of new songs and one for the long term."""
         self.source, self.rankers = source, rankers
         self.num_songs = source.num_songs
-        self.horizons = tuple(horizon for horizon in ("short", "long") if horizon in rankers)
+        self.retrievers = tuple(retriever.name for retriever in source.retrievers)
+        self.horizons = HORIZONS if "long" in rankers else ("short",)
 
-    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
-        """float32 (Q, N): the chances of the candidates; -inf for other songs. For small catalogs."""
-        scores = np.full((len(questions), self.num_songs), -np.inf, dtype=np.float32)
-        for chunk, scored in self.source.batches(histories, questions):
-            chances = self.chances(scored, horizon)
-            scores[chunk.start + scored.candidates.rows, scored.candidates.songs] = chances
-        return scores
+    def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
+        """As in `CandidateRecommender`."""
+        for chunk, scored in self.source.batches(histories, queries):
+
+            def scores(horizon: Horizon, exclude_heard: bool, scored: Scored = scored) -> np.ndarray:
+                new_only = np.full(len(scored.batch), exclude_heard)
+                return self.chances(scored, float(horizon == "long"), new_only)
+
+            proposed = scored.candidates
+            yield (
+                chunk,
+                ScoredCandidates(
+                    rows=proposed.rows, songs=proposed.songs, scores=scores, retrievers=proposed.positions
+                ),
+            )
 
     def rank(
         self,
@@ -132,6 +168,7 @@ class TwoStepRecommender(Recommender):
         *,
         long_weight: float = 0.0,
         limits: Sequence[Limits] | None = None,
+        vectors: Mapping[Horizon, np.ndarray] | None = None,
     ) -> Ranking:
         """The k best songs of each query within its limits, exactly k wherever as many qualify.
 
@@ -141,9 +178,10 @@ class TwoStepRecommender(Recommender):
         check_count(k)
         ranking = Ranking.empty(len(queries), k, "exact")
         paths = list(ranking.paths)
-        for chunk, scored in self.source.batches(histories, queries):
+        for chunk, scored in self.source.batches(histories, queries, vectors):
             some = None if limits is None else limits[chunk]
-            chances = self.mixed_chances(scored, long_weight)
+            new_only = np.array([limit.new_only for limit in some or ()] or [False] * len(scored.batch))
+            chances = self.chances(scored, long_weight, new_only)
             songs, scores = _best(scored.candidates, chances, len(scored.batch), k, some)
             for row in np.flatnonzero(songs[:, -1] == NO_SONG).tolist():
                 path = self._fill(scored.batch, row, songs[row], scores[row], some, long_weight)
@@ -151,22 +189,38 @@ class TwoStepRecommender(Recommender):
             ranking.songs[chunk], ranking.scores[chunk] = songs, scores
         return Ranking(songs=ranking.songs, scores=ranking.scores, paths=tuple(paths))
 
-    def chances(self, scored: Scored, horizon: Horizon) -> np.ndarray:
-        """float32 (C,): the chance of each candidate on a horizon."""
-        ranker = self.rankers[horizon if horizon in self.rankers else self.horizons[0]]
-        return ranker.calibration(scored.candidates.rows, ranker.scores(scored.features))
+    def chances(self, scored: Scored, long_weight: float, new_only: np.ndarray) -> np.ndarray:
+        """float64 (C,): the chance of each candidate; `new_only`, bool (Q,), says which queries want new songs alone.
 
-    def mixed_chances(self, scored: Scored, long_weight: float) -> np.ndarray:
-        """float32 (C,): between the chances of the horizons, of which the larger ones do not drown the others."""
-        if long_weight in (0.0, 1.0):
-            return self.chances(scored, "long" if long_weight else "short")
+        Between the horizons it is the mean of each candidate's shares on them.
+        """
+        if "long" not in self.rankers:
+            long_weight = 0.0
+        if long_weight == 1:
+            return self._of_ranker(scored, "long", shares=False)
         rows = scored.candidates.rows
-        mixed = np.zeros(len(rows), dtype=np.float32)
-        for horizon, weight in (("short", 1 - long_weight), ("long", long_weight)):
-            chances = self.chances(scored, horizon)  # type: ignore[arg-type]
-            totals = np.bincount(rows, weights=chances, minlength=len(scored.batch))
-            mixed += np.float32(weight) * (chances / np.maximum(totals, 1e-12)[rows]).astype(np.float32)
-        return mixed
+        if "served" not in self.rankers or not new_only.any():
+            short = self._of_ranker(scored, "next", shares=long_weight > 0)
+        elif new_only.all():
+            short = self._of_ranker(scored, "served", shares=long_weight > 0)
+        else:
+            next_play, served = (self._of_ranker(scored, kind, shares=long_weight > 0) for kind in ("next", "served"))
+            short = np.where(new_only[rows], served, next_play)
+        if long_weight == 0:
+            return short
+        return np.asarray((1 - long_weight) * short + long_weight * self._of_ranker(scored, "long", shares=True))
+
+    def _of_ranker(self, scored: Scored, kind: RankerKind, *, shares: bool) -> np.ndarray:
+        """float64 (C,): chances of one ranker, or what share of the scores of its query each candidate has."""
+        ranker, rows = self.rankers[kind], scored.candidates.rows
+        if kind == "served":  # chances among new songs alone, as the ranker learned them
+            new = scored.batch.user_songs.find(scored.candidates.keys) < 0
+            values = np.zeros(len(rows))
+            scores = ranker.scores(scored.features[new])
+            values[new] = (ranker.calibration.shares_of if shares else ranker.calibration)(rows[new], scores)
+            return values
+        scores = ranker.scores(scored.features)
+        return np.asarray((ranker.calibration.shares_of if shares else ranker.calibration)(rows, scores))
 
     def explain(self, histories: Histories, queries: Questions, songs: np.ndarray) -> list[dict[str, float]]:
         """The features by name of songs, int (n,), as candidates of one query; {} for a song that is no candidate."""
@@ -197,6 +251,15 @@ class TwoStepRecommender(Recommender):
         songs[found:] = more.songs[0]
         scores[found:] = np.where(more.songs[0] == NO_SONG, -np.inf, 0)
         return "index"
+
+
+def load_two_step(
+    workspace: Workspace, network: TasteRecommender, retrieval: Manifest, rankers: Manifest, *, real_times: bool
+) -> TwoStepRecommender:
+    """From a network, with its index where it has one, and the artifacts of retrieval and rankers."""
+    source = CandidateSource(network, Retrieval.load(workspace, retrieval.folder), real_times=real_times)
+    kinds = [kind for kind in KINDS if f"{kind}.json" in rankers.files]
+    return TwoStepRecommender(source, {kind: Ranker.load(workspace, rankers.folder, kind) for kind in kinds})
 
 
 def _best(
@@ -260,8 +323,8 @@ def examples_for(
         keys = np.unique(batch.keys(answer_rows[inside] - chunk.start, answer_songs[inside].astype(np.int64)))
         allowed = np.ones(len(candidates.rows), dtype=bool)
         if new_only:
-            allowed = batch.own.find(candidates.keys) < 0
-            keys = keys[batch.own.find(keys) < 0]
+            allowed = batch.user_songs.find(candidates.keys) < 0
+            keys = keys[batch.user_songs.find(keys) < 0]
         asked += len(np.unique(keys // source.num_songs))
         hit = np.isin(candidates.keys, keys, assume_unique=True)
         queries_hit = np.bincount(candidates.rows, weights=hit & allowed, minlength=size) > 0

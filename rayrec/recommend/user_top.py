@@ -1,4 +1,4 @@
-"""Own plays: a user plays again what the user has played most."""
+"""User top: the songs that the user has played most."""
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -10,13 +10,13 @@ from rayrec.recommend.vsknn import last_plays
 LATEST = 1_000  # plays of a user that are counted, so that long histories cost no more
 
 
-class OwnPlaysRecommender(Recommender):
+class UserTopRecommender(Recommender):
     """How often the user has played each song of late: P-TopFreq of next-basket research (Li et al. 2023).
 
-    Nothing is fitted: the plays before a question hold all that it needs.
+    Nothing is fitted: the plays before a query hold all that it needs.
     """
 
-    name = "own-plays"
+    name = "user-top"
 
     def __init__(self, num_songs: int) -> None:
         self.num_songs = num_songs

@@ -1,10 +1,14 @@
-"""Session neighbours: songs of past sessions that share songs with the last plays.
+"""V-SKNN, a session kNN: songs of past sessions that share songs with the last plays.
 
-S sessions, N songs, Q questions.
+S sessions, N songs, Q queries.
 """
+
+from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from copy import copy
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
@@ -14,24 +18,30 @@ from rayrec.data.split import FitRange
 from rayrec.embeddings.sessions import cut_sessions, drop_single
 from rayrec.recommend.base import Horizon, Recommender
 
-LAST_PLAYS = 5  # that a session is compared with; 10 and 20 found fewer of the next songs on 30Music
-NEIGHBOURS = 200  # sessions that speak, the nearest; all that are as near as the last of them speak too
 MAX_SESSIONS = 5_000_000  # kept, the latest of those read
-QUESTIONS_AT_ONCE = 256  # a popular song is in many sessions, and all of them are compared
+QUERIES_AT_ONCE = 256  # a popular song is in many sessions, and all of them are compared
 
 
-class SessionNeighboursRecommender(Recommender):
+@dataclass(frozen=True, kw_only=True)
+class VsknnSettings:
+    """What is chosen for a data set on its validation range."""
+
+    last_plays: int = 5  # that a session is compared with
+    neighbours: int = 200  # nearest sessions whose songs are scored, and all that are as near as the last of them
+
+
+class VsknnRecommender(Recommender):
     """V-SKNN (Ludewig and Jannach 2018): a song's score is the similarity of the nearest sessions that hold it.
 
-    A session's similarity is the weight of the last plays it shares, 1 for the latest and falling
-    evenly to 1/5, over the square root of its number of songs. `sessions` is a sparse (S, N) of
-    ones.
+    A session's similarity is the weight of the last plays it shares, 1 for the latest and falling evenly, over the
+    square root of its number of songs. `sessions` is a sparse (S, N) of ones.
     """
 
-    name = "session-neighbours"
+    name = "vsknn"
 
-    def __init__(self, sessions: csr_matrix) -> None:
-        self.sessions = sessions
+    def __init__(self, sessions: csr_matrix, chosen: VsknnSettings | None = None) -> None:
+        self.sessions, self.chosen = sessions, chosen or VsknnSettings()
+        self.settings = asdict(self.chosen)
         self.num_songs = sessions.shape[1]
         self._holders = sessions.T.tocsr()  # (N, S)
         lengths = np.maximum(1, np.diff(sessions.indptr))
@@ -40,7 +50,7 @@ class SessionNeighboursRecommender(Recommender):
     @classmethod
     def fit(
         cls, batches: Iterable[Histories], *, num_songs: int, allowed: FitRange, max_sessions: int = MAX_SESSIONS
-    ) -> "SessionNeighboursRecommender":
+    ) -> VsknnRecommender:
         """Cut histories at pauses of over 30 minutes. Raises `LeakError` for a play that `allowed` forbids.
 
         Of more than `max_sessions` sessions those that were read first are forgotten.
@@ -54,16 +64,22 @@ class SessionNeighboursRecommender(Recommender):
                 count -= blocks.popleft().shape[0]
         return cls(vstack(blocks, format="csr")[-max_sessions:])
 
+    def with_settings(self, chosen: VsknnSettings) -> VsknnRecommender:
+        """The same sessions under other settings."""
+        other = copy(self)
+        other.chosen, other.settings = chosen, asdict(chosen)
+        return other
+
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, N): the summed similarity of the neighbours that hold each song; 0 where none does."""
         scores = np.zeros((len(questions), self.num_songs), dtype=np.float32)
-        rows, songs, back = last_plays(histories, questions, self.num_songs, LAST_PLAYS)
+        rows, songs, back = last_plays(histories, questions, self.num_songs, self.chosen.last_plays)
         shape = (len(questions), self.num_songs)
         weights = csr_matrix(
-            ((1 - back / LAST_PLAYS).astype(np.float32), (rows, songs)), shape=shape
+            ((1 - back / self.chosen.last_plays).astype(np.float32), (rows, songs)), shape=shape
         )  # of one song add up
-        for begin in range(0, len(questions), QUESTIONS_AT_ONCE):
-            chunk = slice(begin, begin + QUESTIONS_AT_ONCE)
+        for begin in range(0, len(questions), QUERIES_AT_ONCE):
+            chunk = slice(begin, begin + QUERIES_AT_ONCE)
             (self._nearest(weights[chunk]) @ self.sessions).toarray(out=scores[chunk])
         return scores
 
@@ -71,7 +87,7 @@ class SessionNeighboursRecommender(Recommender):
         """Sparse (Q, S): the similarity of the nearest sessions, from the weights of songs (Q, N)."""
         similarity: csr_matrix = (weights @ self._holders).tocsr()
         similarity.data *= self._damping[similarity.indices]
-        return keep_nearest(similarity, NEIGHBOURS)
+        return keep_nearest(similarity, self.chosen.neighbours)
 
 
 def keep_nearest(similarity: csr_matrix, count: int) -> csr_matrix:
@@ -85,7 +101,7 @@ def keep_nearest(similarity: csr_matrix, count: int) -> csr_matrix:
 
 
 def last_plays(histories: Histories, questions: Questions, num_songs: int, limit: int) -> tuple[np.ndarray, ...]:
-    """The last `limit` plays before each question as three int arrays: question, song, and plays since, from 0.
+    """The last `limit` plays before each query as three int arrays: query, song, and plays since, from 0.
 
     Songs from `num_songs` on are left out.
     """

@@ -1,10 +1,14 @@
-"""V-STAN: session neighbours that mind when a session was and where in it a song stood.
+"""V-STAN, a session kNN that regards when a session was and where in it a song stood.
 
-S sessions, N songs, Q questions, B pairs of question and neighbour, E songs of all neighbours.
+S sessions, N songs, Q queries, B pairs of query and neighbour, E songs of all neighbours.
 """
+
+from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from copy import copy
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix, vstack
@@ -13,16 +17,19 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.embeddings.sessions import cut_sessions, drop_single
 from rayrec.recommend.base import Horizon, Recommender
-from rayrec.recommend.vsknn import MAX_SESSIONS, NEIGHBOURS, QUESTIONS_AT_ONCE, keep_nearest, last_plays
+from rayrec.recommend.vsknn import MAX_SESSIONS, QUERIES_AT_ONCE, keep_nearest, last_plays
 
-# Chosen on 30Music's validation range by recall@20 plus a fifth of MRR@20, as a hybrid's weights are. What
-# they give there, on 4,000 plays: 0.417 (0.245). A session that fades within 60 days finds 0.400 of the
-# songs instead of 0.417, one that fades within 15 days 0.340; a place that fades within one song 0.390.
-LAST_PLAYS = 10  # that a session is compared with
-PLAYS_DECAY = 2.0  # plays since, after which a play weighs 1/e
-DAYS_DECAY = 365.0  # days since, after which a session weighs 1/e
-PLACES_DECAY = 5.0  # places from the matched song, after which a song weighs 1/e
-JUST_PLAYED = 0.25  # weight of a song that is among the last plays; with 1 MRR@20 is 0.12, and recall no better
+
+@dataclass(frozen=True, kw_only=True)
+class VstanSettings:
+    """What is chosen for a data set on its validation range."""
+
+    last_plays: int = 10  # that a session is compared with
+    neighbours: int = 200  # nearest sessions whose songs are scored, and all that are as near as the last of them
+    plays_decay: float = 2.0  # plays since, after which a play weighs 1/e
+    days_decay: float = 365.0  # days since, after which a session weighs 1/e
+    places_decay: float = 5.0  # places from the matched song, after which a song weighs 1/e
+    just_played: float = 0.25  # weight of a song that is among the last plays
 
 
 class VstanRecommender(Recommender):
@@ -37,9 +44,10 @@ class VstanRecommender(Recommender):
 
     name = "vstan"
 
-    def __init__(self, sessions: csr_matrix, ended_at: np.ndarray) -> None:
+    def __init__(self, sessions: csr_matrix, ended_at: np.ndarray, chosen: VstanSettings | None = None) -> None:
         """`sessions` is a sparse float32 (S, N), the place of a song from 1; `ended_at` int64 (S,), ms UTC."""
-        self.sessions, self.ended_at = sessions, ended_at
+        self.sessions, self.ended_at, self.chosen = sessions, ended_at, chosen or VstanSettings()
+        self.settings = asdict(self.chosen)
         self.num_songs = sessions.shape[1]
         ones = (np.ones(sessions.nnz, np.float32), sessions.indices, sessions.indptr)
         self._holders = csr_matrix(ones, shape=sessions.shape).T.tocsr()  # (N, S)
@@ -49,7 +57,7 @@ class VstanRecommender(Recommender):
     @classmethod
     def fit(
         cls, batches: Iterable[Histories], *, num_songs: int, allowed: FitRange, max_sessions: int = MAX_SESSIONS
-    ) -> "VstanRecommender":
+    ) -> VstanRecommender:
         """Cut histories at pauses of over 30 minutes. Raises `LeakError` for a play that `allowed` forbids.
 
         Of more than `max_sessions` sessions those that were read first are forgotten.
@@ -68,27 +76,34 @@ class VstanRecommender(Recommender):
                 blocks.popleft()
         return cls(vstack(blocks, format="csr")[-max_sessions:], np.concatenate(times)[-max_sessions:])
 
+    def with_settings(self, chosen: VstanSettings) -> VstanRecommender:
+        """The same sessions under other settings."""
+        other = copy(self)
+        other.chosen, other.settings = chosen, asdict(chosen)
+        return other
+
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, N): the summed weight of each song in the neighbours that hold it; 0 where none does."""
         scores = np.zeros((len(questions), self.num_songs), dtype=np.float32)
-        for begin in range(0, len(questions), QUESTIONS_AT_ONCE):
-            chunk = slice(begin, begin + QUESTIONS_AT_ONCE)
-            asked = questions.take(chunk)
-            rows, songs, back = last_plays(histories, asked, self.num_songs, LAST_PLAYS)
-            shape = (len(asked), self.num_songs)
-            weights = csr_matrix((np.exp(-back / PLAYS_DECAY).astype(np.float32), (rows, songs)), shape=shape)
-            since = np.full(shape, LAST_PLAYS, dtype=np.uint8)  # plays since each song, LAST_PLAYS where not played
+        for begin in range(0, len(questions), QUERIES_AT_ONCE):
+            chunk = slice(begin, begin + QUERIES_AT_ONCE)
+            queries, chosen = questions.take(chunk), self.chosen
+            rows, songs, back = last_plays(histories, queries, self.num_songs, chosen.last_plays)
+            shape = (len(queries), self.num_songs)
+            decayed = np.exp(-back / chosen.plays_decay).astype(np.float32)
+            weights = csr_matrix((decayed, (rows, songs)), shape=shape)
+            since = np.full(shape, chosen.last_plays, dtype=np.uint8)  # plays since each song; the most if not played
             np.minimum.at(since, (rows, songs), back.astype(np.uint8))
-            self._weigh_songs(self._nearest(weights, asked.at), since).toarray(out=scores[chunk])
+            self._weigh_songs(self._nearest(weights, queries.at), since).toarray(out=scores[chunk])
         return scores
 
     def _nearest(self, weights: csr_matrix, at: np.ndarray) -> csr_matrix:
         """Sparse (Q, S): the similarity of the nearest sessions, from the weights of songs (Q, N)."""
         similarity: csr_matrix = (weights @ self._holders).tocsr()
         age = np.repeat(at, np.diff(similarity.indptr)) - self.ended_at[similarity.indices]
-        recency = np.exp(-np.maximum(0, age) / (DAYS_DECAY * DAY_MS)).astype(np.float32)
+        recency = np.exp(-np.maximum(0, age) / (self.chosen.days_decay * DAY_MS)).astype(np.float32)
         similarity.data *= self._damping[similarity.indices] * recency
-        return keep_nearest(similarity, NEIGHBOURS)
+        return keep_nearest(similarity, self.chosen.neighbours)
 
     def _weigh_songs(self, nearest: csr_matrix, since: np.ndarray) -> coo_matrix:
         """Sparse (Q, N): the weights of the songs of the nearest sessions (Q, S); `since` is uint8 (Q, N)."""
@@ -104,8 +119,9 @@ class VstanRecommender(Recommender):
         matched_B = np.zeros(nearest.nnz, np.float32)
         is_match = since_E == np.minimum.reduceat(since_E, first_B)[pair_E]  # one a pair: no song is there twice
         matched_B[pair_E[is_match]] = places_E[is_match]
-        weights_E = nearest.data[pair_E] * np.exp(-np.abs(places_E - matched_B[pair_E]) / np.float32(PLACES_DECAY))
-        weights_E *= np.where(since_E < LAST_PLAYS, np.float32(JUST_PLAYED), np.float32(1))
+        apart_E = np.abs(places_E - matched_B[pair_E])
+        weights_E = nearest.data[pair_E] * np.exp(-apart_E / np.float32(self.chosen.places_decay))
+        weights_E *= np.where(since_E < self.chosen.last_plays, np.float32(self.chosen.just_played), np.float32(1))
         return coo_matrix((weights_E, (rows_E, songs_E)), shape=since.shape)
 
 

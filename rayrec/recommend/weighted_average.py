@@ -1,6 +1,6 @@
 """The weight-based baselines of the paper: the last songs, each weighed by its age with a learned weight.
 
-Q questions, P plays, D dimensions, J weights.
+Q queries, P plays, D dimensions, J weights.
 """
 
 from collections.abc import Iterable
@@ -28,11 +28,13 @@ class WeightedRecommender(VectorRecommender):
     A play of a song without a vector adds nothing, and the plays before it keep their weights.
     """
 
-    def __init__(self, song_vectors: np.ndarray, weights: np.ndarray, name: str) -> None:
-        """`weights` float (J,): of the last song first."""
+    def __init__(
+        self, song_vectors: np.ndarray, weights: np.ndarray, name: str, penalty: float = USUAL_PENALTY
+    ) -> None:
+        """`weights` float (J,): of the last song first, fitted under the penalty λ."""
         super().__init__(song_vectors)
         self.weights = np.asarray(weights, dtype=np.float32)
-        self.name = name
+        self.name, self.settings = name, {"penalty": penalty}
 
     @classmethod
     def fit(
@@ -53,10 +55,10 @@ class WeightedRecommender(VectorRecommender):
         weights, gives 0.687 (0.524). Raises `LeakError` for a play that `allowed` forbids.
         """
         sums = _fit_sums(batches, vectors, OFFSETS[name], allowed)
-        return cls(vectors, sums.weights(penalty), name)
+        return cls(vectors, sums.weights(penalty), name, penalty)
 
     def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
-        """float32 (Q, D): the weighted sum of the last songs before each question."""
+        """float32 (Q, D): the weighted sum of the last songs before each query."""
         counts = np.minimum(questions.seen, len(self.weights))
         ends = np.cumsum(counts)
         ages = np.repeat(ends, counts) - np.arange(counts.sum()) - 1
@@ -126,19 +128,24 @@ def fit_weighted(
     batches: Iterable[Histories], vectors: np.ndarray, name: str, allowed: FitRange, selection: Selection | None
 ) -> WeightedRecommender:
     """The baseline `name` of OFFSETS, its λ the one with the smallest L_cos on the plays of `selection`."""
-    penalty = USUAL_PENALTY if selection is None else choose_penalty(selection, name)
+    penalty = USUAL_PENALTY
+    if selection is not None and selection.vectors is not None:
+        penalty = choose_penalty(selection, name)
     return WeightedRecommender.fit(batches, vectors, name=name, allowed=allowed, penalty=penalty)
 
 
 def choose_penalty(selection: Selection, name: str) -> float:
     """λ of PENALTIES under which the taste vectors lie nearest to the plays of `selection`, by L_cos."""
-    sums = _fit_sums(selection.batches(), selection.vectors, OFFSETS[name], selection.allowed)
-    questions, targets = selection.ahead(*OFFSETS[name])
-    wanted = selection.vectors[targets]
+    vectors = selection.vectors
+    if vectors is None:
+        raise ValueError("a penalty is chosen by song vectors, and the selection has none")
+    sums = _fit_sums(selection.batches(), vectors, OFFSETS[name], selection.allowed)
+    queries, targets = selection.ahead(*OFFSETS[name])
+    wanted = vectors[targets]
 
     def cosine(penalty: float) -> float:
-        trial = WeightedRecommender(selection.vectors, sums.weights(penalty), name)
-        taste = trial.vectors(selection.histories, questions)
+        trial = WeightedRecommender(vectors, sums.weights(penalty), name)
+        taste = trial.vectors(selection.histories, queries)
         return float(np.einsum("qd,qd->", taste, wanted, dtype=np.float64))
 
     return max(PENALTIES, key=cosine)

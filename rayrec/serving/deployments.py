@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 from fastapi import FastAPI
+from pydantic import Field
 from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from rayrec.config import from_mapping, setting
+from rayrec.config import from_mapping
 from rayrec.data.histories import Histories
 from rayrec.errors import RayrecError
 from rayrec.model.inference import States
@@ -44,11 +45,10 @@ PART_SECONDS = 60.0  # that the app waits for model and index to load a release 
 Work = Literal["states", "vectors", "choose", "explain", "similar", "layout"]  # methods of `Parts`
 
 
-@dataclass(frozen=True, kw_only=True)
 class DeploymentConfig(ServeConfig):
     """The arguments of `build`, in a Serve config file under `args`."""
 
-    workspace: str = setting(help="folder, s3:// or gs:// prefix that holds the releases")
+    workspace: str = Field(description="Folder, s3:// or gs:// prefix of the workspace")
 
 
 def build(args: Mapping[str, Any]) -> Application:

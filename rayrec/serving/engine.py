@@ -96,15 +96,12 @@ class Engine(ABC):
     async def answer_states(
         self, states: States, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]
     ) -> list[Chosen]:
-        """The songs of each user from states, and the plays that the memory of a hybrid looks at."""
-        vectors = await self.vectors(states, at, needed(wishes))
+        """The songs of each user from states, and the plays that retrievers and features look at."""
+        vectors = await self.vectors(states, at, HORIZONS)
         return await self.choose(known_of(vectors, plays, at), wishes)
 
 
-def needed(wishes: Sequence[Wish]) -> list[Horizon]:
-    """The horizons that any of the wishes needs."""
-    weighted = {horizon for wish in wishes for horizon in wish.horizons}
-    return [horizon for horizon in ("short", "long") if horizon in weighted]
+HORIZONS: tuple[Horizon, ...] = ("short", "long")  # retrievers and features need the taste vectors of both
 
 
 def known_of(vectors: Vectors, plays: Histories, at: np.ndarray) -> list[Known]:
@@ -144,7 +141,7 @@ class Parts:
 
     def answer_states(self, states: States, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
         """As `Engine.answer_states`."""
-        return self.choose(known_of(self.vectors(states, at, needed(wishes)), plays, at), wishes)
+        return self.choose(known_of(self.vectors(states, at, HORIZONS), plays, at), wishes)
 
     def answer(self, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
         """As `Engine.answer`."""

@@ -61,16 +61,13 @@ def load_parts(workspace: Workspace, release_id: str) -> tuple[Manifest, Recomme
 
     Raises as `load_checked_release` does, and `MismatchError` where the parts do not belong together.
     """
-    release = load_checked_release(workspace, release_id, ("models", "indexes"))
+    release = load_checked_release(workspace, release_id, ("models", "indexes", "retrieval", "rankers"))
     parts = release.inputs
-    recommender = load_recommender(
-        workspace, Dataset(workspace), model_id=parts["models"], index_id=parts.get("indexes")
-    )
-    return release, recommender
+    return release, load_recommender(workspace, Dataset(workspace), parts)
 
 
 def load_network(workspace: Workspace, release_id: str) -> tuple[Manifest, TasteRecommender]:
-    """As `load_parts`, with the network alone: no index, no sessions."""
+    """As `load_parts`, with the network alone: no index, no rankers."""
     release = load_checked_release(workspace, release_id, ("models",))
     return release, TasteRecommender.load(workspace, release.inputs["models"])
 

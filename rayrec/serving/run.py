@@ -14,12 +14,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, replace
 from pathlib import Path
 from random import SystemRandom
 
 import psutil
 
+from rayrec.config import to_mapping
 from rayrec.errors import InputError, RayrecError
 from rayrec.serving.auth import load_keys
 from rayrec.serving.compat import require_known_ray, write_haproxy_wrapper
@@ -42,7 +42,7 @@ def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
     """
     load_keys(config)  # before anything starts
     require_known_ray()
-    config = replace(config, port=config.port or free_ports(1)[0])
+    config = config.replace(port=config.port or free_ports(1)[0])
     require_free(config.host, config.port)
     folder = Path(tempfile.mkdtemp(prefix="rayrec-serve-"))  # readable by its owner alone
     try:
@@ -169,7 +169,7 @@ def _application(workspace: Workspace, config: ServeConfig) -> Iterator[None]:
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
         serve.start(http_options={"host": config.host, "port": config.port}, logging_config=quiet)
-        arguments = {**asdict(config), "workspace": workspace.root if workspace.is_local else workspace.uri}
+        arguments = {**to_mapping(config), "workspace": workspace.root if workspace.is_local else workspace.uri}
         serve.run(build(arguments), name=NAME, logging_config=quiet)
         yield
         _finish_requests()

@@ -1,11 +1,11 @@
 """Settings of the serving application and the limits of its requests. Loads nothing heavy."""
 
 import ipaddress
-from dataclasses import dataclass
 from typing import Literal
 
-from rayrec.config import setting
-from rayrec.errors import InputError
+from pydantic import Field, field_validator, model_validator
+
+from rayrec.config import Settings
 from rayrec.online.state_store import absolute_uri
 
 Topology = Literal["colocated", "split"]
@@ -22,49 +22,44 @@ LOOPBACK = "127.0.0.1"
 REPORT_SECONDS = 5.0  # between two reports of a replica that has nothing new to say
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(Settings):
     """How the application runs."""
 
-    host: str = setting("127.0.0.1", help="address to listen on; any but loopback needs API keys")
-    port: int = setting(8000, help="port to listen on; 0: any free one")
-    replicas: int = setting(1, help="replicas of the application, the fewest where max_replicas is larger")
-    max_replicas: int = setting(0, help="replicas at most, added and removed by load; 0: as many as replicas")
-    target_ongoing: int = setting(4, help="requests at work in each replica, on average, that autoscaling aims at")
-    topology: Topology = setting(
-        "colocated", help="colocated: model and index in each replica; split: deployments of their own"
+    host: str = Field("127.0.0.1", description="Address to listen on; any but loopback requires API keys")
+    port: int = Field(8000, ge=0, le=65_535, description="Port to listen on; 0: any free port")
+    replicas: int = Field(1, ge=1, description="Number of replicas, the minimum where max_replicas is larger")
+    max_replicas: int = Field(0, ge=0, description="Maximum of replicas, added and removed by load; 0: as replicas")
+    target_ongoing: int = Field(4, ge=1, description="Requests in progress per replica that autoscaling aims at")
+    topology: Topology = Field(
+        "colocated", description="colocated: model and index in every replica; split: as separate deployments"
     )
-    store: str | None = setting(
+    store: str | None = Field(
         None,
-        help="where the states of users are: sqlite:///PATH, for one node, or redis://HOST:PORT/0; "
+        description="Store of user states: sqlite:///PATH, for one node, or redis://HOST:PORT/0; "
         "default: an SQLite file in the workspace",
     )
-    cpus: float = setting(1.0, help="CPUs that each replica reserves of the cluster")
-    keys_file: str | None = setting(None, help="file of API keys, role:key a line; in addition to RAYREC_API_KEYS")
-    open_health: bool = setting(True, help="answer /healthz and /readyz without a key")
-    open_metrics: bool = setting(False, help="answer /metrics without a key")
-    max_body: int = setting(4 << 20, help="bytes of a request's body")
-    max_waiting: int = setting(64, help="requests that a replica works on or holds waiting; more get 503")
-    watch_seconds: float = setting(1.0, help="seconds between two looks at which release is live")
+    cpus: float = Field(1.0, ge=0, lt=1e6, description="CPUs reserved per replica")
+    keys_file: str | None = Field(
+        None, description="File of API keys, one role:key per line, in addition to RAYREC_API_KEYS"
+    )
+    open_health: bool = Field(True, description="Answer /healthz and /readyz without a key")
+    open_metrics: bool = Field(False, description="Answer /metrics without a key")
+    max_body: int = Field(4 << 20, ge=1, description="Maximum size of a request body, in bytes")
+    max_waiting: int = Field(64, ge=1, description="Maximum requests in progress or queued per replica; more get 503")
+    watch_seconds: float = Field(
+        1.0, gt=0, le=3600, description="Interval of checks for a new live release, in seconds"
+    )
 
-    def __post_init__(self) -> None:
-        if self.store is not None:  # replicas run in other folders than this process
-            object.__setattr__(self, "store", absolute_uri(self.store))
-        for name in ("replicas", "target_ongoing", "max_body", "max_waiting"):
-            if getattr(self, name) < 1:
-                raise InputError(f"serve {name} is {getattr(self, name)}; give at least 1")
+    @field_validator("store")
+    @classmethod
+    def _absolute_store(cls, value: str | None) -> str | None:
+        return None if value is None else absolute_uri(value)  # replicas run in other folders
+
+    @model_validator(mode="after")
+    def _replica_range(self) -> "ServeConfig":
         if self.max_replicas and self.max_replicas < self.replicas:
-            raise InputError(
-                f"serve max_replicas is {self.max_replicas}; give at least replicas, {self.replicas}, or 0"
-            )
-        if not 0 <= self.cpus < 1e6:
-            raise InputError(f"serve cpus is {self.cpus}; give 0 or more")
-        if not 0 <= self.port <= 65_535:
-            raise InputError(f"serve port is {self.port}; give 1 to 65535, or 0 for any free one")
-        if self.topology not in ("colocated", "split"):
-            raise InputError(f"serve topology is {self.topology!r}; expected colocated or split")
-        if not 0 < self.watch_seconds <= 3600:
-            raise InputError(f"serve watch_seconds is {self.watch_seconds}; give a number in (0, 3600]")
+            raise ValueError(f"max_replicas is {self.max_replicas}; give at least replicas, {self.replicas}, or 0")
+        return self
 
 
 def is_loopback(host: str) -> bool:

@@ -7,15 +7,28 @@ own earlier result (or its unfinished files) again. Repeating it on purpose make
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
 from rayrec.errors import DamagedArtifactError, NotFoundError
-from rayrec.storage.workspace import Workspace, artifact_dir
+from rayrec.storage.workspace import CURRENT, Workspace, artifact_dir
 
 FORMAT_VERSION = 1
+NOUNS = {  # kind -> what messages call one of it
+    "dataset": "data set",
+    "descriptions": "song metadata",
+    "songs": "song embeddings",
+    "models": "model",
+    "retrieval": "retrievers",
+    "rankers": "rankers",
+    "tastes": "taste vectors",
+    "indexes": "index",
+    "releases": "release",
+    "reports": "report",
+    "tunings": "tuning",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +53,11 @@ class Manifest:
     def path(self, name: str) -> str:
         """The path of one of the artifact's files."""
         return f"{self.folder}/{name}"
+
+
+def noun(kind: str) -> str:
+    """What messages call an artifact of a kind."""
+    return NOUNS.get(kind, kind)
 
 
 def fingerprint(stage: str, config: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -74,12 +92,38 @@ def sha256(workspace: Workspace, path: str) -> str:
     return digest.hexdigest()
 
 
-def publish(workspace: Workspace, manifest: Manifest, names: Iterable[str]) -> Manifest:
-    """Checksum the named files, stamp the time and write the manifest: from now on the artifact exists."""
-    files = {name: sha256(workspace, manifest.path(name)) for name in sorted(names)}
+def publish(
+    workspace: Workspace, manifest: Manifest, names: Iterable[str], checksums: Mapping[str, str] | None = None
+) -> Manifest:
+    """Stamp the time and write the manifest: the artifact exists and is the current one.
+
+    `names` are those of its files; `checksums` are the sha256 that their writers returned. Files without one are read.
+    """
+    known = checksums or {}
+    files = {name: known.get(name) or sha256(workspace, manifest.path(name)) for name in sorted(names)}
     stamped = Manifest(**{**asdict(manifest), "files": files, "created_at": datetime.now(timezone.utc).isoformat()})
     workspace.write_json(stamped.path("manifest.json"), asdict(stamped))
+    make_current(workspace, manifest.kind, manifest.id)
     return stamped
+
+
+def reuse(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
+    """The artifact that an earlier run of the same work made; it becomes the current one."""
+    manifest = load(workspace, kind, artifact_id)
+    make_current(workspace, kind, artifact_id)
+    return manifest
+
+
+def current_ids(workspace: Workspace) -> dict[str, str]:
+    """Kind -> id of the artifact or split that was requested last, made then or found in the cache."""
+    return dict(workspace.read_json(CURRENT)) if workspace.exists(CURRENT) else {}
+
+
+def make_current(workspace: Workspace, kind: str, artifact_id: str) -> None:
+    """Later stages start from this artifact unless another one is named."""
+    ids = current_ids(workspace)
+    if ids.get(kind) != artifact_id:
+        workspace.write_json(CURRENT, {**ids, kind: artifact_id})
 
 
 def load(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
@@ -91,12 +135,12 @@ def load(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
     path = f"{artifact_dir(kind, artifact_id)}/manifest.json"
     if not workspace.exists(path):
         known = ", ".join(m.id for m in listing(workspace, kind)) or "none"
-        raise NotFoundError(f"{kind} {artifact_id!r} is not in workspace {workspace.uri}; there are: {known}")
+        raise NotFoundError(f"{noun(kind)} {artifact_id!r} not found in workspace {workspace.uri}; existing: {known}")
     raw = workspace.read_json(path)
     if raw.get("format_version") != FORMAT_VERSION:
         raise DamagedArtifactError(
             f"{path} has format version {raw.get('format_version')}, this rayrec reads {FORMAT_VERSION}; "
-            "use the rayrec that wrote it, or make the artifact again"
+            "use the rayrec version that wrote it, or create the artifact again"
         )
     return Manifest(**raw)
 
@@ -111,12 +155,21 @@ def listing(workspace: Workspace, kind: str) -> list[Manifest]:
     return sorted(found, key=lambda manifest: manifest.created_at)
 
 
+def latest(
+    workspace: Workspace, kind: str, fits: Callable[[Manifest], bool] = lambda manifest: True
+) -> Manifest | None:
+    """The current artifact of a kind where it fits, else the last made of those that do; None where none does."""
+    fitting = [manifest for manifest in listing(workspace, kind) if fits(manifest)]
+    current = current_ids(workspace).get(kind)
+    return next((manifest for manifest in fitting if manifest.id == current), fitting[-1] if fitting else None)
+
+
 def newest(workspace: Workspace, kind: str, command: str) -> Manifest:
-    """The artifact of a kind made last. Raises `NotFoundError` that names the command to run first."""
-    found = listing(workspace, kind)
-    if not found:
-        raise NotFoundError(f"workspace {workspace.uri} holds no {kind}; run `rayrec {command}` first")
-    return found[-1]
+    """The current artifact of a kind. Raises `NotFoundError` that names the command to run first."""
+    found = latest(workspace, kind)
+    if found is None:
+        raise NotFoundError(f"workspace {workspace.uri} has no {noun(kind)}; run `rayrec {command}` first")
+    return found
 
 
 def verify(workspace: Workspace, manifest: Manifest, names: Iterable[str] | None = None) -> None:
@@ -127,8 +180,8 @@ def verify(workspace: Workspace, manifest: Manifest, names: Iterable[str] | None
     for name in manifest.files if names is None else names:
         path, expected = manifest.path(name), manifest.files[name]
         if not workspace.exists(path):
-            raise DamagedArtifactError(f"{path} is missing; make {manifest.kind} {manifest.id} again")
+            raise DamagedArtifactError(f"{path} is missing; create {noun(manifest.kind)} {manifest.id} again")
         if sha256(workspace, path) != expected:
             raise DamagedArtifactError(
-                f"{path} does not match the checksum in its manifest; make {manifest.kind} {manifest.id} again"
+                f"{path} does not match the checksum in its manifest; create {noun(manifest.kind)} {manifest.id} again"
             )

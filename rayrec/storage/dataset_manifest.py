@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from rayrec.errors import DamagedArtifactError, NotFoundError
-from rayrec.storage.workspace import DATASET_MANIFEST, Workspace, earlier_manifest
+from rayrec.errors import DamagedArtifactError, MismatchError, NotFoundError
+from rayrec.storage.workspace import DATASET_MANIFEST, Workspace, earlier_manifest, histories_file, users_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Times = Literal["real", "positions"]
 
@@ -15,14 +15,19 @@ Times = Literal["real", "positions"]
 class DatasetManifest:
     """dataset/dataset.json, written after everything it speaks of."""
 
-    id: str  # changes with every import
+    id: str  # changes with every import, and where parts are joined
     lineage: str = ""  # id of the data set whose rows of songs it shares, itself where empty
     ancestors: list[str] = field(
         default_factory=list
     )  # ids of those whose parts and songs it begins with, oldest first
     source: str  # the format it came from
     buckets: int  # fixed at the first import
-    parts: int  # parts of the histories, numbered from 0
+    parts: int  # imports of plays so far; each made a part of the histories, numbered from 0
+    joined: list[tuple[int, int]] = field(default_factory=list)  # first and last of parts that share their files
+    joined_from: str = ""  # id of the data set of the same plays before parts were joined, itself where empty
+    joined_at: str = ""  # ISO 8601, UTC, when parts were last joined
+    part_times: list[tuple[int, int]] = field(default_factory=list)  # ms UTC of the first and last play of each part
+    users_parts: list[int] = field(default_factory=list)  # bucket by bucket the part whose users file is current
     users: int
     plays: int
     songs: int
@@ -49,6 +54,50 @@ class DatasetManifest:
         """
         return dataset_id == self.id or dataset_id in self.ancestors
 
+    @property
+    def plays_id(self) -> str:
+        """The id of the plays: the same before and after parts are joined."""
+        return self.joined_from or self.id
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First and last part of each set of histories files, one file a bucket, in order."""
+        ends, spans, part = dict(self.joined), [], 0
+        while part < self.parts:
+            spans.append((part, ends.get(part, part)))
+            part = spans[-1][1] + 1
+        return spans
+
+    def histories_files(self, bucket: int, first_part: int = 0, parts: int | None = None) -> list[str]:
+        """The files of a bucket that hold the plays of `first_part` up to `parts`, oldest first.
+
+        Raises `MismatchError` where one of them holds other parts too.
+        """
+        parts = self.parts if parts is None else parts
+        spans = [(first, last) for first, last in self.spans if last >= first_part and first < parts]
+        if spans and (spans[0][0] < first_part or spans[-1][1] >= parts):
+            raise MismatchError(
+                f"parts {first_part} to {parts - 1} of the histories were joined with others by `rayrec compact`; "
+                "what was made of them is made anew by its command with --force"
+            )
+        return [histories_file(first, bucket, last) for first, last in spans]
+
+    def files_between(self, bucket: int, first: int, last: int) -> list[str]:
+        """The files of a bucket that may hold plays from `first` up to and with `last`, ms UTC."""
+        return [
+            histories_file(start, bucket, end)
+            for start, end in self.spans
+            if any(begin <= last and stop >= first for begin, stop in self.part_times[start : end + 1])
+        ]
+
+    def current_users_file(self, bucket: int) -> str:
+        """The file of the ids of all users of a bucket."""
+        return users_file(self.users_parts[bucket] if self.users_parts else 0, bucket)
+
+    def splits_at(self, part: int) -> bool:
+        """True where the plays before a part, and those from it on, can be read alone."""
+        return part == self.parts or part in [first for first, _ in self.spans]
+
 
 def read_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) -> DatasetManifest:
     """The manifest at a path, the present data set's by default.
@@ -57,7 +106,7 @@ def read_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) -> Dataset
     """
     if path == DATASET_MANIFEST and not workspace.exists(path):
         raise NotFoundError(
-            f"workspace {workspace.uri} holds no data set; run `rayrec import` or `rayrec generate` first"
+            f"workspace {workspace.uri} has no data set; run `rayrec import` or `rayrec generate` first"
         )
     raw = workspace.read_json(path)
     if raw.get("schema_version") != SCHEMA_VERSION:
@@ -65,6 +114,8 @@ def read_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) -> Dataset
             f"{path} has schema version {raw.get('schema_version')}, "
             f"this rayrec reads {SCHEMA_VERSION}; import the data again"
         )
+    for name in ("joined", "part_times"):
+        raw[name] = [tuple(pair) for pair in raw.get(name, [])]
     return DatasetManifest(**raw)
 
 

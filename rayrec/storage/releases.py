@@ -28,8 +28,17 @@ KIND = "releases"
 ACTIVE = "releases/active"  # JSON: the live id, the ids live before it, oldest first, and which change made it so
 SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
-PART_KINDS = ("songs", "models", "tastes", "indexes")
-MADE_BY = {"songs": "embed", "models": "train", "tastes": "taste", "indexes": "index"}  # kind -> command
+FIXED = ("playlists/", "rejected/", "earlier/")  # files below dataset/ that stay as they are as plays are appended
+PART_KINDS = ("songs", "models", "retrieval", "rankers", "tastes", "indexes")
+OPTIONAL_KINDS = ("retrieval", "rankers")  # a release without them answers with the network alone
+MADE_BY = {
+    "songs": "embed",
+    "models": "train",
+    "retrieval": "retrieval",
+    "rankers": "rank",
+    "tastes": "taste",
+    "indexes": "index",
+}  # kind -> command
 
 
 def create_release(
@@ -38,9 +47,10 @@ def create_release(
     model_id: str | None = None,
     tastes_id: str | None = None,
     index_id: str | None = None,
+    rankers_id: str | None = None,
     activate: bool = True,
 ) -> Manifest:
-    """Tie a model, its song vectors, tastes and index and the data set together under one id.
+    """Tie a model, its song vectors, tastes, index, rankers and their retrieval and the data set together under one id.
 
     What is not named is the newest that fits: the newest model of the data set that has tastes and
     an index, and the newest of those. The same parts make the same release.
@@ -48,7 +58,7 @@ def create_release(
     Raises `NotFoundError` where a part is missing, `MismatchError` where named parts do not belong together.
     """
     dataset = read_manifest(workspace)
-    named = {"models": model_id, "tastes": tastes_id, "indexes": index_id}
+    named = {"models": model_id, "rankers": rankers_id, "tastes": tastes_id, "indexes": index_id}
     chosen = {kind: artifacts.load(workspace, kind, part) for kind, part in named.items() if part is not None}
     model = chosen.get("models") or _newest_model(workspace, dataset, chosen)
     parts = {
@@ -57,6 +67,9 @@ def create_release(
         "tastes": chosen.get("tastes") or _newest_of(workspace, "tastes", model),
         "indexes": chosen.get("indexes") or _newest_of(workspace, "indexes", model),
     }
+    rankers = chosen.get("rankers") or _last_of(workspace, "rankers", model)
+    if rankers is not None:
+        parts |= {"rankers": rankers, "retrieval": artifacts.load(workspace, "retrieval", rankers.inputs["retrieval"])}
     inputs = {"dataset": dataset.id, **{kind: part.id for kind, part in parts.items()}}
     if "split" in model.inputs:
         inputs["split"] = model.inputs["split"]
@@ -77,8 +90,8 @@ def require_fit(dataset: DatasetManifest, inputs: dict[str, str], parts: Any) ->
             descends = role == "dataset" and dataset.descends_from(made_of)
             if role in inputs and inputs[role] != made_of and not descends:
                 raise MismatchError(
-                    f"{part.kind} {part.id} was made of {role} {made_of}, but {role} {inputs[role]} is asked for; "
-                    f"name parts that belong together, or run `rayrec {MADE_BY[part.kind]}` again"
+                    f"{artifacts.noun(part.kind)} {part.id} was made from {artifacts.noun(role)} {made_of}, not from "
+                    f"{inputs[role]}; choose matching artifacts, or run `rayrec {MADE_BY[part.kind]}` again"
                 )
 
 
@@ -114,7 +127,7 @@ def rollback(workspace: Workspace) -> Manifest:
     state = read_active(workspace)
     if not state["history"]:
         raise InputError(
-            f"there is no release to go back to: {state['active'] or 'none'} is the only one that was ever active; "
+            f"No earlier release to roll back to (live: {state['active'] or 'none'}); "
             "see `rayrec release list` and use `rayrec release activate ID`"
         )
     *earlier, previous = state["history"]
@@ -153,6 +166,8 @@ def verify_release(
         if plays or not path.startswith((HISTORIES, PLAYLISTS)):
             _compare(workspace, path, expected)
     for kind in kinds:
+        if kind in OPTIONAL_KINDS and kind not in release.inputs:
+            continue
         artifacts.verify(workspace, artifacts.load(workspace, kind, release.inputs[kind]))
 
 
@@ -162,23 +177,29 @@ def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
     Raises `DamagedArtifactError` where its data set is gone or was replaced.
     """
     if not workspace.exists(DATASET_MANIFEST):
-        raise DamagedArtifactError(f"{DATASET_MANIFEST} is missing; bring it back or import the data again")
+        raise DamagedArtifactError(f"{DATASET_MANIFEST} is missing; restore it or import the data again")
     dataset, made_of = read_manifest(workspace), release.inputs["dataset"]
     files = dict(workspace.read_json(release.path(CHECKSUMS)))
     if not dataset.descends_from(made_of):
         raise DamagedArtifactError(
-            f"data set {made_of} of release {release.id} was replaced by {dataset.id}; make a new release"
+            f"data set {made_of} of release {release.id} was replaced by {dataset.id}; create a new release"
         )
     if made_of != dataset.id:
         files[earlier_manifest(made_of)] = files.pop(DATASET_MANIFEST)
-    of_dataset = earlier_version(workspace, dataset, made_of).files
-    if SONGS_FILE in of_dataset:  # songs are appended to it: the checksum is the present one's
-        of_dataset = {**of_dataset, SONGS_FILE: dataset.files[SONGS_FILE]}
+    earlier = earlier_version(workspace, dataset, made_of)
+    of_dataset = {path: digest for path, digest in earlier.files.items() if path.startswith(FIXED)}
+    if SONGS_FILE in earlier.files:  # songs are appended to it: the checksum is the present one's
+        of_dataset[SONGS_FILE] = dataset.files[SONGS_FILE]
+    # Parts may have been joined since: their plays are in the present files.
+    last = f"histories/part={earlier.parts:04d}"
+    of_dataset |= {
+        path: digest for path, digest in dataset.files.items() if path.startswith("histories/") and path < last
+    }
     return files | {f"{DATASET}/{name}": digest for name, digest in of_dataset.items()}
 
 
 def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str, str]:
-    """Role -> id of the parts to answer with: the live release's, else those of the newest model; or of `model_id`.
+    """Role -> id of the parts to answer with: the live release's, else those of the current model; or of `model_id`.
 
     Tastes and index are there only where the model has them. Raises `NotFoundError` for an unknown
     model, or naming the command to run first where there is none.
@@ -191,10 +212,12 @@ def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str
     else:
         model = artifacts.load(workspace, "models", model_id)
     found = {**model.inputs, "models": model.id}
-    for kind in ("tastes", "indexes"):
-        of_model = [part for part in artifacts.listing(workspace, kind) if part.inputs.get("models") == model.id]
-        if of_model:
-            found[kind] = of_model[-1].id
+    for kind in ("tastes", "indexes", "rankers"):
+        part = _last_of(workspace, kind, model)
+        if part is not None:
+            found[kind] = part.id
+            if kind == "rankers":
+                found["retrieval"] = part.inputs["retrieval"]
     return found
 
 
@@ -204,25 +227,35 @@ def _newest_model(workspace: Workspace, dataset: DatasetManifest, chosen: dict[s
         return artifacts.load(workspace, "models", next(iter(chosen.values())).inputs["models"])
     models = [m for m in artifacts.listing(workspace, "models") if dataset.descends_from(m.inputs.get("dataset", ""))]
     if not models:
-        raise NotFoundError(f"there is no model of data set {dataset.id} to release; run `rayrec train` first")
-    complete = models
+        raise NotFoundError(f"Data set {dataset.id} has no model; run `rayrec train` first")
+    current = artifacts.current_ids(workspace).get("models")
+    complete = sorted(models, key=lambda model: model.id == current)  # the current one last
     for kind in ("tastes", "indexes"):
         used = {part.inputs.get("models") for part in artifacts.listing(workspace, kind)}
         complete = [model for model in complete if model.id in used]
         if not complete:
-            raise NotFoundError(f"no model has {kind} to release with it; run `rayrec {MADE_BY[kind]}` first")
+            raise NotFoundError(f"No model has {artifacts.noun(kind)}; run `rayrec {MADE_BY[kind]}` first")
     return complete[-1]
 
 
+def _last_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest | None:
+    """The current part of a kind where it was made with the model, else the last that was."""
+    return artifacts.latest(workspace, kind, lambda part: part.inputs.get("models") == model.id)
+
+
 def _newest_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest:
-    fitting = [part for part in artifacts.listing(workspace, kind) if part.inputs.get("models") == model.id]
-    if not fitting:
-        raise NotFoundError(f"model {model.id} has no {kind}; run `rayrec {MADE_BY[kind]} --model {model.id}` first")
-    return fitting[-1]
+    part = _last_of(workspace, kind, model)
+    if part is None:
+        advice = f"run `rayrec {MADE_BY[kind]} --model {model.id}` first"
+        raise NotFoundError(f"model {model.id} has no {artifacts.noun(kind)}; {advice}")
+    return part
 
 
 def _publish_release(workspace: Workspace, inputs: dict[str, str]) -> Manifest:
-    paths = [DATASET_MANIFEST, *(f"{artifact_dir(kind, inputs[kind])}/manifest.json" for kind in PART_KINDS)]
+    paths = [
+        DATASET_MANIFEST,
+        *(f"{artifact_dir(kind, inputs[kind])}/manifest.json" for kind in PART_KINDS if kind in inputs),
+    ]
     if "split" in inputs:
         paths.append(split_file(inputs["split"]))
     checksums = {path: sha256(workspace, path) for path in paths}
@@ -237,8 +270,6 @@ def _publish_release(workspace: Workspace, inputs: dict[str, str]) -> Manifest:
 
 def _compare(workspace: Workspace, path: str, expected: str) -> None:
     if not workspace.exists(path):
-        raise DamagedArtifactError(f"{path} is missing; the release that uses it cannot be trusted, make it again")
+        raise DamagedArtifactError(f"{path} is missing; create the release again")
     if sha256(workspace, path) != expected:
-        raise DamagedArtifactError(
-            f"{path} is not what the release was made of; make a new release, or bring the old file back"
-        )
+        raise DamagedArtifactError(f"{path} changed since the release; create a new release, or restore the old file")

@@ -1,6 +1,7 @@
 """The workspace: the folder or bucket prefix that holds every artifact. Paths are made here only."""
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -11,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rayrec.errors import InputError, NotFoundError, StorageError
+from rayrec.storage.local_cache import cached
 from rayrec.storage.object_storage import patient, upload
 
 DATASET = "dataset"
@@ -26,20 +28,27 @@ DATASET_MANIFEST = "dataset/dataset.json"
 GENERATING = "dataset/.generating.json"  # the config that unfinished generated buckets belong to
 SONGS_TABLE = "dataset/songs.parquet"
 HISTORIES = "dataset/histories"
+USERS = "dataset/users"
 PLAYLISTS = "dataset/playlists"
 REJECTED_ROWS = "dataset/rejected"
 STATES_FILE = "serving/states.sqlite"  # the embedded store of user states
 IMPORT_STAGING = "dataset/.staging"  # what an unfinished import has done so far
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
+CURRENT = "current.json"  # kind -> id of what was requested last
 LOCK = ".lock"  # held by the run that writes, on a local disk
-LOCK_HOLDER = ".lock-holder.json"  # who that is
-LEASE = ".lease.json"  # the same on object storage
+LOCK_HOLDER = ".lock-holder.json"  # who that is; on object storage the lock itself
 
 
-def histories_file(part: int, bucket: int) -> str:
-    """The Parquet file of one bucket of users in one part of the histories."""
-    return f"{HISTORIES}/part={part:04d}/bucket={bucket:05d}/histories.parquet"
+def histories_file(part: int, bucket: int, last_part: int | None = None) -> str:
+    """The Parquet file of one bucket of users in one part of the histories, or in parts joined up to `last_part`."""
+    parts = f"{part:04d}" if last_part in (None, part) else f"{part:04d}-{last_part:04d}"
+    return f"{HISTORIES}/part={parts}/bucket={bucket:05d}/histories.parquet"
+
+
+def users_file(part: int, bucket: int) -> str:
+    """The Parquet file of the ids of all users of a bucket up to a part, the last one that brought new users."""
+    return f"{USERS}/bucket={bucket:05d}/part={part:04d}.parquet"
 
 
 def earlier_manifest(dataset_id: str) -> str:
@@ -67,6 +76,33 @@ def artifact_dir(kind: str, artifact_id: str) -> str:
     return f"{kind}/{artifact_id}"
 
 
+class OutputFile(io.RawIOBase):
+    """A file that is being written from its start to its end; its checksum is taken on the way."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest, self._size = file, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    def write(self, data: Any, /) -> int:
+        """Append bytes."""
+        self._digest.update(data)
+        written = self._file.write(data)
+        self._size += written
+        return written
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._size
+
+    @property
+    def sha256(self) -> str:
+        """The checksum of what was written so far."""
+        return self._digest.hexdigest()
+
+
 class Workspace:
     """Reads and writes files under one root, a local path or an s3:// or gs:// prefix.
 
@@ -89,11 +125,11 @@ class Workspace:
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(
                 f"workspace {self.uri!r} cannot be opened: {error}; "
-                "give a local path, s3://bucket/prefix or gs://bucket/prefix"
+                "expected a local path, s3://bucket/prefix or gs://bucket/prefix"
             ) from error
         self.root = root.rstrip("/")
         if self.is_local and Path(self.root).exists() and not Path(self.root).is_dir():
-            raise InputError(f"workspace {self.uri!r} is a file; give a folder")
+            raise InputError(f"workspace {self.uri!r} is a file; expected a folder")
 
     def __reduce__(self) -> tuple[type["Workspace"], tuple[str]]:
         return Workspace, (self.root if self.is_local else self.uri,)
@@ -117,23 +153,20 @@ class Workspace:
     def size(self, path: str) -> int:
         """Bytes of all files at or below `path`; 0 where there is nothing."""
         info = self.filesystem.get_file_info(self.full(path))
-        if info.type == pafs.FileType.File:
-            return int(info.size)
-        return sum(self.filesystem.get_file_info(self.full(name)).size for name in self.files(path))
-
-    def modified(self, path: str) -> float:
-        """Seconds since 1970 by the clock of the storage when a file was written; 0 where there is none."""
-        return float(self.filesystem.get_file_info(self.full(path)).mtime_ns or 0) / 1e9
+        return int(info.size) if info.type == pafs.FileType.File else sum(self.sizes(path).values())
 
     def files(self, path: str) -> list[str]:
         """All files below a folder, as sorted paths relative to the root; hidden and temporary ones left out."""
+        return sorted(self.sizes(path))
+
+    def sizes(self, path: str) -> dict[str, int]:
+        """The bytes of all files below a folder, of one listing; hidden and temporary ones left out."""
         selector = pafs.FileSelector(self.full(path), allow_not_found=True, recursive=True)
-        found = (
-            posixpath.relpath(info.path, self.root)
+        return {
+            posixpath.relpath(info.path, self.root): int(info.size)
             for info in self.filesystem.get_file_info(selector)
-            if info.type == pafs.FileType.File
-        )
-        return sorted(name for name in found if not posixpath.basename(name).startswith("."))
+            if info.type == pafs.FileType.File and not info.base_name.startswith(".")
+        }
 
     def folders(self, path: str) -> list[str]:
         """The names of the folders directly in a folder, sorted."""
@@ -152,25 +185,28 @@ class Workspace:
     def move(self, source: str, target: str) -> None:
         """Rename a file, over one that may be there."""
         if self.is_local:
-            Path(self.full(target)).parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(Path(self.full(target)).parent)
         self.filesystem.move(self.full(source), self.full(target))
+        if self.is_local:
+            _sync(Path(self.full(target)).parent)
 
     def open_input(self, path: str) -> pa.NativeFile:
         """A random access file. Raises `NotFoundError` where there is none."""
         try:
             return self.filesystem.open_input_file(self.full(path))
         except FileNotFoundError as error:
-            raise NotFoundError(f"{path} is not in workspace {self.uri}") from error
+            raise NotFoundError(f"{path} not found in workspace {self.uri}") from error
 
     @contextmanager
-    def open_output(self, path: str) -> Iterator[pa.NativeFile]:
-        """A stream that becomes the file `path` when the block ends without an error.
+    def open_output(self, path: str) -> Iterator[OutputFile]:
+        """A stream that becomes the file `path` when the block ends without an error; it knows its checksum.
 
+        On a local disk the file survives a power cut once the block has ended.
         Raises `StorageError` where the disk is full or the storage goes on failing.
         """
         target = self.full(path)
         if self.is_local:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(Path(target).parent)
             written = Path(target).parent / f".{posixpath.basename(target)}.{uuid.uuid4().hex}"
         else:
             # First on a local disk: pyarrow closes a stream that is let go of, and half a file would be there.
@@ -178,18 +214,22 @@ class Workspace:
             os.close(descriptor)
             written = Path(name)
         try:
-            with pa.OSFile(str(written), "wb") as stream:
-                yield stream
+            with written.open("wb") as file:
+                yield OutputFile(file)
+                file.flush()
+                if self.is_local:
+                    os.fsync(file.fileno())
             if self.is_local:
                 written.replace(target)
+                _sync(written.parent)
             else:
                 upload(self.filesystem, written, target)
         except OSError as error:
             if error.errno not in FULL:
                 raise
             raise StorageError(
-                f"there is no room to write {path} in {self.uri if self.is_local else written.parent}: {error}; "
-                "make room and run again: what is done is kept"
+                f"no space left to write {path} in {self.uri if self.is_local else written.parent}: {error}; "
+                "free some space and run the command again: completed work is kept"
             ) from error
         finally:
             written.unlink(missing_ok=True)
@@ -199,57 +239,71 @@ class Workspace:
         with self.open_input(path) as stream:
             return bytes(stream.read())
 
-    def write_bytes(self, path: str, data: bytes) -> None:
-        """Write a file whole."""
+    def write_bytes(self, path: str, data: bytes) -> str:
+        """Write a file whole; its sha256."""
         with self.open_output(path) as stream:
             stream.write(data)
+        return stream.sha256
 
     def read_json(self, path: str) -> Any:
         """A JSON file's content."""
         return json.loads(self.read_bytes(path))
 
-    def write_json(self, path: str, value: Any) -> None:
-        """Write a JSON file, indented, for people to read."""
-        self.write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    def write_json(self, path: str, value: Any) -> str:
+        """Write a JSON file, indented, for people to read; its sha256."""
+        return self.write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
-    def read_array(self, path: str) -> np.ndarray:
-        """A .npy file as an array; memory-mapped, read-only, on a local disk. Never unpickles."""
-        if self.is_local:
-            if not self.exists(path):
-                raise NotFoundError(f"{path} is not in workspace {self.uri}")
-            return np.load(self.full(path), mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
-        return np.load(io.BytesIO(self.read_bytes(path)), allow_pickle=False)  # type: ignore[no-any-return]
+    def read_array(self, path: str, sha256: str | None = None) -> np.ndarray:
+        """A .npy file as an array, memory-mapped and read-only: the processes of a node share its pages.
 
-    def write_array(self, path: str, array: np.ndarray) -> None:
-        """Write a .npy file, without pickle."""
+        Never unpickles. On a bucket it is a copy on the local disk, which is compared with `sha256` while it is made.
+        """
+        return np.load(self.local_file(path, sha256), mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+
+    def write_array(self, path: str, array: np.ndarray) -> str:
+        """Write a .npy file, without pickle; its sha256."""
         with self.open_output(path) as stream:
             np.lib.format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
+        return stream.sha256
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file as a table."""
         with self.open_input(path) as stream:
             return pq.read_table(stream, columns=columns)
 
-    def write_table(self, path: str, table: pa.Table, row_group_rows: int = 100_000) -> None:
-        """Write a table as a Parquet file, zstd-compressed."""
+    def write_table(self, path: str, table: pa.Table, row_group_rows: int = 100_000) -> str:
+        """Write a table as a Parquet file, zstd-compressed; its sha256."""
         with self.open_output(path) as stream:
             pq.write_table(table, stream, compression="zstd", row_group_size=row_group_rows)
+        return stream.sha256
 
-    @contextmanager
-    def local_copy(self, path: str) -> Iterator[Path]:
-        """The file under a local path, for libraries that read nothing else; a download on a bucket."""
-        if self.is_local:
-            if not self.exists(path):
-                raise NotFoundError(f"{path} is not in workspace {self.uri}")
-            yield Path(self.full(path))
-            return
-        with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
-            target = Path(folder) / posixpath.basename(path)
-            with self.open_input(path) as source, target.open("wb") as copy:
-                shutil.copyfileobj(source, copy)
-            yield target
+    def local_file(self, path: str, sha256: str | None = None) -> Path:
+        """The file under a local path, for libraries that read nothing else; on a bucket the one copy of this node."""
+        info = self.filesystem.get_file_info(self.full(path))
+        if info.type != pafs.FileType.File:
+            raise NotFoundError(f"{path} is not in workspace {self.uri}")
+        return Path(info.path) if self.is_local else cached(self.filesystem, info, sha256)
 
-    def put_file(self, local: Path, path: str) -> None:
-        """Copy a local file into the workspace, whole."""
+    def put_file(self, local: Path, path: str) -> str:
+        """Copy a local file into the workspace, whole; its sha256."""
         with local.open("rb") as source, self.open_output(path) as stream:
-            shutil.copyfileobj(source, stream)
+            shutil.copyfileobj(source, stream, 1 << 22)
+        return stream.sha256
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a local folder and those above it, each written to disk in the one that holds it."""
+    missing = [folder, *folder.parents]
+    missing = missing[: next(place for place, above in enumerate(missing) if above.exists())]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _sync(made.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Write what a local folder holds to disk: without it a rename may be lost in a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

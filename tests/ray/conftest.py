@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.runtime import ray_cluster
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,4 @@
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,7 +42,7 @@ def test_the_same_index_is_not_built_again_unless_repeated(workspace: Workspace)
     first = build_index(workspace, IndexConfig(), model_id="a")
     assert build_index(workspace, IndexConfig(), model_id="a") == first
     assert build_index(workspace, IndexConfig(), model_id="a", repeat=True).id == f"{first.id}.2"
-    assert build_index(workspace, replace(IndexConfig(), seed=1), model_id="a").id != first.id
+    assert build_index(workspace, IndexConfig().replace(seed=1), model_id="a").id != first.id
 
 
 def test_a_missing_model_is_named_with_the_command_to_run(workspace: Workspace) -> None:

@@ -16,7 +16,7 @@ from networks import NUM_SONGS, model_config, network
 from worlds import random_histories, write_dataset
 
 from rayrec.data.dataset import Dataset
-from rayrec.jobs.verifying.verify import verify_workspace
+from rayrec.jobs.verify import verify_workspace
 from rayrec.model.checkpoint import save_model
 from rayrec.model.taste_table import tastes_file
 from rayrec.storage import artifacts
@@ -86,9 +86,9 @@ def folder(tmp_path: Path) -> Path:
 
 def check(runs: Runs, done_already: str) -> None:
     assert runs.exit_when_full == "1"
-    assert runs.told.startswith("rayrec: there is no room to write ")
+    assert runs.told.startswith("rayrec: No space left to write ")
     assert "No space left on device" in runs.told
-    assert runs.told.endswith("make room and run again: what is done is kept")
+    assert runs.told.endswith("free some space and run the command again: completed work is kept")
     assert runs.audit_when_full == "0"
     assert any(done_already in path for path in runs.there_when_full), runs.there_when_full
     assert (runs.exit_after, runs.audit_after) == ("0", "0")
@@ -104,7 +104,7 @@ def test_an_import_says_that_the_disk_is_full_and_goes_on_when_there_is_room(fol
         lines = [f"user-{row % 500},song-{row * 7919 % 3_000},{1_400_000_000 + row * 600}" for row in rows]
         (folder / "plays" / f"{file}.csv").write_text("\n".join(["user,song,played_at", *lines]) + "\n")
     runs = Runs(folder, folder / "before", "import", "csv", str(folder / "plays"), "--buckets", "4")
-    check(runs, "/.staging/units/")
+    check(runs, "/.staging/pieces/")
     assert not any(path.endswith(DATASET_MANIFEST) for path in runs.there_when_full)
     manifest = Dataset(runs.workspace).manifest
     assert (manifest.read, manifest.plays, manifest.users) == (60_000, 60_000, 500)

@@ -48,7 +48,7 @@ models = ["taste", "popularity"]
 """
 # What the run has just written when it is killed, stage by stage; of each one moment, drawn by the seed.
 MOMENTS = {
-    "read": ("dataset/.staging/units/*", "dataset/.staging/units/*/result.json"),
+    "read": ("dataset/.staging/pieces/*", "dataset/.staging/pieces/*/result.json"),
     "merge": ("dataset/.staging/*/buckets/*.json", "dataset/dataset.json"),
     "embed": ("songs/*/vectors.npy",),
     "train": ("models/*/run/*_counts.npy", "models/*/model.safetensors"),

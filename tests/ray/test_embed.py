@@ -89,7 +89,7 @@ def test_the_same_settings_are_not_embedded_again_unless_repeated(planted: Works
     assert again.id == f"{first.id}.2"
     # One thread and one seed: the repetition finds the same vectors.
     assert again.files == first.files
-    assert embed(planted, replace(CONFIG, seed=1)).files != first.files
+    assert embed(planted, CONFIG.replace(seed=1)).files != first.files
 
 
 def test_playlists_are_preferred_where_there_are_any(planted: Workspace) -> None:
@@ -101,7 +101,7 @@ def test_playlists_are_preferred_where_there_are_any(planted: Workspace) -> None
     manifest = embed(planted, CONFIG)
     assert manifest.metrics["source"] == "playlists"
     assert np.flatnonzero(SongVectors.load(planted, manifest).known).tolist() == [0, 10]
-    assert embed(planted, replace(CONFIG, source="histories")).metrics["coverage"] == 1.0
+    assert embed(planted, CONFIG.replace(source="histories")).metrics["coverage"] == 1.0
 
 
 def test_vectors_from_outside_are_taken_for_both_fits(planted: Workspace, tmp_path: Path) -> None:
@@ -120,15 +120,15 @@ def test_vectors_from_outside_are_taken_for_both_fits(planted: Workspace, tmp_pa
 
 
 def test_what_does_not_fit_is_refused(planted: Workspace) -> None:
-    with pytest.raises(MismatchError, match="cuts data set 'other'"):
+    with pytest.raises(MismatchError, match="belongs to data set 'other'"):
         embed(planted, CONFIG, split=replace(SPLIT, dataset="other"))
     with pytest.raises(InputError, match="has none"):
-        embed(planted, replace(CONFIG, source="playlists"))
+        embed(planted, CONFIG.replace(source="playlists"))
     with pytest.raises(InputError, match="is not there"):
         embed(planted, EmbedConfig(vectors="nowhere.npy"))
 
 
 def test_an_error_in_the_task_comes_out_as_ours_and_leaves_no_artifact(planted: Workspace) -> None:
-    with pytest.raises(InputError, match=r"^nothing to train song vectors on"):
-        embed(planted, replace(CONFIG, min_count=10**6))
+    with pytest.raises(InputError, match=r"^nothing to train song embeddings on"):
+        embed(planted, CONFIG.replace(min_count=10**6))
     assert artifacts.listing(planted, "songs") == []

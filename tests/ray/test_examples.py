@@ -46,7 +46,7 @@ def test_the_notebook_goes_from_plays_to_recommendations(
     runpy.run_path(str(script), run_name="__main__")
     told = capsys.readouterr().out
     recalls = {line.split()[0]: float(line.split()[2]) for line in told.splitlines() if " recall@20 0." in line}
-    assert recalls["hybrid"] > 1.2 * recalls["popularity"]
+    assert recalls["two-step"] > 1.2 * recalls["popularity"]
     assert told.splitlines()[-1].count("–") == 1  # artist – title
     assert script.read_text().count("# %%") > 8
 
@@ -139,7 +139,6 @@ def test_a_night_goes_live_where_figures_hold_and_is_kept_back_where_they_fall(
             "learning_rate": 0.02,
             "negatives": 32,
             "workers": 0,
-            "memory": False,
         },
         "evaluate": {"models": ["taste"], "bootstrap_samples": 0, "offsets": 0},
     }

@@ -56,7 +56,7 @@ class TestGenerate:
         generate(workspace, CONFIG)
         workspace.delete(DATASET_MANIFEST)
         _mark_unfinished(workspace, CONFIG)
-        other = dataclasses.replace(CONFIG, seed=1)
+        other = CONFIG.replace(seed=1)
         generate(workspace, other)
         stored = concatenate(list(Dataset(workspace).read_all()))
         world = World(other)
@@ -64,8 +64,8 @@ class TestGenerate:
 
     def test_a_data_set_is_replaced_only_on_purpose(self, workspace: Workspace) -> None:
         first = generate(workspace, CONFIG)
-        smaller = dataclasses.replace(CONFIG, users=50)
-        with pytest.raises(InputError, match="holds a data set already"):
+        smaller = CONFIG.replace(users=50)
+        with pytest.raises(InputError, match="already has a data set"):
             generate(workspace, smaller)
         second = generate(workspace, smaller, repeat=True)
         assert (Dataset(workspace).manifest.users, second.users) == (50, 50)

@@ -21,7 +21,7 @@ from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs import import_data as import_job
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.import_data import import_data
-from rayrec.jobs.verifying.verify import verify_workspace
+from rayrec.jobs.verify import verify_workspace
 from rayrec.storage.artifacts import sha256
 from rayrec.storage.dataset_manifest import DatasetManifest
 from rayrec.storage.workspace import Workspace
@@ -311,11 +311,11 @@ def test_lines_of_songs_are_imported_in_order_and_cut_by_place(tmp_path: Path, w
 
 def test_input_without_a_usable_row_is_refused_and_leaves_nothing(tmp_path: Path, workspace: Workspace) -> None:
     file = write(tmp_path / "a.csv", ["user,song,played_at", "a,s,2015-01-01 10:00:00", "a,,1"])
-    with pytest.raises(InputError, match=r"none of 2 rows can be used: 1 × .*, 1 × .*; check"):
+    with pytest.raises(InputError, match=r"all 2 rows are rejected: 1 × .*, 1 × .*; check"):
         import_data(workspace, csv_config(file))
-    with pytest.raises(InputError, match="there are no rows to import"):
+    with pytest.raises(InputError, match="no rows to import"):
         import_data(workspace, csv_config(write(file, ["user,song,played_at"])))
-    with pytest.raises(InputError, match="none of 1 rows can be used: 1 × user with fewer than 2 plays"):
+    with pytest.raises(InputError, match="all 1 rows are rejected: 1 × user with fewer than 2 plays"):
         import_data(workspace, csv_config(write(file, ["user,song,played_at", f"a,s,{START}"]), min_user_plays=2))
     assert workspace.files("dataset") == []
 
@@ -332,7 +332,9 @@ def test_a_damaged_parquet_file_among_a_thousand_is_named_and_the_others_are_not
     whole = damaged.read_bytes()
     damage(damaged)
     config = ImportConfig(format="parquet", paths=(str(folder),), buckets=2)
-    with pytest.raises(InputError, match=r"0417.parquet is damaged: .*bring it back whole or leave it out; .* is kept"):
+    with pytest.raises(
+        InputError, match=r"0417.parquet is damaged: .*restore it or remove it from the import; .* is kept"
+    ):
         import_data(workspace, config)
     assert not workspace.exists("dataset/dataset.json")
     audit = verify_workspace(workspace)

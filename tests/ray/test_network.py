@@ -12,8 +12,8 @@ DRIVER = """
 import json, sys, time
 import ray
 from rayrec.data.synthetic.world import GenerateConfig
-from rayrec.jobs.buckets import run_buckets
-from rayrec.jobs.cluster import cluster_cpus, ray_cluster
+from rayrec.jobs.runtime import run_buckets
+from rayrec.jobs.runtime import cluster_cpus, ray_cluster
 from rayrec.jobs.generate import generate
 from rayrec.storage.workspace import Workspace
 

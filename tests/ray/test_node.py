@@ -10,8 +10,7 @@ import pytest
 import ray.cloudpickle
 
 from rayrec.errors import InputError, RayrecError
-from rayrec.jobs.buckets import RETRIES
-from rayrec.jobs.node import node_cpus, run_on_node
+from rayrec.jobs.runtime import RETRIES, node_cpus, run_on_node
 
 pytestmark = pytest.mark.usefixtures("cluster")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -46,7 +45,7 @@ def test_a_task_whose_worker_is_killed_begins_again(tmp_path: Path) -> None:
 
 
 def test_a_task_that_kills_every_worker_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RayrecError, match=r"killed could not be done: .* killed each of 4 times, .* more memory"):
+    with pytest.raises(RayrecError, match=r"killed failed: .* killed 4 times, .* more memory"):
         list(run_on_node(killed, str(tmp_path), 99, cpus=1))
     assert len(list(tmp_path.iterdir())) == RETRIES + 1
 

@@ -17,9 +17,9 @@ from rayrec.errors import BusyError
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.pipeline import run
-from rayrec.jobs.verifying.verify import verify_workspace
+from rayrec.jobs.verify import verify_workspace
 from rayrec.storage import locking, releases
-from rayrec.storage.workspace import LEASE, Workspace
+from rayrec.storage.workspace import Workspace
 
 pytest.importorskip("moto.server")
 
@@ -55,17 +55,15 @@ def test_a_run_on_storage_that_fails_now_and_then_is_whole(server: S3Server) -> 
     assert {outcome.status for outcome in run(workspace, TINY)} == {"skipped"}
 
 
-# An append on another machine, as its lease tells; its leases last as long as this test waits.
+# An append on another machine, as its lock tells.
 DRIVER = """
 import sys
 from types import SimpleNamespace
-from rayrec import locking
+from rayrec.storage import locking
 from rayrec_cli.main import main
 locking.socket = SimpleNamespace(gethostname=lambda: "elsewhere")
-locking.LEASE_SECONDS, locking.BEAT_SECONDS = float(sys.argv[1]), float(sys.argv[1]) / 4
-sys.exit(main(sys.argv[2:]))
+sys.exit(main(sys.argv[1:]))
 """
-LEASE_SECONDS = 20.0
 
 
 def write_plays(folder: Path, first_user: int, files: int = 6) -> ImportConfig:
@@ -92,8 +90,8 @@ def content(workspace: Workspace) -> dict[str, list[tuple[int, str]]]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-def test_an_append_killed_with_its_lease_in_hand_is_waited_out_and_then_gone_on_with(
-    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_append_killed_with_its_lock_in_hand_is_refused_until_it_is_unlocked_and_then_gone_on_with(
+    server: S3Server, tmp_path: Path
 ) -> None:
     workspace = Workspace(server.uri("killed"))
     base = import_data(workspace, write_plays(tmp_path / "base", 0))
@@ -101,27 +99,21 @@ def test_an_append_killed_with_its_lease_in_hand_is_waited_out_and_then_gone_on_
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment.pop("RAY_ADDRESS", None)
     command = ["--workspace", workspace.uri, "import", "csv", str(tmp_path / "more"), "--append", "--buckets", "2"]
-    with subprocess.Popen([sys.executable, "-c", DRIVER, str(LEASE_SECONDS), *command], env=environment) as driver:
-        while driver.poll() is None and not workspace.files("dataset/.staging/units"):
+    with subprocess.Popen([sys.executable, "-c", DRIVER, *command], env=environment) as driver:
+        while driver.poll() is None and not workspace.files("dataset/.staging/pieces"):
             time.sleep(0.05)
         driver.send_signal(signal.SIGKILL)
     assert driver.returncode == -signal.SIGKILL, "it was over before it could be killed"
-    assert workspace.read_json(LEASE)["host"] == "elsewhere"
+    holder = locking.lock_holder(workspace)
+    assert holder is not None
+    assert holder.host == "elsewhere"
     assert Dataset(workspace).manifest == base
 
-    monkeypatch.setattr(locking, "LEASE_SECONDS", LEASE_SECONDS)
-    killed = time.monotonic()
-    with pytest.raises(BusyError, match=r"`rayrec import --append` \(process \d+ on elsewhere.*over in \d+ s"):
+    with pytest.raises(BusyError, match=r"`rayrec import --append` \(process \d+ on elsewhere.*`rayrec unlock`"):
         append_plays(workspace, more)
-    while True:
-        try:
-            made = append_plays(workspace, more)
-        except BusyError:
-            time.sleep(1)
-        else:
-            break
-    assert time.monotonic() - killed < 4 * LEASE_SECONDS
-    assert not workspace.exists(LEASE)
+    locking.unlock(workspace)
+    made = append_plays(workspace, more)
+    assert locking.lock_holder(workspace) is None
     together = Workspace(tmp_path / "together")
     import_data(together, replace(more, paths=(str(tmp_path / "base"), *more.paths)))
     assert content(workspace) == content(together)

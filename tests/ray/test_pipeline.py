@@ -45,7 +45,7 @@ def test_a_first_run_does_every_stage_and_releases(made: tuple[Workspace, list[O
     releases.verify_release(workspace, live)
     figures = {outcome.stage: outcome.figures for outcome in outcomes}
     assert figures["generate"]["users"] == 120
-    assert figures["evaluate"]["default"] == "hybrid"
+    assert figures["evaluate"]["default"] == "two-step"
 
 
 def test_a_second_run_skips_everything_and_says_so(made: tuple[Workspace, list[Outcome]]) -> None:

@@ -14,7 +14,7 @@ from rayrec.evaluation.protocol import HeardSongs, target_songs
 from rayrec.evaluation.ranks import rank_targets
 from rayrec.recommend.answer import history_of_songs, load_recommender
 from rayrec.recommend.base import Horizon, top_k
-from rayrec.recommend.hybrid import HybridRecommender
+from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
@@ -38,8 +38,8 @@ def url(world: Workspace, cluster: None) -> Iterator[str]:
 @pytest.mark.parametrize("horizon", ["short", "long"])
 def test_over_http_the_answer_is_what_evaluate_ranks(url: str, world: Workspace, horizon: Horizon) -> None:
     parts = releases.default_parts(world)
-    recommender = load_recommender(world, Dataset(world), model_id=parts["models"], index_id=None)
-    assert isinstance(recommender, HybridRecommender)
+    recommender = load_recommender(world, Dataset(world), parts)
+    assert isinstance(recommender, TwoStepRecommender)
     history = history_of_songs(Dataset(world).catalog(), SONGS, AT)
     scores = recommender.score(history, Questions.at_end(history, AT), horizon)
     rows, best = top_k(scores, 50)
@@ -55,9 +55,7 @@ def test_over_http_a_song_stands_where_evaluate_ranks_it(url: str, world: Worksp
     histories = next(iter(Dataset(world).read_all()))
     plays = np.flatnonzero((histories.places > 3) & (histories.songs != WITHOUT_VECTOR))[::20][:6]
     questions = Questions.before_plays(histories, plays)
-    recommender = load_recommender(
-        world, Dataset(world), model_id=releases.default_parts(world)["models"], index_id=None
-    )
+    recommender = load_recommender(world, Dataset(world), releases.default_parts(world))
     wanted = {"next": target_songs(histories, questions, "next", HeardSongs(histories))}
     known = np.ones(NUM_SONGS, dtype=np.bool_)
     ranked = rank_targets(recommender, histories, questions, wanted, known, depth=NUM_SONGS, horizon=horizon)

@@ -47,7 +47,7 @@ def by_model(world: Workspace) -> dict[str, str]:
 
 def expected(world: Workspace, model: str) -> list[str]:
     """What the pair of a model and its index answers; by either of another release it would be other songs."""
-    recommender = load_recommender(world, Dataset(world), model_id=model, index_id=f"index{model[-1]}")
+    recommender = load_recommender(world, Dataset(world), {"models": model, "indexes": f"index{model[-1]}"})
     history = history_of_songs(Dataset(world).catalog(), BODY["history"], AT)  # type: ignore[arg-type]
     rows, _ = recommender.recommend_one(history, AT, 20, horizon="long")
     return [f"song-{row}" for row in rows]

@@ -14,14 +14,14 @@ from rayrec.bench.rounds import PlainProcess
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange
 from rayrec.importing.import_plan import ImportConfig
-from rayrec.jobs.cluster import ray_cluster
 from rayrec.jobs.import_data import import_data
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
-from rayrec.model.training import Share
 from rayrec.model.training_sequences import Sequences
 from rayrec.model.window_stream import UnitReader
+from rayrec.model.workers import Share
 from rayrec.storage.artifacts import verify
 from rayrec.storage.workspace import Workspace
 
@@ -35,7 +35,6 @@ CONFIG = TrainConfig(
     long_targets=1,
     averages=(),
     song_table="frozen",
-    memory=False,
     window=20,
     batch=2_000,
     epochs=1,

@@ -64,16 +64,16 @@ def test_a_cluster_lets_nobody_in_without_its_token(head: Head, tmp_path: Path) 
     other.write_text("0" * 64)
     refused = submit(head, "--attach", "some-job", token=other)
     assert refused.returncode == 2
-    assert "refuses the token" in refused.stderr
+    assert "rejects the token" in refused.stderr
     unknown = submit(head, "--attach", "some-job")
     assert unknown.returncode == 2
-    assert "knows no job 'some-job'" in unknown.stderr
+    assert "Job 'some-job' not found" in unknown.stderr
 
 
 def test_an_image_without_rayrec_is_a_hint_and_no_riddle(head: Head, tmp_path: Path) -> None:
     missing = submit(head, "--workspace", str(tmp_path), "status")
     assert missing.returncode == 127
-    assert "the cluster has no /opt/rayrec/bin/python; name its interpreter with --python" in missing.stderr
+    assert "The cluster has no /opt/rayrec/bin/python; pass its interpreter with --python" in missing.stderr
 
 
 def test_where_no_cluster_answers_the_address_is_named(tmp_path: Path) -> None:

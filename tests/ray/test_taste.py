@@ -1,7 +1,5 @@
 """The taste stage on a local cluster: one row per user, resumed bucket by bucket."""
 
-from dataclasses import replace
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -80,7 +78,7 @@ def test_only_the_buckets_that_are_missing_are_computed(dataset: Dataset) -> Non
 @pytest.mark.usefixtures("cluster")
 def test_tastes_are_found_again_and_repeated_on_purpose(dataset: Dataset) -> None:
     first = compute_tastes(dataset.workspace, CONFIG)
-    assert compute_tastes(dataset.workspace, replace(CONFIG, users=3), model_id="m") == first
+    assert compute_tastes(dataset.workspace, CONFIG.replace(users=3), model_id="m") == first
     assert compute_tastes(dataset.workspace, CONFIG, repeat=True).id == f"{first.id}.2"
     later = compute_tastes(dataset.workspace, TasteConfig())
     assert later.config["at"] == dataset.manifest.last_play
@@ -88,7 +86,9 @@ def test_tastes_are_found_again_and_repeated_on_purpose(dataset: Dataset) -> Non
 
 def test_a_model_of_another_data_set_is_refused(dataset: Dataset) -> None:
     publish(dataset.workspace, Manifest(kind="models", id="other", inputs={"dataset": "gone"}), [])
-    with pytest.raises(MismatchError, match=r"model other was trained on data set gone, .* train a model on it first"):
+    with pytest.raises(
+        MismatchError, match=r"model other was trained on data set gone, .* run `rayrec embed` and `rayrec train` first"
+    ):
         compute_tastes(dataset.workspace, CONFIG)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from rayrec.data.histories import Histories
 from rayrec.data.split import Split, SplitConfig, split_dataset, validation_histories
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.data.windows import epoch_units
-from rayrec.errors import MismatchError, NotFoundError, RayrecError
+from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, NotFoundError, RayrecError
 from rayrec.jobs import train as job
 from rayrec.jobs import train_worker as worker
 from rayrec.jobs import trainer
@@ -30,15 +29,16 @@ from rayrec.jobs.train_plan import load_validation, model_config
 from rayrec.jobs.train_worker import window_stream
 from rayrec.model.checkpoint import load_model
 from rayrec.model.fit import Phase
-from rayrec.model.train_config import TrainConfig
-from rayrec.model.training import Share, StepReport
+from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
+from rayrec.model.training import StepReport
 from rayrec.model.window_stream import UnitReader, plain_stream
+from rayrec.model.workers import Share
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.artifacts import Manifest, listing, load, publish, verify
 from rayrec.storage.workspace import Workspace
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints
-CONFIG = replace(SMALL, workers=0, checkpoint_minutes=10.0)
+CONFIG = SMALL.replace(workers=0, checkpoint_minutes=10.0)
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +69,9 @@ def weights(workspace: Workspace, manifest: Manifest) -> dict[str, np.ndarray]:
 
 def test_a_model_is_complete_and_answers(world: Workspace, split: Split, in_process: Manifest) -> None:
     verify(world, load(world, "models", in_process.id))
-    assert set(in_process.files) == {
-        "model.safetensors", "model.json", "song_vectors.npy", "memory.safetensors", "figures.json", "epochs.jsonl",
-        "play_counts.npy"
-    }  # fmt: skip
+    network = {"model.safetensors", "model.json", "song_vectors.npy", "input_vectors.npy"}
+    selection = {f"{SELECTION_NETWORK}/{name}" for name in network}
+    assert set(in_process.files) == network | selection | {"figures.json", "epochs.jsonl", "play_counts.npy"}
     assert in_process.inputs == {"dataset": split.dataset, "songs": "by-hand", "split": split.id}
     assert in_process.metrics.keys() >= {"seconds", "epochs", "loss", "plays_per_second", "validation_recall@20"}
     assert 0 < in_process.metrics["validation_recall@20"] <= 1
@@ -95,14 +94,14 @@ def test_the_lines_of_the_epochs_tell_both_phases(world: Workspace, split: Split
 
 def test_the_same_training_is_found_again(world: Workspace, split: Split, in_process: Manifest) -> None:
     assert train(world, CONFIG, split=split) == in_process
-    elsewhere = replace(CONFIG, workers=1, checkpoint_minutes=1.0)
+    elsewhere = CONFIG.replace(workers=1, checkpoint_minutes=1.0)
     assert train(world, elsewhere, split=split) == in_process
 
 
 def test_a_network_of_playlists_sees_songs_alone_and_says_that_no_split_cut_them(
     world: Workspace, split: Split
 ) -> None:
-    config = replace(TrainConfig(**TrainConfig.PRESETS["r_pst"]), hidden_dim=8, window=20, epochs=1, workers=0)
+    config = TrainConfig(**TrainConfig.PRESETS["r_pst"]).replace(hidden_dim=8, window=20, epochs=1, workers=0)
     made = train(world, config, split=split)
     assert made.metrics["source"] == "playlists"
     assert "no split can cut them" in made.metrics["warning"]
@@ -116,7 +115,7 @@ def test_a_network_of_playlists_sees_songs_alone_and_says_that_no_split_cut_them
 
 
 def test_playlists_shorter_than_the_horizon_are_no_training(world: Workspace, split: Split) -> None:
-    config = replace(TrainConfig(**TrainConfig.PRESETS["r_plt"]), hidden_dim=8, long=(60, 70), epochs=1, workers=0)
+    config = TrainConfig(**TrainConfig.PRESETS["r_plt"]).replace(hidden_dim=8, long=(60, 70), epochs=1, workers=0)
     with pytest.raises(RayrecError, match="no sequence of the playlists holds a play and one 60 to 70 after it"):
         train(world, config, split=split)
 
@@ -127,14 +126,14 @@ def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
 
     stepped = here.RayHost.stepped
 
-    def dying(host: Any, phase: Phase, report: StepReport) -> None:
+    def dying(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
         if report.epoch == 1 and report.step == 1:
             for _ in range(300):  # until Ray Train has taken the checkpoint of the first epoch
                 if host._plan.workspace.exists(f"{host._plan.folder}/run/{SNAPSHOT}"):
                     break
                 time.sleep(0.1)
             os._exit(1)
-        stepped(host, phase, report)
+        stepped(host, phase, report, loss)
 
     here.RayHost.stepped = dying  # type: ignore[method-assign]
     here.train_worker(arguments)
@@ -146,11 +145,11 @@ def _notes_its_first_step(arguments: dict[str, Any]) -> None:
 
     stepped = here.RayHost.stepped
 
-    def noting(host: Any, phase: Phase, report: StepReport) -> None:
+    def noting(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
         path = f"steps/{host._share.rank}.json"
         if not host._plan.workspace.exists(path):
             host._plan.workspace.write_json(path, [host._share.workers, phase, report.epoch, report.step])
-        stepped(host, phase, report)
+        stepped(host, phase, report, loss)
 
     here.RayHost.stepped = noting  # type: ignore[method-assign]
     here.train_worker(arguments)
@@ -164,10 +163,10 @@ def test_a_killed_training_goes_on_with_other_workers_to_the_same_result(
     monkeypatch.setattr(job, "train_worker", _dies_in_the_second_epoch)
     before = listing(world, "models")
     with pytest.raises(RayrecError, match=r"training failed: .*rayrec train --resume"):
-        train(world, replace(CONFIG, workers=1), split=split, repeat=True)
+        train(world, CONFIG.replace(workers=1), split=split, repeat=True)
     assert listing(world, "models") == before
     monkeypatch.setattr(job, "train_worker", _notes_its_first_step)
-    made = train(world, replace(CONFIG, workers=2), split=split, resume=True, repeat=True)
+    made = train(world, CONFIG.replace(workers=2), split=split, unfinished="resume", repeat=True)
     for rank in range(2):
         assert world.read_json(f"steps/{rank}.json") == [2, "selection", 1, 0]
     one, other = weights(world, in_process), weights(world, made)
@@ -206,7 +205,7 @@ def test_the_plays_to_predict_lie_in_the_validation_range_alone(world: Workspace
 
 
 def test_song_vectors_of_another_split_or_data_set_are_refused(world: Workspace, split: Split) -> None:
-    with pytest.raises(MismatchError, match=r"made from split .*, the training is for None; run `rayrec embed`"):
+    with pytest.raises(MismatchError, match=r"made from split .*, not from None; run `rayrec embed`"):
         train(world, CONFIG)
     other = Manifest(kind="songs", id="other", inputs={"dataset": "gone", "split": split.id})
     publish(world, other, [])
@@ -220,7 +219,7 @@ def test_a_split_that_leaves_no_plays_is_refused(workspace: Workspace) -> None:
     write_dataset(workspace, Histories.from_lists([[0, 1]], [[10, 20]]), 2)
     write_song_vectors(workspace, random_vectors(2), {"dataset": "by-hand", "split": "early"})
     early = Split(id="early", dataset="by-hand", validation_from=5, test_from=5)
-    with pytest.raises(RayrecError, match=r"leaves no plays to train on; make a split"):
+    with pytest.raises(RayrecError, match=r"leaves no plays to train on; use fewer"):
         train(workspace, CONFIG, split=early)
 
 
@@ -235,7 +234,50 @@ def test_features_follow_the_data_and_the_settings(world: Workspace) -> None:
     full = model_config(dataset, CONFIG, 8).features
     assert full.contexts == tuple(dataset.manifest.contexts) != ()
     assert full.skipped
-    bare = replace(CONFIG, contexts=False, gaps=False, skips=False, hours=True)
+    bare = CONFIG.replace(contexts=False, gaps=False, skips=False, hours=True)
     spec = model_config(dataset, bare, 8).features
     assert (spec.contexts, spec.gap, spec.request_gap, spec.skipped) == ((), False, False, False)
     assert spec.dim == 24 + 7
+
+
+def test_a_training_from_a_model_takes_a_quarter_of_its_epochs_where_it_saw_the_validation_range(
+    world: Workspace, split: Split, in_process: Manifest
+) -> None:
+    made = train(world, CONFIG, split=split, from_id=in_process.id)
+    assert made.inputs == {**in_process.inputs, "from": in_process.id}
+    assert made.metrics["epochs"] == 1
+    assert made.metrics["validation_recall@20"] is None
+    assert made.metrics["loss"] < in_process.metrics["loss"] * 1.05
+    blind = train(world, CONFIG.replace(refit=False), split=split)
+    judged = train(world, CONFIG, split=split, from_id=blind.id)
+    assert judged.metrics["validation_recall@20"] > 0
+    early = split_dataset(world, SplitConfig(test_days=30, validation_days=10))
+    with pytest.raises(LeakError, match="was fit on plays of the test range"):
+        train(world, CONFIG, split=early, from_id=in_process.id)
+    with pytest.raises(MismatchError, match="hidden_dim 8, this training 12"):
+        train(world, CONFIG.replace(hidden_dim=12), split=split, from_id=in_process.id)
+
+
+def test_a_training_that_diverges_publishes_nothing(world: Workspace, split: Split) -> None:
+    before = listing(world, "models")
+    with pytest.raises(DivergedError, match="lower the learning rate"):
+        train(world, CONFIG.replace(learning_rate=1e20), split=split)
+    assert listing(world, "models") == before
+
+
+def test_an_unfinished_training_asks_what_to_do(
+    world: Workspace, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(trainer, "WORKER_FAILURES", 0)
+    monkeypatch.setattr(job, "train_worker", _dies_in_the_second_epoch)
+    config = CONFIG.replace(workers=1, seed=5)
+    with pytest.raises(RayrecError, match="training failed"):
+        train(world, config, split=split)
+    with pytest.raises(InputError, match="go on from it with --resume, or delete it and start over with --restart"):
+        train(world, config, split=split)
+    monkeypatch.setattr(job, "train_worker", worker.train_worker)
+    with pytest.raises(InputError, match="without workers cannot go on from a checkpoint"):
+        train(world, config.replace(workers=0), split=split, unfinished="resume")
+    made = train(world, config.replace(workers=0), split=split, unfinished="restart")
+    assert made.metrics["plays"] > 0

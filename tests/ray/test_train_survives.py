@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 import witness
 from safetensors.numpy import load as load_safetensors
 from trainings import CONFIG, make_world, only_split
-from witness import STEPS_BETWEEN_CLOCKS, Death, Seen, read_log
+from witness import STEPS_BETWEEN_READS, Death, Seen, read_log
 
 from rayrec.data.split import Split
 from rayrec.jobs.train import train
@@ -39,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> World:
     workspace, split = make_world(folder / "workspace")
     with pytest.MonkeyPatch.context() as patch:
         witness.watch(patch, folder / "undisturbed")
-        made = train(workspace, replace(CONFIG, workers=0), split=split)
+        made = train(workspace, CONFIG.replace(workers=0), split=split)
     return World(workspace, split, made, read_log(folder / "undisturbed"))
 
 
@@ -70,7 +70,7 @@ def check_seen(world: World, seen: Seen, died_at: tuple[str, int, int]) -> None:
     again = [at for at, times in seen.times.items() if times > 1]
     assert all(at[:2] == died_at[:2] and at[2] < died_at[2] for at in again)
     # Ray Train takes a checkpoint in while the next steps run: the newest may be lost.
-    assert len(again) <= 2 * STEPS_BETWEEN_CLOCKS
+    assert len(again) <= 2 * STEPS_BETWEEN_READS
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -79,7 +79,7 @@ def test_a_training_worker_killed_within_an_epoch_is_replaced(
 ) -> None:
     death = Death(at=("selection", 1, 5), rank=workers - 1, marker=str(tmp_path / "killed"))
     witness.watch(monkeypatch, tmp_path / "log", death)
-    made = train(world.workspace, replace(CONFIG, workers=workers), split=world.split, repeat=True)
+    made = train(world.workspace, CONFIG.replace(workers=workers), split=world.split, repeat=True)
     assert (tmp_path / "killed").exists()
     check_seen(world, read_log(tmp_path / "log"), death.at)
     assert difference(world, world.workspace, made) <= (0.0 if workers == 1 else TOLERANCE)
@@ -93,7 +93,7 @@ import pytest, witness
 from pathlib import Path
 from dataclasses import replace
 from trainings import CONFIG, only_split
-from rayrec.jobs.cluster import ray_cluster
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.train import train
 from rayrec.storage.workspace import Workspace
 
@@ -122,7 +122,7 @@ def test_a_killed_job_is_resumed_with_as_many_or_other_workers(
         shutil.copytree(tmp_path / "log", log)
         workspace = Workspace(folder)
         witness.watch(monkeypatch, log)
-        made = train(workspace, replace(CONFIG, workers=workers), split=only_split(workspace), resume=True, repeat=True)
+        made = train(workspace, CONFIG.replace(workers=workers), split=only_split(workspace), resume=True, repeat=True)
         seen = read_log(log)
         check_seen(world, seen, ("selection", 1, 5))
         assert seen.workers[("selection", 0, 0)] == {1}

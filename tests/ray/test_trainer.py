@@ -61,9 +61,9 @@ def test_workers_that_find_no_cpu_are_given_up_with_what_they_need(
         run(workspace, Crew(workers=2, cpus=1.0, wait_minutes=0.1))
     assert time.monotonic() - began < 240  # Ray Train alone would go on
     need = "2 training workers of 1 CPU each (the cluster has 2, free 0)"
-    assert f"did not start within 0.1 minutes: it asked for {need}; free some" in str(raised.value)
+    assert f"did not start within 0.1 minutes: it needs {need}; free some" in str(raised.value)
     told = [record.getMessage() for record in caplog.records if record.name == trainer.__name__]
-    assert told[0] == f"training waits, for 0.1 minutes at most: {need}"
+    assert told[0] == f"training waits at most 0.1 minutes for resources: {need}"
     assert not workspace.exists("done.json")
 
 

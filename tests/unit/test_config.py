@@ -1,45 +1,94 @@
-"""Configs from plain values: types, unknown keys, presets."""
+"""Settings: types, ranges, unknown names and presets; every error is one line that names the setting."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
+from pydantic import Field, PositiveInt, model_validator
 
-from rayrec.config import from_mapping, read_toml, setting, to_mapping
+from rayrec.config import Settings, from_mapping, read_toml, to_mapping
 from rayrec.errors import InputError
+from rayrec.jobs.pipeline import CONFIGS
 from rayrec.model.train_config import Horizon, TrainConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
+class Sample(Settings):
     """One setting of each kind."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"fast": {"epochs": 1, "pair": (2, 3)}}
 
-    epochs: int = setting(10, help="passes")
-    rate: float = setting(0.5, help="step size")
-    kind: Literal["flat", "ivf"] = setting("flat", help="which")
-    pair: tuple[int, ...] = setting((1, 1), help="two numbers")
-    path: str | None = setting(None, help="a file")
-    on: bool = setting(True, help="a switch")
+    epochs: int = Field(10, ge=1, description="Number of epochs")
+    rate: float = Field(0.5, ge=0, lt=1, description="Learning rate")
+    kind: Literal["flat", "ivf"] = Field("flat", description="Index type")
+    pair: tuple[PositiveInt, ...] = Field((1, 1), description="Two numbers")
+    shares: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field((), description="Shares")
+    path: str | None = Field(None, description="A file")
+    on: bool = Field(True, description="A switch")
+
+    @model_validator(mode="after")
+    def _check_pair(self) -> "Sample":
+        if len(self.pair) != 2:
+            raise ValueError(f"pair is {list(self.pair)}; expected two integers")
+        return self
 
 
 def test_values_of_toml_become_the_types_of_the_fields() -> None:
-    config = from_mapping(Sample, {"rate": 1, "pair": [4, 5], "path": "x"}, "sample")
-    assert (config.rate, config.pair, config.path) == (1.0, (4, 5), "x")
+    config = from_mapping(Sample, {"rate": 0, "pair": [4, 5], "path": "x"}, "sample")
+    assert (config.rate, config.pair, config.path) == (0.0, (4, 5), "x")
     assert isinstance(config.rate, float)
 
 
 @pytest.mark.parametrize(
-    "values", [{"epochs": "many"}, {"epochs": True}, {"kind": "tree"}, {"on": 1}, {"pair": 3}, {"epochs": 1.5}]
+    ("values", "message"),
+    [
+        ({"epochs": "many"}, "epochs is 'many'; expected an integer of at least 1"),
+        ({"epochs": 0}, "epochs is 0; expected an integer of at least 1"),
+        ({"epochs": True}, "epochs is True; expected an integer of at least 1"),
+        ({"epochs": 1.5}, "epochs is 1.5; expected an integer of at least 1"),
+        ({"rate": 1.0}, "rate is 1.0; expected a number of at least 0 and below 1"),
+        ({"kind": "tree"}, "kind is 'tree'; expected one of flat, ivf"),
+        ({"on": 1}, "on is 1; expected true or false"),
+        ({"path": 1}, "path is 1; expected a string"),
+        ({"pair": 3}, "pair is 3; expected a list of integers, each above 0"),
+        ({"pair": [0, 1]}, "pair is [0, 1]; expected a list of integers, each above 0"),
+        ({"pair": [1, 2, 3]}, "pair is [1, 2, 3]; expected two integers"),
+        ({"shares": [0.5, 2]}, "shares is [0.5, 2]; expected a list of numbers, each of at least 0 and at most 1"),
+    ],
 )
-def test_a_value_of_the_wrong_type_is_refused_by_name(values: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"sample, {next(iter(values))} is"):
+def test_a_wrong_value_gives_one_line_with_the_setting_the_value_and_what_was_expected(
+    values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError) as raised:
         from_mapping(Sample, values, "sample")
+    assert str(raised.value) == f"sample: {message}"
+
+
+def test_settings_made_in_python_are_checked_alike() -> None:
+    with pytest.raises(InputError, match=r"^epochs is 0; expected an integer of at least 1$"):
+        Sample(epochs=0)
+    with pytest.raises(InputError, match=r"^epochs is 0; expected an integer of at least 1$"):
+        Sample().replace(epochs=0)
+    with pytest.raises(InputError, match="unknown setting 'epoch'"):
+        Sample(epoch=1)  # type: ignore[call-arg]
+
+
+def test_settings_cannot_be_changed_in_place_and_a_changed_copy_keeps_the_rest() -> None:
+    config = Sample(rate=0.25)
+    with pytest.raises(Exception, match="frozen"):
+        config.rate = 0.1
+    assert config.replace(epochs=3) == Sample(rate=0.25, epochs=3)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values())
+def test_every_setting_of_a_stage_has_one_line_of_help(config: type[Settings]) -> None:
+    for name, field in config.model_fields.items():
+        text = field.description or ""
+        assert text, name
+        assert not text.endswith("."), text
+        assert "\n" not in text
 
 
 def test_an_unknown_setting_is_refused_and_the_known_ones_are_named() -> None:
-    with pytest.raises(InputError, match="sample has no setting 'epoch'; there are: epochs, rate"):
+    with pytest.raises(InputError, match="sample: unknown setting 'epoch'; expected one of epochs, rate"):
         from_mapping(Sample, {"epoch": 3}, "sample")
 
 
@@ -49,7 +98,7 @@ def test_a_preset_gives_its_settings_and_others_override_them() -> None:
 
 
 def test_an_unknown_preset_is_refused_and_the_known_ones_are_named() -> None:
-    with pytest.raises(InputError, match="no preset 'slow'; there are: fast"):
+    with pytest.raises(InputError, match="sample: unknown preset 'slow'; expected one of fast"):
         from_mapping(Sample, {"preset": "slow"}, "sample")
 
 
@@ -77,4 +126,4 @@ def test_the_papers_presets_have_one_horizon_and_its_objective() -> None:
     assert short.horizons == {"short": Horizon(min_offset=1, max_offset=1)}
     assert list(long.horizons) == ["long"]
     for config in (short, long):
-        assert (config.objective, config.song_table, config.memory) == ("cosine", "frozen", False)
+        assert (config.objective, config.song_table) == ("cosine", "frozen")

@@ -20,17 +20,16 @@ U users in a block, L plays of the longest history among them, N songs, G genres
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field, model_validator
 from scipy.special import ndtri
 
-from rayrec.config import setting
+from rayrec.config import Settings
 from rayrec.data import columns
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.synthetic.song_names import artist_names, song_titles
-from rayrec.errors import InputError
 
 CONTEXTS = ("playlist", "album", "search", "radio", "collection")
 PLAYLIST, ALBUM, SEARCH, RADIO, COLLECTION = range(5)
@@ -52,45 +51,41 @@ SESSION_GAP = 30 * MINUTE  # a longer gap starts a session; the world leaves at 
 CELLS_PER_BLOCK = 1 << 20  # U × L at once, some 100 MiB of work space
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """The size and the temper of a generated world."""
+class GenerateConfig(Settings):
+    """The size and the character of a generated world."""
 
-    users: int = setting(2_000, help="users")
-    songs: int = setting(2_000, help="songs in the catalog")
-    artists: int = setting(250, help="artists, each with about as many songs")
-    genres: int = setting(12, help="genres, each with about as many artists")
-    plays: float = setting(60.0, help="mean plays of a user")
-    playlists: int = setting(1_000, help="playlists")
-    days: float = setting(120.0, help="length of the time range, in days")
-    buckets: int = setting(16, help="buckets of users: the unit of work of all later jobs")
-    session_plays: float = setting(10.0, help="mean plays of a session")
-    follow: float = setting(0.85, help="probability that a song of an album or playlist is followed by the next one")
-    outside: float = setting(0.1, help="probability that a session's mood is any genre and not one of the taste")
-    zipf: float = setting(1.0, help="exponent of the popularity of songs within their genre")
-    seed: int = setting(0, help="of all random numbers")
+    users: int = Field(2_000, ge=1, description="Number of users")
+    songs: int = Field(2_000, ge=1, description="Number of songs")
+    artists: int = Field(250, ge=1, description="Number of artists, of about equally many songs each")
+    genres: int = Field(12, ge=len(TASTE), description="Number of genres, of about equally many artists each")
+    plays: float = Field(60.0, ge=1, description="Mean plays per user")
+    playlists: int = Field(1_000, ge=0, description="Number of playlists")
+    days: float = Field(120.0, gt=0, description="Length of the time range, in days")
+    buckets: int = Field(16, ge=1, description="Buckets of users, the unit of work of all later jobs")
+    session_plays: float = Field(10.0, ge=1, description="Mean plays per session")
+    follow: float = Field(
+        0.85, ge=0, le=1, description="Probability that the next song of an album or playlist follows"
+    )
+    outside: float = Field(
+        0.1, ge=0, le=1, description="Probability that a session's genre is outside the user's taste"
+    )
+    zipf: float = Field(1.0, ge=0, description="Zipf exponent of song popularity within a genre")
+    seed: int = Field(0, ge=0, description="Random seed")
 
-    def __post_init__(self) -> None:
-        for name in ("users", "songs", "buckets"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
-        if self.playlists < 0 or self.zipf < 0 or self.seed < 0:
-            raise InputError("playlists, zipf and seed must not be negative")
-        if not len(TASTE) <= self.genres <= self.artists <= self.songs:
-            raise InputError(
-                f"{self.genres} genres, {self.artists} artists and {self.songs} songs do not fit: "
-                f"give at least {len(TASTE)} genres, as many artists and as many songs"
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "GenerateConfig":
+        if not self.genres <= self.artists <= self.songs:
+            raise ValueError(
+                f"genres is {self.genres}, artists {self.artists} and songs {self.songs}; "
+                "expected genres <= artists <= songs"
             )
-        if self.plays < 1 or self.session_plays < 1:
-            raise InputError(f"plays {self.plays} and session plays {self.session_plays} must be at least 1")
-        if not (0 <= self.follow <= 1 and 0 <= self.outside <= 1):
-            raise InputError(f"follow {self.follow} and outside {self.outside} are probabilities; give 0 to 1")
         needed = self.max_plays * (SONG_LENGTHS[1] + 2 * HOUR / self.session_plays) / DAY
         if self.days < needed:
-            raise InputError(
-                f"{self.days:g} days are too few for users with up to {self.max_plays} plays; "
-                f"give at least {int(needed) + 1} days, or fewer plays"
+            raise ValueError(
+                f"days is {self.days:g}; expected at least {int(needed) + 1} for users with up to {self.max_plays} "
+                "plays; give more days or fewer plays"
             )
+        return self
 
     @property
     def max_plays(self) -> int:

@@ -1,11 +1,12 @@
 """Blocks of delimited lines (csv, tsv) to columns of strings; every line is one row or is rejected."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
+from pydantic import AfterValidator
 
 from rayrec.importing.readers.lines import NEWLINE, RETURN, Block
 from rayrec.importing.readers.reader import rejected
@@ -14,6 +15,20 @@ NOT_UTF8 = "not UTF-8"
 OPEN_QUOTE = "a quote is not closed on its line"
 STRAY_RETURN = "a carriage return within the line"
 QUOTE = ord('"')
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("\\t", "\t")
+
+
+def _one_character(text: str) -> str:
+    if len(text) != 1 or text in '"\r\n':
+        raise ValueError("expected one character such as , or ;")
+    return text
+
+
+Separator = Annotated[str, AfterValidator(_unescaped)]  # a flag or a TOML file may write a tab as \\t
+Delimiter = Annotated[Separator, AfterValidator(_one_character)]
 
 
 class Rows(NamedTuple):

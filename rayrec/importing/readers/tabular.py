@@ -144,7 +144,7 @@ def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dic
         elif role in options.columns or role not in optional:
             raise InputError(
                 f"{source} has no column {name!r} for {role}; it has {', '.join(names)}; "
-                f"say which one it is with --columns {role}=NAME"
+                f"map it with --columns {role}=NAME"
             )
     return found
 
@@ -195,7 +195,7 @@ def _batches(source: str, file: pq.ParquetFile, groups: list[int], names: list[s
         yield from file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=names)
     except (pa.ArrowException, OSError) as error:
         raise InputError(
-            f"{source} is damaged: {str(error).splitlines()[0]}; bring it back whole or leave it out"
+            f"{source} is damaged: {str(error).splitlines()[0]}; restore it or remove it from the import"
         ) from error
 
 

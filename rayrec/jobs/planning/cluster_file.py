@@ -69,11 +69,11 @@ def read_cluster(path: str) -> ClusterFile:
                 return _kuberay(path, spec)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise InputError(
-                f"cluster file {path} cannot be understood: {type(error).__name__} {error}; compare it with cluster/"
+                f"cluster file {path} is not valid: {type(error).__name__} {error}; compare it with cluster/"
             ) from error
     raise InputError(
-        f"cluster file {path} has neither available_node_types nor a RayCluster; give a file such as cluster/aws.yaml "
-        "or cluster/kuberay/raycluster.yaml"
+        f"cluster file {path} has neither available_node_types nor a RayCluster; expected a file such as "
+        "cluster/aws.yaml or cluster/kuberay/raycluster.yaml"
     )
 
 
@@ -84,7 +84,7 @@ def _launcher(path: str, config: dict[str, Any]) -> ClusterFile:
         resources, head = kind.get("resources") or {}, name == config.get("head_node_type")
         if "memory" not in resources:
             raise InputError(
-                f"cluster file {path}: {name} says no memory; add it to its resources, in bytes, 0.7 of the machine's"
+                f"cluster file {path}: {name} has no memory; add it to its resources, in bytes, 0.7 of the machine's"
             )
         nodes.append(
             NodeType(
@@ -168,6 +168,6 @@ def quantity(value: Any) -> float:
     """A quantity of Kubernetes as a number: `500m` is 0.5, `16Gi` is 17179869184. Raises `ValueError` for others."""
     found = re.fullmatch(r"([0-9.]+)(m|[kMGT]i?|Ki)?", str(value))
     if found is None:
-        raise ValueError(f"{value!r} is no quantity such as 4, 500m or 16Gi")
+        raise ValueError(f"{value!r} is not a quantity such as 4, 500m or 16Gi")
     number, unit = float(found[1]), found[2] or ""
     return number / 1000 if unit == "m" else number * UNITS[unit]

@@ -13,7 +13,21 @@ from typing import Any
 
 from rayrec.embeddings.word2vec import MAX_WORKERS
 from rayrec.errors import InputError
+from rayrec.importing.fragments import ROWS_PER_CHUNK
+from rayrec.importing.import_plan import MAX_PIECES
+from rayrec.importing.staging import PLAYS_PER_ROW_GROUP
 from rayrec.jobs.planning.cluster_file import GIB, ClusterFile, NodeType
+from rayrec.jobs.planning.formulas import (
+    ROW_BYTES,
+    ImportSize,
+    histories_bytes,
+    import_requests,
+    input_requests,
+    shared_memory,
+    songs_bytes,
+    taste_requests,
+    tastes_bytes,
+)
 from rayrec.jobs.planning.plan_inputs import (
     ASSUMED_SKEW,
     BUILT_IN,
@@ -24,25 +38,21 @@ from rayrec.jobs.planning.plan_inputs import (
     PlanConfig,
 )
 from rayrec.model.train_config import TrainConfig
-from rayrec.recommend.sequential_rules import MAX_RULES
-from rayrec.recommend.vsknn import MAX_SESSIONS
+from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
 
-STAGED_BYTES = 36  # of a play at the end of an import's second pass, in the bucket until it ends; measured
-HISTORY_BYTES = 10  # of a play in the data set; measured, 8.1 to 9.8 with one or many buckets
-SONG_BYTES = 40  # of a song in songs.parquet: 10 measured with ids alone, titles and artists are longer
 READ_BYTES = 275  # of a play while a unit is read; measured peak
 MERGE_BYTES = 210  # of a play while a bucket is merged; measured peak
 KEY_BYTES = 12  # of a song in the object store while buckets are merged: a uint64 and an int32; code
 VOCABULARY_BYTES = 200  # of a song on the driver of an import: two copies of key, id, title and artist; code
+UNIT_BYTES = 64 << 20  # of a file, read by one task
 FLOAT = 4
-STORED_FLOAT = 5.2  # bytes of a float in the Parquet lists of tastes; measured: 1,314 bytes for 256
-HEARD_BYTES = 3  # of a distinct song in a row of tastes; measured
-NEW_SONG_SHARE = 0.85  # of a user's plays that are songs not heard before; measured 0.83
 GENSIM_WORD = 172  # of a word beside its two vectors: 22 measured with the arrays, the rest is its counts' dict; code
 WORKER = int(0.35 * GIB)  # of a worker of taste beside vectors: measured largest 327 MiB at 500,000 users
 TRAINER = GIB  # of a training worker beside vectors: torch, a pool of windows; code
-SESSION_PLAYS = 10  # of a session: measured 9.6 after those of one play are left out
-SPARSE_ENTRY = 8  # bytes of an entry of a sparse matrix: a float32 and an int32; code
+_RETRIEVAL = RetrievalConfig()
+RULE_DISTANCE = 10  # plays ahead that a rule reaches; code
+RULE_ENTRY = 12  # bytes of a rule: an int32 and an int64; code
+SESSION_ENTRY = 9  # bytes of a posting, an int32 and a byte, and of its song in the session; code
 GPU_SLACK = 2 * GIB  # of a GPU: CUDA's own, activations of a batch; not measured
 
 
@@ -58,6 +68,7 @@ class StagePlan:
     memory_there: int  # bytes a node has for it
     batches: int  # units of work
     batch_of: str  # what such a unit is
+    requests: int | None  # of object storage; None where no formula is known
     hours: float | None  # None where nobody has measured a rate
     rate: float | None  # work a second of one worker
     rate_from: str
@@ -116,7 +127,7 @@ class _Planner:
         self.data, self.cluster, self.config, self.rates = data, cluster, config, rates
         plain = [node for node in cluster.workers if not node.gpus] or cluster.workers
         if not plain:
-            raise InputError(f"cluster {cluster.name} has no node with CPUs that work may land on; give workers CPUs")
+            raise InputError(f"cluster {cluster.name} has no worker node with CPUs; give workers CPUs")
         # The kind that holds least a CPU is the one that runs out first; the largest one gets what runs on one node.
         self.tight = min(plain, key=lambda node: node.memory / node.cpus)
         self.large = max(plain, key=lambda node: (node.cpus, node.memory))
@@ -129,11 +140,11 @@ class _Planner:
     def stages(self) -> list[StagePlan]:
         """In the order in which they run."""
         made = [self.importing(), self.embed(), self.train()]
-        return [*made, *([self.remember()] if self.config.memory else []), self.taste(), self.index(), self.evaluate()]
+        return [*made, self.retrieval(), self.taste(), self.index(), self.evaluate()]
 
     def importing(self) -> StagePlan:
         """Units of text are read and buckets merged, one a CPU; the larger of the two decides."""
-        unit = int((64 << 20) / CSV_BYTES * READ_BYTES)
+        unit = ROWS_PER_CHUNK * READ_BYTES
         bucket = self.data.largest_bucket * MERGE_BYTES
         needed = self.tight.cpus * (WORKER + max(unit, bucket)) + self.data.songs * KEY_BYTES
         return self._spread("import", needed, self.data.buckets, "bucket of users", self.data.plays)
@@ -165,7 +176,7 @@ class _Planner:
         on_node = min(workers, node.gpus) if node.gpus else ceil(workers / self.nodes)
         tables = 2 * self.config.fits + 1 + (0 if self.config.gpu else 3)
         windows = ceil(self.data.plays / self.config.window)
-        batch = self.config.batch or TrainConfig.batch * workers
+        batch = self.config.batch or TrainConfig().batch * workers
         steps = ceil(windows / batch) * self.config.epochs * self.config.fits
         on_gpu = self.config.gpu and TRAIN_ON_GPU in self.rates
         return self._stage(
@@ -189,29 +200,21 @@ class _Planner:
             return max(1, min(gpus, self.cluster.most_nodes * self.gpu.gpus))
         return max(1, self.nodes)
 
-    def remember(self) -> StagePlan:
-        """The hybrid's memory, fitted after the network: sessions, once more by song and once while they are joined;
-        rules three times while they are summed."""
-        return self._stage(
-            "memory",
-            self.large,
-            1,
-            1,
-            WORKER + 3 * self.memory_bytes() + 2 * self.vectors,
-            batches=2 * self.config.fits,
-            batch_of="pass over the histories",
-            work=self.data.plays * self.config.fits,
-            rate="memory_plays_per_second_per_cpu",
-        )
+    def retrieval(self) -> StagePlan:
+        """Each CPU counts one bucket: rules of ten plays ahead, sorted once; ranges of songs are merged after it."""
+        pairs = self.data.plays // max(1, self.data.buckets) * RULE_DISTANCE
+        needed = self.tight.cpus * (WORKER + 3 * pairs * RULE_ENTRY)
+        return self._spread("retrieval", needed, self.data.buckets, "bucket of users", self.data.plays)
 
-    def memory_bytes(self) -> int:
-        """Of sessions and rules, both of which are bounded."""
-        sessions = min(self.data.plays, MAX_SESSIONS * SESSION_PLAYS) * SPARSE_ENTRY
-        return sessions + min(4 * self.data.plays, MAX_RULES) * SPARSE_ENTRY
+    def retrieval_bytes(self) -> int:
+        """Of the postings and rules that are kept of each song, both of which are bounded."""
+        songs, plays = self.data.songs, self.data.plays
+        sessions = min(plays, songs * _RETRIEVAL.sessions_per_song) * SESSION_ENTRY
+        return sessions + min(RULE_DISTANCE * plays, songs * _RETRIEVAL.rules_per_song) * RULE_ENTRY
 
     def taste(self) -> StagePlan:
-        """Every CPU runs a process with a network of its own; its song table is there twice while it loads."""
-        needed = self.tight.cpus * (WORKER + 2 * self.vectors)
+        """Every CPU runs a process; the song table is one memory-mapped copy a node."""
+        needed = self.tight.cpus * WORKER + shared_memory(self.data.songs, self.config.dim)
         return self._spread("taste", needed, self.data.buckets, "bucket of users", self.data.plays)
 
     def index(self) -> StagePlan:
@@ -221,22 +224,34 @@ class _Planner:
 
     def evaluate(self) -> StagePlan:
         """Recommenders are shared in the object store; each process scores blocks of bounded size."""
-        needed = self.tight.cpus * 2 * WORKER + 2 * self.vectors + 2 * self.memory_bytes()
+        needed = self.tight.cpus * 2 * WORKER + 2 * self.vectors + self.retrieval_bytes()
         return self._spread("evaluate", needed, self.data.buckets, "bucket of users", None)
+
+    def requests(self, stage: str) -> int | None:
+        """What a stage asks of object storage; an import reads text files."""
+        if stage == "import":
+            text = self.data.plays * CSV_BYTES
+            pieces = max(1, min(MAX_PIECES, ceil(text / UNIT_BYTES)))
+            size = ImportSize(pieces=pieces, buckets=self.data.buckets)
+            return input_requests(text, UNIT_BYTES) + import_requests(size)
+        if stage == "taste":
+            groups = max(1, ceil(self.data.plays / self.data.buckets / PLAYS_PER_ROW_GROUP))
+            return taste_requests(self.data.buckets, 1, row_groups=groups, columns=3)
+        return None
 
     def storage(self) -> dict[str, int]:
         """Bytes in the bucket, by what they are; what is there for a while only is named so."""
-        width = (2 * self.config.dim + self.config.hidden_dim) * STORED_FLOAT
-        heard = self.data.plays * NEW_SONG_SHARE * HEARD_BYTES
+        sizes = {"dim": self.config.dim, "hidden_dim": self.config.hidden_dim, "horizons": 2}
         checkpoint = 4 * self.vectors
         return {
-            "histories": self.data.plays * HISTORY_BYTES,
-            "songs": self.data.songs * SONG_BYTES,
-            "song vectors": self.config.fits * self.vectors,
-            "model": self.vectors + (self.memory_bytes() if self.config.memory else 0),
-            "tastes": int(self.data.users * (width + 40) + heard),
+            "histories": histories_bytes(self.data.plays),
+            "songs": songs_bytes(self.data.songs, described=True),
+            "song embeddings": self.config.fits * self.vectors,
+            "model": self.config.fits * self.vectors,
+            "retrieval": self.retrieval_bytes(),
+            "tastes": tastes_bytes(self.data.users, self.data.plays, **sizes),
             "index": int(1.1 * self.vectors),
-            "while it imports": self.data.plays * STAGED_BYTES,
+            "while it imports": int(self.data.plays * ROW_BYTES) + histories_bytes(self.data.plays),
             "while it trains": 2 * checkpoint + self.data.songs * 8 * self.config.fits,
         }
 
@@ -247,11 +262,11 @@ class _Planner:
     def missing(self) -> Iterator[str]:
         """What the cluster does not have at all."""
         if self.config.gpu and self.gpu is None:
-            yield f"--gpu is asked for, and cluster {self.cluster.name} has no node type with a GPU"
+            yield f"--gpu needs a node type with a GPU, and cluster {self.cluster.name} has no node type with a GPU"
         if 0 < self.config.batch < self.train_workers():
             yield (
-                f"a batch of {self.config.batch} windows cannot be shared by {self.train_workers()} training workers: "
-                "a larger --batch or fewer --workers"
+                f"batch is {self.config.batch}, less than one window for each of {self.train_workers()} workers: "
+                "use a larger --batch or fewer --workers"
             )
 
     def other_problems(self, disk: int) -> Iterator[str]:
@@ -259,7 +274,7 @@ class _Planner:
         if self.large.disk is not None and disk > 0.8 * self.large.disk:
             yield (
                 f"embed writes a corpus of {gib(disk)} to the disk of one {self.large.name}, which has "
-                f"{gib(self.large.disk)}; give it a larger disk, or make the vectors elsewhere: embed --vectors"
+                f"{gib(self.large.disk)}; give it a larger disk, or import embeddings with embed --vectors"
             )
         driver = WORKER + self.data.songs * VOCABULARY_BYTES
         for head in (node for node in self.cluster.nodes if node.head):
@@ -280,15 +295,13 @@ class _Planner:
         """What to know of these figures."""
         told = []
         if any(stage.rate_from == BUILT_IN_FROM for stage in stages):
-            told.append(f"built-in rates are those of {BUILT_IN_FROM}; measure yours: rayrec bench NAME --save FILE")
+            told.append(f"rates were measured on {BUILT_IN_FROM}; measure yours with rayrec bench NAME --save FILE")
         if self.config.gpu and TRAIN_ON_GPU not in self.rates:
-            told.append(f"no rate of a GPU is known ({TRAIN_ON_GPU}): each counts as one CPU")
+            told.append(f"no GPU rate ({TRAIN_ON_GPU}): each GPU counts as one CPU")
         if not self.data.looked_at:
-            told.append(f"the largest bucket is assumed {ASSUMED_SKEW} times the mean; --workspace looks")
-        if self.config.memory and self.data.songs > 1_000_000:
-            told.append("a hybrid scores every song for each answer: with millions of songs plan with --no-memory")
+            told.append(f"the largest bucket is assumed to be {ASSUMED_SKEW} times the mean; --workspace measures it")
         if self.config.gpu and self.gpu is not None and self.gpu.gpu_memory is None:
-            told.append(f"{self.gpu.name} does not say which GPU it has: its memory is not checked")
+            told.append(f"{self.gpu.name} does not name its GPU: GPU memory is not checked")
         return told
 
     def _spread(self, stage: str, memory: int, units: int, unit: str, work: int | None) -> StagePlan:
@@ -324,9 +337,10 @@ class _Planner:
             memory_there=node.memory,
             batches=batches,
             batch_of=batch_of,
+            requests=self.requests(stage),
             hours=None if speed is None or work is None else work / (speed * workers) / 3600,
             rate=speed,
-            rate_from="nobody has measured it" if speed is None else origin,
+            rate_from="not measured" if speed is None else origin,
         )
 
 
@@ -343,10 +357,10 @@ def _too_little(stage: StagePlan) -> Iterator[str]:
         advice = ADVICE.get(stage.stage, "more memory")
         yield (
             f"{stage.stage} needs {gib(stage.memory)} of memory on a {stage.node}, which has "
-            f"{gib(stage.memory_there)} for it: {advice}"
+            f"{gib(stage.memory_there)}: use {advice}"
         )
 
 
 def gib(size: int) -> str:
-    """Bytes as people who rent machines say them."""
+    """Bytes in GiB."""
     return f"{size / GIB:,.1f} GiB"

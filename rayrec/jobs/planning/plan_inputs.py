@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from rayrec.config import setting
+from pydantic import Field
+
+from rayrec.config import Settings
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.importing.import_plan import BUCKET_BYTES, MAX_BUCKETS, MIN_BUCKETS
@@ -21,38 +23,31 @@ BUILT_IN = {
     "import_plays_per_second_per_cpu": 650_000.0,
     "embed_tokens_per_second_per_cpu": 262_000.0,
     "train_plays_per_second_per_cpu": 23_300.0,
-    "memory_plays_per_second_per_cpu": 287_000.0,
+    "retrieval_plays_per_second_per_cpu": 100_000.0,
     "taste_plays_per_second_per_cpu": 322_000.0,
 }
 TRAIN_ON_GPU = "train_plays_per_second_per_gpu"  # measured by nobody yet: only a file of rates can hold it
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """How the stages will be run; the defaults are theirs."""
+_EMBED, _TRAIN = EmbedConfig(), TrainConfig()
 
-    dim: int = setting(EmbedConfig.dim, help="numbers per vector, D")
-    hidden_dim: int = setting(TrainConfig.hidden_dim, help="units of the recurrent network, D_hid")
-    embed_epochs: int = setting(EmbedConfig.epochs, help="passes of word2vec over the corpus")
-    epochs: int = setting(TrainConfig.epochs, help="passes of the network over the plays, at most")
-    window: int = setting(TrainConfig.window, help="plays the network learns from in one piece")
-    batch: int = setting(0, help="windows of a step, over all workers; 0: 64 a worker")
-    workers: int = setting(0, help="training workers; 0: one a GPU, or one a CPU node where there is no GPU")
-    gpu: bool = setting(TrainConfig.gpu, help="train on GPUs")
-    memory: bool = setting(TrainConfig.memory, help="mix in what sessions and sequential rules remember")
-    validation: bool = setting(True, help="hold back a validation range: two fits of vectors and network, not one")
-    buckets: int = setting(0, help="buckets of users; 0: one per 64 MiB of input, 16 to 4096")
-    nodes: int = setting(0, help="CPU nodes to count with; 0: as many as the cluster may have")
 
-    def __post_init__(self) -> None:
-        for name in ("dim", "hidden_dim", "embed_epochs", "epochs", "window"):
-            if getattr(self, name) < 1:
-                raise InputError(f"plan {name} is {getattr(self, name)}; give at least 1")
-        for name in ("batch", "workers", "buckets", "nodes"):
-            if getattr(self, name) < 0:
-                raise InputError(f"plan {name} is {getattr(self, name)}; it must not be negative")
-        if self.buckets > MAX_BUCKETS:
-            raise InputError(f"plan buckets is {self.buckets}; there are at most {MAX_BUCKETS}")
+class PlanConfig(Settings):
+    """How the stages will be run; the defaults are those of the stages."""
+
+    dim: int = Field(_EMBED.dim, ge=1, description="Embedding dimension")
+    hidden_dim: int = Field(_TRAIN.hidden_dim, ge=1, description="Hidden size of the recurrent network")
+    embed_epochs: int = Field(_EMBED.epochs, ge=1, description="Epochs of word2vec")
+    epochs: int = Field(_TRAIN.epochs, ge=1, description="Maximum epochs of the network")
+    window: int = Field(_TRAIN.window, ge=1, description="Sequence length of truncated backpropagation, in plays")
+    batch: int = Field(0, ge=0, description="Batch size in windows, over all workers; 0: 64 per worker")
+    workers: int = Field(0, ge=0, description="Training workers; 0: one per GPU, or one per CPU node without GPUs")
+    gpu: bool = Field(_TRAIN.gpu, description="Train on GPUs")
+    validation: bool = Field(True, description="Hold back a validation range: embeddings and network are fitted twice")
+    buckets: int = Field(
+        0, ge=0, le=MAX_BUCKETS, description="Buckets of users; 0: one per 64 MiB of input, 16 to 4096"
+    )
+    nodes: int = Field(0, ge=0, description="Number of CPU nodes; 0: the cluster's maximum")
 
     @property
     def fits(self) -> int:
@@ -76,7 +71,7 @@ class DataSize:
         """From counts alone. Raises `InputError` for counts that cannot be."""
         for name, count in (("users", users), ("plays", plays), ("songs", songs)):
             if count < 1:
-                raise InputError(f"{name} is {count}; give at least 1")
+                raise InputError(f"{name} is {count}; expected at least 1")
         made = buckets or min(MAX_BUCKETS, max(MIN_BUCKETS, ceil(plays * CSV_BYTES / BUCKET_BYTES)))
         largest = ceil(plays / made * ASSUMED_SKEW)
         return cls(users=users, plays=plays, songs=songs, buckets=made, largest_bucket=largest, looked_at=False)
@@ -100,10 +95,10 @@ def read_rates(path: str) -> dict[str, float]:
         found = json.loads(Path(path).read_text(encoding="utf-8"))["rates"]
         rates = {str(name): float(rate) for name, rate in found.items()}
     except OSError as error:
-        raise InputError(f"file of rates {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"rates file {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} holds no rates; give a file that `rayrec bench NAME --save FILE` wrote") from error
+        raise InputError(f"{path} has no rates; expected a file written by `rayrec bench NAME --save FILE`") from error
     slow = [name for name, rate in rates.items() if not rate > 0]
     if slow:
-        raise InputError(f"{path} says {slow[0]} is {rates[slow[0]]}; a rate is above 0")
+        raise InputError(f"{path} has {slow[0]} {rates[slow[0]]}; expected a number above 0")
     return rates

@@ -4,12 +4,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
-from rayrec.storage.workspace import HISTORIES, histories_file
+from rayrec.storage.workspace import HISTORIES
 
 LISTED = 5  # largest buckets and users
 
@@ -31,21 +30,16 @@ def measure_skew(dataset: Dataset) -> Skew:
 
 
 def _bucket_bytes(dataset: Dataset) -> Counter[int]:
-    workspace = dataset.workspace
-    selector = pafs.FileSelector(workspace.full(HISTORIES), allow_not_found=True, recursive=True)
-    sizes: Counter[int] = Counter()
-    for info in workspace.filesystem.get_file_info(selector):
-        if info.type == pafs.FileType.File and "/bucket=" in info.path:
-            sizes[int(info.path.split("/bucket=")[1].split("/")[0])] += info.size
-    return sizes
+    sizes = dataset.workspace.sizes(HISTORIES)
+    buckets = range(dataset.manifest.buckets)
+    return Counter(
+        {bucket: sum(sizes.get(path, 0) for path in dataset.manifest.histories_files(bucket)) for bucket in buckets}
+    )
 
 
 def _longest(dataset: Dataset, bucket: int) -> list[tuple[str, int]]:
     found: Counter[str] = Counter()
-    for part in range(dataset.manifest.parts):
-        path = histories_file(part, bucket)
-        if not dataset.workspace.exists(path):
-            continue
+    for path in dataset.manifest.histories_files(bucket):
         with dataset.workspace.open_input(path) as stream:
             for batch in pq.ParquetFile(stream).iter_batches(5_000, columns=[columns.USER, columns.SONGS]):
                 lengths = np.diff(batch.column(columns.SONGS).offsets.to_numpy())

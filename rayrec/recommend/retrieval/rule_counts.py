@@ -29,6 +29,7 @@ class RuleCounts:
     offsets: np.ndarray  # int64 (N + 1,)
     followers: np.ndarray  # int32 (R,), song rows
     weights: np.ndarray  # int64 (R,), descending within a song; equal ones by row
+    at_once: np.ndarray  # int64 (R,), times that the song followed with no other between
 
     @property
     def num_songs(self) -> int:
@@ -39,13 +40,14 @@ class RuleCounts:
     def fit(cls, histories: Histories, *, num_songs: int) -> RuleCounts:
         """Count what follows what in each user's history, across pauses as well."""
         rows, songs = histories.rows, histories.songs.astype(np.int64)
-        keys, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        keys, weights, at_once = ([np.zeros(0, np.int64)] for _ in range(3))
         for distance in range(1, min(MAX_DISTANCE, len(songs) - 1) + 1):
             pairs = np.flatnonzero(rows[distance:] == rows[:-distance])
             pairs = pairs[songs[pairs] != songs[pairs + distance]]
             keys.append(songs[pairs] * num_songs + songs[pairs + distance])
             weights.append(np.full(len(pairs), UNIT // distance, dtype=np.int64))
-        return _summed(np.concatenate(keys), np.concatenate(weights), num_songs)
+            at_once.append(np.full(len(pairs), int(distance == 1), dtype=np.int64))
+        return _summed(np.concatenate(keys), np.concatenate(weights), np.concatenate(at_once), num_songs)
 
     @classmethod
     def merge(cls, parts: Sequence[RuleCounts]) -> RuleCounts:
@@ -54,7 +56,8 @@ class RuleCounts:
         keys = [
             np.repeat(np.arange(part.num_songs), np.diff(part.offsets)) * num_songs + part.followers for part in parts
         ]
-        return _summed(np.concatenate(keys), np.concatenate([part.weights for part in parts]), num_songs)
+        weights, at_once = (np.concatenate([getattr(part, name) for part in parts]) for name in ("weights", "at_once"))
+        return _summed(np.concatenate(keys), weights, at_once, num_songs)
 
     def strongest(self, count: int = KEPT) -> RuleCounts:
         """The `count` strongest followers of each song."""
@@ -64,24 +67,33 @@ class RuleCounts:
             offsets=offsets_of(np.bincount(song[kept], minlength=self.num_songs)),
             followers=self.followers[kept],
             weights=self.weights[kept],
+            at_once=self.at_once[kept],
         )
 
     def of_songs(self, first: int, last: int) -> RuleCounts:
         """The part for the songs from row `first` up to `last`; the parts of all ranges merge into the whole again."""
         entries = slice(int(self.offsets[first]), int(self.offsets[last]))
         offsets = np.clip(self.offsets, entries.start, entries.stop) - entries.start
-        return RuleCounts(offsets=offsets, followers=self.followers[entries], weights=self.weights[entries])
+        return RuleCounts(
+            offsets=offsets,
+            followers=self.followers[entries],
+            weights=self.weights[entries],
+            at_once=self.at_once[entries],
+        )
 
 
-def _summed(keys: np.ndarray, weights: np.ndarray, num_songs: int) -> RuleCounts:
-    """Add up the weights of equal keys, song * num_songs + follower."""
+def _summed(keys: np.ndarray, weights: np.ndarray, at_once: np.ndarray, num_songs: int) -> RuleCounts:
+    """Add up the weights and the counts of equal keys, song * num_songs + follower."""
     order = np.argsort(keys, kind="stable")
     first = first_of_each(keys[order])
-    sums = np.add.reduceat(weights[order], first) if len(first) else np.zeros(0, np.int64)
+    weights, at_once = (
+        np.add.reduceat(values[order], first) if len(first) else values for values in (weights, at_once)
+    )
     songs, followers = np.divmod(keys[order][first], max(1, num_songs))
-    strongest = np.lexsort((followers, -sums, songs))
+    strongest = np.lexsort((followers, -weights, songs))
     return RuleCounts(
         offsets=offsets_of(np.bincount(songs, minlength=num_songs)),
         followers=followers[strongest].astype(np.int32),
-        weights=sums[strongest],
+        weights=weights[strongest],
+        at_once=at_once[strongest],
     )

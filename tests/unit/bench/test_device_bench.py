@@ -10,9 +10,11 @@ import torch
 from rayrec.bench import device_bench, device_limits
 from rayrec.bench.device_bench import Size, network, random_histories
 from rayrec.model.inference import TasteEncoder
+from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training import Share, Training
+from rayrec.model.training import Training
 
+TOLD = {"name": "a card", "torch": "2", "runs": [], "reading_plays_per_second": 1.0}
 UNCOMPILED = ((False, False), (True, False))
 
 
@@ -21,6 +23,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(device_limits, "PRODUCT_ROWS", {"cpu": 64, "cuda": 512})
     monkeypatch.setattr(device_limits, "COPY_BYTES", {"cpu": 1 << 16, "cuda": 1 << 24})
+    monkeypatch.setattr(device_bench, "BATCHES", (1, 2))
 
 
 def test_each_way_of_working_is_told_with_its_shares(
@@ -29,9 +32,10 @@ def test_each_way_of_working_is_told_with_its_shares(
     monkeypatch.setattr(device_bench, "WAYS", UNCOMPILED)
     device_bench.main(["--device", "cpu", "--quick", "--json"])
     told = json.loads(capsys.readouterr().out)
-    assert {(run["work"], run["bfloat16"]) for run in told["runs"]} == {
-        (work, bf16) for work in ("train", "tastes") for bf16 in (False, True)
+    assert {(run["work"], run["bfloat16"], run["batch"]) for run in told["runs"]} == {
+        (work, bf16, batch) for work, batch in (("train", 1), ("train", 2), ("tastes", 1)) for bf16 in (False, True)
     }
+    assert told["reading_plays_per_second"] > 0
     for run in told["runs"]:
         needs = told["needs"][run["work"]]
         limit = told["limits"]["bfloat16_flops" if run["bfloat16"] else "float32_flops"]
@@ -39,8 +43,32 @@ def test_each_way_of_working_is_told_with_its_shares(
         assert run["share_of_flops"] == pytest.approx(run["plays_per_second"] * needs["flops_per_play"] / limit)
         moved = run["plays_per_second"] * needs["unfused_bytes_per_play"]
         assert run["share_of_bytes"] == pytest.approx(moved / told["limits"]["bytes_per_second"])
-    device_bench.main(["--device", "cpu", "--quick"])
-    assert len(capsys.readouterr().out.splitlines()) == len(told["runs"])
+    table = device_bench.as_table(told)
+    assert len([line for line in table.splitlines() if line.startswith(("train ", "tastes "))]) == len(told["runs"])
+    assert table.count("as on a CPU") == len(told["checks"]) == 8
+
+
+def test_a_device_that_computes_something_else_is_told_by_name_and_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learned, calls = device_bench.learned, [0]
+
+    def broken(size: Size, device: str, steps: int) -> TasteModel:
+        calls[0] += 1
+        made = learned(size, device, steps)
+        if calls[0] == 4:  # the device's turn at the second objective of the first cell
+            with torch.no_grad():
+                made.dense.weight += 0.1
+        return made
+
+    monkeypatch.setattr(device_bench, "learned", broken)
+    found = device_bench.checks("cpu")
+    assert [check["same"] for check in found] == [True, False, *[True] * 6]
+    assert (found[1]["cell"], found[1]["objective"]) == ("gru", "softmax")
+    monkeypatch.setattr(device_bench, "bench", lambda *_: {**TOLD, "checks": found})
+    with pytest.raises(SystemExit):
+        device_bench.main(["--device", "cpu"])
+    assert "gru   softmax          NOT AS ON A CPU" in capsys.readouterr().out
 
 
 def test_a_way_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,15 +77,15 @@ def test_a_way_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(device_bench, "WAYS", ((False, True), (False, False)))
     monkeypatch.setattr(Training, "compile", without_compiler)
-    compiled, plain = device_bench.bench("cpu", Size.quick())["runs"][:2]
-    assert compiled == {"work": "train", "bfloat16": False, "compiled": True, "error": "no C++ compiler"}
+    compiled, _, plain = device_bench.bench("cpu", Size.quick())["runs"][:3]
+    assert compiled == {"work": "train", "bfloat16": False, "compiled": True, "batch": 1, "error": "no C++ compiler"}
     assert plain["plays_per_second"] > 0
 
 
 def test_the_operations_of_a_play_are_those_of_its_matrices() -> None:
     """Histories of one length, so that nothing is padded; every matrix product counted by hand."""
     size = replace(Size.quick(), users=4)
-    size = replace(size, config=replace(size.config, averages=()))
+    size = replace(size, config=size.config.replace(averages=()))
     config, histories = size.config, random_histories(size)
     encoder = TasteEncoder(network(size))
 
@@ -92,24 +120,9 @@ def test_histories_are_made_up_alike_each_time() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_training_takes_the_steps_of_another() -> None:
-    plain, compiled = (_trained("cpu", compiled=choice) for choice in (False, True))
+    plain, compiled = (device_bench.learned(Size.quick(), "cpu", 3, compiled=choice) for choice in (False, True))
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], value, atol=1e-4, rtol=0, msg=name)
-
-
-def _trained(device: str, *, compiled: bool = False, bf16: bool = False) -> torch.nn.Module:
-    """The network after three steps."""
-    size = Size.quick()
-    histories = random_histories(size)
-    counts = np.bincount(histories.songs, minlength=size.songs)
-    training = Training(network(size), size.config, counts, device=device, share=Share())
-    training.bf16 = bf16
-    if compiled:
-        training.compile()
-    batches = device_bench.batches_of(histories, size.config)[:3]
-    for step, batch in enumerate(batches):
-        training.step(batch, 0, step)
-    return training.model.cpu()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -125,7 +138,9 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("bf16", [False, True])
     def test_a_training_takes_the_steps_of_a_cpu(self, bf16: bool) -> None:
-        there, here = _trained("cuda", bf16=bf16).state_dict(), _trained("cpu").state_dict()
+        size = replace(Size.quick(), config=Size.quick().config.replace(dropout=0.0))
+        there = device_bench.learned(size, "cuda", 3, bf16=bf16).state_dict()
+        here = device_bench.learned(size, "cpu", 3).state_dict()
         learned = TrainConfig().learning_rate * 3  # of Adam: each step moves a weight by about the learning rate
         for name, value in here.items():
             assert (there[name] - value).abs().mean() < 0.2 * learned, name

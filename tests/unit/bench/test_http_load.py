@@ -109,7 +109,7 @@ def test_ratios_are_medians_of_those_within_a_round() -> None:
 
 
 def test_the_clients_that_ratios_need_must_be_there() -> None:
-    with pytest.raises(InputError, match="1 and of 16"):
+    with pytest.raises(InputError, match="expected 1 and 16 among them"):
         BenchConfig(serve_clients=(1, 64))
 
 

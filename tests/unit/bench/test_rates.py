@@ -56,7 +56,7 @@ def test_rates_of_two_machines_are_not_mixed(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "machine": {"cpus": 96}}))
     for refused in (lambda: save_rates(path, EMBED), lambda: check_rates_file(path)):
-        with pytest.raises(InputError, match=r"rates of another machine .*96.*name another file"):
+        with pytest.raises(InputError, match=r"rates of another machine .*96.*pass another file"):
             refused()
 
 
@@ -64,7 +64,7 @@ def test_rates_of_two_machines_are_not_mixed(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_never_overwritten(tmp_path: Path, text: str) -> None:
     path = tmp_path / "notes.json"
     path.write_text(text)
-    with pytest.raises(InputError, match="no file of rates"):
+    with pytest.raises(InputError, match="is not a rates file"):
         save_rates(path, TRAIN)
     assert path.read_text() == text
 

@@ -64,11 +64,11 @@ class TestCompare:
 class TestConfig:
     def test_an_unknown_benchmark_is_refused_by_name(self) -> None:
         check_name("train")
-        with pytest.raises(InputError, match=r"no benchmark 'trian'; there are: train, taste, index, embed, .*scale"):
+        with pytest.raises(InputError, match=r"Unknown benchmark 'trian'; expected one of train, taste, .*scale"):
             check_name("trian")
 
     def test_sizes_that_compare_nothing_are_refused(self) -> None:
         with pytest.raises(InputError, match="rounds is 0"):
             BenchConfig(rounds=0)
-        with pytest.raises(InputError, match="memory users"):
+        with pytest.raises(InputError, match="memory_users is"):
             BenchConfig(memory_users=(500, 500))

@@ -17,7 +17,7 @@ from rayrec_cli.main import main
 HELP = Path(__file__).parents[2] / "artifacts" / "help.txt"
 COMMANDS = (
     *("demo", "generate", "import", "split", "embed", "train", "taste", "index", "evaluate", "release"),
-    *("recommend", "serve", "status", "run", "tune", "bench"),
+    *("recommend", "serve", "status", "run", "tune", "bench", "compact", "clean", "unlock", "verify"),
 )
 RELEASE_COMMANDS = ("create", "list", "activate", "rollback", "verify")
 
@@ -49,31 +49,34 @@ def filled(tmp_path: Path) -> str:
         (["import", "csv", "/no/such/file.csv"], "/no/such/file.csv does not exist"),
         (["import", "lastfm", "PLAYS"], "unknown format 'lastfm'; expected one of csv"),
         (["import", "csv", "PLAYS", "--columns", "user=name"], "no column 'name'"),
-        (["import", "csv", "PLAYS", "--columns", "user"], "--columns has 'user'"),
-        (["import"], "format is missing"),
+        (["import", "csv", "PLAYS", "--columns", "user"], "--columns is 'user'; expected name = value pairs"),
+        (["import"], "Missing argument FORMAT; see rayrec import --help"),
         (["import", "csv", "PLAYS", "--buckets", "many"], "'--buckets': 'many'|valid integer"),
         (["generate", "--users", "0"], "users is 0"),
-        (["split"], "holds no data set; run `rayrec import`"),
+        (["split"], "has no data set; run `rayrec import`"),
         (["--workspace", "FILLED", "split", "--test-days", "30"], "leave nothing to train on"),
-        (["--workspace", "FILLED", "split", "--held-out-users", "1"], "not in \\[0, 1\\)"),
-        (["--workspace", "FILLED", "embed", "--split", "nope"], "split 'nope' is not in workspace"),
+        (
+            ["--workspace", "FILLED", "split", "--held-out-users", "1"],
+            "held_out_users is 1.0; expected a number",
+        ),
+        (["--workspace", "FILLED", "embed", "--split", "nope"], "split 'nope' not found in workspace"),
         (["embed", "--dim", "0"], "dim is 0"),
         (["train", "--objective", "guessing"], "expected one of sampled-softmax, softmax, cosine, l2"),
-        (["taste"], "holds no"),
+        (["taste"], "has no data set"),
         (["index", "--kind", "tree"], "expected one of auto, flat, ivf"),
         (["--workspace", "FILLED", "recommend", "--user", "ann"], "run `rayrec train` first"),
         (["--workspace", "FILLED", "recommend", "--user", "ann", "--at", "2015-01-20"], "no zone"),
         (["recommend", "--user", "ann", "-k", "0"], "k is 0"),
         (["recommend", "--user", "ann", "--horizon", "far"], "expected one of short, long"),
         (["evaluate"], "no data set"),
-        (["--workspace", "FILLED", "evaluate"], "no split to test on"),
-        (["--workspace", "FILLED", "release", "create"], "no model of data set d1"),
-        (["release", "activate", "nope"], "'nope' is not in workspace"),
-        (["release", "rollback"], "no release to go back to"),
-        (["release", "verify", "nope"], "'nope' is not in workspace"),
+        (["--workspace", "FILLED", "evaluate"], "no split to evaluate on"),
+        (["--workspace", "FILLED", "release", "create"], "data set d1 has no model"),
+        (["release", "activate", "nope"], "release 'nope' not found in workspace"),
+        (["release", "rollback"], "no earlier release to roll back to"),
+        (["release", "verify", "nope"], "release 'nope' not found in workspace"),
         (["run", "/no/such.toml"], "/no/such.toml cannot be read"),
-        (["bench", "everything"], "no benchmark 'everything'; there are: train"),
-        (["--workspace", "PLAYS", "status"], "is a file; give a folder"),
+        (["bench", "everything"], "Unknown benchmark 'everything'; expected one of train"),
+        (["--workspace", "PLAYS", "status"], "is a file; expected a folder"),
         (["--workspace", "gopher://host/x", "status"], "gopher"),
         (["--workspace", "FILLED", "demo"], "holds another data set"),
         (["status", "--loudly"], "No such option"),
@@ -92,16 +95,16 @@ def test_wrong_use_is_one_clear_line_and_exit_code_2(
     assert told.out == ""
     assert told.err.startswith("rayrec: ")
     assert told.err.count("\n") == 1
-    assert re.search(said, told.err), told.err
+    assert re.search(said, told.err, re.IGNORECASE), told.err
 
 
 def test_a_job_that_fails_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(workspace: Workspace) -> None:
         raise LeakError("a fit was handed\n3 plays")
 
-    monkeypatch.setattr("rayrec_cli.ask_commands.look", fail)
+    monkeypatch.setattr("rayrec_cli.workspace_commands.look", fail)
     assert main(["status"]) == 1
-    assert capsys.readouterr().err == "rayrec: a fit was handed 3 plays\n"
+    assert capsys.readouterr().err == "rayrec: A fit was handed 3 plays\n"
 
 
 def test_an_error_of_ours_that_ray_wrapped_is_told_as_it_was_raised(
@@ -115,9 +118,9 @@ def test_an_error_of_ours_that_ray_wrapped_is_told_as_it_was_raised(
     def fail(workspace: Workspace) -> None:
         raise WrappedError("Traceback\n  File x\nrayrec.errors.NotFoundError: there is no such song")
 
-    monkeypatch.setattr("rayrec_cli.ask_commands.look", fail)
+    monkeypatch.setattr("rayrec_cli.workspace_commands.look", fail)
     assert main(["status"]) == 2
-    assert capsys.readouterr().err == "rayrec: there is no such song\n"
+    assert capsys.readouterr().err == "rayrec: There is no such song\n"
 
 
 def test_our_bugs_are_one_line_and_a_traceback_only_when_asked_for(
@@ -126,7 +129,7 @@ def test_our_bugs_are_one_line_and_a_traceback_only_when_asked_for(
     def fail(workspace: Workspace) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("rayrec_cli.ask_commands.look", fail)
+    monkeypatch.setattr("rayrec_cli.workspace_commands.look", fail)
     assert main(["status"]) == 1
     assert capsys.readouterr().err == "rayrec: ZeroDivisionError: oh; run again with --debug for the traceback\n"
     assert main(["--debug", "status"]) == 1
@@ -140,7 +143,7 @@ def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(workspace: Workspace) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rayrec_cli.ask_commands.look", interrupt)
+    monkeypatch.setattr("rayrec_cli.workspace_commands.look", interrupt)
     assert main(["status"]) == 130
 
 
@@ -178,7 +181,7 @@ def test_a_split_of_each_users_own_plays_says_that_it_is_the_weaker_one(
     made = json.loads(capsys.readouterr().out)
     assert (made["protocol"], made["last_fraction"], made["validation_fraction"]) == ("last-fraction", 0.2, 0.1)
     assert main(flags) == 0
-    assert "weaker than a cut in time" in capsys.readouterr().out
+    assert "weaker than a split in time" in capsys.readouterr().out
     assert main(["status", "--workspace", filled]) == 0
     assert "last-fraction" in capsys.readouterr().out
 
@@ -201,7 +204,7 @@ def test_a_real_process_keeps_stdout_and_stderr_apart(filled: str) -> None:
     assert json.loads(done.stdout)["dataset"]["id"] == "d1"
     failed = rayrec("status", "--json", "--workspace", "gopher://x")
     assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr.startswith("rayrec: workspace 'gopher://x'")
+    assert failed.stderr.startswith("rayrec: Workspace 'gopher://x'")
 
 
 def help_text(capsys: pytest.CaptureFixture[str]) -> str:

@@ -1,14 +1,14 @@
-"""Flags come from the settings' dataclass, a TOML file lies below them, and bad values are told."""
+"""Flags come from the fields of the settings and override a TOML file; a bad value is one clear error."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 import typer
+from pydantic import Field, PositiveInt
 from typer.testing import CliRunner
 
-from rayrec.config import setting
+from rayrec.config import Settings
 from rayrec.errors import InputError
 from rayrec_cli.options import Call, Globals, command
 from rayrec_cli.output import Shown
@@ -16,21 +16,20 @@ from rayrec_cli.output import Shown
 WHERE = Annotated[str | None, typer.Argument(metavar="WHERE")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
+class Sample(Settings):
     """One setting of each kind."""
 
-    where: str = setting(help="required")
-    size: int = setting(64, help="how large")
-    rate: float | None = setting(None, help="how fast")
-    quick: bool = setting(True, help="whether to hurry")
-    way: Literal["up", "down"] = setting("up", help="where to")
-    cuts: tuple[int, ...] = setting((10, 20), help="where to cut")
-    columns: dict[str, str] = setting(None, help="which column is what")
+    where: str = Field(description="Required")
+    size: int = Field(64, ge=1, description="Size in songs")
+    rate: float | None = Field(None, description="Learning rate")
+    quick: bool = Field(True, description="Use the quick way")
+    way: Literal["up", "down"] = Field("up", description="Direction")
+    cuts: tuple[PositiveInt, ...] = Field((10, 20), description="Cutoffs")
+    columns: dict[str, str] = Field({}, description="Column of each role")
 
 
 @pytest.fixture
-def seen() -> list[tuple[Call, Settings, bool]]:
+def seen() -> list[tuple[Call, Sample, bool]]:
     return []
 
 
@@ -42,8 +41,8 @@ def app(seen: list, tmp_path: Path) -> typer.Typer:
     def root(ctx: typer.Context) -> None:
         ctx.obj = Globals(workspace=str(tmp_path / "default"), as_json=False)
 
-    @command(made, "go", config=Settings, example="go there", arguments={"where": WHERE})
-    def go(call: Call, config: Settings, *, twice: bool = False) -> Shown:
+    @command(made, "go", config=Sample, example="go there", arguments={"where": WHERE})
+    def go(call: Call, config: Sample, *, twice: bool = False) -> Shown:
         """Go."""
         print("a library says something")
         seen.append((call, config, twice))
@@ -61,7 +60,7 @@ def test_every_kind_of_setting_has_a_flag(app: typer.Typer, seen: list) -> None:
     result = invoke(app, "there", *flags.split())
     assert result.exit_code == 0, result.output
     [(_, config, twice)] = seen
-    assert config == Settings(
+    assert config == Sample(
         where="there", size=3, rate=0.5, quick=False, way="down", cuts=(1, 2, 3), columns={"a": "b", "c": "d"}
     )
     assert twice
@@ -69,7 +68,7 @@ def test_every_kind_of_setting_has_a_flag(app: typer.Typer, seen: list) -> None:
 
 def test_what_is_not_given_is_the_default(app: typer.Typer, seen: list) -> None:
     assert invoke(app, "there").exit_code == 0
-    assert seen[0][1] == Settings(where="there")
+    assert seen[0][1] == Sample(where="there")
 
 
 @pytest.mark.parametrize("content", ['[go]\nsize = 5\nway = "down"', 'size = 5\nway = "down"'])
@@ -87,25 +86,26 @@ def test_flags_lie_over_the_config_file(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["there", "--way", "left"], "expected one of up, down"),
-        (["there", "--cuts", "1,x"], "--cuts has 'x'"),
-        (["there", "--columns", "a"], "--columns has 'a'"),
+        (["there", "--way", "left"], "way is 'left'; expected one of up, down"),
+        (["there", "--size", "0"], "size is 0; expected an integer of at least 1"),
+        (["there", "--cuts", "1,x"], "--cuts is '1,x'; expected a list of integers, each above 0, separated by commas"),
+        (["there", "--columns", "a"], "--columns is 'a'; expected name = value pairs, separated by commas"),
         (["there", "--config", "none.toml"], "none.toml cannot be read"),
-        ([], "where is missing"),
+        ([], "Missing argument WHERE; see rayrec go --help"),
     ],
 )
-def test_bad_values_are_told(app: typer.Typer, arguments: list[str], said: str) -> None:
+def test_a_bad_value_is_an_error_with_what_was_expected(app: typer.Typer, arguments: list[str], said: str) -> None:
     result = invoke(app, *arguments)
     assert isinstance(result.exception, InputError)
     assert said in str(result.exception)
 
 
-def test_an_unknown_key_of_a_config_file_is_told(app: typer.Typer, tmp_path: Path) -> None:
+def test_an_unknown_key_of_a_config_file_is_an_error(app: typer.Typer, tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text("speed = 5")
     error = invoke(app, "there", "--config", str(file)).exception
     assert isinstance(error, InputError)
-    assert "no setting 'speed'" in str(error)
+    assert "unknown setting 'speed'" in str(error)
 
 
 def test_json_is_one_object_alone_on_stdout(app: typer.Typer) -> None:
@@ -120,13 +120,14 @@ def test_the_workspace_may_follow_the_command(app: typer.Typer, seen: list, tmp_
 
 
 def test_help_names_defaults_choices_and_an_example(app: typer.Typer) -> None:
-    told = invoke(app, "--help").stdout
+    text = " ".join(invoke(app, "--help").stdout.split())
     for part in (
-        "How large (64).",
+        "Size in songs. [default: 64]",
+        "Learning rate. ",
         "--way up|down",
-        "Whether to hurry (yes).",
+        "Use the quick way. [default: yes]",
         "--cuts A,B,...",
-        "(10,20)",
+        "[default: 10,20]",
         "go there",
     ):
-        assert part in told
+        assert part in text

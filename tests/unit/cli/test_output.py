@@ -6,8 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from rayrec_cli.ask_commands import results_table
 from rayrec_cli.output import Shown, day, figures, number, show, size, table
+from rayrec_cli.recommend_commands import results_table
 
 
 def lines(view: object) -> list[str]:
@@ -103,3 +103,8 @@ def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str])
     assert json.loads(told.out) == {"titles": ["Ä – é"], "n": 1}
     assert told.out.count("\n") == 1
     assert told.err == ""
+
+
+def test_json_has_null_where_a_number_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    show(Shown({"loss": float("nan"), "rows": [{"low": -float("inf"), "high": 1.5}]}), as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "rows": [{"low": None, "high": 1.5}]}

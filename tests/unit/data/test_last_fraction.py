@@ -81,7 +81,7 @@ def test_what_was_selected_stays_known_through_joining_taking_and_storing() -> N
 def test_a_fit_refuses_plays_behind_the_cut() -> None:
     histories, split = sequences(10, 10), cut()
     split.final.require(split.final.select(histories))
-    with pytest.raises(LeakError, match=r"do not say how many plays each user has .*FitRange.select"):
+    with pytest.raises(LeakError, match=r"lacks the total number of plays per user.*FitRange.select"):
         split.final.require(histories)
     with pytest.raises(LeakError, match=r"2 plays at or after its cut 0.7 .of each user's plays"):
         split.selection.require(split.final.select(histories))
@@ -109,7 +109,7 @@ def test_without_a_validation_fraction_there_is_no_validation_range() -> None:
 
 def test_the_split_says_that_it_is_the_weaker_one_and_is_found_again(workspace: Workspace) -> None:
     split = cut()
-    assert "the last 0.2 of each user's plays (weaker than a cut in time" in split.test_range
+    assert "the last 0.2 of each user's plays (weaker than a split in time" in split.test_range
     assert split.figures() == {"protocol": "last-fraction", "last_fraction": 0.2, "validation_fraction": 0.1}
     save_split(workspace, split)
     assert load_split(workspace, split.id) == split
@@ -133,7 +133,7 @@ def test_the_id_follows_the_settings_of_its_own_protocol() -> None:
 
 @pytest.mark.parametrize("bad", [{"last_fraction": 1.0}, {"last_fraction": -0.1}, {"validation_fraction": 1.5}])
 def test_fractions_out_of_range_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(InputError, match=r"not in \[0, 1\)"):
+    with pytest.raises(InputError, match="expected a number of at least 0 and below 1"):
         SplitConfig(**bad)
     with pytest.raises(InputError, match="leave nothing to train on"):
         SplitConfig(last_fraction=0.6, validation_fraction=0.4)

@@ -92,13 +92,13 @@ def test_every_play_falls_in_one_range_and_the_last_into_test_where_there_are_te
 
 
 def test_a_split_that_leaves_nothing_is_refused_with_the_span() -> None:
-    with pytest.raises(InputError, match=r"the plays span 10.0 days; ask for fewer days"):
+    with pytest.raises(InputError, match=r"the plays span 10.0 days; use fewer days"):
         make_split(SplitConfig(), dataset="d", first_play=0, last_play=10 * DAY_MS)
 
 
 @pytest.mark.parametrize("bad", [{"test_days": -1}, {"validation_days": -0.5}, {"held_out_users": 1.0}])
 def test_settings_out_of_range_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(InputError, match=r"must not be negative|not in"):
+    with pytest.raises(InputError, match="expected a number of at least 0"):
         SplitConfig(**bad)
 
 
@@ -116,3 +116,17 @@ def test_a_split_is_stored_and_found_again(workspace: Workspace) -> None:
     assert load_split(workspace, split.id) == split
     with pytest.raises(NotFoundError, match=r"'other' is not .*rayrec split"):
         load_split(workspace, "other")
+
+
+def test_a_range_is_within_another_where_the_other_covers_all_of_it() -> None:
+    early, late = FitRange(before=10), FitRange(before=20)
+    assert early.is_within(late)
+    assert not late.is_within(early)
+    assert late.is_within(FitRange())
+    assert not FitRange().is_within(late)
+    assert FitRange(share=0.5).is_within(FitRange(share=0.7))
+    assert not FitRange(share=0.7).is_within(FitRange(share=0.5))
+    held_out = FitRange(held_out_share=0.1, held_out_seed=1)
+    assert not FitRange().is_within(held_out)
+    assert held_out.is_within(held_out)
+    assert not FitRange(held_out_share=0.1, held_out_seed=2).is_within(held_out)

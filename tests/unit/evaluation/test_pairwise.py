@@ -5,9 +5,9 @@ import pytest
 from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.evaluation import pairwise
-from rayrec.evaluation.pairwise import NEGATIVES, Negatives, pair_sums, popularity_ranks, songs_by_popularity
-from rayrec.recommend.item_knn import NeighboursRecommender
+from rayrec.evaluation import vector_metrics
+from rayrec.evaluation.vector_metrics import NEGATIVES, Negatives, pair_sums, popularity_ranks, songs_by_popularity
+from rayrec.recommend.item_knn import ItemKnnRecommender
 
 PLAYS = np.array([4, 0, 9, 1, 4])
 
@@ -27,7 +27,7 @@ def test_negatives_are_drawn_uniformly_or_by_zipf_over_popularity_ranks() -> Non
 
 
 def _sums(histories: Histories, target: str, vectors: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    recommender = NeighboursRecommender(vectors)
+    recommender = ItemKnnRecommender(vectors)
     questions = Questions.before_plays(histories, np.flatnonzero(histories.places > 0))
     negatives = Negatives(np.ones(len(vectors)), seed)
     return pair_sums(recommender, recommender.vectors(histories, questions), histories, questions, target, negatives)
@@ -74,7 +74,7 @@ def test_songs_without_a_vector_make_no_pair() -> None:
 def test_division_of_users_and_questions_changes_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     histories, vectors = random_histories(12, 40, longest=60, seed=5), random_vectors(40)
     whole = _sums(histories, "offsets25_50", vectors)
-    monkeypatch.setattr(pairwise, "QUESTIONS_AT_ONCE", 5)
+    monkeypatch.setattr(vector_metrics, "PAIR_QUERIES_AT_ONCE", 5)
     parts = [_sums(histories.take(np.array([row])), "offsets25_50", vectors) for row in range(12)]
     for place in (0, 1):
         np.testing.assert_array_equal(np.concatenate([part[place] for part in parts]), whole[place])

@@ -9,9 +9,9 @@ import pytest
 from rayrec.errors import InputError
 from rayrec.evaluation.prefixes import Prefixes, PrefixEvaluator, PrefixFile, parse_prefixes, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.results import comparisons_of, results_of
+from rayrec.evaluation.results import Figures
 from rayrec.importing.readers.lines import byte_ranges
-from rayrec.recommend.item_knn import NeighboursRecommender
+from rayrec.recommend.item_knn import ItemKnnRecommender
 from rayrec.recommend.popularity import PopularityRecommender
 
 SONGS = pa.chunked_array([["a", "b"], ["c", "d"]])
@@ -75,26 +75,26 @@ def test_figures_are_those_worked_out_by_hand_and_unknown_songs_are_misses() -> 
     plays = np.array([3, 5, 0, 1])
     popular = PopularityRecommender(np.array([3, 5, 9, 1]))
     vectors = np.array([[1, 0], [0.8, 0.6], [0, 1], [-1, 0]], dtype=np.float32)
-    models = [popular, NeighboursRecommender(vectors)]
+    models = [popular, ItemKnnRecommender(vectors)]
     config = EvaluateConfig(ks=(1, 2), bootstrap_samples=50)
     evaluator = PrefixEvaluator(models, song_plays=plays, config=config)
-    tally = evaluator(_parse(["a\tb", "a\ta", "b\tc", "b\tx", "x\tb"]))
+    sums = evaluator(_parse(["a\tb", "a\ta", "b\tc", "b\tx", "x\tb"]))
     values = {
         (row["model"], row["metric"], row["k"]): row["value"]
-        for row in results_of(tally, models, config, ["next"])
+        for row in Figures(sums, models, config).results(["next"])
         if row["users"] == "all"
     }
     # Popularity ranks c, b, a, d: b is second twice. Neighbours of a: a, b, c, d; of what is unknown: nothing.
     assert values["popularity", "recall", 1] == 0
     assert values["popularity", "recall", 2] == pytest.approx(2 / 5)
     assert values["popularity", "mrr", 2] == pytest.approx(1 / 5)
-    assert values["neighbours", "recall", 1] == pytest.approx(1 / 5)
-    assert values["neighbours", "recall", 2] == pytest.approx(2 / 5)
-    assert values["neighbours", "ndcg", 2] == pytest.approx((1 + 1 / np.log2(3)) / 5, abs=1e-6)
+    assert values["item-knn", "recall", 1] == pytest.approx(1 / 5)
+    assert values["item-knn", "recall", 2] == pytest.approx(2 / 5)
+    assert values["item-knn", "ndcg", 2] == pytest.approx((1 + 1 / np.log2(3)) / 5, abs=1e-6)
     # As served without the song of the prefix: b is found by popularity after a and after x, by neighbours after a.
     differences = {
         (entry["target"], entry["metric"]): entry["difference"]
-        for entry in comparisons_of(tally, models, config, "neighbours")
+        for entry in Figures(sums, models, config).comparisons("item-knn")
     }
     assert differences == {
         ("served", "recall"): -0.25,
@@ -104,7 +104,7 @@ def test_figures_are_those_worked_out_by_hand_and_unknown_songs_are_misses() -> 
     }
     found = {
         row["model"]: row["value"]
-        for row in results_of(tally, models, config, ["served"])
+        for row in Figures(sums, models, config).results(["served"])
         if (row["users"], row["metric"], row["k"]) == ("all", "recall", 2)
     }
-    assert found == {"popularity": 2 / 4, "neighbours": 1 / 4}
+    assert found == {"popularity": 2 / 4, "item-knn": 1 / 4}

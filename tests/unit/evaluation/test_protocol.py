@@ -1,9 +1,8 @@
 """Which plays are predicted, for whom they count, and that the figures add up."""
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import fields
-from functools import reduce
-from operator import add
 
 import numpy as np
 import pytest
@@ -12,14 +11,15 @@ from worlds import random_histories, random_vectors
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange, Split
 from rayrec.errors import InputError
-from rayrec.evaluation import evaluator as asking
-from rayrec.evaluation.accumulator import Tally
+from rayrec.evaluation import evaluator as module
+from rayrec.evaluation.accumulator import MetricAccumulator
+from rayrec.evaluation.bootstrap import cell_ranges
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import GROUPS, EvaluateConfig, blocks, plays_to_predict, user_groups, usual_k
-from rayrec.evaluation.results import curves_of_tally, results_of
+from rayrec.evaluation.results import Figures
 from rayrec.recommend.base import Recommender
 from rayrec.recommend.discounted_average import AverageRecommender
-from rayrec.recommend.item_knn import NeighboursRecommender
+from rayrec.recommend.item_knn import ItemKnnRecommender
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 
@@ -45,14 +45,14 @@ def _evaluator(recommenders: list[Recommender], split: Split = SPLIT, **settings
 
 def test_every_play_from_the_cut_on_that_follows_another_is_predicted(world: Histories) -> None:
     plays = plays_to_predict(world, SPLIT)
-    questions = Questions.before_plays(world, plays)
-    assert [(world.user_ids[row], int(seen)) for row, seen in zip(questions.rows, questions.seen, strict=True)] == [
+    queries = Questions.before_plays(world, plays)
+    assert [(world.user_ids[row], int(seen)) for row, seen in zip(queries.rows, queries.seen, strict=True)] == [
         ("seen", 1),
         ("seen", 2),
         ("new", 1),
         ("new", 2),
     ]
-    assert questions.at.tolist() == [100, 110, 140, 150]
+    assert queries.at.tolist() == [100, 110, 140, 150]
 
 
 @pytest.mark.parametrize("per_block", [1, 2, 3, 100])
@@ -77,7 +77,7 @@ def test_users_are_seen_new_or_held_out(world: Histories) -> None:
 def test_figures_of_each_group_are_those_worked_out_by_hand(world: Histories) -> None:
     # Popularity 5, 4, 3, 9: song 3 was never played before the cut and scores by accident.
     evaluator = _evaluator([PopularityRecommender(np.array([5, 4, 3, 9]))])
-    results = results_of(evaluator(world), evaluator.recommenders, evaluator.config, ["next"])
+    results = Figures(evaluator(world), evaluator.recommenders, evaluator.config).results(["next"])
     # Ranks: seen asks for songs 1 and 2, ranks 3 and 4; new asks for 1 and 0, ranks 3 and 2.
     found = {(entry["users"], entry["metric"], entry["k"]): entry for entry in results}
     assert found["new", "recall", 2]["value"] == 0.5
@@ -98,9 +98,8 @@ def test_figures_are_means_over_plays_and_not_over_users() -> None:
     always = PopularityRecommender(np.array([9, 1, 1, 1]))
     world = Histories.from_lists([[0, 0, 0, 0, 0], [0, 1]], [[100, 101, 102, 103, 104], [100, 101]])
     evaluator = _evaluator([always])
-    assert (
-        results_of(evaluator(world), [always], evaluator.config, ["next"])[0]["value"] == 0.8
-    )  # 4 of 5 plays; the mean over users would be 0.5
+    results = Figures(evaluator(world), [always], evaluator.config).results(["next"])
+    assert results[0]["value"] == 0.8  # 4 of 5 plays; the mean over users would be 0.5
 
 
 def _models(histories: Histories) -> list[Recommender]:
@@ -110,34 +109,99 @@ def _models(histories: Histories) -> list[Recommender]:
     return [
         PopularityRecommender.fit([fit_on], num_songs=25, allowed=allowed),
         SequentialRulesRecommender.fit([fit_on], num_songs=25, allowed=allowed),
-        NeighboursRecommender(vectors),
+        ItemKnnRecommender(vectors),
         AverageRecommender(vectors, 0.75),
     ]
 
 
-def _assert_same(left: Tally, right: Tally) -> None:
-    for field in fields(Tally):
+def _assert_same(left: MetricAccumulator, right: MetricAccumulator) -> None:
+    for field in fields(MetricAccumulator):
         np.testing.assert_allclose(getattr(left, field.name), getattr(right, field.name), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("cut", [1, 7, 60])
-def test_tallies_of_parts_add_up_to_the_tally_of_the_whole(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cut", [7, 60])
+def test_sums_of_parts_add_up_to_the_sums_of_the_whole(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
     histories = random_histories(120, 25, seed=2)
     split = Split(id="s", dataset="d", validation_from=1, test_from=600_000, held_out_share=0.2)
     config = EvaluateConfig(bootstrap_samples=50, offsets=5)
     evaluator = Evaluator(_models(histories), split=split, song_plays=np.ones(25), config=config, curve_share=0.5)
     whole = evaluator(histories)
     assert (whole.users > 0).all()
-    assert min(whole.curve_counts.sum(), whole.pairs.sum(), whole.slice_questions.sum(), whole.lists.sum()) > 0
-    monkeypatch.setattr(asking, "QUERIES_PER_BLOCK", 40)
+    assert min(whole.curve_counts.sum(), whole.pairs.sum(), whole.slice_queries.sum(), whole.lists.sum()) > 0
+    monkeypatch.setattr(module, "QUERIES_PER_BLOCK", 40)
     shuffled = np.random.default_rng(0).permutation(len(histories))
-    parts = [evaluator(histories.take(shuffled[start : start + cut])) for start in range(0, 120, cut)]
-    _assert_same(reduce(add, parts, evaluator.empty()), whole)
+    added = evaluator.empty()
+    for start in range(0, 120, cut):
+        added.add(evaluator(histories.take(shuffled[start : start + cut])))
+    _assert_same(added, whole)
+    by_range = evaluator.empty()
+    ranges = cell_ranges(1, 200)
+    assert len(ranges) == 6
+    for place, cells in enumerate(ranges):
+        by_range.add(evaluator(histories, cells), first_cell=place * cells.count)
+    for name in ("metrics", "queries", "curve_sums", "pairs", "slice_metrics", "list_sums"):
+        np.testing.assert_allclose(getattr(by_range, name).sum(axis=0), getattr(whole, name).sum(axis=0), atol=1e-9)
+    assert (by_range.users == whole.users).all()
+    assert (by_range.listed == whole.listed).all()
+
+
+@pytest.mark.parametrize("buckets", [1, 16, 5_000])
+def test_what_a_worker_returns_is_below_1_mb_whatever_the_number_of_songs_models_and_buckets(buckets: int) -> None:
+    models = [PopularityRecommender(np.ones(4), name=f"model-{number}") for number in range(16)]
+    models += [ItemKnnRecommender(random_vectors(4)) for _ in range(8)]
+    histories = random_histories(200, 4, longest=60, seed=1)
+    split = Split(id="s", dataset="d", validation_from=1, test_from=2)
+    plays, contexts = np.ones(2_000_000), ["a"] * 10
+    evaluator = Evaluator(models, split=split, song_plays=plays, config=EvaluateConfig(), contexts=contexts)
+    cells = cell_ranges(buckets, evaluator.cells_at_once)[0]
+    returned = pickle.dumps(evaluator(histories, cells))
+    assert 50_000 < len(returned) < 1_000_000
+
+
+def test_queries_are_drawn_by_user_and_play_whatever_the_company() -> None:
+    histories = random_histories(400, 25, longest=60, seed=3)
+    split = Split(id="s", dataset="d", validation_from=1, test_from=600_000)
+
+    def drawn(some: Histories, share: float) -> set[tuple[str, int]]:
+        return {
+            (block.user_ids[row], int(seen))
+            for block, plays in blocks(some, split, 50, share)
+            for queries in [Questions.before_plays(block, plays)]
+            for row, seen in zip(queries.rows, queries.seen, strict=True)
+        }
+
+    every, tenth, third = (drawn(histories, share) for share in (1.0, 0.1, 0.3))
+    assert len(tenth) == pytest.approx(len(every) / 10, rel=0.1)
+    assert len(third) == pytest.approx(len(every) * 0.3, rel=0.1)
+    assert tenth < third < every
+    some = histories.take(np.arange(0, 400, 7))
+    assert drawn(some, 0.3) == {query for query in third if query[0] in set(some.user_ids)}
+
+
+def test_a_part_of_the_queries_gives_figures_near_those_of_all_with_wider_intervals() -> None:
+    histories = random_histories(400, 25, longest=60, seed=3)
+    split = Split(id="s", dataset="d", validation_from=1, test_from=600_000)
+    models, config = _models(histories)[:2], EvaluateConfig(ks=(5,), bootstrap_samples=200, offsets=0)
+    figures = []
+    for share in (1.0, 0.1):
+        evaluator = Evaluator(models, split=split, song_plays=np.ones(25), config=config, query_share=share)
+        figures.append(Figures(evaluator(histories), models, config))
+    every, part = (
+        {(row["model"], row["metric"]): row for row in some.results(["next"]) if row["users"] == "all"}
+        for some in figures
+    )
+    for key, row in every.items():
+        width, narrow = (some[key]["high"] - some[key]["low"] for some in (part, every))
+        assert part[key]["plays"] == pytest.approx(0.1 * row["plays"], rel=0.1)
+        assert abs(part[key]["value"] - row["value"]) < width
+        assert width > 2 * narrow
+    activity = {row["slice"]: row["plays"] for row in figures[1].breakdowns([]) if row["by"] == "activity"}
+    assert activity.get("1-4", 0) < activity["20-99"]  # plays that were not drawn count in a user's activity too
 
 
 def test_only_the_drawn_users_are_in_the_curves() -> None:
     histories = random_histories(300, 25, longest=4, seed=2)
-    recommender = NeighboursRecommender(random_vectors(25))
+    recommender = ItemKnnRecommender(random_vectors(25))
     config = EvaluateConfig(bootstrap_samples=0, offsets=1)
 
     def plays(share: float) -> float:
@@ -149,10 +213,10 @@ def test_only_the_drawn_users_are_in_the_curves() -> None:
 
 
 def test_curves_are_listed_with_their_plays(world: Histories) -> None:
-    recommender = NeighboursRecommender(random_vectors(4))
+    recommender = ItemKnnRecommender(random_vectors(4))
     evaluator = _evaluator([PopularityRecommender(np.ones(4)), recommender])
-    (curve,) = curves_of_tally(evaluator(world), evaluator.curves, evaluator.config)
-    assert (curve["model"], curve["horizon"], curve["offset"]) == ("neighbours", "short", [1, 2])
+    (curve,) = Figures(evaluator(world), evaluator.recommenders, evaluator.config).cosine_by_offset(evaluator.curves)
+    assert (curve["model"], curve["horizon"], curve["offset"]) == ("item-knn", "short", [1, 2])
     assert curve["plays"] == [4, 2]
     vectors = recommender.song_vectors
     expected = (
@@ -164,7 +228,7 @@ def test_curves_are_listed_with_their_plays(world: Histories) -> None:
     )
 
 
-def test_users_without_test_plays_ask_nothing() -> None:
+def test_users_without_test_plays_are_not_scored() -> None:
     class Silent(PopularityRecommender):
         def score_chunks(self, *_: object) -> Iterator[tuple[slice, np.ndarray]]:
             raise AssertionError("nothing was to be scored")
@@ -179,9 +243,10 @@ def test_users_without_test_plays_ask_nothing() -> None:
         ({"ks": ()}, "ks is"),
         ({"ks": (0, 10)}, "ks is"),
         ({"ks": (10, 10)}, "ks is"),
-        ({"confidence": 1.0}, "confidence 1.0"),
+        ({"confidence": 1.0}, "confidence is 1.0"),
         ({"bootstrap_samples": -1}, "bootstrap_samples is -1"),
         ({"offsets": -1}, "offsets is -1"),
+        ({"queries": -1}, "queries is -1"),
         ({"models": ()}, "models is empty"),
     ],
 )

@@ -8,8 +8,10 @@ from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange, Split
-from rayrec.evaluation.protocol import HeardSongs, plays_to_predict, target_songs
+from rayrec.evaluation.evaluator import Evaluator
+from rayrec.evaluation.protocol import EvaluateConfig, HeardSongs, plays_to_predict, target_songs
 from rayrec.evaluation.ranks import NOT_FOUND, Ranked, rank_targets
+from rayrec.evaluation.results import Figures
 from rayrec.recommend.base import CandidateRecommender, Horizon, Recommender, ScoredCandidates
 from rayrec.recommend.discounted_average import AverageRecommender
 from rayrec.recommend.popularity import PopularityRecommender
@@ -91,6 +93,7 @@ class PlannedCandidates(CandidateRecommender):
     """The songs with a score as candidates, two queries a chunk."""
 
     name = "planned-candidates"
+    retrievers = ("even", "small")
 
     def __init__(self, scores: list[float]) -> None:
         self.scores = np.array(scores, dtype=np.float32)
@@ -107,7 +110,10 @@ class PlannedCandidates(CandidateRecommender):
                     rows=np.repeat(np.arange(size), len(proposed)),
                     songs=np.tile(proposed, size),
                     scores=lambda horizon, exclude_heard, scores=scores: scores,
-                    retrievers={"all": np.arange(size * len(proposed))},
+                    retrievers={
+                        "even": np.flatnonzero(np.tile(proposed % 2 == 0, size)),
+                        "small": np.flatnonzero(np.tile(proposed < 3, size)),
+                    },
                 ),
             )
 
@@ -154,3 +160,19 @@ def test_a_candidate_without_a_number_is_never_found() -> None:
     queries = Questions.before_plays(histories, np.array([1, 2]))
     ranks = _ranked(PlannedCandidates([0, NAN, 1]), histories, queries, np.ones(3, bool)).ranks
     assert ranks["next"].tolist() == [NOT_FOUND, 1]
+
+
+def test_recall_of_retrievers_is_the_share_of_targets_that_each_proposes() -> None:
+    # Candidates are the songs 0 to 4; even proposes 0, 2 and 4, small 0, 1 and 2.
+    planned = PlannedCandidates([5, 4, 3, 2, 1, -INF])
+    histories = Histories.from_lists([[0, 1, 3, 4, 5, 0]], [range(6)])
+    config = EvaluateConfig(ks=(1,), bootstrap_samples=20, offsets=0)
+    evaluator = Evaluator([planned], split=EVERYTHING, song_plays=np.ones(6), config=config)
+    entries = Figures(evaluator(histories), [planned], config).retrieval(evaluator.retrievers)
+    found = {(entry["target"], entry["retriever"]): (entry["value"], entry["candidates"]) for entry in entries}
+    # All next plays are 1, 3, 4, 5 and 0; those of songs new to the user 1, 3, 4 and 5.
+    assert found["next", "all"] == (4 / 5, 5)
+    assert found["next", "even"] == (2 / 5, 3)
+    assert found["next", "small"] == (2 / 5, 3)
+    assert found["served", "all"] == (3 / 4, 5)
+    assert found["served", "even"] == found["served", "small"] == (1 / 4, 3)

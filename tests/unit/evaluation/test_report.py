@@ -1,15 +1,15 @@
 """The report: files that programs and people can read."""
 
 import base64
+import html
 import re
 from typing import Any
 
-import numpy as np
 import pytest
 
 from rayrec.errors import DamagedArtifactError
-from rayrec.evaluation.figure import LABEL_GAP, cosine_figure, curve_name, spread
-from rayrec.evaluation.report import headline, html_page, read_figures, write_report
+from rayrec.evaluation.plots import Plot, cosine_plot, curve_name
+from rayrec.evaluation.report import headline, html_page, read_figures, verdict, write_report
 from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.workspace import Workspace
 
@@ -41,7 +41,9 @@ def results() -> list[dict[str, Any]]:
 def test_the_report_is_written_with_everything_in_it(workspace: Workspace, results: list[dict[str, Any]]) -> None:
     curves = [_curve("weak"), _curve("taste", "network")]
     figures = {"results": results, "cosine_by_offset": curves, "pairwise": []}
-    names = write_report(workspace, "reports/r", figures, default="taste", about={"split": "abc"})
+    plot = cosine_plot(curves)
+    assert plot is not None
+    names = write_report(workspace, "reports/r", figures, default="taste", about={"split": "abc"}, plots=[plot])
     assert sorted(names) == ["cosine_by_offset.png", "report.html", "results.json"]
     stored = workspace.read_json("reports/r/results.json")
     assert stored["default"] == "taste"
@@ -52,15 +54,10 @@ def test_the_report_is_written_with_everything_in_it(workspace: Workspace, resul
     assert base64.b64encode(picture).decode() in workspace.read_bytes("reports/r/report.html").decode()
 
 
-@pytest.mark.parametrize("earlier", [False, True])
-def test_what_was_found_is_read_from_the_results_and_no_longer_from_the_manifest(
-    workspace: Workspace, results: list[dict[str, Any]], earlier: bool
-) -> None:
-    """Manifests of earlier reports held the figures too."""
+def test_figures_are_read_from_the_results_and_checked(workspace: Workspace, results: list[dict[str, Any]]) -> None:
     figures = {"results": results, "cosine_by_offset": [_curve("weak")], "breakdowns": []}
     names = write_report(workspace, "reports/r", figures, default="weak", about={"split": "abc"})
-    metrics = {"default": "weak", "plays": 9, **({"results": results} if earlier else {})}
-    report = publish(workspace, Manifest(kind="reports", id="r", metrics=metrics), names)
+    report = publish(workspace, Manifest(kind="reports", id="r", metrics={"default": "weak", "plays": 9}), names)
     assert read_figures(workspace, report) == {"default": "weak", "plays": 9, "results": results, "breakdowns": []}
     workspace.write_json("reports/r/results.json", {"default": "weak", "results": []})
     with pytest.raises(DamagedArtifactError, match=r"results.json does not match"):
@@ -75,41 +72,99 @@ def test_the_headline_is_the_next_play_by_what_recommends(results: list[dict[str
     assert headline({"results": results}, "taste") == {}
 
 
-def test_the_page_shows_the_health_of_each_table_of_song_vectors(results: list[dict[str, Any]]) -> None:
+def _text(page: str) -> str:
+    """The page without its tags, on one line."""
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
+
+
+def _served(model: str, value: float, kind: str = "baseline") -> dict[str, Any]:
+    return {**_entry(model, "all", value), "target": "served", "kind": kind}
+
+
+def _difference(other: str, value: float, margin: float) -> dict[str, Any]:
+    about = {"model": "taste", "other": other, "users": "all", "target": "served", "metric": "recall", "k": 20}
+    return {**about, "difference": value, "low": value - margin, "high": value + margin}
+
+
+@pytest.mark.parametrize(
+    ("difference", "expected"),
+    [
+        (_difference("vstan", 0.03, 0.01), "3.0 more than the best baseline, vstan (surely 2.0 to 4.0)."),
+        (_difference("vstan", -0.03, 0.01), "3.0 fewer than the best baseline, vstan (surely 2.0 to 4.0)."),
+        (_difference("vstan", 0.01, 0.02), "no clear difference from the best baseline, vstan (-1.0 to +3.0)."),
+    ],
+)
+def test_the_verdict_is_the_default_model_against_the_best_baseline(difference: dict[str, Any], expected: str) -> None:
+    rows = [_served("popularity", 0.1), _served("vstan", 0.39), _served("taste", 0.42, "network")]
+    rows += [_served("hybrid", 0.5, "network")]  # no baseline
+    figures = {"results": rows, "comparisons": [_difference("popularity", 0.3, 0.01), difference]}
+    assert verdict(figures, "taste") == f"taste finds 42 of 100 next new songs in its first 20: {expected}"
+    assert f"<h1>{html.escape(verdict(figures, 'taste'))}</h1>" in html_page(figures, default="taste", about={})
+    assert verdict({"results": rows[:2]}, "taste") == "vstan finds 39 of 100 next new songs in its first 20."
+
+
+def test_the_chart_shows_the_five_best_models_and_always_the_default() -> None:
+    rows = [_served(f"model-{number}", number / 10) for number in range(1, 9)]
+    page = html_page({"results": rows}, default="model-1", about={})
+    chart = page[page.index('class="bars"') : page.index("five best of 8")]
+    assert re.findall(r'class="name">([^<]+)<', chart) == ["model-8", "model-7", "model-6", "model-5", "model-1"]
+    widths = [float(width) for width in re.findall(r'class="bar[^"]*" style="width: ([0-9.]+)%', chart)]
+    assert widths == pytest.approx([100 * value / 0.81 for value in (0.8, 0.7, 0.6, 0.5, 0.1)], abs=0.01)
+
+
+def test_a_warning_about_leakage_stands_before_every_figure(results: list[dict[str, Any]]) -> None:
+    page = html_page({"results": results}, default="weak", about={"warning": "the song vectors: leak"})
+    assert page.index("the song vectors: leak") < page.index('class="bars"')
+    assert 'class="warning"' not in html_page({"results": results}, default="weak", about={})
+
+
+def test_settings_of_baselines_are_shown(results: list[dict[str, Any]]) -> None:
+    settings = [{"model": "vstan", "days_decay": 30.0, "neighbours": 200}]
+    page = html_page({"results": results, "settings": settings}, default="weak", about={"split": "abc"})
+    assert "settings of vstan days decay 30, neighbours 200" in _text(page)
+
+
+def test_the_page_shows_the_health_of_each_table_of_song_embeddings(results: list[dict[str, Any]]) -> None:
     near = {"song": "A <b>", "plays": 1234, "neighbours": ["C", "D & E"], "cosines": [0.91, 0.5]}
     entry = {"coverage": 0.9, "songs_with_vector": 1800, "mean_cosine": 0.123, "directions": 9.26, "dim": 64}
     tables = [{**entry, "vectors": role, "id": "x", "neighbours": [near]} for role in ("songs", "models")]
-    page = html_page({"results": results, "song_vectors": tables}, None, default="weak", about={})
+    page = html_page({"results": results, "song_vectors": tables}, default="weak", about={})
     assert page.count("<td>9.3 of 64</td>") == 2
     assert "Neighbours of the most played songs, as embedded" in page
-    assert "A &lt;b&gt;</th><td>1,234</td><td><div>C (0.91)<br>D &amp; E (0.50)</div></td>" in page
-    assert "song vectors" not in html_page({"results": results}, None, default="weak", about={})
-
-
-def test_without_curves_there_is_no_figure(workspace: Workspace, results: list[dict[str, Any]]) -> None:
-    names = write_report(workspace, "reports/r", {"results": results}, default="taste", about={})
-    assert names == ["results.json", "report.html"]
+    assert "A &lt;b&gt;</th><td>1,234</td><td><div>C (0.91)</div><div>D &amp; E (0.50)</div></td>" in page
+    assert "Song embeddings" not in html_page({"results": results}, default="weak", about={})
 
 
 def test_the_page_needs_no_other_file_and_escapes_what_it_shows(results: list[dict[str, Any]]) -> None:
-    page = html_page({"results": results}, PNG, default="weak", about={"data set": "<b>"})
+    plot = Plot(file="x.png", title="X", note="n", alt="<a>", png=PNG)
+    examples = [{"last_plays": ["<i>"], "songs": ["S & T"]}]
+    figures = {"results": results, "examples": examples}
+    page = html_page(figures, default="weak", about={"data set": "<b>"}, plots=[plot])
     assert "strong &lt;&amp;&gt;" in page
     assert "<dd>&lt;b&gt;</dd>" in page
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "Last played: &lt;i&gt;" in page
+    assert "<li>S &amp; T</li>" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "<script" not in page
+    links = re.findall(r'href="#([^"]+)"', page)
+    assert links
+    assert set(links) <= set(re.findall(r'<details id="([^"]+)"', page))
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
 
 
-def test_the_page_lists_the_best_first_and_marks_the_default(results: list[dict[str, Any]]) -> None:
-    page = html_page({"results": results}, None, default="weak", about={})
-    assert page.index("strong") < page.index("weak<small>")
-    assert page.count("<tr class=default>") == 4  # one a table: all, seen and new at 20, all at 10
-    assert "1,234 plays of 56 users" in page
-    assert "0.4000<small>0.3900 to 0.4100</small>" in page
+def test_tables_list_the_best_first_and_mark_the_default(results: list[dict[str, Any]]) -> None:
+    page = html_page({"results": results}, default="weak", about={})
+    table = page[page.index('id="metrics-next-all-20"') :]
+    assert table.index("strong") < table.index("weak<small>")
+    assert "1,234 plays of 56 users" in table
+    assert "<td>0.4000<small>0.3900 to 0.4100</small></td>" in table
 
 
-def test_one_group_alone_is_not_told_twice(results: list[dict[str, Any]]) -> None:
+def test_one_group_alone_is_not_shown_twice(results: list[dict[str, Any]]) -> None:
     lone = [entry for entry in results if entry["users"] in ("all", "seen") and entry["k"] == 20]
-    assert html_page({"results": lone}, None, default="weak", about={}).count("<table>") == 1
+    assert "metrics-next-seen" not in html_page({"results": lone}, default="weak", about={})
+    assert "metrics-next-seen" in html_page({"results": results}, default="weak", about={})
 
 
 def test_every_kind_of_figure_has_its_table(results: list[dict[str, Any]]) -> None:
@@ -121,38 +176,45 @@ def test_every_kind_of_figure_has_its_table(results: list[dict[str, Any]]) -> No
     figures = {
         "results": [*results, {**_entry("weak", "all", 0.1), "target": "offsets25_50"}],
         "comparisons": [{**about, "other": "strong <&>", "users": "all", **difference}],
+        "retrieval": [{"model": "weak", "retriever": "all", "target": "next", "candidates": 12.34, **interval}],
         "pairwise": [{**about, "horizon": "short", "negatives": "zipf", **interval, "pairs": 9}],
         "breakdowns": [{**about, "by": "history", "slice": "5-19", **interval, "plays": 4321}],
         "recommended": [{"model": "weak", "coverage": 0.5, **ranks, **repeats, "lists": 77}],
         "leave_one_out": [_entry("weak", "all", 0.6)],
     }
-    page = html_page(figures, None, default="weak", about={})
+    page = html_page(figures, default="weak", about={})
     assert "<td>-0.0310<small>-0.0400 to -0.0200</small></td>" in page
+    assert "all together</th><td>12.3</td><td>0.2500" in page
     assert "all next plays, against popular songs" in page
     assert "25 to 50 plays ahead" in page
     assert "5-19: 4,321" in page
     assert "3,210<small>3,000 to 3,400</small>" in page
     assert "0.6000" in page[page.index("Leave one out") :]
-    assert "<td>–</td>" in page  # strong was not asked for the long term
+    assert "<td>–</td>" in page  # strong has no long term
 
 
-def test_a_figure_can_be_drawn_of_many_curves_of_one_and_of_none() -> None:
+def test_what_a_model_loses_without_a_part_stands_in_a_table_of_its_own() -> None:
+    without = {**_served("without sessions", 0.9), "kind": "ablation"}
+    rows = [_served("taste", 0.42, "network"), _served("vstan", 0.3), without]
+    comparisons = [_difference("vstan", 0.12, 0.01), _difference("without sessions", 0.05, 0.01)]
+    page = html_page({"results": rows, "comparisons": comparisons}, default="taste", about={})
+    assert page.count("without sessions") == 1
+    chapter = page[page.index('<details id="ablation"') :]
+    assert "+0.0500" in chapter
+    assert "+0.1200" not in chapter
+
+
+def test_a_plot_is_drawn_of_many_curves_of_one_and_of_none() -> None:
     many = [_curve(f"average-{discount}") for discount in range(7)]
-    many += [_curve("taste", "network"), _curve("taste", "network", "long"), _curve("neighbours")]
+    many += [_curve("taste", "network"), _curve("taste", "network", "long"), _curve("item-knn")]
     nothing = {**_curve("x"), **{name: [] for name in ("offset", "value", "low", "high", "plays")}}
-    for curves in (many, many[:1], [], [nothing]):
-        assert cosine_figure(curves).startswith(PNG)
+    for curves in (many, many[:1]):
+        plot = cosine_plot(curves)
+        assert plot is not None
+        assert plot.png.startswith(PNG)
+    assert cosine_plot([]) is cosine_plot([nothing]) is None
 
 
 def test_a_model_with_two_curves_is_named_with_its_horizon() -> None:
-    curves = [_curve("taste", horizon="short"), _curve("taste", horizon="long"), _curve("neighbours")]
-    assert [curve_name(curve, curves) for curve in curves] == ["taste, short", "taste, long", "neighbours"]
-
-
-def test_labels_are_spread_apart_in_their_order() -> None:
-    heights = np.array([0.5, 0.51, 0.1, 0.505, 0.9, 0.1])
-    spaced = spread(heights, LABEL_GAP)
-    assert np.diff(np.sort(spaced)).min() >= LABEL_GAP - 1e-9
-    assert (np.argsort(spaced, kind="stable") == np.argsort(heights, kind="stable")).all()
-    assert spaced[4] == 0.9
-    np.testing.assert_allclose(spaced[[0, 1, 3]].mean(), heights[[0, 1, 3]].mean())
+    curves = [_curve("taste", horizon="short"), _curve("taste", horizon="long"), _curve("item-knn")]
+    assert [curve_name(curve, curves) for curve in curves] == ["taste, short", "taste, long", "item-knn"]

@@ -13,8 +13,9 @@ from rayrec.data.split import FitRange, Split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.results import figures_of
+from rayrec.jobs.compared_models import make_ablated
 from rayrec.recommend.base import Horizon, Recommender
-from rayrec.recommend.item_knn import NeighboursRecommender
+from rayrec.recommend.item_knn import ItemKnnRecommender
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 
@@ -25,7 +26,7 @@ CONFIG = EvaluateConfig(ks=(3, 20), bootstrap_samples=30, offsets=2)
 CONTEXTS = ("radio", "album")
 
 
-class TwoHorizons(NeighboursRecommender):
+class TwoHorizons(ItemKnnRecommender):
     """Answers the long term with the opposite of the last song."""
 
     name = "taste"
@@ -197,9 +198,21 @@ def test_differences_are_those_of_the_means_and_their_intervals_are_paired(
         difference = values[("taste", *key)]["value"] - values[(row["other"], *key)]["value"]
         assert row["difference"] == pytest.approx(difference, abs=3e-6)
     # Against itself under another name a model differs by nothing in every sample, however wide both intervals are.
-    twin = NeighboursRecommender(random_vectors(NUM_SONGS))
+    twin = ItemKnnRecommender(random_vectors(NUM_SONGS))
     both = Evaluator([evaluator.recommenders[0], twin], split=SPLIT, song_plays=np.ones(NUM_SONGS), config=CONFIG)
     compared = figures_of(both(histories), both, "taste")["comparisons"]
     short = [row for row in compared if not row["target"].endswith("25_50")]  # the twin has no long horizon
     assert [(row["difference"], row["low"], row["high"]) for row in short] == [(0, 0, 0)] * 6
     assert figures_of(both(histories), both, "nobody")["comparisons"] == []
+
+
+def test_an_ablation_is_a_model_of_its_own_kind_that_the_default_is_compared_with(
+    evaluator: Evaluator, histories: Histories
+) -> None:
+    (without,) = make_ablated({"network": lambda: PopularityRecommender(np.arange(NUM_SONGS))})
+    models = [evaluator.recommenders[0], without]
+    both = Evaluator(models, split=SPLIT, song_plays=np.ones(NUM_SONGS), config=CONFIG)
+    figures = figures_of(both(histories), both, "taste")
+    assert {row["kind"] for row in figures["results"] if row["model"] == "without network"} == {"ablation"}
+    assert {row["kind"] for row in figures["results"] if row["model"] == "taste"} == {"network"}
+    assert {row["other"] for row in figures["comparisons"]} == {"without network"}

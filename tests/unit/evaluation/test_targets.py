@@ -6,10 +6,10 @@ from worlds import random_histories, random_vectors
 from rayrec.data.histories import Histories, Questions
 from rayrec.evaluation.protocol import OFFSETS, SERVED, HeardSongs, TargetSongs, horizon_of, plays_ahead, target_songs
 from rayrec.recommend.base import Recommender
-from rayrec.recommend.item_knn import NeighboursRecommender
+from rayrec.recommend.item_knn import ItemKnnRecommender
 
 
-class Both(NeighboursRecommender):
+class Both(ItemKnnRecommender):
     horizons = ("short", "long")
 
 
@@ -88,7 +88,7 @@ def test_a_song_is_heard_once_it_was_played_before_the_query() -> None:
 
 
 def test_the_long_horizon_answers_the_long_term_where_there_is_one() -> None:
-    short: Recommender = NeighboursRecommender(random_vectors(3))
+    short: Recommender = ItemKnnRecommender(random_vectors(3))
     both = Both(random_vectors(3))
     assert [horizon_of(short, target) for target in OFFSETS] == ["short", "short", "short", "short", "short"]
     assert [horizon_of(both, target) for target in OFFSETS] == ["short", "short", "short", "long", "long"]

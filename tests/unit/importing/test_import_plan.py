@@ -1,8 +1,11 @@
 """Import settings, the plan of units, fragments and the workers, without a cluster."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -10,11 +13,13 @@ from rayrec.config import from_mapping
 from rayrec.data.dataset import bucket_of
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
-from rayrec.importing import fragments, staging
-from rayrec.importing.import_plan import ImportConfig, choose_buckets, make_plan
-from rayrec.importing.import_workers import UnitImporter
+from rayrec.importing import fragments, import_plan, staging, vocabulary
+from rayrec.importing.import_plan import ImportConfig, bucket_groups, choose_buckets, make_plan
+from rayrec.importing.import_workers import PieceImporter, SongRange
 from rayrec.importing.readers.reader import Unit
 from rayrec.importing.staging import Staging, finish_publishing
+from rayrec.importing.vocabulary import Vocabulary, song_keys
+from rayrec.storage.dataset_manifest import DatasetManifest, read_manifest, write_manifest
 from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
 
 MIB = 1 << 20
@@ -30,18 +35,18 @@ def write_plays(path: Path, rows: int = 50) -> Path:
     ("values", "message"),
     [
         ({"format": "xml"}, "unknown format 'xml'; expected one of csv, lastfm-1k"),
-        ({"paths": ()}, "no path to import"),
+        ({"paths": ()}, r"paths is \[\]; expected a non-empty list of strings"),
         ({"kind": "songs"}, "kind is 'songs'"),
         ({"format": "lastfm-1k", "columns": {"user": "u"}}, "has fixed columns"),
         ({"format": "lastfm-1k", "kind": "playlists"}, "holds plays, not playlists"),
-        ({"columns": {"time": "ts"}}, "cannot map a column to 'time'; expected some of user, song, played_at"),
+        ({"columns": {"time": "ts"}}, "unknown column role 'time'; expected some of user, song, played_at"),
         ({"kind": "playlists", "columns": {"user": "u"}}, "expected some of playlist, position, song"),
         ({"min_user_plays": 0}, "min_user_plays is 0"),
         ({"min_song_plays": -1}, "min_song_plays is -1"),
         ({"buckets": 5000}, "buckets is 5000"),
         ({"unit_mib": 0.0}, "unit_mib is 0.0"),
-        ({"delimiter": ";;"}, "delimiter is ';;'"),
-        ({"format": "sequences", "song_separator": ""}, "song_separator is empty"),
+        ({"delimiter": ";;"}, "delimiter is ';;'; expected one character"),
+        ({"format": "sequences", "song_separator": ""}, "song_separator is ''; expected a non-empty string"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(values: dict[str, Any], message: str) -> None:
@@ -104,40 +109,101 @@ def test_files_of_one_name_are_refused_where_users_are_named_by_file(tmp_path: P
     assert len(make_plan(ImportConfig(format="sequences", paths=paths, user_separator=":")).files) == 2
 
 
-@pytest.mark.parametrize("rows_per_fragment", [1, 1 << 20])
+def importer(workspace: Workspace, paths: list[Path], *, buckets: int = 4, **settings: Any) -> PieceImporter:
+    """A worker whose only piece holds some files, a unit each."""
+    config = ImportConfig(format="csv", paths=tuple(map(str, paths)), **settings)
+    units = [Unit(source=str(path), stop=path.stat().st_size if path.exists() else 10) for path in paths]
+    return PieceImporter(Staging(workspace, "x", ["0004-u"]), config, units, [list(range(len(units)))], buckets)
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 1 << 20])
+@pytest.mark.parametrize("group", [(0, 3), (1, 2)])
 def test_fragments_hold_every_row_in_the_bucket_of_its_user(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_fragment: int
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows_per_chunk: int,
+    group: tuple[int, int],
 ) -> None:
-    monkeypatch.setattr(fragments, "ROWS_PER_FRAGMENT", rows_per_fragment)
-    file = write_plays(tmp_path / "a.csv")
-    config = ImportConfig(format="csv", paths=(str(file),))
-    place = Staging(workspace, "x", ["0004-u"])
-    worker = UnitImporter(place, config, [Unit(source=str(file), stop=file.stat().st_size)], 4)
-    worker(0)
-    result = place.fragments.result(0)
-    assert (result.read, result.kept, result.lines, result.error) == (50, 50, 51, "")
+    monkeypatch.setattr(fragments, "ROWS_PER_CHUNK", rows_per_chunk)
+    paths = [write_plays(tmp_path / "a.csv"), write_plays(tmp_path / "b.csv", rows=20)]
+    worker = importer(workspace, paths, min_user_plays=2)
+    _, result = worker(0)
+    stored = worker.store.result(0)
+    assert stored.units == result.units
+    assert [(unit.read, unit.kept, unit.lines, unit.error) for unit in result.units] == [
+        (50, 50, 51, ""),
+        (20, 20, 21, ""),
+    ]
+    np.testing.assert_array_equal(stored.rows, result.rows)
     seen = []
-    for bucket in range(4):
-        for batch in place.fragments.read_bucket(0, result, bucket):
-            owners = batch.column("owner").to_numpy(zero_copy_only=False)
-            assert (bucket_of(owners, 4) == bucket).all()
-            seen += batch.column("line").to_pylist()
-    assert sorted(seen) == list(range(2, 52))
+    with (tmp_path / "spool").open("w+b") as spool:
+        rows = worker.store.read_group(result.rows[None], *group, spool)
+        for bucket in range(group[0], group[1] + 1):
+            for piece, table in rows.read(bucket):
+                assert piece == 0
+                assert (bucket_of(table.column("owner").to_numpy(), 4) == bucket).all()
+                names = ("unit", "line", "owner", "order", "key")
+                seen += list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
+    keys = song_keys(pa.array([f"s{row % 11}" for row in range(50)])).tolist()
+    expected = [
+        (unit, row + 2, f"u{row % 7}", (1421163674 + row) * 1000, keys[row])
+        for unit, count in enumerate((50, 20))
+        for row in range(count)
+        if group[0] <= bucket_of(np.array([f"u{row % 7}"], dtype=object), 4)[0] <= group[1]
+    ]
+    assert sorted(seen) == sorted(expected)
+
+
+def test_lines_are_not_kept_where_nothing_asks_for_them(workspace: Workspace, tmp_path: Path) -> None:
+    worker = importer(workspace, [write_plays(tmp_path / "a.csv")])
+    _, result = worker(0)
+    with (tmp_path / "spool").open("w+b") as spool:
+        rows = worker.store.read_group(result.rows[None], 0, 3, spool)
+        tables = [table for bucket in range(4) for _, table in rows.read(bucket)]
+    assert sum(table.num_rows for table in tables) == 50
+    assert sum(table.column("line").null_count for table in tables) == 50
+
+
+def test_songs_are_merged_in_the_order_of_import_whatever_the_ranges_of_keys(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fragments, "ROWS_PER_CHUNK", 7)
+    for ranges in (1, 5):
+        for module in (fragments, vocabulary):
+            monkeypatch.setattr(module, "key_ranges", lambda buckets, ranges=ranges: ranges)
+        worker = importer(workspace, [write_plays(tmp_path / "a.csv"), write_plays(tmp_path / "b.csv", rows=90)])
+        _, result = worker(0)
+        merge = SongRange(
+            Staging(workspace, "x", ["0004-u"]), ImportConfig(format="csv", paths=("a",)), result.songs[None]
+        )
+        tables = [workspace.read_table(merge.staging.songs_file(merge(number))) for number in range(ranges)]
+        assert Vocabulary(None, tables).table().column("song_id").to_pylist() == [f"s{row}" for row in range(11)]
 
 
 def test_an_input_error_within_a_worker_is_noted_for_the_caller(workspace: Workspace, tmp_path: Path) -> None:
-    config = ImportConfig(format="csv", paths=("gone.csv",))
-    place = Staging(workspace, "x", ["0004-u"])
-    UnitImporter(place, config, [Unit(source=str(tmp_path / "gone.csv"), stop=10)], 4)(0)
-    assert "cannot be opened" in place.fragments.result(0).error
+    worker = importer(workspace, [tmp_path / "gone.csv"])
+    worker(0)
+    assert "cannot be opened" in worker.store.result(0).units[0].error
+
+
+def test_many_units_are_few_pieces_and_few_pieces_are_read_bucket_by_bucket() -> None:
+    assert import_plan._pieces([1.0, 5.0, 1.0]) == [[0], [1], [2]]
+    many = import_plan._pieces([1.0] * 10_000)
+    assert len(many) == import_plan.MAX_PIECES
+    assert [unit for piece in many for unit in piece] == list(range(10_000))
+    assert max(map(len, many)) <= 20
+    assert bucket_groups(20, 16) == [(bucket, bucket) for bucket in range(16)]
+    groups = bucket_groups(import_plan.MAX_PIECES, 4096)
+    assert [bucket for first, last in groups for bucket in range(first, last + 1)] == list(range(4096))
+    assert len(groups) * import_plan.MAX_PIECES <= import_plan.READS
 
 
 def test_histories_are_written_in_bounded_row_groups(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "PLAYS_PER_ROW_GROUP", 10)
     histories = Histories.from_lists([[1] * 4] * 9 + [[2] * 25], [range(4)] * 9 + [range(25)])
-    place = Staging(workspace, "x")
-    place.write_histories("dataset/histories/h.parquet", histories)
-    with workspace.open_input(place.out("dataset/histories/h.parquet")) as stream:
+    staging.write_histories(workspace, "h.parquet", [histories])
+    with workspace.open_input("h.parquet") as stream:
         file = pq.ParquetFile(stream)
         sizes = [
             sum(len(songs) for songs in file.read_row_group(group).column("songs").to_pylist())
@@ -151,15 +217,17 @@ def test_histories_are_written_in_bounded_row_groups(workspace: Workspace, monke
 def test_publishing_goes_on_from_wherever_it_was_killed(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"songs.parquet": "", "histories/a.parquet": "", "histories/b.parquet": "", "playlists/kept.parquet": ""}
 
+    made = DatasetManifest(id="new", source="", buckets=1, parts=1, users=0, plays=0, songs=0, files=files)
+
     def stage() -> None:
         for name in files:
             workspace.write_bytes(f"dataset/{name}", b"old")
         workspace.write_bytes("dataset/histories/left-over.parquet", b"old")
-        workspace.write_json(DATASET_MANIFEST, {"files": {}})
+        write_manifest(workspace, replace(made, id="old", files={}))
         place = Staging(workspace, "x")
         for name in list(files)[:3]:
             workspace.write_bytes(place.out(f"dataset/{name}"), b"new")
-        workspace.write_json(place.out(DATASET_MANIFEST), {"files": files})
+        workspace.write_json(place.out(DATASET_MANIFEST), asdict(made))
 
     move, allowed = Workspace.move, 0
 
@@ -179,7 +247,7 @@ def test_publishing_goes_on_from_wherever_it_was_killed(workspace: Workspace, mo
         assert not workspace.exists(DATASET_MANIFEST)  # half a data set is none
         monkeypatch.setattr(Workspace, "move", move)
         finish_publishing(workspace)
-        assert workspace.read_json(DATASET_MANIFEST) == {"files": files}
+        assert read_manifest(workspace) == made
         content = {name: workspace.read_bytes(f"dataset/{name}") for name in files}
         assert content == {**dict.fromkeys(files, b"new"), "playlists/kept.parquet": b"old"}
         assert not workspace.exists("dataset/histories/left-over.parquet")

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from rayrec.importing.fragments import FRAGMENT
+from rayrec.importing.fragments import ROWS
 from rayrec.importing.merging import (
     LINE_GAP,
     POSITION_MS,
@@ -21,7 +21,7 @@ from rayrec.importing.vocabulary import SongRows
 
 def part(
     *rows: tuple[str, int, int], contexts: list[list[str]] | None = None, skipped: list[bool | None] | None = None
-) -> pa.RecordBatch:
+) -> pa.Table:
     """Rows (owner, song key, order), lines counted from 1."""
     data = [
         pa.array([row[0] for row in rows], pa.string()),
@@ -29,9 +29,10 @@ def part(
         pa.array([row[2] for row in rows], pa.int64()),
         pa.array(contexts or [None] * len(rows), pa.list_(pa.string())),
         pa.array(skipped or [None] * len(rows), pa.bool_()),
+        pa.array([0] * len(rows), pa.int32()),
         pa.array(range(1, len(rows) + 1), pa.int64()),
     ]
-    return pa.record_batch(data, schema=FRAGMENT)
+    return pa.table(data, schema=ROWS)
 
 
 SONGS = SongRows.of(np.array([10, 11, 12], dtype=np.uint64))  # keys of rows 0, 1, 2
@@ -39,7 +40,7 @@ SONGS = SongRows.of(np.array([10, 11, 12], dtype=np.uint64))  # keys of rows 0, 
 
 def test_rows_are_sorted_by_owner_and_time_and_ties_stay_in_the_order_of_import() -> None:
     rows, merged = sort_rows(
-        [(0, 0, part(("b", 10, 5), ("a", 12, 9), ("a", 11, 3))), (1, 0, part(("a", 10, 9), ("a", 11, 1)))]
+        [([0], [0], part(("b", 10, 5), ("a", 12, 9), ("a", 11, 3))), ([1], [0], part(("a", 10, 9), ("a", 11, 1)))]
     )
     histories = to_histories(rows, SONGS, [], False)
     assert merged == 0
@@ -53,7 +54,7 @@ def test_rows_are_sorted_by_owner_and_time_and_ties_stay_in_the_order_of_import(
 
 def test_exact_duplicates_merge_and_the_first_in_the_order_of_import_stays() -> None:
     same_time = part(("a", 10, 5), ("a", 11, 5), ("a", 10, 5), ("a", 10, 6), ("b", 10, 5), skipped=[True] + [False] * 4)
-    rows, merged = sort_rows([(0, 0, same_time), (1, 0, part(("a", 11, 5)))])
+    rows, merged = sort_rows([([0], [0], same_time), ([1], [0], part(("a", 11, 5)))])
     assert merged == 2
     assert [rows.owners[owner] for owner in rows.owner] == ["a", "a", "a", "b"]
     assert rows.key.tolist() == [10, 11, 10, 10]
@@ -62,26 +63,26 @@ def test_exact_duplicates_merge_and_the_first_in_the_order_of_import_stays() -> 
 
 
 def test_lines_are_those_of_the_file() -> None:
-    rows, _ = sort_rows([(3, 0, part(("a", 10, 1))), (3, 100, part(("a", 10, 2), ("a", 10, 3)))])
+    rows, _ = sort_rows([([3], [0], part(("a", 10, 1))), ([3], [100], part(("a", 10, 2), ("a", 10, 3)))])
     assert rows.line.tolist() == [1, 101, 102]
     assert rows.source.tolist() == [3, 3, 3]
 
 
 def test_an_empty_bucket_has_no_rows() -> None:
-    rows, merged = sort_rows([(0, 0, part())])
+    rows, merged = sort_rows([([0], [0], part())])
     assert (len(rows), merged) == (0, 0)
     assert len(to_histories(rows, SONGS, ["radio"], True)) == 0
 
 
 def test_songs_are_counted_over_users_with_enough_plays() -> None:
-    rows, _ = sort_rows([(0, 0, part(("a", 10, 1), ("a", 11, 2), ("a", 10, 3), ("b", 12, 1)))])
+    rows, _ = sort_rows([([0], [0], part(("a", 10, 1), ("a", 11, 2), ("a", 10, 3), ("b", 12, 1)))])
     assert [values.tolist() for values in song_counts(rows, 1)] == [[10, 11, 12], [2, 1, 1]]
     assert [values.tolist() for values in song_counts(rows, 2)] == [[10, 11], [2, 1]]
 
 
 def test_rare_users_and_songs_are_dropped_with_reason_source_and_line() -> None:
     rows, _ = sort_rows(
-        [(0, 0, part(("a", 10, 1), ("a", 11, 2), ("b", 10, 1), ("c", 10, 4), ("c", 99, 5), ("a", 99, 7)))]
+        [([0], [0], part(("a", 10, 1), ("a", 11, 2), ("b", 10, 1), ("c", 10, 4), ("c", 99, 5), ("a", 99, 7)))]
     )
     kept, dropped = drop_rare(rows, SONGS, 2, ("user", "song"))
     assert [kept.owners[owner] for owner in kept.owner] == ["a", "a"]
@@ -104,7 +105,7 @@ def test_contexts_become_bits_and_unknown_ones_none() -> None:
 
 
 def test_contexts_follow_their_plays_through_sorting() -> None:
-    rows, _ = sort_rows([(0, 0, part(("a", 10, 2), ("a", 11, 1), contexts=[["x"], ["y"]]))])
+    rows, _ = sort_rows([([0], [0], part(("a", 10, 2), ("a", 11, 1), contexts=[["x"], ["y"]]))])
     assert to_histories(rows, SONGS, ["x", "y"], False).contexts.tolist() == [2, 1]
 
 
@@ -115,7 +116,7 @@ def test_the_most_frequent_contexts_get_the_bits() -> None:
 
 
 def test_playlists_run_in_the_order_of_positions() -> None:
-    rows, merged = sort_rows([(0, 0, part(("p", 12, 1), ("p", 10, 0), ("q", 11, 7), ("p", 10, 2), ("p", 12, 1)))])
+    rows, merged = sort_rows([([0], [0], part(("p", 12, 1), ("p", 10, 0), ("q", 11, 7), ("p", 10, 2), ("p", 12, 1)))])
     assert merged == 1
     assert to_playlists(rows, SONGS).to_pylist() == [
         {"playlist_id": "p", "songs": [0, 2, 0]},
@@ -123,19 +124,19 @@ def test_playlists_run_in_the_order_of_positions() -> None:
     ]
 
 
-def line(number: int, owner: str, *keys: int) -> pa.RecordBatch:
+def line(number: int, owner: str, *keys: int) -> pa.Table:
     """One line of a file of sequences."""
     rows = part(*((owner, key, place) for place, key in enumerate(keys)))
     lines = pa.array([number] * len(keys), pa.int64())
-    return rows.set_column(rows.schema.get_field_index("line"), FRAGMENT.field("line"), lines)
+    return rows.set_column(rows.schema.get_field_index("line"), ROWS.field("line"), lines)
 
 
 def test_lines_of_an_owner_follow_each_other_across_files_and_repeats_stay() -> None:
     parts = [
-        (0, 0, line(1, "a", 10, 10)),
-        (0, 0, line(2, "b", 11)),
-        (0, 2, line(1, "a", 11, 10)),
-        (1, 0, line(1, "a", 12)),
+        ([0], [0], line(1, "a", 10, 10)),
+        ([0], [0], line(2, "b", 11)),
+        ([0], [2], line(1, "a", 11, 10)),
+        ([1], [0], line(1, "a", 12)),
     ]
     rows, merged = sort_rows(parts, in_lines=True)
     histories = to_histories(to_positions(rows), SONGS, [], False)
@@ -147,7 +148,7 @@ def test_lines_of_an_owner_follow_each_other_across_files_and_repeats_stay() -> 
 
 
 def test_positions_leave_no_hole_where_songs_were_left_out() -> None:
-    rows, _ = sort_rows([(0, 0, line(1, "a", *[10, *[99] * 20, 11]))], in_lines=True)
+    rows, _ = sort_rows([([0], [0], line(1, "a", *[10, *[99] * 20, 11]))], in_lines=True)
     kept, _ = drop_rare(rows, SONGS, 1, ("few plays", "rare"))
     assert to_positions(kept).order.tolist() == [0, POSITION_MS]
     assert len(to_positions(sort_rows([], in_lines=True)[0])) == 0

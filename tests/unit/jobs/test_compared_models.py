@@ -2,17 +2,17 @@
 
 import pytest
 
-from rayrec.jobs.compared_models import Judged
+from rayrec.jobs.compared_models import ComparedModels
 from rayrec.storage.artifacts import Manifest
 
 
-def _judged(*, split: bool = True, **sources: str) -> Judged:
-    """The network `model`, another one `r_pst` and the song vectors, each made of so-and-so."""
+def _judged(*, split: bool = True, **sources: str) -> ComparedModels:
+    """The network `model`, another one `r_pst` and the song embeddings, each made of so-and-so."""
     made = {
         name: Manifest(kind="models", id=name, metrics={"source": sources.get(name, "histories")})
         for name in ("model", "r_pst", "songs")
     }
-    return Judged(
+    return ComparedModels(
         names=("taste", "r_pst"),
         default="taste",
         model=made["model"],
@@ -23,7 +23,7 @@ def _judged(*, split: bool = True, **sources: str) -> Judged:
 
 
 @pytest.mark.parametrize(
-    ("part", "named"), [("model", "the network"), ("r_pst", "r_pst"), ("songs", "the song vectors")]
+    ("part", "named"), [("model", "the network"), ("r_pst", "r_pst"), ("songs", "the song embeddings")]
 )
 def test_parts_made_of_playlists_are_named_where_a_split_judges_them(part: str, named: str) -> None:
     warning = _judged(**{part: "playlists"}).warning  # type: ignore[arg-type]

@@ -52,7 +52,7 @@ def test_a_broken_log_is_taken_up_where_it_broke(breaks: list[int], monkeypatch:
 
 
 def test_a_log_that_keeps_breaking_ends_the_following_and_not_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RayrecError, match="the job goes on, follow it with `rayrec submit --attach job`"):
+    with pytest.raises(RayrecError, match="the job keeps running, follow it with `rayrec submit --attach job`"):
         followed([1] * 50, monkeypatch)
 
 
@@ -69,12 +69,12 @@ def test_a_folder_of_this_machine_is_no_workspace_of_a_cluster() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give a COMMAND to submit"),
-        (["--attach", "a", "train"], "give a COMMAND to submit"),
-        (["--attach", "a", "--stop", "b"], "give a COMMAND to submit"),
-        (["trian"], "there is no command 'trian' to submit"),
-        (["submit", "train"], "there is no command 'submit' to submit"),
-        (["train"], "which cluster? give --address"),
+        ([], "Missing argument COMMAND"),
+        (["--attach", "a", "train"], "Missing argument COMMAND"),
+        (["--attach", "a", "--stop", "b"], "Missing argument COMMAND"),
+        (["trian"], "Command 'trian' cannot be submitted"),
+        (["submit", "train"], "Command 'submit' cannot be submitted"),
+        (["train"], "Missing cluster address; pass --address"),
     ],
 )
 def test_wrong_use_is_said_before_a_cluster_is_asked(

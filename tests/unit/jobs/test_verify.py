@@ -15,7 +15,7 @@ from rayrec.data.catalog import DESCRIPTIONS_FILE
 from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.embeddings.vectors import SongVectors
 from rayrec.importing.describing import store_descriptions
-from rayrec.jobs.verifying.verify import verify_workspace
+from rayrec.jobs.verify import verify_workspace
 from rayrec.model.checkpoint import save_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.taste_table import taste_table, tastes_file
@@ -235,16 +235,16 @@ def leave_a_stray_file(workspace: Workspace) -> None:
     ("plant", "expected"),
     [
         (drop_a_taste, "bucket=00000/tastes.parquet lacks 1 users"),
-        (repeat_a_taste, "bucket=00001/tastes.parquet a user is there twice"),
+        (repeat_a_taste, "bucket=00001/tastes.parquet a user occurs twice"),
         (stretch_a_taste, "taste_short holds a row that is not of length 1"),
         (break_song_vectors, "songs/by-hand/vectors.npy a row from 0 on is neither finite"),
         (index_other_vectors, "indexes/i/index.faiss differs from models/m/song_vectors.npy"),
         (move_a_user, "bucket=00001 user"),
-        (repeat_a_user, "bucket=00000 a user is there twice"),
+        (repeat_a_user, "bucket=00000 a user occurs twice"),
         (disorder_plays, "bucket=00000 plays are not in the order of time"),
         (say_other_plays, "dataset/dataset.json says plays 12, the histories hold"),
         (describe_a_song_twice, "descriptions.parquet a song is described twice"),
-        (leave_a_stray_file, "models/m/forgotten.npy stands under no manifest"),
+        (leave_a_stray_file, "models/m/forgotten.npy is listed in no manifest"),
     ],
 )
 def test_a_planted_fault_is_found_where_it_is(
@@ -280,7 +280,7 @@ def test_a_live_release_whose_data_set_was_replaced_is_a_problem(sound: Workspac
 
 def test_exit_codes_and_json_tell_what_is_wrong(sound: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--workspace", sound.uri, "verify"]) == 0
-    assert "The workspace is sound." in capsys.readouterr().out
+    assert "No problems found." in capsys.readouterr().out
     sound.delete("models/m/song_vectors.npy")
     assert main(["--workspace", sound.uri, "--json", "verify"]) == 1
     assert '"path": "models/m/song_vectors.npy", "text": "is missing"' in capsys.readouterr().out

@@ -8,7 +8,6 @@ from worlds import random_histories, write_dataset
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.parts import order_of_users
 from rayrec.errors import DamagedArtifactError
 from rayrec.model.carried_tastes import Counts, continued_tables, full_tables
 from rayrec.model.inference import TasteEncoder
@@ -22,7 +21,7 @@ def add_part(dataset: Dataset, histories: Histories) -> Dataset:
     """The data set of one bucket with one more part."""
     part = dataset.manifest.parts
     histories = histories.take(histories.lengths > 0)
-    ordered = histories.take(order_of_users(dataset.bucket_users(0), histories.user_ids))
+    ordered = histories.take(np.argsort(histories.user_ids))
     dataset.workspace.write_table(histories_file(part, 0), ordered.to_arrow())
     object.__setattr__(dataset.manifest, "parts", part + 1)
     return dataset
@@ -62,6 +61,7 @@ def grown(workspace: Workspace) -> tuple[Dataset, Histories]:
     """A data set of one part, and the histories in it."""
     histories = random_histories(40, NUM_SONGS, seed=5)
     histories = histories.take(histories.lengths > 0)
+    histories = histories.take(np.argsort(histories.user_ids))
     return write_dataset(workspace, histories, NUM_SONGS, buckets=1), histories
 
 

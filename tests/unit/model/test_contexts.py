@@ -25,7 +25,6 @@ CONFIG = TrainConfig(
     long=(),
     epochs=7,
     learning_rate=0.01,
-    memory=False,
 )
 
 

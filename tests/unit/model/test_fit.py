@@ -11,14 +11,23 @@ from networks import MINUTE, NUM_SONGS, Crash, MemoryHost, cycling_histories, mo
 from worlds import random_vectors
 
 from rayrec.data.histories import Histories
-from rayrec.model import fit
-from rayrec.model.fit import RECALL_AT, Fit, FitData, Phase, Validation, start_vectors
+from rayrec.errors import DivergedError
+from rayrec.model import fit as fit_module
+from rayrec.model.fit import CHOSEN_BY, RECALL_AT, Fit, FitData, Phase, Validation, carry_over, judge, start_vectors
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import Objective, SongTable, TrainConfig
-from rayrec.model.training import Share
+from rayrec.model.workers import Share
 
 CUT = 15 * MINUTE
-SMALL = {"hidden_dim": 16, "window": 12, "batch": 8, "negatives": 30, "long": (2, 5), "learning_rate": 0.01}
+SMALL = {
+    "hidden_dim": 16,
+    "window": 12,
+    "batch": 8,
+    "negatives": 30,
+    "long": (2, 5),
+    "learning_rate": 0.01,
+    "dropout": 0.0,
+}
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -69,7 +78,7 @@ def test_a_planted_world_is_learned_far_above_popularity(
     popular = np.argsort(-counts)[:RECALL_AT]
     popularity = np.isin(validation.histories.songs[validation.plays], popular).mean()
     assert popularity < 0.5
-    assert fit.progress.best_recall > 0.9
+    assert fit.progress.epochs[fit.progress.best_epoch][f"validation_recall@{RECALL_AT}"] > 0.9
 
 
 def test_without_a_validation_range_the_fit_runs_the_epochs_it_was_told(plays: dict[Phase, Histories]) -> None:
@@ -83,10 +92,10 @@ def test_without_a_validation_range_the_fit_runs_the_epochs_it_was_told(plays: d
     assert [line["plays"] for line in fit.progress.epochs] == [inputs] * 3
 
 
-def recalls(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+def figures(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Let the validation find these figures, epoch by epoch."""
     coming = iter(values)
-    monkeypatch.setattr(Fit, "_recall", lambda _: next(coming))
+    monkeypatch.setattr(Fit, "_judge", lambda _: {CHOSEN_BY: next(coming)})
 
 
 def epochs_of(fit: Fit) -> dict[str, int]:
@@ -97,12 +106,12 @@ def epochs_of(fit: Fit) -> dict[str, int]:
 def test_training_stops_when_patience_is_out_and_refits_for_the_best_epochs(
     plays: dict[Phase, Histories], validation: Validation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recalls(monkeypatch, [0.1, 0.3, 0.2, 0.3, 0.9])
+    figures(monkeypatch, [0.1, 0.3, 0.2, 0.3, 0.9])
     config = settings(epochs=10, patience=2)
     fit = fit_of(config, plays, validation, MemoryHost(plays, config))
     refitted = fit.run()
     assert epochs_of(fit) == {"selection": 4, "final": 2}
-    assert (fit.progress.best_epoch, fit.progress.best_recall) == (1, 0.3)
+    assert (fit.progress.best_epoch, fit.progress.best_ndcg) == (1, 0.3)
     alone = settings(epochs=2)
     assert same(refitted, fit_of(alone, {"final": plays["final"]}, None, MemoryHost(plays, alone)).run())
 
@@ -110,10 +119,10 @@ def test_training_stops_when_patience_is_out_and_refits_for_the_best_epochs(
 def test_without_refit_the_weights_of_the_best_epoch_are_kept(
     plays: dict[Phase, Histories], validation: Validation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recalls(monkeypatch, [0.1, 0.3, 0.2, 0.2])
+    figures(monkeypatch, [0.1, 0.3, 0.2, 0.2])
     config = settings(epochs=4, patience=5, refit=False)
     kept = fit_of(config, plays, validation, MemoryHost(plays, config)).run()
-    alone = replace(config, epochs=2)
+    alone = config.replace(epochs=2)
     data: dict[Phase, Histories] = {"final": plays["selection"]}
     assert same(kept, fit_of(alone, data, None, MemoryHost(data, alone)).run())
 
@@ -140,8 +149,8 @@ def test_a_resumed_fit_ends_where_an_undisturbed_one_ends(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fit, "STEPS_BETWEEN_CLOCKS", 2)
-    monkeypatch.setattr(Fit, "_recall", lambda fit: [0.1, 0.3, 0.2][fit.progress.epoch - 1])
+    monkeypatch.setattr(fit_module, "STEPS_BETWEEN_READS", 2)
+    monkeypatch.setattr(Fit, "_judge", lambda fit: {CHOSEN_BY: [0.1, 0.3, 0.2][fit.progress.epoch - 1]})
     config = settings(epochs=3, checkpoint_minutes=0.0, **changes)
     undisturbed_host = MemoryHost(plays, config)
     undisturbed = fit_of(config, plays, validation, undisturbed_host)
@@ -156,10 +165,57 @@ def test_a_resumed_fit_ends_where_an_undisturbed_one_ends(
     assert same(resumed.run(), wanted)
     kept = len(undisturbed_host.reports) - len(resumed_host.reports)
     assert 1 <= len(crashing.reports) - kept <= 2  # no more is lost than since the last checkpoint
-    assert (resumed.progress.best_epoch, resumed.progress.best_recall) == (
+    assert (resumed.progress.best_epoch, resumed.progress.best_ndcg) == (
         undisturbed.progress.best_epoch,
-        undisturbed.progress.best_recall,
+        undisturbed.progress.best_ndcg,
     )
+
+
+def figures_of(fit: Fit) -> list[tuple[Any, ...]]:
+    """What each epoch reported, seconds aside."""
+    return [(line["phase"], line["epoch"], line["plays"], round(line["loss"], 5)) for line in fit.progress.epochs]
+
+
+def test_a_fit_resumed_after_any_step_reports_the_plays_and_losses_of_an_undisturbed_one(
+    plays: dict[Phase, Histories], validation: Validation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last step of an epoch and of the last epoch too."""
+    monkeypatch.setattr(fit_module, "STEPS_BETWEEN_READS", 1)
+    monkeypatch.setattr(Fit, "_judge", lambda fit: {CHOSEN_BY: [0.1, 0.3][fit.progress.epoch - 1]})
+    config = settings(epochs=2, checkpoint_minutes=0.0)
+    host = MemoryHost(plays, config, tmp_path)
+    undisturbed = fit_of(config, plays, validation, host)
+    undisturbed.run()
+    last_steps = 0
+    for folder in host.checkpoints[::3] + host.checkpoints[-2:]:
+        resumed = fit_of(config, plays, validation, MemoryHost(plays, config))
+        resumed.resume(folder)
+        last_steps += resumed.progress.step == len(list(host.windows(resumed.progress.phase, 0)))
+        resumed.run()
+        assert figures_of(resumed) == figures_of(undisturbed), folder
+    assert last_steps
+
+
+def test_a_training_that_diverges_stops_with_advice_and_keeps_no_checkpoint_of_it(
+    plays: dict[Phase, Histories], validation: Validation, tmp_path: Path
+) -> None:
+    config = settings(learning_rate=1e20)
+    host = MemoryHost(plays, config, tmp_path)
+    with pytest.raises(DivergedError, match=r"not finite in epoch 1.*lower the learning rate \(now 1e\+20\)"):
+        fit_of(config, plays, validation, host).run()
+    assert host.checkpoints == []
+
+
+def test_a_weight_that_is_not_finite_stops_a_training_whose_loss_still_is(
+    plays: dict[Phase, Histories], validation: Validation
+) -> None:
+    config = settings()
+    fit = fit_of(config, plays, validation, MemoryHost(plays, config))
+    with torch.no_grad():
+        fit.training.model.heads["long"].weight.fill_(torch.inf)
+    fit.training.epoch = lambda *_, **__: None  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match="a weight is not finite in epoch 1"):
+        fit.run()
 
 
 def test_a_finished_fit_that_is_resumed_has_nothing_left_to_do(
@@ -204,6 +260,11 @@ def test_songs_are_known_by_a_play_or_by_a_vector() -> None:
     assert data.known.tolist() == [True, True, True, False]
 
 
+def hits(model: TasteModel, vectors: np.ndarray, validation: Validation) -> int:
+    """How many plays are among the first 20."""
+    return int(judge(model, vectors, validation, "cpu")[1])
+
+
 def test_ties_and_unknown_songs_are_no_hits() -> None:
     """Against a vector that is equally near to all 30 songs, no play is found; nor is an unknown song."""
     config = settings()
@@ -211,9 +272,92 @@ def test_ties_and_unknown_songs_are_no_hits() -> None:
     histories = Histories.from_lists([[1, 2, 3]], [[1, 2, 3]])
     asked = Validation(histories=histories, plays=np.array([1, 2]))
     alike: np.ndarray = np.ones((30, 8), np.float32)
-    assert fit.count_hits(model, alike, asked, "cpu") == 0
+    assert hits(model, alike, asked) == 0
     few = alike.copy()
     few[10:] = 0  # ten known songs: all of them are among the first 20, ties or not
-    assert fit.count_hits(model, few, asked, "cpu") == 2
+    assert hits(model, few, asked) == 2
     few[2] = 0
-    assert fit.count_hits(model, few, asked, "cpu") == 1
+    assert hits(model, few, asked) == 1
+
+
+def test_a_score_that_is_not_a_number_is_no_hit() -> None:
+    config = settings()
+    broken = TasteModel(replace(model_config(config), num_songs=3), torch.ones(3, 8))
+    torch.nn.init.constant_(broken.heads["short"].bias, torch.nan)
+    asked = Validation(histories=Histories.from_lists([[0, 1, 2]], [[1, 2, 3]]), plays=np.array([1, 2]))
+    assert hits(broken, np.ones((3, 8), np.float32), asked) == 0
+    whole = TasteModel(replace(model_config(config), num_songs=3), torch.ones(3, 8))
+    vectors: np.ndarray = np.ones((3, 8), np.float32)
+    vectors[1] = np.nan
+    assert hits(whole, vectors, asked) == 1
+
+
+def test_epochs_are_chosen_by_new_songs_among_those_not_heard() -> None:
+    """Vectors that are compared by the last song alone: the ranking is known."""
+    config = settings(averages=(0.0,))
+    model = TasteModel(replace(model_config(config), num_songs=4), torch.eye(8)[:4])
+    with torch.no_grad():
+        model.again["short"].fill_(1e6)
+    vectors = np.array([[1, 0, 0.5, 0], [0.9, 0, 0.4, 0], [0.8, 0, 0.3, 0], [0.1, 0, 0.9, 0]], dtype=np.float32)
+    vectors = np.concatenate([vectors, np.zeros((4, 4), np.float32)], axis=1)
+    histories = Histories.from_lists([[1, 0, 2, 0]], [[1, 2, 3, 4]])
+    asked = Validation(histories=histories, plays=np.array([2, 3]))
+    found = judge(model, vectors, asked, "cpu").tolist()
+    # Song 2 after 0 is third of all, behind 0 and 1, which were heard. Song 0 after 2 is second, and not new.
+    assert found[0] == 2
+    assert found[1] == 2
+    assert found[2] == pytest.approx(1 / 3 + 1 / 2)
+    assert found[4] == 1
+    assert found[5] == pytest.approx(1.0)
+
+
+def test_the_network_kept_is_the_average_of_the_last_steps(plays: dict[Phase, Histories]) -> None:
+    """Of the dense weights and of rows that are brought up to date only when they are looked up."""
+    config = settings(epochs=1, averaged_steps=5)
+    host = MemoryHost(plays, config)
+    fit = fit_of(config, {"final": plays["final"]}, None, host)
+    wanted = {name: value.clone() for name, value in fit.training.model.state_dict().items()}
+    taken = 0
+
+    def stepped(*_: object) -> None:
+        nonlocal taken
+        factor = min(1 - 1 / 5, (1 + taken) / (10 + taken))
+        for name, value in fit.training.model.state_dict().items():
+            wanted[name] = factor * wanted[name] + (1 - factor) * value
+        taken += 1
+
+    host.stepped = stepped  # type: ignore[method-assign]
+    kept = fit.run()
+    assert taken > 5
+    for name, value in kept.state_dict().items():
+        torch.testing.assert_close(value, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
+    assert not same(kept, fit.training.model)
+
+
+def test_a_network_starts_from_another_and_new_songs_keep_their_rows(plays: dict[Phase, Histories]) -> None:
+    config = settings(epochs=2)
+    before = fit_of(config, {"final": plays["final"]}, None, MemoryHost(plays, config)).run()
+    with torch.no_grad():
+        before.songs.weight[7] = 0  # as a stored network has it for a song that it does not know
+    fresh = TasteModel(replace(before.config, num_songs=NUM_SONGS + 5), torch.from_numpy(random_vectors(NUM_SONGS + 5)))
+    began = fresh.songs.weight.clone()
+    carry_over(before, fresh)
+    known = np.delete(np.arange(NUM_SONGS), 7)
+    assert torch.equal(fresh.songs.weight[known], before.songs.weight[known])
+    assert torch.equal(
+        fresh.songs.weight[[7, *range(NUM_SONGS, NUM_SONGS + 5)]], began[[7, *range(NUM_SONGS, NUM_SONGS + 5)]]
+    )
+    assert torch.equal(fresh.dense.weight, before.dense.weight)
+
+
+def test_a_fit_that_starts_from_a_trained_network_begins_with_its_loss(plays: dict[Phase, Histories]) -> None:
+    config = settings(epochs=6)
+    host = MemoryHost(plays, config)
+    first = fit_of(config, {"final": plays["final"]}, None, host)
+    start = first.run()
+    data = {"final": FitData(vectors=random_vectors(NUM_SONGS), counts=np.full(NUM_SONGS, 10))}
+    once = config.replace(epochs=1)
+    second = Fit(model_config(once), once, data, host, validation=None, start=start)  # type: ignore[arg-type]
+    second.run()
+    losses = [line["loss"] for line in first.progress.epochs]
+    assert second.progress.epochs[0]["loss"] < losses[2]

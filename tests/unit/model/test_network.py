@@ -103,19 +103,6 @@ def test_the_network_keeps_its_own_copy_of_the_song_vectors() -> None:
     assert (vectors == 1).all()
 
 
-def test_padding_touches_no_song(histories: Histories) -> None:
-    """A song that is looked up is moved on by its momentum, even where its gradient is zero."""
-    model = network(model_config(song_table="trained"))
-    some = histories.keep(histories.songs % 7 != 0)
-    some = some.take(some.lengths > 0)
-    assert len(set(some.lengths.tolist())) > 1
-    batch = padded(model, some)
-    model(batch, batch.gap_BL)["short"].sum().backward()  # type: ignore[no-untyped-call]
-    gradient = model.songs.weight.grad
-    assert gradient is not None
-    assert set(gradient.coalesce().indices()[0].tolist()) == set(some.songs.tolist())
-
-
 @torch.inference_mode()
 def test_the_averages_are_those_of_the_baseline(histories: Histories) -> None:
     model = network(model_config(averages=(0.25, 0.75, 1.0)))

@@ -1,183 +1,197 @@
 """Objectives against direct computations, and where their gradients go."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from networks import NUM_SONGS, model_config, network
+from networks import NUM_SONGS
+from torch import Tensor
+from worlds import random_vectors
 
-from rayrec.model.objectives import OBJECTIVES, Goal, Negatives, cosine, l2, sampled_softmax, softmax
+from rayrec.model import objectives
+from rayrec.model.objectives import (
+    OBJECTIVES,
+    Negatives,
+    NegativeSampler,
+    Targets,
+    cosine,
+    l2,
+    softmax,
+)
 from rayrec.model.popularity_prior import log_prior
-from rayrec.model.train_config import SongTable
 
 COUNTS = np.arange(NUM_SONGS)  # song 0 was never played
-GOAL = Goal(scale=torch.tensor(12.0))
+SCALE = torch.tensor(12.0)
+TARGETS = [3, 9, 9, 1, 59]
+SONGS = torch.from_numpy(random_vectors(NUM_SONGS, 8))  # unit vectors; the songs of the step are all songs
 
 
 @pytest.fixture
-def negatives() -> Negatives:
-    made = Negatives(COUNTS, 16)
-    made.draw(torch.Generator().manual_seed(3), torch.device("cpu"))
-    return made
-
-
-@pytest.fixture
-def taste() -> torch.Tensor:
+def taste() -> Tensor:
     drawn = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
     return torch.nn.functional.normalize(drawn, dim=-1)
 
 
-def test_cosine_distance_equals_its_formula(negatives: Negatives, taste: torch.Tensor) -> None:
-    model = network()
-    targets = [3, 9, 9, 1, 59]
-    wanted = sum(
-        1 - float(t @ model.songs.weight[song] / model.songs.weight[song].norm())
-        for t, song in zip(taste, targets, strict=True)
-    )
-    assert float(cosine(model, taste, torch.tensor(targets).unsqueeze(1), negatives, GOAL)) == pytest.approx(
-        wanted, rel=1e-5
+def drawn_by(counts: np.ndarray, count: int, prior: np.ndarray | None = None, seed: int = 3) -> Negatives:
+    songs, weights = NegativeSampler(counts, count).draw(np.random.default_rng(seed))
+    added = weights if prior is None else weights + prior[songs]
+    return Negatives(places_K=torch.from_numpy(songs), weight_K=torch.from_numpy(added))
+
+
+ALL = Negatives(places_K=torch.arange(NUM_SONGS), weight_K=torch.zeros(NUM_SONGS))
+
+
+def targets_of(songs: list[int] | list[list[int]], negatives: Negatives, prior: np.ndarray | None = None) -> Targets:
+    """Targets of positions in their order, -1 where a position has fewer than others."""
+    songs_PT = torch.tensor(songs).reshape(len(songs), -1)
+    there, safe = songs_PT >= 0, songs_PT.clamp(min=0)
+    drawn, count = negatives.places_K.tolist(), len(negatives.places_K)
+    hits = [[drawn.index(song) if song in drawn else count for song in row] for row in songs_PT.tolist()]
+    first = [[song >= 0 and song not in row[:place] for place, song in enumerate(row)] for row in songs_PT.tolist()]
+    return Targets(
+        positions=torch.arange(len(songs)),
+        places_PT=safe,
+        there_PT=there,
+        first_PT=torch.tensor(first, dtype=torch.bool).reshape(songs_PT.shape),
+        hits_PT=torch.tensor(hits, dtype=torch.int64).reshape(songs_PT.shape),
+        prior_PT=torch.zeros(songs_PT.shape) if prior is None else torch.from_numpy(prior)[safe],
+        count=int(there.sum()),
     )
 
 
-def test_sampled_softmax_equals_its_formula(negatives: Negatives, taste: torch.Tensor) -> None:
-    model = network()
-    drawn = negatives.songs_K.tolist()
+def test_cosine_distance_equals_its_formula(taste: Tensor) -> None:
+    wanted = sum(1 - float(t @ SONGS[song]) for t, song in zip(taste, TARGETS, strict=True))
+    assert float(cosine(SONGS, taste, targets_of(TARGETS, ALL), ALL, SCALE)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_sampled_softmax_equals_its_formula(taste: Tensor) -> None:
+    sampler = NegativeSampler(COUNTS, 16)
+    songs, weights = sampler.draw(np.random.default_rng(3))
+    assert len(songs) < 16  # some were drawn twice, and count twice
+    points = np.random.default_rng(3).random(16)
+    drawn = np.searchsorted(np.cumsum(COUNTS / COUNTS.sum()), points).tolist()
     targets = [drawn[0], drawn[3], 5, drawn[0], 59]  # some of them were drawn as negatives too
-    vectors = model.songs.weight.detach().numpy().astype(np.float64)
     expected_draws = COUNTS / COUNTS.sum() * 16
     wanted = 0.0
     for t, target in zip(taste.numpy().astype(np.float64), targets, strict=True):
-        logits = {0: t @ vectors[target] * 12.0}
+        logits = {0: t @ SONGS[target].numpy() * 12.0}
         for number, song in enumerate(drawn, start=1):
             if song != target:  # an accidental hit is no negative
-                logits[number] = t @ vectors[song] * 12.0 - np.log(expected_draws[song])
+                logits[number] = t @ SONGS[song].numpy() * 12.0 - np.log(expected_draws[song])
         wanted += np.log(sum(np.exp(list(logits.values())))) - logits[0]
-    found = sampled_softmax(model, taste, torch.tensor(targets).unsqueeze(1), negatives, GOAL).detach()
-    assert float(found) == pytest.approx(wanted, rel=1e-4)
-
-
-def test_negatives_of_the_batch_count_like_those_drawn(taste: torch.Tensor) -> None:
-    """Both stand among K, each song corrected by how often it is expected among all; a target is no negative."""
-    model, targets = network(), [3, 9, 9, 1, 59]
-    negatives = Negatives(COUNTS, 16, in_batch=5)
-    negatives.draw(torch.Generator().manual_seed(3), torch.device("cpu"), torch.tensor(targets))
-    together = negatives.songs_K.tolist()
-    assert (len(together), together[16:]) == (21, targets)
-    vectors = model.songs.weight.detach().numpy().astype(np.float64)
-    expected = COUNTS / COUNTS.sum() * 21
-    wanted = 0.0
-    for t, target in zip(taste.numpy().astype(np.float64), targets, strict=True):
-        own = t @ vectors[target] * 12.0
-        others = [t @ vectors[song] * 12.0 - np.log(expected[song]) for song in together if song != target]
-        wanted += np.log(np.exp([own, *others]).sum()) - own
-    found = sampled_softmax(model, taste, torch.tensor(targets).unsqueeze(1), negatives, GOAL).detach()
-    assert float(found) == pytest.approx(wanted, rel=1e-4)
-
-
-def test_l2_is_the_distance_of_unit_vectors(negatives: Negatives, taste: torch.Tensor) -> None:
-    model = network()
-    targets = [3, 9, 9, 1, 59]
-    units = torch.nn.functional.normalize(model.songs.weight.detach(), dim=-1)
-    wanted = sum(float((t - units[song]).norm()) for t, song in zip(taste, targets, strict=True))
-    assert float(l2(model, taste, torch.tensor(targets).unsqueeze(1), negatives, GOAL)) == pytest.approx(
-        wanted, rel=1e-5
-    )
-
-
-def test_l2_has_a_gradient_where_taste_and_song_are_one(negatives: Negatives) -> None:
-    model = network()
-    song = torch.nn.functional.normalize(model.songs.weight.detach()[4:5], dim=-1).requires_grad_()
-    l2(model, song, torch.tensor([[4]]), negatives, GOAL).backward()
-    assert song.grad is not None
-    assert song.grad.isfinite().all()
-
-
-def test_softmax_is_over_all_songs(negatives: Negatives, taste: torch.Tensor) -> None:
-    model = network()
-    targets = [3, 9, 0, 1, 59]
-    units = torch.nn.functional.normalize(model.songs.weight.detach(), dim=-1).numpy().astype(np.float64)
-    logits = taste.numpy().astype(np.float64) @ units.T * 12.0
-    wanted = sum(np.log(np.exp(row).sum()) - row[target] for row, target in zip(logits, targets, strict=True))
-    assert float(softmax(model, taste, torch.tensor(targets).unsqueeze(1), negatives, GOAL).detach()) == pytest.approx(
+    negatives = Negatives(places_K=torch.from_numpy(songs), weight_K=torch.from_numpy(weights))
+    assert float(softmax(SONGS, taste, targets_of(targets, negatives), negatives, SCALE)) == pytest.approx(
         wanted, rel=1e-4
     )
 
 
+def test_l2_is_the_distance_of_unit_vectors(taste: Tensor) -> None:
+    wanted = sum(float((t - SONGS[song]).norm()) for t, song in zip(taste, TARGETS, strict=True))
+    assert float(l2(SONGS, taste, targets_of(TARGETS, ALL), ALL, SCALE)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_l2_has_a_gradient_where_taste_and_song_are_one() -> None:
+    song = SONGS[4:5].clone().requires_grad_()
+    l2(SONGS, song, targets_of([4], ALL), ALL, SCALE).backward()  # type: ignore[no-untyped-call]
+    assert song.grad is not None
+    assert song.grad.isfinite().all()
+
+
+def test_softmax_is_over_all_songs_where_all_are_negatives(taste: Tensor) -> None:
+    logits = 12.0 * taste @ SONGS.T
+    wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(TARGETS), reduction="sum")
+    torch.testing.assert_close(softmax(SONGS, taste, targets_of(TARGETS, ALL), ALL, SCALE), wanted)
+
+
+def plain(songs: Tensor, taste: Tensor, targets: Targets, negatives: Negatives, scale: Tensor) -> Tensor:
+    """The same loss with all logits at once, left to autograd."""
+    query = taste * scale
+    own = (query.unsqueeze(1) * songs[targets.places_PT]).sum(-1) + targets.prior_PT
+    others = query @ songs[negatives.places_K].T + negatives.weight_K
+    others = torch.cat([others, others.new_full((len(others), 1), -torch.inf)], dim=1)
+    others = others.scatter(1, targets.hits_PT, -torch.inf)
+    both = torch.cat([own.masked_fill(~targets.first_PT, -torch.inf), others], dim=1)
+    return (both.logsumexp(1, keepdim=True) - own).where(targets.there_PT, 0.0).sum()
+
+
+@pytest.mark.parametrize("chunk", [1_000_000, 100])
+def test_gradients_of_chunks_equal_those_of_all_logits_at_once(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objectives, "CHUNK_LOGITS", {"cpu": chunk})
+    generator = torch.Generator().manual_seed(5)
+    taste = torch.nn.functional.normalize(torch.randn(40, 8, generator=generator), dim=-1)
+    songs = torch.randint(-1, NUM_SONGS, (40, 3), generator=generator)
+    songs[:, 0] = songs[:, 0].clamp(min=0)
+    prior = log_prior(COUNTS + 1, 0.5)
+    negatives = drawn_by(COUNTS, 30, prior)
+    targets = targets_of(songs.tolist(), negatives, prior)
+    found: list[list[Tensor]] = []
+    for objective in (softmax, plain):
+        leaves = [value.double().clone().requires_grad_() for value in (SONGS, taste, SCALE)]
+        exact = replace(negatives, weight_K=negatives.weight_K.double())
+        loss = objective(leaves[0], leaves[1], replace(targets, prior_PT=targets.prior_PT.double()), exact, leaves[2])
+        (3 * loss).backward()  # type: ignore[no-untyped-call]
+        found.append([loss, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    assert len(found[0]) == 4
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+def test_products_in_bfloat16_stay_near_those_in_float32(taste: Tensor) -> None:
+    exact = softmax(SONGS, taste, targets_of(TARGETS, ALL), ALL, SCALE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = softmax(SONGS, taste, targets_of(TARGETS, ALL), ALL, SCALE)
+    assert rough.dtype == torch.float32
+    assert float(rough) == pytest.approx(float(exact), rel=0.01)
+
+
 def test_negatives_come_as_often_as_songs_were_played() -> None:
-    negatives = Negatives(COUNTS, 200_000)
-    negatives.draw(torch.Generator().manual_seed(0), torch.device("cpu"))
-    drawn = np.bincount(negatives.songs_K.numpy(), minlength=NUM_SONGS)
-    expected = COUNTS / COUNTS.sum() * 200_000
-    assert drawn[0] == 0
+    songs, weights = NegativeSampler(COUNTS, 200_000).draw(np.random.default_rng(0))
+    expected = COUNTS[songs] / COUNTS.sum() * 200_000
+    drawn = np.exp(weights) * expected  # log of how often it was drawn, less log of how often it is expected
+    assert 0 not in songs
+    assert drawn.sum() == pytest.approx(200_000, rel=1e-4)
     assert (np.abs(drawn - expected) <= 5 * np.sqrt(expected)).all()
 
 
 def test_the_same_generator_draws_the_same_negatives() -> None:
-    first, second, third = (Negatives(COUNTS, 50) for _ in range(3))
-    for negatives, seed in ((first, 1), (second, 1), (third, 2)):
-        negatives.draw(torch.Generator().manual_seed(seed), torch.device("cpu"))
-    assert torch.equal(first.songs_K, second.songs_K)
-    assert not torch.equal(first.songs_K, third.songs_K)
+    first, second, third = (NegativeSampler(COUNTS, 50).draw(np.random.default_rng(seed))[0] for seed in (1, 1, 2))
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, third)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_no_positions_cost_nothing(name: str, negatives: Negatives) -> None:
-    loss = OBJECTIVES[name](network(), torch.zeros(0, 8), torch.zeros(0, 1, dtype=torch.int64), negatives, GOAL)
-    assert float(loss.detach()) == 0
-
-
-@pytest.mark.parametrize("table", ["trained", "frozen"])
-def test_the_gradient_reaches_the_song_table_sparsely_where_it_is_trained(
-    table: SongTable, negatives: Negatives, taste: torch.Tensor
-) -> None:
-    model = network(model_config(song_table=table))
-    targets = torch.tensor([[3], [9], [9], [1], [59]])
-    sampled_softmax(model, taste.requires_grad_(), targets, negatives, GOAL).backward()  # type: ignore[no-untyped-call]
+def test_the_gradient_reaches_the_songs_that_take_part(name: str, taste: Tensor) -> None:
+    negatives, songs = drawn_by(COUNTS, 16), SONGS.clone().requires_grad_()
+    loss = OBJECTIVES[name](songs, taste.requires_grad_(), targets_of(TARGETS, negatives), negatives, SCALE)
+    loss.backward()  # type: ignore[no-untyped-call]
     assert taste.grad is not None
-    gradient = model.songs.weight.grad
-    if table == "frozen":
-        assert gradient is None
-        return
-    assert gradient is not None
-    assert gradient.is_sparse
-    touched = set(gradient.coalesce().indices()[0].tolist())
-    assert touched == set(targets.flatten().tolist()) | set(negatives.songs_K.tolist())
-
-
-def test_each_horizon_learns_a_temperature_of_its_own(negatives: Negatives, taste: torch.Tensor) -> None:
-    model = network()
-    goal = Goal(scale=model.scale("long"))
-    sampled_softmax(model, taste, torch.tensor([[3], [9], [9], [1], [59]]), negatives, goal).backward()  # type: ignore[no-untyped-call]
-    assert model.log_scale.grad is not None
-    assert model.log_scale.grad[0] == 0
-    assert model.log_scale.grad[1] != 0
+    assert songs.grad is not None
+    competing = set(negatives.places_K.tolist()) if "softmax" in name else set()
+    assert set(songs.grad.any(-1).nonzero().flatten().tolist()) == set(TARGETS) | competing
 
 
 @pytest.mark.parametrize("correction", [0.0, 0.5, 1.0])
-def test_a_prior_is_added_to_the_logits_before_they_are_compared(correction: float, taste: torch.Tensor) -> None:
+def test_a_prior_is_added_to_the_logits_before_they_are_compared(correction: float, taste: Tensor) -> None:
     """Over all songs, and estimated from so many that each is drawn."""
-    model, targets = network(), torch.tensor([[3], [9], [9], [1], [59]])
     counts = COUNTS + 1
     prior = log_prior(counts, correction)
-    goal = Goal(scale=torch.tensor(12.0), prior=torch.from_numpy(prior))
-    negatives = Negatives(counts, 1)
-    whole = softmax(model, taste, targets, negatives, goal)
-    units = torch.nn.functional.normalize(model.songs.weight, dim=-1)
-    logits = 12.0 * taste @ units.T + torch.from_numpy(prior)
-    torch.testing.assert_close(whole, torch.nn.functional.cross_entropy(logits, targets[:, 0], reduction="sum"))
-    many = Negatives(counts, 400_000)
-    many.draw(torch.Generator().manual_seed(0), torch.device("cpu"))
-    sampled = sampled_softmax(model, taste, targets, many, goal)
-    assert float(sampled.detach()) == pytest.approx(float(whole.detach()), rel=0.02)
+    every = replace(ALL, weight_K=torch.from_numpy(prior))
+    whole = softmax(SONGS, taste, targets_of(TARGETS, every, prior), every, SCALE)
+    logits = 12.0 * taste @ SONGS.T + torch.from_numpy(prior)
+    torch.testing.assert_close(whole, torch.nn.functional.cross_entropy(logits, torch.tensor(TARGETS), reduction="sum"))
+    many = drawn_by(counts, 400_000, prior)
+    sampled = softmax(SONGS, taste, targets_of(TARGETS, many, prior), many, SCALE)
+    assert float(sampled) == pytest.approx(float(whole), rel=0.02)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_several_targets_of_a_position_cost_what_they_cost_alone(name: str, taste: torch.Tensor) -> None:
+def test_several_targets_of_a_position_cost_what_they_cost_alone(name: str, taste: Tensor) -> None:
     """With nearly all songs drawn the estimate of the sum over songs is the same, whoever is the target."""
-    model = network()
-    negatives = Negatives(COUNTS + 1, 400_000)
-    negatives.draw(torch.Generator().manual_seed(0), torch.device("cpu"))
+    negatives = drawn_by(COUNTS + 1, 400_000)
     together = torch.tensor([[3, 9, -1], [4, -1, -1], [7, 7, 5], [-1, 8, 2], [1, 0, 6]])
     rows, places = torch.nonzero(together >= 0, as_tuple=True)
-    alone = OBJECTIVES[name](model, taste[rows], together[rows, places].unsqueeze(1), negatives, GOAL)
-    found = OBJECTIVES[name](model, taste, together, negatives, GOAL)
-    assert float(found.detach()) == pytest.approx(float(alone.detach()), rel=0.01)
+    each = targets_of(together[rows, places].tolist(), negatives)
+    alone = OBJECTIVES[name](SONGS, taste[rows], each, negatives, SCALE)
+    found = OBJECTIVES[name](SONGS, taste, targets_of(together.tolist(), negatives), negatives, SCALE)
+    assert float(found) == pytest.approx(float(alone), rel=0.01)

@@ -12,7 +12,7 @@ from rayrec.model.train_config import FeatureSpec, Horizon, ModelConfig, TasteCo
 
 
 def test_cosine_with_a_table_that_trains_along_is_refused() -> None:
-    with pytest.raises(InputError, match=r"needs --song-table frozen"):
+    with pytest.raises(InputError, match="requires song_table frozen"):
         TrainConfig(objective="cosine")
     TrainConfig(objective="cosine", song_table="frozen")
 
@@ -34,7 +34,7 @@ def test_cosine_with_a_table_that_trains_along_is_refused() -> None:
     ],
 )
 def test_settings_out_of_range_are_refused(bad: dict[str, object]) -> None:
-    with pytest.raises(InputError, match=r"give|must|cannot be shared"):
+    with pytest.raises(InputError, match=f"{next(iter(bad))} is .*; expected"):
         TrainConfig(**bad)  # type: ignore[arg-type]
 
 

@@ -1,6 +1,8 @@
 """The training loop: same seed same loss, targets where they belong, several processes equal one."""
 
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +10,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from networks import NUM_SONGS, MemoryHost, cycling_histories, model_config, network
-from torch import Tensor
 
 from rayrec.data.histories import Histories
 from rayrec.data.windows import Windows, cut_windows
-from rayrec.model.train_config import Horizon, Objective, SongTable, TrainConfig
-from rayrec.model.training import Share, StepReport, Training
+from rayrec.model.steps import StepMaker, ahead
+from rayrec.model.train_config import Objective, SongTable, TrainConfig
+from rayrec.model.training import StepReport, Training
+from rayrec.model.workers import Share
 
 COUNTS = np.full(NUM_SONGS, 10)
-SMALL = {"hidden_dim": 12, "window": 12, "batch": 10, "negatives": 20, "long": (2, 5), "learning_rate": 0.01}
+SMALL = {
+    "hidden_dim": 12,
+    "window": 12,
+    "batch": 10,
+    "negatives": 20,
+    "long": (2, 5),
+    "learning_rate": 0.01,
+    "dropout": 0.0,
+}
 
 
 def settings(**changes: object) -> TrainConfig:
@@ -33,7 +44,7 @@ def losses(config: TrainConfig, histories: Histories, epochs: int = 1) -> list[f
     made, host = training(config), MemoryHost({"final": histories}, config)
     for epoch in range(epochs):
         made.epoch(host.windows("final", epoch), epoch, on_step=reports.append)
-    return [report.loss for report in reports]
+    return [float(report.loss) for report in reports]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +52,7 @@ def histories() -> Histories:
     return cycling_histories(45)
 
 
-@pytest.mark.parametrize("changes", [{}, {"dropout": 0.3, "num_layers": 2}, {"song_table": "frozen"}, {"in_batch": 9}])
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.3, "num_layers": 2}, {"song_table": "frozen"}])
 def test_the_same_seed_gives_the_same_losses_bit_for_bit(histories: Histories, changes: dict[str, object]) -> None:
     first = losses(settings(**changes), histories)
     torch.rand(7)  # whatever else draws numbers in between
@@ -87,20 +98,18 @@ def test_steps_that_were_taken_before_are_passed_over(histories: Histories) -> N
 
 
 def targets_of(
-    windows: Windows, config: TrainConfig, horizon: Horizon, seed: int, share: Share | None = None
-) -> Tensor:
+    windows: Windows, config: TrainConfig, horizon: str, seed: int, share: Share | None = None
+) -> np.ndarray:
     """int64 (W, L, T): for each input play the songs at its targets, -1 where it has none."""
-    made = training(config, None)
-    made.share = share or Share()
-    lengths = windows.plays.lengths
-    songs = np.zeros((len(windows), lengths.max()), dtype=np.int64)
-    songs[np.arange(lengths.max()) < lengths[:, None]] = windows.plays.songs
-    inputs = torch.from_numpy(windows.inputs)
-    generator = torch.Generator().manual_seed(seed)
-    flat, found = made._targets(torch.from_numpy(songs), torch.from_numpy(lengths), inputs, horizon, generator)
-    grid = torch.full((len(windows) * int(inputs.max()), found.shape[1]), -1)
-    grid[flat] = found
-    return grid.view(len(windows), int(inputs.max()), found.shape[1])
+    songs = int(windows.plays.songs.max()) + 1
+    maker = StepMaker(model_config(config), config.replace(seed=seed), np.ones(songs), share or Share())
+    step = maker.make(windows, 0, 0)
+    found = step.targets[horizon]
+    looked_up = step.songs["songs.weight"].numpy()[found.places_PT.numpy()]
+    longest = int(windows.inputs.max())
+    grid = np.full((len(windows) * longest, looked_up.shape[1]), -1)
+    grid[found.positions.numpy()] = np.where(found.there_PT.numpy(), looked_up, -1)
+    return grid.reshape(len(windows), longest, -1)
 
 
 def counted(histories: Histories) -> Histories:
@@ -119,7 +128,7 @@ def test_targets_lie_between_the_offsets_and_never_past_the_history(
 ) -> None:
     config = settings(long=bounds)
     windows = cut_windows(counted(histories), config.window, config.lookahead)
-    targets = targets_of(windows, config, config.horizons["long"], seed=5).numpy()
+    targets = targets_of(windows, config, "long", seed=5)
     assert targets.shape[2] == (1 if bounds[0] == bounds[1] else config.long_targets)
     position = np.arange(targets.shape[1])[:, None]
     own = windows.plays.songs[windows.plays.offsets[:-1]][:, None, None] + position
@@ -135,32 +144,16 @@ def test_targets_lie_between_the_offsets_and_never_past_the_history(
         assert set(offset[has].tolist()) == {2, 3, 4, 5}
 
 
-def test_negatives_of_the_batch_are_its_next_songs_and_as_many_as_asked(histories: Histories) -> None:
-    config = settings(in_batch=20_000)
-    windows = cut_windows(counted(histories), config.window, config.lookahead).take(np.arange(8))
-    lengths, starts = windows.plays.lengths, windows.plays.songs[windows.plays.offsets[:-1]]
-    songs = np.zeros((len(windows), lengths.max()), dtype=np.int64)
-    songs[np.arange(lengths.max()) < lengths[:, None]] = windows.plays.songs
-    arguments = torch.from_numpy(songs), torch.from_numpy(windows.inputs), torch.Generator().manual_seed(0)
-    drawn = training(config)._in_batch(*arguments).numpy()
-    found, counts = np.unique(drawn, return_counts=True)
-    following = [start + 1 + np.arange(inputs) for start, inputs in zip(starts, windows.inputs, strict=True)]
-    assert len(drawn) == 20_000
-    assert set(found) == set(np.concatenate(following))
-    expected = np.concatenate([np.full(len(part), 20_000 / 8 / len(part)) for part in following])
-    assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
-
-
 @pytest.mark.parametrize("windows", [10, 11, 13])
 def test_the_targets_of_a_window_do_not_depend_on_the_number_of_workers(histories: Histories, windows: int) -> None:
     config = settings()
     batch = cut_windows(counted(histories), config.window, config.lookahead).take(np.arange(windows))
-    whole = targets_of(batch, config, config.horizons["long"], seed=5)
+    whole = targets_of(batch, config, "long", seed=5)
     for rank in range(3):
         share = Share(rank=rank, workers=3)
         rows = np.arange(windows)[rank::3]
-        part = targets_of(batch.take(rows), config, config.horizons["long"], seed=5, share=share)
-        assert torch.equal(part, whole[torch.from_numpy(rows), : part.shape[1]])
+        part = targets_of(batch.take(rows), config, "long", seed=5, share=share)
+        np.testing.assert_array_equal(part, whole[rows, : part.shape[1]])
 
 
 # Name -> settings and users; 45 users make 11 windows to a batch, so that the shares of two workers are
@@ -168,10 +161,9 @@ def test_the_targets_of_a_window_do_not_depend_on_the_number_of_workers(historie
 TRAININGS: dict[str, tuple[dict[str, object], int]] = {
     "trained": ({}, 45),
     "frozen": ({"song_table": "frozen"}, 45),
-    "in batch": ({"in_batch": 15}, 45),
+    "one table": ({"input_table": False}, 45),
     "one window": ({}, 1),
     "one window, frozen": ({"song_table": "frozen"}, 1),
-    "one window, in batch": ({"in_batch": 15}, 1),
 }
 
 
@@ -204,3 +196,33 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
         for name, value in alone.items():
             assert torch.equal(first[name], second[name]), (case, name)
             torch.testing.assert_close(first[name], value, atol=1e-4, rtol=0, msg=f"{case}: {name}")
+
+
+def test_values_made_ahead_come_in_order_and_an_error_where_it_happened() -> None:
+    def values(fails_at: int) -> Iterator[int]:
+        for value in range(10):
+            if value == fails_at:
+                raise KeyError(value)
+            yield value
+
+    assert list(ahead(values(99))) == list(range(10))
+    came: list[int] = []
+    with pytest.raises(KeyError, match="7"):
+        came.extend(ahead(values(7)))
+    made = ahead(values(99))
+    assert next(made) == 0
+    made.close()  # type: ignore[attr-defined]
+    assert "rayrec steps" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_padding_looks_up_no_song(histories: Histories) -> None:
+    """A song that is looked up is moved on by its momentum, even where its gradient is zero."""
+    config = settings()
+    some = histories.keep(histories.songs % 7 != 0)
+    windows = cut_windows(some.take(some.lengths > 1), config.window, config.lookahead)
+    assert len(set(windows.inputs.tolist())) > 1
+    step = StepMaker(model_config(config), config, COUNTS, Share()).make(windows, 0, 0)
+    inputs = np.concatenate(
+        [windows.plays.songs[a : a + n] for a, n in zip(windows.plays.offsets, windows.inputs, strict=False)]
+    )
+    assert set(step.songs["inputs.weight"].tolist()) == set(inputs.tolist())

@@ -12,9 +12,9 @@ from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
 from rayrec.errors import InputError, LeakError
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training import Share
 from rayrec.model.training_sequences import Sequences
 from rayrec.model.window_stream import UnitReader, plain_stream
+from rayrec.model.workers import Share
 from rayrec.storage.dataset_manifest import write_manifest
 from rayrec.storage.workspace import Workspace, playlists_file
 
@@ -101,7 +101,7 @@ def test_the_papers_four_networks_are_presets() -> None:
     for name, config in presets.items():
         assert config.source == ("playlists" if name[2] == "p" else "histories")
         assert list(config.horizons) == (["short"] if name[3] == "s" else ["long"])
-        assert (config.objective, config.song_table, config.memory, config.averages) == ("cosine", "frozen", False, ())
+        assert (config.objective, config.song_table, config.averages) == ("cosine", "frozen", ())
 
 
 def test_an_unknown_source_is_refused() -> None:

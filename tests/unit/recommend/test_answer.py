@@ -1,7 +1,5 @@
 """One request for recommendations: whose plays count, at which moment, and in whose words it is answered."""
 
-from dataclasses import replace
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -59,7 +57,7 @@ def dataset(workspace: Workspace) -> Dataset:
 def test_songs_already_heard_are_left_out_unless_asked_for(dataset: Dataset) -> None:
     config = RecommendConfig(k=6)
     assert answer(dataset, Following(6), config, at=NOW, user="ann").song_ids == ["s3", "s4", "s5"]
-    told = answer(dataset, Following(6), replace(config, include_heard=True), at=NOW, user="ann")
+    told = answer(dataset, Following(6), config.replace(include_heard=True), at=NOW, user="ann")
     assert told.song_ids == ["s3", "s4", "s5", "s0", "s1", "s2"]
     assert told.titles[3:5] == ["Ann – Hey", "s1"]
     assert told.scores == [0, -1, -2, -3, -4, -5]
@@ -110,9 +108,9 @@ def test_fewer_than_one_song_is_refused() -> None:
 def test_a_model_of_another_data_set_is_refused_by_both_names(dataset: Dataset) -> None:
     publish(dataset.workspace, Manifest(kind="models", id="old", inputs={"dataset": "data0"}), [])
     with pytest.raises(MismatchError, match=r"data0.*data1"):
-        load_recommender(dataset.workspace, dataset, model_id="old", index_id=None)
+        load_recommender(dataset.workspace, dataset, {"models": "old"})
     with pytest.raises(NotFoundError, match="none-such"):
-        load_recommender(dataset.workspace, dataset, model_id="none-such", index_id=None)
+        load_recommender(dataset.workspace, dataset, {"models": "none-such"})
     assert artifacts.listing(dataset.workspace, "models")
 
 

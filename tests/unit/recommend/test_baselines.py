@@ -10,19 +10,19 @@ from worlds import random_histories, random_vectors, write_dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.errors import InputError, LeakError
-from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_selection, needs_vectors
+from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
 from rayrec.recommend.discounted_average import AverageRecommender
-from rayrec.recommend.item_knn import NeighboursRecommender
+from rayrec.recommend.item_knn import ItemKnnRecommender
 from rayrec.recommend.popularity import RECENT_DAYS, PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender, count_rules, strongest
-from rayrec.recommend.vsknn import SessionNeighboursRecommender
+from rayrec.recommend.vsknn import VsknnRecommender
 from rayrec.recommend.vstan import VstanRecommender
 from rayrec.storage.workspace import Workspace
 
 FITS: list[Callable[..., Any]] = [
     PopularityRecommender.fit,
     SequentialRulesRecommender.fit,
-    SessionNeighboursRecommender.fit,
+    VsknnRecommender.fit,
     VstanRecommender.fit,
 ]
 
@@ -82,12 +82,10 @@ def test_unknown_names_and_missing_vectors_are_refused(workspace: Workspace) -> 
     dataset = write_dataset(workspace, random_histories(10, 6), 6)
     with pytest.raises(InputError, match="no baseline 'popular'; there are: popularity"):
         fit_baselines(["popular"], dataset, None, FitRange())
-    with pytest.raises(InputError, match="neighbours works on song vectors"):
-        fit_baselines(["neighbours"], dataset, None, FitRange())
+    with pytest.raises(InputError, match="item-knn works on song vectors"):
+        fit_baselines(["item-knn"], dataset, None, FitRange())
     assert needs_vectors(["popularity", "average-0.9"])
     assert needs_vectors(["weighted-long"])
-    assert needs_selection(["popularity", "weighted-short"])
-    assert not needs_selection(["average-0.9", "vstan"])
     assert not needs_vectors(["popularity", "sequential-rules"])
 
 
@@ -147,11 +145,9 @@ def test_rules_stay_few_however_many_users_there_are() -> None:
 def test_neighbours_are_those_of_the_last_song() -> None:
     vectors = random_vectors(5)
     vectors[4] = 0
-    np.testing.assert_allclose(
-        _score(NeighboursRecommender(vectors), [0, 1, 3])[:4], vectors[:4] @ vectors[3], rtol=1e-6
-    )
-    assert np.isneginf(_score(NeighboursRecommender(vectors), [0])[4])
-    assert np.isneginf(_score(NeighboursRecommender(vectors), [4])).all()
+    np.testing.assert_allclose(_score(ItemKnnRecommender(vectors), [0, 1, 3])[:4], vectors[:4] @ vectors[3], rtol=1e-6)
+    assert np.isneginf(_score(ItemKnnRecommender(vectors), [0])[4])
+    assert np.isneginf(_score(ItemKnnRecommender(vectors), [4])).all()
 
 
 @pytest.mark.parametrize("discount", [0.25, 0.9, 1.0])
@@ -187,4 +183,4 @@ def test_a_discount_outside_its_range_is_refused(discount: float) -> None:
 
 def test_baselines_share_the_vectors_they_are_given() -> None:
     vectors = random_vectors(5)
-    assert NeighboursRecommender(vectors).song_vectors is AverageRecommender(vectors, 0.5).song_vectors
+    assert ItemKnnRecommender(vectors).song_vectors is AverageRecommender(vectors, 0.5).song_vectors

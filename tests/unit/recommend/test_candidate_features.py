@@ -49,19 +49,19 @@ def _one(songs: list[int], minutes: list[float], at: float) -> dict[int, dict[st
     }
 
 
-def test_own_plays_their_age_and_activation_are_those_of_the_history() -> None:
+def test_user_plays_their_age_and_activation_are_those_of_the_history() -> None:
     song = _one([3, 4, 3, 5], [0, 1, 2, 3], at=63)[3]
-    assert (song["own_plays"], song["own_plays_since"], song["own_share"]) == (2, 1, 0.5)
-    assert song["own_hours_since"] == pytest.approx(61 / 60, rel=1e-5)
-    assert song["own_base_level"] == pytest.approx(np.log(2**-0.5 + 4**-0.5), rel=1e-5)
+    assert (song["user_plays"], song["user_plays_since"], song["user_share"]) == (2, 1, 0.5)
+    assert song["user_hours_since"] == pytest.approx(61 / 60, rel=1e-5)
+    assert song["user_base_level"] == pytest.approx(np.log(2**-0.5 + 4**-0.5), rel=1e-5)
     never = _one([3, 4, 3, 5], [0, 1, 2, 3], at=63)[6]
-    assert (never["own_plays"], never["own_plays_since"], never["own_hours_since"]) == (0, -1, -1)
+    assert (never["user_plays"], never["user_plays_since"], never["user_hours_since"]) == (0, -1, -1)
 
 
 def test_a_pause_ends_the_session_for_songs_and_for_the_query() -> None:
     going_on = _one([3, 4, 5], [0, 60, 61], at=62)
     assert going_on[5]["session_length"] == 2
-    assert (going_on[3]["own_session_plays"], going_on[4]["own_session_plays"]) == (0, 1)
+    assert (going_on[3]["user_session_plays"], going_on[4]["user_session_plays"]) == (0, 1)
     assert _one([3, 4, 5], [0, 60, 61], at=200)[5]["session_length"] == 0
 
 
@@ -70,7 +70,7 @@ def test_artists_are_counted_over_the_last_ten_plays_and_the_history() -> None:
     of_first, of_last = features[10], features[11]  # artists 0 and 1
     assert (of_first["artist_of_last_song"], of_last["artist_of_last_song"]) == (1, 0)
     assert (of_first["artist_recent_share"], of_last["artist_recent_share"]) == (0.5, 0.25)
-    assert (of_first["artist_own_plays"], of_first["artist_plays_since"], of_last["artist_plays_since"]) == (2, 0, 2)
+    assert (of_first["artist_user_plays"], of_first["artist_plays_since"], of_last["artist_plays_since"]) == (2, 0, 2)
     assert of_first["recent_artists"] == 3
 
 
@@ -103,7 +103,7 @@ def test_plays_after_the_query_change_nothing() -> None:
 def test_where_times_are_places_nothing_is_said_of_hours() -> None:
     histories = random_histories(10, NUM_SONGS)
     _, _, features = _features(histories, Questions.at_end(histories, 10**9), real_times=False)
-    for name in ("own_hours_since", "own_base_level_hours", "hours_since_last", "hour"):
+    for name in ("user_hours_since", "user_base_level_hours", "hours_since_last", "hour"):
         assert not features[name].any(), name
 
 

@@ -13,20 +13,21 @@ from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import Recommender
 from rayrec.recommend.choosing import Known, Wish, choose, network_of
 from rayrec.recommend.filters import Limits
-from rayrec.recommend.hybrid import HybridRecommender
+from rayrec.recommend.two_step import TwoStepRecommender
+from rayrec.storage.releases import default_parts
 from rayrec.storage.workspace import Workspace
 
 HISTORY = Histories.from_lists([[3, 50, 3, 9]], [[AT - 60_000 * back for back in (3, 2, 1, 0)]])
 WEIGHTS = [0.0, 0.2, 0.5, 0.9, 1.0]
 
 
-@pytest.fixture(scope="module", params=["network", "hybrid"])
+@pytest.fixture(scope="module", params=["network", "two-step"])
 def recommender(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recommender:
     workspace = Workspace(tmp_path_factory.mktemp("choosing") / "workspace")
     write_world(workspace)
-    write_release(workspace, memory=request.param == "hybrid")
-    loaded = load_recommender(workspace, Dataset(workspace), model_id="model1", index_id="index1")
-    assert isinstance(loaded, HybridRecommender) is (request.param == "hybrid")
+    write_release(workspace, ranked=request.param == "two-step")
+    loaded = load_recommender(workspace, Dataset(workspace), default_parts(workspace))
+    assert isinstance(loaded, TwoStepRecommender) is (request.param == "two-step")
     return loaded
 
 
@@ -43,14 +44,28 @@ def by_definition(recommender: Recommender, weight: float) -> np.ndarray:
     """float32 (N,): what each song scores with this weight for the long horizon."""
     network, questions = network_of(recommender), Questions.at_end(HISTORY, AT)
     short, long = (network.vectors(HISTORY, questions, horizon)[0] for horizon in ("short", "long"))
-    if isinstance(recommender, HybridRecommender):
+    if isinstance(recommender, TwoStepRecommender):
         soon, later = (recommender.score(HISTORY, questions, horizon)[0] for horizon in ("short", "long"))
-        scores = (1 - weight) * np.maximum(soon, 0) + weight * np.maximum(later, 0)  # -inf is no number to weigh
+        soon, later = np.maximum(soon, 0), np.maximum(later, 0)  # -inf is no number to weigh
+        scores = soon if weight == 0 else later if weight == 1 else _mixed(recommender, weight)
     else:
         mixed = (1 - weight) * short + weight * long
         scores = network.song_vectors @ (mixed / np.linalg.norm(mixed))
     scores[WITHOUT_VECTOR] = -np.inf
     return np.asarray(scores)
+
+
+def _mixed(recommender: TwoStepRecommender, weight: float) -> np.ndarray:
+    """float32 (N,): the mean of the candidates' shares on both horizons."""
+    scores = np.zeros(NUM_SONGS, dtype=np.float32)
+    for _, scored in recommender.source.batches(HISTORY, Questions.at_end(HISTORY, AT)):
+        rows = scored.candidates.rows
+        short, long = (
+            recommender.rankers[kind].calibration.shares_of(rows, recommender.rankers[kind].scores(scored.features))
+            for kind in ("next", "long")
+        )
+        scores[scored.candidates.songs] = (1 - weight) * short + weight * long
+    return scores
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)

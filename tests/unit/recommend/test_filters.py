@@ -13,7 +13,7 @@ from rayrec.recommend import index as index_module
 from rayrec.recommend.base import NO_SONG, top_k
 from rayrec.recommend.filters import Limits, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.item_knn import NeighboursRecommender
+from rayrec.recommend.item_knn import ItemKnnRecommender
 
 
 @st.composite
@@ -140,7 +140,7 @@ def test_a_search_among_few_looks_into_more_lists_so_that_recall_holds(monkeypat
 def test_limits_hold_without_an_index_as_with_one() -> None:
     vectors = random_vectors(80)
     vectors[::9] = 0
-    plain, indexed = NeighboursRecommender(vectors), NeighboursRecommender(vectors)
+    plain, indexed = ItemKnnRecommender(vectors), ItemKnnRecommender(vectors)
     indexed.index = SongIndex.build(indexed.song_vectors, IndexConfig())
     histories = random_histories(20, 80, seed=3)
     histories = histories.take(histories.lengths > 0)

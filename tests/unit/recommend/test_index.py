@@ -1,5 +1,4 @@
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,7 +158,7 @@ def test_recall_is_reached_two_standard_errors_above_the_target() -> None:
 def test_recall_holds_on_queries_that_nprobe_was_not_chosen_on() -> None:
     vectors = unit_vectors(4_000, dim=16)
     config = IndexConfig(kind="ivf", nlist=64, target_recall=0.95, queries=200)
-    queries = sample_queries(vectors, replace(config, seed=1))
+    queries = sample_queries(vectors, config.replace(seed=1))
     exact, _ = SongIndex.build(vectors, FLAT).search(queries, 100)
     found, _ = SongIndex.build(vectors, config).search(queries, 100)
     assert recall_against(exact, found).mean() >= 0.95

@@ -3,7 +3,7 @@
 import numpy as np
 from worlds import random_vectors
 
-from rayrec.recommend.layout import layout
+from rayrec.recommend.layout import layout, principal_axes
 
 
 def test_distances_stay_where_the_songs_differ_in_two_directions_only() -> None:
@@ -31,3 +31,15 @@ def test_few_songs_have_a_place_too() -> None:
     assert layout(random_vectors(1)).tolist() == [[0, 0]]
     np.testing.assert_allclose(layout(random_vectors(2))[:, 1], 0, atol=1e-6)
     assert np.isfinite(layout(np.ones((4, 8), np.float32))).all()
+
+
+def test_the_axes_are_those_of_the_largest_variance() -> None:
+    random = np.random.default_rng(0)
+    planted = random.normal(size=(500, 2)) * [3, 2]
+    turned, _ = np.linalg.qr(random.normal(size=(6, 6)))
+    vectors = np.hstack([planted, random.normal(size=(500, 4)) * 0.1]) @ turned
+    points, share = principal_axes(vectors)
+    for axis in range(2):
+        assert abs(np.corrcoef(points[:, axis], planted[:, axis])[0, 1]) > 0.99
+    assert share[0] > share[1] > 0.2
+    assert share.sum() > 0.98

@@ -10,12 +10,12 @@ from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import QueryBatch
 from rayrec.recommend.retrieval.retrieval import Retrieval
 from rayrec.recommend.retrievers import (
-    OwnRulesRetriever,
-    OwnSongsRetriever,
     Proposals,
     Retriever,
     SessionKnnSettings,
     SessionRetriever,
+    UserRulesRetriever,
+    UserTopRetriever,
     make_retrievers,
     retrieve,
 )
@@ -93,11 +93,11 @@ def test_recent_rules_know_what_followed_earlier_songs() -> None:
 
 
 def test_own_songs_come_by_how_often_and_how_lately_they_were_played() -> None:
-    assert _ordered(OwnSongsRetriever().propose(_asked([5, 6, 7, 5, 7, 7]), 10)) == [7, 5, 6]
+    assert _ordered(UserTopRetriever().propose(_asked([5, 6, 7, 5, 7, 7]), 10)) == [7, 5, 6]
 
 
 def test_own_rules_propose_what_the_user_played_next_before() -> None:
-    found = OwnRulesRetriever().propose(_asked([1, 2, 3, 1, 2, 9, 1]), 10)
+    found = UserRulesRetriever().propose(_asked([1, 2, 3, 1, 2, 9, 1]), 10)
     assert _ordered(found)[0] == 2
     assert set(found.songs) == {1, 2, 3, 9}
     assert found.scores[np.argsort(found.ranks)][0] == pytest.approx(1 + 1 / 4 + 1)

@@ -11,7 +11,7 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.errors import LeakError
 from rayrec.recommend import vsknn as module
-from rayrec.recommend.vsknn import SessionNeighboursRecommender
+from rayrec.recommend.vsknn import VsknnRecommender, VsknnSettings
 
 NUM_SONGS = 10
 
@@ -21,11 +21,11 @@ def _sessions(*lists: list[int]) -> Histories:
     return Histories.from_lists(list(lists), [[place * MINUTE for place in range(len(one))] for one in lists])
 
 
-def _fit(*batches: Histories, num_songs: int = NUM_SONGS, max_sessions: int = 100) -> SessionNeighboursRecommender:
-    return SessionNeighboursRecommender.fit(batches, num_songs=num_songs, allowed=FitRange(), max_sessions=max_sessions)
+def _fit(*batches: Histories, num_songs: int = NUM_SONGS, max_sessions: int = 100) -> VsknnRecommender:
+    return VsknnRecommender.fit(batches, num_songs=num_songs, allowed=FitRange(), max_sessions=max_sessions)
 
 
-def _score(recommender: SessionNeighboursRecommender, songs: list[int]) -> np.ndarray:
+def _score(recommender: VsknnRecommender, songs: list[int]) -> np.ndarray:
     histories = _sessions(songs)
     return np.asarray(recommender.score(histories, Questions.at_end(histories, 0)))[0]
 
@@ -79,22 +79,20 @@ def test_users_share_no_session() -> None:
     assert _score(_fit(_sessions([1, 2], [3, 4])), [2])[3] == 0
 
 
-def test_only_the_nearest_sessions_speak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "NEIGHBOURS", 2)
-    fitted = _fit(_sessions([1, 2], [1, 3, 4], [1, 5, 6, 7], [8, 9]))
+def test_only_the_songs_of_the_nearest_sessions_are_scored() -> None:
+    fitted = _fit(_sessions([1, 2], [1, 3, 4], [1, 5, 6, 7], [8, 9])).with_settings(VsknnSettings(neighbours=2))
     scores = _score(fitted, [1])
     np.testing.assert_array_equal(np.flatnonzero(scores), [1, 2, 3, 4])
     assert scores[1] == pytest.approx(1 / np.sqrt(2) + 1 / np.sqrt(3))
 
 
-def test_sessions_as_near_as_the_last_that_speaks_speak_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "NEIGHBOURS", 2)
-    scores = _score(_fit(_sessions([1, 2], [1, 3], [1, 4], [1, 5, 6])), [1])
+def test_sessions_as_near_as_the_last_of_the_nearest_count_too() -> None:
+    fitted = _fit(_sessions([1, 2], [1, 3], [1, 4], [1, 5, 6])).with_settings(VsknnSettings(neighbours=2))
+    scores = _score(fitted, [1])
     np.testing.assert_array_equal(np.flatnonzero(scores), [1, 2, 3, 4])
 
 
-def test_two_hundred_sessions_speak() -> None:
-    assert module.NEIGHBOURS == 200
+def test_two_hundred_sessions_count_unless_chosen_otherwise() -> None:
     # Session n holds song 0, song n and n more: none as near as another.
     lists = [[0, *range(1, 2 + n)] for n in range(250)]
     scores = _score(_fit(_sessions(*lists), num_songs=251, max_sessions=250), [0])
@@ -102,12 +100,12 @@ def test_two_hundred_sessions_speak() -> None:
     assert scores[201] == 0
 
 
-def test_questions_are_answered_alike_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_are_answered_alike_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     histories = random_histories(40, NUM_SONGS, seed=2)
-    fitted, questions = _fit(histories), Questions.at_end(histories, 0)
-    whole = fitted.score(histories, questions)
-    monkeypatch.setattr(module, "QUESTIONS_AT_ONCE", 7)
-    np.testing.assert_array_equal(fitted.score(histories, questions), whole)
+    fitted, queries = _fit(histories), Questions.at_end(histories, 0)
+    whole = fitted.score(histories, queries)
+    monkeypatch.setattr(module, "QUERIES_AT_ONCE", 7)
+    np.testing.assert_array_equal(fitted.score(histories, queries), whole)
 
 
 def test_unknown_songs_and_no_songs_find_nobody() -> None:
@@ -133,6 +131,4 @@ def test_the_sessions_read_last_are_kept(max_sessions: int) -> None:
 
 def test_plays_past_the_cut_are_refused() -> None:
     with pytest.raises(LeakError, match="1 plays at or after its cut"):
-        SessionNeighboursRecommender.fit(
-            [_sessions([1, 2, 3])], num_songs=NUM_SONGS, allowed=FitRange(before=2 * MINUTE)
-        )
+        VsknnRecommender.fit([_sessions([1, 2, 3])], num_songs=NUM_SONGS, allowed=FitRange(before=2 * MINUTE))

@@ -8,9 +8,10 @@ from worlds import random_histories
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.recommend import vstan as module
-from rayrec.recommend.vstan import DAYS_DECAY, JUST_PLAYED, PLACES_DECAY, PLAYS_DECAY, VstanRecommender
+from rayrec.recommend.vstan import VstanRecommender, VstanSettings
 
 NUM_SONGS = 12
+USUAL = VstanSettings()
 
 
 def _sessions(*lists: list[int], days: list[float] | None = None) -> Histories:
@@ -35,22 +36,22 @@ def _score(recommender: VstanRecommender, songs: list[int], at: int = 0) -> np.n
 def test_a_song_weighs_less_the_farther_from_the_matched_one() -> None:
     scores = _score(_fit(_sessions([1, 2, 3, 4])), [3])
     apart = np.array([2, 1, 0, 1])
-    expected = np.exp(-apart / PLACES_DECAY) / 2 * np.where(apart == 0, JUST_PLAYED, 1)
+    expected = np.exp(-apart / USUAL.places_decay) / 2 * np.where(apart == 0, USUAL.just_played, 1)
     np.testing.assert_allclose(scores[1:5], expected, rtol=1e-5)
     assert not scores[[0, *range(5, NUM_SONGS)]].any()
 
 
 def test_places_count_from_the_song_played_last_of_those_shared() -> None:
     scores = _score(_fit(_sessions([1, 2, 3, 4, 5, 6])), [5, 2])
-    shared = (1 + np.exp(-1 / PLAYS_DECAY)) / np.sqrt(6)  # 2 was played last, 5 before it
-    np.testing.assert_allclose(scores[6], shared * np.exp(-4 / PLACES_DECAY), rtol=1e-5)
-    np.testing.assert_allclose(scores[3], shared * np.exp(-1 / PLACES_DECAY), rtol=1e-5)
+    shared = (1 + np.exp(-1 / USUAL.plays_decay)) / np.sqrt(6)  # 2 was played last, 5 before it
+    np.testing.assert_allclose(scores[6], shared * np.exp(-4 / USUAL.places_decay), rtol=1e-5)
+    np.testing.assert_allclose(scores[3], shared * np.exp(-1 / USUAL.places_decay), rtol=1e-5)
 
 
 @pytest.mark.parametrize("back", [0, 1, 3, 9])
 def test_plays_weigh_less_the_longer_ago(back: int) -> None:
     played = [1] + [11] * back
-    expected = np.exp(-back / PLAYS_DECAY) / np.sqrt(2) * np.exp(-1 / PLACES_DECAY)
+    expected = np.exp(-back / USUAL.plays_decay) / np.sqrt(2) * np.exp(-1 / USUAL.places_decay)
     np.testing.assert_allclose(_score(_fit(_sessions([1, 2])), played)[2], expected, rtol=1e-5)
 
 
@@ -61,14 +62,14 @@ def test_the_eleventh_last_play_says_nothing() -> None:
 def test_old_sessions_weigh_less_and_later_ones_are_as_new() -> None:
     fitted = _fit(_sessions([1, 2], [1, 3], [1, 4], days=[0, 100, 300]))
     scores = _score(fitted, [1], at=200 * DAY_MS)
-    new = np.exp(-1 / PLACES_DECAY) / np.sqrt(2)
-    expected = new * np.exp(-np.array([200, 100, 0]) / DAYS_DECAY)
+    new = np.exp(-1 / USUAL.places_decay) / np.sqrt(2)
+    expected = new * np.exp(-np.array([200, 100, 0]) / USUAL.days_decay)
     np.testing.assert_allclose(scores[2:5], expected, rtol=1e-5)
 
 
 def test_a_song_played_again_in_a_session_stands_where_it_stood_last() -> None:
     scores = _score(_fit(_sessions([1, 2, 3, 1])), [1])
-    np.testing.assert_allclose(scores[3] / scores[2], np.exp(1 / PLACES_DECAY), rtol=1e-5)
+    np.testing.assert_allclose(scores[3] / scores[2], np.exp(1 / USUAL.places_decay), rtol=1e-5)
 
 
 def test_songs_of_several_neighbours_add_up() -> None:
@@ -77,18 +78,18 @@ def test_songs_of_several_neighbours_add_up() -> None:
     np.testing.assert_allclose(_score(both, [1]), _score(one, [1]) + _score(other, [1]), rtol=1e-5)
 
 
-def test_only_the_nearest_sessions_speak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "NEIGHBOURS", 2)
-    scores = _score(_fit(_sessions([1, 2], [1, 3, 4], [1, 5, 6, 7], [8, 9])), [1])
+def test_only_the_songs_of_the_nearest_sessions_are_scored() -> None:
+    fitted = _fit(_sessions([1, 2], [1, 3, 4], [1, 5, 6, 7], [8, 9]))
+    scores = _score(fitted.with_settings(VstanSettings(neighbours=2)), [1])
     np.testing.assert_array_equal(np.flatnonzero(scores), [1, 2, 3, 4])
 
 
-def test_questions_are_answered_alike_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_are_answered_alike_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     histories = random_histories(40, NUM_SONGS, seed=2)
-    fitted, questions = _fit(histories), Questions.at_end(histories, 0)
-    whole = fitted.score(histories, questions)
-    monkeypatch.setattr(module, "QUESTIONS_AT_ONCE", 7)
-    np.testing.assert_array_equal(fitted.score(histories, questions), whole)
+    fitted, queries = _fit(histories), Questions.at_end(histories, 0)
+    whole = fitted.score(histories, queries)
+    monkeypatch.setattr(module, "QUERIES_AT_ONCE", 7)
+    np.testing.assert_array_equal(fitted.score(histories, queries), whole)
 
 
 def test_unknown_songs_and_no_songs_find_nobody() -> None:

@@ -37,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         columns.MARKETS: [["SE"] if row % 3 == 0 else ["DE"] for row in range(NUM_SONGS)],
     }
     store_descriptions(Dataset(workspace), pa.table(told, schema=columns.DESCRIPTIONS), {})
-    write_release(workspace, memory=False)
+    write_release(workspace, ranked=False)
     return workspace
 
 
@@ -50,7 +50,7 @@ def app(world: Workspace) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def network(world: Workspace) -> TasteRecommender:
     parts = releases.default_parts(world)
-    made = load_recommender(world, Dataset(world), model_id=parts["models"], index_id=parts["indexes"])
+    made = load_recommender(world, Dataset(world), {"models": parts["models"], "indexes": parts["indexes"]})
     assert isinstance(made, TasteRecommender)
     return made
 

@@ -42,7 +42,7 @@ def app(opened: Service) -> Client:
 @pytest.fixture(scope="module")
 def recommender(world: Workspace) -> Recommender:
     parts = releases.default_parts(world)
-    return load_recommender(world, Dataset(world), model_id=parts["models"], index_id=parts["indexes"])
+    return load_recommender(world, Dataset(world), {"models": parts["models"], "indexes": parts["indexes"]})
 
 
 def ids(answer: dict[str, Any]) -> list[str]:

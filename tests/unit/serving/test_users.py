@@ -43,7 +43,7 @@ def app(world: Workspace, uri: str) -> Iterator[Client]:
 
 def recommender(world: Workspace, model: str = "model1") -> Recommender:
     index = model.replace("model", "index")
-    return load_recommender(world, Dataset(world), model_id=model, index_id=index)
+    return load_recommender(world, Dataset(world), {"models": model, "indexes": index})
 
 
 def encoder(world: Workspace, model: str = "model1") -> TasteEncoder:

@@ -39,7 +39,7 @@ def test_without_its_manifest_an_artifact_is_not_there(workspace: Workspace) -> 
     put(workspace, "whole")
     workspace.write_bytes("models/half/weights", b"1")
     assert [manifest.id for manifest in listing(workspace, "models")] == ["whole"]
-    with pytest.raises(NotFoundError, match=r"models 'half' is not in workspace .*; there are: whole"):
+    with pytest.raises(NotFoundError, match=r"model 'half' not found in workspace .*; existing: whole"):
         load(workspace, "models", "half")
 
 
@@ -48,7 +48,7 @@ def test_the_newest_is_the_one_published_last(workspace: Workspace) -> None:
         put(workspace, name)
     assert [manifest.id for manifest in listing(workspace, "models")] == ["z", "a", "m"]
     assert newest(workspace, "models", "train").id == "m"
-    with pytest.raises(NotFoundError, match=r"holds no indexes; run `rayrec index` first"):
+    with pytest.raises(NotFoundError, match=r"has no index; run `rayrec index` first"):
         newest(workspace, "indexes", "index")
 
 
@@ -58,7 +58,7 @@ def test_damage_is_found(workspace: Workspace) -> None:
     with pytest.raises(DamagedArtifactError, match="weights does not match the checksum"):
         verify(workspace, made)
     workspace.delete(made.path("weights"))
-    with pytest.raises(DamagedArtifactError, match="weights is missing; make models m again"):
+    with pytest.raises(DamagedArtifactError, match="weights is missing; create model m again"):
         verify(workspace, made)
 
 

@@ -1,5 +1,9 @@
 """On object storage: whole files or none, patience with failures, a clear error where they do not end."""
 
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,8 +11,9 @@ import pytest
 from s3 import S3Server, s3_server
 
 from rayrec.errors import BusyError, StorageError
-from rayrec.storage import locking, object_storage
-from rayrec.storage.workspace import Workspace
+from rayrec.storage import object_storage
+from rayrec.storage.locking import exclusive, lock_holder, unlock
+from rayrec.storage.workspace import LOCK_HOLDER, Workspace
 
 pytest.importorskip("moto.server")
 
@@ -54,19 +59,59 @@ def test_a_storage_that_does_not_answer_is_named_and_nothing_half_is_there(
     hasty = Workspace(remote.uri)
     hasty.write_bytes("f", b"old")
     server.fail(1.0)
-    with pytest.raises(StorageError, match=r"/f could not be written in 4 attempts.*what is done is kept"):
+    with pytest.raises(StorageError, match=r"/f was not written in 4 attempts.*completed work is kept"):
         hasty.write_bytes("f", b"new" * 1000)
     server.fail(0.0)
     assert hasty.read_bytes("f") == b"old"
 
 
-def test_a_lease_is_taken_refused_and_given_back(remote: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locking, "SETTLE_SECONDS", 0.1)
-    other = locking.Holder(host="elsewhere", pid=7, command="train", since="2026-11-24T10:00:00", token="t")
-    remote.write_json(locking.LEASE, vars(other))
-    with pytest.raises(BusyError, match="process 7 on elsewhere"), locking.exclusive(remote, "taste"):
+OTHER = {"host": "elsewhere", "pid": 7, "command": "train", "since": "2026-11-24T10:00:00", "token": "t"}
+
+
+def test_a_lock_is_taken_refused_and_given_back(remote: Workspace) -> None:
+    remote.write_json(LOCK_HOLDER, OTHER)
+    with pytest.raises(BusyError, match=r"process 7 on elsewhere.*run `rayrec unlock`"), exclusive(remote, "taste"):
         pass
-    remote.delete(locking.LEASE)
-    with locking.exclusive(remote, "taste"), locking.exclusive(Workspace(remote.uri), "inner"):
-        assert remote.read_json(locking.LEASE)["command"] == "taste"
-    assert not remote.exists(locking.LEASE)
+    assert remote.read_json(LOCK_HOLDER) == OTHER
+    unlock(remote)
+    assert lock_holder(remote) is None
+    with exclusive(remote, "taste"), exclusive(Workspace(remote.uri), "inner"):
+        holder = lock_holder(remote)
+        assert holder is not None
+        assert holder.command == "taste"
+    assert not remote.exists(LOCK_HOLDER)
+
+
+def test_the_lock_of_a_process_that_died_on_this_machine_is_taken_over_by_one_of_those_who_want_it(
+    remote: Workspace,
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    remote.write_json(LOCK_HOLDER, {**OTHER, "host": socket.gethostname(), "pid": process.pid})
+    outcomes: list[str] = []
+    started = threading.Barrier(4)
+
+    def start() -> None:
+        started.wait()
+        try:
+            with exclusive(remote, "taste"):
+                outcomes.append("held")
+                done.wait(20)
+        except BusyError:
+            outcomes.append("refused")
+            if outcomes.count("refused") == 3:
+                done.set()
+
+    done = threading.Event()
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["held", *["refused"] * 3]
+
+
+def test_a_lock_that_another_run_took_meanwhile_is_not_given_back(remote: Workspace) -> None:
+    with exclusive(remote, "taste"):
+        remote.write_json(LOCK_HOLDER, OTHER)  # after an unlock
+    assert remote.read_json(LOCK_HOLDER) == OTHER

@@ -65,7 +65,7 @@ def test_a_release_names_all_its_parts_and_goes_live(full: Workspace) -> None:
 def test_the_same_parts_make_the_same_release_and_keep_the_history_short(full: Workspace) -> None:
     first = releases.create_release(full)
     assert releases.create_release(full).id == first.id
-    with pytest.raises(InputError, match="no release to go back to"):
+    with pytest.raises(InputError, match="No earlier release to roll back to"):
         releases.rollback(full)
 
 
@@ -98,7 +98,7 @@ def test_a_model_of_another_data_set_is_refused_by_both_names(full: Workspace) -
     put_dataset(full, "data2")
     with pytest.raises(MismatchError, match=r"data1.*data2"):
         releases.create_release(full, model_id="model1")
-    with pytest.raises(NotFoundError, match="no model of data set data2"):
+    with pytest.raises(NotFoundError, match="Data set data2 has no model"):
         releases.create_release(full)
 
 
@@ -119,7 +119,7 @@ def test_rollback_returns_step_by_step_to_what_was_live_before(full: Workspace) 
     assert releases.rollback(full).id == made[1].id
     assert releases.rollback(full).id == made[0].id
     assert releases.active_release(full) == made[0]
-    with pytest.raises(InputError, match="no release to go back to"):
+    with pytest.raises(InputError, match="No earlier release to roll back to"):
         releases.rollback(full)
 
 

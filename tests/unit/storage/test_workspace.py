@@ -1,5 +1,6 @@
 """The workspace: whole files or none, paths below one root, and messages where something is missing."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from rayrec.errors import InputError, NotFoundError
+from rayrec.storage.artifacts import sha256
 from rayrec.storage.workspace import Workspace, artifact_dir, histories_file, playlists_file, split_file
 
 
@@ -56,10 +58,10 @@ def test_arrays_on_disk_are_read_only_and_never_pickled(workspace: Workspace) ->
 
 @pytest.mark.parametrize("read", ["read_bytes", "read_json", "read_array", "read_table"])
 def test_a_missing_file_is_named(workspace: Workspace, read: str) -> None:
-    with pytest.raises(NotFoundError, match="gone/x is not in workspace"):
+    with pytest.raises(NotFoundError, match="gone/x not found in workspace"):
         getattr(workspace, read)("gone/x")
-    with pytest.raises(NotFoundError, match="gone/x"), workspace.local_copy("gone/x"):
-        pass
+    with pytest.raises(NotFoundError, match="gone/x"):
+        workspace.local_file("gone/x")
 
 
 def test_files_and_folders_are_listed_moved_and_deleted(workspace: Workspace) -> None:
@@ -79,8 +81,7 @@ def test_files_and_folders_are_listed_moved_and_deleted(workspace: Workspace) ->
 def test_a_local_file_is_copied_in_and_lent_out(workspace: Workspace, tmp_path: Path) -> None:
     (tmp_path / "here").write_bytes(b"content")
     workspace.put_file(tmp_path / "here", "deep/there")
-    with workspace.local_copy("deep/there") as path:
-        assert path.read_bytes() == b"content"
+    assert workspace.local_file("deep/there").read_bytes() == b"content"
 
 
 def test_a_workspace_travels_to_workers_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +94,7 @@ def test_a_workspace_travels_to_workers_in_other_folders(tmp_path: Path, monkeyp
 
 def test_a_file_or_an_unknown_scheme_is_no_workspace(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is a file; give a folder"):
+    with pytest.raises(InputError, match="is a file; expected a folder"):
         Workspace(tmp_path / "file")
     with pytest.raises(InputError, match="cannot be opened"):
         Workspace("ftp://host/folder")
@@ -132,7 +133,46 @@ def test_a_full_disk_is_said_and_leaves_what_was_there_and_no_rests(workspace: W
     told = subprocess.run(
         [sys.executable, "-c", FILL, workspace.uri], capture_output=True, text=True, check=True, timeout=120
     ).stdout
-    assert "there is no room to write large in" in told
-    assert "what is done is kept" in told
+    assert "no space left to write large in" in told
+    assert "completed work is kept" in told
     assert workspace.read_bytes("large") == b"old"
     assert sorted(path.name for path in Path(workspace.root).iterdir()) == ["large", "small"]
+
+
+def test_what_is_written_survives_a_power_cut(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is synced before it takes its name, its folder after, and each new folder in the one that holds it."""
+    root = Path(workspace.root)
+    done: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, Path.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        done.append(("sync", "." if path == str(root) else os.path.relpath(path, root)))
+        fsync(descriptor)
+
+    def recorded_rename(source: Path, target: str) -> Path:
+        done.append(("rename", os.path.relpath(target, root)))
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(Path, "replace", recorded_rename)
+    workspace.write_bytes("a/b/f", b"content")
+    before, after = done[: done.index(("rename", "a/b/f"))], done[done.index(("rename", "a/b/f")) + 1 :]
+    assert {("sync", "."), ("sync", "a")} <= set(before)
+    assert before[-1][1].startswith("a/b/.f.")
+    assert after == [("sync", "a/b")]
+    done.clear()
+    workspace.move("a/b/f", "c/f")
+    assert done == [("sync", "."), ("sync", "c")]
+
+
+def test_writers_return_the_checksum_of_what_they_wrote(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "here").write_bytes(b"content" * 1_000_000)
+    written = {
+        "a.bin": workspace.write_bytes("a.bin", b"content"),
+        "b.json": workspace.write_json("b.json", {"n": 1}),
+        "c.npy": workspace.write_array("c.npy", np.arange(100_000)),
+        "d.parquet": workspace.write_table("d.parquet", pa.table({"x": range(1000)})),
+        "e.bin": workspace.put_file(tmp_path / "here", "e.bin"),
+    }
+    assert written == {path: sha256(workspace, path) for path in written}

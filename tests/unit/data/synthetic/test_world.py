@@ -224,12 +224,12 @@ class TestConfig:
         ("values", "said"),
         [
             ({"users": 0}, "users is 0"),
-            ({"genres": 2}, "2 genres"),
-            ({"artists": 3_000}, "3000 artists"),
-            ({"plays": 0.5}, "plays 0.5"),
-            ({"follow": 1.5}, "follow 1.5"),
-            ({"zipf": -1.0}, "must not be negative"),
-            ({"days": 1.0}, "1 days are too few"),
+            ({"genres": 2}, "genres is 2; expected an integer of at least 3"),
+            ({"artists": 3_000}, "expected genres <= artists <= songs"),
+            ({"plays": 0.5}, "plays is 0.5"),
+            ({"follow": 1.5}, "follow is 1.5; expected a number of at least 0 and at most 1"),
+            ({"zipf": -1.0}, "zipf is -1.0"),
+            ({"days": 1.0}, "days is 1; expected at least"),
         ],
     )
     def test_a_value_that_makes_no_world_is_refused(self, values: dict[str, float], said: str) -> None:

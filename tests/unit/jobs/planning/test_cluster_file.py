@@ -59,8 +59,8 @@ def test_a_cluster_without_autoscaling_has_the_nodes_it_has(tmp_path: Path) -> N
     [
         ("cluster: [", "is not YAML"),
         ("kind: Deployment", "neither available_node_types nor a RayCluster"),
-        ("cluster_name: a\navailable_node_types: {a: {resources: {CPU: 4}}}", "a says no memory"),
-        ("kind: RayCluster\nspec: {headGroupSpec: {}}", "cannot be understood"),
+        ("cluster_name: a\navailable_node_types: {a: {resources: {CPU: 4}}}", "a has no memory"),
+        ("kind: RayCluster\nspec: {headGroupSpec: {}}", "is not valid"),
     ],
 )
 def test_other_files_are_refused_with_what_is_wrong(content: str, message: str, tmp_path: Path) -> None:

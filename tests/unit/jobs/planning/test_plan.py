@@ -54,10 +54,17 @@ def test_no_more_cpus_work_than_there_are_buckets() -> None:
     assert found.hours == pytest.approx(10**8 / (1_000 * 16) / 3600)
 
 
-def test_a_worker_of_taste_holds_the_song_table_of_its_own() -> None:
+def test_the_workers_of_a_node_share_the_song_table() -> None:
     songs = 10**7
     found = stage(planned(data=replace(DATA, songs=songs)), "taste")
-    assert found.memory == 8 * (WORKER + 2 * songs * 64 * 4)
+    assert found.memory == 8 * WORKER + songs * 64 * 4
+
+
+def test_requests_are_those_of_the_formulas() -> None:
+    plan = planned(data=DataSize.assumed(users=10**8, plays=2 * 10**10, songs=10**7))
+    assert 500_000 < (stage(plan, "import").requests or 0) < 1_000_000
+    assert 4096 * 4 < (stage(plan, "taste").requests or 0) < 4096 * 40
+    assert stage(plan, "train").requests is None
 
 
 def test_training_without_gpus_holds_vectors_table_and_moments_on_each_node() -> None:
@@ -74,7 +81,7 @@ def test_training_on_gpus_has_a_worker_a_gpu_and_says_that_their_rate_is_unknown
     plan = planned(PlanConfig(gpu=True))
     found = stage(plan, "train")
     assert (found.node, found.nodes, found.workers) == ("gpu", 2, 4)
-    assert any("no rate of a GPU is known" in note for note in plan.notes)
+    assert any("no GPU rate" in note for note in plan.notes)
     rates = {**RATES, "train_plays_per_second_per_gpu": 50_000.0}
     known = stage(make_plan(DATA, SMALL, PlanConfig(gpu=True), rates), "train")
     assert known.hours == pytest.approx(10**8 * 24 / (50_000 * 4) / 3600)
@@ -83,7 +90,7 @@ def test_training_on_gpus_has_a_worker_a_gpu_and_says_that_their_rate_is_unknown
 def test_without_a_validation_range_there_is_one_fit() -> None:
     one, two = (stage(planned(PlanConfig(validation=there)), "embed") for there in (False, True))
     assert two.hours == pytest.approx(2 * (one.hours or 0))
-    assert planned(PlanConfig(validation=False)).storage["song vectors"] == 10**5 * 64 * 4
+    assert planned(PlanConfig(validation=False)).storage["song embeddings"] == 10**5 * 64 * 4
 
 
 def test_built_in_rates_fill_in_and_are_marked() -> None:
@@ -99,12 +106,12 @@ def test_built_in_rates_fill_in_and_are_marked() -> None:
     ("data", "cluster", "config", "message"),
     [
         ({"largest_bucket": 10**8}, SMALL, {}, "import needs .* more --buckets"),
-        ({"songs": 10**8}, SMALL, {}, "taste needs .* on a cpu"),
+        ({"songs": 3 * 10**8}, SMALL, {}, "taste needs .* on a cpu"),
         ({"songs": 10**8}, SMALL, {}, "the driver of an import holds the songs"),
         ({"plays": 10**11}, SMALL, {}, "embed writes a corpus of .* to the disk of one cpu"),
         ({"songs": 4 * 10**7}, SMALL, {"gpu": True}, "Adam's two moments on the GPU"),
         ({}, replace(SMALL, nodes=[HEAD, CPU]), {"gpu": True}, "has no node type with a GPU"),
-        ({}, SMALL, {"batch": 2, "workers": 4}, "a batch of 2 windows cannot be shared by 4"),
+        ({}, SMALL, {"batch": 2, "workers": 4}, "batch is 2, less than one window for each of 4"),
     ],
 )
 def test_what_will_not_fit_is_a_problem(
@@ -141,7 +148,7 @@ def test_rates_are_read_as_bench_writes_them(tmp_path: Path) -> None:
     path = tmp_path / "rates.json"
     path.write_text(json.dumps({"rates": RATES, "machine": {"cpus": 2}, "commit": "abc"}))
     assert read_rates(str(path)) == RATES
-    for text, message in [("[]", "holds no rates"), ('{"rates": {"a": 0}}', "a rate is above 0")]:
+    for text, message in [("[]", "has no rates"), ('{"rates": {"a": 0}}', "expected a number above 0")]:
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             read_rates(str(path))
@@ -149,15 +156,15 @@ def test_rates_are_read_as_bench_writes_them(tmp_path: Path) -> None:
 
 def test_the_command_line_says_problems_by_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--json", "plan", "--cluster", str(ROOT / "cluster" / "aws.yaml"), "--songs", "1000000"]
-    assert main([*command, "--users", "1000000", "--plays", "100000000", "--no-memory"]) == 0
+    assert main([*command, "--users", "1000000", "--plays", "100000000"]) == 0
     fits = json.loads(capsys.readouterr().out)
     assert fits["problems"] == []
     assert fits["hours"] > 0
-    assert fits["storage"]["histories"] == 10**9
-    assert main([*command, "--users", "1000000", "--plays", "10000000000000", "--no-memory"]) == 1
+    assert fits["storage"]["histories"] == 850_000_000
+    assert main([*command, "--users", "1000000", "--plays", "10000000000000"]) == 1
     assert json.loads(capsys.readouterr().out)["problems"]
     assert main([*command, "--users", "5"]) == 2
-    assert "give --users, --plays and --songs, or none" in capsys.readouterr().err
+    assert "Pass all of --users, --plays and --songs, or none" in capsys.readouterr().err
 
 
 def test_a_data_set_tells_its_skew(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,180 @@
+"""recommend, evaluate: what the models of a workspace recommend, and how well."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import RenderableType
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import choose_split
+from rayrec.errors import InputError, NotFoundError
+from rayrec.evaluation.prefixes import PrefixFile
+from rayrec.evaluation.protocol import EvaluateConfig, usual_k
+from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender, parse_moment
+from rayrec.storage.releases import default_parts
+from rayrec_cli.app import app
+from rayrec_cli.options import Call, ForceOption, command
+from rayrec_cli.output import Shown, figures, number, table
+
+UserOption = Annotated[str | None, typer.Option("--user", metavar="ID", help="User ID.")]
+SongsOption = Annotated[
+    str | None, typer.Option("--songs", metavar="ID,ID", help="Recommend after these songs instead, as if just played.")
+]
+AtOption = Annotated[
+    str | None,
+    typer.Option("--at", metavar="TIME", help="Time of the request, ISO 8601 with zone or Unix time. [default: now]"),
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="ID", help="Model. [default: the live one, else current]")
+]
+SplitOption = Annotated[
+    str | None, typer.Option("--split", metavar="ID", help="Split to evaluate on. [default: the model's]")
+]
+PrefixesOption = Annotated[
+    str | None, typer.Option("--prefixes", metavar="FILE", help="Predict the targets of this file of prefixes instead.")
+]
+ItemSeparatorOption = Annotated[
+    str,
+    typer.Option(
+        "--item-separator",
+        metavar="TEXT",
+        help="Separator of songs in a prefix. [default: a space]",
+        show_default=False,
+    ),
+]
+TargetSeparatorOption = Annotated[
+    str,
+    typer.Option(
+        "--target-separator",
+        metavar="TEXT",
+        help="Separator before the target. [default: a tab, \\t]",
+        show_default=False,
+    ),
+]
+
+
+@command(app, "recommend", config=RecommendConfig, example="rayrec recommend --user ann -k 10 --at 2015-01-20T18:30Z")
+def recommend(
+    call: Call,
+    config: RecommendConfig,
+    *,
+    user: UserOption = None,
+    songs: SongsOption = None,
+    at: AtOption = None,
+    model: ModelOption = None,
+) -> Shown:
+    """Recommend songs to a user or after given songs.
+
+    Songs given by --songs count as played three minutes apart, the last one at --at.
+    """
+    moment = parse_moment(at)
+    listed = None if songs is None else [song.strip() for song in songs.split(",") if song.strip()]
+    dataset = Dataset(call.workspace)
+    parts = default_parts(call.workspace, model)
+    recommender = load_recommender(call.workspace, dataset, parts)
+    recommended = answer(dataset, recommender, config, at=moment, user=user, songs=listed)
+    return Shown(recommended.to_mapping(), answer_view(recommended, f"user {user}" if user else "these songs"))
+
+
+def answer_view(recommended: Answer, who: str) -> list[RenderableType]:
+    """The last plays and the songs recommended after them."""
+    title = f"Last plays of {who}, {recommended.plays:,} in all"
+    rows = [
+        [rank, song, score]
+        for rank, (song, score) in enumerate(zip(recommended.titles, recommended.scores, strict=True), 1)
+    ]
+    played: list[RenderableType] = [table(title, ["song"], [[song] for song in recommended.last_plays])]
+    return [*played, table("Recommended", ["#", "song", "score"], rows, left=["song"])]
+
+
+@command(app, "evaluate", config=EvaluateConfig, example="rayrec evaluate --models taste,popularity,sequential-rules")
+def evaluate(
+    call: Call,
+    config: EvaluateConfig,
+    *,
+    model: ModelOption = None,
+    split: SplitOption = None,
+    prefixes: PrefixesOption = None,
+    item_separator: ItemSeparatorOption = " ",
+    target_separator: TargetSeparatorOption = "\\t",
+    force: ForceOption = False,
+) -> Shown:
+    """Compare the network with the baselines on the test range.
+
+    Predicts every play of the test range after a user's first, over the full catalog. With --prefixes the targets are
+    those of a file: per line song IDs, a tab and the ID of the next song.
+    """
+    from rayrec.evaluation.report import read_figures
+    from rayrec.jobs.evaluate import evaluate as job
+
+    parts = _parts(call, model)
+    if prefixes is not None:
+        file = PrefixFile(path=prefixes, item_separator=item_separator, target_separator=target_separator)
+        return _evaluate_prefixes(call, config, file, split or parts.get("split"), parts.get("models"), force)
+    chosen = choose_split(call.workspace, split or parts.get("split"))
+    if chosen is None:
+        raise InputError("No split to evaluate on; run `rayrec split`, then embed, train and index again")
+    report = job(call.workspace, config, split=chosen, model_id=parts.get("models"), repeat=force)
+    data = {"id": report.id, **read_figures(call.workspace, report)}
+    warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []
+    where = f"Report: {call.workspace.full(report.path('report.html'))}"
+    return Shown(data, [results_table(data), *warnings, where])
+
+
+def _evaluate_prefixes(
+    call: Call, config: EvaluateConfig, file: PrefixFile, split: str | None, model: str | None, force: bool
+) -> Shown:
+    """Evaluate on the pairs of a file; the models may have been trained on all plays."""
+    from rayrec.evaluation.report import read_figures
+    from rayrec.jobs.evaluate_prefixes import evaluate_prefixes as job
+
+    chosen = choose_split(call.workspace, split, no_split=split is None)
+    report = job(call.workspace, config, file, split=chosen, model_id=model, repeat=force)
+    data = {"id": report.id, **read_figures(call.workspace, report)}
+    counts = {name: data[name] for name in ("pairs", "unknown_targets", "unknown_items")}
+    where = f"Report: {call.workspace.full(report.path('report.html'))}"
+    return Shown(data, [results_table(data), figures("Pairs of prefix and target", counts), where])
+
+
+# Target, metric and title of each column; the first sorts the models.
+COLUMNS = (
+    ("served", "recall", "served"),
+    ("served", "mrr", "MRR"),
+    ("next", "recall", "all"),
+    ("next", "mrr", "MRR"),
+    ("next_repeat", "recall", "repeats"),
+    ("offsets25_50", "recall", "25-50"),
+)
+
+
+def results_table(data: dict[str, Any]) -> RenderableType:
+    """One line per model, the best recall as served first, with its interval, at 20."""
+    usual = usual_k([row["k"] for row in data["results"]])
+    results = [row for row in data["results"] if row["users"] == "all" and row["k"] == usual]
+    values = {(row["model"], row["target"], row["metric"]): row for row in results}
+    columns = [column for column in COLUMNS if any(row["target"] == column[0] for row in results)]
+    first = columns[0][:2]
+    models = sorted({row["model"] for row in results}, key=lambda name: -values[(name, *first)]["value"])
+    rows = []
+    for name in models:
+        cells = [number(values[(name, *column[:2])]["value"]) for column in columns]
+        shown = f"{name} *" if name == data["default"] else name
+        rows.append([shown, cells[0], _interval(values[(name, *first)]), *cells[1:]])
+    titles = [title for _, _, title in columns]
+    title = f"Recall@{usual} and MRR@{usual} over the full catalog (* is used by `recommend`)"
+    return table(title, ["model", titles[0], "95 %", *titles[1:]], rows)
+
+
+def _parts(call: Call, model: str | None) -> dict[str, str]:
+    """What to evaluate; nothing where there is no model yet, for the baselines need none."""
+    try:
+        return default_parts(call.workspace, model)
+    except NotFoundError:
+        if model is not None:
+            raise
+        return {}
+
+
+def _interval(row: dict[str, Any]) -> str:
+    low, high = row.get("low"), row.get("high")
+    return "" if low is None or high is None else f"{low:.3f}–{high:.3f}"

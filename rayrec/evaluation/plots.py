@@ -1,0 +1,191 @@
+"""Plots of the report: mean cosine by offset, how the training went, and a map of the songs.
+
+N songs, D dimensions.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rayrec.recommend.layout import principal_axes
+
+# Okabe and Ito's colors for the few curves that matter; the averages, which are one family, run
+# from dark to light along one hue of cividis. Both are told apart by color-blind readers and in gray.
+NETWORK_COLORS = ("#D55E00", "#CC79A7")
+OTHER_COLORS = ("#009E73", "#56B4E9", "#000000")
+LOSS_COLOR, RECALL_COLOR = "#0072B2", "#D55E00"
+FAMILY = "average-"
+MARKERS = "osD^vPX*<>"
+MARKED = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # offsets with a tick, a marker and an interval
+MAPPED = 2_000  # songs drawn, the most played
+NAMED = 12  # of them with their titles, in the legend
+TITLE_LETTERS = 40
+LEGEND: dict[str, Any] = {"frameon": False, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A PNG with the words around it."""
+
+    file: str  # its name in the report's folder
+    title: str
+    note: str  # plain text
+    alt: str
+    png: bytes
+
+
+def cosine_plot(curves: Sequence[dict[str, Any]]) -> Plot | None:
+    """The curves of `Figures.cosine_by_offset`, a line each with its intervals as bars; None where there is none."""
+    drawn = [curve for curve in curves if curve["offset"]]
+    if not drawn:
+        return None
+    figure, axes = _canvas()
+    shifts = np.geomspace(1 / 1.05, 1.05, len(drawn) + 2)[1:-1]
+    for place, (curve, color, shift) in enumerate(zip(drawn, _colors(drawn), shifts, strict=True)):
+        offsets, value, low, high = (np.asarray(curve[name]) for name in ("offset", "value", "low", "high"))
+        bold = curve["kind"] == "network"
+        marked = np.isin(offsets, MARKED)
+        look = {"color": color, "marker": MARKERS[place % len(MARKERS)], "markersize": 7 if bold else 5}
+        axes.plot(
+            offsets,
+            value,
+            linewidth=2.6 if bold else 1.2,
+            markevery=np.flatnonzero(marked).tolist(),
+            label=curve_name(curve, drawn),
+            **look,
+        )
+        axes.vlines(offsets[marked] * shift, low[marked], high[marked], color=color, linewidth=1.2, alpha=0.55)
+    plays: dict[int, int] = {}  # behind each offset: the most of any curve
+    for curve in drawn:
+        for offset, count in zip(curve["offset"], curve["plays"], strict=True):
+            plays[offset] = max(count, plays.get(offset, 0))
+    ticks = [offset for offset in MARKED if offset in plays]
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick}\n{plays[tick]:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("plays ahead of the query (1 is the next song); below it, how many plays are behind the mean")
+    axes.set_ylabel("mean cosine with the taste vector")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(**LEGEND)
+    return Plot(
+        file="cosine_by_offset.png",
+        title="Taste vectors and songs played later",
+        note="Mean cosine of the taste vector with the song so many plays ahead, each model with its own song "
+        "embeddings. The bars are bootstrap intervals over users.",
+        alt="Mean cosine by offset, one line per model",
+        png=_png(figure),
+    )
+
+
+def curve_name(curve: dict[str, Any], curves: Sequence[dict[str, Any]]) -> str:
+    """The model's name, with the horizon where the model has several curves."""
+    several = sum(other["model"] == curve["model"] for other in curves) > 1
+    return f"{curve['model']}, {curve['horizon']}" if several else str(curve["model"])
+
+
+def _colors(curves: Sequence[dict[str, Any]]) -> list[Any]:
+    from matplotlib import colormaps
+
+    family = [row for row, curve in enumerate(curves) if curve["model"].startswith(FAMILY)]
+    shades = colormaps["cividis"](np.linspace(0.0, 0.82, max(1, len(family))))
+    colors: list[Any] = []
+    for row, curve in enumerate(curves):
+        if row in family:
+            colors.append(tuple(shades[family.index(row)]))
+        else:
+            choices = NETWORK_COLORS if curve["kind"] == "network" else OTHER_COLORS
+            before = sum(other["kind"] == curve["kind"] for at, other in enumerate(curves[:row]) if at not in family)
+            colors.append(choices[before % len(choices)])
+    return colors
+
+
+def training_plot(epochs: Sequence[dict[str, Any]]) -> Plot | None:
+    """Loss and validation recall by epoch, from the lines of epochs.jsonl; None where there are none."""
+    if not epochs:
+        return None
+    recall = next((name for line in epochs for name in line if name.startswith("validation_recall")), None)
+    figure, axes = _canvas()
+    for phase, style, marker in (("selection", "-", "o"), ("final", "--", "s")):
+        lines = [line for line in epochs if line["phase"] == phase]
+        if lines:
+            x, y = [line["epoch"] + 1 for line in lines], [line["loss"] for line in lines]
+            name = "loss, to choose the epochs" if phase == "selection" else "loss, of the network kept"
+            axes.plot(x, y, color=LOSS_COLOR, linestyle=style, marker=marker, markersize=5, label=name)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("training loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    validated = [line for line in epochs if recall and line.get(recall) is not None]
+    handles, labels = axes.get_legend_handles_labels()
+    if recall and validated:
+        other = axes.twinx()
+        x, y = [line["epoch"] + 1 for line in validated], [line[recall] for line in validated]
+        name = recall.replace("_", " ") + " (right)"
+        handles += other.plot(x, y, color=RECALL_COLOR, linestyle=":", marker="D", markersize=5, linewidth=2)
+        labels.append(name)
+        other.set_ylabel(recall.replace("_", " "))
+    axes.legend(handles, labels, **LEGEND)
+    return Plot(
+        file="training.png",
+        title="Training",
+        note="The validation range gives the number of epochs; then a network is trained anew on both ranges.",
+        alt="Loss and validation recall by epoch",
+        png=_png(figure),
+    )
+
+
+def song_map(vectors: np.ndarray, plays: np.ndarray, titles: Sequence[str]) -> Plot | None:
+    """The most played songs on the two main axes of their vectors; None for fewer than three with a vector.
+
+    `vectors` float32 (N, D), `plays` (N,) how often each was played; `titles` those of the NAMED most played, in
+    that order: they are numbered on the map and listed in its legend.
+    """
+    songs = most_played(vectors, plays, MAPPED)
+    if len(songs) < 3:
+        return None
+    points, share = principal_axes(vectors[songs])
+    figure, axes = _canvas()
+    size = 4 + 60 * plays[songs] / max(1, plays[songs].max())
+    axes.scatter(*points.T, s=size, color=LOSS_COLOR, alpha=0.35, linewidths=0)
+    for number, (point, title) in enumerate(zip(points, titles[:NAMED], strict=False), 1):
+        short = title if len(title) <= TITLE_LETTERS else title[: TITLE_LETTERS - 1] + "…"
+        label = short.replace("$", r"\$")  # a title is no formula
+        axes.scatter(*point, marker=f"${number}$", s=90, color="black", linewidths=0.4, label=label)
+    axes.set_xlabel(f"first axis, {share[0]:.0%} of the variance")
+    axes.set_ylabel(f"second axis, {share[1]:.0%}")
+    axes.spines[["top", "right"]].set_visible(False)
+    if titles:
+        axes.legend(**{**LEGEND, "ncols": 2}, fontsize=8)
+    note = (
+        f"The {len(songs):,} most played songs with an embedding, on the two axes along which these differ most; "
+        f"the larger, the more played. Two axes of {vectors.shape[1]} show {share.sum():.0%} of the variance: "
+        "songs that lie together here may lie apart in the others."
+    )
+    return Plot(file="songs.png", title="Map of the songs", note=note, alt="Songs on two axes", png=_png(figure))
+
+
+def most_played(vectors: np.ndarray, plays: np.ndarray, count: int) -> np.ndarray:
+    """int64: the most played songs that have a vector, at most `count`, the most played first."""
+    known = np.flatnonzero(vectors.any(axis=1))
+    return np.asarray(known[np.argsort(-plays[known], kind="stable")][:count])
+
+
+def _canvas() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.6), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

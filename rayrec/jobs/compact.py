@@ -1,0 +1,92 @@
+"""Join the parts of the histories, bucket by bucket, so that reading takes few requests again."""
+
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+
+from rayrec.data.dataset import Dataset
+from rayrec.importing.compaction import BucketJoiner, Spans, joined_spans
+from rayrec.importing.staging import Staging, finish_publishing
+from rayrec.jobs.runtime import ray_cluster, run_buckets
+from rayrec.progress import progress
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import fingerprint
+from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.locking import writes
+from rayrec.storage.releases import list_releases
+from rayrec.storage.workspace import DATASET, HISTORIES, Workspace
+
+KEPT_RELEASES = 2  # whose tastes the parts stay apart for: the live release, and the one to go back to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compacted:
+    """What a compaction came to."""
+
+    dataset: DatasetManifest
+    spans_before: Spans  # first and last part of each set of files
+    spans: Spans
+
+
+@writes("compact")
+def compact(workspace: Workspace) -> Compacted:
+    """Join the parts of the data set. The plays stay the same; so does all that was made of them.
+
+    Parts stay apart where tastes end that a later `rayrec taste` goes on from, or that a release among the
+    last two uses. Whoever reads the data set already reads the old files, which stay until `rayrec clean`. A killed
+    compaction leaves the data set as it was, and goes on with the buckets that are missing.
+    """
+    finish_publishing(workspace)
+    dataset = Dataset(workspace)
+    base = dataset.manifest
+    spans = joined_spans(base.parts, _cuts(dataset))
+    new = [span for span in spans if span not in base.spans]
+    if not new:
+        return Compacted(dataset=base, spans_before=base.spans, spans=base.spans)
+    staging = Staging(workspace, fingerprint("compact", {"spans": spans}, {"dataset": base.id}))
+    written = staging.bucket_results()
+    todo = [bucket for bucket in range(base.buckets) if bucket not in written]
+    with ray_cluster(), progress("compact", len(todo)) as bar:
+        arguments = {"staging": staging, "dataset": dataset, "spans": new}
+        for bucket, files in run_buckets(BucketJoiner, todo, arguments=arguments):
+            written[bucket] = files
+            bar.advance()
+    manifest = _manifest(base, spans, written, staging)
+    staging.publish(manifest)
+    return Compacted(dataset=manifest, spans_before=base.spans, spans=manifest.spans)
+
+
+def _cuts(dataset: Dataset) -> set[int]:
+    """Numbers of parts before which plays must stay apart from those after."""
+    tastes = artifacts.listing(dataset.workspace, "tastes")
+    fitting = [each for each in tastes if dataset.descends_from(each.inputs["dataset"])]
+    used = {release.inputs["tastes"] for release in list_releases(dataset.workspace)[-KEPT_RELEASES:]}
+    parts = {each.id: dataset.earlier(each.inputs["dataset"]).parts for each in fitting}
+    newest: dict[str, int] = {}
+    for each in fitting:
+        model = each.inputs["models"]
+        newest[model] = max(newest.get(model, 0), parts[each.id])
+    return {*newest.values(), *(parts[each] for each in used if each in parts)}
+
+
+def _manifest(
+    base: DatasetManifest, spans: Spans, written: dict[int, dict[str, str]], staging: Staging
+) -> DatasetManifest:
+    new = {path.removeprefix(f"{DATASET}/"): digest for files in written.values() for path, digest in files.items()}
+    joined = [span for span in spans if span[0] < span[1]]
+    made = replace(base, joined=joined)
+    kept = {path for bucket in range(base.buckets) for path in made.histories_files(bucket)}
+    histories = HISTORIES.removeprefix(f"{DATASET}/")
+    files = {
+        path: digest
+        for path, digest in base.files.items()
+        if not path.startswith(f"{histories}/") or f"{DATASET}/{path}" in kept
+    } | new
+    return replace(
+        made,
+        id=fingerprint("dataset", {"files": dict(sorted(files.items())), "parts": spans}, {}),
+        lineage=base.lineage or base.id,
+        ancestors=[*base.ancestors, base.id],
+        joined_from=base.plays_id,
+        joined_at=datetime.now(timezone.utc).isoformat(),
+        files=dict(sorted((files | staging.keep_manifest(base)).items())),
+    )

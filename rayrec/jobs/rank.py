@@ -1,0 +1,186 @@
+"""The rank stage: rankers learned on the validation range, with a network and a retrieval that have not seen it."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rayrec.config import to_mapping
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import Split, load_split
+from rayrec.errors import InputError, MismatchError
+from rayrec.jobs.retrieval import write_retrieval
+from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
+from rayrec.model.train_config import SELECTION_NETWORK
+from rayrec.progress import progress
+from rayrec.recommend.index import IndexConfig, SongIndex
+from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples
+from rayrec.recommend.ranker_config import RankConfig
+from rayrec.recommend.ranker_training import (
+    collect_examples,
+    pack_examples,
+    unpack_examples,
+    validation_queries,
+)
+from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.locking import writes
+from rayrec.storage.workspace import Workspace
+
+KIND = "rankers"
+
+
+@writes("rank")
+def fit_rankers(
+    workspace: Workspace,
+    config: RankConfig,
+    *,
+    model_id: str | None = None,
+    retrieval_id: str | None = None,
+    repeat: bool = False,
+) -> Manifest:
+    """Learn the rankers of a model and a retrieval, the newest unless named; the rankers artifact.
+
+    The candidates and features that they learn from come from the network that `train` chose before it learned
+    from the validation range, and from a retrieval fitted before that range, which this job makes and deletes.
+    Metrics: seconds, queries, and for each ranker its trees, the share of queries whose right song was no
+    candidate, and its first features. Raises `InputError` for a model without a validation range, `MismatchError`
+    where model and retrieval are of different data.
+    """
+    dataset = Dataset(workspace)
+    model = (
+        artifacts.load(workspace, "models", model_id) if model_id else artifacts.newest(workspace, "models", "train")
+    )
+    retrieval = (
+        artifacts.load(workspace, "retrieval", retrieval_id)
+        if retrieval_id
+        else artifacts.newest(workspace, "retrieval", "retrieval")
+    )
+    split = _split_of(workspace, dataset, model, retrieval)
+    inputs = {"dataset": dataset.manifest.id, "split": split.id, "models": model.id, "retrieval": retrieval.id}
+    print_id = artifacts.fingerprint("rank", to_mapping(config), inputs)
+    rankers_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
+    if complete:
+        return artifacts.reuse(workspace, KIND, rankers_id)
+    manifest = Manifest(kind=KIND, id=rankers_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
+    started = time.monotonic()
+    run = manifest.path("run")
+    with ray_cluster():
+        settings = RetrievalConfig(**retrieval.config)
+        write_retrieval(dataset, settings, split.selection, f"{run}/retrieval")
+        task = _Task(dataset, config, split, model.path(SELECTION_NETWORK), run)
+        buckets = range(dataset.manifest.buckets)
+        with progress("Ranking examples", len(buckets)) as bar:
+            queries = 0
+            for count in run_buckets(ExampleCollector, buckets, arguments={"task": task}):
+                queries += count
+                bar.advance()
+        with progress("Rankers"):
+            (names, figures), *_ = run_on_node(_fit, task, manifest.folder, cpus=1)
+    workspace.delete(run)
+    metrics = {**figures, "queries": queries, "seconds": round(time.monotonic() - started, 1)}
+    return artifacts.publish(workspace, replace(manifest, metrics=metrics), names)
+
+
+def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval: Manifest) -> Split:
+    for made in (model, retrieval):
+        if not dataset.descends_from(made.inputs["dataset"]):
+            raise MismatchError(
+                f"{made.kind} {made.id} was made of data set {made.inputs['dataset']}, the workspace holds "
+                f"{dataset.manifest.id}; make it again"
+            )
+    if model.inputs.get("split") != retrieval.inputs.get("split"):
+        raise MismatchError(
+            f"model {model.id} was trained on split {model.inputs.get('split')}, retrieval {retrieval.id} on "
+            f"{retrieval.inputs.get('split')}; run `rayrec retrieval` for the model's split"
+        )
+    split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
+    if split is None or not workspace.exists(f"{model.path(SELECTION_NETWORK)}/model.safetensors"):
+        raise InputError(
+            f"model {model.id} held back no validation range to learn a ranker from; "
+            "run `rayrec split`, `rayrec embed` and `rayrec train` first"
+        )
+    return split
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What all workers of one fit know."""
+
+    dataset: Dataset
+    config: RankConfig
+    split: Split
+    network: str  # folder of the network that has not seen the validation range
+    run: str  # folder of the pieces, with a retrieval that has not seen it either
+
+    def piece(self, bucket: int) -> str:
+        """The file of the examples of one bucket."""
+        return f"{self.run}/bucket={bucket:05d}.safetensors"
+
+    def source(self) -> CandidateSource:
+        """Retrievers and features that have not seen the validation range."""
+        workspace = self.dataset.workspace
+        network = TasteRecommender.from_folder(workspace, self.network)
+        network.index = SongIndex.build(network.song_vectors, IndexConfig())
+        retrieval = Retrieval.load(workspace, f"{self.run}/retrieval")
+        return CandidateSource(network, retrieval, real_times=self.dataset.manifest.times == "real")
+
+
+class ExampleCollector:
+    """Collects the examples of one bucket."""
+
+    def __init__(self, task: _Task) -> None:
+        self._task, self._source = task, task.source()
+        self._queries_each = -(-task.config.queries // task.dataset.manifest.buckets)
+
+    def __call__(self, bucket: int) -> int:
+        """Write the examples of a bucket; how many queries they are of."""
+        task, left, parts = self._task, self._queries_each, []
+        for batch in task.dataset.read_bucket(bucket):
+            histories, plays = validation_queries(batch, task.split, left)
+            left -= len(plays)
+            if len(plays):
+                parts.append(collect_examples(self._source, histories, plays))
+        if parts:
+            joined = {kind: RankingExamples.joined([part[kind] for part in parts]) for kind in KINDS}
+            task.dataset.workspace.write_bytes(task.piece(bucket), pack_examples(joined))
+        return self._queries_each - left
+
+
+def _fit(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Grow the rankers and write them; yields the names of the files, and figures."""
+    workspace = task.dataset.workspace
+    pieces = [task.piece(bucket) for bucket in range(task.dataset.manifest.buckets)]
+    parts = [unpack_examples(workspace.read_bytes(path)) for path in pieces if workspace.exists(path)]
+    if not parts:
+        raise InputError("the validation range holds no play to learn a ranker from; give a split with more days")
+    features = task.source().sources.names
+    names: list[str] = []
+    figures: dict[str, Any] = {}
+    for kind in KINDS:
+        examples = RankingExamples.joined([part[kind] for part in parts])
+        ranker = _grown(kind, examples, features, task.config)
+        if ranker is not None:
+            names += ranker.save(workspace, folder, kind)
+            figures[kind] = {
+                "trees": ranker.trees,
+                "missed": round(examples.missed, 4),
+                "first_features": list(ranker.importance)[:5],
+            }
+    yield names, figures
+
+
+def _grown(kind: RankerKind, examples: RankingExamples, features: list[str], config: RankConfig) -> Ranker | None:
+    """A ranker; None on the long horizon where the validation range reaches too few plays ahead."""
+    if kind == "long" and min(np.bincount(examples.held_out.astype(int), minlength=2)) < config.min_long_queries:
+        return None
+    settings = RankerSettings(
+        trees=config.trees, leaves=config.leaves, learning_rate=config.learning_rate, seed=config.seed
+    )
+    return Ranker.fit(examples, features, settings)

@@ -1,0 +1,471 @@
+"""The audit of a workspace, in bounded memory: a file, or a bucket of users, at a time."""
+
+import posixpath
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from rayrec.data import columns
+from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE
+from rayrec.data.dataset import Dataset, bucket_of
+from rayrec.data.histories import Histories
+from rayrec.data.split import list_splits
+from rayrec.errors import NotFoundError, RayrecError
+from rayrec.progress import Progress, progress
+from rayrec.storage import artifacts, releases
+from rayrec.storage.artifacts import Manifest, sha256
+from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.workspace import (
+    CURRENT,
+    DATASET,
+    DATASET_MANIFEST,
+    HISTORIES,
+    IMPORT_STAGING,
+    LOCK,
+    LOCK_HOLDER,
+    SONGS_TABLE,
+    Workspace,
+    split_file,
+)
+
+UNREADABLE = (RayrecError, OSError, pa.ArrowException, ValueError, KeyError, TypeError, IndexError, RuntimeError)
+ROWS = 5_000  # of tastes or vectors looked at at once
+TOLERANCE = 1e-3  # of the length of a normalized vector
+MODEL_VECTORS = "song_vectors.npy"
+KINDS = (DESCRIPTIONS, "songs", "models", "tastes", "indexes", "reports", "releases")
+STORED = (".npy", ".safetensors", ".parquet", ".faiss", ".arrow")  # files that must stand under a checksum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What is wrong, or worth knowing, and where."""
+
+    path: str  # of a file or folder of the workspace
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """One thing that was looked at."""
+
+    kind: str  # dataset, splits, descriptions, songs, models, tastes, indexes, reports, releases
+    id: str
+    files: int  # compared with their checksums
+    problems: int
+
+
+@dataclass(kw_only=True)
+class Audit:
+    """The findings so far. Problems make a workspace unsound, notes do not."""
+
+    workspace: Workspace
+    bar: Progress
+    problems: list[Finding] = field(default_factory=list)
+    notes: list[Finding] = field(default_factory=list)
+    checked: list[Checked] = field(default_factory=list)
+    covered: set[str] = field(default_factory=set)  # paths that stand under a checksum
+    damaged: set[str] = field(default_factory=set)  # paths that are missing or not as they were made
+
+    @property
+    def is_sound(self) -> bool:
+        """True where nothing is wrong."""
+        return not self.problems
+
+    def problem(self, path: str, text: str) -> None:
+        """Something is wrong with a file or folder."""
+        self.problems.append(Finding(path=path, text=text))
+
+    def note(self, path: str, text: str) -> None:
+        """Something is worth knowing."""
+        self.notes.append(Finding(path=path, text=text))
+
+    def require(self, holds: bool, path: str, text: str) -> None:
+        """A problem unless `holds`."""
+        if not holds:
+            self.problem(path, text)
+
+    @contextmanager
+    def reading(self, path: str) -> Iterator[None]:
+        """A with block in which whatever cannot be read is a problem of `path`."""
+        try:
+            yield
+        except UNREADABLE as error:
+            self.problem(path, f"cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}")
+
+    def compare(self, files: dict[str, str]) -> int:
+        """Compare files, path -> sha256, with their checksums; how many there are."""
+        for path, expected in files.items():
+            if path in self.covered:
+                continue
+            self.covered.add(path)
+            self.bar.advance(note=path[-60:])
+            if not self.workspace.exists(path):
+                self.damaged.add(path)
+                self.problem(path, "is missing")
+                continue
+            with self.reading(path):
+                if sha256(self.workspace, path) != expected:
+                    self.damaged.add(path)
+                    self.problem(path, "does not match its checksum")
+        return len(files)
+
+    @contextmanager
+    def looking_at(self, kind: str, item: str, files: int) -> Iterator[None]:
+        """A with block that looks at one thing and adds it to the list."""
+        before = len(self.problems)
+        yield
+        self.checked.append(Checked(kind=kind, id=item, files=files, problems=len(self.problems) - before))
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "sound": self.is_sound,
+            "problems": [asdict(finding) for finding in self.problems],
+            "notes": [asdict(finding) for finding in self.notes],
+            "checked": [asdict(item) for item in self.checked],
+        }
+
+
+def check_dataset(audit: Audit, dataset: Dataset) -> None:
+    """Everything below dataset/."""
+    manifest = dataset.manifest
+    files = {f"{DATASET}/{path}": digest for path, digest in manifest.files.items()}
+    with audit.looking_at("dataset", manifest.id, len(files)):
+        audit.compare(files)
+        with audit.reading(SONGS_TABLE):
+            _check_song_table(audit, dataset)
+        totals = _Totals()
+        for bucket in range(manifest.buckets):
+            audit.bar.advance(note=f"bucket {bucket}")
+            path = f"{HISTORIES}/part=*/bucket={bucket:05d}"
+            with audit.reading(path):
+                _check_bucket(audit, dataset, bucket, path, totals)
+        totals.compare(audit, dataset)
+        _check_playlists(audit, dataset)
+        for ancestor in manifest.ancestors:
+            with audit.reading(DATASET_MANIFEST):
+                audit.require(
+                    dataset.earlier(ancestor).id == ancestor, DATASET_MANIFEST, f"ancestor {ancestor} is another"
+                )
+
+
+def check_splits(audit: Audit, dataset: Dataset) -> None:
+    """Splits read, and cut a data set that is known."""
+    for split in list_splits(audit.workspace):
+        with audit.looking_at("splits", split.id, 0):
+            if not dataset.descends_from(split.dataset):
+                audit.note(split_file(split.id), f"belongs to data set {split.dataset}, which no longer exists")
+
+
+def _check_song_table(audit: Audit, dataset: Dataset) -> None:
+    table = audit.workspace.read_table(SONGS_TABLE)
+    rows, ids = table.column(columns.SONG).to_numpy(), table.column(columns.SONG_ID)
+    audit.require(
+        len(table) == dataset.num_songs, SONGS_TABLE, f"holds {len(table)} songs, the manifest says {dataset.num_songs}"
+    )
+    audit.require(bool((rows == np.arange(len(rows))).all()), SONGS_TABLE, "rows are not numbered 0, 1, 2 ...")
+    audit.require(pc.count_distinct(ids).as_py() == len(table), SONGS_TABLE, "a song id occurs twice")
+
+
+class _Totals:
+    """What all buckets hold together."""
+
+    def __init__(self) -> None:
+        self.users = self.plays = 0
+        self.first, self.last = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+
+    def add(self, histories: Histories) -> None:
+        self.users += len(histories)
+        self.plays += histories.num_plays
+        if histories.num_plays:
+            self.first = min(self.first, int(histories.played_at.min()))
+            self.last = max(self.last, int(histories.played_at.max()))
+
+    def compare(self, audit: Audit, dataset: Dataset) -> None:
+        manifest = dataset.manifest
+        found = {"users": self.users, "plays": self.plays}
+        if self.plays:
+            found |= {"first_play": self.first, "last_play": self.last}
+        for name, value in found.items():
+            expected = getattr(manifest, name)
+            audit.require(value == expected, DATASET_MANIFEST, f"has {name} {expected}, the histories hold {value}")
+        if manifest.read and not manifest.playlists:
+            kept = manifest.plays + manifest.merged + sum(manifest.rejected.values())
+            audit.require(
+                manifest.read == kept,
+                DATASET_MANIFEST,
+                f"counts {manifest.read} rows read, but accounts for {kept}",
+            )
+
+
+def _check_bucket(audit: Audit, dataset: Dataset, bucket: int, path: str, totals: _Totals) -> None:
+    seen: set[str] = set()  # of one bucket: a bounded part of all users
+    for histories in dataset.read_bucket(bucket):
+        totals.add(histories)
+        users = set(histories.user_ids.tolist())
+        audit.require(len(users) == len(histories) and not users & seen, path, "a user occurs twice")
+        seen |= users
+        astray = histories.user_ids[bucket_of(histories.user_ids, dataset.manifest.buckets) != bucket]
+        audit.require(not len(astray), path, f"user {astray[:1]} belongs to another bucket")
+        known = not histories.num_plays or bool(
+            (histories.songs.min() >= 0) & (histories.songs.max() < dataset.num_songs)
+        )
+        audit.require(known, path, "a play is of a song that is not in the song table")
+        same_user = np.diff(histories.rows) == 0
+        ordered = (np.diff(histories.played_at) >= 0) | ~same_user
+        audit.require(bool(ordered.all()), path, "plays are not sorted by time")
+
+
+def _check_playlists(audit: Audit, dataset: Dataset) -> None:
+    path = f"{DATASET}/playlists"
+    with audit.reading(path):
+        playlists = entries = 0
+        for songs, offsets in dataset.read_playlists():
+            playlists, entries = playlists + len(offsets) - 1, entries + len(songs)
+            known = not len(songs) or bool((songs.min() >= 0) & (songs.max() < dataset.num_songs))
+            audit.require(known, path, "an entry is of a song that is not in the song table")
+        said = (dataset.manifest.playlists, dataset.manifest.playlist_entries)
+        audit.require(
+            (playlists, entries) == said, path, f"holds {playlists} playlists of {entries} songs, expected {said}"
+        )
+
+
+def check_artifacts(audit: Audit, dataset: Dataset | None) -> None:
+    """Every artifact of every kind: its files, its inputs and its content."""
+    content: dict[str, Callable[[Audit, Manifest, Dataset | None], None]] = {
+        DESCRIPTIONS: _check_descriptions,
+        "songs": _check_embeddings,
+        "models": _check_model,
+        "tastes": _check_tastes,
+        "indexes": _check_index,
+        "releases": _check_release,
+    }
+    for kind in KINDS:
+        for name in audit.workspace.folders(kind):
+            path = f"{kind}/{name}/manifest.json"
+            if not audit.workspace.exists(path):
+                audit.note(f"{kind}/{name}", "is unfinished; run its command again, or delete it")
+                continue
+            audit.covered.add(path)
+            with audit.reading(path):
+                manifest = artifacts.load(audit.workspace, kind, name)
+                with audit.looking_at(kind, name, len(manifest.files)):
+                    audit.require((manifest.kind, manifest.id) == (kind, name), path, f"is of {manifest.id}")
+                    audit.compare({manifest.path(file): digest for file, digest in manifest.files.items()})
+                    _check_inputs(audit, manifest, dataset)
+                    damaged = any(manifest.path(file) in audit.damaged for file in manifest.files)
+                    if kind in content and not damaged:
+                        with audit.reading(manifest.folder):
+                            content[kind](audit, manifest, dataset)
+
+
+def _check_inputs(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
+    for role, made_of in manifest.inputs.items():
+        if role == "dataset" and not (dataset and dataset.descends_from(made_of)):
+            audit.note(manifest.folder, f"was made of data set {made_of}, which no longer exists")
+        if role in KINDS and not audit.workspace.exists(f"{role}/{made_of}/manifest.json"):
+            audit.note(manifest.folder, f"was made of {role} {made_of}, which no longer exists")
+
+
+def _known(dataset: Dataset | None, manifest: Manifest) -> DatasetManifest | None:
+    """The data set that an artifact was made of, where it is known."""
+    made_of = manifest.inputs.get("dataset", "")
+    return dataset.earlier(made_of) if dataset and dataset.descends_from(made_of) else None
+
+
+def _check_vectors(audit: Audit, path: str, vectors: np.ndarray, songs: int | None) -> None:
+    """float32 (N, D): one row a song, finite, of length 1 or zeros."""
+    fits = vectors.ndim == 2 and vectors.dtype == np.float32
+    audit.require(fits, path, f"is {vectors.dtype} {vectors.shape}, not float32 (N, D)")
+    audit.require(songs is None or len(vectors) == songs, path, f"has {len(vectors)} rows for {songs} songs")
+    for start in range(0, len(vectors), ROWS):
+        if not _are_normalized(vectors[start : start + ROWS]):
+            audit.problem(path, f"a row from {start} on is neither finite and of length 1 nor zeros")
+            return
+
+
+def _are_normalized(vectors: np.ndarray) -> bool:
+    lengths = np.linalg.norm(vectors, axis=1)
+    return bool(((np.abs(lengths - 1) < TOLERANCE) | (lengths == 0)).all())  # false for NaN, too
+
+
+def _check_descriptions(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
+    path = manifest.path(DESCRIPTIONS_FILE)
+    table = audit.workspace.read_table(path, columns=columns.DESCRIPTIONS.names)
+    twice = len(table) - pc.count_distinct(table.column(columns.SONG_ID)).as_py()
+    audit.require(not twice, path, "a song is described twice")
+
+
+def _check_embeddings(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
+    known = _known(dataset, manifest)
+    for file in manifest.files:
+        if file.endswith(".npy"):
+            vectors = audit.workspace.read_array(manifest.path(file))
+            _check_vectors(audit, manifest.path(file), vectors, known.songs if known else None)
+
+
+def _check_model(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
+    from safetensors.numpy import load_file
+
+    known = _known(dataset, manifest)
+    path = manifest.path(MODEL_VECTORS)
+    _check_vectors(audit, path, audit.workspace.read_array(path), known.songs if known else None)
+    for file in manifest.files:
+        if file.endswith(".safetensors"):
+            for name, values in load_file(audit.workspace.local_file(manifest.path(file))).items():
+                finite = values.dtype.kind != "f" or bool(np.isfinite(values).all())
+                audit.require(finite, manifest.path(file), f"{name} holds a number that is not finite")
+
+
+def _check_tastes(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
+    """Every user once, in the right bucket; vectors normalized, states finite; as many plays as the histories hold."""
+    known = _known(dataset, manifest)
+    users = plays = 0
+    for file in manifest.files:
+        path = manifest.path(file)
+        bucket = int(posixpath.dirname(file).rpartition("=")[2])
+        audit.bar.advance(note=path[-60:])
+        seen: list[np.ndarray] = [np.zeros(0, dtype=object)]
+        for table in _batches(audit, path):
+            seen.append(table.column(columns.USER).to_numpy())
+            plays += int(table.column("plays").to_numpy().sum())
+            _check_taste_rows(audit, path, table)
+        ids = np.concatenate(seen)
+        users += len(ids)
+        audit.require(len(set(ids)) == len(ids), path, "a user occurs twice")
+        if known and dataset:
+            astray = len(ids) > 0 and bool((bucket_of(ids, known.buckets) != bucket).any())
+            audit.require(not astray, path, "a user belongs to another bucket")
+            # Where later parts were joined with these, their users cannot be told apart.
+            whole = dataset.manifest.splits_at(known.parts)
+            expected = set(dataset.bucket_users(bucket, parts=known.parts if whole else None))
+            expected = expected if whole else expected & set(ids)
+            missing, strange = len(expected.difference(ids)), len(set(ids) - expected)
+            audit.require(not (missing or strange), path, f"lacks {missing} users and has {strange} without plays")
+    if known:
+        audit.require(
+            (users, plays) == (known.users, known.plays),
+            manifest.folder,
+            f"holds {users} users with {plays} plays, the data set {known.users} with {known.plays}",
+        )
+
+
+def _batches(audit: Audit, path: str) -> Iterator[pa.Table]:
+    with audit.workspace.open_input(path) as stream:
+        for batch in pq.ParquetFile(stream).iter_batches(ROWS):
+            yield pa.Table.from_batches([batch])
+
+
+def _check_taste_rows(audit: Audit, path: str, table: pa.Table) -> None:
+    for name in table.column_names:
+        if table.num_rows and (name.startswith("taste_") or name == "state"):
+            values = table.column(name).combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+            if name == "state":
+                audit.require(bool(np.isfinite(values).all()), path, "a state holds a number that is not finite")
+            else:
+                audit.require(_are_normalized(values), path, f"{name} holds a row that is not of length 1")
+
+
+def _check_index(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
+    from rayrec.recommend.index import INDEX_FILE, SongIndex
+
+    path = manifest.path(INDEX_FILE)
+    vectors_path = f"models/{manifest.inputs['models']}/{MODEL_VECTORS}"
+    if not audit.workspace.exists(vectors_path) or vectors_path in audit.damaged:
+        audit.note(path, f"cannot be compared: {vectors_path} is missing or damaged")
+        return
+    vectors = audit.workspace.read_array(vectors_path)
+    index = SongIndex.load(audit.workspace, manifest, vectors)
+    count = 0
+    for songs, stored in index.stored():
+        count += len(songs)
+        precision = float(np.finfo(stored.dtype).eps)
+        known = bool(((songs >= 0) & (songs < len(vectors))).all())
+        if not known or not np.allclose(vectors[songs], stored, rtol=precision, atol=1e-7):
+            audit.problem(path, f"differs from {vectors_path}")
+            return
+    expected = int(np.count_nonzero(vectors.any(axis=1)))
+    audit.require(count == expected, path, f"holds {count} songs, {vectors_path} has {expected} vectors")
+
+
+def _check_release(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
+    if dataset is None or not dataset.descends_from(manifest.inputs["dataset"]):
+        if releases.is_active(audit.workspace, manifest.id):
+            audit.problem(manifest.folder, f"is live, and its data set {manifest.inputs['dataset']} is gone")
+        return
+    files = releases.files_of(audit.workspace, manifest)
+    # Manifests of parts are no files of a manifest: here alone is their checksum.
+    audit.covered -= {path for path in files if path.endswith("/manifest.json")}
+    audit.compare(files)
+    parts: dict[str, Any] = {}
+    for kind in releases.PART_KINDS:
+        if kind in releases.OPTIONAL_KINDS and kind not in manifest.inputs:
+            continue
+        part = f"{kind}/{manifest.inputs[kind]}"
+        if not audit.workspace.exists(f"{part}/manifest.json"):
+            audit.problem(manifest.folder, f"{part} is missing")
+            continue
+        parts[kind] = artifacts.load(audit.workspace, kind, manifest.inputs[kind])
+    with audit.reading(manifest.folder):
+        releases.require_fit(dataset.manifest, manifest.inputs, parts.values())
+
+
+def verify_workspace(workspace: Workspace) -> Audit:
+    """Compare every file with its checksum and every count with its like; look into every artifact.
+
+    Problems: a file that is missing, differs or is listed in no manifest, a user who is missing or
+    there twice, vectors that are not finite and normalized, an index that is not that of its model,
+    a release whose parts do not fit. Notes: what unfinished jobs have left, and what was made of
+    something that is not there any more.
+    """
+    with progress("verify") as bar:
+        audit = Audit(workspace=workspace, bar=bar)
+        dataset = None
+        with audit.reading(DATASET_MANIFEST):
+            try:
+                dataset = Dataset(workspace)
+            except NotFoundError:
+                audit.note(DATASET_MANIFEST, "is missing: no data set, or one being replaced")
+        if dataset is not None:
+            check_dataset(audit, dataset)
+            with audit.reading("splits"):
+                check_splits(audit, dataset)
+        check_artifacts(audit, dataset)
+        with audit.reading(releases.ACTIVE):
+            releases.active_release(workspace)
+        _check_leftovers(audit, dataset)
+    return audit
+
+
+def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
+    """Files that no manifest speaks of: problems where they look like artifacts, notes where a job left them."""
+    ancestors = [dataset.earlier(name) for name in dataset.manifest.ancestors] if dataset else []
+    earlier = {f"{DATASET}/{path}" for manifest in ancestors for path in manifest.files}
+    unfinished = tuple(f"{note.path}/" for note in audit.notes)
+    selector = pafs.FileSelector(audit.workspace.root, allow_not_found=True, recursive=True)
+    staged = replaced = 0
+    for info in audit.workspace.filesystem.get_file_info(selector):
+        path = posixpath.relpath(info.path, audit.workspace.root)
+        if info.type != pafs.FileType.File or path in audit.covered or path.startswith(unfinished):
+            continue
+        if path.startswith(f"{IMPORT_STAGING}/"):
+            staged += 1
+        elif path in (CURRENT, LOCK, LOCK_HOLDER):
+            continue
+        elif posixpath.basename(path).startswith(".") or "/." in path:
+            audit.note(path, "is a leftover temporary file; it can be deleted")
+        elif path in earlier:
+            replaced += 1
+        elif path.endswith(STORED):
+            audit.problem(path, "is listed in no manifest")
+    if replaced:
+        audit.note(DATASET, f"holds {replaced} files that later parts have replaced; `rayrec clean` deletes them")
+    if staged:
+        audit.note(IMPORT_STAGING, f"holds {staged} files of an unfinished import; the next one reuses or deletes them")

@@ -1,0 +1,89 @@
+"""What rankers learn from: the queries of the validation range, with the songs that were played next or later.
+
+Q queries, T right songs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from rayrec.data.histories import Histories, Questions, user_hash
+from rayrec.data.split import Split
+from rayrec.recommend.ranker import RankingExamples
+from rayrec.recommend.retrieval.ragged import ranges
+from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind, examples_for
+
+LONG_OFFSETS = (25, 50)  # plays ahead, first and last
+HELD_OUT = 5  # one user in so many checks what the others' examples taught
+
+
+def validation_queries(histories: Histories, split: Split, most: int) -> tuple[Histories, np.ndarray]:
+    """Histories that end with the validation range, and positions int64 (Q,) of at most `most` plays in it.
+
+    Each has an earlier play by the same user. Which are taken follows from user and time alone.
+    """
+    seen = split.final.select(histories)
+    inside = split.is_validation(seen)
+    inside[seen.offsets[:-1][seen.lengths > 0]] = False
+    with_queries = np.bincount(seen.rows[inside], minlength=len(seen)) > 0
+    kept = seen.take(with_queries)
+    plays = np.flatnonzero(inside[with_queries[seen.rows]])
+    if len(plays) > most:
+        order = np.argsort(_play_hash(kept, plays), kind="stable")
+        plays = np.sort(plays[order[:most]])
+    return kept, plays
+
+
+def collect_examples(
+    source: CandidateSource, histories: Histories, plays: np.ndarray, kinds: tuple[RankerKind, ...] = KINDS
+) -> dict[RankerKind, RankingExamples]:
+    """The examples of each kind for the plays at positions `plays`, int (Q,), which the source must not have seen."""
+    queries = Questions.before_plays(histories, plays)
+    held_out = (user_hash(histories.user_ids) % np.uint64(HELD_OUT) == 0)[queries.rows]
+    ends = histories.offsets[1:][queries.rows]
+    first = np.minimum(ends, plays + LONG_OFFSETS[0] - 1)
+    counts = np.minimum(ends, plays + LONG_OFFSETS[1]) - first
+    later = np.repeat(np.arange(len(plays)), counts), histories.songs[ranges(first, counts)]
+    following = np.arange(len(plays)), histories.songs[plays]
+    right = {"next": following, "served": following, "long": later}
+    return {
+        kind: examples_for(source, histories, queries, *right[kind], new_only=kind == "served", held_out=held_out)
+        for kind in kinds
+    }
+
+
+def pack_examples(examples: dict[RankerKind, RankingExamples]) -> bytes:
+    """As bytes, for whoever trains."""
+    arrays = {}
+    for kind, example in examples.items():
+        for field in fields(example):
+            arrays[f"{kind}.{field.name}"] = np.ascontiguousarray(getattr(example, field.name))
+    return bytes(save(arrays))
+
+
+def unpack_examples(data: bytes) -> dict[RankerKind, RankingExamples]:
+    """What `pack_examples` made."""
+    arrays = load(data)
+    return {
+        kind: RankingExamples(
+            features=arrays[f"{kind}.features"],
+            right=arrays[f"{kind}.right"],
+            counts=arrays[f"{kind}.counts"],
+            held_out=arrays[f"{kind}.held_out"],
+            missed=arrays[f"{kind}.missed"].item(),
+        )
+        for kind in KINDS
+        if f"{kind}.right" in arrays
+    }
+
+
+def _play_hash(histories: Histories, plays: np.ndarray) -> np.ndarray:
+    """uint64: spreads plays evenly, whatever the order of the users."""
+    rows = np.searchsorted(histories.offsets, plays, side="right") - 1
+    mixed = user_hash(histories.user_ids)[rows] ^ (
+        histories.played_at[plays].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    )
+    return np.asarray((mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9))

@@ -1,0 +1,122 @@
+"""What may be deleted: artifacts in no release to keep, replaced parts of the data set, what killed jobs left."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+
+import pyarrow.fs as pafs
+
+from rayrec.errors import InputError
+from rayrec.storage import artifacts, releases
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.dataset_manifest import DatasetManifest, read_manifest
+from rayrec.storage.locking import writes
+from rayrec.storage.workspace import DATASET, DATASET_MANIFEST, HISTORIES, USERS, Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Garbage:
+    """A folder or file that may be deleted."""
+
+    path: str
+    bytes: int
+    reason: str
+
+
+def find_garbage(workspace: Workspace, *, keep: int = 3, hours: float = 24.0) -> list[Garbage]:
+    """What neither the live release nor the newest `keep` refer to; nothing of what was made after the newest one.
+
+    Everything stays for some hours: a reader may still use what was replaced. Raises `InputError` where there is
+    no release, since nothing says then what is of use.
+    """
+    if keep < 1 or hours < 0:
+        raise InputError(f"{keep} releases and {hours} hours are to be kept; expected at least 1 and 0")
+    made = releases.list_releases(workspace)
+    if not made:
+        raise InputError(
+            f"workspace {workspace.uri} has no release, so nothing says what is of use; run `rayrec release create`"
+        )
+    limit = datetime.now(timezone.utc) - timedelta(hours=hours)
+    live = releases.read_active(workspace)["active"]
+    kept = [each for place, each in enumerate(made) if each.id == live or len(made) - place <= keep]
+    # Something younger is on its way to a release of its own.
+    before = min(limit, _moment(made[-1]))
+    used = _used(workspace, kept)
+    garbage = []
+    for kind in (releases.KIND, *releases.PART_KINDS):
+        complete = {manifest.id: manifest for manifest in artifacts.listing(workspace, kind)}
+        for name in workspace.folders(kind):
+            if (kind, name) in used:
+                continue
+            folder = f"{kind}/{name}"
+            if name in complete and _moment(complete[name]) < before:
+                garbage.append(Garbage(path=folder, bytes=workspace.size(folder), reason="in no release to keep"))
+            elif name not in complete and _last_change(workspace, folder) < before:
+                garbage.append(Garbage(path=folder, bytes=workspace.size(folder), reason="unfinished"))
+    return [*garbage, *_replaced_parts(workspace, limit)]
+
+
+@writes("clean")
+def delete_garbage(workspace: Workspace, garbage: Iterable[Garbage]) -> int:
+    """Delete what `find_garbage` found; the bytes. No job may be running: it is refused, or this is.
+
+    Releases go first, and of each artifact the manifest: what is left of a killed clean is unfinished.
+    """
+    garbage = list(garbage)
+    gone = {item.path.partition("/")[2] for item in garbage if item.path.startswith(f"{releases.KIND}/")}
+    state = releases.read_active(workspace)
+    if gone & set(state["history"]):
+        releases.write_active(workspace, state["active"], [name for name in state["history"] if name not in gone])
+    for item in garbage:
+        workspace.delete(f"{item.path}/manifest.json")
+        workspace.delete(item.path)
+    return sum(item.bytes for item in garbage)
+
+
+def _used(workspace: Workspace, kept: Iterable[Manifest]) -> set[tuple[str, str]]:
+    """Kind and id of releases and of everything that they were made of, directly or not."""
+    used: set[tuple[str, str]] = set()
+    todo = list(kept)
+    while todo:
+        manifest = todo.pop()
+        if (manifest.kind, manifest.id) in used:
+            continue
+        used.add((manifest.kind, manifest.id))
+        for kind, made_of in manifest.inputs.items():
+            if kind in releases.PART_KINDS and workspace.exists(f"{kind}/{made_of}/manifest.json"):
+                todo.append(artifacts.load(workspace, kind, made_of))
+    return used
+
+
+def _replaced_parts(workspace: Workspace, limit: datetime) -> list[Garbage]:
+    """Histories that were joined, and lists of users that a later part replaced."""
+    if not workspace.exists(DATASET_MANIFEST):
+        return []
+    dataset = read_manifest(workspace)
+    needed = _needed(dataset)
+    folders = [USERS]
+    if dataset.joined_at and datetime.fromisoformat(dataset.joined_at) < limit:
+        folders.append(HISTORIES)
+    return [
+        Garbage(path=path, bytes=size, reason="replaced by a later part" if folder == USERS else "joined")
+        for folder in folders
+        for path, size in sorted(workspace.sizes(folder).items())
+        if path not in needed
+    ]
+
+
+def _needed(dataset: DatasetManifest) -> set[str]:
+    needed = {f"{DATASET}/{path}" for path in dataset.files}
+    for bucket in range(dataset.buckets):
+        needed |= {*dataset.histories_files(bucket), dataset.current_users_file(bucket)}
+    return needed
+
+
+def _moment(manifest: Manifest) -> datetime:
+    return datetime.fromisoformat(manifest.created_at)
+
+
+def _last_change(workspace: Workspace, folder: str) -> datetime:
+    selector = pafs.FileSelector(workspace.full(folder), allow_not_found=True, recursive=True)
+    changes = [info.mtime_ns or 0 for info in workspace.filesystem.get_file_info(selector)]
+    return datetime.fromtimestamp(max(changes, default=0) / 1e9, timezone.utc)

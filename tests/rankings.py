@@ -1,0 +1,33 @@
+"""Retrieval and rankers over a small world, fitted in this process."""
+
+import numpy as np
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.recommend.ranker import Ranker, RankerSettings
+from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind, examples_for
+
+SMALL = RankerSettings(trees=6, leaves=4, min_leaf=5, patience=6)
+
+
+def fit_rankers(network: TasteRecommender, histories: Histories) -> tuple[Retrieval, dict[RankerKind, Ranker]]:
+    """A retrieval of all plays, and rankers taught by the last play of each user."""
+    retrieval = Retrieval.fit([histories], num_songs=network.num_songs)
+    source = CandidateSource(network, retrieval)
+    plays = histories.offsets[1:][histories.lengths > 1] - 1
+    queries = Questions.before_plays(histories, plays)
+    held_out = np.arange(len(plays)) % 4 == 0
+    rankers = {}
+    for kind in KINDS:
+        examples = examples_for(
+            source,
+            histories,
+            queries,
+            np.arange(len(plays)),
+            histories.songs[plays] if kind != "served" else (histories.songs[plays] + 1) % network.num_songs,
+            new_only=kind == "served",
+            held_out=held_out,
+        )
+        rankers[kind] = Ranker.fit(examples, source.sources.names, SMALL)
+    return retrieval, rankers

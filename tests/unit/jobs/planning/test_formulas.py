@@ -1,0 +1,188 @@
+"""The formulas against counts: jobs run here on generated plays, and what they ask of the storage is counted."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from networks import model_config, network
+from without_ray import CountingFileSystem, without_ray
+from worlds import write_dataset
+
+from rayrec.data.dataset import Dataset, bucket_of
+from rayrec.data.histories import Histories
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.importing.staging import write_histories
+from rayrec.jobs.import_data import append_plays, import_data
+from rayrec.jobs.planning.formulas import (
+    ImportSize,
+    append_requests,
+    histories_bytes,
+    import_requests,
+    input_requests,
+    shuffle_bytes,
+    songs_bytes,
+    taste_requests,
+)
+from rayrec.jobs.taste import compute_tastes
+from rayrec.model.checkpoint import save_model
+from rayrec.model.train_config import TasteConfig
+from rayrec.storage import artifacts
+from rayrec.storage.dataset_manifest import write_manifest
+from rayrec.storage.workspace import Workspace, histories_file
+
+DAY_MS = 86_400_000
+START = 1_700_000_000
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
+
+
+def write_sessions(path: Path, plays: int, *, songs: int, users: int, first: int = START) -> Path:
+    """Plays as a service logs them: by time, in sessions of 10, songs by Zipf's law; 34 bytes each."""
+    random = np.random.default_rng(plays)
+    sessions = plays // 10
+    user = np.repeat(random.integers(users, size=sessions), 10)
+    began = np.repeat(np.sort(random.integers(8 * 3600, size=sessions)), 10)
+    moment = first + began + np.tile(np.arange(10) * 200, sessions) + random.integers(120, size=plays)
+    song = random.permutation(songs)[np.exp(random.random(plays) * np.log(songs)).astype(int) - 1]
+    order = np.argsort(moment, kind="stable")
+    lines = [f"u{user[row]:08d},track{song[row]:07d},{moment[row]}" for row in order.tolist()]
+    path.write_text("\n".join(["user,song,played_at", *lines]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(("pieces", "buckets"), [(3, 16), (8, 24)])
+def test_requests_of_an_import(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int, buckets: int
+) -> None:
+    path = write_sessions(tmp_path / "plays.csv", 20_000, songs=3_000, users=2_000)
+    unit = path.stat().st_size / pieces / (1 << 20) * 1.001
+    counts = CountingFileSystem()
+    with monkeypatch.context() as patch:
+        counts.watch(patch)
+        import_data(workspace, ImportConfig(format="csv", paths=(str(path),), buckets=buckets, unit_mib=unit))
+    expected = import_requests(ImportSize(pieces=pieces, buckets=buckets))
+    assert counts.total == pytest.approx(expected, rel=0.15)
+
+
+def test_requests_for_20_billion_plays_are_under_a_million_and_bytes_at_most_1_3_times_the_input() -> None:
+    plays, songs, play_bytes, unit = 20 * 10**9, 10**7, 34, 64 << 20
+    size = ImportSize(pieces=512, buckets=4096)
+    requests = import_requests(size) + input_requests(plays * play_bytes, unit)
+    assert requests < 1_000_000
+    shares = 1 / (np.arange(1, songs + 1) * np.log(songs))
+    distinct = int((1 - np.exp(-shares * plays / size.pieces)).sum())
+    assert shuffle_bytes(plays, size.pieces * distinct) < 0.3 * plays * play_bytes
+
+
+@pytest.mark.parametrize("plays", [152_000, 304_000])
+def test_bytes_of_a_shuffle_in_blocks_as_large_as_those_of_20_billion_plays(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plays: int
+) -> None:
+    path = write_sessions(tmp_path / "plays.csv", plays, songs=10**7, users=390_000)
+    config = ImportConfig(format="csv", paths=(str(path),), buckets=plays // 9_500)
+    counts = CountingFileSystem()
+    with monkeypatch.context() as patch:
+        counts.watch(patch)
+        made = import_data(workspace, config)
+    read = sum(counts.path_bytes[name] for name in counts.path_bytes if name.endswith(".blocks"))
+    assert read == pytest.approx(shuffle_bytes(plays, made.songs), rel=0.15)
+
+
+def write_parts(workspace: Workspace, parts: int, *, users: int = 300, days: int = 100, buckets: int = 4) -> Dataset:
+    """The same plays, one a user and day, in so many parts by time."""
+    moments = np.arange(days) * DAY_MS + START * 1_000
+    files = {}
+    whole = Histories.from_lists(
+        [np.arange(days) % 50] * users,  # type: ignore[list-item]
+        [moments + 1_000 * user for user in range(users)],  # type: ignore[misc]
+        [f"u{user:08d}" for user in range(users)],
+    )
+    dataset = write_dataset(workspace, whole, 50, buckets=buckets)
+    bucket = bucket_of(whole.user_ids, buckets)
+    bounds = np.linspace(0, days, parts + 1).astype(int) * DAY_MS + START * 1_000
+    times = []
+    for part in range(parts):
+        kept = whole.keep((whole.played_at >= bounds[part]) & (whole.played_at < bounds[part + 1]))
+        times.append((int(kept.played_at.min()), int(kept.played_at.max())))
+        for number in range(buckets):
+            path = histories_file(part, number)
+            files[path.removeprefix("dataset/")] = write_histories(workspace, path, [kept.take(bucket == number)])
+    write_manifest(workspace, replace(dataset.manifest, parts=parts, part_times=times, files=files))
+    return Dataset(workspace)
+
+
+@pytest.mark.parametrize("overlap", [0, 1], ids=["a new day", "a new day and some of the last"])
+def test_an_append_costs_the_same_after_1_and_after_100_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: int
+) -> None:
+    path = tmp_path / "new.csv"
+    day = START + (100 - overlap) * 86_400
+    random = np.random.default_rng(0)
+    moments = day + np.sort(random.integers(86_400, size=(300, 500)))
+    songs = np.exp(random.random((300, 500)) * np.log(10**6)).astype(int)
+    lines = [
+        f"u{user:08d},track{songs[user - 150, play]:07d},{moments[user - 150, play]}"
+        for user in range(150, 450)
+        for play in range(500)
+    ]
+    path.write_text("\n".join(["user,song,played_at", *lines]) + "\n")
+    config = ImportConfig(format="csv", paths=(str(path),))
+    found = {}
+    for parts in (1, 100):
+        workspace = Workspace(tmp_path / f"{parts}-parts")
+        write_parts(workspace, parts)
+        counts = CountingFileSystem()
+        with monkeypatch.context() as patch:
+            counts.watch(patch)
+            made = append_plays(workspace, config)
+        assert made.plays == made.dataset.plays - 30_000 > 140_000
+        assert made.users == 150
+        files = 4 if overlap else 0
+        assert counts.total == pytest.approx(append_requests(ImportSize(pieces=1, buckets=4), files), rel=0.15)
+        found[parts] = counts
+    assert found[100].total <= 1.2 * found[1].total
+    assert found[100].bytes_read <= 1.2 * found[1].bytes_read
+
+
+def taste_counts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, users: int, buckets: int = 4, parts: int = 1
+) -> CountingFileSystem:
+    """What the tastes of all users ask of the storage."""
+    workspace = Workspace(folder)
+    dataset = write_parts(workspace, parts, users=users, days=10, buckets=buckets)
+    names = save_model(workspace, "models/m", network(model_config(num_songs=50)), np.ones(50, dtype=np.bool_))
+    inputs = {"dataset": dataset.manifest.id, "songs": "s"}
+    artifacts.publish(workspace, artifacts.Manifest(kind="models", id="m", inputs=inputs), names)
+    counts = CountingFileSystem()
+    with monkeypatch.context() as patch:
+        counts.watch(patch)
+        tastes = compute_tastes(workspace, TasteConfig())
+    artifacts.verify(workspace, tastes)
+    return counts
+
+
+def test_the_driver_of_taste_reads_manifests_alone_whatever_the_number_of_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, many = (taste_counts(tmp_path / str(users), monkeypatch, users=users) for users in (50, 500))
+    assert many.bytes_read > 3 * few.bytes_read
+    assert many.driver_bytes_read <= 1.02 * few.driver_bytes_read < 20_000
+
+
+@pytest.mark.parametrize(("buckets", "parts"), [(4, 1), (24, 1), (6, 3)])
+def test_requests_of_taste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buckets: int, parts: int) -> None:
+    counts = taste_counts(tmp_path / "w", monkeypatch, users=200, buckets=buckets, parts=parts)
+    expected = taste_requests(buckets, parts, row_groups=1, columns=3)
+    assert counts.total == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("plays", [60_000, 120_000])
+def test_bytes_of_a_data_set(workspace: Workspace, tmp_path: Path, plays: int) -> None:
+    path = write_sessions(tmp_path / "plays.csv", plays, songs=10**7, users=plays // 10)
+    made = import_data(workspace, ImportConfig(format="csv", paths=(str(path),), buckets=4))
+    assert workspace.size("dataset/histories") == pytest.approx(histories_bytes(made.plays), rel=0.15)
+    assert workspace.size("dataset/songs.parquet") == pytest.approx(songs_bytes(made.songs, described=False), rel=0.15)

@@ -1,0 +1,97 @@
+"""What a step at the default settings asks of a device: operations, large ones, and answers that the host waits for."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from worlds import random_vectors
+
+from rayrec.data.histories import Histories
+from rayrec.data.windows import cut_windows
+from rayrec.model import objectives
+from rayrec.model.network import TasteModel
+from rayrec.model.steps import StepMaker
+from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
+from rayrec.model.training import Training
+from rayrec.model.workers import Share
+
+SONGS, DIM = 5_000, 64
+LARGE = 1_000_000  # elements
+OPERATIONS, LARGE_OPERATIONS = 420, 75  # outside the recurrent cell, whose steps cuDNN runs as one
+
+
+class Counter(TorchDispatchMode):  # type: ignore[misc]
+    """Counts the operations that reach a device; views are free."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+        self.large: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view and "detach" not in str(func):
+            self.names.append(str(func))
+            sizes = [leaf.numel() for leaf in tree_leaves((args, kwargs, made)) if isinstance(leaf, Tensor)]
+            if max(sizes, default=0) > LARGE:
+                self.large.append(str(func))
+        return made
+
+
+class OneProduct(nn.Module):
+    """Stands in for the recurrent cell."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, hidden)
+
+    def forward(self, steps: Tensor) -> tuple[Tensor, None]:
+        return self.linear(steps), None
+
+
+def test_a_step_at_the_default_settings_keeps_its_budget_and_reads_nothing_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(objectives.CHUNK_LOGITS, "cpu", objectives.CHUNK_LOGITS["cuda"])  # as many chunks as there
+    torch.set_num_threads(1)
+    config = TrainConfig()
+    random = np.random.default_rng(0)
+    plays = (config.batch, config.window + config.lookahead)
+    histories = Histories.from_lists(
+        [*random.integers(0, SONGS, size=plays)],
+        [np.arange(plays[1]) * 180_000] * config.batch,  # type: ignore[list-item]
+    )
+    windows = cut_windows(histories, config.window, config.lookahead)
+    full = windows.take(np.flatnonzero(windows.inputs == config.window)[: config.batch])
+    assert int(full.inputs.sum()) == config.batch * config.window
+    shape = ModelConfig(
+        num_songs=SONGS,
+        embedding_dim=DIM,
+        hidden_dim=config.hidden_dim,
+        num_layers=config.num_layers,
+        dropout=config.dropout,
+        features=FeatureSpec(),
+        horizons=config.horizons,
+        song_table=config.song_table,
+        averages=config.averages,
+        input_table=config.has_input_table,
+    )
+    model = TasteModel(shape, torch.from_numpy(random_vectors(SONGS, DIM)))
+    model.rnn = OneProduct(DIM + shape.features.dim, config.hidden_dim)  # type: ignore[assignment]
+    counts = np.bincount(histories.songs, minlength=SONGS)
+    training = Training(model, config, counts, device="cpu", share=Share())
+    model.train()
+    maker = StepMaker(shape, config, counts, Share())
+    step, following = (maker.make(full, 0, number) for number in range(2))
+    totals = torch.tensor(step.counts, dtype=torch.float32)
+    _, totals = training.take(step, totals, following)  # the optimizers make their moments in the first step
+    with Counter() as counter:
+        training.take(following, totals, None)
+    assert [name for name in counter.names if "_local_scalar_dense" in name or "nonzero" in name] == []
+    assert len(counter.names) <= OPERATIONS, sorted(counter.names)
+    assert len(counter.large) <= LARGE_OPERATIONS, sorted(counter.large)
+    assert len(counter.names) > 0.9 * OPERATIONS, "the budget can be lowered"

@@ -1,0 +1,109 @@
+"""Cleaning: what no release to keep needs is named with its size, and only that is deleted."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rayrec.errors import InputError
+from rayrec.storage import artifacts, releases
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.cleaning import delete_garbage, find_garbage
+from rayrec.storage.dataset_manifest import DatasetManifest, read_manifest, write_manifest
+from rayrec.storage.workspace import Workspace, histories_file, users_file
+
+
+def make(workspace: Workspace, kind: str, name: str, **inputs: str) -> Manifest:
+    workspace.write_bytes(f"{kind}/{name}/payload", b"x" * 100)
+    return artifacts.publish(workspace, Manifest(kind=kind, id=name, inputs=inputs), ["payload"])
+
+
+def release(workspace: Workspace, night: int) -> Manifest:
+    """A release of one night: a new data set and new tastes, the same model."""
+    tastes = make(workspace, "tastes", f"t{night}", dataset="d", models="m")
+    return releases.create_release(workspace, model_id="m", tastes_id=tastes.id, index_id="i")
+
+
+@pytest.fixture
+def nights(workspace: Workspace) -> Workspace:
+    """Five releases of one model, and an old model that none of them uses."""
+    write_manifest(workspace, DatasetManifest(id="d", source="", buckets=1, parts=1, users=0, plays=0, songs=0))
+    workspace.write_bytes(histories_file(0, 0), b"parquet")
+    workspace.write_bytes(users_file(0, 0), b"parquet")
+    for name in ("old", "s"):
+        make(workspace, "songs", name, dataset="d")
+    make(workspace, "models", "unused", dataset="d", songs="old")
+    make(workspace, "models", "m", dataset="d", songs="s")
+    make(workspace, "indexes", "i", models="m")
+    for night in range(5):
+        release(workspace, night)
+    return workspace
+
+
+def test_what_old_releases_alone_refer_to_is_named_with_its_size(nights: Workspace) -> None:
+    made = [each.id for each in releases.list_releases(nights)]
+    found = {item.path: item for item in find_garbage(nights, keep=2, hours=0)}
+    assert set(found) == {
+        *(f"releases/{name}" for name in made[:3]),
+        *(f"tastes/t{night}" for night in range(3)),
+        "models/unused",
+        "songs/old",
+    }
+    assert found["tastes/t0"].bytes == nights.size("tastes/t0") > 100
+    assert find_garbage(nights, keep=2, hours=1) == []  # everything is younger
+
+
+def test_after_cleaning_what_is_kept_verifies_and_rolls_back(nights: Workspace) -> None:
+    garbage = find_garbage(nights, keep=2, hours=0)
+    assert delete_garbage(nights, garbage) == sum(item.bytes for item in garbage)
+    assert not [item.path for item in garbage if nights.exists(item.path)]
+    kept = releases.list_releases(nights)
+    assert len(kept) == 2
+    for each in kept:
+        releases.verify_release(nights, each)
+    assert releases.rollback(nights).id == kept[0].id
+    with pytest.raises(InputError, match="no release to go back to"):
+        releases.rollback(nights)
+    assert find_garbage(nights, keep=2, hours=0) == []
+
+
+def test_the_live_release_stays_however_old_it_is(nights: Workspace) -> None:
+    first = releases.list_releases(nights)[0]
+    releases.activate_release(nights, first.id)
+    paths = [item.path for item in find_garbage(nights, keep=1, hours=0)]
+    assert f"releases/{first.id}" not in paths
+    assert "tastes/t0" not in paths
+    assert "tastes/t1" in paths
+
+
+def test_what_was_made_after_the_newest_release_is_on_its_way_to_one(nights: Workspace) -> None:
+    make(nights, "models", "next", dataset="d", songs="s")
+    nights.write_bytes("models/half/weights", b"x")
+    paths = [item.path for item in find_garbage(nights, keep=5, hours=0)]
+    assert paths == ["songs/old", "models/unused"]
+    os.utime(Path(nights.full("models/half/weights")), (0, 0))
+    os.utime(Path(nights.full("models/half")), (0, 0))
+    found = {item.path: item.reason for item in find_garbage(nights, keep=5, hours=0)}
+    assert found["models/half"] == "unfinished"
+
+
+def test_joined_parts_stay_for_their_readers_for_some_hours(nights: Workspace) -> None:
+    nights.write_bytes(histories_file(1, 0), b"parquet")
+    nights.write_bytes(histories_file(0, 0, 1), b"joined")
+    nights.write_bytes(users_file(1, 0), b"parquet")
+    manifest = replace(read_manifest(nights), parts=2, joined=[(0, 1)], users_parts=[1])
+    for joined_at, expected in (("2999-01-01T00:00:00+00:00", 0), ("2020-01-01T00:00:00+00:00", 2)):
+        write_manifest(nights, replace(manifest, joined_at=joined_at))
+        garbage = [item for item in find_garbage(nights, keep=5, hours=0) if item.path.startswith("dataset/")]
+        assert [item.path for item in garbage if "histories" in item.path] == (
+            [histories_file(0, 0), histories_file(1, 0)][:expected]
+        )
+        assert users_file(0, 0) in [item.path for item in garbage]
+        assert users_file(1, 0) not in [item.path for item in garbage]
+
+
+def test_without_a_release_nothing_says_what_is_of_use(workspace: Workspace) -> None:
+    make(workspace, "models", "m")
+    with pytest.raises(InputError, match="has no release"):
+        find_garbage(workspace)

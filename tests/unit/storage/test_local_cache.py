@@ -1,0 +1,77 @@
+"""Files of object storage on the local disk: one copy a node, made once, of the version that is there."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.fs as pafs
+import pytest
+
+from rayrec.errors import DamagedArtifactError
+from rayrec.storage import local_cache
+from rayrec.storage.workspace import Workspace
+
+
+@pytest.fixture
+def remote(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """A workspace whose file system says that it is not local."""
+    monkeypatch.setenv(local_cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
+    local = Workspace(workspace.uri)
+    for name in ("a", "b"):
+        local.write_array(f"{name}.npy", np.arange(1000))
+    workspace.filesystem = pafs.SubTreeFileSystem("/", workspace.filesystem)
+    workspace.root = workspace.root.removeprefix("/")
+    assert not workspace.is_local
+    return workspace
+
+
+def copies(tmp_path: Path) -> list[str]:
+    return sorted(path.name.partition("-")[2] for path in (tmp_path / "cache").iterdir() if path.suffix == ".npy")
+
+
+def test_of_all_who_ask_one_copies_and_all_map_the_same_file(
+    remote: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[str] = []
+    copy = local_cache._copy
+
+    def slow_copy(filesystem: pafs.FileSystem, path: str, target: Path) -> str:
+        copied.append(path)
+        time.sleep(0.2)
+        return copy(filesystem, path, target)
+
+    monkeypatch.setattr(local_cache, "_copy", slow_copy)
+    arrays: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: arrays.append(remote.read_array("a.npy"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(copied) == 1
+    assert all(isinstance(array, np.memmap) and array[999] == 999 for array in arrays)
+    assert len({array.filename for array in arrays if isinstance(array, np.memmap)}) == 1
+    assert copies(tmp_path) == ["a.npy"]
+
+
+def test_a_new_version_is_copied_anew(remote: Workspace) -> None:
+    before = remote.read_array("a.npy")
+    local = Workspace(f"/{remote.root}")
+    local.write_array("a.npy", np.arange(1000) * 2)
+    assert remote.read_array("a.npy")[3] == 6
+    assert before[3] == 3
+
+
+def test_what_is_not_what_its_checksum_says_is_refused_and_not_kept(remote: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(DamagedArtifactError, match=r"a\.npy does not match its checksum"):
+        remote.read_array("a.npy", "0" * 64)
+    assert copies(tmp_path) == []
+
+
+def test_copies_that_nobody_has_used_for_days_go_when_the_next_is_made(remote: Workspace, tmp_path: Path) -> None:
+    remote.read_array("a.npy")
+    for path in (tmp_path / "cache").iterdir():
+        os.utime(path, (0, 0))
+    remote.read_array("b.npy")
+    assert copies(tmp_path) == ["b.npy"]

@@ -1,0 +1,76 @@
+"""What users read is in the words of the field: no string that they can meet holds a banned word."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = [path for folder in ("rayrec", "cli") for path in sorted((ROOT / folder).rglob("*.py"))]
+BANNED = (
+    *("told", "tells?", "judged?", "judges", "wish", "asked", "anew", "whoever", "nobody", "somebody", "beforehand"),
+    *("set aside", "the whole way", "as it happens", "of late", "say which", "says which", "do it again", "at hand"),
+    *("on our side", "any more", "goes? on", "could not be done", "leave it out", "broke off"),
+    *("dearest", "astray", "tally", "crew", "song vectors", "a memory", "knows? no", "strike", "the mix", "kept apart"),
+)
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+PATTERN = re.compile(rf"\b({'|'.join(BANNED)})\b", re.IGNORECASE)
+
+
+def literal(node: ast.AST) -> str:
+    """The text of a string or an f-string, each expression of which is one `{}`."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(literal(part) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def is_command(node: ast.AST) -> bool:
+    """True for a function whose docstring is the help of a command."""
+    names = [call.func for call in getattr(node, "decorator_list", []) if isinstance(call, ast.Call)]
+    return any(isinstance(name, ast.Name) and name.id == "command" for name in names)
+
+
+def sentences(source: str) -> Iterator[tuple[int, str]]:
+    """Line and text of every string of several words, without the docstrings that only readers of the code see."""
+    tree = ast.parse(source)
+    hidden: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not is_command(
+            node
+        ):
+            for item in node.body:  # the docstring, and texts that stand under a field
+                if isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant):
+                    hidden.add(id(item.value))
+        if isinstance(node, ast.JoinedStr):
+            hidden |= {id(part) for part in node.values}
+    for node in ast.walk(tree):
+        text = literal(node)
+        if " " in text.strip() and id(node) not in hidden:
+            yield node.lineno, text  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_text_for_users_holds_a_banned_word(path: Path) -> None:
+    found = [f"line {line}: {text!r}" for line, text in sentences(path.read_text("utf-8")) if PATTERN.search(text)]
+    assert not found, "\n".join(found)
+
+
+def test_the_words_are_found_in_errors_help_and_f_strings_and_not_in_docstrings() -> None:
+    source = '''
+"""Told to readers of the code alone."""
+def fail(name):
+    """Judged by nobody."""
+    raise ValueError(f"{name} was asked for")
+
+@command(app, "go")
+def go():
+    """Do it again."""
+    help = "Say which."
+'''
+    assert {text for _, text in sentences(source) if PATTERN.search(text)} == {
+        "Do it again.",
+        "{} was asked for",
+        "Say which.",
+    }

@@ -1,0 +1,110 @@
+"""Jobs over buckets in this process, one bucket after another: for tests of what they read and write."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from rayrec.jobs import compact, import_data, taste
+from rayrec.storage.workspace import Workspace
+
+REQUESTS = {"move": 2}  # a copy and a delete
+IN_WORKER: list[bool] = []  # not empty while a worker works: all else is the driver's
+
+
+def run_here(
+    make_worker: Callable[..., Any], units: Iterable[int], *, arguments: dict[str, Any], **_: Any
+) -> Iterator[Any]:
+    """What `run_buckets` does, by one worker."""
+
+    def working(work: Callable[[], Any]) -> Any:
+        IN_WORKER.append(True)
+        try:
+            return work()
+        finally:
+            IN_WORKER.pop()
+
+    worker = working(lambda: make_worker(**arguments))
+    for unit in list(units):
+        yield working(lambda unit=unit: worker(unit))
+
+
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import, compact and taste run here from now on."""
+    for job in (compact, import_data, taste):
+        monkeypatch.setattr(job, "run_buckets", run_here)
+        monkeypatch.setattr(job, "ray_cluster", nullcontext)
+
+
+class CountingFileSystem:
+    """What is asked of the file system of workspaces, as requests of an object storage and bytes read.
+
+    Opening a file to read asks for its size, as S3 does; each read, listing, writing and deleting is a request.
+    """
+
+    def __init__(self) -> None:
+        self.requests: Counter[str] = Counter()
+        self.bytes_read = self.driver_bytes_read = 0
+        self.path_bytes: Counter[str] = Counter()  # read
+
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Count from now on."""
+        open_input = Workspace.open_input
+
+        def counted_input(workspace: Workspace, path: str) -> pa.NativeFile:
+            self.requests["size"] += 1
+            return pa.PythonFile(_CountedReads(open_input(workspace, path), path, self), mode="r")
+
+        def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any, **options: Any) -> Any:
+                self.requests[name] += REQUESTS.get(name, 1)
+                return method(*arguments, **options)
+
+            return run
+
+        monkeypatch.setattr(Workspace, "open_input", counted_input)
+        for name in ("open_output", "delete", "move", "exists", "sizes", "folders"):
+            monkeypatch.setattr(Workspace, name, counted(name, getattr(Workspace, name)))
+
+    @property
+    def total(self) -> int:
+        """All requests."""
+        return self.requests.total()
+
+
+class _CountedReads:
+    """A file whose reads are counted."""
+
+    def __init__(self, file: pa.NativeFile, path: str, counts: CountingFileSystem) -> None:
+        self._file, self._path, self._counts = file, path, counts
+        self.closed = False
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._file.read() if size is None or size < 0 else self._file.read(size)
+        self._counts.requests["read"] += 1
+        self._counts.bytes_read += len(data)
+        self._counts.path_bytes[self._path] += len(data)
+        self._counts.driver_bytes_read += 0 if IN_WORKER else len(data)
+        return data
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        return int(self._file.seek(place, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        self.closed = True
+        self._file.close()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
