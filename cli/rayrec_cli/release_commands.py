@@ -29,8 +29,12 @@ TastesOption = Annotated[
 IndexOption = Annotated[str | None, typer.Option("--index", metavar="ID", help="Index. [default: the model's newest]")]
 ActivateOption = Annotated[bool, typer.Option("--activate/--no-activate", help="Make it the live release.")]
 WaitOption = Annotated[
+<<<<<<< HEAD
     bool,
     typer.Option("--wait", help="Wait until all replicas use it; if one refuses it, restore the old release and fail."),
+=======
+    bool, typer.Option("--wait", help="Wait until all replicas use it; if one refuses it, restore the old one.")
+>>>>>>> h/online
 ]
 UrlOption = Annotated[
     str | None,
@@ -38,7 +42,11 @@ UrlOption = Annotated[
 ]
 TimeoutOption = Annotated[
     float | None,
+<<<<<<< HEAD
     typer.Option("--timeout", metavar="SECONDS", help="Maximum wait in seconds. [default: as long as replicas load]"),
+=======
+    typer.Option("--timeout", metavar="SECONDS", help="Maximum wait. [default: as long as replicas load]"),
+>>>>>>> h/online
 ]
 KeepOption = Annotated[int, typer.Option("--keep", metavar="N", help="Newest releases to keep beside the live one.")]
 HoursOption = Annotated[
@@ -158,8 +166,12 @@ def load_user_states(
 ) -> Shown:
     """Load all users' states from a release into a store.
 
+<<<<<<< HEAD
     The release need not be live: its states are stored beside those of the live one. Plays in the store that are
     newer than the release's stay. A second run continues with the buckets that are left.
+=======
+    The release need not be live. Plays in the store that are newer stay. When run again, completed buckets are skipped.
+>>>>>>> h/online
     """
     from rayrec.online.load_states import load_states
     from rayrec.online.state_store import open_store, store_uri

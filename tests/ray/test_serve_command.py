@@ -160,7 +160,7 @@ def test_requests_at_work_are_answered_before_it_ends_cleanly(by: str, tmp_path:
         assert time.monotonic() - answered < 25
     assert [answer.status_code for answer in answers] == [200]
     assert running.process.returncode == 0
-    assert out.strip() == "Ended."
+    assert out.strip() == "Stopped."
     assert "SIG" not in errors
 
 
