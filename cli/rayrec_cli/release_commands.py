@@ -29,12 +29,7 @@ TastesOption = Annotated[
 IndexOption = Annotated[str | None, typer.Option("--index", metavar="ID", help="Index. [default: the model's newest]")]
 ActivateOption = Annotated[bool, typer.Option("--activate/--no-activate", help="Make it the live release.")]
 WaitOption = Annotated[
-<<<<<<< HEAD
-    bool,
-    typer.Option("--wait", help="Wait until all replicas use it; if one refuses it, restore the old release and fail."),
-=======
     bool, typer.Option("--wait", help="Wait until all replicas use it; if one refuses it, restore the old one.")
->>>>>>> h/online
 ]
 UrlOption = Annotated[
     str | None,
@@ -42,11 +37,7 @@ UrlOption = Annotated[
 ]
 TimeoutOption = Annotated[
     float | None,
-<<<<<<< HEAD
-    typer.Option("--timeout", metavar="SECONDS", help="Maximum wait in seconds. [default: as long as replicas load]"),
-=======
     typer.Option("--timeout", metavar="SECONDS", help="Maximum wait. [default: as long as replicas load]"),
->>>>>>> h/online
 ]
 KeepOption = Annotated[int, typer.Option("--keep", metavar="N", help="Newest releases to keep beside the live one.")]
 HoursOption = Annotated[
@@ -123,10 +114,10 @@ def clean_workspace(
     hours: HoursOption = 24.0,
     yes: YesOption = False,
 ) -> Shown:
-    """Show what no release needs, and with --yes delete it.
+    """Show what no release needs any more, and with --yes delete it.
 
-    Old releases with their artifacts, parts of the data set that `rayrec compact`
-    merged, and leftovers of killed jobs. Fails while a job writes to the workspace.
+    Old releases with their tastes, models, indexes and song embeddings, parts of the data set that `rayrec compact`
+    joined, and what killed jobs left. It is refused while a job writes to the workspace.
     """
     garbage = find_garbage(call.workspace, keep=keep, hours=hours)
     total = sum(item.bytes for item in garbage)
@@ -166,12 +157,7 @@ def load_user_states(
 ) -> Shown:
     """Load all users' states from a release into a store.
 
-<<<<<<< HEAD
-    The release need not be live: its states are stored beside those of the live one. Plays in the store that are
-    newer than the release's stay. A second run continues with the buckets that are left.
-=======
     The release need not be live. Plays in the store that are newer stay. When run again, completed buckets are skipped.
->>>>>>> h/online
     """
     from rayrec.online.load_states import load_states
     from rayrec.online.state_store import open_store, store_uri

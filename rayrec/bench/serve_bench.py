@@ -217,11 +217,7 @@ def _url(kind: str, process: "subprocess.Popen[str]") -> str:
             threading.Thread(target=lambda: [None for _ in lines], daemon=True).start()
             return match[0]
         said = line.strip() or said
-<<<<<<< HEAD
-    raise RayrecError(f"the {kind} application did not start: {said or 'it printed nothing'}")
-=======
     raise RayrecError(f"the {kind} application did not start: {said or 'no output'}")
->>>>>>> h/online
 
 
 def _end(process: "subprocess.Popen[str]") -> None:

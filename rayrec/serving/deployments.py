@@ -48,11 +48,7 @@ Work = Literal["states", "vectors", "choose", "explain", "similar", "layout"]  #
 class DeploymentConfig(ServeConfig):
     """The arguments of `build`, in a Serve config file under `args`."""
 
-<<<<<<< HEAD
-    workspace: str = Field(description="Folder, s3:// or gs:// prefix that holds the releases")
-=======
     workspace: str = Field(description="Folder, s3:// or gs:// prefix of the workspace")
->>>>>>> h/online
 
 
 def build(args: Mapping[str, Any]) -> Application:

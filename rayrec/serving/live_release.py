@@ -62,12 +62,8 @@ def load_parts(workspace: Workspace, release_id: str) -> tuple[Manifest, Recomme
     Raises as `load_checked_release` does, and `MismatchError` where the parts do not belong together.
     """
     release = load_checked_release(workspace, release_id, ("models", "indexes", "retrieval", "rankers"))
-<<<<<<< HEAD
-    return release, load_recommender(workspace, Dataset(workspace), release.inputs)
-=======
     parts = release.inputs
     return release, load_recommender(workspace, Dataset(workspace), parts)
->>>>>>> h/online
 
 
 def load_network(workspace: Workspace, release_id: str) -> tuple[Manifest, TasteRecommender]:

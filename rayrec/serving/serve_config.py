@@ -27,13 +27,8 @@ class ServeConfig(Settings):
 
     host: str = Field("127.0.0.1", description="Address to listen on; any but loopback requires API keys")
     port: int = Field(8000, ge=0, le=65_535, description="Port to listen on; 0: any free port")
-<<<<<<< HEAD
-    replicas: int = Field(1, ge=1, description="Number of replicas; with max_replicas the minimum")
-    max_replicas: int = Field(0, ge=0, description="Maximum replicas, scaled by load; 0: as many as replicas")
-=======
     replicas: int = Field(1, ge=1, description="Number of replicas, the minimum where max_replicas is larger")
     max_replicas: int = Field(0, ge=0, description="Maximum of replicas, added and removed by load; 0: as replicas")
->>>>>>> h/online
     target_ongoing: int = Field(4, ge=1, description="Requests in progress per replica that autoscaling aims at")
     topology: Topology = Field(
         "colocated", description="colocated: model and index in every replica; split: as separate deployments"
@@ -61,15 +56,9 @@ class ServeConfig(Settings):
         return None if value is None else absolute_uri(value)  # replicas run in other folders
 
     @model_validator(mode="after")
-<<<<<<< HEAD
-    def _check_replicas(self) -> "ServeConfig":
-        if self.max_replicas and self.max_replicas < self.replicas:
-            raise ValueError(f"max_replicas is {self.max_replicas}; expected at least replicas, {self.replicas}, or 0")
-=======
     def _replica_range(self) -> "ServeConfig":
         if self.max_replicas and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas is {self.max_replicas}; give at least replicas, {self.replicas}, or 0")
->>>>>>> h/online
         return self
 
 

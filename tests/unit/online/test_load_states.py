@@ -79,11 +79,7 @@ def test_every_user_is_loaded_with_state_and_plays(world: Workspace, store: Stat
         np.testing.assert_array_equal(plays.played_at, history.played_at)
         assert state.current("model1") is not None
         assert (state.plays, state.last_played_at) == (history.num_plays, history.played_at[-1])
-<<<<<<< HEAD
-    recommender = load_recommender(world, Dataset(world), {"models": "model1", "indexes": "index1"})
-=======
     recommender = load_recommender(world, Dataset(world), model_id="model1", index_id="index1")
->>>>>>> h/online
     with service(world, store=uri) as opened:
         app = Client(opened)
         for history in users[:5]:
@@ -138,11 +134,7 @@ def test_plays_newer_than_the_batch_stay_and_states_go_on_from_it(
         [[*histories[0].songs, *[turn % NUM_SONGS for turn in range(150)]]],
         [[*histories[0].played_at, *[AT + turn for turn in range(150)]]],
     )
-<<<<<<< HEAD
-    recommender = load_recommender(world, Dataset(world), {"models": "model2", "indexes": "index2"})
-=======
     recommender = load_recommender(world, Dataset(world), model_id="model2", index_id="index2")
->>>>>>> h/online
     state, log = read(store, ann)
     assert list(state.models) == ["model1", "model2"]
     np.testing.assert_array_equal(log.songs, whole.songs[: len(log)])
