@@ -21,6 +21,10 @@ class NotFoundError(InputError):
     """Something named is not in the workspace."""
 
 
+class DamagedInputError(InputError):
+    """A file to import that cannot be read to its end, or is of another format than its name says."""
+
+
 class MismatchError(InputError):
     """Artifacts that do not belong together, such as a model and an index of another model."""
 

@@ -9,8 +9,8 @@ from served import NUM_SONGS
 
 from rayrec.data.dataset import Dataset
 from rayrec.online.state_codec import unpack_plays, unpack_state
-from rayrec.online.stores.state_store import open_store
-from rayrec.online.user_state import Plays, digest
+from rayrec.online.state_store import open_store
+from rayrec.online.user_state import Plays
 from rayrec.storage.workspace import Workspace
 
 PLAYS = 120
@@ -43,7 +43,7 @@ def play(place: int) -> dict[str, Any]:
     return {
         "event_id": f"event-{place}",
         "user_id": USERS[place % 2],
-        "song": f"song-{place % NUM_SONGS}",
+        "song_id": f"song-{place % NUM_SONGS}",
         "played_at": 1_700_000_000_000 + place * 60_000,
     }
 
@@ -53,12 +53,12 @@ def require_each_play_once(world: Workspace, store: str) -> None:
     opened = open_store(store, Dataset(world).lineage)
     try:
         for number, user in enumerate(USERS):
-            whole = opened.read(user)
+            (whole,) = opened.read([user])
             assert whole is not None
             state = unpack_state(whole.stored.state)
             held = Plays.joined([unpack_plays(whole.log), state.window])
             own = range(number, PLAYS, len(USERS))
-            assert held.events.tolist() == [digest(f"event-{place}") for place in own]
+            assert held.played_at.tolist() == [play(place)["played_at"] for place in own]
             assert (state.plays, state.rejected) == (len(own), 0)
     finally:
         opened.close()

@@ -40,9 +40,13 @@ class Served:
         """Address and port -> command, of every TCP and UDP port that the command's processes have open to others."""
         found = {}
         for process in self.processes():
-            for connection in process.net_connections(kind="inet"):
+            try:
+                connections, command = process.net_connections(kind="inet"), " ".join(process.cmdline())
+            except psutil.Error:  # it has just ended
+                continue
+            for connection in connections:
                 if not connection.raddr and connection.laddr:
-                    found[(connection.laddr.ip, connection.laddr.port)] = " ".join(process.cmdline())
+                    found[(connection.laddr.ip, connection.laddr.port)] = command
         return found
 
 
@@ -52,7 +56,7 @@ def started(workspace: Workspace, *options: str) -> Iterator[Served]:
     process = run(workspace, "serve", "--port", "0", "--watch-seconds", "0.2", *options)
     try:
         assert process.stderr is not None
-        line = process.stderr.readline()  # the first: nothing is told before it
+        line = process.stderr.readline()  # the first: nothing is printed before it
         found = re.search(r"^Serving at (http://127\.0\.0\.1:\d+)", line)
         assert found, line
         yield Served(workspace, process, found[1])

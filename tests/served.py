@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -22,10 +23,9 @@ from rayrec.model.train_config import PLAY_COUNTS
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.serving.auth import Keys
-from rayrec.serving.replica import open_service
 from rayrec.serving.routes import create_app
 from rayrec.serving.serve_config import ServeConfig
-from rayrec.serving.service import Service
+from rayrec.serving.service import Service, open_service
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest, load, publish
 from rayrec.storage.workspace import Workspace
@@ -120,6 +120,12 @@ def service(workspace: Workspace, keys: Keys | None = None, **settings: Any) -> 
         yield opened
     finally:
         opened.close()
+
+
+def ms(text: str) -> int:
+    """ms UTC of a moment as answers hold it."""
+    assert text.endswith("Z")
+    return round(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() * 1000)
 
 
 class Client:

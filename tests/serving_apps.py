@@ -9,7 +9,7 @@ from typing import Any
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from rayrec.serving.app import build
+from rayrec.serving.deployments import build
 from rayrec.storage.workspace import Workspace
 
 

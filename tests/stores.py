@@ -22,8 +22,9 @@ def free_port() -> int:
 class RedisServer:
     """A Redis server on a free port of this machine; its data outlives its process."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self.port = folder, free_port()
+    def __init__(self, folder: Path, *options: str) -> None:
+        """`options` are further ones of redis-server."""
+        self._folder, self._options, self.port = folder, options, free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -35,7 +36,7 @@ class RedisServer:
         """Start, and wait until it answers. Every write is on the disk before it is acknowledged."""
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder), "--save", ""]
         durable = ["--appendonly", "yes", "--appendfsync", "always"]
-        self.process = subprocess.Popen([str(REDIS), *options, *durable], stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen([str(REDIS), *options, *durable, *self._options], stdout=subprocess.DEVNULL)
         import redis
         from redis.backoff import NoBackoff
         from redis.retry import Retry

@@ -18,6 +18,7 @@ CONFIG = TrainConfig(
     long=(2, 5),
     epochs=2,
     learning_rate=0.01,
+    dropout=0.0,  # whose masks depend on the number of workers
     validation_plays=200,
     checkpoint_minutes=0.0,
     workers=1,

@@ -8,22 +8,8 @@ from typer.core import TyperGroup
 from rayrec_cli.options import Globals
 
 ORDER = (  # of the commands in the help
-    *(
-        "demo",
-        "generate",
-        "import",
-        "compact",
-        "describe",
-        "split",
-        "embed",
-        "train",
-        "retrieval",
-        "rank",
-        "taste",
-        "index",
-        "evaluate",
-        "release",
-    ),
+    *("demo", "generate", "inspect", "import", "compact", "describe", "split", "embed", "train", "retrieval", "rank"),
+    *("taste", "index", "evaluate", "release"),
     "states",
     *("recommend", "serve", "status", "verify", "clean", "unlock", "run", "tune", "submit", "plan", "bench"),
 )
@@ -42,7 +28,6 @@ app = typer.Typer(
     name="rayrec",
     cls=InOrder,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

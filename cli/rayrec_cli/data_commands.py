@@ -1,22 +1,27 @@
 """generate, import, compact, describe, split: from files of plays to a data set with splits."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
 
 from rayrec.data.split import WEAKER, SplitConfig, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.importing.compaction import PARTS_BEFORE_COMPACT
-from rayrec.importing.describing import DescribeConfig, describe
+from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.importing.import_plan import ImportConfig
+from rayrec.importing.inspection import inspect_files
 from rayrec.importing.readers import FORMATS
+from rayrec.importing.readers.tabular import spelled_delimiter
+from rayrec.importing.summary import TooManyRejectedError
 from rayrec.storage.dataset_manifest import DatasetManifest
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
-from rayrec_cli.output import Shown, figures, table
+from rayrec_cli.output import Shown, error_data, figures, number, size, table
 
 FormatArgument = Annotated[str | None, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")]
 PathsArgument = Annotated[
@@ -26,6 +31,8 @@ PathsArgument = Annotated[
 TableArgument = Annotated[
     str, typer.Argument(metavar="FILE", help="csv (.gz too) or Parquet file with one row per song.")
 ]
+
+BEFORE_STREAMING = 946_684_800_000  # ms UTC, the year 2000
 
 AppendOption = Annotated[bool, typer.Option("--append", help="Add the plays to the data set as a new part.")]
 
@@ -61,11 +68,44 @@ def import_data(
 
     if append and force:
         raise InputError("--append adds plays and --force replaces them; pass only one of them")
-    return (
-        _appended(append_plays(call.workspace, config))
-        if append
-        else _dataset(job(call.workspace, config, repeat=force))
-    )
+    try:
+        return (
+            _appended(append_plays(call.workspace, config))
+            if append
+            else _dataset(job(call.workspace, config, repeat=force))
+        )
+    except TooManyRejectedError as error:
+        summary = error.summary.to_mapping()
+        return Shown({**error_data(error), "import": summary}, _import_views(summary), error=error)
+
+
+InspectFormat = Annotated[str, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")]
+InspectPaths = Annotated[list[str], typer.Argument(metavar="PATH", help="Files, or folders of files.")]
+
+
+@command(app, "inspect", example="rayrec inspect csv plays.csv")
+def inspect(call: Call, *, format_name: InspectFormat, paths: InspectPaths) -> Shown:
+    """Look at the first rows of files before they are imported.
+
+    Shows which columns an import would take for what, how times are written, how many of the first rows it would
+    reject and why, and the command that imports the files.
+    """
+    found = inspect_files(format_name, paths)
+    values: dict[str, Any] = {"files": found.files, "bytes": size(found.bytes), "rows looked at": found.rows}
+    if found.delimiter:
+        values["delimiter"] = spelled_delimiter(found.delimiter)
+    if found.time:
+        values["times"] = found.time
+    views: list[RenderableType] = [figures(f"{found.format}, {found.kind}", values)]
+    if found.columns:
+        rows = [[column.name, column.role, column.type, column.example] for column in found.columns]
+        views.append(
+            table("Columns", ["column", "taken for", "type", "example"], rows, left=["taken for", "type", "example"])
+        )
+    if found.rejected:
+        views.append(table("Rows that would be rejected", ["reason", "rows"], list(found.rejected.items())))
+        views.append("\n".join(found.examples.values()))
+    return Shown(found.to_mapping(), [*views, *found.notes, found.command])
 
 
 @command(app, "compact", example="rayrec compact")
@@ -95,7 +135,11 @@ def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument) -
     A second file replaces the first. The server can filter recommendations by this metadata.
     """
     counts = asdict(describe(call.workspace, config, path))
-    return Shown(counts, [figures("Song metadata", counts)])
+    views = [figures("Song metadata", counts)]
+    for name, title in (("rejected", "Rejected rows"), ("invalid", "Values left out of their rows")):
+        if counts[name]:
+            views.append(table(title, ["reason", name], list(counts[name].items())))
+    return Shown(counts, views)
 
 
 @command(app, "split", config=SplitConfig, example="rayrec split --test-days 30 --validation-days 7")
@@ -123,15 +167,48 @@ def _dataset(manifest: DatasetManifest) -> Shown:
         "merged": manifest.merged,
         "rejected": rejected,
     }
-    shown = {**values, "first play": _moment(manifest.first_play), "last play": _moment(manifest.last_play)}
+    shown = (
+        values
+        if not manifest.plays
+        else {**values, "first play": _moment(manifest.first_play), "last play": _moment(manifest.last_play)}
+    )
     if manifest.times == "positions":
         shown = {**values, "times": "none, plays are only ordered"}
-    views: list[Any] = [figures("Data set", shown)]
-    if rejected:
-        views.append(table("Rejected rows", ["reason", "rows"], list(manifest.rejected.items())))
-        views.append("Rejected rows are stored with line and reason in dataset/rejected.")
     times = {"first_play": manifest.first_play, "last_play": manifest.last_play}
-    return Shown({**values, **times, "times": manifest.times, "reasons": manifest.rejected}, views)
+    data = {**values, **times, "times": manifest.times, "reasons": manifest.rejected, "import": manifest.last_import}
+    views = [figures("Data set", shown), *_import_views(manifest.last_import)]
+    dropped = {reason: rows for reason, rows in manifest.rejected.items() if "fewer than" in reason}
+    if dropped:
+        views.append(table("Rows left out", ["reason", "rows"], list(dropped.items())))
+    if rejected:
+        views.append("Rejected rows are stored with line and reason in dataset/rejected.")
+    if manifest.times == "real" and manifest.plays > 0 and manifest.first_play < BEFORE_STREAMING:
+        views.append(
+            f"Warning: the first play is of {_moment(manifest.first_play)}: a clock may have been wrong. Such a play "
+            "widens the time range that `rayrec split` cuts."
+        )
+    return Shown(data, views)
+
+
+def _import_views(summary: Mapping[str, Any]) -> list[RenderableType]:
+    """What the last import read, file by file and reason by reason; nothing where no files were imported."""
+    if not summary:
+        return []
+    values: dict[str, Any] = {"files": summary["files"], "bytes": size(summary["bytes"])}
+    if summary["rows_per_file"] and summary["files"] > 1:
+        least, median, most = (number(count) for count in summary["rows_per_file"])
+        values["rows a file (least, median, most)"] = f"{least}, {median}, {most}"
+    views: list[RenderableType] = [figures("Files", values)]
+    if summary["outliers"]:
+        views.append(table("Files that differ from the others", ["file", "rows"], list(summary["outliers"].items())))
+    if summary["damaged"]:
+        views.append(table("Files left out", ["file", "why"], list(summary["damaged"].items()), left=["why"]))
+    if summary["reasons"]:
+        rows = [[each["reason"], each["rows"], f"{each['share']:.1%}"] for each in summary["reasons"]]
+        views.append(table("Rejected rows", ["reason", "rows", "share"], rows))
+        views.append("\n".join(f"{each['source']}, line {each['line']}: {each['text']}" for each in summary["reasons"]))
+    views += [f"Warning: {warning}" for warning in summary["warnings"]]
+    return views
 
 
 def _appended(made: Any) -> Shown:
@@ -140,13 +217,11 @@ def _appended(made: Any) -> Shown:
     views: list[Any] = [figures("Appended", {f"new {name}": count for name, count in new.items()} | outcomes)]
     if not made.plays:
         views.append("No new plays: the data set is unchanged.")
-    if made.rejected:
-        views.append(table("Rejected rows", ["reason", "rows"], list(made.rejected.items())))
     if (files := len(made.dataset.spans)) > PARTS_BEFORE_COMPACT:
         views.append(f"Each bucket of users has {files} files; `rayrec compact` joins them.")
     shown = _dataset(made.dataset)
-    data = {**shown.data, "appended": {**new, **outcomes, "reasons": made.rejected}}
-    return Shown(data, [*views, shown.views[0]])
+    data = {**shown.data, "appended": {**new, **outcomes, "reasons": made.rejected}, "import": made.last_import}
+    return Shown(data, [*views, *_import_views(made.last_import), shown.views[0]])
 
 
 def _cut(value: int | float | str) -> str:

@@ -1,10 +1,12 @@
 """The entry point: runs a command and turns errors into one line and an exit code."""
 
+import io
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import typer
 
@@ -19,6 +21,7 @@ from rayrec_cli import (
     workspace_commands,
 )
 from rayrec_cli.app import app
+from rayrec_cli.output import error_data, print_error, show_json
 
 __all__ = [
     "cluster_commands",
@@ -41,12 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments or os.environ.get("RAYREC_DEBUG") == "1"
     if not (debug or sys.warnoptions):
         warnings.simplefilter("ignore")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a title that the terminal cannot show fails no work
+            stream.reconfigure(errors="backslashreplace")
+    fail = _Failure(as_json="--json" in arguments, debug=debug)
     try:
-        return int(app(arguments, prog_name="rayrec", standalone_mode=False) or 0)
+        code = int(app(arguments, prog_name="rayrec", standalone_mode=False) or 0)
+        if code == INTERRUPTED:  # typer hands an interrupt over as an exit code
+            return fail(KeyboardInterrupt(), "Interrupted", INTERRUPTED, kind="interrupted")
+        return code
     except UsageError as error:
-        return _usage(error, debug)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("Interrupted", INTERRUPTED, debug=False)
+        return _usage(error, fail)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return fail(error, "Interrupted", INTERRUPTED, kind="interrupted")
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone: no reader is left
         return FAILED
@@ -54,30 +64,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Ray wraps what a worker raised: as its cause, below a text that holds the whole traceback.
         cause = getattr(error, "cause", error)
         if isinstance(cause, RayrecError):
-            return _fail(str(cause), cause.exit_code, debug)
+            return fail(cause, str(cause), cause.exit_code)
         # A bug, or a failed machine.
         last = str(cause).strip().splitlines()[-1:] or [""]
-        return _fail(f"{type(cause).__name__}: {last[0]}; run again with --debug for the traceback", FAILED, debug)
+        message = f"{type(cause).__name__}: {last[0]}; run again with --debug for the traceback"
+        return fail(cause, message, FAILED, kind="internal")
 
 
-def _usage(error: Exception, debug: bool) -> int:
+@dataclass(frozen=True)
+class _Failure:
+    """Reports an error: one line on stderr, and with --json one object on stdout."""
+
+    as_json: bool
+    debug: bool
+
+    def __call__(self, error: BaseException, message: str, code: int, kind: str | None = None) -> int:
+        if self.debug and kind != "interrupted":
+            traceback.print_exc()
+        if self.as_json:
+            show_json(error_data(error, message, kind))
+        print_error(message)
+        return code
+
+
+def _usage(error: Exception, fail: _Failure) -> int:
     context = getattr(error, "ctx", None)
     message = error.format_message()  # type: ignore[attr-defined]
     if not message.strip() or message.startswith("Usage:"):  # no command: the message is the help
         print(message, file=sys.stderr)
         return WRONG_USE
     where = context.command_path if context is not None else "rayrec"
-    return _fail(f"{message.rstrip('.')}; see {where} --help", WRONG_USE, debug)
-
-
-def _fail(message: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    first = message.partition(" ")[0]
-    if first.isalpha() and first.islower() and first != "rayrec":
-        message = first.capitalize() + message[len(first) :]
-    print("rayrec:", " ".join(message.split()), file=sys.stderr)
-    return code
+    return fail(error, f"{message.rstrip('.')}; see {where} --help", WRONG_USE, kind="usage")
 
 
 if __name__ == "__main__":

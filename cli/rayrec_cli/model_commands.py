@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from rayrec.data.split import choose_split
+from rayrec.data.split import choose_split, load_split
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.jobs.trials import TuneConfig, to_toml
@@ -13,10 +13,10 @@ from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.ranker_config import RankConfig
 from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
-from rayrec.storage.artifacts import Manifest
+from rayrec.storage.artifacts import Manifest, noun
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
-from rayrec_cli.output import Shown, figures, note, table
+from rayrec_cli.output import Shown, day, figures, note, table
 
 SplitOption = Annotated[
     str | None,
@@ -54,7 +54,7 @@ def embed(
     from rayrec.jobs.embed import embed as job
 
     chosen = choose_split(call.workspace, split, no_split=no_split)
-    return artifact_view(job(call.workspace, config, split=chosen, repeat=force), "Song embeddings")
+    return artifact_view(call, job(call.workspace, config, split=chosen, repeat=force), "Song embeddings")
 
 
 @command(app, "train", config=TrainConfig, example="rayrec train --epochs 8 --hidden-dim 128")
@@ -75,11 +75,11 @@ def train(
     from rayrec.jobs.train import train as job
 
     if resume and restart:
-        raise InputError("--resume and --restart contradict each other; give one of them")
+        raise InputError("--resume and --restart exclude each other; pass only one of them")
     unfinished: Unfinished = "resume" if resume else "restart" if restart else "ask"
     chosen = choose_split(call.workspace, split, no_split=no_split)
     made = job(call.workspace, config, songs_id=songs, split=chosen, from_id=start, unfinished=unfinished, repeat=force)
-    return artifact_view(made, "Model")
+    return artifact_view(call, made, "Model")
 
 
 @command(app, "retrieval", config=RetrievalConfig, example="rayrec retrieval")
@@ -91,11 +91,11 @@ def retrieval(
     no_split: NoSplitOption = False,
     force: ForceOption = False,
 ) -> Shown:
-    """Count sessions, rules and play counts that candidates come from."""
+    """Fit the retrievers: sessions, sequential rules and play counts."""
     from rayrec.jobs.retrieval import fit_retrieval as job
 
     chosen = choose_split(call.workspace, split, no_split=no_split)
-    return artifact_view(job(call.workspace, config, split=chosen, repeat=force), "Retrieval")
+    return artifact_view(call, job(call.workspace, config, split=chosen, repeat=force), "Retrieval")
 
 
 @command(app, "rank", config=RankConfig, example="rayrec rank")
@@ -105,14 +105,16 @@ def rank(
     *,
     model: ModelOption = None,
     retrieval: Annotated[
-        str | None, typer.Option("--retrieval", metavar="ID", help="Retrieval to rank candidates of (newest).")
+        str | None, typer.Option("--retrieval", metavar="ID", help="Fitted retrievers. [default: current]")
     ] = None,
     force: ForceOption = False,
 ) -> Shown:
-    """Train the rankers that order candidates, on the validation range."""
+    """Train the rankers on the validation range."""
     from rayrec.jobs.rank import fit_rankers as job
 
-    return artifact_view(job(call.workspace, config, model_id=model, retrieval_id=retrieval, repeat=force), "Rankers")
+    return artifact_view(
+        call, job(call.workspace, config, model_id=model, retrieval_id=retrieval, repeat=force), "Rankers"
+    )
 
 
 @command(app, "taste", config=TasteConfig, example="rayrec taste")
@@ -120,7 +122,7 @@ def taste(call: Call, config: TasteConfig, *, model: ModelOption = None, force: 
     """Compute the taste vectors of all users."""
     from rayrec.jobs.taste import compute_tastes as job
 
-    return artifact_view(job(call.workspace, config, model_id=model, repeat=force), "Taste vectors")
+    return artifact_view(call, job(call.workspace, config, model_id=model, repeat=force), "Taste vectors")
 
 
 @command(app, "index", config=IndexConfig, example="rayrec index")
@@ -128,7 +130,7 @@ def index(call: Call, config: IndexConfig, *, model: ModelOption = None, force: 
     """Build the nearest-neighbor index."""
     from rayrec.jobs.build_index import build_index as job
 
-    return artifact_view(job(call.workspace, config, model_id=model, repeat=force), "Index")
+    return artifact_view(call, job(call.workspace, config, model_id=model, repeat=force), "Index")
 
 
 @command(app, "tune", config=TuneConfig, example="rayrec tune space.toml --trials 20 --seed 1")
@@ -158,17 +160,24 @@ def tune(
     return Shown({"id": made.id, **made.metrics}, [*views])
 
 
-def artifact_view(manifest: Manifest, title: str) -> Shown:
-    """The metrics of an artifact; lists of records become tables."""
+def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:
+    """The id, inputs and metrics of an artifact, and the plays it was trained on; lists of records become tables."""
     metrics = dict(manifest.metrics)
     warning = metrics.pop("warning", None)
-    views: list[RenderableType] = [figures(title, {"id": manifest.id, **metrics})]
+    inputs = {f"from {noun(role)}": used for role, used in manifest.inputs.items()}
+    views: list[RenderableType] = [figures(title, {"id": manifest.id, **inputs, **metrics})]
     for name, value in metrics.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             views.append(_records(name, value))
+    if manifest.kind in ("songs", "models", "retrieval"):
+        split = manifest.inputs.get("split")
+        held_back = "" if split is None else f" except {load_split(call.workspace, split).test_range} (split {split})"
+        views.append(f"Trained on all plays{held_back}.")
+    if manifest.created_at < call.started:
+        views.append(f"Reused the result of {day(manifest.created_at)} UTC; --force recomputes it.")
     if warning:
         views.append(f"Warning: {warning}")
-    return Shown({"id": manifest.id, **manifest.metrics}, views)
+    return Shown({"id": manifest.id, "inputs": manifest.inputs, **manifest.metrics}, views)
 
 
 def _records(name: str, records: list[dict[str, Any]]) -> RenderableType:

@@ -6,7 +6,8 @@ import sys
 import typing
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,7 @@ from pydantic.fields import FieldInfo
 from rayrec.config import Settings, base_type, expected_value, from_mapping, read_toml
 from rayrec.errors import InputError
 from rayrec.storage.workspace import Workspace
-from rayrec_cli.output import Shown, note, show
+from rayrec_cli.output import Shown, note, print_error, show
 
 SECTIONS = (
     *("import", "describe", "generate", "split", "embed", "train", "taste", "index"),
@@ -47,6 +48,7 @@ class Call:
     """What every command receives in addition to its own options."""
 
     uri: str  # of the workspace, as given
+    started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat())  # ISO 8601, UTC
 
     @functools.cached_property
     def workspace(self) -> Workspace:
@@ -87,6 +89,9 @@ def command(
                     values["config"] = _config(config, name, values, [item.name for item in flags])
                 shown = body(call, **values)
             show(shown, as_json=as_json)
+            if shown.error is not None:
+                print_error(str(shown.error))
+                return shown.error.exit_code
             return shown.exit_code
 
         shared = [_parameter("workspace", WorkspaceOption, None), _parameter("json", JsonOption, False)]
@@ -115,7 +120,10 @@ def flag(name: str, field: FieldInfo) -> inspect.Parameter:
     names = [f"--{spelled}/--no-{spelled}"] if kind is bool else [f"--{spelled}"]
     if len(spelled) == 1:
         names.append(f"-{spelled}")
-    option = typer.Option(*names, metavar=metavar, help=_help(field), show_default=False)
+    choices = list(map(str, typing.get_args(hint))) if origin is typing.Literal else []
+    option = typer.Option(
+        *names, metavar=metavar, help=_help(field), show_default=False, autocompletion=lambda: choices
+    )
     return _parameter(name, Annotated[kind | None, option], None)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from rayrec.errors import RayrecError
+
 GAP = (0, 1, 0, 0)  # between columns, beside the box's own space
 
 
@@ -23,18 +26,43 @@ class Shown:
     data: dict[str, Any]
     views: list[RenderableType] = field(default_factory=list)
     exit_code: int = 0  # of the command line, where the work was done and its answer is no
+    error: RayrecError | None = None  # why the work was not done, where there is something to show beside it
+
+
+def error_data(error: BaseException, message: str | None = None, kind: str | None = None) -> dict[str, Any]:
+    """An error as --json prints it: what kind, what came, and what to do."""
+    text, _, hint = (str(error) if message is None else message).rpartition("; ")
+    if not text:
+        text, hint = hint, ""
+    name = type(error).__name__.removesuffix("Error")
+    kind = kind or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return {"error": {"kind": kind, "message": " ".join(text.split()), "hint": " ".join(hint.split())}}
 
 
 def show(shown: Shown, *, as_json: bool) -> None:
     """Write the outcome to stdout."""
     if as_json:
-        sys.stdout.write(json.dumps(_finite(shown.data), ensure_ascii=False, allow_nan=False) + "\n")
+        show_json(shown.data)
         return
     console = Console(highlight=False)
     for position, view in enumerate(shown.views):
         if position:
             console.print()
         console.print(Text(view) if isinstance(view, str) else view)
+
+
+def show_json(data: dict[str, Any]) -> None:
+    """One JSON object on stdout, escaped where the terminal or file takes no UTF-8."""
+    ascii_only = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8"
+    sys.stdout.write(json.dumps(_finite(data), ensure_ascii=ascii_only, allow_nan=False) + "\n")
+
+
+def print_error(message: str) -> None:
+    """One line on stderr that begins with a capital letter, unless with a name."""
+    first = message.partition(" ")[0]
+    if first.isalpha() and first.islower() and first != "rayrec":
+        message = first.capitalize() + message[len(first) :]
+    print("rayrec:", " ".join(message.split()), file=sys.stderr)
 
 
 def _finite(value: Any) -> Any:

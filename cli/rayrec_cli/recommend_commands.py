@@ -6,11 +6,12 @@ import typer
 from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
+from rayrec.data.moments import now_ms, parse_moment
 from rayrec.data.split import choose_split
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.prefixes import PrefixFile
 from rayrec.evaluation.protocol import EvaluateConfig, usual_k
-from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender, parse_moment
+from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender
 from rayrec.storage.releases import default_parts
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
@@ -18,7 +19,12 @@ from rayrec_cli.output import Shown, figures, number, table
 
 UserOption = Annotated[str | None, typer.Option("--user", metavar="ID", help="User ID.")]
 SongsOption = Annotated[
-    str | None, typer.Option("--songs", metavar="ID,ID", help="Recommend after these songs instead, as if just played.")
+    list[str] | None,
+    typer.Option(
+        "--songs",
+        metavar="ID,ID",
+        help="Recommend after these songs instead, as if just played; repeat it for ids with commas.",
+    ),
 ]
 AtOption = Annotated[
     str | None,
@@ -67,9 +73,9 @@ def recommend(
 
     Songs given by --songs count as played three minutes apart, the last one at --at.
     """
-    moment = parse_moment(at)
-    listed = None if songs is None else [song.strip() for song in songs.split(",") if song.strip()]
+    moment = now_ms() if at is None else parse_moment(at)
     dataset = Dataset(call.workspace)
+    listed = [song for text in songs for song in dataset.catalog().listed(text)] if songs else None
     parts = default_parts(call.workspace, model)
     recommender = load_recommender(call.workspace, dataset, parts)
     recommended = answer(dataset, recommender, config, at=moment, user=user, songs=listed)

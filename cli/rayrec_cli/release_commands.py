@@ -29,13 +29,16 @@ TastesOption = Annotated[
 IndexOption = Annotated[str | None, typer.Option("--index", metavar="ID", help="Index. [default: the model's newest]")]
 ActivateOption = Annotated[bool, typer.Option("--activate/--no-activate", help="Make it the live release.")]
 WaitOption = Annotated[
-    bool, typer.Option("--wait", help="Wait until all replicas use it; on timeout restore the old release and fail.")
+    bool, typer.Option("--wait", help="Wait until all replicas use it; if one refuses it, restore the old one.")
 ]
 UrlOption = Annotated[
     str | None,
     typer.Option("--url", metavar="URL", help="Address of the server to wait for; its key is in RAYREC_API_KEY."),
 ]
-SecondsOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Maximum wait in seconds.")]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option("--timeout", metavar="SECONDS", help="Maximum wait. [default: as long as replicas load]"),
+]
 KeepOption = Annotated[int, typer.Option("--keep", metavar="N", help="Newest releases to keep beside the live one.")]
 HoursOption = Annotated[
     float, typer.Option("--hours", metavar="HOURS", help="Keep what was made or replaced in the last so many hours.")
@@ -88,7 +91,7 @@ def activate(
     release: ReleaseArgument,
     wait: WaitOption = False,
     url: UrlOption = None,
-    timeout: SecondsOption = 120.0,
+    timeout: TimeoutOption = None,
 ) -> Shown:
     """Make a release live.
 
@@ -98,7 +101,7 @@ def activate(
 
 
 @command(release_app, "rollback", example="rayrec release rollback --wait")
-def rollback(call: Call, *, wait: WaitOption = False, url: UrlOption = None, timeout: SecondsOption = 120.0) -> Shown:
+def rollback(call: Call, *, wait: WaitOption = False, url: UrlOption = None, timeout: TimeoutOption = None) -> Shown:
     """Make the previously live release live again."""
     return _switched(call, lambda: releases.rollback(call.workspace), wait, url, timeout)
 
@@ -132,12 +135,12 @@ def clean_workspace(
     return Shown(data, [table("", ["path", "size", "why"], rows, left=["path", "why"]), said])
 
 
-def _switched(call: Call, change: Callable[[], Manifest], wait: bool, url: str | None, seconds: float) -> Shown:
+def _switched(call: Call, change: Callable[[], Manifest], wait: bool, url: str | None, timeout: float | None) -> Shown:
     if not (wait or url):
         return _release(call, change())
-    from rayrec.serving.switching import Wait, switch
+    from rayrec.serving.release_switch import SwitchWait, switch
 
-    return _release(call, switch(call.workspace, change, Wait(url=url, seconds=seconds)))
+    return _release(call, switch(call.workspace, change, SwitchWait(url=url, seconds=timeout, tell=note)))
 
 
 @command(release_app, "verify", example="rayrec release verify 3f2a9c51d07b")
@@ -154,10 +157,10 @@ def load_user_states(
 ) -> Shown:
     """Load all users' states from a release into a store.
 
-    Users with newer plays in the store keep them. When run again, completed buckets are skipped.
+    The release need not be live. Plays in the store that are newer stay. When run again, completed buckets are skipped.
     """
     from rayrec.online.load_states import load_states
-    from rayrec.online.stores.state_store import open_store, store_uri
+    from rayrec.online.state_store import open_store, store_uri
 
     chosen = releases.active_release(call.workspace) if release is None else load(call.workspace, "releases", release)
     if chosen is None:
@@ -166,9 +169,10 @@ def load_user_states(
     opened = open_store(store_uri(call.workspace, store), dataset.lineage)
     try:
         loaded = load_states(dataset, opened, chosen, repeat=force)
-        counts = {"release": chosen.id, **asdict(loaded), "users": loaded.users, "stored": opened.count()}
     finally:
         opened.close()
+    rate = round(loaded.users / loaded.seconds) if loaded.seconds else None
+    counts = {"release": chosen.id, **asdict(loaded), "users": loaded.users, "users_per_second": rate}
     return Shown(counts, [figures("User states", counts)])
 
 
@@ -182,8 +186,8 @@ def serve(call: Call, config: ServeConfig) -> Shown:
     from rayrec.serving.run import running
 
     stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # as service managers stop it
     with running(call.workspace, config) as url:
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # after Ray's own handler, which aborts the process
         note(f"Serving at {url} (Ctrl-C stops it)")  # short: whoever waits for the URL finds it in one line
         data: dict[str, Any] = {"url": url, "workspace": call.workspace.uri}
         try:

@@ -5,46 +5,77 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
+from rich.text import Text
+from rich.tree import Tree
 
 from rayrec.data.status import KINDS
 from rayrec.data.status import status as look
+from rayrec.storage.artifacts import noun
 from rayrec.storage.locking import lock_holder, unlock
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, command
-from rayrec_cli.output import Shown, day, figures, number, size, table
+from rayrec_cli.output import Shown, day, number, size, table
 
 YesOption = Annotated[bool, typer.Option("--yes", help="Delete the lock; without it only show it.")]
 
-HEADLINES = (
-    "validation_recall@20",
-    "recall@20",
-    "coverage",
-    "mean_cosine",
-    "kind",
-    "recall",
-    "users",
-)  # of any kind of artifact
+# Main metrics of any kind of artifact, in the order of their importance.
+HEADLINES = ("validation_recall@20", "recall@20", "coverage", "mean_cosine", "kind", "recall", "users")
+# What an artifact stands under: the first of its inputs that is shown.
+PARENTS = ("models", "songs", "split", "dataset")
 
 
 @command(app, "status", example="rayrec status")
 def status(call: Call) -> Shown:
-    """Show what the workspace holds."""
+    """Show what the workspace holds as a tree: what was made from what.
+
+    The artifacts that later commands start from are marked as current, the release that answers as live.
+    """
     data = look(call.workspace)
+    return Shown(data, [lineage_tree(data)])
+
+
+def lineage_tree(data: dict[str, Any]) -> RenderableType:
+    """The data set, below it its splits and artifacts, each below what it was made from."""
     dataset = data["dataset"]
+    root = Tree(Text(f"Workspace {data['workspace']}", style="bold"))
     if dataset is None:
-        views: list[RenderableType] = [f"Workspace {data['workspace']} holds no data set; see rayrec import --help."]
-    else:
-        names = ("id", "source", "plays", "users", "songs", "playlists", "rejected")
-        shown = {name: dataset[name] for name in names} | {"size": size(dataset["bytes"])}
-        views = [figures(f"Workspace {data['workspace']}", shown)]
-    rows = [["split", split["id"], "", "", split.get("protocol", "")] for split in data["splits"]]
+        root.add("No data set; see rayrec import --help")
+    branches: dict[tuple[str, str], Tree] = {}
+    if dataset is not None:
+        counts = ", ".join(f"{number(dataset[name])} {name}" for name in ("plays", "users", "songs"))
+        rejected = f", {number(dataset['rejected'])} rows rejected" if dataset["rejected"] else ""
+        text = f"data set {dataset['id']}  {counts}{rejected}  {size(dataset['bytes'])}  {day(dataset['created_at'])}"
+        branches["dataset", dataset["id"]] = root.add(Text(text.rstrip()))
+    for split in data["splits"]:
+        cut = split.get("protocol") or "in time"
+        _grow(root, branches, "split", {**split, "inputs": {"dataset": split["dataset"]}}, [cut], data)
     for kind in KINDS:
         for item in data[kind]:
-            state = "live" if item["id"] == data["active"] else _headline(item["figures"])
-            rows.append([kind, item["id"], size(item["bytes"]), day(item["created_at"]), state])
-    if rows:
-        views.append(table("", ["kind", "id", "size", "created (UTC)", "figures"], rows, left=["id", "figures"]))
-    return Shown(data, views)
+            facts = [_headline(item["figures"]), size(item["bytes"]), day(item["created_at"])]
+            _grow(root, branches, kind, item, facts, data)
+    return root
+
+
+def _grow(
+    root: Tree,
+    branches: dict[tuple[str, str], Tree],
+    kind: str,
+    item: dict[str, Any],
+    facts: list[str],
+    data: dict[str, Any],
+) -> None:
+    """Hang an artifact below the closest of its inputs that is in the tree."""
+    parents = [branches.get((role, item["inputs"].get(role, ""))) for role in PARENTS]
+    marks = []
+    if item["id"] == data["current"].get("splits" if kind == "split" else kind) and kind != "releases":
+        marks.append("current")
+    if kind == "releases" and item["id"] == data["active"]:
+        marks.append("live")
+    parent = next((branch for branch in parents if branch is not None), None)
+    if parent is None:
+        facts = [f"of data set {item['inputs'].get('dataset', 'unknown')}", *facts]
+    words = [f"{noun(kind)} {item['id']}", *filter(None, facts), *(f"[{mark}]" for mark in marks)]
+    branches[kind, item["id"]] = (parent or root).add(Text("  ".join(words), style="bold" if marks else ""))
 
 
 @command(app, "verify", example="rayrec verify")

@@ -26,8 +26,8 @@ def _bare(workspace: Workspace, config: ServeConfig) -> None:
     import uvicorn
     from fastapi import FastAPI
 
-    from rayrec.serving.replica import open_service
     from rayrec.serving.routes import create_app
+    from rayrec.serving.service import open_service
 
     noop = FastAPI(openapi_url=None)
 

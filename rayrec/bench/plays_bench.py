@@ -43,7 +43,7 @@ class _Listeners:
         return {
             "event_id": f"{user}-{place}",
             "user_id": user,
-            "song": self._songs[(place * 7919 + len(user)) % len(self._songs)],
+            "song_id": self._songs[(place * 7919 + len(user)) % len(self._songs)],
             "played_at": self._begin + place * GAP_MS,
         }
 

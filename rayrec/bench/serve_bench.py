@@ -71,12 +71,12 @@ def bench_serve(workspace: Workspace | None, config: BenchConfig | None, *, quic
     return {
         "name": "serve",
         "unit": "requests",
-        "p50_ratio": max(told["p50_ratio"] for told in catalogs),
-        "throughput_ratio": min(told["throughput_ratio"] for told in catalogs),
-        "stored_over_noop_ms": max(told["stored_over_noop_ms"] for told in catalogs),
-        "plays_cost_ratio": max(told["plays_cost_ratio"] for told in catalogs),
-        "per_second": min(told["loads"]["serve history 16"]["per_second"] for told in catalogs),
-        "errors": sum(told["errors"] for told in catalogs),
+        "p50_ratio": max(result["p50_ratio"] for result in catalogs),
+        "throughput_ratio": min(result["throughput_ratio"] for result in catalogs),
+        "stored_over_noop_ms": max(result["stored_over_noop_ms"] for result in catalogs),
+        "plays_cost_ratio": max(result["plays_cost_ratio"] for result in catalogs),
+        "per_second": min(result["loads"]["serve history 16"]["per_second"] for result in catalogs),
+        "errors": sum(result["errors"] for result in catalogs),
         "load_generator": generator(),
         "rounds": config.rounds,
         "catalogs": catalogs,
@@ -94,7 +94,7 @@ def _bench_catalog(place: Workspace, songs: int, config: BenchConfig) -> dict[st
             store_users(url, songs)
         slices = _measure(urls, songs, config)
         cost = _plays_cost(urls["bare"], songs, config)
-    return {"songs": songs, **summary(slices), "plays_cost_ratio": cost}
+    return {"songs": songs, **summarize_slices(slices), "plays_cost_ratio": cost}
 
 
 def _measure(urls: dict[str, str], songs: int, config: BenchConfig) -> list[dict[str, Load]]:
@@ -110,29 +110,29 @@ def _measure(urls: dict[str, str], songs: int, config: BenchConfig) -> list[dict
     count = config.rounds * max(1, round(config.serve_seconds / SLICE_SECONDS))
     with progress(f"bench serve, {songs:,} songs", (count + 1) * len(cases)) as bar:
         for number in range(-1, count):  # one for caches and connections, which does not count
-            found = {}
+            loads = {}
             for case in cases if number % 2 else cases[::-1]:
                 url = f"{urls[case.target]}/{'noop' if case.request == 'noop' else 'v1/recommendations'}"
-                found[case.name] = put_under_load(url, bodies.get(case.request, []), case.clients, SLICE_SECONDS)
+                loads[case.name] = put_under_load(url, bodies.get(case.request, []), case.clients, SLICE_SECONDS)
                 bar.advance()
-            slices += [found] if number >= 0 else []
+            slices += [loads] if number >= 0 else []
     return slices
 
 
-def summary(slices: list[dict[str, Load]]) -> dict[str, Any]:
+def summarize_slices(slices: list[dict[str, Load]]) -> dict[str, Any]:
     """Medians over slices, of the loads and of the ratios within a slice."""
 
     def ratio(field: str, clients: int) -> float:
-        pairs = [(found[f"serve history {clients}"], found[f"bare history {clients}"]) for found in slices]
+        pairs = [(one[f"serve history {clients}"], one[f"bare history {clients}"]) for one in slices]
         return float(median(getattr(serve, field) / max(getattr(bare, field), 1e-9) for serve, bare in pairs))
 
     fields = ("per_second", "p50_ms", "p99_ms")
     loads = {
-        name: {field: round(median(getattr(found[name], field) for found in slices), 3) for field in fields}
-        | {"errors": sum(found[name].errors for found in slices)}
+        name: {field: round(median(getattr(one[name], field) for one in slices), 3) for field in fields}
+        | {"errors": sum(one[name].errors for one in slices)}
         for name in slices[0]
     }
-    stored = [found["bare stored 1"].p50_ms - found["bare noop 1"].p50_ms for found in slices]
+    stored = [one["bare stored 1"].p50_ms - one["bare noop 1"].p50_ms for one in slices]
     return {
         "p50_ratio": ratio("p50_ms", 1),
         "throughput_ratio": ratio("per_second", 16),
@@ -158,7 +158,7 @@ def store_users(url: str, songs: int) -> None:
                 {
                     "event_id": f"{user}-{place}",
                     "user_id": f"user-{user}",
-                    "song": song_name((user * 7919 + place * 104_729) % songs),
+                    "song_id": song_name((user * 7919 + place * 104_729) % songs),
                     "played_at": PLAYED_AT + place * 200_000,
                 }
                 for place in range(PLAYS)
@@ -177,15 +177,15 @@ def _plays_cost(url: str, songs: int, config: BenchConfig) -> float:
 
         many = config.serve_many_plays
         rounds = PLAY_ROUNDS * config.rounds
-        told = bench_history_lengths(post, names, name=f"length-{songs}", rounds=rounds, many=many)
-    return 1 / float(told.ratio)
+        result = bench_history_lengths(post, names, name=f"length-{songs}", rounds=rounds, many=many)
+    return 1 / float(result.ratio)
 
 
 @contextmanager
 def application(kind: str, workspace: Workspace, store: Path, replicas: int = 1) -> Iterator[str]:
     """The URL of an application in a process of its own until the block ends: bare, or as `rayrec serve` runs it.
 
-    Raises `RayrecError` with the last it said where it does not start.
+    Raises `RayrecError` with its last line where it does not start.
     """
     uri = f"sqlite:///{store}"
     command = [sys.executable, "-m", "rayrec.bench.bare_server", workspace.uri, uri]
@@ -208,14 +208,14 @@ def application(kind: str, workspace: Workspace, store: Path, replicas: int = 1)
 
 
 def _url(kind: str, process: "subprocess.Popen[str]") -> str:
-    """The URL that an application tells when it answers; what it says later is read and dropped."""
+    """The URL that an application prints once it answers; later lines are read and dropped."""
     said, lines = "", process.stdout
     assert lines is not None
     for line in lines:
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
-        if found:
+        match = re.search(r"http://127\.0\.0\.1:\d+", line)
+        if match:
             threading.Thread(target=lambda: [None for _ in lines], daemon=True).start()
-            return found[0]
+            return match[0]
         said = line.strip() or said
     raise RayrecError(f"the {kind} application did not start: {said or 'no output'}")
 

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data import columns
+from rayrec.data.spelling import spell_id
 from rayrec.errors import InputError
 
 DESCRIPTIONS = "descriptions"  # the kind of artifact that `rayrec describe` writes
@@ -35,6 +36,11 @@ class Catalog:
             for row in picked
         ]
 
+    def listed(self, text: str) -> list[str]:
+        """The song ids of a text such as `12,7`: the whole text where it is an id, else what its commas divide."""
+        known = pc.is_in(pa.array([spell_id(text)], pa.string()), value_set=self.table.column(columns.SONG_ID))
+        return [text] if known[0].as_py() else [part for part in text.split(",") if part.strip()]
+
     def codes(self, name: str) -> np.ndarray:
         """int32 (N,): a number for each different value of a column of strings, -1 where it is null or not there."""
         if name not in self.table.column_names:
@@ -44,7 +50,8 @@ class Catalog:
 
     def rows(self, song_ids: list[str]) -> np.ndarray:
         """int32: the rows of outside ids. Raises `InputError` that names the unknown ones."""
-        found = pc.index_in(pa.array(song_ids, pa.string()), value_set=self.table.column(columns.SONG_ID))
+        spelled = pa.array(map(spell_id, song_ids), pa.string())
+        found = pc.index_in(spelled, value_set=self.table.column(columns.SONG_ID))
         unknown = [song for song, row in zip(song_ids, found.to_pylist(), strict=True) if row is None]
         if unknown:
             raise InputError(

@@ -9,6 +9,7 @@ from rayrec.data import columns
 from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE, Catalog, described
 from rayrec.data.histories import Histories, user_hash
 from rayrec.data.parts import find_user, merge_users, read_files, read_users, with_columns
+from rayrec.data.spelling import spell_id
 from rayrec.errors import NotFoundError
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -75,6 +76,7 @@ class Dataset:
 
     def history(self, user_id: str) -> Histories:
         """One user's history. Raises `NotFoundError` for a user who is not there."""
+        user_id = spell_id(user_id) or user_id
         bucket = int(self.bucket_of(np.array([user_id], dtype=object))[0])
         files = self.manifest.histories_files(bucket)
         found = [row for path in files if (row := find_user(self.workspace, path, user_id)) is not None]

@@ -154,7 +154,8 @@ def _read_file(workspace: Workspace, path: str, users_per_batch: int) -> Iterato
         file = pq.ParquetFile(stream)
         for groups in _spans(file.metadata):
             for batch in file.iter_batches(batch_size=users_per_batch, row_groups=groups):
-                yield Histories.from_arrow(batch)
+                if batch.num_rows:
+                    yield Histories.from_arrow(batch)
 
 
 def _spans(metadata: pq.FileMetaData) -> Iterator[list[int]]:

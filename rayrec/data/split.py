@@ -16,10 +16,11 @@ from rayrec.config import Settings, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate, user_hash
 from rayrec.errors import InputError, LeakError, MismatchError, NotFoundError
-from rayrec.storage.artifacts import fingerprint
+from rayrec.storage.artifacts import current_ids, fingerprint, make_current
 from rayrec.storage.workspace import Workspace, split_file
 
 DAY_MS = 24 * 3600 * 1000
+MIN_TRAINING_SHARE = 0.01  # of all plays
 SHARE_DIGITS = 9  # 1 - 0.2 - 0.1 is to be 0.7, not a little more
 
 Protocol = Literal["time", "last-fraction"]
@@ -262,8 +263,40 @@ def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
             "The data set has no times, plays are only ordered; split each user's plays with --last-fraction 0.2"
         )
     split = make_split(config, dataset=dataset.plays_id, first_play=dataset.first_play, last_play=dataset.last_play)
+    if split.protocol == "time":
+        _require_training_plays(workspace, split)
     save_split(workspace, split)
+    make_current(workspace, "splits", split.id)
     return split
+
+
+def _require_training_plays(workspace: Workspace, split: Split) -> None:
+    """Raise `InputError` where the training range holds less than 1 % of the plays.
+
+    The range reaches from the first play on, and one play of a clock that was wrong makes it look long.
+    """
+    if split.validation_from is None:
+        raise AssertionError("a split in time has a moment from which on it validates")
+    dataset = Dataset(workspace)
+    early, later, first_later = 0, 0, dataset.manifest.last_play
+    for histories in dataset.read_all():
+        is_early = histories.played_at < split.validation_from
+        early += int(is_early.sum())
+        later += int((~is_early).sum())
+        if early >= MIN_TRAINING_SHARE * dataset.manifest.plays:
+            return  # in the first buckets, mostly
+        first_later = min(first_later, histories.played_at[~is_early].min(initial=first_later))
+    if later:
+        raise InputError(
+            f"the training range, before {_day(split.validation_from)}, holds {early:,} of {early + later:,} plays: "
+            f"the first play is of {_day(dataset.manifest.first_play)}, the others are from {_day(first_later)} on; "
+            "ask for fewer test and validation days, or take plays of a wrong clock out of the files and import them "
+            "again with --force"
+        )
+
+
+def _day(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, timezone.utc).date().isoformat()
 
 
 def list_splits(workspace: Workspace) -> list[Split]:
@@ -275,10 +308,10 @@ def list_splits(workspace: Workspace) -> list[Split]:
 
 
 def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split: bool = False) -> Split | None:
-    """The named split, else the newest of the data set, else none: fits then use all plays.
+    """The named split, else the current one of the data set, else none: fits then use all plays.
 
-    A split that is named may be one of a data set that this one descends from. Raises `NotFoundError`
-    for an unknown id and `MismatchError` for a split that does not fit.
+    A split in time also holds for the data sets that plays were appended to since: the new plays are in its test range.
+    Raises `NotFoundError` for an unknown id and `MismatchError` for a split that does not fit.
     """
     if no_split:
         if split_id is not None:
@@ -286,22 +319,28 @@ def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split:
         return None
     dataset = Dataset(workspace)
     if split_id is None:
-        fitting = [split for split in list_splits(workspace) if split.dataset == dataset.manifest.plays_id]
-        return fitting[-1] if fitting else None
+        fitting = [split for split in list_splits(workspace) if holds_for(dataset, split)]
+        current = current_ids(workspace).get("splits")
+        return next((split for split in fitting if split.id == current), fitting[-1] if fitting else None)
     split = load_split(workspace, split_id)
     require_split_of(dataset, split)
     return split
 
 
-def require_split_of(dataset: Dataset, split: Split) -> None:
-    """Raise `MismatchError` unless the split cuts the data set, or one that it descends from in time.
+def holds_for(dataset: Dataset, split: Split) -> bool:
+    """True if the split is of the data set or, in time, of one that it descends from.
 
     A cut in time stays where it is when plays are appended; one at a share of each user's plays moves,
     and what was learned before the one may be tested behind the other.
     """
-    if split.dataset == dataset.manifest.plays_id or (
+    return split.dataset == dataset.manifest.plays_id or (
         split.protocol == "time" and dataset.descends_from(split.dataset)
-    ):
+    )
+
+
+def require_split_of(dataset: Dataset, split: Split) -> None:
+    """Raise `MismatchError` unless the split holds for the data set."""
+    if holds_for(dataset, split):
         return
     raise MismatchError(
         f"split {split.id} belongs to data set {split.dataset}, the workspace has {dataset.manifest.id}; "

@@ -36,7 +36,7 @@ DATASET_FIGURES = (
 
 
 def status(workspace: Workspace) -> dict[str, Any]:
-    """Plain values: the data set's figures or None, the splits, every artifact by kind, the live release's id or None.
+    """Plain values: the data set's figures or None, the splits, every artifact by kind, current and live ids.
 
     Times of plays are ms UTC, sizes bytes. An artifact's `figures` are the plain numbers that its stage reported.
     """
@@ -54,6 +54,7 @@ def status(workspace: Workspace) -> dict[str, Any]:
             for split in list_splits(workspace)
         ],
         **{kind: [_artifact(workspace, item) for item in artifacts.listing(workspace, kind)] for kind in KINDS},
+        "current": artifacts.current_ids(workspace),
         "active": None if active is None else active.id,
     }
 

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog
+from rayrec.data.problems import Problems
+from rayrec.data.spelling import plain, spell_id, spell_ids
 from rayrec.embeddings.vectors import SongVectors
 from rayrec.errors import InputError
 from rayrec.storage.artifacts import sha256
@@ -90,7 +92,19 @@ def _read_npy(path: Path) -> tuple[np.ndarray, pa.Array | None]:
     ids = _read_ids(path)
     if ids is not None and len(ids) != len(raw):
         raise InputError(f"vectors file {path} has {len(raw)} rows, its ids file {len(ids)} ids; they must be as many")
-    return raw, ids
+    return raw, None if ids is None else _spelled(path, ids)
+
+
+def _spelled(path: Path, ids: pa.Array) -> pa.Array:
+    """Ids as every import spells them. Raises `InputError` where a row has none."""
+    problems = Problems(len(ids))
+    spelled = spell_ids(ids, problems, column=columns.SONG_ID, reason="no song id")
+    if problems.bad.any():
+        raise InputError(
+            f"vectors file {path} has {int(problems.bad.sum())} rows with no song id, the first at row "
+            f"{int(problems.bad.argmax()) + 1}; leave such rows out"
+        )
+    return spelled
 
 
 def _require_matrix(path: Path, raw: np.ndarray) -> None:
@@ -104,10 +118,16 @@ def _read_ids(path: Path) -> pa.Array | None:
     text, listed = path.with_suffix(".ids.txt"), path.with_suffix(".ids.json")
     try:
         if text.is_file():
-            return pa.array(text.read_text(encoding="utf-8").splitlines(), pa.string())
+            lines = text.read_bytes().decode("utf-8-sig").split("\n")  # other line separators may be within an id
+            while lines and not lines[-1].strip():
+                lines.pop()
+            return pa.array([line.removesuffix("\r") for line in lines], pa.string())
         if listed.is_file():
-            return pa.array([str(song_id) for song_id in json.loads(listed.read_text(encoding="utf-8"))], pa.string())
-    except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+            values = json.loads(listed.read_text(encoding="utf-8-sig"))
+            if not isinstance(values, list):
+                raise ValueError("it holds no list")
+            return pa.array([spell_id(value) for value in values], pa.string())
+    except (ValueError, RecursionError, OSError) as error:
         raise InputError(
             f"the ids beside {path} cannot be read: {error}; give one id a line, or a JSON list"
         ) from error
@@ -119,15 +139,15 @@ def _read_parquet(path: Path) -> tuple[np.ndarray, pa.Array]:
         missing = {columns.SONG_ID, VECTOR} - set(pq.read_schema(path).names)
         if not missing:
             table = pq.read_table(path, columns=[columns.SONG_ID, VECTOR])
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(f"vectors file {path} is not Parquet: {error}; write it again") from error
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"vectors file {path} is not a whole Parquet file: {error}; write it again") from error
     if missing:
         raise InputError(
             f"vectors file {path} has no column {sorted(missing)[0]!r}; "
             f"expected {columns.SONG_ID} (string) and {VECTOR} (list of numbers)"
         )
-    lists = table.column(VECTOR).combine_chunks()
-    return _matrix(path, lists), table.column(columns.SONG_ID).combine_chunks().cast(pa.string())
+    ids = _spelled(path, table.column(columns.SONG_ID).combine_chunks())
+    return _matrix(path, plain(table.column(VECTOR))), ids
 
 
 def _matrix(path: Path, lists: pa.Array) -> np.ndarray:
@@ -135,13 +155,16 @@ def _matrix(path: Path, lists: pa.Array) -> np.ndarray:
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(is_kind(lists.type) for is_kind in kinds):
         raise InputError(f"vectors file {path}, column {VECTOR} is {lists.type}; expected lists of numbers")
+    if pa.types.is_fixed_size_list(lists.type):
+        lists = lists.cast(pa.list_(lists.type.value_type))  # its flat values leave out null lists
     lengths = pc.unique(pc.list_value_length(lists)).to_pylist()
     if len(lengths) != 1 or lengths[0] in (None, 0):
         raise InputError(
             f"vectors file {path}, column {VECTOR} has lists of lengths {sorted(map(str, lengths))[:5]}; "
             "expected vectors of one length, none of them null"
         )
-    values = np.asarray(pc.list_flatten(lists).to_numpy(zero_copy_only=False))
+    flat = pc.list_flatten(lists)
+    values = np.asarray((flat.cast(pa.float64()) if pa.types.is_decimal(flat.type) else flat).to_numpy(False))
     raw = values.reshape(-1, lengths[0])
     _require_matrix(path, raw)
     return raw
@@ -149,8 +172,12 @@ def _matrix(path: Path, lists: pa.Array) -> np.ndarray:
 
 def _catalog_rows(path: Path, song_ids: pa.Array, catalog: Catalog) -> np.ndarray:
     """int64: the catalog row of each id, -1 where the catalog has none."""
-    distinct = pc.count_distinct(song_ids, mode="all").as_py()
-    if distinct != len(song_ids):
-        raise InputError(f"vectors file {path} has {len(song_ids) - distinct} ids that occur before; give each id once")
+    counts = pc.value_counts(song_ids)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    if len(repeated):
+        raise InputError(
+            f"vectors file {path} has {len(song_ids) - len(counts)} ids that occur before, such as "
+            f"{repeated[0].as_py()!r}; give each id once"
+        )
     found = pc.index_in(song_ids, value_set=catalog.table.column(columns.SONG_ID))
     return np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False), dtype=np.int64)

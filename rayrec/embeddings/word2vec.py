@@ -121,6 +121,7 @@ def _frequencies(corpus: Corpus, min_count: int) -> dict[str, int]:
     if not (corpus.counts >= min_count).any():
         raise InputError(
             f"nothing to train song embeddings on: {corpus.sentences} playlists or sessions of two or more songs, "
-            f"no song {min_count} times in them; import more plays, or lower min_count"
+            f"no song {min_count} times in them; if plays lie further apart than --session-gap-minutes (30 unless "
+            "given), raise it, for example to 1440; else lower --min-count or import more plays"
         )
     return dict(zip(map(str, rows.tolist()), corpus.counts[rows].tolist(), strict=True))

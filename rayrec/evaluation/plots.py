@@ -134,7 +134,7 @@ def training_plot(epochs: Sequence[dict[str, Any]]) -> Plot | None:
     return Plot(
         file="training.png",
         title="Training",
-        note="The validation range gives the number of epochs; then a network is trained anew on both ranges.",
+        note="The validation range gives the number of epochs; then a network is trained again on both ranges.",
         alt="Loss and validation recall by epoch",
         png=_png(figure),
     )
@@ -155,8 +155,7 @@ def song_map(vectors: np.ndarray, plays: np.ndarray, titles: Sequence[str]) -> P
     axes.scatter(*points.T, s=size, color=LOSS_COLOR, alpha=0.35, linewidths=0)
     for number, (point, title) in enumerate(zip(points, titles[:NAMED], strict=False), 1):
         short = title if len(title) <= TITLE_LETTERS else title[: TITLE_LETTERS - 1] + "…"
-        # The legend shows text as it is: a title may hold the dollar signs of formulas.
-        label = f"{number}  {short}".replace("$", r"\$")
+        label = short.replace("$", r"\$")  # a title is no formula
         axes.scatter(*point, marker=f"${number}$", s=90, color="black", linewidths=0.4, label=label)
     axes.set_xlabel(f"first axis, {share[0]:.0%} of the variance")
     axes.set_ylabel(f"second axis, {share[1]:.0%}")

@@ -12,6 +12,7 @@ import jinja2
 from rayrec.evaluation import tables
 from rayrec.evaluation.plots import Plot
 from rayrec.evaluation.protocol import TARGETS, usual_k
+from rayrec.evaluation.results import ABLATION
 from rayrec.evaluation.tables import GROUP_TITLES, SUMMARY, Entry, Table
 from rayrec.storage.artifacts import Manifest, verify
 from rayrec.storage.workspace import Workspace
@@ -98,7 +99,7 @@ def html_page(
     plots: Sequence[Plot] = (),
 ) -> str:
     """The report as one HTML page that needs no other file: the verdict and a chart first, all figures folded."""
-    compared = [entry for entry in figures["results"] if entry["kind"] != tables.ABLATION]
+    compared = [entry for entry in figures["results"] if entry["kind"] != ABLATION]
     k = usual_k([entry["k"] for entry in compared])
     first = next(target for target in TARGETS if any(entry["target"] == target for entry in compared))
     values = _values(compared, k)

@@ -19,6 +19,8 @@ DIGITS = 6  # of every figure
 # Targets and metrics of comparisons.
 COMPARED = (("served", "next", "next_repeat", "offsets25_50", "served25_50"), ("recall", "mrr"))
 
+ABLATION = "ablation"  # the kind of models that lack a part of the default one
+
 Entry = dict[str, Any]
 
 
@@ -54,8 +56,8 @@ class Figures:
     def results(self, views: Sequence[str] = TARGETS) -> list[Entry]:
         """One entry per model, target, group of users, metric and cut-off; groups without a query are left out.
 
-        Each has model, kind, users (all, seen, new or held_out), target, metric, k, value, low, high, and plays (the
-        queries) and users_count, which stand behind it.
+        Each has model, kind (baseline, network or ablation), users (all, seen, new or held_out), target, metric, k,
+        value, low, high, and plays (the queries) and users_count, which stand behind it.
         """
         return [
             entry
@@ -77,7 +79,8 @@ class Figures:
             return
         figures = self._means(self._sums.metrics[:, model, place, groups].sum(axis=1), queries)
         recommender, target = self._recommenders[model], "next" if view == LAST else view
-        about = {"model": recommender.name, "kind": recommender.kind, "users": group, "target": target}
+        kind = ABLATION if recommender.without else recommender.kind
+        about = {"model": recommender.name, "kind": kind, "users": group, "target": target}
         behind = {"plays": int(queries[0]), "users_count": int(self._sums.users[place, groups].sum())}
         for column, (metric, k) in enumerate(self._columns):
             yield {**about, "metric": metric, "k": k, **_interval(figures, column), **behind}

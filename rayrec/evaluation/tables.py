@@ -33,7 +33,6 @@ BY_TITLES = {
 }
 VECTOR_TITLES = {"songs": "as embedded", "models": "as the network scores them"}
 NEGATIVE_TITLES = {"uniform": "any song", "zipf": "popular songs"}
-ABLATION = "ablation"  # the kind of models that lack a part of the default one
 AS_SERVED = "As served: plays of songs new to the user, ranked among the songs that the user has not heard."
 
 

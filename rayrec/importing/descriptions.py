@@ -1,21 +1,37 @@
-"""Descriptions of songs: a table of titles, artists, albums, release days and markets, by song id.
+"""Song metadata: a table of titles, artists, albums, release days and markets by song id, kept beside the data set.
 
 A csv file with a header line, or a Parquet file. Roles of its columns: song, and any of title, artist, album,
 released (YYYY-MM-DD, YYYY-MM or YYYY) and markets (names separated by `|`); in Parquet dates and lists will do.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
+from pydantic import Field
 
+from rayrec.config import Settings, to_mapping
 from rayrec.data import columns
+from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE
 from rayrec.data.columns import one_array
-from rayrec.errors import InputError
+from rayrec.data.dataset import Dataset
+from rayrec.data.problems import Problems
+from rayrec.data.spelling import NOT_UTF8, plain, spell_ids, spell_lists, spell_texts
+from rayrec.errors import DamagedInputError, InputError
+from rayrec.importing.readers import delimited
+from rayrec.importing.readers.delimited import Delimiter
 from rayrec.importing.readers.files import COMPRESSED, open_plain
+from rayrec.importing.readers.lines import read_blocks
+from rayrec.importing.readers.reader import NO_SONG, Unit
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.locking import writes
+from rayrec.storage.workspace import Workspace
 
 ROLES = {
     "song": columns.SONG_ID,
@@ -25,49 +41,166 @@ ROLES = {
     "released": columns.RELEASED,
     "markets": columns.MARKETS,
 }
-MARKET_SEPARATOR = "|"
 DAY = r"^\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?)?$"
+FIRST_DAY, LAST_DAY = -719_162, 2_932_896  # days since 1970 of the years 1 and 9999, which Python's dates reach
+NO_DAY = "release day is neither YYYY-MM-DD, YYYY-MM nor YYYY"
+DAY_OUT_OF_RANGE = "release day is not in the years 1 to 9999"
 
 
-def read_descriptions(source: str, names: Mapping[str, str] | None = None, delimiter: str = ",") -> pa.Table:
-    """columns.DESCRIPTIONS of a file, local or on a bucket; `names` maps roles to its columns.
+class DescribeConfig(Settings):
+    """Which columns of the file hold which metadata."""
 
-    The first row of a song counts. Raises `InputError` for a file that is neither csv nor Parquet, a role or
-    column that there is not, and a release day that is none.
+    columns: dict[str, str] = Field(
+        {},
+        description=f"Column of each role, as role=column; roles: {', '.join(ROLES)}; default: same name",
+    )
+    delimiter: Delimiter = Field(",", description="csv: column delimiter; \\t for a tab")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SongMetadata:
+    """What a file holds."""
+
+    table: pa.Table  # columns.DESCRIPTIONS
+    rejected: dict[str, int]  # reason -> rows
+    invalid: dict[str, int]  # reason -> values that were left out of their rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """What `describe` came to."""
+
+    songs: int  # of the catalog
+    described: int  # songs that the file has a row for
+    unknown: int  # songs of the file that are not in the catalog; left out until they are imported
+    titles: int  # songs of the catalog with a title now
+    artists: int
+    albums: int
+    released: int  # songs with a release day
+    markets: int  # songs with a list of markets
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows of the file
+    invalid: dict[str, int] = field(default_factory=dict)  # reason -> values that were left out of their rows
+
+
+@writes("describe")
+def describe(workspace: Workspace, config: DescribeConfig, path: str) -> Described:
+    """Read a table of songs and keep it beside the data set, in place of the one that was there.
+
+    Raises `NotFoundError` without a data set, and `InputError` as `read_descriptions` does.
     """
-    table = _read(source, delimiter)
-    found = _columns(source, table.column_names, names or {})
-    ids = _text(table.column(found["song"]))
-    kept = _first_of_each(ids)
-    table, ids = table.take(pa.array(kept)), ids.take(pa.array(kept))
-    values = {columns.SONG_ID: ids}
-    for role in ("title", "artist", "album"):
-        if role in found:
-            values[ROLES[role]] = _text(table.column(found[role]))
-    if "released" in found:
-        values[columns.RELEASED] = _days(source, one_array(table.column(found["released"])))
-    if "markets" in found:
-        values[columns.MARKETS] = _markets(one_array(table.column(found["markets"])))
-    rows = [values.get(field.name, pa.nulls(len(ids), field.type)) for field in columns.DESCRIPTIONS]
-    return pa.table(rows, schema=columns.DESCRIPTIONS)
+    dataset = Dataset(workspace)
+    metadata = read_descriptions(path, config.columns, config.delimiter)
+    store_descriptions(dataset, metadata.table, {**to_mapping(config), "path": path})
+    table = dataset.catalog().table
+    known = pc.is_in(metadata.table.column(columns.SONG_ID), value_set=one_array(table.column(columns.SONG_ID)))
+    described = pc.sum(known).as_py() or 0
+
+    def given(name: str) -> int:
+        return len(table) - int(table.column(name).null_count)
+
+    return Described(
+        songs=len(table),
+        described=described,
+        unknown=len(metadata.table) - described,
+        titles=given(columns.TITLE),
+        artists=given(columns.ARTIST),
+        albums=given(columns.ALBUM),
+        released=given(columns.RELEASED),
+        markets=given(columns.MARKETS),
+        rejected=metadata.rejected,
+        invalid=metadata.invalid,
+    )
 
 
-def _read(source: str, delimiter: str) -> pa.Table:
-    """All columns of the file, those of csv as strings."""
-    with open_plain(source) as stream:
-        data = stream.read()
+def store_descriptions(dataset: Dataset, table: pa.Table, config: dict[str, Any]) -> Manifest:
+    """Make `table`, columns.DESCRIPTIONS, the metadata of the data set's songs, in place of what was there."""
+    workspace, inputs = dataset.workspace, {"dataset": dataset.manifest.id}
+    before = artifacts.listing(workspace, DESCRIPTIONS)
+    print_id = artifacts.fingerprint("describe", config, inputs)
+    made_id, _ = artifacts.new_id(workspace, DESCRIPTIONS, print_id, repeat=True)
+    manifest = Manifest(kind=DESCRIPTIONS, id=made_id, config=config, inputs=inputs)
+    workspace.write_table(manifest.path(DESCRIPTIONS_FILE), table)
+    made = artifacts.publish(workspace, manifest, [DESCRIPTIONS_FILE])
+    for each in before:
+        workspace.delete(each.path("manifest.json"))  # first: without it the rest is nothing
+        workspace.delete(each.folder)
+    return made
+
+
+def read_descriptions(source: str, names: Mapping[str, str] | None = None, delimiter: str = ",") -> SongMetadata:
+    """The metadata of a file, local or on a bucket; `names` maps roles to its columns.
+
+    The first row of a song counts. A row without a song, or of a line that cannot be read, is rejected; another value
+    that cannot be read costs that value alone. Raises `InputError` for a file that is neither csv nor Parquet, and a
+    role or column that there is not.
+    """
     path = source.removesuffix(COMPRESSED)
+    rejected: dict[str, int] = {}
+    invalid: dict[str, int] = {}
+    if path.endswith(".parquet"):
+        rows = _read_parquet(source, names or {})
+    elif path.endswith((".csv", ".tsv")):
+        rows, rejected = _read_csv(source, names or {}, delimiter)
+    else:
+        raise InputError(f"{source} is neither .csv nor .parquet; give a table of songs as one of them")
+    problems = Problems(len(rows["song"]))
+    ids = spell_ids(rows["song"], problems, column="song", reason=NO_SONG)
+    rejected |= _counts(problems)
+    usable = np.flatnonzero(~problems.bad)
+    if not len(usable):
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in rejected.items()) or "it has none"
+        raise InputError(f"{source}: no row can be used: {reasons}; check the format and the delimiter")
+    kept = pa.array(usable[_first_of_each(ids.take(pa.array(usable)))])
+    values = {columns.SONG_ID: ids.take(kept)}
+    readers = {"released": _days, "markets": spell_lists}
+    for role in [role for role in ROLES if role in rows and role != "song"]:
+        problems = Problems(len(kept))
+        read = readers.get(role, spell_texts)(plain(rows[role]).take(kept), problems, column=role)
+        bad = pa.array(problems.bad)
+        values[ROLES[role]] = pc.if_else(bad, pa.scalar(None, read.type), read) if problems.bad.any() else read
+        for reason, count in _counts(problems).items():
+            invalid[f"{role}: {reason}" if reason == NOT_UTF8 else reason] = count
+    table = [values.get(item.name, pa.nulls(len(kept), item.type)) for item in columns.DESCRIPTIONS]
+    return SongMetadata(table=pa.table(table, schema=columns.DESCRIPTIONS), rejected=rejected, invalid=invalid)
+
+
+def _read_csv(source: str, names: Mapping[str, str], delimiter: str) -> tuple[dict[str, pa.Array], dict[str, int]]:
+    """The columns by role, and how many lines were no rows, by reason."""
+    header = delimited.read_header(source, delimiter)
+    found = _columns(source, header, names)
+    parts: list[pa.Table] = []
+    rejected: list[pa.ChunkedArray] = []
+    for block in read_blocks(Unit(source=source)):
+        rows = delimited.parse(
+            block,
+            {role: header.index(name) for role, name in found.items()},
+            num_columns=len(header),
+            delimiter=delimiter,
+            quoted=True,
+            source=source,
+            skip=1 if block.first == 1 else 0,
+        )
+        parts.append(pa.table(rows.values))
+        rejected.append(rows.rejected.column("reason"))
+    table = pa.concat_tables(parts)
+    reasons = pc.value_counts(pa.chunked_array([chunk for column in rejected for chunk in column.chunks], pa.string()))
+    return (
+        {role: one_array(table.column(role)) for role in found},
+        {pair["values"]: pair["counts"] for pair in reasons.to_pylist()},
+    )
+
+
+def _read_parquet(source: str, names: Mapping[str, str]) -> dict[str, pa.Array]:
     try:
-        if path.endswith(".parquet"):
-            return pq.read_table(pa.BufferReader(data))
-        if path.endswith(".csv"):
-            parse = pacsv.ParseOptions(delimiter=delimiter)
-            names = pacsv.open_csv(pa.BufferReader(data), parse_options=parse).schema.names
-            strings = pacsv.ConvertOptions(column_types={name: pa.string() for name in names})
-            return pacsv.read_csv(pa.BufferReader(data), parse_options=parse, convert_options=strings)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{source} cannot be read: {str(error).splitlines()[0]}") from error
-    raise InputError(f"{source} is neither .csv nor .parquet; give a table of songs as one of them")
+        with open_plain(source) as stream:
+            file = pq.ParquetFile(pa.BufferReader(stream.read()), page_checksum_verification=True)
+        found = _columns(source, file.schema_arrow.names, names)
+        table = file.read(columns=list(found.values()))
+        table.validate()
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise DamagedInputError(f"{source} cannot be read: {reason}; fetch it again or check the format") from error
+    return {role: one_array(table.column(name)) for role, name in found.items()}
 
 
 def _columns(source: str, there: list[str], names: Mapping[str, str]) -> dict[str, str]:
@@ -76,11 +209,14 @@ def _columns(source: str, there: list[str], names: Mapping[str, str]) -> dict[st
     if unknown:
         raise InputError(f"cannot map a column to {unknown[0]!r}; expected some of {', '.join(ROLES)}")
     found = {role: names.get(role, role) for role in ROLES if names.get(role, role) in there}
+    twice = [name for name in found.values() if there.count(name) > 1]
+    if twice:
+        raise InputError(f"{source} has {there.count(twice[0])} columns named {twice[0]!r}; rename all but one")
     missing = [role for role in ("song", *names) if role not in found]
     if missing:
         raise InputError(
             f"{source} has no column {names.get(missing[0], missing[0])!r} for {missing[0]}; it has "
-            f"{', '.join(there)}; map it with --columns {missing[0]}=NAME"
+            f"{delimited.shown_columns(there)}; map it with --columns {missing[0]}=NAME"
         )
     if len(found) == 1:
         raise InputError(f"{source} has no metadata column; expected one of {', '.join(list(ROLES)[1:])} in it")
@@ -88,37 +224,44 @@ def _columns(source: str, there: list[str], names: Mapping[str, str]) -> dict[st
 
 
 def _first_of_each(ids: pa.Array) -> np.ndarray:
-    """int64: the row of the first of each id, in order; rows without one are left out."""
-    codes = np.asarray(pc.fill_null(ids.dictionary_encode().indices, -1))
-    found, first = np.unique(codes, return_index=True)
-    return np.sort(first[found >= 0])
+    """int64: the row of the first of each id, in order."""
+    codes = np.asarray(ids.dictionary_encode().indices)
+    return np.sort(np.unique(codes, return_index=True)[1])
 
 
-def _text(values: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """Strings without space around them; null where nothing is left."""
-    texts = pc.utf8_trim_whitespace(one_array(values.cast(pa.string())))
-    return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
+def _counts(problems: Problems) -> dict[str, int]:
+    reasons = problems.reasons()
+    return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
 
 
-def _days(source: str, values: pa.Array) -> pa.Array:
-    """date32; of a month or a year its first day."""
+def _days(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
+    """date32, of a month or a year its first day; those that are none, or not in the years 1 to 9999, are marked."""
     if pa.types.is_date(values.type) or pa.types.is_timestamp(values.type):
-        return values.cast(pa.date32(), safe=False)
-    texts = _text(values)
-    fits = pc.fill_null(pc.match_substring_regex(texts, DAY), True)
-    whole = pc.binary_join_element_wise(texts, "-01-01", "")
-    whole = pc.utf8_slice_codeunits(whole, 0, 10)
+        days = values.cast(pa.date32(), safe=False)
+    else:
+        texts = spell_texts(values, problems, column=column)
+        fits = pc.fill_null(pc.match_substring_regex(texts, DAY), True)
+        whole = pc.utf8_slice_codeunits(pc.binary_join_element_wise(texts, "-01-01", ""), 0, 10)
+        problems.mark(~fits.to_numpy(zero_copy_only=False), NO_DAY)
+        days = _cast_days(pc.if_else(fits, whole, None), problems)
+    numbers = pc.fill_null(days.cast(pa.int32()), 0).to_numpy(zero_copy_only=False)
+    outside = (numbers < FIRST_DAY) | (numbers > LAST_DAY)
+    problems.mark(outside, DAY_OUT_OF_RANGE)
+    return pc.if_else(pa.array(outside), pa.scalar(None, pa.date32()), days)
+
+
+def _cast_days(texts: pa.Array, problems: Problems) -> pa.Array:
+    """YYYY-MM-DD to date32; the 30th of February is marked."""
     try:
-        if not pc.all(fits).as_py():
-            raise pa.ArrowInvalid(texts.filter(pc.invert(fits))[0].as_py())
-        return whole.cast(pa.date32())
-    except pa.ArrowInvalid as error:
-        raise InputError(
-            f"{source} has a release day that is none: {error}; expected YYYY-MM-DD, YYYY-MM or YYYY"
-        ) from error
+        return texts.cast(pa.date32())
+    except pa.ArrowInvalid:
+        days = [_day(text) for text in texts.to_pylist()]
+    problems.mark(np.array([day is None for day in days], dtype=bool) & texts.is_valid().to_numpy(False), NO_DAY)
+    return pa.array(days, pa.date32())
 
 
-def _markets(values: pa.Array) -> pa.Array:
-    if pa.types.is_list(values.type):
-        return values.cast(pa.list_(pa.string()))
-    return pc.split_pattern(_text(values), MARKET_SEPARATOR).cast(pa.list_(pa.string()))
+def _day(text: str | None) -> date | None:
+    try:
+        return None if text is None else date.fromisoformat(text)
+    except ValueError:
+        return None

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.dataset import bucket_of
-from rayrec.errors import InputError
+from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers.reader import Batch
 from rayrec.importing.vocabulary import PLACE, SONGS, SongMerger, first_songs, key_ranges, range_of, song_keys
 from rayrec.storage.workspace import OutputFile, Workspace
@@ -61,6 +61,7 @@ class UnitResult:
     contexts: dict[str, int] = field(default_factory=dict)  # name -> plays
     has_skipped: bool = False
     error: str = ""  # why the input cannot be imported at all
+    damaged: bool = False  # the error is that the file cannot be read to its end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,7 @@ class FragmentStore:
                         spool.reject(number, batch.rejected)
                         spool.add(number, batch.rows)
                 except InputError as error:
-                    counts[-1].error = str(error)
+                    counts[-1].error, counts[-1].damaged = str(error), isinstance(error, DamagedInputError)
                     break
             rejected = spool.rejected()
             result = PieceResult(
@@ -346,6 +347,7 @@ class _Counts:
         self.contexts: dict[str, int] = {}
         self.has_skipped = False
         self.error = ""
+        self.damaged = False
 
     def add(self, batch: Batch) -> None:
         self.read += batch.read

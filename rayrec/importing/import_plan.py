@@ -2,18 +2,18 @@
 
 import posixpath
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from rayrec.config import Settings, to_mapping
-from rayrec.errors import InputError
+from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.delimited import Delimiter, Separator
-from rayrec.importing.readers.files import SourceFile, find_files, is_compressed
+from rayrec.importing.readers.files import SourceFile, ends_with_line, find_files, is_compressed
 from rayrec.importing.readers.reader import Reader, ReadOptions, Unit
 from rayrec.importing.readers.tabular import roles
 from rayrec.storage.artifacts import fingerprint
@@ -23,12 +23,16 @@ Kind = Literal["plays", "playlists"]
 
 BUCKET_BYTES = 64 << 20
 MIN_BUCKETS, MAX_BUCKETS = 16, 4096
-MAX_PIECES = 512
+UNGROUPED_UNITS = 2_048  # up to which each unit is a piece: a damaged file costs nothing but itself
+MAX_PIECES = 512  # where there are more units
 READS = 1 << 18  # of the second pass of an import, about: two requests each
 UNPACKED = 6  # bytes of text in a byte of .gz, about; Parquet is as dense
 DENSE_FORMATS = ("parquet",)
 # Settings that change nothing in what is read of a unit.
-NOT_OF_READING = ("paths", "min_user_plays", "min_song_plays", "buckets", "unit_mib")
+NOT_OF_READING = (
+    *("paths", "min_user_plays", "min_song_plays", "buckets", "unit_mib"),
+    *("max_rejected", "skip_damaged"),
+)
 
 
 class ImportConfig(Settings):
@@ -59,6 +63,10 @@ class ImportConfig(Settings):
         description="Buckets of users, fixed at the first import; 0: one per 64 MiB, 16 to 4096",
     )
     unit_mib: float = Field(64.0, gt=0, description="Input per task, in MiB of a file")
+    max_rejected: float = Field(
+        0.5, ge=0, le=1, description="Share of the rows that may be rejected; above it nothing is imported"
+    )
+    skip_damaged: bool = Field(False, description="Skip files that cannot be read to their end, instead of failing")
 
     @model_validator(mode="after")
     def _check_format(self) -> "ImportConfig":
@@ -123,6 +131,8 @@ class Plan:
     pieces: list[list[int]]  # units that one task reads into one file of fragments, in the order of import
     piece_names: list[str]  # change with the units' files, their sizes and dates, and how they are read
     id: str  # changes with the settings and with the names, sizes and dates of the files
+    notes: list[str] = field(default_factory=list)  # what a person should know of the files
+    damaged: dict[str, str] = field(default_factory=dict)  # file -> why it cannot be read; it has no units
 
     @property
     def size(self) -> int:
@@ -140,11 +150,12 @@ class Plan:
         return offsets
 
 
-def make_plan(config: ImportConfig) -> Plan:
-    """Find the files and cut them into units.
+def make_plan(config: ImportConfig, damaged: Mapping[str, str] | None = None) -> Plan:
+    """Find the files and cut them into units; `damaged` ones, with the reason, are left out.
 
     Raises `InputError` for a path that is not there, a folder without files of the format, a file
-    that can be seen to lack a header or a column, and files of one name where users are named by file.
+    that can be seen to be damaged (unless it may be skipped), to lack a header or a column, and files whose users
+    their names would mix up.
     """
     files = find_files(config.paths, FORMATS[config.format].patterns)
     names = Counter(posixpath.basename(file.source) for file in files)
@@ -154,10 +165,18 @@ def make_plan(config: ImportConfig) -> Plan:
             "rename one of the files"
         )
     reader = config.reader()
+    damaged = dict(damaged or {})
     units: list[Unit] = []
     unit_files: list[int] = []
     for number, file in enumerate(files):
-        found = reader.plan(file.source, file.size, max(1, round(config.unit_mib * (1 << 20))))
+        if file.source in damaged:
+            continue
+        try:
+            found = reader.plan(file.source, file.size, max(1, round(config.unit_mib * (1 << 20))))
+        except DamagedInputError as error:
+            if not config.skip_damaged:
+                raise
+            damaged[file.source], found = str(error), []
         units.extend(found)
         unit_files.extend([number] * len(found))
     described = [list(file) for file in files]
@@ -174,12 +193,32 @@ def make_plan(config: ImportConfig) -> Plan:
         unit_names[piece[0]] if len(piece) == 1 else fingerprint("piece", {"units": [unit_names[n] for n in piece]}, {})
         for piece in pieces
     ]
-    return Plan(files=files, units=units, unit_files=unit_files, pieces=pieces, piece_names=piece_names, id=plan_id)
+    return Plan(
+        files=files,
+        units=units,
+        unit_files=unit_files,
+        pieces=pieces,
+        piece_names=piece_names,
+        id=plan_id,
+        notes=_notes(config, [file for file in files if file.source not in damaged]),
+        damaged=damaged,
+    )
+
+
+def _notes(config: ImportConfig, files: Sequence[SourceFile]) -> list[str]:
+    kind = FORMATS[config.format]
+    notes = kind.check_users([file.source for file in files], config.user) if kind.check_users else []
+    if kind.ends_with_line:
+        open_ended = [file.source for file in files if not ends_with_line(file)]
+        if open_ended:
+            more = f" and {len(open_ended) - 1:,} more files" if len(open_ended) > 1 else ""
+            notes.append(f"The last line of {open_ended[0]}{more} has no line end: the file may have been cut.")
+    return notes
 
 
 def _pieces(sizes: Sequence[float]) -> list[list[int]]:
     """Units of some bytes each, one a piece; where there are very many, so many that follow each other."""
-    if len(sizes) <= MAX_PIECES:
+    if len(sizes) <= UNGROUPED_UNITS:
         return [[unit] for unit in range(len(sizes))]
     ends = np.cumsum(sizes)
     piece = np.minimum(ends / max(1, ends[-1]) * MAX_PIECES, MAX_PIECES - 1).astype(np.int64)

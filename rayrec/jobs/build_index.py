@@ -8,7 +8,7 @@ from rayrec.config import to_mapping
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
 from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex, import_faiss
-from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, newest, publish
+from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, newest, publish, reuse
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
@@ -30,7 +30,7 @@ def build_index(
     stage_id = fingerprint("index", to_mapping(config), inputs)
     index_id, complete = new_id(workspace, "indexes", stage_id, repeat=repeat)
     if complete:
-        return load(workspace, "indexes", index_id)
+        return reuse(workspace, "indexes", index_id)
     manifest = Manifest(kind="indexes", id=index_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     started = time.perf_counter()
     with ray_cluster(), progress("index"):

@@ -1,5 +1,6 @@
 """What an evaluation compares: baselines, and the networks of one or more models artifacts, all of one split."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,10 @@ from rayrec.storage.workspace import Workspace
 
 TWO_STEP, TASTE, TASTE_SHORT = "two-step", "taste", "taste-short"
 NETWORKS = (TWO_STEP, TASTE, TASTE_SHORT)  # the recommenders that a models artifact may give
+
+
+# The part that is left out, and what makes the default model without it: a ranker is trained anew for each.
+Ablations = Mapping[str, Callable[[], Recommender]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +87,14 @@ def choose(
 
 
 def _named(workspace: Workspace, config: EvaluateConfig) -> tuple[list[str], dict[str, Manifest]]:
-    """The names of the models asked for, and the artifacts of those given as NAME=ID."""
+    """The names of the models wanted, and the artifacts of those given as NAME=ID."""
     names: list[str] = []
     others: dict[str, Manifest] = {}
-    for asked in config.models or ():
-        name, equals, model_id = asked.partition("=")
+    for spelled in config.models or ():
+        name, equals, model_id = spelled.partition("=")
         if equals:
             if name in (*NETWORKS, *BASELINES, *others) or not name:
-                raise InputError(f"{asked}: name another model differently, such as r_hst={model_id}")
+                raise InputError(f"{spelled}: name another model differently, such as r_hst={model_id}")
             others[name] = load(workspace, "models", model_id)
         elif name not in (*NETWORKS, *BASELINES):
             raise InputError(
@@ -118,9 +123,13 @@ def require_split(part: Manifest, split: Split | None, dataset: Dataset, command
 
 
 def make_recommenders(
-    workspace: Workspace, dataset: Dataset, compared: ComparedModels, split: Split | None
+    workspace: Workspace,
+    dataset: Dataset,
+    compared: ComparedModels,
+    split: Split | None,
+    ablations: Ablations | None = None,
 ) -> tuple[list[Recommender], np.ndarray]:
-    """Fit the baselines on what final fits may see and load the networks, in the order of the names.
+    """Fit the baselines on what final fits may see and load the networks, in the order of the names, then ablations.
 
     The settings of baselines are chosen on the validation range, where the split has one.
 
@@ -147,7 +156,17 @@ def make_recommenders(
         fitted[name].name = name
     popularity = fitted["popularity"]
     assert isinstance(popularity, PopularityRecommender)
-    return [fitted[name] for name in compared.names], popularity.plays
+    return [*(fitted[name] for name in compared.names), *make_ablated(ablations or {})], popularity.plays
+
+
+def make_ablated(ablations: Ablations) -> list[Recommender]:
+    """The default model without each of its parts, named `without PART`."""
+    models = []
+    for part, make in ablations.items():
+        model = make()
+        model.name, model.without = f"without {part}", part
+        models.append(model)
+    return models
 
 
 def _networks(workspace: Workspace, dataset: Dataset, model: Manifest) -> dict[str, Recommender]:

@@ -10,12 +10,11 @@ from typing import Any
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import FitRange, Split, fit_range
+from rayrec.data.split import FitRange, Split, fit_range, require_split_of
 from rayrec.embeddings import fit_embeddings, health
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.embeddings.external import file_id
 from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors
-from rayrec.errors import MismatchError
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
 from rayrec.progress import progress
 from rayrec.storage import artifacts
@@ -38,18 +37,14 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
     dataset = Dataset(workspace)
     inputs = {"dataset": dataset.manifest.id}
     if split is not None:
-        if split.dataset != dataset.manifest.id:
-            raise MismatchError(
-                f"split {split.id!r} belongs to data set {split.dataset!r}, the workspace has {dataset.manifest.id!r}; "
-                "run `rayrec split` again"
-            )
+        require_split_of(dataset, split)
         inputs["split"] = split.id
     if config.vectors is not None:
         inputs["vectors"] = file_id(config.vectors)
     stage_id = artifacts.fingerprint("embed", to_mapping(config), inputs)
     songs_id, complete = artifacts.new_id(workspace, "songs", stage_id, repeat=repeat)
     if complete:
-        return artifacts.load(workspace, "songs", songs_id)
+        return artifacts.reuse(workspace, "songs", songs_id)
     manifest = Manifest(kind="songs", id=songs_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     started = time.perf_counter()
     fits = {FINAL: fit_range(split)}

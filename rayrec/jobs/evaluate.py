@@ -19,11 +19,11 @@ from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_
 from rayrec.evaluation.protocol import EvaluateConfig, plays_to_predict
 from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, write_report
 from rayrec.evaluation.results import figures_of
-from rayrec.jobs.compared_models import ComparedModels, choose, make_recommenders
+from rayrec.jobs.compared_models import Ablations, ComparedModels, choose, make_recommenders
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.training_log import EPOCHS
 from rayrec.progress import progress
-from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, publish
+from rayrec.storage.artifacts import Manifest, fingerprint, new_id, publish, reuse
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
@@ -40,27 +40,28 @@ def evaluate(
     *,
     split: Split,
     model_id: str | None = None,
+    ablations: Ablations | None = None,
     repeat: bool = False,
 ) -> Manifest:
     """Write reports/<id>/ about the models of `config` on the test range of `split`.
 
-    Without names these are the network `model_id` (None: the one trained last) and every baseline.
-    Baselines are fitted on what came before the test range, with the song vectors that the network
-    was trained from. The manifest's metrics hold default, protocol, its headline, users, plays and seconds;
-    the figures of `figures_of` and the health of the song vectors are in results.json, see `read_figures`.
+    Without names these are the network `model_id` (None: the one trained last) and every baseline. Baselines are
+    fitted on what came before the test range, with the song embeddings that the network was trained from, and tuned
+    on the validation range. `ablations` make the default model without each of its parts. The manifest's metrics hold
+    default, protocol, its headline, users, plays and seconds; the figures of `figures_of`, examples and the health of
+    the song embeddings are in results.json, see `read_figures`.
 
-    Raises `InputError` for an unknown model and for a test range without questions, `NotFoundError`
-    where there is no network or no song vectors, `MismatchError` for those of another split.
+    Raises `InputError` for an unknown model and for a test range without queries, `NotFoundError` where there is no
+    network or no song embeddings, `MismatchError` for those of another split.
     """
     started = time.monotonic()
     dataset = Dataset(workspace)
     compared = choose(workspace, dataset, config, split, model_id)
-    report_id, complete = new_id(
-        workspace, KIND, fingerprint("evaluate", to_mapping(config), compared.inputs), repeat=repeat
-    )
+    settings = {**to_mapping(config), **({"ablations": list(ablations)} if ablations else {})}
+    report_id, complete = new_id(workspace, KIND, fingerprint("evaluate", settings, compared.inputs), repeat=repeat)
     if complete:
-        return load(workspace, KIND, report_id)
-    evaluator = make_evaluator(workspace, dataset, config, split, compared)
+        return reuse(workspace, KIND, report_id)
+    evaluator = make_evaluator(workspace, dataset, config, split, compared, ablations)
     sums = evaluate_buckets(workspace, evaluator, dataset.manifest.buckets)
     users, plays = sums.users[VIEWS.index("next")].sum(), sums.queries[:, VIEWS.index("next")].sum()
     if not users:
@@ -74,7 +75,7 @@ def evaluate(
     manifest = Manifest(
         kind=KIND,
         id=report_id,
-        config=to_mapping(config),
+        config=settings,
         inputs=compared.inputs,
         seed=config.seed,
         metrics={
@@ -158,10 +159,15 @@ def vector_paths(compared: ComparedModels) -> dict[str, str]:
 
 
 def make_evaluator(
-    workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split, compared: ComparedModels
+    workspace: Workspace,
+    dataset: Dataset,
+    config: EvaluateConfig,
+    split: Split,
+    compared: ComparedModels,
+    ablations: Ablations | None = None,
 ) -> Evaluator:
-    """An evaluator of the models of `compared`."""
-    recommenders, song_plays = make_recommenders(workspace, dataset, compared, split)
+    """An evaluator of the models of `compared` and of the ablations."""
+    recommenders, song_plays = make_recommenders(workspace, dataset, compared, split, ablations)
     return Evaluator(
         recommenders,
         split=split,

@@ -24,7 +24,7 @@ from rayrec.jobs.compared_models import choose, make_recommenders
 from rayrec.jobs.evaluate import KIND, health_of
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress
-from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, publish
+from rayrec.storage.artifacts import Manifest, fingerprint, new_id, publish, reuse
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
@@ -62,7 +62,7 @@ def evaluate_prefixes(
         workspace, KIND, fingerprint("evaluate prefixes", settings, compared.inputs), repeat=repeat
     )
     if complete:
-        return load(workspace, KIND, report_id)
+        return reuse(workspace, KIND, report_id)
     recommenders, song_plays = make_recommenders(workspace, dataset, compared, split)
     evaluator = PrefixEvaluator(recommenders, song_plays=song_plays, config=config)
     sums, counts = evaluate_pairs(workspace, evaluator, file, byte_ranges(found.source, found.size, UNIT_BYTES))

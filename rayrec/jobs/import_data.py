@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
-from rayrec.errors import InputError
+from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.fragments import PieceResult, UnitResult
 from rayrec.importing.import_plan import ImportConfig, Kind, Plan, bucket_groups, choose_buckets, make_plan
 from rayrec.importing.import_workers import BucketMerger, KeyCounter, MergeSettings, PieceImporter, SongRange
 from rayrec.importing.merging import choose_contexts
 from rayrec.importing.staging import Staging, buckets_read, discard_others, finish_publishing, piece_names
+from rayrec.importing.summary import ImportSummary, TooManyRejectedError, summarize
 from rayrec.importing.vocabulary import KEY, SongRows, Vocabulary, key_ranges
 from rayrec.jobs.runtime import BucketWorker, ray_cluster, run_buckets
 from rayrec.progress import progress
@@ -61,10 +62,29 @@ def import_data(workspace: Workspace, config: ImportConfig, *, repeat: bool = Fa
             return existing
         _require_room(workspace, existing, config.produces)
     base = existing if existing is not None and _rows_of(existing, _other(config.produces)) else None
-    task = _Import(workspace, config, plan, base)
-    discard_others(workspace, task.staging)
-    with ray_cluster():
-        return task.run()
+    return _run_import(workspace, config, plan, base)[0]
+
+
+class _DamagedFilesError(Exception):
+    """Files, with the reasons, that the settings allow to leave out."""
+
+    def __init__(self, files: dict[str, str]) -> None:
+        super().__init__(files)
+        self.files = files
+
+
+def _run_import(
+    workspace: Workspace, config: ImportConfig, plan: Plan, base: DatasetManifest | None, *, append: bool = False
+) -> tuple[DatasetManifest, dict[str, Any]]:
+    """The data set and what the import came to; files that are damaged and may be skipped are left out of the plan."""
+    while True:
+        task = _Import(workspace, config, plan, base, append=append)
+        discard_others(workspace, task.staging)
+        try:
+            with ray_cluster():
+                return task.run(), task.came_to
+        except _DamagedFilesError as error:
+            plan = make_plan(config, {**plan.damaged, **error.files})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +98,7 @@ class Appended:
     plays: int = 0  # new ones
     users: int = 0  # new ones
     songs: int = 0  # new ones
+    last_import: dict[str, object] = field(default_factory=dict)  # summary.ImportSummary
 
 
 @writes("import --append")
@@ -96,14 +117,11 @@ def append_plays(workspace: Workspace, config: ImportConfig) -> Appended:
     plan = make_plan(config)
     if plan.id in [each["plan"] for each in base.appended] or _was_made_by(base, config, plan):
         return Appended(dataset=base)
-    task = _Import(workspace, config, plan, base, append=True)
-    discard_others(workspace, task.staging)
-    with ray_cluster():
-        made = task.run()
+    made, came_to = _run_import(workspace, config, plan, base, append=True)
     if made.id == base.id:
-        return Appended(dataset=base, **task.came_to)
+        return Appended(dataset=base, **came_to)
     new = {name: getattr(made, name) - getattr(base, name) for name in ("plays", "users", "songs")}
-    return Appended(dataset=made, **task.came_to, **new)
+    return Appended(dataset=made, **came_to, **new)
 
 
 def _require_appendable(workspace: Workspace, config: ImportConfig) -> DatasetManifest:
@@ -159,11 +177,12 @@ class _Import:
         inputs = {"base": base.id if base else "", "buckets": str(self.buckets)} | ({"append": "yes"} if append else {})
         print_id = fingerprint("staging", {"plan": plan.id}, inputs)
         self.staging = Staging(workspace, print_id, piece_names(plan.piece_names, self.buckets))
-        self.came_to: dict[str, Any] = {}  # read, merged, rejected
+        self.came_to: dict[str, Any] = {}  # read, merged, rejected, last_import
 
     def run(self) -> DatasetManifest:
         pieces = self._read_pieces()
         units = [unit for piece in pieces for unit in piece.units]
+        summary = self._summarize(pieces)
         offsets = np.array([piece.rows for piece in pieces])
         merge = self._merge_settings(units)
         vocabulary = self._vocabulary(pieces, merge, offsets)
@@ -174,6 +193,7 @@ class _Import:
             "read": sum(unit.read for unit in units),
             "merged": sum(bucket["merged"] for bucket in buckets),
             "rejected": _added([*(unit.rejected for unit in units), dropped]),
+            "last_import": summary.to_mapping(),
         }
         if not any(bucket["rows"] for bucket in buckets):
             if self.append and self.base and self.came_to["merged"]:
@@ -239,18 +259,49 @@ class _Import:
         return results
 
     def _require_whole(self, results: list[PieceResult]) -> None:
-        """Raises `InputError` where some unit could not be read. What was read of the others stays for the next run."""
-        errors = {number: result.units[-1].error for number, result in enumerate(results) if result.units[-1].error}
-        if not errors:
+        """Raises `InputError` where some unit could not be read. What was read of the others stays for the next run.
+
+        Raises `_DamagedFilesError` where the settings allow to leave these files out.
+        """
+        failed = {number: result.units[-1] for number, result in enumerate(results) if result.units[-1].error}
+        if not failed:
             return
-        if len(errors) == len(results):
+        damaged = all(unit.damaged for unit in failed.values())
+        if len(failed) == len(results) and not (damaged and self.config.skip_damaged):
             self.workspace.delete(IMPORT_STAGING)
-            raise InputError(errors[0])
-        for number in errors:
+            raise (DamagedInputError if damaged else InputError)(failed[0].error)
+        for number in failed:
             self.staging.fragments.forget(number)
-        first, *more = dict.fromkeys(errors.values())
+        if damaged and self.config.skip_damaged:
+            raise _DamagedFilesError(
+                {self._file_of(number, results[number]): failed[number].error for number in failed}
+            )
+        first, *more = dict.fromkeys(unit.error for unit in failed.values())
         others = f" (and {len(more)} more like it)" if more else ""
-        raise InputError(f"{first}{others}; what could be read is kept for the next run")
+        kind = DamagedInputError if damaged else InputError
+        raise kind(f"{first}{others}; completed work is kept for the next run")
+
+    def _file_of(self, piece: int, result: PieceResult) -> str:
+        """The file of the last unit that was read of a piece."""
+        unit = self.plan.pieces[piece][len(result.units) - 1]
+        return self.plan.files[self.plan.unit_files[unit]].source
+
+    def _summarize(self, pieces: list[PieceResult]) -> ImportSummary:
+        """Raises `TooManyRejectedError` where more rows were rejected than the settings allow."""
+        rejected = (
+            (self.plan.pieces[number][place], table)
+            for number, piece in enumerate(pieces)
+            for place, table in self.staging.fragments.rejected(number, piece)
+        )
+        summary = summarize(self.plan, [unit for piece in pieces for unit in piece.units], rejected)
+        if summary.share > self.config.max_rejected:
+            raise TooManyRejectedError(
+                f"{summary.rejected:,} of {summary.read:,} rows ({summary.share:.0%}) were rejected, more than "
+                f"{self.config.max_rejected:.0%}, and nothing was imported; check the format and the settings, "
+                "or allow more with --max-rejected",
+                summary,
+            )
+        return summary
 
     def _vocabulary(self, pieces: list[PieceResult], merge: MergeSettings, offsets: np.ndarray) -> Vocabulary:
         ranges = range(key_ranges(self.buckets))
@@ -349,6 +400,7 @@ class _Import:
             **figures,
             **{name: getattr(base, name) + count for name, count in came_to.items()},
             "rejected": _added([base.rejected, self.came_to["rejected"]]),
+            "last_import": self.came_to["last_import"],
             "first_play": min(base.first_play, figures["first_play"]),
             "last_play": max(base.last_play, figures["last_play"]),
             "ancestors": [*base.ancestors, base.id],

@@ -67,7 +67,7 @@ def fit_rankers(
     print_id = artifacts.fingerprint("rank", to_mapping(config), inputs)
     rankers_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
     if complete:
-        return artifacts.load(workspace, KIND, rankers_id)
+        return artifacts.reuse(workspace, KIND, rankers_id)
     manifest = Manifest(kind=KIND, id=rankers_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     started = time.monotonic()
     run = manifest.path("run")

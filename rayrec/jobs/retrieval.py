@@ -47,7 +47,7 @@ def fit_retrieval(
     print_id = artifacts.fingerprint(KIND, to_mapping(config), inputs)
     retrieval_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
     if complete:
-        return artifacts.load(workspace, KIND, retrieval_id)
+        return artifacts.reuse(workspace, KIND, retrieval_id)
     manifest = Manifest(kind=KIND, id=retrieval_id, config=to_mapping(config), inputs=inputs)
     started = time.monotonic()
     with ray_cluster():

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import socket
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +19,11 @@ import ray
 from ray.data import DataContext
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
-from rayrec.errors import RayrecError
+from rayrec.errors import InputError, RayrecError
+
+CONNECT_SECONDS = 5.0
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty settings
+HTTP2_SETTINGS = b"\x04"  # type of the frame with which every HTTP/2 server begins
 
 RETRIES = 3  # times that a unit is done again whose worker or node was lost
 MAX_WAITING = 1_000  # units handed to Ray at once
@@ -36,26 +42,68 @@ def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
     """A with block on Ray: the running connection, else `address` or RAY_ADDRESS, else a private local cluster.
 
     Only what this block connected is shut down at its end. Ray's own logs and bars stay quiet.
+
+    Raises `InputError` for an address where no Ray cluster answers, and `RayrecError` where Ray does not start.
     """
     if ray.is_initialized():
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        require_cluster(address)
     local = {} if address else {"include_dashboard": False, **options}
     logging.getLogger("ray").setLevel(logging.ERROR)
-    ray.init(
-        # "local" and not None: plain init attaches to whatever died here last and hangs.
-        address=address or "local",
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        runtime_env={"env_vars": WORKER_ENVIRONMENT},
-        **local,
-    )
+    try:
+        ray.init(
+            # "local" and not None: plain init attaches to whatever died here last and hangs.
+            address=address or "local",
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            **local,
+        )
+    except Exception as error:  # Ray raises bare exceptions of many types
+        raise _not_started(address, error) from error
     quiet_data()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def require_cluster(address: str, timeout: float = CONNECT_SECONDS) -> None:
+    """Raise `InputError` unless something at `host:port` or `ray://host:port` speaks gRPC, as Ray's head does.
+
+    Ray itself tries for a quarter of an hour. `auto` and `local` pass.
+    """
+    if address in ("auto", "local") or os.environ.get("RAY_USE_TLS") == "1":
+        return
+    host, _, port = address.removeprefix("ray://").rstrip("/").rpartition(":")
+    try:
+        if "://" in host or not host:
+            raise ValueError("expected host:port or ray://host:port")
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout) as connection:
+            connection.settimeout(timeout)
+            connection.sendall(HTTP2_GREETING)
+            answer = connection.recv(9)
+        if answer[3:4] != HTTP2_SETTINGS:
+            raise ValueError("another program answers there")
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"RAY_ADDRESS={address} points to no Ray cluster: {error}; start one with `ray start --head`, give its "
+            "address, or unset RAY_ADDRESS to use this machine"
+        ) from error
+
+
+def _not_started(address: str | None, error: Exception) -> RayrecError:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "AF_UNIX" in text:
+        return InputError(
+            f"the folder for temporary files, {tempfile.gettempdir()}, has too long a path for Ray's sockets; "
+            "set RAY_TMPDIR=/tmp"
+        )
+    where = f"the Ray cluster at {address} cannot be used" if address else "Ray could not be started on this machine"
+    return RayrecError(f"{where}: {text}; check its logs below /tmp/ray, and the memory and CPUs that are free")
 
 
 def quiet_data() -> None:

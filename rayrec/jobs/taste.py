@@ -51,11 +51,11 @@ def compute_tastes(
             f"{dataset.manifest.id}; run `rayrec embed` and `rayrec train` first"
         )
     inputs = {"dataset": dataset.manifest.plays_id, "models": model.id}
-    at = dataset.manifest.last_play if config.at is None else config.at
+    at = dataset.manifest.last_play if config.at is None else int(config.at)
     print_id = artifacts.fingerprint("taste", {"at": at}, inputs)
     tastes_id, complete = artifacts.new_id(workspace, "tastes", print_id, repeat=repeat)
     if complete:
-        return artifacts.load(workspace, "tastes", tastes_id)
+        return artifacts.reuse(workspace, "tastes", tastes_id)
     base = None if config.full or repeat else newest_base(dataset, model)
     manifest = Manifest(kind="tastes", id=tastes_id, config={**to_mapping(config), "at": at}, inputs=inputs)
     began = time.monotonic()

@@ -54,7 +54,7 @@ def train(
     start = None if from_id is None else artifacts.load(workspace, "models", from_id)
     if start is not None:
         if songs_id is not None:
-            raise InputError("a training that starts from a model uses its song vectors; leave out --songs")
+            raise InputError("--from uses the song embeddings of its model; omit --songs")
         _require_start(dataset, start, split)
         songs_id = start.inputs["songs"]
     songs = artifacts.load(workspace, "songs", songs_id) if songs_id else artifacts.newest(workspace, "songs", "embed")
@@ -66,7 +66,7 @@ def train(
     print_id = artifacts.fingerprint("train", _fingerprinted(config), inputs)
     model_id, complete = artifacts.new_id(workspace, "models", print_id, repeat=repeat)
     if complete:
-        return artifacts.load(workspace, "models", model_id)
+        return artifacts.reuse(workspace, "models", model_id)
     manifest = Manifest(kind="models", id=model_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     began = time.monotonic()
     if unfinished == "restart" or not _has_checkpoint(workspace, manifest):

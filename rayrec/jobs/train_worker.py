@@ -119,7 +119,7 @@ class RayHost:
             self._shown_at = now
 
     def selected(self, model: TasteModel, known: np.ndarray) -> None:
-        """Keep the network on which the weights of the memory are chosen."""
+        """Keep the network on which rankers learn."""
         if self._share.rank == 0:
             save_model(self._plan.workspace, selected_folder(self._plan), model, known)
 

@@ -63,9 +63,13 @@ def tune(
     print_id = artifacts.fingerprint("tune", settings, inputs)
     tuning_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
     if complete:
-        return artifacts.load(workspace, KIND, tuning_id)
+        return artifacts.reuse(workspace, KIND, tuning_id)
     manifest = Manifest(kind=KIND, id=tuning_id, config=settings, inputs=inputs, seed=config.seed)
+    before = artifacts.current_ids(workspace)
     rows = _run(workspace, manifest, trials, split, on_trial)
+    for kind in ("songs", "models"):  # trials are nothing that later stages start from
+        if kind in before:
+            artifacts.make_current(workspace, kind, before[kind])
     judged = [row for row in rows if row[JUDGED_BY] is not None]
     if not judged:
         raise DivergedError("no trial has a finite loss; give smaller learning rates")

@@ -23,6 +23,7 @@ from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest, sha256
 from rayrec.storage.dataset_manifest import DatasetManifest
 from rayrec.storage.workspace import (
+    CURRENT,
     DATASET,
     DATASET_MANIFEST,
     HISTORIES,
@@ -405,6 +406,8 @@ def _check_release(audit: Audit, manifest: Manifest, dataset: Dataset | None) ->
     audit.compare(files)
     parts: dict[str, Any] = {}
     for kind in releases.PART_KINDS:
+        if kind in releases.OPTIONAL_KINDS and kind not in manifest.inputs:
+            continue
         part = f"{kind}/{manifest.inputs[kind]}"
         if not audit.workspace.exists(f"{part}/manifest.json"):
             audit.problem(manifest.folder, f"{part} is missing")
@@ -454,7 +457,7 @@ def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
             continue
         if path.startswith(f"{IMPORT_STAGING}/"):
             staged += 1
-        elif path in (LOCK, LOCK_HOLDER):
+        elif path in (CURRENT, LOCK, LOCK_HOLDER):
             continue
         elif posixpath.basename(path).startswith(".") or "/." in path:
             audit.note(path, "is a leftover temporary file; it can be deleted")

@@ -42,7 +42,7 @@ class TasteModel(nn.Module):
         super().__init__()
         for vectors in (song_vectors,) if input_vectors is None else (song_vectors, input_vectors):
             if tuple(vectors.shape) != (config.num_songs, config.embedding_dim):
-                raise ValueError(f"song vectors {tuple(vectors.shape)} do not fit {config}")
+                raise ValueError(f"song embeddings {tuple(vectors.shape)} do not fit {config}")
         self.config = config
         count = len(config.averages)
         # Training looks rows up itself and moves them on itself: the cost of a step does not grow with the catalog.

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayrec.config import Settings
+from rayrec.data.moments import parse_moment
 from rayrec.errors import InputError
 
 SongTable = Literal["trained", "mapped", "frozen"]
@@ -129,7 +130,7 @@ class TrainConfig(Settings):
     )
     table_learning_rate: float = Field(0.002, gt=0, description="Adam learning rate of the song tables")
     averaged_steps: int = Field(
-        200, ge=0, description="Average the weights over about so many last steps; 0 keeps the last step's weights"
+        200, ge=0, description="Average the weights over about the last N steps; 0: keep those of the last step"
     )
     objective: Objective = Field(
         "sampled-softmax", description="Training objective; softmax is over all songs, cosine and l2 are the paper's"
@@ -198,7 +199,10 @@ class TrainConfig(Settings):
 class TasteConfig(Settings):
     """How to compute the taste vectors of all users."""
 
-    at: int | None = Field(None, description="Time that the taste vectors are for; default: the last play of the data")
+    at: str | None = Field(
+        None,
+        description="Time that the taste vectors are for, ISO 8601 with zone or Unix time; default: the last play",
+    )
     full: bool = Field(
         False, description="Process all plays instead of continuing from the states of earlier taste vectors"
     )
@@ -207,3 +211,9 @@ class TasteConfig(Settings):
     concurrency: int | None = Field(
         None, ge=1, description="Parallel workers; default: as many as the cluster has CPUs for"
     )
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _to_ms(cls, value: Any) -> str | None:
+        """Unix ms, whatever way the time was given."""
+        return None if value is None else str(parse_moment(value))

@@ -5,9 +5,10 @@ U users of a batch.
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -15,48 +16,52 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.parts import read_files
+from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError, MismatchError
 from rayrec.model.checkpoint import load_model
-from rayrec.model.inference import TasteEncoder
 from rayrec.model.taste_table import LAST_PLAYED_AT, PLAYS, STATE, states_of, tastes_file
-from rayrec.online.state_codec import pack_plays, pack_state, unpack_plays, unpack_state
-from rayrec.online.stores.state_store import NOT_THERE, Change, StateStore
-from rayrec.online.user_state import Plays, Step, UserState, gather, plan, scatter
+from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_heard, unpack_plays, unpack_state
+from rayrec.online.state_store import NOT_THERE, Change, Piece, StateStore, WholeUser
+from rayrec.online.user_state import LAST_PLAYS, Plays, UserState, fold_heard, over_window
 from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 
 USERS_AT_ONCE = 1_000  # in one transaction of the store, which other writers wait for
+PIECE_PLAYS = 1_024  # of a piece of the log: an answer reads pieces until it has enough plays
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
+class LoadResult:
     """What became of the users of a load, or of some of its buckets."""
 
     buckets: int = 0
     added: int = 0  # users who were not in the store
-    renewed: int = 0  # users who were: their states are the batch's now
+    renewed: int = 0  # users who were: the model's state in the store is the batch's now
     merged: int = 0  # of those, users with plays newer than the batch's, which were kept
-    unchanged: int = 0  # users whose states were the batch's already, perhaps with newer plays
+    unchanged: int = 0  # users who had a state of the model over these plays already
+    deleted: int = 0  # users who were deleted from the store, and stay so
     kept_plays: int = 0  # the newer plays of those merged
     seconds: float = 0.0
 
-    def __add__(self, other: "Loaded") -> "Loaded":
-        return Loaded(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(Loaded)})
+    def __add__(self, other: "LoadResult") -> "LoadResult":
+        return LoadResult(
+            **{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(LoadResult)}
+        )
 
     @property
     def users(self) -> int:
-        """All of them."""
+        """All of them but the deleted."""
         return self.added + self.renewed + self.unchanged
 
 
-def load_states(dataset: Dataset, store: StateStore, release: Manifest, *, repeat: bool = False) -> Loaded:
+def load_states(dataset: Dataset, store: StateStore, release: Manifest, *, repeat: bool = False) -> LoadResult:
     """Load the tastes of a release and the plays they were computed from; all that was loaded, this time or before.
 
     Each bucket is noted in the store when it is done, and left out by a later call; with `repeat` none is. A
-    user's plays in the store that are newer than the batch's stay. Raises `MismatchError` for a
-    release of a data set that the workspace's does not descend from, `DamagedArtifactError` for tastes that are not
-    what their checksums say: the replicas, which load none, do not look.
+    user's plays in the store that are newer than the batch's stay, and so does another release's state: the release
+    need not be live. Raises `MismatchError` for a release of a data set that the workspace's does not descend from,
+    `DamagedArtifactError` for tastes that do not match their checksums.
     """
     tastes = artifacts.load(dataset.workspace, "tastes", release.inputs["tastes"])
     if not dataset.descends_from(tastes.inputs["dataset"]):
@@ -65,15 +70,17 @@ def load_states(dataset: Dataset, store: StateStore, release: Manifest, *, repea
             f"{dataset.manifest.id}; run `rayrec taste` and `rayrec release create`"
         )
     buckets, loader = dataset.manifest.buckets, _Loader(dataset, store, tastes)
-    done = {} if repeat else _read_note(store, tastes)
+    done = (
+        {} if repeat else {bucket: LoadResult(**json.loads(text)) for bucket, text in store.loaded(tastes.id).items()}
+    )
     with progress("User states", buckets) as bar:
         bar.advance(len(done))
         for bucket in range(buckets):
             if bucket not in done:
                 done[bucket] = loader.load(bucket)
-                store.write_note(_note_name(tastes), json.dumps({key: asdict(value) for key, value in done.items()}))
+                store.mark_loaded(tastes.id, bucket, json.dumps(asdict(done[bucket])))
                 bar.advance()
-    return sum(done.values(), Loaded())
+    return sum(done.values(), LoadResult())
 
 
 class _Loader:
@@ -82,13 +89,12 @@ class _Loader:
     def __init__(self, dataset: Dataset, store: StateStore, tastes: Manifest) -> None:
         self._dataset, self._store, self._tastes = dataset, store, tastes
         model = artifacts.load(dataset.workspace, "models", tastes.inputs["models"])
-        self._model_id = model.id
-        self._encoder = TasteEncoder(load_model(dataset.workspace, model.folder))
-        self._layers = self._encoder.model.config.state_layers
+        self._model = model.id
+        self._layers = load_model(dataset.workspace, model.folder).config.state_layers
 
-    def load(self, bucket: int) -> Loaded:
+    def load(self, bucket: int) -> LoadResult:
         """Load one bucket."""
-        began, total = time.monotonic(), Loaded(buckets=1)
+        began, total = time.monotonic(), LoadResult(buckets=1)
         for histories, table in self._batches(bucket):
             total += self._load_batch(histories, table)
         return replace(total, seconds=round(time.monotonic() - began, 3))
@@ -101,8 +107,8 @@ class _Loader:
         parts = self._dataset.earlier(self._tastes.inputs["dataset"]).parts
         files = self._dataset.manifest.histories_files(bucket, parts=parts)
         with workspace.open_input(path) as stream:
-            wanted = [columns.USER, STATE, LAST_PLAYED_AT, PLAYS]
-            rows = _Rows(pq.ParquetFile(stream).iter_batches(batch_size=USERS_AT_ONCE, columns=wanted))
+            names = [columns.USER, STATE, LAST_PLAYED_AT, PLAYS]
+            rows = _Rows(pq.ParquetFile(stream).iter_batches(batch_size=USERS_AT_ONCE, columns=names))
             for histories in read_files(workspace, files, USERS_AT_ONCE):
                 table = rows.take(len(histories))
                 same = table.num_rows == len(histories) and table.column(PLAYS).to_numpy().tolist() == (
@@ -115,66 +121,125 @@ class _Loader:
                     )
                 yield histories, table
 
-    def _load_batch(self, histories: Histories, table: pa.Table) -> Loaded:
-        states = states_of(table, self._layers)
+    def _load_batch(self, histories: Histories, table: pa.Table) -> LoadResult:
+        states, lengths = states_of(table, self._layers), histories.lengths.tolist()
         batch = {
-            user_id: (
-                UserState.start(self._model_id, states, row, plays=int(histories.lengths[row])),
-                _plays_of(histories, row),
-            )
+            user_id: (UserState.start(self._model, states, row, plays=lengths[row]), _plays_of(histories, row))
             for row, user_id in enumerate(histories.user_ids.tolist())
         }
-        changes = [
-            Change(user_id=user_id, state=pack_state(state), expected=NOT_THERE, append=pack_plays(plays))
-            for user_id, (state, plays) in batch.items()
-        ]
-        added = self._store.put(changes)
-        total, left = Loaded(added=sum(added)), [name for name, put in zip(batch, added, strict=True) if not put]
+        added = self._store.put([_whole_change(user_id, NOT_THERE, *user) for user_id, user in batch.items()])
+        total = LoadResult(added=sum(added))
+        left = [user_id for user_id, put in zip(batch, added, strict=True) if not put]
         while left:
             merged, left = self._merge({user_id: batch[user_id] for user_id in left})
             total += merged
         return total
 
-    def _merge(self, users: dict[str, tuple[UserState, Plays]]) -> tuple[Loaded, list[str]]:
-        """Put the batch's states over those in the store, with newer plays on top; and who changed meanwhile."""
-        versions: dict[str, int] = {}
-        steps: dict[str, Step] = {}
-        unchanged = 0
-        for user_id, (state, plays) in users.items():
-            whole = self._store.read(user_id)
-            if whole is None:
-                continue  # cannot be: stores forget nobody
+    def _merge(self, users: dict[str, tuple[UserState, Plays]]) -> tuple[LoadResult, list[str]]:
+        """Put the batch's states beside what the store holds, newer plays on top; and who changed meanwhile."""
+        changes: list[Change] = []
+        kept: list[int] = []
+        unchanged = deleted = 0
+        for user_id, whole in zip(users, self._store.read(list(users), plays=LAST_PLAYS), strict=True):
+            loaded, plays = users[user_id]
+            assert whole is not None  # stores forget nobody: a deleted user leaves a mark
             stored = unpack_state(whole.stored.state)
-            held = Plays.joined([unpack_plays(whole.log), stored.window])
-            newer = held.take(held.played_at > state.before_at)
-            if stored.model == state.model and len(held) - len(newer) == len(plays):
+            log = unpack_plays(whole.log)
+            if len(plays) and plays.played_at[0] <= stored.forgotten_at:
+                deleted += 1
+                continue
+            if len(log) < stored.left and stored.before_at > loaded.before_at and log.played_at[0] > loaded.before_at:
+                whole = self._store.read([user_id])[0] or whole  # more newer plays than the last ones
+                stored, log = unpack_state(whole.stored.state), unpack_plays(whole.log)
+            newer = Plays.joined([log, stored.window])
+            newer = newer.take(newer.played_at > loaded.before_at)
+            same, own = stored.plays - len(newer) == len(plays), stored.models.get(self._model)
+            if same and own is not None and own.restarts == stored.restarts:
                 unchanged += 1
                 continue
-            versions[user_id] = whole.stored.version
-            steps[user_id] = plan(replace(state, rejected=stored.rejected), newer)
-        states = self._finish(list(steps.values()))
-        changes = [
-            Change(
-                user_id=user_id,
-                state=pack_state(state),
-                expected=versions[user_id],
-                append=pack_plays(Plays.joined([users[user_id][1], steps[user_id].left])),
-                restart=True,
-            )
-            for user_id, state in zip(steps, states, strict=True)
-        ]
-        put = dict(zip(steps, self._store.put(changes), strict=True))
-        kept = [len(steps[user_id].outcomes) for user_id, done in put.items() if done]
-        told = Loaded(
-            renewed=len(kept), merged=sum(count > 0 for count in kept), unchanged=unchanged, kept_plays=sum(kept)
+            if same:
+                changes.append(self._beside(user_id, whole, stored, loaded, log))
+            else:
+                changes.append(self._instead(user_id, whole, stored, loaded, Plays.joined([plays, newer])))
+            kept.append(len(newer))
+        put = self._store.put(changes)
+        kept = [count for count, done in zip(kept, put, strict=True) if done]
+        result = LoadResult(
+            renewed=len(kept),
+            merged=sum(count > 0 for count in kept),
+            unchanged=unchanged,
+            deleted=deleted,
+            kept_plays=sum(kept),
         )
-        return told, [user_id for user_id, done in put.items() if not done]
+        return result, [change.user_id for change, done in zip(changes, put, strict=True) if not done]
 
-    def _finish(self, steps: Sequence[Step]) -> list[UserState]:
-        if not any(step.runs for step in steps):
-            return scatter(steps, None)
-        plays, start = gather(steps)
-        return scatter(steps, self._encoder.run(plays, start=start)[1])
+    def _beside(self, user_id: str, whole: WholeUser, stored: UserState, loaded: UserState, log: Plays) -> Change:
+        """The store holds the batch's plays: only the model's state is added, and the log reaches at least so far."""
+        moved = stored.window.take(slice(max(0, loaded.left - stored.left)))
+        after, own = stored, replace(loaded.models[self._model], restarts=stored.restarts, turn=stored.turn - 1)
+        if len(moved):  # states stand at the ends of logs: the log grows up to where the batch's stands
+            after = replace(
+                stored,
+                window=stored.window.take(slice(len(moved), None)),
+                before_at=loaded.before_at,
+                left=loaded.left,
+                turn=stored.turn + 1,
+            )
+        if loaded.left == after.plays:
+            own = replace(own, turn=after.turn)
+        heard = None
+        if after.left - after.folded > LAST_PLAYS:
+            after, songs = fold_heard(after, np.concatenate([log.songs, moved.songs]), unpack_heard(whole.heard))
+            heard = pack_heard(songs)
+        return Change(
+            user_id=user_id,
+            state=pack_state(after.with_model(self._model, own)),
+            expected=whole.stored.version,
+            append=_pieces(moved),
+            heard=heard,
+        )
+
+    def _instead(self, user_id: str, whole: WholeUser, stored: UserState, loaded: UserState, plays: Plays) -> Change:
+        """The store holds other plays of the batch's time: the log starts anew with the batch's and the newer ones."""
+        newer = plays.take(slice(loaded.left, None))
+        leaving = over_window(newer.played_at)
+        log = plays.take(slice(loaded.left + leaving))
+        after = replace(
+            stored,
+            window=newer.take(slice(leaving, None)),
+            before_at=int(log.played_at[-1]) if len(log) else NEVER,
+            left=len(log),
+            folded=0,
+            turn=stored.turn + 1,
+            restarts=stored.restarts + 1,
+        )
+        own = replace(loaded.models[self._model], restarts=after.restarts, turn=stored.turn)
+        if not len(newer):
+            own = replace(own, turn=after.turn)
+        return _whole_change(user_id, whole.stored.version, after.with_model(self._model, own), log)
+
+
+def _whole_change(user_id: str, expected: int, state: UserState, log: Plays) -> Change:
+    """A user's log from its beginning, and the state after it."""
+    heard = None
+    if state.left > LAST_PLAYS:
+        state, songs = fold_heard(state, log.songs, np.zeros(0, np.int32))
+        heard = pack_heard(songs)
+    return Change(
+        user_id=user_id,
+        state=pack_state(state),
+        expected=expected,
+        append=_pieces(log),
+        restart=expected != NOT_THERE,
+        heard=heard,
+    )
+
+
+def _pieces(plays: Plays) -> list[Piece]:
+    if len(plays) <= PIECE_PLAYS:
+        return [Piece(len(plays), pack_plays(plays))] if len(plays) else []
+    parts = [plays.take(slice(begin, begin + PIECE_PLAYS)) for begin in range(0, len(plays), PIECE_PLAYS)]
+    return [Piece(len(part), pack_plays(part)) for part in parts]
 
 
 class _Rows:
@@ -201,13 +266,3 @@ def _plays_of(histories: Histories, row: int) -> Plays:
         contexts=None if histories.contexts is None else histories.contexts[own],
         skipped=None if histories.skipped is None else histories.skipped[own],
     )
-
-
-def _note_name(tastes: Manifest) -> str:
-    return f"load:{tastes.id}"
-
-
-def _read_note(store: StateStore, tastes: Manifest) -> dict[int, Loaded]:
-    """The buckets that an earlier load has done."""
-    text = store.note(_note_name(tastes))
-    return {int(bucket): Loaded(**told) for bucket, told in json.loads(text or "{}").items()}

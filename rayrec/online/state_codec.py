@@ -1,103 +1,184 @@
-"""User states and logs of plays as bytes: a mark, a checksum, then msgpack with raw little-endian arrays.
+"""User states, logs of plays and sets of heard songs as bytes: a mark, a checksum, then msgpack with raw arrays.
 
-Reading runs no code. Bytes of another version or with a changed bit are refused, never half understood.
+Reading runs no code. Bytes of another version or with a changed bit are refused. Network states are stored in half
+precision where that is enough; arrays of plays are stored as differences, byte plane by byte plane, and compressed.
 """
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
 import numpy as np
+import pyarrow as pa
 
 from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError
-from rayrec.online.user_state import Plays, UserState
+from rayrec.online.user_state import ModelState, Plays, UserState
 
-STATE_MARK, PLAYS_MARK = b"RrS1", b"RrP1"  # the digit is the format's version
-DTYPES = {"songs": "<i4", "played_at": "<i8", "contexts": "<i4", "skipped": "|b1", "events": "<u8"}
-ALWAYS = ("songs", "played_at")  # the other arrays are left out where they hold zeros alone
+STATE_MARK, PLAYS_MARK, HEARD_MARK = b"RrS2", b"RrP2", b"RrH1"  # the digit is the format's version
+HALF, SINGLE = "<f2", "<f4"
+CODEC = "lz4_raw"  # as small as zlib on such short arrays, in a seventh of its time
+REMEDY = "restore the store from a backup, or load the states again with `rayrec states load --force`"
 
 
 def pack_state(state: UserState) -> bytes:
     """A user's state as bytes."""
-    fields: dict[str, Any] = {
-        "model": state.model,
-        "shape": list(state.hidden.shape),
-        "hidden": state.hidden.astype("<f4").tobytes(),
-        "before_at": None if state.before_at == NEVER else state.before_at,
-        "left": state.left,
-        "rejected": state.rejected,
-    }
-    if len(state.window):
-        fields |= {"before": state.before.astype("<f4").tobytes(), "window": _fields(state.window)}
-    return _sealed(STATE_MARK, fields)
+    models = []
+    for model, own in state.models.items():
+        shape = list(own.hidden.shape)
+        before = [] if own.before is own.hidden else _pack_layers(own.before)
+        place = [_moment(own.before_at), own.left, own.restarts, own.turn]
+        models.append([model, shape, _pack_layers(own.hidden), before, *place])
+    counts = [state.left, state.folded, state.rejected, state.turn, state.restarts]
+    window = _play_arrays(state.window) if len(state.window) else []
+    return _seal(STATE_MARK, [_moment(state.before_at), _moment(state.forgotten_at), counts, window, models])
 
 
 def unpack_state(data: bytes) -> UserState:
     """What `pack_state` packed. Raises `DamagedArtifactError` for anything else."""
-    fields = _opened(STATE_MARK, data, "user state")
+    fields = _open(STATE_MARK, data, "user state")
     try:
-        shape = tuple(fields["shape"])
-        hidden = np.frombuffer(fields["hidden"], "<f4").reshape(shape)
+        before_at, forgotten_at, (left, folded, rejected, turn, restarts), window, models = fields
         return UserState(
-            model=fields["model"],
-            hidden=hidden,
-            before=np.frombuffer(fields["before"], "<f4").reshape(shape) if "before" in fields else hidden,
-            before_at=NEVER if fields["before_at"] is None else fields["before_at"],
-            left=fields["left"],
-            window=_plays(fields["window"]) if "window" in fields else Plays.of([], []),
-            rejected=fields["rejected"],
+            window=_plays(window) if window else Plays.of([], []),
+            before_at=_time(before_at),
+            left=left,
+            folded=folded,
+            rejected=rejected,
+            turn=turn,
+            restarts=restarts,
+            forgotten_at=_time(forgotten_at),
+            models={name: _model_state(*rest) for name, *rest in models},
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedArtifactError(f"a user state is not as it was written: {error!r}; {_REMEDY}") from error
+    except (IndexError, KeyError, TypeError, ValueError, OSError) as error:
+        raise DamagedArtifactError(f"a user state is not as it was written: {error!r}; {REMEDY}") from error
 
 
 def pack_plays(plays: Plays) -> bytes:
     """A piece of a user's log as bytes."""
-    return _sealed(PLAYS_MARK, _fields(plays))
+    return _seal(PLAYS_MARK, _play_arrays(plays))
 
 
-def unpack_plays(pieces: list[bytes]) -> Plays:
+def unpack_plays(pieces: Sequence[bytes]) -> Plays:
     """The plays of a log's pieces. Raises `DamagedArtifactError` for what `pack_plays` did not pack."""
     try:
-        return Plays.joined([_plays(_opened(PLAYS_MARK, piece, "log of plays")) for piece in pieces])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedArtifactError(f"a log of plays is not as it was written: {error!r}; {_REMEDY}") from error
+        return Plays.joined([_plays(_open(PLAYS_MARK, piece, "log of plays")) for piece in pieces])
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise DamagedArtifactError(f"a log of plays is not as it was written: {error!r}; {REMEDY}") from error
 
 
-_REMEDY = "bring the store back from a copy, or load the states again with `rayrec states load`"
+def pack_heard(songs: np.ndarray) -> bytes:
+    """A set of songs, int32 ascending, as bytes."""
+    return _seal(HEARD_MARK, [len(songs), _squeeze([np.diff(songs, prepend=0).astype("<u4")])])
 
 
-def _fields(plays: Plays) -> dict[str, bytes]:
-    arrays = {name: getattr(plays, name) for name in DTYPES}
-    return {
-        name: array.astype(DTYPES[name]).tobytes() for name, array in arrays.items() if name in ALWAYS or array.any()
-    }
+def unpack_heard(data: bytes | None) -> np.ndarray:
+    """int32, ascending: what `pack_heard` packed; empty for None. Raises `DamagedArtifactError` for anything else."""
+    if data is None:
+        return np.zeros(0, np.int32)
+    try:
+        count, squeezed = _open(HEARD_MARK, data, "set of heard songs")
+        return np.cumsum(_expand(squeezed, count, ["<u4"])[0]).astype(np.int32)
+    except (TypeError, ValueError, OSError) as error:
+        raise DamagedArtifactError(f"a set of heard songs is not as it was written: {error!r}; {REMEDY}") from error
 
 
-def _plays(fields: dict[str, bytes]) -> Plays:
-    count = len(fields["songs"]) // 4
-    return Plays(
-        **{
-            name: np.frombuffer(fields[name], dtype) if name in fields or name in ALWAYS else np.zeros(count, dtype)
-            for name, dtype in DTYPES.items()
-        }
+def _model_state(
+    shape: list[int], hidden: list[Any], before: list[Any], before_at: int | None, left: int, restarts: int, turn: int
+) -> ModelState:
+    after = _unpack_layers(hidden, shape)
+    return ModelState(
+        hidden=after,
+        before=_unpack_layers(before, shape) if before else after,
+        before_at=_time(before_at),
+        left=left,
+        restarts=restarts,
+        turn=turn,
     )
 
 
-def _sealed(mark: bytes, fields: dict[str, Any]) -> bytes:
+def _pack_layers(hidden: np.ndarray) -> list[Any]:
+    """Type and bytes of each layer of a network state, without the zeros at its end.
+
+    Outputs of a recurrent layer lie within -1 and 1 and lose nothing that matters in half precision. Sums over all
+    plays grow, and half precision would swallow what one more play adds.
+    """
+    wide = np.abs(hidden).max(axis=1, initial=0.0) > 1
+    dtypes = [SINGLE if each else HALF for each in wide.tolist()]
+    return [[dtype, layer.astype(dtype).tobytes().rstrip(b"\0")] for dtype, layer in zip(dtypes, hidden, strict=True)]
+
+
+def _unpack_layers(layers: list[Any], shape: list[int]) -> np.ndarray:
+    hidden: np.ndarray = np.zeros(shape, np.float32)
+    for row, (dtype, data) in enumerate(layers):
+        size = {HALF: 2, SINGLE: 4}[dtype] * shape[1]
+        hidden[row] = np.frombuffer(data.ljust(size, b"\0"), dtype)
+    return hidden
+
+
+def _play_arrays(plays: Plays) -> list[Any]:
+    """Number, first time, whether there are contexts, then the arrays; skips are left out where there are none."""
+    times = np.diff(plays.played_at, prepend=plays.played_at[:1])
+    numbers = [plays.songs.astype("<i4"), times.astype("<i8")]
+    contexts = bool(plays.contexts.any())
+    numbers += [plays.contexts.astype("<i4")] if contexts else []
+    skipped = np.packbits(plays.skipped).tobytes() if plays.skipped.any() else b""
+    return [len(plays), int(plays.played_at[0]) if len(plays) else 0, contexts, _squeeze(numbers), skipped]
+
+
+def _plays(arrays: list[Any]) -> Plays:
+    count, first, contexts, squeezed, skipped = arrays
+    songs, times, *rest = _expand(squeezed, count, ["<i4", "<i8", *(["<i4"] if contexts else [])])
+    return Plays(
+        songs=songs,
+        played_at=first + np.cumsum(times),
+        contexts=rest[0] if contexts else np.zeros(count, np.int32),
+        skipped=np.unpackbits(np.frombuffer(skipped, np.uint8), count=count).astype(np.bool_)
+        if skipped
+        else np.zeros(count, np.bool_),
+    )
+
+
+def _squeeze(arrays: list[np.ndarray]) -> bytes:
+    """Byte plane by byte plane: the high bytes of small numbers are all alike, and take no room compressed."""
+    planes = b"".join(array.view(np.uint8).reshape(-1, array.itemsize).T.tobytes() for array in arrays)
+    compressed: bytes = pa.compress(planes, codec=CODEC, asbytes=True)
+    return compressed
+
+
+def _expand(data: bytes, count: int, dtypes: list[str]) -> list[np.ndarray]:
+    sizes = [np.dtype(dtype).itemsize for dtype in dtypes]
+    planes = pa.decompress(data, decompressed_size=sum(sizes) * count, codec=CODEC, asbytes=True)
+    arrays, begin = [], 0
+    for dtype, size in zip(dtypes, sizes, strict=True):
+        part = np.frombuffer(planes, np.uint8, size * count, begin).reshape(size, count)
+        arrays.append(np.ascontiguousarray(part.T).reshape(-1).view(dtype))
+        begin += size * count
+    return arrays
+
+
+def _moment(at: int) -> int | None:
+    return None if at == NEVER else at
+
+
+def _time(at: int | None) -> int:
+    return NEVER if at is None else at
+
+
+def _seal(mark: bytes, fields: list[Any]) -> bytes:
     body: bytes = msgpack.packb(fields)
     return mark + zlib.crc32(body).to_bytes(4, "little") + body
 
 
-def _opened(mark: bytes, data: bytes, what: str) -> dict[str, Any]:
+def _open(mark: bytes, data: bytes, what: str) -> list[Any]:
     if data[:4] != mark:
         raise DamagedArtifactError(
             f"a {what} begins with {data[:4]!r}, expected {mark!r}; another version of rayrec wrote it, or it is "
-            f"damaged: {_REMEDY}"
+            f"damaged: {REMEDY}"
         )
     body = data[8:]
     if zlib.crc32(body).to_bytes(4, "little") != data[4:8]:
-        raise DamagedArtifactError(f"a {what} does not match its checksum; {_REMEDY}")
-    fields: dict[str, Any] = msgpack.unpackb(body)
+        raise DamagedArtifactError(f"a {what} does not match its checksum; {REMEDY}")
+    fields: list[Any] = msgpack.unpackb(body)
     return fields

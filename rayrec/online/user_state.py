@@ -1,16 +1,17 @@
-"""One user's state between requests: where the network stands, and the last plays, which may still change places.
+"""One user's state between requests: the latest plays, which may still change places, and where each model stands.
 
-Plays come one by one, and not always in the order of time. The latest are held back in a window, with the network's
-state from before it. A play that comes in its turn costs one step of the network; one that comes late, but
-after the last play that has left the window, is put in its place and the window is run over again. Of older ones
-there is nothing to go back to: they are rejected. When the window has grown to twice its size its
-older half leaves, so a play costs the same whatever came before it. The state always equals that of the
-batch job over the plays taken, in the order of time.
+Plays arrive one by one, not always in time order. The latest are held in a window, with the network's state from
+before it. A play in its turn costs one step of the network; a late one that still falls into the window is put in its
+place and the network runs over the window again. Plays older than the window are rejected. When the window has grown
+to twice its size its older half moves to the log, so a play costs the same however long the history is.
+
+Window and log belong to the user; each model has its own network state beside them, which says up to which plays it
+stands and is brought up to date from the log. So two releases can serve one user without undoing each other's work.
 
 P plays, L state layers, H hidden units.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Literal, get_args
@@ -21,8 +22,9 @@ from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
 from rayrec.model.inference import States
 
-WINDOW = 64  # plays held back, at least, where there are as many; at most twice that
-NO_EVENT = 0  # in place of the digest of an event id: the play came without one
+WINDOW = 64  # plays held in the window, at least, where there are as many; at most twice that
+LAST_PLAYS = 5_000  # of the log, that an answer or another model's state is computed from
+MODELS_KEPT = 2  # network states of one user: the live release's, and that of the one before or to come
 
 Outcome = Literal["taken", "repeated", "rejected"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -33,11 +35,10 @@ Run = Callable[[Histories, States], States]  # the network's states after plays,
 class Plays:
     """P plays of one user."""
 
-    songs: np.ndarray  # int32 (P,), rows of the song table
+    songs: np.ndarray  # int32 (P,), rows of the catalog
     played_at: np.ndarray  # int64 (P,), ms UTC
     contexts: np.ndarray  # int32 (P,), bit sets
     skipped: np.ndarray  # bool (P,)
-    events: np.ndarray  # uint64 (P,), digests of event ids, NO_EVENT where there was none
 
     def __post_init__(self) -> None:
         lengths = {len(getattr(self, name)) for name in PLAY_FIELDS}
@@ -55,16 +56,14 @@ class Plays:
         *,
         contexts: Sequence[int] | np.ndarray | None = None,
         skipped: Sequence[bool] | np.ndarray | None = None,
-        events: Sequence[str] | None = None,
     ) -> "Plays":
-        """From lists of the same length; without contexts, skips and event ids where they are not given."""
+        """From lists of the same length; contexts and skips default to none."""
         count = len(songs)
         return cls(
             songs=np.asarray(songs, dtype=np.int32),
             played_at=np.asarray(played_at, dtype=np.int64),
             contexts=np.zeros(count, np.int32) if contexts is None else np.asarray(contexts, dtype=np.int32),
             skipped=np.zeros(count, np.bool_) if skipped is None else np.asarray(skipped, dtype=np.bool_),
-            events=np.array([NO_EVENT] * count if events is None else [digest(event) for event in events], np.uint64),
         )
 
     @classmethod
@@ -80,15 +79,19 @@ class Plays:
         """Some of the plays, in the order of `which`."""
         return Plays(**{name: getattr(self, name)[which] for name in PLAY_FIELDS})
 
+    def last(self, count: int) -> "Plays":
+        """The last `count` plays, fewer where there are fewer."""
+        return self.take(slice(max(0, len(self) - count), None))
+
     def history(self, user_id: str = "") -> Histories:
-        """The batch of this one user."""
-        return histories_of([self], [user_id])
+        """The plays as a batch of one user."""
+        return join_plays([self], [user_id])
 
 
 PLAY_FIELDS = tuple(Plays.__dataclass_fields__)
 
 
-def histories_of(users: Sequence[Plays], user_ids: Sequence[str] | None = None) -> Histories:
+def join_plays(users: Sequence[Plays], user_ids: Sequence[str] | None = None) -> Histories:
     """One row for the plays of each user."""
     plays = Plays.joined(users)
     return Histories(
@@ -101,28 +104,49 @@ def histories_of(users: Sequence[Plays], user_ids: Sequence[str] | None = None) 
     )
 
 
-def digest(event_id: str) -> int:
-    """Eight bytes that stand for an event id within a window, where they do not meet by chance."""
-    return int.from_bytes(blake2b(event_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") or 1
+def event_digest(event_id: str) -> int:
+    """int64 that stands for an event id among those of one user's last days, where no two meet by chance."""
+    data = event_id.encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelState:
+    """Where one model's network stands with one user."""
+
+    hidden: np.ndarray  # float32 (L, H), after all plays, where `turn` is the user's
+    before: np.ndarray  # float32 (L, H), after the first `left` plays
+    before_at: int  # ms UTC, when the last of those was played; NEVER where there were none
+    left: int
+    restarts: int  # of the log when this was computed: where they differ, it says nothing of today's log
+    turn: int
+
+    @property
+    def start(self) -> States:
+        """The state from before the window."""
+        return States(hidden=self.before[None], last_played_at=np.array([self.before_at]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserState:
-    """Where one model's network stands with one user."""
+    """What is kept of one user beside the log."""
 
-    model: str  # id of the model; no other network may go on from here
-    hidden: np.ndarray  # float32 (L, H), after all plays
-    before: np.ndarray  # float32 (L, H), after the plays that have left the window
-    before_at: int = NEVER  # ms UTC, when the last of those was played
-    left: int = 0  # how many have left the window
-    window: Plays = field(default_factory=lambda: Plays.of([], []))  # the plays since, in the order of time
-    rejected: int = 0  # plays that came too late
+    window: Plays = field(default_factory=lambda: Plays.of([], []))  # the latest plays, in time order
+    before_at: int = NEVER  # ms UTC, when the last play of the log was played
+    left: int = 0  # plays in the log
+    folded: int = 0  # of those, the first, whose songs are in the set of heard songs
+    rejected: int = 0  # plays that arrived too late
+    turn: int = 0  # counts the changes of the plays
+    restarts: int = 0  # counts how often the log was replaced
+    forgotten_at: int = NEVER  # ms UTC, when the user was deleted: plays up to then are rejected
+    models: Mapping[str, ModelState] = field(default_factory=dict)  # by model id, the one written last at the end
 
     @classmethod
     def start(cls, model: str, states: States, row: int = 0, plays: int = 0) -> "UserState":
         """With nothing in the window: before the first play, or after `plays` that may not change any more."""
-        hidden = states.hidden[row]
-        return cls(model=model, hidden=hidden, before=hidden, before_at=int(states.last_played_at[row]), left=plays)
+        hidden, before_at = states.hidden[row], int(states.last_played_at[row])
+        own = ModelState(hidden=hidden, before=hidden, before_at=before_at, left=plays, restarts=0, turn=0)
+        return cls(before_at=before_at, left=plays, models={model: own})
 
     @property
     def plays(self) -> int:
@@ -135,27 +159,40 @@ class UserState:
         return int(self.window.played_at[-1]) if len(self.window) else self.before_at
 
     @property
-    def states(self) -> States:
-        """As the encoder takes it, of this one user."""
-        return States(hidden=self.hidden[None], last_played_at=np.array([self.last_played_at]))
+    def forgotten(self) -> bool:
+        """True where the user was deleted and has not played since."""
+        return self.forgotten_at != NEVER and not self.plays
 
-    @property
-    def states_before(self) -> States:
-        """The state from before the window."""
-        return States(hidden=self.before[None], last_played_at=np.array([self.before_at]))
+    def current(self, model: str) -> ModelState | None:
+        """The state of a model, None where it does not stand after all of the plays."""
+        own = self.models.get(model)
+        return own if own is not None and own.turn == self.turn else None
+
+    def states(self, model: str) -> States:
+        """The current state of a model as the encoder takes it."""
+        own = self.current(model)
+        if own is None:
+            raise ValueError(f"the state of model {model} is not up to date")
+        return States(hidden=own.hidden[None], last_played_at=np.array([self.last_played_at]))
+
+    def with_model(self, model: str, own: ModelState) -> "UserState":
+        """The same with another state of a model; of the other models the one written last is kept."""
+        others = [item for item in self.models.items() if item[0] != model]
+        return replace(self, models=dict([*others[len(others) - MODELS_KEPT + 1 :], (model, own)]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """Plays on their way into a state: over what the network has to run, from where, and what comes of it.
 
-    The runs are the rows of one batch: of any number of steps of any number of users.
+    The runs of any number of steps of any number of users are the rows of one batch.
     """
 
     state: UserState  # before the step
-    outcomes: np.ndarray  # int8 (arrived,), places in OUTCOMES of the plays as they came
-    window: Plays  # with the plays taken, in the order of time
-    leaving: int  # the first plays of the window that leave it
+    model: str
+    outcomes: np.ndarray  # int8 (arrived,), places in OUTCOMES of the plays as they arrived
+    window: Plays  # with the plays taken, in time order
+    leaving: int  # the first plays of the window that move to the log
     runs: tuple[tuple[States, Plays], ...]  # from a state over plays: to the new state, and to that before the window
 
     def count(self, outcome: Outcome) -> int:
@@ -164,97 +201,131 @@ class Step:
 
     @property
     def changes(self) -> bool:
-        """False where the state stays as it is: every play was there already."""
+        """False where the state stays as it is: every play was stored already."""
         return self.count("repeated") < len(self.outcomes)
 
     @property
     def left(self) -> Plays:
-        """The plays that leave the window, for good."""
+        """The plays that move to the log."""
         return self.window.take(slice(self.leaving))
+
+    @property
+    def folds(self) -> bool:
+        """True where the log grows beyond the plays that an answer reads: songs of the older ones must be folded."""
+        return bool(self.leaving) and self.state.left + self.leaving - self.state.folded > LAST_PLAYS
 
     def finish(self, states: States) -> UserState:
         """The new state, from the states in which this step's runs ended."""
         after = replace(self.state, rejected=self.state.rejected + self.count("rejected"))
-        if self.runs:
-            after = replace(after, hidden=states.hidden[0], window=self.window.take(slice(self.leaving, None)))
+        if not self.runs:
+            return after
+        own = self.state.models[self.model]
+        after = replace(after, window=self.window.take(slice(self.leaving, None)), turn=self.state.turn + 1)
         if self.leaving:
-            after = replace(
-                after,
-                before=states.hidden[1],
-                before_at=int(states.last_played_at[1]),
-                left=self.state.left + self.leaving,
-            )
-        return after
+            before_at = int(states.last_played_at[1])
+            after = replace(after, before_at=before_at, left=self.state.left + self.leaving)
+            own = replace(own, before=states.hidden[1], before_at=before_at, left=after.left)
+        return after.with_model(self.model, replace(own, hidden=states.hidden[0], turn=after.turn))
 
 
-def plan(state: UserState, arrived: Plays) -> Step:
-    """How to take plays into a state, which may come in any order and more than once.
+def plan_plays(state: UserState, model: str, arrived: Plays, repeated: np.ndarray | None = None) -> Step:
+    """How to take plays, in any order, into a state that is up to date for a model.
 
-    A play is repeated where its event id, or its song at its very moment, is in the window already. It is set
-    aside where it was not played after the last play that has left the window.
+    `repeated`, bool (arrived,), are the plays whose event ids are stored already. A play is rejected where it was
+    not played after the last play of the log.
     """
-    repeated = _repeated(state.window, arrived)
-    late = ~repeated & (arrived.played_at <= state.before_at)
-    outcomes = np.select([repeated, late], [OUTCOMES.index("repeated"), OUTCOMES.index("rejected")]).astype(np.int8)
-    taken = arrived.take(~repeated & ~late)
+    own = state.current(model)
+    if own is None:
+        raise ValueError(f"the state of model {model} is not up to date")
+    again = np.zeros(len(arrived), np.bool_) if repeated is None else repeated
+    late = ~again & (arrived.played_at <= max(state.before_at, state.forgotten_at))
+    outcomes = np.select([again, late], [OUTCOMES.index("repeated"), OUTCOMES.index("rejected")]).astype(np.int8)
+    taken = arrived.take(~again & ~late)
     taken = taken.take(np.argsort(taken.played_at, kind="stable"))
     window = Plays.joined([state.window, taken])
     in_turn = not len(state.window) or not len(taken) or taken.played_at[0] >= state.window.played_at[-1]
     if not in_turn:
         window = window.take(np.argsort(window.played_at, kind="stable"))
-    leaving = _leaving(window.played_at)
+    leaving = over_window(window.played_at)
     runs = []
     if len(taken):
-        runs.append((state.states, taken) if in_turn else (state.states_before, window))
+        runs.append((state.states(model), taken) if in_turn else (own.start, window))
     if leaving:
-        runs.append((state.states_before, window.take(slice(leaving))))
-    return Step(state=state, outcomes=outcomes, window=window, leaving=leaving, runs=tuple(runs))
+        runs.append((own.start, window.take(slice(leaving))))
+    return Step(state=state, model=model, outcomes=outcomes, window=window, leaving=leaving, runs=tuple(runs))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replay:
-    """A state on its way to another model: its network runs over all plays again, log and window."""
+class CatchUp:
+    """A model on its way to a state that other models, or other replicas, have moved on."""
 
-    state: UserState  # of the model before
+    state: UserState
     model: str
-    runs: tuple[tuple[States, Plays], ...]  # over all plays, and over those that have left the window
+    runs: tuple[tuple[States, Plays], ...]  # over all plays, and over those of the log
 
     @classmethod
-    def of(cls, state: UserState, model: str, blank: States, log: Plays) -> "Replay":
-        """From `blank`, the new network's state before the first play; `log` holds the plays that left the window."""
-        if len(log) != state.left:
-            raise ValueError(f"the log holds {len(log)} plays, the state says that {state.left} have left the window")
-        return cls(state=state, model=model, runs=((blank, Plays.joined([log, state.window])), (blank, log)))
+    def of(cls, state: UserState, model: str, blank: States, log: Plays) -> "CatchUp":
+        """From the model's own state where the log goes on from it, else from `blank`, before the first play.
+
+        `log` holds the last plays of the log: all, or at least `LAST_PLAYS`.
+        """
+        if len(log) < min(state.left, LAST_PLAYS):
+            raise ValueError(f"{len(log)} plays of the log were read, it holds {state.left}")
+        start, since, own = blank, log, state.models.get(model)
+        if own is not None and own.restarts == state.restarts and state.left - own.left <= len(log):
+            start, since = own.start, log.last(state.left - own.left)
+        return cls(state=state, model=model, runs=((start, Plays.joined([since, state.window])), (start, since)))
 
     def finish(self, states: States) -> UserState:
-        """The state of the new model, from the states in which the runs ended."""
-        return replace(self.state, model=self.model, hidden=states.hidden[0], before=states.hidden[1])
+        """The state with the model up to date, from the states in which the runs ended."""
+        state = self.state
+        own = ModelState(
+            hidden=states.hidden[0],
+            before=states.hidden[1],
+            before_at=state.before_at,
+            left=state.left,
+            restarts=state.restarts,
+            turn=state.turn,
+        )
+        return state.with_model(self.model, own)
 
 
-def gather(steps: Sequence[Step | Replay]) -> tuple[Histories, States]:
+def gather(steps: Sequence[Step | CatchUp]) -> tuple[Histories, States]:
     """All runs of steps as one batch, at least one run: the plays, and the states from which to run over them."""
     runs = [run for step in steps for run in step.runs]
     start = States(
         hidden=np.concatenate([states.hidden for states, _ in runs]),
         last_played_at=np.concatenate([states.last_played_at for states, _ in runs]),
     )
-    return histories_of([plays for _, plays in runs]), start
+    return join_plays([plays for _, plays in runs]), start
 
 
-def scatter(steps: Sequence[Step | Replay], ended: States | None) -> list[UserState]:
+def scatter(steps: Sequence[Step | CatchUp], ended: States | None) -> list[UserState]:
     """The new state of each step, from the states in which the batch of `gather` ended."""
-    found, row = [], 0
+    after, row = [], 0
     for step in steps:
         rows = slice(row, row + len(step.runs))
         row = rows.stop
-        found.append(step.finish(_NOTHING if ended is None else _rows(ended, rows)))
-    return found
+        after.append(step.finish(_NOTHING if ended is None else _rows(ended, rows)))
+    return after
 
 
-def advance(run: Run, state: UserState, arrived: Plays) -> tuple[UserState, Step]:
+def advance(run: Run, state: UserState, model: str, arrived: Plays) -> tuple[UserState, Step]:
     """Take plays into a state, with a network at hand."""
-    step = plan(state, arrived)
+    step = plan_plays(state, model, arrived)
     return scatter([step], run(*gather([step])) if step.runs else None)[0], step
+
+
+def fold_heard(state: UserState, log_songs: np.ndarray, heard: np.ndarray) -> tuple[UserState, np.ndarray]:
+    """Add the songs of the log's older plays to the set of heard songs, int32 ascending; both new.
+
+    `log_songs`, int32, are the songs of the last plays of the log, all that are not folded among them. Half of
+    `LAST_PLAYS` stay outside of the set, so that it is written seldom.
+    """
+    folded = max(state.folded, state.left - LAST_PLAYS // 2)
+    end = len(log_songs) - (state.left - folded)
+    begin = max(0, len(log_songs) - (state.left - state.folded))
+    return replace(state, folded=folded), np.union1d(heard, log_songs[begin:end]).astype(np.int32)
 
 
 _NOTHING = States(hidden=np.zeros((0, 0, 0), np.float32), last_played_at=np.zeros(0, np.int64))
@@ -264,21 +335,7 @@ def _rows(states: States, rows: slice) -> States:
     return States(hidden=states.hidden[rows], last_played_at=states.last_played_at[rows])
 
 
-def _repeated(window: Plays, arrived: Plays) -> np.ndarray:
-    """bool (arrived,): true for plays that the window holds, or that came before among those that arrived."""
-    events = set(window.events.tolist()) - {NO_EVENT}
-    moments = set(zip(window.songs.tolist(), window.played_at.tolist(), strict=True))
-    repeated: np.ndarray = np.zeros(len(arrived), dtype=np.bool_)
-    columns = (arrived.events.tolist(), arrived.songs.tolist(), arrived.played_at.tolist())
-    for place, (event, song, played_at) in enumerate(zip(*columns, strict=True)):
-        repeated[place] = event in events or (song, played_at) in moments
-        if not repeated[place]:
-            events.update({event} - {NO_EVENT})
-            moments.add((song, played_at))
-    return repeated
-
-
-def _leaving(played_at: np.ndarray) -> int:
+def over_window(played_at: np.ndarray) -> int:
     """How many of the first plays, int64 (P,) ascending, leave the window; those of one moment stay together."""
     if len(played_at) <= 2 * WINDOW:
         return 0

@@ -18,7 +18,6 @@ from rayrec.storage.artifacts import load
 from rayrec.storage.workspace import Workspace
 
 ASSUMED_GAP_MS = 3 * 60 * 1000  # between songs that are given without times: about the length of one
-FIRST_MS = 100_000_000_000  # a number below it is in seconds (until the year 5138), else in milliseconds
 
 
 class RecommendConfig(Settings):
@@ -129,32 +128,3 @@ def history_of_songs(catalog: Catalog, song_ids: list[str], at: int) -> Historie
     rows = catalog.rows(song_ids)
     played_at = at - ASSUMED_GAP_MS * np.arange(len(rows) - 1, -1, -1, dtype=np.int64)
     return Histories.from_lists([rows], [played_at])  # type: ignore[list-item]
-
-
-def parse_moment(text: str | None) -> int:
-    """ms UTC of an ISO 8601 time with its zone, or of unix seconds or milliseconds; now where there is none.
-
-    Raises `InputError` for anything else.
-    """
-    if text is None:
-        return round(datetime.now(timezone.utc).timestamp() * 1000)
-    try:
-        number = float(text)
-    except ValueError:
-        return _parse_iso(text)
-    if not np.isfinite(number) or number < 0:
-        raise InputError(f"time {text!r} is not a time; {_EXPECTED}")
-    return round(number if number >= FIRST_MS else number * 1000)
-
-
-_EXPECTED = "give ISO 8601 with a zone, such as 2015-01-20T18:30:00Z, or unix seconds or milliseconds"
-
-
-def _parse_iso(text: str) -> int:
-    try:
-        moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
-    except ValueError as error:
-        raise InputError(f"time {text!r} is not a time; {_EXPECTED}") from error
-    if moment.tzinfo is None:
-        raise InputError(f"time {text!r} has no zone; {_EXPECTED}")
-    return round(moment.timestamp() * 1000)

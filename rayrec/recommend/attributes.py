@@ -65,7 +65,7 @@ class SongMasks:
             fits &= _true(pc.less_equal(days, pa.scalar(wanted.released_to, pa.date32())))
         if wanted.market:
             markets = self._told(self._markets, "markets")
-            here = pc.equal(pc.list_flatten(markets), wanted.market).to_numpy(zero_copy_only=False)
+            here = pc.equal(pc.list_flatten(markets), wanted.market.strip()).to_numpy(zero_copy_only=False)
             rows = pc.list_parent_indices(markets).to_numpy()[here]
             fits &= np.bincount(rows, minlength=self.num_songs) > 0
         fits.flags.writeable = False

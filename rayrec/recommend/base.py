@@ -57,6 +57,7 @@ class Recommender(ABC):
     horizons: tuple[Horizon, ...] = ("short",)  # those whose answers differ
     num_songs: int  # N
     settings: Mapping[str, float] = {}  # those chosen for the data set, by name
+    without: str = ""  # the part that is left out, in an ablation
 
     @abstractmethod
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:

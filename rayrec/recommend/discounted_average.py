@@ -1,6 +1,6 @@
 """The discounted average of the songs played: the paper's baseline.
 
-Q questions, P plays, D dimensions.
+Q queries, P plays, D dimensions.
 """
 
 import numpy as np
@@ -28,10 +28,10 @@ class AverageRecommender(VectorRecommender):
         self.name = f"average-{float(discount)}"
 
     def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
-        """float32 (Q, D): the discounted average of the songs before each question."""
+        """float32 (Q, D): the discounted average of the songs before each query."""
         order = np.lexsort((questions.seen, questions.rows))
         rows, seen = questions.rows[order], questions.seen[order]
-        follows = np.concatenate([[False], rows[1:] == rows[:-1]])  # another question of the same user
+        follows = np.concatenate([[False], rows[1:] == rows[:-1]])  # another query of the same user
         plays_since = seen - np.where(follows, np.concatenate([[0], seen[:-1]]), 0)
         sums = self._sums_of_recent(histories, rows, seen, plays_since)
         _carry(sums, follows, np.float32(self.discount) ** plays_since)
@@ -42,12 +42,12 @@ class AverageRecommender(VectorRecommender):
     def _sums_of_recent(
         self, histories: Histories, rows: np.ndarray, seen: np.ndarray, counts: np.ndarray
     ) -> np.ndarray:
-        """float32 (Q, D): the discounted sum over the last counts[q] plays before each question.
+        """float32 (Q, D): the discounted sum over the last counts[q] plays before each query.
 
         As one sparse product, so that no (P, D) array is made.
         """
         ends = np.cumsum(counts)
-        ages = np.repeat(ends, counts) - np.arange(counts.sum()) - 1  # plays between this one and the question
+        ages = np.repeat(ends, counts) - np.arange(counts.sum()) - 1  # plays between this one and the query
         songs = histories.songs[np.repeat(histories.offsets[rows] + seen, counts) - ages - 1]
         known = songs < self.num_songs
         weights = np.where(known, np.float32(self.discount) ** ages, 0).astype(np.float32)
@@ -59,7 +59,7 @@ class AverageRecommender(VectorRecommender):
 def _carry(sums: np.ndarray, follows: np.ndarray, decay: np.ndarray) -> None:
     """Add to each row of `sums`, in place, the finished row before it, decayed, where it `follows` that row.
 
-    One step per question of the user who has the most, over all users at once.
+    One step per query of the user who has the most, over all users at once.
     """
     starts = np.flatnonzero(~follows)
     lengths = np.diff(np.append(starts, len(follows)))

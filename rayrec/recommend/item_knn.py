@@ -19,7 +19,7 @@ class ItemKnnRecommender(VectorRecommender):
 
 
 def last_songs(histories: Histories, questions: Questions, num_songs: int) -> np.ndarray:
-    """int64 (Q,): the last song played before each question, -1 where there is none among the first `num_songs`."""
+    """int64 (Q,): the last song played before each query, -1 where there is none among the first `num_songs`."""
     last = np.full(len(questions), -1, dtype=np.int64)
     asked = questions.seen > 0
     last[asked] = histories.songs[histories.offsets[questions.rows[asked]] + questions.seen[asked] - 1]

@@ -13,7 +13,7 @@ LATEST = 1_000  # plays of a user that are counted, so that long histories cost 
 class UserTopRecommender(Recommender):
     """How often the user has played each song of late: P-TopFreq of next-basket research (Li et al. 2023).
 
-    Nothing is fitted: the plays before a question hold all that it needs.
+    Nothing is fitted: the plays before a query hold all that it needs.
     """
 
     name = "user-top"

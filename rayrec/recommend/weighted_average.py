@@ -1,6 +1,6 @@
 """The weight-based baselines of the paper: the last songs, each weighed by its age with a learned weight.
 
-Q questions, P plays, D dimensions, J weights.
+Q queries, P plays, D dimensions, J weights.
 """
 
 from collections.abc import Iterable
@@ -58,7 +58,7 @@ class WeightedRecommender(VectorRecommender):
         return cls(vectors, sums.weights(penalty), name, penalty)
 
     def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
-        """float32 (Q, D): the weighted sum of the last songs before each question."""
+        """float32 (Q, D): the weighted sum of the last songs before each query."""
         counts = np.minimum(questions.seen, len(self.weights))
         ends = np.cumsum(counts)
         ages = np.repeat(ends, counts) - np.arange(counts.sum()) - 1
@@ -138,7 +138,7 @@ def choose_penalty(selection: Selection, name: str) -> float:
     """λ of PENALTIES under which the taste vectors lie nearest to the plays of `selection`, by L_cos."""
     vectors = selection.vectors
     if vectors is None:
-        raise ValueError("a penalty is chosen by song vectors, and the selection has none")
+        raise ValueError("the penalty is chosen on song embeddings, and the selection has none")
     sums = _fit_sums(selection.batches(), vectors, OFFSETS[name], selection.allowed)
     queries, targets = selection.ahead(*OFFSETS[name])
     wanted = vectors[targets]

@@ -1,4 +1,4 @@
-"""API keys by role: who may read, who may write plays, who may look behind the scenes.
+"""API keys by role: read recommendations, write plays, administer.
 
 Keys come from the environment or a file, in the replica itself: they pass through no argument, which Ray
 would show on its dashboard. Only digests are kept.
@@ -18,8 +18,7 @@ from rayrec.serving.serve_config import ServeConfig, is_loopback
 Role = Literal["read", "write", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
 GRANTS: dict[Role, tuple[Role, ...]] = {"read": ("read",), "write": ("write",), "admin": ROLES}  # admin may do all
-VARIABLE = "RAYREC_API_KEYS"  # of the application: role:key, with commas between them
-KEY_VARIABLE = "RAYREC_API_KEY"  # of a client: its own key
+VARIABLE = "RAYREC_API_KEYS"  # of the application: role:key or role+role:key, separated by commas
 SHORTEST = 16  # characters of a key
 
 
@@ -27,7 +26,7 @@ SHORTEST = 16  # characters of a key
 class Keys:
     """The digests of all keys with their roles; none: everybody may do everything."""
 
-    digests: tuple[tuple[bytes, Role], ...] = ()
+    digests: tuple[tuple[bytes, Role], ...] = ()  # one entry for each role of a key
 
     @property
     def required(self) -> bool:
@@ -35,17 +34,17 @@ class Keys:
         return bool(self.digests)
 
     def roles(self, authorization: str | None) -> set[Role]:
-        """What the sender of an Authorization header may do; nothing for a wrong or missing key.
+        """The roles of an Authorization header; none for a wrong or missing key.
 
-        All digests are compared, whichever fits, so that the time tells nothing.
+        All digests are compared, whichever fits, so that the time does not depend on the key.
         """
         scheme, _, key = (authorization or "").partition(" ")
         digest = sha256(key.strip().encode("utf-8", "replace")).digest()
-        found: set[Role] = set()
+        roles: set[Role] = set()
         for known, role in self.digests:
             if hmac.compare_digest(known, digest):
-                found.update(GRANTS[role])
-        return found if scheme.lower() == "bearer" else set()
+                roles.update(GRANTS[role])
+        return roles if scheme.lower() == "bearer" else set()
 
 
 def load_keys(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> Keys:
@@ -63,7 +62,7 @@ def load_keys(config: ServeConfig, environment: Mapping[str, str] = os.environ) 
         entries += _entries(text.splitlines(), config.keys_file)
     if not entries and not is_loopback(config.host):
         raise InputError(
-            f"serving on {config.host} without API keys would let everybody in; set {VARIABLE}=read:KEY,write:KEY "
+            f"serving on {config.host} without API keys would give everybody access; set {VARIABLE}=read:KEY,write:KEY "
             "or give --keys-file, or serve on 127.0.0.1"
         )
     return Keys(tuple(entries))
@@ -74,10 +73,11 @@ def _entries(lines: Iterable[str], where: str) -> Iterable[tuple[bytes, Role]]:
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        role, colon, key = text.partition(":")
-        key = key.strip()
-        if not colon or role.strip() not in ROLES or any(char.isspace() for char in key):
-            raise InputError(f"{where}, entry {number} is not role:key; roles are {', '.join(ROLES)}")
+        names, colon, key = text.partition(":")
+        roles, key = [name.strip() for name in names.split("+")], key.strip()
+        if not colon or not set(roles) <= set(ROLES) or any(char.isspace() for char in key):
+            raise InputError(f"{where}, entry {number} is not role:key or role+role:key; roles are {', '.join(ROLES)}")
         if len(key) < SHORTEST:
             raise InputError(f"{where}, entry {number} has a key of {len(key)} characters; give at least {SHORTEST}")
-        yield sha256(key.encode()).digest(), role.strip()  # type: ignore[misc]
+        for role in roles:
+            yield sha256(key.encode()).digest(), role  # type: ignore[misc]

@@ -1,78 +1,120 @@
-"""What every request passes before the routes: its key, its size, its clock, and whether its client still listens."""
+"""What every HTTP request passes before the routes: its id, key, media type and size, its clock, and its client."""
 
 import asyncio
+import logging
+import re
 import time
+import uuid
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayrec.serving.auth import Role
-from rayrec.serving.problems import problem
+from rayrec.serving.problems import problem, request_id
 from rayrec.serving.serve_config import is_loopback
 
 if TYPE_CHECKING:
     from rayrec.serving.service import Service
 
-# Who may do what; every path that is not named is for readers.
-OPEN = ("/",)  # the page, which holds nothing but itself
-NEEDS: dict[str, Role] = {"/metrics": "admin", "/v1/plays": "write"}
+GZIP_BYTES = 1_000  # answers at least so long are compressed, where the client takes it
+ID_HEADER = "X-Request-ID"
+ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
+STATIC = re.compile(r"/|/docs(/[^/]*)?")  # pages, which hold nothing but themselves
+HEALTH = ("/healthz", "/readyz")
+
+log = logging.getLogger(__name__)
 
 
-class Gate:
+def needed_role(method: str, path: str) -> Role:
+    """The role that a key needs for a request; every path that is not named is for readers."""
+    if path == "/v1/plays":
+        return "write"
+    return "admin" if method == "DELETE" or path == "/metrics" else "read"
+
+
+class Middleware:
     """ASGI middleware in front of the whole application."""
 
     def __init__(self, app: ASGIApp, service: "Service") -> None:
-        self._app, self._service = app, service
+        self._app, self._service = GZipMiddleware(app, minimum_size=GZIP_BYTES, compresslevel=5), service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request in, or answer it with a problem."""
+        """Let a request through, or answer it with a problem."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         began, status = time.perf_counter(), 0
+        headers = Headers(scope=scope)
+        own = headers.get(ID_HEADER, "")
+        own = own if ID_PATTERN.fullmatch(own) else uuid.uuid4().hex
+        request_id.set(own)
+        head = scope["method"] == "HEAD"  # as a GET whose body is not sent
+        scope = {**scope, "method": "GET"} if head else scope
 
         async def counted(message: Message) -> None:
             nonlocal status
-            status = message.get("status", status)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[ID_HEADER] = own
+            elif head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
-            await self._pass(scope, receive, counted)
+            await self._pass(scope, headers, receive, counted)
         finally:
             # 499, as nginx counts it: the client went away before there was an answer.
             self._service.metrics.answered(_route(scope), status or 499, time.perf_counter() - began)
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+    async def _pass(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         refusal = self._refuse(scope, headers)
         body = None if refusal else await _read(receive, self._service.config.max_body)
         if body is None:
             limit = self._service.config.max_body
             refusal = refusal or problem(413, f"the body is over {limit} bytes; send smaller batches")
+        elif body:
+            refusal = _refuse_media_type(headers)
+        if body is None or refusal:
+            assert refusal is not None
             await refusal(scope, receive, send)
             return
         await _while_connected(self._app, scope, body, receive, send)
 
     def _refuse(self, scope: Scope, headers: Headers) -> Response | None:
-        keys = self._service.keys
+        keys, config, path = self._service.keys, self._service.config, scope["path"]
         if not keys.required:
             client = scope.get("client")
             if client and not is_loopback(client[0]):
                 return problem(403, "this application runs without API keys and answers its own machine only")
             return None
-        if scope["path"] in OPEN and scope["method"] in ("GET", "HEAD"):
+        opened = STATIC.fullmatch(path) or (config.open_health and path in HEALTH)
+        if scope["method"] == "GET" and (opened or (config.open_metrics and path == "/metrics")):
             return None
-        needed = NEEDS.get(scope["path"], "read")
+        role = needed_role(scope["method"], path)
         roles = keys.roles(headers.get("authorization"))
         if not roles:
-            wanted = {"WWW-Authenticate": "Bearer"}
-            return problem(401, "a valid key is needed: send it as `Authorization: Bearer KEY`", headers=wanted)
-        if needed not in roles:
-            return problem(403, f"this key is not for {scope['path'][:200]}; it takes the role {needed}")
+            challenge = {"WWW-Authenticate": "Bearer"}
+            return problem(401, "a valid key is required: send it as `Authorization: Bearer KEY`", headers=challenge)
+        if role not in roles:
+            return problem(403, f"this key has no permission for {path[:200]}; a key of role {role} has")
         return None
+
+
+def _refuse_media_type(headers: Headers) -> Response | None:
+    """A problem for a body that is no plain JSON."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", kind):
+        sent = f"is {kind[:100]}" if kind else "is missing"
+        detail = f"the Content-Type {sent}; send JSON with `Content-Type: application/json`"
+        return problem(415, detail, headers={"Accept": "application/json"})
+    if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        detail = f"the body is encoded as {headers['content-encoding'][:100]}; send it without Content-Encoding"
+        return problem(415, detail, headers={"Accept-Encoding": "identity"})
+    return None
 
 
 async def _read(receive: Receive, limit: int) -> bytes | None:
@@ -90,7 +132,7 @@ async def _read(receive: Receive, limit: int) -> bytes | None:
 
 
 async def _while_connected(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-    """Run the app on a body that is here already, and no longer than its client waits for it."""
+    """Run the app on a body that was read already, and no longer than its client waits for it."""
     gone = asyncio.ensure_future(receive())  # after the body, all that can come is the disconnect
     given = False
 

@@ -1,4 +1,4 @@
-"""The page at /: one file that holds all it needs and talks to this application only."""
+"""The page at / and the API's documentation at /docs: nothing comes from other machines."""
 
 from base64 import b64encode
 from hashlib import sha256
@@ -7,6 +7,7 @@ from importlib.resources import files
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from rayrec.errors import NotFoundError
 from rayrec.serving.service import Service
 
 PAGE = "page.html"
@@ -20,10 +21,25 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+DOCS = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>rayrec API</title><link rel="stylesheet" href="docs/swagger-ui.css"></head>
+<body><div id="swagger-ui"></div><script src="docs/swagger-ui-bundle.js"></script><script src="docs/start.js"></script>
+</body>
+</html>
+"""
+DOCS_SCRIPT = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", persistAuthorization: false});'
+DOCS_FILES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
+# Swagger UI sets styles of its own and draws its icons from data.
+DOCS_HEADERS = {
+    **HEADERS,
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
 
 
 def page(service: Service) -> APIRouter:
-    """The page for people. It holds no data and needs no key: it asks for one where the application does."""
+    """The page and the documentation. They hold no data and need no key; both let their reader enter one."""
     router = APIRouter(include_in_schema=False)
     content = files("rayrec.serving").joinpath(PAGE).read_bytes()
     headers = {**HEADERS, "Content-Security-Policy": policy(content.decode())}
@@ -32,6 +48,22 @@ def page(service: Service) -> APIRouter:
     async def read() -> Response:
         """The page."""
         return Response(content, media_type="text/html; charset=utf-8", headers=headers)
+
+    static = files("fastapi_offline").joinpath("static")
+
+    @router.get("/docs")
+    async def docs() -> Response:
+        """Swagger UI over /openapi.json."""
+        return Response(DOCS, media_type="text/html; charset=utf-8", headers=DOCS_HEADERS)
+
+    @router.get("/docs/{name}")
+    async def docs_file(name: str) -> Response:
+        """A file of Swagger UI, from the package fastapi-offline."""
+        if name == "start.js":
+            return Response(DOCS_SCRIPT, media_type="text/javascript", headers=DOCS_HEADERS)
+        if name not in DOCS_FILES:
+            raise NotFoundError(f"/docs has no file {name[:100]}")
+        return Response(static.joinpath(name).read_bytes(), media_type=DOCS_FILES[name], headers=DOCS_HEADERS)
 
     return router
 

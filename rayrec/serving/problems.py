@@ -1,8 +1,9 @@
-"""Errors as RFC 9457 problem details, all of them: ours, the framework's and those nobody thought of."""
+"""Every error as RFC 9457 problem details: ours, the framework's and unexpected ones."""
 
 import json
 import logging
 from collections.abc import Mapping
+from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
@@ -12,11 +13,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from rayrec.errors import InputError, NotFoundError, RayrecError
-from rayrec.online.stores.state_store import StoreUnavailableError
+from rayrec.online.state_store import StoreUnavailableError
+from rayrec.serving.schemas import error_list
 
 MEDIA_TYPE = "application/problem+json"
-MOST_ERRORS = 20  # told of one request
 RETRY_AFTER_S = 1
+
+# The id of the request at work: the client's, or a new one.
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +30,12 @@ class NotReadyError(RayrecError):
 
 
 class OverloadedError(RayrecError):
-    """There is more to do than can be done in time."""
+    """More requests are waiting than can be answered in time."""
 
 
 SCHEMA: dict[str, Any] = {
     "title": "Problem",
-    "description": "What went wrong (RFC 9457).",
+    "description": "An error (RFC 9457).",
     "type": "object",
     "required": ["type", "title", "status", "detail"],
     "properties": {
@@ -57,13 +61,13 @@ SCHEMA: dict[str, Any] = {
     },
 }
 TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # as RFC 9110 names them; http.HTTPStatus is older
-DOCUMENTED = (400, 401, 403, 404, 413, 422, 500, 503)
+DOCUMENTED = (400, 401, 403, 404, 413, 415, 422, 500, 503)
 
 
 def problem(
     status: int, detail: str, *, errors: list[dict[str, str]] | None = None, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """A response that says what went wrong."""
+    """A response with an error."""
     body: dict[str, Any] = {"type": "about:blank", "title": title(status), "status": status, "detail": detail}
     if errors:
         body["errors"] = errors
@@ -98,19 +102,16 @@ def of_error(error: Exception) -> Response:
         return problem(404, str(error))
     if isinstance(error, InputError):
         return problem(422, str(error))
-    log.error("a request failed", exc_info=error)
-    return problem(500, "Internal server error; the replica's log has the details")
+    log.error("request %s failed", request_id.get(), exc_info=error)
+    return problem(500, f"internal server error; the replica's log has the details of request {request_id.get()}")
 
 
 async def _invalid(request: Request, error: Any) -> Response:
-    found = error.errors()
-    if any(item["type"] == "json_invalid" for item in found):
-        return problem(400, f"the body is not JSON: {found[0].get('ctx', {}).get('error', 'it does not parse')}")
-    errors = [
-        {"where": ".".join(str(part) for part in item["loc"])[:200], "detail": item["msg"][:500]}
-        for item in found[:MOST_ERRORS]
-    ]
-    return problem(422, "the request is not as expected; see errors and /openapi.json", errors=errors)
+    errors = error.errors()
+    if any(item["type"] == "json_invalid" for item in errors):
+        return problem(400, f"the body is not JSON: {errors[0].get('ctx', {}).get('error', 'it does not parse')}")
+    detail = "the request is not as expected; see errors and /openapi.json"
+    return problem(422, detail, errors=error_list(errors))
 
 
 async def _http(request: Request, error: Any) -> Response:
@@ -122,7 +123,7 @@ def _usual(status: int, request: Request) -> str:
     if status == 404:
         return f"there is nothing at {request.url.path[:200]}; see /openapi.json"
     if status == 405:
-        return f"{request.method[:20]} is not for {request.url.path[:200]}; see /openapi.json"
+        return f"{request.url.path[:200]} does not support {request.method[:20]}; see /openapi.json"
     return title(status)
 
 

@@ -1,4 +1,4 @@
-"""What a replica counts, in the format of Prometheus. Each replica has its own, labelled with its id."""
+"""The metrics of a replica, in the format of Prometheus. Each replica has its own, labelled with its id."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ class Metrics:
         self._latency = self._histogram("request_seconds", "Whole requests, in the replica.", SECONDS, "route")
         self._stages = self._histogram("stage_seconds", "Stages of a request's work.", SECONDS, "stage")
         self._batch = self._histogram("batch_users", "Users of a call.", USERS)
-        self._paths = self._counter("answers", "Answers by how they were found.", "path")
+        self._paths = self._counter("answers", "Answers by how their songs were retrieved.", "path")
         self._cache = self._gauge("cache_lookups", "Look-ups in a cache of the live release.", "cache", "outcome")
         self._plays = self._counter("plays", "New plays by what became of them.", "outcome")
         self._waiting = self._gauge("waiting", "Calls that run on the worker thread or wait for it.")
@@ -61,15 +61,15 @@ class Metrics:
             self._of(self._stages, name).observe(time.perf_counter() - began)
 
     def batch(self, users: int) -> None:
-        """A call asks for so many users."""
+        """A call is for so many users."""
         self._of(self._batch).observe(users)
 
     def path(self, name: str) -> None:
-        """An answer was found in this way."""
+        """An answer was retrieved in this way."""
         self._of(self._paths, name).inc()
 
     def plays(self, outcome: str, count: int) -> None:
-        """So many new plays were taken, repeated, rejected or of unknown songs."""
+        """Count new plays by outcome."""
         self._of(self._plays, outcome).inc(count)
 
     def release(self, release_id: str, model_id: str) -> None:
@@ -78,14 +78,14 @@ class Metrics:
         self._release.labels(self.replica, release_id, model_id).set(1)
 
     def watch_waiting(self, calls: Callable[[], float]) -> None:
-        """Ask `calls` how many calls run or wait, whenever the figures are read."""
+        """Call `calls` for how many calls run or wait, whenever the metrics are read."""
         self._waiting.labels(self.replica).set_function(calls)
 
     def watch_cache(self, name: str, lookups: Callable[[str], float]) -> None:
-        """Ask `lookups` how many look-ups were hits, and how many misses, whenever the figures are read."""
+        """Call `lookups` for how many look-ups were hits or misses, whenever the metrics are read."""
         for outcome in ("hits", "misses"):
             self._cache.labels(self.replica, name, outcome).set_function(partial(lookups, outcome))
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """All metrics, as Prometheus reads them."""
         return generate_latest(self._registry)

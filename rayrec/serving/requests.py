@@ -1,98 +1,109 @@
-"""From what a request says to what the engine takes: rows instead of ids, one time line, one moment."""
+"""From what a request holds to what the engine takes: rows instead of ids, one time line, one moment."""
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 
 import numpy as np
 
 from rayrec.data.histories import Histories
+from rayrec.data.moments import now_ms
 from rayrec.errors import InputError
 from rayrec.model.inference import States
-from rayrec.recommend.answer import ASSUMED_GAP_MS, parse_moment
+from rayrec.online.user_state import Plays
+from rayrec.recommend.answer import ASSUMED_GAP_MS
 from rayrec.recommend.attributes import Wanted
 from rayrec.recommend.choosing import Wish
 from rayrec.recommend.filters import Limits
-from rayrec.serving.catalog import Songs
-from rayrec.serving.schemas import LAST_MOMENT, Play, RecommendationsRequest
-from rayrec.serving.user_states import StoredUser
+from rayrec.serving.schemas import NewPlay, Play, RecommendationsRequest, iso_moment
+from rayrec.serving.served_catalog import ServedCatalog
+from rayrec.serving.users import StoredUser, UserPlays
+
+_NO_SONGS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """One user's plays in the rows of a release."""
+class UserQuery:
+    """One user's plays in the rows of a release, and the moment that the request is for."""
 
-    songs: np.ndarray  # int32 (P,), known songs only, in the order of time
+    songs: np.ndarray  # int32 (P,), known songs only, in time order
     played_at: np.ndarray  # int64 (P,), ms UTC
     contexts: np.ndarray  # int32 (P,), bit sets
     skipped: np.ndarray  # bool (P,)
-    at: int  # ms UTC, the moment of the request
-    unknown: int  # songs that the release does not know
-    states: States | None = None  # of this one user, after the plays, where they are stored
+    at: int  # ms UTC
+    unknown: int = 0  # songs that are not in the catalog
+    earlier: int = 0  # plays of a stored user before these
+    earlier_songs: np.ndarray = field(default_factory=lambda: _NO_SONGS)  # int32, the songs of those plays
+    states: States | None = None  # of a stored user, after all plays
+
+    @property
+    def plays(self) -> int:
+        """All plays of known songs."""
+        return self.earlier + len(self.songs)
 
 
-def read_history(history: Sequence[Play | str], moment: int | str | None, songs: Songs) -> Asked:
-    """The history of a request. Raises `InputError` for times that are none, or not for all, or after the request."""
-    plays = [play if isinstance(play, Play) else Play(song=play) for play in history]
-    rows = songs.find([play.song for play in plays])
+def read_history(history: Sequence[Play | str], moment: int | None, catalog: ServedCatalog) -> UserQuery:
+    """The history of a request. Raises `InputError` for times that are not for all plays, or after the request."""
+    plays = [play if isinstance(play, Play) else Play.model_construct(song_id=play) for play in history]
+    rows = catalog.find([play.song_id for play in plays])
     played_at, at = _times(plays, moment)
     order = np.argsort(played_at, kind="stable")
     order = order[rows[order] >= 0]
-    return Asked(
+    return UserQuery(
         songs=rows[order],
         played_at=played_at[order],
-        contexts=np.array([context_bits(play.contexts, songs) for play in plays], dtype=np.int32)[order],
+        contexts=np.array([play_contexts(play.contexts, catalog) for play in plays], dtype=np.int32)[order],
         skipped=np.array([play.skipped for play in plays], dtype=bool)[order],
         at=at,
         unknown=int((rows < 0).sum()),
     )
 
 
-def read_stored(user: StoredUser | None, moment: int | str | None) -> Asked:
+def read_stored(user: StoredUser | None, moment: int | None) -> UserQuery:
     """A stored user's plays. Raises `InputError` for a moment before the last of them: a state does not go back."""
     if user is None:
-        nothing = np.zeros(0, np.int32)
-        at = now_ms() if moment is None else moment_of(moment)
-        return Asked(songs=nothing, played_at=nothing, contexts=nothing, skipped=nothing, at=at, unknown=0)
+        at = now_ms() if moment is None else moment
+        return UserQuery(songs=_NO_SONGS, played_at=_NO_SONGS, contexts=_NO_SONGS, skipped=_NO_SONGS, at=at)
     plays = user.plays
-    return Asked(
+    count = len(plays.songs)
+    return UserQuery(
         songs=plays.songs,
         played_at=plays.played_at,
-        contexts=np.zeros(len(plays.songs), np.int32) if plays.contexts is None else plays.contexts,
-        skipped=np.zeros(len(plays.songs), bool) if plays.skipped is None else plays.skipped,
+        contexts=np.zeros(count, np.int32) if plays.contexts is None else plays.contexts,
+        skipped=np.zeros(count, bool) if plays.skipped is None else plays.skipped,
         at=moment_after(user.state.last_played_at, moment),
-        unknown=0,
+        earlier=user.state.plays - count,
+        earlier_songs=user.heard,
         states=user.states,
     )
 
 
-def read_wish(request: RecommendationsRequest, asked: Asked, songs: Songs) -> tuple[Wish, int]:
-    """What is asked for, and how many songs to leave out or to keep to are unknown.
+def read_wish(request: RecommendationsRequest, query: UserQuery, catalog: ServedCatalog) -> tuple[Wish, int]:
+    """What to recommend, and how many songs of `exclude` and `allow` are not in the catalog.
 
-    Raises `InputError` for days that are none, and for attributes that the catalog does not tell.
+    Raises `InputError` for days that do not exist, and for attributes that the catalog does not hold.
     """
-    excluded = songs.find(request.exclude)
-    parts = [excluded[excluded >= 0], asked.songs] if request.exclude_heard else [excluded[excluded >= 0]]
-    allowed, unknown = _allowed(request, songs)
-    limits = Limits(banned=np.concatenate(parts), allowed=allowed)
-    wish = Wish(k=request.k, long_weight=request.long_weight, limits=limits, diversity=request.diversity)
+    excluded = catalog.find(request.exclude)
+    parts = [excluded[excluded >= 0], *([query.songs, query.earlier_songs] if request.exclude_heard else [])]
+    allowed, unknown = _allowed(request, catalog)
+    limits = Limits(banned=np.concatenate(parts), allowed=allowed, new_only=request.exclude_heard)
+    wish = Wish(k=request.k, long_weight=request.horizon, limits=limits, diversity=request.diversity)
     return wish, unknown + int((excluded < 0).sum())
 
 
-def _allowed(request: RecommendationsRequest, songs: Songs) -> tuple[np.ndarray | None, int]:
-    """bool (N,): the songs to keep to, None for all; and how many of those listed are unknown."""
-    wanted = Wanted(
+def _allowed(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[np.ndarray | None, int]:
+    """bool (N,): the songs that may be recommended, None for all; and how many of `allow` are unknown."""
+    attributes = Wanted(
         artists=tuple(sorted(set(request.artists))),
         released_from=_day(request.released_from),
         released_to=_day(request.released_to),
         market=request.market,
     )
-    mask = songs.masks.mask(wanted) if wanted else None
+    mask = catalog.masks.mask(attributes) if attributes else None
     if request.allow is None:
         return mask, 0
-    rows = songs.find(request.allow)
-    listed = np.zeros(len(songs.catalog), dtype=np.bool_)
+    rows = catalog.find(request.allow)
+    listed = np.zeros(len(catalog.catalog), dtype=np.bool_)
     listed[rows[rows >= 0]] = True
     return listed if mask is None else listed & mask, int((rows < 0).sum())
 
@@ -101,72 +112,81 @@ def _day(text: str | None) -> date | None:
     try:
         return None if text is None else date.fromisoformat(text)
     except ValueError as error:
-        raise InputError(f"day {text!r} is in no calendar; give YYYY-MM-DD") from error
+        raise InputError(f"day {text!r} is not in the calendar; give YYYY-MM-DD") from error
 
 
-def histories_of(asked: Sequence[Asked]) -> Histories:
-    """The plays of all askers."""
+def query_histories(queries: Sequence[UserQuery]) -> Histories:
+    """The plays of queries, a row each."""
 
     def together(parts: list[np.ndarray]) -> np.ndarray:
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)  # one is what most requests are about
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)  # most requests are about one user
 
     return Histories(
-        user_ids=np.array([str(row) for row in range(len(asked))], dtype=object),
-        offsets=np.cumsum([0, *(len(one.songs) for one in asked)], dtype=np.int64),
-        songs=together([one.songs for one in asked]),
-        played_at=together([one.played_at for one in asked]),
-        contexts=together([one.contexts for one in asked]),
-        skipped=together([one.skipped for one in asked]),
+        user_ids=np.array([str(row) for row in range(len(queries))], dtype=object),
+        offsets=np.cumsum([0, *(len(query.songs) for query in queries)], dtype=np.int64),
+        songs=together([query.songs for query in queries]),
+        played_at=together([query.played_at for query in queries]),
+        contexts=together([query.contexts for query in queries]),
+        skipped=together([query.skipped for query in queries]),
     )
 
 
-def moment_of(value: int | str) -> int:
-    """ms UTC. Raises `InputError` for what is no time, or none in the years 1970 to 9999."""
-    moment = parse_moment(str(value))
-    if not 0 <= moment <= LAST_MOMENT:
-        raise InputError(f"time {value!r} is not in the years 1970 to 9999")
-    return moment
+def read_plays(sent: Sequence[NewPlay], catalog: ServedCatalog) -> tuple[dict[str, list[int]], dict[str, UserPlays]]:
+    """The places among those sent, and the plays, of each user; without plays of unknown songs."""
+    rows, now = catalog.find([play.song_id for play in sent]), now_ms()
+    times = np.array([now if play.played_at is None else play.played_at for play in sent], dtype=np.int64)
+    places: dict[str, list[int]] = {}
+    for place, play in enumerate(sent):
+        if rows[place] >= 0:
+            places.setdefault(play.user_id, []).append(place)
+    plays = {
+        user_id: UserPlays(
+            plays=Plays.of(
+                rows[own],
+                times[own],
+                contexts=[play_contexts(sent[place].contexts, catalog) for place in own],
+                skipped=[sent[place].skipped for place in own],
+            ),
+            events=[sent[place].event_id for place in own],
+        )
+        for user_id, own in places.items()
+    }
+    return places, plays
 
 
-def moment_after(latest: int, moment: int | str | None) -> int:
-    """ms UTC: the moment of a request about a user who played last at `latest`, now where it is not said.
+def moment_after(latest: int, moment: int | None) -> int:
+    """ms UTC: the moment of a request about a user who played last at `latest`, by default now.
 
     Raises `InputError` for one before that play.
     """
     if moment is None:
         return max(now_ms(), latest)  # a client's clock may run ahead of ours
-    at = moment_of(moment)
-    if at < latest:
-        raise InputError(f"the user has played after the moment `at` that the request is for: at {latest}, ms UTC")
-    return at
+    if moment < latest:
+        raise InputError(f"the user has played after the moment `at` of the request: at {iso_moment(latest)}")
+    return moment
 
 
-def now_ms() -> int:
-    """ms UTC."""
-    return time.time_ns() // 1_000_000
-
-
-def _times(plays: Sequence[Play], at: int | str | None) -> tuple[np.ndarray, int]:
+def _times(plays: Sequence[Play], at: int | None) -> tuple[np.ndarray, int]:
     """int64 (P,), ms UTC: when each was played, and the moment of the request."""
-    told = [play.played_at for play in plays if play.played_at is not None]
-    if told and len(told) < len(plays):
-        raise InputError(f"{len(told)} of {len(plays)} plays have a played_at; give it for all of them or for none")
-    if not told:
-        moment = now_ms() if at is None else moment_of(at)
+    times = [play.played_at for play in plays if play.played_at is not None]
+    if times and len(times) < len(plays):
+        raise InputError(f"{len(times)} of {len(plays)} plays have a played_at; give it for all of them or for none")
+    if not times:
+        moment = now_ms() if at is None else at
         return moment - ASSUMED_GAP_MS * np.arange(len(plays) - 1, -1, -1, dtype=np.int64), moment
-    played_at = np.array([moment_of(value) for value in told], dtype=np.int64)
+    played_at = np.array(times, dtype=np.int64)
     latest = int(played_at.max())
     # A client's clock may run ahead of ours: without a moment of its own the request comes after its plays.
-    moment = max(now_ms(), latest) if at is None else moment_of(at)
+    moment = max(now_ms(), latest) if at is None else at
     if moment < latest:
-        raise InputError("a song was played after the moment `at` that the request is for; leave such plays out")
+        raise InputError("a song was played after the moment `at` of the request; leave such plays out")
     return played_at, moment
 
 
-def context_bits(contexts: Sequence[str], songs: Songs) -> int:
-    """The bit set of contexts by their names; names that the data set does not know are left out."""
+def play_contexts(contexts: Sequence[str], catalog: ServedCatalog) -> int:
+    """The bit set of contexts by their names; names that the data set does not have are left out."""
     bits = 0
     for name in contexts:
-        if name in songs.contexts:
-            bits |= 1 << songs.contexts[name]
+        if name in catalog.contexts:
+            bits |= 1 << catalog.contexts[name]
     return bits

@@ -1,113 +1,237 @@
 """The HTTP application: a plain FastAPI app around a service, with or without Ray around it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Path, Query
+from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
+from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.responses import Response
 
-from rayrec.serving.holder import status_of
-from rayrec.serving.middleware import Gate
+from rayrec.serving.live_release import release_status
+from rayrec.serving.middleware import Middleware, needed_role
 from rayrec.serving.page import page
 from rayrec.serving.problems import DOCUMENTED, SCHEMA, add_handlers, documented
 from rayrec.serving.schemas import (
     BatchAnswer,
     BatchRequest,
     Health,
+    MapRequest,
+    Moment,
+    PlaysTaken,
     Recommendations,
     RecommendationsRequest,
     ReleaseStatus,
+    SentPlays,
+    SimilarSongs,
+    SongMatches,
+    SongPlaces,
     Tastes,
     TastesRequest,
+    UserTaste,
     as_json,
+    iso_moment,
 )
+from rayrec.serving.serve_config import MAX_ID, MAX_K
 from rayrec.serving.service import Service
-from rayrec.serving.song_routes import songs
-from rayrec.serving.user_routes import users
 
 Router = Callable[[Service], APIRouter]
 
-ABOUT = "Songs for listeners, from what they played: over the short term or the long one."
+ABOUT = "Song recommendations from what listeners played, for the next songs or for a later time."
+MAX_QUERY = 200  # characters
+MAX_MATCHES = 100  # songs
+
+
+class AnyId(Convertor[str]):
+    """An id in a path: any characters, slashes and line breaks too."""
+
+    regex = r"[\s\S]+"
+
+    def convert(self, value: str) -> str:
+        """The id as it is."""
+        return value
+
+    def to_string(self, value: str) -> str:
+        """The id as it is."""
+        return value
+
+
+register_url_convertor("any_id", AnyId())
+
+UserPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, description="Id of a user, percent-encoded.")]
+SongPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, description="Id of a song, percent-encoded.")]
+Words = Annotated[str, Query(min_length=1, max_length=MAX_QUERY, description="Words of a title or an artist.")]
+Limit = Annotated[int, Query(ge=1, le=MAX_MATCHES, description="How many songs.")]
+Count = Annotated[int, Query(ge=1, le=MAX_K, description="How many songs.")]
+AtQuery = Annotated[Moment | None, Query(description="ISO 8601 with a zone, or unix seconds or ms; default: now.")]
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application. Every endpoint needs a key where the service has any, and answers errors as problems."""
+    """The application. Endpoints need a key where the service has any, and every error is a problem."""
     from importlib.metadata import version
 
-    # No pages of FastAPI's own: they load scripts from other machines.
+    # Not FastAPI's own pages: they load scripts from other machines.
     app = FastAPI(title="rayrec", version=version("rayrec"), description=ABOUT, docs_url=None, redoc_url=None)
     for router in ROUTERS:
         app.include_router(router(service))
     add_handlers(app)
-    app.add_middleware(Gate, service=service)
+    app.add_middleware(Middleware, service=service)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 
-def recommendations(service: Service) -> APIRouter:
-    """Songs and tastes for given histories."""
+def _recommendations_router(service: Service) -> APIRouter:
+    """Recommendations and taste vectors of given histories."""
     router = APIRouter(prefix="/v1", tags=["recommendations"], responses=documented(*DOCUMENTED))
 
     @router.post("/recommendations", response_model=Recommendations)
     async def recommend(request: RecommendationsRequest) -> Response:
-        """Songs for one user."""
+        """Recommend songs to one user."""
         return as_json((await service.recommend(service.live, [request]))[0])
 
     @router.post("/recommendations/batch", response_model=BatchAnswer)
     async def recommend_batch(request: BatchRequest) -> Response:
-        """Songs for many users, all by one release."""
+        """Recommend songs to many users, all by one release. A bad request fails alone."""
         live = service.live
-        answers = await service.recommend(live, request.requests)
+        answers = await service.recommend(live, request.requests, alone=True)
         return as_json(BatchAnswer.model_construct(release=live.id, answers=answers))
 
     @router.post("/tastes", response_model=Tastes)
     async def tastes(request: TastesRequest) -> Response:
-        """The taste vectors of many users."""
+        """Compute the taste vectors of many users."""
         return as_json(await service.tastes(service.live, request.users))
 
     return router
 
 
-def operations(service: Service) -> APIRouter:
-    """How the application is."""
+def _users_router(service: Service) -> APIRouter:
+    """Stored users."""
+    router = APIRouter(prefix="/v1", tags=["users"], responses=documented(*DOCUMENTED))
+
+    @router.post("/plays", response_model=PlaysTaken)
+    async def plays(request: SentPlays) -> Response:
+        """Store one play or many, of any users; the next answer for a user reflects them.
+
+        Plays may be sent again with the same event ids, and out of order: those among a user's last 64 are put
+        in their place, older ones are rejected. An invalid play of many fails alone.
+        """
+        return as_json(await service.take_plays(service.live, request.plays))
+
+    @router.get("/users/{user_id:any_id}/recommendations", response_model=Recommendations)
+    async def user_recommendations(
+        user_id: UserPath,
+        k: Count = 20,
+        horizon: Annotated[str, Query(description="short, long, or the weight of long from 0 to 1.")] = "short",
+        at: AtQuery = None,
+        exclude_heard: Annotated[bool, Query(description="Leave out the songs that the user has played.")] = True,
+        diversity: Annotated[float, Query(ge=0, le=1, description="0: the best songs; up to 1: more varied.")] = 0.0,
+        explain: Annotated[bool, Query(description="Show which plays the answer owes to.")] = False,
+    ) -> Response:
+        """Recommend songs to a stored user."""
+        fields = {
+            "user_id": user_id,
+            "k": k,
+            "horizon": horizon if horizon in ("short", "long") else _number(horizon),
+            "at": None if at is None else iso_moment(at),
+            "exclude_heard": exclude_heard,
+            "diversity": diversity,
+            "explain": explain,
+        }
+        try:
+            request = RecommendationsRequest.model_validate(fields)
+        except ValidationError as error:
+            located = [{**item, "loc": ("query", *item["loc"])} for item in error.errors()]
+            raise RequestValidationError(located) from error
+        return as_json((await service.recommend(service.live, [request]))[0])
+
+    @router.get("/users/{user_id:any_id}/taste", response_model=UserTaste)
+    async def taste(user_id: UserPath, at: AtQuery = None) -> Response:
+        """Get the taste vectors of a stored user."""
+        return as_json(await service.user_taste(service.live, user_id, at))
+
+    @router.delete("/users/{user_id:any_id}", status_code=204, response_class=Response)
+    async def forget(user_id: UserPath) -> Response:
+        """Delete a user from the store, known or not. Plays from before this moment are rejected from now on."""
+        await service.forget(service.live, user_id)
+        return Response(status_code=204)
+
+    return router
+
+
+def _songs_router(service: Service) -> APIRouter:
+    """The songs of the catalog."""
+    router = APIRouter(prefix="/v1", tags=["songs"], responses=documented(401, 403, 422, 500, 503))
+
+    @router.get("/songs", response_model=SongMatches)
+    async def find(query: Words, limit: Limit = 20) -> Response:
+        """Find songs by words of their title or artist."""
+        return as_json(await service.find_songs(service.live, query, limit))
+
+    @router.get("/songs/{song_id:any_id}/similar", response_model=SimilarSongs, responses=documented(404))
+    async def similar(song_id: SongPath, k: Count = 20) -> Response:
+        """Get songs like a song."""
+        return as_json(await service.similar_songs(service.live, song_id, k))
+
+    @router.post("/map", response_model=SongPlaces, responses=documented(400, 413, 415))
+    async def place(request: MapRequest) -> Response:
+        """Place songs on a map."""
+        return as_json(await service.map_songs(service.live, request.songs))
+
+    return router
+
+
+def _operations_router(service: Service) -> APIRouter:
+    """The state of the application."""
     router = APIRouter(tags=["operations"], responses=documented(401, 403, 500))
 
     @router.get("/healthz", response_model=Health)
     async def healthz() -> Response:
-        """Says that the replica is alive."""
+        """Answer whenever the replica is alive."""
         return as_json(Health())
 
     @router.get("/readyz", response_model=Health, responses=documented(503))
     async def readyz() -> Response:
-        """Says that the replica can answer, with which release; else 503."""
+        """Answer with the release where the replica has one loaded, else 503."""
         return as_json(Health(release=service.live.id))
 
     @router.get("/v1/release", response_model=ReleaseStatus)
     async def release() -> Response:
-        """Says which release answers, here and in all replicas."""
+        """Show which release answers, here and in all replicas."""
         # A look into the workspace, which may be a bucket far away.
-        return as_json(ReleaseStatus(**await run_in_threadpool(status_of, service.holder)))
+        return as_json(ReleaseStatus(**await run_in_threadpool(release_status, service.holder)))
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        """The figures of this replica for Prometheus."""
+        """Show the metrics of this replica for Prometheus."""
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
 
     return router
 
 
-ROUTERS: tuple[Router, ...] = (recommendations, users, songs, operations, page)
+ROUTERS: tuple[Router, ...] = (_recommendations_router, _users_router, _songs_router, _operations_router, page)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The document with our own errors and the key in it."""
+    """The document with our own errors, the key and the role of each operation in it."""
     if not app.openapi_schema:
-        made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        parts = made.setdefault("components", {})
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        parts = document.setdefault("components", {})
         parts.setdefault("schemas", {})["Problem"] = SCHEMA
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        made["security"] = [{}, {"key": []}]
-        app.openapi_schema = made
+        for path, operations_of in document["paths"].items():
+            for method, operation in operations_of.items():
+                role = needed_role(method.upper(), path)
+                operation["security"] = [{}, {"key": [role]}]
+                operation["description"] = f"{operation.get('description', '')}\n\nRole of the key: {role}.".strip()
+        app.openapi_schema = document
     return app.openapi_schema

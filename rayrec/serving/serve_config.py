@@ -3,10 +3,10 @@
 import ipaddress
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayrec.config import Settings
-from rayrec.online.stores.state_store import absolute_uri
+from rayrec.online.state_store import absolute_uri
 
 Topology = Literal["colocated", "split"]
 
@@ -27,7 +27,9 @@ class ServeConfig(Settings):
 
     host: str = Field("127.0.0.1", description="Address to listen on; any but loopback requires API keys")
     port: int = Field(8000, ge=0, le=65_535, description="Port to listen on; 0: any free port")
-    replicas: int = Field(1, ge=1, description="Number of replicas")
+    replicas: int = Field(1, ge=1, description="Number of replicas, the minimum where max_replicas is larger")
+    max_replicas: int = Field(0, ge=0, description="Maximum of replicas, added and removed by load; 0: as replicas")
+    target_ongoing: int = Field(4, ge=1, description="Requests in progress per replica that autoscaling aims at")
     topology: Topology = Field(
         "colocated", description="colocated: model and index in every replica; split: as separate deployments"
     )
@@ -40,6 +42,8 @@ class ServeConfig(Settings):
     keys_file: str | None = Field(
         None, description="File of API keys, one role:key per line, in addition to RAYREC_API_KEYS"
     )
+    open_health: bool = Field(True, description="Answer /healthz and /readyz without a key")
+    open_metrics: bool = Field(False, description="Answer /metrics without a key")
     max_body: int = Field(4 << 20, ge=1, description="Maximum size of a request body, in bytes")
     max_waiting: int = Field(64, ge=1, description="Maximum requests in progress or queued per replica; more get 503")
     watch_seconds: float = Field(
@@ -51,10 +55,17 @@ class ServeConfig(Settings):
     def _absolute_store(cls, value: str | None) -> str | None:
         return None if value is None else absolute_uri(value)  # replicas run in other folders
 
+    @model_validator(mode="after")
+    def _replica_range(self) -> "ServeConfig":
+        if self.max_replicas and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas is {self.max_replicas}; give at least replicas, {self.replicas}, or 0")
+        return self
+
 
 def is_loopback(host: str) -> bool:
     """True for addresses that no other machine reaches."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     except ValueError:
         return host == "localhost"

@@ -1,32 +1,59 @@
-"""What the routes answer with: the live release, its engine, keys, limits and metrics of one replica."""
+"""What the routes answer with: the live release, its engine, stored users, keys, limits and metrics of one replica."""
 
-from collections.abc import Sequence
+import os
+import socket
+import uuid
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from starlette.concurrency import run_in_threadpool
 
+from rayrec.data.moments import now_ms
+from rayrec.data.windows import NEVER
+from rayrec.errors import InputError, NotFoundError
 from rayrec.model.inference import States
 from rayrec.recommend.base import Horizon
 from rayrec.recommend.choosing import Chosen, Wish, choose_popular
 from rayrec.recommend.explain import Explanation
-from rayrec.serving.auth import Keys
-from rayrec.serving.catalog import Songs
-from rayrec.serving.holder import ReleaseHolder
-from rayrec.serving.live import LiveRelease
+from rayrec.serving.auth import Keys, load_keys
+from rayrec.serving.engine import LocalEngine, Parts, Pool
+from rayrec.serving.live_release import LiveRelease, ReleaseHolder, Reports, load_parts
 from rayrec.serving.prometheus import Metrics
-from rayrec.serving.requests import Asked, histories_of, read_history, read_stored, read_wish
+from rayrec.serving.requests import (
+    UserQuery,
+    moment_after,
+    query_histories,
+    read_history,
+    read_plays,
+    read_stored,
+    read_wish,
+)
 from rayrec.serving.schemas import (
-    Asker,
+    CatalogSong,
+    InvalidEntry,
+    MapPoint,
+    NewPlay,
+    PlayOutcome,
+    PlaysTaken,
     Reason,
     Recommendations,
     RecommendationsRequest,
     RecommendedSong,
+    SimilarSongs,
+    SongMatches,
+    SongPlaces,
     Taste,
+    TasteQuery,
     Tastes,
+    UserTaste,
 )
 from rayrec.serving.serve_config import ServeConfig
-from rayrec.serving.user_states import UserStates
+from rayrec.serving.served_catalog import ServedCatalog, load_served_catalog
+from rayrec.serving.users import StoredUsers
+from rayrec.storage.workspace import Workspace
 
-TOGETHER = 32  # users of a batch that are answered at once: others get their turn in between
+TOGETHER = 32  # users of a batch that are answered at once: other requests get their turn in between
 
 
 class Service:
@@ -38,9 +65,9 @@ class Service:
         config: ServeConfig,
         keys: Keys,
         metrics: Metrics,
-        states: UserStates,
+        users: StoredUsers,
     ) -> None:
-        self.holder, self.config, self.keys, self.metrics, self.states = holder, config, keys, metrics, states
+        self.holder, self.config, self.keys, self.metrics, self.users = holder, config, keys, metrics, users
 
     @property
     def live(self) -> LiveRelease:
@@ -48,123 +75,280 @@ class Service:
         return self.holder.live
 
     def close(self) -> None:
-        """Watch no more, take the report of this replica back, and close the store of users."""
+        """Stop the watch, delete the report of this replica, and close the store of users."""
         self.holder.stop()
-        self.states.close()
+        self.users.close()
 
-    async def recommend(self, live: LiveRelease, requests: Sequence[RecommendationsRequest]) -> list[Recommendations]:
-        """The answers to requests."""
+    async def recommend(
+        self, live: LiveRelease, requests: Sequence[RecommendationsRequest | InvalidEntry], *, alone: bool = False
+    ) -> list[Recommendations | InvalidEntry]:
+        """The answers to requests. With `alone` one that cannot be answered is an `InvalidEntry`, else it raises."""
         self.metrics.batch(len(requests))
-        answers: list[Recommendations] = []
+        answers: list[Recommendations | InvalidEntry] = []
         for begin in range(0, len(requests), TOGETHER):
-            answers += await self._recommend(live, requests[begin : begin + TOGETHER])
+            answers += await self._recommend(live, requests[begin : begin + TOGETHER], alone)
         return answers
 
-    async def tastes(self, live: LiveRelease, askers: Sequence[Asker]) -> Tastes:
+    async def tastes(self, live: LiveRelease, histories: Sequence[TasteQuery]) -> Tastes:
         """The taste vectors of histories."""
-        self.metrics.batch(len(askers))
-        told: list[Taste] = []
-        for begin in range(0, len(askers), TOGETHER):
-            told += await self._tastes(live, askers[begin : begin + TOGETHER])
-        return Tastes(release=live.id, model=live.model_id, dim=len(told[0].short), tastes=told)
+        self.metrics.batch(len(histories))
+        tastes: list[Taste] = []
+        for begin in range(0, len(histories), TOGETHER):
+            tastes += await self._tastes(live, histories[begin : begin + TOGETHER])
+        return Tastes(release=live.id, model=live.model_id, dim=len(tastes[0].short), tastes=tastes)
 
-    async def _recommend(self, live: LiveRelease, requests: Sequence[RecommendationsRequest]) -> list[Recommendations]:
-        names = sorted({request.user_id for request in requests} - {""})
-        stored = dict(zip(names, await self.states.read(live, names), strict=True)) if names else {}
+    async def take_plays(self, live: LiveRelease, sent: Sequence[NewPlay | InvalidEntry]) -> PlaysTaken:
+        """Take plays of any users; when this returns they are stored."""
+        valid = [(place, play) for place, play in enumerate(sent) if isinstance(play, NewPlay)]
+        outcomes: list[PlayOutcome] = ["invalid"] * len(sent)
+        rows, plays = read_plays([play for _, play in valid], live.catalog)
+        for place, _ in valid:
+            outcomes[place] = "unknown"
+        for user_id, taken in (await self.users.take(live, plays)).items() if plays else ():
+            for row, user_outcome in zip(rows[user_id], taken, strict=True):
+                outcomes[valid[row][0]] = user_outcome
+        counts = Counter(outcomes)
+        for outcome, count in counts.items():
+            self.metrics.plays(outcome, count)
+        errors = [
+            {"where": f"plays.{place}.{error['where']}", "detail": error["detail"]}
+            for place, play in enumerate(sent)
+            if isinstance(play, InvalidEntry)
+            for error in play.errors
+        ]
+        return PlaysTaken.model_construct(
+            release=live.id,
+            taken=counts["taken"],
+            repeated=counts["repeated"],
+            rejected=counts["rejected"],
+            unknown_songs=counts["unknown"],
+            invalid=counts["invalid"],
+            outcomes=outcomes,
+            errors=errors[:20],
+        )
+
+    async def user_taste(self, live: LiveRelease, user_id: str, moment: int | None) -> UserTaste:
+        """A stored user's taste vectors. Raises `NotFoundError` for one who is not in the store."""
+        user = (await self.users.read(live, [user_id]))[0]
+        if user is None:
+            raise NotFoundError(
+                f"user {user_id!r} is not in the store; send plays, or load the batch job's with `rayrec states load`"
+            )
+        state = user.state
+        at = moment_after(state.last_played_at, moment)
+        vectors = await live.engine.vectors(user.states, np.array([at]), ("short", "long"))
+        return UserTaste(
+            release=live.id,
+            model=live.model_id,
+            user_id=user_id,
+            at=at,
+            plays=state.plays,
+            last_played_at=None if state.last_played_at == NEVER else state.last_played_at,
+            rejected=state.rejected,
+            short=vectors["short"][0].tolist(),
+            long=vectors["long"][0].tolist(),
+        )
+
+    async def forget(self, live: LiveRelease, user_id: str) -> None:
+        """Delete a user from the store; plays from before this moment are rejected from now on."""
+        await self.users.forget(live, user_id, now_ms())
+
+    async def find_songs(self, live: LiveRelease, query: str, limit: int) -> SongMatches:
+        """Songs by words of their title or artist."""
+        rows, count = await run_in_threadpool(live.catalog.search.find, query, limit)
+        songs = [
+            CatalogSong(song_id=song_id, title=title, artist=artist)
+            for song_id, title, artist in live.catalog.describe(rows)
+        ]
+        return SongMatches(release=live.id, count=count, songs=songs)
+
+    async def similar_songs(self, live: LiveRelease, song_id: str, k: int) -> SimilarSongs:
+        """Songs like a song. Raises `NotFoundError` for one that is not in the catalog."""
+        row = live.catalog.rows.get(song_id, -1)
+        if row < 0:
+            raise NotFoundError(f"song {song_id!r} is not in the catalog; find ids with /v1/songs?query=")
+        if not live.catalog.embedded(np.array([row])).any():
+            return SimilarSongs(release=live.id, song_id=song_id, path="exact", songs=[])
+        chosen = await live.engine.similar(row, k)
+        self.metrics.path(chosen.path)
+        songs = _recommended(live.catalog, chosen)
+        return SimilarSongs(release=live.id, song_id=song_id, path=chosen.path, songs=songs)
+
+    async def map_songs(self, live: LiveRelease, song_ids: Sequence[str]) -> SongPlaces:
+        """Places of songs on a map."""
+        ids = list(dict.fromkeys(song_ids))
+        rows = live.catalog.find(ids)
+        embedded = live.catalog.embedded(rows)
+        places = await live.engine.layout(rows[embedded])
+        names = (song_id for song_id, has in zip(ids, embedded.tolist(), strict=True) if has)
+        points = [MapPoint(song_id=name, x=x, y=y) for name, (x, y) in zip(names, places.tolist(), strict=True)]
+        return SongPlaces(release=live.id, points=points, unknown_songs=int((~embedded).sum()))
+
+    async def _recommend(
+        self, live: LiveRelease, requests: Sequence[RecommendationsRequest | InvalidEntry], alone: bool
+    ) -> list[Recommendations | InvalidEntry]:
+        names = sorted({one.user_id for one in requests if isinstance(one, RecommendationsRequest)} - {""})
+        stored = dict(zip(names, await self.users.read(live, names), strict=True)) if names else {}
+        answers: dict[int, Recommendations | InvalidEntry] = {}
+        queries: dict[int, UserQuery] = {}
+        wishes: dict[int, tuple[Wish, int]] = {}
         with self.metrics.stage("read"):
-            asked = [
-                read_stored(stored[request.user_id], request.at)
-                if request.user_id
-                else read_history(request.history, request.at, live.songs)
-                for request in requests
-            ]
-            wishes = [read_wish(request, one, live.songs) for request, one in zip(requests, asked, strict=True)]
-        chosen = await self.choose(live, asked, [wish for wish, _ in wishes])
+            for row, request in enumerate(requests):
+                if isinstance(request, InvalidEntry):
+                    answers[row] = request
+                    continue
+                try:
+                    if request.user_id:
+                        query = read_stored(stored[request.user_id], request.at)
+                    else:
+                        query = read_history(request.history, request.at, live.catalog)
+                    wishes[row] = read_wish(request, query, live.catalog)
+                    queries[row] = query
+                except InputError as error:
+                    if not alone:
+                        raise
+                    answers[row] = InvalidEntry(detail=str(error), errors=[])
+        rows = list(queries)
+        chosen = await self._choose(live, list(queries.values()), [wishes[row][0] for row in rows])
         with self.metrics.stage("write"):
-            answers = [
-                self.told(live, one, found, unknown=one.unknown + unknown)
-                for one, found, (_, unknown) in zip(asked, chosen, wishes, strict=True)
-            ]
-        for request, answer, one, found in zip(requests, answers, asked, chosen, strict=True):
+            for row, songs in zip(rows, chosen, strict=True):
+                answers[row] = self._answer(live, queries[row], songs, unknown=queries[row].unknown + wishes[row][1])
+        for row, songs in zip(rows, chosen, strict=True):
+            request, answer, query = requests[row], answers[row], queries[row]
+            assert isinstance(request, RecommendationsRequest)
+            assert isinstance(answer, Recommendations)
             if request.explain and answer.source == "taste":
-                horizon: Horizon = "short" if request.long_weight < 0.5 else "long"
-                told = await live.engine.explain(histories_of([one]), one.at, found.songs, horizon)
-                add_reasons(answer, told, one.songs, one.played_at, live.songs)
-        return answers
+                horizon: Horizon = "short" if request.horizon < 0.5 else "long"
+                explanation = await live.engine.explain(query_histories([query]), query.at, songs.songs, horizon)
+                add_reasons(answer, explanation, query.songs, query.played_at, live.catalog)
+        return [answers[row] for row in range(len(requests))]
 
-    async def choose(self, live: LiveRelease, asked: Sequence[Asked], wishes: Sequence[Wish]) -> list[Chosen]:
-        """The songs of each: by taste, or the popular ones where no play is known."""
-        played = [row for row, one in enumerate(asked) if len(one.songs)]
-        stored = [row for row in played if asked[row].states is not None]
-        told = [row for row in played if asked[row].states is None]
+    async def _choose(self, live: LiveRelease, queries: Sequence[UserQuery], wishes: Sequence[Wish]) -> list[Chosen]:
+        """The songs of each query: by taste, or the popular ones where no play is known."""
+        played = [row for row, query in enumerate(queries) if len(query.songs)]
+        with_states = [row for row in played if queries[row].states is not None]
+        without = [row for row in played if queries[row].states is None]
         chosen: dict[int, Chosen] = {}
-        for rows in (stored, told):
+        for rows in (with_states, without):
             if rows:
-                some = [asked[row] for row in rows]
-                answers = await _answer(live, some, [wishes[row] for row in rows])
+                answers = await _engine_answer(live, [queries[row] for row in rows], [wishes[row] for row in rows])
                 chosen |= dict(zip(rows, answers, strict=True))
         # Popular songs only for those who need them: the limits of one answer are a pass over all songs.
         return [
-            chosen[row] if row in chosen else choose_popular(live.songs.plays, live.songs.by_plays, wish)
+            chosen[row] if row in chosen else choose_popular(live.catalog.plays, live.catalog.by_plays, wish)
             for row, wish in enumerate(wishes)
         ]
 
-    def told(self, live: LiveRelease, asked: Asked, chosen: Chosen, *, unknown: int) -> Recommendations:
-        """An answer in the words of the outside world."""
+    def _answer(self, live: LiveRelease, query: UserQuery, chosen: Chosen, *, unknown: int) -> Recommendations:
         self.metrics.path(chosen.path)
-        names = live.songs.describe(chosen.songs)
-        songs = [
-            RecommendedSong(song=song, title=title, artist=artist, score=score)
-            for (song, title, artist), score in zip(names, chosen.scores.tolist(), strict=True)
-        ]
         return Recommendations.model_construct(
             release=live.id,
-            at=asked.at,
+            at=query.at,
             source="popular" if chosen.path == "popular" else "taste",
             path=chosen.path,
-            plays=len(asked.songs),
+            plays=query.plays,
             unknown_songs=unknown,
-            songs=songs,
+            songs=_recommended(live.catalog, chosen),
         )
 
-    async def _tastes(self, live: LiveRelease, askers: Sequence[Asker]) -> list[Taste]:
+    async def _tastes(self, live: LiveRelease, histories: Sequence[TasteQuery]) -> list[Taste]:
         with self.metrics.stage("read"):
-            asked = [read_history(asker.history, asker.at, live.songs) for asker in askers]
-        at = np.array([one.at for one in asked], dtype=np.int64)
-        states = await live.engine.states(histories_of(asked))
+            queries = [read_history(one.history, one.at, live.catalog) for one in histories]
+        at = np.array([query.at for query in queries], dtype=np.int64)
+        states = await live.engine.states(query_histories(queries))
         vectors = await live.engine.vectors(states, at, ("short", "long"))
         return [
             Taste.model_construct(
-                at=one.at, plays=len(one.songs), unknown_songs=one.unknown, short=short.tolist(), long=long.tolist()
+                at=query.at, plays=query.plays, unknown_songs=query.unknown, short=short.tolist(), long=long.tolist()
             )
-            for one, short, long in zip(asked, vectors["short"], vectors["long"], strict=True)
+            for query, short, long in zip(queries, vectors["short"], vectors["long"], strict=True)
         ]
 
 
-async def _answer(live: LiveRelease, asked: Sequence[Asked], wishes: Sequence[Wish]) -> list[Chosen]:
+def open_service(
+    workspace: Workspace, config: ServeConfig, *, replica: str | None = None, keys: Keys | None = None
+) -> Service:
+    """A service with model and index in this process, watching which release is live; `close` it in the end.
+
+    Raises `InputError` where it needs keys and has none.
+    """
+    name = replica or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    metrics, pool = Metrics(name), Pool(config.max_waiting)
+    metrics.watch_waiting(lambda: pool.waiting)
+
+    def load(release_id: str) -> LiveRelease:
+        use_one_thread()
+        release, recommender = load_parts(workspace, release_id)
+        catalog = load_served_catalog(workspace, release, recommender)
+        return LiveRelease(release=release, catalog=catalog, engine=LocalEngine(Parts(recommender, metrics), pool))
+
+    return make_service(workspace, config, keys or load_keys(config), metrics, load)
+
+
+def make_service(
+    workspace: Workspace,
+    config: ServeConfig,
+    keys: Keys,
+    metrics: Metrics,
+    load: Callable[[str], LiveRelease],
+) -> Service:
+    """A service whose releases `load` loads, by their id; it watches which one is live."""
+
+    def switched(live: LiveRelease) -> None:
+        metrics.release(live.id, live.model_id)
+        metrics.watch_cache("masks", live.catalog.masks.lookups)
+
+    holder = ReleaseHolder(
+        workspace=workspace,
+        load=load,
+        reports=Reports(workspace),
+        replica=metrics.replica,
+        watch_seconds=config.watch_seconds,
+        on_switch=switched,
+    )
+    users = StoredUsers(workspace, config.store, metrics)
+    holder.start()
+    return Service(holder, config, keys, metrics, users)
+
+
+def use_one_thread() -> None:
+    """Keep torch to one thread: spinning threads of several replicas on the same cores starve each other."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+async def _engine_answer(live: LiveRelease, queries: Sequence[UserQuery], wishes: Sequence[Wish]) -> list[Chosen]:
     """The songs of users who have played: all of them with states, or all without."""
-    at = np.array([one.at for one in asked], dtype=np.int64)
-    states = [one.states for one in asked if one.states is not None]
+    at = np.array([query.at for query in queries], dtype=np.int64)
+    states = [query.states for query in queries if query.states is not None]
     if not states:
-        return await live.engine.answer(histories_of(asked), at, wishes)
+        return await live.engine.answer(query_histories(queries), at, wishes)
     joined = States(
         hidden=np.concatenate([one.hidden for one in states]),
         last_played_at=np.concatenate([one.last_played_at for one in states]),
     )
-    return await live.engine.answer_states(joined, histories_of(asked), at, wishes)
+    return await live.engine.answer_states(joined, query_histories(queries), at, wishes)
+
+
+def _recommended(catalog: ServedCatalog, chosen: Chosen) -> list[RecommendedSong]:
+    return [
+        RecommendedSong.model_construct(song_id=song_id, title=title, artist=artist, score=score)
+        for (song_id, title, artist), score in zip(catalog.describe(chosen.songs), chosen.scores.tolist(), strict=True)
+    ]
 
 
 def add_reasons(
-    answer: Recommendations, told: Explanation, songs: np.ndarray, played_at: np.ndarray, catalog: Songs
+    answer: Recommendations, explanation: Explanation, songs: np.ndarray, played_at: np.ndarray, catalog: ServedCatalog
 ) -> None:
-    """Say in an answer which plays of a history, song rows int32 (P,) at int64 (P,) ms UTC, it owes to."""
-    order = told.plays[np.argsort(-told.moved, kind="stable")]
-    moved = dict(zip(told.plays.tolist(), told.moved.tolist(), strict=True))
+    """Add to an answer which plays of a history, song rows int32 (P,) at int64 (P,) ms UTC, it owes to."""
+    order = explanation.plays[np.argsort(-explanation.moved, kind="stable")]
+    moved = dict(zip(explanation.plays.tolist(), explanation.moved.tolist(), strict=True))
     answer.explanation = [
-        Reason(song=song, title=title, artist=artist, played_at=int(played_at[play]), moved=moved[play])
-        for play, (song, title, artist) in zip(order.tolist(), catalog.describe(songs[order]), strict=True)
+        Reason(song_id=song_id, title=title, artist=artist, played_at=int(played_at[play]), moved=moved[play])
+        for play, (song_id, title, artist) in zip(order.tolist(), catalog.describe(songs[order]), strict=True)
     ]
-    speaks = told.because >= 0
-    names = catalog.catalog.song_ids(songs[told.because[speaks]])
-    for place, name in zip(np.flatnonzero(speaks).tolist(), names, strict=True):
+    explained = explanation.because >= 0
+    names = catalog.catalog.song_ids(songs[explanation.because[explained]])
+    for place, name in zip(np.flatnonzero(explained).tolist(), names, strict=True):
         answer.songs[place].because = name

@@ -1,94 +1,280 @@
-"""What is done for stored users: plays from ids to rows and into states, states to tastes."""
+"""Stored users: their plays and network states, read for an answer, moved on by new plays, deleted.
 
-from collections.abc import Sequence
-from typing import Literal
+A replica holds none of them between two requests: it reads, has the engine run, and writes on the version that it
+read, again where another replica was first. So any number of replicas may take plays of the same user.
+"""
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
-from rayrec.data.windows import NEVER
-from rayrec.errors import InputError, NotFoundError
-from rayrec.online.user_state import Plays
-from rayrec.serving.catalog import Songs
-from rayrec.serving.live import LiveRelease
+from rayrec.data.histories import Histories
+from rayrec.errors import InputError
+from rayrec.model.inference import States
+from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_heard, unpack_plays, unpack_state
+from rayrec.online.state_store import (
+    NOT_THERE,
+    Change,
+    Piece,
+    StateStore,
+    StoreUnavailableError,
+    WholeUser,
+    open_store,
+    store_uri,
+)
+from rayrec.online.user_state import (
+    LAST_PLAYS,
+    OUTCOMES,
+    CatchUp,
+    Outcome,
+    Plays,
+    Step,
+    UserState,
+    event_digest,
+    fold_heard,
+    gather,
+    plan_plays,
+    scatter,
+)
+from rayrec.serving.live_release import LiveRelease
+from rayrec.serving.problems import NotReadyError
 from rayrec.serving.prometheus import Metrics
-from rayrec.serving.requests import context_bits, moment_after, moment_of, now_ms
-from rayrec.serving.user_schemas import NewPlay, PlaysTaken, UserTaste
-from rayrec.serving.user_states import UserStates
+from rayrec.storage.workspace import Workspace
 
-# A play of the future would hold the end of the window and make every later one come out of order.
-AHEAD_MS = 24 * 3600 * 1000  # that a client's clock may be ahead of ours
+ATTEMPTS = 100  # writes of one user before the request is given up: each that fails was another's success
+PAUSE_SECONDS = 0.005  # at most, after the first attempt that another was faster than; then more
+THREADS = 8  # that wait for the store
 
-Fate = Literal["taken", "repeated", "rejected", "unknown"]
+T = TypeVar("T")
 
 
-async def take_plays(states: UserStates, live: LiveRelease, metrics: Metrics, sent: Sequence[NewPlay]) -> PlaysTaken:
-    """Take plays as they were sent. Raises `InputError` for a time that is none, or over a day ahead."""
-    places, plays = read_plays(sent, live.songs)
-    fates: list[Fate] = ["unknown"] * len(sent)
-    for user_id, outcomes in (await states.take(live, plays)).items() if plays else ():
-        for place, outcome in zip(places[user_id], outcomes, strict=True):
-            fates[place] = outcome
-    counts = {fate: fates.count(fate) for fate in ("taken", "repeated", "rejected", "unknown")}
-    for fate, count in counts.items():
-        metrics.plays(fate, count)
-    return PlaysTaken(
-        release=live.id,
-        taken=counts["taken"],
-        repeated=counts["repeated"],
-        rejected=counts["rejected"],
-        unknown_songs=counts["unknown"],
-        outcomes=fates,
+@dataclass(frozen=True, kw_only=True)
+class UserPlays:
+    """Plays of one user as they were sent."""
+
+    plays: Plays
+    events: Sequence[str]  # ids, one a play
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredUser:
+    """What is known of a stored user, by the live release's model."""
+
+    state: UserState
+    states: States  # of the live model, after all plays
+    plays: Histories  # of this one user, in time order: the last ones, `LAST_PLAYS` at least where there are as many
+    heard: np.ndarray  # int32, songs of the plays before them
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A user as read from the store; the log and the heard songs only where they were read."""
+
+    version: int
+    state: UserState
+    events: frozenset[int] = frozenset()
+    log: Plays | None = None
+    heard: bytes | None = None
+
+
+class StoredUsers:
+    """The users of one store."""
+
+    def __init__(self, workspace: Workspace, uri: str | None, metrics: Metrics) -> None:
+        """`uri` as `store_uri` takes it; the store is opened at its first use."""
+        self._workspace, self._uri, self._metrics = workspace, uri, metrics
+        self._executor = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="rayrec-store")
+        self._stores: dict[str, StateStore] = {}  # by namespace
+        self._opening = threading.Lock()
+        self._blanks: dict[str, States] = {}  # by model: the state before the first play
+
+    def close(self) -> None:
+        """Close the store."""
+        self._executor.shutdown(wait=True)
+        while self._stores:
+            self._stores.popitem()[1].close()
+
+    async def read(self, live: LiveRelease, user_ids: Sequence[str]) -> list[StoredUser | None]:
+        """What is known of each user; None for those who are not in the store, or were deleted.
+
+        Where the live model's state is missing or behind, it is computed from the user's plays, and stored.
+        """
+        store = await self._store(live)
+        with self._metrics.stage("store"):
+            wholes = await self._call(store.read, user_ids, plays=LAST_PLAYS)
+        users = {user_id: _whole(whole) for user_id, whole in zip(user_ids, wholes, strict=True) if whole is not None}
+        users = {user_id: user for user_id, user in users.items() if not user.state.forgotten}
+        changes = []
+        for user_id, state in (await self._catch_up(live, users)).items():
+            user = users[user_id]
+            users[user_id] = replace(user, state=state)
+            changes.append(Change(user_id=user_id, state=pack_state(state), expected=user.version))
+        if changes:
+            await self._call(store.put, changes)
+        return [_stored_user(user_id, users[user_id], live) if user_id in users else None for user_id in user_ids]
+
+    async def take(self, live: LiveRelease, sent: Mapping[str, UserPlays]) -> dict[str, list[Outcome]]:
+        """Take new plays of users into their states; what became of each play. Unknown users are added.
+
+        When this returns the plays are in the store. Raises `StoreUnavailableError` where they may not
+        be: sent again with the same event ids, no play counts twice.
+        """
+        store = await self._store(live)
+        outcomes: dict[str, list[Outcome]] = {}
+        for attempt in range(ATTEMPTS):
+            left = {user_id: plays for user_id, plays in sent.items() if user_id not in outcomes}
+            outcomes |= await self._attempt(live, store, left)
+            if len(outcomes) == len(sent):
+                return outcomes
+            await asyncio.sleep(random.random() * PAUSE_SECONDS * min(attempt + 1, 10))
+        raise StoreUnavailableError(f"other writers were faster {ATTEMPTS} times; try again")
+
+    async def forget(self, live: LiveRelease, user_id: str, at: int) -> None:
+        """Delete a user. Plays up to `at`, ms UTC, are rejected from now on, and no load brings the user back."""
+        store = await self._store(live)
+        await self._call(store.forget, user_id, pack_state(UserState(forgotten_at=at)))
+
+    async def _attempt(
+        self, live: LiveRelease, store: StateStore, sent: Mapping[str, UserPlays]
+    ) -> dict[str, list[Outcome]]:
+        """One attempt to take plays; those of users whom another writer changed meanwhile are left out."""
+        events = {user_id: [event_digest(event) for event in new.events] for user_id, new in sent.items()}
+        users = await self._current(live, store, events)
+        repeated = {user_id: _repeated(events[user_id], users[user_id].events) for user_id in sent}
+        steps = {
+            user_id: plan_plays(users[user_id].state, live.model_id, new.plays, repeated[user_id])
+            for user_id, new in sent.items()
+        }
+        states = await self._run(live, list(steps.values()))
+        changes: list[Change] = []
+        for (user_id, step), state in zip(steps.items(), states, strict=True):
+            if not step.changes:
+                continue  # all of it is in the store already
+            change = await self._change(store, user_id, users[user_id].version, step, state)
+            if change is not None:
+                new = [event for event, again in zip(events[user_id], repeated[user_id], strict=True) if not again]
+                changes.append(replace(change, events=new))
+        put: set[str] = set()
+        if changes:
+            with self._metrics.stage("store"):
+                done = await self._call(store.put, changes)
+            put = {change.user_id for change, stored in zip(changes, done, strict=True) if stored}
+        return {
+            user_id: [OUTCOMES[place] for place in step.outcomes]
+            for user_id, step in steps.items()
+            if user_id in put or not step.changes
+        }
+
+    async def _change(
+        self, store: StateStore, user_id: str, version: int, step: Step, state: UserState
+    ) -> Change | None:
+        """What to write of a step; None where the user has changed meanwhile."""
+        heard = None
+        if step.folds:
+            (whole,) = await self._call(store.read, [user_id], plays=LAST_PLAYS)
+            if whole is None or whole.stored.version != version:
+                return None
+            songs = np.concatenate([unpack_plays(whole.log).songs, step.left.songs])
+            state, heard_songs = fold_heard(state, songs, unpack_heard(whole.heard))
+            heard = pack_heard(heard_songs)
+        pieces = [Piece(step.leaving, pack_plays(step.left))] if step.leaving else []
+        return Change(user_id=user_id, state=pack_state(state), expected=version, append=pieces, heard=heard)
+
+    async def _current(
+        self, live: LiveRelease, store: StateStore, events: Mapping[str, Sequence[int]]
+    ) -> dict[str, _Read]:
+        """Users with the live model's state up to date, new ones with that before the first play."""
+        blank = await self._blank(live)
+        with self._metrics.stage("store"):
+            stored = await self._call(store.get, events)
+        users: dict[str, _Read] = {}
+        behind: list[str] = []
+        for user_id, one in zip(events, stored, strict=True):
+            if one is None:
+                users[user_id] = _Read(NOT_THERE, UserState.start(live.model_id, blank))
+                continue
+            users[user_id] = _Read(one.version, unpack_state(one.state), one.events)
+            if users[user_id].state.current(live.model_id) is None:
+                behind.append(user_id)
+        if behind:
+            wholes = await self._call(store.read, behind, plays=LAST_PLAYS)
+            for user_id, whole in zip(behind, wholes, strict=True):
+                if whole is not None:
+                    # The events may be older than the plays: the put then fails, as it would have been counted twice.
+                    users[user_id] = replace(
+                        _whole(whole), version=users[user_id].version, events=users[user_id].events
+                    )
+            for user_id, state in (await self._catch_up(live, {name: users[name] for name in behind})).items():
+                users[user_id] = replace(users[user_id], state=state)
+        return users
+
+    async def _catch_up(self, live: LiveRelease, users: Mapping[str, _Read]) -> dict[str, UserState]:
+        """The states of those users where the live model's is missing or behind, with it up to date."""
+        behind = {user_id: one for user_id, one in users.items() if one.state.current(live.model_id) is None}
+        if not behind:
+            return {}
+        blank, nothing = await self._blank(live), Plays.of([], [])
+        steps = [CatchUp.of(one.state, live.model_id, blank, one.log or nothing) for one in behind.values()]
+        return dict(zip(behind, await self._run(live, steps), strict=True))
+
+    async def _run(self, live: LiveRelease, steps: Sequence[Step | CatchUp]) -> list[UserState]:
+        """The new states of steps, all in one batch of the live network."""
+        if not any(step.runs for step in steps):
+            return scatter(steps, None)
+        return scatter(steps, await live.engine.states(*gather(steps)))
+
+    async def _blank(self, live: LiveRelease) -> States:
+        if live.model_id not in self._blanks:
+            nothing = Histories.from_lists([[]], [[]])
+            self._blanks = {live.model_id: await live.engine.states(nothing)}  # of the live one alone
+        return self._blanks[live.model_id]
+
+    async def _store(self, live: LiveRelease) -> StateStore:
+        namespace = live.catalog.lineage
+
+        def opened() -> StateStore:
+            with self._opening:
+                if namespace not in self._stores:
+                    try:
+                        self._stores[namespace] = open_store(store_uri(self._workspace, self._uri), namespace)
+                    except InputError as error:  # for whoever runs the application, not for its client
+                        raise NotReadyError(f"users cannot be stored here: {error}") from error
+                return self._stores[namespace]
+
+        store = self._stores.get(namespace)
+        return await self._call(opened) if store is None else store
+
+    async def _call(self, work: Callable[..., T], *args: object, **kwargs: object) -> T:
+        future = self._executor.submit(lambda: work(*args, **kwargs))
+        return await asyncio.wrap_future(future)
+
+
+def _repeated(events: Sequence[int], known: frozenset[int]) -> np.ndarray:
+    """bool: the events that are stored already, or came before among these."""
+    seen = set(known)
+    repeated = np.zeros(len(events), np.bool_)
+    for place, event in enumerate(events):
+        repeated[place] = event in seen
+        seen.add(event)
+    return repeated
+
+
+def _whole(whole: WholeUser) -> _Read:
+    stored = whole.stored
+    return _Read(stored.version, unpack_state(stored.state), stored.events, unpack_plays(whole.log), whole.heard)
+
+
+def _stored_user(user_id: str, user: _Read, live: LiveRelease) -> StoredUser:
+    parts = [user.log, user.state.window] if user.log else [user.state.window]
+    return StoredUser(
+        state=user.state,
+        states=user.state.states(live.model_id),
+        plays=Plays.joined(parts).history(user_id),
+        heard=unpack_heard(user.heard),
     )
-
-
-def read_plays(sent: Sequence[NewPlay], songs: Songs) -> tuple[dict[str, list[int]], dict[str, Plays]]:
-    """The places among those sent, and the plays, of each user; without plays of unknown songs."""
-    rows, now = songs.find([play.song for play in sent]), now_ms()
-    times = np.array([_time(play, now) for play in sent], dtype=np.int64)
-    places: dict[str, list[int]] = {}
-    for place, play in enumerate(sent):
-        if rows[place] >= 0:
-            places.setdefault(play.user_id, []).append(place)
-    plays = {
-        user_id: Plays.of(
-            rows[own],
-            times[own],
-            contexts=[context_bits(sent[place].contexts, songs) for place in own],
-            skipped=[sent[place].skipped for place in own],
-            events=[sent[place].event_id for place in own],
-        )
-        for user_id, own in places.items()
-    }
-    return places, plays
-
-
-async def user_taste(states: UserStates, live: LiveRelease, user_id: str, moment: str | None) -> UserTaste:
-    """A stored user's taste. Raises `NotFoundError` for one who is not in the store."""
-    user = (await states.read(live, [user_id]))[0]
-    if user is None:
-        raise NotFoundError(
-            f"user {user_id!r} is not in the store; send plays, or load the batch job's with `rayrec states load`"
-        )
-    state = user.state
-    at = moment_after(state.last_played_at, moment)
-    vectors = await live.engine.vectors(user.states, np.array([at]), ("short", "long"))
-    return UserTaste(
-        release=live.id,
-        model=state.model,
-        user_id=user_id,
-        at=at,
-        plays=state.plays,
-        last_played_at=None if state.last_played_at == NEVER else state.last_played_at,
-        rejected=state.rejected,
-        short=vectors["short"][0].tolist(),
-        long=vectors["long"][0].tolist(),
-    )
-
-
-def _time(play: NewPlay, now: int) -> int:
-    played_at = now if play.played_at is None else moment_of(play.played_at)
-    if played_at > now + AHEAD_MS:
-        raise InputError(
-            f"event {play.event_id!r} was played at {play.played_at!r}, over a day from now; check the sender's clock"
-        )
-    return played_at

@@ -7,19 +7,22 @@ own earlier result (or its unfinished files) again. Repeating it on purpose make
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
 from rayrec.errors import DamagedArtifactError, NotFoundError
-from rayrec.storage.workspace import Workspace, artifact_dir
+from rayrec.storage.workspace import CURRENT, Workspace, artifact_dir
 
 FORMAT_VERSION = 1
 NOUNS = {  # kind -> what messages call one of it
+    "dataset": "data set",
     "descriptions": "song metadata",
     "songs": "song embeddings",
     "models": "model",
+    "retrieval": "retrievers",
+    "rankers": "rankers",
     "tastes": "taste vectors",
     "indexes": "index",
     "releases": "release",
@@ -92,7 +95,7 @@ def sha256(workspace: Workspace, path: str) -> str:
 def publish(
     workspace: Workspace, manifest: Manifest, names: Iterable[str], checksums: Mapping[str, str] | None = None
 ) -> Manifest:
-    """Stamp the time and write the manifest: from now on the artifact exists.
+    """Stamp the time and write the manifest: the artifact exists and is the current one.
 
     `names` are those of its files; `checksums` are the sha256 that their writers returned. Files without one are read.
     """
@@ -100,7 +103,27 @@ def publish(
     files = {name: known.get(name) or sha256(workspace, manifest.path(name)) for name in sorted(names)}
     stamped = Manifest(**{**asdict(manifest), "files": files, "created_at": datetime.now(timezone.utc).isoformat()})
     workspace.write_json(stamped.path("manifest.json"), asdict(stamped))
+    make_current(workspace, manifest.kind, manifest.id)
     return stamped
+
+
+def reuse(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
+    """The artifact that an earlier run of the same work made; it becomes the current one."""
+    manifest = load(workspace, kind, artifact_id)
+    make_current(workspace, kind, artifact_id)
+    return manifest
+
+
+def current_ids(workspace: Workspace) -> dict[str, str]:
+    """Kind -> id of the artifact or split that was requested last, made then or found in the cache."""
+    return dict(workspace.read_json(CURRENT)) if workspace.exists(CURRENT) else {}
+
+
+def make_current(workspace: Workspace, kind: str, artifact_id: str) -> None:
+    """Later stages start from this artifact unless another one is named."""
+    ids = current_ids(workspace)
+    if ids.get(kind) != artifact_id:
+        workspace.write_json(CURRENT, {**ids, kind: artifact_id})
 
 
 def load(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
@@ -132,12 +155,21 @@ def listing(workspace: Workspace, kind: str) -> list[Manifest]:
     return sorted(found, key=lambda manifest: manifest.created_at)
 
 
+def latest(
+    workspace: Workspace, kind: str, fits: Callable[[Manifest], bool] = lambda manifest: True
+) -> Manifest | None:
+    """The current artifact of a kind where it fits, else the last made of those that do; None where none does."""
+    fitting = [manifest for manifest in listing(workspace, kind) if fits(manifest)]
+    current = current_ids(workspace).get(kind)
+    return next((manifest for manifest in fitting if manifest.id == current), fitting[-1] if fitting else None)
+
+
 def newest(workspace: Workspace, kind: str, command: str) -> Manifest:
-    """The artifact of a kind made last. Raises `NotFoundError` that names the command to run first."""
-    found = listing(workspace, kind)
-    if not found:
+    """The current artifact of a kind. Raises `NotFoundError` that names the command to run first."""
+    found = latest(workspace, kind)
+    if found is None:
         raise NotFoundError(f"workspace {workspace.uri} has no {noun(kind)}; run `rayrec {command}` first")
-    return found[-1]
+    return found
 
 
 def verify(workspace: Workspace, manifest: Manifest, names: Iterable[str] | None = None) -> None:

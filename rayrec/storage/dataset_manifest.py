@@ -42,6 +42,7 @@ class DatasetManifest:
     merged: int = 0  # exact duplicates merged
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
     config: dict[str, object] = field(default_factory=dict)  # of the import
+    last_import: dict[str, object] = field(default_factory=dict)  # summary.ImportSummary
     appended: list[dict[str, object]] = field(default_factory=list)  # part by part: settings, plan, rows and plays
     files: dict[str, str] = field(default_factory=dict)  # path below dataset/ -> sha256
     created_at: str = ""
@@ -78,7 +79,7 @@ class DatasetManifest:
         if spans and (spans[0][0] < first_part or spans[-1][1] >= parts):
             raise MismatchError(
                 f"parts {first_part} to {parts - 1} of the histories were joined with others by `rayrec compact`; "
-                "what was made of them is made anew by its command with --force"
+                "recompute what was made from them with --force"
             )
         return [histories_file(first, bucket, last) for first, last in spans]
 

@@ -199,7 +199,7 @@ def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
 
 
 def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str, str]:
-    """Role -> id of the parts to answer with: the live release's, else those of the newest model; or of `model_id`.
+    """Role -> id of the parts to answer with: the live release's, else those of the current model; or of `model_id`.
 
     Tastes and index are there only where the model has them. Raises `NotFoundError` for an unknown
     model, or naming the command to run first where there is none.
@@ -228,7 +228,8 @@ def _newest_model(workspace: Workspace, dataset: DatasetManifest, chosen: dict[s
     models = [m for m in artifacts.listing(workspace, "models") if dataset.descends_from(m.inputs.get("dataset", ""))]
     if not models:
         raise NotFoundError(f"Data set {dataset.id} has no model; run `rayrec train` first")
-    complete = models
+    current = artifacts.current_ids(workspace).get("models")
+    complete = sorted(models, key=lambda model: model.id == current)  # the current one last
     for kind in ("tastes", "indexes"):
         used = {part.inputs.get("models") for part in artifacts.listing(workspace, kind)}
         complete = [model for model in complete if model.id in used]
@@ -238,9 +239,8 @@ def _newest_model(workspace: Workspace, dataset: DatasetManifest, chosen: dict[s
 
 
 def _last_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest | None:
-    """The newest part of a kind that was made with a model."""
-    fitting = [part for part in artifacts.listing(workspace, kind) if part.inputs.get("models") == model.id]
-    return fitting[-1] if fitting else None
+    """The current part of a kind where it was made with the model, else the last that was."""
+    return artifacts.latest(workspace, kind, lambda part: part.inputs.get("models") == model.id)
 
 
 def _newest_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest:

@@ -283,11 +283,11 @@ def test_a_model_is_evaluated_on_plays_that_were_appended_but_not_by_a_cut_that_
     assert report.inputs["dataset"] == Dataset(workspace).manifest.id != first.id
     assert report.metrics["plays"] > 200
     assert choose_split(workspace, cuts[0].id) == cuts[0]
-    assert choose_split(workspace) is None  # fits begin with a split of the present data set
+    assert choose_split(workspace) == cuts[0]  # carried over: the appended plays are in its test range
     with pytest.raises(MismatchError, match="run `rayrec split` again"):
         choose_split(workspace, cuts[1].id)
     with pytest.raises(MismatchError, match="run `rayrec split` again"):
-        embed(workspace, EmbedConfig(), split=cuts[0])
+        embed(workspace, EmbedConfig(), split=cuts[1])
 
 
 def test_tastes_go_on_from_earlier_ones_and_equal_a_full_run(

@@ -98,7 +98,7 @@ def test_a_report_is_complete_found_again_and_repeated_on_purpose(dataset: Datas
 def test_vectors_that_saw_the_test_range_are_refused(workspace: Workspace, histories: Histories) -> None:
     write_dataset(workspace, histories, NUM_SONGS)
     write_song_vectors(workspace, random_vectors(NUM_SONGS), {"dataset": "by-hand"})
-    with pytest.raises(MismatchError, match=r"made from all plays.*rayrec embed"):
+    with pytest.raises(MismatchError, match=r"was trained on all plays.*rayrec embed"):
         evaluate(workspace, EvaluateConfig(models=("item-knn",)), split=SPLIT)
 
 
@@ -123,7 +123,7 @@ def test_without_a_network_the_command_to_run_is_named(dataset: Dataset) -> None
 
 
 def test_an_unknown_model_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(InputError, match="no model 'gru'; there are: two-step, taste, taste-short, pop"):
+    with pytest.raises(InputError, match="Unknown model 'gru'; expected two-step, taste, taste-short, pop"):
         evaluate(dataset.workspace, EvaluateConfig(models=("gru",)), split=SPLIT)
 
 

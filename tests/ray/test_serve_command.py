@@ -4,8 +4,10 @@ import asyncio
 import ipaddress
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import psutil
@@ -99,7 +101,7 @@ def test_behind_haproxy_requests_are_answered_and_errors_are_problems(served: Se
     answer = httpx.post(f"{served.url}/v1/recommendations", json=BODY, headers=with_key(READ))
     assert (answer.status_code, len(answer.json()["songs"])) == (200, 5)
     for response, status in (
-        (httpx.post(f"{served.url}/v1/recommendations", content=b"{", headers=with_key(READ)), 422),
+        (httpx.post(f"{served.url}/v1/recommendations", content=b"{", headers=with_key(READ)), 415),
         (httpx.post(f"{served.url}/v1/recommendations", content=b"x" * 5_000_000, headers=with_key(READ)), 413),
         (httpx.get(f"{served.url}/v1/nothing", headers=with_key(READ)), 404),
         (httpx.get(f"{served.url}/v1/release"), 401),
@@ -133,6 +135,33 @@ def test_a_release_is_activated_and_rolled_back_while_it_runs(served: Served) ->
     assert wrong.stderr is not None
     assert "RAYREC_API_KEY" in wrong.stderr.read()
     assert releases.read_active(served.workspace)["active"] == first
+
+
+@pytest.mark.parametrize("by", ["SIGTERM", "SIGINT"])
+def test_requests_at_work_are_answered_before_it_ends_cleanly(by: str, tmp_path: Path) -> None:
+    """As `docker stop` and systemd end it."""
+    workspace = Workspace(tmp_path / "workspace")
+    write_world(workspace)
+    write_release(workspace)
+    body = {"requests": [{**BODY, "history": ["song-3"] * 4_000}] * 40}
+    with started(workspace) as running, httpx.Client(headers=with_key(READ)) as idle:  # whose connection stays open
+        idle.post(f"{running.url}/v1/recommendations", json=BODY).raise_for_status()
+        answers: list[httpx.Response] = []
+        url = f"{running.url}/v1/recommendations/batch"
+        asking = threading.Thread(
+            target=lambda: answers.append(httpx.post(url, json=body, headers=with_key(READ), timeout=60))
+        )
+        asking.start()
+        time.sleep(0.5)
+        running.process.send_signal(getattr(signal, by))
+        asking.join()
+        answered = time.monotonic()
+        out, errors = running.process.communicate(timeout=120)
+        assert time.monotonic() - answered < 25
+    assert [answer.status_code for answer in answers] == [200]
+    assert running.process.returncode == 0
+    assert out.strip() == "Stopped."
+    assert "SIG" not in errors
 
 
 def test_an_interrupt_ends_it_with_all_its_processes(served: Served) -> None:

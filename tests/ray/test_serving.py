@@ -45,7 +45,7 @@ def test_over_http_the_answer_is_what_evaluate_ranks(url: str, world: Workspace,
     rows, best = top_k(scores, 50)
     body = {"history": SONGS, "at": AT, "k": 50, "horizon": horizon, "exclude_heard": False}
     answer = httpx.post(f"{url}/v1/recommendations", json=body).json()
-    assert [song["song"] for song in answer["songs"]] == [f"song-{row}" for row in rows[0]]
+    assert [song["song_id"] for song in answer["songs"]] == [f"song-{row}" for row in rows[0]]
     np.testing.assert_allclose([song["score"] for song in answer["songs"]], best[0], rtol=1e-4)
 
 
@@ -63,12 +63,12 @@ def test_over_http_a_song_stands_where_evaluate_ranks_it(url: str, world: Worksp
     for row, seen, at, song in zip(questions.rows, questions.seen, questions.at, histories.songs[plays], strict=True):
         own = slice(histories.offsets[row], histories.offsets[row] + seen)
         told = [
-            {"song": f"song-{song}", "played_at": int(played_at)}
+            {"song_id": f"song-{song}", "played_at": int(played_at)}
             for song, played_at in zip(histories.songs[own], histories.played_at[own], strict=True)
         ]
         body = {"history": told, "at": int(at), "k": NUM_SONGS, "horizon": horizon, "exclude_heard": False}
         answer = httpx.post(f"{url}/v1/recommendations", json=body).json()
-        found.append(1 + [each["song"] for each in answer["songs"]].index(f"song-{song}"))
+        found.append(1 + [each["song_id"] for each in answer["songs"]].index(f"song-{song}"))
     assert found == ranked.ranks["next"].tolist()
 
 
@@ -76,7 +76,7 @@ def test_errors_are_problems_through_serve_too(url: str) -> None:
     for response, status in (
         (httpx.get(f"{url}/v1/nothing"), 404),
         (httpx.get(f"{url}/v1/recommendations"), 405),
-        (httpx.post(f"{url}/v1/recommendations", content=b"{"), 422),
+        (httpx.post(f"{url}/v1/recommendations", content=b"{"), 415),
         (httpx.post(f"{url}/v1/recommendations", json={"history": [], "k": 0}), 422),
     ):
         assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")

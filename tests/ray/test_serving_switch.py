@@ -17,7 +17,7 @@ from serving_apps import running
 from rayrec.data.dataset import Dataset
 from rayrec.errors import RayrecError
 from rayrec.recommend.answer import history_of_songs, load_recommender
-from rayrec.serving.switching import Wait, ask, switch
+from rayrec.serving.release_switch import SwitchWait, fetch_reports, switch
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
@@ -86,11 +86,11 @@ def test_releases_change_under_load_without_a_failure_or_a_mixed_answer(world: W
     assert len({tuple(songs) for songs in right.values()}) == 2
 
     def change(model: str) -> None:
-        switch(world, lambda: releases.activate_release(world, ids[model]), Wait(url=url, seconds=60))
-        assert {report.release for report in ask(url)} == {ids[model]}
+        switch(world, lambda: releases.activate_release(world, ids[model]), SwitchWait(url=url, seconds=60))
+        assert {report.release for report in fetch_reports(url)} == {ids[model]}
 
     def back() -> None:
-        switch(world, lambda: releases.rollback(world), Wait(url=url, seconds=60))
+        switch(world, lambda: releases.rollback(world), SwitchWait(url=url, seconds=60))
 
     async def scenario() -> None:
         clients = asyncio.ensure_future(load.run())
@@ -106,7 +106,7 @@ def test_releases_change_under_load_without_a_failure_or_a_mixed_answer(world: W
     seen = {answer["release"] for *_, answer in load.answers}
     assert seen == set(right)
     for *_, answer in load.answers:
-        assert [song["song"] for song in answer["songs"]] == right[answer["release"]]
+        assert [song["song_id"] for song in answer["songs"]] == right[answer["release"]]
     after = [answer["release"] for began, _, _, answer in load.answers if began > spans[-1][1]]
     assert set(after) == {ids["model1"]}
     _tell(load, spans)
@@ -119,7 +119,7 @@ def test_a_broken_release_is_refused_by_all_and_no_request_notices(world: Worksp
 
     def refuse() -> None:
         with pytest.raises(RayrecError, match=r"refuses release .* checksum"):
-            switch(world, lambda: releases.activate_release(world, ids["model3"]), Wait(url=url, seconds=60))
+            switch(world, lambda: releases.activate_release(world, ids["model3"]), SwitchWait(url=url, seconds=60))
 
     async def scenario() -> None:
         clients = asyncio.ensure_future(load.run())
@@ -133,7 +133,7 @@ def test_a_broken_release_is_refused_by_all_and_no_request_notices(world: Worksp
     finally:
         damage(world, ids["model3"])  # the same bit: repaired
     assert {(status, answer["release"]) for _, _, status, answer in load.answers} == {(200, before)}
-    assert httpx.get(f"{url}/v1/release").json()["wanted"] == before
+    assert httpx.get(f"{url}/v1/release").json()["activated"] == before
 
 
 def test_the_metrics_tell_stages_batches_look_ups_paths_and_the_release(world: Workspace, url: str) -> None:

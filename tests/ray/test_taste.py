@@ -19,7 +19,7 @@ from rayrec.storage.workspace import Workspace
 
 BUCKETS = 4
 AT = 200 * MINUTE
-CONFIG = TasteConfig(at=AT, users=7)
+CONFIG = TasteConfig(at="1970-01-01T03:20:00Z", users=7)  # AT
 
 
 @pytest.fixture(scope="module")

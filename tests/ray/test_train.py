@@ -29,7 +29,7 @@ from rayrec.jobs.train_plan import load_validation, model_config
 from rayrec.jobs.train_worker import window_stream
 from rayrec.model.checkpoint import load_model
 from rayrec.model.fit import Phase
-from rayrec.model.train_config import TrainConfig
+from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
 from rayrec.model.training import StepReport
 from rayrec.model.window_stream import UnitReader, plain_stream
 from rayrec.model.workers import Share
@@ -69,10 +69,9 @@ def weights(workspace: Workspace, manifest: Manifest) -> dict[str, np.ndarray]:
 
 def test_a_model_is_complete_and_answers(world: Workspace, split: Split, in_process: Manifest) -> None:
     verify(world, load(world, "models", in_process.id))
-    assert set(in_process.files) == {
-        "model.safetensors", "model.json", "song_vectors.npy", "input_vectors.npy",
-        "figures.json", "epochs.jsonl", "play_counts.npy"
-    }  # fmt: skip
+    network = {"model.safetensors", "model.json", "song_vectors.npy", "input_vectors.npy"}
+    selection = {f"{SELECTION_NETWORK}/{name}" for name in network}
+    assert set(in_process.files) == network | selection | {"figures.json", "epochs.jsonl", "play_counts.npy"}
     assert in_process.inputs == {"dataset": split.dataset, "songs": "by-hand", "split": split.id}
     assert in_process.metrics.keys() >= {"seconds", "epochs", "loss", "plays_per_second", "validation_recall@20"}
     assert 0 < in_process.metrics["validation_recall@20"] <= 1

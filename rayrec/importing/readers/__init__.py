@@ -1,15 +1,18 @@
 """Readers of outside formats. Each turns units of files into batches of plays or playlist entries."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rayrec.importing.readers.accounts import check_accounts
 from rayrec.importing.readers.lastfm_1k import LastfmReader
 from rayrec.importing.readers.listenbrainz import ListenBrainzReader
 from rayrec.importing.readers.mpd import MpdReader
 from rayrec.importing.readers.reader import Reader, ReadOptions
 from rayrec.importing.readers.sequences import SequenceReader
-from rayrec.importing.readers.spotify_history import SpotifyHistoryReader
+from rayrec.importing.readers.spotify_history import SpotifyHistoryReader, check_usernames
 from rayrec.importing.readers.tabular import CsvReader, ParquetReader
+from rayrec.importing.readers.yambda import YambdaReader
+from rayrec.importing.readers.youtube_takeout import YoutubeTakeoutReader
 from rayrec.storage.dataset_manifest import Times
 
 
@@ -21,15 +24,23 @@ class Format:
     patterns: tuple[str, ...]  # lower-case names of its files within a folder, without .gz
     mapped: bool = False  # columns are mapped, and rows may be plays or playlist entries
     playlists: bool = False  # holds playlists, not plays
+    ends_with_line: bool = False  # a file whose last line has no end may have been cut
+    check_users: Callable[[Sequence[str], str], list[str]] | None = None  # see accounts.check_accounts
     times: Times = "real"  # positions: plays come with their place in the line, and lines are in order
 
 
 FORMATS: dict[str, Format] = {
-    "csv": Format(make=CsvReader, patterns=("*.csv", "*.tsv"), mapped=True),
-    "lastfm-1k": Format(make=LastfmReader, patterns=("userid-timestamp*.tsv",)),
+    "csv": Format(make=CsvReader, patterns=("*.csv", "*.tsv"), mapped=True, ends_with_line=True),
+    "lastfm-1k": Format(make=LastfmReader, patterns=("userid-timestamp*.tsv",), ends_with_line=True),
     "listenbrainz": Format(make=ListenBrainzReader, patterns=("*.listens", "*.jsonl", "*.ndjson", "*.json")),
     "mpd": Format(make=MpdReader, patterns=("*.json",), playlists=True),
     "parquet": Format(make=ParquetReader, patterns=("*.parquet",), mapped=True),
-    "sequences": Format(make=SequenceReader, patterns=("*.txt", "*.lst", "*.seq"), times="positions"),
-    "spotify-history": Format(make=SpotifyHistoryReader, patterns=("streaming_history_*.json", "endsong*.json")),
+    "sequences": Format(
+        make=SequenceReader, patterns=("*.txt", "*.lst", "*.seq"), ends_with_line=True, times="positions"
+    ),
+    "spotify-history": Format(
+        make=SpotifyHistoryReader, patterns=("streaming_history_*.json", "endsong*.json"), check_users=check_usernames
+    ),
+    "yambda": Format(make=YambdaReader, patterns=("listens.parquet",)),
+    "youtube-takeout": Format(make=YoutubeTakeoutReader, patterns=("watch-history.json",), check_users=check_accounts),
 }

@@ -1,6 +1,9 @@
-"""Blocks of delimited lines (csv, tsv) to columns of strings; every line is one row or is rejected."""
+"""Delimited text (csv, tsv): its header, and blocks of its lines as columns of strings.
 
-from collections.abc import Mapping
+Every csv file of the project is read here. Every line is one row or is rejected; a value must not hold a line break.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -8,13 +11,18 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 from pydantic import AfterValidator
 
-from rayrec.importing.readers.lines import NEWLINE, RETURN, Block
+from rayrec.data.spelling import NOT_UTF8
+from rayrec.errors import DamagedInputError, InputError
+from rayrec.importing.readers.files import require_text
+from rayrec.importing.readers.lines import NEWLINE, RETURN, Block, first_line
 from rayrec.importing.readers.reader import rejected
 
-NOT_UTF8 = "not UTF-8"
 OPEN_QUOTE = "a quote is not closed on its line"
+AFTER_QUOTE = "text after a closing quote"
 STRAY_RETURN = "a carriage return within the line"
 QUOTE = ord('"')
+USUAL_DELIMITERS = (",", ";", "\t", "|")
+SHOWN_COLUMNS, SHOWN_NAME = 20, 40  # of a header, in a message
 
 
 def _unescaped(text: str) -> str:
@@ -22,7 +30,7 @@ def _unescaped(text: str) -> str:
 
 
 def _one_character(text: str) -> str:
-    if len(text) != 1 or text in '"\r\n':
+    if len(text) != 1 or not text.isascii() or text in '"\r\n':
         raise ValueError("expected one character such as , or ;")
     return text
 
@@ -44,9 +52,73 @@ class Rows(NamedTuple):
         """int64 (R,): line numbers, counted from the start of the unit."""
         return self.block.numbers(self.indices)
 
-    def texts(self, found: np.ndarray) -> list[str]:
+    def texts(self, positions: np.ndarray) -> list[str]:
         """The lines of the rows at some positions."""
-        return self.block.texts(self.indices[found])
+        return self.block.texts(self.indices[positions])
+
+
+def read_header(source: str, delimiter: str) -> list[str]:
+    """The column names of a file. Raises `InputError` for a file that has none or is no delimited text."""
+    head = require_text(source)
+    if head.lstrip(b"\xef\xbb\xbf \r\n\t")[:2] in (b"[{", b'{"', b"[\n", b"{\n", b"[\r", b"{\r"):
+        raise DamagedInputError(f"{source} is JSON; import it by the name of its format")
+    line = first_line(source)
+    if not line.strip():
+        raise InputError(f"{source} begins with an empty line; expected a header with column names")
+    if b"\r" in line:
+        raise InputError(
+            f"{source} ends its lines with carriage returns alone, as old Macs did; "
+            "write it with line feeds, such as with `tr '\\r' '\\n'`"
+        )
+    try:
+        values = split_line(line, delimiter)
+        if isinstance(values, str):
+            raise InputError(f"the header of {source} cannot be read: {values}; write the column names again")
+        return [value.decode("utf-8").strip() for value in values]
+    except UnicodeDecodeError as error:
+        raise InputError(f"the header of {source} is {NOT_UTF8}; save the file as UTF-8") from error
+
+
+def shown_columns(names: Sequence[str]) -> str:
+    """Column names for a message, at most 20 of them."""
+    shown = [name if len(name) <= SHOWN_NAME else f"{name[:SHOWN_NAME]}…" for name in names[:SHOWN_COLUMNS]]
+    more = f" and {len(names) - SHOWN_COLUMNS} more" if len(names) > SHOWN_COLUMNS else ""
+    return ", ".join(shown) + more
+
+
+def other_delimiter(header: Sequence[str], delimiter: str) -> str | None:
+    """What a header of a single column seems to be divided by instead."""
+    counts = {other: header[0].count(other) for other in USUAL_DELIMITERS if other != delimiter}
+    best = max(counts, key=lambda other: counts[other])
+    return best if len(header) == 1 and counts[best] else None
+
+
+def split_line(line: bytes, delimiter: str) -> list[bytes] | str:
+    """The values of one line, or why it has none: a quote opens a value only where the value begins."""
+    values: list[bytes] = []
+    between, place = delimiter.encode(), 0
+    while True:
+        if line[place : place + 1] == b'"':
+            value, place = b"", place + 1
+            while True:
+                end = line.find(b'"', place)
+                if end < 0:
+                    return OPEN_QUOTE
+                value += line[place:end]
+                place = end + 1
+                if line[place : place + 1] != b'"':
+                    break
+                value, place = value + b'"', place + 1
+            if place < len(line) and not line.startswith(between, place):
+                return AFTER_QUOTE
+        else:
+            end = line.find(between, place)
+            end = len(line) if end < 0 else end
+            value, place = line[place:end], end
+        values.append(value)
+        if place >= len(line):
+            return values
+        place += len(between)
 
 
 def parse(
@@ -65,29 +137,41 @@ def parse(
     have another number of values than `num_columns` are rejected, each by itself: one bad line
     never swallows the next.
     """
-    faults = line_faults(block, quoted)
+    faults = line_faults(block)
+    repaired: dict[int, bytes] = {}
+    for index in _unusual_quotes(block, delimiter) if quoted else ():
+        if index in faults:
+            continue
+        values = split_line(block.line(index), delimiter)
+        if isinstance(values, str):
+            faults[index] = values
+        else:
+            repaired[index] = delimiter.encode().join(b'"' + value.replace(b'"', b'""') + b'"' for value in values)
     filled = block.ends > block.starts
     usable = filled.copy()
     usable[list(faults)] = False
     faults = {index: reason for index, reason in faults.items() if index >= skip and filled[index]}
     usable[:skip] = False
     indices = np.flatnonzero(usable)
-    data = block.data if len(indices) == len(block) else b"\n".join(block.line(index) for index in indices)
+    if len(indices) == len(block) and not repaired:
+        data = block.data
+    else:
+        data = b"\n".join(repaired.get(index) or block.line(index) for index in indices.tolist())
     bad_rows: list[int] = []
 
     def skip_row(row: pacsv.InvalidRow) -> str:
         position = indices[row.number - 1]
         bad_rows.append(row.number - 1)
-        faults[position] = f"{row.actual_columns} values where the file has {row.expected_columns}"
+        faults[int(position)] = f"{row.actual_columns} values where the file has {row.expected_columns}"
         return "skip"
 
-    values = _columns(data, wanted, num_columns, delimiter, quoted, skip_row)
+    columns = _columns(data, wanted, num_columns, delimiter, quoted, skip_row)
     refused = sorted(faults)
     numbers = block.numbers(np.array(refused, dtype=np.int64))
     table = rejected(source, numbers, [faults[index] for index in refused], block.texts(refused))
     kept = np.delete(indices, bad_rows)
-    assert all(len(column) == len(kept) for column in values.values()), f"{source}: rows and lines do not agree"
-    return Rows(block, values, kept, table)
+    assert all(len(column) == len(kept) for column in columns.values()), f"{source}: rows and lines do not agree"
+    return Rows(block, columns, kept, table)
 
 
 def _columns(
@@ -116,20 +200,41 @@ def _columns(
     return {name: column.chunk(0) if column.num_chunks else pa.array([], pa.string()) for name, column in found.items()}
 
 
-def line_faults(block: Block, quoted: bool) -> dict[int, str]:
+def line_faults(block: Block) -> dict[int, str]:
     """Lines that must not reach a parser, with the reason; looked for only where a block has any."""
     faults: dict[int, str] = {}
     if not _is_utf8(block.data):
         faults |= {index: NOT_UTF8 for index in range(len(block)) if not _is_utf8(block.line(index))}
-    if quoted and b'"' in block.data:
-        odd = _per_line(block, np.flatnonzero(block.bytes == QUOTE)) % 2 == 1
-        faults |= {int(index): OPEN_QUOTE for index in np.flatnonzero(odd)}
     if block.data.count(b"\r") != block.data.count(b"\r\n"):
         returns = np.flatnonzero(block.bytes == RETURN)
         followed = block.bytes[np.minimum(returns + 1, len(block.bytes) - 1)]
         stray = _per_line(block, returns[followed != NEWLINE]) > 0
         faults |= {int(index): STRAY_RETURN for index in np.flatnonzero(stray)}
     return faults
+
+
+def _unusual_quotes(block: Block, delimiter: str) -> list[int]:
+    """Lines whose quotes do not all open a value, close it, or stand doubled within it.
+
+    Within a line the first quote opens, the second closes, and so on: a doubled one closes and opens again.
+    """
+    places = np.flatnonzero(block.bytes == QUOTE)
+    if not len(places):
+        return []
+    line = np.searchsorted(block.starts, places, side="right") - 1
+    counts = np.bincount(line, minlength=len(block))
+    rank = np.arange(len(places)) - (np.cumsum(counts) - counts)[line]
+    opens = rank % 2 == 0
+    beside = np.array([QUOTE, ord(delimiter)], dtype=np.uint8)
+    before = block.bytes[np.maximum(places - 1, 0)]
+    after = block.bytes[np.minimum(places + 1, len(block.bytes) - 1)]
+    fits = np.where(
+        opens,
+        (places == block.starts[line]) | np.isin(before, beside),
+        (places + 1 == block.ends[line]) | np.isin(after, beside),
+    )
+    unusual = (np.bincount(line, weights=~fits, minlength=len(block)) > 0) | (counts % 2 == 1)
+    return [int(index) for index in np.flatnonzero(unusual)]
 
 
 def _per_line(block: Block, positions: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import gzip
 import posixpath
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -11,9 +12,22 @@ from typing import IO, NamedTuple, cast
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from rayrec.errors import InputError
+from rayrec.errors import DamagedInputError, InputError
 
 COMPRESSED = ".gz"
+HEAD_BYTES = 64 << 10
+# How files begin that are no text in UTF-8, whatever their name.
+OTHER_FORMATS = {
+    b"\x1f\x8b": "a gzip file; give it a name that ends in .gz",
+    b"PK\x03\x04": "a zip archive; unpack it and import the folder",
+    b"PAR1": "a Parquet file; import it as parquet",
+    b"\xff\xfe": "text in UTF-16; save it as UTF-8",
+    b"\xfe\xff": "text in UTF-16; save it as UTF-8",
+    b"SQLite format 3": "an SQLite database; export its plays as csv",
+    b"%PDF": "a PDF document; export the plays as csv",
+    b"<!DOCTYPE": "an HTML page; fetch the file again",
+    b"<html": "an HTML page; fetch the file again",
+}
 
 
 class SourceFile(NamedTuple):
@@ -63,8 +77,31 @@ def open_plain(source: str) -> Iterator[IO[bytes]]:
         try:
             with gzip.GzipFile(fileobj=cast(IO[bytes], stream)) as unpacked:
                 yield cast(IO[bytes], unpacked)
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise InputError(f"{source} is not a whole gzip file: {_first_line(error)}; fetch it again") from error
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DamagedInputError(
+                f"{source} is not a whole gzip file: {_first_line(error)}; fetch it again"
+            ) from error
+
+
+def ends_with_line(file: SourceFile) -> bool:
+    """True where the last byte of a file is a line end; a compressed file knows its own end."""
+    if is_compressed(file.source) or not file.size:
+        return True
+    with open_source(file.source) as stream:
+        stream.seek(file.size - 1)
+        return bool(stream.read(1) == b"\n")
+
+
+def require_text(source: str) -> bytes:
+    """A file's first 64 KiB. Raises `DamagedInputError` where it is empty or plainly of another format."""
+    with open_plain(source) as stream:
+        head = stream.read(HEAD_BYTES)
+    if not head:
+        raise DamagedInputError(f"{source} is empty; fetch it again or skip it with --skip-damaged")
+    for beginning, what in OTHER_FORMATS.items():
+        if head.startswith(beginning):
+            raise DamagedInputError(f"{source} is {what}")
+    return head
 
 
 def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:

@@ -1,37 +1,125 @@
-"""Plays and playlist entries gathered one by one out of JSON, whose shape no columnar parser follows."""
+"""JSON files: their records, whether one document or a line each, and the rows that come of them."""
 
 import json
-from typing import Any
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from rayrec.data import columns
+from rayrec.data.moments import to_ms
+from rayrec.data.problems import Problems, missing
+from rayrec.data.spelling import NOT_UTF8, spell_id, spell_text
+from rayrec.errors import DamagedInputError
 from rayrec.importing.readers import reader
-from rayrec.importing.readers.files import open_plain
-from rayrec.importing.readers.reader import Batch, Problems, clean, missing, rejected
-from rayrec.importing.readers.times import to_ms
+from rayrec.importing.readers.files import open_plain, require_text
+from rayrec.importing.readers.lines import BYTE_ORDER_MARK, byte_ranges, read_blocks
+from rayrec.importing.readers.reader import Batch, Unit, rejected
 
 NOT_JSON = "not JSON"
-ROWS_PER_BATCH = 1 << 17
+FIRST_LINE_BYTES = 1 << 20  # of a file of lines; a longer first line is a document
+BAD_BYTE = re.compile("[\udc80-\udcff]")  # what a byte that is not UTF-8 is decoded to
+
+
+class Record(NamedTuple):
+    """One value of a JSON file."""
+
+    number: int  # line, or place in the document, from 1
+    value: Any
+    reason: str = ""  # why it is none; `value` is its text then
+
+
+class Records(NamedTuple):
+    """Some records of a unit."""
+
+    records: list[Record]
+    covered: int  # lines or places, empty ones included
+
+
+def plan_json(source: str, size: int, unit_bytes: int, *lists: str) -> list[Unit]:
+    """Byte ranges of a file of JSON lines; a document whole, since it cannot be cut. `lists` as in `read_records`.
+
+    Raises `DamagedInputError` for a file that begins as no JSON does.
+    """
+    return byte_ranges(source, size, unit_bytes) if _is_lines(source, lists) else [Unit(source=source)]
+
+
+def read_records(unit: Unit, *lists: str) -> Iterator[Records]:
+    """The records of a unit, lines in blocks of 16 MiB and documents whole.
+
+    A document is a list of records, or an object in which one of the paths `lists`, such as `payload.listens`, is one.
+    Bytes that are not UTF-8 cost their own record. Raises `DamagedInputError` for a document that is not whole.
+    """
+    if unit.stop is not None or _is_lines(unit.source, lists):
+        for block in read_blocks(unit):
+            lines = ((block.first + index, block.line(index)) for index in range(len(block)))
+            yield Records([_of_line(number, line) for number, line in lines if line.strip()], len(block))
+        return
+    content = load_json(unit.source)
+    values = content if isinstance(content, list) else _listed(content, lists)
+    if values is None:
+        places = "".join(f", nor has it one at {path!r}" for path in lists)
+        raise DamagedInputError(f"{unit.source} is JSON, but no list of records{places}; check the format")
+    yield Records([Record(number, value) for number, value in enumerate(values, start=1)], len(values))
+
+
+def load_json(source: str) -> Any:
+    """The content of a JSON document; bytes that are not UTF-8 are kept as half surrogate pairs.
+
+    Raises `DamagedInputError` where it is not whole.
+    """
+    require_text(source)
+    with open_plain(source) as stream:
+        data = stream.read().removeprefix(BYTE_ORDER_MARK)
+    try:
+        return json.loads(data.decode("utf-8", errors="surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedInputError(
+            f"{source} cannot be read to its end ({len(data):,} bytes): {str(error)[:200] or type(error).__name__}; "
+            "fetch it again or skip it with --skip-damaged"
+        ) from error
+
+
+def _is_lines(source: str, lists: tuple[str, ...]) -> bool:
+    """True for a file with a record a line: its first line is one by itself, or its second begins as one."""
+    head = require_text(source).removeprefix(BYTE_ORDER_MARK).lstrip()
+    if head.startswith(b"["):
+        return False
+    with open_plain(source) as stream:
+        text = stream.read(FIRST_LINE_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+    line, _, rest = text.partition(b"\n")
+    first = _of_line(1, line)
+    if not first.reason and isinstance(first.value, dict):
+        return _listed(first.value, lists) is None
+    if rest.lstrip().startswith(b"{"):
+        return True
+    if head.startswith(b"{"):
+        return False
+    raise DamagedInputError(f"{source} is not JSON: it begins with {head[:40]!r}; check the format")
+
+
+def _listed(content: Any, lists: tuple[str, ...]) -> list[Any] | None:
+    for path in lists:
+        value = content
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, list):
+            return value
+    return None
+
+
+def _of_line(number: int, line: bytes) -> Record:
+    try:
+        return Record(number, json.loads(line.decode("utf-8", errors="surrogateescape")))
+    except (ValueError, RecursionError):
+        return Record(number, line.decode("utf-8", errors="replace"), NOT_JSON)
 
 
 def text(value: Any) -> str | None:
     """A string or number out of JSON as text; None for all else and for the empty string."""
-    if isinstance(value, str):
-        return clean(value) or None
-    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def load_json(source: str) -> Any:
-    """The content of a JSON file. Raises `ValueError` where it is none."""
-    with open_plain(source) as stream:
-        return json.loads(stream.read())
-
-
-def dump(value: Any) -> str:
-    """A JSON value as one line, for the file of rejected rows."""
-    return json.dumps(value, ensure_ascii=False)
+    return (value.strip() or None) if isinstance(value, str) else spell_id(value)
 
 
 class RowCollector:
@@ -48,30 +136,26 @@ class RowCollector:
     def _clear(self) -> None:
         self._rows: list[dict[str, Any]] = []
         self._lines: list[int] = []
-        self._texts: list[Any] = []  # a str, or a value to dump only if the row is bad
+        self._origins: list[Any] = []
         self._refused: list[tuple[int, str, str]] = []
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def add(self, row: dict[str, Any], line: int, origin: Any) -> None:
-        """A row; `origin` is its text or the JSON value that it came from."""
+    def add(self, row: dict[str, Any], record: Record, origin: Any = None) -> None:
+        """A row of a record, or of `origin` within it."""
+        if any(isinstance(value, str) and not value.isascii() and BAD_BYTE.search(value) for value in row.values()):
+            self.refuse(record, NOT_UTF8, origin)
+            return
         self._rows.append(row)
-        self._lines.append(line)
-        self._texts.append(origin)
+        self._lines.append(record.number)
+        self._origins.append(record.value if origin is None else origin)
 
-    def refuse(self, line: int, reason: str, origin: Any) -> None:
+    def refuse(self, record: Record, reason: str, origin: Any = None) -> None:
         """A row that is known to be of no use."""
-        self._refused.append((line, reason, origin if isinstance(origin, str) else dump(origin)))
+        self._refused.append((record.number, reason, _dump(record.value if origin is None else origin)))
 
     def batch(self, covered: int) -> Batch:
         """Everything since the last batch; `covered` is how many lines or records that is."""
         problems = Problems(len(self._rows))
-        data = {
-            item.name: pa.array([row.get(item.name) for row in self._rows], _loose(item))
-            for item in self._schema
-            if item.name not in ("source", "line")
-        }
+        data = {item.name: self._column(item) for item in self._schema if item.name not in ("source", "line")}
         owner, reason = (
             (columns.USER, reader.NO_USER) if columns.USER in data else (columns.PLAYLIST, reader.NO_PLAYLIST)
         )
@@ -93,10 +177,20 @@ class RowCollector:
         self._clear()
         return result
 
-    def _texts_at(self, found: np.ndarray) -> list[str]:
-        origins = [self._texts[row] for row in found]
-        return [origin if isinstance(origin, str) else dump(origin) for origin in origins]
+    def _column(self, item: pa.Field) -> pa.Array:
+        values = [row.get(item.name) for row in self._rows]
+        if item.name in (columns.USER, columns.PLAYLIST, columns.SONG_ID):
+            return pa.array(map(spell_id, values), pa.string())
+        if item.name == columns.PLAYED_AT or item.type == pa.string():
+            return pa.array(map(spell_text, values), pa.string())
+        if pa.types.is_list(item.type):
+            values = [value and [name for name in map(spell_text, value) if name] for value in values]
+        return pa.array(values, item.type)
+
+    def _texts_at(self, positions: np.ndarray) -> list[str]:
+        return [_dump(self._origins[row]) for row in positions]
 
 
-def _loose(item: pa.Field) -> pa.DataType:
-    return pa.string() if item.name == columns.PLAYED_AT else item.type
+def _dump(value: Any) -> str:
+    """A JSON value as one line, for the file of rejected rows."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -10,10 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data import columns
+from rayrec.data.moments import to_ms
+from rayrec.data.problems import Problems
+from rayrec.data.spelling import spell_ids, spell_texts
 from rayrec.importing.readers import delimited, reader
+from rayrec.importing.readers.files import require_text
 from rayrec.importing.readers.lines import byte_ranges, read_blocks
-from rayrec.importing.readers.reader import Batch, Problems, ReadOptions, Unit, missing
-from rayrec.importing.readers.times import to_ms
+from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
 
 COLUMNS = ("user", "played_at", "artist_id", "artist", "song", "title")
 WANTED = {name: place for place, name in enumerate(COLUMNS) if name != "artist_id"}
@@ -27,6 +30,7 @@ class LastfmReader:
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
         """Byte ranges."""
+        require_text(source)
         return byte_ranges(source, size, unit_bytes)
 
     def read(self, unit: Unit) -> Iterator[Batch]:
@@ -37,15 +41,16 @@ class LastfmReader:
             )
             values = rows.values
             problems = Problems(len(rows.indices))
-            problems.mark(missing(values["user"]), reader.NO_USER)
-            song = song_names(values["song"], values["artist"], values["title"])
-            problems.mark(missing(song), reader.NO_SONG)
+            user = spell_ids(values["user"], problems, column="user", reason=reader.NO_USER)
+            artist = spell_texts(values["artist"], problems, column="artist")
+            title = spell_texts(values["title"], problems, column="title")
+            song = song_names(values["song"], artist, title)
             data = {
-                columns.USER: values["user"],
-                columns.SONG_ID: song,
+                columns.USER: user,
+                columns.SONG_ID: spell_ids(song, problems, column="song", reason=reader.NO_SONG),
                 columns.PLAYED_AT: pa.array(to_ms(values["played_at"], problems)),
-                columns.TITLE: values["title"],
-                columns.ARTIST: values["artist"],
+                columns.TITLE: title,
+                columns.ARTIST: artist,
             }
 
             yield reader.batch(
@@ -63,4 +68,6 @@ class LastfmReader:
 def song_names(ids: pa.Array, artists: pa.Array, titles: pa.Array) -> pa.Array:
     """The id of each song, else `artist – title`; null where the title is missing too."""
     named = pc.binary_join_element_wise(pc.fill_null(artists, ""), titles, " – ")
-    return pc.coalesce(pc.if_else(pc.equal(ids, ""), None, ids), pc.if_else(pc.equal(titles, ""), None, named))
+    return pc.coalesce(
+        pc.if_else(pc.equal(pc.utf8_trim_whitespace(ids), ""), None, ids), pc.if_else(pc.equal(titles, ""), None, named)
+    )

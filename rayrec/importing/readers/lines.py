@@ -6,7 +6,7 @@ from typing import IO, cast
 
 import numpy as np
 
-from rayrec.errors import InputError
+from rayrec.errors import DamagedInputError
 from rayrec.importing.readers.files import is_compressed, open_plain, open_source
 from rayrec.importing.readers.reader import Unit
 
@@ -58,7 +58,7 @@ def byte_ranges(source: str, size: int, unit_bytes: int) -> list[Unit]:
 def read_blocks(unit: Unit, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
     """The lines that begin within the unit's byte range, whole, in blocks of about `block_bytes`.
 
-    Raises `InputError` for a line longer than 64 MiB.
+    Raises `DamagedInputError` for a line longer than 64 MiB.
     """
     first, rest = 1, b""
     with _open_at(unit) as stream:
@@ -78,11 +78,16 @@ def read_blocks(unit: Unit, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
                 rest += piece
                 _check_length(rest, unit)
                 continue
-            block = Block(rest + piece[:end], first)
+            block = Block(_without_mark(rest + piece[:end], unit, first), first)
             rest, first = piece[end:], first + len(block)
             yield block
         if rest:
-            yield Block(rest, first)
+            yield Block(_without_mark(rest, unit, first), first)
+
+
+def _without_mark(data: bytes, unit: Unit, first: int) -> bytes:
+    """Lines without the byte order mark that the first of a file may begin with."""
+    return data.removeprefix(BYTE_ORDER_MARK) if first == 1 and not unit.start else data
 
 
 def first_line(source: str) -> bytes:
@@ -136,4 +141,6 @@ def _rest_of_line(stream: IO[bytes], unit: Unit) -> bytes:
 
 def _check_length(rest: bytes, unit: Unit) -> None:
     if len(rest) > LINE_LIMIT:
-        raise InputError(f"{unit.source} has a line longer than {LINE_LIMIT >> 20} MiB; is it a text file of plays?")
+        raise DamagedInputError(
+            f"{unit.source} has a line longer than {LINE_LIMIT >> 20} MiB; is it a text file of plays?"
+        )

@@ -7,9 +7,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rayrec.data import columns
+from rayrec.data.problems import Problems
+from rayrec.data.spelling import clean
 
 TEXT_LIMIT = 1_000  # characters kept of a rejected row
 NO_USER = "no user"
@@ -68,30 +69,6 @@ class Reader(Protocol):
         ...
 
 
-class Problems:
-    """Marks what is wrong with each of R rows; the first reason found for a row stays."""
-
-    def __init__(self, rows: int) -> None:
-        self._codes = np.zeros(rows, dtype=np.int16)
-        self._reasons: list[str] = []
-
-    @property
-    def bad(self) -> np.ndarray:
-        """bool (R,): rows with a reason against them."""
-        return self._codes > 0
-
-    def mark(self, mask: np.ndarray, reason: str) -> None:
-        """Give the rows where `mask`, bool (R,), is true a reason to be rejected."""
-        new = mask & ~self.bad
-        if new.any():
-            self._reasons.append(reason)
-            self._codes[new] = len(self._reasons)
-
-    def reasons(self) -> list[str]:
-        """The reasons of the bad rows, in order."""
-        return [self._reasons[code - 1] for code in self._codes[self.bad]]
-
-
 def rejected(source: str, lines: Sequence[int] | np.ndarray, reasons: Sequence[str], texts: Sequence[str]) -> pa.Table:
     """Rows of columns.REJECTED."""
     data = [
@@ -139,16 +116,6 @@ def batch(
             arrays.append(data[item.name].filter(good) if len(positions) else data[item.name])
     rows = pa.table(arrays, schema=schema)
     return Batch(rows, refused, rows.num_rows + refused.num_rows, covered)
-
-
-def missing(values: pa.Array) -> np.ndarray:
-    """bool (R,): null or empty strings."""
-    return np.asarray(pc.fill_null(pc.equal(values, ""), True).to_numpy(zero_copy_only=False))
-
-
-def clean(text: str) -> str:
-    """Text that UTF-8 can hold: half surrogate pairs, which JSON can escape, become question marks."""
-    return text if text.isascii() else text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _repeated(text: str, count: int) -> pa.Array:

@@ -13,10 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data import columns
+from rayrec.data.problems import Problems, missing
+from rayrec.data.spelling import spell_ids
 from rayrec.importing.readers import reader
 from rayrec.importing.readers.delimited import line_faults
-from rayrec.importing.readers.lines import BYTE_ORDER_MARK, Block, byte_ranges, read_blocks
-from rayrec.importing.readers.reader import Batch, Problems, ReadOptions, Unit, missing
+from rayrec.importing.readers.files import require_text
+from rayrec.importing.readers.lines import Block, byte_ranges, read_blocks
+from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
 
 BLOCK_BYTES = 4 << 20  # a few characters can be a play: a row takes ten times its text in memory
 EMPTY_LINE = "empty line"
@@ -30,6 +33,7 @@ class SequenceReader:
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
         """Byte ranges; a file whole where line numbers are names, since only its start knows them."""
+        require_text(source)
         return byte_ranges(source, size, unit_bytes) if self.options.user_separator else [Unit(source=source)]
 
     def read(self, unit: Unit) -> Iterator[Batch]:
@@ -43,10 +47,9 @@ class SequenceReader:
         usable = np.flatnonzero(~problems.bad)
         split = pc.split_pattern(songs.take(pa.array(usable)), self.options.song_separator)
         lengths = pc.list_value_length(split).to_numpy()
-        names = pc.utf8_trim_whitespace(pc.list_flatten(split))
         line = np.repeat(usable, lengths)
-        empty = Problems(len(names))
-        empty.mark(missing(names), reader.NO_SONG)
+        empty = Problems(len(line))
+        names = spell_ids(pc.list_flatten(split), empty, column="song", reason=reader.NO_SONG)
         refused = np.flatnonzero(problems.bad)
         return reader.batch(
             columns.PLAYS,
@@ -72,8 +75,7 @@ class SequenceReader:
         parts = pc.split_pattern(texts, separator, max_splits=1)
         problems.mark(pc.list_value_length(parts).to_numpy() < 2, f"no {separator!r} between user and songs")
         flat, offsets = pc.list_flatten(parts), parts.offsets.to_numpy()
-        users = pc.utf8_trim_whitespace(flat.take(pa.array(offsets[:-1])))
-        problems.mark(missing(users), reader.NO_USER)
+        users = spell_ids(flat.take(pa.array(offsets[:-1])), problems, column="user", reason=reader.NO_USER)
         return users, flat.take(pa.array(offsets[1:] - 1))
 
 
@@ -81,10 +83,10 @@ def _texts(block: Block, problems: Problems) -> pa.Array:
     """The lines without space around them, strings (L,); those that are no text are marked and left empty."""
     bounds = np.append(np.stack([block.starts, block.ends], axis=1).ravel(), len(block.data)).astype(np.int32)
     between = pa.StringArray.from_buffers(2 * len(block), pa.py_buffer(bounds), pa.py_buffer(block.data))
-    faults = line_faults(block, quoted=False)
+    faults = line_faults(block)
     for reason in sorted(set(faults.values())):
         problems.mark(np.isin(np.arange(len(block)), [line for line in faults if faults[line] == reason]), reason)
     lines = between.take(pa.array(np.where(problems.bad, 1, 2 * np.arange(len(block)))))
-    texts = pc.utf8_trim_whitespace(pc.utf8_ltrim(lines, BYTE_ORDER_MARK.decode()))
+    texts = pc.utf8_trim_whitespace(lines)
     problems.mark(missing(texts), EMPTY_LINE)
     return texts

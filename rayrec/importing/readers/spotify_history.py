@@ -6,26 +6,25 @@ Where `skipped` is not filled in, as in older files, a play counts as skipped if
 button ended it or if it lasted under 30 seconds, from where on Spotify counts a stream.
 """
 
-import posixpath
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rayrec.data import columns
-from rayrec.importing.readers.json_rows import NOT_JSON, RowCollector, load_json, text
+from rayrec.importing.readers.accounts import Users, account_of, check_accounts
+from rayrec.importing.readers.json_rows import Record, RowCollector, plan_json, read_records, text
 from rayrec.importing.readers.reader import NO_SONG, Batch, ReadOptions, Unit
 
-NOT_A_HISTORY = "not a history: expected a list of plays"
 NOT_A_PLAY = "not a play"
 PODCAST = "podcast or audiobook"
 STREAM_MS = 30_000
 SKIP_REASONS = ("fwdbtn", "backbtn")
+USERNAME = r'"username"\s*:\s*"([^"]+)"'
 
 
 class SpotifyHistoryReader:
     """Reads Streaming_History_*.json and endsong_*.json. The line is the number of the record.
 
-    The user is `username` where the file has it, else the `user` setting, else the file's folder.
+    The user is the `user` setting where there is one, else `username` where the record has it, else the file's folder.
     """
 
     def __init__(self, options: ReadOptions) -> None:
@@ -33,46 +32,43 @@ class SpotifyHistoryReader:
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
         """One unit per file: Spotify cuts them at some ten megabytes, and their JSON cannot be cut."""
-        return [Unit(source=source)]
+        return plan_json(source, size, unit_bytes)
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """One batch with the whole file."""
         rows = RowCollector(columns.PLAYS, unit.source)
-        user = self.options.user or _folder(unit.source)
-        records: list[Any] = []
-        try:
-            content = load_json(unit.source)
-        except ValueError as error:
-            rows.refuse(1, NOT_JSON, str(error))
-        else:
-            if isinstance(content, list):
-                records = content
-            else:
-                rows.refuse(1, NOT_A_HISTORY, unit.source)
-        for number, record in enumerate(records, start=1):
-            _add(record, number, user, rows)
-        yield rows.batch(len(records))
+        users = Users(unit.source, self.options.user, account_of(unit.source))
+        for found in read_records(unit):
+            for record in found.records:
+                _add(record, users, rows)
+            yield rows.batch(found.covered)
 
 
-def _add(record: Any, number: int, user: str, rows: RowCollector) -> None:
-    if not isinstance(record, dict):
-        rows.refuse(number, NOT_A_PLAY, record)
+def check_usernames(sources: Sequence[str], user: str) -> list[str]:
+    """As `check_accounts`, for files of which some name the user."""
+    return check_accounts(sources, user, USERNAME)
+
+
+def _add(record: Record, users: Users, rows: RowCollector) -> None:
+    play = record.value
+    if record.reason or not isinstance(play, dict):
+        rows.refuse(record, record.reason or NOT_A_PLAY)
         return
-    song = text(record.get("spotify_track_uri"))
+    song = text(play.get("spotify_track_uri"))
     if song is None:
-        spoken = any(text(record.get(name)) for name in ("spotify_episode_uri", "episode_name", "audiobook_uri"))
-        rows.refuse(number, PODCAST if spoken else NO_SONG, record)
+        spoken = any(text(play.get(name)) for name in ("spotify_episode_uri", "episode_name", "audiobook_uri"))
+        rows.refuse(record, PODCAST if spoken else NO_SONG)
         return
     row = {
-        columns.USER: text(record.get("username")) or user,
+        columns.USER: users.of(text(play.get("username"))),
         columns.SONG_ID: song,
-        columns.PLAYED_AT: text(record.get("ts")),
-        columns.CONTEXTS: _contexts(record),
-        columns.SKIPPED: _skipped(record),
-        columns.TITLE: text(record.get("master_metadata_track_name")),
-        columns.ARTIST: text(record.get("master_metadata_album_artist_name")),
+        columns.PLAYED_AT: text(play.get("ts")),
+        columns.CONTEXTS: _contexts(play),
+        columns.SKIPPED: _skipped(play),
+        columns.TITLE: text(play.get("master_metadata_track_name")),
+        columns.ARTIST: text(play.get("master_metadata_album_artist_name")),
     }
-    rows.add(row, number, record)
+    rows.add(row, record)
 
 
 def _contexts(record: dict[str, Any]) -> list[str]:
@@ -88,9 +84,3 @@ def _skipped(record: dict[str, Any]) -> bool | None:
     if record.get("reason_end") in SKIP_REASONS:
         return True
     return played < STREAM_MS if isinstance(played, (int, float)) else None
-
-
-def _folder(source: str) -> str:
-    if "://" in source:
-        return posixpath.basename(posixpath.dirname(source))
-    return Path(source).expanduser().resolve().parent.name

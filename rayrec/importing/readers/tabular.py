@@ -1,13 +1,13 @@
 """csv and Parquet files of plays or of playlist entries, with a mapping of their columns to ours.
 
-Roles of a play: user, song, played_at, and where there are any contexts (names separated by `|`),
+Roles of a play: user, song, played_at, and where there are any contexts (a list, or names separated by `|`),
 skipped (true, false, 1 or 0), title, artist. Roles of a playlist entry: playlist, position, song,
 and where there are any title, artist. A role that is not mapped has the column of its own name.
 """
 
-import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,18 +16,20 @@ import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.columns import one_array
-from rayrec.errors import InputError
+from rayrec.data.moments import to_ms
+from rayrec.data.problems import Problems
+from rayrec.data.spelling import plain, spell_ids, spell_lists, spell_texts
+from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers import delimited, reader
 from rayrec.importing.readers.files import open_source
-from rayrec.importing.readers.lines import byte_ranges, first_line, read_blocks
-from rayrec.importing.readers.reader import Batch, Problems, ReadOptions, Unit, missing
-from rayrec.importing.readers.times import to_ms
+from rayrec.importing.readers.lines import byte_ranges, read_blocks
+from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
 
 PLAY_ROLES = ("user", "song", "played_at", "contexts", "skipped", "title", "artist")
+OPTIONAL_ROLES = ("contexts", "skipped", "title", "artist")
 PLAYLIST_ROLES = ("playlist", "position", "song", "title", "artist")
 NOT_A_POSITION = "position is not a whole number"
 NOT_A_FLAG = "skipped is none of true, false, 1, 0"
-CONTEXT_SEPARATOR = "|"
 FLAGS = {"true": True, "1": True, "t": True, "yes": True, "false": False, "0": False, "f": False, "no": False}
 ROWS_PER_BATCH = 1 << 18
 
@@ -74,12 +76,15 @@ class CsvReader:
             )
 
     def _header(self, source: str) -> list[str]:
-        line = first_line(source).decode("utf-8", errors="replace")
-        if not line.strip():
-            raise InputError(f"{source} is empty or begins with an empty line; expected a header with column names")
-        return next(csv.reader([line], delimiter=self.options.delimiter))
+        return delimited.read_header(source, self.options.delimiter)
 
     def _positions(self, source: str, header: list[str]) -> dict[str, int]:
+        other = delimited.other_delimiter(header, self.options.delimiter)
+        if other:
+            raise InputError(
+                f"{source} has one column, {delimited.shown_columns(header)!r}; its values seem to be divided by "
+                f"{other!r}: pass --delimiter {spelled_delimiter(other)}"
+            )
         return find_columns(source, header, self.options)
 
 
@@ -92,7 +97,7 @@ class ParquetReader:
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
         """Runs of row groups. Raises `InputError` for another format or a missing column."""
         with open_source(source) as stream:
-            file = _parquet(source, stream)
+            file = open_parquet(source, stream)
             find_columns(source, file.schema_arrow.names, self.options)
             sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
         numbers = (np.cumsum(sizes) - sizes) // unit_bytes if sizes else np.zeros(0)
@@ -103,25 +108,31 @@ class ParquetReader:
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Batches of 262,144 rows; the line is the number of the record."""
         with open_source(unit.source) as stream:
-            file = _parquet(unit.source, stream)
+            file = open_parquet(unit.source, stream)
             names = file.schema_arrow.names
             wanted = {role: names[place] for role, place in find_columns(unit.source, names, self.options).items()}
             groups = list(range(unit.start, file.num_row_groups if unit.stop is None else unit.stop))
             first = 1
-            for part in _batches(unit.source, file, groups, list(set(wanted.values()))):
+            for part in read_batches(unit.source, file, groups, list(set(wanted.values()))):
 
-                def texts(found: np.ndarray, part: pa.RecordBatch = part) -> list[str]:
-                    return [json.dumps(row, default=str, ensure_ascii=False) for row in part.take(found).to_pylist()]
+                def texts(positions: np.ndarray, part: pa.RecordBatch = part) -> list[str]:
+                    return row_texts(part, positions)
 
                 yield convert(
-                    {role: _untangle(part.column(name)) for role, name in wanted.items()},
+                    {role: part.column(name) for role, name in wanted.items()},
                     self.options.playlists,
                     source=unit.source,
+                    names=wanted,
                     lines=np.arange(first, first + part.num_rows),
                     texts=texts,
                     covered=part.num_rows,
                 )
                 first += part.num_rows
+
+
+def spelled_delimiter(delimiter: str) -> str:
+    """A delimiter as a shell takes it."""
+    return "'\\t'" if delimiter == "\t" else repr(delimiter)
 
 
 def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dict[str, int]:
@@ -130,7 +141,6 @@ def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dic
     Raises `InputError` for an unknown role, a column that is not there or one that is there twice.
     """
     known = roles(options.playlists)
-    optional = ("contexts", "skipped", "title", "artist")
     unknown = [role for role in options.columns if role not in known]
     if unknown:
         raise InputError(f"cannot map a column to {unknown[0]!r}; expected some of {', '.join(known)}")
@@ -141,9 +151,9 @@ def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dic
             raise InputError(f"{source} has {names.count(name)} columns named {name!r}; rename all but one")
         if name in names:
             found[role] = names.index(name)
-        elif role in options.columns or role not in optional:
+        elif role in options.columns or role not in OPTIONAL_ROLES:
             raise InputError(
-                f"{source} has no column {name!r} for {role}; it has {', '.join(names)}; "
+                f"{source} has no column {name!r} for {role}; it has {delimited.shown_columns(names)}; "
                 f"map it with --columns {role}=NAME"
             )
     return found
@@ -158,88 +168,99 @@ def convert(
     texts: Callable[[np.ndarray], Sequence[str]],
     covered: int,
     also: pa.Table | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Batch:
-    """Columns by role, of strings or of the types of a Parquet file, to plays or playlist entries."""
+    """Columns by role, of strings or of the types of a Parquet file, to plays or playlist entries.
+
+    `names` are those of the columns in the file. Raises `InputError` for a column of a type that cannot hold its role.
+    """
     problems = Problems(len(lines))
-    owner, no_owner = ("playlist", reader.NO_PLAYLIST) if playlists else ("user", reader.NO_USER)
-    data = {
-        columns.PLAYLIST if playlists else columns.USER: _names(values[owner], problems, no_owner),
-        columns.SONG_ID: _names(values["song"], problems, reader.NO_SONG),
-    }
-    if playlists:
-        data["position"] = _positions(values["position"], problems)
-    else:
-        data[columns.PLAYED_AT] = pa.array(to_ms(values["played_at"], problems))
-        if "skipped" in values:
-            data[columns.SKIPPED] = _flags(values["skipped"], problems)
-        if "contexts" in values:
-            data[columns.CONTEXTS] = _contexts(values["contexts"])
-    for role in ("title", "artist"):
-        if role in values:
-            data[role] = _text(values[role])
+
+    def ids(role: str, reason: str) -> pa.Array:
+        return spell_ids(values[role], problems, column=name(role), reason=reason)
+
+    def name(role: str) -> str:
+        return (names or {}).get(role, role)
+
+    try:
+        owner, no_owner = ("playlist", reader.NO_PLAYLIST) if playlists else ("user", reader.NO_USER)
+        data = {columns.PLAYLIST if playlists else columns.USER: ids(owner, no_owner)}
+        data[columns.SONG_ID] = ids("song", reader.NO_SONG)
+        if playlists:
+            data["position"] = _positions(values["position"], problems, name("position"))
+        else:
+            data[columns.PLAYED_AT] = pa.array(to_ms(values["played_at"], problems, column=name("played_at")))
+            if "skipped" in values:
+                data[columns.SKIPPED] = _flags(values["skipped"], problems, name("skipped"))
+            if "contexts" in values:
+                data[columns.CONTEXTS] = spell_lists(values["contexts"], problems, column=name("contexts"))
+        for role in ("title", "artist"):
+            if role in values:
+                data[role] = spell_texts(values[role], problems, column=name(role))
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
     schema = columns.PLAYLIST_ENTRIES if playlists else columns.PLAYS
     return reader.batch(
         schema, data, source=source, lines=lines, problems=problems, texts=texts, covered=covered, also=also
     )
 
 
-def _parquet(source: str, stream: pa.NativeFile) -> pq.ParquetFile:
+def open_parquet(source: str, stream: pa.NativeFile) -> pq.ParquetFile:
+    """A Parquet file. Raises `DamagedInputError` where it is none or its footer is not whole."""
     try:
         return pq.ParquetFile(stream, page_checksum_verification=True)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{source} is not a Parquet file: {str(error).splitlines()[0]}") from error
-
-
-def _batches(source: str, file: pq.ParquetFile, groups: list[int], names: list[str]) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=names)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{source} is damaged: {str(error).splitlines()[0]}; restore it or remove it from the import"
+        raise DamagedInputError(
+            f"{source} is not a Parquet file: {_first_line(error)}; fetch it again or check the format"
         ) from error
 
 
-def _untangle(values: pa.Array) -> pa.Array:
-    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+def read_batches(
+    source: str, file: pq.ParquetFile, groups: list[int] | None, names: list[str] | None
+) -> Iterator[pa.RecordBatch]:
+    """Some columns of some row groups, or all. Raises `DamagedInputError` where a page is not whole."""
+    try:
+        for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=names):
+            batch.validate()
+            yield batch
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedInputError(
+            f"{source} is damaged: {_first_line(error)}; restore it or skip it with --skip-damaged"
+        ) from error
 
 
-def _text(values: pa.Array) -> pa.Array:
-    if pa.types.is_floating(values.type):
-        # Whole numbers with gaps come as floats out of pandas: 16.0 means song 16.
-        whole = bool(pc.all(pc.fill_null(pc.equal(pc.floor(values), values), True)).as_py())
-        values = pc.cast(values, pa.int64(), safe=False) if whole else values
-    return one_array(values.cast(pa.string()))
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _names(values: pa.Array, problems: Problems, reason: str) -> pa.Array:
-    texts = _text(values)
-    problems.mark(missing(texts), reason)
-    return texts
+def row_texts(rows: pa.RecordBatch, positions: np.ndarray) -> list[str]:
+    """The rows at some positions as JSON, for the file of rejected rows."""
+    cells = [[_cell(column[row]) for column in rows.columns] for row in positions.tolist()]
+    return [
+        json.dumps(dict(zip(rows.schema.names, row, strict=True)), default=str, ensure_ascii=False) for row in cells
+    ]
 
 
-def _positions(values: pa.Array, problems: Problems) -> pa.Array:
-    if not pa.types.is_integer(values.type):
-        texts = _text(values)
-        valid = np.asarray(
-            pc.fill_null(pc.match_substring_regex(texts, r"^\d{1,18}$"), False).to_numpy(zero_copy_only=False)
-        )
-        problems.mark(~valid, NOT_A_POSITION)
-        values = pc.if_else(pa.array(valid), texts, "0")
-    problems.mark(np.asarray(values.is_null().to_numpy(zero_copy_only=False)), NOT_A_POSITION)
-    return one_array(pc.fill_null(values.cast(pa.int64()), 0))
+def _cell(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError, UnicodeDecodeError):
+        return f"<{value.type}>"
 
 
-def _flags(values: pa.Array, problems: Problems) -> pa.Array:
+def _positions(values: pa.Array, problems: Problems, column: str) -> pa.Array:
+    texts = spell_texts(values, problems, column=column)
+    valid = pc.fill_null(pc.match_substring_regex(texts, r"^\d{1,18}$"), False)
+    problems.mark(~np.asarray(valid.to_numpy(zero_copy_only=False)), NOT_A_POSITION)
+    return one_array(pc.if_else(valid, texts, "0").cast(pa.int64()))
+
+
+def _flags(values: pa.Array, problems: Problems, column: str) -> pa.Array:
+    values = plain(values)
     if pa.types.is_boolean(values.type):
         return values
-    texts = pc.utf8_lower(pc.utf8_trim_whitespace(_text(values)))
+    texts = pc.utf8_lower(spell_texts(values, problems, column=column))
     found = pc.index_in(texts, value_set=pa.array(list(FLAGS)))
-    unknown = pc.and_(found.is_null(), pc.fill_null(pc.not_equal(texts, ""), False))
+    unknown = pc.and_(found.is_null(), texts.is_valid())
     problems.mark(np.asarray(unknown.to_numpy(zero_copy_only=False)), NOT_A_FLAG)
     return pa.array(list(FLAGS.values())).take(found)
-
-
-def _contexts(values: pa.Array) -> pa.Array:
-    if pa.types.is_list(values.type):
-        return values.cast(pa.list_(pa.string()))
-    return pc.split_pattern(_text(values), CONTEXT_SEPARATOR)

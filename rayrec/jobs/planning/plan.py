@@ -14,7 +14,7 @@ from typing import Any
 from rayrec.embeddings.word2vec import MAX_WORKERS
 from rayrec.errors import InputError
 from rayrec.importing.fragments import ROWS_PER_CHUNK
-from rayrec.importing.import_plan import MAX_PIECES
+from rayrec.importing.import_plan import MAX_PIECES, UNGROUPED_UNITS
 from rayrec.importing.staging import PLAYS_PER_ROW_GROUP
 from rayrec.jobs.planning.cluster_file import GIB, ClusterFile, NodeType
 from rayrec.jobs.planning.formulas import (
@@ -231,7 +231,8 @@ class _Planner:
         """What a stage asks of object storage; an import reads text files."""
         if stage == "import":
             text = self.data.plays * CSV_BYTES
-            pieces = max(1, min(MAX_PIECES, ceil(text / UNIT_BYTES)))
+            units = max(1, ceil(text / UNIT_BYTES))
+            pieces = units if units <= UNGROUPED_UNITS else MAX_PIECES
             size = ImportSize(pieces=pieces, buckets=self.data.buckets)
             return input_requests(text, UNIT_BYTES) + import_requests(size)
         if stage == "taste":

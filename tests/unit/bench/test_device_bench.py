@@ -138,7 +138,7 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("bf16", [False, True])
     def test_a_training_takes_the_steps_of_a_cpu(self, bf16: bool) -> None:
-        size = replace(Size.quick(), config=replace(Size.quick().config, dropout=0.0))
+        size = replace(Size.quick(), config=Size.quick().config.replace(dropout=0.0))
         there = device_bench.learned(size, "cuda", 3, bf16=bf16).state_dict()
         here = device_bench.learned(size, "cpu", 3).state_dict()
         learned = TrainConfig().learning_rate * 3  # of Adam: each step moves a weight by about the learning rate

@@ -1,4 +1,4 @@
-"""The load generators against a server that counts, and the summary against figures by hand."""
+"""The load generators against a server that counts, and the summarize_slices against figures by hand."""
 
 import asyncio
 import shutil
@@ -11,14 +11,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from rayrec.bench import http_load, serve_bench
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.http_load import Load, put_under_load
-from rayrec.bench.serve_bench import summary
-from rayrec.bench.soak import Told, growth, send
+from rayrec.bench.serve_bench import summarize_slices
+from rayrec.bench.soak import SoakCounts, attempt, memory_growth
+from rayrec.client import ApiError, ApiUnavailableError
 from rayrec.errors import InputError
 from rayrec.storage.workspace import Workspace
 
@@ -100,7 +100,7 @@ def test_ratios_are_medians_of_those_within_a_round() -> None:
         }
         for factor in (1.0, 3.0, 1.5)
     ]
-    told = summary(rounds)
+    told = summarize_slices(rounds)
     assert told["p50_ratio"] == pytest.approx(1.5)
     assert told["throughput_ratio"] == pytest.approx(1.5)
     assert told["stored_over_noop_ms"] == pytest.approx(1.5)
@@ -114,35 +114,23 @@ def test_the_clients_that_ratios_need_must_be_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answers", "taken", "failed"),
+    ("error", "failed"),
     [
-        ([200], True, {}),
-        ([503, 200], True, {}),
-        (["down", 200], True, {}),
-        ([503, 503, 200], False, {"503": 1}),
-        (["down", "down", 200], False, {"ConnectError": 1}),
-        ([422, 200], False, {"422": 1}),
+        (None, {}),
+        (ApiError({"status": 422, "title": "Unprocessable"}), {"422": 1}),
+        (ApiUnavailableError("gone"), {"NoneType": 1}),
     ],
 )
-def test_a_client_tries_once_more_where_nothing_was_done(
-    answers: list[Any], taken: bool, failed: dict[str, int]
+def test_a_call_that_fails_after_its_retries_is_counted_by_reason(
+    error: Exception | None, failed: dict[str, int]
 ) -> None:
-    left = list(answers)
+    async def call() -> None:
+        if error:
+            raise error
 
-    def answer(request: httpx.Request) -> httpx.Response:
-        told = left.pop(0)
-        if told == "down":
-            raise httpx.ConnectError("down")
-        return httpx.Response(told, headers={"Retry-After": "0"})
-
-    async def asked() -> bool:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://app") as connection:
-            return await send(connection, "/v1/plays", {}, told)
-
-    told = Told()
-    assert asyncio.run(asked()) is taken
-    assert dict(told.failed) == failed
-    assert told.retried == len(answers) - len(left) - 1
+    counts = SoakCounts()
+    assert asyncio.run(attempt(call(), counts)) is (error is None)
+    assert dict(counts.failed) == failed
 
 
 @pytest.mark.parametrize(
@@ -155,7 +143,7 @@ def test_a_client_tries_once_more_where_nothing_was_done(
     ],
 )
 def test_memory_grows_by_what_the_second_half_holds_over_the_first(used: list[float], grown: float) -> None:
-    assert growth(used) == pytest.approx(grown)
+    assert memory_growth(used) == pytest.approx(grown)
 
 
 def test_an_application_that_answers_may_run_longer_than_its_start(

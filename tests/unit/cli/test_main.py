@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from rayrec.errors import LeakError, NotFoundError
+from rayrec.errors import DamagedInputError, LeakError, NotFoundError
 from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
 HELP = Path(__file__).parents[2] / "artifacts" / "help.txt"
 COMMANDS = (
-    *("demo", "generate", "import", "split", "embed", "train", "taste", "index", "evaluate", "release"),
+    *("demo", "generate", "inspect", "import", "split", "embed", "train", "taste", "index", "evaluate", "release"),
     *("recommend", "serve", "status", "run", "tune", "bench", "compact", "clean", "unlock", "verify"),
 )
 RELEASE_COMMANDS = ("create", "list", "activate", "rollback", "verify")
@@ -139,6 +139,59 @@ def test_our_bugs_are_one_line_and_a_traceback_only_when_asked_for(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("raised", "error"),
+    [
+        (NotFoundError("no such song; check the id"), ("not_found", "no such song", "check the id", 2)),
+        (LeakError("a fit was handed\n3 plays"), ("leak", "a fit was handed 3 plays", "", 1)),
+        (DamagedInputError("x.gz is cut; a; fetch it"), ("damaged_input", "x.gz is cut; a", "fetch it", 2)),
+        (ZeroDivisionError("oh"), ("internal", "ZeroDivisionError: oh", "run again with --debug for the traceback", 1)),
+        (KeyboardInterrupt(), ("interrupted", "interrupted", "", 130)),
+    ],
+)
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_an_error_with_json_is_one_object_on_stdout_and_one_line_on_stderr(
+    raised: BaseException,
+    error: tuple[str, str, str, int],
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(workspace: Workspace) -> None:
+        raise raised
+
+    monkeypatch.setattr("rayrec_cli.ask_commands.look", fail)
+    kind, message, hint, code = error
+    assert main(["--json", "status"] if place == "before" else ["status", "--json"]) == code
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {"error": {"kind": kind, "message": message, "hint": hint}}
+    assert told.err.strip().count("\n") == 0
+
+
+def test_wrong_use_with_json_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json", "dance"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["kind"], error["hint"]) == ("usage", "see rayrec --help")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_stdout_that_cannot_show_a_name_fails_no_work(encoding: str, flags: list[str], tmp_path: Path) -> None:
+    plays = tmp_path / "plays.csv"
+    plays.write_text("user,song,played_at,title\n\N{SNOWMAN},s,1400000000,日本\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "rayrec_cli.main", *flags, "inspect", "csv", str(plays)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    text = done.stdout.decode(encoding)
+    if flags:
+        assert [column["example"] for column in json.loads(text)["columns"]][::3] == ["\N{SNOWMAN}", "日本"]
+    else:
+        assert ("日本" if encoding == "utf-8" else "\\u65e5\\u672c") in text
+
+
 def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(workspace: Workspace) -> None:
         raise KeyboardInterrupt
@@ -203,7 +256,8 @@ def test_a_real_process_keeps_stdout_and_stderr_apart(filled: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["dataset"]["id"] == "d1"
     failed = rayrec("status", "--json", "--workspace", "gopher://x")
-    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.returncode == 2
+    assert json.loads(failed.stdout)["error"]["kind"] == "input"
     assert failed.stderr.startswith("rayrec: Workspace 'gopher://x'")
 
 

@@ -13,9 +13,9 @@ import rayrec
 from rayrec.config import from_mapping, to_mapping
 from rayrec.jobs.submit import IMAGE_PYTHON
 from rayrec.model.train_config import TasteConfig, TrainConfig
-from rayrec.online.stores.redis_store import PASSWORD_VARIABLE
-from rayrec.serving.app import AppConfig, build
+from rayrec.online.redis_store import PASSWORD_VARIABLE
 from rayrec.serving.auth import VARIABLE as KEYS_VARIABLE
+from rayrec.serving.deployments import DeploymentConfig, build
 from rayrec_cli.main import app
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -102,11 +102,11 @@ def test_ports_agree() -> None:
 
 def test_serve_takes_the_config() -> None:
     parsed = ServeDeploySchema.model_validate(serve_config())
-    assert [item.import_path for item in parsed.applications] == ["rayrec.serving.app:build"]
+    assert [item.import_path for item in parsed.applications] == ["rayrec.serving.deployments:build"]
 
 
 def test_the_app_takes_the_arguments_that_the_config_gives_it() -> None:
-    config = from_mapping(AppConfig, serve_config()["applications"][0]["args"], "serve.yaml")
+    config = from_mapping(DeploymentConfig, serve_config()["applications"][0]["args"], "serve.yaml")
     assert build(to_mapping(config)) is not None
     assert config.host == serve_config()["http_options"]["host"]
     assert config.port == serve_config()["http_options"]["port"]

@@ -66,8 +66,19 @@ def test_a_split_can_be_named_or_refused(filled: Workspace) -> None:
     assert choose_split(filled, no_split=True) is None
 
 
+def test_the_split_requested_last_is_the_default_whatever_the_time_of_its_file(filled: Workspace) -> None:
+    newer, older = make(filled, 10, moment=200), make(filled, 20, moment=100)
+    chosen = choose_split(filled)
+    assert chosen is not None
+    assert chosen.id == older
+    make(filled, 10, moment=200)
+    chosen = choose_split(filled)
+    assert chosen is not None
+    assert chosen.id == newer
+
+
 def test_naming_a_split_and_none_at_once_is_refused(filled: Workspace) -> None:
-    with pytest.raises(InputError, match="both"):
+    with pytest.raises(InputError, match="exclude each other"):
         choose_split(filled, "a", no_split=True)
     with pytest.raises(NotFoundError, match="'a'"):
         choose_split(filled, "a")

@@ -119,7 +119,7 @@ def test_a_missing_file_column_and_format_are_named(tmp_path: Path, catalog: Cat
     with pytest.raises(InputError, match="no column 'vector'"):
         read_outside(tmp_path / "vectors.parquet", catalog)
     (tmp_path / "vectors.parquet").write_text("no parquet")
-    with pytest.raises(InputError, match="not Parquet"):
+    with pytest.raises(InputError, match="not a whole Parquet file"):
         read_outside(tmp_path / "vectors.parquet", catalog)
 
 
@@ -130,4 +130,91 @@ def test_ids_must_be_as_many_as_rows(tmp_path: Path, catalog: Catalog) -> None:
     (tmp_path / "vectors.ids.txt").unlink()
     (tmp_path / "vectors.ids.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
+        read_outside(npy(tmp_path, RAW), catalog)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        "\ufeffa\nb\nc\n",
+        "a\r\nb\r\nc\r\n",
+        "a \n b\nc\n\n \n",
+        "a\nb\u2028\nc",
+    ],
+    ids=["byte order mark", "CRLF", "spaces and blank lines", "another line separator"],
+)
+def test_ids_are_read_as_an_import_reads_them(ids: str, tmp_path: Path, catalog: Catalog) -> None:
+    (tmp_path / "vectors.ids.txt").write_bytes(ids.encode())
+    outside = read_outside(npy(tmp_path, RAW), catalog)
+    np.testing.assert_allclose(outside.vectors.vectors, UNIT, rtol=1e-6)
+    assert outside.unknown_ids == 0
+
+
+def numbered() -> Catalog:
+    rows = {columns.SONG: [0, 1, 2], columns.SONG_ID: ["1", "2", "10"], columns.TITLE: [None] * 3}
+    return Catalog(pa.table({**rows, columns.ARTIST: [None] * 3}, columns.SONGS_TABLE))
+
+
+@pytest.mark.parametrize("ids", ["[1, 2, 10]", "[1.0, 2.0, 10.0]", '["1", " 2", "10.0"]', "\ufeff[1, 2, 10]"])
+def test_whole_numbers_in_a_list_are_the_same_songs(ids: str, tmp_path: Path) -> None:
+    (tmp_path / "vectors.ids.json").write_text(ids, encoding="utf-8")
+    np.testing.assert_allclose(read_outside(npy(tmp_path, RAW), numbered()).vectors.vectors, UNIT, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pa.array([1, 2, 10]),
+        pa.array([1.0, 2.0, 10.0]),
+        pa.array(["1", "2", "10"], pa.large_string()),
+        pa.array(["1", "2", "10"], pa.string_view()),
+        pa.array(["1", "2", "10"]).dictionary_encode(),
+    ],
+    ids=lambda ids: str(ids.type),
+)
+def test_ids_of_every_column_type_are_the_same_songs(ids: pa.Array, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"song_id": ids, "vector": pa.array(RAW.tolist())}), tmp_path / "v.parquet")
+    np.testing.assert_allclose(read_outside(tmp_path / "v.parquet", numbered()).vectors.vectors, UNIT, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "raw"),
+    [
+        (pa.list_(pa.float16()), RAW.astype(np.float16)),
+        (pa.list_(pa.int8()), RAW.astype(np.int8)),
+        (pa.list_(pa.decimal128(5, 2)), RAW),
+        (pa.list_(pa.float64(), 2), RAW),
+    ],
+    ids=str,
+)
+def test_vectors_of_every_number_type_are_read(
+    kind: pa.DataType, raw: np.ndarray, tmp_path: Path, catalog: Catalog
+) -> None:
+    flat = pa.array(raw.ravel().astype(float)).cast(kind.value_type)
+    lists = (
+        pa.FixedSizeListArray.from_arrays(flat, 2)
+        if pa.types.is_fixed_size_list(kind)
+        else pa.ListArray.from_arrays(pa.array([0, 2, 4, 6], pa.int32()), flat)
+    )
+    outside = read_outside(parquet(tmp_path, ["a", "b", "c"], lists), catalog)
+    np.testing.assert_allclose(outside.vectors.vectors, UNIT, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "ids", "said"),
+    [
+        ("txt", "a\n\nc\n", "1 rows with no song id, the first at row 2"),
+        ("json", '["a", null, "c"]', "1 rows with no song id, the first at row 2"),
+        ("json", '["a", NaN, "c"]', "1 rows with no song id"),
+        ("json", '{"a": 1}', "it holds no list"),
+        ("txt", "a\nb\n", "has 3 rows, its ids file 2 ids"),
+        ("txt", "a\na \nc\n", "1 ids that occur before, such as 'a'"),
+        ("json", "[" * 100_000, "cannot be read"),
+    ],
+)
+def test_ids_that_do_not_fit_the_rows_are_an_error(
+    name: str, ids: str, said: str, tmp_path: Path, catalog: Catalog
+) -> None:
+    (tmp_path / f"vectors.ids.{name}").write_text(ids)
+    with pytest.raises(InputError, match=said):
         read_outside(npy(tmp_path, RAW), catalog)

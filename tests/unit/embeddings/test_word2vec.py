@@ -93,7 +93,10 @@ def test_a_small_corpus_gets_few_threads(tmp_path: Path) -> None:
 
 def test_an_empty_corpus_is_refused_with_a_reason(tmp_path: Path) -> None:
     corpus = write_corpus([], tmp_path / "corpus", 5)
-    with pytest.raises(InputError, match="nothing to train song embeddings on"):
+    with pytest.raises(
+        InputError,
+        match=r"nothing to train song embeddings on: .*--session-gap-minutes .* raise it",
+    ):
         Word2Vec(corpus, EmbedConfig())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from rayrec.data import columns
+from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers import FORMATS, listenbrainz
 from rayrec.importing.readers.reader import Batch, ReadOptions
 
@@ -95,9 +96,41 @@ def test_the_user_setting_names_whose_export_it_is(tmp_path: Path) -> None:
     assert batch.rows.column("user_id").to_pylist() == ["me"]
 
 
-def test_batches_are_bounded_and_cover_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listenbrainz, "ROWS_PER_BATCH", 3)
-    batches = read(tmp_path / "1.listens", [listen(listened_at=1421163674 + row) for row in range(10)])
-    assert [batch.rows.num_rows for batch in batches] == [3, 3, 3, 1]
-    assert sum(batch.lines for batch in batches) == 10
-    assert [line for batch in batches for line in batch.rows.column("line").to_pylist()] == list(range(1, 11))
+def read_text(path: Path, text: str) -> list[Batch]:
+    path.write_text(text, encoding="utf-8")
+    reader = FORMATS["listenbrainz"].make(ReadOptions())
+    return [batch for unit in reader.plan(str(path), path.stat().st_size, 500) for batch in reader.read(unit)]
+
+
+@pytest.mark.parametrize("form", ["one line", "a listen a line", "indented", "API", "API on a line", "lines", "BOM"])
+def test_every_form_of_an_export_gives_all_its_listens(tmp_path: Path, form: str) -> None:
+    listens = [listen(listened_at=1421163674 + row) for row in range(50)]
+    answer = {"payload": {"count": 50, "listens": listens}}
+    text = {
+        "one line": json.dumps(listens),
+        "a listen a line": "[\n" + ",\n".join(map(json.dumps, listens)) + "\n]\n",
+        "indented": json.dumps(listens, indent=2),
+        "API": json.dumps(answer, indent=2),
+        "API on a line": json.dumps(answer),
+        "lines": "\n".join(map(json.dumps, listens)),
+        "BOM": "\ufeff" + json.dumps(listens),
+    }[form]
+    batches = read_text(tmp_path / "ann.json", text)
+    assert sum(batch.rows.num_rows for batch in batches) == 50
+    assert sum(batch.rejected.num_rows for batch in batches) == 0
+
+
+def test_a_list_that_is_cut_off_is_an_error_that_names_it(tmp_path: Path) -> None:
+    text = json.dumps([listen(), listen()])
+    for end in (1, 100, len(text) - 1):
+        with pytest.raises(DamagedInputError, match=r"ann\.json cannot be read to its end"):
+            read_text(tmp_path / "ann.json", text[:end])
+    with pytest.raises(DamagedInputError, match="is empty"):
+        read_text(tmp_path / "ann.json", "")
+
+
+def test_a_user_setting_wins_and_never_makes_one_of_two_users(tmp_path: Path) -> None:
+    (batch,) = read(tmp_path / "a.jsonl", [listen(), listen(user_name=None, user_id=None)], user="me")
+    assert batch.rows.column("user_id").to_pylist() == ["me", "me"]
+    with pytest.raises(InputError, match="several users, such as ann and bob"):
+        read(tmp_path / "a.jsonl", [listen(), listen(user_name="bob")], user="me")

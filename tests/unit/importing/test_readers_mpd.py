@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rayrec.data import columns
+from rayrec.errors import DamagedInputError
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.reader import Batch, ReadOptions
 
@@ -59,6 +62,29 @@ def test_bad_playlists_and_tracks_are_rejected(tmp_path: Path) -> None:
     ]
 
 
-def test_a_file_that_is_no_slice_is_one_bad_row(tmp_path: Path) -> None:
-    assert read(tmp_path / "a.json", "{").rejected.column("reason").to_pylist() == ["not JSON"]
-    assert "not a slice" in read(tmp_path / "b.json", {"tracks": []}).rejected.column("reason").to_pylist()[0]
+def test_a_slice_that_is_cut_off_is_an_error_that_names_it(tmp_path: Path) -> None:
+    whole = json.dumps({"playlists": [{"pid": 0, "tracks": [track(0, "a")]}]})
+    for text in (whole, json.dumps(json.loads(whole), indent=2)):
+        for end in (len(text) - 40, len(text) - 1, 1):
+            with pytest.raises(DamagedInputError, match=r"cut\.json cannot be read to its end"):
+                read(tmp_path / "cut.json", text[:end])
+
+
+def test_a_file_that_is_no_slice_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        DamagedInputError, match=r"b\.json is JSON, but no list of records, nor has it one at 'playlists'"
+    ):
+        read(tmp_path / "b.json", json.dumps({"tracks": []}, indent=2))
+    with pytest.raises(DamagedInputError, match=r"empty\.json is empty"):
+        read(tmp_path / "empty.json", "")
+
+
+def test_a_byte_that_is_not_utf8_costs_its_track_alone(tmp_path: Path) -> None:
+    text = json.dumps({"playlists": [{"pid": 0, "tracks": [track(0, "a"), {**track(1, "b"), "track_name": "CAFE"}]}]})
+    path = tmp_path / "latin.json"
+    path.write_bytes(text.encode().replace(b"CAFE", b"Caf\xe9"))
+    reader = FORMATS["mpd"].make(ReadOptions(playlists=True))
+    (unit,) = reader.plan(str(path), path.stat().st_size, 10)
+    (batch,) = reader.read(unit)
+    assert batch.rows.column("song_id").to_pylist() == ["a"]
+    assert batch.rejected.column("reason").to_pylist() == ["not UTF-8"]

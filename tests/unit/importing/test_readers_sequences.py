@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from rayrec.data import columns
+from rayrec.errors import DamagedInputError
 from rayrec.importing.readers import FORMATS, sequences
 from rayrec.importing.readers.reader import Batch, ReadOptions
 
@@ -95,6 +96,7 @@ def test_units_and_blocks_of_any_size_give_the_same_plays(
     assert [song for _, song, _, _ in plays(whole)] == expected
 
 
-def test_an_empty_file_has_no_plays(tmp_path: Path) -> None:
-    assert read(tmp_path / "h.txt", "") == []
+def test_an_empty_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(DamagedInputError, match=r"h\.txt is empty"):
+        read(tmp_path / "h.txt", "")
     assert [batch.read for batch in read(tmp_path / "h.txt", "\n")] == [1]

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from rayrec.data import columns
+from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.reader import Batch, ReadOptions
+from rayrec.importing.readers.spotify_history import check_usernames
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -98,13 +100,70 @@ def test_contexts_are_how_the_play_started_and_shuffle(tmp_path: Path) -> None:
     ]
 
 
-def test_the_user_is_in_the_file_or_the_setting_or_the_folder(tmp_path: Path) -> None:
+def test_the_user_is_the_setting_or_in_the_file_or_the_folder(tmp_path: Path) -> None:
     rows = [record(), record(username=None)]
     assert read(tmp_path / "bob" / "endsong_0.json", rows).rows.column("user_id").to_pylist() == ["ann", "bob"]
     named = read(tmp_path / "bob" / "endsong_0.json", rows, user="carl").rows
-    assert named.column("user_id").to_pylist() == ["ann", "carl"]
+    assert named.column("user_id").to_pylist() == ["carl", "carl"]
 
 
-def test_a_file_that_is_no_history_is_one_bad_row(tmp_path: Path) -> None:
-    assert read(tmp_path / "a.json", "[{").rejected.column("reason").to_pylist() == ["not JSON"]
-    assert "not a history" in read(tmp_path / "b.json", {"a": 1}).rejected.column("reason").to_pylist()[0]
+def test_a_user_setting_never_makes_one_of_two_named_users(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="plays of several users, such as ann and bea; --user would merge them"):
+        read(tmp_path / "endsong_0.json", [record(), record(username="bea")], user="carl")
+
+
+@pytest.mark.parametrize("name", ["Spotify Extended Streaming History", "my_spotify_data (1)", "MyData"])
+def test_a_folder_that_spotify_names_is_no_user(tmp_path: Path, name: str) -> None:
+    batch = read(tmp_path / "bob" / name / "endsong_0.json", [record(username=None)])
+    assert batch.rows.column("user_id").to_pylist() == ["bob"]
+
+
+def accounts(*files: Path, user: str = "") -> list[str]:
+    return check_usernames([str(file) for file in files], user)
+
+
+def test_two_people_with_the_default_folder_are_two_users_and_it_is_said(tmp_path: Path) -> None:
+    files = [tmp_path / who / "Spotify Extended Streaming History" / "a.json" for who in ("ann", "bob")]
+    users = [read(file, [record(username=None)]).rows.column("user_id").to_pylist() for file in files]
+    assert users == [["ann"], ["bob"]]
+    assert accounts(*files) == [
+        "Files that do not say whose plays they hold are of 'ann', 'bob', after their folders; --user NAME overrides."
+    ]
+
+
+def test_two_folders_that_would_be_one_user_are_refused(tmp_path: Path) -> None:
+    files = [tmp_path / "data" / name / "a.json" for name in ("my_spotify_data (1)", "my_spotify_data (2)")]
+    files += [tmp_path / place / "ann" / "a.json" for place in ("x", "y")]
+    for file in files:
+        read(file, [record(username=None)])
+    for two in (files[:2], files[2:]):
+        with pytest.raises(InputError, match="would both be plays of the user"):
+            accounts(*two)
+        assert accounts(*two, user="me") == []
+
+
+def test_one_person_whose_files_name_the_user_and_do_not_is_asked_for(tmp_path: Path) -> None:
+    files = [tmp_path / "ann" / name for name in ("endsong_0.json", "Streaming_History_Audio_2022_0.json")]
+    read(files[0], [record(username="31abcdefg")])
+    read(files[1], [record(username=None)])
+    with pytest.raises(InputError, match="files that name the user, such as '31abcdefg', and files that do not"):
+        accounts(*files)
+    assert accounts(*files, user="ann") == accounts(files[0]) == []
+
+
+def test_a_file_that_is_no_history_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(DamagedInputError, match=r"a\.json cannot be read to its end"):
+        read(tmp_path / "a.json", "[{")
+    with pytest.raises(DamagedInputError, match=r"b\.json is JSON, but no list of records"):
+        read(tmp_path / "b.json", json.dumps({"a": 1}, indent=2))
+
+
+def test_plays_of_a_line_each_are_read_like_a_list(tmp_path: Path) -> None:
+    rows = [record(), record(ts="2023-04-01T10:30:30Z")]
+    as_list = read(tmp_path / "a.json", rows)
+    path = tmp_path / "b.json"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    reader = FORMATS["spotify-history"].make(ReadOptions())
+    (unit,) = reader.plan(str(path), path.stat().st_size, 1 << 20)
+    (as_lines,) = reader.read(unit)
+    assert as_lines.rows.drop(["source"]) == as_list.rows.drop(["source"])

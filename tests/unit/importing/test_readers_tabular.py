@@ -1,15 +1,20 @@
 """csv and Parquet files of plays and playlists."""
 
 import gzip
+import json
+import uuid
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from rayrec.data import columns
-from rayrec.errors import InputError
+from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.reader import ReadOptions
 
@@ -215,3 +220,184 @@ def test_whole_floats_are_ids_without_a_fraction(tmp_path: Path) -> None:
 def test_a_csv_file_is_no_parquet_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a Parquet file"):
         read(write(tmp_path / "plays.parquet", "user,song\n"), ReadOptions(), "parquet")
+
+
+def test_a_quote_that_never_closes_costs_its_line_alone(tmp_path: Path) -> None:
+    lines = [
+        "user,song,played_at,title,artist",
+        'u1,s1,1421452800,Blue Monday 12" mix,"Weird',  # an even number of quotes, and one of them opens a value
+        "u2,s2,1421452900,Song Two,Band",
+        'u3,s3,1421453000,"Song" Three,Band',
+        'u4,s4,1421453100,Blue Monday 12" mix,Band',
+        'u5,s5,1421453200,"Blue Monday 12"" mix",7" Band',
+    ]
+    good, bad = read(write(tmp_path / "plays.csv", "\n".join(lines) + "\n"), ReadOptions())
+    assert [(row["line"], row["title"], row["artist"]) for row in good] == [
+        (3, "Song Two", "Band"),
+        (5, 'Blue Monday 12" mix', "Band"),
+        (6, 'Blue Monday 12" mix', '7" Band'),
+    ]
+    assert [(row["line"], row["reason"]) for row in bad] == [
+        (2, "a quote is not closed on its line"),
+        (4, "text after a closing quote"),
+    ]
+
+
+FRAME = pd.DataFrame({"user": [1.0, 2.0, np.nan], "song": [3, 4, 5], "played_at": [1717200000, 1717200100, 1717200200]})
+
+
+def test_one_frame_gives_the_same_users_as_csv_as_parquet_and_as_json(tmp_path: Path) -> None:
+    FRAME.to_csv(tmp_path / "p.csv", index=False)
+    FRAME.to_parquet(tmp_path / "p.parquet")
+    pq.write_table(pa.Table.from_pandas(FRAME, preserve_index=False), tmp_path / "q.parquet")
+    # What polars writes: NaN stays NaN.
+    write(tmp_path / "polars.csv", "user,song,played_at\n1.0,3,1717200000\n2.0,4,1717200100\nNaN,5,1717200200\n")
+    nan = pa.table(
+        {
+            **{name: FRAME[name].tolist() for name in FRAME},
+            "user": pa.array(FRAME["user"].to_numpy(), from_pandas=False),
+        }
+    )
+    pq.write_table(nan, tmp_path / "polars.parquet")
+    for name in ("p.csv", "polars.csv", "p.parquet", "q.parquet", "polars.parquet"):
+        good, bad = read(tmp_path / name, ReadOptions(), name.split(".")[1])
+        assert [(row["user_id"], row["song_id"]) for row in good] == [("1", "3"), ("2", "4")], name
+        assert [row["reason"] for row in bad] == ["no user"], name
+
+
+PLAY = {"user": ["u", "v"], "song": ["a", "b"], "played_at": [1421452800, 1421452900]}
+AT = 1421452800000
+
+
+@pytest.mark.parametrize(
+    ("role", "values", "expected"),
+    [
+        ("user", pa.array(["u", "v"], pa.large_string()), ["u", "v"]),
+        ("user", pa.array(["u", "v"], pa.string_view()), ["u", "v"]),
+        ("user", pa.array(["u", "v"]).dictionary_encode(), ["u", "v"]),
+        ("user", pa.array([b"u", b"v"]), ["u", "v"]),
+        ("user", pa.array([b"0123456789abcdef"] * 2, pa.binary(16)), ["0123456789abcdef"] * 2),
+        ("user", pa.array([1 << 63, 1], pa.uint64()), [str(1 << 63), "1"]),
+        ("song", pa.array([1e17, 2e15]), ["100000000000000000", "2000000000000000"]),
+        ("song", pa.array([16.0, 16.5]), ["16", "16.5"]),
+        ("title", pa.array([1999, None]), ["1999", None]),
+        ("title", pa.nulls(2), [None, None]),
+        ("skipped", pa.array([1.0, 0.0]), [True, False]),
+        ("skipped", pa.array([1, None]), [True, None]),
+        ("contexts", pa.array([["x"], []], pa.large_list(pa.large_string())), [["x"], []]),
+        ("contexts", pa.array(["x | y", ""]), [["x", "y"], None]),
+        ("played_at", pa.array([1421452800.25, 1421452900.0]), [AT + 250, AT + 100_000]),
+        ("played_at", pa.array(["2015-01-17T00:00:00Z", "1421452900"]).dictionary_encode(), [AT, AT + 100_000]),
+        (
+            "played_at",
+            pa.array([AT * 10**6 + 5, (AT + 100_000) * 10**6], pa.timestamp("ns", "Europe/Berlin")),
+            [AT, AT + 100_000],
+        ),
+    ],
+    ids=str,
+)
+def test_parquet_columns_of_every_type_that_makes_sense(
+    tmp_path: Path, role: str, values: pa.Array, expected: list
+) -> None:
+    pq.write_table(pa.table({**PLAY, role: values}), tmp_path / "p.parquet")
+    good, bad = read(tmp_path / "p.parquet", ReadOptions(), "parquet")
+    name = {"user": "user_id", "song": "song_id"}.get(role, role)
+    assert ([row[name] for row in good], bad) == (expected, [])
+
+
+@pytest.mark.parametrize(
+    ("role", "values", "said"),
+    [
+        ("song", pa.array([["a"], ["b"]]), r"p.parquet: column 'song' holds list<.*>; expected text or numbers"),
+        ("user", pa.array([{"id": 1}, {"id": 2}]), "column 'user' holds struct"),
+        ("user", pa.array([True, False]), "column 'user' holds bool"),
+        ("title", pa.array([["a"], ["b"]]), "column 'title' holds list"),
+        ("played_at", pa.array([1, 2], pa.duration("s")), "column 'played_at' holds duration"),
+        ("skipped", pa.array([["a"], ["b"]]), "column 'skipped' holds list"),
+        ("contexts", pa.array([[["a"]], [["b"]]]), "column 'contexts' holds list"),
+    ],
+    ids=str,
+)
+def test_a_parquet_column_that_cannot_hold_its_role_is_named(
+    tmp_path: Path, role: str, values: pa.Array, said: str
+) -> None:
+    pq.write_table(pa.table({**PLAY, role: values}), tmp_path / "p.parquet")
+    with pytest.raises(InputError, match=said):
+        read(tmp_path / "p.parquet", ReadOptions(), "parquet")
+
+
+def test_uuids_of_parquet_are_spelled_as_everywhere(tmp_path: Path) -> None:
+    ids = [uuid.UUID(int=1), uuid.UUID(int=2)]
+    column = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([each.bytes for each in ids], pa.binary(16)))
+    pq.write_table(pa.table({**PLAY, "user": column}), tmp_path / "p.parquet")
+    assert [row["user_id"] for row in read(tmp_path / "p.parquet", ReadOptions(), "parquet")[0]] == list(map(str, ids))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (
+            json.dumps([{"ts": "2015", "name": "x" * 300}] * 700).encode(),
+            "is JSON; import it by the name of its format",
+        ),
+        (b"user,song,played_at\ra,b,1421452800\r", "ends its lines with carriage returns alone"),
+        ("user,song,played_at\n".encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
+        (gzip.compress(b"user,song,played_at\n"), r"is a gzip file; give it a name that ends in \.gz"),
+        (b"PK\x03\x04....", "is a zip archive; unpack it"),
+        (b"PAR1....", "is a Parquet file"),
+        (b"user;song;played_at\na;b;1\n", "its values seem to be divided by ';': pass --delimiter ';'"),
+        (b"user\tsong\tplayed_at\na\tb\t1\n", r"pass --delimiter '\\t'"),
+        (b",".join(b"column%d" % number for number in range(20_000)) + b"\n", "column19 and 19980 more; map it"),
+        (b'"user,song,played_at\na,b,1\n', "the header of .* cannot be read: a quote is not closed"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, bytes) else "",
+)
+def test_a_file_that_is_no_csv_is_one_clear_line(tmp_path: Path, content: bytes, said: str) -> None:
+    file = write(tmp_path / "plays.csv", content)
+    with pytest.raises(InputError, match=said) as caught:
+        FORMATS["csv"].make(ReadOptions()).plan(str(file), len(content), 1 << 20)
+    assert len(str(caught.value)) < 700
+
+
+def test_a_header_of_any_length_is_read(tmp_path: Path) -> None:
+    names = [f"column-{number:06d}" for number in range(20_000)] + ["user", "song", "played_at"]
+    values = ["0"] * 20_000 + ["u", "s", "1421452800"]
+    good, bad = read(write(tmp_path / "p.csv", ",".join(names) + "\n" + ",".join(values) + "\n"), ReadOptions())
+    assert ([(row["user_id"], row["song_id"]) for row in good], bad) == ([("u", "s")], [])
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_a_damaged_gzip_file_is_an_error_at_every_byte(tmp_path: Path, damage: str) -> None:
+    text = "user,song,played_at\n" + "".join(f"u{row},s,{10**9 + row * 7919}\n" for row in range(30))
+    whole = gzip.compress(text.encode())
+    expected = read(write(tmp_path / "plays.csv.gz", whole), ReadOptions())
+    for place in range(len(whole)):
+        content = bytearray(whole[:place] if damage == "cut" else whole)
+        if damage == "flip":
+            content[place] ^= 4
+        try:
+            found = read(write(tmp_path / "plays.csv.gz", bytes(content)), ReadOptions())
+        except DamagedInputError:
+            continue
+        assert (damage, found) == ("flip", expected)  # a date, or bits that nothing uses
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sep": ";"}, {"quoting": 1}, {"quoting": 2}, {"lineterminator": "\r\n"}, {"encoding": "utf-8-sig"}]
+)
+def test_every_dialect_of_pandas_gives_the_same_plays(tmp_path: Path, changes: dict[str, Any]) -> None:
+    frame = pd.DataFrame(
+        {
+            "user": ["a, b", 'say "hi"'],
+            "song": ["ö;x", "1"],
+            "played_at": pd.to_datetime([AT, AT + 1], unit="ms", utc=True),
+        }
+    )
+    frame.to_csv(tmp_path / "p.csv", index=False, **changes)
+    good, bad = read(tmp_path / "p.csv", ReadOptions(delimiter=changes.get("sep", ",")))
+    assert [(row["user_id"], row["song_id"], row["played_at"]) for row in good] == [
+        ("a, b", "ö;x", AT),
+        ('say "hi"', "1", AT + 1),
+    ]
+    assert bad == []

@@ -1,6 +1,5 @@
 """Joining parts: the plays stay, readers and tastes are not disturbed, a killed run goes on."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def test_the_plays_are_equal_and_those_who_read_the_old_files_are_not_disturbed(
 
 def test_appends_go_on_and_are_joined_again(five_parts: Workspace, tmp_path: Path) -> None:
     compact(five_parts)
-    again = append_plays(five_parts, replace(config_of(tmp_path, 2), delimiter=","))
+    again = append_plays(five_parts, config_of(tmp_path, 2))
     assert again.plays == 0
     (tmp_path / "other").mkdir()
     repeated = append_plays(five_parts, config_of(tmp_path / "other", 3))  # the same rows under another name

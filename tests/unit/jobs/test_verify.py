@@ -14,7 +14,7 @@ from rayrec.data import columns
 from rayrec.data.catalog import DESCRIPTIONS_FILE
 from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.embeddings.vectors import SongVectors
-from rayrec.importing.describing import store_descriptions
+from rayrec.importing.descriptions import store_descriptions
 from rayrec.jobs.verify import verify_workspace
 from rayrec.model.checkpoint import save_model
 from rayrec.model.inference import TasteEncoder

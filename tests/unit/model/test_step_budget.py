@@ -21,7 +21,7 @@ from rayrec.model.workers import Share
 
 SONGS, DIM = 5_000, 64
 LARGE = 1_000_000  # elements
-OPERATIONS, LARGE_OPERATIONS = 150, 15  # outside the recurrent cell, whose steps cuDNN runs as one
+OPERATIONS, LARGE_OPERATIONS = 420, 75  # outside the recurrent cell, whose steps cuDNN runs as one
 
 
 class Counter(TorchDispatchMode):  # type: ignore[misc]
@@ -94,4 +94,4 @@ def test_a_step_at_the_default_settings_keeps_its_budget_and_reads_nothing_back(
     assert [name for name in counter.names if "_local_scalar_dense" in name or "nonzero" in name] == []
     assert len(counter.names) <= OPERATIONS, sorted(counter.names)
     assert len(counter.large) <= LARGE_OPERATIONS, sorted(counter.large)
-    assert len(counter.names) == pytest.approx(OPERATIONS, rel=0.5)  # the budget still means something
+    assert len(counter.names) > 0.9 * OPERATIONS, "the budget can be lowered"

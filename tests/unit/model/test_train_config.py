@@ -58,3 +58,10 @@ def test_settings_come_back_from_plain_values() -> None:
 def test_the_shape_of_a_network_comes_back_from_json() -> None:
     config = model_config(features=FeatureSpec(contexts=("album", "radio"), skipped=True))
     assert ModelConfig.from_json(json.loads(json.dumps(asdict(config)))) == config
+
+
+@pytest.mark.parametrize("at", [1711929600, "1711929600", "1711929600000", "2024-04-01T00:00:00Z"])
+def test_the_time_of_taste_vectors_is_read_like_every_other_time(at: object) -> None:
+    assert TasteConfig(at=at).at == "1711929600000"
+    with pytest.raises(InputError, match="no zone"):
+        TasteConfig(at="2024-04-01T00:00:00")

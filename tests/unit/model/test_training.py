@@ -19,7 +19,15 @@ from rayrec.model.training import StepReport, Training
 from rayrec.model.workers import Share
 
 COUNTS = np.full(NUM_SONGS, 10)
-SMALL = {"hidden_dim": 12, "window": 12, "batch": 10, "negatives": 20, "long": (2, 5), "learning_rate": 0.01}
+SMALL = {
+    "hidden_dim": 12,
+    "window": 12,
+    "batch": 10,
+    "negatives": 20,
+    "long": (2, 5),
+    "learning_rate": 0.01,
+    "dropout": 0.0,
+}
 
 
 def settings(**changes: object) -> TrainConfig:

@@ -15,7 +15,8 @@ from rayrec.errors import DamagedArtifactError, InputError, MismatchError
 from rayrec.model.taste_table import tastes_file
 from rayrec.online.load_states import load_states
 from rayrec.online.state_codec import unpack_plays, unpack_state
-from rayrec.online.stores.state_store import Change, StateStore, open_store, store_uri
+from rayrec.online.state_store import Change, StateStore, open_store, store_uri
+from rayrec.online.user_state import Plays, UserState
 from rayrec.recommend.answer import load_recommender
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
@@ -52,28 +53,33 @@ def everybody(workspace: Workspace) -> Iterator[Histories]:
 
 
 def play(user: str, played_at: int, song: int = 3) -> dict[str, Any]:
-    return {"event_id": f"{user}-{played_at}", "user_id": user, "song": f"song-{song}", "played_at": played_at}
+    return {"event_id": f"{user}-{played_at}", "user_id": user, "song_id": f"song-{song}", "played_at": played_at}
 
 
 def answer(app: Client, user: str, at: int) -> list[str]:
-    asked = {"user_id": user, "at": at, "k": 8, "exclude_heard": False}
-    return [song["song"] for song in app.post("/v1/recommendations", asked).json()["songs"]]
+    request = {"user_id": user, "at": at, "k": 8, "exclude_heard": False}
+    return [song["song_id"] for song in app.post("/v1/recommendations", request).json()["songs"]]
+
+
+def read(store: StateStore, user: str) -> tuple[UserState, Plays]:
+    """State and log of a user."""
+    (whole,) = store.read([user])
+    assert whole is not None
+    return unpack_state(whole.stored.state), unpack_plays(whole.log)
 
 
 def test_every_user_is_loaded_with_state_and_plays(world: Workspace, store: StateStore, uri: str) -> None:
     loaded = load_states(Dataset(world), store, live(world))
     users = list(everybody(world))
     assert (loaded.added, loaded.renewed, loaded.unchanged) == (len(users), 0, 0)
-    assert store.count() == loaded.users == len(users)
+    assert loaded.users == len(users)
     for history in users:
-        whole = store.read(history.user_ids[0])
-        assert whole is not None
-        plays, state = unpack_plays(whole.log), unpack_state(whole.stored.state)
+        state, plays = read(store, history.user_ids[0])
         np.testing.assert_array_equal(plays.songs, history.songs)
         np.testing.assert_array_equal(plays.played_at, history.played_at)
-        assert (state.model, state.plays, state.last_played_at) == (
-            "model1", history.num_plays, history.played_at[-1])  # fmt: skip
-    recommender = load_recommender(world, Dataset(world), {"models": "model1", "indexes": "index1"})
+        assert state.current("model1") is not None
+        assert (state.plays, state.last_played_at) == (history.num_plays, history.played_at[-1])
+    recommender = load_recommender(world, Dataset(world), model_id="model1", index_id="index1")
     with service(world, store=uri) as opened:
         app = Client(opened)
         for history in users[:5]:
@@ -97,13 +103,13 @@ def test_a_load_that_was_stopped_goes_on_with_the_buckets_left(
         patch.setattr(type(store), "put", dies)
         with pytest.raises(KeyboardInterrupt):
             load_states(Dataset(world), store, live(world))
-    assert store.count() == sum(calls[:2]) < users
+    assert sum(calls[:2]) < users
     with monkeypatch.context() as patch:
         calls.clear()
         patch.setattr(type(store), "put", lambda self, changes: calls.append(len(changes)) or put(self, changes))
         loaded = load_states(Dataset(world), store, live(world))
     assert len(calls) == BUCKETS - 2
-    assert (loaded.buckets, loaded.added, store.count()) == (BUCKETS, users, users)
+    assert (loaded.buckets, loaded.added) == (BUCKETS, users)
     assert load_states(Dataset(world), store, live(world)) == loaded
     again = load_states(Dataset(world), store, live(world), repeat=True)
     assert (again.added, again.unchanged) == (0, users)
@@ -113,26 +119,28 @@ def test_plays_newer_than_the_batch_stay_and_states_go_on_from_it(
     world: Workspace, store: StateStore, uri: str
 ) -> None:
     """A user of the batch listens on, another release is made and loaded; a new user is nobody's business."""
-    load_states(Dataset(world), store, live(world))
+    loaded_users = load_states(Dataset(world), store, live(world)).users
     histories = [history for history in everybody(world) if history.num_plays > 3][:2]
     (ann, bob), at = (history.user_ids[0] for history in histories), AT + 10**6
     sent = [play(ann, AT + turn, song=turn % NUM_SONGS) for turn in range(150)] + [play("new", AT)]
     with service(world, store=uri) as opened:
         assert Client(opened).post("/v1/plays", {"plays": sent}).json()["taken"] == 151
-        assert load_states(Dataset(world), store, live(world), repeat=True).unchanged == store.count() - 1
+        assert load_states(Dataset(world), store, live(world), repeat=True).unchanged == loaded_users
         before = answer(Client(opened), ann, at)
-    second = write_release(world, "2", seed=5)
+    second = write_release(world, "2", seed=5, activate=False)
     loaded = load_states(Dataset(world), store, second)
-    assert (loaded.added, loaded.renewed, loaded.merged, loaded.kept_plays) == (0, store.count() - 1, 1, 150)
+    assert (loaded.added, loaded.renewed, loaded.merged, loaded.kept_plays) == (0, loaded_users, 1, 150)
     whole = Histories.from_lists(
         [[*histories[0].songs, *[turn % NUM_SONGS for turn in range(150)]]],
         [[*histories[0].played_at, *[AT + turn for turn in range(150)]]],
     )
-    recommender = load_recommender(world, Dataset(world), {"models": "model2", "indexes": "index2"})
-    stored = store.read(ann)
-    assert stored is not None
-    assert unpack_state(stored.stored.state).model == "model2"
-    np.testing.assert_array_equal(unpack_plays(stored.log).songs, whole.songs[: len(unpack_plays(stored.log))])
+    recommender = load_recommender(world, Dataset(world), model_id="model2", index_id="index2")
+    state, log = read(store, ann)
+    assert list(state.models) == ["model1", "model2"]
+    np.testing.assert_array_equal(log.songs, whole.songs[: len(log)])
+    with service(world, store=uri) as opened:  # whose release is still the first
+        assert answer(Client(opened), ann, at) == before
+    releases.activate_release(world, second.id)
     with service(world, store=uri) as opened:
         app = Client(opened)
         for user, history in ((ann, whole), (bob, histories[1])):
@@ -149,13 +157,13 @@ def test_a_play_that_comes_during_the_merge_is_not_lost(
     load_states(Dataset(world), store, live(world))
     user = next(everybody(world)).user_ids[0]
     second = write_release(world, "2", seed=5, activate=False)
-    read, sent = type(store).read, []
+    plain, sent = type(store).read, []
     with service(world, store=uri) as opened:
         app = Client(opened)
 
-        def read_then_play(self: StateStore, user_id: str) -> Any:
-            whole = read(self, user_id)
-            if user_id == user and not sent:
+        def read_then_play(self: StateStore, user_ids: list[str], **options: Any) -> Any:
+            whole = plain(self, user_ids, **options)
+            if user in user_ids and not sent:
                 sent.append(user)
                 assert app.post("/v1/plays", play(user, AT)).json()["taken"] == 1
             return whole
@@ -163,9 +171,58 @@ def test_a_play_that_comes_during_the_merge_is_not_lost(
         monkeypatch.setattr(type(store), "read", read_then_play)
         loaded = load_states(Dataset(world), store, second)
     assert (loaded.merged, loaded.kept_plays) == (1, 1)
-    stored = store.get(user)
-    assert stored is not None
-    assert unpack_state(stored.state).last_played_at == AT
+    assert read(store, user)[0].last_played_at == AT
+
+
+def test_states_of_two_releases_stand_side_by_side(world: Workspace, store: StateStore, uri: str) -> None:
+    """The live release takes plays after the other's states were loaded: both answer as the batch job would."""
+    load_states(Dataset(world), store, live(world))
+    history = next(each for each in everybody(world) if each.num_plays > 3)
+    user, at = history.user_ids[0], AT + 10**6
+    second = write_release(world, "2", seed=5, activate=False)
+    load_states(Dataset(world), store, second)
+    sent = [play(user, AT + turn, song=turn % NUM_SONGS) for turn in range(150)]
+    whole = Histories.from_lists(
+        [[*history.songs, *[turn % NUM_SONGS for turn in range(150)]]],
+        [[*history.played_at, *[AT + turn for turn in range(150)]]],
+    )
+    for turn, number in enumerate(("1", "2", "1")):
+        if turn:
+            releases.activate_release(world, second.id if number == "2" else releases.read_active(world)["history"][0])
+        recommender = load_recommender(world, Dataset(world), model_id=f"model{number}", index_id=f"index{number}")
+        with service(world, store=uri) as opened:
+            if not turn:
+                assert Client(opened).post("/v1/plays", {"plays": sent}).json()["taken"] == 150
+            songs, _ = recommender.recommend_one(whole, at, 8)
+            assert answer(Client(opened), user, at) == [f"song-{song}" for song in songs]
+    assert load_states(Dataset(world), store, second, repeat=True).unchanged == len(list(everybody(world)))
+
+
+def test_other_plays_of_the_same_time_give_way_to_the_batchs(world: Workspace, store: StateStore, uri: str) -> None:
+    history = next(each for each in everybody(world) if each.num_plays > 3)
+    user = history.user_ids[0]
+    early = [play(user, int(history.played_at[0]) + turn, song=9) for turn in range(3)]
+    with service(world, store=uri) as opened:
+        app = Client(opened)
+        app.post("/v1/plays", {"plays": [*early, play(user, AT, song=4)]})
+        loaded = load_states(Dataset(world), store, live(world))
+        assert (loaded.renewed, loaded.merged, loaded.kept_plays) == (1, 1, 1)
+        recommender = load_recommender(world, Dataset(world), model_id="model1", index_id="index1")
+        whole = Histories.from_lists([[*history.songs, 4]], [[*history.played_at, AT]])
+        songs, _ = recommender.recommend_one(whole, AT + 5, 8)
+        assert answer(app, user, AT + 5) == [f"song-{song}" for song in songs]
+        assert app.get(f"/v1/users/{user}/taste", params={"at": AT + 5}).json()["plays"] == whole.num_plays
+
+
+def test_no_load_brings_a_deleted_user_back(world: Workspace, store: StateStore, uri: str) -> None:
+    users = [history.user_ids[0] for history in everybody(world)]
+    with service(world, store=uri) as opened:
+        app = Client(opened)
+        assert app.request("DELETE", f"/v1/users/{users[0]}").status_code == 204
+        for _ in range(2):
+            loaded = load_states(Dataset(world), store, live(world), repeat=True)
+            assert (loaded.users, loaded.deleted) == (len(users) - 1, 1)
+            assert app.get(f"/v1/users/{users[0]}/taste").status_code == 404
 
 
 def test_tastes_of_other_users_are_refused(world: Workspace, store: StateStore) -> None:
@@ -199,7 +256,8 @@ def test_the_command_loads_the_live_release_and_tells_what_it_did(
     assert main(["--workspace", world.uri, "--json", "states", "load"]) == 0
     told = json.loads(capsys.readouterr().out)
     users = len(list(everybody(world)))
-    assert (told["users"], told["added"], told["stored"], told["buckets"]) == (users, users, users, BUCKETS)
+    assert (told["users"], told["added"], told["buckets"]) == (users, users, BUCKETS)
+    assert told["users_per_second"] > 0
     assert told["release"] == live(world).id
     with service(world) as opened:  # whose store is the workspace's own where none is named
         user = next(everybody(world)).user_ids[0]

@@ -11,7 +11,17 @@ import pytest
 from stores import RedisServer, needs_redis
 
 from rayrec.errors import InputError
-from rayrec.online.stores.state_store import NOT_THERE, Change, StateStore, StoreUnavailableError, open_store
+from rayrec.online import state_store
+from rayrec.online.state_store import (
+    DAY_SECONDS,
+    NOT_THERE,
+    Change,
+    Piece,
+    StateStore,
+    Stored,
+    StoreUnavailableError,
+    open_store,
+)
 from rayrec.serving.serve_config import ServeConfig
 
 Opener = Callable[[], StateStore]
@@ -34,19 +44,23 @@ def store(uri: str, namespace: str) -> Iterator[StateStore]:
 def put(
     store: StateStore, user: str, state: bytes, *, expected: int, append: bytes | None = None, restart: bool = False
 ) -> bool:
-    change = Change(user_id=user, state=state, expected=expected, append=append, restart=restart)
+    pieces = [] if append is None else [Piece(1, append)]
+    change = Change(user_id=user, state=state, expected=expected, append=pieces, restart=restart)
     return store.put([change])[0]
 
 
+def get(store: StateStore, user: str) -> Stored | None:
+    return store.get({user: []})[0]
+
+
 def contents(store: StateStore, user: str) -> tuple[int, bytes, list[bytes]] | None:
-    whole = store.read(user)
+    (whole,) = store.read([user])
     return None if whole is None else (whole.stored.version, whole.stored.state, whole.log)
 
 
 def test_a_user_who_is_not_there_is_none(store: StateStore) -> None:
-    assert store.get("nobody") is None
-    assert store.read("nobody") is None
-    assert store.count() == 0
+    assert store.get({"nobody": [1]}) == [None]
+    assert store.read(["nobody", "none"]) == [None, None]
 
 
 def test_a_put_replaces_the_state_and_adds_to_the_log(store: StateStore) -> None:
@@ -56,10 +70,9 @@ def test_a_put_replaces_the_state_and_adds_to_the_log(store: StateStore) -> None
     assert put(store, "ann", b"3", expected=2, append=b"second")
     assert put(store, "ann", b"4", expected=3)
     assert contents(store, "ann") == (4, b"4", [b"first", b"second"])
-    got = store.get("ann")
+    got = get(store, "ann")
     assert got is not None
     assert (got.version, got.state) == (4, b"4")
-    assert store.count() == 1
 
 
 def test_a_put_on_another_version_changes_nothing(store: StateStore) -> None:
@@ -68,8 +81,7 @@ def test_a_put_on_another_version_changes_nothing(store: StateStore) -> None:
         assert not put(store, "ann", b"x", expected=wrong, append=b"x", restart=True)
     assert not put(store, "bob", b"x", expected=1, append=b"x")
     assert contents(store, "ann") == (1, b"1", [b"first"])
-    assert store.read("bob") is None
-    assert store.count() == 1
+    assert store.read(["bob"]) == [None]
 
 
 def test_a_log_can_start_anew(store: StateStore) -> None:
@@ -83,16 +95,17 @@ def test_a_log_can_start_anew(store: StateStore) -> None:
 def test_many_users_are_changed_at_once_each_by_itself(store: StateStore) -> None:
     put(store, "bob", b"own", expected=NOT_THERE, append=b"own log")
     names = ("ann", "bob", "cy")
-    new = [Change(user_id=name, state=name.encode(), expected=NOT_THERE, append=b"log") for name in names]
+    log = [Piece(2, b"log")]
+    new = [Change(user_id=name, state=name.encode(), expected=NOT_THERE, append=log) for name in names]
     assert store.put(new) == [True, False, True]
     assert contents(store, "ann") == (1, b"ann", [b"log"])
     assert contents(store, "bob") == (1, b"own", [b"own log"])
-    assert store.count() == 3
     assert store.put(new) == [False] * 3
     assert store.put([]) == []
     many = [Change(user_id=f"user {row}", state=b"s", expected=NOT_THERE) for row in range(1_201)]
     assert all(store.put(many))
-    assert store.count() == 1_204
+    stored = store.get({f"user {row}": [] for row in (1_200, 7, 2_000)})
+    assert [one is not None for one in stored] == [True, True, False]
 
 
 @pytest.mark.parametrize("user", ["", "a b/c?d", "Zoë 🎵", "a\x00b", "x" * 512, "user:log", "%s'; --"])
@@ -100,26 +113,92 @@ def test_any_text_is_a_user_of_its_own(store: StateStore, user: str) -> None:
     data = bytes(range(256)) * 40
     assert put(store, user, data, expected=NOT_THERE, append=data)
     assert contents(store, user) == (1, data, [data])
-    assert store.get(user + "x") is None
+    assert get(store, user + "x") is None
 
 
 def test_namespaces_do_not_meet(store: StateStore, uri: str, namespace: str) -> None:
     put(store, "ann", b"1", expected=NOT_THERE, append=b"log")
-    store.write_note("place", "here")
+    store.mark_loaded("t", 0, "here")
     other = open_store(uri, namespace + "-other")
     try:
-        assert (other.get("ann"), other.count(), other.note("place")) == (None, 0, None)
+        assert (get(other, "ann"), other.loaded("t")) == (None, {})
         assert put(other, "ann", b"2", expected=NOT_THERE)
         assert contents(store, "ann") == (1, b"1", [b"log"])
     finally:
         other.close()
 
 
-def test_notes_are_kept_and_replaced(store: StateStore) -> None:
-    assert store.note("load") is None
-    store.write_note("load", "bucket 1")
-    store.write_note("load", "bucket 2 – ë")
-    assert store.note("load") == "bucket 2 – ë"
+def test_the_buckets_of_each_load_are_kept(store: StateStore) -> None:
+    assert store.loaded("tastes1") == {}
+    for bucket, text in ((0, "first"), (7, "ë"), (0, "again")):
+        store.mark_loaded("tastes1", bucket, text)
+    store.mark_loaded("tastes2", 1, "other")
+    assert store.loaded("tastes1") == {0: "again", 7: "ë"}
+
+
+def test_events_are_found_for_a_day_and_not_for_three(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [3, -5, 2**63 - 1, -(2**63), 0]
+    assert store.put([Change(user_id="ann", state=b"1", expected=NOT_THERE, events=events[:3])]) == [True]
+    put(store, "bob", b"1", expected=NOT_THERE)
+    now = state_store.time.time()
+    for seconds, known in (
+        (0, set(events[:3])),
+        (-600, set(events[:3])),
+        (DAY_SECONDS, set(events[:3])),
+        (3 * DAY_SECONDS, set()),
+    ):
+        monkeypatch.setattr(state_store.time, "time", lambda seconds=seconds: now + seconds)
+        ann, bob = store.get({"ann": events, "bob": events})
+        assert ann is not None
+        assert bob is not None
+        assert (ann.events, bob.events) == (known, set())
+    assert put(store, "ann", b"2", expected=1)  # on which the store may clear old events
+
+
+def test_a_thousand_events_of_one_user_are_kept(store: StateStore) -> None:
+    events = [place * 7_919 for place in range(1_200)]
+    store.put([Change(user_id="ann", state=b"1", expected=NOT_THERE, events=events)])
+    (stored,) = store.get({"ann": [*events, 1]})
+    assert stored is not None
+    assert stored.events == set(events)
+
+
+def test_the_last_pieces_of_a_log_are_read_and_the_heard_songs(store: StateStore) -> None:
+    pieces = [Piece(place + 1, str(place).encode()) for place in range(5)]
+    store.put([Change(user_id="ann", state=b"1", expected=NOT_THERE, append=pieces, heard=b"songs")])
+    for plays, log in ((1, ["4"]), (5, ["4"]), (6, ["3", "4"]), (15, ["0", "1", "2", "3", "4"]), (0, [])):
+        (whole,) = store.read(["ann"], plays=plays)
+        assert whole is not None
+        assert [piece.decode() for piece in whole.log] == log
+        assert whole.heard == b"songs"
+    put(store, "ann", b"2", expected=1)
+    assert store.read(["ann"])[0].heard == b"songs"  # type: ignore[union-attr]
+    put(store, "ann", b"3", expected=2, restart=True)
+    assert store.read(["ann"])[0].heard is None  # type: ignore[union-attr]
+
+
+def test_a_deleted_user_leaves_a_state_alone_and_no_writer_goes_on(store: StateStore) -> None:
+    change = Change(user_id="ann", state=b"1", expected=NOT_THERE, append=[Piece(1, b"x")], heard=b"y", events=[5])
+    store.put([change])
+    for user, version in (("ann", 2), ("nobody", 1)):
+        store.forget(user, b"mark")
+        assert contents(store, user) == (version, b"mark", [])
+        assert not put(store, user, b"late", expected=version - 1)
+    (ann,) = store.get({"ann": [5]})
+    assert ann is not None
+    assert ann.events == set()
+
+
+def test_no_byte_of_a_deleted_user_stays_in_an_sqlite_file(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path}/states.sqlite", "n")
+    secret = b"a play of ann " * 100
+    for version in range(6):
+        put(store, "ann", secret, expected=version, append=secret)
+    files = lambda: b"".join(path.read_bytes() for path in tmp_path.iterdir())  # noqa: E731
+    assert b"play of ann" in files()
+    store.forget("ann", b"mark")
+    store.close()
+    assert b"play of ann" not in files()
 
 
 def test_what_one_opening_wrote_the_next_one_reads(store: StateStore, uri: str, namespace: str) -> None:
@@ -136,13 +215,13 @@ def add_lines(store: StateStore, writer: int) -> None:
     for turn in range(PUTS):
         done = False
         while not done:
-            stored = store.get("ann")
+            stored = get(store, "ann")
             version, count = (NOT_THERE, 0) if stored is None else (stored.version, int(stored.state))
             done = put(store, "ann", str(count + 1).encode(), expected=version, append=f"{writer}-{turn}".encode())
 
 
 def require_all_lines(store: StateStore) -> None:
-    whole = store.read("ann")
+    (whole,) = store.read(["ann"])
     assert whole is not None
     assert (whole.stored.version, int(whole.stored.state)) == (WRITERS * PUTS, WRITERS * PUTS)
     found = [piece.decode() for piece in whole.log]
@@ -162,16 +241,17 @@ def test_threads_that_write_to_one_user_lose_nothing(store: StateStore) -> None:
 
 PROGRAM = """
 import sys
-from rayrec.online.stores.state_store import NOT_THERE, Change, open_store
+from rayrec.online.state_store import NOT_THERE, Change, Piece, open_store
 uri, namespace, writer, puts = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 store = open_store(uri, namespace)
 for turn in range(puts):
     done = False
     while not done:
-        stored = store.get("ann")
+        (stored,) = store.get({"ann": []})
         version, count = (NOT_THERE, 0) if stored is None else (stored.version, int(stored.state))
         line = f"{writer}-{turn}".encode()
-        done = store.put([Change(user_id="ann", state=str(count + 1).encode(), expected=version, append=line)])[0]
+        state = str(count + 1).encode()
+        (done,) = store.put([Change(user_id="ann", state=state, expected=version, append=[Piece(1, line)])])
 """
 
 
@@ -186,12 +266,12 @@ def test_processes_that_write_to_one_user_lose_nothing(store: StateStore, uri: s
 
 WRITES_FOR_EVER = """
 import sys
-from rayrec.online.stores.state_store import NOT_THERE, Change, open_store
+from rayrec.online.state_store import NOT_THERE, Change, Piece, open_store
 store = open_store(sys.argv[1], sys.argv[2])
 version = NOT_THERE
 while True:
     text = str(version + 1).encode()
-    assert store.put([Change(user_id="ann", state=text, expected=version, append=text)]) == [True]
+    assert store.put([Change(user_id="ann", state=text, expected=version, append=[Piece(1, text)])]) == [True]
     version += 1
     print(version, flush=True)
 """
@@ -207,7 +287,7 @@ def test_what_was_acknowledged_survives_the_kill_of_the_writer(store: StateStore
     lines += writer.stdout.readlines()
     writer.wait()
     acknowledged = max(int(line) for line in lines if line.endswith("\n"))
-    whole = store.read("ann")
+    (whole,) = store.read(["ann"])
     assert whole is not None
     assert acknowledged <= whole.stored.version <= acknowledged + 1
     assert whole.log == [str(place + 1).encode() for place in range(whole.stored.version)]
@@ -224,7 +304,7 @@ def test_what_redis_acknowledged_survives_the_kill_of_its_server(tmp_path: Path)
             assert put(store, "ann", str(version + 1).encode(), expected=version, append=b"x")
         server.kill()
         with pytest.raises(StoreUnavailableError, match="try again"):
-            store.get("ann")
+            get(store, "ann")
         server.start()
         assert contents(store, "ann") == (40, b"40", [b"x"] * 40)
         assert put(store, "ann", b"41", expected=40)  # the script is not there any more, and sent again
@@ -258,14 +338,14 @@ def test_an_sqlite_commit_waits_for_the_disk(tmp_path: Path) -> None:
 
 
 def test_an_sqlite_store_that_is_locked_for_long_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayrec.online.stores.sqlite_store.WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("rayrec.online.sqlite_store.WAIT_SECONDS", 0.1)
     path = tmp_path / "states.sqlite"
     store = open_store(f"sqlite:///{path}", "n")
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailableError, match="locked; try again"):
         put(store, "ann", b"1", expected=NOT_THERE)
-    assert store.get("ann") is None  # reading does not wait
+    assert get(store, "ann") is None  # reading does not wait
     other.close()
     assert put(store, "ann", b"1", expected=NOT_THERE)
     store.close()
@@ -280,7 +360,7 @@ def test_a_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
     foreign.execute("CREATE TABLE other (x)")
     foreign.commit()
     foreign.close()
-    with pytest.raises(InputError, match="its format is 0, this rayrec reads 1"):
+    with pytest.raises(InputError, match="its format is 0, this rayrec reads 2"):
         open_store(f"sqlite:///{tmp_path}/foreign.sqlite", "n")
 
 

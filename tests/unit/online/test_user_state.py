@@ -1,6 +1,7 @@
-"""The online state equals the batch's over the same plays, in whatever order and however often they came."""
+"""The online state equals the batch's over the same plays, whatever their order, for each of two models."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,19 @@ from rayrec.data.windows import NEVER
 from rayrec.model.inference import States, TasteEncoder
 from rayrec.model.train_config import FeatureSpec
 from rayrec.online import user_state
-from rayrec.online.user_state import OUTCOMES, Plays, Replay, Step, UserState, advance, gather, plan, scatter
+from rayrec.online.user_state import (
+    LAST_PLAYS,
+    OUTCOMES,
+    CatchUp,
+    Plays,
+    Step,
+    UserState,
+    advance,
+    fold_heard,
+    gather,
+    plan_plays,
+    scatter,
+)
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 FEATURES = FeatureSpec(contexts=("radio", "search"), hour=True, skipped=True)
@@ -50,19 +63,20 @@ def random_plays(count: int, seed: int = 0) -> Plays:
         np.cumsum(random.integers(1, 30 * MINUTE, count)),
         contexts=random.integers(0, 4, count),
         skipped=random.random(count) < 0.3,
-        events=[f"event-{place}" for place in range(count)],
     )
 
 
-def require_batch(encoder: TasteEncoder, state: UserState, plays: Plays) -> None:
+def require_batch(encoder: TasteEncoder, state: UserState, plays: Plays, model: str = "m") -> None:
     """The state is where the network ends after the plays, all in one pass, in the order of time."""
     ordered = plays.take(np.argsort(plays.played_at, kind="stable"))
     wanted = encoder.run(ordered.history())[1]
-    np.testing.assert_allclose(state.hidden, wanted.hidden[0], **CLOSE)
+    own = state.current(model)
+    assert own is not None
+    np.testing.assert_allclose(own.hidden, wanted.hidden[0], **CLOSE)
     assert (state.last_played_at, state.plays) == (wanted.last_played_at[0], len(plays))
     before = encoder.run(ordered.take(slice(state.left)).history())[1]
-    np.testing.assert_allclose(state.before, before.hidden[0], **CLOSE)
-    assert state.before_at == before.last_played_at[0]
+    np.testing.assert_allclose(own.before, before.hidden[0], **CLOSE)
+    assert state.before_at == own.before_at == before.last_played_at[0]
     for name in ("songs", "played_at", "contexts", "skipped"):
         np.testing.assert_array_equal(getattr(state.window, name), getattr(ordered, name)[state.left :])
 
@@ -70,7 +84,7 @@ def require_batch(encoder: TasteEncoder, state: UserState, plays: Plays) -> None
 def post(encoder: TasteEncoder, state: UserState, parts: Sequence[Plays]) -> tuple[UserState, list[Step]]:
     steps = []
     for part in parts:
-        state, step = advance(run(encoder), state, part)
+        state, step = advance(run(encoder), state, "m", part)
         steps.append(step)
     return state, steps
 
@@ -87,7 +101,7 @@ def test_plays_in_turn_cost_one_step_each_however_long_the_history(encoder: Tast
         return encoder.run(histories, start=start)[1]
 
     for place in range(100):
-        state, _ = advance(counted, state, plays.take(slice(place, place + 1)))
+        state, _ = advance(counted, state, "m", plays.take(slice(place, place + 1)))
         assert len(state.window) <= 8
     require_batch(encoder, state, plays)
     assert len(ran) == 100
@@ -98,19 +112,15 @@ def test_plays_in_turn_cost_one_step_each_however_long_the_history(encoder: Tast
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_order_within_the_window_gives_the_state_of_the_batch(data: st.DataObject) -> None:
-    """Plays moved by less than the window, some sent twice, in calls of any size."""
+    """Plays moved by less than the window, in calls of any size."""
     encoder = ENCODERS[data.draw(st.sampled_from(sorted(ENCODERS)))]
     plays = random_plays(data.draw(st.integers(1, 30)), seed=data.draw(st.integers(0, 9)))
     moved = [place + data.draw(st.floats(0, 3.9)) for place in range(len(plays))]
     order = np.argsort(moved, kind="stable")
-    again = data.draw(st.lists(st.integers(0, len(order) - 1), max_size=3))
-    for place in again:  # right after the first time: still in the window
-        order = np.insert(order, int(np.flatnonzero(order == place)[0]) + 1, place)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(order)), max_size=12)))
     parts = [plays.take(part) for part in np.split(order, cuts)]
     state, steps = post(encoder, nobody(encoder), parts)
     require_batch(encoder, state, plays)
-    assert sum(step.count("repeated") for step in steps) == len(again)
     assert sum(step.count("rejected") for step in steps) == state.rejected == 0
     left = Plays.joined([step.left for step in steps])
     np.testing.assert_array_equal(left.songs, plays.songs[: state.left])
@@ -132,26 +142,26 @@ def test_a_play_at_the_moment_of_the_last_that_left_is_rejected(encoder: TasteEn
     """After a load the batch's own last play may be sent again: it must not count twice."""
     states = encoder.run(random_plays(5).history())[1]
     state = UserState.start("m", states, plays=5)
-    state, (step,) = post(encoder, state, [Plays.of([1], [state.before_at], events=["x"])])
+    state, (step,) = post(encoder, state, [Plays.of([1], [state.before_at])])
     assert outcomes(step) == ["rejected"]
     assert (state.plays, state.last_played_at) == (5, states.last_played_at[0])
 
 
-def test_repeated_events_and_plays_change_nothing(encoder: TasteEncoder) -> None:
-    state, _ = post(encoder, nobody(encoder), [Plays.of([1, 2], [10, 20], events=["a", "b"])])
-    again = Plays.of([9, 2, 3, 3, 4], [30, 20, 40, 40, 50], events=["a", "other", "c", "d", "c"])
-    after, (step,) = post(encoder, state, [again])
-    assert outcomes(step) == ["repeated", "repeated", "taken", "repeated", "repeated"]
+def test_plays_whose_events_are_stored_change_nothing(encoder: TasteEncoder) -> None:
+    state, _ = post(encoder, nobody(encoder), [Plays.of([1, 2], [10, 20])])
+    step = plan_plays(state, "m", Plays.of([9, 2, 3], [30, 20, 40]), np.array([True, True, False]))
+    assert outcomes(step) == ["repeated", "repeated", "taken"]
+    after = scatter([step], run(encoder)(*gather([step])))[0]
     require_batch(encoder, after, Plays.of([1, 2, 3], [10, 20, 40]))
-    same, (step,) = post(encoder, after, [again.take(slice(3))])
+    step = plan_plays(after, "m", Plays.of([9], [30]), np.array([True]))
     assert not step.changes
-    np.testing.assert_array_equal(same.hidden, after.hidden)
+    assert scatter([step], None)[0] is after or scatter([step], None)[0].turn == after.turn
 
 
-def test_plays_without_event_ids_are_repeated_by_song_and_moment_only(encoder: TasteEncoder) -> None:
+def test_two_plays_of_one_song_at_one_moment_are_two(encoder: TasteEncoder) -> None:
     state, (step,) = post(encoder, nobody(encoder), [Plays.of([1, 1, 1, 2], [10, 20, 10, 10])])
-    assert outcomes(step) == ["taken", "taken", "repeated", "taken"]
-    require_batch(encoder, state, Plays.of([1, 2, 1], [10, 10, 20]))
+    assert outcomes(step) == ["taken"] * 4
+    require_batch(encoder, state, Plays.of([1, 1, 2, 1], [10, 10, 10, 20]))
 
 
 def test_plays_of_one_moment_keep_the_order_in_which_they_came_and_leave_together(encoder: TasteEncoder) -> None:
@@ -161,7 +171,7 @@ def test_plays_of_one_moment_keep_the_order_in_which_they_came_and_leave_togethe
     require_batch(encoder, state, plays)
     assert steps[-1].left.songs.tolist() == [5, 1, 4, 2, 3, 9]
     together, _ = post(encoder, nobody(encoder), [plays])
-    np.testing.assert_allclose(together.hidden, state.hidden, **CLOSE)
+    np.testing.assert_allclose(together.models["m"].hidden, state.models["m"].hidden, **CLOSE)
 
 
 def test_more_plays_of_one_moment_than_the_window_holds_leave_it_all(encoder: TasteEncoder) -> None:
@@ -178,33 +188,91 @@ def test_steps_of_many_users_are_run_as_one_batch(encoder: TasteEncoder) -> None
     states = [post(encoder, nobody(encoder), [plays])[0] for plays in early]
     late[2] = late[2].take(np.array([1, 0]))
     late.append(Plays.of([], []))
-    steps = [plan(state, plays) for state, plays in zip([*states, states[0]], late, strict=True)]
+    steps = [plan_plays(state, "m", plays) for state, plays in zip([*states, states[0]], late, strict=True)]
     ended = encoder.run(gather(steps)[0], start=gather(steps)[1])[1]
     found = scatter(steps, ended)
     for state, plays in zip(found, whole, strict=False):
         require_batch(encoder, state, plays)
-    np.testing.assert_array_equal(found[3].hidden, states[0].hidden)
+    np.testing.assert_array_equal(found[3].models["m"].hidden, states[0].models["m"].hidden)
 
 
-def test_another_model_starts_anew_from_the_log_and_the_window(encoder: TasteEncoder) -> None:
+def other_encoder() -> TasteEncoder:
+    return TasteEncoder(network(model_config(layers=1, features=FEATURES), seed=5))
+
+
+def catch_up(encoder: TasteEncoder, state: UserState, model: str, log: Plays) -> tuple[UserState, int]:
+    """With the model up to date, and how many plays its network ran over."""
+    step = CatchUp.of(state, model, encoder.no_states(1), log)
+    plays, start = gather([step])
+    return scatter([step], run(encoder)(plays, start))[0], plays.num_plays
+
+
+def test_another_model_is_computed_from_log_and_window_beside_the_first(encoder: TasteEncoder) -> None:
+    plays, other = random_plays(14), other_encoder()
+    state, (step,) = post(encoder, nobody(encoder), [plays])
+    both, _ = catch_up(other, state, "n", step.left)
+    require_batch(other, both, plays, "n")
+    require_batch(encoder, both, plays)
+    late = Plays.of([3], [int(plays.played_at[-2]) + 1])
+    after = advance(run(other), both, "n", late)[0]
+    require_batch(other, after, Plays.joined([plays, late]), "n")
+    assert after.current("m") is None
+
+
+def test_a_model_that_is_behind_runs_over_the_plays_since_alone(encoder: TasteEncoder) -> None:
+    plays, other = random_plays(60), other_encoder()
+    state, steps = post(encoder, nobody(encoder), [plays.take(slice(50))])
+    state, _ = catch_up(other, state, "n", Plays.joined([step.left for step in steps]))
+    state, later = post(encoder, state, [plays.take(slice(50, None))])
+    log = Plays.joined([step.left for step in [*steps, *later]])
+    caught_up, ran = catch_up(other, state, "n", log)
+    require_batch(other, caught_up, plays, "n")
+    assert ran < 30
+
+
+def test_of_three_models_the_two_written_last_are_kept(encoder: TasteEncoder) -> None:
+    state, (step,) = post(encoder, nobody(encoder), [random_plays(14)])
+    for model in ("n", "o"):
+        state, _ = catch_up(other_encoder(), state, model, step.left)
+    assert list(state.models) == ["n", "o"]
+
+
+def test_a_log_that_was_replaced_is_run_over_from_the_first_play(encoder: TasteEncoder) -> None:
     plays = random_plays(14)
     state, (step,) = post(encoder, nobody(encoder), [plays])
-    other = TasteEncoder(network(model_config(layers=1, features=FEATURES), seed=5))
-    replay = Replay.of(state, "n", other.no_states(1), step.left)
-    found = scatter([replay], run(other)(*gather([replay])))[0]
-    assert found.model == "n"
-    require_batch(other, found, plays)
-    with pytest.raises(ValueError, match="the log holds 2 plays, the state says that 10 have left"):
-        Replay.of(state, "n", other.no_states(1), step.left.take(slice(2)))
-    late = Plays.of([3], [int(plays.played_at[-2]) + 1])
-    require_batch(other, advance(run(other), found, late)[0], Plays.joined([plays, late]))
+    restarted = replace(state, restarts=1, turn=state.turn + 1)
+    caught_up, ran = catch_up(encoder, restarted, "m", step.left)
+    require_batch(encoder, caught_up, plays)
+    assert ran == len(plays) + state.left
+    with pytest.raises(ValueError, match="2 plays of the log were read, it holds 10"):
+        catch_up(encoder, restarted, "m", step.left.take(slice(2)))
+
+
+def test_plays_from_before_a_deletion_are_rejected(encoder: TasteEncoder) -> None:
+    forgotten = replace(nobody(encoder), forgotten_at=100)
+    assert forgotten.forgotten
+    state, (step,) = post(encoder, forgotten, [Plays.of([1, 2, 3], [90, 100, 101])])
+    assert outcomes(step) == ["rejected", "rejected", "taken"]
+    require_batch(encoder, state, Plays.of([3], [101]))
+    assert not state.forgotten
+
+
+def test_songs_of_plays_that_no_answer_reads_stay_heard() -> None:
+    songs = np.arange(LAST_PLAYS + 10, dtype=np.int32) % 4_000
+    state = UserState(left=len(songs))
+    folded, heard = fold_heard(state, songs, np.zeros(0, np.int32))
+    assert len(songs) - folded.folded == LAST_PLAYS // 2
+    assert set(heard) == set(songs[: folded.folded])
+    more = np.concatenate([songs, np.full(3_000, 9_999, np.int32)])
+    again, all_heard = fold_heard(replace(folded, left=len(more)), more[-LAST_PLAYS - 600 :], heard)
+    assert set(all_heard) == set(more[: again.folded])
 
 
 def test_nobody_has_played_never(encoder: TasteEncoder) -> None:
     state = nobody(encoder)
     assert (state.plays, state.last_played_at) == (0, NEVER)
-    assert state.states.hidden.shape == encoder.no_states(1).hidden.shape
-    step = plan(state, Plays.of([], []))
+    assert state.states("m").hidden.shape == encoder.no_states(1).hidden.shape
+    step = plan_plays(state, "m", Plays.of([], []))
     assert scatter([step], None)[0].plays == 0
 
 

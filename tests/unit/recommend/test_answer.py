@@ -14,7 +14,6 @@ from rayrec.recommend.answer import (
     answer,
     history_of_songs,
     load_recommender,
-    parse_moment,
 )
 from rayrec.recommend.base import Horizon, Recommender
 from rayrec.storage import artifacts
@@ -112,30 +111,3 @@ def test_a_model_of_another_data_set_is_refused_by_both_names(dataset: Dataset) 
     with pytest.raises(NotFoundError, match="none-such"):
         load_recommender(dataset.workspace, dataset, {"models": "none-such"})
     assert artifacts.listing(dataset.workspace, "models")
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["2015-01-20T18:30:00Z", "2015-01-20T19:30:00+01:00", "2015-01-20 18:30:00+00:00", "1421778600", "1421778600000"],
-)
-def test_one_moment_can_be_written_in_five_ways(text: str) -> None:
-    assert parse_moment(text) == 1421778600000
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("2015-01-20T18:30:00", "no zone"),
-        ("soon", "not a time"),
-        ("-5", "not a time"),
-        ("nan", "not a time"),
-        ("", "not a time"),
-    ],
-)
-def test_what_is_no_moment_is_refused(text: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        parse_moment(text)
-
-
-def test_no_moment_means_now() -> None:
-    assert parse_moment(None) > 1_700_000_000_000

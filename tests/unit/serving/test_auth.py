@@ -67,6 +67,7 @@ def test_without_keys_only_loopback_may_be_served() -> None:
         (f"reader:{READ}", "read, write, admin"),
         ("read:short", "5 characters"),
         ("read:a b", "role"),
+        (f"read+reader:{READ}", "roles are read, write, admin"),
     ],
 )
 def test_what_does_not_read_as_a_key_is_refused_without_showing_it(text: str, told: str) -> None:
@@ -78,6 +79,11 @@ def test_what_does_not_read_as_a_key_is_refused_without_showing_it(text: str, to
 def test_a_keys_file_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="keys file"):
         load_keys(ServeConfig(keys_file=str(tmp_path / "none")), {})
+
+
+def test_one_key_may_hold_several_roles() -> None:
+    keys = load_keys(ServeConfig(), {VARIABLE: f"read+write:{READ}"})
+    assert keys.roles(f"Bearer {READ}") == {"read", "write"}
 
 
 @pytest.fixture
@@ -92,12 +98,9 @@ def test_nothing_is_answered_without_a_key_and_each_role_has_its_own(world: Work
     with service(world, keys=keys) as opened:
         assert Client(opened).get("/").headers["content-type"].startswith("text/html")  # the page, without any data
         paths = [
-            "/healthz",
-            "/readyz",
             "/metrics",
             "/v1/release",
             "/openapi.json",
-            "/docs",
             "/v1/nothing",
             "/-/healthz",
         ]
@@ -105,6 +108,8 @@ def test_nothing_is_answered_without_a_key_and_each_role_has_its_own(world: Work
             for method, path in [("GET", path) for path in paths] + [
                 ("POST", "/v1/recommendations"),
                 ("POST", "/v1/plays"),
+                ("DELETE", "/v1/users/ann"),
+                ("POST", "/healthz"),
             ]:
                 response = client.request(method, path)
                 assert response.status_code == 401, path
@@ -115,10 +120,26 @@ def test_nothing_is_answered_without_a_key_and_each_role_has_its_own(world: Work
         assert writer.post("/v1/recommendations", {"history": []}).status_code == 403
         assert [client.get("/metrics").status_code for client in (reader, writer, admin)] == [403, 403, 200]
         assert reader.post("/v1/plays", {}).status_code == 403
+        assert [client.request("DELETE", "/v1/users/ann").status_code for client in (reader, writer, admin)] == [
+            403,
+            403,
+            204,
+        ]
+        assert Client(opened).get("/healthz").status_code == Client(opened).get("/readyz").status_code == 200
         assert writer.post("/v1/plays", {}).status_code == 422
         told = admin.get("/metrics").text + admin.get("/v1/release").text
     for key in (READ, WRITE, ADMIN, "wrong-0123456789"):
         assert key not in caplog.text + told
+
+
+def test_health_and_metrics_are_open_or_closed_by_their_own_settings(world: Workspace, keys: Keys) -> None:
+    for settings, statuses in (
+        ({}, [200, 401]),
+        ({"open_health": False}, [401, 401]),
+        ({"open_metrics": True}, [200, 200]),
+    ):
+        with service(world, keys=keys, **settings) as opened:
+            assert [Client(opened).get(path).status_code for path in ("/readyz", "/metrics")] == statuses
 
 
 def test_without_keys_other_machines_are_not_answered(world: Workspace) -> None:

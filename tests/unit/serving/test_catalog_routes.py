@@ -11,7 +11,7 @@ from served import AT, NUM_SONGS, WITHOUT_VECTOR, Client, service, write_release
 
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
-from rayrec.importing.describing import store_descriptions
+from rayrec.importing.descriptions import store_descriptions
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.serving.auth import load_keys
@@ -63,7 +63,7 @@ def ask(app: Client, **body: Any) -> dict[str, Any]:
 
 
 def rows(answer: dict[str, Any]) -> list[int]:
-    return [int(song["song"].removeprefix("song-")) for song in answer["songs"]]
+    return [int(song["song_id"].removeprefix("song-")) for song in answer["songs"]]
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_diversity_makes_answers_less_alike(app: Client, network: TasteRecommend
 def test_an_explained_answer_names_the_plays_and_the_rest_stays(app: Client) -> None:
     plain, told = ask(app), ask(app, explain=True)
     assert plain["explanation"] is None
-    assert [reason["song"] for reason in told["explanation"]] != []
-    assert sorted(reason["song"] for reason in told["explanation"]) == sorted(SONGS)
+    assert [reason["song_id"] for reason in told["explanation"]] != []
+    assert sorted(reason["song_id"] for reason in told["explanation"]) == sorted(SONGS)
     moved = [reason["moved"] for reason in told["explanation"]]
     assert moved == sorted(moved, reverse=True)
     assert {song["because"] for song in told["songs"]} <= {*SONGS, None}
@@ -137,7 +137,7 @@ def test_an_explained_answer_names_the_plays_and_the_rest_stays(app: Client) -> 
 
 def test_songs_are_found_by_title_and_artist(app: Client) -> None:
     found = app.get("/v1/songs", params={"query": "title 12"}).json()
-    assert found["songs"][0]["song"] == "song-12"
+    assert found["songs"][0]["song_id"] == "song-12"
     assert found["count"] == 12  # 12, 112 and 120 to 129
     by_artist = app.get("/v1/songs", params={"query": "ARTIST 3", "limit": 5}).json()
     assert len(by_artist["songs"]) == 5
@@ -161,7 +161,7 @@ def test_similar_songs_are_the_nearest_by_cosine(app: Client, network: TasteReco
 def test_songs_on_a_map_have_a_place_each(app: Client) -> None:
     asked = ["song-1", "song-2", "nothing", "song-1", f"song-{WITHOUT_VECTOR}", "song-9"]
     told = app.post("/v1/map", {"songs": asked}).json()
-    assert [point["song"] for point in told["points"]] == ["song-1", "song-2", "song-9"]
+    assert [point["song_id"] for point in told["points"]] == ["song-1", "song-2", "song-9"]
     assert told["unknown_songs"] == 2
     assert all(-1 <= point[axis] <= 1 for point in told["points"] for axis in "xy")
     assert app.post("/v1/map", {"songs": ["nothing"]}).json()["points"] == []

@@ -65,10 +65,13 @@ def test_no_request_meets_an_error_of_ours(document: schemathesis.BaseSchema, mo
         operation = found.ok()
         tried.add(operation.path)
 
+        # An entry of a batch fails alone, so a body with a bad one is answered.
+        checks = CHECKS[:-1] if operation.path in ("/v1/plays", "/v1/recommendations/batch") else CHECKS
+
         @settings(FEW)
         @given(case=operation.as_strategy(generation_mode=mode))
-        def check(case: schemathesis.Case) -> None:
-            case.validate_response(case.call(), checks=CHECKS)
+        def check(case: schemathesis.Case, checks: list[Any] = checks) -> None:
+            case.validate_response(case.call(), checks=checks)
 
         with suppress(Unsatisfiable):  # nothing about a GET without parameters can be wrong
             check()

@@ -97,7 +97,7 @@ def test_it_listens_on_loopback_alone_whatever_it_is_told(haproxy: Running) -> N
 
 
 def test_a_request_whose_replica_dies_is_answered_by_another(haproxy: Running) -> None:
-    statuses = [httpx.post(f"{haproxy[1]}/both", json={"song": "song-3"}).status_code for _ in range(6)]
+    statuses = [httpx.post(f"{haproxy[1]}/both", json={"song_id": "song-3"}).status_code for _ in range(6)]
     assert statuses == [200] * 6
 
 

@@ -21,7 +21,7 @@ KILLED_AT = 50
 REPLICA = """
 import sys, uvicorn
 from rayrec.serving.serve_config import ServeConfig
-from rayrec.serving.replica import open_service
+from rayrec.serving.service import open_service
 from rayrec.serving.routes import create_app
 from rayrec.storage.workspace import Workspace
 service = open_service(Workspace(sys.argv[1]), ServeConfig(store=sys.argv[2]))

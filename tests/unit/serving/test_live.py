@@ -11,16 +11,17 @@ from served import NUM_SONGS, Client, damage, service, write_release, write_worl
 from rayrec.data.dataset import Dataset
 from rayrec.errors import RayrecError
 from rayrec.model.taste_table import tastes_file
-from rayrec.serving.catalog import play_counts
+from rayrec.serving import live_release
+from rayrec.serving.live_release import Report, Reports, ReportWatch
 from rayrec.serving.problems import NotReadyError
-from rayrec.serving.reports import STALE_SECONDS, Report, Reports
+from rayrec.serving.release_switch import SwitchWait, switch
+from rayrec.serving.served_catalog import model_play_counts
 from rayrec.serving.service import Service
-from rayrec.serving.switching import Wait, switch
 from rayrec.storage import releases
 from rayrec.storage.artifacts import load
 from rayrec.storage.workspace import Workspace
 
-QUICK = Wait(seconds=5)
+QUICK = SwitchWait(seconds=5)
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_the_status_tells_what_was_refused_and_why(two: tuple[Workspace, str, st
         releases.activate_release(workspace, second)
         opened.holder.look()
         status = Client(opened).get("/v1/release").json()
-        assert (status["release"], status["wanted"], status["agreed"]) == (first, second, False)
+        assert (status["release"], status["activated"], status["agreed"]) == (first, second, False)
         assert status["refused"]["id"] == second
         assert "checksum" in status["refused"]["reason"]
         assert Client(opened).post("/v1/recommendations", {"history": ["song-1"]}).json()["release"] == first
@@ -95,25 +96,24 @@ def test_a_replica_compares_what_it_loads_and_not_the_tastes_of_all_users(
 def test_without_a_running_application_waiting_fails_and_restores(two: tuple[Workspace, str, str]) -> None:
     workspace, first, second = two
     with pytest.raises(RayrecError, match="no application runs on this workspace"):
-        switch(workspace, lambda: releases.activate_release(workspace, second), Wait(seconds=0.3))
+        switch(workspace, lambda: releases.activate_release(workspace, second), SwitchWait(absent_seconds=0.3))
     assert releases.read_active(workspace)["active"] == first
     with pytest.raises(RayrecError, match="does not answer"):
         switch(
             workspace,
             lambda: releases.activate_release(workspace, second),
-            Wait(url="http://127.0.0.1:9", seconds=0.3),
+            SwitchWait(url="http://127.0.0.1:9", absent_seconds=0.3),
         )
     assert releases.read_active(workspace)["active"] == first
 
 
 def test_waiting_is_for_all_replicas(two: tuple[Workspace, str, str], opened: Service) -> None:
     workspace, first, second = two
-    lagging = Report(
-        replica="lagging", role="app", release=first, change="", refused=None, at=opened.holder.report().at
-    )
-    Reports(workspace).write(lagging)
-    with pytest.raises(RayrecError, match="1 of 2 have not, such as lagging"):
-        switch(workspace, lambda: releases.activate_release(workspace, second), Wait(seconds=1))
+    Reports(workspace).write(report("lagging", release=first))
+    told: list[str] = []
+    with pytest.raises(RayrecError, match="1 of 2 replicas answer with it, 0 are loading it"):
+        switch(workspace, lambda: releases.activate_release(workspace, second), SwitchWait(seconds=1, tell=told.append))
+    assert told[-1] == f"Waiting for release {second}: 1 of 2 replicas answer with it, 0 are loading it"
     assert releases.read_active(workspace)["active"] == first
 
 
@@ -134,15 +134,74 @@ def test_another_change_in_between_is_left_alone(two: tuple[Workspace, str, str]
     assert releases.read_active(workspace)["history"] == ["by another"]
 
 
-def test_reports_of_replicas_that_are_gone_do_not_count(workspace: Workspace) -> None:
-    reports = Reports(workspace)
-    now = time.time()
-    for name, at in (("alive", now), ("dead", now - 2 * STALE_SECONDS)):
-        reports.write(Report(replica=name, role="app", release="r", change="c", refused=None, at=at))
+def report(replica: str, *, release: str | None = "r", beat: int = 1, loading: str | None = None) -> Report:
+    return Report(replica=replica, role="app", release=release, change="", loading=loading, refused=None, beat=beat)
+
+
+def test_a_replica_is_alive_as_long_as_its_report_changes(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_release, "STALE_SECONDS", 0.2)
+    reports, writer = Reports(workspace), Reports(workspace)
+    for name in ("alive", "dead"):
+        writer.write(report(name))
     workspace.write_bytes("serving/replicas/junk.json", b"{")
-    assert [report.replica for report in reports.fresh()] == ["alive"]
+    assert {each.replica for each in reports.alive()} == {"alive", "dead"}  # nobody has watched them yet
+    time.sleep(0.3)
+    writer.write(report("alive", beat=2))
+    assert [each.replica for each in reports.alive()] == ["alive"]
+    monkeypatch.setattr(live_release, "FORGOTTEN_SECONDS", 0.2)
+    reports.alive()
     reports.remove("alive")
-    assert reports.fresh() == []
+    assert workspace.files("serving/replicas") == ["serving/replicas/junk.json"]
+
+
+@pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
+def test_no_clock_of_another_machine_matters(
+    two: tuple[Workspace, str, str], opened: Service, ahead: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replica's wall clock is an hour off: it is waited for all the same."""
+    workspace, _, second = two
+    plain = time.time
+    monkeypatch.setattr(time, "time", lambda: plain() + ahead)
+    switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
+    assert opened.live.id == second
+
+
+def test_a_replica_that_loads_for_long_is_waited_for(
+    two: tuple[Workspace, str, str], opened: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading takes longer than a silent replica is waited for."""
+    workspace, _, second = two
+    monkeypatch.setattr(live_release, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(live_release, "REPORT_SECONDS", 0.1)
+    load = opened.holder.load
+    monkeypatch.setattr(opened.holder, "load", lambda release_id: time.sleep(2) or load(release_id))
+    told: list[str] = []
+    with service(workspace, watch_seconds=0.05):  # a second replica, whose reports are frequent
+        writing = threading.Event()
+
+        def report_often() -> None:
+            while not writing.wait(0.1):
+                opened.holder.reports.write(opened.holder.report())
+
+        thread = threading.Thread(target=report_often)
+        thread.start()
+        switch(
+            workspace,
+            lambda: releases.activate_release(workspace, second),
+            SwitchWait(absent_seconds=0.5, tell=told.append),
+        )
+        writing.set()
+        thread.join()
+    assert opened.live.id == second
+    assert any("1 are loading it" in text for text in told)
+
+
+def test_a_watch_tells_replicas_apart() -> None:
+    watch = ReportWatch()
+    assert len(watch.alive([report("a"), report("b")])) == 2
+    assert watch.silence(report("a")) < 5
 
 
 def test_a_replica_that_starts_on_a_broken_release_goes_back_to_the_one_before(
@@ -183,9 +242,9 @@ def test_a_workspace_out_of_reach_ends_no_watch(two: tuple[Workspace, str, str],
 
 def test_models_without_play_counts_are_given_those_of_the_data_set(two: tuple[Workspace, str, str]) -> None:
     workspace, _, _ = two
-    counted = play_counts(workspace, Dataset(workspace), "model1", NUM_SONGS)
+    counted = model_play_counts(workspace, Dataset(workspace), "model1", NUM_SONGS)
     manifest = load(workspace, "models", "model1")
     raw = workspace.read_json(manifest.path("manifest.json"))
     raw["files"].pop("play_counts.npy")
     workspace.write_json(manifest.path("manifest.json"), raw)
-    np.testing.assert_array_equal(play_counts(workspace, Dataset(workspace), "model1", NUM_SONGS), counted)
+    np.testing.assert_array_equal(model_play_counts(workspace, Dataset(workspace), "model1", NUM_SONGS), counted)

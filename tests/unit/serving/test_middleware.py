@@ -19,7 +19,7 @@ BODY = json.dumps({"history": ["song-1"]}).encode()
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = Workspace(tmp_path_factory.mktemp("gate") / "workspace")
+    workspace = Workspace(tmp_path_factory.mktemp("middleware") / "workspace")
     write_world(workspace)
     write_release(workspace)
     return workspace
@@ -151,7 +151,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_all_read(opened: Service,
             read += 1
             yield b" " * 500
 
-    headers = {"Content-Length": "50000"} if declared else {}
+    headers = {"Content-Type": "application/json"} | ({"Content-Length": "50000"} if declared else {})
     response = Client(opened).request("POST", "/v1/recommendations", content=endless(), headers=headers)
     assert response.status_code == 413
     assert read <= 4

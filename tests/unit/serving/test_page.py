@@ -94,7 +94,7 @@ def test_songs_are_found_played_and_answered_on_both_time_scales(
         for horizon in ("short", "long"):
             answer = httpx.post(f"{url}/v1/recommendations", json={**body, "horizon": horizon}).json()
             shown = [item.get_attribute("data-song") for item in page.locator(f"#{horizon} li").all()]
-            assert shown == [song["song"] for song in answer["songs"]]
+            assert shown == [song["song_id"] for song in answer["songs"]]
         page.locator("#map g").first.wait_for()
         drawn = {spot.get_attribute("data-song") for spot in page.locator("#map g").all()}
         assert {"song-3", "song-50"} < drawn
@@ -116,7 +116,7 @@ def test_titles_are_text_whatever_they_hold(world: Workspace, browser: Any) -> N
 def test_a_stored_listener_is_shown(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
         plays = [
-            {"user_id": "ann", "song": f"song-{song}", "played_at": AT + song, "event_id": str(song)}
+            {"user_id": "ann", "song_id": f"song-{song}", "played_at": AT + song, "event_id": str(song)}
             for song in (3, 50)
         ]
         assert httpx.post(f"{url}/v1/plays", json={"plays": plays}).status_code == 200

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import AT, NUM_SONGS, WITHOUT_VECTOR, Client, service, write_release, write_world
+from served import AT, NUM_SONGS, WITHOUT_VECTOR, Client, ms, service, write_release, write_world
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Questions
@@ -46,7 +46,7 @@ def recommender(world: Workspace) -> Recommender:
 
 
 def ids(answer: dict[str, Any]) -> list[str]:
-    return [song["song"] for song in answer["songs"]]
+    return [song["song_id"] for song in answer["songs"]]
 
 
 def ask(app: Client, **body: Any) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def test_the_answer_is_what_the_recommender_of_the_release_ranks(
     answer = ask(app, k=10, horizon=horizon, exclude_heard=False)
     assert ids(answer) == [f"song-{row}" for row in rows]
     np.testing.assert_allclose([song["score"] for song in answer["songs"]], scores, rtol=1e-5)
-    assert (answer["source"], answer["plays"], answer["unknown_songs"], answer["at"]) == ("taste", 4, 0, AT)
+    assert (answer["source"], answer["plays"], answer["unknown_songs"], ms(answer["at"])) == ("taste", 4, 0, AT)
     assert answer["songs"][0]["title"] == f"Title {rows[0]}"
     assert answer["songs"][0]["artist"] == f"Artist {rows[0] % 7}"
 
@@ -119,7 +119,7 @@ def test_where_no_song_is_known_the_popular_ones_answer_and_say_so(
 
 
 def test_plays_with_times_are_put_in_order(app: Client) -> None:
-    history = [{"song": song, "played_at": AT - 60_000 * back} for back, song in enumerate(reversed(SONGS))]
+    history = [{"song_id": song, "played_at": AT - 60_000 * back} for back, song in enumerate(reversed(SONGS))]
     assert ask(app, history=history)["songs"] == ask(app, history=history[::-1])["songs"]
     assert ask(app, history=history)["songs"] != ask(app)["songs"]
 
@@ -172,13 +172,13 @@ def test_tastes_are_the_vectors_of_the_network(app: Client, world: Workspace, re
         ({"history": ["x" * 600]}, "history"),
         ({"history": "song-3"}, "history"),
         ({"history": ["song-3"] * (MAX_HISTORY + 1)}, "history"),
-        ({"history": [{"song": "song-3", "played_at": -1}]}, "played_at"),
-        ({"history": [{"song": "song-3", "played_at": 10**30}]}, "played_at"),
-        ({"history": [{"song": "song-3", "played_at": "yesterday"}]}, "yesterday"),
-        ({"history": [{"song": "song-3", "played_at": "1e300"}]}, "1e300"),
-        ({"history": [{"song": "song-3", "played_at": "2026-01-20T18:24:00"}]}, "zone"),
-        ({"history": [{"song": "song-3", "played_at": 5}, "song-4"]}, "for all of them or for none"),
-        ({"history": [{"song": "song-3", "played_at": AT + 1}], "at": AT}, "after the moment"),
+        ({"history": [{"song_id": "song-3", "played_at": -1}]}, "history.0.played_at"),
+        ({"history": [{"song_id": "song-3", "played_at": 10**30}]}, "played_at"),
+        ({"history": [{"song_id": "song-3", "played_at": "yesterday"}]}, "history.0.played_at"),
+        ({"history": [{"song_id": "song-3", "played_at": "1e300"}]}, "played_at"),
+        ({"history": [{"song_id": "song-3", "played_at": "2026-01-20T18:24:00"}]}, "played_at"),
+        ({"history": [{"song_id": "song-3", "played_at": 5}, "song-4"]}, "for all of them or for none"),
+        ({"history": [{"song_id": "song-3", "played_at": AT + 1}], "at": AT}, "after the moment"),
         ({"history": SONGS, "users": 3}, "users"),
         ({"history": SONGS, "exclude": [None]}, "exclude"),
         ([], "body"),
@@ -203,8 +203,102 @@ def test_a_batch_has_its_limit(app: Client) -> None:
     require_problem(app.post("/v1/recommendations/batch", body), 422)
 
 
+def test_a_bad_request_of_a_batch_fails_alone(app: Client) -> None:
+    good = {"history": SONGS, "at": AT, "k": 3}
+    late = {"history": [{"song_id": "song-3", "played_at": AT + 1}], "at": AT}
+    bad = [{"history": SONGS, "k": 0}, {}, 7, {"history": [{"song_id": 3}]}, late]
+    answers = app.post("/v1/recommendations/batch", {"requests": [good, *bad, good]}).json()["answers"]
+    assert ids(answers[0]) == ids(answers[-1]) == ids(ask(app, k=3))
+    assert [error["where"] for answer in answers[1:-2] for error in answer["errors"]] == [
+        "k", "", "", "history.0.song_id"]  # fmt: skip
+    assert "after the moment" in answers[-2]["detail"]
+
+
+def test_a_history_may_hold_songs_of_any_spelling(app: Client) -> None:
+    assert ask(app, history=["song-3", {"song_id": "song-50"}])["plays"] == 2
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/release", "/metrics", "/v1/songs?query=title", "/docs"])
+def test_head_answers_as_get_without_the_body(app: Client, path: str) -> None:
+    head, get = app.request("HEAD", path), app.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "told"),
+    [
+        ({}, "Content-Type is missing; send JSON with `Content-Type: application/json`"),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, "is application/x-www-form-urlencoded; send JSON"),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, "encoded as gzip; send it without"),
+    ],
+)
+def test_a_body_of_another_kind_is_a_415_that_says_what_to_send(
+    app: Client, headers: dict[str, str], told: str
+) -> None:
+    refused = require_problem(app.post("/v1/recommendations", content=b'{"history": []}', headers=headers), 415)
+    assert told in refused["detail"]
+    for kind in ("application/json; charset=utf-8", "application/vnd.rayrec+json"):
+        content = {"content": b'{"history": []}', "headers": {"Content-Type": kind}}
+        assert app.post("/v1/recommendations", **content).status_code == 200
+
+
+def test_long_answers_are_compressed_for_clients_that_take_it(app: Client) -> None:
+    body = {"history": SONGS, "at": AT, "k": 100}
+    plain = app.post("/v1/recommendations", body, headers={"Accept-Encoding": "identity"})
+    small = app.post("/v1/recommendations", body, headers={"Accept-Encoding": "gzip"})
+    assert small.headers["content-encoding"] == "gzip"
+    assert "content-encoding" not in plain.headers
+    assert small.json() == plain.json()
+    assert int(small.headers["content-length"]) < len(plain.content) / 3
+
+
+def test_the_id_of_a_request_comes_back_and_stands_in_the_log_of_its_failure(
+    app: Client, opened: Service, monkeypatch: Any, caplog: Any
+) -> None:
+    assert app.get("/healthz", headers={"X-Request-ID": "abc-1"}).headers["x-request-id"] == "abc-1"
+    assert app.get("/v1/nothing", headers={"X-Request-ID": "abc-2"}).headers["x-request-id"] == "abc-2"
+    made = {
+        app.get("/healthz", headers={"X-Request-ID": wrong}).headers["x-request-id"] for wrong in ("", "a b", "x" * 200)
+    }
+    assert len(made) == 3
+    assert all(len(name) == 32 for name in made)
+
+    async def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(type(opened), "recommend", broken)
+    failed = app.post("/v1/recommendations", {"history": SONGS}, headers={"X-Request-ID": "abc-3"})
+    assert "abc-3" in require_problem(failed, 500)["detail"]
+    assert "request abc-3 failed" in caplog.text
+
+
+def test_the_documentation_needs_nothing_from_other_machines(app: Client) -> None:
+    page = app.get("/docs")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "http" not in page.text
+    for name in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js"):
+        assert f"docs/{name}" in page.text
+        assert app.get(f"/docs/{name}").status_code == 200
+    require_problem(app.get("/docs/redoc.standalone.js"), 404)
+
+
+def test_the_document_names_the_role_of_each_operation(app: Client) -> None:
+    paths = app.get("/openapi.json").json()["paths"]
+    roles = {
+        ("/v1/recommendations", "post"): "read",
+        ("/v1/plays", "post"): "write",
+        ("/v1/users/{user_id}", "delete"): "admin",
+        ("/metrics", "get"): "admin",
+    }
+    for (path, method), role in roles.items():
+        assert paths[path][method]["security"] == [{}, {"key": [role]}]
+
+
 def test_a_body_over_the_limit_is_a_413(app: Client) -> None:
-    require_problem(app.post("/v1/recommendations", content=b" " * 200_001), 413)
+    require_problem(
+        app.post("/v1/recommendations", content=b" " * 200_001, headers={"Content-Type": "application/json"}), 413
+    )
 
 
 def test_what_is_not_there_is_a_404_and_a_wrong_method_a_405(app: Client) -> None:
@@ -215,7 +309,7 @@ def test_what_is_not_there_is_a_404_and_a_wrong_method_a_405(app: Client) -> Non
 
 
 def test_an_unthought_of_error_is_a_500_without_its_text(app: Client, opened: Service, monkeypatch: Any) -> None:
-    async def broken(*_: Any) -> Any:
+    async def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a secret")
 
     monkeypatch.setattr(type(opened), "recommend", broken)
@@ -228,7 +322,7 @@ def test_health_readiness_and_release_name_what_answers(app: Client, opened: Ser
     assert app.get("/healthz").json()["status"] == "ok"
     assert app.get("/readyz").json()["release"] == active["active"]
     status = app.get("/v1/release").json()
-    assert (status["release"], status["wanted"], status["agreed"]) == (active["active"], active["active"], True)
+    assert (status["release"], status["activated"], status["agreed"]) == (active["active"], active["active"], True)
     assert [replica["replica"] for replica in status["replicas"]] == [status["replica"]]
     assert status["refused"] is None
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rayrec.errors import InputError
-from rayrec.serving.run import environment, free_ports, require_free
+from rayrec.errors import InputError, RayrecError
+from rayrec.serving import run
+from rayrec.serving.run import environment, free_ports, open_listeners, require_free, require_loopback
 from rayrec.serving.serve_config import ServeConfig, is_loopback
 
 
@@ -45,22 +46,44 @@ def test_free_ports_are_none_that_a_process_of_ray_may_be_given_before_they_are_
     assert all(19_999 < port < min(given, 30_000) for port in free_ports(50))
 
 
+def test_a_port_that_is_open_to_others_is_named_and_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "SETTLE_SECONDS", 0.3)
+    require_loopback()
+    with socket.socket() as reached:
+        reached.bind(("0.0.0.0", 0))
+        reached.listen()
+        port = reached.getsockname()[1]
+        assert any(f"0.0.0.0 port {port} (" in each for each in open_listeners())
+        with pytest.raises(RayrecError, match=rf"0.0.0.0 port {port} .*nothing was served"):
+            require_loopback()
+    require_loopback()
+
+
 def test_loopback_is_told_from_other_addresses() -> None:
     assert [
         host
-        for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost", "0.0.0.0", "::", "10.1.1.1", "x")
+        for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost", "::ffff:127.0.0.1", "0.0.0.0", "::", "10.1.1.1", "x")
         if is_loopback(host)
     ] == [
         "127.0.0.1",
         "127.9.9.9",
         "::1",
         "localhost",
+        "::ffff:127.0.0.1",
     ]
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"replicas": 0}, {"port": 70_000}, {"topology": "round"}, {"watch_seconds": 0}, {"max_body": 0}, {"cpus": -1}],
+    [
+        {"replicas": 0},
+        {"port": 70_000},
+        {"topology": "round"},
+        {"watch_seconds": 0},
+        {"max_body": 0},
+        {"cpus": -1},
+        {"max_replicas": 1, "replicas": 2},
+    ],
 )
 def test_settings_that_make_no_sense_are_input_errors(wrong: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):

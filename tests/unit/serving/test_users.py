@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
-from served import AT, NUM_SONGS, Client, service, write_release, write_world
+from served import AT, NUM_SONGS, Client, ms, service, write_release, write_world
 from stores import RedisServer, needs_redis
 
 from rayrec.data.dataset import Dataset
@@ -22,6 +23,7 @@ from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
 MINUTE = 60_000
+TASTE = 1e-3  # of each number of a taste vector: states are stored in half precision
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def history_of(events: list[dict[str, Any]]) -> Histories:
     """What an import makes of plays: in the order of time."""
     events = sorted(events, key=lambda event: event["played_at"])
     return Histories.from_lists(
-        [[int(event["song"].removeprefix("song-")) for event in events]],
+        [[int(event["song_id"].removeprefix("song-")) for event in events]],
         [[event["played_at"] for event in events]],
         skipped=[[event.get("skipped", False) for event in events]],
     )
@@ -65,7 +67,7 @@ def events_of(user: str, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
         {
             "event_id": f"{user}-{place}",
             "user_id": user,
-            "song": f"song-{random.integers(NUM_SONGS)}",
+            "song_id": f"song-{random.integers(NUM_SONGS)}",
             "played_at": int(time),
             "skipped": bool(random.random() < 0.3),
         }
@@ -105,11 +107,11 @@ def require_taste_of_batch(world: Workspace, found: dict[str, Any], events: list
     made_of = encoder(world, found["model"])
     table = taste_table(made_of, history_of(events), at)
     for horizon in ("short", "long"):
-        np.testing.assert_allclose(found[horizon], table.column(f"taste_{horizon}")[0].as_py(), atol=1e-5)
+        np.testing.assert_allclose(found[horizon], table.column(f"taste_{horizon}")[0].as_py(), atol=TASTE)
         from_state = made_of.tastes(states_of(table, made_of.model.config.state_layers), at, horizon)[0]
-        np.testing.assert_allclose(found[horizon], from_state, atol=1e-5)
+        np.testing.assert_allclose(found[horizon], from_state, atol=TASTE)
     assert found["plays"] == table.column("plays")[0].as_py() == len(events)
-    assert found["last_played_at"] == table.column("last_played_at")[0].as_py()
+    assert ms(found["last_played_at"]) == table.column("last_played_at")[0].as_py()
 
 
 def test_the_online_state_is_what_the_batch_job_computes_over_the_same_plays(app: Client, world: Workspace) -> None:
@@ -145,9 +147,9 @@ def test_a_stored_user_is_recommended_what_the_whole_history_is(
         history_of(events), at, 10, horizon=horizon, exclude_heard=exclude_heard
     )
     answer = recommend(app, user_id="ann", at=at, k=10, horizon=horizon, exclude_heard=exclude_heard)
-    assert [song["song"] for song in answer["songs"]] == [f"song-{row}" for row in rows]
-    np.testing.assert_allclose([song["score"] for song in answer["songs"]], scores, atol=1e-5)
-    assert (answer["source"], answer["plays"], answer["at"]) == ("taste", 200, at)
+    assert [song["song_id"] for song in answer["songs"]] == [f"song-{row}" for row in rows]
+    np.testing.assert_allclose([song["score"] for song in answer["songs"]], scores, atol=TASTE)
+    assert (answer["source"], answer["plays"], ms(answer["at"])) == ("taste", 200, at)
 
 
 def test_the_next_recommendation_reflects_a_play(app: Client, world: Workspace) -> None:
@@ -155,28 +157,30 @@ def test_the_next_recommendation_reflects_a_play(app: Client, world: Workspace) 
     send(app, *events[:5])
     at = events[-1]["played_at"]
     before = recommend(app, user_id="ann", at=at, k=NUM_SONGS)
-    assert events[5]["song"] in [song["song"] for song in before["songs"]]
+    assert events[5]["song_id"] in [song["song_id"] for song in before["songs"]]
     send(app, events[5])
     after = recommend(app, user_id="ann", at=at, k=NUM_SONGS)
-    assert events[5]["song"] not in [song["song"] for song in after["songs"]]
+    assert events[5]["song_id"] not in [song["song_id"] for song in after["songs"]]
     assert after["plays"] == before["plays"] + 1
-    told = [{"song": event["song"], "played_at": event["played_at"], "skipped": event["skipped"]} for event in events]
+    told = [
+        {"song_id": event["song_id"], "played_at": event["played_at"], "skipped": event["skipped"]} for event in events
+    ]
     same = recommend(app, history=told, at=at, k=5)["songs"]
-    assert [song["song"] for song in after["songs"][:5]] == [song["song"] for song in same]
+    assert [song["song_id"] for song in after["songs"][:5]] == [song["song_id"] for song in same]
 
 
 def test_a_first_play_makes_the_user_and_now_is_its_time(app: Client) -> None:
-    answer = send(app, {"event_id": "1", "user_id": "new/user ë", "song": "song-3"})
+    answer = send(app, {"event_id": "1", "user_id": "new/user ë", "song_id": "song-3"})
     assert (answer["taken"], answer["outcomes"]) == (1, ["taken"])
     found = app.get("/v1/users/new%2Fuser%20%C3%AB/taste").json()
     assert (found["user_id"], found["plays"], found["rejected"]) == ("new/user ë", 1, 0)
-    assert abs(found["at"] - found["last_played_at"]) < 60 * MINUTE
+    assert abs(ms(found["at"]) - ms(found["last_played_at"])) < 60 * MINUTE
     assert len(found["short"]) == len(found["long"]) == 8
 
 
 def test_what_became_of_each_play_is_told_and_counted(app: Client) -> None:
     plays = events_of("ann", 3) + events_of("bob", 1)
-    strange = {**plays[0], "event_id": "s", "song": "nobody"}
+    strange = {**plays[0], "event_id": "s", "song_id": "nobody"}
     answer = send(app, plays[0], strange, plays[3], plays[0], plays[2], plays[1])
     assert answer["outcomes"] == ["taken", "unknown", "taken", "repeated", "taken", "taken"]
     assert [answer[name] for name in ("taken", "repeated", "rejected", "unknown_songs")] == [4, 1, 0, 1]
@@ -195,7 +199,7 @@ def test_what_became_of_each_play_is_told_and_counted(app: Client) -> None:
 def test_unknown_contexts_say_nothing_and_times_come_in_any_form(app: Client) -> None:
     plays = events_of("ann", 1)[0]
     send(app, {**plays, "contexts": ["nowhere"], "played_at": "2026-01-20T18:24:00Z"})
-    assert taste(app, "ann", AT + 10**12)["last_played_at"] == 1_768_933_440_000
+    assert taste(app, "ann", AT + 10**12)["last_played_at"] == "2026-01-20T18:24:00.000Z"
 
 
 def test_a_user_who_is_not_there_is_a_404_and_is_recommended_popular_songs(app: Client) -> None:
@@ -219,7 +223,7 @@ def test_stored_users_and_histories_go_in_one_batch(app: Client) -> None:
     together = app.post("/v1/recommendations/batch", {"requests": requests}).json()["answers"]
     for one, request in zip(together, requests, strict=True):
         alone = recommend(app, **request)
-        assert [song["song"] for song in one["songs"]] == [song["song"] for song in alone["songs"]]
+        assert [song["song_id"] for song in one["songs"]] == [song["song_id"] for song in alone["songs"]]
         assert one["source"] == alone["source"]
 
 
@@ -240,7 +244,7 @@ def test_the_state_of_another_model_is_computed_anew_and_kept(world: Workspace, 
             require_taste_of_batch(world, found, events, at)
             rows, _ = recommender(world, "model2").recommend_one(history_of(events), at, 10)
             answer = recommend(app, user_id="ann", at=at, k=10, exclude_heard=False)
-            assert [song["song"] for song in answer["songs"]] == [f"song-{row}" for row in rows]
+            assert [song["song_id"] for song in answer["songs"]] == [f"song-{row}" for row in rows]
     finally:
         releases.rollback(world)
     with service(world, store=uri) as opened:  # and back again, read first
@@ -253,7 +257,7 @@ def test_a_moment_before_the_last_play_is_refused(app: Client) -> None:
     early = events[-1]["played_at"] - 1
     require_problem(app.get("/v1/users/ann/taste", params={"at": early}), 422, "after the moment")
     require_problem(app.post("/v1/recommendations", {"user_id": "ann", "at": early}), 422, "after the moment")
-    assert taste(app, "ann", early + 1)["at"] == early + 1
+    assert ms(taste(app, "ann", early + 1)["at"]) == early + 1
 
 
 @pytest.fixture(scope="module")
@@ -263,28 +267,27 @@ def unused(world: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield Client(opened)
 
 
-PLAY = {"event_id": "e", "user_id": "ann", "song": "song-1"}
+PLAY = {"event_id": "e", "user_id": "ann", "song_id": "song-1"}
 
 
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ({}, "plays"),
+        ({}, "event_id"),
         ({**PLAY, "event_id": ""}, "event_id"),
         ({**PLAY, "event_id": "x" * 513}, "event_id"),
         ({**PLAY, "user_id": ""}, "user_id"),
         ({**PLAY, "user_id": 3}, "user_id"),
-        ({"event_id": "e", "song": "song-1"}, "user_id"),
-        ({**PLAY, "song": None}, "song"),
+        ({"event_id": "e", "song_id": "song-1"}, "user_id"),
+        ({**PLAY, "song_id": None}, "song"),
         ({**PLAY, "skipped": "yes"}, "skipped"),
         ({**PLAY, "contexts": ["x"] * 32}, "contexts"),
         ({**PLAY, "played_at": -1}, "played_at"),
-        ({**PLAY, "played_at": "yesterday"}, "yesterday"),
+        ({**PLAY, "played_at": "yesterday"}, "played_at"),
         ({**PLAY, "played_at": "2999-01-01T00:00:00Z"}, "over a day from now"),
         ({**PLAY, "more": 1}, "more"),
         ({"plays": []}, "plays"),
         ({"plays": [PLAY] * (MAX_PLAYS + 1)}, "plays"),
-        ({"plays": [PLAY, {}]}, "plays"),
         ({"plays": 7}, "plays"),
         ([PLAY], "body"),
     ],
@@ -295,11 +298,57 @@ def test_plays_that_are_none_are_a_422_and_nothing_is_stored(unused: Client, bod
 
 
 def test_a_user_id_that_is_no_text_is_a_422(app: Client) -> None:
-    content = b'{"event_id": "e", "user_id": "\\ud800", "song": "song-1"}'
+    content = b'{"event_id": "e", "user_id": "\\ud800", "song_id": "song-1"}'
     response = app.post("/v1/plays", content=content, headers={"Content-Type": "application/json"})
     assert 400 <= response.status_code < 500, response.text
     assert app.get("/v1/users/" + "x" * 600 + "/taste").status_code == 422
     assert app.get("/v1/users/%FF/taste").status_code in (404, 422)
+
+
+def test_a_bad_play_of_many_fails_alone_and_is_located(app: Client) -> None:
+    plays = events_of("ann", 2)
+    bad = [{}, {**plays[1], "played_at": "yesterday"}, 3]
+    answer = app.post("/v1/plays", {"plays": [plays[0], *bad, plays[1]]}).json()
+    assert answer["outcomes"] == ["taken", "invalid", "invalid", "invalid", "taken"]
+    assert (answer["taken"], answer["invalid"]) == (2, 3)
+    assert {"plays.1.event_id", "plays.2.played_at"} <= {error["where"] for error in answer["errors"]}
+    assert taste(app, "ann", AT + 10**9)["plays"] == 2
+
+
+@pytest.mark.parametrize(
+    "user", ["a/b", "a/taste", "Zoë 🎵", "a%2Fb", "a?b#c", "line\nbreak", "..", "with, comma", "+ &="]
+)
+def test_users_of_any_id_have_every_endpoint(app: Client, user: str) -> None:
+    send(app, {**PLAY, "user_id": user})
+    path = f"/v1/users/{quote(user, safe='').replace('.', '%2E')}"
+    assert app.get(f"{path}/taste").json()["user_id"] == user
+    assert app.get(f"{path}/recommendations", params={"k": 3}).json()["plays"] == 1
+    assert app.request("DELETE", path).status_code == 204
+    assert app.get(f"{path}/taste").status_code == 404
+
+
+def test_recommendations_of_a_stored_user_by_get_are_those_by_post(app: Client) -> None:
+    events = events_of("ann", 20)
+    send(app, *events)
+    at = events[-1]["played_at"]
+    for options in ({"k": 5}, {"k": 5, "horizon": "long"}, {"k": 5, "horizon": 0.25, "exclude_heard": False}):
+        by_get = app.get("/v1/users/ann/recommendations", params={**options, "at": at}).json()
+        assert by_get["songs"] == recommend(app, user_id="ann", at=at, **options)["songs"]
+    for wrong in ({"k": 0}, {"k": "x"}, {"horizon": "medium"}, {"horizon": 2}, {"at": "yesterday"}):
+        response = app.get("/v1/users/ann/recommendations", params=wrong)
+        require_problem(response, 422, f"query.{next(iter(wrong))}")
+
+
+def test_a_deleted_user_is_answered_as_an_unknown_one_and_old_plays_stay_out(app: Client) -> None:
+    events = events_of("ann", 200)
+    send(app, *events)
+    assert app.request("DELETE", "/v1/users/ann").status_code == 204
+    require_problem(app.get("/v1/users/ann/taste"), 404, "rayrec states load")
+    assert recommend(app, user_id="ann", k=7)["songs"] == recommend(app, history=[], k=7)["songs"]
+    assert send(app, events[0])["outcomes"] == ["rejected"]
+    assert send(app, {**PLAY, "event_id": "later"})["outcomes"] == ["taken"]
+    assert app.get("/v1/users/ann/taste").json()["plays"] == 1
+    assert app.request("DELETE", "/v1/users/nobody").status_code == 204
 
 
 @needs_redis

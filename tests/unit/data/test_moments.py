@@ -2,9 +2,12 @@
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rayrec.importing.readers.reader import Problems
-from rayrec.importing.readers.times import NO_TIME, NO_ZONE, NOT_A_TIME, OUT_OF_RANGE, to_ms
+from rayrec.data.moments import END_MS, NO_TIME, NO_ZONE, NOT_A_TIME, OUT_OF_RANGE, parse_moment, to_ms
+from rayrec.data.problems import Problems
+from rayrec.errors import InputError
 
 MOMENT = 1241478537000  # 2009-05-04T23:08:57Z
 
@@ -71,3 +74,63 @@ def test_the_first_reason_of_a_row_stays() -> None:
     problems.mark(problems.bad | True, "no user")
     to_ms(pa.array(["x"]), problems)
     assert problems.reasons() == ["no user"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2015-01-20T18:30:00Z", "2015-01-20T19:30:00+01:00", "2015-01-20 18:30Z", "1421778600", "1421778600000"],
+)
+def test_one_moment_can_be_written_in_five_ways(text: str) -> None:
+    assert parse_moment(text) == 1421778600000
+
+
+def test_a_number_of_seconds_is_never_read_as_milliseconds() -> None:
+    assert parse_moment(1711929600) == parse_moment("1711929600") == parse_moment(1711929600000) == 1711929600000
+    assert parse_moment(1711929600.5) == 1711929600500
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("2015-01-20T18:30:00", "no zone"),
+        ("soon", "not a time"),
+        ("-5", "not between"),
+        ("1711929600000000", "not between"),  # microseconds
+        ("nan", "not a time"),
+        ("1e9", "not a time"),
+        ("2009-02-30T00:00:00Z", "not a time: day"),
+        ("", "not a time"),
+    ],
+)
+def test_what_is_no_moment_is_refused(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        parse_moment(text)
+
+
+MOMENTS = st.one_of(
+    st.datetimes().map(lambda moment: moment.isoformat() + "Z"),
+    st.from_regex(
+        r"\A(19|20)\d\d-?[01]\d-?[0-3]\d[T ][0-2]\d:?[0-6]\d(:?[0-6]\d([.,]\d{1,9})?)?\s?(Z|z|UTC|[+-]\d\d(:?\d\d)?)?\Z"
+    ),
+    st.from_regex(r"\A[+-]?\d{1,14}(\.\d{0,4})?\Z"),
+    st.text(max_size=12),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(MOMENTS)
+def test_a_command_reads_a_moment_as_an_import_does(text: str) -> None:
+    times, reasons = convert(pa.array([text, "x"]))
+    if len(reasons) == 1:
+        assert 0 <= times[0] < END_MS
+        assert parse_moment(text) == times[0]
+    else:
+        with pytest.raises(InputError):
+            parse_moment(text)
+
+
+def test_columns_of_other_types_are_named() -> None:
+    with pytest.raises(InputError, match="column 'played_at' holds duration"):
+        convert(pa.array([1], pa.duration("s")))
+    assert convert(pa.array([16452], pa.date32())) == ([0], [NO_ZONE])
+    assert convert(pa.array([2**63], pa.uint64())) == ([0], [OUT_OF_RANGE])

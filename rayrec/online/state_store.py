@@ -1,13 +1,15 @@
 """The one interface of all stores of user states.
 
-A store holds, for each user, the state, which is replaced whole, and the log, to which pieces are added. Both are
-bytes that it does not look into. What `put` has returned from is there after the death of any process, as far
-as each store's own page says.
+A store holds of each user the state and the set of heard songs, which are replaced whole, the log, to which pieces are
+added, and the events of the last days. State, set and pieces are bytes that it does not look into. What `put` has
+returned from survives the death of any process, as far as each store's own page says.
 """
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -15,6 +17,7 @@ from rayrec.errors import InputError, RayrecError
 from rayrec.storage.workspace import STATES_FILE, Workspace
 
 NOT_THERE = 0  # the version of a user who is not in the store; real ones count from 1
+DAY_SECONDS = 86_400
 
 
 class StoreUnavailableError(RayrecError):
@@ -23,18 +26,28 @@ class StoreUnavailableError(RayrecError):
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What a store holds of one user."""
+    """What a store holds of one user, without the log."""
 
     version: int  # changes with every put
     state: bytes
+    events: frozenset[int] = frozenset()  # of the events that were looked up, those stored within the last day
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
-    """State and log of one user, of one moment."""
+class WholeUser:
+    """All of one user, of one moment."""
 
     stored: Stored
-    log: list[bytes]  # pieces, the first added first
+    log: list[bytes]  # pieces, the one added first at the beginning
+    heard: bytes | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Plays to add to a log."""
+
+    plays: int
+    data: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +57,10 @@ class Change:
     user_id: str
     state: bytes
     expected: int  # the version that it goes on from; NOT_THERE makes a new user
-    append: bytes | None = None  # a piece to add to the log
-    restart: bool = False  # empty the log first
+    append: Sequence[Piece] = ()  # pieces to add to the log
+    restart: bool = False  # empty log and heard songs first
+    heard: bytes | None = None  # replaces the heard songs; None leaves them
+    events: Sequence[int] = ()  # int64 each: found by `get` for at least a day from now
 
 
 class StateStore(ABC):
@@ -56,35 +71,53 @@ class StateStore(ABC):
     """
 
     @abstractmethod
-    def get(self, user_id: str) -> Stored | None:
-        """A user's state; None where the user is not there."""
+    def get(self, users: Mapping[str, Sequence[int]]) -> list[Stored | None]:
+        """The states of users, and which of some events of each are stored; None for users who are not there."""
 
     @abstractmethod
-    def read(self, user_id: str) -> Whole | None:
-        """A user's state and log as they were at one moment; None where the user is not there."""
+    def read(self, user_ids: Sequence[str], *, plays: int | None = None) -> list[WholeUser | None]:
+        """Users whole, each as of one moment; None for users who are not there.
+
+        With `plays` only the last pieces of each log are read, as many as hold so many plays.
+        """
 
     @abstractmethod
     def put(self, changes: Sequence[Change]) -> list[bool]:
-        """Change the users whose versions are as expected, state and log together; which ones were changed.
+        """Change the users whose versions are as expected, all of a user together; which ones were changed.
 
         False, and nothing is changed of that user, where the version is another: somebody else was first.
         """
 
     @abstractmethod
-    def count(self) -> int:
-        """How many users there are."""
+    def forget(self, user_id: str, state: bytes) -> None:
+        """Delete all of a user, whatever the version, and leave `state` in its place."""
 
     @abstractmethod
-    def note(self, name: str) -> str | None:
-        """What was noted under a name."""
+    def loaded(self, load: str) -> dict[int, str]:
+        """Buckets that a load has finished, each with the text that was noted."""
 
     @abstractmethod
-    def write_note(self, name: str, text: str) -> None:
-        """Note a text under a name."""
+    def mark_loaded(self, load: str, bucket: int, text: str) -> None:
+        """Note that a load has finished a bucket."""
 
     @abstractmethod
     def close(self) -> None:
         """Give connections back. Nothing else may be called after."""
+
+
+def user_key(namespace: str, user_id: str) -> bytes:
+    """16 bytes that stand for a user in a store: any id has the same length, and none can be read from it."""
+    return blake2b(f"{namespace}\0{user_id}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def event_days() -> tuple[int, int, int]:
+    """Today, counted from 1970, and the days beside it.
+
+    Events stand by the day of their writer's clock. Yesterday's are looked up, so each is found for at least a day,
+    and tomorrow's, for a writer whose clock is ahead.
+    """
+    today = int(time.time()) // DAY_SECONDS
+    return today, today - 1, today + 1
 
 
 def store_uri(workspace: Workspace, uri: str | None) -> str:
@@ -117,11 +150,11 @@ def open_store(uri: str, namespace: str) -> StateStore:
     """
     scheme = urlsplit(uri).scheme
     if scheme == "sqlite":
-        from rayrec.online.stores.sqlite_store import SqliteStore
+        from rayrec.online.sqlite_store import SqliteStore
 
         return SqliteStore.from_uri(uri, namespace)
     if scheme in ("redis", "rediss"):
-        from rayrec.online.stores.redis_store import RedisStore
+        from rayrec.online.redis_store import RedisStore
 
         return RedisStore.from_uri(uri, namespace)
     raise InputError(f"store {uri!r} is not known; give sqlite:///PATH or redis://HOST:PORT/0")

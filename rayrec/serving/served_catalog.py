@@ -1,4 +1,4 @@
-"""The songs of a release as requests speak of them: by id, by name, by what they are, by how often they are played."""
+"""The catalog of a release as requests use it: songs by id, by name, by attribute and by number of plays."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,23 +18,23 @@ from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 NAMES_KEPT = 1 << 16  # of the songs that were described last: some 20 MB
-Named = tuple[str, str | None, str | None]  # a song's id, title and artist
+SongName = tuple[str, str | None, str | None]  # a song's id, title and artist
 
 
 class SongNames:
-    """What songs are called. The names of those that answers hold often are kept: Arrow is slow at single rows."""
+    """Names of songs; those of frequent songs are cached, since Arrow is slow at single rows."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._columns = [catalog.table.column(name) for name in (columns.SONG_ID, columns.TITLE, columns.ARTIST)]
         self.of = lru_cache(maxsize=NAMES_KEPT)(self._of)
 
-    def _of(self, row: int) -> Named:
+    def _of(self, row: int) -> SongName:
         song, title, artist = (column[row].as_py() for column in self._columns)
         return song, title, artist
 
 
 @dataclass(frozen=True, kw_only=True)
-class Songs:
+class ServedCatalog:
     """The catalog of a release, looked up by id as fast as by row."""
 
     catalog: Catalog
@@ -52,24 +52,29 @@ class Songs:
         """int32: the row of each id, -1 for unknown ones."""
         return np.fromiter((self.rows.get(song, -1) for song in song_ids), dtype=np.int32, count=len(song_ids))
 
-    def describe(self, rows: np.ndarray) -> list[Named]:
+    def embedded(self, rows: np.ndarray) -> np.ndarray:
+        """bool (n,): which of the song rows, int (n,), the network has a vector of; row -1 is no song."""
+        embedded: np.ndarray = (rows >= 0) & self.known[np.maximum(rows, 0)]
+        return embedded
+
+    def describe(self, rows: np.ndarray) -> list[SongName]:
         """Id, title and artist of song rows."""
         return [self.names.of(row) for row in rows.tolist()]
 
 
-def load_songs(workspace: Workspace, release: Manifest, recommender: Recommender) -> Songs:
+def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Recommender) -> ServedCatalog:
     """The catalog of a release and its popular songs."""
     dataset = Dataset(workspace)
     catalog = dataset.catalog()
-    plays = play_counts(workspace, dataset, release.inputs["models"], recommender.num_songs)
-    silent = network_of(recommender).without_vector  # never recommended, however popular
+    plays = model_play_counts(workspace, dataset, release.inputs["models"], recommender.num_songs)
+    hidden = network_of(recommender).without_vector  # never recommended, however popular
     by_plays = np.argsort(-plays, kind="stable").astype(np.int32)
-    return Songs(
+    return ServedCatalog(
         catalog=catalog,
         rows={song: row for row, song in enumerate(catalog.song_ids(np.arange(len(catalog))))},
         contexts={name: bit for bit, name in enumerate(dataset.manifest.contexts)},
         plays=plays,
-        by_plays=by_plays[~np.isin(by_plays, silent)],
+        by_plays=by_plays[~np.isin(by_plays, hidden)],
         lineage=dataset.lineage,
         known=_known(recommender, len(catalog)),
         search=SongSearch(catalog, np.pad(plays, (0, len(catalog) - len(plays)))),  # new songs are found too
@@ -85,10 +90,10 @@ def _known(recommender: Recommender, songs: int) -> np.ndarray:
     return known
 
 
-def play_counts(workspace: Workspace, dataset: Dataset, model_id: str, num_songs: int) -> np.ndarray:
+def model_play_counts(workspace: Workspace, dataset: Dataset, model_id: str, num_songs: int) -> np.ndarray:
     """int64 (N,): plays of each song in the fit range of a model.
 
-    Models made before they kept these counts are given those of the whole data set.
+    For a model without these counts, those of the whole data set.
     """
     manifest = artifacts.load(workspace, "models", model_id)
     if PLAY_COUNTS in manifest.files:

@@ -6,6 +6,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,8 @@ from worlds import random_histories, write_dataset
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError, NotFoundError
-from rayrec.importing.describing import DescribeConfig, describe
+from rayrec.importing.descriptions import DescribeConfig, describe, read_descriptions
+from rayrec.recommend.attributes import SongMasks, Wanted
 from rayrec.storage import artifacts
 from rayrec.storage.dataset_manifest import write_manifest
 from rayrec.storage.workspace import Workspace
@@ -100,11 +102,14 @@ def test_what_was_told_of_other_songs_is_not_told_of_these(dataset: Dataset, tmp
     ("text", "name", "said"),
     [
         ("id,title\na,b\n", "songs.csv", "no column 'song'.*--columns song=NAME"),
-        ("song,mood\na,b\n", "songs.csv", "tells nothing"),
-        ("song,released\na,2020-02-31\n", "songs.csv", "release day"),
-        ("song,released\na,spring\n", "songs.csv", "spring.*expected YYYY-MM-DD"),
-        ("song,title\na\n", "songs.csv", "cannot be read"),
-        ("", "songs.csv", "cannot be read"),
+        ("song,mood\na,b\n", "songs.csv", "has no metadata"),
+        ("song,title\na\n", "songs.csv", "no row can be used: 1 × 1 values where the file has 2"),
+        ("song,title\n", "songs.csv", "no row can be used: it has none"),
+        ("", "songs.csv", "is empty"),
+        ('[{"song": "a", "title": "b"}]', "songs.csv", "is JSON"),
+        ("song,title\ra,b\r", "songs.csv", "carriage returns alone"),
+        ("song,title,title\na,b,c\n", "songs.csv", "2 columns named 'title'"),
+        ("song;title\na;b\n", "songs.csv", "no column 'song'"),
         ("song,title\na,b\n", "songs.parquet", "cannot be read"),
         ("song,title\na,b\n", "songs.xls", "neither .csv nor .parquet"),
     ],
@@ -122,3 +127,71 @@ def test_unknown_roles_and_missing_data_are_refused(dataset: Dataset, tmp_path: 
         describe(Workspace(tmp_path / "none"), DescribeConfig(), written(tmp_path, CSV))
     with pytest.raises(InputError, match="delimiter"):
         DescribeConfig(delimiter="ab")
+
+
+def test_ids_and_markets_are_spelled_as_imports_and_queries_spell_them(dataset: Dataset, tmp_path: Path) -> None:
+    table = "song,title,markets\nsong-0 ,Zero, DE | FR\n song-1,One,\n"
+    counts = describe(dataset.workspace, DescribeConfig(), written(tmp_path, table))
+    assert (counts.described, counts.unknown, counts.markets) == (2, 0, 1)
+    assert dataset.catalog().table.column(columns.MARKETS).to_pylist()[0] == ["DE", "FR"]
+    assert SongMasks(dataset.catalog()).mask(Wanted(market="FR")).tolist() == [True] + [False] * 5
+
+
+def test_whole_numbers_are_the_same_songs_in_every_file(workspace: Workspace, tmp_path: Path) -> None:
+    for name in ("a.csv", "a.parquet"):
+        frame = pd.DataFrame({"song": [1.0, 2.0, np.nan], "title": ["One", "Two", "None"]})
+        frame.to_csv(tmp_path / name, index=False) if name == "a.csv" else frame.to_parquet(tmp_path / name)
+        metadata = read_descriptions(str(tmp_path / name))
+        assert metadata.table.column(columns.SONG_ID).to_pylist() == ["1", "2"]
+        assert metadata.rejected == {"no song": 1}
+
+
+@pytest.mark.parametrize("name", ["songs.csv", "songs.parquet"])
+def test_a_value_that_is_none_costs_that_value_and_is_counted(dataset: Dataset, tmp_path: Path, name: str) -> None:
+    days = ["2020-02-31", "spring", "0000", "1999", None, "2001-05-07"]
+    table = {"song": [f"song-{row}" for row in range(6)], "title": ["T"] * 6, "released": days}
+    path = tmp_path / name
+    pd.DataFrame(table).to_csv(path, index=False) if name.endswith("csv") else pq.write_table(pa.table(table), path)
+    counts = describe(dataset.workspace, DescribeConfig(), str(path))
+    assert (counts.described, counts.titles, counts.released) == (6, 6, 2)
+    assert (counts.rejected, counts.invalid) == ({}, {"release day is neither YYYY-MM-DD, YYYY-MM nor YYYY": 3})
+    assert dataset.catalog().table.column(columns.RELEASED).to_pylist() == [None] * 3 + [
+        date(1999, 1, 1),
+        None,
+        date(2001, 5, 7),
+    ]
+
+
+def test_what_python_or_an_answer_could_not_hold_never_comes_in(dataset: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "songs.parquet"
+    table = {
+        "song": ["song-0", "song-1", "song-2"],
+        "title": pa.array([b"\xff", b"One", b"Two"]),
+        "released": pa.array([-(10**6), 10**7, 0], pa.int32()).cast(pa.date32()),
+        "markets": pa.array([["SE", None, ""], [], None], pa.large_list(pa.large_string())),
+    }
+    pq.write_table(pa.table(table), path)
+    counts = describe(dataset.workspace, DescribeConfig(), str(path))
+    assert counts.invalid == {"title: not UTF-8": 1, "release day is not in the years 1 to 9999": 2}
+    rows = dataset.catalog().table.to_pylist()
+    assert [row[columns.RELEASED] for row in rows[:3]] == [None, None, date(1970, 1, 1)]
+    assert [row[columns.MARKETS] for row in rows[:3]] == [["SE"], [], None]
+    assert rows[0][columns.TITLE] == "Title 0"
+
+
+def test_a_header_over_128_kib_and_stray_quotes_are_read_as_an_import_reads_them(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    extra = ",".join(f"column-{number:06d}" for number in range(20_000))
+    rows = [f'song-{row},Blue Monday 12" mix,' + "," * 19_999 for row in range(2)] + ['song-2,"Weird,' + "," * 19_999]
+    counts = describe(dataset.workspace, DescribeConfig(), written(tmp_path, "\n".join([f"song,title,{extra}", *rows])))
+    assert (counts.described, counts.rejected) == (2, {"a quote is not closed on its line": 1})
+    assert dataset.catalog().table.column(columns.TITLE).to_pylist()[0] == 'Blue Monday 12" mix'
+
+
+@pytest.mark.parametrize("name", ["title", "song", "markets"])
+def test_a_column_of_a_type_that_cannot_hold_its_role_is_named(dataset: Dataset, tmp_path: Path, name: str) -> None:
+    values = pa.array([{"x": 1}])
+    pq.write_table(pa.table({"song": ["a"], "title": ["b"], name: values}), tmp_path / "s.parquet")
+    with pytest.raises(InputError, match=f"column '{name}' holds struct"):
+        describe(dataset.workspace, DescribeConfig(), str(tmp_path / "s.parquet"))

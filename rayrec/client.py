@@ -1,0 +1,332 @@
+"""A typed client of the HTTP API, which needs httpx alone. It retries what fails for a moment.
+
+    with Client("http://127.0.0.1:8000") as client:
+        client.play("ann", "song-12")
+        client.recommend(user_id="ann", k=5)["songs"]
+
+A retry is always safe: reading changes nothing, and a play has an event id, so it counts once however often it is sent.
+"""
+
+import asyncio
+import os
+import random
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal, TypedDict, cast
+from urllib.parse import quote
+
+import httpx
+
+from rayrec.errors import RayrecError
+
+KEY_VARIABLE = "RAYREC_API_KEY"
+RETRIED = (502, 503, 504)  # statuses of a server that is busy, starting or gone for a moment
+FIRST_WAIT_SECONDS = 0.1  # before the first retry, where the server does not say; then twice as long each time
+LONGEST_WAIT_SECONDS = 5.0
+
+Moment = str | int | datetime  # ISO 8601 with a zone, unix seconds or milliseconds, or a datetime with a zone
+Call = tuple[str, str, dict[str, Any]]  # method, path, options of httpx
+
+
+class SongAnswer(TypedDict):
+    """One recommended song."""
+
+    song_id: str
+    title: str | None
+    artist: str | None
+    score: float
+    because: str | None
+
+
+class RecommendationsAnswer(TypedDict):
+    """Songs, best first."""
+
+    release: str
+    at: str
+    source: Literal["taste", "popular"]
+    path: str
+    plays: int
+    unknown_songs: int
+    songs: list[SongAnswer]
+    explanation: list[dict[str, Any]] | None
+
+
+class PlaysAnswer(TypedDict):
+    """What became of plays."""
+
+    release: str
+    taken: int
+    repeated: int
+    rejected: int
+    unknown_songs: int
+    invalid: int
+    outcomes: list[str]
+    errors: list[dict[str, str]]
+
+
+class TasteAnswer(TypedDict):
+    """The taste vectors of a stored user."""
+
+    release: str
+    model: str
+    user_id: str
+    at: str
+    plays: int
+    last_played_at: str | None
+    rejected: int
+    short: list[float]
+    long: list[float]
+
+
+class ReleaseAnswer(TypedDict):
+    """Which release answers."""
+
+    replica: str
+    release: str | None
+    refused: dict[str, str] | None
+    activated: str | None
+    change: str
+    agreed: bool
+    replicas: list[dict[str, Any]]
+
+
+class ApiError(RayrecError):
+    """The server refused a request: `problem` is its answer, as RFC 9457 has it."""
+
+    def __init__(self, problem: Mapping[str, Any], request_id: str | None = None) -> None:
+        super().__init__(f"{problem.get('status')} {problem.get('title')}: {problem.get('detail', '')}")
+        self.problem, self.request_id = dict(problem), request_id
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return int(self.problem.get("status", 0))
+
+
+class ApiUnavailableError(RayrecError):
+    """The server did not answer, however often it was tried."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """How often, and how patiently."""
+
+    retries: int = 3  # after the first attempt
+    timeout: float = 10.0  # seconds of each attempt
+
+
+class _Connection:
+    """What both clients share: requests and how their answers are judged."""
+
+    def __init__(self, url: str, key: str | None, retry: Retry | None) -> None:
+        self._url, self._retry = url.rstrip("/"), retry or Retry()
+        key = os.environ.get(KEY_VARIABLE) if key is None else key
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "base_url": self._url,
+            "headers": self._headers,
+            "timeout": self._retry.timeout,
+            "trust_env": False,
+        }
+
+    def _waits(self) -> Iterator[float]:
+        """Seconds to wait before each retry."""
+        for attempt in range(self._retry.retries):
+            longest = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt)
+            yield longest * (0.5 + random.random() / 2)  # so that many clients do not come back all at once
+
+    @staticmethod
+    def _judge(answer: "httpx.Response | httpx.TransportError", wait: float | None, url: str) -> Any:
+        """The answer's JSON, or `None` for another attempt after `wait`, with None for the last. Raises errors."""
+        if isinstance(answer, httpx.TransportError):
+            if wait is None:
+                raise ApiUnavailableError(f"{url} does not answer: {answer!r}; check that it runs") from answer
+            return _RETRY
+        if answer.status_code in RETRIED and wait is not None:
+            return _RETRY
+        if answer.status_code >= 400:
+            raise ApiError(_problem(answer), answer.headers.get("X-Request-ID"))
+        return answer.json() if answer.content else {}
+
+
+class _Again:
+    """The mark of an answer after which the request is sent again."""
+
+
+_RETRY = _Again()
+
+
+class Client(_Connection):
+    """One server. The key comes from RAYREC_API_KEY unless it is given."""
+
+    def __init__(self, url: str, *, key: str | None = None, retry: Retry | None = None) -> None:
+        super().__init__(url, key, retry)
+        self._http = httpx.Client(**self._options)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def recommend(
+        self, *, user_id: str | None = None, history: Sequence[Any] | None = None, **options: Any
+    ) -> RecommendationsAnswer:
+        """Songs for a stored user, or for a history of song ids or plays; `options` as the API has them: k, at ..."""
+        return cast(RecommendationsAnswer, self._send(_recommend_call(user_id, history, options)))
+
+    def play(
+        self,
+        user_id: str,
+        song_id: str,
+        played_at: Moment | None = None,
+        *,
+        event_id: str | None = None,
+        **options: Any,
+    ) -> PlaysAnswer:
+        """Store a play; the next answer for the user reflects it. Without an event id a new one is made."""
+        return self.plays([_play(user_id, song_id, played_at, event_id, options)])
+
+    def plays(self, plays: Sequence[Mapping[str, Any]]) -> PlaysAnswer:
+        """Store plays, up to 1,000: user_id, song_id, event_id and, unless they are played now, played_at."""
+        return cast(PlaysAnswer, self._send(_plays_call(plays)))
+
+    def taste(self, user_id: str, at: Moment | None = None) -> TasteAnswer:
+        """The taste vectors of a stored user."""
+        return cast(TasteAnswer, self._send(_taste_call(user_id, at)))
+
+    def forget(self, user_id: str) -> None:
+        """Delete a user."""
+        self._send(("DELETE", f"/v1/users/{_escaped(user_id)}", {}))
+
+    def similar(self, song_id: str, k: int = 20) -> list[SongAnswer]:
+        """Songs like a song, the nearest first."""
+        answer = self._send(("GET", f"/v1/songs/{_escaped(song_id)}/similar", {"params": {"k": k}}))
+        return cast("list[SongAnswer]", answer["songs"])
+
+    def release(self) -> ReleaseAnswer:
+        """Which release answers, here and in all replicas."""
+        return cast(ReleaseAnswer, self._send(("GET", "/v1/release", {})))
+
+    def _send(self, call: Call) -> Any:
+        method, path, options = call
+        for wait in (*self._waits(), None):
+            answer: httpx.Response | httpx.TransportError
+            try:
+                answer = self._http.request(method, path, **options)
+            except httpx.TransportError as error:
+                answer = error
+            result = self._judge(answer, wait, self._url)
+            if result is not _RETRY:
+                return result
+            time.sleep(_wait(answer, wait))
+        raise AssertionError("the last attempt returns or raises")
+
+
+class AsyncClient(_Connection):
+    """As `Client`, for asyncio."""
+
+    def __init__(self, url: str, *, key: str | None = None, retry: Retry | None = None) -> None:
+        super().__init__(url, key, retry)
+        self._http = httpx.AsyncClient(**self._options)
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    async def recommend(
+        self, *, user_id: str | None = None, history: Sequence[Any] | None = None, **options: Any
+    ) -> RecommendationsAnswer:
+        """As in `Client`."""
+        return cast(RecommendationsAnswer, await self._send(_recommend_call(user_id, history, options)))
+
+    async def plays(self, plays: Sequence[Mapping[str, Any]]) -> PlaysAnswer:
+        """As in `Client`."""
+        return cast(PlaysAnswer, await self._send(_plays_call(plays)))
+
+    async def taste(self, user_id: str, at: Moment | None = None) -> TasteAnswer:
+        """As in `Client`."""
+        return cast(TasteAnswer, await self._send(_taste_call(user_id, at)))
+
+    async def _send(self, call: Call) -> Any:
+        method, path, options = call
+        for wait in (*self._waits(), None):
+            answer: httpx.Response | httpx.TransportError
+            try:
+                answer = await self._http.request(method, path, **options)
+            except httpx.TransportError as error:
+                answer = error
+            result = self._judge(answer, wait, self._url)
+            if result is not _RETRY:
+                return result
+            await asyncio.sleep(_wait(answer, wait))
+        raise AssertionError("the last attempt returns or raises")
+
+
+def _recommend_call(user_id: str | None, history: Sequence[Any] | None, options: Mapping[str, Any]) -> Call:
+    if (user_id is None) == (history is None):
+        raise ValueError("give either a user_id or a history")
+    who = {"user_id": user_id} if history is None else {"history": list(history)}
+    moment = {"at": _moment(options["at"])} if options.get("at") is not None else {}
+    return "POST", "/v1/recommendations", {"json": {**who, **options, **moment}}
+
+
+def _plays_call(plays: Sequence[Mapping[str, Any]]) -> Call:
+    body = [
+        {**play, "played_at": _moment(play["played_at"])} if play.get("played_at") is not None else dict(play)
+        for play in plays
+    ]
+    return "POST", "/v1/plays", {"json": {"plays": body}}
+
+
+def _taste_call(user_id: str, at: Moment | None) -> Call:
+    params = {} if at is None else {"at": _moment(at)}
+    return "GET", f"/v1/users/{_escaped(user_id)}/taste", {"params": params}
+
+
+def _play(
+    user_id: str, song_id: str, played_at: Moment | None, event_id: str | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    play = {"event_id": event_id or str(uuid.uuid4()), "user_id": user_id, "song_id": song_id, **options}
+    return play if played_at is None else {**play, "played_at": played_at}
+
+
+def _moment(at: Moment) -> str | int:
+    if not isinstance(at, datetime):
+        return at
+    if at.tzinfo is None:
+        raise ValueError(f"{at.isoformat()} has no zone; give a datetime with tzinfo")
+    return at.isoformat()
+
+
+def _escaped(text: str) -> str:
+    """An id as part of a path; a dot is escaped too, since paths of dots are shortened on the way."""
+    return quote(text, safe="").replace(".", "%2E")
+
+
+def _wait(answer: httpx.Response | httpx.TransportError, wait: float | None) -> float:
+    """Seconds, by the server's Retry-After where it gives one."""
+    try:
+        seconds = float(answer.headers["Retry-After"]) if isinstance(answer, httpx.Response) else 0.0
+    except (KeyError, ValueError):
+        seconds = 0.0
+    return min(LONGEST_WAIT_SECONDS, seconds or wait or 0.0)
+
+
+def _problem(answer: httpx.Response) -> dict[str, Any]:
+    try:
+        return dict(answer.json())
+    except ValueError:  # of something between us and the server
+        return {"status": answer.status_code, "title": answer.reason_phrase, "detail": answer.text[:200]}

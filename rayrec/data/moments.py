@@ -1,0 +1,165 @@
+"""Moments: unix seconds, unix milliseconds or ISO 8601 with a zone, to ms since 1970 UTC. The one way to read them."""
+
+import re
+from datetime import datetime, timedelta, timezone
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayrec.data.problems import Problems, missing
+from rayrec.data.spelling import plain, valid_text
+from rayrec.errors import InputError
+
+NO_TIME = "no time"
+NOT_A_TIME = "time is neither unix seconds, unix milliseconds nor ISO 8601"
+NO_ZONE = "time without a zone"
+OUT_OF_RANGE = "time is not between 1970 and 2100"
+
+# Numbers below are seconds (until the year 5138), from here on milliseconds (since March 1973).
+FIRST_MILLISECONDS = 100_000_000_000
+END_MS = 4_102_444_800_000  # 2100-01-01
+NUMBER = r"^[+-]?\d{1,18}(\.\d*)?$"
+ZONED = r"\d:?\d{2}(:?\d{2}([.,]\d+)?)?\s*([Zz]|UTC|[+-]\d{2}(:?\d{2})?)$"
+ISO = r"^\d{4}-?\d{2}-?\d{2}[T ]\d{2}:?\d{2}"
+DATE = r"\d{4}-?\d{2}-?\d{2}"
+EXPECTED = "give ISO 8601 with a zone, such as 2015-01-20T18:30:00Z, or unix seconds or milliseconds"
+
+_NUMBER = re.compile(NUMBER, re.ASCII)
+_MOMENT = re.compile(
+    r"(\d{4})(-?)(\d{2})\2(\d{2})[T ](\d{2}):?(\d{2})(?::?(\d{2})(?:[.,](\d+))?)?\s*"
+    r"(?:[Zz]|UTC|([+-]\d{2})(?::?(\d{2}))?)",
+    re.ASCII,
+)
+
+
+def now_ms() -> int:
+    """ms UTC."""
+    return round(datetime.now(timezone.utc).timestamp() * 1000)
+
+
+def parse_moment(value: str | int | float) -> int:
+    """ms UTC of one moment, as every command, setting and request gives it.
+
+    Raises `InputError` for what is none, has no zone, or is not between 1970 and 2100.
+    """
+    text = str(value).strip()
+    if _NUMBER.match(text):
+        number = float(text)
+        ms = round(number * 1000) if abs(number) < FIRST_MILLISECONDS else round(number)
+    else:
+        ms = _parse_iso(text)
+    if not 0 <= ms < END_MS:
+        raise InputError(f"{OUT_OF_RANGE}: {value!r}; {EXPECTED}")
+    return ms
+
+
+def _parse_iso(text: str) -> int:
+    parts = _MOMENT.fullmatch(text)
+    if parts is None:
+        if re.fullmatch(DATE, text):
+            raise InputError(f"time {text!r} has no time of day and no zone; {EXPECTED}")
+        if re.match(ISO, text) and not re.search(ZONED, text):
+            raise InputError(f"time {text!r} has no zone; {EXPECTED}")
+        raise InputError(f"time {text!r} is not a time; {EXPECTED}")
+    year, _, month, day, hour, minute, second, fraction, zone_hours, zone_minutes = parts.groups()
+    try:
+        local = datetime(int(year), int(month), int(day), int(hour), int(minute), int(second or 0), tzinfo=timezone.utc)
+    except ValueError as error:
+        raise InputError(f"time {text!r} is not a time: {error}; {EXPECTED}") from error
+    offset = timedelta(hours=abs(int(zone_hours or 0)), minutes=int(zone_minutes or 0))
+    seconds = (local - datetime(1970, 1, 1, tzinfo=timezone.utc)).total_seconds()
+    seconds += offset.total_seconds() if (zone_hours or "").startswith("-") else -offset.total_seconds()
+    return int(seconds) * 1000 + int(((fraction or "") + "000")[:3])
+
+
+def to_ms(values: pa.Array, problems: Problems, *, column: str = "played_at") -> np.ndarray:
+    """int64 (R,): ms since 1970 UTC of a column of strings, numbers, dates or timestamps.
+
+    Each value is told seconds from milliseconds by its size (under 1e11: seconds). Values that
+    cannot be read are marked in `problems` and come out as 0. Raises `InputError`, which names `column`, for a type
+    that holds no times.
+    """
+    values = plain(values)
+    kind = values.type
+    if pa.types.is_timestamp(kind):
+        times = _from_timestamps(values, problems)
+    elif pa.types.is_date(kind):
+        problems.mark(_numpy(values.is_null()), NO_TIME)
+        problems.mark(np.ones(len(values), dtype=bool), NO_ZONE)
+        times = np.zeros(len(values), dtype=np.int64)
+    elif pa.types.is_integer(kind):
+        problems.mark(_numpy(values.is_null()), NO_TIME)
+        times = _scale(_numpy(pc.fill_null(values.cast(pa.int64(), safe=False), 0)))
+    elif pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        times = _from_floats(values, problems)
+    elif pa.types.is_null(kind) or any(
+        is_text(kind) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    ):
+        times = _from_strings(valid_text(values, problems), problems)
+    else:
+        raise InputError(f"column {column!r} holds {kind}; expected times: {EXPECTED}")
+    problems.mark((times < 0) | (times >= END_MS), OUT_OF_RANGE)
+    return np.where(problems.bad, np.int64(0), times)
+
+
+def _numpy(values: pa.Array) -> np.ndarray:
+    return np.asarray(values.to_numpy(zero_copy_only=False))
+
+
+def _scale(numbers: np.ndarray) -> np.ndarray:
+    """Seconds to ms, in the type that came; ms stay."""
+    seconds = (numbers > -FIRST_MILLISECONDS) & (numbers < FIRST_MILLISECONDS)
+    scaled: np.ndarray = np.where(seconds, np.where(seconds, numbers, 0) * 1000, numbers)
+    return scaled
+
+
+def _from_timestamps(values: pa.Array, problems: Problems) -> np.ndarray:
+    problems.mark(_numpy(values.is_null()), NO_TIME)
+    if values.type.tz is None:
+        problems.mark(np.ones(len(values), dtype=bool), NO_ZONE)
+    whole = values.cast(pa.int64())
+    per_ms = {"s": 0.001, "ms": 1, "us": 1_000, "ns": 1_000_000}[values.type.unit]
+    numbers = _numpy(pc.fill_null(whole, 0))
+    if per_ms < 1:  # seconds of years far away do not fit as ms
+        return np.asarray(np.clip(numbers, -1, END_MS // 1000) * 1000)
+    return np.asarray(numbers // int(per_ms), dtype=np.int64)
+
+
+def _from_floats(values: pa.Array, problems: Problems) -> np.ndarray:
+    numbers = _numpy(values.cast(pa.float64()))  # null becomes NaN
+    problems.mark(np.isnan(numbers), NO_TIME)
+    ms: np.ndarray = np.clip(np.nan_to_num(np.rint(_scale(numbers))), -1, END_MS)
+    return ms.astype(np.int64)
+
+
+def _from_strings(values: pa.Array, problems: Problems) -> np.ndarray:
+    problems.mark(missing(values), NO_TIME)
+    try:
+        return _scale(_numpy(pc.fill_null(values.cast(pa.int64()), 0)))
+    except pa.ArrowInvalid:
+        pass
+    try:
+        moments = values.cast(pa.timestamp("ms", "UTC")).cast(pa.int64())
+        return _numpy(pc.fill_null(moments, 0))
+    except pa.ArrowInvalid:
+        return _from_mixed_strings(values, problems)
+
+
+def _from_mixed_strings(values: pa.Array, problems: Problems) -> np.ndarray:
+    """The slow way, for columns where not every value is a whole number or ISO to the millisecond."""
+    trimmed = pc.fill_null(pc.utf8_trim_whitespace(values), "")
+    problems.mark(missing(trimmed), NO_TIME)
+    numeric = _numpy(pc.match_substring_regex(trimmed, NUMBER))
+    looks_iso = _numpy(pc.match_substring_regex(trimmed, ISO))
+    zoned = _numpy(pc.match_substring_regex(trimmed, ZONED))
+    texts = pd.Series(_numpy(trimmed), dtype=object)
+    numbers = pd.to_numeric(texts.where(numeric), errors="coerce").fillna(0).to_numpy(dtype=np.float64)
+    iso = texts.where(looks_iso & zoned).str.replace("UTC", "Z", regex=False).str.replace("z", "Z", regex=False)
+    moments = pd.to_datetime(iso, errors="coerce", utc=True, format="ISO8601")
+    readable = moments.notna().to_numpy()
+    ms = moments.dt.as_unit("ms").astype("int64").to_numpy()
+    problems.mark(looks_iso & ~zoned, NO_ZONE)
+    problems.mark(~numeric & ~readable, NOT_A_TIME)
+    return np.where(numeric, np.rint(_scale(numbers)), np.where(readable, ms, 0)).astype(np.int64)

@@ -1,0 +1,203 @@
+"""How ids, text and listed values from outside are spelled: one rule each, in every file, command and request."""
+
+import re
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayrec.data.columns import one_array
+from rayrec.data.problems import Problems, missing
+from rayrec.errors import InputError
+
+NOT_UTF8 = "not UTF-8"
+LIST_SEPARATOR = "|"
+# What numpy, pandas and polars write into a text file for a number that is missing or has overflowed.
+NOT_NUMBERS = ("nan", "NaN", "inf", "-inf")
+WITH_ZEROS = r"^-?\d+\.0+$"  # a whole number out of a column of floats
+WITH_EXPONENT = r"^-?\d(\.\d+)?[eE]\+\d{2,3}$"  # the same from 1e16 on
+_WITH_ZEROS, _WITH_EXPONENT = re.compile(WITH_ZEROS, re.ASCII), re.compile(WITH_EXPONENT, re.ASCII)
+
+
+def clean(text: str) -> str:
+    """Text that UTF-8 can hold: half surrogate pairs, which JSON can escape, become question marks."""
+    return text if text.isascii() else text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def spell_id(value: Any) -> str | None:
+    """An id as it is stored: without space around it, whole numbers without a fraction; None where there is none.
+
+    1, 1.0, "1" and " 1.0 " are all "1", because pandas makes floats of whole numbers with gaps. NaN and infinity are
+    no ids, as numbers or as text.
+    """
+    if isinstance(value, float):
+        value = str(int(value)) if value.is_integer() else repr(value)
+    elif isinstance(value, int | Decimal) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        return None
+    text = clean(value).strip()
+    if not text or text in NOT_NUMBERS:
+        return None
+    return _whole(text)
+
+
+def spell_text(value: Any) -> str | None:
+    """A title or a name as it is stored: as an id, but that `nan` is a title like another."""
+    return (clean(value).strip() or None) if isinstance(value, str) else spell_id(value)
+
+
+def spell_ids(values: pa.Array, problems: Problems, *, column: str, reason: str) -> pa.Array:
+    """A column as `spell_id` spells it, strings (R,). Values that are no ids are marked with `reason`.
+
+    Raises `InputError`, which names `column`, for a type that holds no ids, such as a list.
+    """
+    texts = as_strings(values, problems, column=column)
+    no_number = pc.fill_null(pc.is_in(texts, value_set=pa.array(NOT_NUMBERS)), False)
+    problems.mark(missing(texts) | no_number.to_numpy(zero_copy_only=False), reason)
+    return texts
+
+
+def spell_texts(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
+    """A column of titles or names, strings (R,), null where there is none. Raises as `spell_ids` does."""
+    texts = as_strings(values, problems, column=column)
+    if pa.types.is_floating(values.type):
+        texts = pc.if_else(pc.is_in(texts, value_set=pa.array(NOT_NUMBERS)), None, texts)
+    return pc.if_else(pc.equal(texts, ""), None, texts)
+
+
+def split_listed(text: str) -> list[str]:
+    """The values of `a | b`: without space around them, empty ones left out."""
+    return [part for part in (part.strip() for part in text.split(LIST_SEPARATOR)) if part]
+
+
+def spell_lists(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
+    """A column of lists, or of texts with `|` between their values, as list<string> (R,); null where there is none.
+
+    Raises `InputError`, which names `column`, for another type.
+    """
+    values = plain(values)
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_kind(values.type) for is_kind in kinds):
+        texts = spell_texts(values, problems, column=column)
+        lists = pc.split_pattern(texts, LIST_SEPARATOR)
+    else:
+        lists = values
+    flat, parents = pc.list_flatten(lists), pc.list_parent_indices(lists).to_numpy()
+    inner = Problems(len(flat))
+    names = spell_texts(flat, inner, column=column)
+    broken = np.zeros(len(values), dtype=bool)
+    broken[parents[inner.bad]] = True
+    problems.mark(broken, NOT_UTF8)
+    kept = ~(missing(names) | inner.bad)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(parents[kept], minlength=len(values)))]).astype(np.int32)
+    absent = lists.is_null().to_numpy(zero_copy_only=False)
+    return pa.ListArray.from_arrays(pa.array(offsets), names.filter(pa.array(kept)), mask=pa.array(absent))
+
+
+def plain(values: pa.Array) -> pa.Array:
+    """A column without its wrapping: dictionaries decoded, views of text and lists laid out."""
+    if isinstance(values, pa.ChunkedArray):
+        values = one_array(values)
+    if isinstance(values.type, pa.BaseExtensionType) and not _is_uuid(values.type):
+        return plain(values.storage)
+    if pa.types.is_dictionary(values.type):
+        return plain(values.dictionary_decode())
+    if _is_list_view(values.type):
+        # Not cast: pyarrow's cast of list views loses elements.
+        return plain(pa.array(values.to_pylist(), pa.list_(values.type.value_type)))
+    return values
+
+
+def as_strings(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
+    """A column of text or numbers as strings (R,) without space around them, whole numbers without a fraction."""
+    values = plain(values)
+    kind = values.type
+    if _is_uuid(kind):
+        return pa.array([None if value is None else str(value) for value in values.to_pylist()], pa.string())
+    if pa.types.is_integer(kind) or pa.types.is_null(kind):
+        return values.cast(pa.string())
+    if pa.types.is_decimal(kind):
+        return pa.array([None if value is None else _of_decimal(value) for value in values.to_pylist()], pa.string())
+    if pa.types.is_floating(kind):
+        return _of_floats(values)
+    if not _is_text(kind):
+        raise InputError(f"column {column!r} holds {kind}; expected text or numbers")
+    return _respelled(pc.utf8_trim_whitespace(valid_text(values, problems)))
+
+
+def valid_text(values: pa.Array, problems: Problems) -> pa.Array:
+    """Text or bytes as strings (R,); values that are not UTF-8 are marked and null."""
+    try:
+        texts = values.cast(pa.string())
+        texts.validate(full=True)
+        return one_array(texts)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raw = values.cast(pa.binary()).to_pylist()
+    texts = [None if value is None else _decoded(value) for value in raw]
+    problems.mark(
+        np.array([value is not None and text is None for value, text in zip(raw, texts, strict=True)], dtype=bool),
+        NOT_UTF8,
+    )
+    return pa.array(texts, pa.string())
+
+
+def _decoded(value: bytes) -> str | None:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    types = pa.types
+    checks = [types.is_string, types.is_large_string, types.is_binary, types.is_large_binary]
+    checks += [types.is_fixed_size_binary, types.is_string_view, types.is_binary_view]
+    return any(check(kind) for check in checks)
+
+
+def _is_uuid(kind: pa.DataType) -> bool:
+    return getattr(kind, "extension_name", "") == "arrow.uuid"
+
+
+def _is_list_view(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
+
+
+def _of_decimal(value: Decimal) -> str:
+    return str(int(value)) if value == value.to_integral_value() else str(value)
+
+
+def _of_floats(values: pa.Array) -> pa.Array:
+    """Whole numbers without a fraction, NaN as null."""
+    numbers = np.asarray(values.cast(pa.float64()).to_numpy(zero_copy_only=False))  # null becomes NaN
+    whole = np.isfinite(numbers) & (numbers == np.floor(numbers)) & (np.abs(numbers) < 2**63)
+    texts = np.empty(len(numbers), dtype=object)
+    texts[whole] = numbers[whole].astype(np.int64).astype(str)
+    texts[~whole] = [
+        None if np.isnan(value) else str(int(value)) if value.is_integer() else repr(value)
+        for value in numbers[~whole].tolist()
+    ]
+    return pa.array(texts, pa.string())
+
+
+def _respelled(texts: pa.Array) -> pa.Array:
+    """Whole numbers in text without their fraction; looked for only where the text could hold one."""
+    numeric = pc.match_substring_regex(texts, f"{WITH_ZEROS}|{WITH_EXPONENT}")
+    places = np.flatnonzero(pc.fill_null(numeric, False).to_numpy(zero_copy_only=False))
+    if not len(places):
+        return texts
+    spelled = texts.to_numpy(zero_copy_only=False).copy()
+    spelled[places] = [_whole(text) for text in spelled[places]]
+    return pa.array(spelled, pa.string())
+
+
+def _whole(text: str) -> str:
+    if _WITH_ZEROS.match(text):
+        return text.split(".")[0] if text[0] != "-" or text.strip("-0.") else "0"
+    if _WITH_EXPONENT.match(text):
+        number = float(text)
+        return str(int(number)) if number.is_integer() else text
+    return text

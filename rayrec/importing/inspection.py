@@ -1,0 +1,252 @@
+"""What an import would take the columns of some files for, from their first rows, before anything is imported."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayrec.data.moments import NOT_A_TIME, to_ms
+from rayrec.data.problems import Problems
+from rayrec.errors import InputError
+from rayrec.importing.readers import FORMATS, Format, delimited
+from rayrec.importing.readers.files import SourceFile, find_files, open_source
+from rayrec.importing.readers.lines import byte_ranges, read_blocks
+from rayrec.importing.readers.reader import Batch, ReadOptions
+from rayrec.importing.readers.tabular import FLAGS, OPTIONAL_ROLES, open_parquet, read_batches, roles, spelled_delimiter
+
+SAMPLE_FILES = 5
+SAMPLE_BYTES = 1 << 20  # of each file
+VALUE_SHOWN = 40  # characters of an example
+# Names of columns as exports and public data sets spell them, best first; letters and digits alone, in lower case.
+NAMES = {
+    "user": ("user", "userid", "username", "uid", "listener", "listenerid", "account", "accountid", "profile"),
+    "song": (
+        *("song", "songid", "trackid", "track", "itemid", "item", "trackuri", "spotifytrackuri", "recordingmbid"),
+        *("recordingid", "recording", "isrc", "sid", "tid"),
+    ),
+    "played_at": (
+        *("playedat", "listenedat", "timestamp", "ts", "unixtimestamp", "datetime", "time", "utctime", "startedat"),
+        *("endtime", "date", "played", "createdat", "eventtime"),
+    ),
+    "contexts": ("contexts", "context", "source", "reasonstart"),
+    "skipped": ("skipped", "isskipped", "skip"),
+    "title": ("title", "trackname", "songname", "songtitle", "tracktitle", "name"),
+    "artist": ("artist", "artistname", "artists", "albumartistname", "performer", "masterartist"),
+    "playlist": ("playlist", "playlistid", "pid", "playlistname"),
+    "position": ("position", "pos", "index", "order", "rank"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column of a csv or Parquet file."""
+
+    name: str
+    role: str  # what it would be taken for; empty: nothing
+    type: str
+    example: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What the first rows of some files say."""
+
+    format: str
+    kind: str  # plays or playlists
+    files: int
+    bytes: int
+    delimiter: str = ""  # csv
+    columns: list[Column] = field(default_factory=list)  # csv, parquet
+    missing: list[str] = field(default_factory=list)  # roles without a column
+    time: str = ""  # how times are written
+    rows: int = 0  # looked at
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    examples: dict[str, str] = field(default_factory=dict)  # reason -> file, line and text of the first such row
+    notes: list[str] = field(default_factory=list)
+    command: str = ""  # that imports the files
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+def inspect_files(format_name: str, paths: Sequence[str]) -> Inspection:
+    """Look at the first MiB of the first five files. Raises `InputError` as an import does."""
+    if format_name not in FORMATS:
+        raise InputError(f"unknown format {format_name!r}; expected one of {', '.join(FORMATS)}")
+    kind = FORMATS[format_name]
+    files = find_files(paths, kind.patterns)
+    size = sum(file.size for file in files)
+    notes = kind.check_users([file.source for file in files], "") if kind.check_users else []
+    if not kind.mapped:
+        batches = _sample(kind, files, ReadOptions(playlists=kind.playlists))
+        produces = "playlists" if kind.playlists else "plays"
+        command = _command(format_name, produces, paths, {}, "")
+        return Inspection(**_rows(batches), **command, files=len(files), bytes=size, notes=notes)
+    delimiter = _delimiter(files[0].source) if format_name == "csv" else ""
+    sample = _csv_sample(files[0], delimiter) if format_name == "csv" else _parquet_sample(files[0])
+    produces, found = guess_roles(sample)
+    required = [role for role in roles(produces == "playlists") if role not in OPTIONAL_ROLES]
+    missing = [role for role in required if role not in found]
+    options = ReadOptions(playlists=produces == "playlists", columns=found, delimiter=delimiter or ",")
+    batches = [] if missing else _sample(kind, files, options)
+    by_name = {name: role for role, name in found.items()}
+    columns = [
+        Column(name=name, role=by_name.get(name, ""), type=_type(values), example=_example(values))
+        for name, values in sample.items()
+    ]
+    if missing:
+        notes.append(f"No column looks like {' or '.join(missing)}: map it with --columns {missing[0]}=NAME.")
+    if _looks_like_data(list(sample)):
+        notes.append("The first line looks like data: an import takes it for the names of the columns.")
+    wanted = {role: found.get(role, "NAME") for role in roles(produces == "playlists") if role in [*found, *missing]}
+    return Inspection(
+        **_rows(batches),
+        **_command(format_name, produces, paths, wanted, delimiter),
+        files=len(files),
+        bytes=size,
+        delimiter=delimiter,
+        columns=columns,
+        missing=missing,
+        time=time_form(sample[found["played_at"]]) if "played_at" in found else "",
+        notes=notes,
+    )
+
+
+def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
+    """Plays or playlists, and role -> column, by the names of the columns, and of the time by the values too."""
+    plain_names = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in reversed(sample)}
+    found: dict[str, str] = {}
+    for role, names in NAMES.items():
+        match = next((plain_names[name] for name in names if name in plain_names), None)
+        if match is not None and match not in found.values():
+            found[role] = match
+    if "played_at" not in found and "playlist" not in found:
+        times = [name for name in sample if name not in found.values() and _share_of_times(sample[name]) > 0.9]
+        if len(times) == 1:
+            found["played_at"] = times[0]
+    produces = "playlists" if "playlist" in found and "played_at" not in found else "plays"
+    return produces, {role: found[role] for role in roles(produces == "playlists") if role in found}
+
+
+def time_form(values: pa.Array) -> str:
+    """How the times of a column are written."""
+    if pa.types.is_timestamp(values.type):
+        return f"timestamps in {values.type.tz}" if values.type.tz else "timestamps without a zone, which are rejected"
+    texts = [str(value).strip() for value in values.drop_null()[:1000].to_pylist()]
+    numbers = [float(text) for text in texts if re.fullmatch(r"[+-]?\d+(\.\d*)?", text)]
+    if texts and len(numbers) * 2 > len(texts):
+        median = float(np.median(np.abs(numbers)))
+        units = ((1e11, "unix seconds"), (1e14, "unix milliseconds"), (1e17, "unix microseconds, which are rejected"))
+        return next((unit for limit, unit in units if median < limit), "unix nanoseconds, which are rejected")
+    problems = Problems(len(texts))
+    to_ms(pa.array(texts, pa.string()), problems)
+    reasons = problems.reasons()
+    if not reasons:
+        return "ISO 8601 with a zone"
+    most = max(set(reasons), key=reasons.count)
+    return f"{most}, of {reasons.count(most):,} of {len(texts):,} values"
+
+
+def _share_of_times(values: pa.Array) -> float:
+    """Share of values that are moments after 1990: small numbers are times of 1970 to an import."""
+    if not len(values):
+        return 0.0
+    problems = Problems(len(values))
+    try:
+        times = to_ms(values, problems)
+    except InputError:
+        return 0.0
+    return float(np.mean(~problems.bad & (times > 631_152_000_000)))
+
+
+def _sample(kind: Format, files: Sequence[SourceFile], options: ReadOptions) -> list[Batch]:
+    """The first batch of each of the first files."""
+    reader = kind.make(options)
+    units = [reader.plan(file.source, file.size, SAMPLE_BYTES)[:1] for file in files[:SAMPLE_FILES]]
+    return [batch for first in units for unit in first for batch in _first(reader.read(unit))]
+
+
+def _first(batches: Any) -> list[Batch]:
+    batch = next(iter(batches), None)
+    return [] if batch is None else [batch]
+
+
+def _rows(batches: Sequence[Batch]) -> dict[str, Any]:
+    rejected: dict[str, int] = {}
+    examples: dict[str, str] = {}
+    for batch in batches:
+        for row in batch.rejected.to_pylist():
+            rejected[row["reason"]] = rejected.get(row["reason"], 0) + 1
+            text = row["text"][: 3 * VALUE_SHOWN]
+            examples.setdefault(row["reason"], f"{row['source']}, line {row['line']}: {text}")
+    return {"rows": sum(batch.read for batch in batches), "rejected": rejected, "examples": examples}
+
+
+def _command(
+    format_name: str, produces: str, paths: Sequence[str], found: dict[str, str], delimiter: str
+) -> dict[str, Any]:
+    words = ["rayrec", "import", format_name, *map(shlex.quote, paths)]
+    if produces == "playlists" and FORMATS[format_name].mapped:
+        words += ["--kind", "playlists"]
+    named = {role: name for role, name in found.items() if role != name}
+    if named:
+        words += ["--columns", shlex.quote(",".join(f"{role}={name}" for role, name in named.items()))]
+    if delimiter not in ("", ","):
+        words += ["--delimiter", spelled_delimiter(delimiter)]
+    return {"format": format_name, "kind": produces, "command": " ".join(words)}
+
+
+def _delimiter(source: str) -> str:
+    header = delimited.read_header(source, ",")
+    return delimited.other_delimiter(header, ",") or ","
+
+
+def _csv_sample(file: SourceFile, delimiter: str) -> dict[str, pa.Array]:
+    header = delimited.read_header(file.source, delimiter)
+    first = byte_ranges(file.source, file.size, SAMPLE_BYTES)[0]
+    block = next(iter(read_blocks(first, SAMPLE_BYTES)))
+    wanted = {name: place for place, name in reversed(list(enumerate(header)))}
+    rows = delimited.parse(
+        block, wanted, num_columns=len(header), delimiter=delimiter, quoted=True, source=file.source, skip=1
+    )
+    return {name: rows.values[name] for name in dict.fromkeys(header)}
+
+
+def _parquet_sample(file: SourceFile) -> dict[str, pa.Array]:
+    with open_source(file.source) as stream:
+        parquet = open_parquet(file.source, stream)
+        batch = next(read_batches(file.source, parquet, None, None), None)
+        if batch is None:
+            return {item.name: pa.nulls(0, item.type) for item in parquet.schema_arrow}
+    return dict(zip(batch.schema.names, batch.columns, strict=True))
+
+
+def _type(values: pa.Array) -> str:
+    if values.type != pa.string():
+        return str(values.type)
+    given = values.drop_null()
+    if not len(given):
+        return "empty"
+    numeric = pc.match_substring_regex(given, r"^\s*[+-]?\d+(\.\d*)?\s*$")
+    if pc.all(numeric).as_py():
+        return "numbers"
+    flags = pc.is_in(pc.utf8_lower(given), value_set=pa.array(list(FLAGS)))
+    return "true or false" if pc.all(flags).as_py() else "text"
+
+
+def _example(values: pa.Array) -> str:
+    given = values.drop_null()
+    text = str(given[0].as_py()) if len(given) else ""
+    return text if len(text) <= VALUE_SHOWN else f"{text[:VALUE_SHOWN]}…"
+
+
+def _looks_like_data(header: Sequence[str]) -> bool:
+    problems = Problems(len(header))
+    to_ms(pa.array(header, pa.string()), problems)
+    return NOT_A_TIME in problems.reasons() and len(problems.reasons()) < len(header)

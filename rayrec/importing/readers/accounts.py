@@ -1,0 +1,91 @@
+"""Whose plays a personal export holds: who --user says, else who its records say, else the name of its folder."""
+
+import posixpath
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from rayrec.errors import InputError
+from rayrec.importing.readers.files import require_text
+
+# Folders that services name, in lower case: they say nothing of the person.
+EXPORT_FOLDERS = (
+    *("spotify extended streaming history", "spotify account data", "my_spotify_data", "mydata"),
+    *("takeout", "youtube and youtube music", "youtube", "history", "apple_media_services", "apple music activity"),
+    *("apple media services information", "deezer-data", "tidal"),
+)
+COPY = re.compile(r"\s*(\(\d+\)|-?\d+)$")  # that a browser or system adds to a second folder of a name
+
+
+class Users:
+    """Says whose each record of a file is."""
+
+    def __init__(self, source: str, user: str, folder: str = "") -> None:
+        """`user` is the setting; `folder` the name of last resort."""
+        self.source, self.user, self.folder = source, user, folder
+        self._named: set[str] = set()
+
+    def of(self, named: str | None) -> str:
+        """The user of a record that names one, or none. Raises `InputError` where --user would merge several."""
+        if not self.user:
+            return named or self.folder
+        if named is not None and named not in self._named:
+            self._named.add(named)
+            if len(self._named) > 1:
+                raise InputError(
+                    f"{self.source} holds plays of several users, such as {' and '.join(sorted(self._named))}; "
+                    "--user would merge them; import without --user"
+                )
+        return self.user
+
+
+def account_of(source: str) -> str:
+    """The name of the innermost folder of a file that is not named by a service."""
+    return posixpath.basename(_account_folder(source)[0])
+
+
+def _account_folder(source: str) -> tuple[str, str]:
+    """The folder that names a user, and the one in it, or itself, that is the export."""
+    path = source if "://" in source else Path(source).expanduser().resolve().as_posix()
+    export = folder = posixpath.dirname(path)
+    while COPY.sub("", posixpath.basename(folder).lower()) in EXPORT_FOLDERS:
+        export, folder = folder, posixpath.dirname(folder)
+    return folder, export
+
+
+def check_accounts(sources: Sequence[str], user: str, pattern: str = "") -> list[str]:
+    """Notes on how the users of some exports are named.
+
+    `pattern` finds the name of a user in the first bytes of a file, as its first group.
+
+    Raises `InputError` where names of folders would make one user of two people or two users of one.
+    """
+    if user:
+        return []
+    exports: dict[str, set[str]] = defaultdict(set)
+    named: dict[str, str] = {}
+    for source in sources:
+        account, (_, export) = account_of(source), _account_folder(source)
+        match = re.search(pattern.encode(), require_text(source)) if pattern else None
+        if match is None:
+            exports[account].add(export)
+        else:
+            named.setdefault(export, match[1].decode("utf-8", errors="replace"))
+    for account, folders in exports.items():
+        if len(folders) > 1:
+            raise InputError(
+                f"{' and '.join(sorted(folders)[:3])} would both be plays of the user {account!r}, since the files do "
+                "not say whose they are; give --user NAME if they are of one person, else import each folder with its "
+                "own --user, the second with --append"
+            )
+        mixed = sorted(folders & set(named))
+        if mixed:
+            raise InputError(
+                f"{mixed[0]} holds files that name the user, such as {named[mixed[0]]!r}, and files that do not; "
+                "give --user NAME, under which all of them are imported"
+            )
+    if not exports:
+        return []
+    names = ", ".join(map(repr, sorted(exports)[:5])) + (" ..." if len(exports) > 5 else "")
+    return [f"Files that do not say whose plays they hold are of {names}, after their folders; --user NAME overrides."]

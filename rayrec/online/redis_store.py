@@ -1,0 +1,244 @@
+"""User states in Redis, alone or as Redis Cluster: for replicas on many nodes.
+
+All keys of a user share one hash tag, and no key belongs to all users: users spread over the nodes of a cluster. What
+survives is up to the server's settings. With `appendonly yes` and `appendfsync always` an acknowledged put is on the
+server's disk; with `everysec` the death of the server's machine may cost the last second, the death of its process
+alone nothing; without appendonly all since the last snapshot is lost. A replica of a cluster that takes over may lack
+the last puts, unless the server waits for it. Opening the store logs a warning for anything but `always`.
+"""
+
+import logging
+import os
+from base64 import urlsafe_b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from rayrec.errors import InputError, MissingDependencyError
+from rayrec.online.state_store import (
+    DAY_SECONDS,
+    Change,
+    StateStore,
+    Stored,
+    StoreUnavailableError,
+    WholeUser,
+    event_days,
+    user_key,
+)
+
+PASSWORD_VARIABLE = "RAYREC_REDIS_PASSWORD"  # rather than in the address, which Ray shows on its dashboard
+TIMEOUT_SECONDS = 5.0  # of connecting and of each answer
+RETRIES = 4
+PREFIX = "rayrec:2"  # the digit is the format's version
+EVENT_SECONDS = 3 * DAY_SECONDS  # that a day's events are kept after the last of them
+PIPELINE = 1_000  # users of one pipeline
+
+# State, log, heard songs and events of a user change together or not at all.
+# KEYS: user, log, today's events. ARGV: expected version, state, restart, heard, seconds, number of events, events,
+# then plays and data of each piece. A piece starts with its number of plays, as 4 bytes.
+PUT = """
+local version = tonumber(redis.call('HGET', KEYS[1], 'v') or '0')
+if version ~= tonumber(ARGV[1]) then return 0 end
+redis.call('HSET', KEYS[1], 'v', version + 1, 's', ARGV[2])
+if ARGV[3] == '1' then redis.call('DEL', KEYS[2]) redis.call('HDEL', KEYS[1], 'h') end
+if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], 'h', ARGV[4]) end
+local events = tonumber(ARGV[6])
+for i = 7, 6 + events do redis.call('SADD', KEYS[3], ARGV[i]) end
+if events > 0 then redis.call('EXPIRE', KEYS[3], ARGV[5]) end
+for i = 7 + events, #ARGV, 2 do
+  redis.call('RPUSH', KEYS[2], struct.pack('>I4', tonumber(ARGV[i])) .. ARGV[i + 1])
+end
+return 1
+"""
+
+# KEYS: user, events of three days. ARGV: events. Version and state, then 1 for each event that is known.
+GET = """
+local stored = redis.call('HMGET', KEYS[1], 'v', 's')
+if not stored[1] then return {} end
+for i = 1, #ARGV do
+  stored[2 + i] = 0
+  for day = 2, 4 do
+    if redis.call('SISMEMBER', KEYS[day], ARGV[i]) == 1 then stored[2 + i] = 1 break end
+  end
+end
+return stored
+"""
+
+# KEYS: user, log. ARGV: plays to read at least, -1 for all. Version, state, heard songs, pieces from the last on.
+READ = """
+local stored = redis.call('HMGET', KEYS[1], 'v', 's', 'h')
+if not stored[1] then return {} end
+local wanted, plays, place = tonumber(ARGV[1]), 0, -1
+while wanted < 0 or plays < wanted do
+  local piece = redis.call('LINDEX', KEYS[2], place)
+  if not piece then break end
+  plays = plays + struct.unpack('>I4', piece)
+  stored[3 - place] = string.sub(piece, 5)
+  place = place - 1
+end
+return stored
+"""
+
+# KEYS: user, log, events of three days. ARGV: state.
+FORGET = """
+local version = tonumber(redis.call('HGET', KEYS[1], 'v') or '0')
+redis.call('DEL', unpack(KEYS))
+redis.call('HSET', KEYS[1], 'v', version + 1, 's', ARGV[1])
+return 1
+"""
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class RedisStore(StateStore):
+    """A hash, a list and a set a day for each user."""
+
+    def __init__(self, client: Any, namespace: str, shown: str) -> None:
+        """`client` is a redis.Redis or redis.RedisCluster that returns bytes; `shown` is the address to show."""
+        self._client, self._namespace, self._shown = client, namespace, shown
+        self._scripts = {name: client.register_script(text) for name, text in _SCRIPTS.items()}
+        self._answer(client.ping)
+        self._warn_of_losses()
+
+    @classmethod
+    def from_uri(cls, uri: str, namespace: str) -> "RedisStore":
+        """From redis://host:port/number, of a server or of any node of a cluster.
+
+        The password comes from RAYREC_REDIS_PASSWORD where the address has none.
+        """
+        try:
+            import redis
+            from redis.backoff import ExponentialBackoff
+            from redis.retry import Retry
+        except ImportError as error:
+            raise MissingDependencyError("redis is not installed; run `pip install rayrec[redis]`") from error
+        parts = urlsplit(uri)
+        password = os.environ.get(PASSWORD_VARIABLE) if parts.password is None else None
+        options: dict[str, Any] = {"socket_timeout": TIMEOUT_SECONDS, "socket_connect_timeout": TIMEOUT_SECONDS}
+        options |= {} if password is None else {"password": password}
+        # Tried again for a second at most: a put that went through already then looks like a conflict, and the
+        # caller who reads again sees its plays.
+        retry = Retry(ExponentialBackoff(cap=0.4, base=0.05), RETRIES)
+        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        try:
+            client = redis.Redis.from_url(uri, retry=retry, **options)
+        except ValueError as error:
+            raise InputError(f"store {shown} is no address of a Redis server: {error}") from error
+        if _unless_down(shown, lambda: client.info("cluster")).get("cluster_enabled"):
+            client.close()
+            client = _unless_down(shown, lambda: redis.RedisCluster.from_url(uri, **options))
+        return cls(client, namespace, shown)
+
+    def get(self, users: Mapping[str, Sequence[int]]) -> list[Stored | None]:
+        """As in `StateStore`."""
+        days = event_days()
+        calls = [(self._keys(user_id, days, log=False), list(events)) for user_id, events in users.items()]
+        answers = self._run("get", calls)
+        return [
+            _stored(answer, frozenset(event for event, known in zip(events, answer[2:], strict=True) if known))
+            if answer
+            else None
+            for (_, events), answer in zip(calls, answers, strict=True)
+        ]
+
+    def read(self, user_ids: Sequence[str], *, plays: int | None = None) -> list[WholeUser | None]:
+        """As in `StateStore`."""
+        wanted = -1 if plays is None else plays
+        answers = self._run("read", [(self._keys(user_id), [wanted]) for user_id in user_ids])
+        return [
+            WholeUser(stored=_stored(answer), heard=answer[2], log=answer[:2:-1]) if answer else None
+            for answer in answers
+        ]
+
+    def put(self, changes: Sequence[Change]) -> list[bool]:
+        """As in `StateStore`; each user by itself."""
+        today = event_days()[:1]
+        return [bool(put) for put in self._run("put", [(self._keys(c.user_id, today), _arguments(c)) for c in changes])]
+
+    def forget(self, user_id: str, state: bytes) -> None:
+        """As in `StateStore`; the append-only file holds the deleted bytes until Redis rewrites it."""
+        self._run("forget", [(self._keys(user_id, event_days()), [state])])
+
+    def loaded(self, load: str) -> dict[int, str]:
+        """As in `StateStore`."""
+        noted = self._answer(lambda: self._client.hgetall(self._load_key(load)))
+        return {int(bucket): text.decode() for bucket, text in noted.items()}
+
+    def mark_loaded(self, load: str, bucket: int, text: str) -> None:
+        """As in `StateStore`."""
+        self._answer(lambda: self._client.hset(self._load_key(load), str(bucket), text))
+
+    def close(self) -> None:
+        """As in `StateStore`."""
+        self._client.close()
+
+    def _keys(self, user_id: str, days: Sequence[int] = (), *, log: bool = True) -> list[str]:
+        tag = urlsafe_b64encode(user_key(self._namespace, user_id))[:22].decode()
+        user = f"{PREFIX}:{{{tag}}}"
+        return [user, *([f"{user}:log"] if log else []), *(f"{user}:{day}" for day in days)]
+
+    def _load_key(self, load: str) -> str:
+        return f"{PREFIX}:load:{self._namespace}:{load}"
+
+    def _run(self, name: str, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
+        """What a script answers to each call; many calls go in pipelines."""
+        script = self._scripts[name]
+        if len(calls) == 1:  # a pipeline first asks whether the server has the script
+            return [self._answer(lambda: script(keys=calls[0][0], args=calls[0][1]))]
+        answers: list[Any] = []
+        for part in _parts(calls):
+            pipeline = self._client.pipeline(transaction=False)
+            for keys, arguments in part:
+                # By its text: a node of a cluster that has just taken over does not have the script yet.
+                pipeline.execute_command("EVAL", script.script, len(keys), *keys, *arguments)
+            answers += self._answer(pipeline.execute)
+        return answers
+
+    def _answer(self, call: Callable[[], T]) -> T:
+        return _unless_down(self._shown, call)
+
+    def _warn_of_losses(self) -> None:
+        from redis.exceptions import RedisError
+
+        try:
+            settings = self._client.config_get("append*")
+        except RedisError:  # a hosted server may hide its settings
+            return
+        if settings.get("appendonly") != "yes" or settings.get("appendfsync") != "always":
+            log.warning(
+                "store %s runs with appendonly %s, appendfsync %s: acknowledged plays may be lost with its machine; "
+                "set appendonly yes and appendfsync always",
+                self._shown,
+                settings.get("appendonly"),
+                settings.get("appendfsync"),
+            )
+
+
+_SCRIPTS = {"put": PUT, "get": GET, "read": READ, "forget": FORGET}
+
+
+def _unless_down(shown: str, call: Callable[[], T]) -> T:
+    from redis.exceptions import RedisError
+
+    try:
+        return call()
+    except (RedisError, OSError) as error:
+        raise StoreUnavailableError(f"store {shown} does not answer: {error}; try again") from error
+
+
+def _arguments(change: Change) -> list[Any]:
+    arguments = [change.expected, change.state, int(change.restart), change.heard or b"", EVENT_SECONDS]
+    arguments += [len(change.events), *change.events]
+    for piece in change.append:
+        arguments += [piece.plays, piece.data]
+    return arguments
+
+
+def _stored(answer: Sequence[Any], events: frozenset[int] = frozenset()) -> Stored:
+    return Stored(version=int(answer[0]), state=answer[1], events=events)
+
+
+def _parts(calls: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (calls[begin : begin + PIPELINE] for begin in range(0, len(calls), PIPELINE))

@@ -1,0 +1,304 @@
+"""The live release of a replica: loaded whole, followed by a watch, and reported to whoever waits for a switch.
+
+A request takes the release once, at its start, and uses nothing else to its end: no answer mixes the model of one
+release with the index of another. Reports are small files in the workspace: whoever can activate a release can read
+them, with Ray or without, from inside the cluster or outside.
+"""
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+from rayrec.data.dataset import Dataset
+from rayrec.errors import RayrecError
+from rayrec.recommend.answer import load_recommender
+from rayrec.recommend.base import Recommender
+from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.serving.engine import Engine
+from rayrec.serving.problems import NotReadyError
+from rayrec.serving.serve_config import REPORT_SECONDS
+from rayrec.serving.served_catalog import ServedCatalog
+from rayrec.storage import artifacts, releases
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
+
+REPORTS = "serving/replicas"
+STALE_SECONDS = 6 * REPORT_SECONDS  # a report that has not changed for so long is of a dead replica
+FORGOTTEN_SECONDS = 3600.0  # of silence, after which a report is deleted
+RETRY_SECONDS = 60.0  # before a refused release is tried again, should it have been repaired
+
+Role = Literal["app", "model", "index"]  # model and index where they are deployments of their own
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveRelease:
+    """A release as requests use it; immutable."""
+
+    release: Manifest
+    catalog: ServedCatalog
+    engine: Engine  # model and index, in this process or behind deployments of their own
+
+    @property
+    def id(self) -> str:
+        """The release's id."""
+        return self.release.id
+
+    @property
+    def model_id(self) -> str:
+        """The id of its model, whose states no other model may be fed."""
+        return self.release.inputs["models"]
+
+
+def load_parts(workspace: Workspace, release_id: str) -> tuple[Manifest, Recommender]:
+    """A release, the files that are loaded compared with their checksums, and its recommender.
+
+    Raises as `load_checked_release` does, and `MismatchError` where the parts do not belong together.
+    """
+    release = load_checked_release(workspace, release_id, ("models", "indexes", "retrieval", "rankers"))
+    parts = release.inputs
+    return release, load_recommender(workspace, Dataset(workspace), parts)
+
+
+def load_network(workspace: Workspace, release_id: str) -> tuple[Manifest, TasteRecommender]:
+    """As `load_parts`, with the network alone: no index, no rankers."""
+    release = load_checked_release(workspace, release_id, ("models",))
+    return release, TasteRecommender.load(workspace, release.inputs["models"])
+
+
+def load_checked_release(workspace: Workspace, release_id: str, kinds: Sequence[str]) -> Manifest:
+    """A release, its songs and its parts of some kinds compared with their checksums.
+
+    Tastes and plays are not: a replica loads none of them, and reading those of all users would keep it from
+    starting. Raises `NotFoundError` or `DamagedArtifactError` for a release that cannot be trusted.
+    """
+    release = artifacts.load(workspace, releases.KIND, release_id)
+    releases.verify_release(workspace, release, kinds, plays=False)
+    return release
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Where one replica stands."""
+
+    replica: str
+    role: Role
+    release: str | None  # that it answers with
+    change: str | None  # the activation that it acted on last
+    loading: str | None  # the release that it is loading now
+    refused: dict[str, str] | None  # the release that it could not load, with the reason
+    beat: int  # counts this replica's reports: it is alive as long as this changes
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+class ReportWatch:
+    """Tells live replicas from dead ones by whether their reports change, whatever the clocks of their machines say."""
+
+    def __init__(self) -> None:
+        self._beats: dict[str, tuple[int, float]] = {}  # replica -> its last beat, when this process saw it first
+
+    def alive(self, reports: Sequence[Report]) -> list[Report]:
+        """Those that changed in the last `STALE_SECONDS` of this process's clock, or were not seen before."""
+        now = time.monotonic()
+        for report in reports:
+            if self._beats.get(report.replica, (None,))[0] != report.beat:
+                self._beats[report.replica] = (report.beat, now)
+        return [report for report in reports if self.silence(report) <= STALE_SECONDS]
+
+    def silence(self, report: Report) -> float:
+        """Seconds since a report that `alive` was given changed."""
+        return time.monotonic() - self._beats[report.replica][1]
+
+
+class Reports:
+    """Reads and writes the reports of a workspace."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._watch = ReportWatch()
+
+    def write(self, report: Report) -> None:
+        """Replace a replica's report."""
+        self._workspace.write_json(_path(report.replica), report.to_mapping())
+
+    def remove(self, replica: str) -> None:
+        """Delete the report of a replica that ends."""
+        self._workspace.delete(_path(replica))
+
+    def alive(self) -> list[Report]:
+        """The reports of live replicas; a dead one counts as alive until it was watched for `STALE_SECONDS`.
+
+        Those that were silent for `FORGOTTEN_SECONDS` are deleted.
+        """
+        reports = []
+        for path in self._workspace.files(REPORTS):
+            try:
+                reports.append(Report(**self._workspace.read_json(path)))
+            except (RayrecError, OSError, ValueError, TypeError):  # deleted in between, or not a report
+                continue
+        alive = self._watch.alive(reports)
+        for report in reports:
+            if self._watch.silence(report) > FORGOTTEN_SECONDS:
+                self.remove(report.replica)
+        return alive
+
+
+def _path(replica: str) -> str:
+    return f"{REPORTS}/{re.sub(r'[^A-Za-z0-9_-]', '-', replica)}.json"
+
+
+class Held(Protocol):
+    """What a replica holds of a release."""
+
+    @property
+    def id(self) -> str:
+        """The release's id."""
+
+
+H = TypeVar("H", bound=Held)
+
+
+@dataclass
+class ReleaseHolder(Generic[H]):
+    """Holds the live release of one replica, and moves it after `releases/active`.
+
+    A new release is loaded beside the live one, which answers meanwhile; one that cannot be trusted is
+    refused, and the old one stays. `report` tells the other replicas, and whoever waits for a switch.
+    """
+
+    workspace: Workspace
+    load: Callable[[str], H]  # by the id of the release
+    reports: Reports
+    replica: str
+    watch_seconds: float
+    role: Role = "app"
+    on_switch: Callable[[H], None] = lambda live: None
+    _live: H | None = None
+    _change: str | None = None  # the activation that was acted on last
+    _loading: str | None = None
+    _beats: Iterator[int] = field(default_factory=lambda: count(1))
+    _refused: dict[str, str] | None = None  # id and reason
+    _refused_at: float = 0.0
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    @property
+    def live(self) -> H:
+        """The release to answer with. Raises `NotReadyError` where none is loaded yet."""
+        live = self._live
+        if live is None:
+            why = f": {self._refused['reason']}" if self._refused else ""
+            raise NotReadyError(f"no release is loaded{why or '; make one live with `rayrec release activate ID`'}")
+        return live
+
+    def report(self) -> Report:
+        """Where this replica stands."""
+        return Report(
+            replica=self.replica,
+            role=self.role,
+            release=None if self._live is None else self._live.id,
+            change=self._change,
+            loading=self._loading,
+            refused=self._refused,
+            beat=next(self._beats),
+        )
+
+    def look(self) -> None:
+        """Compare with `releases/active`, once; load and swap, or refuse, where it names another release."""
+        active = releases.read_active(self.workspace)
+        change, release_id = active["change"], active["active"]
+        waited = time.monotonic() - self._refused_at > RETRY_SECONDS
+        if release_id is None or (change == self._change and not (self._refused and waited)):
+            return
+        if self._live is None or self._live.id != release_id:
+            self._switch(release_id)
+            if self._live is None:  # a fresh replica has no old release to stay with: go back to what was live before
+                self._go_back(active["history"])
+        else:
+            self._refused = None
+        self._change = change
+        self.reports.write(self.report())
+
+    def start(self) -> None:
+        """Look now, then watch until `stop`; reports are written all the while, from another thread."""
+        self._repeat(self._report_safely, REPORT_SECONDS)
+        self._look_safely()
+        self._repeat(self._look_safely, self.watch_seconds)
+
+    def stop(self) -> None:
+        """End the threads and delete the report."""
+        self._stop.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(REPORT_SECONDS)
+        self.reports.remove(self.replica)
+
+    def _switch(self, release_id: str) -> None:
+        self._loading = release_id
+        try:
+            live = self.load(release_id)
+        except Exception as error:  # whatever is wrong with it, the old one stays
+            reason = str(error) if isinstance(error, RayrecError) else f"{type(error).__name__}: {error}"
+            self._refused, self._refused_at = {"id": release_id, "reason": reason}, time.monotonic()
+            log.error("release %s is refused: %s", release_id, reason)
+            return
+        finally:
+            self._loading = None
+        self._refused = None
+        self.on_switch(live)
+        self._live = live  # one reference, swapped at once
+
+    def _go_back(self, history: list[str]) -> None:
+        refused, refused_at = self._refused, self._refused_at
+        for release_id in reversed(history):
+            self._switch(release_id)
+            if self._live is not None:
+                break
+        self._refused, self._refused_at = refused, refused_at
+
+    def _repeat(self, work: Callable[[], None], seconds: float) -> None:
+        def repeat() -> None:
+            while not self._stop.wait(seconds):
+                work()
+
+        self._threads.append(threading.Thread(target=repeat, daemon=True))
+        self._threads[-1].start()
+
+    def _look_safely(self) -> None:
+        try:
+            self.look()
+        except Exception as error:  # a workspace out of reach for a while ends no watch
+            log.warning("cannot look for the live release: %s", error)
+
+    def _report_safely(self) -> None:
+        try:
+            self.reports.write(self.report())
+            self.reports.alive()  # so that dead replicas are known when somebody asks
+        except Exception as error:
+            log.warning("cannot report: %s", error)
+
+
+def release_status(holder: ReleaseHolder[Any]) -> dict[str, Any]:
+    """What /v1/release says: this replica, the activated release, and the reports of all replicas."""
+    active = releases.read_active(holder.workspace)
+    own = holder.report()
+    others = [report for report in holder.reports.alive() if report.replica != own.replica]
+    replicas = sorted((own, *others), key=lambda report: report.replica)
+    return {
+        "replica": own.replica,
+        "release": own.release,
+        "refused": own.refused,
+        "activated": active["active"],
+        "change": active["change"],
+        "agreed": all(report.release == active["active"] for report in replicas),
+        "replicas": [report.to_mapping() for report in replicas],
+    }

@@ -1,0 +1,21 @@
+"""Imports in this process: the job as it is, with a plain loop in the place of the cluster."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from rayrec.jobs import import_data as job
+
+
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the end of the test `import_data` and `append_plays` run without Ray."""
+
+    def run(make_worker: Any, units: Iterable[int], *, arguments: dict[str, Any], called: str) -> Iterator[Any]:
+        worker = make_worker(**arguments)
+        for unit in units:
+            yield worker(unit)
+
+    monkeypatch.setattr(job, "run_buckets", run)
+    monkeypatch.setattr(job, "ray_cluster", contextlib.nullcontext)

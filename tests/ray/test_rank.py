@@ -1,0 +1,160 @@
+"""Retrieval and rankers as jobs: buckets and ranges of songs join to one, rankers learn from the validation range."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from trainings import CONFIG as SMALL
+from trainings import NUM_SONGS
+from worlds import random_vectors, write_song_vectors
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import Split, SplitConfig, split_dataset
+from rayrec.data.synthetic.world import GenerateConfig
+from rayrec.errors import InputError, MismatchError
+from rayrec.jobs import retrieval as job
+from rayrec.jobs.generate import generate
+from rayrec.jobs.rank import fit_rankers
+from rayrec.jobs.retrieval import fit_retrieval
+from rayrec.jobs.train import train
+from rayrec.recommend.answer import load_recommender
+from rayrec.recommend.ranker_config import RankConfig
+from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.two_step import TwoStepRecommender
+from rayrec.storage import releases
+from rayrec.storage.artifacts import Manifest, verify
+from rayrec.storage.workspace import Workspace
+
+SETTINGS = RetrievalConfig(sessions_per_song=5, rules_per_song=8)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Workspace:
+    workspace = Workspace(tmp_path_factory.mktemp("rank") / "workspace")
+    generate(workspace, GenerateConfig(users=150, songs=NUM_SONGS, artists=12, genres=4, plays=25, days=60, buckets=3))
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def split(world: Workspace) -> Split:
+    made = split_dataset(world, SplitConfig(test_days=15, validation_days=10))
+    write_song_vectors(world, random_vectors(NUM_SONGS), {"dataset": made.dataset, "split": made.id})
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(world: Workspace, split: Split) -> Manifest:
+    vectors = Manifest(kind="songs", id="by-hand").path("selection_vectors.npy")
+    world.write_array(vectors, random_vectors(NUM_SONGS))
+    return train(world, SMALL.replace(workers=0, epochs=1), split=split)
+
+
+@pytest.fixture(scope="module")
+def retrieval(world: Workspace, split: Split) -> Manifest:
+    return fit_retrieval(world, SETTINGS, split=split)
+
+
+def arrays(value: Any) -> dict[str, np.ndarray]:
+    """All arrays of a retrieval by name."""
+    found: dict[str, np.ndarray] = {}
+    for field in fields(value):
+        part = getattr(value, field.name)
+        if isinstance(part, np.ndarray):
+            found[field.name] = part
+        elif hasattr(part, "__dataclass_fields__"):
+            found |= {f"{field.name}.{name}": array for name, array in arrays(part).items()}
+    return found
+
+
+def expected(world: Workspace, split: Split) -> Retrieval:
+    """The same fitted in this process, from all plays that a final fit may see."""
+    dataset = Dataset(world)
+    catalog = dataset.catalog()
+    return Retrieval.fit(
+        (split.final.select(histories) for histories in dataset.read_all()),
+        num_songs=dataset.num_songs,
+        allowed=split.final,
+        newest=SETTINGS.sessions_per_song,
+        artist_of_song=catalog.codes("artist"),
+    )
+
+
+@pytest.mark.parametrize("plays_per_range", [10**9, 200])
+def test_buckets_and_ranges_of_songs_join_to_what_one_process_fits(
+    world: Workspace, split: Split, monkeypatch: pytest.MonkeyPatch, plays_per_range: int
+) -> None:
+    monkeypatch.setattr(job, "PLAYS_PER_RANGE", plays_per_range)
+    made = fit_retrieval(world, SETTINGS, split=split, repeat=True)
+    verify(world, made)
+    ours = arrays(Retrieval.load(world, made.folder))
+    theirs = expected(world, split)
+    theirs = Retrieval(**{**theirs.__dict__, "rules": theirs.rules.strongest(SETTINGS.rules_per_song)})
+    for name, array in arrays(theirs).items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+    assert not world.files(made.path("run"))
+
+
+def test_a_job_that_was_killed_reads_no_bucket_again(
+    world: Workspace, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS.replace(sessions_per_song=6)
+
+    def pieces_left() -> dict[str, int]:
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "run_on_node", _killed)
+            with pytest.raises(RuntimeError, match="the node is gone"):
+                fit_retrieval(world, settings, split=split)
+        folders = world.folders("retrieval")
+        (unfinished,) = [name for name in folders if not world.exists(f"retrieval/{name}/manifest.json")]
+        paths = world.files(f"retrieval/{unfinished}/run")
+        return {path: Path(world.full(path)).stat().st_mtime_ns for path in paths}
+
+    pieces = pieces_left()
+    assert len(pieces) == Dataset(world).manifest.buckets + 1  # a piece for each bucket, and what they join to
+    assert pieces_left() == pieces  # none was written again
+    made = fit_retrieval(world, settings, split=split)
+    assert made.metrics["sessions"] > 0
+
+
+def _killed(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("the node is gone")
+
+
+def test_rankers_learn_from_the_validation_range_and_answer(
+    world: Workspace, model: Manifest, retrieval: Manifest
+) -> None:
+    made = fit_rankers(world, RankConfig(trees=5, leaves=4), model_id=model.id, retrieval_id=retrieval.id)
+    verify(world, made)
+    assert made.inputs["models"] == model.id
+    assert made.metrics["queries"] > 100
+    assert made.metrics["next"]["trees"] >= 1
+    recommender = load_recommender(world, Dataset(world), releases.default_parts(world, model.id))
+    assert isinstance(recommender, TwoStepRecommender)
+    histories = next(iter(Dataset(world).read_all()))
+    songs, scores = recommender.recommend(histories, int(histories.played_at.max()), 5, exclude_heard=True)
+    heard = [set(plays) for plays in np.split(histories.songs, histories.offsets[1:-1])]
+    assert all(not set(songs[row]) & heard[row] for row in range(len(histories)))
+    assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_fewer_queries_are_drawn_by_user_and_time(world: Workspace, model: Manifest, retrieval: Manifest) -> None:
+    few = fit_rankers(world, RankConfig(trees=2, leaves=3, queries=60), model_id=model.id, retrieval_id=retrieval.id)
+    again = fit_rankers(
+        world, RankConfig(trees=2, leaves=3, queries=60), model_id=model.id, retrieval_id=retrieval.id, repeat=True
+    )
+    assert few.metrics["queries"] <= 60
+    assert world.read_bytes(few.path("next.trees.txt")) == world.read_bytes(again.path("next.trees.txt"))
+
+
+def test_a_model_without_a_validation_range_teaches_no_ranker(world: Workspace, split: Split) -> None:
+    write_song_vectors(world, random_vectors(NUM_SONGS), {"dataset": split.dataset})
+    everything = train(world, SMALL.replace(workers=0, epochs=1), split=None)
+    plain = fit_retrieval(world, SETTINGS, split=None)
+    with pytest.raises(InputError, match="held back no validation range"):
+        fit_rankers(world, RankConfig(), model_id=everything.id, retrieval_id=plain.id)
+    fitted = fit_retrieval(world, SETTINGS, split=split)
+    with pytest.raises(MismatchError, match="run `rayrec retrieval` for the model's split"):
+        fit_rankers(world, RankConfig(), model_id=everything.id, retrieval_id=fitted.id)

@@ -1,0 +1,151 @@
+"""Ids, texts and lists from outside are spelled by one rule each, whatever the file holds them as."""
+
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayrec.data.problems import Problems
+from rayrec.data.spelling import NOT_UTF8, spell_id, spell_ids, spell_lists, spell_texts, split_listed
+from rayrec.errors import InputError
+
+
+def ids(values: pa.Array) -> tuple[list[str | None], list[str]]:
+    problems = Problems(len(values))
+    spelled = spell_ids(values, problems, column="user", reason="no user")
+    return [None if bad else text for text, bad in zip(spelled.to_pylist(), problems.bad, strict=True)], (
+        problems.reasons()
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([16, 1 << 60]),
+        pa.array([16, 1 << 60], pa.uint64()),
+        pa.array([16.0, float(1 << 60)]),
+        pa.array(["16", str(1 << 60)]),
+        pa.array(["16.0", "1.152921504606847e+18"]),  # as pandas writes a column of floats
+        pa.array([" 16\t", f"\u2009{1 << 60}\x85"], pa.large_string()),
+        pa.array(["16", str(1 << 60)], pa.string_view()),
+        pa.array([b"16", str(1 << 60).encode()]),
+        pa.array(["16", str(1 << 60)]).dictionary_encode(),
+        pa.array([Decimal("16.00"), Decimal(1 << 60)], pa.decimal128(30, 2)),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_whole_numbers_are_spelled_the_same_whatever_the_column_holds(values: pa.Array) -> None:
+    assert ids(values) == (["16", str(1 << 60)], [])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array(["a", None]),
+        pa.array(["a", " "]),
+        pa.array(["a", "nan"]),
+        pa.array(["a", "NaN"]),
+        pa.array(["a", "inf"]),
+    ],
+)
+def test_what_is_no_id_is_marked_in_text(values: pa.Array) -> None:
+    assert ids(values) == (["a", None], ["no user"])
+
+
+def test_what_is_no_id_is_marked_among_numbers() -> None:
+    values = pa.array([16.0, np.nan, np.inf, -np.inf, None, 16.5], from_pandas=False)
+    assert ids(values) == (["16", None, None, None, None, "16.5"], ["no user"] * 4)
+
+
+def test_names_keep_their_letters_and_zeros() -> None:
+    kept = ["007", "1.10", "Ärger 2.0", "a b", "e+10", "1e5", "null", "\N{DROMEDARY CAMEL}"]
+    assert ids(pa.array(kept)) == (kept, [])
+
+
+def test_bytes_that_are_not_utf8_are_marked_by_themselves() -> None:
+    assert ids(pa.array([b"u", b"\xff\xfe", "ü".encode()])) == (["u", None, "ü"], [NOT_UTF8])
+    broken = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"a\xff")]
+    )
+    assert ids(broken) == (["a", None], [NOT_UTF8])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [pa.array([["a"]]), pa.array([{"id": 1}]), pa.array([True]), pa.array([1], pa.timestamp("s"))],
+    ids=lambda values: str(values.type),
+)
+def test_a_type_that_holds_no_ids_is_an_error_that_names_the_column(values: pa.Array) -> None:
+    with pytest.raises(InputError, match=r"column 'user' holds .*; expected text or numbers"):
+        ids(values)
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.integers(-(2**63), 2**63 - 1).map(str),
+            st.floats(allow_nan=True).map(str),
+            st.floats(allow_nan=True).map(lambda value: f"{value:.1f}"),
+            st.text(st.characters(exclude_categories=["Cs"]), max_size=6),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_a_query_spells_an_id_as_an_import_does(texts: list[str]) -> None:
+    assert ids(pa.array(texts, pa.string()))[0] == [spell_id(text) for text in texts]
+
+
+@given(st.lists(st.floats() | st.none(), min_size=1, max_size=8))
+def test_a_number_out_of_json_is_spelled_as_one_out_of_parquet(values: list[float | None]) -> None:
+    assert ids(pa.array(values, pa.float64(), from_pandas=False))[0] == [spell_id(value) for value in values]
+
+
+@pytest.mark.parametrize("value", [None, "", " ", True, [], {}, float("nan"), float("inf"), "NaN"])
+def test_what_is_no_id_in_json_is_none(value: Any) -> None:
+    assert spell_id(value) is None
+
+
+@pytest.mark.parametrize("text", ["DE|FR", "DE | FR", " DE|| FR |", "\tDE |FR\n"])
+def test_listed_values_are_split_and_trimmed_alike_in_files_and_queries(text: str) -> None:
+    problems = Problems(1)
+    assert spell_lists(pa.array([text]), problems, column="markets").to_pylist() == [split_listed(text)]
+    assert split_listed(text) == ["DE", "FR"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.string()),
+        pa.large_list(pa.large_string()),
+        pa.list_(pa.dictionary(pa.int32(), pa.string())),
+        pa.list_(pa.string_view()),
+        pa.list_view(pa.string()),
+    ],
+    ids=str,
+)
+def test_lists_of_every_type_are_taken_as_they_are(kind: pa.DataType) -> None:
+    values = pa.array([["DE", " FR "], [], None, ["", None, "SE"]], pa.list_(pa.string()))
+    if pa.types.is_list_view(kind):
+        values = pa.array(values.to_pylist(), kind)
+    else:
+        flat = pa.array(["DE", " FR ", "", None, "SE"])
+        flat = flat.dictionary_encode() if pa.types.is_dictionary(kind.value_type) else flat.cast(kind.value_type)
+        make = pa.LargeListArray if pa.types.is_large_list(kind) else pa.ListArray
+        offsets = pa.array([0, 2, 2, 2, 5], pa.int64() if pa.types.is_large_list(kind) else pa.int32())
+        values = make.from_arrays(offsets, flat, mask=pa.array([False, False, True, False]))
+    spelled = spell_lists(values, Problems(4), column="markets")
+    assert spelled.type == pa.list_(pa.string())
+    assert spelled.to_pylist() == [["DE", "FR"], [], None, ["SE"]]
+
+
+def test_titles_of_numbers_are_text_and_nan_is_a_title_only_as_text() -> None:
+    assert spell_texts(pa.array([1999.0, np.nan], from_pandas=False), Problems(2), column="t").to_pylist() == [
+        "1999",
+        None,
+    ]
+    assert spell_texts(pa.array(["nan", " A ", ""]), Problems(3), column="t").to_pylist() == ["nan", "A", None]

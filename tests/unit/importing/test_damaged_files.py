@@ -1,0 +1,218 @@
+"""A damaged file never ends in a traceback, and never loses a row in silence."""
+
+import gzip
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rayrec.errors import DamagedInputError, InputError
+from rayrec.importing.readers import FORMATS
+from rayrec.importing.readers.reader import ReadOptions
+
+ROWS = 24
+START = 1711929600
+TITLES = ["Jóga", 'Blue Monday 12" mix', "Plain", "日本, 語"]
+
+
+def csv_plays(delimiter: str = ",", end: str = "\n") -> bytes:
+    lines = [delimiter.join(["user", "song", "played_at", "title"])]
+    for row in range(ROWS):
+        title = TITLES[row % 4].replace('"', '""')
+        lines.append(delimiter.join([f"u{row % 3}", f"s{row % 5}", str(START + row), f'"{title}"']))
+    return (end.join(lines) + end).encode()
+
+
+def lastfm_plays() -> bytes:
+    lines = [f"user_{row % 3}\t2009-05-04T23:08:{row:02}Z\tx\tBjörk\t\tSong {row % 5}" for row in range(ROWS)]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def listens() -> list[dict[str, Any]]:
+    names = [{"artist_name": "Björk", "track_name": TITLES[row % 4]} for row in range(ROWS)]
+    return [
+        {"listened_at": START + row, "user_name": f"u{row % 3}", "track_metadata": names[row]} for row in range(ROWS)
+    ]
+
+
+def streams() -> list[dict[str, Any]]:
+    return [
+        {"ts": f"2024-04-01T10:00:{row:02}Z", "username": "ann", "spotify_track_uri": f"t{row}", "ms_played": 40_000}
+        for row in range(ROWS)
+    ]
+
+
+def slice_of_playlists() -> dict[str, Any]:
+    tracks = [{"pos": place, "track_uri": f"t{place}", "track_name": TITLES[place % 4]} for place in range(6)]
+    return {"info": {}, "playlists": [{"pid": number, "tracks": tracks} for number in range(ROWS // 6)]}
+
+
+def parquet_plays() -> bytes:
+    rows = range(ROWS)
+    table = {"user": [f"u{row % 3}" for row in rows], "song": [row % 5 for row in rows]}
+    table |= {"played_at": pa.array([(START + row) * 1000 for row in rows], pa.timestamp("ms", "UTC"))}
+    table |= {"title": [TITLES[row % 4] for row in rows]}
+    stream = io.BytesIO()
+    pq.write_table(pa.table(table), stream, row_group_size=10, write_page_checksum=True)
+    return stream.getvalue()
+
+
+def dumped(value: Any, **form: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, **form).encode()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A whole file of a format."""
+
+    format: str
+    name: str
+    make: Callable[[], bytes]
+    whole_or_nothing: bool = False  # a cut is always seen
+    header: int = 0  # lines that are no rows
+    separator: str = ","
+
+
+SAMPLES = {
+    "csv": Sample("csv", "p.csv", csv_plays, header=1),
+    "csv CRLF semicolon": Sample("csv", "p.csv", lambda: csv_plays(";", "\r\n"), header=1, separator=";"),
+    "csv.gz": Sample("csv", "p.csv.gz", lambda: gzip.compress(csv_plays(), mtime=0), whole_or_nothing=True),
+    "lastfm": Sample("lastfm-1k", "userid-timestamp.tsv", lastfm_plays),
+    "listenbrainz lines": Sample(
+        "listenbrainz", "p.jsonl", lambda: b"\n".join(dumped(listen) for listen in listens()) + b"\n"
+    ),
+    "listenbrainz list": Sample("listenbrainz", "p.json", lambda: dumped(listens()), whole_or_nothing=True),
+    "spotify": Sample("spotify-history", "endsong_0.json", lambda: dumped(streams(), indent=2), whole_or_nothing=True),
+    "mpd": Sample("mpd", "mpd.slice.0-3.json", lambda: dumped(slice_of_playlists()), whole_or_nothing=True),
+    "parquet": Sample("parquet", "p.parquet", parquet_plays, whole_or_nothing=True),
+    "sequences": Sample(
+        "sequences", "p.txt", lambda: "".join(f"u{row}=s1:s{row}:ü{row % 5}\n" for row in range(ROWS)).encode()
+    ),
+}
+
+
+def outcome(sample: Sample, content: bytes, folder: Path) -> tuple[list[Any], list[Any]] | InputError:
+    """The rows and the rejected rows of a file, or the error that says what is wrong with it."""
+    path = folder / sample.name
+    path.write_bytes(content)
+    options = ReadOptions(
+        playlists=FORMATS[sample.format].playlists,
+        delimiter=sample.separator,
+        user_separator="=" if sample.format == "sequences" else "",
+        song_separator=":" if sample.format == "sequences" else " ",
+    )
+    reader = FORMATS[sample.format].make(options)
+    good, bad = [], []
+    try:
+        for unit in reader.plan(str(path), len(content), 1 << 20):
+            for batch in reader.read(unit):
+                assert batch.read == batch.rows.num_rows + batch.rejected.num_rows
+                batch.rows.validate(full=True)
+                good += batch.rows.drop(["source", "line"]).to_pylist()
+                bad += batch.rejected.to_pylist()
+    except InputError as error:
+        message = str(error)
+        if str(path) not in message or len(message) > 1_000:
+            raise AssertionError(message) from error
+        return error
+    assert all(row["reason"] and row["line"] >= 1 for row in bad)
+    return good, bad
+
+
+def rows_in(sample: Sample, content: bytes) -> int:
+    """Lines of a file that must be rows or rejected: those that are not empty."""
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    return sum(1 for line in lines[sample.header :] if line.removesuffix(b"\r"))
+
+
+def mutate(whole: bytes, random: np.random.Generator) -> tuple[str, bytes]:
+    """A cut, a flipped bit, a byte in place of another, bytes taken out, doubled or put in."""
+    place = int(random.integers(len(whole)))
+    length = int(random.integers(1, 20))
+    kind = random.choice(["cut", "flip", "byte", "hole", "double", "zeros"])
+    changed = {
+        "cut": lambda: whole[:place],
+        "flip": lambda: whole[:place] + bytes([whole[place] ^ (1 << int(random.integers(8)))]) + whole[place + 1 :],
+        "byte": lambda: whole[:place] + bytes([int(random.integers(256))]) + whole[place + 1 :],
+        "hole": lambda: whole[:place] + whole[place + length :],
+        "double": lambda: whole[: place + length] + whole[place:],
+        "zeros": lambda: whole[:place] + bytes(length) + whole[place + length :],
+    }
+    return str(kind), changed[kind]()
+
+
+def check_mutations(sample: Sample, folder: Path, count: int) -> None:
+    whole, random = sample.make(), np.random.default_rng(20)
+    expected = outcome(sample, whole, folder)
+    assert not isinstance(expected, InputError)
+    assert (len(expected[0]) >= ROWS, expected[1]) == (True, [])
+    in_lines = not sample.whole_or_nothing and sample.format != "sequences"
+    for _ in range(count):
+        kind, content = mutate(whole, random)
+        found = outcome(sample, content, folder)
+        if isinstance(found, InputError):
+            continue
+        if sample.whole_or_nothing:
+            assert kind != "cut", content
+        if in_lines:
+            assert len(found[0]) + len(found[1]) == rows_in(sample, content), content
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_damaged_file_is_an_error_or_every_row_of_it_is_accounted_for(name: str, tmp_path: Path) -> None:
+    check_mutations(SAMPLES[name], tmp_path, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLES)
+def test_thousands_of_damaged_files_are_errors_or_accounted_for(name: str, tmp_path: Path) -> None:
+    check_mutations(SAMPLES[name], tmp_path, 2_500)
+
+
+@pytest.mark.parametrize("name", [name for name, sample in SAMPLES.items() if sample.whole_or_nothing])
+def test_a_format_with_an_end_detects_every_cut(name: str, tmp_path: Path) -> None:
+    sample = SAMPLES[name]
+    whole = sample.make()
+    for end in range(0, len(whole), max(1, len(whole) // 300)):
+        assert isinstance(outcome(sample, whole[:end], tmp_path), DamagedInputError), end
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_an_empty_file_is_named(name: str, tmp_path: Path) -> None:
+    assert isinstance(outcome(SAMPLES[name], b"", tmp_path), DamagedInputError)
+
+
+@pytest.mark.parametrize("other", SAMPLES)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_another_format_under_a_name_is_an_error_or_gives_no_row(name: str, other: str, tmp_path: Path) -> None:
+    if SAMPLES[name].format == SAMPLES[other].format or (name, other) == ("sequences", "sequences"):
+        return
+    found = outcome(SAMPLES[name], SAMPLES[other].make(), tmp_path)
+    if not isinstance(found, InputError):
+        assert found[0] == []
+        assert found[1]
+
+
+@pytest.mark.parametrize("name", ["csv", "lastfm", "listenbrainz lines", "listenbrainz list", "spotify", "mpd"])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8-sig"])
+def test_another_encoding_costs_its_rows_or_is_an_error(name: str, encoding: str, tmp_path: Path) -> None:
+    sample = SAMPLES[name]
+    text = sample.make().decode().replace("日本, 語", "ß").replace("Plain", "Ö")
+    whole = outcome(sample, text.encode(), tmp_path)
+    found = outcome(sample, text.encode(encoding), tmp_path)
+    assert not isinstance(whole, InputError)
+    if encoding == "utf-16":
+        assert isinstance(found, DamagedInputError)
+    elif encoding == "utf-8-sig":
+        assert found == whole
+    else:
+        assert not isinstance(found, InputError)
+        assert len(found[0]) + len(found[1]) == len(whole[0])
+        assert {row["reason"] for row in found[1]} <= {"not UTF-8"}

@@ -1,0 +1,123 @@
+"""What the first rows of files say, before they are imported."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rayrec.errors import InputError
+from rayrec.importing.import_plan import ImportConfig, make_plan
+from rayrec.importing.inspection import guess_roles, inspect_files, time_form
+
+START = 1711929600
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_columns_delimiter_times_and_the_command_are_guessed_of_a_csv(tmp_path: Path) -> None:
+    rows = [f"u{row};t{row};Artist;Title {row};{START + row}" for row in range(20)] + ["u1;;A;B;5"]
+    path = write(tmp_path / "my plays.csv", "\n".join(["userid;track_id;artist_name;track_name;ts", *rows]) + "\n")
+    found = inspect_files("csv", [path])
+    assert {column.role: column.name for column in found.columns} == {
+        "user": "userid",
+        "song": "track_id",
+        "artist": "artist_name",
+        "title": "track_name",
+        "played_at": "ts",
+    }
+    assert (found.delimiter, found.time, found.rows, found.rejected) == (";", "unix seconds", 21, {"no song": 1})
+    assert found.examples == {"no song": f"{path}, line 22: u1;;A;B;5"}
+    columns = "user=userid,song=track_id,played_at=ts,title=track_name,artist=artist_name"
+    assert shlex.split(found.command) == [
+        *("rayrec", "import", "csv", path, "--columns", columns, "--delimiter", ";"),
+    ]
+    pairs = dict(pair.split("=") for pair in columns.split(","))
+    make_plan(ImportConfig(format="csv", paths=(path,), columns=pairs, delimiter=";"))  # the command fits the file
+
+
+def test_types_of_a_parquet_file_are_shown(tmp_path: Path) -> None:
+    times = pa.array([START * 1000] * 2, pa.timestamp("ms", "UTC"))
+    pq.write_table(pa.table({"uid": [1, 2], "item_id": [7, 8], "timestamp": times}), tmp_path / "p.parquet")
+    found = inspect_files("parquet", [str(tmp_path)])
+    assert [(column.name, column.role, column.type) for column in found.columns] == [
+        ("uid", "user", "int64"),
+        ("item_id", "song", "int64"),
+        ("timestamp", "played_at", "timestamp[ms, tz=UTC]"),
+    ]
+    assert (found.time, found.rows, found.rejected) == ("timestamps in UTC", 2, {})
+
+
+def test_a_column_of_times_is_found_by_its_values_and_a_missing_one_is_said(tmp_path: Path) -> None:
+    rows = "".join(f"{row},{START + row},x{row}\n" for row in range(10))
+    found = inspect_files("csv", [write(tmp_path / "p.csv", "user,when it was,song\n" + rows)])
+    assert {column.name: column.role for column in found.columns}["when it was"] == "played_at"
+    found = inspect_files("csv", [write(tmp_path / "q.csv", "name of who,song,ts\n" + "a,b,1711929600\n")])
+    assert found.missing == ["user"]
+    assert found.rows == 0
+    assert "--columns user=NAME,played_at=ts" in found.command
+    assert found.notes == ["No column looks like user: map it with --columns user=NAME."]
+
+
+def test_playlists_are_told_from_plays(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.csv", "playlist_id,pos,track_uri\np,0,a\np,x,b\n")
+    found = inspect_files("csv", [path])
+    assert (found.kind, found.rejected) == ("playlists", {"position is not a whole number": 1})
+    assert "--kind playlists --columns playlist=playlist_id,position=pos,song=track_uri" in found.command
+
+
+@pytest.mark.parametrize(
+    ("values", "form"),
+    [
+        (["1711929600", "1711929601.5"], "unix seconds"),
+        (["1711929600000"], "unix milliseconds"),
+        (["1711929600000000"], "unix microseconds, which are rejected"),
+        (["2024-04-01T00:00:00Z"], "ISO 8601 with a zone"),
+        (["2024-04-01 00:00:00"], "time without a zone, of 1 of 1 values"),
+        (
+            ["soon", "2024-04-01T00:00:00Z"],
+            "time is neither unix seconds, unix milliseconds nor ISO 8601, of 1 of 2 values",
+        ),
+    ],
+)
+def test_how_times_are_written_is_said(values: list[str], form: str) -> None:
+    assert time_form(pa.array(values)) == form
+
+
+def test_names_of_public_data_sets_are_known() -> None:
+    for names, expected in (
+        (("session_id", "user_id", "item_id", "ts", "playtime"), ("user_id", "item_id", "ts")),
+        (("uid", "timestamp", "item_id", "is_organic"), ("uid", "item_id", "timestamp")),
+        (("userID", "trackID", "endTime", "msPlayed"), ("userID", "trackID", "endTime")),
+    ):
+        _, found = guess_roles({name: pa.array(["1"]) for name in names})
+        assert (found["user"], found["song"], found["played_at"]) == expected
+
+
+def test_other_formats_say_how_many_rows_would_be_rejected(tmp_path: Path) -> None:
+    listens = [{"listened_at": START, "user_name": "u", "track_metadata": {"track_name": "t"}}, {"listened_at": 1}]
+    found = inspect_files("listenbrainz", [write(tmp_path / "l.json", json.dumps(listens))])
+    assert (found.rows, found.rejected) == (2, {"not a listen: no track_metadata": 1})
+    assert found.command == f"rayrec import listenbrainz {tmp_path / 'l.json'}"
+
+
+def test_a_first_line_of_data_is_pointed_out(tmp_path: Path) -> None:
+    pd.DataFrame({"a": ["u", "v"], "b": ["s", "t"], "c": [START, START]}).to_csv(
+        tmp_path / "p.csv", header=False, index=False
+    )
+    assert "The first line looks like data" in inspect_files("csv", [str(tmp_path / "p.csv")]).notes[-1]
+
+
+def test_what_cannot_be_inspected_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown format 'xls'"):
+        inspect_files("xls", [str(tmp_path)])
+    with pytest.raises(InputError, match="is empty"):
+        inspect_files("csv", [write(tmp_path / "p.csv", "")])
+    with pytest.raises(InputError, match="is not a Parquet file"):
+        inspect_files("parquet", [write(tmp_path / "p.parquet", "x")])

@@ -1,0 +1,56 @@
+"""The watch history of YouTube Music out of Google Takeout."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rayrec.importing.readers import FORMATS
+from rayrec.importing.readers.reader import Batch, ReadOptions
+
+
+def watched(**changes: Any) -> dict[str, Any]:
+    """An entry as Takeout writes it."""
+    return {
+        "header": "YouTube Music",
+        "title": "Watched Solar",
+        "titleUrl": "https://www.youtube.com/watch?v=-e8Nfjl_AKk",
+        "subtitles": [{"name": "Sault - Topic", "url": "https://www.youtube.com/channel/UC-o"}],
+        "time": "2022-04-25T18:09:04.784Z",
+        "products": ["YouTube"],
+        **changes,
+    }
+
+
+def read(path: Path, entries: list[Any], user: str = "") -> Batch:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(entries))
+    reader = FORMATS["youtube-takeout"].make(ReadOptions(user=user))
+    (unit,) = reader.plan(str(path), path.stat().st_size, 10)
+    (batch,) = reader.read(unit)
+    return batch
+
+
+def test_a_watched_song_is_a_play_of_the_folders_owner(tmp_path: Path) -> None:
+    path = tmp_path / "ann" / "Takeout" / "YouTube and YouTube Music" / "history" / "watch-history.json"
+    (row,) = read(path, [watched()]).rows.to_pylist()
+    assert (row["user_id"], row["song_id"], row["played_at"]) == ("ann", "-e8Nfjl_AKk", 1650910144784)
+    assert (row["title"], row["artist"]) == ("Solar", "Sault")
+    assert read(path, [watched()], user="me").rows.column("user_id").to_pylist() == ["me"]
+
+
+def test_videos_ads_and_what_is_none_are_rejected_with_a_reason(tmp_path: Path) -> None:
+    entries = [
+        watched(header="YouTube"),
+        watched(header="YouTube", titleUrl="https://music.youtube.com/watch?v=x", subtitles=None),
+        watched(titleUrl=None),
+        watched(time=None),
+        "junk",
+    ]
+    batch = read(tmp_path / "watch-history.json", entries)
+    assert batch.rows.column("song_id").to_pylist() == ["x"]
+    assert [(row["line"], row["reason"]) for row in batch.rejected.to_pylist()] == [
+        (1, "not of YouTube Music"),
+        (3, "no song"),
+        (4, "no time"),
+        (5, "not an entry of a watch history"),
+    ]

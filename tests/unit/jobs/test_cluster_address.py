@@ -1,0 +1,100 @@
+"""An address where no Ray cluster is costs seconds and one line, not a quarter of an hour."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import ray
+
+from rayrec.errors import InputError, RayrecError
+from rayrec.jobs import runtime as cluster
+from rayrec.jobs.runtime import HTTP2_GREETING, ray_cluster, require_cluster
+
+
+@contextmanager
+def listening(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The address of a server that treats each connection so."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            try:
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        answer(connection)
+            except OSError:
+                return
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_with_nothing_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    address = f"{scheme}127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    began = time.monotonic()
+    with pytest.raises(InputError, match=f"RAY_ADDRESS={address} points to no Ray cluster: .*refused"), ray_cluster():
+        pass
+    assert time.monotonic() - began < 15
+
+
+def test_a_program_that_is_no_cluster_is_told_apart() -> None:
+    with (
+        listening(lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as address,
+        pytest.raises(InputError, match="another program answers there"),
+    ):
+        require_cluster(address)
+    with listening(lambda connection: time.sleep(1)) as address, pytest.raises(InputError, match="timed out"):
+        require_cluster(address, timeout=0.2)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "head", "127.0.0.1:many", "127.0.0.1:99999999"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(InputError, match="points to no Ray cluster"):
+        require_cluster(address)
+
+
+def test_a_server_that_speaks_grpc_and_this_machine_pass() -> None:
+    def greet(connection: socket.socket) -> None:
+        assert connection.recv(len(HTTP2_GREETING)) == HTTP2_GREETING
+        connection.sendall(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+
+    with listening(greet) as address:
+        require_cluster(address)
+        require_cluster(f"ray://{address}")
+    require_cluster("auto")
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "said"),
+    [
+        (OSError("AF_UNIX path length cannot exceed 107 bytes: /x"), InputError, "set RAY_TMPDIR=/tmp"),
+        (
+            Exception("The node timed out.\nmore"),
+            RayrecError,
+            "Ray could not be started on this machine: The node timed",
+        ),
+    ],
+)
+def test_ray_that_does_not_start_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[Exception], said: str
+) -> None:
+    def fail(**options: object) -> None:
+        raise raised
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(kind, match=said) as caught, ray_cluster():
+        pass
+    assert "\n" not in str(caught.value)

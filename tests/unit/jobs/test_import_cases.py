@@ -1,0 +1,223 @@
+"""What real users bring, through the command line: the right data set, or one line that says what is wrong."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from local_import import in_this_process
+
+from rayrec.data.dataset import Dataset
+from rayrec.storage.workspace import Workspace
+from rayrec_cli.main import main
+
+START = 1711929600  # 2024-04-01, unix seconds
+DAY = 86_400
+
+
+@pytest.fixture(autouse=True)
+def local(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch)
+
+
+class Outcome:
+    """What a command printed, and its exit code."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+        self.data: dict[str, Any] = json.loads(out) if out.startswith("{") else {}
+
+
+@pytest.fixture
+def rayrec(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: str | Path, as_json: bool = True) -> Outcome:
+        flags = ["--workspace", workspace.uri, *(["--json"] if as_json else [])]
+        code = main([*flags, *map(str, arguments)])
+        told = capsys.readouterr()
+        assert "Traceback" not in told.err
+        assert "--debug" not in told.err
+        return Outcome(code, told.out, told.err)
+
+    return run
+
+
+def users(workspace: Workspace) -> dict[str, int]:
+    """User -> plays."""
+    batches = list(Dataset(workspace).read_all())
+    return {user: int(count) for batch in batches for user, count in zip(batch.user_ids, np.diff(batch.offsets))}  # noqa: B905
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def plays_csv(path: Path, rows: int = 100, people: int = 4, bad: int = 0) -> Path:
+    lines = [f"u{row % people},s{row % 7},{START + row * 7200}" for row in range(rows)] + ["u1,,5"] * bad
+    return write(path, "\n".join(["user,song,played_at", *lines]) + "\n")
+
+
+def mpd_slice(first: int) -> str:
+    tracks = [{"pos": place, "track_uri": f"t{place}", "track_name": "n"} for place in range(5)]
+    return json.dumps({"playlists": [{"pid": first + number, "tracks": tracks} for number in range(20)]})
+
+
+def test_a_slice_that_is_cut_off_stops_the_import_and_is_named(
+    rayrec: Any, tmp_path: Path, workspace: Workspace
+) -> None:
+    write(tmp_path / "mpd" / "mpd.slice.0-19.json", mpd_slice(0))
+    write(tmp_path / "mpd" / "mpd.slice.20-39.json", mpd_slice(20)[:-40])
+    done = rayrec("import", "mpd", tmp_path / "mpd")
+    assert (done.code, done.data["error"]["kind"]) == (2, "damaged_input")
+    assert "mpd.slice.20-39.json cannot be read to its end" in done.data["error"]["message"]
+    assert not workspace.exists("dataset/dataset.json")
+    skipped = rayrec("import", "mpd", tmp_path / "mpd", "--skip-damaged")
+    assert (skipped.code, skipped.data["playlists"], skipped.data["rejected"]) == (0, 20, 0)
+    assert list(skipped.data["import"]["damaged"]) == [str(tmp_path / "mpd" / "mpd.slice.20-39.json")]
+    assert skipped.data["import"]["warnings"] == ["1 of 2 files could not be read to their end and were left out."]
+
+
+@pytest.mark.parametrize(
+    ("format_name", "name", "content"),
+    [
+        ("csv", "p.csv.gz", gzip.compress(b"user,song,played_at\nu,s,1711929600\n" * 50)[:-9]),
+        ("listenbrainz", "p.json", b'[{"listened_at": 1711929600, "user_name": "u"'),
+        ("spotify-history", "endsong_1.json", b'[{"ts": "2024-04-01T00:00:00Z"'),
+        ("parquet", "p.parquet", b"PAR1 cut"),
+        *(
+            (name, f"p.{ending}", b"")
+            for name, ending in [("csv", "csv"), ("sequences", "txt"), ("parquet", "parquet")]
+        ),
+        ("mpd", "p.json", b""),
+        ("lastfm-1k", "userid-timestamp.tsv", b""),
+    ],
+)
+def test_in_every_format_a_file_that_is_not_whole_or_empty_is_named(
+    rayrec: Any, tmp_path: Path, format_name: str, name: str, content: bytes
+) -> None:
+    file = write(tmp_path / "x" / name, content)
+    done = rayrec("import", format_name, file)
+    assert (done.code, done.data["error"]["kind"]) == (2, "damaged_input"), done.err
+    assert str(file) in done.data["error"]["message"]
+    nothing = rayrec("import", format_name, file, "--skip-damaged")
+    assert (nothing.code, nothing.data["error"]["message"]) == (2, f"{file}: no rows to import")
+
+
+def spotify(song: str, day: int, **more: str) -> dict[str, Any]:
+    track = {"spotify_track_uri": f"spotify:track:{song}", "master_metadata_track_name": "t", "ms_played": 200_000}
+    return {"ts": f"2024-04-{day:02}T10:00:00Z", **track, **more}
+
+
+def test_two_people_with_spotifys_folder_name_are_two_users(rayrec: Any, tmp_path: Path, workspace: Workspace) -> None:
+    for who, days in (("ann", 2), ("bob", 3)):
+        file = tmp_path / who / "Spotify Extended Streaming History" / "Streaming_History_Audio_2024_0.json"
+        write(file, json.dumps([spotify(f"{who}{day}", day) for day in range(1, days + 1)]))
+    done = rayrec("import", "spotify-history", tmp_path)
+    assert (done.code, users(workspace)) == (0, {"ann": 2, "bob": 3})
+    assert "'ann', 'bob', after their folders" in done.data["import"]["warnings"][0]
+
+
+def test_two_exports_of_one_person_are_one_user_under_the_name_that_is_given(
+    rayrec: Any, tmp_path: Path, workspace: Workspace
+) -> None:
+    old = [spotify(str(day), day, username="31abcdefg") for day in range(1, 11)]
+    write(tmp_path / "ann" / "endsong_0.json", json.dumps(old))
+    write(
+        tmp_path / "ann" / "Streaming_History_Audio_2022_0.json",
+        json.dumps([spotify(str(day), day) for day in range(1, 21)]),
+    )
+    refused = rayrec("import", "spotify-history", tmp_path)
+    assert (refused.code, refused.data["error"]["hint"]) == (
+        2,
+        "give --user NAME, under which all of them are imported",
+    )
+    done = rayrec("import", "spotify-history", tmp_path, "--user", "ann")
+    assert (done.code, users(workspace), done.data["merged"]) == (0, {"ann": 20}, 10)
+
+
+def test_one_frame_as_csv_and_as_parquet_appends_to_the_same_users(
+    rayrec: Any, tmp_path: Path, workspace: Workspace
+) -> None:
+    write(tmp_path / "tiny.csv", f"user,song,played_at\n1,3,{START}\n2,4,{START}\n")
+    frame = pd.DataFrame({"user": [1.0, 2.0, np.nan], "song": [3, 4, 5], "played_at": [START + DAY] * 3})
+    frame.to_csv(tmp_path / "night.csv", index=False)
+    frame.to_parquet(tmp_path / "night.parquet")
+    assert rayrec("import", "csv", tmp_path / "tiny.csv").code == 0
+    done = rayrec("import", "csv", tmp_path / "night.csv", "--append")
+    assert (done.data["appended"]["plays"], done.data["appended"]["users"]) == (2, 0)
+    assert done.data["appended"]["reasons"] == {"no user": 1}
+    again = rayrec("import", "parquet", tmp_path / "night.parquet", "--append")
+    assert (again.data["appended"]["plays"], again.data["appended"]["merged"]) == (0, 2)
+    assert users(workspace) == {"1": 2, "2": 2}
+
+
+def test_the_summary_shows_what_is_off(rayrec: Any, tmp_path: Path) -> None:
+    for number in range(5):
+        plays_csv(
+            tmp_path / "p" / f"{number}.csv", rows=3 if number == 4 else 100, people=5 + number, bad=4 * (number == 2)
+        )
+    write(tmp_path / "p" / "3.csv", (tmp_path / "p" / "3.csv").read_bytes().removesuffix(b"\n"))
+    told = rayrec("import", "csv", tmp_path / "p").data
+    summary = told["import"]
+    assert (summary["files"], summary["read"], summary["rejected"]) == (5, 407, 4)
+    assert summary["bytes"] == sum(file.stat().st_size for file in (tmp_path / "p").iterdir())
+    assert summary["rows_per_file"] == [3, 100, 100]
+    assert summary["outliers"] == {str(tmp_path / "p" / "4.csv"): 3}
+    (reason,) = summary["reasons"]
+    assert (reason["reason"], reason["rows"], reason["line"], reason["text"]) == ("no song", 4, 102, "u1,,5")
+    assert reason["source"] == str(tmp_path / "p" / "2.csv")
+    assert reason["share"] == pytest.approx(4 / 407)
+    assert summary["warnings"] == [
+        f"The last line of {tmp_path / 'p' / '3.csv'} has no line end: the file may have been cut."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "allowed", "code", "warned"), [(1, "0.5", 0, 0), (2, "0.5", 0, 1), (120, "0.5", 2, 1), (120, "0.6", 0, 1)]
+)
+def test_many_rejected_rows_warn_and_more_than_are_allowed_import_nothing(
+    rayrec: Any, tmp_path: Path, workspace: Workspace, bad: int, allowed: str, code: int, warned: int
+) -> None:
+    file = plays_csv(tmp_path / "p.csv", rows=100, bad=bad)
+    done = rayrec("import", "csv", file, "--max-rejected", allowed)
+    assert (done.code, len(done.data["import"]["warnings"])) == (code, warned)
+    assert workspace.exists("dataset/dataset.json") == (code == 0)
+    if code:
+        assert done.data["error"]["kind"] == "too_many_rejected"
+        assert done.err.startswith(
+            "rayrec: 120 of 220 rows (55%) were rejected, more than 50%, and nothing was imported"
+        )
+        shown = rayrec("import", "csv", file, as_json=False)
+        assert (shown.code, "no song" in shown.out, "line 102: u1,,5" in " ".join(shown.out.split())) == (2, True, True)
+
+
+def test_a_play_of_1970_is_pointed_out(rayrec: Any, tmp_path: Path) -> None:
+    file = plays_csv(tmp_path / "p.csv")
+    write(file, file.read_text() + "u1,s1,0\n")
+    shown = rayrec("import", "csv", file, as_json=False)
+    assert "the first play is of 1970-01-01" in " ".join(shown.out.split())
+
+
+def test_parquet_with_nan_users_has_no_user_called_nan(rayrec: Any, tmp_path: Path, workspace: Workspace) -> None:
+    table = pa.table(
+        {"user": pa.array([16.0, np.nan, np.inf], from_pandas=False), "song": [1, 2, 3], "played_at": [START] * 3}
+    )
+    pq.write_table(table, tmp_path / "p.parquet")
+    done = rayrec("import", "parquet", tmp_path / "p.parquet", "--max-rejected", "1")
+    assert (users(workspace), done.data["reasons"]) == ({"16": 1}, {"no user": 2})
+
+
+def test_a_train_range_of_one_play_of_1970_is_refused(rayrec: Any, tmp_path: Path) -> None:
+    file = plays_csv(tmp_path / "p.csv", rows=300)
+    write(file, file.read_text() + "u1,s1,0\n")
+    assert rayrec("import", "csv", file).code == 0
+    done = rayrec("split")
+    assert (done.code, done.data["error"]["kind"]) == (2, "input")
+    assert "holds 1 of 301 plays: the first play is of 1970-01-01, the others are from 2024-04-01 on" in done.err
+    assert rayrec("split", "--test-days", "7", "--validation-days", "2").code == 0

@@ -1,0 +1,29 @@
+"""What reaches into Serve fits the Serve that is installed. Where it fails: read what changed, then mend compat.py."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from rayrec.errors import RayrecError
+from rayrec.serving import compat
+
+
+def test_the_installed_ray_is_the_one_whose_private_parts_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    compat.require_known_ray()
+    monkeypatch.setattr(compat, "version", lambda name: "2.61.0")
+    with pytest.raises(RayrecError, match=r"runs Serve of Ray 2.60, not 2.61.0"):
+        compat.require_known_ray()
+
+
+def test_serves_template_of_haproxy_is_the_known_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.templates_digest() == compat.TEMPLATES, "Serve writes HAProxy's configuration differently now"
+    compat.write_haproxy_wrapper(tmp_path)
+    monkeypatch.setattr(compat, "TEMPLATES", "0" * len(compat.TEMPLATES))
+    with pytest.raises(RayrecError, match="template of HAProxy's configuration is unknown"):
+        compat.write_haproxy_wrapper(tmp_path)
+
+
+def test_a_replica_still_binds_its_port_where_it_is_held_to_loopback() -> None:
+    replica = pytest.importorskip("ray.serve._private.replica")
+    assert 'add_port_to_grpc_server(self._server, "[::]:0")' in inspect.getsource(replica)

