@@ -35,8 +35,8 @@ def cli_page() -> str:
     parts = [
         f"{NOTE}# Command line\n",
         "Progress and log messages go to stderr, results to stdout. With `--json` stdout holds one JSON object and\n"
-        "nothing else. Exit codes: 0 done, 1 failed, 2 wrong use or bad input. `--config FILE` reads the settings of a\n"
-        "command from a TOML file; flags override the file.\n",
+        "nothing else. Exit codes: 0 done, 1 failed, 2 wrong use or bad input. `--config FILE` reads the settings of\n"
+        "a command from a TOML file; flags override the file.\n",
         f"## rayrec\n\n{_options(root)}",
     ]
     parts += [_command(name, command) for name, command in _commands(root, "rayrec")]

@@ -16,9 +16,9 @@ from rayrec.jobs.build_index import build_index
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.generate import generate
-from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.rank import fit_rankers
 from rayrec.jobs.retrieval import fit_retrieval
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
@@ -68,9 +68,7 @@ for row in read_figures(workspace, report)["results"]:
 # %% Tastes of all users and an index make it a release
 tastes = compute_tastes(workspace, TasteConfig(), model_id=model.id)
 index = build_index(workspace, IndexConfig(), model_id=model.id)
-release = create_release(
-    workspace, model_id=model.id, tastes_id=tastes.id, index_id=index.id, rankers_id=rankers.id
-)
+release = create_release(workspace, model_id=model.id, tastes_id=tastes.id, index_id=index.id, rankers_id=rankers.id)
 print(f"release {release.id} is live")
 
 # %% Recommendations for one listener, a moment after the last play

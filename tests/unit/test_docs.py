@@ -98,6 +98,15 @@ def test_python_in_pages_imports_what_is_there(page: str, block: str) -> None:
             assert all(hasattr(module, alias.name) for alias in node.names)
 
 
+WORDS = runpy.run_path(str(ROOT / "tests" / "unit" / "test_words.py"))["PATTERN"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAME.get)
+def test_pages_hold_no_banned_word(page: Path) -> None:
+    lines = enumerate(page.read_text("utf-8").splitlines(), 1)
+    assert not [f"line {number}: {line}" for number, line in lines if WORDS.search(line)]
+
+
 def test_the_readme_shows_every_stage() -> None:
     shown = {line.split()[1] for page, line in LINES if page == "README.md"}
     assert shown >= {"generate", "import", "split", "embed", "train", "retrieval", "rank", "taste", "index", "evaluate"}
