@@ -37,28 +37,41 @@ class RankerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RankingExamples:
-    """Queries with their candidates, of which at least one is right."""
+    """Queries with their candidates. Of those held out some have none that is right: chances must count these."""
 
     features: np.ndarray  # float32 (C, F)
     right: np.ndarray  # bool (C,)
     counts: np.ndarray  # int64 (Q,), candidates of each query, in order
     held_out: np.ndarray  # bool (Q,), queries on which trees are counted and chances calibrated
-    missed: float = 0.0  # share of all queries whose right song is no candidate; they are not here
 
     def __len__(self) -> int:
         return len(self.counts)
 
     @classmethod
-    def joined(cls, parts: Sequence[RankingExamples]) -> RankingExamples:
-        """The queries of all parts."""
-        asked = [len(part) / max(1e-9, 1 - part.missed) for part in parts]
+    def none(cls, features: int) -> RankingExamples:
+        """No queries."""
         return cls(
-            features=np.concatenate([part.features for part in parts]),
-            right=np.concatenate([part.right for part in parts]),
-            counts=np.concatenate([part.counts for part in parts]),
-            held_out=np.concatenate([part.held_out for part in parts]),
-            missed=1 - sum(len(part) for part in parts) / max(1e-9, sum(asked)),
+            features=np.zeros((0, features), dtype=np.float32),
+            right=np.zeros(0, dtype=bool),
+            counts=np.zeros(0, dtype=np.int64),
+            held_out=np.zeros(0, dtype=bool),
         )
+
+    @property
+    def found(self) -> np.ndarray:
+        """bool (Q,): queries with a right candidate."""
+        return np.asarray(np.bincount(self.rows, weights=self.right, minlength=len(self)) > 0)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 (C,): the query of each candidate."""
+        return np.repeat(np.arange(len(self)), self.counts)
+
+    @classmethod
+    def joined(cls, parts: Sequence[RankingExamples]) -> RankingExamples:
+        """The queries of all parts, of several cuts in time for example."""
+        names = ("features", "right", "counts", "held_out")
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
     def take(self, queries: np.ndarray) -> RankingExamples:
         """The queries where `queries`, bool (Q,), is true."""
@@ -69,7 +82,6 @@ class RankingExamples:
             right=self.right[rows],
             counts=self.counts[queries],
             held_out=self.held_out[queries],
-            missed=self.missed,
         )
 
 
@@ -114,11 +126,11 @@ class Ranker:
         Raises `InputError` where one of the two has no queries.
         """
         settings = settings or RankerSettings()
-        grown, held_out = examples.take(~examples.held_out), examples.take(examples.held_out)
-        if not len(grown) or not len(held_out):
+        grown, checked = (examples.take(examples.found & part) for part in (~examples.held_out, examples.held_out))
+        if not len(grown) or not len(checked):
             raise InputError(
                 f"a ranker learns from queries whose right song is a candidate; there are {len(grown)} to learn from "
-                f"and {len(held_out)} to check on: give a split with more validation days"
+                f"and {len(checked)} to check on: give a split with more validation days"
             )
         parameters: dict[str, Any] = {
             "objective": "lambdarank",
@@ -137,7 +149,7 @@ class Ranker:
             "verbosity": -1,
         }
         data = lightgbm.Dataset(grown.features, grown.right, group=grown.counts, feature_name=names, params=parameters)
-        check = data.create_valid(held_out.features, held_out.right, group=held_out.counts)
+        check = data.create_valid(checked.features, checked.right, group=checked.counts)
         booster = lightgbm.train(
             parameters,
             data,
@@ -146,9 +158,9 @@ class Ranker:
             callbacks=[lightgbm.early_stopping(settings.patience, verbose=False)],
         )
         booster = lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration))
+        held_out = examples.take(examples.held_out)
         scores = np.asarray(booster.predict(held_out.features, num_threads=1))
-        rows = np.repeat(np.arange(len(held_out)), held_out.counts)
-        return cls(booster, names, calibrate(rows, scores, held_out.right, examples.missed))
+        return cls(booster, names, calibrate(held_out.rows, scores, held_out.right))
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """float32 (C,): higher is better; comparable within a query only."""
@@ -191,11 +203,11 @@ def softmax_shares(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return np.asarray(powers / np.repeat(np.add.reduceat(powers, first), counts))
 
 
-def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray, missed: float) -> Calibration:
+def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> Calibration:
     """The curve under which chances agree with how often candidates are right.
 
-    `rows`, int (C,), are the queries of the candidates, ascending, `scores` float (C,), `right` bool (C,); of
-    all queries the share `missed` has no right candidate and is not among them.
+    `rows`, int (C,), are the queries of the candidates, ascending, `scores` float (C,), `right` bool (C,). Queries
+    without a right candidate count as well.
     """
     factors = np.geomspace(0.25, 8, 41)
     losses = [-np.log(softmax_shares(rows, scores * factor)[right] + 1e-9).mean() for factor in factors]
@@ -211,8 +223,8 @@ def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray, missed: f
     middle = np.maximum.accumulate(middle[some] / count[some])
     heights = _rising(hits[some] / count[some], count[some])
     # A little of the share itself keeps the order where the curve is level, and beyond its last point.
-    heights = (1 - missed) * ((1 - SLOPE) * heights + SLOPE * middle)
-    top = heights[-1] + (1 - missed) * SLOPE * (1 - middle[-1])
+    heights = (1 - SLOPE) * heights + SLOPE * middle
+    top = heights[-1] + SLOPE * (1 - middle[-1])
     return Calibration(
         sharpness=sharpness, shares=(0.0, *middle.tolist(), 1.0), chances=(0.0, *heights.tolist(), float(top))
     )

@@ -1,5 +1,6 @@
 """The ranker learns a planted order, and its chances agree with how often it is right."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ CANDIDATES = 20
 NAMES = ["planted", "noise", "of_query"]
 
 
-def _examples(queries: int, seed: int = 0, missed: float = 0.0) -> RankingExamples:
+def _examples(queries: int, seed: int = 0) -> RankingExamples:
     """One right candidate a query, drawn by a softmax over the planted feature."""
     random = np.random.default_rng(seed)
     planted = random.normal(size=(queries, CANDIDATES)) * 2
@@ -28,7 +29,6 @@ def _examples(queries: int, seed: int = 0, missed: float = 0.0) -> RankingExampl
         right=right.ravel(),
         counts=np.full(queries, CANDIDATES),
         held_out=np.arange(queries) % 5 == 0,
-        missed=missed,
     )
 
 
@@ -63,12 +63,16 @@ def test_chances_agree_with_how_often_candidates_are_right(ranker: Ranker) -> No
     assert chances.max() <= 1
 
 
-def test_chances_hold_what_no_candidate_can_be_right_about() -> None:
-    always, half = (Ranker.fit(_examples(600, missed=missed), NAMES, RankerSettings(trees=20)) for missed in (0, 0.5))
-    other = _examples(100, seed=3)
-    rows = np.repeat(np.arange(len(other)), other.counts)
-    of_all = always.calibration(rows, always.scores(other.features))
-    np.testing.assert_allclose(half.calibration(rows, half.scores(other.features)), of_all / 2, rtol=1e-5)
+def test_chances_count_queries_without_a_right_candidate() -> None:
+    examples, other = _examples(600), _examples(100, seed=3)
+    never = _examples(120, seed=4)
+    never = replace(never, right=np.zeros_like(never.right), held_out=np.ones(len(never), dtype=bool))
+    always, half = (
+        Ranker.fit(part, NAMES, RankerSettings(trees=20))
+        for part in (examples, RankingExamples.joined([examples, never]))  # as many held out as have an answer
+    )
+    of_all, of_half = (ranker.calibration(other.rows, ranker.scores(other.features)) for ranker in (always, half))
+    assert of_half.sum() / of_all.sum() == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_chance_rises_wherever_the_score_does(ranker: Ranker) -> None:
