@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rayrec.errors import DamagedArtifactError, InputError
-from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, softmax_shares
+from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, ndcg, softmax_shares
 from rayrec.storage.workspace import Workspace
 
 CANDIDATES = 20
@@ -114,3 +114,40 @@ def test_softmax_shares_add_up_to_one_within_each_query() -> None:
     rows = np.array([0, 0, 2, 2, 2])
     shares = softmax_shares(rows, np.array([900.0, 900.0, 0.0, 0.0, np.log(2)]))
     np.testing.assert_allclose(shares, [0.5, 0.5, 0.25, 0.25, 0.5])
+
+
+def _many_weak(queries: int, seed: int) -> RankingExamples:
+    """Ten features that each say a little of what is right: a sum finds it from few queries, trees do not."""
+    random = np.random.default_rng(seed)
+    features = random.normal(size=(queries, CANDIDATES, 10))
+    score = 0.8 * features.sum(axis=2)
+    right = np.zeros((queries, CANDIDATES), dtype=bool)
+    right[np.arange(queries), score.argmax(axis=1)] = True
+    return RankingExamples(
+        features=features.reshape(-1, 10).astype(np.float32),
+        right=right.ravel(),
+        counts=np.full(queries, CANDIDATES),
+        held_out=np.arange(queries) % 4 == 0,
+    )
+
+
+def test_few_queries_get_the_weighted_sum_that_trees_cannot_learn_from_them(tmp_path: Path) -> None:
+    names = [f"weak-{number}" for number in range(10)]
+    ranker = Ranker.fit(_many_weak(120, seed=0), names, RankerSettings(min_leaf=20))
+    assert ranker.form == "linear"
+    other = _many_weak(200, seed=1)
+    scores = ranker.scores(other.features).reshape(-1, CANDIDATES)
+    assert (scores.argmax(axis=1) == other.right.reshape(-1, CANDIDATES).argmax(axis=1)).mean() > 0.8
+    workspace = Workspace(tmp_path)
+    names_of_files = ranker.save(workspace, "rankers/one", "long")
+    assert names_of_files == ["long.json", "long.weights.npy"]
+    loaded = Ranker.load(workspace, "rankers/one", "long")
+    np.testing.assert_array_equal(loaded.scores(other.features), ranker.scores(other.features))
+    assert loaded.form == "linear"
+
+
+def test_ndcg_is_one_for_a_perfect_order_and_counts_ties_against() -> None:
+    rows, right = np.array([0, 0, 0, 1, 1]), np.array([True, False, True, False, True])
+    assert ndcg(rows, np.array([3.0, 1.0, 2.0, 0.0, 1.0]), right) == 1
+    tied = ndcg(np.array([0, 0]), np.array([1.0, 1.0]), np.array([True, False]))
+    assert tied == pytest.approx(1 / np.log2(3))
