@@ -114,7 +114,7 @@ def clean_workspace(
     hours: HoursOption = 24.0,
     yes: YesOption = False,
 ) -> Shown:
-    """Show what no release needs any more, and with --yes delete it.
+    """Show what no release needs, and with --yes delete it.
 
     Old releases with their tastes, models, indexes and song embeddings, parts of the data set that `rayrec compact`
     joined, and what killed jobs left. It is refused while a job writes to the workspace.

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, load_split
@@ -16,7 +14,7 @@ from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
 from rayrec.model.train_config import SELECTION_NETWORK
 from rayrec.progress import progress
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples
+from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, ndcg
 from rayrec.recommend.ranker_config import RankConfig
 from rayrec.recommend.ranker_training import (
     collect_examples,
@@ -163,14 +161,19 @@ def _fit(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]
     features = task.source().sources.names
     names: list[str] = []
     figures: dict[str, Any] = {}
+    rankers: dict[RankerKind, Ranker] = {}
     for kind in KINDS:
         examples = RankingExamples.joined([part[kind] for part in parts])
         ranker = _grown(kind, examples, features, task.config)
+        if kind == "served" and ranker is not None and not _orders_better(ranker, rankers["next"], examples):
+            ranker = None  # the ranker of all next plays serves new songs as well
         if ranker is not None:
+            rankers[kind] = ranker
             names += ranker.save(workspace, folder, kind)
+            held_out = examples.take(examples.held_out)
             figures[kind] = {
-                "trees": ranker.trees,
-                "missed": round(examples.missed, 4),
+                "form": ranker.form,
+                "candidates_hold_the_answer": round(float(held_out.found.mean()), 4),
                 "first_features": list(ranker.importance)[:5],
             }
     yield names, figures
@@ -178,9 +181,17 @@ def _fit(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]
 
 def _grown(kind: RankerKind, examples: RankingExamples, features: list[str], config: RankConfig) -> Ranker | None:
     """A ranker; None on the long horizon where the validation range reaches too few plays ahead."""
-    if kind == "long" and min(np.bincount(examples.held_out.astype(int), minlength=2)) < config.min_long_queries:
+    checked = int((examples.held_out & examples.found).sum())
+    if kind == "long" and min(checked, int(examples.found.sum()) - checked) < config.min_long_queries:
         return None
     settings = RankerSettings(
         trees=config.trees, leaves=config.leaves, learning_rate=config.learning_rate, seed=config.seed
     )
     return Ranker.fit(examples, features, settings)
+
+
+def _orders_better(ranker: Ranker, other: Ranker, examples: RankingExamples) -> bool:
+    """True where a ranker has the higher NDCG@20 on the queries held out."""
+    checked = examples.take(examples.held_out & examples.found)
+    one, two = (ndcg(checked.rows, each.scores(checked.features), checked.right) for each in (ranker, other))
+    return one > two

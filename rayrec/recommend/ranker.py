@@ -1,4 +1,4 @@
-"""The ranker: trees that order candidates by their features, and the chance behind each score.
+"""The ranker: trees, or a weighted sum, that order candidates by their features, and the chance behind each score.
 
 Q queries, C candidates of all queries together, F features.
 """
@@ -11,13 +11,16 @@ from typing import Any
 
 import lightgbm
 import numpy as np
+from scipy.optimize import minimize
 
 from rayrec.errors import DamagedArtifactError, InputError
-from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, ranges
+from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, places_in, ranges
 from rayrec.storage.workspace import Workspace
 
 TOP = 20  # places that training looks at
 HELD_OUT_SHARE = 0.2  # of the examples' users, on whom trees are counted and chances calibrated
+FEW_QUERIES = 2_000  # to learn from, below which linear models are tried beside trees
+PENALTIES = (1.0, 10.0, 100.0)  # of squared weights that are tried
 KNOTS = 60  # points of the curve from scores to chances
 SLOPE = 0.01  # of the curve where it would be level
 
@@ -37,28 +40,41 @@ class RankerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RankingExamples:
-    """Queries with their candidates, of which at least one is right."""
+    """Queries with their candidates. Of those held out some have none that is right: chances must count these."""
 
     features: np.ndarray  # float32 (C, F)
     right: np.ndarray  # bool (C,)
     counts: np.ndarray  # int64 (Q,), candidates of each query, in order
     held_out: np.ndarray  # bool (Q,), queries on which trees are counted and chances calibrated
-    missed: float = 0.0  # share of all queries whose right song is no candidate; they are not here
 
     def __len__(self) -> int:
         return len(self.counts)
 
     @classmethod
-    def joined(cls, parts: Sequence[RankingExamples]) -> RankingExamples:
-        """The queries of all parts."""
-        asked = [len(part) / max(1e-9, 1 - part.missed) for part in parts]
+    def none(cls, features: int) -> RankingExamples:
+        """No queries."""
         return cls(
-            features=np.concatenate([part.features for part in parts]),
-            right=np.concatenate([part.right for part in parts]),
-            counts=np.concatenate([part.counts for part in parts]),
-            held_out=np.concatenate([part.held_out for part in parts]),
-            missed=1 - sum(len(part) for part in parts) / max(1e-9, sum(asked)),
+            features=np.zeros((0, features), dtype=np.float32),
+            right=np.zeros(0, dtype=bool),
+            counts=np.zeros(0, dtype=np.int64),
+            held_out=np.zeros(0, dtype=bool),
         )
+
+    @property
+    def found(self) -> np.ndarray:
+        """bool (Q,): queries with a right candidate."""
+        return np.asarray(np.bincount(self.rows, weights=self.right, minlength=len(self)) > 0)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 (C,): the query of each candidate."""
+        return np.repeat(np.arange(len(self)), self.counts)
+
+    @classmethod
+    def joined(cls, parts: Sequence[RankingExamples]) -> RankingExamples:
+        """The queries of all parts, of several cuts in time for example."""
+        names = ("features", "right", "counts", "held_out")
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
     def take(self, queries: np.ndarray) -> RankingExamples:
         """The queries where `queries`, bool (Q,), is true."""
@@ -69,7 +85,6 @@ class RankingExamples:
             right=self.right[rows],
             counts=self.counts[queries],
             held_out=self.held_out[queries],
-            missed=self.missed,
         )
 
 
@@ -90,36 +105,33 @@ class Calibration:
         return softmax_shares(rows, scores.astype(np.float64) * self.sharpness)
 
 
-class Ranker:
-    """Orders candidates and says how likely each is right."""
+class TreeModel:
+    """Boosted trees."""
 
-    def __init__(self, booster: lightgbm.Booster, names: list[str], calibration: Calibration) -> None:
-        self.names, self.calibration, self._booster = names, calibration, booster
+    form = "trees"
+
+    def __init__(self, booster: lightgbm.Booster) -> None:
+        self._booster = booster
 
     @property
     def trees(self) -> int:
         """How many trees it has."""
         return int(self._booster.num_trees())
 
-    @property
-    def importance(self) -> dict[str, float]:
-        """The gain of each feature over all trees, the largest first."""
-        gains = zip(self.names, self._booster.feature_importance("gain").tolist(), strict=True)
-        return dict(sorted(gains, key=lambda pair: -pair[1]))
+    def importance(self) -> list[float]:
+        """The gain of each feature over all trees."""
+        gains: list[float] = self._booster.feature_importance("gain").tolist()
+        return gains
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """float64 (C,), from float32 (C, F)."""
+        return np.asarray(self._booster.predict(np.ascontiguousarray(features), num_threads=1))
 
     @classmethod
-    def fit(cls, examples: RankingExamples, names: list[str], settings: RankerSettings | None = None) -> Ranker:
-        """Grow trees on the queries that are not held out, as long as those held out gain from them.
-
-        Raises `InputError` where one of the two has no queries.
-        """
-        settings = settings or RankerSettings()
-        grown, held_out = examples.take(~examples.held_out), examples.take(examples.held_out)
-        if not len(grown) or not len(held_out):
-            raise InputError(
-                f"a ranker learns from queries whose right song is a candidate; there are {len(grown)} to learn from "
-                f"and {len(held_out)} to check on: give a split with more validation days"
-            )
+    def fit(
+        cls, grown: RankingExamples, checked: RankingExamples, names: list[str], settings: RankerSettings
+    ) -> TreeModel:
+        """Grow trees on some queries as long as others gain from them (lambdarank, Burges 2010)."""
         parameters: dict[str, Any] = {
             "objective": "lambdarank",
             "metric": "ndcg",
@@ -137,7 +149,7 @@ class Ranker:
             "verbosity": -1,
         }
         data = lightgbm.Dataset(grown.features, grown.right, group=grown.counts, feature_name=names, params=parameters)
-        check = data.create_valid(held_out.features, held_out.right, group=held_out.counts)
+        check = data.create_valid(checked.features, checked.right, group=checked.counts)
         booster = lightgbm.train(
             parameters,
             data,
@@ -145,40 +157,150 @@ class Ranker:
             valid_sets=[check],
             callbacks=[lightgbm.early_stopping(settings.patience, verbose=False)],
         )
-        booster = lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration))
-        scores = np.asarray(booster.predict(held_out.features, num_threads=1))
-        rows = np.repeat(np.arange(len(held_out)), held_out.counts)
-        return cls(booster, names, calibrate(rows, scores, held_out.right, examples.missed))
+        return cls(lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration)))
+
+    def save(self, workspace: Workspace, folder: str, name: str) -> list[str]:
+        """Write LightGBM's text form; the names of the files."""
+        workspace.write_bytes(f"{folder}/{name}.trees.txt", self._booster.model_to_string().encode())
+        return [f"{name}.trees.txt"]
+
+    @classmethod
+    def load(cls, workspace: Workspace, folder: str, name: str) -> TreeModel:
+        """What `save` wrote. Raises `DamagedArtifactError` where LightGBM cannot read it."""
+        text = workspace.read_bytes(f"{folder}/{name}.trees.txt").decode()
+        try:
+            return cls(lightgbm.Booster(model_str=text))
+        except lightgbm.basic.LightGBMError as error:
+            raise DamagedArtifactError(
+                f"{folder}/{name}.trees.txt is no model that LightGBM reads; train the ranker again"
+            ) from error
+
+
+class LinearModel:
+    """A weighted sum of standardized features."""
+
+    form = "linear"
+
+    def __init__(self, weights: np.ndarray) -> None:
+        """`weights`, float64 (3, F): the mean and the standard deviation of each feature, and its weight."""
+        self._rows = weights
+        self._mean, self._deviation, self._weight = weights
+
+    def importance(self) -> list[float]:
+        """The absolute weight of each feature."""
+        return [abs(weight) for weight in self._weight.tolist()]
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """float64 (C,), from float32 (C, F)."""
+        return np.asarray((features - self._mean) / self._deviation @ self._weight)
+
+    @classmethod
+    def fit(cls, examples: RankingExamples, penalty: float) -> LinearModel:
+        """The weights under which the softmax over a query's candidates holds most of the right ones (McFadden 1974).
+
+        `penalty` is the factor of the squared weights.
+        """
+        features = examples.features.astype(np.float64)
+        mean, deviation = features.mean(axis=0), features.std(axis=0) + 1e-9
+        features = (features - mean) / deviation
+        rows, queries = examples.rows, len(examples)
+        right = examples.right / np.bincount(rows, weights=examples.right, minlength=queries)[rows]
+
+        def loss(weight: np.ndarray) -> tuple[float, np.ndarray]:
+            shares = softmax_shares(rows, features @ weight)
+            value = -(right * np.log(shares + 1e-300)).sum() + penalty * (weight @ weight)
+            return value / queries, (features.T @ (shares - right) + 2 * penalty * weight) / queries
+
+        weight = minimize(loss, np.zeros(features.shape[1]), jac=True, method="L-BFGS-B").x
+        return cls(np.stack([mean, deviation, weight]))
+
+    def save(self, workspace: Workspace, folder: str, name: str) -> list[str]:
+        """Write the weights; the names of the files."""
+        workspace.write_array(f"{folder}/{name}.weights.npy", self._rows)
+        return [f"{name}.weights.npy"]
+
+    @classmethod
+    def load(cls, workspace: Workspace, folder: str, name: str) -> LinearModel:
+        """What `save` wrote."""
+        return cls(np.array(workspace.read_array(f"{folder}/{name}.weights.npy")))
+
+
+MODELS: dict[str, type[TreeModel] | type[LinearModel]] = {"trees": TreeModel, "linear": LinearModel}
+
+
+class Ranker:
+    """Orders candidates and says how likely each is right."""
+
+    def __init__(self, model: TreeModel | LinearModel, names: list[str], calibration: Calibration) -> None:
+        self.model, self.names, self.calibration = model, names, calibration
+
+    @property
+    def form(self) -> str:
+        """trees or linear."""
+        return self.model.form
+
+    @property
+    def importance(self) -> dict[str, float]:
+        """The features that count most for the order, the first at the front."""
+        pairs = zip(self.names, self.model.importance(), strict=True)
+        return dict(sorted(pairs, key=lambda pair: -pair[1]))
+
+    @classmethod
+    def fit(cls, examples: RankingExamples, names: list[str], settings: RankerSettings | None = None) -> Ranker:
+        """Learn from the queries that are not held out, and calibrate on those that are.
+
+        With fewer than 2,000 queries to learn from, which do not carry trees, linear models are tried beside them; the
+        model with the best NDCG@20 on the queries held out is kept [ours]. Raises `InputError` where there is nothing
+        to learn from or nothing to check on.
+        """
+        settings = settings or RankerSettings()
+        grown, checked = (examples.take(examples.found & part) for part in (~examples.held_out, examples.held_out))
+        if not len(grown) or not len(checked):
+            raise InputError(
+                f"a ranker learns from queries whose right song is a candidate; there are {len(grown)} to learn from "
+                f"and {len(checked)} to check on: give a split with more validation days"
+            )
+        models: list[TreeModel | LinearModel] = [TreeModel.fit(grown, checked, names, settings)]
+        if len(grown) < FEW_QUERIES:
+            models += [LinearModel.fit(grown, penalty) for penalty in PENALTIES]
+        best = max(models, key=lambda model: ndcg(checked.rows, model.scores(checked.features), checked.right))
+        held_out = examples.take(examples.held_out)
+        return cls(best, names, calibrate(held_out.rows, best.scores(held_out.features), held_out.right))
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """float32 (C,): higher is better; comparable within a query only."""
         if not len(features):
             return np.zeros(0, dtype=np.float32)
-        return np.asarray(self._booster.predict(np.ascontiguousarray(features), num_threads=1), dtype=np.float32)
+        return self.model.scores(features).astype(np.float32)
 
     def save(self, workspace: Workspace, folder: str, name: str) -> list[str]:
-        """Write LightGBM's text form and a JSON file; the names of the files."""
-        about = {"features": self.names, "calibration": asdict(self.calibration)}
-        workspace.write_bytes(f"{folder}/{name}.trees.txt", self._booster.model_to_string().encode())
+        """Write the model and a JSON file about it; the names of the files."""
+        about = {"form": self.form, "features": self.names, "calibration": asdict(self.calibration)}
         workspace.write_json(f"{folder}/{name}.json", about)
-        return [f"{name}.trees.txt", f"{name}.json"]
+        return [f"{name}.json", *self.model.save(workspace, folder, name)]
 
     @classmethod
     def load(cls, workspace: Workspace, folder: str, name: str) -> Ranker:
-        """What `save` wrote. Raises `DamagedArtifactError` where LightGBM cannot read it."""
+        """What `save` wrote. Raises `DamagedArtifactError` for trees that LightGBM cannot read."""
         about = workspace.read_json(f"{folder}/{name}.json")
-        text = workspace.read_bytes(f"{folder}/{name}.trees.txt").decode()
-        try:
-            booster = lightgbm.Booster(model_str=text)
-        except lightgbm.basic.LightGBMError as error:
-            raise DamagedArtifactError(
-                f"{folder}/{name}.trees.txt is no model that LightGBM reads; train the ranker again"
-            ) from error
         curve = about["calibration"]
         calibration = Calibration(
             sharpness=curve["sharpness"], shares=tuple(curve["shares"]), chances=tuple(curve["chances"])
         )
-        return cls(booster, list(about["features"]), calibration)
+        return cls(MODELS[about["form"]].load(workspace, folder, name), list(about["features"]), calibration)
+
+
+def ndcg(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> float:
+    """Mean NDCG@20 over queries, each of which has a right candidate; equal scores count against the right ones.
+
+    `rows`, int (C,), are the queries, `scores` float (C,), `right` bool (C,).
+    """
+    order = np.lexsort((right, -scores, rows))
+    place = places_in(rows[order])
+    gains = np.where(right[order] & (place < TOP), 1 / np.log2(place + 2), 0)
+    found = np.bincount(rows, weights=right).astype(int)
+    ideal = np.cumsum(1 / np.log2(np.arange(TOP) + 2))[np.minimum(found, TOP) - 1]
+    return float(np.mean(np.bincount(rows[order], weights=gains) / ideal))
 
 
 def softmax_shares(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -191,11 +313,11 @@ def softmax_shares(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return np.asarray(powers / np.repeat(np.add.reduceat(powers, first), counts))
 
 
-def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray, missed: float) -> Calibration:
+def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> Calibration:
     """The curve under which chances agree with how often candidates are right.
 
-    `rows`, int (C,), are the queries of the candidates, ascending, `scores` float (C,), `right` bool (C,); of
-    all queries the share `missed` has no right candidate and is not among them.
+    `rows`, int (C,), are the queries of the candidates, ascending, `scores` float (C,), `right` bool (C,). Queries
+    without a right candidate count as well.
     """
     factors = np.geomspace(0.25, 8, 41)
     losses = [-np.log(softmax_shares(rows, scores * factor)[right] + 1e-9).mean() for factor in factors]
@@ -211,8 +333,8 @@ def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray, missed: f
     middle = np.maximum.accumulate(middle[some] / count[some])
     heights = _rising(hits[some] / count[some], count[some])
     # A little of the share itself keeps the order where the curve is level, and beyond its last point.
-    heights = (1 - missed) * ((1 - SLOPE) * heights + SLOPE * middle)
-    top = heights[-1] + (1 - missed) * SLOPE * (1 - middle[-1])
+    heights = (1 - SLOPE) * heights + SLOPE * middle
+    top = heights[-1] + SLOPE * (1 - middle[-1])
     return Calibration(
         sharpness=sharpness, shares=(0.0, *middle.tolist(), 1.0), chances=(0.0, *heights.tolist(), float(top))
     )

@@ -73,7 +73,6 @@ def unpack_examples(data: bytes) -> dict[RankerKind, RankingExamples]:
             right=arrays[f"{kind}.right"],
             counts=arrays[f"{kind}.counts"],
             held_out=arrays[f"{kind}.held_out"],
-            missed=arrays[f"{kind}.missed"].item(),
         )
         for kind in KINDS
         if f"{kind}.right" in arrays

@@ -315,9 +315,8 @@ def examples_for(
     With `new_only` songs that the user has played are neither candidates nor right. The source must not have seen the
     answers.
     """
-    features, right, counts, kept, asked = [], [], [], [], 0
+    parts = [RankingExamples.none(len(source.sources.names))]
     for chunk, scored in source.batches(histories, queries):
-        size = len(scored.batch)
         candidates, batch = scored.candidates, scored.batch
         inside = (answer_rows >= chunk.start) & (answer_rows < chunk.stop) & (answer_songs < source.num_songs)
         keys = np.unique(batch.keys(answer_rows[inside] - chunk.start, answer_songs[inside].astype(np.int64)))
@@ -325,18 +324,18 @@ def examples_for(
         if new_only:
             allowed = batch.user_songs.find(candidates.keys) < 0
             keys = keys[batch.user_songs.find(keys) < 0]
-        asked += len(np.unique(keys // source.num_songs))
-        hit = np.isin(candidates.keys, keys, assume_unique=True)
-        queries_hit = np.bincount(candidates.rows, weights=hit & allowed, minlength=size) > 0
-        use = allowed & queries_hit[candidates.rows]
-        features.append(scored.features[use])
-        right.append(hit[use])
-        counts.append(np.bincount(candidates.rows[use], minlength=size)[queries_hit])
-        kept.append(held_out[chunk][queries_hit])
-    joined = RankingExamples(
-        features=np.concatenate(features) if features else np.zeros((0, len(source.sources.names)), np.float32),
-        right=np.concatenate([np.zeros(0, bool), *right]),
-        counts=np.concatenate([np.zeros(0, np.int64), *counts]),
-        held_out=np.concatenate([np.zeros(0, bool), *kept]),
-    )
-    return RankingExamples(**{**joined.__dict__, "missed": 1 - len(joined) / max(1, asked)})
+        hit = np.isin(candidates.keys, keys, assume_unique=True) & allowed
+        # Queries that teach nothing are left out, but for those held out that have an answer: chances count them.
+        asked = np.bincount(keys // source.num_songs, minlength=len(batch)) > 0
+        found = np.bincount(candidates.rows, weights=hit, minlength=len(batch)) > 0
+        used = found | (asked & held_out[chunk])
+        kept = allowed & used[candidates.rows]
+        parts.append(
+            RankingExamples(
+                features=scored.features[kept],
+                right=hit[kept],
+                counts=np.bincount(candidates.rows[kept], minlength=len(batch))[used],
+                held_out=held_out[chunk][used],
+            )
+        )
+    return RankingExamples.joined(parts)

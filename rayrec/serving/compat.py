@@ -32,7 +32,7 @@ for argument in "$@"; do
     -e 's|^([[:space:]]*http-request return) status 404 .*|\\1 status 503 errorfile {away}|' "$argument"
   seen="$argument"
 done
-# Where whoever started it is killed, HAProxy ends as well, and with it the open port.
+# HAProxy and its open port end with the process that started it.
 command -v setpriv > /dev/null && exec setpriv --pdeathsig TERM {binary} "$@"
 exec {binary} "$@"
 """

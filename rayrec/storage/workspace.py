@@ -281,7 +281,7 @@ class Workspace:
         """The file under a local path, for libraries that read nothing else; on a bucket the one copy of this node."""
         info = self.filesystem.get_file_info(self.full(path))
         if info.type != pafs.FileType.File:
-            raise NotFoundError(f"{path} is not in workspace {self.uri}")
+            raise NotFoundError(f"{path} not found in workspace {self.uri}")
         return Path(info.path) if self.is_local else cached(self.filesystem, info, sha256)
 
     def put_file(self, local: Path, path: str) -> str:

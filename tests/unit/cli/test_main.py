@@ -37,7 +37,7 @@ def filled(tmp_path: Path) -> str:
     write_manifest(
         workspace,
         DatasetManifest(
-            id="d1", source="csv", buckets=1, parts=1, users=1, plays=2, songs=2, last_play=10 * 86_400_000
+            id="d1", source="csv", buckets=0, parts=1, users=1, plays=2, songs=2, last_play=10 * 86_400_000
         ),
     )
     return workspace.uri
@@ -146,7 +146,7 @@ def test_our_bugs_are_one_line_and_a_traceback_only_when_asked_for(
         (LeakError("a fit was handed\n3 plays"), ("leak", "a fit was handed 3 plays", "", 1)),
         (DamagedInputError("x.gz is cut; a; fetch it"), ("damaged_input", "x.gz is cut; a", "fetch it", 2)),
         (ZeroDivisionError("oh"), ("internal", "ZeroDivisionError: oh", "run again with --debug for the traceback", 1)),
-        (KeyboardInterrupt(), ("interrupted", "interrupted", "", 130)),
+        (KeyboardInterrupt(), ("interrupted", "Interrupted", "", 130)),
     ],
 )
 @pytest.mark.parametrize("place", ["before", "after"])
@@ -160,7 +160,7 @@ def test_an_error_with_json_is_one_object_on_stdout_and_one_line_on_stderr(
     def fail(workspace: Workspace) -> None:
         raise raised
 
-    monkeypatch.setattr("rayrec_cli.ask_commands.look", fail)
+    monkeypatch.setattr("rayrec_cli.workspace_commands.look", fail)
     kind, message, hint, code = error
     assert main(["--json", "status"] if place == "before" else ["status", "--json"]) == code
     told = capsys.readouterr()

@@ -114,7 +114,7 @@ def test_a_split_is_stored_and_found_again(workspace: Workspace) -> None:
     split = make_split(SplitConfig(held_out_users=0.1, seed=4), dataset="d", first_play=0, last_play=10**11)
     save_split(workspace, split)
     assert load_split(workspace, split.id) == split
-    with pytest.raises(NotFoundError, match=r"'other' is not .*rayrec split"):
+    with pytest.raises(NotFoundError, match=r"'other' not found .*rayrec split"):
         load_split(workspace, "other")
 
 

@@ -17,7 +17,7 @@ def put_dataset(workspace: Workspace, dataset_id: str, times: Times = "real") ->
         DatasetManifest(
             id=dataset_id,
             source="csv",
-            buckets=1,
+            buckets=0,
             parts=1,
             users=1,
             plays=1,

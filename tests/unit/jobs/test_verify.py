@@ -132,7 +132,7 @@ def test_a_sound_workspace_has_neither_problems_nor_notes(tmp_path: Path, kind: 
 @pytest.mark.parametrize("damage", ["changed", "gone"])
 def test_a_byte_changed_or_a_file_gone_is_named_whatever_the_file(sound: Workspace, damage: str) -> None:
     for path in sound.files(""):
-        if path == "releases/active":
+        if path in ("releases/active", "current.json"):
             continue
         before = sound.read_bytes(path)
         if damage == "changed":
@@ -241,8 +241,8 @@ def leave_a_stray_file(workspace: Workspace) -> None:
         (index_other_vectors, "indexes/i/index.faiss differs from models/m/song_vectors.npy"),
         (move_a_user, "bucket=00001 user"),
         (repeat_a_user, "bucket=00000 a user occurs twice"),
-        (disorder_plays, "bucket=00000 plays are not in the order of time"),
-        (say_other_plays, "dataset/dataset.json says plays 12, the histories hold"),
+        (disorder_plays, "bucket=00000 plays are not sorted by time"),
+        (say_other_plays, "dataset/dataset.json has plays 12, the histories hold"),
         (describe_a_song_twice, "descriptions.parquet a song is described twice"),
         (leave_a_stray_file, "models/m/forgotten.npy is listed in no manifest"),
     ],

@@ -87,7 +87,7 @@ def test_songs_are_taken_as_played_three_minutes_apart_until_now(dataset: Datase
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"user": "bob"}, "user 'bob'"),
+        ({"user": "bob"}, "User 'bob' not found"),
         ({"songs": ["s1", "x9"]}, "x9"),
         ({"songs": []}, "no songs"),
         ({}, "one of them"),

@@ -82,7 +82,7 @@ def test_unknown_names_and_missing_vectors_are_refused(workspace: Workspace) -> 
     dataset = write_dataset(workspace, random_histories(10, 6), 6)
     with pytest.raises(InputError, match="no baseline 'popular'; there are: popularity"):
         fit_baselines(["popular"], dataset, None, FitRange())
-    with pytest.raises(InputError, match="item-knn works on song vectors"):
+    with pytest.raises(InputError, match="item-knn requires song embeddings"):
         fit_baselines(["item-knn"], dataset, None, FitRange())
     assert needs_vectors(["popularity", "average-0.9"])
     assert needs_vectors(["weighted-long"])

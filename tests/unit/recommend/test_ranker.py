@@ -1,19 +1,20 @@
 """The ranker learns a planted order, and its chances agree with how often it is right."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rayrec.errors import DamagedArtifactError, InputError
-from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, softmax_shares
+from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, ndcg, softmax_shares
 from rayrec.storage.workspace import Workspace
 
 CANDIDATES = 20
 NAMES = ["planted", "noise", "of_query"]
 
 
-def _examples(queries: int, seed: int = 0, missed: float = 0.0) -> RankingExamples:
+def _examples(queries: int, seed: int = 0) -> RankingExamples:
     """One right candidate a query, drawn by a softmax over the planted feature."""
     random = np.random.default_rng(seed)
     planted = random.normal(size=(queries, CANDIDATES)) * 2
@@ -28,7 +29,6 @@ def _examples(queries: int, seed: int = 0, missed: float = 0.0) -> RankingExampl
         right=right.ravel(),
         counts=np.full(queries, CANDIDATES),
         held_out=np.arange(queries) % 5 == 0,
-        missed=missed,
     )
 
 
@@ -63,12 +63,16 @@ def test_chances_agree_with_how_often_candidates_are_right(ranker: Ranker) -> No
     assert chances.max() <= 1
 
 
-def test_chances_hold_what_no_candidate_can_be_right_about() -> None:
-    always, half = (Ranker.fit(_examples(600, missed=missed), NAMES, RankerSettings(trees=20)) for missed in (0, 0.5))
-    other = _examples(100, seed=3)
-    rows = np.repeat(np.arange(len(other)), other.counts)
-    of_all = always.calibration(rows, always.scores(other.features))
-    np.testing.assert_allclose(half.calibration(rows, half.scores(other.features)), of_all / 2, rtol=1e-5)
+def test_chances_count_queries_without_a_right_candidate() -> None:
+    examples, other = _examples(600), _examples(100, seed=3)
+    never = _examples(120, seed=4)
+    never = replace(never, right=np.zeros_like(never.right), held_out=np.ones(len(never), dtype=bool))
+    always, half = (
+        Ranker.fit(part, NAMES, RankerSettings(trees=20))
+        for part in (examples, RankingExamples.joined([examples, never]))  # as many held out as have an answer
+    )
+    of_all, of_half = (ranker.calibration(other.rows, ranker.scores(other.features)) for ranker in (always, half))
+    assert of_half.sum() / of_all.sum() == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_chance_rises_wherever_the_score_does(ranker: Ranker) -> None:
@@ -110,3 +114,40 @@ def test_softmax_shares_add_up_to_one_within_each_query() -> None:
     rows = np.array([0, 0, 2, 2, 2])
     shares = softmax_shares(rows, np.array([900.0, 900.0, 0.0, 0.0, np.log(2)]))
     np.testing.assert_allclose(shares, [0.5, 0.5, 0.25, 0.25, 0.5])
+
+
+def _many_weak(queries: int, seed: int) -> RankingExamples:
+    """Ten features that each say a little of what is right: a sum finds it from few queries, trees do not."""
+    random = np.random.default_rng(seed)
+    features = random.normal(size=(queries, CANDIDATES, 10))
+    score = 0.8 * features.sum(axis=2)
+    right = np.zeros((queries, CANDIDATES), dtype=bool)
+    right[np.arange(queries), score.argmax(axis=1)] = True
+    return RankingExamples(
+        features=features.reshape(-1, 10).astype(np.float32),
+        right=right.ravel(),
+        counts=np.full(queries, CANDIDATES),
+        held_out=np.arange(queries) % 4 == 0,
+    )
+
+
+def test_few_queries_get_the_weighted_sum_that_trees_cannot_learn_from_them(tmp_path: Path) -> None:
+    names = [f"weak-{number}" for number in range(10)]
+    ranker = Ranker.fit(_many_weak(120, seed=0), names, RankerSettings(min_leaf=20))
+    assert ranker.form == "linear"
+    other = _many_weak(200, seed=1)
+    scores = ranker.scores(other.features).reshape(-1, CANDIDATES)
+    assert (scores.argmax(axis=1) == other.right.reshape(-1, CANDIDATES).argmax(axis=1)).mean() > 0.8
+    workspace = Workspace(tmp_path)
+    names_of_files = ranker.save(workspace, "rankers/one", "long")
+    assert names_of_files == ["long.json", "long.weights.npy"]
+    loaded = Ranker.load(workspace, "rankers/one", "long")
+    np.testing.assert_array_equal(loaded.scores(other.features), ranker.scores(other.features))
+    assert loaded.form == "linear"
+
+
+def test_ndcg_is_one_for_a_perfect_order_and_counts_ties_against() -> None:
+    rows, right = np.array([0, 0, 0, 1, 1]), np.array([True, False, True, False, True])
+    assert ndcg(rows, np.array([3.0, 1.0, 2.0, 0.0, 1.0]), right) == 1
+    tied = ndcg(np.array([0, 0]), np.array([1.0, 1.0]), np.array([True, False]))
+    assert tied == pytest.approx(1 / np.log2(3))

@@ -15,9 +15,11 @@ from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets
 from rayrec.recommend.base import NO_SONG
 from rayrec.recommend.filters import Limits, without_heard
+from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.ranker import Ranker, RankerSettings
 from rayrec.recommend.reasons import reasons
 from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrievers import COUNTS
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import CandidateSource, RankerKind, TwoStepRecommender, examples_for
 from rayrec.recommend.vstan import VstanRecommender
@@ -195,8 +197,10 @@ def test_no_array_as_long_as_the_catalog_is_made_for_a_query(recommender: TwoSte
     songs = 400_000
     artists = np.arange(songs) % 1_000
     past = random_histories(200, songs, seed=1)
+    network = _network(songs)
+    network.index = SongIndex.build(network.song_vectors, IndexConfig(kind="flat"))
     source = CandidateSource(
-        _network(songs), Retrieval.fit([past], num_songs=songs, artist_of_song=artists, album_of_song=artists)
+        network, Retrieval.fit([past], num_songs=songs, artist_of_song=artists, album_of_song=artists)
     )
     examples = examples_for(
         source,
@@ -229,15 +233,27 @@ def test_the_reasons_of_a_song_are_those_of_its_features(recommender: TwoStepRec
     assert reasons(unknown, None)
 
 
-def test_examples_hold_only_queries_whose_song_is_a_candidate(recommender: TwoStepRecommender) -> None:
+def test_examples_leave_out_queries_that_teach_nothing_unless_they_are_held_out(
+    recommender: TwoStepRecommender,
+) -> None:
+    histories = _cycling(50, 7)
+    queries, targets = _last_plays(histories)
+    rows = np.arange(len(queries))
+    source = CandidateSource(recommender.source.network, recommender.source.retrieval, counts=dict.fromkeys(COUNTS, 2))
+    grown = examples_for(source, histories, queries, rows, targets, held_out=np.zeros(len(rows), dtype=bool))
+    assert grown.found.all()
+    assert len(grown) < len(queries)
+    checked = examples_for(source, histories, queries, rows, targets, held_out=np.ones(len(rows), dtype=bool))
+    assert len(checked) == len(queries)
+    assert checked.found.sum() == len(grown)
+
+
+def test_examples_of_new_songs_hold_none_that_were_heard(recommender: TwoStepRecommender) -> None:
     histories = _cycling(50, 7)
     queries, targets = _last_plays(histories)
     held_out = np.zeros(len(queries), dtype=bool)
-    rows = np.arange(len(queries))
-    examples = examples_for(recommender.source, histories, queries, rows, targets, held_out=held_out)
-    right = np.add.reduceat(examples.right, np.cumsum(examples.counts) - examples.counts)
-    assert (right == 1).all()
-    assert examples.missed == pytest.approx(1 - len(examples) / len(queries))
-    new = examples_for(recommender.source, histories, queries, rows, targets, held_out=held_out, new_only=True)
-    assert len(new) < len(examples)
+    new = examples_for(
+        recommender.source, histories, queries, np.arange(len(queries)), targets, held_out=held_out, new_only=True
+    )
+    assert 0 < len(new) < len(queries)
     assert not new.features[:, recommender.source.sources.names.index("user_plays")].any()
