@@ -46,8 +46,8 @@ def by_model(world: Workspace) -> dict[str, str]:
 
 
 def expected(world: Workspace, model: str) -> list[str]:
-    """What the pair of a model and its index answers; by either of another release it would be other songs."""
-    recommender = load_recommender(world, Dataset(world), {"models": model, "indexes": f"index{model[-1]}"})
+    """What a release answers with its retrieval and rankers; by those of another release it would be other songs."""
+    recommender = load_recommender(world, Dataset(world), releases.default_parts(world, model))
     history = history_of_songs(Dataset(world).catalog(), BODY["history"], AT)  # type: ignore[arg-type]
     rows, _ = recommender.recommend_one(history, AT, 20, horizon="long")
     return [f"song-{row}" for row in rows]

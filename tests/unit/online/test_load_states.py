@@ -79,7 +79,7 @@ def test_every_user_is_loaded_with_state_and_plays(world: Workspace, store: Stat
         np.testing.assert_array_equal(plays.played_at, history.played_at)
         assert state.current("model1") is not None
         assert (state.plays, state.last_played_at) == (history.num_plays, history.played_at[-1])
-    recommender = load_recommender(world, Dataset(world), model_id="model1", index_id="index1")
+    recommender = load_recommender(world, Dataset(world), releases.default_parts(world, "model1"))
     with service(world, store=uri) as opened:
         app = Client(opened)
         for history in users[:5]:
@@ -134,7 +134,7 @@ def test_plays_newer_than_the_batch_stay_and_states_go_on_from_it(
         [[*histories[0].songs, *[turn % NUM_SONGS for turn in range(150)]]],
         [[*histories[0].played_at, *[AT + turn for turn in range(150)]]],
     )
-    recommender = load_recommender(world, Dataset(world), model_id="model2", index_id="index2")
+    recommender = load_recommender(world, Dataset(world), releases.default_parts(world, "model2"))
     state, log = read(store, ann)
     assert list(state.models) == ["model1", "model2"]
     np.testing.assert_array_equal(log.songs, whole.songs[: len(log)])
@@ -189,7 +189,7 @@ def test_states_of_two_releases_stand_side_by_side(world: Workspace, store: Stat
     for turn, number in enumerate(("1", "2", "1")):
         if turn:
             releases.activate_release(world, second.id if number == "2" else releases.read_active(world)["history"][0])
-        recommender = load_recommender(world, Dataset(world), model_id=f"model{number}", index_id=f"index{number}")
+        recommender = load_recommender(world, Dataset(world), releases.default_parts(world, f"model{number}"))
         with service(world, store=uri) as opened:
             if not turn:
                 assert Client(opened).post("/v1/plays", {"plays": sent}).json()["taken"] == 150
@@ -207,7 +207,7 @@ def test_other_plays_of_the_same_time_give_way_to_the_batchs(world: Workspace, s
         app.post("/v1/plays", {"plays": [*early, play(user, AT, song=4)]})
         loaded = load_states(Dataset(world), store, live(world))
         assert (loaded.renewed, loaded.merged, loaded.kept_plays) == (1, 1, 1)
-        recommender = load_recommender(world, Dataset(world), model_id="model1", index_id="index1")
+        recommender = load_recommender(world, Dataset(world), releases.default_parts(world, "model1"))
         whole = Histories.from_lists([[*history.songs, 4]], [[*history.played_at, AT]])
         songs, _ = recommender.recommend_one(whole, AT + 5, 8)
         assert answer(app, user, AT + 5) == [f"song-{song}" for song in songs]

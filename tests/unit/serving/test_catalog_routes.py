@@ -33,6 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         columns.SONG_ID: [f"song-{row}" for row in range(NUM_SONGS)],
         columns.TITLE: pa.nulls(NUM_SONGS, pa.string()),
         columns.ARTIST: pa.nulls(NUM_SONGS, pa.string()),
+        columns.ALBUM: pa.nulls(NUM_SONGS, pa.string()),
         columns.RELEASED: [date.fromordinal(first + row) for row in range(NUM_SONGS)],
         columns.MARKETS: [["SE"] if row % 3 == 0 else ["DE"] for row in range(NUM_SONGS)],
     }
@@ -49,8 +50,7 @@ def app(world: Workspace) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def network(world: Workspace) -> TasteRecommender:
-    parts = releases.default_parts(world)
-    made = load_recommender(world, Dataset(world), {"models": parts["models"], "indexes": parts["indexes"]})
+    made = load_recommender(world, Dataset(world), releases.default_parts(world))
     assert isinstance(made, TasteRecommender)
     return made
 

@@ -12,6 +12,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Questions
 from rayrec.recommend.answer import history_of_songs, load_recommender
 from rayrec.recommend.base import Recommender
+from rayrec.recommend.choosing import network_of
 from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K
 from rayrec.serving.service import Service
 from rayrec.storage import releases
@@ -41,8 +42,7 @@ def app(opened: Service) -> Client:
 
 @pytest.fixture(scope="module")
 def recommender(world: Workspace) -> Recommender:
-    parts = releases.default_parts(world)
-    return load_recommender(world, Dataset(world), {"models": parts["models"], "indexes": parts["indexes"]})
+    return load_recommender(world, Dataset(world), releases.default_parts(world))
 
 
 def ids(answer: dict[str, Any]) -> list[str]:
@@ -142,14 +142,14 @@ def test_the_batch_form_answers_as_single_calls_do(app: Client) -> None:
     assert answer["answers"][:4] == answer["answers"][44:]
 
 
-def test_tastes_are_the_vectors_of_the_network(app: Client, world: Workspace, recommender: Any) -> None:
+def test_tastes_are_the_vectors_of_the_network(app: Client, world: Workspace, recommender: Recommender) -> None:
     history = history_of_songs(Dataset(world).catalog(), SONGS, AT)
     users = [{"history": SONGS, "at": AT}, {"history": ["nobody"], "at": AT}]
     answer = app.post("/v1/tastes", {"users": users}).json()
     assert answer["dim"] == 8
     assert [taste["unknown_songs"] for taste in answer["tastes"]] == [0, 1]
     for horizon in ("short", "long"):
-        expected = recommender.network.vectors(history, Questions.at_end(history, AT), horizon)[0]
+        expected = network_of(recommender).vectors(history, Questions.at_end(history, AT), horizon)[0]
         np.testing.assert_allclose(answer["tastes"][0][horizon], expected, rtol=1e-5)
 
 

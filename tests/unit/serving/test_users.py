@@ -42,8 +42,7 @@ def app(world: Workspace, uri: str) -> Iterator[Client]:
 
 
 def recommender(world: Workspace, model: str = "model1") -> Recommender:
-    index = model.replace("model", "index")
-    return load_recommender(world, Dataset(world), {"models": model, "indexes": index})
+    return load_recommender(world, Dataset(world), releases.default_parts(world, model))
 
 
 def encoder(world: Workspace, model: str = "model1") -> TasteEncoder:
@@ -139,7 +138,7 @@ def test_the_online_state_is_what_the_batch_job_computes_over_the_same_plays(app
 def test_a_stored_user_is_recommended_what_the_whole_history_is(
     app: Client, world: Workspace, horizon: Any, exclude_heard: bool
 ) -> None:
-    """By the hybrid, whose memory looks at the songs played; more plays than the window holds."""
+    """By retrieval and rankers, which look at the songs played; more plays than the window holds."""
     events = events_of("ann", 200, seed=4)
     send(app, *events)
     at = events[-1]["played_at"] + MINUTE
@@ -284,7 +283,8 @@ PLAY = {"event_id": "e", "user_id": "ann", "song_id": "song-1"}
         ({**PLAY, "contexts": ["x"] * 32}, "contexts"),
         ({**PLAY, "played_at": -1}, "played_at"),
         ({**PLAY, "played_at": "yesterday"}, "played_at"),
-        ({**PLAY, "played_at": "2999-01-01T00:00:00Z"}, "over a day from now"),
+        ({**PLAY, "played_at": "2099-01-01T00:00:00Z"}, "over a day from now"),
+        ({**PLAY, "played_at": "2999-01-01T00:00:00Z"}, "not between 1970 and 2100"),
         ({**PLAY, "more": 1}, "more"),
         ({"plays": []}, "plays"),
         ({"plays": [PLAY] * (MAX_PLAYS + 1)}, "plays"),
