@@ -21,7 +21,7 @@ TINY: dict[str, dict[str, Any]] = {
     "train": {"hidden_dim": 8, "epochs": 1, "negatives": 16, "workers": 0},
     "evaluate": {"bootstrap_samples": 20, "max_curve_users": 20, "models": ["taste", "popularity"]},
 }
-STAGES = ["generate", "split", "embed", "train", "taste", "index", "evaluate", "release"]
+STAGES = ["generate", "split", "embed", "train", "retrieval", "rank", "taste", "index", "evaluate", "release"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_changed_setting_repeats_its_stage_and_what_follows(tmp_path: Path, cl
     run(workspace, TINY)
     again = run(workspace, {**TINY, "train": {**TINY["train"], "hidden_dim": 4}})
     done = [outcome.stage for outcome in again if outcome.status == "done"]
-    assert done == ["train", "taste", "index", "evaluate", "release"]
+    assert done == ["train", "rank", "taste", "index", "evaluate", "release"]
     assert len(releases.list_releases(workspace)) == 2
     forced = run(workspace, TINY, force=True)
     assert statuses(forced) == dict.fromkeys(STAGES, "done")
@@ -80,7 +80,7 @@ def test_files_that_changed_are_imported_anew_and_other_data_never_replaced(tmp_
     file.write_text("\n".join(lines))
     workspace = Workspace(tmp_path / "workspace")
     first = run(workspace, file)
-    assert [outcome.stage for outcome in first] == ["import", "embed", "train", "taste", "index", "release"]
+    assert [outcome.stage for outcome in first] == ["import", "embed", "train", "retrieval", "taste", "index", "release"]
     assert first[0].figures == {"plays": 600, "users": 30, "songs": 5, "rejected": 0}
     plays.write_text(plays.read_text() + "\nu99,s1,1400000000\nu99,s2,1400000300")
     second = run(workspace, file)
