@@ -19,7 +19,7 @@ from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
 from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.selection import make_selection
 from rayrec.storage.artifacts import Manifest, load, newest, noun
-from rayrec.storage.releases import default_parts
+from rayrec.storage.releases import parts_of
 from rayrec.storage.workspace import Workspace
 
 TWO_STEP, TASTE, TASTE_SHORT = "two-step", "taste", "taste-short"
@@ -69,7 +69,7 @@ def choose(
     if config.models is None or set(NETWORKS) & set(named):
         model = load(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
         inputs["models"] = model.id
-        parts = default_parts(workspace, model.id)
+        parts = parts_of(workspace, model)
         default = TWO_STEP if "rankers" in parts else TASTE
         if TWO_STEP in named and default != TWO_STEP:
             raise InputError(f"model {model.id} has no rankers; run `rayrec retrieval` and `rayrec rank` first")
@@ -174,7 +174,7 @@ def _networks(workspace: Workspace, dataset: Dataset, model: Manifest) -> dict[s
     from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once needed
     from rayrec.recommend.two_step import TwoStepRecommender
 
-    parts = default_parts(workspace, model.id)
+    parts = parts_of(workspace, model)
     loaded = load_recommender(workspace, dataset, {role: id for role, id in parts.items() if role != "indexes"})
     network = loaded.source.network if isinstance(loaded, TwoStepRecommender) else loaded
     assert isinstance(network, TasteRecommender)

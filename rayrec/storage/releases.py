@@ -211,6 +211,11 @@ def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str
         model = artifacts.newest(workspace, "models", "train")
     else:
         model = artifacts.load(workspace, "models", model_id)
+    return parts_of(workspace, model)
+
+
+def parts_of(workspace: Workspace, model: Manifest) -> dict[str, str]:
+    """Role -> id of a model and what was made with it: the current parts, else the last, whatever release is live."""
     found = {**model.inputs, "models": model.id}
     for kind in ("tastes", "indexes", "rankers"):
         part = _last_of(workspace, kind, model)

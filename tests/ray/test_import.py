@@ -269,7 +269,7 @@ def test_plays_and_playlists_share_one_vocabulary_in_either_order(
     for path, digest in second.files.items():
         assert sha256(workspace, f"dataset/{path}") == digest
     with pytest.raises(InputError, match="already"):
-        import_data(workspace, replace(order[1], min_song_plays=2))
+        import_data(workspace, order[1].replace(min_song_plays=2))
     assert import_data(workspace, order[0]) == second
 
 

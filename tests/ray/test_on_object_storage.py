@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,7 +114,7 @@ def test_an_append_killed_with_its_lock_in_hand_is_refused_until_it_is_unlocked_
     made = append_plays(workspace, more)
     assert locking.lock_holder(workspace) is None
     together = Workspace(tmp_path / "together")
-    import_data(together, replace(more, paths=(str(tmp_path / "base"), *more.paths)))
+    import_data(together, more.replace(paths=(str(tmp_path / "base"), *more.paths)))
     assert content(workspace) == content(together)
     assert made.dataset.parts == base.parts + 1
     audit = verify_workspace(workspace)

@@ -10,7 +10,7 @@ from rayrec.errors import InputError, MismatchError
 from rayrec.jobs import demo as demo_module
 from rayrec.jobs.demo import demo
 from rayrec.jobs.pipeline import Outcome, run
-from rayrec.storage import releases
+from rayrec.storage import artifacts, releases
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
@@ -21,7 +21,7 @@ TINY: dict[str, dict[str, Any]] = {
     "train": {"hidden_dim": 8, "epochs": 1, "negatives": 16, "workers": 0},
     "evaluate": {"bootstrap_samples": 20, "max_curve_users": 20, "models": ["taste", "popularity"]},
 }
-STAGES = ["generate", "split", "embed", "train", "taste", "index", "evaluate", "release"]
+STAGES = ["generate", "split", "embed", "train", "retrieval", "rank", "taste", "index", "evaluate", "release"]
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +60,15 @@ def test_a_second_run_skips_everything_and_says_so(made: tuple[Workspace, list[O
 def test_a_changed_setting_repeats_its_stage_and_what_follows(tmp_path: Path, cluster: None) -> None:
     workspace = Workspace(tmp_path / "workspace")
     run(workspace, TINY)
+    ranked = run(workspace, {**TINY, "rank": {"trees": 3}})
+    assert [outcome.stage for outcome in ranked if outcome.status == "done"] == ["rank", "evaluate", "release"]
+    ids = {outcome.stage: outcome.id for outcome in ranked}
+    report = artifacts.load(workspace, "reports", ids["evaluate"])
+    assert report.inputs["rankers"] == ids["rank"]  # and not those of the release that was live
     again = run(workspace, {**TINY, "train": {**TINY["train"], "hidden_dim": 4}})
     done = [outcome.stage for outcome in again if outcome.status == "done"]
-    assert done == ["train", "taste", "index", "evaluate", "release"]
-    assert len(releases.list_releases(workspace)) == 2
+    assert done == ["train", "rank", "taste", "index", "evaluate", "release"]
+    assert len(releases.list_releases(workspace)) == 3
     forced = run(workspace, TINY, force=True)
     assert statuses(forced) == dict.fromkeys(STAGES, "done")
 
@@ -80,7 +85,8 @@ def test_files_that_changed_are_imported_anew_and_other_data_never_replaced(tmp_
     file.write_text("\n".join(lines))
     workspace = Workspace(tmp_path / "workspace")
     first = run(workspace, file)
-    assert [outcome.stage for outcome in first] == ["import", "embed", "train", "taste", "index", "release"]
+    stages = ["import", "embed", "train", "retrieval", "taste", "index", "release"]  # no split: no rank
+    assert [outcome.stage for outcome in first] == stages
     assert first[0].figures == {"plays": 600, "users": 30, "songs": 5, "rejected": 0}
     plays.write_text(plays.read_text() + "\nu99,s1,1400000000\nu99,s2,1400000300")
     second = run(workspace, file)
