@@ -140,7 +140,10 @@ class StepMaker:
         songs = np.take_along_axis(songs_BL, np.where(there, target, 0).reshape(rows, -1), axis=1)
         songs, there = songs.reshape(rows * longest, draws), there.reshape(rows * longest, draws)
         positions = np.flatnonzero(there.any(axis=1))
-        return positions, np.where(there, songs, songs_BL[0, 0])[positions], there[positions]
+        songs, there = songs[positions], there[positions]
+        # A song that is looked up is moved on by its momentum: what is not there names a target of its own position.
+        first = np.take_along_axis(songs, there.argmax(axis=1)[:, None], axis=1)
+        return positions, np.where(there, songs, first), there
 
     def _as_targets(
         self,

@@ -122,7 +122,13 @@ def test_a_killed_job_is_resumed_with_as_many_or_other_workers(
         shutil.copytree(tmp_path / "log", log)
         workspace = Workspace(folder)
         witness.watch(monkeypatch, log)
-        made = train(workspace, CONFIG.replace(workers=workers), split=only_split(workspace), resume=True, repeat=True)
+        made = train(
+            workspace,
+            CONFIG.replace(workers=workers),
+            split=only_split(workspace),
+            unfinished="resume",
+            repeat=True,
+        )
         seen = read_log(log)
         check_seen(world, seen, ("selection", 1, 5))
         assert seen.workers[("selection", 0, 0)] == {1}

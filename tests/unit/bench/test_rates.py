@@ -70,5 +70,5 @@ def test_a_file_of_something_else_is_never_overwritten(tmp_path: Path, text: str
 
 
 def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no folder .*absent"):
+    with pytest.raises(InputError, match=r"cannot be written: folder .*absent does not exist"):
         check_rates_file(tmp_path / "absent" / "rates.json")

@@ -226,3 +226,8 @@ def test_padding_looks_up_no_song(histories: Histories) -> None:
         [windows.plays.songs[a : a + n] for a, n in zip(windows.plays.offsets, windows.inputs, strict=False)]
     )
     assert set(step.songs["inputs.weight"].tolist()) == set(inputs.tolist())
+    outputs = step.songs["songs.weight"]
+    named = [outputs[targets.places_PT[targets.there_PT]] for targets in step.targets.values()]
+    named += [outputs[negatives.places_K] for negatives in step.negatives.values()]
+    assert not step.targets["long"].there_PT.all()  # a draw that is missing names no song of its own
+    assert set(outputs.tolist()) == set(torch.cat(named).tolist())
