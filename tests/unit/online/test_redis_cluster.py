@@ -97,7 +97,7 @@ def read_again(store: StateStore) -> list[Any]:
     raise AssertionError("the store did not come back")
 
 
-def test_users_spread_over_nodes_survive_a_resharding_and_a_failover(nodes: list[RedisServer]) -> None:
+def test_users_spread_over_nodes_survive_a_resharding(nodes: list[RedisServer]) -> None:
     store = open_store(nodes[1].uri, "n")
     assert isinstance(store, RedisStore)
     versions = dict.fromkeys(USERS, NOT_THERE)
@@ -116,14 +116,8 @@ def test_users_spread_over_nodes_survive_a_resharding_and_a_failover(nodes: list
         turns += 1
     moving.join()
 
-    command("-p", str(nodes[3].port), "cluster", "failover")  # waits until the replica has every write
-    until(lambda: "role:master" in command("-p", str(nodes[3].port), "info", "replication"), "no failover")
-    nodes[0].kill()
-    for _ in range(3):
-        write_once(store, versions)
-
     (count,) = set(versions.values())
-    assert count == 3 + turns + 3
+    assert count == 3 + turns
     for whole in store.read(USERS):
         assert whole is not None
         assert [int(piece) for piece in whole.log] == list(range(1, count + 1))
