@@ -16,12 +16,16 @@ from rayrec.jobs.build_index import build_index
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.generate import generate
+from rayrec.jobs.rank import fit_rankers
+from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
 from rayrec.recommend.index import IndexConfig
+from rayrec.recommend.ranker_config import RankConfig
+from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
 from rayrec.storage.releases import create_release, default_parts
 
 workspace = Workspace(sys.argv[1] if len(sys.argv) > 1 else "./workspace-notebook")
@@ -45,10 +49,14 @@ settings = TrainConfig(hidden_dim=32, negatives=64, batch=16, learning_rate=0.01
 model = train(workspace, settings, songs_id=songs.id, split=split)
 print(f"validation recall@20 {model.metrics['validation_recall@20']:.3f} after {model.metrics['epochs']} epochs")
 
+# %% Retrieval proposes candidates, and rankers order them
+retrieval = fit_retrieval(workspace, RetrievalConfig(), split=split)
+rankers = fit_rankers(workspace, RankConfig(), model_id=model.id, retrieval_id=retrieval.id)
+
 # %% What it is worth: the next play of the last days, over the full catalog, beside baselines
 report = evaluate(
     workspace,
-    EvaluateConfig(models=("hybrid", "taste", "sequential-rules", "popularity"), ks=(10, 20), bootstrap_samples=100),
+    EvaluateConfig(models=("two-step", "taste", "sequential-rules", "popularity"), ks=(10, 20), bootstrap_samples=100),
     split=split,
     model_id=model.id,
 )
@@ -59,7 +67,7 @@ for row in read_figures(workspace, report)["results"]:
 # %% Tastes of all users and an index make it a release
 tastes = compute_tastes(workspace, TasteConfig(), model_id=model.id)
 index = build_index(workspace, IndexConfig(), model_id=model.id)
-release = create_release(workspace, model_id=model.id, tastes_id=tastes.id, index_id=index.id)
+release = create_release(workspace, model_id=model.id, tastes_id=tastes.id, index_id=index.id, rankers_id=rankers.id)
 print(f"release {release.id} is live")
 
 # %% Recommendations for one listener, a moment after the last play
