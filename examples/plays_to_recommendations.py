@@ -49,16 +49,9 @@ settings = TrainConfig(hidden_dim=32, negatives=64, batch=16, learning_rate=0.01
 model = train(workspace, settings, songs_id=songs.id, split=split)
 print(f"validation recall@20 {model.metrics['validation_recall@20']:.3f} after {model.metrics['epochs']} epochs")
 
-<<<<<<< HEAD
-# %% Retrievers propose candidates, and rankers, learned on the validation range, order them
-retrieval = fit_retrieval(workspace, RetrievalConfig(), split=split)
-rankers = fit_rankers(workspace, RankConfig(), model_id=model.id, retrieval_id=retrieval.id)
-print(f"next play: {rankers.metrics['next']['trees']} trees, first {rankers.metrics['next']['first_features'][0]}")
-=======
 # %% Retrieval proposes candidates, and rankers order them
 retrieval = fit_retrieval(workspace, RetrievalConfig(), split=split)
 rankers = fit_rankers(workspace, RankConfig(), model_id=model.id, retrieval_id=retrieval.id)
->>>>>>> h/fixtrain
 
 # %% What it is worth: the next play of the last days, over the full catalog, beside baselines
 report = evaluate(
