@@ -37,7 +37,9 @@ class Settings(BaseModel):
 
     def replace(self: Config, **changes: Any) -> Config:
         """A copy with some settings changed, checked like the first."""
-        return type(self)(**{**dict(self), **changes})
+        checked = type(self)(**{**dict(self), **changes})
+        # As they are: a moment that was read once as ms would be read anew as seconds, where it lies in 1970.
+        return checked.model_copy(update={name: value for name, value in self if name not in changes})
 
 
 def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
