@@ -14,11 +14,17 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/rayrec demo
 
+# Those of tests/ray share one local cluster, and every CPU is theirs; the others run side by side.
+TEST := $(BIN)/python -m pytest
+BESIDE := -n logical --maxprocesses 4
+
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(TEST) -m "not slow" $(BESIDE) tests/unit
+	$(TEST) -m "not slow" tests/ray
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(TEST) $(BESIDE) tests/unit
+	$(TEST) tests/ray
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/mkdocs build --strict --quiet

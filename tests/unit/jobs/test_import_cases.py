@@ -86,7 +86,7 @@ def test_a_slice_that_is_cut_off_stops_the_import_and_is_named(
 @pytest.mark.parametrize(
     ("format_name", "name", "content"),
     [
-        ("csv", "p.csv.gz", gzip.compress(b"user,song,played_at\nu,s,1711929600\n" * 50)[:-9]),
+        ("csv", "p.csv.gz", gzip.compress(b"user,song,played_at\nu,s,1711929600\n" * 50, mtime=0)[:-9]),
         ("listenbrainz", "p.json", b'[{"listened_at": 1711929600, "user_name": "u"'),
         ("spotify-history", "endsong_1.json", b'[{"ts": "2024-04-01T00:00:00Z"'),
         ("parquet", "p.parquet", b"PAR1 cut"),
