@@ -26,6 +26,11 @@ class Catalog:
         taken: list[str] = self.table.column(columns.SONG_ID).take(pa.array(rows)).to_pylist()
         return taken
 
+    def names(self, rows: np.ndarray) -> list[dict[str, str | None]]:
+        """song_id, title and artist of song rows."""
+        named = self.table.select([columns.SONG_ID, columns.TITLE, columns.ARTIST]).take(pa.array(rows))
+        return list(named.to_pylist())
+
     def titles(self, rows: np.ndarray) -> list[str]:
         """`Artist – Title` of song rows, or the id where there is no title."""
         picked = self.table.take(pa.array(rows)).to_pylist()

@@ -43,8 +43,14 @@ class IndexConfig(Settings):
     target_recall: float = Field(
         0.99, gt=0, le=1, description="ivf: recall@100 against exact search that nprobe must reach"
     )
-    queries: int = Field(1_000, ge=1, description="ivf: queries that recall is measured on")
-    seed: int = Field(0, ge=0, description="Random seed of the sampled queries")
+    queries: int = Field(1_000, ge=1, description="ivf: taste vectors that recall is measured on")
+    seed: int = Field(0, ge=0, description="Random seed of the lists")
+
+    def kind_for(self, songs: int) -> IndexKind:
+        """The type of index for a catalog of so many songs."""
+        if self.kind == "auto":
+            return "flat" if songs < self.flat_below else "ivf"
+        return self.kind
 
 
 def import_faiss() -> Any:
@@ -102,7 +108,7 @@ class SongIndex:
         known = np.ascontiguousarray(vectors[rows], dtype=np.float32)
         flat = faiss.IndexIDMap(faiss.IndexFlatIP(vectors.shape[1]))
         flat.add_with_ids(known, rows)
-        kind = config.kind if config.kind != "auto" else ("flat" if len(vectors) < config.flat_below else "ivf")
+        kind = config.kind_for(len(vectors))
         index, recall = flat, 1.0
         if kind == "ivf":
             index = _train_ivf(known, rows, _lists(config, len(rows)), config.seed)

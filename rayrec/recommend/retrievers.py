@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.data.split import DAY_MS
+from rayrec.recommend.ablation import RankedPart
 from rayrec.recommend.base import NO_SONG, Horizon
 from rayrec.recommend.index import SongIndex
 from rayrec.recommend.query_batch import Pairs, QueryBatch
@@ -298,9 +299,13 @@ COUNTS = {
 
 
 def make_retrievers(
-    retrieval: Retrieval, index: SongIndex, *, scales: tuple[float, float] = (1.0, 1.0), left_out: Sequence[str] = ()
+    retrieval: Retrieval,
+    index: SongIndex,
+    *,
+    scales: tuple[float, float] = (1.0, 1.0),
+    without: RankedPart | None = None,
 ) -> list[Retriever]:
-    """All retrievers but those left out, and those of artists and albums where the catalog knows any.
+    """All retrievers but those of `without`, and those of artists and albums where the catalog knows any.
 
     `scales` make logits of the cosines of the short and the long horizon.
     """
@@ -318,7 +323,7 @@ def make_retrievers(
         *([GroupRetriever("albums", retrieval.albums, plays)] if retrieval.albums else []),
         PopularRetriever(retrieval),
     ]
-    return [retriever for retriever in everything if retriever.name not in left_out]
+    return [retriever for retriever in everything if without is None or retriever.name not in without.retrievers]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,22 +333,23 @@ class Candidates(Pairs):
     proposals: dict[str, Proposals]  # by retriever
     positions: dict[str, np.ndarray]  # int64, where each proposal stands among the candidates
 
-    @property
-    def counts(self) -> np.ndarray:
-        """int64: candidates of each query up to the last that has any."""
-        return np.bincount(self.rows)
+    @classmethod
+    def union(cls, batch: QueryBatch, proposals: dict[str, Proposals]) -> Candidates:
+        """Of what retrievers propose for a batch."""
+        keys = np.unique(np.concatenate([np.zeros(0, np.int64), *(found.keys for found in proposals.values())]))
+        rows, songs = np.divmod(keys, max(1, batch.num_songs))
+        return cls(
+            num_songs=batch.num_songs,
+            rows=rows,
+            songs=songs,
+            proposals=proposals,
+            positions={name: np.searchsorted(keys, found.keys) for name, found in proposals.items()},
+        )
 
 
 def retrieve(retrievers: Sequence[Retriever], batch: QueryBatch, counts: dict[str, int] | None = None) -> Candidates:
     """Ask all retrievers; `counts` are songs a query by the name of the retriever, those of COUNTS where not given."""
     counts = {**COUNTS, **(counts or {})}
-    proposals = {retriever.name: retriever.propose(batch, counts[retriever.name]) for retriever in retrievers}
-    keys = np.unique(np.concatenate([np.zeros(0, np.int64), *(found.keys for found in proposals.values())]))
-    rows, songs = np.divmod(keys, max(1, batch.num_songs))
-    return Candidates(
-        num_songs=batch.num_songs,
-        rows=rows,
-        songs=songs,
-        proposals=proposals,
-        positions={name: np.searchsorted(keys, found.keys) for name, found in proposals.items()},
+    return Candidates.union(
+        batch, {retriever.name: retriever.propose(batch, counts[retriever.name]) for retriever in retrievers}
     )

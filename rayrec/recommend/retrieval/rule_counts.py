@@ -72,7 +72,8 @@ class RuleCounts:
 
     def of_songs(self, first: int, last: int) -> RuleCounts:
         """The part for the songs from row `first` up to `last`; the parts of all ranges merge into the whole again."""
-        entries = slice(int(self.offsets[first]), int(self.offsets[last]))
+        bounds = self.offsets[np.minimum([first, last], self.num_songs)]
+        entries = slice(int(bounds[0]), int(bounds[1]))
         offsets = np.clip(self.offsets, entries.start, entries.stop) - entries.start
         return RuleCounts(
             offsets=offsets,

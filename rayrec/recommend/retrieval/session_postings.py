@@ -83,7 +83,8 @@ class SessionPostings:
 
         The parts of all ranges of songs merge into the whole again, so that each range can be reduced by itself.
         """
-        entries = slice(int(self.song_offsets[first]), int(self.song_offsets[last]))
+        bounds = self.song_offsets[np.minimum([first, last], self.num_songs)]
+        entries = slice(int(bounds[0]), int(bounds[1]))
         sessions = np.unique(self.song_sessions[entries])
         counts = np.diff(self.offsets)[sessions]
         songs = self.songs[ranges(self.offsets[:-1][sessions], counts)]
