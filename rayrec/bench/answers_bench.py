@@ -4,6 +4,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -110,7 +111,7 @@ def one_query(histories: Histories, questions: Questions, row: int) -> tuple[His
 
 def answer(two_step: TwoStepRecommender, history: Histories, question: Questions) -> np.ndarray:
     """int32 (K,): new songs for one user, as a server answers."""
-    return two_step.rank_queries(history, question, K, limits=without_heard(history)).songs[0]
+    return np.asarray(two_step.rank_queries(history, question, K, limits=without_heard(history)).songs[0])
 
 
 @dataclass
@@ -146,7 +147,7 @@ def answer_by_stage(two_step: TwoStepRecommender, history: Histories, question: 
         lambda: QueryBatch.of(history, question, source.num_songs, short_vectors=short, long_vectors=long),
     )
     proposals = {
-        retriever.name: stage(retriever.name, lambda one=retriever: one.propose(batch, COUNTS[one.name]))
+        retriever.name: stage(retriever.name, partial(retriever.propose, batch, COUNTS[retriever.name]))
         for retriever in source.retrievers
     }
     candidates = stage("union", lambda: Candidates.union(batch, proposals))

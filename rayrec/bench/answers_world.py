@@ -82,7 +82,7 @@ def _song_vectors(dataset: Dataset, seed: int) -> np.ndarray:
     artists = int(artist.max()) + 1
 
     def around(centers: np.ndarray) -> np.ndarray:
-        return centers + SPREAD * random.normal(size=centers.shape).astype(np.float32)
+        return np.asarray(centers + SPREAD * random.normal(size=centers.shape).astype(np.float32))
 
     points = random.normal(size=(max(1, int(artists**0.5)), EMBEDDING_DIM)).astype(np.float32)
     vectors = around(around(points[random.integers(len(points), size=artists)])[artist])

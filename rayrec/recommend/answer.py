@@ -111,11 +111,11 @@ def answer(
     if config.explain:
         features = recommender.explain(history, at, rows, long_weight=float(config.horizon == "long"))
         told = [reasons(each, last_plays[-1].title) for each in features]
-    songs = [
+    chosen = [
         ScoredSong(**names, score=round(float(score), 6), reasons=words)
         for names, score, words in zip(catalog.names(rows), scores, told, strict=True)
     ]
-    return Answer(songs=songs, at=at, last_plays=last_plays, plays=history.num_plays)
+    return Answer(songs=chosen, at=at, last_plays=last_plays, plays=history.num_plays)
 
 
 def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> Recommender:

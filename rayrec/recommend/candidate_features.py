@@ -13,7 +13,7 @@ import numpy as np
 
 from rayrec.recommend.ablation import RankedPart, kept_features
 from rayrec.recommend.query_batch import HOUR_MS, QueryBatch
-from rayrec.recommend.retrieval.ragged import first_of_each
+from rayrec.recommend.retrieval.ragged import first_of_each, stable_order
 from rayrec.recommend.retrieval.retrieval import Retrieval
 from rayrec.recommend.retrieval.song_groups import NO_GROUP, SongGroups
 from rayrec.recommend.retrievers import Candidates
@@ -211,7 +211,7 @@ def _repeat_share(batch: QueryBatch, counts: np.ndarray) -> np.ndarray:
     """float64 (Q,): of the last plays, `counts` (Q,) but at most 20, the share that repeated an earlier one."""
     keys = batch.keys(batch.rows, batch.songs)
     again = np.ones(len(keys), dtype=bool)
-    order = np.argsort(keys, kind="stable")
+    order = stable_order(keys)
     again[order[first_of_each(keys[order])]] = False
     looked_at = batch.back < np.minimum(counts, REPEATS)[batch.rows]
     repeats = np.bincount(batch.rows, weights=again & looked_at, minlength=len(batch))
@@ -226,7 +226,7 @@ def _group_features(
     some = np.flatnonzero(group >= 0)
     width = max(1, len(groups.offsets))
     keys = batch.rows[some] * width + group[some]
-    order = np.argsort(keys, kind="stable")
+    order = stable_order(keys)
     first = first_of_each(keys[order])
     unique = keys[order][first]
     plays = np.diff(np.append(first, len(order)))

@@ -28,7 +28,7 @@ from rayrec.recommend.filters import Limits
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import LATEST, QueryBatch
 from rayrec.recommend.ranker import Ranker, RankingExamples
-from rayrec.recommend.retrieval.ragged import ranges
+from rayrec.recommend.retrieval.ragged import highest_of_each, ranges
 from rayrec.recommend.retrieval.retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates, make_retrievers, retrieve
 from rayrec.recommend.taste_recommender import TasteRecommender
@@ -140,17 +140,10 @@ class TwoStepRecommender(CandidateRecommender):
     def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
         """As in `CandidateRecommender`."""
         for chunk, scored in self.source.batches(histories, queries):
-
-            def scores(horizon: Horizon, exclude_heard: bool, scored: Scored = scored) -> np.ndarray:
-                new_only = np.full(len(scored.batch), exclude_heard)
-                return self.chances(scored, float(horizon == "long"), new_only)
-
-            proposed = scored.candidates
+            found, chances = scored.candidates, _Chances(self, scored)
             yield (
                 chunk,
-                ScoredCandidates(
-                    rows=proposed.rows, songs=proposed.songs, scores=scores, retrievers=proposed.positions
-                ),
+                ScoredCandidates(rows=found.rows, songs=found.songs, scores=chances, retrievers=found.positions),
             )
 
     def rank(
@@ -275,6 +268,22 @@ class TwoStepRecommender(CandidateRecommender):
         return "index"
 
 
+class _Chances:
+    """The chances of the candidates of some queries, each kind of answer computed once."""
+
+    def __init__(self, recommender: TwoStepRecommender, scored: Scored) -> None:
+        self._recommender, self._scored = recommender, scored
+        self._known: dict[tuple[Horizon, bool], np.ndarray] = {}
+
+    def __call__(self, horizon: Horizon, exclude_heard: bool) -> np.ndarray:
+        """float64 (C,); the long horizon has one ranker for both."""
+        key = horizon, exclude_heard and horizon == "short"
+        if key not in self._known:
+            new_only = np.full(len(self._scored.batch), exclude_heard)
+            self._known[key] = self._recommender.chances(self._scored, float(horizon == "long"), new_only)
+        return self._known[key]
+
+
 def load_two_step(
     workspace: Workspace, network: TasteRecommender, retrieval: Manifest, rankers: Manifest, *, real_times: bool
 ) -> TwoStepRecommender:
@@ -297,6 +306,8 @@ def _best(
     if limits is not None:
         kept = _qualify(candidates, limits)
         rows, songs, chances = rows[kept], songs[kept], chances[kept]
+    highest = highest_of_each(rows, chances, k)
+    rows, songs, chances = rows[highest], songs[highest], chances[highest]
     order = np.lexsort((songs, -chances, rows))
     counts = np.bincount(rows, minlength=queries)
     place = ranges(np.zeros(queries, np.int64), counts)
