@@ -55,7 +55,8 @@ def rank_targets(
     of the short horizon are returned too, of all songs.
     """
     horizon_of: dict[str, Horizon] = {name: (horizons or {}).get(name, "short") for name in targets}
-    needed = list(dict.fromkeys([*(["short"] if listed is not None else []), *horizon_of.values()]))
+    first: tuple[Horizon, ...] = () if listed is None else ("short",)
+    needed = list(dict.fromkeys([*first, *horizon_of.values()]))
     ranks = {name: np.full(len(target.songs), NOT_FOUND, dtype=np.int64) for name, target in targets.items()}
     known = {name: _known(target.songs, known_songs, recommender.num_songs) for name, target in targets.items()}
     lists = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
