@@ -34,7 +34,6 @@ from rayrec.storage.workspace import Workspace
 
 MODEL = "answers"  # id of the model and its rankers
 PLAYS_PER_SONG = 3
-FEWEST_PLAYS = 300_000
 EXAMPLES = 400  # users whose last play teaches the rankers
 TREES = 100  # of each ranker: more than any data set of docs/evaluation.md grew
 AGAIN = 3.0  # weight of the songs just played, which a network that is not trained has to be given
@@ -47,7 +46,7 @@ def answers_world(place: Workspace, config: BenchConfig, songs: int) -> tuple[Da
     Needs a running cluster.
     """
     began = time.perf_counter()
-    users = round(max(FEWEST_PLAYS, PLAYS_PER_SONG * songs) / config.plays)
+    users = round(max(config.answers_plays, PLAYS_PER_SONG * songs) / config.plays)
     dataset = bench_dataset(place, config, users=users, songs=songs)
     workspace = dataset.workspace
     if workspace.exists(f"rankers/{MODEL}/manifest.json"):

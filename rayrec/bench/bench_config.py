@@ -33,6 +33,9 @@ class BenchConfig(Settings):
     answers_songs: tuple[PositiveInt, ...] = Field(
         (10_000, 1_000_000), description="answers: songs of each catalog, smallest first; 10000000 takes hours to build"
     )
+    answers_plays: int = Field(
+        300_000, ge=1, description="answers: plays of a catalog; 3 for each song where that is more"
+    )
     answers_queries: int = Field(200, ge=1, description="answers: users who are answered, one after the other")
     serve_songs: tuple[PositiveInt, ...] = Field((10_000, 1_000_000), description="serve: songs of each catalog")
     serve_clients: tuple[PositiveInt, ...] = Field(
@@ -89,6 +92,7 @@ class BenchConfig(Settings):
             memory_users=(200, 400),
             memory_plays=10.0,
             answers_songs=(500, 2_000),
+            answers_plays=10_000,
             answers_queries=20,
             serve_songs=(500,),
             serve_clients=(1, 16),
