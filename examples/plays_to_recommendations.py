@@ -75,7 +75,7 @@ dataset = Dataset(workspace)
 listener = str(next(dataset.read_all()).user_ids[0])
 recommender = load_recommender(workspace, dataset, default_parts(workspace, model.id))
 told = answer(dataset, recommender, RecommendConfig(k=5), at=dataset.manifest.last_play, user=listener)
-print(f"{listener} heard last: {', '.join(told.last_plays[-3:])}")
+print(f"{listener} heard last: {', '.join(song.name for song in told.last_plays[-3:])}")
 for title, score in zip(told.titles, told.scores, strict=True):
     print(f"  {score:.3f}  {title}")
 

@@ -85,7 +85,22 @@ def bench(
     from rayrec.bench.suite import bench as job
 
     result = job(name, call.workspace, None if quick else config, quick=quick, save=save)
-    return Shown(result, [figures(f"bench {name}", result)])
+    views: list[RenderableType] = [figures(f"bench {name}", result)]
+    return Shown(result, [*views, answer_stages(result["catalogs"])] if name == "answers" else views)
+
+
+def answer_stages(catalogs: list[dict[str, Any]]) -> RenderableType:
+    """CPU time and memory of each stage of an answer, a column pair for each catalog."""
+    headers = [f"{name} {catalog['songs']:,}" for catalog in catalogs for name in ("CPU ms", "kB")]
+    rows = [
+        [stage, *(value for one in catalogs for value in _stage(one["stages"][stage]))]
+        for stage in catalogs[0]["stages"]
+    ]
+    return table("An answer by stage and number of songs; memory is the most at one moment", ["stage", *headers], rows)
+
+
+def _stage(figures_of_stage: dict[str, float]) -> tuple[float, int]:
+    return figures_of_stage["cpu_ms"], round(figures_of_stage["bytes"] / 1000)
 
 
 def _bench_serve(call: Call, config: BenchConfig | None, quick: bool, soak: bool) -> Shown:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from rayrec.bench.answers_bench import bench_answers
 from rayrec.bench.bench_config import BenchConfig, check_name
 from rayrec.bench.bench_data import bench_place
 from rayrec.bench.embed_bench import bench_embed
@@ -25,6 +26,7 @@ BENCHES: dict[str, Callable[[Workspace, BenchConfig], dict[str, Any]]] = {
     "memory": bench_memory,
     "songs": lambda place, config: bench_song_side(config).to_json(),
     "scale": bench_scale,
+    "answers": bench_answers,
 }
 
 

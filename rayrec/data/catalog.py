@@ -1,5 +1,7 @@
 """The catalog: ids, titles and artists of the songs, and what `rayrec describe` added."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +27,11 @@ class Catalog:
         """The outside ids of song rows."""
         taken: list[str] = self.table.column(columns.SONG_ID).take(pa.array(rows)).to_pylist()
         return taken
+
+    def names(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        """song_id, title and artist of song rows."""
+        named = self.table.select([columns.SONG_ID, columns.TITLE, columns.ARTIST]).take(pa.array(rows))
+        return list(named.to_pylist())
 
     def titles(self, rows: np.ndarray) -> list[str]:
         """`Artist – Title` of song rows, or the id where there is no title."""

@@ -1,6 +1,6 @@
 """The canonical data set of a workspace: its buckets of histories, its playlists and its catalog."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -119,6 +119,20 @@ class Dataset:
         if told is not None:
             table = described(table, self.workspace.read_table(told.path(DESCRIPTIONS_FILE)))
         return Catalog(table)
+
+    def newest_base(self, kind: str, fits: Callable[[Manifest], bool]) -> tuple[int, Manifest | None]:
+        """The artifact to continue from, and the part from which on plays are new to it; (0, None) where there is none.
+
+        It is the newest of those that know the most parts of this data set's plays. An artifact whose last part was
+        joined with later ones is not among them, since the new plays cannot be read alone.
+        """
+        known = [
+            (self.earlier(made.inputs["dataset"]).parts, made)
+            for made in artifacts.listing(self.workspace, kind)
+            if self.descends_from(made.inputs["dataset"]) and fits(made)
+        ]
+        readable = [(parts, made) for parts, made in known if self.manifest.splits_at(parts)]
+        return max(reversed(readable), key=lambda each: each[0], default=(0, None))
 
     def descriptions(self) -> Manifest | None:
         """What songs were last described by, of this data set or one that it descends from; None where by nothing."""

@@ -17,6 +17,7 @@ KINDS = (
     "rankers",
     "tastes",
     "indexes",
+    "recommendations",
     "reports",
     "tunings",
     "releases",

@@ -108,25 +108,23 @@ class Evaluator:
 
     def _add_model(self, sums: MetricAccumulator, model: int, block: QueryBlock) -> None:
         recommender = self.recommenders[model]
-        metrics: dict[str, np.ndarray] = {}
-        for horizon in recommender.horizons:
-            ranked = rank_targets(
-                recommender,
-                block.histories,
-                block.queries,
-                {name: target for name, target in block.targets.items() if horizon_of(recommender, name) == horizon},
-                self.known_songs,
-                depth=max(self.config.ks),
-                horizon=horizon,
-                listed=block.drawn if horizon == "short" else None,
-            )
-            for name, ranks in ranked.ranks.items():
-                target = block.targets[name]
-                metrics[name] = metrics_of(ranks, target.rows, target.sizes, self.config.ks)
-            if horizon == "short":
-                self._add_lists(sums, model, block, ranked)
-            if isinstance(recommender, CandidateRecommender):
-                self._add_retrieved(sums, model, block, ranked, recommender.retrievers)
+        ranked = rank_targets(
+            recommender,
+            block.histories,
+            block.queries,
+            block.targets,
+            self.known_songs,
+            depth=max(self.config.ks),
+            horizons={name: horizon_of(recommender, name) for name in block.targets},
+            listed=block.drawn,
+        )
+        metrics = {
+            name: metrics_of(ranked.ranks[name], target.rows, target.sizes, self.config.ks)
+            for name, target in block.targets.items()
+        }
+        self._add_lists(sums, model, block, ranked)
+        if isinstance(recommender, CandidateRecommender):
+            self._add_retrieved(sums, model, block, ranked, recommender.retrievers)
         for place, view in enumerate(VIEWS):
             sums.metrics[:, model, place] += block.sums(metrics.get(view, metrics["next"]), block.counted[view])
         columns = metric_columns(self.config.ks)
@@ -155,7 +153,7 @@ class Evaluator:
             shares = np.zeros((len(block.queries), len(columns)))
             np.add.at(shares, target.rows, proposed / target.sizes[target.rows][:, None])
             sums.retrieved[:, model, place, columns] += block.sums(shares, target.sizes > 0).sum(axis=1)
-        if ranked.candidates is not None and "next" in ranked.ranks:
+        if ranked.candidates is not None:
             sums.candidates[:, model, columns] += block.sums(ranked.candidates).sum(axis=1)
 
     def _add_curves(self, sums: MetricAccumulator, block: QueryBlock) -> None:

@@ -45,6 +45,11 @@ class EvaluateConfig(Settings):
     models: tuple[str, ...] | None = Field(
         None, description="Models to compare, NAME=ID for another network; default: the network and all baselines"
     )
+    ablation: bool = Field(
+        False,
+        description="Also evaluate two-step without network, sessions, rules, own plays and artists, with a ranker "
+        "trained for each",
+    )
     ks: tuple[PositiveInt, ...] = Field((10, 20, 100), description="Cutoffs k of recall, MRR and NDCG")
     queries: int = Field(
         0, ge=0, description="Approximate number of queries, sampled by a hash of user and play; 0 evaluates all"

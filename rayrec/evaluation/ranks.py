@@ -17,6 +17,7 @@ import numpy as np
 from rayrec.data.histories import Histories, Questions
 from rayrec.evaluation.protocol import TargetSongs
 from rayrec.recommend.base import CandidateRecommender, Horizon, Recommender, ScoredCandidates
+from rayrec.recommend.retrieval.ragged import highest_of_each
 from rayrec.recommend.vsknn import last_plays
 
 METRICS = ("recall", "mrr", "ndcg")
@@ -44,14 +45,18 @@ def rank_targets(
     known_songs: np.ndarray,
     *,
     depth: int,
-    horizon: Horizon = "short",
+    horizons: Mapping[str, Horizon] | None = None,
     listed: np.ndarray | None = None,
 ) -> Ranked:
     """The rank of each target song, exact up to `depth`.
 
-    `known_songs` is bool (N,): any other song is NOT_FOUND, however well it scores. Of the queries in `listed`,
-    bool (Q,), the first LIST_LENGTH songs are returned too, of all songs.
+    `known_songs` is bool (N,): any other song is NOT_FOUND, however well it scores. `horizons` are those of the
+    targets, the short one where it is not given. Of the queries in `listed`, bool (Q,), the first LIST_LENGTH songs
+    of the short horizon are returned too, of all songs.
     """
+    horizon_of: dict[str, Horizon] = {name: (horizons or {}).get(name, "short") for name in targets}
+    first: tuple[Horizon, ...] = () if listed is None else ("short",)
+    needed = list(dict.fromkeys([*first, *horizon_of.values()]))
     ranks = {name: np.full(len(target.songs), NOT_FOUND, dtype=np.int64) for name, target in targets.items()}
     known = {name: _known(target.songs, known_songs, recommender.num_songs) for name, target in targets.items()}
     lists = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
@@ -61,8 +66,9 @@ def rank_targets(
         columns = 1 + len(recommender.retrievers)
         proposed = {name: np.zeros((len(target.songs), columns), dtype=bool) for name, target in targets.items()}
         counts = np.zeros((len(queries), columns))
-    for chunk, ranking in _rankings(recommender, histories, queries, horizon, max(depth, LIST_LENGTH)):
-        names = {served: [name for name in targets if targets[name].served == served] for served in (False, True)}
+    for chunk, horizon, ranking in _rankings(recommender, histories, queries, needed, max(depth, LIST_LENGTH)):
+        here = [name for name in targets if horizon_of[name] == horizon]
+        names = {served: [name for name in here if targets[name].served == served] for served in (False, True)}
         for served, some in names.items():
             entries = {name: _entries(targets[name], known[name], chunk) for name in some}
             if not any(len(positions) for positions in entries.values()):
@@ -76,11 +82,12 @@ def rank_targets(
                 ranks[name][positions] = unheard.ranks(target.rows[positions] - chunk.start, target.songs[positions])
         if counts is not None and isinstance(ranking, CandidateRankings):
             counts[chunk] = ranking.counts()
-            for name, target in targets.items():
+            for name in here:
+                target = targets[name]
                 positions = _entries(target, known[name], chunk)
                 rows, songs = target.rows[positions] - chunk.start, target.songs[positions]
                 proposed[name][positions] = ranking.proposed(rows, songs)
-        if listed is not None:
+        if listed is not None and horizon == "short":
             rows, songs = ranking.first(np.flatnonzero(listed[chunk]), LIST_LENGTH)
             lists.append((chunk.start + rows, songs))
     rows, songs = (np.concatenate(parts) for parts in zip(*lists, strict=True))
@@ -120,18 +127,20 @@ class _Rankings(ABC):
 
 
 def _rankings(
-    recommender: Recommender, histories: Histories, queries: Questions, horizon: Horizon, depth: int
-) -> Iterator[tuple[slice, _Rankings]]:
+    recommender: Recommender, histories: Histories, queries: Questions, horizons: Sequence[Horizon], depth: int
+) -> Iterator[tuple[slice, Horizon, _Rankings]]:
     if isinstance(recommender, CandidateRecommender):
         for chunk, candidates in recommender.candidate_chunks(histories, queries):
             start, stop, _ = chunk.indices(len(queries))
-            ranking = CandidateRankings(
-                candidates, recommender.retrievers, horizon, stop - start, recommender.num_songs
-            )
-            yield slice(start, stop), ranking
+            for horizon in horizons:
+                ranking = CandidateRankings(
+                    candidates, recommender.retrievers, horizon, stop - start, recommender.num_songs, depth
+                )
+                yield slice(start, stop), horizon, ranking
         return
-    for chunk, scores in recommender.score_chunks(histories, queries, horizon):
-        yield slice(chunk.start, chunk.start + len(scores)), DenseRankings(scores, depth)
+    for horizon in horizons:
+        for chunk, scores in recommender.score_chunks(histories, queries, horizon):
+            yield slice(chunk.start, chunk.start + len(scores)), horizon, DenseRankings(scores, depth)
 
 
 class DenseRankings(_Rankings):
@@ -161,7 +170,7 @@ class DenseRankings(_Rankings):
 
 
 class CandidateRankings(_Rankings):
-    """Rankings of the candidates of each query, at any depth."""
+    """Rankings of the candidates of each query."""
 
     def __init__(
         self,
@@ -170,17 +179,19 @@ class CandidateRankings(_Rankings):
         horizon: Horizon,
         size: int,
         num_songs: int,
+        depth: int,
         heard: np.ndarray | None = None,
     ) -> None:
         """`heard`, int64, are the keys of songs that are left out: query · N + song."""
         self._candidates, self._retrievers, self._horizon = candidates, retrievers, horizon
-        self._size, self._num_songs = size, num_songs
+        self._size, self._num_songs, self._depth = size, num_songs, depth
         scores = candidates.scores(horizon, heard is not None)
         keys = candidates.rows * num_songs + candidates.songs
         rankable = scores > -np.inf  # NaN is above nothing
         if heard is not None:
             rankable &= ~np.isin(keys, heard)
         some = np.flatnonzero(rankable)
+        some = some[highest_of_each(candidates.rows[some], scores[some], depth)]
         order = some[np.lexsort((candidates.songs[some], -scores[some], candidates.rows[some]))]
         self._rows, self._songs, self._scores = candidates.rows[order], candidates.songs[order], scores[order]
         self._keys = keys[order]
@@ -212,7 +223,9 @@ class CandidateRankings(_Rankings):
         """As in `_Rankings`."""
         places, songs, _ = last_plays(histories, queries.take(rows), self._num_songs, histories.num_plays)
         heard = np.unique(rows[places] * self._num_songs + songs)
-        return CandidateRankings(self._candidates, self._retrievers, self._horizon, self._size, self._num_songs, heard)
+        return CandidateRankings(
+            self._candidates, self._retrievers, self._horizon, self._size, self._num_songs, self._depth, heard
+        )
 
     def counts(self) -> np.ndarray:
         """float64 (Q, R + 1): candidates of each query, in all and by retriever."""

@@ -1,6 +1,6 @@
 """What an evaluation compares: baselines, and the networks of one or more models artifacts, all of one split."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +24,6 @@ from rayrec.storage.workspace import Workspace
 
 TWO_STEP, TASTE, TASTE_SHORT = "two-step", "taste", "taste-short"
 NETWORKS = (TWO_STEP, TASTE, TASTE_SHORT)  # the recommenders that a models artifact may give
-
-
-# The part that is left out, and what makes the default model without it: a ranker is trained anew for each.
-Ablations = Mapping[str, Callable[[], Recommender]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +123,12 @@ def make_recommenders(
     dataset: Dataset,
     compared: ComparedModels,
     split: Split | None,
-    ablations: Ablations | None = None,
+    without: Mapping[str, str] | None = None,
 ) -> tuple[list[Recommender], np.ndarray]:
     """Fit the baselines on what final fits may see and load the networks, in the order of the names, then ablations.
 
-    The settings of baselines are chosen on the validation range, where the split has one.
+    `without` names the parts that two-step is evaluated without, each with the folder of its rankers. The settings
+    of baselines are chosen on the validation range, where the split has one.
 
     Also float64 (N,): how often each song was played there.
     """
@@ -156,17 +153,28 @@ def make_recommenders(
         fitted[name].name = name
     popularity = fitted["popularity"]
     assert isinstance(popularity, PopularityRecommender)
-    return [*(fitted[name] for name in compared.names), *make_ablated(ablations or {})], popularity.plays
+    ablated = [_ablated(workspace, fitted[TWO_STEP], part, folder) for part, folder in (without or {}).items()]
+    return [*(fitted[name] for name in compared.names), *ablated], popularity.plays
 
 
-def make_ablated(ablations: Ablations) -> list[Recommender]:
-    """The default model without each of its parts, named `without PART`."""
-    models = []
-    for part, make in ablations.items():
-        model = make()
-        model.name, model.without = f"without {part}", part
-        models.append(model)
-    return models
+def _ablated(workspace: Workspace, two_step: Recommender, part: str, folder: str) -> Recommender:
+    """Two-step without a part, by the rankers in a folder, named `without PART`."""
+    from rayrec.recommend.two_step import TwoStepRecommender, load_rankers
+
+    assert isinstance(two_step, TwoStepRecommender)
+    model = two_step.without_part(part, load_rankers(workspace, folder))
+    model.name, model.without = f"without {part}", part
+    return model
+
+
+def rankers_of(workspace: Workspace, compared: ComparedModels) -> Manifest:
+    """The rankers of two-step, for an ablation. Raises `InputError` where two-step is not among the models."""
+    if TWO_STEP not in compared.names:
+        raise InputError(
+            f"--ablation evaluates {TWO_STEP} without each of its parts, and it is not among the models; add it to "
+            "--models, after `rayrec retrieval` and `rayrec rank`"
+        )
+    return load(workspace, "rankers", compared.inputs["rankers"])
 
 
 def _networks(workspace: Workspace, dataset: Dataset, model: Manifest) -> dict[str, Recommender]:

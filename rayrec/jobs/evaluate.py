@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_
 from rayrec.evaluation.protocol import EvaluateConfig, plays_to_predict
 from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, write_report
 from rayrec.evaluation.results import figures_of
-from rayrec.jobs.compared_models import Ablations, ComparedModels, choose, make_recommenders
+from rayrec.jobs.compared_models import ComparedModels, choose, make_recommenders, rankers_of
+from rayrec.jobs.rank import fit_ablations
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.training_log import EPOCHS
 from rayrec.progress import progress
 from rayrec.storage.artifacts import Manifest, fingerprint, new_id, publish, reuse
 from rayrec.storage.locking import writes
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import Workspace, artifact_dir
 
 KIND = "reports"
 USERS_PER_BATCH = 2_000
@@ -40,29 +42,34 @@ def evaluate(
     *,
     split: Split,
     model_id: str | None = None,
-    ablations: Ablations | None = None,
     repeat: bool = False,
 ) -> Manifest:
     """Write reports/<id>/ about the models of `config` on the test range of `split`.
 
     Without names these are the network `model_id` (None: the one trained last) and every baseline. Baselines are
     fitted on what came before the test range, with the song embeddings that the network was trained from, and tuned
-    on the validation range. `ablations` make the default model without each of its parts. The manifest's metrics hold
+    on the validation range. With `config.ablation` the default model is evaluated without each of its parts as well,
+    by rankers that are trained for it. The manifest's metrics hold
     default, protocol, its headline, users, plays and seconds; the figures of `figures_of`, examples and the health of
     the song embeddings are in results.json, see `read_figures`.
 
-    Raises `InputError` for an unknown model and for a test range without queries, `NotFoundError` where there is no
+    Raises `InputError` for an unknown model, for an ablation without two-step among the models, and for a test range
+    without queries, `NotFoundError` where there is no
     network or no song embeddings, `MismatchError` for those of another split.
     """
     started = time.monotonic()
     dataset = Dataset(workspace)
     compared = choose(workspace, dataset, config, split, model_id)
-    settings = {**to_mapping(config), **({"ablations": list(ablations)} if ablations else {})}
+    settings = to_mapping(config)
     report_id, complete = new_id(workspace, KIND, fingerprint("evaluate", settings, compared.inputs), repeat=repeat)
     if complete:
         return reuse(workspace, KIND, report_id)
-    evaluator = make_evaluator(workspace, dataset, config, split, compared, ablations)
-    sums = evaluate_buckets(workspace, evaluator, dataset.manifest.buckets)
+    run = f"{artifact_dir(KIND, report_id)}/run"
+    with ray_cluster():
+        without = fit_ablations(dataset, rankers_of(workspace, compared), run) if config.ablation else {}
+        evaluator = make_evaluator(workspace, dataset, config, split, compared, without)
+        sums = evaluate_buckets(workspace, evaluator, dataset.manifest.buckets)
+    workspace.delete(run)
     users, plays = sums.users[VIEWS.index("next")].sum(), sums.queries[:, VIEWS.index("next")].sum()
     if not users:
         raise InputError(
@@ -164,10 +171,10 @@ def make_evaluator(
     config: EvaluateConfig,
     split: Split,
     compared: ComparedModels,
-    ablations: Ablations | None = None,
+    without: Mapping[str, str] | None = None,
 ) -> Evaluator:
-    """An evaluator of the models of `compared` and of the ablations."""
-    recommenders, song_plays = make_recommenders(workspace, dataset, compared, split, ablations)
+    """An evaluator of the models of `compared`, and of the default one without parts (part -> folder of rankers)."""
+    recommenders, song_plays = make_recommenders(workspace, dataset, compared, split, without)
     return Evaluator(
         recommenders,
         split=split,

@@ -56,7 +56,9 @@ def compute_tastes(
     tastes_id, complete = artifacts.new_id(workspace, "tastes", print_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, "tastes", tastes_id)
-    base = None if config.full or repeat else newest_base(dataset, model)
+    base: Manifest | None = None
+    if not (config.full or repeat):
+        _, base = dataset.newest_base("tastes", lambda made: made.inputs["models"] == model.id)
     manifest = Manifest(kind="tastes", id=tastes_id, config={**to_mapping(config), "at": at}, inputs=inputs)
     began = time.monotonic()
     buckets = range(dataset.manifest.buckets)
@@ -93,20 +95,6 @@ def compute_tastes(
         "base": base.id if base else "",
     }
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums, checksums)
-
-
-def newest_base(dataset: Dataset, model: Manifest) -> Manifest | None:
-    """The tastes of the model that know the most parts of the data set's plays, the newest of them; None where none.
-
-    None of those whose last part was joined with later ones.
-    """
-    fitting = [
-        (dataset.earlier(tastes.inputs["dataset"]).parts, tastes)
-        for tastes in artifacts.listing(dataset.workspace, "tastes")
-        if tastes.inputs["models"] == model.id and dataset.descends_from(tastes.inputs["dataset"])
-    ]
-    readable = [(parts, tastes) for parts, tastes in fitting if dataset.manifest.splits_at(parts)]
-    return max(readable, key=lambda each: each[0], default=(0, None))[1]
 
 
 @dataclass(frozen=True, kw_only=True)

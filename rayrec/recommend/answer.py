@@ -14,6 +14,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError, MismatchError
 from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.reasons import LAST_PLAYS, reasons
 from rayrec.storage.artifacts import load
 from rayrec.storage.workspace import Workspace
 
@@ -26,18 +27,56 @@ class RecommendConfig(Settings):
     k: int = Field(20, ge=1, description="Number of recommendations")
     horizon: Horizon = Field("short", description="short: the next songs; long: songs for later")
     include_heard: bool = Field(False, description="Include songs that the user has already heard")
+    explain: bool = Field(False, description="Give the reasons for each song")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedSong:
+    """A song as the outside world knows it."""
+
+    song_id: str
+    title: str | None
+    artist: str | None
+
+    @property
+    def name(self) -> str:
+        """Artist and title, the title alone where no artist is known, the id where there is no title."""
+        if not self.title:
+            return self.song_id
+        return f"{self.artist} – {self.title}" if self.artist else self.title
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredSong(NamedSong):
+    """One song of an answer."""
+
+    score: float
+    reasons: list[str] | None = None  # why it was chosen, in words, where they were asked for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """k songs, best first, and what they were chosen from."""
 
-    song_ids: list[str]  # (k,), as the outside world knows the songs
-    titles: list[str]  # (k,), artist and title, the id where there is none
-    scores: list[float]  # (k,), descending
+    songs: list[ScoredSong]  # (k,), descending by score
     at: int  # ms UTC, the moment of the request
-    last_plays: list[str]  # titles of the last plays before it, the latest last
+    last_plays: list[NamedSong]  # the last plays before it, the latest last
     plays: int  # plays before the request, all of them
+
+    @property
+    def song_ids(self) -> list[str]:
+        """(k,), as the outside world knows the songs."""
+        return [song.song_id for song in self.songs]
+
+    @property
+    def titles(self) -> list[str]:
+        """(k,), artist and title, the id where there is none."""
+        return [song.name for song in self.songs]
+
+    @property
+    def scores(self) -> list[float]:
+        """(k,), descending."""
+        return [song.score for song in self.songs]
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -52,7 +91,7 @@ def answer(
     at: int,
     user: str | None = None,
     songs: list[str] | None = None,
-    shown: int = 5,
+    shown: int = LAST_PLAYS,
 ) -> Answer:
     """Recommend to a user of the data set, or to whoever has just played `songs`, at time `at` (ms UTC).
 
@@ -67,14 +106,16 @@ def answer(
     rows, scores = recommender.recommend_one(
         history, at, config.k, horizon=config.horizon, exclude_heard=not config.include_heard
     )
-    return Answer(
-        song_ids=catalog.song_ids(rows),
-        titles=catalog.titles(rows),
-        scores=[round(float(score), 6) for score in scores],
-        at=at,
-        last_plays=catalog.titles(history.last_songs(shown)[0]),
-        plays=history.num_plays,
-    )
+    last_plays = [NamedSong(**names) for names in catalog.names(history.last_songs(shown)[0])]
+    told: list[list[str] | None] = [None] * len(rows)
+    if config.explain:
+        features = recommender.explain(history, at, rows, long_weight=float(config.horizon == "long"))
+        told = [reasons(each, last_plays[-1].title) for each in features]
+    chosen = [
+        ScoredSong(**names, score=round(float(score), 6), reasons=words)
+        for names, score, words in zip(catalog.names(rows), scores, told, strict=True)
+    ]
+    return Answer(songs=chosen, at=at, last_plays=last_plays, plays=history.num_plays)
 
 
 def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> Recommender:

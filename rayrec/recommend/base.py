@@ -120,6 +120,22 @@ class Recommender(ABC):
         ranking = self.rank(histories, at, k, horizon=horizon, limits=limits, hidden=hidden)
         return ranking.songs, ranking.scores
 
+    def explain(
+        self,
+        history: Histories,
+        at: int,
+        songs: np.ndarray,
+        *,
+        long_weight: float = 0.0,
+        vectors: Mapping[Horizon, np.ndarray] | None = None,
+    ) -> list[dict[str, float]]:
+        """What is known of songs, int (n,) rows, for one user at `at` (ms UTC), by name of the feature.
+
+        `reasons` puts it in words. A model without features knows nothing of them: {}. `long_weight` is that of the
+        answer, `vectors`, float32 (1, D) by horizon, the taste vectors where they are at hand.
+        """
+        return [{} for _ in songs]
+
     def recommend_one(
         self,
         history: Histories,

@@ -29,6 +29,7 @@ class Wish:
     long_weight: float = 0.0  # 0: the next songs; 1: songs for the time to come; between: both, mixed
     limits: Limits = field(default_factory=Limits)  # the songs that may come
     diversity: float = 0.0  # 0: the best songs; 1: songs unlike each other
+    explain: bool = False  # whether the answer holds what is known of each song
 
     def __post_init__(self) -> None:
         check_count(self.k)
@@ -46,6 +47,11 @@ class Known:
     history: Histories  # of this one user: the plays that retrievers and features look at
     at: int  # ms UTC, the moment
 
+    @property
+    def batch_vectors(self) -> dict[Horizon, np.ndarray]:
+        """float32 (1, D) by horizon: the taste vectors as those of a batch of one user."""
+        return {horizon: vector[None] for horizon, vector in self.vectors.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
@@ -54,6 +60,8 @@ class Chosen:
     songs: np.ndarray  # int32 (n,), n = k wherever as many songs qualify
     scores: np.ndarray  # float32 (n,), descending without diversity
     path: Path
+    # What is known of each song, by name of the feature, where the request asks for it: `reasons` puts it in words.
+    features: tuple[dict[str, float], ...] = ()
 
 
 def network_of(recommender: Recommender) -> TasteRecommender:
@@ -71,11 +79,18 @@ def choose(recommender: Recommender, known: Known, wish: Wish) -> Chosen:
     alone looks around the mean of its two taste vectors; two-step recommendation mixes the chances of both.
     Diverse songs are chosen among the first of them.
     """
-    if not wish.diversity:
-        return _choose(recommender, known, wish)
-    pool = _choose(recommender, known, replace(wish, k=pool_size(wish.k)))
-    taken = diversify(network_of(recommender).song_vectors[pool.songs], wish.k, wish.diversity)
-    return replace(pool, songs=pool.songs[taken], scores=pool.scores[taken])
+    if wish.diversity:
+        pool = _choose(recommender, known, replace(wish, k=pool_size(wish.k)))
+        taken = diversify(network_of(recommender).song_vectors[pool.songs], wish.k, wish.diversity)
+        chosen = replace(pool, songs=pool.songs[taken], scores=pool.scores[taken])
+    else:
+        chosen = _choose(recommender, known, wish)
+    if not wish.explain:
+        return chosen
+    features = recommender.explain(
+        known.history, known.at, chosen.songs, long_weight=wish.long_weight, vectors=known.batch_vectors
+    )
+    return replace(chosen, features=tuple(features))
 
 
 def similar(recommender: Recommender, song: int, k: int) -> Chosen:
@@ -118,10 +133,9 @@ def _mixed_vector(known: Known, wish: Wish) -> np.ndarray:
 
 def _ranked(recommender: TwoStepRecommender, known: Known, wish: Wish) -> Chosen:
     """The best candidates by the rankers."""
-    vectors = {horizon: vector[None] for horizon, vector in known.vectors.items()}
     queries = Questions.at_end(known.history, known.at)
     ranking = recommender.rank_queries(
-        known.history, queries, wish.k, long_weight=wish.long_weight, limits=[wish.limits], vectors=vectors
+        known.history, queries, wish.k, long_weight=wish.long_weight, limits=[wish.limits], vectors=known.batch_vectors
     )
     real = ranking.songs[0] != NO_SONG
     return Chosen(songs=ranking.songs[0][real], scores=ranking.scores[0][real], path=ranking.paths[0])

@@ -43,8 +43,14 @@ class IndexConfig(Settings):
     target_recall: float = Field(
         0.99, gt=0, le=1, description="ivf: recall@100 against exact search that nprobe must reach"
     )
-    queries: int = Field(1_000, ge=1, description="ivf: queries that recall is measured on")
-    seed: int = Field(0, ge=0, description="Random seed of the sampled queries")
+    queries: int = Field(1_000, ge=1, description="ivf: taste vectors that recall is measured on")
+    seed: int = Field(0, ge=0, description="Random seed of the lists")
+
+    def kind_for(self, songs: int) -> IndexKind:
+        """The type of index for a catalog of so many songs."""
+        if self.kind == "auto":
+            return "flat" if songs < self.flat_below else "ivf"
+        return self.kind
 
 
 def import_faiss() -> Any:
@@ -102,7 +108,7 @@ class SongIndex:
         known = np.ascontiguousarray(vectors[rows], dtype=np.float32)
         flat = faiss.IndexIDMap(faiss.IndexFlatIP(vectors.shape[1]))
         flat.add_with_ids(known, rows)
-        kind = config.kind if config.kind != "auto" else ("flat" if len(vectors) < config.flat_below else "ivf")
+        kind = config.kind_for(len(vectors))
         index, recall = flat, 1.0
         if kind == "ivf":
             index = _train_ivf(known, rows, _lists(config, len(rows)), config.seed)
@@ -164,12 +170,17 @@ class SongIndex:
         self, query: np.ndarray, k: int, limits: Limits, songs: np.ndarray, scores: np.ndarray
     ) -> SearchPath:
         """Answer one query, float32 (1, D), in place, (1, k), by a search among the songs that qualify or by all."""
+        if limits.allowed is None and self._rank_without(query, k, limits, songs, scores):
+            return "selector"
         mask = limits.mask(len(self.vectors))
         mask[self._unknown] = False
         qualify = int(np.count_nonzero(mask))
         nprobe = self._deeper(k, qualify)
         if nprobe:
-            found = self._select(query, min(k + TIE_SLACK, qualify), mask, nprobe)
+            bits = np.packbits(mask, bitorder="little")  # must outlive the search, which only points to it
+            faiss = import_faiss()
+            selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
+            found = self._select(query, min(k + TIE_SLACK, qualify), selector, nprobe)
             if found[0][0, min(k, qualify) - 1] != NO_SONG:
                 songs[:], scores[:] = _first_allowed(*found, [NOTHING], len(mask), k)
                 return "selector"
@@ -177,6 +188,21 @@ class SongIndex:
         places, best = top_k(query @ self.vectors[rows].T if qualify < len(mask) else query @ self.vectors.T, k)
         songs[:], scores[:] = np.where(places == NO_SONG, NO_SONG, np.append(rows, NO_SONG)[places]), best
         return "exact"
+
+    def _rank_without(self, query: np.ndarray, k: int, limits: Limits, songs: np.ndarray, scores: np.ndarray) -> bool:
+        """Answer one query in place by a search that skips the banned songs, without a mask of all; True where done."""
+        banned = limits.banned_rows(len(self.vectors))
+        qualify = self.figures.songs - int(np.count_nonzero(self.vectors[banned].any(axis=1)))
+        nprobe = self._deeper(k, qualify)
+        if not nprobe:
+            return False
+        faiss = import_faiss()
+        listed = faiss.IDSelectorBatch(banned.astype(np.int64))
+        found = self._select(query, min(k + TIE_SLACK, qualify), faiss.IDSelectorNot(listed), nprobe)
+        if found[0][0, min(k, qualify) - 1] == NO_SONG:
+            return False
+        songs[:], scores[:] = _first_allowed(*found, [NOTHING], len(self.vectors), k)
+        return True
 
     def _deeper(self, k: int, qualify: int) -> int:
         """The lists to look into where `qualify` songs do; 0 where scoring all of these is as fast.
@@ -190,12 +216,9 @@ class SongIndex:
         nprobe = int(np.ceil(self.figures.nprobe * max(1.0, depth / RECALL_DEPTH)))
         return nprobe if nprobe <= self.figures.nlist * MOST_LISTS else 0
 
-    def _select(self, query: np.ndarray, count: int, mask: np.ndarray, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first `count` songs of the mask, bool (N,), in `nprobe` lists, and their scores; (1, count) each."""
-        faiss = import_faiss()
-        bits = np.packbits(mask, bitorder="little")  # must outlive the search, which only points to it
-        selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
-        return self._found(query, count, faiss.SearchParametersIVF(sel=selector, nprobe=nprobe))
+    def _select(self, query: np.ndarray, count: int, selector: Any, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first `count` songs that a selector lets through in `nprobe` lists, and their scores; (1, count) each."""
+        return self._found(query, count, import_faiss().SearchParametersIVF(sel=selector, nprobe=nprobe))
 
     def _found(self, queries: np.ndarray, count: int, parameters: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """The first `count` songs that faiss finds for float32 (Q, D), and their scores; (Q, count) each."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, ranges
+from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, ranges, stable_order
 
 LATEST = 5_000  # plays before a query that are looked at
 HOUR_MS = 3_600_000
@@ -148,7 +148,7 @@ def _user_songs(
     num_songs: int,
 ) -> UserSongs:
     keys = rows * num_songs + songs
-    order = np.argsort(keys, kind="stable")  # plays of one query and song together, in the order of time
+    order = stable_order(keys)  # plays of one query and song together, in the order of time
     first = first_of_each(keys[order])
     last = order[np.append(first[1:], len(order)) - 1] if len(order) else order
     hours = np.maximum(0, at[rows] - played_at) / HOUR_MS

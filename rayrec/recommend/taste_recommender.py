@@ -1,5 +1,6 @@
 """The network as a recommender: the songs nearest to the taste vector at the moment of the request."""
 
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import ClassVar
 
@@ -50,9 +51,14 @@ class TasteRecommender(VectorRecommender):
 
     @classmethod
     def from_folder(cls, workspace: Workspace, folder: str) -> "TasteRecommender":
-        """From the files of a network, finished or not yet an artifact."""
-        vectors = np.array(workspace.read_array(f"{folder}/{SONG_VECTORS}"))
-        return cls(load_model(workspace, folder), vectors)
+        """From the files of a network, finished or not yet an artifact; its vectors are memory-mapped."""
+        return cls(load_model(workspace, folder), workspace.read_array(f"{folder}/{SONG_VECTORS}"))
+
+    def with_index(self, index: SongIndex) -> "TasteRecommender":
+        """The same network with another index over its song vectors."""
+        other = copy(self)
+        other.index = index
+        return other
 
     def short_only(self) -> "TasteRecommender":
         """The same network, answering for every horizon with its short one."""
@@ -65,17 +71,41 @@ class TasteRecommender(VectorRecommender):
 
         A network of one horizon answers for both with it.
         """
+        return self.vectors_of(histories, questions, (horizon,))[horizon]
+
+    def vectors_of(
+        self, histories: Histories, questions: Questions, horizons: Sequence[Horizon]
+    ) -> dict[Horizon, np.ndarray]:
+        """As `vectors`, of several horizons by one run through the plays."""
         if questions.hidden is not None:
-            return self.encoder.vectors(histories, questions, self.head(horizon))
+            return self._encoded(histories, questions, horizons)
         rows, inverse = np.unique(questions.rows, return_inverse=True)
         needed = np.zeros(len(rows), dtype=np.int64)
         np.maximum.at(needed, inverse, questions.seen)
         asked = histories.take(rows)
         position = np.arange(asked.num_plays) - asked.offsets[asked.rows]
         asked = asked.keep(position < needed[asked.rows])
-        return self.encoder.vectors(
-            asked, Questions(rows=inverse, seen=questions.seen, at=questions.at), self.head(horizon)
-        )
+        return self._encoded(asked, Questions(rows=inverse, seen=questions.seen, at=questions.at), horizons)
+
+    def _encoded(
+        self, histories: Histories, questions: Questions, horizons: Sequence[Horizon]
+    ) -> dict[Horizon, np.ndarray]:
+        heads = {horizon: self.head(horizon) for horizon in horizons}
+        vectors = self.encoder.vectors_of(histories, questions, list(dict.fromkeys(heads.values())))
+        return {horizon: vectors[head] for horizon, head in heads.items()}
+
+    def explain(
+        self,
+        history: Histories,
+        at: int,
+        songs: np.ndarray,
+        *,
+        long_weight: float = 0.0,
+        vectors: Mapping[Horizon, np.ndarray] | None = None,
+    ) -> list[dict[str, float]]:
+        """That all songs are near the taste vectors that were searched. See `Recommender.explain`."""
+        near = {"taste_short_rank": float(long_weight < 1), "taste_long_rank": float(long_weight > 0)}
+        return [near] * len(songs)
 
     def head(self, horizon: Horizon) -> str:
         """The head of the network that answers for a horizon."""

@@ -17,7 +17,6 @@ from rayrec.data.histories import Histories
 from rayrec.model.inference import States
 from rayrec.recommend.base import Horizon, Recommender
 from rayrec.recommend.choosing import Chosen, Known, Wish, choose, network_of, similar
-from rayrec.recommend.explain import Explanation, explain
 from rayrec.recommend.layout import layout
 from rayrec.serving.problems import OverloadedError
 from rayrec.serving.prometheus import Metrics
@@ -74,12 +73,6 @@ class Engine(ABC):
     @abstractmethod
     async def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
         """The songs of each user."""
-
-    @abstractmethod
-    async def explain(
-        self, plays: Histories, at: int, songs: np.ndarray, horizon: Horizon, start: States | None = None
-    ) -> Explanation:
-        """Which of one user's last plays moved the taste vector most, and which speak for songs, int (n,) rows."""
 
     @abstractmethod
     async def similar(self, song: int, k: int) -> Chosen:
@@ -147,13 +140,6 @@ class Parts:
         """As `Engine.answer`."""
         return self.answer_states(self.states(plays), plays, at, wishes)
 
-    def explain(
-        self, plays: Histories, at: int, songs: np.ndarray, horizon: Horizon, start: States | None = None
-    ) -> Explanation:
-        """As `Engine.explain`."""
-        with self.metrics.stage("explain"):
-            return explain(network_of(self.recommender), plays, at, songs, horizon=horizon, start=start)
-
     def similar(self, song: int, k: int) -> Chosen:
         """As `Engine.similar`."""
         with self.metrics.stage("choose"):
@@ -181,12 +167,6 @@ class LocalEngine(Engine):
     async def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
         """As in `Engine`."""
         return await self._pool.run(self.parts.choose, known, wishes)
-
-    async def explain(
-        self, plays: Histories, at: int, songs: np.ndarray, horizon: Horizon, start: States | None = None
-    ) -> Explanation:
-        """As in `Engine`."""
-        return await self._pool.run(self.parts.explain, plays, at, songs, horizon, start)
 
     async def similar(self, song: int, k: int) -> Chosen:
         """As in `Engine`."""

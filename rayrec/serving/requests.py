@@ -87,7 +87,9 @@ def read_wish(request: RecommendationsRequest, query: UserQuery, catalog: Served
     parts = [excluded[excluded >= 0], *([query.songs, query.earlier_songs] if request.exclude_heard else [])]
     allowed, unknown = _allowed(request, catalog)
     limits = Limits(banned=np.concatenate(parts), allowed=allowed, new_only=request.exclude_heard)
-    wish = Wish(k=request.k, long_weight=request.horizon, limits=limits, diversity=request.diversity)
+    wish = Wish(
+        k=request.k, long_weight=request.horizon, limits=limits, diversity=request.diversity, explain=request.explain
+    )
     return wish, unknown + int((excluded < 0).sum())
 
 

@@ -128,7 +128,7 @@ def _users_router(service: Service) -> APIRouter:
         at: AtQuery = None,
         exclude_heard: Annotated[bool, Query(description="Leave out the songs that the user has played.")] = True,
         diversity: Annotated[float, Query(ge=0, le=1, description="0: the best songs; up to 1: more varied.")] = 0.0,
-        explain: Annotated[bool, Query(description="Show which plays the answer owes to.")] = False,
+        explain: Annotated[bool, Query(description="Give the reasons for each song.")] = False,
     ) -> Response:
         """Recommend songs to a stored user."""
         fields = {

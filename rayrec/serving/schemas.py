@@ -198,7 +198,7 @@ class RecommendationsRequest(RequestBody):
         description="0: the best songs; up to 1: songs less like each other, in the order in which they were chosen.",
     )
     explain: bool = Field(
-        default=False, description="Show which of the last plays moved the taste vector most, and a play for each song."
+        default=False, description="Give the reasons for each song, and the last plays that they speak of."
     )
 
     @model_validator(mode="after")
@@ -294,16 +294,9 @@ class RecommendedSong(CatalogSong):
     """One song of an answer."""
 
     score: float = Field(description="Comparable within one answer only.")
-    because: str | None = Field(
-        default=None, description="With explain: the id of the song among the last plays that this one owes most to."
+    reasons: list[str] | None = Field(
+        default=None, description="With explain: why it was chosen, in words, one to three reasons."
     )
-
-
-class Reason(CatalogSong):
-    """One of the last plays, and its effect."""
-
-    played_at: IsoMoment = Field(description="Assumed where the request gave no times.")
-    moved: float = Field(description="1 − cosine of the taste vector with the one without this play, from 0 to 2.")
 
 
 class Recommendations(BaseModel):
@@ -321,8 +314,8 @@ class Recommendations(BaseModel):
     plays: int = Field(description="The user's plays of known songs.")
     unknown_songs: int = Field(description="Songs of history, exclude and allow that are not in the catalog.")
     songs: list[RecommendedSong] = Field(description="k of them, fewer only where fewer qualify.")
-    explanation: list[Reason] | None = Field(
-        default=None, description="With explain: the last plays, the one that moved the taste vector most first."
+    last_plays: list[CatalogSong] | None = Field(
+        default=None, description="With explain: the user's last five plays of known songs, the latest last."
     )
 
 

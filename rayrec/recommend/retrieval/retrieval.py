@@ -60,7 +60,10 @@ class RetrievalCounts:
         )
 
     def of_songs(self, first: int, last: int) -> RetrievalCounts:
-        """Sessions and rules of the songs from row `first` up to `last`; the play counts whole in the first range."""
+        """Sessions and rules of the songs from row `first` up to `last`; the play counts whole in the first range.
+
+        Of a range beyond the songs that were counted there is nothing.
+        """
         none = PlayCounts.fit(Histories.from_lists([], []), num_songs=self.plays.num_songs)
         return RetrievalCounts(
             sessions=self.sessions.of_songs(first, last),
@@ -85,6 +88,11 @@ class Retrieval:
     def num_songs(self) -> int:
         """N."""
         return self.plays.num_songs
+
+    @property
+    def counts(self) -> RetrievalCounts:
+        """What was counted, to add later plays to it: sessions and plays exactly, of the rules the strongest."""
+        return RetrievalCounts(sessions=self.sessions, rules=self.rules, plays=self.plays)
 
     @classmethod
     def build(

@@ -10,3 +10,6 @@ class RetrievalConfig(Settings):
 
     sessions_per_song: int = Field(50, ge=1, description="Newest sessions kept for each song")
     rules_per_song: int = Field(200, ge=1, description="Strongest followers kept for each song")
+    full: bool = Field(
+        False, description="Count all plays instead of adding the new ones to what an earlier run has counted"
+    )

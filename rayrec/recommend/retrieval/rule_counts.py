@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.data.histories import Histories
-from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, places_in
+from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, places_in, stable_order
 
 MAX_DISTANCE = 10  # plays between a song and one that follows it
 UNIT = 2520  # weight of a song that follows at once; 1/distance of it is whole for every distance, so sums are exact
@@ -72,7 +72,8 @@ class RuleCounts:
 
     def of_songs(self, first: int, last: int) -> RuleCounts:
         """The part for the songs from row `first` up to `last`; the parts of all ranges merge into the whole again."""
-        entries = slice(int(self.offsets[first]), int(self.offsets[last]))
+        bounds = self.offsets[np.minimum([first, last], self.num_songs)]
+        entries = slice(int(bounds[0]), int(bounds[1]))
         offsets = np.clip(self.offsets, entries.start, entries.stop) - entries.start
         return RuleCounts(
             offsets=offsets,
@@ -84,13 +85,13 @@ class RuleCounts:
 
 def _summed(keys: np.ndarray, weights: np.ndarray, at_once: np.ndarray, num_songs: int) -> RuleCounts:
     """Add up the weights and the counts of equal keys, song * num_songs + follower."""
-    order = np.argsort(keys, kind="stable")
+    order = stable_order(keys)
     first = first_of_each(keys[order])
     weights, at_once = (
         np.add.reduceat(values[order], first) if len(first) else values for values in (weights, at_once)
     )
     songs, followers = np.divmod(keys[order][first], max(1, num_songs))
-    strongest = np.lexsort((followers, -weights, songs))
+    strongest = stable_order(songs * (int(weights.max(initial=0)) + 1) + weights.max(initial=0) - weights)
     return RuleCounts(
         offsets=offsets_of(np.bincount(songs, minlength=num_songs)),
         followers=followers[strongest].astype(np.int32),

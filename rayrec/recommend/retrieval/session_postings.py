@@ -12,7 +12,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories, user_hash
 from rayrec.embeddings.sessions import cut_long, cut_sessions
-from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, places_in, ranges
+from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, places_in, ranges, stable_order
 
 NEWEST = 50  # sessions kept for each song
 MAX_SESSION = 100  # songs; longer sessions, and histories without times, are cut into pieces
@@ -83,7 +83,8 @@ class SessionPostings:
 
         The parts of all ranges of songs merge into the whole again, so that each range can be reduced by itself.
         """
-        entries = slice(int(self.song_offsets[first]), int(self.song_offsets[last]))
+        bounds = self.song_offsets[np.minimum([first, last], self.num_songs)]
+        entries = slice(int(bounds[0]), int(bounds[1]))
         sessions = np.unique(self.song_sessions[entries])
         counts = np.diff(self.offsets)[sessions]
         songs = self.songs[ranges(self.offsets[:-1][sessions], counts)]
@@ -108,7 +109,7 @@ def _newest_sessions(
     if within is not None:
         inside = (song >= within[0]) & (song < within[1])
         session, song, place = session[inside], song[inside], place[inside]
-    by_song = np.argsort(song, kind="stable")  # sessions stay in order: newest first
+    by_song = stable_order(song.astype(np.int64))  # sessions stay in order: newest first
     kept = by_song[places_in(song[by_song]) < newest]
     used = np.zeros(len(order), dtype=bool)
     used[session[kept]] = True

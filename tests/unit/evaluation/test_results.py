@@ -13,7 +13,6 @@ from rayrec.data.split import FitRange, Split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.results import figures_of
-from rayrec.jobs.compared_models import make_ablated
 from rayrec.recommend.base import Horizon, Recommender
 from rayrec.recommend.item_knn import ItemKnnRecommender
 from rayrec.recommend.popularity import PopularityRecommender
@@ -209,7 +208,8 @@ def test_differences_are_those_of_the_means_and_their_intervals_are_paired(
 def test_an_ablation_is_a_model_of_its_own_kind_that_the_default_is_compared_with(
     evaluator: Evaluator, histories: Histories
 ) -> None:
-    (without,) = make_ablated({"network": lambda: PopularityRecommender(np.arange(NUM_SONGS))})
+    without = PopularityRecommender(np.arange(NUM_SONGS))
+    without.name, without.without = "without network", "network"
     models = [evaluator.recommenders[0], without]
     both = Evaluator(models, split=SPLIT, song_plays=np.ones(NUM_SONGS), config=CONFIG)
     figures = figures_of(both(histories), both, "taste")

@@ -122,17 +122,19 @@ def test_diversity_makes_answers_less_alike(app: Client, network: TasteRecommend
     assert ask(app, k=10, diversity=0.0)["songs"] == ask(app, k=10)["songs"]
 
 
-def test_an_explained_answer_names_the_plays_and_the_rest_stays(app: Client) -> None:
-    plain, told = ask(app), ask(app, explain=True)
-    assert plain["explanation"] is None
-    assert [reason["song_id"] for reason in told["explanation"]] != []
-    assert sorted(reason["song_id"] for reason in told["explanation"]) == sorted(SONGS)
-    moved = [reason["moved"] for reason in told["explanation"]]
-    assert moved == sorted(moved, reverse=True)
-    assert {song["because"] for song in told["songs"]} <= {*SONGS, None}
-    assert any(song["because"] for song in told["songs"])
+@pytest.mark.parametrize("diversity", [0.0, 0.4])
+def test_an_explained_answer_gives_reasons_for_each_song_and_the_rest_stays(app: Client, diversity: float) -> None:
+    plain, told = ask(app, diversity=diversity), ask(app, explain=True, diversity=diversity)
+    assert (plain["last_plays"], {song["reasons"] for song in plain["songs"]}) == (None, {None})
+    assert [song["song_id"] for song in told["last_plays"]] == SONGS
+    assert all(1 <= len(song["reasons"]) <= 3 for song in told["songs"])
     assert rows(plain) == rows(told)
-    assert ask(app, history=[], explain=True)["explanation"] is None
+
+
+def test_without_plays_the_reason_is_popularity(app: Client) -> None:
+    answer = ask(app, history=[], explain=True)
+    assert {tuple(song["reasons"]) for song in answer["songs"]} == {("it is among the most played songs",)}
+    assert answer["last_plays"] == []
 
 
 def test_songs_are_found_by_title_and_artist(app: Client) -> None:

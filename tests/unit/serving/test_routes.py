@@ -66,6 +66,12 @@ def require_problem(response: Any, status: int) -> dict[str, Any]:
     return told
 
 
+def test_a_song_heard_before_is_explained_by_its_plays(app: Client) -> None:
+    answer = ask(app, explain=True, exclude_heard=False, allow=["song-3"])
+    assert "you played it 2 times, last within the hour" in answer["songs"][0]["reasons"]
+    assert [song["title"] for song in answer["last_plays"]] == ["Title 3", "Title 50", "Title 3", "Title 9"]
+
+
 @pytest.mark.parametrize("horizon", ["short", "long"])
 def test_the_answer_is_what_the_recommender_of_the_release_ranks(
     app: Client, world: Workspace, recommender: Recommender, horizon: Any
