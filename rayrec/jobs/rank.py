@@ -98,7 +98,7 @@ def fit_ablations(dataset: Dataset, rankers: Manifest, folder: str) -> dict[str,
     _collect(task, retrieval)
     with progress("Rankers without a part", len(parts)) as bar:
         for part in parts:
-            next(run_on_node(_fit, task, part, f"{folder}/{part}", cpus=1))
+            list(run_on_node(_fit, task, part, f"{folder}/{part}", cpus=1))
             bar.advance(note=part)
     workspace.delete(task.run)
     return {part: f"{folder}/{part}" for part in parts}

@@ -209,12 +209,8 @@ def _proposed_by(candidates: Candidates) -> np.ndarray:
 
 def _repeat_share(batch: QueryBatch, counts: np.ndarray) -> np.ndarray:
     """float64 (Q,): of the last plays, `counts` (Q,) but at most 20, the share that repeated an earlier one."""
-    keys = batch.keys(batch.rows, batch.songs)
-    again = np.ones(len(keys), dtype=bool)
-    order = stable_order(keys)
-    again[order[first_of_each(keys[order])]] = False
     looked_at = batch.back < np.minimum(counts, REPEATS)[batch.rows]
-    repeats = np.bincount(batch.rows, weights=again & looked_at, minlength=len(batch))
+    repeats = np.bincount(batch.rows, weights=batch.repeated & looked_at, minlength=len(batch))
     return np.asarray(repeats / np.maximum(1, np.minimum(counts, REPEATS)))
 
 
