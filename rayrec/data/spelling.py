@@ -13,6 +13,8 @@ from rayrec.data.problems import Problems, missing
 from rayrec.errors import InputError
 
 NOT_UTF8 = "not UTF-8"
+MAX_ID = 512  # characters of an id
+TOO_LONG = f"id of more than {MAX_ID} characters"
 LIST_SEPARATOR = "|"
 # What numpy, pandas and polars write into a text file for a number that is missing or has overflowed.
 NOT_NUMBERS = ("nan", "NaN", "inf", "-inf")
@@ -49,6 +51,18 @@ def spell_text(value: Any) -> str | None:
     return (clean(value).strip() or None) if isinstance(value, str) else spell_id(value)
 
 
+def name_song(artist: str | None, title: str | None) -> str | None:
+    """The id of a song that has no other: `artist – title`; None without a title."""
+    return f"{artist or ''} – {title}" if title else None
+
+
+def name_songs(ids: pa.Array, artists: pa.Array, titles: pa.Array) -> pa.Array:
+    """The ids of songs, strings (R,); where one is null or empty, what `name_song` makes of artist and title."""
+    titles = pc.if_else(pc.equal(titles, ""), None, titles)
+    named = pc.binary_join_element_wise(pc.fill_null(artists, ""), titles, " – ")
+    return pc.coalesce(pc.if_else(pc.equal(pc.utf8_trim_whitespace(ids), ""), None, ids), named)
+
+
 def spell_ids(values: pa.Array, problems: Problems, *, column: str, reason: str) -> pa.Array:
     """A column as `spell_id` spells it, strings (R,). Values that are no ids are marked with `reason`.
 
@@ -57,7 +71,13 @@ def spell_ids(values: pa.Array, problems: Problems, *, column: str, reason: str)
     texts = as_strings(values, problems, column=column)
     no_number = pc.fill_null(pc.is_in(texts, value_set=pa.array(NOT_NUMBERS)), False)
     problems.mark(missing(texts) | no_number.to_numpy(zero_copy_only=False), reason)
+    mark_long(texts, problems)
     return texts
+
+
+def mark_long(ids: pa.Array, problems: Problems) -> None:
+    """Mark ids, strings (R,), that are too long to be given in a request."""
+    problems.mark(pc.fill_null(pc.greater(pc.utf8_length(ids), MAX_ID), False).to_numpy(zero_copy_only=False), TOO_LONG)
 
 
 def spell_texts(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:

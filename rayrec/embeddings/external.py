@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog
@@ -15,6 +14,8 @@ from rayrec.data.problems import Problems
 from rayrec.data.spelling import plain, spell_id, spell_ids
 from rayrec.embeddings.vectors import SongVectors
 from rayrec.errors import InputError
+from rayrec.importing.readers.files import open_source
+from rayrec.importing.readers.parquet import open_parquet, read_columns
 from rayrec.storage.artifacts import sha256
 from rayrec.storage.workspace import Workspace
 
@@ -83,9 +84,10 @@ def _require_file(path: Path) -> None:
 def _read_npy(path: Path) -> tuple[np.ndarray, pa.Array | None]:
     try:
         raw = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # numpy reads the header as Python: a damaged one may raise SyntaxError and more
+        reason = str(error).splitlines() or [type(error).__name__]
         raise InputError(
-            f"vectors file {path} is not an array of numbers: {error}; "
+            f"vectors file {path} is not an array of numbers: {reason[0][:200]}; "
             "write it with numpy.save(..., allow_pickle=False)"
         ) from error
     _require_matrix(path, raw)
@@ -135,17 +137,15 @@ def _read_ids(path: Path) -> pa.Array | None:
 
 
 def _read_parquet(path: Path) -> tuple[np.ndarray, pa.Array]:
-    try:
-        missing = {columns.SONG_ID, VECTOR} - set(pq.read_schema(path).names)
-        if not missing:
-            table = pq.read_table(path, columns=[columns.SONG_ID, VECTOR])
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"vectors file {path} is not a whole Parquet file: {error}; write it again") from error
-    if missing:
-        raise InputError(
-            f"vectors file {path} has no column {sorted(missing)[0]!r}; "
-            f"expected {columns.SONG_ID} (string) and {VECTOR} (list of numbers)"
-        )
+    with open_source(str(path)) as stream:
+        file = open_parquet(str(path), stream)
+        missing = {columns.SONG_ID, VECTOR} - set(file.schema_arrow.names)
+        if missing:
+            raise InputError(
+                f"vectors file {path} has no column {sorted(missing)[0]!r}; "
+                f"expected {columns.SONG_ID} (string) and {VECTOR} (list of numbers)"
+            )
+        table = read_columns(str(path), file, [columns.SONG_ID, VECTOR])
     ids = _spelled(path, table.column(columns.SONG_ID).combine_chunks())
     return _matrix(path, plain(table.column(VECTOR))), ids
 

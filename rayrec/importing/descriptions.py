@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from rayrec.config import Settings, to_mapping
@@ -22,11 +21,11 @@ from rayrec.data.columns import one_array
 from rayrec.data.dataset import Dataset
 from rayrec.data.problems import Problems
 from rayrec.data.spelling import NOT_UTF8, plain, spell_ids, spell_lists, spell_texts
-from rayrec.errors import DamagedInputError, InputError
+from rayrec.errors import InputError
 from rayrec.importing.readers import delimited
 from rayrec.importing.readers.delimited import Delimiter
-from rayrec.importing.readers.files import COMPRESSED, open_plain
-from rayrec.importing.readers.lines import read_blocks
+from rayrec.importing.readers.files import cut_note, find_files, open_plain, plain_name
+from rayrec.importing.readers.parquet import open_parquet, read_columns
 from rayrec.importing.readers.reader import NO_SONG, Unit
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -80,6 +79,7 @@ class Described:
     markets: int  # songs with a list of markets
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows of the file
     invalid: dict[str, int] = field(default_factory=dict)  # reason -> values that were left out of their rows
+    warnings: list[str] = field(default_factory=list)
 
 
 @writes("describe")
@@ -109,6 +109,7 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str) -> Describ
         markets=given(columns.MARKETS),
         rejected=metadata.rejected,
         invalid=metadata.invalid,
+        warnings=[] if plain_name(path).endswith(".parquet") else cut_note(find_files([path], ())),
     )
 
 
@@ -134,7 +135,7 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
     that cannot be read costs that value alone. Raises `InputError` for a file that is neither csv nor Parquet, and a
     role or column that there is not.
     """
-    path = source.removesuffix(COMPRESSED)
+    path = plain_name(source)
     rejected: dict[str, int] = {}
     invalid: dict[str, int] = {}
     if path.endswith(".parquet"):
@@ -166,40 +167,29 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
 
 def _read_csv(source: str, names: Mapping[str, str], delimiter: str) -> tuple[dict[str, pa.Array], dict[str, int]]:
     """The columns by role, and how many lines were no rows, by reason."""
-    header = delimited.read_header(source, delimiter)
-    found = _columns(source, header, names)
+
+    def find(header: list[str]) -> dict[str, int]:
+        delimited.require_delimiter(source, header, delimiter)
+        return {role: header.index(name) for role, name in _columns(source, header, names).items()}
+
     parts: list[pa.Table] = []
     rejected: list[pa.ChunkedArray] = []
-    for block in read_blocks(Unit(source=source)):
-        rows = delimited.parse(
-            block,
-            {role: header.index(name) for role, name in found.items()},
-            num_columns=len(header),
-            delimiter=delimiter,
-            quoted=True,
-            source=source,
-            skip=1 if block.first == 1 else 0,
-        )
+    for rows in delimited.read_rows(Unit(source=source), delimiter, find):
         parts.append(pa.table(rows.values))
         rejected.append(rows.rejected.column("reason"))
     table = pa.concat_tables(parts)
     reasons = pc.value_counts(pa.chunked_array([chunk for column in rejected for chunk in column.chunks], pa.string()))
     return (
-        {role: one_array(table.column(role)) for role in found},
+        {role: one_array(table.column(role)) for role in table.column_names},
         {pair["values"]: pair["counts"] for pair in reasons.to_pylist()},
     )
 
 
 def _read_parquet(source: str, names: Mapping[str, str]) -> dict[str, pa.Array]:
-    try:
-        with open_plain(source) as stream:
-            file = pq.ParquetFile(pa.BufferReader(stream.read()), page_checksum_verification=True)
-        found = _columns(source, file.schema_arrow.names, names)
-        table = file.read(columns=list(found.values()))
-        table.validate()
-    except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise DamagedInputError(f"{source} cannot be read: {reason}; fetch it again or check the format") from error
+    with open_plain(source) as stream:
+        file = open_parquet(source, pa.BufferReader(stream.read()))
+    found = _columns(source, file.schema_arrow.names, names)
+    table = read_columns(source, file, list(found.values()))
     return {role: one_array(table.column(name)) for role, name in found.items()}
 
 

@@ -19,9 +19,10 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.fragments import PieceResult, UnitResult
-from rayrec.importing.import_plan import ImportConfig, Kind, Plan, bucket_groups, choose_buckets, make_plan
+from rayrec.importing.import_plan import OR_SKIP, ImportConfig, Kind, Plan, bucket_groups, choose_buckets, make_plan
 from rayrec.importing.import_workers import BucketMerger, KeyCounter, MergeSettings, PieceImporter, SongRange
 from rayrec.importing.merging import choose_contexts
+from rayrec.importing.readers import FORMATS
 from rayrec.importing.staging import Staging, buckets_read, discard_others, finish_publishing, piece_names
 from rayrec.importing.summary import ImportSummary, TooManyRejectedError, summarize
 from rayrec.importing.vocabulary import KEY, SongRows, Vocabulary, key_ranges
@@ -254,8 +255,8 @@ class _Import:
         results = [made[piece] if piece in made else store.result(piece) for piece in numbers]
         self._require_whole(results)
         units = [unit for result in results for unit in result.units]
-        if not any(unit.kept for unit in units):
-            self._refuse(_added(unit.rejected for unit in units), sum(unit.read for unit in units))
+        if not any(unit.read for unit in units):
+            self._refuse({}, 0)
         return results
 
     def _require_whole(self, results: list[PieceResult]) -> None:
@@ -267,9 +268,10 @@ class _Import:
         if not failed:
             return
         damaged = all(unit.damaged for unit in failed.values())
+        kind, advice = (DamagedInputError, OR_SKIP) if damaged else (InputError, "")
         if len(failed) == len(results) and not (damaged and self.config.skip_damaged):
             self.workspace.delete(IMPORT_STAGING)
-            raise (DamagedInputError if damaged else InputError)(failed[0].error)
+            raise kind(f"{failed[0].error}{advice}")
         for number in failed:
             self.staging.fragments.forget(number)
         if damaged and self.config.skip_damaged:
@@ -278,8 +280,7 @@ class _Import:
             )
         first, *more = dict.fromkeys(unit.error for unit in failed.values())
         others = f" (and {len(more)} more like it)" if more else ""
-        kind = DamagedInputError if damaged else InputError
-        raise kind(f"{first}{others}; completed work is kept for the next run")
+        raise kind(f"{first}{advice}{others}; completed work is kept for the next run")
 
     def _file_of(self, piece: int, result: PieceResult) -> str:
         """The file of the last unit that was read of a piece."""
@@ -293,10 +294,20 @@ class _Import:
             for number, piece in enumerate(pieces)
             for place, table in self.staging.fragments.rejected(number, piece)
         )
-        summary = summarize(self.plan, [unit for piece in pieces for unit in piece.units], rejected)
-        if summary.share > self.config.max_rejected:
+        units = [unit for piece in pieces for unit in piece.units]
+        summary = summarize(self.plan, units, rejected, FORMATS[self.config.format].beside)
+        if summary.rejected == summary.read:
+            self.workspace.delete(IMPORT_STAGING)
+            counts = ", ".join(f"{each.rows:,} × {each.reason}" for each in summary.reasons)
+            where = ", ".join(self.config.paths[:3])
             raise TooManyRejectedError(
-                f"{summary.rejected:,} of {summary.read:,} rows ({summary.share:.0%}) were rejected, more than "
+                f"{where}: all {summary.read:,} rows are rejected: {counts}; check the format and the settings",
+                summary,
+            )
+        if summary.share > self.config.max_rejected:
+            lost, plays = summary.rejected - summary.beside, summary.read - summary.beside
+            raise TooManyRejectedError(
+                f"{lost:,} of {plays:,} rows ({summary.share:.0%}) were rejected, more than "
                 f"{self.config.max_rejected:.0%}, and nothing was imported; check the format and the settings, "
                 "or allow more with --max-rejected",
                 summary,

@@ -6,11 +6,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Path, Query
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.responses import Response
 
+from rayrec.data.spelling import MAX_ID
 from rayrec.serving.live_release import release_status
 from rayrec.serving.middleware import Middleware, needed_role
 from rayrec.serving.page import page
@@ -34,8 +35,9 @@ from rayrec.serving.schemas import (
     UserTaste,
     as_json,
     iso_moment,
+    spelled_user,
 )
-from rayrec.serving.serve_config import MAX_ID, MAX_K
+from rayrec.serving.serve_config import MAX_K
 from rayrec.serving.service import Service
 
 Router = Callable[[Service], APIRouter]
@@ -61,7 +63,11 @@ class AnyId(Convertor[str]):
 
 register_url_convertor("any_id", AnyId())
 
-UserPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, description="Id of a user, percent-encoded.")]
+UserPath = Annotated[
+    str,
+    Path(min_length=1, max_length=MAX_ID, description="Id of a user, percent-encoded."),
+    AfterValidator(spelled_user),
+]
 SongPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, description="Id of a song, percent-encoded.")]
 Words = Annotated[str, Query(min_length=1, max_length=MAX_QUERY, description="Words of a title or an artist.")]
 Limit = Annotated[int, Query(ge=1, le=MAX_MATCHES, description="How many songs.")]

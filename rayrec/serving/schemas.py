@@ -21,8 +21,9 @@ from pydantic import (
 from starlette.responses import Response
 
 from rayrec.data.moments import END_MS, now_ms, parse_moment
+from rayrec.data.spelling import MAX_ID, spell_id
 from rayrec.errors import InputError
-from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_ID, MAX_K, MAX_LISTED, MAX_PLAYS
+from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K, MAX_LISTED, MAX_PLAYS
 
 LAST_MOMENT = END_MS - 1  # ms UTC
 PlayOutcome = Literal["taken", "repeated", "rejected", "unknown", "invalid"]
@@ -52,6 +53,14 @@ def iso_moment(moment: int) -> str:
     return (EPOCH + timedelta(milliseconds=moment)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def spelled_user(text: str) -> str:
+    """A user's id as every import spells it."""
+    user_id = spell_id(text)
+    if user_id is None:
+        raise ValueError("a user id is text other than spaces, nan and inf")
+    return user_id
+
+
 def _horizon(value: object) -> float:
     """The weight of the long horizon."""
     if value in ("short", "long"):
@@ -75,7 +84,7 @@ HORIZON_SCHEMA: dict[str, Any] = {
     "for long.",
 }
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
-UserId = Id
+UserId = Annotated[Id, AfterValidator(spelled_user)]
 SongId = Annotated[Id, Field(description="Id of a song, as it was imported.")]
 Moment = Annotated[Any, AfterValidator(_moment), WithJsonSchema(MOMENT_SCHEMA)]
 Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="YYYY-MM-DD.")]

@@ -9,6 +9,7 @@ from rayrec.data import columns
 from rayrec.data.catalog import Catalog
 from rayrec.data.dataset import Dataset
 from rayrec.data.song_search import SongSearch
+from rayrec.data.spelling import spell_id
 from rayrec.model.train_config import PLAY_COUNTS
 from rayrec.recommend.attributes import SongMasks
 from rayrec.recommend.base import Recommender
@@ -50,7 +51,10 @@ class ServedCatalog:
 
     def find(self, song_ids: list[str]) -> np.ndarray:
         """int32: the row of each id, -1 for unknown ones."""
-        return np.fromiter((self.rows.get(song, -1) for song in song_ids), dtype=np.int32, count=len(song_ids))
+        get = self.rows.get
+        # Nearly all ids come as they are spelled: only the others are spelled anew.
+        rows = (row if (row := get(song, -1)) >= 0 else get(spell_id(song) or "", -1) for song in song_ids)
+        return np.fromiter(rows, dtype=np.int32, count=len(song_ids))
 
     def embedded(self, rows: np.ndarray) -> np.ndarray:
         """bool (n,): which of the song rows, int (n,), the network has a vector of; row -1 is no song."""

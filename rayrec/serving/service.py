@@ -162,7 +162,7 @@ class Service:
 
     async def similar_songs(self, live: LiveRelease, song_id: str, k: int) -> SimilarSongs:
         """Songs like a song. Raises `NotFoundError` for one that is not in the catalog."""
-        row = live.catalog.rows.get(song_id, -1)
+        row = int(live.catalog.find([song_id])[0])
         if row < 0:
             raise NotFoundError(f"song {song_id!r} is not in the catalog; find ids with /v1/songs?query=")
         if not live.catalog.embedded(np.array([row])).any():

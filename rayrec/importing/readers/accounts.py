@@ -3,11 +3,10 @@
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rayrec.errors import InputError
-from rayrec.importing.readers.files import require_text
 
 # Folders that services name, in lower case: they say nothing of the person.
 EXPORT_FOLDERS = (
@@ -54,10 +53,14 @@ def _account_folder(source: str) -> tuple[str, str]:
     return folder, export
 
 
-def check_accounts(sources: Sequence[str], user: str, pattern: str = "") -> list[str]:
+def _nobody(source: str) -> str | None:
+    return None
+
+
+def check_accounts(sources: Sequence[str], user: str, name_of: Callable[[str], str | None] = _nobody) -> list[str]:
     """Notes on how the users of some exports are named.
 
-    `pattern` finds the name of a user in the first bytes of a file, as its first group.
+    `name_of` gives the user that a file names, None where it names none.
 
     Raises `InputError` where names of folders would make one user of two people or two users of one.
     """
@@ -67,11 +70,11 @@ def check_accounts(sources: Sequence[str], user: str, pattern: str = "") -> list
     named: dict[str, str] = {}
     for source in sources:
         account, (_, export) = account_of(source), _account_folder(source)
-        match = re.search(pattern.encode(), require_text(source)) if pattern else None
-        if match is None:
+        name = name_of(source)
+        if name is None:
             exports[account].add(export)
         else:
-            named.setdefault(export, match[1].decode("utf-8", errors="replace"))
+            named.setdefault(export, name)
     for account, folders in exports.items():
         if len(folders) > 1:
             raise InputError(

@@ -43,6 +43,17 @@ def written(folder: Path, text: str, name: str = "songs.csv") -> str:
     return str(path)
 
 
+def test_a_csv_without_an_end_of_its_last_line_and_one_with_another_delimiter_are_pointed_out(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    path = written(tmp_path, CSV.rstrip("\n"))
+    told = describe(dataset.workspace, DescribeConfig(), path)
+    assert told.warnings == [f"The last line of {path} has no line end: the file may have been cut."]
+    assert describe(dataset.workspace, DescribeConfig(), written(tmp_path, CSV)).warnings == []
+    with pytest.raises(InputError, match="divided by ';': pass --delimiter ';'"):
+        read_descriptions(written(tmp_path, CSV.replace(",", ";")))
+
+
 @pytest.mark.parametrize("name", ["songs.csv", "songs.csv.gz"])
 def test_songs_are_described_by_id(dataset: Dataset, tmp_path: Path, name: str) -> None:
     told = describe(dataset.workspace, DescribeConfig(), written(tmp_path, CSV, name))
@@ -109,8 +120,8 @@ def test_what_was_told_of_other_songs_is_not_told_of_these(dataset: Dataset, tmp
         ('[{"song": "a", "title": "b"}]', "songs.csv", "is JSON"),
         ("song,title\ra,b\r", "songs.csv", "carriage returns alone"),
         ("song,title,title\na,b,c\n", "songs.csv", "2 columns named 'title'"),
-        ("song;title\na;b\n", "songs.csv", "no column 'song'"),
-        ("song,title\na,b\n", "songs.parquet", "cannot be read"),
+        ("song;title\na;b\n", "songs.csv", "pass --delimiter"),
+        ("song,title\na,b\n", "songs.parquet", "is not a Parquet file"),
         ("song,title\na,b\n", "songs.xls", "neither .csv nor .parquet"),
     ],
 )

@@ -34,7 +34,7 @@ def write_plays(path: Path, rows: int = 50) -> Path:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format": "xml"}, "unknown format 'xml'; expected one of csv, lastfm-1k"),
+        ({"format": "xml"}, "unknown format 'xml'; expected one of apple-music, csv"),
         ({"paths": ()}, r"paths is \[\]; expected a non-empty list of strings"),
         ({"kind": "songs"}, "kind is 'songs'"),
         ({"format": "lastfm-1k", "columns": {"user": "u"}}, "has fixed columns"),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from datetime import date
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.serving.auth import load_keys
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import SONGS_TABLE, Workspace
 
 SONGS = ["song-3", "song-50", "song-3", "song-9"]
 KEY = "r" * 20
@@ -158,6 +159,46 @@ def test_similar_songs_are_the_nearest_by_cosine(app: Client, network: TasteReco
     assert app.get(f"/v1/songs/song-{WITHOUT_VECTOR}/similar").json()["songs"] == []
     assert app.get("/v1/songs/none/similar").status_code == 404
     assert app.get("/v1/songs/song-5/similar", params={"k": 0}).status_code == 422
+
+
+ODD_IDS = [
+    *("AC/DC – Song 4, Part 4", "a/similar", "..", ".", "a%2Fb", "a?b#c", "line\nbreak", "+ &=;", "Zoë 🎵", "\\", '"'),
+    *("x" * 512, "7"),
+]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """The first songs have odd ids."""
+    workspace = Workspace(tmp_path_factory.mktemp("odd") / "workspace")
+    write_world(workspace)
+    songs = workspace.read_table(SONGS_TABLE)
+    song_ids = [f"song-{NUM_SONGS}", *ODD_IDS, *songs.column(columns.SONG_ID).to_pylist()[len(ODD_IDS) + 1 :]]
+    song_ids[WITHOUT_VECTOR], song_ids[0] = song_ids[0], song_ids[WITHOUT_VECTOR]
+    place = songs.column_names.index(columns.SONG_ID)
+    workspace.write_table(
+        SONGS_TABLE, songs.set_column(place, columns.SONGS_TABLE.field(columns.SONG_ID), pa.array(song_ids))
+    )
+    write_release(workspace, ranked=False)
+    with service(workspace) as opened:
+        yield Client(opened)
+
+
+@pytest.mark.parametrize("song_id", ODD_IDS, ids=range(len(ODD_IDS)))
+def test_songs_of_any_id_have_every_endpoint(odd: Client, song_id: str) -> None:
+    path = quote(song_id, safe="").replace(".", "%2E")
+    similar = odd.get(f"/v1/songs/{path}/similar", params={"k": 3}).json()
+    assert (similar["song_id"], len(similar["songs"])) == (song_id, 3)
+    answer = ask(odd, history=[song_id], allow=[song_id, "song-50"], k=5)
+    assert (answer["unknown_songs"], answer["plays"]) == (0, 1)
+    assert song_id in [song["song_id"] for song in ask(odd, history=["song-50"], allow=[song_id])["songs"]]
+    (point,) = odd.post("/v1/map", {"songs": [song_id]}).json()["points"]
+    assert point["song_id"] == song_id
+
+
+def test_songs_are_found_by_ids_as_pandas_writes_them(odd: Client) -> None:
+    assert odd.get("/v1/songs/7.0/similar").status_code == 200
+    assert ask(odd, history=["7.0", " 7"])["unknown_songs"] == 0
 
 
 def test_songs_on_a_map_have_a_place_each(app: Client) -> None:
