@@ -1,6 +1,8 @@
 # One-word commands. Each sets up what it needs: make test works in a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
+# Where it is set, every process that Ray starts compiles Ray and torch anew: three times the time of the tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-all check fix docs figures gpu-check
 
