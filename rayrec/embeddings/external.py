@@ -60,7 +60,10 @@ def read_outside(path: str | Path, catalog: Catalog) -> OutsideVectors:
     found = targets >= 0
     placed = np.zeros((len(catalog), raw.shape[1]), dtype=raw.dtype)
     placed[targets[found]] = raw[found]
-    vectors = SongVectors.normalized(placed)
+    try:
+        vectors = SongVectors.normalized(placed)
+    except InputError as error:
+        raise InputError(f"vectors file {path}: {error}") from error
     if not vectors.known.any():
         raise InputError(
             f"vectors file {path} has a vector for none of the {len(catalog)} songs of the catalog "
