@@ -146,11 +146,14 @@ def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument) -
 def split(call: Call, config: SplitConfig) -> Shown:
     """Split the data set into training, validation and test range.
 
-    In time, or with --last-fraction within each user's plays. A share of users can be held out entirely.
+    In time, or with --last-fraction within each user's plays. Shares of users and of songs can be held out entirely:
+    how well songs are found that no training has seen shows on the latter.
     """
     made = split_dataset(call.workspace, config)
     cuts = {name.replace("_", " "): _cut(value) for name, value in made.figures().items()}
     values = {"split": made.id, **cuts, "users held out": f"{made.held_out_share:.1%}"}
+    if made.held_out_songs:
+        values["songs held out"] = f"{made.held_out_songs:.1%}"
     weaker = [f"This protocol is {WEAKER}."] if made.protocol == "last-fraction" else []
     return Shown(asdict(made), [figures("", values), *weaker])
 
