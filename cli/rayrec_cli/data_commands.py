@@ -29,7 +29,7 @@ PathsArgument = Annotated[
     typer.Argument(metavar="PATH", help="Files or folders of files, .gz too; local, s3:// or gs://."),
 ]
 TableArgument = Annotated[
-    str, typer.Argument(metavar="FILE", help="csv (.gz too) or Parquet file with one row per song.")
+    str | None, typer.Argument(metavar="FILE", help="csv (.gz too) or Parquet file with one row per song.")
 ]
 
 BEFORE_STREAMING = 946_684_800_000  # ms UTC, the year 2000
@@ -129,10 +129,11 @@ def compact_parts(call: Call) -> Shown:
 @command(
     app, "describe", config=DescribeConfig, example="rayrec describe songs.csv --columns song=id,released=release_date"
 )
-def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument) -> Shown:
-    """Import song metadata: titles, artists, release dates, markets.
+def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument = None) -> Shown:
+    """Import song metadata: titles, artists, albums, release dates, markets, content vectors.
 
-    A second file replaces the first. The server can filter recommendations by this metadata.
+    It replaces the metadata that is there unless --append keeps it. The server can filter recommendations by it, and
+    `rayrec songs add` finds new songs by their artist, album and content.
     """
     counts = asdict(describe(call.workspace, config, path))
     views = [figures("Song metadata", counts)]
