@@ -13,6 +13,7 @@ KINDS = (
     "descriptions",
     "songs",
     "models",
+    "added_songs",
     "retrieval",
     "rankers",
     "tastes",

@@ -9,8 +9,10 @@ from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, load_split
 from rayrec.errors import InputError, MismatchError
+from rayrec.jobs.add_songs import added_to
 from rayrec.jobs.retrieval import write_retrieval
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
+from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK
 from rayrec.progress import progress
 from rayrec.recommend.index import IndexConfig, SongIndex
@@ -62,7 +64,11 @@ def fit_rankers(
     )
     split = _split_of(workspace, dataset, model, retrieval)
     inputs = {"dataset": dataset.manifest.id, "split": split.id, "models": model.id, "retrieval": retrieval.id}
-    print_id = artifacts.fingerprint("rank", to_mapping(config), inputs)
+    added = artifacts.latest(workspace, "added_songs", lambda made: made.inputs["models"] == model.id)
+    # Not an input of the artifact: songs that are added later are ranked as those that were there.
+    print_id = artifacts.fingerprint(
+        "rank", to_mapping(config), inputs | ({"added_songs": added.id} if added is not None else {})
+    )
     rankers_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, KIND, rankers_id)
@@ -72,7 +78,12 @@ def fit_rankers(
     with ray_cluster():
         settings = RetrievalConfig(**retrieval.config)
         write_retrieval(dataset, settings, split.selection, f"{run}/retrieval")
-        task = _Task(dataset, config, split, model.path(SELECTION_NETWORK), run)
+        if added is not None:
+            songs = added_to(dataset, model.path(SELECTION_NETWORK))
+            # Without those held out: no play of them is right here, which would teach that no new song is.
+            songs = songs.take(split.final.allowed_songs(songs.rows))
+            songs.save(workspace, f"{run}/added_songs")
+        task = _Task(dataset, config, split, model.path(SELECTION_NETWORK), run, added is not None)
         buckets = range(dataset.manifest.buckets)
         with progress("Ranking examples", len(buckets)) as bar:
             queries = 0
@@ -116,6 +127,7 @@ class _Task:
     split: Split
     network: str  # folder of the network that has not seen the validation range
     run: str  # folder of the pieces, with a retrieval that has not seen it either
+    added: bool  # whether songs were added to the network, which lie there, too
 
     def piece(self, bucket: int) -> str:
         """The file of the examples of one bucket."""
@@ -125,6 +137,8 @@ class _Task:
         """Retrievers and features that have not seen the validation range."""
         workspace = self.dataset.workspace
         network = TasteRecommender.from_folder(workspace, self.network)
+        if self.added:
+            network.add_songs(AddedSongs.load(workspace, f"{self.run}/added_songs"))
         network.index = SongIndex.build(network.song_vectors, IndexConfig())
         retrieval = Retrieval.load(workspace, f"{self.run}/retrieval")
         return CandidateSource(network, retrieval, real_times=self.dataset.manifest.times == "real")

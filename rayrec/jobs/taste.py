@@ -24,7 +24,7 @@ from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import Workspace, artifact_dir
 
 COUNTS = b"rayrec counts"  # key of a file's metadata: JSON of what its bucket came to
 
@@ -51,12 +51,15 @@ def compute_tastes(
             f"{dataset.manifest.id}; run `rayrec embed` and `rayrec train` first"
         )
     inputs = {"dataset": dataset.manifest.plays_id, "models": model.id}
+    added = artifacts.latest(workspace, "added_songs", lambda made: made.inputs["models"] == model.id)
+    if added is not None:
+        inputs["added_songs"] = added.id
     at = dataset.manifest.last_play if config.at is None else int(config.at)
     print_id = artifacts.fingerprint("taste", {"at": at}, inputs)
     tastes_id, complete = artifacts.new_id(workspace, "tastes", print_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, "tastes", tastes_id)
-    base = None if config.full or repeat else newest_base(dataset, model)
+    base = None if config.full or repeat else newest_base(dataset, model, added)
     manifest = Manifest(kind="tastes", id=tastes_id, config={**to_mapping(config), "at": at}, inputs=inputs)
     began = time.monotonic()
     buckets = range(dataset.manifest.buckets)
@@ -73,6 +76,7 @@ def compute_tastes(
             "at": at,
             "config": config,
             "base": base,
+            "added": added,
             "done": done,
         }
         results = run_buckets(
@@ -95,18 +99,37 @@ def compute_tastes(
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums, checksums)
 
 
-def newest_base(dataset: Dataset, model: Manifest) -> Manifest | None:
+def newest_base(dataset: Dataset, model: Manifest, added: Manifest | None = None) -> Manifest | None:
     """The tastes of the model that know the most parts of the data set's plays, the newest of them; None where none.
 
-    None of those whose last part was joined with later ones.
+    None of those whose last part was joined with later ones, and none that read plays of songs which were `added` later
+    and would be read otherwise now.
     """
     fitting = [
         (dataset.earlier(tastes.inputs["dataset"]).parts, tastes)
         for tastes in artifacts.listing(dataset.workspace, "tastes")
-        if tastes.inputs["models"] == model.id and dataset.descends_from(tastes.inputs["dataset"])
+        if tastes.inputs["models"] == model.id
+        and dataset.descends_from(tastes.inputs["dataset"])
+        and _reads_the_same(dataset, tastes, added)
     ]
     readable = [(parts, tastes) for parts, tastes in fitting if dataset.manifest.splits_at(parts)]
     return max(readable, key=lambda each: each[0], default=(0, None))[1]
+
+
+def _reads_the_same(dataset: Dataset, tastes: Manifest, added: Manifest | None) -> bool:
+    """True where the plays that tastes have seen are read the same with the songs added now as with those then."""
+    then = tastes.inputs.get("added_songs")
+    if then == (added.id if added else None):
+        return True
+    if added is None:
+        return False
+    from rayrec.model.added_songs import AddedSongs
+
+    now, base = (
+        None if each is None else AddedSongs.load(dataset.workspace, artifact_dir("added_songs", each))
+        for each in (added.id, then)
+    )
+    return now is not None and now.fits(base, dataset.earlier(tastes.inputs["dataset"]).songs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,16 +152,22 @@ class BucketTastes:
         at: int,
         config: TasteConfig,
         base: Manifest | None = None,
+        added: Manifest | None = None,
         done: Set[int] = frozenset(),
     ) -> None:
         """`done` are the buckets that an earlier run has written: they are only read for their checksums."""
         import torch
 
+        from rayrec.model.added_songs import AddedSongs
         from rayrec.model.checkpoint import load_model
         from rayrec.model.inference import TasteEncoder
 
         torch.set_num_threads(1)
-        self._encoder = TasteEncoder(load_model(workspace, model.folder, model.files), "cuda" if config.gpu else "cpu")
+        network = load_model(workspace, model.folder, model.files)
+        if added is not None:
+            songs = AddedSongs.load(workspace, added.folder)
+            network.add_songs(torch.from_numpy(songs.rows), torch.from_numpy(songs.inputs))
+        self._encoder = TasteEncoder(network, "cuda" if config.gpu else "cpu")
         self._dataset, self._folder, self._at, self._config, self._base = Dataset(workspace), folder, at, config, base
         self._done = done
 

@@ -21,6 +21,7 @@ NOUNS = {  # kind -> what messages call one of it
     "descriptions": "song metadata",
     "songs": "song embeddings",
     "models": "model",
+    "added_songs": "added songs",
     "retrieval": "retrievers",
     "rankers": "rankers",
     "tastes": "taste vectors",
@@ -35,7 +36,7 @@ NOUNS = {  # kind -> what messages call one of it
 class Manifest:
     """What an artifact is and where it came from. Stored as manifest.json, after all other files."""
 
-    kind: str  # descriptions, songs, models, indexes, tastes, releases, reports or tunings
+    kind: str  # descriptions, songs, models, added_songs, indexes, tastes, releases, reports or tunings
     id: str  # unique within its kind
     config: dict[str, Any] = field(default_factory=dict)  # the stage's settings
     inputs: dict[str, str] = field(default_factory=dict)  # role -> id: dataset, split, songs, models, ...
