@@ -194,9 +194,11 @@ def _fit(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]
 
 
 def _grown(kind: RankerKind, examples: RankingExamples, features: list[str], config: RankConfig) -> Ranker | None:
-    """A ranker; None on the long horizon where the validation range reaches too few plays ahead."""
+    """A ranker; None beside the one of the next play where too few queries are of its kind: a validation range may
+    reach too few plays ahead for the long horizon, or hold only songs that its users had heard."""
     checked = int((examples.held_out & examples.found).sum())
-    if kind == "long" and min(checked, int(examples.found.sum()) - checked) < config.min_long_queries:
+    fewest = {"next": 0, "served": 1, "long": config.min_long_queries}[kind]
+    if min(checked, int(examples.found.sum()) - checked) < fewest:
         return None
     settings = RankerSettings(
         trees=config.trees, leaves=config.leaves, learning_rate=config.learning_rate, seed=config.seed

@@ -170,7 +170,7 @@ def test_an_interrupt_ends_it_with_all_its_processes(served: Served) -> None:
     served.process.send_signal(signal.SIGINT)
     out, errors = served.process.communicate(timeout=120)
     assert served.process.returncode == 0, errors
-    assert (out.strip(), errors.strip()) == ("Ended.", "Ending")
+    assert (out.strip(), errors.strip()) == ("Stopped.", "Stopping")
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
     assert served.workspace.files("serving/replicas") == []
