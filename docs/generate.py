@@ -20,6 +20,7 @@ MODULES = re.compile(r"(?:[A-Za-z_]+[.])+([A-Za-z_]+)")  # before the last name 
 FUNCTIONS = (
     *("rayrec.jobs.generate.generate", "rayrec.jobs.import_data.import_data", "rayrec.jobs.import_data.append_plays"),
     *("rayrec.data.split.split_dataset", "rayrec.jobs.embed.embed", "rayrec.jobs.train.train"),
+    "rayrec.jobs.add_songs.add_songs",
     *("rayrec.jobs.retrieval.fit_retrieval", "rayrec.jobs.rank.fit_rankers", "rayrec.jobs.taste.compute_tastes"),
     *("rayrec.jobs.build_index.build_index", "rayrec.jobs.evaluate.evaluate"),
     *("rayrec.storage.releases.create_release", "rayrec.storage.releases.activate_release"),

@@ -1,6 +1,6 @@
 """Every night: python examples/nightly.py WORKSPACE PLAYS...   (cluster/kuberay/nightly.yaml runs it as a RayJob)
 
-Appends the new plays, brings the tastes of all users up to date with the live model, judges that model
+Appends the new plays, adds the new songs, brings the tastes of all users up to date with the live model, judges it
 with the new plays among those it has to predict, and makes the new release live only where its figures
 hold. Then it joins the parts of many nights, and deletes what no recent release needs. The exit code says
 what became of it: 0 live or nothing new, 1 kept back. `{yesterday}` in a path stands for yesterday's date,
@@ -18,6 +18,7 @@ from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
 from rayrec.importing.compaction import PARTS_BEFORE_COMPACT
 from rayrec.importing.import_plan import ImportConfig
+from rayrec.jobs.add_songs import add_songs
 from rayrec.jobs.compact import compact
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.import_data import append_plays
@@ -51,6 +52,7 @@ def main(folder: str, *plays: str) -> int:
         if dataset.manifest.plays_id == dataset.earlier(live.inputs["dataset"]).plays_id:
             print("nothing is new: the live release stays")
             return 0
+        add_songs(workspace, model_id=model.id)  # vectors of songs that the model has not seen
         tastes = compute_tastes(workspace, TasteConfig(), model_id=model.id)
         made = create_release(
             workspace, model_id=model.id, tastes_id=tastes.id, index_id=live.inputs["indexes"], activate=False

@@ -29,7 +29,7 @@ PathsArgument = Annotated[
     typer.Argument(metavar="PATH", help="Files or folders of files, .gz and .bz2 too; local, s3:// or gs://."),
 ]
 TableArgument = Annotated[
-    str, typer.Argument(metavar="FILE", help="csv (.gz or .bz2 too) or Parquet file with one row per song.")
+    str | None, typer.Argument(metavar="FILE", help="csv (.gz or .bz2 too) or Parquet file with one row per song.")
 ]
 
 MOST_COLUMNS = 30  # of a file to inspect
@@ -134,10 +134,11 @@ def compact_parts(call: Call) -> Shown:
 @command(
     app, "describe", config=DescribeConfig, example="rayrec describe songs.csv --columns song=id,released=release_date"
 )
-def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument) -> Shown:
-    """Import song metadata: titles, artists, release dates, markets.
+def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument = None) -> Shown:
+    """Import song metadata: titles, artists, albums, release dates, markets, content vectors.
 
-    A second file replaces the first. The server can filter recommendations by this metadata.
+    It replaces the metadata that is there unless --append keeps it. The server can filter recommendations by it, and
+    `rayrec songs add` finds new songs by their artist, album and content.
     """
     counts = asdict(describe(call.workspace, config, path))
     views = [figures("Song metadata", counts)]
@@ -151,11 +152,14 @@ def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument) -
 def split(call: Call, config: SplitConfig) -> Shown:
     """Split the data set into training, validation and test range.
 
-    In time, or with --last-fraction within each user's plays. A share of users can be held out entirely.
+    In time, or with --last-fraction within each user's plays. Shares of users and of songs can be held out entirely:
+    how well songs are found that no training has seen shows on the latter.
     """
     made = split_dataset(call.workspace, config)
     cuts = {name.replace("_", " "): _cut(value) for name, value in made.figures().items()}
     values = {"split": made.id, **cuts, "users held out": f"{made.held_out_share:.1%}"}
+    if made.held_out_songs:
+        values["songs held out"] = f"{made.held_out_songs:.1%}"
     weaker = [f"This protocol is {WEAKER}."] if made.protocol == "last-fraction" else []
     return Shown(asdict(made), [figures("", values), *weaker])
 

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE, Catalog, described
+from rayrec.data.content import Content
 from rayrec.data.histories import Histories, user_hash
 from rayrec.data.parts import find_user, merge_users, read_files, read_users, with_columns
 from rayrec.data.spelling import spell_id
@@ -115,8 +116,7 @@ class Dataset:
         Without songs that an unfinished import has put behind it.
         """
         table = self.workspace.read_table(SONGS_TABLE).slice(0, self.num_songs)
-        told = self.descriptions()
-        if told is not None:
+        for told in self.descriptions():
             table = described(table, self.workspace.read_table(told.path(DESCRIPTIONS_FILE)))
         return Catalog(table)
 
@@ -134,10 +134,15 @@ class Dataset:
         readable = [(parts, made) for parts, made in known if self.manifest.splits_at(parts)]
         return max(reversed(readable), key=lambda each: each[0], default=(0, None))
 
-    def descriptions(self) -> Manifest | None:
-        """What songs were last described by, of this data set or one that it descends from; None where by nothing."""
+    def descriptions(self) -> list[Manifest]:
+        """What songs were described by, of this data set or those that it descends from, oldest first."""
         told = artifacts.listing(self.workspace, DESCRIPTIONS)
-        return next((each for each in reversed(told) if self.descends_from(each.inputs["dataset"])), None)
+        return [each for each in told if self.descends_from(each.inputs["dataset"])]
+
+    def content(self) -> Content:
+        """The content vectors of the catalog's songs."""
+        table = self.workspace.read_table(SONGS_TABLE, [columns.SONG_ID]).slice(0, self.num_songs)
+        return Content.load(self.workspace, self.descriptions(), columns.one_array(table.column(columns.SONG_ID)))
 
 
 def bucket_of(user_ids: np.ndarray, buckets: int) -> np.ndarray:

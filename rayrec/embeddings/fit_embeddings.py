@@ -54,7 +54,7 @@ def fit_vectors(
 
 def _sentences(dataset: Dataset, source: str, config: EmbedConfig, allowed: FitRange) -> Iterator[Sentences]:
     if source == "playlists":
-        return sessions.from_playlists(dataset.read_playlists())
+        return sessions.from_playlists(dataset.read_playlists(), allowed)
     histories = (allowed.select(batch) for batch in dataset.read_all())
     return sessions.from_histories(histories, allowed, config.session_gap_minutes)
 

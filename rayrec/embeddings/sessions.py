@@ -56,7 +56,14 @@ def from_histories(batches: Iterable[Histories], allowed: FitRange, gap_minutes:
         yield drop_single(cut_long(cut_sessions(histories, gap_minutes)))
 
 
-def from_playlists(batches: Iterable[Sentences]) -> Iterator[Sentences]:
-    """Playlists as sentences, batch by batch. They carry no times, so a split cannot cut them."""
+def from_playlists(batches: Iterable[Sentences], allowed: FitRange) -> Iterator[Sentences]:
+    """Playlists as sentences, batch by batch. They carry no times, so a split cuts no more than songs held out."""
     for batch in batches:
-        yield drop_single(cut_long(batch))
+        yield drop_single(cut_long(without_held_out(batch, allowed)))
+
+
+def without_held_out(sentences: Sentences, allowed: FitRange) -> Sentences:
+    """Without the songs that a split holds out."""
+    songs, offsets = sentences
+    kept = allowed.allowed_songs(songs)
+    return songs[kept], np.append(0, np.cumsum(kept))[offsets]

@@ -37,9 +37,9 @@ class Evaluator:
     """Evaluates recommenders on whole histories.
 
     `song_plays` is (N,), how often each song was played in the fit range: a song without a play is a miss for every
-    model. `query_share` in (0, 1] is the share of the queries, by a hash of user and play, that are answered;
-    `curve_share` in [0, 1] the share of users, by hash, who are drawn for the curves, the pairs and what is
-    recommended. `contexts` names the bits of the plays' contexts.
+    model but one that it was added to. `query_share` in (0, 1] is the share of the queries, by a hash of user and play,
+    that are answered; `curve_share` in [0, 1] the share of users, by hash, who are drawn for the curves, the pairs and
+    what is recommended. `contexts` names the bits of the plays' contexts.
     """
 
     def __init__(
@@ -90,7 +90,9 @@ class Evaluator:
         sums = self.empty(cells.count)
         histories = histories.take(cells.holds(histories.user_ids))
         for users, plays in blocks(histories, self.split, QUERIES_PER_BLOCK, self.query_share):
-            block = QueryBlock.of(users, plays, self.split, self.config, self.curve_share, self.contexts, cells)
+            block = QueryBlock.of(
+                users, plays, self.split, self.config, self.curve_share, self.contexts, cells, self.known_songs
+            )
             self._count(sums, block)
             for model in range(len(self.recommenders)):
                 self._add_model(sums, model, block)

@@ -17,7 +17,7 @@ from rayrec.recommend.base import CandidateRecommender, Recommender
 
 DIGITS = 6  # of every figure
 # Targets and metrics of comparisons.
-COMPARED = (("served", "next", "next_repeat", "offsets25_50", "served25_50"), ("recall", "mrr"))
+COMPARED = (("served", "next", "next_repeat", "offsets25_50", "served25_50", "cold_songs"), ("recall", "mrr"))
 
 ABLATION = "ablation"  # the kind of models that lack a part of the default one
 

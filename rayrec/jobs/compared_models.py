@@ -69,7 +69,7 @@ def choose(
         default = TWO_STEP if "rankers" in parts else TASTE
         if TWO_STEP in named and default != TWO_STEP:
             raise InputError(f"model {model.id} has no rankers; run `rayrec retrieval` and `rayrec rank` first")
-        inputs |= {kind: parts[kind] for kind in ("retrieval", "rankers") if kind in parts}
+        inputs |= {kind: parts[kind] for kind in ("added_songs", "retrieval", "rankers") if kind in parts}
     for network in (*([model] if model else []), *others.values()):
         require_split(network, split, dataset, "train")
     inputs |= {f"models {name}": other.id for name, other in others.items()}

@@ -11,8 +11,10 @@ from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, load_split
 from rayrec.errors import InputError, MismatchError
+from rayrec.jobs.add_songs import added_to
 from rayrec.jobs.retrieval import write_retrieval
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
+from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK
 from rayrec.progress import progress
 from rayrec.recommend.ablation import ABLATED_PARTS
@@ -66,13 +68,17 @@ def fit_rankers(
     )
     split = _split_of(workspace, dataset, model, retrieval)
     inputs = {"dataset": dataset.manifest.id, "split": split.id, "models": model.id, "retrieval": retrieval.id}
-    print_id = artifacts.fingerprint("rank", to_mapping(config), inputs)
+    added = artifacts.latest(workspace, "added_songs", lambda made: made.inputs["models"] == model.id)
+    # Not an input of the artifact: songs that are added later are ranked as those that were there.
+    print_id = artifacts.fingerprint(
+        "rank", to_mapping(config), inputs | ({"added_songs": added.id} if added is not None else {})
+    )
     rankers_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, KIND, rankers_id)
     manifest = Manifest(kind=KIND, id=rankers_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     started = time.monotonic()
-    task = _Task(dataset, config, split, model.path(SELECTION_NETWORK), manifest.path("run"))
+    task = _Task(dataset, config, split, model.path(SELECTION_NETWORK), manifest.path("run"), added=added is not None)
     with ray_cluster():
         queries = _collect(task, retrieval)
         with progress("Rankers"):
@@ -94,7 +100,8 @@ def fit_ablations(dataset: Dataset, rankers: Manifest, folder: str) -> dict[str,
     described = retrieval.metrics["artists"] or retrieval.metrics["albums"]
     parts = tuple(part for part in ABLATED_PARTS if part != "artists" or described)
     config = RankConfig(**rankers.config)
-    task = _Task(dataset, config, split, model.path(SELECTION_NETWORK), f"{folder}/run", parts)
+    added = artifacts.latest(workspace, "added_songs", lambda made: made.inputs["models"] == model.id) is not None
+    task = _Task(dataset, config, split, model.path(SELECTION_NETWORK), f"{folder}/run", parts, added)
     _collect(task, retrieval)
     with progress("Rankers without a part", len(parts)) as bar:
         for part in parts:
@@ -107,6 +114,11 @@ def fit_ablations(dataset: Dataset, rankers: Manifest, folder: str) -> dict[str,
 def _collect(task: _Task, retrieval: Manifest) -> int:
     """Fit a retrieval that has not seen the validation range and collect the examples; how many queries."""
     write_retrieval(task.dataset, RetrievalConfig(**retrieval.config), task.split.selection, f"{task.run}/retrieval")
+    if task.added:
+        songs = added_to(task.dataset, task.network)
+        # Without those held out: no play of them is right here, which would teach that no new song is.
+        songs = songs.take(task.split.final.allowed_songs(songs.rows))
+        songs.save(task.dataset.workspace, f"{task.run}/added_songs")
     buckets = range(task.dataset.manifest.buckets)
     queries = 0
     with progress("Ranking examples", len(buckets)) as bar:
@@ -147,6 +159,7 @@ class _Task:
     network: str  # folder of the network that has not seen the validation range
     run: str  # folder of the pieces, with a retrieval that has not seen it either
     without: tuple[str, ...] = (EVERYTHING,)  # parts to leave out, one at a time
+    added: bool = False  # whether songs were added to the network, which lie in the folder `run`, too
 
     def piece(self, bucket: int, without: str) -> str:
         """The file of the examples of one bucket, without a part."""
@@ -156,6 +169,8 @@ class _Task:
         """Retrievers and features that have not seen the validation range, by the part that they leave out."""
         workspace = self.dataset.workspace
         network = TasteRecommender.from_folder(workspace, self.network)
+        if self.added:
+            network.add_songs(AddedSongs.load(workspace, f"{self.run}/added_songs"))
         network.index = SongIndex.build(network.song_vectors, IndexConfig())
         retrieval = Retrieval.load(workspace, f"{self.run}/retrieval")
         real_times = self.dataset.manifest.times == "real"

@@ -51,8 +51,8 @@ def fit_retrieval(
         require_split_of(dataset, split)
         inputs["split"] = split.id
     described = dataset.descriptions()
-    if described is not None:
-        inputs["descriptions"] = described.id
+    if described:
+        inputs["descriptions"] = described[-1].id
     print_id = artifacts.fingerprint(KIND, to_mapping(config), inputs)
     retrieval_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
     if complete:

@@ -24,7 +24,7 @@ from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import Workspace, artifact_dir
 
 COUNTS = b"rayrec counts"  # key of a file's metadata: JSON of what its bucket came to
 
@@ -51,6 +51,9 @@ def compute_tastes(
             f"{dataset.manifest.id}; run `rayrec embed` and `rayrec train` first"
         )
     inputs = {"dataset": dataset.manifest.plays_id, "models": model.id}
+    added = artifacts.latest(workspace, "added_songs", lambda made: made.inputs["models"] == model.id)
+    if added is not None:
+        inputs["added_songs"] = added.id
     at = dataset.manifest.last_play if config.at is None else int(config.at)
     print_id = artifacts.fingerprint("taste", {"at": at}, inputs)
     tastes_id, complete = artifacts.new_id(workspace, "tastes", print_id, repeat=repeat)
@@ -58,7 +61,9 @@ def compute_tastes(
         return artifacts.reuse(workspace, "tastes", tastes_id)
     base: Manifest | None = None
     if not (config.full or repeat):
-        _, base = dataset.newest_base("tastes", lambda made: made.inputs["models"] == model.id)
+        _, base = dataset.newest_base(
+            "tastes", lambda made: made.inputs["models"] == model.id and _reads_the_same(dataset, made, added)
+        )
     manifest = Manifest(kind="tastes", id=tastes_id, config={**to_mapping(config), "at": at}, inputs=inputs)
     began = time.monotonic()
     buckets = range(dataset.manifest.buckets)
@@ -75,6 +80,7 @@ def compute_tastes(
             "at": at,
             "config": config,
             "base": base,
+            "added": added,
             "done": done,
         }
         results = run_buckets(
@@ -97,6 +103,22 @@ def compute_tastes(
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums, checksums)
 
 
+def _reads_the_same(dataset: Dataset, tastes: Manifest, added: Manifest | None) -> bool:
+    """True where the plays that tastes have seen are read the same with the songs added now as with those then."""
+    then = tastes.inputs.get("added_songs")
+    if then == (added.id if added else None):
+        return True
+    if added is None:
+        return False
+    from rayrec.model.added_songs import AddedSongs
+
+    now, base = (
+        None if each is None else AddedSongs.load(dataset.workspace, artifact_dir("added_songs", each))
+        for each in (added.id, then)
+    )
+    return now is not None and now.fits(base, dataset.earlier(tastes.inputs["dataset"]).songs)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BucketResult:
     """What a bucket came to; all that the driver ever sees of it."""
@@ -117,16 +139,22 @@ class BucketTastes:
         at: int,
         config: TasteConfig,
         base: Manifest | None = None,
+        added: Manifest | None = None,
         done: Set[int] = frozenset(),
     ) -> None:
         """`done` are the buckets that an earlier run has written: they are only read for their checksums."""
         import torch
 
+        from rayrec.model.added_songs import AddedSongs
         from rayrec.model.checkpoint import load_model
         from rayrec.model.inference import TasteEncoder
 
         torch.set_num_threads(1)
-        self._encoder = TasteEncoder(load_model(workspace, model.folder, model.files), "cuda" if config.gpu else "cpu")
+        network = load_model(workspace, model.folder, model.files)
+        if added is not None:
+            songs = AddedSongs.load(workspace, added.folder)
+            network.add_songs(torch.from_numpy(songs.rows), torch.from_numpy(songs.inputs))
+        self._encoder = TasteEncoder(network, "cuda" if config.gpu else "cpu")
         self._dataset, self._folder, self._at, self._config, self._base = Dataset(workspace), folder, at, config, base
         self._done = done
 

@@ -126,7 +126,7 @@ def _count_songs(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) 
     if Sequences(dataset, config.source).kind == "playlists":
         entries = np.zeros(dataset.num_songs, dtype=np.int64)
         for songs, _ in dataset.read_playlists():
-            entries += np.bincount(songs, minlength=dataset.num_songs)
+            entries += np.bincount(songs[ranges[0].allowed_songs(songs)], minlength=dataset.num_songs)
         return [entries for _ in ranges]
     totals = [np.zeros(dataset.num_songs, dtype=np.int64) for _ in ranges]
     buckets = range(dataset.manifest.buckets)

@@ -41,7 +41,7 @@ ROWS = 5_000  # of tastes or vectors looked at at once
 TOLERANCE = 1e-3  # of the length of a normalized vector
 MODEL_VECTORS = "song_vectors.npy"
 KINDS = (
-    *(DESCRIPTIONS, "songs", "models", "retrieval", "rankers", "tastes", "indexes"),
+    *(DESCRIPTIONS, "songs", "models", "added_songs", "retrieval", "rankers", "tastes", "indexes"),
     *(artifacts.RECOMMENDATIONS, "reports", "releases"),
 )
 STORED = (".npy", ".safetensors", ".parquet", ".faiss", ".arrow")  # files that must stand under a checksum
@@ -247,6 +247,7 @@ def check_artifacts(audit: Audit, dataset: Dataset | None) -> None:
         DESCRIPTIONS: _check_descriptions,
         "songs": _check_embeddings,
         "models": _check_model,
+        "added_songs": _check_added_songs,
         "tastes": _check_tastes,
         "indexes": _check_index,
         artifacts.RECOMMENDATIONS: _check_recommendations,
@@ -327,6 +328,23 @@ def _check_model(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> N
             for name, values in load_file(audit.workspace.local_file(manifest.path(file))).items():
                 finite = values.dtype.kind != "f" or bool(np.isfinite(values).all())
                 audit.require(finite, manifest.path(file), f"{name} holds a number that is not finite")
+
+
+def _check_added_songs(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
+    from rayrec.model.added_songs import INPUTS, OUTPUTS, ROWS
+
+    known = _known(dataset, manifest)
+    rows = audit.workspace.read_array(manifest.path(ROWS))
+    inside = not len(rows) or (rows[0] >= 0 and (known is None or rows[-1] < known.songs))
+    audit.require(
+        bool((np.diff(rows) > 0).all() and inside), manifest.path(ROWS), "are not ascending rows of the songs"
+    )
+    for name in (OUTPUTS, INPUTS):
+        vectors = audit.workspace.read_array(manifest.path(name))
+        fits = vectors.ndim == 2 and len(vectors) == len(rows) and bool(np.isfinite(vectors).all())
+        audit.require(
+            fits, manifest.path(name), f"is {vectors.shape}, not a finite vector for each of {len(rows)} songs"
+        )
 
 
 def _check_tastes(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:

@@ -52,6 +52,8 @@ class TasteModel(nn.Module):
             started = song_vectors if input_vectors is None else input_vectors
             self.inputs = _table(started, shared and input_vectors is not None)
         self.map = SongMap(config.embedding_dim) if config.song_table == "mapped" else None
+        self.added_rows: Tensor | None = None  # int64 (n,), ascending: songs that came after the training
+        self.added_inputs: Tensor | None = None  # float32 (n, D), as `trunk` reads them
         self.exported = False  # whether the table holds what the map makes of it already, as a stored network's does
         # torch's LSTM has no peephole weights, which the paper's symbols include; Greff et al. 2015 found no gain.
         self.rnn = (nn.LSTM if config.cell == "lstm" else nn.GRU)(
@@ -81,6 +83,19 @@ class TasteModel(nn.Module):
         """Normalized vectors of songs, (..., D), as the network reads them."""
         return self.song_vectors(songs) if self.inputs is None else normalize(self.inputs(songs), dim=-1)
 
+    def add_songs(self, rows: Tensor, inputs: Tensor) -> None:
+        """Let `trunk` read songs that no training has seen: rows int64 (n,), ascending, and vectors float32 (n, D)."""
+        device = self.songs.weight.device
+        self.added_rows, self.added_inputs = (rows.to(device), inputs.to(device)) if len(rows) else (None, None)
+
+    def _with_added(self, songs_BL: Tensor, songs_BLD: Tensor) -> Tensor:
+        if self.added_rows is None or self.added_inputs is None:
+            return songs_BLD
+        songs_BL = songs_BL.to(self.added_rows.dtype)
+        place_BL = torch.searchsorted(self.added_rows, songs_BL.contiguous()).clamp(max=len(self.added_rows) - 1)
+        added_BL = self.added_rows[place_BL] == songs_BL
+        return torch.where(added_BL.unsqueeze(-1), self.added_inputs[place_BL], songs_BLD)
+
     def compared(self, rows: Tensor) -> Tensor:
         """Rows of the song table, (..., D), as vectors that taste vectors are compared with."""
         return normalize(rows if self.map is None else self.map(rows), dim=-1)
@@ -93,10 +108,11 @@ class TasteModel(nn.Module):
         """What the head sees after every play (B, L, X), and the state after each row's last one (state layers, B, H).
 
         `state` is the one before the first play, zeros where None. Songs newer than the network, rows
-        from N on, count as a vector of zeros.
+        from N on, count as a vector of zeros unless they were added.
         """
         known_BL = batch.songs_BL < self.config.num_songs
         songs_BLD = self.input_vectors(batch.songs_BL.where(known_BL, 0)) * known_BL.unsqueeze(-1)
+        songs_BLD = self._with_added(batch.songs_BL, songs_BLD)
         if state is None:
             state = songs_BLD.new_zeros(self.config.state_layers, len(songs_BLD), self.config.hidden_dim)
         packed = pack_padded_sequence(

@@ -8,7 +8,7 @@ import numpy as np
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
-from rayrec.embeddings.sessions import Sentences, cut_sessions, drop_single
+from rayrec.embeddings.sessions import Sentences, cut_sessions, drop_single, without_held_out
 from rayrec.model.train_config import Source
 
 Kind = Literal["histories", "playlists", "sessions"]
@@ -39,11 +39,12 @@ class Sequences:
     def read(self, unit: int, allowed: FitRange, rows: int) -> Iterator[Histories]:
         """The sequences of a unit, a row each, from `rows` users or playlists at a time.
 
-        None of them holds a play that `allowed` forbids; of playlists nobody can say. Raises `LeakError`.
+        None of them holds a play that `allowed` forbids; of playlists nobody can say, but for songs that are held out.
+        Raises `LeakError`.
         """
         if self.kind == "playlists":
             for playlists in self._dataset.read_playlist_file(self._files[unit], rows):
-                yield as_histories(playlists)
+                yield as_histories(without_held_out(playlists, allowed))
             return
         for batch in self._dataset.read_bucket(unit, rows):
             histories = allowed.select(batch)

@@ -121,10 +121,10 @@ def answer(
 def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> Recommender:
     """What answers with some parts, role -> id, as `releases.default_parts` gives them.
 
-    `models` is needed. With `retrieval` and `rankers` candidates are retrieved and ranked, without them the songs
-    nearest to the taste vector come first, searched through `indexes` where that is given. Raises `MismatchError`
-    for a model of a data set that this one does not descend from, whose song rows may differ, and for an index or
-    rankers of another model.
+    `models` is needed. `added_songs` are recommended beside those of the model. With `retrieval` and `rankers`
+    candidates are retrieved and ranked, without them the songs nearest to the taste vector come first, searched through
+    `indexes` where that is given. Raises `MismatchError` for a model of a data set that this one does not descend from,
+    whose song rows may differ, and for an index, rankers or added songs of another model.
     """
     model_id = parts["models"]
     manifest = load(workspace, "models", model_id)
@@ -137,7 +137,7 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
     from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once it is needed
     from rayrec.recommend.two_step import load_two_step
 
-    network = TasteRecommender.load(workspace, model_id, parts.get("indexes"))
+    network = TasteRecommender.load(workspace, model_id, parts.get("indexes"), parts.get("added_songs"))
     if "rankers" not in parts:
         return network
     rankers = load(workspace, "rankers", parts["rankers"])

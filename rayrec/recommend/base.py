@@ -58,6 +58,7 @@ class Recommender(ABC):
     num_songs: int  # N
     settings: Mapping[str, float] = {}  # those chosen for the data set, by name
     without: str = ""  # the part that is left out, in an ablation
+    added_songs: np.ndarray = np.zeros(0, dtype=np.int64)  # rows of songs that it finds though no fit has seen a play
 
     @abstractmethod
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:

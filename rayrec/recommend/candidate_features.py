@@ -11,8 +11,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from rayrec.data.split import DAY_MS
 from rayrec.recommend.ablation import RankedPart, kept_features
 from rayrec.recommend.query_batch import HOUR_MS, QueryBatch
+from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
 from rayrec.recommend.retrieval.ragged import first_of_each, stable_order
 from rayrec.recommend.retrieval.retrieval import Retrieval
 from rayrec.recommend.retrieval.song_groups import NO_GROUP, SongGroups
@@ -118,11 +120,18 @@ class FeatureSources:
         put(plays)
         put(recent)
         put(recent - plays)
+        put(self._age_days(batch, candidates) if self.real_times else np.zeros(len(rows)))
         rules, position = candidates.proposals.get("rules"), candidates.positions.get("rules")
         lift = np.zeros(len(rows))
         if rules is not None and position is not None:
             lift[position] = rules.scores / (LIFT_PLAYS + np.expm1(plays[position]))
         put(lift)
+
+    def _age_days(self, batch: QueryBatch, candidates: Candidates) -> np.ndarray:
+        """float64 (C,): days since the first play of each candidate by anybody; NEVER where there was none."""
+        first = _looked_up(self.retrieval.plays.first_days, candidates.songs, NOT_PLAYED).astype(np.int64)
+        days = batch.queries.at[candidates.rows] // DAY_MS - first
+        return np.where(first == NOT_PLAYED, NEVER, np.maximum(0, days))
 
     def _likeness_to_recent(
         self, batch: QueryBatch, rows: np.ndarray, vectors: np.ndarray
@@ -177,6 +186,7 @@ OF_CANDIDATES = [
     "plays",
     "recent_plays",
     "trend",
+    "age_days",
     "rules_lift",
 ]
 OF_GROUPS = ["of_last_song", "recent_share", "user_plays", "plays_since"]

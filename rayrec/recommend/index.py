@@ -84,10 +84,13 @@ class SongIndex:
     in half precision, since most of a search is reading them; scores are those of the vectors themselves.
     """
 
-    def __init__(self, index: Any, vectors: np.ndarray, figures: IndexFigures) -> None:
+    def __init__(self, index: Any, vectors: np.ndarray, figures: IndexFigures, added: np.ndarray | None = None) -> None:
         self._index = index  # a faiss index whose ids are song rows
-        self.vectors = vectors  # float32 (N, D), those it was built over
+        self.vectors = vectors  # float32 (N, D), those it was built over, and those added since
         self.figures = figures
+        self._added = np.zeros(0, dtype=np.int64) if added is None else added  # rows scored one by one beside the index
+        self._added_vectors = np.ascontiguousarray(vectors[self._added])
+        self.songs = figures.songs + len(self._added)
         self._unknown = np.flatnonzero(~vectors.any(axis=1))
 
     @classmethod
@@ -124,6 +127,13 @@ class SongIndex:
         )
         return cls(index, vectors, figures)
 
+    def with_added(self, rows: np.ndarray, vectors: np.ndarray) -> "SongIndex":
+        """The same index and songs that it lacks, int64 (n,) rows ascending, each of which every search scores.
+
+        `vectors`, float32 (N, D), are those of all songs. Nothing is built anew.
+        """
+        return SongIndex(self._index, vectors, self.figures, rows)
+
     def search(
         self, queries: np.ndarray, k: int, exclude: Sequence[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -158,11 +168,11 @@ class SongIndex:
         if not len(rows):
             return list(range(len(queries)))
         banned = [limits[row].banned_rows(len(self.vectors)) for row in rows.tolist()]
-        fetched = min(self.figures.songs, k + TIE_SLACK + max(len(songs) for songs in banned))
+        fetched = min(self.songs, k + TIE_SLACK + max(len(songs) for songs in banned))
         found = self._found(queries if all(few) else queries[rows], fetched)
         songs, scores = _first_allowed(*found, banned, len(self.vectors), k)
         ranking.songs[rows], ranking.scores[rows] = songs, scores
-        complete = fetched == self.figures.songs and self.figures.kind == "flat"
+        complete = fetched == self.songs and self.figures.kind == "flat"
         short = [] if complete else rows[songs[:, -1] == NO_SONG].tolist()
         return sorted([*short, *np.flatnonzero(np.logical_not(few)).tolist()])
 
@@ -180,7 +190,7 @@ class SongIndex:
             bits = np.packbits(mask, bitorder="little")  # must outlive the search, which only points to it
             faiss = import_faiss()
             selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
-            found = self._select(query, min(k + TIE_SLACK, qualify), selector, nprobe)
+            found = self._select(query, min(k + TIE_SLACK, qualify), selector, nprobe, mask[self._added])
             if found[0][0, min(k, qualify) - 1] != NO_SONG:
                 songs[:], scores[:] = _first_allowed(*found, [NOTHING], len(mask), k)
                 return "selector"
@@ -198,7 +208,9 @@ class SongIndex:
             return False
         faiss = import_faiss()
         listed = faiss.IDSelectorBatch(banned.astype(np.int64))
-        found = self._select(query, min(k + TIE_SLACK, qualify), faiss.IDSelectorNot(listed), nprobe)
+        found = self._select(
+            query, min(k + TIE_SLACK, qualify), faiss.IDSelectorNot(listed), nprobe, ~np.isin(self._added, banned)
+        )
         if found[0][0, min(k, qualify) - 1] == NO_SONG:
             return False
         songs[:], scores[:] = _first_allowed(*found, [NOTHING], len(self.vectors), k)
@@ -212,16 +224,38 @@ class SongIndex:
         """
         if self.figures.kind == "flat" or qualify <= FEW_SONGS:
             return 0
-        depth = k * self.figures.songs / qualify
+        depth = k * self.songs / qualify
         nprobe = int(np.ceil(self.figures.nprobe * max(1.0, depth / RECALL_DEPTH)))
         return nprobe if nprobe <= self.figures.nlist * MOST_LISTS else 0
 
-    def _select(self, query: np.ndarray, count: int, selector: Any, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first `count` songs that a selector lets through in `nprobe` lists, and their scores; (1, count) each."""
-        return self._found(query, count, import_faiss().SearchParametersIVF(sel=selector, nprobe=nprobe))
+    def _select(
+        self, query: np.ndarray, count: int, selector: Any, nprobe: int, added: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The first `count` songs that a selector lets through in `nprobe` lists, and their scores; (1, count) each.
 
-    def _found(self, queries: np.ndarray, count: int, parameters: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """The first `count` songs that faiss finds for float32 (Q, D), and their scores; (Q, count) each."""
+        `added`, bool, says which of the added songs are let through.
+        """
+        return self._found(query, count, import_faiss().SearchParametersIVF(sel=selector, nprobe=nprobe), added)
+
+    def _found(
+        self, queries: np.ndarray, count: int, parameters: Any = None, let_through: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The first `count` songs of index and added ones for float32 (Q, D), and their scores; (Q, count) each.
+
+        Of the added ones those alone that are let through, bool, all where it is not given.
+        """
+        songs, scores = self._of_index(queries, count, parameters)
+        added = np.arange(len(self._added)) if let_through is None else np.flatnonzero(let_through)
+        if len(added):
+            songs = np.concatenate([songs, np.broadcast_to(self._added[added], (len(queries), len(added)))], axis=1)
+            scores = np.concatenate([scores, queries @ self._added_vectors[added].T], axis=1)
+            best = np.argpartition(-scores, count - 1, axis=1)[:, :count]
+            order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1, kind="stable")
+            best = np.take_along_axis(best, order, axis=1)
+            songs, scores = np.take_along_axis(songs, best, axis=1), np.take_along_axis(scores, best, axis=1)
+        return songs, scores
+
+    def _of_index(self, queries: np.ndarray, count: int, parameters: Any) -> tuple[np.ndarray, np.ndarray]:
         scores, songs = self._index.search(queries, count, params=parameters)
         if self.figures.kind == "ivf":
             for begin in range(0, len(queries), SCORED_AT_ONCE):

@@ -14,7 +14,7 @@ import numpy as np
 from rayrec.data.split import DAY_MS
 from rayrec.recommend.ablation import RankedPart
 from rayrec.recommend.base import NO_SONG, Horizon
-from rayrec.recommend.index import SongIndex
+from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import Pairs, QueryBatch
 from rayrec.recommend.retrieval.ragged import first_of_each, highest_of_each, places_in, ranges, stable_order
 from rayrec.recommend.retrieval.retrieval import Retrieval
@@ -78,9 +78,15 @@ class Retriever(ABC):
 class TasteRetriever(Retriever):
     """The songs nearest to the taste vector of a horizon, from the index."""
 
-    def __init__(self, index: SongIndex, horizon: Horizon, scale: float) -> None:
-        """`scale` makes logits of cosines: the inverse of the temperature that the network learned."""
-        self.name, self._index, self._horizon, self._scale = f"taste_{horizon}", index, horizon, scale
+    def __init__(
+        self, index: SongIndex, horizon: Horizon, scale: float, *, name: str = "", songs: np.ndarray | None = None
+    ) -> None:
+        """`scale` makes logits of cosines: the inverse of the temperature that the network learned.
+
+        `songs`, int64 (n,), are the song rows of the index's rows where it is one of some songs.
+        """
+        self.name, self._index, self._horizon, self._scale = name or f"taste_{horizon}", index, horizon, scale
+        self._songs = songs
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """The `count` songs of highest cosine, scored exp(logit) over the best; none where nothing is known."""
@@ -89,7 +95,8 @@ class TasteRetriever(Retriever):
         known = np.logical_and(songs != NO_SONG, vectors.any(axis=1, keepdims=True))
         scores = np.exp(self._scale * (cosines - cosines[:, :1]))
         rows = np.repeat(np.arange(len(batch)), known.sum(axis=1))
-        return Proposals.best(rows, songs[known], scores[known], num_songs=batch.num_songs, count=count)
+        found = songs[known] if self._songs is None else self._songs[songs[known]]
+        return Proposals.best(rows, found, scores[known], num_songs=batch.num_songs, count=count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +304,9 @@ COUNTS = {
     "artists": 50,
     "albums": 30,
     "popular": 20,
+    "new_content": 20,
+    "new_artists": 20,
+    "new_albums": 20,
 }
 
 
@@ -325,6 +335,25 @@ def make_retrievers(
         *([GroupRetriever("albums", retrieval.albums, plays)] if retrieval.albums else []),
         PopularRetriever(retrieval),
     ]
+    return [retriever for retriever in everything if without is None or retriever.name not in without.retrievers]
+
+
+def make_new_song_retrievers(
+    retrieval: Retrieval,
+    vectors: np.ndarray,
+    rows: np.ndarray,
+    *,
+    scale: float = 1.0,
+    without: RankedPart | None = None,
+) -> list[Retriever]:
+    """Retrievers of songs without plays, int64 (n,) rows: by content, and of the artists and albums played last.
+
+    `vectors`, float32 (N, D), are those of all songs; `retrieval` knows the artists and albums of these, too.
+    """
+    index = SongIndex.build(vectors[rows], IndexConfig(kind="flat"))
+    everything: list[Retriever] = [TasteRetriever(index, "short", scale, name="new_content", songs=rows)]
+    for name, groups in (("new_artists", retrieval.artists), ("new_albums", retrieval.albums)):
+        everything.append(GroupRetriever(name, groups.listing(rows), np.zeros(len(groups.of_song), dtype=np.int64)))
     return [retriever for retriever in everything if without is None or retriever.name not in without.retrievers]
 
 

@@ -5,9 +5,11 @@ from copy import copy
 from typing import ClassVar
 
 import numpy as np
+import torch
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.errors import MismatchError
+from rayrec.model.added_songs import AddedSongs
 from rayrec.model.checkpoint import SONG_VECTORS, load_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
@@ -29,14 +31,28 @@ class TasteRecommender(VectorRecommender):
         """`song_vectors` float32 (N, D) are those the model scores against, zero rows for unknown songs."""
         super().__init__(song_vectors, index)
         self.encoder = TasteEncoder(model)
+        self.added: AddedSongs | None = None  # songs that came after the training
+
+    def add_songs(self, added: AddedSongs) -> None:
+        """Recommend songs that no training has seen, and read their plays; the index grows by them alone."""
+        count = max(len(self.song_vectors), int(added.rows.max(initial=-1)) + 1)
+        vectors = np.zeros((count, self.song_vectors.shape[1]), dtype=np.float32)
+        vectors[: len(self.song_vectors)] = self.song_vectors
+        vectors[added.rows] = added.outputs
+        index = None if self.index is None else self.index.with_added(added.rows, vectors)
+        super().__init__(vectors, index)
+        self.encoder.model.add_songs(torch.from_numpy(added.rows), torch.from_numpy(added.inputs))
+        self.added, self.added_songs = added, added.rows
 
     def scale(self, horizon: Horizon) -> float:
         """The factor that makes logits of cosines: the inverse of the temperature that the network learned."""
         return float(self.encoder.model.scale(self.head(horizon)).detach())
 
     @classmethod
-    def load(cls, workspace: Workspace, model_id: str, index_id: str | None = None) -> "TasteRecommender":
-        """From the workspace. Raises `MismatchError` for an index of another model."""
+    def load(
+        cls, workspace: Workspace, model_id: str, index_id: str | None = None, added_id: str | None = None
+    ) -> "TasteRecommender":
+        """From the workspace. Raises `MismatchError` for an index or added songs of another model."""
         network = cls.from_folder(workspace, artifacts.load(workspace, "models", model_id).folder)
         if index_id is not None:
             index_manifest = artifacts.load(workspace, "indexes", index_id)
@@ -47,6 +63,14 @@ class TasteRecommender(VectorRecommender):
                     "run `rayrec index` for this model first"
                 )
             network.index = SongIndex.load(workspace, index_manifest, network.song_vectors)
+        if added_id is not None:
+            added = artifacts.load(workspace, "added_songs", added_id)
+            if added.inputs.get("models") != model_id:
+                raise MismatchError(
+                    f"added songs {added_id} were made for model {added.inputs.get('models')}, not for {model_id}; "
+                    "run `rayrec songs add` for this model first"
+                )
+            network.add_songs(AddedSongs.load(workspace, added.folder))
         return network
 
     @classmethod

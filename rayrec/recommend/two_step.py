@@ -30,7 +30,7 @@ from rayrec.recommend.query_batch import LATEST, QueryBatch
 from rayrec.recommend.ranker import Ranker, RankingExamples
 from rayrec.recommend.retrieval.ragged import highest_of_each, ranges
 from rayrec.recommend.retrieval.retrieval import Retrieval
-from rayrec.recommend.retrievers import Candidates, make_retrievers, retrieve
+from rayrec.recommend.retrievers import Candidates, make_new_song_retrievers, make_retrievers, retrieve
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -68,12 +68,22 @@ class CandidateSource:
         without: str = "",
         counts: dict[str, int] | None = None,
     ) -> None:
-        """`without` names one of ABLATED_PARTS to leave out, `counts` how many songs a query retrievers propose."""
+        """`without` names one of ABLATED_PARTS to leave out, `counts` how many songs a query retrievers propose.
+
+        Where songs were added to the network, retrievers of their own propose them.
+        """
+        added = network.added or None  # none where there are none
+        if added is not None:
+            retrieval = retrieval.with_added(added.rows, added.artist_rows, added.album_rows)
         index = network.index or SongIndex.build(network.song_vectors, IndexConfig())
         self.network, self.index, self.retrieval = network, index, retrieval
         scales = (network.scale("short"), network.scale("long"))
         part = ABLATED_PARTS[without] if without else None
         self.retrievers = make_retrievers(retrieval, index, scales=scales, without=part)
+        if added is not None:
+            self.retrievers += make_new_song_retrievers(
+                retrieval, network.song_vectors, added.rows, scale=scales[0], without=part
+            )
         self.num_songs = max(network.num_songs, retrieval.num_songs)  # either may know songs that came later
         self._counts = counts
         self.sources = FeatureSources(
@@ -126,7 +136,8 @@ class TwoStepRecommender(CandidateRecommender):
     def __init__(self, source: CandidateSource, rankers: Mapping[RankerKind, Ranker]) -> None:
         """`rankers` hold one for the next play, and may hold one for answers of new songs and one for the long term."""
         self.source, self.rankers = source, rankers
-        self.num_songs = source.num_songs
+        self.num_songs, self.added_songs = source.num_songs, source.network.added_songs
+        self._columns = {kind: _columns(ranker.names, source.sources.names) for kind, ranker in rankers.items()}
         self.retrievers = tuple(retriever.name for retriever in source.retrievers)
         self.horizons = HORIZONS if "long" in rankers else ("short",)
 
@@ -223,11 +234,20 @@ class TwoStepRecommender(CandidateRecommender):
         if kind == "served":  # chances among new songs alone, as the ranker learned them
             new = scored.batch.user_songs.find(scored.candidates.keys) < 0
             values = np.zeros(len(rows))
-            scores = ranker.scores(scored.features[new])
+            scores = ranker.scores(self._features(scored, kind)[new])
             values[new] = (ranker.calibration.shares_of if shares else ranker.calibration)(rows[new], scores)
             return values
-        scores = ranker.scores(scored.features)
+        scores = ranker.scores(self._features(scored, kind))
         return np.asarray((ranker.calibration.shares_of if shares else ranker.calibration)(rows, scores))
+
+    def _features(self, scored: Scored, kind: RankerKind) -> np.ndarray:
+        """float32 (C, F): the features that a ranker learned from, those that are not there as zeros."""
+        columns = self._columns[kind]
+        if columns is None:
+            return scored.features
+        features = np.zeros((len(scored.features), len(columns)), dtype=np.float32)
+        features[:, columns >= 0] = scored.features[:, columns[columns >= 0]]
+        return features
 
     def explain(
         self,
@@ -282,6 +302,14 @@ class _Chances:
             new_only = np.full(len(self._scored.batch), exclude_heard)
             self._known[key] = self._recommender.chances(self._scored, float(horizon == "long"), new_only)
         return self._known[key]
+
+
+def _columns(learned: Sequence[str], there: Sequence[str]) -> np.ndarray | None:
+    """int64: the column of each feature that a ranker learned from, -1 for one that is not there; None: the same."""
+    if list(learned) == list(there):
+        return None
+    places = {name: place for place, name in enumerate(there)}
+    return np.array([places.get(name, -1) for name in learned])
 
 
 def load_two_step(

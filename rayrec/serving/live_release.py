@@ -61,15 +61,16 @@ def load_parts(workspace: Workspace, release_id: str) -> tuple[Manifest, Recomme
 
     Raises as `load_checked_release` does, and `MismatchError` where the parts do not belong together.
     """
-    release = load_checked_release(workspace, release_id, ("models", "indexes", "retrieval", "rankers"))
+    release = load_checked_release(workspace, release_id, ("models", "added_songs", "indexes", "retrieval", "rankers"))
     parts = release.inputs
     return release, load_recommender(workspace, Dataset(workspace), parts)
 
 
 def load_network(workspace: Workspace, release_id: str) -> tuple[Manifest, TasteRecommender]:
     """As `load_parts`, with the network alone: no index, no rankers."""
-    release = load_checked_release(workspace, release_id, ("models",))
-    return release, TasteRecommender.load(workspace, release.inputs["models"])
+    release = load_checked_release(workspace, release_id, ("models", "added_songs"))
+    parts = release.inputs
+    return release, TasteRecommender.load(workspace, parts["models"], added_id=parts.get("added_songs"))
 
 
 def load_checked_release(workspace: Workspace, release_id: str, kinds: Sequence[str]) -> Manifest:

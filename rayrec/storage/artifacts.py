@@ -22,6 +22,7 @@ NOUNS = {  # kind -> what messages call one of it
     "descriptions": "song metadata",
     "songs": "song embeddings",
     "models": "model",
+    "added_songs": "added songs",
     "retrieval": "retrievers",
     "rankers": "rankers",
     "tastes": "taste vectors",

@@ -6,7 +6,7 @@ N songs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -135,6 +135,11 @@ class Retrieval:
             part = RetrievalCounts.fit(histories, num_songs=num_songs, allowed=allowed, newest=newest)
             counts = RetrievalCounts.merge([counts, part])
         return cls.build(counts, artist_of_song=artist_of_song, album_of_song=album_of_song)
+
+    def with_added(self, rows: np.ndarray, artist_rows: np.ndarray, album_rows: np.ndarray) -> Retrieval:
+        """With the artists and albums of songs that came later, as `SongGroups.with_added` takes them."""
+        artists, albums = self.artists.with_added(rows, artist_rows), self.albums.with_added(rows, album_rows)
+        return replace(self, artists=artists, albums=albums)
 
     def save(self, workspace: Workspace, folder: str) -> list[str]:
         """Write .npy files and a JSON file of settings into a folder; the names of the files."""

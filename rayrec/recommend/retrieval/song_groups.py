@@ -1,11 +1,11 @@
 """Songs that share an artist or an album, the most played first.
 
-N songs, G groups.
+N songs, n added songs, G groups.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,3 +38,28 @@ class SongGroups:
             offsets=offsets_of(np.bincount(of_song[order], minlength=groups)),
             songs=order.astype(np.int32),
         )
+
+    def with_added(self, rows: np.ndarray, siblings: np.ndarray) -> SongGroups:
+        """With songs that came later, int64 (n,) rows, each in the group of its sibling, -1 where it has none.
+
+        Siblings are song rows; those without a group make new ones. The lists of songs stay as they are.
+        """
+        of_song = np.full(max(len(self.of_song), int(rows.max(initial=-1)) + 1), NO_GROUP, dtype=np.int32)
+        of_song[: len(self.of_song)] = self.of_song
+        group = np.where(siblings >= 0, of_song[np.clip(siblings, 0, len(of_song) - 1)], NO_GROUP)
+        alone = np.flatnonzero((siblings >= 0) & (group == NO_GROUP))
+        names, places = np.unique(siblings[alone], return_inverse=True)
+        groups = len(self.offsets) - 1
+        group[alone] = groups + places
+        of_song[rows] = np.where(group >= 0, group, of_song[rows])
+        offsets = np.concatenate([self.offsets, np.full(len(names), self.offsets[-1])])
+        return SongGroups(of_song=of_song, offsets=offsets, songs=self.songs)
+
+    def listing(self, rows: np.ndarray) -> SongGroups:
+        """The same groups that list the songs at `rows`, int64 (n,) ascending, and no others, the last rows first."""
+        group = self.of_song[rows]
+        order = np.lexsort((-rows, group))
+        order = order[group[order] >= 0]
+        order = order[places_in(group[order]) < KEPT]
+        counts = np.bincount(group[order], minlength=len(self.offsets) - 1)
+        return replace(self, offsets=offsets_of(counts), songs=rows[order].astype(np.int32))

@@ -68,7 +68,7 @@ def test_sentences_of_fewer_than_two_songs_are_dropped() -> None:
 def test_playlists_come_batch_by_batch_with_long_ones_cut() -> None:
     long = np.zeros(sessions.MAX_SENTENCE + 2, dtype=np.int32)
     batches = [(np.array([1, 2, 3], np.int32), np.array([0, 2, 3])), (long, np.array([0, len(long)]))]
-    first, second = sessions.from_playlists(batches)
+    first, second = sessions.from_playlists(batches, FitRange())
     assert as_lists(first) == [[1, 2]]
     assert np.diff(second[1]).tolist() == [sessions.MAX_SENTENCE, 2]
 
