@@ -16,8 +16,8 @@ from rayrec import Dataset, Workspace
 from rayrec.data.split import choose_split
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
-from rayrec.importing.compaction import PARTS_BEFORE_COMPACT
 from rayrec.importing.import_plan import ImportConfig
+from rayrec.importing.merging import PARTS_BEFORE_COMPACT
 from rayrec.jobs.add_songs import add_songs
 from rayrec.jobs.compact import compact
 from rayrec.jobs.evaluate import evaluate

@@ -24,8 +24,7 @@ from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
 from rayrec.recommend.index import IndexConfig
-from rayrec.recommend.ranker_config import RankConfig
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage.releases import create_release, default_parts
 
 workspace = Workspace(sys.argv[1] if len(sys.argv) > 1 else "./workspace-notebook")

@@ -11,10 +11,10 @@ from rich.console import RenderableType
 from rayrec.data.split import WEAKER, SplitConfig, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
-from rayrec.importing.compaction import PARTS_BEFORE_COMPACT
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.inspection import inspect_files
+from rayrec.importing.merging import PARTS_BEFORE_COMPACT
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.delimited import spelled_delimiter
 from rayrec.importing.summary import TooManyRejectedError

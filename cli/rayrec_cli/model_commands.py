@@ -11,8 +11,7 @@ from rayrec.errors import InputError
 from rayrec.jobs.trials import TuneConfig, to_toml
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
-from rayrec.recommend.ranker_config import RankConfig
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage.artifacts import Manifest, noun
 from rayrec_cli.app import app, songs_app
 from rayrec_cli.options import Call, ForceOption, command

@@ -159,7 +159,7 @@ def _evaluate_prefixes(
 ) -> Shown:
     """Evaluate on the pairs of a file; the models may have been trained on all plays."""
     from rayrec.evaluation.report import read_figures
-    from rayrec.jobs.evaluate_prefixes import evaluate_prefixes as job
+    from rayrec.jobs.evaluate import evaluate_prefixes as job
 
     chosen = choose_split(call.workspace, split, no_split=split is None)
     report = job(call.workspace, config, file, split=chosen, model_id=model, repeat=force)

@@ -23,10 +23,10 @@ from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.ranker import Ranker, RankingExamples, TreeModel, calibrate
-from rayrec.recommend.retrieval.retrieval import Retrieval
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind, examples_for
+from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.releases import parts_of

@@ -9,8 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayrec.data.problems import Problems, missing
-from rayrec.data.spelling import plain, valid_text
+from rayrec.data.spelling import Problems, missing, plain, valid_text
 from rayrec.errors import InputError
 
 NO_TIME = "no time"

@@ -27,7 +27,7 @@ from rayrec.evaluation.protocol import (
 )
 from rayrec.evaluation.query_block import QueryBlock
 from rayrec.evaluation.ranks import Ranked, metric_columns, metrics_of, rank_targets
-from rayrec.evaluation.vector_metrics import PAIRED, Negatives, cosine_sums, curves_of, pair_sums, popularity_ranks
+from rayrec.evaluation.vector_metrics import PAIRED, RandomSongs, cosine_sums, curves_of, pair_sums, popularity_ranks
 from rayrec.recommend.base import CandidateRecommender, Recommender
 
 QUERIES_PER_BLOCK = 1 << 16
@@ -63,7 +63,7 @@ class Evaluator:
         self.curves = curves_of(recommenders)
         self.retrievers = retrievers_of(recommenders)
         self.coverage_songs = coverage_songs(len(song_plays))
-        self._negatives = Negatives(song_plays, config.seed)
+        self._negatives = RandomSongs(song_plays, config.seed)
         self._popularity_ranks = popularity_ranks(song_plays)
 
     def empty(self, cells: int = CellRange().count) -> MetricAccumulator:

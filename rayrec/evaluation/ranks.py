@@ -18,7 +18,7 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.evaluation.protocol import TargetSongs, in_mask
 from rayrec.recommend.base import CandidateRecommender, Horizon, Recommender, ScoredCandidates
 from rayrec.recommend.retrieval.ragged import highest_of_each
-from rayrec.recommend.vsknn import last_plays
+from rayrec.recommend.session_knn import last_plays
 
 METRICS = ("recall", "mrr", "ndcg")
 NOT_FOUND = np.iinfo(np.int64).max  # rank of a song that lies too deep, or that the ranking does not hold

@@ -17,8 +17,7 @@ from rayrec.evaluation.ranks import metric_columns, metrics_of, rank_targets
 from rayrec.recommend.base import Recommender
 from rayrec.recommend.baselines import Settings, fit_baselines
 from rayrec.recommend.selection import Selection
-from rayrec.recommend.vsknn import VsknnRecommender
-from rayrec.recommend.vstan import VstanRecommender
+from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender
 
 QUERIES = 1_000  # of the validation range, by a hash of user and play
 TUNED_TARGETS = ("served", "next")

@@ -65,7 +65,7 @@ def song_cosines(
     return np.where(known, cosines, 0), known & song_vectors.any(axis=1)
 
 
-class Negatives:
+class RandomSongs:
     """Draws songs at random, the same one for the same pair however users are divided.
 
     From the songs with a play in `song_plays`, (N,): all equally often, or by Zipf_z over their
@@ -106,7 +106,7 @@ def pair_sums(
     histories: Histories,
     queries: Questions,
     target: str,
-    negatives: Negatives,
+    negatives: RandomSongs,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pairs won and pairs, float64 (U, 2) each, by kind of NEGATIVES.
 

@@ -20,8 +20,7 @@ from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE
 from rayrec.data.columns import one_array
 from rayrec.data.content import CONTENT_FILE, CONTENT_IDS
 from rayrec.data.dataset import Dataset
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import NOT_UTF8, plain, spell_ids, spell_lists, spell_texts
+from rayrec.data.spelling import NOT_UTF8, Problems, plain, spell_ids, spell_lists, spell_texts
 from rayrec.errors import InputError
 from rayrec.importing.readers import delimited
 from rayrec.importing.readers.delimited import Delimiter

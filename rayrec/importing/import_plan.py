@@ -124,7 +124,7 @@ class ImportConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ImportPlan:
     """The files of an import and their units of work, both in the order of import."""
 
     files: list[SourceFile]
@@ -152,7 +152,7 @@ class Plan:
         return offsets
 
 
-def make_plan(config: ImportConfig, damaged: Mapping[str, str] | None = None) -> Plan:
+def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) -> ImportPlan:
     """Find the files and cut them into units; `damaged` ones, with the reason, are left out.
 
     Raises `InputError` for a path that is not there, a folder without files of the format, a file
@@ -195,7 +195,7 @@ def make_plan(config: ImportConfig, damaged: Mapping[str, str] | None = None) ->
         unit_names[piece[0]] if len(piece) == 1 else fingerprint("piece", {"units": [unit_names[n] for n in piece]}, {})
         for piece in pieces
     ]
-    return Plan(
+    return ImportPlan(
         files=files,
         units=units,
         unit_files=unit_files,

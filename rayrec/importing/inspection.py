@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data.moments import NOT_A_TIME, to_ms
-from rayrec.data.problems import Problems
+from rayrec.data.spelling import Problems
 from rayrec.errors import InputError
 from rayrec.importing.readers import FORMATS, Format, delimited
 from rayrec.importing.readers.delimited import spelled_delimiter

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from rayrec.errors import InputError
 from rayrec.importing.fragments import UnitResult
-from rayrec.importing.import_plan import Plan
+from rayrec.importing.import_plan import ImportPlan
 
 FEW_REJECTED = 0.01  # share of the rows up to which nothing is said
 OUTLIER = 10  # times the median number of rows a file, or a tenth of it
@@ -66,7 +66,7 @@ class TooManyRejectedError(InputError):
 
 
 def summarize(
-    plan: Plan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]], beside: Sequence[str] = ()
+    plan: ImportPlan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]], beside: Sequence[str] = ()
 ) -> ImportSummary:
     """Count what the units came to; `rejected` is unit by unit columns.REJECTED, with lines from the unit's start.
 
@@ -114,7 +114,7 @@ def summarize(
 
 
 def _examples(
-    plan: Plan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]], wanted: set[str]
+    plan: ImportPlan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]], wanted: set[str]
 ) -> dict[str, dict[str, Any]]:
     """The first row of each reason."""
     found: dict[str, dict[str, Any]] = {}

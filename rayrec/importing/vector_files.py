@@ -8,8 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data import columns
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import plain, spell_id, spell_ids
+from rayrec.data.spelling import Problems, plain, spell_id, spell_ids
 from rayrec.errors import InputError
 from rayrec.importing.readers.files import open_source
 from rayrec.importing.readers.parquet import open_parquet, read_columns

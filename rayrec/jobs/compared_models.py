@@ -7,8 +7,8 @@ import numpy as np
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, fit_range, require_split_of
-from rayrec.embeddings.sessions import UNCUT
 from rayrec.embeddings.vectors import FINAL, SELECTION
+from rayrec.embeddings.word2vec import UNCUT
 from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.tuning import CHOICES, tune_baseline
@@ -16,8 +16,8 @@ from rayrec.progress import progress
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import Recommender
 from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
-from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.selection import make_selection
+from rayrec.recommend.simple_baselines import PopularityRecommender
 from rayrec.storage.artifacts import Manifest, load, newest, noun
 from rayrec.storage.releases import parts_of
 from rayrec.storage.workspace import Workspace
@@ -47,7 +47,7 @@ class ComparedModels:
         return f"{', '.join(uncut)}: {UNCUT}" if uncut else None
 
 
-def choose(
+def choose_models(
     workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split | None, model_id: str | None
 ) -> ComparedModels:
     """The models of `config` with the artifacts they need, all made for `split` or, without one, of all plays.

@@ -19,7 +19,15 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.fragments import PieceResult, UnitResult
-from rayrec.importing.import_plan import OR_SKIP, ImportConfig, Kind, Plan, bucket_groups, choose_buckets, make_plan
+from rayrec.importing.import_plan import (
+    OR_SKIP,
+    ImportConfig,
+    ImportPlan,
+    Kind,
+    bucket_groups,
+    choose_buckets,
+    plan_import,
+)
 from rayrec.importing.import_workers import BucketMerger, KeyCounter, MergeSettings, PieceImporter, SongRange
 from rayrec.importing.merging import choose_contexts
 from rayrec.importing.readers import FORMATS
@@ -56,7 +64,7 @@ def import_data(workspace: Workspace, config: ImportConfig, *, repeat: bool = Fa
     Raises `InputError` for bad input, and where other plays (or playlists) are there already.
     """
     finish_publishing(workspace)
-    plan = make_plan(config)
+    plan = plan_import(config)
     existing = Dataset(workspace).manifest if workspace.exists(DATASET_MANIFEST) else None
     if existing is not None and not repeat:
         if _was_made_by(existing, config, plan):
@@ -75,7 +83,7 @@ class _DamagedFilesError(Exception):
 
 
 def _run_import(
-    workspace: Workspace, config: ImportConfig, plan: Plan, base: DatasetManifest | None, *, append: bool = False
+    workspace: Workspace, config: ImportConfig, plan: ImportPlan, base: DatasetManifest | None, *, append: bool = False
 ) -> tuple[DatasetManifest, dict[str, Any]]:
     """The data set and what the import came to; files that are damaged and may be skipped are left out of the plan."""
     while True:
@@ -85,7 +93,7 @@ def _run_import(
             with ray_cluster():
                 return task.run(), task.came_to
         except _DamagedFilesError as error:
-            plan = make_plan(config, {**plan.damaged, **error.files})
+            plan = plan_import(config, {**plan.damaged, **error.files})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +123,7 @@ def append_plays(workspace: Workspace, config: ImportConfig) -> Appended:
     """
     finish_publishing(workspace)
     base = _require_appendable(workspace, config)
-    plan = make_plan(config)
+    plan = plan_import(config)
     if plan.id in [each["plan"] for each in base.appended] or _was_made_by(base, config, plan):
         return Appended(dataset=base)
     made, came_to = _run_import(workspace, config, plan, base, append=True)
@@ -136,7 +144,7 @@ def _require_appendable(workspace: Workspace, config: ImportConfig) -> DatasetMa
     return base
 
 
-def _was_made_by(existing: DatasetManifest, config: ImportConfig, plan: Plan) -> bool:
+def _was_made_by(existing: DatasetManifest, config: ImportConfig, plan: ImportPlan) -> bool:
     made = existing.config.get(config.produces)
     return isinstance(made, dict) and made.get("plan") == plan.id
 
@@ -164,7 +172,7 @@ class _Import:
         self,
         workspace: Workspace,
         config: ImportConfig,
-        plan: Plan,
+        plan: ImportPlan,
         base: DatasetManifest | None,
         *,
         append: bool = False,

@@ -15,7 +15,7 @@ from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.importing.import_plan import ImportConfig, make_plan
+from rayrec.importing.import_plan import ImportConfig, plan_import
 from rayrec.jobs.build_index import build_index
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
@@ -28,8 +28,7 @@ from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
-from rayrec.recommend.ranker_config import RankConfig
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.dataset_manifest import DatasetManifest
@@ -182,7 +181,7 @@ class _Stages:
         there = self._dataset()
         made: Any = there.config.get(config.produces) if there else None
         changed = isinstance(made, dict) and _same_paths(made["paths"], config.paths)
-        changed = changed and made["plan"] != make_plan(config).id
+        changed = changed and made["plan"] != plan_import(config).id
         return import_data(self.workspace, config, repeat=self.force or changed)
 
     def _generate(self, config: GenerateConfig) -> DatasetManifest:

@@ -20,17 +20,16 @@ from rayrec.progress import progress
 from rayrec.recommend.ablation import ABLATED_PARTS
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, ndcg
-from rayrec.recommend.ranker_config import RankConfig
 from rayrec.recommend.ranker_training import (
     collect_examples,
     pack_examples,
     unpack_examples,
     validation_queries,
 )
-from rayrec.recommend.retrieval.retrieval import Retrieval
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind
+from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes

@@ -20,8 +20,8 @@ from rayrec.data.split import FitRange, Split, fit_range, require_split_of
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
 from rayrec.progress import progress
 from rayrec.recommend.retrieval.count_files import pack_counts, unpack_counts
-from rayrec.recommend.retrieval.retrieval import Retrieval, RetrievalCounts
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval, RetrievalCounts
+from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes

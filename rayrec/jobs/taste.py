@@ -59,11 +59,7 @@ def compute_tastes(
     tastes_id, complete = artifacts.new_id(workspace, "tastes", print_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, "tastes", tastes_id)
-    base: Manifest | None = None
-    if not (config.full or repeat):
-        _, base = dataset.newest_base(
-            "tastes", lambda made: made.inputs["models"] == model.id and _reads_the_same(dataset, made, added)
-        )
+    base = None if config.full or repeat else tastes_before(dataset, model, added)
     manifest = Manifest(kind="tastes", id=tastes_id, config={**to_mapping(config), "at": at}, inputs=inputs)
     began = time.monotonic()
     buckets = range(dataset.manifest.buckets)
@@ -101,6 +97,17 @@ def compute_tastes(
         "base": base.id if base else "",
     }
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums, checksums)
+
+
+def tastes_before(dataset: Dataset, model: Manifest, added: Manifest | None = None) -> Manifest | None:
+    """The tastes of the model to continue from, as in `Dataset.newest_base`; None where there are none.
+
+    None of those that read plays of songs which were `added` later and would be read otherwise now.
+    """
+    _, base = dataset.newest_base(
+        "tastes", lambda made: made.inputs["models"] == model.id and _reads_the_same(dataset, made, added)
+    )
+    return base
 
 
 def _reads_the_same(dataset: Dataset, tastes: Manifest, added: Manifest | None) -> bool:
@@ -160,7 +167,7 @@ class BucketTastes:
 
     def __call__(self, bucket: int) -> BucketResult:
         """Write the bucket's file."""
-        from rayrec.model.carried_tastes import Counts
+        from rayrec.model.taste_table import Counts
 
         path = tastes_file(self._folder, bucket)
         if bucket in self._done:
@@ -189,8 +196,7 @@ class BucketTastes:
 
     def _tables(self, bucket: int, counts: Any) -> Iterator[pa.Table]:
         from rayrec.data.histories import Histories
-        from rayrec.model.carried_tastes import continued_tables, full_tables
-        from rayrec.model.taste_table import taste_table
+        from rayrec.model.taste_table import continued_tables, full_tables, taste_table
 
         how = {"at": self._at, "users": self._config.users, "counts": counts}
         if self._base is None:

@@ -13,7 +13,7 @@ from rayrec.errors import RayrecError
 from rayrec.jobs.runtime import run_buckets
 from rayrec.model.fit import Phase, Validation
 from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
-from rayrec.model.training_sequences import Sequences
+from rayrec.model.training_windows import Sequences
 from rayrec.progress import progress
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -34,7 +34,7 @@ class TrainPlan:
     start: str | None  # folder of the model to start from
 
 
-def make_plan(
+def plan_training(
     dataset: Dataset,
     config: TrainConfig,
     songs: Manifest,

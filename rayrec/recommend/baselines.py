@@ -11,15 +11,11 @@ from rayrec.data.histories import Histories
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.errors import InputError
 from rayrec.recommend.base import Recommender
-from rayrec.recommend.discounted_average import AverageRecommender
-from rayrec.recommend.item_knn import ItemKnnRecommender
-from rayrec.recommend.popularity import RECENT_DAYS, PopularityRecommender
 from rayrec.recommend.selection import Selection
 from rayrec.recommend.sequential_rules import DECAY, SequentialRulesRecommender
-from rayrec.recommend.user_top import UserTopRecommender
-from rayrec.recommend.vsknn import VsknnRecommender
-from rayrec.recommend.vstan import VstanRecommender
-from rayrec.recommend.weighted_average import OFFSETS, fit_weighted
+from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender
+from rayrec.recommend.simple_baselines import RECENT_DAYS, ItemKnnRecommender, PopularityRecommender, UserTopRecommender
+from rayrec.recommend.weighted_average import OFFSETS, AverageRecommender, fit_weighted
 
 DISCOUNTS = (0.25, 0.5, 0.75, 0.9, 1.0)
 

@@ -16,8 +16,8 @@ from rayrec.recommend.ablation import RankedPart, kept_features
 from rayrec.recommend.query_batch import HOUR_MS, QueryBatch
 from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
 from rayrec.recommend.retrieval.ragged import first_of_each, stable_order
-from rayrec.recommend.retrieval.retrieval import Retrieval
-from rayrec.recommend.retrieval.song_groups import NO_GROUP, SongGroups
+from rayrec.recommend.retrieval.session_postings import NO_GROUP, SongGroups
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates
 
 RECENT = 10  # plays among which artists and albums are counted

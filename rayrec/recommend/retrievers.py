@@ -16,10 +16,10 @@ from rayrec.recommend.ablation import RankedPart
 from rayrec.recommend.base import NO_SONG, Horizon
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import Pairs, QueryBatch
+from rayrec.recommend.retrieval.play_counts import MAX_DISTANCE, UNIT
 from rayrec.recommend.retrieval.ragged import first_of_each, highest_of_each, places_in, ranges, stable_order
-from rayrec.recommend.retrieval.retrieval import Retrieval
-from rayrec.recommend.retrieval.rule_counts import MAX_DISTANCE, UNIT
-from rayrec.recommend.retrieval.song_groups import SongGroups
+from rayrec.recommend.retrieval.session_postings import SongGroups
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from scipy.sparse import csr_matrix
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.recommend.base import Horizon, Recommender
-from rayrec.recommend.item_knn import last_songs
+from rayrec.recommend.simple_baselines import last_songs
 
 MAX_DISTANCE = 10  # plays between a song and one that follows it
 DECAY = 1.0  # a pair of plays so many plays apart counts distance^-DECAY, where no validation range chooses it

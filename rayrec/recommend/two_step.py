@@ -29,7 +29,7 @@ from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import LATEST, QueryBatch
 from rayrec.recommend.ranker import Ranker, RankingExamples
 from rayrec.recommend.retrieval.ragged import highest_of_each, ranges
-from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates, make_new_song_retrievers, make_retrievers, retrieve
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.artifacts import Manifest
@@ -104,7 +104,7 @@ class CandidateSource:
         """
         vectors = vectors or self.network.vectors_of(histories, queries, HORIZONS)
         short, long = (vectors[horizon] for horizon in HORIZONS)
-        for chunk in slices_of(queries):
+        for chunk in query_slices(queries):
             batch = QueryBatch.of(
                 histories, queries.take(chunk), self.num_songs, short_vectors=short[chunk], long_vectors=long[chunk]
             )
@@ -112,7 +112,7 @@ class CandidateSource:
             yield chunk, Scored(batch=batch, candidates=candidates, features=self.sources.features(batch, candidates))
 
 
-def slices_of(queries: Questions) -> Iterator[slice]:
+def query_slices(queries: Questions) -> Iterator[slice]:
     """The queries to answer at once, one slice after the other."""
     plays = np.minimum(queries.seen, LATEST) + 1
     by_plays, by_count = (np.cumsum(plays) - plays) // PLAYS_AT_ONCE, np.arange(len(queries)) // QUERIES_AT_ONCE

@@ -23,11 +23,11 @@ from rayrec.data.histories import Histories
 from rayrec.errors import RayrecError
 from rayrec.model.inference import States
 from rayrec.recommend.base import Horizon, Recommender
-from rayrec.recommend.choosing import Chosen, Known, Wish
-from rayrec.serving.auth import load_keys
+from rayrec.recommend.selection import Chosen, Known, Wish
 from rayrec.serving.compat import bind_replica_port_to_loopback
 from rayrec.serving.engine import Engine, Parts, Pool, Vectors
 from rayrec.serving.live_release import LiveRelease, ReleaseHolder, Reports, load_network, load_parts
+from rayrec.serving.middleware import load_keys
 from rayrec.serving.problems import RETRY_AFTER_S, OverloadedError
 from rayrec.serving.prometheus import Metrics
 from rayrec.serving.routes import create_app

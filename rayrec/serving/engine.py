@@ -16,8 +16,8 @@ import numpy as np
 from rayrec.data.histories import Histories
 from rayrec.model.inference import States
 from rayrec.recommend.base import Horizon, Recommender
-from rayrec.recommend.choosing import Chosen, Known, Wish, choose, network_of, similar
 from rayrec.recommend.layout import layout
+from rayrec.recommend.selection import Chosen, Known, Wish, choose, network_of, similar
 from rayrec.serving.problems import OverloadedError
 from rayrec.serving.prometheus import Metrics
 

@@ -12,9 +12,8 @@ from rayrec.errors import InputError
 from rayrec.model.inference import States
 from rayrec.online.user_state import Plays
 from rayrec.recommend.answer import ASSUMED_GAP_MS
-from rayrec.recommend.attributes import Wanted
-from rayrec.recommend.choosing import Wish
-from rayrec.recommend.filters import Limits
+from rayrec.recommend.filters import Limits, Wanted
+from rayrec.recommend.selection import Wish
 from rayrec.serving.schemas import NewPlay, Play, RecommendationsRequest, iso_moment
 from rayrec.serving.served_catalog import ServedCatalog
 from rayrec.serving.users import StoredUser, UserPlays

@@ -6,14 +6,13 @@ from functools import lru_cache
 import numpy as np
 
 from rayrec.data import columns
-from rayrec.data.catalog import Catalog
+from rayrec.data.catalog import Catalog, SongSearch
 from rayrec.data.dataset import Dataset
-from rayrec.data.song_search import SongSearch
 from rayrec.data.spelling import spell_id
 from rayrec.model.train_config import PLAY_COUNTS
-from rayrec.recommend.attributes import SongMasks
 from rayrec.recommend.base import Recommender
-from rayrec.recommend.choosing import network_of
+from rayrec.recommend.filters import SongMasks
+from rayrec.recommend.selection import network_of
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace

@@ -13,11 +13,11 @@ from rayrec.data.moments import now_ms
 from rayrec.data.windows import NEVER
 from rayrec.errors import InputError, NotFoundError
 from rayrec.model.inference import States
-from rayrec.recommend.choosing import Chosen, Wish, choose_popular
 from rayrec.recommend.reasons import LAST_PLAYS, POPULAR, reasons
-from rayrec.serving.auth import Keys, load_keys
+from rayrec.recommend.selection import Chosen, Wish, choose_popular
 from rayrec.serving.engine import LocalEngine, Parts, Pool
 from rayrec.serving.live_release import LiveRelease, ReleaseHolder, Reports, load_parts
+from rayrec.serving.middleware import Keys, load_keys
 from rayrec.serving.prometheus import Metrics
 from rayrec.serving.requests import (
     UserQuery,

@@ -27,7 +27,7 @@ from rayrec.model.taste_table import tastes_file
 from rayrec.model.train_config import TasteConfig
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
 from rayrec.recommend.index import IndexConfig
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import sha256
 from rayrec.storage.workspace import IMPORT_STAGING, Workspace, histories_file

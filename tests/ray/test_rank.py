@@ -24,10 +24,9 @@ from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.train import train
 from rayrec.recommend.ablation import ABLATED_PARTS
 from rayrec.recommend.answer import load_recommender
-from rayrec.recommend.ranker_config import RankConfig
-from rayrec.recommend.retrieval.retrieval import Retrieval
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.two_step import TwoStepRecommender
+from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest, verify
 from rayrec.storage.workspace import Workspace

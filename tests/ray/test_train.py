@@ -31,7 +31,7 @@ from rayrec.model.checkpoint import load_model
 from rayrec.model.fit import Phase
 from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
 from rayrec.model.training import StepReport
-from rayrec.model.window_stream import UnitReader, plain_stream
+from rayrec.model.training_windows import UnitReader, plain_stream
 from rayrec.model.workers import Share
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.artifacts import Manifest, listing, load, publish, verify

@@ -13,11 +13,10 @@ import pyarrow.compute as pc
 
 from rayrec.data import columns
 from rayrec.data.moments import in_utc, to_ms
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import name_songs, spell_ids, spell_texts, valid_text
+from rayrec.data.spelling import Problems, name_songs, spell_ids, spell_texts, valid_text
 from rayrec.importing.readers import delimited
 from rayrec.importing.readers.accounts import account_of
-from rayrec.importing.readers.delimited import Rows, flags_below, required_columns, same
+from rayrec.importing.readers.delimited import DelimitedRows, flags_below, required_columns, same
 from rayrec.importing.readers.lines import byte_ranges
 from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch, ReadOptions, Unit
 
@@ -59,7 +58,7 @@ def _find(source: str, header: list[str]) -> dict[str, int]:
     return required_columns(source, header, (title, time), optional)
 
 
-def _batch(rows: Rows, user: str, source: str) -> Batch:
+def _batch(rows: DelimitedRows, user: str, source: str) -> Batch:
     values, count = rows.values, len(rows.indices)
     problems = Problems(count)
 

@@ -13,8 +13,7 @@ import pyarrow.csv as pacsv
 from pydantic import AfterValidator
 
 from rayrec.data import columns
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import NOT_UTF8
+from rayrec.data.spelling import NOT_UTF8, Problems
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers.files import require_text
 from rayrec.importing.readers.lines import NEWLINE, RETURN, Block, first_line, read_blocks
@@ -42,7 +41,7 @@ Separator = Annotated[str, AfterValidator(_unescaped)]  # a flag or a TOML file 
 Delimiter = Annotated[Separator, AfterValidator(_one_character)]
 
 
-class Rows(NamedTuple):
+class DelimitedRows(NamedTuple):
     """R rows out of a block."""
 
     block: Block
@@ -139,7 +138,7 @@ def split_line(line: bytes, delimiter: str) -> list[bytes] | str:
         place += len(between)
 
 
-def read_rows(unit: Unit, delimiter: str, find: Callable[[list[str]], Mapping[str, int]]) -> Iterator[Rows]:
+def read_rows(unit: Unit, delimiter: str, find: Callable[[list[str]], Mapping[str, int]]) -> Iterator[DelimitedRows]:
     """The rows of a unit of a file with a header, in blocks of 16 MiB.
 
     `find` says which columns are wanted: name -> position in the header.
@@ -159,7 +158,7 @@ def read_rows(unit: Unit, delimiter: str, find: Callable[[list[str]], Mapping[st
         )
 
 
-def to_batch(rows: Rows, data: dict[str, pa.Array], problems: Problems, source: str) -> Batch:
+def to_batch(rows: DelimitedRows, data: dict[str, pa.Array], problems: Problems, source: str) -> Batch:
     """The plays that were made of some rows: `data` by the names of columns.PLAYS, with what is wrong with them."""
     return batch(
         columns.PLAYS,
@@ -211,7 +210,7 @@ def parse(
     quoted: bool,
     source: str,
     skip: int = 0,
-) -> Rows:
+) -> DelimitedRows:
     """The columns at the positions `wanted` of every line but the first `skip`.
 
     Empty lines are passed over. Lines that are not UTF-8, do not close a quote (where `quoted`) or
@@ -252,7 +251,7 @@ def parse(
     table = rejected(source, numbers, [faults[index] for index in refused], block.texts(refused))
     kept = np.delete(indices, bad_rows)
     assert all(len(column) == len(kept) for column in parsed.values()), f"{source}: rows and lines do not agree"
-    return Rows(block, parsed, kept, table)
+    return DelimitedRows(block, parsed, kept, table)
 
 
 def _columns(

@@ -10,8 +10,7 @@ import pyarrow as pa
 
 from rayrec.data import columns
 from rayrec.data.moments import to_ms
-from rayrec.data.problems import Problems, missing
-from rayrec.data.spelling import NOT_UTF8, mark_long, spell_id, spell_text
+from rayrec.data.spelling import NOT_UTF8, Problems, mark_long, missing, spell_id, spell_text
 from rayrec.errors import DamagedInputError
 from rayrec.importing.readers import reader
 from rayrec.importing.readers.files import open_plain, require_text

@@ -10,8 +10,7 @@ import pyarrow as pa
 
 from rayrec.data import columns
 from rayrec.data.moments import to_ms
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import name_songs, spell_ids, spell_texts
+from rayrec.data.spelling import Problems, name_songs, spell_ids, spell_texts
 from rayrec.importing.readers import delimited, reader
 from rayrec.importing.readers.files import require_text
 from rayrec.importing.readers.lines import byte_ranges, read_blocks

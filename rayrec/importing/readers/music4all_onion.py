@@ -10,8 +10,7 @@ import pyarrow as pa
 
 from rayrec.data import columns
 from rayrec.data.moments import in_utc, to_ms
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import spell_ids, valid_text
+from rayrec.data.spelling import Problems, spell_ids, valid_text
 from rayrec.importing.readers import delimited
 from rayrec.importing.readers.reader import NO_SONG, NO_USER, Batch, ReadOptions, Unit
 from rayrec.importing.readers.tabular import CsvReader, find_columns

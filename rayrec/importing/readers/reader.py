@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayrec.data import columns
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import clean
+from rayrec.data.spelling import Problems, clean
 
 TEXT_LIMIT = 1_000  # characters kept of a rejected row
 NO_USER = "no user"

@@ -15,8 +15,7 @@ import pyarrow.compute as pc
 from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.moments import to_ms
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import plain, spell_ids, spell_lists, spell_texts
+from rayrec.data.spelling import Problems, plain, spell_ids, spell_lists, spell_texts
 from rayrec.errors import InputError
 from rayrec.importing.readers import delimited, reader
 from rayrec.importing.readers.files import open_source

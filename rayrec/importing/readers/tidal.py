@@ -12,11 +12,10 @@ import pyarrow.compute as pc
 
 from rayrec.data import columns
 from rayrec.data.moments import local_to_ms
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import name_songs, spell_ids, spell_texts
+from rayrec.data.spelling import Problems, name_songs, spell_ids, spell_texts
 from rayrec.importing.readers import delimited
 from rayrec.importing.readers.accounts import account_of
-from rayrec.importing.readers.delimited import Rows, flags_below, required_columns, same
+from rayrec.importing.readers.delimited import DelimitedRows, flags_below, required_columns, same
 from rayrec.importing.readers.lines import byte_ranges
 from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch, ReadOptions, Unit
 
@@ -51,7 +50,7 @@ def _find(source: str, header: list[str]) -> dict[str, int]:
     return required_columns(source, header, (ARTIST, TITLE, TIME), (ZONE, DURATION, TYPE))
 
 
-def _batch(rows: Rows, user: str, source: str) -> Batch:
+def _batch(rows: DelimitedRows, user: str, source: str) -> Batch:
     values, count = rows.values, len(rows.indices)
     problems = Problems(count)
     if TYPE in values:

@@ -13,8 +13,7 @@ import pyarrow.compute as pc
 
 from rayrec.data import columns
 from rayrec.data.moments import to_ms
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import spell_ids
+from rayrec.data.spelling import Problems, spell_ids
 from rayrec.importing.readers import reader
 from rayrec.importing.readers.files import open_source
 from rayrec.importing.readers.parquet import open_parquet, read_batches, row_texts

@@ -11,10 +11,9 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from rayrec.data.histories import Histories
-from rayrec.recommend.retrieval.play_counts import PlayCounts
-from rayrec.recommend.retrieval.retrieval import RetrievalCounts
-from rayrec.recommend.retrieval.rule_counts import RuleCounts
+from rayrec.recommend.retrieval.play_counts import PlayCounts, RuleCounts
 from rayrec.recommend.retrieval.session_postings import SessionPostings
+from rayrec.recommend.retrieval.stored_retrieval import RetrievalCounts
 
 PARTS = {"sessions": SessionPostings, "rules": RuleCounts, "plays": PlayCounts}
 WHOLE = ("plays.plays", "plays.first_days")  # of every song in the first range, and there alone

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange, SplitConfig, make_split
-from rayrec.embeddings.sessions import without_held_out
+from rayrec.embeddings.word2vec import without_held_out
 from rayrec.errors import LeakError
 
 

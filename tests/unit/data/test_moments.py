@@ -18,7 +18,7 @@ from rayrec.data.moments import (
     parse_moment,
     to_ms,
 )
-from rayrec.data.problems import Problems
+from rayrec.data.spelling import Problems
 from rayrec.errors import InputError
 
 MOMENT = 1241478537000  # 2009-05-04T23:08:57Z

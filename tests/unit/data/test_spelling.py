@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import NOT_UTF8, spell_id, spell_ids, spell_lists, spell_texts, split_listed
+from rayrec.data.spelling import NOT_UTF8, Problems, spell_id, spell_ids, spell_lists, spell_texts, split_listed
 from rayrec.errors import InputError
 
 

@@ -18,10 +18,9 @@ from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import GROUPS, EvaluateConfig, blocks, plays_to_predict, user_groups, usual_k
 from rayrec.evaluation.results import Figures
 from rayrec.recommend.base import Recommender
-from rayrec.recommend.discounted_average import AverageRecommender
-from rayrec.recommend.item_knn import ItemKnnRecommender
-from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
+from rayrec.recommend.simple_baselines import ItemKnnRecommender, PopularityRecommender
+from rayrec.recommend.weighted_average import AverageRecommender
 
 CUT = 100
 SPLIT = Split(id="split", dataset="by-hand", validation_from=90, test_from=CUT)

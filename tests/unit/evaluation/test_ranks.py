@@ -13,9 +13,9 @@ from rayrec.evaluation.protocol import EvaluateConfig, HeardSongs, plays_to_pred
 from rayrec.evaluation.ranks import NOT_FOUND, Ranked, rank_targets
 from rayrec.evaluation.results import Figures
 from rayrec.recommend.base import CandidateRecommender, Horizon, Recommender, ScoredCandidates
-from rayrec.recommend.discounted_average import AverageRecommender
-from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
+from rayrec.recommend.simple_baselines import PopularityRecommender
+from rayrec.recommend.weighted_average import AverageRecommender
 
 EVERYTHING = Split(id="s", dataset="d", validation_from=0, test_from=0)
 

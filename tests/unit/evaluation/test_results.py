@@ -14,9 +14,8 @@ from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.results import figures_of
 from rayrec.recommend.base import Horizon, Recommender
-from rayrec.recommend.item_knn import ItemKnnRecommender
-from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
+from rayrec.recommend.simple_baselines import ItemKnnRecommender, PopularityRecommender
 
 CUT = 1_500_000
 NUM_SONGS = 25

@@ -15,7 +15,7 @@ from rayrec.evaluation.protocol import (
     target_songs,
 )
 from rayrec.recommend.base import Recommender
-from rayrec.recommend.item_knn import ItemKnnRecommender
+from rayrec.recommend.simple_baselines import ItemKnnRecommender
 
 
 class Both(ItemKnnRecommender):

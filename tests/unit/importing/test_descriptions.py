@@ -16,7 +16,7 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError, NotFoundError
 from rayrec.importing.descriptions import DescribeConfig, describe, read_descriptions
-from rayrec.recommend.attributes import SongMasks, Wanted
+from rayrec.recommend.filters import SongMasks, Wanted
 from rayrec.storage import artifacts
 from rayrec.storage.dataset_manifest import write_manifest
 from rayrec.storage.workspace import Workspace

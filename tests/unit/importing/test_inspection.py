@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayrec.errors import InputError
-from rayrec.importing.import_plan import ImportConfig, make_plan
+from rayrec.importing.import_plan import ImportConfig, plan_import
 from rayrec.importing.inspection import guess_roles, inspect_files, time_form
 
 START = 1711929600
@@ -39,7 +39,7 @@ def test_columns_delimiter_times_and_the_command_are_guessed_of_a_csv(tmp_path: 
         *("rayrec", "import", "csv", path, "--columns", columns, "--delimiter", ";"),
     ]
     pairs = dict(pair.split("=") for pair in columns.split(","))
-    make_plan(ImportConfig(format="csv", paths=(path,), columns=pairs, delimiter=";"))  # the command fits the file
+    plan_import(ImportConfig(format="csv", paths=(path,), columns=pairs, delimiter=";"))  # the command fits the file
 
 
 def test_types_of_a_parquet_file_are_shown(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import openpyxl
 import pytest
 
 from rayrec.errors import DamagedInputError, InputError
-from rayrec.importing.import_plan import ImportConfig, make_plan
+from rayrec.importing.import_plan import ImportConfig, plan_import
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.reader import Batch, ReadOptions
 
@@ -84,8 +84,8 @@ def test_a_part_that_does_not_match_its_checksum_is_damage(tmp_path: Path) -> No
 def test_files_of_two_accounts_in_one_folder_are_two_users_and_one_without_a_name_is_refused(tmp_path: Path) -> None:
     for number in (1, 2):
         write(tmp_path / f"deezer-data_{number}.xlsx", play("Jóga", "B", 40, "2024-07-02 22:34:59"))
-    plan = make_plan(ImportConfig(format="deezer", paths=(str(tmp_path),)))
+    plan = plan_import(ImportConfig(format="deezer", paths=(str(tmp_path),)))
     assert [read(Path(unit.source)).rows.column("user_id").to_pylist() for unit in plan.units] == [["1"], ["2"]]
     write(tmp_path / "deezer-data.xlsx", play("Jóga", "B", 40, "2024-07-02 22:34:59"))
     with pytest.raises(InputError, match="holds files that name the user, such as '1', and files that do not"):
-        make_plan(ImportConfig(format="deezer", paths=(str(tmp_path),)))
+        plan_import(ImportConfig(format="deezer", paths=(str(tmp_path),)))

@@ -13,12 +13,12 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.errors import MismatchError
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.jobs.add_songs import add_songs
-from rayrec.jobs.taste import newest_base
+from rayrec.jobs.taste import tastes_before
 from rayrec.jobs.verify import verify_workspace
 from rayrec.model.added_songs import AddedSongs
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.filters import Limits
-from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.two_step import CandidateSource, TwoStepRecommender
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
@@ -141,11 +141,11 @@ def test_tastes_go_on_from_earlier_ones_after_songs_were_added_that_nobody_had_p
     workspace: Workspace, released: Manifest, tmp_path: Path
 ) -> None:
     model = artifacts.load(workspace, "models", released.inputs["models"])
-    assert newest_base(Dataset(workspace), model) is not None
+    assert tastes_before(Dataset(workspace), model) is not None
     describe_new_songs(workspace, tmp_path)
     added = add_songs(workspace)
     # The song that had no vector has been played: its plays would be read otherwise now.
-    assert newest_base(Dataset(workspace), model, added) is None
+    assert tastes_before(Dataset(workspace), model, added) is None
     tastes = Manifest(
         kind="tastes",
         id="later",
@@ -153,7 +153,7 @@ def test_tastes_go_on_from_earlier_ones_after_songs_were_added_that_nobody_had_p
     )
     artifacts.publish(workspace, tastes, [])
     describe_new_songs(workspace, tmp_path, 2 * NEW)
-    base = newest_base(Dataset(workspace), model, add_songs(workspace))
+    base = tastes_before(Dataset(workspace), model, add_songs(workspace))
     assert base is not None
     assert base.id == "later"
 

@@ -8,7 +8,7 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.recommend.candidate_features import FeatureSources
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import QueryBatch
-from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates, make_retrievers, retrieve
 
 NUM_SONGS = 40

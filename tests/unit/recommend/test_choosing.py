@@ -11,8 +11,8 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.errors import InputError
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import Recommender
-from rayrec.recommend.choosing import Known, Wish, choose, network_of
 from rayrec.recommend.filters import Limits
+from rayrec.recommend.selection import Known, Wish, choose, network_of
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.storage.releases import default_parts
 from rayrec.storage.workspace import Workspace

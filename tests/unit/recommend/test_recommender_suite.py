@@ -17,17 +17,13 @@ from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets
 from rayrec.recommend import base as recommender_module
 from rayrec.recommend.base import Recommender, top_k
-from rayrec.recommend.discounted_average import AverageRecommender
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.item_knn import ItemKnnRecommender
-from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
+from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender
+from rayrec.recommend.simple_baselines import ItemKnnRecommender, PopularityRecommender, UserTopRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import CandidateSource, TwoStepRecommender
-from rayrec.recommend.user_top import UserTopRecommender
-from rayrec.recommend.vsknn import VsknnRecommender
-from rayrec.recommend.vstan import VstanRecommender
-from rayrec.recommend.weighted_average import fit_weighted
+from rayrec.recommend.weighted_average import AverageRecommender, fit_weighted
 
 NUM_SONGS = 40
 WITHOUT_VECTOR = 7

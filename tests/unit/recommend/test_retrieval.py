@@ -12,10 +12,9 @@ from worlds import random_histories
 from rayrec.data.histories import Histories
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.errors import LeakError
-from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
-from rayrec.recommend.retrieval.retrieval import Retrieval, RetrievalCounts
-from rayrec.recommend.retrieval.rule_counts import UNIT, RuleCounts
+from rayrec.recommend.retrieval.play_counts import NOT_PLAYED, UNIT, RuleCounts
 from rayrec.recommend.retrieval.session_postings import SessionPostings
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval, RetrievalCounts
 from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 50

@@ -8,7 +8,7 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import QueryBatch
-from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import (
     Proposals,
     Retriever,
@@ -20,7 +20,7 @@ from rayrec.recommend.retrievers import (
     make_retrievers,
     retrieve,
 )
-from rayrec.recommend.vstan import VstanRecommender
+from rayrec.recommend.session_knn import VstanRecommender
 
 MINUTE, HOUR = 60_000, 3_600_000
 NUM_SONGS = 40
@@ -203,6 +203,7 @@ def test_of_many_new_songs_of_an_artist_the_last_come_first() -> None:
     retrieval = Retrieval.fit([random_histories(5, 10)], num_songs=10, artist_of_song=np.zeros(10, np.int64))
     rows = np.arange(10, 400)
     known = retrieval.with_added(rows, np.zeros(390, np.int64), np.full(390, -1))
-    retrievers = make_new_song_retrievers(known, random_vectors(400, 8), rows, left_out=["new_content"])
-    found = retrievers[0].propose(_asked([3], 400), 500)
+    retrievers = make_new_song_retrievers(known, random_vectors(400, 8), rows)
+    (artists,) = (retriever for retriever in retrievers if retriever.name == "new_artists")
+    found = artists.propose(_asked([3], 400), 500)
     assert sorted(found.songs.tolist()) == list(range(300, 400))

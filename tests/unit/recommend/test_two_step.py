@@ -19,11 +19,11 @@ from rayrec.recommend.filters import Limits, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.ranker import Ranker, RankerSettings
 from rayrec.recommend.reasons import reasons
-from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import COUNTS
+from rayrec.recommend.session_knn import VstanRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import CandidateSource, RankerKind, TwoStepRecommender, examples_for
-from rayrec.recommend.vstan import VstanRecommender
 
 Answers = dict[RankerKind, tuple[np.ndarray, np.ndarray]]
 

@@ -15,7 +15,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.importing.descriptions import store_descriptions
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.serving.auth import load_keys
+from rayrec.serving.middleware import load_keys
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
 from rayrec.storage.workspace import SONGS_TABLE, Workspace

@@ -12,7 +12,7 @@ import uvicorn
 from served import AT, service, write_release, write_world
 
 from rayrec.data import columns
-from rayrec.serving.auth import Keys, load_keys
+from rayrec.serving.middleware import Keys, load_keys
 from rayrec.serving.routes import create_app
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage.workspace import SONGS_TABLE, Workspace

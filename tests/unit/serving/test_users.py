@@ -17,7 +17,7 @@ from rayrec.model.taste_table import states_of, taste_table
 from rayrec.online import user_state
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import Recommender
-from rayrec.recommend.choosing import network_of
+from rayrec.recommend.selection import network_of
 from rayrec.serving.serve_config import MAX_PLAYS
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace

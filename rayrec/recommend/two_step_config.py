@@ -1,4 +1,4 @@
-"""Settings of the rank stage. Loads nothing heavy."""
+"""Settings of the two steps: retrieval and rankers. Loads nothing heavy."""
 
 from pydantic import Field
 
@@ -14,3 +14,13 @@ class RankConfig(Settings):
     learning_rate: float = Field(0.07, gt=0, description="Weight of each tree")
     min_long_queries: int = Field(20, ge=1, description="Held-out queries needed to train a long-horizon ranker")
     seed: int = Field(0, ge=0, description="Random seed")
+
+
+class RetrievalConfig(Settings):
+    """How many sessions and rules are kept."""
+
+    sessions_per_song: int = Field(50, ge=1, description="Newest sessions kept for each song")
+    rules_per_song: int = Field(200, ge=1, description="Strongest followers kept for each song")
+    full: bool = Field(
+        False, description="Count all plays instead of adding the new ones to what an earlier run has counted"
+    )

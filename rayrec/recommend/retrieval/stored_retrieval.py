@@ -13,11 +13,9 @@ import numpy as np
 
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
-from rayrec.recommend.retrieval import play_counts, rule_counts, session_postings
-from rayrec.recommend.retrieval.play_counts import PlayCounts
-from rayrec.recommend.retrieval.rule_counts import RuleCounts
-from rayrec.recommend.retrieval.session_postings import SessionPostings
-from rayrec.recommend.retrieval.song_groups import NO_GROUP, SongGroups
+from rayrec.recommend.retrieval import play_counts, session_postings
+from rayrec.recommend.retrieval.play_counts import PlayCounts, RuleCounts
+from rayrec.recommend.retrieval.session_postings import NO_GROUP, SessionPostings, SongGroups
 from rayrec.storage.workspace import Workspace
 
 POPULAR = 500  # songs kept in the list of those popular of late
@@ -101,7 +99,7 @@ class Retrieval:
         *,
         artist_of_song: np.ndarray | None = None,
         album_of_song: np.ndarray | None = None,
-        rules_per_song: int = rule_counts.KEPT,
+        rules_per_song: int = play_counts.KEPT,
     ) -> Retrieval:
         """From merged counts, and the artist and the album of each song, int (N,), -1 where it is not known."""
         plays = counts.plays

@@ -1,12 +1,12 @@
-"""Ray Data and Ray Train against plain PyTorch: one worker that stays up and does a round when asked.
+"""The jobs taste, embed and train against plain loops over the same files."""
 
-Starting a trainer takes half a minute; a round, a few seconds. So the worker waits for its orders
-between rounds, while the plain loop has the machine.
-"""
-
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -16,17 +16,96 @@ from ray.util.queue import Empty, Queue
 
 from rayrec.bench import loops
 from rayrec.bench.bench_config import BenchConfig
-from rayrec.bench.bench_data import bench_dataset, plain_process, train_task
+from rayrec.bench.bench_data import bench_dataset, plain_process, train_task, untrained_model
 from rayrec.bench.loops import TrainTask, timed_steps, timed_windows
-from rayrec.bench.rounds import Measured, measure
+from rayrec.bench.rounds import Measured, PlainProcess, measure
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange
+from rayrec.embeddings import word2vec
+from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.word2vec import TOKENS_PER_WORKER, Corpus, Word2Vec, write_corpus
 from rayrec.errors import RayrecError
-from rayrec.jobs.runtime import quiet_data, ray_cluster
+from rayrec.jobs.embed import embed
+from rayrec.jobs.runtime import node_cpus, quiet_data, ray_cluster
+from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train_worker import window_stream
-from rayrec.model.train_config import TrainConfig
+from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.model.workers import Share
 from rayrec.storage.workspace import Workspace
+
+PLAIN_TASTES = "plain-tastes"  # folder that the plain loop writes to
+
+
+def bench_taste(place: Workspace, config: BenchConfig) -> dict[str, Any]:
+    """Plays a second of the taste job with one worker; the worker's start and the artifact's checksums count."""
+    with ray_cluster():
+        dataset = bench_dataset(place, config, users=config.taste_users)
+        workspace, model = dataset.workspace, untrained_model(dataset, config.seed)
+        settings = TasteConfig(concurrency=1)
+
+        def ours() -> Measured:
+            began = time.perf_counter()
+            made = compute_tastes(workspace, settings, model_id=model.id, repeat=True)
+            seconds = time.perf_counter() - began
+            workspace.delete(made.folder)
+            return Measured(made.metrics["plays"], seconds)
+
+        arguments = (workspace, model, PLAIN_TASTES, dataset.manifest.last_play, settings.users)
+        with plain_process() as plain:
+            plays = partial(plain.run, loops.taste_loop, *arguments)
+            result = measure("taste", "plays", ours, plays, config, users=config.taste_users)
+        workspace.delete(PLAIN_TASTES)
+    return result.to_json()
+
+
+def bench_embed(place: Workspace, config: BenchConfig) -> dict[str, Any]:
+    """Tokens a second of the embed job, making the corpus and the health check included, against gensim alone."""
+    with ray_cluster(), tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
+        dataset = bench_dataset(place, config, users=config.embed_users)
+        settings = EmbedConfig(source="histories", epochs=config.embed_epochs, seed=config.seed)
+        sentences = word2vec.from_histories(dataset.read_all(), FitRange(), settings.session_gap_minutes)
+        corpus = write_corpus(sentences, Path(folder) / "corpus", dataset.num_songs)
+        workers = max(1, min(node_cpus(), corpus.tokens // TOKENS_PER_WORKER))
+        settings = settings.replace(workers=workers)
+
+        def ours() -> Measured:
+            began = time.perf_counter()
+            made = embed(dataset.workspace, settings, repeat=True)
+            seconds = time.perf_counter() - began
+            dataset.workspace.delete(made.folder)
+            return Measured(made.metrics["tokens"] * settings.epochs, seconds)
+
+        with plain_process() as plain:
+            tokens = partial(plain.run, loops.embed_loop, corpus.path, settings, workers, corpus.tokens)
+            result = measure("embed", "tokens", ours, tokens, config, workers=workers, corpus_tokens=corpus.tokens)
+    return result.to_json()
+
+
+def word2vec_scaling(dataset: Dataset, config: BenchConfig, crews: list[int]) -> dict[str, Any]:
+    """Tokens a second of word2vec by number of threads, without making the corpus and whatever comes after."""
+    settings = EmbedConfig(source="histories", epochs=config.embed_epochs, seed=config.seed)
+    with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
+        sentences = word2vec.from_histories(dataset.read_all(), FitRange(), settings.session_gap_minutes)
+        corpus = write_corpus(sentences, Path(folder) / "corpus", dataset.num_songs)
+        rates = {}
+        for threads in crews:
+            with PlainProcess(0) as plain:
+                rates[str(threads)] = plain.run(timed_epochs, corpus, settings, threads).per_second
+    first = rates[str(crews[0])]
+    return {
+        "corpus_tokens": corpus.tokens,
+        "tokens_per_second": rates,
+        "speedup": {threads: rate / first for threads, rate in rates.items()},
+    }
+
+
+def timed_epochs(corpus: Corpus, config: EmbedConfig, threads: int) -> Measured:
+    """The epochs alone. A corpus too small for so many threads is trained with fewer."""
+    run = Word2Vec(corpus, config, threads)
+    began = time.perf_counter()
+    epochs = sum(1 for _ in run.train())
+    return Measured(corpus.tokens * epochs, time.perf_counter() - began)
+
 
 ORDER_TRAIN, ORDER_DATA, ORDER_END = "train", "data", "end"
 SECONDS_BETWEEN_LOOKS = 1.0
