@@ -71,13 +71,14 @@ def measure_answers(dataset: Dataset, parts: dict[str, str], queries: int) -> di
     users = [one_query(histories, questions, row) for row in range(len(questions))]
     for history, question in users[:WARM]:
         answer(two_step, history, question)
+    users = users[WARM:] or users  # a world of few users has none to spare
     began = time.process_time()
-    for history, question in users[WARM:]:
+    for history, question in users:
         answer(two_step, history, question)
-    whole = 1000 * (time.process_time() - began) / len(users[WARM:])
+    whole = 1000 * (time.process_time() - began) / len(users)
     private = sum(area.private_dirty for area in psutil.Process().memory_maps()) / MIB
     clock = Stages()
-    for history, question in users[WARM:]:
+    for history, question in users:
         answer_by_stage(two_step, history, question, clock)
     tracemalloc.start()
     traced = Stages(traced=True)
@@ -85,14 +86,14 @@ def measure_answers(dataset: Dataset, parts: dict[str, str], queries: int) -> di
         answer_by_stage(two_step, history, question, traced)
     tracemalloc.stop()
     stages = {
-        name: {"cpu_ms": 1000 * seconds / len(users[WARM:]), "bytes": traced.most_bytes[name]}
+        name: {"cpu_ms": 1000 * seconds / len(users), "bytes": traced.most_bytes[name]}
         for name, seconds in clock.seconds.items()
     }
     found = recall(two_step, histories, questions)
     exact = SongIndex.build(two_step.source.network.song_vectors, IndexConfig(kind="flat"))
     return {
         "cpu_ms": whole,
-        "candidates": clock.candidates / len(users[WARM:]),
+        "candidates": clock.candidates / len(users),
         "stages": stages,
         "private_mb": private,
         "recall": found,

@@ -106,6 +106,7 @@ class TestBench:
         assert set(place.folders(f"bench/{data}")) <= {"dataset", "models", "tastes", "songs"}
         assert not place.files(f"bench/{data}/tastes")
 
+    @pytest.mark.slow
     def test_answers_are_measured_by_stage_and_catalog(self, place: Workspace) -> None:
         sizes = TINY.replace(answers_songs=(100, 300), answers_plays=3_000, answers_queries=10)
         told = bench("answers", place, sizes)

@@ -155,6 +155,7 @@ def _notes_its_first_step(arguments: dict[str, Any]) -> None:
     here.train_worker(arguments)
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_with_other_workers_to_the_same_result(
     world: Workspace, split: Split, in_process: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
