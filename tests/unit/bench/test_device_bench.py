@@ -65,7 +65,7 @@ def test_a_device_that_computes_something_else_is_told_by_name_and_exit_code(
     found = device_bench.checks("cpu")
     assert [check["same"] for check in found] == [True, False, *[True] * 6]
     assert (found[1]["cell"], found[1]["objective"]) == ("gru", "softmax")
-    monkeypatch.setattr(device_bench, "bench", lambda *_: {**TOLD, "checks": found})
+    monkeypatch.setattr(device_bench, "measure_device", lambda *_: {**TOLD, "checks": found})
     with pytest.raises(SystemExit):
         device_bench.main(["--device", "cpu"])
     assert "gru   softmax          NOT AS ON A CPU" in capsys.readouterr().out
