@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rayrec.jobs import compact, import_data, taste
+from rayrec.jobs import compact, import_data, recommend_all, taste
 from rayrec.storage.workspace import Workspace
 
 REQUESTS = {"move": 2}  # a copy and a delete
@@ -33,8 +33,8 @@ def run_here(
 
 
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Import, compact and taste run here from now on."""
-    for job in (compact, import_data, taste):
+    """Import, compact, taste and recommend --all run here from now on."""
+    for job in (compact, import_data, recommend_all, taste):
         monkeypatch.setattr(job, "run_buckets", run_here)
         monkeypatch.setattr(job, "ray_cluster", nullcontext)
 

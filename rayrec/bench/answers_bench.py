@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import psutil
 
-from rayrec.bench.answers_world import answers_world, last_plays
+from rayrec.bench.answers_world import answers_world, last_play_queries
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.rounds import PlainProcess, niceness
 from rayrec.data.dataset import Dataset
@@ -67,14 +67,14 @@ def measure_answers(dataset: Dataset, parts: dict[str, str], queries: int) -> di
     torch.set_num_threads(1)
     two_step = load_recommender(dataset.workspace, dataset, parts)
     assert isinstance(two_step, TwoStepRecommender)
-    histories, questions = last_plays(dataset, queries + WARM)
+    histories, questions = last_play_queries(dataset, queries + WARM)
     users = [one_query(histories, questions, row) for row in range(len(questions))]
     for history, question in users[:WARM]:
-        answer(two_step, history, question)
+        answer_one(two_step, history, question)
     users = users[WARM:] or users  # a world of few users has none to spare
     began = time.process_time()
     for history, question in users:
-        answer(two_step, history, question)
+        answer_one(two_step, history, question)
     whole = 1000 * (time.process_time() - began) / len(users)
     private = sum(area.private_dirty for area in psutil.Process().memory_maps()) / MIB
     clock = Stages()
@@ -110,7 +110,7 @@ def one_query(histories: Histories, questions: Questions, row: int) -> tuple[His
     return history, Questions.at_end(history, int(questions.at[row]))
 
 
-def answer(two_step: TwoStepRecommender, history: Histories, question: Questions) -> np.ndarray:
+def answer_one(two_step: TwoStepRecommender, history: Histories, question: Questions) -> np.ndarray:
     """int32 (K,): new songs for one user, as a server answers."""
     return np.asarray(two_step.rank_queries(history, question, K, limits=without_heard(history)).songs[0])
 
@@ -139,7 +139,7 @@ class Stages:
 
 
 def answer_by_stage(two_step: TwoStepRecommender, history: Histories, question: Questions, stage: Stages) -> None:
-    """The work of `answer`, one stage after the other."""
+    """The work of `answer_one`, one stage after the other."""
     source, limits = two_step.source, without_heard(history)
     vectors = stage("taste vectors", lambda: source.network.vectors_of(history, question, HORIZONS))
     short, long = (vectors[horizon] for horizon in HORIZONS)

@@ -92,7 +92,7 @@ def _write_rankers(dataset: Dataset, model: Manifest, retrieval: Manifest) -> No
     workspace = dataset.workspace
     network = TasteRecommender.load(workspace, model.id, parts_of(workspace, model)["indexes"])
     source = CandidateSource(network, Retrieval.load(workspace, retrieval.folder))
-    histories, queries = last_plays(dataset, EXAMPLES)
+    histories, queries = last_play_queries(dataset, EXAMPLES)
     rows, songs = np.arange(len(queries)), histories.songs[histories.offsets[1:] - 1]
     kinds: dict[RankerKind, tuple[np.ndarray, np.ndarray]] = {kind: (rows, songs) for kind in KINDS if kind != "served"}
     examples = examples_for(source, histories, queries, kinds, held_out=np.zeros(len(rows), dtype=np.bool_))
@@ -112,7 +112,7 @@ def _grown(examples: RankingExamples, names: list[str]) -> Ranker:
     return Ranker(model, names, calibrate(examples.rows, model.scores(examples.features), examples.right))
 
 
-def last_plays(dataset: Dataset, users: int) -> tuple[Histories, Questions]:
+def last_play_queries(dataset: Dataset, users: int) -> tuple[Histories, Questions]:
     """Some users with the queries that the last play of each answers."""
     histories = next(dataset.read_bucket(0, users))
     histories = histories.take(histories.lengths > 1)

@@ -49,6 +49,11 @@ from rayrec.storage.workspace import Workspace, histories_file
 WARM_CALLS = 10  # in which libraries choose their kernels and compile them: not timed
 PRODUCT_ROWS = {"cuda": 8192, "cpu": 1024}  # of the square matrices that are multiplied
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # more than any cache holds
+Work = Literal["train", "tastes"]
+WAYS = ((False, False), (True, False), (False, True), (True, True))  # of working: in bfloat16, compiled
+BATCHES = (1, 4, 16)  # times the default
+CHECKED_STEPS = 3  # of each cell and objective
+TOLERANCE = 0.2  # mean difference of a weight, as a share of what it was moved on average
 
 
 def per_second(work: Callable[[], float], device: torch.device, seconds: float) -> float:
@@ -123,13 +128,6 @@ def asked(work: Callable[[], float]) -> tuple[float, float]:
     with ByteCounter() as moved:
         work()
     return flops.get_total_flops() / units, moved.total / units
-
-
-Work = Literal["train", "tastes"]
-WAYS = ((False, False), (True, False), (False, True), (True, True))  # of working: in bfloat16, compiled
-BATCHES = (1, 4, 16)  # times the default
-CHECKED_STEPS = 3  # of each cell and objective
-TOLERANCE = 0.2  # mean difference of a weight, as a share of what it was moved on average
 
 
 @dataclass(frozen=True, kw_only=True)

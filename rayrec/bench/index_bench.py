@@ -18,6 +18,9 @@ from rayrec.storage.workspace import Workspace
 K = 100
 QUERIES_PER_CALL = 100
 CLUSTERS = 200  # songs of a catalog lie in clusters; vectors without any would flatter no index
+DIM = 64
+TABLES: tuple["SongTable", ...] = ("trained", "mapped", "frozen")
+WARM_UP = 2  # steps; the first makes the optimizer's memory of all songs
 
 
 def bench_index(config: BenchConfig) -> BenchResult:
@@ -82,10 +85,6 @@ if TYPE_CHECKING:
     from rayrec.data.windows import Windows
     from rayrec.model.train_config import SongTable, TrainConfig
     from rayrec.model.training import Training
-
-DIM = 64
-TABLES: tuple["SongTable", ...] = ("trained", "mapped", "frozen")
-WARM_UP = 2  # steps; the first makes the optimizer's memory of all songs
 
 
 def bench_song_side(config: BenchConfig) -> BenchResult:

@@ -34,6 +34,8 @@ from rayrec.model.workers import Share
 from rayrec.storage.workspace import Workspace
 
 PLAIN_TASTES = "plain-tastes"  # folder that the plain loop writes to
+ORDER_TRAIN, ORDER_DATA, ORDER_END = "train", "data", "end"
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def bench_taste(place: Workspace, config: BenchConfig) -> dict[str, Any]:
@@ -105,10 +107,6 @@ def timed_epochs(corpus: Corpus, config: EmbedConfig, threads: int) -> Measured:
     began = time.perf_counter()
     epochs = sum(1 for _ in run.train())
     return Measured(corpus.tokens * epochs, time.perf_counter() - began)
-
-
-ORDER_TRAIN, ORDER_DATA, ORDER_END = "train", "data", "end"
-SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def bench_train(place: Workspace, config: BenchConfig) -> dict[str, Any]:

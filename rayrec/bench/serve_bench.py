@@ -44,6 +44,15 @@ from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 
 DIM = 64
 PLAYED_AT = 1_700_000_000_000  # ms UTC
+PLAYS = 50  # of each history that is sent, and of each stored user
+K = 20
+BODIES = 200  # different requests
+USERS = 100
+PLAY_ROUNDS = 8  # of plays after few and after many, for each round of the other loads: they are short
+START_SECONDS = 600.0  # that an application may take to load a release
+SLICE_SECONDS = 1.0  # of a load, before it is another's turn: what else a machine does changes from second to second
+# One thread for numeric work in each process, as the replicas have it.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def song_name(row: int) -> str:
@@ -113,17 +122,6 @@ def _write_tastes(workspace: Workspace, dataset: Dataset, network: Manifest, mod
         table = taste_table(TasteEncoder(model), batch, dataset.manifest.last_play)
         workspace.write_table(tastes_file(tastes.folder, 0), table)
     publish(workspace, tastes, [path.removeprefix(tastes.folder + "/") for path in workspace.files(tastes.folder)])
-
-
-PLAYS = 50  # of each history that is sent, and of each stored user
-K = 20
-BODIES = 200  # different requests
-USERS = 100
-PLAY_ROUNDS = 8  # of plays after few and after many, for each round of the other loads: they are short
-START_SECONDS = 600.0  # that an application may take to load a release
-SLICE_SECONDS = 1.0  # of a load, before it is another's turn: what else a machine does changes from second to second
-# One thread for numeric work in each process, as the replicas have it.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)

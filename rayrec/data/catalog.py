@@ -14,6 +14,9 @@ from rayrec.errors import InputError
 
 DESCRIPTIONS = "descriptions"  # the kind of artifact that `rayrec describe` writes
 DESCRIPTIONS_FILE = "descriptions.parquet"  # in its folder: columns.DESCRIPTIONS
+EXACT, PREFIX, INSIDE = 2, 1, 0  # how well a title or an artist fits
+MANY = 8  # a share of the songs of more than 1 in this many
+MOST_WORDS = 16  # of a query; the rest are not looked at
 
 
 class Catalog:
@@ -84,11 +87,6 @@ def described(songs: pa.Table, told: pa.Table) -> pa.Table:
         else:
             songs = songs.append_column(told_field, values)
     return songs
-
-
-EXACT, PREFIX, INSIDE = 2, 1, 0  # how well a title or an artist fits
-MANY = 8  # a share of the songs of more than 1 in this many
-MOST_WORDS = 16  # of a query; the rest are not looked at
 
 
 def fold(text: str) -> str:

@@ -11,7 +11,7 @@ from rayrec.data.content import Content
 from rayrec.data.histories import Histories, user_hash
 from rayrec.data.parts import find_user, merge_users, read_files, read_users, with_columns
 from rayrec.data.spelling import spell_id
-from rayrec.errors import NotFoundError
+from rayrec.errors import MismatchError, NotFoundError
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.dataset_manifest import DatasetManifest, earlier_version, read_manifest
@@ -119,6 +119,23 @@ class Dataset:
         for told in self.descriptions():
             table = described(table, self.workspace.read_table(told.path(DESCRIPTIONS_FILE)))
         return Catalog(table)
+
+    def model(self, model_id: str | None = None) -> Manifest:
+        """A model of this data set, or of one that it descends from; the current one unless named.
+
+        Raises `NotFoundError` where there is none, `MismatchError` for one of other data.
+        """
+        model = (
+            artifacts.load(self.workspace, "models", model_id)
+            if model_id
+            else artifacts.newest(self.workspace, "models", "train")
+        )
+        if not self.descends_from(model.inputs["dataset"]):
+            raise MismatchError(
+                f"model {model.id} was trained on data set {model.inputs['dataset']}, the workspace has "
+                f"{self.manifest.id}; run `rayrec embed` and `rayrec train` first"
+            )
+        return model
 
     def newest_base(self, kind: str, fits: Callable[[Manifest], bool]) -> tuple[int, Manifest | None]:
         """The artifact to continue from, and the part from which on plays are new to it; (0, None) where there is none.

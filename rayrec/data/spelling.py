@@ -11,6 +11,16 @@ import pyarrow.compute as pc
 from rayrec.data.columns import one_array
 from rayrec.errors import InputError
 
+NOT_UTF8 = "not UTF-8"
+MAX_ID = 512  # characters of an id
+TOO_LONG = f"id of more than {MAX_ID} characters"
+LIST_SEPARATOR = "|"
+# What numpy, pandas and polars write into a text file for a number that is missing or has overflowed.
+NOT_NUMBERS = ("nan", "NaN", "inf", "-inf")
+WITH_ZEROS = r"^-?\d+\.0+$"  # a whole number out of a column of floats
+WITH_EXPONENT = r"^-?\d(\.\d+)?[eE]\+\d{2,3}$"  # the same from 1e16 on
+_WITH_ZEROS, _WITH_EXPONENT = re.compile(WITH_ZEROS, re.ASCII), re.compile(WITH_EXPONENT, re.ASCII)
+
 
 class Problems:
     """Marks what is wrong with each of R rows; the first reason of a row stays."""
@@ -39,17 +49,6 @@ class Problems:
 def missing(values: pa.Array) -> np.ndarray:
     """bool (R,): null or empty strings."""
     return np.asarray(pc.fill_null(pc.equal(values, ""), True).to_numpy(zero_copy_only=False))
-
-
-NOT_UTF8 = "not UTF-8"
-MAX_ID = 512  # characters of an id
-TOO_LONG = f"id of more than {MAX_ID} characters"
-LIST_SEPARATOR = "|"
-# What numpy, pandas and polars write into a text file for a number that is missing or has overflowed.
-NOT_NUMBERS = ("nan", "NaN", "inf", "-inf")
-WITH_ZEROS = r"^-?\d+\.0+$"  # a whole number out of a column of floats
-WITH_EXPONENT = r"^-?\d(\.\d+)?[eE]\+\d{2,3}$"  # the same from 1e16 on
-_WITH_ZEROS, _WITH_EXPONENT = re.compile(WITH_ZEROS, re.ASCII), re.compile(WITH_EXPONENT, re.ASCII)
 
 
 def clean(text: str) -> str:

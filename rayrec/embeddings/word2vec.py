@@ -35,6 +35,11 @@ UNCUT = (
 )
 
 Sentences = tuple[np.ndarray, np.ndarray]  # songs int32 (P,), offsets int64 (S + 1,)
+FINAL_LEARNING_RATE = 1e-4
+MAX_WORKERS = 24  # gensim gains nothing from more threads: its issue 3376
+# A thread of gensim takes 10,000 tokens at a time and stops after its share, so that threads with
+# smaller shares than this would go over much of the corpus several times an epoch.
+TOKENS_PER_WORKER = 50_000
 
 
 def cut_sessions(histories: Histories, gap_minutes: float = 30.0) -> Sentences:
@@ -83,13 +88,6 @@ def without_held_out(sentences: Sentences, allowed: FitRange) -> Sentences:
     songs, offsets = sentences
     kept = allowed.allowed_songs(songs)
     return songs[kept], np.append(0, np.cumsum(kept))[offsets]
-
-
-FINAL_LEARNING_RATE = 1e-4
-MAX_WORKERS = 24  # gensim gains nothing from more threads: its issue 3376
-# A thread of gensim takes 10,000 tokens at a time and stops after its share, so that threads with
-# smaller shares than this would go over much of the corpus several times an epoch.
-TOKENS_PER_WORKER = 50_000
 
 
 @dataclass(frozen=True)

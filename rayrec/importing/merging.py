@@ -22,6 +22,9 @@ from rayrec.storage.workspace import histories_file
 MAX_CONTEXTS = 31  # bits of an int32 without its sign
 POSITION_MS = 180_000  # from one position to the next: about a song, so that no session gap falls within a line
 LINE_GAP = 20  # positions left out between two lines of a user: an hour, so that a session gap does
+USERS_PER_READ = 5_000
+PARTS_BEFORE_COMPACT = 8  # above them, reading takes noticeably more requests
+Spans = list[tuple[int, int]]  # first and last part of each set of files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,7 @@ def _first_of_each(rows: MergedRows) -> np.ndarray:
 
 
 def to_positions(rows: MergedRows) -> MergedRows:
-    """MergedRows in lines with positions for times: an owner's first row is at 0, the next 3 minutes later,
+    """Rows in lines with positions for times: an owner's first row is at 0, the next 3 minutes later,
     the first of the owner's next line an hour after that."""
     same_owner = rows.owner[1:] == rows.owner[:-1]
     same_line = same_owner & (rows.source[1:] == rows.source[:-1]) & (rows.line[1:] == rows.line[:-1])
@@ -154,13 +157,13 @@ def song_counts(rows: MergedRows, min_rows: int, known: np.ndarray | None = None
 
 @dataclass(frozen=True, kw_only=True)
 class Dropped:
-    """MergedRows that are left out because their owner or song has too few."""
+    """Rows that are left out because their owner or song has too few."""
 
     rows: list[MergedRows] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
     def add(self, rows: MergedRows, reason: str) -> None:
-        """MergedRows that share a reason."""
+        """Rows that share a reason."""
         if len(rows):
             self.rows.append(rows)
             self.reasons.append(reason)
@@ -269,12 +272,6 @@ def choose_contexts(counts: dict[str, int], before: Sequence[str] = ()) -> list[
     """The names of the bits, at most 31: those `before`, then the most frequent contexts, the most frequent first."""
     new = sorted(counts.keys() - set(before), key=lambda name: (-counts[name], name))
     return [*before, *new][:MAX_CONTEXTS]
-
-
-USERS_PER_READ = 5_000
-PARTS_BEFORE_COMPACT = 8  # above them, reading takes noticeably more requests
-
-Spans = list[tuple[int, int]]  # first and last part of each set of files
 
 
 def joined_spans(parts: int, cuts: Iterable[int]) -> Spans:

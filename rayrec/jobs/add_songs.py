@@ -7,7 +7,6 @@ from dataclasses import replace
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import fit_range, load_split
-from rayrec.errors import MismatchError
 from rayrec.importing.described_songs import take_in_described_songs
 from rayrec.importing.staging import finish_publishing
 from rayrec.model.added_songs import AddedSongs, FirstPlays, songs_without_vector
@@ -38,14 +37,7 @@ def add_songs(workspace: Workspace, *, model_id: str | None = None, repeat: bool
     """
     finish_publishing(workspace)
     dataset = Dataset(workspace)
-    model = (
-        artifacts.load(workspace, "models", model_id) if model_id else artifacts.newest(workspace, "models", "train")
-    )
-    if not dataset.descends_from(model.inputs["dataset"]):
-        raise MismatchError(
-            f"model {model.id} was trained on data set {model.inputs['dataset']}, the workspace has "
-            f"{dataset.manifest.id}; run `rayrec embed` and `rayrec train` first"
-        )
+    model = dataset.model(model_id)
     began = time.monotonic()
     new_songs = take_in_described_songs(dataset)
     descriptions = dataset.descriptions()

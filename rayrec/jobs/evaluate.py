@@ -1,4 +1,4 @@
-"""Evaluate the network and the baselines on the test range, bucket by bucket on Ray."""
+"""Evaluate networks and baselines: on the test range by bucket of users, on given prefixes by piece of their file."""
 
 import json
 import time
@@ -39,6 +39,8 @@ KIND = "reports"
 USERS_PER_BATCH = 2_000
 EXAMPLES, EXAMPLE_PLAYS, EXAMPLE_SONGS = 3, 5, 5  # users shown, with their last plays and recommended songs
 COUNTED_BUCKETS = 16  # whose plays to predict are counted where a number of queries is drawn
+PREFIXES_AT_ONCE = 1 << 18  # bytes of a file of prefixes that one task reads
+ABOUT_PREFIXES = "The target of each line of the file is predicted from the songs of its prefix; there are no times."
 
 
 @writes("evaluate")
@@ -55,13 +57,13 @@ def evaluate(
     Without names these are the network `model_id` (None: the one trained last) and every baseline. Baselines are
     fitted on what came before the test range, with the song embeddings that the network was trained from, and tuned
     on the validation range. With `config.ablation` the default model is evaluated without each of its parts as well,
-    by rankers that are trained for it. The manifest's metrics hold
-    default, protocol, its headline, users, plays and seconds; the figures of `figures_of`, examples and the health of
-    the song embeddings are in results.json, see `read_figures`.
+    by rankers that are trained for it. The manifest's metrics hold default, protocol, its headline, users, plays and
+    seconds; the figures of `figures_of`, examples and the health of the song embeddings are in results.json, see
+    `read_figures`.
 
     Raises `InputError` for an unknown model, for an ablation without two-step among the models, and for a test range
-    without queries, `NotFoundError` where there is no
-    network or no song embeddings, `MismatchError` for those of another split.
+    without queries, `NotFoundError` where there is no network or no song embeddings, `MismatchError` for those of
+    another split.
     """
     started = time.monotonic()
     dataset = Dataset(workspace)
@@ -151,7 +153,7 @@ def health_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray
     """The health of the song vectors behind the models: an entry for those embedded, one for the network's.
 
     Each has vectors (songs or models), id, dim, directions and the figures of `health.check`; `song_plays`,
-    int (N,), choose_models the most played songs.
+    int (N,), choose the most played songs.
     """
     entries = []
     for role, path in vector_paths(compared).items():
@@ -243,10 +245,6 @@ class BucketEvaluator:
         return int(unit), sums
 
 
-UNIT_BYTES = 1 << 18  # of the file that one task reads
-DESCRIBED = "The target of each line of the file is predicted from the songs of its prefix; there are no times."
-
-
 @writes("evaluate --prefixes")
 def evaluate_prefixes(
     workspace: Workspace,
@@ -280,7 +278,7 @@ def evaluate_prefixes(
         return reuse(workspace, KIND, report_id)
     recommenders, song_plays = make_recommenders(workspace, dataset, compared, split)
     evaluator = PrefixEvaluator(recommenders, song_plays=song_plays, config=config)
-    sums, counts = evaluate_pairs(workspace, evaluator, file, byte_ranges(found.source, found.size, UNIT_BYTES))
+    sums, counts = evaluate_pairs(workspace, evaluator, file, byte_ranges(found.source, found.size, PREFIXES_AT_ONCE))
     if not counts[0]:
         raise InputError(f"{file.path} has no pairs; expected lines of songs, a tab and the next song")
     made = Figures(sums, recommenders, config)
@@ -310,7 +308,7 @@ def evaluate_prefixes(
     about = {"protocol": "prefixes", "file": file.path, **{name: f"{count:,}" for name, count in pairs.items()}}
     about |= compared.inputs
     names = write_report(
-        workspace, manifest.folder, figures, default=compared.default, about=about, described=DESCRIBED
+        workspace, manifest.folder, figures, default=compared.default, about=about, described=ABOUT_PREFIXES
     )
     return publish(workspace, manifest, names)
 

@@ -23,10 +23,10 @@ from rayrec.recommend.filters import without_heard
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import RECOMMENDATIONS, Manifest
 from rayrec.storage.locking import writes
+from rayrec.storage.releases import ANSWERING_KINDS
 from rayrec.storage.workspace import Workspace
 
 KIND = RECOMMENDATIONS
-PARTS = ("models", "retrieval", "rankers", "indexes")  # that answer
 USERS_AT_ONCE = 1_000
 COUNTS = b"rayrec counts"  # key of a file's metadata: JSON of what its bucket came to
 SONG_IDS, SCORES = "song_ids", "scores"
@@ -65,7 +65,7 @@ def recommend_all(
         raise InputError("reasons are given for one user at a time; leave out --explain, or give --user ID")
     dataset = Dataset(workspace)
     moment = dataset.manifest.last_play + 1 if at is None else at
-    inputs = {"dataset": dataset.manifest.plays_id, **{role: parts[role] for role in PARTS if role in parts}}
+    inputs = {"dataset": dataset.manifest.plays_id, **{role: parts[role] for role in ANSWERING_KINDS if role in parts}}
     settings = {**to_mapping(config.replace(explain=False)), "at": moment}
     made_id, complete = artifacts.new_id(workspace, KIND, artifacts.fingerprint(KIND, settings, inputs), repeat=repeat)
     if complete:

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.errors import MismatchError
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.taste_table import PLAYS, tastes_file
 from rayrec.model.train_config import TasteConfig
@@ -42,14 +41,7 @@ def compute_tastes(
     Raises `MismatchError` for a model of a data set that this one does not descend from.
     """
     dataset = Dataset(workspace)
-    model = (
-        artifacts.load(workspace, "models", model_id) if model_id else artifacts.newest(workspace, "models", "train")
-    )
-    if not dataset.descends_from(model.inputs["dataset"]):
-        raise MismatchError(
-            f"model {model.id} was trained on data set {model.inputs['dataset']}, the workspace has "
-            f"{dataset.manifest.id}; run `rayrec embed` and `rayrec train` first"
-        )
+    model = dataset.model(model_id)
     inputs = {"dataset": dataset.manifest.plays_id, "models": model.id}
     added = artifacts.latest(workspace, "added_songs", lambda made: made.inputs["models"] == model.id)
     if added is not None:

@@ -19,6 +19,13 @@ from rayrec.errors import RayrecError
 from rayrec.progress import Progress, progress
 from rayrec.storage.workspace import Workspace
 
+LOGGER = logging.getLogger(__name__)
+WORKER_FAILURES = 3  # lost training workers that are replaced before the job gives up
+START_TRIES = 4  # times that Ray Train asks for the workers' resources in the minutes that it is given
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # environment variable: seconds of each try
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that are whole
+SECONDS_BEFORE_TELLING = 10.0  # that workers are waited for
+
 
 @ray.remote
 class Board:
@@ -85,14 +92,6 @@ def shown(board: Any, title: str, total: float) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(timeout=5)
-
-
-LOGGER = logging.getLogger(__name__)
-WORKER_FAILURES = 3  # lost training workers that are replaced before the job gives up
-START_TRIES = 4  # times that Ray Train asks for the workers' resources in the minutes that it is given
-START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # environment variable: seconds of each try
-SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that are whole
-SECONDS_BEFORE_TELLING = 10.0  # that workers are waited for
 
 
 @dataclass(frozen=True, kw_only=True)

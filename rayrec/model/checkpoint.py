@@ -23,6 +23,8 @@ SONG_VECTORS = "song_vectors.npy"  # that taste vectors are compared with
 INPUT_VECTORS = "input_vectors.npy"  # of songs as inputs, where they have a table of their own
 MODEL_CONFIG = "model.json"
 SONGS_AT_ONCE = 1 << 16  # that go through the map of song vectors
+EPOCHS = "epochs.jsonl"
+TENSORBOARD = "tensorboard"  # folder of events
 
 
 def export_song_vectors(model: TasteModel, known: np.ndarray) -> np.ndarray:
@@ -103,10 +105,6 @@ def load_training(folder: Path, training: Training) -> tuple[dict[str, Tensor] |
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cpu().contiguous() for name, value in tensors.items()}
-
-
-EPOCHS = "epochs.jsonl"
-TENSORBOARD = "tensorboard"  # folder of events
 
 
 def write_epochs(workspace: Workspace, folder: str, epochs: list[dict[str, Any]]) -> None:

@@ -15,6 +15,8 @@ from rayrec.model.features import PlayBatch, encode
 from rayrec.model.train_config import ModelConfig
 
 CHUNK = 32  # plays summed up by one product with a triangle; the sums are carried from chunk to chunk by another
+SONG_TABLE, INPUT_TABLE = "songs.weight", "inputs.weight"  # the parameters that grow with the catalog
+TABLES = (SONG_TABLE, INPUT_TABLE)
 
 
 def running_sums(songs_BLD: Tensor, discounts: Sequence[float], start_BKD: Tensor) -> Tensor:
@@ -55,10 +57,6 @@ def from_state(state_RBH: Tensor, count: int, dim: int) -> Tensor:
     """(B, K, D): the sums that `as_state` put into rows."""
     rows = state_RBH.transpose(0, 1)
     return rows.flatten(1)[:, : count * dim].reshape(len(rows), count, dim)
-
-
-SONG_TABLE, INPUT_TABLE = "songs.weight", "inputs.weight"  # the parameters that grow with the catalog
-TABLES = (SONG_TABLE, INPUT_TABLE)
 
 
 class TasteModel(nn.Module):

@@ -15,6 +15,9 @@ from torch.autograd.function import once_differentiable
 
 HITS = 0.003  # of the catalog: the first songs, whose popularity falls by Zipf's law rather than by their plays
 HITS_POWER = 6.0
+SMALLEST = 1e-12  # under a root, whose slope at 0 has no end
+# Logits held at once, be there ever so many positions: what a core's caches hold, or enough to fill a GPU.
+CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 def log_popularity(counts: np.ndarray) -> np.ndarray:
@@ -34,11 +37,6 @@ def log_popularity(counts: np.ndarray) -> np.ndarray:
 def log_prior(counts: np.ndarray, correction: float) -> np.ndarray:
     """float32 (N,): what is added to logits of likeness to make logits of chance; none where the correction is 1."""
     return np.asarray((1 - correction) * log_popularity(counts), dtype=np.float32)
-
-
-SMALLEST = 1e-12  # under a root, whose slope at 0 has no end
-# Logits held at once, be there ever so many positions: what a core's caches hold, or enough to fill a GPU.
-CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True, kw_only=True)

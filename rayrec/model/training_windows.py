@@ -17,6 +17,9 @@ from rayrec.model.train_config import Source, TrainConfig
 from rayrec.model.workers import Share
 
 Kind = Literal["histories", "playlists", "sessions"]
+POOL_PLAYS = 200_000  # plays whose windows are put in batches by length together
+USERS_PER_READ = 1_000  # few, so that a pool holds little more than its plays, whatever the size of a bucket
+FIRST = "first"  # column: whether a window is the first of its batch
 
 
 class Sequences:
@@ -67,11 +70,6 @@ def as_histories(sentences: Sentences) -> Histories:
         songs=songs,
         played_at=np.arange(len(songs)) - np.repeat(offsets[:-1], lengths),
     )
-
-
-POOL_PLAYS = 200_000  # plays whose windows are put in batches by length together
-USERS_PER_READ = 1_000  # few, so that a pool holds little more than its plays, whatever the size of a bucket
-FIRST = "first"  # column: whether a window is the first of its batch
 
 
 class UnitReader:

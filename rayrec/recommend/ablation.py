@@ -16,12 +16,13 @@ class RankedPart:
 
 # The features of all plays of a query (its lengths, pauses and repeats) belong to no part.
 ABLATED_PARTS = {
-    "network": RankedPart(retrievers=("taste_short", "taste_long"), features=("cosine_", "logit_")),
+    "network": RankedPart(retrievers=("taste_short", "taste_long", "new_content"), features=("cosine_", "logit_")),
     "sessions": RankedPart(retrievers=("sessions",), features=()),
     "rules": RankedPart(retrievers=("rules", "next_rules", "recent_rules"), features=("rules_lift",)),
     "own plays": RankedPart(retrievers=("user_top", "user_rules"), features=("user_",)),
     "artists": RankedPart(
-        retrievers=("artists", "albums"), features=("artist_", "album_", "recent_artists", "recent_albums")
+        retrievers=("artists", "albums", "new_artists", "new_albums"),
+        features=("artist_", "album_", "recent_artists", "recent_albums"),
     ),
 }
 

@@ -16,6 +16,7 @@ from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.recommend.vector_recommender import normalized
 
 MOST_PLAYS = 10_000  # of the validation range that are predicted
+Path = SearchPath | Literal["popular"]  # how an answer was found; popular: by play counts alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +88,6 @@ def diversify(vectors: np.ndarray, k: int, diversity: float) -> np.ndarray:
 def pool_size(k: int) -> int:
     """How many songs to rank so that k diverse ones can be chosen among them."""
     return k + max(k, 100)
-
-
-Path = SearchPath | Literal["popular"]  # how an answer was found; popular: by play counts alone
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from rayrec.recommend.session_knn import last_plays
 from rayrec.recommend.vector_recommender import VectorRecommender
 
 RECENT_DAYS = 21.0  # whose plays popularity-recent counts, where no validation range chooses them
+LATEST = 1_000  # plays of a user that are counted, so that long histories cost no more
 
 
 class PopularityRecommender(Recommender):
@@ -42,9 +43,6 @@ class PopularityRecommender(Recommender):
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, N): the plays of each song, the same read-only row for every query."""
         return np.broadcast_to(self.plays.astype(np.float32), (len(questions), self.num_songs))
-
-
-LATEST = 1_000  # plays of a user that are counted, so that long histories cost no more
 
 
 class UserTopRecommender(Recommender):

@@ -16,6 +16,12 @@ from rayrec.recommend.base import Horizon
 from rayrec.recommend.selection import Selection
 from rayrec.recommend.vector_recommender import VectorRecommender, normalized
 
+WEIGHTS = 100  # last songs that are weighed
+OFFSETS = {"weighted-short": (1, 1), "weighted-long": (25, 50)}  # plays ahead of the target, as a network's horizons
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # λ to choose from; a song's vector has the squared length 1
+USUAL_PENALTY = 1e-1  # λ where there is no validation range
+MOST_PLAYS = 2_000_000  # that are looked at: a hundred weights are sure long before
+
 
 class AverageRecommender(VectorRecommender):
     """t_u = Σ_j γ^(n−j) s_j over the n plays so far, normalized (De Boom et al. 2018, their baseline).
@@ -73,13 +79,6 @@ def _carry(sums: np.ndarray, follows: np.ndarray, decay: np.ndarray) -> None:
     for step in range(1, int(lengths.max(initial=0))):
         rows = starts[: np.searchsorted(-lengths, -step)] + step
         sums[rows] += decay[rows, None] * sums[rows - 1]
-
-
-WEIGHTS = 100  # last songs that are weighed
-OFFSETS = {"weighted-short": (1, 1), "weighted-long": (25, 50)}  # plays ahead of the target, as a network's horizons
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # λ to choose from; a song's vector has the squared length 1
-USUAL_PENALTY = 1e-1  # λ where there is no validation range
-MOST_PLAYS = 2_000_000  # that are looked at: a hundred weights are sure long before
 
 
 class WeightedRecommender(VectorRecommender):

@@ -61,7 +61,7 @@ def load_parts(workspace: Workspace, release_id: str) -> tuple[Manifest, Recomme
 
     Raises as `load_checked_release` does, and `MismatchError` where the parts do not belong together.
     """
-    release = load_checked_release(workspace, release_id, ("models", "added_songs", "indexes", "retrieval", "rankers"))
+    release = load_checked_release(workspace, release_id, releases.ANSWERING_KINDS)
     parts = release.inputs
     return release, load_recommender(workspace, Dataset(workspace), parts)
 

@@ -28,6 +28,12 @@ ROLES: tuple[Role, ...] = get_args(Role)
 GRANTS: dict[Role, tuple[Role, ...]] = {"read": ("read",), "write": ("write",), "admin": ROLES}  # admin may do all
 VARIABLE = "RAYREC_API_KEYS"  # of the application: role:key or role+role:key, separated by commas
 SHORTEST = 16  # characters of a key
+GZIP_BYTES = 1_000  # answers at least so long are compressed, where the client takes it
+ID_HEADER = "X-Request-ID"
+ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
+STATIC = re.compile(r"/|/docs(/[^/]*)?")  # pages, which hold nothing but themselves
+HEALTH = ("/healthz", "/readyz")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,14 +99,6 @@ def _entries(lines: Iterable[str], where: str) -> Iterable[tuple[bytes, Role]]:
 
 if TYPE_CHECKING:
     from rayrec.serving.service import Service
-
-GZIP_BYTES = 1_000  # answers at least so long are compressed, where the client takes it
-ID_HEADER = "X-Request-ID"
-ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
-STATIC = re.compile(r"/|/docs(/[^/]*)?")  # pages, which hold nothing but themselves
-HEALTH = ("/healthz", "/readyz")
-
-log = logging.getLogger(__name__)
 
 
 def needed_role(method: str, path: str) -> Role:

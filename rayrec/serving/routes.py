@@ -69,6 +69,20 @@ DOCS_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
+Router = Callable[[Service], APIRouter]
+ABOUT = "Song recommendations from what listeners played, for the next songs or for a later time."
+MAX_QUERY = 200  # characters
+MAX_MATCHES = 100  # songs
+UserPath = Annotated[
+    str,
+    Path(min_length=1, max_length=MAX_ID, description="Id of a user, percent-encoded."),
+    AfterValidator(spelled_user),
+]
+SongPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, description="Id of a song, percent-encoded.")]
+Words = Annotated[str, Query(min_length=1, max_length=MAX_QUERY, description="Words of a title or an artist.")]
+Limit = Annotated[int, Query(ge=1, le=MAX_MATCHES, description="How many songs.")]
+Count = Annotated[int, Query(ge=1, le=MAX_K, description="How many songs.")]
+AtQuery = Annotated[Moment | None, Query(description="ISO 8601 with a zone, or unix seconds or ms; default: now.")]
 
 
 def page(service: Service) -> APIRouter:
@@ -111,13 +125,6 @@ def policy(html: str) -> str:
     return POLICY.format(script=digest("script"), style=digest("style"))
 
 
-Router = Callable[[Service], APIRouter]
-
-ABOUT = "Song recommendations from what listeners played, for the next songs or for a later time."
-MAX_QUERY = 200  # characters
-MAX_MATCHES = 100  # songs
-
-
 class AnyId(Convertor[str]):
     """An id in a path: any characters, slashes and line breaks too."""
 
@@ -133,17 +140,6 @@ class AnyId(Convertor[str]):
 
 
 register_url_convertor("any_id", AnyId())
-
-UserPath = Annotated[
-    str,
-    Path(min_length=1, max_length=MAX_ID, description="Id of a user, percent-encoded."),
-    AfterValidator(spelled_user),
-]
-SongPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, description="Id of a song, percent-encoded.")]
-Words = Annotated[str, Query(min_length=1, max_length=MAX_QUERY, description="Words of a title or an artist.")]
-Limit = Annotated[int, Query(ge=1, le=MAX_MATCHES, description="How many songs.")]
-Count = Annotated[int, Query(ge=1, le=MAX_K, description="How many songs.")]
-AtQuery = Annotated[Moment | None, Query(description="ISO 8601 with a zone, or unix seconds or ms; default: now.")]
 
 
 def create_app(service: Service) -> FastAPI:

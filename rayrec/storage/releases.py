@@ -30,6 +30,7 @@ SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
 FIXED = ("playlists/", "rejected/", "earlier/")  # files below dataset/ that stay as they are as plays are appended
 PART_KINDS = ("songs", "models", "added_songs", "retrieval", "rankers", "tastes", "indexes")
+ANSWERING_KINDS = ("models", "added_songs", "indexes", "retrieval", "rankers")  # what recommends; tastes do not
 # A release without rankers answers with the network alone, one without added songs with those of its training alone.
 OPTIONAL_KINDS = ("added_songs", "retrieval", "rankers")
 MADE_BY = {

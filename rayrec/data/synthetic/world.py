@@ -48,6 +48,24 @@ ENSEMBLES = (  # one a genre, so that a reader sees in a list of names which son
     "Quartet Choir Collective Orchestra Brothers Sound System Trio Machine Band Ensemble Sisters Project Family "
     "Society Express Club"
 ).split()
+CONTEXTS = ("playlist", "album", "search", "radio", "collection")
+PLAYLIST, ALBUM, SEARCH, RADIO, COLLECTION = range(5)
+STAY = np.array([0.85, 0.85, 0.1, 0.85, 0.6])  # probability that the next play of a session has the same context
+SWITCH = np.array([0.3, 0.25, 0.15, 0.15, 0.15])  # shares of the contexts where it does not
+START = np.array([0.3, 0.15, 0.15, 0.2, 0.2])  # shares of the contexts of a session's first play
+TASTE = np.array([0.6, 0.3, 0.1])  # shares of a user's genres, dearest first
+SKIP_ON_TASTE, SKIP_OFF_TASTE = 0.05, 0.35  # probability of a skip, by whether the genre is in the taste
+PLAYS_SIGMA, PLAYS_LIMIT = 0.7, 6  # lognormal spread of the plays of a user, and their limit in means
+PLAYLIST_LENGTHS = (10, 40)
+PLAYLIST_STEPS = np.array([0.4, 0.3])  # shares of playlist and album steps in a playlist; else a song of the genre
+FIRST_MOMENT = 1_704_067_200_000  # 2024-01-01, ms UTC
+MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000  # ms
+SONG_LENGTHS = (2 * MINUTE, 6 * MINUTE)
+SKIPPED_AFTER = (5_000, 40_000)  # ms
+SESSION_GAP = 30 * MINUTE  # a longer gap starts a session; the world leaves at least an hour
+CELLS_PER_BLOCK = 1 << 20  # U × L at once, some 100 MiB of work space
+_GOLDEN = 0x9E3779B97F4A7C15
+_STREAMS = {"taste": 1, "length": 2, "session": 3, "song": 4, "skip": 5, "time": 6, "playlist": 7}
 
 
 def song_titles(count: int, seed: int) -> np.ndarray:
@@ -74,26 +92,6 @@ def artist_names(genres: np.ndarray) -> np.ndarray:
 def _numbered(names: np.ndarray, repeats: np.ndarray, between: str) -> np.ndarray:
     again = np.array([f"{between}{repeat + 1}" if repeat else "" for repeat in repeats], dtype=object)
     return np.asarray(names + again)
-
-
-CONTEXTS = ("playlist", "album", "search", "radio", "collection")
-PLAYLIST, ALBUM, SEARCH, RADIO, COLLECTION = range(5)
-STAY = np.array([0.85, 0.85, 0.1, 0.85, 0.6])  # probability that the next play of a session has the same context
-SWITCH = np.array([0.3, 0.25, 0.15, 0.15, 0.15])  # shares of the contexts where it does not
-START = np.array([0.3, 0.15, 0.15, 0.2, 0.2])  # shares of the contexts of a session's first play
-
-TASTE = np.array([0.6, 0.3, 0.1])  # shares of a user's genres, dearest first
-SKIP_ON_TASTE, SKIP_OFF_TASTE = 0.05, 0.35  # probability of a skip, by whether the genre is in the taste
-PLAYS_SIGMA, PLAYS_LIMIT = 0.7, 6  # lognormal spread of the plays of a user, and their limit in means
-PLAYLIST_LENGTHS = (10, 40)
-PLAYLIST_STEPS = np.array([0.4, 0.3])  # shares of playlist and album steps in a playlist; else a song of the genre
-
-FIRST_MOMENT = 1_704_067_200_000  # 2024-01-01, ms UTC
-MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000  # ms
-SONG_LENGTHS = (2 * MINUTE, 6 * MINUTE)
-SKIPPED_AFTER = (5_000, 40_000)  # ms
-SESSION_GAP = 30 * MINUTE  # a longer gap starts a session; the world leaves at least an hour
-CELLS_PER_BLOCK = 1 << 20  # U × L at once, some 100 MiB of work space
 
 
 class GenerateConfig(Settings):
@@ -350,10 +348,6 @@ def _followers(order: np.ndarray, group: np.ndarray) -> np.ndarray:
     followers = np.empty(len(order), dtype=np.int32)
     followers[order] = after
     return followers
-
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_STREAMS = {"taste": 1, "length": 2, "session": 3, "song": 4, "skip": 5, "time": 6, "playlist": 7}
 
 
 def _keys(seed: int, stream: str, indices: np.ndarray) -> np.ndarray:

@@ -2,11 +2,16 @@
 
 import posixpath
 import re
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rayrec.errors import InputError
+from rayrec.importing.readers import delimited
+from rayrec.importing.readers.delimited import DelimitedRows
+from rayrec.importing.readers.lines import byte_ranges
+from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
 
 # Folders that services name, in lower case: they say nothing of the person.
 EXPORT_FOLDERS = (
@@ -51,6 +56,32 @@ def _account_folder(source: str) -> tuple[str, str]:
     while COPY.sub("", posixpath.basename(folder).lower()) in EXPORT_FOLDERS:
         export, folder = folder, posixpath.dirname(folder)
     return folder, export
+
+
+class AccountCsvReader(ABC):
+    """Reads a csv of one person's plays; the user is the `user` setting where there is one, else the file's folder."""
+
+    def __init__(self, options: ReadOptions) -> None:
+        self.options = options
+
+    @abstractmethod
+    def find(self, source: str, header: list[str]) -> dict[str, int]:
+        """The columns to read, name -> place in the header. Raises `InputError` where one is missing."""
+
+    @abstractmethod
+    def batch(self, rows: DelimitedRows, user: str, source: str) -> Batch:
+        """The plays among some rows, by their names in `find`."""
+
+    def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
+        """Byte ranges."""
+        self.find(source, delimited.read_header(source, ","))
+        return byte_ranges(source, size, unit_bytes)
+
+    def read(self, unit: Unit) -> Iterator[Batch]:
+        """One batch per block of 16 MiB."""
+        user = self.options.user or account_of(unit.source)
+        for rows in delimited.read_rows(unit, ",", lambda header: self.find(unit.source, header)):
+            yield self.batch(rows, user, unit.source)
 
 
 def _nobody(source: str) -> str | None:

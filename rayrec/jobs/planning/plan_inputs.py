@@ -21,6 +21,18 @@ from rayrec.storage.dataset_manifest import DatasetManifest
 from rayrec.storage.workspace import HISTORIES
 
 LISTED = 5  # largest buckets and users
+CSV_BYTES = 33  # of a play with user, song and unix seconds; measured as the sizes of plan.py were
+ASSUMED_SKEW = 1.25  # largest bucket over the mean where no data set is there to look at
+BUILT_IN_FROM = "two shared cores of an AMD EPYC without a GPU, 2026-11-24"
+BUILT_IN = {
+    "import_plays_per_second_per_cpu": 650_000.0,
+    "embed_tokens_per_second_per_cpu": 262_000.0,
+    "train_plays_per_second_per_cpu": 23_300.0,
+    "retrieval_plays_per_second_per_cpu": 100_000.0,
+    "taste_plays_per_second_per_cpu": 322_000.0,
+}
+TRAIN_ON_GPU = "train_plays_per_second_per_gpu"  # measured by nobody yet: only a file of rates can hold it
+_EMBED, _TRAIN = EmbedConfig(), TrainConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,23 +69,6 @@ def _longest(dataset: Dataset, bucket: int) -> list[tuple[str, int]]:
                 for user, plays in zip(batch.column(columns.USER).take(first).to_pylist(), lengths[first], strict=True):
                     found[user] += int(plays)
     return found.most_common(LISTED)
-
-
-CSV_BYTES = 33  # of a play with user, song and unix seconds; measured as the sizes of plan.py were
-ASSUMED_SKEW = 1.25  # largest bucket over the mean where no data set is there to look at
-
-BUILT_IN_FROM = "two shared cores of an AMD EPYC without a GPU, 2026-11-24"
-BUILT_IN = {
-    "import_plays_per_second_per_cpu": 650_000.0,
-    "embed_tokens_per_second_per_cpu": 262_000.0,
-    "train_plays_per_second_per_cpu": 23_300.0,
-    "retrieval_plays_per_second_per_cpu": 100_000.0,
-    "taste_plays_per_second_per_cpu": 322_000.0,
-}
-TRAIN_ON_GPU = "train_plays_per_second_per_gpu"  # measured by nobody yet: only a file of rates can hold it
-
-
-_EMBED, _TRAIN = EmbedConfig(), TrainConfig()
 
 
 class PlanConfig(Settings):

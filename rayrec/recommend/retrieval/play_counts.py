@@ -16,6 +16,9 @@ from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, places_
 
 NOT_PLAYED = np.iinfo(np.int32).max  # first day of a song without plays
 RECENT_DAYS = 28  # that count as of late, back from the day of the last play
+MAX_DISTANCE = 10  # plays between a song and one that follows it
+UNIT = 2520  # weight of a song that follows at once; 1/distance of it is whole for every distance, so sums are exact
+KEPT = 200  # followers of a song, the strongest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +78,6 @@ def _counted(
         day_songs=songs[order][first].astype(np.int32),
         day_plays=np.add.reduceat(counts[order], first) if len(first) else np.zeros(0, np.int64),
     )
-
-
-MAX_DISTANCE = 10  # plays between a song and one that follows it
-UNIT = 2520  # weight of a song that follows at once; 1/distance of it is whole for every distance, so sums are exact
-KEPT = 200  # followers of a song, the strongest
 
 
 @dataclass(frozen=True, kw_only=True)

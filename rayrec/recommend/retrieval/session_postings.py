@@ -16,6 +16,8 @@ from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, places_
 
 NEWEST = 50  # sessions kept for each song
 MAX_SESSION = 100  # songs; longer sessions, and histories without times, are cut into pieces
+NO_GROUP = -1
+KEPT = 100  # songs of a group, the most played
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +147,6 @@ def _content_hash(songs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     mixed = _mixed(songs.astype(np.uint64) * np.uint64(1 << 20) + place.astype(np.uint64) + np.uint64(1))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
     return np.asarray(sums[offsets[1:]] - sums[offsets[:-1]])
-
-
-NO_GROUP = -1
-KEPT = 100  # songs of a group, the most played
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from served import AT, NUM_SONGS, WITHOUT_VECTOR, write_release, write_world
+from without_ray import without_ray
 
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
@@ -13,10 +14,11 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.errors import MismatchError
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.jobs.add_songs import add_songs
+from rayrec.jobs.recommend_all import recommend_all
 from rayrec.jobs.taste import tastes_before
 from rayrec.jobs.verify import verify_workspace
 from rayrec.model.added_songs import AddedSongs
-from rayrec.recommend.answer import load_recommender
+from rayrec.recommend.answer import RecommendConfig, load_recommender
 from rayrec.recommend.filters import Limits
 from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.two_step import CandidateSource, TwoStepRecommender
@@ -102,6 +104,19 @@ def test_verify_finds_nothing_wrong_with_added_songs_unless_there_is(
     )
     (found,) = [each for each in verify_workspace(workspace).problems if "added" in each.path]
     assert "not a finite vector" in found.text
+
+
+def test_songs_for_all_users_are_computed_anew_once_songs_were_added(
+    workspace: Workspace, released: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    config = RecommendConfig(k=5)
+    before = recommend_all(workspace, config, released.inputs, at=AT)
+    assert recommend_all(workspace, config, released.inputs, at=AT).id == before.id
+    describe_new_songs(workspace, tmp_path)
+    added = add_songs(workspace)
+    after = recommend_all(workspace, config, releases.create_release(workspace).inputs, at=AT)
+    assert (after.id != before.id, after.inputs["added_songs"]) == (True, added.id)
 
 
 def test_what_is_written_grows_with_the_new_songs_alone(
