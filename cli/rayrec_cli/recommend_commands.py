@@ -101,9 +101,15 @@ def _recommend_all(call: Call, config: RecommendConfig, parts: dict[str, str], a
     """Write the songs of every user."""
     from rayrec.jobs.recommend_all import recommend_all as job
 
-    made = job(call.workspace, config, parts, at=at, repeat=force)
-    folder = call.workspace.full(made.folder)
-    data = {"id": made.id, "folder": folder, "at": made.config["at"], "k": made.config["k"], **made.metrics}
+    manifest = job(call.workspace, config, parts, at=at, repeat=force)
+    folder = call.workspace.full(manifest.folder)
+    data = {
+        "id": manifest.id,
+        "folder": folder,
+        "at": manifest.config["at"],
+        "k": manifest.config["k"],
+        **manifest.metrics,
+    }
     return Shown(data, [figures("Recommendations for all users", data)])
 
 

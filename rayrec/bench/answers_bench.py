@@ -89,14 +89,14 @@ def measure_answers(dataset: Dataset, parts: dict[str, str], queries: int) -> di
         name: {"cpu_ms": 1000 * seconds / len(users), "bytes": traced.most_bytes[name]}
         for name, seconds in clock.seconds.items()
     }
-    found = recall(two_step, histories, questions)
+    recall_with_index = recall(two_step, histories, questions)
     exact = SongIndex.build(two_step.source.network.song_vectors, IndexConfig(kind="flat"))
     return {
         "cpu_ms": whole,
         "candidates": clock.candidates / len(users),
         "stages": stages,
         "private_mb": private,
-        "recall": found,
+        "recall": recall_with_index,
         "exact_recall": recall(with_index(two_step, exact), histories, questions),
         "index": two_step.source.index.figures.kind,
         "nprobe": two_step.source.index.figures.nprobe,

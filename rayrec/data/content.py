@@ -30,12 +30,12 @@ class Content:
         """Of the songs with these ids; where several descriptions have a song, the last counts."""
         parts, start = [], 0
         places = np.full(len(song_ids), -1, dtype=np.int64)
-        for told in descriptions:
-            if CONTENT_FILE in told.files:
-                ids = workspace.read_table(told.path(CONTENT_IDS)).column(columns.SONG_ID).combine_chunks()
+        for description in descriptions:
+            if CONTENT_FILE in description.files:
+                ids = workspace.read_table(description.path(CONTENT_IDS)).column(columns.SONG_ID).combine_chunks()
                 rows = pc.fill_null(pc.index_in(song_ids, value_set=ids), -1).to_numpy(zero_copy_only=False)
                 places = np.where(rows >= 0, start + rows.astype(np.int64), places)
-                parts.append(workspace.read_array(told.path(CONTENT_FILE), told.files[CONTENT_FILE]))
+                parts.append(workspace.read_array(description.path(CONTENT_FILE), description.files[CONTENT_FILE]))
                 start += len(ids)
         return cls(parts=parts, places=places)
 
@@ -46,10 +46,10 @@ class Content:
 
     def vectors(self, songs: np.ndarray) -> np.ndarray:
         """float32 (n, C): the content of songs, int (n,) rows; zeros where a song has none."""
-        found = np.zeros((len(songs), self.dim), dtype=np.float32)
+        rows_of_vectors = np.zeros((len(songs), self.dim), dtype=np.float32)
         places, start = self.places[songs], 0
         for part in self.parts:
             here = np.flatnonzero((places >= start) & (places < start + len(part)))
-            found[here] = part[places[here] - start]
+            rows_of_vectors[here] = part[places[here] - start]
             start += len(part)
-        return found
+        return rows_of_vectors

@@ -116,8 +116,8 @@ class Dataset:
         Without songs that an unfinished import has put behind it.
         """
         table = self.workspace.read_table(SONGS_TABLE).slice(0, self.num_songs)
-        for told in self.descriptions():
-            table = described(table, self.workspace.read_table(told.path(DESCRIPTIONS_FILE)))
+        for description in self.descriptions():
+            table = described(table, self.workspace.read_table(description.path(DESCRIPTIONS_FILE)))
         return Catalog(table)
 
     def model(self, model_id: str | None = None) -> Manifest:
@@ -144,11 +144,11 @@ class Dataset:
         joined with later ones is not among them, since the new plays cannot be read alone.
         """
         known = [
-            (self.earlier(made.inputs["dataset"]).parts, made)
-            for made in artifacts.listing(self.workspace, kind)
-            if self.descends_from(made.inputs["dataset"]) and fits(made)
+            (self.earlier(artifact.inputs["dataset"]).parts, artifact)
+            for artifact in artifacts.listing(self.workspace, kind)
+            if self.descends_from(artifact.inputs["dataset"]) and fits(artifact)
         ]
-        readable = [(parts, made) for parts, made in known if self.manifest.splits_at(parts)]
+        readable = [(parts, artifact) for parts, artifact in known if self.manifest.splits_at(parts)]
         return max(reversed(readable), key=lambda each: each[0], default=(0, None))
 
     def descriptions(self) -> list[Manifest]:

@@ -68,21 +68,21 @@ class GroupMeans:
         `strengths`, float64 (2,), say how many songs the priors of artist and album count as. `own`, float32 (n, D),
         are the vectors of the songs where they are in the sums and are to be left out of their own means.
         """
-        found = np.broadcast_to(mean, (len(songs.artists), len(mean)))
-        for wanted, groups, sums, counts, strength in (
+        expected = np.broadcast_to(mean, (len(songs.artists), len(mean)))
+        for songs_groups, groups, sums, counts, strength in (
             (songs.artists, self.artists, self.artist_sums, self.artist_counts, strengths[0]),
             (songs.albums, self.albums, self.album_sums, self.album_counts, strengths[1]),
         ):
             if not len(groups):
                 continue
-            place = np.minimum(np.searchsorted(groups, wanted), len(groups) - 1)
-            there = (groups[place] == wanted) & (wanted >= 0)
-            total = np.where(there[:, None], sums[place], 0.0)
-            count = np.where(there, counts[place], 0).astype(np.float64)
+            place = np.minimum(np.searchsorted(groups, songs_groups), len(groups) - 1)
+            in_group = (groups[place] == songs_groups) & (songs_groups >= 0)
+            total = np.where(in_group[:, None], sums[place], 0.0)
+            count = np.where(in_group, counts[place], 0).astype(np.float64)
             if own is not None:
-                total, count = total - np.where(there[:, None], own, 0.0), count - there
-            found = (total + strength * found) / (count + strength)[:, None]
-        return np.array(found, dtype=np.float64)
+                total, count = total - np.where(in_group[:, None], own, 0.0), count - in_group
+            expected = (total + strength * expected) / (count + strength)[:, None]
+        return np.array(expected, dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +98,8 @@ class ContentMap:
     strengths: np.ndarray  # float64 (2,), songs that the priors of artist and album count as
     content_mean: np.ndarray  # float64 (C,)
     content_scale: np.ndarray  # float64 (C,), 0 for a number that says nothing
-    weights: (
-        np.ndarray
-    )  # float64 (C + D + 1, D), of content, of the mean of the groups, and a constant; 0 rows if C = 0
+    # float64 (C + D + 1, D), of the content, of the mean of the groups, and a constant; 0 rows if C = 0
+    weights: np.ndarray
     penalty: float  # of squared weights that predicted the songs held out best
     explained: float  # share of the squared distance to `mean` that is explained, on songs held out
 
@@ -121,7 +120,7 @@ class ContentMap:
         base = groups.shrunk(songs, mean, strengths, own=vectors)
         spread, error = _error(vectors, mean), _error(vectors, base)
         scale = songs.content.std(axis=0, dtype=np.float64) if len(vectors) else np.zeros(songs.content.shape[1])
-        made = cls(
+        by_groups = cls(
             mean=mean,
             strengths=strengths,
             content_mean=songs.content.mean(axis=0, dtype=np.float64) if len(vectors) else scale,
@@ -132,17 +131,19 @@ class ContentMap:
         )
         with_content = np.flatnonzero(songs.content.any(axis=1))
         if len(with_content) <= CHECKED:
-            return made
-        return made._with_weights(vectors[with_content], songs.take(with_content), base[with_content], spread)
+            return by_groups
+        return by_groups._with_weights(vectors[with_content], songs.take(with_content), base[with_content], spread)
 
     def _with_weights(self, vectors: np.ndarray, songs: SongContent, base: np.ndarray, spread: float) -> ContentMap:
         inputs, left = self._inputs(songs, base), vectors - base
         checked = np.arange(len(vectors)) % CHECKED == 0  # song rows come in no order
         values, axes = np.linalg.eigh(inputs[~checked].T @ inputs[~checked])
-        towards, seen = axes.T @ (inputs[~checked].T @ left[~checked]), inputs[checked] @ axes
+        towards, checked_inputs = axes.T @ (inputs[~checked].T @ left[~checked]), inputs[checked] @ axes
         size = np.trace(inputs.T @ inputs) / inputs.shape[1]
         errors = {
-            penalty: _error(left[checked], seen @ (towards / (np.maximum(values, 0) + penalty * size)[:, None]))
+            penalty: _error(
+                left[checked], checked_inputs @ (towards / (np.maximum(values, 0) + penalty * size)[:, None])
+            )
             for penalty in PENALTIES
         }
         penalty = min(errors, key=lambda each: errors[each])
@@ -166,12 +167,12 @@ class ContentMap:
         `groups` are the sums of at least the artists and albums of these songs.
         """
         base = groups.shrunk(songs, self.mean, self.strengths)
-        told = np.isin(songs.artists, groups.artists) | np.isin(songs.albums, groups.albums)
+        informed = np.isin(songs.artists, groups.artists) | np.isin(songs.albums, groups.albums)
         if len(self.weights):
             with_content = np.flatnonzero(songs.content.any(axis=1))
             base[with_content] += self._inputs(songs.take(with_content), base[with_content]) @ self.weights
-            told[with_content] = True
-        return np.where(told[:, None], base, 0.0).astype(np.float32)
+            informed[with_content] = True
+        return np.where(informed[:, None], base, 0.0).astype(np.float32)
 
     def to_bytes(self) -> bytes:
         """As safetensors."""

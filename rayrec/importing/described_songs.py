@@ -24,10 +24,10 @@ def take_in_described_songs(dataset: Dataset) -> int:
     workspace, base = dataset.workspace, dataset.manifest
     songs = workspace.read_table(SONGS_TABLE).slice(0, base.songs)
     parts = [pa.array([], pa.string())]
-    for told in dataset.descriptions():
-        names = [DESCRIPTIONS_FILE, *([CONTENT_IDS] if CONTENT_FILE in told.files else [])]
+    for description in dataset.descriptions():
+        names = [DESCRIPTIONS_FILE, *([CONTENT_IDS] if CONTENT_FILE in description.files else [])]
         for name in names:
-            column = workspace.read_table(told.path(name), [columns.SONG_ID]).column(columns.SONG_ID)
+            column = workspace.read_table(description.path(name), [columns.SONG_ID]).column(columns.SONG_ID)
             parts.append(columns.one_array(column).cast(pa.string()))
     described = pc.unique(pa.concat_arrays(parts))
     known = pc.is_in(described, value_set=columns.one_array(songs.column(columns.SONG_ID)).cast(pa.string()))
@@ -40,7 +40,7 @@ def take_in_described_songs(dataset: Dataset) -> int:
     staging = Staging(workspace, fingerprint("described songs", {"songs": len(grown)}, {"dataset": base.id}))
     digest = workspace.write_table(staging.out(SONGS_TABLE), grown)
     files = base.files | {SONGS_TABLE.removeprefix(f"{DATASET}/"): digest} | staging.keep_manifest(base)
-    made = replace(
+    manifest = replace(
         base,
         id=fingerprint("dataset", {"files": dict(sorted(files.items()))}, {}),
         lineage=base.lineage or base.id,
@@ -50,6 +50,6 @@ def take_in_described_songs(dataset: Dataset) -> int:
         files=dict(sorted(files.items())),
         created_at=datetime.now(timezone.utc).isoformat(),
     )
-    staging.publish(made)
-    dataset.manifest = made
+    staging.publish(manifest)
+    dataset.manifest = manifest
     return len(new)

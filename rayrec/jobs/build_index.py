@@ -70,12 +70,12 @@ def taste_queries(workspace: Workspace, model: Manifest, count: int) -> np.ndarr
     dataset = Dataset(workspace)
     if not dataset.descends_from(model.inputs.get("dataset", "")):
         return None
-    network, found, wanted = TasteRecommender.load(workspace, model.id), [], -(-count // len(HORIZONS))
+    network, vectors, users_left = TasteRecommender.load(workspace, model.id), [], -(-count // len(HORIZONS))
     for bucket in range(dataset.manifest.buckets):
-        for histories in dataset.read_bucket(bucket, min(wanted, USERS_AT_ONCE)):
+        for histories in dataset.read_bucket(bucket, min(users_left, USERS_AT_ONCE)):
             ends = Questions.at_end(histories, histories.played_at[histories.offsets[1:] - 1])
-            found.append(np.concatenate(list(network.vectors_of(histories, ends, HORIZONS).values())))
-            wanted -= len(histories)
-            if wanted <= 0:
-                return np.concatenate(found)[:count]
-    return np.concatenate(found) if found else None
+            vectors.append(np.concatenate(list(network.vectors_of(histories, ends, HORIZONS).values())))
+            users_left -= len(histories)
+            if users_left <= 0:
+                return np.concatenate(vectors)[:count]
+    return np.concatenate(vectors) if vectors else None

@@ -72,8 +72,8 @@ def fit_retrieval(
 
 def _is_like(made: Manifest, wanted: Manifest) -> bool:
     """True where two retrievals are of one split and keep as much."""
-    kept = [{**each.config, "full": False} for each in (made, wanted)]
-    return kept[0] == kept[1] and made.inputs.get("split") == wanted.inputs.get("split")
+    settings = [{**each.config, "full": False} for each in (made, wanted)]
+    return settings[0] == settings[1] and made.inputs.get("split") == wanted.inputs.get("split")
 
 
 def write_retrieval(

@@ -57,7 +57,7 @@ class FirstPlays:
         cls, batches: Iterable[Histories], rows: np.ndarray, outputs: np.ndarray, inputs: np.ndarray
     ) -> FirstPlays:
         """From the plays since the network was trained; `outputs` and `inputs`, float32 (N, D), are its tables."""
-        made = cls.none(rows, outputs.shape[1])
+        sums_so_far = cls.none(rows, outputs.shape[1])
         for histories in batches:
             played = np.flatnonzero(np.isin(histories.songs, rows))
             if not len(played):
@@ -76,10 +76,10 @@ class FirstPlays:
                     total += weight[:, None] * table[song]
             some = weights > 0
             place = np.searchsorted(rows, histories.songs[played])[some]
-            np.add.at(made.plays, place, 1)
-            for total, part in zip((made.outputs, made.inputs), sums, strict=True):
+            np.add.at(sums_so_far.plays, place, 1)
+            for total, part in zip((sums_so_far.outputs, sums_so_far.inputs), sums, strict=True):
                 np.add.at(total, place, part[some] / weights[some, None])
-        return made
+        return sums_so_far
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +124,14 @@ class AddedSongs:
         present = np.ones(len(catalog), dtype=bool)
         present[rows] = False
         first_plays = first_plays or FirstPlays.none(rows, outputs.shape[1])
-        kept = described.of(rows).known | (first_plays.plays > 0)
-        rows, plays = rows[kept], first_plays.plays[kept][:, None]
+        usable = described.of(rows).known | (first_plays.plays > 0)
+        rows, plays = rows[usable], first_plays.plays[usable][:, None]
         if earlier is not None and len(earlier.output_map.content_mean) == content.dim:
             maps = earlier.output_map, earlier.input_map
         else:
             learned = described.sample(np.flatnonzero(present), seed)
-            told = described.of(learned)
-            maps = ContentMap.fit(outputs[learned], told), ContentMap.fit(inputs[learned], told)
+            learned_content = described.of(learned)
+            maps = ContentMap.fit(outputs[learned], learned_content), ContentMap.fit(inputs[learned], learned_content)
         songs = described.of(rows)
         near = np.flatnonzero(present & described.near(songs))
         neighbours = described.of(near)
@@ -141,15 +141,15 @@ class AddedSongs:
                 / (PRIOR_PLAYS + plays)
             )
             for each, table, around in zip(
-                maps, (outputs, inputs), (first_plays.outputs[kept], first_plays.inputs[kept]), strict=True
+                maps, (outputs, inputs), (first_plays.outputs[usable], first_plays.inputs[usable]), strict=True
             )
         )
         if earlier is not None:
-            there = rows[rows < songs_then]
-            place = np.minimum(np.searchsorted(earlier.rows, there), max(0, len(earlier) - 1))
-            same = earlier.rows[place] == there if len(earlier) else np.zeros(len(there), dtype=bool)
-            read[: len(there)][~same] = 0.0
-            read[: len(there)][same] = earlier.inputs[place[same]]
+            rows_then = rows[rows < songs_then]
+            place = np.minimum(np.searchsorted(earlier.rows, rows_then), max(0, len(earlier) - 1))
+            same = earlier.rows[place] == rows_then if len(earlier) else np.zeros(len(rows_then), dtype=bool)
+            read[: len(rows_then)][~same] = 0.0
+            read[: len(rows_then)][same] = earlier.inputs[place[same]]
         some = expected.any(axis=1)
         return cls(
             rows=rows[some],
@@ -211,10 +211,10 @@ class _Described:
 
     def near(self, songs: SongContent) -> np.ndarray:
         """bool (N,): songs of the same artists and albums."""
-        found = np.zeros(len(self.artists), dtype=bool)
-        for codes, wanted in ((self.artists, songs.artists), (self.albums, songs.albums)):
-            found |= (codes >= 0) & np.isin(codes, wanted)
-        return found
+        is_near = np.zeros(len(self.artists), dtype=bool)
+        for codes, groups in ((self.artists, songs.artists), (self.albums, songs.albums)):
+            is_near |= (codes >= 0) & np.isin(codes, groups)
+        return is_near
 
     def sample(self, rows: np.ndarray, seed: int) -> np.ndarray:
         """Of song rows, about SONGS at most, artist by artist: means of half an artist would say less than they do."""
@@ -227,10 +227,10 @@ class _Described:
 
     def first_rows(self, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """int64 (n,): the first song of the catalog with the code of each song; -1 where it has none."""
-        wanted = np.unique(codes[rows])
-        some = np.flatnonzero(np.isin(codes, wanted))
+        groups = np.unique(codes[rows])
+        some = np.flatnonzero(np.isin(codes, groups))
         names, first = np.unique(codes[some], return_index=True)
         if not len(names):
             return np.full(len(rows), -1, dtype=np.int64)
-        found = some[first[np.searchsorted(names, codes[rows])]]
-        return np.where(codes[rows] >= 0, found, -1).astype(np.int64)
+        first_of_group = some[first[np.searchsorted(names, codes[rows])]]
+        return np.where(codes[rows] >= 0, first_of_group, -1).astype(np.int64)

@@ -107,13 +107,13 @@ def answer(
         history, at, config.k, horizon=config.horizon, exclude_heard=not config.include_heard
     )
     last_plays = [NamedSong(**names) for names in catalog.names(history.last_songs(shown)[0])]
-    told: list[list[str] | None] = [None] * len(rows)
+    reasons_of_songs: list[list[str] | None] = [None] * len(rows)
     if config.explain:
         features = recommender.explain(history, at, rows, long_weight=float(config.horizon == "long"))
-        told = [reasons(each, last_plays[-1].title) for each in features]
+        reasons_of_songs = [reasons(each, last_plays[-1].title) for each in features]
     chosen = [
         ScoredSong(**names, score=round(float(score), 6), reasons=words)
-        for names, score, words in zip(catalog.names(rows), scores, told, strict=True)
+        for names, score, words in zip(catalog.names(rows), scores, reasons_of_songs, strict=True)
     ]
     return Answer(songs=chosen, at=at, last_plays=last_plays, plays=history.num_plays)
 

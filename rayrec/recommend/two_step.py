@@ -151,10 +151,12 @@ class TwoStepRecommender(CandidateRecommender):
     def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
         """As in `CandidateRecommender`."""
         for chunk, scored in self.source.batches(histories, queries):
-            found, chances = scored.candidates, _Chances(self, scored)
+            candidates, chances = scored.candidates, _Chances(self, scored)
             yield (
                 chunk,
-                ScoredCandidates(rows=found.rows, songs=found.songs, scores=chances, retrievers=found.positions),
+                ScoredCandidates(
+                    rows=candidates.rows, songs=candidates.songs, scores=chances, retrievers=candidates.positions
+                ),
             )
 
     def rank(

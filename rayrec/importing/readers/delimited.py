@@ -144,12 +144,12 @@ def read_rows(unit: Unit, delimiter: str, find: Callable[[list[str]], Mapping[st
     `find` says which columns are wanted: name -> position in the header.
     """
     header = read_header(unit.source, delimiter)
-    wanted = find(header)
+    places = find(header)
     for block in read_blocks(unit):
         first = block.first == 1 and not unit.start
         yield parse(
             block,
-            wanted,
+            places,
             num_columns=len(header),
             delimiter=delimiter,
             quoted=True,
@@ -179,13 +179,13 @@ def required_columns(
 
     Raises `InputError` for a column that is not there or is there twice.
     """
-    found = [*needed, *(name for name in dict.fromkeys(optional) if name in header and name not in needed)]
-    for name in found:
+    present = [*needed, *(name for name in dict.fromkeys(optional) if name in header and name not in needed)]
+    for name in present:
         if name not in header:
             raise InputError(f"{source} has no column {name!r}; it has {shown_columns(header)}; is it of this format?")
         if header.count(name) > 1:
             raise InputError(f"{source} has {header.count(name)} columns named {name!r}; rename all but one")
-    return {name: header.index(name) for name in found}
+    return {name: header.index(name) for name in present}
 
 
 def same(values: pa.Array, text: str | None) -> np.ndarray:

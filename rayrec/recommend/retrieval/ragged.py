@@ -57,8 +57,8 @@ def highest_of_each(sorted_groups: np.ndarray, scores: np.ndarray, count: int) -
     large = np.flatnonzero(sizes > count)
     if not len(large):
         return np.arange(len(scores))
-    kept = np.ones(len(scores), dtype=bool)
+    is_highest = np.ones(len(scores), dtype=bool)
     for begin, size in zip(first[large].tolist(), sizes[large].tolist(), strict=True):
         group = scores[begin : begin + size]
-        kept[begin : begin + size] = group >= np.partition(group, size - count)[size - count]
-    return np.flatnonzero(kept)
+        is_highest[begin : begin + size] = group >= np.partition(group, size - count)[size - count]
+    return np.flatnonzero(is_highest)
