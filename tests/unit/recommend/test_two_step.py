@@ -9,7 +9,9 @@ from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
+from rayrec.embeddings.content_map import ContentMap
 from rayrec.errors import InputError
+from rayrec.model.added_songs import AddedSongs
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets
@@ -47,6 +49,32 @@ def _network(num_songs: int = NUM_SONGS) -> TasteRecommender:
     )
     vectors = random_vectors(num_songs, 8)
     return TasteRecommender(TasteModel(config, torch.from_numpy(vectors)).eval(), vectors)
+
+
+def _network_with_added_songs(artists: np.ndarray, albums: np.ndarray) -> TasteRecommender:
+    """A network of NUM_SONGS songs to which three were added, the songs of the first three artists and albums."""
+    unlearned = ContentMap(
+        mean=np.zeros(8),
+        strengths=np.ones(2),
+        content_mean=np.zeros(0),
+        content_scale=np.zeros(0),
+        weights=np.zeros((0, 8)),
+        penalty=0.0,
+        explained=0.0,
+    )
+    network, vectors = _network(), random_vectors(3, 8, seed=5)
+    network.add_songs(
+        AddedSongs(
+            rows=np.arange(NUM_SONGS, NUM_SONGS + 3),
+            outputs=vectors,
+            inputs=vectors,
+            artist_rows=np.unique(artists, return_index=True)[1][:3],
+            album_rows=np.unique(albums, return_index=True)[1][:3],
+            output_map=unlearned,
+            input_map=unlearned,
+        )
+    )
+    return network
 
 
 def _cycling(users: int, seed: int) -> Histories:
@@ -231,13 +259,13 @@ def test_the_reasons_of_a_song_are_those_of_its_features(recommender: TwoStepRec
 
 
 @pytest.mark.parametrize("part", ABLATED_PARTS)
-def test_without_a_part_its_retrievers_and_features_are_gone_and_the_others_stay(
-    recommender: TwoStepRecommender, part: str
-) -> None:
-    groups = np.arange(NUM_SONGS) % 9
-    retrieval = Retrieval.fit([_cycling(150, 0)], num_songs=NUM_SONGS, artist_of_song=groups, album_of_song=groups % 4)
-    full = CandidateSource(recommender.source.network, retrieval)
-    less = CandidateSource(recommender.source.network, retrieval, without=part)
+def test_without_a_part_its_retrievers_and_features_are_gone_and_the_others_stay(part: str) -> None:
+    artists = np.arange(NUM_SONGS) % 9
+    albums = artists % 4
+    retrieval = Retrieval.fit([_cycling(150, 0)], num_songs=NUM_SONGS, artist_of_song=artists, album_of_song=albums)
+    network = _network_with_added_songs(artists, albums)
+    full = CandidateSource(network, retrieval)
+    less = CandidateSource(network, retrieval, without=part)
     gone = ABLATED_PARTS[part]
     names = [retriever.name for retriever in full.retrievers]
     assert set(gone.retrievers) <= set(names)
