@@ -98,10 +98,18 @@ def test_what_is_read_grows_with_the_artists_of_the_new_songs_and_not_with_the_c
 
 def test_songs_keep_the_input_vectors_that_their_plays_were_read_with(added: AddedSongs) -> None:
     described = [*ARTISTS, *LATER[:10], "artist-1", None]  # song 70 had an artist that nobody knew
+    histories = Histories.from_lists([[50, 51, 60, 52]] * 3, [range(4)] * 3)  # the first plays of song 60
     more = AddedSongs.make(
-        clustered(), clustered(1), catalog([*described, "artist-2"]), no_content(73), earlier=added, songs_then=72
+        clustered(),
+        clustered(1),
+        catalog([*described, "artist-2"]),
+        no_content(73),
+        earlier=added,
+        songs_then=72,
+        first_plays=FirstPlays.read([histories], np.arange(60, 73), clustered(), clustered(1)),
     )
     assert more.rows.tolist() == [*range(60, 71), 72]
+    assert not np.allclose(more.outputs[0], added.outputs[0])
     np.testing.assert_array_equal(more.inputs[:10], added.inputs)
     assert more.outputs[10].any()
     assert not more.inputs[10].any()
