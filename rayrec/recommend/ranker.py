@@ -29,10 +29,10 @@ SLOPE = 0.01  # of the curve where it would be level
 class RankerSettings:
     """How trees are grown."""
 
-    trees: int = 300  # at most; fewer where the held-out users gain nothing more
+    trees: int = 600  # at most; fewer where the held-out users gain nothing more
     leaves: int = 31
-    learning_rate: float = 0.07
-    min_leaf: int = 100  # candidates in a leaf, at least
+    learning_rate: float = 0.05
+    min_leaf: int = 50  # candidates in a leaf, at least
     feature_share: float = 0.6  # of the features, drawn for each tree
     patience: int = 30  # trees without a gain before growing stops
     seed: int = 0
