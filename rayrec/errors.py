@@ -55,9 +55,14 @@ class DamagedArtifactError(RayrecError):
     """A stored file does not match the checksum in its manifest, or has an unknown format version."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library raised, at most 200 characters; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def ray_not_started(error: Exception, where: str = "Ray could not be started on this machine") -> RayrecError:
     """What to raise where `ray.init` raised a bare error, as it does of many types."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    text = first_line(error).rstrip(".")
     if "AF_UNIX" in text:
         return InputError(
             f"the folder for temporary files, {tempfile.gettempdir()}, has too long a path for Ray's sockets; "

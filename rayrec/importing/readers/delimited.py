@@ -12,12 +12,10 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 from pydantic import AfterValidator
 
-from rayrec.data import columns
-from rayrec.data.spelling import NOT_UTF8, Problems
+from rayrec.data.spelling import NOT_UTF8
 from rayrec.errors import DamagedInputError, InputError
-from rayrec.importing.readers.files import require_text
-from rayrec.importing.readers.lines import NEWLINE, RETURN, Block, first_line, read_blocks
-from rayrec.importing.readers.reader import Batch, Unit, batch, rejected
+from rayrec.importing.readers.files import NEWLINE, RETURN, Block, header_line, read_blocks, require_text
+from rayrec.importing.readers.reader import Unit, rejected
 
 OPEN_QUOTE = "a quote is not closed on its line"
 AFTER_QUOTE = "text after a closing quote"
@@ -42,7 +40,7 @@ Delimiter = Annotated[Separator, AfterValidator(_one_character)]
 
 
 class DelimitedRows(NamedTuple):
-    """R rows out of a block."""
+    """R rows out of a block, as `SourceRows`."""
 
     block: Block
     values: dict[str, pa.Array]  # strings, null where empty; one array (R,) for each wanted column
@@ -54,6 +52,11 @@ class DelimitedRows(NamedTuple):
         """int64 (R,): line numbers, counted from the start of the unit."""
         return self.block.numbers(self.indices)
 
+    @property
+    def covered(self) -> int:
+        """Lines of the block."""
+        return len(self.block)
+
     def texts(self, positions: np.ndarray) -> list[str]:
         """The lines of the rows at some positions."""
         return self.block.texts(self.indices[positions])
@@ -64,7 +67,7 @@ def read_header(source: str, delimiter: str) -> list[str]:
     head = require_text(source)
     if head.lstrip(b"\xef\xbb\xbf \r\n\t")[:2] in (b"[{", b'{"', b"[\n", b"{\n", b"[\r", b"{\r"):
         raise DamagedInputError(f"{source} is JSON; import it by the name of its format")
-    line = first_line(source)
+    line = header_line(source)
     if not line.strip():
         raise InputError(f"{source} begins with an empty line; expected a header with column names")
     if b"\r" in line:
@@ -158,20 +161,6 @@ def read_rows(unit: Unit, delimiter: str, find: Callable[[list[str]], Mapping[st
         )
 
 
-def to_batch(rows: DelimitedRows, data: dict[str, pa.Array], problems: Problems, source: str) -> Batch:
-    """The plays that were made of some rows: `data` by the names of columns.PLAYS, with what is wrong with them."""
-    return batch(
-        columns.PLAYS,
-        data,
-        source=source,
-        lines=rows.lines,
-        problems=problems,
-        texts=rows.texts,
-        covered=len(rows.block),
-        also=rows.rejected,
-    )
-
-
 def required_columns(
     source: str, header: Sequence[str], needed: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, int]:
@@ -183,9 +172,34 @@ def required_columns(
     for name in present:
         if name not in header:
             raise InputError(f"{source} has no column {name!r}; it has {shown_columns(header)}; is it of this format?")
-        if header.count(name) > 1:
-            raise InputError(f"{source} has {header.count(name)} columns named {name!r}; rename all but one")
-    return {name: header.index(name) for name in present}
+    return {name: _position(source, header, name) for name in present}
+
+
+def mapped_columns(
+    source: str, header: Sequence[str], names: Mapping[str, str], roles: Sequence[str], needed: Sequence[str]
+) -> dict[str, int]:
+    """Role -> position of its column: the one that `names` gives, else the one of the role's own name.
+
+    Raises `InputError` for an unknown role, for a column of a role that is `needed` or in `names` and is not there,
+    and for one that is there twice.
+    """
+    unknown = [role for role in names if role not in roles]
+    if unknown:
+        raise InputError(f"cannot map a column to {unknown[0]!r}; expected some of {', '.join(roles)}")
+    columns = {role: names.get(role, role) for role in roles}
+    for role, name in columns.items():
+        if name not in header and (role in names or role in needed):
+            raise InputError(
+                f"{source} has no column {name!r} for {role}; it has {shown_columns(header)}; "
+                f"map it with --columns {role}=NAME"
+            )
+    return {role: _position(source, header, name) for role, name in columns.items() if name in header}
+
+
+def _position(source: str, header: Sequence[str], name: str) -> int:
+    if header.count(name) > 1:
+        raise InputError(f"{source} has {header.count(name)} columns named {name!r}; rename all but one")
+    return header.index(name)
 
 
 def same(values: pa.Array, text: str | None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 
 from rayrec.data import columns
 from rayrec.data.spelling import Problems, clean
+from rayrec.errors import InputError
 
 TEXT_LIMIT = 1_000  # characters kept of a rejected row
 NO_USER = "no user"
@@ -52,6 +54,34 @@ class Batch(NamedTuple):
     rejected: pa.Table  # columns.REJECTED
     read: int  # rows read, good and bad
     lines: int  # lines (or records) covered, empty ones and the header included
+
+
+class SourceRows(Protocol):
+    """R rows of a table as they stand in a unit."""
+
+    @property
+    def values(self) -> dict[str, pa.Array]:
+        """Columns (R,) by the names that were asked for."""
+        ...
+
+    @property
+    def lines(self) -> np.ndarray:
+        """int64 (R,): line or record of each row, counted from the start of the unit."""
+        ...
+
+    @property
+    def covered(self) -> int:
+        """Lines (or records) that were read for them."""
+        ...
+
+    @property
+    def rejected(self) -> pa.Table:
+        """columns.REJECTED: lines that are no rows."""
+        ...
+
+    def texts(self, positions: np.ndarray) -> list[str]:
+        """What stands in the file at some rows."""
+        ...
 
 
 class Reader(Protocol):
@@ -116,6 +146,31 @@ def batch(
             arrays.append(data[item.name].filter(good) if len(positions) else data[item.name])
     rows = pa.table(arrays, schema=schema)
     return Batch(rows, refused, rows.num_rows + refused.num_rows, covered)
+
+
+def to_batch(
+    rows: SourceRows, data: dict[str, pa.Array], problems: Problems, source: str, schema: pa.Schema = columns.PLAYS
+) -> Batch:
+    """What was made of some rows: `data` by the names of `schema`, with what is wrong with them."""
+    return batch(
+        schema,
+        data,
+        source=source,
+        lines=rows.lines,
+        problems=problems,
+        texts=rows.texts,
+        covered=rows.covered,
+        also=rows.rejected,
+    )
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """A with block whose `InputError` names the file."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
 def _repeated(text: str, count: int) -> pa.Array:
