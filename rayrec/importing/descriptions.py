@@ -26,7 +26,7 @@ from rayrec.importing.readers import delimited
 from rayrec.importing.readers.delimited import Delimiter
 from rayrec.importing.readers.files import cut_note, find_files, open_plain, plain_name
 from rayrec.importing.readers.parquet import open_parquet, read_columns
-from rayrec.importing.readers.reader import NO_SONG, Unit, naming
+from rayrec.importing.readers.reader import NO_SONG, Unit, mapped_columns, naming
 from rayrec.importing.staging import Staging
 from rayrec.importing.vector_files import read_vector_file
 from rayrec.storage import artifacts
@@ -243,7 +243,7 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
     elif path.endswith((".csv", ".tsv")):
         rows, rejected = _read_csv(source, names or {}, delimiter)
     else:
-        raise InputError(f"{source} is neither .csv nor .parquet; give a table of songs as one of them")
+        raise InputError(f"the file {source} is neither .csv nor .parquet; give a table of songs as one of them")
     named = {role: (names or {}).get(role, role) for role in rows}
     problems = Problems(len(rows["song"]))
     with naming(source):
@@ -299,7 +299,7 @@ def _read_parquet(source: str, names: Mapping[str, str]) -> dict[str, pa.Array]:
 
 def _columns(source: str, there: list[str], names: Mapping[str, str]) -> dict[str, int]:
     """Role -> position of its column in the file."""
-    found = delimited.mapped_columns(source, there, names, list(ROLES), ["song"])
+    found = mapped_columns(source, there, names, list(ROLES), ["song"])
     if len(found) == 1:
         raise InputError(f"{source} has no metadata column; expected one of {', '.join(list(ROLES)[1:])} in it")
     return found

@@ -13,8 +13,8 @@ from rayrec.data import columns
 from rayrec.data.moments import in_utc, to_ms
 from rayrec.data.spelling import Problems, name_songs, spell_ids, spell_texts, valid_text
 from rayrec.importing.readers.accounts import AccountCsvReader
-from rayrec.importing.readers.delimited import DelimitedRows, flags_below, required_columns, same
-from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch, to_batch
+from rayrec.importing.readers.delimited import DelimitedRows, flags_below, same
+from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch, required_columns, to_batch
 
 # Older names after the present ones; the first that a row fills counts.
 TITLES = ("Song Name", "Content Name")

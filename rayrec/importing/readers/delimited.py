@@ -15,14 +15,13 @@ from pydantic import AfterValidator
 from rayrec.data.spelling import NOT_UTF8
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers.files import NEWLINE, RETURN, Block, header_line, read_blocks, require_text
-from rayrec.importing.readers.reader import Unit, rejected
+from rayrec.importing.readers.reader import Unit, rejected, shown_columns
 
 OPEN_QUOTE = "a quote is not closed on its line"
 AFTER_QUOTE = "text after a closing quote"
 STRAY_RETURN = "a carriage return within the line"
 QUOTE = ord('"')
 USUAL_DELIMITERS = (",", ";", "\t", "|")
-SHOWN_COLUMNS, SHOWN_NAME = 20, 40  # of a header, in a message
 
 
 def _unescaped(text: str) -> str:
@@ -82,13 +81,6 @@ def read_header(source: str, delimiter: str) -> list[str]:
         return [value.decode("utf-8").strip() for value in values]
     except UnicodeDecodeError as error:
         raise InputError(f"the header of {source} is {NOT_UTF8}; save the file as UTF-8") from error
-
-
-def shown_columns(names: Sequence[str]) -> str:
-    """Column names for a message, at most 20 of them."""
-    shown = [name if len(name) <= SHOWN_NAME else f"{name[:SHOWN_NAME]}…" for name in names[:SHOWN_COLUMNS]]
-    more = f" and {len(names) - SHOWN_COLUMNS} more" if len(names) > SHOWN_COLUMNS else ""
-    return ", ".join(shown) + more
 
 
 def other_delimiter(header: Sequence[str], delimiter: str) -> str | None:
@@ -159,47 +151,6 @@ def read_rows(unit: Unit, delimiter: str, find: Callable[[list[str]], Mapping[st
             source=unit.source,
             skip=1 if first else 0,
         )
-
-
-def required_columns(
-    source: str, header: Sequence[str], needed: Sequence[str], optional: Sequence[str] = ()
-) -> dict[str, int]:
-    """Position of each column that a format names; optional ones where they are there.
-
-    Raises `InputError` for a column that is not there or is there twice.
-    """
-    present = [*needed, *(name for name in dict.fromkeys(optional) if name in header and name not in needed)]
-    for name in present:
-        if name not in header:
-            raise InputError(f"{source} has no column {name!r}; it has {shown_columns(header)}; is it of this format?")
-    return {name: _position(source, header, name) for name in present}
-
-
-def mapped_columns(
-    source: str, header: Sequence[str], names: Mapping[str, str], roles: Sequence[str], needed: Sequence[str]
-) -> dict[str, int]:
-    """Role -> position of its column: the one that `names` gives, else the one of the role's own name.
-
-    Raises `InputError` for an unknown role, for a column of a role that is `needed` or in `names` and is not there,
-    and for one that is there twice.
-    """
-    unknown = [role for role in names if role not in roles]
-    if unknown:
-        raise InputError(f"cannot map a column to {unknown[0]!r}; expected some of {', '.join(roles)}")
-    columns = {role: names.get(role, role) for role in roles}
-    for role, name in columns.items():
-        if name not in header and (role in names or role in needed):
-            raise InputError(
-                f"{source} has no column {name!r} for {role}; it has {shown_columns(header)}; "
-                f"map it with --columns {role}=NAME"
-            )
-    return {role: _position(source, header, name) for role, name in columns.items() if name in header}
-
-
-def _position(source: str, header: Sequence[str], name: str) -> int:
-    if header.count(name) > 1:
-        raise InputError(f"{source} has {header.count(name)} columns named {name!r}; rename all but one")
-    return header.index(name)
 
 
 def same(values: pa.Array, text: str | None) -> np.ndarray:

@@ -139,12 +139,12 @@ def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:
     try:
         info = filesystem.get_file_info(inner)
         if info.type == pafs.FileType.NotFound:
-            raise InputError(f"{path} does not exist; give a file or a folder to import")
+            raise InputError(f"there is no file or folder {path}; give one to import")
         if info.type == pafs.FileType.File:
             return [SourceFile(place, info.size, info.mtime_ns or 0)]
         below = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {first_line(error)}; check the path and the rights") from error
+        raise InputError(f"the path {path} cannot be read: {first_line(error)}; check it and its rights") from error
     files = [
         SourceFile(posixpath.join(place, posixpath.relpath(item.path, inner)), item.size, item.mtime_ns or 0)
         for item in sorted(below, key=lambda item: str(item.path))

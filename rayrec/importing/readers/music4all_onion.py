@@ -12,9 +12,8 @@ from rayrec.data import columns
 from rayrec.data.moments import in_utc, to_ms
 from rayrec.data.spelling import Problems, spell_ids, valid_text
 from rayrec.importing.readers import delimited
-from rayrec.importing.readers.delimited import required_columns
 from rayrec.importing.readers.files import byte_ranges
-from rayrec.importing.readers.reader import NO_SONG, NO_USER, Batch, ReadOptions, Unit, to_batch
+from rayrec.importing.readers.reader import NO_SONG, NO_USER, Batch, ReadOptions, Unit, required_columns, to_batch
 
 COLUMNS = USER, SONG, TIME = "user_id", "track_id", "timestamp"
 

@@ -70,10 +70,10 @@ class ParquetReader:
 
 
 def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dict[str, int]:
-    """Role -> position of its column in the file. Raises `InputError` as `delimited.mapped_columns` does."""
+    """Role -> position of its column in the file. Raises `InputError` as `reader.mapped_columns` does."""
     known = roles(options.playlists)
     needed = [role for role in known if role not in OPTIONAL_ROLES]
-    return delimited.mapped_columns(source, names, options.columns, known, needed)
+    return reader.mapped_columns(source, names, options.columns, known, needed)
 
 
 def convert(rows: SourceRows, playlists: bool, source: str, names: Mapping[str, str] | None = None) -> Batch:

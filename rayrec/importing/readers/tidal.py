@@ -12,8 +12,8 @@ from rayrec.data import columns
 from rayrec.data.moments import local_to_ms
 from rayrec.data.spelling import Problems, name_songs, spell_ids, spell_texts
 from rayrec.importing.readers.accounts import AccountCsvReader
-from rayrec.importing.readers.delimited import DelimitedRows, flags_below, required_columns, same
-from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch, to_batch
+from rayrec.importing.readers.delimited import DelimitedRows, flags_below, same
+from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch, required_columns, to_batch
 
 ARTIST, TITLE, TIME, ZONE = "artist_name", "track_title", "entry_date", "time_zone"
 DURATION, TYPE = "stream_duration_ms", "product_type"

@@ -17,9 +17,17 @@ from rayrec.data.moments import to_ms
 from rayrec.data.spelling import Problems, spell_ids
 from rayrec.errors import InputError
 from rayrec.importing.readers import parquet
-from rayrec.importing.readers.delimited import required_columns
 from rayrec.importing.readers.parquet import ParquetRows
-from rayrec.importing.readers.reader import NO_SONG, NO_USER, Batch, ReadOptions, Unit, naming, to_batch
+from rayrec.importing.readers.reader import (
+    NO_SONG,
+    NO_USER,
+    Batch,
+    ReadOptions,
+    Unit,
+    naming,
+    required_columns,
+    to_batch,
+)
 from rayrec.importing.readers.tabular import read_flags
 
 LISTENED_PERCENT = 50
