@@ -20,12 +20,12 @@ Config = TypeVar("Config", bound="Settings")
 
 
 class Settings(BaseModel):
-    """Base class of all settings. A field's range is in its type, its help in its description.
+    """Base class of all settings. A field's range is in its type, its help in its description; numbers are finite.
 
     Raises `InputError` for an unknown name, a missing value, a wrong type or a value out of range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name -> settings that belong together
 
@@ -135,4 +135,5 @@ def _message(cls: type[Settings], values: Mapping[str, Any], error: ValidationEr
     shown = f"{name} is {list(value) if isinstance(value, tuple) else value!r}; " if name else ""
     if kind == "value_error":  # raised by a validator of the class
         return shown + str(problem["ctx"]["error"])
-    return f"{shown}expected {expected_value(cls.model_fields[name])}"
+    expected = expected_value(cls.model_fields[name])
+    return f"{shown}expected {expected.replace('number', 'finite number') if kind == 'finite_number' else expected}"
