@@ -16,6 +16,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[import-not-found, no-redef]
 
+LARGEST = 2**63 - 1  # what arrays and files hold
 Config = TypeVar("Config", bound="Settings")
 
 
@@ -30,6 +31,9 @@ class Settings(BaseModel):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name -> settings that belong together
 
     def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            if isinstance(value, int) and abs(value) > LARGEST:
+                raise InputError(f"{name} is {value}; expected an integer of at most {LARGEST}")
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -45,6 +45,7 @@ def test_values_of_toml_become_the_types_of_the_fields() -> None:
         ({"epochs": 0}, "epochs is 0; expected an integer of at least 1"),
         ({"epochs": True}, "epochs is True; expected an integer of at least 1"),
         ({"epochs": 1.5}, "epochs is 1.5; expected an integer of at least 1"),
+        ({"epochs": 2**63}, "epochs is 9223372036854775808; expected an integer of at most 9223372036854775807"),
         ({"rate": 1.0}, "rate is 1.0; expected a number of at least 0 and below 1"),
         ({"width": float("inf")}, "width is inf; expected a finite number above 0"),
         ({"width": float("nan")}, "width is nan; expected a finite number above 0"),
