@@ -36,7 +36,7 @@ from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 KIND = "rankers"
-MOST_THREADS = 8  # that grow trees: a hundred candidates of 40,000 queries keep no more busy
+MOST_THREADS = 8  # that grow trees: fifty candidates of 40,000 queries keep no more busy
 EVERYTHING = ""  # the name of the part that is left out where none is
 
 

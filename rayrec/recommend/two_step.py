@@ -40,7 +40,7 @@ from rayrec.storage.workspace import Workspace
 RankerKind = Literal["next", "served", "long"]
 KINDS: tuple[RankerKind, ...] = get_args(RankerKind)
 HORIZONS: tuple[Horizon, ...] = ("short", "long")
-NEGATIVES = 100  # wrong candidates of a query that a ranker learns from
+NEGATIVES = 50  # wrong candidates of a query that a ranker learns from
 QUERIES_AT_ONCE = 512
 PLAYS_AT_ONCE = 1 << 19  # before the queries that are answered together
 
