@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 GROUPS = 8  # of shards, of which a batch takes the same share: up to so many workers have as much to do in each step
+GROUP_WINDOWS = 1 << 10  # of a pool in each group, or there are fewer groups: else a batch would hold all lengths
 POOL_WINDOWS = 1 << 14  # of all shards together, whose windows are put in batches by length
 
 
@@ -85,7 +86,8 @@ class EpochBatches:
         lanes = np.repeat(np.arange(len(self.lanes)), counts)
         dealt = np.concatenate([np.arange(count) for count in counts]) % (self._shards // len(self.lanes))
         shards = lanes + len(self.lanes) * dealt
-        groups = shards % max(number for number in divisors(self._shards) if number <= GROUPS)
+        most = min(GROUPS, max(1, len(inputs) // GROUP_WINDOWS))
+        groups = shards % max(number for number in divisors(self._shards) if number <= most)
         # The shortest window of each group, the next of each, and so on: neighbours have about the same length.
         by_length = np.lexsort((rng.random(len(inputs)), inputs, groups))
         sizes = np.bincount(groups)

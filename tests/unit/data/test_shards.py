@@ -76,9 +76,10 @@ def test_workers_have_as_much_to_do_in_every_step(workers: int) -> None:
             assert counts.max() - counts.min() <= max(3, 3 * GROUPS // workers)
 
 
-def test_a_batch_holds_windows_of_like_length() -> None:
+@pytest.mark.parametrize("windows", [1_000, 20_000])
+def test_a_batch_holds_windows_of_like_length(windows: int) -> None:
     used = padded = 0
-    for pool in pools(epoch_of(lengths(64))):
+    for pool in pools(epoch_of(lengths(64, windows))):
         for step in np.unique(pool.steps).tolist():
             inputs = pool.inputs[pool.steps == step].astype(np.int64)
             used, padded = used + int(inputs.sum()), padded + int(inputs.max()) * len(inputs)
