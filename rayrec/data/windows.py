@@ -46,7 +46,7 @@ class Windows:
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "Windows":
         """From the rows that `to_arrow` makes."""
-        numbers = {name: np.array(table.column(name)) for name in _COLUMNS}
+        numbers = {name: table.column(name).to_numpy() for name in _COLUMNS}
         return cls(plays=Histories.from_arrow(table), **numbers)
 
     @classmethod
