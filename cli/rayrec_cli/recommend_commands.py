@@ -12,6 +12,7 @@ from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.prefixes import PrefixFile
 from rayrec.evaluation.protocol import EvaluateConfig, usual_k
 from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender
+from rayrec.storage.artifacts import noun
 from rayrec.storage.releases import default_parts
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
@@ -123,8 +124,9 @@ def evaluate(
     report = job(call.workspace, config, split=chosen, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **read_figures(call.workspace, report)}
     warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []
+    inputs = figures("Evaluated", {noun(role): used for role, used in report.inputs.items()})
     where = f"Report: {call.workspace.full(report.path('report.html'))}"
-    return Shown(data, [results_table(data), *warnings, where])
+    return Shown({**data, "inputs": report.inputs}, [results_table(data), *warnings, inputs, where])
 
 
 def _evaluate_prefixes(

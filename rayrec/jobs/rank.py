@@ -8,8 +8,7 @@ from typing import Any
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, load_split
-from rayrec.errors import InputError, MismatchError
-from rayrec.jobs.retrieval import write_retrieval
+from rayrec.errors import MismatchError, TooFewQueriesError
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
 from rayrec.model.train_config import SELECTION_NETWORK
 from rayrec.progress import progress
@@ -22,8 +21,7 @@ from rayrec.recommend.ranker_training import (
     unpack_examples,
     validation_queries,
 )
-from rayrec.recommend.retrieval.retrieval import Retrieval
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.retrieval.retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind
 from rayrec.storage import artifacts
@@ -46,10 +44,10 @@ def fit_rankers(
     """Learn the rankers of a model and a retrieval, the newest unless named; the rankers artifact.
 
     The candidates and features that they learn from come from the network that `train` chose before it learned
-    from the validation range, and from a retrieval fitted before that range, which this job makes and deletes.
+    from the validation range, and from the part of the retrieval that was fitted before that range.
     Metrics: seconds, queries, and for each ranker its trees, the share of queries whose right song was no
     candidate, and its first features. Raises `InputError` for a model without a validation range, `MismatchError`
-    where model and retrieval are of different data.
+    where model and retrieval are of different data, `TooFewQueriesError` where the range teaches nothing.
     """
     dataset = Dataset(workspace)
     model = (
@@ -70,9 +68,8 @@ def fit_rankers(
     started = time.monotonic()
     run = manifest.path("run")
     with ray_cluster():
-        settings = RetrievalConfig(**retrieval.config)
-        write_retrieval(dataset, settings, split.selection, f"{run}/retrieval")
-        task = _Task(dataset, config, split, model.path(SELECTION_NETWORK), run)
+        parts = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
+        task = _Task(dataset, config, split, *parts, run)
         buckets = range(dataset.manifest.buckets)
         with progress("Ranking examples", len(buckets)) as bar:
             queries = 0
@@ -80,7 +77,11 @@ def fit_rankers(
                 queries += count
                 bar.advance()
         with progress("Rankers"):
-            (names, figures), *_ = run_on_node(_fit, task, manifest.folder, cpus=1)
+            try:
+                (names, figures), *_ = run_on_node(_fit, task, manifest.folder, cpus=1)
+            except TooFewQueriesError:
+                workspace.delete(manifest.folder)
+                raise
     workspace.delete(run)
     metrics = {**figures, "queries": queries, "seconds": round(time.monotonic() - started, 1)}
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), names)
@@ -100,7 +101,7 @@ def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval
         )
     split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
     if split is None or not workspace.exists(f"{model.path(SELECTION_NETWORK)}/model.safetensors"):
-        raise InputError(
+        raise TooFewQueriesError(
             f"model {model.id} held back no validation range to learn a ranker from; "
             "run `rayrec split`, `rayrec embed` and `rayrec train` first"
         )
@@ -115,7 +116,8 @@ class _Task:
     config: RankConfig
     split: Split
     network: str  # folder of the network that has not seen the validation range
-    run: str  # folder of the pieces, with a retrieval that has not seen it either
+    retrieval: str  # folder of the retrieval that has not seen it either
+    run: str  # folder of the pieces
 
     def piece(self, bucket: int) -> str:
         """The file of the examples of one bucket."""
@@ -126,7 +128,7 @@ class _Task:
         workspace = self.dataset.workspace
         network = TasteRecommender.from_folder(workspace, self.network)
         network.index = SongIndex.build(network.song_vectors, IndexConfig())
-        retrieval = Retrieval.load(workspace, f"{self.run}/retrieval")
+        retrieval = Retrieval.load(workspace, self.retrieval)
         return CandidateSource(network, retrieval, real_times=self.dataset.manifest.times == "real")
 
 
@@ -157,7 +159,9 @@ def _fit(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]
     pieces = [task.piece(bucket) for bucket in range(task.dataset.manifest.buckets)]
     parts = [unpack_examples(workspace.read_bytes(path)) for path in pieces if workspace.exists(path)]
     if not parts:
-        raise InputError("the validation range holds no play to learn a ranker from; give a split with more days")
+        raise TooFewQueriesError(
+            "the validation range holds no play to learn a ranker from; give a split with more days"
+        )
     features = task.source().sources.names
     names: list[str] = []
     figures: dict[str, Any] = {}
@@ -180,9 +184,11 @@ def _fit(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]
 
 
 def _grown(kind: RankerKind, examples: RankingExamples, features: list[str], config: RankConfig) -> Ranker | None:
-    """A ranker; None on the long horizon where the validation range reaches too few plays ahead."""
+    """A ranker; None beside the one of the next play where too few queries are of its kind: a validation range may
+    reach too few plays ahead for the long horizon, or hold only songs that its users had heard."""
     checked = int((examples.held_out & examples.found).sum())
-    if kind == "long" and min(checked, int(examples.found.sum()) - checked) < config.min_long_queries:
+    fewest = {"next": 0, "served": 1, "long": config.min_long_queries}[kind]
+    if min(checked, int(examples.found.sum()) - checked) < fewest:
         return None
     settings = RankerSettings(
         trees=config.trees, leaves=config.leaves, learning_rate=config.learning_rate, seed=config.seed

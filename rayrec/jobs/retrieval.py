@@ -16,7 +16,7 @@ from rayrec.data.split import FitRange, Split, fit_range, require_split_of
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
 from rayrec.progress import progress
 from rayrec.recommend.retrieval.count_files import pack_counts, unpack_counts
-from rayrec.recommend.retrieval.retrieval import Retrieval, RetrievalCounts
+from rayrec.recommend.retrieval.retrieval import SELECTION_RETRIEVAL, SETTINGS_FILE, Retrieval, RetrievalCounts
 from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -33,8 +33,9 @@ def fit_retrieval(
 ) -> Manifest:
     """Fit what retrievers look up on all plays that a final fit may see; the retrieval artifact.
 
-    Metrics: seconds, plays, sessions, rules, artists and albums. A killed job goes on with the buckets left.
-    Raises `MismatchError` for a split of another data set.
+    With a validation range a second one, fitted before it, lies in the folder `selection`: rankers learn on the range
+    that it has not seen. Metrics: seconds, plays, sessions, rules, artists and albums. A killed job goes on with the
+    buckets left. Raises `MismatchError` for a split of another data set.
     """
     dataset = Dataset(workspace)
     inputs = {"dataset": dataset.manifest.id}
@@ -50,8 +51,15 @@ def fit_retrieval(
         return artifacts.reuse(workspace, KIND, retrieval_id)
     manifest = Manifest(kind=KIND, id=retrieval_id, config=to_mapping(config), inputs=inputs)
     started = time.monotonic()
+    names: list[str] = []
     with ray_cluster():
-        names, figures = write_retrieval(dataset, config, fit_range(split), manifest.folder)
+        if split is not None and split.has_validation:
+            folder = manifest.path(SELECTION_RETRIEVAL)
+            if not workspace.exists(f"{folder}/{SETTINGS_FILE}"):
+                write_retrieval(dataset, config, split.selection, folder)
+            names = [path.removeprefix(f"{manifest.folder}/") for path in workspace.files(folder)]
+        written, figures = write_retrieval(dataset, config, fit_range(split), manifest.folder)
+        names += written
     metrics = {**figures, "seconds": round(time.monotonic() - started, 1)}
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), names)
 

@@ -31,7 +31,7 @@ from rayrec.model.train_config import TrainConfig
 from rayrec.model.training import StepReport
 from rayrec.model.training_log import write_epochs, write_tensorboard
 from rayrec.model.training_sequences import Sequences
-from rayrec.model.window_stream import UnitReader, split_batches
+from rayrec.model.window_stream import UnitReader, plain_stream, split_batches
 from rayrec.model.workers import Share
 
 PLAYS_PER_UNIT = 200_000  # small buckets are read together until they hold about as many
@@ -141,11 +141,17 @@ class RayHost:
 def window_stream(
     dataset: Dataset, allowed: FitRange, config: TrainConfig, share: Share, epoch: int
 ) -> Iterator[Windows]:
-    """One worker's share of the batches of an epoch, read and cut by Ray Data tasks, in order."""
+    """One worker's share of the batches of an epoch, read and cut by Ray Data tasks, in order.
+
+    A training without workers reads in its own process: starting a stream takes longer than reading a small data set.
+    """
     sequences = Sequences(dataset, config.source)
     per_unit = max(1.0, sequences.plays / sequences.units)
     units = epoch_units(sequences.units, max(1, round(PLAYS_PER_UNIT / per_unit)), seed=config.seed, epoch=epoch)
     reader = UnitReader(dataset, allowed, config, share, epoch)
+    if not config.workers:
+        yield from plain_stream(reader, units)
+        return
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.target_max_block_size = BLOCK_BYTES  # else Ray gathers up to 128 MiB in each task before it hands on

@@ -75,7 +75,7 @@ class StepMaker:
         entropy = [self._config.seed, epoch, number]
         seed, *seeds = np.random.SeedSequence(entropy).generate_state(1 + len(self._model.horizons)).tolist()
         padded = pad(windows.plays, windows.previous_at, self._model.features)
-        inputs_B = torch.from_numpy(windows.inputs)
+        inputs_B = torch.tensor(windows.inputs)  # a copy: the array may be read-only
         batch = padded.shortened(inputs_B)
         width = batch.songs_BL.shape[1]
         songs = _without_padding(batch.songs_BL.numpy(), windows.inputs)

@@ -106,7 +106,7 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
             "run `rayrec rank` for this model"
         )
     retrieval = load(workspace, "retrieval", parts["retrieval"])
-    return load_two_step(workspace, network, retrieval, rankers, real_times=dataset.manifest.times == "real")
+    return load_two_step(workspace, network, retrieval.folder, rankers, real_times=dataset.manifest.times == "real")
 
 
 def history_of_user(dataset: Dataset, user_id: str, at: int) -> Histories:

@@ -13,7 +13,7 @@ import lightgbm
 import numpy as np
 from scipy.optimize import minimize
 
-from rayrec.errors import DamagedArtifactError, InputError
+from rayrec.errors import DamagedArtifactError, TooFewQueriesError
 from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, places_in, ranges
 from rayrec.storage.workspace import Workspace
 
@@ -250,13 +250,13 @@ class Ranker:
         """Learn from the queries that are not held out, and calibrate on those that are.
 
         With fewer than 2,000 queries to learn from, which do not carry trees, linear models are tried beside them; the
-        model with the best NDCG@20 on the queries held out is kept [ours]. Raises `InputError` where there is nothing
-        to learn from or nothing to check on.
+        model with the best NDCG@20 on the queries held out is kept [ours]. Raises `TooFewQueriesError` where there is
+        nothing to learn from or nothing to check on.
         """
         settings = settings or RankerSettings()
         grown, checked = (examples.take(examples.found & part) for part in (~examples.held_out, examples.held_out))
         if not len(grown) or not len(checked):
-            raise InputError(
+            raise TooFewQueriesError(
                 f"a ranker learns from queries whose right song is a candidate; there are {len(grown)} to learn from "
                 f"and {len(checked)} to check on: give a split with more validation days"
             )

@@ -37,12 +37,17 @@ def validation_queries(histories: Histories, split: Split, most: int) -> tuple[H
     return kept, plays
 
 
+def checks_rankers(user_ids: np.ndarray) -> np.ndarray:
+    """bool (U,): the users whose queries check what rankers learned from the others."""
+    return np.asarray(user_hash(user_ids) % np.uint64(HELD_OUT) == 0)
+
+
 def collect_examples(
     source: CandidateSource, histories: Histories, plays: np.ndarray, kinds: tuple[RankerKind, ...] = KINDS
 ) -> dict[RankerKind, RankingExamples]:
     """The examples of each kind for the plays at positions `plays`, int (Q,), which the source must not have seen."""
     queries = Questions.before_plays(histories, plays)
-    held_out = (user_hash(histories.user_ids) % np.uint64(HELD_OUT) == 0)[queries.rows]
+    held_out = checks_rankers(histories.user_ids)[queries.rows]
     ends = histories.offsets[1:][queries.rows]
     first = np.minimum(ends, plays + LONG_OFFSETS[0] - 1)
     counts = np.minimum(ends, plays + LONG_OFFSETS[1]) - first

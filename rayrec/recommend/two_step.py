@@ -254,10 +254,10 @@ class TwoStepRecommender(CandidateRecommender):
 
 
 def load_two_step(
-    workspace: Workspace, network: TasteRecommender, retrieval: Manifest, rankers: Manifest, *, real_times: bool
+    workspace: Workspace, network: TasteRecommender, retrieval: str, rankers: Manifest, *, real_times: bool
 ) -> TwoStepRecommender:
-    """From a network, with its index where it has one, and the artifacts of retrieval and rankers."""
-    source = CandidateSource(network, Retrieval.load(workspace, retrieval.folder), real_times=real_times)
+    """From a network, with its index where it has one, the folder of a retrieval and the artifact of rankers."""
+    source = CandidateSource(network, Retrieval.load(workspace, retrieval), real_times=real_times)
     kinds = [kind for kind in KINDS if f"{kind}.json" in rankers.files]
     return TwoStepRecommender(source, {kind: Ranker.load(workspace, rankers.folder, kind) for kind in kinds})
 

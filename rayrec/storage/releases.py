@@ -31,6 +31,9 @@ CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
 FIXED = ("playlists/", "rejected/", "earlier/")  # files below dataset/ that stay as they are as plays are appended
 PART_KINDS = ("songs", "models", "retrieval", "rankers", "tastes", "indexes")
 OPTIONAL_KINDS = ("retrieval", "rankers")  # a release without them answers with the network alone
+# Kind and role of parts that a later retrieval may stand in for: one that is fitted every night serves rankers and
+# models that are not.
+RENEWED = (("rankers", "retrieval"), ("retrieval", "split"))
 MADE_BY = {
     "songs": "embed",
     "models": "train",
@@ -48,12 +51,14 @@ def create_release(
     tastes_id: str | None = None,
     index_id: str | None = None,
     rankers_id: str | None = None,
+    retrieval_id: str | None = None,
     activate: bool = True,
 ) -> Manifest:
     """Tie a model, its song vectors, tastes, index, rankers and their retrieval and the data set together under one id.
 
     What is not named is the newest that fits: the newest model of the data set that has tastes and
-    an index, and the newest of those. The same parts make the same release.
+    an index, the newest of those, and the retrieval that the rankers were learned with. The same parts make the same
+    release.
 
     Raises `NotFoundError` where a part is missing, `MismatchError` where named parts do not belong together.
     """
@@ -69,7 +74,8 @@ def create_release(
     }
     rankers = chosen.get("rankers") or _last_of(workspace, "rankers", model)
     if rankers is not None:
-        parts |= {"rankers": rankers, "retrieval": artifacts.load(workspace, "retrieval", rankers.inputs["retrieval"])}
+        retrieval = artifacts.load(workspace, "retrieval", retrieval_id or rankers.inputs["retrieval"])
+        parts |= {"rankers": rankers, "retrieval": retrieval}
     inputs = {"dataset": dataset.id, **{kind: part.id for kind, part in parts.items()}}
     if "split" in model.inputs:
         inputs["split"] = model.inputs["split"]
@@ -88,6 +94,8 @@ def require_fit(dataset: DatasetManifest, inputs: dict[str, str], parts: Any) ->
     for part in parts:
         for role, made_of in part.inputs.items():
             descends = role == "dataset" and dataset.descends_from(made_of)
+            if (part.kind, role) in RENEWED:
+                continue
             if role in inputs and inputs[role] != made_of and not descends:
                 raise MismatchError(
                     f"{artifacts.noun(part.kind)} {part.id} was made from {artifacts.noun(role)} {made_of}, not from "

@@ -9,6 +9,7 @@ import pytest
 from rayrec.errors import InputError, MismatchError
 from rayrec.jobs import demo as demo_module
 from rayrec.jobs.demo import demo
+from rayrec.jobs.fit import MIN_PLAYS
 from rayrec.jobs.pipeline import Outcome, run
 from rayrec.storage import artifacts, releases
 from rayrec.storage.workspace import Workspace
@@ -164,6 +165,6 @@ def test_the_demo_shows_one_user_and_never_replaces_other_data(
     monkeypatch.setattr(demo_module, "PIPELINE", TINY)
     told = demo(workspace)
     assert [outcome.id for outcome in told.outcomes] == [outcome.id for outcome in outcomes]
-    assert told.answer.plays >= demo_module.MIN_PLAYS
+    assert told.answer.plays >= MIN_PLAYS
     assert len(told.answer.song_ids) == 10
     assert {"stages", "default", "results", "report", "user", "song_ids", "scores"} <= set(told.to_mapping())
