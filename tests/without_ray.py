@@ -22,7 +22,6 @@ from rayrec.jobs import (
     taste,
     train,
     train_plan,
-    train_worker,
     update,
 )
 from rayrec.storage.workspace import Workspace
@@ -60,33 +59,11 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         "ray_cluster": nullcontext,
         "run_on_node": lambda work, *arguments, cpus: work(*arguments),
         "node_cpus": lambda: 1,
-        "cluster_cpus": lambda: 1,
-        "run_workers": lambda work, arguments, *_: work(arguments),
-        "new_board": Anything,
-        "shown": lambda *_: nullcontext(),
     }
     for job in JOBS:
         for name, replacement in here.items():
             if hasattr(job, name):
                 monkeypatch.setattr(job, name, replacement)
-    monkeypatch.setattr(train_worker, "ray", Anything(get_world_rank=0, get_world_size=1, get_device="cpu"))
-    monkeypatch.setattr(train_worker, "quiet_data", lambda: None)
-
-
-class Anything:
-    """Has every attribute and may be called; the methods that are named return what is given, all others None."""
-
-    def __init__(self, **returned: Any) -> None:
-        self._returned = returned
-
-    def __getattr__(self, name: str) -> "Anything":
-        return Anything(**{**self._returned, "_name": name})
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        name = self._returned.get("_name", "")
-        if name == "get_context":
-            return self
-        return self._returned.get(name)
 
 
 class CountingFileSystem:

@@ -59,13 +59,13 @@ def watch(monkeypatch: pytest.MonkeyPatch, log: Path, death: Death | None = None
 def train_worker(log: str, death: Death | None, pause: float, arguments: dict[str, Any]) -> None:
     """What every training worker runs."""
     from rayrec.jobs import train as job
-    from rayrec.jobs.train_worker import RayHost
+    from rayrec.jobs.train_worker import WorkerHost
     from rayrec.model import fit
     from rayrec.model.training import Training
 
     phases: list[str] = []
     epochs: list[int] = []
-    windows_of, take_of, reads = RayHost.windows, Training.take, fit.STEPS_BETWEEN_READS
+    windows_of, take_of, reads = WorkerHost.windows, Training.take, fit.STEPS_BETWEEN_READS
 
     def windows(host: Any, phase: Any, epoch: int) -> Iterator[Windows]:
         phases.append(phase)
@@ -86,12 +86,12 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
             stream.write(json.dumps(line) + "\n")
         return taken
 
-    RayHost.windows, Training.take = windows, take  # type: ignore[method-assign]
+    WorkerHost.windows, Training.take = windows, take  # type: ignore[method-assign]
     fit.STEPS_BETWEEN_READS = STEPS_BETWEEN_READS
     try:
         getattr(job, "_undisturbed", job.train_worker)(arguments)
     finally:
-        RayHost.windows, Training.take = windows_of, take_of  # type: ignore[method-assign]
+        WorkerHost.windows, Training.take = windows_of, take_of  # type: ignore[method-assign]
         fit.STEPS_BETWEEN_READS = reads
 
 

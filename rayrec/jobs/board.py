@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayrec.progress import progress
+from rayrec.progress import Progress, progress
 
 
 @ray.remote
@@ -30,6 +30,22 @@ class Board:
     def look(self) -> tuple[float, str]:
         """Plays done, and what to show behind the bar."""
         return self._plays, f"{self._note} {self._judged}".strip()
+
+
+class LocalBoard:
+    """What a training in this process writes to: it draws at once on a bar."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar, self._drawn, self._judged = bar, 0.0, ""
+
+    def show(self, plays: float, note: str) -> None:
+        """As in `Board`."""
+        self._bar.advance(plays - self._drawn, f"{note} {self._judged}".strip())
+        self._drawn = plays
+
+    def judge(self, text: str) -> None:
+        """As in `Board`."""
+        self._judged = text
 
 
 def new_board() -> Any:

@@ -10,7 +10,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
 from rayrec.embeddings.sessions import UNCUT
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
-from rayrec.jobs.board import new_board, shown
+from rayrec.jobs.board import LocalBoard, new_board, shown
 from rayrec.jobs.runtime import cluster_cpus, ray_cluster
 from rayrec.jobs.train_plan import TrainPlan, diverged_file, fit_range_of, make_plan, selected_folder
 from rayrec.jobs.train_worker import train_worker
@@ -18,6 +18,7 @@ from rayrec.jobs.trainer import SNAPSHOT, Crew, run_workers
 from rayrec.model.checkpoint import MODEL_CONFIG, WEIGHTS
 from rayrec.model.train_config import PLAY_COUNTS, SELECTION_NETWORK, ModelConfig, TrainConfig
 from rayrec.model.training_sequences import Sequences
+from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
@@ -154,16 +155,20 @@ def _fingerprinted(config: TrainConfig) -> dict[str, Any]:
 
 
 def _fit(plan: TrainPlan) -> dict[str, Any]:
-    board = new_board()
-    config = plan.config
-    crew = Crew(
-        workers=config.workers,
-        cpus=worker_cpus(config.workers),
-        gpus=int(config.gpu),
-        wait_minutes=config.wait_minutes,
-    )
-    with shown(board, "Training", float(plan.workspace.read_array(plan.counts["final"]).sum())):
-        run_workers(train_worker, {"plan": plan, "board": board}, crew, plan.workspace, plan.folder)
+    config, plays = plan.config, float(plan.workspace.read_array(plan.counts["final"]).sum())
+    if config.workers:
+        board = new_board()
+        crew = Crew(
+            workers=config.workers,
+            cpus=worker_cpus(config.workers),
+            gpus=int(config.gpu),
+            wait_minutes=config.wait_minutes,
+        )
+        with shown(board, "Training", plays):
+            run_workers(train_worker, {"plan": plan, "board": board}, crew, plan.workspace, plan.folder)
+    else:
+        with progress("Training", plays) as bar:
+            train_worker({"plan": plan, "board": LocalBoard(bar)})
     if plan.workspace.exists(diverged_file(plan)):
         message = plan.workspace.read_json(diverged_file(plan))
         plan.workspace.delete(plan.folder)  # its checkpoints lead to the same end

@@ -21,7 +21,7 @@ from ray.data import TaskPoolStrategy
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange
 from rayrec.data.windows import Windows, epoch_units
-from rayrec.errors import DivergedError
+from rayrec.errors import DivergedError, InputError
 from rayrec.jobs.runtime import quiet_data
 from rayrec.jobs.train_plan import TrainPlan, diverged_file, read_validation, read_vectors, selected_folder
 from rayrec.model.checkpoint import load_model, save_model
@@ -42,14 +42,24 @@ BLOCK_BYTES = 4 << 20  # of windows handed on at a time
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """What every training worker runs."""
+    """What every training worker runs, and without workers this process, which needs neither Ray Train nor Ray Data.
+
+    `arguments` holds the plan and the board: an actor, without workers a `LocalBoard`.
+    """
     import torch
 
     torch.set_num_threads(1)
-    quiet_data()
     plan: TrainPlan = arguments["plan"]
-    context = ray.train.get_context()
-    share = Share(rank=context.get_world_rank(), workers=context.get_world_size())
+    share, device, checkpoint = Share(), "cuda" if plan.config.gpu else "cpu", None
+    if plan.config.gpu and not plan.config.workers and not torch.cuda.is_available():
+        raise InputError(
+            "torch finds no GPU on this machine; omit --gpu, or train with --workers on a cluster that has one"
+        )
+    if plan.config.workers:
+        quiet_data()
+        context = ray.train.get_context()
+        share = Share(rank=context.get_world_rank(), workers=context.get_world_size())
+        device, checkpoint = str(ray.train.torch.get_device()), ray.train.get_checkpoint()
     validation = None if plan.validation is None else read_validation(plan)
     data: dict[Phase, FitData] = {
         phase: FitData(
@@ -58,11 +68,9 @@ def train_worker(arguments: dict[str, Any]) -> None:
         )
         for phase in plan.ranges
     }
-    host = RayHost(plan, arguments["board"], share)
-    device = str(ray.train.torch.get_device())
+    host = WorkerHost(plan, share, board=arguments["board"])
     start = None if plan.start is None else load_model(plan.workspace, plan.start)
     fit = Fit(plan.model, plan.config, data, host, validation=validation, start=start, device=device, share=share)
-    checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             fit.resume(Path(folder))
@@ -94,19 +102,23 @@ def summary(done: Progress) -> dict[str, Any]:
     }
 
 
-class RayHost:
-    """Gives a fit its windows from Ray Data and its checkpoints to Ray Train."""
+class WorkerHost:
+    """Gives a fit its windows and its checkpoints to Ray Train, where there are workers."""
 
-    def __init__(self, plan: TrainPlan, board: Any, share: Share) -> None:
-        self._plan, self._board, self._share = plan, board, share
+    def __init__(self, plan: TrainPlan, share: Share, *, board: Any) -> None:
+        self._plan, self._share = plan, share
+        in_ray = bool(plan.config.workers)
+        self._show, self._judge = (board.show.remote, board.judge.remote) if in_ray else (board.show, board.judge)
         self._plays, self._shown_at, self._began = 0, 0.0, time.monotonic()
 
     def windows(self, phase: Phase, epoch: int) -> Iterator[Windows]:
         """A stream over all buckets in the order of the epoch, this worker's share of each batch."""
         config, dataset = self._plan.config, Dataset(self._plan.workspace)
         self._plays, self._began = 0, time.monotonic()
-        stream = window_stream(dataset, self._plan.ranges[phase], config, self._share, epoch)
-        return iter(stream)
+        if not config.workers:
+            reader = UnitReader(dataset, self._plan.ranges[phase], config, self._share, epoch)
+            return plain_stream(reader, units_of_epoch(Sequences(dataset, config.source), config, epoch))
+        return window_stream(dataset, self._plan.ranges[phase], config, self._share, epoch)
 
     def stepped(self, phase: Phase, report: StepReport, loss: float) -> None:
         """Tell the driver, a few times a second."""
@@ -115,7 +127,7 @@ class RayHost:
         if self._share.rank == 0 and now - self._shown_at > 0.3:
             rate = self._plays * self._share.workers / (now - self._began)
             note = f"{phase} epoch {report.epoch + 1} loss {loss:.3f} {rate:,.0f} plays/s"
-            self._board.show.remote(self._plays * self._share.workers, note)
+            self._show(self._plays * self._share.workers, note)
             self._shown_at = now
 
     def selected(self, model: TasteModel, known: np.ndarray) -> None:
@@ -129,29 +141,28 @@ class RayHost:
         if self._share.rank:
             ray.train.report(figures)
             return
-        with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
-            save(Path(folder))
-            ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        if self._plan.config.workers:
+            with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
+                save(Path(folder))
+                ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
         write_epochs(self._plan.workspace, self._plan.folder, progress.epochs)
         recall = figures.get(f"validation_recall@{RECALL_AT}")
         if recall is not None:
-            self._board.judge.remote(f"recall@{RECALL_AT} {recall:.3f}")
+            self._judge(f"recall@{RECALL_AT} {recall:.3f}")
+
+
+def units_of_epoch(sequences: Sequences, config: TrainConfig, epoch: int) -> list[list[int]]:
+    """The units that are read together, in the order of an epoch."""
+    per_unit = max(1.0, sequences.plays / sequences.units)
+    return epoch_units(sequences.units, max(1, round(PLAYS_PER_UNIT / per_unit)), seed=config.seed, epoch=epoch)
 
 
 def window_stream(
     dataset: Dataset, allowed: FitRange, config: TrainConfig, share: Share, epoch: int
 ) -> Iterator[Windows]:
-    """One worker's share of the batches of an epoch, read and cut by Ray Data tasks, in order.
-
-    A training without workers reads in its own process: starting a stream takes longer than reading a small data set.
-    """
-    sequences = Sequences(dataset, config.source)
-    per_unit = max(1.0, sequences.plays / sequences.units)
-    units = epoch_units(sequences.units, max(1, round(PLAYS_PER_UNIT / per_unit)), seed=config.seed, epoch=epoch)
+    """One worker's share of the batches of an epoch, read and cut by Ray Data tasks, in order."""
+    units = units_of_epoch(Sequences(dataset, config.source), config, epoch)
     reader = UnitReader(dataset, allowed, config, share, epoch)
-    if not config.workers:
-        yield from plain_stream(reader, units)
-        return
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.target_max_block_size = BLOCK_BYTES  # else Ray gathers up to 128 MiB in each task before it hands on

@@ -28,7 +28,7 @@ SECONDS_BEFORE_TELLING = 10.0  # that workers are waited for
 class Crew:
     """The workers that a training asks for."""
 
-    workers: int  # 0: this process
+    workers: int
     cpus: float  # of each
     gpus: int = 0  # of each
     wait_minutes: float  # for room in the cluster
@@ -73,9 +73,7 @@ def run_workers(
             storage_path=workspace.full(folder),
             storage_filesystem=workspace.filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            failure_config=FailureConfig(
-                max_failures=WORKER_FAILURES if crew.workers else 0, controller_failure_limit=START_TRIES - 1
-            ),
+            failure_config=FailureConfig(max_failures=WORKER_FAILURES, controller_failure_limit=START_TRIES - 1),
         ),
     )
     try:
@@ -107,8 +105,7 @@ def _told_of_waiting(crew: Crew) -> Iterator[None]:
             told = waits
 
     thread = threading.Thread(target=look, daemon=True)
-    if crew.workers:
-        thread.start()
+    thread.start()
     try:
         yield
     finally:

@@ -98,6 +98,7 @@ class RedisStore(StateStore):
     def __init__(self, client: Any, namespace: str, shown: str) -> None:
         """`client` is a redis.Redis or redis.RedisCluster that returns bytes; `shown` is the address to show."""
         self._client, self._namespace, self._shown = client, namespace, shown
+        self._nodes = getattr(client, "nodes_manager", None)  # of a cluster
         self._scripts = {name: client.register_script(text) for name, text in _SCRIPTS.items()}
         self._answer(client.ping)
         self._warn_of_losses()
@@ -110,20 +111,15 @@ class RedisStore(StateStore):
         """
         try:
             import redis
-            from redis.backoff import ExponentialBackoff
-            from redis.retry import Retry
         except ImportError as error:
             raise MissingDependencyError("redis is not installed; run `pip install rayrec[redis]`") from error
         parts = urlsplit(uri)
         password = os.environ.get(PASSWORD_VARIABLE) if parts.password is None else None
         options: dict[str, Any] = {"socket_timeout": TIMEOUT_SECONDS, "socket_connect_timeout": TIMEOUT_SECONDS}
         options |= {} if password is None else {"password": password}
-        # Tried again for a second at most: a put that went through already then looks like a conflict, and the
-        # caller who reads again sees its plays.
-        retry = Retry(ExponentialBackoff(cap=0.4, base=0.05), RETRIES)
         shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         try:
-            client = redis.Redis.from_url(uri, retry=retry, **options)
+            client = redis.Redis.from_url(uri, retry=_patience(), **options)
         except ValueError as error:
             raise InputError(f"store {shown} is no address of a Redis server: {error}") from error
         if _unless_down(shown, lambda: client.info("cluster")).get("cluster_enabled"):
@@ -189,15 +185,23 @@ class RedisStore(StateStore):
             return [self._answer(lambda: script(keys=calls[0][0], args=calls[0][1]))]
         answers: list[Any] = []
         for part in _parts(calls):
-            pipeline = self._client.pipeline(transaction=False)
-            for keys, arguments in part:
-                # By its text: a node of a cluster that has just taken over does not have the script yet.
-                pipeline.execute_command("EVAL", script.script, len(keys), *keys, *arguments)
-            answers += self._answer(pipeline.execute)
+
+            def send(part: Sequence[tuple[list[str], list[Any]]] = part) -> list[Any]:
+                pipeline = self._client.pipeline(transaction=False)  # one that failed has forgotten its calls
+                for keys, arguments in part:
+                    # By its text: a node of a cluster that has just taken over does not have the script yet.
+                    pipeline.execute_command("EVAL", script.script, len(keys), *keys, *arguments)
+                return list(pipeline.execute())
+
+            answers += self._answer(send)
         return answers
 
     def _answer(self, call: Callable[[], T]) -> T:
-        return _unless_down(self._shown, call)
+        if self._nodes is None:
+            return _unless_down(self._shown, call)
+        # The client's own retries stay with the node that is down: look for the one that has taken over.
+        nodes = self._nodes
+        return _unless_down(self._shown, lambda: _patience().call_with_retry(call, lambda _: nodes.initialize()))
 
     def _warn_of_losses(self) -> None:
         from redis.exceptions import RedisError
@@ -217,6 +221,15 @@ class RedisStore(StateStore):
 
 
 _SCRIPTS = {"put": PUT, "get": GET, "read": READ, "forget": FORGET}
+
+
+def _patience() -> Any:
+    """Tries for a second at most: a put that went through already then looks like a conflict, and the caller who reads
+    again sees its plays."""
+    from redis.backoff import ExponentialBackoff
+    from redis.retry import Retry
+
+    return Retry(ExponentialBackoff(cap=0.4, base=0.05), RETRIES)
 
 
 def _unless_down(shown: str, call: Callable[[], T]) -> T:

@@ -111,9 +111,10 @@ def require_free(host: str, port: int) -> None:
             ) from error
 
 
-def open_listeners() -> list[str]:
-    """Address, port and process of every port of this process and its children that other machines may reach."""
-    command, reached = psutil.Process(), []
+def open_listeners(pid: int | None = None) -> list[str]:
+    """Address, port and process of every port of a process, this one unless given, and its children that is reached
+    from other machines."""
+    command, reached = psutil.Process(pid), []
     for process in [command, *command.children(recursive=True)]:
         try:
             connections, name = process.net_connections(kind="inet"), process.name()
@@ -128,10 +129,11 @@ def open_listeners() -> list[str]:
     return reached
 
 
-def require_loopback() -> None:
-    """Raise `RayrecError` where a port stays open to other machines for `SETTLE_SECONDS`."""
+def require_loopback(pid: int | None = None) -> None:
+    """Raise `RayrecError` where a port of a process or its children stays open to other machines for
+    `SETTLE_SECONDS`."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    while reached := open_listeners():
+    while reached := open_listeners(pid):
         if time.monotonic() > deadline:
             raise RayrecError(
                 f"ports are open to other machines though the application is for this one: {', '.join(reached)}; "

@@ -106,5 +106,5 @@ class TestBench:
         assert not place.files(f"bench/{data}/tastes")
 
     def test_an_unknown_name_is_refused(self) -> None:
-        with pytest.raises(InputError, match="no benchmark 'speed'"):
+        with pytest.raises(InputError, match="Unknown benchmark 'speed'"):
             bench("speed")

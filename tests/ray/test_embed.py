@@ -120,7 +120,7 @@ def test_vectors_from_outside_are_taken_for_both_fits(planted: Workspace, tmp_pa
 
 
 def test_what_does_not_fit_is_refused(planted: Workspace) -> None:
-    with pytest.raises(MismatchError, match="belongs to data set 'other'"):
+    with pytest.raises(MismatchError, match="belongs to data set other,"):
         embed(planted, CONFIG, split=replace(SPLIT, dataset="other"))
     with pytest.raises(InputError, match="has none"):
         embed(planted, CONFIG.replace(source="playlists"))

@@ -306,7 +306,7 @@ def test_lines_of_songs_are_imported_in_order_and_cut_by_place(tmp_path: Path, w
     assert sum(split.final.select(batch).num_plays for batch in whole) == 11 * 8 + 10
     report = evaluate(workspace, EvaluateConfig(models=("popularity",), bootstrap_samples=10, offsets=0), split=split)
     assert (report.metrics["plays"], report.metrics["protocol"]) == (24, "last-fraction")
-    assert b"weaker than a cut in time" in workspace.read_bytes(report.path("report.html"))
+    assert b"weaker than a split in time" in workspace.read_bytes(report.path("report.html"))
 
 
 def test_input_without_a_usable_row_is_refused_and_leaves_nothing(tmp_path: Path, workspace: Workspace) -> None:

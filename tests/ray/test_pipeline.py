@@ -93,7 +93,7 @@ def test_files_that_changed_are_imported_anew_and_other_data_never_replaced(tmp_
     second = run(workspace, file)
     assert second[0].figures["plays"] == 602
     assert statuses(second) == dict.fromkeys(statuses(second), "done")
-    with pytest.raises(InputError, match="holds"):
+    with pytest.raises(InputError, match="already has a data set"):
         run(workspace, {"generate": {}})
 
 

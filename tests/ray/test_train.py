@@ -116,7 +116,7 @@ def test_a_network_of_playlists_sees_songs_alone_and_says_that_no_split_cut_them
 
 def test_playlists_shorter_than_the_horizon_are_no_training(world: Workspace, split: Split) -> None:
     config = TrainConfig(**TrainConfig.PRESETS["r_plt"]).replace(hidden_dim=8, long=(60, 70), epochs=1, workers=0)
-    with pytest.raises(RayrecError, match="no sequence of the playlists holds a play and one 60 to 70 after it"):
+    with pytest.raises(RayrecError, match="no sequence of the playlists holds a play and one 60 to 70 plays later"):
         train(world, config, split=split)
 
 
@@ -124,7 +124,7 @@ def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
     """A training worker whose process is lost."""
     from rayrec.jobs import train_worker as here
 
-    stepped = here.RayHost.stepped
+    stepped = here.WorkerHost.stepped
 
     def dying(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
         if report.epoch == 1 and report.step == 1:
@@ -135,7 +135,7 @@ def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
             os._exit(1)
         stepped(host, phase, report, loss)
 
-    here.RayHost.stepped = dying  # type: ignore[method-assign]
+    here.WorkerHost.stepped = dying  # type: ignore[method-assign]
     here.train_worker(arguments)
 
 
@@ -143,7 +143,7 @@ def _notes_its_first_step(arguments: dict[str, Any]) -> None:
     """A training worker that writes down where it began."""
     from rayrec.jobs import train_worker as here
 
-    stepped = here.RayHost.stepped
+    stepped = here.WorkerHost.stepped
 
     def noting(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
         path = f"steps/{host._share.rank}.json"
@@ -151,7 +151,7 @@ def _notes_its_first_step(arguments: dict[str, Any]) -> None:
             host._plan.workspace.write_json(path, [host._share.workers, phase, report.epoch, report.step])
         stepped(host, phase, report, loss)
 
-    here.RayHost.stepped = noting  # type: ignore[method-assign]
+    here.WorkerHost.stepped = noting  # type: ignore[method-assign]
     here.train_worker(arguments)
 
 

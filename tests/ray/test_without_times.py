@@ -58,7 +58,7 @@ def test_the_end_of_each_sequence_is_judged_and_the_report_says_so(
     assert value["sequential-rules", 1] == 0.75  # three of four: nobody can foresee the last song
     assert value["popularity", 1] < 0.2
     assert 0 < value["taste", 10] <= 0.75
-    assert b"weaker than a cut in time" in workspace.read_bytes(f"{report}/report.html")
+    assert b"weaker than a split in time" in workspace.read_bytes(f"{report}/report.html")
     assert json.loads(workspace.read_bytes(f"{report}/results.json"))["about"]["protocol"] == "last-fraction"
 
 

@@ -124,3 +124,19 @@ def test_users_spread_over_nodes_survive_a_resharding(nodes: list[RedisServer]) 
     store.forget(USERS[0], b"mark")
     assert store.read(USERS[:1])[0].log == []  # type: ignore[union-attr]
     store.close()
+
+
+def test_a_replica_takes_over_and_no_acknowledged_play_is_lost(nodes: list[RedisServer]) -> None:
+    store = open_store(nodes[1].uri, "n")
+    versions = dict.fromkeys(USERS, NOT_THERE)
+    for _ in range(2):
+        write_once(store, versions)
+    command("-p", str(nodes[0].port), "wait", "1", "5000")  # the replica has what was acknowledged
+    nodes[0].kill()
+    for _ in range(3):
+        write_once(store, versions)
+    assert set(versions.values()) == {5}
+    for whole in store.read(USERS):
+        assert whole is not None
+        assert sorted(int(piece) for piece in whole.log) == [1, 2, 3, 4, 5]
+    store.close()

@@ -2,6 +2,8 @@
 
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,15 +50,22 @@ def test_free_ports_are_none_that_a_process_of_ray_may_be_given_before_they_are_
 
 def test_a_port_that_is_open_to_others_is_named_and_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "SETTLE_SECONDS", 0.3)
-    require_loopback()
-    with socket.socket() as reached:
-        reached.bind(("0.0.0.0", 0))
-        reached.listen()
-        port = reached.getsockname()[1]
-        assert any(f"0.0.0.0 port {port} (" in each for each in open_listeners())
-        with pytest.raises(RayrecError, match=rf"0.0.0.0 port {port} .*nothing was served"):
-            require_loopback()
-    require_loopback()
+    server = (
+        "import socket, sys; s = socket.create_server((sys.argv[1], 0)); print(s.getsockname()[1], flush=True); input()"
+    )
+    for host, closed in (("127.0.0.1", True), ("0.0.0.0", False)):
+        with subprocess.Popen(
+            [sys.executable, "-c", server, host], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout
+            port = int(process.stdout.readline())
+            if closed:
+                require_loopback(process.pid)
+            else:
+                assert any(f"0.0.0.0 port {port} (" in each for each in open_listeners(process.pid))
+                with pytest.raises(RayrecError, match=rf"0.0.0.0 port {port} .*nothing was served"):
+                    require_loopback(process.pid)
+            process.communicate("\n")
 
 
 def test_loopback_is_told_from_other_addresses() -> None:
