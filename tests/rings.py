@@ -7,6 +7,7 @@ import numpy as np
 
 BEGIN = 1_700_000_000  # Unix seconds
 DAY = 24 * 3600
+SESSION, PAUSE = 10, 240  # plays of a session, and seconds between them
 HEAD = "user_id,track,timestamp,title,artist\n"
 
 
@@ -25,7 +26,8 @@ def ring_plays(
     rows = []
     for user in users:
         song = int(random.integers(songs))
-        moments = np.sort(random.uniform(begin * DAY, (begin + days) * DAY, size=plays)).astype(int)
+        starts = np.sort(random.uniform(begin * DAY, (begin + days) * DAY - SESSION * PAUSE, size=-(-plays // SESSION)))
+        moments = np.sort((starts[:, None] + PAUSE * np.arange(SESSION)).ravel()[:plays]).astype(int)
         for moment in moments.tolist():
             song = (song + 1) % songs if random.random() < follow else int(random.integers(songs))
             rows.append(f"u{user},s{song},{BEGIN + moment},Song {song},Artist {song % 7}\n")

@@ -107,8 +107,12 @@ def fit(
 
 def fit_models(stages: Stages, configs: Mapping[str, Settings]) -> None:
     """Embeddings, network, and with a split also retrieval and rankers."""
-    for name in ("embed", "train"):
-        stages.run(name, configs[name])
+    try:
+        stages.run("embed", configs["embed"])
+    except InputError:
+        # Plays too far apart for sessions: each history is one. Another reason is raised again.
+        stages.run("embed", configs["embed"].replace(session_gap_minutes=WHOLE_HISTORY))
+    stages.run("train", configs["train"])
     if stages.split is None:
         for name in ("retrieval", "rank"):
             stages.leave_out(name, "rankers need plays that are held back")
@@ -128,6 +132,7 @@ def stage_configs(dataset: DatasetManifest, sections: Sections) -> dict[str, Set
 
 # Why these: docs/training.md.
 STEPS_PER_EPOCH = 40
+WHOLE_HISTORY = 1e9  # minutes between two sessions
 SMALLEST_BATCH = 4
 PLAYS_WITHOUT_WORKERS = 2_000_000  # starting Ray Train's workers takes longer than a short training
 

@@ -117,7 +117,7 @@ def test_too_few_plays_for_rankers_are_said_and_end_nothing(
     live = active_release(workspace)
     assert live is not None
     assert "rankers" not in live.inputs
-    assert len(result.answer.song_ids) == 5
+    assert (len(result.answer.song_ids) == 5) == (len({row.split(",")[0] for row in rows}) > 1)  # else all are heard
     assert (result.quality is None) == ("retrieval" in left_out)
 
 
@@ -127,7 +127,9 @@ def test_a_play_is_enough_to_be_told_what_is_missing(
     without_ray(monkeypatch)
     path = tmp_path / "plays.csv"
     path.write_text(f"listener,when\nann,{BEGIN}\n")
-    with pytest.raises(InputError, match=r"no column that looks like song or played_at.*names from: listener, when"):
+    with pytest.raises(
+        InputError, match=r"no column that looks like song; pass --columns song=NAME, with names from: listener, when"
+    ):
         fitted(workspace, str(path))
     with pytest.raises(InputError, match="unknown section 'tain'"):
         fit(workspace, FitConfig(paths=(str(path),)), settings={"tain": {}})
