@@ -1,6 +1,8 @@
 # One-word commands. Each sets up what it needs: make test works in a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
+# Where it is set, every process that Ray starts compiles Ray and torch anew: three times the time of the tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-all check fix docs figures gpu-check
 
@@ -14,11 +16,17 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/rayrec demo
 
+# Those of tests/ray share one local cluster, and every CPU is theirs; the others run side by side.
+TEST := $(BIN)/python -m pytest
+BESIDE := -n logical --maxprocesses 4
+
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(TEST) -m "not slow" $(BESIDE) tests/unit
+	$(TEST) -m "not slow" tests/ray
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(TEST) $(BESIDE) tests/unit
+	$(TEST) tests/ray
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/mkdocs build --strict --quiet

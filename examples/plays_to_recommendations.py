@@ -24,8 +24,7 @@ from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
 from rayrec.recommend.index import IndexConfig
-from rayrec.recommend.ranker_config import RankConfig
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage.releases import create_release, default_parts
 
 workspace = Workspace(sys.argv[1] if len(sys.argv) > 1 else "./workspace-notebook")
@@ -75,7 +74,7 @@ dataset = Dataset(workspace)
 listener = str(next(dataset.read_all()).user_ids[0])
 recommender = load_recommender(workspace, dataset, default_parts(workspace, model.id))
 told = answer(dataset, recommender, RecommendConfig(k=5), at=dataset.manifest.last_play, user=listener)
-print(f"{listener} heard last: {', '.join(told.last_plays[-3:])}")
+print(f"{listener} heard last: {', '.join(song.name for song in told.last_plays[-3:])}")
 for title, score in zip(told.titles, told.scores, strict=True):
     print(f"  {score:.3f}  {title}")
 

@@ -23,6 +23,7 @@ from rayrec.storage.workspace import Workspace
 
 if TYPE_CHECKING:
     from rayrec.data.split import split_dataset as split_dataset
+    from rayrec.jobs.add_songs import add_songs as add_songs
     from rayrec.jobs.build_index import build_index as build_index
     from rayrec.jobs.embed import embed as embed
     from rayrec.jobs.evaluate import evaluate as evaluate
@@ -51,6 +52,7 @@ STAGES = {
     "split_dataset": "rayrec.data.split",
     "embed": "rayrec.jobs.embed",
     "train": "rayrec.jobs.train",
+    "add_songs": "rayrec.jobs.add_songs",
     "fit_retrieval": "rayrec.jobs.retrieval",
     "fit_rankers": "rayrec.jobs.rank",
     "compute_tastes": "rayrec.jobs.taste",

@@ -38,7 +38,7 @@ class SongAnswer(TypedDict):
     title: str | None
     artist: str | None
     score: float
-    because: str | None
+    reasons: list[str] | None
 
 
 class RecommendationsAnswer(TypedDict):
@@ -51,7 +51,7 @@ class RecommendationsAnswer(TypedDict):
     plays: int
     unknown_songs: int
     songs: list[SongAnswer]
-    explanation: list[dict[str, Any]] | None
+    last_plays: list[dict[str, Any]] | None
 
 
 class PlaysAnswer(TypedDict):

@@ -21,7 +21,7 @@ import pyarrow.fs as pafs
 from rayrec.config import from_mapping
 from rayrec.data import columns as names
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, concatenate
+from rayrec.data.histories import Histories, Questions, concatenate
 from rayrec.data.moments import now_ms, parse_moment
 from rayrec.errors import InputError, NotFoundError
 from rayrec.jobs.fit_config import FitConfig, UpdateConfig
@@ -33,9 +33,7 @@ from rayrec.storage.workspace import Workspace
 if TYPE_CHECKING:
     from rayrec.jobs.pipeline import Outcome
     from rayrec.jobs.quality import Quality
-    from rayrec.recommend.base import Horizon
-    from rayrec.recommend.base import Recommender as BaseRecommender
-    from rayrec.recommend.taste_recommender import TasteRecommender
+    from rayrec.recommend.base import BaseRecommender, Horizon
 
 SENT_PLAYS = "inputs"  # folder of the workspace for tables on their way into the data set
 COLUMNS = ("user_id", "rank", "song_id", "title", "artist", "score")
@@ -132,31 +130,29 @@ class Recommender:
 
         Raises `InputError` for an unknown song.
         """
-        dataset, _ = self._answering()
-        network = self._network()
+        from rayrec.recommend.selection import network_of, similar
+
+        dataset, recommender = self._answering()
         row = int(dataset.catalog().rows([song])[0])
-        vectors = network.song_vectors
-        if row >= len(vectors):
-            raise InputError(f"song {song!r} is newer than the network; update with train=True first")
-        norms = np.linalg.norm(vectors, axis=1)
-        scores = vectors @ vectors[row] / np.maximum(norms * norms[row], 1e-12)
-        scores[row] = -np.inf
-        best = np.argsort(-scores, kind="stable")[: min(k, len(scores) - 1)]
-        table = self._named(dataset, best)
-        table.insert(0, "rank", np.arange(1, len(best) + 1))
-        table["score"] = scores[best]
+        vectors = network_of(recommender).song_vectors
+        if row >= len(vectors) or not vectors[row].any():
+            raise InputError(f"song {song!r} is newer than the network; call update with train=True first")
+        chosen = similar(recommender, row, k)
+        table = self._named(dataset, chosen.songs)
+        table.insert(0, "rank", np.arange(1, len(table) + 1))
+        table["score"] = chosen.scores
         return table
 
     def taste(
         self, users: str | Sequence[str], *, at: Moment | None = None, horizon: Horizon = "short"
     ) -> pd.DataFrame:
         """The taste vectors of users, float32 (U, D): a row a user, the index named user_id."""
-        from rayrec.data.histories import Questions
+        from rayrec.recommend.selection import network_of
 
-        dataset, _ = self._answering()
+        dataset, recommender = self._answering()
         moment, ids = _moment(at), [users] if isinstance(users, str) else list(users)
         histories = self._histories(dataset, ids, moment)
-        vectors = self._network().vectors(histories, Questions.at_end(histories, moment), horizon)
+        vectors = network_of(recommender).vectors(histories, Questions.at_end(histories, moment), horizon)
         return pd.DataFrame(vectors, index=pd.Index(ids, name="user_id"))
 
     def save(self, path: str | Path) -> Path | str:
@@ -199,15 +195,6 @@ class Recommender:
             dataset = Dataset(self.workspace)
             self._loaded = release.id, dataset, load_recommender(self.workspace, dataset, release.inputs)
         return self._loaded[1:]
-
-    def _network(self) -> TasteRecommender:
-        from rayrec.recommend.taste_recommender import TasteRecommender
-        from rayrec.recommend.two_step import TwoStepRecommender
-
-        _, recommender = self._answering()
-        network = recommender.source.network if isinstance(recommender, TwoStepRecommender) else recommender
-        assert isinstance(network, TasteRecommender)
-        return network
 
     @staticmethod
     def _histories(dataset: Dataset, users: Sequence[str], at: int) -> Histories:

@@ -9,7 +9,7 @@ from worlds import random_vectors
 
 from rayrec.data.histories import Histories
 from rayrec.data.windows import Windows, cut_windows, worker_batches
-from rayrec.model.fit import Phase, Progress
+from rayrec.model.fit import FitProgress, Phase
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import Cell, FeatureSpec, Horizon, ModelConfig, SongTable, TrainConfig
 from rayrec.model.training import StepReport
@@ -108,7 +108,7 @@ class MemoryHost:
         """Remember which network was the best of the selection phase."""
         self.best = {name: value.clone() for name, value in model.state_dict().items()}
 
-    def checkpoint(self, progress: Progress, save: Callable[[Path], None]) -> None:
+    def checkpoint(self, progress: FitProgress, save: Callable[[Path], None]) -> None:
         """Write a folder of its own for each checkpoint."""
         if self._folder is not None:
             target = self._folder / str(len(self.checkpoints))

@@ -4,7 +4,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.recommend.ranker import Ranker, RankerSettings
-from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind, examples_for
 
@@ -18,16 +18,7 @@ def fit_rankers(network: TasteRecommender, histories: Histories) -> tuple[Retrie
     plays = histories.offsets[1:][histories.lengths > 1] - 1
     queries = Questions.before_plays(histories, plays)
     held_out = np.arange(len(plays)) % 4 == 0
-    rankers = {}
-    for kind in KINDS:
-        examples = examples_for(
-            source,
-            histories,
-            queries,
-            np.arange(len(plays)),
-            histories.songs[plays] if kind != "served" else (histories.songs[plays] + 1) % network.num_songs,
-            new_only=kind == "served",
-            held_out=held_out,
-        )
-        rankers[kind] = Ranker.fit(examples, source.sources.names, SMALL)
-    return retrieval, rankers
+    last, rows = histories.songs[plays], np.arange(len(plays))
+    answers = {kind: (rows, last if kind != "served" else (last + 1) % network.num_songs) for kind in KINDS}
+    examples = examples_for(source, histories, queries, answers, held_out=held_out)
+    return retrieval, {kind: Ranker.fit(examples[kind], source.sources.names, SMALL) for kind in KINDS}

@@ -22,7 +22,7 @@ from rayrec.model.taste_table import taste_table, tastes_file
 from rayrec.model.train_config import PLAY_COUNTS
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.serving.auth import Keys
+from rayrec.serving.middleware import Keys
 from rayrec.serving.routes import create_app
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.serving.service import Service, open_service

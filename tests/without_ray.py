@@ -18,6 +18,7 @@ from rayrec.jobs import (
     import_data,
     pipeline,
     rank,
+    recommend_all,
     retrieval,
     taste,
     train,
@@ -28,7 +29,7 @@ from rayrec.storage.workspace import Workspace
 
 JOBS = (
     *(build_index, compact, embed, evaluate, fit, generate, import_data, pipeline, rank, retrieval, taste, train),
-    *(train_plan, update),
+    *(recommend_all, train_plan, update),
 )
 
 REQUESTS = {"move": 2}  # a copy and a delete

@@ -8,21 +8,8 @@ from typer.core import TyperGroup
 from rayrec_cli.options import Globals
 
 ORDER = (  # of the commands in the help
-    *(
-        "demo",
-        "fit",
-        "update",
-        "generate",
-        "inspect",
-        "import",
-        "compact",
-        "describe",
-        "split",
-        "embed",
-        "train",
-        "retrieval",
-        "rank",
-    ),
+    *("demo", "fit", "update", "generate", "inspect", "import", "compact", "describe", "split", "embed", "train"),
+    *("songs", "retrieval", "rank"),
     *("taste", "index", "evaluate", "release"),
     "states",
     *("recommend", "serve", "status", "verify", "clean", "unlock", "run", "tune", "submit", "plan", "bench"),
@@ -50,6 +37,8 @@ app = typer.Typer(
 )
 release_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Create, list and activate releases.")
 app.add_typer(release_app, name="release")
+songs_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Add songs that came after the training.")
+app.add_typer(songs_app, name="songs")
 states_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Manage the user states of the server.")
 app.add_typer(states_app, name="states")
 

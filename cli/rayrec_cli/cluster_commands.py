@@ -139,7 +139,7 @@ def estimate(
             "Pass all of --users, --plays and --songs, or none of them to use the data set of the workspace"
         )
     else:
-        from rayrec.jobs.planning.skew import measure_skew
+        from rayrec.jobs.planning.plan_inputs import measure_skew
 
         dataset = Dataset(call.workspace)
         found = measure_skew(dataset)

@@ -11,12 +11,12 @@ from rich.console import RenderableType
 from rayrec.data.split import WEAKER, SplitConfig, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
-from rayrec.importing.compaction import PARTS_BEFORE_COMPACT
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.inspection import inspect_files
+from rayrec.importing.merging import PARTS_BEFORE_COMPACT
 from rayrec.importing.readers import FORMATS
-from rayrec.importing.readers.tabular import spelled_delimiter
+from rayrec.importing.readers.delimited import spelled_delimiter
 from rayrec.importing.summary import TooManyRejectedError
 from rayrec.storage.dataset_manifest import DatasetManifest
 from rayrec_cli.app import app
@@ -26,12 +26,13 @@ from rayrec_cli.output import Shown, error_data, figures, number, size, table
 FormatArgument = Annotated[str | None, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")]
 PathsArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="PATH", help="Files or folders of files, .gz too; local, s3:// or gs://."),
+    typer.Argument(metavar="PATH", help="Files or folders of files, .gz and .bz2 too; local, s3:// or gs://."),
 ]
 TableArgument = Annotated[
-    str, typer.Argument(metavar="FILE", help="csv (.gz too) or Parquet file with one row per song.")
+    str | None, typer.Argument(metavar="FILE", help="csv (.gz or .bz2 too) or Parquet file with one row per song.")
 ]
 
+MOST_COLUMNS = 30  # of a file to inspect
 BEFORE_STREAMING = 946_684_800_000  # ms UTC, the year 2000
 
 AppendOption = Annotated[bool, typer.Option("--append", help="Add the plays to the data set as a new part.")]
@@ -98,13 +99,17 @@ def inspect(call: Call, *, format_name: InspectFormat, paths: InspectPaths) -> S
         values["times"] = found.time
     views: list[RenderableType] = [figures(f"{found.format}, {found.kind}", values)]
     if found.columns:
-        rows = [[column.name, column.role, column.type, column.example] for column in found.columns]
+        # Those that are taken for something first: exports may have a hundred columns more.
+        shown = sorted(found.columns, key=lambda column: not column.role)[:MOST_COLUMNS]
+        rows = [[column.name, column.role, column.type, column.example] for column in shown]
         views.append(
             table("Columns", ["column", "taken for", "type", "example"], rows, left=["taken for", "type", "example"])
         )
+        if len(shown) < len(found.columns):
+            views.append(f"{len(found.columns) - len(shown):,} more columns are not shown; --json lists all of them.")
     if found.rejected:
         views.append(table("Rows that would be rejected", ["reason", "rows"], list(found.rejected.items())))
-        views.append("\n".join(found.examples.values()))
+        views.append("\n".join(f"{reason}: {example}" for reason, example in found.examples.items()))
     return Shown(found.to_mapping(), [*views, *found.notes, found.command])
 
 
@@ -129,28 +134,32 @@ def compact_parts(call: Call) -> Shown:
 @command(
     app, "describe", config=DescribeConfig, example="rayrec describe songs.csv --columns song=id,released=release_date"
 )
-def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument) -> Shown:
-    """Import song metadata: titles, artists, release dates, markets.
+def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument = None) -> Shown:
+    """Import song metadata: titles, artists, albums, release dates, markets, content vectors.
 
-    A second file replaces the first. The server can filter recommendations by this metadata.
+    It replaces the metadata that is there unless --append keeps it. The server can filter recommendations by it, and
+    `rayrec songs add` finds new songs by their artist, album and content.
     """
     counts = asdict(describe(call.workspace, config, path))
     views = [figures("Song metadata", counts)]
     for name, title in (("rejected", "Rejected rows"), ("invalid", "Values left out of their rows")):
         if counts[name]:
             views.append(table(title, ["reason", name], list(counts[name].items())))
-    return Shown(counts, views)
+    return Shown(counts, [*views, *(f"Warning: {warning}" for warning in counts["warnings"])])
 
 
 @command(app, "split", config=SplitConfig, example="rayrec split --test-days 30 --validation-days 7")
 def split(call: Call, config: SplitConfig) -> Shown:
     """Split the data set into training, validation and test range.
 
-    In time, or with --last-fraction within each user's plays. A share of users can be held out entirely.
+    In time, or with --last-fraction within each user's plays. Shares of users and of songs can be held out entirely:
+    how well songs are found that no training has seen shows on the latter.
     """
     made = split_dataset(call.workspace, config)
     cuts = {name.replace("_", " "): _cut(value) for name, value in made.figures().items()}
     values = {"split": made.id, **cuts, "users held out": f"{made.held_out_share:.1%}"}
+    if made.held_out_songs:
+        values["songs held out"] = f"{made.held_out_songs:.1%}"
     weaker = [f"This protocol is {WEAKER}."] if made.protocol == "last-fraction" else []
     return Shown(asdict(made), [figures("", values), *weaker])
 
@@ -202,11 +211,13 @@ def _import_views(summary: Mapping[str, Any]) -> list[RenderableType]:
     if summary["outliers"]:
         views.append(table("Files that differ from the others", ["file", "rows"], list(summary["outliers"].items())))
     if summary["damaged"]:
-        views.append(table("Files left out", ["file", "why"], list(summary["damaged"].items()), left=["why"]))
-    if summary["reasons"]:
-        rows = [[each["reason"], each["rows"], f"{each['share']:.1%}"] for each in summary["reasons"]]
+        views.append("\n".join(["Files left out", *summary["damaged"].values()]))
+    rejected = summary["reasons"]
+    if rejected:
+        rows = [[each["reason"], each["rows"], f"{each['share']:.1%}"] for each in rejected]
         views.append(table("Rejected rows", ["reason", "rows", "share"], rows))
-        views.append("\n".join(f"{each['source']}, line {each['line']}: {each['text']}" for each in summary["reasons"]))
+        examples = (f"{each['reason']}: {each['source']}, line {each['line']}: {each['text']}" for each in rejected)
+        views.append("\n".join(examples))
     views += [f"Warning: {warning}" for warning in summary["warnings"]]
     return views
 

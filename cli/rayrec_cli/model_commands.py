@@ -1,4 +1,4 @@
-"""embed, train, retrieval, rank, taste, index, tune: from a data set to what answers are made of."""
+"""embed, train, songs add, retrieval, rank, taste, index, tune: from a data set to what answers are made of."""
 
 from typing import Annotated, Any
 
@@ -11,10 +11,9 @@ from rayrec.errors import InputError
 from rayrec.jobs.trials import TuneConfig, to_toml
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
-from rayrec.recommend.ranker_config import RankConfig
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage.artifacts import Manifest, noun
-from rayrec_cli.app import app
+from rayrec_cli.app import app, songs_app
 from rayrec_cli.options import Call, ForceOption, command
 from rayrec_cli.output import Shown, day, figures, note, table
 
@@ -115,6 +114,19 @@ def rank(
     return artifact_view(
         call, job(call.workspace, config, model_id=model, retrieval_id=retrieval, repeat=force), "Rankers"
     )
+
+
+@command(songs_app, "add", example="rayrec songs add")
+def add_songs(call: Call, *, model: ModelOption = None, force: ForceOption = False) -> Shown:
+    """Give new songs vectors, from their artist, album and content.
+
+    For songs that the network has seen no play of, those that were described before anybody played them too. Neither
+    the network nor the index is made again: run rayrec taste and rayrec release create after it, and the new songs are
+    recommended. rayrec rank learns where to put them, and rayrec evaluate measures how well they are found.
+    """
+    from rayrec.jobs.add_songs import add_songs as job
+
+    return artifact_view(call, job(call.workspace, model_id=model, repeat=force), "Added songs")
 
 
 @command(app, "taste", config=TasteConfig, example="rayrec taste")

@@ -11,6 +11,7 @@ from rayrec.data.split import choose_split
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.prefixes import PrefixFile
 from rayrec.evaluation.protocol import EvaluateConfig, usual_k
+from rayrec.evaluation.results import ABLATION
 from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender
 from rayrec.storage.artifacts import noun
 from rayrec.storage.releases import default_parts
@@ -27,9 +28,14 @@ SongsOption = Annotated[
         help="Recommend after these songs instead, as if just played; repeat it for ids with commas.",
     ),
 ]
+AllOption = Annotated[bool, typer.Option("--all", help="Recommend to all users instead, and write Parquet files.")]
 AtOption = Annotated[
     str | None,
-    typer.Option("--at", metavar="TIME", help="Time of the request, ISO 8601 with zone or Unix time. [default: now]"),
+    typer.Option(
+        "--at",
+        metavar="TIME",
+        help="Time of the request, ISO 8601 with zone or Unix time. [default: now; --all: after the last play]",
+    ),
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="ID", help="Model. [default: the live one, else current]")
@@ -67,31 +73,55 @@ def recommend(
     *,
     user: UserOption = None,
     songs: SongsOption = None,
+    everybody: AllOption = False,
     at: AtOption = None,
     model: ModelOption = None,
+    force: ForceOption = False,
 ) -> Shown:
-    """Recommend songs to a user or after given songs.
+    """Recommend songs to a user, after given songs, or to all users.
 
-    Songs given by --songs count as played three minutes apart, the last one at --at.
+    Songs given by --songs count as played three minutes apart, the last one at --at. With --all the songs of every
+    user are written as Parquet, one row per user; a killed run continues with the buckets that are missing.
     """
-    moment = now_ms() if at is None else parse_moment(at)
+    moment = None if at is None else parse_moment(at)
+    if everybody and (user is not None or songs):
+        raise InputError("--all is for all users; leave out --user and --songs")
     dataset = Dataset(call.workspace)
-    listed = [song for text in songs for song in dataset.catalog().listed(text)] if songs else None
     parts = default_parts(call.workspace, model)
+    if everybody:
+        return _recommend_all(call, config, parts, moment, force)
+    listed = [song for text in songs for song in dataset.catalog().listed(text)] if songs else None
     recommender = load_recommender(call.workspace, dataset, parts)
-    recommended = answer(dataset, recommender, config, at=moment, user=user, songs=listed)
+    recommended = answer(
+        dataset, recommender, config, at=now_ms() if moment is None else moment, user=user, songs=listed
+    )
     return Shown(recommended.to_mapping(), answer_view(recommended, f"user {user}" if user else "these songs"))
+
+
+def _recommend_all(call: Call, config: RecommendConfig, parts: dict[str, str], at: int | None, force: bool) -> Shown:
+    """Write the songs of every user."""
+    from rayrec.jobs.recommend_all import recommend_all as job
+
+    manifest = job(call.workspace, config, parts, at=at, repeat=force)
+    folder = call.workspace.full(manifest.folder)
+    data = {
+        "id": manifest.id,
+        "folder": folder,
+        "at": manifest.config["at"],
+        "k": manifest.config["k"],
+        **manifest.metrics,
+    }
+    return Shown(data, [figures("Recommendations for all users", data)])
 
 
 def answer_view(recommended: Answer, who: str) -> list[RenderableType]:
     """The last plays and the songs recommended after them."""
     title = f"Last plays of {who}, {recommended.plays:,} in all"
-    rows = [
-        [rank, song, score]
-        for rank, (song, score) in enumerate(zip(recommended.titles, recommended.scores, strict=True), 1)
-    ]
-    played: list[RenderableType] = [table(title, ["song"], [[song] for song in recommended.last_plays])]
-    return [*played, table("Recommended", ["#", "song", "score"], rows, left=["song"])]
+    played: list[RenderableType] = [table(title, ["song"], [[song.name] for song in recommended.last_plays])]
+    rows = [[rank, song.name, song.score] for rank, song in enumerate(recommended.songs, 1)]
+    views = [*played, table("Recommended", ["#", "song", "score"], rows, left=["song"])]
+    explained = [f"{rank}. {'; '.join(song.reasons)}" for rank, song in enumerate(recommended.songs, 1) if song.reasons]
+    return [*views, "\n".join(["Reasons", *explained])] if explained else views
 
 
 @command(app, "evaluate", config=EvaluateConfig, example="rayrec evaluate --models taste,popularity,sequential-rules")
@@ -116,6 +146,8 @@ def evaluate(
 
     parts = _parts(call, model)
     if prefixes is not None:
+        if config.ablation:
+            raise InputError("--ablation evaluates the test range; leave out --prefixes")
         file = PrefixFile(path=prefixes, item_separator=item_separator, target_separator=target_separator)
         return _evaluate_prefixes(call, config, file, split or parts.get("split"), parts.get("models"), force)
     chosen = choose_split(call.workspace, split or parts.get("split"))
@@ -126,7 +158,8 @@ def evaluate(
     warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []
     inputs = figures("Evaluated", {noun(role): used for role, used in report.inputs.items()})
     where = f"Report: {call.workspace.full(report.path('report.html'))}"
-    return Shown({**data, "inputs": report.inputs}, [results_table(data), *warnings, inputs, where])
+    ablation = [results_table(data, ablation=True)] if config.ablation else []
+    return Shown({**data, "inputs": report.inputs}, [results_table(data), *ablation, *warnings, inputs, where])
 
 
 def _evaluate_prefixes(
@@ -134,7 +167,7 @@ def _evaluate_prefixes(
 ) -> Shown:
     """Evaluate on the pairs of a file; the models may have been trained on all plays."""
     from rayrec.evaluation.report import read_figures
-    from rayrec.jobs.evaluate_prefixes import evaluate_prefixes as job
+    from rayrec.jobs.evaluate import evaluate_prefixes as job
 
     chosen = choose_split(call.workspace, split, no_split=split is None)
     report = job(call.workspace, config, file, split=chosen, model_id=model, repeat=force)
@@ -155,10 +188,18 @@ COLUMNS = (
 )
 
 
-def results_table(data: dict[str, Any]) -> RenderableType:
-    """One line per model, the best recall as served first, with its interval, at 20."""
+def results_table(data: dict[str, Any], *, ablation: bool = False) -> RenderableType:
+    """One line per model, the best recall as served first, with its interval, at 20.
+
+    Of an ablation: the default model and the same without each of its parts.
+    """
     usual = usual_k([row["k"] for row in data["results"]])
-    results = [row for row in data["results"] if row["users"] == "all" and row["k"] == usual]
+    results = [
+        row
+        for row in data["results"]
+        if (row["users"], row["k"]) == ("all", usual)
+        and ((row["kind"] == ABLATION) == ablation or (ablation and row["model"] == data["default"]))
+    ]
     values = {(row["model"], row["target"], row["metric"]): row for row in results}
     columns = [column for column in COLUMNS if any(row["target"] == column[0] for row in results)]
     first = columns[0][:2]
@@ -170,6 +211,8 @@ def results_table(data: dict[str, Any]) -> RenderableType:
         rows.append([shown, cells[0], _interval(values[(name, *first)]), *cells[1:]])
     titles = [title for _, _, title in columns]
     title = f"Recall@{usual} and MRR@{usual} over the full catalog (* is used by `recommend`)"
+    if ablation:
+        title = f"What each part is worth: recall@{usual} and MRR@{usual} without it"
     return table(title, ["model", titles[0], "95 %", *titles[1:]], rows)
 
 

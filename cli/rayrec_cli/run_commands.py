@@ -21,6 +21,8 @@ SaveOption = Annotated[
     str | None, typer.Option("--save", metavar="FILE", help="Merge the measured rates into this JSON file.")
 ]
 SoakOption = Annotated[bool, typer.Option("--soak", help="serve: mixed load while replicas are killed, instead.")]
+FEW_QUERIES = 100  # below them the interval of a recall is about 0.2 wide
+
 QuickOption = Annotated[bool, typer.Option("--quick", help="Small data and few rounds, for a smoke test.")]
 
 
@@ -55,24 +57,25 @@ def quality_views(result: Any) -> list[RenderableType]:
         return []
     quality, title = result.quality, f"Validation: recall@20 and MRR@20 on {result.split.validation_range}"
     rows = [[name, value, f"{low:.3f}–{high:.3f}", *others] for name, value, low, high, *others in quality.table()]
+    few = f" Fewer than {FEW_QUERIES} say little." if quality.queries < FEW_QUERIES else ""
     text = (
         f"Measured with models that had not seen this range, on {quality.queries:,} plays of songs new to the user "
-        "(served) and on all plays. The release was then fitted on all plays."
+        f"(served) and on all plays.{few} The release was then fitted on all plays."
     )
     return [table(title, ["model", "served", "95 %", "MRR", "all", "MRR"], rows), text]
 
 
 def _next_steps(call: Call, user: str) -> str:
     """What to run after a fit."""
-    where = "" if call.uri == DEFAULT_WORKSPACE else f" --workspace {shlex.quote(call.uri)}"
     commands = {
-        f"recommend --user {shlex.quote(user)} -k 10": "recommendations for a user",
-        "serve": "the HTTP server, with a page to try it",
+        f"recommend --user {shlex.quote(user)} -k 10": "songs for a user",
+        "serve": "the HTTP server and its page",
         "update NEW_PLAYS": "every day, with the new plays",
-        "run FILE": "your own settings, and an evaluation on a test range",
+        "run FILE": "own settings, and a test range",
     }
     width = max(map(len, commands))
-    return "\n".join(["Next:", *(f"  rayrec{where} {words:{width}}  {what}" for words, what in commands.items())])
+    where = [] if call.uri == DEFAULT_WORKSPACE else [f"  export RAYREC_WORKSPACE={shlex.quote(call.uri)}"]
+    return "\n".join(["Next:", *where, *(f"  rayrec {words:{width}}  {what}" for words, what in commands.items())])
 
 
 @command(
@@ -171,7 +174,22 @@ def bench(
     from rayrec.bench.suite import bench as job
 
     result = job(name, call.workspace, None if quick else config, quick=quick, save=save)
-    return Shown(result, [figures(f"bench {name}", result)])
+    views: list[RenderableType] = [figures(f"bench {name}", result)]
+    return Shown(result, [*views, answer_stages(result["catalogs"])] if name == "answers" else views)
+
+
+def answer_stages(catalogs: list[dict[str, Any]]) -> RenderableType:
+    """CPU time and memory of each stage of an answer, a column pair for each catalog."""
+    headers = [f"{name} {catalog['songs']:,}" for catalog in catalogs for name in ("CPU ms", "kB")]
+    rows = [
+        [stage, *(value for one in catalogs for value in _stage(one["stages"][stage]))]
+        for stage in catalogs[0]["stages"]
+    ]
+    return table("An answer by stage and number of songs; memory is the most at one moment", ["stage", *headers], rows)
+
+
+def _stage(figures_of_stage: dict[str, float]) -> tuple[float, int]:
+    return figures_of_stage["cpu_ms"], round(figures_of_stage["bytes"] / 1000)
 
 
 def _bench_serve(call: Call, config: BenchConfig | None, quick: bool, soak: bool) -> Shown:

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt, model_validator
 from rayrec.config import Settings
 from rayrec.errors import InputError
 
-BenchName = Literal["train", "taste", "index", "embed", "memory", "songs", "scale", "serve"]
+BenchName = Literal["train", "taste", "index", "embed", "memory", "songs", "scale", "answers", "serve"]
 NAMES: tuple[str, ...] = get_args(BenchName)
 
 
@@ -30,6 +30,13 @@ class BenchConfig(Settings):
     memory_users: tuple[PositiveInt, ...] = Field(
         (50_000, 500_000), description="memory: users of the small and the large data set"
     )
+    answers_songs: tuple[PositiveInt, ...] = Field(
+        (10_000, 1_000_000), description="answers: songs of each catalog, smallest first; 10000000 takes hours to build"
+    )
+    answers_plays: int = Field(
+        300_000, ge=1, description="answers: plays of a catalog; 3 for each song where that is more"
+    )
+    answers_queries: int = Field(200, ge=1, description="answers: users who are answered, one after the other")
     serve_songs: tuple[PositiveInt, ...] = Field((10_000, 1_000_000), description="serve: songs of each catalog")
     serve_clients: tuple[PositiveInt, ...] = Field(
         (1, 16, 64), description="serve: concurrent clients; must include 1 and 16"
@@ -84,6 +91,9 @@ class BenchConfig(Settings):
             index_queries=200,
             memory_users=(200, 400),
             memory_plays=10.0,
+            answers_songs=(500, 2_000),
+            answers_plays=10_000,
+            answers_queries=20,
             serve_songs=(500,),
             serve_clients=(1, 16),
             serve_seconds=1.0,

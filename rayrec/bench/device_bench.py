@@ -19,8 +19,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from rayrec.bench.device_limits import asked, copy_bandwidth, per_second, product_flops
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
@@ -39,16 +41,93 @@ from rayrec.model.train_config import (
     TrainConfig,
 )
 from rayrec.model.training import Training
-from rayrec.model.window_stream import UnitReader, plain_stream
+from rayrec.model.training_windows import UnitReader, plain_stream
 from rayrec.model.workers import Share
 from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
 from rayrec.storage.workspace import Workspace, histories_file
 
+WARM_CALLS = 10  # in which libraries choose their kernels and compile them: not timed
+PRODUCT_ROWS = {"cuda": 8192, "cpu": 1024}  # of the square matrices that are multiplied
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # more than any cache holds
 Work = Literal["train", "tastes"]
 WAYS = ((False, False), (True, False), (False, True), (True, True))  # of working: in bfloat16, compiled
 BATCHES = (1, 4, 16)  # times the default
 CHECKED_STEPS = 3  # of each cell and objective
 TOLERANCE = 0.2  # mean difference of a weight, as a share of what it was moved on average
+
+
+def per_second(work: Callable[[], float], device: torch.device, seconds: float) -> float:
+    """What `work` says that it did, a second, over calls for about so many seconds."""
+    for _ in range(WARM_CALLS):
+        work()
+    done, began = 0.0, _now(device)
+    while True:
+        done += work()
+        if time.perf_counter() - began >= seconds:
+            return done / (_now(device) - began)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def product_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """Floating point operations a second of products of large square matrices."""
+    rows = PRODUCT_ROWS[device.type]
+    left, right = (torch.rand(rows, rows, device=device).to(dtype) for _ in range(2))
+
+    def work() -> float:
+        torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # else calls would only queue up
+        return 2.0 * rows**3
+
+    return per_second(work, device, seconds)
+
+
+def copy_bandwidth(device: torch.device, seconds: float) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.zeros(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+
+    def work() -> float:
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return 2.0 * source.nbytes
+
+    return per_second(work, device, seconds)
+
+
+class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes that operations read and write, as if nothing were cached or fused."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            leaves = tree_leaves((args, kwargs, made))
+            self.total += sum(
+                leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided
+            )
+        return made
+
+
+def asked(work: Callable[[], float]) -> tuple[float, float]:
+    """Operations of products, and bytes, for each unit that `work` says that it did. To be called on the CPU.
+
+    There every step of a recurrent network is a product of its own that can be counted; cuDNN hides them.
+    """
+    with FlopCounterMode(display=False) as flops:
+        units = work()
+    with ByteCounter() as moved:
+        work()
+    return flops.get_total_flops() / units, moved.total / units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +153,7 @@ class Size:
         return cls(songs=500, dim=8, users=30, plays=30, seconds=0.05, config=small)
 
 
-def bench(device: str, size: Size) -> dict[str, Any]:
+def measure_device(device: str, size: Size) -> dict[str, Any]:
     """All figures as one object: device, limits, model, what a play asks, and a line for each way of working."""
     torch.set_num_threads(1)
     place = torch.device(device)
@@ -145,7 +224,7 @@ def reading(size: Size) -> float:
     """Plays a second that one process reads from files and prepares for steps."""
     config, histories = size.config, random_histories(size)
     with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
-        dataset = write_histories(Workspace(folder), histories, size.songs)
+        dataset = write_random_histories(Workspace(folder), histories, size.songs)
         maker = StepMaker(network(size).config, config, np.bincount(histories.songs, minlength=size.songs), Share())
         began, plays = time.perf_counter(), 0
         while time.perf_counter() - began < size.seconds:
@@ -155,7 +234,7 @@ def reading(size: Size) -> float:
         return plays / (time.perf_counter() - began)
 
 
-def write_histories(workspace: Workspace, histories: Histories, songs: int) -> Dataset:
+def write_random_histories(workspace: Workspace, histories: Histories, songs: int) -> Dataset:
     """A data set of one bucket; its songs have no names."""
     workspace.write_table(histories_file(0, 0), histories.to_arrow())
     manifest = DatasetManifest(
@@ -264,7 +343,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small, to see that it works")
     given = parser.parse_args(words)
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # what cannot be compiled is no news
-    told = bench(given.device, Size.quick() if given.quick else Size())
+    told = measure_device(given.device, Size.quick() if given.quick else Size())
     if given.json:
         json.dump(told, sys.stdout)
         sys.stdout.write("\n")

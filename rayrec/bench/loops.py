@@ -28,7 +28,7 @@ from rayrec.model.network import TasteModel
 from rayrec.model.taste_table import taste_table
 from rayrec.model.train_config import ModelConfig, TrainConfig
 from rayrec.model.training import Training
-from rayrec.model.window_stream import POOL_PLAYS
+from rayrec.model.training_windows import POOL_PLAYS
 from rayrec.model.workers import Share
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace

@@ -11,9 +11,9 @@ import ray
 from rayrec.bench import private_memory
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.bench_data import bench_dataset, untrained_model
+from rayrec.bench.job_benches import read_windows
 from rayrec.bench.private_memory import MemoryWatch
 from rayrec.bench.rounds import PlainProcess
-from rayrec.bench.train_bench import read_windows
 from rayrec.data.dataset import Dataset
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes

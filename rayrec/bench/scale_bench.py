@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.bench_data import bench_dataset
-from rayrec.bench.embed_bench import word2vec_scaling
+from rayrec.bench.job_benches import word2vec_scaling
 from rayrec.bench.private_memory import MemoryWatch, growth
 from rayrec.bench.rates import RATE_OF
 from rayrec.bench.rounds import Measured, PlainProcess

@@ -12,22 +12,38 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import torch
 
 from rayrec.bench.bare_server import WAITING
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.http_load import Load, generator, put_under_load
+from rayrec.bench.index_bench import song_vectors
 from rayrec.bench.plays_bench import bench_history_lengths
-from rayrec.bench.serve_release import PLAYED_AT, song_name, write_bench_release
+from rayrec.data import columns
+from rayrec.data.dataset import Dataset, bucket_of
+from rayrec.data.histories import Histories
 from rayrec.errors import RayrecError
+from rayrec.model.checkpoint import save_model
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.network import TasteModel
+from rayrec.model.taste_table import taste_table, tastes_file
+from rayrec.model.train_config import FeatureSpec, Horizon, ModelConfig, TrainConfig
 from rayrec.progress import progress
-from rayrec.storage.workspace import Workspace
+from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
+from rayrec.storage import releases
+from rayrec.storage.artifacts import Manifest, publish
+from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 
+DIM = 64
+PLAYED_AT = 1_700_000_000_000  # ms UTC
 PLAYS = 50  # of each history that is sent, and of each stored user
 K = 20
 BODIES = 200  # different requests
@@ -37,6 +53,75 @@ START_SECONDS = 600.0  # that an application may take to load a release
 SLICE_SECONDS = 1.0  # of a load, before it is another's turn: what else a machine does changes from second to second
 # One thread for numeric work in each process, as the replicas have it.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def song_name(row: int) -> str:
+    """The id of a song."""
+    return f"song-{row}"
+
+
+def write_bench_release(workspace: Workspace, songs: int, seed: int) -> None:
+    """A live release over `songs` songs; nothing happens where the workspace holds one already."""
+    if releases.active_release(workspace) is not None:
+        return
+    dataset = _write_dataset(workspace, songs)
+    vectors = song_vectors(songs, DIM, seed)
+    made_of = {"dataset": dataset.manifest.id}
+    embedding = Manifest(kind="songs", id="bench", inputs=made_of)
+    workspace.write_array(embedding.path("vectors.npy"), vectors)
+    publish(workspace, embedding, ["vectors.npy"])
+    model = _network(vectors, seed)
+    network = Manifest(kind="models", id="bench", inputs={**made_of, "songs": embedding.id}, seed=seed)
+    publish(workspace, network, save_model(workspace, network.folder, model, np.ones(songs, dtype=np.bool_)))
+    _write_tastes(workspace, dataset, network, model)
+    index = SongIndex.build(np.asarray(workspace.read_array(network.path("song_vectors.npy"))), IndexConfig(seed=seed))
+    manifest = Manifest(kind="indexes", id="bench", inputs={"models": network.id}, metrics=asdict(index.figures))
+    index.save(workspace, manifest.path(INDEX_FILE))
+    publish(workspace, manifest, [INDEX_FILE])
+    releases.create_release(workspace)
+
+
+def _write_dataset(workspace: Workspace, songs: int) -> Dataset:
+    histories = Histories.from_lists([[0, 1]], [[PLAYED_AT, PLAYED_AT + 60_000]])
+    workspace.write_table(histories_file(0, int(bucket_of(histories.user_ids, 1)[0])), histories.to_arrow())
+    table = {
+        columns.SONG: pa.array(range(songs), pa.int32()),
+        columns.SONG_ID: [song_name(row) for row in range(songs)],
+        columns.TITLE: [f"Title {row}" for row in range(songs)],
+        columns.ARTIST: [f"Artist {row // 8}" for row in range(songs)],
+    }
+    workspace.write_table(SONGS_TABLE, pa.table(table, schema=columns.SONGS_TABLE))
+    manifest = DatasetManifest(
+        id="bench", source="bench", buckets=1, parts=1, users=1, plays=2, songs=songs, first_play=PLAYED_AT,
+        last_play=PLAYED_AT + 60_000,
+    )  # fmt: skip
+    write_manifest(workspace, manifest)
+    return Dataset(workspace)
+
+
+def _network(vectors: np.ndarray, seed: int) -> TasteModel:
+    torch.manual_seed(seed)
+    shape = TrainConfig()
+    config = ModelConfig(
+        num_songs=len(vectors),
+        embedding_dim=DIM,
+        hidden_dim=shape.hidden_dim,
+        num_layers=shape.num_layers,
+        cell=shape.cell,
+        dropout=0.0,
+        features=FeatureSpec(),
+        horizons={"short": Horizon(min_offset=1, max_offset=1), "long": Horizon(min_offset=25, max_offset=50)},
+        song_table="frozen",
+    )
+    return TasteModel(config, torch.from_numpy(vectors)).eval()
+
+
+def _write_tastes(workspace: Workspace, dataset: Dataset, network: Manifest, model: TasteModel) -> None:
+    tastes = Manifest(kind="tastes", id="bench", inputs={"dataset": dataset.manifest.id, "models": network.id})
+    for batch in dataset.read_bucket(0):
+        table = taste_table(TasteEncoder(model), batch, dataset.manifest.last_play)
+        workspace.write_table(tastes_file(tastes.folder, 0), table)
+    publish(workspace, tastes, [path.removeprefix(tastes.folder + "/") for path in workspace.files(tastes.folder)])
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,16 @@ import psutil
 
 from rayrec.bench import private_memory
 from rayrec.bench.bench_config import BenchConfig
-from rayrec.bench.serve_bench import USERS, K, application, histories, store_users
-from rayrec.bench.serve_release import PLAYED_AT, song_name, write_bench_release
+from rayrec.bench.serve_bench import (
+    PLAYED_AT,
+    USERS,
+    K,
+    application,
+    histories,
+    song_name,
+    store_users,
+    write_bench_release,
+)
 from rayrec.client import ApiError, ApiUnavailableError, AsyncClient, Retry
 from rayrec.storage.workspace import Workspace
 

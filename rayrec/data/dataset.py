@@ -1,16 +1,17 @@
 """The canonical data set of a workspace: its buckets of histories, its playlists and its catalog."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE, Catalog, described
+from rayrec.data.content import Content
 from rayrec.data.histories import Histories, user_hash
 from rayrec.data.parts import find_user, merge_users, read_files, read_users, with_columns
 from rayrec.data.spelling import spell_id
-from rayrec.errors import NotFoundError
+from rayrec.errors import MismatchError, NotFoundError
 from rayrec.notebook import html_figures
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -120,15 +121,50 @@ class Dataset:
         Without songs that an unfinished import has put behind it.
         """
         table = self.workspace.read_table(SONGS_TABLE).slice(0, self.num_songs)
-        told = self.descriptions()
-        if told is not None:
-            table = described(table, self.workspace.read_table(told.path(DESCRIPTIONS_FILE)))
+        for description in self.descriptions():
+            table = described(table, self.workspace.read_table(description.path(DESCRIPTIONS_FILE)))
         return Catalog(table)
 
-    def descriptions(self) -> Manifest | None:
-        """What songs were last described by, of this data set or one that it descends from; None where by nothing."""
+    def model(self, model_id: str | None = None) -> Manifest:
+        """A model of this data set, or of one that it descends from; the current one unless named.
+
+        Raises `NotFoundError` where there is none, `MismatchError` for one of other data.
+        """
+        model = (
+            artifacts.load(self.workspace, "models", model_id)
+            if model_id
+            else artifacts.newest(self.workspace, "models", "train")
+        )
+        if not self.descends_from(model.inputs["dataset"]):
+            raise MismatchError(
+                f"model {model.id} was trained on data set {model.inputs['dataset']}, the workspace has "
+                f"{self.manifest.id}; run `rayrec embed` and `rayrec train` first"
+            )
+        return model
+
+    def newest_base(self, kind: str, fits: Callable[[Manifest], bool]) -> tuple[int, Manifest | None]:
+        """The artifact to continue from, and the part from which on plays are new to it; (0, None) where there is none.
+
+        It is the newest of those that know the most parts of this data set's plays. An artifact whose last part was
+        joined with later ones is not among them, since the new plays cannot be read alone.
+        """
+        known = [
+            (self.earlier(artifact.inputs["dataset"]).parts, artifact)
+            for artifact in artifacts.listing(self.workspace, kind)
+            if self.descends_from(artifact.inputs["dataset"]) and fits(artifact)
+        ]
+        readable = [(parts, artifact) for parts, artifact in known if self.manifest.splits_at(parts)]
+        return max(reversed(readable), key=lambda each: each[0], default=(0, None))
+
+    def descriptions(self) -> list[Manifest]:
+        """What songs were described by, of this data set or those that it descends from, oldest first."""
         told = artifacts.listing(self.workspace, DESCRIPTIONS)
-        return next((each for each in reversed(told) if self.descends_from(each.inputs["dataset"])), None)
+        return [each for each in told if self.descends_from(each.inputs["dataset"])]
+
+    def content(self) -> Content:
+        """The content vectors of the catalog's songs."""
+        table = self.workspace.read_table(SONGS_TABLE, [columns.SONG_ID]).slice(0, self.num_songs)
+        return Content.load(self.workspace, self.descriptions(), columns.one_array(table.column(columns.SONG_ID)))
 
 
 def bucket_of(user_ids: np.ndarray, buckets: int) -> np.ndarray:

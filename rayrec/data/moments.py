@@ -2,23 +2,26 @@
 
 import re
 from datetime import datetime, timedelta, timezone
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayrec.data.problems import Problems, missing
-from rayrec.data.spelling import plain, valid_text
+from rayrec.data.spelling import Problems, missing, plain, valid_text
 from rayrec.errors import InputError
 
 NO_TIME = "no time"
 NOT_A_TIME = "time is neither unix seconds, unix milliseconds nor ISO 8601"
 NO_ZONE = "time without a zone"
+NOT_LOCAL = "time is not written as in this format"
+NOT_A_ZONE = "unknown time zone"
 OUT_OF_RANGE = "time is not between 1970 and 2100"
 
 # Numbers below are seconds (until the year 5138), from here on milliseconds (since March 1973).
 FIRST_MILLISECONDS = 100_000_000_000
+FIRST_YEAR, LAST_YEAR = 1971, 2100  # of local times: a day off either end whatever the zone
 END_MS = 4_102_444_800_000  # 2100-01-01
 NUMBER = r"^[+-]?\d{1,18}(\.\d*)?$"
 ZONED = r"\d:?\d{2}(:?\d{2}([.,]\d+)?)?\s*([Zz]|UTC|[+-]\d{2}(:?\d{2})?)$"
@@ -101,6 +104,38 @@ def to_ms(values: pa.Array, problems: Problems, *, column: str = "played_at") ->
     else:
         raise InputError(f"column {column!r} holds {kind}; expected times: {EXPECTED}")
     problems.mark((times < 0) | (times >= END_MS), OUT_OF_RANGE)
+    return np.where(problems.bad, np.int64(0), times)
+
+
+def in_utc(texts: pa.Array) -> pa.Array:
+    """Times of a format whose times are in UTC, strings (R,), with the zone where they are written without one."""
+    texts = pc.utf8_trim_whitespace(texts)
+    without = pc.and_(pc.match_substring_regex(texts, ISO), pc.invert(pc.match_substring_regex(texts, ZONED)))
+    return pc.if_else(without, pc.binary_join_element_wise(texts, "Z", ""), texts)
+
+
+def local_to_ms(texts: pa.Array, zones: pa.Array, problems: Problems, *, form: str) -> np.ndarray:
+    """int64 (R,): ms since 1970 UTC of local times, strings (R,) as `form` of strptime has them.
+
+    `zones`, strings (R,), are names such as Europe/Berlin; null is UTC. Of the hour that a change of clocks repeats the
+    first is taken, and a time that it leaves out is moved forward. Values that cannot be read are marked and become 0.
+    """
+    problems.mark(missing(texts), NO_TIME)
+    moments = pd.Series(pd.to_datetime(pd.Series(_numpy(texts), dtype=object), errors="coerce", format=form))
+    moments = moments.where((moments.dt.year >= FIRST_YEAR) & (moments.dt.year < LAST_YEAR))
+    problems.mark(moments.isna().to_numpy(), NOT_LOCAL)
+    times: np.ndarray = np.zeros(len(texts), dtype=np.int64)
+    for zone in pc.unique(zones).to_pylist():
+        rows = np.flatnonzero(_numpy(zones.is_null() if zone is None else pc.fill_null(pc.equal(zones, zone), False)))
+        rows = rows[~problems.bad[rows]]
+        try:
+            place = ZoneInfo(zone or "UTC")
+        except (ValueError, OSError, KeyError):  # as zoneinfo says that there is no such zone
+            problems.mark(np.isin(np.arange(len(texts)), rows), NOT_A_ZONE)
+            continue
+        repeated = np.ones(len(rows), dtype=bool)
+        placed = moments.iloc[rows].dt.tz_localize(place, ambiguous=repeated, nonexistent="shift_forward")
+        times[rows] = placed.dt.tz_convert("UTC").dt.as_unit("ms").astype("int64").to_numpy()
     return np.where(problems.bad, np.int64(0), times)
 
 

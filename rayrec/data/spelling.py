@@ -9,16 +9,46 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data.columns import one_array
-from rayrec.data.problems import Problems, missing
 from rayrec.errors import InputError
 
 NOT_UTF8 = "not UTF-8"
+MAX_ID = 512  # characters of an id
+TOO_LONG = f"id of more than {MAX_ID} characters"
 LIST_SEPARATOR = "|"
 # What numpy, pandas and polars write into a text file for a number that is missing or has overflowed.
 NOT_NUMBERS = ("nan", "NaN", "inf", "-inf")
 WITH_ZEROS = r"^-?\d+\.0+$"  # a whole number out of a column of floats
 WITH_EXPONENT = r"^-?\d(\.\d+)?[eE]\+\d{2,3}$"  # the same from 1e16 on
 _WITH_ZEROS, _WITH_EXPONENT = re.compile(WITH_ZEROS, re.ASCII), re.compile(WITH_EXPONENT, re.ASCII)
+
+
+class Problems:
+    """Marks what is wrong with each of R rows; the first reason of a row stays."""
+
+    def __init__(self, rows: int) -> None:
+        self._codes = np.zeros(rows, dtype=np.int16)
+        self._reasons: list[str] = []
+
+    @property
+    def bad(self) -> np.ndarray:
+        """bool (R,): rows with a reason against them."""
+        return self._codes > 0
+
+    def mark(self, mask: np.ndarray, reason: str) -> None:
+        """Give the rows where `mask`, bool (R,), is true a reason to be rejected."""
+        new = mask & ~self.bad
+        if new.any():
+            self._reasons.append(reason)
+            self._codes[new] = len(self._reasons)
+
+    def reasons(self) -> list[str]:
+        """The reasons of the bad rows, in order."""
+        return [self._reasons[code - 1] for code in self._codes[self.bad]]
+
+
+def missing(values: pa.Array) -> np.ndarray:
+    """bool (R,): null or empty strings."""
+    return np.asarray(pc.fill_null(pc.equal(values, ""), True).to_numpy(zero_copy_only=False))
 
 
 def clean(text: str) -> str:
@@ -49,6 +79,18 @@ def spell_text(value: Any) -> str | None:
     return (clean(value).strip() or None) if isinstance(value, str) else spell_id(value)
 
 
+def name_song(artist: str | None, title: str | None) -> str | None:
+    """The id of a song that has no other: `artist – title`; None without a title."""
+    return f"{artist or ''} – {title}" if title else None
+
+
+def name_songs(ids: pa.Array, artists: pa.Array, titles: pa.Array) -> pa.Array:
+    """The ids of songs, strings (R,); where one is null or empty, what `name_song` makes of artist and title."""
+    titles = pc.if_else(pc.equal(titles, ""), None, titles)
+    named = pc.binary_join_element_wise(pc.fill_null(artists, ""), titles, " – ")
+    return pc.coalesce(pc.if_else(pc.equal(pc.utf8_trim_whitespace(ids), ""), None, ids), named)
+
+
 def spell_ids(values: pa.Array, problems: Problems, *, column: str, reason: str) -> pa.Array:
     """A column as `spell_id` spells it, strings (R,). Values that are no ids are marked with `reason`.
 
@@ -57,7 +99,13 @@ def spell_ids(values: pa.Array, problems: Problems, *, column: str, reason: str)
     texts = as_strings(values, problems, column=column)
     no_number = pc.fill_null(pc.is_in(texts, value_set=pa.array(NOT_NUMBERS)), False)
     problems.mark(missing(texts) | no_number.to_numpy(zero_copy_only=False), reason)
+    mark_long(texts, problems)
     return texts
+
+
+def mark_long(ids: pa.Array, problems: Problems) -> None:
+    """Mark ids, strings (R,), that are too long to be given in a request."""
+    problems.mark(pc.fill_null(pc.greater(pc.utf8_length(ids), MAX_ID), False).to_numpy(zero_copy_only=False), TOO_LONG)
 
 
 def spell_texts(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:

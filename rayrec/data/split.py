@@ -1,4 +1,4 @@
-"""The split: one cut in time for everybody, and perhaps a share of users held out entirely.
+"""The split: one cut in time for everybody, and perhaps a share of users and of songs held out entirely.
 
 Where the data has no times, each user's own sequence is cut instead. That protocol is the weaker
 one: fits see what others played later than the plays that are predicted.
@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import pyarrow.fs as pafs
 from pydantic import Field, model_validator
 
@@ -40,7 +41,15 @@ class FitRange:
     before: int | None = None  # ms UTC; plays at this moment or later are not to be seen
     share: float | None = None  # of a user's n plays the first floor(n · share + 1/2) may be seen
     held_out_share: float = 0.0  # of all users, by hash
-    held_out_seed: int = 0  # which users
+    held_out_seed: int = 0  # which users and songs
+    held_out_songs: float = 0.0  # share of all songs, by hash
+
+    def allowed_songs(self, songs: np.ndarray) -> np.ndarray:
+        """bool (P,): the songs, int rows, that are not held out."""
+        if self.held_out_songs == 0.0:
+            return np.ones(len(songs), dtype=bool)
+        salted = np.asarray(songs).astype(np.uint64) + np.uint64(self.held_out_seed << 32)
+        return np.asarray(pd.util.hash_array(salted) / 2.0**64 >= self.held_out_songs)
 
     def allowed_users(self, user_ids: np.ndarray) -> np.ndarray:
         """bool (U,): the users who are not held out."""
@@ -50,18 +59,28 @@ class FitRange:
         return np.asarray(hashes / 2.0**64 >= self.held_out_share)
 
     def covers(self, histories: Histories) -> np.ndarray:
-        """bool (P,): the plays before the cut, be the user held out or not.
+        """bool (P,): the plays before the cut, be the user or the song held out or not.
 
-        A user's number of plays is what `totals` says, else what is there: whole histories, then.
+        A user's number of plays is what `totals` says, else what is there: whole histories, then. Plays of songs that
+        are held out are not counted in it, nor in the places of the others.
         """
         covered: np.ndarray = np.ones(histories.num_plays, dtype=bool)
         if self.before is not None:
             covered &= histories.played_at < self.before
         if self.share is not None:
-            totals = histories.lengths if histories.totals is None else histories.totals
+            places, counts = self._counted(histories)
+            totals = counts if histories.totals is None else histories.totals
             seen = np.floor(totals * self.share + 0.5).astype(np.int64)
-            covered &= histories.places < np.repeat(seen, histories.lengths)
+            covered &= places < np.repeat(seen, histories.lengths)
         return covered
+
+    def _counted(self, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+        """int64 (P,) and (U,): each play's place, and each user's number, of plays of songs that are not held out."""
+        if self.held_out_songs == 0.0:
+            return histories.places, histories.lengths
+        before = np.concatenate([[0], np.cumsum(self.allowed_songs(histories.songs))])
+        starts = before[histories.offsets[:-1]]
+        return before[:-1] - np.repeat(starts, histories.lengths), before[histories.offsets[1:]] - starts
 
     def select(self, histories: Histories) -> Histories:
         """The part of the histories that a fit may see; users with nothing left drop out.
@@ -70,8 +89,8 @@ class FitRange:
         """
         allowed = histories.take(self.allowed_users(histories.user_ids))
         if self.share is not None and allowed.totals is None:
-            allowed = replace(allowed, totals=allowed.lengths)
-        kept = allowed.keep(self.covers(allowed))
+            allowed = replace(allowed, totals=self._counted(allowed)[1])
+        kept = allowed.keep(self.covers(allowed) & self.allowed_songs(allowed.songs))
         return kept.take(kept.lengths > 0)
 
     def is_within(self, other: "FitRange") -> bool:
@@ -80,7 +99,9 @@ class FitRange:
         in_time = other.before is None or (self.before is not None and self.before <= other.before)
         in_share = other.share is None or (self.share is not None and self.share <= other.share)
         own, others = ((each.held_out_share, each.held_out_seed) for each in (self, other))
-        return in_time and in_share and (other.held_out_share == 0.0 or own == others)
+        songs, other_songs = ((each.held_out_songs, each.held_out_seed) for each in (self, other))
+        in_users = other.held_out_share == 0.0 or own == others
+        return in_time and in_share and in_users and (other.held_out_songs == 0.0 or songs == other_songs)
 
     def require(self, histories: Histories) -> None:
         """Raises `LeakError` if the histories hold a play that a fit must not see. Every fit calls it.
@@ -101,6 +122,8 @@ class FitRange:
             )
         if self.held_out_share and not self.allowed_users(histories.user_ids).all():
             raise LeakError("training data holds users who are held out; call FitRange.select on the histories first")
+        if not self.allowed_songs(histories.songs).all():
+            raise LeakError("training data holds songs that are held out; call FitRange.select on the histories first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +139,7 @@ class Split:
     test_from: int | None = None  # ms UTC; None under last-fraction
     held_out_share: float = 0.0  # of users, by hash, seen by no fit
     held_out_seed: int = 0
+    held_out_songs: float = 0.0  # share of all songs, by hash, whose plays no fit sees
     protocol: Protocol = "time"
     last_fraction: float | None = None  # of each user's plays, test
     validation_fraction: float | None = None  # of each user's plays, before the test range
@@ -139,8 +163,10 @@ class Split:
 
     @property
     def held_out(self) -> FitRange:
-        """All plays, users not held out: tells seen from held-out users in the evaluation."""
-        return FitRange(held_out_share=self.held_out_share, held_out_seed=self.held_out_seed)
+        """All plays of users and songs not held out: tells seen from held-out users in the evaluation."""
+        return FitRange(
+            held_out_share=self.held_out_share, held_out_seed=self.held_out_seed, held_out_songs=self.held_out_songs
+        )
 
     def is_test(self, histories: Histories) -> np.ndarray:
         """bool (P,): the plays of the test range, held-out users' too. Needs whole histories."""
@@ -198,7 +224,10 @@ class SplitConfig(Settings):
         0.1, ge=0, lt=1, description="Validation share of each user's plays, before the test share"
     )
     held_out_users: float = Field(0.0, ge=0, lt=1, description="Share of users held out of training entirely")
-    seed: int = Field(0, ge=0, description="Random seed of the held-out users")
+    held_out_songs: float = Field(
+        0.0, ge=0, lt=1, description="Share of songs whose plays are left out of training entirely"
+    )
+    seed: int = Field(0, ge=0, description="Random seed of the held-out users and songs")
 
     @model_validator(mode="after")
     def _check_fractions(self) -> "SplitConfig":
@@ -232,6 +261,7 @@ def make_split(config: SplitConfig, *, dataset: str, first_play: int, last_play:
         test_from=test_from,
         held_out_share=config.held_out_users,
         held_out_seed=config.seed,
+        held_out_songs=config.held_out_songs,
     )
 
 
@@ -241,6 +271,7 @@ def _last_fraction_split(config: SplitConfig, dataset: str) -> Split:
         dataset=dataset,
         held_out_share=config.held_out_users,
         held_out_seed=config.seed,
+        held_out_songs=config.held_out_songs,
         protocol="last-fraction",
         last_fraction=config.last_fraction,
         validation_fraction=config.validation_fraction,
@@ -250,7 +281,9 @@ def _last_fraction_split(config: SplitConfig, dataset: str) -> Split:
 def _split_id(config: SplitConfig, dataset: str, cut_by: tuple[str, str]) -> str:
     """From the settings that matter: those of the other protocol do not."""
     settings = {
-        name: value for name, value in to_mapping(config).items() if name in (*cut_by, "held_out_users", "seed")
+        name: value
+        for name, value in to_mapping(config).items()
+        if name in (*cut_by, "held_out_users", "held_out_songs", "seed")
     }
     return fingerprint("split", settings, {"dataset": dataset})
 
@@ -269,8 +302,8 @@ def load_split(workspace: Workspace, split_id: str) -> Split:
 
 
 def fit_range(split: Split | None) -> FitRange:
-    """What the final fits of a workspace may see: everything where there is no split."""
-    return FitRange() if split is None else split.final
+    """What the final fits of a workspace may see: everything where there is no split, or one without a test range."""
+    return split.final if split is not None and split.has_test else FitRange()
 
 
 def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:

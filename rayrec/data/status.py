@@ -13,10 +13,12 @@ KINDS = (
     "descriptions",
     "songs",
     "models",
+    "added_songs",
     "retrieval",
     "rankers",
     "tastes",
     "indexes",
+    "recommendations",
     "reports",
     "tunings",
     "releases",
@@ -50,6 +52,7 @@ def status(workspace: Workspace) -> dict[str, Any]:
                 "dataset": split.dataset,
                 **split.figures(),
                 "held_out_share": split.held_out_share,
+                "held_out_songs": split.held_out_songs,
             }
             for split in list_splits(workspace)
         ],

@@ -9,11 +9,10 @@ import numpy as np
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange
-from rayrec.embeddings import sessions
+from rayrec.embeddings import word2vec
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.embeddings.external import read_outside
-from rayrec.embeddings.sessions import Sentences
-from rayrec.embeddings.word2vec import Word2Vec, write_corpus
+from rayrec.embeddings.word2vec import Sentences, Word2Vec, write_corpus
 from rayrec.errors import InputError
 from rayrec.storage.workspace import Workspace
 
@@ -54,9 +53,9 @@ def fit_vectors(
 
 def _sentences(dataset: Dataset, source: str, config: EmbedConfig, allowed: FitRange) -> Iterator[Sentences]:
     if source == "playlists":
-        return sessions.from_playlists(dataset.read_playlists())
+        return word2vec.from_playlists(dataset.read_playlists(), allowed)
     histories = (allowed.select(batch) for batch in dataset.read_all())
-    return sessions.from_histories(histories, allowed, config.session_gap_minutes)
+    return word2vec.from_histories(histories, allowed, config.session_gap_minutes)
 
 
 def take_vectors(workspace: Workspace, config: EmbedConfig, allowed: FitRange, paths: list[str]) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from rayrec.evaluation.protocol import (
 )
 from rayrec.evaluation.query_block import QueryBlock
 from rayrec.evaluation.ranks import Ranked, metric_columns, metrics_of, rank_targets
-from rayrec.evaluation.vector_metrics import PAIRED, Negatives, cosine_sums, curves_of, pair_sums, popularity_ranks
-from rayrec.recommend.base import CandidateRecommender, Recommender
+from rayrec.evaluation.vector_metrics import PAIRED, RandomSongs, cosine_sums, curves_of, pair_sums, popularity_ranks
+from rayrec.recommend.base import BaseRecommender, CandidateRecommender
 
 QUERIES_PER_BLOCK = 1 << 16
 
@@ -37,15 +37,15 @@ class Evaluator:
     """Evaluates recommenders on whole histories.
 
     `song_plays` is (N,), how often each song was played in the fit range: a song without a play is a miss for every
-    model. `query_share` in (0, 1] is the share of the queries, by a hash of user and play, that are answered;
-    `curve_share` in [0, 1] the share of users, by hash, who are drawn for the curves, the pairs and what is
-    recommended. `contexts` names the bits of the plays' contexts. `chosen_users` takes ids, object (U,), and gives
-    bool (U,), which of them are evaluated.
+    model but one that it was added to. `query_share` in (0, 1] is the share of the queries, by a hash of user and play,
+    that are answered; `curve_share` in [0, 1] the share of users, by hash, who are drawn for the curves, the pairs and
+    what is recommended. `contexts` names the bits of the plays' contexts. `chosen_users` takes ids, object (U,), and
+    gives bool (U,), which of them are evaluated.
     """
 
     def __init__(
         self,
-        recommenders: Sequence[Recommender],
+        recommenders: Sequence[BaseRecommender],
         *,
         split: Split,
         song_plays: np.ndarray,
@@ -65,7 +65,7 @@ class Evaluator:
         self.curves = curves_of(recommenders)
         self.retrievers = retrievers_of(recommenders)
         self.coverage_songs = coverage_songs(len(song_plays))
-        self._negatives = Negatives(song_plays, config.seed)
+        self._negatives = RandomSongs(song_plays, config.seed)
         self._popularity_ranks = popularity_ranks(song_plays)
 
     def empty(self, cells: int = CellRange().count) -> MetricAccumulator:
@@ -94,7 +94,9 @@ class Evaluator:
         if self.chosen_users is not None:
             histories = histories.take(self.chosen_users(histories.user_ids))
         for users, plays in blocks(histories, self.split, QUERIES_PER_BLOCK, self.query_share):
-            block = QueryBlock.of(users, plays, self.split, self.config, self.curve_share, self.contexts, cells)
+            block = QueryBlock.of(
+                users, plays, self.split, self.config, self.curve_share, self.contexts, cells, self.known_songs
+            )
             self._count(sums, block)
             for model in range(len(self.recommenders)):
                 self._add_model(sums, model, block)
@@ -112,25 +114,23 @@ class Evaluator:
 
     def _add_model(self, sums: MetricAccumulator, model: int, block: QueryBlock) -> None:
         recommender = self.recommenders[model]
-        metrics: dict[str, np.ndarray] = {}
-        for horizon in recommender.horizons:
-            ranked = rank_targets(
-                recommender,
-                block.histories,
-                block.queries,
-                {name: target for name, target in block.targets.items() if horizon_of(recommender, name) == horizon},
-                self.known_songs,
-                depth=max(self.config.ks),
-                horizon=horizon,
-                listed=block.drawn if horizon == "short" else None,
-            )
-            for name, ranks in ranked.ranks.items():
-                target = block.targets[name]
-                metrics[name] = metrics_of(ranks, target.rows, target.sizes, self.config.ks)
-            if horizon == "short":
-                self._add_lists(sums, model, block, ranked)
-            if isinstance(recommender, CandidateRecommender):
-                self._add_retrieved(sums, model, block, ranked, recommender.retrievers)
+        ranked = rank_targets(
+            recommender,
+            block.histories,
+            block.queries,
+            block.targets,
+            self.known_songs,
+            depth=max(self.config.ks),
+            horizons={name: horizon_of(recommender, name) for name in block.targets},
+            listed=block.drawn,
+        )
+        metrics = {
+            name: metrics_of(ranked.ranks[name], target.rows, target.sizes, self.config.ks)
+            for name, target in block.targets.items()
+        }
+        self._add_lists(sums, model, block, ranked)
+        if isinstance(recommender, CandidateRecommender):
+            self._add_retrieved(sums, model, block, ranked, recommender.retrievers)
         for place, view in enumerate(VIEWS):
             sums.metrics[:, model, place] += block.sums(metrics.get(view, metrics["next"]), block.counted[view])
         columns = metric_columns(self.config.ks)
@@ -159,7 +159,7 @@ class Evaluator:
             shares = np.zeros((len(block.queries), len(columns)))
             np.add.at(shares, target.rows, proposed / target.sizes[target.rows][:, None])
             sums.retrieved[:, model, place, columns] += block.sums(shares, target.sizes > 0).sum(axis=1)
-        if ranked.candidates is not None and "next" in ranked.ranks:
+        if ranked.candidates is not None:
             sums.candidates[:, model, columns] += block.sums(ranked.candidates).sum(axis=1)
 
     def _add_curves(self, sums: MetricAccumulator, block: QueryBlock) -> None:
@@ -177,7 +177,7 @@ class Evaluator:
                     sums.pairs[:, row, place] += block.sums_of_users(pairs)
 
 
-def retrievers_of(recommenders: Sequence[Recommender]) -> list[str]:
+def retrievers_of(recommenders: Sequence[BaseRecommender]) -> list[str]:
     """The names of the retrievers of all candidate recommenders, each once."""
     named = (one.retrievers for one in recommenders if isinstance(one, CandidateRecommender))
     return list(dict.fromkeys(name for names in named for name in names))

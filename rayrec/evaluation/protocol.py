@@ -18,25 +18,32 @@ from rayrec.config import Settings
 from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.data.split import Split
 from rayrec.evaluation.bootstrap import uniform_draws
-from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.base import BaseRecommender, Horizon
 
 USUAL_K = 20
 
 # served: the next play where it is a song new to the user, ranked among the songs that the user has not heard.
-TARGETS = ("served", "next", "next_new", "next_repeat", "next10", "offsets25_50", "served25_50")
+# cold_songs: that of it which no fit has seen a play of; cold_among_cold: the same, ranked among such songs alone.
+TARGETS = (
+    *("served", "next", "next_new", "next_repeat", "next10", "offsets25_50", "served25_50"),
+    *("cold_songs", "cold_among_cold"),
+)
 OFFSETS = {
     "served": (1, 1),
     "next": (1, 1),
     "next10": (1, 10),
     "offsets25_50": (25, 50),
     "served25_50": (25, 50),
+    "cold_songs": (1, 1),
+    "cold_among_cold": (1, 1),
 }  # first and last play ahead of the query, 1 is the next; next_new and next_repeat are parts of next
-SERVED = ("served", "served25_50")  # songs that the user has heard are neither targets nor in the ranking
+COLD = ("cold_songs", "cold_among_cold")  # targets without a play in the fit range
+SERVED = ("served", "served25_50", *COLD)  # songs that the user has heard are neither targets nor in the ranking
 LONG_TERM = ("offsets25_50", "served25_50")
 
 GROUPS = ("seen", "new", "held_out")  # every user is in one; "all" is their sum
-BOUNDS = (1, 5, 20, 100)  # the least plays of each class
-CLASSES = ("1-4", "5-19", "20-99", "100+")
+BOUNDS = (1, 2, 5, 20, 100)  # the least plays of each class
+CLASSES = ("1", "2-4", "5-19", "20-99", "100+")
 
 
 class EvaluateConfig(Settings):
@@ -44,6 +51,11 @@ class EvaluateConfig(Settings):
 
     models: tuple[str, ...] | None = Field(
         None, description="Models to compare, NAME=ID for another network; default: the network and all baselines"
+    )
+    ablation: bool = Field(
+        False,
+        description="Also evaluate two-step without network, sessions, rules, own plays and artists, with a ranker "
+        "trained for each",
     )
     ks: tuple[PositiveInt, ...] = Field((10, 20, 100), description="Cutoffs k of recall, MRR and NDCG")
     queries: int = Field(
@@ -71,7 +83,7 @@ def usual_k(ks: Sequence[int]) -> int:
     return USUAL_K if USUAL_K in ks else max(ks)
 
 
-def horizon_of(recommender: Recommender, target: str) -> Horizon:
+def horizon_of(recommender: BaseRecommender, target: str) -> Horizon:
     """The long horizon for the long term where a recommender has one, else the short."""
     return "long" if target in LONG_TERM and "long" in recommender.horizons else "short"
 
@@ -126,12 +138,16 @@ class TargetSongs:
     songs: np.ndarray  # int64 (T,)
     sizes: np.ndarray  # int64 (Q,), targets of each query; one without any is not counted
     served: bool = False  # ranked among the songs that the user has not heard
+    among_cold: bool = False  # of these, among those that no fit has seen a play of
 
 
-def target_songs(histories: Histories, queries: Questions, target: str, heard: HeardSongs) -> TargetSongs:
+def target_songs(
+    histories: Histories, queries: Questions, target: str, heard: HeardSongs, known_songs: np.ndarray | None = None
+) -> TargetSongs:
     """The songs played at the offsets of a target of OFFSETS, as many of them as the histories hold.
 
-    A song that is played twice there counts once. The targets of SERVED are songs new to the user at the query.
+    A song that is played twice there counts once. The targets of SERVED are songs new to the user at the query, those
+    of COLD songs without a play in the fit range; `known_songs`, bool (N,), have one.
     """
     first, last = OFFSETS[target]
     rows, plays = plays_ahead(histories, queries, first, last)
@@ -142,8 +158,20 @@ def target_songs(histories: Histories, queries: Questions, target: str, heard: H
     if target in SERVED:
         new = ~heard(queries.rows[rows], queries.seen[rows], songs)
         rows, songs = rows[new], songs[new]
+    if target in COLD:
+        assert known_songs is not None
+        cold = ~in_mask(known_songs, songs)
+        rows, songs = rows[cold], songs[cold]
     sizes = np.bincount(rows, minlength=len(queries))
-    return TargetSongs(rows=rows, songs=songs, sizes=sizes, served=target in SERVED)
+    among_cold = target == "cold_among_cold"
+    return TargetSongs(rows=rows, songs=songs, sizes=sizes, served=target in SERVED, among_cold=among_cold)
+
+
+def in_mask(mask: np.ndarray, songs: np.ndarray) -> np.ndarray:
+    """bool: the mask, bool (N,), at song rows; false for songs that came after it."""
+    inside = songs < len(mask)
+    inside[inside] = mask[songs[inside]]
+    return np.asarray(inside)
 
 
 def plays_ahead(histories: Histories, queries: Questions, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:

@@ -52,13 +52,14 @@ class QueryBlock:
         curve_share: float,
         contexts: Sequence[str],
         cells: CellRange,
+        known_songs: np.ndarray,
     ) -> QueryBlock:
-        """The queries whose next plays are those at positions `plays`, int (Q,)."""
+        """The queries whose next plays are those at positions `plays`, int (Q,); `known_songs` as in `target_songs`."""
         queries = Questions.before_plays(histories, plays)
         drawn = user_hash(histories.user_ids, salt=f"curves {config.seed} ") / 2.0**64 < curve_share
         heard = HeardSongs(histories)
         repeat = heard(queries.rows, queries.seen, histories.songs[plays])
-        targets = {name: target_songs(histories, queries, name, heard) for name in OFFSETS}
+        targets = {name: target_songs(histories, queries, name, heard, known_songs) for name in OFFSETS}
         counted = {name: target.sizes > 0 for name, target in targets.items()}
         last = plays == histories.offsets[queries.rows + 1] - 1
         predicted = np.bincount(histories.rows[plays_to_predict(histories, split)], minlength=len(histories))

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.evaluation.protocol import TargetSongs
-from rayrec.recommend.base import CandidateRecommender, Horizon, Recommender, ScoredCandidates
-from rayrec.recommend.vsknn import last_plays
+from rayrec.evaluation.protocol import TargetSongs, in_mask
+from rayrec.recommend.base import BaseRecommender, CandidateRecommender, Horizon, ScoredCandidates
+from rayrec.recommend.retrieval.ragged import highest_of_each
+from rayrec.recommend.session_knn import last_plays
 
 METRICS = ("recall", "mrr", "ndcg")
 NOT_FOUND = np.iinfo(np.int64).max  # rank of a song that lies too deep, or that the ranking does not hold
@@ -37,23 +38,29 @@ class Ranked(NamedTuple):
 
 
 def rank_targets(
-    recommender: Recommender,
+    recommender: BaseRecommender,
     histories: Histories,
     queries: Questions,
     targets: Mapping[str, TargetSongs],
     known_songs: np.ndarray,
     *,
     depth: int,
-    horizon: Horizon = "short",
+    horizons: Mapping[str, Horizon] | None = None,
     listed: np.ndarray | None = None,
 ) -> Ranked:
     """The rank of each target song, exact up to `depth`.
 
-    `known_songs` is bool (N,): any other song is NOT_FOUND, however well it scores. Of the queries in `listed`,
-    bool (Q,), the first LIST_LENGTH songs are returned too, of all songs.
+    `known_songs` is bool (N,): any other song is NOT_FOUND, however well it scores, unless it was added to the
+    recommender. `horizons` are those of the targets, the short one where it is not given. Of the queries in `listed`,
+    bool (Q,), the first LIST_LENGTH songs of the short horizon are returned too, of all songs.
     """
+    horizon_of: dict[str, Horizon] = {name: (horizons or {}).get(name, "short") for name in targets}
+    first: tuple[Horizon, ...] = () if listed is None else ("short",)
+    needed = list(dict.fromkeys([*first, *horizon_of.values()]))
     ranks = {name: np.full(len(target.songs), NOT_FOUND, dtype=np.int64) for name, target in targets.items()}
-    known = {name: _known(target.songs, known_songs, recommender.num_songs) for name, target in targets.items()}
+    rankable, cold = rankable_songs(recommender, known_songs), np.ones(recommender.num_songs, dtype=bool)
+    cold[: len(known_songs)] &= ~known_songs[: len(cold)]
+    known = {name: in_mask(rankable, target.songs) for name, target in targets.items()}
     lists = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
     proposed: dict[str, np.ndarray] = {}
     counts: np.ndarray | None = None
@@ -61,26 +68,30 @@ def rank_targets(
         columns = 1 + len(recommender.retrievers)
         proposed = {name: np.zeros((len(target.songs), columns), dtype=bool) for name, target in targets.items()}
         counts = np.zeros((len(queries), columns))
-    for chunk, ranking in _rankings(recommender, histories, queries, horizon, max(depth, LIST_LENGTH)):
-        names = {served: [name for name in targets if targets[name].served == served] for served in (False, True)}
-        for served, some in names.items():
+    for chunk, horizon, ranking in _rankings(recommender, histories, queries, needed, max(depth, LIST_LENGTH)):
+        kinds: dict[tuple[bool, bool], list[str]] = {}
+        for name, target in targets.items():
+            if horizon_of[name] == horizon:
+                kinds.setdefault((target.served, target.among_cold), []).append(name)
+        for (served, among_cold), some in kinds.items():
             entries = {name: _entries(targets[name], known[name], chunk) for name in some}
             if not any(len(positions) for positions in entries.values()):
                 continue
             unheard = ranking
             if served:
                 rows = np.unique(np.concatenate([targets[name].rows[entries[name]] for name in some])) - chunk.start
-                unheard = ranking.without_heard(histories, queries.take(chunk), rows)
+                unheard = ranking.without_heard(histories, queries.take(chunk), rows, cold if among_cold else None)
             for name, positions in entries.items():
                 target = targets[name]
                 ranks[name][positions] = unheard.ranks(target.rows[positions] - chunk.start, target.songs[positions])
         if counts is not None and isinstance(ranking, CandidateRankings):
             counts[chunk] = ranking.counts()
-            for name, target in targets.items():
+            for name in (name for some in kinds.values() for name in some):
+                target = targets[name]
                 positions = _entries(target, known[name], chunk)
                 rows, songs = target.rows[positions] - chunk.start, target.songs[positions]
                 proposed[name][positions] = ranking.proposed(rows, songs)
-        if listed is not None:
+        if listed is not None and horizon == "short":
             rows, songs = ranking.first(np.flatnonzero(listed[chunk]), LIST_LENGTH)
             lists.append((chunk.start + rows, songs))
     rows, songs = (np.concatenate(parts) for parts in zip(*lists, strict=True))
@@ -93,11 +104,12 @@ def _entries(target: TargetSongs, known: np.ndarray, chunk: slice) -> np.ndarray
     return np.asarray(start + np.flatnonzero(known[start:stop]))
 
 
-def _known(songs: np.ndarray, known_songs: np.ndarray, num_songs: int) -> np.ndarray:
-    """bool (T,): songs that the fit range and the recommender know."""
-    known = songs < min(len(known_songs), num_songs)
-    known[known] = known_songs[songs[known]]
-    return known
+def rankable_songs(recommender: BaseRecommender, known_songs: np.ndarray) -> np.ndarray:
+    """bool (N,): songs that a recommender can find: those played in the fit range, and those added to it."""
+    rankable = np.zeros(recommender.num_songs, dtype=bool)
+    rankable[: len(known_songs)] = known_songs[: len(rankable)]
+    rankable[recommender.added_songs] = True
+    return rankable
 
 
 class _Rankings(ABC):
@@ -112,26 +124,30 @@ class _Rankings(ABC):
         """Queries and songs, int64 (L,) each: the `count` best of the queries at `rows`; equal ones by song row."""
 
     @abstractmethod
-    def without_heard(self, histories: Histories, queries: Questions, rows: np.ndarray) -> _Rankings:
+    def without_heard(
+        self, histories: Histories, queries: Questions, rows: np.ndarray, among: np.ndarray | None = None
+    ) -> _Rankings:
         """The rankings of the queries at `rows`, ascending, without the songs that their users have heard.
 
-        Only the ranks of these queries may then be read.
+        Of the songs in `among`, bool (N,), alone where it is given. Only the ranks of these queries may then be read.
         """
 
 
 def _rankings(
-    recommender: Recommender, histories: Histories, queries: Questions, horizon: Horizon, depth: int
-) -> Iterator[tuple[slice, _Rankings]]:
+    recommender: BaseRecommender, histories: Histories, queries: Questions, horizons: Sequence[Horizon], depth: int
+) -> Iterator[tuple[slice, Horizon, _Rankings]]:
     if isinstance(recommender, CandidateRecommender):
         for chunk, candidates in recommender.candidate_chunks(histories, queries):
             start, stop, _ = chunk.indices(len(queries))
-            ranking = CandidateRankings(
-                candidates, recommender.retrievers, horizon, stop - start, recommender.num_songs
-            )
-            yield slice(start, stop), ranking
+            for horizon in horizons:
+                ranking = CandidateRankings(
+                    candidates, recommender.retrievers, horizon, stop - start, recommender.num_songs, depth
+                )
+                yield slice(start, stop), horizon, ranking
         return
-    for chunk, scores in recommender.score_chunks(histories, queries, horizon):
-        yield slice(chunk.start, chunk.start + len(scores)), DenseRankings(scores, depth)
+    for horizon in horizons:
+        for chunk, scores in recommender.score_chunks(histories, queries, horizon):
+            yield slice(chunk.start, chunk.start + len(scores)), horizon, DenseRankings(scores, depth)
 
 
 class DenseRankings(_Rankings):
@@ -152,16 +168,20 @@ class DenseRankings(_Rankings):
         found, songs = listed_songs(self._scores[rows], self._best[rows], count)
         return rows[found], songs
 
-    def without_heard(self, histories: Histories, queries: Questions, rows: np.ndarray) -> DenseRankings:
+    def without_heard(
+        self, histories: Histories, queries: Questions, rows: np.ndarray, among: np.ndarray | None = None
+    ) -> DenseRankings:
         """As in `_Rankings`."""
         scores = np.array(self._scores[rows])
+        if among is not None:
+            scores[:, ~among] = -np.inf
         places, songs, _ = last_plays(histories, queries.take(rows), scores.shape[1], histories.num_plays)
         scores[places, songs] = -np.inf
         return DenseRankings(scores, self._depth, rows)
 
 
 class CandidateRankings(_Rankings):
-    """Rankings of the candidates of each query, at any depth."""
+    """Rankings of the candidates of each query."""
 
     def __init__(
         self,
@@ -170,17 +190,22 @@ class CandidateRankings(_Rankings):
         horizon: Horizon,
         size: int,
         num_songs: int,
+        depth: int,
         heard: np.ndarray | None = None,
+        among: np.ndarray | None = None,
     ) -> None:
-        """`heard`, int64, are the keys of songs that are left out: query · N + song."""
+        """`heard`, int64, are the keys of songs that are left out: query · N + song; `among` as in `without_heard`."""
         self._candidates, self._retrievers, self._horizon = candidates, retrievers, horizon
-        self._size, self._num_songs = size, num_songs
+        self._size, self._num_songs, self._depth = size, num_songs, depth
         scores = candidates.scores(horizon, heard is not None)
         keys = candidates.rows * num_songs + candidates.songs
         rankable = scores > -np.inf  # NaN is above nothing
         if heard is not None:
             rankable &= ~np.isin(keys, heard)
+        if among is not None:
+            rankable &= among[candidates.songs]
         some = np.flatnonzero(rankable)
+        some = some[highest_of_each(candidates.rows[some], scores[some], depth)]
         order = some[np.lexsort((candidates.songs[some], -scores[some], candidates.rows[some]))]
         self._rows, self._songs, self._scores = candidates.rows[order], candidates.songs[order], scores[order]
         self._keys = keys[order]
@@ -208,11 +233,15 @@ class CandidateRankings(_Rankings):
         within &= np.isin(self._rows, rows)
         return self._rows[within], self._songs[within]
 
-    def without_heard(self, histories: Histories, queries: Questions, rows: np.ndarray) -> CandidateRankings:
+    def without_heard(
+        self, histories: Histories, queries: Questions, rows: np.ndarray, among: np.ndarray | None = None
+    ) -> CandidateRankings:
         """As in `_Rankings`."""
         places, songs, _ = last_plays(histories, queries.take(rows), self._num_songs, histories.num_plays)
         heard = np.unique(rows[places] * self._num_songs + songs)
-        return CandidateRankings(self._candidates, self._retrievers, self._horizon, self._size, self._num_songs, heard)
+        return CandidateRankings(
+            self._candidates, self._retrievers, self._horizon, self._size, self._num_songs, self._depth, heard, among
+        )
 
     def counts(self) -> np.ndarray:
         """float64 (Q, R + 1): candidates of each query, in all and by retriever."""
@@ -274,7 +303,7 @@ def ranks_of(scores: np.ndarray, rows: np.ndarray, songs: np.ndarray, best: np.n
 def listed_songs(scores: np.ndarray, best: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and songs, int64 (L,) each, of the `count` best of each row of float32 (Q, N).
 
-    `best` are the `best_scores` of at least that depth. As in `Recommender.recommend`, of equal
+    `best` are the `best_scores` of at least that depth. As in `BaseRecommender.recommend`, of equal
     scores those come with the lower song row, and songs at -inf do not come.
     """
     last = best[:, -min(count, best.shape[1])]

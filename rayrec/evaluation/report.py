@@ -124,8 +124,14 @@ def html_page(
         ),
         examples=figures.get("examples", []),
         facts=facts.items(),
-        chapters=_chapters({**figures, "results": compared}, default, k, plots),
+        chapters=_chapters({**figures, **_of_models(figures, models), "results": compared}, default, k, plots),
     )
+
+
+def _of_models(figures: Mapping[str, Sequence[Entry]], models: Sequence[str]) -> dict[str, list[Entry]]:
+    """The figures that stand beside the results, of the models compared alone: an ablation has a chapter of its own."""
+    names = ("retrieval", "breakdowns", "recommended", "leave_one_out")
+    return {name: [entry for entry in figures.get(name, []) if entry["model"] in models] for name in names}
 
 
 def verdict(figures: Mapping[str, Sequence[Entry]], default: str) -> str:

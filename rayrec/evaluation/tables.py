@@ -24,6 +24,8 @@ TARGET_TITLES = {
     "next10": "the next 10",
     "offsets25_50": "25 to 50 plays ahead",
     "served25_50": "25 to 50 ahead, as served",
+    "cold_songs": "songs without a play before",
+    "cold_among_cold": "these among themselves",
 }  # in the order of the columns; the first sorts the models
 SUMMARY = ("served", "next", "next_repeat", "offsets25_50")
 BY_TITLES = {

@@ -10,7 +10,7 @@ import numpy as np
 from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.evaluation.protocol import OFFSETS, plays_ahead
-from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.base import BaseRecommender, Horizon
 from rayrec.recommend.vector_recommender import VectorRecommender
 
 NEGATIVES = ("uniform", "zipf")
@@ -24,7 +24,7 @@ CURVE_QUERIES_AT_ONCE = 1 << 14
 Curve = tuple[VectorRecommender, Horizon]
 
 
-def curves_of(recommenders: Sequence[Recommender]) -> list[Curve]:
+def curves_of(recommenders: Sequence[BaseRecommender]) -> list[Curve]:
     """One curve per horizon of each recommender that has vectors."""
     vector_recommenders = [one for one in recommenders if isinstance(one, VectorRecommender)]
     return [(one, horizon) for one in vector_recommenders for horizon in one.horizons]
@@ -65,7 +65,7 @@ def song_cosines(
     return np.where(known, cosines, 0), known & song_vectors.any(axis=1)
 
 
-class Negatives:
+class RandomSongs:
     """Draws songs at random, the same one for the same pair however users are divided.
 
     From the songs with a play in `song_plays`, (N,): all equally often, or by Zipf_z over their
@@ -106,7 +106,7 @@ def pair_sums(
     histories: Histories,
     queries: Questions,
     target: str,
-    negatives: Negatives,
+    negatives: RandomSongs,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pairs won and pairs, float64 (U, 2) each, by kind of NEGATIVES.
 

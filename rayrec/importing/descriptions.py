@@ -1,7 +1,7 @@
-"""Song metadata: a table of titles, artists, albums, release days and markets by song id, kept beside the data set.
+"""Song metadata by song id beside the data set: titles, artists, albums, release days, markets, content vectors.
 
-A csv file with a header line, or a Parquet file. Roles of its columns: song, and any of title, artist, album,
-released (YYYY-MM-DD, YYYY-MM or YYYY) and markets (names separated by `|`); in Parquet dates and lists will do.
+The table is a csv file with a header line, or a Parquet file. Roles of its columns: song, and any of title, artist,
+album, released (YYYY-MM-DD, YYYY-MM or YYYY) and markets (names separated by `|`); in Parquet dates and lists will do.
 """
 
 from collections.abc import Mapping
@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from rayrec.config import Settings, to_mapping
 from rayrec.data import columns
 from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE
 from rayrec.data.columns import one_array
+from rayrec.data.content import CONTENT_FILE, CONTENT_IDS
 from rayrec.data.dataset import Dataset
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import NOT_UTF8, plain, spell_ids, spell_lists, spell_texts
-from rayrec.errors import DamagedInputError, InputError
+from rayrec.data.spelling import NOT_UTF8, Problems, plain, spell_ids, spell_lists, spell_texts
+from rayrec.errors import InputError
 from rayrec.importing.readers import delimited
 from rayrec.importing.readers.delimited import Delimiter
-from rayrec.importing.readers.files import COMPRESSED, open_plain
-from rayrec.importing.readers.lines import read_blocks
+from rayrec.importing.readers.files import cut_note, find_files, open_plain, plain_name
+from rayrec.importing.readers.parquet import open_parquet, read_columns
 from rayrec.importing.readers.reader import NO_SONG, Unit
+from rayrec.importing.vector_files import read_vector_file
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
@@ -55,6 +55,12 @@ class DescribeConfig(Settings):
         description=f"Column of each role, as role=column; roles: {', '.join(ROLES)}; default: same name",
     )
     delimiter: Delimiter = Field(",", description="csv: column delimiter; \\t for a tab")
+    vectors: str | None = Field(
+        None,
+        description="Content vectors, of audio, texts or tags: .parquet with song_id and vector, or NAME.npy with the "
+        "ids in NAME.ids.txt beside it",
+    )
+    append: bool = Field(False, description="Keep the metadata that is there for songs that the files do not name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +84,29 @@ class Described:
     albums: int
     released: int  # songs with a release day
     markets: int  # songs with a list of markets
+    content: int  # songs with a content vector
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows of the file
     invalid: dict[str, int] = field(default_factory=dict)  # reason -> values that were left out of their rows
+    warnings: list[str] = field(default_factory=list)
 
 
 @writes("describe")
-def describe(workspace: Workspace, config: DescribeConfig, path: str) -> Described:
-    """Read a table of songs and keep it beside the data set, in place of the one that was there.
+def describe(workspace: Workspace, config: DescribeConfig, path: str | None = None) -> Described:
+    """Read a table of songs, content vectors or both and keep them beside the data set.
 
-    Raises `NotFoundError` without a data set, and `InputError` as `read_descriptions` does.
+    They take the place of what was there, unless `config.append` keeps it for all other songs.
+
+    Raises `NotFoundError` without a data set, and `InputError` as `read_descriptions` and `read_vector_file` do, where
+    neither file is given, and where content vectors are of another length than those that are kept.
     """
     dataset = Dataset(workspace)
-    metadata = read_descriptions(path, config.columns, config.delimiter)
-    store_descriptions(dataset, metadata.table, {**to_mapping(config), "path": path})
+    if path is None and config.vectors is None:
+        raise InputError("nothing describes the songs; give a table of songs, or content vectors with --vectors FILE")
+    metadata = SongMetadata(table=columns.DESCRIPTIONS.empty_table(), rejected={}, invalid={})
+    if path is not None:
+        metadata = read_descriptions(path, config.columns, config.delimiter)
+    vectors = None if config.vectors is None else _read_content(dataset, config)
+    store_descriptions(dataset, metadata.table, {**to_mapping(config), "path": path or ""}, vectors)
     table = dataset.catalog().table
     known = pc.is_in(metadata.table.column(columns.SONG_ID), value_set=one_array(table.column(columns.SONG_ID)))
     described = pc.sum(known).as_py() or 0
@@ -107,21 +123,66 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str) -> Describ
         albums=given(columns.ALBUM),
         released=given(columns.RELEASED),
         markets=given(columns.MARKETS),
+        content=int((dataset.content().places >= 0).sum()),
         rejected=metadata.rejected,
         invalid=metadata.invalid,
+        warnings=[] if path is None or plain_name(path).endswith(".parquet") else cut_note(find_files([path], ())),
     )
 
 
-def store_descriptions(dataset: Dataset, table: pa.Table, config: dict[str, Any]) -> Manifest:
-    """Make `table`, columns.DESCRIPTIONS, the metadata of the data set's songs, in place of what was there."""
+def _read_content(dataset: Dataset, config: DescribeConfig) -> tuple[pa.Array, np.ndarray]:
+    """Song ids and their content vectors, float32 (n, C)."""
+    path = str(config.vectors)
+    raw, ids = read_vector_file(path)
+    if ids is None:
+        ids = one_array(dataset.catalog().table.column(columns.SONG_ID))
+        if len(raw) != len(ids):
+            raise InputError(
+                f"vectors file {path} has {len(raw)} rows, the catalog {len(ids)} songs; give the ids of its rows in "
+                "NAME.ids.txt beside it"
+            )
+    vectors = np.asarray(raw, dtype=np.float32)
+    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(broken):
+        raise InputError(
+            f"{len(broken)} of {len(vectors)} rows of vectors file {path} hold NaN or infinite numbers, the first row "
+            f"{broken[0] + 1}; leave such rows out"
+        )
+    dim = dataset.content().dim
+    if config.append and dim not in (0, vectors.shape[1]):
+        raise InputError(
+            f"vectors file {path} has vectors of {vectors.shape[1]} numbers, those that are kept have {dim}; give "
+            "vectors of the same model, or replace all of them without --append"
+        )
+    return ids, vectors
+
+
+def store_descriptions(
+    dataset: Dataset,
+    table: pa.Table,
+    config: dict[str, Any],
+    vectors: tuple[pa.Array, np.ndarray] | None = None,
+) -> Manifest:
+    """Make `table`, columns.DESCRIPTIONS, the metadata of the data set's songs, in place of what was there.
+
+    `vectors` are the ids of songs and their content, float32 (n, C). Where `config` says append, what was there stays.
+    """
     workspace, inputs = dataset.workspace, {"dataset": dataset.manifest.id}
+    appends = bool(config.get("append"))
     before = artifacts.listing(workspace, DESCRIPTIONS)
+    if appends and before:
+        inputs["descriptions"] = before[-1].id
     print_id = artifacts.fingerprint("describe", config, inputs)
     made_id, _ = artifacts.new_id(workspace, DESCRIPTIONS, print_id, repeat=True)
     manifest = Manifest(kind=DESCRIPTIONS, id=made_id, config=config, inputs=inputs)
     workspace.write_table(manifest.path(DESCRIPTIONS_FILE), table)
-    made = artifacts.publish(workspace, manifest, [DESCRIPTIONS_FILE])
-    for each in before:
+    names = [DESCRIPTIONS_FILE]
+    if vectors is not None:
+        workspace.write_array(manifest.path(CONTENT_FILE), vectors[1])
+        workspace.write_table(manifest.path(CONTENT_IDS), pa.table({columns.SONG_ID: vectors[0]}))
+        names += [CONTENT_FILE, CONTENT_IDS]
+    made = artifacts.publish(workspace, manifest, names)
+    for each in [] if appends else before:
         workspace.delete(each.path("manifest.json"))  # first: without it the rest is nothing
         workspace.delete(each.folder)
     return made
@@ -134,7 +195,7 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
     that cannot be read costs that value alone. Raises `InputError` for a file that is neither csv nor Parquet, and a
     role or column that there is not.
     """
-    path = source.removesuffix(COMPRESSED)
+    path = plain_name(source)
     rejected: dict[str, int] = {}
     invalid: dict[str, int] = {}
     if path.endswith(".parquet"):
@@ -166,40 +227,29 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
 
 def _read_csv(source: str, names: Mapping[str, str], delimiter: str) -> tuple[dict[str, pa.Array], dict[str, int]]:
     """The columns by role, and how many lines were no rows, by reason."""
-    header = delimited.read_header(source, delimiter)
-    found = _columns(source, header, names)
+
+    def find(header: list[str]) -> dict[str, int]:
+        delimited.require_delimiter(source, header, delimiter)
+        return {role: header.index(name) for role, name in _columns(source, header, names).items()}
+
     parts: list[pa.Table] = []
     rejected: list[pa.ChunkedArray] = []
-    for block in read_blocks(Unit(source=source)):
-        rows = delimited.parse(
-            block,
-            {role: header.index(name) for role, name in found.items()},
-            num_columns=len(header),
-            delimiter=delimiter,
-            quoted=True,
-            source=source,
-            skip=1 if block.first == 1 else 0,
-        )
+    for rows in delimited.read_rows(Unit(source=source), delimiter, find):
         parts.append(pa.table(rows.values))
         rejected.append(rows.rejected.column("reason"))
     table = pa.concat_tables(parts)
     reasons = pc.value_counts(pa.chunked_array([chunk for column in rejected for chunk in column.chunks], pa.string()))
     return (
-        {role: one_array(table.column(role)) for role in found},
+        {role: one_array(table.column(role)) for role in table.column_names},
         {pair["values"]: pair["counts"] for pair in reasons.to_pylist()},
     )
 
 
 def _read_parquet(source: str, names: Mapping[str, str]) -> dict[str, pa.Array]:
-    try:
-        with open_plain(source) as stream:
-            file = pq.ParquetFile(pa.BufferReader(stream.read()), page_checksum_verification=True)
-        found = _columns(source, file.schema_arrow.names, names)
-        table = file.read(columns=list(found.values()))
-        table.validate()
-    except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise DamagedInputError(f"{source} cannot be read: {reason}; fetch it again or check the format") from error
+    with open_plain(source) as stream:
+        file = open_parquet(source, pa.BufferReader(stream.read()))
+    found = _columns(source, file.schema_arrow.names, names)
+    table = read_columns(source, file, list(found.values()))
     return {role: one_array(table.column(name)) for role, name in found.items()}
 
 

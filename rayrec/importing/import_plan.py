@@ -13,7 +13,7 @@ from rayrec.config import Settings, to_mapping
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.delimited import Delimiter, Separator
-from rayrec.importing.readers.files import SourceFile, ends_with_line, find_files, is_compressed
+from rayrec.importing.readers.files import SourceFile, cut_note, find_files, is_compressed
 from rayrec.importing.readers.reader import Reader, ReadOptions, Unit
 from rayrec.importing.readers.tabular import roles
 from rayrec.storage.artifacts import fingerprint
@@ -26,8 +26,9 @@ MIN_BUCKETS, MAX_BUCKETS = 16, 4096
 UNGROUPED_UNITS = 2_048  # up to which each unit is a piece: a damaged file costs nothing but itself
 MAX_PIECES = 512  # where there are more units
 READS = 1 << 18  # of the second pass of an import, about: two requests each
-UNPACKED = 6  # bytes of text in a byte of .gz, about; Parquet is as dense
+UNPACKED = 6  # bytes of text in a byte of .gz or .bz2, about; Parquet is as dense
 DENSE_FORMATS = ("parquet",)
+OR_SKIP = ", or skip it with --skip-damaged"  # what else to do about a damaged file
 # Settings that change nothing in what is read of a unit.
 NOT_OF_READING = (
     *("paths", "min_user_plays", "min_song_plays", "buckets", "unit_mib"),
@@ -40,7 +41,8 @@ class ImportConfig(Settings):
 
     format: str = Field(description=f"Format of the files: {', '.join(FORMATS)}")
     paths: tuple[str, ...] = Field(
-        min_length=1, description="Files or folders, .gz too, local, s3:// or gs://; all files of a folder are imported"
+        min_length=1,
+        description="Files or folders, .gz and .bz2 too, local, s3:// or gs://; all files of a folder are imported",
     )
     kind: Kind = Field("plays", description="csv, parquet: what a row is, a play or a playlist entry")
     columns: dict[str, str] = Field(
@@ -122,7 +124,7 @@ class ImportConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ImportPlan:
     """The files of an import and their units of work, both in the order of import."""
 
     files: list[SourceFile]
@@ -150,7 +152,7 @@ class Plan:
         return offsets
 
 
-def make_plan(config: ImportConfig, damaged: Mapping[str, str] | None = None) -> Plan:
+def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) -> ImportPlan:
     """Find the files and cut them into units; `damaged` ones, with the reason, are left out.
 
     Raises `InputError` for a path that is not there, a folder without files of the format, a file
@@ -175,7 +177,7 @@ def make_plan(config: ImportConfig, damaged: Mapping[str, str] | None = None) ->
             found = reader.plan(file.source, file.size, max(1, round(config.unit_mib * (1 << 20))))
         except DamagedInputError as error:
             if not config.skip_damaged:
-                raise
+                raise DamagedInputError(f"{error}{OR_SKIP}") from error
             damaged[file.source], found = str(error), []
         units.extend(found)
         unit_files.extend([number] * len(found))
@@ -193,7 +195,7 @@ def make_plan(config: ImportConfig, damaged: Mapping[str, str] | None = None) ->
         unit_names[piece[0]] if len(piece) == 1 else fingerprint("piece", {"units": [unit_names[n] for n in piece]}, {})
         for piece in pieces
     ]
-    return Plan(
+    return ImportPlan(
         files=files,
         units=units,
         unit_files=unit_files,
@@ -208,12 +210,7 @@ def make_plan(config: ImportConfig, damaged: Mapping[str, str] | None = None) ->
 def _notes(config: ImportConfig, files: Sequence[SourceFile]) -> list[str]:
     kind = FORMATS[config.format]
     notes = kind.check_users([file.source for file in files], config.user) if kind.check_users else []
-    if kind.ends_with_line:
-        open_ended = [file.source for file in files if not ends_with_line(file)]
-        if open_ended:
-            more = f" and {len(open_ended) - 1:,} more files" if len(open_ended) > 1 else ""
-            notes.append(f"The last line of {open_ended[0]}{more} has no line end: the file may have been cut.")
-    return notes
+    return [*notes, *cut_note(files)] if kind.ends_with_line else notes
 
 
 def _pieces(sizes: Sequence[float]) -> list[list[int]]:

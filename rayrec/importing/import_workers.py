@@ -13,7 +13,7 @@ from rayrec.data.parts import read_overlap, read_users
 from rayrec.importing.fragments import BucketGroup, PieceResult
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.merging import (
-    Rows,
+    MergedRows,
     drop_rare,
     rows_among,
     song_counts,
@@ -47,7 +47,7 @@ class MergeSettings:
         """The part of the histories that plays become."""
         return self.base.parts if self.base else 0
 
-    def rows_of(self, group: BucketGroup, bucket: int) -> tuple[Rows, int]:
+    def rows_of(self, group: BucketGroup, bucket: int) -> tuple[MergedRows, int]:
         """The rows of a bucket, sorted, and how many duplicates were merged."""
         parts = (
             (
@@ -138,7 +138,7 @@ class EarlierParts:
         """bool (O,): the owners who have plays."""
         return np.isin(owners, self.users)
 
-    def without(self, rows: Rows, songs: SongRows) -> Rows:
+    def without(self, rows: MergedRows, songs: SongRows) -> MergedRows:
         """The rows that are not there yet: exact duplicates of plays drop out.
 
         Only files of parts whose time range meets that of the rows are read, and of them only row groups
@@ -204,7 +204,7 @@ class BucketMerger(_GroupWorker):
         self.staging.workspace.write_json(self.staging.bucket_file(bucket), result)
         return result
 
-    def _write_rows(self, bucket: int, rows: Rows) -> dict[str, str]:
+    def _write_rows(self, bucket: int, rows: MergedRows) -> dict[str, str]:
         if self.config.produces == "playlists":
             path = playlists_file(bucket)
             return {path: self._write_table(path, to_playlists(rows, self.songs))} if len(rows) else {}

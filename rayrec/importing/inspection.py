@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,13 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data.moments import NOT_A_TIME, to_ms
-from rayrec.data.problems import Problems
+from rayrec.data.spelling import Problems
 from rayrec.errors import InputError
 from rayrec.importing.readers import FORMATS, Format, delimited
-from rayrec.importing.readers.files import SourceFile, find_files, open_source
+from rayrec.importing.readers.delimited import spelled_delimiter
+from rayrec.importing.readers.files import SourceFile, cut_note, find_files, open_source
 from rayrec.importing.readers.lines import byte_ranges, read_blocks
+from rayrec.importing.readers.parquet import open_parquet, read_batches
 from rayrec.importing.readers.reader import Batch, ReadOptions
-from rayrec.importing.readers.tabular import FLAGS, OPTIONAL_ROLES, open_parquet, read_batches, roles, spelled_delimiter
+from rayrec.importing.readers.tabular import FLAGS, OPTIONAL_ROLES, roles
 
 SAMPLE_FILES = 5
 SAMPLE_BYTES = 1 << 20  # of each file
@@ -40,6 +43,9 @@ NAMES = {
     "playlist": ("playlist", "playlistid", "pid", "playlistname"),
     "position": ("position", "pos", "index", "order", "rank"),
 }
+
+# Of other names, in the same letters, where one column fits: `master_metadata_track_name`, `Artist Name(s)`.
+PATTERNS = {"title": r"(title|trackname|songname)s?$", "artist": r"artist(?!.*(id|ids|uri|uris|count)$)"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,18 +89,20 @@ def inspect_files(format_name: str, paths: Sequence[str]) -> Inspection:
     files = find_files(paths, kind.patterns)
     size = sum(file.size for file in files)
     notes = kind.check_users([file.source for file in files], "") if kind.check_users else []
+    notes += cut_note(files) if kind.ends_with_line else []
     if not kind.mapped:
         batches = _sample(kind, files, ReadOptions(playlists=kind.playlists))
         produces = "playlists" if kind.playlists else "plays"
         command = _command(format_name, produces, paths, {}, "")
         return Inspection(**_rows(batches), **command, files=len(files), bytes=size, notes=notes)
     delimiter = _delimiter(files[0].source) if format_name == "csv" else ""
-    sample = _csv_sample(files[0], delimiter) if format_name == "csv" else _parquet_sample(files[0])
+    names, sample = _csv_sample(files[0], delimiter) if format_name == "csv" else _parquet_sample(files[0])
+    repeated = {name: count for name, count in Counter(names).items() if count > 1}
     produces, found = guess_roles(sample)
     required = [role for role in roles(produces == "playlists") if role not in OPTIONAL_ROLES]
     missing = [role for role in required if role not in found]
     options = ReadOptions(playlists=produces == "playlists", columns=found, delimiter=delimiter or ",")
-    batches = [] if missing else _sample(kind, files, options)
+    batches = [] if missing or repeated.keys() & set(found.values()) else _sample(kind, files, options)
     by_name = {name: role for role, name in found.items()}
     columns = [
         Column(name=name, role=by_name.get(name, ""), type=_type(values), example=_example(values))
@@ -102,6 +110,7 @@ def inspect_files(format_name: str, paths: Sequence[str]) -> Inspection:
     ]
     if missing:
         notes.append(f"No column looks like {' or '.join(missing)}: map it with --columns {missing[0]}=NAME.")
+    notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated.items()]
     if _looks_like_data(list(sample)):
         notes.append("The first line looks like data: an import takes it for the names of the columns.")
     wanted = {role: found.get(role, "NAME") for role in roles(produces == "playlists") if role in [*found, *missing]}
@@ -126,6 +135,10 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
         match = next((plain_names[name] for name in names if name in plain_names), None)
         if match is not None and match not in found.values():
             found[role] = match
+    for role, pattern in PATTERNS.items():
+        fitting = [name for plain, name in plain_names.items() if re.search(pattern, plain)]
+        if role not in found and len(fitting) == 1 and fitting[0] not in found.values():
+            found[role] = fitting[0]
     if "played_at" not in found and "playlist" not in found:
         times = [name for name in sample if name not in found.values() and _share_of_times(sample[name]) > 0.9]
         if len(times) == 1:
@@ -207,7 +220,8 @@ def _delimiter(source: str) -> str:
     return delimited.other_delimiter(header, ",") or ","
 
 
-def _csv_sample(file: SourceFile, delimiter: str) -> dict[str, pa.Array]:
+def _csv_sample(file: SourceFile, delimiter: str) -> tuple[list[str], dict[str, pa.Array]]:
+    """The names of the header, and the first values of each."""
     header = delimited.read_header(file.source, delimiter)
     first = byte_ranges(file.source, file.size, SAMPLE_BYTES)[0]
     block = next(iter(read_blocks(first, SAMPLE_BYTES)))
@@ -215,16 +229,16 @@ def _csv_sample(file: SourceFile, delimiter: str) -> dict[str, pa.Array]:
     rows = delimited.parse(
         block, wanted, num_columns=len(header), delimiter=delimiter, quoted=True, source=file.source, skip=1
     )
-    return {name: rows.values[name] for name in dict.fromkeys(header)}
+    return header, {name: rows.values[name] for name in dict.fromkeys(header)}
 
 
-def _parquet_sample(file: SourceFile) -> dict[str, pa.Array]:
+def _parquet_sample(file: SourceFile) -> tuple[list[str], dict[str, pa.Array]]:
     with open_source(file.source) as stream:
         parquet = open_parquet(file.source, stream)
         batch = next(read_batches(file.source, parquet, None, None), None)
         if batch is None:
-            return {item.name: pa.nulls(0, item.type) for item in parquet.schema_arrow}
-    return dict(zip(batch.schema.names, batch.columns, strict=True))
+            return parquet.schema_arrow.names, {item.name: pa.nulls(0, item.type) for item in parquet.schema_arrow}
+    return batch.schema.names, dict(zip(batch.schema.names, batch.columns, strict=True))
 
 
 def _type(values: pa.Array) -> str:

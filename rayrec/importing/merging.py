@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -10,17 +11,24 @@ import pyarrow.compute as pc
 
 from rayrec.data import columns
 from rayrec.data.columns import one_array
+from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
+from rayrec.data.parts import read_files, with_columns
 from rayrec.importing.fragments import KEY, LINE, ORDER, OWNER, UNIT
+from rayrec.importing.staging import Staging, write_histories
 from rayrec.importing.vocabulary import SongRows
+from rayrec.storage.workspace import histories_file
 
 MAX_CONTEXTS = 31  # bits of an int32 without its sign
 POSITION_MS = 180_000  # from one position to the next: about a song, so that no session gap falls within a line
 LINE_GAP = 20  # positions left out between two lines of a user: an hour, so that a session gap does
+USERS_PER_READ = 5_000
+PARTS_BEFORE_COMPACT = 8  # above them, reading takes noticeably more requests
+Spans = list[tuple[int, int]]  # first and last part of each set of files
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class MergedRows:
     """R rows of one bucket, sorted by owner and then by order; rows that tie stay in the order of import."""
 
     owners: np.ndarray  # object (O,), strings, ascending
@@ -35,11 +43,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.owner)
 
-    def keep(self, mask: np.ndarray) -> "Rows":
+    def keep(self, mask: np.ndarray) -> "MergedRows":
         """The rows where `mask`, bool (R,), is true."""
         if mask.all():
             return self
-        return Rows(
+        return MergedRows(
             owners=self.owners,
             owner=self.owner[mask],
             order=self.order[mask],
@@ -57,7 +65,7 @@ class Rows:
 
 def sort_rows(
     parts: Iterable[tuple[Sequence[int], Sequence[int], pa.Table]], *, in_lines: bool = False
-) -> tuple[Rows, int]:
+) -> tuple[MergedRows, int]:
     """Rows out of pieces of input in the order of import, exact duplicates (owner, order, song) merged; and how many.
 
     A part is the number of the file of each unit of a piece, the line of that file before the unit's first, and
@@ -78,7 +86,7 @@ def sort_rows(
     moment = table.column(ORDER).to_numpy()
     sequence = np.lexsort((moment, line, source, owner) if in_lines else (moment, owner))
     skipped = pc.fill_null(one_array(table.column(columns.SKIPPED)), False).to_numpy(zero_copy_only=False)
-    rows = Rows(
+    rows = MergedRows(
         owners=names[ascending],
         owner=owner[sequence],
         order=moment[sequence],
@@ -102,7 +110,7 @@ def _lines(files: Sequence[int], offsets: Sequence[int], rows: pa.Table) -> tupl
     return np.asarray(files, dtype=np.int64)[unit], np.asarray(offsets)[unit] + rows.column(LINE).to_numpy()
 
 
-def _first_of_each(rows: Rows) -> np.ndarray:
+def _first_of_each(rows: MergedRows) -> np.ndarray:
     by_song = np.lexsort((rows.key, rows.order, rows.owner))
     owner, order, key = rows.owner[by_song], rows.order[by_song], rows.key[by_song]
     repeated = (owner[1:] == owner[:-1]) & (order[1:] == order[:-1]) & (key[1:] == key[:-1])
@@ -111,7 +119,7 @@ def _first_of_each(rows: Rows) -> np.ndarray:
     return first
 
 
-def to_positions(rows: Rows) -> Rows:
+def to_positions(rows: MergedRows) -> MergedRows:
     """Rows in lines with positions for times: an owner's first row is at 0, the next 3 minutes later,
     the first of the owner's next line an hour after that."""
     same_owner = rows.owner[1:] == rows.owner[:-1]
@@ -123,9 +131,9 @@ def to_positions(rows: Rows) -> Rows:
     return replace(rows, order=(place - place[first]) * POSITION_MS)
 
 
-def _no_rows() -> Rows:
+def _no_rows() -> MergedRows:
     whole, keys = np.zeros(0, np.int64), np.zeros(0, np.uint64)
-    return Rows(
+    return MergedRows(
         owners=np.zeros(0, object),
         owner=whole,
         order=whole,
@@ -137,7 +145,7 @@ def _no_rows() -> Rows:
     )
 
 
-def song_counts(rows: Rows, min_rows: int, known: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def song_counts(rows: MergedRows, min_rows: int, known: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Keys, uint64, and numbers of rows, int64, of the songs of owners with at least `min_rows` rows.
 
     Owners who are `known` already, bool (O,), count however few rows they have.
@@ -151,10 +159,10 @@ def song_counts(rows: Rows, min_rows: int, known: np.ndarray | None = None) -> t
 class Dropped:
     """Rows that are left out because their owner or song has too few."""
 
-    rows: list[Rows] = field(default_factory=list)
+    rows: list[MergedRows] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
-    def add(self, rows: Rows, reason: str) -> None:
+    def add(self, rows: MergedRows, reason: str) -> None:
         """Rows that share a reason."""
         if len(rows):
             self.rows.append(rows)
@@ -183,8 +191,8 @@ class Dropped:
 
 
 def drop_rare(
-    rows: Rows, song_rows: SongRows, min_rows: int, reasons: tuple[str, str], known: np.ndarray | None = None
-) -> tuple[Rows, Dropped]:
+    rows: MergedRows, song_rows: SongRows, min_rows: int, reasons: tuple[str, str], known: np.ndarray | None = None
+) -> tuple[MergedRows, Dropped]:
     """The rows whose song is in the vocabulary and whose owner has at least `min_rows` of them.
 
     `reasons` are those of an owner and of a song with too few rows. Owners who are `known` already,
@@ -193,7 +201,7 @@ def drop_rare(
     dropped = Dropped()
     too_few, too_rare = reasons
 
-    def drop_owners(rows: Rows) -> Rows:
+    def drop_owners(rows: MergedRows) -> MergedRows:
         enough = ((rows.counts() >= min_rows) | _none_unless(known, rows))[rows.owner]
         dropped.add(rows.keep(~enough), too_few)
         return rows.keep(enough)
@@ -204,11 +212,11 @@ def drop_rare(
     return drop_owners(rows.keep(in_vocabulary)), dropped
 
 
-def _none_unless(known: np.ndarray | None, rows: Rows) -> np.ndarray:
+def _none_unless(known: np.ndarray | None, rows: MergedRows) -> np.ndarray:
     return np.zeros(len(rows.owners), dtype=bool) if known is None else known
 
 
-def rows_among(rows: Rows, songs: np.ndarray, histories: Histories) -> np.ndarray:
+def rows_among(rows: MergedRows, songs: np.ndarray, histories: Histories) -> np.ndarray:
     """int64: the rows whose user, time and song are those of a play in `histories`.
 
     `songs`, int32 (R,), are the song rows of `rows`, -1 where they are new.
@@ -223,7 +231,7 @@ def rows_among(rows: Rows, songs: np.ndarray, histories: Histories) -> np.ndarra
     return np.asarray(asked[found])
 
 
-def to_histories(rows: Rows, song_rows: SongRows, contexts: list[str], has_skipped: bool) -> Histories:
+def to_histories(rows: MergedRows, song_rows: SongRows, contexts: list[str], has_skipped: bool) -> Histories:
     """The histories of the owners who have rows. `contexts` are the names of the bits, at most 31."""
     owners, offsets = _spans(rows)
     return Histories(
@@ -236,14 +244,14 @@ def to_histories(rows: Rows, song_rows: SongRows, contexts: list[str], has_skipp
     )
 
 
-def to_playlists(rows: Rows, song_rows: SongRows) -> pa.Table:
+def to_playlists(rows: MergedRows, song_rows: SongRows) -> pa.Table:
     """columns.PLAYLISTS."""
     owners, offsets = _spans(rows)
     songs = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(song_rows.find(rows.key)))
     return pa.table([pa.array(owners, pa.string()), songs], schema=columns.PLAYLISTS)
 
 
-def _spans(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+def _spans(rows: MergedRows) -> tuple[np.ndarray, np.ndarray]:
     counts = rows.counts()
     present = counts > 0
     return rows.owners[present], np.concatenate([[0], np.cumsum(counts[present])]).astype(np.int64)
@@ -264,3 +272,34 @@ def choose_contexts(counts: dict[str, int], before: Sequence[str] = ()) -> list[
     """The names of the bits, at most 31: those `before`, then the most frequent contexts, the most frequent first."""
     new = sorted(counts.keys() - set(before), key=lambda name: (-counts[name], name))
     return [*before, *new][:MAX_CONTEXTS]
+
+
+def joined_spans(parts: int, cuts: Iterable[int]) -> Spans:
+    """Parts from 0 up to `parts` as few spans: parts stay apart at `cuts`, from where something goes on reading."""
+    bounds = sorted({0, parts, *(cut for cut in cuts if 0 < cut < parts)})
+    return [(first, after - 1) for first, after in pairwise(bounds)]
+
+
+class BucketJoiner:
+    """Writes the files of one bucket for some spans of parts at a time."""
+
+    def __init__(self, staging: Staging, dataset: Dataset, spans: Sequence[tuple[int, int]]) -> None:
+        self.staging, self.dataset, self.spans = staging, dataset, spans
+
+    def __call__(self, bucket: int) -> tuple[int, dict[str, str]]:
+        """Write the files of one bucket, then note that it is done; the bucket, and path -> sha256."""
+        files = {}
+        for first, last in self.spans:
+            path = histories_file(first, bucket, last)
+            earlier = self.dataset.manifest.histories_files(bucket, first, last + 1)
+            batches = (
+                with_columns(
+                    histories,
+                    contexts=bool(self.dataset.manifest.contexts),
+                    skipped=self.dataset.manifest.has_skipped,
+                )
+                for histories in read_files(self.dataset.workspace, earlier, USERS_PER_READ)
+            )
+            files[path] = write_histories(self.dataset.workspace, self.staging.out(path), batches)
+        self.dataset.workspace.write_json(self.staging.bucket_file(bucket), files)
+        return bucket, files

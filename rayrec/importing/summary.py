@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from rayrec.errors import InputError
 from rayrec.importing.fragments import UnitResult
-from rayrec.importing.import_plan import Plan
+from rayrec.importing.import_plan import ImportPlan
 
 FEW_REJECTED = 0.01  # share of the rows up to which nothing is said
 OUTLIER = 10  # times the median number of rows a file, or a tenth of it
@@ -36,7 +36,8 @@ class ImportSummary:
     files: int
     bytes: int  # as they are stored
     read: int  # rows, good and bad
-    rejected: int  # rows that could not be read
+    rejected: int  # rows that are no plays, or could not be read
+    beside: int  # of them those that the format holds beside plays, such as podcasts
     reasons: list[RejectedRows]  # most frequent first
     rows_per_file: list[int]  # least, median and most usable rows of a file
     outliers: dict[str, int]  # files with a tenth or ten times the usable rows of the median file
@@ -45,8 +46,8 @@ class ImportSummary:
 
     @property
     def share(self) -> float:
-        """Rejected rows among all rows read."""
-        return self.rejected / self.read if self.read else 0.0
+        """Rejected rows among all rows read, without those that the format holds beside plays."""
+        return (self.rejected - self.beside) / max(1, self.read - self.beside)
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -64,8 +65,13 @@ class TooManyRejectedError(InputError):
         return type(self), (str(self), self.summary)
 
 
-def summarize(plan: Plan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]]) -> ImportSummary:
-    """Count what the units came to; `rejected` is unit by unit columns.REJECTED, with lines from the unit's start."""
+def summarize(
+    plan: ImportPlan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]], beside: Sequence[str] = ()
+) -> ImportSummary:
+    """Count what the units came to; `rejected` is unit by unit columns.REJECTED, with lines from the unit's start.
+
+    `beside` are the reasons of rows that the format holds beside plays.
+    """
     damaged = plan.damaged
     rows: dict[str, int] = {file.source: 0 for file in plan.files}
     counts: dict[str, int] = {}
@@ -86,27 +92,29 @@ def summarize(plan: Plan, units: Sequence[UnitResult], rejected: Iterable[tuple[
         for source, count in kept.items()
         if len(kept) > 2 and (count * OUTLIER <= median or count >= median * OUTLIER)
     }
-    num_rejected = sum(counts.values())
-    warnings = [*plan.notes]
-    if read and num_rejected / read > FEW_REJECTED:
-        warnings.append(f"{num_rejected:,} of {read:,} rows ({num_rejected / read:.1%}) were rejected.")
-    if damaged:
-        warnings.append(f"{len(damaged):,} of {len(rows):,} files could not be read to their end and were left out.")
-    return ImportSummary(
+    summary = ImportSummary(
         files=len(rows),
         bytes=sum(file.size for file in plan.files),
         read=read,
-        rejected=num_rejected,
+        rejected=sum(counts.values()),
+        beside=sum(counts.get(reason, 0) for reason in beside),
         reasons=reasons,
         rows_per_file=[min(kept.values()), round(median), max(kept.values())] if kept else [],
         outliers=dict(sorted(outliers.items(), key=lambda item: item[1])[:OUTLIERS_SHOWN]),
         damaged=damaged,
-        warnings=warnings,
+        warnings=list(plan.notes),
     )
+    if summary.share > FEW_REJECTED:
+        lost = summary.rejected - summary.beside
+        summary.warnings.append(f"{lost:,} of {read - summary.beside:,} rows ({summary.share:.1%}) were rejected.")
+    if damaged:
+        left_out = f"{len(damaged):,} of {len(rows):,} files could not be read to their end and were left out."
+        summary.warnings.append(left_out)
+    return summary
 
 
 def _examples(
-    plan: Plan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]], wanted: set[str]
+    plan: ImportPlan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]], wanted: set[str]
 ) -> dict[str, dict[str, Any]]:
     """The first row of each reason."""
     found: dict[str, dict[str, Any]] = {}

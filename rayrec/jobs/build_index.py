@@ -4,14 +4,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
+import numpy as np
+
 from rayrec.config import to_mapping
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Questions
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
 from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex, import_faiss
 from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, newest, publish, reuse
 from rayrec.storage.locking import writes
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
 
+USERS_AT_ONCE = 250
 MODEL_VECTORS = "song_vectors.npy"  # float32 (N, D) in a model's folder
 
 
@@ -35,16 +40,42 @@ def build_index(
     started = time.perf_counter()
     with ray_cluster(), progress("index"):
         cpus = node_cpus()
-        arguments = (workspace, config, model.path(MODEL_VECTORS), manifest.path(INDEX_FILE), cpus)
+        arguments = (workspace, config, model, manifest.path(INDEX_FILE), cpus)
         (figures,) = run_on_node(build_and_save, *arguments, cpus=cpus)
     metrics = {**asdict(figures), "seconds": time.perf_counter() - started}
     return publish(workspace, replace(manifest, metrics=metrics), [INDEX_FILE])
 
 
 def build_and_save(
-    workspace: Workspace, config: IndexConfig, vectors: str, path: str, threads: int
+    workspace: Workspace, config: IndexConfig, model: Manifest, path: str, threads: int
 ) -> Iterator[IndexFigures]:
-    """Build the index of the vectors at one path and write it to another; yields its figures."""
-    index = SongIndex.build(workspace.read_array(vectors), config, threads=threads)
+    """Build the index of a model's vectors and write it to a path; yields its figures."""
+    vectors = workspace.read_array(model.path(MODEL_VECTORS))
+    queries = taste_queries(workspace, model, config.queries) if config.kind_for(len(vectors)) == "ivf" else None
+    index = SongIndex.build(vectors, config, queries=queries, threads=threads)
     index.save(workspace, path)
     yield index.figures
+
+
+def taste_queries(workspace: Workspace, model: Manifest, count: int) -> np.ndarray | None:
+    """float32 (at most `count`, D): taste vectors of users on both horizons; None where the users' plays are gone.
+
+    nprobe is chosen on them, since they lie elsewhere than songs do.
+    """
+    from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once needed
+    from rayrec.recommend.two_step import HORIZONS
+
+    if not workspace.exists(DATASET_MANIFEST):
+        return None
+    dataset = Dataset(workspace)
+    if not dataset.descends_from(model.inputs.get("dataset", "")):
+        return None
+    network, vectors, users_left = TasteRecommender.load(workspace, model.id), [], -(-count // len(HORIZONS))
+    for bucket in range(dataset.manifest.buckets):
+        for histories in dataset.read_bucket(bucket, min(users_left, USERS_AT_ONCE)):
+            ends = Questions.at_end(histories, histories.played_at[histories.offsets[1:] - 1])
+            vectors.append(np.concatenate(list(network.vectors_of(histories, ends, HORIZONS).values())))
+            users_left -= len(histories)
+            if users_left <= 0:
+                return np.concatenate(vectors)[:count]
+    return np.concatenate(vectors) if vectors else None

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from rayrec.data.dataset import Dataset
-from rayrec.importing.compaction import BucketJoiner, Spans, joined_spans
+from rayrec.importing.merging import BucketJoiner, Spans, joined_spans
 from rayrec.importing.staging import Staging, finish_publishing
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress

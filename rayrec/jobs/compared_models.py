@@ -1,33 +1,29 @@
 """What an evaluation compares: baselines, and the networks of one or more models artifacts, all of one split."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, fit_range, require_split_of
-from rayrec.embeddings.sessions import UNCUT
 from rayrec.embeddings.vectors import FINAL, SELECTION
+from rayrec.embeddings.word2vec import UNCUT
 from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.tuning import CHOICES, tune_baseline
 from rayrec.progress import progress
 from rayrec.recommend.answer import load_recommender
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
-from rayrec.recommend.popularity import PopularityRecommender
 from rayrec.recommend.selection import make_selection
+from rayrec.recommend.simple_baselines import PopularityRecommender
 from rayrec.storage.artifacts import Manifest, load, newest, noun
 from rayrec.storage.releases import parts_of
 from rayrec.storage.workspace import Workspace
 
 TWO_STEP, TASTE, TASTE_SHORT = "two-step", "taste", "taste-short"
 NETWORKS = (TWO_STEP, TASTE, TASTE_SHORT)  # the recommenders that a models artifact may give
-
-
-# The part that is left out, and what makes the default model without it: a ranker is trained anew for each.
-Ablations = Mapping[str, Callable[[], Recommender]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +47,7 @@ class ComparedModels:
         return f"{', '.join(uncut)}: {UNCUT}" if uncut else None
 
 
-def choose(
+def choose_models(
     workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split | None, model_id: str | None
 ) -> ComparedModels:
     """The models of `config` with the artifacts they need, all made for `split` or, without one, of all plays.
@@ -73,7 +69,7 @@ def choose(
         default = TWO_STEP if "rankers" in parts else TASTE
         if TWO_STEP in named and default != TWO_STEP:
             raise InputError(f"model {model.id} has no rankers; run `rayrec retrieval` and `rayrec rank` first")
-        inputs |= {kind: parts[kind] for kind in ("retrieval", "rankers") if kind in parts}
+        inputs |= {kind: parts[kind] for kind in ("added_songs", "retrieval", "rankers") if kind in parts}
     for network in (*([model] if model else []), *others.values()):
         require_split(network, split, dataset, "train")
     inputs |= {f"models {name}": other.id for name, other in others.items()}
@@ -127,11 +123,12 @@ def make_recommenders(
     dataset: Dataset,
     compared: ComparedModels,
     split: Split | None,
-    ablations: Ablations | None = None,
-) -> tuple[list[Recommender], np.ndarray]:
+    without: Mapping[str, str] | None = None,
+) -> tuple[list[BaseRecommender], np.ndarray]:
     """Fit the baselines on what final fits may see and load the networks, in the order of the names, then ablations.
 
-    The settings of baselines are chosen on the validation range, where the split has one.
+    `without` names the parts that two-step is evaluated without, each with the folder of its rankers. The settings
+    of baselines are chosen on the validation range, where the split has one.
 
     Also float64 (N,): how often each song was played there.
     """
@@ -142,7 +139,7 @@ def make_recommenders(
         songs = compared.songs
         early = np.array(workspace.read_array(songs.path(SELECTION))) if songs and SELECTION in songs.files else None
         selection = make_selection(dataset, split, early)
-    fitted: dict[str, Recommender] = {}
+    fitted: dict[str, BaseRecommender] = {}
     baselines = dict.fromkeys(["popularity", *(name for name in compared.names if name in BASELINES)])
     with progress("fit baselines", len(baselines)) as bar:
         for name in baselines:
@@ -156,20 +153,31 @@ def make_recommenders(
         fitted[name].name = name
     popularity = fitted["popularity"]
     assert isinstance(popularity, PopularityRecommender)
-    return [*(fitted[name] for name in compared.names), *make_ablated(ablations or {})], popularity.plays
+    ablated = [_ablated(workspace, fitted[TWO_STEP], part, folder) for part, folder in (without or {}).items()]
+    return [*(fitted[name] for name in compared.names), *ablated], popularity.plays
 
 
-def make_ablated(ablations: Ablations) -> list[Recommender]:
-    """The default model without each of its parts, named `without PART`."""
-    models = []
-    for part, make in ablations.items():
-        model = make()
-        model.name, model.without = f"without {part}", part
-        models.append(model)
-    return models
+def _ablated(workspace: Workspace, two_step: BaseRecommender, part: str, folder: str) -> BaseRecommender:
+    """Two-step without a part, by the rankers in a folder, named `without PART`."""
+    from rayrec.recommend.two_step import TwoStepRecommender, load_rankers
+
+    assert isinstance(two_step, TwoStepRecommender)
+    model = two_step.without_part(part, load_rankers(workspace, folder))
+    model.name, model.without = f"without {part}", part
+    return model
 
 
-def _networks(workspace: Workspace, dataset: Dataset, model: Manifest) -> dict[str, Recommender]:
+def rankers_of(workspace: Workspace, compared: ComparedModels) -> Manifest:
+    """The rankers of two-step, for an ablation. Raises `InputError` where two-step is not among the models."""
+    if TWO_STEP not in compared.names:
+        raise InputError(
+            f"--ablation evaluates {TWO_STEP} without each of its parts, and it is not among the models; add it to "
+            "--models, after `rayrec retrieval` and `rayrec rank`"
+        )
+    return load(workspace, "rankers", compared.inputs["rankers"])
+
+
+def _networks(workspace: Workspace, dataset: Dataset, model: Manifest) -> dict[str, BaseRecommender]:
     """What a models artifact gives, by name: with its rankers where it has some, and the network alone."""
     from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once needed
     from rayrec.recommend.two_step import TwoStepRecommender

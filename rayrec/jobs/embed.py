@@ -13,8 +13,8 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange, Split, fit_range, require_split_of
 from rayrec.embeddings import fit_embeddings, health
 from rayrec.embeddings.embed_config import EmbedConfig
-from rayrec.embeddings.external import file_id
 from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors
+from rayrec.importing.vector_files import file_id
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
 from rayrec.progress import progress
 from rayrec.storage import artifacts

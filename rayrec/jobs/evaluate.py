@@ -1,12 +1,15 @@
-"""Evaluate the network and the baselines on the test range, bucket by bucket on Ray."""
+"""Evaluate networks and baselines: on the test range by bucket of users, on given prefixes by piece of their file."""
 
 import json
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from rayrec.config import to_mapping
+from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
 from rayrec.embeddings import health
@@ -16,21 +19,28 @@ from rayrec.evaluation.accumulator import VIEWS, MetricAccumulator
 from rayrec.evaluation.bootstrap import CellRange, cell_ranges
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_map, training_plot
+from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig, plays_to_predict
 from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, write_report
-from rayrec.evaluation.results import figures_of
-from rayrec.jobs.compared_models import Ablations, ComparedModels, choose, make_recommenders
+from rayrec.evaluation.results import Figures, figures_of, settings_of
+from rayrec.importing.readers.files import find_files
+from rayrec.importing.readers.lines import byte_ranges
+from rayrec.importing.readers.reader import Unit
+from rayrec.jobs.compared_models import ComparedModels, choose_models, make_recommenders, rankers_of
+from rayrec.jobs.rank import fit_ablations
 from rayrec.jobs.runtime import ray_cluster, run_buckets
-from rayrec.model.training_log import EPOCHS
+from rayrec.model.checkpoint import EPOCHS
 from rayrec.progress import progress
 from rayrec.storage.artifacts import Manifest, fingerprint, new_id, publish, reuse
 from rayrec.storage.locking import writes
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import Workspace, artifact_dir
 
 KIND = "reports"
 USERS_PER_BATCH = 2_000
 EXAMPLES, EXAMPLE_PLAYS, EXAMPLE_SONGS = 3, 5, 5  # users shown, with their last plays and recommended songs
 COUNTED_BUCKETS = 16  # whose plays to predict are counted where a number of queries is drawn
+PREFIXES_AT_ONCE = 1 << 18  # bytes of a file of prefixes that one task reads
+ABOUT_PREFIXES = "The target of each line of the file is predicted from the songs of its prefix; there are no times."
 
 
 @writes("evaluate")
@@ -40,29 +50,34 @@ def evaluate(
     *,
     split: Split,
     model_id: str | None = None,
-    ablations: Ablations | None = None,
     repeat: bool = False,
 ) -> Manifest:
     """Write reports/<id>/ about the models of `config` on the test range of `split`.
 
     Without names these are the network `model_id` (None: the one trained last) and every baseline. Baselines are
     fitted on what came before the test range, with the song embeddings that the network was trained from, and tuned
-    on the validation range. `ablations` make the default model without each of its parts. The manifest's metrics hold
-    default, protocol, its headline, users, plays and seconds; the figures of `figures_of`, examples and the health of
-    the song embeddings are in results.json, see `read_figures`.
+    on the validation range. With `config.ablation` the default model is evaluated without each of its parts as well,
+    by rankers that are trained for it. The manifest's metrics hold default, protocol, its headline, users, plays and
+    seconds; the figures of `figures_of`, examples and the health of the song embeddings are in results.json, see
+    `read_figures`.
 
-    Raises `InputError` for an unknown model and for a test range without queries, `NotFoundError` where there is no
-    network or no song embeddings, `MismatchError` for those of another split.
+    Raises `InputError` for an unknown model, for an ablation without two-step among the models, and for a test range
+    without queries, `NotFoundError` where there is no network or no song embeddings, `MismatchError` for those of
+    another split.
     """
     started = time.monotonic()
     dataset = Dataset(workspace)
-    compared = choose(workspace, dataset, config, split, model_id)
-    settings = {**to_mapping(config), **({"ablations": list(ablations)} if ablations else {})}
+    compared = choose_models(workspace, dataset, config, split, model_id)
+    settings = to_mapping(config)
     report_id, complete = new_id(workspace, KIND, fingerprint("evaluate", settings, compared.inputs), repeat=repeat)
     if complete:
         return reuse(workspace, KIND, report_id)
-    evaluator = make_evaluator(workspace, dataset, config, split, compared, ablations)
-    sums = evaluate_buckets(workspace, evaluator, dataset.manifest.buckets)
+    run = f"{artifact_dir(KIND, report_id)}/run"
+    with ray_cluster():
+        without = fit_ablations(dataset, rankers_of(workspace, compared), run) if config.ablation else {}
+        evaluator = make_evaluator(workspace, dataset, config, split, compared, without)
+        sums = evaluate_buckets(workspace, evaluator, dataset.manifest.buckets)
+    workspace.delete(run)
     users, plays = sums.users[VIEWS.index("next")].sum(), sums.queries[:, VIEWS.index("next")].sum()
     if not users:
         raise InputError(
@@ -164,10 +179,10 @@ def make_evaluator(
     config: EvaluateConfig,
     split: Split,
     compared: ComparedModels,
-    ablations: Ablations | None = None,
+    without: Mapping[str, str] | None = None,
 ) -> Evaluator:
-    """An evaluator of the models of `compared` and of the ablations."""
-    recommenders, song_plays = make_recommenders(workspace, dataset, compared, split, ablations)
+    """An evaluator of the models of `compared`, and of the default one without parts (part -> folder of rankers)."""
+    recommenders, song_plays = make_recommenders(workspace, dataset, compared, split, without)
     return Evaluator(
         recommenders,
         split=split,
@@ -228,3 +243,113 @@ class BucketEvaluator:
         for histories in self.dataset.read_bucket(bucket, USERS_PER_BATCH):
             sums.add(self.evaluator(histories, cells))
         return int(unit), sums
+
+
+@writes("evaluate --prefixes")
+def evaluate_prefixes(
+    workspace: Workspace,
+    config: EvaluateConfig,
+    file: PrefixFile,
+    *,
+    split: Split | None = None,
+    model_id: str | None = None,
+    repeat: bool = False,
+) -> Manifest:
+    """Write reports/<id>/ about the models of `config` on the pairs of a file.
+
+    Models are those made for `split`, or without one those made of all plays, and baselines are
+    fitted likewise. The manifest's metrics hold default, its headline, pairs, unknown_targets (misses, all
+    of them), unknown_items and seconds; results (users all, targets served and next), comparisons and the health of
+    the song vectors are in results.json, see `read_figures`.
+
+    Raises `InputError` for a file without pairs or with a line that cannot be read, else as `evaluate`.
+    """
+    started = time.monotonic()
+    if config.queries:
+        raise InputError("--queries draws from the test range of a split; the pairs of a file are all evaluated")
+    dataset = Dataset(workspace)
+    (found,) = find_files([file.path], ["*"])[:1]
+    compared = choose_models(workspace, dataset, config, split, model_id)
+    settings = {**to_mapping(config), "prefixes": {**asdict(file), "size": found.size, "changed": found.changed}}
+    report_id, complete = new_id(
+        workspace, KIND, fingerprint("evaluate prefixes", settings, compared.inputs), repeat=repeat
+    )
+    if complete:
+        return reuse(workspace, KIND, report_id)
+    recommenders, song_plays = make_recommenders(workspace, dataset, compared, split)
+    evaluator = PrefixEvaluator(recommenders, song_plays=song_plays, config=config)
+    sums, counts = evaluate_pairs(workspace, evaluator, file, byte_ranges(found.source, found.size, PREFIXES_AT_ONCE))
+    if not counts[0]:
+        raise InputError(f"{file.path} has no pairs; expected lines of songs, a tab and the next song")
+    made = Figures(sums, recommenders, config)
+    results = [entry for entry in made.results(["served", "next"]) if entry["users"] == "all"]
+    figures = {
+        "settings": settings_of(recommenders),
+        "results": [{name: value for name, value in entry.items() if name != "users_count"} for entry in results],
+        "comparisons": made.comparisons(compared.default),
+        SONG_EMBEDDINGS: health_of(dataset, compared, song_plays),
+    }
+    pairs = dict(zip(("pairs", "unknown_targets", "unknown_items"), counts.tolist(), strict=True))
+    seconds = round(time.monotonic() - started, 1)
+    manifest = Manifest(
+        kind=KIND,
+        id=report_id,
+        config=settings,
+        inputs=compared.inputs,
+        seed=config.seed,
+        metrics={
+            "default": compared.default,
+            "protocol": "prefixes",
+            **headline(figures, compared.default),
+            **pairs,
+            "seconds": seconds,
+        },
+    )
+    about = {"protocol": "prefixes", "file": file.path, **{name: f"{count:,}" for name, count in pairs.items()}}
+    about |= compared.inputs
+    names = write_report(
+        workspace, manifest.folder, figures, default=compared.default, about=about, described=ABOUT_PREFIXES
+    )
+    return publish(workspace, manifest, names)
+
+
+def evaluate_pairs(
+    workspace: Workspace, evaluator: PrefixEvaluator, file: PrefixFile, units: Sequence[Unit]
+) -> tuple[MetricAccumulator, np.ndarray]:
+    """The sums and the counts, as in `Prefixes`, of all units, spread over the cluster."""
+    sums, counts = evaluator.empty(), np.zeros(3, dtype=np.int64)
+    ranges = cell_ranges(len(units), evaluator.cells_at_once)
+    tasks = len(units) * len(ranges)
+    with ray_cluster(), progress("evaluate", tasks) as bar:
+        arguments = {"workspace": workspace, "evaluator": evaluator, "file": file, "units": list(units)}
+        for task, part, pairs in run_buckets(UnitEvaluator, range(tasks), arguments={**arguments, "ranges": ranges}):
+            sums.add(part, first_cell=task * part.cells)
+            counts += pairs
+            bar.advance()
+    return sums, counts
+
+
+class UnitEvaluator:
+    """Evaluates the pairs of some bootstrap cells of one unit of the file at a time."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        evaluator: PrefixEvaluator,
+        file: PrefixFile,
+        units: Sequence[Unit],
+        ranges: list[CellRange],
+    ) -> None:
+        self.evaluator, self.file, self.units, self.ranges = evaluator, file, units, ranges
+        self.song_ids = Dataset(workspace).catalog().table.column(columns.SONG_ID)
+
+    def __call__(self, task: int) -> tuple[int, MetricAccumulator, np.ndarray]:
+        """The task, and the sums and counts of its pairs: those that begin in a unit, divided by ranges of cells."""
+        unit, part = divmod(int(task), len(self.ranges))
+        cells = self.ranges[part]
+        sums, counts = self.evaluator.empty(cells.count), np.zeros(3, dtype=np.int64)
+        for prefixes in read_prefixes(self.units[unit], self.file, self.song_ids):
+            some = prefixes.take(np.flatnonzero(cells.holds(prefixes.histories.user_ids)))
+            sums.add(self.evaluator(some, cells))
+            counts += some.counts
+        return int(task), sums, counts

@@ -4,19 +4,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rayrec.config import Settings, from_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, hold_back_validation
 from rayrec.errors import InputError
 from rayrec.importing.guessing import describe_import, guess_import
+from rayrec.jobs.add_songs import added_to
 from rayrec.jobs.fit_config import FitConfig
 from rayrec.jobs.pipeline import CONFIGS, Outcome, Stages
 from rayrec.jobs.quality import Quality, ServedParts, measure_quality
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
 from rayrec.recommend.answer import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
-from rayrec.recommend.popularity import PopularityRecommender
-from rayrec.recommend.retrieval.retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.simple_baselines import PopularityRecommender
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.dataset_manifest import DatasetManifest
@@ -87,7 +90,7 @@ def fit(
         dataset = Dataset(workspace)
         stages.split = hold_back_validation(dataset)
         on_note(_held_back(stages.split, dataset.manifest.plays))
-        configs = stage_configs(dataset.manifest, sections)
+        configs = stage_configs(dataset, sections)
         fit_models(stages, configs)
         quality = _quality(dataset, stages) if stages.split is not None else None
         for name in ("taste", "index", "release"):
@@ -106,13 +109,10 @@ def fit(
 
 
 def fit_models(stages: Stages, configs: Mapping[str, Settings]) -> None:
-    """Embeddings, network, and with a split also retrieval and rankers."""
-    try:
-        stages.run("embed", configs["embed"])
-    except InputError:
-        # Plays too far apart for sessions: each history is one. Another reason is raised again.
-        stages.run("embed", configs["embed"].replace(session_gap_minutes=WHOLE_HISTORY))
+    """Embeddings, network, added songs, and with a split also retrieval and rankers."""
+    stages.run("embed", configs["embed"])
     stages.run("train", configs["train"])
+    stages.run("songs")  # before the rankers, which then learn where new songs belong
     if stages.split is None:
         for name in ("retrieval", "rank"):
             stages.leave_out(name, "rankers need plays that are held back")
@@ -121,20 +121,39 @@ def fit_models(stages: Stages, configs: Mapping[str, Settings]) -> None:
         stages.run(name, configs[name])
 
 
-def stage_configs(dataset: DatasetManifest, sections: Sections) -> dict[str, Settings]:
-    """Stage -> config of all stages after the import, those of the training by the size of the data set."""
-    defaults = {"train": {} if "preset" in sections.get("train", {}) else train_defaults(dataset)}
+def stage_configs(dataset: Dataset, sections: Sections) -> dict[str, Settings]:
+    """Stage -> config of all stages after the import, those of embeddings and training by the data set."""
+    defaults = {
+        "embed": {"session_gap_minutes": session_gap(dataset)},
+        "train": {} if "preset" in sections.get("train", {}) else train_defaults(dataset.manifest),
+    }
     return {
         name: from_mapping(CONFIGS[name], {**defaults.get(name, {}), **sections.get(name, {})}, f"settings [{name}]")
         for name in (*SECTIONS[1:], "release")
     }
 
 
-# Why these: docs/training.md.
+# Why these: docs/training.md, "What fit chooses by itself".
 STEPS_PER_EPOCH = 40
-WHOLE_HISTORY = 1e9  # minutes between two sessions
 SMALLEST_BATCH = 4
 PLAYS_WITHOUT_WORKERS = 2_000_000  # starting Ray Train's workers takes longer than a short training
+SESSION_MINUTES = 30.0
+WHOLE_HISTORY_MINUTES = 1e9
+IN_SESSIONS = 0.5  # share of the plays below which each history counts as one session
+SAMPLED_PLAYS = 1_000_000
+
+
+def session_gap(dataset: Dataset) -> float:
+    """The pause that ends a session, in minutes: none does where most plays are alone within half an hour."""
+    plays = near = 0
+    for histories in dataset.read_all():
+        same_user = histories.rows[1:] == histories.rows[:-1]
+        follows = same_user & (np.diff(histories.played_at) <= SESSION_MINUTES * 60_000)
+        near += int((np.append(follows, False) | np.append(False, follows)).sum()) if len(histories.rows) else 0
+        plays += histories.num_plays
+        if plays >= SAMPLED_PLAYS:
+            break
+    return SESSION_MINUTES if near >= IN_SESSIONS * plays else WHOLE_HISTORY_MINUTES
 
 
 def train_defaults(dataset: DatasetManifest) -> dict[str, Any]:
@@ -146,13 +165,16 @@ def train_defaults(dataset: DatasetManifest) -> dict[str, Any]:
     return values | ({"batch": batch} if batch < usual.batch else {})
 
 
-def served_before(model: Manifest, retrieval: Manifest, rankers: Manifest | None, name: str) -> ServedParts:
+def served_before(
+    dataset: Dataset, model: Manifest, retrieval: Manifest, rankers: Manifest | None, name: str
+) -> ServedParts:
     """What answers with the parts that have not seen the validation range."""
     return ServedParts(
         name=name,
         network=model.path(SELECTION_NETWORK),
         retrieval=retrieval.path(SELECTION_RETRIEVAL),
         rankers=rankers,
+        added=added_to(dataset, model.path(SELECTION_NETWORK)),
     )
 
 
@@ -164,8 +186,8 @@ def _quality(dataset: Dataset, stages: Stages) -> Quality | None:
         return None
     rankers = artifacts.load(workspace, "rankers", stages.made["rank"]) if "rank" in stages.made else None
     song_plays = Retrieval.load(workspace, retrieval.path(SELECTION_RETRIEVAL)).plays.plays
-    parts = [served_before(model, retrieval, rankers, "two-step")] if rankers else []
-    parts.append(served_before(model, retrieval, None, "taste"))
+    parts = [served_before(dataset, model, retrieval, rankers, "two-step")] if rankers else []
+    parts.append(served_before(dataset, model, retrieval, None, "taste"))
     quality = measure_quality(
         dataset,
         [*(part.load(dataset) for part in parts), PopularityRecommender(song_plays)],

@@ -19,9 +19,18 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.fragments import PieceResult, UnitResult
-from rayrec.importing.import_plan import ImportConfig, Kind, Plan, bucket_groups, choose_buckets, make_plan
+from rayrec.importing.import_plan import (
+    OR_SKIP,
+    ImportConfig,
+    ImportPlan,
+    Kind,
+    bucket_groups,
+    choose_buckets,
+    plan_import,
+)
 from rayrec.importing.import_workers import BucketMerger, KeyCounter, MergeSettings, PieceImporter, SongRange
 from rayrec.importing.merging import choose_contexts
+from rayrec.importing.readers import FORMATS
 from rayrec.importing.staging import Staging, buckets_read, discard_others, finish_publishing, piece_names
 from rayrec.importing.summary import ImportSummary, TooManyRejectedError, summarize
 from rayrec.importing.vocabulary import KEY, SongRows, Vocabulary, key_ranges
@@ -55,7 +64,7 @@ def import_data(workspace: Workspace, config: ImportConfig, *, repeat: bool = Fa
     Raises `InputError` for bad input, and where other plays (or playlists) are there already.
     """
     finish_publishing(workspace)
-    plan = make_plan(config)
+    plan = plan_import(config)
     existing = Dataset(workspace).manifest if workspace.exists(DATASET_MANIFEST) else None
     if existing is not None and not repeat:
         if _was_made_by(existing, config, plan):
@@ -74,7 +83,7 @@ class _DamagedFilesError(Exception):
 
 
 def _run_import(
-    workspace: Workspace, config: ImportConfig, plan: Plan, base: DatasetManifest | None, *, append: bool = False
+    workspace: Workspace, config: ImportConfig, plan: ImportPlan, base: DatasetManifest | None, *, append: bool = False
 ) -> tuple[DatasetManifest, dict[str, Any]]:
     """The data set and what the import came to; files that are damaged and may be skipped are left out of the plan."""
     while True:
@@ -84,7 +93,7 @@ def _run_import(
             with ray_cluster():
                 return task.run(), task.came_to
         except _DamagedFilesError as error:
-            plan = make_plan(config, {**plan.damaged, **error.files})
+            plan = plan_import(config, {**plan.damaged, **error.files})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +123,7 @@ def append_plays(workspace: Workspace, config: ImportConfig) -> Appended:
     """
     finish_publishing(workspace)
     base = _require_appendable(workspace, config)
-    plan = make_plan(config)
+    plan = plan_import(config)
     if plan.id in [each["plan"] for each in base.appended] or _was_made_by(base, config, plan):
         return Appended(dataset=base)
     made, came_to = _run_import(workspace, config, plan, base, append=True)
@@ -135,7 +144,7 @@ def _require_appendable(workspace: Workspace, config: ImportConfig) -> DatasetMa
     return base
 
 
-def _was_made_by(existing: DatasetManifest, config: ImportConfig, plan: Plan) -> bool:
+def _was_made_by(existing: DatasetManifest, config: ImportConfig, plan: ImportPlan) -> bool:
     made = existing.config.get(config.produces)
     return isinstance(made, dict) and made.get("plan") == plan.id
 
@@ -163,7 +172,7 @@ class _Import:
         self,
         workspace: Workspace,
         config: ImportConfig,
-        plan: Plan,
+        plan: ImportPlan,
         base: DatasetManifest | None,
         *,
         append: bool = False,
@@ -254,8 +263,8 @@ class _Import:
         results = [made[piece] if piece in made else store.result(piece) for piece in numbers]
         self._require_whole(results)
         units = [unit for result in results for unit in result.units]
-        if not any(unit.kept for unit in units):
-            self._refuse(_added(unit.rejected for unit in units), sum(unit.read for unit in units))
+        if not any(unit.read for unit in units):
+            self._refuse({}, 0)
         return results
 
     def _require_whole(self, results: list[PieceResult]) -> None:
@@ -267,9 +276,10 @@ class _Import:
         if not failed:
             return
         damaged = all(unit.damaged for unit in failed.values())
+        kind, advice = (DamagedInputError, OR_SKIP) if damaged else (InputError, "")
         if len(failed) == len(results) and not (damaged and self.config.skip_damaged):
             self.workspace.delete(IMPORT_STAGING)
-            raise (DamagedInputError if damaged else InputError)(failed[0].error)
+            raise kind(f"{failed[0].error}{advice}")
         for number in failed:
             self.staging.fragments.forget(number)
         if damaged and self.config.skip_damaged:
@@ -278,8 +288,7 @@ class _Import:
             )
         first, *more = dict.fromkeys(unit.error for unit in failed.values())
         others = f" (and {len(more)} more like it)" if more else ""
-        kind = DamagedInputError if damaged else InputError
-        raise kind(f"{first}{others}; completed work is kept for the next run")
+        raise kind(f"{first}{advice}{others}; completed work is kept for the next run")
 
     def _file_of(self, piece: int, result: PieceResult) -> str:
         """The file of the last unit that was read of a piece."""
@@ -293,10 +302,20 @@ class _Import:
             for number, piece in enumerate(pieces)
             for place, table in self.staging.fragments.rejected(number, piece)
         )
-        summary = summarize(self.plan, [unit for piece in pieces for unit in piece.units], rejected)
-        if summary.share > self.config.max_rejected:
+        units = [unit for piece in pieces for unit in piece.units]
+        summary = summarize(self.plan, units, rejected, FORMATS[self.config.format].beside)
+        if summary.rejected == summary.read:
+            self.workspace.delete(IMPORT_STAGING)
+            counts = ", ".join(f"{each.rows:,} × {each.reason}" for each in summary.reasons)
+            where = ", ".join(self.config.paths[:3])
             raise TooManyRejectedError(
-                f"{summary.rejected:,} of {summary.read:,} rows ({summary.share:.0%}) were rejected, more than "
+                f"{where}: all {summary.read:,} rows are rejected: {counts}; check the format and the settings",
+                summary,
+            )
+        if summary.share > self.config.max_rejected:
+            lost, plays = summary.rejected - summary.beside, summary.read - summary.beside
+            raise TooManyRejectedError(
+                f"{lost:,} of {plays:,} rows ({summary.share:.0%}) were rejected, more than "
                 f"{self.config.max_rejected:.0%}, and nothing was imported; check the format and the settings, "
                 "or allow more with --max-rejected",
                 summary,

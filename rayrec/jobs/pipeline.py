@@ -15,7 +15,8 @@ from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError, NotFoundError, TooFewQueriesError
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.importing.import_plan import ImportConfig, make_plan
+from rayrec.importing.import_plan import ImportConfig, plan_import
+from rayrec.jobs.add_songs import add_songs
 from rayrec.jobs.build_index import build_index
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
@@ -28,8 +29,7 @@ from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
-from rayrec.recommend.ranker_config import RankConfig
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.dataset_manifest import DatasetManifest
@@ -161,8 +161,8 @@ class Stages:
         self.made: dict[str, str] = {}  # stage -> id
         self.outcomes: list[Outcome] = []
 
-    def run(self, name: str, config: Settings) -> Outcome:
-        """Run a stage. Rankers that have too few queries to learn from are left out."""
+    def run(self, name: str, config: Settings | None = None) -> Outcome:
+        """Run a stage; songs has no config. Rankers that have too few queries to learn from are left out."""
         started = time.monotonic()
         existing = self._existing(name)
         try:
@@ -202,7 +202,7 @@ class Stages:
         there = self._dataset()
         made: Any = there.config.get(config.produces) if there else None
         changed = isinstance(made, dict) and _same_paths(made["paths"], config.paths)
-        changed = changed and made["plan"] != make_plan(config).id
+        changed = changed and made["plan"] != plan_import(config).id
         return import_data(self.workspace, config, repeat=self.force or changed)
 
     def _generate(self, config: GenerateConfig) -> DatasetManifest:
@@ -235,6 +235,9 @@ class Stages:
             unfinished="resume" if config.workers else "restart",
             repeat=self.force,
         )
+
+    def _songs(self, _config: None) -> Manifest:
+        return add_songs(self.workspace, model_id=self.made["train"], repeat=self.force)
 
     def _retrieval(self, config: RetrievalConfig) -> Manifest:
         return fit_retrieval(self.workspace, config, split=self.split, repeat=self.force)
@@ -274,6 +277,7 @@ class Stages:
 KINDS = {
     "embed": "songs",
     "train": "models",
+    "songs": "added_songs",
     "retrieval": "retrieval",
     "rank": "rankers",
     "taste": "tastes",

@@ -12,8 +12,9 @@ from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import USUAL_K, EvaluateConfig
 from rayrec.evaluation.results import Entry, Figures
 from rayrec.jobs.evaluate import evaluate_buckets
+from rayrec.model.added_songs import AddedSongs
 from rayrec.notebook import html_table
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.ranker_training import HELD_OUT, checks_rankers
 from rayrec.recommend.taste_recommender import TasteRecommender
@@ -33,12 +34,15 @@ class ServedParts:
     network: str  # folder of the network
     retrieval: str | None = None  # folder of the retrieval
     rankers: Manifest | None = None
+    added: AddedSongs | None = None
 
-    def load(self, dataset: Dataset) -> Recommender:
+    def load(self, dataset: Dataset) -> BaseRecommender:
         """The recommender, with an index of its own."""
         network = TasteRecommender.from_folder(dataset.workspace, self.network)
+        if self.added is not None:
+            network.add_songs(self.added)
         network.index = SongIndex.build(network.song_vectors, IndexConfig())
-        recommender: Recommender = network
+        recommender: BaseRecommender = network
         if self.rankers is not None and self.retrieval is not None:
             real_times = dataset.manifest.times == "real"
             recommender = load_two_step(dataset.workspace, network, self.retrieval, self.rankers, real_times=real_times)
@@ -89,7 +93,7 @@ class Quality:
 
 def measure_quality(
     dataset: Dataset,
-    models: Sequence[Recommender],
+    models: Sequence[BaseRecommender],
     *,
     split: Split,
     song_plays: np.ndarray,

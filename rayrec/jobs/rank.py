@@ -1,5 +1,7 @@
 """The rank stage: rankers learned on the validation range, with a network and a retrieval that have not seen it."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,27 +11,31 @@ from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, load_split
 from rayrec.errors import MismatchError, TooFewQueriesError
+from rayrec.jobs.add_songs import added_to
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
+from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK
 from rayrec.progress import progress
+from rayrec.recommend.ablation import ABLATED_PARTS
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, ndcg
-from rayrec.recommend.ranker_config import RankConfig
 from rayrec.recommend.ranker_training import (
     collect_examples,
     pack_examples,
     unpack_examples,
     validation_queries,
 )
-from rayrec.recommend.retrieval.retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind
+from rayrec.recommend.two_step_config import RankConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 KIND = "rankers"
+EVERYTHING = ""  # the name of the part that is left out where none is
 
 
 @writes("rank")
@@ -60,31 +66,69 @@ def fit_rankers(
     )
     split = _split_of(workspace, dataset, model, retrieval)
     inputs = {"dataset": dataset.manifest.id, "split": split.id, "models": model.id, "retrieval": retrieval.id}
-    print_id = artifacts.fingerprint("rank", to_mapping(config), inputs)
+    added = artifacts.latest(workspace, "added_songs", lambda made: made.inputs["models"] == model.id)
+    # Not an input of the artifact: songs that are added later are ranked as those that were there.
+    print_id = artifacts.fingerprint(
+        "rank", to_mapping(config), inputs | ({"added_songs": added.id} if added is not None else {})
+    )
     rankers_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, KIND, rankers_id)
     manifest = Manifest(kind=KIND, id=rankers_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     started = time.monotonic()
-    run = manifest.path("run")
+    parts = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
+    task = _Task(dataset, config, split, *parts, manifest.path("run"), added=added is not None)
     with ray_cluster():
-        parts = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
-        task = _Task(dataset, config, split, *parts, run)
-        buckets = range(dataset.manifest.buckets)
-        with progress("Ranking examples", len(buckets)) as bar:
-            queries = 0
-            for count in run_buckets(ExampleCollector, buckets, arguments={"task": task}):
-                queries += count
-                bar.advance()
+        queries = _collect(task)
         with progress("Rankers"):
             try:
-                (names, figures), *_ = run_on_node(_fit, task, manifest.folder, cpus=1)
+                (names, figures), *_ = run_on_node(_fit, task, EVERYTHING, manifest.folder, cpus=1)
             except TooFewQueriesError:
                 workspace.delete(manifest.folder)
                 raise
-    workspace.delete(run)
+    workspace.delete(task.run)
     metrics = {**figures, "queries": queries, "seconds": round(time.monotonic() - started, 1)}
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), names)
+
+
+def fit_ablations(dataset: Dataset, rankers: Manifest, folder: str) -> dict[str, str]:
+    """Learn the rankers of an artifact again without each of ABLATED_PARTS; part -> the folder of its rankers.
+
+    With the same settings, network and retrieval, below `folder`, which the caller deletes. A part that the catalog
+    does not know, such as artists, is left out. Needs a running cluster.
+    """
+    workspace = dataset.workspace
+    model, retrieval = (artifacts.load(workspace, kind, rankers.inputs[kind]) for kind in ("models", "retrieval"))
+    split = _split_of(workspace, dataset, model, retrieval)
+    described = retrieval.metrics["artists"] or retrieval.metrics["albums"]
+    parts = tuple(part for part in ABLATED_PARTS if part != "artists" or described)
+    config = RankConfig(**rankers.config)
+    added = artifacts.latest(workspace, "added_songs", lambda made: made.inputs["models"] == model.id) is not None
+    folders = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
+    task = _Task(dataset, config, split, *folders, f"{folder}/run", parts, added)
+    _collect(task)
+    with progress("Rankers without a part", len(parts)) as bar:
+        for part in parts:
+            list(run_on_node(_fit, task, part, f"{folder}/{part}", cpus=1))
+            bar.advance(note=part)
+    workspace.delete(task.run)
+    return {part: f"{folder}/{part}" for part in parts}
+
+
+def _collect(task: _Task) -> int:
+    """Collect the examples; how many queries."""
+    if task.added:
+        songs = added_to(task.dataset, task.network)
+        # Without those held out: no play of them is right here, which would teach that no new song is.
+        songs = songs.take(task.split.final.allowed_songs(songs.rows))
+        songs.save(task.dataset.workspace, f"{task.run}/added_songs")
+    buckets = range(task.dataset.manifest.buckets)
+    queries = 0
+    with progress("Ranking examples", len(buckets)) as bar:
+        for count in run_buckets(ExampleCollector, buckets, arguments={"task": task}):
+            queries += count
+            bar.advance()
+    return queries
 
 
 def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval: Manifest) -> Split:
@@ -118,51 +162,60 @@ class _Task:
     network: str  # folder of the network that has not seen the validation range
     retrieval: str  # folder of the retrieval that has not seen it either
     run: str  # folder of the pieces
+    without: tuple[str, ...] = (EVERYTHING,)  # parts to leave out, one at a time
+    added: bool = False  # whether songs were added to the network, which lie in the folder `run`, too
 
-    def piece(self, bucket: int) -> str:
-        """The file of the examples of one bucket."""
-        return f"{self.run}/bucket={bucket:05d}.safetensors"
+    def piece(self, bucket: int, without: str) -> str:
+        """The file of the examples of one bucket, without a part."""
+        return f"{self.run}/bucket={bucket:05d}/{without or 'all'}.safetensors"
 
-    def source(self) -> CandidateSource:
-        """Retrievers and features that have not seen the validation range."""
+    def sources(self) -> dict[str, CandidateSource]:
+        """Retrievers and features that have not seen the validation range, by the part that they leave out."""
         workspace = self.dataset.workspace
         network = TasteRecommender.from_folder(workspace, self.network)
+        if self.added:
+            network.add_songs(AddedSongs.load(workspace, f"{self.run}/added_songs"))
         network.index = SongIndex.build(network.song_vectors, IndexConfig())
         retrieval = Retrieval.load(workspace, self.retrieval)
-        return CandidateSource(network, retrieval, real_times=self.dataset.manifest.times == "real")
+        real_times = self.dataset.manifest.times == "real"
+        return {
+            without: CandidateSource(network, retrieval, real_times=real_times, without=without)
+            for without in self.without
+        }
 
 
 class ExampleCollector:
     """Collects the examples of one bucket."""
 
     def __init__(self, task: _Task) -> None:
-        self._task, self._source = task, task.source()
+        self._task, self._sources = task, task.sources()
         self._queries_each = -(-task.config.queries // task.dataset.manifest.buckets)
 
     def __call__(self, bucket: int) -> int:
         """Write the examples of a bucket; how many queries they are of."""
-        task, left, parts = self._task, self._queries_each, []
+        task, left = self._task, self._queries_each
+        parts: list[dict[str, dict[RankerKind, RankingExamples]]] = []
         for batch in task.dataset.read_bucket(bucket):
             histories, plays = validation_queries(batch, task.split, left)
             left -= len(plays)
             if len(plays):
-                parts.append(collect_examples(self._source, histories, plays))
-        if parts:
-            joined = {kind: RankingExamples.joined([part[kind] for part in parts]) for kind in KINDS}
-            task.dataset.workspace.write_bytes(task.piece(bucket), pack_examples(joined))
+                parts.append(collect_examples(self._sources, histories, plays))
+        for without in task.without if parts else ():
+            joined = {kind: RankingExamples.joined([part[without][kind] for part in parts]) for kind in KINDS}
+            task.dataset.workspace.write_bytes(task.piece(bucket, without), pack_examples(joined))
         return self._queries_each - left
 
 
-def _fit(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """Grow the rankers and write them; yields the names of the files, and figures."""
+def _fit(task: _Task, without: str, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Grow the rankers, without a part, and write them; yields the names of the files, and figures."""
     workspace = task.dataset.workspace
-    pieces = [task.piece(bucket) for bucket in range(task.dataset.manifest.buckets)]
+    pieces = [task.piece(bucket, without) for bucket in range(task.dataset.manifest.buckets)]
     parts = [unpack_examples(workspace.read_bytes(path)) for path in pieces if workspace.exists(path)]
     if not parts:
         raise TooFewQueriesError(
             "the validation range holds no play to learn a ranker from; give a split with more days"
         )
-    features = task.source().sources.names
+    features = task.sources()[without].sources.names
     names: list[str] = []
     figures: dict[str, Any] = {}
     rankers: dict[RankerKind, Ranker] = {}

@@ -1,4 +1,8 @@
-"""The retrieval stage: sessions, rules, play counts and song groups, counted by bucket and merged by range of songs."""
+"""The retrieval stage: sessions, rules, play counts and song groups, counted by bucket and merged by range of songs.
+
+Where a retrieval of the same settings holds earlier parts of the plays already, the later ones alone are read and added
+to it.
+"""
 
 import time
 from collections.abc import Iterator
@@ -12,12 +16,17 @@ from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.split import FitRange, Split, fit_range, require_split_of
+from rayrec.data.split import FitRange, Split, fit_range, load_split, require_split_of
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
 from rayrec.progress import progress
 from rayrec.recommend.retrieval.count_files import pack_counts, unpack_counts
-from rayrec.recommend.retrieval.retrieval import SELECTION_RETRIEVAL, SETTINGS_FILE, Retrieval, RetrievalCounts
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.retrieval.stored_retrieval import (
+    SELECTION_RETRIEVAL,
+    SETTINGS_FILE,
+    Retrieval,
+    RetrievalCounts,
+)
+from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
@@ -33,9 +42,15 @@ def fit_retrieval(
 ) -> Manifest:
     """Fit what retrievers look up on all plays that a final fit may see; the retrieval artifact.
 
+    Unless `config.full` or `repeat` ask for all plays, those of new parts are added to the newest retrieval of the same
+    settings and split. Play counts and the newest sessions are then those of all plays; a follower that was not among
+    the strongest rules of its song begins at 0, and rules and sessions across the end of a part are not counted.
     With a validation range a second one, fitted before it, lies in the folder `selection`: rankers learn on the range
-    that it has not seen. Metrics: seconds, plays, sessions, rules, artists and albums. A killed job goes on with the
-    buckets left. Raises `MismatchError` for a split of another data set.
+    that it has not seen.
+
+    Metrics: seconds, plays, sessions, rules, artists, albums and base ("": none), the retrieval that was added to. A
+    killed job goes on with the buckets left.
+    Raises `MismatchError` for a split of another data set.
     """
     dataset = Dataset(workspace)
     inputs = {"dataset": dataset.manifest.id}
@@ -43,37 +58,74 @@ def fit_retrieval(
         require_split_of(dataset, split)
         inputs["split"] = split.id
     described = dataset.descriptions()
-    if described is not None:
-        inputs["descriptions"] = described.id
+    if described:
+        inputs["descriptions"] = described[-1].id
     print_id = artifacts.fingerprint(KIND, to_mapping(config), inputs)
     retrieval_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, KIND, retrieval_id)
     manifest = Manifest(kind=KIND, id=retrieval_id, config=to_mapping(config), inputs=inputs)
+    first_part, base = 0, None
+    if not (config.full or repeat):
+        first_part, base = dataset.newest_base(KIND, lambda made: _is_like(workspace, made, manifest))
     started = time.monotonic()
     names: list[str] = []
     with ray_cluster():
         if split is not None and split.has_validation:
             folder = manifest.path(SELECTION_RETRIEVAL)
             if not workspace.exists(f"{folder}/{SETTINGS_FILE}"):
-                write_retrieval(dataset, config, split.selection, folder)
+                before = _selection_base(dataset, split, base)
+                from_part = first_part if before else 0
+                write_retrieval(dataset, config, split.selection, folder, base=before, first_part=from_part)
             names = [path.removeprefix(f"{manifest.folder}/") for path in workspace.files(folder)]
-        written, figures = write_retrieval(dataset, config, fit_range(split), manifest.folder)
+        base_folder = base.folder if base else ""
+        written, figures = write_retrieval(
+            dataset, config, fit_range(split), manifest.folder, base=base_folder, first_part=first_part
+        )
         names += written
-    metrics = {**figures, "seconds": round(time.monotonic() - started, 1)}
+    metrics = {**figures, "seconds": round(time.monotonic() - started, 1), "base": base.id if base else ""}
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), names)
 
 
+def _is_like(workspace: Workspace, made: Manifest, wanted: Manifest) -> bool:
+    """True where two retrievals keep as much, and saw the same plays of those that both could see."""
+    settings = [{**each.config, "full": False} for each in (made, wanted)]
+    splits = [each.inputs.get("split") for each in (made, wanted)]
+    if settings[0] != settings[1]:
+        return False
+    return splits[0] == splits[1] or all(
+        fit_range(load_split(workspace, split) if split else None) == FitRange() for split in splits
+    )
+
+
+def _selection_base(dataset: Dataset, split: Split, base: Manifest | None) -> str:
+    """The folder of what the retrieval before the validation range may start from, or "": all plays are counted."""
+    if base is None:
+        return ""
+    if base.inputs.get("split") == split.id:
+        return base.path(SELECTION_RETRIEVAL)
+    before_range = dataset.earlier(base.inputs["dataset"]).last_play < (split.validation_from or 0)
+    return base.folder if before_range else ""
+
+
 def write_retrieval(
-    dataset: Dataset, config: RetrievalConfig, allowed: FitRange, folder: str
+    dataset: Dataset,
+    config: RetrievalConfig,
+    allowed: FitRange,
+    folder: str,
+    *,
+    base: str = "",
+    first_part: int = 0,
 ) -> tuple[list[str], dict[str, Any]]:
     """Fit on the plays that `allowed` lets through and write into a folder; the names of the files, and figures.
 
-    Needs a running cluster. Pieces lie in `folder`/run until the end, so a killed job goes on.
+    With `base` the plays of `first_part` and later ones are added to the retrieval in that folder. Needs a running
+    cluster. Pieces lie in `folder`/run until the end, so a killed job goes on.
     """
     workspace, run = dataset.workspace, f"{folder}/run"
     buckets = range(dataset.manifest.buckets)
-    task = _Task(dataset, config, allowed, run, _song_ranges(dataset))
+    pieces = f"{run}/{base.replace('/', '-') or 'all'}"
+    task = _Task(dataset, config, allowed, pieces, _song_ranges(dataset), base, first_part)
     with progress("Retrieval", len(buckets) + len(task.song_ranges)) as bar:
         for worker, units in ((BucketCounter, buckets), (RangeMerger, range(len(task.song_ranges)))):
             for _ in run_buckets(worker, units, arguments={"task": task}, called="unit"):
@@ -90,16 +142,18 @@ class _Task:
     dataset: Dataset
     config: RetrievalConfig
     allowed: FitRange
-    run: str  # folder of the pieces
+    pieces: str  # their folder
     song_ranges: list[tuple[int, int]]  # first row, and the row after the last
+    base: str  # folder of the retrieval that plays are added to, or ""
+    first_part: int  # of the plays to count
 
     def piece(self, bucket: int, song_range: int) -> str:
         """The file of what one bucket says of one range of songs."""
-        return f"{self.run}/bucket={bucket:05d}/range={song_range:05d}.safetensors"
+        return f"{self.pieces}/bucket={bucket:05d}/range={song_range:05d}.safetensors"
 
     def merged(self, song_range: int) -> str:
         """The file of what all buckets say of one range of songs."""
-        return f"{self.run}/merged/range={song_range:05d}.safetensors"
+        return f"{self.pieces}/merged/range={song_range:05d}.safetensors"
 
 
 class BucketCounter:
@@ -114,7 +168,7 @@ class BucketCounter:
         if dataset.workspace.exists(task.piece(bucket, len(task.song_ranges) - 1)):
             return 0
         counts = self._count(Histories.from_lists([], []))
-        for histories in dataset.read_bucket(bucket):
+        for histories in dataset.read_bucket(bucket, first_part=task.first_part):
             counts = RetrievalCounts.merge([counts, self._count(task.allowed.select(histories))])
         for number, (first, last) in enumerate(task.song_ranges):
             data = pack_counts(counts.of_songs(first, last), first, last)
@@ -142,12 +196,13 @@ class RangeMerger:
         task, workspace = self._task, self._task.dataset.workspace
         if workspace.exists(task.merged(number)):
             return 0
-        merged: RetrievalCounts | None = None
-        for bucket in range(task.dataset.manifest.buckets):
+        merged = unpack_counts(workspace.read_bytes(task.piece(0, number)))
+        for bucket in range(1, task.dataset.manifest.buckets):
             part = unpack_counts(workspace.read_bytes(task.piece(bucket, number)))
-            merged = part if merged is None else RetrievalCounts.merge([merged, part])
-        if merged is None:
-            raise AssertionError("a data set has at least one bucket")
+            merged = RetrievalCounts.merge([merged, part])
+        if task.base:
+            earlier = Retrieval.load(workspace, task.base).counts.of_songs(*task.song_ranges[number])
+            merged = RetrievalCounts.merge([merged, earlier])
         merged = replace(merged, rules=merged.rules.strongest(task.config.rules_per_song))
         workspace.write_bytes(task.merged(number), pack_counts(merged, *task.song_ranges[number]))
         return 1

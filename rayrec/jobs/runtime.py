@@ -96,7 +96,7 @@ def require_cluster(address: str, timeout: float = CONNECT_SECONDS) -> None:
 
 
 def _not_started(address: str | None, error: Exception) -> RayrecError:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     if "AF_UNIX" in text:
         return InputError(
             f"the folder for temporary files, {tempfile.gettempdir()}, has too long a path for Ray's sockets; "

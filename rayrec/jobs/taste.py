@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.errors import MismatchError
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.taste_table import PLAYS, tastes_file
 from rayrec.model.train_config import TasteConfig
@@ -24,7 +23,7 @@ from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import Workspace, artifact_dir
 
 COUNTS = b"rayrec counts"  # key of a file's metadata: JSON of what its bucket came to
 
@@ -42,21 +41,17 @@ def compute_tastes(
     Raises `MismatchError` for a model of a data set that this one does not descend from.
     """
     dataset = Dataset(workspace)
-    model = (
-        artifacts.load(workspace, "models", model_id) if model_id else artifacts.newest(workspace, "models", "train")
-    )
-    if not dataset.descends_from(model.inputs["dataset"]):
-        raise MismatchError(
-            f"model {model.id} was trained on data set {model.inputs['dataset']}, the workspace has "
-            f"{dataset.manifest.id}; run `rayrec embed` and `rayrec train` first"
-        )
+    model = dataset.model(model_id)
     inputs = {"dataset": dataset.manifest.plays_id, "models": model.id}
+    added = artifacts.latest(workspace, "added_songs", lambda made: made.inputs["models"] == model.id)
+    if added is not None:
+        inputs["added_songs"] = added.id
     at = dataset.manifest.last_play if config.at is None else int(config.at)
     print_id = artifacts.fingerprint("taste", {"at": at}, inputs)
     tastes_id, complete = artifacts.new_id(workspace, "tastes", print_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, "tastes", tastes_id)
-    base = None if config.full or repeat else newest_base(dataset, model)
+    base = None if config.full or repeat else tastes_before(dataset, model, added)
     manifest = Manifest(kind="tastes", id=tastes_id, config={**to_mapping(config), "at": at}, inputs=inputs)
     began = time.monotonic()
     buckets = range(dataset.manifest.buckets)
@@ -73,6 +68,7 @@ def compute_tastes(
             "at": at,
             "config": config,
             "base": base,
+            "added": added,
             "done": done,
         }
         results = run_buckets(
@@ -95,18 +91,31 @@ def compute_tastes(
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums, checksums)
 
 
-def newest_base(dataset: Dataset, model: Manifest) -> Manifest | None:
-    """The tastes of the model that know the most parts of the data set's plays, the newest of them; None where none.
+def tastes_before(dataset: Dataset, model: Manifest, added: Manifest | None = None) -> Manifest | None:
+    """The tastes of the model to continue from, as in `Dataset.newest_base`; None where there are none.
 
-    None of those whose last part was joined with later ones.
+    None of those that read plays of songs which were `added` later and would be read otherwise now.
     """
-    fitting = [
-        (dataset.earlier(tastes.inputs["dataset"]).parts, tastes)
-        for tastes in artifacts.listing(dataset.workspace, "tastes")
-        if tastes.inputs["models"] == model.id and dataset.descends_from(tastes.inputs["dataset"])
-    ]
-    readable = [(parts, tastes) for parts, tastes in fitting if dataset.manifest.splits_at(parts)]
-    return max(readable, key=lambda each: each[0], default=(0, None))[1]
+    _, base = dataset.newest_base(
+        "tastes", lambda made: made.inputs["models"] == model.id and _reads_the_same(dataset, made, added)
+    )
+    return base
+
+
+def _reads_the_same(dataset: Dataset, tastes: Manifest, added: Manifest | None) -> bool:
+    """True where the plays that tastes have seen are read the same with the songs added now as with those then."""
+    then = tastes.inputs.get("added_songs")
+    if then == (added.id if added else None):
+        return True
+    if added is None:
+        return False
+    from rayrec.model.added_songs import AddedSongs
+
+    now, base = (
+        None if each is None else AddedSongs.load(dataset.workspace, artifact_dir("added_songs", each))
+        for each in (added.id, then)
+    )
+    return now is not None and now.fits(base, dataset.earlier(tastes.inputs["dataset"]).songs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,22 +138,28 @@ class BucketTastes:
         at: int,
         config: TasteConfig,
         base: Manifest | None = None,
+        added: Manifest | None = None,
         done: Set[int] = frozenset(),
     ) -> None:
         """`done` are the buckets that an earlier run has written: they are only read for their checksums."""
         import torch
 
+        from rayrec.model.added_songs import AddedSongs
         from rayrec.model.checkpoint import load_model
         from rayrec.model.inference import TasteEncoder
 
         torch.set_num_threads(1)
-        self._encoder = TasteEncoder(load_model(workspace, model.folder, model.files), "cuda" if config.gpu else "cpu")
+        network = load_model(workspace, model.folder, model.files)
+        if added is not None:
+            songs = AddedSongs.load(workspace, added.folder)
+            network.add_songs(torch.from_numpy(songs.rows), torch.from_numpy(songs.inputs))
+        self._encoder = TasteEncoder(network, "cuda" if config.gpu else "cpu")
         self._dataset, self._folder, self._at, self._config, self._base = Dataset(workspace), folder, at, config, base
         self._done = done
 
     def __call__(self, bucket: int) -> BucketResult:
         """Write the bucket's file."""
-        from rayrec.model.carried_tastes import Counts
+        from rayrec.model.taste_table import Counts
 
         path = tastes_file(self._folder, bucket)
         if bucket in self._done:
@@ -173,8 +188,7 @@ class BucketTastes:
 
     def _tables(self, bucket: int, counts: Any) -> Iterator[pa.Table]:
         from rayrec.data.histories import Histories
-        from rayrec.model.carried_tastes import continued_tables, full_tables
-        from rayrec.model.taste_table import taste_table
+        from rayrec.model.taste_table import continued_tables, full_tables, taste_table
 
         how = {"at": self._at, "users": self._config.users, "counts": counts}
         if self._base is None:

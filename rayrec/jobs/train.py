@@ -8,16 +8,15 @@ from typing import Any, Literal
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
-from rayrec.embeddings.sessions import UNCUT
+from rayrec.embeddings.word2vec import UNCUT
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
-from rayrec.jobs.board import LocalBoard, new_board, shown
 from rayrec.jobs.runtime import cluster_cpus, ray_cluster
-from rayrec.jobs.train_plan import TrainPlan, diverged_file, fit_range_of, make_plan, selected_folder
+from rayrec.jobs.train_plan import TrainPlan, diverged_file, fit_range_of, plan_training, selected_folder
 from rayrec.jobs.train_worker import train_worker
-from rayrec.jobs.trainer import SNAPSHOT, Crew, run_workers
+from rayrec.jobs.trainer import SNAPSHOT, Crew, LocalBoard, new_board, run_workers, shown
 from rayrec.model.checkpoint import MODEL_CONFIG, WEIGHTS
 from rayrec.model.train_config import PLAY_COUNTS, SELECTION_NETWORK, ModelConfig, TrainConfig
-from rayrec.model.training_sequences import Sequences
+from rayrec.model.training_windows import Sequences
 from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -82,7 +81,7 @@ def train(
             "a training without workers cannot go on from a checkpoint; give --workers 1 or more, or --restart"
         )
     with ray_cluster():
-        plan = make_plan(dataset, config, songs, split, manifest, start)
+        plan = plan_training(dataset, config, songs, split, manifest, start)
         if start is not None:
             _require_shape(plan, start)
             if plan.validation is None:

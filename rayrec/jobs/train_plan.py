@@ -13,7 +13,7 @@ from rayrec.errors import RayrecError
 from rayrec.jobs.runtime import run_buckets
 from rayrec.model.fit import Phase, Validation
 from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
-from rayrec.model.training_sequences import Sequences
+from rayrec.model.training_windows import Sequences
 from rayrec.progress import progress
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -34,7 +34,7 @@ class TrainPlan:
     start: str | None  # folder of the model to start from
 
 
-def make_plan(
+def plan_training(
     dataset: Dataset,
     config: TrainConfig,
     songs: Manifest,
@@ -126,7 +126,7 @@ def _count_songs(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) 
     if Sequences(dataset, config.source).kind == "playlists":
         entries = np.zeros(dataset.num_songs, dtype=np.int64)
         for songs, _ in dataset.read_playlists():
-            entries += np.bincount(songs, minlength=dataset.num_songs)
+            entries += np.bincount(songs[ranges[0].allowed_songs(songs)], minlength=dataset.num_songs)
         return [entries for _ in ranges]
     totals = [np.zeros(dataset.num_songs, dtype=np.int64) for _ in ranges]
     buckets = range(dataset.manifest.buckets)

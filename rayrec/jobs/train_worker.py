@@ -24,14 +24,12 @@ from rayrec.data.windows import Windows, epoch_units
 from rayrec.errors import DivergedError, InputError
 from rayrec.jobs.runtime import quiet_data
 from rayrec.jobs.train_plan import TrainPlan, diverged_file, read_validation, read_vectors, selected_folder
-from rayrec.model.checkpoint import load_model, save_model
-from rayrec.model.fit import RECALL_AT, VALIDATION_FIGURES, Fit, FitData, Phase, Progress
+from rayrec.model.checkpoint import load_model, save_model, write_epochs, write_tensorboard
+from rayrec.model.fit import RECALL_AT, VALIDATION_FIGURES, Fit, FitData, FitProgress, Phase
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.training import StepReport
-from rayrec.model.training_log import write_epochs, write_tensorboard
-from rayrec.model.training_sequences import Sequences
-from rayrec.model.window_stream import UnitReader, plain_stream, split_batches
+from rayrec.model.training_windows import Sequences, UnitReader, plain_stream, split_batches
 from rayrec.model.workers import Share
 
 PLAYS_PER_UNIT = 200_000  # small buckets are read together until they hold about as many
@@ -89,7 +87,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
         write_tensorboard(plan.workspace, plan.folder, fit.progress.epochs)
 
 
-def summary(done: Progress) -> dict[str, Any]:
+def summary(done: FitProgress) -> dict[str, Any]:
     """The figures of a finished fit."""
     selected = [line for line in done.epochs if line["phase"] == "selection"]
     last = done.epochs[-1]
@@ -135,7 +133,7 @@ class WorkerHost:
         if self._share.rank == 0:
             save_model(self._plan.workspace, selected_folder(self._plan), model, known)
 
-    def checkpoint(self, progress: Progress, save: Callable[[Path], None]) -> None:
+    def checkpoint(self, progress: FitProgress, save: Callable[[Path], None]) -> None:
         """Report to Ray Train; the first worker's files are the checkpoint."""
         figures = progress.epochs[-1] if progress.epochs else {"epoch": progress.epoch}
         if self._share.rank:

@@ -10,8 +10,9 @@ from rayrec.config import from_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import hold_back_validation, load_split
 from rayrec.errors import InputError, MismatchError
-from rayrec.importing.compaction import PARTS_BEFORE_COMPACT
 from rayrec.importing.guessing import describe_import, guess_import
+from rayrec.importing.merging import PARTS_BEFORE_COMPACT
+from rayrec.jobs.add_songs import added_since
 from rayrec.jobs.compact import compact
 from rayrec.jobs.fit import fit_models, served_before, stage_configs
 from rayrec.jobs.fit_config import UpdateConfig
@@ -19,12 +20,13 @@ from rayrec.jobs.import_data import Appended, append_plays
 from rayrec.jobs.pipeline import Outcome, ReleaseConfig, Stages
 from rayrec.jobs.quality import Quality, ServedParts, measure_quality
 from rayrec.jobs.runtime import ray_cluster
+from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK, TasteConfig
 from rayrec.online.load_states import LoadResult, load_states
 from rayrec.online.state_store import open_store, store_uri
 from rayrec.recommend.index import IndexConfig
-from rayrec.recommend.retrieval.retrieval import SELECTION_RETRIEVAL, Retrieval
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
@@ -109,9 +111,9 @@ class _Update:
         self.dataset, self.workspace, self.live, self.on_note = dataset, dataset.workspace, live, on_note
         self.stages = Stages(dataset.workspace, on_stage=on_stage)
         self.model = artifacts.load(dataset.workspace, "models", live.inputs["models"])
-        self.retrieval, self.rankers = (
+        self.retrieval, self.rankers, self.added = (
             artifacts.load(dataset.workspace, kind, live.inputs[kind]) if kind in live.inputs else None
-            for kind in ("retrieval", "rankers")
+            for kind in ("retrieval", "rankers", "added_songs")
         )
 
     def run(self, appended: Appended, config: UpdateConfig) -> UpdateResult:
@@ -127,6 +129,7 @@ class _Update:
             self._train()
         else:
             self._keep_model()
+        self.dataset = Dataset(workspace)  # described songs have come into its catalog
         quality = self._check(trains)
         holds, reason = _verdict(quality, trains)
         for name, settings in (("taste", TasteConfig()), ("index", IndexConfig())):
@@ -168,11 +171,12 @@ class _Update:
         """Continue the training of the live model; where the data asks for another shape, train a new one."""
         stages, retrieval = self.stages, self.retrieval
         sections = {
+            "embed": artifacts.load(self.workspace, "songs", self.model.inputs["songs"]).config,
             "train": self.model.config,
             "retrieval": retrieval.config if retrieval else {},
             "rank": self.rankers.config if self.rankers else {},
         }
-        configs = stage_configs(self.dataset.manifest, sections)
+        configs = stage_configs(self.dataset, sections)
         stages.start = self.model.id
         try:
             stages.run("train", configs["train"])
@@ -181,12 +185,14 @@ class _Update:
             stages.start = None
             fit_models(stages, configs)
             return
+        stages.run("songs")
         for name in ("retrieval", "rank"):
             stages.run(name, configs[name])
 
     def _keep_model(self) -> None:
-        """The retrieval takes in the new plays, the model and its rankers stay."""
+        """New songs get vectors and the retrieval takes in the new plays; the model and its rankers stay."""
         self.stages.made["train"] = self.model.id
+        self.stages.run("songs")
         if self.rankers is not None and self.retrieval is not None:
             self.stages.made["rank"] = self.rankers.id
             self.stages.run("retrieval", from_mapping(RetrievalConfig, self.retrieval.config, "retrieval"))
@@ -203,15 +209,17 @@ class _Update:
             network=self.model.folder,
             retrieval=self.retrieval.folder if self.retrieval else None,
             rankers=self.rankers,
+            added=AddedSongs.load(workspace, self.added.folder) if self.added else None,
         )
         if trained:
             model = artifacts.load(workspace, "models", made["train"])
             if not workspace.exists(model.path(SELECTION_NETWORK)):
                 return None  # the range holds no play with an earlier one
-            new = served_before(model, retrieval, rankers, NEW)
+            new = served_before(self.dataset, model, retrieval, rankers, NEW)
         else:
             selection = retrieval.path(SELECTION_RETRIEVAL)
-            new = ServedParts(name=NEW, network=self.model.folder, retrieval=selection, rankers=rankers)
+            added = added_since(self.dataset, self.model, split.selection, self.added)
+            new = ServedParts(name=NEW, network=self.model.folder, retrieval=selection, rankers=rankers, added=added)
         song_plays = np.asarray(Retrieval.load(workspace, retrieval.path(SELECTION_RETRIEVAL)).plays.plays)
         quality = measure_quality(
             self.dataset,

@@ -18,6 +18,7 @@ from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.data.histories import Histories
 from rayrec.data.split import list_splits
 from rayrec.errors import NotFoundError, RayrecError
+from rayrec.jobs.recommend_all import SCORES, SONG_IDS
 from rayrec.progress import Progress, progress
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest, sha256
@@ -39,7 +40,10 @@ UNREADABLE = (RayrecError, OSError, pa.ArrowException, ValueError, KeyError, Typ
 ROWS = 5_000  # of tastes or vectors looked at at once
 TOLERANCE = 1e-3  # of the length of a normalized vector
 MODEL_VECTORS = "song_vectors.npy"
-KINDS = (DESCRIPTIONS, "songs", "models", "tastes", "indexes", "reports", "releases")
+KINDS = (
+    *(DESCRIPTIONS, "songs", "models", "added_songs", "retrieval", "rankers", "tastes", "indexes"),
+    *(artifacts.RECOMMENDATIONS, "reports", "releases"),
+)
 STORED = (".npy", ".safetensors", ".parquet", ".faiss", ".arrow")  # files that must stand under a checksum
 
 
@@ -55,7 +59,7 @@ class Finding:
 class Checked:
     """One thing that was looked at."""
 
-    kind: str  # dataset, splits, descriptions, songs, models, tastes, indexes, reports, releases
+    kind: str  # dataset, splits or one of KINDS
     id: str
     files: int  # compared with their checksums
     problems: int
@@ -243,8 +247,10 @@ def check_artifacts(audit: Audit, dataset: Dataset | None) -> None:
         DESCRIPTIONS: _check_descriptions,
         "songs": _check_embeddings,
         "models": _check_model,
+        "added_songs": _check_added_songs,
         "tastes": _check_tastes,
         "indexes": _check_index,
+        artifacts.RECOMMENDATIONS: _check_recommendations,
         "releases": _check_release,
     }
     for kind in KINDS:
@@ -324,6 +330,23 @@ def _check_model(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> N
                 audit.require(finite, manifest.path(file), f"{name} holds a number that is not finite")
 
 
+def _check_added_songs(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
+    from rayrec.model.added_songs import INPUTS, OUTPUTS, ROWS
+
+    known = _known(dataset, manifest)
+    rows = audit.workspace.read_array(manifest.path(ROWS))
+    inside = not len(rows) or (rows[0] >= 0 and (known is None or rows[-1] < known.songs))
+    audit.require(
+        bool((np.diff(rows) > 0).all() and inside), manifest.path(ROWS), "are not ascending rows of the songs"
+    )
+    for name in (OUTPUTS, INPUTS):
+        vectors = audit.workspace.read_array(manifest.path(name))
+        fits = vectors.ndim == 2 and len(vectors) == len(rows) and bool(np.isfinite(vectors).all())
+        audit.require(
+            fits, manifest.path(name), f"is {vectors.shape}, not a finite vector for each of {len(rows)} songs"
+        )
+
+
 def _check_tastes(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
     """Every user once, in the right bucket; vectors normalized, states finite; as many plays as the histories hold."""
     known = _known(dataset, manifest)
@@ -355,6 +378,35 @@ def _check_tastes(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> 
             manifest.folder,
             f"holds {users} users with {plays} plays, the data set {known.users} with {known.plays}",
         )
+
+
+def _check_recommendations(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
+    """Every user once, in the right bucket; at most k songs each, best first, as many scores."""
+    known = _known(dataset, manifest)
+    counts = {"users": 0, "songs": 0}
+    for file in manifest.files:
+        path = manifest.path(file)
+        bucket = int(posixpath.dirname(file).rpartition("=")[2])
+        audit.bar.advance(note=path[-60:])
+        seen: set[str] = set()  # of one bucket: a bounded part of all users
+        for table in _batches(audit, path):
+            ids = table.column(columns.USER).to_numpy()
+            audit.require(len(set(ids)) == len(ids) and not seen.intersection(ids), path, "a user occurs twice")
+            seen.update(ids)
+            astray = known is not None and bool((bucket_of(ids, known.buckets) != bucket).any())
+            audit.require(not astray, path, "a user belongs to another bucket")
+            songs, scores = (table.column(name).combine_chunks() for name in (SONG_IDS, SCORES))
+            lengths = pc.list_value_length(songs).to_numpy()
+            fits = (
+                bool((lengths <= manifest.config["k"]).all()) and lengths.tolist() == np.diff(scores.offsets).tolist()
+            )
+            audit.require(fits, path, f"a row has more than {manifest.config['k']} songs, or not a score for each")
+            values, inside = scores.flatten().to_numpy(), np.diff(pc.list_parent_indices(scores).to_numpy()) == 0
+            audit.require(not np.any(inside & (np.diff(values) > 0)), path, "songs are not sorted by score")
+            counts["users"] += len(ids)
+            counts["songs"] += len(values)
+    expected = {name: manifest.metrics[name] for name in counts}
+    audit.require(counts == expected, manifest.folder, f"holds {counts}, its manifest says {expected}")
 
 
 def _batches(audit: Audit, path: str) -> Iterator[pa.Table]:

@@ -1,6 +1,7 @@
 """Stored networks and half-done trainings: safetensors, .npy and JSON, so that loading runs no code."""
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,8 @@ SONG_VECTORS = "song_vectors.npy"  # that taste vectors are compared with
 INPUT_VECTORS = "input_vectors.npy"  # of songs as inputs, where they have a table of their own
 MODEL_CONFIG = "model.json"
 SONGS_AT_ONCE = 1 << 16  # that go through the map of song vectors
+EPOCHS = "epochs.jsonl"
+TENSORBOARD = "tensorboard"  # folder of events
 
 
 def export_song_vectors(model: TasteModel, known: np.ndarray) -> np.ndarray:
@@ -102,3 +105,27 @@ def load_training(folder: Path, training: Training) -> tuple[dict[str, Tensor] |
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cpu().contiguous() for name, value in tensors.items()}
+
+
+def write_epochs(workspace: Workspace, folder: str, epochs: list[dict[str, Any]]) -> None:
+    """One JSON object a line and epoch, into a folder of the workspace."""
+    lines = "".join(json.dumps(line) + "\n" for line in epochs)
+    workspace.write_bytes(f"{folder}/{EPOCHS}", lines.encode())
+
+
+def write_tensorboard(workspace: Workspace, folder: str, epochs: list[dict[str, Any]]) -> bool:
+    """The numbers of each epoch as scalars named phase/figure; False, and nothing done, without TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return False
+    with tempfile.TemporaryDirectory(prefix="rayrec-") as local:
+        writer = SummaryWriter(local)
+        for line in epochs:
+            for name, value in line.items():
+                if isinstance(value, (int, float)) and name != "epoch":
+                    writer.add_scalar(f"{line['phase']}/{name}", value, line["epoch"])
+        writer.close()
+        for path in sorted(Path(local).iterdir()):
+            workspace.put_file(path, f"{folder}/{TENSORBOARD}/{path.name}")
+    return True

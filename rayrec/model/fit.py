@@ -69,7 +69,7 @@ class Validation:
 
 
 @dataclass(kw_only=True)
-class Progress:
+class FitProgress:
     """Where a fit stands: the next step to take, and what was found so far."""
 
     phase: Phase
@@ -98,7 +98,7 @@ class Host(Protocol):
         """The selection phase is over; `model` is its best network and `known`, bool (N,), the songs it knows."""
         ...
 
-    def checkpoint(self, progress: Progress, save: Callable[[Path], None]) -> None:
+    def checkpoint(self, progress: FitProgress, save: Callable[[Path], None]) -> None:
         """Keep where the fit stands; `save` writes it into a folder. Every worker calls it at the same steps."""
         ...
 
@@ -125,12 +125,12 @@ class Fit:
         self._device, self._share, self._start = device, share, start
         self._best: dict[str, Tensor] | None = None
         self._saved_at = time.monotonic()
-        self.progress = Progress(phase="final" if validation is None else "selection")
+        self.progress = FitProgress(phase="final" if validation is None else "selection")
         self.training = self._new_training(self.progress.phase)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint."""
-        self.progress = Progress(**json.loads((folder / "progress.json").read_text()))
+        self.progress = FitProgress(**json.loads((folder / "progress.json").read_text()))
         self.training = self._new_training(self.progress.phase)
         self._best, _ = load_training(folder, self.training)
 

@@ -5,7 +5,7 @@ single requests, so that they agree. U users, Q questions, D embedding, H hidden
 numbers that the head sees.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,14 @@ class TasteEncoder:
     def vectors(
         self, histories: Histories, questions: Questions, horizon: str, start: States | None = None
     ) -> np.ndarray:
-        """float32 (Q, D), normalized: the taste vectors at the questions, from the plays before each only.
+        """float32 (Q, D), normalized: the taste vectors at the questions, from the plays before each only."""
+        return self.vectors_of(histories, questions, (horizon,), start)[horizon]
+
+    @torch.inference_mode()
+    def vectors_of(
+        self, histories: Histories, questions: Questions, horizons: Sequence[str], start: States | None = None
+    ) -> dict[str, np.ndarray]:
+        """As `vectors`, of several horizons by one run through the plays.
 
         Questions that bring their hidden state are answered from it and the time of the last play before them.
         """
@@ -79,7 +86,8 @@ class TasteEncoder:
         index = histories.offsets[questions.rows] + questions.seen - 1
         played = histories.played_at[np.maximum(index, 0)] if histories.num_plays else index
         before = np.where(questions.seen > 0, played, start.last_played_at[questions.rows])
-        return self.project(seen, gap_seconds(before, questions.at), horizon)
+        gap = gap_seconds(before, questions.at)
+        return {horizon: self.project(seen, gap, horizon) for horizon in horizons}
 
     def tastes(self, states: States, at: int | np.ndarray, horizon: str) -> np.ndarray:
         """float32 (U, D), normalized: the taste vectors at the moment `at` (ms UTC) from states alone."""

@@ -4,17 +4,59 @@ Shapes: B rows, L plays, D embedding, H hidden units, F features, N songs, Q que
 X = H + K·D numbers that the head sees.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, normalize
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from rayrec.model.averages import as_state, from_state, running_sums
 from rayrec.model.features import PlayBatch, encode
 from rayrec.model.train_config import ModelConfig
 
+CHUNK = 32  # plays summed up by one product with a triangle; the sums are carried from chunk to chunk by another
 SONG_TABLE, INPUT_TABLE = "songs.weight", "inputs.weight"  # the parameters that grow with the catalog
 TABLES = (SONG_TABLE, INPUT_TABLE)
+
+
+def running_sums(songs_BLD: Tensor, discounts: Sequence[float], start_BKD: Tensor) -> Tensor:
+    """(B, L, K, D): after every play, Σ_j γ^(n−j) s_j over the plays so far, `start_BKD` being the sums before them.
+
+    γ of the paper; 0 keeps the last song alone, 1 adds all of them up [the recurrence is ours]. The number of
+    operations does not grow with L.
+    """
+    rows, length, dim = songs_BLD.shape
+    chunks = -(-length // CHUNK)
+    gamma_K = torch.tensor(discounts, dtype=songs_BLD.dtype, device=songs_BLD.device)
+    padded = torch.nn.functional.pad(songs_BLD, (0, 0, 0, chunks * CHUNK - length))
+    within = torch.einsum("kij,bmjd->bkmid", _powers(gamma_K, CHUNK), padded.view(rows, chunks, CHUNK, dim))
+    # What stands before each chunk: the start, and the sums of the chunks before it, faded by the plays since.
+    before_BKMD = torch.cat([start_BKD.to(songs_BLD.dtype).unsqueeze(2), within[:, :, :-1, -1]], dim=2)
+    carried_BKMD = torch.einsum("kmn,bknd->bkmd", _powers(gamma_K**CHUNK, chunks), before_BKMD)
+    fading_KC = gamma_K[:, None] ** torch.arange(1, CHUNK + 1, device=songs_BLD.device)
+    sums = within + fading_KC[:, None, :, None] * carried_BKMD.unsqueeze(3)
+    return sums.flatten(2, 3)[:, :, :length].transpose(1, 2)
+
+
+def _powers(gamma_K: Tensor, count: int) -> Tensor:
+    """(K, count, count): γ^(i − j) on and below the diagonal, 0 above."""
+    place = torch.arange(count, device=gamma_K.device)
+    age = place[:, None] - place
+    return gamma_K[:, None, None] ** age.clamp(min=0) * (age >= 0)
+
+
+def as_state(sums_BKD: Tensor, width: int) -> Tensor:
+    """(rows, B, H): the sums in rows of H = `width` numbers, the last one filled up with zeros."""
+    flat = sums_BKD.flatten(1)
+    rows = -(-flat.shape[1] // width)
+    filled = torch.nn.functional.pad(flat, (0, rows * width - flat.shape[1]))
+    return filled.reshape(len(flat), rows, width).transpose(0, 1)
+
+
+def from_state(state_RBH: Tensor, count: int, dim: int) -> Tensor:
+    """(B, K, D): the sums that `as_state` put into rows."""
+    rows = state_RBH.transpose(0, 1)
+    return rows.flatten(1)[:, : count * dim].reshape(len(rows), count, dim)
 
 
 class TasteModel(nn.Module):
@@ -52,6 +94,8 @@ class TasteModel(nn.Module):
             started = song_vectors if input_vectors is None else input_vectors
             self.inputs = _table(started, shared and input_vectors is not None)
         self.map = SongMap(config.embedding_dim) if config.song_table == "mapped" else None
+        self.added_rows: Tensor | None = None  # int64 (n,), ascending: songs that came after the training
+        self.added_inputs: Tensor | None = None  # float32 (n, D), as `trunk` reads them
         self.exported = False  # whether the table holds what the map makes of it already, as a stored network's does
         # torch's LSTM has no peephole weights, which the paper's symbols include; Greff et al. 2015 found no gain.
         self.rnn = (nn.LSTM if config.cell == "lstm" else nn.GRU)(
@@ -81,6 +125,19 @@ class TasteModel(nn.Module):
         """Normalized vectors of songs, (..., D), as the network reads them."""
         return self.song_vectors(songs) if self.inputs is None else normalize(self.inputs(songs), dim=-1)
 
+    def add_songs(self, rows: Tensor, inputs: Tensor) -> None:
+        """Let `trunk` read songs that no training has seen: rows int64 (n,), ascending, and vectors float32 (n, D)."""
+        device = self.songs.weight.device
+        self.added_rows, self.added_inputs = (rows.to(device), inputs.to(device)) if len(rows) else (None, None)
+
+    def _with_added(self, songs_BL: Tensor, songs_BLD: Tensor) -> Tensor:
+        if self.added_rows is None or self.added_inputs is None:
+            return songs_BLD
+        songs_BL = songs_BL.to(self.added_rows.dtype)
+        place_BL = torch.searchsorted(self.added_rows, songs_BL.contiguous()).clamp(max=len(self.added_rows) - 1)
+        added_BL = self.added_rows[place_BL] == songs_BL
+        return torch.where(added_BL.unsqueeze(-1), self.added_inputs[place_BL], songs_BLD)
+
     def compared(self, rows: Tensor) -> Tensor:
         """Rows of the song table, (..., D), as vectors that taste vectors are compared with."""
         return normalize(rows if self.map is None else self.map(rows), dim=-1)
@@ -93,10 +150,11 @@ class TasteModel(nn.Module):
         """What the head sees after every play (B, L, X), and the state after each row's last one (state layers, B, H).
 
         `state` is the one before the first play, zeros where None. Songs newer than the network, rows
-        from N on, count as a vector of zeros.
+        from N on, count as a vector of zeros unless they were added.
         """
         known_BL = batch.songs_BL < self.config.num_songs
         songs_BLD = self.input_vectors(batch.songs_BL.where(known_BL, 0)) * known_BL.unsqueeze(-1)
+        songs_BLD = self._with_added(batch.songs_BL, songs_BLD)
         if state is None:
             state = songs_BLD.new_zeros(self.config.state_layers, len(songs_BLD), self.config.hidden_dim)
         packed = pack_padded_sequence(

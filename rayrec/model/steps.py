@@ -18,8 +18,7 @@ from torch import Tensor
 from rayrec.data.windows import Windows
 from rayrec.model.features import PlayBatch, pad
 from rayrec.model.network import INPUT_TABLE, SONG_TABLE
-from rayrec.model.objectives import Negatives, NegativeSampler, Targets
-from rayrec.model.popularity_prior import log_prior
+from rayrec.model.objectives import Negatives, NegativeSampler, Targets, log_prior
 from rayrec.model.train_config import Horizon, ModelConfig, TrainConfig
 from rayrec.model.workers import Share
 
@@ -29,7 +28,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class TrainingStep:
     """One worker's share of a batch, ready for the device."""
 
     number: int  # within the epoch, from 0
@@ -51,11 +50,11 @@ class Step:
         """Targets of each horizon."""
         return [targets.count for targets in self.targets.values()]
 
-    def to(self, device: torch.device) -> "Step":
+    def to(self, device: torch.device) -> "TrainingStep":
         """The step on another device; the copies run while the device works on the step before."""
         if device.type == "cpu":
             return self
-        moved: Step = _moved(self, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+        moved: TrainingStep = _moved(self, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
         return moved
 
 
@@ -70,7 +69,7 @@ class StepMaker:
         if config.long_correction < 1:
             self._priors["long"] = log_prior(counts, config.long_correction)
 
-    def make(self, windows: Windows, epoch: int, number: int) -> Step:
+    def make(self, windows: Windows, epoch: int, number: int) -> TrainingStep:
         """The step of this worker's share of a batch."""
         entropy = [self._config.seed, epoch, number]
         seed, *seeds = np.random.SeedSequence(entropy).generate_state(1 + len(self._model.horizons)).tolist()
@@ -91,7 +90,7 @@ class StepMaker:
             tables[SONG_TABLE], (*target_places, negative_places) = _distinct(outputs)
         else:
             tables[SONG_TABLE], (places, *target_places, negative_places) = _distinct([songs, *outputs])
-        return Step(
+        return TrainingStep(
             number=number,
             seed=seed + self._share.rank,
             windows=windows,
@@ -227,6 +226,6 @@ def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
         return {key: _moved(item, move) for key, item in value.items()}
     if isinstance(value, PlayBatch):
         return value.each(move, value.length_B)
-    if isinstance(value, Step | Targets | Negatives):
+    if isinstance(value, TrainingStep | Targets | Negatives):
         return replace(value, **{each.name: _moved(getattr(value, each.name), move) for each in fields(value)})
     return value

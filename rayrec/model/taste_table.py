@@ -1,13 +1,17 @@
 """The taste vectors of all users at rest: one row per user, with the state from which a later run goes on."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from rayrec.data import columns
+from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
+from rayrec.errors import DamagedArtifactError
 from rayrec.model.inference import States, TasteEncoder
 
 STATE = "state"  # column: float32 list, layers × H
@@ -27,7 +31,7 @@ def tastes_file(folder: str, bucket: int) -> str:
 
 
 @dataclass(kw_only=True)
-class Rows:
+class TasteRows:
     """The rows of U users before they are written: where the network stands, and what it has seen."""
 
     user_ids: np.ndarray  # object (U,)
@@ -59,7 +63,7 @@ class Rows:
 def taste_table(encoder: TasteEncoder, histories: Histories, at: int) -> pa.Table:
     """One row per user: id, a vector for each horizon at the moment `at` (ms UTC), state, songs heard."""
     _, states = encoder.run(histories)
-    rows = Rows(
+    rows = TasteRows(
         user_ids=histories.user_ids,
         hidden=states.hidden,
         last_played_at=states.last_played_at,
@@ -69,7 +73,7 @@ def taste_table(encoder: TasteEncoder, histories: Histories, at: int) -> pa.Tabl
     return rows_table(encoder, rows, at)
 
 
-def rows_table(encoder: TasteEncoder, rows: Rows, at: int) -> pa.Table:
+def rows_table(encoder: TasteEncoder, rows: TasteRows, at: int) -> pa.Table:
     """The rows as they are stored, with the vectors at the moment `at` (ms UTC)."""
     states = States(hidden=rows.hidden, last_played_at=rows.last_played_at)
     vectors = {name: encoder.tastes(states, at, name) for name in encoder.model.config.horizons}
@@ -114,3 +118,144 @@ def heard_lists(rows: np.ndarray, songs: np.ndarray, users: int) -> pa.ListArray
 def _fixed_lists(rows: np.ndarray) -> pa.ListArray:
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.reshape(-1)))
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What became of users, and the work that it took."""
+
+    new: int = 0  # users without an earlier row
+    continued: int = 0  # users whose state went on with their new plays
+    recomputed: int = 0  # users computed from their first play on: a new one is older than their state
+    unchanged: int = 0  # users without new plays
+    plays_computed: int = 0  # plays that went through the network
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+
+def full_tables(
+    encoder: TasteEncoder, dataset: Dataset, bucket: int, *, at: int, users: int, counts: Counts
+) -> Iterator[pa.Table]:
+    """The rows of a bucket from the first play on."""
+    for histories in dataset.read_bucket(bucket, users):
+        yield _from_start(encoder, histories, at, counts)
+
+
+def continued_tables(
+    encoder: TasteEncoder,
+    dataset: Dataset,
+    bucket: int,
+    base: Iterable[pa.Table],
+    *,
+    first_part: int,
+    at: int,
+    users: int,
+    counts: Counts,
+) -> Iterator[pa.Table]:
+    """The rows of a bucket from the rows `base`, made before part `first_part`, and the plays that came since.
+
+    Only the new parts are read, and the whole bucket where a user's new plays are older than the state.
+    Raises `DamagedArtifactError` where rows are not by ascending user id.
+    """
+    new = _Forward(dataset.read_bucket(bucket, users, first_part=first_part))
+    whole = _Forward(dataset.read_bucket(bucket, users))  # not opened before it is asked
+    last = ""
+    for table in base:
+        rows = rows_of(table, encoder)
+        if (rows.user_ids[1:] <= rows.user_ids[:-1]).any() or (len(table) and rows.user_ids[0] <= last):
+            raise DamagedArtifactError(
+                "the rows of the earlier tastes are not by ascending user id; run `rayrec taste --full`"
+            )
+        last = str(rows.user_ids[-1]) if len(table) else last
+        unchanged, added = len(table), []
+        again = [np.zeros(0, dtype=object)]
+        for histories in new.up_to(last):
+            is_known = np.isin(histories.user_ids, rows.user_ids)
+            unchanged -= int(is_known.sum())
+            again.append(_go_on(encoder, rows, histories.take(is_known), counts))
+            if not is_known.all():
+                added.append(_from_start(encoder, histories.take(~is_known), at, counts))
+        for histories in whole.find(np.concatenate(again)):
+            _start_again(encoder, rows, histories, counts)
+        counts.unchanged += unchanged
+        updated = rows_table(encoder, rows, at)
+        yield pa.concat_tables([updated, *added]).sort_by(columns.USER) if added else updated
+    for histories in new.rest():
+        yield _from_start(encoder, histories, at, counts)
+
+
+def rows_of(table: pa.Table, encoder: TasteEncoder) -> TasteRows:
+    """Stored rows as arrays that can be brought up to date."""
+    states = states_of(table, encoder.model.config.state_layers)
+    return TasteRows(
+        user_ids=table.column(columns.USER).to_numpy(),
+        hidden=states.hidden.copy(),
+        last_played_at=states.last_played_at.copy(),
+        heard=table.column(HEARD).combine_chunks(),
+        plays=table.column(PLAYS).to_numpy().copy(),
+    )
+
+
+def _from_start(encoder: TasteEncoder, histories: Histories, at: int, counts: Counts) -> pa.Table:
+    counts.new += len(histories)
+    counts.plays_computed += histories.num_plays
+    return taste_table(encoder, histories, at)
+
+
+def _go_on(encoder: TasteEncoder, rows: TasteRows, new: Histories, counts: Counts) -> np.ndarray:
+    """Move the states on by new plays; object array: the users whose new plays are older, left as they were."""
+    if not len(new):
+        return np.zeros(0, dtype=object)
+    place = pd.Index(rows.user_ids).get_indexer(pd.Index(new.user_ids))
+    # Plays of the moment of the last one come behind it, as they do where parts are merged.
+    follows = new.played_at[new.offsets[:-1]] >= rows.last_played_at[place]
+    some, place_of_some = new.take(follows), place[follows]
+    _, states = encoder.run(some, start=rows.states(place_of_some))
+    rows.put(place_of_some, states, rows.plays[place_of_some] + some.lengths)
+    rows.hear(place_of_some, some)
+    counts.continued += len(some)
+    counts.plays_computed += some.num_plays
+    return np.asarray(new.user_ids[~follows])
+
+
+def _start_again(encoder: TasteEncoder, rows: TasteRows, histories: Histories, counts: Counts) -> None:
+    place = pd.Index(rows.user_ids).get_indexer(pd.Index(histories.user_ids))
+    _, states = encoder.run(histories)
+    rows.put(place, states, histories.lengths)
+    rows.hear(place, histories)
+    counts.recomputed += len(histories)
+    counts.plays_computed += histories.num_plays
+
+
+class _Forward:
+    """Finds users in a stream of batches by ascending id, without ever going back."""
+
+    def __init__(self, batches: Iterator[Histories]) -> None:
+        self._batches = batches
+        self._rest: Histories | None = None
+
+    def find(self, user_ids: np.ndarray) -> Iterator[Histories]:
+        """The histories of these users, ascending, batch by batch."""
+        if len(user_ids):
+            for batch in self.up_to(str(user_ids[-1])):
+                yield batch.take(np.isin(batch.user_ids, user_ids))
+
+    def up_to(self, user_id: str) -> Iterator[Histories]:
+        """The histories of users up to this one that were not passed yet."""
+        while (batch := self._next()) is not None:
+            end = int(np.searchsorted(batch.user_ids, user_id, side="right"))
+            if end:
+                yield batch.take(np.arange(end))
+            if end < len(batch):
+                self._rest = batch.take(np.arange(end, len(batch)))
+                return
+
+    def rest(self) -> Iterator[Histories]:
+        """Everything that was not passed yet."""
+        while (batch := self._next()) is not None:
+            yield batch
+
+    def _next(self) -> Histories | None:
+        batch, self._rest = self._rest, None
+        return next(self._batches, None) if batch is None else batch

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from rayrec.data.windows import Windows
 from rayrec.model.network import INPUT_TABLE, SONG_TABLE, TABLES, TasteModel
 from rayrec.model.objectives import OBJECTIVES
-from rayrec.model.steps import Step, StepMaker, ahead
-from rayrec.model.tables import Decay, RowAdam
+from rayrec.model.song_tables import Decay, RowAdam
+from rayrec.model.steps import StepMaker, TrainingStep, ahead
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.workers import Share
 
@@ -127,7 +127,7 @@ class Training:
         loss, _ = self.take(step, torch.tensor(self.share.totals(step.counts), dtype=torch.float32), None)
         return loss
 
-    def take(self, step: Step, totals: Tensor, following: Step | None) -> tuple[Tensor, Tensor]:
+    def take(self, step: TrainingStep, totals: Tensor, following: TrainingStep | None) -> tuple[Tensor, Tensor]:
         """One step of the optimizers on this worker's share of a batch.
 
         `totals` float32 (horizons,) are the targets of all workers. Gives this worker's part of the mean loss, on
@@ -156,7 +156,7 @@ class Training:
             return self.tables[name].look_up(songs_U)
         return self.model.songs.weight.index_select(0, songs_U)
 
-    def _loss(self, step: Step, rows: dict[str, Tensor], totals: Tensor) -> Tensor:
+    def _loss(self, step: TrainingStep, rows: dict[str, Tensor], totals: Tensor) -> Tensor:
         """This worker's part of the losses of all horizons added, each the mean over the targets of all workers."""
         outputs_UD = self.model.compared(rows[SONG_TABLE])
         inputs_UD = nn.functional.normalize(rows[INPUT_TABLE], dim=-1) if INPUT_TABLE in rows else outputs_UD
@@ -172,7 +172,7 @@ class Training:
             losses.append(loss / totals[place])
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
-    def _add_up_gradients(self, following: Step | None) -> Tensor:
+    def _add_up_gradients(self, following: TrainingStep | None) -> Tensor:
         """Sum the dense gradients over all workers; the sums of the following step's targets come along."""
         counts = following.counts if following else [0] * len(self.model.config.horizons)
         for value in self._dense:

@@ -201,7 +201,12 @@ class RedisStore(StateStore):
             return _unless_down(self._shown, call)
         # The client's own retries stay with the node that is down: look for the one that has taken over.
         nodes = self._nodes
-        return _unless_down(self._shown, lambda: _patience().call_with_retry(call, lambda _: nodes.initialize()))
+
+        def answer() -> T:
+            found: T = _patience().call_with_retry(call, lambda _: nodes.initialize())
+            return found
+
+        return _unless_down(self._shown, answer)
 
     def _warn_of_losses(self) -> None:
         from redis.exceptions import RedisError

@@ -13,7 +13,8 @@ from rayrec.data.catalog import Catalog
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError, MismatchError
-from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.base import BaseRecommender, Horizon
+from rayrec.recommend.reasons import LAST_PLAYS, reasons
 from rayrec.storage.artifacts import load
 from rayrec.storage.workspace import Workspace
 
@@ -26,18 +27,56 @@ class RecommendConfig(Settings):
     k: int = Field(20, ge=1, description="Number of recommendations")
     horizon: Horizon = Field("short", description="short: the next songs; long: songs for later")
     include_heard: bool = Field(False, description="Include songs that the user has already heard")
+    explain: bool = Field(False, description="Give the reasons for each song")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedSong:
+    """A song as the outside world knows it."""
+
+    song_id: str
+    title: str | None
+    artist: str | None
+
+    @property
+    def name(self) -> str:
+        """Artist and title, the title alone where no artist is known, the id where there is no title."""
+        if not self.title:
+            return self.song_id
+        return f"{self.artist} – {self.title}" if self.artist else self.title
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredSong(NamedSong):
+    """One song of an answer."""
+
+    score: float
+    reasons: list[str] | None = None  # why it was chosen, in words, where they were asked for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """k songs, best first, and what they were chosen from."""
 
-    song_ids: list[str]  # (k,), as the outside world knows the songs
-    titles: list[str]  # (k,), artist and title, the id where there is none
-    scores: list[float]  # (k,), descending
+    songs: list[ScoredSong]  # (k,), descending by score
     at: int  # ms UTC, the moment of the request
-    last_plays: list[str]  # titles of the last plays before it, the latest last
+    last_plays: list[NamedSong]  # the last plays before it, the latest last
     plays: int  # plays before the request, all of them
+
+    @property
+    def song_ids(self) -> list[str]:
+        """(k,), as the outside world knows the songs."""
+        return [song.song_id for song in self.songs]
+
+    @property
+    def titles(self) -> list[str]:
+        """(k,), artist and title, the id where there is none."""
+        return [song.name for song in self.songs]
+
+    @property
+    def scores(self) -> list[float]:
+        """(k,), descending."""
+        return [song.score for song in self.songs]
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -46,13 +85,13 @@ class Answer:
 
 def answer(
     dataset: Dataset,
-    recommender: Recommender,
+    recommender: BaseRecommender,
     config: RecommendConfig,
     *,
     at: int,
     user: str | None = None,
     songs: list[str] | None = None,
-    shown: int = 5,
+    shown: int = LAST_PLAYS,
 ) -> Answer:
     """Recommend to a user of the data set, or to whoever has just played `songs`, at time `at` (ms UTC).
 
@@ -67,23 +106,25 @@ def answer(
     rows, scores = recommender.recommend_one(
         history, at, config.k, horizon=config.horizon, exclude_heard=not config.include_heard
     )
-    return Answer(
-        song_ids=catalog.song_ids(rows),
-        titles=catalog.titles(rows),
-        scores=[round(float(score), 6) for score in scores],
-        at=at,
-        last_plays=catalog.titles(history.last_songs(shown)[0]),
-        plays=history.num_plays,
-    )
+    last_plays = [NamedSong(**names) for names in catalog.names(history.last_songs(shown)[0])]
+    reasons_of_songs: list[list[str] | None] = [None] * len(rows)
+    if config.explain:
+        features = recommender.explain(history, at, rows, long_weight=float(config.horizon == "long"))
+        reasons_of_songs = [reasons(each, last_plays[-1].title) for each in features]
+    chosen = [
+        ScoredSong(**names, score=round(float(score), 6), reasons=words)
+        for names, score, words in zip(catalog.names(rows), scores, reasons_of_songs, strict=True)
+    ]
+    return Answer(songs=chosen, at=at, last_plays=last_plays, plays=history.num_plays)
 
 
-def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> Recommender:
+def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> BaseRecommender:
     """What answers with some parts, role -> id, as `releases.default_parts` gives them.
 
-    `models` is needed. With `retrieval` and `rankers` candidates are retrieved and ranked, without them the songs
-    nearest to the taste vector come first, searched through `indexes` where that is given. Raises `MismatchError`
-    for a model of a data set that this one does not descend from, whose song rows may differ, and for an index or
-    rankers of another model.
+    `models` is needed. `added_songs` are recommended beside those of the model. With `retrieval` and `rankers`
+    candidates are retrieved and ranked, without them the songs nearest to the taste vector come first, searched through
+    `indexes` where that is given. Raises `MismatchError` for a model of a data set that this one does not descend from,
+    whose song rows may differ, and for an index, rankers or added songs of another model.
     """
     model_id = parts["models"]
     manifest = load(workspace, "models", model_id)
@@ -96,7 +137,7 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
     from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once it is needed
     from rayrec.recommend.two_step import load_two_step
 
-    network = TasteRecommender.load(workspace, model_id, parts.get("indexes"))
+    network = TasteRecommender.load(workspace, model_id, parts.get("indexes"), parts.get("added_songs"))
     if "rankers" not in parts:
         return network
     rankers = load(workspace, "rankers", parts["rankers"])

@@ -45,7 +45,7 @@ class Ranking:
         )
 
 
-class Recommender(ABC):
+class BaseRecommender(ABC):
     """Scores songs for users at a moment.
 
     Subclasses give `score`; `rank` orders by it, and a subclass may rank faster as long as the
@@ -58,6 +58,7 @@ class Recommender(ABC):
     num_songs: int  # N
     settings: Mapping[str, float] = {}  # those chosen for the data set, by name
     without: str = ""  # the part that is left out, in an ablation
+    added_songs: np.ndarray = np.zeros(0, dtype=np.int64)  # rows of songs that it finds though no fit has seen a play
 
     @abstractmethod
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
@@ -120,6 +121,22 @@ class Recommender(ABC):
         ranking = self.rank(histories, at, k, horizon=horizon, limits=limits, hidden=hidden)
         return ranking.songs, ranking.scores
 
+    def explain(
+        self,
+        history: Histories,
+        at: int,
+        songs: np.ndarray,
+        *,
+        long_weight: float = 0.0,
+        vectors: Mapping[Horizon, np.ndarray] | None = None,
+    ) -> list[dict[str, float]]:
+        """What is known of songs, int (n,) rows, for one user at `at` (ms UTC), by name of the feature.
+
+        `reasons` puts it in words. A model without features knows nothing of them: {}. `long_weight` is that of the
+        answer, `vectors`, float32 (1, D) by horizon, the taste vectors where they are at hand.
+        """
+        return [{} for _ in songs]
+
     def recommend_one(
         self,
         history: Histories,
@@ -149,7 +166,7 @@ class ScoredCandidates:
     retrievers: Mapping[str, np.ndarray]  # name -> int64, positions of the candidates that each retriever proposes
 
 
-class CandidateRecommender(Recommender):
+class CandidateRecommender(BaseRecommender):
     """Scores a few candidates of each query instead of every song; a song that is no candidate has no score."""
 
     retrievers: tuple[str, ...]  # names of what proposes the candidates

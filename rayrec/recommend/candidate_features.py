@@ -11,10 +11,13 @@ from itertools import pairwise
 
 import numpy as np
 
+from rayrec.data.split import DAY_MS
+from rayrec.recommend.ablation import RankedPart, kept_features
 from rayrec.recommend.query_batch import HOUR_MS, QueryBatch
-from rayrec.recommend.retrieval.ragged import first_of_each
-from rayrec.recommend.retrieval.retrieval import Retrieval
-from rayrec.recommend.retrieval.song_groups import NO_GROUP, SongGroups
+from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
+from rayrec.recommend.retrieval.ragged import first_of_each, stable_order
+from rayrec.recommend.retrieval.session_postings import NO_GROUP, SongGroups
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates
 
 RECENT = 10  # plays among which artists and albums are counted
@@ -32,10 +35,15 @@ class FeatureSources:
     retrievers: tuple[str, ...]  # names, in the order of their features
     scales: tuple[float, float] = (1.0, 1.0)  # that make logits of the cosines of the short and the long horizon
     real_times: bool = True  # False where times say in which order plays came, and nothing else
+    without: RankedPart | None = None  # whose features are left out
 
     @property
     def names(self) -> list[str]:
         """The names of the features, in the order of the columns."""
+        names = self._all_names()
+        return [names[place] for place in kept_features(names, self.without)]
+
+    def _all_names(self) -> list[str]:
         groups = [name for name, group in self._groups() if group]
         return [
             *(f"{retriever}_{what}" for retriever in self.retrievers for what in ("score", "share", "rank")),
@@ -50,7 +58,8 @@ class FeatureSources:
 
     def features(self, batch: QueryBatch, candidates: Candidates) -> np.ndarray:
         """float32 (C, F): one row for each candidate."""
-        matrix = np.zeros((len(candidates.rows), len(self.names)), dtype=np.float32, order="F")
+        names = self._all_names()
+        matrix = np.zeros((len(candidates.rows), len(names)), dtype=np.float32, order="F")
         columns = iter(range(matrix.shape[1]))
 
         def put(values: np.ndarray) -> None:
@@ -70,7 +79,7 @@ class FeatureSources:
                 of_queries.append(_group_features(batch, candidates, group, put))
         for values in of_queries:
             put(values[candidates.rows])
-        return matrix
+        return matrix if self.without is None else matrix[:, kept_features(names, self.without)]
 
     def _of_candidates(self, batch: QueryBatch, candidates: Candidates, put: Callable[[np.ndarray], None]) -> None:
         rows, songs, known = candidates.rows, candidates.songs, batch.user_songs
@@ -111,11 +120,18 @@ class FeatureSources:
         put(plays)
         put(recent)
         put(recent - plays)
+        put(self._age_days(batch, candidates) if self.real_times else np.zeros(len(rows)))
         rules, position = candidates.proposals.get("rules"), candidates.positions.get("rules")
         lift = np.zeros(len(rows))
         if rules is not None and position is not None:
             lift[position] = rules.scores / (LIFT_PLAYS + np.expm1(plays[position]))
         put(lift)
+
+    def _age_days(self, batch: QueryBatch, candidates: Candidates) -> np.ndarray:
+        """float64 (C,): days since the first play of each candidate by anybody; NEVER where there was none."""
+        first = _looked_up(self.retrieval.plays.first_days, candidates.songs, NOT_PLAYED).astype(np.int64)
+        days = batch.queries.at[candidates.rows] // DAY_MS - first
+        return np.where(first == NOT_PLAYED, NEVER, np.maximum(0, days))
 
     def _likeness_to_recent(
         self, batch: QueryBatch, rows: np.ndarray, vectors: np.ndarray
@@ -170,6 +186,7 @@ OF_CANDIDATES = [
     "plays",
     "recent_plays",
     "trend",
+    "age_days",
     "rules_lift",
 ]
 OF_GROUPS = ["of_last_song", "recent_share", "user_plays", "plays_since"]
@@ -202,12 +219,8 @@ def _proposed_by(candidates: Candidates) -> np.ndarray:
 
 def _repeat_share(batch: QueryBatch, counts: np.ndarray) -> np.ndarray:
     """float64 (Q,): of the last plays, `counts` (Q,) but at most 20, the share that repeated an earlier one."""
-    keys = batch.keys(batch.rows, batch.songs)
-    again = np.ones(len(keys), dtype=bool)
-    order = np.argsort(keys, kind="stable")
-    again[order[first_of_each(keys[order])]] = False
     looked_at = batch.back < np.minimum(counts, REPEATS)[batch.rows]
-    repeats = np.bincount(batch.rows, weights=again & looked_at, minlength=len(batch))
+    repeats = np.bincount(batch.rows, weights=batch.repeated & looked_at, minlength=len(batch))
     return np.asarray(repeats / np.maximum(1, np.minimum(counts, REPEATS)))
 
 
@@ -219,7 +232,7 @@ def _group_features(
     some = np.flatnonzero(group >= 0)
     width = max(1, len(groups.offsets))
     keys = batch.rows[some] * width + group[some]
-    order = np.argsort(keys, kind="stable")
+    order = stable_order(keys)
     first = first_of_each(keys[order])
     unique = keys[order][first]
     plays = np.diff(np.append(first, len(order)))

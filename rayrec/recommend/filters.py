@@ -5,10 +5,90 @@ N songs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
+from functools import lru_cache
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from rayrec.data import columns
+from rayrec.data.catalog import Catalog, fold, fold_all
 from rayrec.data.histories import Histories
+from rayrec.errors import InputError
+
+MASKS_KEPT = 64  # of those asked for last: a byte a song each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The songs to keep to; a song must fit all that is given."""
+
+    artists: tuple[str, ...] = ()  # any of these, whatever case or accents
+    released_from: date | None = None  # that day or later
+    released_to: date | None = None  # that day or earlier
+    market: str | None = None  # where the song may be played
+
+    def __bool__(self) -> bool:
+        return bool(self.artists) or any((self.released_from, self.released_to, self.market))
+
+
+class SongMasks:
+    """Answers which songs of a catalog fit what is wanted. Masks are kept, and safe to share between threads."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        table = catalog.table
+        self.num_songs = len(catalog)
+        self._artists = _column(table, columns.ARTIST)
+        self._artists = fold_all(self._artists).dictionary_encode()
+        self._released = _column(table, columns.RELEASED)
+        self._markets = _column(table, columns.MARKETS)
+        self.mask = lru_cache(maxsize=MASKS_KEPT)(self._mask)
+
+    def lookups(self, outcome: str) -> int:
+        """How many masks asked for so far were `hits`, kept from before, or `misses`."""
+        return int(getattr(self.mask.cache_info(), outcome))
+
+    def _mask(self, wanted: Wanted) -> np.ndarray:
+        """bool (N,), read-only: true for the songs that are known to fit.
+
+        Raises `InputError` where release days or markets are asked for and the catalog tells none.
+        """
+        fits = np.ones(self.num_songs, dtype=np.bool_)
+        if wanted.artists:
+            names = [fold(name) for name in wanted.artists]
+            codes = pc.index_in(self._artists.dictionary, value_set=pa.array(names, pa.string())).is_valid()
+            fits &= codes.to_numpy(zero_copy_only=False)[self._artists.indices.to_numpy()]
+        days = self._told(self._released, "release days") if wanted.released_from or wanted.released_to else None
+        if wanted.released_from:
+            fits &= _true(pc.greater_equal(days, pa.scalar(wanted.released_from, pa.date32())))
+        if wanted.released_to:
+            fits &= _true(pc.less_equal(days, pa.scalar(wanted.released_to, pa.date32())))
+        if wanted.market:
+            markets = self._told(self._markets, "markets")
+            here = pc.equal(pc.list_flatten(markets), wanted.market.strip()).to_numpy(zero_copy_only=False)
+            rows = pc.list_parent_indices(markets).to_numpy()[here]
+            fits &= np.bincount(rows, minlength=self.num_songs) > 0
+        fits.flags.writeable = False
+        return fits
+
+    def _told(self, values: pa.Array, what: str) -> pa.Array:
+        if values.null_count == len(values):
+            raise InputError(f"no song of the catalog has {what}; give a table that does to `rayrec describe`")
+        return values
+
+
+def _column(table: pa.Table, name: str) -> pa.Array:
+    """One array; nulls where the table has no such column."""
+    if name not in table.column_names:
+        return pa.nulls(table.num_rows, columns.DESCRIPTIONS.field(name).type)
+    column = table.column(name)
+    return column.combine_chunks() if not isinstance(column, pa.ChunkedArray) else pa.concat_arrays(column.chunks)
+
+
+def _true(values: pa.BooleanArray) -> np.ndarray:
+    return np.asarray(pc.fill_null(values, False).to_numpy(zero_copy_only=False))
+
 
 NOTHING = np.zeros(0, dtype=np.int32)
 

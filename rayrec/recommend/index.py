@@ -43,8 +43,14 @@ class IndexConfig(Settings):
     target_recall: float = Field(
         0.99, gt=0, le=1, description="ivf: recall@100 against exact search that nprobe must reach"
     )
-    queries: int = Field(1_000, ge=1, description="ivf: queries that recall is measured on")
-    seed: int = Field(0, ge=0, description="Random seed of the sampled queries")
+    queries: int = Field(1_000, ge=1, description="ivf: taste vectors that recall is measured on")
+    seed: int = Field(0, ge=0, description="Random seed of the lists")
+
+    def kind_for(self, songs: int) -> IndexKind:
+        """The type of index for a catalog of so many songs."""
+        if self.kind == "auto":
+            return "flat" if songs < self.flat_below else "ivf"
+        return self.kind
 
 
 def import_faiss() -> Any:
@@ -78,10 +84,13 @@ class SongIndex:
     in half precision, since most of a search is reading them; scores are those of the vectors themselves.
     """
 
-    def __init__(self, index: Any, vectors: np.ndarray, figures: IndexFigures) -> None:
+    def __init__(self, index: Any, vectors: np.ndarray, figures: IndexFigures, added: np.ndarray | None = None) -> None:
         self._index = index  # a faiss index whose ids are song rows
-        self.vectors = vectors  # float32 (N, D), those it was built over
+        self.vectors = vectors  # float32 (N, D), those it was built over, and those added since
         self.figures = figures
+        self._added = np.zeros(0, dtype=np.int64) if added is None else added  # rows scored one by one beside the index
+        self._added_vectors = np.ascontiguousarray(vectors[self._added])
+        self.songs = figures.songs + len(self._added)
         self._unknown = np.flatnonzero(~vectors.any(axis=1))
 
     @classmethod
@@ -102,7 +111,7 @@ class SongIndex:
         known = np.ascontiguousarray(vectors[rows], dtype=np.float32)
         flat = faiss.IndexIDMap(faiss.IndexFlatIP(vectors.shape[1]))
         flat.add_with_ids(known, rows)
-        kind = config.kind if config.kind != "auto" else ("flat" if len(vectors) < config.flat_below else "ivf")
+        kind = config.kind_for(len(vectors))
         index, recall = flat, 1.0
         if kind == "ivf":
             index = _train_ivf(known, rows, _lists(config, len(rows)), config.seed)
@@ -117,6 +126,13 @@ class SongIndex:
             build_seconds=time.perf_counter() - started,
         )
         return cls(index, vectors, figures)
+
+    def with_added(self, rows: np.ndarray, vectors: np.ndarray) -> "SongIndex":
+        """The same index and songs that it lacks, int64 (n,) rows ascending, each of which every search scores.
+
+        `vectors`, float32 (N, D), are those of all songs. Nothing is built anew.
+        """
+        return SongIndex(self._index, vectors, self.figures, rows)
 
     def search(
         self, queries: np.ndarray, k: int, exclude: Sequence[np.ndarray] | None = None
@@ -152,11 +168,11 @@ class SongIndex:
         if not len(rows):
             return list(range(len(queries)))
         banned = [limits[row].banned_rows(len(self.vectors)) for row in rows.tolist()]
-        fetched = min(self.figures.songs, k + TIE_SLACK + max(len(songs) for songs in banned))
+        fetched = min(self.songs, k + TIE_SLACK + max(len(songs) for songs in banned))
         found = self._found(queries if all(few) else queries[rows], fetched)
         songs, scores = _first_allowed(*found, banned, len(self.vectors), k)
         ranking.songs[rows], ranking.scores[rows] = songs, scores
-        complete = fetched == self.figures.songs and self.figures.kind == "flat"
+        complete = fetched == self.songs and self.figures.kind == "flat"
         short = [] if complete else rows[songs[:, -1] == NO_SONG].tolist()
         return sorted([*short, *np.flatnonzero(np.logical_not(few)).tolist()])
 
@@ -164,12 +180,17 @@ class SongIndex:
         self, query: np.ndarray, k: int, limits: Limits, songs: np.ndarray, scores: np.ndarray
     ) -> SearchPath:
         """Answer one query, float32 (1, D), in place, (1, k), by a search among the songs that qualify or by all."""
+        if limits.allowed is None and self._rank_without(query, k, limits, songs, scores):
+            return "selector"
         mask = limits.mask(len(self.vectors))
         mask[self._unknown] = False
         qualify = int(np.count_nonzero(mask))
         nprobe = self._deeper(k, qualify)
         if nprobe:
-            found = self._select(query, min(k + TIE_SLACK, qualify), mask, nprobe)
+            bits = np.packbits(mask, bitorder="little")  # must outlive the search, which only points to it
+            faiss = import_faiss()
+            selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
+            found = self._select(query, min(k + TIE_SLACK, qualify), selector, nprobe, mask[self._added])
             if found[0][0, min(k, qualify) - 1] != NO_SONG:
                 songs[:], scores[:] = _first_allowed(*found, [NOTHING], len(mask), k)
                 return "selector"
@@ -177,6 +198,23 @@ class SongIndex:
         places, best = top_k(query @ self.vectors[rows].T if qualify < len(mask) else query @ self.vectors.T, k)
         songs[:], scores[:] = np.where(places == NO_SONG, NO_SONG, np.append(rows, NO_SONG)[places]), best
         return "exact"
+
+    def _rank_without(self, query: np.ndarray, k: int, limits: Limits, songs: np.ndarray, scores: np.ndarray) -> bool:
+        """Answer one query in place by a search that skips the banned songs, without a mask of all; True where done."""
+        banned = limits.banned_rows(len(self.vectors))
+        qualify = self.figures.songs - int(np.count_nonzero(self.vectors[banned].any(axis=1)))
+        nprobe = self._deeper(k, qualify)
+        if not nprobe:
+            return False
+        faiss = import_faiss()
+        listed = faiss.IDSelectorBatch(banned.astype(np.int64))
+        found = self._select(
+            query, min(k + TIE_SLACK, qualify), faiss.IDSelectorNot(listed), nprobe, ~np.isin(self._added, banned)
+        )
+        if found[0][0, min(k, qualify) - 1] == NO_SONG:
+            return False
+        songs[:], scores[:] = _first_allowed(*found, [NOTHING], len(self.vectors), k)
+        return True
 
     def _deeper(self, k: int, qualify: int) -> int:
         """The lists to look into where `qualify` songs do; 0 where scoring all of these is as fast.
@@ -186,19 +224,38 @@ class SongIndex:
         """
         if self.figures.kind == "flat" or qualify <= FEW_SONGS:
             return 0
-        depth = k * self.figures.songs / qualify
+        depth = k * self.songs / qualify
         nprobe = int(np.ceil(self.figures.nprobe * max(1.0, depth / RECALL_DEPTH)))
         return nprobe if nprobe <= self.figures.nlist * MOST_LISTS else 0
 
-    def _select(self, query: np.ndarray, count: int, mask: np.ndarray, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first `count` songs of the mask, bool (N,), in `nprobe` lists, and their scores; (1, count) each."""
-        faiss = import_faiss()
-        bits = np.packbits(mask, bitorder="little")  # must outlive the search, which only points to it
-        selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
-        return self._found(query, count, faiss.SearchParametersIVF(sel=selector, nprobe=nprobe))
+    def _select(
+        self, query: np.ndarray, count: int, selector: Any, nprobe: int, added: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The first `count` songs that a selector lets through in `nprobe` lists, and their scores; (1, count) each.
 
-    def _found(self, queries: np.ndarray, count: int, parameters: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """The first `count` songs that faiss finds for float32 (Q, D), and their scores; (Q, count) each."""
+        `added`, bool, says which of the added songs are let through.
+        """
+        return self._found(query, count, import_faiss().SearchParametersIVF(sel=selector, nprobe=nprobe), added)
+
+    def _found(
+        self, queries: np.ndarray, count: int, parameters: Any = None, let_through: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The first `count` songs of index and added ones for float32 (Q, D), and their scores; (Q, count) each.
+
+        Of the added ones those alone that are let through, bool, all where it is not given.
+        """
+        songs, scores = self._of_index(queries, count, parameters)
+        added = np.arange(len(self._added)) if let_through is None else np.flatnonzero(let_through)
+        if len(added):
+            songs = np.concatenate([songs, np.broadcast_to(self._added[added], (len(queries), len(added)))], axis=1)
+            scores = np.concatenate([scores, queries @ self._added_vectors[added].T], axis=1)
+            best = np.argpartition(-scores, count - 1, axis=1)[:, :count]
+            order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1, kind="stable")
+            best = np.take_along_axis(best, order, axis=1)
+            songs, scores = np.take_along_axis(songs, best, axis=1), np.take_along_axis(scores, best, axis=1)
+        return songs, scores
+
+    def _of_index(self, queries: np.ndarray, count: int, parameters: Any) -> tuple[np.ndarray, np.ndarray]:
         scores, songs = self._index.search(queries, count, params=parameters)
         if self.figures.kind == "ivf":
             for begin in range(0, len(queries), SCORED_AT_ONCE):

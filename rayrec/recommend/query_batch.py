@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, ranges
+from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, ranges, stable_order
 
 LATEST = 5_000  # plays before a query that are looked at
 HOUR_MS = 3_600_000
@@ -68,6 +68,7 @@ class QueryBatch:
     back: np.ndarray  # int64 (E,), plays since, 0 for the last
     played_at: np.ndarray  # int64 (E,), ms UTC
     in_session: np.ndarray  # bool (E,), in the session that the query goes on
+    repeated: np.ndarray  # bool (E,), an earlier one of these plays is of the same song
     user_songs: UserSongs
     short_vectors: np.ndarray  # float32 (Q, D)
     long_vectors: np.ndarray  # float32 (Q, D)
@@ -96,6 +97,7 @@ class QueryBatch:
         back = offsets[1:][rows] - 1 - np.arange(len(rows))
         songs, played_at = histories.songs[plays].astype(np.int64), histories.played_at[plays]
         in_session = _in_session(offsets, rows, played_at, queries.at)
+        user_songs, repeated = _user_songs(rows, songs, back, played_at, in_session, queries.at, num_songs)
         return cls(
             histories=histories,
             queries=queries,
@@ -106,7 +108,8 @@ class QueryBatch:
             back=back,
             played_at=played_at,
             in_session=in_session,
-            user_songs=_user_songs(rows, songs, back, played_at, in_session, queries.at, num_songs),
+            repeated=repeated,
+            user_songs=user_songs,
             short_vectors=short_vectors,
             long_vectors=long_vectors,
         )
@@ -146,9 +149,10 @@ def _user_songs(
     in_session: np.ndarray,
     at: np.ndarray,
     num_songs: int,
-) -> UserSongs:
+) -> tuple[UserSongs, np.ndarray]:
+    """The songs of each query, and bool (E,): plays that repeat an earlier one."""
     keys = rows * num_songs + songs
-    order = np.argsort(keys, kind="stable")  # plays of one query and song together, in the order of time
+    order = stable_order(keys)  # plays of one query and song together, in the order of time
     first = first_of_each(keys[order])
     last = order[np.append(first[1:], len(order)) - 1] if len(order) else order
     hours = np.maximum(0, at[rows] - played_at) / HOUR_MS
@@ -156,7 +160,9 @@ def _user_songs(
     def total(values: np.ndarray) -> np.ndarray:
         return np.add.reduceat(values[order], first) if len(first) else values[:0]
 
-    return UserSongs(
+    repeated = np.ones(len(order), dtype=bool)
+    repeated[order[first]] = False
+    user_songs = UserSongs(
         num_songs=num_songs,
         rows=rows[last],
         songs=songs[last],
@@ -167,3 +173,4 @@ def _user_songs(
         base_level_hours=np.log(total((hours + 0.05) ** -DECAY)).astype(np.float32),
         session_plays=total(in_session.astype(np.int64)),
     )
+    return user_songs, repeated

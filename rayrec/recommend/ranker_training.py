@@ -5,6 +5,7 @@ Q queries, T right songs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 
 import numpy as np
@@ -14,7 +15,7 @@ from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.data.split import Split
 from rayrec.recommend.ranker import RankingExamples
 from rayrec.recommend.retrieval.ragged import ranges
-from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind, examples_for
+from rayrec.recommend.two_step import HORIZONS, KINDS, CandidateSource, RankerKind, examples_for
 
 LONG_OFFSETS = (25, 50)  # plays ahead, first and last
 HELD_OUT = 5  # one user in so many checks what the others' examples taught
@@ -43,9 +44,12 @@ def checks_rankers(user_ids: np.ndarray) -> np.ndarray:
 
 
 def collect_examples(
-    source: CandidateSource, histories: Histories, plays: np.ndarray, kinds: tuple[RankerKind, ...] = KINDS
-) -> dict[RankerKind, RankingExamples]:
-    """The examples of each kind for the plays at positions `plays`, int (Q,), which the source must not have seen."""
+    sources: Mapping[str, CandidateSource], histories: Histories, plays: np.ndarray
+) -> dict[str, dict[RankerKind, RankingExamples]]:
+    """The examples of each source and kind for the plays at positions `plays`, int (Q,), which no source has seen.
+
+    The sources have one network.
+    """
     queries = Questions.before_plays(histories, plays)
     held_out = checks_rankers(histories.user_ids)[queries.rows]
     ends = histories.offsets[1:][queries.rows]
@@ -53,10 +57,12 @@ def collect_examples(
     counts = np.minimum(ends, plays + LONG_OFFSETS[1]) - first
     later = np.repeat(np.arange(len(plays)), counts), histories.songs[ranges(first, counts)]
     following = np.arange(len(plays)), histories.songs[plays]
-    right = {"next": following, "served": following, "long": later}
+    answers: dict[RankerKind, tuple[np.ndarray, np.ndarray]] = {"next": following, "served": following, "long": later}
+    network = next(iter(sources.values())).network
+    vectors = network.vectors_of(histories, queries, HORIZONS)
     return {
-        kind: examples_for(source, histories, queries, *right[kind], new_only=kind == "served", held_out=held_out)
-        for kind in kinds
+        name: examples_for(source, histories, queries, answers, held_out=held_out, vectors=vectors)
+        for name, source in sources.items()
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 MOST = 3  # reasons given for a song
+LAST_PLAYS = 5  # shown beside reasons
+POPULAR = "it is among the most played songs"  # where nothing is known of the user
 NEAR = 0.1  # a rank feature, 1 / (1 + rank), that says a song is among the first ten
 
 
@@ -30,7 +32,9 @@ def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
         said.append("same artist as your last play")
     elif value("artist_user_plays") > 0:
         said.append(f"you played its artist {_times(value('artist_user_plays'))}")
-    if value("rules_rank") >= NEAR:
+    if value("next_rules_rank") >= NEAR:
+        said.append(f"all listeners together played it right after {last} {_times(value('next_rules_score'))}")
+    elif value("rules_rank") >= NEAR:
         said.append(f"other listeners often play it soon after {last}")
     elif value("recent_rules_rank") >= NEAR:
         said.append("other listeners often play it soon after your last songs")

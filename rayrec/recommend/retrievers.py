@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.data.split import DAY_MS
+from rayrec.recommend.ablation import RankedPart
 from rayrec.recommend.base import NO_SONG, Horizon
-from rayrec.recommend.index import SongIndex
+from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import Pairs, QueryBatch
-from rayrec.recommend.retrieval.ragged import first_of_each, ranges
-from rayrec.recommend.retrieval.retrieval import Retrieval
-from rayrec.recommend.retrieval.rule_counts import MAX_DISTANCE, UNIT
-from rayrec.recommend.retrieval.song_groups import SongGroups
+from rayrec.recommend.retrieval.play_counts import MAX_DISTANCE, UNIT
+from rayrec.recommend.retrieval.ragged import first_of_each, highest_of_each, places_in, ranges, stable_order
+from rayrec.recommend.retrieval.session_postings import SongGroups
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,12 @@ class Proposals(Pairs):
 
     @classmethod
     def best(cls, rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, *, num_songs: int, count: int) -> Proposals:
-        """The `count` best of each query; each pair once, equal scores in the order of song rows."""
+        """The `count` best of each query, rows ascending; each pair once, equal scores in the order of song rows."""
+        highest = highest_of_each(rows, scores, count)
+        rows, songs, scores = rows[highest], songs[highest], scores[highest]
         order = np.lexsort((songs, -scores, rows))
         rows, songs, scores = rows[order], songs[order], scores[order]
-        first = first_of_each(rows)
-        ranks = np.arange(len(rows)) - np.repeat(first, np.diff(np.append(first, len(rows))))
+        ranks = places_in(rows)
         kept = np.flatnonzero(ranks < count)
         kept = kept[np.lexsort((songs[kept], rows[kept]))]
         return cls(
@@ -49,12 +51,18 @@ class Proposals(Pairs):
     def summed(
         cls, rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, *, num_songs: int, count: int
     ) -> Proposals:
-        """As `best`, where the scores of a pair that comes more than once add up."""
-        keys = rows * num_songs + songs
-        order = np.argsort(keys, kind="stable")
-        first = first_of_each(keys[order])
-        sums = np.add.reduceat(scores[order], first) if len(first) else scores[:0]
-        return cls.best(rows[order][first], songs[order][first], sums, num_songs=num_songs, count=count)
+        """As `best`, of rows in any order, where the scores of a pair that comes more than once add up."""
+        pairs, sums = summed_pairs(rows, songs, scores, num_songs)
+        return cls.best(pairs.rows, pairs.songs, sums, num_songs=num_songs, count=count)
+
+
+def summed_pairs(rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, num_songs: int) -> tuple[Pairs, np.ndarray]:
+    """Pairs of a query and a song, each once, and the sum of the scores of each."""
+    keys = rows * num_songs + songs
+    order = stable_order(keys)
+    first = first_of_each(keys[order])
+    sums = np.add.reduceat(scores[order], first) if len(first) else scores[:0]
+    return Pairs(num_songs=num_songs, rows=rows[order[first]], songs=songs[order[first]]), sums
 
 
 class Retriever(ABC):
@@ -70,9 +78,15 @@ class Retriever(ABC):
 class TasteRetriever(Retriever):
     """The songs nearest to the taste vector of a horizon, from the index."""
 
-    def __init__(self, index: SongIndex, horizon: Horizon, scale: float) -> None:
-        """`scale` makes logits of cosines: the inverse of the temperature that the network learned."""
-        self.name, self._index, self._horizon, self._scale = f"taste_{horizon}", index, horizon, scale
+    def __init__(
+        self, index: SongIndex, horizon: Horizon, scale: float, *, name: str = "", songs: np.ndarray | None = None
+    ) -> None:
+        """`scale` makes logits of cosines: the inverse of the temperature that the network learned.
+
+        `songs`, int64 (n,), are the song rows of the index's rows where it is one of some songs.
+        """
+        self.name, self._index, self._horizon, self._scale = name or f"taste_{horizon}", index, horizon, scale
+        self._songs = songs
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """The `count` songs of highest cosine, scored exp(logit) over the best; none where nothing is known."""
@@ -81,7 +95,8 @@ class TasteRetriever(Retriever):
         known = np.logical_and(songs != NO_SONG, vectors.any(axis=1, keepdims=True))
         scores = np.exp(self._scale * (cosines - cosines[:, :1]))
         rows = np.repeat(np.arange(len(batch)), known.sum(axis=1))
-        return Proposals.best(rows, songs[known], scores[known], num_songs=batch.num_songs, count=count)
+        found = songs[known] if self._songs is None else self._songs[songs[known]]
+        return Proposals.best(rows, found, scores[known], num_songs=batch.num_songs, count=count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,21 +137,19 @@ class SessionRetriever(Retriever):
         entry = ranges(sessions.song_offsets[songs], entries_of)
         play = np.repeat(np.arange(len(songs)), entries_of)
         session, place = sessions.song_sessions[entry].astype(np.int64), sessions.song_places[entry].astype(np.int64)
-        order = np.lexsort((back[play], session, rows[play]))  # the match of the latest play first
-        session, place, play = session[order], place[order], play[order]
         pair = rows[play] * max(1, len(sessions)) + session
-        first = first_of_each(pair)
+        order = stable_order(pair * settings.last_plays + back[play])  # the match of the latest play first
+        session, place, play = session[order], place[order], play[order]
+        first = first_of_each(pair[order])
         weights = np.exp(-back[play] / settings.plays_decay)
         similarity = np.add.reduceat(weights, first) if len(first) else weights
         row, session, match = rows[play[first]], session[first], place[first]
         lengths = sessions.offsets[session + 1] - sessions.offsets[session]
         days = np.maximum(0, batch.queries.at[row] - sessions.ended_at[session]) / DAY_MS
         similarity = similarity / np.sqrt(lengths) * np.exp(-days / settings.days_decay)
-        nearest = np.lexsort((session, -similarity, row))
-        ranked = row[nearest]
-        start = first_of_each(ranked)
-        within = np.arange(len(ranked)) - np.repeat(start, np.diff(np.append(start, len(ranked))))
-        nearest = nearest[within < settings.neighbours]
+        nearest = highest_of_each(row, similarity, settings.neighbours)
+        nearest = nearest[np.lexsort((session[nearest], -similarity[nearest], row[nearest]))]
+        nearest = nearest[places_in(row[nearest]) < settings.neighbours]
         row, session, match = row[nearest], session[nearest], match[nearest]
         similarity, lengths = similarity[nearest], lengths[nearest]
         # The songs of the neighbours around the matched one.
@@ -146,15 +159,12 @@ class SessionRetriever(Retriever):
         neighbour = np.repeat(np.arange(len(row)), taken)
         apart = np.abs(position - (sessions.offsets[session] + match)[neighbour])
         scores = similarity[neighbour] * np.exp(-apart / settings.places_decay)
-        pair_rows, pair_songs = row[neighbour], sessions.songs[position].astype(np.int64)
-        found = batch.user_songs.find(batch.keys(pair_rows, pair_songs))
-        just = (
-            (found >= 0) & (batch.user_songs.back[found] < settings.last_plays)
-            if len(batch.user_songs.back)
-            else found >= 0
-        )
-        scores = np.where(just, settings.just_played * scores, scores)
-        return Proposals.summed(pair_rows, pair_songs, scores, num_songs=batch.num_songs, count=count)
+        voted = sessions.songs[position].astype(np.int64)
+        pairs, sums = summed_pairs(row[neighbour], voted, scores, batch.num_songs)
+        just = batch.user_songs.back < settings.last_plays
+        played = pairs.find(batch.user_songs.keys[just])
+        sums[played[played >= 0]] *= settings.just_played
+        return Proposals.best(pairs.rows, pairs.songs, sums, num_songs=batch.num_songs, count=count)
 
 
 class RuleRetriever(Retriever):
@@ -250,7 +260,7 @@ class GroupRetriever(Retriever):
         # Each group of a query once, with the weight of all its plays.
         groups = max(1, len(self._groups.offsets))
         keys = batch.rows[plays] * groups + group
-        order = np.argsort(keys, kind="stable")
+        order = stable_order(keys)
         first = first_of_each(keys[order])
         weights = self.decay ** batch.back[plays][order]
         weights = np.add.reduceat(weights, first) if len(first) else weights
@@ -294,13 +304,20 @@ COUNTS = {
     "artists": 50,
     "albums": 30,
     "popular": 20,
+    "new_content": 20,
+    "new_artists": 20,
+    "new_albums": 20,
 }
 
 
 def make_retrievers(
-    retrieval: Retrieval, index: SongIndex, *, scales: tuple[float, float] = (1.0, 1.0), left_out: Sequence[str] = ()
+    retrieval: Retrieval,
+    index: SongIndex,
+    *,
+    scales: tuple[float, float] = (1.0, 1.0),
+    without: RankedPart | None = None,
 ) -> list[Retriever]:
-    """All retrievers but those left out, and those of artists and albums where the catalog knows any.
+    """All retrievers but those of `without`, and those of artists and albums where the catalog knows any.
 
     `scales` make logits of the cosines of the short and the long horizon.
     """
@@ -318,7 +335,26 @@ def make_retrievers(
         *([GroupRetriever("albums", retrieval.albums, plays)] if retrieval.albums else []),
         PopularRetriever(retrieval),
     ]
-    return [retriever for retriever in everything if retriever.name not in left_out]
+    return [retriever for retriever in everything if without is None or retriever.name not in without.retrievers]
+
+
+def make_new_song_retrievers(
+    retrieval: Retrieval,
+    vectors: np.ndarray,
+    rows: np.ndarray,
+    *,
+    scale: float = 1.0,
+    without: RankedPart | None = None,
+) -> list[Retriever]:
+    """Retrievers of songs without plays, int64 (n,) rows: by content, and of the artists and albums played last.
+
+    `vectors`, float32 (N, D), are those of all songs; `retrieval` knows the artists and albums of these, too.
+    """
+    index = SongIndex.build(vectors[rows], IndexConfig(kind="flat"))
+    everything: list[Retriever] = [TasteRetriever(index, "short", scale, name="new_content", songs=rows)]
+    for name, groups in (("new_artists", retrieval.artists), ("new_albums", retrieval.albums)):
+        everything.append(GroupRetriever(name, groups.listing(rows), np.zeros(len(groups.of_song), dtype=np.int64)))
+    return [retriever for retriever in everything if without is None or retriever.name not in without.retrievers]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,22 +364,23 @@ class Candidates(Pairs):
     proposals: dict[str, Proposals]  # by retriever
     positions: dict[str, np.ndarray]  # int64, where each proposal stands among the candidates
 
-    @property
-    def counts(self) -> np.ndarray:
-        """int64: candidates of each query up to the last that has any."""
-        return np.bincount(self.rows)
+    @classmethod
+    def union(cls, batch: QueryBatch, proposals: dict[str, Proposals]) -> Candidates:
+        """Of what retrievers propose for a batch."""
+        keys = np.unique(np.concatenate([np.zeros(0, np.int64), *(found.keys for found in proposals.values())]))
+        rows, songs = np.divmod(keys, max(1, batch.num_songs))
+        return cls(
+            num_songs=batch.num_songs,
+            rows=rows,
+            songs=songs,
+            proposals=proposals,
+            positions={name: np.searchsorted(keys, found.keys) for name, found in proposals.items()},
+        )
 
 
 def retrieve(retrievers: Sequence[Retriever], batch: QueryBatch, counts: dict[str, int] | None = None) -> Candidates:
     """Ask all retrievers; `counts` are songs a query by the name of the retriever, those of COUNTS where not given."""
     counts = {**COUNTS, **(counts or {})}
-    proposals = {retriever.name: retriever.propose(batch, counts[retriever.name]) for retriever in retrievers}
-    keys = np.unique(np.concatenate([np.zeros(0, np.int64), *(found.keys for found in proposals.values())]))
-    rows, songs = np.divmod(keys, max(1, batch.num_songs))
-    return Candidates(
-        num_songs=batch.num_songs,
-        rows=rows,
-        songs=songs,
-        proposals=proposals,
-        positions={name: np.searchsorted(keys, found.keys) for name, found in proposals.items()},
+    return Candidates.union(
+        batch, {retriever.name: retriever.propose(batch, counts[retriever.name]) for retriever in retrievers}
     )

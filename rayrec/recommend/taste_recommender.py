@@ -1,12 +1,15 @@
 """The network as a recommender: the songs nearest to the taste vector at the moment of the request."""
 
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import ClassVar
 
 import numpy as np
+import torch
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.errors import MismatchError
+from rayrec.model.added_songs import AddedSongs
 from rayrec.model.checkpoint import SONG_VECTORS, load_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
@@ -28,14 +31,28 @@ class TasteRecommender(VectorRecommender):
         """`song_vectors` float32 (N, D) are those the model scores against, zero rows for unknown songs."""
         super().__init__(song_vectors, index)
         self.encoder = TasteEncoder(model)
+        self.added: AddedSongs | None = None  # songs that came after the training
+
+    def add_songs(self, added: AddedSongs) -> None:
+        """Recommend songs that no training has seen, and read their plays; the index grows by them alone."""
+        count = max(len(self.song_vectors), int(added.rows.max(initial=-1)) + 1)
+        vectors = np.zeros((count, self.song_vectors.shape[1]), dtype=np.float32)
+        vectors[: len(self.song_vectors)] = self.song_vectors
+        vectors[added.rows] = added.outputs
+        index = None if self.index is None else self.index.with_added(added.rows, vectors)
+        super().__init__(vectors, index)
+        self.encoder.model.add_songs(torch.from_numpy(added.rows), torch.from_numpy(added.inputs))
+        self.added, self.added_songs = added, added.rows
 
     def scale(self, horizon: Horizon) -> float:
         """The factor that makes logits of cosines: the inverse of the temperature that the network learned."""
         return float(self.encoder.model.scale(self.head(horizon)).detach())
 
     @classmethod
-    def load(cls, workspace: Workspace, model_id: str, index_id: str | None = None) -> "TasteRecommender":
-        """From the workspace. Raises `MismatchError` for an index of another model."""
+    def load(
+        cls, workspace: Workspace, model_id: str, index_id: str | None = None, added_id: str | None = None
+    ) -> "TasteRecommender":
+        """From the workspace. Raises `MismatchError` for an index or added songs of another model."""
         network = cls.from_folder(workspace, artifacts.load(workspace, "models", model_id).folder)
         if index_id is not None:
             index_manifest = artifacts.load(workspace, "indexes", index_id)
@@ -46,13 +63,26 @@ class TasteRecommender(VectorRecommender):
                     "run `rayrec index` for this model first"
                 )
             network.index = SongIndex.load(workspace, index_manifest, network.song_vectors)
+        if added_id is not None:
+            added = artifacts.load(workspace, "added_songs", added_id)
+            if added.inputs.get("models") != model_id:
+                raise MismatchError(
+                    f"added songs {added_id} were made for model {added.inputs.get('models')}, not for {model_id}; "
+                    "run `rayrec songs add` for this model first"
+                )
+            network.add_songs(AddedSongs.load(workspace, added.folder))
         return network
 
     @classmethod
     def from_folder(cls, workspace: Workspace, folder: str) -> "TasteRecommender":
-        """From the files of a network, finished or not yet an artifact."""
-        vectors = np.array(workspace.read_array(f"{folder}/{SONG_VECTORS}"))
-        return cls(load_model(workspace, folder), vectors)
+        """From the files of a network, finished or not yet an artifact; its vectors are memory-mapped."""
+        return cls(load_model(workspace, folder), workspace.read_array(f"{folder}/{SONG_VECTORS}"))
+
+    def with_index(self, index: SongIndex) -> "TasteRecommender":
+        """The same network with another index over its song vectors."""
+        other = copy(self)
+        other.index = index
+        return other
 
     def short_only(self) -> "TasteRecommender":
         """The same network, answering for every horizon with its short one."""
@@ -65,17 +95,41 @@ class TasteRecommender(VectorRecommender):
 
         A network of one horizon answers for both with it.
         """
+        return self.vectors_of(histories, questions, (horizon,))[horizon]
+
+    def vectors_of(
+        self, histories: Histories, questions: Questions, horizons: Sequence[Horizon]
+    ) -> dict[Horizon, np.ndarray]:
+        """As `vectors`, of several horizons by one run through the plays."""
         if questions.hidden is not None:
-            return self.encoder.vectors(histories, questions, self.head(horizon))
+            return self._encoded(histories, questions, horizons)
         rows, inverse = np.unique(questions.rows, return_inverse=True)
         needed = np.zeros(len(rows), dtype=np.int64)
         np.maximum.at(needed, inverse, questions.seen)
         asked = histories.take(rows)
         position = np.arange(asked.num_plays) - asked.offsets[asked.rows]
         asked = asked.keep(position < needed[asked.rows])
-        return self.encoder.vectors(
-            asked, Questions(rows=inverse, seen=questions.seen, at=questions.at), self.head(horizon)
-        )
+        return self._encoded(asked, Questions(rows=inverse, seen=questions.seen, at=questions.at), horizons)
+
+    def _encoded(
+        self, histories: Histories, questions: Questions, horizons: Sequence[Horizon]
+    ) -> dict[Horizon, np.ndarray]:
+        heads = {horizon: self.head(horizon) for horizon in horizons}
+        vectors = self.encoder.vectors_of(histories, questions, list(dict.fromkeys(heads.values())))
+        return {horizon: vectors[head] for horizon, head in heads.items()}
+
+    def explain(
+        self,
+        history: Histories,
+        at: int,
+        songs: np.ndarray,
+        *,
+        long_weight: float = 0.0,
+        vectors: Mapping[Horizon, np.ndarray] | None = None,
+    ) -> list[dict[str, float]]:
+        """That all songs are near the taste vectors that were searched. See `BaseRecommender.explain`."""
+        near = {"taste_short_rank": float(long_weight < 1), "taste_long_rank": float(long_weight > 0)}
+        return [near] * len(songs)
 
     def head(self, horizon: Horizon) -> str:
         """The head of the network that answers for a horizon."""

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
+from rayrec.recommend.ablation import ABLATED_PARTS
 from rayrec.recommend.base import (
     NO_SONG,
     CandidateRecommender,
@@ -27,9 +28,9 @@ from rayrec.recommend.filters import Limits
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import LATEST, QueryBatch
 from rayrec.recommend.ranker import Ranker, RankingExamples
-from rayrec.recommend.retrieval.ragged import ranges
-from rayrec.recommend.retrieval.retrieval import Retrieval
-from rayrec.recommend.retrievers import Candidates, make_retrievers, retrieve
+from rayrec.recommend.retrieval.ragged import highest_of_each, ranges
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
+from rayrec.recommend.retrievers import Candidates, make_new_song_retrievers, make_retrievers, retrieve
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -64,14 +65,25 @@ class CandidateSource:
         retrieval: Retrieval,
         *,
         real_times: bool = True,
-        left_out: Sequence[str] = (),
+        without: str = "",
         counts: dict[str, int] | None = None,
     ) -> None:
-        """`left_out` names retrievers to do without, `counts` how many songs a query retrievers propose."""
+        """`without` names one of ABLATED_PARTS to leave out, `counts` how many songs a query retrievers propose.
+
+        Where songs were added to the network, retrievers of their own propose them.
+        """
+        added = network.added or None  # none where there are none
+        if added is not None:
+            retrieval = retrieval.with_added(added.rows, added.artist_rows, added.album_rows)
         index = network.index or SongIndex.build(network.song_vectors, IndexConfig())
         self.network, self.index, self.retrieval = network, index, retrieval
         scales = (network.scale("short"), network.scale("long"))
-        self.retrievers = make_retrievers(retrieval, index, scales=scales, left_out=left_out)
+        part = ABLATED_PARTS[without] if without else None
+        self.retrievers = make_retrievers(retrieval, index, scales=scales, without=part)
+        if added is not None:
+            self.retrievers += make_new_song_retrievers(
+                retrieval, network.song_vectors, added.rows, scale=scales[0], without=part
+            )
         self.num_songs = max(network.num_songs, retrieval.num_songs)  # either may know songs that came later
         self._counts = counts
         self.sources = FeatureSources(
@@ -80,6 +92,7 @@ class CandidateSource:
             scales=scales,
             retrievers=tuple(retriever.name for retriever in self.retrievers),
             real_times=real_times,
+            without=part,
         )
 
     def batches(
@@ -89,12 +102,9 @@ class CandidateSource:
 
         `vectors`, float32 (Q, D) by horizon, are the taste vectors where they are at hand.
         """
-        vectors = vectors or {}
-        short, long = (
-            vectors[horizon] if horizon in vectors else self.network.vectors(histories, queries, horizon)
-            for horizon in HORIZONS
-        )
-        for chunk in slices_of(queries):
+        vectors = vectors or self.network.vectors_of(histories, queries, HORIZONS)
+        short, long = (vectors[horizon] for horizon in HORIZONS)
+        for chunk in query_slices(queries):
             batch = QueryBatch.of(
                 histories, queries.take(chunk), self.num_songs, short_vectors=short[chunk], long_vectors=long[chunk]
             )
@@ -102,7 +112,7 @@ class CandidateSource:
             yield chunk, Scored(batch=batch, candidates=candidates, features=self.sources.features(batch, candidates))
 
 
-def slices_of(queries: Questions) -> Iterator[slice]:
+def query_slices(queries: Questions) -> Iterator[slice]:
     """The queries to answer at once, one slice after the other."""
     plays = np.minimum(queries.seen, LATEST) + 1
     by_plays, by_count = (np.cumsum(plays) - plays) // PLAYS_AT_ONCE, np.arange(len(queries)) // QUERIES_AT_ONCE
@@ -126,23 +136,26 @@ class TwoStepRecommender(CandidateRecommender):
     def __init__(self, source: CandidateSource, rankers: Mapping[RankerKind, Ranker]) -> None:
         """`rankers` hold one for the next play, and may hold one for answers of new songs and one for the long term."""
         self.source, self.rankers = source, rankers
-        self.num_songs = source.num_songs
+        self.num_songs, self.added_songs = source.num_songs, source.network.added_songs
+        self._columns = {kind: _columns(ranker.names, source.sources.names) for kind, ranker in rankers.items()}
         self.retrievers = tuple(retriever.name for retriever in source.retrievers)
         self.horizons = HORIZONS if "long" in rankers else ("short",)
+
+    def without_part(self, part: str, rankers: Mapping[RankerKind, Ranker]) -> TwoStepRecommender:
+        """The same without one of ABLATED_PARTS, by rankers that were learned without it."""
+        source = CandidateSource(
+            self.source.network, self.source.retrieval, real_times=self.source.sources.real_times, without=part
+        )
+        return TwoStepRecommender(source, rankers)
 
     def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
         """As in `CandidateRecommender`."""
         for chunk, scored in self.source.batches(histories, queries):
-
-            def scores(horizon: Horizon, exclude_heard: bool, scored: Scored = scored) -> np.ndarray:
-                new_only = np.full(len(scored.batch), exclude_heard)
-                return self.chances(scored, float(horizon == "long"), new_only)
-
-            proposed = scored.candidates
+            candidates, chances = scored.candidates, _Chances(self, scored)
             yield (
                 chunk,
                 ScoredCandidates(
-                    rows=proposed.rows, songs=proposed.songs, scores=scores, retrievers=proposed.positions
+                    rows=candidates.rows, songs=candidates.songs, scores=chances, retrievers=candidates.positions
                 ),
             )
 
@@ -156,7 +169,7 @@ class TwoStepRecommender(CandidateRecommender):
         limits: Sequence[Limits] | None = None,
         hidden: np.ndarray | None = None,
     ) -> Ranking:
-        """As in `Recommender`, without a score for every song."""
+        """As in `BaseRecommender`, without a score for every song."""
         queries = Questions.at_end(histories, at, hidden)
         return self.rank_queries(histories, queries, k, long_weight=float(horizon == "long"), limits=limits)
 
@@ -180,14 +193,21 @@ class TwoStepRecommender(CandidateRecommender):
         paths = list(ranking.paths)
         for chunk, scored in self.source.batches(histories, queries, vectors):
             some = None if limits is None else limits[chunk]
-            new_only = np.array([limit.new_only for limit in some or ()] or [False] * len(scored.batch))
-            chances = self.chances(scored, long_weight, new_only)
-            songs, scores = _best(scored.candidates, chances, len(scored.batch), k, some)
-            for row in np.flatnonzero(songs[:, -1] == NO_SONG).tolist():
-                path = self._fill(scored.batch, row, songs[row], scores[row], some, long_weight)
-                paths[chunk.start + row] = path
-            ranking.songs[chunk], ranking.scores[chunk] = songs, scores
+            part = self.rank_scored(scored, k, some, long_weight=long_weight)
+            ranking.songs[chunk], ranking.scores[chunk], paths[chunk] = part.songs, part.scores, part.paths
         return Ranking(songs=ranking.songs, scores=ranking.scores, paths=tuple(paths))
+
+    def rank_scored(
+        self, scored: Scored, k: int, limits: Sequence[Limits] | None = None, *, long_weight: float = 0.0
+    ) -> Ranking:
+        """As `rank_queries`, of queries whose candidates and features are at hand."""
+        new_only = np.array([limit.new_only for limit in limits or ()] or [False] * len(scored.batch))
+        chances = self.chances(scored, long_weight, new_only)
+        songs, scores = _best(scored.candidates, chances, len(scored.batch), k, limits)
+        paths: list[SearchPath] = ["exact"] * len(songs)
+        for row in np.flatnonzero(songs[:, -1] == NO_SONG).tolist():
+            paths[row] = self._fill(scored.batch, row, songs[row], scores[row], limits, long_weight)
+        return Ranking(songs=songs, scores=scores, paths=tuple(paths))
 
     def chances(self, scored: Scored, long_weight: float, new_only: np.ndarray) -> np.ndarray:
         """float64 (C,): the chance of each candidate; `new_only`, bool (Q,), says which queries want new songs alone.
@@ -216,16 +236,33 @@ class TwoStepRecommender(CandidateRecommender):
         if kind == "served":  # chances among new songs alone, as the ranker learned them
             new = scored.batch.user_songs.find(scored.candidates.keys) < 0
             values = np.zeros(len(rows))
-            scores = ranker.scores(scored.features[new])
+            scores = ranker.scores(self._features(scored, kind)[new])
             values[new] = (ranker.calibration.shares_of if shares else ranker.calibration)(rows[new], scores)
             return values
-        scores = ranker.scores(scored.features)
+        scores = ranker.scores(self._features(scored, kind))
         return np.asarray((ranker.calibration.shares_of if shares else ranker.calibration)(rows, scores))
 
-    def explain(self, histories: Histories, queries: Questions, songs: np.ndarray) -> list[dict[str, float]]:
-        """The features by name of songs, int (n,), as candidates of one query; {} for a song that is no candidate."""
+    def _features(self, scored: Scored, kind: RankerKind) -> np.ndarray:
+        """float32 (C, F): the features that a ranker learned from, those that are not there as zeros."""
+        columns = self._columns[kind]
+        if columns is None:
+            return scored.features
+        features = np.zeros((len(scored.features), len(columns)), dtype=np.float32)
+        features[:, columns >= 0] = scored.features[:, columns[columns >= 0]]
+        return features
+
+    def explain(
+        self,
+        history: Histories,
+        at: int,
+        songs: np.ndarray,
+        *,
+        long_weight: float = 0.0,
+        vectors: Mapping[Horizon, np.ndarray] | None = None,
+    ) -> list[dict[str, float]]:
+        """The features of songs as candidates; {} for a song that is no candidate. See `BaseRecommender.explain`."""
         found: list[dict[str, float]] = []
-        for _, scored in self.source.batches(histories, queries.take(slice(0, 1))):
+        for _, scored in self.source.batches(history, Questions.at_end(history, at), vectors):
             rows = scored.candidates.find(np.asarray(songs, dtype=np.int64))
             table = [scored.features[row].tolist() if row >= 0 else [] for row in rows.tolist()]
             found = [dict(zip(self.source.sources.names, values, strict=False)) for values in table]
@@ -253,13 +290,42 @@ class TwoStepRecommender(CandidateRecommender):
         return "index"
 
 
+class _Chances:
+    """The chances of the candidates of some queries, each kind of answer computed once."""
+
+    def __init__(self, recommender: TwoStepRecommender, scored: Scored) -> None:
+        self._recommender, self._scored = recommender, scored
+        self._known: dict[tuple[Horizon, bool], np.ndarray] = {}
+
+    def __call__(self, horizon: Horizon, exclude_heard: bool) -> np.ndarray:
+        """float64 (C,); the long horizon has one ranker for both."""
+        key = horizon, exclude_heard and horizon == "short"
+        if key not in self._known:
+            new_only = np.full(len(self._scored.batch), exclude_heard)
+            self._known[key] = self._recommender.chances(self._scored, float(horizon == "long"), new_only)
+        return self._known[key]
+
+
+def _columns(learned: Sequence[str], there: Sequence[str]) -> np.ndarray | None:
+    """int64: the column of each feature that a ranker learned from, -1 for one that is not there; None: the same."""
+    if list(learned) == list(there):
+        return None
+    places = {name: place for place, name in enumerate(there)}
+    return np.array([places.get(name, -1) for name in learned])
+
+
 def load_two_step(
     workspace: Workspace, network: TasteRecommender, retrieval: str, rankers: Manifest, *, real_times: bool
 ) -> TwoStepRecommender:
     """From a network, with its index where it has one, the folder of a retrieval and the artifact of rankers."""
     source = CandidateSource(network, Retrieval.load(workspace, retrieval), real_times=real_times)
-    kinds = [kind for kind in KINDS if f"{kind}.json" in rankers.files]
-    return TwoStepRecommender(source, {kind: Ranker.load(workspace, rankers.folder, kind) for kind in kinds})
+    return TwoStepRecommender(source, load_rankers(workspace, rankers.folder))
+
+
+def load_rankers(workspace: Workspace, folder: str) -> dict[RankerKind, Ranker]:
+    """The rankers in a folder; not every kind need be there."""
+    kinds = [kind for kind in KINDS if workspace.exists(f"{folder}/{kind}.json")]
+    return {kind: Ranker.load(workspace, folder, kind) for kind in kinds}
 
 
 def _best(
@@ -270,6 +336,8 @@ def _best(
     if limits is not None:
         kept = _qualify(candidates, limits)
         rows, songs, chances = rows[kept], songs[kept], chances[kept]
+    highest = highest_of_each(rows, chances, k)
+    rows, songs, chances = rows[highest], songs[highest], chances[highest]
     order = np.lexsort((songs, -chances, rows))
     counts = np.bincount(rows, minlength=queries)
     place = ranges(np.zeros(queries, np.int64), counts)
@@ -303,39 +371,42 @@ def examples_for(
     source: CandidateSource,
     histories: Histories,
     queries: Questions,
-    answer_rows: np.ndarray,
-    answer_songs: np.ndarray,
+    answers: Mapping[RankerKind, tuple[np.ndarray, np.ndarray]],
     *,
-    new_only: bool = False,
     held_out: np.ndarray,
-) -> RankingExamples:
-    """What a ranker learns from: the candidates of queries, and which of them are right.
+    vectors: Mapping[Horizon, np.ndarray] | None = None,
+) -> dict[RankerKind, RankingExamples]:
+    """What the ranker of each kind learns from: the candidates of queries, and which of them are right.
 
-    `answer_rows`, int (T,), say to which query each right song, int (T,), belongs; `held_out` is bool (Q,).
-    With `new_only` songs that the user has played are neither candidates nor right. The source must not have seen the
-    answers.
+    `answers` hold the right songs of each kind, int (T,), after the queries to which they belong, int (T,);
+    `held_out` is bool (Q,). For served, songs that the user has played are neither candidates nor right. The source
+    must not have seen the answers. `vectors` are the taste vectors where they are at hand.
     """
-    parts = [RankingExamples.none(len(source.sources.names))]
-    for chunk, scored in source.batches(histories, queries):
-        candidates, batch = scored.candidates, scored.batch
-        inside = (answer_rows >= chunk.start) & (answer_rows < chunk.stop) & (answer_songs < source.num_songs)
-        keys = np.unique(batch.keys(answer_rows[inside] - chunk.start, answer_songs[inside].astype(np.int64)))
-        allowed = np.ones(len(candidates.rows), dtype=bool)
-        if new_only:
-            allowed = batch.user_songs.find(candidates.keys) < 0
-            keys = keys[batch.user_songs.find(keys) < 0]
-        hit = np.isin(candidates.keys, keys, assume_unique=True) & allowed
-        # Queries that teach nothing are left out, but for those held out that have an answer: chances count them.
-        asked = np.bincount(keys // source.num_songs, minlength=len(batch)) > 0
-        found = np.bincount(candidates.rows, weights=hit, minlength=len(batch)) > 0
-        used = found | (asked & held_out[chunk])
-        kept = allowed & used[candidates.rows]
-        parts.append(
-            RankingExamples(
-                features=scored.features[kept],
-                right=hit[kept],
-                counts=np.bincount(candidates.rows[kept], minlength=len(batch))[used],
-                held_out=held_out[chunk][used],
-            )
-        )
-    return RankingExamples.joined(parts)
+    parts = {kind: [RankingExamples.none(len(source.sources.names))] for kind in answers}
+    for chunk, scored in source.batches(histories, queries, vectors):
+        heard = scored.batch.user_songs.find(scored.candidates.keys) >= 0
+        for kind, (rows, songs) in answers.items():
+            inside = (rows >= chunk.start) & (rows < chunk.stop) & (songs < source.num_songs)
+            keys = np.unique(scored.batch.keys(rows[inside] - chunk.start, songs[inside].astype(np.int64)))
+            allowed = np.ones(len(heard), dtype=bool)
+            if kind == "served":
+                allowed, keys = ~heard, keys[scored.batch.user_songs.find(keys) < 0]
+            parts[kind].append(_examples_of(scored, keys, allowed, held_out[chunk]))
+    return {kind: RankingExamples.joined(examples) for kind, examples in parts.items()}
+
+
+def _examples_of(scored: Scored, keys: np.ndarray, allowed: np.ndarray, held_out: np.ndarray) -> RankingExamples:
+    """The examples of some queries whose right songs have `keys`, int64; `allowed`, bool (C,), are candidates."""
+    rows, queries = scored.candidates.rows, len(scored.batch)
+    hit = np.isin(scored.candidates.keys, keys, assume_unique=True) & allowed
+    # Queries that teach nothing are left out, but for those held out that have an answer: chances count them.
+    answered = np.bincount(keys // scored.batch.num_songs, minlength=queries) > 0
+    found = np.bincount(rows, weights=hit, minlength=queries) > 0
+    used = found | (answered & held_out)
+    kept = allowed & used[rows]
+    return RankingExamples(
+        features=scored.features[kept],
+        right=hit[kept],
+        counts=np.bincount(rows[kept], minlength=queries)[used],
+        held_out=held_out[used],
+    )

@@ -22,13 +22,12 @@ from rayrec.config import from_mapping
 from rayrec.data.histories import Histories
 from rayrec.errors import RayrecError
 from rayrec.model.inference import States
-from rayrec.recommend.base import Horizon, Recommender
-from rayrec.recommend.choosing import Chosen, Known, Wish
-from rayrec.recommend.explain import Explanation
-from rayrec.serving.auth import load_keys
+from rayrec.recommend.base import BaseRecommender, Horizon
+from rayrec.recommend.selection import Chosen, Known, Wish
 from rayrec.serving.compat import bind_replica_port_to_loopback
 from rayrec.serving.engine import Engine, Parts, Pool, Vectors
 from rayrec.serving.live_release import LiveRelease, ReleaseHolder, Reports, load_network, load_parts
+from rayrec.serving.middleware import load_keys
 from rayrec.serving.problems import RETRY_AFTER_S, OverloadedError
 from rayrec.serving.prometheus import Metrics
 from rayrec.serving.routes import create_app
@@ -42,7 +41,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARE
 WAITING_BEYOND = 2  # times the requests that a replica admits are sent to it: it refuses the others at once
 PART_SECONDS = 60.0  # that the app waits for model and index to load a release before it switches to it
 
-Work = Literal["states", "vectors", "choose", "explain", "similar", "layout"]  # methods of `Parts`
+Work = Literal["states", "vectors", "choose", "similar", "layout"]  # methods of `Parts`
 
 
 class DeploymentConfig(ServeConfig):
@@ -149,7 +148,7 @@ class PartReplica:
         self._held = {**dict(list(self._held.items())[-1:]), release_id: loaded}
         return loaded
 
-    def _read(self, release_id: str) -> Recommender:
+    def _read(self, release_id: str) -> BaseRecommender:
         return (load_parts if self._role == "index" else load_network)(self._workspace, release_id)[1]
 
 
@@ -188,14 +187,6 @@ class RemoteEngine(Engine):
         with self._metrics.stage("choose"):
             chosen: list[Chosen] = await self._call(self._remote.index, "choose", known, wishes)
         return chosen
-
-    async def explain(
-        self, plays: Histories, at: int, songs: np.ndarray, horizon: Horizon, start: States | None = None
-    ) -> Explanation:
-        """As in `Engine`."""
-        with self._metrics.stage("explain"):
-            explanation: Explanation = await self._call(self._remote.model, "explain", plays, at, songs, horizon, start)
-        return explanation
 
     async def similar(self, song: int, k: int) -> Chosen:
         """As in `Engine`."""

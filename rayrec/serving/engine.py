@@ -15,10 +15,9 @@ import numpy as np
 
 from rayrec.data.histories import Histories
 from rayrec.model.inference import States
-from rayrec.recommend.base import Horizon, Recommender
-from rayrec.recommend.choosing import Chosen, Known, Wish, choose, network_of, similar
-from rayrec.recommend.explain import Explanation, explain
+from rayrec.recommend.base import BaseRecommender, Horizon
 from rayrec.recommend.layout import layout
+from rayrec.recommend.selection import Chosen, Known, Wish, choose, network_of, similar
 from rayrec.serving.problems import OverloadedError
 from rayrec.serving.prometheus import Metrics
 
@@ -76,12 +75,6 @@ class Engine(ABC):
         """The songs of each user."""
 
     @abstractmethod
-    async def explain(
-        self, plays: Histories, at: int, songs: np.ndarray, horizon: Horizon, start: States | None = None
-    ) -> Explanation:
-        """Which of one user's last plays moved the taste vector most, and which speak for songs, int (n,) rows."""
-
-    @abstractmethod
     async def similar(self, song: int, k: int) -> Chosen:
         """The k songs nearest to a song of the network."""
 
@@ -120,7 +113,7 @@ def known_of(vectors: Vectors, plays: Histories, at: np.ndarray) -> list[Known]:
 class Parts:
     """The work itself, without a thread or a process around it: what a deployment of its own runs."""
 
-    recommender: Recommender
+    recommender: BaseRecommender
     metrics: Metrics
 
     def states(self, plays: Histories, start: States | None = None) -> States:
@@ -146,13 +139,6 @@ class Parts:
     def answer(self, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
         """As `Engine.answer`."""
         return self.answer_states(self.states(plays), plays, at, wishes)
-
-    def explain(
-        self, plays: Histories, at: int, songs: np.ndarray, horizon: Horizon, start: States | None = None
-    ) -> Explanation:
-        """As `Engine.explain`."""
-        with self.metrics.stage("explain"):
-            return explain(network_of(self.recommender), plays, at, songs, horizon=horizon, start=start)
 
     def similar(self, song: int, k: int) -> Chosen:
         """As `Engine.similar`."""
@@ -181,12 +167,6 @@ class LocalEngine(Engine):
     async def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
         """As in `Engine`."""
         return await self._pool.run(self.parts.choose, known, wishes)
-
-    async def explain(
-        self, plays: Histories, at: int, songs: np.ndarray, horizon: Horizon, start: States | None = None
-    ) -> Explanation:
-        """As in `Engine`."""
-        return await self._pool.run(self.parts.explain, plays, at, songs, horizon, start)
 
     async def similar(self, song: int, k: int) -> Chosen:
         """As in `Engine`."""

@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from rayrec.data.dataset import Dataset
 from rayrec.errors import RayrecError
 from rayrec.recommend.answer import load_recommender
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.serving.engine import Engine
 from rayrec.serving.problems import NotReadyError
@@ -56,20 +56,21 @@ class LiveRelease:
         return self.release.inputs["models"]
 
 
-def load_parts(workspace: Workspace, release_id: str) -> tuple[Manifest, Recommender]:
+def load_parts(workspace: Workspace, release_id: str) -> tuple[Manifest, BaseRecommender]:
     """A release, the files that are loaded compared with their checksums, and its recommender.
 
     Raises as `load_checked_release` does, and `MismatchError` where the parts do not belong together.
     """
-    release = load_checked_release(workspace, release_id, ("models", "indexes", "retrieval", "rankers"))
+    release = load_checked_release(workspace, release_id, releases.ANSWERING_KINDS)
     parts = release.inputs
     return release, load_recommender(workspace, Dataset(workspace), parts)
 
 
 def load_network(workspace: Workspace, release_id: str) -> tuple[Manifest, TasteRecommender]:
     """As `load_parts`, with the network alone: no index, no rankers."""
-    release = load_checked_release(workspace, release_id, ("models",))
-    return release, TasteRecommender.load(workspace, release.inputs["models"])
+    release = load_checked_release(workspace, release_id, ("models", "added_songs"))
+    parts = release.inputs
+    return release, TasteRecommender.load(workspace, parts["models"], added_id=parts.get("added_songs"))
 
 
 def load_checked_release(workspace: Workspace, release_id: str, kinds: Sequence[str]) -> Manifest:

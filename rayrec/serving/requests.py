@@ -12,9 +12,8 @@ from rayrec.errors import InputError
 from rayrec.model.inference import States
 from rayrec.online.user_state import Plays
 from rayrec.recommend.answer import ASSUMED_GAP_MS
-from rayrec.recommend.attributes import Wanted
-from rayrec.recommend.choosing import Wish
-from rayrec.recommend.filters import Limits
+from rayrec.recommend.filters import Limits, Wanted
+from rayrec.recommend.selection import Wish
 from rayrec.serving.schemas import NewPlay, Play, RecommendationsRequest, iso_moment
 from rayrec.serving.served_catalog import ServedCatalog
 from rayrec.serving.users import StoredUser, UserPlays
@@ -87,7 +86,9 @@ def read_wish(request: RecommendationsRequest, query: UserQuery, catalog: Served
     parts = [excluded[excluded >= 0], *([query.songs, query.earlier_songs] if request.exclude_heard else [])]
     allowed, unknown = _allowed(request, catalog)
     limits = Limits(banned=np.concatenate(parts), allowed=allowed, new_only=request.exclude_heard)
-    wish = Wish(k=request.k, long_weight=request.horizon, limits=limits, diversity=request.diversity)
+    wish = Wish(
+        k=request.k, long_weight=request.horizon, limits=limits, diversity=request.diversity, explain=request.explain
+    )
     return wish, unknown + int((excluded < 0).sum())
 
 

@@ -1,19 +1,23 @@
 """The HTTP application: a plain FastAPI app around a service, with or without Ray around it."""
 
+from base64 import b64encode
 from collections.abc import Callable
+from hashlib import sha256
+from importlib.resources import files
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Path, Query
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.responses import Response
 
+from rayrec.data.spelling import MAX_ID
+from rayrec.errors import NotFoundError
 from rayrec.serving.live_release import release_status
 from rayrec.serving.middleware import Middleware, needed_role
-from rayrec.serving.page import page
 from rayrec.serving.problems import DOCUMENTED, SCHEMA, add_handlers, documented
 from rayrec.serving.schemas import (
     BatchAnswer,
@@ -34,15 +38,91 @@ from rayrec.serving.schemas import (
     UserTaste,
     as_json,
     iso_moment,
+    spelled_user,
 )
-from rayrec.serving.serve_config import MAX_ID, MAX_K
+from rayrec.serving.serve_config import MAX_K
 from rayrec.serving.service import Service
 
+PAGE = "page.html"
+# Nothing from elsewhere, nothing sent elsewhere, no frame around it, and no script or style but those in the page.
+POLICY = (
+    "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+DOCS = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>rayrec API</title><link rel="stylesheet" href="docs/swagger-ui.css"></head>
+<body><div id="swagger-ui"></div><script src="docs/swagger-ui-bundle.js"></script><script src="docs/start.js"></script>
+</body>
+</html>
+"""
+DOCS_SCRIPT = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", persistAuthorization: false});'
+DOCS_FILES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
+# Swagger UI sets styles of its own and draws its icons from data.
+DOCS_HEADERS = {
+    **HEADERS,
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
 Router = Callable[[Service], APIRouter]
-
 ABOUT = "Song recommendations from what listeners played, for the next songs or for a later time."
 MAX_QUERY = 200  # characters
 MAX_MATCHES = 100  # songs
+UserPath = Annotated[
+    str,
+    Path(min_length=1, max_length=MAX_ID, description="Id of a user, percent-encoded."),
+    AfterValidator(spelled_user),
+]
+SongPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, description="Id of a song, percent-encoded.")]
+Words = Annotated[str, Query(min_length=1, max_length=MAX_QUERY, description="Words of a title or an artist.")]
+Limit = Annotated[int, Query(ge=1, le=MAX_MATCHES, description="How many songs.")]
+Count = Annotated[int, Query(ge=1, le=MAX_K, description="How many songs.")]
+AtQuery = Annotated[Moment | None, Query(description="ISO 8601 with a zone, or unix seconds or ms; default: now.")]
+
+
+def page(service: Service) -> APIRouter:
+    """The page and the documentation. They hold no data and need no key; both let their reader enter one."""
+    router = APIRouter(include_in_schema=False)
+    content = files("rayrec.serving").joinpath(PAGE).read_bytes()
+    headers = {**HEADERS, "Content-Security-Policy": policy(content.decode())}
+
+    @router.get("/")
+    async def read() -> Response:
+        """The page."""
+        return Response(content, media_type="text/html; charset=utf-8", headers=headers)
+
+    static = files("fastapi_offline").joinpath("static")
+
+    @router.get("/docs")
+    async def docs() -> Response:
+        """Swagger UI over /openapi.json."""
+        return Response(DOCS, media_type="text/html; charset=utf-8", headers=DOCS_HEADERS)
+
+    @router.get("/docs/{name}")
+    async def docs_file(name: str) -> Response:
+        """A file of Swagger UI, from the package fastapi-offline."""
+        if name == "start.js":
+            return Response(DOCS_SCRIPT, media_type="text/javascript", headers=DOCS_HEADERS)
+        if name not in DOCS_FILES:
+            raise NotFoundError(f"/docs has no file {name[:100]}")
+        return Response(static.joinpath(name).read_bytes(), media_type=DOCS_FILES[name], headers=DOCS_HEADERS)
+
+    return router
+
+
+def policy(html: str) -> str:
+    """The content security policy of a page with one script and one style: it names them by their digests."""
+
+    def digest(tag: str) -> str:
+        inside = html.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0]
+        return f"'sha256-{b64encode(sha256(inside.encode()).digest()).decode()}'"
+
+    return POLICY.format(script=digest("script"), style=digest("style"))
 
 
 class AnyId(Convertor[str]):
@@ -60,13 +140,6 @@ class AnyId(Convertor[str]):
 
 
 register_url_convertor("any_id", AnyId())
-
-UserPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, description="Id of a user, percent-encoded.")]
-SongPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, description="Id of a song, percent-encoded.")]
-Words = Annotated[str, Query(min_length=1, max_length=MAX_QUERY, description="Words of a title or an artist.")]
-Limit = Annotated[int, Query(ge=1, le=MAX_MATCHES, description="How many songs.")]
-Count = Annotated[int, Query(ge=1, le=MAX_K, description="How many songs.")]
-AtQuery = Annotated[Moment | None, Query(description="ISO 8601 with a zone, or unix seconds or ms; default: now.")]
 
 
 def create_app(service: Service) -> FastAPI:
@@ -128,7 +201,7 @@ def _users_router(service: Service) -> APIRouter:
         at: AtQuery = None,
         exclude_heard: Annotated[bool, Query(description="Leave out the songs that the user has played.")] = True,
         diversity: Annotated[float, Query(ge=0, le=1, description="0: the best songs; up to 1: more varied.")] = 0.0,
-        explain: Annotated[bool, Query(description="Show which plays the answer owes to.")] = False,
+        explain: Annotated[bool, Query(description="Give the reasons for each song.")] = False,
     ) -> Response:
         """Recommend songs to a stored user."""
         fields = {

@@ -21,8 +21,9 @@ from pydantic import (
 from starlette.responses import Response
 
 from rayrec.data.moments import END_MS, now_ms, parse_moment
+from rayrec.data.spelling import MAX_ID, spell_id
 from rayrec.errors import InputError
-from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_ID, MAX_K, MAX_LISTED, MAX_PLAYS
+from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K, MAX_LISTED, MAX_PLAYS
 
 LAST_MOMENT = END_MS - 1  # ms UTC
 PlayOutcome = Literal["taken", "repeated", "rejected", "unknown", "invalid"]
@@ -52,6 +53,14 @@ def iso_moment(moment: int) -> str:
     return (EPOCH + timedelta(milliseconds=moment)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def spelled_user(text: str) -> str:
+    """A user's id as every import spells it."""
+    user_id = spell_id(text)
+    if user_id is None:
+        raise ValueError("a user id is text other than spaces, nan and inf")
+    return user_id
+
+
 def _horizon(value: object) -> float:
     """The weight of the long horizon."""
     if value in ("short", "long"):
@@ -75,7 +84,7 @@ HORIZON_SCHEMA: dict[str, Any] = {
     "for long.",
 }
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
-UserId = Id
+UserId = Annotated[Id, AfterValidator(spelled_user)]
 SongId = Annotated[Id, Field(description="Id of a song, as it was imported.")]
 Moment = Annotated[Any, AfterValidator(_moment), WithJsonSchema(MOMENT_SCHEMA)]
 Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="YYYY-MM-DD.")]
@@ -198,7 +207,7 @@ class RecommendationsRequest(RequestBody):
         description="0: the best songs; up to 1: songs less like each other, in the order in which they were chosen.",
     )
     explain: bool = Field(
-        default=False, description="Show which of the last plays moved the taste vector most, and a play for each song."
+        default=False, description="Give the reasons for each song, and the last plays that they speak of."
     )
 
     @model_validator(mode="after")
@@ -294,16 +303,9 @@ class RecommendedSong(CatalogSong):
     """One song of an answer."""
 
     score: float = Field(description="Comparable within one answer only.")
-    because: str | None = Field(
-        default=None, description="With explain: the id of the song among the last plays that this one owes most to."
+    reasons: list[str] | None = Field(
+        default=None, description="With explain: why it was chosen, in words, one to three reasons."
     )
-
-
-class Reason(CatalogSong):
-    """One of the last plays, and its effect."""
-
-    played_at: IsoMoment = Field(description="Assumed where the request gave no times.")
-    moved: float = Field(description="1 − cosine of the taste vector with the one without this play, from 0 to 2.")
 
 
 class Recommendations(BaseModel):
@@ -321,8 +323,8 @@ class Recommendations(BaseModel):
     plays: int = Field(description="The user's plays of known songs.")
     unknown_songs: int = Field(description="Songs of history, exclude and allow that are not in the catalog.")
     songs: list[RecommendedSong] = Field(description="k of them, fewer only where fewer qualify.")
-    explanation: list[Reason] | None = Field(
-        default=None, description="With explain: the last plays, the one that moved the taste vector most first."
+    last_plays: list[CatalogSong] | None = Field(
+        default=None, description="With explain: the user's last five plays of known songs, the latest last."
     )
 
 

@@ -16,7 +16,6 @@ MAX_HISTORY = 10_000  # plays of a history
 MAX_BATCH = 256  # users of a call
 MAX_PLAYS = 1_000  # new plays of a call
 MAX_LISTED = 10_000  # songs of a list to leave out
-MAX_ID = 512  # characters of an id
 
 LOOPBACK = "127.0.0.1"
 REPORT_SECONDS = 5.0  # between two reports of a replica that has nothing new to say

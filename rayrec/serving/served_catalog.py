@@ -6,13 +6,13 @@ from functools import lru_cache
 import numpy as np
 
 from rayrec.data import columns
-from rayrec.data.catalog import Catalog
+from rayrec.data.catalog import Catalog, SongSearch
 from rayrec.data.dataset import Dataset
-from rayrec.data.song_search import SongSearch
+from rayrec.data.spelling import spell_id
 from rayrec.model.train_config import PLAY_COUNTS
-from rayrec.recommend.attributes import SongMasks
-from rayrec.recommend.base import Recommender
-from rayrec.recommend.choosing import network_of
+from rayrec.recommend.base import BaseRecommender
+from rayrec.recommend.filters import SongMasks
+from rayrec.recommend.selection import network_of
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -50,7 +50,10 @@ class ServedCatalog:
 
     def find(self, song_ids: list[str]) -> np.ndarray:
         """int32: the row of each id, -1 for unknown ones."""
-        return np.fromiter((self.rows.get(song, -1) for song in song_ids), dtype=np.int32, count=len(song_ids))
+        get = self.rows.get
+        # Nearly all ids come as they are spelled: only the others are spelled anew.
+        rows = (row if (row := get(song, -1)) >= 0 else get(spell_id(song) or "", -1) for song in song_ids)
+        return np.fromiter(rows, dtype=np.int32, count=len(song_ids))
 
     def embedded(self, rows: np.ndarray) -> np.ndarray:
         """bool (n,): which of the song rows, int (n,), the network has a vector of; row -1 is no song."""
@@ -62,7 +65,7 @@ class ServedCatalog:
         return [self.names.of(row) for row in rows.tolist()]
 
 
-def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Recommender) -> ServedCatalog:
+def load_served_catalog(workspace: Workspace, release: Manifest, recommender: BaseRecommender) -> ServedCatalog:
     """The catalog of a release and its popular songs."""
     dataset = Dataset(workspace)
     catalog = dataset.catalog()
@@ -83,7 +86,7 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Re
     )
 
 
-def _known(recommender: Recommender, songs: int) -> np.ndarray:
+def _known(recommender: BaseRecommender, songs: int) -> np.ndarray:
     """bool (songs,): songs that the network has a vector of; those that came after it are none."""
     known: np.ndarray = np.arange(songs) < recommender.num_songs
     known[network_of(recommender).without_vector] = False

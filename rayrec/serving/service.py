@@ -13,12 +13,11 @@ from rayrec.data.moments import now_ms
 from rayrec.data.windows import NEVER
 from rayrec.errors import InputError, NotFoundError
 from rayrec.model.inference import States
-from rayrec.recommend.base import Horizon
-from rayrec.recommend.choosing import Chosen, Wish, choose_popular
-from rayrec.recommend.explain import Explanation
-from rayrec.serving.auth import Keys, load_keys
+from rayrec.recommend.reasons import LAST_PLAYS, POPULAR, reasons
+from rayrec.recommend.selection import Chosen, Wish, choose_popular
 from rayrec.serving.engine import LocalEngine, Parts, Pool
 from rayrec.serving.live_release import LiveRelease, ReleaseHolder, Reports, load_parts
+from rayrec.serving.middleware import Keys, load_keys
 from rayrec.serving.prometheus import Metrics
 from rayrec.serving.requests import (
     UserQuery,
@@ -36,7 +35,6 @@ from rayrec.serving.schemas import (
     NewPlay,
     PlayOutcome,
     PlaysTaken,
-    Reason,
     Recommendations,
     RecommendationsRequest,
     RecommendedSong,
@@ -164,7 +162,7 @@ class Service:
 
     async def similar_songs(self, live: LiveRelease, song_id: str, k: int) -> SimilarSongs:
         """Songs like a song. Raises `NotFoundError` for one that is not in the catalog."""
-        row = live.catalog.rows.get(song_id, -1)
+        row = int(live.catalog.find([song_id])[0])
         if row < 0:
             raise NotFoundError(f"song {song_id!r} is not in the catalog; find ids with /v1/songs?query=")
         if not live.catalog.embedded(np.array([row])).any():
@@ -212,15 +210,10 @@ class Service:
         chosen = await self._choose(live, list(queries.values()), [wishes[row][0] for row in rows])
         with self.metrics.stage("write"):
             for row, songs in zip(rows, chosen, strict=True):
-                answers[row] = self._answer(live, queries[row], songs, unknown=queries[row].unknown + wishes[row][1])
-        for row, songs in zip(rows, chosen, strict=True):
-            request, answer, query = requests[row], answers[row], queries[row]
-            assert isinstance(request, RecommendationsRequest)
-            assert isinstance(answer, Recommendations)
-            if request.explain and answer.source == "taste":
-                horizon: Horizon = "short" if request.horizon < 0.5 else "long"
-                explanation = await live.engine.explain(query_histories([query]), query.at, songs.songs, horizon)
-                add_reasons(answer, explanation, query.songs, query.played_at, live.catalog)
+                answer = self._answer(live, queries[row], songs, unknown=queries[row].unknown + wishes[row][1])
+                if wishes[row][0].explain:
+                    add_reasons(answer, songs, queries[row].songs, live.catalog)
+                answers[row] = answer
         return [answers[row] for row in range(len(requests))]
 
     async def _choose(self, live: LiveRelease, queries: Sequence[UserQuery], wishes: Sequence[Wish]) -> list[Chosen]:
@@ -338,17 +331,16 @@ def _recommended(catalog: ServedCatalog, chosen: Chosen) -> list[RecommendedSong
     ]
 
 
-def add_reasons(
-    answer: Recommendations, explanation: Explanation, songs: np.ndarray, played_at: np.ndarray, catalog: ServedCatalog
-) -> None:
-    """Add to an answer which plays of a history, song rows int32 (P,) at int64 (P,) ms UTC, it owes to."""
-    order = explanation.plays[np.argsort(-explanation.moved, kind="stable")]
-    moved = dict(zip(explanation.plays.tolist(), explanation.moved.tolist(), strict=True))
-    answer.explanation = [
-        Reason(song_id=song_id, title=title, artist=artist, played_at=int(played_at[play]), moved=moved[play])
-        for play, (song_id, title, artist) in zip(order.tolist(), catalog.describe(songs[order]), strict=True)
+def add_reasons(answer: Recommendations, chosen: Chosen, played: np.ndarray, catalog: ServedCatalog) -> None:
+    """Add to an answer the reasons of its songs, and the last of the plays before it, int32 (P,) song rows."""
+    last_plays = catalog.describe(played[-LAST_PLAYS:])
+    answer.last_plays = [
+        CatalogSong(song_id=song_id, title=title, artist=artist) for song_id, title, artist in last_plays
     ]
-    explained = explanation.because >= 0
-    names = catalog.catalog.song_ids(songs[explanation.because[explained]])
-    for place, name in zip(np.flatnonzero(explained).tolist(), names, strict=True):
-        answer.songs[place].because = name
+    if chosen.path == "popular":
+        for song in answer.songs:
+            song.reasons = [POPULAR]
+        return
+    last_title = last_plays[-1][1] if last_plays else None
+    for song, features in zip(answer.songs, chosen.features, strict=True):
+        song.reasons = reasons(features, last_title)

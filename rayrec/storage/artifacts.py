@@ -16,15 +16,18 @@ from rayrec.errors import DamagedArtifactError, NotFoundError
 from rayrec.storage.workspace import CURRENT, Workspace, artifact_dir
 
 FORMAT_VERSION = 1
+RECOMMENDATIONS = "recommendations"  # the kind of artifact that `rayrec recommend --all` writes
 NOUNS = {  # kind -> what messages call one of it
     "dataset": "data set",
     "descriptions": "song metadata",
     "songs": "song embeddings",
     "models": "model",
+    "added_songs": "added songs",
     "retrieval": "retrievers",
     "rankers": "rankers",
     "tastes": "taste vectors",
     "indexes": "index",
+    RECOMMENDATIONS: "recommendations",
     "releases": "release",
     "reports": "report",
     "tunings": "tuning",
@@ -35,7 +38,7 @@ NOUNS = {  # kind -> what messages call one of it
 class Manifest:
     """What an artifact is and where it came from. Stored as manifest.json, after all other files."""
 
-    kind: str  # descriptions, songs, models, indexes, tastes, releases, reports or tunings
+    kind: str  # one of NOUNS but dataset
     id: str  # unique within its kind
     config: dict[str, Any] = field(default_factory=dict)  # the stage's settings
     inputs: dict[str, str] = field(default_factory=dict)  # role -> id: dataset, split, songs, models, ...

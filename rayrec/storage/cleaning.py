@@ -26,6 +26,7 @@ class Garbage:
 def find_garbage(workspace: Workspace, *, keep: int = 3, hours: float = 24.0) -> list[Garbage]:
     """What neither the live release nor the newest `keep` refer to; nothing of what was made after the newest one.
 
+    Of the recommendations for all users the last of each model in use stay.
     Everything stays for some hours: a reader may still use what was replaced. Raises `InputError` where there is
     no release, since nothing says then what is of use.
     """
@@ -42,8 +43,9 @@ def find_garbage(workspace: Workspace, *, keep: int = 3, hours: float = 24.0) ->
     # Something younger is on its way to a release of its own.
     before = min(limit, _moment(made[-1]))
     used = _used(workspace, kept)
+    used |= _last_recommendations(workspace, used)
     garbage = []
-    for kind in (releases.KIND, *releases.PART_KINDS):
+    for kind in (releases.KIND, artifacts.RECOMMENDATIONS, *releases.PART_KINDS):
         complete = {manifest.id: manifest for manifest in artifacts.listing(workspace, kind)}
         for name in workspace.folders(kind):
             if (kind, name) in used:
@@ -86,6 +88,12 @@ def _used(workspace: Workspace, kept: Iterable[Manifest]) -> set[tuple[str, str]
             if kind in releases.PART_KINDS and workspace.exists(f"{kind}/{made_of}/manifest.json"):
                 todo.append(artifacts.load(workspace, kind, made_of))
     return used
+
+
+def _last_recommendations(workspace: Workspace, used: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Kind and id of the last recommendations that each model in use has made."""
+    last = {made.inputs["models"]: made for made in artifacts.listing(workspace, artifacts.RECOMMENDATIONS)}
+    return {(made.kind, made.id) for model, made in last.items() if ("models", model) in used}
 
 
 def _replaced_parts(workspace: Workspace, limit: datetime) -> list[Garbage]:

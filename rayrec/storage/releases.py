@@ -29,14 +29,17 @@ ACTIVE = "releases/active"  # JSON: the live id, the ids live before it, oldest 
 SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
 FIXED = ("playlists/", "rejected/", "earlier/")  # files below dataset/ that stay as they are as plays are appended
-PART_KINDS = ("songs", "models", "retrieval", "rankers", "tastes", "indexes")
-OPTIONAL_KINDS = ("retrieval", "rankers")  # a release without them answers with the network alone
-# Kind and role of parts that a later retrieval may stand in for: one that is fitted every night serves rankers and
-# models that are not.
-RENEWED = (("rankers", "retrieval"), ("retrieval", "split"))
+PART_KINDS = ("songs", "models", "added_songs", "retrieval", "rankers", "tastes", "indexes")
+ANSWERING_KINDS = ("models", "added_songs", "indexes", "retrieval", "rankers")  # what recommends; tastes do not
+# A release without rankers answers with the network alone, one without added songs with those of its training alone.
+OPTIONAL_KINDS = ("added_songs", "retrieval", "rankers")
+# Kind and role of what may differ: a retrieval that is fitted every night serves rankers and models that are not, and a
+# training that is continued on later plays keeps its embeddings.
+RENEWED = (("rankers", "retrieval"), ("retrieval", "split"), ("songs", "split"))
 MADE_BY = {
     "songs": "embed",
     "models": "train",
+    "added_songs": "songs add",
     "retrieval": "retrieval",
     "rankers": "rank",
     "tastes": "taste",
@@ -57,8 +60,8 @@ def create_release(
     """Tie a model, its song vectors, tastes, index, rankers and their retrieval and the data set together under one id.
 
     What is not named is the newest that fits: the newest model of the data set that has tastes and
-    an index, the newest of those, and the retrieval that the rankers were learned with. The same parts make the same
-    release.
+    an index, the newest of those and of the songs added to it, and the retrieval that the rankers were learned with.
+    The same parts make the same release.
 
     Raises `NotFoundError` where a part is missing, `MismatchError` where named parts do not belong together.
     """
@@ -73,6 +76,9 @@ def create_release(
         "indexes": chosen.get("indexes") or _newest_of(workspace, "indexes", model),
     }
     rankers = chosen.get("rankers") or _last_of(workspace, "rankers", model)
+    added = _last_of(workspace, "added_songs", model)
+    if added is not None:
+        parts["added_songs"] = added
     if rankers is not None:
         retrieval = artifacts.load(workspace, "retrieval", retrieval_id or rankers.inputs["retrieval"])
         parts |= {"rankers": rankers, "retrieval": retrieval}
@@ -93,9 +99,10 @@ def require_fit(dataset: DatasetManifest, inputs: dict[str, str], parts: Any) ->
     """
     for part in parts:
         for role, made_of in part.inputs.items():
-            descends = role == "dataset" and dataset.descends_from(made_of)
             if (part.kind, role) in RENEWED:
                 continue
+            # Songs that are added later leave those added before, and what plays of them have led to, as they are.
+            descends = (role == "dataset" and dataset.descends_from(made_of)) or role == "added_songs"
             if role in inputs and inputs[role] != made_of and not descends:
                 raise MismatchError(
                     f"{artifacts.noun(part.kind)} {part.id} was made from {artifacts.noun(role)} {made_of}, not from "
@@ -225,7 +232,7 @@ def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str
 def parts_of(workspace: Workspace, model: Manifest) -> dict[str, str]:
     """Role -> id of a model and what was made with it: the current parts, else the last, whatever release is live."""
     found = {**model.inputs, "models": model.id}
-    for kind in ("tastes", "indexes", "rankers"):
+    for kind in ("tastes", "indexes", "rankers", "added_songs"):
         part = _last_of(workspace, kind, model)
         if part is not None:
             found[kind] = part.id

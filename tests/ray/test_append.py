@@ -20,15 +20,17 @@ from rayrec.jobs.build_index import build_index
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.import_data import append_plays, import_data
+from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.taste import compute_tastes
 from rayrec.model.checkpoint import save_model
 from rayrec.model.taste_table import tastes_file
 from rayrec.model.train_config import TasteConfig
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
 from rayrec.recommend.index import IndexConfig
+from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import sha256
-from rayrec.storage.workspace import IMPORT_STAGING, Workspace
+from rayrec.storage.workspace import IMPORT_STAGING, Workspace, histories_file
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -320,6 +322,26 @@ def test_tastes_go_on_from_earlier_ones_and_equal_a_full_run(
     for user, row in theirs.items():
         for name, values in row.items():
             np.testing.assert_allclose(mine[user][name], values, atol=2e-6, err_msg=f"{user} {name}")
+
+
+def test_a_retrieval_goes_on_from_an_earlier_one_without_reading_earlier_parts(
+    tmp_path: Path, workspace: Workspace
+) -> None:
+    """The users of the second part are others, so no session and no rule goes across the end of the first."""
+    import_data(workspace, config_of(tmp_path / "0.csv", plays(900, 1)))
+    first = fit_retrieval(workspace, RetrievalConfig())
+    later = [[f"other-{user}", *play] for user, *play in plays(500, 2, start=START + 15_000, songs=100)]
+    append_plays(workspace, config_of(tmp_path / "1.csv", later))
+    earlier = {path: workspace.read_bytes(path) for path in (histories_file(0, bucket) for bucket in range(4))}
+    for path in earlier:
+        workspace.delete(path)
+    added = fit_retrieval(workspace, RetrievalConfig())
+    for path, content_of_file in earlier.items():
+        workspace.write_bytes(path, content_of_file)
+    whole = fit_retrieval(workspace, RetrievalConfig(full=True))
+    assert (added.metrics["base"], whole.metrics["base"]) == (first.id, "")
+    assert added.metrics["plays"] == whole.metrics["plays"] > first.metrics["plays"]
+    assert added.files == whole.files != first.files
 
 
 def tastes_of(workspace: Workspace, manifest: artifacts.Manifest) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ import pytest
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.suite import bench
 from rayrec.errors import InputError
+from rayrec.recommend.retrievers import COUNTS
 from rayrec.storage.workspace import Workspace
 
 TINY = BenchConfig(
@@ -104,6 +105,20 @@ class TestBench:
         data, *_ = [name for name in place.folders("bench") if place.exists(f"bench/{name}/models")]
         assert set(place.folders(f"bench/{data}")) <= {"dataset", "models", "tastes", "songs"}
         assert not place.files(f"bench/{data}/tastes")
+
+    @pytest.mark.slow
+    def test_answers_are_measured_by_stage_and_catalog(self, place: Workspace) -> None:
+        sizes = TINY.replace(answers_songs=(100, 300), answers_plays=3_000, answers_queries=10)
+        told = bench("answers", place, sizes)
+        assert [catalog["songs"] for catalog in told["catalogs"]] == [100, 300]
+        for catalog in told["catalogs"]:
+            assert catalog["stages"].keys() >= {"taste vectors", "sessions", "rules", "features", "ranker"}
+            assert all(stage["bytes"] > 0 for stage in catalog["stages"].values())
+            assert 0 < catalog["candidates"] <= min(catalog["songs"], sum(COUNTS.values()))
+            assert catalog["recall"] == catalog["exact_recall"] > 0  # small catalogs are searched exactly
+        assert told["cpu_growth"] == told["catalogs"][1]["cpu_ms"] / told["catalogs"][0]["cpu_ms"]
+        again = bench("answers", place, sizes)
+        assert [catalog["build_seconds"] for catalog in again["catalogs"]] == [0, 0]
 
     def test_an_unknown_name_is_refused(self) -> None:
         with pytest.raises(InputError, match="Unknown benchmark 'speed'"):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import ray
 
-from rayrec.jobs.board import new_board, shown
+from rayrec.jobs.trainer import new_board, shown
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

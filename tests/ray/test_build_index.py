@@ -2,13 +2,18 @@ import sys
 
 import numpy as np
 import pytest
+from networks import NUM_SONGS, model_config, network
+from worlds import random_histories, write_dataset
 
+from rayrec.data.histories import Questions
 from rayrec.embeddings.vectors import SongVectors
 from rayrec.errors import MissingDependencyError, NotFoundError
 from rayrec.jobs import build_index as index_job
-from rayrec.jobs.build_index import MODEL_VECTORS, build_index
+from rayrec.jobs.build_index import MODEL_VECTORS, build_index, taste_queries
+from rayrec.model.checkpoint import save_model
 from rayrec.recommend.base import top_k
 from rayrec.recommend.index import IndexConfig, SongIndex
+from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -35,6 +40,23 @@ def test_the_index_of_the_newest_model_finds_its_songs(kind: str, workspace: Wor
     stored = artifacts.load(workspace, "indexes", manifest.id)
     songs, _ = SongIndex.load(workspace, stored, vectors).search(vectors[:5], 10)
     np.testing.assert_array_equal(songs, top_k(vectors[:5] @ vectors.T, 10)[0])
+
+
+def test_lists_are_chosen_on_taste_vectors_of_both_horizons(workspace: Workspace) -> None:
+    histories = random_histories(40, NUM_SONGS)
+    histories = histories.take(histories.lengths > 0)
+    write_dataset(workspace, histories, NUM_SONGS)
+    names = save_model(workspace, "models/m", network(model_config()), np.ones(NUM_SONGS, dtype=bool))
+    model = artifacts.publish(workspace, Manifest(kind="models", id="m", inputs={"dataset": "by-hand"}), names)
+    queries = taste_queries(workspace, model, 12)
+    assert queries is not None
+    recommender = TasteRecommender.load(workspace, "m")
+    ends = Questions.at_end(histories, histories.played_at[histories.offsets[1:] - 1])
+    tastes = [recommender.vectors(histories, ends, horizon) for horizon in ("short", "long")]
+    nearest = [np.abs(queries[:, None] - vectors[None]).max(axis=2).min(axis=1) < 1e-5 for vectors in tastes]
+    assert queries.shape == (12, recommender.song_vectors.shape[1])
+    assert [each.sum() for each in nearest] == [6, 6]
+    assert taste_queries(workspace, Manifest(kind="models", id="m", inputs={"dataset": "gone"}), 12) is None
 
 
 def test_the_same_index_is_not_built_again_unless_repeated(workspace: Workspace) -> None:

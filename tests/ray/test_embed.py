@@ -10,8 +10,8 @@ from rayrec.data.dataset import bucket_of
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split
 from rayrec.embeddings.embed_config import EmbedConfig
-from rayrec.embeddings.sessions import MINUTE_MS
 from rayrec.embeddings.vectors import SongVectors
+from rayrec.embeddings.word2vec import MINUTE_MS
 from rayrec.errors import InputError, MismatchError
 from rayrec.jobs.embed import embed
 from rayrec.storage import artifacts

@@ -16,10 +16,10 @@ from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
 from rayrec.evaluation.results import Figures
 from rayrec.importing.readers.reader import Unit
-from rayrec.jobs import evaluate_prefixes as job
-from rayrec.jobs.evaluate_prefixes import evaluate_prefixes
+from rayrec.jobs import evaluate as job
+from rayrec.jobs.evaluate import evaluate_prefixes
 from rayrec.recommend.baselines import fit_baselines
-from rayrec.recommend.popularity import PopularityRecommender
+from rayrec.recommend.simple_baselines import PopularityRecommender
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 

@@ -40,7 +40,7 @@ def test_a_file_is_fitted_and_updated_by_two_commands(
     updated = result("update", day)
     assert (updated["live"], updated["new_users"], updated["trained"]) == (True, 10, False)
     assert result("status")["active"] == updated["release"]
-    assert len(result("recommend", "--user", "u69", "-k", "3")["song_ids"]) == 3
+    assert len(result("recommend", "--user", "u69", "-k", "3")["songs"]) == 3
 
 
 def test_the_block_of_the_readme_runs_in_an_empty_folder(tmp_path: Path) -> None:

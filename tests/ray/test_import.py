@@ -333,7 +333,7 @@ def test_a_damaged_parquet_file_among_a_thousand_is_named_and_the_others_are_not
     damage(damaged)
     config = ImportConfig(format="parquet", paths=(str(folder),), buckets=2)
     with pytest.raises(
-        InputError, match=r"0417.parquet is damaged: .*restore it or skip it with --skip-damaged; .* is kept"
+        InputError, match=r"0417.parquet is damaged: .*restore it, or skip it with --skip-damaged; .* is kept"
     ):
         import_data(workspace, config)
     assert not workspace.exists("dataset/dataset.json")

@@ -111,9 +111,11 @@ def test_the_command_line_answers_from_the_live_release(
     workspace, outcomes = made
     ids = {outcome.stage: outcome.id for outcome in outcomes}
     told = command(workspace, capsys, "recommend", "--songs", "song-000001,song-000002", "-k", "5")
-    assert len(told["song_ids"]) == len(told["scores"]) == len(told["titles"]) == 5
-    assert told["scores"] == sorted(told["scores"], reverse=True)
-    assert not {"song-000001", "song-000002"} & set(told["song_ids"])
+    scores = [song["score"] for song in told["songs"]]
+    assert len(scores) == 5
+    assert scores == sorted(scores, reverse=True)
+    assert all(song["title"] for song in told["songs"])
+    assert not {"song-000001", "song-000002"} & {song["song_id"] for song in told["songs"]}
     assert command(workspace, capsys, "embed", *flags("embed"))["id"] == ids["embed"]
     assert command(workspace, capsys, "train", *flags("train"))["id"] == ids["train"]
     assert command(workspace, capsys, "taste")["id"] == ids["taste"]
@@ -167,4 +169,4 @@ def test_the_demo_shows_one_user_and_never_replaces_other_data(
     assert [outcome.id for outcome in told.outcomes] == [outcome.id for outcome in outcomes]
     assert told.answer.plays >= MIN_PLAYS
     assert len(told.answer.song_ids) == 10
-    assert {"stages", "default", "results", "report", "user", "song_ids", "scores"} <= set(told.to_mapping())
+    assert {"stages", "default", "results", "report", "user", "songs", "last_plays"} <= set(told.to_mapping())

@@ -14,16 +14,19 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, SplitConfig, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError, MismatchError
+from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.evaluation.report import read_figures
 from rayrec.jobs import retrieval as job
+from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.generate import generate
 from rayrec.jobs.rank import fit_rankers
 from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.train import train
+from rayrec.recommend.ablation import ABLATED_PARTS
 from rayrec.recommend.answer import load_recommender
-from rayrec.recommend.ranker_config import RankConfig
-from rayrec.recommend.retrieval.retrieval import Retrieval
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.two_step import TwoStepRecommender
+from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest, verify
 from rayrec.storage.workspace import Workspace
@@ -138,6 +141,27 @@ def test_rankers_learn_from_the_validation_range_and_answer(
     heard = [set(plays) for plays in np.split(histories.songs, histories.offsets[1:-1])]
     assert all(not set(songs[row]) & heard[row] for row in range(len(histories)))
     assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_an_ablation_evaluates_rankers_trained_without_each_part(
+    world: Workspace, split: Split, model: Manifest, retrieval: Manifest
+) -> None:
+    fit_rankers(world, RankConfig(trees=5, leaves=4), model_id=model.id, retrieval_id=retrieval.id)
+    config = EvaluateConfig(models=("two-step",), ablation=True, bootstrap_samples=10, offsets=0)
+    report = evaluate(world, config, split=split, model_id=model.id)
+    verify(world, report)
+    results = read_figures(world, report)["results"]
+    kinds = {row["model"]: row["kind"] for row in results}
+    assert kinds == {"two-step": "network"} | {f"without {part}": "ablation" for part in ABLATED_PARTS}
+    found = {
+        row["model"]: row["value"]
+        for row in results
+        if (row["target"], row["metric"], row["k"], row["users"]) == ("next", "mrr", 20, "all")
+    }
+    assert len(set(found.values())) > 1
+    assert not world.files(report.path("run"))
+    with pytest.raises(InputError, match="not among the models"):
+        evaluate(world, config.replace(models=("popularity",)), split=split, model_id=model.id)
 
 
 def test_fewer_queries_are_drawn_by_user_and_time(world: Workspace, model: Manifest, retrieval: Manifest) -> None:

@@ -151,7 +151,7 @@ def test_requests_at_work_are_answered_before_it_ends_cleanly(by: str, tmp_path:
     workspace = Workspace(tmp_path / "workspace")
     write_world(workspace)
     write_release(workspace)
-    body = {"requests": [{**BODY, "history": ["song-3"] * 4_000}] * 40}
+    body = {"requests": [{**BODY, "history": ["song-3"] * 4_000}] * 40}  # seconds of work
     with started(workspace) as running, httpx.Client(headers=with_key(READ)) as idle:  # whose connection stays open
         idle.post(f"{running.url}/v1/recommendations", json=BODY).raise_for_status()
         answers: list[httpx.Response] = []
@@ -160,7 +160,7 @@ def test_requests_at_work_are_answered_before_it_ends_cleanly(by: str, tmp_path:
             target=lambda: answers.append(httpx.post(url, json=body, headers=with_key(READ), timeout=60))
         )
         asking.start()
-        time.sleep(0.5)
+        time.sleep(1.5)  # until the server has all of it, on a busy machine too
         running.process.send_signal(getattr(signal, by))
         asking.join()
         answered = time.monotonic()

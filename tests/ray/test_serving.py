@@ -58,7 +58,7 @@ def test_over_http_a_song_stands_where_evaluate_ranks_it(url: str, world: Worksp
     recommender = load_recommender(world, Dataset(world), releases.default_parts(world))
     wanted = {"next": target_songs(histories, questions, "next", HeardSongs(histories))}
     known = np.ones(NUM_SONGS, dtype=np.bool_)
-    ranked = rank_targets(recommender, histories, questions, wanted, known, depth=NUM_SONGS, horizon=horizon)
+    ranked = rank_targets(recommender, histories, questions, wanted, known, depth=NUM_SONGS, horizons={"next": horizon})
     found = []
     for row, seen, at, song in zip(questions.rows, questions.seen, questions.at, histories.songs[plays], strict=True):
         own = slice(histories.offsets[row], histories.offsets[row] + seen)

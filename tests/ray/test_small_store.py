@@ -19,8 +19,7 @@ from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
-from rayrec.model.training_sequences import Sequences
-from rayrec.model.window_stream import UnitReader
+from rayrec.model.training_windows import Sequences, UnitReader
 from rayrec.model.workers import Share
 from rayrec.storage.artifacts import verify
 from rayrec.storage.workspace import Workspace

@@ -31,7 +31,7 @@ from rayrec.model.checkpoint import load_model
 from rayrec.model.fit import Phase
 from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
 from rayrec.model.training import StepReport
-from rayrec.model.window_stream import UnitReader, plain_stream
+from rayrec.model.training_windows import UnitReader, plain_stream
 from rayrec.model.workers import Share
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.artifacts import Manifest, listing, load, publish, verify
@@ -155,6 +155,7 @@ def _notes_its_first_step(arguments: dict[str, Any]) -> None:
     here.train_worker(arguments)
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_with_other_workers_to_the_same_result(
     world: Workspace, split: Split, in_process: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,7 @@ def _rows(workspace: Workspace) -> list[dict[str, object]]:
     return rows
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_finds_the_network_that_learns(world: Workspace, space: str) -> None:
     split = _split(world)
     command = [sys.executable, "-m", "rayrec_cli.main", "--workspace", world.uri, "tune", space]
@@ -90,6 +91,7 @@ def test_a_killed_sweep_goes_on_and_finds_the_network_that_learns(world: Workspa
     assert made.metrics["best_ndcg"] == max(recalls.values())
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_a_table_the_best_settings_and_no_models(world: Workspace, space: str) -> None:
     made = tune(world, TuneConfig(), space, split=_split(world))  # the same one: it is there
     assert load(world, "tunings", made.id) == made

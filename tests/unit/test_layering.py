@@ -140,6 +140,7 @@ def test_the_public_names_are_few_and_all_there() -> None:
         "__version__",
         "load",
     ]
+    assert Path(rayrec.__file__).with_name("py.typed").is_file()
     for name in rayrec.STAGES:
         assert callable(getattr(rayrec, name))
     for name in rayrec.__all__:

@@ -68,7 +68,7 @@ def test_similar_songs_and_tastes(model: Recommender) -> None:
     tastes = model.taste(["u3", "u40"])
     assert tastes.index.tolist() == ["u3", "u40"]
     assert tastes.to_numpy().dtype == np.float32
-    np.testing.assert_array_equal(model.taste("u40").to_numpy()[0], tastes.loc["u40"].to_numpy())
+    np.testing.assert_allclose(model.taste("u40").to_numpy()[0], tastes.loc["u40"].to_numpy(), atol=1e-6)
 
 
 def test_unknown_users_and_songs_are_named(model: Recommender) -> None:

@@ -19,6 +19,8 @@ from it what a perfect predictor would say.
 U users in a block, L plays of the longest history among them, N songs, G genres, C contexts.
 """
 
+# ruff: noqa: SIM905 - lists of words read better as prose
+
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,26 +31,67 @@ from scipy.special import ndtri
 from rayrec.config import Settings
 from rayrec.data import columns
 from rayrec.data.histories import Histories, concatenate
-from rayrec.data.synthetic.song_names import artist_names, song_titles
 
+FIRST = (
+    "Amber Blue Broken Burning Coastal Crooked Distant Drifting Electric Empty Endless Fading Foreign Frozen Gentle "
+    "Golden Hidden Hollow Honest Hungry Invisible Lazy Lonely Lost Lucky Midnight Morning Naked Northern Paper "
+    "Quiet Restless Rolling Secret Silver Sleeping Southern Stolen Summer Velvet Wandering Winter"
+).split()
+SECOND = (
+    "Avenue Bridges Carousel Cathedral Circles Compass Curtains Diamonds Engine Feathers Fever Fires Garden Gravity "
+    "Harbour Highway Horses Island Kites Lanterns Letters Machine Mirrors Mountains Ocean Orchard Promises Radio "
+    "Rain Rivers Rooms Satellites Shadows Signals Stairs Stations Strangers Telephones Tides Trains Umbrellas "
+    "Weather Windows"
+).split()
+SYLLABLES = "ba de fi go ha ja ke li mo na or pa qui ra sa to ul va we xi ya zo".split()
+ENSEMBLES = (  # one a genre, so that a reader sees in a list of names which songs belong together
+    "Quartet Choir Collective Orchestra Brothers Sound System Trio Machine Band Ensemble Sisters Project Family "
+    "Society Express Club"
+).split()
 CONTEXTS = ("playlist", "album", "search", "radio", "collection")
 PLAYLIST, ALBUM, SEARCH, RADIO, COLLECTION = range(5)
 STAY = np.array([0.85, 0.85, 0.1, 0.85, 0.6])  # probability that the next play of a session has the same context
 SWITCH = np.array([0.3, 0.25, 0.15, 0.15, 0.15])  # shares of the contexts where it does not
 START = np.array([0.3, 0.15, 0.15, 0.2, 0.2])  # shares of the contexts of a session's first play
-
 TASTE = np.array([0.6, 0.3, 0.1])  # shares of a user's genres, dearest first
 SKIP_ON_TASTE, SKIP_OFF_TASTE = 0.05, 0.35  # probability of a skip, by whether the genre is in the taste
 PLAYS_SIGMA, PLAYS_LIMIT = 0.7, 6  # lognormal spread of the plays of a user, and their limit in means
 PLAYLIST_LENGTHS = (10, 40)
 PLAYLIST_STEPS = np.array([0.4, 0.3])  # shares of playlist and album steps in a playlist; else a song of the genre
-
 FIRST_MOMENT = 1_704_067_200_000  # 2024-01-01, ms UTC
 MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000  # ms
 SONG_LENGTHS = (2 * MINUTE, 6 * MINUTE)
 SKIPPED_AFTER = (5_000, 40_000)  # ms
 SESSION_GAP = 30 * MINUTE  # a longer gap starts a session; the world leaves at least an hour
 CELLS_PER_BLOCK = 1 << 20  # U × L at once, some 100 MiB of work space
+_GOLDEN = 0x9E3779B97F4A7C15
+_STREAMS = {"taste": 1, "length": 2, "session": 3, "song": 4, "skip": 5, "time": 6, "playlist": 7}
+
+
+def song_titles(count: int, seed: int) -> np.ndarray:
+    """object (count,): titles such as `Velvet Harbour`, all different; after the pairs are used up, `..., Part 2`."""
+    pairs = len(FIRST) * len(SECOND)
+    order = np.random.default_rng(seed).permutation(pairs)[np.arange(count) % pairs]
+    titles = np.array(FIRST, dtype=object)[order // len(SECOND)] + " "
+    titles = titles + np.array(SECOND, dtype=object)[order % len(SECOND)]
+    return _numbered(titles, np.arange(count) // pairs, ", Part ")
+
+
+def artist_names(genres: np.ndarray) -> np.ndarray:
+    """object (artists,): names such as `Kelimo Quartet`, all different; `genres`, int (artists,), give the last."""
+    size = len(SYLLABLES)
+    # A step prime to the number of names spreads neighbours apart and still meets every name once.
+    number = np.arange(len(genres)) * 7_919 % size**3
+    syllables = np.array(SYLLABLES, dtype=object)
+    names = syllables[number // size**2] + syllables[number // size % size] + syllables[number % size]
+    capital = np.array([name.capitalize() for name in names], dtype=object)
+    words = np.array(ENSEMBLES, dtype=object)[genres % len(ENSEMBLES)]
+    return _numbered(capital + " " + words, np.arange(len(genres)) // size**3, " ")
+
+
+def _numbered(names: np.ndarray, repeats: np.ndarray, between: str) -> np.ndarray:
+    again = np.array([f"{between}{repeat + 1}" if repeat else "" for repeat in repeats], dtype=object)
+    return np.asarray(names + again)
 
 
 class GenerateConfig(Settings):
@@ -305,10 +348,6 @@ def _followers(order: np.ndarray, group: np.ndarray) -> np.ndarray:
     followers = np.empty(len(order), dtype=np.int32)
     followers[order] = after
     return followers
-
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_STREAMS = {"taste": 1, "length": 2, "session": 3, "song": 4, "skip": 5, "time": 6, "playlist": 7}
 
 
 def _keys(seed: int, stream: str, indices: np.ndarray) -> np.ndarray:

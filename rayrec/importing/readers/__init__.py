@@ -3,16 +3,20 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rayrec.importing.readers import apple_music
 from rayrec.importing.readers.accounts import check_accounts
+from rayrec.importing.readers.deezer import DeezerReader, check_deezer_accounts
 from rayrec.importing.readers.lastfm_1k import LastfmReader
 from rayrec.importing.readers.listenbrainz import ListenBrainzReader
 from rayrec.importing.readers.mpd import MpdReader
-from rayrec.importing.readers.reader import Reader, ReadOptions
+from rayrec.importing.readers.music4all_onion import Music4AllOnionReader
+from rayrec.importing.readers.reader import NO_SONG, Reader, ReadOptions
 from rayrec.importing.readers.sequences import SequenceReader
-from rayrec.importing.readers.spotify_history import SpotifyHistoryReader, check_usernames
+from rayrec.importing.readers.spotify_history import PODCAST, SpotifyHistoryReader, check_usernames
 from rayrec.importing.readers.tabular import CsvReader, ParquetReader
+from rayrec.importing.readers.tidal import NOT_A_TRACK, TidalReader
 from rayrec.importing.readers.yambda import YambdaReader
-from rayrec.importing.readers.youtube_takeout import YoutubeTakeoutReader
+from rayrec.importing.readers.youtube_takeout import NOT_MUSIC, YoutubeTakeoutReader
 from rayrec.storage.dataset_manifest import Times
 
 
@@ -21,26 +25,50 @@ class Format:
     """An outside format."""
 
     make: Callable[[ReadOptions], Reader]
-    patterns: tuple[str, ...]  # lower-case names of its files within a folder, without .gz
+    patterns: tuple[str, ...]  # lower-case names of its files within a folder, without .gz or .bz2
     mapped: bool = False  # columns are mapped, and rows may be plays or playlist entries
     playlists: bool = False  # holds playlists, not plays
     ends_with_line: bool = False  # a file whose last line has no end may have been cut
     check_users: Callable[[Sequence[str], str], list[str]] | None = None  # see accounts.check_accounts
+    beside: tuple[str, ...] = ()  # reasons of rows that are no plays and may be many, such as podcasts
     times: Times = "real"  # positions: plays come with their place in the line, and lines are in order
 
 
 FORMATS: dict[str, Format] = {
+    "apple-music": Format(
+        make=apple_music.AppleMusicReader,
+        patterns=("apple music*play activity*.csv",),
+        beside=(apple_music.OTHER_EVENT, NO_SONG),
+        ends_with_line=True,
+        check_users=check_accounts,
+    ),
     "csv": Format(make=CsvReader, patterns=("*.csv", "*.tsv"), mapped=True, ends_with_line=True),
+    "deezer": Format(make=DeezerReader, patterns=("deezer-data*.xlsx",), check_users=check_deezer_accounts),
     "lastfm-1k": Format(make=LastfmReader, patterns=("userid-timestamp*.tsv",), ends_with_line=True),
     "listenbrainz": Format(make=ListenBrainzReader, patterns=("*.listens", "*.jsonl", "*.ndjson", "*.json")),
     "mpd": Format(make=MpdReader, patterns=("*.json",), playlists=True),
+    "music4all-onion": Format(
+        make=Music4AllOnionReader, patterns=("userid_trackid_timestamp*.tsv",), ends_with_line=True
+    ),
     "parquet": Format(make=ParquetReader, patterns=("*.parquet",), mapped=True),
     "sequences": Format(
         make=SequenceReader, patterns=("*.txt", "*.lst", "*.seq"), ends_with_line=True, times="positions"
     ),
     "spotify-history": Format(
-        make=SpotifyHistoryReader, patterns=("streaming_history_*.json", "endsong*.json"), check_users=check_usernames
+        make=SpotifyHistoryReader,
+        patterns=("streaming_history_*.json", "endsong*.json"),
+        beside=(PODCAST,),
+        check_users=check_usernames,
+    ),
+    "tidal": Format(
+        make=TidalReader,
+        patterns=("streaming*.csv",),
+        beside=(NOT_A_TRACK,),
+        ends_with_line=True,
+        check_users=check_accounts,
     ),
     "yambda": Format(make=YambdaReader, patterns=("listens.parquet",)),
-    "youtube-takeout": Format(make=YoutubeTakeoutReader, patterns=("watch-history.json",), check_users=check_accounts),
+    "youtube-takeout": Format(
+        make=YoutubeTakeoutReader, patterns=("watch-history.json",), beside=(NOT_MUSIC,), check_users=check_accounts
+    ),
 }

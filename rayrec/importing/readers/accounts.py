@@ -2,12 +2,16 @@
 
 import posixpath
 import re
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rayrec.errors import InputError
-from rayrec.importing.readers.files import require_text
+from rayrec.importing.readers import delimited
+from rayrec.importing.readers.delimited import DelimitedRows
+from rayrec.importing.readers.lines import byte_ranges
+from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
 
 # Folders that services name, in lower case: they say nothing of the person.
 EXPORT_FOLDERS = (
@@ -54,10 +58,40 @@ def _account_folder(source: str) -> tuple[str, str]:
     return folder, export
 
 
-def check_accounts(sources: Sequence[str], user: str, pattern: str = "") -> list[str]:
+class AccountCsvReader(ABC):
+    """Reads a csv of one person's plays; the user is the `user` setting where there is one, else the file's folder."""
+
+    def __init__(self, options: ReadOptions) -> None:
+        self.options = options
+
+    @abstractmethod
+    def find(self, source: str, header: list[str]) -> dict[str, int]:
+        """The columns to read, name -> place in the header. Raises `InputError` where one is missing."""
+
+    @abstractmethod
+    def batch(self, rows: DelimitedRows, user: str, source: str) -> Batch:
+        """The plays among some rows, by their names in `find`."""
+
+    def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
+        """Byte ranges."""
+        self.find(source, delimited.read_header(source, ","))
+        return byte_ranges(source, size, unit_bytes)
+
+    def read(self, unit: Unit) -> Iterator[Batch]:
+        """One batch per block of 16 MiB."""
+        user = self.options.user or account_of(unit.source)
+        for rows in delimited.read_rows(unit, ",", lambda header: self.find(unit.source, header)):
+            yield self.batch(rows, user, unit.source)
+
+
+def _nobody(source: str) -> str | None:
+    return None
+
+
+def check_accounts(sources: Sequence[str], user: str, name_of: Callable[[str], str | None] = _nobody) -> list[str]:
     """Notes on how the users of some exports are named.
 
-    `pattern` finds the name of a user in the first bytes of a file, as its first group.
+    `name_of` gives the user that a file names, None where it names none.
 
     Raises `InputError` where names of folders would make one user of two people or two users of one.
     """
@@ -67,11 +101,11 @@ def check_accounts(sources: Sequence[str], user: str, pattern: str = "") -> list
     named: dict[str, str] = {}
     for source in sources:
         account, (_, export) = account_of(source), _account_folder(source)
-        match = re.search(pattern.encode(), require_text(source)) if pattern else None
-        if match is None:
+        name = name_of(source)
+        if name is None:
             exports[account].add(export)
         else:
-            named.setdefault(export, match[1].decode("utf-8", errors="replace"))
+            named.setdefault(export, name)
     for account, folders in exports.items():
         if len(folders) > 1:
             raise InputError(

@@ -3,19 +3,21 @@
 Every csv file of the project is read here. Every line is one row or is rejected; a value must not hold a line break.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 from pydantic import AfterValidator
 
-from rayrec.data.spelling import NOT_UTF8
+from rayrec.data import columns
+from rayrec.data.spelling import NOT_UTF8, Problems
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers.files import require_text
-from rayrec.importing.readers.lines import NEWLINE, RETURN, Block, first_line
-from rayrec.importing.readers.reader import rejected
+from rayrec.importing.readers.lines import NEWLINE, RETURN, Block, first_line, read_blocks
+from rayrec.importing.readers.reader import Batch, Unit, batch, rejected
 
 OPEN_QUOTE = "a quote is not closed on its line"
 AFTER_QUOTE = "text after a closing quote"
@@ -39,7 +41,7 @@ Separator = Annotated[str, AfterValidator(_unescaped)]  # a flag or a TOML file 
 Delimiter = Annotated[Separator, AfterValidator(_one_character)]
 
 
-class Rows(NamedTuple):
+class DelimitedRows(NamedTuple):
     """R rows out of a block."""
 
     block: Block
@@ -93,6 +95,21 @@ def other_delimiter(header: Sequence[str], delimiter: str) -> str | None:
     return best if len(header) == 1 and counts[best] else None
 
 
+def require_delimiter(source: str, header: Sequence[str], delimiter: str) -> None:
+    """Raises `InputError` for a header that seems to be divided by another delimiter."""
+    other = other_delimiter(header, delimiter)
+    if other:
+        raise InputError(
+            f"{source} has one column, {shown_columns(header)!r}; its values seem to be divided by {other!r}: "
+            f"pass --delimiter {spelled_delimiter(other)}"
+        )
+
+
+def spelled_delimiter(delimiter: str) -> str:
+    """A delimiter as a shell takes it."""
+    return "'\\t'" if delimiter == "\t" else repr(delimiter)
+
+
 def split_line(line: bytes, delimiter: str) -> list[bytes] | str:
     """The values of one line, or why it has none: a quote opens a value only where the value begins."""
     values: list[bytes] = []
@@ -121,6 +138,69 @@ def split_line(line: bytes, delimiter: str) -> list[bytes] | str:
         place += len(between)
 
 
+def read_rows(unit: Unit, delimiter: str, find: Callable[[list[str]], Mapping[str, int]]) -> Iterator[DelimitedRows]:
+    """The rows of a unit of a file with a header, in blocks of 16 MiB.
+
+    `find` says which columns are wanted: name -> position in the header.
+    """
+    header = read_header(unit.source, delimiter)
+    places = find(header)
+    for block in read_blocks(unit):
+        first = block.first == 1 and not unit.start
+        yield parse(
+            block,
+            places,
+            num_columns=len(header),
+            delimiter=delimiter,
+            quoted=True,
+            source=unit.source,
+            skip=1 if first else 0,
+        )
+
+
+def to_batch(rows: DelimitedRows, data: dict[str, pa.Array], problems: Problems, source: str) -> Batch:
+    """The plays that were made of some rows: `data` by the names of columns.PLAYS, with what is wrong with them."""
+    return batch(
+        columns.PLAYS,
+        data,
+        source=source,
+        lines=rows.lines,
+        problems=problems,
+        texts=rows.texts,
+        covered=len(rows.block),
+        also=rows.rejected,
+    )
+
+
+def required_columns(
+    source: str, header: Sequence[str], needed: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, int]:
+    """Position of each column that a format names; optional ones where they are there.
+
+    Raises `InputError` for a column that is not there or is there twice.
+    """
+    present = [*needed, *(name for name in dict.fromkeys(optional) if name in header and name not in needed)]
+    for name in present:
+        if name not in header:
+            raise InputError(f"{source} has no column {name!r}; it has {shown_columns(header)}; is it of this format?")
+        if header.count(name) > 1:
+            raise InputError(f"{source} has {header.count(name)} columns named {name!r}; rename all but one")
+    return {name: header.index(name) for name in present}
+
+
+def same(values: pa.Array, text: str | None) -> np.ndarray:
+    """bool (R,): the values of a column of strings that are `text`, or null where that is None."""
+    equal = values.is_null() if text is None else pc.fill_null(pc.equal(values, text), False)
+    return np.asarray(equal.to_numpy(zero_copy_only=False))
+
+
+def flags_below(values: pa.Array, limit: float) -> pa.Array:
+    """bool (R,): whether a column of strings holds a number from 0 to below `limit`; null where it holds none."""
+    is_number = pc.fill_null(pc.match_substring_regex(values, r"^\d{1,15}(\.\d*)?$"), False)
+    numbers = pc.if_else(is_number, values, None).cast(pa.float64())
+    return pc.less(numbers, limit)
+
+
 def parse(
     block: Block,
     wanted: Mapping[str, int],
@@ -130,7 +210,7 @@ def parse(
     quoted: bool,
     source: str,
     skip: int = 0,
-) -> Rows:
+) -> DelimitedRows:
     """The columns at the positions `wanted` of every line but the first `skip`.
 
     Empty lines are passed over. Lines that are not UTF-8, do not close a quote (where `quoted`) or
@@ -165,13 +245,13 @@ def parse(
         faults[int(position)] = f"{row.actual_columns} values where the file has {row.expected_columns}"
         return "skip"
 
-    columns = _columns(data, wanted, num_columns, delimiter, quoted, skip_row)
+    parsed = _columns(data, wanted, num_columns, delimiter, quoted, skip_row)
     refused = sorted(faults)
     numbers = block.numbers(np.array(refused, dtype=np.int64))
     table = rejected(source, numbers, [faults[index] for index in refused], block.texts(refused))
     kept = np.delete(indices, bad_rows)
-    assert all(len(column) == len(kept) for column in columns.values()), f"{source}: rows and lines do not agree"
-    return Rows(block, columns, kept, table)
+    assert all(len(column) == len(kept) for column in parsed.values()), f"{source}: rows and lines do not agree"
+    return DelimitedRows(block, parsed, kept, table)
 
 
 def _columns(

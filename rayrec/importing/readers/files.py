@@ -1,5 +1,6 @@
-"""Find and open the files that an import reads: local paths and s3:// or gs:// URIs, plain or .gz."""
+"""Find and open the files that an import reads: local paths and s3:// or gs:// URIs, plain, .gz or .bz2."""
 
+import bz2
 import gzip
 import posixpath
 import zlib
@@ -14,11 +15,12 @@ import pyarrow.fs as pafs
 
 from rayrec.errors import DamagedInputError, InputError
 
-COMPRESSED = ".gz"
+COMPRESSED = (".gz", ".bz2")
 HEAD_BYTES = 64 << 10
 # How files begin that are no text in UTF-8, whatever their name.
 OTHER_FORMATS = {
     b"\x1f\x8b": "a gzip file; give it a name that ends in .gz",
+    b"BZh": "a bzip2 file; give it a name that ends in .bz2",
     b"PK\x03\x04": "a zip archive; unpack it and import the folder",
     b"PAR1": "a Parquet file; import it as parquet",
     b"\xff\xfe": "text in UTF-16; save it as UTF-8",
@@ -51,8 +53,13 @@ def find_files(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile
 
 
 def is_compressed(source: str) -> bool:
-    """True for .gz files, which are read from the start only."""
+    """True for .gz and .bz2 files, which are read from the start only."""
     return source.endswith(COMPRESSED)
+
+
+def plain_name(source: str) -> str:
+    """A file's name without .gz or .bz2."""
+    return source[: source.rindex(".")] if is_compressed(source) else source
 
 
 @contextmanager
@@ -69,17 +76,20 @@ def open_source(source: str) -> Iterator[pa.NativeFile]:
 
 @contextmanager
 def open_plain(source: str) -> Iterator[IO[bytes]]:
-    """The content of a file from its start, unpacked where it is .gz."""
+    """The content of a file from its start, unpacked where it is .gz or .bz2."""
     with open_source(source) as stream:
         if not is_compressed(source):
             yield cast(IO[bytes], stream)
             return
+        packed = cast(IO[bytes], stream)
+        by_bzip2 = source.endswith(".bz2")
         try:
-            with gzip.GzipFile(fileobj=cast(IO[bytes], stream)) as unpacked:
+            with bz2.BZ2File(packed) if by_bzip2 else gzip.GzipFile(fileobj=packed) as unpacked:
                 yield cast(IO[bytes], unpacked)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error) as error:  # BZ2File raises a bare OSError
+            kind = "bzip2" if by_bzip2 else "gzip"
             raise DamagedInputError(
-                f"{source} is not a whole gzip file: {_first_line(error)}; fetch it again"
+                f"{source} is not a whole {kind} file: {_first_line(error)}; fetch it again"
             ) from error
 
 
@@ -92,12 +102,21 @@ def ends_with_line(file: SourceFile) -> bool:
         return bool(stream.read(1) == b"\n")
 
 
+def cut_note(files: Sequence[SourceFile]) -> list[str]:
+    """A note where the last line of text files has no end: nothing else says that one was cut."""
+    open_ended = [file.source for file in files if not ends_with_line(file)]
+    if not open_ended:
+        return []
+    more = f" and {len(open_ended) - 1:,} more files" if len(open_ended) > 1 else ""
+    return [f"The last line of {open_ended[0]}{more} has no line end: the file may have been cut."]
+
+
 def require_text(source: str) -> bytes:
     """A file's first 64 KiB. Raises `DamagedInputError` where it is empty or plainly of another format."""
     with open_plain(source) as stream:
         head = stream.read(HEAD_BYTES)
     if not head:
-        raise DamagedInputError(f"{source} is empty; fetch it again or skip it with --skip-damaged")
+        raise DamagedInputError(f"{source} is empty; fetch it again")
     for beginning, what in OTHER_FORMATS.items():
         if head.startswith(beginning):
             raise DamagedInputError(f"{source} is {what}")
@@ -122,12 +141,14 @@ def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:
         if item.type == pafs.FileType.File and _matches(item.base_name, patterns)
     ]
     if not files:
-        raise InputError(f"folder {path} holds no file named {' or '.join(patterns)} (or .gz); name the files instead")
+        raise InputError(
+            f"folder {path} holds no file named {' or '.join(patterns)} (or .gz, .bz2); name the files instead"
+        )
     return files
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    plain = name.lower().removesuffix(COMPRESSED)
+    plain = plain_name(name.lower())
     return not name.startswith((".", "_")) and any(fnmatch(plain, pattern) for pattern in patterns)
 
 

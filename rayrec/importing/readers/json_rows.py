@@ -10,8 +10,7 @@ import pyarrow as pa
 
 from rayrec.data import columns
 from rayrec.data.moments import to_ms
-from rayrec.data.problems import Problems, missing
-from rayrec.data.spelling import NOT_UTF8, spell_id, spell_text
+from rayrec.data.spelling import NOT_UTF8, Problems, mark_long, missing, spell_id, spell_text
 from rayrec.errors import DamagedInputError
 from rayrec.importing.readers import reader
 from rayrec.importing.readers.files import open_plain, require_text
@@ -78,7 +77,7 @@ def load_json(source: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise DamagedInputError(
             f"{source} cannot be read to its end ({len(data):,} bytes): {str(error)[:200] or type(error).__name__}; "
-            "fetch it again or skip it with --skip-damaged"
+            "fetch it again"
         ) from error
 
 
@@ -161,6 +160,8 @@ class RowCollector:
         )
         problems.mark(missing(data[owner]), reason)
         problems.mark(missing(data[columns.SONG_ID]), reader.NO_SONG)
+        mark_long(data[owner], problems)
+        mark_long(data[columns.SONG_ID], problems)
         if columns.PLAYED_AT in data:
             data[columns.PLAYED_AT] = pa.array(to_ms(data[columns.PLAYED_AT], problems))
         lines, reasons, refused = zip(*self._refused, strict=True) if self._refused else ((), (), ())

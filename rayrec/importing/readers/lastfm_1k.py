@@ -7,12 +7,10 @@ track id (MusicBrainz, often empty), track name. A track without an id is known 
 from collections.abc import Iterator
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rayrec.data import columns
 from rayrec.data.moments import to_ms
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import spell_ids, spell_texts
+from rayrec.data.spelling import Problems, name_songs, spell_ids, spell_texts
 from rayrec.importing.readers import delimited, reader
 from rayrec.importing.readers.files import require_text
 from rayrec.importing.readers.lines import byte_ranges, read_blocks
@@ -44,7 +42,7 @@ class LastfmReader:
             user = spell_ids(values["user"], problems, column="user", reason=reader.NO_USER)
             artist = spell_texts(values["artist"], problems, column="artist")
             title = spell_texts(values["title"], problems, column="title")
-            song = song_names(values["song"], artist, title)
+            song = name_songs(values["song"], artist, title)
             data = {
                 columns.USER: user,
                 columns.SONG_ID: spell_ids(song, problems, column="song", reason=reader.NO_SONG),
@@ -52,22 +50,4 @@ class LastfmReader:
                 columns.TITLE: title,
                 columns.ARTIST: artist,
             }
-
-            yield reader.batch(
-                columns.PLAYS,
-                data,
-                source=unit.source,
-                lines=rows.lines,
-                problems=problems,
-                texts=rows.texts,
-                covered=len(block),
-                also=rows.rejected,
-            )
-
-
-def song_names(ids: pa.Array, artists: pa.Array, titles: pa.Array) -> pa.Array:
-    """The id of each song, else `artist – title`; null where the title is missing too."""
-    named = pc.binary_join_element_wise(pc.fill_null(artists, ""), titles, " – ")
-    return pc.coalesce(
-        pc.if_else(pc.equal(pc.utf8_trim_whitespace(ids), ""), None, ids), pc.if_else(pc.equal(titles, ""), None, named)
-    )
+            yield delimited.to_batch(rows, data, problems, unit.source)

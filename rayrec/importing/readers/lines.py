@@ -142,5 +142,5 @@ def _rest_of_line(stream: IO[bytes], unit: Unit) -> bytes:
 def _check_length(rest: bytes, unit: Unit) -> None:
     if len(rest) > LINE_LIMIT:
         raise DamagedInputError(
-            f"{unit.source} has a line longer than {LINE_LIMIT >> 20} MiB; is it a text file of plays?"
+            f"{unit.source} has a line longer than {LINE_LIMIT >> 20} MiB; check that it is a text file of plays"
         )

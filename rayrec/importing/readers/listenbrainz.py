@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rayrec.data import columns
+from rayrec.data.spelling import name_song
 from rayrec.importing.readers.accounts import Users
 from rayrec.importing.readers.json_rows import RowCollector, plan_json, read_records, text
 from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
@@ -51,7 +52,7 @@ def _play(listen: dict[str, Any], users: Users) -> dict[str, Any]:
     user = text(listen.get("user_name")) or text(listen.get("user_id"))
     return {
         columns.USER: users.of(user),
-        columns.SONG_ID: _recording(listen, track) or (f"{artist or ''} – {title}" if title else None),
+        columns.SONG_ID: _recording(listen, track) or name_song(artist, title),
         columns.PLAYED_AT: text(listen.get("listened_at", listen.get("timestamp"))),
         columns.TITLE: title,
         columns.ARTIST: artist,

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 
 from rayrec.data import columns
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import clean
+from rayrec.data.spelling import Problems, clean
 
 TEXT_LIMIT = 1_000  # characters kept of a rejected row
 NO_USER = "no user"
 IN_FUTURE = "time is more than a day from now"
+STREAM_MS = 30_000  # from where on services count a stream; a shorter play counts as skipped
 DAY_SECONDS = 86_400  # that clocks and zones may be wrong
 NO_SONG = "no song"
 NO_PLAYLIST = "no playlist"

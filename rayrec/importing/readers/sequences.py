@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data import columns
-from rayrec.data.problems import Problems, missing
-from rayrec.data.spelling import spell_ids
+from rayrec.data.spelling import Problems, missing, spell_ids
 from rayrec.importing.readers import reader
 from rayrec.importing.readers.delimited import line_faults
 from rayrec.importing.readers.files import require_text

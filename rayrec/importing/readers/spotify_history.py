@@ -6,19 +6,20 @@ Where `skipped` is not filled in, as in older files, a play counts as skipped if
 button ended it or if it lasted under 30 seconds, from where on Spotify counts a stream.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rayrec.data import columns
 from rayrec.importing.readers.accounts import Users, account_of, check_accounts
+from rayrec.importing.readers.files import require_text
 from rayrec.importing.readers.json_rows import Record, RowCollector, plan_json, read_records, text
-from rayrec.importing.readers.reader import NO_SONG, Batch, ReadOptions, Unit
+from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch, ReadOptions, Unit
 
 NOT_A_PLAY = "not a play"
 PODCAST = "podcast or audiobook"
-STREAM_MS = 30_000
 SKIP_REASONS = ("fwdbtn", "backbtn")
-USERNAME = r'"username"\s*:\s*"([^"]+)"'
+USERNAME = re.compile(rb'"username"\s*:\s*"([^"]+)"')
 
 
 class SpotifyHistoryReader:
@@ -46,7 +47,13 @@ class SpotifyHistoryReader:
 
 def check_usernames(sources: Sequence[str], user: str) -> list[str]:
     """As `check_accounts`, for files of which some name the user."""
-    return check_accounts(sources, user, USERNAME)
+    return check_accounts(sources, user, _username)
+
+
+def _username(source: str) -> str | None:
+    """The first user that a file names."""
+    match = USERNAME.search(require_text(source))
+    return match[1].decode("utf-8", errors="replace") if match else None
 
 
 def _add(record: Record, users: Users, rows: RowCollector) -> None:

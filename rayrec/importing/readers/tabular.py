@@ -5,24 +5,22 @@ skipped (true, false, 1 or 0), title, artist. Roles of a playlist entry: playlis
 and where there are any title, artist. A role that is not mapped has the column of its own name.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.moments import to_ms
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import plain, spell_ids, spell_lists, spell_texts
-from rayrec.errors import DamagedInputError, InputError
+from rayrec.data.spelling import Problems, plain, spell_ids, spell_lists, spell_texts
+from rayrec.errors import InputError
 from rayrec.importing.readers import delimited, reader
 from rayrec.importing.readers.files import open_source
-from rayrec.importing.readers.lines import byte_ranges, read_blocks
+from rayrec.importing.readers.lines import byte_ranges
+from rayrec.importing.readers.parquet import open_parquet, read_batches, row_texts
 from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
 
 PLAY_ROLES = ("user", "song", "played_at", "contexts", "skipped", "title", "artist")
@@ -31,7 +29,6 @@ PLAYLIST_ROLES = ("playlist", "position", "song", "title", "artist")
 NOT_A_POSITION = "position is not a whole number"
 NOT_A_FLAG = "skipped is none of true, false, 1, 0"
 FLAGS = {"true": True, "1": True, "t": True, "yes": True, "false": False, "0": False, "f": False, "no": False}
-ROWS_PER_BATCH = 1 << 18
 
 
 def roles(playlists: bool) -> tuple[str, ...]:
@@ -47,44 +44,24 @@ class CsvReader:
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
         """Byte ranges. Raises `InputError` for a file without a header or a mapped column."""
-        self._positions(source, self._header(source))
+        self._positions(source, delimited.read_header(source, self.options.delimiter))
         return byte_ranges(source, size, unit_bytes)
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """One batch per block of 16 MiB."""
-        header = self._header(unit.source)
-        wanted = self._positions(unit.source, header)
-        for block in read_blocks(unit):
-            rows = delimited.parse(
-                block,
-                wanted,
-                num_columns=len(header),
-                delimiter=self.options.delimiter,
-                quoted=True,
-                source=unit.source,
-                skip=1 if block.first == 1 and not unit.start else 0,
-            )
-
+        for rows in delimited.read_rows(unit, self.options.delimiter, partial(self._positions, unit.source)):
             yield convert(
                 rows.values,
                 self.options.playlists,
                 source=unit.source,
                 lines=rows.lines,
                 texts=rows.texts,
-                covered=len(block),
+                covered=len(rows.block),
                 also=rows.rejected,
             )
 
-    def _header(self, source: str) -> list[str]:
-        return delimited.read_header(source, self.options.delimiter)
-
     def _positions(self, source: str, header: list[str]) -> dict[str, int]:
-        other = delimited.other_delimiter(header, self.options.delimiter)
-        if other:
-            raise InputError(
-                f"{source} has one column, {delimited.shown_columns(header)!r}; its values seem to be divided by "
-                f"{other!r}: pass --delimiter {spelled_delimiter(other)}"
-            )
+        delimited.require_delimiter(source, header, self.options.delimiter)
         return find_columns(source, header, self.options)
 
 
@@ -128,11 +105,6 @@ class ParquetReader:
                     covered=part.num_rows,
                 )
                 first += part.num_rows
-
-
-def spelled_delimiter(delimiter: str) -> str:
-    """A delimiter as a shell takes it."""
-    return "'\\t'" if delimiter == "\t" else repr(delimiter)
 
 
 def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dict[str, int]:
@@ -203,49 +175,6 @@ def convert(
     return reader.batch(
         schema, data, source=source, lines=lines, problems=problems, texts=texts, covered=covered, also=also
     )
-
-
-def open_parquet(source: str, stream: pa.NativeFile) -> pq.ParquetFile:
-    """A Parquet file. Raises `DamagedInputError` where it is none or its footer is not whole."""
-    try:
-        return pq.ParquetFile(stream, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedInputError(
-            f"{source} is not a Parquet file: {_first_line(error)}; fetch it again or check the format"
-        ) from error
-
-
-def read_batches(
-    source: str, file: pq.ParquetFile, groups: list[int] | None, names: list[str] | None
-) -> Iterator[pa.RecordBatch]:
-    """Some columns of some row groups, or all. Raises `DamagedInputError` where a page is not whole."""
-    try:
-        for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=names):
-            batch.validate()
-            yield batch
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedInputError(
-            f"{source} is damaged: {_first_line(error)}; restore it or skip it with --skip-damaged"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def row_texts(rows: pa.RecordBatch, positions: np.ndarray) -> list[str]:
-    """The rows at some positions as JSON, for the file of rejected rows."""
-    cells = [[_cell(column[row]) for column in rows.columns] for row in positions.tolist()]
-    return [
-        json.dumps(dict(zip(rows.schema.names, row, strict=True)), default=str, ensure_ascii=False) for row in cells
-    ]
-
-
-def _cell(value: pa.Scalar) -> Any:
-    try:
-        return value.as_py()
-    except (ValueError, OverflowError, UnicodeDecodeError):
-        return f"<{value.type}>"
 
 
 def _positions(values: pa.Array, problems: Problems, column: str) -> pa.Array:

@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 
 from rayrec.data import columns
 from rayrec.data.moments import to_ms
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import spell_ids
+from rayrec.data.spelling import Problems, spell_ids
 from rayrec.importing.readers import reader
 from rayrec.importing.readers.files import open_source
+from rayrec.importing.readers.parquet import open_parquet, read_batches, row_texts
 from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
-from rayrec.importing.readers.tabular import ParquetReader, open_parquet, read_batches, row_texts
+from rayrec.importing.readers.tabular import ParquetReader
 
 LISTENED_PERCENT = 50
 COLUMNS = {"user": "uid", "song": "item_id", "played_at": "timestamp"}

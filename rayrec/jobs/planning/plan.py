@@ -38,7 +38,7 @@ from rayrec.jobs.planning.plan_inputs import (
     PlanConfig,
 )
 from rayrec.model.train_config import TrainConfig
-from rayrec.recommend.retrieval.retrieval_config import RetrievalConfig
+from rayrec.recommend.two_step_config import RetrievalConfig
 
 READ_BYTES = 275  # of a play while a unit is read; measured peak
 MERGE_BYTES = 210  # of a play while a bucket is merged; measured peak

@@ -11,12 +11,12 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from rayrec.data.histories import Histories
-from rayrec.recommend.retrieval.play_counts import PlayCounts
-from rayrec.recommend.retrieval.retrieval import RetrievalCounts
-from rayrec.recommend.retrieval.rule_counts import RuleCounts
+from rayrec.recommend.retrieval.play_counts import PlayCounts, RuleCounts
 from rayrec.recommend.retrieval.session_postings import SessionPostings
+from rayrec.recommend.retrieval.stored_retrieval import RetrievalCounts
 
 PARTS = {"sessions": SessionPostings, "rules": RuleCounts, "plays": PlayCounts}
+WHOLE = ("plays.plays", "plays.first_days")  # of every song in the first range, and there alone
 BY_SONG = ("sessions.song_offsets", "rules.offsets")  # int64 (N + 1,), flat outside the range
 
 
@@ -36,7 +36,8 @@ def pack_counts(counts: RetrievalCounts, first: int, last: int) -> bytes:
                 value = value[first : last + 1] if key in BY_SONG else value
                 arrays[key] = np.ascontiguousarray(value)
     if first > 0:
-        del arrays["plays.plays"]  # whole in the first range
+        for key in WHOLE:
+            del arrays[key]
     return bytes(save(arrays))
 
 
@@ -48,8 +49,9 @@ def unpack_counts(data: bytes) -> RetrievalCounts:
         offsets = np.empty(num_songs + 1, dtype=np.int64)
         offsets[:first], offsets[first : last + 1], offsets[last + 1 :] = 0, arrays[key], arrays[key][-1]
         arrays[key] = offsets
-    if "plays.plays" not in arrays:
-        arrays["plays.plays"] = PlayCounts.fit(Histories.from_lists([], []), num_songs=num_songs).plays
+    nothing = PlayCounts.fit(Histories.from_lists([], []), num_songs=num_songs)
+    for key in WHOLE:
+        arrays.setdefault(key, getattr(nothing, key.partition(".")[2]))
 
     def of(name: str) -> dict[str, np.ndarray]:
         return {key.partition(".")[2]: value for key, value in arrays.items() if key.startswith(f"{name}.")}

@@ -1,4 +1,4 @@
-"""Ragged arrays: flat values plus offsets, and the positions of many ranges at once."""
+"""Ragged arrays: flat values plus offsets, the positions of many ranges at once, and sorting into groups."""
 
 import numpy as np
 
@@ -32,3 +32,33 @@ def first_of_each(sorted_values: np.ndarray) -> np.ndarray:
     if not len(sorted_values):
         return np.zeros(0, dtype=np.int64)
     return np.flatnonzero(np.concatenate([[True], sorted_values[1:] != sorted_values[:-1]]))
+
+
+def stable_order(keys: np.ndarray) -> np.ndarray:
+    """int64: the order of a stable sort of keys, int64 of at least 0: what `np.argsort(kind="stable")` gives.
+
+    Keys and positions that share 63 bits are sorted together as plain numbers, about five times as fast.
+    """
+    bits = max(1, (len(keys) - 1).bit_length())
+    if not len(keys) or int(keys.max()) >> (63 - bits):
+        return np.argsort(keys, kind="stable")
+    packed = (keys << bits) | np.arange(len(keys))
+    packed.sort()
+    return np.asarray(packed & ((1 << bits) - 1))
+
+
+def highest_of_each(sorted_groups: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
+    """int64, ascending: the positions of the `count` highest scores of each group, and of those equal to the last.
+
+    Equal groups, int, must be adjacent. What is left is cheap to sort.
+    """
+    first = first_of_each(sorted_groups)
+    sizes = np.diff(np.append(first, len(sorted_groups)))
+    large = np.flatnonzero(sizes > count)
+    if not len(large):
+        return np.arange(len(scores))
+    is_highest = np.ones(len(scores), dtype=bool)
+    for begin, size in zip(first[large].tolist(), sizes[large].tolist(), strict=True):
+        group = scores[begin : begin + size]
+        is_highest[begin : begin + size] = group >= np.partition(group, size - count)[size - count]
+    return np.flatnonzero(is_highest)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayrec.bench import device_bench, device_limits
+from rayrec.bench import device_bench
 from rayrec.bench.device_bench import Size, network, random_histories
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
@@ -21,8 +21,8 @@ UNCOMPILED = ((False, False), (True, False))
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(device_limits, "PRODUCT_ROWS", {"cpu": 64, "cuda": 512})
-    monkeypatch.setattr(device_limits, "COPY_BYTES", {"cpu": 1 << 16, "cuda": 1 << 24})
+    monkeypatch.setattr(device_bench, "PRODUCT_ROWS", {"cpu": 64, "cuda": 512})
+    monkeypatch.setattr(device_bench, "COPY_BYTES", {"cpu": 1 << 16, "cuda": 1 << 24})
     monkeypatch.setattr(device_bench, "BATCHES", (1, 2))
 
 
@@ -65,7 +65,7 @@ def test_a_device_that_computes_something_else_is_told_by_name_and_exit_code(
     found = device_bench.checks("cpu")
     assert [check["same"] for check in found] == [True, False, *[True] * 6]
     assert (found[1]["cell"], found[1]["objective"]) == ("gru", "softmax")
-    monkeypatch.setattr(device_bench, "bench", lambda *_: {**TOLD, "checks": found})
+    monkeypatch.setattr(device_bench, "measure_device", lambda *_: {**TOLD, "checks": found})
     with pytest.raises(SystemExit):
         device_bench.main(["--device", "cpu"])
     assert "gru   softmax          NOT AS ON A CPU" in capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_a_way_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(device_bench, "WAYS", ((False, True), (False, False)))
     monkeypatch.setattr(Training, "compile", without_compiler)
-    compiled, _, plain = device_bench.bench("cpu", Size.quick())["runs"][:3]
+    compiled, _, plain = device_bench.measure_device("cpu", Size.quick())["runs"][:3]
     assert compiled == {"work": "train", "bfloat16": False, "compiled": True, "batch": 1, "error": "no C++ compiler"}
     assert plain["plays_per_second"] > 0
 
@@ -93,7 +93,7 @@ def test_the_operations_of_a_play_are_those_of_its_matrices() -> None:
         encoder.run(histories)
         return float(histories.num_plays)
 
-    flops, moved = device_limits.asked(work)
+    flops, moved = device_bench.asked(work)
     hidden, features = config.hidden_dim, encoder.model.config.features.dim
     assert flops == pytest.approx(2 * 3 * hidden * (size.dim + features + hidden), rel=0.01)
     assert moved > 4 * (size.dim + hidden)
@@ -106,9 +106,9 @@ def test_work_a_second_counts_all_calls_but_the_first() -> None:
         calls.append(1.0)
         return 100.0
 
-    rate = device_limits.per_second(work, torch.device("cpu"), 0.05)
-    assert len(calls) > device_limits.WARM_CALLS
-    assert rate <= 100.0 * (len(calls) - device_limits.WARM_CALLS) / 0.05
+    rate = device_bench.per_second(work, torch.device("cpu"), 0.05)
+    assert len(calls) > device_bench.WARM_CALLS
+    assert rate <= 100.0 * (len(calls) - device_bench.WARM_CALLS) / 0.05
 
 
 def test_histories_are_made_up_alike_each_time() -> None:
@@ -147,5 +147,5 @@ class TestOnAGpu:
 
     def test_the_benchmark_runs_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(device_bench, "WAYS", UNCOMPILED)
-        told = device_bench.bench("cuda", Size.quick())
+        told = device_bench.measure_device("cuda", Size.quick())
         assert all(run["plays_per_second"] > 0 for run in told["runs"])

@@ -3,7 +3,7 @@
 import pytest
 from worlds import random_histories, write_dataset
 
-from rayrec.bench import embed_bench
+from rayrec.bench import job_benches
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.embeddings.word2vec import Word2Vec
 from rayrec.storage.workspace import Workspace
@@ -11,7 +11,7 @@ from rayrec.storage.workspace import Workspace
 
 def test_tokens_of_all_epochs_are_told_by_threads_against_the_first(workspace: Workspace) -> None:
     dataset = write_dataset(workspace, random_histories(40, 20), 20)
-    told = embed_bench.word2vec_scaling(dataset, BenchConfig(embed_epochs=2), [1, 2])
+    told = job_benches.word2vec_scaling(dataset, BenchConfig(embed_epochs=2), [1, 2])
     assert 0 < told["corpus_tokens"] <= dataset.manifest.plays
     one, two = (told["tokens_per_second"][threads] for threads in ("1", "2"))
     assert told["speedup"] == {"1": 1.0, "2": pytest.approx(two / one)}
@@ -31,8 +31,8 @@ def test_the_start_is_not_timed(workspace: Workspace, monkeypatch: pytest.Monkey
                 clock[0] += 2.0
                 yield epoch + 1
 
-    monkeypatch.setattr(embed_bench, "Word2Vec", Fake)
-    monkeypatch.setattr(embed_bench.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(job_benches, "Word2Vec", Fake)
+    monkeypatch.setattr(job_benches.time, "perf_counter", lambda: clock[0])
     corpus = type("Corpus", (), {"tokens": 50})()
-    measured = embed_bench.timed_epochs(corpus, embed_bench.EmbedConfig(epochs=3), 1)
+    measured = job_benches.timed_epochs(corpus, job_benches.EmbedConfig(epochs=3), 1)
     assert (measured.work, measured.seconds) == (150, 6.0)

@@ -1,7 +1,7 @@
 """The song side: every kind of table at every size, the largest against the smallest."""
 
 from rayrec.bench.bench_config import BenchConfig
-from rayrec.bench.song_side_bench import bench_song_side
+from rayrec.bench.index_bench import bench_song_side
 
 
 def test_every_table_is_timed_at_every_size() -> None:

@@ -48,7 +48,7 @@ def filled(tmp_path: Path) -> str:
     ("arguments", "said"),
     [
         (["import", "csv", "/no/such/file.csv"], "/no/such/file.csv does not exist"),
-        (["import", "lastfm", "PLAYS"], "unknown format 'lastfm'; expected one of csv"),
+        (["import", "lastfm", "PLAYS"], "unknown format 'lastfm'; expected one of apple-music, csv"),
         (["import", "csv", "PLAYS", "--columns", "user=name"], "no column 'name'"),
         (["import", "csv", "PLAYS", "--columns", "user"], "--columns is 'user'; expected name = value pairs"),
         (["import"], "Missing argument FORMAT; see rayrec import --help"),

@@ -63,6 +63,7 @@ def results(*targets: str) -> dict:
         "results": [
             {
                 "model": model,
+                "kind": "baseline",
                 "users": users,
                 "target": target,
                 "metric": metric,

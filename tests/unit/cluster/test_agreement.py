@@ -14,8 +14,8 @@ from rayrec.config import from_mapping, to_mapping
 from rayrec.jobs.submit import IMAGE_PYTHON
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.online.redis_store import PASSWORD_VARIABLE
-from rayrec.serving.auth import VARIABLE as KEYS_VARIABLE
 from rayrec.serving.deployments import DeploymentConfig, build
+from rayrec.serving.middleware import VARIABLE as KEYS_VARIABLE
 from rayrec_cli.main import app
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()

@@ -5,8 +5,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrec.data.moments import END_MS, NO_TIME, NO_ZONE, NOT_A_TIME, OUT_OF_RANGE, parse_moment, to_ms
-from rayrec.data.problems import Problems
+from rayrec.data.moments import (
+    END_MS,
+    NO_TIME,
+    NO_ZONE,
+    NOT_A_TIME,
+    NOT_A_ZONE,
+    NOT_LOCAL,
+    OUT_OF_RANGE,
+    in_utc,
+    local_to_ms,
+    parse_moment,
+    to_ms,
+)
+from rayrec.data.spelling import Problems
 from rayrec.errors import InputError
 
 MOMENT = 1241478537000  # 2009-05-04T23:08:57Z
@@ -134,3 +146,34 @@ def test_columns_of_other_types_are_named() -> None:
         convert(pa.array([1], pa.duration("s")))
     assert convert(pa.array([16452], pa.date32())) == ([0], [NO_ZONE])
     assert convert(pa.array([2**63], pa.uint64())) == ([0], [OUT_OF_RANGE])
+
+
+def test_times_of_a_format_in_utc_get_their_zone_where_they_have_none() -> None:
+    texts = ["2013-01-27 21:42:38", " 2013-01-27T21:42 ", "2013-01-27 21:42:38+01:00", "1711929600", None, "soon"]
+    assert in_utc(pa.array(texts)).to_pylist() == [
+        *("2013-01-27 21:42:38Z", "2013-01-27T21:42Z", "2013-01-27 21:42:38+01:00", "1711929600", None, "soon"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "zone", "utc"),
+    [
+        ("08/03/2022 19:01", "America/Toronto", "2022-03-09T00:01Z"),
+        ("08/03/2022 7:01", None, "2022-03-08T07:01Z"),
+        ("25/10/2026 02:30", "Europe/Berlin", "2026-10-25T00:30Z"),  # comes twice: the first
+        ("29/03/2026 02:30", "Europe/Berlin", "2026-03-29T01:00Z"),  # does not come: moved to 03:00
+        ("08/03/2022 19:01", "Not/AZone", NOT_A_ZONE),
+        ("08/03/2022 19:01", "../../etc/passwd", NOT_A_ZONE),
+        ("2022-03-08 19:01", None, NOT_LOCAL),
+        ("08/13/2022 19:01", None, NOT_LOCAL),
+        ("08/03/1022 19:01", "America/Toronto", NOT_LOCAL),
+        (None, None, NO_TIME),
+    ],
+)
+def test_local_times_are_moments_of_their_zone(text: str | None, zone: str | None, utc: str) -> None:
+    problems = Problems(2)
+    texts, zones = pa.array([text, "01/01/2020 00:00"]), pa.array([zone, None], pa.string())
+    times = local_to_ms(texts, zones, problems, form="%d/%m/%Y %H:%M")
+    assert times[1] == parse_moment("2020-01-01T00:00Z")
+    assert problems.reasons() == ([] if utc.endswith("Z") else [utc])
+    assert times[0] == (parse_moment(utc) if utc.endswith("Z") else 0)

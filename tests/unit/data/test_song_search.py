@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrec.data import columns
-from rayrec.data.catalog import Catalog
-from rayrec.data.song_search import SongSearch, fold, fold_all
+from rayrec.data.catalog import Catalog, SongSearch, fold, fold_all
 
 SONGS: list[tuple[str | None, str | None]] = [
     ("Hollow", "Abba"),

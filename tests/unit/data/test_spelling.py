@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrec.data.problems import Problems
-from rayrec.data.spelling import NOT_UTF8, spell_id, spell_ids, spell_lists, spell_texts, split_listed
+from rayrec.data.spelling import NOT_UTF8, Problems, spell_id, spell_ids, spell_lists, spell_texts, split_listed
 from rayrec.errors import InputError
 
 
@@ -56,6 +55,10 @@ def test_what_is_no_id_is_marked_in_text(values: pa.Array) -> None:
     assert ids(values) == (["a", None], ["no user"])
 
 
+def test_an_id_that_no_request_can_hold_is_marked() -> None:
+    assert ids(pa.array(["ü" * 512, "ü" * 513])) == (["ü" * 512, None], ["id of more than 512 characters"])
+
+
 def test_what_is_no_id_is_marked_among_numbers() -> None:
     values = pa.array([16.0, np.nan, np.inf, -np.inf, None, 16.5], from_pandas=False)
     assert ids(values) == (["16", None, None, None, None, "16.5"], ["no user"] * 4)
@@ -84,6 +87,7 @@ def test_a_type_that_holds_no_ids_is_an_error_that_names_the_column(values: pa.A
         ids(values)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.one_of(
@@ -100,6 +104,7 @@ def test_a_query_spells_an_id_as_an_import_does(texts: list[str]) -> None:
     assert ids(pa.array(texts, pa.string()))[0] == [spell_id(text) for text in texts]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats() | st.none(), min_size=1, max_size=8))
 def test_a_number_out_of_json_is_spelled_as_one_out_of_parquet(values: list[float | None]) -> None:
     assert ids(pa.array(values, pa.float64(), from_pandas=False))[0] == [spell_id(value) for value in values]

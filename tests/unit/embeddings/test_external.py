@@ -119,7 +119,7 @@ def test_a_missing_file_column_and_format_are_named(tmp_path: Path, catalog: Cat
     with pytest.raises(InputError, match="no column 'vector'"):
         read_outside(tmp_path / "vectors.parquet", catalog)
     (tmp_path / "vectors.parquet").write_text("no parquet")
-    with pytest.raises(InputError, match="not a whole Parquet file"):
+    with pytest.raises(InputError, match="is not a Parquet file"):
         read_outside(tmp_path / "vectors.parquet", catalog)
 
 

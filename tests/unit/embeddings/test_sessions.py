@@ -5,8 +5,8 @@ import pytest
 
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
-from rayrec.embeddings import sessions
-from rayrec.embeddings.sessions import MINUTE_MS, Sentences
+from rayrec.embeddings import word2vec
+from rayrec.embeddings.word2vec import MINUTE_MS, Sentences
 from rayrec.errors import LeakError
 
 
@@ -21,17 +21,17 @@ def minutes(*moments: float) -> list[int]:
 
 def test_a_pause_over_the_gap_starts_a_session_and_a_pause_of_the_gap_does_not() -> None:
     histories = Histories.from_lists([[1, 2, 3, 4]], [minutes(0, 30, 60.001, 61)])
-    assert as_lists(sessions.cut_sessions(histories, 30)) == [[1, 2], [3, 4]]
+    assert as_lists(word2vec.cut_sessions(histories, 30)) == [[1, 2], [3, 4]]
 
 
 def test_no_session_spans_two_users() -> None:
     histories = Histories.from_lists([[1, 2], [], [3], [4, 5]], [minutes(0, 1), [], minutes(1), minutes(1, 2)])
-    assert as_lists(sessions.cut_sessions(histories)) == [[1, 2], [3], [4, 5]]
+    assert as_lists(word2vec.cut_sessions(histories)) == [[1, 2], [3], [4, 5]]
 
 
 @pytest.mark.parametrize("users", [0, 2])
 def test_no_plays_give_no_sessions(users: int) -> None:
-    songs, offsets = sessions.cut_sessions(Histories.from_lists([[]] * users, [[]] * users))
+    songs, offsets = word2vec.cut_sessions(Histories.from_lists([[]] * users, [[]] * users))
     assert len(songs) == 0
     assert offsets.tolist() == [0]
 
@@ -48,7 +48,7 @@ def test_sessions_equal_those_of_a_plain_loop() -> None:
                 expected.append([song])
             else:
                 expected[-1].append(song)
-    assert as_lists(sessions.cut_sessions(Histories.from_lists(songs, times))) == expected
+    assert as_lists(word2vec.cut_sessions(Histories.from_lists(songs, times))) == expected
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 7])
@@ -57,31 +57,31 @@ def test_long_sentences_are_cut_into_pieces_of_the_limit(limit: int) -> None:
     expected = []
     for sentence in as_lists(sentences):
         expected += [sentence[at : at + limit] for at in range(0, len(sentence), limit)] or [[]]
-    assert as_lists(sessions.cut_long(sentences, limit)) == expected
+    assert as_lists(word2vec.cut_long(sentences, limit)) == expected
 
 
 def test_sentences_of_fewer_than_two_songs_are_dropped() -> None:
     sentences = (np.arange(6, dtype=np.int32), np.array([0, 1, 3, 3, 4, 6]))
-    assert as_lists(sessions.drop_single(sentences)) == [[1, 2], [4, 5]]
+    assert as_lists(word2vec.drop_single(sentences)) == [[1, 2], [4, 5]]
 
 
 def test_playlists_come_batch_by_batch_with_long_ones_cut() -> None:
-    long = np.zeros(sessions.MAX_SENTENCE + 2, dtype=np.int32)
+    long = np.zeros(word2vec.MAX_SENTENCE + 2, dtype=np.int32)
     batches = [(np.array([1, 2, 3], np.int32), np.array([0, 2, 3])), (long, np.array([0, len(long)]))]
-    first, second = sessions.from_playlists(batches)
+    first, second = word2vec.from_playlists(batches, FitRange())
     assert as_lists(first) == [[1, 2]]
-    assert np.diff(second[1]).tolist() == [sessions.MAX_SENTENCE, 2]
+    assert np.diff(second[1]).tolist() == [word2vec.MAX_SENTENCE, 2]
 
 
 def test_a_fit_refuses_plays_past_the_cut() -> None:
     histories = Histories.from_lists([[1, 2, 3]], [minutes(0, 1, 2)])
     allowed = FitRange(before=2 * MINUTE_MS)
     with pytest.raises(LeakError, match="1 plays at or after its cut"):
-        list(sessions.from_histories([histories], allowed))
-    assert as_lists(next(sessions.from_histories([allowed.select(histories)], allowed))) == [[1, 2]]
+        list(word2vec.from_histories([histories], allowed))
+    assert as_lists(next(word2vec.from_histories([allowed.select(histories)], allowed))) == [[1, 2]]
 
 
 def test_a_fit_refuses_held_out_users() -> None:
     histories = Histories.from_lists([[1, 2]] * 40, [minutes(0, 1)] * 40)
     with pytest.raises(LeakError, match="held out"):
-        list(sessions.from_histories([histories], FitRange(held_out_share=0.5)))
+        list(word2vec.from_histories([histories], FitRange(held_out_share=0.5)))

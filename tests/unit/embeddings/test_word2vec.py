@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from rayrec.embeddings.embed_config import EmbedConfig
-from rayrec.embeddings.sessions import Sentences
 from rayrec.embeddings.vectors import SongVectors
-from rayrec.embeddings.word2vec import TOKENS_PER_WORKER, Word2Vec, write_corpus
+from rayrec.embeddings.word2vec import TOKENS_PER_WORKER, Sentences, Word2Vec, write_corpus
 from rayrec.errors import InputError
 
 

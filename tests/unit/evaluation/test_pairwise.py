@@ -6,8 +6,8 @@ from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.evaluation import vector_metrics
-from rayrec.evaluation.vector_metrics import NEGATIVES, Negatives, pair_sums, popularity_ranks, songs_by_popularity
-from rayrec.recommend.item_knn import ItemKnnRecommender
+from rayrec.evaluation.vector_metrics import NEGATIVES, RandomSongs, pair_sums, popularity_ranks, songs_by_popularity
+from rayrec.recommend.simple_baselines import ItemKnnRecommender
 
 PLAYS = np.array([4, 0, 9, 1, 4])
 
@@ -19,7 +19,7 @@ def test_songs_stand_in_the_order_of_their_plays() -> None:
 
 def test_negatives_are_drawn_uniformly_or_by_zipf_over_popularity_ranks() -> None:
     hashes, steps = np.full(100_000, 7, np.uint64), np.arange(100_000, dtype=np.uint64)
-    negatives = Negatives(PLAYS, seed=0)
+    negatives = RandomSongs(PLAYS, seed=0)
     for kind, chances in (("uniform", [1 / 4] * 4), ("zipf", np.array([1, 1 / 2, 1 / 3, 1 / 4]) / (25 / 12))):
         drawn = np.bincount(negatives.draw(kind, hashes, steps), minlength=5) / 100_000
         np.testing.assert_allclose(drawn[[2, 0, 4, 3]], chances, atol=0.005)
@@ -29,7 +29,7 @@ def test_negatives_are_drawn_uniformly_or_by_zipf_over_popularity_ranks() -> Non
 def _sums(histories: Histories, target: str, vectors: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     recommender = ItemKnnRecommender(vectors)
     questions = Questions.before_plays(histories, np.flatnonzero(histories.places > 0))
-    negatives = Negatives(np.ones(len(vectors)), seed)
+    negatives = RandomSongs(np.ones(len(vectors)), seed)
     return pair_sums(recommender, recommender.vectors(histories, questions), histories, questions, target, negatives)
 
 

@@ -12,17 +12,18 @@ from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig, HeardSongs, plays_to_predict, target_songs
 from rayrec.evaluation.ranks import NOT_FOUND, Ranked, rank_targets
 from rayrec.evaluation.results import Figures
-from rayrec.recommend.base import CandidateRecommender, Horizon, Recommender, ScoredCandidates
-from rayrec.recommend.discounted_average import AverageRecommender
-from rayrec.recommend.popularity import PopularityRecommender
+from rayrec.recommend.base import BaseRecommender, CandidateRecommender, Horizon, ScoredCandidates
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
+from rayrec.recommend.simple_baselines import PopularityRecommender
+from rayrec.recommend.weighted_average import AverageRecommender
 
 EVERYTHING = Split(id="s", dataset="d", validation_from=0, test_from=0)
 
 
-def _ranked(recommender: Recommender, histories: Histories, queries: Questions, known: np.ndarray) -> Ranked:
+def _ranked(recommender: BaseRecommender, histories: Histories, queries: Questions, known: np.ndarray) -> Ranked:
     heard = HeardSongs(histories)
-    targets = {name: target_songs(histories, queries, name, heard) for name in ("served", "next", "next10")}
+    names = ("served", "next", "next10", "cold_songs", "cold_among_cold")
+    targets = {name: target_songs(histories, queries, name, heard, known) for name in names}
     listed = np.arange(len(queries)) % 3 == 0
     return rank_targets(recommender, histories, queries, targets, known, depth=100, listed=listed)
 
@@ -76,7 +77,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch: object) -> None:
     np.testing.assert_array_equal(parts.ranks["next10"], whole.ranks["next10"])
 
 
-class PlannedScores(Recommender):
+class PlannedScores(BaseRecommender):
     """Gives every query the same scores."""
 
     name = "planned"
@@ -122,7 +123,7 @@ INF, NAN = np.inf, np.nan
 
 
 @pytest.mark.parametrize("kind", [PlannedScores, PlannedCandidates])
-def test_as_served_songs_that_the_user_has_heard_are_not_in_the_ranking(kind: type[Recommender]) -> None:
+def test_as_served_songs_that_the_user_has_heard_are_not_in_the_ranking(kind: type[BaseRecommender]) -> None:
     planned = kind([5, 4, 3, 3, 2, -INF])  # type: ignore[call-arg]
     # Queries for 3 (after 0), for 1 (after 0, 3), for 0 (a repeat), for 4 (after 0, 3, 1, 0), for 5.
     histories = Histories.from_lists([[0, 3, 1, 0, 4, 5]], [range(6)])
@@ -131,6 +132,21 @@ def test_as_served_songs_that_the_user_has_heard_are_not_in_the_ranking(kind: ty
     assert ranks["next"].tolist() == [4, 2, 1, 5, NOT_FOUND]  # 3 ties with 2, and ties count against
     # Without 0, then without 0 and 3, then without 0, 3 and 1: 2 stands before 4.
     assert ranks["served"].tolist() == [3, 1, 2, NOT_FOUND]
+
+
+@pytest.mark.parametrize("kind", [PlannedScores, PlannedCandidates])
+def test_a_song_that_was_added_is_ranked_and_among_cold_songs_these_alone_stand_before_it(
+    kind: type[BaseRecommender],
+) -> None:
+    recommender = kind([0.0, 0.9, 0.8, 0.7, 0.6, 0.5, -INF])  # type: ignore[call-arg]
+    recommender.added_songs = np.array([2, 4])  # 5 and 6 have no play either, and were not added
+    histories = Histories.from_lists([[0, 4, 4], [0, 5], [2, 4]], [[1, 2, 3], [1, 2], [1, 2]])
+    queries = Questions.before_plays(histories, np.array([1, 2, 4, 6]))
+    known = np.array([True, True, False, True, False, False, False])
+    ranks = _ranked(recommender, histories, queries, known).ranks
+    assert ranks["next"].tolist() == [4, 4, NOT_FOUND, 4]
+    assert ranks["cold_songs"].tolist() == [4, NOT_FOUND, 3]  # the third user has heard song 2
+    assert ranks["cold_among_cold"].tolist() == [2, NOT_FOUND, 1]
 
 
 def test_candidates_are_ranked_as_the_same_scores_of_every_song_are() -> None:

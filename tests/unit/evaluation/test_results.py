@@ -13,11 +13,9 @@ from rayrec.data.split import FitRange, Split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.results import figures_of
-from rayrec.jobs.compared_models import make_ablated
-from rayrec.recommend.base import Horizon, Recommender
-from rayrec.recommend.item_knn import ItemKnnRecommender
-from rayrec.recommend.popularity import PopularityRecommender
+from rayrec.recommend.base import BaseRecommender, Horizon
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
+from rayrec.recommend.simple_baselines import ItemKnnRecommender, PopularityRecommender
 
 CUT = 1_500_000
 NUM_SONGS = 25
@@ -55,7 +53,8 @@ def evaluator(histories: Histories) -> Evaluator:
     rules = SequentialRulesRecommender.fit(fit_on, num_songs=NUM_SONGS, allowed=allowed, rules_per_song=6)
     plays = np.array(popularity.plays)
     plays[3] = 0  # as if no fit had seen it
-    recommenders: Sequence[Recommender] = [TwoHorizons(random_vectors(NUM_SONGS)), popularity, rules]
+    recommenders: Sequence[BaseRecommender] = [TwoHorizons(random_vectors(NUM_SONGS)), popularity, rules]
+    recommenders[0].added_songs = np.array([3])
     return Evaluator(recommenders, split=SPLIT, song_plays=plays, config=CONFIG, contexts=CONTEXTS)
 
 
@@ -78,16 +77,19 @@ class Asked:
         question = Questions(rows=np.array([user]), seen=np.array([seen]), at=np.array([at]))
         recommender = evaluator.recommenders[model]
         self.scores = {name: recommender.score(histories, question, name)[0] for name in recommender.horizons}
-        self.known = evaluator.known_songs
+        self.known, self.added = evaluator.known_songs, recommender.added_songs.tolist()
 
     def figures(
-        self, songs: list[int], k: int, horizon: str = "short", served: bool = False
+        self, songs: list[int], k: int, horizon: str = "short", served: bool = False, among_cold: bool = False
     ) -> tuple[float, float, float]:
         scores = np.array(self.scores.get(horizon, self.scores["short"]))
         if served:
             scores[self.past] = -np.inf
+        if among_cold:
+            scores[self.known] = -np.inf
         right = list(dict.fromkeys(songs))
-        ranks = [sum(scores >= scores[song]) if self.known[song] else math.inf for song in right]
+        findable = [song for song in right if self.known[song] or song in self.added]
+        ranks = [sum(scores >= scores[song]) for song in findable]
         within = sorted(rank for rank in ranks if rank <= k)
         ideal = sum(1 / math.log2(place + 2) for place in range(min(k, len(right))))
         gain = sum(1 / math.log2(rank + 1) for rank in within)
@@ -102,6 +104,8 @@ class Asked:
             "next_repeat": [song for song in self.future[:1] if song in self.past],
             "next10": self.future[:10],
             "offsets25_50": self.future[24:50],
+            "cold_songs": [song for song in self.future[:1] if song not in self.past and not self.known[song]],
+            "cold_among_cold": [song for song in self.future[:1] if song not in self.past and not self.known[song]],
         }[target]
 
 
@@ -120,10 +124,11 @@ def asked(evaluator: Evaluator, histories: Histories) -> dict[str, list[Asked]]:
 
 
 def _mean(asked: list[Asked], target: str, metric: str, k: int) -> float:
-    horizon, served = "long" if target.endswith("25_50") else "short", target.startswith("served")
+    horizon, served = "long" if target.endswith("25_50") else "short", target.startswith(("served", "cold"))
+    among_cold = target == "cold_among_cold"
     place = ("recall", "mrr", "ndcg").index(metric)
     some = [one for one in asked if one.wanted(target)]
-    return float(np.mean([one.figures(one.wanted(target), k, horizon, served)[place] for one in some]))
+    return float(np.mean([one.figures(one.wanted(target), k, horizon, served, among_cold)[place] for one in some]))
 
 
 def test_results_equal_plain_loops(figures: dict[str, Any], asked: dict[str, list[Asked]]) -> None:
@@ -134,7 +139,7 @@ def test_results_equal_plain_loops(figures: dict[str, Any], asked: dict[str, lis
         "held_out": lambda one: one.held_out,
     }
     keys = {(row["model"], row["users"], row["target"], row["metric"], row["k"]) for row in figures["results"]}
-    assert len(keys) == len(figures["results"]) == 3 * 4 * 7 * 3 * 2
+    assert len(keys) == len(figures["results"]) == 3 * 4 * 9 * 3 * 2
     for row in figures["results"]:
         some = [one for one in asked[row["model"]] if users[row["users"]](one)]
         assert row["value"] == pytest.approx(_mean(some, row["target"], row["metric"], row["k"]), abs=1e-5), row
@@ -154,9 +159,9 @@ def test_leave_one_out_asks_for_the_last_play_of_each_user(
 
 
 def test_breakdowns_equal_plain_loops(figures: dict[str, Any], asked: dict[str, list[Asked]]) -> None:
-    bounds = {"1-4": (1, 4), "5-19": (5, 19), "20-99": (20, 99), "100+": (100, math.inf)}
+    bounds = {"1": (1, 1), "2-4": (2, 4), "5-19": (5, 19), "20-99": (20, 99), "100+": (100, math.inf)}
     shown = {(row["by"], row["slice"]) for row in figures["breakdowns"]}
-    assert shown >= {("history", "1-4"), ("history", "20-99"), ("context", "radio"), ("context", "album")}
+    assert shown >= {("history", "2-4"), ("history", "20-99"), ("context", "radio"), ("context", "album")}
     for row in figures["breakdowns"]:
         if row["by"] == "history":
             low, high = bounds[row["slice"]]
@@ -191,7 +196,7 @@ def test_differences_are_those_of_the_means_and_their_intervals_are_paired(
     figures: dict[str, Any], evaluator: Evaluator, histories: Histories
 ) -> None:
     values = {(row["model"], row["users"], row["target"], row["metric"], row["k"]): row for row in figures["results"]}
-    assert len(figures["comparisons"]) == 2 * 5 * 2  # models, targets, metrics
+    assert len(figures["comparisons"]) == 2 * 6 * 2  # models, targets, metrics
     for row in figures["comparisons"]:
         key = (row["users"], row["target"], row["metric"], row["k"])
         assert (row["model"], row["k"]) == ("taste", 20)
@@ -209,7 +214,8 @@ def test_differences_are_those_of_the_means_and_their_intervals_are_paired(
 def test_an_ablation_is_a_model_of_its_own_kind_that_the_default_is_compared_with(
     evaluator: Evaluator, histories: Histories
 ) -> None:
-    (without,) = make_ablated({"network": lambda: PopularityRecommender(np.arange(NUM_SONGS))})
+    without = PopularityRecommender(np.arange(NUM_SONGS))
+    without.name, without.without = "without network", "network"
     models = [evaluator.recommenders[0], without]
     both = Evaluator(models, split=SPLIT, song_plays=np.ones(NUM_SONGS), config=CONFIG)
     figures = figures_of(both(histories), both, "taste")

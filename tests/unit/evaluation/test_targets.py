@@ -4,17 +4,27 @@ import numpy as np
 from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.evaluation.protocol import OFFSETS, SERVED, HeardSongs, TargetSongs, horizon_of, plays_ahead, target_songs
-from rayrec.recommend.base import Recommender
-from rayrec.recommend.item_knn import ItemKnnRecommender
+from rayrec.evaluation.protocol import (
+    COLD,
+    OFFSETS,
+    SERVED,
+    HeardSongs,
+    TargetSongs,
+    horizon_of,
+    plays_ahead,
+    target_songs,
+)
+from rayrec.recommend.base import BaseRecommender
+from rayrec.recommend.simple_baselines import ItemKnnRecommender
 
 
 class Both(ItemKnnRecommender):
     horizons = ("short", "long")
 
 
-def _targets(histories: Histories, queries: Questions, target: str) -> TargetSongs:
-    return target_songs(histories, queries, target, HeardSongs(histories))
+def _targets(histories: Histories, queries: Questions, target: str, known: np.ndarray | None = None) -> TargetSongs:
+    known = np.ones(200, dtype=bool) if known is None else known
+    return target_songs(histories, queries, target, HeardSongs(histories), known)
 
 
 def _all_queries(histories: Histories) -> Questions:
@@ -48,15 +58,17 @@ def test_the_long_term_is_offsets_25_to_50_of_those_who_play_so_long() -> None:
 
 def test_target_songs_equal_a_plain_loop() -> None:
     histories = random_histories(30, 9, longest=60, seed=3)
-    queries = _all_queries(histories)
+    queries, known = _all_queries(histories), np.arange(9) % 3 > 0
     for target, (first, last) in OFFSETS.items():
-        found = _targets(histories, queries, target)
+        found = _targets(histories, queries, target, known)
         for query in range(0, len(queries), 7):
             start = histories.offsets[queries.rows[query]] + queries.seen[query]
             end = histories.offsets[queries.rows[query] + 1]
             expected = set(histories.songs[start + first - 1 : min(end, start + last)].tolist())
             if target in SERVED:
                 expected -= set(histories.songs[histories.offsets[queries.rows[query]] : start].tolist())
+            if target in COLD:
+                expected -= set(np.flatnonzero(known).tolist())
             assert sorted(expected) == sorted(found.songs[found.rows == query].tolist())
             assert found.sizes[query] == len(expected)
 
@@ -70,6 +82,16 @@ def test_as_served_the_targets_are_songs_new_to_the_user_at_the_query() -> None:
     long = Histories.from_lists([[0, *range(100, 130), 0, 7, 7]], [range(34)])
     later = _targets(long, Questions(rows=np.array([0]), seen=np.array([3]), at=np.zeros(1, int)), "served25_50")
     assert later.songs.tolist() == [7, 126, 127, 128, 129]  # and not 0, which the user had heard
+
+
+def test_cold_targets_are_next_songs_new_to_the_user_that_no_fit_has_seen() -> None:
+    histories = Histories.from_lists([[0, 1, 2, 1, 3, 9]], [range(6)])
+    known = np.array([True, False, True, False])  # song 9 came later still
+    queries = _all_queries(histories)
+    for target in COLD:
+        cold = _targets(histories, queries, target, known)
+        assert (cold.rows.tolist(), cold.songs.tolist()) == ([0, 3, 4], [1, 3, 9])  # the second play of 1 is a repeat
+        assert (cold.served, cold.among_cold) == (True, target == "cold_among_cold")
 
 
 def test_plays_ahead_stay_within_the_history() -> None:
@@ -88,7 +110,7 @@ def test_a_song_is_heard_once_it_was_played_before_the_query() -> None:
 
 
 def test_the_long_horizon_answers_the_long_term_where_there_is_one() -> None:
-    short: Recommender = ItemKnnRecommender(random_vectors(3))
+    short: BaseRecommender = ItemKnnRecommender(random_vectors(3))
     both = Both(random_vectors(3))
-    assert [horizon_of(short, target) for target in OFFSETS] == ["short", "short", "short", "short", "short"]
-    assert [horizon_of(both, target) for target in OFFSETS] == ["short", "short", "short", "long", "long"]
+    assert {horizon_of(short, target) for target in OFFSETS} == {"short"}
+    assert [target for target in OFFSETS if horizon_of(both, target) == "long"] == ["offsets25_50", "served25_50"]

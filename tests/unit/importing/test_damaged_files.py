@@ -1,5 +1,6 @@
 """A damaged file never ends in a traceback, and never loses a row in silence."""
 
+import bz2
 import gzip
 import io
 import json
@@ -9,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rayrec.data import columns
+from rayrec.data.catalog import Catalog
+from rayrec.embeddings.external import read_outside
 from rayrec.errors import DamagedInputError, InputError
+from rayrec.importing.descriptions import read_descriptions
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.reader import ReadOptions
 
@@ -64,6 +70,51 @@ def parquet_plays() -> bytes:
     return stream.getvalue()
 
 
+def apple_plays() -> bytes:
+    lines = ["Song Name,Event Type,Event Start Timestamp,Play Duration Milliseconds"]
+    lines += [f"Song {row % 5},PLAY_END,2024-04-01T10:00:{row:02}Z,{row * 5_000}" for row in range(ROWS)]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def tidal_plays() -> bytes:
+    lines = ["artist_name,track_title,entry_date,stream_duration_ms,product_type,time_zone"]
+    lines += [f"Björk,Song {row},08/03/2022 19:{row:02},{row}000.0,TRACK,America/Toronto" for row in range(ROWS)]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def onion_plays() -> bytes:
+    lines = ["user_id\ttrack_id\ttimestamp"]
+    lines += [f"{row % 3}\tQm{row % 5}\t2013-01-27 21:42:{row:02}" for row in range(ROWS)]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def deezer_plays() -> bytes:
+    book = openpyxl.Workbook()
+    sheet = book.create_sheet("10_listeningHistory")
+    sheet.append(["Song Title", "Artist", "ISRC", "Listening Time", "Date"])
+    for row in range(ROWS):
+        sheet.append([TITLES[row % 4], "Björk", f"GB{row}", row * 5, f"2024-04-01 10:00:{row:02}"])
+    stream = io.BytesIO()
+    book.save(stream)
+    return stream.getvalue()
+
+
+def watched() -> list[dict[str, Any]]:
+    link = "https://music.youtube.com/watch?v="
+    return [
+        {"title": TITLES[row % 4], "titleUrl": f"{link}{row}", "time": f"2022-04-25T18:09:{row:02}Z"}
+        for row in range(ROWS)
+    ]
+
+
+def yambda_plays() -> bytes:
+    rows = pa.array(range(ROWS), pa.uint32())
+    table = {"uid": rows, "timestamp": rows, "item_id": rows, "is_organic": pa.array([1] * ROWS, pa.uint8())}
+    stream = io.BytesIO()
+    pq.write_table(pa.table(table), stream, row_group_size=10, write_page_checksum=True)
+    return stream.getvalue()
+
+
 def dumped(value: Any, **form: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, **form).encode()
 
@@ -76,6 +127,7 @@ class Sample:
     name: str
     make: Callable[[], bytes]
     whole_or_nothing: bool = False  # a cut is always seen
+    checked: bool = False  # has a checksum: what is read of a damaged file is right
     header: int = 0  # lines that are no rows
     separator: str = ","
 
@@ -83,7 +135,16 @@ class Sample:
 SAMPLES = {
     "csv": Sample("csv", "p.csv", csv_plays, header=1),
     "csv CRLF semicolon": Sample("csv", "p.csv", lambda: csv_plays(";", "\r\n"), header=1, separator=";"),
-    "csv.gz": Sample("csv", "p.csv.gz", lambda: gzip.compress(csv_plays(), mtime=0), whole_or_nothing=True),
+    "csv.gz": Sample("csv", "p.csv.gz", lambda: gzip.compress(csv_plays(), mtime=0), True, checked=True),
+    "apple-music": Sample("apple-music", "Apple Music Play Activity.csv", apple_plays, header=1),
+    "deezer": Sample("deezer", "deezer-data_1.xlsx", deezer_plays, True, checked=True),
+    "music4all-onion": Sample("music4all-onion", "p.tsv", onion_plays, header=1, separator="\t"),
+    "music4all-onion.bz2": Sample(
+        "music4all-onion", "p.tsv.bz2", lambda: bz2.compress(onion_plays()), True, checked=True
+    ),
+    "tidal": Sample("tidal", "streaming.csv", tidal_plays, header=1),
+    "yambda": Sample("yambda", "listens.parquet", yambda_plays, whole_or_nothing=True),
+    "youtube-takeout": Sample("youtube-takeout", "watch-history.json", lambda: dumped(watched()), True),
     "lastfm": Sample("lastfm-1k", "userid-timestamp.tsv", lastfm_plays),
     "listenbrainz lines": Sample(
         "listenbrainz", "p.jsonl", lambda: b"\n".join(dumped(listen) for listen in listens()) + b"\n"
@@ -93,25 +154,27 @@ SAMPLES = {
     "mpd": Sample("mpd", "mpd.slice.0-3.json", lambda: dumped(slice_of_playlists()), whole_or_nothing=True),
     "parquet": Sample("parquet", "p.parquet", parquet_plays, whole_or_nothing=True),
     "sequences": Sample(
-        "sequences", "p.txt", lambda: "".join(f"u{row}=s1:s{row}:ü{row % 5}\n" for row in range(ROWS)).encode()
+        "sequences", "p.txt", lambda: "".join(f"u{row}->s1|s{row}|ü{row % 5}\n" for row in range(ROWS)).encode()
     ),
 }
 
 
-def outcome(sample: Sample, content: bytes, folder: Path) -> tuple[list[Any], list[Any]] | InputError:
+def outcome(
+    sample: Sample, content: bytes, folder: Path, unit_bytes: int = 1 << 20
+) -> tuple[list[Any], list[Any]] | InputError:
     """The rows and the rejected rows of a file, or the error that says what is wrong with it."""
     path = folder / sample.name
     path.write_bytes(content)
     options = ReadOptions(
         playlists=FORMATS[sample.format].playlists,
         delimiter=sample.separator,
-        user_separator="=" if sample.format == "sequences" else "",
-        song_separator=":" if sample.format == "sequences" else " ",
+        user_separator="->" if sample.format == "sequences" else "",
+        song_separator="|" if sample.format == "sequences" else " ",
     )
     reader = FORMATS[sample.format].make(options)
     good, bad = [], []
     try:
-        for unit in reader.plan(str(path), len(content), 1 << 20):
+        for unit in reader.plan(str(path), len(content), unit_bytes):
             for batch in reader.read(unit):
                 assert batch.read == batch.rows.num_rows + batch.rejected.num_rows
                 batch.rows.validate(full=True)
@@ -161,6 +224,8 @@ def check_mutations(sample: Sample, folder: Path, count: int) -> None:
             continue
         if sample.whole_or_nothing:
             assert kind != "cut", content
+        if sample.checked:
+            assert found == expected, content
         if in_lines:
             assert len(found[0]) + len(found[1]) == rows_in(sample, content), content
 
@@ -176,12 +241,66 @@ def test_thousands_of_damaged_files_are_errors_or_accounted_for(name: str, tmp_p
     check_mutations(SAMPLES[name], tmp_path, 2_500)
 
 
+def song_table(ids: str, **values: list[Any]) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table({ids: [f"s{row}" for row in range(5)], **values}), stream, write_page_checksum=True)
+    return stream.getvalue()
+
+
+def check_song_files(folder: Path, count: int) -> None:
+    """Song metadata and vectors are read, or the file is named."""
+    vectors = [[float(row), 1.0] for row in range(5)]
+    array = io.BytesIO()
+    np.save(array, np.array(vectors))
+    rows = {columns.SONG: range(5), columns.SONG_ID: [f"s{row}" for row in range(5)]}
+    catalog = Catalog(pa.table({**rows, columns.TITLE: [None] * 5, columns.ARTIST: [None] * 5}, columns.SONGS_TABLE))
+    described = "song,title,released\n" + "".join(f's{row},"T, {row}",200{row}\n' for row in range(5))
+    files: dict[str, tuple[bytes, Callable[[str], Any]]] = {
+        "songs.csv": (described.encode(), read_descriptions),
+        "songs.csv.bz2": (bz2.compress(described.encode()), read_descriptions),
+        "songs.parquet": (song_table("song", title=[*TITLES, "x"]), read_descriptions),
+        "vectors.parquet": (song_table("song_id", vector=vectors), lambda path: read_outside(path, catalog)),
+        "vectors.npy": (array.getvalue(), lambda path: read_outside(path, catalog)),
+    }
+    random = np.random.default_rng(20)
+    for name, (whole, read) in files.items():
+        path = folder / name
+        path.write_bytes(whole)
+        read(str(path))
+        for _ in range(count):
+            kind, content = mutate(whole, random)
+            path.write_bytes(content)
+            try:
+                read(str(path))
+            except InputError as error:
+                assert str(path) in str(error), content  # noqa: PT017
+            else:
+                assert kind != "cut" or name == "songs.csv", content
+
+
+def test_damaged_song_metadata_and_vectors_are_errors_that_name_the_file(tmp_path: Path) -> None:
+    check_song_files(tmp_path, 40)
+
+
+@pytest.mark.slow
+def test_thousands_of_damaged_song_files_are_errors_that_name_the_file(tmp_path: Path) -> None:
+    check_song_files(tmp_path, 2_000)
+
+
 @pytest.mark.parametrize("name", [name for name, sample in SAMPLES.items() if sample.whole_or_nothing])
 def test_a_format_with_an_end_detects_every_cut(name: str, tmp_path: Path) -> None:
     sample = SAMPLES[name]
     whole = sample.make()
     for end in range(0, len(whole), max(1, len(whole) // 300)):
         assert isinstance(outcome(sample, whole[:end], tmp_path), DamagedInputError), end
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("unit_bytes", [1, 100])
+def test_units_of_any_size_give_the_same_rows(name: str, unit_bytes: int, tmp_path: Path) -> None:
+    content = SAMPLES[name].make()
+    found = outcome(SAMPLES[name], content, tmp_path, unit_bytes)
+    assert found == outcome(SAMPLES[name], content, tmp_path)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -200,7 +319,9 @@ def test_another_format_under_a_name_is_an_error_or_gives_no_row(name: str, othe
         assert found[1]
 
 
-@pytest.mark.parametrize("name", ["csv", "lastfm", "listenbrainz lines", "listenbrainz list", "spotify", "mpd"])
+@pytest.mark.parametrize(
+    "name", ["csv", "lastfm", "tidal", "listenbrainz lines", "listenbrainz list", "spotify", "mpd"]
+)
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8-sig"])
 def test_another_encoding_costs_its_rows_or_is_an_error(name: str, encoding: str, tmp_path: Path) -> None:
     sample = SAMPLES[name]

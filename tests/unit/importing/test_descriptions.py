@@ -16,7 +16,7 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError, NotFoundError
 from rayrec.importing.descriptions import DescribeConfig, describe, read_descriptions
-from rayrec.recommend.attributes import SongMasks, Wanted
+from rayrec.recommend.filters import SongMasks, Wanted
 from rayrec.storage import artifacts
 from rayrec.storage.dataset_manifest import write_manifest
 from rayrec.storage.workspace import Workspace
@@ -41,6 +41,17 @@ def written(folder: Path, text: str, name: str = "songs.csv") -> str:
     path = folder / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     return str(path)
+
+
+def test_a_csv_without_an_end_of_its_last_line_and_one_with_another_delimiter_are_pointed_out(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    path = written(tmp_path, CSV.rstrip("\n"))
+    told = describe(dataset.workspace, DescribeConfig(), path)
+    assert told.warnings == [f"The last line of {path} has no line end: the file may have been cut."]
+    assert describe(dataset.workspace, DescribeConfig(), written(tmp_path, CSV)).warnings == []
+    with pytest.raises(InputError, match="divided by ';': pass --delimiter ';'"):
+        read_descriptions(written(tmp_path, CSV.replace(",", ";")))
 
 
 @pytest.mark.parametrize("name", ["songs.csv", "songs.csv.gz"])
@@ -109,8 +120,8 @@ def test_what_was_told_of_other_songs_is_not_told_of_these(dataset: Dataset, tmp
         ('[{"song": "a", "title": "b"}]', "songs.csv", "is JSON"),
         ("song,title\ra,b\r", "songs.csv", "carriage returns alone"),
         ("song,title,title\na,b,c\n", "songs.csv", "2 columns named 'title'"),
-        ("song;title\na;b\n", "songs.csv", "no column 'song'"),
-        ("song,title\na,b\n", "songs.parquet", "cannot be read"),
+        ("song;title\na;b\n", "songs.csv", "pass --delimiter"),
+        ("song,title\na,b\n", "songs.parquet", "is not a Parquet file"),
         ("song,title\na,b\n", "songs.xls", "neither .csv nor .parquet"),
     ],
 )
@@ -195,3 +206,64 @@ def test_a_column_of_a_type_that_cannot_hold_its_role_is_named(dataset: Dataset,
     pq.write_table(pa.table({"song": ["a"], "title": ["b"], name: values}), tmp_path / "s.parquet")
     with pytest.raises(InputError, match=f"column '{name}' holds struct"):
         describe(dataset.workspace, DescribeConfig(), str(tmp_path / "s.parquet"))
+
+
+def content(folder: Path, ids: list[str], dim: int = 3, first: float = 0.0, name: str = "content") -> str:
+    np.save(folder / f"{name}.npy", first + np.arange(len(ids) * dim, dtype=np.float64).reshape(-1, dim))
+    (folder / f"{name}.ids.txt").write_text("\n".join(ids) + "\n")
+    return str(folder / f"{name}.npy")
+
+
+def test_content_vectors_stand_beside_the_table_and_are_read_for_the_songs_asked_for(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    vectors = content(tmp_path, ["song-4", "song-9", "song-1"])
+    told = describe(dataset.workspace, DescribeConfig(vectors=vectors), written(tmp_path, CSV))
+    assert (told.content, told.released) == (2, 3)
+    found = dataset.content()
+    assert found.dim == 3
+    np.testing.assert_array_equal(found.vectors(np.array([1, 0, 4])), [[6, 7, 8], [0, 0, 0], [0, 1, 2]])
+
+
+def test_appended_metadata_leaves_what_other_songs_were_described_by(dataset: Dataset, tmp_path: Path) -> None:
+    vectors = content(tmp_path, ["song-4", "song-1"])
+    describe(dataset.workspace, DescribeConfig(vectors=vectors), written(tmp_path, CSV))
+    later = written(tmp_path, "song,artist\nsong-1,Eve\nsong-5,Flo\n", "later.csv")
+    more = content(tmp_path, ["song-5", "song-1"], first=100, name="more")
+    told = describe(dataset.workspace, DescribeConfig(vectors=more, append=True), later)
+    assert (told.content, told.released) == (3, 3)
+    artists = dataset.catalog().table.column(columns.ARTIST).to_pylist()
+    assert artists == ["Ann", "Eve", "Artist 2", "Artist 3", "Artist 4", "Flo"]
+    np.testing.assert_array_equal(
+        dataset.content().vectors(np.array([4, 1, 5])), [[0, 1, 2], [103, 104, 105], [100, 101, 102]]
+    )
+    assert len(dataset.descriptions()) == 2
+    describe(dataset.workspace, DescribeConfig(), later)  # in place of both
+    assert len(dataset.descriptions()) == 1
+    assert dataset.content().dim == 0
+
+
+@pytest.mark.parametrize(
+    ("dim", "first", "message"),
+    [(4, 0.0, r"vectors of 4 numbers, those that are kept have 3.*--append"), (3, np.nan, r"hold NaN .* first row 1;")],
+)
+def test_content_that_cannot_be_used_is_refused(
+    dataset: Dataset, tmp_path: Path, dim: int, first: float, message: str
+) -> None:
+    describe(dataset.workspace, DescribeConfig(vectors=content(tmp_path, ["song-4"])))
+    other = content(tmp_path, ["song-1", "song-2"], dim, first, name="other")
+    with pytest.raises(InputError, match=message):
+        describe(dataset.workspace, DescribeConfig(vectors=other, append=True))
+
+
+def test_content_without_ids_is_of_the_songs_of_the_catalog(dataset: Dataset, tmp_path: Path) -> None:
+    np.save(tmp_path / "all.npy", np.eye(6, dtype=np.float32))
+    assert describe(dataset.workspace, DescribeConfig(vectors=str(tmp_path / "all.npy"))).content == 6
+    np.save(tmp_path / "few.npy", np.eye(4, dtype=np.float32))
+    with pytest.raises(InputError, match=r"has 4 rows, the catalog 6 songs.*NAME.ids.txt"):
+        describe(dataset.workspace, DescribeConfig(vectors=str(tmp_path / "few.npy")))
+
+
+def test_nothing_to_describe_by_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(InputError, match=r"a table of songs, or content vectors with --vectors"):
+        describe(dataset.workspace, DescribeConfig())

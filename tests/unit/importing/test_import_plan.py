@@ -14,7 +14,7 @@ from rayrec.data.dataset import bucket_of
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
 from rayrec.importing import fragments, import_plan, staging, vocabulary
-from rayrec.importing.import_plan import ImportConfig, bucket_groups, choose_buckets, make_plan
+from rayrec.importing.import_plan import ImportConfig, bucket_groups, choose_buckets, plan_import
 from rayrec.importing.import_workers import PieceImporter, SongRange
 from rayrec.importing.readers.reader import Unit
 from rayrec.importing.staging import Staging, finish_publishing
@@ -34,7 +34,7 @@ def write_plays(path: Path, rows: int = 50) -> Path:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format": "xml"}, "unknown format 'xml'; expected one of csv, lastfm-1k"),
+        ({"format": "xml"}, "unknown format 'xml'; expected one of apple-music, csv"),
         ({"paths": ()}, r"paths is \[\]; expected a non-empty list of strings"),
         ({"kind": "songs"}, "kind is 'songs'"),
         ({"format": "lastfm-1k", "columns": {"user": "u"}}, "has fixed columns"),
@@ -73,7 +73,7 @@ def test_there_is_a_bucket_for_every_64_mib_within_16_and_4096() -> None:
 def test_a_plan_cuts_files_in_order_and_knows_the_lines_before_each_unit(tmp_path: Path) -> None:
     write_plays(tmp_path / "b.csv")
     write_plays(tmp_path / "a.csv", rows=5)
-    plan = make_plan(ImportConfig(format="csv", paths=(str(tmp_path),), unit_mib=500 / MIB))
+    plan = plan_import(ImportConfig(format="csv", paths=(str(tmp_path),), unit_mib=500 / MIB))
     assert [Path(file.source).name for file in plan.files] == ["a.csv", "b.csv"]
     assert plan.unit_files == [0, 1, 1]
     assert [(unit.start, unit.stop) for unit in plan.units[1:]] == [
@@ -86,17 +86,17 @@ def test_a_plan_cuts_files_in_order_and_knows_the_lines_before_each_unit(tmp_pat
 def test_a_plan_changes_with_settings_and_files(tmp_path: Path) -> None:
     file = write_plays(tmp_path / "a.csv")
     config = ImportConfig(format="csv", paths=(str(file),))
-    first = make_plan(config).id
-    assert make_plan(config).id == first
-    assert make_plan(ImportConfig(format="csv", paths=(str(file),), min_user_plays=2)).id != first
+    first = plan_import(config).id
+    assert plan_import(config).id == first
+    assert plan_import(ImportConfig(format="csv", paths=(str(file),), min_user_plays=2)).id != first
     write_plays(file, rows=51)
-    assert make_plan(config).id != first
+    assert plan_import(config).id != first
 
 
 def test_a_missing_column_is_found_before_any_work(tmp_path: Path) -> None:
     file = write_plays(tmp_path / "a.csv")
     with pytest.raises(InputError, match="no column 'ts' for played_at; it has user, song, played_at"):
-        make_plan(ImportConfig(format="csv", paths=(str(file),), columns={"played_at": "ts"}))
+        plan_import(ImportConfig(format="csv", paths=(str(file),), columns={"played_at": "ts"}))
 
 
 def test_files_of_one_name_are_refused_where_users_are_named_by_file(tmp_path: Path) -> None:
@@ -105,8 +105,8 @@ def test_files_of_one_name_are_refused_where_users_are_named_by_file(tmp_path: P
         (tmp_path / folder / "day.txt").write_text("u:1 2\n")
     paths = (str(tmp_path / "a"), str(tmp_path / "b"))
     with pytest.raises(InputError, match=r"day.txt is there twice.*rename one"):
-        make_plan(ImportConfig(format="sequences", paths=paths))
-    assert len(make_plan(ImportConfig(format="sequences", paths=paths, user_separator=":")).files) == 2
+        plan_import(ImportConfig(format="sequences", paths=paths))
+    assert len(plan_import(ImportConfig(format="sequences", paths=paths, user_separator=":")).files) == 2
 
 
 def importer(workspace: Workspace, paths: list[Path], *, buckets: int = 4, **settings: Any) -> PieceImporter:

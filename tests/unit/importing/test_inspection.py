@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayrec.errors import InputError
-from rayrec.importing.import_plan import ImportConfig, make_plan
+from rayrec.importing.import_plan import ImportConfig, plan_import
 from rayrec.importing.inspection import guess_roles, inspect_files, time_form
 
 START = 1711929600
@@ -39,7 +39,7 @@ def test_columns_delimiter_times_and_the_command_are_guessed_of_a_csv(tmp_path: 
         *("rayrec", "import", "csv", path, "--columns", columns, "--delimiter", ";"),
     ]
     pairs = dict(pair.split("=") for pair in columns.split(","))
-    make_plan(ImportConfig(format="csv", paths=(path,), columns=pairs, delimiter=";"))  # the command fits the file
+    plan_import(ImportConfig(format="csv", paths=(path,), columns=pairs, delimiter=";"))  # the command fits the file
 
 
 def test_types_of_a_parquet_file_are_shown(tmp_path: Path) -> None:
@@ -98,6 +98,31 @@ def test_names_of_public_data_sets_are_known() -> None:
     ):
         _, found = guess_roles({name: pa.array(["1"]) for name in names})
         assert (found["user"], found["song"], found["played_at"]) == expected
+
+
+def test_titles_and_artists_are_found_by_names_that_hold_the_words() -> None:
+    for names, expected in (
+        (
+            ("ts", "master_metadata_track_name", "master_metadata_album_artist_name", "spotify_track_uri"),
+            {"title": "master_metadata_track_name", "artist": "master_metadata_album_artist_name"},
+        ),
+        (("Artist Name(s)", "Artist URI(s)", "Track Name"), {"title": "Track Name", "artist": "Artist Name(s)"}),
+        (("artist_id", "artist-mbid", "the title", "title of album"), {"title": "the title"}),
+        (("main artist", "other artists", "subtitle", "headtitle"), {}),
+    ):
+        _, found = guess_roles({name: pa.array(["1"]) for name in names})
+        assert {role: found[role] for role in ("title", "artist") if role in found} == expected
+
+
+def test_columns_of_one_name_are_pointed_out(tmp_path: Path) -> None:
+    pq.write_table(pa.table([pa.array(["a"])] * 3, names=["user", "user", "song"]), tmp_path / "p.parquet")
+    for format_name, path in (
+        ("parquet", str(tmp_path)),
+        ("csv", write(tmp_path / "p.csv", "user,user,song\n1,2,3\n")),
+    ):
+        found = inspect_files(format_name, [path])
+        assert "2 columns are named 'user': rename all but one." in found.notes
+        assert found.missing == ["played_at"]
 
 
 def test_other_formats_say_how_many_rows_would_be_rejected(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Finding the files of an import."""
 
+import bz2
+import gzip
 from pathlib import Path
 
 import pytest
 
-from rayrec.errors import InputError
-from rayrec.importing.readers.files import find_files
+from rayrec.errors import DamagedInputError, InputError
+from rayrec.importing.readers.files import find_files, open_plain, require_text
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -14,13 +16,33 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).write_text("x")
 
 
+def test_packed_files_are_unpacked_and_one_that_is_cut_or_misnamed_is_named(tmp_path: Path) -> None:
+    for suffix, pack in ((".gz", gzip.compress), (".bz2", bz2.compress)):
+        path = tmp_path / f"p.csv{suffix}"
+        packed = pack(b"user,song\n" * 1_000)
+        path.write_bytes(packed)
+        with open_plain(str(path)) as stream:
+            assert stream.read() == b"user,song\n" * 1_000
+        for content in (packed[:-3], b"user,song\n", packed[:20] + b"x" + packed[21:]):
+            path.write_bytes(content)
+            with (
+                pytest.raises(DamagedInputError, match=r"p\.csv\..* is not a whole (gzip|bzip2) file"),
+                open_plain(str(path)) as stream,
+            ):
+                stream.read()
+        plain = tmp_path / "p.csv"
+        plain.write_bytes(packed)
+        with pytest.raises(DamagedInputError, match=f"give it a name that ends in {suffix}"):
+            require_text(str(plain))
+
+
 def names(paths: list[Path], patterns: list[str], below: Path) -> list[str]:
     return [str(Path(file.source).relative_to(below)) for file in find_files([str(path) for path in paths], patterns)]
 
 
 def test_a_folder_gives_its_matching_files_by_name_and_below_too(tmp_path: Path) -> None:
-    touch(tmp_path, "b.csv", "a.CSV", "deep/c.csv.gz", "d.txt", ".hidden.csv", "_done.csv")
-    assert names([tmp_path], ["*.csv"], tmp_path) == ["a.CSV", "b.csv", "deep/c.csv.gz"]
+    touch(tmp_path, "b.csv", "a.CSV", "deep/c.csv.gz", "deep/e.csv.bz2", "d.txt", ".hidden.csv", "_done.csv")
+    assert names([tmp_path], ["*.csv"], tmp_path) == ["a.CSV", "b.csv", "deep/c.csv.gz", "deep/e.csv.bz2"]
 
 
 def test_a_named_file_is_taken_whatever_its_name_and_once(tmp_path: Path) -> None:

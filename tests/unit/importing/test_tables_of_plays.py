@@ -20,6 +20,7 @@ from rayrec.importing.readers.reader import ReadOptions
 
 START = 1711929600
 # Line breaks are left out: a csv value must not hold one.
+CONTEXTS = st.lists(st.none() | st.lists(st.sampled_from(["radio", " search", "ü", ""]), max_size=3), max_size=5)
 NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=6)
 IDS = st.one_of(NAMES, st.sampled_from(["7", "7.0", "nan", "", " a ", 'a"b', "a;b", "a,b", "a\tb", "ü", "007"]))
 PLAYS = st.lists(st.tuples(IDS, IDS, st.integers(START, START + 9), NAMES), min_size=1, max_size=6)
@@ -36,6 +37,8 @@ DIALECTS: list[dict[str, Any]] = [  # of pandas, polars and Excel
     {"lineterminator": "\r\n", "encoding": "utf-8-sig"},
 ]
 STRINGS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.binary()]
+LISTS = [pa.list_(pa.string()), pa.large_list(pa.string()), pa.large_list(pa.large_string())]
+LISTS += [pa.list_(pa.string_view()), pa.list_(pa.string(), 2), pa.list_(pa.dictionary(pa.int32(), pa.string()))]
 TIMES = ["seconds", "ms", "timestamp", "text"]
 
 Found = tuple[Counter[tuple[str, str, int, str | None]], Counter[str]]
@@ -116,6 +119,33 @@ def same_from_parquet(plays: list[tuple[Any, ...]], form: str, kind: pa.DataType
         assert read("parquet", path) == expected(plays)
 
 
+def same_contexts(contexts: list[list[str] | None], kind: pa.DataType) -> None:
+    """Listed contexts from every type of list, and from text with bars between them."""
+    if pa.types.is_fixed_size_list(kind):
+        # Without null: pyarrow cannot read back what it writes of those.
+        contexts = [(names * 2)[:2] for names in contexts if names]
+    if not contexts:
+        return
+    rows = len(contexts)
+    flat = pa.array(contexts, pa.list_(pa.string()))
+    if pa.types.is_dictionary(kind.value_type):
+        values = pa.ListArray.from_arrays(flat.offsets, flat.values.dictionary_encode(), mask=flat.is_null())
+    else:
+        values = pa.array(contexts, kind)
+    table = {"user": ["u"] * rows, "song": ["s"] * rows, "played_at": [START + row for row in range(rows)]}
+    expected = [names and [name.strip() for name in names if name.strip()] for names in contexts]
+    texts = [None if names is None else " | ".join(names) for names in contexts]
+    for column in (values, pa.array(texts)):
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "p.parquet"
+            pq.write_table(pa.table({**table, "contexts": column}), path)
+            reader = FORMATS["parquet"].make(ReadOptions())
+            (unit,) = reader.plan(str(path), path.stat().st_size, 1 << 20)
+            (batch,) = reader.read(unit)
+            found = batch.rows.column("contexts").to_pylist()
+        assert [names or None for names in found] == [names or None for names in expected]
+
+
 def same_from_numbers(plays: list[tuple[Any, ...]]) -> None:
     """A pandas frame with gaps in a column of whole numbers, as csv and Parquet and back."""
     with TemporaryDirectory() as folder:
@@ -171,12 +201,31 @@ def test_any_table_is_the_same_from_json_in_lines_and_in_a_list(plays: list[tupl
     same_from_listens(plays, in_lines)
 
 
+@QUIET
+@given(CONTEXTS, st.sampled_from(LISTS))
+def test_listed_contexts_are_the_same_from_every_type_of_list(
+    contexts: list[list[str] | None], kind: pa.DataType
+) -> None:
+    same_contexts(contexts, kind)
+
+
 @pytest.mark.slow
 @THOROUGH
-@given(PLAYS, NUMBERS, FORMS, st.sampled_from(DIALECTS), st.sampled_from(STRINGS), st.booleans())
+@given(
+    PLAYS,
+    NUMBERS,
+    CONTEXTS,
+    st.sampled_from(LISTS),
+    FORMS,
+    st.sampled_from(DIALECTS),
+    st.sampled_from(STRINGS),
+    st.booleans(),
+)
 def test_thousands_of_tables_are_the_same_from_every_file(
     plays: list[tuple[Any, ...]],
     numbers: list[tuple[Any, ...]],
+    contexts: list[list[str] | None],
+    lists: pa.DataType,
     form: str,
     dialect: dict[str, Any],
     kind: pa.DataType,
@@ -185,4 +234,5 @@ def test_thousands_of_tables_are_the_same_from_every_file(
     same_from_csv(plays, form, dialect)
     same_from_parquet(plays, form, kind)
     same_from_numbers(numbers)
+    same_contexts(contexts, lists)
     same_from_listens(plays, in_lines)

@@ -10,7 +10,7 @@ from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
-from rayrec.importing import compaction
+from rayrec.importing import merging
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.compact import compact
 from rayrec.jobs.import_data import append_plays, import_data
@@ -102,7 +102,7 @@ def test_a_killed_run_leaves_the_data_set_as_it_was_and_goes_on(
 ) -> None:
     before = Dataset(five_parts)
     plays = content(before)
-    joiner, move = compaction.BucketJoiner.__call__, Workspace.move
+    joiner, move = merging.BucketJoiner.__call__, Workspace.move
     done: list[Any] = []
 
     def killed_bucket(worker: Any, bucket: int) -> Any:
@@ -121,14 +121,14 @@ def test_a_killed_run_leaves_the_data_set_as_it_was_and_goes_on(
         if step == "publishing":
             patch.setattr(Workspace, "move", killed_move)
         else:
-            patch.setattr(compaction.BucketJoiner, "__call__", killed_bucket)
+            patch.setattr(merging.BucketJoiner, "__call__", killed_bucket)
         compact(five_parts)
     assert Dataset(five_parts).manifest == before.manifest
     assert content(Dataset(five_parts)) == plays
     first = done[0]
     if step == "second bucket":
         monkeypatch.setattr(
-            compaction.BucketJoiner,
+            merging.BucketJoiner,
             "__call__",
             lambda worker, bucket: pytest.fail("was done") if bucket == first else joiner(worker, bucket),
         )

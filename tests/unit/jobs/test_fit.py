@@ -12,8 +12,8 @@ from rayrec.errors import InputError
 from rayrec.jobs.fit import FitResult, fit, train_defaults
 from rayrec.jobs.fit_config import FitConfig
 from rayrec.model.train_config import TrainConfig
-from rayrec.recommend.retrieval.retrieval import SELECTION_RETRIEVAL, Retrieval
-from rayrec.storage.artifacts import load
+from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.storage.artifacts import listing, load
 from rayrec.storage.dataset_manifest import DatasetManifest
 from rayrec.storage.releases import active_release, verify_release
 from rayrec.storage.workspace import Workspace
@@ -24,7 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "train": {"hidden_dim": 8, "epochs": 2, "negatives": 16},
     "rank": {"trees": 10},
 }
-STAGES = ["import", "embed", "train", "retrieval", "rank", "taste", "index", "release"]
+STAGES = ["import", "embed", "train", "songs", "retrieval", "rank", "taste", "index", "release"]
 
 
 def fitted(workspace: Workspace, path: str, **options: Any) -> FitResult:
@@ -55,7 +55,7 @@ def test_a_file_becomes_a_live_release_that_answers_with_rankers(
     columns = "csv: user = user_id, song = track, played_at = timestamp, title = title, artist = artist"
     assert notes[0] == f"Importing {path} as {columns}"
     assert notes[1].startswith("Holding back the plays from ")
-    assert len(result.answer.song_ids) == 5
+    assert len(result.answer.songs) == 5
 
 
 def test_what_answers_saw_all_plays_and_what_was_measured_none_of_those_held_back(
@@ -117,7 +117,7 @@ def test_too_few_plays_for_rankers_are_said_and_end_nothing(
     live = active_release(workspace)
     assert live is not None
     assert "rankers" not in live.inputs
-    assert (len(result.answer.song_ids) == 5) == (len({row.split(",")[0] for row in rows}) > 1)  # else all are heard
+    assert (len(result.answer.songs) == 5) == (len({row.split(",")[0] for row in rows}) > 1)  # else all are heard
     assert (result.quality is None) == ("retrieval" in left_out)
 
 
@@ -133,6 +133,20 @@ def test_a_play_is_enough_to_be_told_what_is_missing(
         fitted(workspace, str(path))
     with pytest.raises(InputError, match="unknown section 'tain'"):
         fit(workspace, FitConfig(paths=(str(path),)), settings={"tain": {}})
+
+
+@pytest.mark.parametrize(("pause", "is_one_session"), [(10 * 60, False), (3600, True)])
+def test_plays_too_far_apart_for_sessions_are_embedded_history_by_history(
+    pause: int, is_one_session: bool, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    rows = [f"u{user},s{play % 5},{BEGIN + play * pause}\n" for user in range(4) for play in range(10)]
+    path = tmp_path / "plays.csv"
+    path.write_text("user_id,track,timestamp\n" + "".join(rows))
+    fitted(workspace, str(path))
+    (songs,) = listing(workspace, "songs")
+    assert songs.metrics["sentences"] == 4
+    assert (songs.config["session_gap_minutes"] > 30) == is_one_session
 
 
 def test_small_data_are_read_in_smaller_batches_and_large_ones_by_workers() -> None:

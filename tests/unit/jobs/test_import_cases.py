@@ -86,7 +86,7 @@ def test_a_slice_that_is_cut_off_stops_the_import_and_is_named(
 @pytest.mark.parametrize(
     ("format_name", "name", "content"),
     [
-        ("csv", "p.csv.gz", gzip.compress(b"user,song,played_at\nu,s,1711929600\n" * 50)[:-9]),
+        ("csv", "p.csv.gz", gzip.compress(b"user,song,played_at\nu,s,1711929600\n" * 50, mtime=0)[:-9]),
         ("listenbrainz", "p.json", b'[{"listened_at": 1711929600, "user_name": "u"'),
         ("spotify-history", "endsong_1.json", b'[{"ts": "2024-04-01T00:00:00Z"'),
         ("parquet", "p.parquet", b"PAR1 cut"),
@@ -195,6 +195,36 @@ def test_many_rejected_rows_warn_and_more_than_are_allowed_import_nothing(
         )
         shown = rayrec("import", "csv", file, as_json=False)
         assert (shown.code, "no song" in shown.out, "line 102: u1,,5" in " ".join(shown.out.split())) == (2, True, True)
+
+
+def test_where_all_rows_are_rejected_the_summary_shows_an_example_too(rayrec: Any, tmp_path: Path) -> None:
+    file = plays_csv(tmp_path / "p.csv", rows=0, bad=3)
+    done = rayrec("import", "csv", file, "--max-rejected", "1")
+    assert (done.code, done.data["error"]["kind"]) == (2, "too_many_rejected")
+    assert done.data["error"]["message"] == f"{file}: all 3 rows are rejected: 3 × no song"
+    (reason,) = done.data["import"]["reasons"]
+    assert (reason["line"], reason["text"]) == (2, "u1,,5")
+
+
+def test_what_a_format_holds_beside_plays_is_no_reason_to_stop(rayrec: Any, tmp_path: Path) -> None:
+    """Of a watch history most is no music."""
+    entry = {"titleUrl": "https://www.youtube.com/watch?v=a", "title": "Watched A"}
+    music = [{**entry, "header": "YouTube Music", "time": f"2022-04-25T18:09:{row:02}Z"} for row in range(4)]
+    history = [*music, {**music[0], "time": None}, *[{**entry, "header": "YouTube"}] * 95]
+    file = write(tmp_path / "ann" / "watch-history.json", json.dumps(history))
+    done = rayrec("import", "youtube-takeout", file)
+    assert (done.code, done.data["plays"], done.data["rejected"]) == (0, 4, 96)
+    assert done.data["import"]["beside"] == 95
+    assert "1 of 5 rows (20.0%) were rejected." in done.data["import"]["warnings"]
+    assert rayrec("import", "youtube-takeout", file, "--force", "--max-rejected", "0.1").code == 2
+
+
+def test_files_left_out_are_named_with_the_whole_reason(rayrec: Any, tmp_path: Path) -> None:
+    plays_csv(tmp_path / "p" / "1.csv", rows=10)
+    write(tmp_path / "p" / ("a rather long name that a table would cut " * 3 + ".csv"), "")
+    shown = rayrec("import", "csv", tmp_path / "p", "--skip-damaged", as_json=False)
+    assert shown.code == 0
+    assert "a table would cut .csv is empty; fetch it again" in " ".join(shown.out.split())
 
 
 def test_a_play_of_1970_is_pointed_out(rayrec: Any, tmp_path: Path) -> None:

@@ -10,14 +10,16 @@ from rings import BEGIN, DAY, ring_plays, write_rows
 from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
+from rayrec.data.split import load_split
 from rayrec.errors import InputError
 from rayrec.jobs.fit import fit
 from rayrec.jobs.fit_config import FitConfig, UpdateConfig
 from rayrec.jobs.update import UpdateResult, update
+from rayrec.model.added_songs import AddedSongs
 from rayrec.online.state_store import open_store, store_uri
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
 from rayrec.recommend.ranker_training import checks_rankers
-from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.storage.artifacts import Manifest, load
 from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import Workspace
@@ -74,11 +76,28 @@ def test_a_day_of_plays_goes_live_with_its_new_users_and_songs(fitted: Workspace
     assert live.id == result.release != before.id
     assert live.inputs["models"] == before.inputs["models"]
     assert live.inputs["dataset"] == dataset.manifest.id
-    retrieval = Retrieval.load(fitted, load(fitted, "retrieval", live.inputs["retrieval"]).folder)
-    assert int(retrieval.plays.plays.sum()) == dataset.manifest.plays  # those it was checked on, too
+    added = AddedSongs.load(fitted, load(fitted, "added_songs", live.inputs["added_songs"]).folder)
+    assert added.rows.tolist() == dataset.catalog().rows(["new"]).tolist()
     recommender, at = load_recommender(fitted, dataset, live.inputs), dataset.manifest.last_play + 60_000
-    assert len(answer(dataset, recommender, RecommendConfig(k=5), at=at, user="u169").song_ids) == 5
-    assert "new" in answer(dataset, recommender, RecommendConfig(k=20), at=at, songs=["s5", "s6"]).song_ids
+    assert len(answer(dataset, recommender, RecommendConfig(k=5), at=at, user="u169").songs) == 5
+    after = answer(dataset, recommender, RecommendConfig(k=20), at=at, songs=["s5", "s6"])
+    assert "new" in [song.song_id for song in after.songs]
+
+
+def test_the_retrieval_takes_in_the_new_plays_alone_and_what_is_checked_none_of_the_newest(
+    fitted: Workspace, tmp_path: Path
+) -> None:
+    before = live_of(fitted)
+    day = ring_plays(range(50), plays=8, begin=20, days=1, **RING)
+    updated(fitted, write_rows(tmp_path / "day.csv", day))
+    made = load(fitted, "retrieval", live_of(fitted).inputs["retrieval"])
+    assert made.metrics["base"] == before.inputs["retrieval"]
+    moments = np.concatenate([batch.played_at for batch in Dataset(fitted).read_all()])
+    cut = load_split(fitted, made.inputs["split"]).validation_from
+    assert cut is not None
+    assert 0 < (moments >= cut).sum() < len(day)
+    for folder, plays in ((made.folder, len(moments)), (made.path(SELECTION_RETRIEVAL), (moments < cut).sum())):
+        assert int(Retrieval.load(fitted, folder).plays.plays.sum()) == plays
 
 
 def test_the_same_plays_again_change_nothing(fitted: Workspace, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from worlds import random_histories, write_dataset
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.errors import DamagedArtifactError
-from rayrec.model.carried_tastes import Counts, continued_tables, full_tables
 from rayrec.model.inference import TasteEncoder
+from rayrec.model.taste_table import Counts, continued_tables, full_tables
 from rayrec.model.train_config import Cell, FeatureSpec
 from rayrec.storage.workspace import Workspace, histories_file
 

@@ -17,9 +17,9 @@ from rayrec.model.objectives import (
     Targets,
     cosine,
     l2,
+    log_prior,
     softmax,
 )
-from rayrec.model.popularity_prior import log_prior
 
 COUNTS = np.arange(NUM_SONGS)  # song 0 was never played
 SCALE = torch.tensor(12.0)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayrec.model.popularity_prior import HITS, HITS_POWER, log_popularity, log_prior
+from rayrec.model.objectives import HITS, HITS_POWER, log_popularity, log_prior
 
 
 def test_popularity_is_the_share_of_plays_with_hits_counted_up() -> None:

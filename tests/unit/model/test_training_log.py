@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rayrec.model.training_log import EPOCHS, TENSORBOARD, write_epochs, write_tensorboard
+from rayrec.model.checkpoint import EPOCHS, TENSORBOARD, write_epochs, write_tensorboard
 from rayrec.storage.workspace import Workspace
 
 LINES = [

@@ -12,8 +12,7 @@ from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
 from rayrec.errors import InputError, LeakError
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training_sequences import Sequences
-from rayrec.model.window_stream import UnitReader, plain_stream
+from rayrec.model.training_windows import Sequences, UnitReader, plain_stream
 from rayrec.model.workers import Share
 from rayrec.storage.dataset_manifest import write_manifest
 from rayrec.storage.workspace import Workspace, playlists_file

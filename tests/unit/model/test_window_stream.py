@@ -12,9 +12,9 @@ from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
 from rayrec.data.windows import Windows, epoch_units
 from rayrec.errors import LeakError
-from rayrec.model import window_stream
+from rayrec.model import training_windows
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.window_stream import UnitReader, plain_stream, split_batches
+from rayrec.model.training_windows import UnitReader, plain_stream, split_batches
 from rayrec.model.workers import Share
 from rayrec.storage.workspace import Workspace
 
@@ -94,7 +94,7 @@ def test_a_reader_that_selects_too_much_is_stopped(
 def test_batches_stay_whole_wherever_an_engine_cuts_or_joins_the_tables(
     dataset: Dataset, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(window_stream, "POOL_PLAYS", 100)  # several pools to a unit, each with few batches
+    monkeypatch.setattr(training_windows, "POOL_PLAYS", 100)  # several pools to a unit, each with few batches
     reader = UnitReader(dataset, EVERYTHING, CONFIG.replace(batch=50), Share(), 0)
     units = {"unit": np.array(["[0, 1]", "[3]", "[2]"], dtype=object)}
     tables = list(reader.tables(units))

@@ -9,7 +9,7 @@ import pytest
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog
 from rayrec.errors import InputError
-from rayrec.recommend.attributes import SongMasks, Wanted
+from rayrec.recommend.filters import SongMasks, Wanted
 
 
 def catalog(described: bool = True) -> Catalog:

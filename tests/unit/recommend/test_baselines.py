@@ -11,12 +11,10 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.errors import InputError, LeakError
 from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
-from rayrec.recommend.discounted_average import AverageRecommender
-from rayrec.recommend.item_knn import ItemKnnRecommender
-from rayrec.recommend.popularity import RECENT_DAYS, PopularityRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender, count_rules, strongest
-from rayrec.recommend.vsknn import VsknnRecommender
-from rayrec.recommend.vstan import VstanRecommender
+from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender
+from rayrec.recommend.simple_baselines import RECENT_DAYS, ItemKnnRecommender, PopularityRecommender
+from rayrec.recommend.weighted_average import AverageRecommender
 from rayrec.storage.workspace import Workspace
 
 FITS: list[Callable[..., Any]] = [

@@ -8,7 +8,7 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.recommend.candidate_features import FeatureSources
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import QueryBatch
-from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates, make_retrievers, retrieve
 
 NUM_SONGS = 40
@@ -111,3 +111,14 @@ def test_a_catalog_without_artists_gives_no_features_of_them() -> None:
     histories = random_histories(10, NUM_SONGS)
     _, _, features = _features(histories, Questions.at_end(histories, 10**9), artists=None)
     assert not [name for name in features if name.startswith(("artist", "album", "recent_artists"))]
+
+
+def test_the_age_of_a_song_counts_the_days_since_its_first_play_by_anybody() -> None:
+    past = random_histories(120, NUM_SONGS, seed=9)  # within a day of 1970
+    days = 20
+    features = _one([3, 4], [0, 1], at=days * 24 * 60 + 1)
+    played = set(past.songs.tolist())
+    assert {features[song]["age_days"] for song in features if song in played} == {days}
+    histories = Histories.from_lists([[3, 4]], [[0, MINUTE]])
+    _, _, without = _features(histories, Questions.at_end(histories, days * 24 * HOUR), real_times=False)
+    assert not without["age_days"].any()

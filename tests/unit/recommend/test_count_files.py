@@ -7,7 +7,7 @@ import pytest
 from worlds import random_histories
 
 from rayrec.recommend.retrieval.count_files import pack_counts, unpack_counts
-from rayrec.recommend.retrieval.retrieval import RetrievalCounts
+from rayrec.recommend.retrieval.stored_retrieval import RetrievalCounts
 
 NUM_SONGS = 50
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from worlds import random_vectors
 
-from rayrec.recommend.diversity import diversify, pool_size
+from rayrec.recommend.selection import diversify, pool_size
 
 
 def by_hand(vectors: np.ndarray, k: int, diversity: float) -> list[int]:

@@ -13,7 +13,7 @@ from rayrec.recommend import index as index_module
 from rayrec.recommend.base import NO_SONG, top_k
 from rayrec.recommend.filters import Limits, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.item_knn import ItemKnnRecommender
+from rayrec.recommend.simple_baselines import ItemKnnRecommender
 
 
 @st.composite

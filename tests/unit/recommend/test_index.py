@@ -1,4 +1,5 @@
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import strategies as st
 from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError
 from rayrec.recommend import index as index_module
 from rayrec.recommend.base import NO_SONG, top_k
+from rayrec.recommend.filters import Limits
 from rayrec.recommend.index import (
     INDEX_FILE,
+    MAX_OVERFETCH,
     IndexConfig,
     SongIndex,
     import_faiss,
@@ -82,6 +85,25 @@ def test_many_songs_left_out_still_give_the_true_best(
     expected_songs, expected_scores = brute_force(vectors, queries, 20, exclude)
     np.testing.assert_array_equal(songs, expected_songs)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-6)
+
+
+def test_a_user_who_has_heard_very_many_songs_costs_no_mask_of_the_catalog() -> None:
+    songs, heard = 200_000, MAX_OVERFETCH + 500
+    vectors = unit_vectors(songs)
+    index = SongIndex.build(vectors, IVF.replace(nlist=32))
+    random = np.random.default_rng(1)
+    query, banned = unit_vectors(1, seed=2), random.choice(songs, heard, replace=False).astype(np.int32)
+    limits = [Limits(banned=banned)]
+    index.rank(query, 10, limits)
+    tracemalloc.start()
+    ranking = index.rank(query, 10, limits)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < songs  # bytes
+    assert ranking.paths == ("selector",)
+    expected, _ = brute_force(vectors, query, 10, [banned])
+    assert len(np.intersect1d(ranking.songs, expected)) >= 9
+    assert not np.isin(ranking.songs, banned).any()
 
 
 def test_lists_that_hold_too_few_songs_are_made_up_for() -> None:

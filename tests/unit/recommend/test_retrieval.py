@@ -12,9 +12,9 @@ from worlds import random_histories
 from rayrec.data.histories import Histories
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.errors import LeakError
-from rayrec.recommend.retrieval.retrieval import Retrieval, RetrievalCounts
-from rayrec.recommend.retrieval.rule_counts import UNIT, RuleCounts
+from rayrec.recommend.retrieval.play_counts import NOT_PLAYED, UNIT, RuleCounts
 from rayrec.recommend.retrieval.session_postings import SessionPostings
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval, RetrievalCounts
 from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 50
@@ -128,6 +128,17 @@ def test_only_the_last_weeks_count_as_of_late() -> None:
     retrieval = Retrieval.fit([histories], num_songs=4)
     assert retrieval.recent_plays.tolist() == [0, 1, 1, 0]
     assert retrieval.popular.tolist() == [2, 0, 1]  # the last week first, then plays in all; song 3 was never played
+
+
+def test_the_first_day_of_a_song_is_that_of_its_first_play_whatever_the_order_of_the_parts() -> None:
+    day = DAY_MS
+    parts = [
+        Histories.from_lists([[0, 1]], [[5 * day, 9 * day]]),
+        Histories.from_lists([[1, 0]], [[3 * day + 7, 8 * day]]),
+    ]
+    for some in (parts, parts[::-1]):
+        first = Retrieval.fit(some, num_songs=3).plays.first_days
+        assert first.tolist() == [5, 3, NOT_PLAYED]
 
 
 def test_what_was_saved_opens_memory_mapped_and_equal(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import QueryBatch
-from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import (
     Proposals,
     Retriever,
@@ -16,10 +16,11 @@ from rayrec.recommend.retrievers import (
     SessionRetriever,
     UserRulesRetriever,
     UserTopRetriever,
+    make_new_song_retrievers,
     make_retrievers,
     retrieve,
 )
-from rayrec.recommend.vstan import VstanRecommender
+from rayrec.recommend.session_knn import VstanRecommender
 
 MINUTE, HOUR = 60_000, 3_600_000
 NUM_SONGS = 40
@@ -161,3 +162,48 @@ def test_a_user_without_plays_gets_what_is_popular_of_late() -> None:
     )
     found = retrieve(list(_all(retrieval).values()), batch)
     assert sorted(found.songs) == sorted(retrieval.popular[:20])
+
+
+def test_new_songs_are_proposed_by_artist_by_album_and_by_vector_and_no_others_are() -> None:
+    artists = np.arange(NUM_SONGS) % 5
+    albums = np.where(np.arange(NUM_SONGS) < 30, np.arange(NUM_SONGS) // 3, -1)
+    retrieval = Retrieval.fit(
+        [random_histories(20, NUM_SONGS)], num_songs=NUM_SONGS, artist_of_song=artists, album_of_song=albums
+    )
+    # 7 was there without plays; 41 is of an artist of whom no other song is known, 43 of none.
+    rows = np.array([7, 40, 41, 42, 43, 44])
+    artist_rows, album_rows = np.array([2, 2, 41, 41, -1, 3]), np.array([6, -1, -1, 41, -1, -1])
+    known = retrieval.with_added(rows, artist_rows, album_rows)
+    vectors = random_vectors(45, 8, seed=1)
+    by_name = {each.name: each for each in make_new_song_retrievers(known, vectors, rows)}
+    assert list(by_name) == ["new_content", "new_artists", "new_albums"]
+
+    def proposed(name: str, songs: list[int]) -> list[int]:
+        return _ordered(by_name[name].propose(_asked(songs, 45), 20))
+
+    assert proposed("new_artists", [12]) == [7, 40]  # 12 is of the artist of 2
+    assert proposed("new_artists", [41]) == [41, 42]
+    assert proposed("new_artists", [13, 12]) == [7, 40, 44]  # that of 13 is the artist of 3, played earlier
+    assert proposed("new_artists", [43]) == []
+    assert proposed("new_albums", [6]) == [7]
+    assert proposed("new_albums", [41]) == []  # 41 itself was described without an album
+    batch = _asked([1], 45)
+    near = rows[np.argsort(-vectors[rows] @ batch.short_vectors[0])]
+    assert proposed("new_content", [1]) == near.tolist()
+    few = by_name["new_content"].propose(batch, 2)
+    assert set(few.songs.tolist()) == set(near[:2].tolist())
+    # Retrievers of known songs see the artists of the new ones, and propose what they did.
+    for name in ("artists", "albums"):
+        old, new = (_all(each)[name].propose(_asked([12, 6], 45), 40) for each in (retrieval, known))
+        assert _ordered(old) == _ordered(new)
+    assert set(_ordered(_all(known)["artists"].propose(_asked([40], 45), 40))) == set(range(2, 40, 5))
+
+
+def test_of_many_new_songs_of_an_artist_the_last_come_first() -> None:
+    retrieval = Retrieval.fit([random_histories(5, 10)], num_songs=10, artist_of_song=np.zeros(10, np.int64))
+    rows = np.arange(10, 400)
+    known = retrieval.with_added(rows, np.zeros(390, np.int64), np.full(390, -1))
+    retrievers = make_new_song_retrievers(known, random_vectors(400, 8), rows)
+    (artists,) = (retriever for retriever in retrievers if retriever.name == "new_artists")
+    found = artists.propose(_asked([3], 400), 500)
+    assert sorted(found.songs.tolist()) == list(range(300, 400))

@@ -9,20 +9,25 @@ from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
+from rayrec.embeddings.content_map import ContentMap
 from rayrec.errors import InputError
+from rayrec.model.added_songs import AddedSongs
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets
+from rayrec.recommend.ablation import ABLATED_PARTS
 from rayrec.recommend.base import NO_SONG
 from rayrec.recommend.filters import Limits, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.ranker import Ranker, RankerSettings
 from rayrec.recommend.reasons import reasons
-from rayrec.recommend.retrieval.retrieval import Retrieval
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import COUNTS
+from rayrec.recommend.session_knn import VstanRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import CandidateSource, RankerKind, TwoStepRecommender, examples_for
-from rayrec.recommend.vstan import VstanRecommender
+
+Answers = dict[RankerKind, tuple[np.ndarray, np.ndarray]]
 
 NUM_SONGS = 60
 MINUTE = 60_000
@@ -44,6 +49,32 @@ def _network(num_songs: int = NUM_SONGS) -> TasteRecommender:
     )
     vectors = random_vectors(num_songs, 8)
     return TasteRecommender(TasteModel(config, torch.from_numpy(vectors)).eval(), vectors)
+
+
+def _network_with_added_songs(artists: np.ndarray, albums: np.ndarray) -> TasteRecommender:
+    """A network of NUM_SONGS songs to which three were added, the songs of the first three artists and albums."""
+    unlearned = ContentMap(
+        mean=np.zeros(8),
+        strengths=np.ones(2),
+        content_mean=np.zeros(0),
+        content_scale=np.zeros(0),
+        weights=np.zeros((0, 8)),
+        penalty=0.0,
+        explained=0.0,
+    )
+    network, vectors = _network(), random_vectors(3, 8, seed=5)
+    network.add_songs(
+        AddedSongs(
+            rows=np.arange(NUM_SONGS, NUM_SONGS + 3),
+            outputs=vectors,
+            inputs=vectors,
+            artist_rows=np.unique(artists, return_index=True)[1][:3],
+            album_rows=np.unique(albums, return_index=True)[1][:3],
+            output_map=unlearned,
+            input_map=unlearned,
+        )
+    )
+    return network
 
 
 def _cycling(users: int, seed: int) -> Histories:
@@ -72,13 +103,12 @@ def recommender() -> TwoStepRecommender:
     checked = _cycling(400, 1)
     queries, targets = _last_plays(checked)
     held_out = np.arange(len(queries)) % 4 == 0
-    rankers: dict[RankerKind, Ranker] = {}
-    for kind, shift in (("next", 0), ("long", 7)):  # the long horizon's right songs are others
-        examples = examples_for(
-            source, checked, queries, np.arange(len(queries)), (targets + shift) % NUM_SONGS, held_out=held_out
-        )
-        settings = RankerSettings(trees=30, min_leaf=10)
-        rankers[kind] = Ranker.fit(examples, source.sources.names, settings)  # type: ignore[index]
+    rows = np.arange(len(queries))
+    # The long horizon's right songs are others.
+    answers: Answers = {"next": (rows, targets), "long": (rows, (targets + 7) % NUM_SONGS)}
+    examples = examples_for(source, checked, queries, answers, held_out=held_out)
+    settings = RankerSettings(trees=30, min_leaf=10)
+    rankers = {kind: Ranker.fit(part, source.sources.names, settings) for kind, part in examples.items()}
     return TwoStepRecommender(source, rankers)
 
 
@@ -202,15 +232,11 @@ def test_no_array_as_long_as_the_catalog_is_made_for_a_query(recommender: TwoSte
     source = CandidateSource(
         network, Retrieval.fit([past], num_songs=songs, artist_of_song=artists, album_of_song=artists)
     )
-    examples = examples_for(
-        source,
-        past,
-        Questions.at_end(past, NOW),
-        np.arange(len(past)),
-        np.array([last[-1] if len(last) else 0 for last in past.last_songs(1)]),
-        held_out=np.arange(len(past)) % 2 == 0,
-    )
-    ranker = Ranker.fit(examples, source.sources.names, RankerSettings(trees=3, min_leaf=5))
+    last = np.array([songs[-1] if len(songs) else 0 for songs in past.last_songs(1)])
+    held_out = np.arange(len(past)) % 2 == 0
+    answers: Answers = {"next": (np.arange(len(past)), last)}
+    examples = examples_for(source, past, Questions.at_end(past, NOW), answers, held_out=held_out)
+    ranker = Ranker.fit(examples["next"], source.sources.names, RankerSettings(trees=3, min_leaf=5))
     large = TwoStepRecommender(source, {"next": ranker})
     history = past.take(np.array([int(past.lengths.argmax())]))
     large.recommend(history, NOW, 20, exclude_heard=True)
@@ -223,14 +249,38 @@ def test_no_array_as_long_as_the_catalog_is_made_for_a_query(recommender: TwoSte
 
 def test_the_reasons_of_a_song_are_those_of_its_features(recommender: TwoStepRecommender) -> None:
     histories = Histories.from_lists([[1, 2, 9, 1]], [[0, MINUTE, 2 * MINUTE, 3 * MINUTE]])
-    queries = Questions.at_end(histories, 3 * MINUTE + 3 * 24 * 60 * MINUTE)
-    (song, unknown) = recommender.explain(histories, queries, np.array([2, 10**6]))
+    (song, unknown) = recommender.explain(histories, 3 * MINUTE + 3 * 24 * 60 * MINUTE, np.array([2, 10**6]))
     assert reasons(song, "Song One")[:2] == [
         "you played it after Song One before",
         "you played it once, last 3 days ago",
     ]
     assert unknown == {}
     assert reasons(unknown, None)
+
+
+@pytest.mark.parametrize("part", ABLATED_PARTS)
+def test_without_a_part_its_retrievers_and_features_are_gone_and_the_others_stay(part: str) -> None:
+    artists = np.arange(NUM_SONGS) % 9
+    albums = artists % 4
+    retrieval = Retrieval.fit([_cycling(150, 0)], num_songs=NUM_SONGS, artist_of_song=artists, album_of_song=albums)
+    network = _network_with_added_songs(artists, albums)
+    full = CandidateSource(network, retrieval)
+    less = CandidateSource(network, retrieval, without=part)
+    gone = ABLATED_PARTS[part]
+    names = [retriever.name for retriever in full.retrievers]
+    assert set(gone.retrievers) <= set(names)
+    assert [retriever.name for retriever in less.retrievers] == [name for name in names if name not in gone.retrievers]
+    beginnings = (*gone.features, *(f"{name}_" for name in gone.retrievers))
+    assert less.sources.names == [name for name in full.sources.names if not name.startswith(beginnings)]
+    histories = _cycling(20, 7)
+    queries, _ = _last_plays(histories)
+    ((_, whole), (_, rest)) = (next(source.batches(histories, queries)) for source in (full, less))
+    place = whole.candidates.find(rest.candidates.keys)
+    assert (place >= 0).all()
+    for name in ("plays", "history_length", "sessions_score", "user_plays", "cosine_short", "artist_user_plays"):
+        if name in less.sources.names:
+            column = whole.features[place, full.sources.names.index(name)]
+            np.testing.assert_array_equal(rest.features[:, less.sources.names.index(name)], column)
 
 
 def test_examples_leave_out_queries_that_teach_nothing_unless_they_are_held_out(
@@ -240,10 +290,11 @@ def test_examples_leave_out_queries_that_teach_nothing_unless_they_are_held_out(
     queries, targets = _last_plays(histories)
     rows = np.arange(len(queries))
     source = CandidateSource(recommender.source.network, recommender.source.retrieval, counts=dict.fromkeys(COUNTS, 2))
-    grown = examples_for(source, histories, queries, rows, targets, held_out=np.zeros(len(rows), dtype=bool))
+    answers: Answers = {"next": (rows, targets)}
+    grown = examples_for(source, histories, queries, answers, held_out=np.zeros(len(rows), dtype=bool))["next"]
     assert grown.found.all()
     assert len(grown) < len(queries)
-    checked = examples_for(source, histories, queries, rows, targets, held_out=np.ones(len(rows), dtype=bool))
+    checked = examples_for(source, histories, queries, answers, held_out=np.ones(len(rows), dtype=bool))["next"]
     assert len(checked) == len(queries)
     assert checked.found.sum() == len(grown)
 
@@ -252,8 +303,7 @@ def test_examples_of_new_songs_hold_none_that_were_heard(recommender: TwoStepRec
     histories = _cycling(50, 7)
     queries, targets = _last_plays(histories)
     held_out = np.zeros(len(queries), dtype=bool)
-    new = examples_for(
-        recommender.source, histories, queries, np.arange(len(queries)), targets, held_out=held_out, new_only=True
-    )
+    answers: Answers = {"served": (np.arange(len(queries)), targets)}
+    new = examples_for(recommender.source, histories, queries, answers, held_out=held_out)["served"]
     assert 0 < len(new) < len(queries)
     assert not new.features[:, recommender.source.sources.names.index("user_plays")].any()

@@ -10,8 +10,8 @@ from worlds import random_histories
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.errors import LeakError
-from rayrec.recommend import vsknn as module
-from rayrec.recommend.vsknn import VsknnRecommender, VsknnSettings
+from rayrec.recommend import session_knn as module
+from rayrec.recommend.session_knn import VsknnRecommender, VsknnSettings
 
 NUM_SONGS = 10
 

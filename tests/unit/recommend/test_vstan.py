@@ -7,8 +7,8 @@ from worlds import random_histories
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import DAY_MS, FitRange
-from rayrec.recommend import vstan as module
-from rayrec.recommend.vstan import VstanRecommender, VstanSettings
+from rayrec.recommend import session_knn as module
+from rayrec.recommend.session_knn import VstanRecommender, VstanSettings
 
 NUM_SONGS = 12
 USUAL = VstanSettings()

@@ -9,7 +9,7 @@ import pytest
 from served import Client, service, write_release, write_world
 
 from rayrec.errors import InputError
-from rayrec.serving.auth import VARIABLE, Keys, load_keys
+from rayrec.serving.middleware import VARIABLE, Keys, load_keys
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage.workspace import Workspace
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from datetime import date
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +15,10 @@ from rayrec.data.dataset import Dataset
 from rayrec.importing.descriptions import store_descriptions
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.serving.auth import load_keys
+from rayrec.serving.middleware import load_keys
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import SONGS_TABLE, Workspace
 
 SONGS = ["song-3", "song-50", "song-3", "song-9"]
 KEY = "r" * 20
@@ -122,17 +123,19 @@ def test_diversity_makes_answers_less_alike(app: Client, network: TasteRecommend
     assert ask(app, k=10, diversity=0.0)["songs"] == ask(app, k=10)["songs"]
 
 
-def test_an_explained_answer_names_the_plays_and_the_rest_stays(app: Client) -> None:
-    plain, told = ask(app), ask(app, explain=True)
-    assert plain["explanation"] is None
-    assert [reason["song_id"] for reason in told["explanation"]] != []
-    assert sorted(reason["song_id"] for reason in told["explanation"]) == sorted(SONGS)
-    moved = [reason["moved"] for reason in told["explanation"]]
-    assert moved == sorted(moved, reverse=True)
-    assert {song["because"] for song in told["songs"]} <= {*SONGS, None}
-    assert any(song["because"] for song in told["songs"])
+@pytest.mark.parametrize("diversity", [0.0, 0.4])
+def test_an_explained_answer_gives_reasons_for_each_song_and_the_rest_stays(app: Client, diversity: float) -> None:
+    plain, told = ask(app, diversity=diversity), ask(app, explain=True, diversity=diversity)
+    assert (plain["last_plays"], {song["reasons"] for song in plain["songs"]}) == (None, {None})
+    assert [song["song_id"] for song in told["last_plays"]] == SONGS
+    assert all(1 <= len(song["reasons"]) <= 3 for song in told["songs"])
     assert rows(plain) == rows(told)
-    assert ask(app, history=[], explain=True)["explanation"] is None
+
+
+def test_without_plays_the_reason_is_popularity(app: Client) -> None:
+    answer = ask(app, history=[], explain=True)
+    assert {tuple(song["reasons"]) for song in answer["songs"]} == {("it is among the most played songs",)}
+    assert answer["last_plays"] == []
 
 
 def test_songs_are_found_by_title_and_artist(app: Client) -> None:
@@ -156,6 +159,46 @@ def test_similar_songs_are_the_nearest_by_cosine(app: Client, network: TasteReco
     assert app.get(f"/v1/songs/song-{WITHOUT_VECTOR}/similar").json()["songs"] == []
     assert app.get("/v1/songs/none/similar").status_code == 404
     assert app.get("/v1/songs/song-5/similar", params={"k": 0}).status_code == 422
+
+
+ODD_IDS = [
+    *("AC/DC – Song 4, Part 4", "a/similar", "..", ".", "a%2Fb", "a?b#c", "line\nbreak", "+ &=;", "Zoë 🎵", "\\", '"'),
+    *("x" * 512, "7"),
+]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """The first songs have odd ids."""
+    workspace = Workspace(tmp_path_factory.mktemp("odd") / "workspace")
+    write_world(workspace)
+    songs = workspace.read_table(SONGS_TABLE)
+    song_ids = [f"song-{NUM_SONGS}", *ODD_IDS, *songs.column(columns.SONG_ID).to_pylist()[len(ODD_IDS) + 1 :]]
+    song_ids[WITHOUT_VECTOR], song_ids[0] = song_ids[0], song_ids[WITHOUT_VECTOR]
+    place = songs.column_names.index(columns.SONG_ID)
+    workspace.write_table(
+        SONGS_TABLE, songs.set_column(place, columns.SONGS_TABLE.field(columns.SONG_ID), pa.array(song_ids))
+    )
+    write_release(workspace, ranked=False)
+    with service(workspace) as opened:
+        yield Client(opened)
+
+
+@pytest.mark.parametrize("song_id", ODD_IDS, ids=range(len(ODD_IDS)))
+def test_songs_of_any_id_have_every_endpoint(odd: Client, song_id: str) -> None:
+    path = quote(song_id, safe="").replace(".", "%2E")
+    similar = odd.get(f"/v1/songs/{path}/similar", params={"k": 3}).json()
+    assert (similar["song_id"], len(similar["songs"])) == (song_id, 3)
+    answer = ask(odd, history=[song_id], allow=[song_id, "song-50"], k=5)
+    assert (answer["unknown_songs"], answer["plays"]) == (0, 1)
+    assert song_id in [song["song_id"] for song in ask(odd, history=["song-50"], allow=[song_id])["songs"]]
+    (point,) = odd.post("/v1/map", {"songs": [song_id]}).json()["points"]
+    assert point["song_id"] == song_id
+
+
+def test_songs_are_found_by_ids_as_pandas_writes_them(odd: Client) -> None:
+    assert odd.get("/v1/songs/7.0/similar").status_code == 200
+    assert ask(odd, history=["7.0", " 7"])["unknown_songs"] == 0
 
 
 def test_songs_on_a_map_have_a_place_each(app: Client) -> None:

@@ -12,7 +12,7 @@ import uvicorn
 from served import AT, service, write_release, write_world
 
 from rayrec.data import columns
-from rayrec.serving.auth import Keys, load_keys
+from rayrec.serving.middleware import Keys, load_keys
 from rayrec.serving.routes import create_app
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage.workspace import SONGS_TABLE, Workspace
@@ -98,7 +98,8 @@ def test_songs_are_found_played_and_answered_on_both_time_scales(
         page.locator("#map g").first.wait_for()
         drawn = {spot.get_attribute("data-song") for spot in page.locator("#map g").all()}
         assert {"song-3", "song-50"} < drawn
-        assert {item.get_attribute("data-song") for item in page.locator("#why li").all()} == {"song-3", "song-50"}
+        shown_reasons = [item.inner_text() for item in page.locator("#long .why").all()]
+        assert shown_reasons == ["; ".join(song["reasons"]) for song in answer["songs"]]
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.get_by_role("button", name="Remove Artist 3 – Title 3").click()
         page.locator("#status", has_text="1 play").wait_for()

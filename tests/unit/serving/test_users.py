@@ -16,8 +16,8 @@ from rayrec.model.inference import TasteEncoder
 from rayrec.model.taste_table import states_of, taste_table
 from rayrec.online import user_state
 from rayrec.recommend.answer import load_recommender
-from rayrec.recommend.base import Recommender
-from rayrec.recommend.choosing import network_of
+from rayrec.recommend.base import BaseRecommender
+from rayrec.recommend.selection import network_of
 from rayrec.serving.serve_config import MAX_PLAYS
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
@@ -41,7 +41,7 @@ def app(world: Workspace, uri: str) -> Iterator[Client]:
         yield Client(opened)
 
 
-def recommender(world: Workspace, model: str = "model1") -> Recommender:
+def recommender(world: Workspace, model: str = "model1") -> BaseRecommender:
     return load_recommender(world, Dataset(world), releases.default_parts(world, model))
 
 
@@ -325,6 +325,18 @@ def test_users_of_any_id_have_every_endpoint(app: Client, user: str) -> None:
     assert app.get(f"{path}/recommendations", params={"k": 3}).json()["plays"] == 1
     assert app.request("DELETE", path).status_code == 204
     assert app.get(f"{path}/taste").status_code == 404
+
+
+def test_a_user_and_a_song_are_one_however_their_ids_are_spelled(app: Client) -> None:
+    """As pandas makes 7.0 of 7 in a column with gaps, and imports make 7 of it again."""
+    for number, (user, song) in enumerate([("7", "song-3"), (" 7.0", "song-3 "), ("7.00", "\tsong-5")]):
+        send(app, {**PLAY, "user_id": user, "song_id": song, "event_id": f"e{number}"})
+    found = app.get("/v1/users/7.0/taste").json()
+    assert (found["user_id"], found["plays"]) == ("7", 3)
+    assert recommend(app, user_id="7.0 ", k=3)["plays"] == 3
+    for none in ("%20", "nan"):
+        require_problem(app.get(f"/v1/users/{none}/taste"), 422, "path.user_id")
+    assert app.post("/v1/plays", {**PLAY, "user_id": "NaN"}).status_code == 422
 
 
 def test_recommendations_of_a_stored_user_by_get_are_those_by_post(app: Client) -> None:

@@ -54,6 +54,17 @@ def test_what_old_releases_alone_refer_to_is_named_with_its_size(nights: Workspa
     assert find_garbage(nights, keep=2, hours=1) == []  # everything is younger
 
 
+def test_of_recommendations_the_last_of_each_model_in_use_stay(nights: Workspace) -> None:
+    for name, model in (("r1", "m"), ("r2", "m"), ("r3", "unused")):
+        make(nights, "recommendations", name, dataset="d", models=model)
+    release(nights, 5)
+    paths = [item.path for item in find_garbage(nights, keep=2, hours=0)]
+    assert {path for path in paths if path.startswith("recommendations/")} == {
+        "recommendations/r1",
+        "recommendations/r3",
+    }
+
+
 def test_after_cleaning_what_is_kept_verifies_and_rolls_back(nights: Workspace) -> None:
     garbage = find_garbage(nights, keep=2, hours=0)
     assert delete_garbage(nights, garbage) == sum(item.bytes for item in garbage)

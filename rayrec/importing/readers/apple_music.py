@@ -1,0 +1,67 @@
+"""Apple Music: Apple Music Play Activity.csv of Apple Media Services. Written from public descriptions and samples.
+
+The file holds an event a row, in over a hundred columns that change from year to year; those of plays are taken. It has
+no ids of songs, and in exports since about 2021 hardly an artist: a song is `artist – title` where the row names an
+artist, else `album – title`.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayrec.data import columns
+from rayrec.data.moments import in_utc, to_ms
+from rayrec.data.spelling import Problems, name_songs, spell_ids, spell_texts, valid_text
+from rayrec.importing.readers import delimited
+from rayrec.importing.readers.accounts import AccountCsvReader
+from rayrec.importing.readers.delimited import DelimitedRows, flags_below, required_columns, same
+from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch
+
+# Older names after the present ones; the first that a row fills counts.
+TITLES = ("Song Name", "Content Name")
+ARTISTS = ("Artist Name", "Container Artist Name")
+ALBUMS = ("Album Name", "Container Album Name")
+TIMES = ("Event Start Timestamp", "Event End Timestamp")
+DURATION, REASON, EVENT = "Play Duration Milliseconds", "End Reason Type", "Event Type"
+PLAYS = ("PLAY_END", "PLAY", None)  # events; PLAY_START would count a play twice
+OTHER_EVENT = "event is not a play"
+
+
+class AppleMusicReader(AccountCsvReader):
+    """Reads Apple Music Play Activity.csv. Skipped are plays that a skip ended, or of under 30 seconds."""
+
+    def find(self, source: str, header: list[str]) -> dict[str, int]:
+        """As in `AccountCsvReader`."""
+        title = next((name for name in TITLES if name in header), TITLES[0])
+        time = next((name for name in TIMES if name in header), TIMES[0])
+        optional = (*TITLES, *ARTISTS, *ALBUMS, *TIMES, DURATION, REASON, EVENT)
+        return required_columns(source, header, (title, time), optional)
+
+    def batch(self, rows: DelimitedRows, user: str, source: str) -> Batch:
+        """As in `AccountCsvReader`."""
+        values, count = rows.values, len(rows.indices)
+        problems = Problems(count)
+
+        def first_of(names: tuple[str, ...]) -> pa.Array:
+            given = [spell_texts(values[name], problems, column=name) for name in names if name in values]
+            return pc.coalesce(*given, pa.nulls(count, pa.string()))
+
+        if EVENT in values:
+            plays = [same(values[EVENT], event) for event in PLAYS]
+            problems.mark(~np.logical_or.reduce(plays), OTHER_EVENT)
+        title, artist = first_of(TITLES), first_of(ARTISTS)
+        song = name_songs(pa.nulls(count, pa.string()), pc.coalesce(artist, first_of(ALBUMS)), title)
+        given = [valid_text(values[name], problems) for name in TIMES if name in values]
+        data = {
+            columns.USER: pa.array(np.full(count, user, dtype=object), pa.string()),
+            columns.SONG_ID: spell_ids(song, problems, column=TITLES[0], reason=NO_SONG),
+            columns.PLAYED_AT: pa.array(to_ms(in_utc(pc.coalesce(*given)), problems, column=TIMES[0])),
+            columns.TITLE: title,
+            columns.ARTIST: artist,
+        }
+        short = flags_below(values[DURATION], STREAM_MS) if DURATION in values else pa.nulls(count, pa.bool_())
+        if REASON in values:
+            skipped = pc.fill_null(pc.match_substring(values[REASON], "SKIPPED"), False)
+            short = pc.if_else(skipped, True, short)
+        data[columns.SKIPPED] = short
+        return delimited.to_batch(rows, data, problems, source)

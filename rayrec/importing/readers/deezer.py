@@ -1,0 +1,112 @@
+"""Deezer: deezer-data_NUMBER.xlsx, which it sends a person on request. Written from public descriptions.
+
+The sheet of the listening history has the columns Song Title, Artist, ISRC, Album Title, Listening Time (seconds) and
+Date, which is taken as UTC. A song is its ISRC, else `artist – title`.
+"""
+
+import posixpath
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import IO, Any, cast
+
+from rayrec.data import columns
+from rayrec.data.spelling import name_song
+from rayrec.errors import DamagedInputError, InputError
+from rayrec.importing.readers.accounts import account_of, check_accounts
+from rayrec.importing.readers.files import open_source
+from rayrec.importing.readers.json_rows import Record, RowCollector, text
+from rayrec.importing.readers.reader import STREAM_MS, Batch, ReadOptions, Unit
+
+SHEET = "_listeningHistory"  # its name ends so, after a number
+TITLE, ARTIST, ISRC, SECONDS, DATE = "Song Title", "Artist", "ISRC", "Listening Time", "Date"
+ACCOUNT = re.compile(r"deezer-data_(\d+)", re.IGNORECASE)
+
+
+class DeezerReader:
+    """Reads deezer-data_NUMBER.xlsx. The line is the number of the row. A play of under 30 seconds counts as skipped.
+
+    The user is the `user` setting where there is one, else the number in the file's name, else the file's folder.
+    """
+
+    def __init__(self, options: ReadOptions) -> None:
+        self.options = options
+
+    def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
+        """One unit per file."""
+        return [Unit(source=source)]
+
+    def read(self, unit: Unit) -> Iterator[Batch]:
+        """One batch with the whole file. Raises `DamagedInputError` where a part of the archive is not whole."""
+        rows = RowCollector(columns.PLAYS, unit.source)
+        user = self.options.user or _account(unit.source) or account_of(unit.source)
+        header, *lines = _sheet(unit.source)
+        names = [str(name).strip() for name in header]
+        missing = [name for name in (TITLE, ARTIST, DATE) if name not in names]
+        if missing:
+            raise InputError(f"{unit.source} has no column {missing[0]!r}; it has {', '.join(names[:20])}")
+        for number, cells in enumerate(lines, start=2):
+            play = dict(zip(names, cells, strict=False))
+            if any(cell is not None for cell in cells):
+                rows.add(_play(play, user), Record(number, play))
+        yield rows.batch(len(lines) + 1)
+
+
+def check_deezer_accounts(sources: Sequence[str], user: str) -> list[str]:
+    """As `check_accounts`, for files whose names may say whose they are."""
+    return check_accounts(sources, user, _account)
+
+
+def _account(source: str) -> str | None:
+    match = ACCOUNT.match(posixpath.basename(source))
+    return match[1] if match else None
+
+
+def _sheet(source: str) -> list[Sequence[Any]]:
+    """The rows of the listening history, the header first."""
+    import openpyxl
+
+    with open_source(source) as stream:
+        try:
+            with zipfile.ZipFile(cast(IO[bytes], stream)) as archive:
+                broken = archive.testzip()
+            if broken is not None:
+                raise ValueError(f"its part {broken} does not match its checksum")
+            book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
+            sheet = next((each for each in book.worksheets if each.title.endswith(SHEET)), None)
+            if sheet is not None:
+                sheet.reset_dimensions()  # some writers give wrong ones, and rows beyond them would be passed over
+                rows = list(sheet.iter_rows(values_only=True))
+        except Exception as error:  # openpyxl raises whatever a broken part leads to
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise DamagedInputError(f"{source} is not a whole Excel file: {reason}; fetch it again") from error
+    if sheet is None or not rows:
+        raise DamagedInputError(
+            f"{source} has no sheet of a listening history, whose name ends in {SHEET}; check the format"
+        )
+    return rows
+
+
+def _play(play: dict[str, Any], user: str) -> dict[str, Any]:
+    title, artist = text(play.get(TITLE)), text(play.get(ARTIST))
+    seconds = play.get(SECONDS)
+    skipped = None
+    if isinstance(seconds, int | float) and seconds >= 0:  # -1 is written where it is unknown
+        skipped = seconds * 1000 < STREAM_MS
+    return {
+        columns.USER: user,
+        columns.SONG_ID: text(play.get(ISRC)) or name_song(artist, title),
+        columns.PLAYED_AT: _moment(play.get(DATE)),
+        columns.SKIPPED: skipped,
+        columns.TITLE: title,
+        columns.ARTIST: artist,
+    }
+
+
+def _moment(value: Any) -> str | None:
+    """A date as Excel or a text holds it, with its zone."""
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="seconds") + "Z"
+    words = text(value)
+    return f"{words}Z" if words and re.fullmatch(r"\d{4}-\d{2}-\d{2} \d{2}:\d{2}(:\d{2})?", words) else words

@@ -1,0 +1,147 @@
+"""Files of vectors by song id: .npy with ids beside it, or .parquet. Nothing is ever unpickled."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayrec.data import columns
+from rayrec.data.spelling import Problems, plain, spell_id, spell_ids
+from rayrec.errors import InputError
+from rayrec.importing.readers.files import open_source
+from rayrec.importing.readers.parquet import open_parquet, read_columns
+from rayrec.storage.artifacts import sha256
+from rayrec.storage.workspace import Workspace
+
+VECTOR = "vector"  # the Parquet column
+
+
+def read_vector_file(path: str | Path) -> tuple[np.ndarray, pa.Array | None]:
+    """The rows of a local file, numbers (rows, D), and their song ids, strings; None where it has no ids.
+
+    A .parquet file has the columns song_id (string) and vector (lists of one length). A .npy file
+    has shape (rows, D), and the ids are in NAME.ids.txt (one id a line) or NAME.ids.json (a list) beside NAME.npy.
+
+    Raises `InputError` for a file that cannot be read so, wrong numbers of rows and ids that occur twice.
+    """
+    path = Path(path)
+    _require_file(path)
+    if path.suffix not in (".npy", ".parquet"):
+        raise InputError(f"vectors file {path} ends in {path.suffix!r}; give a .npy or .parquet file")
+    raw, ids = _read_parquet(path) if path.suffix == ".parquet" else _read_npy(path)
+    if ids is not None:
+        _require_distinct(path, ids)
+    return raw, ids
+
+
+def file_id(name: str) -> str:
+    """Twelve hex digits of a local file's content. Raises `InputError` where there is no such file."""
+    path = Path(name).resolve()
+    _require_file(path)
+    return sha256(Workspace(path.parent), path.name)[:12]
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"vectors file {path} is not there; give a .npy or .parquet file")
+
+
+def _read_npy(path: Path) -> tuple[np.ndarray, pa.Array | None]:
+    try:
+        raw = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy reads the header as Python: a damaged one may raise SyntaxError and more
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise InputError(
+            f"vectors file {path} is not an array of numbers: {reason[0][:200]}; "
+            "write it with numpy.save(..., allow_pickle=False)"
+        ) from error
+    _require_matrix(path, raw)
+    ids = _read_ids(path)
+    if ids is not None and len(ids) != len(raw):
+        raise InputError(f"vectors file {path} has {len(raw)} rows, its ids file {len(ids)} ids; they must be as many")
+    return raw, None if ids is None else _spelled(path, ids)
+
+
+def _spelled(path: Path, ids: pa.Array) -> pa.Array:
+    """Ids as every import spells them. Raises `InputError` where a row has none."""
+    problems = Problems(len(ids))
+    spelled = spell_ids(ids, problems, column=columns.SONG_ID, reason="no song id")
+    if problems.bad.any():
+        raise InputError(
+            f"vectors file {path} has {int(problems.bad.sum())} rows with no song id, the first at row "
+            f"{int(problems.bad.argmax()) + 1}; leave such rows out"
+        )
+    return spelled
+
+
+def _require_matrix(path: Path, raw: np.ndarray) -> None:
+    if raw.ndim != 2 or raw.shape[1] == 0 or raw.dtype.kind not in "fiu":
+        raise InputError(
+            f"vectors file {path} holds {raw.dtype} of shape {raw.shape}; expected numbers of shape (songs, D)"
+        )
+
+
+def _read_ids(path: Path) -> pa.Array | None:
+    text, listed = path.with_suffix(".ids.txt"), path.with_suffix(".ids.json")
+    try:
+        if text.is_file():
+            lines = text.read_bytes().decode("utf-8-sig").split("\n")  # other line separators may be within an id
+            while lines and not lines[-1].strip():
+                lines.pop()
+            return pa.array([line.removesuffix("\r") for line in lines], pa.string())
+        if listed.is_file():
+            values = json.loads(listed.read_text(encoding="utf-8-sig"))
+            if not isinstance(values, list):
+                raise ValueError("it holds no list")
+            return pa.array([spell_id(value) for value in values], pa.string())
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(
+            f"the ids beside {path} cannot be read: {error}; give one id a line, or a JSON list"
+        ) from error
+    return None
+
+
+def _read_parquet(path: Path) -> tuple[np.ndarray, pa.Array]:
+    with open_source(str(path)) as stream:
+        file = open_parquet(str(path), stream)
+        missing = {columns.SONG_ID, VECTOR} - set(file.schema_arrow.names)
+        if missing:
+            raise InputError(
+                f"vectors file {path} has no column {sorted(missing)[0]!r}; "
+                f"expected {columns.SONG_ID} (string) and {VECTOR} (list of numbers)"
+            )
+        table = read_columns(str(path), file, [columns.SONG_ID, VECTOR])
+    ids = _spelled(path, table.column(columns.SONG_ID).combine_chunks())
+    return _matrix(path, plain(table.column(VECTOR))), ids
+
+
+def _matrix(path: Path, lists: pa.Array) -> np.ndarray:
+    """A column of lists of one length as an array (rows, D)."""
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_kind(lists.type) for is_kind in kinds):
+        raise InputError(f"vectors file {path}, column {VECTOR} is {lists.type}; expected lists of numbers")
+    if pa.types.is_fixed_size_list(lists.type):
+        lists = lists.cast(pa.list_(lists.type.value_type))  # its flat values leave out null lists
+    lengths = pc.unique(pc.list_value_length(lists)).to_pylist()
+    if len(lengths) != 1 or lengths[0] in (None, 0):
+        raise InputError(
+            f"vectors file {path}, column {VECTOR} has lists of lengths {sorted(map(str, lengths))[:5]}; "
+            "expected vectors of one length, none of them null"
+        )
+    flat = pc.list_flatten(lists)
+    values = np.asarray((flat.cast(pa.float64()) if pa.types.is_decimal(flat.type) else flat).to_numpy(False))
+    raw = values.reshape(-1, lengths[0])
+    _require_matrix(path, raw)
+    return raw
+
+
+def _require_distinct(path: Path, song_ids: pa.Array) -> None:
+    counts = pc.value_counts(song_ids)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    if len(repeated):
+        raise InputError(
+            f"vectors file {path} has {len(song_ids) - len(counts)} ids that occur before, such as "
+            f"{repeated[0].as_py()!r}; give each id once"
+        )

@@ -1,0 +1,120 @@
+"""The songs stage: vectors for songs that the network has not learned, from artist, album, content and first plays."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
+from rayrec.data.split import FitRange, fit_range, load_split
+from rayrec.importing.described_songs import take_in_described_songs
+from rayrec.importing.staging import finish_publishing
+from rayrec.model.added_songs import AddedSongs, FirstPlays, songs_without_vector
+from rayrec.model.checkpoint import INPUT_VECTORS, SONG_VECTORS
+from rayrec.progress import progress
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.locking import writes
+from rayrec.storage.workspace import Workspace
+
+KIND = "added_songs"
+
+
+@writes("songs add")
+def add_songs(workspace: Workspace, *, model_id: str | None = None, repeat: bool = False) -> Manifest:
+    """Give every song of the catalog that the network has no vector of the one it can be expected to get.
+
+    What is known of it is its artist, its album, its content, and what was played around its plays since the training.
+    Songs that were described and are not in the catalog yet come into it. Neither the network nor the index is made
+    anew: what is written grows with the added songs alone. The map from content to vectors is learned once for a model.
+
+    Metrics: seconds; new_songs, those that came into the catalog; songs, those with a vector now; with_content;
+    with_plays, those that were played since the training; rows_read, songs of the same artists and albums;
+    map_explained, the share of the squared distance from the mean vector that the map explains on songs with plays held
+    out; map_penalty; map_strengths.
+
+    Raises `NotFoundError` without a model, `MismatchError` for one of a data set that this one does not descend from.
+    """
+    finish_publishing(workspace)
+    dataset = Dataset(workspace)
+    model = dataset.model(model_id)
+    began = time.monotonic()
+    new_songs = take_in_described_songs(dataset)
+    descriptions = dataset.descriptions()
+    inputs = {"dataset": dataset.manifest.id, "models": model.id}
+    if descriptions:
+        inputs["descriptions"] = descriptions[-1].id
+    earlier = artifacts.latest(workspace, KIND, lambda made: made.inputs["models"] == model.id)
+    print_id = artifacts.fingerprint(KIND, {}, inputs)
+    added_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
+    if complete:
+        return artifacts.reuse(workspace, KIND, added_id)
+    with progress("Added songs"):
+        split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
+        made = added_since(dataset, model, fit_range(split), earlier)
+    manifest = Manifest(kind=KIND, id=added_id, inputs=inputs)
+    checksums = made.save(workspace, manifest.folder)
+    content = dataset.content()
+    metrics = {
+        "seconds": round(time.monotonic() - began, 1),
+        "new_songs": new_songs,
+        "songs": len(made),
+        "with_content": int((content.places[made.rows] >= 0).sum()),
+        "with_plays": made.played,
+        "rows_read": made.rows_read,
+        "map_explained": round(made.output_map.explained, 4),
+        "map_penalty": made.output_map.penalty,
+        "map_strengths": made.output_map.strengths.tolist(),
+    }
+    return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums, checksums)
+
+
+def added_since(dataset: Dataset, model: Manifest, allowed: FitRange, earlier: Manifest | None) -> AddedSongs:
+    """The songs to add to a model, by the plays since its training that `allowed` lets through.
+
+    `earlier` is the artifact of the songs that were added to it before.
+    """
+    return added_to(
+        dataset,
+        model.folder,
+        plays=_plays_since(dataset, model, allowed),
+        earlier=None if earlier is None else AddedSongs.load(dataset.workspace, earlier.folder),
+        songs_then=0 if earlier is None else dataset.earlier(earlier.inputs["dataset"]).songs,
+    )
+
+
+def added_to(
+    dataset: Dataset,
+    folder: str,
+    *,
+    plays: Iterable[Histories] = (),
+    earlier: AddedSongs | None = None,
+    songs_then: int = 0,
+) -> AddedSongs:
+    """The songs to add to the network in a folder.
+
+    `plays` are those since its training; `earlier` and `songs_then` as in `AddedSongs.make`.
+    """
+    workspace = dataset.workspace
+    outputs = workspace.read_array(f"{folder}/{SONG_VECTORS}")
+    path = f"{folder}/{INPUT_VECTORS}"
+    inputs = workspace.read_array(path) if workspace.exists(path) else outputs
+    rows = songs_without_vector(outputs, dataset.num_songs)
+    return AddedSongs.make(
+        outputs,
+        inputs,
+        dataset.catalog(),
+        dataset.content(),
+        earlier=earlier,
+        songs_then=songs_then,
+        first_plays=FirstPlays.read(plays, rows, outputs, inputs),
+    )
+
+
+def _plays_since(dataset: Dataset, model: Manifest, allowed: FitRange) -> Iterator[Histories]:
+    """The plays that were appended since the model was trained and that `allowed` lets through."""
+    first_part = dataset.earlier(model.inputs["dataset"]).parts
+    if first_part < dataset.manifest.parts and dataset.manifest.splits_at(first_part):
+        for bucket in range(dataset.manifest.buckets):
+            for histories in dataset.read_bucket(bucket, first_part=first_part):
+                yield allowed.select(histories)

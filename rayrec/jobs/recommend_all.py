@@ -1,0 +1,168 @@
+"""The best songs of every user as Parquet, bucket by bucket; a killed job goes on with the buckets left."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayrec.config import to_mapping
+from rayrec.data import columns
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
+from rayrec.errors import InputError
+from rayrec.jobs.runtime import ray_cluster, run_buckets
+from rayrec.progress import progress
+from rayrec.recommend.answer import RecommendConfig, load_recommender
+from rayrec.recommend.base import NO_SONG, BaseRecommender
+from rayrec.recommend.filters import without_heard
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import RECOMMENDATIONS, Manifest
+from rayrec.storage.locking import writes
+from rayrec.storage.releases import ANSWERING_KINDS
+from rayrec.storage.workspace import Workspace
+
+KIND = RECOMMENDATIONS
+USERS_AT_ONCE = 1_000
+COUNTS = b"rayrec counts"  # key of a file's metadata: JSON of what its bucket came to
+SONG_IDS, SCORES = "song_ids", "scores"
+SCHEMA = pa.schema(
+    [
+        pa.field(columns.USER, pa.string(), nullable=False),
+        pa.field(SONG_IDS, pa.list_(pa.string()), nullable=False),  # best first
+        pa.field(SCORES, pa.list_(pa.float32()), nullable=False),  # one a song
+    ]
+)
+
+
+def recommendations_file(folder: str, bucket: int) -> str:
+    """The Parquet file of one bucket of users in a recommendations artifact."""
+    return f"{folder}/bucket={bucket:05d}/recommendations.parquet"
+
+
+@writes("recommend")
+def recommend_all(
+    workspace: Workspace,
+    config: RecommendConfig,
+    parts: Mapping[str, str],
+    *,
+    at: int | None = None,
+    repeat: bool = False,
+) -> Manifest:
+    """Write the k best songs of every user who has a play before `at`; the recommendations artifact.
+
+    `parts`, role -> id, answer; see `load_recommender`. `at` is ms UTC, by default just after the last play. One
+    Parquet file a bucket, of one row a user: user_id, song_ids list<string>, scores list<float32>, fewer than k where
+    fewer songs qualify. Metrics: seconds, users, songs (of all rows) and buckets_computed.
+
+    Raises `InputError` where reasons are asked for, `MismatchError` for parts of another data set.
+    """
+    if config.explain:
+        raise InputError("reasons are given for one user at a time; leave out --explain, or give --user ID")
+    dataset = Dataset(workspace)
+    moment = dataset.manifest.last_play + 1 if at is None else at
+    inputs = {"dataset": dataset.manifest.plays_id, **{role: parts[role] for role in ANSWERING_KINDS if role in parts}}
+    settings = {**to_mapping(config.replace(explain=False)), "at": moment}
+    made_id, complete = artifacts.new_id(workspace, KIND, artifacts.fingerprint(KIND, settings, inputs), repeat=repeat)
+    if complete:
+        return artifacts.reuse(workspace, KIND, made_id)
+    load_recommender(workspace, dataset, parts)  # what does not fit is refused here, not by every worker
+    manifest = Manifest(kind=KIND, id=made_id, config=settings, inputs=inputs)
+    began = time.monotonic()
+    task = _Task(dataset, config, dict(parts), moment, manifest.folder)
+    buckets = range(dataset.manifest.buckets)
+    checksums: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    with ray_cluster(), progress("Recommendations", len(buckets)) as bar:
+        for result in run_buckets(BucketRecommendations, buckets, arguments={"task": task}):
+            path = recommendations_file(manifest.folder, result.bucket)
+            checksums[path.removeprefix(f"{manifest.folder}/")] = result.sha256
+            counts.update(result.counts)
+            bar.advance()
+    metrics = {"seconds": round(time.monotonic() - began, 1), **counts}
+    return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums, checksums)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What all workers of one job know."""
+
+    dataset: Dataset
+    config: RecommendConfig
+    parts: dict[str, str]
+    at: int  # ms UTC
+    folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketRows:
+    """What a bucket came to; all that the driver ever sees of it."""
+
+    bucket: int
+    sha256: str  # of its file
+    counts: dict[str, int]  # users, songs, buckets_computed
+
+
+class BucketRecommendations:
+    """A bucket worker: reads a bucket's histories, writes the songs of its users."""
+
+    def __init__(self, task: _Task) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._task = task
+        self._recommender: BaseRecommender | None = None  # loaded by a worker that has something to compute
+        self._song_ids = pa.array([], pa.string())
+
+    def __call__(self, bucket: int) -> BucketRows:
+        """Write the bucket's file, unless an earlier run has."""
+        task, workspace = self._task, self._task.dataset.workspace
+        path = recommendations_file(task.folder, bucket)
+        if workspace.exists(path):
+            with workspace.open_input(path) as stream:
+                counts = json.loads(pq.ParquetFile(stream).metadata.metadata[COUNTS])
+            digest = artifacts.sha256(workspace, path)
+            return BucketRows(bucket=bucket, sha256=digest, counts={**counts, "buckets_computed": 0})
+        counts = {"users": 0, "songs": 0}
+        with workspace.open_output(path) as stream, pq.ParquetWriter(stream, SCHEMA, compression="zstd") as writer:
+            for table in self._tables(bucket):
+                writer.write_table(table)
+                counts["users"] += table.num_rows
+                counts["songs"] += len(table.column(SCORES).combine_chunks().flatten())
+            writer.add_key_value_metadata({COUNTS.decode(): json.dumps(counts)})
+        return BucketRows(bucket=bucket, sha256=stream.sha256, counts={**counts, "buckets_computed": 1})
+
+    def _tables(self, bucket: int) -> Iterator[pa.Table]:
+        task, dataset = self._task, self._task.dataset
+        if self._recommender is None:
+            self._recommender = load_recommender(dataset.workspace, dataset, task.parts)
+            self._song_ids = columns.one_array(dataset.catalog().table.column(columns.SONG_ID))
+        for histories in dataset.read_bucket(bucket, USERS_AT_ONCE):
+            known = histories.before(task.at)
+            if len(known):
+                yield self._table(self._recommender, known)
+
+    def _table(self, recommender: BaseRecommender, histories: Histories) -> pa.Table:
+        config = self._task.config
+        ranking = recommender.rank(
+            histories,
+            self._task.at,
+            config.k,
+            horizon=config.horizon,
+            limits=None if config.include_heard else without_heard(histories),
+        )
+        real = ranking.songs != NO_SONG
+        offsets = pa.array(np.concatenate([[0], np.cumsum(real.sum(axis=1))]).astype(np.int32))
+        song_ids = self._song_ids.take(pa.array(ranking.songs[real]))
+        return pa.table(
+            [
+                pa.array(histories.user_ids, pa.string()),
+                pa.ListArray.from_arrays(offsets, song_ids),
+                pa.ListArray.from_arrays(offsets, pa.array(ranking.scores[real], pa.float32())),
+            ],
+            schema=SCHEMA,
+        )

@@ -1,0 +1,236 @@
+"""Songs that a network has not learned, with the vectors that artist, album, content and first plays let expect.
+
+N songs of the catalog, n added songs, D numbers per song vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rayrec.data import columns
+from rayrec.data.catalog import Catalog
+from rayrec.data.content import Content
+from rayrec.data.histories import Histories
+from rayrec.embeddings.content_map import SONGS, ContentMap, GroupMeans, SongContent
+from rayrec.storage.workspace import Workspace
+
+ROWS, OUTPUTS, INPUTS = "rows.npy", "song_vectors.npy", "input_vectors.npy"
+ARTIST_ROWS, ALBUM_ROWS = "artist_rows.npy", "album_rows.npy"
+OUTPUT_MAP, INPUT_MAP = "song_map.safetensors", "input_map.safetensors"
+FILES = (ROWS, OUTPUTS, INPUTS, ARTIST_ROWS, ALBUM_ROWS, OUTPUT_MAP, INPUT_MAP)
+
+AROUND = 5  # plays before and behind the play of an added song that say where it belongs, weighted 1/distance
+PRIOR_PLAYS = 5.0  # plays that what is known of a song without plays counts as
+
+
+def songs_without_vector(outputs: np.ndarray, num_songs: int) -> np.ndarray:
+    """int64: rows below `num_songs` that float32 (N, D) has no vector of."""
+    present = np.zeros(num_songs, dtype=bool)
+    present[: len(outputs)] = np.asarray(outputs.any(axis=1))[:num_songs]
+    return np.flatnonzero(~present)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstPlays:
+    """What was played around the plays of songs that the network has not learned."""
+
+    rows: np.ndarray  # int64 (n,), song rows, ascending
+    plays: np.ndarray  # int64 (n,), of each song, with a known song around them
+    outputs: np.ndarray  # float64 (n, D), sums over these plays of the mean vector around each
+    inputs: np.ndarray  # float64 (n, D), the same in the space that the network reads
+
+    @classmethod
+    def none(cls, rows: np.ndarray, dim: int) -> FirstPlays:
+        """Nobody has played the songs."""
+        return cls(
+            rows=rows,
+            plays=np.zeros(len(rows), np.int64),
+            outputs=np.zeros((len(rows), dim)),
+            inputs=np.zeros((len(rows), dim)),
+        )
+
+    @classmethod
+    def read(
+        cls, batches: Iterable[Histories], rows: np.ndarray, outputs: np.ndarray, inputs: np.ndarray
+    ) -> FirstPlays:
+        """From the plays since the network was trained; `outputs` and `inputs`, float32 (N, D), are its tables."""
+        sums_so_far = cls.none(rows, outputs.shape[1])
+        for histories in batches:
+            played = np.flatnonzero(np.isin(histories.songs, rows))
+            if not len(played):
+                continue
+            user, weights = histories.rows, np.zeros(len(played))
+            sums = np.zeros((2, len(played), outputs.shape[1]))
+            for distance in (*range(-AROUND, 0), *range(1, AROUND + 1)):
+                other = np.clip(played + distance, 0, histories.num_plays - 1)
+                song = histories.songs[other]
+                near = (other == played + distance) & (user[other] == user[played]) & (song < len(outputs))
+                song = np.where(near, song, 0)
+                near &= outputs[song].any(axis=1)
+                weight = near / abs(distance)
+                weights += weight
+                for total, table in zip(sums, (outputs, inputs), strict=True):
+                    total += weight[:, None] * table[song]
+            some = weights > 0
+            place = np.searchsorted(rows, histories.songs[played])[some]
+            np.add.at(sums_so_far.plays, place, 1)
+            for total, part in zip((sums_so_far.outputs, sums_so_far.inputs), sums, strict=True):
+                np.add.at(total, place, part[some] / weights[some, None])
+        return sums_so_far
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedSongs:
+    """The rows of the added songs and their vectors; nothing of the songs that the network knows."""
+
+    rows: np.ndarray  # int64 (n,), song rows, ascending
+    outputs: np.ndarray  # float32 (n, D), that taste vectors are compared with, at most of length 1
+    inputs: np.ndarray  # float32 (n, D), that the network reads; zeros where plays have been read without one
+    artist_rows: np.ndarray  # int64 (n,), the first song of the catalog by the same artist; -1 for an unknown artist
+    album_rows: np.ndarray  # int64 (n,), the first song of the same album
+    output_map: ContentMap
+    input_map: ContentMap
+    played: int = 0  # songs whose first plays were read
+    rows_read: int = 0  # rows of the network's tables that the vectors were made from, beside those of the maps
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def make(
+        cls,
+        outputs: np.ndarray,
+        inputs: np.ndarray,
+        catalog: Catalog,
+        content: Content,
+        *,
+        earlier: AddedSongs | None = None,
+        songs_then: int = 0,
+        first_plays: FirstPlays | None = None,
+        seed: int = 0,
+    ) -> AddedSongs:
+        """All songs of the catalog that have no vector in `outputs`, float32 (N, D), and of which anything is known.
+
+        `inputs`, of the same shape, are the vectors of songs as the network reads them. `first_plays` of these songs
+        draw their vectors to what was played around them, the more the more there are. The maps of `earlier` are
+        taken over where the content is of the same kind. Of the songs that were there with it, the first `songs_then`,
+        input vectors stay as they were then: plays of them have been read.
+        """
+        described = _Described(catalog, content)
+        rows = songs_without_vector(outputs, len(catalog))
+        present = np.ones(len(catalog), dtype=bool)
+        present[rows] = False
+        first_plays = first_plays or FirstPlays.none(rows, outputs.shape[1])
+        usable = described.of(rows).known | (first_plays.plays > 0)
+        rows, plays = rows[usable], first_plays.plays[usable][:, None]
+        if earlier is not None and len(earlier.output_map.content_mean) == content.dim:
+            maps = earlier.output_map, earlier.input_map
+        else:
+            learned = described.sample(np.flatnonzero(present), seed)
+            learned_content = described.of(learned)
+            maps = ContentMap.fit(outputs[learned], learned_content), ContentMap.fit(inputs[learned], learned_content)
+        songs = described.of(rows)
+        near = np.flatnonzero(present & described.near(songs))
+        neighbours = described.of(near)
+        expected, read = (
+            (
+                (PRIOR_PLAYS * each.vectors(songs, GroupMeans.of(table[near], neighbours)) + around)
+                / (PRIOR_PLAYS + plays)
+            )
+            for each, table, around in zip(
+                maps, (outputs, inputs), (first_plays.outputs[usable], first_plays.inputs[usable]), strict=True
+            )
+        )
+        if earlier is not None:
+            rows_then = rows[rows < songs_then]
+            place = np.minimum(np.searchsorted(earlier.rows, rows_then), max(0, len(earlier) - 1))
+            same = earlier.rows[place] == rows_then if len(earlier) else np.zeros(len(rows_then), dtype=bool)
+            read[: len(rows_then)][~same] = 0.0
+            read[: len(rows_then)][same] = earlier.inputs[place[same]]
+        some = expected.any(axis=1)
+        return cls(
+            rows=rows[some],
+            outputs=expected[some].astype(np.float32),
+            inputs=read[some].astype(np.float32),
+            artist_rows=described.first_rows(described.artists, rows[some]),
+            album_rows=described.first_rows(described.albums, rows[some]),
+            output_map=maps[0],
+            input_map=maps[1],
+            played=int((plays[some] > 0).sum()),
+            rows_read=len(near),
+        )
+
+    def take(self, kept: np.ndarray) -> AddedSongs:
+        """The songs where `kept`, bool (n,), is true."""
+        arrays = ("rows", "outputs", "inputs", "artist_rows", "album_rows")
+        return replace(self, **{name: getattr(self, name)[kept] for name in arrays})
+
+    def fits(self, base: AddedSongs | None, songs_then: int) -> bool:
+        """True where plays read with `base`, among the first `songs_then` songs, would be read the same with these."""
+        rows, inputs = self.rows[self.rows < songs_then], self.inputs[self.rows < songs_then]
+        if base is None:
+            return not inputs.any()
+        before = base.rows < songs_then
+        known = np.union1d(rows, base.rows[before])
+        tables = [np.zeros((len(known), self.inputs.shape[1]), dtype=np.float32) for _ in range(2)]
+        tables[0][np.searchsorted(known, rows)] = inputs
+        tables[1][np.searchsorted(known, base.rows[before])] = base.inputs[before]
+        return bool(np.array_equal(tables[0], tables[1]))
+
+    def save(self, workspace: Workspace, folder: str) -> dict[str, str]:
+        """Write FILES into a folder; name -> sha256."""
+        arrays = (self.rows, self.outputs, self.inputs, self.artist_rows, self.album_rows)
+        named = zip(FILES, arrays, strict=False)
+        written = {name: workspace.write_array(f"{folder}/{name}", array) for name, array in named}
+        for name, each in ((OUTPUT_MAP, self.output_map), (INPUT_MAP, self.input_map)):
+            written[name] = workspace.write_bytes(f"{folder}/{name}", each.to_bytes())
+        return written
+
+    @classmethod
+    def load(cls, workspace: Workspace, folder: str) -> AddedSongs:
+        """What `save` wrote."""
+        arrays = [np.array(workspace.read_array(f"{folder}/{name}")) for name in FILES[:5]]
+        maps = [ContentMap.from_bytes(workspace.read_bytes(f"{folder}/{name}")) for name in FILES[5:]]
+        names = ("rows", "outputs", "inputs", "artist_rows", "album_rows", "output_map", "input_map")
+        return cls(**dict(zip(names, [*arrays, *maps], strict=True)))  # type: ignore[arg-type]
+
+
+class _Described:
+    """What is known of the songs of a catalog."""
+
+    def __init__(self, catalog: Catalog, content: Content) -> None:
+        self.artists = catalog.codes(columns.ARTIST).astype(np.int64)
+        self.albums = catalog.codes(columns.ALBUM).astype(np.int64)
+        self._content = content
+
+    def of(self, rows: np.ndarray) -> SongContent:
+        return SongContent(artists=self.artists[rows], albums=self.albums[rows], content=self._content.vectors(rows))
+
+    def near(self, songs: SongContent) -> np.ndarray:
+        """bool (N,): songs of the same artists and albums."""
+        is_near = np.zeros(len(self.artists), dtype=bool)
+        for codes, groups in ((self.artists, songs.artists), (self.albums, songs.albums)):
+            is_near |= (codes >= 0) & np.isin(codes, groups)
+        return is_near
+
+    def sample(self, rows: np.ndarray, seed: int) -> np.ndarray:
+        """Of song rows, about SONGS at most, artist by artist: means of half an artist would say less than they do."""
+        if len(rows) <= SONGS:
+            return rows
+        groups = np.where(self.artists[rows] >= 0, self.artists[rows], -1 - rows)
+        names, places = np.unique(groups, return_inverse=True)
+        order = np.random.default_rng(seed).permutation(len(names))[places]
+        return np.sort(rows[np.argsort(order, kind="stable")[:SONGS]])
+
+    def first_rows(self, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """int64 (n,): the first song of the catalog with the code of each song; -1 where it has none."""
+        groups = np.unique(codes[rows])
+        some = np.flatnonzero(np.isin(codes, groups))
+        names, first = np.unique(codes[some], return_index=True)
+        if not len(names):
+            return np.full(len(rows), -1, dtype=np.int64)
+        first_of_group = some[first[np.searchsorted(names, codes[rows])]]
+        return np.where(codes[rows] >= 0, first_of_group, -1).astype(np.int64)

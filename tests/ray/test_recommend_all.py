@@ -1,0 +1,74 @@
+"""The songs of all users on a local cluster: those of single requests, resumed bucket by bucket."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from served import AT, write_release, write_world
+
+from rayrec.data.dataset import Dataset
+from rayrec.errors import InputError, RayrecError
+from rayrec.jobs import recommend_all as job
+from rayrec.jobs.recommend_all import recommend_all, recommendations_file
+from rayrec.jobs.verify import verify_workspace
+from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
+from rayrec.storage import releases
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
+
+CONFIG = RecommendConfig(k=7)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A world with a release; the song vectors of its data set are by hand."""
+    workspace = Workspace(tmp_path_factory.mktemp("all") / "workspace")
+    write_world(workspace)
+    write_release(workspace)
+    return workspace
+
+
+def rows_of(workspace: Workspace, manifest: Manifest) -> pa.Table:
+    buckets = range(Dataset(workspace).manifest.buckets)
+    tables = [workspace.read_table(recommendations_file(manifest.folder, bucket)) for bucket in buckets]
+    return pa.concat_tables(tables)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_every_user_gets_the_songs_of_a_single_request_and_only_missing_buckets_are_computed(world: Workspace) -> None:
+    dataset, parts = Dataset(world), releases.default_parts(world)
+    made = recommend_all(world, CONFIG, parts, at=AT)
+    rows = rows_of(world, made)
+    assert sorted(rows.column("user_id").to_pylist()) == sorted(
+        user for histories in dataset.read_all() for user in histories.user_ids
+    )
+    recommender = load_recommender(world, dataset, parts)
+    for row in rows.slice(0, 10).to_pylist():
+        alone = answer(dataset, recommender, CONFIG, at=AT, user=row["user_id"])
+        assert row["song_ids"] == alone.song_ids
+        np.testing.assert_allclose(row["scores"], alone.scores, atol=1e-5)
+    assert (made.metrics["users"], made.metrics["songs"]) == (rows.num_rows, 7 * rows.num_rows)
+    problems = [finding for finding in verify_workspace(world).problems if finding.path.startswith(made.folder)]
+    assert problems == []
+
+    first = recommendations_file(made.folder, 0)
+    world.delete(made.path("manifest.json"))  # as a killed job leaves it
+    world.delete(first)
+    again = recommend_all(world, CONFIG, parts, at=AT)
+    assert (again.id, again.metrics["buckets_computed"], again.files) == (made.id, 1, made.files)
+    assert recommend_all(world, CONFIG, parts, at=AT) == again
+
+    table = world.read_table(first)
+    world.write_table(first, table.set_column(2, "scores", [[list(reversed(row)) for row in table[2].to_pylist()]]))
+    said = [finding.text for finding in verify_workspace(world).problems if finding.path == first]
+    assert said == ["does not match its checksum"]
+
+
+def test_reasons_for_all_users_are_refused(world: Workspace) -> None:
+    with pytest.raises(InputError, match="--explain"):
+        recommend_all(world, CONFIG.replace(explain=True), releases.default_parts(world))
+
+
+def test_parts_that_do_not_fit_are_refused_before_any_bucket(world: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "ray_cluster", pytest.fail)
+    with pytest.raises(RayrecError, match="gone"):
+        recommend_all(world, CONFIG, {"models": "gone"})

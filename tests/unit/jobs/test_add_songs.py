@@ -1,0 +1,212 @@
+"""The nightly way of a new song: described, added, released and recommended, with nothing trained or built again."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from served import AT, NUM_SONGS, WITHOUT_VECTOR, write_release, write_world
+from without_ray import without_ray
+
+from rayrec.data import columns
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories, Questions
+from rayrec.errors import MismatchError
+from rayrec.importing.descriptions import DescribeConfig, describe
+from rayrec.jobs.add_songs import add_songs
+from rayrec.jobs.recommend_all import recommend_all
+from rayrec.jobs.taste import tastes_before
+from rayrec.jobs.verify import verify_workspace
+from rayrec.model.added_songs import AddedSongs
+from rayrec.recommend.answer import RecommendConfig, load_recommender
+from rayrec.recommend.filters import Limits
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
+from rayrec.recommend.two_step import CandidateSource, TwoStepRecommender
+from rayrec.storage import artifacts, releases
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
+
+NEW = 5  # songs that are described and nobody has played
+FIRST = NUM_SONGS
+
+
+def describe_new_songs(workspace: Workspace, folder: Path, count: int = NEW, artist: str = "Artist {}") -> None:
+    path = folder / f"new-{count}-{artist}.csv"
+    lines = [f"new-{song},New {song},{artist.format(song % 7)}" for song in range(count)]
+    path.write_text("\n".join(["song,title,artist", *lines]) + "\n")
+    describe(workspace, DescribeConfig(append=True), str(path))
+
+
+@pytest.fixture
+def released(workspace: Workspace) -> Manifest:
+    write_world(workspace)
+    return write_release(workspace)
+
+
+def test_described_songs_are_recommended_from_the_next_release_on(
+    workspace: Workspace, released: Manifest, tmp_path: Path
+) -> None:
+    describe_new_songs(workspace, tmp_path)
+    made = add_songs(workspace)
+    release = releases.create_release(workspace)
+    assert (made.metrics["new_songs"], made.metrics["songs"]) == (NEW, NEW + 1)
+    assert release.inputs["added_songs"] == made.id
+    assert {kind: release.inputs[kind] for kind in ("models", "tastes", "indexes", "rankers")} == {
+        kind: released.inputs[kind] for kind in ("models", "tastes", "indexes", "rankers")
+    }
+    dataset = Dataset(workspace)
+    assert dataset.catalog().song_ids(np.arange(FIRST, FIRST + NEW)) == [f"new-{song}" for song in range(NEW)]
+    recommender = load_recommender(workspace, dataset, release.inputs)
+    assert isinstance(recommender, TwoStepRecommender)
+    assert recommender.added_songs.tolist() == [WITHOUT_VECTOR, *range(FIRST, FIRST + NEW)]
+    # A listener of one artist is proposed the new song by that artist, and can get the new songs alone.
+    artist = 2
+    history = Histories.from_lists([[artist + 7 * place for place in range(9)]], [[AT - 60_000] * 9])
+    retrieval = Retrieval.fit(
+        list(dataset.read_all()), num_songs=NUM_SONGS, artist_of_song=dataset.catalog().codes(columns.ARTIST)[:FIRST]
+    )
+    source = CandidateSource(recommender.source.network, retrieval)
+    (_, scored), *_ = source.batches(history, Questions.at_end(history, AT))
+    by_artist = scored.candidates.proposals["new_artists"].songs.tolist()
+    assert by_artist == [FIRST + artist]
+    allowed = np.zeros(FIRST + NEW, dtype=bool)
+    allowed[FIRST:] = True
+    ranking = recommender.rank(history, AT, NEW, limits=[Limits(allowed=allowed)])
+    assert sorted(ranking.songs[0].tolist()) == list(range(FIRST, FIRST + NEW))
+    assert np.isfinite(ranking.scores).all()
+
+
+def test_both_releases_stay_whole(workspace: Workspace, released: Manifest, tmp_path: Path) -> None:
+    describe_new_songs(workspace, tmp_path)
+    add_songs(workspace)
+    release = releases.create_release(workspace)
+    for each in (released, release):
+        releases.verify_release(workspace, each)
+    dataset = Dataset(workspace)
+    before = load_recommender(workspace, dataset, released.inputs)
+    assert before.num_songs == NUM_SONGS
+    plays_id = dataset.manifest.plays_id
+    assert plays_id == released.inputs["dataset"]  # the plays are the same, and so is what was made of them
+    assert dataset.descends_from(released.inputs["dataset"])
+
+
+def test_verify_finds_nothing_wrong_with_added_songs_unless_there_is(
+    workspace: Workspace, released: Manifest, tmp_path: Path
+) -> None:
+    describe_new_songs(workspace, tmp_path)
+    made = add_songs(workspace)
+    assert not [each for each in verify_workspace(workspace).problems if "added" in each.path]
+    vectors = np.array(workspace.read_array(made.path("song_vectors.npy")))
+    vectors[1, 2] = np.nan
+    digest = workspace.write_array(made.path("song_vectors.npy"), vectors)
+    workspace.write_json(
+        made.path("manifest.json"), asdict(replace(made, files={**made.files, "song_vectors.npy": digest}))
+    )
+    (found,) = [each for each in verify_workspace(workspace).problems if "added" in each.path]
+    assert "not a finite vector" in found.text
+
+
+def test_songs_for_all_users_are_computed_anew_once_songs_were_added(
+    workspace: Workspace, released: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    config = RecommendConfig(k=5)
+    before = recommend_all(workspace, config, released.inputs, at=AT)
+    assert recommend_all(workspace, config, released.inputs, at=AT).id == before.id
+    describe_new_songs(workspace, tmp_path)
+    added = add_songs(workspace)
+    after = recommend_all(workspace, config, releases.create_release(workspace).inputs, at=AT)
+    assert (after.id != before.id, after.inputs["added_songs"]) == (True, added.id)
+
+
+def test_what_is_written_grows_with_the_new_songs_alone(
+    workspace: Workspace, released: Manifest, tmp_path: Path
+) -> None:
+    describe_new_songs(workspace, tmp_path)
+    before = workspace.sizes("")
+    first = add_songs(workspace)
+    changed = {path for path, size in workspace.sizes("").items() if before.get(path) != size}
+    folders = {path.split("/")[0] for path in changed}
+    assert folders <= {"added_songs", "dataset", "current.json"}
+    assert not any(path.startswith("dataset/histories") for path in changed)
+    describe_new_songs(workspace, tmp_path, 2 * NEW)
+    second = add_songs(workspace)
+    sizes = [
+        [workspace.size(made.path(name)) for name in ("song_vectors.npy", "input_vectors.npy", "rows.npy")]
+        for made in (first, second)
+    ]
+    row = 8 * 4  # bytes of a vector
+    assert sizes[1][0] - sizes[0][0] == sizes[1][1] - sizes[0][1] == NEW * row
+    assert first.metrics["map_strengths"] == second.metrics["map_strengths"]
+    shared = AddedSongs.load(workspace, second.folder)
+    np.testing.assert_array_equal(shared.outputs[: NEW + 1], AddedSongs.load(workspace, first.folder).outputs)
+    assert second.metrics["new_songs"] == NEW
+
+
+def test_the_same_again_changes_nothing(workspace: Workspace, released: Manifest, tmp_path: Path) -> None:
+    describe_new_songs(workspace, tmp_path)
+    made = add_songs(workspace)
+    dataset_id = Dataset(workspace).manifest.id
+    assert add_songs(workspace).id == made.id
+    assert Dataset(workspace).manifest.id == dataset_id
+    assert add_songs(workspace, repeat=True).id == f"{made.id}.2"
+
+
+def test_tastes_go_on_from_earlier_ones_after_songs_were_added_that_nobody_had_played(
+    workspace: Workspace, released: Manifest, tmp_path: Path
+) -> None:
+    model = artifacts.load(workspace, "models", released.inputs["models"])
+    assert tastes_before(Dataset(workspace), model) is not None
+    describe_new_songs(workspace, tmp_path)
+    added = add_songs(workspace)
+    # The song that had no vector has been played: its plays would be read otherwise now.
+    assert tastes_before(Dataset(workspace), model, added) is None
+    tastes = Manifest(
+        kind="tastes",
+        id="later",
+        inputs={"dataset": Dataset(workspace).manifest.plays_id, "models": model.id, "added_songs": added.id},
+    )
+    artifacts.publish(workspace, tastes, [])
+    describe_new_songs(workspace, tmp_path, 2 * NEW)
+    base = tastes_before(Dataset(workspace), model, add_songs(workspace))
+    assert base is not None
+    assert base.id == "later"
+
+
+def test_content_that_nobody_played_comes_into_the_catalog(
+    workspace: Workspace, released: Manifest, tmp_path: Path
+) -> None:
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "content.npy", random.normal(size=(NUM_SONGS + 3, 4)))
+    ids = [f"song-{song}" for song in range(NUM_SONGS)] + ["by-content-0", "by-content-1", "by-content-2"]
+    (tmp_path / "content.ids.txt").write_text("\n".join(ids))
+    counts = describe(workspace, DescribeConfig(vectors=str(tmp_path / "content.npy")))
+    assert (counts.songs, counts.content) == (NUM_SONGS, NUM_SONGS)
+    made = add_songs(workspace)
+    dataset = Dataset(workspace)
+    assert dataset.catalog().table.column(columns.SONG_ID).to_pylist()[FIRST:] == ids[NUM_SONGS:]
+    # Vectors of the untrained network are random: whether content tells anything is not known here.
+    assert made.metrics["new_songs"] == 3
+
+
+def test_a_night_without_new_songs_changes_no_answer(workspace: Workspace, released: Manifest) -> None:
+    model = artifacts.load(workspace, "models", released.inputs["models"])
+    vectors = np.array(workspace.read_array(model.path("song_vectors.npy")))
+    vectors[WITHOUT_VECTOR] = vectors[0]
+    workspace.write_array(model.path("song_vectors.npy"), vectors)
+    assert add_songs(workspace).metrics["songs"] == 0
+    dataset = Dataset(workspace)
+    history = Histories.from_lists([[2, 9, 16]], [[AT - 60_000] * 3])
+    with_none, without = (
+        load_recommender(workspace, dataset, parts).recommend(history, AT, 20)
+        for parts in (releases.create_release(workspace).inputs, released.inputs)
+    )
+    np.testing.assert_array_equal(with_none[0], without[0])
+
+
+def test_added_songs_of_another_model_are_refused(workspace: Workspace, released: Manifest, tmp_path: Path) -> None:
+    write_release(workspace, "2", seed=1)
+    describe_new_songs(workspace, tmp_path)
+    other = add_songs(workspace, model_id="model2")
+    with pytest.raises(MismatchError, match=r"added songs .* were made for model model2"):
+        load_recommender(workspace, Dataset(workspace), {**released.inputs, "added_songs": other.id})

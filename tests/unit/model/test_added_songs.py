@@ -1,0 +1,209 @@
+"""Songs that came after the training: vectors of artists, albums and content, read and recommended as all others."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from networks import model_config, network
+from worlds import random_histories, random_vectors
+
+from rayrec.data import columns
+from rayrec.data.catalog import Catalog
+from rayrec.data.content import Content
+from rayrec.data.histories import Histories, Questions
+from rayrec.model.added_songs import AddedSongs, FirstPlays
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.network import TasteModel
+from rayrec.recommend.index import IndexConfig, SongIndex
+from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.storage.workspace import Workspace
+
+KNOWN, SONGS, DIM = 60, 72, 8
+
+
+def catalog(artists: list[str | None], albums: list[str | None] | None = None) -> Catalog:
+    rows = pa.array(range(len(artists)), pa.int32())
+    table = pa.table(
+        [rows, [f"s{row}" for row in range(len(artists))], [None] * len(artists), artists], schema=columns.SONGS_TABLE
+    )
+    return Catalog(table.append_column(columns.ALBUM, pa.array(albums or [None] * len(artists), pa.string())))
+
+
+def no_content(songs: int = SONGS) -> Content:
+    return Content(parts=[], places=np.full(songs, -1, dtype=np.int64))
+
+
+def clustered(seed: int = 0) -> np.ndarray:
+    """float32 (60, 8): the songs of each of six artists, ten each, in the order of rows, near to one another."""
+    near = np.repeat(np.eye(DIM)[:6], KNOWN // 6, axis=0)
+    vectors = near + 0.1 * np.random.default_rng(seed).normal(size=(KNOWN, DIM))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+ARTISTS: list[str | None] = [f"artist-{song // 10}" for song in range(KNOWN)]
+LATER: list[str | None] = [f"artist-{song % 6}" for song in range(10)] + ["nobody", None]
+
+
+@pytest.fixture(scope="module")
+def added() -> AddedSongs:
+    return AddedSongs.make(clustered(), clustered(1), catalog(ARTISTS + LATER), no_content())
+
+
+def test_a_song_is_nearest_to_the_songs_of_its_artist(added: AddedSongs) -> None:
+    # Of the songs by nobody and by an unknown artist nothing is known.
+    assert added.rows.tolist() == list(range(KNOWN, KNOWN + 10))
+    for row, output, read in zip(added.rows.tolist(), added.outputs, added.inputs, strict=True):
+        artist = (row - KNOWN) % 6
+        for table, vector in ((clustered(), output), (clustered(1), read)):
+            assert (np.argsort(-table @ vector)[:10] // 10 == artist).all()
+    assert added.artist_rows.tolist() == [10 * (song % 6) for song in range(10)]
+    assert (added.album_rows == -1).all()
+
+
+def test_a_song_that_the_network_knows_by_number_alone_is_added_too() -> None:
+    vectors = clustered()
+    vectors[[3, 25]] = 0  # in the catalog at training, without a play
+    made = AddedSongs.make(vectors, vectors, catalog(ARTISTS), no_content(KNOWN))
+    assert made.rows.tolist() == [3, 25]
+    assert (np.argsort(-clustered() @ made.outputs[1])[:10] // 10 == 2).all()
+
+
+def test_content_places_a_song_without_an_artist() -> None:
+    random = np.random.default_rng(2)
+    content = random.normal(size=(200, 6)).astype(np.float32)
+    image = random.normal(size=(6, DIM))
+    vectors = (content @ image + 0.1 * random.normal(size=(200, DIM))).astype(np.float32)
+    vectors[180:] = 0
+    given = Content(parts=[content[100:], content[:100]], places=np.concatenate([np.arange(100, 200), np.arange(100)]))
+    made = AddedSongs.make(vectors, vectors, catalog([None] * 200), given)
+    assert made.rows.tolist() == list(range(180, 200))
+    expected = content[180:] @ image
+    cosines = (made.outputs * expected).sum(axis=1) / (
+        np.linalg.norm(made.outputs, axis=1) * np.linalg.norm(expected, axis=1)
+    )
+    assert cosines.min() > 0.98
+
+
+def test_what_is_read_grows_with_the_artists_of_the_new_songs_and_not_with_the_catalog() -> None:
+    artists: list[str | None] = [f"artist-{song // 10}" for song in range(5_000)]
+    vectors = random_vectors(5_000, DIM)
+    first = AddedSongs.make(vectors, vectors, catalog([*artists, "artist-7"]), no_content(5_001))
+    more = AddedSongs.make(
+        vectors, vectors, catalog([*artists, "artist-7", "artist-9", "artist-9"]), no_content(5_003), earlier=first
+    )
+    assert (first.rows_read, more.rows_read) == (10, 20)
+    assert more.output_map is first.output_map
+    np.testing.assert_array_equal(more.outputs[:1], first.outputs)
+
+
+def test_songs_keep_the_input_vectors_that_their_plays_were_read_with(added: AddedSongs) -> None:
+    described = [*ARTISTS, *LATER[:10], "artist-1", None]  # song 70 had an artist that nobody knew
+    more = AddedSongs.make(
+        clustered(), clustered(1), catalog([*described, "artist-2"]), no_content(73), earlier=added, songs_then=72
+    )
+    assert more.rows.tolist() == [*range(60, 71), 72]
+    np.testing.assert_array_equal(more.inputs[:10], added.inputs)
+    assert more.outputs[10].any()
+    assert not more.inputs[10].any()
+    assert more.inputs[11].any()
+    assert more.fits(added, 72)
+    assert added.fits(None, KNOWN)
+    assert not added.fits(None, KNOWN + 1)
+    anew = AddedSongs.make(clustered(), clustered(1), catalog([*described, "artist-2"]), no_content(73))
+    assert not anew.fits(added, 72)
+
+
+def test_first_plays_place_a_song_of_which_nothing_else_is_known_and_the_more_the_more_there_are() -> None:
+    # Song 70 is played among the songs of the fifth artist, by more and more users; song 71 alone.
+    histories = Histories.from_lists([[40, 41, 70, 42]] * 4 + [[71]], [range(4)] * 4 + [range(1)])
+    lengths, before = [], 0.0
+    for users in (1, 2, 4):
+        plays = FirstPlays.read([histories.take(np.arange(users))], np.arange(60, 72), clustered(), clustered(1))
+        assert plays.plays.tolist() == [0] * 10 + [users, 0]
+        made = AddedSongs.make(
+            clustered(), clustered(1), catalog([*ARTISTS, *[None] * 12]), no_content(), first_plays=plays
+        )
+        assert (made.rows.tolist(), made.played) == ([70], 1)
+        assert (np.argsort(-clustered() @ made.outputs[0])[:10] // 10 == 4).all()
+        assert (np.argsort(-clustered(1) @ made.inputs[0])[:10] // 10 == 4).all()
+        lengths.append(np.linalg.norm(made.outputs[0]))
+        assert lengths[-1] > before
+        before = lengths[-1]
+    # A mean of vectors near one another, shrunk to n / (n + 5) by n plays.
+    assert lengths == pytest.approx([length * lengths[0] * 6 for length in (1 / 6, 2 / 7, 4 / 9)], rel=1e-5)
+
+
+def test_first_plays_draw_a_song_away_from_its_artist_by_a_bounded_step(added: AddedSongs) -> None:
+    histories = Histories.from_lists([[50, 51, 60, 52]] * 3, [range(4)] * 3)  # song 60 is of the first artist
+    plays = FirstPlays.read([histories], np.arange(60, 72), clustered(), clustered(1))
+    made = AddedSongs.make(clustered(), clustered(1), catalog(ARTISTS + LATER), no_content(), first_plays=plays)
+    around = (clustered()[51] + clustered()[52] + clustered()[50] / 2) / 2.5
+    np.testing.assert_allclose(made.outputs[0], (5 * added.outputs[0] + 3 * around) / 8, atol=1e-5)
+    np.testing.assert_array_equal(made.outputs[1:], added.outputs[1:])
+
+
+def test_stored_songs_are_the_same(added: AddedSongs, workspace: Workspace) -> None:
+    assert set(added.save(workspace, "x")) == {path.removeprefix("x/") for path in workspace.files("x")}
+    again = AddedSongs.load(workspace, "x")
+    for name in ("rows", "outputs", "inputs", "artist_rows", "album_rows"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(added, name))
+    assert again.output_map.explained == added.output_map.explained
+
+
+@pytest.mark.parametrize("input_table", [False, True])
+def test_the_network_reads_an_added_song_as_one_of_its_own_with_the_same_vector(input_table: bool) -> None:
+    config = model_config(num_songs=SONGS, song_table="trained" if input_table else "frozen", input_table=input_table)
+    whole = network(config)
+    table = whole.inputs if whole.inputs is not None else whole.songs
+    vectors = torch.nn.functional.normalize(table.weight.detach(), dim=-1)
+    few = TasteModel(
+        model_config(num_songs=KNOWN, song_table=config.song_table, input_table=input_table),
+        whole.songs.weight[:KNOWN].detach(),
+    ).eval()
+    tables = ("songs.weight", "inputs.weight")
+    own = {name: value for name, value in whole.state_dict().items() if name not in tables}
+    few.load_state_dict(own, strict=False)
+    if few.inputs is not None:
+        few.inputs.weight.data.copy_(table.weight[:KNOWN])
+    histories = random_histories(12, SONGS, seed=3)
+    questions = Questions.at_end(histories, 10**9)
+    expected = TasteEncoder(whole).vectors(histories, questions, "short")
+    without = TasteEncoder(few).vectors(histories, questions, "short")
+    rows = torch.arange(KNOWN, SONGS)
+    few.add_songs(rows, vectors[KNOWN:])
+    np.testing.assert_allclose(TasteEncoder(few).vectors(histories, questions, "short"), expected, atol=1e-5)
+    assert np.abs(without - expected).max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_an_index_with_added_songs_answers_as_one_that_was_built_with_them(kind: str) -> None:
+    vectors = random_vectors(400, DIM, seed=5)
+    rows = np.array([3, 77, *range(360, 400)])
+    early = vectors.copy()
+    early[rows] = 0
+    config = IndexConfig(kind=kind, nlist=8, queries=50, target_recall=1.0)  # type: ignore[arg-type]
+    grown = SongIndex.build(early[:360], config).with_added(rows, vectors)
+    whole = SongIndex.build(vectors, IndexConfig(kind="flat"))
+    queries = random_vectors(30, DIM, seed=6)
+    exclude = [np.arange(query, 400, 9) for query in range(30)]
+    for banned in (None, exclude):
+        songs, scores = grown.search(queries, 10, banned)
+        expected_songs, expected_scores = whole.search(queries, 10, banned)
+        assert (songs == expected_songs).mean() > 0.97  # of inverted lists recall is a promise for most queries
+        np.testing.assert_allclose(scores[:, 0], expected_scores[:, 0], atol=1e-5)
+    assert np.isin(songs, rows).any()
+    everything, _ = grown.search(queries[:2], 400)
+    assert sorted(everything[0].tolist()) == list(range(400))
+
+
+def test_a_recommender_finds_added_songs_by_their_artist(added: AddedSongs) -> None:
+    model = network(model_config(num_songs=KNOWN, averages=(0.0,)))
+    recommender = TasteRecommender(model, clustered())
+    recommender.index = SongIndex.build(clustered(), IndexConfig())
+    recommender.add_songs(added)
+    assert (recommender.num_songs, len(recommender.added_songs)) == (KNOWN + 10, 10)
+    histories = Histories.from_lists([[5]], [[0]])
+    scores = recommender.score(histories, Questions.at_end(histories, 1))
+    songs, found = recommender.recommend(histories, 1, 70)
+    assert set(songs[0].tolist()) == set(range(70))
+    np.testing.assert_allclose(found[0], scores[0][songs[0]], atol=1e-5)
