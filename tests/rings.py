@@ -22,7 +22,7 @@ def ring_plays(
     seed: int = 0,
 ) -> list[str]:
     """Rows of HEAD: each user plays through the ring, from day `begin` on for about `days` days."""
-    random = np.random.default_rng([seed, users[0]])
+    random = np.random.default_rng([seed, users[0], int(begin)])
     rows = []
     for user in users:
         song = int(random.integers(songs))

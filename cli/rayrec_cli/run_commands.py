@@ -15,17 +15,15 @@ from rayrec_cli.options import Call, ForceOption, command
 from rayrec_cli.output import Shown, figures, note, table
 from rayrec_cli.recommend_commands import answer_view, results_table
 
+FEW_QUERIES = 100  # below them the interval of a recall is about 0.2 wide
+
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="TOML file with one section per stage.")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")]
 SaveOption = Annotated[
     str | None, typer.Option("--save", metavar="FILE", help="Merge the measured rates into this JSON file.")
 ]
 SoakOption = Annotated[bool, typer.Option("--soak", help="serve: mixed load while replicas are killed, instead.")]
-FEW_QUERIES = 100  # below them the interval of a recall is about 0.2 wide
-
 QuickOption = Annotated[bool, typer.Option("--quick", help="Small data and few rounds, for a smoke test.")]
-
-
 PlaysArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="PATH", help="Files of plays or folders of files, .gz too; local, s3:// or gs://."),

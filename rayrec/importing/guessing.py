@@ -10,15 +10,17 @@ from rayrec.errors import InputError
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.inspection import Inspection, inspect_files
 from rayrec.importing.readers import FORMATS
-from rayrec.importing.readers.files import HEAD_BYTES, SourceFile, find_files, open_plain, open_source
+from rayrec.importing.readers.files import HEAD_BYTES, SourceFile, find_files, open_plain, open_source, plain_name
 from rayrec.importing.readers.tabular import OPTIONAL_ROLES, roles
 
 # Formats whose files have names of their own come before those that are known by an ending.
 ORDER = (
-    *("spotify-history", "youtube-takeout", "yambda", "lastfm-1k"),
+    *("spotify-history", "apple-music", "deezer", "tidal", "youtube-takeout"),
+    *("yambda", "lastfm-1k", "music4all-onion"),
     *("csv", "parquet", "mpd", "listenbrainz", "sequences"),
 )
 YAMBDA_COLUMN = "played_ratio_pct"
+MARKS = {"mpd": b'"playlists"', "tidal": b"entry_date"}  # in the first bytes of a file of the format
 
 
 def guess_import(
@@ -63,7 +65,7 @@ def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile]
         files = find_files(paths, patterns)
     except InputError:
         return []
-    names = [posixpath.basename(file.source).lower().removesuffix(".gz") for file in files]
+    names = [posixpath.basename(plain_name(file.source)).lower() for file in files]
     return files if all(any(fnmatch(name, pattern) for pattern in patterns) for name in names) else []
 
 
@@ -72,9 +74,9 @@ def _looks_like(name: str, file: SourceFile) -> bool:
     if name == "yambda":
         with open_source(file.source) as stream:
             return YAMBDA_COLUMN in pq.read_schema(stream).names
-    if name == "mpd":
+    if name in MARKS:
         with open_plain(file.source) as stream:
-            return b'"playlists"' in stream.read(HEAD_BYTES)
+            return MARKS[name] in stream.read(HEAD_BYTES)
     return True
 
 

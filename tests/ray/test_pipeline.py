@@ -120,7 +120,9 @@ def test_the_command_line_answers_from_the_live_release(
     assert command(workspace, capsys, "train", *flags("train"))["id"] == ids["train"]
     assert command(workspace, capsys, "taste")["id"] == ids["taste"]
     assert command(workspace, capsys, "index")["id"] == ids["index"]
-    assert command(workspace, capsys, "release", "create")["id"] == ids["release"]
+    released = command(workspace, capsys, "release", "create")
+    assert released["id"] == ids["release"]
+    assert "was not trained on the plays from" in released["warning"]  # the test range: what goes live has not seen it
     report = command(workspace, capsys, "evaluate", *flags("evaluate"))
     assert {"default", "results"} <= set(report)
     assert {"model", "kind", "users", "target", "metric", "k", "value", "low", "high"} <= set(report["results"][0])

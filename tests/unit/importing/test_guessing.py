@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayrec.errors import InputError
-from rayrec.importing.guessing import describe_import, guess_format, guess_import
+from rayrec.importing.guessing import ORDER, describe_import, guess_format, guess_import
+from rayrec.importing.readers import FORMATS
 
 
 def write(folder: Path, name: str, text: str) -> str:
@@ -28,12 +29,26 @@ def write(folder: Path, name: str, text: str) -> str:
         ("slice.json", '{"info": 1, "playlists": []}', "mpd"),
         ("Streaming_History_Audio_2023.json", "[]", "spotify-history"),
         ("watch-history.json", "[]", "youtube-takeout"),
+        ("Apple Music Play Activity.csv", "Song Name\n", "apple-music"),
+        ("streaming.csv", "artist_name,track_title,entry_date\n", "tidal"),
+        ("streaming.csv", "user,song,ts\n", "csv"),
+        ("deezer-data_1.xlsx", "", "deezer"),
+        ("userid_trackid_timestamp.tsv", "user_id\ttrack_id\n", "music4all-onion"),
         ("sessions.txt", "1 2 3\n", "sequences"),
     ],
 )
 def test_the_format_follows_from_name_and_content(tmp_path: Path, name: str, text: str, expected: str) -> None:
     assert guess_format([write(tmp_path, f"folder/{name}", text)]) == expected
     assert guess_format([str(tmp_path / "folder")]) == expected
+
+
+def test_a_known_ending_of_compression_is_not_looked_at(tmp_path: Path) -> None:
+    for suffix in ("gz", "bz2"):
+        assert guess_format([write(tmp_path, f"sessions.txt.{suffix}", "1 2 3\n")]) == "sequences"
+
+
+def test_every_format_of_plays_is_guessed() -> None:
+    assert set(ORDER) == set(FORMATS)
 
 
 def test_a_parquet_file_named_as_yambdas_is_told_from_it_by_its_columns(tmp_path: Path) -> None:
