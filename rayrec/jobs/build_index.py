@@ -11,7 +11,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Questions
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
 from rayrec.progress import progress
-from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex, import_faiss
+from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex, require_one_faiss
 from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, newest, publish, reuse
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
@@ -30,7 +30,7 @@ def build_index(
     Raises `NotFoundError` where there is no such model, `MissingDependencyError` without faiss.
     """
     model = load(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
-    import_faiss()
+    require_one_faiss()
     inputs = {"models": model.id}
     stage_id = fingerprint("index", to_mapping(config), inputs)
     index_id, complete = new_id(workspace, "indexes", stage_id, repeat=repeat)

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from rayrec.storage.workspace import Workspace
 
 IndexKind = Literal["flat", "ivf"]
 
+FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu")
 INDEX_FILE = "index.faiss"
 STORED_AT_ONCE = 10_000  # vectors that `stored` gives out together
 SCORED_AT_ONCE = 256  # queries whose answers are scored together
@@ -59,9 +61,19 @@ def import_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise MissingDependencyError(
-            "faiss is not installed; run `pip install rayrec[cpu]`, or `pip install rayrec[gpu]` on a machine with CUDA"
+            "faiss is not installed; run `pip install faiss-cpu`, or `pip install faiss-gpu` on a machine with CUDA"
         ) from error
     return faiss
+
+
+def require_one_faiss() -> None:
+    """Raise `MissingDependencyError` where not exactly one of faiss's two packages is installed."""
+    if all(list(Distribution.discover(name=name)) for name in FAISS_PACKAGES):
+        raise MissingDependencyError(
+            "faiss-cpu and faiss-gpu are both installed and write over each other's files; run "
+            "`pip uninstall faiss-cpu faiss-gpu`, then install one of them"
+        )
+    import_faiss()
 
 
 @dataclass(frozen=True, kw_only=True)

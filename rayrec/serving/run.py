@@ -144,13 +144,32 @@ def require_loopback(pid: int | None = None) -> None:
 
 def _finish_requests() -> None:
     """Have HAProxy take no more requests, and wait for those at work: Serve itself would cut them off."""
-    proxies = []
+    proxies, controllers = [], []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             if process.name() == "haproxy":
-                process.send_signal(signal.SIGUSR1)
                 proxies.append(process)
-    psutil.wait_procs(proxies, timeout=REQUEST_SECONDS)
+            elif process.cmdline()[:1] and process.cmdline()[0].startswith("ray::ServeController"):
+                controllers.append(process)
+    # Serve's controller would take a HAProxy that is about to end for a broken one, and replace it after 3 seconds.
+    with _suspended(controllers):
+        for process in proxies:
+            with suppress(psutil.Error):
+                process.send_signal(signal.SIGUSR1)
+        psutil.wait_procs(proxies, timeout=REQUEST_SECONDS)
+
+
+@contextmanager
+def _suspended(processes: list[psutil.Process]) -> Iterator[None]:
+    for process in processes:
+        with suppress(psutil.Error):
+            process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.Error):
+                process.resume()
 
 
 @contextmanager

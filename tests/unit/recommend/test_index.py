@@ -1,5 +1,6 @@
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from rayrec.recommend.index import (
     MAX_OVERFETCH,
     IndexConfig,
     SongIndex,
-    import_faiss,
     reaches,
     recall_against,
+    require_one_faiss,
     sample_queries,
 )
 from rayrec.storage.artifacts import Manifest
@@ -227,8 +228,17 @@ def test_a_catalog_without_vectors_is_refused() -> None:
 
 def test_without_faiss_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(MissingDependencyError, match=r"rayrec\[cpu\].*rayrec\[gpu\]"):
-        import_faiss()
+    with pytest.raises(MissingDependencyError, match=r"pip install faiss-cpu.*pip install faiss-gpu"):
+        require_one_faiss()
+
+
+def test_two_packages_of_faiss_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("faiss_cpu", "faiss_gpu"):
+        (tmp_path / f"{name}-1.15.1.dist-info").mkdir()
+        (tmp_path / f"{name}-1.15.1.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 1.15.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingDependencyError, match=r"both installed.*pip uninstall faiss-cpu faiss-gpu"):
+        require_one_faiss()
 
 
 @pytest.mark.parametrize(
