@@ -190,10 +190,10 @@ def serve(call: Call, config: ServeConfig) -> Shown:
     it runs. Loads the users' states of the live release first if the store lacks them. For a cluster see
     cluster/serve.yaml.
     """
-    from rayrec.recommend.index import import_faiss
+    from rayrec.recommend.index import require_one_faiss
     from rayrec.serving.run import running
 
-    import_faiss()
+    require_one_faiss()
     _load_missing_states(call, config.store)
     stopped = threading.Event()
     with running(call.workspace, config) as url:

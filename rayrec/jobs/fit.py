@@ -18,6 +18,7 @@ from rayrec.jobs.quality import Quality, ServedParts, measure_quality
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
 from rayrec.recommend.answer import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
+from rayrec.recommend.index import require_one_faiss
 from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.simple_baselines import PopularityRecommender
 from rayrec.storage import artifacts
@@ -78,6 +79,7 @@ def fit(
     the users by whom the rankers were not trained. Raises `InputError` for files that cannot be read, for unknown
     settings, and in a workspace that holds other plays.
     """
+    require_one_faiss()  # before any work
     sections = _checked(settings or {})
     if config.epochs is not None:
         sections["train"]["epochs"] = config.epochs
