@@ -39,8 +39,9 @@ def guess_import(
     inspection = inspect_files(chosen, paths)
     found = {column.role: column.name for column in inspection.columns if column.role in roles(False)}
     found = {role: name for role, name in found.items() if name not in given.values()} | given
+    config = ImportConfig(format=chosen, paths=tuple(paths), columns=found, delimiter=inspection.delimiter or ",")
     _require_columns(inspection, paths[0], found)
-    return ImportConfig(format=chosen, paths=tuple(paths), columns=found, delimiter=inspection.delimiter or ",")
+    return config
 
 
 def describe_import(config: ImportConfig) -> str:

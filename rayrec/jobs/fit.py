@@ -85,7 +85,7 @@ def fit(
         sections["train"]["epochs"] = config.epochs
     plays = guess_import(config.paths, format_name=config.format, columns=config.columns)
     plays = plays.replace(**sections["import"])
-    on_note(f"Importing {', '.join(config.paths[:3])} as {describe_import(plays)}")
+    on_note(f"Reading as {describe_import(plays)}")
     with ray_cluster():
         stages = Stages(workspace, force=force, on_stage=on_stage)
         stages.run("import", plays)

@@ -89,7 +89,7 @@ def update(
     if live is None:
         raise InputError(f"workspace {workspace.uri} has no live release; run `rayrec fit` first")
     plays = guess_import(config.paths, format_name=config.format, columns=config.columns)
-    on_note(f"Appending {', '.join(config.paths[:3])} as {describe_import(plays)}")
+    on_note(f"Reading as {describe_import(plays)}")
     with ray_cluster():
         appended = append_plays(workspace, plays)
         dataset = Dataset(workspace)

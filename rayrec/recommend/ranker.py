@@ -177,14 +177,14 @@ class TreeModel:
 
 
 class LinearModel:
-    """A weighted sum of standardized features."""
+    """A weighted sum of standardized features, none of which counts beyond the values that it was learned from."""
 
     form = "linear"
 
     def __init__(self, weights: np.ndarray) -> None:
-        """`weights`, float64 (3, F): the mean and the standard deviation of each feature, and its weight."""
+        """`weights`, float64 (5, F), of each feature: mean, standard deviation, lowest and highest value, weight."""
         self._rows = weights
-        self._mean, self._deviation, self._weight = weights
+        self._mean, self._deviation, self._lowest, self._highest, self._weight = weights
 
     def importance(self) -> list[float]:
         """The absolute weight of each feature."""
@@ -192,7 +192,9 @@ class LinearModel:
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """float64 (C,), from float32 (C, F)."""
-        return np.asarray((features - self._mean) / self._deviation @ self._weight)
+        # A request years after the last play is like the latest that there was to learn from.
+        inside = np.clip(features, self._lowest, self._highest)
+        return np.asarray((inside - self._mean) / self._deviation @ self._weight)
 
     @classmethod
     def fit(cls, examples: RankingExamples, penalty: float) -> LinearModel:
@@ -202,6 +204,7 @@ class LinearModel:
         """
         features = examples.features.astype(np.float64)
         mean, deviation = features.mean(axis=0), features.std(axis=0) + 1e-9
+        lowest, highest = features.min(axis=0), features.max(axis=0)
         features = (features - mean) / deviation
         rows, queries = examples.rows, len(examples)
         right = examples.right / np.bincount(rows, weights=examples.right, minlength=queries)[rows]
@@ -212,7 +215,7 @@ class LinearModel:
             return value / queries, (features.T @ (shares - right) + 2 * penalty * weight) / queries
 
         weight = minimize(loss, np.zeros(features.shape[1]), jac=True, method="L-BFGS-B").x
-        return cls(np.stack([mean, deviation, weight]))
+        return cls(np.stack([mean, deviation, lowest, highest, weight]))
 
     def save(self, workspace: Workspace, folder: str, name: str) -> list[str]:
         """Write the weights; the names of the files."""

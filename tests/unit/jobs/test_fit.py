@@ -45,7 +45,7 @@ def ring(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, str, FitR
 def test_a_file_becomes_a_live_release_that_answers_with_rankers(
     ring: tuple[Workspace, str, FitResult, list[str]],
 ) -> None:
-    workspace, path, result, notes = ring
+    workspace, _, result, notes = ring
     assert [outcome.stage for outcome in result.outcomes] == STAGES
     live = active_release(workspace)
     assert live is not None
@@ -53,7 +53,7 @@ def test_a_file_becomes_a_live_release_that_answers_with_rankers(
     assert "rankers" in live.inputs
     verify_release(workspace, live)
     columns = "csv: user = user_id, song = track, played_at = timestamp, title = title, artist = artist"
-    assert notes[0] == f"Importing {path} as {columns}"
+    assert notes[0] == f"Reading as {columns}"
     assert notes[1].startswith("Holding back the plays from ")
     assert len(result.answer.songs) == 5
 
