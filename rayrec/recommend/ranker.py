@@ -214,7 +214,15 @@ class LinearModel:
             value = -(right * np.log(shares + 1e-300)).sum() + penalty * (weight @ weight)
             return value / queries, (features.T @ (shares - right) + 2 * penalty * weight) / queries
 
-        weight = minimize(loss, np.zeros(features.shape[1]), jac=True, method="L-BFGS-B").x
+        def curvature(weight: np.ndarray) -> np.ndarray:
+            weighted = features * softmax_shares(rows, features @ weight)[:, None]
+            means = np.add.reduceat(weighted, first_of_each(rows))
+            own = features.T @ weighted - means.T @ means
+            return np.asarray(own + 2 * penalty * np.eye(len(own))) / queries
+
+        # By second derivatives: a few passes over the examples in place of a hundred.
+        start = np.zeros(features.shape[1])
+        weight = minimize(loss, start, jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-5}).x
         return cls(np.stack([mean, deviation, lowest, highest, weight]))
 
     def save(self, workspace: Workspace, folder: str, name: str) -> list[str]:
