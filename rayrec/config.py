@@ -16,20 +16,24 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[import-not-found, no-redef]
 
+LARGEST = 2**63 - 1  # what arrays and files hold
 Config = TypeVar("Config", bound="Settings")
 
 
 class Settings(BaseModel):
-    """Base class of all settings. A field's range is in its type, its help in its description.
+    """Base class of all settings. A field's range is in its type, its help in its description; numbers are finite.
 
     Raises `InputError` for an unknown name, a missing value, a wrong type or a value out of range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name -> settings that belong together
 
     def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            if isinstance(value, int) and abs(value) > LARGEST:
+                raise InputError(f"{name} is {value}; expected an integer of at most {LARGEST}")
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -135,4 +139,5 @@ def _message(cls: type[Settings], values: Mapping[str, Any], error: ValidationEr
     shown = f"{name} is {list(value) if isinstance(value, tuple) else value!r}; " if name else ""
     if kind == "value_error":  # raised by a validator of the class
         return shown + str(problem["ctx"]["error"])
-    return f"{shown}expected {expected_value(cls.model_fields[name])}"
+    expected = expected_value(cls.model_fields[name])
+    return f"{shown}expected {expected.replace('number', 'finite number') if kind == 'finite_number' else expected}"

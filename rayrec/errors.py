@@ -4,6 +4,8 @@ Every message says what was given, what was expected and what to do. The command
 message as one line and exits with `exit_code`; anything that is not a `RayrecError` is our bug.
 """
 
+import tempfile
+
 
 class RayrecError(Exception):
     """A command failed. Exit code 1."""
@@ -55,3 +57,19 @@ class BusyError(RayrecError):
 
 class DamagedArtifactError(RayrecError):
     """A stored file does not match the checksum in its manifest, or has an unknown format version."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library raised, at most 200 characters; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def ray_not_started(error: Exception, where: str = "Ray could not be started on this machine") -> RayrecError:
+    """What to raise where `ray.init` raised a bare error, as it does of many types."""
+    text = first_line(error).rstrip(".")
+    if "AF_UNIX" in text:
+        return InputError(
+            f"the folder for temporary files, {tempfile.gettempdir()}, has too long a path for Ray's sockets; "
+            "set RAY_TMPDIR=/tmp"
+        )
+    return RayrecError(f"{where}: {text}; check its logs below /tmp/ray, and the memory and CPUs that are free")

@@ -22,12 +22,13 @@ from rayrec.storage.workspace import Workspace, split_file
 
 DAY_MS = 24 * 3600 * 1000
 MIN_TRAINING_SHARE = 0.01  # of all plays
+MIN_VALIDATION_DAYS = 7.0  # unless fewer are asked for
+MAX_VALIDATION_SHARE = 0.1  # of the time before the test range
+VALIDATION_PLAYS = 40_000  # rankers learn from so many, and find more the more they have (docs/method.md)
+SAMPLED_PLAYS = 1_000_000  # of the first buckets, that plays a day are estimated from
 # What `hold_back_validation` holds back; why: docs/training.md.
-VALIDATION_PLAYS = 20_000
-VALIDATION_DAYS = 7
-VALIDATION_SHARE, MOST_VALIDATION = 0.1, 0.2  # of all plays
-MIN_VALIDATION_PLAYS = 30
-SAMPLED_PLAYS = 1_000_000
+HELD_BACK_SHARE, MOST_HELD_BACK = 0.1, 0.2  # of all plays
+MIN_HELD_BACK = 30  # plays
 SHARE_DIGITS = 9  # 1 - 0.2 - 0.1 is to be 0.7, not a little more
 
 Protocol = Literal["time", "last-fraction"]
@@ -216,7 +217,12 @@ class SplitConfig(Settings):
     """How to split a data set: in time, or each user's own sequence where `last_fraction` is above 0."""
 
     test_days: float = Field(30.0, ge=0, description="Length of the test range at the end of the data, in days")
-    validation_days: float = Field(7.0, ge=0, description="Length of the validation range before it, in days")
+    validation_days: float | None = Field(
+        None,
+        ge=0,
+        description="Length of the validation range before it, in days; if not given, at least 7, and as many more as "
+        "hold 40,000 plays, up to a tenth of the time before the test range",
+    )
     last_fraction: float = Field(
         0.0, ge=0, lt=1, description="Test share at the end of each user's plays instead; weaker than a split in time"
     )
@@ -247,11 +253,12 @@ def make_split(config: SplitConfig, *, dataset: str, first_play: int, last_play:
     if config.last_fraction:
         return _last_fraction_split(config, dataset)
     test_from = last_play + 1 - round(config.test_days * DAY_MS)
-    validation_from = test_from - round(config.validation_days * DAY_MS)
+    validation_days = MIN_VALIDATION_DAYS if config.validation_days is None else config.validation_days
+    validation_from = test_from - round(validation_days * DAY_MS)
     if validation_from <= first_play:
         days = (last_play - first_play) / DAY_MS
         raise InputError(
-            f"{config.test_days:g} test and {config.validation_days:g} validation days leave nothing to train on: "
+            f"{config.test_days:g} test and {validation_days:g} validation days leave nothing to train on: "
             f"the plays span {days:.1f} days; use fewer days"
         )
     return Split(
@@ -316,6 +323,8 @@ def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
         raise InputError(
             "The data set has no times, plays are only ordered; split each user's plays with --last-fraction 0.2"
         )
+    if not config.last_fraction and config.validation_days is None:
+        config = config.replace(validation_days=_validation_days(Dataset(workspace), config.test_days))
     split = make_split(config, dataset=dataset.plays_id, first_play=dataset.first_play, last_play=dataset.last_play)
     if split.protocol == "time":
         _require_training_plays(workspace, split)
@@ -328,25 +337,25 @@ def hold_back_validation(dataset: Dataset, *, since: int | None = None) -> Split
     """Hold back the newest plays to choose by, without a test range, and keep the split; None where they are too few.
 
     For models that go live: everything is chosen on this range and then fitted again on all plays. It is as long as it
-    takes to hold 20,000 plays or a tenth of all, whichever is less, at least 7 days, and at most a fifth of all plays.
+    takes to hold 40,000 plays or a tenth of all, whichever is less, at least 7 days, and at most a fifth of all plays.
     With `since` (ms UTC) it begins at the middle one of the plays from there on, or later. Without times it is the last
     tenth of each user's plays.
     """
     manifest = dataset.manifest
-    if manifest.plays * VALIDATION_SHARE < MIN_VALIDATION_PLAYS:
+    if manifest.plays * HELD_BACK_SHARE < MIN_HELD_BACK:
         return None
     if manifest.times == "positions":
-        split = _held_back(dataset, protocol="last-fraction", last_fraction=0.0, validation_fraction=VALIDATION_SHARE)
+        split = _held_back(dataset, protocol="last-fraction", last_fraction=0.0, validation_fraction=HELD_BACK_SHARE)
     else:
         moments = _sample_of_moments(dataset)
-        fewest = min(VALIDATION_SHARE, VALIDATION_PLAYS / manifest.plays)
-        longest, shortest = (int(np.quantile(moments, 1 - part, method="lower")) for part in (MOST_VALIDATION, fewest))
-        begin = max(longest, min(shortest, manifest.last_play + 1 - VALIDATION_DAYS * DAY_MS))
+        fewest = min(HELD_BACK_SHARE, VALIDATION_PLAYS / manifest.plays)
+        longest, shortest = (int(np.quantile(moments, 1 - part, method="lower")) for part in (MOST_HELD_BACK, fewest))
+        begin = max(longest, min(shortest, manifest.last_play + 1 - round(MIN_VALIDATION_DAYS * DAY_MS)))
         if since is not None:
             new = moments[moments >= since]
             begin = max(begin, int(np.median(new)) if len(new) else manifest.last_play + 1)
         held_back = np.count_nonzero(moments >= begin) * manifest.plays / len(moments)
-        if begin <= manifest.first_play or held_back < MIN_VALIDATION_PLAYS:
+        if begin <= manifest.first_play or held_back < MIN_HELD_BACK:
             return None
         split = _held_back(dataset, validation_from=begin, test_from=manifest.last_play + 1)
     save_split(dataset.workspace, split)
@@ -371,6 +380,27 @@ def _sample_of_moments(dataset: Dataset) -> np.ndarray:
         if sum(map(len, parts)) >= SAMPLED_PLAYS:
             break
     return np.concatenate(parts)
+
+
+def _validation_days(dataset: Dataset, test_days: float) -> float:
+    """How many days before the test range hold as many plays as rankers learn from, within limits.
+
+    Plays a day are estimated from the first buckets.
+    """
+    manifest = dataset.manifest
+    test_from = manifest.last_play + 1 - round(test_days * DAY_MS)
+    most = int(MAX_VALIDATION_SHARE * (test_from - manifest.first_play) / DAY_MS)
+    if most <= MIN_VALIDATION_DAYS:
+        return MIN_VALIDATION_DAYS
+    plays, sampled = np.zeros(most, dtype=np.int64), 0
+    for histories in dataset.read_all():
+        days = (test_from - 1 - histories.played_at) // DAY_MS  # 0: the last day before the test range
+        plays += np.bincount(days[(days >= 0) & (days < most)], minlength=most)
+        sampled += len(days)
+        if sampled >= SAMPLED_PLAYS:
+            break
+    needed = np.searchsorted(np.cumsum(plays) * (manifest.plays / max(1, sampled)), VALIDATION_PLAYS) + 1
+    return float(np.clip(needed, MIN_VALIDATION_DAYS, most))
 
 
 def _require_training_plays(workspace: Workspace, split: Split) -> None:

@@ -32,9 +32,12 @@ class EmbedConfig(Settings):
     window: int = Field(3, ge=1, description="Context window: songs on either side of the target")
     negatives: int = Field(10, ge=1, description="Negative samples per positive pair")
     ns_exponent: float = Field(
-        -0.5, description="Exponent of play counts in negative sampling; 0 is uniform, below 0 prefers rare songs"
+        -0.5,
+        ge=-4,
+        le=4,
+        description="Exponent of play counts in negative sampling; 0 is uniform, below 0 prefers rare songs",
     )
-    learning_rate: float = Field(0.025, gt=0, description="Initial learning rate; decays linearly to almost 0")
+    learning_rate: float = Field(0.025, gt=0, le=1, description="Initial learning rate; decays linearly to almost 0")
     center: bool = Field(True, description="Subtract the mean vector before normalization")
     subsample: float = Field(
         0.0, ge=0, description="gensim's threshold for subsampling frequent songs; 0 keeps all plays"

@@ -5,8 +5,8 @@ album, released (YYYY-MM-DD, YYYY-MM or YYYY) and markets (names separated by `|
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import date
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,13 @@ from rayrec.importing.readers import delimited
 from rayrec.importing.readers.delimited import Delimiter
 from rayrec.importing.readers.files import cut_note, find_files, open_plain, plain_name
 from rayrec.importing.readers.parquet import open_parquet, read_columns
-from rayrec.importing.readers.reader import NO_SONG, Unit
+from rayrec.importing.readers.reader import NO_SONG, Unit, mapped_columns, naming
+from rayrec.importing.staging import Staging
 from rayrec.importing.vector_files import read_vector_file
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import DATASET, SONGS_TABLE, Workspace
 
 ROLES = {
     "song": columns.SONG_ID,
@@ -188,6 +189,45 @@ def store_descriptions(
     return made
 
 
+def take_in_described_songs(dataset: Dataset) -> int:
+    """Append the described songs that the catalog lacks to it, in the order of the descriptions; how many they were.
+
+    The data set gets another id and descends from the one that was there; plays and other rows stay as they are.
+    """
+    workspace, base = dataset.workspace, dataset.manifest
+    songs = workspace.read_table(SONGS_TABLE).slice(0, base.songs)
+    parts = [pa.array([], pa.string())]
+    for description in dataset.descriptions():
+        names = [DESCRIPTIONS_FILE, *([CONTENT_IDS] if CONTENT_FILE in description.files else [])]
+        for name in names:
+            column = workspace.read_table(description.path(name), [columns.SONG_ID]).column(columns.SONG_ID)
+            parts.append(columns.one_array(column).cast(pa.string()))
+    described = pc.unique(pa.concat_arrays(parts))
+    known = pc.is_in(described, value_set=columns.one_array(songs.column(columns.SONG_ID)).cast(pa.string()))
+    new = described.filter(pc.invert(known))
+    if not len(new):
+        return 0
+    rows = pa.array(np.arange(base.songs, base.songs + len(new), dtype=np.int32))
+    nothing = pa.nulls(len(new), pa.string())  # titles and artists come from the descriptions
+    grown = pa.concat_tables([songs, pa.table([rows, new, nothing, nothing], schema=columns.SONGS_TABLE)])
+    staging = Staging(workspace, artifacts.fingerprint("described songs", {"songs": len(grown)}, {"dataset": base.id}))
+    digest = workspace.write_table(staging.out(SONGS_TABLE), grown)
+    files = base.files | {SONGS_TABLE.removeprefix(f"{DATASET}/"): digest} | staging.keep_manifest(base)
+    manifest = replace(
+        base,
+        id=artifacts.fingerprint("dataset", {"files": dict(sorted(files.items()))}, {}),
+        lineage=base.lineage or base.id,
+        ancestors=[*base.ancestors, base.id],
+        joined_from=base.plays_id,  # the plays are the same
+        songs=len(grown),
+        files=dict(sorted(files.items())),
+        created_at=datetime.now(timezone.utc).isoformat(),
+    )
+    staging.publish(manifest)
+    dataset.manifest = manifest
+    return len(new)
+
+
 def read_descriptions(source: str, names: Mapping[str, str] | None = None, delimiter: str = ",") -> SongMetadata:
     """The metadata of a file, local or on a bucket; `names` maps roles to its columns.
 
@@ -203,9 +243,11 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
     elif path.endswith((".csv", ".tsv")):
         rows, rejected = _read_csv(source, names or {}, delimiter)
     else:
-        raise InputError(f"{source} is neither .csv nor .parquet; give a table of songs as one of them")
+        raise InputError(f"the file {source} is neither .csv nor .parquet; give a table of songs as one of them")
+    named = {role: (names or {}).get(role, role) for role in rows}
     problems = Problems(len(rows["song"]))
-    ids = spell_ids(rows["song"], problems, column="song", reason=NO_SONG)
+    with naming(source):
+        ids = spell_ids(rows["song"], problems, column=named["song"], reason=NO_SONG)
     rejected |= _counts(problems)
     usable = np.flatnonzero(~problems.bad)
     if not len(usable):
@@ -216,7 +258,8 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
     readers = {"released": _days, "markets": spell_lists}
     for role in [role for role in ROLES if role in rows and role != "song"]:
         problems = Problems(len(kept))
-        read = readers.get(role, spell_texts)(plain(rows[role]).take(kept), problems, column=role)
+        with naming(source):
+            read = readers.get(role, spell_texts)(plain(rows[role]).take(kept), problems, column=named[role])
         bad = pa.array(problems.bad)
         values[ROLES[role]] = pc.if_else(bad, pa.scalar(None, read.type), read) if problems.bad.any() else read
         for reason, count in _counts(problems).items():
@@ -230,7 +273,7 @@ def _read_csv(source: str, names: Mapping[str, str], delimiter: str) -> tuple[di
 
     def find(header: list[str]) -> dict[str, int]:
         delimited.require_delimiter(source, header, delimiter)
-        return {role: header.index(name) for role, name in _columns(source, header, names).items()}
+        return _columns(source, header, names)
 
     parts: list[pa.Table] = []
     rejected: list[pa.ChunkedArray] = []
@@ -248,26 +291,15 @@ def _read_csv(source: str, names: Mapping[str, str], delimiter: str) -> tuple[di
 def _read_parquet(source: str, names: Mapping[str, str]) -> dict[str, pa.Array]:
     with open_plain(source) as stream:
         file = open_parquet(source, pa.BufferReader(stream.read()))
-    found = _columns(source, file.schema_arrow.names, names)
+    there = file.schema_arrow.names
+    found = {role: there[place] for role, place in _columns(source, there, names).items()}
     table = read_columns(source, file, list(found.values()))
     return {role: one_array(table.column(name)) for role, name in found.items()}
 
 
-def _columns(source: str, there: list[str], names: Mapping[str, str]) -> dict[str, str]:
-    """Role -> column of the file."""
-    unknown = [role for role in names if role not in ROLES]
-    if unknown:
-        raise InputError(f"cannot map a column to {unknown[0]!r}; expected some of {', '.join(ROLES)}")
-    found = {role: names.get(role, role) for role in ROLES if names.get(role, role) in there}
-    twice = [name for name in found.values() if there.count(name) > 1]
-    if twice:
-        raise InputError(f"{source} has {there.count(twice[0])} columns named {twice[0]!r}; rename all but one")
-    missing = [role for role in ("song", *names) if role not in found]
-    if missing:
-        raise InputError(
-            f"{source} has no column {names.get(missing[0], missing[0])!r} for {missing[0]}; it has "
-            f"{delimited.shown_columns(there)}; map it with --columns {missing[0]}=NAME"
-        )
+def _columns(source: str, there: list[str], names: Mapping[str, str]) -> dict[str, int]:
+    """Role -> position of its column in the file."""
+    found = mapped_columns(source, there, names, list(ROLES), ["song"])
     if len(found) == 1:
         raise InputError(f"{source} has no metadata column; expected one of {', '.join(list(ROLES)[1:])} in it")
     return found

@@ -16,8 +16,7 @@ from rayrec.data.spelling import Problems
 from rayrec.errors import InputError
 from rayrec.importing.readers import FORMATS, Format, delimited
 from rayrec.importing.readers.delimited import spelled_delimiter
-from rayrec.importing.readers.files import SourceFile, cut_note, find_files, open_source
-from rayrec.importing.readers.lines import byte_ranges, read_blocks
+from rayrec.importing.readers.files import SourceFile, byte_ranges, cut_note, find_files, open_source, read_blocks
 from rayrec.importing.readers.parquet import open_parquet, read_batches
 from rayrec.importing.readers.reader import Batch, ReadOptions
 from rayrec.importing.readers.tabular import FLAGS, OPTIONAL_ROLES, roles

@@ -9,9 +9,10 @@ import pyarrow.compute as pc
 
 from rayrec.data import columns
 from rayrec.data.spelling import Problems, plain, spell_id, spell_ids
-from rayrec.errors import InputError
+from rayrec.errors import InputError, first_line
 from rayrec.importing.readers.files import open_source
 from rayrec.importing.readers.parquet import open_parquet, read_columns
+from rayrec.importing.readers.reader import naming
 from rayrec.storage.artifacts import sha256
 from rayrec.storage.workspace import Workspace
 
@@ -52,9 +53,8 @@ def _read_npy(path: Path) -> tuple[np.ndarray, pa.Array | None]:
     try:
         raw = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy reads the header as Python: a damaged one may raise SyntaxError and more
-        reason = str(error).splitlines() or [type(error).__name__]
         raise InputError(
-            f"vectors file {path} is not an array of numbers: {reason[0][:200]}; "
+            f"vectors file {path} is not an array of numbers: {first_line(error)}; "
             "write it with numpy.save(..., allow_pickle=False)"
         ) from error
     _require_matrix(path, raw)
@@ -67,7 +67,8 @@ def _read_npy(path: Path) -> tuple[np.ndarray, pa.Array | None]:
 def _spelled(path: Path, ids: pa.Array) -> pa.Array:
     """Ids as every import spells them. Raises `InputError` where a row has none."""
     problems = Problems(len(ids))
-    spelled = spell_ids(ids, problems, column=columns.SONG_ID, reason="no song id")
+    with naming(str(path)):
+        spelled = spell_ids(ids, problems, column=columns.SONG_ID, reason="no song id")
     if problems.bad.any():
         raise InputError(
             f"vectors file {path} has {int(problems.bad.sum())} rows with no song id, the first at row "

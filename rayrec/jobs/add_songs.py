@@ -7,7 +7,7 @@ from dataclasses import replace
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange, fit_range, load_split
-from rayrec.importing.described_songs import take_in_described_songs
+from rayrec.importing.descriptions import take_in_described_songs
 from rayrec.importing.staging import finish_publishing
 from rayrec.model.added_songs import AddedSongs, FirstPlays, songs_without_vector
 from rayrec.model.checkpoint import INPUT_VECTORS, SONG_VECTORS

@@ -23,8 +23,7 @@ from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixe
 from rayrec.evaluation.protocol import EvaluateConfig, plays_to_predict
 from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, write_report
 from rayrec.evaluation.results import Figures, figures_of, settings_of
-from rayrec.importing.readers.files import find_files
-from rayrec.importing.readers.lines import byte_ranges
+from rayrec.importing.readers.files import byte_ranges, find_files
 from rayrec.importing.readers.reader import Unit
 from rayrec.jobs.compared_models import ComparedModels, choose_models, make_recommenders, rankers_of
 from rayrec.jobs.rank import fit_ablations

@@ -12,7 +12,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, load_split
 from rayrec.errors import MismatchError, TooFewQueriesError
 from rayrec.jobs.add_songs import added_to
-from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
+from rayrec.jobs.runtime import node_cpus, ray_cluster, run_buckets, run_on_node
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK
 from rayrec.progress import progress
@@ -35,6 +35,7 @@ from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 KIND = "rankers"
+MOST_THREADS = 8  # that grow trees: a hundred candidates of 40,000 queries keep no more busy
 EVERYTHING = ""  # the name of the part that is left out where none is
 
 
@@ -81,8 +82,9 @@ def fit_rankers(
     with ray_cluster():
         queries = _collect(task)
         with progress("Rankers"):
+            cpus = min(node_cpus(), MOST_THREADS)
             try:
-                (names, figures), *_ = run_on_node(_fit, task, EVERYTHING, manifest.folder, cpus=1)
+                (names, figures), *_ = run_on_node(_fit, task, EVERYTHING, manifest.folder, cpus, cpus=cpus)
             except TooFewQueriesError:
                 workspace.delete(manifest.folder)
                 raise
@@ -107,9 +109,10 @@ def fit_ablations(dataset: Dataset, rankers: Manifest, folder: str) -> dict[str,
     folders = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
     task = _Task(dataset, config, split, *folders, f"{folder}/run", parts, added)
     _collect(task)
+    cpus = min(node_cpus(), MOST_THREADS)
     with progress("Rankers without a part", len(parts)) as bar:
         for part in parts:
-            list(run_on_node(_fit, task, part, f"{folder}/{part}", cpus=1))
+            list(run_on_node(_fit, task, part, f"{folder}/{part}", cpus, cpus=cpus))
             bar.advance(note=part)
     workspace.delete(task.run)
     return {part: f"{folder}/{part}" for part in parts}
@@ -206,7 +209,7 @@ class ExampleCollector:
         return self._queries_each - left
 
 
-def _fit(task: _Task, without: str, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]:
+def _fit(task: _Task, without: str, folder: str, threads: int) -> Iterator[tuple[list[str], dict[str, Any]]]:
     """Grow the rankers, without a part, and write them; yields the names of the files, and figures."""
     workspace = task.dataset.workspace
     pieces = [task.piece(bucket, without) for bucket in range(task.dataset.manifest.buckets)]
@@ -221,7 +224,7 @@ def _fit(task: _Task, without: str, folder: str) -> Iterator[tuple[list[str], di
     rankers: dict[RankerKind, Ranker] = {}
     for kind in KINDS:
         examples = RankingExamples.joined([part[kind] for part in parts])
-        ranker = _grown(kind, examples, features, task.config)
+        ranker = _grown(kind, examples, features, task.config, threads)
         if kind == "served" and ranker is not None and not _orders_better(ranker, rankers["next"], examples):
             ranker = None  # the ranker of all next plays serves new songs as well
         if ranker is not None:
@@ -236,7 +239,9 @@ def _fit(task: _Task, without: str, folder: str) -> Iterator[tuple[list[str], di
     yield names, figures
 
 
-def _grown(kind: RankerKind, examples: RankingExamples, features: list[str], config: RankConfig) -> Ranker | None:
+def _grown(
+    kind: RankerKind, examples: RankingExamples, features: list[str], config: RankConfig, threads: int
+) -> Ranker | None:
     """A ranker; None beside the one of the next play where too few queries are of its kind: a validation range may
     reach too few plays ahead for the long horizon, or hold only songs that its users had heard."""
     checked = int((examples.held_out & examples.found).sum())
@@ -244,7 +249,11 @@ def _grown(kind: RankerKind, examples: RankingExamples, features: list[str], con
     if min(checked, int(examples.found.sum()) - checked) < fewest:
         return None
     settings = RankerSettings(
-        trees=config.trees, leaves=config.leaves, learning_rate=config.learning_rate, seed=config.seed
+        trees=config.trees,
+        leaves=config.leaves,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        threads=threads,
     )
     return Ranker.fit(examples, features, settings)
 

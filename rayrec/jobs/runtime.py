@@ -3,7 +3,6 @@
 import logging
 import os
 import socket
-import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import ray
 from ray.data import DataContext
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
-from rayrec.errors import InputError, RayrecError
+from rayrec.errors import InputError, RayrecError, ray_not_started
 
 CONNECT_SECONDS = 5.0
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty settings
@@ -62,8 +61,9 @@ def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
             runtime_env={"env_vars": WORKER_ENVIRONMENT},
             **local,
         )
-    except Exception as error:  # Ray raises bare exceptions of many types
-        raise _not_started(address, error) from error
+    except Exception as error:
+        where = [f"the Ray cluster at {address} cannot be used"] if address else []
+        raise ray_not_started(error, *where) from error
     quiet_data()
     try:
         yield
@@ -93,17 +93,6 @@ def require_cluster(address: str, timeout: float = CONNECT_SECONDS) -> None:
             f"RAY_ADDRESS={address} points to no Ray cluster: {error}; start one with `ray start --head`, give its "
             "address, or unset RAY_ADDRESS to use this machine"
         ) from error
-
-
-def _not_started(address: str | None, error: Exception) -> RayrecError:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    if "AF_UNIX" in text:
-        return InputError(
-            f"the folder for temporary files, {tempfile.gettempdir()}, has too long a path for Ray's sockets; "
-            "set RAY_TMPDIR=/tmp"
-        )
-    where = f"the Ray cluster at {address} cannot be used" if address else "Ray could not be started on this machine"
-    return RayrecError(f"{where}: {text}; check its logs below /tmp/ray, and the memory and CPUs that are free")
 
 
 def quiet_data() -> None:

@@ -28,7 +28,7 @@ from rayrec.recommend.filters import Limits
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import LATEST, QueryBatch
 from rayrec.recommend.ranker import Ranker, RankingExamples
-from rayrec.recommend.retrieval.ragged import highest_of_each, ranges
+from rayrec.recommend.retrieval.ragged import highest_of_each, places_in, ranges
 from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates, make_new_song_retrievers, make_retrievers, retrieve
 from rayrec.recommend.taste_recommender import TasteRecommender
@@ -40,6 +40,7 @@ from rayrec.storage.workspace import Workspace
 RankerKind = Literal["next", "served", "long"]
 KINDS: tuple[RankerKind, ...] = get_args(RankerKind)
 HORIZONS: tuple[Horizon, ...] = ("short", "long")
+NEGATIVES = 100  # wrong candidates of a query that a ranker learns from
 QUERIES_AT_ONCE = 512
 PLAYS_AT_ONCE = 1 << 19  # before the queries that are answered together
 
@@ -380,7 +381,8 @@ def examples_for(
 
     `answers` hold the right songs of each kind, int (T,), after the queries to which they belong, int (T,);
     `held_out` is bool (Q,). For served, songs that the user has played are neither candidates nor right. The source
-    must not have seen the answers. `vectors` are the taste vectors where they are at hand.
+    must not have seen the answers. Of queries to learn from, at most NEGATIVES wrong candidates are drawn: more make
+    learning longer and the order no better. `vectors` are the taste vectors where they are at hand.
     """
     parts = {kind: [RankingExamples.none(len(source.sources.names))] for kind in answers}
     for chunk, scored in source.batches(histories, queries, vectors):
@@ -395,6 +397,17 @@ def examples_for(
     return {kind: RankingExamples.joined(examples) for kind, examples in parts.items()}
 
 
+def _drawn(scored: Scored, wrong: np.ndarray) -> np.ndarray:
+    """bool (C,): of each query NEGATIVES of its `wrong` candidates, bool (C,), by a hash of its time and the song."""
+    places = np.flatnonzero(wrong)
+    rows, songs = scored.candidates.rows[places], scored.candidates.songs[places]
+    mixed = (scored.batch.queries.at[rows] * 1_000_003 + songs).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    order = np.lexsort((mixed ^ (mixed >> np.uint64(29)), rows))
+    drawn = np.zeros(len(wrong), dtype=bool)
+    drawn[places[order[places_in(rows[order]) < NEGATIVES]]] = True
+    return drawn
+
+
 def _examples_of(scored: Scored, keys: np.ndarray, allowed: np.ndarray, held_out: np.ndarray) -> RankingExamples:
     """The examples of some queries whose right songs have `keys`, int64; `allowed`, bool (C,), are candidates."""
     rows, queries = scored.candidates.rows, len(scored.batch)
@@ -404,6 +417,7 @@ def _examples_of(scored: Scored, keys: np.ndarray, allowed: np.ndarray, held_out
     found = np.bincount(rows, weights=hit, minlength=queries) > 0
     used = found | (answered & held_out)
     kept = allowed & used[rows]
+    kept &= hit | held_out[rows] | _drawn(scored, kept & ~hit)
     return RankingExamples(
         features=scored.features[kept],
         right=hit[kept],

@@ -20,7 +20,7 @@ from random import SystemRandom
 import psutil
 
 from rayrec.config import to_mapping
-from rayrec.errors import InputError, RayrecError
+from rayrec.errors import InputError, RayrecError, ray_not_started
 from rayrec.serving.compat import require_known_ray, write_haproxy_wrapper
 from rayrec.serving.middleware import load_keys
 from rayrec.serving.serve_config import LOOPBACK, ServeConfig, is_loopback
@@ -38,13 +38,14 @@ SETTLE_SECONDS = 3.0  # for sockets that are open for a moment only
 def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
     """The URL of the application, which runs until the block ends.
 
-    Raises `InputError` where keys are missing or the port is taken, `RayrecError` where Serve cannot start it.
+    Raises `InputError` where keys are missing or the port is taken, `RayrecError` where Ray or Serve cannot start it.
     """
     load_keys(config)  # before anything starts
     require_known_ray()
     config = config.replace(port=config.port or free_ports(1)[0])
     require_free(config.host, config.port)
-    folder = Path(tempfile.mkdtemp(prefix="rayrec-serve-"))  # readable by its owner alone
+    # Readable by its owner alone; where Ray's sockets are, since those of HAProxy need as short a path.
+    folder = Path(tempfile.mkdtemp(prefix="rayrec-serve-", dir=os.environ.get("RAY_TMPDIR")))
     try:
         os.environ.update(environment(config, folder))
         with _application(workspace, config):
@@ -187,7 +188,11 @@ def _application(workspace: Workspace, config: ServeConfig) -> Iterator[None]:
     # Reserved CPUs are for the scheduler of a cluster; here all replicas share what there is.
     reserved = config.cpus * max(config.replicas, config.max_replicas) * (3 if config.topology == "split" else 1)
     cpus = max(os.cpu_count() or 1, math.ceil(reserved))
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    try:
+        ray.init(**own, logging_level=logging.ERROR, log_to_driver=False)
+    except Exception as error:
+        raise ray_not_started(error) from error
     try:
         serve.start(http_options={"host": config.host, "port": config.port}, logging_config=quiet)
         arguments = {**to_mapping(config), "workspace": workspace.root if workspace.is_local else workspace.uri}

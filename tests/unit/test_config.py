@@ -18,6 +18,7 @@ class Sample(Settings):
 
     epochs: int = Field(10, ge=1, description="Number of epochs")
     rate: float = Field(0.5, ge=0, lt=1, description="Learning rate")
+    width: float = Field(1.0, gt=0, description="Width")
     kind: Literal["flat", "ivf"] = Field("flat", description="Index type")
     pair: tuple[PositiveInt, ...] = Field((1, 1), description="Two numbers")
     shares: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field((), description="Shares")
@@ -44,7 +45,14 @@ def test_values_of_toml_become_the_types_of_the_fields() -> None:
         ({"epochs": 0}, "epochs is 0; expected an integer of at least 1"),
         ({"epochs": True}, "epochs is True; expected an integer of at least 1"),
         ({"epochs": 1.5}, "epochs is 1.5; expected an integer of at least 1"),
+        ({"epochs": 2**63}, "epochs is 9223372036854775808; expected an integer of at most 9223372036854775807"),
         ({"rate": 1.0}, "rate is 1.0; expected a number of at least 0 and below 1"),
+        ({"width": float("inf")}, "width is inf; expected a finite number above 0"),
+        ({"width": float("nan")}, "width is nan; expected a finite number above 0"),
+        (
+            {"shares": [float("nan")]},
+            "shares is [nan]; expected a list of finite numbers, each of at least 0 and at most 1",
+        ),
         ({"kind": "tree"}, "kind is 'tree'; expected one of flat, ivf"),
         ({"on": 1}, "on is 1; expected true or false"),
         ({"path": 1}, "path is 1; expected a string"),

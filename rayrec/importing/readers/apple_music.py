@@ -12,10 +12,9 @@ import pyarrow.compute as pc
 from rayrec.data import columns
 from rayrec.data.moments import in_utc, to_ms
 from rayrec.data.spelling import Problems, name_songs, spell_ids, spell_texts, valid_text
-from rayrec.importing.readers import delimited
 from rayrec.importing.readers.accounts import AccountCsvReader
-from rayrec.importing.readers.delimited import DelimitedRows, flags_below, required_columns, same
-from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch
+from rayrec.importing.readers.delimited import DelimitedRows, flags_below, same
+from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch, required_columns, to_batch
 
 # Older names after the present ones; the first that a row fills counts.
 TITLES = ("Song Name", "Content Name")
@@ -64,4 +63,4 @@ class AppleMusicReader(AccountCsvReader):
             skipped = pc.fill_null(pc.match_substring(values[REASON], "SKIPPED"), False)
             short = pc.if_else(skipped, True, short)
         data[columns.SKIPPED] = short
-        return delimited.to_batch(rows, data, problems, source)
+        return to_batch(rows, data, problems, source)

@@ -13,11 +13,11 @@ from typing import IO, Any, cast
 
 from rayrec.data import columns
 from rayrec.data.spelling import name_song
-from rayrec.errors import DamagedInputError, InputError
+from rayrec.errors import DamagedInputError, first_line
 from rayrec.importing.readers.accounts import account_of, check_accounts
 from rayrec.importing.readers.files import open_source
 from rayrec.importing.readers.json_rows import Record, RowCollector, text
-from rayrec.importing.readers.reader import STREAM_MS, Batch, ReadOptions, Unit
+from rayrec.importing.readers.reader import STREAM_MS, Batch, ReadOptions, Unit, required_columns
 
 SHEET = "_listeningHistory"  # its name ends so, after a number
 TITLE, ARTIST, ISRC, SECONDS, DATE = "Song Title", "Artist", "ISRC", "Listening Time", "Date"
@@ -43,9 +43,7 @@ class DeezerReader:
         user = self.options.user or _account(unit.source) or account_of(unit.source)
         header, *lines = _sheet(unit.source)
         names = [str(name).strip() for name in header]
-        missing = [name for name in (TITLE, ARTIST, DATE) if name not in names]
-        if missing:
-            raise InputError(f"{unit.source} has no column {missing[0]!r}; it has {', '.join(names[:20])}")
+        required_columns(unit.source, names, (TITLE, ARTIST, DATE), (ISRC, SECONDS))
         for number, cells in enumerate(lines, start=2):
             play = dict(zip(names, cells, strict=False))
             if any(cell is not None for cell in cells):
@@ -79,8 +77,9 @@ def _sheet(source: str) -> list[Sequence[Any]]:
                 sheet.reset_dimensions()  # some writers give wrong ones, and rows beyond them would be passed over
                 rows = list(sheet.iter_rows(values_only=True))
         except Exception as error:  # openpyxl raises whatever a broken part leads to
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise DamagedInputError(f"{source} is not a whole Excel file: {reason}; fetch it again") from error
+            raise DamagedInputError(
+                f"{source} is not a whole Excel file: {first_line(error)}; fetch it again"
+            ) from error
     if sheet is None or not rows:
         raise DamagedInputError(
             f"{source} has no sheet of a listening history, whose name ends in {SHEET}; check the format"

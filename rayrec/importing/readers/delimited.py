@@ -12,19 +12,16 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 from pydantic import AfterValidator
 
-from rayrec.data import columns
-from rayrec.data.spelling import NOT_UTF8, Problems
+from rayrec.data.spelling import NOT_UTF8
 from rayrec.errors import DamagedInputError, InputError
-from rayrec.importing.readers.files import require_text
-from rayrec.importing.readers.lines import NEWLINE, RETURN, Block, first_line, read_blocks
-from rayrec.importing.readers.reader import Batch, Unit, batch, rejected
+from rayrec.importing.readers.files import NEWLINE, RETURN, Block, header_line, read_blocks, require_text
+from rayrec.importing.readers.reader import Unit, rejected, shown_columns
 
 OPEN_QUOTE = "a quote is not closed on its line"
 AFTER_QUOTE = "text after a closing quote"
 STRAY_RETURN = "a carriage return within the line"
 QUOTE = ord('"')
 USUAL_DELIMITERS = (",", ";", "\t", "|")
-SHOWN_COLUMNS, SHOWN_NAME = 20, 40  # of a header, in a message
 
 
 def _unescaped(text: str) -> str:
@@ -42,7 +39,7 @@ Delimiter = Annotated[Separator, AfterValidator(_one_character)]
 
 
 class DelimitedRows(NamedTuple):
-    """R rows out of a block."""
+    """R rows out of a block, as `SourceRows`."""
 
     block: Block
     values: dict[str, pa.Array]  # strings, null where empty; one array (R,) for each wanted column
@@ -54,6 +51,11 @@ class DelimitedRows(NamedTuple):
         """int64 (R,): line numbers, counted from the start of the unit."""
         return self.block.numbers(self.indices)
 
+    @property
+    def covered(self) -> int:
+        """Lines of the block."""
+        return len(self.block)
+
     def texts(self, positions: np.ndarray) -> list[str]:
         """The lines of the rows at some positions."""
         return self.block.texts(self.indices[positions])
@@ -64,7 +66,7 @@ def read_header(source: str, delimiter: str) -> list[str]:
     head = require_text(source)
     if head.lstrip(b"\xef\xbb\xbf \r\n\t")[:2] in (b"[{", b'{"', b"[\n", b"{\n", b"[\r", b"{\r"):
         raise DamagedInputError(f"{source} is JSON; import it by the name of its format")
-    line = first_line(source)
+    line = header_line(source)
     if not line.strip():
         raise InputError(f"{source} begins with an empty line; expected a header with column names")
     if b"\r" in line:
@@ -79,13 +81,6 @@ def read_header(source: str, delimiter: str) -> list[str]:
         return [value.decode("utf-8").strip() for value in values]
     except UnicodeDecodeError as error:
         raise InputError(f"the header of {source} is {NOT_UTF8}; save the file as UTF-8") from error
-
-
-def shown_columns(names: Sequence[str]) -> str:
-    """Column names for a message, at most 20 of them."""
-    shown = [name if len(name) <= SHOWN_NAME else f"{name[:SHOWN_NAME]}…" for name in names[:SHOWN_COLUMNS]]
-    more = f" and {len(names) - SHOWN_COLUMNS} more" if len(names) > SHOWN_COLUMNS else ""
-    return ", ".join(shown) + more
 
 
 def other_delimiter(header: Sequence[str], delimiter: str) -> str | None:
@@ -156,36 +151,6 @@ def read_rows(unit: Unit, delimiter: str, find: Callable[[list[str]], Mapping[st
             source=unit.source,
             skip=1 if first else 0,
         )
-
-
-def to_batch(rows: DelimitedRows, data: dict[str, pa.Array], problems: Problems, source: str) -> Batch:
-    """The plays that were made of some rows: `data` by the names of columns.PLAYS, with what is wrong with them."""
-    return batch(
-        columns.PLAYS,
-        data,
-        source=source,
-        lines=rows.lines,
-        problems=problems,
-        texts=rows.texts,
-        covered=len(rows.block),
-        also=rows.rejected,
-    )
-
-
-def required_columns(
-    source: str, header: Sequence[str], needed: Sequence[str], optional: Sequence[str] = ()
-) -> dict[str, int]:
-    """Position of each column that a format names; optional ones where they are there.
-
-    Raises `InputError` for a column that is not there or is there twice.
-    """
-    present = [*needed, *(name for name in dict.fromkeys(optional) if name in header and name not in needed)]
-    for name in present:
-        if name not in header:
-            raise InputError(f"{source} has no column {name!r}; it has {shown_columns(header)}; is it of this format?")
-        if header.count(name) > 1:
-            raise InputError(f"{source} has {header.count(name)} columns named {name!r}; rename all but one")
-    return {name: header.index(name) for name in present}
 
 
 def same(values: pa.Array, text: str | None) -> np.ndarray:

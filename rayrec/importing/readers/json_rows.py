@@ -13,8 +13,7 @@ from rayrec.data.moments import to_ms
 from rayrec.data.spelling import NOT_UTF8, Problems, mark_long, missing, spell_id, spell_text
 from rayrec.errors import DamagedInputError
 from rayrec.importing.readers import reader
-from rayrec.importing.readers.files import open_plain, require_text
-from rayrec.importing.readers.lines import BYTE_ORDER_MARK, byte_ranges, read_blocks
+from rayrec.importing.readers.files import BYTE_ORDER_MARK, byte_ranges, open_plain, read_blocks, require_text
 from rayrec.importing.readers.reader import Batch, Unit, rejected
 
 NOT_JSON = "not JSON"

@@ -12,9 +12,8 @@ from rayrec.data import columns
 from rayrec.data.moments import to_ms
 from rayrec.data.spelling import Problems, name_songs, spell_ids, spell_texts
 from rayrec.importing.readers import delimited, reader
-from rayrec.importing.readers.files import require_text
-from rayrec.importing.readers.lines import byte_ranges, read_blocks
-from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
+from rayrec.importing.readers.files import byte_ranges, read_blocks, require_text
+from rayrec.importing.readers.reader import Batch, ReadOptions, Unit, to_batch
 
 COLUMNS = ("user", "played_at", "artist_id", "artist", "song", "title")
 WANTED = {name: place for place, name in enumerate(COLUMNS) if name != "artist_id"}
@@ -50,4 +49,4 @@ class LastfmReader:
                 columns.TITLE: title,
                 columns.ARTIST: artist,
             }
-            yield delimited.to_batch(rows, data, problems, unit.source)
+            yield to_batch(rows, data, problems, unit.source)

@@ -12,10 +12,10 @@ from rayrec.data import columns
 from rayrec.data.moments import in_utc, to_ms
 from rayrec.data.spelling import Problems, spell_ids, valid_text
 from rayrec.importing.readers import delimited
-from rayrec.importing.readers.reader import NO_SONG, NO_USER, Batch, ReadOptions, Unit
-from rayrec.importing.readers.tabular import CsvReader, find_columns
+from rayrec.importing.readers.files import byte_ranges
+from rayrec.importing.readers.reader import NO_SONG, NO_USER, Batch, ReadOptions, Unit, required_columns, to_batch
 
-COLUMNS = ReadOptions(columns={"user": "user_id", "song": "track_id", "played_at": "timestamp"}, delimiter="\t")
+COLUMNS = USER, SONG, TIME = "user_id", "track_id", "timestamp"
 
 
 class Music4AllOnionReader:
@@ -26,16 +26,17 @@ class Music4AllOnionReader:
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
         """Byte ranges."""
-        return CsvReader(COLUMNS).plan(source, size, unit_bytes)
+        required_columns(source, delimited.read_header(source, "\t"), COLUMNS)
+        return byte_ranges(source, size, unit_bytes)
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """One batch per block of 16 MiB."""
-        for rows in delimited.read_rows(unit, "\t", lambda header: find_columns(unit.source, header, COLUMNS)):
+        for rows in delimited.read_rows(unit, "\t", lambda header: required_columns(unit.source, header, COLUMNS)):
             problems = Problems(len(rows.indices))
             data = {
-                columns.USER: spell_ids(rows.values["user"], problems, column="user_id", reason=NO_USER),
-                columns.SONG_ID: spell_ids(rows.values["song"], problems, column="track_id", reason=NO_SONG),
+                columns.USER: spell_ids(rows.values[USER], problems, column=USER, reason=NO_USER),
+                columns.SONG_ID: spell_ids(rows.values[SONG], problems, column=SONG, reason=NO_SONG),
             }
-            times = in_utc(valid_text(rows.values["played_at"], problems))
-            data[columns.PLAYED_AT] = pa.array(to_ms(times, problems, column="timestamp"))
-            yield delimited.to_batch(rows, data, problems, unit.source)
+            times = in_utc(valid_text(rows.values[TIME], problems))
+            data[columns.PLAYED_AT] = pa.array(to_ms(times, problems, column=TIME))
+            yield to_batch(rows, data, problems, unit.source)

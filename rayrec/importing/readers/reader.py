@@ -1,7 +1,8 @@
-"""What every reader of an outside format shares: units of work, batches of rows, rejected rows."""
+"""What every reader of an outside format shares: units of work, columns by name, batches of rows, rejected rows."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -10,7 +11,9 @@ import pyarrow as pa
 
 from rayrec.data import columns
 from rayrec.data.spelling import Problems, clean
+from rayrec.errors import InputError
 
+SHOWN_COLUMNS, SHOWN_NAME = 20, 40  # of a header, in a message
 TEXT_LIMIT = 1_000  # characters kept of a rejected row
 NO_USER = "no user"
 IN_FUTURE = "time is more than a day from now"
@@ -52,6 +55,34 @@ class Batch(NamedTuple):
     rejected: pa.Table  # columns.REJECTED
     read: int  # rows read, good and bad
     lines: int  # lines (or records) covered, empty ones and the header included
+
+
+class SourceRows(Protocol):
+    """R rows of a table as they stand in a unit."""
+
+    @property
+    def values(self) -> dict[str, pa.Array]:
+        """Columns (R,) by the names that were asked for."""
+        ...
+
+    @property
+    def lines(self) -> np.ndarray:
+        """int64 (R,): line or record of each row, counted from the start of the unit."""
+        ...
+
+    @property
+    def covered(self) -> int:
+        """Lines (or records) that were read for them."""
+        ...
+
+    @property
+    def rejected(self) -> pa.Table:
+        """columns.REJECTED: lines that are no rows."""
+        ...
+
+    def texts(self, positions: np.ndarray) -> list[str]:
+        """What stands in the file at some rows."""
+        ...
 
 
 class Reader(Protocol):
@@ -118,7 +149,80 @@ def batch(
     return Batch(rows, refused, rows.num_rows + refused.num_rows, covered)
 
 
+def to_batch(
+    rows: SourceRows, data: dict[str, pa.Array], problems: Problems, source: str, schema: pa.Schema = columns.PLAYS
+) -> Batch:
+    """What was made of some rows: `data` by the names of `schema`, with what is wrong with them."""
+    return batch(
+        schema,
+        data,
+        source=source,
+        lines=rows.lines,
+        problems=problems,
+        texts=rows.texts,
+        covered=rows.covered,
+        also=rows.rejected,
+    )
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """A with block whose `InputError` names the file."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
 def _repeated(text: str, count: int) -> pa.Array:
     encoded = text.encode()
     offsets = np.arange(count + 1, dtype=np.int32) * len(encoded)
     return pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(encoded * count))
+
+
+def required_columns(
+    source: str, header: Sequence[str], needed: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, int]:
+    """Position of each column that a format names; optional ones where they are there.
+
+    Raises `InputError` for a column that is not there or is there twice.
+    """
+    present = [*needed, *(name for name in dict.fromkeys(optional) if name in header and name not in needed)]
+    for name in present:
+        if name not in header:
+            raise InputError(f"{source} has no column {name!r}; it has {shown_columns(header)}; is it of this format?")
+    return {name: _position(source, header, name) for name in present}
+
+
+def mapped_columns(
+    source: str, header: Sequence[str], names: Mapping[str, str], roles: Sequence[str], needed: Sequence[str]
+) -> dict[str, int]:
+    """Role -> position of its column: the one that `names` gives, else the one of the role's own name.
+
+    Raises `InputError` for an unknown role, for a column of a role that is `needed` or in `names` and is not there,
+    and for one that is there twice.
+    """
+    unknown = [role for role in names if role not in roles]
+    if unknown:
+        raise InputError(f"cannot map a column to {unknown[0]!r}; expected some of {', '.join(roles)}")
+    wanted = {role: names.get(role, role) for role in roles}
+    for role, name in wanted.items():
+        if name not in header and (role in names or role in needed):
+            raise InputError(
+                f"{source} has no column {name!r} for {role}; it has {shown_columns(header)}; "
+                f"map it with --columns {role}=NAME"
+            )
+    return {role: _position(source, header, name) for role, name in wanted.items() if name in header}
+
+
+def _position(source: str, header: Sequence[str], name: str) -> int:
+    if header.count(name) > 1:
+        raise InputError(f"{source} has {header.count(name)} columns named {name!r}; rename all but one")
+    return header.index(name)
+
+
+def shown_columns(names: Sequence[str]) -> str:
+    """Column names for a message, at most 20 of them."""
+    shown = [name if len(name) <= SHOWN_NAME else f"{name[:SHOWN_NAME]}…" for name in names[:SHOWN_COLUMNS]]
+    more = f" and {len(names) - SHOWN_COLUMNS} more" if len(names) > SHOWN_COLUMNS else ""
+    return ", ".join(shown) + more

@@ -16,8 +16,7 @@ from rayrec.data import columns
 from rayrec.data.spelling import Problems, missing, spell_ids
 from rayrec.importing.readers import reader
 from rayrec.importing.readers.delimited import line_faults
-from rayrec.importing.readers.files import require_text
-from rayrec.importing.readers.lines import Block, byte_ranges, read_blocks
+from rayrec.importing.readers.files import Block, byte_ranges, read_blocks, require_text
 from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
 
 BLOCK_BYTES = 4 << 20  # a few characters can be a play: a row takes ten times its text in memory

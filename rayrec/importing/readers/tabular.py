@@ -5,7 +5,7 @@ skipped (true, false, 1 or 0), title, artist. Roles of a playlist entry: playlis
 and where there are any title, artist. A role that is not mapped has the column of its own name.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,18 +16,14 @@ from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.moments import to_ms
 from rayrec.data.spelling import Problems, plain, spell_ids, spell_lists, spell_texts
-from rayrec.errors import InputError
-from rayrec.importing.readers import delimited, reader
-from rayrec.importing.readers.files import open_source
-from rayrec.importing.readers.lines import byte_ranges
-from rayrec.importing.readers.parquet import open_parquet, read_batches, row_texts
-from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
+from rayrec.importing.readers import delimited, parquet, reader
+from rayrec.importing.readers.files import byte_ranges
+from rayrec.importing.readers.reader import Batch, ReadOptions, SourceRows, Unit, naming, to_batch
 
 PLAY_ROLES = ("user", "song", "played_at", "contexts", "skipped", "title", "artist")
 OPTIONAL_ROLES = ("contexts", "skipped", "title", "artist")
 PLAYLIST_ROLES = ("playlist", "position", "song", "title", "artist")
 NOT_A_POSITION = "position is not a whole number"
-NOT_A_FLAG = "skipped is none of true, false, 1, 0"
 FLAGS = {"true": True, "1": True, "t": True, "yes": True, "false": False, "0": False, "f": False, "no": False}
 
 
@@ -50,15 +46,7 @@ class CsvReader:
     def read(self, unit: Unit) -> Iterator[Batch]:
         """One batch per block of 16 MiB."""
         for rows in delimited.read_rows(unit, self.options.delimiter, partial(self._positions, unit.source)):
-            yield convert(
-                rows.values,
-                self.options.playlists,
-                source=unit.source,
-                lines=rows.lines,
-                texts=rows.texts,
-                covered=len(rows.block),
-                also=rows.rejected,
-            )
+            yield convert(rows, self.options.playlists, unit.source)
 
     def _positions(self, source: str, header: list[str]) -> dict[str, int]:
         delimited.require_delimiter(source, header, self.options.delimiter)
@@ -73,80 +61,28 @@ class ParquetReader:
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
         """Runs of row groups. Raises `InputError` for another format or a missing column."""
-        with open_source(source) as stream:
-            file = open_parquet(source, stream)
-            find_columns(source, file.schema_arrow.names, self.options)
-            sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
-        numbers = (np.cumsum(sizes) - sizes) // unit_bytes if sizes else np.zeros(0)
-        starts = [group for group in range(len(sizes)) if group == 0 or numbers[group] != numbers[group - 1]]
-        stops = [*starts[1:], len(sizes)]
-        return [Unit(source=source, start=start, stop=stop) for start, stop in zip(starts, stops, strict=False)]
+        return parquet.plan_groups(source, unit_bytes, lambda names: find_columns(source, names, self.options))
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Batches of 262,144 rows; the line is the number of the record."""
-        with open_source(unit.source) as stream:
-            file = open_parquet(unit.source, stream)
-            names = file.schema_arrow.names
-            wanted = {role: names[place] for role, place in find_columns(unit.source, names, self.options).items()}
-            groups = list(range(unit.start, file.num_row_groups if unit.stop is None else unit.stop))
-            first = 1
-            for part in read_batches(unit.source, file, groups, list(set(wanted.values()))):
-
-                def texts(positions: np.ndarray, part: pa.RecordBatch = part) -> list[str]:
-                    return row_texts(part, positions)
-
-                yield convert(
-                    {role: part.column(name) for role, name in wanted.items()},
-                    self.options.playlists,
-                    source=unit.source,
-                    names=wanted,
-                    lines=np.arange(first, first + part.num_rows),
-                    texts=texts,
-                    covered=part.num_rows,
-                )
-                first += part.num_rows
+        for rows in parquet.read_rows(unit, lambda names: find_columns(unit.source, names, self.options)):
+            yield convert(rows, self.options.playlists, unit.source, rows.names)
 
 
 def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dict[str, int]:
-    """Role -> position of its column in the file.
-
-    Raises `InputError` for an unknown role, a column that is not there or one that is there twice.
-    """
+    """Role -> position of its column in the file. Raises `InputError` as `reader.mapped_columns` does."""
     known = roles(options.playlists)
-    unknown = [role for role in options.columns if role not in known]
-    if unknown:
-        raise InputError(f"cannot map a column to {unknown[0]!r}; expected some of {', '.join(known)}")
-    found: dict[str, int] = {}
-    for role in known:
-        name = options.columns.get(role, role)
-        if names.count(name) > 1:
-            raise InputError(f"{source} has {names.count(name)} columns named {name!r}; rename all but one")
-        if name in names:
-            found[role] = names.index(name)
-        elif role in options.columns or role not in OPTIONAL_ROLES:
-            raise InputError(
-                f"{source} has no column {name!r} for {role}; it has {delimited.shown_columns(names)}; "
-                f"map it with --columns {role}=NAME"
-            )
-    return found
+    needed = [role for role in known if role not in OPTIONAL_ROLES]
+    return reader.mapped_columns(source, names, options.columns, known, needed)
 
 
-def convert(
-    values: dict[str, pa.Array],
-    playlists: bool,
-    *,
-    source: str,
-    lines: np.ndarray,
-    texts: Callable[[np.ndarray], Sequence[str]],
-    covered: int,
-    also: pa.Table | None = None,
-    names: Mapping[str, str] | None = None,
-) -> Batch:
+def convert(rows: SourceRows, playlists: bool, source: str, names: Mapping[str, str] | None = None) -> Batch:
     """Columns by role, of strings or of the types of a Parquet file, to plays or playlist entries.
 
     `names` are those of the columns in the file. Raises `InputError` for a column of a type that cannot hold its role.
     """
-    problems = Problems(len(lines))
+    values = rows.values
+    problems = Problems(len(rows.lines))
 
     def ids(role: str, reason: str) -> pa.Array:
         return spell_ids(values[role], problems, column=name(role), reason=reason)
@@ -154,7 +90,7 @@ def convert(
     def name(role: str) -> str:
         return (names or {}).get(role, role)
 
-    try:
+    with naming(source):
         owner, no_owner = ("playlist", reader.NO_PLAYLIST) if playlists else ("user", reader.NO_USER)
         data = {columns.PLAYLIST if playlists else columns.USER: ids(owner, no_owner)}
         data[columns.SONG_ID] = ids("song", reader.NO_SONG)
@@ -163,18 +99,14 @@ def convert(
         else:
             data[columns.PLAYED_AT] = pa.array(to_ms(values["played_at"], problems, column=name("played_at")))
             if "skipped" in values:
-                data[columns.SKIPPED] = _flags(values["skipped"], problems, name("skipped"))
+                data[columns.SKIPPED] = read_flags(values["skipped"], problems, name("skipped"))
             if "contexts" in values:
                 data[columns.CONTEXTS] = spell_lists(values["contexts"], problems, column=name("contexts"))
         for role in ("title", "artist"):
             if role in values:
                 data[role] = spell_texts(values[role], problems, column=name(role))
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
     schema = columns.PLAYLIST_ENTRIES if playlists else columns.PLAYS
-    return reader.batch(
-        schema, data, source=source, lines=lines, problems=problems, texts=texts, covered=covered, also=also
-    )
+    return to_batch(rows, data, problems, source, schema)
 
 
 def _positions(values: pa.Array, problems: Problems, column: str) -> pa.Array:
@@ -184,12 +116,13 @@ def _positions(values: pa.Array, problems: Problems, column: str) -> pa.Array:
     return one_array(pc.if_else(valid, texts, "0").cast(pa.int64()))
 
 
-def _flags(values: pa.Array, problems: Problems, column: str) -> pa.Array:
+def read_flags(values: pa.Array, problems: Problems, column: str) -> pa.Array:
+    """bool (R,): a column of truth values, in any of the spellings of `FLAGS`, null where there is none."""
     values = plain(values)
     if pa.types.is_boolean(values.type):
         return values
     texts = pc.utf8_lower(spell_texts(values, problems, column=column))
     found = pc.index_in(texts, value_set=pa.array(list(FLAGS)))
     unknown = pc.and_(found.is_null(), texts.is_valid())
-    problems.mark(np.asarray(unknown.to_numpy(zero_copy_only=False)), NOT_A_FLAG)
+    problems.mark(np.asarray(unknown.to_numpy(zero_copy_only=False)), f"{column} is none of true, false, 1, 0")
     return pa.array(list(FLAGS.values())).take(found)

@@ -11,10 +11,9 @@ import pyarrow.compute as pc
 from rayrec.data import columns
 from rayrec.data.moments import local_to_ms
 from rayrec.data.spelling import Problems, name_songs, spell_ids, spell_texts
-from rayrec.importing.readers import delimited
 from rayrec.importing.readers.accounts import AccountCsvReader
-from rayrec.importing.readers.delimited import DelimitedRows, flags_below, required_columns, same
-from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch
+from rayrec.importing.readers.delimited import DelimitedRows, flags_below, same
+from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch, required_columns, to_batch
 
 ARTIST, TITLE, TIME, ZONE = "artist_name", "track_title", "entry_date", "time_zone"
 DURATION, TYPE = "stream_duration_ms", "product_type"
@@ -49,4 +48,4 @@ class TidalReader(AccountCsvReader):
         }
         if DURATION in values:
             data[columns.SKIPPED] = flags_below(values[DURATION], STREAM_MS)
-        return delimited.to_batch(rows, data, problems, source)
+        return to_batch(rows, data, problems, source)

@@ -6,6 +6,7 @@ skipped, as the data set's authors count listens.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -14,59 +15,65 @@ import pyarrow.compute as pc
 from rayrec.data import columns
 from rayrec.data.moments import to_ms
 from rayrec.data.spelling import Problems, spell_ids
-from rayrec.importing.readers import reader
-from rayrec.importing.readers.files import open_source
-from rayrec.importing.readers.parquet import open_parquet, read_batches, row_texts
-from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
-from rayrec.importing.readers.tabular import ParquetReader
+from rayrec.errors import InputError
+from rayrec.importing.readers import parquet
+from rayrec.importing.readers.parquet import ParquetRows
+from rayrec.importing.readers.reader import (
+    NO_SONG,
+    NO_USER,
+    Batch,
+    ReadOptions,
+    Unit,
+    naming,
+    required_columns,
+    to_batch,
+)
+from rayrec.importing.readers.tabular import read_flags
 
 LISTENED_PERCENT = 50
-COLUMNS = {"user": "uid", "song": "item_id", "played_at": "timestamp"}
-ORGANIC, PERCENT = "is_organic", "played_ratio_pct"
+NEEDED = USER, SONG, TIME = "uid", "item_id", "timestamp"
+OPTIONAL = ORGANIC, PERCENT = "is_organic", "played_ratio_pct"
 
 
 class YambdaReader:
     """Reads listens.parquet; likes and dislikes are no plays."""
 
     def __init__(self, options: ReadOptions) -> None:
-        self.options = ReadOptions(columns=COLUMNS)
+        pass
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
         """Runs of row groups."""
-        return ParquetReader(self.options).plan(source, size, unit_bytes)
+        return parquet.plan_groups(source, unit_bytes, partial(_find, source))
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Batches of 262,144 rows; the line is the number of the record."""
-        with open_source(unit.source) as stream:
-            file = open_parquet(unit.source, stream)
-            names = file.schema_arrow.names
-            wanted = [*COLUMNS.values(), *(name for name in (ORGANIC, PERCENT) if name in names)]
-            groups = list(range(unit.start, file.num_row_groups if unit.stop is None else unit.stop))
-            first = 1
-            for part in read_batches(unit.source, file, groups, wanted):
-                yield _batch(unit.source, part, first)
-                first += part.num_rows
+        for rows in parquet.read_rows(unit, partial(_find, unit.source)):
+            yield _batch(rows, unit.source)
 
 
-def _batch(source: str, part: pa.RecordBatch, first: int) -> Batch:
-    problems = Problems(part.num_rows)
-    data = {
-        columns.USER: spell_ids(part.column("uid"), problems, column="uid", reason=reader.NO_USER),
-        columns.SONG_ID: spell_ids(part.column("item_id"), problems, column="item_id", reason=reader.NO_SONG),
-        columns.PLAYED_AT: pa.array(to_ms(part.column("timestamp"), problems, column="timestamp")),
-    }
-    if ORGANIC in part.schema.names:
-        organic = pc.fill_null(part.column(ORGANIC).cast(pa.bool_()), True)
-        names = pc.if_else(organic, "organic", "recommended")
-        data[columns.CONTEXTS] = pa.ListArray.from_arrays(pa.array(np.arange(part.num_rows + 1, dtype=np.int32)), names)
-    if PERCENT in part.schema.names:
-        data[columns.SKIPPED] = pc.less(part.column(PERCENT), LISTENED_PERCENT)
-    return reader.batch(
-        columns.PLAYS,
-        data,
-        source=source,
-        lines=np.arange(first, first + part.num_rows),
-        problems=problems,
-        texts=lambda positions: row_texts(part, positions),
-        covered=part.num_rows,
-    )
+def _find(source: str, names: list[str]) -> dict[str, int]:
+    return required_columns(source, names, NEEDED, OPTIONAL)
+
+
+def _batch(rows: ParquetRows, source: str) -> Batch:
+    values, count = rows.values, rows.covered
+    problems = Problems(count)
+    with naming(source):
+        data = {
+            columns.USER: spell_ids(values[USER], problems, column=USER, reason=NO_USER),
+            columns.SONG_ID: spell_ids(values[SONG], problems, column=SONG, reason=NO_SONG),
+            columns.PLAYED_AT: pa.array(to_ms(values[TIME], problems, column=TIME)),
+        }
+        if ORGANIC in values:
+            organic = pc.fill_null(read_flags(values[ORGANIC], problems, ORGANIC), True)
+            names = pc.if_else(organic, "organic", "recommended")
+            data[columns.CONTEXTS] = pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32)), names)
+        if PERCENT in values:
+            data[columns.SKIPPED] = pc.less(_numbers(values[PERCENT], PERCENT), LISTENED_PERCENT)
+    return to_batch(rows, data, problems, source)
+
+
+def _numbers(values: pa.Array, column: str) -> pa.Array:
+    if not any(is_kind(values.type) for is_kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)):
+        raise InputError(f"column {column!r} holds {values.type}; expected numbers")
+    return values

@@ -47,7 +47,8 @@ def filled(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["import", "csv", "/no/such/file.csv"], "/no/such/file.csv does not exist"),
+        (["import", "csv", "/no/such/file.csv"], "there is no file or folder /no/such/file.csv"),
+        (["import", "csv", "nosuch"], "(?-i:There is no file or folder nosuch)"),
         (["import", "lastfm", "PLAYS"], "unknown format 'lastfm'; expected one of apple-music, csv"),
         (["import", "csv", "PLAYS", "--columns", "user=name"], "no column 'name'"),
         (["import", "csv", "PLAYS", "--columns", "user"], "--columns is 'user'; expected name = value pairs"),

@@ -1,6 +1,7 @@
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ def catalog() -> Catalog:
     return Catalog(pa.table({**rows, columns.TITLE: [None] * 3, columns.ARTIST: [None] * 3}, columns.SONGS_TABLE))
 
 
-def parquet(folder: Path, song_ids: list[str], vectors: pa.Array) -> Path:
+def parquet(folder: Path, song_ids: list[Any], vectors: pa.Array) -> Path:
     path = folder / "vectors.parquet"
     pq.write_table(pa.table({"song_id": song_ids, "vector": vectors}), path)
     return path
@@ -100,10 +101,11 @@ def test_wrong_arrays_are_refused(array: np.ndarray, message: str, tmp_path: Pat
         (["a", "b"], [1.0, 2.0], "expected lists"),
         (["a", "b"], [["x"], ["y"]], "expected numbers"),
         (["a", "b"], [[1.0], [None]], "NaN"),
+        ([["a"], ["b"]], [[1.0], [2.0]], r"vectors\.parquet: column 'song_id' holds list"),
     ],
 )
 def test_wrong_tables_are_refused(
-    song_ids: list[str], vectors: list[object], message: str, tmp_path: Path, catalog: Catalog
+    song_ids: list[Any], vectors: list[object], message: str, tmp_path: Path, catalog: Catalog
 ) -> None:
     with pytest.raises(InputError, match=message):
         read_outside(parquet(tmp_path, song_ids, pa.array(vectors)), catalog)

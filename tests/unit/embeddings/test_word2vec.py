@@ -101,7 +101,16 @@ def test_an_empty_corpus_is_refused_with_a_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"dim": 0}, {"epochs": 0}, {"workers": -1}, {"learning_rate": 0.0}, {"session_gap_minutes": 0.0}, {"source": "x"}],
+    [
+        {"dim": 0},
+        {"epochs": 0},
+        {"workers": -1},
+        {"learning_rate": 0.0},
+        {"learning_rate": 1e39},  # infinite as a float32, on which gensim crashes
+        {"ns_exponent": 1000.0},
+        {"session_gap_minutes": 0.0},
+        {"source": "x"},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):

@@ -202,10 +202,10 @@ def test_a_header_over_128_kib_and_stray_quotes_are_read_as_an_import_reads_them
 
 @pytest.mark.parametrize("name", ["title", "song", "markets"])
 def test_a_column_of_a_type_that_cannot_hold_its_role_is_named(dataset: Dataset, tmp_path: Path, name: str) -> None:
-    values = pa.array([{"x": 1}])
-    pq.write_table(pa.table({"song": ["a"], "title": ["b"], name: values}), tmp_path / "s.parquet")
-    with pytest.raises(InputError, match=f"column '{name}' holds struct"):
-        describe(dataset.workspace, DescribeConfig(), str(tmp_path / "s.parquet"))
+    path = tmp_path / "s.parquet"
+    pq.write_table(pa.table({"song": ["a"], "album": ["b"], f"my {name}": pa.array([{"x": 1}])}), path)
+    with pytest.raises(InputError, match=f"{path}: column 'my {name}' holds struct"):
+        describe(dataset.workspace, DescribeConfig(columns={name: f"my {name}"}), str(path))
 
 
 def content(folder: Path, ids: list[str], dim: int = 3, first: float = 0.0, name: str = "content") -> str:

@@ -52,7 +52,7 @@ def test_a_named_file_is_taken_whatever_its_name_and_once(tmp_path: Path) -> Non
 
 
 def test_a_missing_path_and_an_empty_folder_are_input_errors(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="there is no file or folder"):
         find_files([str(tmp_path / "nothing")], ["*.csv"])
     with pytest.raises(InputError, match=r"holds no file named \*\.csv"):
         find_files([str(tmp_path)], ["*.csv"])

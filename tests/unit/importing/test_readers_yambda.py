@@ -1,6 +1,7 @@
 """Listens of the Yambda data set."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,5 +36,35 @@ def test_listens_keep_their_times_and_say_whether_they_were_recommended_and_skip
 
 def test_another_table_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"uid": [1]}), tmp_path / "listens.parquet")
-    with pytest.raises(InputError, match="no column 'item_id' for song"):
+    with pytest.raises(InputError, match="no column 'item_id'; it has uid; is it of this format"):
         FORMATS["yambda"].make(ReadOptions()).plan(str(tmp_path / "listens.parquet"), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("uid", [[1]]),
+        ("item_id", [{"id": 1}]),
+        ("timestamp", [True]),
+        ("is_organic", [[1]]),
+        ("played_ratio_pct", ["all"]),
+    ],
+)
+def test_a_column_of_another_type_is_named_with_its_file(column: str, values: list[Any], tmp_path: Path) -> None:
+    listens = {"uid": [1], "timestamp": [5], "item_id": [2], "is_organic": [1], "played_ratio_pct": [9]}
+    path = tmp_path / "listens.parquet"
+    pq.write_table(pa.table({**listens, column: values}), path)
+    reader = FORMATS["yambda"].make(ReadOptions())
+    (unit,) = reader.plan(str(path), 0, 1 << 20)
+    with pytest.raises(InputError, match=f"{path}: column '{column}' holds"):
+        list(reader.read(unit))
+
+
+def test_organic_in_words_is_read_and_what_is_none_costs_its_row(tmp_path: Path) -> None:
+    listens = {"uid": [1, 2, 3], "timestamp": [5] * 3, "item_id": [2] * 3, "is_organic": ["True", "false", "often"]}
+    path = tmp_path / "listens.parquet"
+    pq.write_table(pa.table(listens), path)
+    reader = FORMATS["yambda"].make(ReadOptions())
+    (batch,) = [batch for unit in reader.plan(str(path), 0, 1 << 20) for batch in reader.read(unit)]
+    assert batch.rows.column("contexts").to_pylist() == [["organic"], ["recommended"]]
+    assert batch.rejected.column("reason").to_pylist() == ["is_organic is none of true, false, 1, 0"]

@@ -15,6 +15,7 @@ from rayrec.model.added_songs import AddedSongs
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets
+from rayrec.recommend import two_step
 from rayrec.recommend.ablation import ABLATED_PARTS
 from rayrec.recommend.base import NO_SONG
 from rayrec.recommend.filters import Limits, without_heard
@@ -297,6 +298,29 @@ def test_examples_leave_out_queries_that_teach_nothing_unless_they_are_held_out(
     checked = examples_for(source, histories, queries, answers, held_out=np.ones(len(rows), dtype=bool))["next"]
     assert len(checked) == len(queries)
     assert checked.found.sum() == len(grown)
+
+
+def test_a_ranker_learns_from_some_wrong_candidates_of_a_query_and_is_checked_on_all(
+    recommender: TwoStepRecommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(two_step, "NEGATIVES", 7)
+    histories = _cycling(50, 7)
+    queries, targets = _last_plays(histories)
+    held_out = np.arange(len(queries)) % 2 == 0
+    answers: Answers = {"next": (np.arange(len(queries)), targets)}
+    made = examples_for(recommender.source, histories, queries, answers, held_out=held_out)["next"]
+    learned, checked = made.take(~made.held_out), made.take(made.held_out)
+    assert set(learned.counts) == {8}
+    assert learned.right.sum() == len(learned)
+    assert checked.counts.min() > 20
+    again = examples_for(recommender.source, histories, queries, answers, held_out=held_out)["next"]
+    np.testing.assert_array_equal(again.features, made.features)
+    # Users are drawn for apart: what one query gives does not hang on the queries beside it.
+    one = queries.take(np.flatnonzero(~held_out)[:1])
+    alone = examples_for(
+        recommender.source, histories, one, {"next": (np.array([0]), targets[1:2])}, held_out=held_out[1:2]
+    )
+    np.testing.assert_allclose(alone["next"].features[:, 0], learned.features[:8, 0], rtol=1e-4)
 
 
 def test_examples_of_new_songs_hold_none_that_were_heard(recommender: TwoStepRecommender) -> None:

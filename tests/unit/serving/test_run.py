@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
 from rayrec.errors import InputError, RayrecError
 from rayrec.serving import run
-from rayrec.serving.run import environment, free_ports, open_listeners, require_free, require_loopback
+from rayrec.serving.run import environment, free_ports, open_listeners, require_free, require_loopback, running
 from rayrec.serving.serve_config import ServeConfig, is_loopback
+from rayrec.storage.workspace import Workspace
 
 
 def test_the_files_of_haproxy_are_the_owners_alone_and_its_ports_are_free(tmp_path: Path) -> None:
@@ -97,3 +99,31 @@ def test_loopback_is_told_from_other_addresses() -> None:
 def test_settings_that_make_no_sense_are_input_errors(wrong: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         ServeConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, workspace: Workspace) -> None:
+    def fail(**options: object) -> None:
+        raise OSError("AF_UNIX path length cannot exceed 107 bytes: /x")
+
+    monkeypatch.setenv("RAYREC_API_KEYS", "read:reader-0123456789")
+    monkeypatch.setattr(run, "environment", lambda config, folder: {})
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(InputError, match="set RAY_TMPDIR=/tmp"), running(workspace, ServeConfig()):
+        pass
+
+
+def test_the_sockets_of_haproxy_are_where_those_of_ray_are(
+    monkeypatch: pytest.MonkeyPatch, workspace: Workspace, tmp_path: Path
+) -> None:
+    folders: list[Path] = []
+
+    def keep(config: ServeConfig, folder: Path) -> dict[str, str]:
+        folders.append(folder)
+        raise RayrecError("far enough")
+
+    monkeypatch.setenv("RAYREC_API_KEYS", "read:reader-0123456789")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(run, "environment", keep)
+    with pytest.raises(RayrecError, match="far enough"), running(workspace, ServeConfig()):
+        pass
+    assert [folder.parent for folder in folders] == [tmp_path]
