@@ -76,7 +76,7 @@ def filled(tmp_path: Path) -> str:
         (["release", "activate", "nope"], "release 'nope' not found in workspace"),
         (["release", "rollback"], "no earlier release to roll back to"),
         (["release", "verify", "nope"], "release 'nope' not found in workspace"),
-        (["fit", "/no/such.csv"], "/no/such.csv does not exist"),
+        (["fit", "/no/such.csv"], "there is no file or folder /no/such.csv"),
         (["fit", "PLAYS", "--columns", "usr=user_id"], "unknown column role 'usr'"),
         (["fit", "PLAYS", "--settings", "/no/such.toml"], "/no/such.toml cannot be read"),
         (["--workspace", "FILLED", "update", "PLAYS"], "no live release; run `rayrec fit` first"),

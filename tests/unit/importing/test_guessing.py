@@ -84,5 +84,5 @@ def test_what_holds_no_plays_is_refused(tmp_path: Path, name: str, said: str) ->
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="there is no file or folder"):
         guess_import([str(tmp_path / "none.csv")])
