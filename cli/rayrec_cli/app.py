@@ -8,12 +8,15 @@ from typer.core import TyperGroup
 from rayrec_cli.options import Globals
 
 ORDER = (  # of the commands in the help
-    *("demo", "generate", "inspect", "import", "compact", "describe", "split", "embed", "train"),
+    *("demo", "fit", "update", "generate", "inspect", "import", "compact", "describe", "split", "embed", "train"),
     *("songs", "retrieval", "rank"),
     *("taste", "index", "evaluate", "release"),
     "states",
     *("recommend", "serve", "status", "verify", "clean", "unlock", "run", "tune", "submit", "plan", "bench"),
 )
+
+
+DEFAULT_WORKSPACE = "./workspace"
 
 
 class InOrder(TyperGroup):
@@ -54,7 +57,7 @@ def root(
     workspace: Annotated[
         str,
         typer.Option(envvar="RAYREC_WORKSPACE", metavar="URI", help="Local folder, s3:// or gs:// prefix of all data."),
-    ] = "./workspace",
+    ] = DEFAULT_WORKSPACE,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[

@@ -10,7 +10,7 @@ from rayrec.data.catalog import Catalog, SongSearch
 from rayrec.data.dataset import Dataset
 from rayrec.data.spelling import spell_id
 from rayrec.model.train_config import PLAY_COUNTS
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.filters import SongMasks
 from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
 from rayrec.recommend.retrieval.stored_retrieval import read_first_days
@@ -70,7 +70,7 @@ class ServedCatalog:
         return [self.names.of(row) for row in rows.tolist()]
 
 
-def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Recommender) -> ServedCatalog:
+def load_served_catalog(workspace: Workspace, release: Manifest, recommender: BaseRecommender) -> ServedCatalog:
     """The catalog of a release and its popular songs."""
     dataset = Dataset(workspace)
     catalog = dataset.catalog()
@@ -96,7 +96,7 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Re
     )
 
 
-def _known(recommender: Recommender, songs: int) -> np.ndarray:
+def _known(recommender: BaseRecommender, songs: int) -> np.ndarray:
     """bool (songs,): songs that the network has a vector of; those that came after it are none."""
     known: np.ndarray = np.arange(songs) < recommender.num_songs
     known[network_of(recommender).without_vector] = False

@@ -145,6 +145,8 @@ def test_few_queries_get_the_weighted_sum_that_trees_cannot_learn_from_them(tmp_
     loaded = Ranker.load(workspace, "rankers/one", "long")
     np.testing.assert_array_equal(loaded.scores(other.features), ranker.scores(other.features))
     assert loaded.form == "linear"
+    far = np.full_like(other.features, 1e6)  # as the years since the last play of somebody who comes back
+    assert np.ptp(ranker.scores(np.concatenate([far[:1], other.features]))) < 100
 
 
 def test_ndcg_is_one_for_a_perfect_order_and_counts_ties_against() -> None:
