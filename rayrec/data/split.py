@@ -379,7 +379,7 @@ def _sample_of_moments(dataset: Dataset) -> np.ndarray:
         parts += [histories.played_at for histories in dataset.read_bucket(bucket)]
         if sum(map(len, parts)) >= SAMPLED_PLAYS:
             break
-    return np.concatenate(parts)
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
 def _validation_days(dataset: Dataset, test_days: float) -> float:
@@ -392,14 +392,10 @@ def _validation_days(dataset: Dataset, test_days: float) -> float:
     most = int(MAX_VALIDATION_SHARE * (test_from - manifest.first_play) / DAY_MS)
     if most <= MIN_VALIDATION_DAYS:
         return MIN_VALIDATION_DAYS
-    plays, sampled = np.zeros(most, dtype=np.int64), 0
-    for histories in dataset.read_all():
-        days = (test_from - 1 - histories.played_at) // DAY_MS  # 0: the last day before the test range
-        plays += np.bincount(days[(days >= 0) & (days < most)], minlength=most)
-        sampled += len(days)
-        if sampled >= SAMPLED_PLAYS:
-            break
-    needed = np.searchsorted(np.cumsum(plays) * (manifest.plays / max(1, sampled)), VALIDATION_PLAYS) + 1
+    moments = _sample_of_moments(dataset)
+    days = (test_from - 1 - moments) // DAY_MS  # 0: the last day before the test range
+    plays = np.bincount(days[(days >= 0) & (days < most)], minlength=most) * manifest.plays / max(1, len(moments))
+    needed = np.searchsorted(np.cumsum(plays), VALIDATION_PLAYS) + 1
     return float(np.clip(needed, MIN_VALIDATION_DAYS, most))
 
 
