@@ -143,7 +143,9 @@ def test_requests_at_work_are_answered_before_it_ends_cleanly(by: str, tmp_path:
     workspace = Workspace(tmp_path / "workspace")
     write_world(workspace)
     write_release(workspace)
-    body = {"requests": [{**BODY, "history": ["song-3"] * 4_000}] * 100}  # longer work than Serve's patience with a HAProxy
+    body = {
+        "requests": [{**BODY, "history": ["song-3"] * 4_000}] * 100
+    }  # longer work than Serve's patience with a HAProxy
     with started(workspace) as running, httpx.Client(headers=with_key(READ)) as idle:  # whose connection stays open
         idle.post(f"{running.url}/v1/recommendations", json=BODY).raise_for_status()
         answers: list[httpx.Response] = []
