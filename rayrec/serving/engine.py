@@ -51,7 +51,8 @@ class Pool:
             if self.waiting >= self._most:
                 raise OverloadedError(f"{self.waiting} requests are waiting here already; try again in a second")
             self.waiting += 1
-        future = self._executor.submit(copy_context().run, work, *args, **kwargs)  # the stages are of this request
+        context = copy_context()  # the stages are of this request
+        future = self._executor.submit(lambda: context.run(work, *args, **kwargs))
         future.add_done_callback(self._leave)
         return await asyncio.wrap_future(future)
 

@@ -110,7 +110,9 @@ class Place:
 
 def read_place(request: RecommendationsRequest | SongsQuery) -> Place:
     """The place that the cursor of a request names. Raises `FieldError` for a cursor that is not of this request."""
-    text = request.model_dump_json(exclude={"k", "cursor", "explain"})
+    history = request.history if isinstance(request, Listener) else []
+    songs = [play.song_id if isinstance(play, Play) else play for play in history]  # to dump the plays takes long
+    text = "\n".join([request.model_dump_json(exclude={"k", "cursor", "explain", "history"}), *songs])
     digest = sha256(text.encode()).hexdigest()[:16]
     if request.cursor is None:
         return Place(digest)
