@@ -148,7 +148,7 @@ def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument = 
     return Shown(counts, [*views, *(f"Warning: {warning}" for warning in counts["warnings"])])
 
 
-@command(app, "split", config=SplitConfig, example="rayrec split --test-days 30 --validation-days 7")
+@command(app, "split", config=SplitConfig, example="rayrec split --test-days 30")
 def split(call: Call, config: SplitConfig) -> Shown:
     """Split the data set into training, validation and test range.
 

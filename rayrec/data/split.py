@@ -22,6 +22,10 @@ from rayrec.storage.workspace import Workspace, split_file
 
 DAY_MS = 24 * 3600 * 1000
 MIN_TRAINING_SHARE = 0.01  # of all plays
+MIN_VALIDATION_DAYS = 7.0  # unless fewer are asked for
+MAX_VALIDATION_SHARE = 0.1  # of the time before the test range
+VALIDATION_PLAYS = 40_000  # rankers learn from so many, and find more the more they have (docs/method.md)
+SAMPLED_PLAYS = 1_000_000  # of the first buckets, that plays a day are estimated from
 SHARE_DIGITS = 9  # 1 - 0.2 - 0.1 is to be 0.7, not a little more
 
 Protocol = Literal["time", "last-fraction"]
@@ -195,7 +199,12 @@ class SplitConfig(Settings):
     """How to split a data set: in time, or each user's own sequence where `last_fraction` is above 0."""
 
     test_days: float = Field(30.0, ge=0, description="Length of the test range at the end of the data, in days")
-    validation_days: float = Field(7.0, ge=0, description="Length of the validation range before it, in days")
+    validation_days: float | None = Field(
+        None,
+        ge=0,
+        description="Length of the validation range before it, in days; if not given, at least 7, and as many more as "
+        "hold 40,000 plays, up to a tenth of the time before the test range",
+    )
     last_fraction: float = Field(
         0.0, ge=0, lt=1, description="Test share at the end of each user's plays instead; weaker than a split in time"
     )
@@ -226,11 +235,12 @@ def make_split(config: SplitConfig, *, dataset: str, first_play: int, last_play:
     if config.last_fraction:
         return _last_fraction_split(config, dataset)
     test_from = last_play + 1 - round(config.test_days * DAY_MS)
-    validation_from = test_from - round(config.validation_days * DAY_MS)
+    validation_days = MIN_VALIDATION_DAYS if config.validation_days is None else config.validation_days
+    validation_from = test_from - round(validation_days * DAY_MS)
     if validation_from <= first_play:
         days = (last_play - first_play) / DAY_MS
         raise InputError(
-            f"{config.test_days:g} test and {config.validation_days:g} validation days leave nothing to train on: "
+            f"{config.test_days:g} test and {validation_days:g} validation days leave nothing to train on: "
             f"the plays span {days:.1f} days; use fewer days"
         )
     return Split(
@@ -295,12 +305,35 @@ def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
         raise InputError(
             "The data set has no times, plays are only ordered; split each user's plays with --last-fraction 0.2"
         )
+    if not config.last_fraction and config.validation_days is None:
+        config = config.replace(validation_days=_validation_days(Dataset(workspace), config.test_days))
     split = make_split(config, dataset=dataset.plays_id, first_play=dataset.first_play, last_play=dataset.last_play)
     if split.protocol == "time":
         _require_training_plays(workspace, split)
     save_split(workspace, split)
     make_current(workspace, "splits", split.id)
     return split
+
+
+def _validation_days(dataset: Dataset, test_days: float) -> float:
+    """How many days before the test range hold as many plays as rankers learn from, within limits.
+
+    Plays a day are estimated from the first buckets.
+    """
+    manifest = dataset.manifest
+    test_from = manifest.last_play + 1 - round(test_days * DAY_MS)
+    most = int(MAX_VALIDATION_SHARE * (test_from - manifest.first_play) / DAY_MS)
+    if most <= MIN_VALIDATION_DAYS:
+        return MIN_VALIDATION_DAYS
+    plays, sampled = np.zeros(most, dtype=np.int64), 0
+    for histories in dataset.read_all():
+        days = (test_from - 1 - histories.played_at) // DAY_MS  # 0: the last day before the test range
+        plays += np.bincount(days[(days >= 0) & (days < most)], minlength=most)
+        sampled += len(days)
+        if sampled >= SAMPLED_PLAYS:
+            break
+    needed = np.searchsorted(np.cumsum(plays) * (manifest.plays / max(1, sampled)), VALIDATION_PLAYS) + 1
+    return float(np.clip(needed, MIN_VALIDATION_DAYS, most))
 
 
 def _require_training_plays(workspace: Workspace, split: Split) -> None:

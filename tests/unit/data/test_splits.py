@@ -3,8 +3,11 @@
 import os
 
 import pytest
+from worlds import write_dataset
 
+from rayrec.data import split as split_module
 from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
 from rayrec.data.split import DAY_MS, SplitConfig, choose_split, list_splits, split_dataset
 from rayrec.errors import InputError, MismatchError, NotFoundError
 from rayrec.storage.dataset_manifest import DatasetManifest, Times, write_manifest
@@ -90,6 +93,23 @@ def test_data_without_times_is_cut_by_places_only(workspace: Workspace) -> None:
         split_dataset(workspace, SplitConfig())
     made = split_dataset(workspace, SplitConfig(last_fraction=0.2))
     assert choose_split(workspace) == made
+
+
+@pytest.mark.parametrize(("wanted", "days"), [(30, 7), (120, 12), (121, 13), (10_000, 16)])
+def test_the_validation_range_grows_until_it_holds_enough_plays_up_to_a_tenth_of_the_time(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, wanted: int, days: int
+) -> None:
+    monkeypatch.setattr(split_module, "VALIDATION_PLAYS", wanted)
+    # Ten users with a play each day for 200 days, of which the last 30 are for the test; 16 are a tenth of the others.
+    moments = [day * DAY_MS + DAY_MS // 2 for day in range(200)]
+    write_dataset(workspace, Histories.from_lists([[1] * 200] * 10, [moments] * 10), num_songs=2)
+    made = split_dataset(workspace, SplitConfig(test_days=30))
+    assert made.test_from is not None
+    assert made.validation_from is not None
+    assert made.test_from - made.validation_from == days * DAY_MS
+    assert split_dataset(workspace, SplitConfig(test_days=30, validation_days=days)) == made
+    fewer = split_dataset(workspace, SplitConfig(test_days=30, validation_days=3))
+    assert fewer.validation_from == made.test_from - 3 * DAY_MS
 
 
 def test_a_data_set_of_before_there_were_positions_has_real_times(workspace: Workspace) -> None:

@@ -37,6 +37,18 @@ def fitted(vectors: np.ndarray, songs: SongContent, learned: slice) -> tuple[Con
     return ContentMap.fit(vectors[learned], some), GroupMeans.of(vectors[learned], some)
 
 
+def test_a_song_is_left_out_of_its_own_means() -> None:
+    vectors, songs = planted(64, of_artist=1, of_album=1, of_content=0, noise=1)
+    mean, strengths = vectors.mean(axis=0), np.array([3.0, 2.0])
+    without = GroupMeans.of(vectors, songs).shrunk(songs, mean, strengths, own=vectors)
+    for song in range(64):
+        others = np.arange(64) != song
+        expected = GroupMeans.of(vectors[others], songs.take(others)).shrunk(
+            songs.take(np.array([song])), mean, strengths
+        )
+        np.testing.assert_allclose(without[song], expected[0], atol=1e-6)
+
+
 def test_content_and_groups_explain_the_share_of_the_variance_that_was_planted() -> None:
     vectors, songs = planted(3_000, of_artist=0.3, of_album=0.2, of_content=0.4, noise=0.1)
     made, groups = fitted(vectors, songs, slice(0, 2_500))

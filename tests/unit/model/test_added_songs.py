@@ -14,6 +14,8 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.model.added_songs import AddedSongs, FirstPlays
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
+from rayrec.recommend import index as index_module
+from rayrec.recommend.filters import Limits
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.workspace import Workspace
@@ -98,10 +100,18 @@ def test_what_is_read_grows_with_the_artists_of_the_new_songs_and_not_with_the_c
 
 def test_songs_keep_the_input_vectors_that_their_plays_were_read_with(added: AddedSongs) -> None:
     described = [*ARTISTS, *LATER[:10], "artist-1", None]  # song 70 had an artist that nobody knew
+    histories = Histories.from_lists([[50, 51, 60, 52]] * 3, [range(4)] * 3)  # the first plays of song 60
     more = AddedSongs.make(
-        clustered(), clustered(1), catalog([*described, "artist-2"]), no_content(73), earlier=added, songs_then=72
+        clustered(),
+        clustered(1),
+        catalog([*described, "artist-2"]),
+        no_content(73),
+        earlier=added,
+        songs_then=72,
+        first_plays=FirstPlays.read([histories], np.arange(60, 73), clustered(), clustered(1)),
     )
     assert more.rows.tolist() == [*range(60, 71), 72]
+    assert not np.allclose(more.outputs[0], added.outputs[0])
     np.testing.assert_array_equal(more.inputs[:10], added.inputs)
     assert more.outputs[10].any()
     assert not more.inputs[10].any()
@@ -194,6 +204,21 @@ def test_an_index_with_added_songs_answers_as_one_that_was_built_with_them(kind:
     assert np.isin(songs, rows).any()
     everything, _ = grown.search(queries[:2], 400)
     assert sorted(everything[0].tolist()) == list(range(400))
+
+
+def test_added_songs_that_are_banned_stay_out_of_long_lists_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "FEW_SONGS", 10)
+    monkeypatch.setattr(index_module, "MOST_LISTS", 1.0)
+    monkeypatch.setattr(index_module, "MAX_OVERFETCH", 5)  # more banned songs than that are skipped by the search
+    vectors, rows = random_vectors(400, DIM, seed=5), np.arange(360, 400)
+    config = IndexConfig(kind="ivf", nlist=8, queries=50, target_recall=0.1)
+    grown = SongIndex.build(vectors[:360], config).with_added(rows, vectors)
+    query = vectors[rows[:1]]  # the nearest song is an added one
+    free = grown.rank(query, 5)
+    within = grown.rank(query, 5, [Limits(banned=np.concatenate([np.arange(20), free.songs[0]]))])
+    assert free.songs[0, 0] == rows[0]
+    assert within.paths == ("selector",)
+    assert not np.isin(within.songs, free.songs).any()
 
 
 def test_a_recommender_finds_added_songs_by_their_artist(added: AddedSongs) -> None:
