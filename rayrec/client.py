@@ -52,6 +52,47 @@ class RecommendationsAnswer(TypedDict):
     unknown_songs: int
     songs: list[SongAnswer]
     last_plays: list[dict[str, Any]] | None
+    cursor: str | None
+
+
+class RankAnswer(RecommendationsAnswer):
+    """The given songs, best first."""
+
+    unknown_song_ids: list[str]
+
+
+class PopularSong(TypedDict):
+    """A song that is played often."""
+
+    song_id: str
+    title: str | None
+    artist: str | None
+    plays: int
+
+
+class PopularAnswer(TypedDict):
+    """The most played songs, best first."""
+
+    release: str
+    songs: list[PopularSong]
+    cursor: str | None
+
+
+class NewSong(TypedDict):
+    """A song that was played first of late, or was added."""
+
+    song_id: str
+    title: str | None
+    artist: str | None
+    first_played: str | None
+
+
+class NewAnswer(TypedDict):
+    """The newest songs first."""
+
+    release: str
+    songs: list[NewSong]
+    cursor: str | None
 
 
 class PlaysAnswer(TypedDict):
@@ -182,8 +223,31 @@ class Client(_Connection):
     def recommend(
         self, *, user_id: str | None = None, history: Sequence[Any] | None = None, **options: Any
     ) -> RecommendationsAnswer:
-        """Songs for a stored user, or for a history of song ids or plays; `options` as the API has them: k, at ..."""
-        return cast(RecommendationsAnswer, self._send(_recommend_call(user_id, history, options)))
+        """Songs for a stored user, or for a history of song ids or plays; `options` as the API has them: k, at ...
+
+        The answer's `cursor`, given with the same options, asks for the songs after these.
+        """
+        return cast(RecommendationsAnswer, self._send(_listener_call("recommendations", user_id, history, options)))
+
+    def rank(
+        self,
+        songs: Sequence[str],
+        *,
+        user_id: str | None = None,
+        history: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> RankAnswer:
+        """Given songs, ids, in order for a stored user or a history; `options` as the API has them: at, horizon ..."""
+        options = {**options, "songs": list(songs)}
+        return cast(RankAnswer, self._send(_listener_call("rank", user_id, history, options)))
+
+    def popular(self, **options: Any) -> PopularAnswer:
+        """The most played songs; `options` as the API has them: k, artists, market, cursor ..."""
+        return cast(PopularAnswer, self._send(("GET", "/v1/songs/popular", {"params": options})))
+
+    def new(self, **options: Any) -> NewAnswer:
+        """The songs that were played first of late or added; `options` as in `popular`."""
+        return cast(NewAnswer, self._send(("GET", "/v1/songs/new", {"params": options})))
 
     def play(
         self,
@@ -250,7 +314,20 @@ class AsyncClient(_Connection):
         self, *, user_id: str | None = None, history: Sequence[Any] | None = None, **options: Any
     ) -> RecommendationsAnswer:
         """As in `Client`."""
-        return cast(RecommendationsAnswer, await self._send(_recommend_call(user_id, history, options)))
+        call = _listener_call("recommendations", user_id, history, options)
+        return cast(RecommendationsAnswer, await self._send(call))
+
+    async def rank(
+        self,
+        songs: Sequence[str],
+        *,
+        user_id: str | None = None,
+        history: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> RankAnswer:
+        """As in `Client`."""
+        options = {**options, "songs": list(songs)}
+        return cast(RankAnswer, await self._send(_listener_call("rank", user_id, history, options)))
 
     async def plays(self, plays: Sequence[Mapping[str, Any]]) -> PlaysAnswer:
         """As in `Client`."""
@@ -275,12 +352,12 @@ class AsyncClient(_Connection):
         raise AssertionError("the last attempt returns or raises")
 
 
-def _recommend_call(user_id: str | None, history: Sequence[Any] | None, options: Mapping[str, Any]) -> Call:
+def _listener_call(name: str, user_id: str | None, history: Sequence[Any] | None, options: Mapping[str, Any]) -> Call:
     if (user_id is None) == (history is None):
         raise ValueError("give either a user_id or a history")
     who = {"user_id": user_id} if history is None else {"history": list(history)}
     moment = {"at": _moment(options["at"])} if options.get("at") is not None else {}
-    return "POST", "/v1/recommendations", {"json": {**who, **options, **moment}}
+    return "POST", f"/v1/{name}", {"json": {**who, **options, **moment}}
 
 
 def _plays_call(plays: Sequence[Mapping[str, Any]]) -> Call:

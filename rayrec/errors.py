@@ -19,6 +19,17 @@ class InputError(RayrecError):
     exit_code = 2
 
 
+class FieldError(InputError):
+    """A field whose value fits no song, day or page; `where` is its name, as flags and requests spell it."""
+
+    def __init__(self, where: str, detail: str) -> None:
+        super().__init__(where, detail)
+        self.where, self.detail = where, detail
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.detail}"
+
+
 class NotFoundError(InputError):
     """Something named is not in the workspace."""
 

@@ -6,7 +6,7 @@ import typer
 from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.moments import now_ms, parse_moment
+from rayrec.data.moments import iso_moment, now_ms, parse_moment
 from rayrec.data.split import choose_split
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.prefixes import PrefixFile
@@ -26,6 +26,14 @@ SongsOption = Annotated[
         metavar="ID,ID",
         help="Recommend after these songs instead, as if just played; repeat it for ids with commas.",
     ),
+]
+ArtistsOption = Annotated[
+    list[str] | None,
+    typer.Option("--artists", metavar="NAME", help="Only songs of this artist; repeat it for several."),
+]
+ExcludeOption = Annotated[list[str] | None, typer.Option("--exclude", metavar="ID,ID", help="Songs to leave out.")]
+AllowOption = Annotated[
+    list[str] | None, typer.Option("--allow", metavar="ID,ID", help="The only songs to recommend. [default: all]")
 ]
 AllOption = Annotated[bool, typer.Option("--all", help="Recommend to all users instead, and write Parquet files.")]
 AtOption = Annotated[
@@ -72,6 +80,9 @@ def recommend(
     *,
     user: UserOption = None,
     songs: SongsOption = None,
+    artists: ArtistsOption = None,
+    exclude: ExcludeOption = None,
+    allow: AllowOption = None,
     everybody: AllOption = False,
     at: AtOption = None,
     model: ModelOption = None,
@@ -83,18 +94,40 @@ def recommend(
     user are written as Parquet, one row per user; a killed run continues with the buckets that are missing.
     """
     moment = None if at is None else parse_moment(at)
-    if everybody and (user is not None or songs):
-        raise InputError("--all is for all users; leave out --user and --songs")
+    if everybody:
+        _refuse_filters(config, {"user": user, "songs": songs, "artists": artists, "exclude": exclude, "allow": allow})
     dataset = Dataset(call.workspace)
     parts = default_parts(call.workspace, model)
     if everybody:
         return _recommend_all(call, config, parts, moment, force)
-    listed = [song for text in songs for song in dataset.catalog().listed(text)] if songs else None
+    catalog = dataset.catalog()
+
+    def listed(texts: list[str] | None) -> list[str] | None:
+        return [song for text in texts for song in catalog.listed(text)] if texts else None
+
     recommender = load_recommender(call.workspace, dataset, parts)
     recommended = answer(
-        dataset, recommender, config, at=now_ms() if moment is None else moment, user=user, songs=listed
+        dataset,
+        recommender,
+        config,
+        at=now_ms() if moment is None else moment,
+        user=user,
+        songs=listed(songs),
+        artists=artists or (),
+        exclude=listed(exclude) or (),
+        allow=listed(allow),
     )
     return Shown(recommended.to_mapping(), answer_view(recommended, f"user {user}" if user else "these songs"))
+
+
+def _refuse_filters(config: RecommendConfig, options: dict[str, Any]) -> None:
+    """Raise `InputError` for what --all does not take."""
+    unused = ("released_from", "released_to", "market", "diversity", "explain")
+    given = [name for name, value in options.items() if value]
+    given += [name for name in unused if getattr(config, name)]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"--all is for all users and songs; leave out {flags}")
 
 
 def _recommend_all(call: Call, config: RecommendConfig, parts: dict[str, str], at: int | None, force: bool) -> Shown:
@@ -106,7 +139,7 @@ def _recommend_all(call: Call, config: RecommendConfig, parts: dict[str, str], a
     data = {
         "id": manifest.id,
         "folder": folder,
-        "at": manifest.config["at"],
+        "at": iso_moment(manifest.config["at"]),
         "k": manifest.config["k"],
         **manifest.metrics,
     }

@@ -23,6 +23,7 @@ OUT_OF_RANGE = "time is not between 1970 and 2100"
 FIRST_MILLISECONDS = 100_000_000_000
 FIRST_YEAR, LAST_YEAR = 1971, 2100  # of local times: a day off either end whatever the zone
 END_MS = 4_102_444_800_000  # 2100-01-01
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 NUMBER = r"^[+-]?\d{1,18}(\.\d*)?$"
 ZONED = r"\d:?\d{2}(:?\d{2}([.,]\d+)?)?\s*([Zz]|UTC|[+-]\d{2}(:?\d{2})?)$"
 ISO = r"^\d{4}-?\d{2}-?\d{2}[T ]\d{2}:?\d{2}"
@@ -40,6 +41,11 @@ _MOMENT = re.compile(
 def now_ms() -> int:
     """ms UTC."""
     return round(datetime.now(timezone.utc).timestamp() * 1000)
+
+
+def iso_moment(moment: int) -> str:
+    """ISO 8601 of ms UTC, with milliseconds, as every answer spells a moment."""
+    return (EPOCH + timedelta(milliseconds=moment)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def parse_moment(value: str | int | float) -> int:
@@ -72,7 +78,7 @@ def _parse_iso(text: str) -> int:
     except ValueError as error:
         raise InputError(f"time {text!r} is not a time: {error}; {EXPECTED}") from error
     offset = timedelta(hours=abs(int(zone_hours or 0)), minutes=int(zone_minutes or 0))
-    seconds = (local - datetime(1970, 1, 1, tzinfo=timezone.utc)).total_seconds()
+    seconds = (local - EPOCH).total_seconds()
     seconds += offset.total_seconds() if (zone_hours or "").startswith("-") else -offset.total_seconds()
     return int(seconds) * 1000 + int(((fraction or "") + "000")[:3])
 

@@ -153,7 +153,7 @@ class BucketRecommendations:
             self._task.at,
             config.k,
             horizon=config.horizon,
-            limits=None if config.include_heard else without_heard(histories),
+            limits=without_heard(histories) if config.exclude_heard else None,
         )
         real = ranking.songs != NO_SONG
         offsets = pa.array(np.concatenate([[0], np.cumsum(real.sum(axis=1))]).astype(np.int32))

@@ -1,6 +1,6 @@
 """Answer one request for recommendations: whose plays, at which moment, in whose words."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -12,8 +12,10 @@ from rayrec.config import Settings
 from rayrec.data.catalog import Catalog
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
+from rayrec.data.moments import iso_moment
 from rayrec.errors import InputError, MismatchError
-from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.base import NO_SONG, Horizon, Recommender
+from rayrec.recommend.filters import Limits, SongMasks, Wanted, parse_day, without_heard
 from rayrec.recommend.reasons import LAST_PLAYS, reasons
 from rayrec.storage.artifacts import load
 from rayrec.storage.workspace import Workspace
@@ -26,7 +28,11 @@ class RecommendConfig(Settings):
 
     k: int = Field(20, ge=1, description="Number of recommendations")
     horizon: Horizon = Field("short", description="short: the next songs; long: songs for later")
-    include_heard: bool = Field(False, description="Include songs that the user has already heard")
+    exclude_heard: bool = Field(True, description="Leave out the songs that the user has played")
+    released_from: str | None = Field(None, description="Only songs released on that day, YYYY-MM-DD, or later")
+    released_to: str | None = Field(None, description="Only songs released on that day, YYYY-MM-DD, or earlier")
+    market: str | None = Field(None, description="Only songs that are available in this market")
+    diversity: float = Field(0.0, ge=0, le=1, description="0: the best songs; up to 1: songs less like each other")
     explain: bool = Field(False, description="Give the reasons for each song")
 
 
@@ -79,8 +85,8 @@ class Answer:
         return [song.score for song in self.songs]
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return asdict(self)
+        """As JSON holds it, with the moment in ISO 8601."""
+        return {**asdict(self), "at": iso_moment(self.at)}
 
 
 def answer(
@@ -91,21 +97,24 @@ def answer(
     at: int,
     user: str | None = None,
     songs: list[str] | None = None,
+    artists: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    allow: Sequence[str] | None = None,
     shown: int = LAST_PLAYS,
 ) -> Answer:
     """Recommend to a user of the data set, or to whoever has just played `songs`, at time `at` (ms UTC).
 
     Songs come without times: the last is taken as played at `at`, each earlier one three minutes
-    before the next. Raises `InputError` unless exactly one of user and songs is given, for
-    an unknown user or song, and for a user without plays before `at`.
+    before the next. `artists`, names, and `allow`, song ids, keep to their songs; those of `exclude` are left out.
+    Raises `InputError` unless exactly one of user and songs is given, for an unknown user, song, artist or market,
+    and for a user without plays before `at`.
     """
     if (user is None) == (songs is None):
         raise InputError("recommendations are for a user or for songs; give --user ID or --songs ID,ID, one of them")
     catalog = dataset.catalog()
     history = history_of_songs(catalog, songs or [], at) if user is None else history_of_user(dataset, user, at)
-    rows, scores = recommender.recommend_one(
-        history, at, config.k, horizon=config.horizon, exclude_heard=not config.include_heard
-    )
+    limits = _limits(catalog, history, config, artists, exclude, allow)
+    rows, scores = _best(recommender, history, at, config, limits)
     last_plays = [NamedSong(**names) for names in catalog.names(history.last_songs(shown)[0])]
     reasons_of_songs: list[list[str] | None] = [None] * len(rows)
     if config.explain:
@@ -116,6 +125,45 @@ def answer(
         for names, score, words in zip(catalog.names(rows), scores, reasons_of_songs, strict=True)
     ]
     return Answer(songs=chosen, at=at, last_plays=last_plays, plays=history.num_plays)
+
+
+def _limits(
+    catalog: Catalog,
+    history: Histories,
+    config: RecommendConfig,
+    artists: Sequence[str],
+    exclude: Sequence[str],
+    allow: Sequence[str] | None,
+) -> Limits:
+    """The songs that may come."""
+    wanted = Wanted(
+        artists=tuple(artists),
+        released_from=parse_day(config.released_from, "released_from"),
+        released_to=parse_day(config.released_to, "released_to"),
+        market=config.market,
+    )
+    allowed = SongMasks(catalog).mask(wanted) if wanted else None
+    if allow is not None:
+        listed = np.isin(np.arange(len(catalog)), catalog.rows(list(allow)))
+        allowed = listed if allowed is None else listed & allowed
+    limits = Limits(banned=catalog.rows(list(exclude)), allowed=allowed)
+    return without_heard(history, [limits])[0] if config.exclude_heard else limits
+
+
+def _best(
+    recommender: Recommender, history: Histories, at: int, config: RecommendConfig, limits: Limits
+) -> tuple[np.ndarray, np.ndarray]:
+    """Song rows int32 and scores float32, at most k; with diversity in the order of choice."""
+    from rayrec.recommend.selection import diversify, network_of, pool_size  # brings torch, as below
+
+    k = pool_size(config.k) if config.diversity else config.k
+    ranking = recommender.rank(history, at, k, horizon=config.horizon, limits=[limits])
+    real = ranking.songs[0] != NO_SONG
+    rows, scores = ranking.songs[0][real], ranking.scores[0][real]
+    if config.diversity:
+        taken = diversify(network_of(recommender).song_vectors[rows], config.k, config.diversity)
+        rows, scores = rows[taken], scores[taken]
+    return rows, scores
 
 
 def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> Recommender:

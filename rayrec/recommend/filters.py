@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog, fold, fold_all
 from rayrec.data.histories import Histories
-from rayrec.errors import InputError
+from rayrec.errors import FieldError
 
 MASKS_KEPT = 64  # of those asked for last: a byte a song each
+MARKETS_SHOWN = 20  # where one is asked for that no song has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,14 @@ class Wanted:
         return bool(self.artists) or any((self.released_from, self.released_to, self.market))
 
 
+def parse_day(text: str | None, where: str) -> date | None:
+    """The day of the field `where`, YYYY-MM-DD. Raises `FieldError` for one that is not in the calendar."""
+    try:
+        return None if text is None else date.fromisoformat(text)
+    except ValueError as error:
+        raise FieldError(where, f"day {text!r} is not in the calendar; give YYYY-MM-DD") from error
+
+
 class SongMasks:
     """Answers which songs of a catalog fit what is wanted. Masks are kept, and safe to share between threads."""
 
@@ -43,6 +52,7 @@ class SongMasks:
         self._artists = fold_all(self._artists).dictionary_encode()
         self._released = _column(table, columns.RELEASED)
         self._markets = _column(table, columns.MARKETS)
+        self._market_names = pc.unique(pc.list_flatten(self._markets))
         self.mask = lru_cache(maxsize=MASKS_KEPT)(self._mask)
 
     def lookups(self, outcome: str) -> int:
@@ -52,29 +62,41 @@ class SongMasks:
     def _mask(self, wanted: Wanted) -> np.ndarray:
         """bool (N,), read-only: true for the songs that are known to fit.
 
-        Raises `InputError` where release days or markets are asked for and the catalog tells none.
+        Raises `FieldError` for an artist or a market that no song has, and where release days or markets are asked
+        for and the catalog tells none.
         """
         fits = np.ones(self.num_songs, dtype=np.bool_)
         if wanted.artists:
-            names = [fold(name) for name in wanted.artists]
-            codes = pc.index_in(self._artists.dictionary, value_set=pa.array(names, pa.string())).is_valid()
-            fits &= codes.to_numpy(zero_copy_only=False)[self._artists.indices.to_numpy()]
-        days = self._told(self._released, "release days") if wanted.released_from or wanted.released_to else None
+            fits &= self._by_artists(wanted.artists)
+        asked = "released_from" if wanted.released_from else "released_to"
+        days = self._told(self._released, asked, "release days") if wanted.released_from or wanted.released_to else None
         if wanted.released_from:
             fits &= _true(pc.greater_equal(days, pa.scalar(wanted.released_from, pa.date32())))
         if wanted.released_to:
             fits &= _true(pc.less_equal(days, pa.scalar(wanted.released_to, pa.date32())))
         if wanted.market:
-            markets = self._told(self._markets, "markets")
-            here = pc.equal(pc.list_flatten(markets), wanted.market.strip()).to_numpy(zero_copy_only=False)
+            markets, market = self._told(self._markets, "market", "markets"), wanted.market.strip()
+            if not pc.is_in(pa.scalar(market), value_set=self._market_names).as_py():
+                shown = ", ".join(sorted(self._market_names.drop_null().to_pylist())[:MARKETS_SHOWN])
+                raise FieldError("market", f"no song is available in market {wanted.market!r}; there are {shown}")
+            here = pc.equal(pc.list_flatten(markets), market).to_numpy(zero_copy_only=False)
             rows = pc.list_parent_indices(markets).to_numpy()[here]
             fits &= np.bincount(rows, minlength=self.num_songs) > 0
         fits.flags.writeable = False
         return fits
 
-    def _told(self, values: pa.Array, what: str) -> pa.Array:
+    def _by_artists(self, artists: tuple[str, ...]) -> np.ndarray:
+        """bool (N,): the songs of any of the artists."""
+        names = pa.array([fold(name) or None for name in artists], pa.string())  # none is the name of songs without
+        unknown = pc.index_in(names, value_set=self._artists.dictionary).is_null().to_pylist()
+        if any(unknown):
+            raise FieldError("artists", f"no song of the catalog is by {artists[unknown.index(True)]!r}")
+        codes = pc.is_in(self._artists.dictionary, value_set=names).to_numpy(zero_copy_only=False)
+        return np.asarray(codes[self._artists.indices.to_numpy()])
+
+    def _told(self, values: pa.Array, where: str, what: str) -> pa.Array:
         if values.null_count == len(values):
-            raise InputError(f"no song of the catalog has {what}; give a table that does to `rayrec describe`")
+            raise FieldError(where, f"no song of the catalog has {what}; give a table that does to `rayrec describe`")
         return values
 
 
@@ -117,6 +139,14 @@ class Limits:
             mask[: len(self.allowed)] = self.allowed[:num_songs]
         mask[self.banned[self.banned < num_songs]] = False
         return mask
+
+    def qualify(self, rows: np.ndarray) -> np.ndarray:
+        """bool (n,): which of the song rows, int (n,), qualify, without a pass over the catalog."""
+        kept = ~np.isin(rows, self.banned)
+        if self.allowed is not None:
+            known = rows < len(self.allowed)
+            kept &= known & self.allowed[np.where(known, rows, 0)]
+        return np.asarray(kept)
 
     def strike(self, scores: np.ndarray) -> None:
         """Set float (N,) scores of songs that do not qualify to -inf, in place."""

@@ -365,9 +365,10 @@ class Candidates(Pairs):
     positions: dict[str, np.ndarray]  # int64, where each proposal stands among the candidates
 
     @classmethod
-    def union(cls, batch: QueryBatch, proposals: dict[str, Proposals]) -> Candidates:
-        """Of what retrievers propose for a batch."""
-        keys = np.unique(np.concatenate([np.zeros(0, np.int64), *(found.keys for found in proposals.values())]))
+    def union(cls, batch: QueryBatch, proposals: dict[str, Proposals], given: np.ndarray | None = None) -> Candidates:
+        """Of what retrievers propose for a batch, and of the pairs whose keys, int64, are given."""
+        given = np.zeros(0, np.int64) if given is None else given
+        keys = np.unique(np.concatenate([given, *(found.keys for found in proposals.values())]))
         rows, songs = np.divmod(keys, max(1, batch.num_songs))
         return cls(
             num_songs=batch.num_songs,
@@ -378,9 +379,16 @@ class Candidates(Pairs):
         )
 
 
-def retrieve(retrievers: Sequence[Retriever], batch: QueryBatch, counts: dict[str, int] | None = None) -> Candidates:
-    """Ask all retrievers; `counts` are songs a query by the name of the retriever, those of COUNTS where not given."""
+def retrieve(
+    retrievers: Sequence[Retriever],
+    batch: QueryBatch,
+    counts: dict[str, int] | None = None,
+    given: np.ndarray | None = None,
+) -> Candidates:
+    """Ask all retrievers; `counts` are songs a query by the name of the retriever, those of COUNTS where not given.
+
+    `given`, int64, are keys of pairs that are candidates whether a retriever proposes them or not.
+    """
     counts = {**COUNTS, **(counts or {})}
-    return Candidates.union(
-        batch, {retriever.name: retriever.propose(batch, counts[retriever.name]) for retriever in retrievers}
-    )
+    proposals = {retriever.name: retriever.propose(batch, counts[retriever.name]) for retriever in retrievers}
+    return Candidates.union(batch, proposals, given)

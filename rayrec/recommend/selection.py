@@ -99,6 +99,7 @@ class Wish:
     limits: Limits = field(default_factory=Limits)  # the songs that may come
     diversity: float = 0.0  # 0: the best songs; 1: songs unlike each other
     explain: bool = False  # whether the answer holds what is known of each song
+    given: np.ndarray | None = None  # int (any,), song rows to put in order instead of retrieving songs
 
     def __post_init__(self) -> None:
         check_count(self.k)
@@ -131,6 +132,10 @@ class Chosen:
     path: Path
     # What is known of each song, by name of the feature, where the request asks for it: `reasons` puts it in words.
     features: tuple[dict[str, float], ...] = ()
+
+    def since(self, first: int) -> "Chosen":
+        """Those after the `first` songs."""
+        return replace(self, songs=self.songs[first:], scores=self.scores[first:], features=self.features[first:])
 
 
 def network_of(recommender: Recommender) -> TasteRecommender:
@@ -173,7 +178,20 @@ def _choose(recommender: Recommender, known: Known, wish: Wish) -> Chosen:
     network = network_of(recommender)
     if isinstance(recommender, TwoStepRecommender):
         return _ranked(recommender, known, wish)
-    return _nearest(network, _mixed_vector(known, wish), wish)
+    vector = _mixed_vector(known, wish)
+    if wish.given is not None:
+        rows = wish.given[wish.given < network.num_songs]
+        vectors = network.song_vectors[rows]
+        rows, vectors = rows[vectors.any(axis=1)], vectors[vectors.any(axis=1)]
+        return _in_order(rows, vectors @ vector, "exact", wish)
+    return _nearest(network, vector, wish)
+
+
+def _in_order(rows: np.ndarray, scores: np.ndarray, path: Path, wish: Wish) -> Chosen:
+    """Song rows, int (n,), by descending scores, (n,), equal ones by row: those within the limits, at most k."""
+    order = np.lexsort((rows, -scores))
+    order = order[wish.limits.qualify(rows[order])][: wish.k]
+    return Chosen(songs=rows[order].astype(np.int32), scores=scores[order].astype(np.float32), path=path)
 
 
 def _nearest(network: TasteRecommender, vector: np.ndarray, wish: Wish) -> Chosen:
@@ -187,6 +205,9 @@ def _nearest(network: TasteRecommender, vector: np.ndarray, wish: Wish) -> Chose
 
 def choose_popular(plays: np.ndarray, order: np.ndarray, wish: Wish) -> Chosen:
     """The k most played songs; `plays` is int64 (N,) and `order` the song rows, int32, by descending plays."""
+    if wish.given is not None:
+        rows = wish.given[wish.given < len(plays)]
+        return _in_order(rows, plays[rows], "popular", wish)
     songs = order[wish.limits.mask(len(plays))[order]][: wish.k]
     return Chosen(songs=songs, scores=plays[songs].astype(np.float32), path="popular")
 
@@ -204,7 +225,13 @@ def _ranked(recommender: TwoStepRecommender, known: Known, wish: Wish) -> Chosen
     """The best candidates by the rankers."""
     queries = Questions.at_end(known.history, known.at)
     ranking = recommender.rank_queries(
-        known.history, queries, wish.k, long_weight=wish.long_weight, limits=[wish.limits], vectors=known.batch_vectors
+        known.history,
+        queries,
+        wish.k,
+        long_weight=wish.long_weight,
+        limits=[wish.limits],
+        vectors=known.batch_vectors,
+        given=None if wish.given is None else [wish.given],
     )
     real = ranking.songs[0] != NO_SONG
     return Chosen(songs=ranking.songs[0][real], scores=ranking.scores[0][real], path=ranking.paths[0])

@@ -52,6 +52,7 @@ class Scored:
     batch: QueryBatch
     candidates: Candidates
     features: np.ndarray  # float32 (C, F)
+    may_come: np.ndarray | None = None  # bool (C,), candidates that an answer may hold; None: all
 
 
 class CandidateSource:
@@ -97,11 +98,17 @@ class CandidateSource:
         )
 
     def batches(
-        self, histories: Histories, queries: Questions, vectors: Mapping[Horizon, np.ndarray] | None = None
+        self,
+        histories: Histories,
+        queries: Questions,
+        vectors: Mapping[Horizon, np.ndarray] | None = None,
+        given: Sequence[np.ndarray] | None = None,
     ) -> Iterator[tuple[slice, Scored]]:
         """The queries in slices, few enough at once that little is held, with candidates and features.
 
-        `vectors`, float32 (Q, D) by horizon, are the taste vectors where they are at hand.
+        `vectors`, float32 (Q, D) by horizon, are the taste vectors where they are at hand. `given`, int song rows for
+        each query, are candidates beside those of the retrievers, so that features and chances mean the same, and the
+        only ones that an answer may hold.
         """
         vectors = vectors or self.network.vectors_of(histories, queries, HORIZONS)
         short, long = (vectors[horizon] for horizon in HORIZONS)
@@ -109,8 +116,25 @@ class CandidateSource:
             batch = QueryBatch.of(
                 histories, queries.take(chunk), self.num_songs, short_vectors=short[chunk], long_vectors=long[chunk]
             )
-            candidates = retrieve(self.retrievers, batch, self._counts)
-            yield chunk, Scored(batch=batch, candidates=candidates, features=self.sources.features(batch, candidates))
+            keys = None if given is None else _keys_of(batch, given[chunk])
+            candidates = retrieve(self.retrievers, batch, self._counts, keys)
+            yield (
+                chunk,
+                Scored(
+                    batch=batch,
+                    candidates=candidates,
+                    features=self.sources.features(batch, candidates),
+                    may_come=None if keys is None else np.isin(candidates.keys, keys, assume_unique=True),
+                ),
+            )
+
+
+def _keys_of(batch: QueryBatch, songs: Sequence[np.ndarray]) -> np.ndarray:
+    """int64, ascending: the keys of the song rows of each query, each once; rows that are not known are left out."""
+    rows = np.repeat(np.arange(len(songs)), [len(each) for each in songs])
+    joined = np.concatenate([np.zeros(0, np.int64), *songs])
+    known = (joined >= 0) & (joined < batch.num_songs)
+    return np.unique(batch.keys(rows[known], joined[known]))
 
 
 def query_slices(queries: Questions) -> Iterator[slice]:
@@ -183,16 +207,19 @@ class TwoStepRecommender(CandidateRecommender):
         long_weight: float = 0.0,
         limits: Sequence[Limits] | None = None,
         vectors: Mapping[Horizon, np.ndarray] | None = None,
+        given: Sequence[np.ndarray] | None = None,
     ) -> Ranking:
         """The k best songs of each query within its limits, exactly k wherever as many qualify.
 
         `long_weight` is 0 for the order of the short horizon, 1 for that of the long one, and between them mixes both.
-        Paths say `index` where songs near the taste vector had to fill an answer.
+        Paths say `index` where songs near the taste vector had to fill an answer. `given`, int song rows for each
+        query, are put in order in place of what retrievers propose: a song that they propose, too, scores as it does
+        without `given`, or a little less where many others are given.
         """
         check_count(k)
         ranking = Ranking.empty(len(queries), k, "exact")
         paths = list(ranking.paths)
-        for chunk, scored in self.source.batches(histories, queries, vectors):
+        for chunk, scored in self.source.batches(histories, queries, vectors, given):
             some = None if limits is None else limits[chunk]
             part = self.rank_scored(scored, k, some, long_weight=long_weight)
             ranking.songs[chunk], ranking.scores[chunk], paths[chunk] = part.songs, part.scores, part.paths
@@ -204,9 +231,10 @@ class TwoStepRecommender(CandidateRecommender):
         """As `rank_queries`, of queries whose candidates and features are at hand."""
         new_only = np.array([limit.new_only for limit in limits or ()] or [False] * len(scored.batch))
         chances = self.chances(scored, long_weight, new_only)
-        songs, scores = _best(scored.candidates, chances, len(scored.batch), k, limits)
+        songs, scores = _best(scored, chances, k, limits)
         paths: list[SearchPath] = ["exact"] * len(songs)
-        for row in np.flatnonzero(songs[:, -1] == NO_SONG).tolist():
+        short = songs[:, -1] == NO_SONG if scored.may_come is None else np.zeros(len(songs), dtype=bool)
+        for row in np.flatnonzero(short).tolist():
             paths[row] = self._fill(scored.batch, row, songs[row], scores[row], limits, long_weight)
         return Ranking(songs=songs, scores=scores, paths=tuple(paths))
 
@@ -261,9 +289,9 @@ class TwoStepRecommender(CandidateRecommender):
         long_weight: float = 0.0,
         vectors: Mapping[Horizon, np.ndarray] | None = None,
     ) -> list[dict[str, float]]:
-        """The features of songs as candidates; {} for a song that is no candidate. See `Recommender.explain`."""
+        """The features of songs as candidates; {} for a song that is not known. See `Recommender.explain`."""
         found: list[dict[str, float]] = []
-        for _, scored in self.source.batches(history, Questions.at_end(history, at), vectors):
+        for _, scored in self.source.batches(history, Questions.at_end(history, at), vectors, [songs]):
             rows = scored.candidates.find(np.asarray(songs, dtype=np.int64))
             table = [scored.features[row].tolist() if row >= 0 else [] for row in rows.tolist()]
             found = [dict(zip(self.source.sources.names, values, strict=False)) for values in table]
@@ -330,12 +358,16 @@ def load_rankers(workspace: Workspace, folder: str) -> dict[RankerKind, Ranker]:
 
 
 def _best(
-    candidates: Candidates, chances: np.ndarray, queries: int, k: int, limits: Sequence[Limits] | None
+    scored: Scored, chances: np.ndarray, k: int, limits: Sequence[Limits] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Songs int32 (Q, k) and scores float32 (Q, k): the best candidates that qualify; equal ones by song row."""
+    candidates, queries = scored.candidates, len(scored.batch)
     rows, songs = candidates.rows, candidates.songs
+    kept = scored.may_come
     if limits is not None:
-        kept = _qualify(candidates, limits)
+        within = _qualify(candidates, limits)
+        kept = within if kept is None else within & kept
+    if kept is not None:
         rows, songs, chances = rows[kept], songs[kept], chances[kept]
     highest = highest_of_each(rows, chances, k)
     rows, songs, chances = rows[highest], songs[highest], chances[highest]

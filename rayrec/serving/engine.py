@@ -8,6 +8,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -50,7 +51,8 @@ class Pool:
             if self.waiting >= self._most:
                 raise OverloadedError(f"{self.waiting} requests are waiting here already; try again in a second")
             self.waiting += 1
-        future = self._executor.submit(work, *args, **kwargs)
+        context = copy_context()  # the stages are of this request
+        future = self._executor.submit(lambda: context.run(work, *args, **kwargs))
         future.add_done_callback(self._leave)
         return await asyncio.wrap_future(future)
 

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayrec.errors import InputError
 from rayrec.serving.problems import problem, request_id
+from rayrec.serving.prometheus import request_stages
 from rayrec.serving.serve_config import ServeConfig, is_loopback
 
 Role = Literal["read", "write", "admin"]
@@ -30,6 +31,7 @@ VARIABLE = "RAYREC_API_KEYS"  # of the application: role:key or role+role:key, s
 SHORTEST = 16  # characters of a key
 GZIP_BYTES = 1_000  # answers at least so long are compressed, where the client takes it
 ID_HEADER = "X-Request-ID"
+TIMING_HEADER = "Server-Timing"
 ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
 STATIC = re.compile(r"/|/docs(/[^/]*)?")  # pages, which hold nothing but themselves
 HEALTH = ("/healthz", "/readyz")
@@ -108,6 +110,12 @@ def needed_role(method: str, path: str) -> Role:
     return "admin" if method == "DELETE" or path == "/metrics" else "read"
 
 
+def needs_no_key(method: str, path: str, config: ServeConfig) -> bool:
+    """Whether a request is answered without a key, though the application has keys."""
+    opened = STATIC.fullmatch(path) or (config.open_health and path in HEALTH)
+    return method == "GET" and bool(opened or (config.open_metrics and path == "/metrics"))
+
+
 class Middleware:
     """ASGI middleware in front of the whole application."""
 
@@ -124,6 +132,8 @@ class Middleware:
         own = headers.get(ID_HEADER, "")
         own = own if ID_PATTERN.fullmatch(own) else uuid.uuid4().hex
         request_id.set(own)
+        stages: dict[str, float] = {}
+        request_stages.set(stages)
         head = scope["method"] == "HEAD"  # as a GET whose body is not sent
         scope = {**scope, "method": "GET"} if head else scope
 
@@ -131,7 +141,9 @@ class Middleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[ID_HEADER] = own
+                sent = MutableHeaders(scope=message)
+                sent[ID_HEADER] = own
+                sent[TIMING_HEADER] = server_timing(stages, time.perf_counter() - began)
             elif head:
                 message = {**message, "body": b""}
             await send(message)
@@ -163,8 +175,7 @@ class Middleware:
             if client and not is_loopback(client[0]):
                 return problem(403, "this application runs without API keys and answers its own machine only")
             return None
-        opened = STATIC.fullmatch(path) or (config.open_health and path in HEALTH)
-        if scope["method"] == "GET" and (opened or (config.open_metrics and path == "/metrics")):
+        if needs_no_key(scope["method"], path, config):
             return None
         role = needed_role(scope["method"], path)
         roles = keys.roles(headers.get("authorization"))
@@ -225,6 +236,11 @@ async def _while_connected(app: ASGIApp, scope: Scope, body: bytes, receive: Rec
     finally:  # also where this very call is cancelled, as Serve does for a client that left its proxy
         work.cancel()
         gone.cancel()
+
+
+def server_timing(stages: Mapping[str, float], total: float) -> str:
+    """The header of a request's stages and of all of it, seconds each, in ms."""
+    return ", ".join(f"{name};dur={1000 * seconds:.2f}" for name, seconds in {**stages, "total": total}.items())
 
 
 def _route(scope: Scope) -> str:

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from rayrec.errors import InputError, NotFoundError, RayrecError
+from rayrec.errors import FieldError, InputError, NotFoundError, RayrecError
 from rayrec.online.state_store import StoreUnavailableError
 from rayrec.serving.schemas import error_list
 
@@ -48,7 +48,10 @@ SCHEMA: dict[str, Any] = {
             "items": {
                 "type": "object",
                 "required": ["where", "detail"],
-                "properties": {"where": {"type": "string"}, "detail": {"type": "string"}},
+                "properties": {
+                    "where": {"type": "string", "description": "The field, as it was sent."},
+                    "detail": {"type": "string"},
+                },
             },
         },
     },
@@ -57,7 +60,7 @@ SCHEMA: dict[str, Any] = {
         "title": "Unprocessable Content",
         "status": 422,
         "detail": "the request is not as expected; see errors",
-        "errors": [{"where": "body.k", "detail": "Input should be less than or equal to 1000"}],
+        "errors": [{"where": "k", "detail": "Input should be less than or equal to 1000"}],
     },
 }
 TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # as RFC 9110 names them; http.HTTPStatus is older
@@ -77,6 +80,11 @@ def problem(
 def title(status: int) -> str:
     """The name of a status."""
     return TITLES.get(status) or HTTPStatus(status).phrase
+
+
+def field_errors(error: InputError) -> list[dict[str, str]]:
+    """The field that an error is about, where it names one."""
+    return [{"where": error.where, "detail": error.detail}] if isinstance(error, FieldError) else []
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -101,7 +109,7 @@ def of_error(error: Exception) -> Response:
     if isinstance(error, NotFoundError):
         return problem(404, str(error))
     if isinstance(error, InputError):
-        return problem(422, str(error))
+        return problem(422, str(error), errors=field_errors(error))
     log.error("request %s failed", request_id.get(), exc_info=error)
     return problem(500, f"internal server error; the replica's log has the details of request {request_id.get()}")
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any
 
@@ -12,6 +13,8 @@ from prometheus_client.metrics import MetricWrapperBase
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# Seconds of the stages of the request at work, in its own context; None outside of requests.
+request_stages: ContextVar[dict[str, float] | None] = ContextVar("request_stages", default=None)
 LABELS_KEPT = 1_000  # metrics under their labels that are kept at hand
 
 
@@ -53,12 +56,16 @@ class Metrics:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage of the work."""
+        """Time a stage of the work, and add it to those of the request at work."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._of(self._stages, name).observe(time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self._of(self._stages, name).observe(seconds)
+            stages = request_stages.get()
+            if stages is not None:
+                stages[name] = stages.get(name, 0.0) + seconds
 
     def batch(self, users: int) -> None:
         """A call is for so many users."""

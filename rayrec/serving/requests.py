@@ -1,20 +1,32 @@
 """From what a request holds to what the engine takes: rows instead of ids, one time line, one moment."""
 
+import binascii
+import json
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from hashlib import sha256
 
 import numpy as np
 
 from rayrec.data.histories import Histories
-from rayrec.data.moments import now_ms
-from rayrec.errors import InputError
+from rayrec.data.moments import END_MS, iso_moment, now_ms
+from rayrec.errors import FieldError
 from rayrec.model.inference import States
 from rayrec.online.user_state import Plays
 from rayrec.recommend.answer import ASSUMED_GAP_MS
-from rayrec.recommend.filters import Limits, Wanted
+from rayrec.recommend.filters import Limits, Wanted, parse_day
 from rayrec.recommend.selection import Wish
-from rayrec.serving.schemas import NewPlay, Play, RecommendationsRequest, iso_moment
+from rayrec.serving.schemas import (
+    Listener,
+    NewPlay,
+    Play,
+    RankRequest,
+    RecommendationsRequest,
+    SongFilters,
+    SongsQuery,
+)
+from rayrec.serving.serve_config import MAX_K
 from rayrec.serving.served_catalog import ServedCatalog
 from rayrec.serving.users import StoredUser, UserPlays
 
@@ -52,7 +64,7 @@ def read_history(history: Sequence[Play | str], moment: int | None, catalog: Ser
         songs=rows[order],
         played_at=played_at[order],
         contexts=np.array([play_contexts(play.contexts, catalog) for play in plays], dtype=np.int32)[order],
-        skipped=np.array([play.skipped for play in plays], dtype=bool)[order],
+        skipped=np.array([play.was_skipped for play in plays], dtype=bool)[order],
         at=at,
         unknown=int((rows < 0).sum()),
     )
@@ -77,30 +89,76 @@ def read_stored(user: StoredUser | None, moment: int | None) -> UserQuery:
     )
 
 
-def read_wish(request: RecommendationsRequest, query: UserQuery, catalog: ServedCatalog) -> tuple[Wish, int]:
-    """What to recommend, and how many songs of `exclude` and `allow` are not in the catalog.
+def read_listener(request: Listener, user: StoredUser | None, moment: int | None, catalog: ServedCatalog) -> UserQuery:
+    """The plays of a request's user, or of its history. Raises `InputError` as the reader of either does."""
+    return read_stored(user, moment) if request.user_id else read_history(request.history, moment, catalog)
 
-    Raises `InputError` for days that do not exist, and for attributes that the catalog does not hold.
+
+@dataclass(frozen=True)
+class Place:
+    """Where the songs of an answer stand in their ranking."""
+
+    request: str  # digest of the request, the same for all its pages
+    first: int = 0  # songs of the ranking before those of the answer
+    at: int | None = None  # ms UTC, the moment of the first answer
+
+    def next(self, songs: int, at: int | None = None) -> str:
+        """The cursor for what comes after so many songs."""
+        text = json.dumps([self.request, self.first + songs, at])
+        return urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def read_place(request: RecommendationsRequest | SongsQuery) -> Place:
+    """The place that the cursor of a request names. Raises `FieldError` for a cursor that is not of this request."""
+    history = request.history if isinstance(request, Listener) else []
+    songs = [play.song_id if isinstance(play, Play) else play for play in history]  # to dump the plays takes long
+    text = "\n".join([request.model_dump_json(exclude={"k", "cursor", "explain", "history"}), *songs])
+    digest = sha256(text.encode()).hexdigest()[:16]
+    if request.cursor is None:
+        return Place(digest)
+    try:
+        padded = request.cursor + "=" * (-len(request.cursor) % 4)
+        of_request, first, at = json.loads(urlsafe_b64decode(padded.encode()))
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise FieldError("cursor", "this is no cursor; send one as an answer holds it, or none") from error
+    if of_request != digest:
+        raise FieldError("cursor", "the cursor is of another request; only k, explain and cursor may change")
+    if not isinstance(first, int) or first < 0 or not (at is None or (isinstance(at, int) and 0 <= at < END_MS)):
+        raise FieldError("cursor", "this is no cursor; send one as an answer holds it, or none")
+    return Place(digest, first, at)
+
+
+def read_wish(
+    request: RecommendationsRequest, query: UserQuery, first: int, catalog: ServedCatalog
+) -> tuple[Wish, int]:
+    """What to recommend behind the `first` songs, and how many songs of `exclude` and `allow` are not in the catalog.
+
+    The wish is for the songs before them, too. Raises `InputError` for days that do not exist, for attributes that the
+    catalog does not hold, and for a page beyond the first 1,000 songs, or of an answer with diversity.
     """
+    if first and request.diversity:
+        raise FieldError("cursor", "an answer with diversity has no further pages; leave out cursor or diversity")
+    if first >= MAX_K:
+        raise FieldError("cursor", f"pages go up to song {MAX_K:,} of a ranking")
     excluded = catalog.find(request.exclude)
     parts = [excluded[excluded >= 0], *([query.songs, query.earlier_songs] if request.exclude_heard else [])]
     allowed, unknown = _allowed(request, catalog)
+    k = min(first + request.k, MAX_K)
     limits = Limits(banned=np.concatenate(parts), allowed=allowed, new_only=request.exclude_heard)
-    wish = Wish(
-        k=request.k, long_weight=request.horizon, limits=limits, diversity=request.diversity, explain=request.explain
-    )
+    wish = Wish(k=k, long_weight=request.horizon, limits=limits, diversity=request.diversity, explain=request.explain)
     return wish, unknown + int((excluded < 0).sum())
+
+
+def read_given(request: RankRequest, catalog: ServedCatalog) -> Wish:
+    """The wish for an order of given songs, heard or not."""
+    rows = np.unique(catalog.find(request.songs))
+    rows = rows[rows >= 0]
+    return Wish(k=max(1, len(rows)), long_weight=request.horizon, explain=request.explain, given=rows)
 
 
 def _allowed(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[np.ndarray | None, int]:
     """bool (N,): the songs that may be recommended, None for all; and how many of `allow` are unknown."""
-    attributes = Wanted(
-        artists=tuple(sorted(set(request.artists))),
-        released_from=_day(request.released_from),
-        released_to=_day(request.released_to),
-        market=request.market,
-    )
-    mask = catalog.masks.mask(attributes) if attributes else None
+    mask = song_mask(request, catalog)
     if request.allow is None:
         return mask, 0
     rows = catalog.find(request.allow)
@@ -109,11 +167,15 @@ def _allowed(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[n
     return listed if mask is None else listed & mask, int((rows < 0).sum())
 
 
-def _day(text: str | None) -> date | None:
-    try:
-        return None if text is None else date.fromisoformat(text)
-    except ValueError as error:
-        raise InputError(f"day {text!r} is not in the calendar; give YYYY-MM-DD") from error
+def song_mask(filters: SongFilters, catalog: ServedCatalog) -> np.ndarray | None:
+    """bool (N,): the songs that filters let through, None for all. Raises `FieldError` for values that fit no song."""
+    wanted = Wanted(
+        artists=tuple(sorted(set(filters.artists))),
+        released_from=parse_day(filters.released_from, "released_from"),
+        released_to=parse_day(filters.released_to, "released_to"),
+        market=filters.market,
+    )
+    return catalog.masks.mask(wanted) if wanted else None
 
 
 def query_histories(queries: Sequence[UserQuery]) -> Histories:
@@ -146,7 +208,7 @@ def read_plays(sent: Sequence[NewPlay], catalog: ServedCatalog) -> tuple[dict[st
                 rows[own],
                 times[own],
                 contexts=[play_contexts(sent[place].contexts, catalog) for place in own],
-                skipped=[sent[place].skipped for place in own],
+                skipped=[sent[place].was_skipped for place in own],
             ),
             events=[sent[place].event_id for place in own],
         )
@@ -163,7 +225,7 @@ def moment_after(latest: int, moment: int | None) -> int:
     if moment is None:
         return max(now_ms(), latest)  # a client's clock may run ahead of ours
     if moment < latest:
-        raise InputError(f"the user has played after the moment `at` of the request: at {iso_moment(latest)}")
+        raise FieldError("at", f"the user has played after the moment of the request: at {iso_moment(latest)}")
     return moment
 
 
@@ -171,7 +233,8 @@ def _times(plays: Sequence[Play], at: int | None) -> tuple[np.ndarray, int]:
     """int64 (P,), ms UTC: when each was played, and the moment of the request."""
     times = [play.played_at for play in plays if play.played_at is not None]
     if times and len(times) < len(plays):
-        raise InputError(f"{len(times)} of {len(plays)} plays have a played_at; give it for all of them or for none")
+        detail = f"{len(times)} of {len(plays)} plays have a played_at; give it for all of them or for none"
+        raise FieldError("history", detail)
     if not times:
         moment = now_ms() if at is None else at
         return moment - ASSUMED_GAP_MS * np.arange(len(plays) - 1, -1, -1, dtype=np.int64), moment
@@ -180,7 +243,7 @@ def _times(plays: Sequence[Play], at: int | None) -> tuple[np.ndarray, int]:
     # A client's clock may run ahead of ours: without a moment of its own the request comes after its plays.
     moment = max(now_ms(), latest) if at is None else at
     if moment < latest:
-        raise InputError("a song was played after the moment `at` of the request; leave such plays out")
+        raise FieldError("at", "a song was played after the moment of the request; leave such plays out")
     return played_at, moment
 
 

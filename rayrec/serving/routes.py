@@ -17,7 +17,7 @@ from starlette.responses import Response
 from rayrec.data.spelling import MAX_ID
 from rayrec.errors import NotFoundError
 from rayrec.serving.live_release import release_status
-from rayrec.serving.middleware import Middleware, needed_role
+from rayrec.serving.middleware import Middleware, needed_role, needs_no_key
 from rayrec.serving.problems import DOCUMENTED, SCHEMA, add_handlers, documented
 from rayrec.serving.schemas import (
     BatchAnswer,
@@ -25,7 +25,11 @@ from rayrec.serving.schemas import (
     Health,
     MapRequest,
     Moment,
+    NewSongs,
     PlaysTaken,
+    PopularSongs,
+    RankedSongs,
+    RankRequest,
     Recommendations,
     RecommendationsRequest,
     ReleaseStatus,
@@ -33,14 +37,15 @@ from rayrec.serving.schemas import (
     SimilarSongs,
     SongMatches,
     SongPlaces,
+    SongsQuery,
     Tastes,
     TastesRequest,
+    UserRecommendationsQuery,
     UserTaste,
     as_json,
-    iso_moment,
     spelled_user,
 )
-from rayrec.serving.serve_config import MAX_K
+from rayrec.serving.serve_config import MAX_K, ServeConfig
 from rayrec.serving.service import Service
 
 PAGE = "page.html"
@@ -152,7 +157,7 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(router(service))
     add_handlers(app)
     app.add_middleware(Middleware, service=service)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: _openapi(app, service.config)  # type: ignore[method-assign]
     return app
 
 
@@ -172,9 +177,14 @@ def _recommendations_router(service: Service) -> APIRouter:
         answers = await service.recommend(live, request.requests, alone=True)
         return as_json(BatchAnswer.model_construct(release=live.id, answers=answers))
 
+    @router.post("/rank", response_model=RankedSongs)
+    async def rank(request: RankRequest) -> Response:
+        """Put given songs in order for one user. Every song that the release knows comes once, heard or not."""
+        return as_json(await service.rank(service.live, request))
+
     @router.post("/tastes", response_model=Tastes)
     async def tastes(request: TastesRequest) -> Response:
-        """Compute the taste vectors of many users."""
+        """Compute the taste vectors of many users. A bad entry fails alone."""
         return as_json(await service.tastes(service.live, request.users))
 
     return router
@@ -194,27 +204,10 @@ def _users_router(service: Service) -> APIRouter:
         return as_json(await service.take_plays(service.live, request.plays))
 
     @router.get("/users/{user_id:any_id}/recommendations", response_model=Recommendations)
-    async def user_recommendations(
-        user_id: UserPath,
-        k: Count = 20,
-        horizon: Annotated[str, Query(description="short, long, or the weight of long from 0 to 1.")] = "short",
-        at: AtQuery = None,
-        exclude_heard: Annotated[bool, Query(description="Leave out the songs that the user has played.")] = True,
-        diversity: Annotated[float, Query(ge=0, le=1, description="0: the best songs; up to 1: more varied.")] = 0.0,
-        explain: Annotated[bool, Query(description="Give the reasons for each song.")] = False,
-    ) -> Response:
+    async def user_recommendations(user_id: UserPath, query: Annotated[UserRecommendationsQuery, Query()]) -> Response:
         """Recommend songs to a stored user."""
-        fields = {
-            "user_id": user_id,
-            "k": k,
-            "horizon": horizon if horizon in ("short", "long") else _number(horizon),
-            "at": None if at is None else iso_moment(at),
-            "exclude_heard": exclude_heard,
-            "diversity": diversity,
-            "explain": explain,
-        }
         try:
-            request = RecommendationsRequest.model_validate(fields)
+            request = query.request(user_id)
         except ValidationError as error:
             located = [{**item, "loc": ("query", *item["loc"])} for item in error.errors()]
             raise RequestValidationError(located) from error
@@ -242,6 +235,16 @@ def _songs_router(service: Service) -> APIRouter:
     async def find(query: Words, limit: Limit = 20) -> Response:
         """Find songs by words of their title or artist."""
         return as_json(await service.find_songs(service.live, query, limit))
+
+    @router.get("/songs/popular", response_model=PopularSongs)
+    async def popular(query: Annotated[SongsQuery, Query()]) -> Response:
+        """List the most played songs."""
+        return as_json(await service.popular_songs(service.live, query))
+
+    @router.get("/songs/new", response_model=NewSongs, responses=documented(404))
+    async def new(query: Annotated[SongsQuery, Query()]) -> Response:
+        """List the songs that were played first of late or added to the release, the newest first."""
+        return as_json(await service.new_songs(service.live, query))
 
     @router.get("/songs/{song_id:any_id}/similar", response_model=SimilarSongs, responses=documented(404))
     async def similar(song_id: SongPath, k: Count = 20) -> Response:
@@ -287,14 +290,7 @@ def _operations_router(service: Service) -> APIRouter:
 ROUTERS: tuple[Router, ...] = (_recommendations_router, _users_router, _songs_router, _operations_router, page)
 
 
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def _openapi(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
     """The document with our own errors, the key and the role of each operation in it."""
     if not app.openapi_schema:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
@@ -304,7 +300,9 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         for path, operations_of in document["paths"].items():
             for method, operation in operations_of.items():
                 role = needed_role(method.upper(), path)
-                operation["security"] = [{}, {"key": [role]}]
-                operation["description"] = f"{operation.get('description', '')}\n\nRole of the key: {role}.".strip()
+                free = needs_no_key(method.upper(), path, config)
+                operation["security"] = [{}] if free else [{}, {"key": [role]}]
+                needed = "No key is needed." if free else f"Role of the key: {role}."
+                operation["description"] = f"{operation.get('description', '')}\n\n{needed}".strip()
         app.openapi_schema = document
     return app.openapi_schema

@@ -1,6 +1,6 @@
 """Requests and answers, as the OpenAPI document shows them."""
 
-from datetime import datetime, timedelta, timezone
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -20,24 +20,24 @@ from pydantic import (
 )
 from starlette.responses import Response
 
-from rayrec.data.moments import END_MS, now_ms, parse_moment
+from rayrec.data.moments import END_MS, iso_moment, now_ms, parse_moment
 from rayrec.data.spelling import MAX_ID, spell_id
 from rayrec.errors import InputError
 from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K, MAX_LISTED, MAX_PLAYS
 
 LAST_MOMENT = END_MS - 1  # ms UTC
 PlayOutcome = Literal["taken", "repeated", "rejected", "unknown", "invalid"]
-EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 AHEAD_MS = 24 * 3600 * 1000  # that a client's clock may be ahead: a play of the far future would block later ones
+LISTENED_SHARE = 0.5  # of a song, from where on it was not skipped: as an import of Yambda counts plays
 TAG = "<"  # how the tags of unions begin: no part of a request, so they are left out where an error is located
 
 
 def _moment(value: object) -> int:
     """ms UTC of what a request gives as a moment."""
-    if isinstance(value, bool) or not isinstance(value, (int, str)) or (isinstance(value, str) and len(value) > 40):
-        raise ValueError("a time is ISO 8601 with a zone, or unix seconds or milliseconds as a whole number")
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or len(str(value)) > 40:
+        raise ValueError("a time is ISO 8601 with a zone, or unix seconds or milliseconds")
     try:
-        return parse_moment(str(value))
+        return parse_moment(f"{value:.3f}" if isinstance(value, float) else value)
     except InputError as error:
         raise ValueError(str(error)) from error
 
@@ -46,11 +46,6 @@ def _play_moment(moment: int) -> int:
     if moment > now_ms() + AHEAD_MS:
         raise ValueError(f"{iso_moment(moment)} is over a day from now; check the sender's clock")
     return moment
-
-
-def iso_moment(moment: int) -> str:
-    """ISO 8601 of ms UTC, with milliseconds."""
-    return (EPOCH + timedelta(milliseconds=moment)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def spelled_user(text: str) -> str:
@@ -72,7 +67,7 @@ def _horizon(value: object) -> float:
 
 MOMENT_SCHEMA: dict[str, Any] = {
     "anyOf": [
-        {"type": "integer", "minimum": 0, "maximum": LAST_MOMENT},
+        {"type": "number", "minimum": 0, "maximum": LAST_MOMENT},
         {"type": "string", "minLength": 1, "maxLength": 40},
     ],
     "description": "ISO 8601 with a zone, or unix seconds or milliseconds.",
@@ -89,6 +84,7 @@ SongId = Annotated[Id, Field(description="Id of a song, as it was imported.")]
 Moment = Annotated[Any, AfterValidator(_moment), WithJsonSchema(MOMENT_SCHEMA)]
 Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="YYYY-MM-DD.")]
 Weight = Annotated[float, Field(ge=0, le=1)]
+Explain = Annotated[bool, Field(description="Give the reasons for each song, and the last plays that they speak of.")]
 LongWeight = Annotated[Any, AfterValidator(_horizon), WithJsonSchema(HORIZON_SCHEMA)]
 IsoMoment = Annotated[
     int, PlainSerializer(iso_moment, return_type=str), WithJsonSchema({"type": "string", "format": "date-time"})
@@ -119,10 +115,18 @@ ENTRY = WrapValidator(_keep_invalid)  # of a list of which a bad entry fails alo
 
 
 def error_list(errors: Any, most: int = 20) -> list[dict[str, str]]:
-    """Where and what, in the client's words, of pydantic's errors."""
+    """Where and what of pydantic's errors, the field as the client wrote it: `k`, `history.3.played_at`.
+
+    An error of a whole request is at `body` or `query`.
+    """
+
+    def where(loc: Sequence[Any]) -> str:
+        parts = [str(part) for part in loc if not str(part).startswith(TAG)]
+        return ".".join(parts[1:] if len(parts) > 1 and parts[0] in ("body", "query", "path") else parts)[:200]
+
     return [
         {
-            "where": ".".join(str(part) for part in item["loc"] if not str(part).startswith(TAG))[:200],
+            "where": where(item["loc"]),
             "detail": item["msg"].removeprefix("Value error, ")[:500],
         }
         for item in errors[:most]
@@ -138,6 +142,15 @@ class Play(RequestBody):
         default=[], max_length=31, description="Where it was played from; unknown names are ignored."
     )
     skipped: bool = Field(default=False, description="Whether it was skipped.")
+    share_listened: Weight | None = Field(
+        default=None,
+        description="Share of the song that was listened to, 0 to 1. Under 0.5 the play counts as skipped.",
+    )
+
+    @property
+    def was_skipped(self) -> bool:
+        """Whether it counts as skipped."""
+        return self.skipped or (self.share_listened is not None and self.share_listened < LISTENED_SHARE)
 
 
 HISTORY_EXAMPLE: list[Any] = [
@@ -162,6 +175,52 @@ History = Annotated[
 At = Annotated[Moment | None, Field(description="The moment that the request is for; default: now.")]
 
 
+class SongFilters(BaseModel):
+    """Which songs may come. A song must fit all that is given."""
+
+    artists: list[Annotated[str, Field(min_length=1, max_length=MAX_ID)]] = Field(
+        default=[], max_length=100, description="Only songs of any of these artists, whatever case and accents."
+    )
+    released_from: Day | None = Field(default=None, description="Only songs released on that day or later.")
+    released_to: Day | None = Field(default=None, description="Only songs released on that day or earlier.")
+    market: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(
+        default=None, description="Only songs that are available in this market."
+    )
+
+
+class Page(BaseModel):
+    """Which part of a ranking to answer with."""
+
+    k: int = Field(default=20, ge=1, le=MAX_K, description="How many songs.")
+    cursor: str | None = Field(
+        default=None,
+        max_length=200,
+        description="The cursor of an earlier answer to the same request, for the songs after those of that answer; "
+        "k may differ.",
+    )
+
+
+class SongsQuery(SongFilters, Page):
+    """Which songs of the catalog to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Listener(BaseModel):
+    """For whom a request is: a stored user, or the one of a history; and when."""
+
+    user_id: UserId = Field(default="", description="A user whose plays were loaded or sent before.")
+    history: History = []
+    at: At = None
+    horizon: LongWeight = 0.0
+
+    @model_validator(mode="after")
+    def _one_listener(self) -> "Listener":
+        if ("user_id" in self.model_fields_set) == ("history" in self.model_fields_set):
+            raise ValueError("give either a user_id or a history")
+        return self
+
+
 class TasteQuery(RequestBody):
     """A history, and the moment of its taste vectors."""
 
@@ -169,7 +228,7 @@ class TasteQuery(RequestBody):
     at: At = None
 
 
-class RecommendationsRequest(RequestBody):
+class RecommendationsRequest(SongFilters, Page, Listener, RequestBody):
     """For whom to recommend, and what: for a stored user, or for a history."""
 
     model_config = ConfigDict(
@@ -184,37 +243,63 @@ class RecommendationsRequest(RequestBody):
         }
     )
 
-    user_id: UserId = Field(default="", description="A user whose plays were loaded or sent before.")
-    history: History = []
-    at: At = None
-    k: int = Field(default=20, ge=1, le=MAX_K, description="How many songs.")
-    horizon: LongWeight = 0.0
     exclude_heard: bool = Field(default=True, description="Leave out the songs that the user has played.")
     exclude: list[SongId] = Field(default=[], max_length=MAX_LISTED, description="Songs to leave out.")
     allow: list[SongId] | None = Field(
         default=None, max_length=MAX_LISTED, description="The only songs to recommend; default: all."
     )
-    artists: list[Annotated[str, Field(min_length=1, max_length=MAX_ID)]] = Field(
-        default=[], max_length=100, description="Only songs of these artists, whatever case and accents."
-    )
-    released_from: Day | None = Field(default=None, description="Only songs released on that day or later.")
-    released_to: Day | None = Field(default=None, description="Only songs released on that day or earlier.")
-    market: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(
-        default=None, description="Only songs that are available in this market."
-    )
     diversity: Weight = Field(
         default=0.0,
-        description="0: the best songs; up to 1: songs less like each other, in the order in which they were chosen.",
+        description="0: the best songs; up to 1: songs less like each other, in the order in which they were chosen. "
+        "Above 0 there are no further pages.",
     )
-    explain: bool = Field(
-        default=False, description="Give the reasons for each song, and the last plays that they speak of."
+    explain: Explain = False
+
+
+class UserRecommendationsQuery(SongsQuery):
+    """What to recommend to a stored user, as the query of a URL."""
+
+    at: At = None
+    horizon: Annotated[str, Field(max_length=40, description="short, long, or the weight of long from 0 to 1.")] = (
+        "short"
+    )
+    exclude_heard: bool = Field(default=True, description="Leave out the songs that the user has played.")
+    exclude: list[SongId] = Field(default=[], max_length=100, description="Songs to leave out.")
+    diversity: Weight = Field(default=0.0, description="0: the best songs; up to 1: songs less like each other.")
+    explain: Explain = False
+
+    def request(self, user_id: str) -> RecommendationsRequest:
+        """The same as the body of a POST. Raises `ValidationError` for a horizon that is none."""
+        fields = {name: getattr(self, name) for name in self.model_fields_set} | {"user_id": user_id}
+        if self.at is not None:
+            fields["at"] = iso_moment(self.at)
+        if self.horizon not in ("short", "long"):
+            fields["horizon"] = _number(self.horizon)
+        return RecommendationsRequest.model_validate(fields)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+class RankRequest(Listener, RequestBody):
+    """For whom to rank, and which songs."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": ["user_id"]}, {"required": ["history"]}],
+            "examples": [
+                {"user_id": "ann", "songs": ["song-12", "song-7", "song-3"]},
+                {"history": HISTORY_EXAMPLE, "at": "2026-01-20T18:31:00Z", "songs": ["song-3", "song-5"]},
+            ],
+        }
     )
 
-    @model_validator(mode="after")
-    def _one_listener(self) -> "RecommendationsRequest":
-        if ("user_id" in self.model_fields_set) == ("history" in self.model_fields_set):
-            raise ValueError("give either a user_id or a history")
-        return self
+    songs: list[SongId] = Field(min_length=1, max_length=MAX_K, description="Songs to put in order, heard or not.")
+    explain: Explain = False
 
 
 class BatchRequest(RequestBody):
@@ -232,7 +317,7 @@ class TastesRequest(RequestBody):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"users": [{"history": HISTORY_EXAMPLE}]}]})
 
-    users: list[TasteQuery] = Field(min_length=1, max_length=MAX_BATCH)
+    users: list[Annotated[TasteQuery, ENTRY]] = Field(min_length=1, max_length=MAX_BATCH)
 
 
 PLAY_EXAMPLE: dict[str, Any] = {
@@ -299,6 +384,11 @@ class CatalogSong(BaseModel):
     artist: str | None = None
 
 
+Cursor = Annotated[
+    str | None, Field(description="Send it with the same request for the songs after these; null: there are none.")
+]
+
+
 class RecommendedSong(CatalogSong):
     """One song of an answer."""
 
@@ -314,7 +404,7 @@ class Recommendations(BaseModel):
     release: str = Field(description="Id of the release that answered.")
     at: IsoMoment = Field(description="The moment that the answer is for.")
     source: Literal["taste", "popular"] = Field(
-        description="taste: from the plays; popular: no play is known, so these are the most played songs."
+        description="taste: from the plays; popular: no play is known, so songs are in order of their plays."
     )
     path: Literal["index", "selector", "exact", "popular"] = Field(
         description="How songs were retrieved. index: the first of the index that qualify; selector: a search of it "
@@ -326,6 +416,46 @@ class Recommendations(BaseModel):
     last_plays: list[CatalogSong] | None = Field(
         default=None, description="With explain: the user's last five plays of known songs, the latest last."
     )
+    cursor: Cursor = None
+
+
+class RankedSongs(Recommendations):
+    """The given songs, best first, each once."""
+
+    unknown_song_ids: list[str] = Field(
+        description="Of the given ids those that are not in the catalog, or whose songs the release cannot score."
+    )
+
+
+class PopularSong(CatalogSong):
+    """A song that is played often."""
+
+    plays: int = Field(description="Plays by all users, of those that the release was made of.")
+
+
+class PopularSongs(BaseModel):
+    """The most played songs, best first."""
+
+    release: str
+    songs: list[PopularSong]
+    cursor: Cursor = None
+
+
+class NewSong(CatalogSong):
+    """A song that was played first of late, or was added to the release."""
+
+    first_played: str | None = Field(
+        description="Day, YYYY-MM-DD in UTC, on which anybody played it first; null for an added song without plays.",
+        json_schema_extra={"format": "date"},
+    )
+
+
+class NewSongs(BaseModel):
+    """The newest songs first: added ones without plays, then by the day of their first play."""
+
+    release: str
+    songs: list[NewSong]
+    cursor: Cursor = None
 
 
 class BatchAnswer(BaseModel):
@@ -351,7 +481,7 @@ class Tastes(BaseModel):
     release: str
     model: str = Field(description="Id of the model; vectors of two models cannot be compared.")
     dim: int
-    tastes: list[Taste]
+    tastes: list[Taste | InvalidEntry] = Field(description="One for each user, in their order.")
 
 
 class PlaysTaken(BaseModel):

@@ -12,6 +12,8 @@ from rayrec.data.spelling import spell_id
 from rayrec.model.train_config import PLAY_COUNTS
 from rayrec.recommend.base import Recommender
 from rayrec.recommend.filters import SongMasks
+from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
+from rayrec.recommend.retrieval.stored_retrieval import read_first_days
 from rayrec.recommend.selection import network_of
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -42,8 +44,11 @@ class ServedCatalog:
     contexts: dict[str, int]  # name -> bit
     plays: np.ndarray  # int64 (N,), plays of each song that the model knows, in its fit range
     by_plays: np.ndarray  # int32 (N,), rows by descending plays
+    first_days: np.ndarray | None  # int32 (N,), day of each song's first play as days since 1970 UTC, or NOT_PLAYED
+    by_age: np.ndarray  # int32 (any,), rows of songs that were played first or added, the newest first
     lineage: str  # of the data set: rows of songs mean the same wherever it is the same
     known: np.ndarray  # bool (N,), songs that the network has a vector of
+    dim: int  # numbers of such a vector
     search: SongSearch
     masks: SongMasks
     names: SongNames
@@ -72,14 +77,19 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Re
     plays = model_play_counts(workspace, dataset, release.inputs["models"], recommender.num_songs)
     hidden = network_of(recommender).without_vector  # never recommended, however popular
     by_plays = np.argsort(-plays, kind="stable").astype(np.int32)
+    known = _known(recommender, len(catalog))
+    first_days = _first_days(workspace, release, len(catalog))
     return ServedCatalog(
         catalog=catalog,
         rows={song: row for row, song in enumerate(catalog.song_ids(np.arange(len(catalog))))},
         contexts={name: bit for bit, name in enumerate(dataset.manifest.contexts)},
         plays=plays,
         by_plays=by_plays[~np.isin(by_plays, hidden)],
+        first_days=first_days,
+        by_age=_by_age(first_days, network_of(recommender).added_songs, known),
         lineage=dataset.lineage,
-        known=_known(recommender, len(catalog)),
+        known=known,
+        dim=network_of(recommender).song_vectors.shape[1],
         search=SongSearch(catalog, np.pad(plays, (0, len(catalog) - len(plays)))),  # new songs are found too
         masks=SongMasks(catalog),
         names=SongNames(catalog),
@@ -91,6 +101,26 @@ def _known(recommender: Recommender, songs: int) -> np.ndarray:
     known: np.ndarray = np.arange(songs) < recommender.num_songs
     known[network_of(recommender).without_vector] = False
     return known
+
+
+def _first_days(workspace: Workspace, release: Manifest, songs: int) -> np.ndarray | None:
+    """int32 (songs,): the day of each song's first play; None for a release without a retrieval, which knows them."""
+    if "retrieval" not in release.inputs:
+        return None
+    counted = read_first_days(workspace, artifacts.load(workspace, "retrieval", release.inputs["retrieval"]).folder)
+    first_days = np.full(songs, NOT_PLAYED, dtype=np.int32)
+    first_days[: len(counted)] = counted[:songs]
+    return first_days
+
+
+def _by_age(first_days: np.ndarray | None, added: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """int32: rows of songs with a vector, added ones without plays first, then by first day; later rows first."""
+    if first_days is None:
+        return np.zeros(0, np.int32)
+    comes = first_days < NOT_PLAYED
+    comes[added] = True
+    rows = np.flatnonzero(comes & known)[::-1]
+    return rows[np.argsort(-first_days[rows].astype(np.int64), kind="stable")].astype(np.int32)
 
 
 def model_play_counts(workspace: Workspace, dataset: Dataset, model_id: str, num_songs: int) -> np.ndarray:

@@ -5,50 +5,65 @@ import socket
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import numpy as np
 from starlette.concurrency import run_in_threadpool
 
-from rayrec.data.moments import now_ms
+from rayrec.data.moments import EPOCH, now_ms
 from rayrec.data.windows import NEVER
 from rayrec.errors import InputError, NotFoundError
 from rayrec.model.inference import States
 from rayrec.recommend.reasons import LAST_PLAYS, POPULAR, reasons
+from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
 from rayrec.recommend.selection import Chosen, Wish, choose_popular
 from rayrec.serving.engine import LocalEngine, Parts, Pool
 from rayrec.serving.live_release import LiveRelease, ReleaseHolder, Reports, load_parts
 from rayrec.serving.middleware import Keys, load_keys
+from rayrec.serving.problems import field_errors
 from rayrec.serving.prometheus import Metrics
 from rayrec.serving.requests import (
+    Place,
     UserQuery,
     moment_after,
     query_histories,
+    read_given,
     read_history,
+    read_listener,
+    read_place,
     read_plays,
-    read_stored,
     read_wish,
+    song_mask,
 )
 from rayrec.serving.schemas import (
     CatalogSong,
     InvalidEntry,
+    Listener,
     MapPoint,
     NewPlay,
+    NewSong,
+    NewSongs,
     PlayOutcome,
     PlaysTaken,
+    PopularSong,
+    PopularSongs,
+    RankedSongs,
+    RankRequest,
     Recommendations,
     RecommendationsRequest,
     RecommendedSong,
     SimilarSongs,
     SongMatches,
     SongPlaces,
+    SongsQuery,
     Taste,
     TasteQuery,
     Tastes,
     UserTaste,
 )
-from rayrec.serving.serve_config import ServeConfig
+from rayrec.serving.serve_config import MAX_K, ServeConfig
 from rayrec.serving.served_catalog import ServedCatalog, load_served_catalog
-from rayrec.serving.users import StoredUsers
+from rayrec.serving.users import StoredUser, StoredUsers
 from rayrec.storage.workspace import Workspace
 
 TOGETHER = 32  # users of a batch that are answered at once: other requests get their turn in between
@@ -87,13 +102,58 @@ class Service:
             answers += await self._recommend(live, requests[begin : begin + TOGETHER], alone)
         return answers
 
-    async def tastes(self, live: LiveRelease, histories: Sequence[TasteQuery]) -> Tastes:
-        """The taste vectors of histories."""
-        self.metrics.batch(len(histories))
-        tastes: list[Taste] = []
-        for begin in range(0, len(histories), TOGETHER):
-            tastes += await self._tastes(live, histories[begin : begin + TOGETHER])
-        return Tastes(release=live.id, model=live.model_id, dim=len(tastes[0].short), tastes=tastes)
+    async def rank(self, live: LiveRelease, request: RankRequest) -> RankedSongs:
+        """Given songs in the order in which a user is likely to play them."""
+        self.metrics.batch(1)
+        stored = await self._stored(live, [request])
+        with self.metrics.stage("read"):
+            query = read_listener(request, stored.get(request.user_id), request.at, live.catalog)
+            wish = read_given(request, live.catalog)
+        (chosen,) = await self._choose(live, [query], [wish])
+        with self.metrics.stage("write"):
+            answer = self._answer(live, query, chosen, unknown=query.unknown)
+            if request.explain:
+                add_reasons(answer, chosen, query.songs, live.catalog)
+            rows = live.catalog.find(request.songs)
+            unknown = np.flatnonzero(~np.isin(rows, chosen.songs)).tolist()
+            names = list(dict.fromkeys(request.songs[place] for place in unknown))
+            return RankedSongs.model_construct(**dict(answer), unknown_song_ids=names)
+
+    async def tastes(self, live: LiveRelease, users: Sequence[TasteQuery | InvalidEntry]) -> Tastes:
+        """The taste vectors of histories; one that cannot be read fails alone."""
+        self.metrics.batch(len(users))
+        tastes: list[Taste | InvalidEntry] = []
+        for begin in range(0, len(users), TOGETHER):
+            tastes += await self._tastes(live, users[begin : begin + TOGETHER])
+        return Tastes.model_construct(release=live.id, model=live.model_id, dim=live.catalog.dim, tastes=tastes)
+
+    async def popular_songs(self, live: LiveRelease, query: SongsQuery) -> PopularSongs:
+        """The most played songs."""
+        catalog = live.catalog
+        rows, cursor = await run_in_threadpool(_listed, catalog.by_plays, query, catalog)
+        plays = catalog.plays[rows].tolist()
+        songs = [
+            PopularSong(song_id=song_id, title=title, artist=artist, plays=count)
+            for (song_id, title, artist), count in zip(catalog.describe(rows), plays, strict=True)
+        ]
+        return PopularSongs(release=live.id, songs=songs, cursor=cursor)
+
+    async def new_songs(self, live: LiveRelease, query: SongsQuery) -> NewSongs:
+        """The newest songs. Raises `NotFoundError` for a release that does not know when songs were played first."""
+        catalog = live.catalog
+        if catalog.first_days is None:
+            raise NotFoundError(
+                f"release {live.id} has no retrieval, which knows when songs were played first; "
+                "run `rayrec retrieval`, `rayrec rank` and `rayrec release create`"
+            )
+        rows, cursor = await run_in_threadpool(_listed, catalog.by_age, query, catalog)
+        songs = [
+            NewSong(song_id=song_id, title=title, artist=artist, first_played=_day(day))
+            for (song_id, title, artist), day in zip(
+                catalog.describe(rows), catalog.first_days[rows].tolist(), strict=True
+            )
+        ]
+        return NewSongs(release=live.id, songs=songs, cursor=cursor)
 
     async def take_plays(self, live: LiveRelease, sent: Sequence[NewPlay | InvalidEntry]) -> PlaysTaken:
         """Take plays of any users; when this returns they are stored."""
@@ -185,36 +245,48 @@ class Service:
     async def _recommend(
         self, live: LiveRelease, requests: Sequence[RecommendationsRequest | InvalidEntry], alone: bool
     ) -> list[Recommendations | InvalidEntry]:
-        names = sorted({one.user_id for one in requests if isinstance(one, RecommendationsRequest)} - {""})
-        stored = dict(zip(names, await self.users.read(live, names), strict=True)) if names else {}
+        stored = await self._stored(live, requests)
         answers: dict[int, Recommendations | InvalidEntry] = {}
         queries: dict[int, UserQuery] = {}
         wishes: dict[int, tuple[Wish, int]] = {}
+        places: dict[int, Place] = {}
         with self.metrics.stage("read"):
             for row, request in enumerate(requests):
                 if isinstance(request, InvalidEntry):
                     answers[row] = request
                     continue
                 try:
-                    if request.user_id:
-                        query = read_stored(stored[request.user_id], request.at)
-                    else:
-                        query = read_history(request.history, request.at, live.catalog)
-                    wishes[row] = read_wish(request, query, live.catalog)
-                    queries[row] = query
+                    place = read_place(request)
+                    user = stored.get(request.user_id)
+                    moment = request.at if place.at is None else place.at
+                    if place.at is not None and user is not None:
+                        moment = max(place.at, user.state.last_played_at)  # played since the page before
+                    query = read_listener(request, user, moment, live.catalog)
+                    wishes[row] = read_wish(request, query, place.first, live.catalog)
+                    queries[row], places[row] = query, place
                 except InputError as error:
                     if not alone:
                         raise
-                    answers[row] = InvalidEntry(detail=str(error), errors=[])
+                    answers[row] = InvalidEntry(detail=str(error), errors=field_errors(error))
         rows = list(queries)
         chosen = await self._choose(live, list(queries.values()), [wishes[row][0] for row in rows])
         with self.metrics.stage("write"):
-            for row, songs in zip(rows, chosen, strict=True):
-                answer = self._answer(live, queries[row], songs, unknown=queries[row].unknown + wishes[row][1])
-                if wishes[row][0].explain:
-                    add_reasons(answer, songs, queries[row].songs, live.catalog)
+            for row, whole in zip(rows, chosen, strict=True):
+                query, place, (wish, unknown) = queries[row], places[row], wishes[row]
+                songs = whole.since(place.first)
+                answer = self._answer(live, query, songs, unknown=query.unknown + unknown)
+                if wish.explain:
+                    add_reasons(answer, songs, query.songs, live.catalog)
+                if len(whole.songs) == wish.k < MAX_K and not wish.diversity:
+                    answer.cursor = place.next(len(songs.songs), query.at)
                 answers[row] = answer
         return [answers[row] for row in range(len(requests))]
+
+    async def _stored(self, live: LiveRelease, requests: Sequence[Listener | InvalidEntry]) -> dict[str, StoredUser]:
+        """What is known of the stored users that requests name, by id; those who are unknown are left out."""
+        names = sorted({one.user_id for one in requests if isinstance(one, Listener)} - {""})
+        users = await self.users.read(live, names) if names else []
+        return {name: user for name, user in zip(names, users, strict=True) if user is not None}
 
     async def _choose(self, live: LiveRelease, queries: Sequence[UserQuery], wishes: Sequence[Wish]) -> list[Chosen]:
         """The songs of each query: by taste, or the popular ones where no play is known."""
@@ -244,18 +316,33 @@ class Service:
             songs=_recommended(live.catalog, chosen),
         )
 
-    async def _tastes(self, live: LiveRelease, histories: Sequence[TasteQuery]) -> list[Taste]:
+    async def _tastes(
+        self, live: LiveRelease, users: Sequence[TasteQuery | InvalidEntry]
+    ) -> list[Taste | InvalidEntry]:
+        answers: dict[int, Taste | InvalidEntry] = {}
+        queries: dict[int, UserQuery] = {}
         with self.metrics.stage("read"):
-            queries = [read_history(one.history, one.at, live.catalog) for one in histories]
-        at = np.array([query.at for query in queries], dtype=np.int64)
-        states = await live.engine.states(query_histories(queries))
-        vectors = await live.engine.vectors(states, at, ("short", "long"))
-        return [
-            Taste.model_construct(
-                at=query.at, plays=query.plays, unknown_songs=query.unknown, short=short.tolist(), long=long.tolist()
-            )
-            for query, short, long in zip(queries, vectors["short"], vectors["long"], strict=True)
-        ]
+            for row, user in enumerate(users):
+                if isinstance(user, InvalidEntry):
+                    answers[row] = user
+                    continue
+                try:
+                    queries[row] = read_history(user.history, user.at, live.catalog)
+                except InputError as error:
+                    answers[row] = InvalidEntry(detail=str(error), errors=field_errors(error))
+        if queries:
+            at = np.array([query.at for query in queries.values()], dtype=np.int64)
+            states = await live.engine.states(query_histories(list(queries.values())))
+            vectors = await live.engine.vectors(states, at, ("short", "long"))
+            for (row, query), short, long in zip(queries.items(), vectors["short"], vectors["long"], strict=True):
+                answers[row] = Taste.model_construct(
+                    at=query.at,
+                    plays=query.plays,
+                    unknown_songs=query.unknown,
+                    short=short.tolist(),
+                    long=long.tolist(),
+                )
+        return [answers[row] for row in range(len(users))]
 
 
 def open_service(
@@ -322,6 +409,20 @@ async def _engine_answer(live: LiveRelease, queries: Sequence[UserQuery], wishes
         last_played_at=np.concatenate([one.last_played_at for one in states]),
     )
     return await live.engine.answer_states(joined, query_histories(queries), at, wishes)
+
+
+def _listed(order: np.ndarray, query: SongsQuery, catalog: ServedCatalog) -> tuple[np.ndarray, str | None]:
+    """int32: the songs of a page of an order, int32 rows, that filters let through; and the cursor of the next page."""
+    place, mask = read_place(query), song_mask(query, catalog)
+    rows = order if mask is None else order[mask[order]]
+    shown = rows[place.first : place.first + query.k]
+    more = place.first + len(shown) < len(rows)
+    return shown, place.next(len(shown)) if more else None
+
+
+def _day(day: int) -> str | None:
+    """YYYY-MM-DD of days since 1970 UTC; None for a song without plays."""
+    return None if day == NOT_PLAYED else (EPOCH + timedelta(days=day)).date().isoformat()
 
 
 def _recommended(catalog: ServedCatalog, chosen: Chosen) -> list[RecommendedSong]:

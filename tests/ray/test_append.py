@@ -253,7 +253,7 @@ def test_a_model_of_the_data_set_before_an_append_stays_of_use(
     releases.verify_release(workspace, artifacts.load(workspace, "releases", released))
 
     recommender = load_recommender(workspace, dataset, {"models": "m"})
-    told = answer(dataset, recommender, RecommendConfig(k=200, include_heard=True), at=START * 2000, user="u1")
+    told = answer(dataset, recommender, RecommendConfig(k=200, exclude_heard=False), at=START * 2000, user="u1")
     assert len(told.song_ids) == first.songs  # songs newer than the network are never recommended
     tastes = compute_tastes(workspace, TasteConfig())
     assert tastes.inputs["dataset"] == dataset.manifest.id

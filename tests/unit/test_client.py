@@ -89,6 +89,26 @@ def test_the_asynchronous_client_retries_too() -> None:
     assert [body["path"] for body in bodies] == ["/v1/recommendations"] * 2 + ["/v1/users/ann/taste"]
 
 
+def test_each_method_asks_its_endpoint() -> None:
+    at = datetime(2026, 1, 20, 18, 24, tzinfo=timezone.utc)
+    with server([status(200, {"songs": []})] * 4) as (url, bodies), Client(url) as client:
+        client.rank(["a", "b"], user_id="ann", at=at)
+        client.recommend(history=["a"], k=5, cursor="abc")
+        client.popular(k=3, artists=["Abba", "Cher"])
+        client.new(market="SE")
+    assert bodies[0] == {
+        "path": "/v1/rank",
+        "user_id": "ann",
+        "songs": ["a", "b"],
+        "at": "2026-01-20T18:24:00+00:00",
+    }
+    assert bodies[1] == {"path": "/v1/recommendations", "history": ["a"], "k": 5, "cursor": "abc"}
+    assert [body["path"] for body in bodies[2:]] == [
+        "/v1/songs/popular?k=3&artists=Abba&artists=Cher",
+        "/v1/songs/new?market=SE",
+    ]
+
+
 def test_a_refusal_is_raised_at_once_and_a_busy_server_after_the_last_retry() -> None:
     refusal = status(422, {"status": 422, "title": "Unprocessable Content", "detail": "k is 0"})
     with server([refusal]) as (url, bodies), Client(url) as client:

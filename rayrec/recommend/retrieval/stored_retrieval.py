@@ -167,6 +167,11 @@ class Retrieval:
         )
 
 
+def read_first_days(workspace: Workspace, folder: str) -> np.ndarray:
+    """int32 (N,): `PlayCounts.first_days` of what `Retrieval.save` wrote, without the rest of it."""
+    return np.asarray(workspace.read_array(f"{folder}/plays.first_days.npy"))
+
+
 def _flat(retrieval: Retrieval) -> dict[str, Any]:
     """The arrays by the names of their files."""
     named: dict[str, Any] = {}

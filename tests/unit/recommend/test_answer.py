@@ -1,5 +1,7 @@
 """One request for recommendations: whose plays count, at which moment, and in whose words it is answered."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -56,10 +58,37 @@ def dataset(workspace: Workspace) -> Dataset:
 def test_songs_already_heard_are_left_out_unless_asked_for(dataset: Dataset) -> None:
     config = RecommendConfig(k=6)
     assert answer(dataset, Following(6), config, at=NOW, user="ann").song_ids == ["s3", "s4", "s5"]
-    told = answer(dataset, Following(6), config.replace(include_heard=True), at=NOW, user="ann")
+    told = answer(dataset, Following(6), config.replace(exclude_heard=False), at=NOW, user="ann")
     assert told.song_ids == ["s3", "s4", "s5", "s0", "s1", "s2"]
     assert told.titles[3:5] == ["Ann – Hey", "s1"]
     assert told.scores == [0, -1, -2, -3, -4, -5]
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"artists": ["ANN"]}, ["s0"]),
+        ({"exclude": ["s4", "s0"]}, ["s3", "s5", "s1", "s2"]),
+        ({"allow": ["s5", "s2", "s4"], "exclude": ["s5"]}, ["s4", "s2"]),
+    ],
+)
+def test_songs_keep_to_filters(dataset: Dataset, filters: dict[str, Any], expected: list[str]) -> None:
+    config = RecommendConfig(k=6, exclude_heard=False)
+    assert answer(dataset, Following(6), config, at=NOW, user="ann", **filters).song_ids == expected
+
+
+def test_filters_that_fit_no_song_are_named(dataset: Dataset) -> None:
+    with pytest.raises(InputError, match="artists: no song of the catalog is by 'Abba'"):
+        answer(dataset, Following(6), RecommendConfig(), at=NOW, user="ann", artists=["Ann", "Abba"])
+    with pytest.raises(InputError, match="market: no song of the catalog has markets"):
+        answer(dataset, Following(6), RecommendConfig(market="SE"), at=NOW, user="ann")
+    with pytest.raises(InputError, match="released_from: day 'spring'"):
+        answer(dataset, Following(6), RecommendConfig(released_from="spring"), at=NOW, user="ann")
+
+
+def test_json_holds_the_moment_in_iso_8601(dataset: Dataset) -> None:
+    told = answer(dataset, Following(6), RecommendConfig(k=1), at=300, user="ann").to_mapping()
+    assert told["at"] == "1970-01-01T00:00:00.300Z"
 
 
 def test_only_plays_before_the_moment_of_the_request_count(dataset: Dataset) -> None:

@@ -157,6 +157,30 @@ def test_exactly_k_songs_come_within_limits_and_the_index_fills_what_is_missing(
     assert (more.songs[:, 4:] == NO_SONG).all()
 
 
+def test_given_songs_are_put_in_order_whether_a_retriever_proposes_them_or_not(recommender: TwoStepRecommender) -> None:
+    source = recommender.source
+    few = CandidateSource(source.network, source.retrieval, counts=dict.fromkeys(COUNTS, 2))
+    narrow = TwoStepRecommender(few, recommender.rankers)
+    histories = _cycling(20, 8)
+    queries = Questions.at_end(histories, NOW)
+    usual = narrow.rank_queries(histories, queries, NUM_SONGS, limits=[Limits()] * len(queries))
+    proposed = [songs[scores > 0] for songs, scores in zip(usual.songs, usual.scores, strict=True)]
+    assert max(map(len, proposed)) < NUM_SONGS / 2
+    same = narrow.rank_queries(histories, queries, NUM_SONGS, given=proposed)
+    every = np.arange(NUM_SONGS + 5)  # the last are not known
+    whole = narrow.rank_queries(histories, queries, len(every), given=[every] * len(queries))
+    for row, songs in enumerate(proposed):
+        assert same.songs[row, : len(songs)].tolist() == songs.tolist()
+        assert (same.songs[row, len(songs) :] == NO_SONG).all()
+        np.testing.assert_allclose(same.scores[row, : len(songs)], usual.scores[row, : len(songs)], rtol=1e-6)
+        assert sorted(whole.songs[row, :NUM_SONGS].tolist()) == list(range(NUM_SONGS))
+        assert (whole.songs[row, NUM_SONGS:] == NO_SONG).all()
+        assert (whole.scores[row, :NUM_SONGS] > 0).all()
+    # What follows most often is first among all songs as among those proposed.
+    last = histories.songs[histories.offsets[1:] - 1]
+    assert (whole.songs[:, 0] == (last + 1) % NUM_SONGS).mean() > 0.8
+
+
 def test_songs_heard_are_left_out_where_asked(recommender: TwoStepRecommender) -> None:
     histories = random_histories(12, NUM_SONGS, seed=5)
     songs, _ = recommender.recommend(histories, NOW, 20, exclude_heard=True)

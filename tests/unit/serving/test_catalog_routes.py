@@ -77,7 +77,6 @@ def rows(answer: dict[str, Any]) -> list[int]:
         ({"market": "SE"}, lambda row: row % 3 == 0),
         ({"market": "SE", "artists": ["Artist 1"], "exclude": ["song-15"]}, lambda row: row % 21 == 15 and row > 15),
         ({"market": "SE", "allow": ["song-6", "song-7", "song-8", "nothing"]}, lambda row: row == 6),
-        ({"market": "FR"}, lambda row: False),
     ],
 )
 @pytest.mark.parametrize("history", [SONGS, []])
@@ -99,6 +98,9 @@ def test_an_answer_keeps_to_what_is_asked_and_holds_all_that_qualify(
         ({"released_from": "2000-02-31"}, "2000-02-31"),
         ({"released_from": "spring"}, "released_from"),
         ({"market": ""}, "market"),
+        ({"market": "FR"}, "no song is available in market 'FR'; there are DE, SE"),
+        ({"artists": ["Artist 1", "Abba"]}, "no song of the catalog is by 'Abba'"),
+        ({"artists": [" "]}, "artists"),
         ({"artists": "Abba"}, "artists"),
         ({"diversity": 1.5}, "diversity"),
         ({"explain": 1}, "explain"),
@@ -108,7 +110,11 @@ def test_an_answer_keeps_to_what_is_asked_and_holds_all_that_qualify(
 def test_limits_that_are_none_are_a_422(app: Client, limits: dict[str, Any], told: str) -> None:
     response = app.post("/v1/recommendations", {"history": SONGS, **limits})
     assert response.status_code == 422
-    assert told in response.text
+    (error,) = response.json()["errors"]
+    assert error["where"].split(".")[0] == next(iter(limits))
+    assert told in response.json()["detail"] + error["where"]
+    (answer,) = app.post("/v1/recommendations/batch", {"requests": [{"history": SONGS, **limits}]}).json()["answers"]
+    assert answer["errors"] == [error]
 
 
 def test_diversity_makes_answers_less_alike(app: Client, network: TasteRecommender) -> None:

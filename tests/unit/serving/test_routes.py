@@ -204,6 +204,57 @@ def test_what_is_not_json_is_a_400(app: Client, content: bytes) -> None:
     require_problem(app.post("/v1/recommendations", content=content, headers=headers), 400)
 
 
+@pytest.mark.parametrize("moment", [AT, AT / 1000, f"{AT / 1000:.3f}", str(AT), "2023-11-15T09:20:00Z"])
+def test_a_moment_is_iso_8601_or_unix_seconds_or_ms(app: Client, moment: Any) -> None:
+    answer = ask(app, at=moment)
+    assert (answer["at"], answer["songs"]) == ("2023-11-15T09:20:00.000Z", ask(app)["songs"])
+    users = [{"history": [{"song_id": "song-3", "played_at": moment}], "at": moment}]
+    assert app.post("/v1/tastes", {"users": users}).json()["tastes"][0]["at"] == answer["at"]
+
+
+@pytest.mark.parametrize("moment", [True, None, [], 1e300, float("nan"), -1.5, "now"])
+def test_what_is_no_moment_is_refused_by_name(app: Client, moment: Any) -> None:
+    content = json.dumps({"history": [{"song_id": "song-3", "played_at": 5}], "at": moment})
+    response = app.post("/v1/recommendations", content=content, headers={"Content-Type": "application/json"})
+    if moment is None:  # as if it were left out
+        assert response.status_code == 200
+    else:
+        assert [error["where"] for error in require_problem(response, 422)["errors"]] == ["at"]
+
+
+def test_errors_name_the_field_as_it_was_sent(app: Client) -> None:
+    plays = [{"song_id": "song-3", "played_at": 5}, {"song_id": "song-3", "played_at": "noon"}]
+    wrong = app.post("/v1/recommendations", {"history": plays, "k": 0})
+    assert [error["where"] for error in wrong.json()["errors"]] == ["history.1.played_at", "k"]
+    for path, where in (("k=0", "k"), ("horizon=far", "horizon"), ("at=noon", "at"), ("count=3", "count")):
+        wrong = app.get(f"/v1/users/ann/recommendations?{path}")
+        assert [error["where"] for error in require_problem(wrong, 422)["errors"]] == [where]
+    mixed = app.post("/v1/recommendations", {"history": [{"song_id": "song-3", "played_at": 5}, "song-4"]})
+    assert [error["where"] for error in require_problem(mixed, 422)["errors"]] == ["history"]
+
+
+def test_a_bad_entry_of_tastes_fails_alone(app: Client) -> None:
+    good, late = {"history": SONGS, "at": AT}, {"history": [{"song_id": "song-3", "played_at": AT + 1}], "at": AT}
+    users = [{"history": [3]}, good, late, {"histories": []}]
+    answer = app.post("/v1/tastes", {"users": users}).json()
+    places = [[error["where"] for error in taste.get("errors", [])] for taste in answer["tastes"]]
+    assert places == [["history.0"], [], ["at"], ["history", "histories"]]
+    assert answer["tastes"][1] == app.post("/v1/tastes", {"users": [good]}).json()["tastes"][0]
+    assert app.post("/v1/tastes", {"users": [3]}).json()["dim"] == answer["dim"] == len(answer["tastes"][1]["short"])
+
+
+def test_an_answer_says_how_long_its_stages_took(app: Client) -> None:
+    def stages(response: Any) -> dict[str, float]:
+        parts = [part.split(";dur=") for part in response.headers["server-timing"].split(", ")]
+        return {name: float(ms) for name, ms in parts}
+
+    first = stages(app.post("/v1/recommendations", {"history": SONGS, "at": AT}))
+    assert list(first) == ["read", "encode", "project", "choose", "write", "total"]
+    assert 0 < sum(first.values()) - first["total"] <= first["total"]
+    assert "store" in stages(app.get("/v1/users/nobody/recommendations"))
+    assert list(stages(app.get("/v1/nothing"))) == ["total"]
+
+
 def test_a_batch_has_its_limit(app: Client) -> None:
     body = {"requests": [{"history": []}] * (MAX_BATCH + 1)}
     require_problem(app.post("/v1/recommendations/batch", body), 422)
@@ -296,9 +347,13 @@ def test_the_document_names_the_role_of_each_operation(app: Client) -> None:
         ("/v1/plays", "post"): "write",
         ("/v1/users/{user_id}", "delete"): "admin",
         ("/metrics", "get"): "admin",
+        ("/v1/songs/popular", "get"): "read",
+        ("/v1/rank", "post"): "read",
     }
     for (path, method), role in roles.items():
         assert paths[path][method]["security"] == [{}, {"key": [role]}]
+        assert paths[path][method]["description"].endswith(f"Role of the key: {role}.")
+    assert paths["/healthz"]["get"]["security"] == paths["/readyz"]["get"]["security"] == [{}]
 
 
 def test_a_body_over_the_limit_is_a_413(app: Client) -> None:
@@ -355,7 +410,7 @@ def test_the_metrics_tell_how_often_a_mask_of_songs_was_kept_from_before(app: Cl
 
     before = {outcome: lookups(outcome) for outcome in ("hits", "misses")}
     for _ in range(3):
-        ask(app, artists=["nobody of that name"])
+        ask(app, artists=["Artist 4", "artist 6"])
     assert (lookups("misses") - before["misses"], lookups("hits") - before["hits"]) == (1, 2)
 
 

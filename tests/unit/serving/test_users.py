@@ -280,6 +280,8 @@ PLAY = {"event_id": "e", "user_id": "ann", "song_id": "song-1"}
         ({"event_id": "e", "song_id": "song-1"}, "user_id"),
         ({**PLAY, "song_id": None}, "song"),
         ({**PLAY, "skipped": "yes"}, "skipped"),
+        ({**PLAY, "share_listened": 1.1}, "share_listened"),
+        ({**PLAY, "share_listened": True}, "share_listened"),
         ({**PLAY, "contexts": ["x"] * 32}, "contexts"),
         ({**PLAY, "played_at": -1}, "played_at"),
         ({**PLAY, "played_at": "yesterday"}, "played_at"),
@@ -386,3 +388,19 @@ def test_where_users_cannot_be_stored_histories_are_answered_all_the_same(world:
         require_problem(app.post("/v1/plays", PLAY), 503, "users cannot be stored here")
         require_problem(app.post("/v1/recommendations", {"user_id": "ann"}), 503, "users cannot be stored here")
         assert len(recommend(app, history=["song-3"], k=3)["songs"]) == 3
+
+
+def test_a_play_of_less_than_half_the_song_counts_as_skipped(app: Client) -> None:
+    variants = [{"skipped": True}, {"share_listened": 0.49}, {"share_listened": 0.5}, {}]
+    tastes, stored = [], []
+    for row, heard in enumerate(variants):
+        plays = [{"song_id": f"song-{song}", "played_at": AT + song, **heard} for song in (3, 50, 9)]
+        events = [{"user_id": f"half-{row}", "event_id": f"e{place}", **play} for place, play in enumerate(plays)]
+        assert send(app, *events)["taken"] == 3
+        stored.append(app.get(f"/v1/users/half-{row}/taste", params={"at": AT + MINUTE}).json()["short"])
+        users = {"users": [{"history": plays, "at": AT + MINUTE}]}
+        tastes.append(app.post("/v1/tastes", users).json()["tastes"][0]["short"])
+    for vectors in (tastes, stored):
+        np.testing.assert_allclose(vectors[0], vectors[1], atol=TASTE)
+        np.testing.assert_allclose(vectors[2], vectors[3], atol=TASTE)
+        assert np.abs(np.subtract(vectors[0], vectors[3])).max() > 10 * TASTE
