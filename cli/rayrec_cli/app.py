@@ -16,6 +16,9 @@ ORDER = (  # of the commands in the help
 )
 
 
+DEFAULT_WORKSPACE = "./workspace"
+
+
 class InOrder(TyperGroup):
     """Lists the commands in the order of use."""
 
@@ -54,7 +57,7 @@ def root(
     workspace: Annotated[
         str,
         typer.Option(envvar="RAYREC_WORKSPACE", metavar="URI", help="Local folder, s3:// or gs:// prefix of all data."),
-    ] = "./workspace",
+    ] = DEFAULT_WORKSPACE,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
