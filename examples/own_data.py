@@ -1,36 +1,20 @@
-"""From a CSV of your own plays to recommendations: python examples/own_data.py plays.csv [workspace]
+"""From a file of your own plays to recommendations: python examples/own_data.py plays.csv USER [FOLDER]
 
-The file has the columns user_id, song_id and ts (unix seconds or milliseconds, or ISO 8601 with a
-zone); where yours are called otherwise, change COLUMNS. Titles and artists are optional.
+A CSV or Parquet file with a user, a song and a time in each row, or any other format that `rayrec fit` knows.
 """
 
 import sys
-import time
 
-from rayrec import Dataset, Workspace
-from rayrec.jobs.pipeline import run
-from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
-from rayrec.storage.releases import default_parts
-
-COLUMNS = {"user": "user_id", "song": "song_id", "played_at": "ts"}
+import rayrec
 
 
-def main(plays: str, folder: str = "./workspace") -> None:
-    workspace = Workspace(folder)
-    # Without a [split] section every play is learned from, as one does in production.
-    stages = run(
-        workspace,
-        {"import": {"format": "csv", "paths": [plays], "columns": COLUMNS}},
-        on_stage=lambda stage: print(f"{stage.stage}: {stage.status}, {stage.seconds:.0f} s"),
-    )
-    ids = {stage.stage: stage.id for stage in stages}
-    dataset = Dataset(workspace)
-    recommender = load_recommender(workspace, dataset, default_parts(workspace, ids["train"]))
-    user = str(next(dataset.read_all()).user_ids[0])
-    told = answer(dataset, recommender, RecommendConfig(k=5), at=round(time.time() * 1000), user=user)
-    print(f"For {user}:")
-    for title, score in zip(told.titles, told.scores, strict=True):
-        print(f"  {score:.3f}  {title}")
+def main(plays: str, user: str, folder: str = "./model") -> None:
+    model = rayrec.Recommender(epochs=12).fit(plays)
+    if model.quality is not None:
+        for name, recall, *_ in model.quality.table():
+            print(f"{name} finds {recall:.0%} of the next new songs among its first 20")
+    print(model.recommend(users=[user], k=5).to_string(index=False))
+    model.save(folder)  # rayrec.load(folder) opens it, and so does rayrec --workspace FOLDER serve
 
 
 if __name__ == "__main__":

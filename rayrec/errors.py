@@ -34,6 +34,10 @@ class NotFoundError(InputError):
     """Something named is not in the workspace."""
 
 
+class TooFewQueriesError(InputError):
+    """The validation range holds too few queries to learn a ranker from."""
+
+
 class DamagedInputError(InputError):
     """A file to import that cannot be read to its end, or is of another format than its name says."""
 

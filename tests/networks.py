@@ -8,7 +8,7 @@ import torch
 from worlds import random_vectors
 
 from rayrec.data.histories import Histories
-from rayrec.data.windows import Windows, cut_windows, worker_batches
+from rayrec.data.windows import Windows, batches_in_memory, cut_windows
 from rayrec.model.fit import FitProgress, Phase
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import Cell, FeatureSpec, Horizon, ModelConfig, SongTable, TrainConfig
@@ -95,7 +95,8 @@ class MemoryHost:
         config = self._config
         windows = cut_windows(self._plays[phase], config.window, config.lookahead)
         rng = np.random.default_rng([config.seed, epoch])
-        return worker_batches(windows, batch=config.batch, rank=self._share.rank, workers=self._share.workers, rng=rng)
+        for batch in batches_in_memory(windows, config.batch, rng):
+            yield batch.take(np.arange(self._share.rank, len(batch), self._share.workers))
 
     def stepped(self, phase: Phase, report: StepReport, loss: float) -> None:
         """Remember the step."""

@@ -56,9 +56,14 @@ def started(workspace: Workspace, *options: str) -> Iterator[Served]:
     process = run(workspace, "serve", "--port", "0", "--watch-seconds", "0.2", *options)
     try:
         assert process.stderr is not None
-        line = process.stderr.readline()  # the first: nothing is printed before it
-        found = re.search(r"^Serving at (http://127\.0\.0\.1:\d+)", line)
-        assert found, line
+        lines = []
+        for line in process.stderr:  # after those about the states
+            lines.append(line)
+            found = re.search(r"^Serving at (http://127\.0\.0\.1:\d+)", line)
+            if found:
+                break
+        else:
+            raise AssertionError("".join(lines))
         yield Served(workspace, process, found[1])
     finally:
         process.send_signal(signal.SIGINT)

@@ -8,8 +8,29 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rayrec.jobs import compact, import_data, recommend_all, taste
+from rayrec.jobs import (
+    build_index,
+    compact,
+    embed,
+    evaluate,
+    fit,
+    generate,
+    import_data,
+    pipeline,
+    rank,
+    recommend_all,
+    retrieval,
+    taste,
+    train,
+    train_plan,
+    update,
+)
 from rayrec.storage.workspace import Workspace
+
+JOBS = (
+    *(build_index, compact, embed, evaluate, fit, generate, import_data, pipeline, rank, retrieval, taste, train),
+    *(recommend_all, train_plan, update),
+)
 
 REQUESTS = {"move": 2}  # a copy and a delete
 IN_WORKER: list[bool] = []  # not empty while a worker works: all else is the driver's
@@ -33,10 +54,17 @@ def run_here(
 
 
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Import, compact, taste and recommend --all run here from now on."""
-    for job in (compact, import_data, recommend_all, taste):
-        monkeypatch.setattr(job, "run_buckets", run_here)
-        monkeypatch.setattr(job, "ray_cluster", nullcontext)
+    """All stages run here from now on, trainings where they ask for no workers."""
+    here: dict[str, Any] = {
+        "run_buckets": run_here,
+        "ray_cluster": nullcontext,
+        "run_on_node": lambda work, *arguments, cpus: work(*arguments),
+        "node_cpus": lambda: 1,
+    }
+    for job in JOBS:
+        for name, replacement in here.items():
+            if hasattr(job, name):
+                monkeypatch.setattr(job, name, replacement)
 
 
 class CountingFileSystem:

@@ -72,13 +72,11 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
         epochs.append(epoch)
         return windows_of(host, phase, epoch)
 
-    def take(
-        training: Training, step: TrainingStep, totals: Tensor, following: TrainingStep | None
-    ) -> tuple[Tensor, Tensor]:
+    def take(training: Training, step: TrainingStep) -> Tensor:
         at = (phases[-1], epochs[-1], step.number)
         if death is not None and death.at == at and training.share.rank == death.rank:
             die(death, arguments["plan"])
-        taken = take_of(training, step, totals, following)
+        taken = take_of(training, step)
         time.sleep(pause)
         line = {"at": at, "rank": training.share.rank, "of": training.share.workers, "windows": prints_of(step.windows)}
         line["node"] = ray.get_runtime_context().get_node_id()

@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 from rayrec_cli.options import Globals
 
 ORDER = (  # of the commands in the help
-    *("demo", "generate", "inspect", "import", "compact", "describe", "split", "embed", "train"),
+    *("demo", "fit", "update", "generate", "inspect", "import", "compact", "describe", "split", "embed", "train"),
     *("songs", "retrieval", "rank"),
     *("taste", "index", "evaluate", "release"),
     "states",

@@ -182,14 +182,22 @@ def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             views.append(_records(name, value))
     if manifest.kind in ("songs", "models", "retrieval"):
-        split = manifest.inputs.get("split")
-        held_back = "" if split is None else f" except {load_split(call.workspace, split).test_range} (split {split})"
-        views.append(f"Trained on all plays{held_back}.")
+        views.append(_seen(call, manifest))
     if manifest.created_at < call.started:
         views.append(f"Reused the result of {day(manifest.created_at)} UTC; --force recomputes it.")
     if warning:
         views.append(f"Warning: {warning}")
     return Shown({"id": manifest.id, "inputs": manifest.inputs, **manifest.metrics}, views)
+
+
+def _seen(call: Call, manifest: Manifest) -> str:
+    """Which plays an artifact was fitted on."""
+    if "split" not in manifest.inputs:
+        return "Trained on all plays."
+    split = load_split(call.workspace, manifest.inputs["split"])
+    if not split.has_test:
+        return f"Trained on all plays, after choosing on {split.validation_range} (split {split.id})."
+    return f"Trained on all plays except {split.test_range} (split {split.id})."
 
 
 def _records(name: str, records: list[dict[str, Any]]) -> RenderableType:

@@ -13,6 +13,7 @@ from rayrec.evaluation.prefixes import PrefixFile
 from rayrec.evaluation.protocol import EvaluateConfig, usual_k
 from rayrec.evaluation.results import ABLATION
 from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender
+from rayrec.storage.artifacts import noun
 from rayrec.storage.releases import default_parts
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
@@ -188,9 +189,10 @@ def evaluate(
     report = job(call.workspace, config, split=chosen, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **read_figures(call.workspace, report)}
     warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []
+    inputs = figures("Evaluated", {noun(role): used for role, used in report.inputs.items()})
     where = f"Report: {call.workspace.full(report.path('report.html'))}"
     ablation = [results_table(data, ablation=True)] if config.ablation else []
-    return Shown(data, [results_table(data), *ablation, *warnings, where])
+    return Shown({**data, "inputs": report.inputs}, [results_table(data), *ablation, *warnings, inputs, where])
 
 
 def _evaluate_prefixes(

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from rayrec.data.dataset import Dataset
-from rayrec.errors import InputError
+from rayrec.data.split import load_split
+from rayrec.errors import InputError, NotFoundError
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest, load
@@ -69,7 +70,12 @@ def create(
     A release names one data set, song embeddings, model, taste vectors and index, with checksums.
     """
     made = releases.create_release(call.workspace, model_id=model, tastes_id=tastes, index_id=index, activate=activate)
-    return _release(call, made)
+    shown = _release(call, made)
+    split = load_split(call.workspace, made.inputs["split"]) if "split" in made.inputs else None
+    if split is None or not split.has_test:
+        return shown
+    warning = f"Warning: the model was not trained on {split.test_range}; `rayrec fit` trains on all plays in the end."
+    return Shown({**shown.data, "warning": warning}, [*shown.views, warning])
 
 
 @command(release_app, "list", example="rayrec release list")
@@ -181,10 +187,14 @@ def serve(call: Call, config: ServeConfig) -> Shown:
     """Serve recommendations over HTTP.
 
     Runs on this machine until Ctrl-C and follows the live release; `rayrec release activate` switches it while
-    it runs. For a cluster see cluster/serve.yaml.
+    it runs. Loads the users' states of the live release first if the store lacks them. For a cluster see
+    cluster/serve.yaml.
     """
+    from rayrec.recommend.index import require_one_faiss
     from rayrec.serving.run import running
 
+    require_one_faiss()
+    _load_missing_states(call, config.store)
     stopped = threading.Event()
     with running(call.workspace, config) as url:
         signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # after Ray's own handler, which aborts the process
@@ -196,6 +206,26 @@ def serve(call: Call, config: ServeConfig) -> Shown:
         except KeyboardInterrupt:
             note("Stopping")
     return Shown(data, ["Stopped."])
+
+
+def _load_missing_states(call: Call, store: str | None) -> None:
+    """Load the states of the live release, unless the store has them. Raises `NotFoundError` without a release."""
+    from rayrec.online.load_states import load_states
+    from rayrec.online.state_store import open_store, store_uri
+
+    release = releases.active_release(call.workspace)
+    if release is None:
+        raise NotFoundError(
+            f"workspace {call.workspace.uri} has no live release; run `rayrec fit` or `rayrec release create` first"
+        )
+    dataset = Dataset(call.workspace)
+    opened = open_store(store_uri(call.workspace, store), dataset.lineage)
+    try:
+        if len(opened.loaded(release.inputs["tastes"])) < dataset.manifest.buckets:
+            note(f"Loading the users' states of release {release.id} into the store")
+            note(f"{load_states(dataset, opened, release).users:,} users loaded")
+    finally:
+        opened.close()
 
 
 def _release(call: Call, release: Manifest) -> Shown:

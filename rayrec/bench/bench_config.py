@@ -54,6 +54,9 @@ class BenchConfig(Settings):
         (1_000, 10_000, 100_000), description="scale: users of each data set, smallest first; all stages run on each"
     )
     scale_embed_epochs: int = Field(2, ge=1, description="scale: epochs of embed; word2vec alone uses --embed-epochs")
+    scale_batch: int = Field(
+        256, ge=1, description="scale: windows per training step over all workers, whatever their number"
+    )
     scale_workers: tuple[PositiveInt, ...] = Field(
         (1, 2, 4),
         description="scale: workers on the small and the middle data set, 1 first; counts above the CPUs are skipped",

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
-from rayrec.data.windows import Windows, cut_windows, worker_batches
+from rayrec.data.windows import Windows, batches_in_memory, cut_windows
 from rayrec.model.fit import start_vectors
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
@@ -41,7 +41,7 @@ from rayrec.model.train_config import (
     TrainConfig,
 )
 from rayrec.model.training import Training
-from rayrec.model.training_windows import UnitReader, plain_stream
+from rayrec.model.training_windows import ShardReader, plain_stream, window_lengths
 from rayrec.model.workers import Share
 from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
 from rayrec.storage.workspace import Workspace, histories_file
@@ -226,10 +226,11 @@ def reading(size: Size) -> float:
     with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
         dataset = write_random_histories(Workspace(folder), histories, size.songs)
         maker = StepMaker(network(size).config, config, np.bincount(histories.songs, minlength=size.songs), Share())
+        lengths = window_lengths(dataset, FitRange(), config)
         began, plays = time.perf_counter(), 0
         while time.perf_counter() - began < size.seconds:
-            reader = UnitReader(dataset, FitRange(), config, Share(), epoch=0)
-            for number, windows in enumerate(plain_stream(reader, [[0]])):
+            reader = ShardReader(dataset, FitRange(), config, lengths, Share(), epoch=0)
+            for number, windows in enumerate(plain_stream(reader)):
                 plays += maker.make(windows, 0, number).plays
         return plays / (time.perf_counter() - began)
 
@@ -298,7 +299,7 @@ def _tastes(device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[
 def batches_of(histories: Histories, config: TrainConfig) -> list[Windows]:
     """The batches of one epoch."""
     windows = cut_windows(histories, config.window, config.lookahead)
-    return list(worker_batches(windows, batch=config.batch, rank=0, workers=1, rng=np.random.default_rng(0)))
+    return list(batches_in_memory(windows, config.batch, np.random.default_rng(0)))
 
 
 def network(size: Size) -> TasteModel:

@@ -30,6 +30,7 @@ from rayrec.jobs.runtime import node_cpus, quiet_data, ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train_worker import window_stream
 from rayrec.model.train_config import TasteConfig, TrainConfig
+from rayrec.model.training_windows import ShardReader, window_lengths
 from rayrec.model.workers import Share
 from rayrec.storage.workspace import Workspace
 
@@ -202,8 +203,10 @@ def run_rounds(arguments: dict[str, Any]) -> None:
     quiet_data()
     task: TrainTask = arguments["task"]
     orders, answers, seconds = arguments["orders"], arguments["answers"], arguments["seconds"]
+    dataset = Dataset(task.workspace)
+    lengths = window_lengths(dataset, FitRange(), task.config)
     for epoch, order in enumerate(iter(orders.get, ORDER_END)):
-        stream = window_stream(Dataset(task.workspace), FitRange(), task.config, Share(), epoch)
+        stream = window_stream(ShardReader(dataset, FitRange(), task.config, lengths, Share(), epoch))
         if order == ORDER_DATA:
             answers.put(timed_windows(stream, seconds))
         else:
@@ -214,4 +217,5 @@ def run_rounds(arguments: dict[str, Any]) -> None:
 
 def read_windows(dataset: Dataset, config: TrainConfig) -> int:
     """Plays of an epoch of the training data path, which nothing learns from."""
-    return sum(int(windows.inputs.sum()) for windows in window_stream(dataset, FitRange(), config, Share(), 0))
+    reader = ShardReader(dataset, FitRange(), config, window_lengths(dataset, FitRange(), config), Share(), 0)
+    return sum(int(windows.inputs.sum()) for windows in window_stream(reader))

@@ -18,7 +18,7 @@ import torch
 from rayrec.bench.rounds import Measured
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
-from rayrec.data.windows import Windows, cut_windows, worker_batches
+from rayrec.data.windows import Windows, batches_in_memory, cut_windows
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.model.checkpoint import load_model
@@ -28,11 +28,11 @@ from rayrec.model.network import TasteModel
 from rayrec.model.taste_table import taste_table
 from rayrec.model.train_config import ModelConfig, TrainConfig
 from rayrec.model.training import Training
-from rayrec.model.training_windows import POOL_PLAYS
 from rayrec.model.workers import Share
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
+POOL_PLAYS = 200_000  # plays whose windows are put in batches by length together
 WARM_STEPS = 5  # first steps of a round, in which buffers fill: not timed
 
 
@@ -97,7 +97,7 @@ def plain_windows(task: TrainTask, epoch: int) -> Iterator[Windows]:
     rng = np.random.default_rng([config.seed, epoch])
     for pool in _pools(Dataset(task.workspace), rng):
         windows = cut_windows(pool, config.window, config.lookahead)
-        yield from worker_batches(windows, batch=config.batch, rank=0, workers=1, rng=rng)
+        yield from batches_in_memory(windows, config.batch, rng)
 
 
 def _pools(dataset: Dataset, rng: np.random.Generator) -> Iterator[Histories]:

@@ -38,7 +38,7 @@ class ChainRun:
     peaks_mb: dict[str, float]  # of the driver and of the largest worker, by role
 
 
-def run_chain(plays: str, place: Workspace, workers: int, embed_epochs: int, seed: int) -> ChainRun:
+def run_chain(plays: str, place: Workspace, workers: int, embed_epochs: int, batch: int, seed: int) -> ChainRun:
     """Run the stages on the Parquet files of the folder `plays`, on a cluster of `workers` CPUs of its own.
 
     For a process of its own, which has no connection to Ray. The workspace is left empty.
@@ -50,7 +50,7 @@ def run_chain(plays: str, place: Workspace, workers: int, embed_epochs: int, see
         dataset = import_data(place, ImportConfig(format="parquet", paths=(plays,)))
         stages = {"import": Measured(dataset.plays, time.perf_counter() - began)}
         stages["embed"] = _timed(lambda: embed(place, settings), lambda made: made.metrics["tokens"] * embed_epochs)
-        made = train(place, TrainConfig(epochs=1, workers=workers, seed=seed))
+        made = train(place, TrainConfig(epochs=1, workers=workers, batch=batch, seed=seed))
         stages["train"] = Measured(made.metrics["plays"], made.metrics["plays"] / made.metrics["plays_per_second"])
         stages["taste"] = _timed(
             lambda: compute_tastes(place, TasteConfig()), lambda made: float(made.metrics["plays"])
@@ -76,20 +76,18 @@ def further(smaller: Measured, larger: Measured) -> float:
     return (larger.seconds - smaller.seconds) / (larger.work - smaller.work)
 
 
-def speedups(by_workers: dict[int, tuple[Stages, Stages]]) -> dict[str, dict[str, float | None]]:
-    """Stage -> number of workers -> further plays a second, as a multiple of those of the fewest workers.
+def speedups(by_workers: dict[int, tuple[Stages, Stages]]) -> dict[str, float | None]:
+    """Stage -> further plays a second of two workers, as a multiple of those of one.
 
-    From a smaller and a larger run with each number of workers. None where the larger took no longer: both were
-    over as soon as they had started.
+    From a smaller and a larger run with each number of workers. None where nobody ran two, or the larger took no
+    longer: both were over as soon as they had started.
     """
-    found: dict[str, dict[str, float | None]] = {}
-    for stage in next(iter(by_workers.values()))[0]:
-        costs = {
-            number: further(smaller[stage], larger[stage]) for number, (smaller, larger) in sorted(by_workers.items())
-        }
-        alone = costs[min(costs)]
-        found[stage] = {str(number): alone / cost if min(alone, cost) > 0 else None for number, cost in costs.items()}
-    return found
+
+    def cost(stage: str, workers: int) -> float:
+        return further(*(stages[stage] for stages in by_workers[workers])) if workers in by_workers else 0.0
+
+    pairs = {stage: (cost(stage, 1), cost(stage, 2)) for stage in by_workers[1][0]}
+    return {stage: one / two if min(one, two) > 0 else None for stage, (one, two) in pairs.items()}
 
 
 def costs(by_size: list[Stages]) -> dict[str, dict[str, Any]]:
@@ -124,11 +122,11 @@ CHAIN = "chain"  # folder of the workspace that a run works in
 def bench_scale(place: Workspace, config: BenchConfig) -> dict[str, Any]:
     """Import, embed, train and taste at each of `scale_users` with one worker, and at the first and middle with more.
 
-    By stage and number of workers: `throughput` at the middle size, all told, and `speedup` of further plays. `cost`
-    by stage: microseconds a play, and a further play, of one worker, and the growth of the latter; `word2vec`: its
-    tokens a second alone by threads; `memory` of the driver and of the largest worker by size; `rates` of the
-    largest size; and what is `extrapolated`, marked so. Each run has a process and a cluster of its own. Training is
-    timed in its epoch, the others from start to end.
+    By stage and number of workers: `throughput` at the middle size, all told. By stage: `speedups`, further plays a
+    second of two workers against one; `cost`, microseconds a play, and a further play, of one worker, and the growth
+    of the latter. `word2vec`: its tokens a second alone by threads; `memory` of the driver and of the largest worker
+    by size; `rates` of the largest size; and what is `extrapolated`, marked so. Each run has a process and a cluster
+    of its own. Training is timed in its epoch, the others from start to end.
     """
     with ray_cluster():
         datasets = [bench_dataset(place, config, users=users) for users in config.scale_users]
@@ -167,7 +165,7 @@ def scale_figures(
             stage: {str(number): run.stages[stage].per_second for number, (_, run) in sorted(by_workers.items())}
             for stage in largest.stages
         },
-        "speedup": speedups({number: (small.stages, large.stages) for number, (small, large) in by_workers.items()}),
+        "speedups": speedups({number: (small.stages, large.stages) for number, (small, large) in by_workers.items()}),
         "cost": cost,
         "growth": max((each["growth"] for each in cost.values() if each["growth"] is not None), default=None),
         "memory": {
@@ -183,7 +181,7 @@ def _chain(plays: str, place: Workspace, workers: int, config: BenchConfig) -> C
     folder = Workspace(f"{place.uri}/{CHAIN}")
     folder.delete("")
     with PlainProcess(0) as driver:
-        return driver.run(run_chain, plays, folder, workers, config.scale_embed_epochs, config.seed)
+        return driver.run(run_chain, plays, folder, workers, config.scale_embed_epochs, config.scale_batch, config.seed)
 
 
 def write_plays(dataset: Dataset) -> str:

@@ -12,6 +12,7 @@ from rayrec.data.histories import Histories, user_hash
 from rayrec.data.parts import find_user, merge_users, read_files, read_users, with_columns
 from rayrec.data.spelling import spell_id
 from rayrec.errors import MismatchError, NotFoundError
+from rayrec.notebook import html_figures
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.dataset_manifest import DatasetManifest, earlier_version, read_manifest
@@ -27,6 +28,10 @@ class Dataset:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.manifest = read_manifest(workspace)
+
+    def _repr_html_(self) -> str:
+        names = ("id", "source", "plays", "users", "songs", "playlists")
+        return html_figures("Data set", {name: getattr(self.manifest, name) for name in names})
 
     @property
     def num_songs(self) -> int:

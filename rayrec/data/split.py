@@ -26,6 +26,9 @@ MIN_VALIDATION_DAYS = 7.0  # unless fewer are asked for
 MAX_VALIDATION_SHARE = 0.1  # of the time before the test range
 VALIDATION_PLAYS = 40_000  # rankers learn from so many, and find more the more they have (docs/method.md)
 SAMPLED_PLAYS = 1_000_000  # of the first buckets, that plays a day are estimated from
+# What `hold_back_validation` holds back; why: docs/training.md.
+HELD_BACK_SHARE, MOST_HELD_BACK = 0.1, 0.2  # of all plays
+MIN_HELD_BACK = 30  # plays
 SHARE_DIGITS = 9  # 1 - 0.2 - 0.1 is to be 0.7, not a little more
 
 Protocol = Literal["time", "last-fraction"]
@@ -141,6 +144,7 @@ class Split:
     protocol: Protocol = "time"
     last_fraction: float | None = None  # of each user's plays, test
     validation_fraction: float | None = None  # of each user's plays, before the test range
+    has_test: bool = True  # False: no play was in the test range, so that final fits saw all that there were
 
     @property
     def has_validation(self) -> bool:
@@ -173,6 +177,13 @@ class Split:
         """bool (P,): the plays of the validation range. Needs whole histories, or what `select` left of them."""
         return np.asarray(self.final.covers(histories) & ~self.selection.covers(histories))
 
+    def validation_as_test(self) -> "Split":
+        """The split whose test range is this one's validation range, and whatever comes after it."""
+        if self.protocol == "time":
+            return replace(self, test_from=self.validation_from)
+        fraction = (self.last_fraction or 0.0) + (self.validation_fraction or 0.0)
+        return replace(self, last_fraction=fraction, validation_fraction=0.0)
+
     def figures(self) -> dict[str, Any]:
         """Where it cuts, as plain values for outputs: moments in ms UTC or fractions."""
         if self.protocol == "time":
@@ -190,6 +201,13 @@ class Split:
             day = datetime.fromtimestamp(self.test_from / 1000, timezone.utc).date().isoformat()
             return f"the plays from {day} on, UTC"
         return f"the last {self.last_fraction:.3g} of each user's plays ({WEAKER})"
+
+    @property
+    def validation_range(self) -> str:
+        """The validation range in words, of a split without a test range."""
+        if self.validation_from is not None:
+            return f"the plays from {_day(self.validation_from)} on, UTC"
+        return f"the last {self.validation_fraction:.3g} of each user's plays"
 
     def _share_without(self, fraction: float) -> float | None:
         return None if self.protocol == "time" else round(1.0 - fraction, SHARE_DIGITS)
@@ -291,8 +309,8 @@ def load_split(workspace: Workspace, split_id: str) -> Split:
 
 
 def fit_range(split: Split | None) -> FitRange:
-    """What the final fits of a workspace may see: everything where there is no split."""
-    return FitRange() if split is None else split.final
+    """What the final fits of a workspace may see: everything where there is no split, or one without a test range."""
+    return split.final if split is not None and split.has_test else FitRange()
 
 
 def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
@@ -313,6 +331,55 @@ def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
     save_split(workspace, split)
     make_current(workspace, "splits", split.id)
     return split
+
+
+def hold_back_validation(dataset: Dataset, *, since: int | None = None) -> Split | None:
+    """Hold back the newest plays to choose by, without a test range, and keep the split; None where they are too few.
+
+    For models that go live: everything is chosen on this range and then fitted again on all plays. It is as long as it
+    takes to hold 40,000 plays or a tenth of all, whichever is less, at least 7 days, and at most a fifth of all plays.
+    With `since` (ms UTC) it begins at the middle one of the plays from there on, or later. Without times it is the last
+    tenth of each user's plays.
+    """
+    manifest = dataset.manifest
+    if manifest.plays * HELD_BACK_SHARE < MIN_HELD_BACK:
+        return None
+    if manifest.times == "positions":
+        split = _held_back(dataset, protocol="last-fraction", last_fraction=0.0, validation_fraction=HELD_BACK_SHARE)
+    else:
+        moments = _sample_of_moments(dataset)
+        fewest = min(HELD_BACK_SHARE, VALIDATION_PLAYS / manifest.plays)
+        longest, shortest = (int(np.quantile(moments, 1 - part, method="lower")) for part in (MOST_HELD_BACK, fewest))
+        begin = max(longest, min(shortest, manifest.last_play + 1 - round(MIN_VALIDATION_DAYS * DAY_MS)))
+        if since is not None:
+            new = moments[moments >= since]
+            begin = max(begin, int(np.median(new)) if len(new) else manifest.last_play + 1)
+        held_back = np.count_nonzero(moments >= begin) * manifest.plays / len(moments)
+        if begin <= manifest.first_play or held_back < MIN_HELD_BACK:
+            return None
+        split = _held_back(dataset, validation_from=begin, test_from=manifest.last_play + 1)
+    save_split(dataset.workspace, split)
+    make_current(dataset.workspace, "splits", split.id)
+    return split
+
+
+def _held_back(dataset: Dataset, **cuts: Any) -> Split:
+    of = dataset.manifest.plays_id
+    split_id = fingerprint("split", {"held_back": cuts}, {"dataset": of})
+    return Split(id=split_id, dataset=of, has_test=False, **cuts)
+
+
+def _sample_of_moments(dataset: Dataset) -> np.ndarray:
+    """int64: the moments (ms UTC) of the plays of the first buckets, about `SAMPLED_PLAYS`.
+
+    Users are in buckets by a hash, so the first buckets are a random sample of them.
+    """
+    parts: list[np.ndarray] = []
+    for bucket in range(dataset.manifest.buckets):
+        parts += [histories.played_at for histories in dataset.read_bucket(bucket)]
+        if sum(map(len, parts)) >= SAMPLED_PLAYS:
+            break
+    return np.concatenate(parts)
 
 
 def _validation_days(dataset: Dataset, test_days: float) -> float:

@@ -1,52 +1,77 @@
-"""Windows: pieces of histories that the network learns from, in batches of like length.
+"""Windows: pieces of histories that the network learns from, in batches of like length. [ours]
 
-The batches of an epoch are a function of seed, epoch and the buckets alone. A worker of n takes
-every n-th window of each batch, so any number of workers sees the same batches, all of them make
-the same number of steps, and a position in the epoch is one number, the step. A worker for whom a
-batch holds none takes the step with a window of no inputs. [ours]
+A worker's share of a batch is the windows of it that the worker reads; it may hold none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
-from rayrec.data.histories import Histories
+from rayrec.data.histories import Histories, concatenate
 
+_COLUMNS = ("inputs", "previous_at", "places")  # of Windows beside the plays, one number a window
 NEVER = np.iinfo(np.int64).min  # the time of the play before the first one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """W windows. Each holds its input plays and, behind them, the plays in which targets may lie."""
+    """W windows of a batch. Each holds its input plays and, behind them, the plays in which targets may lie."""
 
     plays: Histories  # one row per window; user ids are empty
     inputs: np.ndarray  # int64 (W,): how many of the plays are inputs
     previous_at: np.ndarray  # int64 (W,): ms UTC of the play before the window, NEVER where there is none
+    places: np.ndarray  # int64 (W,): of each window in its batch, over all workers
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def take(self, rows: np.ndarray) -> "Windows":
         """Some of the windows, in the order of `rows`."""
-        return Windows(plays=self.plays.take(rows), inputs=self.inputs[rows], previous_at=self.previous_at[rows])
+        return Windows(
+            plays=self.plays.take(rows),
+            inputs=self.inputs[rows],
+            previous_at=self.previous_at[rows],
+            places=self.places[rows],
+        )
 
     def to_arrow(self) -> pa.Table:
         """One row per window."""
         table = self.plays.to_arrow()
-        return table.append_column("inputs", pa.array(self.inputs)).append_column(
-            "previous_at", pa.array(self.previous_at)
-        )
+        for name in _COLUMNS:
+            table = table.append_column(name, pa.array(getattr(self, name)))
+        return table
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "Windows":
         """From the rows that `to_arrow` makes."""
-        return cls(
-            plays=Histories.from_arrow(table),
-            inputs=table.column("inputs").to_numpy(),
-            previous_at=table.column("previous_at").to_numpy(),
-        )
+        numbers = {name: table.column(name).to_numpy() for name in _COLUMNS}
+        return cls(plays=Histories.from_arrow(table), **numbers)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Windows"]) -> "Windows":
+        """Those of all parts as one batch, in their order; none where there are no parts."""
+        parts = [part for part in parts if len(part)]
+        numbers = {
+            name: np.concatenate([np.zeros(0, dtype=np.int64), *(getattr(part, name) for part in parts)])
+            for name in ("inputs", "previous_at")
+        }
+        plays = concatenate([part.plays for part in parts])
+        return cls(plays=plays, places=np.arange(len(plays)), **numbers)
+
+
+def count_inputs(lengths: np.ndarray, window: int) -> np.ndarray:
+    """int64 (W,): the inputs of the windows that `cut_windows` makes of histories of so many plays, int (U,)."""
+    users, starts = _pieces(lengths, window)
+    return np.asarray(np.minimum(window, lengths[users] - 1 - starts))
+
+
+def _pieces(lengths: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (W,): the user of each window, and the place where it starts in the user's history."""
+    pieces = -(-np.maximum(lengths - 1, 0) // window)  # the last play of a history is only ever a target
+    users = np.repeat(np.arange(len(lengths)), pieces)
+    return users, (np.arange(len(users)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * window
 
 
 def cut_windows(histories: Histories, window: int, lookahead: int) -> Windows:
@@ -56,10 +81,7 @@ def cut_windows(histories: Histories, window: int, lookahead: int) -> Windows:
     nothing to predict and is left out.
     """
     lengths = histories.lengths
-    pieces = -(-np.maximum(lengths - 1, 0) // window)  # the last play of a history is only ever a target
-    users = np.repeat(np.arange(len(histories)), pieces)
-    first = np.concatenate([[0], np.cumsum(pieces)])[:-1]
-    starts = (np.arange(len(users)) - np.repeat(first, pieces)) * window
+    users, starts = _pieces(lengths, window)
     inputs = np.minimum(window, lengths[users] - 1 - starts)
     held = np.minimum(inputs + lookahead, lengths[users] - starts)
     begin = histories.offsets[users] + starts
@@ -77,6 +99,7 @@ def cut_windows(histories: Histories, window: int, lookahead: int) -> Windows:
         ),
         inputs=inputs,
         previous_at=before,
+        places=np.arange(len(users)),
     )
 
 
@@ -93,20 +116,7 @@ def batch_rows(inputs: np.ndarray, batch: int, rng: np.random.Generator) -> list
     return [batches[number] for number in rng.permutation(len(batches))]
 
 
-def worker_batches(
-    windows: Windows, *, batch: int, rank: int, workers: int, rng: np.random.Generator
-) -> Iterator[Windows]:
-    """One worker's share of each batch; together the shares of all workers are the batch.
-
-    An empty share is the batch's first window without its inputs: there is nothing to learn from it,
-    and the songs that the step looks up are those of the batch.
-    """
+def batches_in_memory(windows: Windows, batch: int, rng: np.random.Generator) -> Iterator[Windows]:
+    """The batches of windows that are all at hand."""
     for rows in batch_rows(windows.inputs, batch, rng):
-        share = windows.take(rows[rank::workers])
-        yield share if len(share) else replace(windows.take(rows[:1]), inputs=np.zeros(1, dtype=np.int64))
-
-
-def epoch_units(buckets: int, group: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """The buckets in the order of an epoch, `group` together, so that small buckets fill batches."""
-    order = np.random.default_rng([seed, epoch]).permutation(buckets)
-    return [order[start : start + group].tolist() for start in range(0, buckets, group)]
+        yield replace(windows.take(rows), places=np.arange(len(rows)))

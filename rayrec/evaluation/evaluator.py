@@ -8,7 +8,7 @@ N songs, R retrievers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from rayrec.evaluation.protocol import (
 from rayrec.evaluation.query_block import QueryBlock
 from rayrec.evaluation.ranks import Ranked, metric_columns, metrics_of, rank_targets
 from rayrec.evaluation.vector_metrics import PAIRED, RandomSongs, cosine_sums, curves_of, pair_sums, popularity_ranks
-from rayrec.recommend.base import CandidateRecommender, Recommender
+from rayrec.recommend.base import BaseRecommender, CandidateRecommender
 
 QUERIES_PER_BLOCK = 1 << 16
 
@@ -39,12 +39,13 @@ class Evaluator:
     `song_plays` is (N,), how often each song was played in the fit range: a song without a play is a miss for every
     model but one that it was added to. `query_share` in (0, 1] is the share of the queries, by a hash of user and play,
     that are answered; `curve_share` in [0, 1] the share of users, by hash, who are drawn for the curves, the pairs and
-    what is recommended. `contexts` names the bits of the plays' contexts.
+    what is recommended. `contexts` names the bits of the plays' contexts. `chosen_users` takes ids, object (U,), and
+    gives bool (U,), which of them are evaluated.
     """
 
     def __init__(
         self,
-        recommenders: Sequence[Recommender],
+        recommenders: Sequence[BaseRecommender],
         *,
         split: Split,
         song_plays: np.ndarray,
@@ -52,6 +53,7 @@ class Evaluator:
         query_share: float = 1.0,
         curve_share: float = 1.0,
         contexts: Sequence[str] = (),
+        chosen_users: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self.recommenders = recommenders
         self.split = split
@@ -59,7 +61,7 @@ class Evaluator:
         self.known_songs = song_plays > 0
         self.config = config
         self.query_share, self.curve_share = query_share, curve_share
-        self.contexts = contexts
+        self.contexts, self.chosen_users = contexts, chosen_users
         self.curves = curves_of(recommenders)
         self.retrievers = retrievers_of(recommenders)
         self.coverage_songs = coverage_songs(len(song_plays))
@@ -89,6 +91,8 @@ class Evaluator:
         cells = cells or CellRange()
         sums = self.empty(cells.count)
         histories = histories.take(cells.holds(histories.user_ids))
+        if self.chosen_users is not None:
+            histories = histories.take(self.chosen_users(histories.user_ids))
         for users, plays in blocks(histories, self.split, QUERIES_PER_BLOCK, self.query_share):
             block = QueryBlock.of(
                 users, plays, self.split, self.config, self.curve_share, self.contexts, cells, self.known_songs
@@ -173,7 +177,7 @@ class Evaluator:
                     sums.pairs[:, row, place] += block.sums_of_users(pairs)
 
 
-def retrievers_of(recommenders: Sequence[Recommender]) -> list[str]:
+def retrievers_of(recommenders: Sequence[BaseRecommender]) -> list[str]:
     """The names of the retrievers of all candidate recommenders, each once."""
     named = (one.retrievers for one in recommenders if isinstance(one, CandidateRecommender))
     return list(dict.fromkeys(name for names in named for name in names))

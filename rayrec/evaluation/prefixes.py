@@ -24,7 +24,7 @@ from rayrec.evaluation.ranks import metrics_of, rank_targets
 from rayrec.importing.readers.files import read_blocks
 from rayrec.importing.readers.reader import Unit
 from rayrec.recommend.answer import ASSUMED_GAP_MS
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 
 BLOCK_BYTES = 1 << 18  # about 7,000 short lines, each with a weight in every bootstrap sample
 SHOWN = 60  # characters of a line that cannot be read
@@ -120,7 +120,9 @@ class PrefixEvaluator:
     Pairs are what the bootstrap draws, by the text of their lines.
     """
 
-    def __init__(self, recommenders: Sequence[Recommender], *, song_plays: np.ndarray, config: EvaluateConfig) -> None:
+    def __init__(
+        self, recommenders: Sequence[BaseRecommender], *, song_plays: np.ndarray, config: EvaluateConfig
+    ) -> None:
         self.recommenders, self.known_songs, self.config = recommenders, song_plays > 0, config
 
     def empty(self, cells: int = CellRange().count) -> MetricAccumulator:

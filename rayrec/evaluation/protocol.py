@@ -18,7 +18,7 @@ from rayrec.config import Settings
 from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.data.split import Split
 from rayrec.evaluation.bootstrap import uniform_draws
-from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.base import BaseRecommender, Horizon
 
 USUAL_K = 20
 
@@ -83,7 +83,7 @@ def usual_k(ks: Sequence[int]) -> int:
     return USUAL_K if USUAL_K in ks else max(ks)
 
 
-def horizon_of(recommender: Recommender, target: str) -> Horizon:
+def horizon_of(recommender: BaseRecommender, target: str) -> Horizon:
     """The long horizon for the long term where a recommender has one, else the short."""
     return "long" if target in LONG_TERM and "long" in recommender.horizons else "short"
 

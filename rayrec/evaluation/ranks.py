@@ -16,7 +16,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.evaluation.protocol import TargetSongs, in_mask
-from rayrec.recommend.base import CandidateRecommender, Horizon, Recommender, ScoredCandidates
+from rayrec.recommend.base import BaseRecommender, CandidateRecommender, Horizon, ScoredCandidates
 from rayrec.recommend.retrieval.ragged import highest_of_each
 from rayrec.recommend.session_knn import last_plays
 
@@ -38,7 +38,7 @@ class Ranked(NamedTuple):
 
 
 def rank_targets(
-    recommender: Recommender,
+    recommender: BaseRecommender,
     histories: Histories,
     queries: Questions,
     targets: Mapping[str, TargetSongs],
@@ -104,7 +104,7 @@ def _entries(target: TargetSongs, known: np.ndarray, chunk: slice) -> np.ndarray
     return np.asarray(start + np.flatnonzero(known[start:stop]))
 
 
-def rankable_songs(recommender: Recommender, known_songs: np.ndarray) -> np.ndarray:
+def rankable_songs(recommender: BaseRecommender, known_songs: np.ndarray) -> np.ndarray:
     """bool (N,): songs that a recommender can find: those played in the fit range, and those added to it."""
     rankable = np.zeros(recommender.num_songs, dtype=bool)
     rankable[: len(known_songs)] = known_songs[: len(rankable)]
@@ -134,7 +134,7 @@ class _Rankings(ABC):
 
 
 def _rankings(
-    recommender: Recommender, histories: Histories, queries: Questions, horizons: Sequence[Horizon], depth: int
+    recommender: BaseRecommender, histories: Histories, queries: Questions, horizons: Sequence[Horizon], depth: int
 ) -> Iterator[tuple[slice, Horizon, _Rankings]]:
     if isinstance(recommender, CandidateRecommender):
         for chunk, candidates in recommender.candidate_chunks(histories, queries):
@@ -303,7 +303,7 @@ def ranks_of(scores: np.ndarray, rows: np.ndarray, songs: np.ndarray, best: np.n
 def listed_songs(scores: np.ndarray, best: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and songs, int64 (L,) each, of the `count` best of each row of float32 (Q, N).
 
-    `best` are the `best_scores` of at least that depth. As in `Recommender.recommend`, of equal
+    `best` are the `best_scores` of at least that depth. As in `BaseRecommender.recommend`, of equal
     scores those come with the lower song row, and songs at -inf do not come.
     """
     last = best[:, -min(count, best.shape[1])]

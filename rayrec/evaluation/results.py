@@ -13,7 +13,7 @@ from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import GROUPS, OFFSETS, TARGETS, EvaluateConfig, slices_of, usual_k
 from rayrec.evaluation.ranks import metric_columns
 from rayrec.evaluation.vector_metrics import NEGATIVES, PAIRED, Curve
-from rayrec.recommend.base import CandidateRecommender, Recommender
+from rayrec.recommend.base import BaseRecommender, CandidateRecommender
 
 DIGITS = 6  # of every figure
 # Targets and metrics of comparisons.
@@ -40,7 +40,7 @@ def figures_of(sums: MetricAccumulator, evaluator: Evaluator, default: str) -> d
     }
 
 
-def settings_of(recommenders: Sequence[Recommender]) -> list[Entry]:
+def settings_of(recommenders: Sequence[BaseRecommender]) -> list[Entry]:
     """The settings that were chosen for the data set: model, and each setting by its name."""
     return [{"model": one.name, **one.settings} for one in recommenders if one.settings]
 
@@ -48,7 +48,9 @@ def settings_of(recommenders: Sequence[Recommender]) -> list[Entry]:
 class Figures:
     """Means with their bootstrap intervals over users, low and high, from the sums of all users."""
 
-    def __init__(self, sums: MetricAccumulator, recommenders: Sequence[Recommender], config: EvaluateConfig) -> None:
+    def __init__(
+        self, sums: MetricAccumulator, recommenders: Sequence[BaseRecommender], config: EvaluateConfig
+    ) -> None:
         self._sums = sums.resampled(config.bootstrap_samples, config.seed)
         self._recommenders, self._config = recommenders, config
         self._columns, self._k = metric_columns(config.ks), usual_k(config.ks)

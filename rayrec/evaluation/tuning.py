@@ -14,7 +14,7 @@ from rayrec.data.histories import Questions, user_hash
 from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.evaluation.protocol import USUAL_K, HeardSongs, target_songs
 from rayrec.evaluation.ranks import metric_columns, metrics_of, rank_targets
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import Settings, fit_baselines
 from rayrec.recommend.selection import Selection
 from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender
@@ -52,10 +52,10 @@ def tune_baseline(name: str, selection: Selection) -> Settings:
     return chosen
 
 
-def _trials(name: str, selection: Selection) -> Callable[[Settings], Recommender]:
+def _trials(name: str, selection: Selection) -> Callable[[Settings], BaseRecommender]:
     """What fits a baseline under given settings; session kNN reads the sessions once for all trials."""
 
-    def fit(settings: Settings) -> Recommender:
+    def fit(settings: Settings) -> BaseRecommender:
         return fit_baselines([name], selection.dataset, None, selection.allowed, settings={name: settings})[0]
 
     fitted = fit({})
@@ -86,7 +86,7 @@ class TuningMetric:
     def __len__(self) -> int:
         return len(self._queries)
 
-    def __call__(self, recommender: Recommender) -> float:
+    def __call__(self, recommender: BaseRecommender) -> float:
         """The metric of a recommender; 0 where there is no query."""
         ranked = rank_targets(recommender, self._histories, self._queries, self._targets, self._known, depth=USUAL_K)
         total, columns = 0.0, metric_columns((USUAL_K,))

@@ -10,7 +10,7 @@ import numpy as np
 from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.evaluation.protocol import OFFSETS, plays_ahead
-from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.base import BaseRecommender, Horizon
 from rayrec.recommend.vector_recommender import VectorRecommender
 
 NEGATIVES = ("uniform", "zipf")
@@ -24,7 +24,7 @@ CURVE_QUERIES_AT_ONCE = 1 << 14
 Curve = tuple[VectorRecommender, Horizon]
 
 
-def curves_of(recommenders: Sequence[Recommender]) -> list[Curve]:
+def curves_of(recommenders: Sequence[BaseRecommender]) -> list[Curve]:
     """One curve per horizon of each recommender that has vectors."""
     vector_recommenders = [one for one in recommenders if isinstance(one, VectorRecommender)]
     return [(one, horizon) for one in vector_recommenders for horizon in one.horizons]

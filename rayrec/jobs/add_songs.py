@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.split import fit_range, load_split
+from rayrec.data.split import FitRange, fit_range, load_split
 from rayrec.importing.descriptions import take_in_described_songs
 from rayrec.importing.staging import finish_publishing
 from rayrec.model.added_songs import AddedSongs, FirstPlays, songs_without_vector
@@ -50,13 +50,8 @@ def add_songs(workspace: Workspace, *, model_id: str | None = None, repeat: bool
     if complete:
         return artifacts.reuse(workspace, KIND, added_id)
     with progress("Added songs"):
-        made = added_to(
-            dataset,
-            model.folder,
-            plays=_plays_since(dataset, model),
-            earlier=None if earlier is None else AddedSongs.load(workspace, earlier.folder),
-            songs_then=0 if earlier is None else dataset.earlier(earlier.inputs["dataset"]).songs,
-        )
+        split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
+        made = added_since(dataset, model, fit_range(split), earlier)
     manifest = Manifest(kind=KIND, id=added_id, inputs=inputs)
     checksums = made.save(workspace, manifest.folder)
     content = dataset.content()
@@ -72,6 +67,20 @@ def add_songs(workspace: Workspace, *, model_id: str | None = None, repeat: bool
         "map_strengths": made.output_map.strengths.tolist(),
     }
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums, checksums)
+
+
+def added_since(dataset: Dataset, model: Manifest, allowed: FitRange, earlier: Manifest | None) -> AddedSongs:
+    """The songs to add to a model, by the plays since its training that `allowed` lets through.
+
+    `earlier` is the artifact of the songs that were added to it before.
+    """
+    return added_to(
+        dataset,
+        model.folder,
+        plays=_plays_since(dataset, model, allowed),
+        earlier=None if earlier is None else AddedSongs.load(dataset.workspace, earlier.folder),
+        songs_then=0 if earlier is None else dataset.earlier(earlier.inputs["dataset"]).songs,
+    )
 
 
 def added_to(
@@ -102,11 +111,10 @@ def added_to(
     )
 
 
-def _plays_since(dataset: Dataset, model: Manifest) -> Iterator[Histories]:
-    """The plays that were appended since the model was trained; none of a test range that its split holds back."""
-    split = load_split(dataset.workspace, model.inputs["split"]) if "split" in model.inputs else None
+def _plays_since(dataset: Dataset, model: Manifest, allowed: FitRange) -> Iterator[Histories]:
+    """The plays that were appended since the model was trained and that `allowed` lets through."""
     first_part = dataset.earlier(model.inputs["dataset"]).parts
     if first_part < dataset.manifest.parts and dataset.manifest.splits_at(first_part):
         for bucket in range(dataset.manifest.buckets):
             for histories in dataset.read_bucket(bucket, first_part=first_part):
-                yield fit_range(split).select(histories)
+                yield allowed.select(histories)

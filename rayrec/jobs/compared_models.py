@@ -14,7 +14,7 @@ from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.tuning import CHOICES, tune_baseline
 from rayrec.progress import progress
 from rayrec.recommend.answer import load_recommender
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
 from rayrec.recommend.selection import make_selection
 from rayrec.recommend.simple_baselines import PopularityRecommender
@@ -124,7 +124,7 @@ def make_recommenders(
     compared: ComparedModels,
     split: Split | None,
     without: Mapping[str, str] | None = None,
-) -> tuple[list[Recommender], np.ndarray]:
+) -> tuple[list[BaseRecommender], np.ndarray]:
     """Fit the baselines on what final fits may see and load the networks, in the order of the names, then ablations.
 
     `without` names the parts that two-step is evaluated without, each with the folder of its rankers. The settings
@@ -139,7 +139,7 @@ def make_recommenders(
         songs = compared.songs
         early = np.array(workspace.read_array(songs.path(SELECTION))) if songs and SELECTION in songs.files else None
         selection = make_selection(dataset, split, early)
-    fitted: dict[str, Recommender] = {}
+    fitted: dict[str, BaseRecommender] = {}
     baselines = dict.fromkeys(["popularity", *(name for name in compared.names if name in BASELINES)])
     with progress("fit baselines", len(baselines)) as bar:
         for name in baselines:
@@ -157,7 +157,7 @@ def make_recommenders(
     return [*(fitted[name] for name in compared.names), *ablated], popularity.plays
 
 
-def _ablated(workspace: Workspace, two_step: Recommender, part: str, folder: str) -> Recommender:
+def _ablated(workspace: Workspace, two_step: BaseRecommender, part: str, folder: str) -> BaseRecommender:
     """Two-step without a part, by the rankers in a folder, named `without PART`."""
     from rayrec.recommend.two_step import TwoStepRecommender, load_rankers
 
@@ -177,7 +177,7 @@ def rankers_of(workspace: Workspace, compared: ComparedModels) -> Manifest:
     return load(workspace, "rankers", compared.inputs["rankers"])
 
 
-def _networks(workspace: Workspace, dataset: Dataset, model: Manifest) -> dict[str, Recommender]:
+def _networks(workspace: Workspace, dataset: Dataset, model: Manifest) -> dict[str, BaseRecommender]:
     """What a models artifact gives, by name: with its rankers where it has some, and the network alone."""
     from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once needed
     from rayrec.recommend.two_step import TwoStepRecommender

@@ -9,8 +9,9 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.report import read_figures
+from rayrec.jobs.fit import example_answer
 from rayrec.jobs.pipeline import Outcome, run
-from rayrec.recommend.answer import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
+from rayrec.recommend.answer import Answer
 from rayrec.storage import artifacts
 from rayrec.storage.locking import writes
 from rayrec.storage.releases import default_parts
@@ -36,7 +37,6 @@ PIPELINE: dict[str, dict[str, Any]] = {
     "evaluate": {"bootstrap_samples": 200, "max_curve_users": 500},
     "release": {},
 }
-MIN_PLAYS = 30  # of the user who is shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +74,14 @@ def demo(
     _require_room(workspace)
     outcomes = run(workspace, PIPELINE, force=force, on_stage=on_stage)
     ids = {outcome.stage: outcome.id for outcome in outcomes}
-    dataset = Dataset(workspace)
-    user, last_play = _some_user(dataset)
-    recommender = load_recommender(workspace, dataset, default_parts(workspace, ids["train"]))
+    user, shown = example_answer(workspace, default_parts(workspace, ids["train"]), k=10)
     report = artifacts.load(workspace, "reports", ids["evaluate"])
     return Demo(
         outcomes=outcomes,
         evaluation=read_figures(workspace, report),
         report=workspace.full(report.path("report.html")),
         user=user,
-        answer=answer(dataset, recommender, RecommendConfig(k=10), at=last_play + ASSUMED_GAP_MS, user=user),
+        answer=shown,
     )
 
 
@@ -97,11 +95,3 @@ def _require_room(workspace: Workspace) -> None:
             f"workspace {workspace.uri} holds another data set ({there.source}, {there.plays:,} plays); "
             "run the demo in its own workspace: rayrec --workspace ./demo demo"
         )
-
-
-def _some_user(dataset: Dataset) -> tuple[str, int]:
-    """The first user with enough plays to show, and the time of the last one (ms UTC)."""
-    for batch in dataset.read_all():
-        for row in (batch.lengths >= MIN_PLAYS).nonzero()[0][:1]:
-            return str(batch.user_ids[row]), int(batch.played_at[batch.offsets[row + 1] - 1])
-    raise NotFoundError(f"No generated user has {MIN_PLAYS} plays")

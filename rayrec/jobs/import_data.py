@@ -153,7 +153,7 @@ def _require_room(workspace: Workspace, existing: DatasetManifest, kind: Kind) -
     if _rows_of(existing, kind):
         raise InputError(
             f"workspace {workspace.uri} holds {_rows_of(existing, kind)} {kind} from {existing.source} already; "
-            "use another --workspace, or replace them with --force"
+            "use another --workspace, add plays with `rayrec update`, or replace all with --force"
         )
 
 

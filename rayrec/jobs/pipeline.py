@@ -13,9 +13,10 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, SplitConfig, list_splits, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.embeddings.embed_config import EmbedConfig
-from rayrec.errors import InputError, NotFoundError
+from rayrec.errors import InputError, NotFoundError, TooFewQueriesError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig, plan_import
+from rayrec.jobs.add_songs import add_songs
 from rayrec.jobs.build_index import build_index
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
@@ -64,10 +65,11 @@ class Outcome:
     """What became of one stage."""
 
     stage: str
-    status: Literal["done", "skipped"]  # skipped: its inputs and settings had not changed
-    id: str  # of the artifact
+    status: Literal["done", "skipped", "left out"]  # skipped: its inputs and settings had not changed
+    id: str  # of the artifact; empty where it was left out
     seconds: float
     figures: dict[str, Any] = field(default_factory=dict)  # what the stage reported when it ran
+    reason: str = ""  # why it was left out
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -86,20 +88,18 @@ def run(
 
     `source` is a TOML file, or its content, with a section of settings for each stage. import,
     generate and split run only where there is a section, rank and evaluate only after a split, the rest
-    always. `force` repeats what is done already. `on_stage` hears of each stage as it ends.
+    always. Without enough queries for rankers, rank is left out. `force` repeats what is done already. `on_stage`
+    hears of each stage as it ends.
 
     Raises `InputError` for unknown sections or settings before any work begins.
     """
     configs = read_configs(source)
-    stages = _Stages(workspace, configs, force)
-    outcomes = []
+    stages = Stages(workspace, force=force, on_stage=on_stage)
     with ray_cluster():
-        for name in configs:
-            if name in ("rank", "evaluate") and stages.split is None:
-                continue
-            outcomes.append(stages.outcome(name))
-            on_stage(outcomes[-1])
-    return outcomes
+        for name, config in configs.items():
+            if stages.split is not None or name not in ("rank", "evaluate"):
+                stages.run(name, config)
+    return stages.outcomes
 
 
 def read_configs(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -144,29 +144,50 @@ def _same_paths(one: Sequence[str], other: Sequence[str]) -> bool:
     return [_beside(Path(), path) for path in one] == [_beside(Path(), path) for path in other]
 
 
-class _Stages:
-    """Runs one stage after the other, each on what the earlier ones made."""
+class Stages:
+    """Runs one stage after the other, each on what the earlier ones made. Needs a running cluster."""
 
-    def __init__(self, workspace: Workspace, configs: dict[str, Any], force: bool) -> None:
-        self.workspace = workspace
-        self.configs = configs
-        self.force = force
-        self.split: Split | None = None
+    def __init__(
+        self,
+        workspace: Workspace,
+        *,
+        force: bool = False,
+        on_stage: Callable[[Outcome], None] = lambda outcome: None,
+    ) -> None:
+        """`force` repeats what is done already; `on_stage` hears of each stage as it ends."""
+        self.workspace, self.force, self.on_stage = workspace, force, on_stage
+        self.split: Split | None = None  # of the stages that follow
+        self.start: str | None = None  # id of the model that `train` starts from
         self.made: dict[str, str] = {}  # stage -> id
+        self.outcomes: list[Outcome] = []
 
-    def outcome(self, name: str) -> Outcome:
-        """Run a stage."""
+    def run(self, name: str, config: Settings | None = None) -> Outcome:
+        """Run a stage; songs has no config. Rankers that have too few queries to learn from are left out."""
         started = time.monotonic()
         existing = self._existing(name)
-        made: Manifest | DatasetManifest | Split = getattr(self, f"_{name}")(self.configs[name])
+        try:
+            made: Manifest | DatasetManifest | Split = getattr(self, f"_{name}")(config)
+        except TooFewQueriesError as error:
+            return self.leave_out(name, str(error).partition("; ")[0], round(time.monotonic() - started, 2))
         self.made[name] = made.id
-        return Outcome(
-            stage=name,
-            status="skipped" if made.id in existing and not self.force else "done",
-            id=made.id,
-            seconds=round(time.monotonic() - started, 2),
-            figures=_figures(made),
+        return self._ended(
+            Outcome(
+                stage=name,
+                status="skipped" if made.id in existing and not self.force else "done",
+                id=made.id,
+                seconds=round(time.monotonic() - started, 2),
+                figures=_figures(made),
+            )
         )
+
+    def leave_out(self, name: str, reason: str, seconds: float = 0.0) -> Outcome:
+        """Note that a stage is not run."""
+        return self._ended(Outcome(stage=name, status="left out", id="", seconds=seconds, reason=reason))
+
+    def _ended(self, outcome: Outcome) -> Outcome:
+        self.outcomes.append(outcome)
+        self.on_stage(outcome)
+        return outcome
 
     def _existing(self, name: str) -> set[str]:
         if name in ("import", "generate"):
@@ -208,11 +229,15 @@ class _Stages:
         return train(
             self.workspace,
             config,
-            songs_id=self.made["embed"],
+            songs_id=self.made.get("embed"),
             split=self.split,
+            from_id=self.start,
             unfinished="resume" if config.workers else "restart",
             repeat=self.force,
         )
+
+    def _songs(self, _config: None) -> Manifest:
+        return add_songs(self.workspace, model_id=self.made["train"], repeat=self.force)
 
     def _retrieval(self, config: RetrievalConfig) -> Manifest:
         return fit_retrieval(self.workspace, config, split=self.split, repeat=self.force)
@@ -244,6 +269,7 @@ class _Stages:
             tastes_id=self.made["taste"],
             index_id=self.made["index"],
             rankers_id=self.made.get("rank"),
+            retrieval_id=self.made.get("retrieval"),
             activate=config.activate,
         )
 
@@ -251,6 +277,7 @@ class _Stages:
 KINDS = {
     "embed": "songs",
     "train": "models",
+    "songs": "added_songs",
     "retrieval": "retrieval",
     "rank": "rankers",
     "taste": "tastes",

@@ -10,10 +10,9 @@ from typing import Any
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, load_split
-from rayrec.errors import InputError, MismatchError
+from rayrec.errors import MismatchError, TooFewQueriesError
 from rayrec.jobs.add_songs import added_to
-from rayrec.jobs.retrieval import write_retrieval
-from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
+from rayrec.jobs.runtime import node_cpus, ray_cluster, run_buckets, run_on_node
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK
 from rayrec.progress import progress
@@ -26,16 +25,17 @@ from rayrec.recommend.ranker_training import (
     unpack_examples,
     validation_queries,
 )
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval
+from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind
-from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
+from rayrec.recommend.two_step_config import RankConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 KIND = "rankers"
+MOST_THREADS = 8  # that grow trees: fifty candidates of 40,000 queries keep no more busy
 EVERYTHING = ""  # the name of the part that is left out where none is
 
 
@@ -51,10 +51,10 @@ def fit_rankers(
     """Learn the rankers of a model and a retrieval, the newest unless named; the rankers artifact.
 
     The candidates and features that they learn from come from the network that `train` chose before it learned
-    from the validation range, and from a retrieval fitted before that range, which this job makes and deletes.
+    from the validation range, and from the part of the retrieval that was fitted before that range.
     Metrics: seconds, queries, and for each ranker its trees, the share of queries whose right song was no
     candidate, and its first features. Raises `InputError` for a model without a validation range, `MismatchError`
-    where model and retrieval are of different data.
+    where model and retrieval are of different data, `TooFewQueriesError` where the range teaches nothing.
     """
     dataset = Dataset(workspace)
     model = (
@@ -77,11 +77,17 @@ def fit_rankers(
         return artifacts.reuse(workspace, KIND, rankers_id)
     manifest = Manifest(kind=KIND, id=rankers_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     started = time.monotonic()
-    task = _Task(dataset, config, split, model.path(SELECTION_NETWORK), manifest.path("run"), added=added is not None)
+    parts = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
+    task = _Task(dataset, config, split, *parts, manifest.path("run"), added=added is not None)
     with ray_cluster():
-        queries = _collect(task, retrieval)
+        queries = _collect(task)
         with progress("Rankers"):
-            (names, figures), *_ = run_on_node(_fit, task, EVERYTHING, manifest.folder, cpus=1)
+            cpus = min(node_cpus(), MOST_THREADS)
+            try:
+                (names, figures), *_ = run_on_node(_fit, task, EVERYTHING, manifest.folder, cpus, cpus=cpus)
+            except TooFewQueriesError:
+                workspace.delete(manifest.folder)
+                raise
     workspace.delete(task.run)
     metrics = {**figures, "queries": queries, "seconds": round(time.monotonic() - started, 1)}
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), names)
@@ -100,19 +106,20 @@ def fit_ablations(dataset: Dataset, rankers: Manifest, folder: str) -> dict[str,
     parts = tuple(part for part in ABLATED_PARTS if part != "artists" or described)
     config = RankConfig(**rankers.config)
     added = artifacts.latest(workspace, "added_songs", lambda made: made.inputs["models"] == model.id) is not None
-    task = _Task(dataset, config, split, model.path(SELECTION_NETWORK), f"{folder}/run", parts, added)
-    _collect(task, retrieval)
+    folders = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
+    task = _Task(dataset, config, split, *folders, f"{folder}/run", parts, added)
+    _collect(task)
+    cpus = min(node_cpus(), MOST_THREADS)
     with progress("Rankers without a part", len(parts)) as bar:
         for part in parts:
-            list(run_on_node(_fit, task, part, f"{folder}/{part}", cpus=1))
+            list(run_on_node(_fit, task, part, f"{folder}/{part}", cpus, cpus=cpus))
             bar.advance(note=part)
     workspace.delete(task.run)
     return {part: f"{folder}/{part}" for part in parts}
 
 
-def _collect(task: _Task, retrieval: Manifest) -> int:
-    """Fit a retrieval that has not seen the validation range and collect the examples; how many queries."""
-    write_retrieval(task.dataset, RetrievalConfig(**retrieval.config), task.split.selection, f"{task.run}/retrieval")
+def _collect(task: _Task) -> int:
+    """Collect the examples; how many queries."""
     if task.added:
         songs = added_to(task.dataset, task.network)
         # Without those held out: no play of them is right here, which would teach that no new song is.
@@ -141,7 +148,7 @@ def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval
         )
     split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
     if split is None or not workspace.exists(f"{model.path(SELECTION_NETWORK)}/model.safetensors"):
-        raise InputError(
+        raise TooFewQueriesError(
             f"model {model.id} held back no validation range to learn a ranker from; "
             "run `rayrec split`, `rayrec embed` and `rayrec train` first"
         )
@@ -156,7 +163,8 @@ class _Task:
     config: RankConfig
     split: Split
     network: str  # folder of the network that has not seen the validation range
-    run: str  # folder of the pieces, with a retrieval that has not seen it either
+    retrieval: str  # folder of the retrieval that has not seen it either
+    run: str  # folder of the pieces
     without: tuple[str, ...] = (EVERYTHING,)  # parts to leave out, one at a time
     added: bool = False  # whether songs were added to the network, which lie in the folder `run`, too
 
@@ -171,7 +179,7 @@ class _Task:
         if self.added:
             network.add_songs(AddedSongs.load(workspace, f"{self.run}/added_songs"))
         network.index = SongIndex.build(network.song_vectors, IndexConfig())
-        retrieval = Retrieval.load(workspace, f"{self.run}/retrieval")
+        retrieval = Retrieval.load(workspace, self.retrieval)
         real_times = self.dataset.manifest.times == "real"
         return {
             without: CandidateSource(network, retrieval, real_times=real_times, without=without)
@@ -201,20 +209,22 @@ class ExampleCollector:
         return self._queries_each - left
 
 
-def _fit(task: _Task, without: str, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]:
+def _fit(task: _Task, without: str, folder: str, threads: int) -> Iterator[tuple[list[str], dict[str, Any]]]:
     """Grow the rankers, without a part, and write them; yields the names of the files, and figures."""
     workspace = task.dataset.workspace
     pieces = [task.piece(bucket, without) for bucket in range(task.dataset.manifest.buckets)]
     parts = [unpack_examples(workspace.read_bytes(path)) for path in pieces if workspace.exists(path)]
     if not parts:
-        raise InputError("the validation range holds no play to learn a ranker from; give a split with more days")
+        raise TooFewQueriesError(
+            "the validation range holds no play to learn a ranker from; give a split with more days"
+        )
     features = task.sources()[without].sources.names
     names: list[str] = []
     figures: dict[str, Any] = {}
     rankers: dict[RankerKind, Ranker] = {}
     for kind in KINDS:
         examples = RankingExamples.joined([part[kind] for part in parts])
-        ranker = _grown(kind, examples, features, task.config)
+        ranker = _grown(kind, examples, features, task.config, threads)
         if kind == "served" and ranker is not None and not _orders_better(ranker, rankers["next"], examples):
             ranker = None  # the ranker of all next plays serves new songs as well
         if ranker is not None:
@@ -229,7 +239,9 @@ def _fit(task: _Task, without: str, folder: str) -> Iterator[tuple[list[str], di
     yield names, figures
 
 
-def _grown(kind: RankerKind, examples: RankingExamples, features: list[str], config: RankConfig) -> Ranker | None:
+def _grown(
+    kind: RankerKind, examples: RankingExamples, features: list[str], config: RankConfig, threads: int
+) -> Ranker | None:
     """A ranker; None beside the one of the next play where too few queries are of its kind: a validation range may
     reach too few plays ahead for the long horizon, or hold only songs that its users had heard."""
     checked = int((examples.held_out & examples.found).sum())
@@ -237,7 +249,11 @@ def _grown(kind: RankerKind, examples: RankingExamples, features: list[str], con
     if min(checked, int(examples.found.sum()) - checked) < fewest:
         return None
     settings = RankerSettings(
-        trees=config.trees, leaves=config.leaves, learning_rate=config.learning_rate, seed=config.seed
+        trees=config.trees,
+        leaves=config.leaves,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        threads=threads,
     )
     return Ranker.fit(examples, features, settings)
 

@@ -18,7 +18,7 @@ from rayrec.errors import InputError
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress
 from rayrec.recommend.answer import RecommendConfig, load_recommender
-from rayrec.recommend.base import NO_SONG, Recommender
+from rayrec.recommend.base import NO_SONG, BaseRecommender
 from rayrec.recommend.filters import without_heard
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import RECOMMENDATIONS, Manifest
@@ -115,7 +115,7 @@ class BucketRecommendations:
 
         torch.set_num_threads(1)
         self._task = task
-        self._recommender: Recommender | None = None  # loaded by a worker that has something to compute
+        self._recommender: BaseRecommender | None = None  # loaded by a worker that has something to compute
         self._song_ids = pa.array([], pa.string())
 
     def __call__(self, bucket: int) -> BucketRows:
@@ -146,7 +146,7 @@ class BucketRecommendations:
             if len(known):
                 yield self._table(self._recommender, known)
 
-    def _table(self, recommender: Recommender, histories: Histories) -> pa.Table:
+    def _table(self, recommender: BaseRecommender, histories: Histories) -> pa.Table:
         config = self._task.config
         ranking = recommender.rank(
             histories,

@@ -16,11 +16,16 @@ from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.split import FitRange, Split, fit_range, require_split_of
+from rayrec.data.split import FitRange, Split, fit_range, load_split, require_split_of
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
 from rayrec.progress import progress
 from rayrec.recommend.retrieval.count_files import pack_counts, unpack_counts
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval, RetrievalCounts
+from rayrec.recommend.retrieval.stored_retrieval import (
+    SELECTION_RETRIEVAL,
+    SETTINGS_FILE,
+    Retrieval,
+    RetrievalCounts,
+)
 from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -40,6 +45,8 @@ def fit_retrieval(
     Unless `config.full` or `repeat` ask for all plays, those of new parts are added to the newest retrieval of the same
     settings and split. Play counts and the newest sessions are then those of all plays; a follower that was not among
     the strongest rules of its song begins at 0, and rules and sessions across the end of a part are not counted.
+    With a validation range a second one, fitted before it, lies in the folder `selection`: rankers learn on the range
+    that it has not seen.
 
     Metrics: seconds, plays, sessions, rules, artists, albums and base ("": none), the retrieval that was added to. A
     killed job goes on with the buckets left.
@@ -60,20 +67,45 @@ def fit_retrieval(
     manifest = Manifest(kind=KIND, id=retrieval_id, config=to_mapping(config), inputs=inputs)
     first_part, base = 0, None
     if not (config.full or repeat):
-        first_part, base = dataset.newest_base(KIND, lambda made: _is_like(made, manifest))
+        first_part, base = dataset.newest_base(KIND, lambda made: _is_like(workspace, made, manifest))
     started = time.monotonic()
+    names: list[str] = []
     with ray_cluster():
-        names, figures = write_retrieval(
-            dataset, config, fit_range(split), manifest.folder, base=base, first_part=first_part
+        if split is not None and split.has_validation:
+            folder = manifest.path(SELECTION_RETRIEVAL)
+            if not workspace.exists(f"{folder}/{SETTINGS_FILE}"):
+                before = _selection_base(dataset, split, base)
+                from_part = first_part if before else 0
+                write_retrieval(dataset, config, split.selection, folder, base=before, first_part=from_part)
+            names = [path.removeprefix(f"{manifest.folder}/") for path in workspace.files(folder)]
+        base_folder = base.folder if base else ""
+        written, figures = write_retrieval(
+            dataset, config, fit_range(split), manifest.folder, base=base_folder, first_part=first_part
         )
+        names += written
     metrics = {**figures, "seconds": round(time.monotonic() - started, 1), "base": base.id if base else ""}
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), names)
 
 
-def _is_like(made: Manifest, wanted: Manifest) -> bool:
-    """True where two retrievals are of one split and keep as much."""
+def _is_like(workspace: Workspace, made: Manifest, wanted: Manifest) -> bool:
+    """True where two retrievals keep as much, and saw the same plays of those that both could see."""
     settings = [{**each.config, "full": False} for each in (made, wanted)]
-    return settings[0] == settings[1] and made.inputs.get("split") == wanted.inputs.get("split")
+    splits = [each.inputs.get("split") for each in (made, wanted)]
+    if settings[0] != settings[1]:
+        return False
+    return splits[0] == splits[1] or all(
+        fit_range(load_split(workspace, split) if split else None) == FitRange() for split in splits
+    )
+
+
+def _selection_base(dataset: Dataset, split: Split, base: Manifest | None) -> str:
+    """The folder of what the retrieval before the validation range may start from, or "": all plays are counted."""
+    if base is None:
+        return ""
+    if base.inputs.get("split") == split.id:
+        return base.path(SELECTION_RETRIEVAL)
+    before_range = dataset.earlier(base.inputs["dataset"]).last_play < (split.validation_from or 0)
+    return base.folder if before_range else ""
 
 
 def write_retrieval(
@@ -82,18 +114,18 @@ def write_retrieval(
     allowed: FitRange,
     folder: str,
     *,
-    base: Manifest | None = None,
+    base: str = "",
     first_part: int = 0,
 ) -> tuple[list[str], dict[str, Any]]:
     """Fit on the plays that `allowed` lets through and write into a folder; the names of the files, and figures.
 
-    With `base` the plays of `first_part` and later ones are added to that retrieval. Needs a running cluster. Pieces
-    lie in `folder`/run until the end, so a killed job goes on.
+    With `base` the plays of `first_part` and later ones are added to the retrieval in that folder. Needs a running
+    cluster. Pieces lie in `folder`/run until the end, so a killed job goes on.
     """
     workspace, run = dataset.workspace, f"{folder}/run"
     buckets = range(dataset.manifest.buckets)
-    pieces = f"{run}/{base.id if base else 'all'}"
-    task = _Task(dataset, config, allowed, pieces, _song_ranges(dataset), base.folder if base else "", first_part)
+    pieces = f"{run}/{base.replace('/', '-') or 'all'}"
+    task = _Task(dataset, config, allowed, pieces, _song_ranges(dataset), base, first_part)
     with progress("Retrieval", len(buckets) + len(task.song_ranges)) as bar:
         for worker, units in ((BucketCounter, buckets), (RangeMerger, range(len(task.song_ranges)))):
             for _ in run_buckets(worker, units, arguments={"task": task}, called="unit"):

@@ -7,13 +7,13 @@ import pyarrow as pa
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.song_counts import SongCounter
+from rayrec.data.shards import WindowLengths
 from rayrec.data.split import FitRange, Split, load_split, validation_histories
 from rayrec.errors import RayrecError
 from rayrec.jobs.runtime import run_buckets
 from rayrec.model.fit import Phase, Validation
 from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
-from rayrec.model.training_windows import Sequences
+from rayrec.model.training_windows import Sequences, WindowCounter
 from rayrec.progress import progress
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -30,6 +30,7 @@ class TrainPlan:
     ranges: dict[Phase, FitRange]
     vectors: dict[Phase, str]  # path of the song vectors of each phase
     counts: dict[Phase, str]  # path of the play counts of each phase
+    windows: dict[Phase, tuple[str, str]]  # paths of the arrays of its `WindowLengths`
     validation: str | None  # path of the plays to predict
     start: str | None  # folder of the model to start from
 
@@ -56,9 +57,16 @@ def plan_training(
         chosen = "selection_vectors.npy" if "selection_vectors.npy" in songs.files else "vectors.npy"
         vectors["selection"] = songs.path(chosen)
     counts: dict[Phase, str] = {phase: manifest.path(f"run/{phase}_counts.npy") for phase in ranges}
+    windows: dict[Phase, tuple[str, str]] = {
+        phase: (manifest.path(f"run/{phase}_inputs.npy"), manifest.path(f"run/{phase}_offsets.npy")) for phase in ranges
+    }
     if not all(workspace.exists(path) for path in counts.values()):
-        for phase, counted in zip(counts, _count_songs(dataset, config, list(ranges.values())), strict=True):
-            workspace.write_array(counts[phase], counted)
+        counted = _count(dataset, config, list(ranges.values()))
+        for phase, (plays, lengths) in zip(ranges, counted, strict=True):
+            inputs, offsets = windows[phase]
+            workspace.write_array(inputs, lengths.inputs)
+            workspace.write_array(offsets, lengths.offsets)
+            workspace.write_array(counts[phase], plays)
     validation = None
     if split is not None and "selection" in ranges:
         validation = manifest.path("run/validation.parquet")
@@ -76,6 +84,7 @@ def plan_training(
         ranges=ranges,
         vectors=vectors,
         counts=counts,
+        windows=windows,
         validation=validation,
         start=None if start is None else start.folder,
     )
@@ -122,23 +131,27 @@ def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> M
     )
 
 
-def _count_songs(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) -> list[np.ndarray]:
-    if Sequences(dataset, config.source).kind == "playlists":
-        entries = np.zeros(dataset.num_songs, dtype=np.int64)
-        for songs, _ in dataset.read_playlists():
-            entries += np.bincount(songs[ranges[0].allowed_songs(songs)], minlength=dataset.num_songs)
-        return [entries for _ in ranges]
+def read_windows(plan: TrainPlan, phase: Phase) -> WindowLengths:
+    """The lengths of the windows of a phase."""
+    inputs, offsets = (np.asarray(plan.workspace.read_array(path)) for path in plan.windows[phase])
+    return WindowLengths(inputs=inputs, offsets=offsets)
+
+
+def _count(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) -> list[tuple[np.ndarray, WindowLengths]]:
+    """For each range the plays of each song, int64 (N,), and the windows. Raises `RayrecError` where all are empty."""
+    units = Sequences(dataset, config.source).units
     totals = [np.zeros(dataset.num_songs, dtype=np.int64) for _ in ranges]
-    buckets = range(dataset.manifest.buckets)
-    with progress("Counting plays", len(buckets)) as bar:
-        for counts in run_buckets(SongCounter, buckets, arguments={"dataset": dataset, "ranges": ranges}):
-            for total, (songs, plays) in zip(totals, counts, strict=True):
-                # an empty bucket's arrays come back through Arrow as float64
-                total[np.asarray(songs, dtype=np.int64)] += np.asarray(plays, dtype=np.int64)
+    inputs = [[np.zeros(0, dtype=np.int64)] * units for _ in ranges]
+    arguments = {"dataset": dataset, "config": config, "ranges": ranges}
+    with progress("Counting plays", units) as bar:
+        for unit, counts in run_buckets(WindowCounter, range(units), arguments=arguments):
+            for number, (songs, plays, windows) in enumerate(counts):
+                totals[number][songs] += plays
+                inputs[number][unit] = windows
             bar.advance()
     if not totals[0].any():
         raise RayrecError("the split leaves no plays to train on; use fewer test and validation days")
-    return totals
+    return [(total, WindowLengths.of_units(each)) for total, each in zip(totals, inputs, strict=True)]
 
 
 def load_validation(table: pa.Table, selection: FitRange, limit: int) -> Validation:

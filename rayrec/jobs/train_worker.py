@@ -1,11 +1,10 @@
 """What each training worker runs: the fit, its windows from Ray Data, its checkpoints to Ray Train.
 
-Each worker runs a stream of its own over its share of every batch. A shared one, split by Ray as it
+Each worker runs a stream of its own over its shards of the data. A shared one, split by Ray as it
 flows, would give each worker whichever rows come first: an order that no resumed run could repeat,
 and uneven ends at which workers wait for each other (ray issues 63285 and 66085).
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,29 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 import ray.train
-from ray.data import TaskPoolStrategy
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import FitRange
-from rayrec.data.windows import Windows, epoch_units
+from rayrec.data.windows import Windows
 from rayrec.errors import DivergedError, InputError
 from rayrec.jobs.runtime import quiet_data
-from rayrec.jobs.train_plan import TrainPlan, diverged_file, read_validation, read_vectors, selected_folder
+from rayrec.jobs.train_plan import (
+    TrainPlan,
+    diverged_file,
+    read_validation,
+    read_vectors,
+    read_windows,
+    selected_folder,
+)
 from rayrec.model.checkpoint import load_model, save_model, write_epochs, write_tensorboard
 from rayrec.model.fit import RECALL_AT, VALIDATION_FIGURES, Fit, FitData, FitProgress, Phase
 from rayrec.model.network import TasteModel
-from rayrec.model.train_config import TrainConfig
 from rayrec.model.training import StepReport
-from rayrec.model.training_windows import Sequences, UnitReader, plain_stream, split_batches
+from rayrec.model.training_windows import ShardReader, plain_stream, split_batches
 from rayrec.model.workers import Share
 
-PLAYS_PER_UNIT = 200_000  # small buckets are read together until they hold about as many
-# Tasks that read and cut windows for one worker at once. They ask for no CPU: they are far cheaper than the
-# training that they feed, and would else wait for ever where the workers hold all CPUs, after the loss of a node say.
-READERS = 2
 BLOCK_BYTES = 4 << 20  # of windows handed on at a time
 
 
@@ -110,13 +110,13 @@ class WorkerHost:
         self._plays, self._shown_at, self._began = 0, 0.0, time.monotonic()
 
     def windows(self, phase: Phase, epoch: int) -> Iterator[Windows]:
-        """A stream over all buckets in the order of the epoch, this worker's share of each batch."""
-        config, dataset = self._plan.config, Dataset(self._plan.workspace)
+        """This worker's share of each batch."""
+        plan = self._plan
         self._plays, self._began = 0, time.monotonic()
-        if not config.workers:
-            reader = UnitReader(dataset, self._plan.ranges[phase], config, self._share, epoch)
-            return plain_stream(reader, units_of_epoch(Sequences(dataset, config.source), config, epoch))
-        return window_stream(dataset, self._plan.ranges[phase], config, self._share, epoch)
+        reader = ShardReader(
+            Dataset(plan.workspace), plan.ranges[phase], plan.config, read_windows(plan, phase), self._share, epoch
+        )
+        return window_stream(reader) if plan.config.workers else plain_stream(reader)
 
     def stepped(self, phase: Phase, report: StepReport, loss: float) -> None:
         """Tell the driver, a few times a second."""
@@ -149,23 +149,17 @@ class WorkerHost:
             self._judge(f"recall@{RECALL_AT} {recall:.3f}")
 
 
-def units_of_epoch(sequences: Sequences, config: TrainConfig, epoch: int) -> list[list[int]]:
-    """The units that are read together, in the order of an epoch."""
-    per_unit = max(1.0, sequences.plays / sequences.units)
-    return epoch_units(sequences.units, max(1, round(PLAYS_PER_UNIT / per_unit)), seed=config.seed, epoch=epoch)
+def window_stream(reader: ShardReader) -> Iterator[Windows]:
+    """One worker's share of the batches of an epoch, read and cut by a Ray Data task, in order."""
 
+    def tables(rows: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        return reader.tables()
 
-def window_stream(
-    dataset: Dataset, allowed: FitRange, config: TrainConfig, share: Share, epoch: int
-) -> Iterator[Windows]:
-    """One worker's share of the batches of an epoch, read and cut by Ray Data tasks, in order."""
-    units = units_of_epoch(Sequences(dataset, config.source), config, epoch)
-    reader = UnitReader(dataset, allowed, config, share, epoch)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    context.target_max_block_size = BLOCK_BYTES  # else Ray gathers up to 128 MiB in each task before it hands on
-    rows = [{"unit": json.dumps(unit)} for unit in units]
-    stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        reader.tables, batch_size=1, num_cpus=0, compute=TaskPoolStrategy(size=min(READERS, len(rows)))
-    )
-    yield from split_batches(stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+    context.target_max_block_size = BLOCK_BYTES  # else Ray gathers up to 128 MiB before it hands on
+    # The task asks for no CPU: it is far cheaper than the training that it feeds, and would else wait for ever where
+    # the workers hold all CPUs, after the loss of a node say.
+    stream = ray.data.from_items([{"worker": 0}]).map_batches(tables, batch_size=1, num_cpus=0)
+    arriving = stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    yield from split_batches(arriving, reader.batches.steps)

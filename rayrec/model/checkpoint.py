@@ -86,10 +86,12 @@ def _read_table(workspace: Workspace, path: str, sha256: str | None, config: Mod
     return torch.from_numpy(vectors)
 
 
-def save_training(folder: Path, training: Training, best: dict[str, Tensor] | None, progress: dict[str, Any]) -> None:
-    """Write where a training stands into a local folder."""
-    save_file(_on_cpu(training.model.state_dict()), folder / "model.safetensors")
-    save_file(_on_cpu(training.optimizer_state()), folder / "optimizers.safetensors")
+def save_training(
+    folder: Path, state: dict[str, dict[str, Tensor]], best: dict[str, Tensor] | None, progress: dict[str, Any]
+) -> None:
+    """Write where a training stands, `Training.state()`, into a local folder."""
+    for name, tensors in state.items():
+        save_file(_on_cpu(tensors), folder / f"{name}.safetensors")
     if best is not None:
         save_file(_on_cpu(best), folder / "best.safetensors")
     (folder / "progress.json").write_text(json.dumps(progress, allow_nan=False))
@@ -97,8 +99,7 @@ def save_training(folder: Path, training: Training, best: dict[str, Tensor] | No
 
 def load_training(folder: Path, training: Training) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
     """Put a training back where `save_training` left it; the best weights so far and its progress."""
-    training.model.load_state_dict(load_file(folder / "model.safetensors"))
-    training.load_optimizer_state(load_file(folder / "optimizers.safetensors"))
+    training.load({name: load_file(folder / f"{name}.safetensors") for name in ("model", "optimizers")})
     best = load_file(folder / "best.safetensors") if (folder / "best.safetensors").exists() else None
     return best, json.loads((folder / "progress.json").read_text())
 

@@ -36,7 +36,7 @@ class PlayBatch:
 
     def shortened(self, length_B: Tensor) -> "PlayBatch":
         """The first `length_B` plays of each row only; a column of padding where no row has any."""
-        longest = max(1, int(length_B.max()))
+        longest = max(1, int(length_B.max())) if len(length_B) else 1
         return self.each(lambda values: values[:, :longest], length_B)
 
     def each(self, change: Callable[[Tensor], Tensor], length_B: Tensor) -> "PlayBatch":

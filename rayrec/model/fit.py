@@ -216,8 +216,7 @@ class Fit:
 
     def _require_finite_weights(self) -> None:
         """Raises `DivergedError`. A last step can break what no loss tells of any more."""
-        finite = all(bool(value.isfinite().all()) for value in self.training.model.state_dict().values())
-        if self._share.total(float(not finite)):
+        if self._share.total(float(not self.training.is_finite())):
             raise DivergedError(self._diverged("a weight"))
 
     def _diverged(self, what: str) -> str:
@@ -231,8 +230,10 @@ class Fit:
         return self._share.total(float(due)) > 0
 
     def _checkpoint(self) -> None:
+        state = self.training.state()  # of which each worker gives its part
+
         def save(folder: Path) -> None:
-            save_training(folder, self.training, self._best, asdict(self.progress))
+            save_training(folder, state, self._best, asdict(self.progress))
 
         self._host.checkpoint(self.progress, save)
         self._saved_at = time.monotonic()

@@ -5,10 +5,13 @@ X = H + K·D numbers that the head sees.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu, normalize
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import leaky_relu, linear, normalize
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from rayrec.model.features import PlayBatch, encode
@@ -105,7 +108,6 @@ class TasteModel(nn.Module):
             batch_first=True,
             dropout=config.dropout if config.num_layers > 1 else 0.0,
         )
-        self.dropout = nn.Dropout(config.dropout)
         seen = config.hidden_dim + count * config.embedding_dim + int(config.features.request_gap)
         self.dense = nn.Linear(seen, config.hidden_dim)
         self.heads = nn.ModuleDict(
@@ -190,12 +192,43 @@ class TasteModel(nn.Module):
         """
         if songs_BLD is None:
             songs_BLD = self.input_vectors(batch.songs_BL)
-        seen_BLX, _ = self.rnn(self.dropout(self._steps(songs_BLD, batch)))
-        seen_BLX = self.dropout(seen_BLX)
-        if self.config.averages:
-            start_BKD = songs_BLD.new_zeros(len(songs_BLD), len(self.config.averages), self.config.embedding_dim)
-            seen_BLX = _beside(seen_BLX, running_sums(songs_BLD, self.config.averages, start_BKD))
-        return self._tastes(seen_BLX, request_gap_BL)
+        hidden_BLH, _ = self.rnn(self._dropped(self._steps(songs_BLD, batch)))
+        hidden_BLH = self._dropped(hidden_BLH)
+        if not self.config.averages:
+            return self._tastes(hidden_BLH, request_gap_BL)
+        return self._tastes_of_windows(hidden_BLH, request_gap_BL, songs_BLD)
+
+    def _tastes_of_windows(self, hidden_BLH: Tensor, request_gap_BL: Tensor, songs_BLD: Tensor) -> dict[str, Tensor]:
+        """What `_tastes` makes of running sums from the first play on, in few operations that touch all averages."""
+        config, (rows, length, dim) = self.config, songs_BLD.shape
+        ages_of = _ages if torch.compiler.is_compiling() else _kept_ages
+        ages = ages_of(config.averages, length, songs_BLD.dtype, songs_BLD.device)
+        again_HK = torch.stack([self.again[name] for name in config.horizons])
+        widths = [config.hidden_dim, len(config.averages) * dim, int(config.features.request_gap)]
+        of_hidden, of_averages, of_gap = torch.split(self.dense.weight, widths, dim=1)
+        dense, again_NHD = _Averages.apply(  # type: ignore[no-untyped-call]
+            songs_BLD, of_averages, again_HK, ages
+        )
+        seen = hidden_BLH.flatten(0, 1)
+        if config.features.request_gap:
+            seen = torch.cat([seen, request_gap_BL.reshape(-1, 1)], dim=1)
+        dense = leaky_relu(dense + linear(seen, torch.cat([of_hidden, of_gap], dim=1), self.dense.bias))
+        heads = [self.heads[name] for name in config.horizons]
+        tastes = linear(dense, *(torch.cat([getattr(head, name) for head in heads]) for name in ("weight", "bias")))
+        tastes_NHD = unit(tastes.view(-1, dim)).view(-1, len(heads), dim) + again_NHD
+        found: dict[str, Tensor] = {}
+        for name, taste in zip(config.horizons, tastes_NHD.unbind(1), strict=True):
+            if name in self.linked:
+                taste = torch.addcmul(taste, self.linked[name], next(iter(found.values())))
+            found[name] = unit(taste)
+        return {name: taste.view(rows, length, dim) for name, taste in found.items()}
+
+    def _dropped(self, values: Tensor) -> Tensor:
+        if not self.training or not self.config.dropout:
+            return values
+        return torch.native_dropout(values, self.config.dropout, True)[
+            0
+        ]  # one operation, where a CPU's dropout has five
 
     def _steps(self, songs_BLD: Tensor, batch: PlayBatch) -> Tensor:
         return torch.cat([songs_BLD, *encode(batch, self.config.features)], dim=-1)
@@ -241,6 +274,78 @@ class SongMap(nn.Module):
         """Vectors of the space that the network scores in."""
         moved: Tensor = self.outer(leaky_relu(self.inner(vectors)))
         return vectors + moved
+
+
+class _Averages(torch.autograd.Function):
+    """The directions of running sums, times a part of the dense layer, and times the weights that add them to tastes.
+
+    Directions are as large as what the head sees, so that they are made and differentiated in as few operations as
+    can be. N = B · L plays, O outputs of the dense layer, H horizons.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
+    def forward(
+        ctx: Any, songs_BLD: Tensor, weight_OX: Tensor, again_HK: Tensor, ages: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(N, O) and (N, H, D); `ages` (L · K, L) says how much each play counts after each play."""
+        count, dim = again_HK.shape[1], songs_BLD.shape[2]
+        sums = torch.bmm(ages.expand(len(songs_BLD), -1, -1), songs_BLD).view(-1, dim)
+        ones = _ones(sums)
+        directions, norms = torch._weight_norm_interface(sums, ones, 0)
+        ctx.save_for_backward(sums, ones, directions, norms, weight_OX, again_HK, ages)
+        directions_NKD = directions.view(-1, count, dim)
+        again_NHD = torch.bmm(again_HK.expand(len(directions_NKD), -1, -1), directions_NKD)
+        return torch.mm(directions.view(-1, count * dim), weight_OX.T), again_NHD
+
+    @staticmethod
+    @once_differentiable
+    @torch.amp.custom_bwd(device_type="cuda")  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        """By songs, weight of the dense layer, and weights of the tastes."""
+        grad_NO, grad_NHD = gradients
+        sums, ones, directions, norms, weight_OX, again_HK, ages = ctx.saved_tensors
+        count, dim = again_HK.shape[1], sums.shape[1]
+        grad_weight = torch.mm(grad_NO.T, directions.view(-1, count * dim))
+        grad_again = torch.bmm(grad_NHD, directions.view(-1, count, dim).transpose(1, 2)).sum(0)
+        grad = torch.mm(grad_NO, weight_OX).view(-1, count, dim)
+        grad.baddbmm_(again_HK.T.expand(len(grad), -1, -1), grad_NHD)
+        grad_sums, _ = torch.ops.aten._weight_norm_interface_backward(grad.view(-1, dim), sums, ones, norms, 0)
+        length = ages.shape[1]
+        grad_songs = torch.bmm(ages.T.expand(len(sums) // len(ages), -1, -1), grad_sums.view(-1, length * count, dim))
+        return grad_songs, grad_weight, grad_again, None
+
+
+def _ages(discounts: tuple[float, ...], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(L · K, L): how much each play counts after each play."""
+    powers_KLL = _powers(torch.tensor(discounts, dtype=dtype, device=device), length)
+    return powers_KLL.transpose(0, 1).flatten(0, 1)
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Rows (n, D) of length 1, by the fused operation of weight normalization; not for rows of zeros."""
+    directions, _ = torch._weight_norm_interface(vectors.contiguous(), _ones(vectors), 0)
+    return directions
+
+
+def _ones(vectors: Tensor) -> Tensor:
+    """(n, 1): the lengths that rows (n, D) are to get."""
+    rows = len(vectors)
+    if torch.compiler.is_compiling():
+        return vectors.new_ones(rows, 1)
+    return _kept_ones(1 << rows.bit_length(), vectors.dtype, vectors.device)[:rows]
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # they may be kept for a training
+def _kept_ages(discounts: tuple[float, ...], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _ages(discounts, length, dtype, device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _kept_ones(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(rows, 1, dtype=dtype, device=device)
 
 
 def _table(vectors: Tensor, shared: bool) -> nn.Embedding:

@@ -1,12 +1,17 @@
 """Tables of song vectors in training: only the rows that a step looks up are read, and moved on by Adam.
 
-A step's cost does not depend on the size of the catalog. U songs of a step, D embedding.
+A step's cost does not depend on the size of the catalog. N songs, n rows that one worker keeps, U or V rows of a
+step, D embedding.
 """
 
 import math
 
 import torch
 from torch import Tensor
+
+from rayrec.model.row_exchange import fetch_rows, return_gradients
+from rayrec.model.steps import RowRequests
+from rayrec.model.workers import Share
 
 BETAS = (0.9, 0.999)  # Adam's decay of the mean of gradients and of their squares
 EPSILON = 1e-8  # Adam's
@@ -33,65 +38,102 @@ class Decay:
 class RowAdam:
     """Adam on the rows of a table that have a gradient; the others stay as they are, moments and all.
 
-    With it, the average of the rows over the last steps. An average of a row that stays as it is moves in a way that
-    is known, so it too is brought up to date only when the row is looked up.
+    Of W workers each keeps every W-th row, and what goes with it. With it, the average of the rows over the last steps.
+    An average of a row that stays as it is moves in a way that is known, so it too is brought up to date only when
+    the row is looked up.
     """
 
-    def __init__(self, table: Tensor, learning_rate: float, averaged_steps: int) -> None:
-        """`table` float32 (N, D) is changed in place."""
-        self._table, self._learning_rate = table, learning_rate
-        self.mean, self.square = torch.zeros_like(table), torch.zeros_like(table)
-        self.steps = 0
+    def __init__(self, table_ND: Tensor, learning_rate: float, averaged_steps: int, share: Share) -> None:
+        """`table_ND` float32 (N, D) is changed in place by a worker that is alone."""
+        self._total, self._learning_rate, self._share = len(table_ND), learning_rate, share
+        self._table = share.own(table_ND)  # (n, D)
+        self.steps = torch.zeros((), device=self._table.device)
         self._decay = Decay(averaged_steps)
+        # Means of gradients and of their squares, and the averages of rows if there are any: (2 or 3, n, D).
+        kept = [torch.zeros_like(self._table), torch.zeros_like(self._table)]
+        self._kept = torch.stack([*kept, self._table] if averaged_steps else kept)
         if averaged_steps:
-            self._average = table.clone()
-            self._seen = torch.zeros(len(table), dtype=torch.float64, device=table.device)  # log decay till then
+            rows = len(self._table)
+            self._seen = torch.zeros(rows, dtype=torch.float64, device=self._table.device)  # log decay till then
 
-    def look_up(self, songs_U: Tensor) -> Tensor:
+    def look_up(self, songs_U: Tensor, requests: RowRequests | None) -> Tensor:
         """float32 (U, D): the rows of songs, each of which comes once, as a leaf that takes a gradient."""
-        return self._table.index_select(0, songs_U).requires_grad_()
+        rows_UD = self._table.index_select(0, songs_U) if requests is None else fetch_rows(self._table, requests)
+        return rows_UD.requires_grad_()
 
-    def step(self, songs_U: Tensor, gradient_UD: Tensor) -> None:
-        """Move rows on by their gradient."""
-        self.steps += 1
+    def step(self, songs_U: Tensor, looked_up_UD: Tensor, requests: RowRequests | None) -> None:
+        """Move the rows that were looked up on by their gradient, of all workers together."""
+        gradient_UD = looked_up_UD.grad
+        if gradient_UD is None:  # the rows are moved on by their momentum
+            gradient_UD = torch.zeros_like(looked_up_UD)
+        if requests is None:
+            self._step(songs_U, looked_up_UD.detach(), gradient_UD)
+        else:
+            rows_VD = self._table.index_select(0, requests.rows_V)
+            self._step(requests.rows_V, rows_VD, return_gradients(gradient_UD, requests))
+
+    def _step(self, rows_V: Tensor, values_VD: Tensor, gradient_VD: Tensor) -> None:
+        kept = self._kept.index_select(1, rows_V)
         if self._decay.steps:
-            self._average.index_copy_(0, songs_U, self._averages(songs_U))
-            self._seen.index_fill_(0, songs_U, self._decay.log_total)
+            torch.lerp(values_VD, kept[2], self._since(rows_V), out=kept[2])
+            self._seen.index_fill_(0, rows_V, self._decay.log_total)
             self._decay.step()
-        first, second = BETAS
-        mean = self.mean.index_select(0, songs_U).lerp_(gradient_UD, 1 - first)
-        square = self.square.index_select(0, songs_U).mul_(second).addcmul_(gradient_UD, gradient_UD, value=1 - second)
-        self.mean.index_copy_(0, songs_U, mean)
-        self.square.index_copy_(0, songs_U, square)
-        # The bias corrections of both moments, taken together.
-        rate = self._learning_rate * (1 - second**self.steps) ** 0.5 / (1 - first**self.steps)
-        self._table.index_add_(0, songs_U, mean.div_(square.sqrt_().add_(EPSILON)), alpha=-rate)
+        self.steps.add_(1)
+        torch._fused_adam_(  # what torch.optim.Adam calls
+            [values_VD],
+            [gradient_VD],
+            [kept[0]],
+            [kept[1]],
+            [],
+            [self.steps],
+            lr=self._learning_rate,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=0.0,
+            eps=EPSILON,
+            amsgrad=False,
+            maximize=False,
+        )
+        self._table.index_copy_(0, rows_V, values_VD)
+        self._kept.index_copy_(1, rows_V, kept)
+
+    def whole(self) -> Tensor:
+        """float32 (N, D): the table. All workers take part, as in the methods below."""
+        return self._share.gathered(self._table, self._total)
 
     def averaged(self) -> Tensor:
         """float32 (N, D): the table as it was on average."""
         if not self._decay.steps:
-            return self._table
-        return self._averages(torch.arange(len(self._table), device=self._table.device))
+            return self.whole()
+        since = self._since(torch.arange(len(self._table), device=self._table.device))
+        return self._share.gathered(torch.lerp(self._table, self._kept[2], since), self._total)
 
-    def _averages(self, songs_U: Tensor) -> Tensor:
-        """float32 (U, D): the averages of rows up to now."""
-        since = (self._decay.log_total - self._seen.index_select(0, songs_U)).exp().float().unsqueeze(1)
-        return torch.lerp(self._table.index_select(0, songs_U), self._average.index_select(0, songs_U), since)
+    def is_finite(self) -> bool:
+        """False where a number of this worker's rows is none."""
+        return bool(self._table.isfinite().all())
+
+    def _since(self, rows_V: Tensor) -> Tensor:
+        """float32 (V, 1): what is left of the averages of rows, which have stood still since they were looked up."""
+        return (self._decay.log_total - self._seen.index_select(0, rows_V)).exp_().float().unsqueeze(1)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
-        kept = {"mean": self.mean, "square": self.square, "steps": torch.tensor(self.steps)}
+        """What a checkpoint keeps beside the table, of all rows."""
+        kept = {name: self._share.gathered(values, self._total) for name, values in self._slots().items()}
+        kept["steps"] = self.steps
         if self._decay.steps:
-            told = torch.tensor([self._decay.taken, self._decay.log_total], dtype=torch.float64)
-            kept |= {"average": self._average, "seen": self._seen, "decay": told}
+            kept["decay"] = torch.tensor([self._decay.taken, self._decay.log_total], dtype=torch.float64)
         return kept
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
-        self.mean.copy_(state["mean"])
-        self.square.copy_(state["square"])
-        self.steps = int(state["steps"])
+    def load(self, table_ND: Tensor, state: dict[str, Tensor]) -> None:
+        """Go on from a table and what `state` gave, of any number of workers."""
+        if self._share.workers > 1:
+            self._table.copy_(self._share.own(table_ND))
+        for name, values in self._slots().items():
+            values.copy_(self._share.own(state[name]))
+        self.steps.copy_(state["steps"])
         if self._decay.steps:
-            self._average.copy_(state["average"])
-            self._seen.copy_(state["seen"])
             self._decay.taken, self._decay.log_total = int(state["decay"][0]), float(state["decay"][1])
+
+    def _slots(self) -> dict[str, Tensor]:
+        kept = dict(zip(("mean", "square", "average"), self._kept, strict=False))
+        return kept | ({"seen": self._seen} if self._decay.steps else {})

@@ -2,13 +2,13 @@
 
 Whatever has a size that depends on the data is decided here, so that a step on a device never waits for an answer
 from it. Shapes: B windows, L plays, U songs of a step, P positions that have a target, T targets of a position,
-K negatives.
+K negatives, H horizons, W workers, R rows that one of them is asked for, V of these each once.
 """
 
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,8 +23,20 @@ from rayrec.model.train_config import Horizon, ModelConfig, TrainConfig
 from rayrec.model.workers import Share
 
 AHEAD = 2  # steps that are prepared while one runs
+STOP_SECONDS = 5.0  # that a thread is waited for which may itself wait for another worker that failed
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRequests:
+    """What one step of all workers asks of a table."""
+
+    sent: list[int]  # rows that this worker asks each for; U together
+    received: list[int]  # rows that each asks this worker for; R together
+    rows_R: Tensor  # int64, the places of those among this worker's rows
+    rows_V: Tensor  # int64, the same each once, ascending
+    places_R: Tensor  # int64, where each stands in rows_V
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +48,16 @@ class TrainingStep:
     windows: Windows  # that it was made of
     batch: PlayBatch  # the input plays; songs_BL holds rows of the songs that are looked up as inputs
     request_gap_BL: Tensor  # float32: to the next play, scaled
-    songs: dict[str, Tensor]  # table -> int64 (U,), the songs looked up in it, each once
-    targets: dict[str, Targets]  # by horizon
-    negatives: dict[str, Negatives]  # by horizon
+    songs: dict[str, Tensor]  # table -> int64 (U,), the songs looked up in it, each once, by worker that keeps the row
+    targets: Targets  # each counts for one of those that its horizon has over all workers
+    negatives: Negatives
+    counts: list[int]  # targets of each horizon
+    requests: dict[str, RowRequests] = field(default_factory=dict)  # table -> who asks whom; empty for one worker
 
     @property
     def plays(self) -> int:
         """Inputs."""
         return int(self.windows.inputs.sum())
-
-    @property
-    def counts(self) -> list[int]:
-        """Targets of each horizon."""
-        return [targets.count for targets in self.targets.values()]
 
     def to(self, device: torch.device) -> "TrainingStep":
         """The step on another device; the copies run while the device works on the step before."""
@@ -74,7 +83,7 @@ class StepMaker:
         entropy = [self._config.seed, epoch, number]
         seed, *seeds = np.random.SeedSequence(entropy).generate_state(1 + len(self._model.horizons)).tolist()
         padded = pad(windows.plays, windows.previous_at, self._model.features)
-        inputs_B = torch.from_numpy(windows.inputs)
+        inputs_B = torch.tensor(windows.inputs)  # a copy: what comes from Arrow is read-only
         batch = padded.shortened(inputs_B)
         width = batch.songs_BL.shape[1]
         songs = _without_padding(batch.songs_BL.numpy(), windows.inputs)
@@ -86,10 +95,12 @@ class StepMaker:
         outputs = [*(targets for _, targets, _ in drawn.values()), negatives]
         tables: dict[str, np.ndarray] = {}
         if self._model.input_table:
-            tables[INPUT_TABLE], (places,) = _distinct([songs])
-            tables[SONG_TABLE], (*target_places, negative_places) = _distinct(outputs)
+            tables[INPUT_TABLE], (places,) = self._distinct([songs])
+            tables[SONG_TABLE], (*target_places, negative_places) = self._distinct(outputs)
         else:
-            tables[SONG_TABLE], (places, *target_places, negative_places) = _distinct([songs, *outputs])
+            tables[SONG_TABLE], (places, *target_places, negative_places) = self._distinct([songs, *outputs])
+        counts = [int(there.sum()) for _, _, there in drawn.values()]
+        targets = self._as_targets(drawn, target_places, negatives, songs.size, len(tables[SONG_TABLE]))
         return TrainingStep(
             number=number,
             seed=seed + self._share.rank,
@@ -97,22 +108,27 @@ class StepMaker:
             batch=replace(batch, songs_BL=torch.from_numpy(places.reshape(songs.shape))),
             request_gap_BL=padded.gap_BL[:, 1 : width + 1],
             songs={name: torch.from_numpy(values) for name, values in tables.items()},
-            targets={
-                name: self._as_targets(name, positions, targets, there, found, negatives)
-                for (name, (positions, targets, there)), found in zip(drawn.items(), target_places, strict=True)
-            },
-            negatives={
-                name: Negatives(
-                    places_K=torch.from_numpy(negative_places),
-                    weight_K=torch.from_numpy(weights + self._prior(name)[negatives]),
-                )
-                for name in drawn
-            },
+            targets=targets.weighed(np.array(counts)),
+            negatives=Negatives(
+                places_K=torch.from_numpy(negative_places),
+                weight_KH=torch.from_numpy(np.stack([weights + self._prior(name, negatives) for name in drawn], 1)),
+            ),
+            counts=counts,
         )
 
-    def _prior(self, horizon: str) -> np.ndarray:
-        """float32 (N,): added to the logits of a horizon."""
-        return self._priors.get(horizon, np.zeros(self._num_songs, dtype=np.float32))
+    def _distinct(self, parts: Iterable[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The songs in all parts, int64, each once, by worker that keeps the row, and each part's places among them."""
+        flat = [np.asarray(part, dtype=np.int64).ravel() for part in parts]
+        workers, songs = self._share.workers, np.concatenate(flat)
+        rows = -(-self._num_songs // workers)  # of a worker at most
+        keys, places = np.unique(songs % workers * rows + songs // workers, return_inverse=True)
+        return keys % rows * workers + keys // rows, np.split(places.ravel(), np.cumsum(list(map(len, flat)))[:-1])
+
+    def _prior(self, horizon: str, songs: np.ndarray) -> np.ndarray:
+        """float32, of the shape of `songs`: added to their logits on a horizon."""
+        if horizon in self._priors:
+            return np.asarray(self._priors[horizon][songs])
+        return np.zeros(songs.shape, dtype=np.float32)
 
     def _negatives(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Songs, int64 (K,), ascending, and what is added to their logits, float32 (K,)."""
@@ -127,16 +143,16 @@ class StepMaker:
 
         A horizon of several offsets draws T = `long_targets` of them for each position.
         """
-        rows, longest = len(windows), max(1, int(windows.inputs.max()))
+        rows, longest = len(windows), max(1, int(windows.inputs.max(initial=0)))
         draws = 1 if horizon.min_offset == horizon.max_offset else self._config.long_targets
         # Drawn for the whole batch, whatever the number of workers, so that a window's targets do not depend on it.
-        total = (rows + 1) * self._share.workers
+        total = int(windows.places.max(initial=-1)) + 1
         offsets = rng.integers(horizon.min_offset, horizon.max_offset + 1, (total, self._config.window, draws))
-        offsets = offsets[self._share.rank :: self._share.workers][:rows, :longest]
+        offsets = offsets[windows.places, :longest]
         target = np.arange(longest)[:, None] + offsets
         there = np.arange(longest)[:, None] < windows.inputs[:, None, None]
         there = there & (target < windows.plays.lengths[:, None, None])
-        songs = np.take_along_axis(songs_BL, np.where(there, target, 0).reshape(rows, -1), axis=1)
+        songs = np.take_along_axis(songs_BL, np.where(there, target, 0).reshape(rows, longest * draws), axis=1)
         songs, there = songs.reshape(rows * longest, draws), there.reshape(rows * longest, draws)
         positions = np.flatnonzero(there.any(axis=1))
         songs, there = songs[positions], there[positions]
@@ -146,24 +162,34 @@ class StepMaker:
 
     def _as_targets(
         self,
-        horizon: str,
-        positions: np.ndarray,
-        songs: np.ndarray,
-        there: np.ndarray,
-        places: np.ndarray,
+        drawn: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+        places: list[np.ndarray],
         negatives: np.ndarray,
+        inputs: int,
+        count: int,
     ) -> Targets:
-        among = np.minimum(np.searchsorted(negatives, songs), len(negatives) - 1)
-        hits = np.where(there & (negatives[among] == songs), among, len(negatives))
-        same = (songs[:, :, None] == songs[:, None, :]) & there[:, None, :]
-        return Targets(
-            positions=torch.from_numpy(positions),
-            places_PT=torch.from_numpy(places.reshape(songs.shape)),
-            there_PT=torch.from_numpy(there),
-            first_PT=torch.from_numpy(there & ~np.tril(same, -1).any(axis=-1)),
-            hits_PT=torch.from_numpy(hits),
-            prior_PT=torch.from_numpy(self._prior(horizon)[songs]),
-            count=int(there.sum()),
+        """Those of all horizons, of `inputs` positions each; first the horizon with the most targets of a position."""
+        most = max(songs.shape[1] for _, songs, _ in drawn.values())
+        parts = []
+        for number, ((name, (positions, songs, there)), found) in enumerate(zip(drawn.items(), places, strict=True)):
+            filled = ((0, 0), (0, most - songs.shape[1]))
+            horizon = np.zeros((len(positions), len(drawn)))
+            horizon[:, number] = 1
+            values = (songs, found.reshape(songs.shape), there, self._prior(name, songs))
+            padded = [np.pad(each, filled) for each in values]
+            parts.append((-songs.shape[1], [number * inputs + positions, horizon, *padded]))
+        parts.sort(key=lambda part: part[0])
+        joined = [np.concatenate(arrays) for arrays in zip(*(arrays for _, arrays in parts), strict=True)]
+        positions, horizons_PH, songs_PT, places_PT, there_PT, prior_PT = joined
+        return Targets.of(
+            positions=positions,
+            horizons_PH=horizons_PH,
+            songs_PT=songs_PT,
+            places_PT=places_PT,
+            there_PT=there_PT,
+            negatives=negatives,
+            prior_PT=prior_PT,
+            count=count,
         )
 
 
@@ -202,14 +228,7 @@ def ahead(values: Iterator[T], depth: int = AHEAD) -> Iterator[T]:
             yield value
     finally:
         stopped.set()
-        thread.join()
-
-
-def _distinct(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The songs in all parts, int64, each once and ascending, and each part's places among them."""
-    flat = [np.asarray(part, dtype=np.int64).ravel() for part in parts]
-    songs, places = np.unique(np.concatenate(flat), return_inverse=True)
-    return songs, np.split(places.ravel(), np.cumsum([len(part) for part in flat])[:-1])
+        thread.join(STOP_SECONDS)
 
 
 def _without_padding(songs_BL: np.ndarray, inputs: np.ndarray) -> np.ndarray:
@@ -226,6 +245,6 @@ def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
         return {key: _moved(item, move) for key, item in value.items()}
     if isinstance(value, PlayBatch):
         return value.each(move, value.length_B)
-    if isinstance(value, TrainingStep | Targets | Negatives):
+    if isinstance(value, TrainingStep | Targets | Negatives | RowRequests):
         return replace(value, **{each.name: _moved(getattr(value, each.name), move) for each in fields(value)})
     return value

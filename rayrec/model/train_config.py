@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rayrec.config import Settings
 from rayrec.data.moments import parse_moment
+from rayrec.data.shards import divisors
 from rayrec.errors import InputError
 
 SongTable = Literal["trained", "mapped", "frozen"]
@@ -155,6 +156,9 @@ class TrainConfig(Settings):
     validation_plays: int = Field(
         10_000, ge=0, description="Plays of the validation range that are predicted per epoch"
     )
+    shards: int = Field(
+        64, ge=1, description="Parts that the data is read in, the same for any number of workers that divides it"
+    )
     workers: int = Field(1, ge=0, description="Training workers; 0 trains in this process")
     gpu: bool = Field(False, description="Give each worker a GPU")
     checkpoint_minutes: float = Field(10.0, ge=0, description="Minutes between checkpoints within an epoch")
@@ -170,6 +174,9 @@ class TrainConfig(Settings):
             )
         if self.batch < self.workers:
             raise ValueError(f"batch is {self.batch}; expected at least one window for each of {self.workers} workers")
+        if self.workers and self.shards % self.workers:
+            choices = ", ".join(map(str, divisors(self.shards)))
+            raise ValueError(f"workers is {self.workers}; expected a divisor of shards ({self.shards}): {choices}")
         for name, offsets in (("short", self.short), ("long", self.long)):
             if offsets and not (len(offsets) == 2 and 1 <= offsets[0] <= offsets[1]):
                 raise ValueError(

@@ -1,25 +1,28 @@
-"""Where the network's training sequences come from: histories, playlists, or sessions that serve as playlists."""
+"""Where the network's training sequences come from: histories, playlists, or sessions that serve as playlists; and
+how they become a worker's share of the batches of an epoch."""
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, concatenate
+from rayrec.data.histories import Histories
+from rayrec.data.shards import EpochBatches, WindowLengths
 from rayrec.data.split import FitRange
-from rayrec.data.windows import Windows, cut_windows, worker_batches
-from rayrec.embeddings.word2vec import Sentences, cut_sessions, drop_single, without_held_out
+from rayrec.data.windows import Windows, count_inputs, cut_windows
+from rayrec.embeddings.word2vec import Sentences, cut_sessions, drop_single
+from rayrec.errors import MismatchError
 from rayrec.model.train_config import Source, TrainConfig
 from rayrec.model.workers import Share
 
 Kind = Literal["histories", "playlists", "sessions"]
-POOL_PLAYS = 200_000  # plays whose windows are put in batches by length together
-USERS_PER_READ = 1_000  # few, so that a pool holds little more than its plays, whatever the size of a bucket
-FIRST = "first"  # column: whether a window is the first of its batch
+USERS_PER_READ = 100  # few, since one worker may read from all lanes at once
+PLAYS_PER_CUT = 20_000  # whose windows, which hold plays several times, are held at once for a lane
+STEP = "step"  # column: the number of a window's batch within the epoch
 
 
 class Sequences:
@@ -50,14 +53,43 @@ class Sequences:
         None of them holds a play that `allowed` forbids; of playlists nobody can say, but for songs that are held out.
         Raises `LeakError`.
         """
+        for raw in self._raw(unit, rows):
+            yield self._sequences(self._select(raw, allowed))
+
+    def count(
+        self, unit: int, ranges: Sequence[FitRange], window: int, rows: int = 5_000
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """What the plays of a unit come to in each of several fit ranges.
+
+        That is the songs played, int64, their plays, int64, and the inputs of all windows in the order of `read`.
+        Small where the catalog is large.
+        """
+        plays = [np.zeros(self._dataset.num_songs, dtype=np.int64) for _ in ranges]
+        inputs = [[np.zeros(0, dtype=np.int64)] for _ in ranges]
+        for raw in self._raw(unit, rows):
+            for number, allowed in enumerate(ranges):
+                selected = self._select(raw, allowed)
+                plays[number] += np.bincount(selected.songs, minlength=len(plays[number]))
+                inputs[number].append(count_inputs(self._sequences(selected).lengths, window))
+        return [
+            (np.flatnonzero(count), count[count > 0], np.concatenate(parts).astype(np.min_scalar_type(window)))
+            for count, parts in zip(plays, inputs, strict=True)
+        ]
+
+    def _raw(self, unit: int, rows: int) -> Iterator[Histories]:
         if self.kind == "playlists":
-            for playlists in self._dataset.read_playlist_file(self._files[unit], rows):
-                yield as_histories(without_held_out(playlists, allowed))
-            return
-        for batch in self._dataset.read_bucket(unit, rows):
-            histories = allowed.select(batch)
-            allowed.require(histories)  # the last place where the users are known
-            yield as_histories(drop_single(cut_sessions(histories))) if self.kind == "sessions" else histories
+            return map(as_histories, self._dataset.read_playlist_file(self._files[unit], rows))
+        return self._dataset.read_bucket(unit, rows)
+
+    def _select(self, raw: Histories, allowed: FitRange) -> Histories:
+        if self.kind == "playlists":
+            return raw.keep(allowed.allowed_songs(raw.songs))
+        histories = allowed.select(raw)
+        allowed.require(histories)  # the last place where the users are known
+        return histories
+
+    def _sequences(self, selected: Histories) -> Histories:
+        return as_histories(drop_single(cut_sessions(selected))) if self.kind == "sessions" else selected
 
 
 def as_histories(sentences: Sentences) -> Histories:
@@ -72,58 +104,111 @@ def as_histories(sentences: Sentences) -> Histories:
     )
 
 
-class UnitReader:
-    """Reads sequences by lists of units and cuts them into one worker's share of the batches."""
+class WindowCounter:
+    """A bucket worker that counts plays by song, and windows, once for each of several fit ranges."""
 
-    def __init__(self, dataset: Dataset, allowed: FitRange, config: TrainConfig, share: Share, epoch: int) -> None:
+    def __init__(self, dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) -> None:
+        self._sequences, self._window, self._ranges = Sequences(dataset, config.source), config.window, ranges
+
+    def __call__(self, unit: int) -> tuple[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+        """The unit, and what `Sequences.count` says of it."""
+        return unit, self._sequences.count(unit, self._ranges, self._window)
+
+
+def window_lengths(dataset: Dataset, allowed: FitRange, config: TrainConfig) -> WindowLengths:
+    """Those of the whole data, counted in this process."""
+    sequences = Sequences(dataset, config.source)
+    counted = [sequences.count(unit, [allowed], config.window)[0] for unit in range(sequences.units)]
+    return WindowLengths.of_units([inputs for _, _, inputs in counted])
+
+
+class ShardReader:
+    """Reads one worker's lanes of an epoch and puts their windows into its share of the batches."""
+
+    def __init__(
+        self, dataset: Dataset, allowed: FitRange, config: TrainConfig, windows: WindowLengths, share: Share, epoch: int
+    ) -> None:
+        """`windows` are those of the data set in the range that is `allowed`."""
+        self.batches = EpochBatches(windows, shards=config.shards, batch=config.batch, seed=config.seed, epoch=epoch)
         self._sequences = Sequences(dataset, config.source)
-        self._allowed, self._config, self._share, self._epoch = allowed, config, share, epoch
+        self._allowed, self._config, self._share = allowed, config, share
 
-    def tables(self, rows: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        """The batches of JSON lists of units of `Sequences`, as rows that `split_batches` takes apart."""
-        for unit in rows["unit"]:
-            for pool in self._pools(json.loads(unit)):
-                yield from self._batches(pool, json.loads(unit))
-                pa.default_memory_pool().release_unused()  # a reader lives as long as the training
+    def tables(self) -> Iterator[pa.Table]:
+        """The worker's windows of one pool after the other, by batch, as rows that `split_batches` takes apart."""
+        share = self._share
+        lanes = self.batches.lanes_of(share.rank, share.workers)
+        readers = {lane: _LaneReader(self._windows(self.batches.lanes[lane])) for lane in lanes}
+        for number in range(self.batches.pools):
+            pool, parts, kept = self.batches.pool(number), list[Windows](), list[np.ndarray]()
+            for lane, reader in readers.items():
+                rows = np.flatnonzero(pool.lanes == lane)
+                windows = reader.take(pool.inputs[rows])
+                own = pool.shards[rows] % share.workers == share.rank
+                parts.append(windows.take(np.flatnonzero(own)))
+                kept.append(rows[own])
+            rows = np.concatenate(kept)
+            order = np.lexsort((pool.places[rows], pool.steps[rows]))
+            windows = replace(Windows.joined(parts).take(order), places=pool.places[rows[order]])
+            if len(windows):
+                yield windows.to_arrow().append_column(STEP, pa.array(pool.steps[rows[order]]))
+            pa.default_memory_pool().release_unused()  # a reader lives as long as the training
 
-    def _pools(self, buckets: list[int]) -> Iterator[Histories]:
-        held: list[Histories] = []
-        for bucket in buckets:
-            for histories in self._sequences.read(bucket, self._allowed, USERS_PER_READ):
-                held.append(histories)
-                if sum(part.num_plays for part in held) >= POOL_PLAYS:
-                    yield concatenate(held)
-                    held = []
-        yield concatenate(held)
-
-    def _batches(self, pool: Histories, buckets: list[int]) -> Iterator[pa.Table]:
-        config = self._config
-        windows = cut_windows(pool, config.window, config.lookahead)
-        rng = np.random.default_rng([config.seed, self._epoch, buckets[0], pool.num_plays])
-        batches = list(
-            worker_batches(windows, batch=config.batch, rank=self._share.rank, workers=self._share.workers, rng=rng)
-        )
-        if batches:
-            table = pa.concat_tables([batch.to_arrow() for batch in batches])
-            first: np.ndarray = np.zeros(len(table), dtype=bool)
-            first[np.cumsum([0] + [len(batch) for batch in batches[:-1]])] = True
-            yield table.append_column(FIRST, pa.array(first))
+    def _windows(self, units: list[int]) -> Iterator[Windows]:
+        for unit in units:
+            for histories in self._sequences.read(unit, self._allowed, USERS_PER_READ):
+                for users in np.split(np.arange(len(histories)), _cuts(histories)):
+                    yield cut_windows(histories.take(users), self._config.window, self._config.lookahead)
 
 
-def split_batches(tables: Iterable[pa.Table]) -> Iterator[Windows]:
-    """The batches of the tables that `UnitReader` made, in order, wherever an engine joined or cut the tables."""
-    rest: pa.Table | None = None
+def _cuts(histories: Histories) -> np.ndarray:
+    """Rows before which to cut, so that parts hold about `PLAYS_PER_CUT` plays."""
+    return np.flatnonzero(np.diff(histories.offsets[:-1] // PLAYS_PER_CUT)) + 1
+
+
+class _LaneReader:
+    """Hands out the windows of a lane, as many at a time as are asked for."""
+
+    def __init__(self, windows: Iterator[Windows]) -> None:
+        self._windows, self._rest = windows, Windows.joined([])
+
+    def take(self, inputs: np.ndarray) -> Windows:
+        """The next windows, which are to have so many inputs, int (W,). Raises `MismatchError` where they have not."""
+        held = [self._rest]
+        while sum(map(len, held)) < len(inputs) and (windows := next(self._windows, None)) is not None:
+            held.append(windows)
+        joined = Windows.joined(held)
+        self._rest = joined.take(np.arange(len(inputs), len(joined)))
+        taken = joined.take(np.arange(min(len(inputs), len(joined))))
+        if not np.array_equal(taken.inputs, inputs):
+            raise MismatchError("the plays changed during the training; run `rayrec train --restart`")
+        return taken
+
+
+def split_batches(tables: Iterable[pa.Table], steps: int) -> Iterator[Windows]:
+    """A worker's share of each of so many batches, from the tables of `ShardReader`, wherever an engine joined or
+    cut them. The share of a batch of which the worker holds nothing has no windows."""
+    following, rest = 0, None
     for arrived in tables:
         table = arrived if rest is None else pa.concat_tables([rest, arrived])
-        cuts = np.flatnonzero(table.column(FIRST).to_numpy()).tolist()
+        numbers = table.column(STEP).to_numpy()
+        cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist()]
         for begin, end in pairwise(cuts):
+            yield from _nothing(int(numbers[begin]) - following)
             yield Windows.from_arrow(table.slice(begin, end - begin))
-        rest = table.slice(cuts[-1]) if cuts else table
+            following = int(numbers[begin]) + 1
+        rest = table.slice(cuts[-1])
     if rest is not None and len(rest):
+        number = int(rest.column(STEP)[0].as_py())
+        yield from _nothing(number - following)
         yield Windows.from_arrow(rest)
+        following = number + 1
+    yield from _nothing(steps - following)
 
 
-def plain_stream(reader: UnitReader, units: list[list[int]]) -> Iterator[Windows]:
+def _nothing(batches: int) -> Iterator[Windows]:
+    return (Windows.joined([]) for _ in range(batches))
+
+
+def plain_stream(reader: ShardReader) -> Iterator[Windows]:
     """The same batches in this process, for training without a cluster."""
-    rows: dict[str, Any] = {"unit": np.array([json.dumps(unit) for unit in units], dtype=object)}
-    yield from split_batches(reader.tables(rows))
+    return split_batches(reader.tables(), reader.batches.steps)

@@ -29,6 +29,21 @@ class Share:
         dist.all_reduce(tensor)
         return [float(value) for value in tensor]
 
+    def gathered(self, rows: Tensor, total: int) -> Tensor:
+        """All of `total` rows, of which row r is worker r mod W's, from each worker's own (n, ...)."""
+        if self.workers == 1:
+            return rows
+        longest = -(-total // self.workers)
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.workers)]
+        dist.all_gather(parts, padded)
+        return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+
+    def own(self, rows: Tensor) -> Tensor:
+        """This worker's rows of a table that holds those of all, (N, ...); the table itself where it is alone."""
+        return rows if self.workers == 1 else rows[self.rank :: self.workers].clone()
+
     def add_up(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all workers."""
         if self.workers > 1:

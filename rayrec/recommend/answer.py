@@ -14,7 +14,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.moments import iso_moment
 from rayrec.errors import InputError, MismatchError
-from rayrec.recommend.base import NO_SONG, Horizon, Recommender
+from rayrec.recommend.base import NO_SONG, BaseRecommender, Horizon
 from rayrec.recommend.filters import Limits, SongMasks, Wanted, parse_day, without_heard
 from rayrec.recommend.reasons import LAST_PLAYS, reasons
 from rayrec.storage.artifacts import load
@@ -91,7 +91,7 @@ class Answer:
 
 def answer(
     dataset: Dataset,
-    recommender: Recommender,
+    recommender: BaseRecommender,
     config: RecommendConfig,
     *,
     at: int,
@@ -151,7 +151,7 @@ def _limits(
 
 
 def _best(
-    recommender: Recommender, history: Histories, at: int, config: RecommendConfig, limits: Limits
+    recommender: BaseRecommender, history: Histories, at: int, config: RecommendConfig, limits: Limits
 ) -> tuple[np.ndarray, np.ndarray]:
     """Song rows int32 and scores float32, at most k; with diversity in the order of choice."""
     from rayrec.recommend.selection import diversify, network_of, pool_size  # brings torch, as below
@@ -166,7 +166,7 @@ def _best(
     return rows, scores
 
 
-def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> Recommender:
+def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> BaseRecommender:
     """What answers with some parts, role -> id, as `releases.default_parts` gives them.
 
     `models` is needed. `added_songs` are recommended beside those of the model. With `retrieval` and `rankers`
@@ -195,7 +195,7 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
             "run `rayrec rank` for this model"
         )
     retrieval = load(workspace, "retrieval", parts["retrieval"])
-    return load_two_step(workspace, network, retrieval, rankers, real_times=dataset.manifest.times == "real")
+    return load_two_step(workspace, network, retrieval.folder, rankers, real_times=dataset.manifest.times == "real")
 
 
 def history_of_user(dataset: Dataset, user_id: str, at: int) -> Histories:

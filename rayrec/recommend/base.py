@@ -45,7 +45,7 @@ class Ranking:
         )
 
 
-class Recommender(ABC):
+class BaseRecommender(ABC):
     """Scores songs for users at a moment.
 
     Subclasses give `score`; `rank` orders by it, and a subclass may rank faster as long as the
@@ -166,7 +166,7 @@ class ScoredCandidates:
     retrievers: Mapping[str, np.ndarray]  # name -> int64, positions of the candidates that each retriever proposes
 
 
-class CandidateRecommender(Recommender):
+class CandidateRecommender(BaseRecommender):
     """Scores a few candidates of each query instead of every song; a song that is no candidate has no score."""
 
     retrievers: tuple[str, ...]  # names of what proposes the candidates

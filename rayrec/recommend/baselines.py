@@ -10,7 +10,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.errors import InputError
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.selection import Selection
 from rayrec.recommend.sequential_rules import DECAY, SequentialRulesRecommender
 from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender
@@ -20,15 +20,17 @@ from rayrec.recommend.weighted_average import OFFSETS, AverageRecommender, fit_w
 DISCOUNTS = (0.25, 0.5, 0.75, 0.9, 1.0)
 
 Settings = Mapping[str, Any]  # numbers, of a baseline, by name; those that are left out have their defaults
-FromPlays = Callable[[Iterator[Histories], Dataset, FitRange, Settings], Recommender]
-FromVectors = Callable[[np.ndarray], Recommender]
+FromPlays = Callable[[Iterator[Histories], Dataset, FitRange, Settings], BaseRecommender]
+FromVectors = Callable[[np.ndarray], BaseRecommender]
 
 
-def _popularity(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, _settings: Settings) -> Recommender:
+def _popularity(
+    batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, _settings: Settings
+) -> BaseRecommender:
     return PopularityRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
 
 
-def _recent(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> Recommender:
+def _recent(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> BaseRecommender:
     """Where the data has no times, the last days are all of it."""
     end = dataset.manifest.last_play + 1 if allowed.before is None else allowed.before
     days = settings.get("days", RECENT_DAYS)
@@ -38,22 +40,24 @@ def _recent(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, s
     return recent
 
 
-def _rules(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> Recommender:
+def _rules(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> BaseRecommender:
     decay = settings.get("decay", DECAY)
     return SequentialRulesRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed, decay=decay)
 
 
-def _vsknn(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> Recommender:
+def _vsknn(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> BaseRecommender:
     fitted = VsknnRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
     return fitted.with_settings(replace(fitted.chosen, **settings))
 
 
-def _vstan(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> Recommender:
+def _vstan(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> BaseRecommender:
     fitted = VstanRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
     return fitted.with_settings(replace(fitted.chosen, **settings))
 
 
-def _user_top(_batches: Iterator[Histories], dataset: Dataset, _allowed: FitRange, _settings: Settings) -> Recommender:
+def _user_top(
+    _batches: Iterator[Histories], dataset: Dataset, _allowed: FitRange, _settings: Settings
+) -> BaseRecommender:
     return UserTopRecommender(dataset.num_songs)
 
 
@@ -92,14 +96,14 @@ def fit_baselines(
     allowed: FitRange,
     selection: Selection | None = None,
     settings: Mapping[str, Settings] | None = None,
-) -> list[Recommender]:
+) -> list[BaseRecommender]:
     """Fit the named baselines on what `allowed` lets through of the data set, in the order of the names.
 
     `vectors` is float32 (N, D), normalized, and must itself come from that range; it is needed by `item-knn`, the
     averages and the weight-based ones, which share it. These last choose λ by `selection`, and take a usual one where
     there is none. `settings` are those of the others, by baseline. Raises `InputError` for an unknown name.
     """
-    fitted: list[Recommender] = []
+    fitted: list[BaseRecommender] = []
     for name in names:
         batches = (allowed.select(batch) for batch in dataset.read_all())
         if name in FROM_PLAYS:

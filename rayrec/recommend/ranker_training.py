@@ -38,6 +38,11 @@ def validation_queries(histories: Histories, split: Split, most: int) -> tuple[H
     return kept, plays
 
 
+def checks_rankers(user_ids: np.ndarray) -> np.ndarray:
+    """bool (U,): the users whose queries check what rankers learned from the others."""
+    return np.asarray(user_hash(user_ids) % np.uint64(HELD_OUT) == 0)
+
+
 def collect_examples(
     sources: Mapping[str, CandidateSource], histories: Histories, plays: np.ndarray
 ) -> dict[str, dict[RankerKind, RankingExamples]]:
@@ -46,7 +51,7 @@ def collect_examples(
     The sources have one network.
     """
     queries = Questions.before_plays(histories, plays)
-    held_out = (user_hash(histories.user_ids) % np.uint64(HELD_OUT) == 0)[queries.rows]
+    held_out = checks_rankers(histories.user_ids)[queries.rows]
     ends = histories.offsets[1:][queries.rows]
     first = np.minimum(ends, plays + LONG_OFFSETS[0] - 1)
     counts = np.minimum(ends, plays + LONG_OFFSETS[1]) - first

@@ -9,7 +9,7 @@ import numpy as np
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange, Split, validation_histories
-from rayrec.recommend.base import NO_SONG, Horizon, Recommender, SearchPath, check_count, top_k
+from rayrec.recommend.base import NO_SONG, BaseRecommender, Horizon, SearchPath, check_count, top_k
 from rayrec.recommend.filters import Limits
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import TwoStepRecommender
@@ -138,7 +138,7 @@ class Chosen:
         return replace(self, songs=self.songs[first:], scores=self.scores[first:], features=self.features[first:])
 
 
-def network_of(recommender: Recommender) -> TasteRecommender:
+def network_of(recommender: BaseRecommender) -> TasteRecommender:
     """The network within a recommender that has one."""
     network = recommender.source.network if isinstance(recommender, TwoStepRecommender) else recommender
     if not isinstance(network, TasteRecommender):
@@ -146,7 +146,7 @@ def network_of(recommender: Recommender) -> TasteRecommender:
     return network
 
 
-def choose(recommender: Recommender, known: Known, wish: Wish) -> Chosen:
+def choose(recommender: BaseRecommender, known: Known, wish: Wish) -> Chosen:
     """The k best songs of a user, as `recommender` ranks them.
 
     At weight 0 and 1 these are the songs of `recommender.recommend` on the horizon. Between them a network
@@ -167,14 +167,14 @@ def choose(recommender: Recommender, known: Known, wish: Wish) -> Chosen:
     return replace(chosen, features=tuple(features))
 
 
-def similar(recommender: Recommender, song: int, k: int) -> Chosen:
+def similar(recommender: BaseRecommender, song: int, k: int) -> Chosen:
     """The k songs nearest to a song, int row, by cosine of the network's vectors; none to a song without a vector."""
     network = network_of(recommender)
     vector, wish = network.song_vectors[song], Wish(k=k, limits=Limits(banned=np.array([song])))
     return _nearest(network, vector, wish)
 
 
-def _choose(recommender: Recommender, known: Known, wish: Wish) -> Chosen:
+def _choose(recommender: BaseRecommender, known: Known, wish: Wish) -> Chosen:
     network = network_of(recommender)
     if isinstance(recommender, TwoStepRecommender):
         return _ranked(recommender, known, wish)

@@ -10,7 +10,7 @@ from scipy.sparse import csr_matrix
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
-from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.base import BaseRecommender, Horizon
 from rayrec.recommend.simple_baselines import last_songs
 
 MAX_DISTANCE = 10  # plays between a song and one that follows it
@@ -19,7 +19,7 @@ RULES_PER_SONG = 1_000  # kept, the strongest
 MAX_RULES = 20_000_000  # held at a time while counting: 160 MB
 
 
-class SequentialRulesRecommender(Recommender):
+class SequentialRulesRecommender(BaseRecommender):
     """Scores a song by how often it followed the last song, weighted distance^-decay (SR; Ludewig and Jannach 2018).
 
     `rules` is a sparse float32 (N, N): row the song, column what followed it. A song that never

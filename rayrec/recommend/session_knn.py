@@ -13,7 +13,7 @@ from scipy.sparse import coo_matrix, csr_matrix, vstack
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.embeddings.word2vec import cut_sessions, drop_single
-from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.base import BaseRecommender, Horizon
 
 MAX_SESSIONS = 5_000_000  # kept, the latest of those read
 QUERIES_AT_ONCE = 256  # a popular song is in many sessions, and all of them are compared
@@ -27,7 +27,7 @@ class VsknnSettings:
     neighbours: int = 200  # nearest sessions whose songs are scored, and all that are as near as the last of them
 
 
-class VsknnRecommender(Recommender):
+class VsknnRecommender(BaseRecommender):
     """V-SKNN (Ludewig and Jannach 2018): a song's score is the similarity of the nearest sessions that hold it.
 
     A session's similarity is the weight of the last plays it shares, 1 for the latest and falling evenly, over the
@@ -134,7 +134,7 @@ class VstanSettings:
     just_played: float = 0.25  # weight of a song that is among the last plays
 
 
-class VstanRecommender(Recommender):
+class VstanRecommender(BaseRecommender):
     """V-STAN (Ludewig et al. 2020, arXiv:2011.03424), after STAN (Garg et al. 2019).
 
     A session's similarity is the weight of the last plays that it shares, which falls with how long

@@ -7,7 +7,7 @@ from scipy.sparse import coo_matrix
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
-from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.base import BaseRecommender, Horizon
 from rayrec.recommend.session_knn import last_plays
 from rayrec.recommend.vector_recommender import VectorRecommender
 
@@ -15,7 +15,7 @@ RECENT_DAYS = 21.0  # whose plays popularity-recent counts, where no validation 
 LATEST = 1_000  # plays of a user that are counted, so that long histories cost no more
 
 
-class PopularityRecommender(Recommender):
+class PopularityRecommender(BaseRecommender):
     """Scores a song by its plays in the fit range, or the end of it; a song not played there scores 0.
 
     `plays` is int64 (N,).
@@ -45,7 +45,7 @@ class PopularityRecommender(Recommender):
         return np.broadcast_to(self.plays.astype(np.float32), (len(questions), self.num_songs))
 
 
-class UserTopRecommender(Recommender):
+class UserTopRecommender(BaseRecommender):
     """How often the user has played each song of late: P-TopFreq of next-basket research (Li et al. 2023).
 
     Nothing is fitted: the plays before a query hold all that it needs.

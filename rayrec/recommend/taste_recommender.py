@@ -127,7 +127,7 @@ class TasteRecommender(VectorRecommender):
         long_weight: float = 0.0,
         vectors: Mapping[Horizon, np.ndarray] | None = None,
     ) -> list[dict[str, float]]:
-        """That all songs are near the taste vectors that were searched. See `Recommender.explain`."""
+        """That all songs are near the taste vectors that were searched. See `BaseRecommender.explain`."""
         near = {"taste_short_rank": float(long_weight < 1), "taste_long_rank": float(long_weight > 0)}
         return [near] * len(songs)
 

@@ -40,7 +40,7 @@ from rayrec.storage.workspace import Workspace
 RankerKind = Literal["next", "served", "long"]
 KINDS: tuple[RankerKind, ...] = get_args(RankerKind)
 HORIZONS: tuple[Horizon, ...] = ("short", "long")
-NEGATIVES = 100  # wrong candidates of a query that a ranker learns from
+NEGATIVES = 50  # wrong candidates of a query that a ranker learns from
 QUERIES_AT_ONCE = 512
 PLAYS_AT_ONCE = 1 << 19  # before the queries that are answered together
 
@@ -194,7 +194,7 @@ class TwoStepRecommender(CandidateRecommender):
         limits: Sequence[Limits] | None = None,
         hidden: np.ndarray | None = None,
     ) -> Ranking:
-        """As in `Recommender`, without a score for every song."""
+        """As in `BaseRecommender`, without a score for every song."""
         queries = Questions.at_end(histories, at, hidden)
         return self.rank_queries(histories, queries, k, long_weight=float(horizon == "long"), limits=limits)
 
@@ -289,7 +289,7 @@ class TwoStepRecommender(CandidateRecommender):
         long_weight: float = 0.0,
         vectors: Mapping[Horizon, np.ndarray] | None = None,
     ) -> list[dict[str, float]]:
-        """The features of songs as candidates; {} for a song that is not known. See `Recommender.explain`."""
+        """The features of songs as candidates; {} for a song that is not known. See `BaseRecommender.explain`."""
         found: list[dict[str, float]] = []
         for _, scored in self.source.batches(history, Questions.at_end(history, at), vectors, [songs]):
             rows = scored.candidates.find(np.asarray(songs, dtype=np.int64))
@@ -344,10 +344,10 @@ def _columns(learned: Sequence[str], there: Sequence[str]) -> np.ndarray | None:
 
 
 def load_two_step(
-    workspace: Workspace, network: TasteRecommender, retrieval: Manifest, rankers: Manifest, *, real_times: bool
+    workspace: Workspace, network: TasteRecommender, retrieval: str, rankers: Manifest, *, real_times: bool
 ) -> TwoStepRecommender:
-    """From a network, with its index where it has one, and the artifacts of retrieval and rankers."""
-    source = CandidateSource(network, Retrieval.load(workspace, retrieval.folder), real_times=real_times)
+    """From a network, with its index where it has one, the folder of a retrieval and the artifact of rankers."""
+    source = CandidateSource(network, Retrieval.load(workspace, retrieval), real_times=real_times)
     return TwoStepRecommender(source, load_rankers(workspace, rankers.folder))
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.base import NO_SONG, Horizon, Ranking, Recommender, check_count, chunks_of
+from rayrec.recommend.base import NO_SONG, BaseRecommender, Horizon, Ranking, check_count, chunks_of
 from rayrec.recommend.filters import Limits
 
 if TYPE_CHECKING:
     from rayrec.recommend.index import SongIndex
 
 
-class VectorRecommender(Recommender):
+class VectorRecommender(BaseRecommender):
     """Scores songs by the cosine of their vector with the user's taste vector.
 
     `song_vectors` is float32 (N, D), L2-normalized; a row of zeros is a song without a vector, which
@@ -52,7 +52,7 @@ class VectorRecommender(Recommender):
     def score_chunks(
         self, histories: Histories, questions: Questions, horizon: Horizon = "short"
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        """As in `Recommender`; the vectors of all questions are computed in one pass."""
+        """As in `BaseRecommender`; the vectors of all questions are computed in one pass."""
         vectors = self.vectors(histories, questions, horizon)
         for chunk in chunks_of(len(questions), self.num_songs):
             yield chunk, self.score_vectors(vectors[chunk])
@@ -67,7 +67,7 @@ class VectorRecommender(Recommender):
         limits: Sequence[Limits] | None = None,
         hidden: np.ndarray | None = None,
     ) -> Ranking:
-        """As in `Recommender`; through the index where there is one."""
+        """As in `BaseRecommender`; through the index where there is one."""
         if self.index is None:
             return super().rank(histories, at, k, horizon=horizon, limits=limits, hidden=hidden)
         check_count(k)

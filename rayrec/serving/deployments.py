@@ -22,7 +22,7 @@ from rayrec.config import from_mapping
 from rayrec.data.histories import Histories
 from rayrec.errors import RayrecError
 from rayrec.model.inference import States
-from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.base import BaseRecommender, Horizon
 from rayrec.recommend.selection import Chosen, Known, Wish
 from rayrec.serving.compat import bind_replica_port_to_loopback
 from rayrec.serving.engine import Engine, Parts, Pool, Vectors
@@ -148,7 +148,7 @@ class PartReplica:
         self._held = {**dict(list(self._held.items())[-1:]), release_id: loaded}
         return loaded
 
-    def _read(self, release_id: str) -> Recommender:
+    def _read(self, release_id: str) -> BaseRecommender:
         return (load_parts if self._role == "index" else load_network)(self._workspace, release_id)[1]
 
 

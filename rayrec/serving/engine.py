@@ -16,7 +16,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories
 from rayrec.model.inference import States
-from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.base import BaseRecommender, Horizon
 from rayrec.recommend.layout import layout
 from rayrec.recommend.selection import Chosen, Known, Wish, choose, network_of, similar
 from rayrec.serving.problems import OverloadedError
@@ -115,7 +115,7 @@ def known_of(vectors: Vectors, plays: Histories, at: np.ndarray) -> list[Known]:
 class Parts:
     """The work itself, without a thread or a process around it: what a deployment of its own runs."""
 
-    recommender: Recommender
+    recommender: BaseRecommender
     metrics: Metrics
 
     def states(self, plays: Histories, start: States | None = None) -> States:

@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from rayrec.data.dataset import Dataset
 from rayrec.errors import RayrecError
 from rayrec.recommend.answer import load_recommender
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.serving.engine import Engine
 from rayrec.serving.problems import NotReadyError
@@ -56,7 +56,7 @@ class LiveRelease:
         return self.release.inputs["models"]
 
 
-def load_parts(workspace: Workspace, release_id: str) -> tuple[Manifest, Recommender]:
+def load_parts(workspace: Workspace, release_id: str) -> tuple[Manifest, BaseRecommender]:
     """A release, the files that are loaded compared with their checksums, and its recommender.
 
     Raises as `load_checked_release` does, and `MismatchError` where the parts do not belong together.

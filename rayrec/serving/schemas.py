@@ -238,7 +238,7 @@ class RecommendationsRequest(SongFilters, Page, Listener, RequestBody):
                 {"user_id": "ann", "k": 5},
                 {"history": HISTORY_EXAMPLE, "at": "2026-01-20T18:31:00Z", "k": 5, "horizon": "short"},
                 {"history": ["song-12", "song-7"], "horizon": 0.5, "exclude_heard": False, "exclude": ["song-3"]},
-                {"history": ["song-12"], "artists": ["Abba"], "diversity": 0.3, "explain": True},
+                {"history": ["song-12"], "artists": ["Artist 1"], "diversity": 0.3, "explain": True},
             ],
         }
     )

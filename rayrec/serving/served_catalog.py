@@ -10,7 +10,7 @@ from rayrec.data.catalog import Catalog, SongSearch
 from rayrec.data.dataset import Dataset
 from rayrec.data.spelling import spell_id
 from rayrec.model.train_config import PLAY_COUNTS
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.filters import SongMasks
 from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
 from rayrec.recommend.retrieval.stored_retrieval import read_first_days
@@ -42,8 +42,8 @@ class ServedCatalog:
     catalog: Catalog
     rows: dict[str, int]  # id -> row
     contexts: dict[str, int]  # name -> bit
-    plays: np.ndarray  # int64 (N,), plays of each song that the model knows, in its fit range
-    by_plays: np.ndarray  # int32 (N,), rows by descending plays
+    plays: np.ndarray  # int64 (N,), plays of each song in the fit range of the model
+    by_plays: np.ndarray  # int32 (any,), rows of songs with a vector by descending plays
     first_days: np.ndarray | None  # int32 (N,), day of each song's first play as days since 1970 UTC, or NOT_PLAYED
     by_age: np.ndarray  # int32 (any,), rows of songs that were played first or added, the newest first
     lineage: str  # of the data set: rows of songs mean the same wherever it is the same
@@ -70,12 +70,12 @@ class ServedCatalog:
         return [self.names.of(row) for row in rows.tolist()]
 
 
-def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Recommender) -> ServedCatalog:
+def load_served_catalog(workspace: Workspace, release: Manifest, recommender: BaseRecommender) -> ServedCatalog:
     """The catalog of a release and its popular songs."""
     dataset = Dataset(workspace)
     catalog = dataset.catalog()
     plays = model_play_counts(workspace, dataset, release.inputs["models"], recommender.num_songs)
-    hidden = network_of(recommender).without_vector  # never recommended, however popular
+    plays = np.pad(plays, (0, len(catalog) - len(plays)))  # nobody has played later songs there
     by_plays = np.argsort(-plays, kind="stable").astype(np.int32)
     known = _known(recommender, len(catalog))
     first_days = _first_days(workspace, release, len(catalog))
@@ -84,19 +84,19 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Re
         rows={song: row for row, song in enumerate(catalog.song_ids(np.arange(len(catalog))))},
         contexts={name: bit for bit, name in enumerate(dataset.manifest.contexts)},
         plays=plays,
-        by_plays=by_plays[~np.isin(by_plays, hidden)],
+        by_plays=by_plays[known[by_plays]],  # others are never recommended, however popular
         first_days=first_days,
         by_age=_by_age(first_days, network_of(recommender).added_songs, known),
         lineage=dataset.lineage,
         known=known,
         dim=network_of(recommender).song_vectors.shape[1],
-        search=SongSearch(catalog, np.pad(plays, (0, len(catalog) - len(plays)))),  # new songs are found too
+        search=SongSearch(catalog, plays),
         masks=SongMasks(catalog),
         names=SongNames(catalog),
     )
 
 
-def _known(recommender: Recommender, songs: int) -> np.ndarray:
+def _known(recommender: BaseRecommender, songs: int) -> np.ndarray:
     """bool (songs,): songs that the network has a vector of; those that came after it are none."""
     known: np.ndarray = np.arange(songs) < recommender.num_songs
     known[network_of(recommender).without_vector] = False

@@ -255,7 +255,7 @@ class Service:
             self.metrics.path(chosen.path)
             path, songs = chosen.path, _recommended(live.catalog, chosen)
         ((_, title, artist),) = live.catalog.describe(np.array([row]))
-        plays = int(live.catalog.plays[row]) if row < len(live.catalog.plays) else 0
+        plays = int(live.catalog.plays[row])
         return SimilarSongs(
             release=live.id, song_id=song_id, title=title, artist=artist, plays=plays, path=path, songs=songs
         )

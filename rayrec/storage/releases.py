@@ -33,6 +33,9 @@ PART_KINDS = ("songs", "models", "added_songs", "retrieval", "rankers", "tastes"
 ANSWERING_KINDS = ("models", "added_songs", "indexes", "retrieval", "rankers")  # what recommends; tastes do not
 # A release without rankers answers with the network alone, one without added songs with those of its training alone.
 OPTIONAL_KINDS = ("added_songs", "retrieval", "rankers")
+# Kind and role of what may differ: a retrieval that is fitted every night serves rankers and models that are not, and a
+# training that is continued on later plays keeps its embeddings.
+RENEWED = (("rankers", "retrieval"), ("retrieval", "split"), ("songs", "split"))
 MADE_BY = {
     "songs": "embed",
     "models": "train",
@@ -51,12 +54,14 @@ def create_release(
     tastes_id: str | None = None,
     index_id: str | None = None,
     rankers_id: str | None = None,
+    retrieval_id: str | None = None,
     activate: bool = True,
 ) -> Manifest:
     """Tie a model, its song vectors, tastes, index, rankers and their retrieval and the data set together under one id.
 
     What is not named is the newest that fits: the newest model of the data set that has tastes and
-    an index, and the newest of those and of the songs added to it. The same parts make the same release.
+    an index, the newest of those and of the songs added to it, and the retrieval that the rankers were learned with.
+    The same parts make the same release.
 
     Raises `NotFoundError` where a part is missing, `MismatchError` where named parts do not belong together.
     """
@@ -75,7 +80,8 @@ def create_release(
     if added is not None:
         parts["added_songs"] = added
     if rankers is not None:
-        parts |= {"rankers": rankers, "retrieval": artifacts.load(workspace, "retrieval", rankers.inputs["retrieval"])}
+        retrieval = artifacts.load(workspace, "retrieval", retrieval_id or rankers.inputs["retrieval"])
+        parts |= {"rankers": rankers, "retrieval": retrieval}
     inputs = {"dataset": dataset.id, **{kind: part.id for kind, part in parts.items()}}
     if "split" in model.inputs:
         inputs["split"] = model.inputs["split"]
@@ -93,6 +99,8 @@ def require_fit(dataset: DatasetManifest, inputs: dict[str, str], parts: Any) ->
     """
     for part in parts:
         for role, made_of in part.inputs.items():
+            if (part.kind, role) in RENEWED:
+                continue
             # Songs that are added later leave those added before, and what plays of them have led to, as they are.
             descends = (role == "dataset" and dataset.descends_from(made_of)) or role == "added_songs"
             if role in inputs and inputs[role] != made_of and not descends:

@@ -4,38 +4,26 @@ import runpy
 import wave
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from rings import ring_plays, write_rows
 from served import write_release, write_world
 from serving_apps import running
 from worlds import write_dataset
 
-from rayrec import Dataset, Workspace
+from rayrec import Workspace
 from rayrec.client import Client
 from rayrec.data.histories import Histories
-from rayrec.data.synthetic.world import GenerateConfig, World
-from rayrec.jobs.pipeline import run
 from rayrec.storage.artifacts import listing
 from rayrec.storage.releases import active_release
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-DAY_MS = 24 * 3600 * 1000
-COLUMNS = {"user": "user_id", "song": "song_id", "played_at": "ts"}
 
 
 def example(name: str) -> SimpleNamespace:
     """What an example defines, without running it."""
     return SimpleNamespace(**runpy.run_path(str(EXAMPLES / name), run_name="example"))
-
-
-def write_plays(path: Path, users: Any, songs: Any, moments: Any) -> None:
-    """Plays as a Parquet file of the columns that the examples read; moments are ms UTC."""
-    names = pa.array([f"song-{song}" for song in np.asarray(songs).tolist()])
-    pq.write_table(pa.table({"user_id": pa.array(users), "song_id": names, "ts": pa.array(moments)}), path)
 
 
 def test_the_notebook_goes_from_plays_to_recommendations(
@@ -54,19 +42,16 @@ def test_the_notebook_goes_from_plays_to_recommendations(
 def test_own_data_goes_from_a_csv_to_recommendations(
     cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    histories = World(GenerateConfig(users=60, songs=40, artists=8, genres=4, plays=20.0)).histories(np.arange(60))
-    users = np.repeat(histories.user_ids, histories.lengths).tolist()
-    rows = zip(users, histories.songs.tolist(), (histories.played_at // 1000).tolist(), strict=True)
-    path = tmp_path / "plays.csv"
-    path.write_text("user_id,song_id,ts\n" + "".join(f"{user},{song},{moment}\n" for user, song, moment in rows))
+    plays = write_rows(tmp_path / "plays.csv", ring_plays(range(60)))
     module = example("own_data.py")
-    small = {"train": {"hidden_dim": 8, "epochs": 1, "negatives": 16, "workers": 0}, "embed": {"dim": 8, "epochs": 1}}
-    whole = module.main.__globals__["run"]
-    module.main.__globals__["run"] = lambda workspace, stages, **more: whole(workspace, {**stages, **small}, **more)
-    module.main(str(path), str(tmp_path / "workspace"))
-    told = capsys.readouterr().out.splitlines()
-    assert "train: done" in " ".join(told)
-    assert len(told[told.index(next(line for line in told if line.startswith("For "))) + 1 :]) == 5
+    whole = module.rayrec.Recommender
+    small = {"hidden_dim": 8, "epochs": 1, "negatives": 16}
+    module.main.__globals__["rayrec"] = SimpleNamespace(Recommender=lambda **_: whole(**small, progress=False))
+    module.main(plays, "u3", str(tmp_path / "model"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("of the next new songs among its first 20")
+    assert [line.split()[0] for line in lines[-6:]] == ["user_id", *["u3"] * 5]
+    assert active_release(Workspace(tmp_path / "model")) is not None
 
 
 def write_tone(path: Path, pitch: float, seed: int) -> None:
@@ -116,47 +101,3 @@ def test_the_client_is_answered_by_the_application(
         module.main()
         assert len(capsys.readouterr().out.splitlines()) == 10
         assert Client(url).recommend(user_id="ann")["plays"] == 1
-
-
-def test_a_night_goes_live_where_figures_hold_and_is_kept_back_where_they_fall(
-    cluster: None, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    world = World(GenerateConfig(users=150, songs=60, artists=12, genres=4, plays=60.0, days=300.0, follow=0.8))
-    histories = world.histories(np.arange(150))
-    users = np.repeat(histories.user_ids, histories.lengths)
-    last = int(histories.played_at.max())
-    old = histories.played_at < last - 20 * DAY_MS
-    first, second, third = (tmp_path / f"{name}.parquet" for name in ("first", "second", "third"))
-    write_plays(first, users[old], histories.songs[old], histories.played_at[old])
-    write_plays(second, users[~old], histories.songs[~old], histories.played_at[~old])
-    stages = {
-        "import": {"format": "parquet", "paths": [str(first)], "columns": COLUMNS, "buckets": 2},
-        "split": {"test_days": 60.0, "validation_days": 20.0},
-        "embed": {"dim": 8, "epochs": 2},
-        "train": {
-            "hidden_dim": 16,
-            "epochs": 8,
-            "learning_rate": 0.02,
-            "negatives": 32,
-            "workers": 0,
-        },
-        "evaluate": {"models": ["taste"], "bootstrap_samples": 0, "offsets": 0},
-    }
-    run(workspace, stages)
-    nightly = example("nightly.py")
-    before = active_release(workspace)
-    assert before is not None
-    assert nightly.main(workspace.root, str(second)) == 0
-    live = active_release(workspace)
-    assert live is not None
-    assert live.id != before.id
-    assert live.inputs["dataset"] == Dataset(workspace).manifest.id
-    assert "is live" in capsys.readouterr().out
-    assert nightly.main(workspace.root, str(second)) == 0
-    assert "nothing is new" in capsys.readouterr().out
-    rng = np.random.default_rng(0)  # a source gone wrong: everybody plays anything
-    noise = np.repeat(histories.user_ids, 40)
-    write_plays(third, noise, rng.integers(0, 60, len(noise)), last + 60_000 * np.arange(1, len(noise) + 1))
-    assert nightly.main(workspace.root, str(third)) == 1
-    assert "is kept back" in capsys.readouterr().out
-    assert active_release(workspace) == live

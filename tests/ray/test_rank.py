@@ -112,7 +112,7 @@ def test_a_job_that_was_killed_reads_no_bucket_again(
                 fit_retrieval(world, settings, split=split)
         folders = world.folders("retrieval")
         (unfinished,) = [name for name in folders if not world.exists(f"retrieval/{name}/manifest.json")]
-        paths = world.files(f"retrieval/{unfinished}/run")
+        paths = world.files(f"retrieval/{unfinished}")
         return {path: Path(world.full(path)).stat().st_mtime_ns for path in paths}
 
     pieces = pieces_left()

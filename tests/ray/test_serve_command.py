@@ -15,6 +15,7 @@ import pytest
 from serve_command import ADMIN, READ, Served, run, started, with_key
 from served import AT, write_release, write_world
 
+from rayrec.data.dataset import Dataset
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
@@ -107,6 +108,13 @@ def test_behind_haproxy_requests_are_answered_and_errors_are_problems(served: Se
         (httpx.get(f"{served.url}/v1/release"), 401),
     ):
         assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
+
+
+def test_the_users_of_the_release_are_known_at_once(served: Served) -> None:
+    known = next(Dataset(served.workspace).read_all())
+    for user, plays in zip(known.user_ids.tolist()[:3], known.lengths.tolist(), strict=False):
+        answer = httpx.post(f"{served.url}/v1/recommendations", json={"user_id": user}, headers=with_key(READ)).json()
+        assert answer["plays"] == plays
 
 
 def test_the_port_of_a_replica_answers_nothing_without_a_key(served: Served) -> None:

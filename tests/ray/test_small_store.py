@@ -19,7 +19,7 @@ from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
-from rayrec.model.training_windows import Sequences, UnitReader
+from rayrec.model.training_windows import ShardReader, window_lengths
 from rayrec.model.workers import Share
 from rayrec.storage.artifacts import verify
 from rayrec.storage.workspace import Workspace
@@ -103,12 +103,9 @@ def stages(plays: str, workspace: str, spills: str) -> dict[str, Any]:
 def streamed(workspace: Workspace) -> int:
     """Bytes of the tables of windows that a training is handed in an epoch, all of them together."""
     dataset = Dataset(workspace)
-    reader = UnitReader(dataset, FitRange(), CONFIG, Share(), 0)
-    return sum(
-        table.nbytes
-        for unit in range(Sequences(dataset, CONFIG.source).units)
-        for table in reader.tables({"unit": np.array([f"[{unit}]"], dtype=object)})
-    )
+    lengths = window_lengths(dataset, FitRange(), CONFIG)
+    reader = ShardReader(dataset, FitRange(), CONFIG, lengths, Share(), 0)
+    return sum(table.nbytes for table in reader.tables())
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split, SplitConfig, split_dataset, validation_histories
 from rayrec.data.synthetic.world import GenerateConfig
-from rayrec.data.windows import epoch_units
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, NotFoundError, RayrecError
 from rayrec.jobs import train as job
 from rayrec.jobs import train_worker as worker
@@ -31,7 +30,7 @@ from rayrec.model.checkpoint import load_model
 from rayrec.model.fit import Phase
 from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
 from rayrec.model.training import StepReport
-from rayrec.model.training_windows import UnitReader, plain_stream
+from rayrec.model.training_windows import ShardReader, plain_stream, window_lengths
 from rayrec.model.workers import Share
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.artifacts import Manifest, listing, load, publish, verify
@@ -178,21 +177,18 @@ def test_a_killed_training_goes_on_with_other_workers_to_the_same_result(
     assert made.metrics["validation_recall@20"] == in_process.metrics["validation_recall@20"]
 
 
-def test_ray_data_streams_the_batches_of_the_plain_loop_none_past_the_cut(
-    world: Workspace, split: Split, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker, "PLAYS_PER_UNIT", 1)  # each bucket alone
+def test_ray_data_streams_the_batches_of_the_plain_loop_none_past_the_cut(world: Workspace, split: Split) -> None:
     dataset = Dataset(world)
+    lengths = window_lengths(dataset, split.selection, CONFIG)
     for rank in range(2):
-        share = Share(rank=rank, workers=2)
-        streamed = list(window_stream(dataset, split.selection, CONFIG, share, epoch=3))
-        units = epoch_units(dataset.manifest.buckets, 1, seed=CONFIG.seed, epoch=3)
-        plain = list(plain_stream(UnitReader(dataset, split.selection, CONFIG, share, 3), units))
+        reader = ShardReader(dataset, split.selection, CONFIG, lengths, Share(rank=rank, workers=2), 3)
+        streamed, plain = list(window_stream(reader)), list(plain_stream(reader))
         assert len(streamed) == len(plain) > 3
         for found, wanted in zip(streamed, plain, strict=True):
             np.testing.assert_array_equal(found.plays.songs, wanted.plays.songs)
             np.testing.assert_array_equal(found.previous_at, wanted.previous_at)
-        assert max(windows.plays.played_at.max() for windows in streamed) < split.validation_from
+            np.testing.assert_array_equal(found.places, wanted.places)
+        assert max(windows.plays.played_at.max() for windows in streamed if len(windows)) < split.validation_from
     assert dataset.manifest.last_play >= split.test_from
 
 

@@ -32,7 +32,7 @@ NAMES = {
     "OF_CANDIDATES": "rayrec/recommend/candidate_features.py",
     "OF_GROUPS": "rayrec/recommend/candidate_features.py",
     "OF_QUERIES": "rayrec/recommend/candidate_features.py",
-    "Recommender": "rayrec/recommend/base.py",
+    "BaseRecommender": "rayrec/recommend/base.py",
     "FROM_PLAYS": "rayrec/recommend/baselines.py",
     "FROM_VECTORS": "rayrec/recommend/baselines.py",
     "MAKERS": "tests/unit/recommend/test_recommender_suite.py",

@@ -14,7 +14,7 @@ ROOT = Path(rayrec.__file__).parent.parent
 # A layer may import itself and those below it. What stands at one level does not know its neighbours there.
 LEVELS = [
     {"errors"},
-    {"config", "progress", "client"},
+    {"config", "progress", "notebook", "client"},
     {"storage"},
     {"data"},
     {"importing"},
@@ -23,7 +23,7 @@ LEVELS = [
     {"recommend"},
     {"online", "evaluation"},
     {"jobs", "serving"},
-    {"bench"},
+    {"bench", "recommender"},
     {"rayrec_cli"},
 ]
 LEVEL = {layer: level for level, layers in enumerate(LEVELS) for layer in layers}
@@ -135,9 +135,14 @@ def test_the_public_names_are_few_and_all_there() -> None:
         "MissingDependencyError",
         "NotFoundError",
         "RayrecError",
+        "Recommender",
         "Workspace",
         "__version__",
+        "load",
     ]
+    assert Path(rayrec.__file__).with_name("py.typed").is_file()
+    for name in rayrec.STAGES:
+        assert callable(getattr(rayrec, name))
     for name in rayrec.__all__:
         assert getattr(rayrec, name) is not None
 

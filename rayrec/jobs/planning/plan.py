@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from math import ceil
 from typing import Any
 
+from rayrec.data.shards import divisors
 from rayrec.embeddings.word2vec import MAX_WORKERS
 from rayrec.errors import InputError
 from rayrec.importing.fragments import ROWS_PER_CHUNK
@@ -49,6 +50,7 @@ FLOAT = 4
 GENSIM_WORD = 172  # of a word beside its two vectors: 22 measured with the arrays, the rest is its counts' dict; code
 WORKER = int(0.35 * GIB)  # of a worker of taste beside vectors: measured largest 327 MiB at 500,000 users
 TRAINER = GIB  # of a training worker beside vectors: torch, a pool of windows; code
+SHARDS = TrainConfig().shards
 _RETRIEVAL = RetrievalConfig()
 RULE_DISTANCE = 10  # plays ahead that a rule reaches; code
 RULE_ENTRY = 12  # bytes of a rule: an int32 and an int64; code
@@ -192,13 +194,14 @@ class _Planner:
         )
 
     def train_workers(self) -> int:
-        """As many as asked for, or one a GPU, or one a CPU node."""
+        """As many as asked for, or about one a GPU, or one a CPU node: as many as the shards can be divided by."""
         if self.config.workers:
             return self.config.workers
+        most = self.nodes
         if self.config.gpu and self.gpu:
             gpus = sum(node.gpus * node.most for node in self.cluster.workers)
-            return max(1, min(gpus, self.cluster.most_nodes * self.gpu.gpus))
-        return max(1, self.nodes)
+            most = min(gpus, self.cluster.most_nodes * self.gpu.gpus)
+        return max(number for number in divisors(SHARDS) if number <= max(1, most))
 
     def retrieval(self) -> StagePlan:
         """Each CPU counts one bucket: rules of ten plays ahead, sorted once; ranges of songs are merged after it."""
@@ -264,6 +267,9 @@ class _Planner:
         """What the cluster does not have at all."""
         if self.config.gpu and self.gpu is None:
             yield f"--gpu needs a node type with a GPU, and cluster {self.cluster.name} has no node type with a GPU"
+        if SHARDS % self.train_workers():
+            choices = ", ".join(map(str, divisors(SHARDS)))
+            yield f"workers is {self.train_workers()}; expected a divisor of the {SHARDS} shards: {choices}"
         if 0 < self.config.batch < self.train_workers():
             yield (
                 f"batch is {self.config.batch}, less than one window for each of {self.train_workers()} workers: "

@@ -20,7 +20,8 @@ from rayrec.storage.workspace import Workspace
 
 POPULAR = 500  # songs kept in the list of those popular of late
 POPULAR_DAYS = 7  # plays of the last days that make a song popular of late
-SETTINGS_FILE = "retrieval.json"
+SETTINGS_FILE = "retrieval.json"  # written last
+SELECTION_RETRIEVAL = "selection"  # folder in a retrieval artifact: the same without the validation range
 
 
 @dataclass(frozen=True, kw_only=True)

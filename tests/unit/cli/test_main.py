@@ -16,7 +16,8 @@ from rayrec_cli.main import main
 
 HELP = Path(__file__).parents[2] / "artifacts" / "help.txt"
 COMMANDS = (
-    *("demo", "generate", "inspect", "import", "split", "embed", "train", "taste", "index", "evaluate", "release"),
+    *("demo", "fit", "update", "generate", "inspect", "import", "split", "embed", "train", "taste", "index"),
+    *("evaluate", "release"),
     *("recommend", "serve", "status", "run", "tune", "bench", "compact", "clean", "unlock", "verify"),
 )
 RELEASE_COMMANDS = ("create", "list", "activate", "rollback", "verify")
@@ -75,6 +76,11 @@ def filled(tmp_path: Path) -> str:
         (["release", "activate", "nope"], "release 'nope' not found in workspace"),
         (["release", "rollback"], "no earlier release to roll back to"),
         (["release", "verify", "nope"], "release 'nope' not found in workspace"),
+        (["fit", "/no/such.csv"], "there is no file or folder /no/such.csv"),
+        (["fit", "PLAYS", "--columns", "usr=user_id"], "unknown column role 'usr'"),
+        (["fit", "PLAYS", "--settings", "/no/such.toml"], "/no/such.toml cannot be read"),
+        (["--workspace", "FILLED", "update", "PLAYS"], "no live release; run `rayrec fit` first"),
+        (["--workspace", "FILLED", "serve", "--port", "0"], "no live release; run `rayrec fit`"),
         (["run", "/no/such.toml"], "/no/such.toml cannot be read"),
         (["bench", "everything"], "Unknown benchmark 'everything'; expected one of train"),
         (["--workspace", "PLAYS", "status"], "is a file; expected a folder"),

@@ -1,11 +1,11 @@
-"""Windows hold every input once, and any number of workers share the same batches."""
+"""Windows hold every input once, and those of like length stand together in a batch."""
 
 import numpy as np
 import pytest
 from worlds import random_histories
 
 from rayrec.data.histories import Histories
-from rayrec.data.windows import NEVER, Windows, batch_rows, cut_windows, epoch_units, worker_batches
+from rayrec.data.windows import NEVER, Windows, batch_rows, batches_in_memory, count_inputs, cut_windows
 
 WINDOW, LOOKAHEAD = 4, 3
 
@@ -85,35 +85,31 @@ def test_histories_without_a_pair_of_plays_give_no_window(lengths: list[int]) ->
     histories = Histories.from_lists([[1] * n for n in lengths], [[5] * n for n in lengths])
     windows = cut_windows(histories, WINDOW, LOOKAHEAD)
     assert len(windows) == 0
-    assert list(worker_batches(windows, batch=4, rank=0, workers=2, rng=np.random.default_rng(0))) == []
+    assert count_inputs(histories.lengths, WINDOW).tolist() == []
+    assert list(batches_in_memory(windows, 4, np.random.default_rng(0))) == []
 
 
-@pytest.mark.parametrize("windows", [1, 2, 3, 16, 17, 31, 32, 33, 63, 64, 65, 130])
-@pytest.mark.parametrize("workers", [2, 3, 5])
-def test_workers_share_the_batches_of_one_worker_and_make_as_many_steps(windows: int, workers: int) -> None:
-    lengths = np.random.default_rng(1).integers(2, 9, size=windows)
-    songs = np.split(np.arange(lengths.sum()), np.cumsum(lengths)[:-1])
-    cut = cut_windows(Histories.from_lists([list(part) for part in songs], [list(part) for part in songs]), 8, 1)
-
-    def share(rank: int, of: int) -> list[Windows]:
-        return list(worker_batches(cut, batch=16, rank=rank, workers=of, rng=np.random.default_rng(7)))
-
-    alone, shares = share(0, 1), [share(rank, workers) for rank in range(workers)]
-    assert {len(batches) for batches in shares} == {len(alone)} == {max(1, windows // 16)}
-    for step, batch in enumerate(alone):
-        together = [inputs for rank in range(workers) for inputs in inputs_of(shares[rank][step]) if inputs]
-        assert sorted(together) == sorted(inputs_of(batch))
-    assert sum(len(batch) for batch in alone) == windows
+def test_windows_are_counted_without_being_cut(histories: Histories) -> None:
+    windows = cut_windows(histories, WINDOW, LOOKAHEAD)
+    assert count_inputs(histories.lengths, WINDOW).tolist() == windows.inputs.tolist()
 
 
-def test_a_worker_without_a_window_gets_one_of_the_batch_without_inputs(histories: Histories) -> None:
-    cut = cut_windows(histories, WINDOW, LOOKAHEAD).take(np.arange(2))
-    parts = [
-        next(worker_batches(cut, batch=16, rank=rank, workers=3, rng=np.random.default_rng(0))) for rank in range(3)
-    ]
-    assert [part.inputs.min() > 0 for part in parts] == [True, True, False]
-    assert parts[2].inputs.tolist() == [0]
-    np.testing.assert_array_equal(parts[2].plays.songs, parts[0].plays.songs)
+@pytest.mark.parametrize("count", [1, 15, 16, 33, 130])
+def test_every_window_is_in_one_batch_with_a_place_of_its_own(histories: Histories, count: int) -> None:
+    windows = cut_windows(histories, WINDOW, LOOKAHEAD).take(np.arange(count))
+    batches = list(batches_in_memory(windows, 16, np.random.default_rng(7)))
+    assert len(batches) == max(1, count // 16)
+    assert all(batch.places.tolist() == list(range(len(batch))) for batch in batches)
+    assert sorted(songs for batch in batches for songs in inputs_of(batch)) == sorted(inputs_of(windows))
+
+
+def test_joined_windows_are_one_batch(histories: Histories) -> None:
+    windows = cut_windows(histories, WINDOW, LOOKAHEAD)
+    joined = Windows.joined([windows.take(np.arange(10)), Windows.joined([]), windows.take(np.arange(10, 30))])
+    assert inputs_of(joined) == inputs_of(windows)[:30]
+    assert joined.previous_at.tolist() == windows.previous_at[:30].tolist()
+    assert joined.places.tolist() == list(range(30))
+    assert len(Windows.joined([])) == 0
 
 
 def test_a_batch_holds_windows_of_like_length() -> None:
@@ -127,18 +123,10 @@ def test_the_order_is_a_function_of_the_seed(histories: Histories) -> None:
 
     def batches(seed: int) -> list[list[list[int]]]:
         rng = np.random.default_rng(seed)
-        return [inputs_of(batch) for batch in worker_batches(windows, batch=8, rank=0, workers=1, rng=rng)]
+        return [inputs_of(batch) for batch in batches_in_memory(windows, 8, rng)]
 
     assert batches(3) == batches(3)
     assert batches(3) != batches(4)
-
-
-def test_an_epoch_visits_every_bucket_once_in_an_order_of_its_own() -> None:
-    first, again, second = (epoch_units(10, 3, seed=1, epoch=epoch) for epoch in (0, 0, 1))
-    assert first == again != second
-    assert [len(unit) for unit in first] == [3, 3, 3, 1]
-    for units in (first, second):
-        assert sorted(bucket for unit in units for bucket in unit) == list(range(10))
 
 
 def test_windows_survive_arrow(histories: Histories) -> None:

@@ -17,7 +17,7 @@ from rayrec.evaluation.bootstrap import cell_ranges
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import GROUPS, EvaluateConfig, blocks, plays_to_predict, user_groups, usual_k
 from rayrec.evaluation.results import Figures
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.simple_baselines import ItemKnnRecommender, PopularityRecommender
 from rayrec.recommend.weighted_average import AverageRecommender
@@ -37,7 +37,7 @@ def world() -> Histories:
     )
 
 
-def _evaluator(recommenders: list[Recommender], split: Split = SPLIT, **settings: object) -> Evaluator:
+def _evaluator(recommenders: list[BaseRecommender], split: Split = SPLIT, **settings: object) -> Evaluator:
     config = EvaluateConfig(**{"ks": (1, 2), "bootstrap_samples": 20, "offsets": 3, **settings})
     return Evaluator(recommenders, split=split, song_plays=np.array([1, 1, 1, 0]), config=config)
 
@@ -101,7 +101,7 @@ def test_figures_are_means_over_plays_and_not_over_users() -> None:
     assert results[0]["value"] == 0.8  # 4 of 5 plays; the mean over users would be 0.5
 
 
-def _models(histories: Histories) -> list[Recommender]:
+def _models(histories: Histories) -> list[BaseRecommender]:
     allowed = FitRange(before=600_000)
     fit_on = allowed.select(histories)
     vectors = random_vectors(25)

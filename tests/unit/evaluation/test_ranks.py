@@ -12,7 +12,7 @@ from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig, HeardSongs, plays_to_predict, target_songs
 from rayrec.evaluation.ranks import NOT_FOUND, Ranked, rank_targets
 from rayrec.evaluation.results import Figures
-from rayrec.recommend.base import CandidateRecommender, Horizon, Recommender, ScoredCandidates
+from rayrec.recommend.base import BaseRecommender, CandidateRecommender, Horizon, ScoredCandidates
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.simple_baselines import PopularityRecommender
 from rayrec.recommend.weighted_average import AverageRecommender
@@ -20,7 +20,7 @@ from rayrec.recommend.weighted_average import AverageRecommender
 EVERYTHING = Split(id="s", dataset="d", validation_from=0, test_from=0)
 
 
-def _ranked(recommender: Recommender, histories: Histories, queries: Questions, known: np.ndarray) -> Ranked:
+def _ranked(recommender: BaseRecommender, histories: Histories, queries: Questions, known: np.ndarray) -> Ranked:
     heard = HeardSongs(histories)
     names = ("served", "next", "next10", "cold_songs", "cold_among_cold")
     targets = {name: target_songs(histories, queries, name, heard, known) for name in names}
@@ -77,7 +77,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch: object) -> None:
     np.testing.assert_array_equal(parts.ranks["next10"], whole.ranks["next10"])
 
 
-class PlannedScores(Recommender):
+class PlannedScores(BaseRecommender):
     """Gives every query the same scores."""
 
     name = "planned"
@@ -123,7 +123,7 @@ INF, NAN = np.inf, np.nan
 
 
 @pytest.mark.parametrize("kind", [PlannedScores, PlannedCandidates])
-def test_as_served_songs_that_the_user_has_heard_are_not_in_the_ranking(kind: type[Recommender]) -> None:
+def test_as_served_songs_that_the_user_has_heard_are_not_in_the_ranking(kind: type[BaseRecommender]) -> None:
     planned = kind([5, 4, 3, 3, 2, -INF])  # type: ignore[call-arg]
     # Queries for 3 (after 0), for 1 (after 0, 3), for 0 (a repeat), for 4 (after 0, 3, 1, 0), for 5.
     histories = Histories.from_lists([[0, 3, 1, 0, 4, 5]], [range(6)])
@@ -136,7 +136,7 @@ def test_as_served_songs_that_the_user_has_heard_are_not_in_the_ranking(kind: ty
 
 @pytest.mark.parametrize("kind", [PlannedScores, PlannedCandidates])
 def test_a_song_that_was_added_is_ranked_and_among_cold_songs_these_alone_stand_before_it(
-    kind: type[Recommender],
+    kind: type[BaseRecommender],
 ) -> None:
     recommender = kind([0.0, 0.9, 0.8, 0.7, 0.6, 0.5, -INF])  # type: ignore[call-arg]
     recommender.added_songs = np.array([2, 4])  # 5 and 6 have no play either, and were not added

@@ -13,7 +13,7 @@ from rayrec.data.split import FitRange, Split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.results import figures_of
-from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.base import BaseRecommender, Horizon
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.simple_baselines import ItemKnnRecommender, PopularityRecommender
 
@@ -53,7 +53,7 @@ def evaluator(histories: Histories) -> Evaluator:
     rules = SequentialRulesRecommender.fit(fit_on, num_songs=NUM_SONGS, allowed=allowed, rules_per_song=6)
     plays = np.array(popularity.plays)
     plays[3] = 0  # as if no fit had seen it
-    recommenders: Sequence[Recommender] = [TwoHorizons(random_vectors(NUM_SONGS)), popularity, rules]
+    recommenders: Sequence[BaseRecommender] = [TwoHorizons(random_vectors(NUM_SONGS)), popularity, rules]
     recommenders[0].added_songs = np.array([3])
     return Evaluator(recommenders, split=SPLIT, song_plays=plays, config=CONFIG, contexts=CONTEXTS)
 

@@ -14,7 +14,7 @@ from rayrec.evaluation.protocol import (
     plays_ahead,
     target_songs,
 )
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.simple_baselines import ItemKnnRecommender
 
 
@@ -110,7 +110,7 @@ def test_a_song_is_heard_once_it_was_played_before_the_query() -> None:
 
 
 def test_the_long_horizon_answers_the_long_term_where_there_is_one() -> None:
-    short: Recommender = ItemKnnRecommender(random_vectors(3))
+    short: BaseRecommender = ItemKnnRecommender(random_vectors(3))
     both = Both(random_vectors(3))
     assert {horizon_of(short, target) for target in OFFSETS} == {"short"}
     assert [target for target in OFFSETS if horizon_of(both, target) == "long"] == ["offsets25_50", "served25_50"]

@@ -74,7 +74,7 @@ def test_a_training_is_put_back_with_its_optimizers(tmp_path: Path, table: SongT
     config = TrainConfig(hidden_dim=8, window=10, batch=8, negatives=10, long=(2, 3), song_table=table)
     made = trained(config, epochs)
     best = {"a": torch.arange(3.0)}
-    save_training(tmp_path, made, best, {"epoch": epochs})
+    save_training(tmp_path, made.state(), best, {"epoch": epochs})
     fresh = trained(config, 0)
     found, progress = load_training(tmp_path, fresh)
     assert progress == {"epoch": epochs}
@@ -82,7 +82,7 @@ def test_a_training_is_put_back_with_its_optimizers(tmp_path: Path, table: SongT
     assert torch.equal(found["a"], best["a"])
     for name, value in made.model.state_dict().items():
         assert torch.equal(fresh.model.state_dict()[name], value)
-    mine, theirs = fresh.optimizer_state(), made.optimizer_state()
+    mine, theirs = fresh.state()["optimizers"], made.state()["optimizers"]
     assert mine.keys() == theirs.keys()
     assert any(name.startswith("inputs.weight/") for name in theirs) is (table == "trained")
     for name, value in theirs.items():
@@ -91,13 +91,13 @@ def test_a_training_is_put_back_with_its_optimizers(tmp_path: Path, table: SongT
 
 def test_without_best_weights_there_are_none(tmp_path: Path) -> None:
     made = trained(TrainConfig(hidden_dim=8, window=10, batch=8, negatives=10, long=(2, 3)), 0)
-    save_training(tmp_path, made, None, {})
+    save_training(tmp_path, made.state(), None, {})
     assert load_training(tmp_path, made)[0] is None
 
 
 def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
     made = trained(TrainConfig(hidden_dim=8, window=10, batch=8, negatives=10, long=(2, 3)), 1)
-    save_training(tmp_path, made, None, {})
+    save_training(tmp_path, made.state(), None, {})
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
 
 

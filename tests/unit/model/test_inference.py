@@ -1,6 +1,7 @@
 """Inference: batch equals single, and a carried state equals one pass over the whole history."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -173,8 +174,7 @@ def test_no_questions_and_no_users_are_answered_with_nothing(encoder: TasteEncod
 
 
 def test_the_encoder_switches_dropout_off(histories: Histories) -> None:
-    model = network()
-    model.dropout.p = 0.9
+    model = network(replace(model_config(), dropout=0.9))
     model.train()
     encoder = TasteEncoder(model)
     first, second = (encoder.vectors(histories, Questions.at_end(histories, 10**9), "short") for _ in range(2))

@@ -60,6 +60,28 @@ def test_training_computes_what_inference_computes(model: TasteModel, histories:
     assert not torch.allclose(trained["short"], trained["long"])
 
 
+def test_gradients_of_training_are_those_of_the_plain_operations_of_inference(histories: Histories) -> None:
+    found = []
+    for plain in (False, True):
+        model = network(model_config(averages=(0.0, 0.5, 0.9)), seed=3).double()
+        model.songs.weight.requires_grad_()
+        batch = padded(model, histories)
+        gap = torch.rand(batch.songs_BL.shape, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            for name, weights in enumerate(model.again.values()):
+                weights.copy_(torch.linspace(-0.5, 1 + name, len(weights)))
+        inside = torch.arange(batch.songs_BL.shape[1]) < batch.length_B[:, None]
+        trunk = model.trunk(batch)[0]
+        tastes = {name: model.head(trunk, gap, name) for name in model.heads} if plain else model(batch, gap)
+        toward = torch.linspace(-1, 1, 8, dtype=torch.float64)
+        sum((number + 1) * (taste[inside] @ toward).sum() for number, taste in enumerate(tastes.values())).backward()
+        found.append({name: value.grad for name, value in model.named_parameters()})
+    assert found[0]["again.long"] is not None
+    for name, gradient in found[0].items():
+        if gradient is not None:
+            torch.testing.assert_close(gradient, found[1][name], atol=1e-6, rtol=1e-6, msg=name)
+
+
 @torch.inference_mode()
 def test_songs_newer_than_the_network_count_as_a_vector_of_zeros(histories: Histories) -> None:
     model = network()

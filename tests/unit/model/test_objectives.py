@@ -22,7 +22,7 @@ from rayrec.model.objectives import (
 )
 
 COUNTS = np.arange(NUM_SONGS)  # song 0 was never played
-SCALE = torch.tensor(12.0)
+SCALE = torch.full((5,), 12.0)
 TARGETS = [3, 9, 9, 1, 59]
 SONGS = torch.from_numpy(random_vectors(NUM_SONGS, 8))  # unit vectors; the songs of the step are all songs
 
@@ -36,27 +36,25 @@ def taste() -> Tensor:
 def drawn_by(counts: np.ndarray, count: int, prior: np.ndarray | None = None, seed: int = 3) -> Negatives:
     songs, weights = NegativeSampler(counts, count).draw(np.random.default_rng(seed))
     added = weights if prior is None else weights + prior[songs]
-    return Negatives(places_K=torch.from_numpy(songs), weight_K=torch.from_numpy(added))
+    return Negatives(places_K=torch.from_numpy(songs), weight_KH=torch.from_numpy(added)[:, None])
 
 
-ALL = Negatives(places_K=torch.arange(NUM_SONGS), weight_K=torch.zeros(NUM_SONGS))
+ALL = Negatives(places_K=torch.arange(NUM_SONGS), weight_KH=torch.zeros(NUM_SONGS, 1))
 
 
 def targets_of(songs: list[int] | list[list[int]], negatives: Negatives, prior: np.ndarray | None = None) -> Targets:
     """Targets of positions in their order, -1 where a position has fewer than others."""
-    songs_PT = torch.tensor(songs).reshape(len(songs), -1)
-    there, safe = songs_PT >= 0, songs_PT.clamp(min=0)
-    drawn, count = negatives.places_K.tolist(), len(negatives.places_K)
-    hits = [[drawn.index(song) if song in drawn else count for song in row] for row in songs_PT.tolist()]
-    first = [[song >= 0 and song not in row[:place] for place, song in enumerate(row)] for row in songs_PT.tolist()]
-    return Targets(
-        positions=torch.arange(len(songs)),
+    songs_PT = np.array(songs).reshape(len(songs), -1)
+    safe = songs_PT.clip(min=0)
+    return Targets.of(
+        positions=np.arange(len(songs)),
+        horizons_PH=np.ones((len(songs), 1)),
+        songs_PT=safe,
         places_PT=safe,
-        there_PT=there,
-        first_PT=torch.tensor(first, dtype=torch.bool).reshape(songs_PT.shape),
-        hits_PT=torch.tensor(hits, dtype=torch.int64).reshape(songs_PT.shape),
-        prior_PT=torch.zeros(songs_PT.shape) if prior is None else torch.from_numpy(prior)[safe],
-        count=int(there.sum()),
+        there_PT=songs_PT >= 0,
+        negatives=negatives.places_K.numpy(),
+        prior_PT=np.zeros(safe.shape, dtype=np.float32) if prior is None else prior[safe],
+        count=NUM_SONGS,
     )
 
 
@@ -80,7 +78,7 @@ def test_sampled_softmax_equals_its_formula(taste: Tensor) -> None:
             if song != target:  # an accidental hit is no negative
                 logits[number] = t @ SONGS[song].numpy() * 12.0 - np.log(expected_draws[song])
         wanted += np.log(sum(np.exp(list(logits.values())))) - logits[0]
-    negatives = Negatives(places_K=torch.from_numpy(songs), weight_K=torch.from_numpy(weights))
+    negatives = Negatives(places_K=torch.from_numpy(songs), weight_KH=torch.from_numpy(weights)[:, None])
     assert float(softmax(SONGS, taste, targets_of(targets, negatives), negatives, SCALE)) == pytest.approx(
         wanted, rel=1e-4
     )
@@ -93,7 +91,7 @@ def test_l2_is_the_distance_of_unit_vectors(taste: Tensor) -> None:
 
 def test_l2_has_a_gradient_where_taste_and_song_are_one() -> None:
     song = SONGS[4:5].clone().requires_grad_()
-    l2(SONGS, song, targets_of([4], ALL), ALL, SCALE).backward()  # type: ignore[no-untyped-call]
+    l2(SONGS, song, targets_of([4], ALL), ALL, SCALE[:1]).backward()  # type: ignore[no-untyped-call]
     assert song.grad is not None
     assert song.grad.isfinite().all()
 
@@ -106,30 +104,39 @@ def test_softmax_is_over_all_songs_where_all_are_negatives(taste: Tensor) -> Non
 
 def plain(songs: Tensor, taste: Tensor, targets: Targets, negatives: Negatives, scale: Tensor) -> Tensor:
     """The same loss with all logits at once, left to autograd."""
-    query = taste * scale
+    query = taste * scale.unsqueeze(1)
     own = (query.unsqueeze(1) * songs[targets.places_PT]).sum(-1) + targets.prior_PT
-    others = query @ songs[negatives.places_K].T + negatives.weight_K
-    others = torch.cat([others, others.new_full((len(others), 1), -torch.inf)], dim=1)
-    others = others.scatter(1, targets.hits_PT, -torch.inf)
-    both = torch.cat([own.masked_fill(~targets.first_PT, -torch.inf), others], dim=1)
-    return (both.logsumexp(1, keepdim=True) - own).where(targets.there_PT, 0.0).sum()
+    others = query @ songs[negatives.places_K].T + targets.horizons_PH @ negatives.weight_KH.T
+    both = torch.cat([others, own + targets.missing_PT, others.new_full((len(others), 1), -torch.inf)], dim=1)
+    total = both.scatter(1, targets.hits_PT, -torch.inf).logsumexp(1, keepdim=True)
+    return ((total - own) * targets.weight_PT).sum()
 
 
 @pytest.mark.parametrize("chunk", [1_000_000, 100])
 def test_gradients_of_chunks_equal_those_of_all_logits_at_once(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two horizons, whose targets and negatives have weights of their own."""
     monkeypatch.setattr(objectives, "CHUNK_LOGITS", {"cpu": chunk})
     generator = torch.Generator().manual_seed(5)
     taste = torch.nn.functional.normalize(torch.randn(40, 8, generator=generator), dim=-1)
     songs = torch.randint(-1, NUM_SONGS, (40, 3), generator=generator)
     songs[:, 0] = songs[:, 0].clamp(min=0)
+    songs[25:, 1:] = -1
     prior = log_prior(COUNTS + 1, 0.5)
     negatives = drawn_by(COUNTS, 30, prior)
-    targets = targets_of(songs.tolist(), negatives, prior)
+    targets, many = targets_of(songs.tolist(), negatives, prior), {"dtype": torch.float64}
+    second = (torch.arange(40) >= 25).to(**many)
+    weights = torch.cat([negatives.weight_KH, 1 - negatives.weight_KH], dim=1).to(**many)
+    exact = replace(
+        targets,
+        horizons_PH=torch.stack([1 - second, second], dim=1),
+        **{name: getattr(targets, name).to(**many) for name in ("weight_PT", "missing_PT", "prior_PT")},
+    ).weighed(np.array([40.0, 7.0]))
+    assert exact.rows == [40, 25, 25]
+    assert (exact.hits_PT < len(negatives.places_K)).any()
     found: list[list[Tensor]] = []
     for objective in (softmax, plain):
-        leaves = [value.double().clone().requires_grad_() for value in (SONGS, taste, SCALE)]
-        exact = replace(negatives, weight_K=negatives.weight_K.double())
-        loss = objective(leaves[0], leaves[1], replace(targets, prior_PT=targets.prior_PT.double()), exact, leaves[2])
+        leaves = [value.double().clone().requires_grad_() for value in (SONGS, taste, torch.linspace(5, 15, 40))]
+        loss = objective(leaves[0], leaves[1], exact, replace(negatives, weight_KH=weights), leaves[2])
         (3 * loss).backward()  # type: ignore[no-untyped-call]
         found.append([loss, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
     assert len(found[0]) == 4
@@ -176,7 +183,7 @@ def test_a_prior_is_added_to_the_logits_before_they_are_compared(correction: flo
     """Over all songs, and estimated from so many that each is drawn."""
     counts = COUNTS + 1
     prior = log_prior(counts, correction)
-    every = replace(ALL, weight_K=torch.from_numpy(prior))
+    every = replace(ALL, weight_KH=torch.from_numpy(prior)[:, None])
     whole = softmax(SONGS, taste, targets_of(TARGETS, every, prior), every, SCALE)
     logits = 12.0 * taste @ SONGS.T + torch.from_numpy(prior)
     torch.testing.assert_close(whole, torch.nn.functional.cross_entropy(logits, torch.tensor(TARGETS), reduction="sum"))
@@ -192,6 +199,6 @@ def test_several_targets_of_a_position_cost_what_they_cost_alone(name: str, tast
     together = torch.tensor([[3, 9, -1], [4, -1, -1], [7, 7, 5], [-1, 8, 2], [1, 0, 6]])
     rows, places = torch.nonzero(together >= 0, as_tuple=True)
     each = targets_of(together[rows, places].tolist(), negatives)
-    alone = OBJECTIVES[name](SONGS, taste[rows], each, negatives, SCALE)
+    alone = OBJECTIVES[name](SONGS, taste[rows], each, negatives, SCALE[:1].expand(len(rows)))
     found = OBJECTIVES[name](SONGS, taste, targets_of(together.tolist(), negatives), negatives, SCALE)
     assert float(found) == pytest.approx(float(alone), rel=0.01)

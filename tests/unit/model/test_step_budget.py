@@ -21,11 +21,12 @@ from rayrec.model.workers import Share
 
 SONGS, DIM = 5_000, 64
 LARGE = 1_000_000  # elements
-OPERATIONS, LARGE_OPERATIONS = 420, 75  # outside the recurrent cell, whose steps cuDNN runs as one
+OPERATIONS, LARGE_OPERATIONS = 150, 15  # outside the recurrent cell, whose steps cuDNN runs as one
+FREE = ("detach", "empty", "profiler")  # start nothing on a device: views, allocations, marks in a profile
 
 
 class Counter(TorchDispatchMode):  # type: ignore[misc]
-    """Counts the operations that reach a device; views are free."""
+    """Counts the operations that reach a device; views and allocations are free."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -34,7 +35,7 @@ class Counter(TorchDispatchMode):  # type: ignore[misc]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if not func.is_view and "detach" not in str(func):
+        if not func.is_view and not any(name in str(func) for name in FREE):
             self.names.append(str(func))
             sizes = [leaf.numel() for leaf in tree_leaves((args, kwargs, made)) if isinstance(leaf, Tensor)]
             if max(sizes, default=0) > LARGE:
@@ -87,10 +88,9 @@ def test_a_step_at_the_default_settings_keeps_its_budget_and_reads_nothing_back(
     model.train()
     maker = StepMaker(shape, config, counts, Share())
     step, following = (maker.make(full, 0, number) for number in range(2))
-    totals = torch.tensor(step.counts, dtype=torch.float32)
-    _, totals = training.take(step, totals, following)  # the optimizers make their moments in the first step
+    training.take(step)  # the optimizers make their moments in the first step
     with Counter() as counter:
-        training.take(following, totals, None)
+        training.take(following)
     assert [name for name in counter.names if "_local_scalar_dense" in name or "nonzero" in name] == []
     assert len(counter.names) <= OPERATIONS, sorted(counter.names)
     assert len(counter.large) <= LARGE_OPERATIONS, sorted(counter.large)

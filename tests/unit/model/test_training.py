@@ -13,6 +13,7 @@ from networks import NUM_SONGS, MemoryHost, cycling_histories, model_config, net
 
 from rayrec.data.histories import Histories
 from rayrec.data.windows import Windows, cut_windows
+from rayrec.model.checkpoint import load_training, save_training
 from rayrec.model.steps import StepMaker, ahead
 from rayrec.model.train_config import Objective, SongTable, TrainConfig
 from rayrec.model.training import StepReport, Training
@@ -104,11 +105,15 @@ def targets_of(
     songs = int(windows.plays.songs.max()) + 1
     maker = StepMaker(model_config(config), config.replace(seed=seed), np.ones(songs), share or Share())
     step = maker.make(windows, 0, 0)
-    found = step.targets[horizon]
-    looked_up = step.songs["songs.weight"].numpy()[found.places_PT.numpy()]
+    number, found = [*config.horizons].index(horizon), step.targets
+    rows = found.horizons_PH[:, number].numpy() > 0
+    looked_up = step.songs["songs.weight"].numpy()[found.places_PT.numpy()[rows]]
     longest = int(windows.inputs.max())
-    grid = np.full((len(windows) * longest, looked_up.shape[1]), -1)
-    grid[found.positions.numpy()] = np.where(found.there_PT.numpy(), looked_up, -1)
+    offsets = config.horizons[horizon]
+    draws = 1 if offsets.min_offset == offsets.max_offset else config.long_targets
+    grid = np.full((len(windows) * longest, draws), -1)
+    positions = found.positions.numpy()[rows] - number * len(grid)
+    grid[positions] = np.where(found.weight_PT.numpy()[rows] > 0, looked_up, -1)[:, :draws]
     return grid.reshape(len(windows), longest, -1)
 
 
@@ -157,7 +162,7 @@ def test_the_targets_of_a_window_do_not_depend_on_the_number_of_workers(historie
 
 
 # Name -> settings and users; 45 users make 11 windows to a batch, so that the shares of two workers are
-# uneven, and one user makes one window, which leaves the second worker none.
+# uneven, and one user makes one window, which leaves all workers but the first none.
 TRAININGS: dict[str, tuple[dict[str, object], int]] = {
     "trained": ({}, 45),
     "frozen": ({"song_table": "frozen"}, 45),
@@ -165,37 +170,66 @@ TRAININGS: dict[str, tuple[dict[str, object], int]] = {
     "one window": ({}, 1),
     "one window, frozen": ({"song_table": "frozen"}, 1),
 }
+RESUMED = "resumed"
 
 
-def _one_of_two(rank: int, folder: str) -> None:
+def _one_of(rank: int, workers: int, folder: str) -> None:
     """A process of a real gloo group; leaves its weights in the folder."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting{workers}", rank=rank, world_size=workers)
+    share = Share(rank=rank, workers=workers)
     for name, (changes, users) in TRAININGS.items():
-        weights = _trained(settings(**changes), users, Share(rank=rank, workers=2)).model.state_dict()
-        torch.save(weights, Path(folder) / f"{name}-{rank}.pt")
+        torch.save(_trained(settings(**changes), users, share).averaged().state_dict(), _weights(folder, name, share))
+    made = training(settings(), share)
+    load_training(Path(folder), made)  # of one worker
+    _learn(made, settings(), 45, share, range(2, 3))
+    torch.save(made.averaged().state_dict(), _weights(folder, RESUMED, share))
+    state = made.state()
+    if rank == 0:
+        (Path(folder) / str(workers)).mkdir()
+        save_training(Path(folder) / str(workers), state, None, {})
     dist.barrier()
     os._exit(0)  # threads of gloo that outlive the group abort an interpreter that ends in good order
 
 
-def _trained(config: TrainConfig, users: int, share: Share) -> Training:
+def _weights(folder: str | Path, name: str, share: Share) -> Path:
+    return Path(folder) / f"{name}-{share.rank}-{share.workers}.pt"
+
+
+def _trained(config: TrainConfig, users: int, share: Share, epochs: int = 3) -> Training:
     """Three epochs, so that the optimizers' momentum counts."""
-    plays = cycling_histories(users, shortest=10, longest=12 if users == 1 else 30)
-    made, host = training(config, share), MemoryHost({"final": plays}, config, share=share)
-    for epoch in range(3):
-        made.epoch(host.windows("final", epoch), epoch, on_step=lambda _: None)
+    made = training(config, share)
+    _learn(made, config, users, share, range(epochs))
     return made
 
 
-def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
-    for case, (changes, users) in TRAININGS.items():
-        alone = _trained(settings(**changes), users, Share()).model.state_dict()
-        first, second = (torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True) for rank in (0, 1))
+def _learn(made: Training, config: TrainConfig, users: int, share: Share, epochs: range) -> None:
+    plays = cycling_histories(users, shortest=10, longest=12 if users == 1 else 30)
+    host = MemoryHost({"final": plays}, config, share=share)
+    for epoch in epochs:
+        made.epoch(host.windows("final", epoch), epoch, on_step=lambda _: None)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_several_processes_learn_what_one_learns_and_go_on_from_each_others_checkpoints(
+    tmp_path: Path, workers: int
+) -> None:
+    save_training(tmp_path, _trained(settings(), 45, Share(), epochs=2).state(), None, {})
+    torch.multiprocessing.spawn(_one_of, args=(workers, str(tmp_path)), nprocs=workers)  # type: ignore[no-untyped-call]
+    for case, (changes, users) in [*TRAININGS.items(), (RESUMED, ({}, 45))]:
+        alone = _trained(settings(**changes), users, Share()).averaged().state_dict()
+        first, *others = (
+            torch.load(_weights(tmp_path, case, Share(rank=rank, workers=workers)), weights_only=True)
+            for rank in range(workers)
+        )
         for name, value in alone.items():
-            assert torch.equal(first[name], second[name]), (case, name)
+            assert all(torch.equal(first[name], other[name]) for other in others), (case, name)
             torch.testing.assert_close(first[name], value, atol=1e-4, rtol=0, msg=f"{case}: {name}")
+    back = training(settings())
+    load_training(tmp_path / str(workers), back)
+    for name, value in back.averaged().state_dict().items():
+        torch.testing.assert_close(value, first[name], atol=1e-6, rtol=0, msg=name)
 
 
 def test_values_made_ahead_come_in_order_and_an_error_where_it_happened() -> None:
@@ -227,7 +261,7 @@ def test_padding_looks_up_no_song(histories: Histories) -> None:
     )
     assert set(step.songs["inputs.weight"].tolist()) == set(inputs.tolist())
     outputs = step.songs["songs.weight"]
-    named = [outputs[targets.places_PT[targets.there_PT]] for targets in step.targets.values()]
-    named += [outputs[negatives.places_K] for negatives in step.negatives.values()]
-    assert not step.targets["long"].there_PT.all()  # a draw that is missing names no song of its own
+    there = step.targets.weight_PT > 0
+    named = [outputs[step.targets.places_PT[there]], outputs[step.negatives.places_K]]
+    assert not there.all()  # a draw that is missing names no song of its own
     assert set(outputs.tolist()) == set(torch.cat(named).tolist())

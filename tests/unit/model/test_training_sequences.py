@@ -12,7 +12,7 @@ from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
 from rayrec.errors import InputError, LeakError
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training_windows import Sequences, UnitReader, plain_stream
+from rayrec.model.training_windows import Sequences, ShardReader, plain_stream, window_lengths
 from rayrec.model.workers import Share
 from rayrec.storage.dataset_manifest import write_manifest
 from rayrec.storage.workspace import Workspace, playlists_file
@@ -86,10 +86,12 @@ def test_a_source_that_selects_too_much_is_stopped(
 
 def test_windows_are_cut_from_playlists_none_across_two(dataset: Dataset) -> None:
     config = TrainConfig.PRESETS["r_pst"]
-    reader = UnitReader(dataset, FitRange(), TrainConfig(**config, window=2, batch=1), Share(), 0)
+    settings = TrainConfig(**config, window=2, batch=1)
+    lengths = window_lengths(dataset, FitRange(), settings)
+    reader = ShardReader(dataset, FitRange(), settings, lengths, Share(), 0)
     found = [
         part.tolist()
-        for windows in plain_stream(reader, [[0, 1]])
+        for windows in plain_stream(reader)
         for part in np.split(windows.plays.songs, windows.plays.offsets[1:-1])
     ]
     assert sorted(found) == [[1, 2, 3], [4, 5], [6, 7, 8], [8, 9]]  # inputs and one play of lookahead

@@ -1,4 +1,4 @@
-"""From buckets to batches: the same for any reader, and never a play past the cut."""
+"""From buckets to batches: the same for any number of workers, each of which reads its part."""
 
 from dataclasses import replace
 
@@ -7,16 +7,17 @@ import pyarrow as pa
 import pytest
 from worlds import random_histories, write_dataset
 
+from rayrec.data import shards
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
+from rayrec.data.shards import WindowLengths
 from rayrec.data.split import FitRange
-from rayrec.data.windows import Windows, epoch_units
-from rayrec.errors import LeakError
-from rayrec.model import training_windows
+from rayrec.data.windows import Windows
+from rayrec.errors import InputError, LeakError, MismatchError
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training_windows import UnitReader, plain_stream, split_batches
+from rayrec.model.training_windows import ShardReader, WindowCounter, plain_stream, split_batches, window_lengths
 from rayrec.model.workers import Share
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import Workspace, histories_file
 
 CONFIG = TrainConfig(window=5, batch=6, long=(2, 3))
 EVERYTHING = FitRange()
@@ -35,11 +36,14 @@ def dataset(workspace: Workspace, histories: Histories) -> Dataset:
     return write_dataset(workspace, histories, histories.num_plays, buckets=BUCKETS)
 
 
+def reader(dataset: Dataset, allowed: FitRange = EVERYTHING, share: Share | None = None, epoch: int = 0) -> ShardReader:
+    return ShardReader(dataset, allowed, CONFIG, window_lengths(dataset, allowed, CONFIG), share or Share(), epoch)
+
+
 def batches(
-    dataset: Dataset, allowed: FitRange = EVERYTHING, share: Share | None = None, epoch: int = 0, group: int = 2
+    dataset: Dataset, allowed: FitRange = EVERYTHING, share: Share | None = None, epoch: int = 0
 ) -> list[Windows]:
-    reader = UnitReader(dataset, allowed, CONFIG, share or Share(), epoch)
-    return list(plain_stream(reader, epoch_units(BUCKETS, group, seed=CONFIG.seed, epoch=epoch)))
+    return list(plain_stream(reader(dataset, allowed, share, epoch)))
 
 
 def contents(found: list[Windows]) -> list[list[int]]:
@@ -64,12 +68,58 @@ def test_epochs_come_again_the_same_and_differ_from_each_other(dataset: Dataset)
     assert first != second
 
 
-def test_workers_share_the_batches(dataset: Dataset) -> None:
-    whole = contents(batches(dataset))
-    shares = [contents(batches(dataset, share=Share(rank=rank, workers=3))) for rank in range(3)]
-    assert [sorted(sum(parts, start=list[int]())) for parts in zip(*shares, strict=True)] == [
-        sorted(batch) for batch in whole
-    ]
+@pytest.mark.parametrize("workers", [2, 4, 64])
+def test_workers_share_the_batches(dataset: Dataset, workers: int) -> None:
+    whole = batches(dataset)
+    shares = [batches(dataset, share=Share(rank=rank, workers=workers)) for rank in range(workers)]
+    for step, batch in enumerate(whole):
+        parts = [share[step] for share in shares]
+        assert sorted(sum(contents(parts), start=list[int]())) == sorted(contents([batch])[0])
+        place_of = dict(zip(contents([batch])[0], batch.places.tolist(), strict=True))
+        for part in parts:
+            assert [place_of[song] for song in contents([part])[0]] == part.places.tolist()
+    assert {len(share) for share in shares} == {len(whole)}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_a_worker_opens_and_reads_its_part_of_the_files(
+    workspace: Workspace, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buckets = 16
+    made = random_histories(600, 10, seed=9)
+    dataset = write_dataset(workspace, made, 10, buckets=buckets)
+    lengths = window_lengths(dataset, EVERYTHING, CONFIG)
+    opened: list[str] = []
+    open_input = Workspace.open_input
+    monkeypatch.setattr(Workspace, "open_input", lambda place, path: (opened.append(path), open_input(place, path))[1])
+    for rank in range(workers):
+        opened.clear()
+        list(plain_stream(ShardReader(dataset, EVERYTHING, CONFIG, lengths, Share(rank=rank, workers=workers), 0)))
+        assert len(opened) == len(set(opened)) == buckets // workers
+        sizes = [workspace.size(histories_file(0, bucket)) for bucket in range(buckets)]
+        assert sum(map(workspace.size, opened)) < 1.2 * sum(sizes) / workers
+
+
+def test_another_number_of_workers_is_refused_with_the_choices() -> None:
+    with pytest.raises(InputError, match=r"workers is 3; expected a divisor of shards \(64\): 1, 2, 4, 8, 16, 32, 64"):
+        TrainConfig(workers=3)
+    assert TrainConfig(workers=3, shards=60).workers == 3
+
+
+def test_plays_are_counted_by_song_and_windows_by_length_in_each_range(workspace: Workspace) -> None:
+    plays = Histories.from_lists([[0, 2, 2], [2, 4]], [[10, 20, 30], [10, 40]], user_ids=["a", "b"])
+    counter = WindowCounter(write_dataset(workspace, plays, 5, buckets=1), CONFIG, [EVERYTHING, FitRange(before=30)])
+    unit, (everything, early) = counter(0)
+    assert unit == 0
+    assert [values.tolist() for values in everything] == [[0, 2, 4], [1, 3, 1], [2, 1]]
+    assert [values.tolist() for values in early] == [[0, 2], [1, 2], [1]]
+
+
+def test_plays_that_changed_after_they_were_counted_stop_the_training(dataset: Dataset) -> None:
+    lengths = window_lengths(dataset, EVERYTHING, CONFIG)
+    more = WindowLengths(inputs=lengths.inputs + 1, offsets=lengths.offsets)
+    with pytest.raises(MismatchError, match="the plays changed during the training"):
+        list(plain_stream(ShardReader(dataset, EVERYTHING, CONFIG, more, Share(), 0)))
 
 
 def test_plays_past_the_cut_and_of_held_out_users_are_in_no_window(dataset: Dataset, histories: Histories) -> None:
@@ -83,27 +133,32 @@ def test_plays_past_the_cut_and_of_held_out_users_are_in_no_window(dataset: Data
 def test_a_reader_that_selects_too_much_is_stopped(
     dataset: Dataset, histories: Histories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FitRange, "select", lambda _, plays: plays)
-    with pytest.raises(LeakError, match="at or after its cut"):
-        batches(dataset, FitRange(before=int(np.median(histories.played_at))))
-    with pytest.raises(LeakError, match="held out"):
-        batches(dataset, FitRange(held_out_share=0.5))
+    for allowed, told in (
+        (FitRange(before=int(np.median(histories.played_at))), "at or after its cut"),
+        (FitRange(held_out_share=0.5), "held out"),
+    ):
+        made = reader(dataset, allowed)
+        with monkeypatch.context() as patch:
+            patch.setattr(FitRange, "select", lambda _, plays: plays)
+            with pytest.raises(LeakError, match=told):
+                list(plain_stream(made))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 10_000])
 def test_batches_stay_whole_wherever_an_engine_cuts_or_joins_the_tables(
     dataset: Dataset, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_windows, "POOL_PLAYS", 100)  # several pools to a unit, each with few batches
-    reader = UnitReader(dataset, EVERYTHING, CONFIG.replace(batch=50), Share(), 0)
-    units = {"unit": np.array(["[0, 1]", "[3]", "[2]"], dtype=object)}
-    tables = list(reader.tables(units))
+    monkeypatch.setattr(shards, "POOL_WINDOWS", 20)  # several pools
+    made = reader(dataset, share=Share(rank=5, workers=16))  # some batches hold nothing of this worker
+    tables, steps = list(made.tables()), made.batches.steps
     assert len(tables) > 3
     joined = pa.concat_tables(tables)
     recut = [joined.slice(start, rows) for start in range(0, len(joined), rows)]
-    wanted = [batch for table in tables for batch in split_batches([table])]
-    assert contents(list(split_batches(recut))) == contents(wanted)
-    assert list(split_batches([])) == []
+    wanted = contents(list(split_batches(tables, steps)))
+    assert [] in wanted
+    assert len(wanted) == steps
+    assert contents(list(split_batches(recut, steps))) == wanted
+    assert contents(list(split_batches([], 2))) == [[], []]
 
 
 def test_buckets_without_pairs_of_plays_give_no_batches(workspace: Workspace) -> None:

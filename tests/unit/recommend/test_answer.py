@@ -17,7 +17,7 @@ from rayrec.recommend.answer import (
     history_of_songs,
     load_recommender,
 )
-from rayrec.recommend.base import Horizon, Recommender
+from rayrec.recommend.base import BaseRecommender, Horizon
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
@@ -26,7 +26,7 @@ from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 NOW = 1_000_000
 
 
-class Following(Recommender):
+class Following(BaseRecommender):
     """Recommends the song after the last one played, then the ones after that, round the catalog."""
 
     name = "following"

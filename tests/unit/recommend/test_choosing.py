@@ -10,7 +10,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.errors import InputError
 from rayrec.recommend.answer import load_recommender
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.filters import Limits
 from rayrec.recommend.selection import Known, Wish, choose, network_of
 from rayrec.recommend.two_step import TwoStepRecommender
@@ -22,7 +22,7 @@ WEIGHTS = [0.0, 0.2, 0.5, 0.9, 1.0]
 
 
 @pytest.fixture(scope="module", params=["network", "two-step"])
-def recommender(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recommender:
+def recommender(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseRecommender:
     workspace = Workspace(tmp_path_factory.mktemp("choosing") / "workspace")
     write_world(workspace)
     write_release(workspace, ranked=request.param == "two-step")
@@ -31,7 +31,7 @@ def recommender(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return loaded
 
 
-def known(recommender: Recommender) -> Known:
+def known(recommender: BaseRecommender) -> Known:
     network, questions = network_of(recommender), Questions.at_end(HISTORY, AT)
     return Known(
         vectors={horizon: network.vectors(HISTORY, questions, horizon)[0] for horizon in ("short", "long")},
@@ -40,7 +40,7 @@ def known(recommender: Recommender) -> Known:
     )
 
 
-def by_definition(recommender: Recommender, weight: float) -> np.ndarray:
+def by_definition(recommender: BaseRecommender, weight: float) -> np.ndarray:
     """float32 (N,): what each song scores with this weight for the long horizon."""
     network, questions = network_of(recommender), Questions.at_end(HISTORY, AT)
     short, long = (network.vectors(HISTORY, questions, horizon)[0] for horizon in ("short", "long"))
@@ -69,7 +69,7 @@ def _mixed(recommender: TwoStepRecommender, weight: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_songs_come_by_the_horizons_mixed_with_the_weight(recommender: Recommender, weight: float) -> None:
+def test_songs_come_by_the_horizons_mixed_with_the_weight(recommender: BaseRecommender, weight: float) -> None:
     scores = by_definition(recommender, weight)
     chosen = choose(recommender, known(recommender), Wish(k=NUM_SONGS, long_weight=weight))
     assert len(chosen.songs) == NUM_SONGS - 1
@@ -78,7 +78,7 @@ def test_songs_come_by_the_horizons_mixed_with_the_weight(recommender: Recommend
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_limits_leave_the_others_in_their_order(recommender: Recommender, weight: float) -> None:
+def test_limits_leave_the_others_in_their_order(recommender: BaseRecommender, weight: float) -> None:
     everything = choose(recommender, known(recommender), Wish(k=NUM_SONGS, long_weight=weight)).songs
     allowed, banned = np.arange(NUM_SONGS) % 3 == 0, np.array([0, 3, 9, 30])
     limits = Limits(allowed=allowed, banned=banned)

@@ -98,8 +98,9 @@ def test_a_damaged_file_is_named(ranker: Ranker, tmp_path: Path) -> None:
         Ranker.load(workspace, "rankers/one", "short")
 
 
-def test_the_same_examples_give_the_same_ranker() -> None:
-    one, other = (Ranker.fit(_examples(300), NAMES, RankerSettings(trees=10)) for _ in range(2))
+def test_the_same_examples_give_the_same_ranker_whatever_the_number_of_threads() -> None:
+    one, other = (Ranker.fit(_examples(3_000), NAMES, RankerSettings(trees=10, threads=threads)) for threads in (1, 3))
+    assert one.form == "trees"
     features = _examples(20, seed=5).features
     np.testing.assert_array_equal(one.scores(features), other.scores(features))
 
@@ -144,6 +145,8 @@ def test_few_queries_get_the_weighted_sum_that_trees_cannot_learn_from_them(tmp_
     loaded = Ranker.load(workspace, "rankers/one", "long")
     np.testing.assert_array_equal(loaded.scores(other.features), ranker.scores(other.features))
     assert loaded.form == "linear"
+    far = np.full_like(other.features, 1e6)  # as the years since the last play of somebody who comes back
+    assert np.ptp(ranker.scores(np.concatenate([far[:1], other.features]))) < 100
 
 
 def test_ndcg_is_one_for_a_perfect_order_and_counts_ties_against() -> None:

@@ -16,7 +16,7 @@ from rayrec.model.network import TasteModel
 from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets
 from rayrec.recommend import base as recommender_module
-from rayrec.recommend.base import Recommender, top_k
+from rayrec.recommend.base import BaseRecommender, top_k
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender
@@ -29,10 +29,10 @@ NUM_SONGS = 40
 WITHOUT_VECTOR = 7
 NOW = 10**9
 
-Maker = Callable[[Histories, np.ndarray], Recommender]
+Maker = Callable[[Histories, np.ndarray], BaseRecommender]
 
 
-def _indexed(plays: Histories, vectors: np.ndarray) -> Recommender:
+def _indexed(plays: Histories, vectors: np.ndarray) -> BaseRecommender:
     recommender = ItemKnnRecommender(vectors)
     recommender.index = SongIndex.build(recommender.song_vectors, IndexConfig())
     return recommender
@@ -54,7 +54,7 @@ def _network(_: Histories, vectors: np.ndarray) -> TasteRecommender:
     return TasteRecommender(TasteModel(config, torch.from_numpy(vectors)).eval(), vectors)
 
 
-def _two_step(plays: Histories, vectors: np.ndarray) -> Recommender:
+def _two_step(plays: Histories, vectors: np.ndarray) -> BaseRecommender:
     network = _network(plays, vectors)
     retrieval, rankers = fit_rankers(network, plays)
     return TwoStepRecommender(CandidateSource(network, retrieval), rankers)
@@ -90,13 +90,13 @@ def histories() -> Histories:
 
 
 @pytest.fixture(scope="module", params=list(MAKERS))
-def recommender(request: pytest.FixtureRequest) -> Recommender:
+def recommender(request: pytest.FixtureRequest) -> BaseRecommender:
     vectors = random_vectors(NUM_SONGS)
     vectors[WITHOUT_VECTOR] = 0
     return MAKERS[request.param](random_histories(60, NUM_SONGS, seed=1), vectors)
 
 
-def test_answers_have_the_promised_shapes_and_types(recommender: Recommender, histories: Histories) -> None:
+def test_answers_have_the_promised_shapes_and_types(recommender: BaseRecommender, histories: Histories) -> None:
     songs, scores = recommender.recommend(histories, NOW, 5)
     assert songs.shape == scores.shape == (len(histories), 5)
     assert songs.dtype == np.int32
@@ -107,13 +107,13 @@ def test_answers_have_the_promised_shapes_and_types(recommender: Recommender, hi
     assert recommender.kind in ("baseline", "network")
 
 
-def test_scores_are_float32_for_every_question_and_song(recommender: Recommender, histories: Histories) -> None:
+def test_scores_are_float32_for_every_question_and_song(recommender: BaseRecommender, histories: Histories) -> None:
     scores = recommender.score(histories, Questions.at_end(histories, NOW))
     assert scores.shape == (len(histories), NUM_SONGS)
     assert scores.dtype == np.float32
 
 
-def test_a_batch_answers_as_each_user_alone(recommender: Recommender, histories: Histories) -> None:
+def test_a_batch_answers_as_each_user_alone(recommender: BaseRecommender, histories: Histories) -> None:
     songs, scores = recommender.recommend(histories, NOW, 6)
     for row in range(len(histories)):
         alone, alone_scores = recommender.recommend_one(histories.take(np.array([row])), NOW, 6)
@@ -126,28 +126,28 @@ def test_a_batch_answers_as_each_user_alone(recommender: Recommender, histories:
         np.testing.assert_array_equal(alone[clear], together[clear])
 
 
-def test_answers_are_the_top_of_the_scores(recommender: Recommender, histories: Histories) -> None:
+def test_answers_are_the_top_of_the_scores(recommender: BaseRecommender, histories: Histories) -> None:
     songs, scores = recommender.recommend(histories, NOW, 8)
     expected, expected_scores = top_k(np.array(recommender.score(histories, Questions.at_end(histories, NOW))), 8)
     np.testing.assert_array_equal(songs, expected)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-6)
 
 
-def test_best_comes_first_and_no_song_twice(recommender: Recommender, histories: Histories) -> None:
+def test_best_comes_first_and_no_song_twice(recommender: BaseRecommender, histories: Histories) -> None:
     songs, scores = recommender.recommend(histories, NOW, 10)
     assert (scores[:, :-1] >= scores[:, 1:]).all()
     for row in songs:
         assert len(set(row[row >= 0])) == (row >= 0).sum()
 
 
-def test_more_than_the_catalog_fills_with_no_song(recommender: Recommender, histories: Histories) -> None:
+def test_more_than_the_catalog_fills_with_no_song(recommender: BaseRecommender, histories: Histories) -> None:
     songs, scores = recommender.recommend(histories, NOW, NUM_SONGS + 5)
     assert (songs[:, NUM_SONGS:] == -1).all()
     assert np.isneginf(scores[songs == -1]).all()
     assert np.isfinite(scores[songs >= 0]).all()
 
 
-def test_songs_heard_stay_out_when_asked(recommender: Recommender, histories: Histories) -> None:
+def test_songs_heard_stay_out_when_asked(recommender: BaseRecommender, histories: Histories) -> None:
     heard = [set(songs) for songs in np.split(histories.songs, histories.offsets[1:-1])]
     songs, _ = recommender.recommend(histories, NOW, NUM_SONGS, exclude_heard=True)
     assert all(not heard[row] & set(songs[row]) for row in range(len(histories)))
@@ -159,7 +159,7 @@ def test_songs_heard_stay_out_when_asked(recommender: Recommender, histories: Hi
         assert kept == [song for song in songs[row] if song >= 0]
 
 
-def test_plays_after_the_question_change_nothing(recommender: Recommender, histories: Histories) -> None:
+def test_plays_after_the_question_change_nothing(recommender: BaseRecommender, histories: Histories) -> None:
     plays = np.arange(0, histories.num_plays, 3)
     questions = Questions.before_plays(histories, plays)
     before = np.array(recommender.score(histories, questions))
@@ -176,7 +176,7 @@ def test_plays_after_the_question_change_nothing(recommender: Recommender, histo
 
 
 def test_a_question_in_the_middle_is_answered_as_if_history_ended_there(
-    recommender: Recommender, histories: Histories
+    recommender: BaseRecommender, histories: Histories
 ) -> None:
     plays = np.flatnonzero(np.arange(histories.num_plays) > histories.offsets[histories.rows])[::-2]
     questions = Questions.before_plays(histories, plays)
@@ -190,7 +190,7 @@ def test_a_question_in_the_middle_is_answered_as_if_history_ended_there(
 
 
 def test_cutting_the_scores_into_chunks_changes_nothing(
-    recommender: Recommender, histories: Histories, monkeypatch: pytest.MonkeyPatch
+    recommender: BaseRecommender, histories: Histories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     questions = Questions.at_end(histories, NOW)
     whole = recommender.score(histories, questions)
@@ -201,23 +201,23 @@ def test_cutting_the_scores_into_chunks_changes_nothing(
     np.testing.assert_allclose(np.concatenate([scores for _, scores in chunks]), whole, rtol=1e-5, atol=1e-6)
 
 
-def test_a_user_without_plays_is_answered_without_an_error(recommender: Recommender) -> None:
+def test_a_user_without_plays_is_answered_without_an_error(recommender: BaseRecommender) -> None:
     nobody = Histories.from_lists([[], [1, 2]], [[], [1, 2]])
     songs, scores = recommender.recommend(nobody, NOW, 3)
     assert songs.shape == scores.shape == (2, 3)
 
 
-def test_no_users_get_no_answers(recommender: Recommender) -> None:
+def test_no_users_get_no_answers(recommender: BaseRecommender) -> None:
     songs, scores = recommender.recommend(Histories.from_lists([], []), NOW, 3)
     assert songs.shape == scores.shape == (0, 3)
 
 
-def test_a_count_below_one_is_refused(recommender: Recommender, histories: Histories) -> None:
+def test_a_count_below_one_is_refused(recommender: BaseRecommender, histories: Histories) -> None:
     with pytest.raises(InputError, match="k is 0; ask for at least 1"):
         recommender.recommend(histories, NOW, 0)
 
 
-def test_songs_newer_than_the_recommender_do_no_harm(recommender: Recommender, histories: Histories) -> None:
+def test_songs_newer_than_the_recommender_do_no_harm(recommender: BaseRecommender, histories: Histories) -> None:
     newer = replace(histories, songs=np.where(np.arange(histories.num_plays) % 7, histories.songs, NUM_SONGS + 2))
     songs, scores = recommender.recommend(newer, NOW, NUM_SONGS, exclude_heard=True)
     for row, heard in enumerate(np.split(newer.songs, newer.offsets[1:-1])):

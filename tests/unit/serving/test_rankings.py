@@ -156,11 +156,12 @@ def test_given_songs_are_ranked_for_a_stored_user_and_explained(app: Client) -> 
     ]
     assert app.post("/v1/plays", {"plays": sent}).json()["taken"] == 4
     recommended = post(app, "recommendations", user_id="rank-ann", exclude_heard=False, k=10)
-    ranked = post(app, "rank", user_id="rank-ann", songs=ids(recommended)[::-1], explain=True)
-    assert ids(ranked) == ids(recommended)
+    assert "song-3" not in ids(recommended)
+    ranked = post(app, "rank", user_id="rank-ann", songs=["song-3", *ids(recommended)[::-1]], explain=True)
+    assert [song for song in ids(ranked) if song != "song-3"] == ids(recommended)
     assert all(1 <= len(song["reasons"]) <= 3 for song in ranked["songs"])
     heard = next(song for song in ranked["songs"] if song["song_id"] == "song-3")
-    assert any("you played it twice" in reason or "2 times" in reason for reason in heard["reasons"])
+    assert any(reason.startswith("you played it 2 times") for reason in heard["reasons"])
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_new_songs_come_by_the_day_of_their_first_play(app: Client, world: Works
     expected = [row for row in expected if first[row] < np.iinfo(np.int64).max]
     answer = get(app, "songs/new", k=MAX_K)
     assert rows(answer) == expected
-    assert len(set(first[expected].tolist())) > 5
+    assert len(set(first[expected].tolist())) > 2
     days = [np.datetime64(song["first_played"]).astype(int) for song in answer["songs"]]
     assert days == first[expected].tolist()
 
@@ -284,8 +285,11 @@ def test_added_songs_are_the_newest_and_can_be_ranked(tmp_path: Path) -> None:
         app = Client(opened)
         newest = get(app, "songs/new", k=4)["songs"]
         ranked = post(app, "rank", songs=["song-3", "new-b", f"song-{WITHOUT_VECTOR}"])
-        popular = rows(get(app, "songs/popular", k=MAX_K))
+        without_plays = post(app, "rank", history=[], songs=["new-b", "song-3"])
+        popular = ids(get(app, "songs/popular", k=MAX_K))
     assert [song["song_id"] for song in newest[:3]] == ["new-c", "new-b", "new-a"]
     assert [song["first_played"] is None for song in newest] == [True, True, True, False]
     assert set(ids(ranked)) == {"song-3", "new-b", f"song-{WITHOUT_VECTOR}"}
-    assert len(popular) == NUM_SONGS  # no song is without a vector any more
+    assert popular[-3:] == ["new-a", "new-b", "new-c"]
+    assert len(popular) == NUM_SONGS + 3  # no song is without a vector any more
+    assert ids(without_plays) == ["song-3", "new-b"]

@@ -11,7 +11,7 @@ from served import AT, NUM_SONGS, WITHOUT_VECTOR, Client, ms, service, write_rel
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Questions
 from rayrec.recommend.answer import history_of_songs, load_recommender
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.selection import network_of
 from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K
 from rayrec.serving.service import Service
@@ -41,7 +41,7 @@ def app(opened: Service) -> Client:
 
 
 @pytest.fixture(scope="module")
-def recommender(world: Workspace) -> Recommender:
+def recommender(world: Workspace) -> BaseRecommender:
     return load_recommender(world, Dataset(world), releases.default_parts(world))
 
 
@@ -74,7 +74,7 @@ def test_a_song_heard_before_is_explained_by_its_plays(app: Client) -> None:
 
 @pytest.mark.parametrize("horizon", ["short", "long"])
 def test_the_answer_is_what_the_recommender_of_the_release_ranks(
-    app: Client, world: Workspace, recommender: Recommender, horizon: Any
+    app: Client, world: Workspace, recommender: BaseRecommender, horizon: Any
 ) -> None:
     history = history_of_songs(Dataset(world).catalog(), SONGS, AT)
     rows, scores = recommender.recommend_one(history, AT, 10, horizon=horizon)
@@ -148,7 +148,7 @@ def test_the_batch_form_answers_as_single_calls_do(app: Client) -> None:
     assert answer["answers"][:4] == answer["answers"][44:]
 
 
-def test_tastes_are_the_vectors_of_the_network(app: Client, world: Workspace, recommender: Recommender) -> None:
+def test_tastes_are_the_vectors_of_the_network(app: Client, world: Workspace, recommender: BaseRecommender) -> None:
     history = history_of_songs(Dataset(world).catalog(), SONGS, AT)
     users = [{"history": SONGS, "at": AT}, {"history": ["nobody"], "at": AT}]
     answer = app.post("/v1/tastes", {"users": users}).json()

@@ -16,7 +16,7 @@ from rayrec.model.inference import TasteEncoder
 from rayrec.model.taste_table import states_of, taste_table
 from rayrec.online import user_state
 from rayrec.recommend.answer import load_recommender
-from rayrec.recommend.base import Recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.selection import network_of
 from rayrec.serving.serve_config import MAX_PLAYS
 from rayrec.storage import releases
@@ -41,7 +41,7 @@ def app(world: Workspace, uri: str) -> Iterator[Client]:
         yield Client(opened)
 
 
-def recommender(world: Workspace, model: str = "model1") -> Recommender:
+def recommender(world: Workspace, model: str = "model1") -> BaseRecommender:
     return load_recommender(world, Dataset(world), releases.default_parts(world, model))
 
 

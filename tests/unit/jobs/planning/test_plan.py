@@ -112,6 +112,7 @@ def test_built_in_rates_fill_in_and_are_marked() -> None:
         ({"songs": 4 * 10**7}, SMALL, {"gpu": True}, "Adam's two moments on the GPU"),
         ({}, replace(SMALL, nodes=[HEAD, CPU]), {"gpu": True}, "has no node type with a GPU"),
         ({}, SMALL, {"batch": 2, "workers": 4}, "batch is 2, less than one window for each of 4"),
+        ({}, SMALL, {"workers": 3}, "workers is 3; expected a divisor of the 64 shards: 1, 2, 4, 8, 16, 32, 64"),
     ],
 )
 def test_what_will_not_fit_is_a_problem(

@@ -1,0 +1,247 @@
+"""From files of plays to a live release: everything chosen on the newest plays, then fitted on all of them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rayrec.config import Settings, from_mapping
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import Split, hold_back_validation
+from rayrec.errors import InputError
+from rayrec.importing.guessing import describe_import, guess_import
+from rayrec.jobs.add_songs import added_to
+from rayrec.jobs.fit_config import FitConfig
+from rayrec.jobs.pipeline import CONFIGS, Outcome, Stages
+from rayrec.jobs.quality import Quality, ServedParts, measure_quality
+from rayrec.jobs.runtime import ray_cluster
+from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
+from rayrec.recommend.answer import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
+from rayrec.recommend.index import require_one_faiss
+from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.simple_baselines import PopularityRecommender
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.locking import writes
+from rayrec.storage.workspace import Workspace
+
+SECTIONS = ("import", "embed", "train", "retrieval", "rank", "taste", "index")
+EXAMPLE_SONGS = 5
+MIN_PLAYS = 30  # of the user who is shown, if some user has as many
+
+Sections = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What a fit came to."""
+
+    imported: str  # format and columns
+    outcomes: list[Outcome]
+    release: str  # id
+    split: Split | None  # whose validation range everything was chosen on; None: too few plays
+    quality: Quality | None  # on that range, of models that have not seen it
+    user: str  # an example
+    answer: Answer  # what is recommended to this user
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "import": self.imported,
+            "stages": [outcome.to_mapping() for outcome in self.outcomes],
+            "release": self.release,
+            "split": None if self.split is None else self.split.id,
+            "validation": None if self.quality is None else self.quality.to_mapping(),
+            "user": self.user,
+            **self.answer.to_mapping(),
+        }
+
+
+@writes("fit")
+def fit(
+    workspace: Workspace,
+    config: FitConfig,
+    *,
+    settings: Sections | None = None,
+    force: bool = False,
+    on_stage: Callable[[Outcome], None] = lambda outcome: None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> FitResult:
+    """Import plays, hold back the newest to choose by, fit everything on all plays and make the release live.
+
+    `settings` are those of the stages, section -> name -> value, as in a pipeline file; those of `train` default to
+    ones that suit the number of plays. Stages whose inputs and settings have not changed are skipped, unless with
+    `force`. `on_stage` hears of each stage as it ends, `on_note` of what was guessed and held back.
+
+    The quality is that of the networks, retrieval and rankers that have not seen the validation range, on queries of
+    the users by whom the rankers were not trained. Raises `InputError` for files that cannot be read, for unknown
+    settings, and in a workspace that holds other plays.
+    """
+    require_one_faiss()  # before any work
+    sections = _checked(settings or {})
+    if config.epochs is not None:
+        sections["train"]["epochs"] = config.epochs
+    plays = guess_import(config.paths, format_name=config.format, columns=config.columns)
+    plays = plays.replace(**sections["import"])
+    on_note(f"Reading as {describe_import(plays)}")
+    with ray_cluster():
+        stages = Stages(workspace, force=force, on_stage=on_stage)
+        stages.run("import", plays)
+        dataset = Dataset(workspace)
+        stages.split = hold_back_validation(dataset)
+        on_note(_held_back(stages.split, dataset.manifest.plays))
+        configs = stage_configs(dataset, sections)
+        fit_models(stages, configs)
+        quality = _quality(dataset, stages) if stages.split is not None else None
+        for name in ("taste", "index", "release"):
+            stages.run(name, configs[name])
+    release = artifacts.load(workspace, "releases", stages.made["release"])
+    user, shown = example_answer(workspace, release.inputs)
+    return FitResult(
+        imported=describe_import(plays),
+        outcomes=stages.outcomes,
+        release=release.id,
+        split=stages.split,
+        quality=quality,
+        user=user,
+        answer=shown,
+    )
+
+
+def fit_models(stages: Stages, configs: Mapping[str, Settings]) -> None:
+    """Embeddings, network, added songs, and with a split also retrieval and rankers."""
+    stages.run("embed", configs["embed"])
+    stages.run("train", configs["train"])
+    stages.run("songs")  # before the rankers, which then learn where new songs belong
+    if stages.split is None:
+        for name in ("retrieval", "rank"):
+            stages.leave_out(name, "rankers need plays that are held back")
+        return
+    for name in ("retrieval", "rank"):
+        stages.run(name, configs[name])
+
+
+def stage_configs(dataset: Dataset, sections: Sections) -> dict[str, Settings]:
+    """Stage -> config of all stages after the import, those of embeddings and training by the data set."""
+    defaults = {
+        "embed": {"session_gap_minutes": session_gap(dataset)},
+        "train": {} if "preset" in sections.get("train", {}) else train_defaults(dataset.manifest),
+    }
+    return {
+        name: from_mapping(CONFIGS[name], {**defaults.get(name, {}), **sections.get(name, {})}, f"settings [{name}]")
+        for name in (*SECTIONS[1:], "release")
+    }
+
+
+# Why these: docs/training.md, "What fit chooses by itself".
+STEPS_PER_EPOCH = 40
+SMALLEST_BATCH = 4
+PLAYS_WITHOUT_WORKERS = 2_000_000  # starting Ray Train's workers takes longer than a short training
+SESSION_MINUTES = 30.0
+WHOLE_HISTORY_MINUTES = 1e9
+IN_SESSIONS = 0.5  # share of the plays below which each history counts as one session
+SAMPLED_PLAYS = 1_000_000
+
+
+def session_gap(dataset: Dataset) -> float:
+    """The pause that ends a session, in minutes: none does where most plays are alone within half an hour."""
+    plays = near = 0
+    for histories in dataset.read_all():
+        same_user = histories.rows[1:] == histories.rows[:-1]
+        follows = same_user & (np.diff(histories.played_at) <= SESSION_MINUTES * 60_000)
+        near += int((np.append(follows, False) | np.append(False, follows)).sum()) if len(histories.rows) else 0
+        plays += histories.num_plays
+        if plays >= SAMPLED_PLAYS:
+            break
+    return SESSION_MINUTES if near >= IN_SESSIONS * plays else WHOLE_HISTORY_MINUTES
+
+
+def train_defaults(dataset: DatasetManifest) -> dict[str, Any]:
+    """Settings of the training for the size of a data set: a small one is read in smaller batches and more epochs."""
+    usual = TrainConfig()
+    windows = dataset.users + dataset.plays // usual.window
+    batch = min(usual.batch, max(SMALLEST_BATCH, windows // STEPS_PER_EPOCH))
+    values: dict[str, Any] = {"workers": 0} if dataset.plays <= PLAYS_WITHOUT_WORKERS else {}
+    return values | ({"batch": batch} if batch < usual.batch else {})
+
+
+def served_before(
+    dataset: Dataset, model: Manifest, retrieval: Manifest, rankers: Manifest | None, name: str
+) -> ServedParts:
+    """What answers with the parts that have not seen the validation range."""
+    return ServedParts(
+        name=name,
+        network=model.path(SELECTION_NETWORK),
+        retrieval=retrieval.path(SELECTION_RETRIEVAL),
+        rankers=rankers,
+        added=added_to(dataset, model.path(SELECTION_NETWORK)),
+    )
+
+
+def _quality(dataset: Dataset, stages: Stages) -> Quality | None:
+    """On the validation range: what answers, the network alone, and popularity; None where there is no query."""
+    workspace, split = dataset.workspace, stages.split
+    model, retrieval = (artifacts.load(workspace, kind, stages.made[name]) for kind, name in PARTS)
+    if split is None or not workspace.exists(model.path(SELECTION_NETWORK)):
+        return None
+    rankers = artifacts.load(workspace, "rankers", stages.made["rank"]) if "rank" in stages.made else None
+    song_plays = Retrieval.load(workspace, retrieval.path(SELECTION_RETRIEVAL)).plays.plays
+    parts = [served_before(dataset, model, retrieval, rankers, "two-step")] if rankers else []
+    parts.append(served_before(dataset, model, retrieval, None, "taste"))
+    quality = measure_quality(
+        dataset,
+        [*(part.load(dataset) for part in parts), PopularityRecommender(song_plays)],
+        split=split.validation_as_test(),
+        song_plays=song_plays,
+        checking_users=rankers is not None,
+    )
+    return quality if quality.queries else None
+
+
+PARTS = (("models", "train"), ("retrieval", "retrieval"))  # kind and stage
+
+
+def example_answer(workspace: Workspace, parts: Mapping[str, str], k: int = EXAMPLE_SONGS) -> tuple[str, Answer]:
+    """A user with some plays, and what is recommended three minutes after the last one; `parts` as in a release."""
+    dataset = Dataset(workspace)
+    user, last_play = _example_user(dataset)
+    recommender = load_recommender(workspace, dataset, parts)
+    return user, answer(dataset, recommender, RecommendConfig(k=k), at=last_play + ASSUMED_GAP_MS, user=user)
+
+
+def _example_user(dataset: Dataset) -> tuple[str, int]:
+    """The first user with `MIN_PLAYS` plays, else the one with most; and the time of the last one (ms UTC)."""
+    most, found = 0, ("", 0)
+    for batch in dataset.read_all():
+        if not len(batch):
+            continue
+        enough = (batch.lengths >= MIN_PLAYS).nonzero()[0]
+        row = int(enough[0]) if len(enough) else int(batch.lengths.argmax())
+        if batch.lengths[row] > most:
+            most = int(batch.lengths[row])
+            found = str(batch.user_ids[row]), int(batch.played_at[batch.offsets[row + 1] - 1])
+        if len(enough):
+            break
+    return found
+
+
+def _checked(settings: Sections) -> dict[str, dict[str, Any]]:
+    """The sections, all of them. Raises `InputError` for unknown sections or settings."""
+    unknown = sorted(set(settings) - set(SECTIONS))
+    if unknown:
+        raise InputError(f"the settings have an unknown section {unknown[0]!r}; expected {', '.join(SECTIONS)}")
+    for name, section in settings.items():
+        if name != "import":
+            from_mapping(CONFIGS[name], section, f"settings [{name}]")
+    return {name: dict(settings.get(name, {})) for name in SECTIONS}
+
+
+def _held_back(split: Split | None, plays: int) -> str:
+    if split is None:
+        return (
+            f"{plays:,} plays are too few to hold some back: settings are not chosen, quality is not measured, and "
+            "recommendations come without rankers"
+        )
+    return f"Holding back {split.validation_range}, to choose by; then everything is fitted on all plays"

@@ -1,0 +1,252 @@
+"""New plays into a live release: checked on the newest of them against the one that is live."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rayrec.config import from_mapping
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import hold_back_validation, load_split
+from rayrec.errors import InputError, MismatchError
+from rayrec.importing.guessing import describe_import, guess_import
+from rayrec.importing.merging import PARTS_BEFORE_COMPACT
+from rayrec.jobs.add_songs import added_since
+from rayrec.jobs.compact import compact
+from rayrec.jobs.fit import fit_models, served_before, stage_configs
+from rayrec.jobs.fit_config import UpdateConfig
+from rayrec.jobs.import_data import Appended, append_plays
+from rayrec.jobs.pipeline import Outcome, ReleaseConfig, Stages
+from rayrec.jobs.quality import Quality, ServedParts, measure_quality
+from rayrec.jobs.runtime import ray_cluster
+from rayrec.model.added_songs import AddedSongs
+from rayrec.model.train_config import SELECTION_NETWORK, TasteConfig
+from rayrec.online.load_states import LoadResult, load_states
+from rayrec.online.state_store import open_store, store_uri
+from rayrec.recommend.index import IndexConfig
+from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.two_step_config import RetrievalConfig
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.locking import writes
+from rayrec.storage.releases import activate_release, active_release
+from rayrec.storage.workspace import STATES_FILE, Workspace
+
+TOLERANCE = 0.005  # that recall@20 as served may be lower than the live release's
+LIVE, NEW = "live", "new"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateResult:
+    """What an update came to."""
+
+    outcomes: list[Outcome]
+    appended: Appended  # what was new in the files
+    trained: bool
+    release: str  # id of the new release, of the live one where nothing is new
+    live: bool  # whether it is live now
+    reason: str  # why
+    quality: Quality | None = None  # of the models `new` and `live` on the newest plays
+    states: LoadResult | None = None  # what was loaded into the store
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "new_plays": self.appended.plays,
+            "new_users": self.appended.users,
+            "new_songs": self.appended.songs,
+            "merged": self.appended.merged,
+            "trained": self.trained,
+            "release": self.release,
+            "live": self.live,
+            "reason": self.reason,
+            "check": None if self.quality is None else self.quality.to_mapping(),
+            "states": None if self.states is None else {"users": self.states.users},
+            "stages": [outcome.to_mapping() for outcome in self.outcomes],
+        }
+
+
+@writes("update")
+def update(
+    workspace: Workspace,
+    config: UpdateConfig,
+    *,
+    on_stage: Callable[[Outcome], None] = lambda outcome: None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> UpdateResult:
+    """Append plays and bring everything up to date with them; the new release goes live where it holds.
+
+    Tastes and retrieval take in the new plays, users and songs. Where more than `train_share` of all plays are
+    newer than the model, or with `train`, its training is continued and rankers are learned again. The new release is
+    compared with the live one on the newest plays, which neither has seen: fitted without them it must reach the live
+    one's recall@20 as served, less 0.005. A release with the same model goes live unchecked where the new plays are too
+    few. The states go into `store`, or into the workspace's own where there is one.
+
+    Raises `InputError` where no release is live and for files that cannot be read.
+    """
+    live = active_release(workspace)
+    if live is None:
+        raise InputError(f"workspace {workspace.uri} has no live release; run `rayrec fit` first")
+    plays = guess_import(config.paths, format_name=config.format, columns=config.columns)
+    on_note(f"Reading as {describe_import(plays)}")
+    with ray_cluster():
+        appended = append_plays(workspace, plays)
+        dataset = Dataset(workspace)
+        if dataset.manifest.plays_id == dataset.earlier(live.inputs["dataset"]).plays_id:
+            reason = "no play is newer than the live release"
+            return UpdateResult(
+                outcomes=[], appended=appended, trained=False, release=live.id, live=True, reason=reason
+            )
+        on_note(f"{appended.plays:,} new plays, {appended.users:,} new users, {appended.songs:,} new songs")
+        return _Update(dataset, live, on_stage, on_note).run(appended, config)
+
+
+class _Update:
+    """One update of a live release to the plays of a data set."""
+
+    def __init__(
+        self, dataset: Dataset, live: Manifest, on_stage: Callable[[Outcome], None], on_note: Callable[[str], None]
+    ) -> None:
+        self.dataset, self.workspace, self.live, self.on_note = dataset, dataset.workspace, live, on_note
+        self.stages = Stages(dataset.workspace, on_stage=on_stage)
+        self.model = artifacts.load(dataset.workspace, "models", live.inputs["models"])
+        self.retrieval, self.rankers, self.added = (
+            artifacts.load(dataset.workspace, kind, live.inputs[kind]) if kind in live.inputs else None
+            for kind in ("retrieval", "rankers", "added_songs")
+        )
+
+    def run(self, appended: Appended, config: UpdateConfig) -> UpdateResult:
+        stages, workspace = self.stages, self.workspace
+        stages.split = hold_back_validation(self.dataset, since=self._seen_until())
+        share = self._new_share()
+        trains = config.train or share > config.train_share
+        if trains and stages.split is None:
+            self.on_note("Too few new plays to choose a model by: it stays as it is")
+            trains = False
+        if trains:
+            self.on_note(f"{share:.1%} of the plays are newer than the model: training")
+            self._train()
+        else:
+            self._keep_model()
+        self.dataset = Dataset(workspace)  # described songs have come into its catalog
+        quality = self._check(trains)
+        holds, reason = _verdict(quality, trains)
+        for name, settings in (("taste", TasteConfig()), ("index", IndexConfig())):
+            stages.run(name, settings)
+        stages.run("release", ReleaseConfig(activate=False))
+        release = artifacts.load(workspace, "releases", stages.made["release"])
+        states = None
+        if holds:
+            states = self._load_states(release, config.store)
+            activate_release(workspace, release.id)
+        if len(self.dataset.manifest.spans) > PARTS_BEFORE_COMPACT:
+            compact(workspace)
+        return UpdateResult(
+            outcomes=stages.outcomes,
+            appended=appended,
+            trained=trains,
+            release=release.id,
+            live=holds,
+            reason=reason,
+            quality=quality,
+            states=states,
+        )
+
+    def _seen_until(self) -> int:
+        """ms UTC: from here on no part of the live release has seen a play."""
+        ends = []
+        for part in filter(None, (self.model, self.retrieval)):
+            split = load_split(self.workspace, part.inputs["split"]) if "split" in part.inputs else None
+            cut = split.final.before if split is not None else None
+            ends.append(self.dataset.earlier(part.inputs["dataset"]).last_play + 1 if cut is None else cut)
+        return max(ends)
+
+    def _new_share(self) -> float:
+        """Share of all plays that came after those the model was made of."""
+        before = self.dataset.earlier(self.model.inputs["dataset"]).plays
+        return 1 - before / self.dataset.manifest.plays
+
+    def _train(self) -> None:
+        """Continue the training of the live model; where the data asks for another shape, train a new one."""
+        stages, retrieval = self.stages, self.retrieval
+        sections = {
+            "embed": artifacts.load(self.workspace, "songs", self.model.inputs["songs"]).config,
+            "train": self.model.config,
+            "retrieval": retrieval.config if retrieval else {},
+            "rank": self.rankers.config if self.rankers else {},
+        }
+        configs = stage_configs(self.dataset, sections)
+        stages.start = self.model.id
+        try:
+            stages.run("train", configs["train"])
+        except MismatchError as error:
+            self.on_note(f"The training starts from nothing: {str(error).partition(';')[0]}")
+            stages.start = None
+            fit_models(stages, configs)
+            return
+        stages.run("songs")
+        for name in ("retrieval", "rank"):
+            stages.run(name, configs[name])
+
+    def _keep_model(self) -> None:
+        """New songs get vectors and the retrieval takes in the new plays; the model and its rankers stay."""
+        self.stages.made["train"] = self.model.id
+        self.stages.run("songs")
+        if self.rankers is not None and self.retrieval is not None:
+            self.stages.made["rank"] = self.rankers.id
+            self.stages.run("retrieval", from_mapping(RetrievalConfig, self.retrieval.config, "retrieval"))
+
+    def _check(self, trained: bool) -> Quality | None:
+        """The new release without the newest plays against the live one on them; None where nothing can be compared."""
+        split, workspace, made = self.stages.split, self.workspace, self.stages.made
+        if split is None or "retrieval" not in made:
+            return None
+        retrieval = artifacts.load(workspace, "retrieval", made["retrieval"])
+        rankers = artifacts.load(workspace, "rankers", made["rank"]) if "rank" in made else None
+        live = ServedParts(
+            name=LIVE,
+            network=self.model.folder,
+            retrieval=self.retrieval.folder if self.retrieval else None,
+            rankers=self.rankers,
+            added=AddedSongs.load(workspace, self.added.folder) if self.added else None,
+        )
+        if trained:
+            model = artifacts.load(workspace, "models", made["train"])
+            if not workspace.exists(model.path(SELECTION_NETWORK)):
+                return None  # the range holds no play with an earlier one
+            new = served_before(self.dataset, model, retrieval, rankers, NEW)
+        else:
+            selection = retrieval.path(SELECTION_RETRIEVAL)
+            added = added_since(self.dataset, self.model, split.selection, self.added)
+            new = ServedParts(name=NEW, network=self.model.folder, retrieval=selection, rankers=rankers, added=added)
+        song_plays = np.asarray(Retrieval.load(workspace, retrieval.path(SELECTION_RETRIEVAL)).plays.plays)
+        quality = measure_quality(
+            self.dataset,
+            [new.load(self.dataset), live.load(self.dataset)],
+            split=split.validation_as_test(),
+            song_plays=song_plays,
+            checking_users=trained and rankers is not None,
+        )
+        return quality if quality.queries else None
+
+    def _load_states(self, release: Manifest, store: str | None) -> LoadResult | None:
+        """Load the states into the store that is named, or into the workspace's own where there is one."""
+        if store is None and not self.workspace.exists(STATES_FILE):
+            return None
+        opened = open_store(store_uri(self.workspace, store), self.dataset.lineage)
+        try:
+            return load_states(self.dataset, opened, release)
+        finally:
+            opened.close()
+
+
+def _verdict(quality: Quality | None, trained: bool) -> tuple[bool, str]:
+    """Whether the new release may go live, and why."""
+    if quality is None:
+        if trained:
+            return False, "the new plays hold no query to check the new model on"
+        return True, "the model is the same, and the new plays are too few to check it on"
+    new, live = quality.value(NEW) or 0.0, quality.value(LIVE) or 0.0
+    compared = f"recall@20 as served on {quality.queries:,} new queries is {new:.3f}, the live release's {live:.3f}"
+    return new >= live - TOLERANCE, compared

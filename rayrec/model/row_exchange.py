@@ -1,0 +1,70 @@
+"""Rows of the song tables that several workers keep between them: row r is worker r mod W's.
+
+What each worker asks of each is agreed on the host, while the step before runs, in a process group of its own; so a
+step knows all sizes, and the host waits for no device. Shapes: U songs that a worker looks up, R rows that it is
+asked for by all workers, V of them each once, D embedding.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rayrec.model.steps import RowRequests, TrainingStep
+from rayrec.model.workers import Share
+
+
+class RowExchange:
+    """One worker's end of the exchange. All workers make the same calls in the same order."""
+
+    def __init__(self, share: Share) -> None:
+        self._share = share
+        self._host = dist.new_group(backend="gloo") if share.workers > 1 else None
+
+    def agree(self, step: TrainingStep, tables: list[str]) -> TrainingStep:
+        """The step with the targets of all workers added up and the requests to some of its tables."""
+        if self._share.workers == 1:
+            return step
+        workers = self._share.workers
+        asked = [step.songs[name].numpy() for name in tables]
+        counts = [np.bincount(songs % workers, minlength=workers) for songs in asked]
+        sent = np.array(counts, dtype=np.int64).reshape(len(tables), workers)
+        told = np.concatenate([sent.T, np.tile(step.counts, (workers, 1))], axis=1)
+        heard = torch.empty(told.shape, dtype=torch.int64)
+        dist.all_to_all_single(heard, torch.from_numpy(told), group=self._host)
+        received = heard[:, : len(tables)].T.tolist()
+        requests = {
+            name: self._requests(songs // workers, sent[number].tolist(), received[number])
+            for number, (name, songs) in enumerate(zip(tables, asked, strict=True))
+        }
+        totals = heard[:, len(tables) :].sum(dim=0).numpy()
+        return replace(step, targets=step.targets.weighed(totals), requests=requests)
+
+    def _requests(self, rows_U: np.ndarray, sent: list[int], received: list[int]) -> RowRequests:
+        rows_R = torch.empty(sum(received), dtype=torch.int32)
+        wanted = torch.from_numpy(rows_U.astype(np.int32))
+        dist.all_to_all_single(rows_R, wanted, received, sent, group=self._host)
+        rows_V, places_R = np.unique(rows_R.numpy(), return_inverse=True)
+        return RowRequests(
+            sent=sent,
+            received=received,
+            rows_R=rows_R.long(),
+            rows_V=torch.from_numpy(rows_V).long(),
+            places_R=torch.from_numpy(places_R),
+        )
+
+
+def fetch_rows(table_ND: Tensor, requests: RowRequests) -> Tensor:
+    """float32 (U, D): the rows that this worker asked for, from all workers; `table_ND` are its own."""
+    found_UD = table_ND.new_empty(sum(requests.sent), table_ND.shape[1])
+    dist.all_to_all_single(found_UD, table_ND.index_select(0, requests.rows_R), requests.sent, requests.received)
+    return found_UD
+
+
+def return_gradients(gradient_UD: Tensor, requests: RowRequests) -> Tensor:
+    """float32 (V, D): the gradients of this worker's rows, added up over all workers; `gradient_UD` is its own part."""
+    found_RD = gradient_UD.new_empty(sum(requests.received), gradient_UD.shape[1])
+    dist.all_to_all_single(found_RD, gradient_UD.contiguous(), requests.received, requests.sent)
+    return found_RD.new_zeros(len(requests.rows_V), found_RD.shape[1]).index_add_(0, requests.places_R, found_RD)

@@ -1,0 +1,289 @@
+"""The public facade: from a table of plays to recommendations in a table, with the workspace out of sight.
+
+U users, k songs each, D dimensions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from rayrec.config import from_mapping
+from rayrec.data import columns as names
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories, Questions, concatenate
+from rayrec.data.moments import now_ms, parse_moment
+from rayrec.errors import InputError, NotFoundError
+from rayrec.jobs.fit_config import FitConfig, UpdateConfig
+from rayrec.model.train_config import TrainConfig
+from rayrec.notebook import html_figures
+from rayrec.storage.releases import active_release
+from rayrec.storage.workspace import Workspace
+
+if TYPE_CHECKING:
+    from rayrec.jobs.pipeline import Outcome
+    from rayrec.jobs.quality import Quality
+    from rayrec.recommend.base import BaseRecommender, Horizon
+
+SENT_PLAYS = "inputs"  # folder of the workspace for tables on their way into the data set
+COLUMNS = ("user_id", "rank", "song_id", "title", "artist", "score")
+
+Plays = Any  # a pandas or polars DataFrame, an Arrow table, or the path of files
+Moment: TypeAlias = str | int | float | datetime  # datetimes and pandas timestamps without a zone are UTC
+
+
+class Recommender:
+    """Learns from plays and recommends songs.
+
+    >>> model = rayrec.Recommender(epochs=5).fit(plays)
+    >>> model.recommend(users=["ann"], k=10)
+
+    Plays have a user, a song and a time (a timestamp, Unix seconds or milliseconds, or ISO 8601 with a zone), and may
+    have title and artist; columns are guessed by their names. Timestamps without a zone count as UTC. Fitting runs on
+    Ray: on this machine, or on the cluster that `ray.init(address)` connected.
+    """
+
+    def __init__(self, *, workspace: str | Path | None = None, progress: bool = True, **settings: Any) -> None:
+        """`settings` are those of `rayrec train`, such as epochs and hidden_dim.
+
+        Everything is kept in `workspace`, a folder, s3:// or gs:// prefix, or in a temporary folder that is deleted
+        with this object. On a cluster of several nodes it must be one that all of them reach. With `progress` each
+        stage that ends is a line on stderr. Raises `InputError` for an unknown setting.
+        """
+        from_mapping(TrainConfig, settings, "Recommender")
+        self.settings, self.progress = settings, progress
+        self.quality: Quality | None = None  # on the validation range of the last fit
+        self._folder = tempfile.TemporaryDirectory(prefix="rayrec-") if workspace is None else None
+        self.workspace = Workspace(self._folder.name if self._folder else workspace or "")
+        self._loaded: tuple[str, Dataset, BaseRecommender] | None = None  # of a release
+
+    def fit(self, plays: Plays, *, columns: Mapping[str, str] | None = None) -> Recommender:
+        """Learn from plays: a pandas or polars DataFrame, an Arrow table, or a path; returns this object.
+
+        `columns` map roles to names where guessing is not enough: {"user": "listener", "song": "track"}. The newest
+        plays choose the settings and give `quality`; then everything is fitted on all plays. Plays fitted before are
+        replaced. Raises `InputError` for plays that cannot be read.
+        """
+        from rayrec.jobs.fit import fit
+
+        with _SentPlays(self.workspace, plays) as paths:
+            config = FitConfig(paths=paths, columns=dict(columns or {}))
+            sections = {"train": self.settings}
+            is_refit = active_release(self.workspace) is not None
+            result = fit(self.workspace, config, settings=sections, force=is_refit, **self._listeners())
+        self.quality = result.quality
+        return self
+
+    def update(self, plays: Plays, *, columns: Mapping[str, str] | None = None, train: bool = False) -> Recommender:
+        """Add new plays, users and songs; returns this object.
+
+        The network is trained on where more than a tenth of all plays are new, or with `train`. What was learned is
+        kept where the result would be worse on the newest plays; a line on stderr says so.
+        """
+        from rayrec.jobs.update import update
+
+        with _SentPlays(self.workspace, plays) as paths:
+            config = UpdateConfig(paths=paths, columns=dict(columns or {}), train=train)
+            result = update(self.workspace, config, **self._listeners())
+        if not result.live:
+            _print(f"The update is not used: {result.reason}")
+        return self
+
+    def recommend(
+        self,
+        users: str | Sequence[str],
+        k: int = 10,
+        *,
+        at: Moment | None = None,
+        horizon: Horizon = "short",
+        exclude_heard: bool = True,
+    ) -> pd.DataFrame:
+        """The k best songs of each user: columns user_id, rank (from 1), song_id, title, artist, score.
+
+        `at` is the moment of the request, by default now; plays after it are not looked at. `horizon` "short" is for
+        the next songs, "long" for later ones. Songs that a user has heard are left out if `exclude_heard`. Raises
+        `NotFoundError` for an unknown user, `InputError` for one without a play before `at`.
+        """
+        dataset, recommender = self._answering()
+        moment, ids = _moment(at), [users] if isinstance(users, str) else list(users)
+        histories = self._histories(dataset, ids, moment)
+        songs, scores = recommender.recommend(histories, moment, k, horizon=horizon, exclude_heard=exclude_heard)
+        rows, places = np.nonzero(songs >= 0)
+        table = self._named(dataset, songs[rows, places])
+        table.insert(0, "user_id", np.asarray(ids, dtype=object)[rows])
+        table.insert(1, "rank", places + 1)
+        table["score"] = scores[rows, places]
+        return table
+
+    def similar(self, song: str, k: int = 10) -> pd.DataFrame:
+        """The k songs most like a song: columns rank, song_id, title, artist, score (cosine of their embeddings).
+
+        Raises `InputError` for an unknown song.
+        """
+        from rayrec.recommend.selection import network_of, similar
+
+        dataset, recommender = self._answering()
+        row = int(dataset.catalog().rows([song])[0])
+        vectors = network_of(recommender).song_vectors
+        if row >= len(vectors) or not vectors[row].any():
+            raise InputError(f"song {song!r} is newer than the network; call update with train=True first")
+        chosen = similar(recommender, row, k)
+        table = self._named(dataset, chosen.songs)
+        table.insert(0, "rank", np.arange(1, len(table) + 1))
+        table["score"] = chosen.scores
+        return table
+
+    def taste(
+        self, users: str | Sequence[str], *, at: Moment | None = None, horizon: Horizon = "short"
+    ) -> pd.DataFrame:
+        """The taste vectors of users, float32 (U, D): a row a user, the index named user_id."""
+        from rayrec.recommend.selection import network_of
+
+        dataset, recommender = self._answering()
+        moment, ids = _moment(at), [users] if isinstance(users, str) else list(users)
+        histories = self._histories(dataset, ids, moment)
+        vectors = network_of(recommender).vectors(histories, Questions.at_end(histories, moment), horizon)
+        return pd.DataFrame(vectors, index=pd.Index(ids, name="user_id"))
+
+    def save(self, path: str | Path) -> Path | str:
+        """Copy everything to a folder, s3:// or gs:// prefix; `rayrec.load` opens it, and so does `rayrec serve`.
+
+        Raises `InputError` where something is there already.
+        """
+        target = Workspace(path)
+        if target.exists("") and target.files(""):
+            raise InputError(f"{path} is not empty; save to another folder")
+        pafs.copy_files(
+            self.workspace.root,
+            target.root,
+            source_filesystem=self.workspace.filesystem,
+            destination_filesystem=target.filesystem,
+        )
+        return path
+
+    def __repr__(self) -> str:
+        release = active_release(self.workspace)
+        return f"Recommender({'not fitted' if release is None else f'release {release.id}'})"
+
+    def _repr_html_(self) -> str:
+        release = active_release(self.workspace)
+        if release is None:
+            return html_figures("Recommender", {"state": "not fitted"})
+        manifest = Dataset(self.workspace).manifest
+        values = {"plays": manifest.plays, "users": manifest.users, "songs": manifest.songs, "release": release.id}
+        quality = "" if self.quality is None else self.quality._repr_html_()
+        return html_figures("Recommender", values) + quality
+
+    def _answering(self) -> tuple[Dataset, BaseRecommender]:
+        """The data set and what answers: the live release, loaded once. Raises `NotFoundError` before a fit."""
+        from rayrec.recommend.answer import load_recommender
+
+        release = active_release(self.workspace)
+        if release is None:
+            raise NotFoundError("this Recommender is not fitted; call fit first")
+        if self._loaded is None or self._loaded[0] != release.id:
+            dataset = Dataset(self.workspace)
+            self._loaded = release.id, dataset, load_recommender(self.workspace, dataset, release.inputs)
+        return self._loaded[1:]
+
+    @staticmethod
+    def _histories(dataset: Dataset, users: Sequence[str], at: int) -> Histories:
+        """The plays of users before a moment, in the order of the users."""
+        from rayrec.recommend.answer import history_of_user
+
+        if not users:
+            raise InputError("no users were given; give at least one user id")
+        return concatenate([history_of_user(dataset, user, at) for user in users])
+
+    @staticmethod
+    def _named(dataset: Dataset, rows: np.ndarray) -> pd.DataFrame:
+        """song_id, title and artist of song rows."""
+        table = dataset.catalog().table.select([names.SONG_ID, names.TITLE, names.ARTIST])
+        picked = table.take(pa.array(np.asarray(rows, dtype=np.int64))).rename_columns(["song_id", "title", "artist"])
+        return picked.to_pandas()
+
+    def _listeners(self) -> dict[str, Any]:
+        return {"on_stage": _print_stage, "on_note": _print} if self.progress else {}
+
+
+def load(path: str | Path, *, progress: bool = True) -> Recommender:
+    """The recommender that `Recommender.save` wrote, or that of any workspace with a live release.
+
+    Raises `NotFoundError` where there is none.
+    """
+    model = Recommender(workspace=path, progress=progress)
+    if active_release(model.workspace) is None:
+        raise NotFoundError(f"{path} holds no live release; save a fitted Recommender there, or run `rayrec fit`")
+    return model
+
+
+class _SentPlays:
+    """The paths of plays for the length of a with block; a table is written into the workspace and deleted after."""
+
+    def __init__(self, workspace: Workspace, plays: Plays) -> None:
+        self._workspace, self._plays, self._file = workspace, plays, ""
+
+    def __enter__(self) -> tuple[str, ...]:
+        if isinstance(self._plays, str | Path):
+            return (str(self._plays),)
+        table = _arrow(self._plays)
+        digest = hashlib.sha256()
+        for batch in table.to_batches():
+            digest.update(batch.serialize())
+        self._file = f"{SENT_PLAYS}/plays-{digest.hexdigest()[:12]}.parquet"
+        self._workspace.write_table(self._file, table)
+        where = self._workspace.full(self._file)
+        return (where if self._workspace.is_local else f"{self._workspace.uri.rstrip('/')}/{self._file}",)
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._workspace.delete(self._file)
+
+
+def _arrow(plays: Any) -> pa.Table:
+    """A table of plays, timestamps without a zone taken as UTC. Raises `InputError` for what is no table."""
+    if isinstance(plays, pd.DataFrame):
+        table = pa.Table.from_pandas(plays, preserve_index=False)
+    elif isinstance(plays, pa.Table):
+        table = plays
+    elif hasattr(plays, "__arrow_c_stream__"):
+        table = pa.table(plays)
+    else:
+        raise InputError(
+            f"plays are a {type(plays).__name__}; expected a pandas or polars DataFrame, an Arrow table or a path"
+        )
+    for place, field in enumerate(table.schema):
+        if pa.types.is_timestamp(field.type) and field.type.tz is None:
+            zoned = table.column(place).cast(pa.timestamp(field.type.unit, "UTC"))
+            table = table.set_column(place, field.name, zoned)
+        elif pa.types.is_dictionary(field.type):
+            table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
+    return table
+
+
+def _moment(at: Moment | None) -> int:
+    """ms UTC; a pandas timestamp or datetime without a zone counts as UTC."""
+    if at is None:
+        return now_ms()
+    if isinstance(at, str | int | float):
+        return parse_moment(at)
+    stamp = pd.Timestamp(at)
+    return int((stamp if stamp.tz is not None else stamp.tz_localize("UTC")).timestamp() * 1000)
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _print_stage(outcome: Outcome) -> None:
+    _print(f"{outcome.stage}: {outcome.status}{f' ({outcome.reason})' if outcome.reason else ''}")

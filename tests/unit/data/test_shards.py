@@ -1,0 +1,95 @@
+"""Batches of an epoch: the same for any number of workers, each window once, and of like length."""
+
+import numpy as np
+import pytest
+
+from rayrec.data.shards import GROUPS, EpochBatches, PoolBatches, WindowLengths, divisors
+
+WINDOW = 100
+
+
+def lengths(units: int, windows: int = 20_000) -> WindowLengths:
+    """Windows of any length, spread over the units."""
+    random = np.random.default_rng(3)
+    counts = np.full(units, windows // units) + random.integers(0, max(2, windows // units // 10), units)
+    return WindowLengths.of_units([random.integers(1, WINDOW + 1, count) for count in counts])
+
+
+def epoch_of(
+    windows: WindowLengths, *, shards: int = 64, batch: int = 64, seed: int = 0, epoch: int = 0
+) -> EpochBatches:
+    return EpochBatches(windows, shards=shards, batch=batch, seed=seed, epoch=epoch)
+
+
+def pools(epoch: EpochBatches) -> list[PoolBatches]:
+    return [epoch.pool(number) for number in range(epoch.pools)]
+
+
+@pytest.mark.parametrize("units", [1, 3, 16, 40, 64, 200])
+@pytest.mark.parametrize("batch", [16, 64, 250])
+def test_every_window_stands_in_one_batch_and_batches_are_full(units: int, batch: int) -> None:
+    windows = lengths(units)
+    epoch = epoch_of(windows, batch=batch)
+    assert sorted(unit for lane in epoch.lanes for unit in lane) == list(range(units))
+    assert max(map(len, epoch.lanes)) - min(map(len, epoch.lanes)) <= 1
+    found = pools(epoch)
+    for lane, of_lane in enumerate(epoch.lanes):  # in the order in which the lane is read
+        read = np.concatenate([pool.inputs[pool.lanes == lane] for pool in found])
+        np.testing.assert_array_equal(read, np.concatenate([windows.of_unit(unit) for unit in of_lane]))
+    taken = {(step, place) for pool in found for step, place in zip(pool.steps, pool.places, strict=True)}
+    assert len(taken) == len(windows.inputs)
+    sizes = np.bincount(np.concatenate([pool.steps for pool in found]))
+    assert len(sizes) == epoch.steps
+    assert batch <= sizes.min() <= sizes.max() < 2 * batch
+    for pool in found[:-1]:
+        assert pool.steps.max() < found[-1].steps.min()  # pool after pool
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    windows = lengths(20)
+
+    def steps(**changes: int) -> list[int]:
+        return np.concatenate([pool.steps for pool in pools(epoch_of(windows, **changes))]).tolist()
+
+    assert steps() == steps()
+    assert steps() != steps(epoch=1)
+    assert steps() != steps(seed=1)
+    assert epoch_of(windows).lanes != epoch_of(windows, epoch=1).lanes
+
+
+@pytest.mark.parametrize(("units", "workers"), [(1, 4), (16, 2), (16, 64), (40, 8), (200, 32)])
+def test_workers_have_shards_of_their_own_and_read_as_few_lanes_as_they_can(units: int, workers: int) -> None:
+    epoch = epoch_of(lengths(units))
+    lanes = [epoch.lanes_of(rank, workers) for rank in range(workers)]
+    for pool in pools(epoch):
+        for rank, own in enumerate(lanes):
+            assert set(pool.lanes[pool.shards % workers == rank].tolist()) <= set(own)
+    read_by = np.bincount(np.concatenate([np.array(own) for own in lanes]), minlength=len(epoch.lanes))
+    assert set(read_by.tolist()) == {max(1, workers // len(epoch.lanes))}
+
+
+@pytest.mark.parametrize("workers", [2, 4, 8])
+def test_workers_have_as_much_to_do_in_every_step(workers: int) -> None:
+    for pool in pools(epoch_of(lengths(64))):
+        for step in np.unique(pool.steps).tolist():
+            counts = np.bincount(pool.shards[pool.steps == step] % workers, minlength=workers)
+            assert counts.max() - counts.min() <= max(3, 3 * GROUPS // workers)
+
+
+@pytest.mark.parametrize("windows", [1_000, 20_000])
+def test_a_batch_holds_windows_of_like_length(windows: int) -> None:
+    used = padded = 0
+    for pool in pools(epoch_of(lengths(64, windows))):
+        for step in np.unique(pool.steps).tolist():
+            inputs = pool.inputs[pool.steps == step].astype(np.int64)
+            used, padded = used + int(inputs.sum()), padded + int(inputs.max()) * len(inputs)
+    assert used > 0.9 * padded
+
+
+def test_data_without_windows_have_no_batches() -> None:
+    epoch = epoch_of(WindowLengths.of_units([np.zeros(0, np.int64)] * 3))
+    assert (epoch.steps, len(epoch.pool(0).steps)) == (0, 0)
+
+
+def test_divisors_are_all_there() -> None:
+    assert [divisors(number) for number in (1, 12, 64)] == [[1], [1, 2, 3, 4, 6, 12], [1, 2, 4, 8, 16, 32, 64]]

@@ -1,0 +1,161 @@
+"""`rayrec fit`: everything chosen on the newest plays, then fitted on all of them; too few plays end nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rings import BEGIN, ring_plays, write_rows
+from without_ray import without_ray
+
+from rayrec.data.dataset import Dataset
+from rayrec.errors import InputError
+from rayrec.jobs.fit import FitResult, fit, train_defaults
+from rayrec.jobs.fit_config import FitConfig
+from rayrec.model.train_config import TrainConfig
+from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.storage.artifacts import listing, load
+from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.releases import active_release, verify_release
+from rayrec.storage.workspace import Workspace
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "import": {"buckets": 2},
+    "embed": {"dim": 8, "epochs": 2},
+    "train": {"hidden_dim": 8, "epochs": 2, "negatives": 16},
+    "rank": {"trees": 10},
+}
+STAGES = ["import", "embed", "train", "songs", "retrieval", "rank", "taste", "index", "release"]
+
+
+def fitted(workspace: Workspace, path: str, **options: Any) -> FitResult:
+    return fit(workspace, FitConfig(paths=(path,)), settings=SETTINGS, **options)
+
+
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, str, FitResult, list[str]]:
+    """A workspace after a fit of 60 users of a ring, the file, the result and what was said on the way."""
+    folder, notes = tmp_path_factory.mktemp("fit"), []
+    path = write_rows(folder / "plays.csv", ring_plays(range(60)))
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        result = fitted(Workspace(folder / "workspace"), path, on_note=notes.append)
+    return Workspace(folder / "workspace"), path, result, notes
+
+
+def test_a_file_becomes_a_live_release_that_answers_with_rankers(
+    ring: tuple[Workspace, str, FitResult, list[str]],
+) -> None:
+    workspace, _, result, notes = ring
+    assert [outcome.stage for outcome in result.outcomes] == STAGES
+    live = active_release(workspace)
+    assert live is not None
+    assert live.id == result.release
+    assert "rankers" in live.inputs
+    verify_release(workspace, live)
+    columns = "csv: user = user_id, song = track, played_at = timestamp, title = title, artist = artist"
+    assert notes[0] == f"Reading as {columns}"
+    assert notes[1].startswith("Holding back the plays from ")
+    assert len(result.answer.songs) == 5
+
+
+def test_what_answers_saw_all_plays_and_what_was_measured_none_of_those_held_back(
+    ring: tuple[Workspace, str, FitResult, list[str]],
+) -> None:
+    workspace, _, result, _ = ring
+    assert result.split is not None
+    moments = [moment for batch in Dataset(workspace).read_all() for moment in batch.played_at.tolist()]
+    early = sum(moment < (result.split.validation_from or 0) for moment in moments)
+    assert 0.1 <= 1 - early / len(moments) <= 0.21
+    live = active_release(workspace)
+    assert live is not None
+    retrieval = load(workspace, "retrieval", live.inputs["retrieval"])
+    final, selection = retrieval.folder, retrieval.path(SELECTION_RETRIEVAL)
+    assert int(Retrieval.load(workspace, final).plays.plays.sum()) == len(moments)
+    assert int(Retrieval.load(workspace, selection).plays.plays.sum()) == early
+    model = load(workspace, "models", live.inputs["models"])
+    assert int(workspace.read_array(model.path("play_counts.npy")).sum()) == len(moments)
+
+
+def test_the_ring_is_found_where_popularity_finds_nothing(ring: tuple[Workspace, str, FitResult, list[str]]) -> None:
+    quality = ring[2].quality
+    assert quality is not None
+    two_step, popularity = quality.value("two-step", "next", "mrr"), quality.value("popularity", "next", "mrr")
+    assert two_step is not None
+    assert popularity is not None
+    assert two_step > 0.5 > 4 * popularity
+    assert {row[0] for row in quality.table()} == {"two-step", "taste", "popularity"}
+
+
+def test_a_second_fit_skips_everything_and_other_files_are_refused(
+    ring: tuple[Workspace, str, FitResult, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, path, result, _ = ring
+    without_ray(monkeypatch)
+    again = fitted(workspace, path)
+    assert {outcome.status for outcome in again.outcomes} == {"skipped"}
+    assert again.release == result.release
+    assert again.quality == result.quality
+    other = write_rows(tmp_path / "other.csv", ring_plays(range(5)))
+    with pytest.raises(InputError, match="rayrec update"):
+        fitted(workspace, other)
+
+
+@pytest.mark.parametrize(
+    ("rows", "left_out"),
+    [
+        (ring_plays(range(4), plays=10), ["retrieval", "rank"]),  # nothing to hold back
+        (ring_plays(range(1), plays=400, songs=300), ["rank"]),  # no second user to check rankers on
+    ],
+)
+def test_too_few_plays_for_rankers_are_said_and_end_nothing(
+    rows: list[str], left_out: list[str], workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    result = fitted(workspace, write_rows(tmp_path / "plays.csv", rows))
+    assert [outcome.stage for outcome in result.outcomes if outcome.status == "left out"] == left_out
+    assert all(outcome.reason for outcome in result.outcomes if outcome.status == "left out")
+    live = active_release(workspace)
+    assert live is not None
+    assert "rankers" not in live.inputs
+    assert (len(result.answer.songs) == 5) == (len({row.split(",")[0] for row in rows}) > 1)  # else all are heard
+    assert (result.quality is None) == ("retrieval" in left_out)
+
+
+def test_a_play_is_enough_to_be_told_what_is_missing(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    path = tmp_path / "plays.csv"
+    path.write_text(f"listener,when\nann,{BEGIN}\n")
+    with pytest.raises(
+        InputError, match=r"no column that looks like song; pass --columns song=NAME, with names from: listener, when"
+    ):
+        fitted(workspace, str(path))
+    with pytest.raises(InputError, match="unknown section 'tain'"):
+        fit(workspace, FitConfig(paths=(str(path),)), settings={"tain": {}})
+
+
+@pytest.mark.parametrize(("pause", "is_one_session"), [(10 * 60, False), (3600, True)])
+def test_plays_too_far_apart_for_sessions_are_embedded_history_by_history(
+    pause: int, is_one_session: bool, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    rows = [f"u{user},s{play % 5},{BEGIN + play * pause}\n" for user in range(4) for play in range(10)]
+    path = tmp_path / "plays.csv"
+    path.write_text("user_id,track,timestamp\n" + "".join(rows))
+    fitted(workspace, str(path))
+    (songs,) = listing(workspace, "songs")
+    assert songs.metrics["sentences"] == 4
+    assert (songs.config["session_gap_minutes"] > 30) == is_one_session
+
+
+def test_small_data_are_read_in_smaller_batches_and_large_ones_by_workers() -> None:
+    def of(users: int, plays: int) -> dict[str, Any]:
+        return train_defaults(
+            DatasetManifest(id="d", source="csv", buckets=1, parts=1, users=users, plays=plays, songs=9)
+        )
+
+    assert of(60, 3_000) == {"workers": 0, "batch": 4}
+    assert of(14_000, 343_000) == {"workers": 0}
+    assert of(1_000_000, 10**8) == {}
+    assert TrainConfig(**of(60, 3_000)).batch == 4

@@ -1,0 +1,156 @@
+"""`rayrec update`: new plays go live where they help, and stay out where they make answers worse."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rings import BEGIN, DAY, ring_plays, write_rows
+from without_ray import without_ray
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import load_split
+from rayrec.errors import InputError
+from rayrec.jobs.fit import fit
+from rayrec.jobs.fit_config import FitConfig, UpdateConfig
+from rayrec.jobs.update import UpdateResult, update
+from rayrec.model.added_songs import AddedSongs
+from rayrec.online.state_store import open_store, store_uri
+from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
+from rayrec.recommend.ranker_training import checks_rankers
+from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.storage.artifacts import Manifest, load
+from rayrec.storage.releases import active_release
+from rayrec.storage.workspace import Workspace
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "import": {"buckets": 2},
+    "embed": {"dim": 8, "epochs": 2},
+    "train": {"hidden_dim": 8, "epochs": 2, "negatives": 16},
+    "rank": {"trees": 10},
+}
+RING = {"songs": 200, "follow": 0.95}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a workspace after a fit of 150 users of a ring, 20 days."""
+    folder = tmp_path_factory.mktemp("update")
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        config = FitConfig(paths=(write_rows(folder / "plays.csv", ring_plays(range(150), **RING)),))
+        fit(Workspace(folder / "workspace"), config, settings=SETTINGS)
+    return folder / "workspace"
+
+
+@pytest.fixture
+def fitted(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """A copy of it."""
+    without_ray(monkeypatch)
+    shutil.copytree(first, tmp_path / "workspace")
+    return Workspace(tmp_path / "workspace")
+
+
+def live_of(workspace: Workspace) -> Manifest:
+    live = active_release(workspace)
+    assert live is not None
+    return live
+
+
+def updated(workspace: Workspace, path: str, **settings: Any) -> UpdateResult:
+    return update(workspace, UpdateConfig(paths=(path,), **settings))
+
+
+def test_a_day_of_plays_goes_live_with_its_new_users_and_songs(fitted: Workspace, tmp_path: Path) -> None:
+    before = live_of(fitted)
+    day = ring_plays(range(140, 170), plays=8, begin=20, days=1, **RING)
+    for user in range(20):
+        day += [f"u{user},{song},{BEGIN + 20 * DAY + at},{song},Anna\n" for song, at in (("s6", 100), ("new", 300))]
+    result = updated(fitted, write_rows(tmp_path / "day.csv", day))
+    new = result.appended
+    assert (new.users, new.songs, new.plays, result.trained) == (20, 1, len(day), False)
+    assert result.live, result.reason
+    assert result.quality is not None
+    live, dataset = live_of(fitted), Dataset(fitted)
+    assert live.id == result.release != before.id
+    assert live.inputs["models"] == before.inputs["models"]
+    assert live.inputs["dataset"] == dataset.manifest.id
+    added = AddedSongs.load(fitted, load(fitted, "added_songs", live.inputs["added_songs"]).folder)
+    assert added.rows.tolist() == dataset.catalog().rows(["new"]).tolist()
+    recommender, at = load_recommender(fitted, dataset, live.inputs), dataset.manifest.last_play + 60_000
+    assert len(answer(dataset, recommender, RecommendConfig(k=5), at=at, user="u169").songs) == 5
+    after = answer(dataset, recommender, RecommendConfig(k=20), at=at, songs=["s5", "s6"])
+    assert "new" in [song.song_id for song in after.songs]
+
+
+def test_the_retrieval_takes_in_the_new_plays_alone_and_what_is_checked_none_of_the_newest(
+    fitted: Workspace, tmp_path: Path
+) -> None:
+    before = live_of(fitted)
+    day = ring_plays(range(50), plays=8, begin=20, days=1, **RING)
+    updated(fitted, write_rows(tmp_path / "day.csv", day))
+    made = load(fitted, "retrieval", live_of(fitted).inputs["retrieval"])
+    assert made.metrics["base"] == before.inputs["retrieval"]
+    moments = np.concatenate([batch.played_at for batch in Dataset(fitted).read_all()])
+    cut = load_split(fitted, made.inputs["split"]).validation_from
+    assert cut is not None
+    assert 0 < (moments >= cut).sum() < len(day)
+    for folder, plays in ((made.folder, len(moments)), (made.path(SELECTION_RETRIEVAL), (moments < cut).sum())):
+        assert int(Retrieval.load(fitted, folder).plays.plays.sum()) == plays
+
+
+def test_the_same_plays_again_change_nothing(fitted: Workspace, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "day.csv", ring_plays(range(50), plays=6, begin=20, days=1, **RING))
+    first = updated(fitted, path)
+    again = updated(fitted, path)
+    assert (again.appended.plays, again.release, again.live, again.outcomes) == (0, first.release, True, [])
+
+
+def test_a_new_model_that_finds_less_is_kept_out(fitted: Workspace, tmp_path: Path) -> None:
+    """Nobody by whom rankers are checked has played: the new release is without, and the network alone finds less."""
+    before = live_of(fitted)
+    names = np.array([f"u{user}" for user in range(150)], dtype=object)
+    users = np.flatnonzero(~checks_rankers(names)).tolist()
+    path = write_rows(tmp_path / "days.csv", ring_plays(users, begin=20, days=5, **RING))
+    result = updated(fitted, path, train=True)
+    assert "rank" in [outcome.stage for outcome in result.outcomes if outcome.status == "left out"]
+    assert result.quality is not None
+    new, live = result.quality.value("new"), result.quality.value("live")
+    assert new is not None
+    assert live is not None
+    assert new < live - 0.005
+    assert not result.live
+    assert f"{live:.3f}" in result.reason
+    assert live_of(fitted) == before
+    assert load(fitted, "releases", result.release)  # to look at, or to activate nevertheless
+
+
+def test_where_many_plays_are_new_the_training_is_continued(fitted: Workspace, tmp_path: Path) -> None:
+    before = live_of(fitted)
+    result = updated(fitted, write_rows(tmp_path / "days.csv", ring_plays(range(150), begin=20, days=10, **RING)))
+    assert result.trained
+    assert result.live, result.reason
+    model = load(fitted, "models", live_of(fitted).inputs["models"])
+    assert model.inputs["from"] == before.inputs["models"]
+    assert int(fitted.read_array(model.path("play_counts.npy")).sum()) == Dataset(fitted).manifest.plays
+
+
+def test_few_new_plays_go_live_unchecked_and_states_follow_where_there_is_a_store(
+    fitted: Workspace, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "plays.csv", ring_plays(range(2), plays=3, begin=20, days=1, **RING))
+    uri = store_uri(fitted, None)
+    opened = open_store(uri, Dataset(fitted).lineage)
+    opened.close()
+    result = updated(fitted, path)
+    assert (result.live, result.quality) == (True, None)
+    assert "too few to check" in result.reason
+    assert result.states is not None
+    assert result.states.users == 150
+
+
+def test_without_a_live_release_it_says_what_to_run_first(workspace: Workspace, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "plays.csv", ring_plays(range(2), plays=3))
+    with pytest.raises(InputError, match="no live release; run `rayrec fit` first"):
+        updated(workspace, path)

@@ -1,0 +1,92 @@
+"""What a step of many workers sends: rows and gradients to where they are kept, and one sum beside them."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from networks import NUM_SONGS, MemoryHost, cycling_histories, model_config, network
+from torch import Tensor
+
+from rayrec.model.row_exchange import RowExchange
+from rayrec.model.song_tables import RowAdam
+from rayrec.model.steps import StepMaker
+from rayrec.model.train_config import TrainConfig
+from rayrec.model.training import Training
+from rayrec.model.workers import Share
+
+SMALL = TrainConfig(hidden_dim=12, window=12, batch=10, negatives=20, long=(2, 5))
+WORKERS = 8
+SHARE = Share(rank=0, workers=WORKERS)
+
+
+class Wire:
+    """Stands in for the process group: all other workers ask this one what it asks itself."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.sent = 0.0  # bytes to other workers
+        monkeypatch.setattr(dist, "new_group", lambda backend: None)
+        monkeypatch.setattr(dist, "all_to_all_single", self._all_to_all)
+        monkeypatch.setattr(dist, "all_reduce", self._all_reduce)
+
+    def _all_to_all(
+        self,
+        output: Tensor,
+        given: Tensor,
+        output_sizes: list[int] | None = None,
+        input_sizes: list[int] | None = None,
+        group: Any = None,
+    ) -> None:
+        self.calls.append("all_to_all")
+        sizes = input_sizes or [len(given) // WORKERS] * WORKERS
+        self.sent += sum(sizes[1:]) * given[:1].nbytes
+        own = given[: sizes[0]]
+        output.fill_(1)
+        for part in output.split(output_sizes or [len(output) // WORKERS] * WORKERS):
+            part[: len(own)] = own[: len(part)]
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        self.calls.append("all_reduce")
+        self.sent += 2 * (WORKERS - 1) / WORKERS * tensor.nbytes  # in a ring
+
+
+def test_a_step_of_eight_workers_with_60_000_rows_each_sends_at_most_35_mb(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire, rows, dim = Wire(monkeypatch), 60_000, 64
+    songs = torch.arange(rows).reshape(-1, WORKERS).T.flatten()  # by worker that keeps them
+    windows = next(MemoryHost({"final": cycling_histories(20)}, SMALL).windows("final", 0))
+    small = StepMaker(model_config(SMALL), SMALL, np.ones(NUM_SONGS), SHARE).make(windows, 0, 0)
+    step = RowExchange(SHARE).agree(replace(small, songs={"songs.weight": songs}), ["songs.weight"])
+    request = step.requests["songs.weight"]
+    assert request.sent == request.received == [rows // WORKERS] * WORKERS
+    table = RowAdam(torch.rand(rows * WORKERS, dim), 0.01, 10, SHARE)
+    looked_up = table.look_up(songs, request)
+    assert looked_up.shape == (rows, dim)
+    table.step(songs, torch.ones_like(looked_up), request)
+    dense = sum(value.nbytes for name, value in network(model_config(TrainConfig())).named_parameters())
+    assert 25e6 < wire.sent < 35e6 - 2 * dense
+
+
+def test_a_step_adds_up_once_beside_the_exchange_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = Wire(monkeypatch)
+    training = Training(network(model_config(SMALL)), SMALL, np.ones(NUM_SONGS), device="cpu", share=SHARE)
+    windows = next(MemoryHost({"final": cycling_histories(40)}, SMALL, share=SHARE).windows("final", 0))
+    loss = training.step(windows, 0, 0)
+    assert torch.isfinite(loss)
+    assert wire.calls.count("all_reduce") == 1
+    # What is asked of whom, then for each of the two tables the rows asked for, the rows and their gradients.
+    assert wire.calls.count("all_to_all") == 1 + 2 * 3
+    wire.calls.clear()
+    training.step(windows.take(np.arange(0)), 0, 1)  # a share without windows makes the same calls
+    assert wire.calls.count("all_to_all") == 1 + 2 * 3
+
+
+def test_the_targets_of_all_workers_are_known_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    Wire(monkeypatch)
+    windows = next(MemoryHost({"final": cycling_histories(20)}, SMALL).windows("final", 0))
+    step = StepMaker(model_config(SMALL), SMALL, np.ones(NUM_SONGS), SHARE).make(windows, 0, 0)
+    agreed = RowExchange(SHARE).agree(step, [*step.songs])
+    for targets, total in ((step.targets, 1.0), (agreed.targets, 1 / WORKERS)):
+        assert (targets.weight_PT.T @ targets.horizons_PH).sum(0).tolist() == pytest.approx([total, total])

@@ -1,0 +1,152 @@
+"""The facade: tables of plays in, tables of songs out, saved and loaded as one folder."""
+
+import gc
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from rings import HEAD, ring_plays
+from without_ray import without_ray
+
+import rayrec
+from rayrec import InputError, NotFoundError, Recommender
+
+SETTINGS: dict[str, Any] = {"hidden_dim": 16, "epochs": 4, "learning_rate": 0.01, "negatives": 16, "progress": False}
+COLUMNS = ["user_id", "rank", "song_id", "title", "artist", "score"]
+
+
+def frame(rows: list[str]) -> pd.DataFrame:
+    """The rows as people have them: times of pandas without a zone."""
+    table = pd.DataFrame([row.strip().split(",") for row in rows], columns=HEAD.strip().split(","))
+    table["timestamp"] = pd.to_datetime(table["timestamp"].astype("int64"), unit="s")
+    return table
+
+
+@pytest.fixture(scope="module")
+def model() -> Recommender:
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        return Recommender(**SETTINGS).fit(frame(ring_plays(range(60), follow=0.97)))
+
+
+def test_recommendations_are_a_table_of_ranked_songs(model: Recommender) -> None:
+    shown = model.recommend(users=["u3", "u40"], k=10)
+    assert list(shown.columns) == COLUMNS
+    assert shown["user_id"].tolist() == ["u3"] * 10 + ["u40"] * 10
+    assert shown["rank"].tolist() == [*range(1, 11)] * 2
+    assert (np.diff(shown["score"][:10]) <= 0).all()
+    assert shown["title"][0] == f"Song {shown['song_id'][0][1:]}"
+    assert model.recommend("u3", k=10).equals(shown[:10])
+
+
+def test_the_song_after_the_last_one_comes_first(model: Recommender) -> None:
+    rows = frame(ring_plays(range(60), follow=0.97))
+    right = 0
+    for user in (f"u{number}" for number in range(10)):
+        last = int(rows[rows["user_id"] == user]["track"].iloc[-1][1:])
+        right += f"s{(last + 1) % 60}" in model.recommend(user, k=3, exclude_heard=False)["song_id"].tolist()
+    assert right >= 8
+
+
+def test_plays_after_the_moment_are_not_looked_at(model: Recommender) -> None:
+    moment = datetime(2023, 11, 25)
+    early = model.recommend("u3", at=moment)
+    assert not early.equals(model.recommend("u3"))
+    assert early.equals(model.recommend("u3", at="2023-11-25T00:00:00Z"))
+    with pytest.raises(InputError, match="no plays before"):
+        model.recommend("u3", at=pd.Timestamp("2020-01-01"))
+
+
+def test_similar_songs_and_tastes(model: Recommender) -> None:
+    near = model.similar("s10", k=4)
+    assert list(near.columns) == ["rank", "song_id", "title", "artist", "score"]
+    assert "s10" not in near["song_id"].tolist()
+    tastes = model.taste(["u3", "u40"])
+    assert tastes.index.tolist() == ["u3", "u40"]
+    assert tastes.to_numpy().dtype == np.float32
+    np.testing.assert_allclose(model.taste("u40").to_numpy()[0], tastes.loc["u40"].to_numpy(), atol=1e-6)
+
+
+def test_unknown_users_and_songs_are_named(model: Recommender) -> None:
+    with pytest.raises(NotFoundError, match="'nobody'"):
+        model.recommend(["u3", "nobody"])
+    with pytest.raises(InputError, match="nothing"):
+        model.similar("nothing")
+
+
+def test_what_is_saved_answers_the_same_when_it_is_loaded(model: Recommender, tmp_path: Path) -> None:
+    model.save(tmp_path / "saved")
+    loaded = rayrec.load(tmp_path / "saved")
+    at = "2024-01-01T00:00:00Z"
+    assert loaded.recommend("u3", at=at).equals(model.recommend("u3", at=at))
+    with pytest.raises(InputError, match="not empty"):
+        model.save(tmp_path / "saved")
+    with pytest.raises(NotFoundError, match="no live release"):
+        rayrec.load(tmp_path / "none")
+
+
+def test_an_update_adds_users_and_a_second_fit_replaces_all(
+    model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    model.save(tmp_path / "saved")
+    loaded = rayrec.load(tmp_path / "saved", progress=False)
+    loaded.update(frame(ring_plays(range(60, 62), plays=5, begin=20, days=1)))
+    assert len(loaded.recommend("u61", k=5)) == 5
+    loaded.fit(frame(ring_plays(range(100, 140))))
+    with pytest.raises(NotFoundError, match="u61"):
+        loaded.recommend("u61")
+    assert len(loaded.recommend("u120", k=5)) == 5
+
+
+def test_a_notebook_shows_data_and_quality(model: Recommender) -> None:
+    shown = model._repr_html_()
+    for text in ("2,400", "two-step", "popularity", "Validation"):
+        assert text in shown
+    assert "not fitted" in Recommender()._repr_html_()
+    assert "2,400" in rayrec.Dataset(model.workspace)._repr_html_()
+
+
+class Polars:
+    """A table of another library, known by the Arrow C stream alone."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return self._table.__arrow_c_stream__(requested_schema)
+
+
+@pytest.mark.parametrize("kind", [pa.Table.from_pandas, lambda rows: Polars(pa.Table.from_pandas(rows)), "csv"])
+def test_every_kind_of_table_gives_the_same_plays(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
+    rows = frame(ring_plays(range(8), plays=10))
+    plays = kind(rows) if callable(kind) else tmp_path / "plays.csv"
+    if not callable(kind):
+        (tmp_path / "plays.csv").write_text(HEAD + "".join(ring_plays(range(8), plays=10)))
+    made = Recommender(**{**SETTINGS, "epochs": 1}).fit(plays)
+    manifest = rayrec.Dataset(made.workspace).manifest
+    assert (manifest.plays, manifest.users) == (80, 8)
+    assert manifest.first_play == int(rows["timestamp"].min().timestamp() * 1000)
+
+
+def test_wrong_use_is_said_before_any_work() -> None:
+    with pytest.raises(InputError, match="unknown setting 'epoch'"):
+        Recommender(epoch=3)
+    with pytest.raises(NotFoundError, match="call fit first"):
+        Recommender().recommend("ann")
+    with pytest.raises(InputError, match="plays are a list; expected a pandas or polars DataFrame"):
+        Recommender().fit([1, 2])
+
+
+def test_the_temporary_folder_goes_with_the_object() -> None:
+    made = Recommender()
+    folder = Path(made.workspace.root)
+    assert folder.exists()
+    del made
+    gc.collect()
+    assert not folder.exists()
