@@ -10,6 +10,7 @@ from rayrec.bench.bench_config import NAMES, BenchConfig
 from rayrec.config import read_toml
 from rayrec.errors import InputError
 from rayrec.jobs.fit_config import FitConfig, UpdateConfig
+from rayrec.serving.serve_config import ServeConfig
 from rayrec_cli.app import DEFAULT_WORKSPACE, app
 from rayrec_cli.options import Call, ForceOption, command
 from rayrec_cli.output import Shown, figures, note, table
@@ -147,8 +148,16 @@ def demo(call: Call, *, force: ForceOption = False) -> Shown:
         results_table(result.evaluation),
         *answer_view(result.answer, result.user),
         f"Report: {result.report}",
+        _page(call),
     ]
     return Shown(result.to_mapping(), views)
+
+
+def _page(call: Call) -> str:
+    """Where the page is, and the command that serves it."""
+    where = "" if call.uri == DEFAULT_WORKSPACE else f"--workspace {shlex.quote(call.uri)} "
+    config = ServeConfig()
+    return f"Page: run `rayrec {where}serve` and open http://{config.host}:{config.port}/"
 
 
 @command(app, "bench", config=BenchConfig, example="rayrec bench train")

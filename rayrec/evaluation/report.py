@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import jinja2
@@ -14,13 +16,14 @@ from rayrec.evaluation.plots import Plot
 from rayrec.evaluation.protocol import TARGETS, usual_k
 from rayrec.evaluation.results import ABLATION
 from rayrec.evaluation.tables import GROUP_TITLES, SUMMARY, Entry, Table
-from rayrec.storage.artifacts import Manifest, verify
+from rayrec.storage.artifacts import Manifest, noun, verify
 from rayrec.storage.workspace import Workspace
 
 RESULTS = "results.json"
 PAGE = "report.html"
 CURVES = "cosine_by_offset"
 SONG_EMBEDDINGS = "song_vectors"  # the health of the embeddings behind the models: an entry for each table of them
+LIBRARIES = ("torch", "numpy", "lightgbm")
 SHOWN_MODELS = 5  # in the chart and the first table
 
 EVERY_PLAY = (
@@ -54,7 +57,7 @@ def write_report(
     model that `recommend` uses; `about` says what was evaluated, name by name, and `described` what was predicted
     from what, for the head of the page.
     """
-    names = [RESULTS, PAGE]
+    names, about = [RESULTS, PAGE], {**about, "versions": versions()}
     workspace.write_json(f"{folder}/{RESULTS}", {"default": default, "about": about, **figures})
     for plot in plots:
         workspace.write_bytes(f"{folder}/{plot.file}", plot.png)
@@ -108,7 +111,7 @@ def html_page(
     shown = ranked[:SHOWN_MODELS]
     if default in ranked and default not in shown:
         shown = [*shown[:-1], default]
-    facts = {**{name: value for name, value in about.items() if name != "warning"}}
+    facts = {noun(name): value for name, value in about.items() if name != "warning"}
     for entry in figures.get("settings", []):
         chosen = [f"{name.replace('_', ' ')} {value:g}" for name, value in entry.items() if name != "model"]
         facts[f"settings of {entry['model']}"] = ", ".join(chosen)
@@ -126,6 +129,12 @@ def html_page(
         facts=facts.items(),
         chapters=_chapters({**figures, **_of_models(figures, models), "results": compared}, default, k, plots),
     )
+
+
+def versions() -> str:
+    """Of rayrec, Python and the libraries that figures depend on."""
+    packages = [f"{name} {version(name)}" for name in ("rayrec", *LIBRARIES)]
+    return ", ".join([packages[0], f"Python {platform.python_version()}", *packages[1:]])
 
 
 def _of_models(figures: Mapping[str, Sequence[Entry]], models: Sequence[str]) -> dict[str, list[Entry]]:

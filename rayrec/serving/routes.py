@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from rayrec.data.spelling import MAX_ID
 from rayrec.errors import NotFoundError
+from rayrec.online.user_state import LAST_PLAYS
 from rayrec.serving.live_release import release_status
 from rayrec.serving.middleware import Middleware, needed_role, needs_no_key
 from rayrec.serving.problems import DOCUMENTED, SCHEMA, add_handlers, documented
@@ -24,6 +25,7 @@ from rayrec.serving.schemas import (
     BatchRequest,
     Health,
     MapRequest,
+    ModelCard,
     Moment,
     NewSongs,
     PlaysTaken,
@@ -40,6 +42,7 @@ from rayrec.serving.schemas import (
     SongsQuery,
     Tastes,
     TastesRequest,
+    UserPlays,
     UserRecommendationsQuery,
     UserTaste,
     as_json,
@@ -73,6 +76,12 @@ DOCS_HEADERS = {
     **HEADERS,
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
+# A report holds no script; its bars are styled one by one.
+REPORT_HEADERS = {
+    **HEADERS,
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; sandbox",
 }
 Router = Callable[[Service], APIRouter]
 ABOUT = "Song recommendations from what listeners played, for the next songs or for a later time."
@@ -218,6 +227,11 @@ def _users_router(service: Service) -> APIRouter:
         """Get the taste vectors of a stored user."""
         return as_json(await service.user_taste(service.live, user_id, at))
 
+    @router.get("/users/{user_id:any_id}/plays", response_model=UserPlays)
+    async def user_plays(user_id: UserPath, k: Annotated[int, Query(ge=1, le=LAST_PLAYS)] = 20) -> Response:
+        """List the last plays of a stored user."""
+        return as_json(await service.user_plays(service.live, user_id, k))
+
     @router.delete("/users/{user_id:any_id}", status_code=204, response_class=Response)
     async def forget(user_id: UserPath) -> Response:
         """Delete a user from the store, known or not. Plays from before this moment are rejected from now on."""
@@ -278,6 +292,21 @@ def _operations_router(service: Service) -> APIRouter:
         """Show which release answers, here and in all replicas."""
         # A look into the workspace, which may be a bucket far away.
         return as_json(ReleaseStatus(**await run_in_threadpool(release_status, service.holder)))
+
+    @router.get("/v1/release/card", response_model=ModelCard)
+    async def card() -> Response:
+        """Show what answers, what it was made from and how well it does."""
+        return as_json(await run_in_threadpool(service.card, service.live))
+
+    @router.get(
+        "/v1/release/report",
+        response_class=Response,
+        responses={200: {"content": {"text/html": {}}}, **documented(404)},
+    )
+    async def report() -> Response:
+        """Show the last evaluation of the release."""
+        content = await run_in_threadpool(service.report, service.live)
+        return Response(content, media_type="text/html; charset=utf-8", headers=REPORT_HEADERS)
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:

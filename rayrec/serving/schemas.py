@@ -511,6 +511,23 @@ class UserTaste(BaseModel):
     long: list[float] = Field(description="Points at songs of a later time.")
 
 
+class PlayedSong(CatalogSong):
+    """A play of a stored user."""
+
+    played_at: IsoMoment
+    contexts: list[str] = Field(description="Where it was played from.")
+    skipped: bool
+
+
+class UserPlays(BaseModel):
+    """The last plays of a stored user, the latest last."""
+
+    release: str
+    user_id: str
+    count: int = Field(description="All plays of the user, of which these are the last.")
+    plays: list[PlayedSong]
+
+
 class SongMatches(BaseModel):
     """Songs whose title and artist hold all words of a query: exact matches first, then prefixes, then by plays."""
 
@@ -519,19 +536,18 @@ class SongMatches(BaseModel):
     songs: list[CatalogSong]
 
 
-class SimilarSongs(BaseModel):
-    """Songs like a song, the nearest first."""
+class SimilarSongs(CatalogSong):
+    """A song, and songs like it, the nearest first."""
 
     release: str
-    song_id: str
+    plays: int = Field(description="Its plays in the plays that the model was fitted to.")
     path: str
     songs: list[RecommendedSong] = Field(description="With the cosine of the song embeddings as score.")
 
 
-class MapPoint(BaseModel):
+class MapPoint(CatalogSong):
     """A song's place, both numbers within -1 and 1."""
 
-    song_id: str
     x: float
     y: float
 
@@ -575,6 +591,33 @@ class ReleaseStatus(BaseModel):
     change: str = Field(description="The activation.")
     agreed: bool = Field(description="Whether all replicas answer with the activated release.")
     replicas: list[ReplicaReport]
+
+
+class DataSummary(BaseModel):
+    """The data set of a release as it is now, with the plays that were appended since."""
+
+    id: str
+    source: str = Field(description="The format it was imported from; generated: synthetic plays.")
+    users: int
+    plays: int
+    songs: int
+    first_play: IsoMoment | None = Field(description="null where the data set has no times.")
+    last_play: IsoMoment | None
+
+
+class ModelCard(BaseModel):
+    """What answers, what it was made from, and how well it does."""
+
+    release: str
+    created_at: str = Field(description="ISO 8601, UTC.")
+    version: str = Field(description="Of rayrec.")
+    parts: dict[str, str] = Field(description="The ids of what the release is made of, by kind.")
+    data: DataSummary
+    report: str | None = Field(description="Id of the last evaluation of these parts; null where there is none.")
+    verdict: str | None = Field(description="Of the report, in a sentence.")
+    metrics: dict[str, float] = Field(description="Of the report; served_: songs new to the user, without those heard.")
+    queries: int | None = Field(description="Plays that were predicted for the report.")
+    warning: str | None = Field(description="Of the report, for example that the test range leaked into the model.")
 
 
 class Health(BaseModel):

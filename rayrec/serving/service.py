@@ -20,6 +20,7 @@ from rayrec.recommend.selection import Chosen, Wish, choose_popular
 from rayrec.serving.engine import LocalEngine, Parts, Pool
 from rayrec.serving.live_release import LiveRelease, ReleaseHolder, Reports, load_parts
 from rayrec.serving.middleware import Keys, load_keys
+from rayrec.serving.model_card import model_card, report_page
 from rayrec.serving.problems import field_errors
 from rayrec.serving.prometheus import Metrics
 from rayrec.serving.requests import (
@@ -32,6 +33,7 @@ from rayrec.serving.requests import (
     read_listener,
     read_place,
     read_plays,
+    read_stored,
     read_wish,
     song_mask,
 )
@@ -40,9 +42,11 @@ from rayrec.serving.schemas import (
     InvalidEntry,
     Listener,
     MapPoint,
+    ModelCard,
     NewPlay,
     NewSong,
     NewSongs,
+    PlayedSong,
     PlayOutcome,
     PlaysTaken,
     PopularSong,
@@ -59,6 +63,7 @@ from rayrec.serving.schemas import (
     Taste,
     TasteQuery,
     Tastes,
+    UserPlays,
     UserTaste,
 )
 from rayrec.serving.serve_config import MAX_K, ServeConfig
@@ -187,11 +192,7 @@ class Service:
 
     async def user_taste(self, live: LiveRelease, user_id: str, moment: int | None) -> UserTaste:
         """A stored user's taste vectors. Raises `NotFoundError` for one who is not in the store."""
-        user = (await self.users.read(live, [user_id]))[0]
-        if user is None:
-            raise NotFoundError(
-                f"user {user_id!r} is not in the store; send plays, or load the batch job's with `rayrec states load`"
-            )
+        user = _known(user_id, (await self.users.read(live, [user_id]))[0])
         state = user.state
         at = moment_after(state.last_played_at, moment)
         vectors = await live.engine.vectors(user.states, np.array([at]), ("short", "long"))
@@ -206,6 +207,29 @@ class Service:
             short=vectors["short"][0].tolist(),
             long=vectors["long"][0].tolist(),
         )
+
+    async def user_plays(self, live: LiveRelease, user_id: str, k: int) -> UserPlays:
+        """A stored user's last plays. Raises `NotFoundError` for one who is not in the store."""
+        user = _known(user_id, (await self.users.read(live, [user_id]))[0])
+        query, names = read_stored(user, None), list(live.catalog.contexts)
+        plays = [
+            PlayedSong(
+                song_id=song_id,
+                title=title,
+                artist=artist,
+                played_at=played_at,
+                contexts=[name for name in names if contexts >> live.catalog.contexts[name] & 1],
+                skipped=skipped,
+            )
+            for (song_id, title, artist), played_at, contexts, skipped in zip(
+                live.catalog.describe(query.songs[-k:]),
+                query.played_at[-k:].tolist(),
+                query.contexts[-k:].tolist(),
+                query.skipped[-k:].tolist(),
+                strict=True,
+            )
+        ]
+        return UserPlays(release=live.id, user_id=user_id, count=query.plays, plays=plays)
 
     async def forget(self, live: LiveRelease, user_id: str) -> None:
         """Delete a user from the store; plays from before this moment are rejected from now on."""
@@ -225,12 +249,16 @@ class Service:
         row = int(live.catalog.find([song_id])[0])
         if row < 0:
             raise NotFoundError(f"song {song_id!r} is not in the catalog; find ids with /v1/songs?query=")
-        if not live.catalog.embedded(np.array([row])).any():
-            return SimilarSongs(release=live.id, song_id=song_id, path="exact", songs=[])
-        chosen = await live.engine.similar(row, k)
-        self.metrics.path(chosen.path)
-        songs = _recommended(live.catalog, chosen)
-        return SimilarSongs(release=live.id, song_id=song_id, path=chosen.path, songs=songs)
+        path, songs = "exact", []
+        if live.catalog.embedded(np.array([row])).any():
+            chosen = await live.engine.similar(row, k)
+            self.metrics.path(chosen.path)
+            path, songs = chosen.path, _recommended(live.catalog, chosen)
+        ((_, title, artist),) = live.catalog.describe(np.array([row]))
+        plays = int(live.catalog.plays[row])
+        return SimilarSongs(
+            release=live.id, song_id=song_id, title=title, artist=artist, plays=plays, path=path, songs=songs
+        )
 
     async def map_songs(self, live: LiveRelease, song_ids: Sequence[str]) -> SongPlaces:
         """Places of songs on a map."""
@@ -238,9 +266,22 @@ class Service:
         rows = live.catalog.find(ids)
         embedded = live.catalog.embedded(rows)
         places = await live.engine.layout(rows[embedded])
-        names = (song_id for song_id, has in zip(ids, embedded.tolist(), strict=True) if has)
-        points = [MapPoint(song_id=name, x=x, y=y) for name, (x, y) in zip(names, places.tolist(), strict=True)]
+        given = (song_id for song_id, has in zip(ids, embedded.tolist(), strict=True) if has)
+        points = [
+            MapPoint(song_id=song_id, title=title, artist=artist, x=x, y=y)
+            for song_id, (_, title, artist), (x, y) in zip(
+                given, live.catalog.describe(rows[embedded]), places.tolist(), strict=True
+            )
+        ]
         return SongPlaces(release=live.id, points=points, unknown_songs=int((~embedded).sum()))
+
+    def card(self, live: LiveRelease) -> ModelCard:
+        """What answers, what it was made from, and the figures of its last report."""
+        return model_card(self.holder.workspace, live.release)
+
+    def report(self, live: LiveRelease) -> bytes:
+        """The page of the release's last report. Raises `NotFoundError` where it has none."""
+        return report_page(self.holder.workspace, live.release)
 
     async def _recommend(
         self, live: LiveRelease, requests: Sequence[RecommendationsRequest | InvalidEntry], alone: bool
@@ -423,6 +464,14 @@ def _listed(order: np.ndarray, query: SongsQuery, catalog: ServedCatalog) -> tup
 def _day(day: int) -> str | None:
     """YYYY-MM-DD of days since 1970 UTC; None for a song without plays."""
     return None if day == NOT_PLAYED else (EPOCH + timedelta(days=day)).date().isoformat()
+
+
+def _known(user_id: str, user: StoredUser | None) -> StoredUser:
+    if user is None:
+        raise NotFoundError(
+            f"user {user_id!r} is not in the store; send plays, or load the batch job's with `rayrec states load`"
+        )
+    return user
 
 
 def _recommended(catalog: ServedCatalog, chosen: Chosen) -> list[RecommendedSong]:

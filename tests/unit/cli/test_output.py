@@ -2,10 +2,15 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from rayrec.jobs.demo import Demo
+from rayrec.recommend.answer import Answer
+from rayrec_cli.main import app
 from rayrec_cli.output import Shown, day, figures, number, show, size, table
 from rayrec_cli.recommend_commands import results_table
 
@@ -109,3 +114,14 @@ def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str])
 def test_json_has_null_where_a_number_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
     show(Shown({"loss": float("nan"), "rows": [{"low": -float("inf"), "high": 1.5}]}), as_json=True)
     assert json.loads(capsys.readouterr().out) == {"loss": None, "rows": [{"low": None, "high": 1.5}]}
+
+
+def test_the_demo_ends_with_the_address_of_its_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    evaluation = {"default": "a", "results": results("served", "next")["results"]}
+    shown = Answer(songs=[], at=0, last_plays=[], plays=0)
+    ended = Demo(outcomes=[], evaluation=evaluation, report="report.html", user="ann", answer=shown)
+    monkeypatch.setattr("rayrec.jobs.demo.demo", lambda *args, **options: ended)
+    workspace = str(tmp_path / "my demo")
+    told = CliRunner().invoke(app, ["--workspace", workspace, "demo"]).output.split()
+    expected = f"Page: run `rayrec --workspace '{workspace}' serve` and open http://127.0.0.1:8000/"
+    assert " ".join(told).endswith(expected)

@@ -46,6 +46,8 @@ def test_the_report_is_written_with_everything_in_it(workspace: Workspace, resul
     names = write_report(workspace, "reports/r", figures, default="taste", about={"split": "abc"}, plots=[plot])
     assert sorted(names) == ["cosine_by_offset.png", "report.html", "results.json"]
     stored = workspace.read_json("reports/r/results.json")
+    assert re.fullmatch(r"rayrec \S+, Python \S+, torch \S+, numpy \S+, lightgbm \S+", stored["about"].pop("versions"))
+    assert stored["about"] == {"split": "abc"}
     assert stored["default"] == "taste"
     assert stored["results"] == results
     assert stored["cosine_by_offset"] == curves
@@ -148,7 +150,7 @@ def test_the_page_needs_no_other_file_and_escapes_what_it_shows(results: list[di
     assert "<script" not in page
     links = re.findall(r'href="#([^"]+)"', page)
     assert links
-    assert set(links) <= set(re.findall(r'<details id="([^"]+)"', page))
+    assert set(links) <= set(re.findall(r'<details><summary>[^<]+</summary><div id="([^"]+)"', page))  # opened by it
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 
@@ -199,7 +201,7 @@ def test_what_a_model_loses_without_a_part_stands_in_a_table_of_its_own() -> Non
     comparisons = [_difference("vstan", 0.12, 0.01), _difference("without sessions", 0.05, 0.01)]
     page = html_page({"results": rows, "comparisons": comparisons}, default="taste", about={})
     assert page.count("without sessions") == 1
-    chapter = page[page.index('<details id="ablation"') :]
+    chapter = page[page.index('<div id="ablation"') :]
     assert "+0.0500" in chapter
     assert "+0.1200" not in chapter
 

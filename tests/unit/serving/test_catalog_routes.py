@@ -160,6 +160,8 @@ def test_similar_songs_are_the_nearest_by_cosine(app: Client, network: TasteReco
     scores = network.song_vectors @ network.song_vectors[5]
     scores[[5, WITHOUT_VECTOR]] = -np.inf
     found = app.get("/v1/songs/song-5/similar", params={"k": 7}).json()
+    popular = {song["song_id"]: song["plays"] for song in app.get("/v1/songs/popular?k=1000").json()["songs"]}
+    assert (found["title"], found["artist"], found["plays"]) == ("Title 5", "Artist 5", popular["song-5"])
     assert rows(found) == np.argsort(-scores, kind="stable")[:7].tolist()
     assert found["songs"][0]["score"] == pytest.approx(float(scores.max()), rel=1e-4)
     assert app.get(f"/v1/songs/song-{WITHOUT_VECTOR}/similar").json()["songs"] == []
@@ -211,6 +213,7 @@ def test_songs_on_a_map_have_a_place_each(app: Client) -> None:
     asked = ["song-1", "song-2", "nothing", "song-1", f"song-{WITHOUT_VECTOR}", "song-9"]
     told = app.post("/v1/map", {"songs": asked}).json()
     assert [point["song_id"] for point in told["points"]] == ["song-1", "song-2", "song-9"]
+    assert told["points"][0]["title"] == "Title 1"
     assert told["unknown_songs"] == 2
     assert all(-1 <= point[axis] <= 1 for point in told["points"] for axis in "xy")
     assert app.post("/v1/map", {"songs": ["nothing"]}).json()["points"] == []

@@ -9,12 +9,14 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from judgements import write_judgement
 from served import AT, service, write_release, write_world
 
 from rayrec.data import columns
 from rayrec.serving.middleware import Keys, load_keys
 from rayrec.serving.routes import create_app
 from rayrec.serving.serve_config import ServeConfig
+from rayrec.storage import releases
 from rayrec.storage.workspace import SONGS_TABLE, Workspace
 
 CHROMIUM = "/usr/bin/chromium"
@@ -61,7 +63,7 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def page_of(browser: Any, url: str, **options: Any) -> Iterator[Any]:
+def page_of(browser: Any, url: str, link: str = "", **options: Any) -> Iterator[Any]:
     """A page; every request to elsewhere, every error in the console and every thrown one is a failure."""
     context = browser.new_context(**options)
     page = context.new_page()
@@ -70,7 +72,7 @@ def page_of(browser: Any, url: str, **options: Any) -> Iterator[Any]:
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
     page.set_default_timeout(30_000)
-    page.goto(url)
+    page.goto(url + link)
     yield page
     context.close()
     assert not wrong
@@ -100,6 +102,10 @@ def test_songs_are_found_played_and_answered_on_both_time_scales(
         assert {"song-3", "song-50"} < drawn
         shown_reasons = [item.inner_text() for item in page.locator("#long .why").all()]
         assert shown_reasons == ["; ".join(song["reasons"]) for song in answer["songs"]]
+        scores = [float(item.inner_text()) for item in page.locator("#long .score").all()]
+        assert scores == pytest.approx([song["score"] for song in answer["songs"]], rel=6e-3)
+        first, search = page.locator("#short").bounding_box(), page.locator("#query").bounding_box()
+        assert (first["y"] + first["height"] <= search["y"]) == (width == 400)  # beside it on a wide screen
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.get_by_role("button", name="Remove Artist 3 – Title 3").click()
         page.locator("#status", has_text="1 play").wait_for()
@@ -114,30 +120,171 @@ def test_titles_are_text_whatever_they_hold(world: Workspace, browser: Any) -> N
         assert page.title() == "rayrec"
 
 
-def test_a_stored_listener_is_shown(world: Workspace, browser: Any) -> None:
+def store_ann(url: str, songs: tuple[int, ...] = (3, 50)) -> None:
+    plays = [
+        {"user_id": "ann", "song_id": f"song-{song}", "played_at": AT + song, "event_id": str(song)} for song in songs
+    ]
+    assert httpx.post(f"{url}/v1/plays", json={"plays": plays}).status_code == 200
+
+
+def listed(page: Any, list_id: str) -> list[str]:
+    return [item.get_attribute("data-song") for item in page.locator(f"#{list_id} li").all()]
+
+
+def test_it_opens_with_an_example_listener_and_the_popular_songs(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
-        plays = [
-            {"user_id": "ann", "song_id": f"song-{song}", "played_at": AT + song, "event_id": str(song)}
-            for song in (3, 50)
-        ]
-        assert httpx.post(f"{url}/v1/plays", json={"plays": plays}).status_code == 200
+        page.locator("#status", has_text="3 plays").wait_for()
+        assert page.locator("#whose").inner_text().startswith("For an example listener who played ")
+        assert page.locator("#short li").count() == page.locator("#long li").count() == 10
+        page.locator("#found li").first.wait_for()
+        assert page.locator("#found-title").inner_text() == "Popular songs"
+        popular = [song["song_id"] for song in httpx.get(f"{url}/v1/songs/popular").json()["songs"]]
+        assert listed(page, "found") == popular
+        page.locator("#found").get_by_title("Play").nth(1).click()  # the example ends with a song of one's own
+        page.locator("#status", has_text="1 play").wait_for()
+        assert listed(page, "history") == popular[1:2]
+        page.get_by_role("button", name="Start over").click()
+        page.locator("#whose", has_text="Nobody").wait_for()
+        page.locator("#short .why", has_text="most played").first.wait_for()
+
+
+def test_a_stored_listener_is_listed_and_a_song_more_goes_on_from_it(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url) as page:
+        store_ann(url)
         page.get_by_label("Id of a stored user").fill("ann")
         page.get_by_label("Id of a stored user").press("Enter")
         page.locator("#status", has_text="2 plays").wait_for()
+        assert listed(page, "history") == ["song-50", "song-3"]
         assert page.locator("#short li").count() == 10
+        find_and_play(page, "title 12", "Play Artist 5 – Title 12")
+        page.locator("#status", has_text="3 plays").wait_for()
+        assert listed(page, "history") == ["song-12", "song-50", "song-3"]
+        assert not {"song-12", "song-50", "song-3"} & {*listed(page, "short"), *listed(page, "long")}
+        assert "song-12" not in str(httpx.get(f"{url}/v1/users/ann/plays").json())  # nothing is sent to the store
+        page.get_by_role("button", name="Remove Artist 5 – Title 12").click()
+        page.locator("#status", has_text="2 plays").wait_for()
         page.get_by_label("Id of a stored user").fill("nobody")
         page.get_by_role("button", name="Show").click()
         page.locator("#status", has_text="popular songs").wait_for()
+        assert listed(page, "history") == []
+
+
+def test_a_link_opens_what_was_shown(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url) as page:
+        store_ann(url)
+        page.get_by_label("Id of a stored user").fill("ann")
+        page.get_by_role("button", name="Show").click()
+        page.locator("#status", has_text="2 plays").wait_for()
+        find_and_play(page, "title 12", "Play Artist 5 – Title 12")
+        page.get_by_text("Filters").click()
+        page.get_by_label("Only songs of this artist").fill("Artist 3")
+        page.get_by_label("Songs", exact=True).fill("7")
+        page.get_by_label("Include songs already played").check()
+        page.locator("#long .by", has_text="Artist 3").nth(6).wait_for()
+        page.get_by_role("button", name="Copy link").click()
+        page.locator("#copy", has_text="is the link").or_(page.locator("#copy", has_text="Link copied")).wait_for()
+        link = page.url.removeprefix(url)
+        with page_of(browser, url, link) as other:
+            other.locator("#status", has_text="3 plays").wait_for()
+            other.locator("#history", has_text="Title 12").wait_for()
+            assert other.get_by_label("Only songs of this artist").input_value() == "Artist 3"
+            assert other.locator("#filters").get_attribute("open") is not None
+            for name in ("history", "short", "long"):
+                assert listed(other, name) == listed(page, name)
+            assert len(listed(other, "short")) == 7
+            assert other.url == page.url
+
+
+def test_filters_keep_to_their_songs_and_say_where_none_fits(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url, "#song=song-3") as page:
+        page.get_by_text("Filters").click()
+        page.get_by_label("Only songs of this artist").fill("artist 2")
+        page.get_by_label("Only songs of this artist").press("Enter")
+        page.locator("#short .by", has_text="Artist 2").nth(9).wait_for()
+        page.get_by_label("Only songs of this artist").fill("Abba")
+        page.get_by_label("Only songs of this artist").press("Enter")
+        page.locator("#problem", has_text="no song of the catalog is by 'Abba'").wait_for()
+        page.get_by_label("Only songs of this artist").fill("")
+        page.get_by_label("Available in this market").fill("SE")
+        page.get_by_label("Available in this market").press("Enter")
+        page.locator("#problem", has_text="no song of the catalog has markets").wait_for()
+
+
+def test_a_song_shows_its_artist_plays_and_neighbours(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url, "#song=song-3") as page:
+        page.get_by_role("button", name="About Artist 3 – Title 3", exact=True).first.click()
+        song = httpx.get(f"{url}/v1/songs/song-3/similar?k=10").json()
+        page.locator("#song-title", has_text="Title 3").wait_for()
+        assert page.locator("#song-facts dd").all_inner_texts() == ["Artist 3", str(song["plays"]), "song-3"]
+        assert listed(page, "similar") == [near["song_id"] for near in song["songs"]]
+        page.locator("#similar .title").first.click()
+        page.locator("#song-facts", has_text=song["songs"][0]["song_id"]).wait_for()
+        page.locator("#play-song").click()
+        page.locator("#status", has_text="2 plays").wait_for()
+        assert page.locator("#song").is_hidden()
+        assert listed(page, "history") == [song["songs"][0]["song_id"], "song-3"]
+
+
+def test_a_touch_names_a_song_of_the_map(world: Workspace, browser: Any) -> None:
+    size = {"width": 400, "height": 900}
+    with served(world) as url, page_of(browser, url, "#song=song-3", viewport=size, has_touch=True) as page:
+        page.locator("#map g").nth(1).wait_for()
+        page.locator('#map g[data-song="song-3"] .hit').tap(force=True)
+        page.locator("#spot", has_text="Artist").wait_for()
+        labels = [text for text in page.locator("#map text").all_text_contents() if text]
+        assert len(labels) == 1
+        assert labels[0] == page.locator("#spot").inner_text()
+        height = page.locator("#map text").filter(has_text="Artist").bounding_box()["height"]
+        assert height >= 12  # px, to be read
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_the_model_card_gives_the_quality_and_the_report(world: Workspace, browser: Any, key: str | None) -> None:
+    keys = load_keys(ServeConfig(), {"RAYREC_API_KEYS": f"read:{key}"}) if key else None
+    release = releases.active_release(world)
+    assert release is not None
+    with served(world, keys) as url:
+        with page_of(browser, url) as page:
+            if key:
+                page.get_by_label("API key").fill(key)
+                page.get_by_label("API key").press("Enter")
+            page.locator("#facts", has_text=release.id).wait_for()
+            assert "Not evaluated" in page.locator("#facts").inner_text()
+            assert page.get_by_text("Evaluation report").is_hidden()
+            assert page.get_by_text("API documentation").get_attribute("href") == "docs"
+        write_judgement(world, release.inputs)
+        try:
+            with page_of(browser, url) as page:
+                if key:
+                    page.get_by_label("API key").fill(key)
+                    page.get_by_label("API key").press("Enter")
+                page.locator("#facts", has_text="two-step finds 42 of 100 next new songs").wait_for()
+                assert "recall@20 0.420, MRR@20 0.200" in page.locator("#facts").inner_text()
+                assert page.locator("#warning").inner_text() == "Warning: the test range leaked"
+                if key:
+                    with page.expect_download() as saved:
+                        page.get_by_text("Evaluation report").click()
+                    assert "finds 42 of 100" in Path(saved.value.path()).read_text()
+                else:
+                    page.get_by_text("Evaluation report").click()
+                    page.locator("h1", has_text="finds 42 of 100").wait_for()
+                    assert page.evaluate("getComputedStyle(document.querySelector('.bar')).position") == "absolute"
+        finally:
+            world.delete("reports")
 
 
 def test_all_is_done_by_keyboard(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
         page.get_by_label("Find a song").focus()
         page.keyboard.type("title 12")
-        page.locator("#found li").first.wait_for()
+        page.locator('#found li:first-child[data-song="song-12"]').wait_for()
+        page.keyboard.press("Tab")  # to the song's details
+        page.keyboard.press("Enter")
+        page.locator("#song-title", has_text="Title 12").wait_for()
+        page.keyboard.press("Escape")
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
-        page.locator("#history li").wait_for()
+        page.locator("#status", has_text="1 play").wait_for()
         assert page.locator("#history li").get_attribute("data-song") == "song-12"
 
 

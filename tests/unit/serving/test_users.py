@@ -404,3 +404,27 @@ def test_a_play_of_less_than_half_the_song_counts_as_skipped(app: Client) -> Non
         np.testing.assert_allclose(vectors[0], vectors[1], atol=TASTE)
         np.testing.assert_allclose(vectors[2], vectors[3], atol=TASTE)
         assert np.abs(np.subtract(vectors[0], vectors[3])).max() > 10 * TASTE
+
+
+def test_the_last_plays_of_a_user_are_listed_and_as_a_history_answer_the_same(app: Client) -> None:
+    sent = [
+        {"user_id": "lister", "song_id": f"song-{song}", "played_at": AT + place * MINUTE, "event_id": f"l{place}"}
+        for place, song in enumerate((3, 50, 9, 50))
+    ]
+    sent[2]["skipped"] = True
+    assert app.post("/v1/plays", {"plays": sent}).json()["taken"] == 4
+    told = app.get("/v1/users/lister/plays").json()
+    assert (told["user_id"], told["count"]) == ("lister", 4)
+    assert [play["song_id"] for play in told["plays"]] == ["song-3", "song-50", "song-9", "song-50"]
+    assert [ms(play["played_at"]) for play in told["plays"]] == [play["played_at"] for play in sent]
+    assert [play["skipped"] for play in told["plays"]] == [False, False, True, False]
+    assert told["plays"][0]["title"] == "Title 3"
+    assert app.get("/v1/users/lister/plays", params={"k": 1}).json()["plays"] == told["plays"][-1:]
+    history = [{name: play[name] for name in ("song_id", "played_at", "contexts", "skipped")} for play in told["plays"]]
+    later = {"at": AT + 10 * MINUTE, "k": 10}
+    stored, given = (
+        app.post("/v1/recommendations", {**who, **later}).json()["songs"]
+        for who in ({"user_id": "lister"}, {"history": history})
+    )
+    assert [song["song_id"] for song in stored] == [song["song_id"] for song in given]
+    assert app.get("/v1/users/nobody-yet/plays").status_code == 404

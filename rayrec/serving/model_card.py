@@ -1,0 +1,64 @@
+"""The card of a release: what it was made from, and what its last evaluation says."""
+
+from importlib.metadata import version
+
+from rayrec.errors import NotFoundError
+from rayrec.evaluation.report import PAGE, RESULTS, verdict
+from rayrec.serving.schemas import DataSummary, ModelCard
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.dataset_manifest import read_manifest
+from rayrec.storage.workspace import Workspace
+
+REPORTS = "reports"
+JUDGED = ("models", "retrieval", "rankers")  # kinds of parts that make the order of an answer
+METRICS = ("served_recall@", "served_mrr@", "recall@", "mrr@")
+
+
+def model_card(workspace: Workspace, release: Manifest) -> ModelCard:
+    """The card of a release. The figures are those of its last report, and none where it has none."""
+    dataset = read_manifest(workspace)
+    timed = dataset.times == "real" and dataset.plays > 0
+    report = report_of(workspace, release)
+    metrics = report.metrics if report else {}
+    return ModelCard(
+        release=release.id,
+        created_at=release.created_at,
+        version=version("rayrec"),
+        parts=release.inputs,
+        data=DataSummary(
+            id=dataset.id,
+            source=dataset.source,
+            users=dataset.users,
+            plays=dataset.plays,
+            songs=dataset.songs,
+            first_play=dataset.first_play if timed else None,
+            last_play=dataset.last_play if timed else None,
+        ),
+        report=report.id if report else None,
+        verdict=_verdict(workspace, report) if report else None,
+        metrics={name: value for name, value in metrics.items() if name.startswith(METRICS)},
+        queries=metrics.get("plays", metrics.get("pairs")),
+        warning=metrics.get("warning"),
+    )
+
+
+def report_page(workspace: Workspace, release: Manifest) -> bytes:
+    """The HTML of a release's last report. Raises `NotFoundError` where it has none."""
+    report = report_of(workspace, release)
+    if report is None:
+        raise NotFoundError(f"release {release.id} was not evaluated; run `rayrec evaluate`")
+    return workspace.read_bytes(report.path(PAGE))
+
+
+def report_of(workspace: Workspace, release: Manifest) -> Manifest | None:
+    """The last evaluation of what a release answers with; None where there is none."""
+
+    def judges(report: Manifest) -> bool:
+        return all(report.inputs.get(kind) == release.inputs.get(kind) for kind in JUDGED)
+
+    return artifacts.latest(workspace, REPORTS, judges)
+
+
+def _verdict(workspace: Workspace, report: Manifest) -> str:
+    return verdict(workspace.read_json(report.path(RESULTS)), report.metrics["default"])
