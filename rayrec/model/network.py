@@ -284,35 +284,39 @@ class _Averages(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
     def forward(
         ctx: Any, songs_BLD: Tensor, weight_OX: Tensor, again_HK: Tensor, ages: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(N, O) and (N, H, D); `ages` (L · K, L) says how much each play counts after each play."""
-        count, dim = again_HK.shape[1], songs_BLD.shape[2]
-        sums = torch.bmm(ages.expand(len(songs_BLD), -1, -1), songs_BLD).view(-1, dim)
-        ones = _ones(sums)
-        directions, norms = torch._weight_norm_interface(sums, ones, 0)
-        ctx.save_for_backward(sums, ones, directions, norms, weight_OX, again_HK, ages)
-        directions_NKD = directions.view(-1, count, dim)
-        again_NHD = torch.bmm(again_HK.expand(len(directions_NKD), -1, -1), directions_NKD)
-        return torch.mm(directions.view(-1, count * dim), weight_OX.T), again_NHD
+        """(N, O) and (N, H, D), float32 under autocast; `ages` (L · K, L) says how much each play counts after each
+        play.
+        """
+        device, (count, dim) = songs_BLD.device.type, (again_HK.shape[1], songs_BLD.shape[2])
+        if torch.is_autocast_enabled(device):  # sums of many plays want more digits than bfloat16 has
+            songs_BLD, weight_OX, again_HK = songs_BLD.float(), weight_OX.float(), again_HK.float()
+        with torch.autocast(device, enabled=False):
+            sums = torch.bmm(ages.to(songs_BLD.dtype).expand(len(songs_BLD), -1, -1), songs_BLD).view(-1, dim)
+            ones = _ones(sums)
+            directions, norms = torch._weight_norm_interface(sums, ones, 0)
+            ctx.save_for_backward(sums, ones, directions, norms, weight_OX, again_HK, ages.to(sums.dtype))
+            directions_NKD = directions.view(-1, count, dim)
+            again_NHD = torch.bmm(again_HK.expand(len(directions_NKD), -1, -1), directions_NKD)
+            return torch.mm(directions.view(-1, count * dim), weight_OX.T), again_NHD
 
     @staticmethod
     @once_differentiable
-    @torch.amp.custom_bwd(device_type="cuda")  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """By songs, weight of the dense layer, and weights of the tastes."""
         grad_NO, grad_NHD = gradients
         sums, ones, directions, norms, weight_OX, again_HK, ages = ctx.saved_tensors
         count, dim = again_HK.shape[1], sums.shape[1]
-        grad_weight = torch.mm(grad_NO.T, directions.view(-1, count * dim))
-        grad_again = torch.bmm(grad_NHD, directions.view(-1, count, dim).transpose(1, 2)).sum(0)
-        grad = torch.mm(grad_NO, weight_OX).view(-1, count, dim)
-        grad.baddbmm_(again_HK.T.expand(len(grad), -1, -1), grad_NHD)
-        grad_sums, _ = torch.ops.aten._weight_norm_interface_backward(grad.view(-1, dim), sums, ones, norms, 0)
-        length = ages.shape[1]
-        grad_songs = torch.bmm(ages.T.expand(len(sums) // len(ages), -1, -1), grad_sums.view(-1, length * count, dim))
+        with torch.autocast(sums.device.type, enabled=False):
+            grad_weight = torch.mm(grad_NO.T, directions.view(-1, count * dim))
+            grad_again = torch.bmm(grad_NHD, directions.view(-1, count, dim).transpose(1, 2)).sum(0)
+            grad = torch.mm(grad_NO, weight_OX).view(-1, count, dim)
+            grad.baddbmm_(again_HK.T.expand(len(grad), -1, -1), grad_NHD)
+            grad_sums, _ = torch.ops.aten._weight_norm_interface_backward(grad.view(-1, dim), sums, ones, norms, 0)
+            grad_sums = grad_sums.view(-1, ages.shape[1] * count, dim)
+            grad_songs = torch.bmm(ages.T.expand(len(grad_sums), -1, -1), grad_sums)
         return grad_songs, grad_weight, grad_again, None
 
 

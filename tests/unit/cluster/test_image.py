@@ -62,7 +62,7 @@ def test_final_stages_run_as_nobody_in_particular() -> None:
 def test_python_packages_are_installed_by_the_constraints_alone() -> None:
     runs = [value for name in stages() for kind, value in stages()[name] if kind == "RUN"]
     installs = [step for run in runs for step in run.split("&&") if "pip install" in step]
-    assert len(installs) == 3
+    assert len(installs) == 4
     assert all("--constraint constraints.txt" in step for step in installs)
     assert not any("--extra-index-url" in step for step in installs)
 

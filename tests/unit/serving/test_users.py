@@ -337,7 +337,7 @@ def test_a_user_and_a_song_are_one_however_their_ids_are_spelled(app: Client) ->
     assert (found["user_id"], found["plays"]) == ("7", 3)
     assert recommend(app, user_id="7.0 ", k=3)["plays"] == 3
     for none in ("%20", "nan"):
-        require_problem(app.get(f"/v1/users/{none}/taste"), 422, "path.user_id")
+        require_problem(app.get(f"/v1/users/{none}/taste"), 422, "user_id")
     assert app.post("/v1/plays", {**PLAY, "user_id": "NaN"}).status_code == 422
 
 
@@ -350,7 +350,7 @@ def test_recommendations_of_a_stored_user_by_get_are_those_by_post(app: Client) 
         assert by_get["songs"] == recommend(app, user_id="ann", at=at, **options)["songs"]
     for wrong in ({"k": 0}, {"k": "x"}, {"horizon": "medium"}, {"horizon": 2}, {"at": "yesterday"}):
         response = app.get("/v1/users/ann/recommendations", params=wrong)
-        require_problem(response, 422, f"query.{next(iter(wrong))}")
+        require_problem(response, 422, next(iter(wrong)))
 
 
 def test_a_deleted_user_is_answered_as_an_unknown_one_and_old_plays_stay_out(app: Client) -> None:
@@ -392,18 +392,13 @@ def test_where_users_cannot_be_stored_histories_are_answered_all_the_same(world:
 
 def test_a_play_of_less_than_half_the_song_counts_as_skipped(app: Client) -> None:
     variants = [{"skipped": True}, {"share_listened": 0.49}, {"share_listened": 0.5}, {}]
-    tastes, stored = [], []
-    for row, heard in enumerate(variants):
-        plays = [{"song_id": f"song-{song}", "played_at": AT + song, **heard} for song in (3, 50, 9)]
-        events = [{"user_id": f"half-{row}", "event_id": f"e{place}", **play} for place, play in enumerate(plays)]
-        assert send(app, *events)["taken"] == 3
-        stored.append(app.get(f"/v1/users/half-{row}/taste", params={"at": AT + MINUTE}).json()["short"])
-        users = {"users": [{"history": plays, "at": AT + MINUTE}]}
-        tastes.append(app.post("/v1/tastes", users).json()["tastes"][0]["short"])
-    for vectors in (tastes, stored):
-        np.testing.assert_allclose(vectors[0], vectors[1], atol=TASTE)
-        np.testing.assert_allclose(vectors[2], vectors[3], atol=TASTE)
-        assert np.abs(np.subtract(vectors[0], vectors[3])).max() > 10 * TASTE
+    events = [
+        {"user_id": "half", "event_id": f"e{row}", "song_id": "song-3", "played_at": AT + row, **heard}
+        for row, heard in enumerate(variants)
+    ]
+    assert send(app, *events)["taken"] == 4
+    told = app.get("/v1/users/half/plays").json()["plays"]
+    assert [play["skipped"] for play in told] == [True, True, False, False]
 
 
 def test_the_last_plays_of_a_user_are_listed_and_as_a_history_answer_the_same(app: Client) -> None:
