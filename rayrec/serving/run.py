@@ -4,11 +4,11 @@ Behind HAProxy a request through Serve costs about what bare uvicorn does, a qua
 On loopback every port of every process is checked before the application counts as started.
 """
 
+import csv
 import logging
 import math
 import os
 import shutil
-import signal
 import socket
 import tempfile
 import time
@@ -48,7 +48,7 @@ def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="rayrec-serve-", dir=os.environ.get("RAY_TMPDIR")))
     try:
         os.environ.update(environment(config, folder))
-        with _application(workspace, config):
+        with _application(workspace, config, folder):
             if is_loopback(config.host):
                 require_loopback()
             yield f"http://{config.host}:{config.port}"
@@ -143,38 +143,39 @@ def require_loopback(pid: int | None = None) -> None:
         time.sleep(0.2)
 
 
-def _finish_requests() -> None:
-    """Have HAProxy take no more requests, and wait for those at work: Serve itself would cut them off."""
-    proxies, controllers = [], []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            if process.name() == "haproxy":
-                proxies.append(process)
-            elif process.cmdline()[:1] and process.cmdline()[0].startswith("ray::ServeController"):
-                controllers.append(process)
-    # Serve's controller would take a HAProxy that is about to end for a broken one, and replace it after 3 seconds.
-    with _suspended(controllers):
-        for process in proxies:
-            with suppress(psutil.Error):
-                process.send_signal(signal.SIGUSR1)
-        psutil.wait_procs(proxies, timeout=REQUEST_SECONDS)
+def _finish_requests(folder: Path) -> None:
+    """Have HAProxy take no more connections, and wait for the requests at work: Serve itself would cut them off.
+
+    `folder` holds its admin socket. A soft stop would wait for idle connections too, and Serve replaces a HAProxy that
+    ends within 3 seconds.
+    """
+    for path in folder.rglob("admin.sock"):
+        with suppress(OSError):
+            for name in {row["# pxname"] for row in _statistics(path) if row["svname"] == "FRONTEND"}:
+                _ask_haproxy(path, f"disable frontend {name}")
+            deadline = time.monotonic() + REQUEST_SECONDS
+            while time.monotonic() < deadline:
+                if not sum(int(row["scur"] or 0) for row in _statistics(path) if row["svname"] == "BACKEND"):
+                    break
+                time.sleep(0.1)
+
+
+def _statistics(path: Path) -> list[dict[str, str]]:
+    """A row for each frontend, backend and server of the HAProxy whose admin socket this is."""
+    return list(csv.DictReader(_ask_haproxy(path, "show stat").splitlines()))
+
+
+def _ask_haproxy(path: Path, command: str) -> str:
+    with socket.socket(socket.AF_UNIX) as admin:
+        admin.settimeout(5)
+        admin.connect(str(path))
+        admin.sendall(f"{command}\n".encode())
+        parts = iter(lambda: admin.recv(1 << 16), b"")
+        return b"".join(parts).decode()
 
 
 @contextmanager
-def _suspended(processes: list[psutil.Process]) -> Iterator[None]:
-    for process in processes:
-        with suppress(psutil.Error):
-            process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            with suppress(psutil.Error):
-                process.resume()
-
-
-@contextmanager
-def _application(workspace: Workspace, config: ServeConfig) -> Iterator[None]:
+def _application(workspace: Workspace, config: ServeConfig, folder: Path) -> Iterator[None]:
     import ray
     from ray import serve
     from ray.exceptions import RayError
@@ -198,7 +199,7 @@ def _application(workspace: Workspace, config: ServeConfig) -> Iterator[None]:
         arguments = {**to_mapping(config), "workspace": workspace.root if workspace.is_local else workspace.uri}
         serve.run(build(arguments), name=NAME, logging_config=quiet)
         yield
-        _finish_requests()
+        _finish_requests(folder)
     finally:
         # Ray prints on stdout that the controller has ended, and at times raises it.
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):

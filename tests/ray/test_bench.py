@@ -63,6 +63,7 @@ class TestBench:
         assert told["workers"] == 1
         assert 0 < told["corpus_tokens"] < 2_000
 
+    @pytest.mark.slow
     def test_train_counts_plays_and_tells_what_the_data_path_feeds(self, place: Workspace) -> None:
         told = bench("train", place, TINY)
         check_common(told, "train", "plays")

@@ -43,6 +43,7 @@ def test_a_file_is_fitted_and_updated_by_two_commands(
     assert len(result("recommend", "--user", "u69", "-k", "3")["songs"]) == 3
 
 
+@pytest.mark.slow
 def test_the_block_of_the_readme_runs_in_an_empty_folder(tmp_path: Path) -> None:
     (block,) = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from heads import Head, ray_head, ray_node
 
 DRIVER = """
@@ -44,6 +45,7 @@ def drive(head: Head, workspace: Path, token: Path) -> subprocess.CompletedProce
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_job_runs_on_the_nodes_of_a_cluster_that_asks_for_a_token(tmp_path: Path) -> None:
     with ray_head(cpus=1) as head, ray_node(head):
         done = drive(head, tmp_path / "workspace", head.token)

@@ -58,6 +58,7 @@ def test_a_second_run_skips_everything_and_says_so(made: tuple[Workspace, list[O
     assert heard == again
 
 
+@pytest.mark.slow
 def test_a_changed_setting_repeats_its_stage_and_what_follows(tmp_path: Path, cluster: None) -> None:
     workspace = Workspace(tmp_path / "workspace")
     run(workspace, TINY)

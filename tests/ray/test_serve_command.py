@@ -42,7 +42,10 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield running
 
 
-@pytest.mark.parametrize(("topology", "replicas"), [("served", ["http"]), ("split", ["http", "model", "index"])])
+@pytest.mark.parametrize(
+    ("topology", "replicas"),
+    [("served", ["http"]), pytest.param("split", ["http", "model", "index"], marks=pytest.mark.slow)],
+)
 def test_every_port_is_on_loopback(topology: str, replicas: list[str], request: pytest.FixtureRequest) -> None:
     running: Served = request.getfixturevalue(topology)
     httpx.post(f"{running.url}/v1/recommendations", json=BODY, headers=with_key(READ)).raise_for_status()
@@ -145,7 +148,7 @@ def test_a_release_is_activated_and_rolled_back_while_it_runs(served: Served) ->
     assert releases.read_active(served.workspace)["active"] == first
 
 
-@pytest.mark.parametrize("by", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("by", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_requests_at_work_are_answered_before_it_ends_cleanly(by: str, tmp_path: Path) -> None:
     """As `docker stop` and systemd end it."""
     workspace = Workspace(tmp_path / "workspace")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import httpx
+import pytest
 from sent_plays import PLAYS, USERS, require_each_play_once, send_all
 from serve_command import ADMIN, started, with_key
 from served import AT, write_release, write_world
@@ -13,6 +14,7 @@ from rayrec.storage.workspace import Workspace
 KILLED_AT = {30: "ServeReplica", 60: "haproxy -db", 90: "HAProxyManager"}
 
 
+@pytest.mark.slow
 def test_plays_survive_the_kill_of_a_replica_and_of_the_proxy(tmp_path: Path) -> None:
     world, store = Workspace(tmp_path / "workspace"), f"sqlite:///{tmp_path}/states.sqlite"
     write_world(world)

@@ -28,6 +28,7 @@ def submit(head: Head, *words: str, token: Path | None = None) -> subprocess.Com
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_detached_job_reads_the_files_sent_along_and_is_followed_later(head: Head, tmp_path: Path) -> None:
     files = tmp_path / "files"
     files.mkdir()

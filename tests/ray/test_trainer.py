@@ -72,6 +72,7 @@ def test_a_gpu_that_no_node_has_is_named(workspace: Workspace) -> None:
         run(workspace, Crew(workers=1, cpus=1.0, gpus=1, wait_minutes=0.05))
 
 
+@pytest.mark.slow
 def test_workers_start_once_there_is_room(workspace: Workspace) -> None:
     with held(2, seconds=8.0):
         run(workspace, Crew(workers=2, cpus=1.0, wait_minutes=2.0))
