@@ -329,6 +329,14 @@ class AsyncClient(_Connection):
         options = {**options, "songs": list(songs)}
         return cast(RankAnswer, await self._send(_listener_call("rank", user_id, history, options)))
 
+    async def popular(self, **options: Any) -> PopularAnswer:
+        """As in `Client`."""
+        return cast(PopularAnswer, await self._send(("GET", "/v1/songs/popular", {"params": options})))
+
+    async def new(self, **options: Any) -> NewAnswer:
+        """As in `Client`."""
+        return cast(NewAnswer, await self._send(("GET", "/v1/songs/new", {"params": options})))
+
     async def plays(self, plays: Sequence[Mapping[str, Any]]) -> PlaysAnswer:
         """As in `Client`."""
         return cast(PlaysAnswer, await self._send(_plays_call(plays)))

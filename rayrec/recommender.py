@@ -21,7 +21,7 @@ import pyarrow.fs as pafs
 from rayrec.config import from_mapping
 from rayrec.data import columns as names
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, Questions, concatenate
+from rayrec.data.histories import Histories, Questions
 from rayrec.data.moments import now_ms, parse_moment
 from rayrec.errors import InputError, NotFoundError
 from rayrec.jobs.fit_config import FitConfig, UpdateConfig
@@ -199,11 +199,11 @@ class Recommender:
     @staticmethod
     def _histories(dataset: Dataset, users: Sequence[str], at: int) -> Histories:
         """The plays of users before a moment, in the order of the users."""
-        from rayrec.recommend.answer import history_of_user
+        from rayrec.recommend.answer import histories_of_users
 
         if not users:
             raise InputError("no users were given; give at least one user id")
-        return concatenate([history_of_user(dataset, user, at) for user in users])
+        return histories_of_users(dataset, users, at)
 
     @staticmethod
     def _named(dataset: Dataset, rows: np.ndarray) -> pd.DataFrame:

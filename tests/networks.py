@@ -9,7 +9,7 @@ from worlds import random_vectors
 
 from rayrec.data.histories import Histories
 from rayrec.data.windows import Windows, batches_in_memory, cut_windows
-from rayrec.model.fit import FitProgress, Phase
+from rayrec.model.epochs import FitProgress, Phase
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import Cell, FeatureSpec, Horizon, ModelConfig, SongTable, TrainConfig
 from rayrec.model.training import StepReport

@@ -60,12 +60,12 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
     """What every training worker runs."""
     from rayrec.jobs import train as job
     from rayrec.jobs.train_worker import WorkerHost
-    from rayrec.model import fit
+    from rayrec.model import epochs as fitting
     from rayrec.model.training import Training
 
     phases: list[str] = []
     epochs: list[int] = []
-    windows_of, take_of, reads = WorkerHost.windows, Training.take, fit.STEPS_BETWEEN_READS
+    windows_of, take_of, reads = WorkerHost.windows, Training.take, fitting.STEPS_BETWEEN_READS
 
     def windows(host: Any, phase: Any, epoch: int) -> Iterator[Windows]:
         phases.append(phase)
@@ -85,12 +85,12 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
         return taken
 
     WorkerHost.windows, Training.take = windows, take  # type: ignore[method-assign]
-    fit.STEPS_BETWEEN_READS = STEPS_BETWEEN_READS
+    fitting.STEPS_BETWEEN_READS = STEPS_BETWEEN_READS
     try:
         getattr(job, "_undisturbed", job.train_worker)(arguments)
     finally:
         WorkerHost.windows, Training.take = windows_of, take_of  # type: ignore[method-assign]
-        fit.STEPS_BETWEEN_READS = reads
+        fitting.STEPS_BETWEEN_READS = reads
 
 
 def die(death: Death, plan: Any) -> None:

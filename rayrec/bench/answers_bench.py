@@ -77,11 +77,11 @@ def measure_answers(dataset: Dataset, parts: dict[str, str], queries: int) -> di
         answer_one(two_step, history, question)
     whole = 1000 * (time.process_time() - began) / len(users)
     private = sum(area.private_dirty for area in psutil.Process().memory_maps()) / MIB
-    clock = Stages()
+    clock = StageCosts()
     for history, question in users:
         answer_by_stage(two_step, history, question, clock)
     tracemalloc.start()
-    traced = Stages(traced=True)
+    traced = StageCosts(traced=True)
     for history, question in users[:TRACED]:
         answer_by_stage(two_step, history, question, traced)
     tracemalloc.stop()
@@ -116,7 +116,7 @@ def answer_one(two_step: TwoStepRecommender, history: Histories, question: Quest
 
 
 @dataclass
-class Stages:
+class StageCosts:
     """CPU seconds by stage, or with `traced` the most bytes that any answer held in it."""
 
     traced: bool = False
@@ -138,7 +138,7 @@ class Stages:
         return result
 
 
-def answer_by_stage(two_step: TwoStepRecommender, history: Histories, question: Questions, stage: Stages) -> None:
+def answer_by_stage(two_step: TwoStepRecommender, history: Histories, question: Questions, stage: StageCosts) -> None:
     """The work of `answer_one`, one stage after the other."""
     source, limits = two_step.source, without_heard(history)
     vectors = stage("taste vectors", lambda: source.network.vectors_of(history, question, HORIZONS))

@@ -27,7 +27,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
 from rayrec.data.windows import Windows, batches_in_memory, cut_windows
-from rayrec.model.fit import start_vectors
+from rayrec.model.epochs import start_vectors
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.steps import StepMaker

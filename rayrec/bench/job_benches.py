@@ -215,7 +215,7 @@ def run_rounds(arguments: dict[str, Any]) -> None:
     ray.train.report({})
 
 
-def read_windows(dataset: Dataset, config: TrainConfig) -> int:
+def count_window_plays(dataset: Dataset, config: TrainConfig) -> int:
     """Plays of an epoch of the training data path, which nothing learns from."""
     reader = ShardReader(dataset, FitRange(), config, window_lengths(dataset, FitRange(), config), Share(), 0)
     return sum(int(windows.inputs.sum()) for windows in window_stream(reader))

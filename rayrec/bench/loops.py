@@ -22,7 +22,7 @@ from rayrec.data.windows import Windows, batches_in_memory, cut_windows
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.model.checkpoint import load_model
-from rayrec.model.fit import start_vectors
+from rayrec.model.epochs import start_vectors
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.taste_table import taste_table

@@ -11,7 +11,7 @@ import ray
 from rayrec.bench import private_memory
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.bench_data import bench_dataset, untrained_model
-from rayrec.bench.job_benches import read_windows
+from rayrec.bench.job_benches import count_window_plays
 from rayrec.bench.private_memory import MemoryWatch
 from rayrec.bench.rounds import PlainProcess
 from rayrec.data.dataset import Dataset
@@ -88,7 +88,7 @@ def taste_memory(workspace: Workspace, model: Manifest) -> MemoryPass:
 
 def data_memory(workspace: Workspace) -> MemoryPass:
     """What the data path of training needs."""
-    return _watched(lambda: ray.get(ray.remote(read_windows).remote(Dataset(workspace), TrainConfig())))
+    return _watched(lambda: ray.get(ray.remote(count_window_plays).remote(Dataset(workspace), TrainConfig())))
 
 
 def _watched(job: Callable[[], Any]) -> MemoryPass:

@@ -50,8 +50,8 @@ def run_chain(plays: str, place: Workspace, workers: int, embed_epochs: int, bat
         dataset = import_data(place, ImportConfig(format="parquet", paths=(plays,)))
         stages = {"import": Measured(dataset.plays, time.perf_counter() - began)}
         stages["embed"] = _timed(lambda: embed(place, settings), lambda made: made.metrics["tokens"] * embed_epochs)
-        made = train(place, TrainConfig(epochs=1, workers=workers, batch=batch, seed=seed))
-        stages["train"] = Measured(made.metrics["plays"], made.metrics["plays"] / made.metrics["plays_per_second"])
+        model = train(place, TrainConfig(epochs=1, workers=workers, batch=batch, seed=seed))
+        stages["train"] = Measured(model.metrics["plays"], model.metrics["plays"] / model.metrics["plays_per_second"])
         stages["taste"] = _timed(
             lambda: compute_tastes(place, TasteConfig()), lambda made: float(made.metrics["plays"])
         )
@@ -94,24 +94,24 @@ def costs(by_size: list[Stages]) -> dict[str, dict[str, Any]]:
     """Stage -> plays and microseconds_per_play of each run, smallest first, microseconds_per_further_play between
     one and the next, and growth: by which share the last of these is above the one before (None with two sizes).
     """
-    found = {}
+    by_stage = {}
     for stage in by_size[0]:
         runs = [run[stage] for run in by_size]
         each = [MICROSECONDS * further(smaller, larger) for smaller, larger in pairwise(runs)]
-        found[stage] = {
+        by_stage[stage] = {
             "plays": [run.work for run in runs],
             "microseconds_per_play": [MICROSECONDS / run.per_second for run in runs],
             "microseconds_per_further_play": each,
             "growth": each[-1] / each[-2] - 1 if len(each) > 1 else None,
         }
-    return found
+    return by_stage
 
 
-def extrapolated(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def extrapolated(by_stage: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Hours of one CPU for a billion plays at the cost of the last further play; nobody has measured them."""
     hours = {
         stage: EXTRAPOLATED_PLAYS * cost["microseconds_per_further_play"][-1] / MICROSECONDS / 3600
-        for stage, cost in found.items()
+        for stage, cost in by_stage.items()
     }
     return {"extrapolated": True, "plays": EXTRAPOLATED_PLAYS, "cpu_hours": hours}
 

@@ -1,6 +1,6 @@
 """The canonical data set of a workspace: its buckets of histories, its playlists and its catalog."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,7 +9,7 @@ from rayrec.data import columns
 from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE, Catalog, described
 from rayrec.data.content import Content
 from rayrec.data.histories import Histories, user_hash
-from rayrec.data.parts import find_user, merge_users, read_files, read_users, with_columns
+from rayrec.data.parts import find_users, merge_users, read_files, read_users, with_columns
 from rayrec.data.spelling import spell_id
 from rayrec.errors import MismatchError, NotFoundError
 from rayrec.notebook import html_figures
@@ -82,13 +82,24 @@ class Dataset:
 
     def history(self, user_id: str) -> Histories:
         """One user's history. Raises `NotFoundError` for a user who is not there."""
-        user_id = spell_id(user_id) or user_id
-        bucket = int(self.bucket_of(np.array([user_id], dtype=object))[0])
-        files = self.manifest.histories_files(bucket)
-        found = [row for path in files if (row := find_user(self.workspace, path, user_id)) is not None]
-        if not found:
-            raise NotFoundError(f"User {user_id!r} not found in the data set; check the ID or import the user's plays")
-        return self._with_columns(merge_users(found))
+        return self.histories([user_id])
+
+    def histories(self, user_ids: Sequence[str]) -> Histories:
+        """Those of users, in their order; a file is opened once. Raises `NotFoundError` for one who is not there."""
+        ids = np.array([spell_id(user_id) or user_id for user_id in user_ids], dtype=object)
+        buckets = self.bucket_of(ids)
+        parts: list[Histories] = []
+        for bucket in np.unique(buckets).tolist():
+            for path in self.manifest.histories_files(bucket):
+                parts += find_users(self.workspace, path, np.unique(ids[buckets == bucket]))
+        merged = merge_users(parts)
+        row_of = {user_id: row for row, user_id in enumerate(merged.user_ids.tolist())}
+        for user_id in ids.tolist():
+            if user_id not in row_of:
+                raise NotFoundError(
+                    f"User {user_id!r} not found in the data set; check the ID or import the user's plays"
+                )
+        return self._with_columns(merged.take(np.array([row_of[user_id] for user_id in ids.tolist()], dtype=np.int64)))
 
     def _with_columns(self, histories: Histories) -> Histories:
         """With the columns of the data set, also where an earlier part came without them."""

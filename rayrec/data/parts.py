@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayrec.data import columns
@@ -73,19 +74,18 @@ def _range(group: pq.RowGroupMetaData, name: str) -> tuple[Any, Any]:
     return None, None
 
 
-def find_user(workspace: Workspace, path: str, user_id: str) -> Histories | None:
-    """One user's row of a file, out of the row group that holds it."""
+def find_users(workspace: Workspace, path: str, user_ids: np.ndarray) -> Iterator[Histories]:
+    """The rows of some users of a file, out of the row groups that hold any; `user_ids`, object (U,), are ascending."""
     with workspace.open_input(path) as stream:
         file = pq.ParquetFile(stream)
         for group in range(file.num_row_groups):
             low, high = _range(file.metadata.row_group(group), columns.USER)
-            if low is not None and not low <= user_id <= high:
+            if low is not None and np.searchsorted(user_ids, low) == np.searchsorted(user_ids, high, side="right"):
                 continue
             ids = file.read_row_group(group, columns=[columns.USER]).column(columns.USER)
-            place = ids.index(pa.scalar(user_id, ids.type)).as_py()
-            if place >= 0:
-                return Histories.from_arrow(file.read_row_group(group).slice(place, 1))
-    return None
+            held = pc.is_in(ids, value_set=pa.array(user_ids, ids.type))
+            if pc.any(held).as_py():
+                yield Histories.from_arrow(file.read_row_group(group).filter(held))
 
 
 def merge_users(parts: Sequence[Histories]) -> Histories:

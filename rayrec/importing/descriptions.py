@@ -277,7 +277,7 @@ def _read_csv(source: str, names: Mapping[str, str], delimiter: str) -> tuple[di
 
     parts: list[pa.Table] = []
     rejected: list[pa.ChunkedArray] = []
-    for rows in delimited.read_rows(Unit(source=source), delimiter, find):
+    for rows in delimited.read_delimited(Unit(source=source), delimiter, find):
         parts.append(pa.table(rows.values))
         rejected.append(rows.rejected.column("reason"))
     table = pa.concat_tables(parts)
@@ -291,18 +291,18 @@ def _read_csv(source: str, names: Mapping[str, str], delimiter: str) -> tuple[di
 def _read_parquet(source: str, names: Mapping[str, str]) -> dict[str, pa.Array]:
     with open_plain(source) as stream:
         file = open_parquet(source, pa.BufferReader(stream.read()))
-    there = file.schema_arrow.names
-    found = {role: there[place] for role, place in _columns(source, there, names).items()}
-    table = read_columns(source, file, list(found.values()))
-    return {role: one_array(table.column(name)) for role, name in found.items()}
+    header = file.schema_arrow.names
+    column_of = {role: header[place] for role, place in _columns(source, header, names).items()}
+    table = read_columns(source, file, list(column_of.values()))
+    return {role: one_array(table.column(name)) for role, name in column_of.items()}
 
 
-def _columns(source: str, there: list[str], names: Mapping[str, str]) -> dict[str, int]:
+def _columns(source: str, header: list[str], names: Mapping[str, str]) -> dict[str, int]:
     """Role -> position of its column in the file."""
-    found = mapped_columns(source, there, names, list(ROLES), ["song"])
-    if len(found) == 1:
+    place_of = mapped_columns(source, header, names, list(ROLES), ["song"])
+    if len(place_of) == 1:
         raise InputError(f"{source} has no metadata column; expected one of {', '.join(list(ROLES)[1:])} in it")
-    return found
+    return place_of
 
 
 def _first_of_each(ids: pa.Array) -> np.ndarray:

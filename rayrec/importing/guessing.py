@@ -37,10 +37,10 @@ def guess_import(
             raise InputError(f"{paths[0]} holds playlists, not plays; see rayrec import --help")
         return ImportConfig(format=chosen, paths=tuple(paths), columns=given)
     inspection = inspect_files(chosen, paths)
-    found = {column.role: column.name for column in inspection.columns if column.role in roles(False)}
-    found = {role: name for role, name in found.items() if name not in given.values()} | given
-    config = ImportConfig(format=chosen, paths=tuple(paths), columns=found, delimiter=inspection.delimiter or ",")
-    _require_columns(inspection, paths[0], found)
+    by_role = {column.role: column.name for column in inspection.columns if column.role in roles(False)}
+    by_role = {role: name for role, name in by_role.items() if name not in given.values()} | given
+    config = ImportConfig(format=chosen, paths=tuple(paths), columns=by_role, delimiter=inspection.delimiter or ",")
+    _require_columns(inspection, paths[0], by_role)
     return config
 
 
@@ -81,9 +81,9 @@ def _looks_like(name: str, file: SourceFile) -> bool:
     return True
 
 
-def _require_columns(inspection: Inspection, path: str, found: Mapping[str, str]) -> None:
+def _require_columns(inspection: Inspection, path: str, by_role: Mapping[str, str]) -> None:
     """Raise `InputError` that names all roles without a column, and the columns that there are."""
-    missing = [role for role in roles(False) if role not in OPTIONAL_ROLES and role not in found]
+    missing = [role for role in roles(False) if role not in OPTIONAL_ROLES and role not in by_role]
     if missing:
         mapping = ",".join(f"{role}=NAME" for role in missing)
         names = ", ".join(column.name for column in inspection.columns)

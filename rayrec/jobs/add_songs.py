@@ -44,27 +44,27 @@ def add_songs(workspace: Workspace, *, model_id: str | None = None, repeat: bool
     inputs = {"dataset": dataset.manifest.id, "models": model.id}
     if descriptions:
         inputs["descriptions"] = descriptions[-1].id
-    earlier = artifacts.latest(workspace, KIND, lambda made: made.inputs["models"] == model.id)
+    earlier = artifacts.latest(workspace, KIND, lambda songs: songs.inputs["models"] == model.id)
     print_id = artifacts.fingerprint(KIND, {}, inputs)
     added_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, KIND, added_id)
     with progress("Added songs"):
         split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
-        made = added_since(dataset, model, fit_range(split), earlier)
+        songs = added_since(dataset, model, fit_range(split), earlier)
     manifest = Manifest(kind=KIND, id=added_id, inputs=inputs)
-    checksums = made.save(workspace, manifest.folder)
+    checksums = songs.save(workspace, manifest.folder)
     content = dataset.content()
     metrics = {
         "seconds": round(time.monotonic() - began, 1),
         "new_songs": new_songs,
-        "songs": len(made),
-        "with_content": int((content.places[made.rows] >= 0).sum()),
-        "with_plays": made.played,
-        "rows_read": made.rows_read,
-        "map_explained": round(made.output_map.explained, 4),
-        "map_penalty": made.output_map.penalty,
-        "map_strengths": made.output_map.strengths.tolist(),
+        "songs": len(songs),
+        "with_content": int((content.places[songs.rows] >= 0).sum()),
+        "with_plays": songs.played,
+        "rows_read": songs.rows_read,
+        "map_explained": round(songs.output_map.explained, 4),
+        "map_penalty": songs.output_map.penalty,
+        "map_strengths": songs.output_map.strengths.tolist(),
     }
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums, checksums)
 

@@ -25,6 +25,7 @@ from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.dataset_manifest import DatasetManifest
 from rayrec.storage.locking import writes
+from rayrec.storage.releases import VALIDATION
 from rayrec.storage.workspace import Workspace
 
 SECTIONS = ("import", "embed", "train", "retrieval", "rank", "taste", "index")
@@ -95,6 +96,9 @@ def fit(
         configs = stage_configs(dataset, sections)
         fit_models(stages, configs)
         quality = _quality(dataset, stages) if stages.split is not None else None
+        if quality is not None:
+            default = "two-step" if "rank" in stages.made else "taste"
+            stages.release_metrics = {VALIDATION: quality.summary(default, default)}
         for name in ("taste", "index", "release"):
             stages.run(name, configs[name])
     release = artifacts.load(workspace, "releases", stages.made["release"])
@@ -213,7 +217,7 @@ def example_answer(workspace: Workspace, parts: Mapping[str, str], k: int = EXAM
 
 def _example_user(dataset: Dataset) -> tuple[str, int]:
     """The first user with `MIN_PLAYS` plays, else the one with most; and the time of the last one (ms UTC)."""
-    most, found = 0, ("", 0)
+    most, example = 0, ("", 0)
     for batch in dataset.read_all():
         if not len(batch):
             continue
@@ -221,10 +225,10 @@ def _example_user(dataset: Dataset) -> tuple[str, int]:
         row = int(enough[0]) if len(enough) else int(batch.lengths.argmax())
         if batch.lengths[row] > most:
             most = int(batch.lengths[row])
-            found = str(batch.user_ids[row]), int(batch.played_at[batch.offsets[row + 1] - 1])
+            example = str(batch.user_ids[row]), int(batch.played_at[batch.offsets[row + 1] - 1])
         if len(enough):
             break
-    return found
+    return example
 
 
 def _checked(settings: Sections) -> dict[str, dict[str, Any]]:

@@ -159,6 +159,7 @@ class Stages:
         self.split: Split | None = None  # of the stages that follow
         self.start: str | None = None  # id of the model that `train` starts from
         self.made: dict[str, str] = {}  # stage -> id
+        self.release_metrics: dict[str, Any] = {}  # kept in the manifest of the release
         self.outcomes: list[Outcome] = []
 
     def run(self, name: str, config: Settings | None = None) -> Outcome:
@@ -271,6 +272,7 @@ class Stages:
             rankers_id=self.made.get("rank"),
             retrieval_id=self.made.get("retrieval"),
             activate=config.activate,
+            metrics=self.release_metrics,
         )
 
 

@@ -10,6 +10,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import USUAL_K, EvaluateConfig
+from rayrec.evaluation.report import verdict
 from rayrec.evaluation.results import Entry, Figures
 from rayrec.jobs.evaluate import evaluate_buckets
 from rayrec.model.added_songs import AddedSongs
@@ -64,8 +65,8 @@ class Quality:
 
     def value(self, model: str, target: str = "served", metric: str = "recall") -> float | None:
         """One figure; None where no query stands behind it."""
-        wanted = {"model": model, "target": target, "metric": metric}
-        return next((row["value"] for row in self.results if wanted.items() <= row.items()), None)
+        row_of = {"model": model, "target": target, "metric": metric}
+        return next((row["value"] for row in self.results if row_of.items() <= row.items()), None)
 
     def table(self) -> list[list[Any]]:
         """One row a model: name, recall@20 as served with low and high, MRR@20, and both of all next plays."""
@@ -81,6 +82,23 @@ class Quality:
             ]
             for row in sorted(served, key=lambda row: -row["value"])
         ]
+
+    def summary(self, model: str, shown: str) -> dict[str, Any]:
+        """What a release keeps of a model, under the name that is `shown`: verdict, queries, figures at 20."""
+        entries = {"results": self.results, "comparisons": self.comparisons}
+        if shown != model:
+            entries = {"results": [{**row, "model": shown} for row in self.results if row["model"] == model]}
+        named = {"served_": "served", "": "next"}
+        return {
+            "verdict": verdict(entries, shown),
+            "queries": self.queries,
+            "figures": {
+                f"{prefix}{metric}@{USUAL_K}": value
+                for prefix, target in named.items()
+                for metric in ("recall", "mrr")
+                if (value := self.value(model, target, metric)) is not None
+            },
+        }
 
     def _repr_html_(self) -> str:
         headers = ("model", "served recall@20", "low", "high", "MRR@20", "all recall@20", "MRR@20")

@@ -87,10 +87,10 @@ def fit_retrieval(
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), names)
 
 
-def _is_like(workspace: Workspace, made: Manifest, wanted: Manifest) -> bool:
+def _is_like(workspace: Workspace, earlier: Manifest, new: Manifest) -> bool:
     """True where two retrievals keep as much, and saw the same plays of those that both could see."""
-    settings = [{**each.config, "full": False} for each in (made, wanted)]
-    splits = [each.inputs.get("split") for each in (made, wanted)]
+    settings = [{**each.config, "full": False} for each in (earlier, new)]
+    splits = [each.inputs.get("split") for each in (earlier, new)]
     if settings[0] != settings[1]:
         return False
     return splits[0] == splits[1] or all(

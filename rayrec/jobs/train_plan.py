@@ -11,7 +11,7 @@ from rayrec.data.shards import WindowLengths
 from rayrec.data.split import FitRange, Split, load_split, validation_histories
 from rayrec.errors import RayrecError
 from rayrec.jobs.runtime import run_buckets
-from rayrec.model.fit import Phase, Validation
+from rayrec.model.epochs import Phase, Validation
 from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
 from rayrec.model.training_windows import Sequences, WindowCounter
 from rayrec.progress import progress

@@ -30,7 +30,7 @@ from rayrec.jobs.train_plan import (
     selected_folder,
 )
 from rayrec.model.checkpoint import load_model, save_model, write_epochs, write_tensorboard
-from rayrec.model.fit import RECALL_AT, VALIDATION_FIGURES, Fit, FitData, FitProgress, Phase
+from rayrec.model.epochs import RECALL_AT, VALIDATION_FIGURES, Fit, FitData, FitProgress, Phase
 from rayrec.model.network import TasteModel
 from rayrec.model.training import StepReport
 from rayrec.model.training_windows import ShardReader, plain_stream, split_batches

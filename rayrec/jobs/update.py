@@ -30,7 +30,7 @@ from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
-from rayrec.storage.releases import activate_release, active_release
+from rayrec.storage.releases import VALIDATION, activate_release, active_release
 from rayrec.storage.workspace import STATES_FILE, Workspace
 
 TOLERANCE = 0.005  # that recall@20 as served may be lower than the live release's
@@ -131,6 +131,8 @@ class _Update:
             self._keep_model()
         self.dataset = Dataset(workspace)  # described songs have come into its catalog
         quality = self._check(trains)
+        if quality is not None:
+            stages.release_metrics = {VALIDATION: quality.summary(NEW, "two-step")}
         holds, reason = _verdict(quality, trains)
         for name, settings in (("taste", TasteConfig()), ("index", IndexConfig())):
             stages.run(name, settings)

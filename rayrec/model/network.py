@@ -226,9 +226,8 @@ class TasteModel(nn.Module):
     def _dropped(self, values: Tensor) -> Tensor:
         if not self.training or not self.config.dropout:
             return values
-        return torch.native_dropout(values, self.config.dropout, True)[
-            0
-        ]  # one operation, where a CPU's dropout has five
+        dropped, _ = torch.native_dropout(values, self.config.dropout, True)  # a CPU's own has five operations
+        return dropped
 
     def _steps(self, songs_BLD: Tensor, batch: PlayBatch) -> Tensor:
         return torch.cat([songs_BLD, *encode(batch, self.config.features)], dim=-1)

@@ -28,24 +28,24 @@ class RowExchange:
         if self._share.workers == 1:
             return step
         workers = self._share.workers
-        asked = [step.songs[name].numpy() for name in tables]
-        counts = [np.bincount(songs % workers, minlength=workers) for songs in asked]
+        songs_of = [step.songs[name].numpy() for name in tables]
+        counts = [np.bincount(songs % workers, minlength=workers) for songs in songs_of]
         sent = np.array(counts, dtype=np.int64).reshape(len(tables), workers)
-        told = np.concatenate([sent.T, np.tile(step.counts, (workers, 1))], axis=1)
-        heard = torch.empty(told.shape, dtype=torch.int64)
-        dist.all_to_all_single(heard, torch.from_numpy(told), group=self._host)
-        received = heard[:, : len(tables)].T.tolist()
+        outgoing = np.concatenate([sent.T, np.tile(step.counts, (workers, 1))], axis=1)
+        incoming = torch.empty(outgoing.shape, dtype=torch.int64)
+        dist.all_to_all_single(incoming, torch.from_numpy(outgoing), group=self._host)
+        received = incoming[:, : len(tables)].T.tolist()
         requests = {
             name: self._requests(songs // workers, sent[number].tolist(), received[number])
-            for number, (name, songs) in enumerate(zip(tables, asked, strict=True))
+            for number, (name, songs) in enumerate(zip(tables, songs_of, strict=True))
         }
-        totals = heard[:, len(tables) :].sum(dim=0).numpy()
+        totals = incoming[:, len(tables) :].sum(dim=0).numpy()
         return replace(step, targets=step.targets.weighed(totals), requests=requests)
 
     def _requests(self, rows_U: np.ndarray, sent: list[int], received: list[int]) -> RowRequests:
         rows_R = torch.empty(sum(received), dtype=torch.int32)
-        wanted = torch.from_numpy(rows_U.astype(np.int32))
-        dist.all_to_all_single(rows_R, wanted, received, sent, group=self._host)
+        rows_sent = torch.from_numpy(rows_U.astype(np.int32))
+        dist.all_to_all_single(rows_R, rows_sent, received, sent, group=self._host)
         rows_V, places_R = np.unique(rows_R.numpy(), return_inverse=True)
         return RowRequests(
             sent=sent,

@@ -50,8 +50,8 @@ class RowAdam:
         self.steps = torch.zeros((), device=self._table.device)
         self._decay = Decay(averaged_steps)
         # Means of gradients and of their squares, and the averages of rows if there are any: (2 or 3, n, D).
-        kept = [torch.zeros_like(self._table), torch.zeros_like(self._table)]
-        self._kept = torch.stack([*kept, self._table] if averaged_steps else kept)
+        moments = [torch.zeros_like(self._table), torch.zeros_like(self._table)]
+        self._kept = torch.stack([*moments, self._table] if averaged_steps else moments)
         if averaged_steps:
             rows = len(self._table)
             self._seen = torch.zeros(rows, dtype=torch.float64, device=self._table.device)  # log decay till then
@@ -73,17 +73,17 @@ class RowAdam:
             self._step(requests.rows_V, rows_VD, return_gradients(gradient_UD, requests))
 
     def _step(self, rows_V: Tensor, values_VD: Tensor, gradient_VD: Tensor) -> None:
-        kept = self._kept.index_select(1, rows_V)
+        slots = self._kept.index_select(1, rows_V)
         if self._decay.steps:
-            torch.lerp(values_VD, kept[2], self._since(rows_V), out=kept[2])
+            torch.lerp(values_VD, slots[2], self._since(rows_V), out=slots[2])
             self._seen.index_fill_(0, rows_V, self._decay.log_total)
             self._decay.step()
         self.steps.add_(1)
         torch._fused_adam_(  # what torch.optim.Adam calls
             [values_VD],
             [gradient_VD],
-            [kept[0]],
-            [kept[1]],
+            [slots[0]],
+            [slots[1]],
             [],
             [self.steps],
             lr=self._learning_rate,
@@ -95,7 +95,7 @@ class RowAdam:
             maximize=False,
         )
         self._table.index_copy_(0, rows_V, values_VD)
-        self._kept.index_copy_(1, rows_V, kept)
+        self._kept.index_copy_(1, rows_V, slots)
 
     def whole(self) -> Tensor:
         """float32 (N, D): the table. All workers take part, as in the methods below."""
@@ -118,11 +118,11 @@ class RowAdam:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside the table, of all rows."""
-        kept = {name: self._share.gathered(values, self._total) for name, values in self._slots().items()}
-        kept["steps"] = self.steps
+        slots = {name: self._share.gathered(values, self._total) for name, values in self._slots().items()}
+        slots["steps"] = self.steps
         if self._decay.steps:
-            kept["decay"] = torch.tensor([self._decay.taken, self._decay.log_total], dtype=torch.float64)
-        return kept
+            slots["decay"] = torch.tensor([self._decay.taken, self._decay.log_total], dtype=torch.float64)
+        return slots
 
     def load(self, table_ND: Tensor, state: dict[str, Tensor]) -> None:
         """Go on from a table and what `state` gave, of any number of workers."""
@@ -135,5 +135,5 @@ class RowAdam:
             self._decay.taken, self._decay.log_total = int(state["decay"][0]), float(state["decay"][1])
 
     def _slots(self) -> dict[str, Tensor]:
-        kept = dict(zip(("mean", "square", "average"), self._kept, strict=False))
-        return kept | ({"seen": self._seen} if self._decay.steps else {})
+        slots = dict(zip(("mean", "square", "average"), self._kept, strict=False))
+        return slots | ({"seen": self._seen} if self._decay.steps else {})

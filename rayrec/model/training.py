@@ -91,32 +91,32 @@ class Training:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The weights and what the optimizers remember, as a checkpoint keeps them, for any number of workers."""
         slots = self.optimizer.state_dict()["state"]
-        kept = {f"dense/{index}/{key}": value for index, of in slots.items() for key, value in of.items()}
-        kept |= {f"average/{index}": value for index, value in enumerate(self._averages)}
-        kept["decay"] = torch.tensor([self._decay.taken, self._decay.log_total], dtype=torch.float64)
+        remembered = {f"dense/{index}/{key}": value for index, of in slots.items() for key, value in of.items()}
+        remembered |= {f"average/{index}": value for index, value in enumerate(self._averages)}
+        remembered["decay"] = torch.tensor([self._decay.taken, self._decay.log_total], dtype=torch.float64)
         weights = self.model.state_dict()
         for name, table in self.tables.items():
             weights[name] = table.whole()
-            kept |= {f"{name}/{key}": value for key, value in table.state().items()}
-        return {"model": weights, "optimizers": kept}
+            remembered |= {f"{name}/{key}": value for key, value in table.state().items()}
+        return {"model": weights, "optimizers": remembered}
 
     def load(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Go on from what `state` gave."""
         self.model.load_state_dict(state["model"])
         slots: dict[int, dict[str, Tensor]] = {}
-        kept = state["optimizers"]
-        for name, value in kept.items():
+        remembered = state["optimizers"]
+        for name, value in remembered.items():
             if name.startswith("dense/"):
                 _, number, key = name.split("/")
                 slots.setdefault(int(number), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         for name, table in self.tables.items():
             prefix = f"{name}/"
-            of_table = {key.removeprefix(prefix): value for key, value in kept.items() if key.startswith(prefix)}
+            of_table = {key.removeprefix(prefix): value for key, value in remembered.items() if key.startswith(prefix)}
             table.load(state["model"][name], of_table)
         for index, average in enumerate(self._averages):
-            average.copy_(kept[f"average/{index}"])
-        self._decay.taken, self._decay.log_total = int(kept["decay"][0]), float(kept["decay"][1])
+            average.copy_(remembered[f"average/{index}"])
+        self._decay.taken, self._decay.log_total = int(remembered["decay"][0]), float(remembered["decay"][1])
 
     def epoch(
         self, batches: Iterable[Windows], epoch: int, *, skip: int = 0, on_step: Callable[[StepReport], None]
@@ -128,8 +128,8 @@ class Training:
     def steps(self, batches: Iterable[Windows], epoch: int, *, first: int = 0) -> Iterator[StepReport]:
         """Take a step on each batch, the first of them numbered `first`, while a thread prepares those that follow."""
         self.model.train()
-        made = (self._prepared(windows, epoch, number) for number, windows in enumerate(batches, start=first))
-        for step in ahead(made):
+        prepared = (self._prepared(windows, epoch, number) for number, windows in enumerate(batches, start=first))
+        for step in ahead(prepared):
             yield StepReport(epoch=epoch, step=step.number, plays=step.plays, loss=self.take(step))
 
     def step(self, windows: Windows, epoch: int, number: int) -> Tensor:

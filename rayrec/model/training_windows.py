@@ -139,14 +139,14 @@ class ShardReader:
         lanes = self.batches.lanes_of(share.rank, share.workers)
         readers = {lane: _LaneReader(self._windows(self.batches.lanes[lane])) for lane in lanes}
         for number in range(self.batches.pools):
-            pool, parts, kept = self.batches.pool(number), list[Windows](), list[np.ndarray]()
+            pool, parts, rows_of_lanes = self.batches.pool(number), list[Windows](), list[np.ndarray]()
             for lane, reader in readers.items():
                 rows = np.flatnonzero(pool.lanes == lane)
                 windows = reader.take(pool.inputs[rows])
                 own = pool.shards[rows] % share.workers == share.rank
                 parts.append(windows.take(np.flatnonzero(own)))
-                kept.append(rows[own])
-            rows = np.concatenate(kept)
+                rows_of_lanes.append(rows[own])
+            rows = np.concatenate(rows_of_lanes)
             order = np.lexsort((pool.places[rows], pool.steps[rows]))
             windows = replace(Windows.joined(parts).take(order), places=pool.places[rows[order]])
             if len(windows):

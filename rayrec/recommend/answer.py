@@ -112,7 +112,7 @@ def answer(
     if (user is None) == (songs is None):
         raise InputError("recommendations are for a user or for songs; give --user ID or --songs ID,ID, one of them")
     catalog = dataset.catalog()
-    history = history_of_songs(catalog, songs or [], at) if user is None else history_of_user(dataset, user, at)
+    history = history_of_songs(catalog, songs or [], at) if user is None else histories_of_users(dataset, [user], at)
     limits = _limits(catalog, history, config, artists, exclude, allow)
     rows, scores = _best(recommender, history, at, config, limits)
     last_plays = [NamedSong(**names) for names in catalog.names(history.last_songs(shown)[0])]
@@ -136,13 +136,13 @@ def _limits(
     allow: Sequence[str] | None,
 ) -> Limits:
     """The songs that may come."""
-    wanted = Wanted(
+    attributes = Wanted(
         artists=tuple(artists),
         released_from=parse_day(config.released_from, "released_from"),
         released_to=parse_day(config.released_to, "released_to"),
         market=config.market,
     )
-    allowed = SongMasks(catalog).mask(wanted) if wanted else None
+    allowed = SongMasks(catalog).mask(attributes) if attributes else None
     if allow is not None:
         listed = np.isin(np.arange(len(catalog)), catalog.rows(list(allow)))
         allowed = listed if allowed is None else listed & allowed
@@ -198,14 +198,14 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
     return load_two_step(workspace, network, retrieval.folder, rankers, real_times=dataset.manifest.times == "real")
 
 
-def history_of_user(dataset: Dataset, user_id: str, at: int) -> Histories:
-    """A user's plays before `at` (ms UTC). Raises `InputError` where there are none."""
-    history = dataset.history(user_id)
-    known = history.before(at)
-    if not len(known):
-        first = datetime.fromtimestamp(int(history.played_at[0]) / 1000, timezone.utc)
+def histories_of_users(dataset: Dataset, user_ids: Sequence[str], at: int) -> Histories:
+    """The plays of users before `at` (ms UTC), in their order. Raises `InputError` for a user without any."""
+    histories = dataset.histories(user_ids)
+    known = histories.keep(histories.played_at < at)
+    for row in np.flatnonzero(known.lengths == 0).tolist():
+        first = datetime.fromtimestamp(int(histories.played_at[histories.offsets[row]]) / 1000, timezone.utc)
         raise InputError(
-            f"user {user_id!r} has no plays before the time of the request; the first is at {first.isoformat()}"
+            f"user {user_ids[row]!r} has no plays before the time of the request; the first is at {first.isoformat()}"
         )
     return known
 

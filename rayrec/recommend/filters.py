@@ -68,8 +68,8 @@ class SongMasks:
         fits = np.ones(self.num_songs, dtype=np.bool_)
         if wanted.artists:
             fits &= self._by_artists(wanted.artists)
-        asked = "released_from" if wanted.released_from else "released_to"
-        days = self._told(self._released, asked, "release days") if wanted.released_from or wanted.released_to else None
+        flag = "released_from" if wanted.released_from else "released_to"
+        days = self._told(self._released, flag, "release days") if wanted.released_from or wanted.released_to else None
         if wanted.released_from:
             fits &= _true(pc.greater_equal(days, pa.scalar(wanted.released_from, pa.date32())))
         if wanted.released_to:
@@ -142,11 +142,11 @@ class Limits:
 
     def qualify(self, rows: np.ndarray) -> np.ndarray:
         """bool (n,): which of the song rows, int (n,), qualify, without a pass over the catalog."""
-        kept = ~np.isin(rows, self.banned)
+        qualifies = ~np.isin(rows, self.banned)
         if self.allowed is not None:
             known = rows < len(self.allowed)
-            kept &= known & self.allowed[np.where(known, rows, 0)]
-        return np.asarray(kept)
+            qualifies &= known & self.allowed[np.where(known, rows, 0)]
+        return np.asarray(qualifies)
 
     def strike(self, scores: np.ndarray) -> None:
         """Set float (N,) scores of songs that do not qualify to -inf, in place."""

@@ -290,12 +290,12 @@ class TwoStepRecommender(CandidateRecommender):
         vectors: Mapping[Horizon, np.ndarray] | None = None,
     ) -> list[dict[str, float]]:
         """The features of songs as candidates; {} for a song that is not known. See `BaseRecommender.explain`."""
-        found: list[dict[str, float]] = []
+        features: list[dict[str, float]] = []
         for _, scored in self.source.batches(history, Questions.at_end(history, at), vectors, [songs]):
             rows = scored.candidates.find(np.asarray(songs, dtype=np.int64))
             table = [scored.features[row].tolist() if row >= 0 else [] for row in rows.tolist()]
-            found = [dict(zip(self.source.sources.names, values, strict=False)) for values in table]
-        return found
+            features = [dict(zip(self.source.sources.names, values, strict=False)) for values in table]
+        return features
 
     def _fill(
         self,
@@ -363,12 +363,12 @@ def _best(
     """Songs int32 (Q, k) and scores float32 (Q, k): the best candidates that qualify; equal ones by song row."""
     candidates, queries = scored.candidates, len(scored.batch)
     rows, songs = candidates.rows, candidates.songs
-    kept = scored.may_come
+    may_come = scored.may_come
     if limits is not None:
         within = _qualify(candidates, limits)
-        kept = within if kept is None else within & kept
-    if kept is not None:
-        rows, songs, chances = rows[kept], songs[kept], chances[kept]
+        may_come = within if may_come is None else within & may_come
+    if may_come is not None:
+        rows, songs, chances = rows[may_come], songs[may_come], chances[may_come]
     highest = highest_of_each(rows, chances, k)
     rows, songs, chances = rows[highest], songs[highest], chances[highest]
     order = np.lexsort((songs, -chances, rows))

@@ -8,6 +8,7 @@ from rayrec.serving.schemas import DataSummary, ModelCard
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.dataset_manifest import read_manifest
+from rayrec.storage.releases import VALIDATION
 from rayrec.storage.workspace import Workspace
 
 REPORTS = "reports"
@@ -16,11 +17,12 @@ METRICS = ("served_recall@", "served_mrr@", "recall@", "mrr@")
 
 
 def model_card(workspace: Workspace, release: Manifest) -> ModelCard:
-    """The card of a release. The figures are those of its last report, and none where it has none."""
+    """The card of a release. The figures are those of its last report, else of the validation before its last fit."""
     dataset = read_manifest(workspace)
     timed = dataset.times == "real" and dataset.plays > 0
     report = report_of(workspace, release)
-    metrics = report.metrics if report else {}
+    validation = release.metrics.get(VALIDATION, {})
+    metrics = report.metrics if report else validation.get("figures", {})
     return ModelCard(
         release=release.id,
         created_at=release.created_at,
@@ -36,9 +38,9 @@ def model_card(workspace: Workspace, release: Manifest) -> ModelCard:
             last_play=dataset.last_play if timed else None,
         ),
         report=report.id if report else None,
-        verdict=_verdict(workspace, report) if report else None,
+        verdict=_verdict(workspace, report) if report else validation.get("verdict"),
         metrics={name: value for name, value in metrics.items() if name.startswith(METRICS)},
-        queries=metrics.get("plays", metrics.get("pairs")),
+        queries=metrics.get("plays", metrics.get("pairs", validation.get("queries"))),
         warning=metrics.get("warning"),
     )
 

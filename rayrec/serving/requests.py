@@ -169,13 +169,13 @@ def _allowed(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[n
 
 def song_mask(filters: SongFilters, catalog: ServedCatalog) -> np.ndarray | None:
     """bool (N,): the songs that filters let through, None for all. Raises `FieldError` for values that fit no song."""
-    wanted = Wanted(
+    attributes = Wanted(
         artists=tuple(sorted(set(filters.artists))),
         released_from=parse_day(filters.released_from, "released_from"),
         released_to=parse_day(filters.released_to, "released_to"),
         market=filters.market,
     )
-    return catalog.masks.mask(wanted) if wanted else None
+    return catalog.masks.mask(attributes) if attributes else None
 
 
 def query_histories(queries: Sequence[UserQuery]) -> Histories:

@@ -24,6 +24,7 @@ from rayrec.serving.schemas import (
     BatchAnswer,
     BatchRequest,
     Health,
+    ListedPlays,
     MapRequest,
     ModelCard,
     Moment,
@@ -42,7 +43,6 @@ from rayrec.serving.schemas import (
     SongsQuery,
     Tastes,
     TastesRequest,
-    UserPlays,
     UserRecommendationsQuery,
     UserTaste,
     as_json,
@@ -227,7 +227,7 @@ def _users_router(service: Service) -> APIRouter:
         """Get the taste vectors of a stored user."""
         return as_json(await service.user_taste(service.live, user_id, at))
 
-    @router.get("/users/{user_id:any_id}/plays", response_model=UserPlays)
+    @router.get("/users/{user_id:any_id}/plays", response_model=ListedPlays)
     async def user_plays(user_id: UserPath, k: Annotated[int, Query(ge=1, le=LAST_PLAYS)] = 20) -> Response:
         """List the last plays of a stored user."""
         return as_json(await service.user_plays(service.live, user_id, k))

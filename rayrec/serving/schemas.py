@@ -519,7 +519,7 @@ class PlayedSong(CatalogSong):
     skipped: bool
 
 
-class UserPlays(BaseModel):
+class ListedPlays(BaseModel):
     """The last plays of a stored user, the latest last."""
 
     release: str
@@ -614,9 +614,12 @@ class ModelCard(BaseModel):
     parts: dict[str, str] = Field(description="The ids of what the release is made of, by kind.")
     data: DataSummary
     report: str | None = Field(description="Id of the last evaluation of these parts; null where there is none.")
-    verdict: str | None = Field(description="Of the report, in a sentence.")
-    metrics: dict[str, float] = Field(description="Of the report; served_: songs new to the user, without those heard.")
-    queries: int | None = Field(description="Plays that were predicted for the report.")
+    verdict: str | None = Field(description="Of the report or validation, in a sentence.")
+    metrics: dict[str, float] = Field(
+        description="Of the report, else of the validation before the last fit; served_: songs new to the user, "
+        "without those heard."
+    )
+    queries: int | None = Field(description="Plays that were predicted for it.")
     warning: str | None = Field(description="Of the report, for example that the test range leaked into the model.")
 
 

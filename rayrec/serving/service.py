@@ -40,6 +40,7 @@ from rayrec.serving.requests import (
 from rayrec.serving.schemas import (
     CatalogSong,
     InvalidEntry,
+    ListedPlays,
     Listener,
     MapPoint,
     ModelCard,
@@ -63,7 +64,6 @@ from rayrec.serving.schemas import (
     Taste,
     TasteQuery,
     Tastes,
-    UserPlays,
     UserTaste,
 )
 from rayrec.serving.serve_config import MAX_K, ServeConfig
@@ -208,7 +208,7 @@ class Service:
             long=vectors["long"][0].tolist(),
         )
 
-    async def user_plays(self, live: LiveRelease, user_id: str, k: int) -> UserPlays:
+    async def user_plays(self, live: LiveRelease, user_id: str, k: int) -> ListedPlays:
         """A stored user's last plays. Raises `NotFoundError` for one who is not in the store."""
         user = _known(user_id, (await self.users.read(live, [user_id]))[0])
         query, names = read_stored(user, None), list(live.catalog.contexts)
@@ -229,7 +229,7 @@ class Service:
                 strict=True,
             )
         ]
-        return UserPlays(release=live.id, user_id=user_id, count=query.plays, plays=plays)
+        return ListedPlays(release=live.id, user_id=user_id, count=query.plays, plays=plays)
 
     async def forget(self, live: LiveRelease, user_id: str) -> None:
         """Delete a user from the store; plays from before this moment are rejected from now on."""

@@ -5,7 +5,7 @@ checksums cover the files: change a byte anywhere and `verify_release` says wher
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
@@ -25,6 +25,7 @@ from rayrec.storage.workspace import (
 )
 
 KIND = "releases"
+VALIDATION = "validation"  # of a release's metrics: verdict, queries and figures from before its last fit
 ACTIVE = "releases/active"  # JSON: the live id, the ids live before it, oldest first, and which change made it so
 SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
@@ -56,12 +57,13 @@ def create_release(
     rankers_id: str | None = None,
     retrieval_id: str | None = None,
     activate: bool = True,
+    metrics: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Tie a model, its song vectors, tastes, index, rankers and their retrieval and the data set together under one id.
 
     What is not named is the newest that fits: the newest model of the data set that has tastes and
     an index, the newest of those and of the songs added to it, and the retrieval that the rankers were learned with.
-    The same parts make the same release.
+    The same parts make the same release. `metrics` are kept in the manifest of a release that is new.
 
     Raises `NotFoundError` where a part is missing, `MismatchError` where named parts do not belong together.
     """
@@ -86,7 +88,7 @@ def create_release(
     if "split" in model.inputs:
         inputs["split"] = model.inputs["split"]
     require_fit(dataset, inputs, parts.values())
-    release = _publish_release(workspace, inputs)
+    release = _publish_release(workspace, inputs, metrics or {})
     if activate:
         activate_release(workspace, release.id)
     return release
@@ -271,7 +273,7 @@ def _newest_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest:
     return part
 
 
-def _publish_release(workspace: Workspace, inputs: dict[str, str]) -> Manifest:
+def _publish_release(workspace: Workspace, inputs: dict[str, str], metrics: Mapping[str, Any]) -> Manifest:
     paths = [
         DATASET_MANIFEST,
         *(f"{artifact_dir(kind, inputs[kind])}/manifest.json" for kind in PART_KINDS if kind in inputs),
@@ -283,7 +285,7 @@ def _publish_release(workspace: Workspace, inputs: dict[str, str]) -> Manifest:
     release_id, complete = new_id(workspace, KIND, fingerprint("release", checksums, inputs), repeat=False)
     if complete:
         return artifacts.load(workspace, KIND, release_id)
-    manifest = Manifest(kind=KIND, id=release_id, inputs=inputs)
+    manifest = Manifest(kind=KIND, id=release_id, inputs=inputs, metrics=dict(metrics))
     workspace.write_json(manifest.path(CHECKSUMS), checksums)
     return publish(workspace, manifest, [CHECKSUMS])
 

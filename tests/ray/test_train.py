@@ -27,7 +27,7 @@ from rayrec.jobs.train import train
 from rayrec.jobs.train_plan import load_validation, model_config
 from rayrec.jobs.train_worker import window_stream
 from rayrec.model.checkpoint import load_model
-from rayrec.model.fit import Phase
+from rayrec.model.epochs import Phase
 from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
 from rayrec.model.training import StepReport
 from rayrec.model.training_windows import ShardReader, plain_stream, window_lengths

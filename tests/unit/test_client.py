@@ -108,6 +108,17 @@ def test_each_method_asks_its_endpoint() -> None:
         "/v1/songs/new?market=SE",
     ]
 
+    async def ask(url: str) -> None:
+        async with AsyncClient(url) as client:
+            await client.rank(["a", "b"], user_id="ann", at=at)
+            await client.recommend(history=["a"], k=5, cursor="abc")
+            await client.popular(k=3, artists=["Abba", "Cher"])
+            await client.new(market="SE")
+
+    with server([status(200, {"songs": []})] * 4) as (url, bodies_of_async):
+        asyncio.run(ask(url))
+    assert bodies_of_async == bodies
+
 
 def test_a_refusal_is_raised_at_once_and_a_busy_server_after_the_last_retry() -> None:
     refusal = status(422, {"status": 422, "title": "Unprocessable Content", "detail": "k is 0"})

@@ -80,7 +80,7 @@ class AccountCsvReader(ABC):
     def read(self, unit: Unit) -> Iterator[Batch]:
         """One batch per block of 16 MiB."""
         user = self.options.user or account_of(unit.source)
-        for rows in delimited.read_rows(unit, ",", lambda header: self.find(unit.source, header)):
+        for rows in delimited.read_delimited(unit, ",", lambda header: self.find(unit.source, header)):
             yield self.batch(rows, user, unit.source)
 
 

@@ -133,7 +133,9 @@ def split_line(line: bytes, delimiter: str) -> list[bytes] | str:
         place += len(between)
 
 
-def read_rows(unit: Unit, delimiter: str, find: Callable[[list[str]], Mapping[str, int]]) -> Iterator[DelimitedRows]:
+def read_delimited(
+    unit: Unit, delimiter: str, find: Callable[[list[str]], Mapping[str, int]]
+) -> Iterator[DelimitedRows]:
     """The rows of a unit of a file with a header, in blocks of 16 MiB.
 
     `find` says which columns are wanted: name -> position in the header.

@@ -31,7 +31,7 @@ class Music4AllOnionReader:
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """One batch per block of 16 MiB."""
-        for rows in delimited.read_rows(unit, "\t", lambda header: required_columns(unit.source, header, COLUMNS)):
+        for rows in delimited.read_delimited(unit, "\t", lambda header: required_columns(unit.source, header, COLUMNS)):
             problems = Problems(len(rows.indices))
             data = {
                 columns.USER: spell_ids(rows.values[USER], problems, column=USER, reason=NO_USER),

@@ -55,7 +55,7 @@ class ParquetRows(NamedTuple):
 
 
 def plan_groups(source: str, unit_bytes: int, find: Callable[[list[str]], Mapping[str, int]]) -> list[Unit]:
-    """A file in units of row groups of about `unit_bytes`; `find`, as in `read_rows`, sees its columns first."""
+    """A file in units of row groups of about `unit_bytes`; `find`, as in `read_row_groups`, sees its columns first."""
     with open_source(source) as stream:
         file = open_parquet(source, stream)
         find(file.schema_arrow.names)
@@ -66,7 +66,7 @@ def plan_groups(source: str, unit_bytes: int, find: Callable[[list[str]], Mappin
     return [Unit(source=source, start=start, stop=stop) for start, stop in zip(starts, stops, strict=False)]
 
 
-def read_rows(unit: Unit, find: Callable[[list[str]], Mapping[str, int]]) -> Iterator[ParquetRows]:
+def read_row_groups(unit: Unit, find: Callable[[list[str]], Mapping[str, int]]) -> Iterator[ParquetRows]:
     """The rows of a unit, which is some row groups, in batches of 262,144.
 
     `find` says which columns are wanted: name -> position among those of the file.
@@ -74,11 +74,11 @@ def read_rows(unit: Unit, find: Callable[[list[str]], Mapping[str, int]]) -> Ite
     with open_source(unit.source) as stream:
         file = open_parquet(unit.source, stream)
         names = file.schema_arrow.names
-        wanted = {name: names[place] for name, place in find(names).items()}
+        column_of = {name: names[place] for name, place in find(names).items()}
         groups = list(range(unit.start, file.num_row_groups if unit.stop is None else unit.stop))
         first = 1
-        for part in read_batches(unit.source, file, groups, list(set(wanted.values()))):
-            yield ParquetRows(part, wanted, first)
+        for part in read_batches(unit.source, file, groups, list(set(column_of.values()))):
+            yield ParquetRows(part, column_of, first)
             first += part.num_rows
 
 

@@ -205,14 +205,14 @@ def mapped_columns(
     unknown = [role for role in names if role not in roles]
     if unknown:
         raise InputError(f"cannot map a column to {unknown[0]!r}; expected some of {', '.join(roles)}")
-    wanted = {role: names.get(role, role) for role in roles}
-    for role, name in wanted.items():
+    column_of = {role: names.get(role, role) for role in roles}
+    for role, name in column_of.items():
         if name not in header and (role in names or role in needed):
             raise InputError(
                 f"{source} has no column {name!r} for {role}; it has {shown_columns(header)}; "
                 f"map it with --columns {role}=NAME"
             )
-    return {role: _position(source, header, name) for role, name in wanted.items() if name in header}
+    return {role: _position(source, header, name) for role, name in column_of.items() if name in header}
 
 
 def _position(source: str, header: Sequence[str], name: str) -> int:

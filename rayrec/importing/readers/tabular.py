@@ -45,7 +45,7 @@ class CsvReader:
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """One batch per block of 16 MiB."""
-        for rows in delimited.read_rows(unit, self.options.delimiter, partial(self._positions, unit.source)):
+        for rows in delimited.read_delimited(unit, self.options.delimiter, partial(self._positions, unit.source)):
             yield convert(rows, self.options.playlists, unit.source)
 
     def _positions(self, source: str, header: list[str]) -> dict[str, int]:
@@ -65,7 +65,7 @@ class ParquetReader:
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Batches of 262,144 rows; the line is the number of the record."""
-        for rows in parquet.read_rows(unit, lambda names: find_columns(unit.source, names, self.options)):
+        for rows in parquet.read_row_groups(unit, lambda names: find_columns(unit.source, names, self.options)):
             yield convert(rows, self.options.playlists, unit.source, rows.names)
 
 

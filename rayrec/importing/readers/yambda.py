@@ -47,7 +47,7 @@ class YambdaReader:
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Batches of 262,144 rows; the line is the number of the record."""
-        for rows in parquet.read_rows(unit, partial(_find, unit.source)):
+        for rows in parquet.read_row_groups(unit, partial(_find, unit.source)):
             yield _batch(rows, unit.source)
 
 

@@ -48,6 +48,12 @@ def test_parts_read_as_one_history_a_user_whatever_the_batches(workspace: Worksp
     assert rows_of(later) == rows_of(expected)
     user = str(whole.user_ids[-1])
     assert rows_of(dataset.history(user)) == {user: rows_of(whole)[user]}
+    several = [str(whole.user_ids[row]) for row in (5, 2, 5, 40)]
+    histories = dataset.histories(several)
+    assert histories.user_ids.tolist() == several
+    assert [rows_of(histories.take(np.array([row])))[user] for row, user in enumerate(several)] == [
+        rows_of(whole)[user] for user in several
+    ]
 
 
 def test_plays_of_one_moment_keep_the_order_of_the_parts() -> None:

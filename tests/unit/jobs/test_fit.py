@@ -52,6 +52,10 @@ def test_a_file_becomes_a_live_release_that_answers_with_rankers(
     assert live.id == result.release
     assert "rankers" in live.inputs
     verify_release(workspace, live)
+    assert result.quality is not None
+    validation = live.metrics["validation"]
+    assert validation["figures"]["served_recall@20"] == result.quality.value("two-step")
+    assert validation["verdict"].startswith("two-step finds ")
     columns = "csv: user = user_id, song = track, played_at = timestamp, title = title, artist = artist"
     assert notes[0] == f"Reading as {columns}"
     assert notes[1].startswith("Holding back the plays from ")

@@ -11,7 +11,7 @@ from worlds import random_vectors
 from rayrec.data.histories import Histories
 from rayrec.data.synthetic.oracle import Oracle, every_play
 from rayrec.data.synthetic.world import ALBUM, CONTEXTS, PLAYLIST, GenerateConfig, World
-from rayrec.model.fit import Fit, FitData
+from rayrec.model.epochs import Fit, FitData
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.train_config import FeatureSpec, TrainConfig
 

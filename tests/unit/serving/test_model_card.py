@@ -7,6 +7,7 @@ from judgements import write_judgement
 from served import Client, service, write_release, write_world
 
 from rayrec.data.dataset import Dataset
+from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
 
@@ -15,6 +16,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("card") / "workspace")
     write_world(workspace)
     return workspace
+
+
+def test_a_release_that_was_fitted_on_all_plays_shows_the_validation_before(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "workspace")
+    write_world(workspace)
+    parts = write_release(workspace, activate=False).inputs
+    workspace.delete("releases")
+    named = {"model_id": parts["models"], "tastes_id": parts["tastes"], "index_id": parts["indexes"]}
+    validation = {"verdict": "two-step finds 7 of 100.", "queries": 12, "figures": {"served_recall@20": 0.07}}
+    releases.create_release(workspace, **named, metrics={releases.VALIDATION: validation})
+    with service(workspace) as opened:
+        card = Client(opened).get("/v1/release/card").json()
+    assert (card["report"], card["verdict"], card["queries"]) == (None, "two-step finds 7 of 100.", 12)
+    assert card["metrics"] == {"served_recall@20": 0.07}
 
 
 def test_a_card_tells_the_data_and_the_figures_of_its_own_release_alone(world: Workspace, tmp_path: Path) -> None:

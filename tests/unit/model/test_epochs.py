@@ -12,8 +12,8 @@ from worlds import random_vectors
 
 from rayrec.data.histories import Histories
 from rayrec.errors import DivergedError
-from rayrec.model import fit as fit_module
-from rayrec.model.fit import CHOSEN_BY, RECALL_AT, Fit, FitData, Phase, Validation, carry_over, judge, start_vectors
+from rayrec.model import epochs as epochs_module
+from rayrec.model.epochs import CHOSEN_BY, RECALL_AT, Fit, FitData, Phase, Validation, carry_over, judge, start_vectors
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import Objective, SongTable, TrainConfig
 from rayrec.model.workers import Share
@@ -149,7 +149,7 @@ def test_a_resumed_fit_ends_where_an_undisturbed_one_ends(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fit_module, "STEPS_BETWEEN_READS", 2)
+    monkeypatch.setattr(epochs_module, "STEPS_BETWEEN_READS", 2)
     monkeypatch.setattr(Fit, "_judge", lambda fit: {CHOSEN_BY: [0.1, 0.3, 0.2][fit.progress.epoch - 1]})
     config = settings(epochs=3, checkpoint_minutes=0.0, **changes)
     undisturbed_host = MemoryHost(plays, config)
@@ -180,7 +180,7 @@ def test_a_fit_resumed_after_any_step_reports_the_plays_and_losses_of_an_undistu
     plays: dict[Phase, Histories], validation: Validation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the last step of an epoch and of the last epoch too."""
-    monkeypatch.setattr(fit_module, "STEPS_BETWEEN_READS", 1)
+    monkeypatch.setattr(epochs_module, "STEPS_BETWEEN_READS", 1)
     monkeypatch.setattr(Fit, "_judge", lambda fit: {CHOSEN_BY: [0.1, 0.3][fit.progress.epoch - 1]})
     config = settings(epochs=2, checkpoint_minutes=0.0)
     host = MemoryHost(plays, config, tmp_path)
