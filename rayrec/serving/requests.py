@@ -17,7 +17,9 @@ from rayrec.online.user_state import Plays
 from rayrec.recommend.answer import ASSUMED_GAP_MS
 from rayrec.recommend.filters import Limits, Wanted, parse_day
 from rayrec.recommend.selection import Wish
+from rayrec.serving.online_songs import SongToAdd
 from rayrec.serving.schemas import (
+    AddedSong,
     Listener,
     NewPlay,
     Play,
@@ -149,6 +151,20 @@ def read_wish(
     return wish, unknown + int((excluded < 0).sum())
 
 
+def read_song(song: AddedSong, place: int) -> SongToAdd:
+    """A song as stores hold it. Raises `FieldError` for a release day that is not in the calendar."""
+    parse_day(song.released, f"songs.{place}.released")
+    return SongToAdd(
+        song_id=song.song_id,
+        title=song.title,
+        artist=song.artist,
+        album=song.album,
+        released=song.released,
+        markets=song.markets,
+        vector=song.vector,
+    )
+
+
 def read_given(request: RankRequest, catalog: ServedCatalog) -> Wish:
     """The wish for an order of given songs, heard or not."""
     rows = np.unique(catalog.find(request.songs))
@@ -162,7 +178,7 @@ def _allowed(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[n
     if request.allow is None:
         return mask, 0
     rows = catalog.find(request.allow)
-    listed = np.zeros(len(catalog.catalog), dtype=np.bool_)
+    listed = np.zeros(catalog.num_rows, dtype=np.bool_)
     listed[rows[rows >= 0]] = True
     return listed if mask is None else listed & mask, int((rows < 0).sum())
 
@@ -175,7 +191,7 @@ def song_mask(filters: SongFilters, catalog: ServedCatalog) -> np.ndarray | None
         released_to=parse_day(filters.released_to, "released_to"),
         market=filters.market,
     )
-    return catalog.masks.mask(attributes) if attributes else None
+    return catalog.mask(attributes) if attributes else None
 
 
 def query_histories(queries: Sequence[UserQuery]) -> Histories:
@@ -205,7 +221,7 @@ def read_plays(sent: Sequence[NewPlay], catalog: ServedCatalog) -> tuple[dict[st
     plays = {
         user_id: UserPlays(
             plays=Plays.of(
-                rows[own],
+                catalog.stored_rows(rows[own]),
                 times[own],
                 contexts=[play_contexts(sent[place].contexts, catalog) for place in own],
                 skipped=[sent[place].was_skipped for place in own],
