@@ -39,6 +39,8 @@ class SongAnswer(TypedDict):
     artist: str | None
     score: float
     reasons: list[str] | None
+    explored: bool
+    probability: float | None
 
 
 class RecommendationsAnswer(TypedDict):

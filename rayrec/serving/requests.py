@@ -136,8 +136,10 @@ def read_wish(
     """What to recommend behind the `first` songs, and how many songs of `exclude` and `allow` are not in the catalog.
 
     The wish is for the songs before them, too. Raises `InputError` for days that do not exist, for attributes that the
-    catalog does not hold, and for a page beyond the first 1,000 songs, or of an answer with diversity.
+    catalog does not hold, and for a page beyond the first 1,000 songs, or of an answer with diversity or explore.
     """
+    if first and request.explore:
+        raise FieldError("cursor", "an answer with explore has no further pages; leave out cursor or explore")
     if first and request.diversity:
         raise FieldError("cursor", "an answer with diversity has no further pages; leave out cursor or diversity")
     if first >= MAX_K:
@@ -147,7 +149,14 @@ def read_wish(
     allowed, unknown = _allowed(request, catalog)
     k = min(first + request.k, MAX_K)
     limits = Limits(banned=np.concatenate(parts), allowed=allowed, new_only=request.exclude_heard)
-    wish = Wish(k=k, long_weight=request.horizon, limits=limits, diversity=request.diversity, explain=request.explain)
+    wish = Wish(
+        k=k,
+        long_weight=request.horizon,
+        limits=limits,
+        diversity=request.diversity,
+        explore=request.explore,
+        explain=request.explain,
+    )
     return wish, unknown + int((excluded < 0).sum())
 
 

@@ -95,6 +95,13 @@ Moment = Annotated[Any, AfterValidator(_moment), WithJsonSchema(MOMENT_SCHEMA)]
 Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="YYYY-MM-DD.")]
 Weight = Annotated[float, Field(ge=0, le=1)]
 Explain = Annotated[bool, Field(description="Give the reasons for each song, and the last plays that they speak of.")]
+Explore = Annotated[
+    Weight,
+    Field(
+        description="Share of the songs that have fewer than 20 plays and are drawn by chance; each has its "
+        "probability in the answer. Above 0 there are no further pages."
+    ),
+]
 LongWeight = Annotated[Any, AfterValidator(_horizon), WithJsonSchema(HORIZON_SCHEMA)]
 IsoMoment = Annotated[
     int, PlainSerializer(iso_moment, return_type=str), WithJsonSchema({"type": "string", "format": "date-time"})
@@ -263,6 +270,7 @@ class RecommendationsRequest(SongFilters, Page, Listener, RequestBody):
         description="0: the best songs; up to 1: songs less like each other, in the order in which they were chosen. "
         "Above 0 there are no further pages.",
     )
+    explore: Explore = 0.0
     explain: Explain = False
 
 
@@ -276,6 +284,7 @@ class UserRecommendationsQuery(SongsQuery):
     exclude_heard: bool = Field(default=True, description="Leave out the songs that the user has played.")
     exclude: list[SongId] = Field(default=[], max_length=100, description="Songs to leave out.")
     diversity: Weight = Field(default=0.0, description="0: the best songs; up to 1: songs less like each other.")
+    explore: Explore = 0.0
     explain: Explain = False
 
     def request(self, user_id: str) -> RecommendationsRequest:
@@ -466,6 +475,10 @@ class RecommendedSong(CatalogSong):
     score: float = Field(description="Comparable within one answer only.")
     reasons: list[str] | None = Field(
         default=None, description="With explain: why it was chosen, in words, one to three reasons."
+    )
+    explored: bool = Field(default=False, description="With explore: whether it was drawn by chance.")
+    probability: float | None = Field(
+        default=None, description="Of an explored song: the probability with which this request shows it."
     )
 
 

@@ -17,8 +17,8 @@ from rayrec.online.user_state import FIRST_ONLINE
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.filters import SongMasks, Wanted
 from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
-from rayrec.recommend.retrieval.stored_retrieval import read_first_days
-from rayrec.recommend.selection import network_of
+from rayrec.recommend.retrieval.stored_retrieval import read_first_days, read_popularity
+from rayrec.recommend.selection import Starting, network_of
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -85,6 +85,7 @@ class ServedCatalog:
     contexts: dict[str, int]  # name -> bit
     plays: np.ndarray  # int64 (N,), plays of each song in the fit range of the model
     by_plays: np.ndarray  # int32 (any,), rows of songs with a vector by descending plays
+    starting: Starting  # what users without plays get
     first_days: np.ndarray | None  # int32 (N,), day of each song's first play as days since 1970 UTC, or NOT_PLAYED
     by_age: np.ndarray  # int32 (any,), rows of songs that were played first or added, the newest first
     lineage: str  # of the data set: rows of songs mean the same wherever it is the same
@@ -201,6 +202,7 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
         contexts={name: bit for bit, name in enumerate(dataset.manifest.contexts)},
         plays=plays,
         by_plays=by_plays[known[by_plays]],  # others are never recommended, however popular
+        starting=_starting(workspace, release, plays, known),
         first_days=first_days,
         by_age=_by_age(first_days, network_of(recommender).added_songs, known),
         lineage=dataset.lineage,
@@ -217,6 +219,15 @@ def _known(recommender: BaseRecommender, songs: int) -> np.ndarray:
     known: np.ndarray = np.arange(songs) < recommender.num_songs
     known[network_of(recommender).without_vector] = False
     return known
+
+
+def _starting(workspace: Workspace, release: Manifest, plays: np.ndarray, known: np.ndarray) -> Starting:
+    """What users without plays get; all plays count in a release without a retrieval, which knows those of late."""
+    if "retrieval" not in release.inputs:
+        return Starting.of(plays, known)
+    folder = artifacts.load(workspace, "retrieval", release.inputs["retrieval"]).folder
+    recent_plays, artist_of_song = read_popularity(workspace, folder)
+    return Starting.of(plays, known, recent_plays=recent_plays, artist_of_song=artist_of_song)
 
 
 def _first_days(workspace: Workspace, release: Manifest, songs: int) -> np.ndarray | None:

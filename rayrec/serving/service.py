@@ -366,7 +366,7 @@ class Service:
                 answer = self._answer(live, query, songs, unknown=query.unknown + unknown)
                 if wish.explain:
                     add_reasons(answer, songs, query.songs, live.catalog)
-                if len(whole.songs) == wish.k < MAX_K and not wish.diversity:
+                if len(whole.songs) == wish.k < MAX_K and not (wish.diversity or wish.explore):
                     answer.cursor = place.next(len(songs.songs), query.at)
                 answers[row] = answer
         return [answers[row] for row in range(len(requests))]
@@ -389,7 +389,7 @@ class Service:
                 chosen |= dict(zip(rows, answers, strict=True))
         # Popular songs only for those who need them: the limits of one answer are a pass over all songs.
         return [
-            chosen[row] if row in chosen else choose_popular(live.catalog.plays, live.catalog.by_plays, wish)
+            chosen[row] if row in chosen else choose_popular(live.catalog.starting, wish)
             for row, wish in enumerate(wishes)
         ]
 
@@ -532,10 +532,14 @@ def _known(user_id: str, user: StoredUser | None) -> StoredUser:
 
 
 def _recommended(catalog: ServedCatalog, chosen: Chosen) -> list[RecommendedSong]:
-    return [
+    songs = [
         RecommendedSong.model_construct(song_id=song_id, title=title, artist=artist, score=score)
         for (song_id, title, artist), score in zip(catalog.describe(chosen.songs), chosen.scores.tolist(), strict=True)
     ]
+    if chosen.probabilities is not None:
+        for place in np.flatnonzero(~np.isnan(chosen.probabilities)).tolist():
+            songs[place].explored, songs[place].probability = True, float(chosen.probabilities[place])
+    return songs
 
 
 def add_reasons(answer: Recommendations, chosen: Chosen, played: np.ndarray, catalog: ServedCatalog) -> None:

@@ -1,9 +1,7 @@
 """The manifest of the data set: what it holds, what it came from, and which data sets it descends from."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Literal
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Literal
 
 from rayrec.errors import DamagedArtifactError, MismatchError, NotFoundError
 from rayrec.storage.workspace import (
@@ -16,6 +14,9 @@ from rayrec.storage.workspace import (
     later_songs_file,
     users_file,
 )
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SCHEMA_VERSION = 2
 
@@ -131,12 +132,14 @@ def read_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) -> Dataset
     return DatasetManifest(**raw)
 
 
-def read_songs(workspace: Workspace, manifest: DatasetManifest, names: list[str] | None = None) -> pa.Table:
+def read_songs(workspace: Workspace, manifest: DatasetManifest, names: list[str] | None = None) -> "pa.Table":
     """The song table of a data set, columns.SONGS_TABLE or some of its columns, in the order of rows.
 
     An import writes all songs into songs.parquet, also those that had files of their own. Songs that an unfinished
     import has put behind those of the data set are left out.
     """
+    import pyarrow as pa  # commands that only look at the manifest start without it
+
     tables = [workspace.read_table(SONGS_TABLE, names)]
     rows = len(tables[0])
     while rows < manifest.songs and (path := later_songs_file(rows)).removeprefix(f"{DATASET}/") in manifest.files:
