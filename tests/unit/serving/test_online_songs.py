@@ -147,7 +147,10 @@ def test_replicas_share_added_songs_through_redis(world: Workspace, tmp_path: Pa
 def test_songs_that_are_known_stay_as_they_are_and_one_without_a_vector_gets_one(opened: Service) -> None:
     app = Client(opened)
     lacking = {"song_id": f"song-{WITHOUT_VECTOR}", "artist": "Artist 2"}
-    assert add(app, new_song(1), {"song_id": "song-5"}, new_song(1), lacking) == ["added", "known", "known", "added"]
+    assert add(app, lacking) == ["added"]
+    assert app.get("/v1/songs", params={"query": f"title {WITHOUT_VECTOR}"}).json()["count"] > 0
+    assert recommended(app, OF_ARTIST, artists=["Artist 5"], k=3)
+    assert add(app, new_song(1), {"song_id": "song-5"}, new_song(1), lacking) == ["added", "known", "known", "known"]
     assert add(app, {**new_song(1), "artist": "Artist 6"}, lacking) == ["known", "known"]
     assert f"song-{WITHOUT_VECTOR}" in recommended(app, ["song-2", "song-9"])
 
