@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import IO, Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from rayrec.recommend.retrieval.stored_retrieval import (
     Retrieval,
     RetrievalCounts,
     pack_counts,
+    song_ranges,
     unpack_counts,
 )
 from rayrec.recommend.two_step_config import RetrievalConfig
@@ -39,7 +39,6 @@ from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 KIND = "retrieval"
-PLAYS_PER_RANGE = 20_000_000  # of one range of songs, so that the counts of a range fit into a task's memory
 LENGTH = struct.Struct("<q")  # of a bucket's counts in a piece, before them
 
 
@@ -271,12 +270,6 @@ def merge_counts(parts: Iterable[RetrievalCounts]) -> RetrievalCounts:
             (count, one), (_, other) = waiting.pop(), waiting.pop()
             waiting.append((2 * count, RetrievalCounts.merge([other, one])))
     return RetrievalCounts.merge([part for _, part in waiting])
-
-
-def song_ranges(songs: int, plays: int) -> list[tuple[int, int]]:
-    """First row and the row after the last of each range of songs, as many as keep their counts in a task's memory."""
-    count = max(1, min(songs, -(-plays // PLAYS_PER_RANGE)))
-    return list(pairwise(np.linspace(0, songs, count + 1).astype(int).tolist()))
 
 
 def _build(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]:

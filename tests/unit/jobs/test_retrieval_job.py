@@ -14,6 +14,7 @@ from rayrec.importing import import_plan
 from rayrec.jobs import retrieval as job
 from rayrec.jobs.planning.formulas import retrieval_requests
 from rayrec.jobs.retrieval import fit_retrieval, merge_counts
+from rayrec.recommend.retrieval import stored_retrieval
 from rayrec.recommend.retrieval.stored_retrieval import Retrieval, RetrievalCounts
 from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage.workspace import Workspace
@@ -37,7 +38,7 @@ def arrays(retrieval: Retrieval) -> dict[str, np.ndarray]:
 
 def cut(monkeypatch: pytest.MonkeyPatch, *, ranges: int, groups: int, plays: int) -> None:
     """As many ranges of songs and groups of buckets as very large data would have."""
-    monkeypatch.setattr(job, "PLAYS_PER_RANGE", -(-plays // ranges))
+    monkeypatch.setattr(stored_retrieval, "PLAYS_PER_RANGE", -(-plays // ranges))
     monkeypatch.setattr(import_plan, "READS", ranges * groups)
 
 
@@ -117,7 +118,7 @@ def test_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranges: int, 
 
 def test_requests_for_20_billion_plays_are_under_two_million() -> None:
     plays, songs, buckets = 20 * 10**9, 10**7, 4_096
-    ranges = job.song_ranges(songs, plays)
+    ranges = stored_retrieval.song_ranges(songs, plays)
     groups = import_plan.bucket_groups(len(ranges), buckets)
     requests = retrieval_requests(buckets, 1, groups=len(groups), ranges=len(ranges), row_groups=5, columns=3, fits=2)
     assert len(ranges) == 1_000
