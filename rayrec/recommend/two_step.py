@@ -13,7 +13,6 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.model.added_songs import AddedSongs
-from rayrec.recommend.ablation import ABLATED_PARTS
 from rayrec.recommend.base import (
     NO_SONG,
     CandidateRecommender,
@@ -33,6 +32,7 @@ from rayrec.recommend.retrieval.ragged import highest_of_each, places_in, ranges
 from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates, make_new_song_retrievers, make_retrievers, retrieve
 from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.two_step_config import ABLATED_PARTS
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
