@@ -39,7 +39,7 @@ class SongAnswer(TypedDict):
     artist: str | None
     score: float
     reasons: list[str] | None
-    explored: bool
+    explored: bool | None
     probability: float | None
 
 

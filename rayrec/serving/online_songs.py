@@ -283,8 +283,8 @@ def _table(songs: Sequence[SongToAdd]) -> pa.Table:
 class OnlineWatch:
     """Looks for songs that were added online, again and again, in a thread of its own."""
 
-    def __init__(self, online: Callable[[], OnlineSongs | None]) -> None:
-        """`online` gives those of the release that is live now."""
+    def __init__(self, online: Callable[[], Sequence[OnlineSongs | None]]) -> None:
+        """`online` gives those of the releases that answer now."""
         self._online, self._stop, self._failed = online, threading.Event(), False
         self._thread = threading.Thread(target=self._repeat, daemon=True)
         self._thread.start()
@@ -297,9 +297,9 @@ class OnlineWatch:
     def _repeat(self) -> None:
         while not self._stop.wait(LOOK_SECONDS):
             try:
-                online = self._online()
-                if online is not None:
-                    online.refresh()
+                for online in self._online():
+                    if online is not None:
+                        online.refresh()
                 self._failed = False
             except Exception as error:  # a store out of reach for a while ends no watch
                 if not self._failed:

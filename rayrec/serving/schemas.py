@@ -476,7 +476,7 @@ class RecommendedSong(CatalogSong):
     reasons: list[str] | None = Field(
         default=None, description="With explain: why it was chosen, in words, one to three reasons."
     )
-    explored: bool = Field(default=False, description="With explore: whether it was drawn by chance.")
+    explored: bool | None = Field(default=None, description="With explore: whether it was drawn by chance.")
     probability: float | None = Field(
         default=None, description="Of an explored song: the probability with which this request shows it."
     )

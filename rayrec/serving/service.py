@@ -97,7 +97,7 @@ class Service:
         users: StoredUsers,
     ) -> None:
         self.holder, self.config, self.keys, self.metrics, self.users = holder, config, keys, metrics, users
-        self._watch = OnlineWatch(lambda: None if holder.loaded is None else holder.loaded.online)
+        self._watch = OnlineWatch(lambda: [] if holder.loaded is None else [holder.loaded.online])
 
     @property
     def live(self) -> LiveRelease:
@@ -537,8 +537,8 @@ def _recommended(catalog: ServedCatalog, chosen: Chosen) -> list[RecommendedSong
         for (song_id, title, artist), score in zip(catalog.describe(chosen.songs), chosen.scores.tolist(), strict=True)
     ]
     if chosen.probabilities is not None:
-        for place in np.flatnonzero(~np.isnan(chosen.probabilities)).tolist():
-            songs[place].explored, songs[place].probability = True, float(chosen.probabilities[place])
+        for song, probability in zip(songs, chosen.probabilities.tolist(), strict=True):
+            song.explored, song.probability = not np.isnan(probability), None if np.isnan(probability) else probability
     return songs
 
 

@@ -262,3 +262,30 @@ def test_a_release_that_has_the_song_takes_its_place_and_plays_of_it_stay(
 def test_the_model_and_index_of_the_split_topology_take_no_songs(opened: Service) -> None:
     object.__setattr__(opened.live, "online", None)
     assert Client(opened).post("/v1/songs", new_song(1)).status_code == 409
+
+
+def test_an_added_song_is_explored_with_its_probability_and_the_same_request_shows_it_again(opened: Service) -> None:
+    app = Client(opened)
+    add(app, *(new_song(number) for number in range(30)))
+    body = {"history": ["song-1", "song-8"], "at": AT, "k": 10, "explore": 0.3}
+    answer = app.post("/v1/recommendations", body).json()
+    drawn = [song for song in answer["songs"] if song["explored"]]
+    assert len(drawn) == 3
+    assert all(0 < song["probability"] <= 1 for song in drawn)
+    assert all(song["probability"] is None for song in answer["songs"] if not song["explored"])
+    assert answer["cursor"] is None
+    assert app.post("/v1/recommendations", body).json()["songs"] == answer["songs"]
+    shown = set()
+    for turn in range(40):
+        songs = app.post("/v1/recommendations", {**body, "at": AT + turn}).json()["songs"]
+        shown |= {song["song_id"] for song in songs if song["explored"]}
+    assert any(song.startswith("new-") for song in shown)
+    usual = app.post("/v1/recommendations", {**body, "explore": 0.0}).json()["songs"]
+    assert {(song["explored"], song["probability"]) for song in usual} == {(None, None)}
+    sent = [play("ann", "song-1", AT)]
+    app.post("/v1/plays", {"plays": sent})
+    query = {"k": 10, "at": AT + 1, "explore": 0.2}
+    assert (
+        sum(bool(song["explored"]) for song in app.get("/v1/users/ann/recommendations", params=query).json()["songs"])
+        == 2
+    )
