@@ -91,7 +91,7 @@ class TestBench:
         stages = ["import", "embed", "train", "retrieval", "rank", "taste", "index", "evaluate", "recommend"]
         assert list(by_stage) == stages
         assert told["hours"] == pytest.approx(sum(stage["hours"] for stage in told["stages"]))
-        assert all(0 < stage["hours"] for stage in told["stages"])
+        assert all(stage["hours"] > 0 for stage in told["stages"])
         assert all(by_stage[name]["plan_hours"] > 0 for name in stages if name != "index")
 
     @pytest.mark.slow
