@@ -29,6 +29,7 @@ from rayrec.storage.workspace import (
     DATASET_MANIFEST,
     HISTORIES,
     IMPORT_STAGING,
+    IMPRESSIONS,
     LOCK,
     LOCK_HOLDER,
     SONGS_TABLE,
@@ -509,7 +510,7 @@ def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
             continue
         if path.startswith(f"{IMPORT_STAGING}/"):
             staged += 1
-        elif path in (CURRENT, LOCK, LOCK_HOLDER):
+        elif path in (CURRENT, LOCK, LOCK_HOLDER) or path.startswith(f"{IMPRESSIONS}/"):
             continue
         elif posixpath.basename(path).startswith(".") or "/." in path:
             audit.note(path, "is a leftover temporary file; it can be deleted")
