@@ -12,13 +12,14 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import AfterValidator, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.convertors import Convertor, register_url_convertor
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from rayrec.data.spelling import MAX_ID
 from rayrec.errors import NotFoundError
 from rayrec.online.user_state import LAST_PLAYS
 from rayrec.serving.live_release import release_status
-from rayrec.serving.middleware import Middleware, needed_role, needs_no_key
+from rayrec.serving.middleware import ID_HEADER, TIMING_HEADER, Middleware, needed_role, needs_no_key
 from rayrec.serving.problems import DOCUMENTED, SCHEMA, add_handlers, documented
 from rayrec.serving.schemas import (
     BatchAnswer,
@@ -166,6 +167,14 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(router(service))
     add_handlers(app)
     app.add_middleware(Middleware, service=service)
+    if service.config.cors_origins:  # before the keys: a browser asks without one whether it may send it
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.config.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["Authorization", "Content-Type", "Traceparent", ID_HEADER],
+            expose_headers=[ID_HEADER, TIMING_HEADER],
+        )
     app.openapi = lambda: _openapi(app, service.config)  # type: ignore[method-assign]
     return app
 

@@ -1,6 +1,7 @@
 """Settings of the serving application and the limits of its requests. Loads nothing heavy."""
 
 import ipaddress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -76,6 +77,16 @@ class Experiment(Settings):
     def releases(self) -> tuple[str, ...]:
         """The releases that arms name."""
         return tuple(dict.fromkeys(arm.release for arm in self.arms.values() if arm.release))
+
+    def arm_of(self, user_id: str) -> str | None:
+        """The arm of a user: always the same while name, order and shares are; None for users outside of all arms."""
+        digest = blake2b(f"{self.name}\0{user_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        place = int.from_bytes(digest, "little") / 2**64
+        for name, arm in self.arms.items():
+            if place < arm.share:
+                return name
+            place -= arm.share
+        return None
 
     @property
     def varied(self) -> frozenset[str]:

@@ -232,7 +232,7 @@ class StoredUsers:
     async def _blank(self, live: LiveRelease) -> States:
         if live.model_id not in self._blanks:
             nothing = Histories.from_lists([[]], [[]])
-            self._blanks = {live.model_id: await live.engine.states(nothing)}  # of the live one alone
+            self._blanks[live.model_id] = await live.engine.states(nothing)  # a few kB
         return self._blanks[live.model_id]
 
     async def _store(self, live: LiveRelease) -> StateStore:
