@@ -9,9 +9,8 @@ from rayrec.bench.bench_config import BenchConfig, check_name
 from rayrec.bench.bench_data import bench_place
 from rayrec.bench.index_bench import bench_index, bench_song_side
 from rayrec.bench.job_benches import bench_embed, bench_taste, bench_train
-from rayrec.bench.memory_bench import bench_memory
 from rayrec.bench.rates import check_rates_file, save_rates
-from rayrec.bench.scale_bench import bench_scale
+from rayrec.bench.scale_bench import bench_memory, bench_scale
 from rayrec.jobs.runtime import WORKER_ENVIRONMENT
 from rayrec.storage.workspace import Workspace
 

@@ -12,8 +12,7 @@ from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
-from rayrec.embeddings import health
-from rayrec.embeddings.vectors import FINAL, SongVectors
+from rayrec.embeddings.vectors import FINAL, SongVectors, check_health, directions
 from rayrec.errors import InputError
 from rayrec.evaluation.accumulator import VIEWS, MetricAccumulator
 from rayrec.evaluation.bootstrap import CellRange, cell_ranges
@@ -151,16 +150,16 @@ def examples_of(dataset: Dataset, evaluator: Evaluator, default: str) -> list[di
 def health_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[dict[str, Any]]:
     """The health of the song vectors behind the models: an entry for those embedded, one for the network's.
 
-    Each has vectors (songs or models), id, dim, directions and the figures of `health.check`; `song_plays`,
+    Each has vectors (songs or models), id, dim, directions and the figures of `check_health`; `song_plays`,
     int (N,), choose the most played songs.
     """
     entries = []
     for role, path in vector_paths(compared).items():
         vectors = SongVectors(np.asarray(dataset.workspace.read_array(path)))
-        figures = health.check(vectors, song_plays[: len(vectors)], dataset.catalog())
+        figures = check_health(vectors, song_plays[: len(vectors)], dataset.catalog())
         del figures["warning"]  # its advice is for word2vec; the page tells the limit
         about = {"vectors": role, "id": compared.inputs[role], "dim": vectors.dim}
-        entries.append({**about, "directions": health.directions(vectors), **figures})
+        entries.append({**about, "directions": directions(vectors), **figures})
     return entries
 
 

@@ -19,12 +19,13 @@ from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange, Split, fit_range, load_split, require_split_of
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
 from rayrec.progress import progress
-from rayrec.recommend.retrieval.count_files import pack_counts, unpack_counts
 from rayrec.recommend.retrieval.stored_retrieval import (
     SELECTION_RETRIEVAL,
     SETTINGS_FILE,
     Retrieval,
     RetrievalCounts,
+    pack_counts,
+    unpack_counts,
 )
 from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
