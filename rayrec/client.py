@@ -52,12 +52,22 @@ class RecommendationsAnswer(TypedDict):
     unknown_songs: int
     songs: list[SongAnswer]
     last_plays: list[dict[str, Any]] | None
+    recommendation_id: str
+    arm: str | None
     cursor: str | None
 
 
-class RankAnswer(RecommendationsAnswer):
+class RankAnswer(TypedDict):
     """The given songs, best first."""
 
+    release: str
+    at: str
+    source: Literal["taste", "popular"]
+    path: str
+    plays: int
+    unknown_songs: int
+    songs: list[SongAnswer]
+    last_plays: list[dict[str, Any]] | None
     unknown_song_ids: list[str]
 
 
@@ -104,6 +114,8 @@ class PlaysAnswer(TypedDict):
     rejected: int
     unknown_songs: int
     invalid: int
+    logged: int
+    dropped: int
     outcomes: list[str]
     errors: list[dict[str, str]]
 
@@ -262,7 +274,10 @@ class Client(_Connection):
         return self.plays([_play(user_id, song_id, played_at, event_id, options)])
 
     def plays(self, plays: Sequence[Mapping[str, Any]]) -> PlaysAnswer:
-        """Store plays, up to 1,000: user_id, song_id, event_id and, unless they are played now, played_at."""
+        """Store plays, up to 1,000: user_id, song_id, event_id and, unless they are played now, played_at.
+
+        A `type` of skip or like says what else they are, `recommendation_id` which answer their song came from.
+        """
         return cast(PlaysAnswer, self._send(_plays_call(plays)))
 
     def taste(self, user_id: str, at: Moment | None = None) -> TasteAnswer:

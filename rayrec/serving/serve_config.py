@@ -144,7 +144,7 @@ class ServeConfig(Settings):
         False, description="Write answers and events to serving/impressions in the workspace, in Parquet files"
     )
     log_seconds: float = Field(
-        10.0, gt=0, le=3600, description="Interval of these files, in seconds; a killed replica loses that much"
+        10.0, gt=0, le=3600, description="Interval of these files, in seconds: a killed replica loses that time's rows"
     )
     log_rows: int = Field(
         50_000, ge=2, description="Maximum of rows in memory per replica, beside 64 MB; more are dropped"

@@ -6,6 +6,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 from starlette.concurrency import run_in_threadpool
@@ -377,6 +378,8 @@ class Service:
             "arm": assigned.arm,
             "first": first,
             "song_ids": [song.song_id for song in answer.songs],
+            "explored": _of_songs(answer.songs, "explored"),
+            "probability": _of_songs(answer.songs, "probability"),
         }
         self.log.add("answers", row)
 
@@ -565,6 +568,12 @@ def _recommended(catalog: ServedCatalog, chosen: Chosen) -> list[RecommendedSong
         RecommendedSong.model_construct(song_id=song_id, title=title, artist=artist, score=score)
         for (song_id, title, artist), score in zip(catalog.describe(chosen.songs), chosen.scores.tolist(), strict=True)
     ]
+
+
+def _of_songs(songs: Sequence[RecommendedSong], name: str) -> list[Any] | None:
+    """A field of each song; None where no song of the answer has it."""
+    values = [getattr(song, name, None) for song in songs]
+    return None if all(value is None for value in values) else values
 
 
 def add_reasons(answer: AnsweredSongs, chosen: Chosen, played: np.ndarray, catalog: ServedCatalog) -> None:
