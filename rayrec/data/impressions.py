@@ -3,7 +3,7 @@
 Two kinds of rows: answers (whom, when, by which release and arm, which songs) and events (plays, skips and likes that
 users sent afterwards). Each replica collects rows in memory and writes a file of them every few seconds, from a thread
 of its own: an answer never waits for a disk, and fails for none. Rows of deleted users are hidden from all readers at
-once, and left out of files written later; `delete_forgotten` removes those in older files.
+once, and left out of files written later; `compact_impressions` removes those in older files.
 """
 
 import logging
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rayrec.data.moments import EPOCH, now_ms
+from rayrec.data.moments import EPOCH, iso_moment, now_ms
 from rayrec.errors import NotFoundError
 from rayrec.storage.workspace import IMPRESSIONS, Workspace
 
@@ -34,6 +34,7 @@ FILE_ROWS = 10_000  # that are written without waiting longer
 MEMORY_BYTES = 64 << 20  # of rows that wait to be written, about
 ROW_BYTES, SONG_BYTES = 1_000, 80  # of one row in memory, and of each song in it, about
 RETRY_SECONDS = 1.0  # before rows that could not be written are tried again
+JOINED_BYTES = 64 << 20  # of a file that a compaction makes, at most
 PRUNE_SHARE = 1 / 64  # of the bound on disk: a replica that has written so much looks at the whole log again
 
 _MOMENT = pa.timestamp("ms", tz="UTC")
@@ -234,6 +235,37 @@ def delete_forgotten(workspace: Workspace) -> int:
         if int(path.rpartition("-")[2]) < now_ms() - FORGOTTEN_MS:
             workspace.delete(path)
     return deleted
+
+
+def compact_impressions(workspace: Workspace) -> None:
+    """Delete the rows of deleted users, and join the files of each day before today into few.
+
+    One caller at a time. A killed one may leave rows twice, under the same ids.
+    """
+    delete_forgotten(workspace)
+    today = f"day={iso_moment(now_ms())[:10]}"
+    for kind in KINDS:
+        groups: dict[tuple[str, int], dict[str, int]] = {}
+        for path, size in log_files(workspace, kind).items():
+            folder, group = path.rpartition("/")[0], 0
+            while (folder, group) in groups and sum(groups[folder, group].values()) + size > JOINED_BYTES:
+                group += 1
+            if not folder.endswith(today):  # where replicas still write
+                groups.setdefault((folder, group), {})[path] = size
+        for files in groups.values():
+            if len(files) > 1:
+                _join(workspace, list(files))
+
+
+def _join(workspace: Workspace, paths: list[str]) -> None:
+    """Put the rows of all files into the first one."""
+    try:
+        table = pa.concat_tables([workspace.read_table(path) for path in paths])
+    except NotFoundError:  # deleted for newer ones since they were listed
+        return
+    workspace.write_table(paths[0], table)
+    for path in paths[1:]:
+        workspace.delete(path)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.impressions import delete_forgotten
+from rayrec.data.impressions import compact_impressions
 from rayrec.importing.merging import BucketJoiner, Spans, joined_spans
 from rayrec.importing.staging import Staging, finish_publishing
 from rayrec.jobs.runtime import ray_cluster, run_buckets
@@ -34,10 +34,10 @@ def compact(workspace: Workspace) -> Compacted:
 
     Parts stay apart where tastes end that a later `rayrec taste` goes on from, or that a release among the
     last two uses. Whoever reads the data set already reads the old files, which stay until `rayrec clean`. A killed
-    compaction leaves the data set as it was, and goes on with the buckets that are missing. Rows of deleted users in
-    the impression log go, too.
+    compaction leaves the data set as it was, and goes on with the buckets that are missing. The impression log is
+    compacted, too.
     """
-    delete_forgotten(workspace)
+    compact_impressions(workspace)
     finish_publishing(workspace)
     dataset = Dataset(workspace)
     base = dataset.manifest

@@ -24,9 +24,7 @@ def end_span(span: trace.Span, method: str, route: str, status: int) -> None:
     """Give a span the name of its route, and its status."""
     if span.is_recording():
         span.update_name(f"{method} {route}")
-        span.set_attributes(
-            {"http.request.method": method, "http.route": route, "http.response.status_code": status}
-        )
+        span.set_attributes({"http.request.method": method, "http.route": route, "http.response.status_code": status})
 
 
 def trace_id(headers: Mapping[str, str]) -> str | None:

@@ -12,15 +12,17 @@ from rayrec.data import impressions
 from rayrec.data.impressions import (
     ImpressionLog,
     LogBounds,
+    compact_impressions,
     delete_forgotten,
     forget_user,
     log_files,
     read_impressions,
 )
+from rayrec.data.moments import now_ms
 from rayrec.errors import StorageError
 from rayrec.storage.workspace import Workspace
 
-NOW = 1_790_000_000_000  # ms UTC
+NOW = 1_780_000_000_000  # ms UTC, before today
 HOURS = 3_600_000
 
 
@@ -182,6 +184,36 @@ def test_over_the_bound_on_disk_the_oldest_files_are_deleted_and_counted(workspa
     assert 3 <= len(left) <= 4
     assert sum(log_files(workspace).values()) <= 4 * one
     assert bounded.outcomes["answers", "expired"] == 11 - len(left)
+
+
+def test_a_compaction_joins_the_files_of_each_day_before_today_and_keeps_every_row(
+    workspace: Workspace, made: Counted
+) -> None:
+    today = now_ms()
+    for number, moment in enumerate((NOW, NOW + 1, NOW + 48 * HOURS, NOW + 48 * HOURS + 1, today, today)):
+        made.log.add("answers", answer(number, moment=moment))
+        made.log.add("events", event(number) | {"moment": moment})
+        made.log.flush()
+    before = ids(workspace)
+    forget_user(workspace, "somebody else", today)
+    compact_impressions(workspace)
+    assert ids(workspace) == before == [f"r{number}" for number in range(6)]
+    files = log_files(workspace)
+    assert len(files) == 2 * (1 + 1 + 2)
+    compact_impressions(workspace)
+    assert log_files(workspace) == files
+
+
+def test_files_that_a_compaction_joins_stay_below_a_bound(
+    workspace: Workspace, made: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        made.log.add("answers", answer(number))
+        made.log.flush()
+    monkeypatch.setattr(impressions, "JOINED_BYTES", 2 * max(log_files(workspace).values()))
+    compact_impressions(workspace)
+    assert len(log_files(workspace)) == 3
+    assert sorted(ids(workspace)) == [f"r{number}" for number in range(6)]
 
 
 def test_a_deleted_user_is_hidden_at_once_and_then_in_no_file(workspace: Workspace, made: Counted) -> None:

@@ -106,7 +106,7 @@ def test_a_play_counts_in_the_days_after_an_answer_alone(planted: Planted) -> No
     planted.answer("ann", "a", ["one", "two"])
     planted.event("ann", "one", NOW - HOUR)  # before it
     planted.event("ann", "one", NOW + 3 * DAY)  # too late
-    planted.event("ann", "two", NOW + DAY)
+    planted.event("ann", "two", NOW)  # at the moment of the answer
     planted.event("ann", "three", NOW + DAY)
     planted.event("bob", "one", NOW + DAY)  # had no answer
     assert (planted.arm(days=2).played, planted.arm(days=2).recommended) == (2, 1)

@@ -166,7 +166,7 @@ def test_a_play_moves_the_answers_of_both_releases(world: Workspace, tmp_path: P
         assert before["songs"][0]["song_id"] not in [song["song_id"] for song in after["songs"]]
 
 
-def test_pages_of_a_ranking_go_on_within_an_arm(logged: Logged, world: Workspace, tmp_path: Path) -> None:
+def test_pages_of_a_ranking_go_on_within_an_arm(world: Workspace, tmp_path: Path) -> None:
     arms = {"longer": {"share": 1.0, "horizon": 0.7}}
     with Logged(world, tmp_path / "pages", **config(arms)) as paged:
         whole = paged.recommend("user-2", k=6)["songs"]
@@ -175,6 +175,9 @@ def test_pages_of_a_ranking_go_on_within_an_arm(logged: Logged, world: Workspace
         assert first["songs"] + second["songs"] == whole
         assert [row["first"] for row in paged.rows("answers")] == [0, 0, 3]
         assert first["recommendation_id"] != second["recommendation_id"]
+    arms["longer"]["horizon"] = 0.2
+    with Logged(world, tmp_path / "later", **config(arms)) as later:  # the cursor is of the client's request
+        assert len(later.recommend("user-2", k=3, cursor=first["cursor"])["songs"]) == 3
 
 
 def test_every_answer_is_in_the_log_as_it_was_given(logged: Logged) -> None:
