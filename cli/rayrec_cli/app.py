@@ -12,7 +12,7 @@ ORDER = (  # of the commands in the help
     *("songs", "retrieval", "rank"),
     *("taste", "index", "evaluate", "release"),
     "states",
-    *("recommend", "serve", "status", "verify", "clean", "unlock", "run", "tune", "submit", "plan", "bench"),
+    *("recommend", "serve", "status", "verify", "clean", "forget", "unlock", "run", "tune", "submit", "plan", "bench"),
 )
 
 

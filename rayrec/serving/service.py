@@ -232,7 +232,7 @@ class Service:
         return ListedPlays(release=live.id, user_id=user_id, count=query.plays, plays=plays)
 
     async def forget(self, live: LiveRelease, user_id: str) -> None:
-        """Delete a user from the store; plays from before this moment are rejected from now on."""
+        """Delete a user; plays from before this moment are rejected from now on."""
         await self.users.forget(live, user_id, now_ms())
 
     async def find_songs(self, live: LiveRelease, query: str, limit: int) -> SongMatches:
