@@ -19,7 +19,7 @@ from rayrec.evaluation.bootstrap import CellRange, cell_ranges
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_map, training_plot
 from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
-from rayrec.evaluation.protocol import EvaluateConfig, plays_to_predict
+from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig, plays_to_predict
 from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, write_report
 from rayrec.evaluation.results import Figures, figures_of, settings_of
 from rayrec.importing.readers.files import byte_ranges, find_files
@@ -37,7 +37,6 @@ from rayrec.storage.workspace import Workspace, artifact_dir
 KIND = "reports"
 USERS_PER_BATCH = 2_000
 EXAMPLES, EXAMPLE_PLAYS, EXAMPLE_SONGS = 3, 5, 5  # users shown, with their last plays and recommended songs
-COUNTED_BUCKETS = 16  # whose plays to predict are counted where a number of queries is drawn
 PREFIXES_AT_ONCE = 1 << 18  # bytes of a file of prefixes that one task reads
 ABOUT_PREFIXES = "The target of each line of the file is predicted from the songs of its prefix; there are no times."
 

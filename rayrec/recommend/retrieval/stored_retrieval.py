@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from rayrec.recommend.retrieval.play_counts import PlayCounts, RuleCounts
 from rayrec.recommend.retrieval.session_postings import NO_GROUP, SessionPostings, SongGroups
 from rayrec.storage.workspace import Workspace
 
+PLAYS_PER_RANGE = 20_000_000  # of one range of songs, so that the counts of a range fit into a task's memory
 POPULAR = 500  # songs kept in the list of those popular of late
 POPULAR_DAYS = 7  # plays of the last days that make a song popular of late
 SETTINGS_FILE = "retrieval.json"  # written last
@@ -190,6 +192,12 @@ def _flat(retrieval: Retrieval) -> dict[str, Any]:
 
 
 PARTS = {"sessions": SessionPostings, "rules": RuleCounts, "plays": PlayCounts}
+
+
+def song_ranges(songs: int, plays: int) -> list[tuple[int, int]]:
+    """First row and the row after the last of each range of songs, as many as keep their counts in a task's memory."""
+    count = max(1, min(songs, -(-plays // PLAYS_PER_RANGE)))
+    return list(pairwise(np.linspace(0, songs, count + 1).astype(int).tolist()))
 
 
 def pack_counts(counts: RetrievalCounts, first: int, last: int) -> bytes:
