@@ -285,8 +285,8 @@ class Client(_Connection):
         return cast(TasteAnswer, self._send(_taste_call(user_id, at)))
 
     def forget(self, user_id: str) -> None:
-        """Delete a user."""
-        self._send(("DELETE", f"/v1/users/{_escaped(user_id)}", {}))
+        """Delete a user, known or not: plays from before this moment are rejected, later ones are a new user's."""
+        self._send(_forget_call(user_id))
 
     def similar(self, song_id: str, k: int = 20) -> list[SongAnswer]:
         """Songs like a song, the nearest first."""
@@ -360,6 +360,10 @@ class AsyncClient(_Connection):
         """As in `Client`."""
         return cast(TasteAnswer, await self._send(_taste_call(user_id, at)))
 
+    async def forget(self, user_id: str) -> None:
+        """As in `Client`."""
+        await self._send(_forget_call(user_id))
+
     async def _send(self, call: Call) -> Any:
         method, path, options = call
         for wait in (*self._waits(), None):
@@ -394,6 +398,10 @@ def _plays_call(plays: Sequence[Mapping[str, Any]]) -> Call:
 def _taste_call(user_id: str, at: Moment | None) -> Call:
     params = {} if at is None else {"at": _moment(at)}
     return "GET", f"/v1/users/{_escaped(user_id)}/taste", {"params": params}
+
+
+def _forget_call(user_id: str) -> Call:
+    return "DELETE", f"/v1/users/{_escaped(user_id)}", {}
 
 
 def _play(

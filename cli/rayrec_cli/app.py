@@ -12,20 +12,8 @@ ORDER = (  # of the commands in the help
     *("songs", "retrieval", "rank"),
     *("taste", "index", "evaluate", "release"),
     "states",
-    *(
-        "recommend",
-        "serve",
-        "experiment",
-        "status",
-        "verify",
-        "clean",
-        "unlock",
-        "run",
-        "tune",
-        "submit",
-        "plan",
-        "bench",
-    ),
+    *("recommend", "serve", "experiment", "status", "verify", "clean", "forget", "unlock"),
+    *("run", "tune", "submit", "plan", "bench"),
 )
 
 

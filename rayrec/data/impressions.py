@@ -3,7 +3,7 @@
 Two kinds of rows: answers (whom, when, by which release and arm, which songs) and events (plays, skips and likes that
 users sent afterwards). Each replica collects rows in memory and writes a file of them every few seconds, from a thread
 of its own: an answer never waits for a disk, and fails for none. Rows of deleted users are hidden from all readers at
-once, and left out of files written later; `compact_impressions` removes those in older files.
+once, and left out of files written later; `erase_impressions` removes those in older files.
 """
 
 import logging
@@ -14,22 +14,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from hashlib import blake2b
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayrec.data.forgotten import ForgottenUsers, read_forgotten
 from rayrec.data.moments import EPOCH, iso_moment, now_ms
+from rayrec.data.windows import NEVER
 from rayrec.errors import NotFoundError
 from rayrec.storage.workspace import IMPRESSIONS, Workspace
 
 Kind = Literal["answers", "events"]
 Outcome = Literal["written", "dropped", "expired"]  # dropped: never written; expired: deleted for newer ones
 KINDS: tuple[Kind, ...] = get_args(Kind)
-FORGOTTEN = f"{IMPRESSIONS}/forgotten"  # an empty file for each deleted user: digest and moment are its name
-FORGOTTEN_MS = 7 * 24 * 3600 * 1000  # after which no replica can hold rows from before a deletion
 FILE_ROWS = 10_000  # that are written without waiting longer
 MEMORY_BYTES = 64 << 20  # of rows that wait to be written, about
 ROW_BYTES, SONG_BYTES = 1_000, 80  # of one row in memory, and of each song in it, about
@@ -144,7 +143,7 @@ class ImpressionLog:
         with self._lock:
             rows = list(self._rows[kind])
         table = pa.Table.from_pylist([row for row, _ in rows], schema=SCHEMAS[kind])
-        table = _forgotten(self._workspace).without(table) if rows else table
+        table = _without(table, read_forgotten(self._workspace)) if rows else table
         if table.num_rows:
             first = pc.min(table.column("moment")).value
             day = (EPOCH + timedelta(milliseconds=first)).date().isoformat()
@@ -173,11 +172,11 @@ class ImpressionLog:
 
 def read_impressions(workspace: Workspace, kind: Kind, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """The rows of one kind, a table for each file, the oldest first, without those of deleted users."""
-    forgotten = _forgotten(workspace)
+    forgotten = read_forgotten(workspace)
     needed = columns and list(dict.fromkeys([*columns, "user_id", "moment"]))
     for path in log_files(workspace, kind):
         try:
-            table = forgotten.without(workspace.read_table(path, needed))
+            table = _without(workspace.read_table(path, needed), forgotten)
         except NotFoundError:  # deleted for newer ones since it was listed
             continue
         yield table.select(columns) if columns else table
@@ -208,41 +207,30 @@ def prune(workspace: Workspace, most: int) -> dict[Kind, int]:
     return expired
 
 
-def forget_user(workspace: Workspace, user_id: str, at: int) -> None:
-    """Hide all rows of a user from before a moment, ms UTC, and keep replicas from writing those that they hold."""
-    workspace.write_bytes(f"{FORGOTTEN}/{_digest(user_id)}-{at}", b"")
-
-
-def delete_forgotten(workspace: Workspace) -> int:
+def erase_impressions(workspace: Workspace) -> int:
     """Delete the rows of deleted users from all files; how many."""
-    forgotten, deleted = _forgotten(workspace), 0
-    if not forgotten.moments:
-        return 0
+    forgotten, erased = read_forgotten(workspace), 0
     for path in log_files(workspace):
         try:
             users = workspace.read_table(path, ["user_id", "moment"])
-            kept = forgotten.without(users).num_rows
+            kept = _without(users, forgotten).num_rows
             if kept == users.num_rows:
                 continue
             if kept:
-                workspace.write_table(path, forgotten.without(workspace.read_table(path)))
+                workspace.write_table(path, _without(workspace.read_table(path), forgotten))
             else:
                 workspace.delete(path)
-        except NotFoundError:
+        except NotFoundError:  # deleted for newer ones since it was listed
             continue
-        deleted += users.num_rows - kept
-    for path in workspace.files(FORGOTTEN):
-        if int(path.rpartition("-")[2]) < now_ms() - FORGOTTEN_MS:
-            workspace.delete(path)
-    return deleted
+        erased += users.num_rows - kept
+    return erased
 
 
 def compact_impressions(workspace: Workspace) -> None:
-    """Delete the rows of deleted users, and join the files of each day before today into few.
+    """Join the files of each day before today into few.
 
     One caller at a time. A killed one may leave rows twice, under the same ids.
     """
-    delete_forgotten(workspace)
     today = f"day={iso_moment(now_ms())[:10]}"
     for kind in KINDS:
         groups: dict[tuple[str, int], dict[str, int]] = {}
@@ -268,32 +256,14 @@ def _join(workspace: Workspace, paths: list[str]) -> None:
         workspace.delete(path)
 
 
-@dataclass(frozen=True)
-class Forgotten:
-    """Deleted users."""
-
-    moments: Mapping[str, int]  # digest of a user's id -> ms UTC of the last deletion
-
-    def without(self, table: pa.Table) -> pa.Table:
-        """A table without rows of deleted users from before their deletion."""
-        if not self.moments:
-            return table
-        users = table.column("user_id").combine_chunks().dictionary_encode()
-        until = [self.moments.get(_digest(user), -1) for user in users.dictionary.to_pylist()]
-        limits = pc.fill_null(pc.take(pa.array(until, pa.int64()), users.indices), -1)
-        return table.filter(pc.greater(table.column("moment").cast(pa.int64()).combine_chunks(), limits))
-
-
-def _forgotten(workspace: Workspace) -> Forgotten:
-    moments: dict[str, int] = {}
-    for path in workspace.files(FORGOTTEN):
-        digest, _, moment = path.rpartition("/")[2].partition("-")
-        moments[digest] = max(int(moment), moments.get(digest, 0))
-    return Forgotten(moments)
-
-
-def _digest(user_id: str) -> str:
-    return blake2b(user_id.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+def _without(table: pa.Table, forgotten: ForgottenUsers) -> pa.Table:
+    """A table without rows of deleted users from before their deletion."""
+    if not forgotten:
+        return table
+    users = table.column("user_id").combine_chunks().dictionary_encode()
+    until = pa.array(forgotten.until(users.dictionary.to_pylist()), pa.int64())
+    limits = pc.fill_null(pc.take(until, users.indices), NEVER)
+    return table.filter(pc.greater(table.column("moment").cast(pa.int64()).combine_chunks(), limits))
 
 
 def _kind(path: str) -> Kind:

@@ -9,6 +9,7 @@ the last puts, unless the server waits for it. Opening the store logs a warning 
 
 import logging
 import os
+import time
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 from rayrec.errors import InputError, MissingDependencyError
 from rayrec.online.state_store import (
     DAY_SECONDS,
+    NOT_THERE,
     Change,
     StateStore,
     Stored,
@@ -32,6 +34,7 @@ RETRIES = 4
 PREFIX = "rayrec:2"  # the digit is the format's version
 EVENT_SECONDS = 3 * DAY_SECONDS  # that a day's events are kept after the last of them
 PIPELINE = 1_000  # users of one pipeline
+NEW_USERS = 100  # of one call of a script, for which the server does nothing else: a millisecond
 
 # State, log, heard songs and events of a user change together or not at all.
 # KEYS: user, log, today's events. ARGV: expected version, state, restart, heard, seconds, number of events, events,
@@ -49,6 +52,26 @@ for i = 7 + events, #ARGV, 2 do
   redis.call('RPUSH', KEYS[2], struct.pack('>I4', tonumber(ARGV[i])) .. ARGV[i + 1])
 end
 return 1
+"""
+
+# New users of one server, some at a time: a call for each costs more than its work. A cluster asks for one user a call.
+# KEYS: user and log of each. ARGV of each: state, heard, number of pieces, then plays and data of each piece.
+PUT_NEW = """
+local added, place = {}, 1
+for i = 1, #KEYS, 2 do
+  local new = redis.call('EXISTS', KEYS[i]) == 0
+  added[(i + 1) / 2] = new and 1 or 0
+  if new then
+    redis.call('HSET', KEYS[i], 'v', 1, 's', ARGV[place])
+    if ARGV[place + 1] ~= '' then redis.call('HSET', KEYS[i], 'h', ARGV[place + 1]) end
+  end
+  local last = place + 2 + 2 * tonumber(ARGV[place + 2])
+  for j = place + 3, last, 2 do
+    if new then redis.call('RPUSH', KEYS[i + 1], struct.pack('>I4', tonumber(ARGV[j])) .. ARGV[j + 1]) end
+  end
+  place = last + 1
+end
+return added
 """
 
 # KEYS: user, events of three days. ARGV: events. Version and state, then 1 for each event that is known.
@@ -150,12 +173,24 @@ class RedisStore(StateStore):
 
     def put(self, changes: Sequence[Change]) -> list[bool]:
         """As in `StateStore`; each user by itself."""
+        new = [change for change in changes if change.expected == NOT_THERE and not change.events]
+        if self._nodes is None and len(new) == len(changes) > 1:
+            calls = [_new_users(part, self._keys) for part in _parts(new, NEW_USERS)]
+            return [bool(put) for answer in self._run("put_new", calls) for put in answer]
         today = event_days()[:1]
         return [bool(put) for put in self._run("put", [(self._keys(c.user_id, today), _arguments(c)) for c in changes])]
 
-    def forget(self, user_id: str, state: bytes) -> None:
-        """As in `StateStore`; the append-only file holds the deleted bytes until Redis rewrites it."""
-        self._run("forget", [(self._keys(user_id, event_days()), [state])])
+    def forget(self, user_ids: Sequence[str], state: bytes) -> None:
+        """As in `StateStore`; the append-only file holds the deleted bytes until `rewrite`, or Redis itself, does."""
+        days = event_days()
+        self._run("forget", [(self._keys(user_id, days), [state]) for user_id in user_ids])
+
+    def rewrite(self) -> None:
+        """As in `StateStore`: the append-only file and the snapshot of the server, or of all nodes of a cluster.
+
+        Needs the rights to BGREWRITEAOF, BGSAVE, CONFIG GET and INFO.
+        """
+        self._answer(lambda: [self._rewrite(node) for node in self._servers()])
 
     def loaded(self, load: str) -> dict[int, str]:
         """As in `StateStore`."""
@@ -169,6 +204,22 @@ class RedisStore(StateStore):
     def close(self) -> None:
         """As in `StateStore`."""
         self._client.close()
+
+    def _servers(self) -> list[Any]:
+        """A client of each server that holds users, replicas too."""
+        if self._nodes is None:
+            return [self._client]
+        return [self._client.get_redis_connection(node) for node in self._client.get_nodes()]
+
+    def _rewrite(self, server: Any) -> None:
+        """Rewrite the files that one server keeps, and wait until it has."""
+        for keeps, command, running, status in _FILES:
+            if keeps(server):
+                _wait_while(server, running)  # one that began before holds what was deleted since
+                command(server)
+                state = _wait_while(server, running)
+                if state[status] != "ok":
+                    raise StoreUnavailableError(f"store {self._shown} could not rewrite its files; see its log")
 
     def _keys(self, user_id: str, days: Sequence[int] = (), *, log: bool = True) -> list[str]:
         tag = urlsafe_b64encode(user_key(self._namespace, user_id))[:22].decode()
@@ -225,7 +276,33 @@ class RedisStore(StateStore):
             )
 
 
-_SCRIPTS = {"put": PUT, "get": GET, "read": READ, "forget": FORGET}
+# Of the append-only file and the snapshot: whether a server keeps it, how it is rewritten, and where INFO says how far.
+_FILES: tuple[tuple[Callable[[Any], bool], Callable[[Any], Any], str, str], ...] = (
+    (
+        lambda server: server.config_get("appendonly").get("appendonly") == "yes",
+        lambda server: server.bgrewriteaof(),
+        "aof_rewrite_in_progress",
+        "aof_last_bgrewrite_status",
+    ),
+    (
+        lambda server: (
+            bool(server.config_get("save").get("save")) or server.info("persistence").get("rdb_saves", 0) > 0
+        ),
+        lambda server: server.bgsave(),
+        "rdb_bgsave_in_progress",
+        "rdb_last_bgsave_status",
+    ),
+)
+_SCRIPTS = {"put": PUT, "put_new": PUT_NEW, "get": GET, "read": READ, "forget": FORGET}
+
+
+def _wait_while(server: Any, running: str) -> Mapping[str, Any]:
+    """What a server says of its files once a rewrite has ended."""
+    while True:
+        state: Mapping[str, Any] = server.info("persistence")
+        if not state[running] and not state.get("aof_rewrite_scheduled"):
+            return state
+        time.sleep(0.05)
 
 
 def _patience() -> Any:
@@ -254,9 +331,21 @@ def _arguments(change: Change) -> list[Any]:
     return arguments
 
 
+def _new_users(changes: Sequence[Change], keys_of: Callable[[str], list[str]]) -> tuple[list[str], list[Any]]:
+    """Keys and arguments of PUT_NEW."""
+    keys: list[str] = []
+    arguments: list[Any] = []
+    for change in changes:
+        keys += keys_of(change.user_id)
+        arguments += [change.state, change.heard or b"", len(change.append)]
+        for piece in change.append:
+            arguments += [piece.plays, piece.data]
+    return keys, arguments
+
+
 def _stored(answer: Sequence[Any], events: frozenset[int] = frozenset()) -> Stored:
     return Stored(version=int(answer[0]), state=answer[1], events=events)
 
 
-def _parts(calls: Sequence[T]) -> Iterator[Sequence[T]]:
-    return (calls[begin : begin + PIPELINE] for begin in range(0, len(calls), PIPELINE))
+def _parts(calls: Sequence[T], size: int = PIPELINE) -> Iterator[Sequence[T]]:
+    return (calls[begin : begin + size] for begin in range(0, len(calls), size))

@@ -243,7 +243,11 @@ def _users_router(service: Service) -> APIRouter:
 
     @router.delete("/users/{user_id:any_id}", status_code=204, response_class=Response)
     async def forget(user_id: UserPath) -> Response:
-        """Delete a user from the store, known or not. Plays from before this moment are rejected from now on."""
+        """Delete a user, known or not.
+
+        From the answer on the user is unknown, and plays from before this moment are rejected; later plays are those of
+        a new user. `rayrec compact` erases the user's rows from the files of the workspace.
+        """
         await service.forget(service.live, user_id)
         return Response(status_code=204)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from starlette.concurrency import run_in_threadpool
 
-from rayrec.data.impressions import ImpressionLog, LogBounds, forget_user
+from rayrec.data.impressions import ImpressionLog, LogBounds
 from rayrec.data.moments import EPOCH, now_ms
 from rayrec.data.windows import NEVER
 from rayrec.errors import InputError, NotFoundError
@@ -74,7 +74,7 @@ from rayrec.serving.schemas import (
 from rayrec.serving.serve_config import MAX_K, ServeConfig
 from rayrec.serving.served_catalog import ServedCatalog, load_served_catalog
 from rayrec.serving.users import StoredUser, StoredUsers
-from rayrec.storage.workspace import IMPRESSIONS, Workspace
+from rayrec.storage.workspace import Workspace
 
 TOGETHER = 32  # users of a batch that are answered at once: other requests get their turn in between
 
@@ -264,12 +264,8 @@ class Service:
         return ListedPlays(release=live.id, user_id=user_id, count=query.plays, plays=plays)
 
     async def forget(self, live: LiveRelease, user_id: str) -> None:
-        """Delete a user from store and impression log; plays from before this moment are rejected from now on."""
-        at = now_ms()
-        await self.users.forget(live, user_id, at)
-        workspace = self.holder.workspace
-        if self.log is not None or await run_in_threadpool(workspace.exists, IMPRESSIONS):
-            await run_in_threadpool(forget_user, workspace, user_id, at)
+        """Delete a user; plays from before this moment are rejected from now on."""
+        await self.users.forget(live, user_id, now_ms())
 
     async def find_songs(self, live: LiveRelease, query: str, limit: int) -> SongMatches:
         """Songs by words of their title or artist."""

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from rayrec.data import impressions
+from rayrec.data.forgotten import mark_forgotten
 from rayrec.data.impressions import (
     ImpressionLog,
     LogBounds,
     compact_impressions,
-    delete_forgotten,
-    forget_user,
+    erase_impressions,
     log_files,
     read_impressions,
 )
@@ -195,7 +195,6 @@ def test_a_compaction_joins_the_files_of_each_day_before_today_and_keeps_every_r
         made.log.add("events", event(number) | {"moment": moment})
         made.log.flush()
     before = ids(workspace)
-    forget_user(workspace, "somebody else", today)
     compact_impressions(workspace)
     assert ids(workspace) == before == [f"r{number}" for number in range(6)]
     files = log_files(workspace)
@@ -222,10 +221,10 @@ def test_a_deleted_user_is_hidden_at_once_and_then_in_no_file(workspace: Workspa
     made.log.add("events", event(1, "secret-user"))
     made.log.flush()
     made.log.add("answers", answer(3, "secret-user"))  # still in memory as the user is deleted
-    forget_user(workspace, "secret-user", NOW + 100)
+    mark_forgotten(workspace, ["secret-user"], NOW + 100)
     assert ids(workspace) == ["r0", "r2"]
     made.log.flush()
-    assert delete_forgotten(workspace) == 2
+    assert erase_impressions(workspace) == 2
     assert ids(workspace) == ["r0", "r2"]
     assert not list(read_impressions(workspace, "events"))
     everything = [path for path in Path(workspace.root).rglob("*") if path.is_file()]
