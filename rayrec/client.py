@@ -39,6 +39,8 @@ class SongAnswer(TypedDict):
     artist: str | None
     score: float
     reasons: list[str] | None
+    explored: bool | None
+    probability: float | None
 
 
 class RecommendationsAnswer(TypedDict):
@@ -118,6 +120,16 @@ class PlaysAnswer(TypedDict):
     dropped: int
     outcomes: list[str]
     errors: list[dict[str, str]]
+
+
+class SongsAddedAnswer(TypedDict):
+    """What became of songs that were sent."""
+
+    release: str
+    added: int
+    online: int
+    limit: int
+    outcomes: list[Literal["added", "known"]]
 
 
 class TasteAnswer(TypedDict):
@@ -280,6 +292,13 @@ class Client(_Connection):
         """
         return cast(PlaysAnswer, self._send(_plays_call(plays)))
 
+    def add_songs(self, songs: Sequence[Mapping[str, Any]]) -> SongsAddedAnswer:
+        """Add songs until the next release, up to 1,000, all or none; every replica recommends them within a second.
+
+        Each has a song_id and, where they are known, title, artist, album, released, markets and vector.
+        """
+        return cast(SongsAddedAnswer, self._send(("POST", "/v1/songs", {"json": {"songs": list(songs)}})))
+
     def taste(self, user_id: str, at: Moment | None = None) -> TasteAnswer:
         """The taste vectors of a stored user."""
         return cast(TasteAnswer, self._send(_taste_call(user_id, at)))
@@ -355,6 +374,10 @@ class AsyncClient(_Connection):
     async def plays(self, plays: Sequence[Mapping[str, Any]]) -> PlaysAnswer:
         """As in `Client`."""
         return cast(PlaysAnswer, await self._send(_plays_call(plays)))
+
+    async def add_songs(self, songs: Sequence[Mapping[str, Any]]) -> SongsAddedAnswer:
+        """As in `Client`."""
+        return cast(SongsAddedAnswer, await self._send(("POST", "/v1/songs", {"json": {"songs": list(songs)}})))
 
     async def taste(self, user_id: str, at: Moment | None = None) -> TasteAnswer:
         """As in `Client`."""

@@ -26,6 +26,11 @@ class Arms:
         """`releases` holds those that arms name, by id."""
         self._experiment, self._releases = experiment, releases
 
+    @property
+    def releases(self) -> list[LiveRelease]:
+        """Those that arms name."""
+        return list(self._releases.values())
+
     def assign(self, request: RecommendationsRequest, live: LiveRelease) -> Assigned:
         """A request as its user's arm has it.
 

@@ -18,6 +18,7 @@ MAX_K = 1_000  # songs of an answer
 MAX_HISTORY = 10_000  # plays of a history
 MAX_BATCH = 256  # users of a call
 MAX_PLAYS = 1_000  # new plays of a call
+MAX_NEW_SONGS = 1_000  # songs to add of a call
 MAX_LISTED = 10_000  # songs of a list to leave out
 
 MAX_ARM_RELEASES = 2  # that arms of an experiment name: a replica holds them beside the live one
@@ -35,7 +36,9 @@ class Arm(Settings):
     exclude_heard: bool | None = Field(None, description="Leave out the songs that the user has played")
     diversity: float | None = Field(None, ge=0, le=1, description="0: the best songs; up to 1: songs less alike")
 
-    REQUEST: ClassVar[tuple[str, ...]] = ("horizon", "exclude_heard", "diversity")
+    explore: float | None = Field(None, ge=0, le=1, description="Share of songs with few plays, drawn by chance")
+
+    REQUEST: ClassVar[tuple[str, ...]] = ("horizon", "exclude_heard", "diversity", "explore")
 
     @field_validator("horizon", mode="before")
     @classmethod

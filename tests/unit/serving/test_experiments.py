@@ -194,6 +194,14 @@ def test_every_answer_is_in_the_log_as_it_was_given(logged: Logged) -> None:
     assert rows[-1]["request_id"] == "q"
 
 
+def test_explored_songs_are_in_the_log_with_their_probabilities(logged: Logged) -> None:
+    answer = logged.recommend("user-6", explore=0.6)
+    assert sum(song["probability"] is not None for song in answer["songs"]) == 3
+    (row,) = logged.rows("answers")
+    for name in ("explored", "probability"):
+        assert row[name] == [song[name] for song in answer["songs"]]
+
+
 def test_plays_are_in_the_log_once_with_the_answer_that_they_name(logged: Logged) -> None:
     answer = logged.recommend("user-3")
     play = {"event_id": "p", "user_id": "user-3", "song_id": answer["songs"][0]["song_id"], "share_listened": 0.8}
