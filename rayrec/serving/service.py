@@ -545,8 +545,10 @@ def make_service(
 ) -> Service:
     """A service whose releases `load` loads, by their id; it watches which one is live.
 
-    Raises `RayrecError` where a release that an arm of the experiment names cannot be loaded.
+    Raises `RayrecError` where a release that an arm of the experiment names cannot be loaded, or the access log cannot
+    be written.
     """
+    access = AccessLog(config.access_log) if config.access_log else None
     # One object for an arm's release and the live one where they are the same.
     held = {release_id: load(release_id) for release_id in (config.experiment.releases if config.experiment else ())}
 
@@ -569,7 +571,6 @@ def make_service(
             seconds=config.log_seconds, rows=config.log_rows, disk_bytes=config.log_megabytes * 1_000_000
         )
         log = ImpressionLog(workspace, metrics.replica, bounds, metrics.logged)
-    access = AccessLog(config.access_log) if config.access_log else None
     return Service(holder, config, keys, metrics, users, Arms(config.experiment, held), log, access)
 
 
