@@ -527,7 +527,7 @@ def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
         elif path.endswith(STORED):
             audit.problem(path, "is listed in no manifest")
     if erasing:
-        audit.note(SCRATCH, f"holds {erasing} files of an unfinished erasing; `rayrec compact` goes on with it")
+        audit.note(SCRATCH, f"holds {erasing} files of an unfinished erasing; `rayrec compact` continues it")
     waiting = len(read_waiting(audit.workspace))
     if waiting:
         audit.note(FORGOTTEN, f"lists {waiting} deleted users whose rows are not erased yet; `rayrec compact` does it")

@@ -6,6 +6,7 @@ U users of a batch.
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
@@ -80,11 +81,13 @@ def load_states(dataset: Dataset, store: StateStore, release: Manifest, *, repea
             f"tastes {tastes.id} were computed from data set {tastes.inputs['dataset']}, the workspace holds "
             f"{dataset.manifest.id}; run `rayrec taste` and `rayrec release create`"
         )
-    buckets, loader = dataset.manifest.buckets, _Loader(dataset, store, tastes)
+    buckets = dataset.manifest.buckets
     done = (
         {} if repeat else {bucket: LoadResult(**json.loads(text)) for bucket, text in store.loaded(tastes.id).items()}
     )
-    with progress("User states", buckets) as bar:
+    # A batch is written while the next one is read and packed.
+    with ThreadPoolExecutor(max_workers=1) as writer, progress("User states", buckets) as bar:
+        loader = _Loader(dataset, store, tastes, writer)
         bar.advance(len(done))
         for bucket in range(buckets):
             if bucket not in done:
@@ -97,8 +100,9 @@ def load_states(dataset: Dataset, store: StateStore, release: Manifest, *, repea
 class _Loader:
     """Loads buckets of one tastes artifact."""
 
-    def __init__(self, dataset: Dataset, store: StateStore, tastes: Manifest) -> None:
-        self._dataset, self._store, self._tastes = dataset, store, tastes
+    def __init__(self, dataset: Dataset, store: StateStore, tastes: Manifest, writer: Executor) -> None:
+        """`writer` has one thread, which alone puts users into the store."""
+        self._dataset, self._store, self._tastes, self._writer = dataset, store, tastes, writer
         self._forgotten = read_waiting(dataset.workspace)  # the rows of others are erased
         model = artifacts.load(dataset.workspace, "models", tastes.inputs["models"])
         self._model = model.id
@@ -107,8 +111,14 @@ class _Loader:
     def load(self, bucket: int) -> LoadResult:
         """Load one bucket."""
         began, total = time.monotonic(), LoadResult(buckets=1)
+        writing: Future[LoadResult] | None = None
         for histories, table in self._batches(bucket):
-            total += self._load_batch(histories, table)
+            batch = self._packed(histories, table)
+            if writing is not None:
+                total += writing.result()
+            writing = self._writer.submit(self._write, *batch)
+        if writing is not None:
+            total += writing.result()
         return replace(total, seconds=round(time.monotonic() - began, 3))
 
     def _batches(self, bucket: int) -> Iterator[tuple[Histories, pa.Table]]:
@@ -133,13 +143,17 @@ class _Loader:
                     )
                 yield histories, table
 
-    def _load_batch(self, histories: Histories, table: pa.Table) -> LoadResult:
+    def _packed(self, histories: Histories, table: pa.Table) -> tuple[Histories, States, list[Change], int]:
+        """The users who are not deleted, what to write of each where the store lacks them all, and the deleted."""
         states, deleted = states_of(table, self._layers), self._forgotten.holds(histories.user_ids)
         if deleted.any():
             histories = histories.take(~deleted)
             states = States(hidden=states.hidden[~deleted], last_played_at=states.last_played_at[~deleted])
-        added = self._store.put(self._new_users(histories, states))
-        total = LoadResult(added=sum(added), deleted=int(deleted.sum()))
+        return histories, states, self._new_users(histories, states), int(deleted.sum())
+
+    def _write(self, histories: Histories, states: States, new: list[Change], deleted: int) -> LoadResult:
+        added = self._store.put(new)
+        total = LoadResult(added=sum(added), deleted=deleted)
         batch = {
             user_id: self._user(histories, states, row)
             for row, (user_id, put) in enumerate(zip(histories.user_ids.tolist(), added, strict=True))
