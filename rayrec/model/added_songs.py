@@ -239,14 +239,17 @@ class SongPlacer:
         self._first_rows: tuple[dict[int, int], dict[int, int]] = {}, {}  # by artist and by album
 
     def place(self, songs: Sequence[LaterSong]) -> AddedSongs:
-        """All of the songs, by ascending rows, without plays; rows of zeros where nothing of use is known of a song."""
+        """All of the songs, by ascending rows, without plays; rows of zeros where nothing of use is known of a song.
+
+        Content of another length than the catalog's says nothing.
+        """
         artists, albums = (
             np.array([self._code(group, getattr(song, name)) for song in songs], dtype=np.int64)
             for group, name in enumerate(("artist", "album"))
         )
         content = np.zeros((len(songs), self.content_dim), dtype=np.float32)
         for place, song in enumerate(songs):
-            if song.content is not None:
+            if song.content is not None and len(song.content) == self.content_dim:
                 content[place] = song.content
         known = SongContent(artists=artists, albums=albums, content=content)
         near = np.flatnonzero(self._present & self._described.near(known))

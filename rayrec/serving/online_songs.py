@@ -148,6 +148,7 @@ class OnlineSongs:
             version, changed = store.songs_since(self._version)
             if version < self._version:  # of a store that was emptied
                 version, changed = store.songs_since(0)
+                self._taken = _Taken()
             if changed:
                 self._take(changed)
             self._version = version
@@ -217,16 +218,15 @@ class OnlineSongs:
                 fresh.append(song.number)
             if song.sums and song.model == self._model:
                 taken.plays[song.number] = np.frombuffer(song.sums, dtype="<f8")
-        if not taken.songs:
-            self._taken = taken
-            return
         if fresh:
             later = [taken.songs[number].later(int(taken.row_of_number[number])) for number in fresh]
             placed = self._made_placer().place(later)
             taken.placed = placed if before.placed is None else before.placed.joined(placed)
-        songs = self._with_plays(taken)
-        added = songs if self._of_release is None else self._of_release.joined(songs)
-        self._engine.add_songs(added)
+        known = np.zeros(0, dtype=np.int64)
+        if taken.placed is not None:
+            songs = self._with_plays(taken, taken.placed)
+            self._engine.add_songs(songs if self._of_release is None else self._of_release.joined(songs))
+            known = songs.rows
         self._taken = taken
         self._catalog.with_online(
             OnlineCatalog.of(
@@ -234,7 +234,7 @@ class OnlineSongs:
                 _table([taken.songs[number] for number in taken.beyond]),
                 taken.row_of_number,
                 list(taken.songs),
-                songs.rows,
+                known,
             )
         )
 
@@ -248,14 +248,12 @@ class OnlineSongs:
         return self._placer
 
     @staticmethod
-    def _with_plays(taken: _Taken) -> AddedSongs:
-        """The songs with a vector, drawn to what was played around their first plays.
+    def _with_plays(taken: _Taken, placed: AddedSongs) -> AddedSongs:
+        """The placed songs with a vector, drawn to what was played around their first plays.
 
         What the network reads of a song stays as it was before its plays, so that states are the same whenever they
         are computed.
         """
-        placed = taken.placed
-        assert placed is not None
         number_of_row = OnlineSongs._number_of_row(taken)
         dim = placed.outputs.shape[1]
         sums = np.zeros((len(placed), 1 + 2 * dim))

@@ -98,7 +98,7 @@ class ServedCatalog:
 
     def with_online(self, online: OnlineCatalog) -> None:
         """Take songs in that were added online, in place of those taken in before."""
-        more = online.first + len(online.catalog) - len(self.known)
+        more = max(0, online.first + len(online.catalog) - len(self.known))
         known = np.pad(self.known, (0, more))
         known[online.known] = True
         self.plays = np.pad(self.plays, (0, more))

@@ -259,6 +259,21 @@ def test_a_release_that_has_the_song_takes_its_place_and_plays_of_it_stay(
         within_a_second(lambda: [song.song_id for song in store.songs_since(0)[1] if song.data] == ["new-2", "new-3"])
 
 
+def test_plays_stay_where_releases_have_all_songs_that_were_added(world: Workspace, tmp_path: Path) -> None:
+    path = tmp_path / "new.csv"
+    path.write_text("song,title,artist\nother,Other,Artist 1\nnew-1,New 1,Artist 3\n")
+    with service(world) as each:
+        add(Client(each), new_song(1))
+        sent = [play("ann", song, AT + place) for place, song in enumerate(["song-1", "new-1", "song-2"])]
+        assert Client(each).post("/v1/plays", {"plays": sent}).json()["taken"] == 3
+    describe(world, DescribeConfig(append=True), str(path))
+    add_songs(world)
+    releases.create_release(world, activate=True)
+    with service(world) as each:
+        played = Client(each).get("/v1/users/ann/plays").json()["plays"]
+        assert [one["song_id"] for one in played] == ["song-1", "new-1", "song-2"]
+
+
 def test_the_model_and_index_of_the_split_topology_take_no_songs(opened: Service) -> None:
     object.__setattr__(opened.live, "online", None)
     assert Client(opened).post("/v1/songs", new_song(1)).status_code == 409
