@@ -147,8 +147,9 @@ def compact_parts(call: Call, *, store: StoreOption = None) -> Shown:
             opened.close()
     before, after = len(made.spans_before), len(made.spans)
     told = {"id": made.dataset.id, "files_per_bucket": after, "files_per_bucket_before": before}
-    views = [
-        f"{before} files a bucket became {after}." if made.spans != made.spans_before else "There is nothing to join."
+    joined = made.spans != made.spans_before
+    views: list[RenderableType] = [
+        f"{before} files a bucket became {after}." if joined else "There is nothing to join."
     ]
     if made.erased.users:
         views.append(f"{made.erased.users:,} deleted users were erased from {made.erased.files:,} files.")
@@ -175,11 +176,11 @@ def forget(
     if not ids:
         raise InputError("No user was given; pass --user ID or --users FILE")
     count = forget_users(call.workspace, ids, store=store)
-    data, views = {"users": count}, [f"{count:,} users deleted."]
+    deleted = f"{count:,} users deleted."
     if not compact:
-        return Shown(data, [*views, "`rayrec compact` erases their rows from all files."])
+        return Shown({"users": count}, [deleted, "`rayrec compact` erases their rows from all files."])
     done = compact_parts(call, store=store)
-    return Shown({**data, "compact": done.data}, [*views, *done.views])
+    return Shown({"users": count, "compact": done.data}, [deleted, *done.views])
 
 
 def _lines(path: Path) -> list[str]:

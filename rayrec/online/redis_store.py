@@ -269,7 +269,7 @@ class RedisStore(StateStore):
 
         Needs the rights to BGREWRITEAOF, BGSAVE, CONFIG GET and INFO.
         """
-        self._answer(lambda: [self._rewrite(node) for node in self._servers()])
+        self._answer(self._rewrite_all)
 
     def loaded(self, load: str) -> dict[int, str]:
         """As in `StateStore`."""
@@ -313,6 +313,10 @@ class RedisStore(StateStore):
         if self._nodes is None:
             return [self._client]
         return [self._client.get_redis_connection(node) for node in self._client.get_nodes()]
+
+    def _rewrite_all(self) -> None:
+        for server in self._servers():
+            self._rewrite(server)
 
     def _rewrite(self, server: Any) -> None:
         """Rewrite the files that one server keeps, and wait until it has."""

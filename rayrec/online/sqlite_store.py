@@ -29,6 +29,7 @@ from rayrec.online.state_store import (
 
 FORMAT = 3  # of the tables, in user_version; 0 is a file that was just made
 WAIT_SECONDS = 10.0  # for other writers, at most
+PAGE_BYTES = 8_192  # a state takes 1.3 KB: of pages of 4 KB a third would stay empty
 VARIABLES = 500  # of one statement: SQLite allows 999 in old builds
 
 TABLES = """
@@ -319,6 +320,7 @@ class SqliteStore(StateStore):
                     self._path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
                 )
                 self._connections.append(connection)
+                connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # of a new file
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute("PRAGMA secure_delete = ON")  # a deleted user's bytes must not stay in free pages
