@@ -54,12 +54,22 @@ class RecommendationsAnswer(TypedDict):
     unknown_songs: int
     songs: list[SongAnswer]
     last_plays: list[dict[str, Any]] | None
+    recommendation_id: str
+    arm: str | None
     cursor: str | None
 
 
-class RankAnswer(RecommendationsAnswer):
+class RankAnswer(TypedDict):
     """The given songs, best first."""
 
+    release: str
+    at: str
+    source: Literal["taste", "popular"]
+    path: str
+    plays: int
+    unknown_songs: int
+    songs: list[SongAnswer]
+    last_plays: list[dict[str, Any]] | None
     unknown_song_ids: list[str]
 
 
@@ -106,6 +116,8 @@ class PlaysAnswer(TypedDict):
     rejected: int
     unknown_songs: int
     invalid: int
+    logged: int
+    dropped: int
     outcomes: list[str]
     errors: list[dict[str, str]]
 
@@ -274,7 +286,10 @@ class Client(_Connection):
         return self.plays([_play(user_id, song_id, played_at, event_id, options)])
 
     def plays(self, plays: Sequence[Mapping[str, Any]]) -> PlaysAnswer:
-        """Store plays, up to 1,000: user_id, song_id, event_id and, unless they are played now, played_at."""
+        """Store plays, up to 1,000: user_id, song_id, event_id and, unless they are played now, played_at.
+
+        A `type` of skip or like says what else they are, `recommendation_id` which answer their song came from.
+        """
         return cast(PlaysAnswer, self._send(_plays_call(plays)))
 
     def add_songs(self, songs: Sequence[Mapping[str, Any]]) -> SongsAddedAnswer:
@@ -289,8 +304,8 @@ class Client(_Connection):
         return cast(TasteAnswer, self._send(_taste_call(user_id, at)))
 
     def forget(self, user_id: str) -> None:
-        """Delete a user."""
-        self._send(("DELETE", f"/v1/users/{_escaped(user_id)}", {}))
+        """Delete a user, known or not: plays from before this moment are rejected, later ones are a new user's."""
+        self._send(_forget_call(user_id))
 
     def similar(self, song_id: str, k: int = 20) -> list[SongAnswer]:
         """Songs like a song, the nearest first."""
@@ -368,6 +383,10 @@ class AsyncClient(_Connection):
         """As in `Client`."""
         return cast(TasteAnswer, await self._send(_taste_call(user_id, at)))
 
+    async def forget(self, user_id: str) -> None:
+        """As in `Client`."""
+        await self._send(_forget_call(user_id))
+
     async def _send(self, call: Call) -> Any:
         method, path, options = call
         for wait in (*self._waits(), None):
@@ -402,6 +421,10 @@ def _plays_call(plays: Sequence[Mapping[str, Any]]) -> Call:
 def _taste_call(user_id: str, at: Moment | None) -> Call:
     params = {} if at is None else {"at": _moment(at)}
     return "GET", f"/v1/users/{_escaped(user_id)}/taste", {"params": params}
+
+
+def _forget_call(user_id: str) -> Call:
+    return "DELETE", f"/v1/users/{_escaped(user_id)}", {}
 
 
 def _play(

@@ -65,7 +65,15 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str) -> Co
 
 def to_mapping(config: Settings) -> dict[str, Any]:
     """The plain values of settings, as JSON holds them."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in config}
+    return {name: _plain(value) for name, value in config}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Settings):
+        return to_mapping(value)
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

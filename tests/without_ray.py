@@ -14,6 +14,7 @@ from rayrec.jobs import (
     embed,
     evaluate,
     fit,
+    forget,
     generate,
     import_data,
     pipeline,
@@ -28,8 +29,8 @@ from rayrec.jobs import (
 from rayrec.storage.workspace import Workspace
 
 JOBS = (
-    *(build_index, compact, embed, evaluate, fit, generate, import_data, pipeline, rank, retrieval, taste, train),
-    *(recommend_all, train_plan, update),
+    *(build_index, compact, embed, evaluate, fit, forget, generate, import_data, pipeline, rank, recommend_all),
+    *(retrieval, taste, train, train_plan, update),
 )
 
 REQUESTS = {"move": 2}  # a copy and a delete

@@ -12,7 +12,8 @@ ORDER = (  # of the commands in the help
     *("songs", "retrieval", "rank"),
     *("taste", "index", "evaluate", "release"),
     "states",
-    *("recommend", "serve", "status", "verify", "clean", "unlock", "run", "tune", "submit", "plan", "bench"),
+    *("recommend", "serve", "experiment", "status", "verify", "clean", "forget", "unlock"),
+    *("run", "tune", "submit", "plan", "bench"),
 )
 
 
@@ -41,6 +42,8 @@ songs_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Add s
 app.add_typer(songs_app, name="songs")
 states_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Manage the user states of the server.")
 app.add_typer(states_app, name="states")
+experiment_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare arms of an experiment.")
+app.add_typer(experiment_app, name="experiment")
 
 
 def _version(wanted: bool) -> None:

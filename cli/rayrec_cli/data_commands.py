@@ -1,8 +1,9 @@
-"""generate, import, compact, describe, split: from files of plays to a data set with splits."""
+"""generate, import, compact, forget, describe, split: from files of plays to a data set with splits."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -113,22 +114,80 @@ def inspect(call: Call, *, format_name: InspectFormat, paths: InspectPaths) -> S
     return Shown(found.to_mapping(), [*views, *found.notes, found.command])
 
 
-@command(app, "compact", example="rayrec compact")
-def compact_parts(call: Call) -> Shown:
-    """Join the parts that import --append left, so that reading takes few requests again.
+UserOption = Annotated[list[str] | None, typer.Option("--user", metavar="ID", help="User ID; repeat it for several.")]
+UsersOption = Annotated[Path | None, typer.Option("--users", metavar="FILE", help="File of user IDs, one a line.")]
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URI",
+        help="sqlite:///PATH or redis://HOST:PORT/0. [default: the file in the workspace, where there is one]",
+    ),
+]
+CompactOption = Annotated[bool, typer.Option("--compact", help="Run rayrec compact after it.")]
 
-    The plays stay the same, and so does everything that was made of them. The old files stay until rayrec clean
-    deletes them.
+
+@command(app, "compact", example="rayrec compact")
+def compact_parts(call: Call, *, store: StoreOption = None) -> Shown:
+    """Join the parts that import --append left, and erase deleted users.
+
+    All other plays stay the same, and so does everything that was made of them; reading takes few requests again. The
+    old files stay until rayrec clean deletes them, without the rows of users whom rayrec forget or the server deleted.
+    The store rewrites its files: an SQLite file its write-ahead log, Redis its append-only file and snapshot.
     """
     from rayrec.jobs.compact import compact as job
+    from rayrec.jobs.forget import open_own_store
 
     made = job(call.workspace)
+    opened = open_own_store(call.workspace, store, made.dataset.lineage or made.dataset.id)
+    if opened is not None:
+        try:
+            opened.rewrite()
+        finally:
+            opened.close()
     before, after = len(made.spans_before), len(made.spans)
     told = {"id": made.dataset.id, "files_per_bucket": after, "files_per_bucket_before": before}
-    text = (
-        f"{before} files a bucket became {after}." if made.spans != made.spans_before else "There is nothing to join."
-    )
-    return Shown({**told, "parts": made.dataset.parts}, [text])
+    joined = made.spans != made.spans_before
+    views: list[RenderableType] = [
+        f"{before} files a bucket became {after}." if joined else "There is nothing to join."
+    ]
+    if made.erased.users:
+        views.append(f"{made.erased.users:,} deleted users were erased from {made.erased.files:,} files.")
+    return Shown({**told, "parts": made.dataset.parts, "erased": asdict(made.erased)}, views)
+
+
+@command(app, "forget", example="rayrec forget --user ann --store redis://127.0.0.1:6379/0")
+def forget(
+    call: Call,
+    *,
+    user: UserOption = None,
+    users: UsersOption = None,
+    store: StoreOption = None,
+    compact: CompactOption = False,
+) -> Shown:
+    """Delete users, known or not.
+
+    From now on answers are those of unknown users, and plays from before this moment are rejected; later plays are
+    those of new users. Their rows are erased from all files by the next rayrec compact, or by any job that reads users.
+    """
+    from rayrec.jobs.forget import forget_users
+
+    ids = [*(user or []), *(_lines(users) if users else [])]
+    if not ids:
+        raise InputError("No user was given; pass --user ID or --users FILE")
+    count = forget_users(call.workspace, ids, store=store)
+    deleted = f"{count:,} users deleted."
+    if not compact:
+        return Shown({"users": count}, [deleted, "`rayrec compact` erases their rows from all files."])
+    done = compact_parts(call, store=store)
+    return Shown({"users": count, "compact": done.data}, [deleted, *done.views])
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}; give a UTF-8 file with one user ID a line") from error
 
 
 @command(

@@ -77,7 +77,8 @@ def command(
         own = list(inspect.signature(body, eval_str=True).parameters.values())[1 if config is None else 2 :]
         positional = [_parameter(key, kind, None) for key, kind in (arguments or {}).items()]
         fields = {} if config is None else config.model_fields
-        flags = [*positional, *(flag(key, field) for key, field in fields.items() if key not in (arguments or {}))]
+        named = {key: field for key, field in fields.items() if not (_is_section(field) or key in (arguments or {}))}
+        flags = [*positional, *(flag(key, field) for key, field in named.items())]
 
         @functools.wraps(body)
         def run(ctx: typer.Context, **values: Any) -> int:
@@ -125,6 +126,12 @@ def flag(name: str, field: FieldInfo) -> inspect.Parameter:
         *names, metavar=metavar, help=_help(field), show_default=False, autocompletion=lambda: choices
     )
     return _parameter(name, Annotated[kind | None, option], None)
+
+
+def _is_section(field: FieldInfo) -> bool:
+    """True for settings of their own, which a config file holds as a section and no flag can."""
+    hint = base_type(field.annotation)
+    return isinstance(hint, type) and issubclass(hint, Settings)
 
 
 def _preset_option(config: type[Settings]) -> Any:

@@ -1,4 +1,4 @@
-"""release, states, serve: what the server uses, and the server."""
+"""release, states, serve, experiment: what the server uses, the server, and what it was used for."""
 
 import signal
 import threading
@@ -11,11 +11,12 @@ import typer
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import load_split
 from rayrec.errors import InputError, NotFoundError
+from rayrec.evaluation.experiment_report import ExperimentReportConfig, report_experiment
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest, load
 from rayrec.storage.cleaning import delete_garbage, find_garbage
-from rayrec_cli.app import app, release_app, states_app
+from rayrec_cli.app import app, experiment_app, release_app, states_app
 from rayrec_cli.options import Call, ForceOption, command
 from rayrec_cli.output import Shown, day, figures, note, size, table
 
@@ -194,6 +195,8 @@ def serve(call: Call, config: ServeConfig) -> Shown:
     from rayrec.serving.run import running
 
     require_one_faiss()
+    for release in config.experiment.releases if config.experiment else ():
+        load(call.workspace, releases.KIND, release)  # before anything starts
     _load_missing_states(call, config.store)
     stopped = threading.Event()
     with running(call.workspace, config) as url:
@@ -234,3 +237,24 @@ def _release(call: Call, release: Manifest) -> Shown:
     parts = {name: release.inputs[name] for name in PARTS if name in release.inputs}
     title = f"Release {release.id}" + (" (live)" if is_live else "")
     return Shown({"id": release.id, "active": is_live, **parts}, [figures(title, parts)])
+
+
+@command(experiment_app, "report", config=ExperimentReportConfig, example="rayrec experiment report --days 7")
+def report(call: Call, config: ExperimentReportConfig) -> Shown:
+    """Compare the arms of an experiment by what users played after the answers.
+
+    Recall is the share of the songs played after an answer that had been recommended, with 95 % intervals by
+    bootstrap over users. Reads the impression log that `rayrec serve --log-impressions` writes.
+    """
+    made = report_experiment(call.workspace, config)
+    rows = [
+        [arm.arm, arm.users, arm.answers, arm.played, arm.recall, _interval(arm.low, arm.high), arm.skips, arm.likes]
+        for arm in made.arms
+    ]
+    title = f"Experiment {made.experiment}, {day(made.first_answer)} to {day(made.last_answer)}"
+    headers = ["arm", "users", "answers", "played", "recall", "95 %", "skips", "likes"]
+    return Shown(made.to_mapping(), [table(title, headers, rows), made.verdict])
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"{low:.3f}–{high:.3f}"

@@ -16,6 +16,8 @@ CONTEXTS = "contexts"  # bit i set: the play came from the i-th context of datas
 SKIPPED = "skipped"
 TOTAL = "total"  # plays the user has in all, where only the first of them are there
 PLAYLIST = "playlist_id"
+SONG_IDS = "song_ids"  # of recommendations, best first
+SCORES = "scores"  # one a song
 
 # One play, as every reader of an outside format emits it. `contexts` are names until the set of
 # all contexts is known; `source` and `line` say where the row came from. Where the data has no

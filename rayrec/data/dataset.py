@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from rayrec.data import columns
 from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE, Catalog, described
 from rayrec.data.content import Content
+from rayrec.data.forgotten import read_waiting
 from rayrec.data.histories import Histories, user_hash
 from rayrec.data.parts import find_users, merge_users, read_files, read_users, with_columns
 from rayrec.data.spelling import spell_id
@@ -85,7 +86,10 @@ class Dataset:
         return self.histories([user_id])
 
     def histories(self, user_ids: Sequence[str]) -> Histories:
-        """Those of users, in their order; a file is opened once. Raises `NotFoundError` for one who is not there."""
+        """Those of users, in their order; a file is opened once. Raises `NotFoundError` for one who is not there.
+
+        Deleted users are not there, whether their plays are erased already or not.
+        """
         ids = np.array([spell_id(user_id) or user_id for user_id in user_ids], dtype=object)
         buckets = self.bucket_of(ids)
         parts: list[Histories] = []
@@ -93,7 +97,8 @@ class Dataset:
             for path in self.manifest.histories_files(bucket):
                 parts += find_users(self.workspace, path, np.unique(ids[buckets == bucket]))
         merged = merge_users(parts)
-        row_of = {user_id: row for row, user_id in enumerate(merged.user_ids.tolist())}
+        deleted = read_waiting(self.workspace).holds(merged.user_ids)
+        row_of = {user_id: row for row, user_id in enumerate(merged.user_ids.tolist()) if not deleted[row]}
         for user_id in ids.tolist():
             if user_id not in row_of:
                 raise NotFoundError(

@@ -9,10 +9,12 @@ import numpy as np
 import pyarrow as pa
 
 from rayrec.data import columns
+from rayrec.data.forgotten import NOBODY, ForgottenUsers
 from rayrec.data.parts import read_overlap, read_users
 from rayrec.importing.fragments import BucketGroup, PieceResult
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.merging import (
+    FORGOTTEN_USER,
     MergedRows,
     drop_rare,
     rows_among,
@@ -21,6 +23,7 @@ from rayrec.importing.merging import (
     to_histories,
     to_playlists,
     to_positions,
+    without_forgotten,
 )
 from rayrec.importing.readers.reader import Unit
 from rayrec.importing.staging import Staging, write_histories
@@ -41,14 +44,15 @@ class MergeSettings:
     has_skipped: bool
     in_lines: bool  # the order of a row is its place in its line
     base: DatasetManifest | None = None  # the data set that plays are appended to
+    forgotten: ForgottenUsers = NOBODY  # whose plays from before their deletion are left out
 
     @property
     def part(self) -> int:
         """The part of the histories that plays become."""
         return self.base.parts if self.base else 0
 
-    def rows_of(self, group: BucketGroup, bucket: int) -> tuple[MergedRows, int]:
-        """The rows of a bucket, sorted, and how many duplicates were merged."""
+    def rows_of(self, group: BucketGroup, bucket: int) -> tuple[MergedRows, int, int]:
+        """The rows of a bucket, sorted; how many duplicates were merged, and how many are of deleted users."""
         parts = (
             (
                 [self.files[unit] for unit in self.pieces[piece]],
@@ -57,7 +61,9 @@ class MergeSettings:
             )
             for piece, rows in group.read(bucket)
         )
-        return sort_rows(parts, in_lines=self.in_lines)
+        rows, merged = sort_rows(parts, in_lines=self.in_lines)
+        kept = without_forgotten(rows, self.forgotten)
+        return kept, merged, len(rows) - len(kept)
 
 
 class PieceImporter:
@@ -118,7 +124,7 @@ class KeyCounter(_GroupWorker):
 
     def run(self, bucket: int, group: BucketGroup) -> None:
         """Write the counts of one bucket."""
-        rows, _ = self.merge.rows_of(group, bucket)
+        rows, _, _ = self.merge.rows_of(group, bucket)
         earlier = EarlierParts(self.staging.workspace, self.merge.base, bucket)
         keys, counts = song_counts(rows, self.config.min_user_plays, earlier.knows(rows.owners))
         table = pa.table({KEY: pa.array(keys, pa.uint64()), "count": pa.array(counts, pa.int64())})
@@ -177,7 +183,7 @@ class BucketMerger(_GroupWorker):
     def run(self, bucket: int, group: BucketGroup) -> dict[str, Any]:
         """Write the files of one bucket, then its result."""
         earlier = EarlierParts(self.staging.workspace, self.merge.base, bucket)
-        rows, merged = self.merge.rows_of(group, bucket)
+        rows, merged, of_deleted = self.merge.rows_of(group, bucket)
         known = earlier.knows(rows.owners)
         distinct = earlier.without(rows, self.songs)
         merged += len(rows) - len(distinct)
@@ -196,7 +202,7 @@ class BucketMerger(_GroupWorker):
             "rows": len(rows),
             "owners": int(is_new.sum()),
             "merged": merged,
-            "dropped": dropped.counts(),
+            "dropped": dropped.counts() | ({FORGOTTEN_USER: of_deleted} if of_deleted else {}),
             "first": int(rows.order.min()) if len(rows) else 0,
             "last": int(rows.order.max()) if len(rows) else 0,
             "files": files,

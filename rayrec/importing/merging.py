@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.dataset import Dataset
+from rayrec.data.forgotten import ForgottenUsers
 from rayrec.data.histories import Histories
 from rayrec.data.parts import read_files, with_columns
 from rayrec.importing.fragments import KEY, LINE, ORDER, OWNER, UNIT
@@ -19,6 +20,7 @@ from rayrec.importing.staging import Staging, write_histories
 from rayrec.importing.vocabulary import SongRows
 from rayrec.storage.workspace import histories_file
 
+FORGOTTEN_USER = "user was deleted"  # the reason of plays from before the deletion
 MAX_CONTEXTS = 31  # bits of an int32 without its sign
 POSITION_MS = 180_000  # from one position to the next: about a song, so that no session gap falls within a line
 LINE_GAP = 20  # positions left out between two lines of a user: an hour, so that a session gap does
@@ -117,6 +119,11 @@ def _first_of_each(rows: MergedRows) -> np.ndarray:
     first = np.ones(len(rows), dtype=bool)
     first[by_song[1:]] = ~repeated
     return first
+
+
+def without_forgotten(rows: MergedRows, forgotten: ForgottenUsers) -> MergedRows:
+    """The rows that are not from before their owner was deleted. Positions in lines are before any moment."""
+    return rows.keep(rows.order > forgotten.until(rows.owners)[rows.owner]) if forgotten else rows
 
 
 def to_positions(rows: MergedRows) -> MergedRows:

@@ -9,6 +9,7 @@ from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange, fit_range, load_split
 from rayrec.importing.descriptions import take_in_described_songs
 from rayrec.importing.staging import finish_publishing
+from rayrec.jobs.forget import erase_forgotten
 from rayrec.model.added_songs import AddedSongs, FirstPlays, songs_without_vector
 from rayrec.model.checkpoint import INPUT_VECTORS, SONG_VECTORS
 from rayrec.progress import progress
@@ -36,6 +37,7 @@ def add_songs(workspace: Workspace, *, model_id: str | None = None, repeat: bool
     Raises `NotFoundError` without a model, `MismatchError` for one of a data set that this one does not descend from.
     """
     finish_publishing(workspace)
+    erase_forgotten(workspace)
     dataset = Dataset(workspace)
     model = dataset.model(model_id)
     began = time.monotonic()

@@ -1,11 +1,13 @@
-"""Join the parts of the histories, bucket by bucket, so that reading takes few requests again."""
+"""Join the parts of the histories, bucket by bucket, so that reading takes few requests again; erase deleted users."""
 
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from rayrec.data.dataset import Dataset
+from rayrec.data.impressions import compact_impressions
 from rayrec.importing.merging import BucketJoiner, Spans, joined_spans
 from rayrec.importing.staging import Staging, finish_publishing
+from rayrec.jobs.forget import Erased, erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress
 from rayrec.storage import artifacts
@@ -25,23 +27,28 @@ class Compacted:
     dataset: DatasetManifest
     spans_before: Spans  # first and last part of each set of files
     spans: Spans
+    erased: Erased
 
 
 @writes("compact")
 def compact(workspace: Workspace) -> Compacted:
-    """Join the parts of the data set. The plays stay the same; so does all that was made of them.
+    """Erase the rows of deleted users from all files, and join the parts of the data set.
 
+    All other plays stay the same; so does all that was made of them.
     Parts stay apart where tastes end that a later `rayrec taste` goes on from, or that a release among the
     last two uses. Whoever reads the data set already reads the old files, which stay until `rayrec clean`. A killed
-    compaction leaves the data set as it was, and goes on with the buckets that are missing.
+    compaction leaves the data set as it was, and goes on with the buckets that are missing. The impression log is
+    compacted, too.
     """
+    compact_impressions(workspace)
     finish_publishing(workspace)
+    erased = erase_forgotten(workspace)
     dataset = Dataset(workspace)
     base = dataset.manifest
     spans = joined_spans(base.parts, _cuts(dataset))
     new = [span for span in spans if span not in base.spans]
     if not new:
-        return Compacted(dataset=base, spans_before=base.spans, spans=base.spans)
+        return Compacted(dataset=base, spans_before=base.spans, spans=base.spans, erased=erased)
     staging = Staging(workspace, fingerprint("compact", {"spans": spans}, {"dataset": base.id}))
     written = staging.bucket_results()
     todo = [bucket for bucket in range(base.buckets) if bucket not in written]
@@ -52,7 +59,7 @@ def compact(workspace: Workspace) -> Compacted:
             bar.advance()
     manifest = _manifest(base, spans, written, staging)
     staging.publish(manifest)
-    return Compacted(dataset=manifest, spans_before=base.spans, spans=manifest.spans)
+    return Compacted(dataset=manifest, spans_before=base.spans, spans=manifest.spans, erased=erased)
 
 
 def _cuts(dataset: Dataset) -> set[int]:

@@ -15,6 +15,7 @@ from rayrec.embeddings import fit_embeddings
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors, check_health
 from rayrec.importing.vector_files import file_id
+from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
 from rayrec.progress import progress
 from rayrec.storage import artifacts
@@ -34,6 +35,7 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
     Raises `MismatchError` for a split of another data set, `InputError` for settings or files that
     do not fit the data.
     """
+    erase_forgotten(workspace)
     dataset = Dataset(workspace)
     inputs = {"dataset": dataset.manifest.id}
     if split is not None:

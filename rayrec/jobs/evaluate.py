@@ -25,6 +25,7 @@ from rayrec.evaluation.results import Figures, figures_of, settings_of
 from rayrec.importing.readers.files import byte_ranges, find_files
 from rayrec.importing.readers.reader import Unit
 from rayrec.jobs.compared_models import ComparedModels, choose_models, make_recommenders, rankers_of
+from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.rank import fit_ablations
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.checkpoint import EPOCHS
@@ -63,6 +64,7 @@ def evaluate(
     another split.
     """
     started = time.monotonic()
+    erase_forgotten(workspace)
     dataset = Dataset(workspace)
     compared = choose_models(workspace, dataset, config, split, model_id)
     settings = to_mapping(config)
@@ -264,6 +266,7 @@ def evaluate_prefixes(
     started = time.monotonic()
     if config.queries:
         raise InputError("--queries draws from the test range of a split; the pairs of a file are all evaluated")
+    erase_forgotten(workspace)
     dataset = Dataset(workspace)
     (found,) = find_files([file.path], ["*"])[:1]
     compared = choose_models(workspace, dataset, config, split, model_id)

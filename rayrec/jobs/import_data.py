@@ -5,7 +5,7 @@ the song vocabulary and the set of contexts. Second pass: each bucket is merged 
 passes run on Ray and hold a bounded number of rows per worker, whatever the number of users.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
+from rayrec.data.forgotten import read_forgotten
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.fragments import PieceResult, UnitResult
 from rayrec.importing.import_plan import (
@@ -34,6 +35,7 @@ from rayrec.importing.readers import FORMATS
 from rayrec.importing.staging import Staging, buckets_read, discard_others, finish_publishing, piece_names
 from rayrec.importing.summary import ImportSummary, TooManyRejectedError, summarize
 from rayrec.importing.vocabulary import KEY, SongRows, Vocabulary, key_ranges
+from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import BucketWorker, ray_cluster, run_buckets
 from rayrec.progress import progress
 from rayrec.storage.artifacts import fingerprint
@@ -64,6 +66,7 @@ def import_data(workspace: Workspace, config: ImportConfig, *, repeat: bool = Fa
     Raises `InputError` for bad input, and where other plays (or playlists) are there already.
     """
     finish_publishing(workspace)
+    erase_forgotten(workspace)
     plan = plan_import(config)
     existing = Dataset(workspace).manifest if workspace.exists(DATASET_MANIFEST) else None
     if existing is not None and not repeat:
@@ -122,6 +125,7 @@ def append_plays(workspace: Workspace, config: ImportConfig) -> Appended:
     Raises `InputError` where no plays are there, for playlists, and for plays without times.
     """
     finish_publishing(workspace)
+    erase_forgotten(workspace)
     base = _require_appendable(workspace, config)
     plan = plan_import(config)
     if plan.id in [each["plan"] for each in base.appended] or _was_made_by(base, config, plan):
@@ -187,6 +191,7 @@ class _Import:
         print_id = fingerprint("staging", {"plan": plan.id}, inputs)
         self.staging = Staging(workspace, print_id, piece_names(plan.piece_names, self.buckets))
         self.came_to: dict[str, Any] = {}  # read, merged, rejected, last_import
+        self.forgotten = read_forgotten(workspace)
 
     def run(self) -> DatasetManifest:
         pieces = self._read_pieces()
@@ -230,6 +235,7 @@ class _Import:
             has_skipped=any(unit.has_skipped for unit in units) or (before is not None and before.has_skipped),
             in_lines=self.config.times == "positions",
             base=before,
+            forgotten=self.forgotten,
         )
 
     def _run(
@@ -300,7 +306,7 @@ class _Import:
         rejected = (
             (self.plan.pieces[number][place], table)
             for number, piece in enumerate(pieces)
-            for place, table in self.staging.fragments.rejected(number, piece)
+            for place, table in self._rejected_rows(number, piece)
         )
         units = [unit for piece in pieces for unit in piece.units]
         summary = summarize(self.plan, units, rejected, FORMATS[self.config.format].beside)
@@ -362,11 +368,23 @@ class _Import:
             pq.ParquetWriter(stream, columns.REJECTED, compression="zstd") as writer,
         ):
             for number, piece in enumerate(pieces):
-                for place, table in self.staging.fragments.rejected(number, piece):
+                for place, table in self._rejected_rows(number, piece):
                     offset = merge.offsets[merge.pieces[number][place]]
                     lines = pa.array(table.column("line").to_numpy() + offset)
                     writer.write_table(table.set_column(1, columns.REJECTED.field("line"), lines))
         return {path: stream.sha256}
+
+    def _rejected_rows(self, number: int, piece: PieceResult) -> Iterator[tuple[int, pa.Table]]:
+        """Place of each unit in a piece, and its columns.REJECTED.
+
+        Where users were deleted, texts are left out: one may name such a user, and no digest can be found in it.
+        """
+        for place, table in self.staging.fragments.rejected(number, piece):
+            if self.forgotten:
+                field = columns.REJECTED.field("text")
+                empty = pa.array([""] * table.num_rows, field.type)
+                table = table.set_column(columns.REJECTED.names.index("text"), field, empty)
+            yield place, table
 
     def _refuse(self, reasons: dict[str, int], read: int) -> None:
         self.workspace.delete(IMPORT_STAGING)

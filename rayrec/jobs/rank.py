@@ -12,6 +12,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, load_split
 from rayrec.errors import MismatchError, TooFewQueriesError
 from rayrec.jobs.add_songs import added_to
+from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_buckets, run_on_node
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK
@@ -55,6 +56,7 @@ def fit_rankers(
     candidate, and its first features. Raises `InputError` for a model without a validation range, `MismatchError`
     where model and retrieval are of different data, `TooFewQueriesError` where the range teaches nothing.
     """
+    erase_forgotten(workspace)
     dataset = Dataset(workspace)
     model = (
         artifacts.load(workspace, "models", model_id) if model_id else artifacts.newest(workspace, "models", "train")

@@ -15,6 +15,7 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
+from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress
 from rayrec.recommend.answer import RecommendConfig, load_recommender
@@ -22,20 +23,19 @@ from rayrec.recommend.base import NO_SONG, BaseRecommender, Ranking
 from rayrec.recommend.exploring import POOL, Explored, with_explored
 from rayrec.recommend.filters import without_heard
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import RECOMMENDATIONS, Manifest
+from rayrec.storage.artifacts import BUCKET_COUNTS, RECOMMENDATIONS, Manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.releases import ANSWERING_KINDS
 from rayrec.storage.workspace import Workspace
 
 KIND = RECOMMENDATIONS
 USERS_AT_ONCE = 1_000
-COUNTS = b"rayrec counts"  # key of a file's metadata: JSON of what its bucket came to
 SONG_IDS, SCORES, PROBABILITIES = "song_ids", "scores", "probabilities"
 SCHEMA = pa.schema(
     [
         pa.field(columns.USER, pa.string(), nullable=False),
-        pa.field(SONG_IDS, pa.list_(pa.string()), nullable=False),  # best first
-        pa.field(SCORES, pa.list_(pa.float32()), nullable=False),  # one a song
+        pa.field(columns.SONG_IDS, pa.list_(pa.string()), nullable=False),  # best first
+        pa.field(columns.SCORES, pa.list_(pa.float32()), nullable=False),  # one a song
     ]
 )
 
@@ -70,6 +70,7 @@ def recommend_all(
     """
     if config.explain:
         raise InputError("reasons are given for one user at a time; leave out --explain, or give --user ID")
+    erase_forgotten(workspace)
     dataset = Dataset(workspace)
     moment = dataset.manifest.last_play + 1 if at is None else at
     inputs = {"dataset": dataset.manifest.plays_id, **{role: parts[role] for role in ANSWERING_KINDS if role in parts}}
@@ -131,7 +132,7 @@ class BucketRecommendations:
         path = recommendations_file(task.folder, bucket)
         if workspace.exists(path):
             with workspace.open_input(path) as stream:
-                counts = json.loads(pq.ParquetFile(stream).metadata.metadata[COUNTS])
+                counts = json.loads(pq.ParquetFile(stream).metadata.metadata[BUCKET_COUNTS])
             digest = artifacts.sha256(workspace, path)
             return BucketRows(bucket=bucket, sha256=digest, counts={**counts, "buckets_computed": 0})
         counts = {"users": 0, "songs": 0}
@@ -142,8 +143,8 @@ class BucketRecommendations:
             for table in self._tables(bucket):
                 writer.write_table(table)
                 counts["users"] += table.num_rows
-                counts["songs"] += len(table.column(SCORES).combine_chunks().flatten())
-            writer.add_key_value_metadata({COUNTS.decode(): json.dumps(counts)})
+                counts["songs"] += len(table.column(columns.SCORES).combine_chunks().flatten())
+            writer.add_key_value_metadata({BUCKET_COUNTS.decode(): json.dumps(counts)})
         return BucketRows(bucket=bucket, sha256=stream.sha256, counts={**counts, "buckets_computed": 1})
 
     def _tables(self, bucket: int) -> Iterator[pa.Table]:

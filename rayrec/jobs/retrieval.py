@@ -21,6 +21,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange, Split, fit_range, load_split, require_split_of
 from rayrec.importing.import_plan import bucket_groups
+from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
 from rayrec.progress import progress
 from rayrec.recommend.retrieval.stored_retrieval import (
@@ -58,6 +59,7 @@ def fit_retrieval(
     killed job goes on with what is left.
     Raises `MismatchError` for a split of another data set.
     """
+    erase_forgotten(workspace)
     dataset = Dataset(workspace)
     inputs = {"dataset": dataset.manifest.id}
     if split is not None:

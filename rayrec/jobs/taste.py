@@ -16,16 +16,15 @@ import pyarrow.parquet as pq
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
+from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.taste_table import PLAYS, tastes_file
 from rayrec.model.train_config import TasteConfig
 from rayrec.progress import progress
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import Manifest
+from rayrec.storage.artifacts import BUCKET_COUNTS, Manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace, artifact_dir
-
-COUNTS = b"rayrec counts"  # key of a file's metadata: JSON of what its bucket came to
 
 
 @writes("taste")
@@ -40,6 +39,7 @@ def compute_tastes(
 
     Raises `MismatchError` for a model of a data set that this one does not descend from.
     """
+    erase_forgotten(workspace)
     dataset = Dataset(workspace)
     model = dataset.model(model_id)
     inputs = {"dataset": dataset.manifest.plays_id, "models": model.id}
@@ -176,14 +176,14 @@ class BucketTastes:
                 pa.default_memory_pool().release_unused()
             totals = {"users": users, "plays": plays, **asdict(counts)}
             if writer is not None:
-                writer.add_key_value_metadata({COUNTS.decode(): json.dumps(totals)})
+                writer.add_key_value_metadata({BUCKET_COUNTS.decode(): json.dumps(totals)})
                 writer.close()
         return BucketResult(bucket=bucket, sha256=stream.sha256, counts=totals)
 
     def _written(self, bucket: int, path: str) -> BucketResult:
         """The result of a bucket whose file is there."""
         with self._dataset.workspace.open_input(path) as stream:
-            counts = json.loads(pq.ParquetFile(stream).metadata.metadata[COUNTS])
+            counts = json.loads(pq.ParquetFile(stream).metadata.metadata[BUCKET_COUNTS])
         return BucketResult(bucket=bucket, sha256=artifacts.sha256(self._dataset.workspace, path), counts=counts)
 
     def _tables(self, bucket: int, counts: Any) -> Iterator[pa.Table]:

@@ -10,6 +10,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
 from rayrec.embeddings.word2vec import UNCUT
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
+from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import cluster_cpus, ray_cluster
 from rayrec.jobs.train_plan import TrainPlan, diverged_file, fit_range_of, plan_training, selected_folder
 from rayrec.jobs.train_worker import train_worker
@@ -50,6 +51,7 @@ def train(
     that nothing is said about, `DivergedError` where the loss or a weight is not finite any more, and
     `RayrecError` where Ray Train gives up.
     """
+    erase_forgotten(workspace)
     dataset = Dataset(workspace)
     start = None if from_id is None else artifacts.load(workspace, "models", from_id)
     if start is not None:

@@ -15,10 +15,12 @@ import pyarrow.parquet as pq
 from rayrec.data import columns
 from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE
 from rayrec.data.dataset import Dataset, bucket_of
+from rayrec.data.forgotten import read_waiting
 from rayrec.data.histories import Histories
 from rayrec.data.split import list_splits
 from rayrec.errors import NotFoundError, RayrecError
-from rayrec.jobs.recommend_all import SCORES, SONG_IDS
+from rayrec.importing.merging import FORGOTTEN_USER
+from rayrec.jobs.forget import SCRATCH
 from rayrec.progress import Progress, progress
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest, sha256
@@ -27,8 +29,10 @@ from rayrec.storage.workspace import (
     CURRENT,
     DATASET,
     DATASET_MANIFEST,
+    FORGOTTEN,
     HISTORIES,
     IMPORT_STAGING,
+    IMPRESSIONS,
     LOCK,
     LOCK_HOLDER,
     SONGS_TABLE,
@@ -195,8 +199,11 @@ class _Totals:
     def compare(self, audit: Audit, dataset: Dataset) -> None:
         manifest = dataset.manifest
         found = {"users": self.users, "plays": self.plays}
-        if self.plays:
+        if self.plays and FORGOTTEN_USER not in manifest.rejected:
             found |= {"first_play": self.first, "last_play": self.last}
+        elif self.plays:  # the range stays as it was: what was made for its end stays of use
+            inside = manifest.first_play <= self.first and self.last <= manifest.last_play
+            audit.require(inside, DATASET_MANIFEST, "a play is outside of the range of times")
         for name, value in found.items():
             expected = getattr(manifest, name)
             audit.require(value == expected, DATASET_MANIFEST, f"has {name} {expected}, the histories hold {value}")
@@ -395,7 +402,7 @@ def _check_recommendations(audit: Audit, manifest: Manifest, dataset: Dataset | 
             seen.update(ids)
             astray = known is not None and bool((bucket_of(ids, known.buckets) != bucket).any())
             audit.require(not astray, path, "a user belongs to another bucket")
-            songs, scores = (table.column(name).combine_chunks() for name in (SONG_IDS, SCORES))
+            songs, scores = (table.column(name).combine_chunks() for name in (columns.SONG_IDS, columns.SCORES))
             lengths = pc.list_value_length(songs).to_numpy()
             fits = (
                 bool((lengths <= manifest.config["k"]).all()) and lengths.tolist() == np.diff(scores.offsets).tolist()
@@ -502,14 +509,16 @@ def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
     earlier = {f"{DATASET}/{path}" for manifest in ancestors for path in manifest.files}
     unfinished = tuple(f"{note.path}/" for note in audit.notes)
     selector = pafs.FileSelector(audit.workspace.root, allow_not_found=True, recursive=True)
-    staged = replaced = 0
+    staged = replaced = erasing = 0
     for info in audit.workspace.filesystem.get_file_info(selector):
         path = posixpath.relpath(info.path, audit.workspace.root)
         if info.type != pafs.FileType.File or path in audit.covered or path.startswith(unfinished):
             continue
         if path.startswith(f"{IMPORT_STAGING}/"):
             staged += 1
-        elif path in (CURRENT, LOCK, LOCK_HOLDER):
+        elif path.startswith(f"{SCRATCH}/"):
+            erasing += 1
+        elif path in (CURRENT, LOCK, LOCK_HOLDER) or path.startswith(f"{IMPRESSIONS}/"):
             continue
         elif posixpath.basename(path).startswith(".") or "/." in path:
             audit.note(path, "is a leftover temporary file; it can be deleted")
@@ -517,6 +526,11 @@ def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
             replaced += 1
         elif path.endswith(STORED):
             audit.problem(path, "is listed in no manifest")
+    if erasing:
+        audit.note(SCRATCH, f"holds {erasing} files of an unfinished erasing; `rayrec compact` continues it")
+    waiting = len(read_waiting(audit.workspace))
+    if waiting:
+        audit.note(FORGOTTEN, f"lists {waiting} deleted users whose rows are not erased yet; `rayrec compact` does it")
     if replaced:
         audit.note(DATASET, f"holds {replaced} files that later parts have replaced; `rayrec clean` deletes them")
     if staged:

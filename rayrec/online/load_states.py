@@ -6,6 +6,7 @@ U users of a batch.
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
@@ -14,13 +15,24 @@ import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
+from rayrec.data.forgotten import read_waiting
 from rayrec.data.histories import Histories
 from rayrec.data.parts import read_files
 from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError, MismatchError
 from rayrec.model.checkpoint import load_model
+from rayrec.model.inference import States
 from rayrec.model.taste_table import LAST_PLAYED_AT, PLAYS, STATE, states_of, tastes_file
-from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_heard, unpack_plays, unpack_state
+from rayrec.online.state_codec import (
+    pack_heard,
+    pack_histories,
+    pack_new_states,
+    pack_plays,
+    pack_state,
+    unpack_heard,
+    unpack_plays,
+    unpack_state,
+)
 from rayrec.online.state_store import NOT_THERE, Change, Piece, StateStore, WholeUser
 from rayrec.online.user_state import FIRST_ONLINE, LAST_PLAYS, Plays, UserState, fold_heard, over_window
 from rayrec.progress import progress
@@ -69,11 +81,13 @@ def load_states(dataset: Dataset, store: StateStore, release: Manifest, *, repea
             f"tastes {tastes.id} were computed from data set {tastes.inputs['dataset']}, the workspace holds "
             f"{dataset.manifest.id}; run `rayrec taste` and `rayrec release create`"
         )
-    buckets, loader = dataset.manifest.buckets, _Loader(dataset, store, tastes)
+    buckets = dataset.manifest.buckets
     done = (
         {} if repeat else {bucket: LoadResult(**json.loads(text)) for bucket, text in store.loaded(tastes.id).items()}
     )
-    with progress("User states", buckets) as bar:
+    # A batch is written while the next one is read and packed.
+    with ThreadPoolExecutor(max_workers=1) as writer, progress("User states", buckets) as bar:
+        loader = _Loader(dataset, store, tastes, writer)
         bar.advance(len(done))
         for bucket in range(buckets):
             if bucket not in done:
@@ -86,8 +100,10 @@ def load_states(dataset: Dataset, store: StateStore, release: Manifest, *, repea
 class _Loader:
     """Loads buckets of one tastes artifact."""
 
-    def __init__(self, dataset: Dataset, store: StateStore, tastes: Manifest) -> None:
-        self._dataset, self._store, self._tastes = dataset, store, tastes
+    def __init__(self, dataset: Dataset, store: StateStore, tastes: Manifest, writer: Executor) -> None:
+        """`writer` has one thread, which alone puts users into the store."""
+        self._dataset, self._store, self._tastes, self._writer = dataset, store, tastes, writer
+        self._forgotten = read_waiting(dataset.workspace)  # the rows of others are erased
         model = artifacts.load(dataset.workspace, "models", tastes.inputs["models"])
         self._model = model.id
         self._layers = load_model(dataset.workspace, model.folder).config.state_layers
@@ -95,8 +111,14 @@ class _Loader:
     def load(self, bucket: int) -> LoadResult:
         """Load one bucket."""
         began, total = time.monotonic(), LoadResult(buckets=1)
+        writing: Future[LoadResult] | None = None
         for histories, table in self._batches(bucket):
-            total += self._load_batch(histories, table)
+            batch = self._packed(histories, table)
+            if writing is not None:
+                total += writing.result()
+            writing = self._writer.submit(self._write, *batch)
+        if writing is not None:
+            total += writing.result()
         return replace(total, seconds=round(time.monotonic() - began, 3))
 
     def _batches(self, bucket: int) -> Iterator[tuple[Histories, pa.Table]]:
@@ -121,19 +143,54 @@ class _Loader:
                     )
                 yield histories, table
 
-    def _load_batch(self, histories: Histories, table: pa.Table) -> LoadResult:
-        states, lengths = states_of(table, self._layers), histories.lengths.tolist()
+    def _packed(self, histories: Histories, table: pa.Table) -> tuple[Histories, States, list[Change], int]:
+        """The users who are not deleted, what to write of each where the store lacks them all, and the deleted."""
+        states, deleted = states_of(table, self._layers), self._forgotten.holds(histories.user_ids)
+        if deleted.any():
+            histories = histories.take(~deleted)
+            states = States(hidden=states.hidden[~deleted], last_played_at=states.last_played_at[~deleted])
+        return histories, states, self._new_users(histories, states), int(deleted.sum())
+
+    def _write(self, histories: Histories, states: States, new: list[Change], deleted: int) -> LoadResult:
+        added = self._store.put(new)
+        total = LoadResult(added=sum(added), deleted=deleted)
         batch = {
-            user_id: (UserState.start(self._model, states, row, plays=lengths[row]), _plays_of(histories, row))
-            for row, user_id in enumerate(histories.user_ids.tolist())
+            user_id: self._user(histories, states, row)
+            for row, (user_id, put) in enumerate(zip(histories.user_ids.tolist(), added, strict=True))
+            if not put
         }
-        added = self._store.put([_whole_change(user_id, NOT_THERE, *user) for user_id, user in batch.items()])
-        total = LoadResult(added=sum(added))
-        left = [user_id for user_id, put in zip(batch, added, strict=True) if not put]
+        left = list(batch)
         while left:
             merged, left = self._merge({user_id: batch[user_id] for user_id in left})
             total += merged
         return total
+
+    def _user(self, histories: Histories, states: States, row: int) -> tuple[UserState, Plays]:
+        own = slice(int(histories.offsets[row]), int(histories.offsets[row + 1]))
+        plays = Plays.of(
+            histories.songs[own],
+            histories.played_at[own],
+            contexts=None if histories.contexts is None else histories.contexts[own],
+            skipped=None if histories.skipped is None else histories.skipped[own],
+        )
+        return UserState.start(self._model, states, row, plays=len(plays)), plays
+
+    def _new_users(self, histories: Histories, states: States) -> list[Change]:
+        """Users who are not in the store yet; those with one piece of plays, nearly all, are packed together."""
+        lengths, user_ids = histories.lengths, histories.user_ids.tolist()
+        in_one = (lengths > 0) & (lengths <= PIECE_PLAYS)
+        short = States(hidden=states.hidden[in_one], last_played_at=states.last_played_at[in_one])
+        packed = pack_new_states(self._model, short, lengths[in_one])
+        pieces = iter(zip(packed, pack_histories(histories.take(in_one)), strict=True))
+        changes = []
+        for row, user_id in enumerate(user_ids):
+            if in_one[row]:
+                state, plays = next(pieces)
+                append = (Piece(int(lengths[row]), plays),)
+                changes.append(Change(user_id=user_id, state=state, expected=NOT_THERE, append=append))
+            else:
+                changes.append(_whole_change(user_id, NOT_THERE, *self._user(histories, states, row)))
+        return changes
 
     def _merge(self, users: dict[str, tuple[UserState, Plays]]) -> tuple[LoadResult, list[str]]:
         """Put the batch's states beside what the store holds, newer plays on top; and who changed meanwhile."""
@@ -264,13 +321,3 @@ class _Rows:
         joined = pa.concat_tables(parts) if parts else pa.table({})
         self._rest = joined.slice(count)
         return joined.slice(0, count)
-
-
-def _plays_of(histories: Histories, row: int) -> Plays:
-    own = slice(int(histories.offsets[row]), int(histories.offsets[row + 1]))
-    return Plays.of(
-        histories.songs[own],
-        histories.played_at[own],
-        contexts=None if histories.contexts is None else histories.contexts[own],
-        skipped=None if histories.skipped is None else histories.skipped[own],
-    )

@@ -9,6 +9,7 @@ the last puts, unless the server waits for it. Opening the store logs a warning 
 
 import logging
 import os
+import time
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 from rayrec.errors import InputError, MissingDependencyError
 from rayrec.online.state_store import (
     DAY_SECONDS,
+    NOT_THERE,
     Change,
     OnlineSong,
     StateStore,
@@ -33,6 +35,7 @@ RETRIES = 4
 PREFIX = "rayrec:2"  # the digit is the format's version
 EVENT_SECONDS = 3 * DAY_SECONDS  # that a day's events are kept after the last of them
 PIPELINE = 1_000  # users of one pipeline
+NEW_USERS = 100  # of one call of a script, for which the server does nothing else: a millisecond
 
 # State, log, heard songs and events of a user change together or not at all.
 # KEYS: user, log, today's events. ARGV: expected version, state, restart, heard, seconds, number of events, events,
@@ -50,6 +53,26 @@ for i = 7 + events, #ARGV, 2 do
   redis.call('RPUSH', KEYS[2], struct.pack('>I4', tonumber(ARGV[i])) .. ARGV[i + 1])
 end
 return 1
+"""
+
+# New users of one server, some at a time: a call for each costs more than its work. A cluster asks for one user a call.
+# KEYS: user and log of each. ARGV of each: state, heard, number of pieces, then plays and data of each piece.
+PUT_NEW = """
+local added, place = {}, 1
+for i = 1, #KEYS, 2 do
+  local new = redis.call('EXISTS', KEYS[i]) == 0
+  added[(i + 1) / 2] = new and 1 or 0
+  if new then
+    redis.call('HSET', KEYS[i], 'v', 1, 's', ARGV[place])
+    if ARGV[place + 1] ~= '' then redis.call('HSET', KEYS[i], 'h', ARGV[place + 1]) end
+  end
+  local last = place + 2 + 2 * tonumber(ARGV[place + 2])
+  for j = place + 3, last, 2 do
+    if new then redis.call('RPUSH', KEYS[i + 1], struct.pack('>I4', tonumber(ARGV[j])) .. ARGV[j + 1]) end
+  end
+  place = last + 1
+end
+return added
 """
 
 # KEYS: user, events of three days. ARGV: events. Version and state, then 1 for each event that is known.
@@ -229,12 +252,24 @@ class RedisStore(StateStore):
 
     def put(self, changes: Sequence[Change]) -> list[bool]:
         """As in `StateStore`; each user by itself."""
+        new = [change for change in changes if change.expected == NOT_THERE and not change.events]
+        if self._nodes is None and len(new) == len(changes) > 1:
+            calls = [_new_users(part, self._keys) for part in _parts(new, NEW_USERS)]
+            return [bool(put) for answer in self._run("put_new", calls) for put in answer]
         today = event_days()[:1]
         return [bool(put) for put in self._run("put", [(self._keys(c.user_id, today), _arguments(c)) for c in changes])]
 
-    def forget(self, user_id: str, state: bytes) -> None:
-        """As in `StateStore`; the append-only file holds the deleted bytes until Redis rewrites it."""
-        self._run("forget", [(self._keys(user_id, event_days()), [state])])
+    def forget(self, user_ids: Sequence[str], state: bytes) -> None:
+        """As in `StateStore`; the append-only file holds the deleted bytes until `rewrite`, or Redis itself, does."""
+        days = event_days()
+        self._run("forget", [(self._keys(user_id, days), [state]) for user_id in user_ids])
+
+    def rewrite(self) -> None:
+        """As in `StateStore`: the append-only file and the snapshot of the server, or of all nodes of a cluster.
+
+        Needs the rights to BGREWRITEAOF, BGSAVE, CONFIG GET and INFO.
+        """
+        self._answer(self._rewrite_all)
 
     def loaded(self, load: str) -> dict[int, str]:
         """As in `StateStore`."""
@@ -272,6 +307,26 @@ class RedisStore(StateStore):
     def close(self) -> None:
         """As in `StateStore`."""
         self._client.close()
+
+    def _servers(self) -> list[Any]:
+        """A client of each server that holds users, replicas too."""
+        if self._nodes is None:
+            return [self._client]
+        return [self._client.get_redis_connection(node) for node in self._client.get_nodes()]
+
+    def _rewrite_all(self) -> None:
+        for server in self._servers():
+            self._rewrite(server)
+
+    def _rewrite(self, server: Any) -> None:
+        """Rewrite the files that one server keeps, and wait until it has."""
+        for keeps, command, running, status in _FILES:
+            if keeps(server):
+                _wait_while(server, running)  # one that began before holds what was deleted since
+                command(server)
+                state = _wait_while(server, running)
+                if state[status] != "ok":
+                    raise StoreUnavailableError(f"store {self._shown} could not rewrite its files; see its log")
 
     def _of_songs(self, name: str, arguments: list[Any]) -> Any:
         """What a script answers about the songs that were added online, whose keys share one hash tag."""
@@ -334,8 +389,26 @@ class RedisStore(StateStore):
             )
 
 
+# Of the append-only file and the snapshot: whether a server keeps it, how it is rewritten, and where INFO says how far.
+_FILES: tuple[tuple[Callable[[Any], bool], Callable[[Any], Any], str, str], ...] = (
+    (
+        lambda server: server.config_get("appendonly").get("appendonly") == "yes",
+        lambda server: server.bgrewriteaof(),
+        "aof_rewrite_in_progress",
+        "aof_last_bgrewrite_status",
+    ),
+    (
+        lambda server: (
+            bool(server.config_get("save").get("save")) or server.info("persistence").get("rdb_saves", 0) > 0
+        ),
+        lambda server: server.bgsave(),
+        "rdb_bgsave_in_progress",
+        "rdb_last_bgsave_status",
+    ),
+)
 _SCRIPTS = {
     "put": PUT,
+    "put_new": PUT_NEW,
     "get": GET,
     "read": READ,
     "forget": FORGET,
@@ -344,6 +417,15 @@ _SCRIPTS = {
     "count_song_plays": COUNT_SONG_PLAYS,
     "close_songs": CLOSE_SONGS,
 }
+
+
+def _wait_while(server: Any, running: str) -> Mapping[str, Any]:
+    """What a server says of its files once a rewrite has ended."""
+    while True:
+        state: Mapping[str, Any] = server.info("persistence")
+        if not state[running] and not state.get("aof_rewrite_scheduled"):
+            return state
+        time.sleep(0.05)
 
 
 def _patience() -> Any:
@@ -372,9 +454,21 @@ def _arguments(change: Change) -> list[Any]:
     return arguments
 
 
+def _new_users(changes: Sequence[Change], keys_of: Callable[[str], list[str]]) -> tuple[list[str], list[Any]]:
+    """Keys and arguments of PUT_NEW."""
+    keys: list[str] = []
+    arguments: list[Any] = []
+    for change in changes:
+        keys += keys_of(change.user_id)
+        arguments += [change.state, change.heard or b"", len(change.append)]
+        for piece in change.append:
+            arguments += [piece.plays, piece.data]
+    return keys, arguments
+
+
 def _stored(answer: Sequence[Any], events: frozenset[int] = frozenset()) -> Stored:
     return Stored(version=int(answer[0]), state=answer[1], events=events)
 
 
-def _parts(calls: Sequence[T]) -> Iterator[Sequence[T]]:
-    return (calls[begin : begin + PIPELINE] for begin in range(0, len(calls), PIPELINE))
+def _parts(calls: Sequence[T], size: int = PIPELINE) -> Iterator[Sequence[T]]:
+    return (calls[begin : begin + size] for begin in range(0, len(calls), size))

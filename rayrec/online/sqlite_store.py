@@ -29,6 +29,7 @@ from rayrec.online.state_store import (
 
 FORMAT = 3  # of the tables, in user_version; 0 is a file that was just made
 WAIT_SECONDS = 10.0  # for other writers, at most
+PAGE_BYTES = 8_192  # a state takes 1.3 KB: of pages of 4 KB a third would stay empty
 VARIABLES = 500  # of one statement: SQLite allows 999 in old builds
 
 TABLES = """
@@ -87,24 +88,38 @@ class SqliteStore(StateStore):
 
     def put(self, changes: Sequence[Change]) -> list[bool]:
         """As in `StateStore`; one transaction, and one wait for the disk, for all."""
+        keys = [self._key(change.user_id) for change in changes]
         with self._transaction("IMMEDIATE") as connection:
             self._clear_events(connection)
-            return [self._put(connection, change) for change in changes]
+            new = {key: change for key, change in zip(keys, changes, strict=True) if change.expected == NOT_THERE}
+            for key in self._stored(connection, list(new)):
+                del new[key]
+            self._put_new(connection, new)
+            return [
+                new.get(key) is change or (change.expected != NOT_THERE and self._put(connection, key, change))
+                for key, change in zip(keys, changes, strict=True)
+            ]
 
-    def forget(self, user_id: str, state: bytes) -> None:
+    def forget(self, user_ids: Sequence[str], state: bytes) -> None:
         """As in `StateStore`; the deleted bytes are overwritten with zeros."""
-        key = self._key(user_id)
-        with self._transaction("IMMEDIATE") as connection:
-            connection.execute("DELETE FROM log WHERE user = ?", (key,))
-            for day in event_days():
-                connection.execute("DELETE FROM events WHERE day = ? AND user = ?", (day, key))
-            connection.execute(
-                "INSERT INTO users VALUES (?1, 1, ?2, NULL) "
-                "ON CONFLICT (user) DO UPDATE SET version = version + 1, state = ?2, heard = NULL",
-                (key, state),
-            )
-        with self._connection() as connection:  # else older pages stay in the write-ahead log
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        keys = [self._key(user_id) for user_id in user_ids]
+        for begin in range(0, len(keys), VARIABLES):  # other writers wait for a transaction
+            with self._transaction("IMMEDIATE") as connection:
+                for key in keys[begin : begin + VARIABLES]:
+                    connection.execute("DELETE FROM log WHERE user = ?", (key,))
+                    for day in event_days():
+                        connection.execute("DELETE FROM events WHERE day = ? AND user = ?", (day, key))
+                    connection.execute(
+                        "INSERT INTO users VALUES (?1, 1, ?2, NULL) "
+                        "ON CONFLICT (user) DO UPDATE SET version = version + 1, state = ?2, heard = NULL",
+                        (key, state),
+                    )
+        self._empty_log()
+
+    def rewrite(self) -> None:
+        """As in `StateStore`: deleted bytes are overwritten when they are deleted, what may be left is the log."""
+        if not self._empty_log():
+            raise StoreUnavailableError(f"store {self._path} is read all the while; try again when fewer use it")
 
     def loaded(self, load: str) -> dict[int, str]:
         """As in `StateStore`."""
@@ -184,6 +199,12 @@ class SqliteStore(StateStore):
         while self._connections:
             self._connections.pop().close()
 
+    def _empty_log(self) -> bool:
+        """Empty the write-ahead log, where older pages stay; False where readers held it for too long."""
+        with self._connection() as connection:
+            ((busy, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return not busy
+
     def _key(self, user_id: str) -> bytes:
         return user_key(self._namespace, user_id)
 
@@ -234,15 +255,32 @@ class SqliteStore(StateStore):
         heard = connection.execute("SELECT heard FROM users WHERE user = ?", (key,)).fetchone()[0]
         return WholeUser(stored=stored, log=pieces[::-1], heard=heard)
 
-    def _put(self, connection: sqlite3.Connection, change: Change) -> bool:
-        key = self._key(change.user_id)
-        if change.expected == NOT_THERE:
-            done = connection.execute("INSERT OR IGNORE INTO users VALUES (?, 1, ?, NULL)", (key, change.state))
-        else:
-            done = connection.execute(
-                "UPDATE users SET version = version + 1, state = ? WHERE user = ? AND version = ?",
-                (change.state, key, change.expected),
-            )
+    def _stored(self, connection: sqlite3.Connection, keys: Sequence[bytes]) -> Iterator[bytes]:
+        """Those of some users who are in the store."""
+        for begin in range(0, len(keys), VARIABLES):
+            some = keys[begin : begin + VARIABLES]
+            places = ", ".join("?" * len(some))
+            yield from (key for (key,) in connection.execute(f"SELECT user FROM users WHERE user IN ({places})", some))
+
+    def _put_new(self, connection: sqlite3.Connection, users: Mapping[bytes, Change]) -> None:
+        """Users who are not in the store, by their keys."""
+        connection.executemany(
+            "INSERT INTO users VALUES (?, 1, ?, ?)", [(key, user.state, user.heard) for key, user in users.items()]
+        )
+        pieces = [
+            (key, place, piece.plays, piece.data)
+            for key, user in users.items()
+            for place, piece in enumerate(user.append)
+        ]
+        connection.executemany("INSERT INTO log VALUES (?, ?, ?, ?)", pieces)
+        for key, user in users.items():
+            self._put_events(connection, key, user)
+
+    def _put(self, connection: sqlite3.Connection, key: bytes, change: Change) -> bool:
+        done = connection.execute(
+            "UPDATE users SET version = version + 1, state = ? WHERE user = ? AND version = ?",
+            (change.state, key, change.expected),
+        )
         if done.rowcount != 1:
             return False
         if change.restart:
@@ -255,12 +293,15 @@ class SqliteStore(StateStore):
                 "INSERT INTO log SELECT ?1, COALESCE(MAX(place) + 1, 0), ?2, ?3 FROM log WHERE user = ?1",
                 (key, piece.plays, piece.data),
             )
+        self._put_events(connection, key, change)
+        return True
+
+    def _put_events(self, connection: sqlite3.Connection, key: bytes, change: Change) -> None:
         if change.events:
             today = event_days()[0]
             connection.executemany(
                 "INSERT OR IGNORE INTO events VALUES (?, ?, ?)", [(today, key, event) for event in change.events]
             )
-        return True
 
     def _clear_events(self, connection: sqlite3.Connection) -> None:
         """Delete the events of days that nobody looks up any more, once a day."""
@@ -279,6 +320,7 @@ class SqliteStore(StateStore):
                     self._path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
                 )
                 self._connections.append(connection)
+                connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # of a new file
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute("PRAGMA secure_delete = ON")  # a deleted user's bytes must not stay in free pages

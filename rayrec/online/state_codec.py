@@ -6,14 +6,17 @@ precision where that is enough; arrays of plays are stored as differences, byte 
 
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import msgpack
 import numpy as np
 import pyarrow as pa
 
+from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError
+from rayrec.model.inference import States
 from rayrec.online.user_state import ModelState, Plays, UserState
 
 STATE_MARK, PLAYS_MARK, HEARD_MARK = b"RrS2", b"RrP2", b"RrH1"  # the digit is the format's version
@@ -33,6 +36,17 @@ def pack_state(state: UserState) -> bytes:
     counts = [state.left, state.folded, state.rejected, state.turn, state.restarts]
     window = _play_arrays(state.window) if len(state.window) else []
     return _seal(STATE_MARK, [_moment(state.before_at), _moment(state.forgotten_at), counts, window, models])
+
+
+def pack_new_states(model: str, states: States, plays: np.ndarray) -> list[bytes]:
+    """What `pack_state` makes of `UserState.start` for each user: `plays`, int (U,), are in their logs."""
+    layers = _pack_all_layers(states.hidden)
+    shape = list(states.hidden.shape[1:])
+    packed = []
+    for hidden, at, left in zip(layers, states.last_played_at.tolist(), plays.tolist(), strict=True):
+        folded = [model, shape, hidden, [], _moment(at), left, 0, 0]
+        packed.append(_seal(STATE_MARK, [_moment(at), None, [left, 0, 0, 0, 0], [], [folded]]))
+    return packed
 
 
 def unpack_state(data: bytes) -> UserState:
@@ -58,6 +72,29 @@ def unpack_state(data: bytes) -> UserState:
 def pack_plays(plays: Plays) -> bytes:
     """A piece of a user's log as bytes."""
     return _seal(PLAYS_MARK, _play_arrays(plays))
+
+
+def pack_histories(histories: Histories) -> list[bytes]:
+    """What `pack_plays` makes of the plays of each user; everybody has some."""
+    offsets = histories.offsets
+    steps = np.diff(histories.played_at, prepend=np.int64(0))
+    steps[offsets[:-1]] = 0
+    numbers = [histories.songs.astype("<i4"), steps.astype("<i8")]
+    numbers += [] if histories.contexts is None else [histories.contexts.astype("<i4")]
+    # Number by number, as many bytes each; turned around they are the planes of one user.
+    table = np.concatenate([array.view(np.uint8).reshape(-1, array.itemsize) for array in numbers], axis=1)
+    with_contexts, with_skips = (_any_of(values, offsets) for values in (histories.contexts, histories.skipped))
+    firsts, bounds, codec = histories.played_at[offsets[:-1]].tolist(), offsets.tolist(), pa.Codec(CODEC)
+    width = numbers[0].itemsize + numbers[1].itemsize
+    packed = []
+    for row, (begin, end) in enumerate(pairwise(bounds)):
+        columns = table[begin:end] if with_contexts[row] else table[begin:end, :width]
+        squeezed = codec.compress(columns.T.tobytes(), asbytes=True)
+        skipped = b""
+        if with_skips[row] and histories.skipped is not None:
+            skipped = np.packbits(histories.skipped[begin:end]).tobytes()
+        packed.append(_seal(PLAYS_MARK, [end - begin, firsts[row], with_contexts[row], squeezed, skipped]))
+    return packed
 
 
 def unpack_plays(pieces: Sequence[bytes]) -> Plays:
@@ -99,14 +136,38 @@ def _model_state(
 
 
 def _pack_layers(hidden: np.ndarray) -> list[Any]:
-    """Type and bytes of each layer of a network state, without the zeros at its end.
+    """Type and bytes of each layer of a network state, without the zeros at its end."""
+    return _pack_all_layers(hidden[None])[0]
+
+
+def _pack_all_layers(hidden: np.ndarray) -> list[list[Any]]:
+    """Type and bytes of each layer of the states of users, float32 (U, L, H), without the zeros at its end.
 
     Outputs of a recurrent layer lie within -1 and 1 and lose nothing that matters in half precision. Sums over all
     plays grow, and half precision would swallow what one more play adds.
     """
-    wide = np.abs(hidden).max(axis=1, initial=0.0) > 1
-    dtypes = [SINGLE if each else HALF for each in wide.tolist()]
-    return [[dtype, layer.astype(dtype).tobytes().rstrip(b"\0")] for dtype, layer in zip(dtypes, hidden, strict=True)]
+    users, layers, width = hidden.shape
+    wide = (np.abs(hidden).max(axis=2, initial=0.0) > 1).tolist()
+    halves = np.where(np.abs(hidden) > 1, 0, hidden).astype(HALF).tobytes()
+    singles = hidden.astype(SINGLE).tobytes()
+    packed = []
+    for user in range(users):
+        own = []
+        for layer in range(layers):
+            dtype, size, data = (SINGLE, 4, singles) if wide[user][layer] else (HALF, 2, halves)
+            begin = (user * layers + layer) * width * size
+            own.append([dtype, data[begin : begin + width * size].rstrip(b"\0")])
+        packed.append(own)
+    return packed
+
+
+def _any_of(values: np.ndarray | None, offsets: np.ndarray) -> list[bool]:
+    """Whether any value of each user is not zero."""
+    if values is None:
+        return [False] * (len(offsets) - 1)
+    counts = np.concatenate([[0], np.cumsum(values != 0)])[offsets]
+    some: list[bool] = (np.diff(counts) > 0).tolist()
+    return some
 
 
 def _unpack_layers(layers: list[Any], shape: list[int]) -> np.ndarray:

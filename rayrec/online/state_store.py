@@ -100,8 +100,12 @@ class StateStore(ABC):
         """
 
     @abstractmethod
-    def forget(self, user_id: str, state: bytes) -> None:
-        """Delete all of a user, whatever the version, and leave `state` in its place."""
+    def forget(self, user_ids: Sequence[str], state: bytes) -> None:
+        """Delete all of some users, whatever the version, and leave `state` in its place. May be repeated."""
+
+    @abstractmethod
+    def rewrite(self) -> None:
+        """Rewrite what is on disk, so that nothing is left there of users who were deleted. Others may use it on."""
 
     @abstractmethod
     def loaded(self, load: str) -> dict[int, str]:

@@ -23,6 +23,7 @@ from rayrec.errors import InputError
 from rayrec.serving.problems import problem, request_id
 from rayrec.serving.prometheus import request_stages
 from rayrec.serving.serve_config import ServeConfig, is_loopback
+from rayrec.serving.tracing import end_span, request_span, trace_id
 
 Role = Literal["read", "write", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -128,13 +129,14 @@ class Middleware:
             await self._app(scope, receive, send)
             return
         began, status = time.perf_counter(), 0
+        method = scope["method"]
         headers = Headers(scope=scope)
         own = headers.get(ID_HEADER, "")
         own = own if ID_PATTERN.fullmatch(own) else uuid.uuid4().hex
         request_id.set(own)
         stages: dict[str, float] = {}
         request_stages.set(stages)
-        head = scope["method"] == "HEAD"  # as a GET whose body is not sent
+        head = method == "HEAD"  # as a GET whose body is not sent
         scope = {**scope, "method": "GET"} if head else scope
 
         async def counted(message: Message) -> None:
@@ -148,11 +150,23 @@ class Middleware:
                 message = {**message, "body": b""}
             await send(message)
 
-        try:
-            await self._pass(scope, headers, receive, counted)
-        finally:
-            # 499, as nginx counts it: the client went away before there was an answer.
-            self._service.metrics.answered(_route(scope), status or 499, time.perf_counter() - began)
+        with request_span(method, headers) as span:
+            try:
+                await self._pass(scope, headers, receive, counted)
+            finally:
+                # 499, as nginx counts it: the client went away before there was an answer.
+                route, status, seconds = _route(scope), status or 499, time.perf_counter() - began
+                self._service.metrics.answered(route, status, seconds)
+                end_span(span, method, route, status)
+                if self._service.access is not None:
+                    self._service.access.write(
+                        method=method,
+                        route=route,
+                        status=status,
+                        ms=round(1000 * seconds, 2),
+                        request_id=own,
+                        trace_id=trace_id(headers),
+                    )
 
     async def _pass(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         refusal = self._refuse(scope, headers)

@@ -32,6 +32,7 @@ class Metrics:
         self._paths = self._counter("answers", "Answers by how their songs were retrieved.", "path")
         self._cache = self._gauge("cache_lookups", "Look-ups in a cache of the live release.", "cache", "outcome")
         self._plays = self._counter("plays", "New plays by what became of them.", "outcome")
+        self._logged = self._counter("log_rows", "Rows of the impression log.", "log", "outcome")
         self._waiting = self._gauge("waiting", "Calls that run on the worker thread or wait for it.")
         self._release = self._gauge("release", "1 for the release that answers.", "release", "model")
         self._of = lru_cache(maxsize=LABELS_KEPT)(self._labelled)
@@ -78,6 +79,10 @@ class Metrics:
     def plays(self, outcome: str, count: int) -> None:
         """Count new plays by outcome."""
         self._of(self._plays, outcome).inc(count)
+
+    def logged(self, log: str, outcome: str, rows: int) -> None:
+        """Count rows of the impression log by what became of them."""
+        self._of(self._logged, log, outcome).inc(rows)
 
     def release(self, release_id: str, model_id: str) -> None:
         """From now on this release answers."""

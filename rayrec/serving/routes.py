@@ -12,13 +12,14 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import AfterValidator, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.convertors import Convertor, register_url_convertor
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from rayrec.data.spelling import MAX_ID
 from rayrec.errors import NotFoundError
 from rayrec.online.user_state import LAST_PLAYS
 from rayrec.serving.live_release import release_status
-from rayrec.serving.middleware import Middleware, needed_role, needs_no_key
+from rayrec.serving.middleware import ID_HEADER, TIMING_HEADER, Middleware, needed_role, needs_no_key
 from rayrec.serving.problems import DOCUMENTED, SCHEMA, add_handlers, documented
 from rayrec.serving.schemas import (
     BatchAnswer,
@@ -168,6 +169,14 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(router(service))
     add_handlers(app)
     app.add_middleware(Middleware, service=service)
+    if service.config.cors_origins:  # before the keys: a browser asks without one whether it may send it
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.config.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["Authorization", "Content-Type", "Traceparent", ID_HEADER],
+            expose_headers=[ID_HEADER, TIMING_HEADER],
+        )
     app.openapi = lambda: _openapi(app, service.config)  # type: ignore[method-assign]
     return app
 
@@ -236,7 +245,11 @@ def _users_router(service: Service) -> APIRouter:
 
     @router.delete("/users/{user_id:any_id}", status_code=204, response_class=Response)
     async def forget(user_id: UserPath) -> Response:
-        """Delete a user from the store, known or not. Plays from before this moment are rejected from now on."""
+        """Delete a user, known or not.
+
+        From the answer on the user is unknown, and plays from before this moment are rejected; later plays are those of
+        a new user. `rayrec compact` erases the user's rows from the files of the workspace.
+        """
         await service.forget(service.live, user_id)
         return Response(status_code=204)
 

@@ -21,6 +21,7 @@ import psutil
 
 from rayrec.config import to_mapping
 from rayrec.errors import InputError, RayrecError, ray_not_started
+from rayrec.serving.access_log import AccessLog
 from rayrec.serving.compat import require_known_ray, write_haproxy_wrapper
 from rayrec.serving.middleware import load_keys
 from rayrec.serving.serve_config import LOOPBACK, ServeConfig, is_loopback
@@ -53,9 +54,12 @@ SERVE_SETTINGS = {
 def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
     """The URL of the application, which runs until the block ends.
 
-    Raises `InputError` where keys are missing or the port is taken, `RayrecError` where Ray or Serve cannot start it.
+    Raises `InputError` where keys are missing, the port is taken or the access log cannot be written, `RayrecError`
+    where Ray or Serve cannot start it.
     """
     load_keys(config)  # before anything starts
+    if config.access_log:
+        AccessLog(config.access_log).close()
     require_known_ray()
     config = config.replace(port=config.port or free_ports(1)[0])
     require_free(config.host, config.port)

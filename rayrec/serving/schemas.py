@@ -26,7 +26,8 @@ from rayrec.errors import InputError
 from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K, MAX_LISTED, MAX_NEW_SONGS, MAX_PLAYS
 
 LAST_MOMENT = END_MS - 1  # ms UTC
-PlayOutcome = Literal["taken", "repeated", "rejected", "unknown", "invalid"]
+PlayOutcome = Literal["taken", "repeated", "rejected", "unknown", "invalid", "logged", "dropped"]
+EventType = Literal["play", "skip", "like"]
 SongOutcome = Literal["added", "known"]
 MAX_VECTOR = 4_096  # numbers of a content vector
 AHEAD_MS = 24 * 3600 * 1000  # that a client's clock may be ahead: a play of the far future would block later ones
@@ -348,7 +349,7 @@ PLAY_EXAMPLE: dict[str, Any] = {
 
 
 class NewPlay(Play):
-    """A play of a user."""
+    """A play, skip or like of a user."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [PLAY_EXAMPLE]})
 
@@ -358,6 +359,25 @@ class NewPlay(Play):
     )
     user_id: UserId
     played_at: Annotated[Moment, AfterValidator(_play_moment)] | None = Field(default=None, description="Default: now.")
+    type: EventType = Field(
+        default="play",
+        description="play; skip: a play that was skipped; like: no play, so it changes neither history nor taste and "
+        "is kept in the impression log alone.",
+    )
+    recommendation_id: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(
+        default=None, description="The recommendation_id of the answer that the song was chosen from."
+    )
+
+    @property
+    def was_skipped(self) -> bool:
+        """Whether it counts as skipped."""
+        return self.type == "skip" or super().was_skipped
+
+    @model_validator(mode="after")
+    def _like_is_no_play(self) -> "NewPlay":
+        if self.type == "like" and (self.skipped or self.share_listened is not None or self.contexts):
+            raise ValueError("a like is no play; leave out skipped, share_listened and contexts")
+        return self
 
 
 class NewPlays(RequestBody):
@@ -482,7 +502,7 @@ class RecommendedSong(CatalogSong):
     )
 
 
-class Recommendations(BaseModel):
+class AnsweredSongs(BaseModel):
     """Songs, best first."""
 
     release: str = Field(description="Id of the release that answered.")
@@ -500,10 +520,17 @@ class Recommendations(BaseModel):
     last_plays: list[CatalogSong] | None = Field(
         default=None, description="With explain: the user's last five plays of known songs, the latest last."
     )
+
+
+class Recommendations(AnsweredSongs):
+    """Songs, best first."""
+
+    recommendation_id: str = Field(description="Of this answer. Send it with plays of its songs.")
+    arm: str | None = Field(default=None, description="Arm of the experiment that the user is in; null: of none.")
     cursor: Cursor = None
 
 
-class RankedSongs(Recommendations):
+class RankedSongs(AnsweredSongs):
     """The given songs, best first, each once."""
 
     unknown_song_ids: list[str] = Field(
@@ -543,7 +570,7 @@ class NewSongs(BaseModel):
 
 
 class BatchAnswer(BaseModel):
-    """The answers in the order of the requests, all of one release."""
+    """The answers in the order of the requests, all of one release, unless arms of an experiment have others."""
 
     release: str
     answers: list[Recommendations | InvalidEntry]
@@ -577,6 +604,8 @@ class PlaysTaken(BaseModel):
     rejected: int = Field(description="Plays older than the latest 64 to 128 of their user, or from before a deletion.")
     unknown_songs: int = Field(description="Plays of songs that are not in the catalog; left out.")
     invalid: int = Field(description="Plays that are not as expected; left out.")
+    logged: int = Field(description="Likes that are kept in the impression log.")
+    dropped: int = Field(description="Likes that nothing keeps: the impression log is off, or too many rows wait.")
     outcomes: list[PlayOutcome] = Field(description="One for each play.")
     errors: list[dict[str, str]] = Field(description="Where and what, of the invalid plays: the first 20.")
 

@@ -1,11 +1,14 @@
 """Settings of the serving application and the limits of its requests. Loads nothing heavy."""
 
 import ipaddress
-from typing import Literal
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayrec.config import Settings
+from rayrec.config import Settings, from_mapping
+from rayrec.errors import InputError
 from rayrec.online.state_store import absolute_uri
 
 Topology = Literal["colocated", "split"]
@@ -18,8 +21,89 @@ MAX_PLAYS = 1_000  # new plays of a call
 MAX_NEW_SONGS = 1_000  # songs to add of a call
 MAX_LISTED = 10_000  # songs of a list to leave out
 
+MAX_ARM_RELEASES = 2  # that arms of an experiment name: a replica holds them beside the live one
+
 LOOPBACK = "127.0.0.1"
 REPORT_SECONDS = 5.0  # between two reports of a replica that has nothing new to say
+
+
+class Arm(Settings):
+    """What users of one arm of an experiment get. What is left out is as for all other users."""
+
+    share: float = Field(gt=0, le=1, description="Share of the users")
+    release: str | None = Field(None, min_length=1, description="Release that answers; default: the live one")
+    horizon: float | None = Field(None, ge=0, le=1, description="short, long, or the weight of long")
+    exclude_heard: bool | None = Field(None, description="Leave out the songs that the user has played")
+    diversity: float | None = Field(None, ge=0, le=1, description="0: the best songs; up to 1: songs less alike")
+
+    explore: float | None = Field(None, ge=0, le=1, description="Share of songs with few plays, drawn by chance")
+
+    REQUEST: ClassVar[tuple[str, ...]] = ("horizon", "exclude_heard", "diversity", "explore")
+
+    @field_validator("horizon", mode="before")
+    @classmethod
+    def _weight(cls, value: Any) -> Any:
+        return float(value == "long") if value in ("short", "long") else value
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of a request that the arm sets, with their values."""
+        return {name: getattr(self, name) for name in self.REQUEST if getattr(self, name) is not None}
+
+
+class Experiment(Settings):
+    """Arms over the users of an application."""
+
+    name: str = Field(min_length=1, max_length=100, description="Of the experiment: another name draws users again")
+    arms: dict[str, Arm] = Field({}, validate_default=True, description="Name and settings of each arm")
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _named_arms(cls, arms: Any) -> Any:
+        if not isinstance(arms, dict) or not arms:
+            raise ValueError("expected arms.NAME.share = SHARE for each arm")
+        return {name: _section(Arm, value, f"arm {name}") for name, value in arms.items()}
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Experiment":
+        total = sum(arm.share for arm in self.arms.values())
+        if total > 1 + 1e-9:
+            raise ValueError(f"the shares of the arms add up to {total:g}; expected at most 1")
+        if len(self.releases) > MAX_ARM_RELEASES:
+            raise ValueError(
+                f"the arms name {len(self.releases)} releases; expected at most {MAX_ARM_RELEASES}, since a replica "
+                "holds them all"
+            )
+        return self
+
+    @property
+    def releases(self) -> tuple[str, ...]:
+        """The releases that arms name."""
+        return tuple(dict.fromkeys(arm.release for arm in self.arms.values() if arm.release))
+
+    def arm_of(self, user_id: str) -> str | None:
+        """The arm of a user: always the same while name, order and shares are; None for users outside of all arms."""
+        digest = blake2b(f"{self.name}\0{user_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        place = int.from_bytes(digest, "little") / 2**64
+        for name, arm in self.arms.items():
+            if place < arm.share:
+                return name
+            place -= arm.share
+        return None
+
+    @property
+    def varied(self) -> frozenset[str]:
+        """The fields of a request that any arm sets."""
+        return frozenset(name for arm in self.arms.values() for name in arm.settings)
+
+
+def _section(cls: type[Settings], values: Any, where: str) -> Any:
+    """Settings of a section of a config file; settings as they are."""
+    if isinstance(values, cls):
+        return values
+    if not isinstance(values, dict):
+        raise InputError(f"{where} is {values!r}; expected a section of settings")
+    return from_mapping(cls, values, where)
 
 
 class ServeConfig(Settings):
@@ -59,6 +143,34 @@ class ServeConfig(Settings):
         1.0, gt=0, le=3600, description="Interval of checks for a new live release, in seconds"
     )
 
+    log_impressions: bool = Field(
+        False, description="Write answers and events to serving/impressions in the workspace, in Parquet files"
+    )
+    log_seconds: float = Field(
+        10.0, gt=0, le=3600, description="Interval of these files, in seconds: a killed replica loses that time's rows"
+    )
+    log_rows: int = Field(
+        50_000, ge=2, description="Maximum of rows in memory per replica, beside 64 MB; more are dropped"
+    )
+    log_megabytes: int = Field(1024, ge=1, description="Maximum size of all these files; the oldest are deleted")
+    access_log: str | None = Field(
+        None, description="File of a JSON line per request; - for the standard error of the replica"
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (), description="Web pages of other origins that may call the API, such as https://example.com; * for all"
+    )
+    experiment: Experiment | None = Field(None, description="Experiment, as a section of the config file")
+
+    @field_validator("experiment", mode="before")
+    @classmethod
+    def _experiment_section(cls, value: Any) -> Any:
+        return None if value is None else _section(Experiment, value, "experiment")
+
+    @field_validator("access_log")
+    @classmethod
+    def _absolute_log(cls, value: str | None) -> str | None:
+        return value if value in (None, "-") else str(Path(value).absolute())
+
     @field_validator("store")
     @classmethod
     def _absolute_store(cls, value: str | None) -> str | None:
@@ -68,6 +180,8 @@ class ServeConfig(Settings):
     def _replica_range(self) -> "ServeConfig":
         if self.max_replicas and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas is {self.max_replicas}; give at least replicas, {self.replicas}, or 0")
+        if self.topology == "split" and self.experiment is not None and self.experiment.releases:
+            raise ValueError("arms with a release need --topology colocated")
         return self
 
 

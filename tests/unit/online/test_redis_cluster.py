@@ -121,7 +121,8 @@ def test_users_spread_over_nodes_survive_a_resharding(nodes: list[RedisServer]) 
     for whole in store.read(USERS):
         assert whole is not None
         assert [int(piece) for piece in whole.log] == list(range(1, count + 1))
-    store.forget(USERS[0], b"mark")
+    store.forget([USERS[0]], b"mark")
+    store.rewrite()  # of all nodes
     assert store.read(USERS[:1])[0].log == []  # type: ignore[union-attr]
     store.close()
 

@@ -8,16 +8,19 @@ from networks import NUM_SONGS
 
 from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError
+from rayrec.model.inference import States
 from rayrec.online.state_codec import (
     _seal,
     pack_heard,
+    pack_histories,
+    pack_new_states,
     pack_plays,
     pack_state,
     unpack_heard,
     unpack_plays,
     unpack_state,
 )
-from rayrec.online.user_state import PLAY_FIELDS, ModelState, Plays, UserState
+from rayrec.online.user_state import PLAY_FIELDS, ModelState, Plays, UserState, join_plays
 
 
 def some_plays(count: int = 7, *, bare: bool = False) -> Plays:
@@ -99,6 +102,24 @@ def test_plays_minutes_apart_take_less_than_six_bytes_each() -> None:
     random = np.random.default_rng(0)
     songs, times = random.integers(0, 10_000, 1000), 1_700_000_000_000 + np.cumsum(random.integers(1, 300_000, 1000))
     assert len(pack_plays(Plays.of(songs, times))) < 6_000
+
+
+@pytest.mark.parametrize("told", [(), ("contexts",), ("skipped",), ("contexts", "skipped")])
+def test_many_users_are_packed_to_the_bytes_that_each_alone_is(told: tuple[str, ...]) -> None:
+    users = [some_plays(count, bare=count % 3 == 0) for count in (3, 1, 64, 500, 12, 9)]
+    histories = join_plays(users)
+    for name in {"contexts", "skipped"} - set(told):
+        users = [replace(plays, **{name: np.zeros_like(getattr(plays, name))}) for plays in users]
+        histories = replace(histories, **{name: None})
+    assert pack_histories(histories) == [pack_plays(plays) for plays in users]
+    random = np.random.default_rng(5)
+    hidden = np.tanh(random.normal(size=(len(users), 3, 8))).astype(np.float32)
+    hidden[1::2, 1] *= 70_000  # too much for half precision
+    hidden[2, 2, 4:] = hidden[3, 1] = 0
+    at = np.array([5, NEVER, 10**12, -3, 0, 7])
+    states = States(hidden=hidden, last_played_at=at)
+    alone = [UserState.start("model", states, row, plays=len(plays)) for row, plays in enumerate(users)]
+    assert pack_new_states("model", states, histories.lengths) == [pack_state(state) for state in alone]
 
 
 def test_any_changed_bit_is_noticed() -> None:

@@ -1,5 +1,6 @@
 """One suite for all stores of user states."""
 
+import random
 import sqlite3
 import subprocess
 import sys
@@ -251,7 +252,7 @@ def test_a_deleted_user_leaves_a_state_alone_and_no_writer_goes_on(store: StateS
     change = Change(user_id="ann", state=b"1", expected=NOT_THERE, append=[Piece(1, b"x")], heard=b"y", events=[5])
     store.put([change])
     for user, version in (("ann", 2), ("nobody", 1)):
-        store.forget(user, b"mark")
+        store.forget([user], b"mark")
         assert contents(store, user) == (version, b"mark", [])
         assert not put(store, user, b"late", expected=version - 1)
     (ann,) = store.get({"ann": [5]})
@@ -266,9 +267,74 @@ def test_no_byte_of_a_deleted_user_stays_in_an_sqlite_file(tmp_path: Path) -> No
         put(store, "ann", secret, expected=version, append=secret)
     files = lambda: b"".join(path.read_bytes() for path in tmp_path.iterdir())  # noqa: E731
     assert b"play of ann" in files()
-    store.forget("ann", b"mark")
+    store.forget(["ann"], b"mark")
     store.close()
     assert b"play of ann" not in files()
+
+
+def test_many_new_users_are_added_at_once_beside_those_who_were_there(store: StateStore) -> None:
+    put(store, "user-7", b"old", expected=NOT_THERE, append=b"old log")
+    new = [
+        Change(
+            user_id=f"user-{number}",
+            state=b"state %d" % number,
+            expected=NOT_THERE,
+            append=[Piece(2, b"piece %d.%d" % (number, piece)) for piece in range(number % 4)],
+            heard=b"heard" if number % 5 == 0 else None,
+        )
+        for number in range(250)
+    ]
+    assert store.put(new) == [number != 7 for number in range(250)]
+    assert store.put(new[:2]) == [False, False]
+    assert contents(store, "user-7") == (1, b"old", [b"old log"])
+    for number in (0, 3, 100, 101, 249):
+        (whole,) = store.read([f"user-{number}"], plays=None)
+        assert whole is not None
+        assert (whole.stored.version, whole.stored.state) == (1, b"state %d" % number)
+        assert whole.log == [b"piece %d.%d" % (number, piece) for piece in range(number % 4)]
+        assert whole.heard == (b"heard" if number % 5 == 0 else None)
+
+
+def test_a_reader_that_keeps_old_pages_of_an_sqlite_file_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayrec.online.sqlite_store.WAIT_SECONDS", 0.1)
+    store, secret = open_store(f"sqlite:///{tmp_path}/states.sqlite", "n"), b"a play of ann " * 100
+    put(store, "ann", secret, expected=NOT_THERE)
+    reader = sqlite3.connect(tmp_path / "states.sqlite", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT COUNT(*) FROM users").fetchall()
+    store.forget(["ann"], b"mark")
+    with pytest.raises(StoreUnavailableError, match="read all the while; try again"):
+        store.rewrite()
+    reader.close()
+    store.rewrite()
+    assert all(b"play of ann" not in path.read_bytes() for path in tmp_path.iterdir())
+    store.close()
+
+
+@needs_redis
+def test_no_byte_of_a_deleted_user_stays_in_the_files_of_redis(tmp_path: Path) -> None:
+    import redis as package
+
+    server = RedisServer(tmp_path)
+    server.start()
+    try:
+        store = open_store(server.uri, "n")
+        secret = random.Random(0).randbytes(500)  # which no compression shortens
+        for user in ("ann", "bob"):
+            put(store, user, secret + user.encode(), expected=NOT_THERE, append=secret)
+        with package.Redis("127.0.0.1", server.port) as client:
+            client.save()
+        files = lambda: [path.name for path in tmp_path.rglob("*") if path.is_file() and secret in path.read_bytes()]  # noqa: E731
+        assert len(files()) == 2  # the snapshot and the log
+        store.forget(["ann", "bob"], b"mark")
+        store.rewrite()
+        assert files() == []
+        assert contents(store, "ann")[1] == b"mark"
+        store.close()
+    finally:
+        server.kill()
 
 
 def test_what_one_opening_wrote_the_next_one_reads(store: StateStore, uri: str, namespace: str) -> None:

@@ -141,10 +141,12 @@ def test_the_batch_form_answers_as_single_calls_do(app: Client) -> None:
     assert len(answer["answers"]) == len(requests)
     for request, found in zip(requests[:4], answer["answers"], strict=False):
         single = app.post("/v1/recommendations", request).json()
+        assert found.pop("recommendation_id") != single.pop("recommendation_id")
         assert {**found, "songs": ids(found)} == {**single, "songs": ids(single)}
         np.testing.assert_allclose(
             [song["score"] for song in found["songs"]], [song["score"] for song in single["songs"]], rtol=1e-4
         )
+    assert len({one.pop("recommendation_id") for one in answer["answers"][4:]}) == 44
     assert answer["answers"][:4] == answer["answers"][44:]
 
 
@@ -306,7 +308,7 @@ def test_long_answers_are_compressed_for_clients_that_take_it(app: Client) -> No
     small = app.post("/v1/recommendations", body, headers={"Accept-Encoding": "gzip"})
     assert small.headers["content-encoding"] == "gzip"
     assert "content-encoding" not in plain.headers
-    assert small.json() == plain.json()
+    assert small.json()["songs"] == plain.json()["songs"]
     assert int(small.headers["content-length"]) < len(plain.content) / 3
 
 

@@ -1,0 +1,271 @@
+"""What a server answered and what users then did, as Parquet files that its replicas add to.
+
+Two kinds of rows: answers (whom, when, by which release and arm, which songs) and events (plays, skips and likes that
+users sent afterwards). Each replica collects rows in memory and writes a file of them every few seconds, from a thread
+of its own: an answer never waits for a disk, and fails for none. Rows of deleted users are hidden from all readers at
+once, and left out of files written later; `erase_impressions` removes those in older files.
+"""
+
+import logging
+import math
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rayrec.data.forgotten import ForgottenUsers, read_forgotten
+from rayrec.data.moments import EPOCH, iso_moment, now_ms
+from rayrec.data.windows import NEVER
+from rayrec.errors import NotFoundError
+from rayrec.storage.workspace import IMPRESSIONS, Workspace
+
+Kind = Literal["answers", "events"]
+Outcome = Literal["written", "dropped", "expired"]  # dropped: never written; expired: deleted for newer ones
+KINDS: tuple[Kind, ...] = get_args(Kind)
+FILE_ROWS = 10_000  # that are written without waiting longer
+MEMORY_BYTES = 64 << 20  # of rows that wait to be written, about
+ROW_BYTES, SONG_BYTES = 1_000, 80  # of one row in memory, and of each song in it, about
+RETRY_SECONDS = 1.0  # before rows that could not be written are tried again
+JOINED_BYTES = 64 << 20  # of a file that a compaction makes, at most
+PRUNE_SHARE = 1 / 64  # of the bound on disk: a replica that has written so much looks at the whole log again
+
+_MOMENT = pa.timestamp("ms", tz="UTC")
+SCHEMAS: Mapping[Kind, pa.Schema] = {
+    "answers": pa.schema(
+        [
+            pa.field("recommendation_id", pa.string(), nullable=False),
+            pa.field("request_id", pa.string()),
+            pa.field("user_id", pa.string()),  # null where the request had a history instead
+            pa.field("moment", _MOMENT, nullable=False),  # when it was answered
+            pa.field("at", _MOMENT, nullable=False),  # the moment that it is for
+            pa.field("release", pa.string(), nullable=False),
+            pa.field("experiment", pa.string()),
+            pa.field("arm", pa.string()),
+            pa.field("first", pa.int32(), nullable=False),  # songs of the ranking before these
+            pa.field("song_ids", pa.list_(pa.string()), nullable=False),
+            pa.field("explored", pa.list_(pa.bool_())),  # which of the songs were drawn instead of ranked
+            pa.field("probability", pa.list_(pa.float64())),  # with which each stands in the answer
+        ]
+    ),
+    "events": pa.schema(
+        [
+            pa.field("event_id", pa.string(), nullable=False),
+            pa.field("user_id", pa.string(), nullable=False),
+            pa.field("song_id", pa.string(), nullable=False),
+            pa.field("type", pa.string(), nullable=False),  # play, skip or like
+            pa.field("moment", _MOMENT, nullable=False),  # when it was sent
+            pa.field("played_at", _MOMENT, nullable=False),
+            pa.field("skipped", pa.bool_(), nullable=False),
+            pa.field("share_listened", pa.float64()),
+            pa.field("recommendation_id", pa.string()),
+        ]
+    ),
+}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogBounds:
+    """How much a log may hold."""
+
+    seconds: float  # between two files of a replica: a killed one loses the rows of this time at most
+    rows: int  # in the memory of a replica, beside `MEMORY_BYTES`
+    disk_bytes: int  # of all files; the oldest are deleted
+
+
+class ImpressionLog:
+    """Collects the rows of one replica and writes them. `add` never blocks and raises nothing."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        writer: str,
+        bounds: LogBounds,
+        count: Callable[[Kind, Outcome, int], None] = lambda kind, outcome, rows: None,
+    ) -> None:
+        """`writer` is unique among the replicas; `count` receives what became of how many rows."""
+        self._workspace, self._bounds, self._count = workspace, bounds, count
+        self._writer = re.sub(r"[^A-Za-z0-9]+", "-", writer)
+        self._lock = threading.Lock()  # of the rows
+        self._writing = threading.Lock()  # of the files
+        self._rows: dict[Kind, deque[tuple[dict[str, Any], int]]] = {kind: deque() for kind in KINDS}  # with bytes
+        self._bytes = self._files = 0
+        self._unseen = math.inf  # bytes written since the whole log was looked at
+        self._due, self._closed = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rayrec-impressions", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Rows that are not written yet."""
+        return sum(map(len, self._rows.values()))
+
+    def add(self, kind: Kind, row: dict[str, Any]) -> bool:
+        """Take a row of the kind's schema, moments as ms UTC; False where it is dropped because too many wait."""
+        size = ROW_BYTES + SONG_BYTES * len(row.get("song_ids", ()))
+        with self._lock:
+            taken = self.waiting < self._bounds.rows and self._bytes + size <= MEMORY_BYTES
+            if taken:
+                self._rows[kind].append((row, size))
+                self._bytes += size
+        if not taken:
+            self._count(kind, "dropped", 1)
+        if self.waiting >= min(FILE_ROWS, self._bounds.rows // 2):
+            self._due.set()
+        return taken
+
+    def flush(self) -> None:
+        """Write the rows that wait. Where a file fails its rows stay, and are written with the next."""
+        with self._writing:
+            for kind in KINDS:
+                self._write(kind)
+            if self._unseen >= PRUNE_SHARE * self._bounds.disk_bytes:
+                self._unseen = 0.0
+                for kind, expired in prune(self._workspace, self._bounds.disk_bytes).items():
+                    self._count(kind, "expired", expired)
+
+    def close(self) -> None:
+        """Write what waits, and end the thread."""
+        self._closed.set()
+        self._due.set()
+        self._thread.join()
+        for kind, rows in self._rows.items():
+            self._count(kind, "dropped", len(rows))
+
+    def _write(self, kind: Kind) -> None:
+        with self._lock:
+            rows = list(self._rows[kind])
+        table = pa.Table.from_pylist([row for row, _ in rows], schema=SCHEMAS[kind])
+        table = _without(table, read_forgotten(self._workspace)) if rows else table
+        if table.num_rows:
+            first = pc.min(table.column("moment")).value
+            day = (EPOCH + timedelta(milliseconds=first)).date().isoformat()
+            path = f"{IMPRESSIONS}/{kind}/day={day}/{first:013d}-{self._writer}-{self._files:06d}.parquet"
+            self._workspace.write_table(path, table)
+            self._files += 1
+            self._unseen += self._workspace.size(path)
+        with self._lock:
+            for _ in rows:
+                self._bytes -= self._rows[kind].popleft()[1]
+        self._count(kind, "written", table.num_rows)
+
+    def _run(self) -> None:
+        while True:
+            self._due.wait(self._bounds.seconds)
+            self._due.clear()
+            closing = self._closed.is_set()
+            try:
+                self.flush()
+            except Exception as error:  # whatever is wrong with the storage, requests are answered
+                log.warning("impressions cannot be written, %d rows wait: %s", self.waiting, error)
+                self._closed.wait(RETRY_SECONDS)
+            if closing:
+                return
+
+
+def read_impressions(workspace: Workspace, kind: Kind, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The rows of one kind, a table for each file, the oldest first, without those of deleted users."""
+    forgotten = read_forgotten(workspace)
+    needed = columns and list(dict.fromkeys([*columns, "user_id", "moment"]))
+    for path in log_files(workspace, kind):
+        try:
+            table = _without(workspace.read_table(path, needed), forgotten)
+        except NotFoundError:  # deleted for newer ones since it was listed
+            continue
+        yield table.select(columns) if columns else table
+
+
+def log_files(workspace: Workspace, kind: Kind | None = None) -> dict[str, int]:
+    """The files of one kind, or of both, with their bytes, the oldest first."""
+    sizes = workspace.sizes(f"{IMPRESSIONS}/{kind}" if kind else IMPRESSIONS)
+    files = [path for path in sizes if path.endswith(".parquet")]
+    return {path: sizes[path] for path in sorted(files, key=lambda path: path.rpartition("/")[2])}
+
+
+def prune(workspace: Workspace, most: int) -> dict[Kind, int]:
+    """Delete the oldest files until all together have at most so many bytes; how many rows of each kind."""
+    files = log_files(workspace)
+    total, expired = sum(files.values()), dict.fromkeys(KINDS, 0)
+    for path, size in files.items():
+        if total <= most:
+            break
+        try:
+            with workspace.open_input(path) as stream:
+                rows = pq.ParquetFile(stream).metadata.num_rows
+        except NotFoundError:  # another replica was first
+            rows = 0
+        workspace.delete(path)
+        expired[_kind(path)] += rows
+        total -= size
+    return expired
+
+
+def erase_impressions(workspace: Workspace) -> int:
+    """Delete the rows of deleted users from all files; how many."""
+    forgotten, erased = read_forgotten(workspace), 0
+    for path in log_files(workspace):
+        try:
+            users = workspace.read_table(path, ["user_id", "moment"])
+            kept = _without(users, forgotten).num_rows
+            if kept == users.num_rows:
+                continue
+            if kept:
+                workspace.write_table(path, _without(workspace.read_table(path), forgotten))
+            else:
+                workspace.delete(path)
+        except NotFoundError:  # deleted for newer ones since it was listed
+            continue
+        erased += users.num_rows - kept
+    return erased
+
+
+def compact_impressions(workspace: Workspace) -> None:
+    """Join the files of each day before today into few.
+
+    One caller at a time. A killed one may leave rows twice, under the same ids.
+    """
+    today = f"day={iso_moment(now_ms())[:10]}"
+    for kind in KINDS:
+        groups: dict[tuple[str, int], dict[str, int]] = {}
+        for path, size in log_files(workspace, kind).items():
+            folder, group = path.rpartition("/")[0], 0
+            while (folder, group) in groups and sum(groups[folder, group].values()) + size > JOINED_BYTES:
+                group += 1
+            if not folder.endswith(today):  # where replicas still write
+                groups.setdefault((folder, group), {})[path] = size
+        for files in groups.values():
+            if len(files) > 1:
+                _join(workspace, list(files))
+
+
+def _join(workspace: Workspace, paths: list[str]) -> None:
+    """Put the rows of all files into the first one."""
+    try:
+        table = pa.concat_tables([workspace.read_table(path) for path in paths])
+    except NotFoundError:  # deleted for newer ones since they were listed
+        return
+    workspace.write_table(paths[0], table)
+    for path in paths[1:]:
+        workspace.delete(path)
+
+
+def _without(table: pa.Table, forgotten: ForgottenUsers) -> pa.Table:
+    """A table without rows of deleted users from before their deletion."""
+    if not forgotten:
+        return table
+    users = table.column("user_id").combine_chunks().dictionary_encode()
+    until = pa.array(forgotten.until(users.dictionary.to_pylist()), pa.int64())
+    limits = pc.fill_null(pc.take(until, users.indices), NEVER)
+    return table.filter(pc.greater(table.column("moment").cast(pa.int64()).combine_chunks(), limits))
+
+
+def _kind(path: str) -> Kind:
+    kind: Kind = "answers" if path.startswith(f"{IMPRESSIONS}/answers/") else "events"
+    return kind

@@ -1,0 +1,401 @@
+"""What users of each arm of an experiment played of the songs that it recommended: recall with intervals.
+
+A play belongs to the answer that it names by its recommendation id; else to the arm of the user's last answer in the
+days before it. It counts as recommended where that answer held the song, or for a play that names none any answer of
+the arm to the user in those days. Skipped plays do not count as played, and a song counts once for each user and arm.
+
+U users, A arms, P plays, S recommended songs of all answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from rayrec.config import Settings
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import user_hash
+from rayrec.data.impressions import SCHEMAS, log_files, read_impressions
+from rayrec.data.moments import iso_moment
+from rayrec.errors import InputError, NotFoundError
+from rayrec.evaluation.bootstrap import CELLS, CellRange, bootstrap_weights, means_with_intervals
+from rayrec.storage.workspace import Workspace
+
+DAY_MS = 24 * 3600 * 1000
+PART_BYTES = 32 << 20  # of log files for each share of the users that is in memory at once
+CONFIDENCE = 0.95
+ANSWER_COLUMNS = ["recommendation_id", "user_id", "at", "release", "experiment", "arm", "first", "song_ids"]
+EVENT_COLUMNS = ["event_id", "user_id", "song_id", "type", "played_at", "skipped", "recommendation_id"]
+
+
+class ExperimentReportConfig(Settings):
+    """What to report."""
+
+    name: str | None = Field(None, min_length=1, description="Experiment; default: the only one in the log")
+    control: str | None = Field(
+        None, min_length=1, description="Arm to compare the others with; default: control, else the first by name"
+    )
+    plays: Literal["log", "dataset"] = Field(
+        "log", description="Where plays are: log: those sent to /v1/plays; dataset: those of the data set"
+    )
+    days: float = Field(7.0, gt=0, le=365, description="Days after an answer in which plays count as its effect")
+    k: int | None = Field(None, ge=1, description="Count only the first k songs of a ranking; default: all")
+    samples: int = Field(1000, ge=100, le=100_000, description="Bootstrap samples")
+    seed: int = Field(0, ge=0, description="Random seed of the bootstrap")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmFigures:
+    """One arm. Intervals are of 95 %, by bootstrap over users; None where nothing was played."""
+
+    arm: str
+    releases: list[str]  # that answered
+    users: int
+    answers: int
+    played: int  # songs that its users played after an answer, once for each user
+    recommended: int  # of these, those that had been recommended
+    recall: float | None  # the share of them
+    low: float | None
+    high: float | None
+    difference: float | None  # of the recall to that of the control arm; None for that arm
+    difference_low: float | None
+    difference_high: float | None
+    skips: int  # plays of recommended songs that were skipped
+    likes: int  # likes of recommended songs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentReport:
+    """The arms of an experiment, the control arm first."""
+
+    experiment: str
+    plays: str
+    days: float
+    k: int | None
+    first_answer: str  # ISO 8601, UTC
+    last_answer: str
+    arms: list[ArmFigures]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+    @property
+    def verdict(self) -> str:
+        """What the intervals say of each arm, in a sentence each."""
+        control, *others = self.arms
+        return " ".join(_verdict(arm, control.arm) for arm in others) or "There is one arm; nothing to compare."
+
+
+def _verdict(arm: ArmFigures, control: str) -> str:
+    if arm.difference is None or arm.difference_low is None or arm.difference_high is None:
+        return f"{arm.arm}: too few plays to compare."
+    interval = f"{arm.difference:+.4f} ({arm.difference_low:+.4f} to {arm.difference_high:+.4f})"
+    if arm.difference_low <= 0 <= arm.difference_high:
+        return f"{arm.arm}: no difference to {control} is certain, {interval}."
+    return f"{arm.arm}: recall is {'higher' if arm.difference > 0 else 'lower'} than in {control}, {interval}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answers:
+    """Answers to a share of the users, and their songs."""
+
+    ids: pa.Array  # string (n,), recommendation ids
+    users: np.ndarray  # int64 (n,), rows of `user_ids`
+    user_ids: pa.Array  # string (U,)
+    arms: np.ndarray  # int64 (n,)
+    at: np.ndarray  # int64 (n,), ms UTC
+    song_answers: np.ndarray  # int64 (S,), the answer of each recommended song
+    song_ids: pa.Array  # string (S,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Events:
+    """Plays, skips and likes of users who had answers."""
+
+    users: np.ndarray  # int64 (P,), rows of the user ids of the answers
+    song_ids: pa.Array  # string (P,)
+    at: np.ndarray  # int64 (P,), ms UTC
+    named: np.ndarray  # int64 (P,), the answer that each names, or -1
+    skipped: np.ndarray  # bool (P,)
+    liked: np.ndarray  # bool (P,), likes, which are no plays
+
+
+@dataclass(kw_only=True)
+class _Sums:
+    """Sums over users."""
+
+    arms: list[str]
+    played: np.ndarray = field(init=False)  # float64 (C, A), by cell of the bootstrap
+    recommended: np.ndarray = field(init=False)  # float64 (C, A)
+    counts: dict[str, np.ndarray] = field(init=False)  # int64 (A,) each: users, answers, skips, likes
+
+    def __post_init__(self) -> None:
+        self.played, self.recommended = np.zeros((2, CELLS, len(self.arms)))
+        names = ("users", "answers", "skips", "likes")
+        self.counts = {name: np.zeros(len(self.arms), np.int64) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Overview:
+    """What the log holds of an experiment."""
+
+    name: str
+    releases: dict[str, list[str]]  # by arm
+    first: int  # ms UTC of its answers
+    last: int
+
+
+def report_experiment(workspace: Workspace, config: ExperimentReportConfig) -> ExperimentReport:
+    """The arms of an experiment, from the impression log of a workspace and later plays.
+
+    Memory is bounded: users are taken share by share, each in a pass over the log.
+    Raises `NotFoundError` where the log has no such experiment, `InputError` where it is not clear which one is meant.
+    """
+    overview = _overview(workspace, config.name)
+    arms = sorted(overview.releases)
+    control = config.control or ("control" if "control" in arms else arms[0])
+    if control not in arms:
+        raise NotFoundError(
+            f"experiment {overview.name} has no answers of an arm {control!r}; it has {', '.join(arms)}"
+        )
+    arms = [control, *(arm for arm in arms if arm != control)]
+    sums = _Sums(arms=arms)
+    shares = -(-sum(log_files(workspace).values()) // PART_BYTES)
+    for share in range(shares):
+        answers = _read_answers(workspace, overview.name, arms, config.k, (share, shares))
+        if not len(answers.users):
+            continue
+        events = (
+            _logged_events(workspace, answers)
+            if config.plays == "log"
+            else _dataset_plays(workspace, answers, overview.first)
+        )
+        _add(sums, answers, events, round(config.days * DAY_MS))
+    return ExperimentReport(
+        experiment=overview.name,
+        plays=config.plays,
+        days=config.days,
+        k=config.k,
+        first_answer=iso_moment(overview.first),
+        last_answer=iso_moment(overview.last),
+        arms=_figures(sums, overview, config),
+    )
+
+
+def _overview(workspace: Workspace, name: str | None) -> _Overview:
+    releases: dict[str, dict[str, set[str]]] = {}  # by experiment and arm
+    moments: dict[str, list[int]] = {}
+    for table in read_impressions(workspace, "answers", ["experiment", "arm", "release", "at"]):
+        table = table.filter(pc.is_valid(table.column("arm")))
+        for row in table.group_by(["experiment", "arm", "release"]).aggregate([("at", "min_max")]).to_pylist():
+            arms = releases.setdefault(row["experiment"], {})
+            arms.setdefault(row["arm"], set()).add(row["release"])
+            ends = [round(1000 * row["at_min_max"][end].timestamp()) for end in ("min", "max")]
+            moments.setdefault(row["experiment"], []).extend(ends)
+    if not releases:
+        raise NotFoundError(
+            f"the impression log of {workspace.uri} holds no answers of an experiment; serve with an experiment and "
+            "--log-impressions"
+        )
+    if name is None and len(releases) > 1:
+        raise InputError(f"the log holds {len(releases)} experiments; give --name: {', '.join(sorted(releases))}")
+    name = name or next(iter(releases))
+    if name not in releases:
+        raise NotFoundError(f"the log has no experiment {name!r}; it has {', '.join(sorted(releases))}")
+    by_arm = {arm: sorted(made) for arm, made in releases[name].items()}
+    return _Overview(name=name, releases=by_arm, first=min(moments[name]), last=max(moments[name]))
+
+
+def _of_share(table: pa.Table, share: tuple[int, int]) -> pa.Table:
+    """The rows of one of equal shares of the users."""
+    place, shares = share
+    users = table.column("user_id").combine_chunks().dictionary_encode()
+    own = user_hash(users.dictionary.to_pylist(), salt="experiment report ") % np.uint64(shares) == place
+    return table.filter(pc.take(pa.array(own), users.indices))
+
+
+def _read_answers(
+    workspace: Workspace, experiment: str, arms: Sequence[str], k: int | None, share: tuple[int, int]
+) -> _Answers:
+    tables = []
+    for table in read_impressions(workspace, "answers", ANSWER_COLUMNS):
+        table = table.filter((pc.field("experiment") == experiment) & pc.field("user_id").is_valid())
+        tables.append(_of_share(table, share))
+    table = pa.concat_tables(tables).combine_chunks()
+    _, rows = np.unique(table.column("recommendation_id").to_numpy(), return_index=True)
+    table = table.take(np.sort(rows)).combine_chunks()  # files that a killed compaction left may hold rows twice
+    users = _one(table, "user_id").dictionary_encode()
+    songs = _one(table, "song_ids")
+    song_answers = pc.list_parent_indices(songs).to_numpy().astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(song_answers, minlength=len(table)))])
+    places = np.arange(len(song_answers)) - starts[song_answers] + _one(table, "first").to_numpy()[song_answers]
+    kept = np.ones(len(places), np.bool_) if k is None else places < k
+    return _Answers(
+        ids=_one(table, "recommendation_id"),
+        users=users.indices.to_numpy().astype(np.int64),
+        user_ids=users.dictionary,
+        arms=pc.index_in(_one(table, "arm"), value_set=pa.array(arms)).to_numpy().astype(np.int64),
+        at=_one(table, "at").cast(pa.int64()).to_numpy(),
+        song_answers=song_answers[kept],
+        song_ids=songs.flatten().filter(pa.array(kept)),
+    )
+
+
+def _one(table: pa.Table, name: str) -> Any:
+    """A column as one array."""
+    return table.column(name).combine_chunks()
+
+
+def _logged_events(workspace: Workspace, answers: _Answers) -> _Events:
+    own = [
+        table.filter(pc.is_in(table.column("user_id"), value_set=answers.user_ids))
+        for table in read_impressions(workspace, "events", EVENT_COLUMNS)
+    ]
+    table = pa.concat_tables([SCHEMAS["events"].empty_table().select(EVENT_COLUMNS), *own])
+    keys = table.select(["user_id", "event_id"]).to_pandas()
+    table = table.filter(pa.array(~keys.duplicated().to_numpy(dtype=np.bool_))).combine_chunks()
+    named = pc.index_in(_one(table, "recommendation_id"), value_set=answers.ids)
+    users = pc.index_in(_one(table, "user_id"), value_set=answers.user_ids)
+    row, users = _numbers(named), _numbers(users)
+    row = np.where((row >= 0) & (answers.users[row] == users), row, -1)  # the answer must have been the user's own
+    return _Events(
+        users=users,
+        song_ids=_one(table, "song_id"),
+        at=_one(table, "played_at").cast(pa.int64()).to_numpy(),
+        named=row,
+        skipped=_flags(_one(table, "skipped")),
+        liked=_flags(pc.equal(_one(table, "type"), "like")),
+    )
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    """int64, -1 for null."""
+    return np.asarray(pc.fill_null(array, -1).to_numpy(zero_copy_only=False)).astype(np.int64)
+
+
+def _flags(array: pa.Array) -> np.ndarray:
+    return np.asarray(array.to_numpy(zero_copy_only=False)).astype(np.bool_)
+
+
+def _dataset_plays(workspace: Workspace, answers: _Answers, first: int) -> _Events:
+    dataset = Dataset(workspace)
+    catalog = dataset.catalog()
+    users, songs, at, skipped = [], [], [], []
+    for histories in dataset.read_all():
+        rows = _numbers(pc.index_in(pa.array(histories.user_ids, pa.string()), value_set=answers.user_ids))
+        kept = (rows[histories.rows] >= 0) & (histories.played_at >= first)
+        users.append(rows[histories.rows][kept])
+        songs.append(histories.songs[kept])
+        at.append(histories.played_at[kept])
+        skipped.append(np.zeros(int(kept.sum()), np.bool_) if histories.skipped is None else histories.skipped[kept])
+    rows = np.concatenate(songs)
+    return _Events(
+        users=np.concatenate(users),
+        song_ids=pa.array(catalog.song_ids(rows), pa.string()),
+        at=np.concatenate(at),
+        named=np.full(len(rows), -1),
+        skipped=np.concatenate(skipped),
+        liked=np.zeros(len(rows), np.bool_),
+    )
+
+
+def _add(sums: _Sums, answers: _Answers, events: _Events, window: int) -> None:
+    """Add a share of the users to the sums; `window` is in ms."""
+    num_arms = len(sums.arms)
+    encoded = pa.concat_arrays([answers.song_ids, events.song_ids]).dictionary_encode()
+    num_songs, rows = len(encoded.dictionary) + 1, encoded.indices.to_numpy().astype(np.int64)
+    recommended, songs = rows[: len(answers.song_ids)], rows[len(answers.song_ids) :]
+    last = latest(answers.users, answers.at, events.users, events.at)
+    recent = (last >= 0) & (events.at - answers.at[last] <= window)
+    source = np.where(events.named >= 0, events.named, np.where(recent, last, -1))
+    counted = source >= 0
+    arms = answers.arms[source]  # of the events that count
+
+    # Of one answer a song is recommended where the answer holds it; of an arm where an answer of the last days does.
+    of_answer = answers.song_answers
+    by_answer = np.isin(source * num_songs + songs, of_answer * num_songs + recommended)
+    of_arm, event_arms = answers.users * num_arms + answers.arms, events.users * num_arms + arms
+    keys = np.concatenate([of_arm[of_answer] * num_songs + recommended, event_arms * num_songs + songs])
+    keys = np.unique(keys, return_inverse=True)[1].reshape(-1)
+    found = latest(keys[: len(recommended)], answers.at[of_answer], keys[len(recommended) :], events.at)
+    by_arm = (found >= 0) & (events.at - answers.at[of_answer][found] <= window)
+    hits = counted & np.where(events.named >= 0, by_answer, by_arm)
+
+    played = counted & ~events.skipped & ~events.liked
+    pairs, rows = np.unique(event_arms[played] * num_songs + songs[played], return_inverse=True)
+    hit = np.bincount(rows.reshape(-1), hits[played], minlength=len(pairs)) > 0
+    users, of = np.divmod(pairs // num_songs, num_arms)
+    cells = CellRange().cells_of(answers.user_ids.to_numpy(zero_copy_only=False))[users]
+    np.add.at(sums.played, (cells, of), 1)
+    np.add.at(sums.recommended, (cells, of), hit)
+
+    def counts(of: np.ndarray) -> np.ndarray:
+        return np.bincount(of, minlength=num_arms)
+
+    sums.counts["users"] += counts(np.unique(of_arm) % num_arms)
+    sums.counts["answers"] += counts(answers.arms)
+    sums.counts["skips"] += counts(arms[hits & events.skipped])
+    sums.counts["likes"] += counts(arms[hits & events.liked])
+
+
+def latest(keys: np.ndarray, at: np.ndarray, wanted: np.ndarray, until: np.ndarray) -> np.ndarray:
+    """int64 (n,): the row, among those with `keys` and moments `at`, of the last moment of a wanted key up to another.
+
+    `keys` and `at` are int64 (m,), `wanted` and `until` int64 (n,); keys count from 0. -1 where there is no such row.
+    """
+    if not len(keys):
+        return np.full(len(wanted), -1)
+    moments, ranks = np.unique(np.concatenate([at, until]), return_inverse=True)
+    ranks = ranks.reshape(-1)
+    order = np.lexsort((ranks[: len(keys)], keys))
+    places = np.searchsorted(
+        (keys * len(moments) + ranks[: len(keys)])[order], wanted * len(moments) + ranks[len(keys) :], side="right"
+    )
+    rows = order[np.maximum(places - 1, 0)]
+    return np.where((places > 0) & (keys[rows] == wanted), rows, -1)
+
+
+def _figures(sums: _Sums, overview: _Overview, config: ExperimentReportConfig) -> list[ArmFigures]:
+    weights = bootstrap_weights(CELLS, config.samples, config.seed)
+    recommended, played = weights @ sums.recommended, weights @ sums.played
+    values = means_with_intervals(recommended, played, CONFIDENCE)
+    recalls = np.divide(recommended, played, out=np.full(played.shape, np.nan), where=played > 0)
+    arms = []
+    for place, arm in enumerate(sums.arms):
+        recall, low, high = (_rounded(value[place]) for value in values)
+        difference, difference_low, difference_high = _difference(recalls, place)
+        arms.append(
+            ArmFigures(
+                arm=arm,
+                releases=overview.releases[arm],
+                played=int(sums.played[:, place].sum()),
+                recommended=int(sums.recommended[:, place].sum()),
+                recall=recall,
+                low=low,
+                high=high,
+                difference=difference,
+                difference_low=difference_low,
+                difference_high=difference_high,
+                **{name: int(counts[place]) for name, counts in sums.counts.items()},
+            )
+        )
+    return arms
+
+
+def _difference(recalls: np.ndarray, place: int) -> tuple[float | None, float | None, float | None]:
+    """Value, low and high of an arm's recall less that of the first, from float64 (B + 1, A), row 0 the data itself."""
+    difference = recalls[:, place] - recalls[:, 0]
+    if place == 0 or np.isnan(difference[0]):
+        return None, None, None
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.nanquantile(difference[1:], [tail, 1 - tail])
+    return _rounded(difference[0]), _rounded(low), _rounded(high)
+
+
+def _rounded(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 6)

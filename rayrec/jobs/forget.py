@@ -1,0 +1,360 @@
+"""Deleting users: hidden at once, then erased from every file of the workspace by a compaction.
+
+The files are written anew without the users' rows into a scratch folder, with the manifests that hold their checksums.
+When all are there they are moved into place. A killed run leaves everything as it was, or is finished by the next one.
+"""
+
+import json
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from rayrec.data import columns
+from rayrec.data.dataset import Dataset
+from rayrec.data.forgotten import ForgottenUsers, mark_erased, mark_forgotten, read_waiting, user_digest
+from rayrec.data.impressions import erase_impressions
+from rayrec.data.moments import now_ms
+from rayrec.data.spelling import spell_id
+from rayrec.errors import DamagedArtifactError, InputError
+from rayrec.importing.merging import FORGOTTEN_USER
+from rayrec.importing.staging import finish_publishing
+from rayrec.jobs.runtime import ray_cluster, run_buckets
+from rayrec.model.taste_table import PLAYS
+from rayrec.online.state_codec import pack_state
+from rayrec.online.state_store import StateStore, open_store, store_uri
+from rayrec.online.user_state import UserState
+from rayrec.progress import progress
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import BUCKET_COUNTS, Manifest
+from rayrec.storage.dataset_manifest import DatasetManifest, read_manifest
+from rayrec.storage.locking import writes
+from rayrec.storage.releases import CHECKSUMS, list_releases
+from rayrec.storage.workspace import (
+    DATASET,
+    DATASET_MANIFEST,
+    FORGOTTEN,
+    HISTORIES,
+    IMPORT_STAGING,
+    REJECTED_ROWS,
+    STATES_FILE,
+    USERS,
+    Workspace,
+    earlier_manifest,
+    histories_file,
+)
+
+SCRATCH = f"{FORGOTTEN}/.erasing"
+READY = f"{SCRATCH}/ready.json"  # written when all files wait in the scratch folder: who is erased by them
+EARLIER = f"{DATASET}/earlier"
+# Where rows of users are: folder of Parquet files with a column user_id -> the figure of the files' manifest that
+# counts what rows hold, and the column that says how much. Where no manifest counts it, both are empty.
+USER_TABLES: dict[str, tuple[str, str]] = {
+    HISTORIES: ("plays", columns.SONGS),
+    USERS: ("", ""),
+    "tastes": ("plays", PLAYS),
+    artifacts.RECOMMENDATIONS: ("songs", columns.SONG_IDS),
+}
+TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{32}$")  # what a killed process leaves of a file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Erased:
+    """What an erasing came to."""
+
+    users: int = 0  # deletions whose rows waited for it
+    rows: int = 0  # of all files
+    files: int = 0  # that held such rows
+
+
+def forget_users(workspace: Workspace, user_ids: Sequence[str], *, store: str | None = None) -> int:
+    """Delete users, known or not, from the list of users who may be seen and from the store; how many.
+
+    `store` as `store_uri` takes it; without one the workspace's own is taken where there is one. From now on answers
+    are those of unknown users, and plays from before this moment are rejected. Rows stay in files until
+    `erase_forgotten` has run. Raises `InputError` for what is no id.
+    """
+    ids = [spell_id(user_id) for user_id in user_ids]
+    for given, user_id in zip(user_ids, ids, strict=True):
+        if user_id is None:
+            raise InputError(f"{given!r} is no user ID; expected text that is not empty")
+    known, at = list(dict.fromkeys(filter(None, ids))), now_ms()
+    dataset = Dataset(workspace)
+    mark_forgotten(workspace, known, at)
+    opened = open_own_store(workspace, store, dataset.lineage)
+    if opened is not None:
+        try:
+            opened.forget(known, pack_state(UserState(forgotten_at=at)))
+        finally:
+            opened.close()
+    return len(known)
+
+
+def open_own_store(workspace: Workspace, store: str | None, lineage: str) -> StateStore | None:
+    """The store that is named, else the workspace's own where there is one."""
+    if store is None and not (workspace.is_local and workspace.exists(STATES_FILE)):
+        return None
+    return open_store(store_uri(workspace, store), lineage)
+
+
+def erase_forgotten(workspace: Workspace) -> Erased:
+    """Erase the rows of users who were deleted since the last time from all files, and keep the manifests right.
+
+    Every stage that reads users runs it first, so that nothing is made of them any more. Ids of data sets and
+    artifacts stay, and so do all other rows. The texts of rejected rows are emptied, since they may name the users.
+    An unfinished import starts again. Raises `DamagedArtifactError` for a file that did not match its checksum before.
+    """
+    waiting = read_waiting(workspace)
+    if not waiting and not workspace.exists(READY):
+        return Erased()
+    return _erase(workspace)
+
+
+@writes("compact")
+def _erase(workspace: Workspace) -> Erased:
+    finish_publishing(workspace)
+    _finish(workspace)
+    waiting = read_waiting(workspace)
+    if not waiting:
+        return Erased()
+    workspace.delete(IMPORT_STAGING)
+    folders = [*USER_TABLES, REJECTED_ROWS]
+    paths = [path for folder in folders for path in workspace.files(folder) if path.endswith(".parquet")]
+    for folder in (DATASET, *USER_TABLES):
+        _delete_temporary(workspace, folder)
+    erased: dict[str, ErasedFile] = {}
+    with ray_cluster(), progress("Deleted users", len(paths)) as bar:
+        arguments = {"workspace": workspace, "forgotten": waiting}
+        for result in run_buckets(FileEraser, paths, arguments=arguments, called="file"):
+            if result is not None:
+                erased[result.path] = result
+            bar.advance()
+    logged = erase_impressions(workspace)
+    _Manifests(workspace, waiting, erased).write()
+    workspace.write_json(READY, dict(waiting.moments))
+    _finish(workspace)
+    held = [each for each in erased.values() if each.users]
+    return Erased(users=len(waiting), rows=logged + sum(len(each.users) for each in held), files=len(held))
+
+
+def _finish(workspace: Workspace) -> None:
+    """Move the files of a complete erasing into place; does nothing where none waits. May be repeated at any point."""
+    if workspace.exists(READY):
+        for path in workspace.files(f"{SCRATCH}/out"):
+            workspace.move(path, path.removeprefix(f"{SCRATCH}/out/"))
+        mark_erased(workspace, ForgottenUsers(workspace.read_json(READY)))
+        workspace.delete(READY)
+    workspace.delete(SCRATCH)
+
+
+def _out(path: str) -> str:
+    return f"{SCRATCH}/out/{path}"
+
+
+def _delete_temporary(workspace: Workspace, folder: str) -> None:
+    """Delete what killed processes have left of files that they wrote; no job is running."""
+    selector = pafs.FileSelector(workspace.full(folder), allow_not_found=True, recursive=True)
+    for info in workspace.filesystem.get_file_info(selector):
+        if info.type == pafs.FileType.File and TEMPORARY.match(info.base_name):
+            workspace.delete(posixpath.relpath(info.path, workspace.root))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErasedFile:
+    """A file that was written anew."""
+
+    path: str
+    before: str  # sha256
+    after: str
+    users: dict[str, int] = field(default_factory=dict)  # digest -> plays or songs of the row that is gone
+
+
+class FileEraser:
+    """Writes files of rows of users without those of deleted ones."""
+
+    def __init__(self, workspace: Workspace, forgotten: ForgottenUsers) -> None:
+        self._workspace, self._forgotten = workspace, forgotten
+
+    def __call__(self, path: str) -> ErasedFile | None:
+        """Write one file into the scratch folder; None where it may stay as it is."""
+        if path.startswith(f"{REJECTED_ROWS}/"):
+            return self._without_texts(path)
+        with self._workspace.open_input(path) as stream:
+            file = pq.ParquetFile(stream)
+            kept = [self._kept(file, group) for group in range(file.num_row_groups)]
+            if all(mask.all() for mask in kept):
+                return None
+            users, after = self._write(path, file, kept)
+        before = artifacts.sha256(self._workspace, path)
+        return ErasedFile(path=path, before=before, after=after, users=users)
+
+    def _kept(self, file: pq.ParquetFile, group: int) -> np.ndarray:
+        """bool (U,): the rows of a row group that stay."""
+        ids = file.read_row_group(group, columns=[columns.USER]).column(columns.USER)
+        kept: np.ndarray = ~self._forgotten.holds(pc.fill_null(ids, "").to_pylist())
+        return kept
+
+    def _write(self, path: str, file: pq.ParquetFile, kept: list[np.ndarray]) -> tuple[dict[str, int], str]:
+        users: dict[str, int] = {}
+        figure, column = next(how for folder, how in USER_TABLES.items() if path.startswith(f"{folder}/"))
+        metadata = file.metadata.metadata or {}
+        schema = file.schema_arrow.remove_metadata()
+        with (
+            self._workspace.open_output(_out(path)) as stream,
+            pq.ParquetWriter(stream, schema, compression="zstd") as writer,
+        ):
+            for group, mask in enumerate(kept):
+                table = file.read_row_group(group).replace_schema_metadata(None)
+                gone = table.filter(pa.array(~mask))
+                digests = map(user_digest, gone.column(columns.USER).to_pylist())
+                users |= dict(zip(digests, _amounts(gone, column), strict=True))
+                left = table.filter(pa.array(mask))
+                if left.num_rows:
+                    writer.write_table(left, row_group_size=left.num_rows)
+            if BUCKET_COUNTS in metadata:
+                counts = Counter(json.loads(metadata[BUCKET_COUNTS]))
+                counts.subtract({"users": len(users), figure: sum(users.values())})
+                writer.add_key_value_metadata({BUCKET_COUNTS.decode(): json.dumps(counts)})
+        return users, stream.sha256
+
+    def _without_texts(self, path: str) -> ErasedFile | None:
+        """Rejected rows keep their reason and their line; no user can be looked for in a text by a digest."""
+        table = self._workspace.read_table(path)
+        sources = table.column("source").combine_chunks().dictionary_encode()
+        names = pa.array(self._forgotten.scrub(sources.dictionary.to_pylist()), pa.string())
+        data = {"source": names.take(sources.indices), "text": pa.array([""] * len(table), pa.string())}
+        clean = table
+        for name, values in data.items():
+            place = columns.REJECTED.names.index(name)
+            clean = clean.set_column(place, columns.REJECTED.field(name), values)
+        if clean.equals(table):
+            return None
+        before = artifacts.sha256(self._workspace, path)
+        return ErasedFile(path=path, before=before, after=self._workspace.write_table(_out(path), clean))
+
+
+def _amounts(rows: pa.Table, column: str) -> list[int]:
+    """How much of a figure each row holds: a number, or the length of a list."""
+    if not column:
+        return [0] * rows.num_rows
+    values = rows.column(column)
+    lists = pa.types.is_list(values.type)
+    amounts: list[int] = (pc.list_value_length(values) if lists else values).to_pylist()
+    return amounts
+
+
+class _Manifests:
+    """The manifests of data sets, artifacts and releases after files were written anew."""
+
+    def __init__(self, workspace: Workspace, forgotten: ForgottenUsers, erased: Mapping[str, ErasedFile]) -> None:
+        self._workspace, self._forgotten, self._erased = workspace, forgotten, erased
+        self._digests = {path: each.after for path, each in erased.items()}  # of all files that wait, manifests too
+        self._of_tastes: dict[str, Counter[str]] = {}  # data set -> users and plays that its tastes have lost
+
+    def write(self) -> None:
+        """Write all that change into the scratch folder. Raises `DamagedArtifactError` as `erase_forgotten` does."""
+        for kind in ("tastes", artifacts.RECOMMENDATIONS):
+            for manifest in artifacts.listing(self._workspace, kind):
+                self._write_artifact(manifest)
+        dataset = read_manifest(self._workspace) if self._workspace.exists(DATASET_MANIFEST) else None
+        if dataset is not None:
+            self._write_datasets(dataset)
+        for release in list_releases(self._workspace):
+            self._write_release(release, dataset)
+
+    def _write_artifact(self, manifest: Manifest) -> None:
+        files = {manifest.path(name): digest for name, digest in manifest.files.items()}
+        self._require_sound(files)
+        changed = [self._erased[path] for path in files if path in self._erased]
+        if not changed:
+            return
+        lost = _lost(changed, USER_TABLES[manifest.kind][0])
+        if manifest.kind == "tastes":
+            self._of_tastes.setdefault(manifest.inputs["dataset"], lost)
+        metrics = {name: value - lost[name] if name in lost else value for name, value in manifest.metrics.items()}
+        made = replace(manifest, metrics=metrics, files=self._renewed(manifest.files, manifest.folder))
+        self._write_json(manifest.path("manifest.json"), asdict(made))
+
+    def _write_datasets(self, dataset: DatasetManifest) -> None:
+        self._require_sound({f"{DATASET}/{name}": digest for name, digest in dataset.files.items()})
+        last_part = {
+            histories_file(first, bucket, last): last
+            for first, last in dataset.spans
+            for bucket in range(dataset.buckets)
+        }
+        histories = {path: each for path, each in self._erased.items() if path in last_part}
+        present = [earlier_manifest(name) for name in dataset.ancestors]
+        others = sorted(set(self._workspace.files(EARLIER)) - set(present))
+        for path in [*others, *present]:  # each holds the checksums of those before it
+            manifest = read_manifest(self._workspace, path)
+            if path in others or dataset.splits_at(manifest.parts):
+                mine = [each for name, each in histories.items() if last_part[name] < manifest.parts]
+                lost = Counter() if path in others else _lost(mine, "plays")
+            else:  # joined with later parts, whose plays cannot be told apart
+                lost = self._of_tastes.get(manifest.plays_id, Counter())
+            self._write_dataset(path, manifest, lost)
+        self._write_dataset(DATASET_MANIFEST, dataset, _lost(histories.values(), "plays"))
+
+    def _write_dataset(self, path: str, manifest: DatasetManifest, lost: Counter[str]) -> None:
+        rejected = dict(manifest.rejected)
+        if lost["plays"]:
+            rejected[FORGOTTEN_USER] = rejected.get(FORGOTTEN_USER, 0) + lost["plays"]
+        last_import: dict[str, Any] = self._forgotten.scrub(manifest.last_import)
+        if "reasons" in last_import:
+            last_import["reasons"] = [{**each, "text": ""} for each in last_import["reasons"]]
+        made = replace(
+            manifest,
+            users=manifest.users - lost["users"],
+            plays=manifest.plays - lost["plays"],
+            rejected=rejected,
+            config=self._forgotten.scrub(manifest.config),
+            appended=self._forgotten.scrub(manifest.appended),
+            last_import=last_import,
+            files=self._renewed(manifest.files, DATASET),
+        )
+        if made != manifest:
+            self._write_json(path, asdict(made))
+
+    def _write_release(self, release: Manifest, dataset: DatasetManifest | None) -> None:
+        path, made_of = release.path(CHECKSUMS), release.inputs["dataset"]
+        checksums = dict(self._workspace.read_json(path))
+        renewed = self._renewed(checksums, "")
+        if dataset is not None and made_of != dataset.id and DATASET_MANIFEST in checksums:
+            known = dataset.descends_from(made_of)
+            digest = self._digests.get(earlier_manifest(made_of)) if known else None
+            renewed[DATASET_MANIFEST] = digest or checksums[DATASET_MANIFEST]
+        if renewed == checksums:
+            return
+        self._write_json(path, renewed)
+        made = replace(release, files=self._renewed(release.files, release.folder))
+        self._write_json(release.path("manifest.json"), asdict(made))
+
+    def _require_sound(self, files: Mapping[str, str]) -> None:
+        """What was damaged before must not be given a new checksum."""
+        for path, expected in files.items():
+            if path in self._erased and self._erased[path].before != expected:
+                raise DamagedArtifactError(
+                    f"{path} does not match the checksum in its manifest; restore it, or make it again with --force"
+                )
+
+    def _renewed(self, files: Mapping[str, str], folder: str) -> dict[str, str]:
+        """The checksums of files below a folder as they will be."""
+        return {name: self._digests.get(posixpath.join(folder, name), digest) for name, digest in files.items()}
+
+    def _write_json(self, path: str, value: dict[str, Any]) -> None:
+        self._digests[path] = self._workspace.write_json(_out(path), value)
+
+
+def _lost(files: Iterable[ErasedFile], figure: str) -> Counter[str]:
+    """The users who are gone from some files, each once, and how much of a figure went with them."""
+    lost = list(files)
+    users = {user for each in lost for user in each.users}
+    return Counter({"users": len(users), figure: sum(sum(each.users.values()) for each in lost)})

@@ -1,0 +1,236 @@
+"""The impression log: what is added can be read, it is bounded, and it never fails whoever adds to it."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrec.data import impressions
+from rayrec.data.forgotten import mark_forgotten
+from rayrec.data.impressions import (
+    ImpressionLog,
+    LogBounds,
+    compact_impressions,
+    erase_impressions,
+    log_files,
+    read_impressions,
+)
+from rayrec.data.moments import now_ms
+from rayrec.errors import StorageError
+from rayrec.storage.workspace import Workspace
+
+NOW = 1_780_000_000_000  # ms UTC, before today
+HOURS = 3_600_000
+
+
+def answer(number: int, user: str = "ann", **fields: Any) -> dict[str, Any]:
+    row = {
+        "recommendation_id": f"r{number}",
+        "user_id": user,
+        "moment": NOW + number,
+        "at": NOW,
+        "release": "one",
+        "first": 0,
+        "song_ids": [f"song-{number}", "song-x"],
+    }
+    return {**row, **fields}
+
+
+def event(number: int, user: str = "ann") -> dict[str, Any]:
+    return {
+        "event_id": f"e{number}",
+        "user_id": user,
+        "song_id": "song-x",
+        "type": "play",
+        "moment": NOW + number,
+        "played_at": NOW,
+        "skipped": False,
+    }
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "workspace")
+
+
+class Counted:
+    """A log that is written when the test says so, with what it counted."""
+
+    def __init__(self, workspace: Workspace, *, rows: int = 100, disk_bytes: int = 1 << 30, writer: str = "a") -> None:
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        bounds = LogBounds(seconds=3600, rows=rows, disk_bytes=disk_bytes)
+        self.log = ImpressionLog(workspace, writer, bounds, self._count)
+
+    def _count(self, kind: str, outcome: str, rows: int) -> None:
+        self.outcomes[kind, outcome] += rows
+
+
+@pytest.fixture
+def made(workspace: Workspace) -> Iterator[Counted]:
+    counted = Counted(workspace)
+    yield counted
+    counted.log.close()
+
+
+def ids(workspace: Workspace) -> list[str]:
+    tables = read_impressions(workspace, "answers", ["recommendation_id"])
+    return [name for table in tables for name in table.column("recommendation_id").to_pylist()]
+
+
+def test_rows_come_back_as_they_were_added(workspace: Workspace, made: Counted) -> None:
+    made.log.add("answers", answer(1, arm="b", explored=[True, False], probability=[0.1, 0.9]))
+    made.log.add("answers", answer(2, None))  # type: ignore[arg-type]
+    made.log.add("events", event(1))
+    made.log.flush()
+    (table,) = read_impressions(workspace, "answers")
+    first, second = table.to_pylist()
+    assert (first["arm"], first["song_ids"], first["explored"]) == ("b", ["song-1", "song-x"], [True, False])
+    assert (second["user_id"], second["arm"], second["probability"]) == (None, None, None)
+    assert round(first["moment"].timestamp() * 1000) == NOW + 1
+    (events,) = read_impressions(workspace, "events", ["event_id", "type"])
+    assert events.to_pylist() == [{"event_id": "e1", "type": "play"}]
+    assert +made.outcomes == {("answers", "written"): 2, ("events", "written"): 1}
+    assert made.log.waiting == 0
+
+
+def test_two_replicas_write_beside_each_other(workspace: Workspace, made: Counted) -> None:
+    other = Counted(workspace, writer="b")
+    for number, log in enumerate((made.log, other.log)):
+        log.add("answers", answer(number, moment=NOW))
+        log.flush()
+    other.log.close()
+    assert sorted(ids(workspace)) == ["r0", "r1"]
+
+
+def test_rows_are_written_after_the_interval_and_at_the_end_without_a_call(workspace: Workspace) -> None:
+    log = ImpressionLog(workspace, "a", LogBounds(seconds=0.05, rows=100, disk_bytes=1 << 30))
+    log.add("answers", answer(1))
+    deadline = time.monotonic() + 20
+    while not ids(workspace) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert ids(workspace) == ["r1"]
+    log.add("answers", answer(2))
+    log.close()
+    assert ids(workspace) == ["r1", "r2"]
+
+
+def test_over_the_bound_on_rows_the_new_ones_are_dropped_and_counted(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(workspace, rows=2)
+    with monkeypatch.context() as broken:
+        broken.setattr(Workspace, "write_table", lambda *_, **__: 1 / 0)
+        taken = [counted.log.add("answers", answer(number)) for number in range(5)]
+    assert taken == [True, True, False, False, False]
+    counted.log.close()
+    assert +counted.outcomes == {("answers", "written"): 2, ("answers", "dropped"): 3}
+    assert ids(workspace) == ["r0", "r1"]
+
+
+def test_over_the_bound_on_memory_rows_are_dropped(
+    workspace: Workspace, made: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(impressions, "MEMORY_BYTES", 10 * impressions.ROW_BYTES)
+    long = answer(1, song_ids=["song"] * 100)
+    assert [made.log.add("answers", long), made.log.add("answers", long)] == [True, False]
+    made.log.flush()
+    assert made.log.add("answers", long)
+
+
+def test_where_storage_fails_nothing_is_raised_and_the_rows_are_written_later(
+    workspace: Workspace, made: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> str:
+        raise StorageError("no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Workspace, "write_table", full)
+        assert made.log.add("answers", answer(1))
+        with pytest.raises(StorageError):
+            made.log.flush()
+        assert made.log.add("events", event(1))
+    made.log.flush()
+    assert ids(workspace) == ["r1"]
+    assert made.log.waiting == 0
+
+
+def test_rows_that_cannot_be_written_by_the_end_are_counted_as_dropped(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(workspace)
+    counted.log.add("answers", answer(1))
+    with monkeypatch.context() as broken:
+        broken.setattr(Workspace, "write_table", lambda *_, **__: 1 / 0)
+        counted.log.close()
+    assert counted.outcomes["answers", "dropped"] == 1
+
+
+def test_over_the_bound_on_disk_the_oldest_files_are_deleted_and_counted(workspace: Workspace) -> None:
+    first = Counted(workspace)
+    for number in range(10):
+        first.log.add("answers", answer(number, moment=NOW + number * 24 * HOURS))
+        first.log.flush()
+    first.log.close()
+    one = max(log_files(workspace).values())
+    bounded = Counted(workspace, disk_bytes=4 * one, writer="b")
+    bounded.log.add("answers", answer(10, moment=NOW + 10 * 24 * HOURS))
+    bounded.log.flush()
+    bounded.log.close()
+    left = ids(workspace)
+    assert left == [f"r{number}" for number in range(11 - len(left), 11)]
+    assert 3 <= len(left) <= 4
+    assert sum(log_files(workspace).values()) <= 4 * one
+    assert bounded.outcomes["answers", "expired"] == 11 - len(left)
+
+
+def test_a_compaction_joins_the_files_of_each_day_before_today_and_keeps_every_row(
+    workspace: Workspace, made: Counted
+) -> None:
+    today = now_ms()
+    for number, moment in enumerate((NOW, NOW + 1, NOW + 48 * HOURS, NOW + 48 * HOURS + 1, today, today)):
+        made.log.add("answers", answer(number, moment=moment))
+        made.log.add("events", event(number) | {"moment": moment})
+        made.log.flush()
+    before = ids(workspace)
+    compact_impressions(workspace)
+    assert ids(workspace) == before == [f"r{number}" for number in range(6)]
+    files = log_files(workspace)
+    assert len(files) == 2 * (1 + 1 + 2)
+    compact_impressions(workspace)
+    assert log_files(workspace) == files
+
+
+def test_files_that_a_compaction_joins_stay_below_a_bound(
+    workspace: Workspace, made: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        made.log.add("answers", answer(number))
+        made.log.flush()
+    monkeypatch.setattr(impressions, "JOINED_BYTES", 2 * max(log_files(workspace).values()))
+    compact_impressions(workspace)
+    assert len(log_files(workspace)) == 3
+    assert sorted(ids(workspace)) == [f"r{number}" for number in range(6)]
+
+
+def test_a_deleted_user_is_hidden_at_once_and_then_in_no_file(workspace: Workspace, made: Counted) -> None:
+    for number, user in enumerate(("ann", "secret-user", None)):
+        made.log.add("answers", answer(number, user))  # type: ignore[arg-type]
+    made.log.add("events", event(1, "secret-user"))
+    made.log.flush()
+    made.log.add("answers", answer(3, "secret-user"))  # still in memory as the user is deleted
+    mark_forgotten(workspace, ["secret-user"], NOW + 100)
+    assert ids(workspace) == ["r0", "r2"]
+    made.log.flush()
+    assert erase_impressions(workspace) == 2
+    assert ids(workspace) == ["r0", "r2"]
+    assert not list(read_impressions(workspace, "events"))
+    everything = [path for path in Path(workspace.root).rglob("*") if path.is_file()]
+    for path in everything:
+        assert b"secret-user" not in path.read_bytes()
+        assert "secret-user" not in path.name
+    made.log.add("answers", answer(200, "secret-user"))  # came back after the deletion
+    made.log.flush()
+    assert ids(workspace) == ["r0", "r2", "r200"]

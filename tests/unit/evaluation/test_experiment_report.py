@@ -1,0 +1,198 @@
+"""The report of an experiment finds what was planted in the impression log and in later plays."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from worlds import write_dataset
+
+from rayrec.data.histories import Histories
+from rayrec.data.impressions import ImpressionLog, LogBounds
+from rayrec.errors import InputError, NotFoundError
+from rayrec.evaluation import experiment_report
+from rayrec.evaluation.experiment_report import ArmFigures, ExperimentReport, ExperimentReportConfig, report_experiment
+from rayrec.storage.workspace import Workspace
+
+NOW = 1_790_000_000_000  # ms UTC
+HOUR = 3_600_000
+DAY = 24 * HOUR
+
+
+class Planted:
+    """Answers and events by hand."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self._log = ImpressionLog(workspace, "hand", LogBounds(seconds=3600, rows=1_000_000, disk_bytes=1 << 40))
+        self._count = 0
+
+    def answer(self, user: str, arm: str | None, songs: list[str], at: int = NOW, **fields: Any) -> str:
+        """Songs that a user got; the id of the answer."""
+        self._count += 1
+        name = f"r{self._count}"
+        row = {"recommendation_id": name, "user_id": user, "moment": at, "at": at, "release": f"of-{arm}", "first": 0}
+        experiment = "x" if arm else None
+        self._log.add("answers", {**row, "song_ids": songs, "experiment": experiment, "arm": arm, **fields})
+        return name
+
+    def event(self, user: str, song: str, at: int, **fields: Any) -> None:
+        """Something that a user did."""
+        self._count += 1
+        row = {"event_id": f"e{self._count}", "user_id": user, "song_id": song, "type": "play", "moment": at}
+        self._log.add("events", {**row, "played_at": at, "skipped": False, **fields})
+
+    def report(self, **settings: Any) -> ExperimentReport:
+        """The report, once all of it is written."""
+        self._log.flush()
+        return report_experiment(self.workspace, ExperimentReportConfig(**settings))
+
+    def arm(self, name: str = "a", **settings: Any) -> ArmFigures:
+        """The figures of an arm."""
+        return next(arm for arm in self.report(**settings).arms if arm.arm == name)
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Planted:
+    return Planted(Workspace(tmp_path / "workspace"))
+
+
+def plant_arms(planted: Planted, users: int, shares: dict[str, float]) -> None:
+    """Users of each arm, who play 5 of 20 songs; a share of those had been recommended."""
+    random = np.random.default_rng(0)
+    for row in range(users):
+        for arm, share in shares.items():
+            user = f"{arm}-{row}"
+            songs = [f"song-{song}" for song in random.permutation(40)]
+            planted.answer(user, arm, songs[:20])
+            for place in range(5):
+                song = songs[place] if random.random() < share else songs[20 + place]
+                planted.event(user, song, NOW + HOUR)
+
+
+def test_an_arm_whose_songs_are_played_lies_above_the_other_and_the_true_shares_are_in_the_intervals(
+    planted: Planted,
+) -> None:
+    plant_arms(planted, 200, {"control": 0.3, "better": 0.5})
+    control, better = planted.report().arms
+    assert (control.arm, control.users, control.answers, control.played) == ("control", 200, 200, 1000)
+    assert better.releases == ["of-better"]
+    for arm, share in ((control, 0.3), (better, 0.5)):
+        assert arm.low < share < arm.high  # type: ignore[operator]
+        assert 0.03 < arm.high - arm.low < 0.1  # type: ignore[operator]
+    assert control.high < better.low  # type: ignore[operator]
+    assert control.difference is None
+    assert 0 < better.difference_low < 0.2 < better.difference_high  # type: ignore[operator]
+    assert planted.report().verdict.startswith("better: recall is higher than in control")
+
+
+def test_equal_arms_are_not_told_apart(planted: Planted) -> None:
+    plant_arms(planted, 100, {"a": 0.4, "b": 0.4})
+    report = planted.report()
+    assert report.arms[1].difference_low < 0 < report.arms[1].difference_high  # type: ignore[operator]
+    assert report.verdict.startswith("b: no difference to a is certain")
+
+
+def test_shares_of_the_users_one_by_one_come_to_the_same_as_all_at_once(
+    planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_arms(planted, 50, {"a": 0.2, "b": 0.6})
+    whole = planted.report()
+    monkeypatch.setattr(experiment_report, "PART_BYTES", 1_000)
+    assert planted.report() == whole
+
+
+def test_a_play_counts_in_the_days_after_an_answer_alone(planted: Planted) -> None:
+    planted.answer("ann", "a", ["one", "two"])
+    planted.event("ann", "one", NOW - HOUR)  # before it
+    planted.event("ann", "one", NOW + 3 * DAY)  # too late
+    planted.event("ann", "two", NOW)  # at the moment of the answer
+    planted.event("ann", "three", NOW + DAY)
+    planted.event("bob", "one", NOW + DAY)  # had no answer
+    assert (planted.arm(days=2).played, planted.arm(days=2).recommended) == (2, 1)
+    assert (planted.arm(days=4).played, planted.arm(days=4).recommended) == (3, 2)
+
+
+def test_a_song_counts_once_for_a_user_however_often_it_is_played_and_recommended(planted: Planted) -> None:
+    for hour in range(3):
+        planted.answer("ann", "a", ["one"], NOW + hour * HOUR)
+        planted.event("ann", "one", NOW + hour * HOUR + 1)
+    planted.answer("bob", "a", ["one"])
+    planted.event("bob", "one", NOW + 1)
+    arm = planted.arm()
+    assert (arm.users, arm.answers, arm.played, arm.recommended) == (2, 4, 2, 2)
+
+
+def test_a_play_that_names_an_answer_belongs_to_it_and_to_no_other(planted: Planted) -> None:
+    named = planted.answer("ann", "a", ["one"])
+    planted.answer("ann", "b", ["two"], NOW + HOUR)
+    planted.event("ann", "two", NOW + 2 * HOUR, recommendation_id=named)  # that answer did not hold it
+    planted.event("ann", "one", NOW + 30 * DAY, recommendation_id=named)  # after the window
+    planted.event("ann", "one", NOW + 2 * HOUR)  # names none: belongs to the last answer, of b
+    planted.event("ann", "one", NOW + 3 * HOUR, recommendation_id="of another server")  # as one that names none
+    planted.answer("bob", "b", ["one"])
+    planted.event("bob", "one", NOW + HOUR, recommendation_id=named)  # another user's answer: as one that names none
+    first, second = planted.report(control="a").arms
+    assert (first.played, first.recommended) == (2, 1)
+    assert (second.played, second.recommended) == (2, 1)
+
+
+def test_skips_and_likes_are_counted_and_are_no_plays(planted: Planted) -> None:
+    planted.answer("ann", "a", ["one", "two"])
+    planted.event("ann", "one", NOW + 1, type="skip", skipped=True)
+    planted.event("ann", "other", NOW + 1, type="skip", skipped=True)  # was not recommended
+    planted.event("ann", "two", NOW + 1, type="like")
+    arm = planted.arm()
+    assert (arm.played, arm.skips, arm.likes) == (0, 1, 1)
+    assert (arm.recall, arm.low) == (None, None)
+
+
+def test_with_k_only_the_first_songs_of_a_ranking_count(planted: Planted) -> None:
+    planted.answer("ann", "a", ["one", "two"])
+    planted.answer("ann", "a", ["three", "four"], NOW + 1, first=2)  # the second page
+    for song in ("one", "two", "three", "four"):
+        planted.event("ann", song, NOW + HOUR)
+    assert [planted.arm(k=k).recommended for k in (1, 2, 3, 4)] == [1, 2, 3, 4]
+    assert planted.arm().recommended == 4
+
+
+def test_rows_that_are_in_the_log_twice_count_once(planted: Planted) -> None:
+    planted.answer("ann", "a", ["one"])
+    planted.event("ann", "one", NOW + 1)
+    before = planted.report()
+    for path in [*Path(planted.workspace.root).rglob("*.parquet")]:
+        path.with_stem(path.stem + "-again").write_bytes(path.read_bytes())
+    assert planted.report() == before
+
+
+def test_plays_may_be_those_of_the_data_set(planted: Planted) -> None:
+    songs, times = [[3, 4, 5], [3, 3]], [[NOW - 1, NOW + 1, NOW + 2], [NOW + 1, NOW + 2]]
+    histories = Histories.from_lists(songs, times, user_ids=["ann", "bob"])
+    write_dataset(planted.workspace, histories, 10)
+    planted.answer("ann", "a", ["song-4", "song-3"])
+    planted.answer("bob", "a", ["song-3"])
+    planted.event("ann", "song-9", NOW + 1)
+    arm = planted.arm(plays="dataset")
+    assert (arm.played, arm.recommended) == (3, 2)
+    assert planted.arm().played == 1
+
+
+def test_answers_outside_of_the_experiment_count_for_no_arm(planted: Planted) -> None:
+    planted.answer("ann", "a", ["one"])
+    planted.answer("ann", None, ["two"], NOW + 1)
+    planted.event("ann", "two", NOW + 2)
+    arm = planted.arm()
+    assert (arm.answers, arm.played, arm.recommended) == (1, 1, 0)
+
+
+def test_what_is_not_in_the_log_is_an_error_that_says_what_is(planted: Planted) -> None:
+    with pytest.raises(NotFoundError, match="--log-impressions"):
+        planted.report()
+    planted.answer("ann", "a", ["one"])
+    planted.answer("ann", "b", ["one"], experiment="y")
+    with pytest.raises(InputError, match="2 experiments; give --name: x, y"):
+        planted.report()
+    with pytest.raises(NotFoundError, match="'z'; it has x, y"):
+        planted.report(name="z")
+    with pytest.raises(NotFoundError, match="it has a"):
+        planted.report(name="x", control="b")

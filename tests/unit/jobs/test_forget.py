@@ -1,0 +1,361 @@
+"""Deleted users: unknown at once, in no file after a compaction, and not back by plays from before."""
+
+import csv
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from served import Client, service, write_release
+from without_ray import without_ray
+from worlds import random_vectors, write_song_vectors
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.forgotten import read_forgotten, read_waiting
+from rayrec.errors import DamagedArtifactError, NotFoundError
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.jobs import forget, taste
+from rayrec.jobs.compact import compact
+from rayrec.jobs.forget import forget_users
+from rayrec.jobs.import_data import append_plays, import_data
+from rayrec.jobs.recommend_all import recommend_all, recommendations_file
+from rayrec.jobs.taste import compute_tastes
+from rayrec.jobs.verify import verify_workspace
+from rayrec.model.taste_table import tastes_file
+from rayrec.model.train_config import TasteConfig
+from rayrec.online.load_states import load_states
+from rayrec.online.state_store import open_store, store_uri
+from rayrec.recommend.answer import RecommendConfig
+from rayrec.storage import artifacts, releases
+from rayrec.storage.workspace import IMPORT_STAGING, Workspace
+from rayrec_cli.main import main
+
+START = 1_700_000_000
+DAY = 86_400
+LATER = 4_000_000_000  # after the tests run, which is when users are deleted; imports reject it
+GONE = ("Zoë, “Jr.” 🎧/#4711", "planted-4711", "7'; DROP TABLE--4711")
+OTHERS = tuple(f"user-{number}" for number in range(20))
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
+
+
+def plays_of(folder: Path, day: int, name: str | None = None) -> ImportConfig:
+    """Plays of one day by everybody, and rows by the planted users that cannot be used."""
+    random = np.random.default_rng(day)
+    path = folder / f"{name or day}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["user", "song", "played_at"])
+        for user in (*OTHERS, *GONE):
+            for _ in range(6):
+                rows.writerow([user, f"song-{random.integers(40)}", START + day * DAY + int(random.integers(DAY))])
+        rows.writerow([GONE[0], "song-1", "yesterday"])
+        rows.writerow([GONE[1], "", START])
+    return ImportConfig(format="csv", paths=(str(path),), buckets=3, max_rejected=1)
+
+
+@pytest.fixture
+def world(workspace: Workspace, tmp_path: Path) -> Workspace:
+    """Two releases over parts that were joined, states in the workspace's store, songs of every user."""
+    import_data(workspace, plays_of(tmp_path, 0))
+    dataset = Dataset(workspace)
+    write_song_vectors(workspace, random_vectors(dataset.num_songs), {"dataset": dataset.manifest.id})
+    write_release(workspace, ranked=False)
+    compute_tastes(workspace, TasteConfig(), repeat=True)
+    recommend_all(workspace, RecommendConfig(k=5), releases.default_parts(workspace))
+    for day in (1, 2):
+        # Named after a user, as exports of one account may be.
+        append_plays(workspace, plays_of(tmp_path, day, f"{GONE[1]}/{day}"))
+    compute_tastes(workspace, TasteConfig())
+    release = releases.create_release(workspace)
+    append_plays(workspace, plays_of(tmp_path, 3))
+    compute_tastes(workspace, TasteConfig())
+    recommend_all(workspace, RecommendConfig(k=5), releases.default_parts(workspace))
+    compact(workspace)
+    store = open_store(store_uri(workspace, None), Dataset(workspace).lineage)
+    load_states(Dataset(workspace), store, release)
+    store.close()
+    with service(workspace, log_impressions=True) as opened:
+        for user in (*GONE, *OTHERS):
+            assert Client(opened).post("/v1/recommendations", {"user_id": user, "k": 2}).status_code == 200
+    return workspace
+
+
+def content(path: Path) -> bytes:
+    """All bytes that a file holds, as they are and with what is packed in it laid open."""
+    data = path.read_bytes()
+    if path.suffix == ".parquet":
+        file = pq.ParquetFile(path)
+        data += repr(file.metadata.metadata).encode() + str(file.schema).encode()
+        data += json.dumps(file.read().to_pydict(), default=str, ensure_ascii=False).encode()
+        for group in range(file.num_row_groups):
+            columns = range(file.metadata.num_columns)
+            data += repr([str(file.metadata.row_group(group).column(place).statistics) for place in columns]).encode()
+    elif data.startswith(b"SQLite format 3"):
+        with sqlite3.connect(path) as connection:
+            for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+                data += repr(connection.execute(f"SELECT * FROM {table}").fetchall()).encode()
+    elif path.suffix == ".npy":
+        data += repr(np.load(path, allow_pickle=False).tolist()).encode()
+    elif data[:1] in (b"{", b"["):
+        data += repr(json.loads(data)).encode() + json.dumps(json.loads(data), ensure_ascii=False).encode()
+    return data
+
+
+def files_naming(folder: Path, user: str) -> list[str]:
+    """The files below a folder that hold a user's id in some spelling, or have it in their name."""
+    spellings = [user.encode(), user.encode("utf-16-le"), json.dumps(user)[1:-1].encode(), repr(user)[1:-1].encode()]
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and (user in name or any(spelling in content(path) for spelling in spellings)):
+            found.append(name)
+    return found
+
+
+def root(workspace: Workspace) -> Path:
+    return Path(workspace.full(""))
+
+
+def rows_of(workspace: Workspace, path: Callable[[int], str]) -> list[dict[str, Any]]:
+    """The rows of the other users in a file of every bucket."""
+    tables = [workspace.read_table(path(bucket)) for bucket in range(3)]
+    return [row for row in pa.concat_tables(tables).to_pylist() if row["user_id"] in OTHERS]
+
+
+def all_rows(workspace: Workspace) -> dict[str, list[dict[str, Any]]]:
+    """What tastes and recommendations say of the other users."""
+    found = {
+        made.folder: rows_of(workspace, lambda bucket, made=made: tastes_file(made.folder, bucket))
+        for made in artifacts.listing(workspace, "tastes")
+    }
+    for made in artifacts.listing(workspace, artifacts.RECOMMENDATIONS):
+        found[made.folder] = rows_of(workspace, lambda bucket, made=made: recommendations_file(made.folder, bucket))
+    histories = [each for each in Dataset(workspace).read_all() if len(each)]
+    rows = [row for each in histories for row in each.to_arrow().to_pylist() if row["user_id"] in OTHERS]
+    return {**found, "histories": rows}
+
+
+def answers(workspace: Workspace) -> list[Any]:
+    """What the server answers the other users."""
+    with service(workspace) as opened:
+        app = Client(opened)
+        at = (START + 9 * DAY) * 1000
+        sent = [{"user_id": user, "at": at, "k": 5, "exclude_heard": False} for user in OTHERS]
+        return [app.post("/v1/recommendations", request).json()["songs"] for request in sent]
+
+
+def delete_all(workspace: Workspace, folder: Path) -> None:
+    """One by the command, one by a file of users, one over HTTP."""
+    listed = folder / "users.txt"
+    listed.write_text(f"{GONE[2]}\n\n", encoding="utf-8")
+    command = ["--workspace", workspace.uri, "forget", "--user", GONE[0], "--users", str(listed)]
+    assert main(command) == 0
+    with service(workspace) as opened:
+        assert Client(opened).request("DELETE", f"/v1/users/{GONE[1]}").status_code == 204
+
+
+def require_sound(workspace: Workspace) -> None:
+    audit = verify_workspace(workspace)
+    assert audit.problems == []
+    for release in releases.list_releases(workspace):
+        releases.verify_release(workspace, release)
+
+
+def test_no_file_holds_a_deleted_user_and_all_else_is_as_it_was(world: Workspace, tmp_path: Path) -> None:
+    require_sound(world)
+    before, answered, manifest = all_rows(world), answers(world), Dataset(world).manifest
+    for user in GONE:
+        named = " ".join(files_naming(root(world), user))
+        for folder in (
+            "histories",
+            "users",
+            "rejected",
+            "tastes/",
+            "recommendations/",
+            "dataset.json",
+            "earlier",
+            "answers",
+        ):
+            assert folder in named or (user == GONE[2] and folder in ("rejected", "dataset.json", "earlier"))
+    delete_all(world, tmp_path)
+    assert len(read_waiting(world)) == 3
+    require_sound(world)
+    assert main(["--workspace", world.uri, "compact"]) == 0
+    for user in GONE:
+        assert files_naming(root(world), user) == []
+    require_sound(world)
+    assert all_rows(world) == before
+    assert answers(world) == answered
+    after = Dataset(world).manifest
+    assert (after.id, after.users, after.plays) == (manifest.id, len(OTHERS), len(OTHERS) * 24)
+    assert (len(read_waiting(world)), len(read_forgotten(world))) == (0, 3)
+    made = compute_tastes(world, TasteConfig())
+    assert made.id == artifacts.listing(world, "tastes")[-1].id  # nothing is computed again
+    assert made.metrics["users"] == len(OTHERS)
+
+
+def test_a_deleted_user_is_unknown_at_once(
+    world: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["--workspace", world.uri, "recommend", "--user", GONE[0], "--at", str(START + 9 * DAY)]
+    assert main(ask) == 0
+    delete_all(world, tmp_path)
+    capsys.readouterr()
+    assert main(ask) == 2
+    unknown = capsys.readouterr().err.replace(repr(GONE[0]), "?")
+    assert main([*ask[:4], "nobody", *ask[5:]]) == 2
+    assert capsys.readouterr().err.replace("'nobody'", "?") == unknown
+    with pytest.raises(NotFoundError):
+        Dataset(world).history(GONE[1])
+    with service(world) as opened:
+        app = Client(opened)
+        asked = {"at": (START + 9 * DAY) * 1000, "k": 5}
+        nobody = app.post("/v1/recommendations", {**asked, "user_id": "nobody"}).json()
+        for user in (GONE[0], GONE[2]):
+            answer = app.post("/v1/recommendations", {**asked, "user_id": user}).json()
+            assert answer["songs"] == nobody["songs"]
+    store = open_store(f"sqlite:///{tmp_path}/new.sqlite", Dataset(world).lineage)
+    release = releases.list_releases(world)[-1]
+    loaded = load_states(Dataset(world), store, release)
+    assert (loaded.users, loaded.deleted) == (len(OTHERS), len(GONE))
+    store.close()
+    songs = recommend_all(world, RecommendConfig(k=3), releases.default_parts(world))
+    assert songs.metrics["users"] == len(OTHERS)
+    assert files_naming(root(world), GONE[0]) == []  # a job that reads users erases them first
+
+
+def test_plays_from_before_bring_nobody_back_and_later_ones_are_a_new_users(
+    world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delete_all(world, tmp_path)
+    again = append_plays(world, plays_of(tmp_path, 2, "again"))
+    assert (again.plays, again.users) == (0, 0)
+    older = append_plays(world, plays_of(tmp_path, 7))
+    assert (older.plays, older.users) == (len(OTHERS) * 6, 0)
+    assert older.rejected["user was deleted"] == len(GONE) * 6
+    for user in GONE:
+        assert files_naming(root(world), user) == []
+    require_sound(world)
+    monkeypatch.setattr("time.time", lambda: LATER)
+    path = tmp_path / "later.csv"
+    path.write_text(f"user,song,played_at\n{GONE[1]},song-3,{LATER - DAY}\n{OTHERS[0]},song-3,{LATER - DAY}\n")
+    back = append_plays(world, ImportConfig(format="csv", paths=(str(path),), buckets=3))
+    assert (back.plays, back.users) == (2, 1)
+    assert Dataset(world).history(GONE[1]).num_plays == 1
+    compute_tastes(world, TasteConfig())
+    release = releases.create_release(world)
+    store = open_store(store_uri(world, None), Dataset(world).lineage)
+    loaded = load_states(Dataset(world), store, release)
+    assert (loaded.users, loaded.deleted) == (len(OTHERS) + 1, 0)
+    store.close()
+    require_sound(world)
+    forget_users(world, [GONE[1]])
+    compact(world)
+    assert files_naming(root(world), GONE[1]) == []
+    require_sound(world)
+
+
+@pytest.mark.parametrize("step", ["third file", "ready", "second move", "last"])
+def test_a_killed_run_is_finished_by_the_next(
+    world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    before = all_rows(world)
+    delete_all(world, tmp_path)
+    calls: list[Any] = []
+
+    def dying(plain: Callable[..., Any], turn: int) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            calls.append(arguments)
+            if len(calls) == turn:
+                raise KeyboardInterrupt
+            return plain(*arguments, **options)
+
+        return run
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        if step == "third file":
+            patch.setattr(forget.FileEraser, "__call__", dying(forget.FileEraser.__call__, 3))
+        elif step == "ready":
+            patch.setattr(forget, "_finish", dying(forget._finish, 2))
+        elif step == "second move":
+            patch.setattr(Workspace, "move", dying(Workspace.move, 2))
+        else:
+            patch.setattr(forget, "mark_erased", dying(forget.mark_erased, 1))
+        compact(world)
+    compact(world)
+    require_sound(world)
+    assert all_rows(world) == before
+    for user in GONE:
+        assert files_naming(root(world), user) == []
+
+
+def test_what_killed_jobs_left_is_erased_too(world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets of unfinished tastes, pieces of an unfinished import, and half a file."""
+    done: list[int] = []
+
+    def dies(worker: Any, bucket: int, plain: Any = taste.BucketTastes.__call__) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(bucket)
+        return plain(worker, bucket)
+
+    config = TasteConfig(at=(START + 8 * DAY) * 1000)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(taste.BucketTastes, "__call__", dies)
+        compute_tastes(world, config)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr("rayrec.jobs.import_data.BucketMerger", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+        append_plays(world, plays_of(tmp_path, 5))
+    assert world.files(IMPORT_STAGING)
+    half = root(world) / "tastes" / artifacts.listing(world, "tastes")[0].id / f".tastes.parquet.{'0' * 32}"
+    half.write_text(GONE[0])
+    delete_all(world, tmp_path)
+    compact(world)
+    assert not half.exists()
+    for user in GONE:
+        assert files_naming(root(world), user) == []
+    made = compute_tastes(world, config)
+    assert (made.metrics["users"], made.metrics["buckets_computed"]) == (len(OTHERS), 1)
+    require_sound(world)
+
+
+def test_a_damaged_file_does_not_get_a_new_checksum(world: Workspace, tmp_path: Path) -> None:
+    delete_all(world, tmp_path)
+    path = next(
+        path for path in Dataset(world).manifest.histories_files(int(Dataset(world).bucket_of(np.array(GONE[:1]))[0]))
+    )
+    table = world.read_table(path)
+    world.write_table(path, table.slice(0, table.num_rows - 1) if table.num_rows > 1 else table)
+    with pytest.raises(DamagedArtifactError, match=path):
+        compact(world)
+    assert len(read_waiting(world)) == 3
+
+
+def test_the_list_holds_no_id_in_clear(world: Workspace, tmp_path: Path) -> None:
+    delete_all(world, tmp_path)
+    for folder in ("waiting", "."):
+        listed = root(world) / "forgotten" / folder
+        for user in GONE:
+            assert files_naming(listed, user) == []
+        compact(world)
+
+
+def test_a_command_without_users_is_wrong_use(world: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--workspace", world.uri, "forget"]) == 2
+    assert "--user ID or --users FILE" in capsys.readouterr().err
+    assert main(["--workspace", world.uri, "forget", "--user", " "]) == 2
+    assert len(read_waiting(world)) == 0
+    assert main(["--workspace", world.uri, "--json", "forget", "--user", GONE[0], "--compact"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["users"], told["compact"]["erased"]["users"]) == (1, 1)
+    assert files_naming(root(world), GONE[0]) == []
