@@ -9,7 +9,6 @@ import typer
 from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.moments import TIMEZONE_HELP
 from rayrec.data.split import WEAKER, Split, SplitConfig, choose_split, holds_for, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
@@ -85,7 +84,8 @@ InspectFormat = Annotated[str, typer.Argument(metavar="FORMAT", help=f"One of {'
 InspectPaths = Annotated[list[str], typer.Argument(metavar="PATH", help="Files, or folders of files.")]
 
 
-InspectZone = Annotated[str, typer.Option("--timezone", metavar="NAME", help=f"csv, parquet: {TIMEZONE_HELP}.")]
+ZONE_HELP = f"{ImportConfig.model_fields['timezone'].description}."
+InspectZone = Annotated[str, typer.Option("--timezone", metavar="NAME", help=ZONE_HELP)]
 
 
 @command(app, "inspect", example="rayrec inspect csv plays.csv")

@@ -63,7 +63,6 @@ def known_zone(name: str | None) -> str | None:
 
 
 TimeZone = Annotated[str, AfterValidator(known_zone)]
-TIMEZONE_HELP = "Time zone of times without one, such as Europe/Berlin"
 
 
 def now_ms() -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rayrec.config import Settings, to_mapping
-from rayrec.data.moments import TIMEZONE_HELP, TimeZone
+from rayrec.data.moments import TimeZone
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.delimited import Delimiter, Separator
@@ -50,7 +50,7 @@ class ImportConfig(Settings):
         {}, description="csv, parquet: column of each role, such as user=user_id,song=song_id,played_at=ts"
     )
     delimiter: Delimiter = Field(",", description="csv: column delimiter; \\t for a tab")
-    timezone: TimeZone = Field("UTC", description=f"csv, parquet: {TIMEZONE_HELP}")
+    timezone: TimeZone = Field("UTC", description="csv, parquet: time zone of times without one, such as Europe/Berlin")
     user: str = Field("", description="User id of all plays, for formats without one")
     user_separator: Separator = Field(
         "", description="sequences: separator between the user and the songs; without it each line is a user"

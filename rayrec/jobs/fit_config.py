@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from rayrec.config import Settings
-from rayrec.data.moments import TIMEZONE_HELP, known_zone
+from rayrec.data.moments import known_zone
 
 TRAIN_SHARE = 0.1
 
@@ -19,7 +19,8 @@ class PlaysConfig(Settings):
         {}, description="Column of each role, such as user=user_id,song=song_id,played_at=ts; others are guessed"
     )
     timezone: Annotated[str | None, AfterValidator(known_zone)] = Field(
-        None, description=f"{TIMEZONE_HELP}; default: UTC, in an update the zone of the fit"
+        None,
+        description="Time zone of times without one, such as Europe/Berlin; default: UTC, in an update that of the fit",
     )
 
 

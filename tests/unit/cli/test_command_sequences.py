@@ -315,7 +315,7 @@ HOW: dict[str, Any] = {
 
 
 @given(SEQUENCES)
-@settings(max_examples=12, derandomize=True, **HOW)
+@settings(max_examples=10, derandomize=True, **HOW)
 def test_each_command_starts_from_what_was_asked_for_last_and_advice_helps(steps: list[str]) -> None:
     play_through(steps)
 
