@@ -59,7 +59,7 @@ def started(workspace: Workspace, *options: str) -> Iterator[Served]:
         lines = []
         for line in process.stderr:  # after those about the states
             lines.append(line)
-            found = re.search(r"^Serving at (http://127\.0\.0\.1:\d+)", line)
+            found = re.search(r"^Serving at (http://[\d.]+:\d+)", line)
             if found:
                 break
         else:

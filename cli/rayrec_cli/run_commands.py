@@ -183,7 +183,20 @@ def bench(
 
     result = job(name, call.workspace, None if quick else config, quick=quick, save=save)
     views: list[RenderableType] = [figures(f"bench {name}", result)]
-    return Shown(result, [*views, answer_stages(result["catalogs"])] if name == "answers" else views)
+    if name == "answers":
+        views.append(answer_stages(result["catalogs"]))
+    if name == "simulate":
+        views = [figures("bench simulate", {k: v for k, v in result.items() if k != "stages"}), simulated(result)]
+    return Shown(result, views)
+
+
+def simulated(result: dict[str, Any]) -> RenderableType:
+    """Hours of each stage and what they went to."""
+    headers = ["stage", "hours", "plan", "busy", "storage", "lost", "idle", "bottleneck", "lost node s"]
+    names = ("stage", "hours", "plan_hours", "busy", "storage", "lost", "idle", "bottleneck", "lost_node_seconds")
+    rows = [[stage[name] for name in names] for stage in result["stages"]]
+    title = f"{result['plays']:,} plays on {result['nodes']} nodes of {result['cores']} cores, simulated"
+    return table(title, headers, rows, left=["bottleneck"])
 
 
 def answer_stages(catalogs: list[dict[str, Any]]) -> RenderableType:

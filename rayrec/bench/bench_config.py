@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt, model_validator
 from rayrec.config import Settings
 from rayrec.errors import InputError
 
-BenchName = Literal["train", "taste", "index", "embed", "memory", "songs", "scale", "answers", "serve"]
+BenchName = Literal["train", "taste", "index", "embed", "memory", "songs", "scale", "simulate", "answers", "serve"]
 NAMES: tuple[str, ...] = get_args(BenchName)
 
 
@@ -61,6 +61,21 @@ class BenchConfig(Settings):
         (1, 2, 4),
         description="scale: workers on the small and the middle data set, 1 first; counts above the CPUs are skipped",
     )
+    simulate_users: int = Field(100_000_000, ge=1, description="simulate: users of the large data")
+    simulate_plays: int = Field(20_000_000_000, ge=1, description="simulate: plays of the large data")
+    simulate_songs: int = Field(10_000_000, ge=1, description="simulate: songs of the large data")
+    simulate_nodes: int = Field(64, ge=1, description="simulate: nodes of the cluster")
+    simulate_cores: int = Field(16, ge=1, description="simulate: cores per node")
+    simulate_epochs: int = Field(10, ge=1, description="simulate: epochs of embed and of train")
+    simulate_latency: float = Field(0.03, ge=0, description="simulate: seconds per request of object storage")
+    simulate_requests: float = Field(20_000.0, gt=0, description="simulate: requests per second that it answers")
+    simulate_losses: float = Field(0.0, ge=0, description="simulate: losses per hour of each spot node")
+    simulate_measured_users: int = Field(
+        2_000,
+        ge=1,
+        description="simulate: users of the smaller of the data measured here; 4 times in the larger",
+    )
+    simulate_check: bool = Field(False, description="simulate: also run the stages on three local nodes and compare")
     seed: int = Field(0, ge=0, description="Random seed of the generated data and of the initial weights")
 
     @model_validator(mode="after")
@@ -108,6 +123,7 @@ class BenchConfig(Settings):
             scale_users=(100, 400),
             scale_embed_epochs=1,
             scale_workers=(1, 2),
+            simulate_measured_users=200,
         )
 
 

@@ -1,18 +1,21 @@
-"""How the stages scale: with workers on one machine, and with the number of plays."""
+"""How the stages scale: with workers on one machine, with the number of plays, and memory with the number of users."""
 
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 
+from rayrec.bench import private_memory
 from rayrec.bench.bench_config import BenchConfig
-from rayrec.bench.bench_data import bench_dataset
-from rayrec.bench.job_benches import word2vec_scaling
+from rayrec.bench.bench_data import bench_dataset, untrained_model
+from rayrec.bench.job_benches import count_window_plays, word2vec_scaling
 from rayrec.bench.private_memory import MemoryWatch, growth
 from rayrec.bench.rates import RATE_OF
 from rayrec.bench.rounds import Measured, PlainProcess
@@ -28,6 +31,11 @@ from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.progress import progress
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
+
+EXTRAPOLATED_PLAYS = 1e9
+MICROSECONDS = 1e6
+CHAIN = "chain"  # folder of the workspace that a run works in
+MEMORY_BUCKETS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +72,6 @@ def _timed(stage: Callable[[], Manifest], work: Callable[[Manifest], float]) -> 
     made = stage()
     return Measured(work(made), time.perf_counter() - began)
 
-
-EXTRAPOLATED_PLAYS = 1e9
-MICROSECONDS = 1e6
 
 Stages = dict[str, Measured]  # stage -> plays (or tokens) and seconds
 
@@ -114,9 +119,6 @@ def extrapolated(by_stage: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for stage, cost in by_stage.items()
     }
     return {"extrapolated": True, "plays": EXTRAPOLATED_PLAYS, "cpu_hours": hours}
-
-
-CHAIN = "chain"  # folder of the workspace that a run works in
 
 
 def bench_scale(place: Workspace, config: BenchConfig) -> dict[str, Any]:
@@ -204,3 +206,79 @@ def write_plays(dataset: Dataset) -> str:
         ]
         workspace.write_table(path, pa.concat_tables(parts))
     return workspace.full(folder)
+
+
+# Few, so that batches and pools are full in the smaller data too: what still grows, grows with the users.
+
+
+def bench_memory(place: Workspace, config: BenchConfig) -> dict[str, Any]:
+    """Peak private memory of the driver and of the largest worker at two numbers of users.
+
+    Of the taste job and of the training data path, each in a driver and a cluster of its own, so
+    that no run inherits what another has grown to. `growth` is the largest share by which any of the
+    four figures grew. Sees the processes of this machine.
+    """
+    with ray_cluster():
+        sizes = {"plays": config.memory_plays, "buckets": MEMORY_BUCKETS}
+        datasets = [bench_dataset(place, config, users=users, **sizes) for users in config.memory_users]
+        models = [untrained_model(dataset, config.seed) for dataset in datasets]
+    peaks: list[dict[str, float]] = [{}, {}]
+    totals, seconds = [], 0.0
+    with progress("bench memory", 2 * len(datasets)) as bar:
+        for size, (dataset, model) in enumerate(zip(datasets, models, strict=True)):
+            passes = {
+                "taste": partial(taste_memory, dataset.workspace, model),
+                "data": partial(data_memory, dataset.workspace),
+            }
+            for name, job in passes.items():
+                with PlainProcess(0) as driver:
+                    found = driver.run(job)
+                peaks[size] |= {
+                    f"{name} {role}": found.peaks_mb[role] for role in (private_memory.DRIVER, private_memory.WORKER)
+                }
+                totals.append(found.total_mb)
+                seconds = found.seconds if name == "taste" else seconds
+                bar.advance()
+    grown = private_memory.growth(*peaks)
+    return {
+        "name": "memory",
+        "unit": "users",
+        "growth": max(grown.values()),
+        "growth_by_role": grown,
+        "users": list(config.memory_users),
+        "peaks_mb": peaks,
+        "per_second": config.memory_users[1] / max(seconds, 1e-9),
+        "peak_mb": max(totals),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPass:
+    """What one job needed on one size of data."""
+
+    peaks_mb: dict[str, float]  # by role
+    total_mb: float
+    seconds: float
+
+
+def taste_memory(workspace: Workspace, model: Manifest) -> MemoryPass:
+    """What the taste job needs."""
+
+    def job() -> None:
+        made = compute_tastes(workspace, TasteConfig(), model_id=model.id, repeat=True)
+        workspace.delete(made.folder)
+
+    return _watched(job)
+
+
+def data_memory(workspace: Workspace) -> MemoryPass:
+    """What the data path of training needs."""
+    return _watched(lambda: ray.get(ray.remote(count_window_plays).remote(Dataset(workspace), TrainConfig())))
+
+
+def _watched(job: Callable[[], Any]) -> MemoryPass:
+    with ray_cluster(), MemoryWatch() as watch:
+        began = time.perf_counter()
+        job()
+        seconds = time.perf_counter() - began
+    return MemoryPass(peaks_mb=watch.peaks_mb, total_mb=watch.total_mb, seconds=seconds)

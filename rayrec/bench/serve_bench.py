@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +27,7 @@ from rayrec.bench.bare_server import WAITING
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.http_load import Load, generator, put_under_load
 from rayrec.bench.index_bench import song_vectors
-from rayrec.bench.plays_bench import bench_history_lengths
+from rayrec.bench.rounds import BenchResult, Measured, compare
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.data.histories import Histories
@@ -37,6 +39,7 @@ from rayrec.model.taste_table import taste_table, tastes_file
 from rayrec.model.train_config import FeatureSpec, Horizon, ModelConfig, TrainConfig
 from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
+from rayrec.serving.serve_config import MAX_PLAYS
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
@@ -53,6 +56,8 @@ START_SECONDS = 600.0  # that an application may take to load a release
 SLICE_SECONDS = 1.0  # of a load, before it is another's turn: what else a machine does changes from second to second
 # One thread for numeric work in each process, as the replicas have it.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+LONG_USERS = 8  # that take turns
+GAP_MS = 200_000  # between two plays of a user
 
 
 def song_name(row: int) -> str:
@@ -313,3 +318,66 @@ def _end(process: "subprocess.Popen[str]") -> None:
         process.wait(60)
     except subprocess.TimeoutExpired:
         process.kill()
+
+
+FEW, MANY = 10, 10_000  # plays of the users that are compared
+
+Post = Callable[[dict[str, Any]], None]  # sends one body to /v1/plays; raises where it is not taken
+
+
+class _Listeners:
+    """Users whose plays are in the store, all of the same number of plays but for the last few."""
+
+    def __init__(self, post: Post, songs: Sequence[str], name: str, users: int, plays: int, begin: int) -> None:
+        self._songs = songs
+        self._names = [f"{name}-{number}" for number in range(users)]
+        self._begin = begin
+        self._taken = dict.fromkeys(self._names, 0)
+        waiting: list[dict[str, Any]] = []
+        for user in self._names:
+            for _ in range(plays):
+                waiting.append(self._next(user))
+                if len(waiting) == MAX_PLAYS:
+                    post({"plays": waiting})
+                    waiting = []
+        if waiting:
+            post({"plays": waiting})
+
+    def turns(self) -> Iterator[dict[str, Any]]:
+        """One play of each user in turn, for ever."""
+        return (self._next(self._names[number % len(self._names)]) for number in count())
+
+    def _next(self, user: str) -> dict[str, Any]:
+        place = self._taken[user]
+        self._taken[user] += 1
+        return {
+            "event_id": f"{user}-{place}",
+            "user_id": user,
+            "song_id": self._songs[(place * 7919 + len(user)) % len(self._songs)],
+            "played_at": self._begin + place * GAP_MS,
+        }
+
+
+def bench_history_lengths(
+    post: Post, songs: Sequence[str], *, name: str, rounds: int = 10, plays: int = 50, few: int = FEW, many: int = MANY
+) -> BenchResult:
+    """Plays a second of users with `many` plays over those with `few`, in alternating rounds of `plays` single calls.
+
+    `name` begins the ids of the users that this makes. Each user of few plays gets one more and no
+    other; those of many take turns, so that now and then the older plays of a full window leave it.
+    """
+    begin = time.time_ns() // 1_000_000 - (many + rounds * plays) * GAP_MS
+    short = _Listeners(post, songs, f"{name}-few", rounds * plays, few, begin).turns()
+    long = _Listeners(post, songs, f"{name}-many", LONG_USERS, many, begin).turns()
+
+    def way(listeners: Iterator[dict[str, Any]]) -> Callable[[], Measured]:
+        def measured() -> Measured:
+            bodies = [next(listeners) for _ in range(plays)]
+            began = time.perf_counter()
+            for body in bodies:
+                post(body)
+            return Measured(plays, time.perf_counter() - began)
+
+        return measured
+
+    return compare("plays-by-history", "plays", way(long), way(short), rounds=rounds, few_plays=few, many_plays=many)

@@ -9,9 +9,9 @@ from rayrec.bench.bench_config import BenchConfig, check_name
 from rayrec.bench.bench_data import bench_place
 from rayrec.bench.index_bench import bench_index, bench_song_side
 from rayrec.bench.job_benches import bench_embed, bench_taste, bench_train
-from rayrec.bench.memory_bench import bench_memory
 from rayrec.bench.rates import check_rates_file, save_rates
-from rayrec.bench.scale_bench import bench_scale
+from rayrec.bench.scale_bench import bench_memory, bench_scale
+from rayrec.bench.simulate_bench import bench_simulate
 from rayrec.jobs.runtime import WORKER_ENVIRONMENT
 from rayrec.storage.workspace import Workspace
 
@@ -23,6 +23,7 @@ BENCHES: dict[str, Callable[[Workspace, BenchConfig], dict[str, Any]]] = {
     "memory": bench_memory,
     "songs": lambda place, config: bench_song_side(config).to_json(),
     "scale": bench_scale,
+    "simulate": bench_simulate,
     "answers": bench_answers,
 }
 

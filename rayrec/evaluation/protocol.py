@@ -41,6 +41,7 @@ COLD = ("cold_songs", "cold_among_cold")  # targets without a play in the fit ra
 SERVED = ("served", "served25_50", *COLD)  # songs that the user has heard are neither targets nor in the ranking
 LONG_TERM = ("offsets25_50", "served25_50")
 
+COUNTED_BUCKETS = 16  # whose plays to predict are counted where a number of queries is drawn
 GROUPS = ("seen", "new", "held_out")  # every user is in one; "all" is their sum
 BOUNDS = (1, 2, 5, 20, 100)  # the least plays of each class
 CLASSES = ("1", "2-4", "5-19", "20-99", "100+")

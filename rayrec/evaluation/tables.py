@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayrec.embeddings.health import COLLAPSED
+from rayrec.embeddings.vectors import COLLAPSED
 
 Entry = dict[str, Any]
 

@@ -26,7 +26,7 @@ BUCKET_BYTES = 64 << 20
 MIN_BUCKETS, MAX_BUCKETS = 16, 4096
 UNGROUPED_UNITS = 2_048  # up to which each unit is a piece: a damaged file costs nothing but itself
 MAX_PIECES = 512  # where there are more units
-READS = 1 << 18  # of the second pass of an import, about: two requests each
+READS = 1 << 18  # of the second pass of an import, or of a retrieval, about: two requests each
 UNPACKED = 6  # bytes of text in a byte of .gz or .bz2, about; Parquet is as dense
 DENSE_FORMATS = ("parquet",)
 OR_SKIP = ", or skip it with --skip-damaged"  # what else to do about a damaged file
@@ -228,9 +228,10 @@ def _pieces(sizes: Sequence[float]) -> list[list[int]]:
 
 
 def bucket_groups(pieces: int, buckets: int) -> list[tuple[int, int]]:
-    """First and last bucket of each task of the second pass, each of which reads a range of every piece.
+    """First and last bucket of each group of buckets, as few groups that groups times pieces stay below READS.
 
-    As few that the reads stay below READS; one bucket a task where there are few pieces.
+    Each task of an import's second pass merges one group and reads a range of every piece; a retrieval counts one group
+    a task, and reads a range of songs of each. One bucket a group where there are few pieces.
     """
     size = max(1, -(-pieces * buckets // READS))
     return [(first, min(first + size, buckets) - 1) for first in range(0, buckets, size)]

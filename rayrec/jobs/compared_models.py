@@ -15,9 +15,8 @@ from rayrec.evaluation.tuning import CHOICES, tune_baseline
 from rayrec.progress import progress
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
+from rayrec.recommend.baselines import BASELINES, PopularityRecommender, fit_baselines, needs_vectors
 from rayrec.recommend.selection import make_selection
-from rayrec.recommend.simple_baselines import PopularityRecommender
 from rayrec.storage.artifacts import Manifest, load, newest, noun
 from rayrec.storage.releases import parts_of
 from rayrec.storage.workspace import Workspace

@@ -11,9 +11,9 @@ from typing import Any
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange, Split, fit_range, require_split_of
-from rayrec.embeddings import fit_embeddings, health
+from rayrec.embeddings import fit_embeddings
 from rayrec.embeddings.embed_config import EmbedConfig
-from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors
+from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors, check_health
 from rayrec.importing.vector_files import file_id
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
 from rayrec.progress import progress
@@ -29,7 +29,7 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
 
     The first are fitted on all that a final fit may see, the second without the validation range.
     Vectors from outside are taken as they are, for both. Metrics: seconds, the figures of
-    `fit_vectors` or `take_vectors` and those of `health.check`.
+    `fit_vectors` or `take_vectors` and those of `check_health`.
 
     Raises `MismatchError` for a split of another data set, `InputError` for settings or files that
     do not fit the data.
@@ -58,7 +58,7 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
         made = fit_embeddings.take_vectors(workspace, config, fits[FINAL], paths)
     counts = made.pop("counts")
     vectors = SongVectors(workspace.read_array(manifest.path(FINAL)))
-    metrics = {**made, **health.check(vectors, counts, dataset.catalog(), config.seed)}
+    metrics = {**made, **check_health(vectors, counts, dataset.catalog(), config.seed)}
     metrics["seconds"] = time.perf_counter() - started
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), fits)
 

@@ -12,15 +12,14 @@ from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
-from rayrec.embeddings import health
-from rayrec.embeddings.vectors import FINAL, SongVectors
+from rayrec.embeddings.vectors import FINAL, SongVectors, check_health, directions
 from rayrec.errors import InputError
 from rayrec.evaluation.accumulator import VIEWS, MetricAccumulator
 from rayrec.evaluation.bootstrap import CellRange, cell_ranges
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_map, training_plot
 from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
-from rayrec.evaluation.protocol import EvaluateConfig, plays_to_predict
+from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig, plays_to_predict
 from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, write_report
 from rayrec.evaluation.results import Figures, figures_of, settings_of
 from rayrec.importing.readers.files import byte_ranges, find_files
@@ -37,7 +36,6 @@ from rayrec.storage.workspace import Workspace, artifact_dir
 KIND = "reports"
 USERS_PER_BATCH = 2_000
 EXAMPLES, EXAMPLE_PLAYS, EXAMPLE_SONGS = 3, 5, 5  # users shown, with their last plays and recommended songs
-COUNTED_BUCKETS = 16  # whose plays to predict are counted where a number of queries is drawn
 PREFIXES_AT_ONCE = 1 << 18  # bytes of a file of prefixes that one task reads
 ABOUT_PREFIXES = "The target of each line of the file is predicted from the songs of its prefix; there are no times."
 
@@ -151,16 +149,16 @@ def examples_of(dataset: Dataset, evaluator: Evaluator, default: str) -> list[di
 def health_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[dict[str, Any]]:
     """The health of the song vectors behind the models: an entry for those embedded, one for the network's.
 
-    Each has vectors (songs or models), id, dim, directions and the figures of `health.check`; `song_plays`,
+    Each has vectors (songs or models), id, dim, directions and the figures of `check_health`; `song_plays`,
     int (N,), choose the most played songs.
     """
     entries = []
     for role, path in vector_paths(compared).items():
         vectors = SongVectors(np.asarray(dataset.workspace.read_array(path)))
-        figures = health.check(vectors, song_plays[: len(vectors)], dataset.catalog())
+        figures = check_health(vectors, song_plays[: len(vectors)], dataset.catalog())
         del figures["warning"]  # its advice is for word2vec; the page tells the limit
         about = {"vectors": role, "id": compared.inputs[role], "dim": vectors.dim}
-        entries.append({**about, "directions": health.directions(vectors), **figures})
+        entries.append({**about, "directions": directions(vectors), **figures})
     return entries
 
 

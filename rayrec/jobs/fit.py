@@ -18,9 +18,9 @@ from rayrec.jobs.quality import Quality, ServedParts, measure_quality
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
 from rayrec.recommend.answer import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
+from rayrec.recommend.baselines import PopularityRecommender
 from rayrec.recommend.index import require_one_faiss
 from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
-from rayrec.recommend.simple_baselines import PopularityRecommender
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.dataset_manifest import DatasetManifest

@@ -16,7 +16,6 @@ from rayrec.jobs.runtime import node_cpus, ray_cluster, run_buckets, run_on_node
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK
 from rayrec.progress import progress
-from rayrec.recommend.ablation import ABLATED_PARTS
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, ndcg
 from rayrec.recommend.ranker_training import (
@@ -28,7 +27,7 @@ from rayrec.recommend.ranker_training import (
 from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind
-from rayrec.recommend.two_step_config import RankConfig
+from rayrec.recommend.two_step_config import ABLATED_PARTS, RankConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes

@@ -1,14 +1,17 @@
 """The retrieval stage: sessions, rules, play counts and song groups, counted by bucket and merged by range of songs.
 
+Buckets are counted in groups, so that pieces times ranges, the reads of object storage, stay bounded.
+
 Where a retrieval of the same settings holds earlier parts of the plays already, the later ones alone are read and added
 to it.
 """
 
+import struct
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -17,14 +20,17 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange, Split, fit_range, load_split, require_split_of
+from rayrec.importing.import_plan import bucket_groups
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
 from rayrec.progress import progress
-from rayrec.recommend.retrieval.count_files import pack_counts, unpack_counts
 from rayrec.recommend.retrieval.stored_retrieval import (
     SELECTION_RETRIEVAL,
     SETTINGS_FILE,
     Retrieval,
     RetrievalCounts,
+    pack_counts,
+    song_ranges,
+    unpack_counts,
 )
 from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
@@ -33,7 +39,7 @@ from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 KIND = "retrieval"
-PLAYS_PER_RANGE = 20_000_000  # of one range of songs, so that the counts of a range fit into a task's memory
+LENGTH = struct.Struct("<q")  # of a bucket's counts in a piece, before them
 
 
 @writes("retrieval")
@@ -49,7 +55,7 @@ def fit_retrieval(
     that it has not seen.
 
     Metrics: seconds, plays, sessions, rules, artists, albums and base ("": none), the retrieval that was added to. A
-    killed job goes on with the buckets left.
+    killed job goes on with what is left.
     Raises `MismatchError` for a split of another data set.
     """
     dataset = Dataset(workspace)
@@ -123,13 +129,18 @@ def write_retrieval(
     cluster. Pieces lie in `folder`/run until the end, so a killed job goes on.
     """
     workspace, run = dataset.workspace, f"{folder}/run"
-    buckets = range(dataset.manifest.buckets)
+    ranges = song_ranges(dataset.num_songs, dataset.manifest.plays)
+    groups = bucket_groups(len(ranges), dataset.manifest.buckets)
     pieces = f"{run}/{base.replace('/', '-') or 'all'}"
-    task = _Task(dataset, config, allowed, pieces, _song_ranges(dataset), base, first_part)
-    with progress("Retrieval", len(buckets) + len(task.song_ranges)) as bar:
-        for worker, units in ((BucketCounter, buckets), (RangeMerger, range(len(task.song_ranges)))):
-            for _ in run_buckets(worker, units, arguments={"task": task}, called="unit"):
-                bar.advance()
+    task = _Task(dataset, config, allowed, pieces, ranges, groups, base, first_part)
+    with progress("Retrieval", len(groups) + len(ranges)) as bar:
+        offsets = np.zeros((len(groups), len(ranges) + 1), dtype=np.int64)
+        for counted in run_buckets(GroupCounter, range(len(groups)), arguments={"task": task}, called="group"):
+            offsets[counted.group] = counted.offsets
+            bar.advance()
+        arguments = {"task": task, "offsets": offsets}
+        for _ in run_buckets(RangeMerger, range(len(ranges)), arguments=arguments, called="range"):
+            bar.advance()
     (names, figures), *_ = run_on_node(_build, task, folder, cpus=1)
     workspace.delete(run)
     return names, figures
@@ -144,36 +155,65 @@ class _Task:
     allowed: FitRange
     pieces: str  # their folder
     song_ranges: list[tuple[int, int]]  # first row, and the row after the last
+    groups: list[tuple[int, int]]  # of buckets: the first and the last of each
     base: str  # folder of the retrieval that plays are added to, or ""
     first_part: int  # of the plays to count
 
-    def piece(self, bucket: int, song_range: int) -> str:
-        """The file of what one bucket says of one range of songs."""
-        return f"{self.pieces}/bucket={bucket:05d}/range={song_range:05d}.safetensors"
+    def piece(self, group: int) -> str:
+        """The file of what one group of buckets says: range of songs by range of songs, bucket by bucket."""
+        return f"{self.pieces}/group={group:05d}.counts"
 
     def merged(self, song_range: int) -> str:
         """The file of what all buckets say of one range of songs."""
         return f"{self.pieces}/merged/range={song_range:05d}.safetensors"
 
 
-class BucketCounter:
-    """Counts the plays of one bucket and writes a piece for each range of songs."""
+@dataclass(frozen=True)
+class CountedGroup:
+    """A group whose piece is written."""
+
+    group: int
+    offsets: np.ndarray  # int64 (ranges + 1,): where in its piece each range of songs begins, and the last ends
+
+
+class GroupCounter:
+    """Counts the plays of a group of buckets and writes its piece."""
 
     def __init__(self, task: _Task) -> None:
         self._task = task
 
-    def __call__(self, bucket: int) -> int:
-        """Write the pieces that are not there; the last one is written last."""
-        task, dataset = self._task, self._task.dataset
-        if dataset.workspace.exists(task.piece(bucket, len(task.song_ranges) - 1)):
-            return 0
+    def __call__(self, group: int) -> CountedGroup:
+        """Write the piece, where it is not there."""
+        task, workspace = self._task, self._task.dataset.workspace
+        path = task.piece(group)
+        offsets = np.zeros(len(task.song_ranges) + 1, dtype="<i8")
+        if workspace.exists(path):
+            with workspace.open_input(path) as stream:
+                return CountedGroup(group, np.frombuffer(stream.read(offsets.nbytes), dtype=offsets.dtype))
+        first, last = task.groups[group]
+        with tempfile.TemporaryFile() as spool:  # a bucket at a time is in memory, and the file is by range
+            places = [self._spool(bucket, spool) for bucket in range(first, last + 1)]
+            sizes = [sum(place[number][1] for place in places) for number in range(len(task.song_ranges))]
+            offsets[:] = offsets.nbytes + np.concatenate([[0], np.cumsum(sizes)])
+            with workspace.open_output(path) as stream:
+                stream.write(offsets.tobytes())
+                for number in range(len(task.song_ranges)):
+                    for place in places:
+                        spool.seek(place[number][0])
+                        stream.write(spool.read(place[number][1]))
+        return CountedGroup(group, offsets)
+
+    def _spool(self, bucket: int, spool: IO[bytes]) -> list[tuple[int, int]]:
+        """Write a bucket's counts; where those of each range begin, and how many bytes they are."""
+        task, places = self._task, []
         counts = self._count(Histories.from_lists([], []))
-        for histories in dataset.read_bucket(bucket, first_part=task.first_part):
+        for histories in task.dataset.read_bucket(bucket, first_part=task.first_part):
             counts = RetrievalCounts.merge([counts, self._count(task.allowed.select(histories))])
-        for number, (first, last) in enumerate(task.song_ranges):
+        for first, last in task.song_ranges:
             data = pack_counts(counts.of_songs(first, last), first, last)
-            dataset.workspace.write_bytes(task.piece(bucket, number), data)
-        return 1
+            places.append((spool.tell(), LENGTH.size + len(data)))
+            spool.write(LENGTH.pack(len(data)) + data)
+        return places
 
     def _count(self, histories: Histories) -> RetrievalCounts:
         task = self._task
@@ -186,20 +226,20 @@ class BucketCounter:
 
 
 class RangeMerger:
-    """Merges what all buckets say of one range of songs."""
+    """Merges what all buckets say of one range of songs.
 
-    def __init__(self, task: _Task) -> None:
-        self._task = task
+    `offsets` are those of all pieces, int64 (groups, ranges + 1).
+    """
+
+    def __init__(self, task: _Task, offsets: np.ndarray) -> None:
+        self._task, self._offsets = task, offsets
 
     def __call__(self, number: int) -> int:
         """Write the merged counts of one range of songs, with the strongest rules of each song."""
         task, workspace = self._task, self._task.dataset.workspace
         if workspace.exists(task.merged(number)):
             return 0
-        merged = unpack_counts(workspace.read_bytes(task.piece(0, number)))
-        for bucket in range(1, task.dataset.manifest.buckets):
-            part = unpack_counts(workspace.read_bytes(task.piece(bucket, number)))
-            merged = RetrievalCounts.merge([merged, part])
+        merged = merge_counts(self._parts(number))
         if task.base:
             earlier = Retrieval.load(workspace, task.base).counts.of_songs(*task.song_ranges[number])
             merged = RetrievalCounts.merge([merged, earlier])
@@ -207,11 +247,29 @@ class RangeMerger:
         workspace.write_bytes(task.merged(number), pack_counts(merged, *task.song_ranges[number]))
         return 1
 
+    def _parts(self, number: int) -> Iterator[RetrievalCounts]:
+        task = self._task
+        for group in range(len(task.groups)):
+            begin, end = self._offsets[group, number : number + 2].tolist()
+            with task.dataset.workspace.open_input(task.piece(group)) as stream:
+                stream.seek(begin)
+                data = stream.read(end - begin)
+            place = 0
+            while place < len(data):
+                (size,) = LENGTH.unpack_from(data, place)
+                yield unpack_counts(data[place + LENGTH.size : place + LENGTH.size + size])
+                place += LENGTH.size + size
 
-def _song_ranges(dataset: Dataset) -> list[tuple[int, int]]:
-    count = max(1, min(dataset.num_songs, -(-dataset.manifest.plays // PLAYS_PER_RANGE)))
-    bounds = np.linspace(0, dataset.num_songs, count + 1).astype(int).tolist()
-    return list(pairwise(bounds))
+
+def merge_counts(parts: Iterable[RetrievalCounts]) -> RetrievalCounts:
+    """Merge one or more parts, each as often as the logarithm of their number: like with like in size."""
+    waiting: list[tuple[int, RetrievalCounts]] = []  # how many parts it holds, largest first
+    for part in parts:
+        waiting.append((1, part))
+        while len(waiting) > 1 and waiting[-2][0] == waiting[-1][0]:
+            (count, one), (_, other) = waiting.pop(), waiting.pop()
+            waiting.append((2 * count, RetrievalCounts.merge([other, one])))
+    return RetrievalCounts.merge([part for _, part in waiting])
 
 
 def _build(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]:

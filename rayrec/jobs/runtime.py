@@ -3,10 +3,12 @@
 import logging
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Protocol
 
 # Before ray is imported: no usage report, and no spinning OpenMP threads, which cost a factor of
@@ -129,17 +131,46 @@ class _Failed:
     trace: str
 
 
-def _run_unit(make_worker: Callable[..., BucketWorker], stored: list[ray.ObjectRef], unit: Any) -> Any:
-    key = stored[0].hex()
+@dataclass(frozen=True, kw_only=True)
+class UnitTime:
+    """What one unit of work took in its process."""
+
+    worker: str  # name of its class, or of its function where that has a node to itself
+    cpu_seconds: float
+    setup_seconds: float = 0.0  # CPU time of the worker's constructor, where this unit was its first
+
+
+_times: list[UnitTime] | None = None
+
+
+@contextmanager
+def unit_times() -> Iterator[list[UnitTime]]:
+    """A list that holds the time of each unit that ends in this block, for benchmarks."""
+    global _times
+    times: list[UnitTime] = []
+    _times = times
+    try:
+        yield times
+    finally:
+        _times = None
+
+
+def _run_unit(make_worker: Callable[..., BucketWorker], stored: list[ray.ObjectRef], unit: Any) -> tuple[Any, UnitTime]:
+    key, began = stored[0].hex(), time.process_time()
+    ready = began
     try:
         if key not in _made:
             _made.clear()
             _made[key] = make_worker(**ray.get(stored[0]))
-        return _made[key](unit)
+            ready = time.process_time()
+        result = _made[key](unit)
     except RayrecError as error:
-        return error  # as a value: of what is raised Ray keeps no more than the text
+        result = error  # as a value: of what is raised Ray keeps no more than the text
     except Exception:
-        return _Failed(traceback.format_exc())
+        result = _Failed(traceback.format_exc())
+    seconds = time.process_time() - ready
+    name = getattr(make_worker, "__name__", type(make_worker).__name__)
+    return result, UnitTime(worker=name, cpu_seconds=seconds, setup_seconds=ready - began)
 
 
 def run_buckets(
@@ -179,7 +210,7 @@ def run_buckets(
             (done, *_), _ = ray.wait(list(running))
             unit = running.pop(done)
             try:
-                result = ray.get(done)
+                result, spent = ray.get(done)
             except RayError:  # its worker or node was lost once more than it may be
                 lost.append(unit)
                 continue
@@ -187,6 +218,8 @@ def run_buckets(
                 raise result
             if isinstance(result, _Failed):
                 raise RuntimeError(f"{called} {unit} failed in its worker:\n{result.trace}")
+            if _times is not None:
+                _times.append(spent)
             yield result
     finally:
         for reference in running:
@@ -197,6 +230,18 @@ def run_buckets(
             f"{called} {named} of {total} failed: the worker was killed {RETRIES + 1} times, probably out of memory. "
             "Completed work is kept: run the command again with fewer workers or on nodes with more memory"
         )
+
+
+def _timed(work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """What `work` yields, then what it took."""
+
+    @wraps(work)
+    def run(*arguments: Any) -> Iterator[Any]:
+        began = time.process_time()
+        yield from work(*arguments)
+        yield UnitTime(worker=work.__name__, cpu_seconds=time.process_time() - began)
+
+    return run
 
 
 def node_cpus() -> int:
@@ -210,10 +255,14 @@ def run_on_node(work: Callable[..., Iterator[Any]], *arguments: Any, cpus: int) 
     An error of ours comes out as it was raised there, without Ray's wrapping. Raises `RayrecError`
     where its worker dies `RETRIES` times more than once.
     """
-    task = ray.remote(work).options(num_cpus=cpus, num_returns="streaming", max_retries=RETRIES)
+    task = ray.remote(_timed(work)).options(num_cpus=cpus, num_returns="streaming", max_retries=RETRIES)
     try:
         for reference in task.remote(*arguments):
-            yield ray.get(reference)
+            item = ray.get(reference)
+            if not isinstance(item, UnitTime):
+                yield item
+            elif _times is not None:
+                _times.append(item)
     except RayTaskError as error:
         if isinstance(error.cause, RayrecError):
             raise error.cause from error

@@ -12,13 +12,13 @@ from itertools import pairwise
 import numpy as np
 
 from rayrec.data.split import DAY_MS
-from rayrec.recommend.ablation import RankedPart, kept_features
 from rayrec.recommend.query_batch import HOUR_MS, QueryBatch
 from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
 from rayrec.recommend.retrieval.ragged import first_of_each, stable_order
 from rayrec.recommend.retrieval.session_postings import NO_GROUP, SongGroups
 from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates
+from rayrec.recommend.two_step_config import RankedPart, kept_features
 
 RECENT = 10  # plays among which artists and albums are counted
 REPEATS = 20  # plays among which repeats are counted

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.data.split import DAY_MS
-from rayrec.recommend.ablation import RankedPart
 from rayrec.recommend.base import NO_SONG, Horizon
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import Pairs, QueryBatch
@@ -20,6 +19,7 @@ from rayrec.recommend.retrieval.play_counts import MAX_DISTANCE, UNIT
 from rayrec.recommend.retrieval.ragged import first_of_each, highest_of_each, places_in, ranges, stable_order
 from rayrec.recommend.retrieval.session_postings import SongGroups
 from rayrec.recommend.retrieval.stored_retrieval import Retrieval
+from rayrec.recommend.two_step_config import RankedPart
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.ablation import ABLATED_PARTS
 from rayrec.recommend.base import (
     NO_SONG,
     CandidateRecommender,
@@ -32,6 +31,7 @@ from rayrec.recommend.retrieval.ragged import highest_of_each, places_in, ranges
 from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates, make_new_song_retrievers, make_retrievers, retrieve
 from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.two_step_config import ABLATED_PARTS
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 

@@ -6,6 +6,7 @@ run then: an open port that was meant to be closed must not be a surprise.
 
 import shlex
 import shutil
+from collections.abc import Sequence
 from hashlib import sha256
 from importlib.metadata import distribution, version
 from pathlib import Path
@@ -17,6 +18,8 @@ from rayrec.serving.serve_config import LOOPBACK
 RAY_VERSION = "2.60"  # whose private parts are known
 TEMPLATES = "ca0ebced12fbca4f"  # first digits of the SHA-256 of Serve's templates of HAProxy's configuration
 
+METRICS_PORT, STATISTICS_PORT = 9101, 8404  # of HAProxy, where Serve is told no others
+
 # HAProxy is handed its configuration by Serve, whose template binds the metrics and statistics pages to all
 # interfaces, answers 500 where a replica went away, and 404 to everything before the proxy knows the application. Only
 # a request that HAProxy holds whole can be sent to another replica. Serve would start two tasks a request to see
@@ -25,7 +28,7 @@ WRAPPER = """#!/bin/sh
 seen=
 for argument in "$@"; do
   [ "$seen" = -f ] && sed -i -E \\
-    -e 's/^([[:space:]]*bind[[:space:]]+)\\*?:/\\1{loopback}:/' \\
+    -e 's/^([[:space:]]*bind[[:space:]]+)\\*?:({closed})$/\\1{loopback}:\\2/' \\
     -e 's/^([[:space:]]*)option redispatch.*/&\\n\\1option http-buffer-request/' \\
     -e 's|^([[:space:]]*)http-reuse always.*|&\\n\\1http-request set-header x-request-disconnect-disabled ?1|' \\
     -e 's|^([[:space:]]*errorfile [0-9]+) .*|\\1 {away}|' \\
@@ -51,10 +54,12 @@ def templates_digest() -> str:
     return sha256(path.read_bytes()).hexdigest()[: len(TEMPLATES)] if path.exists() else "missing"
 
 
-def write_haproxy_wrapper(folder: Path) -> Path:
+def write_haproxy_wrapper(folder: Path, closed_ports: Sequence[int] = (METRICS_PORT, STATISTICS_PORT)) -> Path:
     """A program in `folder` for Serve to start instead of HAProxy: it mends the configuration, then starts HAProxy.
 
-    Raises `RayrecError` where there is no HAProxy, and where Serve's configuration is not the one that is known.
+    `closed_ports`, of HAProxy's metrics and statistics, are reached from this machine alone. The build of the
+    image in cluster/ calls it too. Raises `RayrecError` where there is no HAProxy, and where Serve's configuration is
+    not the one that is known.
     """
     if templates_digest() != TEMPLATES:
         raise RayrecError(
@@ -71,7 +76,8 @@ def write_haproxy_wrapper(folder: Path) -> Path:
         raise RayrecError("there is no HAProxy; run `pip install ray[serve]` on Linux, or install haproxy")
     path, away = folder / "haproxy", folder / "away.http"
     away.write_bytes(_no_replica_response())
-    path.write_text(WRAPPER.format(binary=shlex.quote(str(binary)), loopback=LOOPBACK, away=away))
+    closed = "|".join(map(str, closed_ports))
+    path.write_text(WRAPPER.format(binary=shlex.quote(str(binary)), loopback=LOOPBACK, closed=closed, away=away))
     path.chmod(0o700)
     return path
 

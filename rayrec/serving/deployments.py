@@ -66,6 +66,8 @@ def build(args: Mapping[str, Any]) -> Application:
             "initial_replicas": config.replicas,
             "max_replicas": config.max_replicas,
             "target_ongoing_requests": config.target_ongoing,
+            "upscale_delay_s": config.scale_up_seconds,
+            "downscale_delay_s": config.scale_down_seconds,
         }
     else:
         bounds["num_replicas"] = config.replicas

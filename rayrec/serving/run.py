@@ -32,6 +32,21 @@ PORTS = range(20_000, 30_000)
 DRAIN_SECONDS = 2  # that Serve waits at least before it ends a replica
 REQUEST_SECONDS = 30  # for the requests at work when the application ends
 SETTLE_SECONDS = 3.0  # for sockets that are open for a moment only
+# How Serve runs, here and on a cluster, whose image (cluster/Dockerfile) sets the same; a test compares them.
+SERVE_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "RAY_worker_niceness": "0",  # else Ray's workers, replicas among them, give way to everything else
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(REQUEST_SECONDS),
+    "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+    # A request whose replica dies goes to another one: all of ours may be sent twice.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three that fail, and a new HAProxy is started
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a line of log a request that Serve's Python would read; we count
+}
 
 
 @contextmanager
@@ -60,20 +75,9 @@ def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
     """What Ray and Serve read as they are imported; `folder` is for HAProxy's files."""
     figures, statistics, fallback = [port for port in free_ports(4) if port != config.port][:3]
     settings = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_WAIT_POLICY": "PASSIVE",
+        **SERVE_SETTINGS,
         # As on a laptop: Ray's node is 127.0.0.1, and all its servers listen there.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if is_loopback(config.host) else "1",
-        "RAY_worker_niceness": "0",  # else Ray's workers, replicas among them, give way to everything else
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(REQUEST_SECONDS),
-        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
-        # A request whose replica dies goes to another one: all of ours may be sent twice.
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three that fail, and a new HAProxy is started
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a line of log a request that Serve's Python would read; we count
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(figures),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
@@ -82,7 +86,7 @@ def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_haproxy_wrapper(folder)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_haproxy_wrapper(folder, (figures, statistics))),
     }
     return {name: os.environ.get(name, value) if name.startswith("OMP") else value for name, value in settings.items()}
 

@@ -29,6 +29,15 @@ class ServeConfig(Settings):
     replicas: int = Field(1, ge=1, description="Number of replicas, the minimum where max_replicas is larger")
     max_replicas: int = Field(0, ge=0, description="Maximum of replicas, added and removed by load; 0: as replicas")
     target_ongoing: int = Field(4, ge=1, description="Requests in progress per replica that autoscaling aims at")
+    scale_up_seconds: float = Field(
+        30.0,
+        ge=0,
+        le=86_400,
+        description="Seconds that load must be above the target before replicas are added",
+    )
+    scale_down_seconds: float = Field(
+        600.0, ge=0, le=86_400, description="Seconds that load must be below the target before replicas are removed"
+    )
     topology: Topology = Field(
         "colocated", description="colocated: model and index in every replica; split: as separate deployments"
     )

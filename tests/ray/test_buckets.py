@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import ray.cloudpickle
 
 from rayrec.errors import DamagedArtifactError, RayrecError
-from rayrec.jobs.runtime import RETRIES, run_buckets
+from rayrec.jobs.runtime import RETRIES, run_buckets, unit_times
 
 pytestmark = pytest.mark.usefixtures("cluster")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -47,6 +48,35 @@ def test_no_units_are_no_work() -> None:
 def test_an_error_of_ours_comes_out_as_it_was_raised() -> None:
     with pytest.raises(DamagedArtifactError, match="bucket 3 is damaged"):
         list(run_buckets(Adder, range(5), arguments={"number": np.ones(1), "refuse": True}))
+
+
+class Computing:
+    """Computes for a tenth of a second, and for three as it is made."""
+
+    def __init__(self) -> None:
+        compute(0.3)
+
+    def __call__(self, unit: int) -> int:
+        compute(0.1)
+        return unit
+
+
+def compute(seconds: float) -> None:
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+
+
+def test_the_cpu_time_of_every_unit_is_noted_and_that_of_making_a_worker_apart() -> None:
+    with unit_times() as times:
+        list(run_buckets(Computing, range(6), arguments={}))
+    assert [each.worker for each in times] == ["Computing"] * 6
+    assert all(0.1 <= each.cpu_seconds < 0.2 for each in times)
+    made = [each.setup_seconds for each in times if each.setup_seconds >= 0.3]
+    assert 1 <= len(made) <= 2  # one a process
+    assert sum(each.setup_seconds for each in times) - sum(made) < 0.1
+    list(run_buckets(Computing, range(2), arguments={}))
+    assert len(times) == 6
 
 
 class Dying:

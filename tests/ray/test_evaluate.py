@@ -19,8 +19,7 @@ from rayrec.evaluation.tuning import CHOICES
 from rayrec.jobs.evaluate import evaluate
 from rayrec.model.checkpoint import save_model
 from rayrec.model.network import TasteModel
-from rayrec.recommend.baselines import BASELINES, fit_baselines
-from rayrec.recommend.simple_baselines import PopularityRecommender
+from rayrec.recommend.baselines import BASELINES, PopularityRecommender, fit_baselines
 from rayrec.storage.artifacts import Manifest, load, publish, verify
 from rayrec.storage.workspace import Workspace
 

@@ -18,8 +18,7 @@ from rayrec.evaluation.results import Figures
 from rayrec.importing.readers.reader import Unit
 from rayrec.jobs import evaluate as job
 from rayrec.jobs.evaluate import evaluate_prefixes
-from rayrec.recommend.baselines import fit_baselines
-from rayrec.recommend.simple_baselines import PopularityRecommender
+from rayrec.recommend.baselines import PopularityRecommender, fit_baselines
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 

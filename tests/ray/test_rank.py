@@ -22,11 +22,10 @@ from rayrec.jobs.generate import generate
 from rayrec.jobs.rank import fit_rankers
 from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.train import train
-from rayrec.recommend.ablation import ABLATED_PARTS
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.two_step import TwoStepRecommender
-from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
+from rayrec.recommend.two_step_config import ABLATED_PARTS, RankConfig, RetrievalConfig
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest, verify
 from rayrec.storage.workspace import Workspace

@@ -11,8 +11,7 @@ from rayrec.errors import LeakError
 from rayrec.jobs.pipeline import Outcome, run
 from rayrec.jobs.train_plan import load_validation, model_config
 from rayrec.model.train_config import TrainConfig
-from rayrec.recommend.baselines import fit_baselines
-from rayrec.recommend.simple_baselines import PopularityRecommender
+from rayrec.recommend.baselines import PopularityRecommender, fit_baselines
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 

@@ -23,6 +23,17 @@ HEARD_BYTES = 3.0  # of a distinct song in a row of tastes, measured on 2026-11-
 NEW_SONG_SHARE = 0.85  # of a user's plays that are songs not heard before, measured 0.83 on 2026-11-24
 ROW_BYTES_OF_TASTES = 40.0  # of a row of tastes beside its lists
 DRIVER_REQUESTS = 25  # of an import, whatever its size
+EMBED_REQUESTS = 30  # of `embed` beside its passes
+TRAIN_REQUESTS = 95  # of `train` beside its passes: embeddings, checkpoints, the model
+RANK_REQUESTS = 51  # of `rank` beside its buckets: network, retrieval, the rankers
+RANK_BUCKET_REQUESTS = 4  # of a bucket beside its histories: is it there, its examples written and read
+EVALUATE_REQUESTS = 220  # of `evaluate` beside its passes: two recommenders, the report
+EVALUATE_PASSES = 3  # over the histories, where two-step and the network alone are compared
+RECOMMEND_REQUESTS = 78  # of `recommend --all` beside its buckets: the recommender
+RECOMMENDED_SONG_BYTES = 11.0  # of a song in a row of recommendations: id of 12 characters and score
+INDEX_REQUESTS = 16  # of `index`, whatever its size
+RETRIEVAL_REQUESTS = 10  # of `retrieval` beside its fits: manifests, listings
+FIT_REQUESTS = 105  # of a fit of a retrieval beside its groups and ranges: the arrays, their checksums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +85,42 @@ def shuffle_bytes(plays: int, songs_of_pieces: int) -> int:
 
 def taste_requests(buckets: int, files: int, *, row_groups: int, columns: int) -> int:
     """Of `taste`: each bucket has so many files of histories, each with so many row groups of so many columns."""
-    reading = files * (1 + 1 + row_groups * columns)  # its size, its end, its columns
-    return TASTE_REQUESTS + buckets * (reading + 1)
+    return TASTE_REQUESTS + buckets * (histories_requests(files, row_groups, columns) + 1)
+
+
+def histories_requests(files: int, row_groups: int, columns: int) -> int:
+    """To read a bucket's histories: of each file its size, its end, its columns."""
+    return files * (1 + 1 + row_groups * columns)
+
+
+def embed_requests(buckets: int, reading: int, *, fits: int) -> int:
+    """Of `embed`; `reading` is `histories_requests` of a bucket."""
+    return EMBED_REQUESTS + fits * buckets * reading
+
+
+def train_requests(buckets: int, reading: int, *, fits: int, epochs: int) -> int:
+    """Of `train`: a pass an epoch in each fit, one for the counts and one for the validation range."""
+    return TRAIN_REQUESTS + buckets * reading * (fits * epochs + fits)
+
+
+def rank_requests(buckets: int, reading: int) -> int:
+    """Of `rank`."""
+    return RANK_REQUESTS + buckets * (reading + RANK_BUCKET_REQUESTS)
+
+
+def evaluate_requests(buckets: int, reading: int, *, counted: int) -> int:
+    """Of `evaluate` of two-step and network; `counted` buckets are read once more where queries are sampled."""
+    return EVALUATE_REQUESTS + (EVALUATE_PASSES * buckets + counted) * reading
+
+
+def recommend_requests(buckets: int, reading: int) -> int:
+    """Of `recommend --all`."""
+    return RECOMMEND_REQUESTS + buckets * (reading + 2)  # is it there, write it
+
+
+def recommendations_bytes(users: int, k: int) -> int:
+    """Of the k best songs of each user."""
+    return int(users * (k * RECOMMENDED_SONG_BYTES + 20))
 
 
 def histories_bytes(plays: int) -> int:
@@ -97,3 +142,12 @@ def tastes_bytes(users: int, plays: int, *, dim: int, hidden_dim: int, horizons:
 def shared_memory(songs: int, dim: int) -> int:
     """Bytes of a song table in memory: one a node, whatever the number of workers."""
     return songs * dim * 4
+
+
+def retrieval_requests(
+    buckets: int, files: int, *, groups: int, ranges: int, row_groups: int, columns: int, fits: int
+) -> int:
+    """Of `retrieval`: groups of buckets are counted, then ranges of songs merged, in each of so many fits."""
+    counting = buckets * histories_requests(files, row_groups, columns) + 2 * groups  # is it there, write it
+    merging = ranges * (2 * groups + 2 + 2)  # each piece, the same as a group, and once more to join the ranges
+    return RETRIEVAL_REQUESTS + fits * (counting + merging + FIT_REQUESTS)

@@ -7,27 +7,38 @@ measured to be. Sizes are bytes. Every constant says where it comes from: `measu
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from typing import Any
 
 from rayrec.data.shards import divisors
 from rayrec.embeddings.word2vec import MAX_WORKERS
 from rayrec.errors import InputError
+from rayrec.evaluation.protocol import COUNTED_BUCKETS
 from rayrec.importing.fragments import ROWS_PER_CHUNK
-from rayrec.importing.import_plan import MAX_PIECES, UNGROUPED_UNITS
+from rayrec.importing.import_plan import MAX_PIECES, UNGROUPED_UNITS, bucket_groups
 from rayrec.importing.staging import PLAYS_PER_ROW_GROUP
 from rayrec.jobs.planning.cluster_file import GIB, ClusterFile, NodeType
 from rayrec.jobs.planning.formulas import (
+    EVALUATE_PASSES,
+    INDEX_REQUESTS,
     ROW_BYTES,
     ImportSize,
+    embed_requests,
+    evaluate_requests,
     histories_bytes,
+    histories_requests,
     import_requests,
     input_requests,
+    rank_requests,
+    recommend_requests,
+    recommendations_bytes,
+    retrieval_requests,
     shared_memory,
     songs_bytes,
     taste_requests,
     tastes_bytes,
+    train_requests,
 )
 from rayrec.jobs.planning.plan_inputs import (
     ASSUMED_SKEW,
@@ -39,7 +50,8 @@ from rayrec.jobs.planning.plan_inputs import (
     PlanConfig,
 )
 from rayrec.model.train_config import TrainConfig
-from rayrec.recommend.two_step_config import RetrievalConfig
+from rayrec.recommend.retrieval.stored_retrieval import song_ranges
+from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 
 READ_BYTES = 275  # of a play while a unit is read; measured peak
 MERGE_BYTES = 210  # of a play while a bucket is merged; measured peak
@@ -52,6 +64,8 @@ WORKER = int(0.35 * GIB)  # of a worker of taste beside vectors: measured larges
 TRAINER = GIB  # of a training worker beside vectors: torch, a pool of windows; code
 SHARDS = TrainConfig().shards
 _RETRIEVAL = RetrievalConfig()
+RANK_QUERIES = RankConfig().queries
+COLUMNS = 3  # of histories that a stage reads: user, songs, moments
 RULE_DISTANCE = 10  # plays ahead that a rule reaches; code
 RULE_ENTRY = 12  # bytes of a rule: an int32 and an int64; code
 SESSION_ENTRY = 9  # bytes of a posting, an int32 and a byte, and of its song in the session; code
@@ -142,7 +156,7 @@ class _Planner:
     def stages(self) -> list[StagePlan]:
         """In the order in which they run."""
         made = [self.importing(), self.embed(), self.train()]
-        return [*made, self.retrieval(), self.taste(), self.index(), self.evaluate()]
+        return [*made, self.retrieval(), self.rank(), self.taste(), self.index(), self.evaluate(), self.recommend()]
 
     def importing(self) -> StagePlan:
         """Units of text are read and buckets merged, one a CPU; the larger of the two decides."""
@@ -204,16 +218,32 @@ class _Planner:
         return max(number for number in divisors(SHARDS) if number <= max(1, most))
 
     def retrieval(self) -> StagePlan:
-        """Each CPU counts one bucket: rules of ten plays ahead, sorted once; ranges of songs are merged after it."""
+        """Each CPU counts a group of buckets, one after another: rules of ten plays ahead, sorted once."""
         pairs = self.data.plays // max(1, self.data.buckets) * RULE_DISTANCE
         needed = self.tight.cpus * (WORKER + 3 * pairs * RULE_ENTRY)
-        return self._spread("retrieval", needed, self.data.buckets, "bucket of users", self.data.plays)
+        groups = len(bucket_groups(len(song_ranges(self.data.songs, self.data.plays)), self.data.buckets))
+        return self._spread("retrieval", needed, groups, "group of buckets", self.data.plays)
 
     def retrieval_bytes(self) -> int:
         """Of the postings and rules that are kept of each song, both of which are bounded."""
         songs, plays = self.data.songs, self.data.plays
         sessions = min(plays, songs * _RETRIEVAL.sessions_per_song) * SESSION_ENTRY
         return sessions + min(RULE_DISTANCE * plays, songs * _RETRIEVAL.rules_per_song) * RULE_ENTRY
+
+    def rank(self) -> StagePlan:
+        """Queries of all buckets are collected on all CPUs; the trees, which take longer, grow on one node."""
+        needed = WORKER + 2 * self.vectors + self.retrieval_bytes()
+        return self._stage(
+            "rank",
+            self.large,
+            1,
+            self.large.cpus,
+            needed,
+            batches=self.data.buckets,
+            batch_of="bucket of users",
+            work=RANK_QUERIES,
+            rate="rank_queries_per_second_per_cpu",
+        )
 
     def taste(self) -> StagePlan:
         """Every CPU runs a process; the song table is one memory-mapped copy a node."""
@@ -226,9 +256,22 @@ class _Planner:
         return self._stage("index", self.large, 1, self.large.cpus, needed, batches=1, batch_of="index", work=None)
 
     def evaluate(self) -> StagePlan:
-        """Recommenders are shared in the object store; each process scores blocks of bounded size."""
+        """All histories are read; the queries are answered by two recommenders, memory-mapped once a node."""
         needed = self.tight.cpus * 2 * WORKER + 2 * self.vectors + self.retrieval_bytes()
-        return self._spread("evaluate", needed, self.data.buckets, "bucket of users", None)
+        stage = self._spread(
+            "evaluate", needed, self.data.buckets, "bucket of users", self.config.queries, "queries_per_second_per_cpu"
+        )
+        reading = self.rate("read_plays_per_second_per_cpu")
+        hours = (stage.hours or 0) + EVALUATE_PASSES * self.data.plays / (reading * stage.workers) / 3600
+        return replace(stage, hours=hours)
+
+    def recommend(self) -> StagePlan:
+        """`recommend --all`: every CPU answers the users of a bucket, from tables that a node holds once."""
+        needed = self.tight.cpus * 2 * WORKER + 2 * self.vectors + self.retrieval_bytes()
+        users = self.data.users
+        return self._spread(
+            "recommend", needed, self.data.buckets, "bucket of users", users, "users_per_second_per_cpu"
+        )
 
     def requests(self, stage: str) -> int | None:
         """What a stage asks of object storage; an import reads text files."""
@@ -238,10 +281,22 @@ class _Planner:
             pieces = units if units <= UNGROUPED_UNITS else MAX_PIECES
             size = ImportSize(pieces=pieces, buckets=self.data.buckets)
             return input_requests(text, UNIT_BYTES) + import_requests(size)
-        if stage == "taste":
-            groups = max(1, ceil(self.data.plays / self.data.buckets / PLAYS_PER_ROW_GROUP))
-            return taste_requests(self.data.buckets, 1, row_groups=groups, columns=3)
-        return None
+        buckets, fits, epochs = self.data.buckets, self.config.fits, self.config.epochs
+        row_groups = max(1, ceil(self.data.plays / buckets / PLAYS_PER_ROW_GROUP))
+        reading = histories_requests(1, row_groups, COLUMNS)
+        if stage == "retrieval":
+            ranges = song_ranges(self.data.songs, self.data.plays)
+            cut = {"groups": len(bucket_groups(len(ranges), buckets)), "ranges": len(ranges), "fits": fits}
+            return retrieval_requests(buckets, 1, row_groups=row_groups, columns=COLUMNS, **cut)
+        by_stage = {
+            "embed": embed_requests(buckets, reading, fits=fits),
+            "train": train_requests(buckets, reading, fits=fits, epochs=epochs),
+            "rank": rank_requests(buckets, reading),
+            "taste": taste_requests(buckets, 1, row_groups=row_groups, columns=COLUMNS),
+            "evaluate": evaluate_requests(buckets, reading, counted=min(buckets, COUNTED_BUCKETS)),
+            "recommend": recommend_requests(buckets, reading),
+        }
+        return by_stage.get(stage, INDEX_REQUESTS)
 
     def storage(self) -> dict[str, int]:
         """Bytes in the bucket, by what they are; what is there for a while only is named so."""
@@ -255,6 +310,7 @@ class _Planner:
             "retrieval": self.retrieval_bytes(),
             "tastes": tastes_bytes(self.data.users, self.data.plays, **sizes),
             "index": int(1.1 * self.vectors),
+            "recommendations": recommendations_bytes(self.data.users, self.config.k),
             "while it imports": int(self.data.plays * ROW_BYTES) + histories_bytes(self.data.plays),
             "while it trains": 2 * checkpoint + self.data.songs * 8 * self.config.fits,
         }
@@ -311,10 +367,16 @@ class _Planner:
             told.append(f"{self.gpu.name} does not name its GPU: GPU memory is not checked")
         return told
 
-    def _spread(self, stage: str, memory: int, units: int, unit: str, work: int | None) -> StagePlan:
+    def rate(self, name: str) -> float:
+        """A rate of the file, or the built-in one."""
+        return self.rates.get(name, BUILT_IN[name])
+
+    def _spread(
+        self, stage: str, memory: int, units: int, unit: str, work: int, per_second: str = "plays_per_second_per_cpu"
+    ) -> StagePlan:
         """A stage over all buckets on all CPU nodes."""
         workers = min(self.cpus, units)
-        rate = f"{stage}_plays_per_second_per_cpu"
+        rate = f"{stage}_{per_second}"
         nodes = min(self.nodes, ceil(workers / self.tight.cpus))
         return self._stage(
             stage, self.tight, nodes, workers, memory, batches=units, batch_of=unit, work=work, rate=rate

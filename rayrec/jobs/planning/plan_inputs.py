@@ -30,6 +30,10 @@ BUILT_IN = {
     "train_plays_per_second_per_cpu": 23_300.0,
     "retrieval_plays_per_second_per_cpu": 100_000.0,
     "taste_plays_per_second_per_cpu": 322_000.0,
+    "read_plays_per_second_per_cpu": 4_500_000.0,
+    "rank_queries_per_second_per_cpu": 125.0,
+    "evaluate_queries_per_second_per_cpu": 90.0,
+    "recommend_users_per_second_per_cpu": 190.0,
 }
 TRAIN_ON_GPU = "train_plays_per_second_per_gpu"  # measured by nobody yet: only a file of rates can hold it
 _EMBED, _TRAIN = EmbedConfig(), TrainConfig()
@@ -86,6 +90,8 @@ class PlanConfig(Settings):
     buckets: int = Field(
         0, ge=0, le=MAX_BUCKETS, description="Buckets of users; 0: one per 64 MiB of input, 16 to 4096"
     )
+    queries: int = Field(100_000, ge=1, description="Queries that evaluate samples")
+    k: int = Field(100, ge=1, description="Songs per user of recommend --all")
     nodes: int = Field(0, ge=0, description="Number of CPU nodes; 0: the cluster's maximum")
 
     @property

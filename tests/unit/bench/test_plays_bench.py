@@ -6,7 +6,7 @@ from typing import Any
 
 from served import NUM_SONGS, Client, service, write_release, write_world
 
-from rayrec.bench.plays_bench import LONG_USERS, bench_history_lengths
+from rayrec.bench.serve_bench import LONG_USERS, bench_history_lengths
 from rayrec.storage.workspace import Workspace
 
 SONGS = [f"song-{row}" for row in range(NUM_SONGS)]

@@ -1,12 +1,15 @@
 """Values that stand in several files are the same in all of them."""
 
 import re
+import shlex
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from cluster_files import CLUSTER, LAUNCHER, ROOT, every_manifest, launcher, pods, ray_clusters, serve_config
+from dockerfile_parse import DockerfileParser
 from ray.serve.schema import ServeDeploySchema
 
 import rayrec
@@ -16,6 +19,7 @@ from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.online.redis_store import PASSWORD_VARIABLE
 from rayrec.serving.deployments import DeploymentConfig, build
 from rayrec.serving.middleware import VARIABLE as KEYS_VARIABLE
+from rayrec.serving.run import SERVE_SETTINGS
 from rayrec_cli.main import app
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -45,6 +49,22 @@ def test_gpu_machines_have_the_gpu_image_and_the_others_have_not(name: str) -> N
     for node in config["available_node_types"].values():
         image = node.get("docker", {}).get("worker_image", config["docker"]["image"])
         assert image.endswith("-gpu" if "GPU" in node["resources"] else "-cpu")
+
+
+def test_serve_runs_on_a_cluster_as_it_does_under_rayrec_serve() -> None:
+    """Behind HAProxy, started through the wrapper that both stages of the image write."""
+    parser = DockerfileParser(fileobj=(CLUSTER / "Dockerfile").open("rb"))
+    variables = [shlex.split(item["value"]) for item in parser.structure if item["instruction"] == "ENV"]
+    image = dict(each.split("=", 1) for group in variables for each in group)
+    assert {name: image.get(name) for name in SERVE_SETTINGS} == SERVE_SETTINGS
+    wrapper = image["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    runs = [
+        item["value"]
+        for item in parser.structure
+        if item["instruction"] == "RUN" and "write_haproxy_wrapper" in item["value"]
+    ]
+    assert len(runs) == 2
+    assert all(f"Path('{Path(wrapper).parent}')" in run for run in runs)
 
 
 def test_ray_is_the_pinned_one_everywhere() -> None:

@@ -5,8 +5,7 @@ import pyarrow as pa
 
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog
-from rayrec.embeddings import health
-from rayrec.embeddings.vectors import SongVectors
+from rayrec.embeddings.vectors import SongVectors, check_health, directions, mean_cosine
 
 
 def titled(titles: list[str]) -> Catalog:
@@ -22,11 +21,11 @@ def test_the_mean_cosine_is_that_of_all_pairs() -> None:
     vectors = random_vectors(200, 4, shift=0.5)
     cosines = vectors.vectors @ vectors.vectors.T
     expected = cosines[~np.eye(200, dtype=bool)].mean()
-    assert abs(health.mean_cosine(vectors) - expected) < 0.02
+    assert abs(mean_cosine(vectors) - expected) < 0.02
 
 
 def test_a_song_is_never_paired_with_itself() -> None:
-    assert abs(health.mean_cosine(SongVectors.normalized(np.array([[1, 0], [0, 1]])))) < 1e-6
+    assert abs(mean_cosine(SongVectors.normalized(np.array([[1, 0], [0, 1]])))) < 1e-6
 
 
 def test_the_directions_in_use_are_those_planted() -> None:
@@ -34,20 +33,20 @@ def test_the_directions_in_use_are_those_planted() -> None:
     turned, _ = np.linalg.qr(random.normal(size=(16, 16)))
     for planted in (1, 3, 16):
         spread = SongVectors((random.normal(size=(5_000, planted)) @ turned[:planted]).astype(np.float32))
-        assert abs(health.directions(spread) - planted) < 0.2
-    assert health.directions(SongVectors.normalized(np.array([[1, 0], [0, 0]]))) == 0
+        assert abs(directions(spread) - planted) < 0.2
+    assert directions(SongVectors.normalized(np.array([[1, 0], [0, 0]]))) == 0
 
 
 def test_collapsed_vectors_are_warned_of_and_spread_ones_are_not() -> None:
     catalog = titled(["t"] * 100)
     counts = np.ones(100, dtype=np.int64)
-    assert health.check(random_vectors(100, 16), counts, catalog)["warning"] is None
-    assert "nearly the same way" in health.check(random_vectors(100, 16, shift=5), counts, catalog)["warning"]
+    assert check_health(random_vectors(100, 16), counts, catalog)["warning"] is None
+    assert "nearly the same way" in check_health(random_vectors(100, 16, shift=5), counts, catalog)["warning"]
 
 
 def test_the_most_played_songs_come_with_their_nearest_neighbours() -> None:
     vectors = SongVectors.normalized(np.array([[1, 0], [0.9, 0.1], [0, 1], [0, 0], [0.1, 0.9]]))
-    report = health.check(vectors, np.array([5, 1, 9, 99, 2]), titled(["a", "b", "c", "d", "e"]))
+    report = check_health(vectors, np.array([5, 1, 9, 99, 2]), titled(["a", "b", "c", "d", "e"]))
     assert report["coverage"] == 0.8
     assert report["songs_with_vector"] == 4
     assert [entry["song"] for entry in report["neighbours"]] == ["X – c", "X – a", "X – e", "X – b"]
@@ -56,13 +55,13 @@ def test_the_most_played_songs_come_with_their_nearest_neighbours() -> None:
 
 
 def test_the_figures_are_plain_json() -> None:
-    report = health.check(random_vectors(10, 4), np.arange(10), titled(["t"] * 10))
+    report = check_health(random_vectors(10, 4), np.arange(10), titled(["t"] * 10))
     assert json.loads(json.dumps(report)) == report
 
 
 def test_a_catalog_with_one_vector_or_none_is_reported_without_a_crash() -> None:
     one = SongVectors.normalized(np.array([[1, 0], [0, 0]]))
-    report = health.check(one, np.array([1, 0]), titled(["a", "b"]))
+    report = check_health(one, np.array([1, 0]), titled(["a", "b"]))
     assert (report["mean_cosine"], report["neighbours"][0]["neighbours"]) == (0.0, [])
     none = SongVectors.normalized(np.zeros((2, 2)))
-    assert health.check(none, np.array([1, 0]), titled(["a", "b"]))["neighbours"] == []
+    assert check_health(none, np.array([1, 0]), titled(["a", "b"]))["neighbours"] == []

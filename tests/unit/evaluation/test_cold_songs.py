@@ -14,7 +14,7 @@ from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig, plays_to_predict
 from rayrec.evaluation.results import Figures
 from rayrec.model.added_songs import AddedSongs
-from rayrec.recommend.simple_baselines import ItemKnnRecommender, PopularityRecommender
+from rayrec.recommend.baselines import ItemKnnRecommender, PopularityRecommender
 
 CONFIG = GenerateConfig(users=400, songs=600, artists=60, genres=6, plays=60, playlists=0)
 SPLIT = Split(

@@ -6,7 +6,7 @@ import pytest
 from rayrec.data.histories import Histories, Questions
 from rayrec.evaluation import vector_metrics
 from rayrec.evaluation.vector_metrics import cosine_sums, curves_of
-from rayrec.recommend.simple_baselines import ItemKnnRecommender, PopularityRecommender
+from rayrec.recommend.baselines import ItemKnnRecommender, PopularityRecommender
 
 
 def _circle(songs: int, degrees: float) -> np.ndarray:

@@ -7,7 +7,7 @@ from worlds import random_histories, random_vectors
 from rayrec.data.histories import Histories, Questions
 from rayrec.evaluation import vector_metrics
 from rayrec.evaluation.vector_metrics import NEGATIVES, RandomSongs, pair_sums, popularity_ranks, songs_by_popularity
-from rayrec.recommend.simple_baselines import ItemKnnRecommender
+from rayrec.recommend.baselines import ItemKnnRecommender
 
 PLAYS = np.array([4, 0, 9, 1, 4])
 

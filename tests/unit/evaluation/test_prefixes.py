@@ -11,7 +11,7 @@ from rayrec.evaluation.prefixes import Prefixes, PrefixEvaluator, PrefixFile, pa
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.results import Figures
 from rayrec.importing.readers.files import byte_ranges
-from rayrec.recommend.simple_baselines import ItemKnnRecommender, PopularityRecommender
+from rayrec.recommend.baselines import ItemKnnRecommender, PopularityRecommender
 
 SONGS = pa.chunked_array([["a", "b"], ["c", "d"]])
 TABS = PrefixFile(path="pairs.txt")

@@ -18,8 +18,7 @@ from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import GROUPS, EvaluateConfig, blocks, plays_to_predict, user_groups, usual_k
 from rayrec.evaluation.results import Figures
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.sequential_rules import SequentialRulesRecommender
-from rayrec.recommend.simple_baselines import ItemKnnRecommender, PopularityRecommender
+from rayrec.recommend.baselines import ItemKnnRecommender, PopularityRecommender, SequentialRulesRecommender
 from rayrec.recommend.weighted_average import AverageRecommender
 
 CUT = 100

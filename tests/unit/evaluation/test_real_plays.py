@@ -11,8 +11,7 @@ from rayrec.data.split import SplitConfig, make_split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.results import Figures
-from rayrec.recommend.sequential_rules import SequentialRulesRecommender
-from rayrec.recommend.simple_baselines import PopularityRecommender
+from rayrec.recommend.baselines import PopularityRecommender, SequentialRulesRecommender
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.results import figures_of
 from rayrec.recommend.base import BaseRecommender, Horizon
-from rayrec.recommend.sequential_rules import SequentialRulesRecommender
-from rayrec.recommend.simple_baselines import ItemKnnRecommender, PopularityRecommender
+from rayrec.recommend.baselines import ItemKnnRecommender, PopularityRecommender, SequentialRulesRecommender
 
 CUT = 1_500_000
 NUM_SONGS = 25

@@ -15,7 +15,7 @@ from rayrec.evaluation.protocol import (
     target_songs,
 )
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.simple_baselines import ItemKnnRecommender
+from rayrec.recommend.baselines import ItemKnnRecommender
 
 
 class Both(ItemKnnRecommender):

@@ -10,10 +10,18 @@ from worlds import random_histories, random_vectors, write_dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.errors import InputError, LeakError
-from rayrec.recommend.baselines import BASELINES, fit_baselines, needs_vectors
-from rayrec.recommend.sequential_rules import SequentialRulesRecommender, count_rules, strongest
+from rayrec.recommend.baselines import (
+    BASELINES,
+    RECENT_DAYS,
+    ItemKnnRecommender,
+    PopularityRecommender,
+    SequentialRulesRecommender,
+    count_rules,
+    fit_baselines,
+    needs_vectors,
+    strongest,
+)
 from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender
-from rayrec.recommend.simple_baselines import RECENT_DAYS, ItemKnnRecommender, PopularityRecommender
 from rayrec.recommend.weighted_average import AverageRecommender
 from rayrec.storage.workspace import Workspace
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from worlds import random_histories
 
-from rayrec.recommend.retrieval.count_files import pack_counts, unpack_counts
-from rayrec.recommend.retrieval.stored_retrieval import RetrievalCounts
+from rayrec.recommend.retrieval.stored_retrieval import RetrievalCounts, pack_counts, unpack_counts
 
 NUM_SONGS = 50
 

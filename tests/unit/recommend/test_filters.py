@@ -11,9 +11,9 @@ from worlds import random_histories, random_vectors
 from rayrec.data.histories import Histories
 from rayrec.recommend import index as index_module
 from rayrec.recommend.base import NO_SONG, top_k
+from rayrec.recommend.baselines import ItemKnnRecommender
 from rayrec.recommend.filters import Limits, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.simple_baselines import ItemKnnRecommender
 
 
 @st.composite

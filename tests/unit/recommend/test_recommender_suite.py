@@ -17,10 +17,14 @@ from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets
 from rayrec.recommend import base as recommender_module
 from rayrec.recommend.base import BaseRecommender, top_k
+from rayrec.recommend.baselines import (
+    ItemKnnRecommender,
+    PopularityRecommender,
+    SequentialRulesRecommender,
+    UserTopRecommender,
+)
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.sequential_rules import SequentialRulesRecommender
 from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender
-from rayrec.recommend.simple_baselines import ItemKnnRecommender, PopularityRecommender, UserTopRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import CandidateSource, TwoStepRecommender
 from rayrec.recommend.weighted_average import AverageRecommender, fit_weighted

@@ -16,7 +16,6 @@ from rayrec.model.network import TasteModel
 from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets
 from rayrec.recommend import two_step
-from rayrec.recommend.ablation import ABLATED_PARTS
 from rayrec.recommend.base import NO_SONG
 from rayrec.recommend.filters import Limits, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
@@ -27,6 +26,7 @@ from rayrec.recommend.retrievers import COUNTS
 from rayrec.recommend.session_knn import VstanRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import CandidateSource, RankerKind, TwoStepRecommender, examples_for
+from rayrec.recommend.two_step_config import ABLATED_PARTS
 
 Answers = dict[RankerKind, tuple[np.ndarray, np.ndarray]]
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.simple_baselines import LATEST, UserTopRecommender
+from rayrec.recommend.baselines import LATEST, UserTopRecommender
 
 NUM_SONGS = 5
 

@@ -1,6 +1,7 @@
 """What reaches into Serve fits the Serve that is installed. Where it fails: read what changed, then mend compat.py."""
 
 import inspect
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ def test_serves_template_of_haproxy_is_the_known_one(tmp_path: Path, monkeypatch
     monkeypatch.setattr(compat, "TEMPLATES", "0" * len(compat.TEMPLATES))
     with pytest.raises(RayrecError, match="template of HAProxy's configuration is unknown"):
         compat.write_haproxy_wrapper(tmp_path)
+
+
+def test_only_haproxys_own_pages_are_held_to_loopback(tmp_path: Path) -> None:
+    """The application's port stays where it was asked for."""
+    config = tmp_path / "haproxy.cfg"
+    config.write_text("frontend a\n    bind :7001\nfrontend b\n    bind *:8000\nlisten c\n  bind *:7002\n")
+    wrapper = compat.write_haproxy_wrapper(tmp_path, (7001, 7002))
+    subprocess.run([wrapper, "-v", "-f", config], check=True, capture_output=True)
+    found = [line.strip() for line in config.read_text().splitlines() if "bind" in line]
+    assert found == ["bind 127.0.0.1:7001", "bind *:8000", "bind 127.0.0.1:7002"]
 
 
 def test_a_replica_still_binds_its_port_where_it_is_held_to_loopback() -> None:

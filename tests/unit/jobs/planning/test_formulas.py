@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,26 +10,46 @@ from networks import model_config, network
 from without_ray import CountingFileSystem, without_ray
 from worlds import write_dataset
 
+from rayrec.config import Settings
 from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.data.histories import Histories
+from rayrec.data.split import SplitConfig
+from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.staging import write_histories
+from rayrec.jobs import recommend_all as job
 from rayrec.jobs.import_data import append_plays, import_data
+from rayrec.jobs.pipeline import Outcome, ReleaseConfig, Stages
 from rayrec.jobs.planning.formulas import (
+    INDEX_REQUESTS,
     ImportSize,
     append_requests,
+    embed_requests,
+    evaluate_requests,
     histories_bytes,
+    histories_requests,
     import_requests,
     input_requests,
+    rank_requests,
+    recommend_requests,
+    recommendations_bytes,
+    retrieval_requests,
     shuffle_bytes,
     songs_bytes,
     taste_requests,
+    train_requests,
 )
 from rayrec.jobs.taste import compute_tastes
 from rayrec.model.checkpoint import save_model
-from rayrec.model.train_config import TasteConfig
+from rayrec.model.train_config import TasteConfig, TrainConfig
+from rayrec.recommend.answer import RecommendConfig
+from rayrec.recommend.base import BaseRecommender, Ranking
+from rayrec.recommend.index import IndexConfig
+from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.dataset_manifest import write_manifest
+from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import Workspace, histories_file
 
 DAY_MS = 86_400_000
@@ -186,3 +207,92 @@ def test_bytes_of_a_data_set(workspace: Workspace, tmp_path: Path, plays: int) -
     made = import_data(workspace, ImportConfig(format="csv", paths=(str(path),), buckets=4))
     assert workspace.size("dataset/histories") == pytest.approx(histories_bytes(made.plays), rel=0.15)
     assert workspace.size("dataset/songs.parquet") == pytest.approx(songs_bytes(made.songs, described=False), rel=0.15)
+
+
+def write_listeners(path: Path, *, users: int, plays: int, songs: int) -> Path:
+    """Each user's plays over 60 days, songs by Zipf's law."""
+    random = np.random.default_rng(users)
+    lines = []
+    for user in range(users):
+        moments = START + np.sort(random.integers(60 * 86_400, size=plays))
+        heard = np.exp(random.random(plays) * np.log(songs)).astype(int)
+        lines += [f"u{user:08d},track{song:07d},{at}" for song, at in zip(heard, moments, strict=True)]
+    path.write_text("\n".join(["user,song,played_at", *lines]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(("buckets", "epochs", "queries"), [(4, 1, 0), (16, 3, 100)])
+def test_requests_of_the_stages_of_a_run(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buckets: int, epochs: int, queries: int
+) -> None:
+    path = write_listeners(tmp_path / "plays.csv", users=60, plays=60, songs=200)
+    counts, found = CountingFileSystem(), {}
+
+    def ended(outcome: Outcome) -> None:
+        assert outcome.status == "done"
+        found[outcome.stage] = counts.total
+        counts.requests.clear()
+
+    configs: dict[str, Settings] = {
+        "import": ImportConfig(format="csv", paths=(str(path),), buckets=buckets),
+        "split": SplitConfig(test_days=5, validation_days=10),
+        "embed": EmbedConfig(dim=8, epochs=1),
+        "train": TrainConfig(hidden_dim=8, epochs=epochs, negatives=16, workers=0),
+        "retrieval": RetrievalConfig(),
+        "rank": RankConfig(trees=5),
+        "taste": TasteConfig(),
+        "index": IndexConfig(),
+        "evaluate": EvaluateConfig(queries=queries, models=("two-step", "taste")),
+        "release": ReleaseConfig(),
+    }
+    with monkeypatch.context() as patch:
+        counts.watch(patch)
+        stages = Stages(workspace, on_stage=ended)
+        for name, config in configs.items():
+            stages.run(name, config)
+        live = active_release(workspace)
+        assert live is not None
+        counts.requests.clear()
+        job.recommend_all(workspace, RecommendConfig(k=20), live.inputs)
+    reading = histories_requests(1, 1, 3)
+    expected = {
+        "embed": embed_requests(buckets, reading, fits=2),
+        "train": train_requests(buckets, reading, fits=2, epochs=epochs),
+        "retrieval": retrieval_requests(buckets, 1, groups=buckets, ranges=1, row_groups=1, columns=3, fits=2),
+        "rank": rank_requests(buckets, reading),
+        "index": INDEX_REQUESTS,
+        "taste": taste_requests(buckets, 1, row_groups=1, columns=3),
+        "evaluate": evaluate_requests(buckets, reading, counted=buckets if queries else 0),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=0.15)
+    assert counts.total == pytest.approx(recommend_requests(buckets, reading), rel=0.15)
+
+
+class Anything(BaseRecommender):
+    """Songs at random."""
+
+    name = "anything"
+
+    def __init__(self, num_songs: int) -> None:
+        self.num_songs, self._random = num_songs, np.random.default_rng(0)
+
+    def rank(self, histories: Histories, _at: Any, k: int, **_: Any) -> Ranking:  # type: ignore[override]
+        scores = -np.sort(-self._random.random((len(histories), k)), axis=1).astype(np.float32)
+        songs = self._random.integers(self.num_songs, size=scores.shape, dtype=np.int32)
+        return Ranking(songs=songs, scores=scores, paths=("exact",) * len(songs))
+
+    def score(self, *_: Any) -> np.ndarray:  # type: ignore[override]
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("users", "k"), [(300, 100), (1_200, 20)])
+def test_bytes_of_recommendations(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, users: int, k: int) -> None:
+    songs = 10**6
+    histories = Histories.from_lists(
+        [[1]] * users, [[START * 1_000]] * users, [f"u{user:08d}" for user in range(users)]
+    )
+    write_dataset(workspace, histories, songs, buckets=1)
+    monkeypatch.setattr(job, "load_recommender", lambda *_: Anything(songs))
+    made = job.recommend_all(workspace, RecommendConfig(k=k), {})
+    size = workspace.size(job.recommendations_file(made.folder, 0))
+    assert size == pytest.approx(recommendations_bytes(users, k), rel=0.15)

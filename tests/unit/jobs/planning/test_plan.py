@@ -64,7 +64,23 @@ def test_requests_are_those_of_the_formulas() -> None:
     plan = planned(data=DataSize.assumed(users=10**8, plays=2 * 10**10, songs=10**7))
     assert 500_000 < (stage(plan, "import").requests or 0) < 1_000_000
     assert 4096 * 4 < (stage(plan, "taste").requests or 0) < 4096 * 40
-    assert stage(plan, "train").requests is None
+    assert 10**6 < (stage(plan, "retrieval").requests or 0) < 2 * 10**6
+    for name in ("embed", "train", "rank", "evaluate", "recommend"):
+        assert 4096 * 4 < (stage(plan, name).requests or 0) < 4096 * 1000, name
+
+
+def test_an_evaluation_reads_all_plays_three_times_and_answers_its_queries() -> None:
+    rates = {**RATES, "read_plays_per_second_per_cpu": 10_000.0, "evaluate_queries_per_second_per_cpu": 10.0}
+    found = stage(make_plan(DATA, SMALL, PlanConfig(queries=640), rates), "evaluate")
+    assert found.workers == 32
+    assert found.hours == pytest.approx((3 * 10**8 / 10_000 + 640 / 10) / 32 / 3600)
+
+
+def test_recommendations_of_all_users_take_all_cpus_and_are_stored() -> None:
+    rates = {**RATES, "recommend_users_per_second_per_cpu": 100.0}
+    plan = make_plan(DATA, SMALL, PlanConfig(k=10), rates)
+    assert stage(plan, "recommend").hours == pytest.approx(10**6 / (100 * 32) / 3600)
+    assert plan.storage["recommendations"] == pytest.approx(10**6 * 10 * 11, rel=0.2)
 
 
 def test_training_without_gpus_holds_vectors_table_and_moments_on_each_node() -> None:
@@ -98,7 +114,7 @@ def test_built_in_rates_fill_in_and_are_marked() -> None:
     assert stage(plan, "taste").rate_from == "the file of rates"
     assert stage(plan, "train").rate_from == BUILT_IN_FROM
     assert any("rayrec bench NAME --save FILE" in note for note in plan.notes)
-    assert stage(plan, "evaluate").hours is None
+    assert stage(plan, "index").hours is None
     assert not any("built-in" in note for note in planned().notes)
 
 

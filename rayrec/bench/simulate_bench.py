@@ -1,0 +1,416 @@
+"""`rayrec bench simulate`: hours of every stage on a large cluster, from what their units cost on this machine.
+
+All stages run here on two sizes of generated data, and each unit's CPU time is noted. The cost of a unit at another
+size is the straight line through the two. `rayrec plan`, with the rates of the same runs, stands beside the hours.
+"""
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_data import bench_dataset
+from rayrec.bench.cluster_simulation import SimulatedCluster, SimulatedStage, Work, simulate
+from rayrec.bench.rounds import PlainProcess
+from rayrec.bench.scale_bench import write_plays
+from rayrec.config import Settings
+from rayrec.data.shards import divisors
+from rayrec.data.split import SplitConfig
+from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.word2vec import MAX_WORKERS
+from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig
+from rayrec.importing.import_plan import MAX_BUCKETS, MAX_PIECES, MIN_BUCKETS, ImportConfig, bucket_groups
+from rayrec.importing.staging import PLAYS_PER_ROW_GROUP
+from rayrec.importing.vocabulary import key_ranges
+from rayrec.jobs.pipeline import ReleaseConfig, Stages
+from rayrec.jobs.planning.cluster_file import ClusterFile, NodeType
+from rayrec.jobs.planning.plan import make_plan
+from rayrec.jobs.planning.plan_inputs import DataSize, PlanConfig
+from rayrec.jobs.recommend_all import recommend_all
+from rayrec.jobs.runtime import UnitTime, ray_cluster, unit_times
+from rayrec.model.train_config import TasteConfig, TrainConfig
+from rayrec.progress import progress
+from rayrec.recommend.answer import RecommendConfig
+from rayrec.recommend.index import IndexConfig
+from rayrec.recommend.retrieval.stored_retrieval import song_ranges
+from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
+from rayrec.storage.releases import active_release
+from rayrec.storage.workspace import HISTORIES, Workspace
+
+BUCKETS = 8
+SIZES = (1, 4)  # times `simulate_measured_users`
+QUERIES = 400  # of evaluate and rank on the smaller data, four times as many on the larger
+TREES = 50
+PLAYS_PER_BUCKET = 2_000_000  # of a large import: 64 MiB of text
+GIB = 1 << 30
+CHECKED = ("import", "retrieval", "taste", "evaluate", "recommend")  # stages of units, which several nodes share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large the data of one run are."""
+
+    users: int
+    plays: int
+    songs: int
+    buckets: int
+    queries: int  # of evaluate
+    rank_queries: int
+    pieces: int  # of input
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRun:
+    """One run of all stages on this machine."""
+
+    size: Size
+    units: dict[str, list[UnitTime]]  # by worker
+    seconds: dict[str, float]  # of each stage, start to end
+    train_plays_per_second: float
+    history_bytes: float  # of a play at rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """CPU seconds of a unit: `fixed` and `each` for what it holds; `spread` of units over their mean."""
+
+    fixed: float
+    each: float
+    setup: float
+    spread: float
+
+    def at(self, amount: float) -> float:
+        """CPU seconds of a unit that holds so much."""
+        return self.fixed + self.each * amount
+
+
+def bench_simulate(place: Workspace, config: BenchConfig) -> dict[str, Any]:
+    """Measure here, simulate there; and with `simulate_check` run on three local nodes and compare.
+
+    `stages`: by stage hours, plan_hours (with the rates of the same runs), shares busy, storage, lost and idle of the
+    cores, bottleneck, and lost_node_seconds. `check`: seconds measured and simulated on three nodes, and their ratio.
+    """
+    runs = [_measured(place, config, times) for times in SIZES]
+    lines = fit_lines(runs)
+    size = Size(
+        users=config.simulate_users,
+        plays=config.simulate_plays,
+        songs=config.simulate_songs,
+        buckets=min(MAX_BUCKETS, max(MIN_BUCKETS, -(-config.simulate_plays // PLAYS_PER_BUCKET))),
+        queries=100_000,
+        rank_queries=RankConfig().queries,
+        pieces=min(MAX_PIECES, max(1, config.simulate_plays // PLAYS_PER_BUCKET)),
+    )
+    cluster = SimulatedCluster(
+        nodes=config.simulate_nodes,
+        cores=config.simulate_cores,
+        latency=config.simulate_latency,
+        requests_per_second=config.simulate_requests,
+        losses_per_node_hour=config.simulate_losses,
+    )
+    works = job_graph(size, lines, runs[-1], cluster, epochs=config.simulate_epochs)
+    simulated = simulate(works, cluster, config.seed)
+    planned = _planned(size, cluster, runs[-1], config)
+    result: dict[str, Any] = {
+        "name": "simulate",
+        "unit": "hours",
+        "users": size.users,
+        "plays": size.plays,
+        "songs": size.songs,
+        "nodes": cluster.nodes,
+        "cores": cluster.cores,
+        "hours": sum(stage.seconds for stage in simulated) / 3600,
+        "stages": [_row(stage, planned) for stage in simulated],
+    }
+    if config.simulate_check:
+        result["check"] = _check(place, config, lines, runs[-1])
+    return result
+
+
+def fit_lines(runs: Sequence[MeasuredRun]) -> dict[str, Line]:
+    """The line of each worker's units through a smaller and a larger run; the two queries' workers aside, by plays."""
+    small, large = runs
+    read = _slope("QueryCounter", small, large, 0.0)
+    return {
+        name: _line(name, small, large, read if name in ("ExampleCollector", "BucketEvaluator") else 0.0)
+        for name in large.units
+        if name in small.units
+    }
+
+
+def _line(name: str, small: MeasuredRun, large: MeasuredRun, read: float) -> Line:
+    each = _slope(name, small, large, read)
+    costs = np.array([unit.cpu_seconds for unit in large.units[name]])
+    amount, plays = held(name, large.size, len(costs)), large.size.plays / len(costs)
+    return Line(
+        fixed=max(0.0, float(costs.mean()) - each * amount - read * plays),
+        each=each,
+        setup=max(unit.setup_seconds for unit in large.units[name]),
+        spread=float(costs.std() / max(costs.mean(), 1e-9)),
+    )
+
+
+def _slope(name: str, small: MeasuredRun, large: MeasuredRun, read: float) -> float:
+    """CPU seconds of one more play, song, query or user in a unit; `read` seconds of a play are reading alone."""
+    means, amounts = [], []
+    for run in (small, large):
+        units = run.units[name]
+        means.append(float(np.mean([unit.cpu_seconds for unit in units])) - read * run.size.plays / len(units))
+        amounts.append(held(name, run.size, len(units)))
+    return max(0.0, (means[1] - means[0]) / max(amounts[1] - amounts[0], 1e-9))
+
+
+def held(worker: str, size: Size, units: int) -> float:
+    """What one of so many units of a worker holds: the songs, queries, users or plays that its time follows."""
+    if worker in ("_build", "build_and_save", "SongRange"):
+        return size.songs / units
+    if worker == "_fit":
+        return float(size.rank_queries)
+    by_worker = {
+        "ExampleCollector": size.rank_queries,
+        "BucketEvaluator": size.queries,
+        "BucketRecommendations": size.users,
+    }
+    return by_worker.get(worker, size.plays) / units
+
+
+def job_graph(
+    size: Size, lines: Mapping[str, Line], measured: MeasuredRun, cluster: SimulatedCluster, *, epochs: int = 20
+) -> list[Work]:
+    """The units of every stage on data of a size, with a validation range: vectors, network, retrieval fitted twice."""
+    ranges = len(song_ranges(size.songs, size.plays))
+    groups = len(bucket_groups(ranges, size.buckets))
+    merges = len(bucket_groups(size.pieces, size.buckets))
+    bucket_plays, bucket_bytes = size.plays / size.buckets, measured.history_bytes * size.plays / size.buckets
+    read = 2 + 3 * -(-bucket_plays // PLAYS_PER_ROW_GROUP)  # size, end, and three columns of each row group
+    threads = min(cluster.cores, MAX_WORKERS)
+
+    def work(stage: str, name: str, units: int, requests: float, data: float, **options: Any) -> Work:
+        line = lines[name]
+        extra = lines["QueryCounter"].each * bucket_plays if name in ("ExampleCollector", "BucketEvaluator") else 0.0
+        return Work(
+            stage=stage,
+            name=name,
+            units=units,
+            cpu_seconds=line.at(held(name, size, units)) + extra,
+            setup_seconds=line.setup,
+            spread=line.spread,
+            requests=requests,
+            data_bytes=data,
+            **options,
+        )
+
+    embed = lines["fit_vectors"].each * size.plays * epochs
+    workers = max(number for number in divisors(TrainConfig().shards) if number <= cluster.nodes)
+    trained = size.plays * epochs / measured.train_plays_per_second / workers
+    works = [
+        work("import", "PieceImporter", size.pieces, 40, 40 * size.plays / size.pieces),
+        work("import", "SongRange", key_ranges(size.buckets), 2 * size.pieces, 9 * size.songs),
+        work("import", "BucketMerger", merges, 2 * size.pieces, 9 * size.plays / merges),
+    ]
+    for fit in ("selection", "final"):
+        works += [
+            Work(stage="embed", name=fit, units=threads, cpu_seconds=embed / threads, one_node=True),
+            Work(
+                stage="train",
+                name=fit,
+                units=workers,
+                cpu_seconds=trained,
+                requests=epochs * read * size.buckets / workers,
+                data_bytes=epochs * bucket_bytes * size.buckets / workers,
+            ),
+            work(
+                "retrieval", "GroupCounter", groups, read * size.buckets / groups, bucket_bytes * size.buckets / groups
+            ),
+            work("retrieval", "RangeMerger", ranges, 2 * groups, 12 * 10 * size.plays / ranges),
+            work("retrieval", "_build", 1, 2 * ranges, 0, one_node=True),
+        ]
+    works += [
+        work("rank", "ExampleCollector", size.buckets, read + 4, bucket_bytes),
+        work("rank", "_fit", 1, 2 * size.buckets, 0, one_node=True),
+        work("taste", "BucketTastes", size.buckets, read + 1, bucket_bytes),
+        work("index", "build_and_save", 1, 16, 0, one_node=True),
+        work("evaluate", "QueryCounter", min(size.buckets, COUNTED_BUCKETS), read, bucket_bytes),
+        work("evaluate", "BucketEvaluator", size.buckets, 3 * read, 3 * bucket_bytes),
+        work("recommend", "BucketRecommendations", size.buckets, read + 2, bucket_bytes),
+    ]
+    driver = [
+        Work(stage=stage, name="driver", units=1, cpu_seconds=seconds, one_node=True)
+        for stage, seconds in driver_seconds(measured).items()
+    ]
+    return [*works, *driver]
+
+
+def driver_seconds(measured: MeasuredRun) -> dict[str, float]:
+    """Stage -> seconds in which no unit worked, on one CPU: planning, starting processes, publishing."""
+    of_stage = {
+        "import": ("PieceImporter", "SongRange", "BucketMerger"),
+        "retrieval": ("GroupCounter", "RangeMerger", "_build"),
+        "taste": ("BucketTastes",),
+        "evaluate": ("QueryCounter", "BucketEvaluator"),
+        "recommend": ("BucketRecommendations",),
+    }
+    return {
+        stage: max(
+            0.0,
+            measured.seconds[stage]
+            - sum(unit.cpu_seconds + unit.setup_seconds for name in names for unit in measured.units.get(name, [])),
+        )
+        for stage, names in of_stage.items()
+    }
+
+
+def _measured(place: Workspace, config: BenchConfig, times: int) -> MeasuredRun:
+    """All stages on one size of data, on a cluster of one CPU, from a process of its own."""
+    with ray_cluster():
+        users = config.simulate_measured_users * times
+        dataset = bench_dataset(place, config, users=users, songs=config.songs * times)
+        plays = write_plays(dataset)
+    workspace = Workspace(f"{place.uri}/simulate-{times}")
+    with PlainProcess(0) as driver:
+        return driver.run(run_stages, plays, workspace, QUERIES * times, config.seed, 1, None)
+
+
+def run_stages(
+    plays: str, workspace: Workspace, queries: int, seed: int, cpus: int, address: str | None
+) -> MeasuredRun:
+    """Run the stages on the Parquet files of the folder `plays` and note what each unit took.
+
+    For a process of its own. The workspace is left empty. On the cluster at `address`, or a local one of `cpus`.
+    """
+    os.environ.pop("RAY_ADDRESS", None)
+    configs: dict[str, Settings] = {
+        "import": ImportConfig(format="parquet", paths=(plays,), buckets=BUCKETS),
+        "split": SplitConfig(),
+        "embed": EmbedConfig(epochs=1, source="histories", seed=seed),
+        "train": TrainConfig(epochs=1, seed=seed),
+        "retrieval": RetrievalConfig(),
+        "rank": RankConfig(queries=queries, trees=TREES),
+        "taste": TasteConfig(),
+        "index": IndexConfig(),
+        "evaluate": EvaluateConfig(queries=queries, models=("two-step", "taste"), offsets=0, bootstrap_samples=0),
+        "release": ReleaseConfig(),
+    }
+    units: defaultdict[str, list[UnitTime]] = defaultdict(list)
+    seconds: dict[str, float] = {}
+    rate = 1.0
+    workspace.delete("")
+
+    @contextmanager
+    def timed(stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        with unit_times() as times:
+            yield
+        seconds[stage] = time.perf_counter() - began
+        for unit in times:
+            units[unit.worker].append(unit)
+
+    options = {} if address else {"num_cpus": cpus}
+    with ray_cluster(address, **options), progress("Stages", len(configs)) as bar:
+        stages = Stages(workspace)
+        for name, config in configs.items():
+            with timed(name):
+                outcome = stages.run(name, config)
+            rate = float(outcome.figures.get("plays_per_second", rate)) if name == "train" else rate
+            bar.advance()
+        live = active_release(workspace)
+        assert live is not None
+        with timed("recommend"):
+            recommend_all(workspace, RecommendConfig(k=100), live.inputs)
+        manifest = stages.outcomes[0].figures
+    size = Size(
+        users=manifest["users"],
+        plays=manifest["plays"],
+        songs=manifest["songs"],
+        buckets=BUCKETS,
+        queries=queries,
+        rank_queries=queries,
+        pieces=len(units["PieceImporter"]),
+    )
+    stored = workspace.size(HISTORIES) / max(1, size.plays)
+    workspace.delete("")
+    return MeasuredRun(size=size, units=dict(units), seconds=seconds, train_plays_per_second=rate, history_bytes=stored)
+
+
+def _check(place: Workspace, config: BenchConfig, lines: Mapping[str, Line], measured: MeasuredRun) -> dict[str, Any]:
+    """Stages on three local nodes, a head without CPUs and two of one CPU each, and the simulation of the same."""
+    from ray.cluster_utils import Cluster
+
+    times = 2
+    users = config.simulate_measured_users * times
+    with ray_cluster():
+        plays = write_plays(bench_dataset(place, config, users=users, songs=config.songs * times))
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            nodes.add_node(num_cpus=1)
+        workspace = Workspace(f"{place.uri}/simulate-check")
+        with PlainProcess(0) as driver:
+            found = driver.run(run_stages, plays, workspace, QUERIES * times, config.seed, 0, nodes.address)
+    finally:
+        nodes.shutdown()
+    # Local files answer at once and as fast as memory.
+    cluster = SimulatedCluster(nodes=2, cores=1, latency=0.0, requests_per_second=1e9, node_bytes_per_second=1e12)
+    works = [work for work in job_graph(found.size, lines, measured, cluster) if work.stage in CHECKED]
+    simulated = sum(stage.seconds for stage in simulate(works, cluster, config.seed))
+    real = sum(found.seconds[stage] for stage in CHECKED)
+    return {
+        "stages": list(CHECKED),
+        "measured_seconds": real,
+        "simulated_seconds": simulated,
+        "ratio": simulated / real,
+    }
+
+
+def _planned(size: Size, cluster: SimulatedCluster, measured: MeasuredRun, config: BenchConfig) -> dict[str, float]:
+    """Hours of `rayrec plan` by stage, with the rates of the larger run."""
+
+    def rate(work: float, *workers: str) -> float:
+        return work / max(1e-9, sum(unit.cpu_seconds for name in workers for unit in measured.units[name]))
+
+    of = measured.size
+    rates = {
+        "import_plays_per_second_per_cpu": rate(of.plays, "PieceImporter", "SongRange", "BucketMerger"),
+        "embed_tokens_per_second_per_cpu": rate(2 * of.plays, "fit_vectors"),
+        "train_plays_per_second_per_cpu": measured.train_plays_per_second,
+        "retrieval_plays_per_second_per_cpu": rate(2 * of.plays, "GroupCounter", "RangeMerger"),
+        "taste_plays_per_second_per_cpu": rate(of.plays, "BucketTastes"),
+        "read_plays_per_second_per_cpu": rate(of.plays, "QueryCounter"),
+        "rank_queries_per_second_per_cpu": rate(of.rank_queries, "ExampleCollector", "_fit"),
+        "evaluate_queries_per_second_per_cpu": rate(of.queries, "BucketEvaluator"),
+        "recommend_users_per_second_per_cpu": rate(of.users, "BucketRecommendations"),
+    }
+    node = NodeType(
+        name="node",
+        cpus=cluster.cores,
+        gpus=0,
+        memory=8 * GIB * cluster.cores,
+        disk=None,
+        gpu_memory=None,
+        most=cluster.nodes,
+    )
+    data = DataSize.assumed(size.users, size.plays, size.songs, size.buckets)
+    epochs = config.simulate_epochs
+    plan = make_plan(
+        data,
+        ClusterFile(name="simulated", nodes=[node], most_nodes=cluster.nodes),
+        PlanConfig(queries=size.queries, embed_epochs=epochs, epochs=epochs),
+        rates,
+    )
+    return {stage.stage: stage.hours for stage in plan.stages if stage.hours is not None}
+
+
+def _row(stage: SimulatedStage, planned: Mapping[str, float]) -> dict[str, Any]:
+    row = asdict(stage)
+    return {
+        "stage": row.pop("stage"),
+        "hours": row.pop("seconds") / 3600,
+        "plan_hours": planned.get(stage.stage),
+        **row,
+    }
