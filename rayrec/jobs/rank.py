@@ -140,7 +140,7 @@ def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval
     for made in (model, retrieval):
         if not dataset.descends_from(made.inputs["dataset"]):
             raise MismatchError(
-                f"{artifacts.noun(made.kind)} {made.id} was made of data set {made.inputs['dataset']}, the workspace "
+                f"the data set of {artifacts.noun(made.kind)} {made.id} is {made.inputs['dataset']}, the workspace "
                 f"holds {dataset.manifest.id}; run {ANEW[made.kind]} first"
             )
     split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
