@@ -45,6 +45,9 @@ class BenchConfig(Settings):
     serve_many_plays: int = Field(10_000, ge=1, description="serve: plays of the users compared with users of 10 plays")
     soak_minutes: float = Field(10.0, gt=0, description="serve --soak: minutes of load")
     soak_kill_seconds: float = Field(60.0, gt=0, description="serve --soak: seconds between two killed replicas")
+    memory_songs: tuple[PositiveInt, ...] = Field(
+        (10_000, 2_000_000), description="memory: songs of the small and the large catalog"
+    )
     memory_plays: float = Field(20.0, ge=1, description="memory: mean plays per user")
     table_songs: tuple[PositiveInt, ...] = Field(
         (10_000, 100_000, 1_000_000), description="songs: catalog sizes whose training steps are timed"
@@ -84,6 +87,8 @@ class BenchConfig(Settings):
             raise ValueError(f"table_songs is {list(self.table_songs)}; expected at least two sizes to compare")
         if len(self.memory_users) != 2 or self.memory_users[0] >= self.memory_users[1]:
             raise ValueError(f"memory_users is {list(self.memory_users)}; expected two integers, the smaller first")
+        if len(self.memory_songs) != 2 or self.memory_songs[0] >= self.memory_songs[1]:
+            raise ValueError(f"memory_songs is {list(self.memory_songs)}; expected two integers, the smaller first")
         if len(self.scale_users) < 2 or list(self.scale_users) != sorted(set(self.scale_users)):
             raise ValueError(f"scale_users is {list(self.scale_users)}; expected two or more integers, smallest first")
         if self.scale_workers[:1] != (1,) or list(self.scale_workers) != sorted(self.scale_workers):
@@ -108,6 +113,7 @@ class BenchConfig(Settings):
             index_dim=16,
             index_queries=200,
             memory_users=(200, 400),
+            memory_songs=(500, 5_000),
             memory_plays=10.0,
             answers_songs=(500, 2_000),
             answers_plays=10_000,

@@ -35,7 +35,9 @@ from rayrec.storage.workspace import Workspace
 EXTRAPOLATED_PLAYS = 1e9
 MICROSECONDS = 1e6
 CHAIN = "chain"  # folder of the workspace that a run works in
+# Few, so that batches and pools are full in the smaller data too: what still grows, grows with the users.
 MEMORY_BUCKETS = 4
+SONGS_WORKERS = 4  # of a node, which share a table of songs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,15 +210,14 @@ def write_plays(dataset: Dataset) -> str:
     return workspace.full(folder)
 
 
-# Few, so that batches and pools are full in the smaller data too: what still grows, grows with the users.
-
-
 def bench_memory(place: Workspace, config: BenchConfig) -> dict[str, Any]:
     """Peak private memory of the driver and of the largest worker at two numbers of users.
 
     Of the taste job and of the training data path, each in a driver and a cluster of its own, so
     that no run inherits what another has grown to. `growth` is the largest share by which any of the
-    four figures grew. Sees the processes of this machine.
+    four figures grew. `songs_growth_mb`: MiB by which the largest of four taste workers of a node is larger with the
+    second of `memory_songs` than with the first: the table of songs is one memory-mapped copy. Sees the processes of
+    this machine.
     """
     with ray_cluster():
         sizes = {"plays": config.memory_plays, "buckets": MEMORY_BUCKETS}
@@ -224,7 +225,8 @@ def bench_memory(place: Workspace, config: BenchConfig) -> dict[str, Any]:
         models = [untrained_model(dataset, config.seed) for dataset in datasets]
     peaks: list[dict[str, float]] = [{}, {}]
     totals, seconds = [], 0.0
-    with progress("bench memory", 2 * len(datasets)) as bar:
+    catalogs: list[float] = []
+    with progress("bench memory", 2 * len(datasets) + len(config.memory_songs)) as bar:
         for size, (dataset, model) in enumerate(zip(datasets, models, strict=True)):
             passes = {
                 "taste": partial(taste_memory, dataset.workspace, model),
@@ -239,6 +241,14 @@ def bench_memory(place: Workspace, config: BenchConfig) -> dict[str, Any]:
                 totals.append(found.total_mb)
                 seconds = found.seconds if name == "taste" else seconds
                 bar.advance()
+        for songs in config.memory_songs:
+            with ray_cluster():
+                dataset = bench_dataset(place, config, users=config.memory_users[0], songs=songs, **sizes)
+                model = untrained_model(dataset, config.seed)
+            with PlainProcess(0) as driver:
+                found = driver.run(partial(taste_memory, dataset.workspace, model, workers=SONGS_WORKERS))
+            catalogs.append(found.peaks_mb[private_memory.WORKER])
+            bar.advance()
     grown = private_memory.growth(*peaks)
     return {
         "name": "memory",
@@ -247,6 +257,9 @@ def bench_memory(place: Workspace, config: BenchConfig) -> dict[str, Any]:
         "growth_by_role": grown,
         "users": list(config.memory_users),
         "peaks_mb": peaks,
+        "songs": list(config.memory_songs),
+        "songs_peaks_mb": catalogs,
+        "songs_growth_mb": catalogs[1] - catalogs[0],
         "per_second": config.memory_users[1] / max(seconds, 1e-9),
         "peak_mb": max(totals),
     }
@@ -261,14 +274,14 @@ class MemoryPass:
     seconds: float
 
 
-def taste_memory(workspace: Workspace, model: Manifest) -> MemoryPass:
-    """What the taste job needs."""
+def taste_memory(workspace: Workspace, model: Manifest, workers: int | None = None) -> MemoryPass:
+    """What the taste job needs, with so many workers or one a CPU."""
 
     def job() -> None:
         made = compute_tastes(workspace, TasteConfig(), model_id=model.id, repeat=True)
         workspace.delete(made.folder)
 
-    return _watched(job)
+    return _watched(job, workers)
 
 
 def data_memory(workspace: Workspace) -> MemoryPass:
@@ -276,8 +289,8 @@ def data_memory(workspace: Workspace) -> MemoryPass:
     return _watched(lambda: ray.get(ray.remote(count_window_plays).remote(Dataset(workspace), TrainConfig())))
 
 
-def _watched(job: Callable[[], Any]) -> MemoryPass:
-    with ray_cluster(), MemoryWatch() as watch:
+def _watched(job: Callable[[], Any], workers: int | None = None) -> MemoryPass:
+    with ray_cluster(num_cpus=workers), MemoryWatch() as watch:
         began = time.perf_counter()
         job()
         seconds = time.perf_counter() - began

@@ -25,11 +25,13 @@ TINY = BenchConfig(
     index_dim=8,
     index_queries=100,
     memory_users=(100, 200),
+    memory_songs=(300, 3_000),
     memory_plays=10.0,
     table_songs=(1_000, 3_000),
     table_steps=1,
     scale_users=(60, 120),
     scale_workers=(1, 2),
+    simulate_measured_users=300,
 )
 COMMON = {"name", "unit", "ratio", "ratio_low", "ratio_high", "per_second", "plain_per_second", "peak_mb", "rounds"}
 
@@ -79,6 +81,18 @@ class TestBench:
         assert told["growth_by_role"].keys() == {"taste driver", "taste worker", "data driver", "data worker"}
         assert told["users"] == [100, 200]
         assert told["growth"] < 0.1
+        assert told["songs"] == [300, 3_000]
+        assert told["songs_growth_mb"] == pytest.approx(told["songs_peaks_mb"][1] - told["songs_peaks_mb"][0])
+
+    @pytest.mark.slow
+    def test_simulate_tells_hours_of_every_stage_beside_those_of_plan(self, place: Workspace) -> None:
+        told = bench("simulate", place, TINY)
+        by_stage = {stage["stage"]: stage for stage in told["stages"]}
+        stages = ["import", "embed", "train", "retrieval", "rank", "taste", "index", "evaluate", "recommend"]
+        assert list(by_stage) == stages
+        assert told["hours"] == pytest.approx(sum(stage["hours"] for stage in told["stages"]))
+        assert all(stage["hours"] > 0 for stage in told["stages"])
+        assert all(by_stage[name]["plan_hours"] > 0 for name in stages if name != "index")
 
     @pytest.mark.slow
     def test_scale_tells_every_stage_by_workers_and_by_size(self, place: Workspace, tmp_path: Path) -> None:
