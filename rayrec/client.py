@@ -107,6 +107,13 @@ class NewAnswer(TypedDict):
     cursor: str | None
 
 
+class BatchAnswer(TypedDict):
+    """The answers in the order of the requests; of an invalid request `detail` and `errors`."""
+
+    release: str
+    answers: list[dict[str, Any]]
+
+
 class PlaysAnswer(TypedDict):
     """What became of plays."""
 
@@ -144,6 +151,90 @@ class TasteAnswer(TypedDict):
     rejected: int
     short: list[float]
     long: list[float]
+
+
+class TastesAnswer(TypedDict):
+    """The taste vectors in the order of the users; of an invalid entry `detail` and `errors`."""
+
+    release: str
+    model: str
+    dim: int
+    tastes: list[dict[str, Any]]
+
+
+class StoredPlay(TypedDict):
+    """A play of a stored user."""
+
+    song_id: str
+    title: str | None
+    artist: str | None
+    played_at: str
+    contexts: list[str]
+    skipped: bool
+
+
+class StoredPlaysAnswer(TypedDict):
+    """The last plays of a stored user, the latest last."""
+
+    release: str
+    user_id: str
+    count: int
+    plays: list[StoredPlay]
+
+
+class CatalogSong(TypedDict):
+    """A song of the catalog."""
+
+    song_id: str
+    title: str | None
+    artist: str | None
+
+
+class FoundAnswer(TypedDict):
+    """Songs that match words, of `count` that do."""
+
+    release: str
+    count: int
+    songs: list[CatalogSong]
+
+
+class SimilarAnswer(CatalogSong):
+    """A song, its plays, and songs like it, the nearest first."""
+
+    release: str
+    plays: int
+    path: str
+    songs: list[SongAnswer]
+
+
+class MapAnswer(TypedDict):
+    """Songs on a plane: song_id, title, artist, x and y of each."""
+
+    release: str
+    points: list[dict[str, Any]]
+    unknown_songs: int
+
+
+class HealthAnswer(TypedDict):
+    """That the application is there, and with which release."""
+
+    status: str
+    release: str | None
+
+
+class CardAnswer(TypedDict):
+    """What answers, what it was made from, and how well it does."""
+
+    release: str
+    created_at: str
+    version: str
+    parts: dict[str, str]
+    data: dict[str, Any]
+    report: str | None
+    verdict: str | None
+    metrics: dict[str, float]
+    queries: int | None
+    warning: str | None
 
 
 class ReleaseAnswer(TypedDict):
@@ -208,7 +299,7 @@ class _Connection:
 
     @staticmethod
     def _judge(answer: "httpx.Response | httpx.TransportError", wait: float | None, url: str) -> Any:
-        """The answer's JSON, or `None` for another attempt after `wait`, with None for the last. Raises errors."""
+        """The answer's JSON or text, or the mark of another attempt; `wait` is None after the last. Raises errors."""
         if isinstance(answer, httpx.TransportError):
             if wait is None:
                 raise ApiUnavailableError(f"{url} does not answer: {answer!r}; check that it runs") from answer
@@ -217,6 +308,8 @@ class _Connection:
             return _RETRY
         if answer.status_code >= 400:
             raise ApiError(_problem(answer), answer.headers.get("X-Request-ID"))
+        if answer.headers.get("Content-Type", "").startswith("text/"):
+            return answer.text
         return answer.json() if answer.content else {}
 
 
@@ -299,22 +392,65 @@ class Client(_Connection):
         """
         return cast(SongsAddedAnswer, self._send(("POST", "/v1/songs", {"json": {"songs": list(songs)}})))
 
+    def user_recommendations(self, user_id: str, **options: Any) -> RecommendationsAnswer:
+        """Songs for a stored user by a GET, which caches may keep; `options` as the API has them."""
+        return cast(RecommendationsAnswer, self._send(_user_call(user_id, "recommendations", options)))
+
+    def recommend_batch(self, requests: Sequence[Mapping[str, Any]]) -> BatchAnswer:
+        """Songs for up to 256 users by one release; each request has what `recommend` takes."""
+        return cast(BatchAnswer, self._send(_batch_call(requests)))
+
     def taste(self, user_id: str, at: Moment | None = None) -> TasteAnswer:
         """The taste vectors of a stored user."""
-        return cast(TasteAnswer, self._send(_taste_call(user_id, at)))
+        return cast(TasteAnswer, self._send(_user_call(user_id, "taste", {"at": at})))
+
+    def tastes(self, users: Sequence[Mapping[str, Any]]) -> TastesAnswer:
+        """The taste vectors of many users, up to 256: each a history and perhaps `at`."""
+        return cast(TastesAnswer, self._send(_tastes_call(users)))
+
+    def user_plays(self, user_id: str, k: int = 20) -> StoredPlaysAnswer:
+        """The last k plays of a stored user, the latest last."""
+        return cast(StoredPlaysAnswer, self._send(_user_call(user_id, "plays", {"k": k})))
 
     def forget(self, user_id: str) -> None:
         """Delete a user, known or not: plays from before this moment are rejected, later ones are a new user's."""
         self._send(_forget_call(user_id))
 
-    def similar(self, song_id: str, k: int = 20) -> list[SongAnswer]:
-        """Songs like a song, the nearest first."""
-        answer = self._send(("GET", f"/v1/songs/{_escaped(song_id)}/similar", {"params": {"k": k}}))
-        return cast("list[SongAnswer]", answer["songs"])
+    def find_songs(self, query: str, limit: int = 20) -> FoundAnswer:
+        """Songs whose title and artist hold all words of a query."""
+        return cast(FoundAnswer, self._send(("GET", "/v1/songs", {"params": {"query": query, "limit": limit}})))
+
+    def similar(self, song_id: str, k: int = 20) -> SimilarAnswer:
+        """A song, its plays, and songs like it, the nearest first."""
+        return cast(SimilarAnswer, self._send(_similar_call(song_id, k)))
+
+    def map(self, songs: Sequence[str]) -> MapAnswer:
+        """Songs, ids, on the plane on which their embeddings differ most."""
+        return cast(MapAnswer, self._send(("POST", "/v1/map", {"json": {"songs": list(songs)}})))
 
     def release(self) -> ReleaseAnswer:
         """Which release answers, here and in all replicas."""
         return cast(ReleaseAnswer, self._send(("GET", "/v1/release", {})))
+
+    def card(self) -> CardAnswer:
+        """What the release was made from, and its quality."""
+        return cast(CardAnswer, self._send(("GET", "/v1/release/card", {})))
+
+    def report(self) -> str:
+        """The page of the last evaluation of the release, HTML."""
+        return cast(str, self._send(("GET", "/v1/release/report", {})))
+
+    def health(self) -> HealthAnswer:
+        """Whether the replica is alive."""
+        return cast(HealthAnswer, self._send(("GET", "/healthz", {})))
+
+    def ready(self) -> HealthAnswer:
+        """Whether the replica has a release to answer with; after the last retry an `ApiError` of 503 where not."""
+        return cast(HealthAnswer, self._send(("GET", "/readyz", {})))
+
+    def metrics(self) -> str:
+        """The metrics of the replica, as Prometheus reads them."""
+        return cast(str, self._send(("GET", "/metrics", {})))
 
     def _send(self, call: Call) -> Any:
         method, path, options = call
@@ -371,6 +507,18 @@ class AsyncClient(_Connection):
         """As in `Client`."""
         return cast(NewAnswer, await self._send(("GET", "/v1/songs/new", {"params": options})))
 
+    async def play(
+        self,
+        user_id: str,
+        song_id: str,
+        played_at: Moment | None = None,
+        *,
+        event_id: str | None = None,
+        **options: Any,
+    ) -> PlaysAnswer:
+        """As in `Client`."""
+        return await self.plays([_play(user_id, song_id, played_at, event_id, options)])
+
     async def plays(self, plays: Sequence[Mapping[str, Any]]) -> PlaysAnswer:
         """As in `Client`."""
         return cast(PlaysAnswer, await self._send(_plays_call(plays)))
@@ -379,9 +527,61 @@ class AsyncClient(_Connection):
         """As in `Client`."""
         return cast(SongsAddedAnswer, await self._send(("POST", "/v1/songs", {"json": {"songs": list(songs)}})))
 
+    async def user_recommendations(self, user_id: str, **options: Any) -> RecommendationsAnswer:
+        """As in `Client`."""
+        return cast(RecommendationsAnswer, await self._send(_user_call(user_id, "recommendations", options)))
+
+    async def recommend_batch(self, requests: Sequence[Mapping[str, Any]]) -> BatchAnswer:
+        """As in `Client`."""
+        return cast(BatchAnswer, await self._send(_batch_call(requests)))
+
     async def taste(self, user_id: str, at: Moment | None = None) -> TasteAnswer:
         """As in `Client`."""
-        return cast(TasteAnswer, await self._send(_taste_call(user_id, at)))
+        return cast(TasteAnswer, await self._send(_user_call(user_id, "taste", {"at": at})))
+
+    async def tastes(self, users: Sequence[Mapping[str, Any]]) -> TastesAnswer:
+        """As in `Client`."""
+        return cast(TastesAnswer, await self._send(_tastes_call(users)))
+
+    async def user_plays(self, user_id: str, k: int = 20) -> StoredPlaysAnswer:
+        """As in `Client`."""
+        return cast(StoredPlaysAnswer, await self._send(_user_call(user_id, "plays", {"k": k})))
+
+    async def find_songs(self, query: str, limit: int = 20) -> FoundAnswer:
+        """As in `Client`."""
+        return cast(FoundAnswer, await self._send(("GET", "/v1/songs", {"params": {"query": query, "limit": limit}})))
+
+    async def similar(self, song_id: str, k: int = 20) -> SimilarAnswer:
+        """As in `Client`."""
+        return cast(SimilarAnswer, await self._send(_similar_call(song_id, k)))
+
+    async def map(self, songs: Sequence[str]) -> MapAnswer:
+        """As in `Client`."""
+        return cast(MapAnswer, await self._send(("POST", "/v1/map", {"json": {"songs": list(songs)}})))
+
+    async def release(self) -> ReleaseAnswer:
+        """As in `Client`."""
+        return cast(ReleaseAnswer, await self._send(("GET", "/v1/release", {})))
+
+    async def card(self) -> CardAnswer:
+        """As in `Client`."""
+        return cast(CardAnswer, await self._send(("GET", "/v1/release/card", {})))
+
+    async def report(self) -> str:
+        """As in `Client`."""
+        return cast(str, await self._send(("GET", "/v1/release/report", {})))
+
+    async def health(self) -> HealthAnswer:
+        """As in `Client`."""
+        return cast(HealthAnswer, await self._send(("GET", "/healthz", {})))
+
+    async def ready(self) -> HealthAnswer:
+        """As in `Client`."""
+        return cast(HealthAnswer, await self._send(("GET", "/readyz", {})))
+
+    async def metrics(self) -> str:
+        """As in `Client`."""
+        return cast(str, await self._send(("GET", "/metrics", {})))
 
     async def forget(self, user_id: str) -> None:
         """As in `Client`."""
@@ -406,8 +606,7 @@ def _listener_call(name: str, user_id: str | None, history: Sequence[Any] | None
     if (user_id is None) == (history is None):
         raise ValueError("give either a user_id or a history")
     who = {"user_id": user_id} if history is None else {"history": list(history)}
-    moment = {"at": _moment(options["at"])} if options.get("at") is not None else {}
-    return "POST", f"/v1/{name}", {"json": {**who, **options, **moment}}
+    return "POST", f"/v1/{name}", {"json": {**who, **_timed(options)}}
 
 
 def _plays_call(plays: Sequence[Mapping[str, Any]]) -> Call:
@@ -418,9 +617,26 @@ def _plays_call(plays: Sequence[Mapping[str, Any]]) -> Call:
     return "POST", "/v1/plays", {"json": {"plays": body}}
 
 
-def _taste_call(user_id: str, at: Moment | None) -> Call:
-    params = {} if at is None else {"at": _moment(at)}
-    return "GET", f"/v1/users/{_escaped(user_id)}/taste", {"params": params}
+def _batch_call(requests: Sequence[Mapping[str, Any]]) -> Call:
+    return "POST", "/v1/recommendations/batch", {"json": {"requests": [_timed(request) for request in requests]}}
+
+
+def _tastes_call(users: Sequence[Mapping[str, Any]]) -> Call:
+    return "POST", "/v1/tastes", {"json": {"users": [_timed(user) for user in users]}}
+
+
+def _user_call(user_id: str, what: str, options: Mapping[str, Any]) -> Call:
+    params = {name: value for name, value in _timed(options).items() if value is not None}
+    return "GET", f"/v1/users/{_escaped(user_id)}/{what}", {"params": params}
+
+
+def _similar_call(song_id: str, k: int) -> Call:
+    return "GET", f"/v1/songs/{_escaped(song_id)}/similar", {"params": {"k": k}}
+
+
+def _timed(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A request whose moment is as the API has it."""
+    return {**request, "at": _moment(request["at"])} if request.get("at") is not None else dict(request)
 
 
 def _forget_call(user_id: str) -> Call:

@@ -48,9 +48,9 @@ class Recommender:
     >>> model = rayrec.Recommender(epochs=5).fit(plays)
     >>> model.recommend(users=["ann"], k=10)
 
-    Plays have a user, a song and a time (a timestamp, Unix seconds or milliseconds, or ISO 8601 with a zone), and may
-    have title and artist; columns are guessed by their names. Timestamps without a zone count as UTC. Fitting runs on
-    Ray: on this machine, or on the cluster that `ray.init(address)` connected.
+    Plays have a user, a song and a time (a timestamp, Unix seconds or milliseconds, or ISO 8601), and may have title
+    and artist; columns are guessed by their names. Times without a zone count as UTC, unless `fit` is given their
+    `timezone`. Fitting runs on Ray: on this machine, or on the cluster that `ray.init(address)` connected.
     """
 
     def __init__(self, *, workspace: str | Path | None = None, progress: bool = True, **settings: Any) -> None:
@@ -67,33 +67,42 @@ class Recommender:
         self.workspace = Workspace(self._folder.name if self._folder else workspace or "")
         self._loaded: tuple[str, Dataset, BaseRecommender] | None = None  # of a release
 
-    def fit(self, plays: Plays, *, columns: Mapping[str, str] | None = None) -> Recommender:
+    def fit(self, plays: Plays, *, columns: Mapping[str, str] | None = None, timezone: str = "UTC") -> Recommender:
         """Learn from plays: a pandas or polars DataFrame, an Arrow table, or a path; returns this object.
 
-        `columns` map roles to names where guessing is not enough: {"user": "listener", "song": "track"}. The newest
-        plays choose the settings and give `quality`; then everything is fitted on all plays. Plays fitted before are
-        replaced. Raises `InputError` for plays that cannot be read.
+        `columns` map roles to names where guessing is not enough: {"user": "listener", "song": "track"}. `timezone` is
+        the IANA name, such as Europe/Berlin, of the zone of times without one. The newest plays choose the settings and
+        give `quality`; then everything is fitted on all plays. Plays fitted before are replaced. Raises `InputError`
+        for plays that cannot be read and for an unknown time zone.
         """
         from rayrec.jobs.fit import fit
 
         with _SentPlays(self.workspace, plays) as paths:
-            config = FitConfig(paths=paths, columns=dict(columns or {}))
+            config = FitConfig(paths=paths, columns=dict(columns or {}), timezone=timezone)
             sections = {"train": self.settings}
             is_refit = active_release(self.workspace) is not None
             result = fit(self.workspace, config, settings=sections, force=is_refit, **self._listeners())
         self.quality = result.quality
         return self
 
-    def update(self, plays: Plays, *, columns: Mapping[str, str] | None = None, train: bool = False) -> Recommender:
+    def update(
+        self,
+        plays: Plays,
+        *,
+        columns: Mapping[str, str] | None = None,
+        timezone: str | None = None,
+        train: bool = False,
+    ) -> Recommender:
         """Add new plays, users and songs; returns this object.
 
         The network is trained on where more than a tenth of all plays are new, or with `train`. What was learned is
-        kept where the result would be worse on the newest plays; a line on stderr says so.
+        kept where the result would be worse on the newest plays; a line on stderr says so. Times without a zone are of
+        `timezone`, by default that of the fit.
         """
         from rayrec.jobs.update import update
 
         with _SentPlays(self.workspace, plays) as paths:
-            config = UpdateConfig(paths=paths, columns=dict(columns or {}), train=train)
+            config = UpdateConfig(paths=paths, columns=dict(columns or {}), timezone=timezone, train=train)
             result = update(self.workspace, config, **self._listeners())
         if not result.live:
             _print(f"The update is not used: {result.reason}")
@@ -251,7 +260,7 @@ class _SentPlays:
 
 
 def _arrow(plays: Any) -> pa.Table:
-    """A table of plays, timestamps without a zone taken as UTC. Raises `InputError` for what is no table."""
+    """A table of plays. Raises `InputError` for what is no table."""
     if isinstance(plays, pd.DataFrame):
         table = pa.Table.from_pandas(plays, preserve_index=False)
     elif isinstance(plays, pa.Table):
@@ -263,10 +272,7 @@ def _arrow(plays: Any) -> pa.Table:
             f"plays are a {type(plays).__name__}; expected a pandas or polars DataFrame, an Arrow table or a path"
         )
     for place, field in enumerate(table.schema):
-        if pa.types.is_timestamp(field.type) and field.type.tz is None:
-            zoned = table.column(place).cast(pa.timestamp(field.type.unit, "UTC"))
-            table = table.set_column(place, field.name, zoned)
-        elif pa.types.is_dictionary(field.type):
+        if pa.types.is_dictionary(field.type):
             table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
     return table
 
@@ -286,4 +292,5 @@ def _print(text: str) -> None:
 
 
 def _print_stage(outcome: Outcome) -> None:
-    _print(f"{outcome.stage}: {outcome.status}{f' ({outcome.reason})' if outcome.reason else ''}")
+    seen = f", trained on {outcome.trained_on}" if outcome.trained_on else ""
+    _print(f"{outcome.stage}: {outcome.status}{seen}{f' ({outcome.reason})' if outcome.reason else ''}")

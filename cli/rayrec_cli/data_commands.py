@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from rayrec.data.split import WEAKER, SplitConfig, split_dataset
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import WEAKER, Split, SplitConfig, choose_split, holds_for, split_dataset
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.importing.descriptions import DescribeConfig, describe
@@ -71,11 +72,10 @@ def import_data(
     if append and force:
         raise InputError("--append adds plays and --force replaces them; pass only one of them")
     try:
-        return (
-            _appended(append_plays(call.workspace, config))
-            if append
-            else _dataset(job(call.workspace, config, repeat=force))
-        )
+        if not append:
+            return _dataset(job(call.workspace, config, repeat=force))
+        split = choose_split(call.workspace)
+        return _appended(append_plays(call.workspace, config), _carried_over(split, Dataset(call.workspace)))
     except TooManyRejectedError as error:
         summary = error.summary.to_mapping()
         return Shown({**error_data(error), "import": summary}, _import_views(summary), error=error)
@@ -85,14 +85,20 @@ InspectFormat = Annotated[str, typer.Argument(metavar="FORMAT", help=f"One of {'
 InspectPaths = Annotated[list[str], typer.Argument(metavar="PATH", help="Files, or folders of files.")]
 
 
+ZONE_HELP = f"{ImportConfig.model_fields['timezone'].description}."
+InspectZone = Annotated[str, typer.Option("--timezone", metavar="NAME", help=ZONE_HELP)]
+
+
 @command(app, "inspect", example="rayrec inspect csv plays.csv")
-def inspect(call: Call, *, format_name: InspectFormat, paths: InspectPaths) -> Shown:
+def inspect(
+    call: Call, *, format_name: InspectFormat, paths: InspectPaths, timezone_name: InspectZone = "UTC"
+) -> Shown:
     """Look at the first rows of files before they are imported.
 
     Shows which columns an import would take for what, how times are written, how many of the first rows it would
     reject and why, and the command that imports the files.
     """
-    found = inspect_files(format_name, paths)
+    found = inspect_files(format_name, paths, timezone_name)
     values: dict[str, Any] = {"files": found.files, "bytes": size(found.bytes), "rows looked at": found.rows}
     if found.delimiter:
         values["delimiter"] = spelled_delimiter(found.delimiter)
@@ -281,7 +287,16 @@ def _import_views(summary: Mapping[str, Any]) -> list[RenderableType]:
     return views
 
 
-def _appended(made: Any) -> Shown:
+def _carried_over(split: Split | None, dataset: Dataset) -> tuple[str, bool]:
+    """What becomes of the current split when plays are appended, and whether it holds."""
+    if split is None or not split.has_test:
+        return "", True
+    if holds_for(dataset, split):
+        return f"Split {split.id} holds on: fits see all plays except {split.test_range}.", True
+    return f"split {split.id} does not hold for the new plays; run `rayrec split --last-fraction N` again", False
+
+
+def _appended(made: Any, carried_over: tuple[str, bool]) -> Shown:
     new = {"plays": made.plays, "users": made.users, "songs": made.songs}
     outcomes = {"read": made.read, "merged": made.merged, "rejected": sum(made.rejected.values())}
     views: list[Any] = [figures("Appended", {f"new {name}": count for name, count in new.items()} | outcomes)]
@@ -289,8 +304,16 @@ def _appended(made: Any) -> Shown:
         views.append("No new plays: the data set is unchanged.")
     if (files := len(made.dataset.spans)) > PARTS_BEFORE_COMPACT:
         views.append(f"Each bucket of users has {files} files; `rayrec compact` joins them.")
+    text, holds = carried_over
+    if text:
+        views.append(text if holds else f"Warning: {text}.")
     shown = _dataset(made.dataset)
-    data = {**shown.data, "appended": {**new, **outcomes, "reasons": made.rejected}, "import": made.last_import}
+    data = {
+        **shown.data,
+        **({} if holds else {"warnings": [text]}),
+        "appended": {**new, **outcomes, "reasons": made.rejected},
+        "import": made.last_import,
+    }
     return Shown(data, [*views, *_import_views(made.last_import), shown.views[0]])
 
 

@@ -5,14 +5,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from rayrec.data.split import choose_split, load_split
+from rayrec.data.split import choose_split, trained_on
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.jobs.trials import TuneConfig, to_toml
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
-from rayrec.storage.artifacts import Manifest, noun
+from rayrec.storage.artifacts import FITTED, Manifest, noun
 from rayrec_cli.app import app, songs_app
 from rayrec_cli.options import Call, ForceOption, command
 from rayrec_cli.output import Shown, day, figures, note, table
@@ -181,23 +181,15 @@ def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:
     for name, value in metrics.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             views.append(_records(name, value))
-    if manifest.kind in ("songs", "models", "retrieval"):
-        views.append(_seen(call, manifest))
+    data = {"id": manifest.id, "inputs": manifest.inputs, **manifest.metrics}
+    if manifest.kind in FITTED:
+        data["trained_on"] = trained_on(call.workspace, manifest)
+        views.append(f"Trained on {data['trained_on']}.")
     if manifest.created_at < call.started:
         views.append(f"Reused the result of {day(manifest.created_at)} UTC; --force recomputes it.")
     if warning:
         views.append(f"Warning: {warning}")
-    return Shown({"id": manifest.id, "inputs": manifest.inputs, **manifest.metrics}, views)
-
-
-def _seen(call: Call, manifest: Manifest) -> str:
-    """Which plays an artifact was fitted on."""
-    if "split" not in manifest.inputs:
-        return "Trained on all plays."
-    split = load_split(call.workspace, manifest.inputs["split"])
-    if not split.has_test:
-        return f"Trained on all plays, after choosing on {split.validation_range} (split {split.id})."
-    return f"Trained on all plays except {split.test_range} (split {split.id})."
+    return Shown(data, views)
 
 
 def _records(name: str, records: list[dict[str, Any]]) -> RenderableType:

@@ -8,13 +8,13 @@ from rich.console import RenderableType
 from rayrec.data.dataset import Dataset
 from rayrec.data.moments import iso_moment, now_ms, parse_moment
 from rayrec.data.split import choose_split
-from rayrec.errors import InputError, NotFoundError
+from rayrec.errors import InputError
 from rayrec.evaluation.prefixes import PrefixFile
 from rayrec.evaluation.protocol import EvaluateConfig, usual_k
 from rayrec.evaluation.results import ABLATION
 from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender
-from rayrec.storage.artifacts import noun
-from rayrec.storage.releases import default_parts
+from rayrec.storage.artifacts import latest, load, noun
+from rayrec.storage.releases import default_parts, parts_of
 from rayrec_cli.app import app
 from rayrec_cli.options import Call, ForceOption, command
 from rayrec_cli.output import Shown, figures, number, table
@@ -47,6 +47,9 @@ AtOption = Annotated[
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="ID", help="Model. [default: the live one, else current]")
+]
+EvaluatedOption = Annotated[
+    str | None, typer.Option("--model", metavar="ID", help="Model to evaluate. [default: current]")
 ]
 SplitOption = Annotated[
     str | None, typer.Option("--split", metavar="ID", help="Split to evaluate on. [default: the model's]")
@@ -168,7 +171,7 @@ def evaluate(
     call: Call,
     config: EvaluateConfig,
     *,
-    model: ModelOption = None,
+    model: EvaluatedOption = None,
     split: SplitOption = None,
     prefixes: PrefixesOption = None,
     item_separator: ItemSeparatorOption = " ",
@@ -190,8 +193,10 @@ def evaluate(
         file = PrefixFile(path=prefixes, item_separator=item_separator, target_separator=target_separator)
         return _evaluate_prefixes(call, config, file, split or parts.get("split"), parts.get("models"), force)
     chosen = choose_split(call.workspace, split or parts.get("split"))
-    if chosen is None:
-        raise InputError("No split to evaluate on; run `rayrec split`, then embed, train and index again")
+    if chosen is not None and not chosen.has_test:  # a model for production: perhaps there is another split
+        chosen = choose_split(call.workspace)
+    if chosen is None or not chosen.has_test:
+        raise InputError("No split to evaluate on; run `rayrec split`, `rayrec embed` and `rayrec train` first")
     report = job(call.workspace, config, split=chosen, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **read_figures(call.workspace, report)}
     warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []
@@ -256,13 +261,13 @@ def results_table(data: dict[str, Any], *, ablation: bool = False) -> Renderable
 
 
 def _parts(call: Call, model: str | None) -> dict[str, str]:
-    """What to evaluate; nothing where there is no model yet, for the baselines need none."""
-    try:
-        return default_parts(call.workspace, model)
-    except NotFoundError:
-        if model is not None:
-            raise
-        return {}
+    """The parts of the model to evaluate, by default the current one whatever is live; nothing where there is none."""
+    dataset = Dataset(call.workspace)
+    if model is None:
+        found = latest(call.workspace, "models", lambda made: dataset.descends_from(made.inputs["dataset"]))
+    else:
+        found = load(call.workspace, "models", model)
+    return {} if found is None else parts_of(call.workspace, found)
 
 
 def _interval(row: dict[str, Any]) -> str:

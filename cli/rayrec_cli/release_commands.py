@@ -16,15 +16,14 @@ from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest, load
 from rayrec.storage.cleaning import delete_garbage, find_garbage
+from rayrec.storage.releases import PART_KINDS
 from rayrec_cli.app import app, experiment_app, release_app, states_app
 from rayrec_cli.options import Call, ForceOption, command
 from rayrec_cli.output import Shown, day, figures, note, size, table
 
-PARTS = ("dataset", "split", "songs", "models", "tastes", "indexes")
+PARTS = ("dataset", "split", *PART_KINDS)
 
-ModelOption = Annotated[
-    str | None, typer.Option("--model", metavar="ID", help="Model. [default: the newest with all parts]")
-]
+ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model. [default: current]")]
 TastesOption = Annotated[
     str | None, typer.Option("--tastes", metavar="ID", help="Taste vectors. [default: the model's newest]")
 ]
@@ -72,11 +71,15 @@ def create(
     """
     made = releases.create_release(call.workspace, model_id=model, tastes_id=tastes, index_id=index, activate=activate)
     shown = _release(call, made)
+    warnings = []
     split = load_split(call.workspace, made.inputs["split"]) if "split" in made.inputs else None
-    if split is None or not split.has_test:
-        return shown
-    warning = f"Warning: the model was not trained on {split.test_range}; `rayrec fit` trains on all plays in the end."
-    return Shown({**shown.data, "warning": warning}, [*shown.views, warning])
+    if split is not None and split.has_test:
+        warnings.append(f"the model was not trained on {split.test_range}; `rayrec fit` trains on all plays in the end")
+    made_of = load(call.workspace, "tastes", made.inputs["tastes"]).inputs["dataset"]
+    if made_of != Dataset(call.workspace).manifest.plays_id:
+        warnings.append("the taste vectors lack new plays; run `rayrec taste` and `rayrec release create`")
+    data = {**shown.data, **({"warnings": warnings} if warnings else {})}
+    return Shown(data, [*shown.views, *(f"Warning: {warning}." for warning in warnings)])
 
 
 @command(release_app, "list", example="rayrec release list")

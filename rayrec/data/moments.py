@@ -1,20 +1,25 @@
-"""Moments: unix seconds, unix milliseconds or ISO 8601 with a zone, to ms since 1970 UTC. The one way to read them."""
+"""Moments: unix seconds, unix milliseconds or ISO 8601, to ms since 1970 UTC. The one way to read them.
+
+One moment has a zone; in a column of plays those without one are of the time zone that the import names. Of the hour
+that a change of clocks repeats the first is taken, and a time that the change leaves out is moved forward to its end.
+"""
 
 import re
 from datetime import datetime, timedelta, timezone
+from typing import Annotated
 from zoneinfo import ZoneInfo
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import AfterValidator
 
 from rayrec.data.spelling import Problems, missing, plain, valid_text
 from rayrec.errors import InputError
 
 NO_TIME = "no time"
 NOT_A_TIME = "time is neither unix seconds, unix milliseconds nor ISO 8601"
-NO_ZONE = "time without a zone"
 NOT_LOCAL = "time is not written as in this format"
 NOT_A_ZONE = "unknown time zone"
 OUT_OF_RANGE = "time is not between 1970 and 2100"
@@ -23,11 +28,14 @@ OUT_OF_RANGE = "time is not between 1970 and 2100"
 FIRST_MILLISECONDS = 100_000_000_000
 FIRST_YEAR, LAST_YEAR = 1971, 2100  # of local times: a day off either end whatever the zone
 END_MS = 4_102_444_800_000  # 2100-01-01
+DAY_MS = 86_400_000
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 NUMBER = r"^[+-]?\d{1,18}(\.\d*)?$"
 ZONED = r"\d:?\d{2}(:?\d{2}([.,]\d+)?)?\s*([Zz]|UTC|[+-]\d{2}(:?\d{2})?)$"
 ISO = r"^\d{4}-?\d{2}-?\d{2}[T ]\d{2}:?\d{2}"
 DATE = r"\d{4}-?\d{2}-?\d{2}"
+DATE_ALONE = r"^\d{4}-\d{2}-\d{2}$"  # in a column of plays, where digits alone are a number
+LOCAL = rf"{DATE_ALONE}|{ISO}(:?\d{{2}}([.,]\d+)?)?$"
 EXPECTED = "give ISO 8601 with a zone, such as 2015-01-20T18:30:00Z, or unix seconds or milliseconds"
 
 _NUMBER = re.compile(NUMBER, re.ASCII)
@@ -36,6 +44,25 @@ _MOMENT = re.compile(
     r"(?:[Zz]|UTC|([+-]\d{2})(?::?(\d{2}))?)",
     re.ASCII,
 )
+
+
+def time_zone(name: str) -> ZoneInfo:
+    """The zone of an IANA name. Raises `InputError` for an unknown one."""
+    try:
+        return ZoneInfo(name)
+    except (ValueError, OSError, KeyError):  # as zoneinfo says that there is no such zone
+        raise InputError(f"unknown time zone {name!r}; give an IANA name such as Europe/Berlin or UTC") from None
+
+
+def known_zone(name: str | None) -> str | None:
+    """The name, of a setting. Raises `ValueError` for an unknown zone, as pydantic wants it."""
+    try:
+        return name if name is None else time_zone(name).key
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+TimeZone = Annotated[str, AfterValidator(known_zone)]
 
 
 def now_ms() -> int:
@@ -83,21 +110,20 @@ def _parse_iso(text: str) -> int:
     return int(seconds) * 1000 + int(((fraction or "") + "000")[:3])
 
 
-def to_ms(values: pa.Array, problems: Problems, *, column: str = "played_at") -> np.ndarray:
+def to_ms(values: pa.Array, problems: Problems, *, column: str = "played_at", timezone: str = "UTC") -> np.ndarray:
     """int64 (R,): ms since 1970 UTC of a column of strings, numbers, dates or timestamps.
 
-    Each value is told seconds from milliseconds by its size (under 1e11: seconds). Values that
-    cannot be read are marked in `problems` and come out as 0. Raises `InputError`, which names `column`, for a type
-    that holds no times.
+    Each value is told seconds from milliseconds by its size (under 1e11: seconds). Times without a zone are of
+    `timezone`, an IANA name, and dates alone are its midnights. Values that cannot be read are marked in `problems` and
+    come out as 0. Raises `InputError` for a type that holds no times, which names `column`, and for an unknown zone.
     """
+    zone = time_zone(timezone)
     values = plain(values)
     kind = values.type
     if pa.types.is_timestamp(kind):
-        times = _from_timestamps(values, problems)
+        times = _from_timestamps(values, problems, zone)
     elif pa.types.is_date(kind):
-        problems.mark(_numpy(values.is_null()), NO_TIME)
-        problems.mark(np.ones(len(values), dtype=bool), NO_ZONE)
-        times = np.zeros(len(values), dtype=np.int64)
+        times = _from_timestamps(values.cast(pa.date32()).cast(pa.timestamp("s")), problems, zone)
     elif pa.types.is_integer(kind):
         problems.mark(_numpy(values.is_null()), NO_TIME)
         times = _scale(_numpy(pc.fill_null(values.cast(pa.int64(), safe=False), 0)))
@@ -106,25 +132,18 @@ def to_ms(values: pa.Array, problems: Problems, *, column: str = "played_at") ->
     elif pa.types.is_null(kind) or any(
         is_text(kind) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     ):
-        times = _from_strings(valid_text(values, problems), problems)
+        times = _from_strings(valid_text(values, problems), problems, zone)
     else:
         raise InputError(f"column {column!r} holds {kind}; expected times: {EXPECTED}")
     problems.mark((times < 0) | (times >= END_MS), OUT_OF_RANGE)
     return np.where(problems.bad, np.int64(0), times)
 
 
-def in_utc(texts: pa.Array) -> pa.Array:
-    """Times of a format whose times are in UTC, strings (R,), with the zone where they are written without one."""
-    texts = pc.utf8_trim_whitespace(texts)
-    without = pc.and_(pc.match_substring_regex(texts, ISO), pc.invert(pc.match_substring_regex(texts, ZONED)))
-    return pc.if_else(without, pc.binary_join_element_wise(texts, "Z", ""), texts)
-
-
 def local_to_ms(texts: pa.Array, zones: pa.Array, problems: Problems, *, form: str) -> np.ndarray:
     """int64 (R,): ms since 1970 UTC of local times, strings (R,) as `form` of strptime has them.
 
-    `zones`, strings (R,), are names such as Europe/Berlin; null is UTC. Of the hour that a change of clocks repeats the
-    first is taken, and a time that it leaves out is moved forward. Values that cannot be read are marked and become 0.
+    `zones`, strings (R,), are names such as Europe/Berlin; null is UTC. Values that cannot be read are marked and
+    become 0.
     """
     problems.mark(missing(texts), NO_TIME)
     moments = pd.Series(pd.to_datetime(pd.Series(_numpy(texts), dtype=object), errors="coerce", format=form))
@@ -135,14 +154,24 @@ def local_to_ms(texts: pa.Array, zones: pa.Array, problems: Problems, *, form: s
         rows = np.flatnonzero(_numpy(zones.is_null() if zone is None else pc.fill_null(pc.equal(zones, zone), False)))
         rows = rows[~problems.bad[rows]]
         try:
-            place = ZoneInfo(zone or "UTC")
-        except (ValueError, OSError, KeyError):  # as zoneinfo says that there is no such zone
+            place = time_zone(zone or "UTC")
+        except InputError:
             problems.mark(np.isin(np.arange(len(texts)), rows), NOT_A_ZONE)
             continue
-        repeated = np.ones(len(rows), dtype=bool)
-        placed = moments.iloc[rows].dt.tz_localize(place, ambiguous=repeated, nonexistent="shift_forward")
-        times[rows] = placed.dt.tz_convert("UTC").dt.as_unit("ms").astype("int64").to_numpy()
+        times[rows] = _placed(moments.iloc[rows].dt.as_unit("ms").astype("int64").to_numpy(), place)
     return np.where(problems.bad, np.int64(0), times)
+
+
+def _placed(local: np.ndarray, zone: ZoneInfo) -> np.ndarray:
+    """int64 (R,): ms UTC of the times of a zone's clocks, int64 (R,) as if they were UTC; those far away stay."""
+    times = local.copy()
+    rows = np.flatnonzero((local > -DAY_MS) & (local < END_MS + DAY_MS))
+    if len(rows) and zone.key != "UTC":
+        moments = pd.Series(local[rows].astype("datetime64[ms]"))
+        repeated = np.ones(len(rows), dtype=bool)  # the first of two
+        moved = moments.dt.tz_localize(zone, ambiguous=repeated, nonexistent="shift_forward")
+        times[rows] = moved.dt.tz_convert("UTC").dt.as_unit("ms").astype("int64").to_numpy()
+    return times
 
 
 def _numpy(values: pa.Array) -> np.ndarray:
@@ -156,16 +185,16 @@ def _scale(numbers: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def _from_timestamps(values: pa.Array, problems: Problems) -> np.ndarray:
+def _from_timestamps(values: pa.Array, problems: Problems, zone: ZoneInfo) -> np.ndarray:
     problems.mark(_numpy(values.is_null()), NO_TIME)
-    if values.type.tz is None:
-        problems.mark(np.ones(len(values), dtype=bool), NO_ZONE)
     whole = values.cast(pa.int64())
     per_ms = {"s": 0.001, "ms": 1, "us": 1_000, "ns": 1_000_000}[values.type.unit]
     numbers = _numpy(pc.fill_null(whole, 0))
     if per_ms < 1:  # seconds of years far away do not fit as ms
-        return np.asarray(np.clip(numbers, -1, END_MS // 1000) * 1000)
-    return np.asarray(numbers // int(per_ms), dtype=np.int64)
+        times = np.clip(numbers, -DAY_MS // 1000, (END_MS + DAY_MS) // 1000) * 1000
+    else:
+        times = np.asarray(numbers // int(per_ms), dtype=np.int64)
+    return _placed(times, zone) if values.type.tz is None else times
 
 
 def _from_floats(values: pa.Array, problems: Problems) -> np.ndarray:
@@ -175,32 +204,47 @@ def _from_floats(values: pa.Array, problems: Problems) -> np.ndarray:
     return ms.astype(np.int64)
 
 
-def _from_strings(values: pa.Array, problems: Problems) -> np.ndarray:
+def _from_strings(values: pa.Array, problems: Problems, zone: ZoneInfo) -> np.ndarray:
     problems.mark(missing(values), NO_TIME)
     try:
         return _scale(_numpy(pc.fill_null(values.cast(pa.int64()), 0)))
     except pa.ArrowInvalid:
         pass
     try:
-        moments = values.cast(pa.timestamp("ms", "UTC")).cast(pa.int64())
-        return _numpy(pc.fill_null(moments, 0))
+        return _numpy(pc.fill_null(values.cast(pa.timestamp("ms", "UTC")).cast(pa.int64()), 0))
     except pa.ArrowInvalid:
-        return _from_mixed_strings(values, problems)
+        pass
+    try:
+        local = values.cast(pa.timestamp("ms")).cast(pa.int64())
+        if pc.all(pc.match_substring_regex(values, LOCAL)).as_py() is not False:  # Arrow reads hours alone, too
+            return _placed(_numpy(pc.fill_null(local, 0)), zone)
+    except pa.ArrowInvalid:
+        pass
+    return _from_mixed_strings(values, problems, zone)
 
 
-def _from_mixed_strings(values: pa.Array, problems: Problems) -> np.ndarray:
+def _from_mixed_strings(values: pa.Array, problems: Problems, zone: ZoneInfo) -> np.ndarray:
     """The slow way, for columns where not every value is a whole number or ISO to the millisecond."""
     trimmed = pc.fill_null(pc.utf8_trim_whitespace(values), "")
     problems.mark(missing(trimmed), NO_TIME)
     numeric = _numpy(pc.match_substring_regex(trimmed, NUMBER))
-    looks_iso = _numpy(pc.match_substring_regex(trimmed, ISO))
-    zoned = _numpy(pc.match_substring_regex(trimmed, ZONED))
+    local = _numpy(pc.match_substring_regex(trimmed, LOCAL))
+    zoned = _numpy(pc.match_substring_regex(trimmed, ISO)) & _numpy(pc.match_substring_regex(trimmed, ZONED))
     texts = pd.Series(_numpy(trimmed), dtype=object)
     numbers = pd.to_numeric(texts.where(numeric), errors="coerce").fillna(0).to_numpy(dtype=np.float64)
-    iso = texts.where(looks_iso & zoned).str.replace("UTC", "Z", regex=False).str.replace("z", "Z", regex=False)
-    moments = pd.to_datetime(iso, errors="coerce", utc=True, format="ISO8601")
-    readable = moments.notna().to_numpy()
-    ms = moments.dt.as_unit("ms").astype("int64").to_numpy()
-    problems.mark(looks_iso & ~zoned, NO_ZONE)
+    iso = texts.where(zoned).str.replace("UTC", "Z", regex=False).str.replace("z", "Z", regex=False)
+    moments, readable = _parsed(iso)
+    times = np.where(numeric, np.rint(_scale(numbers)), np.where(readable, moments, 0)).astype(np.int64)
+    if local.any():
+        moments, of_a_day = _parsed(texts.where(local))
+        times[of_a_day] = _placed(moments[of_a_day], zone)
+        readable = readable | of_a_day
     problems.mark(~numeric & ~readable, NOT_A_TIME)
-    return np.where(numeric, np.rint(_scale(numbers)), np.where(readable, ms, 0)).astype(np.int64)
+    return times
+
+
+def _parsed(texts: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (R,) ms, UTC where there is no zone, and bool (R,) whether it could be read, of ISO 8601 or missing."""
+    points = texts.str.replace(",", ".", regex=False)
+    moments = pd.to_datetime(points, errors="coerce", utc=True, format="ISO8601")
+    return moments.dt.as_unit("ms").astype("int64").to_numpy(), moments.notna().to_numpy()

@@ -17,7 +17,7 @@ from rayrec.config import Settings, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate, user_hash
 from rayrec.errors import InputError, LeakError, MismatchError, NotFoundError
-from rayrec.storage.artifacts import current_ids, fingerprint, make_current
+from rayrec.storage.artifacts import Manifest, fingerprint, last_requested, make_current
 from rayrec.storage.workspace import Workspace, split_file
 
 DAY_MS = 24 * 3600 * 1000
@@ -204,10 +204,12 @@ class Split:
 
     @property
     def validation_range(self) -> str:
-        """The validation range in words, of a split without a test range."""
+        """The validation range in words."""
         if self.validation_from is not None:
-            return f"the plays from {_day(self.validation_from)} on, UTC"
-        return f"the last {self.validation_fraction:.3g} of each user's plays"
+            end = f"to before {_day(self.test_from)}" if self.has_test and self.test_from is not None else "on"
+            return f"the plays from {_day(self.validation_from)} {end}, UTC"
+        before = f" before the last {self.last_fraction:.3g}" if self.last_fraction else ""
+        return f"the last {self.validation_fraction:.3g} of each user's plays{before}"
 
     def _share_without(self, fraction: float) -> float | None:
         return None if self.protocol == "time" else round(1.0 - fraction, SHARE_DIGITS)
@@ -306,6 +308,25 @@ def load_split(workspace: Workspace, split_id: str) -> Split:
         raise NotFoundError(f"split {split_id!r} not found in workspace {workspace.uri}; run `rayrec split` first")
     raw: dict[str, Any] = workspace.read_json(split_file(split_id))
     return Split(**raw)
+
+
+def split_flag(split_id: str | None) -> str:
+    """The flag, after a space, with which a command takes a split, or none, whatever the current one is."""
+    return f" --split {split_id}" if split_id else " --no-split"
+
+
+def trained_on(workspace: Workspace, made: Manifest) -> str:
+    """Which plays an artifact was fitted on, in words."""
+    if "split" not in made.inputs:
+        return "all plays"
+    split = load_split(workspace, made.inputs["split"])
+    if made.kind == "rankers":
+        return f"{split.validation_range} (split {split.id})"
+    if not made.config.get("refit", True):
+        return f"all plays except {split.validation_as_test().test_range} (split {split.id})"
+    if not split.has_test:
+        return f"all plays, after choosing on {split.validation_range} (split {split.id})"
+    return f"all plays except {split.test_range} (split {split.id})"
 
 
 def fit_range(split: Split | None) -> FitRange:
@@ -437,7 +458,7 @@ def list_splits(workspace: Workspace) -> list[Split]:
 
 
 def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split: bool = False) -> Split | None:
-    """The named split, else the current one of the data set, else none: fits then use all plays.
+    """The named split, else the one of the data set that was requested last, else none: fits then use all plays.
 
     A split in time also holds for the data sets that plays were appended to since: the new plays are in its test range.
     Raises `NotFoundError` for an unknown id and `MismatchError` for a split that does not fit.
@@ -448,9 +469,9 @@ def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split:
         return None
     dataset = Dataset(workspace)
     if split_id is None:
-        fitting = [split for split in list_splits(workspace) if holds_for(dataset, split)]
-        current = current_ids(workspace).get("splits")
-        return next((split for split in fitting if split.id == current), fitting[-1] if fitting else None)
+        fitting = {split.id: split for split in list_splits(workspace) if holds_for(dataset, split)}
+        chosen = last_requested(workspace, "splits", list(fitting))
+        return None if chosen is None else fitting[chosen]
     split = load_split(workspace, split_id)
     require_split_of(dataset, split)
     return split

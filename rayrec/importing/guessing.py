@@ -24,30 +24,41 @@ MARKS = {"mpd": b'"playlists"', "tidal": b"entry_date"}  # in the first bytes of
 
 
 def guess_import(
-    paths: Sequence[str], *, format_name: str | None = None, columns: Mapping[str, str] | None = None
+    paths: Sequence[str],
+    *,
+    format_name: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    timezone: str = "UTC",
 ) -> ImportConfig:
     """The settings that import files of plays; `format_name` and `columns`, role -> name, override what is guessed.
 
-    Raises `InputError` for files of no known format, of playlists, and where a column is not to be found.
+    `timezone` is the IANA name of the zone of times without one. Raises `InputError` for files of no known format, of
+    playlists, and where a column is not to be found.
     """
     chosen = format_name or guess_format(paths)
     given = dict(columns or {})
     if chosen in FORMATS and not FORMATS[chosen].mapped:
         if FORMATS[chosen].playlists:
             raise InputError(f"{paths[0]} holds playlists, not plays; see rayrec import --help")
-        return ImportConfig(format=chosen, paths=tuple(paths), columns=given)
-    inspection = inspect_files(chosen, paths)
+        return ImportConfig(format=chosen, paths=tuple(paths), columns=given, timezone=timezone)
+    inspection = inspect_files(chosen, paths, timezone)
     by_role = {column.role: column.name for column in inspection.columns if column.role in roles(False)}
     by_role = {role: name for role, name in by_role.items() if name not in given.values()} | given
-    config = ImportConfig(format=chosen, paths=tuple(paths), columns=by_role, delimiter=inspection.delimiter or ",")
+    config = ImportConfig(
+        format=chosen,
+        paths=tuple(paths),
+        columns=by_role,
+        delimiter=inspection.delimiter or ",",
+        timezone=timezone,
+    )
     _require_columns(inspection, paths[0], by_role)
     return config
 
 
 def describe_import(config: ImportConfig) -> str:
-    """Format and columns in one line."""
+    """Format, columns and time zone in one line."""
     columns = ", ".join(f"{role} = {name}" for role, name in config.columns.items())
-    return f"{config.format}: {columns}" if columns else config.format
+    return f"{config.format}: {columns}; times without a zone are {config.timezone}" if columns else config.format
 
 
 def guess_format(paths: Sequence[str]) -> str:

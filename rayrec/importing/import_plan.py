@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rayrec.config import Settings, to_mapping
+from rayrec.data.moments import TimeZone
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.delimited import Delimiter, Separator
@@ -49,6 +50,7 @@ class ImportConfig(Settings):
         {}, description="csv, parquet: column of each role, such as user=user_id,song=song_id,played_at=ts"
     )
     delimiter: Delimiter = Field(",", description="csv: column delimiter; \\t for a tab")
+    timezone: TimeZone = Field("UTC", description="csv, parquet: time zone of times without one, such as Europe/Berlin")
     user: str = Field("", description="User id of all plays, for formats without one")
     user_separator: Separator = Field(
         "", description="sequences: separator between the user and the songs; without it each line is a user"
@@ -77,6 +79,8 @@ class ImportConfig(Settings):
         mapped = FORMATS[self.format].mapped
         if self.columns and not mapped:
             raise ValueError(f"format {self.format} has fixed columns; leave the column mapping out")
+        if self.timezone != "UTC" and not mapped:
+            raise ValueError(f"format {self.format} has times of a known zone; leave the time zone out")
         if self.kind == "playlists" and not (mapped or FORMATS[self.format].playlists):
             raise ValueError(f"format {self.format} holds plays, not playlists; leave the kind out")
         known = roles(self.kind == "playlists")
@@ -101,6 +105,7 @@ class ImportConfig(Settings):
             playlists=self.produces == "playlists",
             columns=self.columns,
             delimiter=self.delimiter,
+            timezone=self.timezone,
             user=self.user,
             user_separator=self.user_separator,
             song_separator=self.song_separator,

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayrec.data.moments import NOT_A_TIME, to_ms
+from rayrec.data.moments import DATE_ALONE, LOCAL, NOT_A_TIME, to_ms
 from rayrec.data.spelling import Problems
 from rayrec.errors import InputError
+from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.readers import FORMATS, Format, delimited
 from rayrec.importing.readers.delimited import spelled_delimiter
 from rayrec.importing.readers.files import SourceFile, byte_ranges, cut_note, find_files, open_source, read_blocks
@@ -80,10 +81,12 @@ class Inspection:
         return asdict(self)
 
 
-def inspect_files(format_name: str, paths: Sequence[str]) -> Inspection:
-    """Look at the first MiB of the first five files. Raises `InputError` as an import does."""
-    if format_name not in FORMATS:
-        raise InputError(f"unknown format {format_name!r}; expected one of {', '.join(FORMATS)}")
+def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC") -> Inspection:
+    """Look at the first MiB of the first five files. Raises `InputError` as an import does.
+
+    `timezone` is the IANA name of the zone of times without one in csv and Parquet files.
+    """
+    ImportConfig(format=format_name, paths=tuple(paths), timezone=timezone)  # which checks them
     kind = FORMATS[format_name]
     files = find_files(paths, kind.patterns)
     size = sum(file.size for file in files)
@@ -98,9 +101,10 @@ def inspect_files(format_name: str, paths: Sequence[str]) -> Inspection:
     names, sample = _csv_sample(files[0], delimiter) if format_name == "csv" else _parquet_sample(files[0])
     repeated = {name: count for name, count in Counter(names).items() if count > 1}
     produces, found = guess_roles(sample)
-    required = [role for role in roles(produces == "playlists") if role not in OPTIONAL_ROLES]
+    is_playlists = produces == "playlists"
+    required = [role for role in roles(is_playlists) if role not in OPTIONAL_ROLES]
     missing = [role for role in required if role not in found]
-    options = ReadOptions(playlists=produces == "playlists", columns=found, delimiter=delimiter or ",")
+    options = ReadOptions(playlists=is_playlists, columns=found, delimiter=delimiter or ",", timezone=timezone)
     batches = [] if missing or repeated.keys() & set(found.values()) else _sample(kind, files, options)
     by_name = {name: role for role, name in found.items()}
     columns = [
@@ -112,16 +116,16 @@ def inspect_files(format_name: str, paths: Sequence[str]) -> Inspection:
     notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated.items()]
     if _looks_like_data(list(sample)):
         notes.append("The first line looks like data: an import takes it for the names of the columns.")
-    wanted = {role: found.get(role, "NAME") for role in roles(produces == "playlists") if role in [*found, *missing]}
+    wanted = {role: found.get(role, "NAME") for role in roles(is_playlists) if role in [*found, *missing]}
     return Inspection(
         **_rows(batches),
-        **_command(format_name, produces, paths, wanted, delimiter),
+        **_command(format_name, produces, paths, wanted, delimiter, timezone),
         files=len(files),
         bytes=size,
         delimiter=delimiter,
         columns=columns,
         missing=missing,
-        time=time_form(sample[found["played_at"]]) if "played_at" in found else "",
+        time=time_form(sample[found["played_at"]], timezone) if "played_at" in found else "",
         notes=notes,
     )
 
@@ -140,16 +144,20 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
             found[role] = fitting[0]
     if "played_at" not in found and "playlist" not in found:
         times = [name for name in sample if name not in found.values() and _share_of_times(sample[name]) > 0.9]
+        if len(times) > 1:  # a release date, beside a moment
+            times = [name for name in times if not _are_dates(sample[name])]
         if len(times) == 1:
             found["played_at"] = times[0]
     produces = "playlists" if "playlist" in found and "played_at" not in found else "plays"
     return produces, {role: found[role] for role in roles(produces == "playlists") if role in found}
 
 
-def time_form(values: pa.Array) -> str:
-    """How the times of a column are written."""
+def time_form(values: pa.Array, timezone: str = "UTC") -> str:
+    """How the times of a column are written; `timezone` is that of times without one."""
     if pa.types.is_timestamp(values.type):
-        return f"timestamps in {values.type.tz}" if values.type.tz else "timestamps without a zone, which are rejected"
+        return f"timestamps in {values.type.tz}" if values.type.tz else f"timestamps without a zone, read in {timezone}"
+    if _are_dates(values):
+        return f"dates alone, read as midnight in {timezone}"
     texts = [str(value).strip() for value in values.drop_null()[:1000].to_pylist()]
     numbers = [float(text) for text in texts if re.fullmatch(r"[+-]?\d+(\.\d*)?", text)]
     if texts and len(numbers) * 2 > len(texts):
@@ -160,9 +168,19 @@ def time_form(values: pa.Array) -> str:
     to_ms(pa.array(texts, pa.string()), problems)
     reasons = problems.reasons()
     if not reasons:
-        return "ISO 8601 with a zone"
+        local = sum(re.match(LOCAL, text) is not None for text in texts)
+        some = "" if local == len(texts) else f" in {local:,} of {len(texts):,} values"
+        return f"ISO 8601 without a zone{some}, read in {timezone}" if local else "ISO 8601 with a zone"
     most = max(set(reasons), key=reasons.count)
     return f"{most}, of {reasons.count(most):,} of {len(texts):,} values"
+
+
+def _are_dates(values: pa.Array) -> bool:
+    """True for a column of dates without a time of day."""
+    if pa.types.is_date(values.type):
+        return True
+    given = values.drop_null()
+    return values.type == pa.string() and len(given) > 0 and pc.all(pc.match_substring_regex(given, DATE_ALONE)).as_py()
 
 
 def _share_of_times(values: pa.Array) -> float:
@@ -201,7 +219,7 @@ def _rows(batches: Sequence[Batch]) -> dict[str, Any]:
 
 
 def _command(
-    format_name: str, produces: str, paths: Sequence[str], found: dict[str, str], delimiter: str
+    format_name: str, produces: str, paths: Sequence[str], found: dict[str, str], delimiter: str, timezone: str = "UTC"
 ) -> dict[str, Any]:
     words = ["rayrec", "import", format_name, *map(shlex.quote, paths)]
     if produces == "playlists" and FORMATS[format_name].mapped:
@@ -211,6 +229,8 @@ def _command(
         words += ["--columns", shlex.quote(",".join(f"{role}={name}" for role, name in named.items()))]
     if delimiter not in ("", ","):
         words += ["--delimiter", spelled_delimiter(delimiter)]
+    if timezone != "UTC":
+        words += ["--timezone", timezone]
     return {"format": format_name, "kind": produces, "command": " ".join(words)}
 
 

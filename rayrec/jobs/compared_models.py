@@ -67,7 +67,9 @@ def choose_models(
         parts = parts_of(workspace, model)
         default = TWO_STEP if "rankers" in parts else TASTE
         if TWO_STEP in named and default != TWO_STEP:
-            raise InputError(f"model {model.id} has no rankers; run `rayrec retrieval` and `rayrec rank` first")
+            raise InputError(
+                f"model {model.id} has no rankers; run `rayrec retrieval` and `rayrec rank --model {model.id}` first"
+            )
         inputs |= {kind: parts[kind] for kind in ("added_songs", "retrieval", "rankers") if kind in parts}
     for network in (*([model] if model else []), *others.values()):
         require_split(network, split, dataset, "train")

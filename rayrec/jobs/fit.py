@@ -84,7 +84,9 @@ def fit(
     sections = _checked(settings or {})
     if config.epochs is not None:
         sections["train"]["epochs"] = config.epochs
-    plays = guess_import(config.paths, format_name=config.format, columns=config.columns)
+    plays = guess_import(
+        config.paths, format_name=config.format, columns=config.columns, timezone=config.timezone or "UTC"
+    )
     plays = plays.replace(**sections["import"])
     on_note(f"Reading as {describe_import(plays)}")
     with ray_cluster():

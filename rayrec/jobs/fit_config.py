@@ -1,8 +1,11 @@
 """Settings of `rayrec fit` and `rayrec update`. Loads nothing heavy."""
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from rayrec.config import Settings
+from rayrec.data.moments import known_zone
 
 TRAIN_SHARE = 0.1
 
@@ -14,6 +17,10 @@ class PlaysConfig(Settings):
     format: str | None = Field(None, description="Format of the files; default: guessed")
     columns: dict[str, str] = Field(
         {}, description="Column of each role, such as user=user_id,song=song_id,played_at=ts; others are guessed"
+    )
+    timezone: Annotated[str | None, AfterValidator(known_zone)] = Field(
+        None,
+        description="Time zone of times without one, such as Europe/Berlin; default: UTC, in an update that of the fit",
     )
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rayrec.config import Settings, from_mapping, read_toml, to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split, SplitConfig, list_splits, split_dataset
+from rayrec.data.split import Split, SplitConfig, list_splits, split_dataset, trained_on
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.errors import InputError, NotFoundError, TooFewQueriesError
@@ -70,6 +70,7 @@ class Outcome:
     seconds: float
     figures: dict[str, Any] = field(default_factory=dict)  # what the stage reported when it ran
     reason: str = ""  # why it was left out
+    trained_on: str = ""  # which plays, of a stage that learns from plays
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -178,8 +179,14 @@ class Stages:
                 id=made.id,
                 seconds=round(time.monotonic() - started, 2),
                 figures=_figures(made),
+                trained_on=self._trained_on(made),
             )
         )
+
+    def _trained_on(self, made: Manifest | DatasetManifest | Split) -> str:
+        if isinstance(made, Manifest) and made.kind in artifacts.FITTED:
+            return trained_on(self.workspace, made)
+        return ""
 
     def leave_out(self, name: str, reason: str, seconds: float = 0.0) -> Outcome:
         """Note that a stage is not run."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split, load_split
+from rayrec.data.split import Split, load_split, split_flag
 from rayrec.errors import MismatchError, TooFewQueriesError
 from rayrec.jobs.add_songs import added_to
 from rayrec.jobs.forget import erase_forgotten
@@ -135,23 +135,26 @@ def _collect(task: _Task) -> int:
     return queries
 
 
+ANEW = {"models": "`rayrec embed` and `rayrec train`", "retrieval": "`rayrec retrieval`"}  # kind -> commands
+
+
 def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval: Manifest) -> Split:
     for made in (model, retrieval):
         if not dataset.descends_from(made.inputs["dataset"]):
             raise MismatchError(
-                f"{made.kind} {made.id} was made of data set {made.inputs['dataset']}, the workspace holds "
-                f"{dataset.manifest.id}; make it again"
+                f"the data set of {artifacts.noun(made.kind)} {made.id} is {made.inputs['dataset']}, the workspace "
+                f"holds {dataset.manifest.id}; run {ANEW[made.kind]} first"
             )
-    if model.inputs.get("split") != retrieval.inputs.get("split"):
-        raise MismatchError(
-            f"model {model.id} was trained on split {model.inputs.get('split')}, retrieval {retrieval.id} on "
-            f"{retrieval.inputs.get('split')}; run `rayrec retrieval` for the model's split"
-        )
     split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
     if split is None or not workspace.exists(f"{model.path(SELECTION_NETWORK)}/model.safetensors"):
         raise TooFewQueriesError(
             f"model {model.id} held back no validation range to learn a ranker from; "
             "run `rayrec split`, `rayrec embed` and `rayrec train` first"
+        )
+    if split.id != retrieval.inputs.get("split"):
+        raise MismatchError(
+            f"model {model.id} was trained on split {split.id}, retrieval {retrieval.id} on "
+            f"{retrieval.inputs.get('split')}; run `rayrec retrieval{split_flag(split.id)}` first"
         )
     return split
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split
+from rayrec.data.split import Split, split_flag
 from rayrec.embeddings.word2vec import UNCUT
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
 from rayrec.jobs.forget import erase_forgotten
@@ -145,7 +145,7 @@ def _require_fit(songs: Manifest, inputs: dict[str, str]) -> None:
         if songs.inputs.get(role) != inputs.get(role):
             raise MismatchError(
                 f"song embeddings {songs.id} were made from {role} {songs.inputs.get(role)}, not from "
-                f"{inputs.get(role)}; run `rayrec embed` first"
+                f"{inputs.get(role)}; run `rayrec embed{split_flag(inputs.get('split'))}` first"
             )
 
 

@@ -12,6 +12,7 @@ from rayrec.data.split import hold_back_validation, load_split
 from rayrec.errors import InputError, MismatchError
 from rayrec.importing.guessing import describe_import, guess_import
 from rayrec.importing.merging import PARTS_BEFORE_COMPACT
+from rayrec.importing.readers import FORMATS
 from rayrec.jobs.add_songs import added_since
 from rayrec.jobs.compact import compact
 from rayrec.jobs.fit import fit_models, served_before, stage_configs
@@ -83,12 +84,18 @@ def update(
     one's recall@20 as served, less 0.005. A release with the same model goes live unchecked where the new plays are too
     few. The states go into `store`, or into the workspace's own where there is one.
 
+    Times without a zone are of the time zone of the first import, unless `timezone` names another.
+
     Raises `InputError` where no release is live and for files that cannot be read.
     """
     live = active_release(workspace)
     if live is None:
         raise InputError(f"workspace {workspace.uri} has no live release; run `rayrec fit` first")
-    plays = guess_import(config.paths, format_name=config.format, columns=config.columns)
+    plays = guess_import(
+        config.paths, format_name=config.format, columns=config.columns, timezone=config.timezone or "UTC"
+    )
+    if config.timezone is None and FORMATS[plays.format].mapped:
+        plays = plays.replace(timezone=_time_zone_of(Dataset(workspace)))
     on_note(f"Reading as {describe_import(plays)}")
     with ray_cluster():
         appended = append_plays(workspace, plays)
@@ -100,6 +107,12 @@ def update(
             )
         on_note(f"{appended.plays:,} new plays, {appended.users:,} new users, {appended.songs:,} new songs")
         return _Update(dataset, live, on_stage, on_note).run(appended, config)
+
+
+def _time_zone_of(dataset: Dataset) -> str:
+    """The time zone in which the first import of plays read times without one."""
+    imported = dataset.manifest.config.get("plays")
+    return str(imported.get("timezone", "UTC")) if isinstance(imported, dict) else "UTC"
 
 
 class _Update:

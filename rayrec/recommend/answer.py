@@ -205,7 +205,7 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
     if made_of is None or not dataset.descends_from(made_of):
         raise MismatchError(
             f"model {model_id} was made of data set {made_of}, the workspace holds data set {dataset.manifest.id}; "
-            "train, index and release again"
+            "run `rayrec embed`, `rayrec train`, `rayrec taste`, `rayrec index` and `rayrec release create` first"
         )
     from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once it is needed
     from rayrec.recommend.two_step import load_two_step
@@ -217,7 +217,7 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
     if rankers.inputs["models"] != model_id:
         raise MismatchError(
             f"rankers {rankers.id} were learned with model {rankers.inputs['models']}, not with {model_id}; "
-            "run `rayrec rank` for this model"
+            f"run `rayrec rank --model {model_id}` first"
         )
     retrieval = load(workspace, "retrieval", parts["retrieval"])
     return load_two_step(workspace, network, retrieval.folder, rankers, real_times=dataset.manifest.times == "real")

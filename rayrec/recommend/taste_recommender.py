@@ -70,7 +70,7 @@ class TasteRecommender(VectorRecommender):
             if built_from != model_id:
                 raise MismatchError(
                     f"index {index_id} was built from model {built_from}, not from {model_id}; "
-                    "run `rayrec index` for this model first"
+                    f"run `rayrec index --model {model_id}` first"
                 )
             network.index = SongIndex.load(workspace, index_manifest, network.song_vectors)
         if added_id is not None:
@@ -78,7 +78,7 @@ class TasteRecommender(VectorRecommender):
             if added.inputs.get("models") != model_id:
                 raise MismatchError(
                     f"added songs {added_id} were made for model {added.inputs.get('models')}, not for {model_id}; "
-                    "run `rayrec songs add` for this model first"
+                    f"run `rayrec songs add --model {model_id}` first"
                 )
             network.add_songs(AddedSongs.load(workspace, added.folder))
         return network

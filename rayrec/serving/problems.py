@@ -90,7 +90,11 @@ def field_errors(error: InputError) -> list[dict[str, str]]:
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Responses for the OpenAPI document."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"description": title(status), "content": content} for status in statuses}
+    wait = {"Retry-After": {"description": "Seconds to wait before the next attempt.", "schema": {"type": "integer"}}}
+    return {
+        status: {"description": title(status), "content": content, **({"headers": wait} if status == 503 else {})}
+        for status in statuses
+    }
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -7,7 +7,7 @@ own earlier result (or its unfinished files) again. Repeating it on purpose make
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -33,6 +33,7 @@ NOUNS = {  # kind -> what messages call one of it
     "reports": "report",
     "tunings": "tuning",
 }
+FITTED = ("songs", "models", "retrieval", "rankers")  # kinds of what is learned from plays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,16 +119,28 @@ def reuse(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
     return manifest
 
 
-def current_ids(workspace: Workspace) -> dict[str, str]:
-    """Kind -> id of the artifact or split that was requested last, made then or found in the cache."""
+def requested_ids(workspace: Workspace) -> dict[str, list[str]]:
+    """Kind -> ids of artifacts or splits, each where it was requested last: made then or found in the cache."""
     return dict(workspace.read_json(CURRENT)) if workspace.exists(CURRENT) else {}
+
+
+def current_ids(workspace: Workspace) -> dict[str, str]:
+    """Kind -> id of the artifact or split that was requested last."""
+    return {kind: ids[-1] for kind, ids in requested_ids(workspace).items()}
 
 
 def make_current(workspace: Workspace, kind: str, artifact_id: str) -> None:
     """Later stages start from this artifact unless another one is named."""
-    ids = current_ids(workspace)
-    if ids.get(kind) != artifact_id:
-        workspace.write_json(CURRENT, {**ids, kind: artifact_id})
+    ids = requested_ids(workspace)
+    others = [other for other in ids.get(kind, []) if other != artifact_id]
+    if ids.get(kind, []) != [*others, artifact_id]:
+        workspace.write_json(CURRENT, {**ids, kind: [*others, artifact_id]})
+
+
+def last_requested(workspace: Workspace, kind: str, artifact_ids: Sequence[str]) -> str | None:
+    """Of some ids, oldest first, the one that was requested last, else the last; None where there are none."""
+    requested = reversed(requested_ids(workspace).get(kind, []))
+    return next((each for each in requested if each in artifact_ids), artifact_ids[-1] if artifact_ids else None)
 
 
 def load(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
@@ -162,10 +175,10 @@ def listing(workspace: Workspace, kind: str) -> list[Manifest]:
 def latest(
     workspace: Workspace, kind: str, fits: Callable[[Manifest], bool] = lambda manifest: True
 ) -> Manifest | None:
-    """The current artifact of a kind where it fits, else the last made of those that do; None where none does."""
-    fitting = [manifest for manifest in listing(workspace, kind) if fits(manifest)]
-    current = current_ids(workspace).get(kind)
-    return next((manifest for manifest in fitting if manifest.id == current), fitting[-1] if fitting else None)
+    """Of the artifacts of a kind that fit the one that was requested last; None where none does."""
+    fitting = {manifest.id: manifest for manifest in listing(workspace, kind) if fits(manifest)}
+    chosen = last_requested(workspace, kind, list(fitting))
+    return None if chosen is None else fitting[chosen]
 
 
 def newest(workspace: Workspace, kind: str, command: str) -> Manifest:

@@ -66,8 +66,8 @@ def create_release(
 ) -> Manifest:
     """Tie a model, its song vectors, tastes, index, rankers and their retrieval and the data set together under one id.
 
-    What is not named is the newest that fits: the newest model of the data set that has tastes and
-    an index, the newest of those and of the songs added to it, and the retrieval that the rankers were learned with.
+    What is not named is what was requested last: the model of the data set, its tastes and its index, the songs added
+    to it, its rankers, and the retrieval that they were learned with.
     The same parts make the same release. `metrics` are kept in the manifest of a release that is new.
 
     Raises `NotFoundError` where a part is missing, `MismatchError` where named parts do not belong together.
@@ -75,7 +75,7 @@ def create_release(
     dataset = read_manifest(workspace)
     named = {"models": model_id, "rankers": rankers_id, "tastes": tastes_id, "indexes": index_id}
     chosen = {kind: artifacts.load(workspace, kind, part) for kind, part in named.items() if part is not None}
-    model = chosen.get("models") or _newest_model(workspace, dataset, chosen)
+    model = chosen.get("models") or _model_of(workspace, dataset, chosen)
     parts = {
         "songs": artifacts.load(workspace, "songs", model.inputs["songs"]),
         "models": model,
@@ -237,7 +237,7 @@ def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str
 
 
 def parts_of(workspace: Workspace, model: Manifest) -> dict[str, str]:
-    """Role -> id of a model and what was made with it: the current parts, else the last, whatever release is live."""
+    """Role -> id of a model and of the parts made with it that were requested last, whatever release is live."""
     found = {**model.inputs, "models": model.id}
     for kind in ("tastes", "indexes", "rankers", "added_songs"):
         part = _last_of(workspace, kind, model)
@@ -248,25 +248,18 @@ def parts_of(workspace: Workspace, model: Manifest) -> dict[str, str]:
     return found
 
 
-def _newest_model(workspace: Workspace, dataset: DatasetManifest, chosen: dict[str, Manifest]) -> Manifest:
-    """The model that the named parts were made of, else the newest of the data set that has all other parts."""
+def _model_of(workspace: Workspace, dataset: DatasetManifest, chosen: dict[str, Manifest]) -> Manifest:
+    """The model that the named parts were made of, else the one of the data set that was requested last."""
     if chosen:
         return artifacts.load(workspace, "models", next(iter(chosen.values())).inputs["models"])
-    models = [m for m in artifacts.listing(workspace, "models") if dataset.descends_from(m.inputs.get("dataset", ""))]
-    if not models:
+    model = artifacts.latest(workspace, "models", lambda made: dataset.descends_from(made.inputs.get("dataset", "")))
+    if model is None:
         raise NotFoundError(f"Data set {dataset.id} has no model; run `rayrec train` first")
-    current = artifacts.current_ids(workspace).get("models")
-    complete = sorted(models, key=lambda model: model.id == current)  # the current one last
-    for kind in ("tastes", "indexes"):
-        used = {part.inputs.get("models") for part in artifacts.listing(workspace, kind)}
-        complete = [model for model in complete if model.id in used]
-        if not complete:
-            raise NotFoundError(f"No model has {artifacts.noun(kind)}; run `rayrec {MADE_BY[kind]}` first")
-    return complete[-1]
+    return model
 
 
 def _last_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest | None:
-    """The current part of a kind where it was made with the model, else the last that was."""
+    """Of the parts of a kind made with the model the one that was requested last."""
     return artifacts.latest(workspace, kind, lambda part: part.inputs.get("models") == model.id)
 
 

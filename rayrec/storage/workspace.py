@@ -38,7 +38,7 @@ FORGOTTEN = "forgotten"  # who was deleted
 IMPORT_STAGING = "dataset/.staging"  # what an unfinished import has done so far
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
-CURRENT = "current.json"  # kind -> id of what was requested last
+CURRENT = "current.json"  # kind -> ids, in the order in which they were requested last
 LOCK = ".lock"  # held by the run that writes, on a local disk
 LOCK_HOLDER = ".lock-holder.json"  # who that is; on object storage the lock itself
 

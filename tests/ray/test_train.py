@@ -202,7 +202,7 @@ def test_the_plays_to_predict_lie_in_the_validation_range_alone(world: Workspace
 
 
 def test_song_vectors_of_another_split_or_data_set_are_refused(world: Workspace, split: Split) -> None:
-    with pytest.raises(MismatchError, match=r"made from split .*, not from None; run `rayrec embed`"):
+    with pytest.raises(MismatchError, match=r"made from split .*, not from None; run `rayrec embed --no-split` first"):
         train(world, CONFIG)
     other = Manifest(kind="songs", id="other", inputs={"dataset": "gone", "split": split.id})
     publish(world, other, [])

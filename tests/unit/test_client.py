@@ -1,19 +1,37 @@
 """The HTTP client against servers that break, refuse and answer."""
 
 import asyncio
+import inspect
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
+import httpx
 import pytest
+from served import service, write_release, write_world
 
 from rayrec import client as client_module
 from rayrec.client import ApiError, ApiUnavailableError, AsyncClient, Client, Retry
+from rayrec.serving.routes import create_app
+from rayrec.storage.workspace import Workspace
 
+# What a method needs beside its required arguments, which are sampled by their names.
+ALSO = {"recommend": {"user_id": "ann"}, "rank": {"user_id": "ann"}}
+SAMPLES: dict[str, Any] = {
+    "user_id": "ann",
+    "song_id": "song-1",
+    "songs": ["song-1"],
+    "plays": [{"user_id": "ann", "song_id": "song-1", "event_id": "e"}],
+    "requests": [{"user_id": "ann"}],
+    "users": [{"history": ["song-1"]}],
+    "query": "abba",
+}
 BUSY = {"status": 503, "title": "Busy", "detail": "try later"}
 
 
@@ -158,3 +176,86 @@ def test_ids_are_escaped_moments_have_a_zone_and_the_key_is_sent() -> None:
     assert bodies[0]["path"].startswith("/v1/users/a%2Fb%20%2E%2E%3F/taste?at=2026-01-20T18%3A24%3A00%2B00%3A00")
     assert bodies[0]["authorization"] == "Bearer " + "k" * 16
     assert bodies[1]["plays"][0]["played_at"] == "2026-01-20T18:24:00+00:00"
+
+
+def methods(kind: type) -> dict[str, inspect.Signature]:
+    """The methods of a client that send requests."""
+    others = ("close",)
+    found = inspect.getmembers(kind, inspect.isfunction)
+    return {name: inspect.signature(body) for name, body in found if name[0] != "_" and name not in others}
+
+
+def test_every_route_of_the_openapi_document_has_a_method_in_both_clients(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_world(workspace, users=5)
+    write_release(workspace, ranked=False)
+    with service(workspace) as opened:
+        paths = create_app(opened).openapi()["paths"]
+    routes = {(method.upper(), path) for path, operations in paths.items() for method in operations}
+    sent: list[tuple[str, str]] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        sent.append((request.method, request.url.raw_path.decode().partition("?")[0]))
+        return httpx.Response(200, json={})
+
+    transport = httpx.MockTransport(handle)
+    monkeypatch.setattr(client_module.httpx, "Client", partial(httpx.Client, transport=transport))
+    monkeypatch.setattr(client_module.httpx, "AsyncClient", partial(httpx.AsyncClient, transport=transport))
+    synchronous = Client("http://app")
+    for kind in (Client, AsyncClient):
+        sent.clear()
+        for name, signature in methods(kind).items():
+            needed = [
+                item.name
+                for item in list(signature.parameters.values())[1:]
+                if item.default is item.empty and item.kind is not item.VAR_KEYWORD
+            ]
+            arguments = {**{argument: SAMPLES[argument] for argument in needed}, **ALSO.get(name, {})}
+            if kind is Client:
+                getattr(synchronous, name)(**arguments)
+            else:
+                asyncio.run(_call_once(name, arguments))
+        patterns = {route: re.sub(r"\{\w+\}", "[^/]+", route[1]) for route in routes}
+        asked = {
+            next(
+                (route for route in sorted(routes) if route[0] == method and re.fullmatch(patterns[route], path)), path
+            )
+            for method, path in sent
+        }
+        assert asked == routes
+
+
+async def _call_once(name: str, arguments: dict[str, Any]) -> None:
+    async with AsyncClient("http://app") as client:
+        await getattr(client, name)(**arguments)
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    synchronous, asynchronous = methods(Client), methods(AsyncClient)
+    assert synchronous == asynchronous
+
+
+def test_pages_are_texts_and_lists_are_sent_as_the_api_has_them() -> None:
+    def page(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/html; charset=utf-8")
+        handler.send_header("Content-Length", "6")
+        handler.end_headers()
+        handler.wfile.write(b"<html>")
+
+    at = datetime(2026, 1, 20, 18, 24, tzinfo=timezone.utc)
+    answers = [page, *[status(200, {})] * 4]
+    with server(answers) as (url, bodies), Client(url) as client:
+        assert client.report() == "<html>"
+        client.user_plays("a/b", k=3)
+        client.recommend_batch([{"user_id": "ann", "at": at}, {"history": ["a"]}])
+        client.tastes([{"history": ["a"], "at": at}])
+        client.user_recommendations("ann", k=2, at=at, exclude=["a", "b"])
+    assert bodies[1]["path"] == "/v1/users/a%2Fb/plays?k=3"
+    moment = "2026-01-20T18:24:00+00:00"
+    assert bodies[2]["requests"] == [{"user_id": "ann", "at": moment}, {"history": ["a"]}]
+    assert bodies[3]["users"] == [{"history": ["a"], "at": moment}]
+    assert bodies[4]["path"].startswith(
+        "/v1/users/ann/recommendations?k=2&at=2026-01-20T18%3A24%3A00%2B00%3A00&exclude=a"
+    )

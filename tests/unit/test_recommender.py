@@ -13,7 +13,7 @@ from rings import HEAD, ring_plays
 from without_ray import without_ray
 
 import rayrec
-from rayrec import InputError, NotFoundError, Recommender
+from rayrec import Dataset, InputError, NotFoundError, Recommender
 
 SETTINGS: dict[str, Any] = {"hidden_dim": 16, "epochs": 4, "learning_rate": 0.01, "negatives": 16, "progress": False}
 COLUMNS = ["user_id", "rank", "song_id", "title", "artist", "score"]
@@ -53,6 +53,16 @@ def test_the_song_after_the_last_one_comes_first(model: Recommender) -> None:
         last = int(rows[rows["user_id"] == user]["track"].iloc[-1][1:])
         right += f"s{(last + 1) % 60}" in model.recommend(user, k=3, exclude_heard=False)["song_id"].tolist()
     assert right >= 8
+
+
+def test_timestamps_without_a_zone_are_of_the_time_zone_that_fit_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
+    rows = frame(ring_plays(range(3), plays=12))
+    model = Recommender(**SETTINGS | {"epochs": 1}).fit(rows, timezone="Asia/Tokyo")
+    last = Dataset(model.workspace).manifest.last_play
+    assert last == int(rows["timestamp"].max().tz_localize("Asia/Tokyo").timestamp() * 1000)
+    with pytest.raises(InputError, match="unknown time zone 'Mars'"):
+        model.fit(rows, timezone="Mars")
 
 
 def test_plays_after_the_moment_are_not_looked_at(model: Recommender) -> None:

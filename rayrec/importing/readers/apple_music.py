@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data import columns
-from rayrec.data.moments import in_utc, to_ms
+from rayrec.data.moments import to_ms
 from rayrec.data.spelling import Problems, name_songs, spell_ids, spell_texts, valid_text
 from rayrec.importing.readers.accounts import AccountCsvReader
 from rayrec.importing.readers.delimited import DelimitedRows, flags_below, same
@@ -54,7 +54,7 @@ class AppleMusicReader(AccountCsvReader):
         data = {
             columns.USER: pa.array(np.full(count, user, dtype=object), pa.string()),
             columns.SONG_ID: spell_ids(song, problems, column=TITLES[0], reason=NO_SONG),
-            columns.PLAYED_AT: pa.array(to_ms(in_utc(pc.coalesce(*given)), problems, column=TIMES[0])),
+            columns.PLAYED_AT: pa.array(to_ms(pc.coalesce(*given), problems, column=TIMES[0])),
             columns.TITLE: title,
             columns.ARTIST: artist,
         }

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from rayrec.data import columns
-from rayrec.data.moments import in_utc, to_ms
-from rayrec.data.spelling import Problems, spell_ids, valid_text
+from rayrec.data.moments import to_ms
+from rayrec.data.spelling import Problems, spell_ids
 from rayrec.importing.readers import delimited
 from rayrec.importing.readers.files import byte_ranges
 from rayrec.importing.readers.reader import NO_SONG, NO_USER, Batch, ReadOptions, Unit, required_columns, to_batch
@@ -37,6 +37,5 @@ class Music4AllOnionReader:
                 columns.USER: spell_ids(rows.values[USER], problems, column=USER, reason=NO_USER),
                 columns.SONG_ID: spell_ids(rows.values[SONG], problems, column=SONG, reason=NO_SONG),
             }
-            times = in_utc(valid_text(rows.values[TIME], problems))
-            data[columns.PLAYED_AT] = pa.array(to_ms(times, problems, column=TIME))
+            data[columns.PLAYED_AT] = pa.array(to_ms(rows.values[TIME], problems, column=TIME))
             yield to_batch(rows, data, problems, unit.source)

@@ -43,6 +43,7 @@ class ReadOptions:
     playlists: bool = False  # rows are entries of playlists, not plays
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> its name in the file
     delimiter: str = ","  # between the values of a csv file
+    timezone: str = "UTC"  # IANA name, of times without a zone in a csv or Parquet file
     user: str = ""  # whose plays they are, where the format does not say
     user_separator: str = ""  # between user and songs of a line of a sequence file; empty: lines name no user
     song_separator: str = " "  # between the songs of such a line

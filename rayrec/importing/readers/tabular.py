@@ -46,7 +46,7 @@ class CsvReader:
     def read(self, unit: Unit) -> Iterator[Batch]:
         """One batch per block of 16 MiB."""
         for rows in delimited.read_delimited(unit, self.options.delimiter, partial(self._positions, unit.source)):
-            yield convert(rows, self.options.playlists, unit.source)
+            yield convert(rows, self.options, unit.source)
 
     def _positions(self, source: str, header: list[str]) -> dict[str, int]:
         delimited.require_delimiter(source, header, self.options.delimiter)
@@ -66,7 +66,7 @@ class ParquetReader:
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Batches of 262,144 rows; the line is the number of the record."""
         for rows in parquet.read_row_groups(unit, lambda names: find_columns(unit.source, names, self.options)):
-            yield convert(rows, self.options.playlists, unit.source, rows.names)
+            yield convert(rows, self.options, unit.source, rows.names)
 
 
 def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dict[str, int]:
@@ -76,12 +76,12 @@ def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dic
     return reader.mapped_columns(source, names, options.columns, known, needed)
 
 
-def convert(rows: SourceRows, playlists: bool, source: str, names: Mapping[str, str] | None = None) -> Batch:
+def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[str, str] | None = None) -> Batch:
     """Columns by role, of strings or of the types of a Parquet file, to plays or playlist entries.
 
     `names` are those of the columns in the file. Raises `InputError` for a column of a type that cannot hold its role.
     """
-    values = rows.values
+    values, playlists = rows.values, options.playlists
     problems = Problems(len(rows.lines))
 
     def ids(role: str, reason: str) -> pa.Array:
@@ -97,7 +97,8 @@ def convert(rows: SourceRows, playlists: bool, source: str, names: Mapping[str, 
         if playlists:
             data["position"] = _positions(values["position"], problems, name("position"))
         else:
-            data[columns.PLAYED_AT] = pa.array(to_ms(values["played_at"], problems, column=name("played_at")))
+            times = to_ms(values["played_at"], problems, column=name("played_at"), timezone=options.timezone)
+            data[columns.PLAYED_AT] = pa.array(times)
             if "skipped" in values:
                 data[columns.SKIPPED] = read_flags(values["skipped"], problems, name("skipped"))
             if "contexts" in values:

@@ -6,8 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrec.data.histories import Histories
-from rayrec.data.split import DAY_MS, FitRange, Split, SplitConfig, fit_range, load_split, make_split, save_split
+from rayrec.data.split import (
+    DAY_MS,
+    FitRange,
+    Split,
+    SplitConfig,
+    fit_range,
+    load_split,
+    make_split,
+    save_split,
+    trained_on,
+)
 from rayrec.errors import InputError, LeakError, NotFoundError
+from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 USERS = [f"user-{number}" for number in range(2_000)]
@@ -130,3 +141,25 @@ def test_a_range_is_within_another_where_the_other_covers_all_of_it() -> None:
     assert not FitRange().is_within(held_out)
     assert held_out.is_within(held_out)
     assert not FitRange(held_out_share=0.1, held_out_seed=2).is_within(held_out)
+
+
+def test_which_plays_an_artifact_was_trained_on_is_said_in_words(workspace: Workspace) -> None:
+    cuts = {"validation_from": 10 * DAY_MS, "test_from": 20 * DAY_MS}
+    for split in (
+        Split(id="tested", dataset="d", **cuts),
+        Split(id="all", dataset="d", has_test=False, **cuts),
+        Split(id="parts", dataset="d", protocol="last-fraction", last_fraction=0.2, validation_fraction=0.1),
+    ):
+        save_split(workspace, split)
+
+    def of(kind: str, split: str = "", **config: bool) -> str:
+        made = Manifest(kind=kind, id="x", config=config, inputs={"split": split} if split else {})
+        return trained_on(workspace, made)
+
+    assert of("models") == "all plays"
+    assert of("songs", "tested") == "all plays except the plays from 1970-01-21 on, UTC (split tested)"
+    assert of("models", "tested", refit=False) == "all plays except the plays from 1970-01-11 on, UTC (split tested)"
+    assert of("rankers", "tested") == "the plays from 1970-01-11 to before 1970-01-21, UTC (split tested)"
+    assert of("models", "all") == "all plays, after choosing on the plays from 1970-01-11 on, UTC (split all)"
+    assert of("retrieval", "parts").startswith("all plays except the last 0.2 of each user's plays (weaker")
+    assert of("rankers", "parts") == "the last 0.1 of each user's plays before the last 0.2 (split parts)"

@@ -63,7 +63,10 @@ def test_columns_are_guessed_by_name_and_those_given_come_first(tmp_path: Path) 
     config = guess_import([path])
     assert config.columns == {"user": "listener", "song": "track", "played_at": "timestamp"}
     assert config.delimiter == ";"
-    assert describe_import(config) == "csv: user = listener, song = track, played_at = timestamp"
+    assert describe_import(config) == (
+        "csv: user = listener, song = track, played_at = timestamp; times without a zone are UTC"
+    )
+    assert guess_import([path], timezone="Asia/Tokyo").timezone == "Asia/Tokyo"
     assert guess_import([path], columns={"song": "alt"}).columns["song"] == "alt"
 
 

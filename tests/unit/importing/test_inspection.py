@@ -79,7 +79,12 @@ def test_playlists_are_told_from_plays(tmp_path: Path) -> None:
         (["1711929600000"], "unix milliseconds"),
         (["1711929600000000"], "unix microseconds, which are rejected"),
         (["2024-04-01T00:00:00Z"], "ISO 8601 with a zone"),
-        (["2024-04-01 00:00:00"], "time without a zone, of 1 of 1 values"),
+        (["2024-04-01 00:00:00"], "ISO 8601 without a zone, read in Asia/Tokyo"),
+        (
+            ["2024-04-01 00:00:00", "2024-04-01T00:00:00Z"],
+            "ISO 8601 without a zone in 1 of 2 values, read in Asia/Tokyo",
+        ),
+        (["2024-04-01"], "dates alone, read as midnight in Asia/Tokyo"),
         (
             ["soon", "2024-04-01T00:00:00Z"],
             "time is neither unix seconds, unix milliseconds nor ISO 8601, of 1 of 2 values",
@@ -87,7 +92,22 @@ def test_playlists_are_told_from_plays(tmp_path: Path) -> None:
     ],
 )
 def test_how_times_are_written_is_said(values: list[str], form: str) -> None:
-    assert time_form(pa.array(values)) == form
+    assert time_form(pa.array(values), "Asia/Tokyo") == form
+
+
+def test_the_time_zone_is_shown_and_in_the_command(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.csv", "user,song,played_at\na,b,2026-01-01 10:00:00\n")
+    assert inspect_files("csv", [path]).time == "ISO 8601 without a zone, read in UTC"
+    found = inspect_files("csv", [path], "Europe/Berlin")
+    assert (found.time, found.rejected) == ("ISO 8601 without a zone, read in Europe/Berlin", {})
+    assert found.command.endswith("--timezone Europe/Berlin")
+    with pytest.raises(InputError, match="unknown time zone 'Mars'"):
+        inspect_files("csv", [path], "Mars")
+
+
+def test_a_column_of_dates_is_no_time_of_plays_beside_one_of_moments(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.csv", "user,song,when it was,first sold\na,b,2026-01-01 10:00:00,1999-01-01\n")
+    assert {column.name: column.role for column in inspect_files("csv", [path]).columns}["when it was"] == "played_at"
 
 
 def test_names_of_public_data_sets_are_known() -> None:

@@ -76,7 +76,7 @@ def test_each_bad_line_is_rejected_by_itself_with_its_number_and_text(tmp_path: 
         b"a,,1421163674,1",  # 6
         b"a,s1,,1",  # 7
         b"a,s1,yesterday,1",  # 8
-        b"a,s1,2015-01-13T15:41:14,1",  # 9: no zone
+        b"a,s1,2015-01-13T15,1",  # 9: no minute
         b"a,s1,1421163674,perhaps",  # 10
         b'a,"s1,1421163674,1',  # 11: a quote stays open
         b"a,s\xff,1421163674,1",  # 12: not UTF-8
@@ -93,7 +93,7 @@ def test_each_bad_line_is_rejected_by_itself_with_its_number_and_text(tmp_path: 
         (6, "no song"),
         (7, "no time"),
         (8, "time is neither unix seconds, unix milliseconds nor ISO 8601"),
-        (9, "time without a zone"),
+        (9, "time is neither unix seconds, unix milliseconds nor ISO 8601"),
         (10, "skipped is none of true, false, 1, 0"),
         (11, "a quote is not closed on its line"),
         (12, "not UTF-8"),
@@ -103,6 +103,13 @@ def test_each_bad_line_is_rejected_by_itself_with_its_number_and_text(tmp_path: 
     assert bad[1]["text"] == ",s1,1421163674,1"
     assert bad[7]["text"] == 'a,"s1,1421163674,1'
     assert bad[8]["text"] == "a,s\N{REPLACEMENT CHARACTER},1421163674,1"
+
+
+def test_times_without_a_zone_are_of_the_zone_of_the_options(tmp_path: Path) -> None:
+    file = write(tmp_path / "plays.csv", "user,song,played_at\na,s,2015-01-13 16:41:14\na,s,2015-01-13T15:41:14Z\n")
+    for timezone_name, hours in (("UTC", 1), ("Europe/Berlin", 0), ("Asia/Tokyo", -8)):
+        good, _ = read(file, ReadOptions(timezone=timezone_name))
+        assert [row["played_at"] for row in good] == [1421163674000 + hours * 3_600_000, 1421163674000]
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 7, 16, 24, 31, 64, 1000])  # 24: the header, to the byte

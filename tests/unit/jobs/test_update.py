@@ -10,6 +10,7 @@ from rings import BEGIN, DAY, ring_plays, write_rows
 from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
+from rayrec.data.moments import parse_moment
 from rayrec.data.split import load_split
 from rayrec.errors import InputError
 from rayrec.jobs.fit import fit
@@ -148,6 +149,22 @@ def test_few_new_plays_go_live_unchecked_and_states_follow_where_there_is_a_stor
     assert "too few to check" in result.reason
     assert result.states is not None
     assert result.states.users == 150
+
+
+def test_times_without_a_zone_are_of_the_zone_of_the_fit_unless_another_is_named(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    rows = [f"u{user},s{play},2026-01-{play:02} 10:00:00\n" for user in range(3) for play in range(1, 12)]
+    for name, content in (("plays", rows), ("day1", ["u0,s1,2026-01-13\n"]), ("day2", ["u0,s1,2026-01-14 01:00\n"])):
+        (tmp_path / f"{name}.csv").write_text("user_id,track,timestamp\n" + "".join(content))
+    config = FitConfig(paths=(str(tmp_path / "plays.csv"),), timezone="Asia/Tokyo")
+    fit(workspace, config, settings={"import": {"buckets": 2}, **{name: SETTINGS[name] for name in ("embed", "train")}})
+    assert Dataset(workspace).manifest.last_play == parse_moment("2026-01-11T01:00Z")
+    updated(workspace, str(tmp_path / "day1.csv"))
+    assert Dataset(workspace).manifest.last_play == parse_moment("2026-01-12T15:00Z")
+    updated(workspace, str(tmp_path / "day2.csv"), timezone="UTC")
+    assert Dataset(workspace).manifest.last_play == parse_moment("2026-01-14T01:00Z")
 
 
 def test_without_a_live_release_it_says_what_to_run_first(workspace: Workspace, tmp_path: Path) -> None:

@@ -94,6 +94,22 @@ def test_a_result_found_again_is_what_the_next_stage_starts_from(tmp_path: Path)
     assert default_parts(workspace)["models"] == first.id
 
 
+def test_a_release_takes_the_part_of_its_model_that_was_requested_last_whatever_was_requested_for_another(
+    tmp_path: Path,
+) -> None:
+    workspace = Workspace(tmp_path)
+    write_manifest(workspace, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=1, songs=1))
+    stage(workspace, "songs", 0)
+    first = stage(workspace, "models", 0)
+    one, two = stage(workspace, "indexes", 0), stage(workspace, "indexes", 1)
+    assert stage(workspace, "indexes", 0) == one != two
+    stage(workspace, "tastes", 0)
+    stage(workspace, "models", 1)
+    stage(workspace, "indexes", 1)
+    assert stage(workspace, "models", 0) == first
+    assert create_release(workspace).inputs["indexes"] == one.id
+
+
 def test_where_the_current_one_was_deleted_the_last_made_takes_its_place(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     for name in ("a", "b", "c"):

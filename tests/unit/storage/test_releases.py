@@ -69,9 +69,12 @@ def test_the_same_parts_make_the_same_release_and_keep_the_history_short(full: W
         releases.rollback(full)
 
 
-def test_the_newest_parts_that_fit_are_taken(full: Workspace) -> None:
+def test_the_current_model_is_taken_and_no_older_one_in_the_place_of_its_missing_parts(full: Workspace) -> None:
     put_model(full, 2)
-    put(full, "models", "model3", dataset="data1", songs="songs2")  # newer, but without tastes and index
+    put(full, "models", "model3", dataset="data1", songs="songs2")
+    with pytest.raises(NotFoundError, match="model model3 has no taste vectors; run `rayrec taste --model model3`"):
+        releases.create_release(full)
+    artifacts.make_current(full, "models", "model2")
     release = releases.create_release(full)
     assert (release.inputs["models"], release.inputs["indexes"]) == ("model2", "index2")
 
@@ -106,8 +109,9 @@ def test_a_missing_part_says_which_command_makes_it(full: Workspace) -> None:
     put(full, "models", "model9", dataset="data1", songs="songs1")
     with pytest.raises(NotFoundError, match="rayrec taste --model model9"):
         releases.create_release(full, model_id="model9")
+    artifacts.make_current(full, "models", "model1")
     full.delete("indexes")
-    with pytest.raises(NotFoundError, match="rayrec index"):
+    with pytest.raises(NotFoundError, match="rayrec index --model model1"):
         releases.create_release(full)
 
 

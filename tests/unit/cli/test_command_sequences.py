@@ -1,0 +1,330 @@
+"""In any order of commands each starts from what was asked for last, and what an error advises helps."""
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from rings import BEGIN, DAY, HEAD
+from typer.main import get_command
+from without_ray import without_ray
+
+from rayrec_cli.app import app
+from rayrec_cli.main import main
+
+USERS, SONGS, DAYS = 14, 12, 14
+TINY = {  # command -> what makes it fast
+    "import": ["csv", "PLAYS", "--columns", "user=user_id,song=track,played_at=timestamp", "--buckets", "2"],
+    "split": ["--test-days", "3", "--validation-days", "3"],
+    "embed": ["--dim", "4", "--epochs", "1", "--workers", "1"],
+    "train": ["--workers", "0", "--epochs", "1", "--hidden-dim", "4", "--negatives", "4", "--batch", "8"],
+    "rank": ["--trees", "2"],
+    "evaluate": [
+        "--models",
+        "taste,popularity",
+        "--bootstrap-samples",
+        "0",
+        "--offsets",
+        "0",
+        "--max-curve-users",
+        "5",
+    ],
+    "recommend": ["--user", "u0", "-k", "3", "--at", str(BEGIN + 100 * DAY)],
+}
+STEPS = [
+    "import --append 1",
+    "import --append 2",
+    "import --force",
+    "split",
+    "split --test-days 2",
+    "split --last-fraction 0.2",
+    "embed",
+    "embed --no-split",
+    "train",
+    "train",
+    "train --seed 1",
+    "train --no-split",
+    "songs add",
+    "retrieval",
+    "rank",
+    "rank",
+    "taste",
+    "taste",
+    "index",
+    "compact",
+    "release create",
+    "release create",
+    "release rollback",
+    "evaluate",
+    "recommend",
+]
+# Command -> kind of artifact.
+MAKES = {
+    "embed": "songs",
+    "train": "models",
+    "songs add": "added_songs",
+    "retrieval": "retrieval",
+    "rank": "rankers",
+    "taste": "tastes",
+    "index": "indexes",
+}
+BY_SPLIT = ("embed", "train", "retrieval")  # which fit on the plays that a split allows
+OF_MODEL = ("added_songs", "rankers", "tastes", "indexes")
+
+
+def day_of_plays(day: int) -> list[str]:
+    """Rows of HEAD: each user plays four songs of a ring."""
+    return [
+        f"u{user},s{(user + 4 * day + place) % SONGS},{BEGIN + day * DAY + 240 * place},Song,Artist\n"
+        for user in range(USERS)
+        for place in range(4)
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _here() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        patch.setattr("rayrec_cli.main.app", get_command(app))  # Typer would make all commands anew at each call
+        yield
+
+
+@dataclass
+class Expected:
+    """The small model: what must be current after the commands so far."""
+
+    dataset: str = ""  # id
+    plays: str = ""  # id of the data set of these plays before parts were joined
+    versions: set[str] = field(default_factory=set)  # ids of the data set and those that it descends from
+    models: dict[str, str] = field(default_factory=dict)  # id -> its data set, in the order of the last request
+    split: dict[str, Any] | None = None  # as its command prints it
+    current: dict[str, str] = field(default_factory=dict)  # kind -> id
+    of_model: dict[tuple[str, str], str] = field(
+        default_factory=dict
+    )  # kind and model -> id of the part asked for last
+    split_of: dict[str, str | None] = field(default_factory=dict)  # model or retrieval -> split
+    splits: dict[str, dict[str, Any]] = field(default_factory=dict)  # by id
+    live: list[str] = field(default_factory=list)  # ids of releases, the live one last
+    days: set[int] = field(default_factory=set)  # appended
+
+
+class Session:
+    """Runs command lines in one workspace, follows what errors advise, and compares each outcome with what must be."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.expected = folder, Expected()
+        self.lines: list[str] = []  # run so far, with what became of them
+        self.write("plays", [row for day in range(DAYS) for row in day_of_plays(day)])
+        self.write("other", [row for day in range(1, DAYS + 1) for row in day_of_plays(day)])
+        for number in (1, 2):
+            self.write(f"day{number}", day_of_plays(DAYS - 1 + number))
+
+    def write(self, name: str, rows: list[str]) -> None:
+        (self.folder / f"{name}.csv").write_text(HEAD + "".join(rows))
+
+    def run(self, line: str) -> tuple[int, dict[str, Any]]:
+        """Exit code, and what --json prints."""
+        name = command_of(line)
+        given = line.split()
+        words = [*given, *([] if name == "import" and len(given) > 1 else TINY.get(name, []))]
+        if name == "import":
+            day = "".join(word for word in given if word.isdigit())
+            flags = [word for word in given if word.startswith("--")]
+            file = "other" if "--force" in flags else f"day{day}" if day else "plays"
+            words = ["import", *TINY["import"], *flags]
+            words[words.index("PLAYS")] = str(self.folder / f"{file}.csv")
+        elif name == "split" and "--last-fraction" in given:
+            words = given
+        elif name == "split":
+            words = ["split", *TINY["split"], *given[1:]]  # the last of a flag counts
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(["--json", "--workspace", str(self.folder / "workspace"), *words])
+        data = json.loads(out.getvalue())
+        told = "" if code == 0 else ": " + "; ".join(filter(None, (data["error"]["message"], data["error"]["hint"])))
+        self.lines.append(f"{line} -> {code}{told}")
+        assert data.get("error", {}).get("kind") != "internal"
+        if code == 0:
+            self.compare(line, data)
+        return code, data
+
+    def follow(self, line: str, depth: int = 0) -> bool:
+        """Run a command, and what its errors advise, until it works or advises nothing; whether it works."""
+        assert depth < 8, "advice without an end"
+        seen: set[str] = set()
+        while True:
+            code, data = self.run(line)
+            if code == 0:
+                return True
+            text = f"{data['error']['message']}; {data['error']['hint']}"
+            advice = advised(text)
+            if not advice:
+                return False
+            assert text not in seen, "the advice did not help"
+            seen.add(text)
+            for each in advice:
+                assert self.follow(each, depth + 1), "what was advised does not work"
+
+    def compare(self, line: str, data: dict[str, Any]) -> None:
+        """Assert that a command started from what must be current, and take in what it made."""
+        expected, name = self.expected, command_of(line)
+        if line == "import --force":
+            expected.dataset = expected.plays = data["id"]
+            expected.versions = {data["id"]}
+            expected.days = {1}  # of the other plays
+            expected.splits = {each["id"]: each for each in expected.splits.values() if each["dataset"] == data["id"]}
+            expected.split = list(expected.splits.values())[-1] if expected.splits else None
+        elif name == "import":
+            new = "--append" not in line or not expected.days >= {int(line[-1])}
+            assert (data["id"] != expected.dataset) == new
+            if new:
+                expected.dataset = expected.plays = data["id"]
+                expected.versions.add(data["id"])
+                expected.days |= {int(line[-1])} if "--append" in line else set()
+                if expected.split and expected.split["protocol"] != "time":  # each user's last plays are others now
+                    assert "run `rayrec split --last-fraction" in data["warnings"][0]
+                    holding = [split for split in expected.splits.values() if split["protocol"] == "time"]
+                    expected.split = holding[-1] if holding else None
+                    expected.splits = {split["id"]: split for split in holding}
+        elif name == "compact":
+            expected.dataset = data["id"]
+            expected.versions.add(data["id"])
+        elif name == "split":
+            expected.split = data
+            expected.splits.pop(data["id"], None)  # made again: the last one
+            expected.splits[data["id"]] = data
+        elif name in MAKES:
+            self._compare_artifact(line, name, MAKES[name], data)
+        elif name == "evaluate":
+            model = expected.current["models"]
+            assert (data["inputs"]["models"], data["inputs"]["split"]) == (model, expected.split_of[model])
+        elif name == "release create":
+            self._compare_release(data)
+        elif name == "release rollback":
+            expected.live.pop()
+            assert data["id"] == expected.live[-1]
+        state = self.status()
+        assert state["dataset"]["id"] == expected.dataset
+        assert state["current"].items() >= expected.current.items()
+        assert state["active"] == (expected.live[-1] if expected.live else None)
+
+    def _compare_artifact(self, line: str, name: str, kind: str, data: dict[str, Any]) -> None:
+        expected, inputs = self.expected, dict(data["inputs"])
+        current = expected.current
+        named = re.search(r"--model (\S+)", line)
+        model = named[1] if named else current.get("models", "")
+        if name in BY_SPLIT:
+            split = wanted_split(line, expected)
+            assert inputs.get("split") == split
+            assert inputs["dataset"] == expected.dataset
+            assert seen_range(data, expected.splits.get(split) if split else None), data
+        if name == "train":
+            assert inputs["songs"] == current["songs"]
+        if kind in OF_MODEL:
+            assert inputs["models"] == model
+            expected.of_model[kind, model] = data["id"]
+        if name == "rank":
+            assert inputs["retrieval"] == current["retrieval"]
+            assert inputs["split"] == expected.split_of[model] == expected.split_of[inputs["retrieval"]]
+        if name == "taste":
+            assert inputs["dataset"] == expected.plays
+            assert inputs.get("added_songs") == expected.of_model.get(("added_songs", model))
+        if name == "train":
+            expected.models.pop(data["id"], None)
+            expected.models[data["id"]] = inputs["dataset"]
+        if name in ("train", "retrieval"):
+            expected.split_of[data["id"]] = inputs.get("split")
+        current[kind] = data["id"]
+
+    def _compare_release(self, data: dict[str, Any]) -> None:
+        expected = self.expected
+        model = [model for model, dataset in expected.models.items() if dataset in expected.versions][-1]
+        assert data["models"] == model
+        for kind in OF_MODEL:
+            assert data.get(kind) == expected.of_model.get((kind, model))
+        if not expected.live or expected.live[-1] != data["id"]:
+            expected.live.append(data["id"])
+        artifacts = {each["id"]: each for each in self.status()["tastes"]}
+        stale = artifacts[data["tastes"]]["inputs"]["dataset"] != expected.plays
+        assert ("run `rayrec taste`" in " ".join(data.get("warnings", []))) == stale
+
+    def status(self) -> dict[str, Any]:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            assert main(["--json", "--workspace", str(self.folder / "workspace"), "status"]) == 0
+        return dict(json.loads(out.getvalue()))
+
+
+def command_of(line: str) -> str:
+    """The command of a line, with its group."""
+    first, *rest = line.split()
+    return f"{first} {rest[0]}" if first in ("songs", "release") else first
+
+
+def advised(text: str) -> list[str]:
+    """The commands that an error says to run, in order; of alternatives the first."""
+    _, found, rest = text.partition("run `rayrec ")
+    alternatives = re.split(r"` or `", f"`rayrec {rest}") if found else [""]
+    commands = re.findall(r"`rayrec ([^`]+)`", alternatives[0] + "`")
+    return [command for command in commands if command != "serve"]
+
+
+def wanted_split(line: str, expected: Expected) -> str | None:
+    """The split that a fit must have used."""
+    named = re.search(r"--split (\S+)", line)
+    if named:
+        return named[1]
+    return None if "--no-split" in line or expected.split is None else str(expected.split["id"])
+
+
+def seen_range(data: dict[str, Any], split: dict[str, Any] | None) -> bool:
+    """Whether a fit says which plays it saw."""
+    if split is None:
+        return bool(data["trained_on"] == "all plays")
+    if split["test_from"] is None:
+        return f"all plays except the last {split['last_fraction']:.3g} of each user's plays" in data["trained_on"]
+    day = datetime.fromtimestamp(split["test_from"] / 1000, timezone.utc).date()
+    return f"all plays except the plays from {day} on" in data["trained_on"]
+
+
+def play_through(steps: list[str]) -> None:
+    with TemporaryDirectory() as folder:
+        session = Session(Path(folder))
+        try:
+            for step in steps:
+                assert session.follow(step) or (step == "release rollback" and len(session.expected.live) < 2)
+            assert session.follow("release create")
+            assert session.follow("recommend")
+        except AssertionError as error:
+            raise AssertionError("\n".join([*session.lines, "", str(error)])) from None
+
+
+SEQUENCES = st.lists(st.sampled_from(STEPS), min_size=6, max_size=12)
+HOW: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "phases": [Phase.generate],
+    "suppress_health_check": list(HealthCheck),
+}
+
+
+@given(SEQUENCES)
+@settings(max_examples=15, derandomize=True, **HOW)
+def test_each_command_starts_from_what_was_asked_for_last_and_advice_helps(steps: list[str]) -> None:
+    play_through(steps)
+
+
+@pytest.mark.slow
+@given(SEQUENCES)
+@settings(max_examples=100, **HOW)
+def test_many_more_sequences_of_commands(steps: list[str]) -> None:
+    play_through(steps)
