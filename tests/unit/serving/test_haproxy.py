@@ -1,4 +1,4 @@
-"""HAProxy as Serve is told to start it: on loopback alone, and a replica that goes away is no error of the client's."""
+"""HAProxy as Serve is told to start it: its own pages on loopback, and a replica that goes away is no error of the client's."""
 
 import socketserver
 import threading
@@ -71,7 +71,8 @@ class Lives(Dies):
 def haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """HAProxy and its URL."""
     folder = tmp_path_factory.mktemp("haproxy")
-    told, (port, figures, nobody) = environment(ServeConfig(), folder), free_ports(3)
+    told, (port, nobody) = environment(ServeConfig(), folder), free_ports(2)
+    figures = int(told["RAY_SERVE_HAPROXY_METRICS_PORT"])
     servers = [socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) for handler in (Dies, Lives)]
     for server in servers:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -91,9 +92,12 @@ def haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         server.server_close()
 
 
-def test_it_listens_on_loopback_alone_whatever_it_is_told(haproxy: Running) -> None:
-    listening = [connection for connection in haproxy[0].net_connections() if connection.status == psutil.CONN_LISTEN]
-    assert [connection.laddr.ip for connection in listening] == ["127.0.0.1"] * 2
+def test_its_own_pages_are_on_loopback_alone_and_the_application_where_it_was_asked_for(haproxy: Running) -> None:
+    process, url = haproxy
+    listening = [connection for connection in process.net_connections() if connection.status == psutil.CONN_LISTEN]
+    addresses = {connection.laddr.port: connection.laddr.ip for connection in listening}
+    assert addresses.pop(int(url.rsplit(":", 1)[1])) == "0.0.0.0"  # as its configuration says
+    assert [*addresses.values()] == ["127.0.0.1"]
 
 
 def test_a_request_whose_replica_dies_is_answered_by_another(haproxy: Running) -> None:
