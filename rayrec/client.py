@@ -39,6 +39,8 @@ class SongAnswer(TypedDict):
     artist: str | None
     score: float
     reasons: list[str] | None
+    explored: bool | None
+    probability: float | None
 
 
 class RecommendationsAnswer(TypedDict):
@@ -106,6 +108,16 @@ class PlaysAnswer(TypedDict):
     invalid: int
     outcomes: list[str]
     errors: list[dict[str, str]]
+
+
+class SongsAddedAnswer(TypedDict):
+    """What became of songs that were sent."""
+
+    release: str
+    added: int
+    online: int
+    limit: int
+    outcomes: list[Literal["added", "known"]]
 
 
 class TasteAnswer(TypedDict):
@@ -265,6 +277,13 @@ class Client(_Connection):
         """Store plays, up to 1,000: user_id, song_id, event_id and, unless they are played now, played_at."""
         return cast(PlaysAnswer, self._send(_plays_call(plays)))
 
+    def add_songs(self, songs: Sequence[Mapping[str, Any]]) -> SongsAddedAnswer:
+        """Add songs until the next release, up to 1,000, all or none; every replica recommends them within a second.
+
+        Each has a song_id and, where they are known, title, artist, album, released, markets and vector.
+        """
+        return cast(SongsAddedAnswer, self._send(("POST", "/v1/songs", {"json": {"songs": list(songs)}})))
+
     def taste(self, user_id: str, at: Moment | None = None) -> TasteAnswer:
         """The taste vectors of a stored user."""
         return cast(TasteAnswer, self._send(_taste_call(user_id, at)))
@@ -340,6 +359,10 @@ class AsyncClient(_Connection):
     async def plays(self, plays: Sequence[Mapping[str, Any]]) -> PlaysAnswer:
         """As in `Client`."""
         return cast(PlaysAnswer, await self._send(_plays_call(plays)))
+
+    async def add_songs(self, songs: Sequence[Mapping[str, Any]]) -> SongsAddedAnswer:
+        """As in `Client`."""
+        return cast(SongsAddedAnswer, await self._send(("POST", "/v1/songs", {"json": {"songs": list(songs)}})))
 
     async def taste(self, user_id: str, at: Moment | None = None) -> TasteAnswer:
         """As in `Client`."""

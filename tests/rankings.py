@@ -11,9 +11,11 @@ from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind, exampl
 SMALL = RankerSettings(trees=6, leaves=4, min_leaf=5, patience=6)
 
 
-def fit_rankers(network: TasteRecommender, histories: Histories) -> tuple[Retrieval, dict[RankerKind, Ranker]]:
+def fit_rankers(
+    network: TasteRecommender, histories: Histories, artist_of_song: np.ndarray | None = None
+) -> tuple[Retrieval, dict[RankerKind, Ranker]]:
     """A retrieval of all plays, and rankers taught by the last play of each user."""
-    retrieval = Retrieval.fit([histories], num_songs=network.num_songs)
+    retrieval = Retrieval.fit([histories], num_songs=network.num_songs, artist_of_song=artist_of_song)
     source = CandidateSource(network, retrieval)
     plays = histories.offsets[1:][histories.lengths > 1] - 1
     queries = Questions.before_plays(histories, plays)

@@ -13,6 +13,7 @@ from networks import model_config, network
 from rankings import fit_rankers
 from worlds import random_histories, write_dataset, write_song_vectors
 
+from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
 from rayrec.model.checkpoint import save_model
@@ -54,10 +55,12 @@ def write_release(
     ranked: bool = True,
     kind: str = "flat",
     activate: bool = True,
+    artists: bool = False,
 ) -> Manifest:
     """A release of an untrained network over the data set of a workspace; other seeds answer otherwise.
 
-    With `ranked` it has a retrieval and rankers, without them the network answers alone.
+    With `ranked` it has a retrieval and rankers, which know the artists of songs with `artists`, without them the
+    network answers alone.
     """
     dataset = Dataset(workspace)
     histories = list(dataset.read_all())
@@ -65,7 +68,8 @@ def write_release(
     inputs = {"dataset": dataset.manifest.id, "songs": "by-hand"}
     made = _write_model(workspace, Manifest(kind="models", id=f"model{name}", inputs=inputs), model, histories)
     if ranked:
-        _write_rankers(workspace, made, name, concatenate(histories))
+        codes = dataset.catalog().codes(columns.ARTIST) if artists else None
+        _write_rankers(workspace, made, name, concatenate(histories), codes)
     _write_index(workspace, made, name, kind)
     tastes = Manifest(kind="tastes", id=f"tastes{name}", inputs={"dataset": dataset.manifest.id, "models": made.id})
     for bucket in range(dataset.manifest.buckets):
@@ -92,8 +96,10 @@ def _write_model(workspace: Workspace, manifest: Manifest, model: TasteModel, hi
     return publish(workspace, manifest, files)
 
 
-def _write_rankers(workspace: Workspace, model: Manifest, name: str, histories: Histories) -> None:
-    retrieval, rankers = fit_rankers(TasteRecommender.load(workspace, model.id), histories)
+def _write_rankers(
+    workspace: Workspace, model: Manifest, name: str, histories: Histories, artists: np.ndarray | None
+) -> None:
+    retrieval, rankers = fit_rankers(TasteRecommender.load(workspace, model.id), histories, artists)
     inputs = {"dataset": model.inputs["dataset"]}
     fitted = Manifest(kind="retrieval", id=f"retrieval{name}", inputs=inputs)
     publish(workspace, fitted, retrieval.save(workspace, fitted.folder))

@@ -151,8 +151,14 @@ def answer_view(recommended: Answer, who: str) -> list[RenderableType]:
     """The last plays and the songs recommended after them."""
     title = f"Last plays of {who}, {recommended.plays:,} in all"
     played: list[RenderableType] = [table(title, ["song"], [[song.name] for song in recommended.last_plays])]
-    rows = [[rank, song.name, song.score] for rank, song in enumerate(recommended.songs, 1)]
-    views = [*played, table("Recommended", ["#", "song", "score"], rows, left=["song"])]
+    head, rows = (
+        ["#", "song", "score"],
+        [[rank, song.name, song.score] for rank, song in enumerate(recommended.songs, 1)],
+    )
+    if any(song.explored for song in recommended.songs):
+        head = [*head, "explored with probability"]
+        rows = [[*row, song.probability or ""] for row, song in zip(rows, recommended.songs, strict=True)]
+    views = [*played, table("Recommended", head, rows, left=["song"])]
     explained = [f"{rank}. {'; '.join(song.reasons)}" for rank, song in enumerate(recommended.songs, 1) if song.reasons]
     return [*views, "\n".join(["Reasons", *explained])] if explained else views
 

@@ -137,6 +137,12 @@ class SongSearch:
         best = np.argpartition(-worth, limit)[:limit] if limit < len(found) else np.arange(len(found))
         return found[best[np.argsort(-worth[best])]].astype(np.int32), len(found)
 
+    def fits(self, query: str, rows: np.ndarray) -> np.ndarray:
+        """int64 (n,): how well the songs at `rows`, int32 (n,), fit a query that they hold, EXACT best."""
+        places, wanted = pa.array(rows), fold(query)
+        texts = (self._titles.take(places), self._artists.take(places))
+        return np.asarray(np.maximum(*(_fit(text, None, wanted) for text in texts)))
+
     def _holding(self, words: list[str]) -> pa.Array:
         """uint64: the rows of the songs that hold every word; the longest is looked for first, as few hold it."""
         longest, *others = sorted(words, key=len, reverse=True)
@@ -146,9 +152,9 @@ class SongSearch:
         return rows
 
 
-def _fit(texts: pa.Array, rows: pa.Array, wanted: str) -> np.ndarray:
-    """int64: how well the text of each row fits."""
-    if len(rows) * MANY < len(texts):
+def _fit(texts: pa.Array, rows: pa.Array | None, wanted: str) -> np.ndarray:
+    """int64: how well the text of each row, of all where none are given, fits."""
+    if rows is not None and len(rows) * MANY < len(texts):
         texts, rows = texts.take(rows), None
     starts = pc.starts_with(texts, wanted).to_numpy(zero_copy_only=False)
     if rows is not None:  # of many rows a pass over all texts is faster than a copy of theirs

@@ -16,8 +16,8 @@ from rayrec.errors import MismatchError, NotFoundError
 from rayrec.notebook import html_figures
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
-from rayrec.storage.dataset_manifest import DatasetManifest, earlier_version, read_manifest
-from rayrec.storage.workspace import PLAYLISTS, SONGS_TABLE, Workspace
+from rayrec.storage.dataset_manifest import DatasetManifest, earlier_version, read_manifest, read_songs
+from rayrec.storage.workspace import PLAYLISTS, Workspace
 
 
 class Dataset:
@@ -136,7 +136,7 @@ class Dataset:
 
         Without songs that an unfinished import has put behind it.
         """
-        table = self.workspace.read_table(SONGS_TABLE).slice(0, self.num_songs)
+        table = read_songs(self.workspace, self.manifest)
         for description in self.descriptions():
             table = described(table, self.workspace.read_table(description.path(DESCRIPTIONS_FILE)))
         return Catalog(table)
@@ -179,7 +179,7 @@ class Dataset:
 
     def content(self) -> Content:
         """The content vectors of the catalog's songs."""
-        table = self.workspace.read_table(SONGS_TABLE, [columns.SONG_ID]).slice(0, self.num_songs)
+        table = read_songs(self.workspace, self.manifest, [columns.SONG_ID])
         return Content.load(self.workspace, self.descriptions(), columns.one_array(table.column(columns.SONG_ID)))
 
 

@@ -21,12 +21,14 @@ from rayrec.evaluation.protocol import (
     OFFSETS,
     EvaluateConfig,
     blocks,
+    first_plays,
     horizon_of,
+    in_mask,
     slices_of,
     usual_k,
 )
 from rayrec.evaluation.query_block import QueryBlock
-from rayrec.evaluation.ranks import Ranked, metric_columns, metrics_of, rank_targets
+from rayrec.evaluation.ranks import NOT_FOUND, Ranked, metric_columns, metrics_of, rank_targets
 from rayrec.evaluation.vector_metrics import PAIRED, RandomSongs, cosine_sums, curves_of, pair_sums, popularity_ranks
 from rayrec.recommend.base import BaseRecommender, CandidateRecommender
 
@@ -67,6 +69,21 @@ class Evaluator:
         self.coverage_songs = coverage_songs(len(song_plays))
         self._negatives = RandomSongs(song_plays, config.seed)
         self._popularity_ranks = popularity_ranks(song_plays)
+        from rayrec.recommend.selection import Starting  # brings torch, as those below: commands start without it
+        from rayrec.recommend.taste_recommender import TasteRecommender
+        from rayrec.recommend.two_step import TwoStepRecommender
+
+        two_step = next((one for one in recommenders if isinstance(one, TwoStepRecommender)), None)
+        networks = [one for one in recommenders if isinstance(one, TasteRecommender)]
+        self._network = two_step.source.network if two_step else next(iter(networks), None)
+        starting = Starting.of(
+            song_plays,
+            self.known_songs,
+            recent_plays=two_step.source.retrieval.recent_plays if two_step else None,
+            artist_of_song=two_step.source.retrieval.artists.of_song if two_step else None,
+        )
+        self._starting_ranks = np.full(len(song_plays), NOT_FOUND)  # of each song for a user without plays
+        self._starting_ranks[starting.order] = np.arange(1, len(starting.order) + 1)
 
     def empty(self, cells: int = CellRange().count) -> MetricAccumulator:
         """The sums of no users."""
@@ -93,15 +110,41 @@ class Evaluator:
         histories = histories.take(cells.holds(histories.user_ids))
         if self.chosen_users is not None:
             histories = histories.take(self.chosen_users(histories.user_ids))
+        self._count_first_plays(sums, histories, cells)
         for users, plays in blocks(histories, self.split, QUERIES_PER_BLOCK, self.query_share):
             block = QueryBlock.of(
-                users, plays, self.split, self.config, self.curve_share, self.contexts, cells, self.known_songs
+                users,
+                plays,
+                self.split,
+                self.config,
+                self.curve_share,
+                self.contexts,
+                cells,
+                self.known_songs,
+                self._network,
             )
             self._count(sums, block)
             for model in range(len(self.recommenders)):
                 self._add_model(sums, model, block)
             self._add_curves(sums, block)
         return sums
+
+    def _count_first_plays(self, sums: MetricAccumulator, histories: Histories, cells: CellRange) -> None:
+        """The first plays of users of whom nothing is known: all of them get the same songs, whatever the model."""
+        place = slices_of(self.contexts).index(("known", "0"))
+        users, songs = first_plays(histories, self.split, self.query_share)
+        cell, ranks = cells.cells_of(histories.user_ids)[users], np.full(len(users), NOT_FOUND)
+        found = in_mask(self.known_songs, songs)
+        ranks[found] = self._starting_ranks[songs[found]]
+        values = metrics_of(ranks, np.arange(len(users)), np.ones(len(users), np.int64), self.config.ks)
+        np.add.at(sums.slice_queries[:, place], cell, 1.0)
+        chosen = values[:, self._sliced_columns()]
+        for model in range(len(self.recommenders)):
+            np.add.at(sums.slice_metrics[:, model, place], cell, chosen)
+
+    def _sliced_columns(self) -> list[int]:
+        columns = metric_columns(self.config.ks)
+        return [columns.index((metric, usual_k(self.config.ks))) for metric in SLICED]
 
     def _count(self, sums: MetricAccumulator, block: QueryBlock) -> None:
         """The queries behind each view and each slice, and the users with any."""
@@ -110,7 +153,7 @@ class Evaluator:
             sums.queries[:, place] += block.sums(np.ones((len(mask), 1)), mask)[..., 0]
             groups = block.groups[np.unique(block.queries.rows[mask])]
             sums.users[place] += np.bincount(groups, minlength=len(GROUPS))
-        sums.slice_queries += block.sums(block.slices.T.astype(np.float64)).sum(axis=1)
+        sums.slice_queries += block.sums(block.slices.T.astype(np.float64)).sum(axis=1)  # none is of no plays
 
     def _add_model(self, sums: MetricAccumulator, model: int, block: QueryBlock) -> None:
         recommender = self.recommenders[model]
@@ -133,8 +176,7 @@ class Evaluator:
             self._add_retrieved(sums, model, block, ranked, recommender.retrievers)
         for place, view in enumerate(VIEWS):
             sums.metrics[:, model, place] += block.sums(metrics.get(view, metrics["next"]), block.counted[view])
-        columns = metric_columns(self.config.ks)
-        chosen = metrics["next"][:, [columns.index((metric, usual_k(self.config.ks))) for metric in SLICED]]
+        chosen = metrics["next"][:, self._sliced_columns()]
         for place, mask in enumerate(block.slices):
             sums.slice_metrics[:, model, place] += block.sums(chosen, mask).sum(axis=1)
 

@@ -16,9 +16,11 @@ from pydantic import Field, PositiveInt, model_validator
 
 from rayrec.config import Settings
 from rayrec.data.histories import Histories, Questions, user_hash
-from rayrec.data.split import Split
+from rayrec.data.split import DAY_MS, Split
 from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.recommend.base import BaseRecommender, Horizon
+from rayrec.recommend.query_batch import SESSION_GAP_MS
+from rayrec.recommend.vector_recommender import VectorRecommender
 
 USUAL_K = 20
 
@@ -45,6 +47,12 @@ COUNTED_BUCKETS = 16  # whose plays to predict are counted where a number of que
 GROUPS = ("seen", "new", "held_out")  # every user is in one; "all" is their sum
 BOUNDS = (1, 2, 5, 20, 100)  # the least plays of each class
 CLASSES = ("1", "2-4", "5-19", "20-99", "100+")
+KNOWN = (0, 1, 5)  # plays that are known of a user
+GAP_DAYS = (0, 1, 7, 30, 90)  # the least days of each class
+GAPS = ("under 1 day", "1-6 days", "7-29 days", "30-89 days", "90+ days")
+DRIFT_COSINES = (0.0, 0.25, 0.5)  # the least cosine of each class but the first
+DRIFTS = ("below 0", "0 to 0.25", "0.25 to 0.5", "0.5 or more")
+SESSION_SONGS = 10  # of a session, the last, that say where it lies
 
 
 class EvaluateConfig(Settings):
@@ -204,23 +212,104 @@ class HeardSongs:
 
 
 def slices_of(contexts: Sequence[str]) -> list[tuple[str, str]]:
-    """What each slice goes by and its name, S of them: history, activity and the named contexts.
+    """What each slice goes by and its name, S of them.
 
-    history: the user's plays before the query. activity: how many plays of the user are predicted. context: where the
-    play to predict came from; a play of several counts in each.
+    history: the user's plays before the query. activity: how many plays of the user are predicted. known: a user of
+    whom exactly so many plays are known. gap: the pause before the session that the query goes on or begins. drift: the
+    cosine of the songs of this session with the long-term taste vector of the time before it, where both are there.
+    context: where the play to predict came from; a play of several counts in each.
     """
     by_plays = [(by, name) for by in ("history", "activity") for name in CLASSES]
-    return by_plays + [("context", name) for name in contexts]
+    others = [("known", str(plays)) for plays in KNOWN] + [("gap", name) for name in GAPS]
+    return by_plays + others + [("drift", name) for name in DRIFTS] + [("context", name) for name in contexts]
 
 
-def slice_masks(histories: Histories, queries: Questions, predicted: np.ndarray, contexts: Sequence[str]) -> np.ndarray:
-    """bool (S, Q): the queries in each of the slices of `slices_of`; `predicted` is int (U,), plays to predict."""
+def slice_masks(
+    histories: Histories,
+    queries: Questions,
+    predicted: np.ndarray,
+    contexts: Sequence[str],
+    network: VectorRecommender | None = None,
+) -> np.ndarray:
+    """bool (S, Q): the queries in each of the slices of `slices_of`; `predicted` is int (U,), plays to predict.
+
+    Without a network, whose vectors say how far sessions lie from long-term taste, no query is in a slice of drift.
+    """
     activity = predicted[queries.rows]
     masks = [class_of(plays) == place for plays in (queries.seen, activity) for place in range(len(CLASSES))]
+    masks += [queries.seen == plays for plays in KNOWN]
+    before = plays_before_session(histories, queries)
+    gaps = np.searchsorted(GAP_DAYS, gap_days(histories, queries, before), side="right")
+    masks += [gaps == place for place in range(1, len(GAPS) + 1)]
+    drifts = np.zeros(len(queries), dtype=np.int64)
+    if network is not None:
+        cosines = session_cosines(network, histories, queries, before)
+        drifts = np.where(np.isnan(cosines), 0, 1 + np.searchsorted(DRIFT_COSINES, cosines, side="right"))
+    masks += [drifts == place for place in range(1, len(DRIFTS) + 1)]
     target = histories.offsets[queries.rows] + queries.seen
     bits = np.zeros(len(queries), np.int32) if histories.contexts is None else histories.contexts[target]
     masks += [(bits >> bit) & 1 == 1 for bit in range(len(contexts))]
     return np.stack(masks)
+
+
+def plays_before_session(histories: Histories, queries: Questions) -> np.ndarray:
+    """int64 (Q,): the user's plays before the session that the query goes on; all of them where it begins one."""
+    begins = np.ones(histories.num_plays, dtype=bool)
+    begins[1:] = np.diff(histories.played_at) > SESSION_GAP_MS
+    begins[histories.offsets[:-1][histories.lengths > 0]] = True
+    first = np.maximum.accumulate(np.where(begins, np.arange(histories.num_plays), 0))
+    last = histories.offsets[queries.rows] + queries.seen - 1
+    goes_on = queries.at - histories.played_at[last] <= SESSION_GAP_MS
+    return np.asarray(np.where(goes_on, first[last] - histories.offsets[queries.rows], queries.seen))
+
+
+def _session_at(histories: Histories, queries: Questions, before: np.ndarray) -> np.ndarray:
+    """int64 (Q,), ms UTC: when the session of each query began, with the query where it has no play yet."""
+    first = np.minimum(histories.offsets[queries.rows] + before, histories.num_plays - 1)
+    return np.asarray(np.where(before < queries.seen, histories.played_at[first], queries.at))
+
+
+def gap_days(histories: Histories, queries: Questions, before: np.ndarray) -> np.ndarray:
+    """float64 (Q,): days between the session of each query and the last play before it; -1 where there is none."""
+    last = np.maximum(histories.offsets[queries.rows] + before - 1, 0)
+    days = (_session_at(histories, queries, before) - histories.played_at[last]) / DAY_MS
+    return np.where(before > 0, days, -1.0)
+
+
+def session_cosines(
+    network: VectorRecommender, histories: Histories, queries: Questions, before: np.ndarray
+) -> np.ndarray:
+    """float64 (Q,): the cosine of the mean of the session's last ten songs with the long-term vector before it.
+
+    NaN where the session has no song with a vector yet, or nothing lies before it.
+    """
+    cosines = np.full(len(queries), np.nan)
+    rows = np.flatnonzero((before > 0) & (before < queries.seen))
+    if not len(rows):
+        return cosines
+    vectors, sums = network.song_vectors, np.zeros((len(rows), network.song_vectors.shape[1]))
+    for back in range(1, SESSION_SONGS + 1):
+        inside = queries.seen[rows] - back >= before[rows]
+        songs = histories.songs[(histories.offsets[queries.rows[rows]] + queries.seen[rows] - back)[inside]]
+        known = songs < len(vectors)
+        sums[np.flatnonzero(inside)[known]] += vectors[songs[known]]
+    # Queries of one session share the vector before it.
+    sessions, which = np.unique(np.stack([queries.rows[rows], before[rows]]), axis=1, return_inverse=True)
+    at = np.zeros(sessions.shape[1], dtype=np.int64)
+    at[which.reshape(-1)] = _session_at(histories, queries, before)[rows]
+    long = network.vectors(histories, Questions(rows=sessions[0], seen=sessions[1], at=at), "long")[which.reshape(-1)]
+    norms = np.linalg.norm(sums, axis=1) * np.linalg.norm(long, axis=1)
+    cosines[rows[norms > 0]] = (sums * long).sum(axis=1)[norms > 0] / norms[norms > 0]
+    return cosines
+
+
+def first_plays(histories: Histories, split: Split, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Users, int64 (n,), whose first play is in the test range, a share of them by hash; and its song, int64 (n,)."""
+    users = np.flatnonzero(histories.lengths > 0)
+    plays = histories.offsets[:-1][users]
+    drawn = uniform_draws(user_hash(histories.user_ids, salt="queries ")[users], np.zeros(len(users), np.int64)) < share
+    chosen = split.is_test(histories)[plays] & drawn
+    return users[chosen], histories.songs[plays[chosen]].astype(np.int64)
 
 
 def class_of(plays: np.ndarray) -> np.ndarray:

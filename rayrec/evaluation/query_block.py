@@ -25,6 +25,7 @@ from rayrec.evaluation.protocol import (
     target_songs,
     user_groups,
 )
+from rayrec.recommend.vector_recommender import VectorRecommender
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,12 @@ class QueryBlock:
         contexts: Sequence[str],
         cells: CellRange,
         known_songs: np.ndarray,
+        network: VectorRecommender | None = None,
     ) -> QueryBlock:
-        """The queries whose next plays are those at positions `plays`, int (Q,); `known_songs` as in `target_songs`."""
+        """The queries whose next plays are those at positions `plays`, int (Q,).
+
+        `known_songs` are as in `target_songs`, `network` as in `slice_masks`.
+        """
         queries = Questions.before_plays(histories, plays)
         drawn = user_hash(histories.user_ids, salt=f"curves {config.seed} ") / 2.0**64 < curve_share
         heard = HeardSongs(histories)
@@ -71,7 +76,7 @@ class QueryBlock:
             groups=user_groups(histories, split),
             targets=targets,
             counted={**counted, "next_new": ~repeat, "next_repeat": repeat, LAST: last},
-            slices=slice_masks(histories, queries, predicted, contexts),
+            slices=slice_masks(histories, queries, predicted, contexts, network),
             drawn=drawn[queries.rows],
             heard=heard,
         )

@@ -137,7 +137,7 @@ class Figures:
     def breakdowns(self, contexts: Sequence[str]) -> list[Entry]:
         """Recall and MRR of the next play by slice: model, by, slice, metric, k, value, low, high and plays.
 
-        Empty slices are left out; `by` is history, activity or context, see `slices_of`.
+        Empty slices are left out; `by` is as in `slices_of`.
         """
         entries = []
         for place, (by, name) in enumerate(slices_of(contexts)):

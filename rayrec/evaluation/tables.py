@@ -31,6 +31,9 @@ SUMMARY = ("served", "next", "next_repeat", "offsets25_50")
 BY_TITLES = {
     "history": "By plays of the user before the query",
     "activity": "By plays of the user in the test range",
+    "known": "Where so many plays of a user are known; 0: the same songs for everybody",
+    "gap": "By the pause before the session",
+    "drift": "By the cosine of the session with the long-term taste before it",
     "context": "By context of the play",
 }
 VECTOR_TITLES = {"songs": "as embedded", "models": "as the network scores them"}

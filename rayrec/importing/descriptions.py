@@ -31,8 +31,9 @@ from rayrec.importing.staging import Staging
 from rayrec.importing.vector_files import read_vector_file
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
+from rayrec.storage.dataset_manifest import read_songs
 from rayrec.storage.locking import writes
-from rayrec.storage.workspace import DATASET, SONGS_TABLE, Workspace
+from rayrec.storage.workspace import DATASET, Workspace, later_songs_file
 
 ROLES = {
     "song": columns.SONG_ID,
@@ -195,7 +196,7 @@ def take_in_described_songs(dataset: Dataset) -> int:
     The data set gets another id and descends from the one that was there; plays and other rows stay as they are.
     """
     workspace, base = dataset.workspace, dataset.manifest
-    songs = workspace.read_table(SONGS_TABLE).slice(0, base.songs)
+    songs = read_songs(workspace, base, [columns.SONG_ID])
     parts = [pa.array([], pa.string())]
     for description in dataset.descriptions():
         names = [DESCRIPTIONS_FILE, *([CONTENT_IDS] if CONTENT_FILE in description.files else [])]
@@ -209,17 +210,18 @@ def take_in_described_songs(dataset: Dataset) -> int:
         return 0
     rows = pa.array(np.arange(base.songs, base.songs + len(new), dtype=np.int32))
     nothing = pa.nulls(len(new), pa.string())  # titles and artists come from the descriptions
-    grown = pa.concat_tables([songs, pa.table([rows, new, nothing, nothing], schema=columns.SONGS_TABLE)])
-    staging = Staging(workspace, artifacts.fingerprint("described songs", {"songs": len(grown)}, {"dataset": base.id}))
-    digest = workspace.write_table(staging.out(SONGS_TABLE), grown)
-    files = base.files | {SONGS_TABLE.removeprefix(f"{DATASET}/"): digest} | staging.keep_manifest(base)
+    table, path = pa.table([rows, new, nothing, nothing], schema=columns.SONGS_TABLE), later_songs_file(base.songs)
+    total = base.songs + len(new)
+    staging = Staging(workspace, artifacts.fingerprint("described songs", {"songs": total}, {"dataset": base.id}))
+    digest = workspace.write_table(staging.out(path), table)
+    files = base.files | {path.removeprefix(f"{DATASET}/"): digest} | staging.keep_manifest(base)
     manifest = replace(
         base,
         id=artifacts.fingerprint("dataset", {"files": dict(sorted(files.items()))}, {}),
         lineage=base.lineage or base.id,
         ancestors=[*base.ancestors, base.id],
         joined_from=base.plays_id,  # the plays are the same
-        songs=len(grown),
+        songs=total,
         files=dict(sorted(files.items())),
         created_at=datetime.now(timezone.utc).isoformat(),
     )

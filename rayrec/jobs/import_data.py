@@ -39,7 +39,7 @@ from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import BucketWorker, ray_cluster, run_buckets
 from rayrec.progress import progress
 from rayrec.storage.artifacts import fingerprint
-from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.dataset_manifest import DatasetManifest, read_songs
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import (
     DATASET,
@@ -334,7 +334,7 @@ class _Import:
         todo = [number for number in ranges if self.staging.songs_file(number) not in there]
         self._run("songs", SongRange, todo, offsets=np.array([piece.songs for piece in pieces]))
         new = (self.workspace.read_table(self.staging.songs_file(number)) for number in ranges)
-        vocabulary = Vocabulary(self.workspace.read_table(SONGS_TABLE) if self.base else None, new)
+        vocabulary = Vocabulary(read_songs(self.workspace, self.base) if self.base else None, new)
         if self.config.min_user_plays > 1 or self.config.min_song_plays > 1:
             left = {number for number in range(self.buckets) if self.staging.counts_file(number) not in there}
             self._run_groups("count songs", KeyCounter, left, merge=merge, offsets=offsets)

@@ -19,7 +19,8 @@ from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress
 from rayrec.recommend.answer import RecommendConfig, load_recommender
-from rayrec.recommend.base import NO_SONG, BaseRecommender
+from rayrec.recommend.base import NO_SONG, BaseRecommender, Ranking
+from rayrec.recommend.exploring import POOL, Explored, with_explored
 from rayrec.recommend.filters import without_heard
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import BUCKET_COUNTS, RECOMMENDATIONS, Manifest
@@ -36,6 +37,15 @@ SCHEMA = pa.schema(
         pa.field(columns.SCORES, pa.list_(pa.float32()), nullable=False),  # one a song
     ]
 )
+
+
+def schema_of(config: RecommendConfig) -> pa.Schema:
+    """The columns of the files; with explore the probability of each explored song, null for the others."""
+    return (
+        SCHEMA.append(pa.field(columns.PROBABILITIES, pa.list_(pa.float64()), nullable=False))
+        if config.explore
+        else SCHEMA
+    )
 
 
 def recommendations_file(folder: str, bucket: int) -> str:
@@ -56,7 +66,8 @@ def recommend_all(
 
     `parts`, role -> id, answer; see `load_recommender`. `at` is ms UTC, by default just after the last play. One
     Parquet file a bucket, of one row a user: user_id, song_ids list<string>, scores list<float32>, fewer than k where
-    fewer songs qualify. Metrics: seconds, users, songs (of all rows) and buckets_computed.
+    fewer songs qualify; with explore also probabilities list<float64>, null for songs not explored. Metrics: seconds,
+    users, songs (of all rows) and buckets_computed.
 
     Raises `InputError` where reasons are asked for, `MismatchError` for parts of another data set.
     """
@@ -128,7 +139,10 @@ class BucketRecommendations:
             digest = artifacts.sha256(workspace, path)
             return BucketRows(bucket=bucket, sha256=digest, counts={**counts, "buckets_computed": 0})
         counts = {"users": 0, "songs": 0}
-        with workspace.open_output(path) as stream, pq.ParquetWriter(stream, SCHEMA, compression="zstd") as writer:
+        with (
+            workspace.open_output(path) as stream,
+            pq.ParquetWriter(stream, schema_of(task.config), compression="zstd") as writer,
+        ):
             for table in self._tables(bucket):
                 writer.write_table(table)
                 counts["users"] += table.num_rows
@@ -151,18 +165,33 @@ class BucketRecommendations:
         ranking = recommender.rank(
             histories,
             self._task.at,
-            config.k,
+            config.k + (POOL if config.explore else 0),
             horizon=config.horizon,
             limits=without_heard(histories) if config.exclude_heard else None,
         )
         real = ranking.songs != NO_SONG
-        offsets = pa.array(np.concatenate([[0], np.cumsum(real.sum(axis=1))]).astype(np.int32))
-        song_ids = self._song_ids.take(pa.array(ranking.songs[real]))
-        return pa.table(
-            [
-                pa.array(histories.user_ids, pa.string()),
-                pa.ListArray.from_arrays(offsets, song_ids),
-                pa.ListArray.from_arrays(offsets, pa.array(ranking.scores[real], pa.float32())),
-            ],
-            schema=SCHEMA,
-        )
+        songs, scores = ranking.songs[real], ranking.scores[real]
+        counts, explored = real.sum(axis=1), []
+        if config.explore:
+            explored = [
+                self._explored(recommender, histories.take(np.array([row])), ranking, row) for row in range(len(counts))
+            ]
+            songs, scores = (np.concatenate([getattr(one, name) for one in explored]) for name in ("songs", "scores"))
+            counts = np.array([len(one.songs) for one in explored])
+        offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+        song_ids = self._song_ids.take(pa.array(songs))
+        arrays = [
+            pa.array(histories.user_ids, pa.string()),
+            pa.ListArray.from_arrays(offsets, song_ids),
+            pa.ListArray.from_arrays(offsets, pa.array(scores, pa.float32())),
+        ]
+        if config.explore:
+            chances = pa.array(np.concatenate([one.probabilities for one in explored]), from_pandas=True)
+            arrays.append(pa.ListArray.from_arrays(offsets, chances))
+        return pa.table(arrays, schema=schema_of(config))
+
+    def _explored(self, recommender: BaseRecommender, history: Histories, ranking: Ranking, row: int) -> Explored:
+        config, real = self._task.config, ranking.songs[row] != NO_SONG
+        ranked = ranking.songs[row][real], ranking.scores[row][real]
+        taken = np.arange(min(config.k, int(real.sum())))
+        return with_explored(recommender, history, self._task.at, ranked, taken, config.explore)

@@ -24,7 +24,7 @@ from rayrec.jobs.forget import SCRATCH
 from rayrec.progress import Progress, progress
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest, sha256
-from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.dataset_manifest import DatasetManifest, read_songs
 from rayrec.storage.workspace import (
     CURRENT,
     DATASET,
@@ -172,7 +172,7 @@ def check_splits(audit: Audit, dataset: Dataset) -> None:
 
 
 def _check_song_table(audit: Audit, dataset: Dataset) -> None:
-    table = audit.workspace.read_table(SONGS_TABLE)
+    table = read_songs(audit.workspace, dataset.manifest)
     rows, ids = table.column(columns.SONG).to_numpy(), table.column(columns.SONG_ID)
     audit.require(
         len(table) == dataset.num_songs, SONGS_TABLE, f"holds {len(table)} songs, the manifest says {dataset.num_songs}"

@@ -5,10 +5,13 @@ N songs of the catalog, n added songs, D numbers per song vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog
@@ -20,6 +23,7 @@ from rayrec.storage.workspace import Workspace
 ROWS, OUTPUTS, INPUTS = "rows.npy", "song_vectors.npy", "input_vectors.npy"
 ARTIST_ROWS, ALBUM_ROWS = "artist_rows.npy", "album_rows.npy"
 OUTPUT_MAP, INPUT_MAP = "song_map.safetensors", "input_map.safetensors"
+OF_SONGS = ("rows", "outputs", "inputs", "artist_rows", "album_rows")  # arrays of `AddedSongs` with an entry a song
 FILES = (ROWS, OUTPUTS, INPUTS, ARTIST_ROWS, ALBUM_ROWS, OUTPUT_MAP, INPUT_MAP)
 
 AROUND = 5  # plays before and behind the play of an added song that say where it belongs, weighted 1/distance
@@ -125,23 +129,16 @@ class AddedSongs:
         present[rows] = False
         first_plays = first_plays or FirstPlays.none(rows, outputs.shape[1])
         usable = described.of(rows).known | (first_plays.plays > 0)
-        rows, plays = rows[usable], first_plays.plays[usable][:, None]
-        if earlier is not None and len(earlier.output_map.content_mean) == content.dim:
-            maps = earlier.output_map, earlier.input_map
-        else:
-            learned = described.sample(np.flatnonzero(present), seed)
-            learned_content = described.of(learned)
-            maps = ContentMap.fit(outputs[learned], learned_content), ContentMap.fit(inputs[learned], learned_content)
+        rows, plays = rows[usable], first_plays.plays[usable]
+        maps = _maps(described, present, outputs, inputs, earlier, seed)
         songs = described.of(rows)
         near = np.flatnonzero(present & described.near(songs))
-        neighbours = described.of(near)
         expected, read = (
-            (
-                (PRIOR_PLAYS * each.vectors(songs, GroupMeans.of(table[near], neighbours)) + around)
-                / (PRIOR_PLAYS + plays)
-            )
-            for each, table, around in zip(
-                maps, (outputs, inputs), (first_plays.outputs[usable], first_plays.inputs[usable]), strict=True
+            drawn(prior, plays, around)
+            for prior, around in zip(
+                _without_plays(maps, (outputs, inputs), songs, near, described.of(near)),
+                (first_plays.outputs[usable], first_plays.inputs[usable]),
+                strict=True,
             )
         )
         if earlier is not None:
@@ -164,9 +161,16 @@ class AddedSongs:
         )
 
     def take(self, kept: np.ndarray) -> AddedSongs:
-        """The songs where `kept`, bool (n,), is true."""
-        arrays = ("rows", "outputs", "inputs", "artist_rows", "album_rows")
-        return replace(self, **{name: getattr(self, name)[kept] for name in arrays})
+        """The songs where `kept`, bool (n,), is true, or those at the places `kept`, int."""
+        return replace(self, **{name: getattr(self, name)[kept] for name in OF_SONGS})
+
+    def joined(self, other: AddedSongs) -> AddedSongs:
+        """These songs and those of another, none of which is among these."""
+        order = np.argsort(np.concatenate([self.rows, other.rows]), kind="stable")
+        both: dict[str, Any] = {
+            name: np.concatenate([getattr(self, name), getattr(other, name)])[order] for name in OF_SONGS
+        }
+        return replace(self, **both)
 
     def fits(self, base: AddedSongs | None, songs_then: int) -> bool:
         """True where plays read with `base`, among the first `songs_then` songs, would be read the same with these."""
@@ -194,8 +198,131 @@ class AddedSongs:
         """What `save` wrote."""
         arrays = [np.array(workspace.read_array(f"{folder}/{name}")) for name in FILES[:5]]
         maps = [ContentMap.from_bytes(workspace.read_bytes(f"{folder}/{name}")) for name in FILES[5:]]
-        names = ("rows", "outputs", "inputs", "artist_rows", "album_rows", "output_map", "input_map")
-        return cls(**dict(zip(names, [*arrays, *maps], strict=True)))  # type: ignore[arg-type]
+        return cls(**dict(zip((*OF_SONGS, "output_map", "input_map"), [*arrays, *maps], strict=True)))  # type: ignore[arg-type]
+
+
+Maps = tuple[ContentMap, ContentMap]  # to the vectors that taste vectors are compared with, and that the network reads
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterSong:
+    """What is known of a song that comes alone."""
+
+    row: int  # song row
+    artist: str | None
+    album: str | None
+    content: np.ndarray | None  # float32 (C,)
+
+
+class SongPlacer:
+    """Places songs that come one after the other as `AddedSongs.make` places all of a catalog at once."""
+
+    def __init__(
+        self,
+        outputs: np.ndarray,
+        inputs: np.ndarray,
+        catalog: Catalog,
+        content: Content,
+        earlier: AddedSongs | None = None,
+    ) -> None:
+        """As `AddedSongs.make`; without `earlier` the maps are learned here."""
+        self._tables = outputs, inputs
+        self._described = _Described(catalog, content)
+        self._present = np.ones(len(catalog), dtype=bool)
+        self._present[songs_without_vector(outputs, len(catalog))] = False
+        self._maps = _maps(self._described, self._present, outputs, inputs, earlier)
+        self.content_dim = content.dim
+        self._codes: list[tuple[np.ndarray, pa.Array, dict[str, int]]] = [
+            (self._described.artists, _names(catalog, columns.ARTIST), {}),
+            (self._described.albums, _names(catalog, columns.ALBUM), {}),
+        ]
+        self._first_rows: tuple[dict[int, int], dict[int, int]] = {}, {}  # by artist and by album
+
+    def place(self, songs: Sequence[LaterSong]) -> AddedSongs:
+        """All of the songs, by ascending rows, without plays; rows of zeros where nothing of use is known of a song.
+
+        Content of another length than the catalog's says nothing.
+        """
+        artists, albums = (
+            np.array([self._code(group, getattr(song, name)) for song in songs], dtype=np.int64)
+            for group, name in enumerate(("artist", "album"))
+        )
+        content = np.zeros((len(songs), self.content_dim), dtype=np.float32)
+        for place, song in enumerate(songs):
+            if song.content is not None and len(song.content) == self.content_dim:
+                content[place] = song.content
+        known = SongContent(artists=artists, albums=albums, content=content)
+        near = np.flatnonzero(self._present & self._described.near(known))
+        outputs, inputs = _without_plays(self._maps, self._tables, known, near, self._described.of(near))
+        rows = [song.row for song in songs]
+        return AddedSongs(
+            rows=np.array(rows, dtype=np.int64),
+            outputs=outputs,
+            inputs=inputs,
+            artist_rows=self._first(0, artists, rows),
+            album_rows=self._first(1, albums, rows),
+            output_map=self._maps[0],
+            input_map=self._maps[1],
+            rows_read=len(near),
+        ).take(np.argsort(rows))
+
+    def _code(self, group: int, name: str | None) -> int:
+        """The number of an artist or album: the catalog's, or one behind those of the catalog; -1 for none."""
+        if not name:
+            return -1
+        _, names, later = self._codes[group]
+        place: int | None = pc.index_in(pa.scalar(name, pa.string()), value_set=names).as_py()
+        return later.setdefault(name, len(names) + len(later)) if place is None else place
+
+    def _first(self, group: int, codes: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+        """int64 (n,): the first song of the same artist or album, of the catalog where that has any; -1 for none."""
+        of_catalog, _, _ = self._codes[group]
+        first = self._first_rows[group]
+        for code, row in zip(codes.tolist(), rows, strict=True):
+            if code >= 0 and code not in first:
+                same = of_catalog == code
+                first[code] = int(np.argmax(same)) if same.any() else row
+        return np.array([first.get(code, -1) for code in codes.tolist()], dtype=np.int64)
+
+
+def drawn(prior: np.ndarray, plays: np.ndarray, around: np.ndarray) -> np.ndarray:
+    """float64 (n, D): the vectors of songs without plays, (n, D), drawn to the means around their first plays.
+
+    `plays` are int (n,), `around`, float64 (n, D), the sums of these means.
+    """
+    return np.asarray((PRIOR_PLAYS * prior + around) / (PRIOR_PLAYS + plays[:, None]))
+
+
+def _without_plays(
+    maps: Maps, tables: tuple[np.ndarray, np.ndarray], songs: SongContent, near: np.ndarray, neighbours: SongContent
+) -> list[np.ndarray]:
+    """float32 (n, D) for each map: the vectors of songs; `near`, int64, are rows of all songs of their groups."""
+    return [
+        each.vectors(songs, GroupMeans.of(table[near], neighbours)) for each, table in zip(maps, tables, strict=True)
+    ]
+
+
+def _maps(
+    described: _Described,
+    present: np.ndarray,
+    outputs: np.ndarray,
+    inputs: np.ndarray,
+    earlier: AddedSongs | None,
+    seed: int = 0,
+) -> Maps:
+    """The maps of `earlier` where the content is of the same kind, else learned on the songs that are `present`."""
+    if earlier is not None and len(earlier.output_map.content_mean) == described.content_dim:
+        return earlier.output_map, earlier.input_map
+    learned = described.sample(np.flatnonzero(present), seed)
+    content = described.of(learned)
+    return ContentMap.fit(outputs[learned], content), ContentMap.fit(inputs[learned], content)
+
+
+def _names(catalog: Catalog, name: str) -> pa.Array:
+    """The different values of a column of strings, in the order of `Catalog.codes`; none where it is not there."""
+    if name not in catalog.table.column_names:
+        return pa.array([], pa.string())
+    return columns.one_array(catalog.table.column(name)).dictionary_encode().dictionary
 
 
 class _Described:
@@ -205,6 +332,7 @@ class _Described:
         self.artists = catalog.codes(columns.ARTIST).astype(np.int64)
         self.albums = catalog.codes(columns.ALBUM).astype(np.int64)
         self._content = content
+        self.content_dim = content.dim
 
     def of(self, rows: np.ndarray) -> SongContent:
         return SongContent(artists=self.artists[rows], albums=self.albums[rows], content=self._content.vectors(rows))

@@ -34,7 +34,7 @@ from rayrec.online.state_codec import (
     unpack_state,
 )
 from rayrec.online.state_store import NOT_THERE, Change, Piece, StateStore, WholeUser
-from rayrec.online.user_state import LAST_PLAYS, Plays, UserState, fold_heard, over_window
+from rayrec.online.user_state import FIRST_ONLINE, LAST_PLAYS, Plays, UserState, fold_heard, over_window
 from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -211,6 +211,8 @@ class _Loader:
             newer = Plays.joined([log, stored.window])
             newer = newer.take(newer.played_at > loaded.before_at)
             same, own = stored.plays - len(newer) == len(plays), stored.models.get(self._model)
+            # The batch has rows for songs that were added online, and reads them with their vectors of today.
+            same = same and not self._online_among(log, stored, newer)
             if same and own is not None and own.restarts == stored.restarts:
                 unchanged += 1
                 continue
@@ -229,6 +231,12 @@ class _Loader:
             kept_plays=sum(kept),
         )
         return result, [change.user_id for change, done in zip(changes, put, strict=True) if not done]
+
+    @staticmethod
+    def _online_among(log: Plays, stored: UserState, newer: Plays) -> bool:
+        """Whether plays that the batch has, too, are of songs that were added online."""
+        songs = np.concatenate([log.songs, stored.window.songs])
+        return bool((songs[: len(songs) - len(newer)] >= FIRST_ONLINE).any())
 
     def _beside(self, user_id: str, whole: WholeUser, stored: UserState, loaded: UserState, log: Plays) -> Change:
         """The store holds the batch's plays: only the model's state is added, and the log reaches at least so far."""

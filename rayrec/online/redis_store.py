@@ -20,6 +20,7 @@ from rayrec.online.state_store import (
     DAY_SECONDS,
     NOT_THERE,
     Change,
+    OnlineSong,
     StateStore,
     Stored,
     StoreUnavailableError,
@@ -107,6 +108,84 @@ FORGET = """
 local version = tonumber(redis.call('HGET', KEYS[1], 'v') or '0')
 redis.call('DEL', unpack(KEYS))
 redis.call('HSET', KEYS[1], 'v', version + 1, 's', ARGV[1])
+return 1
+"""
+
+# Songs that were added online. KEYS of all of them: counters, versions, ids by number, data, sums, numbers by id.
+# A song is open while it has data. Sums stand behind the name of their model and a zero byte.
+# ARGV: how many may be open, then id and data of each song. -1, or 1 for each song that was added.
+ADD_SONGS = """
+local added, fresh = {}, 0
+for i = 2, #ARGV, 2 do
+  local number = redis.call('HGET', KEYS[6], ARGV[i])
+  local is_open = number and redis.call('HEXISTS', KEYS[4], number) == 1
+  added[i / 2] = is_open and 0 or 1
+  fresh = fresh + added[i / 2]
+end
+if fresh > 0 and redis.call('HLEN', KEYS[4]) + fresh > tonumber(ARGV[1]) then return -1 end
+if fresh == 0 then return added end
+local version = redis.call('HINCRBY', KEYS[1], 'version', 1)
+for i = 2, #ARGV, 2 do
+  if added[i / 2] == 1 then
+    local number = redis.call('HGET', KEYS[6], ARGV[i])
+    if not number then
+      number = redis.call('HINCRBY', KEYS[1], 'numbers', 1) - 1
+      redis.call('HSET', KEYS[6], ARGV[i], number)
+      redis.call('HSET', KEYS[3], number, ARGV[i])
+    end
+    redis.call('HSET', KEYS[4], number, ARGV[i + 1])
+    redis.call('ZADD', KEYS[2], version, number)
+  end
+end
+return added
+"""
+
+# ARGV: version. The version now, then number, id, data and sums of each song that changed since.
+SONGS_SINCE = """
+local version = redis.call('HGET', KEYS[1], 'version') or '0'
+local changed = {version}
+if version == ARGV[1] then return changed end
+for _, number in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. ARGV[1], '+inf')) do
+  changed[#changed + 1] = number
+  changed[#changed + 1] = redis.call('HGET', KEYS[3], number)
+  changed[#changed + 1] = redis.call('HGET', KEYS[4], number) or ''
+  changed[#changed + 1] = redis.call('HGET', KEYS[5], number) or ''
+end
+return changed
+"""
+
+# ARGV: model, then number and what to add to the sums of each song.
+COUNT_SONG_PLAYS = """
+local version
+local head = ARGV[1] .. string.char(0)
+for i = 2, #ARGV, 2 do
+  local number, total = ARGV[i], ARGV[i + 1]
+  if redis.call('HEXISTS', KEYS[4], number) == 1 then
+    local sums = redis.call('HGET', KEYS[5], number)
+    if sums and string.sub(sums, 1, #head) == head and #sums == #head + #total then
+      local parts = {}
+      for place = 1, #total, 8 do
+        local sum = struct.unpack('<d', sums, #head + place) + struct.unpack('<d', total, place)
+        parts[#parts + 1] = struct.pack('<d', sum)
+      end
+      total = table.concat(parts)
+    end
+    version = version or redis.call('HINCRBY', KEYS[1], 'version', 1)
+    redis.call('HSET', KEYS[5], number, head .. total)
+    redis.call('ZADD', KEYS[2], version, number)
+  end
+end
+return 1
+"""
+
+# ARGV: numbers.
+CLOSE_SONGS = """
+local version = redis.call('HINCRBY', KEYS[1], 'version', 1)
+for _, number in ipairs(ARGV) do
+  redis.call('HDEL', KEYS[4], number)
+  redis.call('HDEL', KEYS[5], number)
+  redis.call('ZADD', KEYS[2], version, number)
+end
 return 1
 """
 
@@ -201,9 +280,39 @@ class RedisStore(StateStore):
         """As in `StateStore`."""
         self._answer(lambda: self._client.hset(self._load_key(load), str(bucket), text))
 
+    def add_songs(self, songs: Mapping[str, bytes], most: int) -> list[bool] | None:
+        """As in `StateStore`."""
+        answer = self._of_songs("add_songs", [most, *(part for song in songs.items() for part in song)])
+        return None if answer == -1 else [bool(added) for added in answer]
+
+    def songs_since(self, version: int) -> tuple[int, list[OnlineSong]]:
+        """As in `StateStore`."""
+        now, *fields = self._of_songs("songs_since", [version])
+        songs = []
+        for number, song_id, data, summed in zip(*(fields[place::4] for place in range(4)), strict=True):
+            model, _, sums = summed.partition(b"\0")
+            songs.append(
+                OnlineSong(number=int(number), song_id=song_id.decode(), data=data, model=model.decode(), sums=sums)
+            )
+        return int(now), sorted(songs, key=lambda song: song.number)
+
+    def count_song_plays(self, model: str, sums: Mapping[int, bytes]) -> None:
+        """As in `StateStore`."""
+        self._of_songs("count_song_plays", [model, *(part for song in sums.items() for part in song)])
+
+    def close_songs(self, numbers: Sequence[int]) -> None:
+        """As in `StateStore`."""
+        self._of_songs("close_songs", list(numbers))
+
     def close(self) -> None:
         """As in `StateStore`."""
         self._client.close()
+
+    def _of_songs(self, name: str, arguments: list[Any]) -> Any:
+        """What a script answers about the songs that were added online, whose keys share one hash tag."""
+        names = ("counters", "versions", "ids", "data", "sums", "numbers")
+        keys = [f"{PREFIX}:songs:{{{self._namespace}}}:{each}" for each in names]
+        return self._run(name, [(keys, arguments)])[0]
 
     def _servers(self) -> list[Any]:
         """A client of each server that holds users, replicas too."""
@@ -297,7 +406,17 @@ _FILES: tuple[tuple[Callable[[Any], bool], Callable[[Any], Any], str, str], ...]
         "rdb_last_bgsave_status",
     ),
 )
-_SCRIPTS = {"put": PUT, "put_new": PUT_NEW, "get": GET, "read": READ, "forget": FORGET}
+_SCRIPTS = {
+    "put": PUT,
+    "put_new": PUT_NEW,
+    "get": GET,
+    "read": READ,
+    "forget": FORGET,
+    "add_songs": ADD_SONGS,
+    "songs_since": SONGS_SINCE,
+    "count_song_plays": COUNT_SONG_PLAYS,
+    "close_songs": CLOSE_SONGS,
+}
 
 
 def _wait_while(server: Any, running: str) -> Mapping[str, Any]:

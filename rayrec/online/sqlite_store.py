@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+
 from rayrec.errors import InputError
 from rayrec.online.state_store import (
     NOT_THERE,
     Change,
+    OnlineSong,
     StateStore,
     Stored,
     StoreUnavailableError,
@@ -24,7 +27,7 @@ from rayrec.online.state_store import (
     user_key,
 )
 
-FORMAT = 2  # of the tables, in user_version; 0 is a file that was just made
+FORMAT = 3  # of the tables, in user_version; 0 is a file that was just made
 WAIT_SECONDS = 10.0  # for other writers, at most
 PAGE_BYTES = 8_192  # a state takes 1.3 KB: of pages of 4 KB a third would stay empty
 VARIABLES = 500  # of one statement: SQLite allows 999 in old builds
@@ -39,6 +42,11 @@ CREATE TABLE events (
     PRIMARY KEY (day, user, event)) WITHOUT ROWID;
 CREATE TABLE loads (
     load TEXT NOT NULL, bucket INTEGER NOT NULL, text TEXT NOT NULL, PRIMARY KEY (load, bucket));
+CREATE TABLE songs (
+    namespace TEXT NOT NULL, number INTEGER NOT NULL, song_id TEXT NOT NULL, version INTEGER NOT NULL,
+    data BLOB NOT NULL, model TEXT NOT NULL, sums BLOB NOT NULL,
+    PRIMARY KEY (namespace, number), UNIQUE (namespace, song_id));
+CREATE INDEX changed_songs ON songs (namespace, version);
 """
 
 
@@ -123,6 +131,69 @@ class SqliteStore(StateStore):
         with self._connection() as connection:
             connection.execute("INSERT OR REPLACE INTO loads VALUES (?, ?, ?)", (self._load(load), bucket, text))
 
+    def add_songs(self, songs: Mapping[str, bytes], most: int) -> list[bool] | None:
+        """As in `StateStore`; one transaction."""
+        with self._transaction("IMMEDIATE") as connection:
+            rows = connection.execute("SELECT song_id, data != x'' FROM songs WHERE namespace = ?", (self._namespace,))
+            known = {song_id: bool(is_open) for song_id, is_open in rows}
+            added = [not known.get(song_id, False) for song_id in songs]
+            if any(added) and sum(known.values()) + sum(added) > most:
+                return None
+            version, numbers = self._songs_version(connection) + 1, len(known)
+            for song_id, data, is_new in zip(songs, songs.values(), added, strict=True):
+                if is_new and song_id in known:
+                    connection.execute(
+                        "UPDATE songs SET version = ?, data = ? WHERE namespace = ? AND song_id = ?",
+                        (version, data, self._namespace, song_id),
+                    )
+                elif is_new:
+                    values = (self._namespace, numbers, song_id, version, data, "", b"")
+                    connection.execute("INSERT INTO songs VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+                    numbers += 1
+            return added
+
+    def songs_since(self, version: int) -> tuple[int, list[OnlineSong]]:
+        """As in `StateStore`; where nothing changed one row of an index is read."""
+        with self._transaction("DEFERRED") as connection:
+            now = self._songs_version(connection)
+            if now == version:
+                return now, []
+            rows = connection.execute(
+                "SELECT number, song_id, data, model, sums FROM songs WHERE namespace = ? AND version > ? "
+                "ORDER BY number",
+                (self._namespace, version),
+            )
+            names = ("number", "song_id", "data", "model", "sums")
+            return now, [OnlineSong(**dict(zip(names, row, strict=True))) for row in rows]
+
+    def count_song_plays(self, model: str, sums: Mapping[int, bytes]) -> None:
+        """As in `StateStore`; one transaction."""
+        with self._transaction("IMMEDIATE") as connection:
+            version = self._songs_version(connection) + 1
+            for number, added in sums.items():
+                key = (self._namespace, number)
+                row = connection.execute(
+                    "SELECT model, sums FROM songs WHERE namespace = ? AND number = ? AND data != x''", key
+                ).fetchone()
+                if row is None:
+                    continue
+                total = np.frombuffer(added)
+                if row[0] == model and len(row[1]) == len(added):
+                    total = total + np.frombuffer(row[1])
+                connection.execute(
+                    "UPDATE songs SET version = ?, model = ?, sums = ? WHERE namespace = ? AND number = ?",
+                    (version, model, total.tobytes(), *key),
+                )
+
+    def close_songs(self, numbers: Sequence[int]) -> None:
+        """As in `StateStore`; one transaction."""
+        with self._transaction("IMMEDIATE") as connection:
+            version = self._songs_version(connection) + 1
+            connection.executemany(
+                "UPDATE songs SET version = ?, data = x'', model = '', sums = x'' WHERE namespace = ? AND number = ?",
+                [(version, self._namespace, number) for number in numbers],
+            )
+
     def close(self) -> None:
         """As in `StateStore`."""
         while self._connections:
@@ -139,6 +210,10 @@ class SqliteStore(StateStore):
 
     def _load(self, load: str) -> str:
         return f"{self._namespace}:{load}"
+
+    def _songs_version(self, connection: sqlite3.Connection) -> int:
+        found = connection.execute("SELECT MAX(version) FROM songs WHERE namespace = ?", (self._namespace,)).fetchone()
+        return int(found[0] or 0)
 
     def _prepare(self) -> None:
         with self._transaction("IMMEDIATE") as connection:

@@ -63,10 +63,21 @@ class Change:
     events: Sequence[int] = ()  # int64 each: found by `get` for at least a day from now
 
 
-class StateStore(ABC):
-    """The users of one namespace. Safe to use from many threads; many processes may open the same store.
+@dataclass(frozen=True, kw_only=True)
+class OnlineSong:
+    """A song that was added while a release was live."""
 
-    Data sets whose rows of songs differ must not share a namespace. Every method raises
+    number: int  # among all songs that were ever added to the namespace, from 0: plays of it are stored under it
+    song_id: str
+    data: bytes  # what is known of it; empty: a release has it, and it is kept for its number alone
+    model: str  # whose plays of it were summed last
+    sums: bytes  # float64 numbers; empty: no play was counted
+
+
+class StateStore(ABC):
+    """The users of one namespace, and the songs that were added online. Many processes may open the same store.
+
+    Safe to use from many threads. Data sets whose rows of songs differ must not share a namespace. Every method raises
     `StoreUnavailableError` where the store does not answer.
     """
 
@@ -103,6 +114,28 @@ class StateStore(ABC):
     @abstractmethod
     def mark_loaded(self, load: str, bucket: int, text: str) -> None:
         """Note that a load has finished a bucket."""
+
+    @abstractmethod
+    def add_songs(self, songs: Mapping[str, bytes], most: int) -> list[bool] | None:
+        """Add songs by id; which ones were added: those whose ids are there already stay as they are.
+
+        None, and none is added, where there would be more than `most`. A song that was closed is opened again.
+        """
+
+    @abstractmethod
+    def songs_since(self, version: int) -> tuple[int, list[OnlineSong]]:
+        """The version of all songs, and those that changed after `version`, 0 for all, by ascending numbers."""
+
+    @abstractmethod
+    def count_song_plays(self, model: str, sums: Mapping[int, bytes]) -> None:
+        """Add float64 numbers of equal length to the sums of songs, by number; those of another model give way.
+
+        Songs that are closed are passed over.
+        """
+
+    @abstractmethod
+    def close_songs(self, numbers: Sequence[int]) -> None:
+        """Keep the numbers and ids of songs alone: a release has them."""
 
     @abstractmethod
     def close(self) -> None:
@@ -145,6 +178,12 @@ def absolute_uri(uri: str) -> str:
     if parts.scheme != "sqlite" or parts.netloc or len(parts.path) < 2:
         return uri
     return f"sqlite:///{quote(str(Path(unquote(parts.path)[1:]).absolute()))}"
+
+
+def store_exists(uri: str) -> bool:
+    """False for an SQLite file that is not there yet."""
+    parts = urlsplit(uri)
+    return parts.scheme != "sqlite" or Path(unquote(parts.path)[1:]).exists()
 
 
 def open_store(uri: str, namespace: str) -> StateStore:

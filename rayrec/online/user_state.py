@@ -24,6 +24,7 @@ from rayrec.model.inference import States
 
 WINDOW = 64  # plays held in the window, at least, where there are as many; at most twice that
 LAST_PLAYS = 5_000  # of the log, that an answer or another model's state is computed from
+FIRST_ONLINE = 1 << 30  # from here on rows in stores are numbers of songs that were added online
 MODELS_KEPT = 2  # network states of one user: the live release's, and that of the one before or to come
 
 Outcome = Literal["taken", "repeated", "rejected"]

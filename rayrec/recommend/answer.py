@@ -33,6 +33,13 @@ class RecommendConfig(Settings):
     released_to: str | None = Field(None, description="Only songs released on that day, YYYY-MM-DD, or earlier")
     market: str | None = Field(None, description="Only songs that are available in this market")
     diversity: float = Field(0.0, ge=0, le=1, description="0: the best songs; up to 1: songs less like each other")
+    explore: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the songs that have fewer than 20 plays and are drawn by chance, for each of which the "
+        "answer holds its probability",
+    )
     explain: bool = Field(False, description="Give the reasons for each song")
 
 
@@ -58,6 +65,8 @@ class ScoredSong(NamedSong):
 
     score: float
     reasons: list[str] | None = None  # why it was chosen, in words, where they were asked for
+    explored: bool = False
+    probability: float | None = None  # with which an explored song is shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +123,23 @@ def answer(
     catalog = dataset.catalog()
     history = history_of_songs(catalog, songs or [], at) if user is None else histories_of_users(dataset, [user], at)
     limits = _limits(catalog, history, config, artists, exclude, allow)
-    rows, scores = _best(recommender, history, at, config, limits)
+    rows, scores, probabilities = _best(recommender, history, at, config, limits)
     last_plays = [NamedSong(**names) for names in catalog.names(history.last_songs(shown)[0])]
     reasons_of_songs: list[list[str] | None] = [None] * len(rows)
     if config.explain:
         features = recommender.explain(history, at, rows, long_weight=float(config.horizon == "long"))
         reasons_of_songs = [reasons(each, last_plays[-1].title) for each in features]
     chosen = [
-        ScoredSong(**names, score=round(float(score), 6), reasons=words)
-        for names, score, words in zip(catalog.names(rows), scores, reasons_of_songs, strict=True)
+        ScoredSong(
+            **names,
+            score=round(float(score), 6),
+            reasons=words,
+            explored=not np.isnan(probability),
+            probability=None if np.isnan(probability) else round(float(probability), 6),
+        )
+        for names, score, words, probability in zip(
+            catalog.names(rows), scores, reasons_of_songs, probabilities, strict=True
+        )
     ]
     return Answer(songs=chosen, at=at, last_plays=last_plays, plays=history.num_plays)
 
@@ -152,18 +169,26 @@ def _limits(
 
 def _best(
     recommender: BaseRecommender, history: Histories, at: int, config: RecommendConfig, limits: Limits
-) -> tuple[np.ndarray, np.ndarray]:
-    """Song rows int32 and scores float32, at most k; with diversity in the order of choice."""
-    from rayrec.recommend.selection import diversify, network_of, pool_size  # brings torch, as below
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Song rows int32, scores float32 and probabilities of explored songs, float64, at most k each.
 
-    k = pool_size(config.k) if config.diversity else config.k
+    With diversity in the order of choice.
+    """
+    from rayrec.recommend.exploring import POOL, with_explored  # brings torch, as below
+    from rayrec.recommend.selection import diversify, network_of, pool_size
+
+    wanted = pool_size(config.k) if config.diversity else config.k
+    k = wanted + (POOL if config.explore else 0)
     ranking = recommender.rank(history, at, k, horizon=config.horizon, limits=[limits])
     real = ranking.songs[0] != NO_SONG
     rows, scores = ranking.songs[0][real], ranking.scores[0][real]
+    taken = np.arange(min(config.k, len(rows)))
     if config.diversity:
-        taken = diversify(network_of(recommender).song_vectors[rows], config.k, config.diversity)
-        rows, scores = rows[taken], scores[taken]
-    return rows, scores
+        taken = diversify(network_of(recommender).song_vectors[rows[:wanted]], config.k, config.diversity)
+    if not config.explore:
+        return rows[taken], scores[taken], np.full(len(taken), np.nan)
+    explored = with_explored(recommender, history, at, (rows, scores), taken, config.explore)
+    return explored.songs, explored.scores, explored.probabilities
 
 
 def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> BaseRecommender:

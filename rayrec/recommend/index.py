@@ -96,14 +96,21 @@ class SongIndex:
     in half precision, since most of a search is reading them; scores are those of the vectors themselves.
     """
 
-    def __init__(self, index: Any, vectors: np.ndarray, figures: IndexFigures, added: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        index: Any,
+        vectors: np.ndarray,
+        figures: IndexFigures,
+        added: np.ndarray | None = None,
+        unknown: np.ndarray | None = None,
+    ) -> None:
         self._index = index  # a faiss index whose ids are song rows
         self.vectors = vectors  # float32 (N, D), those it was built over, and those added since
         self.figures = figures
         self._added = np.zeros(0, dtype=np.int64) if added is None else added  # rows scored one by one beside the index
         self._added_vectors = np.ascontiguousarray(vectors[self._added])
         self.songs = figures.songs + len(self._added)
-        self._unknown = np.flatnonzero(~vectors.any(axis=1))
+        self._unknown = np.flatnonzero(~vectors.any(axis=1)) if unknown is None else unknown  # rows without a vector
 
     @classmethod
     def build(
@@ -142,9 +149,11 @@ class SongIndex:
     def with_added(self, rows: np.ndarray, vectors: np.ndarray) -> "SongIndex":
         """The same index and songs that it lacks, int64 (n,) rows ascending, each of which every search scores.
 
-        `vectors`, float32 (N, D), are those of all songs. Nothing is built anew.
+        They take the place of those added before. `vectors`, float32 (N, D), are those of all songs. Nothing is built
+        anew.
         """
-        return SongIndex(self._index, vectors, self.figures, rows)
+        unknown = np.concatenate([self._unknown, self._added, np.arange(len(self.vectors), len(vectors))])
+        return SongIndex(self._index, vectors, self.figures, rows, np.setdiff1d(unknown, rows))
 
     def search(
         self, queries: np.ndarray, k: int, exclude: Sequence[np.ndarray] | None = None

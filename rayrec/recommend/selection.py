@@ -10,7 +10,9 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange, Split, validation_histories
 from rayrec.recommend.base import NO_SONG, BaseRecommender, Horizon, SearchPath, check_count, top_k
+from rayrec.recommend.exploring import POOL, with_explored
 from rayrec.recommend.filters import Limits
+from rayrec.recommend.retrieval.ragged import places_in
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.recommend.vector_recommender import normalized
@@ -98,6 +100,7 @@ class Wish:
     long_weight: float = 0.0  # 0: the next songs; 1: songs for the time to come; between: both, mixed
     limits: Limits = field(default_factory=Limits)  # the songs that may come
     diversity: float = 0.0  # 0: the best songs; 1: songs unlike each other
+    explore: float = 0.0  # share of the songs that have few plays and were drawn
     explain: bool = False  # whether the answer holds what is known of each song
     given: np.ndarray | None = None  # int (any,), song rows to put in order instead of retrieving songs
 
@@ -107,6 +110,8 @@ class Wish:
             raise ValueError(f"long_weight is {self.long_weight}; expected a number in [0, 1]")
         if not 0 <= self.diversity <= 1:
             raise ValueError(f"diversity is {self.diversity}; expected a number in [0, 1]")
+        if not 0 <= self.explore <= 1:
+            raise ValueError(f"explore is {self.explore}; expected a number in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +133,17 @@ class Chosen:
     """The songs, best first; equal scores in the order of song rows. With diversity, in the order of choice."""
 
     songs: np.ndarray  # int32 (n,), n = k wherever as many songs qualify
-    scores: np.ndarray  # float32 (n,), descending without diversity
+    scores: np.ndarray  # float32 (n,), descending without diversity, but for those explored
     path: Path
+    probabilities: np.ndarray | None = None  # float64 (n,), of explored songs; NaN for the others, None without any
     # What is known of each song, by name of the feature, where the request asks for it: `reasons` puts it in words.
     features: tuple[dict[str, float], ...] = ()
 
     def since(self, first: int) -> "Chosen":
         """Those after the `first` songs."""
-        return replace(self, songs=self.songs[first:], scores=self.scores[first:], features=self.features[first:])
+        songs, scores, features = self.songs[first:], self.scores[first:], self.features[first:]
+        probabilities = None if self.probabilities is None else self.probabilities[first:]
+        return replace(self, songs=songs, scores=scores, features=features, probabilities=probabilities)
 
 
 def network_of(recommender: BaseRecommender) -> TasteRecommender:
@@ -151,14 +159,19 @@ def choose(recommender: BaseRecommender, known: Known, wish: Wish) -> Chosen:
 
     At weight 0 and 1 these are the songs of `recommender.recommend` on the horizon. Between them a network
     alone looks around the mean of its two taste vectors; two-step recommendation mixes the chances of both.
-    Diverse songs are chosen among the first of them.
+    Diverse songs are chosen among the first of them, explored ones among those behind.
     """
+    wanted = pool_size(wish.k) if wish.diversity else wish.k
+    pool = _choose(recommender, known, replace(wish, k=wanted + (POOL if wish.explore else 0)))
+    taken = np.arange(min(wish.k, len(pool.songs)))
     if wish.diversity:
-        pool = _choose(recommender, known, replace(wish, k=pool_size(wish.k)))
-        taken = diversify(network_of(recommender).song_vectors[pool.songs], wish.k, wish.diversity)
-        chosen = replace(pool, songs=pool.songs[taken], scores=pool.scores[taken])
-    else:
-        chosen = _choose(recommender, known, wish)
+        taken = diversify(network_of(recommender).song_vectors[pool.songs[:wanted]], wish.k, wish.diversity)
+    chosen = replace(pool, songs=pool.songs[taken], scores=pool.scores[taken])
+    if wish.explore:
+        ranked = pool.songs, pool.scores
+        explored = with_explored(recommender, known.history, known.at, ranked, taken, wish.explore)
+        songs, scores = explored.songs, explored.scores
+        chosen = replace(chosen, songs=songs, scores=scores, probabilities=explored.probabilities)
     if not wish.explain:
         return chosen
     features = recommender.explain(
@@ -203,13 +216,50 @@ def _nearest(network: TasteRecommender, vector: np.ndarray, wish: Wish) -> Chose
     return Chosen(songs=ranking.songs[0][real], scores=ranking.scores[0][real], path=ranking.paths[0])
 
 
-def choose_popular(plays: np.ndarray, order: np.ndarray, wish: Wish) -> Chosen:
-    """The k most played songs; `plays` is int64 (N,) and `order` the song rows, int32, by descending plays."""
+@dataclass(frozen=True, kw_only=True)
+class Starting:
+    """What comes first for a user of whom nothing is known: what is played of late, by many different artists."""
+
+    worth: np.ndarray  # float64 (N,), plays of late; those of the second song of an artist halved, and so on
+    order: np.ndarray  # int32 (any,), rows of the songs that may come, by descending worth
+
+    @classmethod
+    def of(
+        cls,
+        plays: np.ndarray,
+        known: np.ndarray,
+        *,
+        recent_plays: np.ndarray | None = None,
+        artist_of_song: np.ndarray | None = None,
+    ) -> "Starting":
+        """From the plays of each song, (N,), and those of late, which may end before N; without these all plays count.
+
+        `known`, bool (N,), are the songs that may come; `artist_of_song` is int, -1 where it is not known, and may end
+        before N. Of songs of equal worth those with more plays come first.
+        """
+        songs = np.arange(len(plays))
+        late, artists = plays, -1 - songs
+        if recent_plays is not None and recent_plays.any():
+            late = np.zeros(len(plays))
+            late[: len(recent_plays)] = recent_plays[: len(plays)]
+        if artist_of_song is not None:
+            own = artist_of_song[: len(plays)]
+            artists[: len(own)] = np.where(own >= 0, own, artists[: len(own)])
+        order = np.lexsort((songs, -plays, -late, artists))
+        worth = np.zeros(len(plays))
+        worth[order] = late[order] / (1 + places_in(artists[order]))
+        rows = np.lexsort((songs, -plays, -worth))
+        return cls(worth=worth, order=rows[known[rows]].astype(np.int32))
+
+
+def choose_popular(starting: Starting, wish: Wish) -> Chosen:
+    """The k songs that come first for a user of whom nothing is known."""
+    worth, order = starting.worth, starting.order
     if wish.given is not None:
-        rows = wish.given[wish.given < len(plays)]
-        return _in_order(rows, plays[rows], "popular", wish)
-    songs = order[wish.limits.mask(len(plays))[order]][: wish.k]
-    return Chosen(songs=songs, scores=plays[songs].astype(np.float32), path="popular")
+        rows = wish.given[wish.given < len(worth)]
+        return _in_order(rows, worth[rows], "popular", wish)
+    songs = order[wish.limits.mask(len(worth))[order]][: wish.k]
+    return Chosen(songs=songs, scores=worth[songs].astype(np.float32), path="popular")
 
 
 def _mixed_vector(known: Known, wish: Wish) -> np.ndarray:

@@ -33,14 +33,24 @@ class TasteRecommender(VectorRecommender):
         self.encoder = TasteEncoder(model)
         self.added: AddedSongs | None = None  # songs that came after the training
 
-    def add_songs(self, added: AddedSongs) -> None:
-        """Recommend songs that no training has seen, and read their plays; the index grows by them alone."""
-        count = max(len(self.song_vectors), int(added.rows.max(initial=-1)) + 1)
-        vectors = np.zeros((count, self.song_vectors.shape[1]), dtype=np.float32)
-        vectors[: len(self.song_vectors)] = self.song_vectors
+    def add_songs(self, added: AddedSongs, *, room: int = 0) -> None:
+        """Recommend songs that no training has seen, in place of those added before, and read their plays.
+
+        The index grows by them alone. The table of vectors is copied where it has no rows for them, then with `room`
+        rows more; else they are put into it.
+        """
+        vectors, before = self.song_vectors, self.added_songs
+        count = max(len(vectors), int(added.rows.max(initial=-1)) + 1)
+        if self.added is None or count > len(vectors):
+            grown = np.zeros((count + room, vectors.shape[1]), dtype=np.float32)
+            grown[: len(vectors)] = vectors
+            vectors = grown
+        vectors[before] = 0
         vectors[added.rows] = added.outputs
-        index = None if self.index is None else self.index.with_added(added.rows, vectors)
-        super().__init__(vectors, index)
+        without = [self.without_vector, before, np.arange(len(self.song_vectors), len(vectors))]
+        self.without_vector = np.setdiff1d(np.concatenate(without), added.rows)
+        self.index = None if self.index is None else self.index.with_added(added.rows, vectors)
+        self.song_vectors, self.num_songs = vectors, len(vectors)
         self.encoder.model.add_songs(torch.from_numpy(added.rows), torch.from_numpy(added.inputs))
         self.added, self.added_songs = added, added.rows
 

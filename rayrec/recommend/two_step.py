@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
+from rayrec.model.added_songs import AddedSongs
 from rayrec.recommend.base import (
     NO_SONG,
     CandidateRecommender,
@@ -172,6 +173,12 @@ class TwoStepRecommender(CandidateRecommender):
             self.source.network, self.source.retrieval, real_times=self.source.sources.real_times, without=part
         )
         return TwoStepRecommender(source, rankers)
+
+    def with_added_songs(self, added: AddedSongs, *, room: int = 0) -> TwoStepRecommender:
+        """The same with songs that came later, as `TasteRecommender.add_songs` takes them: the network changes."""
+        self.source.network.add_songs(added, room=room)
+        source = CandidateSource(self.source.network, self.source.retrieval, real_times=self.source.sources.real_times)
+        return TwoStepRecommender(source, self.rankers)
 
     def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
         """As in `CandidateRecommender`."""

@@ -34,6 +34,7 @@ from rayrec.serving.routes import create_app
 from rayrec.serving.serve_config import ServeConfig, is_loopback
 from rayrec.serving.served_catalog import load_served_catalog
 from rayrec.serving.service import Service, make_service, open_service, use_one_thread
+from rayrec.serving.users import StoredUsers
 from rayrec.storage.workspace import Workspace
 
 # One thread for numeric work, none that spins while it waits for more, and freed memory given back.
@@ -218,7 +219,8 @@ def _open_split_service(workspace: Workspace, config: ServeConfig, parts: Remote
         catalog = load_served_catalog(workspace, release, network)
         return LiveRelease(release=release, catalog=catalog, engine=RemoteEngine(release_id, parts, metrics))
 
-    return make_service(workspace, config, load_keys(config), metrics, load)
+    users = StoredUsers(workspace, config.store, metrics)
+    return make_service(workspace, config, load_keys(config), metrics, users, load)
 
 
 def _wait_for_parts(reports: Reports, release_id: str) -> None:

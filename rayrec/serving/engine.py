@@ -9,18 +9,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ParamSpec, TypeVar
 
 import numpy as np
 
 from rayrec.data.histories import Histories
+from rayrec.model.added_songs import AddedSongs
 from rayrec.model.inference import States
 from rayrec.recommend.base import BaseRecommender, Horizon
 from rayrec.recommend.layout import layout
 from rayrec.recommend.selection import Chosen, Known, Wish, choose, network_of, similar
+from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.serving.problems import OverloadedError
 from rayrec.serving.prometheus import Metrics
+
+ROOM = 1_024  # rows by which tables of song vectors grow where songs are added online
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,6 +59,10 @@ class Pool:
         future = self._executor.submit(lambda: context.run(work, *args, **kwargs))
         future.add_done_callback(self._leave)
         return await asyncio.wrap_future(future)
+
+    def wait_for(self, work: Callable[[], None]) -> None:
+        """Have the thread do something between two calls, from another thread."""
+        self._executor.submit(work).result()
 
     def _leave(self, _: "Future[T]") -> None:
         with self._lock:
@@ -147,6 +155,13 @@ class Parts:
         with self.metrics.stage("choose"):
             return similar(self.recommender, song, k)
 
+    def with_added_songs(self, added: AddedSongs) -> "Parts":
+        """The same with songs that came later, in place of those before; the network changes with it."""
+        if isinstance(self.recommender, TwoStepRecommender):
+            return replace(self, recommender=self.recommender.with_added_songs(added, room=ROOM))
+        network_of(self.recommender).add_songs(added, room=ROOM)
+        return self
+
     def layout(self, songs: np.ndarray) -> np.ndarray:
         """As `Engine.layout`."""
         return layout(network_of(self.recommender).song_vectors[songs])
@@ -157,6 +172,14 @@ class LocalEngine(Engine):
 
     def __init__(self, parts: Parts, pool: Pool) -> None:
         self.parts, self._pool = parts, pool
+
+    def add_songs(self, added: AddedSongs) -> None:
+        """Recommend songs that came later, in place of those before; returns once that is done."""
+
+        def add() -> None:
+            self.parts = self.parts.with_added_songs(added)
+
+        self._pool.wait_for(add)
 
     async def states(self, plays: Histories, start: States | None = None) -> States:
         """As in `Engine`."""

@@ -20,6 +20,7 @@ from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.serving.engine import Engine
+from rayrec.serving.online_songs import OnlineSongs
 from rayrec.serving.problems import NotReadyError
 from rayrec.serving.serve_config import REPORT_SECONDS
 from rayrec.serving.served_catalog import ServedCatalog
@@ -39,11 +40,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LiveRelease:
-    """A release as requests use it; immutable."""
+    """A release as requests use it; nothing of it changes but that songs are added online."""
 
     release: Manifest
     catalog: ServedCatalog
     engine: Engine  # model and index, in this process or behind deployments of their own
+    online: OnlineSongs | None = None  # that come in beside those of the release; None where they cannot
 
     @property
     def id(self) -> str:
@@ -200,6 +202,11 @@ class ReleaseHolder(Generic[H]):
             why = f": {self._refused['reason']}" if self._refused else ""
             raise NotReadyError(f"no release is loaded{why or '; make one live with `rayrec release activate ID`'}")
         return live
+
+    @property
+    def loaded(self) -> H | None:
+        """The release to answer with; None where none is loaded."""
+        return self._live
 
     def report(self) -> Report:
         """Where this replica stands."""

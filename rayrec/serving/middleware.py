@@ -105,7 +105,7 @@ if TYPE_CHECKING:
 
 def needed_role(method: str, path: str) -> Role:
     """The role that a key needs for a request; every path that is not named is for readers."""
-    if path == "/v1/plays":
+    if path == "/v1/plays" or (method == "POST" and path == "/v1/songs"):
         return "write"
     return "admin" if method == "DELETE" or path == "/metrics" else "read"
 

@@ -17,7 +17,9 @@ from rayrec.online.user_state import Plays
 from rayrec.recommend.answer import ASSUMED_GAP_MS
 from rayrec.recommend.filters import Limits, Wanted, parse_day
 from rayrec.recommend.selection import Wish
+from rayrec.serving.online_songs import SongToAdd
 from rayrec.serving.schemas import (
+    AddedSong,
     Listener,
     NewPlay,
     Play,
@@ -134,8 +136,10 @@ def read_wish(
     """What to recommend behind the `first` songs, and how many songs of `exclude` and `allow` are not in the catalog.
 
     The wish is for the songs before them, too. Raises `InputError` for days that do not exist, for attributes that the
-    catalog does not hold, and for a page beyond the first 1,000 songs, or of an answer with diversity.
+    catalog does not hold, and for a page beyond the first 1,000 songs, or of an answer with diversity or explore.
     """
+    if first and request.explore:
+        raise FieldError("cursor", "an answer with explore has no further pages; leave out cursor or explore")
     if first and request.diversity:
         raise FieldError("cursor", "an answer with diversity has no further pages; leave out cursor or diversity")
     if first >= MAX_K:
@@ -145,8 +149,29 @@ def read_wish(
     allowed, unknown = _allowed(request, catalog)
     k = min(first + request.k, MAX_K)
     limits = Limits(banned=np.concatenate(parts), allowed=allowed, new_only=request.exclude_heard)
-    wish = Wish(k=k, long_weight=request.horizon, limits=limits, diversity=request.diversity, explain=request.explain)
+    wish = Wish(
+        k=k,
+        long_weight=request.horizon,
+        limits=limits,
+        diversity=request.diversity,
+        explore=request.explore,
+        explain=request.explain,
+    )
     return wish, unknown + int((excluded < 0).sum())
+
+
+def read_song(song: AddedSong, place: int) -> SongToAdd:
+    """A song as stores hold it. Raises `FieldError` for a release day that is not in the calendar."""
+    parse_day(song.released, f"songs.{place}.released")
+    return SongToAdd(
+        song_id=song.song_id,
+        title=song.title,
+        artist=song.artist,
+        album=song.album,
+        released=song.released,
+        markets=song.markets,
+        vector=song.vector,
+    )
 
 
 def read_given(request: RankRequest, catalog: ServedCatalog) -> Wish:
@@ -162,7 +187,7 @@ def _allowed(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[n
     if request.allow is None:
         return mask, 0
     rows = catalog.find(request.allow)
-    listed = np.zeros(len(catalog.catalog), dtype=np.bool_)
+    listed = np.zeros(catalog.num_rows, dtype=np.bool_)
     listed[rows[rows >= 0]] = True
     return listed if mask is None else listed & mask, int((rows < 0).sum())
 
@@ -175,7 +200,7 @@ def song_mask(filters: SongFilters, catalog: ServedCatalog) -> np.ndarray | None
         released_to=parse_day(filters.released_to, "released_to"),
         market=filters.market,
     )
-    return catalog.masks.mask(attributes) if attributes else None
+    return catalog.mask(attributes) if attributes else None
 
 
 def query_histories(queries: Sequence[UserQuery]) -> Histories:
@@ -205,7 +230,7 @@ def read_plays(sent: Sequence[NewPlay], catalog: ServedCatalog) -> tuple[dict[st
     plays = {
         user_id: UserPlays(
             plays=Plays.of(
-                rows[own],
+                catalog.stored_rows(rows[own]),
                 times[own],
                 contexts=[play_contexts(sent[place].contexts, catalog) for place in own],
                 skipped=[sent[place].was_skipped for place in own],

@@ -37,9 +37,11 @@ from rayrec.serving.schemas import (
     RecommendationsRequest,
     ReleaseStatus,
     SentPlays,
+    SentSongs,
     SimilarSongs,
     SongMatches,
     SongPlaces,
+    SongsAdded,
     SongsQuery,
     Tastes,
     TastesRequest,
@@ -253,6 +255,15 @@ def _songs_router(service: Service) -> APIRouter:
     async def find(query: Words, limit: Limit = 20) -> Response:
         """Find songs by words of their title or artist."""
         return as_json(await service.find_songs(service.live, query, limit))
+
+    @router.post("/songs", response_model=SongsAdded, responses=documented(400, 409, 413, 415, 507))
+    async def add(request: SentSongs) -> Response:
+        """Add one song or many until the next release, all or none; every replica recommends them within a second.
+
+        A song begins where its artist, album and content place it, and moves with its first plays, as `rayrec songs
+        add` would have it. The next release that has it takes its place.
+        """
+        return as_json(await service.add_songs(service.live, request.songs))
 
     @router.get("/songs/popular", response_model=PopularSongs)
     async def popular(query: Annotated[SongsQuery, Query()]) -> Response:

@@ -23,10 +23,12 @@ from starlette.responses import Response
 from rayrec.data.moments import END_MS, iso_moment, now_ms, parse_moment
 from rayrec.data.spelling import MAX_ID, spell_id
 from rayrec.errors import InputError
-from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K, MAX_LISTED, MAX_PLAYS
+from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K, MAX_LISTED, MAX_NEW_SONGS, MAX_PLAYS
 
 LAST_MOMENT = END_MS - 1  # ms UTC
 PlayOutcome = Literal["taken", "repeated", "rejected", "unknown", "invalid"]
+SongOutcome = Literal["added", "known"]
+MAX_VECTOR = 4_096  # numbers of a content vector
 AHEAD_MS = 24 * 3600 * 1000  # that a client's clock may be ahead: a play of the far future would block later ones
 LISTENED_SHARE = 0.5  # of a song, from where on it was not skipped: as an import of Yambda counts plays
 TAG = "<"  # how the tags of unions begin: no part of a request, so they are left out where an error is located
@@ -54,6 +56,14 @@ def spelled_user(text: str) -> str:
     if user_id is None:
         raise ValueError("a user id is text other than spaces, nan and inf")
     return user_id
+
+
+def spelled_song(text: str) -> str:
+    """A song's id as every import spells it."""
+    song_id = spell_id(text)
+    if song_id is None:
+        raise ValueError("a song id is text other than spaces, nan and inf")
+    return song_id
 
 
 def _horizon(value: object) -> float:
@@ -85,6 +95,13 @@ Moment = Annotated[Any, AfterValidator(_moment), WithJsonSchema(MOMENT_SCHEMA)]
 Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="YYYY-MM-DD.")]
 Weight = Annotated[float, Field(ge=0, le=1)]
 Explain = Annotated[bool, Field(description="Give the reasons for each song, and the last plays that they speak of.")]
+Explore = Annotated[
+    Weight,
+    Field(
+        description="Share of the songs that have fewer than 20 plays and are drawn by chance; each has its "
+        "probability in the answer. Above 0 there are no further pages."
+    ),
+]
 LongWeight = Annotated[Any, AfterValidator(_horizon), WithJsonSchema(HORIZON_SCHEMA)]
 IsoMoment = Annotated[
     int, PlainSerializer(iso_moment, return_type=str), WithJsonSchema({"type": "string", "format": "date-time"})
@@ -253,6 +270,7 @@ class RecommendationsRequest(SongFilters, Page, Listener, RequestBody):
         description="0: the best songs; up to 1: songs less like each other, in the order in which they were chosen. "
         "Above 0 there are no further pages.",
     )
+    explore: Explore = 0.0
     explain: Explain = False
 
 
@@ -266,6 +284,7 @@ class UserRecommendationsQuery(SongsQuery):
     exclude_heard: bool = Field(default=True, description="Leave out the songs that the user has played.")
     exclude: list[SongId] = Field(default=[], max_length=100, description="Songs to leave out.")
     diversity: Weight = Field(default=0.0, description="0: the best songs; up to 1: songs less like each other.")
+    explore: Explore = 0.0
     explain: Explain = False
 
     def request(self, user_id: str) -> RecommendationsRequest:
@@ -368,6 +387,67 @@ class SentPlays(
         return [self.root] if isinstance(self.root, NewPlay) else list(self.root.plays)
 
 
+SONG_EXAMPLE: dict[str, Any] = {
+    "song_id": "song-9001",
+    "title": "A new one",
+    "artist": "Artist 1",
+    "released": "2026-01-20",
+}
+
+
+class AddedSong(RequestBody):
+    """A song to add until the next release."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [SONG_EXAMPLE]})
+
+    song_id: Annotated[SongId, AfterValidator(spelled_song)]
+    title: Annotated[str, Field(max_length=MAX_ID)] | None = None
+    artist: Annotated[str, Field(max_length=MAX_ID)] | None = Field(
+        default=None, description="As the catalog spells it: the song begins where the songs of its artist lie."
+    )
+    album: Annotated[str, Field(max_length=MAX_ID)] | None = None
+    released: Day | None = Field(default=None, description="Release day.")
+    markets: list[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
+        default=None, max_length=500, description="Markets where it is available."
+    )
+    vector: list[float] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_VECTOR,
+        description="Content vector, of the model whose vectors `rayrec describe --vectors` was given.",
+    )
+
+
+class AddedSongList(RequestBody):
+    """Songs to add, all or none."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"songs": [SONG_EXAMPLE]}]})
+
+    songs: list[AddedSong] = Field(min_length=1, max_length=MAX_NEW_SONGS)
+
+
+def _song_or_songs(value: Any) -> str:
+    return "<songs>" if isinstance(value, dict) and "songs" in value else "<song>"
+
+
+class SentSongs(
+    RootModel[
+        Annotated[
+            Annotated[AddedSong, Tag("<song>")] | Annotated[AddedSongList, Tag("<songs>")],
+            Discriminator(_song_or_songs),
+        ]
+    ]
+):
+    """One song, or many."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [SONG_EXAMPLE, {"songs": [SONG_EXAMPLE]}]})
+
+    @property
+    def songs(self) -> list[AddedSong]:
+        """The songs, however they were sent."""
+        return [self.root] if isinstance(self.root, AddedSong) else self.root.songs
+
+
 class MapRequest(RequestBody):
     """Songs to place."""
 
@@ -395,6 +475,10 @@ class RecommendedSong(CatalogSong):
     score: float = Field(description="Comparable within one answer only.")
     reasons: list[str] | None = Field(
         default=None, description="With explain: why it was chosen, in words, one to three reasons."
+    )
+    explored: bool | None = Field(default=None, description="With explore: whether it was drawn by chance.")
+    probability: float | None = Field(
+        default=None, description="Of an explored song: the probability with which this request shows it."
     )
 
 
@@ -495,6 +579,18 @@ class PlaysTaken(BaseModel):
     invalid: int = Field(description="Plays that are not as expected; left out.")
     outcomes: list[PlayOutcome] = Field(description="One for each play.")
     errors: list[dict[str, str]] = Field(description="Where and what, of the invalid plays: the first 20.")
+
+
+class SongsAdded(BaseModel):
+    """What became of songs that were sent."""
+
+    release: str = Field(description="Id of the release that they stand beside.")
+    added: int = Field(description="Songs that are recommended from now on, in every replica within a second.")
+    online: int = Field(description="Songs that were added online and that the release does not have.")
+    limit: int = Field(description="The most that there may be of those.")
+    outcomes: list[SongOutcome] = Field(
+        description="One for each song. known: the release has it, or it was added before; nothing changed."
+    )
 
 
 class UserTaste(BaseModel):

@@ -15,6 +15,7 @@ MAX_K = 1_000  # songs of an answer
 MAX_HISTORY = 10_000  # plays of a history
 MAX_BATCH = 256  # users of a call
 MAX_PLAYS = 1_000  # new plays of a call
+MAX_NEW_SONGS = 1_000  # songs to add of a call
 MAX_LISTED = 10_000  # songs of a list to leave out
 
 LOOPBACK = "127.0.0.1"

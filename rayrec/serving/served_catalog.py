@@ -1,20 +1,24 @@
 """The catalog of a release as requests use it: songs by id, by name, by attribute and by number of plays."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import pyarrow as pa
 
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog, SongSearch
 from rayrec.data.dataset import Dataset
 from rayrec.data.spelling import spell_id
+from rayrec.errors import FieldError
 from rayrec.model.train_config import PLAY_COUNTS
+from rayrec.online.user_state import FIRST_ONLINE
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.filters import SongMasks
+from rayrec.recommend.filters import SongMasks, Wanted
 from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
-from rayrec.recommend.retrieval.stored_retrieval import read_first_days
-from rayrec.recommend.selection import network_of
+from rayrec.recommend.retrieval.stored_retrieval import read_first_days, read_popularity
+from rayrec.recommend.selection import Starting, network_of
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -36,14 +40,52 @@ class SongNames:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnlineCatalog:
+    """The songs that were added online: rows from `first` on, beside a few of the catalog that have no vector there."""
+
+    first: int  # songs of the release's catalog
+    catalog: Catalog  # of the rows from there on
+    rows: dict[str, int]  # id -> row, of those rows
+    row_of_number: np.ndarray  # int32, of each number in the store, also of songs that a release has; -1: no row
+    number_of_row: dict[int, int]
+    known: np.ndarray  # int64 (any,), rows of those that have a vector
+    search: SongSearch
+    masks: SongMasks
+
+    @classmethod
+    def of(
+        cls, first: int, table: pa.Table, row_of_number: np.ndarray, open_numbers: Sequence[int], known: np.ndarray
+    ) -> "OnlineCatalog":
+        """From the table of the songs from row `first` on, and the numbers of the songs that no release has."""
+        catalog = Catalog(table)
+        ids = catalog.song_ids(np.arange(len(catalog)))
+        return cls(
+            first=first,
+            catalog=catalog,
+            rows={song: first + place for place, song in enumerate(ids)},
+            row_of_number=row_of_number,
+            number_of_row={int(row_of_number[number]): number for number in open_numbers},
+            known=known,
+            search=SongSearch(catalog),
+            masks=SongMasks(catalog),
+        )
+
+    def name(self, row: int) -> SongName:
+        """Id, title and artist of a row from `first` on."""
+        names = self.catalog.names(np.array([row - self.first]))[0]
+        return names[columns.SONG_ID], names[columns.TITLE], names[columns.ARTIST]
+
+
+@dataclass(kw_only=True)
 class ServedCatalog:
-    """The catalog of a release, looked up by id as fast as by row."""
+    """The catalog of a release, looked up by id as fast as by row; songs that are added online come in."""
 
     catalog: Catalog
     rows: dict[str, int]  # id -> row
     contexts: dict[str, int]  # name -> bit
     plays: np.ndarray  # int64 (N,), plays of each song in the fit range of the model
     by_plays: np.ndarray  # int32 (any,), rows of songs with a vector by descending plays
+    starting: Starting  # what users without plays get
     first_days: np.ndarray | None  # int32 (N,), day of each song's first play as days since 1970 UTC, or NOT_PLAYED
     by_age: np.ndarray  # int32 (any,), rows of songs that were played first or added, the newest first
     lineage: str  # of the data set: rows of songs mean the same wherever it is the same
@@ -52,13 +94,85 @@ class ServedCatalog:
     search: SongSearch
     masks: SongMasks
     names: SongNames
+    online: OnlineCatalog | None = None
+
+    def with_online(self, online: OnlineCatalog) -> None:
+        """Take songs in that were added online, in place of those taken in before."""
+        more = max(0, online.first + len(online.catalog) - len(self.known))
+        known = np.pad(self.known, (0, more))
+        known[online.known] = True
+        self.plays = np.pad(self.plays, (0, more))
+        if self.first_days is not None:
+            self.first_days = np.pad(self.first_days, (0, more), constant_values=NOT_PLAYED)
+        self.known, self.online = known, online  # rows come last, for the requests that are at work
+        if self.first_days is not None:
+            new = online.known[~np.isin(online.known, self.by_age)]
+            self.by_age = np.concatenate([new[::-1].astype(np.int32), self.by_age])
+
+    @property
+    def num_rows(self) -> int:
+        """Songs of the catalog and those added online."""
+        return len(self.known)
 
     def find(self, song_ids: list[str]) -> np.ndarray:
         """int32: the row of each id, -1 for unknown ones."""
         get = self.rows.get
         # Nearly all ids come as they are spelled: only the others are spelled anew.
-        rows = (row if (row := get(song, -1)) >= 0 else get(spell_id(song) or "", -1) for song in song_ids)
+        rows = (row if (row := get(song, -1)) >= 0 else self._spelled(song) for song in song_ids)
         return np.fromiter(rows, dtype=np.int32, count=len(song_ids))
+
+    def _spelled(self, song: str) -> int:
+        song_id, online = spell_id(song) or "", self.online
+        return self.rows.get(song_id, -1 if online is None else online.rows.get(song_id, -1))
+
+    def stored_rows(self, rows: np.ndarray) -> np.ndarray:
+        """int32: rows as stores hold them: the same in every replica and release of the data set."""
+        online = self.online
+        if online is None or not (rows >= online.first).any():
+            return rows
+        late = np.flatnonzero(rows >= online.first)
+        stored = rows.copy()
+        stored[late] = [FIRST_ONLINE + online.number_of_row[row] for row in rows[late].tolist()]
+        return stored
+
+    def rows_of_stored(self, stored: np.ndarray) -> np.ndarray:
+        """int32: the rows of what `stored_rows` gave here or elsewhere; songs that are not known stay as they are."""
+        late = np.flatnonzero(stored >= FIRST_ONLINE)
+        if not len(late) or self.online is None:
+            return stored
+        numbers = stored[late] - FIRST_ONLINE
+        row_of_number = np.append(self.online.row_of_number, -1)
+        there = row_of_number[np.minimum(numbers, len(row_of_number) - 1)]
+        rows = stored.copy()
+        rows[late] = np.where(there >= 0, there, stored[late])
+        return rows
+
+    def mask(self, wanted: Wanted) -> np.ndarray:
+        """bool (num_rows,): the songs that fit. Raises `FieldError` as `SongMasks` does, where no song fits."""
+        online = self.online
+        if online is None:
+            return self.masks.mask(wanted)
+        masks, errors = [], []
+        for part in (self.masks, online.masks):
+            try:
+                masks.append(part.mask(wanted))
+            except FieldError as error:
+                masks.append(np.zeros(part.num_songs, dtype=np.bool_))
+                errors.append(error)
+        if len(errors) == len(masks):
+            raise errors[0]
+        return np.concatenate(masks)
+
+    def search_names(self, query: str, limit: int) -> tuple[np.ndarray, int]:
+        """As `SongSearch.find`; of songs that fit equally well those added online come last."""
+        online = self.online
+        rows, count = self.search.find(query, limit)
+        if online is None:
+            return rows, count
+        later, more = online.search.find(query, limit)
+        fits = np.concatenate([self.search.fits(query, rows), online.search.fits(query, later)])
+        both = np.concatenate([rows, (later + online.first).astype(np.int32)])
+        return both[np.argsort(-fits, kind="stable")][:limit], count + more
 
     def embedded(self, rows: np.ndarray) -> np.ndarray:
         """bool (n,): which of the song rows, int (n,), the network has a vector of; row -1 is no song."""
@@ -67,7 +181,10 @@ class ServedCatalog:
 
     def describe(self, rows: np.ndarray) -> list[SongName]:
         """Id, title and artist of song rows."""
-        return [self.names.of(row) for row in rows.tolist()]
+        online = self.online
+        if online is None or not (rows >= online.first).any():
+            return [self.names.of(row) for row in rows.tolist()]
+        return [self.names.of(row) if row < online.first else online.name(row) for row in rows.tolist()]
 
 
 def load_served_catalog(workspace: Workspace, release: Manifest, recommender: BaseRecommender) -> ServedCatalog:
@@ -85,6 +202,7 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
         contexts={name: bit for bit, name in enumerate(dataset.manifest.contexts)},
         plays=plays,
         by_plays=by_plays[known[by_plays]],  # others are never recommended, however popular
+        starting=_starting(workspace, release, plays, known),
         first_days=first_days,
         by_age=_by_age(first_days, network_of(recommender).added_songs, known),
         lineage=dataset.lineage,
@@ -101,6 +219,15 @@ def _known(recommender: BaseRecommender, songs: int) -> np.ndarray:
     known: np.ndarray = np.arange(songs) < recommender.num_songs
     known[network_of(recommender).without_vector] = False
     return known
+
+
+def _starting(workspace: Workspace, release: Manifest, plays: np.ndarray, known: np.ndarray) -> Starting:
+    """What users without plays get; all plays count in a release without a retrieval, which knows those of late."""
+    if "retrieval" not in release.inputs:
+        return Starting.of(plays, known)
+    folder = artifacts.load(workspace, "retrieval", release.inputs["retrieval"]).folder
+    recent_plays, artist_of_song = read_popularity(workspace, folder)
+    return Starting.of(plays, known, recent_plays=recent_plays, artist_of_song=artist_of_song)
 
 
 def _first_days(workspace: Workspace, release: Manifest, songs: int) -> np.ndarray | None:

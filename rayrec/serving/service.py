@@ -1,19 +1,23 @@
 """What the routes answer with: the live release, its engine, stored users, keys, limits and metrics of one replica."""
 
+import logging
 import os
 import socket
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
 from rayrec.data.moments import EPOCH, now_ms
 from rayrec.data.windows import NEVER
-from rayrec.errors import InputError, NotFoundError
+from rayrec.errors import FieldError, InputError, NotFoundError
 from rayrec.model.inference import States
+from rayrec.online.state_store import StoreUnavailableError
 from rayrec.recommend.reasons import LAST_PLAYS, POPULAR, reasons
 from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
 from rayrec.recommend.selection import Chosen, Wish, choose_popular
@@ -21,7 +25,8 @@ from rayrec.serving.engine import LocalEngine, Parts, Pool
 from rayrec.serving.live_release import LiveRelease, ReleaseHolder, Reports, load_parts
 from rayrec.serving.middleware import Keys, load_keys
 from rayrec.serving.model_card import model_card, report_page
-from rayrec.serving.problems import field_errors
+from rayrec.serving.online_songs import MAX_ONLINE_SONGS, OnlineSongs, OnlineWatch
+from rayrec.serving.problems import NotReadyError, field_errors
 from rayrec.serving.prometheus import Metrics
 from rayrec.serving.requests import (
     Place,
@@ -33,11 +38,13 @@ from rayrec.serving.requests import (
     read_listener,
     read_place,
     read_plays,
+    read_song,
     read_stored,
     read_wish,
     song_mask,
 )
 from rayrec.serving.schemas import (
+    AddedSong,
     CatalogSong,
     InvalidEntry,
     ListedPlays,
@@ -59,7 +66,9 @@ from rayrec.serving.schemas import (
     RecommendedSong,
     SimilarSongs,
     SongMatches,
+    SongOutcome,
     SongPlaces,
+    SongsAdded,
     SongsQuery,
     Taste,
     TasteQuery,
@@ -70,6 +79,8 @@ from rayrec.serving.serve_config import MAX_K, ServeConfig
 from rayrec.serving.served_catalog import ServedCatalog, load_served_catalog
 from rayrec.serving.users import StoredUser, StoredUsers
 from rayrec.storage.workspace import Workspace
+
+log = logging.getLogger(__name__)
 
 TOGETHER = 32  # users of a batch that are answered at once: other requests get their turn in between
 
@@ -86,6 +97,7 @@ class Service:
         users: StoredUsers,
     ) -> None:
         self.holder, self.config, self.keys, self.metrics, self.users = holder, config, keys, metrics, users
+        self._watch = OnlineWatch(lambda: [] if holder.loaded is None else [holder.loaded.online])
 
     @property
     def live(self) -> LiveRelease:
@@ -94,6 +106,7 @@ class Service:
 
     def close(self) -> None:
         """Stop the watch, delete the report of this replica, and close the store of users."""
+        self._watch.stop()
         self.holder.stop()
         self.users.close()
 
@@ -235,9 +248,44 @@ class Service:
         """Delete a user; plays from before this moment are rejected from now on."""
         await self.users.forget(live, user_id, now_ms())
 
+    async def add_songs(self, live: LiveRelease, sent: Sequence[AddedSong]) -> SongsAdded:
+        """Add songs until the next release; when this returns every other replica takes them in within a second.
+
+        Raises `HTTPException` 409 where model and index are deployments of their own, 507 where there would be too many
+        songs, and `FieldError` for a day that does not exist and a vector of another length than the catalog's.
+        """
+        online = live.online
+        if online is None:
+            raise HTTPException(
+                409, "songs are added online in the colocated topology alone; create a release with them"
+            )
+        songs = [read_song(song, place) for place, song in enumerate(sent)]
+        dims = {len(song.vector): place for place, song in enumerate(songs) if song.vector is not None}
+        if dims:
+            expected = await run_in_threadpool(lambda: online.content_dim)
+            for dim, place in dims.items():
+                if dim != expected:
+                    known = f"have {expected} numbers" if expected else "are none"
+                    raise FieldError(
+                        f"songs.{place}.vector",
+                        f"{dim} numbers; content vectors of the catalog {known}; give one of the same model, or none",
+                    )
+        await run_in_threadpool(self.users.store, live.catalog.lineage)
+        added = await run_in_threadpool(online.add, songs)
+        if added is None:
+            raise HTTPException(
+                507,
+                f"{online.count:,} songs were added since the release, with these they would be over "
+                f"{MAX_ONLINE_SONGS:,}; none was added: create a release that has them first",
+            )
+        outcomes: list[SongOutcome] = ["added" if new else "known" for new in added]
+        return SongsAdded.model_construct(
+            release=live.id, added=sum(added), online=online.count, limit=MAX_ONLINE_SONGS, outcomes=outcomes
+        )
+
     async def find_songs(self, live: LiveRelease, query: str, limit: int) -> SongMatches:
         """Songs by words of their title or artist."""
-        rows, count = await run_in_threadpool(live.catalog.search.find, query, limit)
+        rows, count = await run_in_threadpool(live.catalog.search_names, query, limit)
         songs = [
             CatalogSong(song_id=song_id, title=title, artist=artist)
             for song_id, title, artist in live.catalog.describe(rows)
@@ -318,7 +366,7 @@ class Service:
                 answer = self._answer(live, query, songs, unknown=query.unknown + unknown)
                 if wish.explain:
                     add_reasons(answer, songs, query.songs, live.catalog)
-                if len(whole.songs) == wish.k < MAX_K and not wish.diversity:
+                if len(whole.songs) == wish.k < MAX_K and not (wish.diversity or wish.explore):
                     answer.cursor = place.next(len(songs.songs), query.at)
                 answers[row] = answer
         return [answers[row] for row in range(len(requests))]
@@ -341,7 +389,7 @@ class Service:
                 chosen |= dict(zip(rows, answers, strict=True))
         # Popular songs only for those who need them: the limits of one answer are a pass over all songs.
         return [
-            chosen[row] if row in chosen else choose_popular(live.catalog.plays, live.catalog.by_plays, wish)
+            chosen[row] if row in chosen else choose_popular(live.catalog.starting, wish)
             for row, wish in enumerate(wishes)
         ]
 
@@ -397,13 +445,22 @@ def open_service(
     metrics, pool = Metrics(name), Pool(config.max_waiting)
     metrics.watch_waiting(lambda: pool.waiting)
 
+    users = StoredUsers(workspace, config.store, metrics)
+
     def load(release_id: str) -> LiveRelease:
         use_one_thread()
         release, recommender = load_parts(workspace, release_id)
         catalog = load_served_catalog(workspace, release, recommender)
-        return LiveRelease(release=release, catalog=catalog, engine=LocalEngine(Parts(recommender, metrics), pool))
+        engine = LocalEngine(Parts(recommender, metrics), pool)
+        store = partial(users.store_that_is_there, catalog.lineage)
+        online = OnlineSongs(workspace, release, catalog, engine, store)
+        try:
+            online.refresh()
+        except (NotReadyError, StoreUnavailableError) as error:  # then the watch takes them in later
+            log.warning("songs that were added online are not there yet: %s", error)
+        return LiveRelease(release=release, catalog=catalog, engine=engine, online=online)
 
-    return make_service(workspace, config, keys or load_keys(config), metrics, load)
+    return make_service(workspace, config, keys or load_keys(config), metrics, users, load)
 
 
 def make_service(
@@ -411,6 +468,7 @@ def make_service(
     config: ServeConfig,
     keys: Keys,
     metrics: Metrics,
+    users: StoredUsers,
     load: Callable[[str], LiveRelease],
 ) -> Service:
     """A service whose releases `load` loads, by their id; it watches which one is live."""
@@ -427,7 +485,6 @@ def make_service(
         watch_seconds=config.watch_seconds,
         on_switch=switched,
     )
-    users = StoredUsers(workspace, config.store, metrics)
     holder.start()
     return Service(holder, config, keys, metrics, users)
 
@@ -475,10 +532,14 @@ def _known(user_id: str, user: StoredUser | None) -> StoredUser:
 
 
 def _recommended(catalog: ServedCatalog, chosen: Chosen) -> list[RecommendedSong]:
-    return [
+    songs = [
         RecommendedSong.model_construct(song_id=song_id, title=title, artist=artist, score=score)
         for (song_id, title, artist), score in zip(catalog.describe(chosen.songs), chosen.scores.tolist(), strict=True)
     ]
+    if chosen.probabilities is not None:
+        for song, probability in zip(songs, chosen.probabilities.tolist(), strict=True):
+            song.explored, song.probability = not np.isnan(probability), None if np.isnan(probability) else probability
+    return songs
 
 
 def add_reasons(answer: Recommendations, chosen: Chosen, played: np.ndarray, catalog: ServedCatalog) -> None:

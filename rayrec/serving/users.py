@@ -7,7 +7,7 @@ read, again where another replica was first. So any number of replicas may take 
 import asyncio
 import random
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -27,9 +27,11 @@ from rayrec.online.state_store import (
     StoreUnavailableError,
     WholeUser,
     open_store,
+    store_exists,
     store_uri,
 )
 from rayrec.online.user_state import (
+    FIRST_ONLINE,
     LAST_PLAYS,
     OUTCOMES,
     CatchUp,
@@ -111,6 +113,7 @@ class StoredUsers:
             wholes = await self._call(store.read, user_ids, plays=LAST_PLAYS)
         users = {user_id: _whole(whole) for user_id, whole in zip(user_ids, wholes, strict=True) if whole is not None}
         users = {user_id: user for user_id, user in users.items() if not user.state.forgotten}
+        await self._take_in_songs(live, users.values())
         changes = []
         for user_id, state in (await self._catch_up(live, users)).items():
             user = users[user_id]
@@ -151,6 +154,7 @@ class StoredUsers:
         """One attempt to take plays; those of users whom another writer changed meanwhile are left out."""
         events = {user_id: [event_digest(event) for event in new.events] for user_id, new in sent.items()}
         users = await self._current(live, store, events)
+        await self._take_in_songs(live, users.values())
         repeated = {user_id: _repeated(events[user_id], users[user_id].events) for user_id in sent}
         steps = {
             user_id: plan_plays(users[user_id].state, live.model_id, new.plays, repeated[user_id])
@@ -170,11 +174,31 @@ class StoredUsers:
             with self._metrics.stage("store"):
                 done = await self._call(store.put, changes)
             put = {change.user_id for change, stored in zip(changes, done, strict=True) if stored}
+            await self._count_song_plays(live, [steps[user_id] for user_id in put])
         return {
             user_id: [OUTCOMES[place] for place in step.outcomes]
             for user_id, step in steps.items()
             if user_id in put or not step.changes
         }
+
+    async def _take_in_songs(self, live: LiveRelease, users: Iterable[_Read]) -> None:
+        """Take in songs that other replicas were given, where users have played them."""
+        online = live.online
+        if online is not None and any(
+            online.missing(plays.songs)
+            for user in users
+            for plays in (user.state.window, user.log)
+            if plays is not None
+        ):
+            await self._call(online.refresh)
+
+    async def _count_song_plays(self, live: LiveRelease, steps: Sequence[Step]) -> None:
+        """Let the plays of songs that were added online move their vectors."""
+        online = live.online
+        if online is not None and online.count:
+            sums = await self._call(online.first_plays, steps)
+            if sums:
+                await self._call(online.count_plays, sums)
 
     async def _change(
         self, store: StateStore, user_id: str, version: int, step: Step, state: UserState
@@ -232,7 +256,9 @@ class StoredUsers:
         """The new states of steps, all in one batch of the live network."""
         if not any(step.runs for step in steps):
             return scatter(steps, None)
-        return scatter(steps, await live.engine.states(*gather(steps)))
+        plays, start = gather(steps)
+        plays = replace(plays, songs=live.catalog.rows_of_stored(plays.songs))
+        return scatter(steps, await live.engine.states(plays, start))
 
     async def _blank(self, live: LiveRelease) -> States:
         if live.model_id not in self._blanks:
@@ -240,20 +266,29 @@ class StoredUsers:
             self._blanks = {live.model_id: await live.engine.states(nothing)}  # of the live one alone
         return self._blanks[live.model_id]
 
+    def store(self, namespace: str) -> StateStore:
+        """The store of a data set. Raises `NotReadyError` where none can be opened."""
+        with self._opening:
+            if namespace not in self._stores:
+                try:
+                    self._stores[namespace] = open_store(store_uri(self._workspace, self._uri), namespace)
+                except InputError as error:  # for whoever runs the application, not for its client
+                    raise NotReadyError(f"users cannot be stored here: {error}") from error
+            return self._stores[namespace]
+
+    def store_that_is_there(self, namespace: str) -> StateStore | None:
+        """As `store`; None where nobody has made it yet, or the workspace can have none."""
+        if namespace in self._stores:
+            return self._stores[namespace]
+        try:
+            uri = store_uri(self._workspace, self._uri)
+        except InputError:
+            return None
+        return self.store(namespace) if store_exists(uri) else None
+
     async def _store(self, live: LiveRelease) -> StateStore:
-        namespace = live.catalog.lineage
-
-        def opened() -> StateStore:
-            with self._opening:
-                if namespace not in self._stores:
-                    try:
-                        self._stores[namespace] = open_store(store_uri(self._workspace, self._uri), namespace)
-                    except InputError as error:  # for whoever runs the application, not for its client
-                        raise NotReadyError(f"users cannot be stored here: {error}") from error
-                return self._stores[namespace]
-
-        store = self._stores.get(namespace)
-        return await self._call(opened) if store is None else store
+        store = self._stores.get(live.catalog.lineage)
+        return await self._call(self.store, live.catalog.lineage) if store is None else store
 
     async def _call(self, work: Callable[..., T], *args: object, **kwargs: object) -> T:
         future = self._executor.submit(lambda: work(*args, **kwargs))
@@ -277,9 +312,13 @@ def _whole(whole: WholeUser) -> _Read:
 
 def _stored_user(user_id: str, user: _Read, live: LiveRelease) -> StoredUser:
     parts = [user.log, user.state.window] if user.log else [user.state.window]
+    plays, rows_of_stored = Plays.joined(parts), live.catalog.rows_of_stored
+    plays = replace(plays, songs=rows_of_stored(plays.songs))
+    if len(plays) and plays.songs.max() >= FIRST_ONLINE:  # of songs that neither the release has nor the store
+        plays = plays.take(plays.songs < FIRST_ONLINE)
     return StoredUser(
         state=user.state,
         states=user.state.states(live.model_id),
-        plays=Plays.joined(parts).history(user_id),
-        heard=unpack_heard(user.heard),
+        plays=plays.history(user_id),
+        heard=rows_of_stored(unpack_heard(user.heard)),
     )

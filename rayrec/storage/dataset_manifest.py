@@ -1,10 +1,22 @@
 """The manifest of the data set: what it holds, what it came from, and which data sets it descends from."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rayrec.errors import DamagedArtifactError, MismatchError, NotFoundError
-from rayrec.storage.workspace import DATASET_MANIFEST, Workspace, earlier_manifest, histories_file, users_file
+from rayrec.storage.workspace import (
+    DATASET,
+    DATASET_MANIFEST,
+    SONGS_TABLE,
+    Workspace,
+    earlier_manifest,
+    histories_file,
+    later_songs_file,
+    users_file,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SCHEMA_VERSION = 2
 
@@ -118,6 +130,22 @@ def read_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) -> Dataset
     for name in ("joined", "part_times"):
         raw[name] = [tuple(pair) for pair in raw.get(name, [])]
     return DatasetManifest(**raw)
+
+
+def read_songs(workspace: Workspace, manifest: DatasetManifest, names: list[str] | None = None) -> "pa.Table":
+    """The song table of a data set, columns.SONGS_TABLE or some of its columns, in the order of rows.
+
+    An import writes all songs into songs.parquet, also those that had files of their own. Songs that an unfinished
+    import has put behind those of the data set are left out.
+    """
+    import pyarrow as pa  # commands that only look at the manifest start without it
+
+    tables = [workspace.read_table(SONGS_TABLE, names)]
+    rows = len(tables[0])
+    while rows < manifest.songs and (path := later_songs_file(rows)).removeprefix(f"{DATASET}/") in manifest.files:
+        tables.append(workspace.read_table(path, names))
+        rows += len(tables[-1])
+    return pa.concat_tables(tables).slice(0, manifest.songs)
 
 
 def write_manifest(workspace: Workspace, manifest: DatasetManifest) -> None:

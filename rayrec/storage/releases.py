@@ -29,7 +29,12 @@ VALIDATION = "validation"  # of a release's metrics: verdict, queries and figure
 ACTIVE = "releases/active"  # JSON: the live id, the ids live before it, oldest first, and which change made it so
 SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
-FIXED = ("playlists/", "rejected/", "earlier/")  # files below dataset/ that stay as they are as plays are appended
+FIXED = (
+    "playlists/",
+    "rejected/",
+    "earlier/",
+    "songs/",
+)  # files below dataset/ that stay as they are as plays are appended
 PART_KINDS = ("songs", "models", "added_songs", "retrieval", "rankers", "tastes", "indexes")
 ANSWERING_KINDS = ("models", "added_songs", "indexes", "retrieval", "rankers")  # what recommends; tastes do not
 # A release without rankers answers with the network alone, one without added songs with those of its training alone.

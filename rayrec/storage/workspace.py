@@ -27,6 +27,7 @@ DATASET = "dataset"
 DATASET_MANIFEST = "dataset/dataset.json"
 GENERATING = "dataset/.generating.json"  # the config that unfinished generated buckets belong to
 SONGS_TABLE = "dataset/songs.parquet"
+LATER_SONGS = "dataset/songs"
 HISTORIES = "dataset/histories"
 USERS = "dataset/users"
 PLAYLISTS = "dataset/playlists"
@@ -45,6 +46,11 @@ def histories_file(part: int, bucket: int, last_part: int | None = None) -> str:
     """The Parquet file of one bucket of users in one part of the histories, or in parts joined up to `last_part`."""
     parts = f"{part:04d}" if last_part in (None, part) else f"{part:04d}-{last_part:04d}"
     return f"{HISTORIES}/part={parts}/bucket={bucket:05d}/histories.parquet"
+
+
+def later_songs_file(first: int) -> str:
+    """The Parquet file of songs that came behind those of songs.parquet without plays, from row `first` on."""
+    return f"{LATER_SONGS}/{first:010d}.parquet"
 
 
 def users_file(part: int, bucket: int) -> str:

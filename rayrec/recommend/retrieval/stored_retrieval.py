@@ -179,6 +179,11 @@ def read_first_days(workspace: Workspace, folder: str) -> np.ndarray:
     return np.asarray(workspace.read_array(f"{folder}/plays.first_days.npy"))
 
 
+def read_popularity(workspace: Workspace, folder: str) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (N,) and int32 (N,): plays of late and the artist of each song, of what `Retrieval.save` wrote."""
+    return workspace.read_array(f"{folder}/recent_plays.npy"), workspace.read_array(f"{folder}/artists.of_song.npy")
+
+
 def _flat(retrieval: Retrieval) -> dict[str, Any]:
     """The arrays by the names of their files."""
     named: dict[str, Any] = {}

@@ -235,7 +235,9 @@ def test_users_without_test_plays_are_not_scored() -> None:
             raise AssertionError("nothing was to be scored")
 
     evaluator = _evaluator([Silent(np.ones(4))])
-    _assert_same(evaluator(Histories.from_lists([[0, 1], [2]], [[1, 2], [500]])), evaluator.empty())
+    _assert_same(evaluator(Histories.from_lists([[0, 1], [2]], [[1, 2], [3]])), evaluator.empty())
+    sums = evaluator(Histories.from_lists([[0, 1], [2]], [[1, 2], [500]]))
+    assert (sums.queries.sum(), sums.slice_queries.sum()) == (0, 1)  # of whom nothing was known, which asks no model
 
 
 @pytest.mark.parametrize(

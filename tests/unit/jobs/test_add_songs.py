@@ -143,6 +143,34 @@ def test_what_is_written_grows_with_the_new_songs_alone(
     assert second.metrics["new_songs"] == NEW
 
 
+def test_adding_to_a_catalog_five_times_as_large_writes_as_much(tmp_path: Path) -> None:
+    written = []
+    for num_songs in (20_000, 100_000):
+        workspace = Workspace(tmp_path / str(num_songs))
+        write_world(workspace, users=20, num_songs=num_songs)
+        write_release(workspace, ranked=False)
+        (tmp_path / "new.csv").write_text(
+            "\n".join(["song,title,artist", *(f"new-{song},New {song},Artist {song % 7}" for song in range(1_000))])
+        )
+        before = workspace.sizes("")
+        moments = {path: Path(workspace.full(path)).stat().st_mtime_ns for path in before}
+        describe(workspace, DescribeConfig(append=True), str(tmp_path / "new.csv"))
+        made = add_songs(workspace)
+        releases.create_release(workspace)
+        assert made.metrics["songs"] == 1_000 + 1  # and the one of the catalog that had no vector
+        assert len(Dataset(workspace).catalog()) == num_songs + 1_000
+        after = workspace.sizes("")
+        changed = [path for path in after if moments.get(path) != Path(workspace.full(path)).stat().st_mtime_ns]
+        written.append((len(changed), sum(after[path] for path in changed)))
+        releases.verify_release(workspace, releases.list_releases(workspace)[-1])
+        # The song table that was written by hand is in no manifest.
+        of_songs = [each for each in verify_workspace(workspace).problems if each.path.startswith("dataset/songs")]
+        assert {(each.path, each.text) for each in of_songs} == {("dataset/songs.parquet", "is listed in no manifest")}
+    (files, few), (as_many, many) = written
+    assert files == as_many
+    assert abs(many - few) < 0.1 * few
+
+
 def test_the_same_again_changes_nothing(workspace: Workspace, released: Manifest, tmp_path: Path) -> None:
     describe_new_songs(workspace, tmp_path)
     made = add_songs(workspace)

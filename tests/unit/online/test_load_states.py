@@ -14,9 +14,9 @@ from rayrec.data.histories import Histories
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError
 from rayrec.model.taste_table import tastes_file
 from rayrec.online.load_states import load_states
-from rayrec.online.state_codec import unpack_plays, unpack_state
-from rayrec.online.state_store import Change, StateStore, open_store, store_uri
-from rayrec.online.user_state import Plays, UserState
+from rayrec.online.state_codec import pack_state, unpack_plays, unpack_state
+from rayrec.online.state_store import NOT_THERE, Change, StateStore, open_store, store_uri
+from rayrec.online.user_state import FIRST_ONLINE, Plays, UserState
 from rayrec.recommend.answer import load_recommender
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
@@ -212,6 +212,21 @@ def test_other_plays_of_the_same_time_give_way_to_the_batchs(world: Workspace, s
         songs, _ = recommender.recommend_one(whole, AT + 5, 8)
         assert answer(app, user, AT + 5) == [f"song-{song}" for song in songs]
         assert app.get(f"/v1/users/{user}/taste", params={"at": AT + 5}).json()["plays"] == whole.num_plays
+
+
+def test_plays_of_a_song_that_was_added_online_get_its_row_from_the_batch(
+    world: Workspace, store: StateStore, uri: str
+) -> None:
+    history = next(each for each in everybody(world) if each.num_plays > 3)
+    user, rows = history.user_ids[0], history.songs.astype(np.int32)
+    stored = rows.copy()
+    stored[1] = FIRST_ONLINE + 5
+    plays = Plays.of(stored, history.played_at)
+    store.put([Change(user_id=user, state=pack_state(UserState(window=plays, turn=1)), expected=NOT_THERE)])
+    assert load_states(Dataset(world), store, live(world)).renewed == 1
+    state, log = read(store, user)
+    np.testing.assert_array_equal(log.songs, rows)
+    assert (state.plays, state.current("model1") is not None) == (len(rows), True)
 
 
 def test_no_load_brings_a_deleted_user_back(world: Workspace, store: StateStore, uri: str) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from stores import RedisServer, needs_redis
 
@@ -120,13 +121,82 @@ def test_any_text_is_a_user_of_its_own(store: StateStore, user: str) -> None:
 def test_namespaces_do_not_meet(store: StateStore, uri: str, namespace: str) -> None:
     put(store, "ann", b"1", expected=NOT_THERE, append=b"log")
     store.mark_loaded("t", 0, "here")
+    store.add_songs({"a": b"1"}, most=1)
     other = open_store(uri, namespace + "-other")
     try:
-        assert (get(other, "ann"), other.loaded("t")) == (None, {})
+        assert (get(other, "ann"), other.loaded("t"), other.songs_since(0)) == (None, {}, (0, []))
         assert put(other, "ann", b"2", expected=NOT_THERE)
         assert contents(store, "ann") == (1, b"1", [b"log"])
     finally:
         other.close()
+
+
+def floats(*values: float) -> bytes:
+    return np.array(values, dtype="<f8").tobytes()
+
+
+def songs_of(store: StateStore, since: int = 0) -> list[tuple[int, str, bytes]]:
+    return [(song.number, song.song_id, song.data) for song in store.songs_since(since)[1]]
+
+
+def test_songs_are_numbered_once_and_a_reader_gets_what_changed_alone(store: StateStore) -> None:
+    assert store.songs_since(0) == (0, [])
+    assert store.add_songs({"a": b"1", "é": b"2"}, most=9) == [True, True]
+    version, songs = store.songs_since(0)
+    assert [(song.number, song.song_id, song.data, song.sums) for song in songs] == [
+        (0, "a", b"1", b""),
+        (1, "é", b"2", b""),
+    ]
+    assert store.songs_since(version) == (version, [])
+    assert store.add_songs({"a": b"x", "b": b"3"}, most=9) == [False, True]
+    assert songs_of(store, version) == [(2, "b", b"3")]
+    assert songs_of(store) == [(0, "a", b"1"), (1, "é", b"2"), (2, "b", b"3")]
+
+
+def test_songs_that_are_too_many_are_all_refused_until_others_are_closed(store: StateStore) -> None:
+    store.add_songs({"a": b"1", "b": b"2"}, most=2)
+    assert store.add_songs({"a": b"1"}, most=2) == [False]
+    assert store.add_songs({"a": b"1", "c": b"3"}, most=2) is None
+    version = store.songs_since(0)[0]
+    store.close_songs([0])
+    assert songs_of(store, version) == [(0, "a", b"")]
+    assert store.add_songs({"c": b"3"}, most=2) == [True]
+    assert store.add_songs({"a": b"4"}, most=3) == [True]  # opened again under its number
+    assert songs_of(store) == [(0, "a", b"4"), (1, "b", b"2"), (2, "c", b"3")]
+
+
+def test_sums_of_a_songs_plays_add_up_for_one_model(store: StateStore) -> None:
+    store.add_songs({"a": b"1", "b": b"2"}, most=2)
+    store.count_song_plays("m1", {0: floats(1, 0.1), 1: floats(2, -3)})
+    version = store.songs_since(0)[0]
+    store.count_song_plays("m1", {0: floats(1, 0.2), 7: floats(1, 1)})
+    _, (song,) = store.songs_since(version)
+    assert (song.number, song.model, song.sums) == (0, "m1", floats(2, 0.1 + 0.2))
+    store.count_song_plays("m2", {0: floats(5, 6)})
+    assert [(song.model, song.sums) for song in store.songs_since(0)[1]] == [
+        ("m2", floats(5, 6)),
+        ("m1", floats(2, -3)),
+    ]
+    store.close_songs([0])
+    store.count_song_plays("m1", {0: floats(1, 1)})
+    assert [(song.model, song.sums) for song in store.songs_since(0)[1]] == [("", b""), ("m1", floats(2, -3))]
+
+
+def test_plays_of_songs_are_counted_by_many_at_once(store: StateStore, uri: str, namespace: str) -> None:
+    store.add_songs({"a": b"1"}, most=2)
+
+    def count() -> None:
+        own = open_store(uri, namespace)
+        for _ in range(PUTS):
+            own.count_song_plays("m", {0: floats(1, 0.5)})
+        own.close()
+
+    threads = [threading.Thread(target=count) for _ in range(WRITERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.songs_since(0)[1][0].sums == floats(WRITERS * PUTS, WRITERS * PUTS / 2)
 
 
 def test_the_buckets_of_each_load_are_kept(store: StateStore) -> None:
@@ -426,7 +496,7 @@ def test_a_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
     foreign.execute("CREATE TABLE other (x)")
     foreign.commit()
     foreign.close()
-    with pytest.raises(InputError, match="its format is 0, this rayrec reads 2"):
+    with pytest.raises(InputError, match="its format is 0, this rayrec reads 3"):
         open_store(f"sqlite:///{tmp_path}/foreign.sqlite", "n")
 
 

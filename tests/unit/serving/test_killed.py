@@ -108,3 +108,23 @@ def test_plays_survive_the_kill_of_the_store(world: Workspace, tmp_path: Path) -
             require_each_play_once(world, server.uri)
     finally:
         server.kill()
+
+
+def test_an_added_song_and_its_plays_survive_the_kill_of_a_replica(world: Workspace, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/songs.sqlite"
+    with replicas(world, store, 1) as (first,):
+        added = httpx.post(f"{first.url}/v1/songs", json={"song_id": "new-1", "artist": "Artist 3"})
+        assert added.json()["outcomes"] == ["added"]
+        plays = [
+            {"event_id": str(turn), "user_id": "ann", "song_id": f"{name}-1"}
+            for turn, name in enumerate(("song", "new"))
+        ]
+        assert httpx.post(f"{first.url}/v1/plays", json={"plays": plays}).json()["taken"] == 2
+        first.kill()
+    with replicas(world, store, 1) as (second,):
+        listed = httpx.get(f"{second.url}/v1/users/ann/plays").json()["plays"]
+        assert [play["song_id"] for play in listed] == ["song-1", "new-1"]
+        assert httpx.post(f"{second.url}/v1/songs", json={"song_id": "new-1"}).json()["outcomes"] == ["known"]
+        body = {"history": ["song-3"], "allow": ["new-1"]}
+        songs = httpx.post(f"{second.url}/v1/recommendations", json=body).json()["songs"]
+        assert [song["song_id"] for song in songs] == ["new-1"]

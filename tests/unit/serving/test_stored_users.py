@@ -45,7 +45,8 @@ class NetworkEngine:
 def release(model: str) -> Any:
     """As much of a live release as stored users need."""
     engine = NetworkEngine(ENCODERS[model])
-    return SimpleNamespace(model_id=model, engine=engine, catalog=SimpleNamespace(lineage="n"))
+    catalog = SimpleNamespace(lineage="n", rows_of_stored=lambda stored: stored)
+    return SimpleNamespace(model_id=model, engine=engine, catalog=catalog, online=None)
 
 
 def replica(workspace: Workspace, uri: str) -> StoredUsers:

@@ -1,0 +1,306 @@
+"""Songs that are added while a release is live: recommended at once, everywhere, as the nightly job would have them."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from served import AT, BEGIN, NUM_SONGS, WITHOUT_VECTOR, Client, service, write_release
+from stores import RedisServer, needs_redis
+from worlds import write_dataset, write_song_vectors
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
+from rayrec.importing.descriptions import DescribeConfig, describe
+from rayrec.jobs.add_songs import add_songs, added_to
+from rayrec.model.added_songs import AddedSongs
+from rayrec.recommend.selection import network_of
+from rayrec.serving import online_songs
+from rayrec.serving.engine import LocalEngine
+from rayrec.serving.middleware import Keys, load_keys
+from rayrec.serving.serve_config import ServeConfig
+from rayrec.serving.service import Service
+from rayrec.storage import artifacts, releases
+from rayrec.storage.workspace import Workspace
+
+ARTIST = 3
+OF_ARTIST = [f"song-{ARTIST + 7 * place}" for place in range(6)]
+OF_EACH = NUM_SONGS // 7 + 1  # songs of an artist, with one that is added
+TOLERANCE = 1e-5  # of a number of a vector
+
+
+@pytest.fixture
+def world(workspace: Workspace) -> Workspace:
+    """Every listener plays songs of one artist, and the rankers have learned it."""
+    random = np.random.default_rng(0)
+    histories = Histories.from_lists(
+        [(7 * random.integers(0, NUM_SONGS // 7, size=25) + user % 7).tolist() for user in range(70)],
+        [(BEGIN + 60_000 * np.arange(25) + user).tolist() for user in range(70)],
+        [f"user-{user}" for user in range(70)],
+    )
+    write_dataset(workspace, histories, NUM_SONGS)
+    write_song_vectors(workspace, np.ones((NUM_SONGS, 8), np.float32), {"dataset": "by-hand"})
+    write_release(workspace, artists=True)
+    return workspace
+
+
+@pytest.fixture
+def opened(world: Workspace) -> Iterator[Service]:
+    with service(world) as each:
+        yield each
+
+
+def add(app: Client, *songs: dict[str, Any]) -> list[str]:
+    response = app.post("/v1/songs", {"songs": list(songs)})
+    assert response.status_code == 200, response.text
+    outcomes: list[str] = response.json()["outcomes"]
+    return outcomes
+
+
+def new_song(number: int, artist: int | None = ARTIST) -> dict[str, Any]:
+    by = {} if artist is None else {"artist": f"Artist {artist}"}
+    return {"song_id": f"new-{number}", "title": f"New {number}", **by}
+
+
+def play(user_id: str, song_id: str, played_at: int) -> dict[str, Any]:
+    return {"event_id": f"{user_id} {played_at}", "user_id": user_id, "song_id": song_id, "played_at": played_at}
+
+
+def recommended(app: Client, history: list[str], k: int = NUM_SONGS, **body: Any) -> list[str]:
+    response = app.post("/v1/recommendations", {"history": history, "at": AT, "k": k, "exclude_heard": False, **body})
+    assert response.status_code == 200, response.text
+    return [song["song_id"] for song in response.json()["songs"]]
+
+
+def vector(opened: Service, song_id: str) -> np.ndarray:
+    live = opened.live
+    assert isinstance(live.engine, LocalEngine)
+    return np.array(network_of(live.engine.parts.recommender).song_vectors[live.catalog.find([song_id])[0]])
+
+
+def within_a_second(holds: Any) -> None:
+    until = time.monotonic() + 1.0
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_an_added_song_is_recommended_to_listeners_of_its_artist_and_nothing_else_changes(opened: Service) -> None:
+    app = Client(opened)
+    others = recommended(app, ["song-1", "song-8", "song-15"], k=20)
+    assert app.post("/v1/songs", new_song(1)).json() == {
+        "release": opened.live.id,
+        "added": 1,
+        "online": 1,
+        "limit": online_songs.MAX_ONLINE_SONGS,
+        "outcomes": ["added"],
+    }
+    assert "new-1" in recommended(app, OF_ARTIST, k=OF_EACH)
+    assert recommended(app, ["song-1", "song-8", "song-15"], k=20) == others
+    # It is a song as others: found, filtered, ranked, listed, placed and played.
+    assert recommended(app, OF_ARTIST, artists=[f"Artist {ARTIST}"], k=50).count("new-1") == 1
+    assert "new-1" not in recommended(app, OF_ARTIST, artists=["Artist 1"])
+    assert recommended(app, OF_ARTIST, allow=["new-1", "song-0"], k=2).count("new-1") == 1
+    assert "new-1" not in recommended(app, OF_ARTIST, exclude=["new-1"])
+    assert app.get("/v1/songs", params={"query": "new 1"}).json()["songs"][0]["song_id"] == "new-1"
+    assert app.get("/v1/songs/new").json()["songs"][0]["song_id"] == "new-1"
+    assert len(app.get("/v1/songs/new-1/similar").json()["songs"]) == 20
+    ranked = app.post("/v1/rank", {"history": OF_ARTIST, "songs": ["new-1", "song-2"]}).json()
+    assert ranked["unknown_song_ids"] == []
+
+
+def test_every_replica_takes_it_in_within_a_second_and_a_restarted_one_has_it(world: Workspace) -> None:
+    with service(world) as first, service(world) as second:
+        add(Client(first), new_song(1), new_song(2, artist=5))
+        within_a_second(lambda: "new-1" in recommended(Client(second), OF_ARTIST, k=OF_EACH))
+        np.testing.assert_array_equal(vector(second, "new-2"), vector(first, "new-2"))
+    with service(world) as third:
+        assert "new-1" in recommended(Client(third), OF_ARTIST, k=OF_EACH)
+        assert add(Client(third), new_song(1)) == ["known"]
+
+
+@needs_redis
+def test_replicas_share_added_songs_through_redis(world: Workspace, tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    try:
+        with service(world, store=server.uri) as first, service(world, store=server.uri) as second:
+            app = Client(first)
+            add(app, new_song(1))
+            sent = [play("ann", song, AT + place) for place, song in enumerate(["song-1", "new-1", "song-2"])]
+            assert app.post("/v1/plays", {"plays": sent}).json()["taken"] == 3
+            within_a_second(lambda: np.array_equal(vector(second, "new-1"), vector(first, "new-1")))
+            server.kill()
+            server.start()
+        with service(world, store=server.uri) as third:
+            assert [one["song_id"] for one in Client(third).get("/v1/users/ann/plays").json()["plays"]] == [
+                "song-1",
+                "new-1",
+                "song-2",
+            ]
+    finally:
+        server.kill()
+
+
+def test_songs_that_are_known_stay_as_they_are_and_one_without_a_vector_gets_one(opened: Service) -> None:
+    app = Client(opened)
+    lacking = {"song_id": f"song-{WITHOUT_VECTOR}", "artist": "Artist 2"}
+    assert add(app, lacking) == ["added"]
+    assert app.get("/v1/songs", params={"query": f"title {WITHOUT_VECTOR}"}).json()["count"] > 0
+    assert recommended(app, OF_ARTIST, artists=["Artist 5"], k=3)
+    assert add(app, new_song(1), {"song_id": "song-5"}, new_song(1), lacking) == ["added", "known", "known", "known"]
+    assert add(app, {**new_song(1), "artist": "Artist 6"}, lacking) == ["known", "known"]
+    assert f"song-{WITHOUT_VECTOR}" in recommended(app, ["song-2", "song-9"])
+
+
+def test_songs_beyond_the_limit_are_refused_all_together(opened: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online_songs, "MAX_ONLINE_SONGS", 2)
+    app = Client(opened)
+    add(app, new_song(1))
+    response = app.post("/v1/songs", {"songs": [new_song(2), new_song(3)]})
+    assert (response.status_code, response.json()["title"]) == (507, "Insufficient Storage")
+    assert add(app, new_song(1), new_song(2)) == ["known", "added"]
+
+
+def test_songs_are_added_with_a_key_to_write(world: Workspace) -> None:
+    keys = load_keys(ServeConfig(), {"RAYREC_API_KEYS": "read:read-key-read-key,write:write-key-write-key"})
+    assert isinstance(keys, Keys)
+    with service(world, keys=keys) as each:
+        assert Client(each, key="read-key-read-key").post("/v1/songs", new_song(1)).status_code == 403
+        assert Client(each, key="write-key-write-key").post("/v1/songs", new_song(1)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("song", "where"),
+    [
+        ({"vector": [1.0, 2.0]}, "songs.0.vector"),
+        ({"released": "2026-02-30"}, "songs.0.released"),
+        ({"song_id": " "}, "song_id"),
+        ({"year": 2026}, "year"),
+    ],
+)
+def test_a_field_that_is_wrong_is_named(opened: Service, song: dict[str, Any], where: str) -> None:
+    response = Client(opened).post("/v1/songs", {**new_song(1), **song})
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["where"] == where
+
+
+def test_vectors_equal_those_of_the_nightly_job_over_the_same_metadata_and_plays(
+    world: Workspace, opened: Service, tmp_path: Path
+) -> None:
+    app, model = Client(opened), artifacts.load(world, "models", opened.live.model_id)
+    random = np.random.default_rng(0)
+    add(app, *(new_song(number, artist) for number, artist in enumerate((ARTIST, 5, None))))
+    users = {
+        f"listener-{user}": [
+            f"new-{song - NUM_SONGS}" if song >= NUM_SONGS else f"song-{song}"
+            for song in random.integers(NUM_SONGS - 12, NUM_SONGS + 3, size=30).tolist()
+        ]
+        for user in range(3)
+    }
+    before = vector(opened, "new-0")
+    for begin in (0, 12, 24):  # plays arrive in pieces, those of a piece out of order
+        for user, songs in users.items():
+            places = list(range(begin, min(begin + 12, len(songs))))[::-1]
+            sent = [play(user, songs[place], AT + 60_000 * place) for place in places]
+            assert app.post("/v1/plays", {"plays": sent}).json()["taken"] == len(places)
+    path = tmp_path / "new.csv"
+    path.write_text(f"song,title,artist\nnew-0,New 0,Artist {ARTIST}\nnew-1,New 1,Artist 5\nnew-2,New 2,\n")
+    describe(world, DescribeConfig(append=True), str(path))
+    earlier = add_songs(world)
+    dataset = Dataset(world)
+    histories = Histories.from_lists(
+        [dataset.catalog().rows(songs).tolist() for songs in users.values()],
+        [[AT + 60_000 * place for place in range(30)]] * 3,
+    )
+    nightly = added_to(dataset, model.folder, plays=[histories], earlier=AddedSongs.load(world, earlier.folder))
+    place = {int(row): place for place, row in enumerate(nightly.rows)}
+    assert nightly.played == 3
+    for number in range(3):
+        expected = nightly.outputs[place[NUM_SONGS + number]]
+        within_a_second(
+            lambda number=number, expected=expected: np.allclose(
+                vector(opened, f"new-{number}"), expected, atol=TOLERANCE
+            )
+        )
+    assert np.abs(vector(opened, "new-0") - before).max() > 100 * TOLERANCE
+
+
+def test_a_release_that_has_the_song_takes_its_place_and_plays_of_it_stay(
+    world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(online_songs, "CLOSE_SECONDS", 0.0)
+    path = tmp_path / "new.csv"
+    # The catalog of the next release numbers the songs in another order.
+    path.write_text("song,title,artist\nother,Other,Artist 1\nnew-1,New 1,Artist 3\n")
+    with service(world, watch_seconds=0.05) as each:
+        app = Client(each)
+        add(app, new_song(1), new_song(2))
+        sent = [play("ann", song, AT + place) for place, song in enumerate(["song-1", "new-1", "new-2", "song-2"])]
+        assert app.post("/v1/plays", {"plays": sent}).json()["taken"] == 4
+        describe(world, DescribeConfig(append=True), str(path))
+        add_songs(world)
+        release = releases.create_release(world, activate=True)
+        until = time.monotonic() + 20
+        while each.live.id != release.id:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        played = [one["song_id"] for one in app.get("/v1/users/ann/plays").json()["plays"]]
+        assert played == ["song-1", "new-1", "new-2", "song-2"]
+        assert each.live.catalog.find(["new-1"])[0] == NUM_SONGS + 1
+        answer = recommended(app, OF_ARTIST)
+        assert answer.count("new-1") == answer.count("new-2") == 1
+        heard = app.post("/v1/recommendations", {"user_id": "ann", "k": NUM_SONGS}).json()["songs"]
+        assert not {"new-1", "new-2"} & {song["song_id"] for song in heard}
+        assert add(app, new_song(1), new_song(3)) == ["known", "added"]
+        store = each.users.store(each.live.catalog.lineage)
+        within_a_second(lambda: [song.song_id for song in store.songs_since(0)[1] if song.data] == ["new-2", "new-3"])
+
+
+def test_plays_stay_where_releases_have_all_songs_that_were_added(world: Workspace, tmp_path: Path) -> None:
+    path = tmp_path / "new.csv"
+    path.write_text("song,title,artist\nother,Other,Artist 1\nnew-1,New 1,Artist 3\n")
+    with service(world) as each:
+        add(Client(each), new_song(1))
+        sent = [play("ann", song, AT + place) for place, song in enumerate(["song-1", "new-1", "song-2"])]
+        assert Client(each).post("/v1/plays", {"plays": sent}).json()["taken"] == 3
+    describe(world, DescribeConfig(append=True), str(path))
+    add_songs(world)
+    releases.create_release(world, activate=True)
+    with service(world) as each:
+        played = Client(each).get("/v1/users/ann/plays").json()["plays"]
+        assert [one["song_id"] for one in played] == ["song-1", "new-1", "song-2"]
+
+
+def test_the_model_and_index_of_the_split_topology_take_no_songs(opened: Service) -> None:
+    object.__setattr__(opened.live, "online", None)
+    assert Client(opened).post("/v1/songs", new_song(1)).status_code == 409
+
+
+def test_an_added_song_is_explored_with_its_probability_and_the_same_request_shows_it_again(opened: Service) -> None:
+    app = Client(opened)
+    add(app, *(new_song(number) for number in range(30)))
+    body = {"history": ["song-1", "song-8"], "at": AT, "k": 10, "explore": 0.3}
+    answer = app.post("/v1/recommendations", body).json()
+    drawn = [song for song in answer["songs"] if song["explored"]]
+    assert len(drawn) == 3
+    assert all(0 < song["probability"] <= 1 for song in drawn)
+    assert all(song["probability"] is None for song in answer["songs"] if not song["explored"])
+    assert answer["cursor"] is None
+    assert app.post("/v1/recommendations", body).json()["songs"] == answer["songs"]
+    shown = set()
+    for turn in range(40):
+        songs = app.post("/v1/recommendations", {**body, "at": AT + turn}).json()["songs"]
+        shown |= {song["song_id"] for song in songs if song["explored"]}
+    assert any(song.startswith("new-") for song in shown)
+    usual = app.post("/v1/recommendations", {**body, "explore": 0.0}).json()["songs"]
+    assert {(song["explored"], song["probability"]) for song in usual} == {(None, None)}
+    sent = [play("ann", "song-1", AT)]
+    app.post("/v1/plays", {"plays": sent})
+    query = {"k": 10, "at": AT + 1, "explore": 0.2}
+    assert (
+        sum(bool(song["explored"]) for song in app.get("/v1/users/ann/recommendations", params=query).json()["songs"])
+        == 2
+    )
