@@ -18,6 +18,7 @@ TOTAL = "total"  # plays the user has in all, where only the first of them are t
 PLAYLIST = "playlist_id"
 SONG_IDS = "song_ids"  # of recommendations, best first
 SCORES = "scores"  # one a song
+PROBABILITIES = "probabilities"  # with which each song stands where it does
 
 # One play, as every reader of an outside format emits it. `contexts` are names until the set of
 # all contexts is known; `source` and `line` say where the row came from. Where the data has no

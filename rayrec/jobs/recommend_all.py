@@ -30,7 +30,6 @@ from rayrec.storage.workspace import Workspace
 
 KIND = RECOMMENDATIONS
 USERS_AT_ONCE = 1_000
-SONG_IDS, SCORES, PROBABILITIES = "song_ids", "scores", "probabilities"
 SCHEMA = pa.schema(
     [
         pa.field(columns.USER, pa.string(), nullable=False),
@@ -42,7 +41,11 @@ SCHEMA = pa.schema(
 
 def schema_of(config: RecommendConfig) -> pa.Schema:
     """The columns of the files; with explore the probability of each explored song, null for the others."""
-    return SCHEMA.append(pa.field(PROBABILITIES, pa.list_(pa.float64()), nullable=False)) if config.explore else SCHEMA
+    return (
+        SCHEMA.append(pa.field(columns.PROBABILITIES, pa.list_(pa.float64()), nullable=False))
+        if config.explore
+        else SCHEMA
+    )
 
 
 def recommendations_file(folder: str, bucket: int) -> str:

@@ -308,6 +308,12 @@ class RedisStore(StateStore):
         """As in `StateStore`."""
         self._client.close()
 
+    def _of_songs(self, name: str, arguments: list[Any]) -> Any:
+        """What a script answers about the songs that were added online, whose keys share one hash tag."""
+        names = ("counters", "versions", "ids", "data", "sums", "numbers")
+        keys = [f"{PREFIX}:songs:{{{self._namespace}}}:{each}" for each in names]
+        return self._run(name, [(keys, arguments)])[0]
+
     def _servers(self) -> list[Any]:
         """A client of each server that holds users, replicas too."""
         if self._nodes is None:
@@ -327,12 +333,6 @@ class RedisStore(StateStore):
                 state = _wait_while(server, running)
                 if state[status] != "ok":
                     raise StoreUnavailableError(f"store {self._shown} could not rewrite its files; see its log")
-
-    def _of_songs(self, name: str, arguments: list[Any]) -> Any:
-        """What a script answers about the songs that were added online, whose keys share one hash tag."""
-        names = ("counters", "versions", "ids", "data", "sums", "numbers")
-        keys = [f"{PREFIX}:songs:{{{self._namespace}}}:{each}" for each in names]
-        return self._run(name, [(keys, arguments)])[0]
 
     def _keys(self, user_id: str, days: Sequence[int] = (), *, log: bool = True) -> list[str]:
         tag = urlsafe_b64encode(user_key(self._namespace, user_id))[:22].decode()

@@ -54,6 +54,10 @@ def server(answers: list[Callable[[BaseHTTPRequestHandler], None]]) -> Iterator[
             bodies.append({"path": self.path, "authorization": self.headers.get("Authorization")})
             answers.pop(0)(self)
 
+        def do_DELETE(self) -> None:
+            bodies.append({"path": self.path, "method": self.command})
+            answers.pop(0)(self)
+
         def log_message(self, *words: Any) -> None:
             """Says nothing."""
 
@@ -105,6 +109,18 @@ def test_the_asynchronous_client_retries_too() -> None:
     with server([hang_up, status(200, {"songs": []}), status(200, {"plays": 3})]) as (url, bodies):
         assert asyncio.run(call(url)) == ({"songs": []}, {"plays": 3})
     assert [body["path"] for body in bodies] == ["/v1/recommendations"] * 2 + ["/v1/users/ann/taste"]
+
+
+def test_a_user_of_any_id_is_deleted_by_both_clients_even_where_an_answer_is_lost() -> None:
+    async def forget(url: str) -> None:
+        async with AsyncClient(url) as client:
+            await client.forget("a/b ü.")
+
+    with server([hang_up, status(204, {}), status(204, {})]) as (url, bodies):
+        with Client(url) as client:
+            client.forget("a/b ü.")
+        asyncio.run(forget(url))
+    assert bodies == [{"path": "/v1/users/a%2Fb%20%C3%BC%2E", "method": "DELETE"}] * 3
 
 
 def test_each_method_asks_its_endpoint() -> None:

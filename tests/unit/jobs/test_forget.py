@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -63,10 +64,24 @@ def plays_of(folder: Path, day: int, name: str | None = None) -> ImportConfig:
     return ImportConfig(format="csv", paths=(str(path),), buckets=3, max_rejected=1)
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        build(Workspace(folder / "workspace"), folder)
+    return folder / "workspace"
+
+
 @pytest.fixture
-def world(workspace: Workspace, tmp_path: Path) -> Workspace:
+def world(template: Path, tmp_path: Path) -> Workspace:
+    shutil.copytree(template, tmp_path / "workspace")
+    return Workspace(tmp_path / "workspace")
+
+
+def build(workspace: Workspace, folder: Path) -> None:
     """Two releases over parts that were joined, states in the workspace's store, songs of every user."""
-    import_data(workspace, plays_of(tmp_path, 0))
+    import_data(workspace, plays_of(folder, 0))
     dataset = Dataset(workspace)
     write_song_vectors(workspace, random_vectors(dataset.num_songs), {"dataset": dataset.manifest.id})
     write_release(workspace, ranked=False)
@@ -74,10 +89,10 @@ def world(workspace: Workspace, tmp_path: Path) -> Workspace:
     recommend_all(workspace, RecommendConfig(k=5), releases.default_parts(workspace))
     for day in (1, 2):
         # Named after a user, as exports of one account may be.
-        append_plays(workspace, plays_of(tmp_path, day, f"{GONE[1]}/{day}"))
+        append_plays(workspace, plays_of(folder, day, f"{GONE[1]}/{day}"))
     compute_tastes(workspace, TasteConfig())
     release = releases.create_release(workspace)
-    append_plays(workspace, plays_of(tmp_path, 3))
+    append_plays(workspace, plays_of(folder, 3))
     compute_tastes(workspace, TasteConfig())
     recommend_all(workspace, RecommendConfig(k=5), releases.default_parts(workspace))
     compact(workspace)
@@ -87,7 +102,6 @@ def world(workspace: Workspace, tmp_path: Path) -> Workspace:
     with service(workspace, log_impressions=True) as opened:
         for user in (*GONE, *OTHERS):
             assert Client(opened).post("/v1/recommendations", {"user_id": user, "k": 2}).status_code == 200
-    return workspace
 
 
 def content(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""HAProxy as Serve is told to start it: its own pages on loopback, and a replica that goes away is no error of the client's."""
+"""HAProxy as Serve is told to start it: its pages on loopback; a replica that goes away is no error of the client's."""
 
 import socketserver
 import threading
