@@ -164,7 +164,18 @@ class FeatureSources:
             _repeat_share(batch, session.astype(np.int64)),
             hour if self.real_times else np.zeros(len(batch)),
             np.bincount(batch.user_songs.rows, minlength=len(batch)) / np.maximum(1, lengths),
+            self._session_with_long_term(batch),
         ]
+
+    def _session_with_long_term(self, batch: QueryBatch) -> np.ndarray:
+        """float64 (Q,): the cosine of the mean of the session's last ten songs with the long-term taste vector; 0 where
+        no session has begun. It tells when the session counts for more than the past."""
+        latest = batch.latest(RECENT)
+        latest = latest[batch.in_session[latest]]
+        sums = np.zeros((len(batch), self.song_vectors.shape[1]))
+        np.add.at(sums, batch.rows[latest], _looked_up(self.song_vectors, batch.songs[latest]))
+        lengths = np.linalg.norm(sums, axis=1)
+        return np.einsum("qd,qd->q", sums, batch.long_vectors) / np.where(lengths > 0, lengths, 1)
 
 
 OF_CANDIDATES = [
@@ -198,6 +209,7 @@ OF_QUERIES = [
     "session_repeats",
     "hour",
     "different_songs",
+    "cosine_session_long",
 ]
 
 

@@ -23,6 +23,7 @@ from rayrec.jobs.rank import fit_rankers
 from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.train import train
 from rayrec.recommend.answer import load_recommender
+from rayrec.recommend.retrieval import stored_retrieval
 from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.recommend.two_step_config import ABLATED_PARTS, RankConfig, RetrievalConfig
@@ -88,7 +89,7 @@ def expected(world: Workspace, split: Split) -> Retrieval:
 def test_buckets_and_ranges_of_songs_join_to_what_one_process_fits(
     world: Workspace, split: Split, monkeypatch: pytest.MonkeyPatch, plays_per_range: int
 ) -> None:
-    monkeypatch.setattr(job, "PLAYS_PER_RANGE", plays_per_range)
+    monkeypatch.setattr(stored_retrieval, "PLAYS_PER_RANGE", plays_per_range)
     made = fit_retrieval(world, SETTINGS, split=split, repeat=True)
     verify(world, made)
     ours = arrays(Retrieval.load(world, made.folder))

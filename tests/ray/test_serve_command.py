@@ -67,6 +67,7 @@ def test_replicas_give_way_to_nobody(served: Served) -> None:
     assert [process.nice() for process in served.processes("ServeReplica")] == [psutil.Process().nice()]
 
 
+@pytest.mark.slow
 def test_more_than_can_be_answered_get_a_503_that_says_when_to_try_again(split: Served) -> None:
     body = {"requests": [{**BODY, "history": ["song-3"] * 500}] * 20}
 
@@ -79,7 +80,7 @@ def test_more_than_can_be_answered_get_a_503_that_says_when_to_try_again(split: 
     assert {answer.headers.get("retry-after") for answer in answers if answer.status_code == 503} == {"1"}
 
 
-@pytest.mark.parametrize("topology", ["served", "split"])
+@pytest.mark.parametrize("topology", ["served", pytest.param("split", marks=pytest.mark.slow)])
 def test_the_work_for_a_client_that_goes_away_behind_haproxy_ends(
     topology: str, request: pytest.FixtureRequest
 ) -> None:
@@ -148,7 +149,8 @@ def test_a_release_is_activated_and_rolled_back_while_it_runs(served: Served) ->
     assert releases.read_active(served.workspace)["active"] == first
 
 
-@pytest.mark.parametrize("by", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["SIGTERM", "SIGINT"])
 def test_requests_at_work_are_answered_before_it_ends_cleanly(by: str, tmp_path: Path) -> None:
     """As `docker stop` and systemd end it."""
     workspace = Workspace(tmp_path / "workspace")

@@ -34,7 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
-@pytest.fixture(scope="module", params=["colocated", "split"])
+@pytest.fixture(scope="module", params=["colocated", pytest.param("split", marks=pytest.mark.slow)])
 def url(world: Workspace, cluster: None, request: pytest.FixtureRequest) -> Iterator[str]:
     releases.activate_release(world, by_model(world)["model1"])
     with running(world, topology=request.param, replicas=2, cpus=0.25, watch_seconds=0.2) as made:

@@ -73,7 +73,8 @@ def check_seen(world: World, seen: Seen, died_at: tuple[str, int, int]) -> None:
     assert len(again) <= 2 * STEPS_BETWEEN_READS
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_training_worker_killed_within_an_epoch_is_replaced(
     world: World, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,14 @@ def test_a_pause_ends_the_session_for_songs_and_for_the_query() -> None:
     assert _one([3, 4, 5], [0, 60, 61], at=200)[5]["session_length"] == 0
 
 
+def test_a_session_is_compared_with_the_long_term_taste_and_what_came_before_it_is_not() -> None:
+    long_term = -random_vectors(2, 8, seed=4)[0]
+    session = VECTORS[4] + VECTORS[5]
+    going_on = _one([3, 4, 5], [0, 60, 61], at=62)[7]["cosine_session_long"]
+    assert going_on == pytest.approx(session @ long_term / np.linalg.norm(session), rel=1e-4)
+    assert _one([3, 4, 5], [0, 60, 61], at=200)[7]["cosine_session_long"] == 0
+
+
 def test_artists_are_counted_over_the_last_ten_plays_and_the_history() -> None:
     features = _one([0, 1, 2, 5], [0, 1, 2, 3], at=4)  # artists 0, 1, 2, 0
     of_first, of_last = features[10], features[11]  # artists 0 and 1
