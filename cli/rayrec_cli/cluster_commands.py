@@ -158,6 +158,7 @@ def plan_views(made: Any) -> list[RenderableType]:
     headers = ["stage", "node", "nodes", "workers", "needs", "has", "batches", "hours"]
     stored = {name: size(count) for name, count in made.storage.items()}
     stored["on embed's disk"] = size(made.disk)
+    stored["store of user states"] = size(made.states)
     views: list[RenderableType] = [
         table(f"{made.data.plays:,} plays on cluster {made.cluster}", headers, rows, left=["node"]),
         figures("Storage", stored),

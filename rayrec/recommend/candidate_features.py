@@ -175,7 +175,7 @@ class FeatureSources:
         sums = np.zeros((len(batch), self.song_vectors.shape[1]))
         np.add.at(sums, batch.rows[latest], _looked_up(self.song_vectors, batch.songs[latest]))
         lengths = np.linalg.norm(sums, axis=1)
-        return np.einsum("qd,qd->q", sums, batch.long_vectors) / np.where(lengths > 0, lengths, 1)
+        return np.asarray(np.einsum("qd,qd->q", sums, batch.long_vectors) / np.where(lengths > 0, lengths, 1))
 
 
 OF_CANDIDATES = [

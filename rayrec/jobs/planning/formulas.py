@@ -30,6 +30,8 @@ RANK_BUCKET_REQUESTS = 4  # of a bucket beside its histories: is it there, its e
 EVALUATE_REQUESTS = 220  # of `evaluate` beside its passes: two recommenders, the report
 EVALUATE_PASSES = 3  # over the histories, where two-step and the network alone are compared
 RECOMMEND_REQUESTS = 78  # of `recommend --all` beside its buckets: the recommender
+STATE_BYTES = 310.0  # of a user in the store of states beside network and plays
+STORED_PLAY_BYTES = 5.2  # of a play in the store of states, compressed
 RECOMMENDED_SONG_BYTES = 11.0  # of a song in a row of recommendations: id of 12 characters and score
 INDEX_REQUESTS = 16  # of `index`, whatever its size
 RETRIEVAL_REQUESTS = 10  # of `retrieval` beside its fits: manifests, listings
@@ -151,3 +153,11 @@ def retrieval_requests(
     counting = buckets * histories_requests(files, row_groups, columns) + 2 * groups  # is it there, write it
     merging = ranges * (2 * groups + 2 + 2)  # each piece, the same as a group, and once more to join the ranges
     return RETRIEVAL_REQUESTS + fits * (counting + merging + FIT_REQUESTS)
+
+
+def states_bytes(users: int, plays: int, *, hidden_dim: int, average_floats: int) -> int:
+    """Of the store of user states, in SQLite; Redis takes a sixth more.
+
+    The hidden state in half precision, the sums of the averages in single, and the plays.
+    """
+    return int(users * (2 * hidden_dim + 4 * average_floats + STATE_BYTES) + plays * STORED_PLAY_BYTES)

@@ -36,6 +36,7 @@ from rayrec.jobs.planning.formulas import (
     retrieval_requests,
     shared_memory,
     songs_bytes,
+    states_bytes,
     taste_requests,
     tastes_bytes,
     train_requests,
@@ -97,6 +98,7 @@ class Plan:
     stages: list[StagePlan]
     storage: dict[str, int]  # what -> bytes in the bucket
     disk: int  # bytes on the node of embed
+    states: int  # bytes of the server's store of user states
     problems: list[str]
     notes: list[str]
     data: DataSize
@@ -128,6 +130,7 @@ def make_plan(
         stages=stages,
         storage=planner.storage(),
         disk=disk,
+        states=planner.states_bytes(),
         problems=[*problems, *planner.other_problems(disk)],
         notes=planner.notes(stages),
         data=data,
@@ -314,6 +317,15 @@ class _Planner:
             "while it imports": int(self.data.plays * ROW_BYTES) + histories_bytes(self.data.plays),
             "while it trains": 2 * checkpoint + self.data.songs * 8 * self.config.fits,
         }
+
+    def states_bytes(self) -> int:
+        """Of the server's store of user states."""
+        return states_bytes(
+            self.data.users,
+            self.data.plays,
+            hidden_dim=self.config.hidden_dim,
+            average_floats=len(TrainConfig().averages) * self.config.dim,
+        )
 
     def corpus_bytes(self) -> int:
         """On the local disk of embed's node: a play is a song's row in decimal and a space."""

@@ -37,12 +37,15 @@ from rayrec.jobs.planning.formulas import (
     retrieval_requests,
     shuffle_bytes,
     songs_bytes,
+    states_bytes,
     taste_requests,
     train_requests,
 )
 from rayrec.jobs.taste import compute_tastes
 from rayrec.model.checkpoint import save_model
 from rayrec.model.train_config import TasteConfig, TrainConfig
+from rayrec.online.load_states import load_states
+from rayrec.online.state_store import open_store
 from rayrec.recommend.answer import RecommendConfig
 from rayrec.recommend.base import BaseRecommender, Ranking
 from rayrec.recommend.index import IndexConfig
@@ -296,3 +299,26 @@ def test_bytes_of_recommendations(workspace: Workspace, monkeypatch: pytest.Monk
     made = job.recommend_all(workspace, RecommendConfig(k=k), {})
     size = workspace.size(job.recommendations_file(made.folder, 0))
     assert size == pytest.approx(recommendations_bytes(users, k), rel=0.15)
+
+
+@pytest.mark.parametrize(("hidden", "plays"), [(64, 20), (256, 100)])
+def test_bytes_of_the_states_of_users(workspace: Workspace, tmp_path: Path, hidden: int, plays: int) -> None:
+    users, songs, random = 2_000, 20_000, np.random.default_rng(0)
+    moments = np.cumsum(random.integers(60_000, 3_600_000, size=(users, plays)), axis=1) + START * 1_000
+    histories = Histories.from_lists(
+        list(random.integers(songs, size=(users, plays))), list(moments), [f"u{user:08d}" for user in range(users)]
+    )
+    dataset = write_dataset(workspace, histories, songs)
+    model = network(model_config(TrainConfig(hidden_dim=hidden), num_songs=songs))
+    names = save_model(workspace, "models/m", model, np.ones(songs, dtype=np.bool_))
+    inputs = {"dataset": dataset.manifest.id, "songs": "s"}
+    artifacts.publish(workspace, artifacts.Manifest(kind="models", id="m", inputs=inputs), names)
+    tastes = compute_tastes(workspace, TasteConfig())
+    release = artifacts.Manifest(kind="releases", id="r", inputs={**inputs, "models": "m", "tastes": tastes.id})
+    store = open_store(f"sqlite:///{tmp_path}/states.sqlite", dataset.lineage)
+    load_states(dataset, store, release)
+    store.close()
+    size = sum(path.stat().st_size for path in tmp_path.glob("states.sqlite*"))
+    averages = len(model.config.averages) * model.config.embedding_dim
+    expected = states_bytes(users, users * plays, hidden_dim=hidden, average_floats=averages)
+    assert size == pytest.approx(expected, rel=0.15)

@@ -83,6 +83,12 @@ def test_recommendations_of_all_users_take_all_cpus_and_are_stored() -> None:
     assert plan.storage["recommendations"] == pytest.approx(10**6 * 10 * 11, rel=0.2)
 
 
+def test_the_store_of_states_grows_with_users_plays_and_the_network() -> None:
+    plan = planned(PlanConfig(hidden_dim=256, dim=32))
+    assert plan.states == pytest.approx(10**6 * (2 * 256 + 4 * 4 * 32 + 310) + 10**8 * 5.2)
+    assert plan.to_mapping()["states"] == plan.states
+
+
 def test_training_without_gpus_holds_vectors_table_and_moments_on_each_node() -> None:
     found = stage(planned(PlanConfig(workers=4)), "train")
     assert (found.node, found.nodes, found.workers) == ("cpu", 4, 4)
