@@ -25,6 +25,7 @@ class Work:
     requests: float = 0.0  # of a unit to object storage, one after another
     data_bytes: float = 0.0  # of a unit, from and to object storage
     one_node: bool = False  # whether all units run on the cores of one node
+    per_node: int | None = None  # units at once on a node, where not one a core
     spread: float = 0.0  # standard deviation of the units' seconds over their mean
 
 
@@ -52,7 +53,7 @@ class SimulatedStage:
     storage: float  # share that waited for object storage
     lost: float  # share whose work was lost with a node
     idle: float
-    bottleneck: str  # cores, object storage, one node, or few units
+    bottleneck: str  # cores, object storage, one node, workers (fewer than cores), or few units
     lost_node_seconds: float  # that the stage takes longer where a node is lost in its middle
 
 
@@ -93,6 +94,8 @@ def _bottleneck(kinds: Sequence[Work], runs: Sequence["_Run"], busy: float, stor
     alone = sum(run.seconds for work, run in zip(kinds, runs, strict=True) if work.one_node)
     if alone > 0.5 * sum(run.seconds for run in runs):
         return "one node"
+    if all(work.per_node for work in kinds):
+        return "workers"
     if busy + storage < 0.5:
         return "few units"
     return "cores" if busy >= storage else "object storage"
@@ -112,7 +115,8 @@ def _run(work: Work, cluster: SimulatedCluster, random: np.random.Generator, los
     """Work through the units of one kind; `lost_at` is a moment at which the first node is lost."""
     nodes = 1 if work.one_node else cluster.nodes
     queue = deque(np.maximum(0.1, 1 + work.spread * random.standard_normal(work.units)).tolist())
-    free = [(node, core) for core in range(cluster.cores) for node in range(nodes)][::-1]
+    cores = work.per_node or cluster.cores
+    free = [(node, core) for core in range(cores) for node in range(nodes)][::-1]
     running: dict[tuple[int, int], tuple[int, float, float]] = {}  # core -> number of the unit, its size, its start
     ready: set[tuple[int, int]] = set()  # cores whose process has loaded what it needs
     gone: set[int] = set()
@@ -160,7 +164,7 @@ def _run(work: Work, cluster: SimulatedCluster, random: np.random.Generator, los
             later(now + cluster.replace_seconds, "back", core)
         elif kind == "back":
             gone.discard(core[0])
-            free += [(core[0], place) for place in range(cluster.cores)]
+            free += [(core[0], place) for place in range(cores)]
             next_loss(now, core[0])
     run.seconds = now
     return run

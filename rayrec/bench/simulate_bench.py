@@ -209,6 +209,7 @@ def job_graph(
     embed = lines["fit_vectors"].each * size.plays * epochs
     workers = max(number for number in divisors(TrainConfig().shards) if number <= cluster.nodes)
     trained = size.plays * epochs / measured.train_plays_per_second / workers
+    pieces = max(1, round(trained / (60 * TrainConfig().checkpoint_minutes)))  # between two checkpoints
     works = [
         work("import", "PieceImporter", size.pieces, 40, 40 * size.plays / size.pieces),
         work("import", "SongRange", key_ranges(size.buckets), 2 * size.pieces, 9 * size.songs),
@@ -220,10 +221,11 @@ def job_graph(
             Work(
                 stage="train",
                 name=fit,
-                units=workers,
-                cpu_seconds=trained,
-                requests=epochs * read * size.buckets / workers,
-                data_bytes=epochs * bucket_bytes * size.buckets / workers,
+                units=workers * pieces,
+                cpu_seconds=trained / pieces,
+                requests=epochs * read * size.buckets / workers / pieces,
+                data_bytes=epochs * bucket_bytes * size.buckets / workers / pieces,
+                per_node=1,
             ),
             work(
                 "retrieval", "GroupCounter", groups, read * size.buckets / groups, bucket_bytes * size.buckets / groups

@@ -32,6 +32,12 @@ def test_a_process_loads_once_and_work_on_one_node_leaves_the_others_idle() -> N
     assert (alone.idle, alone.bottleneck) == (pytest.approx(0.5), "one node")
 
 
+def test_where_a_node_takes_one_unit_at_a_time_the_workers_are_the_bottleneck() -> None:
+    stage = one(Work(stage="s", name="w", units=8, cpu_seconds=3.0, per_node=1))
+    assert stage.seconds == pytest.approx(8 / 2 * 3)
+    assert (stage.busy, stage.bottleneck) == (pytest.approx(1 / 4), "workers")
+
+
 def test_requests_wait_for_their_latency_and_for_what_the_storage_answers() -> None:
     slow = SimulatedCluster(nodes=2, cores=4, task_seconds=0.0, latency=0.1, requests_per_second=1e9)
     stage = one(Work(stage="s", name="w", units=8, cpu_seconds=1.0, requests=30), slow)
