@@ -98,26 +98,32 @@ def inspect(
     Shows which columns an import would take for what, how times are written, how many of the first rows it would
     reject and why, and the command that imports the files.
     """
-    found = inspect_files(format_name, paths, timezone_name)
-    values: dict[str, Any] = {"files": found.files, "bytes": size(found.bytes), "rows looked at": found.rows}
-    if found.delimiter:
-        values["delimiter"] = spelled_delimiter(found.delimiter)
-    if found.time:
-        values["times"] = found.time
-    views: list[RenderableType] = [figures(f"{found.format}, {found.kind}", values)]
-    if found.columns:
+    inspection = inspect_files(format_name, paths, timezone_name)
+    values: dict[str, Any] = {
+        "files": inspection.files,
+        "bytes": size(inspection.bytes),
+        "rows looked at": inspection.rows,
+    }
+    if inspection.delimiter:
+        values["delimiter"] = spelled_delimiter(inspection.delimiter)
+    if inspection.time:
+        values["times"] = inspection.time
+    views: list[RenderableType] = [figures(f"{inspection.format}, {inspection.kind}", values)]
+    if inspection.columns:
         # Those that are taken for something first: exports may have a hundred columns more.
-        shown = sorted(found.columns, key=lambda column: not column.role)[:MOST_COLUMNS]
+        shown = sorted(inspection.columns, key=lambda column: not column.role)[:MOST_COLUMNS]
         rows = [[column.name, column.role, column.type, column.example] for column in shown]
         views.append(
             table("Columns", ["column", "taken for", "type", "example"], rows, left=["taken for", "type", "example"])
         )
-        if len(shown) < len(found.columns):
-            views.append(f"{len(found.columns) - len(shown):,} more columns are not shown; --json lists all of them.")
-    if found.rejected:
-        views.append(table("Rows that would be rejected", ["reason", "rows"], list(found.rejected.items())))
-        views.append("\n".join(f"{reason}: {example}" for reason, example in found.examples.items()))
-    return Shown(found.to_mapping(), [*views, *found.notes, found.command])
+        if len(shown) < len(inspection.columns):
+            views.append(
+                f"{len(inspection.columns) - len(shown):,} more columns are not shown; --json lists all of them."
+            )
+    if inspection.rejected:
+        views.append(table("Rows that would be rejected", ["reason", "rows"], list(inspection.rejected.items())))
+        views.append("\n".join(f"{reason}: {example}" for reason, example in inspection.examples.items()))
+    return Shown(inspection.to_mapping(), [*views, *inspection.notes, inspection.command])
 
 
 UserOption = Annotated[list[str] | None, typer.Option("--user", metavar="ID", help="User ID; repeat it for several.")]

@@ -264,10 +264,10 @@ def _parts(call: Call, model: str | None) -> dict[str, str]:
     """The parts of the model to evaluate, by default the current one whatever is live; nothing where there is none."""
     dataset = Dataset(call.workspace)
     if model is None:
-        found = latest(call.workspace, "models", lambda made: dataset.descends_from(made.inputs["dataset"]))
+        network = latest(call.workspace, "models", lambda made: dataset.descends_from(made.inputs["dataset"]))
     else:
-        found = load(call.workspace, "models", model)
-    return {} if found is None else parts_of(call.workspace, found)
+        network = load(call.workspace, "models", model)
+    return {} if network is None else parts_of(call.workspace, network)
 
 
 def _interval(row: dict[str, Any]) -> str:

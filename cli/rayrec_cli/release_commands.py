@@ -249,14 +249,14 @@ def report(call: Call, config: ExperimentReportConfig) -> Shown:
     Recall is the share of the songs played after an answer that had been recommended, with 95 % intervals by
     bootstrap over users. Reads the impression log that `rayrec serve --log-impressions` writes.
     """
-    made = report_experiment(call.workspace, config)
+    comparison = report_experiment(call.workspace, config)
     rows = [
         [arm.arm, arm.users, arm.answers, arm.played, arm.recall, _interval(arm.low, arm.high), arm.skips, arm.likes]
-        for arm in made.arms
+        for arm in comparison.arms
     ]
-    title = f"Experiment {made.experiment}, {day(made.first_answer)} to {day(made.last_answer)}"
+    title = f"Experiment {comparison.experiment}, {day(comparison.first_answer)} to {day(comparison.last_answer)}"
     headers = ["arm", "users", "answers", "played", "recall", "95 %", "skips", "likes"]
-    return Shown(made.to_mapping(), [table(title, headers, rows), made.verdict])
+    return Shown(comparison.to_mapping(), [table(title, headers, rows), comparison.verdict])
 
 
 def _interval(low: float | None, high: float | None) -> str:

@@ -234,20 +234,20 @@ def bench_memory(place: Workspace, config: BenchConfig) -> dict[str, Any]:
             }
             for name, job in passes.items():
                 with PlainProcess(0) as driver:
-                    found = driver.run(job)
+                    needs = driver.run(job)
                 peaks[size] |= {
-                    f"{name} {role}": found.peaks_mb[role] for role in (private_memory.DRIVER, private_memory.WORKER)
+                    f"{name} {role}": needs.peaks_mb[role] for role in (private_memory.DRIVER, private_memory.WORKER)
                 }
-                totals.append(found.total_mb)
-                seconds = found.seconds if name == "taste" else seconds
+                totals.append(needs.total_mb)
+                seconds = needs.seconds if name == "taste" else seconds
                 bar.advance()
         for songs in config.memory_songs:
             with ray_cluster():
                 dataset = bench_dataset(place, config, users=config.memory_users[0], songs=songs, **sizes)
                 model = untrained_model(dataset, config.seed)
             with PlainProcess(0) as driver:
-                found = driver.run(partial(taste_memory, dataset.workspace, model, workers=SONGS_WORKERS))
-            catalogs.append(found.peaks_mb[private_memory.WORKER])
+                needs = driver.run(partial(taste_memory, dataset.workspace, model, workers=SONGS_WORKERS))
+            catalogs.append(needs.peaks_mb[private_memory.WORKER])
             bar.advance()
     grown = private_memory.growth(*peaks)
     return {
@@ -278,8 +278,8 @@ def taste_memory(workspace: Workspace, model: Manifest, workers: int | None = No
     """What the taste job needs, with so many workers or one a CPU."""
 
     def job() -> None:
-        made = compute_tastes(workspace, TasteConfig(), model_id=model.id, repeat=True)
-        workspace.delete(made.folder)
+        tastes = compute_tastes(workspace, TasteConfig(), model_id=model.id, repeat=True)
+        workspace.delete(tastes.folder)
 
     return _watched(job, workers)
 

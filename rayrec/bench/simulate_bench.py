@@ -53,7 +53,7 @@ CHECKED = ("import", "retrieval", "taste", "evaluate", "recommend")  # stages of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class DataScale:
     """How large the data of one run are."""
 
     users: int
@@ -69,7 +69,7 @@ class Size:
 class MeasuredRun:
     """One run of all stages on this machine."""
 
-    size: Size
+    size: DataScale
     units: dict[str, list[UnitTime]]  # by worker
     seconds: dict[str, float]  # of each stage, start to end
     train_plays_per_second: float
@@ -98,7 +98,7 @@ def bench_simulate(place: Workspace, config: BenchConfig) -> dict[str, Any]:
     """
     runs = [_measured(place, config, times) for times in SIZES]
     lines = fit_lines(runs)
-    size = Size(
+    size = DataScale(
         users=config.simulate_users,
         plays=config.simulate_plays,
         songs=config.simulate_songs,
@@ -166,7 +166,7 @@ def _slope(name: str, small: MeasuredRun, large: MeasuredRun, read: float) -> fl
     return max(0.0, (means[1] - means[0]) / max(amounts[1] - amounts[0], 1e-9))
 
 
-def held(worker: str, size: Size, units: int) -> float:
+def held(worker: str, size: DataScale, units: int) -> float:
     """What one of so many units of a worker holds: the songs, queries, users or plays that its time follows."""
     if worker in ("_build", "build_and_save", "SongRange"):
         return size.songs / units
@@ -181,7 +181,7 @@ def held(worker: str, size: Size, units: int) -> float:
 
 
 def job_graph(
-    size: Size, lines: Mapping[str, Line], measured: MeasuredRun, cluster: SimulatedCluster, *, epochs: int = 20
+    size: DataScale, lines: Mapping[str, Line], measured: MeasuredRun, cluster: SimulatedCluster, *, epochs: int = 20
 ) -> list[Work]:
     """The units of every stage on data of a size, with a validation range: vectors, network, retrieval fitted twice."""
     ranges = len(song_ranges(size.songs, size.plays))
@@ -326,7 +326,7 @@ def run_stages(
         with timed("recommend"):
             recommend_all(workspace, RecommendConfig(k=100), live.inputs)
         manifest = stages.outcomes[0].figures
-    size = Size(
+    size = DataScale(
         users=manifest["users"],
         plays=manifest["plays"],
         songs=manifest["songs"],
@@ -354,14 +354,14 @@ def _check(place: Workspace, config: BenchConfig, lines: Mapping[str, Line], mea
             nodes.add_node(num_cpus=1)
         workspace = Workspace(f"{place.uri}/simulate-check")
         with PlainProcess(0) as driver:
-            found = driver.run(run_stages, plays, workspace, QUERIES * times, config.seed, 0, nodes.address)
+            local = driver.run(run_stages, plays, workspace, QUERIES * times, config.seed, 0, nodes.address)
     finally:
         nodes.shutdown()
     # Local files answer at once and as fast as memory.
     cluster = SimulatedCluster(nodes=2, cores=1, latency=0.0, requests_per_second=1e9, node_bytes_per_second=1e12)
-    works = [work for work in job_graph(found.size, lines, measured, cluster) if work.stage in CHECKED]
+    works = [work for work in job_graph(local.size, lines, measured, cluster) if work.stage in CHECKED]
     simulated = sum(stage.seconds for stage in simulate(works, cluster, config.seed))
-    real = sum(found.seconds[stage] for stage in CHECKED)
+    real = sum(local.seconds[stage] for stage in CHECKED)
     return {
         "stages": list(CHECKED),
         "measured_seconds": real,
@@ -370,7 +370,9 @@ def _check(place: Workspace, config: BenchConfig, lines: Mapping[str, Line], mea
     }
 
 
-def _planned(size: Size, cluster: SimulatedCluster, measured: MeasuredRun, config: BenchConfig) -> dict[str, float]:
+def _planned(
+    size: DataScale, cluster: SimulatedCluster, measured: MeasuredRun, config: BenchConfig
+) -> dict[str, float]:
     """Hours of `rayrec plan` by stage, with the rates of the larger run."""
 
     def rate(work: float, *workers: str) -> float:

@@ -213,16 +213,16 @@ def erase_impressions(workspace: Workspace) -> int:
     for path in log_files(workspace):
         try:
             users = workspace.read_table(path, ["user_id", "moment"])
-            kept = _without(users, forgotten).num_rows
-            if kept == users.num_rows:
+            rows_left = _without(users, forgotten).num_rows
+            if rows_left == users.num_rows:
                 continue
-            if kept:
+            if rows_left:
                 workspace.write_table(path, _without(workspace.read_table(path), forgotten))
             else:
                 workspace.delete(path)
         except NotFoundError:  # deleted for newer ones since it was listed
             continue
-        erased += users.num_rows - kept
+        erased += users.num_rows - rows_left
     return erased
 
 

@@ -51,9 +51,9 @@ def read_outside(path: str | Path, catalog: Catalog) -> OutsideVectors:
     else:
         rows = pc.index_in(song_ids, value_set=catalog.table.column(columns.SONG_ID))
         targets = np.asarray(pc.fill_null(rows, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
-    found = targets >= 0
+    known = targets >= 0
     placed = np.zeros((len(catalog), raw.shape[1]), dtype=raw.dtype)
-    placed[targets[found]] = raw[found]
+    placed[targets[known]] = raw[known]
     try:
         vectors = SongVectors.normalized(placed)
     except InputError as error:
@@ -61,9 +61,9 @@ def read_outside(path: str | Path, catalog: Catalog) -> OutsideVectors:
     if not vectors.known.any():
         raise InputError(
             f"vectors file {path} has a vector for none of the {len(catalog)} songs of the catalog "
-            f"({int((~found).sum())} of its {len(raw)} ids are unknown); check its song ids"
+            f"({int((~known).sum())} of its {len(raw)} ids are unknown); check its song ids"
         )
-    return OutsideVectors(vectors, len(raw), int((~found).sum()), int((~raw.any(axis=1)).sum()))
+    return OutsideVectors(vectors, len(raw), int((~known).sum()), int((~raw.any(axis=1)).sum()))
 
 
 def choose_source(dataset: Dataset, config: EmbedConfig) -> str:

@@ -134,8 +134,8 @@ class Evaluator:
         place = slices_of(self.contexts).index(("known", "0"))
         users, songs = first_plays(histories, self.split, self.query_share)
         cell, ranks = cells.cells_of(histories.user_ids)[users], np.full(len(users), NOT_FOUND)
-        found = in_mask(self.known_songs, songs)
-        ranks[found] = self._starting_ranks[songs[found]]
+        known = in_mask(self.known_songs, songs)
+        ranks[known] = self._starting_ranks[songs[known]]
         values = metrics_of(ranks, np.arange(len(users)), np.ones(len(users), np.int64), self.config.ks)
         np.add.at(sums.slice_queries[:, place], cell, 1.0)
         chosen = values[:, self._sliced_columns()]

@@ -234,15 +234,15 @@ def _read_answers(
     song_answers = pc.list_parent_indices(songs).to_numpy().astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(np.bincount(song_answers, minlength=len(table)))])
     places = np.arange(len(song_answers)) - starts[song_answers] + _one(table, "first").to_numpy()[song_answers]
-    kept = np.ones(len(places), np.bool_) if k is None else places < k
+    in_first_k = np.ones(len(places), np.bool_) if k is None else places < k
     return _Answers(
         ids=_one(table, "recommendation_id"),
         users=users.indices.to_numpy().astype(np.int64),
         user_ids=users.dictionary,
         arms=pc.index_in(_one(table, "arm"), value_set=pa.array(arms)).to_numpy().astype(np.int64),
         at=_one(table, "at").cast(pa.int64()).to_numpy(),
-        song_answers=song_answers[kept],
-        song_ids=songs.flatten().filter(pa.array(kept)),
+        song_answers=song_answers[in_first_k],
+        song_ids=songs.flatten().filter(pa.array(in_first_k)),
     )
 
 
@@ -288,11 +288,13 @@ def _dataset_plays(workspace: Workspace, answers: _Answers, first: int) -> _Even
     users, songs, at, skipped = [], [], [], []
     for histories in dataset.read_all():
         rows = _numbers(pc.index_in(pa.array(histories.user_ids, pa.string()), value_set=answers.user_ids))
-        kept = (rows[histories.rows] >= 0) & (histories.played_at >= first)
-        users.append(rows[histories.rows][kept])
-        songs.append(histories.songs[kept])
-        at.append(histories.played_at[kept])
-        skipped.append(np.zeros(int(kept.sum()), np.bool_) if histories.skipped is None else histories.skipped[kept])
+        in_time = (rows[histories.rows] >= 0) & (histories.played_at >= first)
+        users.append(rows[histories.rows][in_time])
+        songs.append(histories.songs[in_time])
+        at.append(histories.played_at[in_time])
+        skipped.append(
+            np.zeros(int(in_time.sum()), np.bool_) if histories.skipped is None else histories.skipped[in_time]
+        )
     rows = np.concatenate(songs)
     return _Events(
         users=np.concatenate(users),
@@ -310,7 +312,7 @@ def _add(sums: _Sums, answers: _Answers, events: _Events, window: int) -> None:
     encoded = pa.concat_arrays([answers.song_ids, events.song_ids]).dictionary_encode()
     num_songs, rows = len(encoded.dictionary) + 1, encoded.indices.to_numpy().astype(np.int64)
     recommended, songs = rows[: len(answers.song_ids)], rows[len(answers.song_ids) :]
-    last = latest(answers.users, answers.at, events.users, events.at)
+    last = latest_rows(answers.users, answers.at, events.users, events.at)
     recent = (last >= 0) & (events.at - answers.at[last] <= window)
     source = np.where(events.named >= 0, events.named, np.where(recent, last, -1))
     counted = source >= 0
@@ -322,8 +324,8 @@ def _add(sums: _Sums, answers: _Answers, events: _Events, window: int) -> None:
     of_arm, event_arms = answers.users * num_arms + answers.arms, events.users * num_arms + arms
     keys = np.concatenate([of_arm[of_answer] * num_songs + recommended, event_arms * num_songs + songs])
     keys = np.unique(keys, return_inverse=True)[1].reshape(-1)
-    found = latest(keys[: len(recommended)], answers.at[of_answer], keys[len(recommended) :], events.at)
-    by_arm = (found >= 0) & (events.at - answers.at[of_answer][found] <= window)
+    last_answer = latest_rows(keys[: len(recommended)], answers.at[of_answer], keys[len(recommended) :], events.at)
+    by_arm = (last_answer >= 0) & (events.at - answers.at[of_answer][last_answer] <= window)
     hits = counted & np.where(events.named >= 0, by_answer, by_arm)
 
     played = counted & ~events.skipped & ~events.liked
@@ -343,7 +345,7 @@ def _add(sums: _Sums, answers: _Answers, events: _Events, window: int) -> None:
     sums.counts["likes"] += counts(arms[hits & events.liked])
 
 
-def latest(keys: np.ndarray, at: np.ndarray, wanted: np.ndarray, until: np.ndarray) -> np.ndarray:
+def latest_rows(keys: np.ndarray, at: np.ndarray, wanted: np.ndarray, until: np.ndarray) -> np.ndarray:
     """int64 (n,): the row, among those with `keys` and moments `at`, of the last moment of a wanted key up to another.
 
     `keys` and `at` are int64 (m,), `wanted` and `until` int64 (n,); keys count from 0. -1 where there is no such row.

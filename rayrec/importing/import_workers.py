@@ -62,8 +62,8 @@ class MergeSettings:
             for piece, rows in group.read(bucket)
         )
         rows, merged = sort_rows(parts, in_lines=self.in_lines)
-        kept = without_forgotten(rows, self.forgotten)
-        return kept, merged, len(rows) - len(kept)
+        remaining = without_forgotten(rows, self.forgotten)
+        return remaining, merged, len(rows) - len(remaining)
 
 
 class PieceImporter:

@@ -116,10 +116,10 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
     notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated.items()]
     if _looks_like_data(list(sample)):
         notes.append("The first line looks like data: an import takes it for the names of the columns.")
-    wanted = {role: found.get(role, "NAME") for role in roles(is_playlists) if role in [*found, *missing]}
+    column_of = {role: found.get(role, "NAME") for role in roles(is_playlists) if role in [*found, *missing]}
     return Inspection(
         **_rows(batches),
-        **_command(format_name, produces, paths, wanted, delimiter, timezone),
+        **_command(format_name, produces, paths, column_of, delimiter, timezone),
         files=len(files),
         bytes=size,
         delimiter=delimiter,

@@ -189,18 +189,18 @@ class FileEraser:
             return self._without_texts(path)
         with self._workspace.open_input(path) as stream:
             file = pq.ParquetFile(stream)
-            kept = [self._kept(file, group) for group in range(file.num_row_groups)]
-            if all(mask.all() for mask in kept):
+            group_masks = [self._kept(file, group) for group in range(file.num_row_groups)]
+            if all(mask.all() for mask in group_masks):
                 return None
-            users, after = self._write(path, file, kept)
+            users, after = self._write(path, file, group_masks)
         before = artifacts.sha256(self._workspace, path)
         return ErasedFile(path=path, before=before, after=after, users=users)
 
     def _kept(self, file: pq.ParquetFile, group: int) -> np.ndarray:
         """bool (U,): the rows of a row group that stay."""
         ids = file.read_row_group(group, columns=[columns.USER]).column(columns.USER)
-        kept: np.ndarray = ~self._forgotten.holds(pc.fill_null(ids, "").to_pylist())
-        return kept
+        mask: np.ndarray = ~self._forgotten.holds(pc.fill_null(ids, "").to_pylist())
+        return mask
 
     def _write(self, path: str, file: pq.ParquetFile, kept: list[np.ndarray]) -> tuple[dict[str, int], str]:
         users: dict[str, int] = {}
@@ -280,8 +280,8 @@ class _Manifests:
         if manifest.kind == "tastes":
             self._of_tastes.setdefault(manifest.inputs["dataset"], lost)
         metrics = {name: value - lost[name] if name in lost else value for name, value in manifest.metrics.items()}
-        made = replace(manifest, metrics=metrics, files=self._renewed(manifest.files, manifest.folder))
-        self._write_json(manifest.path("manifest.json"), asdict(made))
+        renewed = replace(manifest, metrics=metrics, files=self._renewed(manifest.files, manifest.folder))
+        self._write_json(manifest.path("manifest.json"), asdict(renewed))
 
     def _write_datasets(self, dataset: DatasetManifest) -> None:
         self._require_sound({f"{DATASET}/{name}": digest for name, digest in dataset.files.items()})
@@ -310,7 +310,7 @@ class _Manifests:
         last_import: dict[str, Any] = self._forgotten.scrub(manifest.last_import)
         if "reasons" in last_import:
             last_import["reasons"] = [{**each, "text": ""} for each in last_import["reasons"]]
-        made = replace(
+        renewed = replace(
             manifest,
             users=manifest.users - lost["users"],
             plays=manifest.plays - lost["plays"],
@@ -320,8 +320,8 @@ class _Manifests:
             last_import=last_import,
             files=self._renewed(manifest.files, DATASET),
         )
-        if made != manifest:
-            self._write_json(path, asdict(made))
+        if renewed != manifest:
+            self._write_json(path, asdict(renewed))
 
     def _write_release(self, release: Manifest, dataset: DatasetManifest | None) -> None:
         path, made_of = release.path(CHECKSUMS), release.inputs["dataset"]

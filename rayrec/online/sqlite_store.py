@@ -212,8 +212,8 @@ class SqliteStore(StateStore):
         return f"{self._namespace}:{load}"
 
     def _songs_version(self, connection: sqlite3.Connection) -> int:
-        found = connection.execute("SELECT MAX(version) FROM songs WHERE namespace = ?", (self._namespace,)).fetchone()
-        return int(found[0] or 0)
+        newest = connection.execute("SELECT MAX(version) FROM songs WHERE namespace = ?", (self._namespace,)).fetchone()
+        return int(newest[0] or 0)
 
     def _prepare(self) -> None:
         with self._transaction("IMMEDIATE") as connection:

@@ -177,14 +177,14 @@ def _best(
     from rayrec.recommend.exploring import POOL, with_explored  # brings torch, as below
     from rayrec.recommend.selection import diversify, network_of, pool_size
 
-    wanted = pool_size(config.k) if config.diversity else config.k
-    k = wanted + (POOL if config.explore else 0)
+    count = pool_size(config.k) if config.diversity else config.k
+    k = count + (POOL if config.explore else 0)
     ranking = recommender.rank(history, at, k, horizon=config.horizon, limits=[limits])
     real = ranking.songs[0] != NO_SONG
     rows, scores = ranking.songs[0][real], ranking.scores[0][real]
     taken = np.arange(min(config.k, len(rows)))
     if config.diversity:
-        taken = diversify(network_of(recommender).song_vectors[rows[:wanted]], config.k, config.diversity)
+        taken = diversify(network_of(recommender).song_vectors[rows[:count]], config.k, config.diversity)
     if not config.explore:
         return rows[taken], scores[taken], np.full(len(taken), np.nan)
     explored = with_explored(recommender, history, at, (rows, scores), taken, config.explore)

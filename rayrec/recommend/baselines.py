@@ -92,8 +92,8 @@ class ItemKnnRecommender(VectorRecommender):
 def last_songs(histories: Histories, questions: Questions, num_songs: int) -> np.ndarray:
     """int64 (Q,): the last song played before each query, -1 where there is none among the first `num_songs`."""
     last = np.full(len(questions), -1, dtype=np.int64)
-    asked = questions.seen > 0
-    last[asked] = histories.songs[histories.offsets[questions.rows[asked]] + questions.seen[asked] - 1]
+    with_plays = questions.seen > 0
+    last[with_plays] = histories.songs[histories.offsets[questions.rows[with_plays]] + questions.seen[with_plays] - 1]
     last[last >= num_songs] = -1
     return last
 
@@ -129,14 +129,14 @@ class SequentialRulesRecommender(BaseRecommender):
         then the weaker ones go early, and with them a little of what they might have come to. Raises
         `LeakError` for a play that `allowed` forbids.
         """
-        kept = max(1, min(rules_per_song, max_rules // (2 * max(1, num_songs))))
+        per_song = max(1, min(rules_per_song, max_rules // (2 * max(1, num_songs))))
         rules = count_rules(Histories.from_lists([], []), num_songs, max_distance, decay)
         for histories in batches:
             allowed.require(histories)
             rules = rules + count_rules(histories, num_songs, max_distance, decay)
             if rules.nnz > max_rules:
-                rules = strongest(rules, kept)
-        return cls(strongest(rules, kept), decay)
+                rules = strongest(rules, per_song)
+        return cls(strongest(rules, per_song), decay)
 
     def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         """float32 (Q, N): the weight of the rule from the last song to each song."""
@@ -167,8 +167,12 @@ def strongest(rules: csr_matrix, count: int) -> csr_matrix:
     rows = np.repeat(np.arange(rules.shape[0]), np.diff(rules.indptr))
     order = np.lexsort((rules.indices, -rules.data, rows))
     place = np.arange(rules.nnz) - rules.indptr[rows]  # within the sorted row
-    kept = order[place < count]
-    return csr_matrix((rules.data[kept], (rows[kept], rules.indices[kept])), shape=rules.shape, dtype=np.float32)
+    strongest_first = order[place < count]
+    return csr_matrix(
+        (rules.data[strongest_first], (rows[strongest_first], rules.indices[strongest_first])),
+        shape=rules.shape,
+        dtype=np.float32,
+    )
 
 
 Settings = Mapping[str, Any]  # numbers, of a baseline, by name; those that are left out have their defaults

@@ -85,10 +85,10 @@ def explore(
     if not len(taken):
         return Explored(songs=songs, scores=scores, probabilities=explored)
     places = ((np.arange(len(taken)) + 0.5) * len(songs) / len(taken)).astype(np.int64)
-    kept = np.setdiff1d(np.arange(len(songs)), places)
+    not_explored = np.setdiff1d(np.arange(len(songs)), places)
     answer, values = np.empty_like(songs), np.empty_like(scores)
-    answer[places], answer[kept] = others[taken], songs[: len(kept)]
-    values[places], values[kept] = other_scores[taken], scores[: len(kept)]
+    answer[places], answer[not_explored] = others[taken], songs[: len(not_explored)]
+    values[places], values[not_explored] = other_scores[taken], scores[: len(not_explored)]
     explored[places] = chances[taken]
     return Explored(songs=answer, scores=values, probabilities=explored)
 

@@ -161,11 +161,11 @@ def choose(recommender: BaseRecommender, known: Known, wish: Wish) -> Chosen:
     alone looks around the mean of its two taste vectors; two-step recommendation mixes the chances of both.
     Diverse songs are chosen among the first of them, explored ones among those behind.
     """
-    wanted = pool_size(wish.k) if wish.diversity else wish.k
-    pool = _choose(recommender, known, replace(wish, k=wanted + (POOL if wish.explore else 0)))
+    count = pool_size(wish.k) if wish.diversity else wish.k
+    pool = _choose(recommender, known, replace(wish, k=count + (POOL if wish.explore else 0)))
     taken = np.arange(min(wish.k, len(pool.songs)))
     if wish.diversity:
-        taken = diversify(network_of(recommender).song_vectors[pool.songs[:wanted]], wish.k, wish.diversity)
+        taken = diversify(network_of(recommender).song_vectors[pool.songs[:count]], wish.k, wish.diversity)
     chosen = replace(pool, songs=pool.songs[taken], scores=pool.scores[taken])
     if wish.explore:
         ranked = pool.songs, pool.scores

@@ -1,4 +1,4 @@
-"""Spans of requests in the traces of their callers (W3C Trace Context), by OpenTelemetry, which Ray brings."""
+"""Spans of requests in the traces of their callers (W3C Trace Context), by OpenTelemetry."""
 
 import re
 from collections.abc import Iterator, Mapping

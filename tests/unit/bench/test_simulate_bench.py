@@ -3,7 +3,7 @@
 import pytest
 
 from rayrec.bench.cluster_simulation import SimulatedCluster, simulate
-from rayrec.bench.simulate_bench import MeasuredRun, Size, fit_lines, job_graph
+from rayrec.bench.simulate_bench import DataScale, MeasuredRun, fit_lines, job_graph
 from rayrec.jobs.runtime import UnitTime
 
 BUCKETS, DRIVER = 8, 3.0
@@ -21,7 +21,7 @@ FIXED = 0.1
 
 def planted(times: int) -> MeasuredRun:
     """A run whose units cost what the constants above say."""
-    size = Size(
+    size = DataScale(
         users=1_000 * times,
         plays=60_000 * times,
         songs=2_000 * times,
@@ -75,7 +75,7 @@ def test_lines_are_those_that_were_planted(runs: list[MeasuredRun]) -> None:
 
 
 def test_the_hours_of_large_data_follow_the_lines(runs: list[MeasuredRun]) -> None:
-    size = Size(
+    size = DataScale(
         users=10**6,
         plays=10**9,
         songs=10**5,
