@@ -193,12 +193,13 @@ def job_graph(
 
     def work(stage: str, name: str, units: int, requests: float, data: float, **options: Any) -> Work:
         line = lines[name]
+        parts = size.buckets if name == "QueryCounter" else units  # which reads some of the buckets alone
         extra = lines["QueryCounter"].each * bucket_plays if name in ("ExampleCollector", "BucketEvaluator") else 0.0
         return Work(
             stage=stage,
             name=name,
             units=units,
-            cpu_seconds=line.at(held(name, size, units)) + extra,
+            cpu_seconds=line.at(held(name, size, parts)) + extra,
             setup_seconds=line.setup,
             spread=line.spread,
             requests=requests,
