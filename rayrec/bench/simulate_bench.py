@@ -114,7 +114,7 @@ def bench_simulate(place: Workspace, config: BenchConfig) -> dict[str, Any]:
         requests_per_second=config.simulate_requests,
         losses_per_node_hour=config.simulate_losses,
     )
-    works = job_graph(size, lines, runs[-1], cluster, epochs=config.simulate_epochs)
+    works = job_graph(size, lines, runs, cluster, epochs=config.simulate_epochs)
     simulated = simulate(works, cluster, config.seed)
     planned = _planned(size, cluster, runs[-1], config)
     result: dict[str, Any] = {
@@ -129,7 +129,7 @@ def bench_simulate(place: Workspace, config: BenchConfig) -> dict[str, Any]:
         "stages": [_row(stage, planned) for stage in simulated],
     }
     if config.simulate_check:
-        result["check"] = _check(place, config, lines, runs[-1])
+        result["check"] = _check(place, config, lines, runs)
     return result
 
 
@@ -181,10 +181,15 @@ def held(worker: str, size: DataScale, units: int) -> float:
 
 
 def job_graph(
-    size: DataScale, lines: Mapping[str, Line], measured: MeasuredRun, cluster: SimulatedCluster, *, epochs: int = 20
+    size: DataScale,
+    lines: Mapping[str, Line],
+    runs: Sequence[MeasuredRun],
+    cluster: SimulatedCluster,
+    *,
+    epochs: int = 20,
 ) -> list[Work]:
     """The units of every stage on data of a size, with a validation range: vectors, network, retrieval fitted twice."""
-    ranges = len(song_ranges(size.songs, size.plays))
+    measured, ranges = runs[-1], len(song_ranges(size.songs, size.plays))
     groups = len(bucket_groups(ranges, size.buckets))
     merges = len(bucket_groups(size.pieces, size.buckets))
     bucket_plays, bucket_bytes = size.plays / size.buckets, measured.history_bytes * size.plays / size.buckets
@@ -245,9 +250,15 @@ def job_graph(
     ]
     driver = [
         Work(stage=stage, name="driver", units=1, cpu_seconds=seconds, one_node=True)
-        for stage, seconds in driver_seconds(measured).items()
+        for stage, seconds in _driver_seconds(runs, size.plays).items()
     ]
     return [*works, *driver]
+
+
+def _driver_seconds(runs: Sequence[MeasuredRun], plays: int) -> dict[str, float]:
+    """Between the measured sizes by the line through them; beyond, as at the nearest: no driver goes through the plays."""
+    sizes, seconds = [run.size.plays for run in runs], [driver_seconds(run) for run in runs]
+    return {stage: float(np.interp(plays, sizes, [run[stage] for run in seconds])) for stage in seconds[0]}
 
 
 def driver_seconds(measured: MeasuredRun) -> dict[str, float]:
@@ -341,7 +352,9 @@ def run_stages(
     return MeasuredRun(size=size, units=dict(units), seconds=seconds, train_plays_per_second=rate, history_bytes=stored)
 
 
-def _check(place: Workspace, config: BenchConfig, lines: Mapping[str, Line], measured: MeasuredRun) -> dict[str, Any]:
+def _check(
+    place: Workspace, config: BenchConfig, lines: Mapping[str, Line], runs: Sequence[MeasuredRun]
+) -> dict[str, Any]:
     """Stages on three local nodes, a head without CPUs and two of one CPU each, and the simulation of the same."""
     from ray.cluster_utils import Cluster
 
@@ -360,7 +373,7 @@ def _check(place: Workspace, config: BenchConfig, lines: Mapping[str, Line], mea
         nodes.shutdown()
     # Local files answer at once and as fast as memory.
     cluster = SimulatedCluster(nodes=2, cores=1, latency=0.0, requests_per_second=1e9, node_bytes_per_second=1e12)
-    works = [work for work in job_graph(local.size, lines, measured, cluster) if work.stage in CHECKED]
+    works = [work for work in job_graph(local.size, lines, runs, cluster) if work.stage in CHECKED]
     simulated = sum(stage.seconds for stage in simulate(works, cluster, config.seed))
     real = sum(local.seconds[stage] for stage in CHECKED)
     return {

@@ -87,7 +87,7 @@ def test_the_hours_of_large_data_follow_the_lines(runs: list[MeasuredRun]) -> No
     fast = SimulatedCluster(
         nodes=16, cores=8, task_seconds=0.0, latency=0.0, requests_per_second=1e12, node_bytes_per_second=1e15
     )
-    found = {stage.stage: stage for stage in simulate(job_graph(size, fit_lines(runs), runs[1], fast, epochs=4), fast)}
+    found = {stage.stage: stage for stage in simulate(job_graph(size, fit_lines(runs), runs, fast, epochs=4), fast)}
     rounds = 512 / 128
     assert found["taste"].seconds == pytest.approx(DRIVER + rounds * (FIXED + 5e-6 * 10**9 / 512) + 0.5)
     assert found["recommend"].seconds == pytest.approx(DRIVER + rounds * (FIXED + USER * 10**6 / 512) + 0.5)
@@ -105,6 +105,6 @@ def test_the_hours_of_large_data_follow_the_lines(runs: list[MeasuredRun]) -> No
 def test_where_requests_take_long_object_storage_is_the_bottleneck(runs: list[MeasuredRun]) -> None:
     size = runs[1].size
     slow = SimulatedCluster(nodes=4, cores=2, task_seconds=0.0, latency=1.0)
-    found = {stage.stage: stage for stage in simulate(job_graph(size, fit_lines(runs), runs[1], slow), slow)}
+    found = {stage.stage: stage for stage in simulate(job_graph(size, fit_lines(runs), runs, slow), slow)}
     assert found["taste"].storage > 0.5
     assert found["taste"].seconds > 6
