@@ -256,7 +256,7 @@ def job_graph(
 
 
 def _driver_seconds(runs: Sequence[MeasuredRun], plays: int) -> dict[str, float]:
-    """Between the measured sizes by the line through them; beyond, as at the nearest: no driver goes through the plays."""
+    """Between the measured sizes by the line through them; beyond, as at the nearest: no driver reads the plays."""
     sizes, seconds = [run.size.plays for run in runs], [driver_seconds(run) for run in runs]
     return {stage: float(np.interp(plays, sizes, [run[stage] for run in seconds])) for stage in seconds[0]}
 
