@@ -55,7 +55,7 @@ class ImportConfig(Settings):
         0.5,
         ge=0,
         le=1,
-        description="csv, parquet, yambda: share of a song; a play that listened to less of it counts as skipped",
+        description="csv, parquet, yambda: share of a song below which a play of it counts as skipped",
     )
     user: str = Field("", description="User id of all plays, for formats without one")
     user_separator: Separator = Field(

@@ -97,9 +97,8 @@ def update(
     )
     imported = Dataset(workspace).manifest.config.get("plays")
     if isinstance(imported, dict):
-        plays = plays.replace(skip_below=imported["skip_below"])
-        if config.timezone is None and FORMATS[plays.format].mapped:
-            plays = plays.replace(timezone=imported["timezone"])
+        kept = ["skip_below", *(["timezone"] if config.timezone is None and FORMATS[plays.format].mapped else [])]
+        plays = plays.replace(**{name: imported[name] for name in kept if name in imported})
     on_note(f"Reading as {describe_import(plays)}")
     with ray_cluster():
         appended = append_plays(workspace, plays)
