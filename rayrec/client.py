@@ -123,8 +123,6 @@ class PlaysAnswer(TypedDict):
     rejected: int
     unknown_songs: int
     invalid: int
-    logged: int
-    dropped: int
     outcomes: list[str]
     errors: list[dict[str, str]]
 

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 from networks import model_config, network
 from rankings import fit_rankers
-from worlds import random_histories, write_dataset, write_song_vectors
+from worlds import random_histories, with_opinions, write_dataset, write_song_vectors
 
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
@@ -37,11 +37,14 @@ AT = BEGIN + 40_000_000  # ms UTC, after all of them
 WITHOUT_VECTOR = 7  # a song that is never recommended
 
 
-def write_world(workspace: Workspace, *, users: int = 60, num_songs: int = NUM_SONGS) -> Histories:
-    """A data set of random plays, with song vectors."""
+def write_world(
+    workspace: Workspace, *, users: int = 60, num_songs: int = NUM_SONGS, opinions: bool = False
+) -> Histories:
+    """A data set of random plays, with `opinions` some of them skipped, and songs liked; with song vectors."""
     histories = random_histories(users, num_songs)
     histories = histories.take(histories.lengths > 0)
     histories = replace(histories, played_at=histories.played_at + BEGIN)
+    histories = with_opinions(histories, num_songs) if opinions else histories
     write_dataset(workspace, histories, num_songs)
     write_song_vectors(workspace, np.ones((num_songs, 8), np.float32), {"dataset": "by-hand"})
     return histories

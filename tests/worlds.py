@@ -1,5 +1,7 @@
 """Small data sets written by hand, and song vectors to go with them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 
@@ -37,6 +39,8 @@ def write_dataset(workspace: Workspace, histories: Histories, num_songs: int, bu
         first_play=int(histories.played_at.min()),
         last_play=int(histories.played_at.max()),
         part_times=[(int(histories.played_at.min()), int(histories.played_at.max()))],
+        has_skipped=histories.skipped is not None,
+        has_likes=histories.likes is not None,
     )
     write_manifest(workspace, manifest)
     return Dataset(workspace)
@@ -62,6 +66,19 @@ def random_histories(users: int, num_songs: int, *, longest: int = 30, seed: int
         ],
         user_ids=[f"user-{row}" for row in range(users)],
     )
+
+
+def with_opinions(histories: Histories, num_songs: int, *, seed: int = 0) -> Histories:
+    """The same with every third play skipped by chance, and up to five likes of each user, of any songs."""
+    random = np.random.default_rng(seed)
+    first, last = int(histories.played_at.min()), int(histories.played_at.max())
+    likes = [
+        [(int(random.integers(num_songs)), int(at)) for at in sorted(random.integers(first, last, random.integers(6)))]
+        for _ in range(len(histories))
+    ]
+    nothing: list[list[int]] = [[] for _ in likes]
+    liked = Histories.from_lists(nothing, nothing, histories.user_ids.tolist(), likes=likes).likes
+    return replace(histories, skipped=random.random(histories.num_plays) < 1 / 3, likes=liked)
 
 
 def random_vectors(num_songs: int, dim: int = 8, seed: int = 0) -> np.ndarray:

@@ -244,6 +244,7 @@ def _dataset(manifest: DatasetManifest) -> Shown:
         "songs": manifest.songs,
         "playlists": manifest.playlists,
         "read": manifest.read,
+        **({"likes": manifest.likes} if manifest.has_likes else {}),
         "merged": manifest.merged,
         "rejected": rejected,
     }
@@ -304,9 +305,10 @@ def _carried_over(split: Split | None, dataset: Dataset) -> tuple[str, bool]:
 
 def _appended(made: Any, carried_over: tuple[str, bool]) -> Shown:
     new = {"plays": made.plays, "users": made.users, "songs": made.songs}
-    outcomes = {"read": made.read, "merged": made.merged, "rejected": sum(made.rejected.values())}
+    likes = {"likes": made.likes} if made.dataset.has_likes else {}
+    outcomes = {"read": made.read, **likes, "merged": made.merged, "rejected": sum(made.rejected.values())}
     views: list[Any] = [figures("Appended", {f"new {name}": count for name, count in new.items()} | outcomes)]
-    if not made.plays:
+    if not (made.plays or made.likes):
         views.append("No new plays: the data set is unchanged.")
     if (files := len(made.dataset.spans)) > PARTS_BEFORE_COMPACT:
         views.append(f"Each bucket of users has {files} files; `rayrec compact` joins them.")

@@ -14,6 +14,9 @@ SONGS = "songs"
 PLAYED_AT = "played_at"  # ms since 1970, UTC
 CONTEXTS = "contexts"  # bit i set: the play came from the i-th context of dataset.json
 SKIPPED = "skipped"
+LIKED = "liked"  # of a row: the user likes the song; of a history: the songs that were liked
+LIKED_AT = "liked_at"  # ms since 1970, UTC
+IS_PLAY = "is_play"
 TOTAL = "total"  # plays the user has in all, where only the first of them are there
 PLAYLIST = "playlist_id"
 SONG_IDS = "song_ids"  # of recommendations, best first
@@ -22,7 +25,8 @@ PROBABILITIES = "probabilities"  # with which each song stands where it does
 
 # One play, as every reader of an outside format emits it. `contexts` are names until the set of
 # all contexts is known; `source` and `line` say where the row came from. Where the data has no
-# times, `played_at` is the place in the line until the import makes positions of it.
+# times, `played_at` is the place in the line until the import makes positions of it. A row that is
+# `liked` and is no play (`is_play` false, null means true) is a like alone.
 PLAYS = pa.schema(
     [
         pa.field(USER, pa.string(), nullable=False),
@@ -30,6 +34,8 @@ PLAYS = pa.schema(
         pa.field(PLAYED_AT, pa.int64(), nullable=False),
         pa.field(CONTEXTS, pa.list_(pa.string())),
         pa.field(SKIPPED, pa.bool_()),
+        pa.field(LIKED, pa.bool_()),
+        pa.field(IS_PLAY, pa.bool_()),
         pa.field(TITLE, pa.string()),
         pa.field(ARTIST, pa.string()),
         pa.field("source", pa.string(), nullable=False),
@@ -60,8 +66,8 @@ REJECTED = pa.schema(
     ]
 )
 
-# One row per user; the lists run in the order of time. `contexts` and `skipped` are there only
-# where the data has them.
+# One row per user; the lists run in the order of time. `contexts`, `skipped`, `liked` and `liked_at`
+# are there only where the data has them.
 HISTORIES = pa.schema(
     [
         pa.field(USER, pa.string(), nullable=False),
@@ -69,6 +75,8 @@ HISTORIES = pa.schema(
         pa.field(PLAYED_AT, pa.list_(pa.int64()), nullable=False),
         pa.field(CONTEXTS, pa.list_(pa.int32())),
         pa.field(SKIPPED, pa.list_(pa.bool_())),
+        pa.field(LIKED, pa.list_(pa.int32())),
+        pa.field(LIKED_AT, pa.list_(pa.int64())),
     ]
 )
 

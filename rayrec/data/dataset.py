@@ -62,16 +62,18 @@ class Dataset:
     def read_bucket(self, bucket: int, users_per_batch: int = 5_000, *, first_part: int = 0) -> Iterator[Histories]:
         """The histories of one bucket in batches, each user once, by ascending id.
 
-        With `first_part` the plays of that part and later ones alone. A batch holds at most
+        With `first_part` the plays of that part and later ones alone, of users who have any. A batch holds at most
         `users_per_batch` users, fewer where histories are long: memory is bounded by 1 M plays of each
         part and the longest history.
         """
         files = self.manifest.histories_files(bucket, first_part)
         for histories in read_files(self.workspace, files, users_per_batch):
+            if first_part and histories.likes is not None:  # some may only have liked songs since
+                histories = histories.take(histories.lengths > 0)
             yield self._with_columns(histories)
 
     def bucket_users(self, bucket: int, first_part: int = 0, *, parts: int | None = None) -> np.ndarray:
-        """object (U,): the ids of the users of one bucket with plays in `first_part` up to `parts`, ascending."""
+        """object (U,), ascending: the users of a bucket with plays or likes in `first_part` up to `parts`."""
         files = self.manifest.histories_files(bucket, first_part, parts)
         ids = [read_users(self.workspace, path) for path in files]
         return np.unique(np.concatenate([np.zeros(0, dtype=object), *ids]))
@@ -110,7 +112,8 @@ class Dataset:
         """With the columns of the data set, also where an earlier part came without them."""
         if self.manifest.parts == 1:
             return histories
-        return with_columns(histories, contexts=bool(self.manifest.contexts), skipped=self.manifest.has_skipped)
+        made = self.manifest
+        return with_columns(histories, contexts=bool(made.contexts), skipped=made.has_skipped, likes=made.has_likes)
 
     def read_playlists(self, playlists_per_batch: int = 5_000) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Playlists in batches: songs int32 (P,) and offsets int64 (playlists + 1,)."""

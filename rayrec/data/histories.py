@@ -31,6 +31,7 @@ class Histories:
     played_at: np.ndarray  # int64 (P,), ms since 1970 UTC, ascending within a user
     contexts: np.ndarray | None = None  # int32 (P,), bit sets
     skipped: np.ndarray | None = None  # bool (P,)
+    likes: "Histories | None" = None  # the songs that each of these users liked, and when, as plays of a like each
     totals: np.ndarray | None = None  # int64 (U,), plays each user has in all, of which these are the first
 
     def __post_init__(self) -> None:
@@ -40,6 +41,8 @@ class Histories:
             )
         if self.totals is not None and len(self.totals) != len(self.user_ids):
             raise ValueError(f"{len(self.user_ids)} users need as many totals, got {len(self.totals)}")
+        if self.likes is not None and len(self.likes) != len(self.user_ids):
+            raise ValueError(f"{len(self.user_ids)} users need likes of as many, got those of {len(self.likes)}")
         for name in ("songs", "played_at", "contexts", "skipped"):
             values = getattr(self, name)
             if values is not None and len(values) != self.offsets[-1]:
@@ -77,8 +80,12 @@ class Histories:
         user_ids: Sequence[str] | None = None,
         contexts: Sequence[Sequence[int]] | None = None,
         skipped: Sequence[Sequence[bool]] | None = None,
+        likes: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> "Histories":
-        """From one list per user, in the order of time; users are named 0, 1, 2 ... unless named."""
+        """From one list per user, in the order of time; users are named 0, 1, 2 ... unless named.
+
+        `likes` are pairs of a song and the moment at which the user liked it, ms UTC.
+        """
 
         def flat(lists: Sequence[Sequence[int]], dtype: type) -> np.ndarray:
             return np.concatenate([np.asarray(values, dtype=dtype) for values in lists] or [np.zeros(0, dtype)])
@@ -91,6 +98,11 @@ class Histories:
             played_at=flat(played_at, np.int64),
             contexts=None if contexts is None else flat(contexts, np.int32),
             skipped=None if skipped is None else flat(skipped, np.bool_),
+            likes=None
+            if likes is None
+            else cls.from_lists(
+                [[song for song, _ in own] for own in likes], [[at for _, at in own] for own in likes], names
+            ),
         )
 
     @classmethod
@@ -98,6 +110,10 @@ class Histories:
         """From rows of the histories schema, without a loop over rows."""
         table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
         table = table.combine_chunks()
+
+        def offsets_of(name: str) -> np.ndarray:
+            offsets = table.column(name).chunk(0).offsets.to_numpy().astype(np.int64)
+            return np.asarray(offsets - offsets[0])
 
         def values(name: str) -> np.ndarray | None:
             if name not in table.column_names or table.num_rows == 0:
@@ -110,23 +126,27 @@ class Histories:
         songs, played_at = values(columns.SONGS), values(columns.PLAYED_AT)
         if songs is None or played_at is None:
             return cls.from_lists([], [])
-        offsets = table.column(columns.SONGS).chunk(0).offsets.to_numpy().astype(np.int64)
+        user_ids = table.column(columns.USER).chunk(0).to_numpy(zero_copy_only=False)
+        liked, liked_at = values(columns.LIKED), values(columns.LIKED_AT)
+        likes = None
+        if liked is not None and liked_at is not None:
+            likes = cls(user_ids=user_ids, offsets=offsets_of(columns.LIKED), songs=liked, played_at=liked_at)
         return cls(
-            user_ids=table.column(columns.USER).chunk(0).to_numpy(zero_copy_only=False),
-            offsets=offsets - offsets[0],
+            user_ids=user_ids,
+            offsets=offsets_of(columns.SONGS),
             songs=songs,
             played_at=played_at,
             contexts=values(columns.CONTEXTS),
             skipped=values(columns.SKIPPED),
+            likes=likes,
             totals=table.column(columns.TOTAL).to_numpy() if columns.TOTAL in table.column_names else None,
         )
 
     def to_arrow(self) -> pa.Table:
-        """Rows of the histories schema; contexts, skipped and totals only where there are any."""
-        offsets = pa.array(self.offsets.astype(np.int32))
+        """Rows of the histories schema; contexts, skipped, likes and totals only where there are any."""
 
-        def lists(values: np.ndarray) -> pa.Array:
-            return pa.ListArray.from_arrays(offsets, pa.array(values))
+        def lists(values: np.ndarray, offsets: np.ndarray = self.offsets) -> pa.Array:
+            return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
 
         data = {
             columns.USER: pa.array(self.user_ids, pa.string()),
@@ -137,12 +157,15 @@ class Histories:
             data[columns.CONTEXTS] = lists(self.contexts)
         if self.skipped is not None:
             data[columns.SKIPPED] = lists(self.skipped)
+        if self.likes is not None:
+            data[columns.LIKED] = lists(self.likes.songs, self.likes.offsets)
+            data[columns.LIKED_AT] = lists(self.likes.played_at, self.likes.offsets)
         schema = pa.schema([columns.HISTORIES.field(name) for name in data])
         table = pa.table(data, schema=schema)
         return table if self.totals is None else table.append_column(columns.TOTAL, pa.array(self.totals))
 
     def keep(self, mask: np.ndarray) -> "Histories":
-        """The plays where `mask`, bool (P,), is true; every user stays, some perhaps without plays."""
+        """The plays where `mask`, bool (P,), is true, and all likes; every user stays, some perhaps without plays."""
         counts = np.concatenate([[0], np.cumsum(mask)])
         return replace(
             self,
@@ -181,12 +204,15 @@ class Histories:
             played_at=self.played_at[plays],
             contexts=None if self.contexts is None else self.contexts[plays],
             skipped=None if self.skipped is None else self.skipped[plays],
+            likes=None if self.likes is None else self.likes.take(rows),
             totals=None if self.totals is None else self.totals[rows],
         )
 
     def before(self, cut: int | None) -> "Histories":
-        """The plays before `cut` (ms UTC; None: all) of the users who have any then."""
+        """The plays and likes before `cut` (ms UTC; None: all) of the users who have plays then."""
         kept = self if cut is None else self.keep(self.played_at < cut)
+        if kept.likes is not None and cut is not None:
+            kept = replace(kept, likes=kept.likes.keep(kept.likes.played_at < cut))
         return kept.take(kept.lengths > 0)
 
     def last_songs(self, count: int) -> list[np.ndarray]:
@@ -197,7 +223,7 @@ class Histories:
 
 
 def concatenate(parts: Sequence[Histories]) -> Histories:
-    """One batch of the users of all parts. Contexts, skips and totals stay where every part has them."""
+    """One batch of the users of all parts. Contexts, skips, likes and totals stay where every part has them."""
     parts = [part for part in parts if len(part)]
     if not parts:
         return Histories.from_lists([], [])
@@ -208,6 +234,7 @@ def concatenate(parts: Sequence[Histories]) -> Histories:
         return None if any(array is None for array in arrays) else np.concatenate(arrays)
 
     offsets = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
+    likes = [part.likes for part in parts if part.likes is not None]
     return Histories(
         user_ids=np.concatenate([part.user_ids for part in parts]),
         offsets=np.concatenate([np.zeros(1, np.int64), *offsets]),
@@ -215,6 +242,7 @@ def concatenate(parts: Sequence[Histories]) -> Histories:
         played_at=np.concatenate([part.played_at for part in parts]),
         contexts=joined("contexts"),
         skipped=joined("skipped"),
+        likes=concatenate(likes) if len(likes) == len(parts) else None,
         totals=joined("totals"),
     )
 

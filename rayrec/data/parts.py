@@ -92,12 +92,18 @@ def merge_users(parts: Sequence[Histories]) -> Histories:
     """Each user of the parts once, by ascending id, with all plays in the order of time.
 
     Plays of the same moment stay in the order of the parts. What one part does not tell (contexts,
-    skips) is none and false where another does.
+    skips, likes) is none and false where another does. A like that two parts hold is one.
     """
     parts = [part for part in parts if len(part)]
     if len(parts) == 1:
         return parts[0]
     joined = concatenate(_alike(parts))
+    merged = _by_user(joined)
+    return merged if joined.likes is None else replace(merged, likes=_distinct(_by_user(joined.likes)))
+
+
+def _by_user(joined: Histories) -> Histories:
+    """The plays of rows that may be of the same user, in the order of users and time."""
     user_ids, user = np.unique(joined.user_ids, return_inverse=True)
     owner = user[joined.rows]
     order = np.lexsort((joined.played_at, owner))
@@ -112,12 +118,24 @@ def merge_users(parts: Sequence[Histories]) -> Histories:
     )
 
 
-def with_columns(histories: Histories, *, contexts: bool, skipped: bool) -> Histories:
-    """The histories with contexts and skips where they are asked for: none and false where they are not told."""
+def _distinct(likes: Histories) -> Histories:
+    """Likes by user and time without those of a song and a moment that came before."""
+    order = np.lexsort((likes.songs, likes.played_at, likes.rows))
+    keys = np.stack([likes.rows, likes.played_at, likes.songs])[:, order]
+    first = np.ones(likes.num_plays, dtype=bool)
+    first[order[1:]] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
+    return likes.keep(first)
+
+
+def with_columns(histories: Histories, *, contexts: bool, skipped: bool, likes: bool) -> Histories:
+    """The histories with what is asked for: none and false where they do not tell."""
     if contexts and histories.contexts is None:
         histories = replace(histories, contexts=np.zeros(histories.num_plays, dtype=np.int32))
     if skipped and histories.skipped is None:
         histories = replace(histories, skipped=np.zeros(histories.num_plays, dtype=np.bool_))
+    if likes and histories.likes is None:
+        nothing = [()] * len(histories)
+        histories = replace(histories, likes=Histories.from_lists(nothing, nothing, histories.user_ids.tolist()))
     return histories
 
 
@@ -180,4 +198,8 @@ def _alike(parts: Sequence[Histories]) -> list[Histories]:
     """The parts with the same columns."""
     has_contexts = any(part.contexts is not None for part in parts)
     has_skipped = any(part.skipped is not None for part in parts)
-    return [replace(with_columns(part, contexts=has_contexts, skipped=has_skipped), totals=None) for part in parts]
+    has_likes = any(part.likes is not None for part in parts)
+    return [
+        replace(with_columns(part, contexts=has_contexts, skipped=has_skipped, likes=has_likes), totals=None)
+        for part in parts
+    ]

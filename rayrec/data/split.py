@@ -92,7 +92,20 @@ class FitRange:
         if self.share is not None and allowed.totals is None:
             allowed = replace(allowed, totals=self._counted(allowed)[1])
         kept = allowed.keep(self.covers(allowed) & self.allowed_songs(allowed.songs))
-        return kept.take(kept.lengths > 0)
+        kept = kept.take(kept.lengths > 0)
+        return kept if kept.likes is None else replace(kept, likes=kept.likes.keep(self._covers_likes(kept)))
+
+    def _covers_likes(self, histories: Histories) -> np.ndarray:
+        """bool (K,): the likes before the cut, under a share those up to a user's last play; of no song held out."""
+        likes = histories.likes
+        assert likes is not None
+        assert histories.lengths.all()
+        covered = self.allowed_songs(likes.songs)
+        if self.before is not None:
+            covered &= likes.played_at < self.before
+        if self.share is not None:
+            covered &= likes.played_at <= histories.played_at[histories.offsets[1:] - 1][likes.rows]
+        return covered
 
     def is_within(self, other: "FitRange") -> bool:
         """True where every play that this range covers is covered by `other`, in one data set or, for cuts in time,
@@ -125,6 +138,8 @@ class FitRange:
             raise LeakError("training data holds users who are held out; call FitRange.select on the histories first")
         if not self.allowed_songs(histories.songs).all():
             raise LeakError("training data holds songs that are held out; call FitRange.select on the histories first")
+        if histories.likes is not None and not self._covers_likes(histories.take(histories.lengths > 0)).all():
+            raise LeakError("training data holds likes from after its cut; call FitRange.select on the histories first")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,8 @@ ROWS = pa.schema(
         pa.field(ORDER, pa.int64()),
         pa.field(columns.CONTEXTS, pa.list_(pa.string())),
         pa.field(columns.SKIPPED, pa.bool_()),
+        pa.field(columns.LIKED, pa.bool_()),
+        pa.field(columns.IS_PLAY, pa.bool_()),
         pa.field(UNIT, pa.int32()),
         pa.field(LINE, pa.int64()),
     ]
@@ -60,6 +62,7 @@ class UnitResult:
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
     contexts: dict[str, int] = field(default_factory=dict)  # name -> plays
     has_skipped: bool = False
+    has_likes: bool = False
     error: str = ""  # why the input cannot be imported at all
     damaged: bool = False  # the error is that the file cannot be read to its end
 
@@ -345,7 +348,7 @@ class _Counts:
         self.read = self.kept = self.lines = 0
         self.rejected: dict[str, int] = {}
         self.contexts: dict[str, int] = {}
-        self.has_skipped = False
+        self.has_skipped = self.has_likes = False
         self.error = ""
         self.damaged = False
 
@@ -358,6 +361,7 @@ class _Counts:
             _count(self.contexts, pc.list_flatten(batch.rows.column(columns.CONTEXTS)))
             skipped = batch.rows.column(columns.SKIPPED)
             self.has_skipped |= skipped.null_count < len(skipped)
+            self.has_likes |= bool(pc.any(batch.rows.column(columns.LIKED)).as_py())
 
     def result(self) -> UnitResult:
         return UnitResult(**vars(self))
@@ -379,7 +383,10 @@ def _rows(rows: pa.Table, *, with_lines: bool) -> pa.Table:
         KEY: pa.array(keys),
         ORDER: rows.column(columns.PLAYED_AT if plays else "position"),
         columns.CONTEXTS: rows.column(columns.CONTEXTS) if plays else pa.nulls(len(keys), pa.list_(pa.string())),
-        columns.SKIPPED: rows.column(columns.SKIPPED) if plays else pa.nulls(len(keys), pa.bool_()),
+        **{
+            name: rows.column(name) if plays else pa.nulls(len(keys), pa.bool_())
+            for name in (columns.SKIPPED, columns.LIKED, columns.IS_PLAY)
+        },
         UNIT: rows.column(UNIT) if with_lines else pa.nulls(len(keys), pa.int32()),
         LINE: rows.column(LINE) if with_lines else pa.nulls(len(keys), pa.int64()),
     }

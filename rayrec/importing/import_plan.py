@@ -51,6 +51,12 @@ class ImportConfig(Settings):
     )
     delimiter: Delimiter = Field(",", description="csv: column delimiter; \\t for a tab")
     timezone: TimeZone = Field("UTC", description="csv, parquet: time zone of times without one, such as Europe/Berlin")
+    skip_below: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="csv, parquet, yambda: share of a song below which a play of it counts as skipped",
+    )
     user: str = Field("", description="User id of all plays, for formats without one")
     user_separator: Separator = Field(
         "", description="sequences: separator between the user and the songs; without it each line is a user"
@@ -106,6 +112,7 @@ class ImportConfig(Settings):
             columns=self.columns,
             delimiter=self.delimiter,
             timezone=self.timezone,
+            skip_below=self.skip_below,
             user=self.user,
             user_separator=self.user_separator,
             song_separator=self.song_separator,

@@ -15,7 +15,9 @@ from rayrec.importing.fragments import BucketGroup, PieceResult
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.merging import (
     FORGOTTEN_USER,
+    BucketRows,
     MergedRows,
+    all_likes,
     drop_rare,
     rows_among,
     song_counts,
@@ -23,7 +25,7 @@ from rayrec.importing.merging import (
     to_histories,
     to_playlists,
     to_positions,
-    without_forgotten,
+    usable_likes,
 )
 from rayrec.importing.readers.reader import Unit
 from rayrec.importing.staging import Staging, write_histories
@@ -42,6 +44,7 @@ class MergeSettings:
     sources: list[str]  # name of each file
     contexts: list[str]  # name of each bit
     has_skipped: bool
+    has_likes: bool
     in_lines: bool  # the order of a row is its place in its line
     base: DatasetManifest | None = None  # the data set that plays are appended to
     forgotten: ForgottenUsers = NOBODY  # whose plays from before their deletion are left out
@@ -51,8 +54,8 @@ class MergeSettings:
         """The part of the histories that plays become."""
         return self.base.parts if self.base else 0
 
-    def rows_of(self, group: BucketGroup, bucket: int) -> tuple[MergedRows, int, int]:
-        """The rows of a bucket, sorted; how many duplicates were merged, and how many are of deleted users."""
+    def rows_of(self, group: BucketGroup, bucket: int) -> BucketRows:
+        """The rows of a bucket, sorted, those of deleted users too."""
         parts = (
             (
                 [self.files[unit] for unit in self.pieces[piece]],
@@ -61,9 +64,7 @@ class MergeSettings:
             )
             for piece, rows in group.read(bucket)
         )
-        rows, merged = sort_rows(parts, in_lines=self.in_lines)
-        remaining = without_forgotten(rows, self.forgotten)
-        return remaining, merged, len(rows) - len(remaining)
+        return sort_rows(parts, in_lines=self.in_lines)
 
 
 class PieceImporter:
@@ -124,7 +125,7 @@ class KeyCounter(_GroupWorker):
 
     def run(self, bucket: int, group: BucketGroup) -> None:
         """Write the counts of one bucket."""
-        rows, _, _ = self.merge.rows_of(group, bucket)
+        rows = self.merge.rows_of(group, bucket).without_forgotten(self.merge.forgotten).plays
         earlier = EarlierParts(self.staging.workspace, self.merge.base, bucket)
         keys, counts = song_counts(rows, self.config.min_user_plays, earlier.knows(rows.owners))
         table = pa.table({KEY: pa.array(keys, pa.uint64()), "count": pa.array(counts, pa.int64())})
@@ -183,14 +184,18 @@ class BucketMerger(_GroupWorker):
     def run(self, bucket: int, group: BucketGroup) -> dict[str, Any]:
         """Write the files of one bucket, then its result."""
         earlier = EarlierParts(self.staging.workspace, self.merge.base, bucket)
-        rows, merged, of_deleted = self.merge.rows_of(group, bucket)
-        known = earlier.knows(rows.owners)
-        distinct = earlier.without(rows, self.songs)
-        merged += len(rows) - len(distinct)
+        everything = self.merge.rows_of(group, bucket)
+        found = everything.without_forgotten(self.merge.forgotten)
+        of_deleted = len(everything) - len(found)
+        known = earlier.knows(found.plays.owners)
+        distinct = earlier.without(found.plays, self.songs)
+        merged = everything.merged + len(found.plays) - len(distinct)
         rows, dropped = drop_rare(distinct, self.songs, self.config.min_user_plays, self.config.drop_reasons, known)
         rows = to_positions(rows) if self.merge.in_lines else rows
         is_new = (rows.counts() > 0) & ~known
-        files = self._write_rows(bucket, rows)
+        too_rare = self.config.drop_reasons[1]
+        liked = usable_likes(found, (rows.counts() > 0) | known, self.songs, too_rare, dropped)
+        files = self._write_rows(bucket, rows, all_likes(liked) if self.merge.has_likes else None)
         if self.config.produces == "plays" and (is_new.any() or not self.merge.part):
             path = users_file(self.merge.part, bucket)
             user_ids = np.union1d(earlier.users, rows.owners[is_new])
@@ -200,6 +205,7 @@ class BucketMerger(_GroupWorker):
             files[path] = self._write_table(path, dropped.table(self.merge.sources))
         result = {
             "rows": len(rows),
+            "likes": len(liked.likes),
             "owners": int(is_new.sum()),
             "merged": merged,
             "dropped": dropped.counts() | ({FORGOTTEN_USER: of_deleted} if of_deleted else {}),
@@ -210,12 +216,12 @@ class BucketMerger(_GroupWorker):
         self.staging.workspace.write_json(self.staging.bucket_file(bucket), result)
         return result
 
-    def _write_rows(self, bucket: int, rows: MergedRows) -> dict[str, str]:
+    def _write_rows(self, bucket: int, rows: MergedRows, likes: MergedRows | None) -> dict[str, str]:
         if self.config.produces == "playlists":
             path = playlists_file(bucket)
             return {path: self._write_table(path, to_playlists(rows, self.songs))} if len(rows) else {}
         path = histories_file(self.merge.part, bucket)
-        histories = to_histories(rows, self.songs, self.merge.contexts, self.merge.has_skipped)
+        histories = to_histories(rows, self.songs, self.merge.contexts, has_skipped=self.merge.has_skipped, likes=likes)
         return {path: write_histories(self.staging.workspace, self.staging.out(path), [histories])}
 
     def _write_table(self, path: str, table: pa.Table) -> str:

@@ -20,7 +20,7 @@ from rayrec.importing.readers.delimited import spelled_delimiter
 from rayrec.importing.readers.files import SourceFile, byte_ranges, cut_note, find_files, open_source, read_blocks
 from rayrec.importing.readers.parquet import open_parquet, read_batches
 from rayrec.importing.readers.reader import Batch, ReadOptions
-from rayrec.importing.readers.tabular import FLAGS, OPTIONAL_ROLES, roles
+from rayrec.importing.readers.tabular import EVENTS, FLAGS, OPTIONAL_ROLES, roles
 
 SAMPLE_FILES = 5
 SAMPLE_BYTES = 1 << 20  # of each file
@@ -37,7 +37,12 @@ NAMES = {
         *("endtime", "date", "played", "createdat", "eventtime"),
     ),
     "contexts": ("contexts", "context", "source", "reasonstart"),
-    "skipped": ("skipped", "isskipped", "skip"),
+    "skipped": ("skipped", "isskipped", "skip", "wasskipped"),
+    "share_listened": ("sharelistened", "listenedshare", "playedratio", "playratio", "completion", "completionrate"),
+    "ms_played": ("msplayed", "playedms", "mslistened", "listenedms", "playdurationms"),
+    "duration_ms": ("durationms", "trackdurationms", "songdurationms", "tracklengthms", "lengthms"),
+    "event_type": ("eventtype", "event", "action", "interaction", "interactiontype"),
+    "liked": ("liked", "isliked", "like", "loved", "favorite"),
     "title": ("title", "trackname", "songname", "songtitle", "tracktitle", "name"),
     "artist": ("artist", "artistname", "artists", "albumartistname", "performer", "masterartist"),
     "playlist": ("playlist", "playlistid", "pid", "playlistname"),
@@ -138,6 +143,8 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
         match = next((plain_names[name] for name in names if name in plain_names), None)
         if match is not None and match not in found.values():
             found[role] = match
+    if "event_type" in found and _share_of_events(sample[found["event_type"]]) < 0.5:
+        del found["event_type"]  # a column of events of another kind
     for role, pattern in PATTERNS.items():
         fitting = [name for plain, name in plain_names.items() if re.search(pattern, plain)]
         if role not in found and len(fitting) == 1 and fitting[0] not in found.values():
@@ -193,6 +200,12 @@ def _share_of_times(values: pa.Array) -> float:
     except InputError:
         return 0.0
     return float(np.mean(~problems.bad & (times > 631_152_000_000)))
+
+
+def _share_of_events(values: pa.Array) -> float:
+    """Share of values that are types of events which an import knows."""
+    texts = [str(value).strip().lower() for value in values.drop_null()[:1000].to_pylist()]
+    return sum(text in EVENTS for text in texts) / max(1, len(texts))
 
 
 def _sample(kind: Format, files: Sequence[SourceFile], options: ReadOptions) -> list[Batch]:

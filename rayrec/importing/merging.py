@@ -21,6 +21,7 @@ from rayrec.importing.vocabulary import SongRows
 from rayrec.storage.workspace import histories_file
 
 FORGOTTEN_USER = "user was deleted"  # the reason of plays from before the deletion
+LIKE_ALONE = "like of a user without plays"
 MAX_CONTEXTS = 31  # bits of an int32 without its sign
 POSITION_MS = 180_000  # from one position to the next: about a song, so that no session gap falls within a line
 LINE_GAP = 20  # positions left out between two lines of a user: an hour, so that a session gap does
@@ -65,10 +66,31 @@ class MergedRows:
         return np.bincount(self.owner, minlength=len(self.owners))
 
 
-def sort_rows(
-    parts: Iterable[tuple[Sequence[int], Sequence[int], pa.Table]], *, in_lines: bool = False
-) -> tuple[MergedRows, int]:
-    """Rows out of pieces of input in the order of import, exact duplicates (owner, order, song) merged; and how many.
+@dataclass(frozen=True, kw_only=True)
+class BucketRows:
+    """What the pieces of input hold of one bucket. Plays and likes have the same owners."""
+
+    plays: MergedRows
+    liked_plays: MergedRows  # of the plays those whose rows say that the user likes the song
+    likes: MergedRows  # rows that are no plays
+    merged: int = 0  # exact duplicates that were left out
+
+    def __len__(self) -> int:
+        return len(self.plays) + len(self.likes)
+
+    def without_forgotten(self, forgotten: ForgottenUsers) -> "BucketRows":
+        """Those that are not from before their owner was deleted. Positions in lines are before any moment."""
+        if not forgotten:
+            return self
+        until = forgotten.until(self.plays.owners)
+        plays, liked_plays, likes = (
+            rows.keep(rows.order > until[rows.owner]) for rows in (self.plays, self.liked_plays, self.likes)
+        )
+        return replace(self, plays=plays, liked_plays=liked_plays, likes=likes)
+
+
+def sort_rows(parts: Iterable[tuple[Sequence[int], Sequence[int], pa.Table]], *, in_lines: bool = False) -> BucketRows:
+    """Rows out of pieces of input in the order of import, exact duplicates (owner, order, song) merged.
 
     A part is the number of the file of each unit of a piece, the line of that file before the unit's first, and
     the piece's rows. Of duplicates the first in the order of import stays. Where rows are `in_lines`, the order is a
@@ -76,7 +98,8 @@ def sort_rows(
     """
     listed = [(files, offsets, rows) for files, offsets, rows in parts if rows.num_rows]
     if not listed:
-        return _no_rows(), 0
+        nothing = _no_rows(np.zeros(0, object))
+        return BucketRows(plays=nothing, liked_plays=nothing, likes=nothing)
     table = pa.concat_tables([rows for _, _, rows in listed]).combine_chunks()
     source, line = (np.concatenate(values) for values in zip(*(_lines(*part) for part in listed), strict=True))
     encoded = one_array(table.column(OWNER)).dictionary_encode()
@@ -98,10 +121,22 @@ def sort_rows(
         source=source[sequence],
         line=line[sequence],
     )
+    nothing = _no_rows(rows.owners)
     if in_lines:
-        return rows, 0
-    distinct = rows.keep(_first_of_each(rows))
-    return distinct, len(rows) - len(distinct)
+        return BucketRows(plays=rows, liked_plays=nothing, likes=nothing)
+    if table.column(columns.LIKED).null_count == len(table):
+        plays = _distinct(rows)
+        return BucketRows(plays=plays, liked_plays=nothing, likes=nothing, merged=len(rows) - len(plays))
+    liked, is_play = (
+        pc.fill_null(one_array(table.column(name)), missing).to_numpy(zero_copy_only=False)[sequence]
+        for name, missing in ((columns.LIKED, False), (columns.IS_PLAY, True))
+    )
+    plays, liked_plays, likes = (_distinct(rows.keep(mask)) for mask in (is_play, is_play & liked, ~is_play & liked))
+    return BucketRows(plays=plays, liked_plays=liked_plays, likes=likes, merged=len(rows) - len(plays) - len(likes))
+
+
+def _distinct(rows: MergedRows) -> MergedRows:
+    return rows.keep(_first_of_each(rows)) if len(rows) else rows
 
 
 def _lines(files: Sequence[int], offsets: Sequence[int], rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
@@ -121,11 +156,6 @@ def _first_of_each(rows: MergedRows) -> np.ndarray:
     return first
 
 
-def without_forgotten(rows: MergedRows, forgotten: ForgottenUsers) -> MergedRows:
-    """The rows that are not from before their owner was deleted. Positions in lines are before any moment."""
-    return rows.keep(rows.order > forgotten.until(rows.owners)[rows.owner]) if forgotten else rows
-
-
 def to_positions(rows: MergedRows) -> MergedRows:
     """Rows in lines with positions for times: an owner's first row is at 0, the next 3 minutes later,
     the first of the owner's next line an hour after that."""
@@ -138,10 +168,10 @@ def to_positions(rows: MergedRows) -> MergedRows:
     return replace(rows, order=(place - place[first]) * POSITION_MS)
 
 
-def _no_rows() -> MergedRows:
+def _no_rows(owners: np.ndarray) -> MergedRows:
     whole, keys = np.zeros(0, np.int64), np.zeros(0, np.uint64)
     return MergedRows(
-        owners=np.zeros(0, object),
+        owners=owners,
         owner=whole,
         order=whole,
         key=keys,
@@ -219,6 +249,40 @@ def drop_rare(
     return drop_owners(rows.keep(in_vocabulary)), dropped
 
 
+def usable_likes(
+    rows: BucketRows, with_plays: np.ndarray, song_rows: SongRows, too_rare: str, dropped: Dropped
+) -> BucketRows:
+    """The likes of songs in the vocabulary by owners `with_plays`, bool (O,); other rows of likes go to `dropped`."""
+    likes, liked_plays = (part.keep(with_plays[part.owner]) for part in (rows.likes, rows.liked_plays))
+    dropped.add(rows.likes.keep(~with_plays[rows.likes.owner]), LIKE_ALONE)
+    dropped.add(likes.keep(song_rows.find(likes.key) < 0), too_rare)
+    likes, liked_plays = (part.keep(song_rows.find(part.key) >= 0) for part in (likes, liked_plays))
+    return replace(rows, likes=likes, liked_plays=liked_plays)
+
+
+def all_likes(rows: BucketRows) -> MergedRows:
+    """The likes of rows that are no plays and of those that are, each song and moment once."""
+    both = (rows.likes, rows.liked_plays)
+    if not len(rows.liked_plays):
+        return rows.likes
+    owner, order, key, skipped, source, line = (
+        np.concatenate([getattr(part, name) for part in both])
+        for name in ("owner", "order", "key", "skipped", "source", "line")
+    )
+    by_time = np.lexsort((order, owner))
+    joined = MergedRows(
+        owners=rows.plays.owners,
+        owner=owner[by_time],
+        order=order[by_time],
+        key=key[by_time],
+        contexts=pa.concat_arrays([part.contexts for part in both]).take(pa.array(by_time)),
+        skipped=skipped[by_time],
+        source=source[by_time],
+        line=line[by_time],
+    )
+    return _distinct(joined)
+
+
 def _none_unless(known: np.ndarray | None, rows: MergedRows) -> np.ndarray:
     return np.zeros(len(rows.owners), dtype=bool) if known is None else known
 
@@ -238,9 +302,30 @@ def rows_among(rows: MergedRows, songs: np.ndarray, histories: Histories) -> np.
     return np.asarray(asked[found])
 
 
-def to_histories(rows: MergedRows, song_rows: SongRows, contexts: list[str], has_skipped: bool) -> Histories:
-    """The histories of the owners who have rows. `contexts` are the names of the bits, at most 31."""
-    owners, offsets = _spans(rows)
+def to_histories(
+    rows: MergedRows,
+    song_rows: SongRows,
+    contexts: list[str],
+    *,
+    has_skipped: bool,
+    likes: MergedRows | None = None,
+) -> Histories:
+    """The histories of the owners who have plays or likes; `likes`, where the data has any, are of the same owners.
+
+    `contexts` are the names of the bits, at most 31.
+    """
+    present = rows.counts() > 0
+    if likes is not None:
+        present |= likes.counts() > 0
+    owners, offsets = _spans(rows, present)
+    liked = None
+    if likes is not None:
+        liked = Histories(
+            user_ids=owners,
+            offsets=_spans(likes, present)[1],
+            songs=song_rows.find(likes.key),
+            played_at=likes.order,
+        )
     return Histories(
         user_ids=owners,
         offsets=offsets,
@@ -248,20 +333,21 @@ def to_histories(rows: MergedRows, song_rows: SongRows, contexts: list[str], has
         played_at=rows.order,
         contexts=context_bits(rows.contexts, contexts) if contexts else None,
         skipped=rows.skipped if has_skipped else None,
+        likes=liked,
     )
 
 
 def to_playlists(rows: MergedRows, song_rows: SongRows) -> pa.Table:
     """columns.PLAYLISTS."""
-    owners, offsets = _spans(rows)
+    owners, offsets = _spans(rows, rows.counts() > 0)
     songs = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(song_rows.find(rows.key)))
     return pa.table([pa.array(owners, pa.string()), songs], schema=columns.PLAYLISTS)
 
 
-def _spans(rows: MergedRows) -> tuple[np.ndarray, np.ndarray]:
-    counts = rows.counts()
-    present = counts > 0
-    return rows.owners[present], np.concatenate([[0], np.cumsum(counts[present])]).astype(np.int64)
+def _spans(rows: MergedRows, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The owners who are `present`, bool (O,), and int64 offsets of their rows."""
+    counts = rows.counts()[present]
+    return rows.owners[present], np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def context_bits(names: pa.Array, contexts: list[str]) -> np.ndarray:
@@ -304,6 +390,7 @@ class BucketJoiner:
                     histories,
                     contexts=bool(self.dataset.manifest.contexts),
                     skipped=self.dataset.manifest.has_skipped,
+                    likes=self.dataset.manifest.has_likes,
                 )
                 for histories in read_files(self.dataset.workspace, earlier, USERS_PER_READ)
             )

@@ -74,9 +74,11 @@ class BucketGenerator:
         users = users[np.argsort(user_ids)]
         ids = pa.table({columns.USER: pa.array(np.sort(user_ids), pa.string())})
         files = {users_path: self.workspace.write_table(users_path, ids)}
+        left_out = () if self.world.config.opinions else (columns.LIKED, columns.LIKED_AT)
+        schema = pa.schema([item for item in columns.HISTORIES if item.name not in left_out])
         with (
             self.workspace.open_output(path) as stream,
-            pq.ParquetWriter(stream, columns.HISTORIES, compression="zstd") as writer,
+            pq.ParquetWriter(stream, schema, compression="zstd") as writer,
         ):
             for histories in self.world.blocks(users):
                 writer.write_table(histories.to_arrow())
@@ -102,7 +104,7 @@ def _clear(workspace: Workspace, config: GenerateConfig, *, repeat: bool) -> Non
 def _manifest(
     config: GenerateConfig, found: list[dict[str, Any]], files: dict[str, str], entries: int
 ) -> DatasetManifest:
-    plays = sum(result["plays"] for result in found)
+    plays, likes = (sum(result[name] for result in found) for name in ("plays", "likes"))
     for result in found:
         files = files | result["files"]
     times = [(result["first_play"], result["last_play"]) for result in found if result["plays"]]
@@ -122,7 +124,9 @@ def _manifest(
         part_times=[(first_play, last_play)],
         contexts=list(CONTEXTS),
         has_skipped=True,
-        read=plays,
+        has_likes=config.opinions > 0,
+        read=plays + likes,
+        likes=likes,
         config=to_mapping(config),
         files={name.removeprefix(f"{DATASET}/"): digest for name, digest in sorted(files.items())},
         created_at=datetime.now(timezone.utc).isoformat(),
@@ -153,14 +157,15 @@ def _write_playlists(workspace: Workspace, world: World) -> tuple[dict[str, str]
 
 
 def _summary(workspace: Workspace, path: str) -> dict[str, int]:
-    """Users, plays and time range of a histories file, a row group at a time."""
-    users = plays = last = 0
+    """Users, plays, likes and time range of a histories file, a row group at a time."""
+    users = plays = likes = last = 0
     first: int | None = None
     with workspace.open_input(path) as stream:
-        for batch in pq.ParquetFile(stream).iter_batches(columns=[columns.PLAYED_AT]):
+        for batch in pq.ParquetFile(stream).iter_batches(columns=[columns.PLAYED_AT, columns.LIKED]):
+            likes += len(batch.column(1).flatten()) if batch.num_columns > 1 else 0
             moments = batch.column(0).flatten().to_numpy()
             users, plays = users + batch.num_rows, plays + len(moments)
             if len(moments):
                 first = int(moments.min()) if first is None else min(first, int(moments.min()))
                 last = max(last, int(moments.max()))
-    return {"users": users, "plays": plays, "first_play": first or 0, "last_play": last}
+    return {"users": users, "plays": plays, "likes": likes, "first_play": first or 0, "last_play": last}

@@ -106,6 +106,7 @@ class Appended:
     dataset: DatasetManifest  # with the new part; as it was where nothing was new
     read: int = 0  # rows of the files
     merged: int = 0  # exact duplicates, of each other and of plays that were there already
+    likes: int = 0  # rows that were likes and no plays
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
     plays: int = 0  # new ones
     users: int = 0  # new ones
@@ -206,10 +207,11 @@ class _Import:
         self.came_to = {
             "read": sum(unit.read for unit in units),
             "merged": sum(bucket["merged"] for bucket in buckets),
+            "likes": sum(bucket["likes"] for bucket in buckets),
             "rejected": _added([*(unit.rejected for unit in units), dropped]),
             "last_import": summary.to_mapping(),
         }
-        if not any(bucket["rows"] for bucket in buckets):
+        if not any(bucket["rows"] or bucket["likes"] for bucket in buckets):
             if self.append and self.base and self.came_to["merged"]:
                 self.workspace.delete(IMPORT_STAGING)
                 return self.base
@@ -233,6 +235,7 @@ class _Import:
             sources=[file.source for file in self.plan.files],
             contexts=choose_contexts(_added(unit.contexts for unit in units), before.contexts if before else []),
             has_skipped=any(unit.has_skipped for unit in units) or (before is not None and before.has_skipped),
+            has_likes=any(unit.has_likes for unit in units) or (before is not None and before.has_likes),
             in_lines=self.config.times == "positions",
             base=before,
             forgotten=self.forgotten,
@@ -431,7 +434,7 @@ class _Import:
         """What an append changes in the manifest."""
         figures = self._figures(merge, buckets)
         new = {name: figures[name] for name in ("plays", "users")}
-        came_to = {**new, "read": self.came_to["read"], "merged": self.came_to["merged"]}
+        came_to = {**new, **{name: self.came_to[name] for name in ("read", "merged", "likes")}}
         made = {**to_mapping(self.config), "plan": self.plan.id, "part": merge.part, **came_to}
         return {
             **figures,
@@ -464,8 +467,10 @@ class _Import:
         if self.config.produces == "playlists":
             return {"playlists": owners, "playlist_entries": rows}
         filled = [bucket for bucket in buckets if bucket["rows"]]
-        first, last = min(bucket["first"] for bucket in filled), max(bucket["last"] for bucket in filled)
         earlier = merge.base
+        nothing = earlier.last_play if earlier else 0  # of a part that holds likes alone
+        first = min((bucket["first"] for bucket in filled), default=nothing)
+        last = max((bucket["last"] for bucket in filled), default=nothing)
         return {
             "plays": rows,
             "users": owners,
@@ -483,6 +488,7 @@ class _Import:
             "times": self.config.times,
             "contexts": merge.contexts,
             "has_skipped": merge.has_skipped,
+            "has_likes": merge.has_likes,
         }
 
     def _stays(self, name: str) -> bool:

@@ -283,6 +283,7 @@ def _build(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]
         artist_of_song=catalog.codes(columns.ARTIST),
         album_of_song=catalog.codes(columns.ALBUM),
         rules_per_song=task.config.rules_per_song,
+        has_likes=task.dataset.manifest.has_likes,
     )
     figures = {
         "plays": int(retrieval.plays.plays.sum()),

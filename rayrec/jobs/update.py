@@ -84,7 +84,8 @@ def update(
     one's recall@20 as served, less 0.005. A release with the same model goes live unchecked where the new plays are too
     few. The states go into `store`, or into the workspace's own where there is one.
 
-    Times without a zone are of the time zone of the first import, unless `timezone` names another.
+    Times without a zone are of the time zone of the first import, unless `timezone` names another; the share of a song
+    below which a play counts as skipped is that of the first import.
 
     Raises `InputError` where no release is live and for files that cannot be read.
     """
@@ -94,8 +95,10 @@ def update(
     plays = guess_import(
         config.paths, format_name=config.format, columns=config.columns, timezone=config.timezone or "UTC"
     )
-    if config.timezone is None and FORMATS[plays.format].mapped:
-        plays = plays.replace(timezone=_time_zone_of(Dataset(workspace)))
+    imported = Dataset(workspace).manifest.config.get("plays")
+    if isinstance(imported, dict):
+        kept = ["skip_below", *(["timezone"] if config.timezone is None and FORMATS[plays.format].mapped else [])]
+        plays = plays.replace(**{name: imported[name] for name in kept if name in imported})
     on_note(f"Reading as {describe_import(plays)}")
     with ray_cluster():
         appended = append_plays(workspace, plays)
@@ -107,12 +110,6 @@ def update(
             )
         on_note(f"{appended.plays:,} new plays, {appended.users:,} new users, {appended.songs:,} new songs")
         return _Update(dataset, live, on_stage, on_note).run(appended, config)
-
-
-def _time_zone_of(dataset: Dataset) -> str:
-    """The time zone in which the first import of plays read times without one."""
-    imported = dataset.manifest.config.get("plays")
-    return str(imported.get("timezone", "UTC")) if isinstance(imported, dict) else "UTC"
 
 
 class _Update:

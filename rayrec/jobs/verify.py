@@ -208,7 +208,7 @@ class _Totals:
             expected = getattr(manifest, name)
             audit.require(value == expected, DATASET_MANIFEST, f"has {name} {expected}, the histories hold {value}")
         if manifest.read and not manifest.playlists:
-            kept = manifest.plays + manifest.merged + sum(manifest.rejected.values())
+            kept = manifest.plays + manifest.likes + manifest.merged + sum(manifest.rejected.values())
             audit.require(
                 manifest.read == kept,
                 DATASET_MANIFEST,
@@ -232,6 +232,12 @@ def _check_bucket(audit: Audit, dataset: Dataset, bucket: int, path: str, totals
         same_user = np.diff(histories.rows) == 0
         ordered = (np.diff(histories.played_at) >= 0) | ~same_user
         audit.require(bool(ordered.all()), path, "plays are not sorted by time")
+        liked = np.zeros(0, np.int32) if histories.likes is None else histories.likes.songs
+        audit.require(
+            bool(((liked >= 0) & (liked < dataset.num_songs)).all()),
+            path,
+            "a like is of a song that is not in the song table",
+        )
 
 
 def _check_playlists(audit: Audit, dataset: Dataset) -> None:

@@ -34,7 +34,7 @@ from rayrec.online.state_codec import (
     unpack_state,
 )
 from rayrec.online.state_store import NOT_THERE, Change, Piece, StateStore, WholeUser
-from rayrec.online.user_state import FIRST_ONLINE, LAST_PLAYS, Plays, UserState, fold_heard, over_window
+from rayrec.online.user_state import FIRST_ONLINE, LAST_PLAYS, Plays, UserState, fold_heard, join_likes, over_window
 from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -173,14 +173,17 @@ class _Loader:
             contexts=None if histories.contexts is None else histories.contexts[own],
             skipped=None if histories.skipped is None else histories.skipped[own],
         )
-        return UserState.start(self._model, states, row, plays=len(plays)), plays
+        state = UserState.start(self._model, states, row, plays=len(plays))
+        return (state if histories.likes is None else replace(state, likes=_likes(histories.likes, row))), plays
 
     def _new_users(self, histories: Histories, states: States) -> list[Change]:
         """Users who are not in the store yet; those with one piece of plays, nearly all, are packed together."""
         lengths, user_ids = histories.lengths, histories.user_ids.tolist()
         in_one = (lengths > 0) & (lengths <= PIECE_PLAYS)
         short = States(hidden=states.hidden[in_one], last_played_at=states.last_played_at[in_one])
-        packed = pack_new_states(self._model, short, lengths[in_one])
+        liked = histories.likes
+        likes = None if liked is None else [_likes(liked, row) for row in np.flatnonzero(in_one).tolist()]
+        packed = pack_new_states(self._model, short, lengths[in_one], likes)
         pieces = iter(zip(packed, pack_histories(histories.take(in_one)), strict=True))
         changes = []
         for row, user_id in enumerate(user_ids):
@@ -213,7 +216,12 @@ class _Loader:
             same, own = stored.plays - len(newer) == len(plays), stored.models.get(self._model)
             # The batch has rows for songs that were added online, and reads them with their vectors of today.
             same = same and not self._online_among(log, stored, newer)
-            if same and own is not None and own.restarts == stored.restarts:
+            likes = join_likes([stored.likes, loaded.likes])
+            knows_likes = all(
+                np.array_equal(getattr(likes, name), getattr(stored.likes, name)) for name in ("songs", "played_at")
+            )
+            stored = replace(stored, likes=likes)
+            if same and knows_likes and own is not None and own.restarts == stored.restarts:
                 unchanged += 1
                 continue
             if same:
@@ -282,6 +290,12 @@ class _Loader:
         if not len(newer):
             own = replace(own, turn=after.turn)
         return _whole_change(user_id, whole.stored.version, after.with_model(self._model, own), log)
+
+
+def _likes(likes: Histories, row: int) -> Plays:
+    """The latest likes of one user."""
+    own = slice(int(likes.offsets[row]), int(likes.offsets[row + 1]))
+    return join_likes([Plays.of(likes.songs[own], likes.played_at[own])])
 
 
 def _whole_change(user_id: str, expected: int, state: UserState, log: Plays) -> Change:

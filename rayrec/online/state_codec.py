@@ -35,17 +35,20 @@ def pack_state(state: UserState) -> bytes:
         models.append([model, shape, _pack_layers(own.hidden), before, *place])
     counts = [state.left, state.folded, state.rejected, state.turn, state.restarts]
     window = _play_arrays(state.window) if len(state.window) else []
-    return _seal(STATE_MARK, [_moment(state.before_at), _moment(state.forgotten_at), counts, window, models])
+    fields = [_moment(state.before_at), _moment(state.forgotten_at), counts, window, models]
+    return _seal(STATE_MARK, [*fields, *_likes(state.likes)])
 
 
-def pack_new_states(model: str, states: States, plays: np.ndarray) -> list[bytes]:
-    """What `pack_state` makes of `UserState.start` for each user: `plays`, int (U,), are in their logs."""
+def pack_new_states(model: str, states: States, plays: np.ndarray, likes: Sequence[Plays] | None = None) -> list[bytes]:
+    """What `pack_state` makes of `UserState.start` for each user: `plays`, int (U,), are in their logs, and their likes
+    are `likes`, where there are any."""
     layers = _pack_all_layers(states.hidden)
     shape = list(states.hidden.shape[1:])
     packed = []
-    for hidden, at, left in zip(layers, states.last_played_at.tolist(), plays.tolist(), strict=True):
+    for row, (hidden, at, left) in enumerate(zip(layers, states.last_played_at.tolist(), plays.tolist(), strict=True)):
         folded = [model, shape, hidden, [], _moment(at), left, 0, 0]
-        packed.append(_seal(STATE_MARK, [_moment(at), None, [left, 0, 0, 0, 0], [], [folded]]))
+        liked = [] if likes is None else _likes(likes[row])
+        packed.append(_seal(STATE_MARK, [_moment(at), None, [left, 0, 0, 0, 0], [], [folded], *liked]))
     return packed
 
 
@@ -53,7 +56,7 @@ def unpack_state(data: bytes) -> UserState:
     """What `pack_state` packed. Raises `DamagedArtifactError` for anything else."""
     fields = _open(STATE_MARK, data, "user state")
     try:
-        before_at, forgotten_at, (left, folded, rejected, turn, restarts), window, models = fields
+        before_at, forgotten_at, (left, folded, rejected, turn, restarts), window, models, *likes = fields
         return UserState(
             window=_plays(window) if window else Plays.of([], []),
             before_at=_time(before_at),
@@ -64,6 +67,7 @@ def unpack_state(data: bytes) -> UserState:
             restarts=restarts,
             forgotten_at=_time(forgotten_at),
             models={name: _model_state(*rest) for name, *rest in models},
+            likes=_plays(likes[0]) if likes else Plays.of([], []),
         )
     except (IndexError, KeyError, TypeError, ValueError, OSError) as error:
         raise DamagedArtifactError(f"a user state is not as it was written: {error!r}; {REMEDY}") from error
@@ -159,6 +163,11 @@ def _pack_all_layers(hidden: np.ndarray) -> list[list[Any]]:
             own.append([dtype, data[begin : begin + width * size].rstrip(b"\0")])
         packed.append(own)
     return packed
+
+
+def _likes(likes: Plays) -> list[list[Any]]:
+    """The last field of a state, which only those of users with likes have."""
+    return [_play_arrays(likes)] if len(likes) else []
 
 
 def _any_of(values: np.ndarray | None, offsets: np.ndarray) -> list[bool]:

@@ -21,6 +21,7 @@ import numpy as np
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
 from rayrec.model.inference import States
+from rayrec.recommend.query_batch import LATEST_LIKES
 
 WINDOW = 64  # plays held in the window, at least, where there are as many; at most twice that
 LAST_PLAYS = 5_000  # of the log, that an answer or another model's state is computed from
@@ -105,6 +106,14 @@ def join_plays(users: Sequence[Plays], user_ids: Sequence[str] | None = None) ->
     )
 
 
+def join_likes(parts: Sequence[Plays]) -> Plays:
+    """The latest likes of all parts in time order, each song and moment once, as many as an answer looks at."""
+    likes = Plays.joined([part for part in parts if len(part)])
+    if len(likes):
+        likes = likes.take(np.unique(np.stack([likes.played_at, likes.songs]), axis=1, return_index=True)[1])
+    return likes.last(LATEST_LIKES)
+
+
 def event_digest(event_id: str) -> int:
     """int64 that stands for an event id among those of one user's last days, where no two meet by chance."""
     data = event_id.encode("utf-8", "surrogatepass")
@@ -141,6 +150,7 @@ class UserState:
     restarts: int = 0  # counts how often the log was replaced
     forgotten_at: int = NEVER  # ms UTC, when the user was deleted: plays up to then are rejected
     models: Mapping[str, ModelState] = field(default_factory=dict)  # by model id, the one written last at the end
+    likes: Plays = field(default_factory=lambda: Plays.of([], []))  # the latest songs liked, and when, in time order
 
     @classmethod
     def start(cls, model: str, states: States, row: int = 0, plays: int = 0) -> "UserState":
@@ -191,18 +201,19 @@ class Step:
 
     state: UserState  # before the step
     model: str
-    outcomes: np.ndarray  # int8 (arrived,), places in OUTCOMES of the plays as they arrived
+    outcomes: np.ndarray  # int8 (arrived,), places in OUTCOMES of the plays and likes as they arrived
+    likes: Plays  # the likes taken
     window: Plays  # with the plays taken, in time order
     leaving: int  # the first plays of the window that move to the log
     runs: tuple[tuple[States, Plays], ...]  # from a state over plays: to the new state, and to that before the window
 
     def count(self, outcome: Outcome) -> int:
-        """How many of the plays had an outcome."""
+        """How many of the plays and likes had an outcome."""
         return int(np.count_nonzero(self.outcomes == OUTCOMES.index(outcome)))
 
     @property
     def changes(self) -> bool:
-        """False where the state stays as it is: every play was stored already."""
+        """False where the state stays as it is: every play and like was stored already."""
         return self.count("repeated") < len(self.outcomes)
 
     @property
@@ -217,7 +228,8 @@ class Step:
 
     def finish(self, states: States) -> UserState:
         """The new state, from the states in which this step's runs ended."""
-        after = replace(self.state, rejected=self.state.rejected + self.count("rejected"))
+        likes = join_likes([self.state.likes, self.likes]) if len(self.likes) else self.state.likes
+        after = replace(self.state, rejected=self.state.rejected + self.count("rejected"), likes=likes)
         if not self.runs:
             return after
         own = self.state.models[self.model]
@@ -229,19 +241,28 @@ class Step:
         return after.with_model(self.model, replace(own, hidden=states.hidden[0], turn=after.turn))
 
 
-def plan_plays(state: UserState, model: str, arrived: Plays, repeated: np.ndarray | None = None) -> Step:
+def plan_plays(
+    state: UserState,
+    model: str,
+    arrived: Plays,
+    repeated: np.ndarray | None = None,
+    liked: np.ndarray | None = None,
+) -> Step:
     """How to take plays, in any order, into a state that is up to date for a model.
 
-    `repeated`, bool (arrived,), are the plays whose event ids are stored already. A play is rejected where it was
-    not played after the last play of the log.
+    `repeated`, bool (arrived,), are those whose event ids are stored already, `liked`, bool (arrived,), those that are
+    likes and no plays. A play is rejected where it was not played after the last play of the log, a like where the
+    user was deleted since.
     """
     own = state.current(model)
     if own is None:
         raise ValueError(f"the state of model {model} is not up to date")
     again = np.zeros(len(arrived), np.bool_) if repeated is None else repeated
-    late = ~again & (arrived.played_at <= max(state.before_at, state.forgotten_at))
+    is_like = np.zeros(len(arrived), np.bool_) if liked is None else liked
+    earliest = np.where(is_like, state.forgotten_at, max(state.before_at, state.forgotten_at))
+    late = ~again & (arrived.played_at <= earliest)
     outcomes = np.select([again, late], [OUTCOMES.index("repeated"), OUTCOMES.index("rejected")]).astype(np.int8)
-    taken = arrived.take(~again & ~late)
+    taken, likes = (arrived.take(~again & ~late & kind) for kind in (~is_like, is_like))
     taken = taken.take(np.argsort(taken.played_at, kind="stable"))
     window = Plays.joined([state.window, taken])
     in_turn = not len(state.window) or not len(taken) or taken.played_at[0] >= state.window.played_at[-1]
@@ -253,7 +274,15 @@ def plan_plays(state: UserState, model: str, arrived: Plays, repeated: np.ndarra
         runs.append((state.states(model), taken) if in_turn else (own.start, window))
     if leaving:
         runs.append((own.start, window.take(slice(leaving))))
-    return Step(state=state, model=model, outcomes=outcomes, window=window, leaving=leaving, runs=tuple(runs))
+    return Step(
+        state=state,
+        model=model,
+        outcomes=outcomes,
+        likes=likes,
+        window=window,
+        leaving=leaving,
+        runs=tuple(runs),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from rayrec.recommend.two_step_config import RankedPart, kept_features
 RECENT = 10  # plays among which artists and albums are counted
 REPEATS = 20  # plays among which repeats are counted
 LIFT_PLAYS = 5.0  # added to the plays of a song by which the strength of a rule is divided
+SKIP_PLAYS = 10.0  # plays skipped as often as all plays that are added to those of a song
 NEVER = -1.0  # plays or hours since a song, an artist or an album that the user has never played
 
 
@@ -48,10 +49,17 @@ class FeatureSources:
         return [
             *(f"{retriever}_{what}" for retriever in self.retrievers for what in ("score", "share", "rank")),
             *OF_CANDIDATES,
+            *(OF_SKIPS if self._has_skips else []),
+            *(OF_LIKES if self.retrieval.has_likes else []),
             *(f"{group}_{what}" for group in groups for what in OF_GROUPS),
             *OF_QUERIES,
+            *(["recent_skips"] if self._has_skips else []),
             *(f"recent_{group}s" for group in groups),
         ]
+
+    @property
+    def _has_skips(self) -> bool:
+        return self.retrieval.plays.skips is not None
 
     def _groups(self) -> list[tuple[str, SongGroups]]:
         return [("artist", self.retrieval.artists), ("album", self.retrieval.albums)]
@@ -126,6 +134,13 @@ class FeatureSources:
         if rules is not None and position is not None:
             lift[position] = rules.scores / (LIFT_PLAYS + np.expm1(plays[position]))
         put(lift)
+        if self.retrieval.plays.skips is not None:
+            put(of_user(known.skips, 0))
+            put(of_user(known.skips / np.maximum(1, known.plays), 0))
+            skips, share_of_all = _looked_up(self.retrieval.plays.skips, songs), self.retrieval.skip_share
+            put((skips + SKIP_PLAYS * share_of_all) / (np.expm1(plays) + SKIP_PLAYS) - share_of_all)
+        if self.retrieval.has_likes:
+            put(batch.liked.find(candidates.keys) >= 0)
 
     def _age_days(self, batch: QueryBatch, candidates: Candidates) -> np.ndarray:
         """float64 (C,): days since the first play of each candidate by anybody; NEVER where there was none."""
@@ -165,6 +180,7 @@ class FeatureSources:
             hour if self.real_times else np.zeros(len(batch)),
             np.bincount(batch.user_songs.rows, minlength=len(batch)) / np.maximum(1, lengths),
             self._session_with_long_term(batch),
+            *([_skip_share(batch, lengths)] if self._has_skips else []),
         ]
 
     def _session_with_long_term(self, batch: QueryBatch) -> np.ndarray:
@@ -200,6 +216,10 @@ OF_CANDIDATES = [
     "age_days",
     "rules_lift",
 ]
+# Skips and likes are features where the data has any. `skip_share` is how much more of a song's plays was skipped than
+# of all plays.
+OF_SKIPS = ["user_skips", "user_skip_share", "skip_share"]
+OF_LIKES = ["user_liked"]
 OF_GROUPS = ["of_last_song", "recent_share", "user_plays", "plays_since"]
 OF_QUERIES = [
     "history_length",
@@ -234,6 +254,13 @@ def _repeat_share(batch: QueryBatch, counts: np.ndarray) -> np.ndarray:
     looked_at = batch.back < np.minimum(counts, REPEATS)[batch.rows]
     repeats = np.bincount(batch.rows, weights=batch.repeated & looked_at, minlength=len(batch))
     return np.asarray(repeats / np.maximum(1, np.minimum(counts, REPEATS)))
+
+
+def _skip_share(batch: QueryBatch, lengths: np.ndarray) -> np.ndarray:
+    """float64 (Q,): the share of the last ten plays that were skipped; `lengths`, int (Q,), are the plays known."""
+    latest = batch.latest(RECENT)
+    skips = np.bincount(batch.rows[latest], weights=batch.skipped[latest], minlength=len(batch))
+    return np.asarray(skips / np.maximum(1, np.minimum(lengths, RECENT)))
 
 
 def _group_features(

@@ -13,6 +13,7 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, ranges, stable_order
 
 LATEST = 5_000  # plays before a query that are looked at
+LATEST_LIKES = 1_000  # likes before a query that are looked at
 HOUR_MS = 3_600_000
 SESSION_GAP_MS = HOUR_MS // 2  # a longer pause ends a session
 DECAY = 0.5  # of base level activation in ACT-R: a play t ago counts t^-0.5
@@ -50,6 +51,7 @@ class UserSongs(Pairs):
     base_level: np.ndarray  # float32 (P,), ACT-R: log of the sum of (plays since)^-0.5 over all times
     base_level_hours: np.ndarray  # float32 (P,), the same with hours since
     session_plays: np.ndarray  # int64 (P,), times in the session that is going on
+    skips: np.ndarray  # int64 (P,), times skipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,9 @@ class QueryBatch:
     played_at: np.ndarray  # int64 (E,), ms UTC
     in_session: np.ndarray  # bool (E,), in the session that the query goes on
     repeated: np.ndarray  # bool (E,), an earlier one of these plays is of the same song
+    skipped: np.ndarray  # bool (E,), false where the data does not say
     user_songs: UserSongs
+    liked: Pairs  # the songs that the user of each query had liked, the last 1,000 likes
     short_vectors: np.ndarray  # float32 (Q, D)
     long_vectors: np.ndarray  # float32 (Q, D)
 
@@ -97,7 +101,8 @@ class QueryBatch:
         back = offsets[1:][rows] - 1 - np.arange(len(rows))
         songs, played_at = histories.songs[plays].astype(np.int64), histories.played_at[plays]
         in_session = _in_session(offsets, rows, played_at, queries.at)
-        user_songs, repeated = _user_songs(rows, songs, back, played_at, in_session, queries.at, num_songs)
+        skipped = np.zeros(len(plays), dtype=bool) if histories.skipped is None else histories.skipped[plays]
+        user_songs, repeated = _user_songs(rows, songs, back, played_at, in_session, skipped, queries.at, num_songs)
         return cls(
             histories=histories,
             queries=queries,
@@ -109,7 +114,9 @@ class QueryBatch:
             played_at=played_at,
             in_session=in_session,
             repeated=repeated,
+            skipped=skipped,
             user_songs=user_songs,
+            liked=_liked(histories, queries, num_songs),
             short_vectors=short_vectors,
             long_vectors=long_vectors,
         )
@@ -147,6 +154,7 @@ def _user_songs(
     back: np.ndarray,
     played_at: np.ndarray,
     in_session: np.ndarray,
+    skipped: np.ndarray,
     at: np.ndarray,
     num_songs: int,
 ) -> tuple[UserSongs, np.ndarray]:
@@ -172,5 +180,22 @@ def _user_songs(
         base_level=np.log(total((back + 1.0) ** -DECAY)).astype(np.float32),
         base_level_hours=np.log(total((hours + 0.05) ** -DECAY)).astype(np.float32),
         session_plays=total(in_session.astype(np.int64)),
+        skips=total(skipped.astype(np.int64)),
     )
     return user_songs, repeated
+
+
+def _liked(histories: Histories, queries: Questions, num_songs: int) -> Pairs:
+    """The songs that the user of each query liked before it."""
+    likes = histories.likes
+    if likes is None:
+        return Pairs(num_songs=num_songs, rows=np.zeros(0, np.int64), songs=np.zeros(0, np.int64))
+    counts = likes.lengths[queries.rows]
+    entries, rows = ranges(likes.offsets[queries.rows], counts), np.repeat(np.arange(len(queries)), counts)
+    before = likes.played_at[entries] < queries.at[rows]
+    entries, rows = entries[before], rows[before]
+    ends = np.cumsum(np.bincount(rows, minlength=len(queries)))
+    latest = (ends[rows] - np.arange(len(rows)) <= LATEST_LIKES) & (likes.songs[entries] < num_songs)
+    keys = np.unique(rows[latest] * num_songs + likes.songs[entries[latest]])
+    liked_rows, songs = np.divmod(keys, max(1, num_songs))
+    return Pairs(num_songs=num_songs, rows=liked_rows, songs=songs)

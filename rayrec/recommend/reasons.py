@@ -22,6 +22,8 @@ def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
 
     last = last_title or "your last play"
     said: list[str] = []
+    if value("user_liked"):
+        said.append("you liked it")
     if value("user_rules_score") > 0:
         said.append(f"you played it after {last} before")
     if value("user_plays") > 0:

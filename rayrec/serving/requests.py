@@ -9,7 +9,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from rayrec.data.histories import Histories
+from rayrec.data.histories import Histories, concatenate
 from rayrec.data.moments import END_MS, iso_moment, now_ms
 from rayrec.errors import FieldError
 from rayrec.model.inference import States
@@ -48,6 +48,7 @@ class UserQuery:
     earlier: int = 0  # plays of a stored user before these
     earlier_songs: np.ndarray = field(default_factory=lambda: _NO_SONGS)  # int32, the songs of those plays
     states: States | None = None  # of a stored user, after all plays
+    likes: Histories | None = None  # of a stored user: the songs liked, and when
 
     @property
     def plays(self) -> int:
@@ -88,6 +89,7 @@ def read_stored(user: StoredUser | None, moment: int | None) -> UserQuery:
         earlier=user.state.plays - count,
         earlier_songs=user.heard,
         states=user.states,
+        likes=plays.likes,
     )
 
 
@@ -216,11 +218,20 @@ def query_histories(queries: Sequence[UserQuery]) -> Histories:
         played_at=together([query.played_at for query in queries]),
         contexts=together([query.contexts for query in queries]),
         skipped=together([query.skipped for query in queries]),
+        likes=_likes_of(queries),
     )
 
 
+def _likes_of(queries: Sequence[UserQuery]) -> Histories | None:
+    """The likes of queries, a row each; None where there are none."""
+    if not any(query.likes is not None and query.likes.num_plays for query in queries):
+        return None
+    nothing = Histories.from_lists([[]], [[]])
+    return concatenate([nothing if query.likes is None else query.likes for query in queries])
+
+
 def read_plays(sent: Sequence[NewPlay], catalog: ServedCatalog) -> tuple[dict[str, list[int]], dict[str, UserPlays]]:
-    """The places among those sent, and the plays, of each user; without plays of unknown songs."""
+    """The places among those sent, and the plays and likes, of each user; without those of unknown songs."""
     rows, now = catalog.find([play.song_id for play in sent]), now_ms()
     times = np.array([now if play.played_at is None else play.played_at for play in sent], dtype=np.int64)
     places: dict[str, list[int]] = {}
@@ -236,6 +247,7 @@ def read_plays(sent: Sequence[NewPlay], catalog: ServedCatalog) -> tuple[dict[st
                 skipped=[sent[place].was_skipped for place in own],
             ),
             events=[sent[place].event_id for place in own],
+            liked=np.array([sent[place].type == "like" for place in own], dtype=np.bool_),
         )
         for user_id, own in places.items()
     }

@@ -26,7 +26,7 @@ from rayrec.errors import InputError
 from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K, MAX_LISTED, MAX_NEW_SONGS, MAX_PLAYS
 
 LAST_MOMENT = END_MS - 1  # ms UTC
-PlayOutcome = Literal["taken", "repeated", "rejected", "unknown", "invalid", "logged", "dropped"]
+PlayOutcome = Literal["taken", "repeated", "rejected", "unknown", "invalid"]
 EventType = Literal["play", "skip", "like"]
 SongOutcome = Literal["added", "known"]
 MAX_VECTOR = 4_096  # numbers of a content vector
@@ -361,8 +361,8 @@ class NewPlay(Play):
     played_at: Annotated[Moment, AfterValidator(_play_moment)] | None = Field(default=None, description="Default: now.")
     type: EventType = Field(
         default="play",
-        description="play; skip: a play that was skipped; like: no play, so it changes neither history nor taste and "
-        "is kept in the impression log alone.",
+        description="play; skip: a play that was skipped; like: no play, so it changes neither history nor taste; the "
+        "ranker knows of it where it was trained on data with likes.",
     )
     recommendation_id: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(
         default=None, description="The recommendation_id of the answer that the song was chosen from."
@@ -596,16 +596,16 @@ class Tastes(BaseModel):
 
 
 class PlaysTaken(BaseModel):
-    """What became of the plays."""
+    """What became of the plays and likes."""
 
     release: str = Field(description="Id of the release whose model took them.")
-    taken: int = Field(description="Plays that are part of their users' states now.")
-    repeated: int = Field(description="Plays whose event ids were stored already; nothing changed.")
-    rejected: int = Field(description="Plays older than the latest 64 to 128 of their user, or from before a deletion.")
-    unknown_songs: int = Field(description="Plays of songs that are not in the catalog; left out.")
-    invalid: int = Field(description="Plays that are not as expected; left out.")
-    logged: int = Field(description="Likes that are kept in the impression log.")
-    dropped: int = Field(description="Likes that nothing keeps: the impression log is off, or too many rows wait.")
+    taken: int = Field(description="Plays and likes that are part of their users' states now.")
+    repeated: int = Field(description="Those whose event ids were stored already; nothing changed.")
+    rejected: int = Field(
+        description="Plays older than the latest 64 to 128 of their user, and plays and likes from before a deletion."
+    )
+    unknown_songs: int = Field(description="Plays and likes of songs that are not in the catalog; left out.")
+    invalid: int = Field(description="Plays and likes that are not as expected; left out.")
     outcomes: list[PlayOutcome] = Field(description="One for each play.")
     errors: list[dict[str, str]] = Field(description="Where and what, of the invalid plays: the first 20.")
 

@@ -195,12 +195,11 @@ class Service:
         return NewSongs(release=live.id, songs=songs, cursor=cursor)
 
     async def take_plays(self, live: LiveRelease, sent: Sequence[NewPlay | InvalidEntry]) -> PlaysTaken:
-        """Take plays of any users; when this returns they are stored. Likes are logged alone."""
-        events = [(place, event) for place, event in enumerate(sent) if isinstance(event, NewPlay)]
-        valid = [(place, event) for place, event in events if event.type != "like"]
+        """Take plays and likes of any users; when this returns they are stored."""
+        valid = [(place, event) for place, event in enumerate(sent) if isinstance(event, NewPlay)]
         outcomes: list[PlayOutcome] = ["invalid"] * len(sent)
         rows, plays = read_plays([play for _, play in valid], live.catalog)
-        for place, _ in events:
+        for place, _ in valid:
             outcomes[place] = "unknown"
         for user_id, taken in (await self.users.take(live, plays)).items() if plays else ():
             for row, user_outcome in zip(rows[user_id], taken, strict=True):
@@ -208,10 +207,6 @@ class Service:
                 outcomes[place] = user_outcome
                 if user_outcome == "taken":  # a play that is sent again is logged once
                     self._log_event(play)
-        likes = [(place, event) for place, event in events if event.type == "like"]
-        for (place, like), song in zip(likes, live.catalog.find([like.song_id for _, like in likes]), strict=True):
-            if song >= 0:
-                outcomes[place] = "logged" if self._log_event(like) else "dropped"
         counts = Counter(outcomes)
         for outcome, count in counts.items():
             self.metrics.plays(outcome, count)
@@ -228,8 +223,6 @@ class Service:
             rejected=counts["rejected"],
             unknown_songs=counts["unknown"],
             invalid=counts["invalid"],
-            logged=counts["logged"],
-            dropped=counts["dropped"],
             outcomes=outcomes,
             errors=errors[:20],
         )
@@ -426,10 +419,10 @@ class Service:
         }
         self.log.add("answers", row)
 
-    def _log_event(self, event: NewPlay) -> bool:
-        """Add a play, skip or like to the impression log; False where there is none, or the row is dropped."""
+    def _log_event(self, event: NewPlay) -> None:
+        """Add a play, skip or like to the impression log, where there is one."""
         if self.log is None:
-            return False
+            return
         row = {
             "event_id": event.event_id,
             "user_id": event.user_id,
@@ -441,7 +434,7 @@ class Service:
             "share_listened": event.share_listened,
             "recommendation_id": event.recommendation_id,
         }
-        return self.log.add("events", row)
+        self.log.add("events", row)
 
     async def _stored(self, live: LiveRelease, requests: Sequence[Listener | InvalidEntry]) -> dict[str, StoredUser]:
         """What is known of the stored users that requests name, by id; those who are unknown are left out."""

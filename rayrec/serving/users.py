@@ -59,10 +59,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class UserPlays:
-    """Plays of one user as they were sent."""
+    """Plays and likes of one user as they were sent."""
 
     plays: Plays
-    events: Sequence[str]  # ids, one a play
+    events: Sequence[str]  # ids, one each
+    liked: np.ndarray  # bool (P,), those that are likes and no plays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,8 @@ class StoredUser:
 
     state: UserState
     states: States  # of the live model, after all plays
-    plays: Histories  # of this one user, in time order: the last ones, `LAST_PLAYS` at least where there are as many
+    # Of this one user, in time order, with the likes: the last plays, `LAST_PLAYS` at least where there are as many.
+    plays: Histories
     heard: np.ndarray  # int32, songs of the plays before them
 
 
@@ -124,9 +126,9 @@ class StoredUsers:
         return [_stored_user(user_id, users[user_id], live) if user_id in users else None for user_id in user_ids]
 
     async def take(self, live: LiveRelease, sent: Mapping[str, UserPlays]) -> dict[str, list[Outcome]]:
-        """Take new plays of users into their states; what became of each play. Unknown users are added.
+        """Take new plays and likes of users into their states; what became of each. Unknown users are added.
 
-        When this returns the plays are in the store. Raises `StoreUnavailableError` where they may not
+        When this returns they are in the store. Raises `StoreUnavailableError` where they may not
         be: sent again with the same event ids, no play counts twice.
         """
         store = await self._store(live)
@@ -157,7 +159,7 @@ class StoredUsers:
         await self._take_in_songs(live, users.values())
         repeated = {user_id: _repeated(events[user_id], users[user_id].events) for user_id in sent}
         steps = {
-            user_id: plan_plays(users[user_id].state, live.model_id, new.plays, repeated[user_id])
+            user_id: plan_plays(users[user_id].state, live.model_id, new.plays, repeated[user_id], new.liked)
             for user_id, new in sent.items()
         }
         states = await self._run(live, list(steps.values()))
@@ -187,7 +189,7 @@ class StoredUsers:
         if online is not None and any(
             online.missing(plays.songs)
             for user in users
-            for plays in (user.state.window, user.log)
+            for plays in (user.state.window, user.state.likes, user.log)
             if plays is not None
         ):
             await self._call(online.refresh)
@@ -312,13 +314,16 @@ def _whole(whole: WholeUser) -> _Read:
 
 def _stored_user(user_id: str, user: _Read, live: LiveRelease) -> StoredUser:
     parts = [user.log, user.state.window] if user.log else [user.state.window]
-    plays, rows_of_stored = Plays.joined(parts), live.catalog.rows_of_stored
-    plays = replace(plays, songs=rows_of_stored(plays.songs))
+    rows_of_stored = live.catalog.rows_of_stored
+    plays, likes = (
+        replace(stored, songs=rows_of_stored(stored.songs)) for stored in (Plays.joined(parts), user.state.likes)
+    )
     if len(plays) and plays.songs.max() >= FIRST_ONLINE:  # of songs that neither the release has nor the store
         plays = plays.take(plays.songs < FIRST_ONLINE)
+    likes = likes.take(likes.songs < FIRST_ONLINE)
     return StoredUser(
         state=user.state,
         states=user.state.states(live.model_id),
-        plays=plays.history(user_id),
+        plays=replace(plays.history(user_id), likes=likes.history(user_id)),
         heard=rows_of_stored(unpack_heard(user.heard)),
     )

@@ -50,8 +50,10 @@ class DatasetManifest:
     times: Times = "real"  # positions: times say in which order a user's plays came, and nothing else
     contexts: list[str] = field(default_factory=list)  # name of each bit, at most 31
     has_skipped: bool = False
+    has_likes: bool = False
     read: int = 0  # rows read by the import, with --append by all of them
     merged: int = 0  # exact duplicates merged
+    likes: int = 0  # rows read that were likes and no plays
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
     config: dict[str, object] = field(default_factory=dict)  # of the import
     last_import: dict[str, object] = field(default_factory=dict)  # summary.ImportSummary

@@ -29,12 +29,13 @@ class Oracle:
         world, config = self.world, self.world.config
         asked = _Asked(world, histories, questions)
         contexts = self._next_contexts(histories, questions, asked.starts)
-        heard = _heard(histories, questions, config.songs)
+        heard = _heard(world, histories, questions)
+        nothing = _weight_before(world, histories, questions) == 0
         genres = asked.moods[:, world.genre] * world.share
         answer = heard.multiply(contexts[:, [COLLECTION]]).toarray()
-        # Who has heard nothing yet has no collection: the first song comes from the mood instead.
+        # Who has heard nothing yet, or nothing but disliked songs, has no collection: the song comes from the mood.
         from_mood = contexts[:, [PLAYLIST, ALBUM, RADIO]].sum(axis=1)
-        from_mood += np.where(questions.seen == 0, contexts[:, COLLECTION], 0.0)
+        from_mood += np.where(nothing, contexts[:, COLLECTION], 0.0)
         followed = np.where(asked.starts, 0.0, config.follow)
         rows = np.arange(len(questions))
         for context, successor in ((PLAYLIST, world.playlist_next), (ALBUM, world.album_next)):
@@ -128,9 +129,22 @@ def _likelihoods(world: World, histories: Histories, questions: Questions, asked
     for context, successor in ((PLAYLIST, world.playlist_next), (ALBUM, world.album_next)):
         follow = np.where(asked.starts, 0.0, world.config.follow)
         likely[:, context] = follow * (successor[asked.last] == songs) + (1 - follow) * likely[:, RADIO]
-    repeats = _earlier_plays_of_song(histories) / np.maximum(questions.seen, 1)
-    likely[:, COLLECTION] = np.where(questions.seen == 0, likely[:, RADIO], repeats)
+    before = _weight_before(world, histories, questions)
+    earlier = _earlier_plays_of_song(histories) * _weights(world, histories)
+    likely[:, COLLECTION] = np.where(before == 0, likely[:, RADIO], earlier / np.where(before == 0, 1, before))
     return likely
+
+
+def _weights(world: World, histories: Histories) -> np.ndarray:
+    """float64 (P,): how much each play counts in its user's collection."""
+    return world.collection_weights(world.user_index(histories.user_ids)[histories.rows], histories.songs)
+
+
+def _weight_before(world: World, histories: Histories, questions: Questions) -> np.ndarray:
+    """float64 (Q,): of the plays before each question together."""
+    sums = np.concatenate([[0], np.cumsum(_weights(world, histories))])
+    starts = histories.offsets[questions.rows]
+    return np.asarray(sums[starts + questions.seen] - sums[starts])
 
 
 def _earlier_plays_of_song(histories: Histories) -> np.ndarray:
@@ -154,11 +168,12 @@ def _context_numbers(histories: Histories) -> np.ndarray:
     return np.asarray(np.log2(histories.contexts), dtype=np.int64)
 
 
-def _heard(histories: Histories, questions: Questions, num_songs: int) -> sp.csr_array:
-    """float64 (Q, N), sparse: each song's share of the plays before each question."""
+def _heard(world: World, histories: Histories, questions: Questions) -> sp.csr_array:
+    """float64 (Q, N), sparse: each song's share of the collection before each question."""
     starts = histories.offsets[questions.rows]
     offsets = np.concatenate([[0], np.cumsum(questions.seen)])
     plays = np.repeat(starts - offsets[:-1], questions.seen) + np.arange(offsets[-1])
-    weights = np.repeat(1 / np.maximum(questions.seen, 1), questions.seen)
-    shape = (len(questions), num_songs)
+    before = _weight_before(world, histories, questions)
+    weights = _weights(world, histories)[plays] * np.repeat(1 / np.where(before == 0, 1, before), questions.seen)
+    shape = (len(questions), world.config.songs)
     return sp.csr_array((weights, histories.songs[plays], offsets), shape=shape)

@@ -11,7 +11,10 @@ comes from a context, which tends to stay and says how the song was found:
 - search: a new mood, any genre; a song of it by Zipf popularity
 - collection: one of the user's own earlier plays, each as likely
 
-The first play of a session has no song to follow: playlist, album and radio draw from its mood. So
+The first play of a session has no song to follow: playlist, album and radio draw from its mood. With `opinions`
+each user likes some songs and dislikes as many, which nothing tells but what the user does: a disliked song is
+skipped and never comes from the collection again, a liked one is marked as liked when it is played first, and comes
+from the collection five times as often. So
 the state that decides a play is the taste, the earlier plays and their contexts, and whether the gap
 before it starts a session: all but the taste can be read off a history, and `oracle.py` computes
 from it what a perfect predictor would say.
@@ -22,6 +25,7 @@ U users in a block, L plays of the longest history among them, N songs, G genres
 # ruff: noqa: SIM905 - lists of words read better as prose
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -54,6 +58,8 @@ STAY = np.array([0.85, 0.85, 0.1, 0.85, 0.6])  # probability that the next play 
 SWITCH = np.array([0.3, 0.25, 0.15, 0.15, 0.15])  # shares of the contexts where it does not
 START = np.array([0.3, 0.15, 0.15, 0.2, 0.2])  # shares of the contexts of a session's first play
 TASTE = np.array([0.6, 0.3, 0.1])  # shares of a user's genres, dearest first
+LIKED_WEIGHT = 5.0  # of a play of a liked song in a user's collection; that of another is 1, of a disliked one 0
+LIKE_AFTER = 1_000  # ms after the play
 SKIP_ON_TASTE, SKIP_OFF_TASTE = 0.05, 0.35  # probability of a skip, by whether the genre is in the taste
 PLAYS_SIGMA, PLAYS_LIMIT = 0.7, 6  # lognormal spread of the plays of a user, and their limit in means
 PLAYLIST_LENGTHS = (10, 40)
@@ -65,7 +71,7 @@ SKIPPED_AFTER = (5_000, 40_000)  # ms
 SESSION_GAP = 30 * MINUTE  # a longer gap starts a session; the world leaves at least an hour
 CELLS_PER_BLOCK = 1 << 20  # U × L at once, some 100 MiB of work space
 _GOLDEN = 0x9E3779B97F4A7C15
-_STREAMS = {"taste": 1, "length": 2, "session": 3, "song": 4, "skip": 5, "time": 6, "playlist": 7}
+_STREAMS = {"taste": 1, "length": 2, "session": 3, "song": 4, "skip": 5, "time": 6, "playlist": 7, "opinion": 8}
 
 
 def song_titles(count: int, seed: int) -> np.ndarray:
@@ -113,6 +119,13 @@ class GenerateConfig(Settings):
         0.1, ge=0, le=1, description="Probability that a session's genre is outside the user's taste"
     )
     zipf: float = Field(1.0, ge=0, description="Zipf exponent of song popularity within a genre")
+    opinions: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="Share of the songs that each user likes, and of those that each dislikes: liked songs are marked "
+        "and played again more often, disliked ones are skipped and not played again",
+    )
     seed: int = Field(0, ge=0, description="Random seed")
 
     @model_validator(mode="after")
@@ -208,6 +221,18 @@ class World:
         noise = -np.log(-np.log(_uniform(keys[:, None], np.arange(self.config.genres)) + 1e-300))
         return np.asarray(np.argsort(-(np.log(self.genre_shares) + noise), axis=1)[:, : len(TASTE)])
 
+    def collection_weights(self, users: np.ndarray, songs: np.ndarray) -> np.ndarray:
+        """float64 (P,): how much a play counts in the collection, for users by index and song rows, int (P,) each.
+
+        0 where the user dislikes the song, 5 where the user likes it, else 1.
+        """
+        if not self.config.opinions:
+            return np.ones(songs.shape)
+        keys = _keys(self.config.seed, "opinion", users)
+        drawn = (_mix(keys + songs.astype(np.uint64) * np.uint64(_GOLDEN)) >> np.uint64(11)) * 2.0**-53
+        liked = np.where(drawn >= 1 - self.config.opinions, LIKED_WEIGHT, 1.0)
+        return np.asarray(np.where(drawn < self.config.opinions, 0.0, liked))
+
     def histories(self, users: np.ndarray) -> Histories:
         """The histories of users by index, int (U,), in that order; every user has at least one play."""
         return concatenate(list(self.blocks(users)))
@@ -251,6 +276,9 @@ class World:
         tastes = self.tastes(users)
         songs, contexts = self._songs(users, lengths, starts, tastes)
         skipped = self._skips(users, songs, tastes)
+        if self.config.opinions:
+            weights = self.collection_weights(np.repeat(users, songs.shape[1]), songs.reshape(-1)).reshape(songs.shape)
+            skipped |= weights == 0
         made = Histories(
             user_ids=self.user_ids(users),
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -259,6 +287,8 @@ class World:
             contexts=(1 << contexts[played]).astype(np.int32),
             skipped=skipped[played],
         )
+        if self.config.opinions:
+            made = replace(made, likes=_likes(made, weights[played] == LIKED_WEIGHT))
         return made.take(np.argsort(order))
 
     def _lengths(self, users: np.ndarray) -> np.ndarray:
@@ -282,6 +312,7 @@ class World:
         shares = np.cumsum(self.context_shares, axis=1)[:, :-1]
         songs = np.zeros(starts.shape, dtype=np.int32)
         contexts = np.zeros(starts.shape, dtype=np.int64)
+        collected = np.zeros(starts.shape if self.config.opinions else (0, 0))  # weights of the plays up to each
         for step in range(starts.shape[1]):
             playing = slice(0, int(np.searchsorted(-lengths, -step)))
             start, last = starts[playing, step], songs[playing, step - 1]
@@ -295,9 +326,17 @@ class World:
             song = np.where(following & (context == ALBUM), self.album_next[last], song)
             song = np.where(following & (context == PLAYLIST), self.playlist_next[last], song)
             if step:
-                heard = songs[np.arange(len(start)), (draws[5] * step).astype(np.int64)]
-                song = np.where(context == COLLECTION, heard, song)
+                place, any_left = (draws[5] * step).astype(np.int64), np.ones(len(start), dtype=bool)
+                if self.config.opinions:
+                    up_to = collected[playing, :step]
+                    place = (up_to <= (draws[5] * up_to[:, -1])[:, None]).sum(axis=1)
+                    any_left = place < step
+                heard = songs[np.arange(len(start)), np.minimum(place, step - 1)]
+                song = np.where((context == COLLECTION) & any_left, heard, song)
             songs[playing, step], contexts[playing, step] = song, context
+            if self.config.opinions:
+                weights = self.collection_weights(users[playing], song)
+                collected[playing, step] = weights + (collected[playing, step - 1] if step else 0)
         return songs, contexts
 
     def _moods(self, tastes: np.ndarray, which: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -337,6 +376,15 @@ class World:
         return np.asarray(
             FIRST_MOMENT + np.cumsum(gaps, axis=1) + (first[:, None] + waits * scale[:, None]).astype(np.int64)
         )
+
+
+def _likes(histories: Histories, liked: np.ndarray) -> Histories:
+    """A like after the first play of each song that its user likes; `liked`, bool (P,)."""
+    keys = histories.rows * (int(histories.songs.max(initial=0)) + 1) + histories.songs
+    first: np.ndarray = np.zeros(len(keys), dtype=bool)
+    first[np.unique(keys, return_index=True)[1]] = True
+    marked = replace(histories, contexts=None, skipped=None).keep(first & liked)
+    return replace(marked, played_at=marked.played_at + LIKE_AFTER)
 
 
 def _followers(order: np.ndarray, group: np.ndarray) -> np.ndarray:

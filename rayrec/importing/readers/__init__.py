@@ -13,7 +13,7 @@ from rayrec.importing.readers.music4all_onion import Music4AllOnionReader
 from rayrec.importing.readers.reader import NO_SONG, Reader, ReadOptions
 from rayrec.importing.readers.sequences import SequenceReader
 from rayrec.importing.readers.spotify_history import PODCAST, SpotifyHistoryReader, check_usernames
-from rayrec.importing.readers.tabular import CsvReader, ParquetReader
+from rayrec.importing.readers.tabular import OTHER_EVENT, CsvReader, ParquetReader
 from rayrec.importing.readers.tidal import NOT_A_TRACK, TidalReader
 from rayrec.importing.readers.yambda import YambdaReader
 from rayrec.importing.readers.youtube_takeout import NOT_MUSIC, YoutubeTakeoutReader
@@ -42,7 +42,7 @@ FORMATS: dict[str, Format] = {
         ends_with_line=True,
         check_users=check_accounts,
     ),
-    "csv": Format(make=CsvReader, patterns=("*.csv", "*.tsv"), mapped=True, ends_with_line=True),
+    "csv": Format(make=CsvReader, patterns=("*.csv", "*.tsv"), mapped=True, beside=(OTHER_EVENT,), ends_with_line=True),
     "deezer": Format(make=DeezerReader, patterns=("deezer-data*.xlsx",), check_users=check_deezer_accounts),
     "lastfm-1k": Format(make=LastfmReader, patterns=("userid-timestamp*.tsv",), ends_with_line=True),
     "listenbrainz": Format(make=ListenBrainzReader, patterns=("*.listens", "*.jsonl", "*.ndjson", "*.json")),
@@ -50,7 +50,7 @@ FORMATS: dict[str, Format] = {
     "music4all-onion": Format(
         make=Music4AllOnionReader, patterns=("userid_trackid_timestamp*.tsv",), ends_with_line=True
     ),
-    "parquet": Format(make=ParquetReader, patterns=("*.parquet",), mapped=True),
+    "parquet": Format(make=ParquetReader, patterns=("*.parquet",), mapped=True, beside=(OTHER_EVENT,)),
     "sequences": Format(
         make=SequenceReader, patterns=("*.txt", "*.lst", "*.seq"), ends_with_line=True, times="positions"
     ),

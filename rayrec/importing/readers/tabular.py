@@ -1,11 +1,12 @@
 """csv and Parquet files of plays or of playlist entries, with a mapping of their columns to ours.
 
 Roles of a play: user, song, played_at, and where there are any contexts (a list, or names separated by `|`),
-skipped (true, false, 1 or 0), title, artist. Roles of a playlist entry: playlist, position, song,
-and where there are any title, artist. A role that is not mapped has the column of its own name.
+skipped (true, false, 1 or 0), share_listened (0 to 1), ms_played, duration_ms, event_type (play, skip or like), liked
+(true, false, 1 or 0), title, artist. Roles of a playlist entry: playlist, position, song, and where there are any
+title, artist. A role that is not mapped has the column of its own name.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -20,10 +21,14 @@ from rayrec.importing.readers import delimited, parquet, reader
 from rayrec.importing.readers.files import byte_ranges
 from rayrec.importing.readers.reader import Batch, ReadOptions, SourceRows, Unit, naming, to_batch
 
-PLAY_ROLES = ("user", "song", "played_at", "contexts", "skipped", "title", "artist")
-OPTIONAL_ROLES = ("contexts", "skipped", "title", "artist")
+EVENT_ROLES = ("skipped", "share_listened", "ms_played", "duration_ms", "event_type", "liked")
+PLAY_ROLES = ("user", "song", "played_at", "contexts", *EVENT_ROLES, "title", "artist")
+OPTIONAL_ROLES = ("contexts", *EVENT_ROLES, "title", "artist")
 PLAYLIST_ROLES = ("playlist", "position", "song", "title", "artist")
 NOT_A_POSITION = "position is not a whole number"
+OTHER_EVENT = "event is neither a play, a skip nor a like"
+EVENTS = {"play": "play", "listen": "play", "skip": "skip", "like": "like"}  # spellings of types of events
+NUMBER = r"^(\d{1,15}(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?$"
 FLAGS = {"true": True, "1": True, "t": True, "yes": True, "false": False, "0": False, "f": False, "no": False}
 
 
@@ -99,8 +104,7 @@ def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[
         else:
             times = to_ms(values["played_at"], problems, column=name("played_at"), timezone=options.timezone)
             data[columns.PLAYED_AT] = pa.array(times)
-            if "skipped" in values:
-                data[columns.SKIPPED] = read_flags(values["skipped"], problems, name("skipped"))
+            data |= _events(values, name, problems, options.skip_below)
             if "contexts" in values:
                 data[columns.CONTEXTS] = spell_lists(values["contexts"], problems, column=name("contexts"))
         for role in ("title", "artist"):
@@ -108,6 +112,67 @@ def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[
                 data[role] = spell_texts(values[role], problems, column=name(role))
     schema = columns.PLAYLIST_ENTRIES if playlists else columns.PLAYS
     return to_batch(rows, data, problems, source, schema)
+
+
+def _events(
+    values: Mapping[str, pa.Array], name: Callable[[str], str], problems: Problems, skip_below: float
+) -> dict[str, pa.Array]:
+    """Which rows are skips and likes: columns.SKIPPED, LIKED and IS_PLAY where the file says anything of them.
+
+    Whether a play was skipped is what the first of these says that a row fills in: `skipped`, the share listened, the
+    milliseconds played of the song's duration or, without one, of the 30 seconds from where on services count a
+    stream. An event of type skip is skipped whatever they say.
+    """
+    count, data = len(problems.bad), {}
+    told: list[pa.Array] = []
+    if "skipped" in values:
+        told.append(read_flags(values["skipped"], problems, name("skipped")))
+    if "share_listened" in values:
+        share = read_numbers(values["share_listened"], problems, name("share_listened"), most=1)
+        told.append(pc.less(share, skip_below))
+    if "ms_played" in values:
+        played = read_numbers(values["ms_played"], problems, name("ms_played"))
+        if "duration_ms" in values:
+            duration = read_numbers(values["duration_ms"], problems, name("duration_ms"))
+            known = pc.if_else(pc.greater(duration, 0), duration, None)
+            told.append(pc.less(played, pc.multiply(known, skip_below)))
+        told.append(pc.less(played, reader.STREAM_MS))
+    likes = read_flags(values["liked"], problems, name("liked")) if "liked" in values else None
+    if "event_type" in values:
+        texts = pc.utf8_lower(spell_texts(values["event_type"], problems, column=name("event_type")))
+        place = pc.index_in(texts, value_set=pa.array(list(EVENTS)))
+        unknown = pc.and_(place.is_null(), texts.is_valid())
+        problems.mark(np.asarray(unknown.to_numpy(zero_copy_only=False)), OTHER_EVENT)
+        types = pa.array(list(EVENTS.values())).take(place)
+        told.insert(0, pc.if_else(pc.fill_null(pc.equal(types, "skip"), False), True, pa.scalar(None, pa.bool_())))
+        is_like = pc.fill_null(pc.equal(types, "like"), False)
+        if pc.any(is_like).as_py():
+            data[columns.IS_PLAY] = pc.invert(is_like)
+            likes = is_like if likes is None else pc.or_(pc.fill_null(likes, False), is_like)
+    if told:
+        data[columns.SKIPPED] = pc.coalesce(*told, pa.nulls(count, pa.bool_()))
+    if likes is not None and pc.any(likes).as_py():
+        data[columns.LIKED] = likes
+    return data
+
+
+def read_numbers(values: pa.Array, problems: Problems, column: str, *, most: float | None = None) -> pa.Array:
+    """float64 (R,): a column of numbers from 0 on, null where there is none; others, and those above `most`, marked."""
+    values = plain(values)
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
+        numbers = values.cast(pa.float64(), safe=False)
+        numbers = pc.if_else(pc.is_nan(numbers), None, numbers)
+        valid = pc.and_(pc.greater_equal(numbers, 0), pc.is_finite(numbers))
+    else:
+        texts = spell_texts(values, problems, column=column)
+        valid = pc.match_substring_regex(texts, NUMBER)
+        numbers = pc.if_else(valid, texts, None).cast(pa.float64())
+    if most is not None:
+        valid = pc.and_kleene(valid, pc.less_equal(numbers, most))
+    wrong = pc.invert(pc.fill_null(valid, True))
+    limit = "of at least 0" if most is None else f"from 0 to {most:g}"
+    problems.mark(np.asarray(wrong.to_numpy(zero_copy_only=False)), f"{column} is no number {limit}")
+    return numbers
 
 
 def _positions(values: pa.Array, problems: Problems, column: str) -> pa.Array:

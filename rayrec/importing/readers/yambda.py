@@ -1,8 +1,8 @@
 """Yambda, Yandex's public data set of listens (2025): listens.parquet of a `flat` folder. Written from its description.
 
 Columns: uid, timestamp (seconds since the start of the data), item_id, is_organic, played_ratio_pct,
-track_length_seconds. Contexts are organic and recommended; a track of which less than half was played counts as
-skipped, as the data set's authors count listens.
+track_length_seconds. Contexts are organic and recommended; a track of which less than half was played, or another share
+that is set, counts as skipped, as the data set's authors count listens.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,6 @@ from rayrec.importing.readers.reader import (
 )
 from rayrec.importing.readers.tabular import read_flags
 
-LISTENED_PERCENT = 50
 NEEDED = USER, SONG, TIME = "uid", "item_id", "timestamp"
 OPTIONAL = ORGANIC, PERCENT = "is_organic", "played_ratio_pct"
 
@@ -39,7 +38,7 @@ class YambdaReader:
     """Reads listens.parquet; likes and dislikes are no plays."""
 
     def __init__(self, options: ReadOptions) -> None:
-        pass
+        self.options = options
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
         """Runs of row groups."""
@@ -48,14 +47,14 @@ class YambdaReader:
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Batches of 262,144 rows; the line is the number of the record."""
         for rows in parquet.read_row_groups(unit, partial(_find, unit.source)):
-            yield _batch(rows, unit.source)
+            yield _batch(rows, unit.source, self.options.skip_below)
 
 
 def _find(source: str, names: list[str]) -> dict[str, int]:
     return required_columns(source, names, NEEDED, OPTIONAL)
 
 
-def _batch(rows: ParquetRows, source: str) -> Batch:
+def _batch(rows: ParquetRows, source: str, skip_below: float) -> Batch:
     values, count = rows.values, rows.covered
     problems = Problems(count)
     with naming(source):
@@ -69,7 +68,7 @@ def _batch(rows: ParquetRows, source: str) -> Batch:
             names = pc.if_else(organic, "organic", "recommended")
             data[columns.CONTEXTS] = pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32)), names)
         if PERCENT in values:
-            data[columns.SKIPPED] = pc.less(_numbers(values[PERCENT], PERCENT), LISTENED_PERCENT)
+            data[columns.SKIPPED] = pc.less(_numbers(values[PERCENT], PERCENT), 100 * skip_below)
     return to_batch(rows, data, problems, source)
 
 

@@ -6,7 +6,7 @@ N songs, T pairs of a day and a song played on it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class PlayCounts:
     days: np.ndarray  # int32 (T,), days since 1970 UTC, ascending
     day_songs: np.ndarray  # int32 (T,), ascending within a day
     day_plays: np.ndarray  # int64 (T,)
+    skips: np.ndarray | None = None  # int64 (N,), plays that were skipped; None where the data does not say
 
     @property
     def num_songs(self) -> int:
@@ -43,7 +44,11 @@ class PlayCounts:
         days = histories.played_at // DAY_MS
         first_days = np.full(num_songs, NOT_PLAYED, dtype=np.int32)
         np.minimum.at(first_days, histories.songs, days.astype(np.int32))
-        return _counted(plays, first_days, days, histories.songs, np.ones(len(days), np.int64))
+        counted = _counted(plays, first_days, days, histories.songs, np.ones(len(days), np.int64))
+        if histories.skipped is None:
+            return counted
+        skips = np.bincount(histories.songs[histories.skipped], minlength=num_songs).astype(np.int64)
+        return replace(counted, skips=skips)
 
     @classmethod
     def merge(cls, parts: Sequence[PlayCounts]) -> PlayCounts:
@@ -54,7 +59,16 @@ class PlayCounts:
             plays[: part.num_songs] += part.plays
             np.minimum(first_days[: part.num_songs], part.first_days, out=first_days[: part.num_songs])
         names = ("days", "day_songs", "day_plays")
-        return _counted(plays, first_days, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        counted = _counted(
+            plays, first_days, *(np.concatenate([getattr(part, name) for part in parts]) for name in names)
+        )
+        known = [part.skips for part in parts if part.skips is not None]
+        if not known:
+            return counted
+        skips = np.zeros(len(plays), dtype=np.int64)
+        for part_skips in known:
+            skips[: len(part_skips)] += part_skips
+        return replace(counted, skips=skips)
 
     def recent(self, days: int = RECENT_DAYS) -> np.ndarray:
         """int64 (N,): plays of each song in the last `days` days, at most 28."""

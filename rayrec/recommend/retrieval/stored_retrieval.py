@@ -27,6 +27,7 @@ POPULAR_DAYS = 7  # plays of the last days that make a song popular of late
 SETTINGS_FILE = "retrieval.json"  # written last
 SELECTION_RETRIEVAL = "selection"  # folder in a retrieval artifact: the same without the validation range
 WHOLE = ("plays.plays", "plays.first_days")  # of every song in the first range, and there alone
+SKIPS = "plays.skips"  # the same, where the data says what was skipped
 BY_SONG = ("sessions.song_offsets", "rules.offsets")  # int64 (N + 1,), flat outside the range
 
 
@@ -88,6 +89,8 @@ class Retrieval:
     popular: np.ndarray  # int32 (at most 500,), songs by plays in the last 7 days, then in all
     artists: SongGroups
     albums: SongGroups
+    skip_share: float = 0.0  # of all plays
+    has_likes: bool = False  # whether the data has any
 
     @property
     def num_songs(self) -> int:
@@ -107,6 +110,7 @@ class Retrieval:
         artist_of_song: np.ndarray | None = None,
         album_of_song: np.ndarray | None = None,
         rules_per_song: int = play_counts.KEPT,
+        has_likes: bool = False,
     ) -> Retrieval:
         """From merged counts, and the artist and the album of each song, int (N,), -1 where it is not known."""
         plays = counts.plays
@@ -120,6 +124,8 @@ class Retrieval:
             popular=order[plays.plays[order] > 0][:POPULAR].astype(np.int32),
             artists=SongGroups.build(unknown if artist_of_song is None else artist_of_song, plays.plays),
             albums=SongGroups.build(unknown if album_of_song is None else album_of_song, plays.plays),
+            skip_share=0.0 if plays.skips is None else float(plays.skips.sum() / max(1, plays.plays.sum())),
+            has_likes=has_likes,
         )
 
     @classmethod
@@ -135,11 +141,12 @@ class Retrieval:
     ) -> Retrieval:
         """In this process, batch by batch. Raises `LeakError` for a play that `allowed` forbids."""
         nothing = Histories.from_lists([], [])
-        counts = RetrievalCounts.fit(nothing, num_songs=num_songs, newest=newest)
+        counts, has_likes = RetrievalCounts.fit(nothing, num_songs=num_songs, newest=newest), False
         for histories in batches:
+            has_likes |= histories.likes is not None
             part = RetrievalCounts.fit(histories, num_songs=num_songs, allowed=allowed, newest=newest)
             counts = RetrievalCounts.merge([counts, part])
-        return cls.build(counts, artist_of_song=artist_of_song, album_of_song=album_of_song)
+        return cls.build(counts, artist_of_song=artist_of_song, album_of_song=album_of_song, has_likes=has_likes)
 
     def with_added(self, rows: np.ndarray, artist_rows: np.ndarray, album_rows: np.ndarray) -> Retrieval:
         """With the artists and albums of songs that came later, as `SongGroups.with_added` takes them."""
@@ -151,7 +158,9 @@ class Retrieval:
         arrays = {name: value for name, value in _flat(self).items() if isinstance(value, np.ndarray)}
         for name, array in arrays.items():
             workspace.write_array(f"{folder}/{name}.npy", array)
-        workspace.write_json(f"{folder}/{SETTINGS_FILE}", {"newest": self.sessions.newest})
+        skips = {"skip_share": self.skip_share} if SKIPS in arrays else {}
+        likes = {"has_likes": True} if self.has_likes else {}
+        workspace.write_json(f"{folder}/{SETTINGS_FILE}", {"newest": self.sessions.newest, **skips, **likes})
         return [SETTINGS_FILE, *(f"{name}.npy" for name in arrays)]
 
     @classmethod
@@ -166,11 +175,13 @@ class Retrieval:
         return cls(
             sessions=read(SessionPostings, "sessions", newest=int(settings["newest"])),
             rules=read(RuleCounts, "rules"),
-            plays=read(PlayCounts, "plays"),
+            plays=read(PlayCounts, "plays", **({} if "skip_share" in settings else {"skips": None})),
             recent_plays=workspace.read_array(f"{folder}/recent_plays.npy"),
             popular=workspace.read_array(f"{folder}/popular.npy"),
             artists=read(SongGroups, "artists"),
             albums=read(SongGroups, "albums"),
+            skip_share=float(settings.get("skip_share", 0.0)),
+            has_likes=bool(settings.get("has_likes", False)),
         )
 
 
@@ -189,7 +200,7 @@ def _flat(retrieval: Retrieval) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for field in fields(retrieval):
         value = getattr(retrieval, field.name)
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray | float | bool):
             named[field.name] = value
         else:
             named |= {f"{field.name}.{part.name}": getattr(value, part.name) for part in fields(value)}
@@ -221,8 +232,8 @@ def pack_counts(counts: RetrievalCounts, first: int, last: int) -> bytes:
                 value = value[first : last + 1] if key in BY_SONG else value
                 arrays[key] = np.ascontiguousarray(value)
     if first > 0:
-        for key in WHOLE:
-            del arrays[key]
+        for key in (*WHOLE, SKIPS):
+            arrays.pop(key, None)
     return bytes(save(arrays))
 
 

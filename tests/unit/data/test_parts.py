@@ -71,6 +71,16 @@ def test_what_one_part_does_not_tell_is_none_and_false() -> None:
     assert (merged.contexts.tolist(), merged.skipped.tolist()) == ([3, 0], [True, False])
 
 
+def test_likes_of_all_parts_stand_by_time_each_once_and_of_a_part_without_there_are_none() -> None:
+    one = Histories.from_lists([[5], [6]], [[10], [20]], ["ann", "bob"], likes=[[(5, 11), (7, 30)], []])
+    two = Histories.from_lists([[], [8]], [[], [3]], ["ann", "cid"], likes=[[(5, 11), (5, 12), (9, 1)], [(8, 4)]])
+    three = Histories.from_lists([[1]], [[1]], ["bob"])
+    merged = merge_users([one, two, three])
+    assert merged.likes is not None
+    assert rows_of(merged) == {"ann": [(10, 5)], "bob": [(1, 1), (20, 6)], "cid": [(3, 8)]}
+    assert rows_of(merged.likes) == {"ann": [(1, 9), (11, 5), (12, 5), (30, 7)], "bob": [], "cid": [(4, 8)]}
+
+
 def test_a_part_in_another_order_is_refused(workspace: Workspace) -> None:
     write_dataset(workspace, Histories.from_lists([[1], [2]], [[1], [2]], ["ann", "bob"]), 5, buckets=1)
     workspace.write_table(histories_file(1, 0), Histories.from_lists([[1], [2]], [[1], [2]], ["bob", "ann"]).to_arrow())

@@ -1,5 +1,7 @@
 """The merge of one bucket."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
@@ -7,6 +9,7 @@ from rayrec.importing.fragments import ROWS
 from rayrec.importing.merging import (
     LINE_GAP,
     POSITION_MS,
+    MergedRows,
     choose_contexts,
     context_bits,
     drop_rare,
@@ -20,7 +23,11 @@ from rayrec.importing.vocabulary import SongRows
 
 
 def part(
-    *rows: tuple[str, int, int], contexts: list[list[str]] | None = None, skipped: list[bool | None] | None = None
+    *rows: tuple[str, int, int],
+    contexts: list[list[str]] | None = None,
+    skipped: list[bool | None] | None = None,
+    liked: list[bool | None] | None = None,
+    is_play: list[bool | None] | None = None,
 ) -> pa.Table:
     """Rows (owner, song key, order), lines counted from 1."""
     data = [
@@ -28,21 +35,27 @@ def part(
         pa.array([row[1] for row in rows], pa.uint64()),
         pa.array([row[2] for row in rows], pa.int64()),
         pa.array(contexts or [None] * len(rows), pa.list_(pa.string())),
-        pa.array(skipped or [None] * len(rows), pa.bool_()),
+        *(pa.array(flags or [None] * len(rows), pa.bool_()) for flags in (skipped, liked, is_play)),
         pa.array([0] * len(rows), pa.int32()),
         pa.array(range(1, len(rows) + 1), pa.int64()),
     ]
     return pa.table(data, schema=ROWS)
 
 
+def sorted_plays(parts: list[Any], *, in_lines: bool = False) -> tuple[MergedRows, int]:
+    """The plays among some rows, and how many duplicates were merged."""
+    found = sort_rows(parts, in_lines=in_lines)
+    return found.plays, found.merged
+
+
 SONGS = SongRows.of(np.array([10, 11, 12], dtype=np.uint64))  # keys of rows 0, 1, 2
 
 
 def test_rows_are_sorted_by_owner_and_time_and_ties_stay_in_the_order_of_import() -> None:
-    rows, merged = sort_rows(
+    rows, merged = sorted_plays(
         [([0], [0], part(("b", 10, 5), ("a", 12, 9), ("a", 11, 3))), ([1], [0], part(("a", 10, 9), ("a", 11, 1)))]
     )
-    histories = to_histories(rows, SONGS, [], False)
+    histories = to_histories(rows, SONGS, [], has_skipped=False)
     assert merged == 0
     assert histories.user_ids.tolist() == ["a", "b"]
     assert histories.offsets.tolist() == [0, 4, 5]
@@ -54,34 +67,34 @@ def test_rows_are_sorted_by_owner_and_time_and_ties_stay_in_the_order_of_import(
 
 def test_exact_duplicates_merge_and_the_first_in_the_order_of_import_stays() -> None:
     same_time = part(("a", 10, 5), ("a", 11, 5), ("a", 10, 5), ("a", 10, 6), ("b", 10, 5), skipped=[True] + [False] * 4)
-    rows, merged = sort_rows([([0], [0], same_time), ([1], [0], part(("a", 11, 5)))])
+    rows, merged = sorted_plays([([0], [0], same_time), ([1], [0], part(("a", 11, 5)))])
     assert merged == 2
     assert [rows.owners[owner] for owner in rows.owner] == ["a", "a", "a", "b"]
     assert rows.key.tolist() == [10, 11, 10, 10]
     assert rows.source.tolist() == [0, 0, 0, 0]
-    assert to_histories(rows, SONGS, [], True).skipped.tolist() == [True, False, False, False]
+    assert to_histories(rows, SONGS, [], has_skipped=True).skipped.tolist() == [True, False, False, False]
 
 
 def test_lines_are_those_of_the_file() -> None:
-    rows, _ = sort_rows([([3], [0], part(("a", 10, 1))), ([3], [100], part(("a", 10, 2), ("a", 10, 3)))])
+    rows, _ = sorted_plays([([3], [0], part(("a", 10, 1))), ([3], [100], part(("a", 10, 2), ("a", 10, 3)))])
     assert rows.line.tolist() == [1, 101, 102]
     assert rows.source.tolist() == [3, 3, 3]
 
 
 def test_an_empty_bucket_has_no_rows() -> None:
-    rows, merged = sort_rows([([0], [0], part())])
+    rows, merged = sorted_plays([([0], [0], part())])
     assert (len(rows), merged) == (0, 0)
-    assert len(to_histories(rows, SONGS, ["radio"], True)) == 0
+    assert len(to_histories(rows, SONGS, ["radio"], has_skipped=True)) == 0
 
 
 def test_songs_are_counted_over_users_with_enough_plays() -> None:
-    rows, _ = sort_rows([([0], [0], part(("a", 10, 1), ("a", 11, 2), ("a", 10, 3), ("b", 12, 1)))])
+    rows, _ = sorted_plays([([0], [0], part(("a", 10, 1), ("a", 11, 2), ("a", 10, 3), ("b", 12, 1)))])
     assert [values.tolist() for values in song_counts(rows, 1)] == [[10, 11, 12], [2, 1, 1]]
     assert [values.tolist() for values in song_counts(rows, 2)] == [[10, 11], [2, 1]]
 
 
 def test_rare_users_and_songs_are_dropped_with_reason_source_and_line() -> None:
-    rows, _ = sort_rows(
+    rows, _ = sorted_plays(
         [([0], [0], part(("a", 10, 1), ("a", 11, 2), ("b", 10, 1), ("c", 10, 4), ("c", 99, 5), ("a", 99, 7)))]
     )
     kept, dropped = drop_rare(rows, SONGS, 2, ("user", "song"))
@@ -94,7 +107,7 @@ def test_rare_users_and_songs_are_dropped_with_reason_source_and_line() -> None:
         ("f", 5, "song", "c 5"),
         ("f", 4, "user", "c 4"),
     ]
-    assert to_histories(kept, SONGS, [], False).user_ids.tolist() == ["a"]
+    assert to_histories(kept, SONGS, [], has_skipped=False).user_ids.tolist() == ["a"]
 
 
 def test_contexts_become_bits_and_unknown_ones_none() -> None:
@@ -105,8 +118,8 @@ def test_contexts_become_bits_and_unknown_ones_none() -> None:
 
 
 def test_contexts_follow_their_plays_through_sorting() -> None:
-    rows, _ = sort_rows([([0], [0], part(("a", 10, 2), ("a", 11, 1), contexts=[["x"], ["y"]]))])
-    assert to_histories(rows, SONGS, ["x", "y"], False).contexts.tolist() == [2, 1]
+    rows, _ = sorted_plays([([0], [0], part(("a", 10, 2), ("a", 11, 1), contexts=[["x"], ["y"]]))])
+    assert to_histories(rows, SONGS, ["x", "y"], has_skipped=False).contexts.tolist() == [2, 1]
 
 
 def test_the_most_frequent_contexts_get_the_bits() -> None:
@@ -116,7 +129,9 @@ def test_the_most_frequent_contexts_get_the_bits() -> None:
 
 
 def test_playlists_run_in_the_order_of_positions() -> None:
-    rows, merged = sort_rows([([0], [0], part(("p", 12, 1), ("p", 10, 0), ("q", 11, 7), ("p", 10, 2), ("p", 12, 1)))])
+    rows, merged = sorted_plays(
+        [([0], [0], part(("p", 12, 1), ("p", 10, 0), ("q", 11, 7), ("p", 10, 2), ("p", 12, 1)))]
+    )
     assert merged == 1
     assert to_playlists(rows, SONGS).to_pylist() == [
         {"playlist_id": "p", "songs": [0, 2, 0]},
@@ -138,8 +153,8 @@ def test_lines_of_an_owner_follow_each_other_across_files_and_repeats_stay() -> 
         ([0], [2], line(1, "a", 11, 10)),
         ([1], [0], line(1, "a", 12)),
     ]
-    rows, merged = sort_rows(parts, in_lines=True)
-    histories = to_histories(to_positions(rows), SONGS, [], False)
+    rows, merged = sorted_plays(parts, in_lines=True)
+    histories = to_histories(to_positions(rows), SONGS, [], has_skipped=False)
     assert merged == 0
     assert histories.user_ids.tolist() == ["a", "b"]
     assert histories.songs.tolist() == [0, 0, 1, 0, 2, 1]
@@ -148,10 +163,10 @@ def test_lines_of_an_owner_follow_each_other_across_files_and_repeats_stay() -> 
 
 
 def test_positions_leave_no_hole_where_songs_were_left_out() -> None:
-    rows, _ = sort_rows([([0], [0], line(1, "a", *[10, *[99] * 20, 11]))], in_lines=True)
+    rows, _ = sorted_plays([([0], [0], line(1, "a", *[10, *[99] * 20, 11]))], in_lines=True)
     kept, _ = drop_rare(rows, SONGS, 1, ("few plays", "rare"))
     assert to_positions(kept).order.tolist() == [0, POSITION_MS]
-    assert len(to_positions(sort_rows([], in_lines=True)[0])) == 0
+    assert len(to_positions(sorted_plays([], in_lines=True)[0])) == 0
 
 
 def test_a_session_gap_falls_between_lines_and_never_within_one() -> None:

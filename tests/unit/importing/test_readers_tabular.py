@@ -57,6 +57,8 @@ def test_a_mapped_csv_gives_every_field_of_a_play(tmp_path: Path) -> None:
         "played_at": 1421163674000,
         "contexts": ["radio", "search"],
         "skipped": True,
+        "liked": None,
+        "is_play": None,
         "title": "Hello, you",
         "artist": 'The "A"',
         "source": str(file),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from without_ray import CountingFileSystem, without_ray
-from worlds import random_histories, write_dataset
+from worlds import random_histories, with_opinions, write_dataset
 
 from rayrec.data.dataset import Dataset
 from rayrec.importing import import_plan
@@ -42,19 +42,24 @@ def cut(monkeypatch: pytest.MonkeyPatch, *, ranges: int, groups: int, plays: int
     monkeypatch.setattr(import_plan, "READS", ranges * groups)
 
 
-@pytest.mark.parametrize(("ranges", "groups"), [(1, 6), (5, 6), (5, 3), (50, 1)])
+@pytest.mark.parametrize(
+    ("ranges", "groups", "opinions"), [(1, 6, False), (5, 6, True), (5, 3, False), (5, 3, True), (50, 1, True)]
+)
 def test_any_groups_and_ranges_give_the_same(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, ranges: int, groups: int
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, ranges: int, groups: int, opinions: bool
 ) -> None:
     histories = random_histories(60, SONGS, seed=2)
+    histories = with_opinions(histories, SONGS) if opinions else histories
     dataset = write_dataset(workspace, histories, SONGS, buckets=BUCKETS)
     cut(monkeypatch, ranges=ranges, groups=groups, plays=dataset.manifest.plays)
     made = fit_retrieval(workspace, SETTINGS)
     whole = RetrievalCounts.fit(histories, num_songs=SONGS, newest=SETTINGS.sessions_per_song)
     expected = arrays(Retrieval.build(whole, rules_per_song=SETTINGS.rules_per_song))
-    found = arrays(Retrieval.load(workspace, made.folder))
+    loaded = Retrieval.load(workspace, made.folder)
+    found = arrays(loaded)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert (loaded.has_likes, loaded.skip_share > 0) == (opinions, opinions)
 
 
 def test_a_killed_job_counts_no_group_again(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

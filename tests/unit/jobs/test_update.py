@@ -151,20 +151,25 @@ def test_few_new_plays_go_live_unchecked_and_states_follow_where_there_is_a_stor
     assert result.states.users == 150
 
 
-def test_times_without_a_zone_are_of_the_zone_of_the_fit_unless_another_is_named(
+def test_times_without_a_zone_and_skips_are_read_as_in_the_fit_unless_another_zone_is_named(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_ray(monkeypatch)
-    rows = [f"u{user},s{play},2026-01-{play:02} 10:00:00\n" for user in range(3) for play in range(1, 12)]
-    for name, content in (("plays", rows), ("day1", ["u0,s1,2026-01-13\n"]), ("day2", ["u0,s1,2026-01-14 01:00\n"])):
-        (tmp_path / f"{name}.csv").write_text("user_id,track,timestamp\n" + "".join(content))
+    rows = [f"u{user},s{play},2026-01-{play:02} 10:00:00,1\n" for user in range(3) for play in range(1, 12)]
+    days = {"day1": ["u0,s1,2026-01-13,0.3\n"], "day2": ["u0,s1,2026-01-14 01:00,0.1\n"]}
+    for name, content in {"plays": rows, **days}.items():
+        (tmp_path / f"{name}.csv").write_text("user_id,track,timestamp,share_listened\n" + "".join(content))
     config = FitConfig(paths=(str(tmp_path / "plays.csv"),), timezone="Asia/Tokyo")
-    fit(workspace, config, settings={"import": {"buckets": 2}, **{name: SETTINGS[name] for name in ("embed", "train")}})
+    how = {"import": {"buckets": 2, "skip_below": 0.2}, "embed": SETTINGS["embed"], "train": SETTINGS["train"]}
+    fit(workspace, config, settings=how)
     assert Dataset(workspace).manifest.last_play == parse_moment("2026-01-11T01:00Z")
     updated(workspace, str(tmp_path / "day1.csv"))
     assert Dataset(workspace).manifest.last_play == parse_moment("2026-01-12T15:00Z")
     updated(workspace, str(tmp_path / "day2.csv"), timezone="UTC")
     assert Dataset(workspace).manifest.last_play == parse_moment("2026-01-14T01:00Z")
+    skipped = Dataset(workspace).history("u0").skipped
+    assert skipped is not None
+    assert skipped.tolist() == [False] * 12 + [True]
 
 
 def test_without_a_live_release_it_says_what_to_run_first(workspace: Workspace, tmp_path: Path) -> None:

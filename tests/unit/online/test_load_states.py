@@ -287,3 +287,33 @@ def test_a_bucket_workspace_must_name_its_store(workspace: Workspace, monkeypatc
     assert store_uri(workspace, "redis://here:1/0") == "redis://here:1/0"
     with pytest.raises(InputError, match="is a bucket, which holds no SQLite file; name a store"):
         store_uri(workspace, None)
+
+
+def test_likes_are_loaded_and_those_that_came_online_stay_beside_them(workspace: Workspace, uri: str) -> None:
+    write_world(workspace, opinions=True)
+    write_release(workspace)
+    store = open_store(uri, Dataset(workspace).lineage)
+    load_states(Dataset(workspace), store, live(workspace))
+    users = list(everybody(workspace))
+    for history in users:
+        assert history.likes is not None
+        likes = read(store, history.user_ids[0])[0].likes
+        np.testing.assert_array_equal(likes.songs, history.likes.songs)
+        np.testing.assert_array_equal(likes.played_at, history.likes.played_at)
+    ann = next(history for history in users if history.likes is not None and history.likes.num_plays > 1)
+    assert ann.likes is not None
+    like = {**play(ann.user_ids[0], AT, song=5), "type": "like"}
+    with service(workspace, store=uri) as opened:
+        assert Client(opened).post("/v1/plays", like).json()["taken"] == 1
+    assert load_states(Dataset(workspace), store, live(workspace), repeat=True).unchanged == len(users)
+    state, log = read(store, ann.user_ids[0])
+    assert state.likes.songs.tolist() == [*ann.likes.songs, 5]
+    (whole,) = store.read([ann.user_ids[0]])
+    assert whole is not None
+    lost = replace(state, likes=state.likes.take(slice(1, None)))
+    assert store.put([Change(user_id=ann.user_ids[0], state=pack_state(lost), expected=whole.stored.version)]) == [True]
+    assert load_states(Dataset(workspace), store, live(workspace), repeat=True).renewed == 1
+    state, same = read(store, ann.user_ids[0])
+    assert state.likes.songs.tolist() == [*ann.likes.songs, 5]
+    np.testing.assert_array_equal(same.songs, log.songs)
+    store.close()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import msgpack
 import numpy as np
 import pytest
 from networks import NUM_SONGS
@@ -52,8 +53,9 @@ def some_state(window: Plays) -> UserState:
 
 
 @pytest.mark.parametrize("window", [some_plays(), some_plays(bare=True), Plays.of([], [])])
-def test_a_state_comes_back_as_it_was_with_network_states_in_half_precision(window: Plays) -> None:
-    state = some_state(window)
+@pytest.mark.parametrize("likes", [Plays.of([], []), Plays.of([7, 3], [4, 9])])
+def test_a_state_comes_back_as_it_was_with_network_states_in_half_precision(window: Plays, likes: Plays) -> None:
+    state = replace(some_state(window), likes=likes)
     read = unpack_state(pack_state(state))
     counts = ("before_at", "left", "folded", "rejected", "turn", "restarts", "forgotten_at", "plays", "last_played_at")
     for name in counts:
@@ -65,6 +67,7 @@ def test_a_state_comes_back_as_it_was_with_network_states_in_half_precision(wind
         for name in ("before_at", "left", "restarts", "turn"):
             assert getattr(read.models[model], name) == getattr(own, name)
     for name in PLAY_FIELDS:
+        np.testing.assert_array_equal(getattr(read.likes, name), getattr(likes, name))
         np.testing.assert_array_equal(getattr(read.window, name), getattr(window, name))
         assert getattr(read.window, name).dtype == getattr(window, name).dtype
 
@@ -119,7 +122,13 @@ def test_many_users_are_packed_to_the_bytes_that_each_alone_is(told: tuple[str, 
     at = np.array([5, NEVER, 10**12, -3, 0, 7])
     states = States(hidden=hidden, last_played_at=at)
     alone = [UserState.start("model", states, row, plays=len(plays)) for row, plays in enumerate(users)]
-    assert pack_new_states("model", states, histories.lengths) == [pack_state(state) for state in alone]
+    packed = pack_new_states("model", states, histories.lengths)
+    assert packed == [pack_state(state) for state in alone]
+    assert len(msgpack.unpackb(packed[0][8:])) == 5  # a user without likes takes no byte for them
+    likes = [some_plays(row, bare=True) for row in range(len(users))]
+    assert pack_new_states("model", states, histories.lengths, likes) == [
+        pack_state(replace(state, likes=own)) for state, own in zip(alone, likes, strict=True)
+    ]
 
 
 def test_any_changed_bit_is_noticed() -> None:

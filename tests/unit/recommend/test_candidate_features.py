@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from worlds import random_histories, random_vectors
+from worlds import random_histories, random_vectors, with_opinions
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.recommend.candidate_features import FeatureSources
@@ -10,6 +10,7 @@ from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import QueryBatch
 from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates, make_retrievers, retrieve
+from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 40
 MINUTE, HOUR = 60_000, 3_600_000
@@ -18,9 +19,14 @@ ARTISTS = np.arange(NUM_SONGS) % 5
 
 
 def _features(
-    histories: Histories, queries: Questions, *, real_times: bool = True, artists: np.ndarray | None = ARTISTS
+    histories: Histories,
+    queries: Questions,
+    *,
+    real_times: bool = True,
+    artists: np.ndarray | None = ARTISTS,
+    past: Histories | None = None,
 ) -> tuple[QueryBatch, Candidates, dict[str, np.ndarray]]:
-    past = random_histories(120, NUM_SONGS, seed=9)
+    past = random_histories(120, NUM_SONGS, seed=9) if past is None else past
     retrieval = Retrieval.fit([past], num_songs=NUM_SONGS, artist_of_song=artists)
     retrievers = make_retrievers(retrieval, SongIndex.build(VECTORS, IndexConfig()))
     tastes = random_vectors(max(2, len(queries)), 8, seed=4)[: len(queries)]
@@ -130,3 +136,43 @@ def test_the_age_of_a_song_counts_the_days_since_its_first_play_by_anybody() -> 
     histories = Histories.from_lists([[3, 4]], [[0, MINUTE]])
     _, _, without = _features(histories, Questions.at_end(histories, days * 24 * HOUR), real_times=False)
     assert not without["age_days"].any()
+
+
+def test_skips_and_likes_are_counted_up_to_the_query_and_no_further() -> None:
+    past = with_opinions(random_histories(120, NUM_SONGS, seed=9), NUM_SONGS)
+    assert past.skipped is not None
+    histories = Histories.from_lists(
+        [[3, 4, 3, 5, 3]],
+        [[0, MINUTE, 2 * MINUTE, 3 * MINUTE, 9 * MINUTE]],
+        skipped=[[True, False, False, True, True]],
+        likes=[[(4, 2 * MINUTE), (5, 5 * MINUTE), (6, 9 * MINUTE)]],
+    )
+    query = Questions(rows=np.array([0]), seen=np.array([4]), at=np.array([5 * MINUTE]))
+    _, candidates, features = _features(histories, query, past=past)
+    of = {
+        name: dict(zip(candidates.songs.tolist(), features[name].tolist(), strict=True))
+        for name in ("user_skips", "user_skip_share", "user_liked", "skip_share", "recent_skips")
+    }
+    assert [of["user_skips"][song] for song in (3, 4, 5, 7)] == [1, 0, 1, 0]
+    assert [of["user_skip_share"][song] for song in (3, 4, 5, 7)] == [0.5, 0, 1, 0]
+    assert {song for song, liked in of["user_liked"].items() if liked} == {4}  # not 5, liked at the moment of the query
+    assert set(of["recent_skips"].values()) == {0.5}
+    mean = past.skipped.mean()
+    mine = past.songs == 3
+    expected = (past.skipped[mine].sum() + 10 * mean) / (mine.sum() + 10) - mean
+    assert of["skip_share"][3] == pytest.approx(expected, abs=1e-6)
+
+
+def test_data_without_skips_and_likes_has_no_features_of_them_and_no_files(workspace: Workspace) -> None:
+    histories = random_histories(10, NUM_SONGS)
+    marked = with_opinions(histories, NUM_SONGS)
+    _, _, features = _features(marked, Questions.at_end(marked, 10**9))  # a retrieval of data without them
+    assert not [name for name in features if "skip" in name or "like" in name]
+    for number, past in enumerate((histories, marked)):
+        fitted = Retrieval.fit([past], num_songs=NUM_SONGS)
+        files = fitted.save(workspace, f"retrieval/{number}")
+        kept = Retrieval.load(workspace, f"retrieval/{number}")
+        assert ("plays.skips.npy" in files) == bool(number)
+        assert (kept.has_likes, kept.skip_share) == (bool(number), pytest.approx(fitted.skip_share))
+        np.testing.assert_array_equal(kept.plays.skips, fitted.plays.skips)
+    assert workspace.read_json("retrieval/0/retrieval.json") == {"newest": 50}

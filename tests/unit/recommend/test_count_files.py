@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from worlds import random_histories
+from worlds import random_histories, with_opinions
 
 from rayrec.recommend.retrieval.stored_retrieval import RetrievalCounts, pack_counts, unpack_counts
 
@@ -12,7 +12,8 @@ NUM_SONGS = 50
 
 
 def counts(num_songs: int = NUM_SONGS) -> RetrievalCounts:
-    return RetrievalCounts.fit(random_histories(40, NUM_SONGS, seed=2), num_songs=num_songs)
+    histories = with_opinions(random_histories(40, NUM_SONGS, seed=2), NUM_SONGS)
+    return RetrievalCounts.fit(histories, num_songs=num_songs)
 
 
 @pytest.mark.parametrize("bounds", [[0, 50], [0, 17, 50], [0, 1, 2, 49, 50]])

@@ -1,13 +1,13 @@
 """What retrievers look up: the same whatever the buckets, the newest sessions of each song, exact counts."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from worlds import random_histories
+from worlds import random_histories, with_opinions
 
 from rayrec.data.histories import Histories
 from rayrec.data.split import DAY_MS, FitRange
@@ -43,12 +43,7 @@ def _world(users: int = 90, seed: int = 0) -> Histories:
     pauses = np.random.default_rng(seed).random(histories.num_plays) < 0.15
     later = np.cumsum(pauses) * 2 * 3600_000  # some plays begin a session of their own
     later -= np.repeat(later[np.minimum(histories.offsets[:-1], histories.num_plays - 1)], histories.lengths)
-    return Histories(
-        user_ids=histories.user_ids,
-        offsets=histories.offsets,
-        songs=histories.songs,
-        played_at=histories.played_at + later,
-    )
+    return with_opinions(replace(histories, played_at=histories.played_at + later), NUM_SONGS)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 7])

@@ -1,6 +1,7 @@
 """Retrieve, then rank: one answer for one user and for many, exactly k within limits, at a bounded cost."""
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
+from rayrec.data.synthetic.world import COLLECTION, GenerateConfig, World
 from rayrec.embeddings.content_map import ContentMap
 from rayrec.errors import InputError
 from rayrec.model.added_songs import AddedSongs
@@ -17,9 +19,10 @@ from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets
 from rayrec.recommend import two_step
 from rayrec.recommend.base import NO_SONG
+from rayrec.recommend.candidate_features import OF_LIKES, OF_SKIPS
 from rayrec.recommend.filters import Limits, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.ranker import Ranker, RankerSettings
+from rayrec.recommend.ranker import Ranker, RankerSettings, ndcg
 from rayrec.recommend.reasons import reasons
 from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import COUNTS
@@ -355,3 +358,30 @@ def test_examples_of_new_songs_hold_none_that_were_heard(recommender: TwoStepRec
     new = examples_for(recommender.source, histories, queries, answers, held_out=held_out)["served"]
     assert 0 < len(new) < len(queries)
     assert not new.features[:, recommender.source.sources.names.index("user_plays")].any()
+
+
+def test_by_skips_and_likes_the_ranker_finds_more_of_the_songs_that_users_return_to() -> None:
+    """Of users that it has not learned from, who return to songs they like and never to those they dislike."""
+    world = World(GenerateConfig(users=600, songs=300, artists=50, genres=6, plays=50, opinions=0.3, seed=3))
+    histories = world.histories(np.arange(600))
+    assert histories.contexts is not None
+    cut = int(np.quantile(histories.played_at, 0.8))
+    retrieval = Retrieval.fit([histories.before(cut)], num_songs=300, artist_of_song=world.artist)
+    source = CandidateSource(_network(300), retrieval)
+    returned = histories.contexts == 1 << COLLECTION
+    plays = np.flatnonzero((histories.played_at >= cut) & (histories.places > 0) & returned)
+    answers: Answers = {"next": (np.arange(len(plays)), histories.songs[plays])}
+    held_out = histories.rows[plays] % 3 == 0
+    examples = examples_for(source, histories, Questions.before_plays(histories, plays), answers, held_out=held_out)
+    known = examples["next"]
+    checked = known.take(known.found & known.held_out)
+    found: list[float] = []
+    marks = {*OF_SKIPS, *OF_LIKES, "recent_skips"}
+    assert marks < set(source.sources.names)
+    for left_out in (set(), marks):
+        kept = [place for place, name in enumerate(source.sources.names) if name not in left_out]
+        names = [source.sources.names[place] for place in kept]
+        settings = RankerSettings(trees=60, min_leaf=20, learning_rate=0.1)
+        ranker = Ranker.fit(replace(known, features=known.features[:, kept]), names, settings)
+        found.append(ndcg(checked.rows, ranker.scores(checked.features[:, kept]), checked.right))
+    assert found[0] > found[1] + 0.03

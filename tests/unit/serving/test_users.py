@@ -1,6 +1,8 @@
 """Stored users over HTTP, without Ray: the online state equals the batch's, and answers follow the plays."""
 
+import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -11,13 +13,15 @@ from served import AT, NUM_SONGS, Client, ms, service, write_release, write_worl
 from stores import RedisServer, needs_redis
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories
+from rayrec.data.histories import Histories, Questions
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.taste_table import states_of, taste_table
 from rayrec.online import user_state
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
+from rayrec.recommend.reasons import reasons
 from rayrec.recommend.selection import network_of
+from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.serving.serve_config import MAX_PLAYS
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
@@ -29,7 +33,7 @@ TASTE = 1e-3  # of each number of a taste vector: states are stored in half prec
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("users") / "workspace")
-    write_world(workspace)
+    write_world(workspace, opinions=True)
     for name, seed in (("1", 0), ("2", 5)):
         write_release(workspace, name, seed=seed, activate=name == "1")
     return workspace
@@ -149,6 +153,64 @@ def test_a_stored_user_is_recommended_what_the_whole_history_is(
     assert [song["song_id"] for song in answer["songs"]] == [f"song-{row}" for row in rows]
     np.testing.assert_allclose([song["score"] for song in answer["songs"]], scores, atol=TASTE)
     assert (answer["source"], answer["plays"], ms(answer["at"])) == ("taste", 200, at)
+
+
+def test_skips_and_likes_online_are_those_that_an_import_of_the_same_events_has(world: Workspace, uri: str) -> None:
+    """Before and behind the window, sent twice, and of a user who has not played yet."""
+    events = events_of("ann", 200, seed=6)
+    likes = [
+        {"type": "like", "event_id": f"like-{place}", "user_id": "ann", "song_id": song, "played_at": at}
+        for place, song, at in (
+            (0, "song-9", AT - 5 * MINUTE),
+            (1, events[150]["song_id"], events[150]["played_at"] + 5),
+            (2, "song-3", events[199]["played_at"] + 5),
+            (3, events[3]["song_id"], events[160]["played_at"]),
+        )
+    ]
+    whole = history_of(events)
+    whole = replace(whole, likes=history_of(likes))
+    with service(world, store=uri) as opened:
+        app = Client(opened)
+        assert send(app, likes[0])["outcomes"] == ["taken"]
+        for begin in range(0, 200, 40):
+            assert send(app, *events[begin : begin + 40])["taken"] == 40
+        assert send(app, *likes[1:], likes[0], likes[2])["outcomes"] == ["taken"] * 3 + ["repeated"] * 2
+        (user,) = asyncio.run(opened.users.read(opened.live, ["ann"]))
+        assert user is not None
+        for found, wanted in ((user.plays, whole), (user.plays.likes, whole.likes)):
+            assert found is not None
+            assert wanted is not None
+            np.testing.assert_array_equal(found.songs, wanted.songs)
+            np.testing.assert_array_equal(found.played_at, wanted.played_at)
+        np.testing.assert_array_equal(user.plays.skipped, whole.skipped)
+        at = events[-1]["played_at"] + MINUTE
+        every = [f"song-{song}" for song in range(NUM_SONGS)]
+        answer = app.post("/v1/rank", {"user_id": "ann", "at": at, "songs": every, "explain": True}).json()
+    batch = recommender(world)
+    features = batch.explain(whole, at, np.arange(NUM_SONGS))
+    assert {song for song, known in enumerate(features) if known.get("user_liked")} == {
+        int(like["song_id"].removeprefix("song-")) for like in likes
+    }
+    assert isinstance(batch, TwoStepRecommender)
+    ranking = batch.rank_queries(whole, Questions.at_end(whole, at), NUM_SONGS, given=[np.arange(NUM_SONGS)])
+    scores = dict(zip(ranking.songs[0].tolist(), ranking.scores[0].tolist(), strict=True))
+    assert len(answer["songs"]) > NUM_SONGS - 5
+    title = f"Title {whole.songs[-1]}"
+    for song in answer["songs"]:
+        row = int(song["song_id"].removeprefix("song-"))
+        assert song["reasons"] == reasons(features[row], title)
+        assert ("you liked it" in song["reasons"]) == bool(features[row]["user_liked"])
+        assert song["score"] == pytest.approx(scores[row], abs=TASTE)
+
+
+def test_likes_are_no_plays_and_those_from_before_a_deletion_are_rejected(app: Client) -> None:
+    like = {"type": "like", "event_id": "1", "user_id": "new", "song_id": "song-4"}
+    assert send(app, like)["taken"] == 1
+    assert recommend(app, user_id="new", k=3)["source"] == "popular"
+    assert app.get("/v1/users/new/plays").json()["plays"] == []
+    assert app.request("DELETE", "/v1/users/new").status_code == 204
+    old = {**like, "event_id": "2", "played_at": AT}
+    assert send(app, old)["outcomes"] == ["rejected"]
 
 
 def test_the_next_recommendation_reflects_a_play(app: Client, world: Workspace) -> None:

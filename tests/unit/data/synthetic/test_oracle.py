@@ -10,9 +10,9 @@ from rayrec.data.synthetic.oracle import Oracle, every_play, infer_contexts
 from rayrec.data.synthetic.world import CONTEXTS, GenerateConfig, World
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    return World(GenerateConfig(songs=400, artists=50, genres=8))
+@pytest.fixture(scope="module", params=[0.0, 0.2], ids=["without opinions", "with opinions"])
+def world(request: pytest.FixtureRequest) -> World:
+    return World(GenerateConfig(songs=400, artists=50, genres=8, opinions=request.param))
 
 
 @pytest.fixture(scope="module")
