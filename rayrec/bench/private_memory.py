@@ -67,14 +67,14 @@ def sample() -> list[Found]:
         try:
             role = WORKER if " ".join(process.cmdline()).startswith(WORKER_TITLE) else OTHER
             role = DRIVER if process == this else role
-            found.append(Found(process.pid, role, _private(process) / MIB))
+            found.append(Found(process.pid, role, private_bytes(process) / MIB))
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue  # it ended while we looked
     return found
 
 
-def _private(process: psutil.Process) -> int:
-    """Bytes."""
+def private_bytes(process: psutil.Process) -> int:
+    """The private memory of one process, in bytes."""
     private = int(process.memory_full_info().uss)
     if not psutil.LINUX:
         return private

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import RedisServer, needs_redis
+from stores import needs_redis
 
+from rayrec.bench.redis_servers import RedisServer
 from rayrec.errors import InputError
 from rayrec.online import state_store
 from rayrec.online.state_store import (
