@@ -67,14 +67,19 @@ def sample() -> list[Found]:
         try:
             role = WORKER if " ".join(process.cmdline()).startswith(WORKER_TITLE) else OTHER
             role = DRIVER if process == this else role
-            found.append(Found(process.pid, role, private_bytes(process) / MIB))
+            found.append(Found(process.pid, role, _private(process) / MIB))
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue  # it ended while we looked
     return found
 
 
-def private_bytes(process: psutil.Process) -> int:
-    """The private memory of one process, in bytes."""
+def anonymous_mb(process: psutil.Process) -> float:
+    """MiB of a process without pages of files: these are shared by all who map them, even where it is one alone."""
+    return float(sum(area.anonymous for area in process.memory_maps()) / MIB)
+
+
+def _private(process: psutil.Process) -> int:
+    """Bytes."""
     private = int(process.memory_full_info().uss)
     if not psutil.LINUX:
         return private

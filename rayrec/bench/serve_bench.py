@@ -60,7 +60,6 @@ SLICE_SECONDS = 1.0  # of a load, before it is another's turn: what else a machi
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 REPLICA_TITLE = "ray::ServeReplica"  # how the titles of replicas' processes begin
 MEMORY_REPLICAS, MEMORY_SECONDS = (1, 4), 5.0  # replicas whose memory is compared, and seconds of load before
-MIB = 1 << 20
 LONG_USERS = 8  # that take turns
 GAP_MS = 200_000  # between two plays of a user
 
@@ -220,7 +219,7 @@ def _replica_mb(place: Workspace, songs: int, folder: Path) -> dict[str, float]:
             store_users(url, songs)
             put_under_load(f"{url}/v1/recommendations", [{"user_id": f"user-{user}", "k": K} for user in range(USERS)],
                            2 * number, MEMORY_SECONDS)  # fmt: skip
-            largest[str(number)] = max(private_memory.private_bytes(replica) for replica in replicas()) / MIB
+            largest[str(number)] = max(map(private_memory.anonymous_mb, replicas()))
     return largest
 
 

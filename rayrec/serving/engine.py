@@ -99,7 +99,9 @@ class Parts:
         """The taste vectors, float32 (U, D), at the moments `at`, int64 (U,) ms UTC."""
         network = network_of(self.recommender)
         with self.metrics.stage("project"):
-            return {name: network.encoder.tastes(states, at, network.head(name)) for name in horizons}
+            heads = {name: network.head(name) for name in horizons}
+            tastes = network.encoder.tastes_of(states, at, list(set(heads.values())))
+            return {name: tastes[head] for name, head in heads.items()}
 
     def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
         """The songs of each user."""
