@@ -20,6 +20,7 @@ from rayrec.errors import DamagedArtifactError
 FOLDER_VARIABLE = "RAYREC_CACHE"  # names the folder
 UNUSED_DAYS = 3.0
 BLOCK = 1 << 22
+SMALL = 1 << 20  # bytes of files that are read again sooner than looked up
 
 
 def cache_folder() -> Path:
@@ -39,15 +40,18 @@ def cached(filesystem: pafs.FileSystem, info: pafs.FileInfo, sha256: str | None 
         made_once(_version(filesystem, info), f"{info.base_name}.sha256", lambda beside: beside.write_text(digest))
 
     path = made_once(_version(filesystem, info), info.base_name, copy)
-    if sha256 is not None and checksum(filesystem, info) != sha256:
+    if sha256 is not None and _digest(filesystem, info) != sha256:
         path.unlink(missing_ok=True)
         raise DamagedArtifactError(f"{info.path} does not match its checksum; make it again")
     return path
 
 
 def checksum(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
-    """The sha256 of a file of a file system. Of each version one process of the node reads the file."""
+    """The sha256 of a file of a file system. Of each version of a large file one process of the node reads it."""
+    return _copy(filesystem, info.path, None) if info.size < SMALL else _digest(filesystem, info)
 
+
+def _digest(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
     def read(target: Path) -> None:
         target.write_text(_copy(filesystem, info.path, None))
 

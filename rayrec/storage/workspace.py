@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rayrec.errors import InputError, NotFoundError, StorageError
-from rayrec.storage.local_cache import cached, checksum
+from rayrec.storage.local_cache import SMALL, cached, checksum
 from rayrec.storage.object_storage import patient, upload
 
 DATASET = "dataset"
@@ -293,9 +293,9 @@ class Workspace:
         return Path(info.path) if self.is_local else cached(self.filesystem, info, sha256)
 
     def sha256_on_node(self, path: str) -> str:
-        """The checksum of a file, which one process of this node reads, or on a bucket copies; the others know it."""
+        """The checksum of a file. One process of this node reads a large file, on a bucket copies it, for all."""
         info = self.filesystem.get_file_info(self.full(path))
-        if not self.is_local:
+        if not self.is_local and info.size >= SMALL:
             cached(self.filesystem, info)
         return checksum(self.filesystem, info)
 

@@ -69,8 +69,8 @@ def test_a_file_that_changed_is_read_again_and_refused(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cache"))
-    manifest = write_sparse_model(workspace, 4_000)
+    manifest = write_sparse_model(workspace, 4_000_000)
     artifacts.verify(workspace, manifest, once=True)
-    workspace.write_array(manifest.path("vectors.npy"), np.ones(1_000, np.float32))
+    workspace.write_array(manifest.path("vectors.npy"), np.ones(1_000_000, np.float32))
     with pytest.raises(DamagedArtifactError, match="does not match the checksum"):
         artifacts.verify(workspace, manifest, once=True)
