@@ -18,6 +18,7 @@ import torch
 
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.bench_data import EMBEDDING_DIM, bench_dataset
+from rayrec.bench.private_memory import anonymous_mb
 from rayrec.bench.rounds import PlainProcess, niceness
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
@@ -54,7 +55,6 @@ from rayrec.storage.releases import parts_of
 from rayrec.storage.workspace import Workspace
 
 K = 20
-MIB = 1 << 20
 WARM = 20  # answers before those that count
 TRACED = 20  # answers whose allocations are followed, which makes them slow
 Result = TypeVar("Result")
@@ -110,7 +110,7 @@ def measure_answers(dataset: Dataset, parts: dict[str, str], queries: int) -> di
     for history, question in users:
         answer_one(two_step, history, question)
     whole = 1000 * (time.process_time() - began) / len(users)
-    private = sum(area.private_dirty for area in psutil.Process().memory_maps()) / MIB
+    private = anonymous_mb(psutil.Process())
     clock = StageCosts()
     for history, question in users:
         answer_by_stage(two_step, history, question, clock)

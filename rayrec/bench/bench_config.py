@@ -7,7 +7,10 @@ from pydantic import Field, PositiveInt, model_validator
 from rayrec.config import Settings
 from rayrec.errors import InputError
 
-BenchName = Literal["train", "taste", "index", "embed", "memory", "songs", "scale", "simulate", "answers", "serve"]
+BenchName = Literal[
+    "train", "taste", "index", "embed", "memory", "songs", "scale", "simulate", "answers", "states", "serve"
+]
+SoakStore = Literal["sqlite", "redis-cluster"]
 NAMES: tuple[str, ...] = get_args(BenchName)
 
 
@@ -37,6 +40,7 @@ class BenchConfig(Settings):
         300_000, ge=1, description="answers: plays of a catalog; 3 for each song where that is more"
     )
     answers_queries: int = Field(200, ge=1, description="answers: users who are answered, one after the other")
+    states_users: int = Field(1_000_000, ge=1, description="states: users who are loaded into each kind of store")
     serve_songs: tuple[PositiveInt, ...] = Field((10_000, 1_000_000), description="serve: songs of each catalog")
     serve_clients: tuple[PositiveInt, ...] = Field(
         (1, 16, 64), description="serve: concurrent clients; must include 1 and 16"
@@ -45,6 +49,10 @@ class BenchConfig(Settings):
     serve_many_plays: int = Field(10_000, ge=1, description="serve: plays of the users compared with users of 10 plays")
     soak_minutes: float = Field(10.0, gt=0, description="serve --soak: minutes of load")
     soak_kill_seconds: float = Field(60.0, gt=0, description="serve --soak: seconds between two killed replicas")
+    soak_store: SoakStore = Field(
+        "sqlite",
+        description="serve --soak: store of users; redis-cluster starts one, whose primaries are killed too",
+    )
     memory_songs: tuple[PositiveInt, ...] = Field(
         (10_000, 2_000_000), description="memory: songs of the small and the large catalog"
     )
@@ -118,6 +126,7 @@ class BenchConfig(Settings):
             answers_songs=(500, 2_000),
             answers_plays=10_000,
             answers_queries=20,
+            states_users=5_000,
             serve_songs=(500,),
             serve_clients=(1, 16),
             serve_seconds=1.0,

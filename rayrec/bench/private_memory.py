@@ -73,6 +73,11 @@ def sample() -> list[Found]:
     return found
 
 
+def anonymous_mb(process: psutil.Process) -> float:
+    """MiB of a process without pages of files: these are shared by all who map them, even where it is one alone."""
+    return float(sum(area.anonymous for area in process.memory_maps()) / MIB)
+
+
 def _private(process: psutil.Process) -> int:
     """Bytes."""
     private = int(process.memory_full_info().uss)

@@ -20,9 +20,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import torch
 
+from rayrec.bench import private_memory
 from rayrec.bench.bare_server import WAITING
 from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.http_load import Load, generator, put_under_load
@@ -56,6 +58,8 @@ START_SECONDS = 600.0  # that an application may take to load a release
 SLICE_SECONDS = 1.0  # of a load, before it is another's turn: what else a machine does changes from second to second
 # One thread for numeric work in each process, as the replicas have it.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+REPLICA_TITLE = "ray::ServeReplica"  # how the titles of replicas' processes begin
+MEMORY_REPLICAS, MEMORY_SECONDS = (1, 4), 5.0  # replicas whose memory is compared, and seconds of load before
 LONG_USERS = 8  # that take turns
 GAP_MS = 200_000  # between two plays of a user
 
@@ -151,6 +155,8 @@ def bench_serve(workspace: Workspace | None, config: BenchConfig | None, *, quic
     `stored_over_noop_ms` is the p50 of a recommendation to a stored user, less that of an endpoint that does
     nothing, on bare uvicorn.
     `plays_cost_ratio` is what a play costs after 10,000 plays over what it costs after 10.
+    `replica_growth_mb` is by how much the private memory of a replica, one of 1 or of 4, grows from the smallest to the
+    largest catalog.
     """
     config = config or (BenchConfig.quick() if quick else BenchConfig())
     with ExitStack() as stack:
@@ -165,6 +171,9 @@ def bench_serve(workspace: Workspace | None, config: BenchConfig | None, *, quic
         "throughput_ratio": min(result["throughput_ratio"] for result in catalogs),
         "stored_over_noop_ms": max(result["stored_over_noop_ms"] for result in catalogs),
         "plays_cost_ratio": max(result["plays_cost_ratio"] for result in catalogs),
+        "replica_growth_mb": max(
+            catalogs[-1]["replica_mb"][count] - catalogs[0]["replica_mb"][count] for count in catalogs[0]["replica_mb"]
+        ),
         "per_second": min(result["loads"]["serve history 16"]["per_second"] for result in catalogs),
         "errors": sum(result["errors"] for result in catalogs),
         "load_generator": generator(),
@@ -178,13 +187,40 @@ def _bench_catalog(place: Workspace, songs: int, config: BenchConfig) -> dict[st
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rayrec-store-")))
         urls = {
-            kind: stack.enter_context(application(kind, place, folder / f"{kind}.db")) for kind in ("bare", "serve")
+            kind: stack.enter_context(application(kind, place, f"sqlite:///{folder}/{kind}.db"))
+            for kind in ("bare", "serve")
         }
         for url in urls.values():
             store_users(url, songs)
         slices = _measure(urls, songs, config)
         cost = _plays_cost(urls["bare"], songs, config)
-    return {"songs": songs, **summarize_slices(slices), "plays_cost_ratio": cost}
+    with tempfile.TemporaryDirectory(prefix="rayrec-store-") as stores:
+        memory = _replica_mb(place, songs, Path(stores))
+    return {"songs": songs, **summarize_slices(slices), "plays_cost_ratio": cost, "replica_mb": memory}
+
+
+def replicas() -> list[psutil.Process]:
+    """The replicas below this process."""
+    running = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith(REPLICA_TITLE) and process.status() != psutil.STATUS_ZOMBIE:
+                running.append(process)
+        except psutil.Error:
+            continue
+    return running
+
+
+def _replica_mb(place: Workspace, songs: int, folder: Path) -> dict[str, float]:
+    """Private memory, MiB, of the largest replica where there are 1 and 4 of them, after answers to stored users."""
+    largest = {}
+    for number in MEMORY_REPLICAS:
+        with application("serve", place, f"sqlite:///{folder}/memory-{number}.db", number) as url:
+            store_users(url, songs)
+            put_under_load(f"{url}/v1/recommendations", [{"user_id": f"user-{user}", "k": K} for user in range(USERS)],
+                           2 * number, MEMORY_SECONDS)  # fmt: skip
+            largest[str(number)] = max(map(private_memory.anonymous_mb, replicas()))
+    return largest
 
 
 def _measure(urls: dict[str, str], songs: int, config: BenchConfig) -> list[dict[str, Load]]:
@@ -272,16 +308,15 @@ def _plays_cost(url: str, songs: int, config: BenchConfig) -> float:
 
 
 @contextmanager
-def application(kind: str, workspace: Workspace, store: Path, replicas: int = 1) -> Iterator[str]:
+def application(kind: str, workspace: Workspace, store: str, replicas: int = 1) -> Iterator[str]:
     """The URL of an application in a process of its own until the block ends: bare, or as `rayrec serve` runs it.
 
-    Raises `RayrecError` with its last line where it does not start.
+    `store` is the address of the users' store. Raises `RayrecError` with its last line where it does not start.
     """
-    uri = f"sqlite:///{store}"
-    command = [sys.executable, "-m", "rayrec.bench.bare_server", workspace.uri, uri]
+    command = [sys.executable, "-m", "rayrec.bench.bare_server", workspace.uri, store]
     if kind == "serve":
         command = [sys.executable, "-m", "rayrec_cli.main", "--workspace", workspace.uri, "serve", "--port", "0"]
-        command += ["--store", uri, "--replicas", str(replicas), "--max-waiting", str(WAITING)]
+        command += ["--store", store, "--replicas", str(replicas), "--max-waiting", str(WAITING)]
     environment = {**os.environ, **ENVIRONMENT}
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment

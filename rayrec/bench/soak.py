@@ -5,22 +5,24 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from rayrec.bench import private_memory
 from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.redis_servers import RedisCluster, redis_cluster
 from rayrec.bench.serve_bench import (
     PLAYED_AT,
     USERS,
     K,
     application,
     histories,
+    replicas,
     song_name,
     store_users,
     write_bench_release,
@@ -30,7 +32,6 @@ from rayrec.storage.workspace import Workspace
 
 CLIENTS, REPLICAS = 16, 2
 SHARES = {"history": 0.6, "stored": 0.2, "plays": 0.2}  # of the requests
-REPLICA_TITLE = "ray::ServeReplica"  # how the titles of replicas' processes begin
 SETTLED = 0.2  # of the time, after which memory must not grow
 READY_SECONDS = 20.0  # after which a new replica is taken to answer; before, the other one is left alone
 
@@ -43,30 +44,34 @@ class SoakCounts:
     failed: Counter[str] = field(default_factory=Counter)  # for good, after the retry
     sent: Counter[str] = field(default_factory=Counter)  # plays by user
     acknowledged: Counter[str] = field(default_factory=Counter)  # plays by user
+    play_seconds: list[float] = field(default_factory=list)  # of the acknowledged plays, with their retries
 
 
 def soak(workspace: Workspace | None, config: BenchConfig | None, *, quick: bool = False) -> dict[str, Any]:
     """Load from 16 clients on two replicas, one of which is killed now and then.
 
-    A client retries once after a connection error or a 503. `failure_share` is of the requests that failed all the
-    same, `lost_plays` are plays that were acknowledged and are not in the store, `plays_counted_twice` those that the
-    store holds beyond the plays sent. `memory_mb` is that of all processes halfway between the kills, when
-    all replicas are there again, and `memory_growth` its median in the second half of the time after the first fifth,
-    over that in the first half.
+    With a Redis Cluster as the store one of its primaries is killed halfway between, and started again when its
+    replica has taken over. A client retries after a connection error or a 503: once, and on Redis Cluster as often as
+    `rayrec.client` does by default, for a failover takes some seconds. `failure_share` is of the requests that failed
+    all the same, `lost_plays` are plays that were acknowledged and are not in the store, `plays_counted_twice` those
+    that the store holds beyond the plays sent. `memory_mb` is that of all processes halfway between the kills, when all
+    replicas are there again, and `memory_growth` its median in the second half of the time after the first fifth, over
+    that in the first half.
     """
     config = config or (BenchConfig.quick() if quick else BenchConfig())
     songs = config.serve_songs[0]
     with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as folder:
         place = Workspace(f"{workspace.uri if workspace else folder}/bench/serve-{songs}")
         write_bench_release(place, songs, config.seed)
-        with application("serve", place, Path(folder) / "soak.db", REPLICAS) as url:
+        with _store(config, Path(folder)) as (uri, cluster), application("serve", place, uri, REPLICAS) as url:
             store_users(url, songs)
-            counts, watched = asyncio.run(_run(url, songs, config))
+            counts, watched = asyncio.run(_run(url, songs, config, cluster))
             lost, repeated = asyncio.run(_lost(url, counts))
     total, failed = counts.requests.total(), counts.failed.total()
     return {
         "name": "soak",
         "unit": "requests",
+        "store": config.soak_store,
         "minutes": config.soak_minutes,
         "requests": total,
         "per_second": total / (60 * config.soak_minutes),
@@ -74,6 +79,8 @@ def soak(workspace: Workspace | None, config: BenchConfig | None, *, quick: bool
         "failed": failed,
         "failed_by_reason": dict(counts.failed),
         "failure_share": failed / max(1, total),
+        "slowest_play_ms": round(1000 * max(counts.play_seconds, default=0.0), 1),
+        "median_play_ms": round(1000 * float(np.median(counts.play_seconds or [0.0])), 1),
         "acknowledged_plays": counts.acknowledged.total(),
         "lost_plays": lost,
         "plays_counted_twice": repeated,
@@ -81,13 +88,28 @@ def soak(workspace: Workspace | None, config: BenchConfig | None, *, quick: bool
     }
 
 
-async def _run(url: str, songs: int, config: BenchConfig) -> tuple[SoakCounts, dict[str, Any]]:
+@contextmanager
+def _store(config: BenchConfig, folder: Path) -> Iterator[tuple[str, RedisCluster | None]]:
+    """The address of a new store, and the cluster where it is one."""
+    if config.soak_store == "sqlite":
+        yield f"sqlite:///{folder}/soak.db", None
+        return
+    with redis_cluster(folder / "redis") as cluster:
+        yield cluster.uri, cluster
+
+
+async def _run(
+    url: str, songs: int, config: BenchConfig, cluster: RedisCluster | None
+) -> tuple[SoakCounts, dict[str, Any]]:
     counts, end = SoakCounts(), time.monotonic() + 60 * config.soak_minutes
     bodies = histories(np.random.default_rng(config.seed), songs)
-    async with AsyncClient(url, retry=Retry(retries=1, timeout=30)) as client:
+    retries = 1 if cluster is None else Retry().retries
+    async with AsyncClient(url, retry=Retry(retries=retries, timeout=30)) as client:
         work = asyncio.gather(*(_client(client, number, bodies, songs, counts, end) for number in range(CLIENTS)))
-        killed, used, _ = await asyncio.gather(_kill(config, end), _watch(config, end), work)
-    return counts, {"killed": killed, "memory_mb": used, "memory_growth": memory_growth(used)}
+        killed, failovers, used, _ = await asyncio.gather(
+            _kill(config, end), _fail_over(config, end, cluster), _watch(config, end), work
+        )
+    return counts, {"killed": killed, "failovers": failovers, "memory_mb": used, "memory_growth": memory_growth(used)}
 
 
 async def _client(
@@ -106,7 +128,9 @@ async def _client(
             play = {"event_id": f"{user}-{plays}", "user_id": user, "song_id": song_name(choices.randrange(songs))}
             call = client.plays([{**play, "played_at": PLAYED_AT + plays * 200_000}])
             counts.sent[user] += 1
-            counts.acknowledged[user] += await attempt(call, counts)
+            began, acknowledged = time.monotonic(), await attempt(call, counts)
+            counts.acknowledged[user] += acknowledged
+            counts.play_seconds += [time.monotonic() - began] if acknowledged else []
             plays += 1
 
 
@@ -135,16 +159,16 @@ async def _kill(config: BenchConfig, end: float) -> int:
     return killed
 
 
-def replicas() -> list[psutil.Process]:
-    """The replicas below this process."""
-    running = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if " ".join(process.cmdline()).startswith(REPLICA_TITLE) and process.status() != psutil.STATUS_ZOMBIE:
-                running.append(process)
-        except psutil.Error:
-            continue
-    return running
+async def _fail_over(config: BenchConfig, end: float, cluster: RedisCluster | None) -> int:
+    """Kill a primary of the cluster now and then, halfway between the kills of replicas; how many."""
+    failovers, choices = 0, random.Random(config.seed)
+    await asyncio.sleep(config.soak_kill_seconds / 2)
+    while cluster is not None and time.monotonic() < end:
+        killed = await asyncio.to_thread(cluster.fail_over, choices)
+        await asyncio.to_thread(killed.start)
+        failovers += 1
+        await asyncio.sleep(config.soak_kill_seconds)
+    return failovers
 
 
 async def _watch(config: BenchConfig, end: float) -> list[float]:

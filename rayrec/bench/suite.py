@@ -12,6 +12,7 @@ from rayrec.bench.job_benches import bench_embed, bench_taste, bench_train
 from rayrec.bench.rates import check_rates_file, save_rates
 from rayrec.bench.scale_bench import bench_memory, bench_scale
 from rayrec.bench.simulate_bench import bench_simulate
+from rayrec.bench.states_bench import bench_states
 from rayrec.jobs.runtime import WORKER_ENVIRONMENT
 from rayrec.storage.workspace import Workspace
 
@@ -25,6 +26,7 @@ BENCHES: dict[str, Callable[[Workspace, BenchConfig], dict[str, Any]]] = {
     "scale": bench_scale,
     "simulate": bench_simulate,
     "answers": bench_answers,
+    "states": bench_states,
 }
 
 

@@ -16,6 +16,8 @@ DESCRIPTIONS = "descriptions"  # the kind of artifact that `rayrec describe` wri
 DESCRIPTIONS_FILE = "descriptions.parquet"  # in its folder: columns.DESCRIPTIONS
 EXACT, PREFIX, INSIDE = 2, 1, 0  # how well a title or an artist fits
 MANY = 8  # a share of the songs of more than 1 in this many
+# Columns of `with_folded`: texts, and the artist once more as a dictionary.
+FOLDED_TITLE, FOLDED_ARTIST, FOLDED_BOTH, ARTIST_NAME = "folded_title", "folded_artist", "folded_both", "artist_name"
 MOST_WORDS = 16  # of a query; the rest are not looked at
 
 
@@ -103,6 +105,21 @@ def fold_all(texts: pa.Array) -> pa.Array:
     return pc.utf8_trim_whitespace(pc.replace_substring_regex(lower, r"\s+", " "))
 
 
+def with_folded(table: pa.Table) -> pa.Table:
+    """A song table with the texts that searches and filters compare, where it does not have them.
+
+    The title, or the id of a song without one, and the artist, both as `fold` has them, and the two together.
+    """
+    if FOLDED_BOTH in table.column_names:
+        return table
+    titles = pc.coalesce(one_array(table.column(columns.TITLE)), one_array(table.column(columns.SONG_ID)))
+    folded_titles, folded_artists = fold_all(titles), fold_all(one_array(table.column(columns.ARTIST)))
+    table = table.append_column(FOLDED_TITLE, folded_titles)
+    table = table.append_column(FOLDED_ARTIST, folded_artists)
+    table = table.append_column(ARTIST_NAME, folded_artists.dictionary_encode())
+    return table.append_column(FOLDED_BOTH, pc.binary_join_element_wise(folded_artists, folded_titles, "\n"))
+
+
 class SongSearch:
     """Searches titles and artists held in memory: a pass over all songs for each word of a query.
 
@@ -111,13 +128,11 @@ class SongSearch:
     """
 
     def __init__(self, catalog: Catalog, popularity: np.ndarray | None = None) -> None:
-        table = catalog.table
-        titles = pc.coalesce(one_array(table.column(columns.TITLE)), one_array(table.column(columns.SONG_ID)))
-        self._titles, self._artists = fold_all(titles), fold_all(one_array(table.column(columns.ARTIST)))
-        self._both = pc.binary_join_element_wise(self._artists, self._titles, "\n")
+        table, names = with_folded(catalog.table), (FOLDED_TITLE, FOLDED_ARTIST, FOLDED_BOTH)
+        self._titles, self._artists, self._both = (one_array(table.column(name)) for name in names)
         songs = len(catalog)
         order = np.arange(songs) if popularity is None else np.argsort(-np.asarray(popularity), kind="stable")
-        self._worth = np.empty(songs, dtype=np.int64)  # the more popular, the higher; no two alike
+        self._worth = np.empty(songs, dtype=np.int32)  # the more popular, the higher; no two alike
         self._worth[order] = np.arange(songs, 0, -1)
 
     def find(self, query: str, limit: int) -> tuple[np.ndarray, int]:
@@ -133,7 +148,7 @@ class SongSearch:
         rows = self._holding(words)
         found = rows.to_numpy()
         fits = np.maximum(_fit(self._titles, rows, wanted), _fit(self._artists, rows, wanted))
-        worth = fits * (len(self._worth) + 1) + self._worth[found]
+        worth = fits.astype(np.int64) * (len(self._worth) + 1) + self._worth[found]
         best = np.argpartition(-worth, limit)[:limit] if limit < len(found) else np.arange(len(found))
         return found[best[np.argsort(-worth[best])]].astype(np.int32), len(found)
 

@@ -91,8 +91,13 @@ class TasteEncoder:
 
     def tastes(self, states: States, at: int | np.ndarray, horizon: str) -> np.ndarray:
         """float32 (U, D), normalized: the taste vectors at the moment `at` (ms UTC) from states alone."""
+        return self.tastes_of(states, at, (horizon,))[horizon]
+
+    def tastes_of(self, states: States, at: int | np.ndarray, horizons: Sequence[str]) -> dict[str, np.ndarray]:
+        """As `tastes`, of several horizons."""
         seen = self._seen_in(torch.tensor(states.hidden)).numpy()  # a copy: what comes from a store is read-only
-        return self.project(seen, gap_seconds(states.last_played_at, np.asarray(at)), horizon)
+        gap = gap_seconds(states.last_played_at, np.asarray(at))
+        return {horizon: self.project(seen, gap, horizon) for horizon in horizons}
 
     @torch.inference_mode()
     def project(self, seen: np.ndarray, gap: np.ndarray, horizon: str) -> np.ndarray:

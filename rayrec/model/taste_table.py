@@ -76,7 +76,7 @@ def taste_table(encoder: TasteEncoder, histories: Histories, at: int) -> pa.Tabl
 def rows_table(encoder: TasteEncoder, rows: TasteRows, at: int) -> pa.Table:
     """The rows as they are stored, with the vectors at the moment `at` (ms UTC)."""
     states = States(hidden=rows.hidden, last_played_at=rows.last_played_at)
-    vectors = {name: encoder.tastes(states, at, name) for name in encoder.model.config.horizons}
+    vectors = encoder.tastes_of(states, at, list(encoder.model.config.horizons))
     return pa.table(
         {columns.USER: pa.array(rows.user_ids, pa.string())}
         | {taste_column(name): _fixed_lists(values) for name, values in vectors.items()}

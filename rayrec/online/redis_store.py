@@ -3,8 +3,9 @@
 All keys of a user share one hash tag, and no key belongs to all users: users spread over the nodes of a cluster. What
 survives is up to the server's settings. With `appendonly yes` and `appendfsync always` an acknowledged put is on the
 server's disk; with `everysec` the death of the server's machine may cost the last second, the death of its process
-alone nothing; without appendonly all since the last snapshot is lost. A replica of a cluster that takes over may lack
-the last puts, unless the server waits for it. Opening the store logs a warning for anything but `always`.
+alone nothing; without appendonly all since the last snapshot is lost. Opening the store logs a warning for anything but
+`always`. In a cluster a put returns once a replica has it, too, so the one that takes over lacks nothing that was
+acknowledged. A node whose replicas are down, or do not answer in time, goes on alone.
 """
 
 import logging
@@ -12,6 +13,7 @@ import os
 import time
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -35,6 +37,8 @@ RETRIES = 4
 PREFIX = "rayrec:2"  # the digit is the format's version
 EVENT_SECONDS = 3 * DAY_SECONDS  # that a day's events are kept after the last of them
 PIPELINE = 1_000  # users of one pipeline
+REPLICA_MS = 500  # that a put waits for a replica, where its node has one
+ROLE_SECONDS = 5.0  # that a node of a cluster is believed to have replicas, or none
 NEW_USERS = 100  # of one call of a script, for which the server does nothing else: a millisecond
 
 # State, log, heard songs and events of a user change together or not at all.
@@ -189,6 +193,8 @@ end
 return 1
 """
 
+READING = ("get", "read", "songs_since")  # scripts that change nothing
+
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -201,6 +207,7 @@ class RedisStore(StateStore):
         """`client` is a redis.Redis or redis.RedisCluster that returns bytes; `shown` is the address to show."""
         self._client, self._namespace, self._shown = client, namespace, shown
         self._nodes = getattr(client, "nodes_manager", None)  # of a cluster
+        self._replicated: dict[str, tuple[float, bool]] = {}  # by node: when it was asked, whether it has replicas
         self._scripts = {name: client.register_script(text) for name, text in _SCRIPTS.items()}
         self._answer(client.ping)
         self._warn_of_losses()
@@ -345,6 +352,12 @@ class RedisStore(StateStore):
     def _run(self, name: str, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
         """What a script answers to each call; many calls go in pipelines."""
         script = self._scripts[name]
+        if self._nodes is not None and name not in READING:
+            return [
+                answer
+                for part in _parts(calls)
+                for answer in self._answer(partial(self._write_to_nodes, script.script, part))
+            ]
         if len(calls) == 1:  # a pipeline first asks whether the server has the script
             return [self._answer(lambda: script(keys=calls[0][0], args=calls[0][1]))]
         answers: list[Any] = []
@@ -359,6 +372,47 @@ class RedisStore(StateStore):
 
             answers += self._answer(send)
         return answers
+
+    def _write_to_nodes(self, text: str, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
+        """What a script answers to each call, after a replica of each node that was written to has it, too."""
+        from redis.exceptions import AskError, ClusterDownError, RedisError, TryAgainError
+
+        commands = [["EVAL", text, len(keys), *keys, *arguments] for keys, arguments in calls]
+        rows_of: dict[str, list[int]] = {}
+        nodes: dict[str, Any] = {}
+        for row, (keys, _) in enumerate(calls):
+            node = self._client.get_node_from_key(keys[0])
+            nodes[node.name] = node
+            rows_of.setdefault(node.name, []).append(row)
+        answers: list[Any] = [None] * len(calls)
+        for name, rows in rows_of.items():
+            server = self._client.get_redis_connection(nodes[name])
+            waits = self._has_replica(name, server)
+            pipeline = server.pipeline(transaction=False)  # on one connection: it waits for its own writes
+            for row in rows:
+                pipeline.execute_command(*commands[row])
+            if waits:
+                pipeline.execute_command("WAIT", 1, REPLICA_MS)
+            results = pipeline.execute(raise_on_error=False)
+            if waits and results.pop() == 0:
+                self._replicated[name] = (time.monotonic(), False)
+                log.warning("store %s: no replica of %s took a put within %d ms", self._shown, name, REPLICA_MS)
+            for row, result in zip(rows, results, strict=True):
+                if isinstance(result, (AskError, TryAgainError, ClusterDownError)):  # slots move
+                    result = self._client.execute_command(*commands[row])
+                if isinstance(result, RedisError):
+                    raise result
+                answers[row] = result
+        return answers
+
+    def _has_replica(self, name: str, server: Any) -> bool:
+        """Whether a node of a cluster has a replica, as far as it is known."""
+        asked, has = self._replicated.get(name, (0.0, False))
+        if time.monotonic() - asked > ROLE_SECONDS:
+            role = server.role()
+            has = role[0] == b"master" and bool(role[2])
+            self._replicated[name] = (time.monotonic(), has)
+        return has
 
     def _answer(self, call: Callable[[], T]) -> T:
         if self._nodes is None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -27,16 +28,18 @@ from rayrec.online.state_store import (
     user_key,
 )
 
-FORMAT = 3  # of the tables, in user_version; 0 is a file that was just made
+FORMAT = 4  # of the tables, in user_version; 0 is a file that was just made
 WAIT_SECONDS = 10.0  # for other writers, at most
 PAGE_BYTES = 8_192  # a state takes 1.3 KB: of pages of 4 KB a third would stay empty
-VARIABLES = 500  # of one statement: SQLite allows 999 in old builds
+VARIABLES = 32_000 if sqlite3.sqlite_version_info >= (3, 32) else 900  # of one statement: SQLite allows a few more
+FORGOTTEN_AT_ONCE = 500  # users of one transaction, which other writers wait for
+PIECES = 1 << 24  # of one user's log: each holds as many plays as leave a window, so nobody has as many
 
+# Users are numbered as they come, so that both tables grow at their ends. `piece` is number * PIECES + place.
 TABLES = """
-CREATE TABLE users (user BLOB PRIMARY KEY, version INTEGER NOT NULL, state BLOB NOT NULL, heard BLOB);
-CREATE TABLE log (
-    user BLOB NOT NULL, place INTEGER NOT NULL, plays INTEGER NOT NULL, data BLOB NOT NULL,
-    PRIMARY KEY (user, place));
+CREATE TABLE users (
+    number INTEGER PRIMARY KEY, user BLOB NOT NULL UNIQUE, version INTEGER NOT NULL, state BLOB NOT NULL, heard BLOB);
+CREATE TABLE log (piece INTEGER PRIMARY KEY, plays INTEGER NOT NULL, data BLOB NOT NULL);
 CREATE TABLE events (
     day INTEGER NOT NULL, user BLOB NOT NULL, event INTEGER NOT NULL,
     PRIMARY KEY (day, user, event)) WITHOUT ROWID;
@@ -48,6 +51,9 @@ CREATE TABLE songs (
     PRIMARY KEY (namespace, number), UNIQUE (namespace, song_id));
 CREATE INDEX changed_songs ON songs (namespace, version);
 """
+
+
+OF_USER = "piece >= ?1 AND piece < ?2"  # the log of one, with `_pieces`
 
 
 class SqliteStore(StateStore):
@@ -103,14 +109,14 @@ class SqliteStore(StateStore):
     def forget(self, user_ids: Sequence[str], state: bytes) -> None:
         """As in `StateStore`; the deleted bytes are overwritten with zeros."""
         keys = [self._key(user_id) for user_id in user_ids]
-        for begin in range(0, len(keys), VARIABLES):  # other writers wait for a transaction
+        for begin in range(0, len(keys), FORGOTTEN_AT_ONCE):
             with self._transaction("IMMEDIATE") as connection:
-                for key in keys[begin : begin + VARIABLES]:
-                    connection.execute("DELETE FROM log WHERE user = ?", (key,))
+                for key in keys[begin : begin + FORGOTTEN_AT_ONCE]:
+                    connection.execute(f"DELETE FROM log WHERE {OF_USER}", _pieces(connection, key))
                     for day in event_days():
                         connection.execute("DELETE FROM events WHERE day = ? AND user = ?", (day, key))
                     connection.execute(
-                        "INSERT INTO users VALUES (?1, 1, ?2, NULL) "
+                        "INSERT INTO users (user, version, state) VALUES (?1, 1, ?2) "
                         "ON CONFLICT (user) DO UPDATE SET version = version + 1, state = ?2, heard = NULL",
                         (key, state),
                     )
@@ -247,7 +253,8 @@ class SqliteStore(StateStore):
             return None
         pieces: list[bytes] = []
         count = 0
-        rows = connection.execute("SELECT plays, data FROM log WHERE user = ? ORDER BY place DESC", (key,))
+        place = _pieces(connection, key)
+        rows = connection.execute(f"SELECT plays, data FROM log WHERE {OF_USER} ORDER BY piece DESC", place)
         while (plays is None or count < plays) and (row := rows.fetchone()) is not None:
             count += row[0]
             pieces.append(row[1])
@@ -264,17 +271,18 @@ class SqliteStore(StateStore):
 
     def _put_new(self, connection: sqlite3.Connection, users: Mapping[bytes, Change]) -> None:
         """Users who are not in the store, by their keys."""
-        connection.executemany(
-            "INSERT INTO users VALUES (?, 1, ?, ?)", [(key, user.state, user.heard) for key, user in users.items()]
-        )
+        (first,) = connection.execute("SELECT COALESCE(MAX(number), 0) + 1 FROM users").fetchone()
+        rows = [(number, key, user.state, user.heard) for number, (key, user) in enumerate(users.items(), first)]
+        _insert(connection, "users", "(?, ?, 1, ?, ?)", rows)
         pieces = [
-            (key, place, piece.plays, piece.data)
-            for key, user in users.items()
+            (number * PIECES + place, piece.plays, piece.data)
+            for number, user in enumerate(users.values(), first)
             for place, piece in enumerate(user.append)
         ]
-        connection.executemany("INSERT INTO log VALUES (?, ?, ?, ?)", pieces)
+        _insert(connection, "log", "(?, ?, ?)", pieces)
         for key, user in users.items():
-            self._put_events(connection, key, user)
+            if user.events:
+                self._put_events(connection, key, user)
 
     def _put(self, connection: sqlite3.Connection, key: bytes, change: Change) -> bool:
         done = connection.execute(
@@ -284,15 +292,15 @@ class SqliteStore(StateStore):
         if done.rowcount != 1:
             return False
         if change.restart:
-            connection.execute("DELETE FROM log WHERE user = ?", (key,))
+            connection.execute(f"DELETE FROM log WHERE {OF_USER}", _pieces(connection, key))
             connection.execute("UPDATE users SET heard = NULL WHERE user = ?", (key,))
         if change.heard is not None:
             connection.execute("UPDATE users SET heard = ? WHERE user = ?", (change.heard, key))
-        for piece in change.append:
-            connection.execute(
-                "INSERT INTO log SELECT ?1, COALESCE(MAX(place) + 1, 0), ?2, ?3 FROM log WHERE user = ?1",
-                (key, piece.plays, piece.data),
-            )
+        if change.append:
+            query = f"SELECT COALESCE(MAX(piece) + 1, ?1) FROM log WHERE {OF_USER}"
+            (first,) = connection.execute(query, _pieces(connection, key)).fetchone()
+            pieces = [(place, piece.plays, piece.data) for place, piece in enumerate(change.append, first)]
+            _insert(connection, "log", "(?, ?, ?)", pieces)
         self._put_events(connection, key, change)
         return True
 
@@ -340,3 +348,19 @@ class SqliteStore(StateStore):
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
+
+
+def _pieces(connection: sqlite3.Connection, key: bytes) -> tuple[int, int]:
+    """Where a user's pieces begin in the log, and the next user's; numbers count from 1, so nothing is at 0."""
+    row = connection.execute("SELECT number FROM users WHERE user = ?", (key,)).fetchone()
+    number = 0 if row is None else int(row[0])
+    return number * PIECES, (number + 1) * PIECES
+
+
+def _insert(connection: sqlite3.Connection, table: str, row: str, rows: Sequence[Sequence[Any]]) -> None:
+    """Insert rows, as many by one statement as it takes: another thread of Python can work while it runs."""
+    size = VARIABLES // row.count("?")
+    for begin in range(0, len(rows), size):
+        part = rows[begin : begin + size]
+        places = ", ".join([row] * len(part))
+        connection.execute(f"INSERT INTO {table} VALUES {places}", [value for values in part for value in values])

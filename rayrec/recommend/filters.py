@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data import columns
-from rayrec.data.catalog import Catalog, fold, fold_all
+from rayrec.data.catalog import ARTIST_NAME, Catalog, fold, with_folded
 from rayrec.data.histories import Histories
 from rayrec.errors import FieldError
 
@@ -46,13 +46,11 @@ class SongMasks:
     """Answers which songs of a catalog fit what is wanted. Masks are kept, and safe to share between threads."""
 
     def __init__(self, catalog: Catalog) -> None:
-        table = catalog.table
+        table = with_folded(catalog.table)
         self.num_songs = len(catalog)
-        self._artists = _column(table, columns.ARTIST)
-        self._artists = fold_all(self._artists).dictionary_encode()
+        self._artists = columns.one_array(table.column(ARTIST_NAME))
         self._released = _column(table, columns.RELEASED)
         self._markets = _column(table, columns.MARKETS)
-        self._market_names = pc.unique(pc.list_flatten(self._markets))
         self.mask = lru_cache(maxsize=MASKS_KEPT)(self._mask)
 
     def lookups(self, outcome: str) -> int:
@@ -76,10 +74,11 @@ class SongMasks:
             fits &= _true(pc.less_equal(days, pa.scalar(wanted.released_to, pa.date32())))
         if wanted.market:
             markets, market = self._told(self._markets, "market", "markets"), wanted.market.strip()
-            if not pc.is_in(pa.scalar(market), value_set=self._market_names).as_py():
-                shown = ", ".join(sorted(self._market_names.drop_null().to_pylist())[:MARKETS_SHOWN])
+            names = pc.list_flatten(markets)
+            here = _true(pc.equal(names, market))
+            if not here.any():
+                shown = ", ".join(sorted(pc.unique(names).drop_null().to_pylist())[:MARKETS_SHOWN])
                 raise FieldError("market", f"no song is available in market {wanted.market!r}; there are {shown}")
-            here = pc.equal(pc.list_flatten(markets), market).to_numpy(zero_copy_only=False)
             rows = pc.list_parent_indices(markets).to_numpy()[here]
             fits &= np.bincount(rows, minlength=self.num_songs) > 0
         fits.flags.writeable = False
@@ -94,18 +93,15 @@ class SongMasks:
         codes = pc.is_in(self._artists.dictionary, value_set=names).to_numpy(zero_copy_only=False)
         return np.asarray(codes[self._artists.indices.to_numpy()])
 
-    def _told(self, values: pa.Array, where: str, what: str) -> pa.Array:
-        if values.null_count == len(values):
+    def _told(self, values: pa.Array | None, where: str, what: str) -> pa.Array:
+        if values is None or values.null_count == len(values):
             raise FieldError(where, f"no song of the catalog has {what}; give a table that does to `rayrec describe`")
         return values
 
 
-def _column(table: pa.Table, name: str) -> pa.Array:
-    """One array; nulls where the table has no such column."""
-    if name not in table.column_names:
-        return pa.nulls(table.num_rows, columns.DESCRIPTIONS.field(name).type)
-    column = table.column(name)
-    return column.combine_chunks() if not isinstance(column, pa.ChunkedArray) else pa.concat_arrays(column.chunks)
+def _column(table: pa.Table, name: str) -> pa.Array | None:
+    """One array; None where the table has no such column."""
+    return columns.one_array(table.column(name)) if name in table.column_names else None
 
 
 def _true(values: pa.BooleanArray) -> np.ndarray:

@@ -1,11 +1,10 @@
-"""Model and index as requests use them, wherever they run; and the bound on work in this process.
+"""Network, index and rankers as requests use them, and the bound on work in this process.
 
 U users, D numbers per vector.
 """
 
 import asyncio
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
@@ -69,41 +68,6 @@ class Pool:
             self.waiting -= 1
 
 
-class Engine(ABC):
-    """The model and the index of one release."""
-
-    @abstractmethod
-    async def states(self, plays: Histories, start: States | None = None) -> States:
-        """The network's states after plays, from no state or from `start`."""
-
-    @abstractmethod
-    async def vectors(self, states: States, at: np.ndarray, horizons: Sequence[Horizon]) -> Vectors:
-        """The taste vectors, float32 (U, D), at the moments `at`, int64 (U,) ms UTC."""
-
-    @abstractmethod
-    async def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
-        """The songs of each user."""
-
-    @abstractmethod
-    async def similar(self, song: int, k: int) -> Chosen:
-        """The k songs nearest to a song of the network."""
-
-    @abstractmethod
-    async def layout(self, songs: np.ndarray) -> np.ndarray:
-        """float32 (n, 2): places on a plane of the network's songs, int (n,) rows."""
-
-    async def answer(self, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
-        """The songs of each user from all their plays."""
-        return await self.answer_states(await self.states(plays), plays, at, wishes)
-
-    async def answer_states(
-        self, states: States, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]
-    ) -> list[Chosen]:
-        """The songs of each user from states, and the plays that retrievers and features look at."""
-        vectors = await self.vectors(states, at, HORIZONS)
-        return await self.choose(known_of(vectors, plays, at), wishes)
-
-
 HORIZONS: tuple[Horizon, ...] = ("short", "long")  # retrievers and features need the taste vectors of both
 
 
@@ -121,37 +85,39 @@ def known_of(vectors: Vectors, plays: Histories, at: np.ndarray) -> list[Known]:
 
 @dataclass(frozen=True)
 class Parts:
-    """The work itself, without a thread or a process around it: what a deployment of its own runs."""
+    """Network, index and rankers of one release, without a thread around them."""
 
     recommender: BaseRecommender
     metrics: Metrics
 
     def states(self, plays: Histories, start: States | None = None) -> States:
-        """As `Engine.states`."""
+        """The network's states after plays, from no state or from `start`."""
         with self.metrics.stage("encode"):
             return network_of(self.recommender).encoder.run(plays, start=start)[1]
 
     def vectors(self, states: States, at: np.ndarray, horizons: Sequence[Horizon]) -> Vectors:
-        """As `Engine.vectors`."""
+        """The taste vectors, float32 (U, D), at the moments `at`, int64 (U,) ms UTC."""
         network = network_of(self.recommender)
         with self.metrics.stage("project"):
-            return {name: network.encoder.tastes(states, at, network.head(name)) for name in horizons}
+            heads = {name: network.head(name) for name in horizons}
+            tastes = network.encoder.tastes_of(states, at, list(set(heads.values())))
+            return {name: tastes[head] for name, head in heads.items()}
 
     def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
-        """As `Engine.choose`."""
+        """The songs of each user."""
         with self.metrics.stage("choose"):
             return [choose(self.recommender, one, wish) for one, wish in zip(known, wishes, strict=True)]
 
     def answer_states(self, states: States, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
-        """As `Engine.answer_states`."""
+        """The songs of each user from states, and the plays that retrievers and features look at."""
         return self.choose(known_of(self.vectors(states, at, HORIZONS), plays, at), wishes)
 
     def answer(self, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
-        """As `Engine.answer`."""
+        """The songs of each user from all their plays."""
         return self.answer_states(self.states(plays), plays, at, wishes)
 
     def similar(self, song: int, k: int) -> Chosen:
-        """As `Engine.similar`."""
+        """The k songs nearest to a song of the network."""
         with self.metrics.stage("choose"):
             return similar(self.recommender, song, k)
 
@@ -163,12 +129,12 @@ class Parts:
         return self
 
     def layout(self, songs: np.ndarray) -> np.ndarray:
-        """As `Engine.layout`."""
+        """float32 (n, 2): places on a plane of the network's songs, int (n,) rows."""
         return layout(network_of(self.recommender).song_vectors[songs])
 
 
-class LocalEngine(Engine):
-    """Model and index in this process: each request is one call on the pool's thread."""
+class Engine:
+    """The parts of one release as requests use them: each request is one call on the pool's thread."""
 
     def __init__(self, parts: Parts, pool: Pool) -> None:
         self.parts, self._pool = parts, pool
@@ -182,31 +148,31 @@ class LocalEngine(Engine):
         self._pool.wait_for(add)
 
     async def states(self, plays: Histories, start: States | None = None) -> States:
-        """As in `Engine`."""
+        """As `Parts.states`."""
         return await self._pool.run(self.parts.states, plays, start)
 
     async def vectors(self, states: States, at: np.ndarray, horizons: Sequence[Horizon]) -> Vectors:
-        """As in `Engine`."""
+        """As `Parts.vectors`."""
         return await self._pool.run(self.parts.vectors, states, at, horizons)
 
     async def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
-        """As in `Engine`."""
+        """As `Parts.choose`."""
         return await self._pool.run(self.parts.choose, known, wishes)
 
     async def similar(self, song: int, k: int) -> Chosen:
-        """As in `Engine`."""
+        """As `Parts.similar`."""
         return await self._pool.run(self.parts.similar, song, k)
 
     async def layout(self, songs: np.ndarray) -> np.ndarray:
-        """As in `Engine`."""
+        """As `Parts.layout`."""
         return await self._pool.run(self.parts.layout, songs)
 
     async def answer(self, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
-        """As in `Engine`."""
+        """As `Parts.answer`."""
         return await self._pool.run(self.parts.answer, plays, at, wishes)
 
     async def answer_states(
         self, states: States, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]
     ) -> list[Chosen]:
-        """As in `Engine`."""
+        """As `Parts.answer_states`."""
         return await self._pool.run(self.parts.answer_states, states, plays, at, wishes)

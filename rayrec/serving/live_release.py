@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any
 
 from rayrec.data.dataset import Dataset
 from rayrec.errors import RayrecError
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.serving.engine import Engine
 from rayrec.serving.online_songs import OnlineSongs
 from rayrec.serving.problems import NotReadyError
@@ -33,8 +32,6 @@ STALE_SECONDS = 6 * REPORT_SECONDS  # a report that has not changed for so long 
 FORGOTTEN_SECONDS = 3600.0  # of silence, after which a report is deleted
 RETRY_SECONDS = 60.0  # before a refused release is tried again, should it have been repaired
 
-Role = Literal["app", "model", "index"]  # model and index where they are deployments of their own
-
 log = logging.getLogger(__name__)
 
 
@@ -44,8 +41,8 @@ class LiveRelease:
 
     release: Manifest
     catalog: ServedCatalog
-    engine: Engine  # model and index, in this process or behind deployments of their own
-    online: OnlineSongs | None = None  # that come in beside those of the release; None where they cannot
+    engine: Engine
+    online: OnlineSongs  # that come in beside those of the release
 
     @property
     def id(self) -> str:
@@ -68,21 +65,14 @@ def load_parts(workspace: Workspace, release_id: str) -> tuple[Manifest, BaseRec
     return release, load_recommender(workspace, Dataset(workspace), parts)
 
 
-def load_network(workspace: Workspace, release_id: str) -> tuple[Manifest, TasteRecommender]:
-    """As `load_parts`, with the network alone: no index, no rankers."""
-    release = load_checked_release(workspace, release_id, ("models", "added_songs"))
-    parts = release.inputs
-    return release, TasteRecommender.load(workspace, parts["models"], added_id=parts.get("added_songs"))
-
-
 def load_checked_release(workspace: Workspace, release_id: str, kinds: Sequence[str]) -> Manifest:
-    """A release, its songs and its parts of some kinds compared with their checksums.
+    """A release, its songs and its parts of some kinds compared with their checksums, once for a node.
 
     Tastes and plays are not: a replica loads none of them, and reading those of all users would keep it from
     starting. Raises `NotFoundError` or `DamagedArtifactError` for a release that cannot be trusted.
     """
     release = artifacts.load(workspace, releases.KIND, release_id)
-    releases.verify_release(workspace, release, kinds, plays=False)
+    releases.verify_release(workspace, release, kinds, plays=False, once=True)
     return release
 
 
@@ -91,7 +81,6 @@ class Report:
     """Where one replica stands."""
 
     replica: str
-    role: Role
     release: str | None  # that it answers with
     change: str | None  # the activation that it acted on last
     loading: str | None  # the release that it is loading now
@@ -159,19 +148,8 @@ def _path(replica: str) -> str:
     return f"{REPORTS}/{re.sub(r'[^A-Za-z0-9_-]', '-', replica)}.json"
 
 
-class Held(Protocol):
-    """What a replica holds of a release."""
-
-    @property
-    def id(self) -> str:
-        """The release's id."""
-
-
-H = TypeVar("H", bound=Held)
-
-
 @dataclass
-class ReleaseHolder(Generic[H]):
+class ReleaseHolder:
     """Holds the live release of one replica, and moves it after `releases/active`.
 
     A new release is loaded beside the live one, which answers meanwhile; one that cannot be trusted is
@@ -179,13 +157,12 @@ class ReleaseHolder(Generic[H]):
     """
 
     workspace: Workspace
-    load: Callable[[str], H]  # by the id of the release
+    load: Callable[[str], LiveRelease]  # by the id of the release
     reports: Reports
     replica: str
     watch_seconds: float
-    role: Role = "app"
-    on_switch: Callable[[H], None] = lambda live: None
-    _live: H | None = None
+    on_switch: Callable[[LiveRelease], None] = lambda live: None
+    _live: LiveRelease | None = None
     _change: str | None = None  # the activation that was acted on last
     _loading: str | None = None
     _beats: Iterator[int] = field(default_factory=lambda: count(1))
@@ -195,7 +172,7 @@ class ReleaseHolder(Generic[H]):
     _threads: list[threading.Thread] = field(default_factory=list)
 
     @property
-    def live(self) -> H:
+    def live(self) -> LiveRelease:
         """The release to answer with. Raises `NotReadyError` where none is loaded yet."""
         live = self._live
         if live is None:
@@ -204,7 +181,7 @@ class ReleaseHolder(Generic[H]):
         return live
 
     @property
-    def loaded(self) -> H | None:
+    def loaded(self) -> LiveRelease | None:
         """The release to answer with; None where none is loaded."""
         return self._live
 
@@ -212,7 +189,6 @@ class ReleaseHolder(Generic[H]):
         """Where this replica stands."""
         return Report(
             replica=self.replica,
-            role=self.role,
             release=None if self._live is None else self._live.id,
             change=self._change,
             loading=self._loading,
@@ -295,7 +271,7 @@ class ReleaseHolder(Generic[H]):
             log.warning("cannot report: %s", error)
 
 
-def release_status(holder: ReleaseHolder[Any]) -> dict[str, Any]:
+def release_status(holder: ReleaseHolder) -> dict[str, Any]:
     """What /v1/release says: this replica, the activated release, and the reports of all replicas."""
     active = releases.read_active(holder.workspace)
     own = holder.report()

@@ -24,7 +24,7 @@ from rayrec.model.checkpoint import INPUT_VECTORS, SONG_VECTORS
 from rayrec.online.state_store import OnlineSong, StateStore
 from rayrec.online.user_state import FIRST_ONLINE, Plays, Step, join_plays
 from rayrec.recommend.selection import network_of
-from rayrec.serving.engine import LocalEngine
+from rayrec.serving.engine import Engine
 from rayrec.serving.served_catalog import OnlineCatalog, ServedCatalog
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -84,7 +84,7 @@ class OnlineSongs:
         workspace: Workspace,
         release: Manifest,
         catalog: ServedCatalog,
-        engine: LocalEngine,
+        engine: Engine,
         store: Callable[[], StateStore | None],
     ) -> None:
         """`store` gives the store where there is one; without any no songs were added."""
@@ -204,7 +204,7 @@ class OnlineSongs:
         fresh: list[int] = []
         for song in changed:
             if song.number not in taken.songs:
-                row = self._catalog.rows.get(song.song_id, -1)
+                (row,) = self._catalog.rows.find([song.song_id])
                 taken.row_of_number[song.number] = row
                 if not song.data:
                     continue
@@ -281,7 +281,7 @@ def _table(songs: Sequence[SongToAdd]) -> pa.Table:
 class OnlineWatch:
     """Looks for songs that were added online, again and again, in a thread of its own."""
 
-    def __init__(self, online: Callable[[], Sequence[OnlineSongs | None]]) -> None:
+    def __init__(self, online: Callable[[], Sequence[OnlineSongs]]) -> None:
         """`online` gives those of the releases that answer now."""
         self._online, self._stop, self._failed = online, threading.Event(), False
         self._thread = threading.Thread(target=self._repeat, daemon=True)
@@ -296,8 +296,7 @@ class OnlineWatch:
         while not self._stop.wait(LOOK_SECONDS):
             try:
                 for online in self._online():
-                    if online is not None:
-                        online.refresh()
+                    online.refresh()
                 self._failed = False
             except Exception as error:  # a store out of reach for a while ends no watch
                 if not self._failed:

@@ -265,7 +265,7 @@ def _songs_router(service: Service) -> APIRouter:
         """Find songs by words of their title or artist."""
         return as_json(await service.find_songs(service.live, query, limit))
 
-    @router.post("/songs", response_model=SongsAdded, responses=documented(400, 409, 413, 415, 507))
+    @router.post("/songs", response_model=SongsAdded, responses=documented(400, 413, 415, 507))
     async def add(request: SentSongs) -> Response:
         """Add one song or many until the next release, all or none; every replica recommends them within a second.
 

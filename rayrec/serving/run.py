@@ -195,7 +195,7 @@ def _application(workspace: Workspace, config: ServeConfig, folder: Path) -> Ite
         logging.getLogger(name).setLevel(logging.ERROR)
     quiet = LoggingConfig(log_level=logging.ERROR, enable_access_log=False)
     # Reserved CPUs are for the scheduler of a cluster; here all replicas share what there is.
-    reserved = config.cpus * max(config.replicas, config.max_replicas) * (3 if config.topology == "split" else 1)
+    reserved = config.cpus * max(config.replicas, config.max_replicas)
     cpus = max(os.cpu_count() or 1, math.ceil(reserved))
     own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     try:

@@ -696,9 +696,6 @@ class ReplicaReport(BaseModel):
     """The last report of a replica."""
 
     replica: str
-    role: Literal["app", "model", "index"] = Field(
-        description="model, index: where these are deployments of their own."
-    )
     release: str | None
     change: str | None = Field(description="The activation that it acted on last.")
     loading: str | None = Field(description="The release that it is loading.")

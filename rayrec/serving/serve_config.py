@@ -3,15 +3,13 @@
 import ipaddress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
 from rayrec.config import Settings, from_mapping
 from rayrec.errors import InputError
 from rayrec.online.state_store import absolute_uri
-
-Topology = Literal["colocated", "split"]
 
 # What one request may hold. They stand in the OpenAPI document, so they are fixed.
 MAX_K = 1_000  # songs of an answer
@@ -123,9 +121,6 @@ class ServeConfig(Settings):
     scale_down_seconds: float = Field(
         600.0, ge=0, le=86_400, description="Seconds that load must be below the target before replicas are removed"
     )
-    topology: Topology = Field(
-        "colocated", description="colocated: model and index in every replica; split: as separate deployments"
-    )
     store: str | None = Field(
         None,
         description="Store of user states: sqlite:///PATH, for one node, or redis://HOST:PORT/0; "
@@ -180,8 +175,6 @@ class ServeConfig(Settings):
     def _replica_range(self) -> "ServeConfig":
         if self.max_replicas and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas is {self.max_replicas}; give at least replicas, {self.replicas}, or 0")
-        if self.topology == "split" and self.experiment is not None and self.experiment.releases:
-            raise ValueError("arms with a release need --topology colocated")
         return self
 
 

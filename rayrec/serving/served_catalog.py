@@ -1,14 +1,15 @@
 """The catalog of a release as requests use it: songs by id, by name, by attribute and by number of plays."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from rayrec.data import columns
-from rayrec.data.catalog import Catalog, SongSearch
+from rayrec.data.catalog import Catalog, SongSearch, with_folded
 from rayrec.data.dataset import Dataset
 from rayrec.data.spelling import spell_id
 from rayrec.errors import FieldError
@@ -20,11 +21,52 @@ from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
 from rayrec.recommend.retrieval.stored_retrieval import read_first_days, read_popularity
 from rayrec.recommend.selection import Starting, network_of
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import Manifest
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.artifacts import Manifest, fingerprint
+from rayrec.storage.local_cache import mapped_table
+from rayrec.storage.workspace import SONGS_TABLE, Workspace
 
 NAMES_KEPT = 1 << 16  # of the songs that were described last: some 20 MB
 SongName = tuple[str, str | None, str | None]  # a song's id, title and artist
+
+
+class SongRows:
+    """Rows of songs by id: a search among hashes, which are memory-mapped; those of frequent songs are cached."""
+
+    def __init__(self, song_ids: pa.StringArray, hashes: np.ndarray, rows: np.ndarray) -> None:
+        """`hashes`, uint64 (N,) ascending, are those of the ids, and `rows`, int32 (N,), where these stand."""
+        self._ids, self._hashes, self._rows = song_ids, hashes, rows
+        self._cache: dict[str, int] = {}
+
+    def find(self, song_ids: Sequence[str]) -> list[int]:
+        """The row of each id, -1 for those that no song has."""
+        cache = self._cache
+        missing = [song_id for song_id in song_ids if song_id not in cache]
+        found = dict(zip(missing, self._searched(missing), strict=True)) if missing else {}
+        rows = [found[song_id] if song_id in found else cache[song_id] for song_id in song_ids]
+        if len(cache) + len(found) > NAMES_KEPT:
+            self._cache = cache = {}  # another thread may read the one before
+        cache.update((song_id, row) for song_id, row in found.items() if row >= 0)
+        return rows
+
+    def _searched(self, song_ids: list[str]) -> list[int]:
+        hashes = id_hashes(song_ids)
+        rows, places = [-1] * len(song_ids), np.searchsorted(self._hashes, hashes)
+        left = np.arange(len(song_ids))
+        while len(left := left[places[left] < len(self._hashes)]):
+            left = left[self._hashes[places[left]] == hashes[left]]
+            candidates = self._rows[places[left]]
+            ids = self._ids.take(pa.array(candidates)).to_pylist()
+            for place, row, song_id in zip(left.tolist(), candidates.tolist(), ids, strict=True):
+                if song_id == song_ids[place]:
+                    rows[place] = row
+            left = left[[rows[place] < 0 for place in left.tolist()]]  # two ids may share a hash
+            places[left] += 1
+        return rows
+
+
+def id_hashes(song_ids: Sequence[str] | np.ndarray) -> np.ndarray:
+    """uint64 (n,): a hash of each id."""
+    return np.asarray(pd.util.hash_array(np.asarray(song_ids, dtype=object), categorize=False))
 
 
 class SongNames:
@@ -81,7 +123,7 @@ class ServedCatalog:
     """The catalog of a release, looked up by id as fast as by row; songs that are added online come in."""
 
     catalog: Catalog
-    rows: dict[str, int]  # id -> row
+    rows: SongRows
     contexts: dict[str, int]  # name -> bit
     plays: np.ndarray  # int64 (N,), plays of each song in the fit range of the model
     by_plays: np.ndarray  # int32 (any,), rows of songs with a vector by descending plays
@@ -116,14 +158,17 @@ class ServedCatalog:
 
     def find(self, song_ids: list[str]) -> np.ndarray:
         """int32: the row of each id, -1 for unknown ones."""
-        get = self.rows.get
+        rows = np.array(self.rows.find(song_ids), dtype=np.int32)
         # Nearly all ids come as they are spelled: only the others are spelled anew.
-        rows = (row if (row := get(song, -1)) >= 0 else self._spelled(song) for song in song_ids)
-        return np.fromiter(rows, dtype=np.int32, count=len(song_ids))
-
-    def _spelled(self, song: str) -> int:
-        song_id, online = spell_id(song) or "", self.online
-        return self.rows.get(song_id, -1 if online is None else online.rows.get(song_id, -1))
+        unknown = np.flatnonzero(rows < 0)
+        if len(unknown):
+            spelled = [spell_id(song_ids[place]) or "" for place in unknown.tolist()]
+            added = {} if self.online is None else self.online.rows
+            found = self.rows.find(spelled)
+            rows[unknown] = [
+                row if row >= 0 else added.get(song_id, -1) for song_id, row in zip(spelled, found, strict=True)
+            ]
+        return rows
 
     def stored_rows(self, rows: np.ndarray) -> np.ndarray:
         """int32: rows as stores hold them: the same in every replica and release of the data set."""
@@ -188,30 +233,90 @@ class ServedCatalog:
 
 
 def load_served_catalog(workspace: Workspace, release: Manifest, recommender: BaseRecommender) -> ServedCatalog:
-    """The catalog of a release and its popular songs."""
+    """The catalog of a release and its popular songs, in memory that the replicas of a node share."""
     dataset = Dataset(workspace)
-    catalog = dataset.catalog()
-    plays = model_play_counts(workspace, dataset, release.inputs["models"], recommender.num_songs)
-    plays = np.pad(plays, (0, len(catalog) - len(plays)))  # nobody has played later songs there
-    by_plays = np.argsort(-plays, kind="stable").astype(np.int32)
-    known = _known(recommender, len(catalog))
-    first_days = _first_days(workspace, release, len(catalog))
+    made_of = {kind: release.inputs.get(kind, "") for kind in ("models", "retrieval", "added_songs")}
+    described = [description.id for description in dataset.descriptions()]
+    songs = workspace.filesystem.get_file_info(workspace.full(SONGS_TABLE))
+    file = {"uri": workspace.uri, "root": workspace.root, "bytes": songs.size, "written": songs.mtime_ns}
+    version = fingerprint(
+        "served catalog", {**file, "described": described}, {**made_of, "dataset": dataset.manifest.id}
+    )
+    table = mapped_table(version, lambda: _catalog_table(workspace, dataset, release, recommender))
+    first_days = _array(table, FIRST_DAY) if FIRST_DAY in table.column_names else None
+    catalog = Catalog(table)
+    plays, worth = _array(table, PLAYS), _array(table, WORTH)
+    ids = columns.one_array(table.column(columns.SONG_ID))
     return ServedCatalog(
         catalog=catalog,
-        rows={song: row for row, song in enumerate(catalog.song_ids(np.arange(len(catalog))))},
+        rows=SongRows(ids, _array(table, ID_HASH), _array(table, ID_ROW)),
         contexts={name: bit for bit, name in enumerate(dataset.manifest.contexts)},
         plays=plays,
-        by_plays=by_plays[known[by_plays]],  # others are never recommended, however popular
-        starting=_starting(workspace, release, plays, known),
+        by_plays=_order(table, BY_PLAYS),
+        starting=Starting(worth=worth, order=_order(table, STARTING)),
         first_days=first_days,
-        by_age=_by_age(first_days, network_of(recommender).added_songs, known),
+        by_age=np.zeros(0, np.int32) if first_days is None else _order(table, BY_AGE),
         lineage=dataset.lineage,
-        known=known,
+        known=_known(recommender, len(catalog)),
         dim=network_of(recommender).song_vectors.shape[1],
         search=SongSearch(catalog, plays),
         masks=SongMasks(catalog),
         names=SongNames(catalog),
     )
+
+
+# Columns of the shared table beside those of the catalog. Orders of some of the songs end with -1.
+ID_HASH, ID_ROW, PLAYS, BY_PLAYS = "id_hash", "id_row", "plays", "by_plays"
+WORTH, STARTING, FIRST_DAY, BY_AGE = "worth", "starting", "first_day", "by_age"
+
+
+def _catalog_table(workspace: Workspace, dataset: Dataset, release: Manifest, recommender: BaseRecommender) -> pa.Table:
+    """All of a served catalog that grows with the songs, a row a song."""
+    table = with_folded(dataset.catalog().table)
+    songs = table.num_rows
+    plays = model_play_counts(workspace, dataset, release.inputs["models"], recommender.num_songs)
+    plays = np.pad(plays, (0, songs - len(plays)))  # nobody has played later songs there
+    by_plays = np.argsort(-plays, kind="stable").astype(np.int32)
+    known = _known(recommender, songs)
+    starting = _starting(workspace, release, plays, known)
+    first_days = _first_days(workspace, release, songs)
+    ids = table.column(columns.SONG_ID)
+    hashes = np.concatenate([id_hashes(chunk.to_numpy(zero_copy_only=False)) for chunk in _slices(ids)])
+    by_hash = np.argsort(hashes, kind="stable")
+    arrays = {
+        ID_HASH: hashes[by_hash],
+        ID_ROW: by_hash.astype(np.int32),
+        PLAYS: plays,
+        BY_PLAYS: by_plays[known[by_plays]],  # others are never recommended, however popular
+        WORTH: starting.worth,
+        STARTING: starting.order,
+    }
+    if first_days is not None:
+        arrays |= {
+            FIRST_DAY: first_days,
+            BY_AGE: _by_age(first_days, network_of(recommender).added_songs, known),
+        }
+    for name, values in arrays.items():
+        padded = np.pad(values, (0, songs - len(values)), constant_values=-1) if len(values) < songs else values
+        table = table.append_column(name, pa.array(padded))
+    return table
+
+
+def _slices(values: pa.ChunkedArray, size: int = 100_000) -> Iterator[pa.Array]:
+    """A column in pieces of a bounded size."""
+    return (columns.one_array(values.slice(begin, size)) for begin in range(0, max(1, len(values)), size))
+
+
+def _array(table: pa.Table, name: str) -> np.ndarray:
+    """A column without nulls, read-only and not copied."""
+    values: np.ndarray = columns.one_array(table.column(name)).to_numpy()
+    return values
+
+
+def _order(table: pa.Table, name: str) -> np.ndarray:
+    """int32 (any,): an order of some of the songs."""
+    rows = _array(table, name)
+    return rows[: np.count_nonzero(rows >= 0)]
 
 
 def _known(recommender: BaseRecommender, songs: int) -> np.ndarray:
@@ -240,10 +345,8 @@ def _first_days(workspace: Workspace, release: Manifest, songs: int) -> np.ndarr
     return first_days
 
 
-def _by_age(first_days: np.ndarray | None, added: np.ndarray, known: np.ndarray) -> np.ndarray:
+def _by_age(first_days: np.ndarray, added: np.ndarray, known: np.ndarray) -> np.ndarray:
     """int32: rows of songs with a vector, added ones without plays first, then by first day; later rows first."""
-    if first_days is None:
-        return np.zeros(0, np.int32)
     comes = first_days < NOT_PLAYED
     comes[added] = True
     rows = np.flatnonzero(comes & known)[::-1]

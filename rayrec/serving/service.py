@@ -23,7 +23,7 @@ from rayrec.recommend.reasons import LAST_PLAYS, POPULAR, reasons
 from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
 from rayrec.recommend.selection import Chosen, Wish, choose_popular
 from rayrec.serving.access_log import AccessLog
-from rayrec.serving.engine import LocalEngine, Parts, Pool
+from rayrec.serving.engine import Engine, Parts, Pool
 from rayrec.serving.experiments import Arms, Assigned
 from rayrec.serving.live_release import LiveRelease, ReleaseHolder, Reports, load_parts
 from rayrec.serving.middleware import Keys, load_keys
@@ -94,7 +94,7 @@ class Service:
 
     def __init__(
         self,
-        holder: ReleaseHolder[LiveRelease],
+        holder: ReleaseHolder,
         config: ServeConfig,
         keys: Keys,
         metrics: Metrics,
@@ -275,14 +275,10 @@ class Service:
     async def add_songs(self, live: LiveRelease, sent: Sequence[AddedSong]) -> SongsAdded:
         """Add songs until the next release; when this returns every other replica takes them in within a second.
 
-        Raises `HTTPException` 409 where model and index are deployments of their own, 507 where there would be too many
-        songs, and `FieldError` for a day that does not exist and a vector of another length than the catalog's.
+        Raises `HTTPException` 507 where there would be too many songs, and `FieldError` for a day that does not exist
+        and a vector of another length than the catalog's.
         """
         online = live.online
-        if online is None:
-            raise HTTPException(
-                409, "songs are added online in the colocated topology alone; create a release with them"
-            )
         songs = [read_song(song, place) for place, song in enumerate(sent)]
         dims = {len(song.vector): place for place, song in enumerate(songs) if song.vector is not None}
         if dims:
@@ -516,7 +512,7 @@ def open_service(
         use_one_thread()
         release, recommender = load_parts(workspace, release_id)
         catalog = load_served_catalog(workspace, release, recommender)
-        engine = LocalEngine(Parts(recommender, metrics), pool)
+        engine = Engine(Parts(recommender, metrics), pool)
         store = partial(users.store_that_is_there, catalog.lineage)
         online = OnlineSongs(workspace, release, catalog, engine, store)
         try:

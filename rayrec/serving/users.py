@@ -186,7 +186,7 @@ class StoredUsers:
     async def _take_in_songs(self, live: LiveRelease, users: Iterable[_Read]) -> None:
         """Take in songs that other replicas were given, where users have played them."""
         online = live.online
-        if online is not None and any(
+        if any(
             online.missing(plays.songs)
             for user in users
             for plays in (user.state.window, user.state.likes, user.log)
@@ -197,7 +197,7 @@ class StoredUsers:
     async def _count_song_plays(self, live: LiveRelease, steps: Sequence[Step]) -> None:
         """Let the plays of songs that were added online move their vectors."""
         online = live.online
-        if online is not None and online.count:
+        if online.count:
             sums = await self._call(online.first_plays, steps)
             if sums:
                 await self._call(online.count_plays, sums)

@@ -189,8 +189,8 @@ def newest(workspace: Workspace, kind: str, command: str) -> Manifest:
     return found
 
 
-def verify(workspace: Workspace, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Compare every file, or those of some names, with its checksum.
+def verify(workspace: Workspace, manifest: Manifest, names: Iterable[str] | None = None, *, once: bool = False) -> None:
+    """Compare every file, or those of some names, with its checksum; with `once` a node reads each file once.
 
     Raises `DamagedArtifactError` for the first that differs.
     """
@@ -198,7 +198,7 @@ def verify(workspace: Workspace, manifest: Manifest, names: Iterable[str] | None
         path, expected = manifest.path(name), manifest.files[name]
         if not workspace.exists(path):
             raise DamagedArtifactError(f"{path} is missing; create {noun(manifest.kind)} {manifest.id} again")
-        if sha256(workspace, path) != expected:
+        if (workspace.sha256_on_node(path) if once else sha256(workspace, path)) != expected:
             raise DamagedArtifactError(
                 f"{path} does not match the checksum in its manifest; create {noun(manifest.kind)} {manifest.id} again"
             )

@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rayrec.errors import InputError, NotFoundError, StorageError
-from rayrec.storage.local_cache import cached
+from rayrec.storage.local_cache import SMALL, cached, checksum
 from rayrec.storage.object_storage import patient, upload
 
 DATASET = "dataset"
@@ -291,6 +291,13 @@ class Workspace:
         if info.type != pafs.FileType.File:
             raise NotFoundError(f"{path} not found in workspace {self.uri}")
         return Path(info.path) if self.is_local else cached(self.filesystem, info, sha256)
+
+    def sha256_on_node(self, path: str) -> str:
+        """The checksum of a file. One process of this node reads a large file, on a bucket copies it, for all."""
+        info = self.filesystem.get_file_info(self.full(path))
+        if not self.is_local and info.size >= SMALL:
+            cached(self.filesystem, info)
+        return checksum(self.filesystem, info)
 
     def put_file(self, local: Path, path: str) -> str:
         """Copy a local file into the workspace, whole; its sha256."""

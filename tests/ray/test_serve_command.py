@@ -33,26 +33,21 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Model and index as deployments of their own, with room for few requests, on a workspace of its own."""
-    workspace = Workspace(tmp_path_factory.mktemp("split") / "workspace")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """With room for few requests."""
+    workspace = Workspace(tmp_path_factory.mktemp("busy") / "workspace")
     write_world(workspace)
     write_release(workspace)
-    with started(workspace, "--topology", "split", "--max-waiting", "2") as running:
+    with started(workspace, "--max-waiting", "2") as running:
         yield running
 
 
-@pytest.mark.parametrize(
-    ("topology", "replicas"),
-    [("served", ["http"]), pytest.param("split", ["http", "model", "index"], marks=pytest.mark.slow)],
-)
-def test_every_port_is_on_loopback(topology: str, replicas: list[str], request: pytest.FixtureRequest) -> None:
-    running: Served = request.getfixturevalue(topology)
-    httpx.post(f"{running.url}/v1/recommendations", json=BODY, headers=with_key(READ)).raise_for_status()
+def test_every_port_is_on_loopback(served: Served) -> None:
+    httpx.post(f"{served.url}/v1/recommendations", json=BODY, headers=with_key(READ)).raise_for_status()
     ray = ("raylet", "gcs_server", "ProxyActor", "ServeController", "DashboardAgent")
-    names = {"haproxy", *ray, *(f"ServeReplica:rayrec:{deployment}" for deployment in replicas)}
+    names = {"haproxy", *ray, "ServeReplica:rayrec:recommendations"}
     for _ in range(60):  # Ray's agents may still be starting when the application answers
-        found = running.listening()
+        found = served.listening()
         missing = {name for name in names if not any(name in command for command in found.values())}
         if not missing:
             break
@@ -68,11 +63,11 @@ def test_replicas_give_way_to_nobody(served: Served) -> None:
 
 
 @pytest.mark.slow
-def test_more_than_can_be_answered_get_a_503_that_says_when_to_try_again(split: Served) -> None:
+def test_more_than_can_be_answered_get_a_503_that_says_when_to_try_again(busy: Served) -> None:
     body = {"requests": [{**BODY, "history": ["song-3"] * 500}] * 20}
 
     async def ask_all() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=split.url, headers=with_key(READ), timeout=60) as client:
+        async with httpx.AsyncClient(base_url=busy.url, headers=with_key(READ), timeout=60) as client:
             return await asyncio.gather(*(client.post("/v1/recommendations/batch", json=body) for _ in range(30)))
 
     answers = asyncio.run(ask_all())
@@ -80,17 +75,13 @@ def test_more_than_can_be_answered_get_a_503_that_says_when_to_try_again(split: 
     assert {answer.headers.get("retry-after") for answer in answers if answer.status_code == 503} == {"1"}
 
 
-@pytest.mark.parametrize("topology", ["served", pytest.param("split", marks=pytest.mark.slow)])
-def test_the_work_for_a_client_that_goes_away_behind_haproxy_ends(
-    topology: str, request: pytest.FixtureRequest
-) -> None:
-    running: Served = request.getfixturevalue(topology)
+def test_the_work_for_a_client_that_goes_away_behind_haproxy_ends(served: Served) -> None:
     body = {"requests": [{**BODY, "history": ["song-3"] * 500}] * 100}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{running.url}/v1/recommendations/batch", json=body, headers=with_key(READ), timeout=0.05)
+        httpx.post(f"{served.url}/v1/recommendations/batch", json=body, headers=with_key(READ), timeout=0.05)
     wanted = 'route="/v1/recommendations/batch",status="499"'
     for _ in range(100):
-        told = httpx.get(f"{running.url}/metrics", headers=with_key(ADMIN), timeout=30).text
+        told = httpx.get(f"{served.url}/metrics", headers=with_key(ADMIN), timeout=30).text
         if wanted in told:
             break
         time.sleep(0.1)

@@ -34,10 +34,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
-@pytest.fixture(scope="module", params=["colocated", pytest.param("split", marks=pytest.mark.slow)])
-def url(world: Workspace, cluster: None, request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def url(world: Workspace, cluster: None) -> Iterator[str]:
     releases.activate_release(world, by_model(world)["model1"])
-    with running(world, topology=request.param, replicas=2, cpus=0.25, watch_seconds=0.2) as made:
+    with running(world, replicas=2, cpus=0.25, watch_seconds=0.2) as made:
         yield made
 
 
@@ -137,7 +137,6 @@ def test_a_broken_release_is_refused_by_all_and_no_request_notices(world: Worksp
 
 
 def test_the_metrics_tell_stages_batches_look_ups_paths_and_the_release(world: Workspace, url: str) -> None:
-    """Of a replica of the app, wherever model and index are."""
     body = {"requests": [{**BODY, "artists": ["Artist 1"]}] * 3}
     texts = []
     for _ in range(20):  # by turns one of two replicas answers

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stores import RedisServer, needs_redis
+from stores import needs_redis
+
+from rayrec.bench.redis_servers import RedisServer
 
 
 @pytest.fixture(scope="module")

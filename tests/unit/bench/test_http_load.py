@@ -157,6 +157,6 @@ def test_an_application_that_answers_may_run_longer_than_its_start(
 
     monkeypatch.setattr(serve_bench.subprocess, "Popen", launch)
     monkeypatch.setattr(serve_bench, "START_SECONDS", 3.0)
-    with serve_bench.application("bare", Workspace(str(tmp_path)), tmp_path / "states.db"):
+    with serve_bench.application("bare", Workspace(str(tmp_path)), f"sqlite:///{tmp_path}/states.db"):
         time.sleep(3.5)
         assert started[0].poll() is None

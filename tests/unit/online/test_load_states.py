@@ -56,8 +56,8 @@ def play(user: str, played_at: int, song: int = 3) -> dict[str, Any]:
     return {"event_id": f"{user}-{played_at}", "user_id": user, "song_id": f"song-{song}", "played_at": played_at}
 
 
-def answer(app: Client, user: str, at: int) -> list[str]:
-    request = {"user_id": user, "at": at, "k": 8, "exclude_heard": False}
+def answer(app: Client, user: str, at: int, k: int = 8) -> list[str]:
+    request = {"user_id": user, "at": at, "k": k, "exclude_heard": False}
     return [song["song_id"] for song in app.post("/v1/recommendations", request).json()["songs"]]
 
 
@@ -85,6 +85,25 @@ def test_every_user_is_loaded_with_state_and_plays(world: Workspace, store: Stat
         for history in users[:5]:
             wanted, _ = recommender.recommend_one(history, AT, 8)
             assert answer(app, history.user_ids[0], AT) == [f"song-{song}" for song in wanted]
+
+
+def test_stored_users_get_the_20_songs_of_their_whole_histories_in_99_of_100_cases(
+    world: Workspace, store: StateStore, uri: str
+) -> None:
+    """Stored states have half precision. Songs whose scores are as good as equal may change places."""
+    load_states(Dataset(world), store, live(world))
+    with service(world, store=uri) as opened:
+        app, same = Client(opened), []
+        for history in everybody(world):
+            plays = [
+                {"song_id": f"song-{song}", "played_at": at}
+                for song, at in zip(history.songs.tolist(), history.played_at.tolist(), strict=True)
+            ]
+            request = {"history": plays, "at": AT, "k": 20, "exclude_heard": False}
+            songs = app.post("/v1/recommendations", request).json()["songs"]
+            same.append(set(answer(app, history.user_ids[0], AT, 20)) == {song["song_id"] for song in songs})
+    assert len(same) >= 40
+    assert np.mean(same) >= 0.99
 
 
 def test_a_load_that_was_stopped_goes_on_with_the_buckets_left(

@@ -1,68 +1,35 @@
 """The store on a real Redis Cluster: three nodes, slots that move and a node that fails while users are written."""
 
-import shutil
-import subprocess
+import random
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import RedisServer, needs_redis
+from stores import needs_redis_cli
 
-from rayrec.online.redis_store import RedisStore
+from rayrec.bench.redis_servers import START_SECONDS, RedisCluster, command, redis_cluster
+from rayrec.online.redis_store import REPLICA_MS, RedisStore
 from rayrec.online.state_store import NOT_THERE, Change, Piece, StateStore, StoreUnavailableError, open_store
-from rayrec.serving.run import free_ports
 
-CLI = shutil.which("redis-cli")
 USERS = [f"user {number}" for number in range(60)]
-PATIENCE = 60  # seconds: on a busy machine nodes are slow to agree
-CLUSTER = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000")
-pytestmark = [needs_redis, pytest.mark.skipif(CLI is None, reason="redis-cli is not installed")]
-
-
-def command(*arguments: str) -> str:
-    """What redis-cli prints."""
-    done = subprocess.run([str(CLI), *arguments], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def until(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
+pytestmark = needs_redis_cli
 
 
 @pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[list[RedisServer]]:
-    """Three primaries and a replica of the first."""
-    made, ports = [], free_ports(4)  # low ones: nodes talk to each other on ports 10,000 higher
-    for number in range(4):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        made.append(RedisServer(folder, *CLUSTER))
-        made[-1].port = ports[number]
-        made[-1].start()
-    places = [f"127.0.0.1:{node.port}" for node in made]
-    try:
-        command("--cluster", "create", *places[:3], "--cluster-yes")
-        first = command("-p", str(made[0].port), "cluster", "myid").strip()
-        until(lambda: "cluster_state:ok" in command("-p", str(made[0].port), "cluster", "info"), "no cluster")
-        command("--cluster", "add-node", places[3], places[0], "--cluster-slave", "--cluster-master-id", first)
-        until(lambda: "master_link_status:up" in command("-p", str(made[3].port), "info", "replication"), "no replica")
-        yield made
-    finally:
-        for node in made:
-            node.kill()
+def cluster(tmp_path: Path) -> Iterator[RedisCluster]:
+    with redis_cluster(tmp_path) as running:
+        yield running
 
 
 def write_once(store: StateStore, versions: dict[str, int]) -> None:
     """One more version of every user, again where the store does not answer."""
     target = versions[USERS[0]] + 1
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         left = [user for user in USERS if versions[user] < target]
         changes = [
@@ -88,7 +55,7 @@ def write_once(store: StateStore, versions: dict[str, int]) -> None:
 
 
 def read_again(store: StateStore) -> list[Any]:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         try:
             return store.get({user: [] for user in USERS})
@@ -97,16 +64,17 @@ def read_again(store: StateStore) -> list[Any]:
     raise AssertionError("the store did not come back")
 
 
-def test_users_spread_over_nodes_survive_a_resharding(nodes: list[RedisServer]) -> None:
+def test_users_spread_over_nodes_survive_a_resharding(cluster: RedisCluster) -> None:
+    nodes = cluster.nodes
     store = open_store(nodes[1].uri, "n")
     assert isinstance(store, RedisStore)
     versions = dict.fromkeys(USERS, NOT_THERE)
     for _ in range(3):
         write_once(store, versions)
-    keys = [int(command("-p", str(node.port), "dbsize").split()[-1]) for node in nodes[:3]]
+    keys = [node.ask("DBSIZE") for node in nodes[:3]]
     assert min(keys) > 0.15 * sum(keys)
 
-    ids = [command("-p", str(node.port), "cluster", "myid").strip() for node in nodes]
+    ids = [node.ask("CLUSTER MYID").decode() for node in nodes]
     move = ["--cluster-from", ids[1], "--cluster-to", ids[2], "--cluster-slots", "3000", "--cluster-yes"]
     moving = threading.Thread(target=command, args=("--cluster", "reshard", f"127.0.0.1:{nodes[0].port}", *move))
     moving.start()
@@ -127,17 +95,46 @@ def test_users_spread_over_nodes_survive_a_resharding(nodes: list[RedisServer]) 
     store.close()
 
 
-def test_a_replica_takes_over_and_no_acknowledged_play_is_lost(nodes: list[RedisServer]) -> None:
-    store = open_store(nodes[1].uri, "n")
+def test_a_replica_takes_over_and_no_acknowledged_play_is_lost(cluster: RedisCluster) -> None:
+    store = open_store(cluster.uri, "n")
     versions = dict.fromkeys(USERS, NOT_THERE)
     for _ in range(2):
         write_once(store, versions)
-    command("-p", str(nodes[0].port), "wait", "1", "5000")  # the replica has what was acknowledged
-    nodes[0].kill()
+    cluster.fail_over(random.Random(0))  # right after the last put was acknowledged
+    assert [stored.version for stored in read_again(store)] == [2] * len(USERS)
     for _ in range(3):
         write_once(store, versions)
     assert set(versions.values()) == {5}
     for whole in store.read(USERS):
         assert whole is not None
         assert sorted(int(piece) for piece in whole.log) == [1, 2, 3, 4, 5]
+    store.close()
+
+
+def test_a_put_returns_once_a_replica_has_it(cluster: RedisCluster) -> None:
+    store = open_store(cluster.uri, "n")
+    assert store.put([Change(user_id="ann", state=b"1", expected=NOT_THERE)]) == [True]
+    replicas = [node for node in cluster.nodes if node not in cluster.primaries()]
+    for replica in replicas:
+        replica.send(signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(store.put, [Change(user_id="ann", state=b"2", expected=1)])
+        with pytest.raises(TimeoutError):
+            writing.result(REPLICA_MS / 2_000)
+        for replica in replicas:
+            replica.send(signal.SIGCONT)
+        assert writing.result(START_SECONDS) == [True]
+    store.close()
+
+
+def test_a_node_goes_on_without_its_replica(cluster: RedisCluster) -> None:
+    store = open_store(cluster.uri, "n")
+    assert store.put([Change(user_id="ann", state=b"1", expected=NOT_THERE)]) == [True]
+    for node in cluster.nodes:
+        if node not in cluster.primaries():
+            node.kill()
+    began = time.monotonic()
+    for version in range(1, 6):
+        assert store.put([Change(user_id="ann", state=b"2", expected=version)]) == [True]
+    assert time.monotonic() - began < 5 * REPLICA_MS / 1000  # it waits once
     store.close()

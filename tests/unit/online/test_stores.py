@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import RedisServer, needs_redis
+from stores import needs_redis
 
+from rayrec.bench.redis_servers import RedisServer
 from rayrec.errors import InputError
 from rayrec.online import state_store
 from rayrec.online.state_store import (
@@ -496,7 +497,7 @@ def test_a_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
     foreign.execute("CREATE TABLE other (x)")
     foreign.commit()
     foreign.close()
-    with pytest.raises(InputError, match="its format is 0, this rayrec reads 3"):
+    with pytest.raises(InputError, match="its format is 0, this rayrec reads 4"):
         open_store(f"sqlite:///{tmp_path}/foreign.sqlite", "n")
 
 

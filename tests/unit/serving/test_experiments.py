@@ -285,8 +285,3 @@ def test_a_wrong_experiment_is_refused(settings: dict[str, Any], message: str) -
 def test_an_arm_whose_release_does_not_exist_keeps_the_application_from_starting(world: Workspace) -> None:
     with pytest.raises(NotFoundError, match="none"), service(world, **config({"a": {"share": 1, "release": "none"}})):
         pass
-
-
-def test_releases_of_arms_need_one_process() -> None:
-    with pytest.raises(InputError, match="--topology colocated"):
-        ServeConfig(topology="split", **config({"a": {"share": 0.5, "release": "one"}}))

@@ -12,8 +12,9 @@ import httpx
 import pytest
 from sent_plays import require_each_play_once, send_all
 from served import write_release, write_world
-from stores import RedisServer, free_port, needs_redis
+from stores import needs_redis
 
+from rayrec.bench.redis_servers import RedisServer, free_port
 from rayrec.storage.workspace import Workspace
 
 KILLED_AT = 50

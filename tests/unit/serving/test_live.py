@@ -135,7 +135,7 @@ def test_another_change_in_between_is_left_alone(two: tuple[Workspace, str, str]
 
 
 def report(replica: str, *, release: str | None = "r", beat: int = 1, loading: str | None = None) -> Report:
-    return Report(replica=replica, role="app", release=release, change="", loading=loading, refused=None, beat=beat)
+    return Report(replica=replica, release=release, change="", loading=loading, refused=None, beat=beat)
 
 
 def test_a_replica_is_alive_as_long_as_its_report_changes(

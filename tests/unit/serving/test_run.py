@@ -89,7 +89,6 @@ def test_loopback_is_told_from_other_addresses() -> None:
     [
         {"replicas": 0},
         {"port": 70_000},
-        {"topology": "round"},
         {"watch_seconds": 0},
         {"max_body": 0},
         {"cpus": -1},

@@ -17,9 +17,17 @@ from rayrec.model.inference import States, TasteEncoder
 from rayrec.online import state_store
 from rayrec.online.redis_store import RedisStore
 from rayrec.online.sqlite_store import SqliteStore
-from rayrec.online.state_codec import unpack_plays, unpack_state
-from rayrec.online.state_store import Change, StoreUnavailableError, open_store
-from rayrec.online.user_state import LAST_PLAYS, Plays
+from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_plays, unpack_state
+from rayrec.online.state_store import (
+    NOT_THERE,
+    Change,
+    Piece,
+    StateStore,
+    StoreUnavailableError,
+    WholeUser,
+    open_store,
+)
+from rayrec.online.user_state import LAST_PLAYS, Plays, UserState
 from rayrec.serving.prometheus import Metrics
 from rayrec.serving.users import StoredUsers, UserPlays
 from rayrec.storage.workspace import Workspace
@@ -46,7 +54,8 @@ def release(model: str) -> Any:
     """As much of a live release as stored users need."""
     engine = NetworkEngine(ENCODERS[model])
     catalog = SimpleNamespace(lineage="n", rows_of_stored=lambda stored: stored)
-    return SimpleNamespace(model_id=model, engine=engine, catalog=catalog, online=None)
+    online = SimpleNamespace(missing=lambda stored: False, count=0)
+    return SimpleNamespace(model_id=model, engine=engine, catalog=catalog, online=online)
 
 
 def replica(workspace: Workspace, uri: str) -> StoredUsers:
@@ -240,6 +249,39 @@ def test_a_user_with_many_plays_is_read_by_the_last_of_them_and_no_song_is_forgo
         batch = ENCODERS[model].run(seen)[1]
         np.testing.assert_allclose(known.states.hidden, batch.hidden, rtol=1e-3, atol=HALF_PRECISION)
     users.close()
+
+
+def test_ten_million_plays_are_read_like_six_thousand(
+    workspace: Workspace, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users, store, size = replica(workspace, uri), open_store(uri, "n"), 1_024
+    songs = np.random.default_rng(0).integers(0, 50, size)
+    for user, pieces in (("few", 6), ("many", 9_766)):
+        count = pieces * size
+        log = [
+            Piece(size, pack_plays(Plays.of(songs, BEGIN + np.arange(end - size, end) * 60_000)))
+            for end in range(size, count + 1, size)
+        ]
+        state = UserState(before_at=BEGIN + (count - 1) * 60_000, left=count, folded=count - LAST_PLAYS // 2)
+        heard = pack_heard(np.arange(60, dtype=np.int32))
+        change = Change(user_id=user, state=pack_state(state), expected=NOT_THERE, append=log, heard=heard)
+        assert store.put([change]) == [True]
+    read, pieces_read = type(store).read, []
+
+    def counted(self: StateStore, names: Sequence[str], *, plays: int | None = None) -> list[WholeUser | None]:
+        wholes = read(self, names, plays=plays)
+        pieces_read.extend(len(whole.log) for whole in wholes if whole is not None)
+        return wholes
+
+    monkeypatch.setattr(type(store), "read", counted)
+    for user in ("few", "many"):
+        (known,) = asyncio.run(users.read(release("m1"), [user]))
+        assert known is not None
+        assert known.plays.num_plays == 5 * size
+        assert set(known.heard) == set(range(60))
+    assert pieces_read == [5, 5]
+    users.close()
+    store.close()
 
 
 def test_a_deleted_user_is_unknown_until_a_play_from_after_the_deletion(workspace: Workspace, uri: str) -> None:

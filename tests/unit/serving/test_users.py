@@ -10,8 +10,9 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from served import AT, NUM_SONGS, Client, ms, service, write_release, write_world
-from stores import RedisServer, needs_redis
+from stores import needs_redis
 
+from rayrec.bench.redis_servers import RedisServer
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.model.inference import TasteEncoder

@@ -1,0 +1,169 @@
+"""`rayrec bench states`: all users of a release into a new store of each kind: seconds and CPU seconds.
+
+The users are generated: as many as there are templates play, the others repeat their plays and states under other ids.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import torch
+
+from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_data import EMBEDDING_DIM, SONGS_PER_ARTIST
+from rayrec.bench.redis_servers import SERVER, RedisServer
+from rayrec.data import columns
+from rayrec.data.dataset import Dataset, bucket_of
+from rayrec.data.histories import Histories, concatenate
+from rayrec.data.synthetic.world import CONTEXTS, GenerateConfig, World
+from rayrec.jobs.train_plan import model_config
+from rayrec.model.checkpoint import save_model
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.network import TasteModel
+from rayrec.model.taste_table import taste_table, tastes_file
+from rayrec.model.train_config import TrainConfig
+from rayrec.online.load_states import load_states
+from rayrec.online.state_store import open_store
+from rayrec.progress import progress
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
+
+TEMPLATES = 2_000
+USERS_PER_BUCKET = 20_000
+ID = "states"  # of the release and its parts
+
+
+def bench_states(place: Workspace, config: BenchConfig) -> dict[str, Any]:
+    """`rayrec states load` into an SQLite file, and into a Redis server that is started here if it is installed.
+
+    For each store: seconds, cpu_seconds of this process, server_cpu_seconds of the Redis server, store_bytes, and
+    bytes of a user. The Redis server writes every command to disk before it answers.
+    """
+    workspace = Workspace(f"{place.uri}/states-{config.states_users}-{config.seed}")
+    began = time.perf_counter()
+    release = _states_release(workspace, config)
+    figures: dict[str, Any] = {"name": "states", "unit": "users", "users": config.states_users}
+    figures["build_seconds"] = round(time.perf_counter() - began, 1)
+    with tempfile.TemporaryDirectory(prefix="rayrec-store-") as folder:
+        for store in ("sqlite", "redis") if SERVER else ("sqlite",):
+            with _store(store, Path(folder) / store) as (uri, server, size):
+                loaded = _load(workspace, release, uri, server)
+                loaded["user_bytes"] = size() / config.states_users
+            figures |= {f"{store}_{name}": value for name, value in loaded.items()}
+    return figures
+
+
+@contextmanager
+def _store(kind: str, folder: Path) -> Iterator[tuple[str, psutil.Process | None, Callable[[], int]]]:
+    """The address of a new store, its server's process, and what tells the bytes it holds."""
+    folder.mkdir()
+    if kind == "sqlite":
+        yield f"sqlite:///{folder}/states.db", None, lambda: sum(file.stat().st_size for file in folder.iterdir())
+        shutil.rmtree(folder)
+        return
+    server = RedisServer(folder)
+    server.start()
+    assert server.process is not None
+    try:
+        empty = int(server.ask("INFO", "memory")["used_memory"])
+        yield (
+            server.uri,
+            psutil.Process(server.process.pid),
+            lambda: int(server.ask("INFO", "memory")["used_memory"]) - empty,
+        )
+    finally:
+        server.kill()
+
+
+def _load(workspace: Workspace, release: Manifest, uri: str, server: psutil.Process | None) -> dict[str, Any]:
+    dataset = Dataset(workspace)
+    store = open_store(uri, dataset.lineage)
+    began, cpu = time.perf_counter(), time.process_time()
+    server_cpu = _cpu_seconds(server)
+    loaded = load_states(dataset, store, release)
+    store.close()
+    seconds = time.perf_counter() - began
+    assert loaded.added == dataset.manifest.users, asdict(loaded)
+    return {
+        "seconds": seconds,
+        "users_per_second": loaded.users / seconds,
+        "cpu_seconds": time.process_time() - cpu,
+        "server_cpu_seconds": _cpu_seconds(server) - server_cpu,
+    }
+
+
+def _cpu_seconds(process: psutil.Process | None) -> float:
+    if process is None:
+        return 0.0
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _states_release(workspace: Workspace, config: BenchConfig) -> Manifest:
+    """A release of generated users with their tastes; read where an earlier run made it."""
+    if not workspace.exists(f"releases/{ID}/manifest.json"):
+        _write_states_release(workspace, config)
+    return artifacts.load(workspace, "releases", ID)
+
+
+def _write_states_release(workspace: Workspace, config: BenchConfig) -> None:
+    artists = max(GenerateConfig().genres, config.songs // SONGS_PER_ARTIST)
+    users = min(TEMPLATES, config.states_users)
+    settings = GenerateConfig(
+        users=users, songs=config.songs, plays=config.plays, artists=artists, playlists=0, buckets=1, seed=config.seed
+    )
+    world = World(settings)
+    templates = concatenate(list(world.blocks(np.arange(users))))
+    user_ids = np.array([f"user-{number:09d}" for number in range(config.states_users)], dtype=object)
+    buckets = -(-len(user_ids) // USERS_PER_BUCKET)
+    workspace.write_table(SONGS_TABLE, world.songs_table())
+    dataset = _write_manifest(workspace, templates, users=len(user_ids), songs=config.songs, buckets=buckets)
+    model, network = _write_model(dataset, config)
+    table = taste_table(TasteEncoder(model), templates, dataset.manifest.last_play)
+    made_of = {"dataset": dataset.manifest.id, "models": network.id}
+    tastes = Manifest(kind="tastes", id=ID, inputs=made_of)
+    bucket_of_user, names = bucket_of(user_ids, buckets), []
+    with progress("Users", buckets) as bar:
+        for bucket in range(buckets):
+            own = user_ids[bucket_of_user == bucket]  # ascending, as histories have to be
+            rows = np.arange(len(own)) % len(templates)
+            workspace.write_table(
+                histories_file(0, bucket), replace(templates.take(rows), user_ids=own, totals=None).to_arrow()
+            )
+            path = tastes_file(tastes.folder, bucket)
+            workspace.write_table(path, table.take(rows).set_column(0, columns.USER, pa.array(own, pa.string())))
+            names.append(path.removeprefix(f"{tastes.folder}/"))
+            bar.advance()
+    artifacts.publish(workspace, tastes, names)
+    artifacts.publish(workspace, Manifest(kind="releases", id=ID, inputs={**made_of, "tastes": tastes.id}), [])
+
+
+def _write_manifest(workspace: Workspace, templates: Histories, *, users: int, songs: int, buckets: int) -> Dataset:
+    plays = round(users * templates.num_plays / len(templates))
+    manifest = DatasetManifest(
+        id=ID, source="generated", buckets=buckets, parts=1, users=users, plays=plays, songs=songs,
+        first_play=int(templates.played_at.min()), last_play=int(templates.played_at.max()), contexts=list(CONTEXTS),
+        has_skipped=True,
+    )  # fmt: skip
+    write_manifest(workspace, manifest)
+    return Dataset(workspace)
+
+
+def _write_model(dataset: Dataset, config: BenchConfig) -> tuple[TasteModel, Manifest]:
+    """A network of the default shape with random weights: its states are as large as those of a trained one."""
+    torch.manual_seed(config.seed)
+    vectors = torch.nn.functional.normalize(torch.randn(dataset.num_songs, EMBEDDING_DIM))
+    model = TasteModel(model_config(dataset, TrainConfig(), EMBEDDING_DIM), vectors).eval()
+    manifest = Manifest(kind="models", id=ID, inputs={"dataset": dataset.manifest.id}, seed=config.seed)
+    names = save_model(dataset.workspace, manifest.folder, model, np.ones(dataset.num_songs, dtype=np.bool_))
+    return model, artifacts.publish(dataset.workspace, manifest, names)

@@ -1,0 +1,18 @@
+"""The benchmark of loading states: everybody is loaded, into each kind of store."""
+
+from stores import needs_redis
+
+from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.states_bench import bench_states
+from rayrec.storage.workspace import Workspace
+
+
+@needs_redis
+def test_all_users_are_loaded_into_both_stores(workspace: Workspace) -> None:
+    figures = bench_states(workspace, BenchConfig.quick().replace(states_users=300))
+    assert figures["users"] == 300
+    for store in ("sqlite", "redis"):
+        assert figures[f"{store}_users_per_second"] > 0
+        assert figures[f"{store}_cpu_seconds"] > 0
+        assert 500 < figures[f"{store}_user_bytes"] < 10_000
+    assert figures["sqlite_server_cpu_seconds"] == 0.0

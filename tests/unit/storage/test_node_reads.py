@@ -1,0 +1,76 @@
+"""What replicas of a node load together: each byte is read once, and large arrays are nobody's own."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayrec.errors import DamagedArtifactError
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.local_cache import FOLDER_VARIABLE
+from rayrec.storage.workspace import Workspace
+
+REPLICAS = 4
+REPLICA = """
+import sys
+from rayrec.storage import artifacts
+from rayrec.storage.workspace import Workspace
+
+def read():
+    return int(open("/proc/self/io").read().split()[1])
+
+def private():
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+workspace = Workspace(sys.argv[1])
+manifest = artifacts.load(workspace, "models", "large")
+read_before, private_before = read(), private()
+artifacts.verify(workspace, manifest, once=True)
+vectors = workspace.read_array(manifest.path("vectors.npy"))
+assert vectors[len(vectors) // 2] == 0
+print(read() - read_before, private() - private_before)
+"""
+
+
+def write_sparse_model(workspace: Workspace, size: int) -> Manifest:
+    """A model whose vectors are `size` bytes of zeros that take no room on the disk."""
+    manifest = Manifest(kind="models", id="large", inputs={})
+    workspace.write_array(manifest.path("vectors.npy"), np.zeros(1, np.float32))
+    path = Path(workspace.full(manifest.path("vectors.npy")))
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(size // 4,))
+    return artifacts.publish(workspace, manifest, ["vectors.npy"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bytes that were read are told by /proc")
+@pytest.mark.parametrize("size", [1 << 26, pytest.param(10 * 1_000_000_000, marks=pytest.mark.slow)])
+def test_replicas_of_a_node_read_each_byte_once(
+    workspace: Workspace, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cache"))
+    write_sparse_model(workspace, size)
+
+    def load(_: int) -> list[int]:
+        command = [sys.executable, "-c", REPLICA, workspace.root]
+        return [int(word) for word in subprocess.run(command, capture_output=True, check=True).stdout.split()]
+
+    with ThreadPoolExecutor(REPLICAS) as pool:
+        replicas = list(pool.map(load, range(REPLICAS)))
+    read = sum(own for own, _ in replicas)
+    assert size <= read < size + REPLICAS * 1_000_000
+    assert max(private for _, private in replicas) < 40_000  # kB
+
+
+def test_a_file_that_changed_is_read_again_and_refused(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cache"))
+    manifest = write_sparse_model(workspace, 4_000_000)
+    artifacts.verify(workspace, manifest, once=True)
+    workspace.write_array(manifest.path("vectors.npy"), np.ones(1_000_000, np.float32))
+    with pytest.raises(DamagedArtifactError, match="does not match the checksum"):
+        artifacts.verify(workspace, manifest, once=True)
