@@ -36,7 +36,7 @@ UsersOption = Annotated[int | None, typer.Option("--users", help="Number of user
 PlaysOption = Annotated[int | None, typer.Option("--plays", help="Number of plays of all users.")]
 SongsOption = Annotated[int | None, typer.Option("--songs", help="Number of songs.")]
 RatesOption = Annotated[
-    str | None, typer.Option("--rates", metavar="FILE", help="Measured rates of rayrec bench NAME --save FILE.")
+    str | None, typer.Option("--rates", metavar="FILE", help="Measured rates of rayrec bench scale --save FILE.")
 ]
 StopOption = Annotated[str | None, typer.Option("--stop", metavar="ID", help="Stop a job.")]
 

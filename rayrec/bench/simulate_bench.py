@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import SimulateBenchConfig
 from rayrec.bench.bench_data import bench_dataset
 from rayrec.bench.cluster_simulation import SimulatedCluster, SimulatedStage, Work, simulate
 from rayrec.bench.rounds import PlainProcess
 from rayrec.bench.scale_bench import write_plays
 from rayrec.config import Settings
+from rayrec.data.dataset import Dataset
 from rayrec.data.shards import divisors
 from rayrec.data.split import SplitConfig
 from rayrec.embeddings.embed_config import EmbedConfig
@@ -90,8 +91,8 @@ class Line:
         return self.fixed + self.each * amount
 
 
-def bench_simulate(place: Workspace, config: BenchConfig) -> dict[str, Any]:
-    """Measure here, simulate there; and with `simulate_check` run on three local nodes and compare.
+def bench_simulate(place: Workspace, config: SimulateBenchConfig) -> dict[str, Any]:
+    """Measure here, simulate there; and with `check` run on three local nodes and compare.
 
     `stages`: by stage hours, plan_hours (with the rates of the same runs), shares busy, storage, lost and idle of the
     cores, bottleneck, and lost_node_seconds. `check`: seconds measured and simulated on three nodes, and their ratio.
@@ -99,22 +100,22 @@ def bench_simulate(place: Workspace, config: BenchConfig) -> dict[str, Any]:
     runs = [_measured(place, config, times) for times in SIZES]
     lines = fit_lines(runs)
     size = DataScale(
-        users=config.simulate_users,
-        plays=config.simulate_plays,
-        songs=config.simulate_songs,
-        buckets=min(MAX_BUCKETS, max(MIN_BUCKETS, -(-config.simulate_plays // PLAYS_PER_BUCKET))),
+        users=config.users,
+        plays=config.plays,
+        songs=config.songs,
+        buckets=min(MAX_BUCKETS, max(MIN_BUCKETS, -(-config.plays // PLAYS_PER_BUCKET))),
         queries=100_000,
         rank_queries=RankConfig().queries,
-        pieces=min(MAX_PIECES, max(1, config.simulate_plays // PLAYS_PER_BUCKET)),
+        pieces=min(MAX_PIECES, max(1, config.plays // PLAYS_PER_BUCKET)),
     )
     cluster = SimulatedCluster(
-        nodes=config.simulate_nodes,
-        cores=config.simulate_cores,
-        latency=config.simulate_latency,
-        requests_per_second=config.simulate_requests,
-        losses_per_node_hour=config.simulate_losses,
+        nodes=config.nodes,
+        cores=config.cores,
+        latency=config.latency,
+        requests_per_second=config.requests_per_second,
+        losses_per_node_hour=config.losses,
     )
-    works = job_graph(size, lines, runs, cluster, epochs=config.simulate_epochs)
+    works = job_graph(size, lines, runs, cluster, epochs=config.epochs)
     simulated = simulate(works, cluster, config.seed)
     planned = _planned(size, cluster, runs[-1], config)
     result: dict[str, Any] = {
@@ -128,7 +129,7 @@ def bench_simulate(place: Workspace, config: BenchConfig) -> dict[str, Any]:
         "hours": sum(stage.seconds for stage in simulated) / 3600,
         "stages": [_row(stage, planned) for stage in simulated],
     }
-    if config.simulate_check:
+    if config.check:
         result["check"] = _check(place, config, lines, runs)
     return result
 
@@ -280,12 +281,21 @@ def driver_seconds(measured: MeasuredRun) -> dict[str, float]:
     }
 
 
-def _measured(place: Workspace, config: BenchConfig, times: int) -> MeasuredRun:
+def _generated(place: Workspace, config: SimulateBenchConfig, times: int) -> Dataset:
+    """Data so many times as large as the smaller of the measured ones."""
+    return bench_dataset(
+        place,
+        users=config.measured_users * times,
+        songs=config.measured_songs * times,
+        plays=config.measured_plays,
+        seed=config.seed,
+    )
+
+
+def _measured(place: Workspace, config: SimulateBenchConfig, times: int) -> MeasuredRun:
     """All stages on one size of data, on a cluster of one CPU, from a process of its own."""
     with ray_cluster():
-        users = config.simulate_measured_users * times
-        dataset = bench_dataset(place, config, users=users, songs=config.songs * times)
-        plays = write_plays(dataset)
+        plays = write_plays(_generated(place, config, times))
     workspace = Workspace(f"{place.uri}/simulate-{times}")
     with PlainProcess(0) as driver:
         return driver.run(run_stages, plays, workspace, QUERIES * times, config.seed, 1, None)
@@ -353,15 +363,14 @@ def run_stages(
 
 
 def _check(
-    place: Workspace, config: BenchConfig, lines: Mapping[str, Line], runs: Sequence[MeasuredRun]
+    place: Workspace, config: SimulateBenchConfig, lines: Mapping[str, Line], runs: Sequence[MeasuredRun]
 ) -> dict[str, Any]:
     """Stages on three local nodes, a head without CPUs and two of one CPU each, and the simulation of the same."""
     from ray.cluster_utils import Cluster
 
     times = 2
-    users = config.simulate_measured_users * times
     with ray_cluster():
-        plays = write_plays(bench_dataset(place, config, users=users, songs=config.songs * times))
+        plays = write_plays(_generated(place, config, times))
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         for _ in range(2):
@@ -385,7 +394,7 @@ def _check(
 
 
 def _planned(
-    size: DataScale, cluster: SimulatedCluster, measured: MeasuredRun, config: BenchConfig
+    size: DataScale, cluster: SimulatedCluster, measured: MeasuredRun, config: SimulateBenchConfig
 ) -> dict[str, float]:
     """Hours of `rayrec plan` by stage, with the rates of the larger run."""
 
@@ -414,7 +423,7 @@ def _planned(
         most=cluster.nodes,
     )
     data = DataSize.assumed(size.users, size.plays, size.songs, size.buckets)
-    epochs = config.simulate_epochs
+    epochs = config.epochs
     plan = make_plan(
         data,
         ClusterFile(name="simulated", nodes=[node], most_nodes=cluster.nodes),

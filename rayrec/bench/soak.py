@@ -1,4 +1,4 @@
-"""`rayrec bench serve --soak`: mixed load while replicas are killed: failures, lost plays and growth of memory."""
+"""`rayrec bench soak`: mixed load while replicas are killed: failures, lost plays and growth of memory."""
 
 import asyncio
 import random
@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 
 from rayrec.bench import private_memory
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import SoakBenchConfig
 from rayrec.bench.serve_bench import (
     PLAYED_AT,
     USERS,
@@ -45,7 +45,7 @@ class SoakCounts:
     acknowledged: Counter[str] = field(default_factory=Counter)  # plays by user
 
 
-def soak(workspace: Workspace | None, config: BenchConfig | None, *, quick: bool = False) -> dict[str, Any]:
+def soak(place: Workspace, config: SoakBenchConfig) -> dict[str, Any]:
     """Load from 16 clients on two replicas, one of which is killed now and then.
 
     A client retries once after a connection error or a 503. `failure_share` is of the requests that failed all the
@@ -54,12 +54,11 @@ def soak(workspace: Workspace | None, config: BenchConfig | None, *, quick: bool
     all replicas are there again, and `memory_growth` its median in the second half of the time after the first fifth,
     over that in the first half.
     """
-    config = config or (BenchConfig.quick() if quick else BenchConfig())
-    songs = config.serve_songs[0]
-    with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as folder:
-        place = Workspace(f"{workspace.uri if workspace else folder}/bench/serve-{songs}")
-        write_bench_release(place, songs, config.seed)
-        with application("serve", place, Path(folder) / "soak.db", REPLICAS) as url:
+    songs = config.songs
+    with tempfile.TemporaryDirectory(prefix="rayrec-store-") as folder:
+        served = Workspace(f"{place.uri}/serve-{songs}")
+        write_bench_release(served, songs, config.seed)
+        with application("serve", served, Path(folder) / "soak.db", REPLICAS) as url:
             store_users(url, songs)
             counts, watched = asyncio.run(_run(url, songs, config))
             lost, repeated = asyncio.run(_lost(url, counts))
@@ -67,9 +66,9 @@ def soak(workspace: Workspace | None, config: BenchConfig | None, *, quick: bool
     return {
         "name": "soak",
         "unit": "requests",
-        "minutes": config.soak_minutes,
+        "minutes": config.minutes,
         "requests": total,
-        "per_second": total / (60 * config.soak_minutes),
+        "per_second": total / (60 * config.minutes),
         "by_kind": dict(counts.requests),
         "failed": failed,
         "failed_by_reason": dict(counts.failed),
@@ -81,8 +80,8 @@ def soak(workspace: Workspace | None, config: BenchConfig | None, *, quick: bool
     }
 
 
-async def _run(url: str, songs: int, config: BenchConfig) -> tuple[SoakCounts, dict[str, Any]]:
-    counts, end = SoakCounts(), time.monotonic() + 60 * config.soak_minutes
+async def _run(url: str, songs: int, config: SoakBenchConfig) -> tuple[SoakCounts, dict[str, Any]]:
+    counts, end = SoakCounts(), time.monotonic() + 60 * config.minutes
     bodies = histories(np.random.default_rng(config.seed), songs)
     async with AsyncClient(url, retry=Retry(retries=1, timeout=30)) as client:
         work = asyncio.gather(*(_client(client, number, bodies, songs, counts, end) for number in range(CLIENTS)))
@@ -123,11 +122,11 @@ async def attempt(call: Awaitable[Any], counts: SoakCounts) -> bool:
     return True
 
 
-async def _kill(config: BenchConfig, end: float) -> int:
+async def _kill(config: SoakBenchConfig, end: float) -> int:
     """Kill a replica now and then, while another one answers; how many."""
     killed = 0
-    while time.monotonic() + config.soak_kill_seconds < end:
-        await asyncio.sleep(config.soak_kill_seconds)
+    while time.monotonic() + config.kill_seconds < end:
+        await asyncio.sleep(config.kill_seconds)
         running = replicas()
         if sum(time.time() - replica.create_time() > READY_SECONDS for replica in running) > 1:
             random.choice(running).kill()
@@ -147,13 +146,13 @@ def replicas() -> list[psutil.Process]:
     return running
 
 
-async def _watch(config: BenchConfig, end: float) -> list[float]:
+async def _watch(config: SoakBenchConfig, end: float) -> list[float]:
     """Private memory, MiB, of the application's processes, halfway between the kills."""
     used = []
-    await asyncio.sleep(config.soak_kill_seconds / 2)
+    await asyncio.sleep(config.kill_seconds / 2)
     while time.monotonic() < end:
         used.append(await asyncio.to_thread(_memory))
-        await asyncio.sleep(config.soak_kill_seconds)
+        await asyncio.sleep(config.kill_seconds)
     return used or [await asyncio.to_thread(_memory)]
 
 

@@ -370,7 +370,7 @@ class _Planner:
         """What to know of these figures."""
         told = []
         if any(stage.rate_from == BUILT_IN_FROM for stage in stages):
-            told.append(f"rates were measured on {BUILT_IN_FROM}; measure yours with rayrec bench NAME --save FILE")
+            told.append(f"rates were measured on {BUILT_IN_FROM}; measure yours with rayrec bench scale --save FILE")
         if self.config.gpu and TRAIN_ON_GPU not in self.rates:
             told.append(f"no GPU rate ({TRAIN_ON_GPU}): each GPU counts as one CPU")
         if not self.data.looked_at:

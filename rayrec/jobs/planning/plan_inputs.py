@@ -142,7 +142,7 @@ def read_rates(path: str) -> dict[str, float]:
     except OSError as error:
         raise InputError(f"rates file {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} has no rates; expected a file written by `rayrec bench NAME --save FILE`") from error
+        raise InputError(f"{path} has no rates; expected a file written by `rayrec bench scale --save FILE`") from error
     slow = [name for name, rate in rates.items() if not rate > 0]
     if slow:
         raise InputError(f"{path} has {slow[0]} {rates[slow[0]]}; expected a number above 0")

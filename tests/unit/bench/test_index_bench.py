@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import IndexBenchConfig
 from rayrec.bench.index_bench import K, bench_index, song_vectors, speed
 
 
 def test_it_tells_recall_and_speed_of_both_kinds_and_the_ratio_to_faiss_alone() -> None:
-    told = bench_index(BenchConfig.quick()).to_json()
+    told = bench_index(IndexBenchConfig.quick()).to_json()
     assert told["flat_recall"] == 1
     assert told["ivf_recall"] >= 0.99
     assert 1 <= told["nprobe"] <= told["nlist"]

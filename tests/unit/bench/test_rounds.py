@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from rayrec.bench.bench_config import BenchConfig, check_name
+from rayrec.bench.bench_config import MemoryBenchConfig, ServeBenchConfig, TrainBenchConfig, check_name
 from rayrec.bench.rounds import Measured, Way, compare
 from rayrec.errors import InputError
 
@@ -69,6 +69,11 @@ class TestConfig:
 
     def test_sizes_that_compare_nothing_are_refused(self) -> None:
         with pytest.raises(InputError, match="rounds is 0"):
-            BenchConfig(rounds=0)
-        with pytest.raises(InputError, match="memory_users is"):
-            BenchConfig(memory_users=(500, 500))
+            TrainBenchConfig(rounds=0)
+        with pytest.raises(InputError, match="users is"):
+            MemoryBenchConfig(users=(500, 500))
+
+    def test_quick_sizes_stand_where_none_was_given(self) -> None:
+        config = ServeBenchConfig(clients=(1, 2, 16), seed=3).with_quick_sizes()
+        assert config == ServeBenchConfig.quick().replace(clients=(1, 2, 16), seed=3)
+        assert config.songs == (500,)

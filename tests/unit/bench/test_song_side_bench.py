@@ -1,11 +1,11 @@
 """The song side: every kind of table at every size, the largest against the smallest."""
 
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import SongsBenchConfig
 from rayrec.bench.index_bench import bench_song_side
 
 
 def test_every_table_is_timed_at_every_size() -> None:
-    told = bench_song_side(BenchConfig(rounds=1, table_songs=(300, 200), table_steps=1)).to_json()
+    told = bench_song_side(SongsBenchConfig(rounds=1, songs=(300, 200), steps=1)).to_json()
     assert (told["name"], told["unit"]) == ("songs", "plays")
     for table in ("trained", "mapped", "frozen"):
         for songs in (200, 300):

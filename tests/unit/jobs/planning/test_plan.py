@@ -119,7 +119,7 @@ def test_built_in_rates_fill_in_and_are_marked() -> None:
     plan = make_plan(DATA, SMALL, PlanConfig(), {"taste_plays_per_second_per_cpu": 5.0})
     assert stage(plan, "taste").rate_from == "the file of rates"
     assert stage(plan, "train").rate_from == BUILT_IN_FROM
-    assert any("rayrec bench NAME --save FILE" in note for note in plan.notes)
+    assert any("rayrec bench scale --save FILE" in note for note in plan.notes)
     assert stage(plan, "index").hours is None
     assert not any("built-in" in note for note in planned().notes)
 
