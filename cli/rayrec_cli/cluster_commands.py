@@ -142,11 +142,11 @@ def estimate(
         from rayrec.jobs.planning.plan_inputs import measure_skew
 
         dataset = Dataset(call.workspace)
-        found = measure_skew(dataset)
-        data = DataSize.of(dataset.manifest, found)
-        skew = {"largest_buckets": found.largest_buckets, "longest_histories": found.longest_histories}
-    made = make_plan(data, known, config, read_rates(rates) if rates else None, skew)
-    return Shown(made.to_mapping(), plan_views(made), exit_code=1 if made.problems else 0)
+        data_skew = measure_skew(dataset)
+        data = DataSize.of(dataset.manifest, data_skew)
+        skew = {"largest_buckets": data_skew.largest_buckets, "longest_histories": data_skew.longest_histories}
+    planned = make_plan(data, known, config, read_rates(rates) if rates else None, skew)
+    return Shown(planned.to_mapping(), plan_views(planned), exit_code=1 if planned.problems else 0)
 
 
 def plan_views(made: Any) -> list[RenderableType]:

@@ -116,8 +116,8 @@ def run(call: Call, *, file: FileArgument, force: ForceOption = False) -> Shown:
 def note_stage(outcome: Any) -> None:
     """Report a finished stage on stderr."""
     why = ", unchanged" if outcome.status == "skipped" else f": {outcome.reason}" if outcome.reason else ""
-    seen = f", trained on {outcome.trained_on}" if outcome.trained_on else ""
-    note(f"{outcome.stage}: {outcome.status}{why} ({outcome.seconds:,.1f} s){seen}")
+    plays_text = f", trained on {outcome.trained_on}" if outcome.trained_on else ""
+    note(f"{outcome.stage}: {outcome.status}{why} ({outcome.seconds:,.1f} s){plays_text}")
 
 
 def stages_table(outcomes: list[Any]) -> RenderableType:

@@ -139,8 +139,8 @@ def measure_answers(dataset: Dataset, parts: dict[str, str], queries: int) -> di
 
 def one_query(histories: Histories, questions: Questions, row: int) -> tuple[Histories, Questions]:
     """One user's plays before a question, and the question."""
-    seen = int(questions.seen[row])
-    history = histories.take(questions.rows[row : row + 1]).span(0, seen)
+    plays_before = int(questions.seen[row])
+    history = histories.take(questions.rows[row : row + 1]).span(0, plays_before)
     return history, Questions.at_end(history, int(questions.at[row]))
 
 

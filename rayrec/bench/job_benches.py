@@ -48,10 +48,10 @@ def bench_taste(place: Workspace, config: TasteBenchConfig) -> dict[str, Any]:
 
         def ours() -> Measured:
             began = time.perf_counter()
-            made = compute_tastes(workspace, settings, model_id=model.id, repeat=True)
+            artifact = compute_tastes(workspace, settings, model_id=model.id, repeat=True)
             seconds = time.perf_counter() - began
-            workspace.delete(made.folder)
-            return Measured(made.metrics["plays"], seconds)
+            workspace.delete(artifact.folder)
+            return Measured(artifact.metrics["plays"], seconds)
 
         arguments = (workspace, model, PLAIN_TASTES, dataset.manifest.last_play, settings.users)
         with plain_process() as plain:
@@ -73,10 +73,10 @@ def bench_embed(place: Workspace, config: EmbedBenchConfig) -> dict[str, Any]:
 
         def ours() -> Measured:
             began = time.perf_counter()
-            made = embed(dataset.workspace, settings, repeat=True)
+            artifact = embed(dataset.workspace, settings, repeat=True)
             seconds = time.perf_counter() - began
-            dataset.workspace.delete(made.folder)
-            return Measured(made.metrics["tokens"] * settings.epochs, seconds)
+            dataset.workspace.delete(artifact.folder)
+            return Measured(artifact.metrics["tokens"] * settings.epochs, seconds)
 
         with plain_process() as plain:
             tokens = partial(plain.run, loops.embed_loop, corpus.path, settings, workers, corpus.tokens)

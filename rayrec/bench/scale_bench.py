@@ -71,8 +71,8 @@ def run_chain(plays: str, place: Workspace, workers: int, embed_epochs: int, bat
 
 def _timed(stage: Callable[[], Manifest], work: Callable[[Manifest], float]) -> Measured:
     began = time.perf_counter()
-    made = stage()
-    return Measured(work(made), time.perf_counter() - began)
+    artifact = stage()
+    return Measured(work(artifact), time.perf_counter() - began)
 
 
 Stages = dict[str, Measured]  # stage -> plays (or tokens) and seconds

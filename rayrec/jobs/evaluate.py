@@ -142,10 +142,10 @@ def examples_of(dataset: Dataset, evaluator: Evaluator, default: str) -> list[di
         plays = plays_to_predict(histories, evaluator.split)
         rows, first = np.unique(histories.rows[plays], return_index=True)
         for row, play in zip(rows.tolist(), plays[first].tolist(), strict=True):
-            seen = play - histories.offsets[row]
-            if seen < EXAMPLE_PLAYS:
+            plays_before = play - histories.offsets[row]
+            if plays_before < EXAMPLE_PLAYS:
                 continue
-            history = histories.take(np.array([row])).span(0, seen)
+            history = histories.take(np.array([row])).span(0, plays_before)
             songs, _ = named[0].recommend_one(
                 history, int(histories.played_at[play]), EXAMPLE_SONGS, exclude_heard=True
             )

@@ -158,8 +158,10 @@ class _Planner:
 
     def stages(self) -> list[StagePlan]:
         """In the order in which they run."""
-        made = [self.importing(), self.embed(), self.train()]
-        return [*made, self.retrieval(), self.rank(), self.taste(), self.index(), self.evaluate(), self.recommend()]
+        return [
+            *(self.importing(), self.embed(), self.train(), self.retrieval(), self.rank(), self.taste()),
+            *(self.index(), self.evaluate(), self.recommend()),
+        ]
 
     def importing(self) -> StagePlan:
         """Units of text are read and buckets merged, one a CPU; the larger of the two decides."""
@@ -368,16 +370,16 @@ class _Planner:
 
     def notes(self, stages: list[StagePlan]) -> list[str]:
         """What to know of these figures."""
-        told = []
+        texts = []
         if any(stage.rate_from == BUILT_IN_FROM for stage in stages):
-            told.append(f"rates were measured on {BUILT_IN_FROM}; measure yours with rayrec bench scale --save FILE")
+            texts.append(f"rates were measured on {BUILT_IN_FROM}; measure yours with rayrec bench scale --save FILE")
         if self.config.gpu and TRAIN_ON_GPU not in self.rates:
-            told.append(f"no GPU rate ({TRAIN_ON_GPU}): each GPU counts as one CPU")
+            texts.append(f"no GPU rate ({TRAIN_ON_GPU}): each GPU counts as one CPU")
         if not self.data.looked_at:
-            told.append(f"the largest bucket is assumed to be {ASSUMED_SKEW} times the mean; --workspace measures it")
+            texts.append(f"the largest bucket is assumed to be {ASSUMED_SKEW} times the mean; --workspace measures it")
         if self.config.gpu and self.gpu is not None and self.gpu.gpu_memory is None:
-            told.append(f"{self.gpu.name} does not name its GPU: GPU memory is not checked")
-        return told
+            texts.append(f"{self.gpu.name} does not name its GPU: GPU memory is not checked")
+        return texts
 
     def rate(self, name: str) -> float:
         """A rate of the file, or the built-in one."""

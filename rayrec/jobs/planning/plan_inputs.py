@@ -64,15 +64,15 @@ def _bucket_bytes(dataset: Dataset) -> Counter[int]:
 
 
 def _longest(dataset: Dataset, bucket: int) -> list[tuple[str, int]]:
-    found: Counter[str] = Counter()
+    lengths_by_user: Counter[str] = Counter()
     for path in dataset.manifest.histories_files(bucket):
         with dataset.workspace.open_input(path) as stream:
             for batch in pq.ParquetFile(stream).iter_batches(5_000, columns=[columns.USER, columns.SONGS]):
                 lengths = np.diff(batch.column(columns.SONGS).offsets.to_numpy())
                 first = np.argsort(-lengths, kind="stable")[:LISTED]
                 for user, plays in zip(batch.column(columns.USER).take(first).to_pylist(), lengths[first], strict=True):
-                    found[user] += int(plays)
-    return found.most_common(LISTED)
+                    lengths_by_user[user] += int(plays)
+    return lengths_by_user.most_common(LISTED)
 
 
 class PlanConfig(Settings):
@@ -117,9 +117,9 @@ class DataSize:
         for name, count in (("users", users), ("plays", plays), ("songs", songs)):
             if count < 1:
                 raise InputError(f"{name} is {count}; expected at least 1")
-        made = buckets or min(MAX_BUCKETS, max(MIN_BUCKETS, ceil(plays * CSV_BYTES / BUCKET_BYTES)))
-        largest = ceil(plays / made * ASSUMED_SKEW)
-        return cls(users=users, plays=plays, songs=songs, buckets=made, largest_bucket=largest, looked_at=False)
+        bucket_count = buckets or min(MAX_BUCKETS, max(MIN_BUCKETS, ceil(plays * CSV_BYTES / BUCKET_BYTES)))
+        largest = ceil(plays / bucket_count * ASSUMED_SKEW)
+        return cls(users=users, plays=plays, songs=songs, buckets=bucket_count, largest_bucket=largest, looked_at=False)
 
     @classmethod
     def of(cls, manifest: DatasetManifest, skew: Skew) -> "DataSize":
@@ -137,8 +137,8 @@ class DataSize:
 def read_rates(path: str) -> dict[str, float]:
     """The rates of a file that `rayrec bench --save` wrote. Raises `InputError` for another file."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))["rates"]
-        rates = {str(name): float(rate) for name, rate in found.items()}
+        content = json.loads(Path(path).read_text(encoding="utf-8"))["rates"]
+        rates = {str(name): float(rate) for name, rate in content.items()}
     except OSError as error:
         raise InputError(f"rates file {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
