@@ -165,8 +165,24 @@ def plan_views(made: Any) -> list[RenderableType]:
     ]
     requests = {item.stage: item.requests for item in made.stages if item.requests is not None}
     views.append(figures("Requests of object storage", requests))
+    stores = {item.stage: size(item.store) for item in made.stages if item.store}
+    views.append(figures("Object store of a node", stores))
+    if made.serving is not None:
+        views.append(figures("Server", _serving(made.serving)))
     for name, pairs in made.skew.items():
         views.append(table(name.replace("_", " ").capitalize(), ["which", "plays"], pairs))
     views.extend(f"Does not fit: {problem}" for problem in made.problems)
     views.extend(f"Note: {text}" for text in made.notes)
     return views
+
+
+def _serving(plan: Any) -> dict[str, Any]:
+    """Replicas for the rate of requests, and the memory of their nodes."""
+    return {
+        "requests per second": plan.requests_per_second,
+        "replicas": plan.replicas,
+        "nodes": plan.nodes,
+        "private memory of a replica": size(plan.replica_memory),
+        "shared memory of a node": size(plan.shared_memory),
+        "memory of a node": size(plan.node_memory),
+    }

@@ -91,6 +91,7 @@ def bench_answers(place: Workspace, config: AnswersBenchConfig) -> dict[str, Any
         "cpu_growth": largest["cpu_ms"] / smallest["cpu_ms"],
         "private_mb": largest["private_mb"],
         "catalogs": catalogs,
+        "rates": {"answers_per_second_per_cpu": 1000 / largest["cpu_ms"]},
     }
 
 

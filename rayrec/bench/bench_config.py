@@ -262,7 +262,7 @@ CONFIGS: dict[str, type[BenchConfig]] = {
     "serve": ServeBenchConfig,
     "soak": SoakBenchConfig,
 }
-WITH_RATES = ("train", "taste", "embed", "scale")  # benchmarks whose rates `rayrec plan` reads
+WITH_RATES = ("train", "taste", "embed", "scale", "answers")  # benchmarks whose rates `rayrec plan` reads
 
 
 def check_name(name: str) -> None:

@@ -129,6 +129,7 @@ class TestBench:
             assert all(stage["bytes"] > 0 for stage in catalog["stages"].values())
             assert 0 < catalog["candidates"] <= min(catalog["songs"], sum(COUNTS.values()))
             assert catalog["recall"] == catalog["exact_recall"] > 0  # small catalogs are searched exactly
+        assert told["rates"] == {"answers_per_second_per_cpu": 1000 / told["cpu_ms"]}
         assert told["cpu_growth"] == told["catalogs"][1]["cpu_ms"] / told["catalogs"][0]["cpu_ms"]
         again = bench("answers", place, TINY["answers"])
         assert [catalog["build_seconds"] for catalog in again["catalogs"]] == [0, 0]

@@ -36,6 +36,7 @@ BUILT_IN = {
     "recommend_users_per_second_per_cpu": 190.0,
 }
 TRAIN_ON_GPU = "train_plays_per_second_per_gpu"  # measured by nobody yet: only a file of rates can hold it
+ANSWERS = "answers_per_second_per_cpu"  # of `rayrec bench answers --save`; none is built in: catalogs differ too much
 _EMBED, _TRAIN = EmbedConfig(), TrainConfig()
 
 
@@ -93,6 +94,7 @@ class PlanConfig(Settings):
     queries: int = Field(100_000, ge=1, description="Queries that evaluate samples")
     k: int = Field(100, ge=1, description="Songs per user of recommend --all")
     nodes: int = Field(0, ge=0, description="Number of CPU nodes; 0: the cluster's maximum")
+    serve_rate: float = Field(100.0, gt=0, description="Requests per second that the server has to answer")
 
     @property
     def fits(self) -> int:
