@@ -6,7 +6,7 @@ Q queries, C candidates of all queries together, F features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import lightgbm
@@ -19,7 +19,9 @@ from rayrec.storage.workspace import Workspace
 
 TOP = 20  # places that training looks at
 HELD_OUT_SHARE = 0.2  # of the examples' users, on whom trees are counted and chances calibrated
-FEW_QUERIES = 2_000  # to learn from, below which linear models are tried beside trees
+SOME_QUERIES = 10_000  # to learn from, below which trees of few leaves are tried beside
+FEW_LEAVES = 4
+FEW_QUERIES = 2_000  # to learn from, below which linear models are tried, too
 PENALTIES = (1.0, 10.0, 100.0)  # of squared weights that are tried
 KNOTS = 60  # points of the curve from scores to chances
 SLOPE = 0.01  # of the curve where it would be level
@@ -261,9 +263,9 @@ class Ranker:
     def fit(cls, examples: RankingExamples, names: list[str], settings: RankerSettings | None = None) -> Ranker:
         """Learn from the queries that are not held out, and calibrate on those that are.
 
-        With fewer than 2,000 queries to learn from, which do not carry trees, linear models are tried beside them; the
-        model with the best NDCG@20 on the queries held out is kept [ours]. Raises `TooFewQueriesError` where there is
-        nothing to learn from or nothing to check on.
+        With fewer than 10,000 queries to learn from trees of four leaves are tried, too, with fewer than 2,000, which
+        carry no trees, linear models; the one with the best NDCG@20 on the queries held out is kept [ours]. Raises
+        `TooFewQueriesError` where there is nothing to learn from or nothing to check on.
         """
         settings = settings or RankerSettings()
         grown, checked = (examples.take(examples.found & part) for part in (~examples.held_out, examples.held_out))
@@ -273,6 +275,8 @@ class Ranker:
                 f"and {len(checked)} to check on: give a split with more validation days"
             )
         models: list[TreeModel | LinearModel] = [TreeModel.fit(grown, checked, names, settings)]
+        if len(grown) < SOME_QUERIES:
+            models.append(TreeModel.fit(grown, checked, names, replace(settings, leaves=FEW_LEAVES, patience=60)))
         if len(grown) < FEW_QUERIES:
             models += [LinearModel.fit(grown, penalty) for penalty in PENALTIES]
         best = max(models, key=lambda model: ndcg(checked.rows, model.scores(checked.features), checked.right))

@@ -40,6 +40,8 @@ def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
         said.append("other listeners often play it soon after your last songs")
     if value("sessions_rank") >= NEAR:
         said.append("it is in sessions like yours")
+    elif value("history_sessions_rank") >= NEAR:
+        said.append("listeners with your songs play it")
     if value("taste_short_rank") >= NEAR:
         said.append("it is near to what you listen to now")
     if value("taste_long_rank") >= NEAR:

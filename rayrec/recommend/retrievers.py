@@ -112,6 +112,10 @@ class SessionKnnSettings:
     just_played: float = 0.25  # weight of a song that is among the last plays
 
 
+# Of what the user likes over the last 50 plays, in whatever order: fades five to ten times slower.
+HISTORY_KNN = SessionKnnSettings(last_plays=50, neighbours=300, plays_decay=25.0, places_decay=50.0)
+
+
 class SessionRetriever(Retriever):
     """Session kNN over the newest sessions of each of the last songs: V-STAN's weights, VMIS-kNN's postings.
 
@@ -120,10 +124,10 @@ class SessionRetriever(Retriever):
     the song that was matched last.
     """
 
-    name = "sessions"
-
-    def __init__(self, retrieval: Retrieval, settings: SessionKnnSettings | None = None) -> None:
-        self._sessions, self._settings = retrieval.sessions, settings or SessionKnnSettings()
+    def __init__(
+        self, retrieval: Retrieval, settings: SessionKnnSettings | None = None, *, name: str = "sessions"
+    ) -> None:
+        self.name, self._sessions, self._settings = name, retrieval.sessions, settings or SessionKnnSettings()
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """The `count` songs of most weight."""
@@ -187,22 +191,34 @@ class RuleRetriever(Retriever):
         return Proposals.best(rows[some], songs, scores[some], num_songs=batch.num_songs, count=count)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecentRulesSettings:
+    """How far back rules look."""
+
+    last_plays: int = 10
+    decay: float = 0.75  # of the weight of a song with each play since
+    followers: int = 40  # of each of the last songs, the strongest
+
+
+HISTORY_RULES = RecentRulesSettings(last_plays=50, decay=0.97, followers=20)
+
+
 class RecentRulesRetriever(Retriever):
-    """What followed the last ten songs, those of each as shares, less the longer a song ago."""
+    """What followed the last songs, those of each as shares, less the longer a song ago."""
 
-    name = "recent_rules"
-    last_plays, decay, followers = 10, 0.75, 40
-
-    def __init__(self, retrieval: Retrieval) -> None:
-        self._rules = retrieval.rules
+    def __init__(
+        self, retrieval: Retrieval, settings: RecentRulesSettings | None = None, *, name: str = "recent_rules"
+    ) -> None:
+        self.name, self._rules, self._settings = name, retrieval.rules, settings or RecentRulesSettings()
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """The `count` songs of most weight."""
-        plays = batch.latest(self.last_plays)
+        settings = self._settings
+        plays = batch.latest(settings.last_plays)
         plays = plays[batch.songs[plays] < self._rules.num_songs]
         songs = batch.songs[plays]
         starts = self._rules.offsets[songs]
-        counts = np.minimum(self._rules.offsets[songs + 1] - starts, self.followers)
+        counts = np.minimum(self._rules.offsets[songs + 1] - starts, settings.followers)
         entry = ranges(starts, counts)
         play = np.repeat(plays, counts)
         strongest = self._rules.weights[np.minimum(starts, max(0, len(self._rules.weights) - 1))] + UNIT
@@ -210,7 +226,7 @@ class RecentRulesRetriever(Retriever):
         return Proposals.summed(
             batch.rows[play],
             self._rules.followers[entry].astype(np.int64),
-            shares * self.decay ** batch.back[play],
+            shares * settings.decay ** batch.back[play],
             num_songs=batch.num_songs,
             count=count,
         )
@@ -299,6 +315,8 @@ COUNTS = {
     "rules": 100,
     "next_rules": 50,
     "recent_rules": 50,
+    "history_sessions": 100,
+    "history_rules": 50,
     "user_top": 100,
     "user_rules": 30,
     "artists": 50,
@@ -329,6 +347,8 @@ def make_retrievers(
         RuleRetriever(retrieval),
         RuleRetriever(retrieval, at_once=True),
         RecentRulesRetriever(retrieval),
+        SessionRetriever(retrieval, HISTORY_KNN, name="history_sessions"),
+        RecentRulesRetriever(retrieval, HISTORY_RULES, name="history_rules"),
         UserTopRetriever(),
         UserRulesRetriever(),
         *([GroupRetriever("artists", retrieval.artists, plays)] if retrieval.artists else []),

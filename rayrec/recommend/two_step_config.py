@@ -42,8 +42,8 @@ class RankedPart:
 # The features of all plays of a query (its lengths, pauses and repeats) belong to no part.
 ABLATED_PARTS = {
     "network": RankedPart(retrievers=("taste_short", "taste_long", "new_content"), features=("cosine_", "logit_")),
-    "sessions": RankedPart(retrievers=("sessions",), features=()),
-    "rules": RankedPart(retrievers=("rules", "next_rules", "recent_rules"), features=("rules_lift",)),
+    "sessions": RankedPart(retrievers=("sessions", "history_sessions"), features=()),
+    "rules": RankedPart(retrievers=("rules", "next_rules", "recent_rules", "history_rules"), features=("rules_lift",)),
     "own plays": RankedPart(retrievers=("user_top", "user_rules"), features=("user_",)),
     "artists": RankedPart(
         retrievers=("artists", "albums", "new_artists", "new_albums"),

@@ -93,6 +93,14 @@ def test_recent_rules_know_what_followed_earlier_songs() -> None:
     assert _ordered(found) == [2]
 
 
+def test_sessions_and_rules_of_the_history_know_songs_that_the_last_ten_plays_say_nothing_of() -> None:
+    histories = Histories.from_lists([[1, 2], [1, 2]], [[0, MINUTE]] * 2)
+    retrievers = _all(Retrieval.fit([histories], num_songs=NUM_SONGS))
+    query = _asked([1, *range(20, 39)])
+    for name, found in (("sessions", []), ("recent_rules", []), ("history_sessions", [1, 2]), ("history_rules", [2])):
+        assert sorted(_ordered(retrievers[name].propose(query, 10))) == found
+
+
 def test_own_songs_come_by_how_often_and_how_lately_they_were_played() -> None:
     assert _ordered(UserTopRetriever().propose(_asked([5, 6, 7, 5, 7, 7]), 10)) == [7, 5, 6]
 

@@ -210,6 +210,21 @@ def test_filters_keep_to_their_songs_and_say_where_none_fits(world: Workspace, b
         page.locator("#problem", has_text="no song of the catalog has markets").wait_for()
 
 
+def test_songs_with_few_plays_are_shown_on_request_with_their_chances(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url, "#song=song-3") as page:
+        page.locator("#short .score").first.wait_for()
+        assert "few plays" not in page.locator("#short").inner_text()
+        page.get_by_label("Songs with few plays").fill("0.5")
+        for horizon in ("short", "long"):
+            drawn = page.locator(f"#{horizon} li", has_text="drawn among songs with few plays, with a chance of")
+            drawn.first.wait_for()
+            for song in drawn.all():
+                assert httpx.get(f"{url}/v1/songs/{song.get_attribute('data-song')}/similar").json()["plays"] < 20
+        assert page.locator("#shown-explore").inner_text() == "0.5"
+        with page_of(browser, url, page.url.removeprefix(url)) as other:
+            other.locator("#short .why", has_text="few plays").first.wait_for()
+
+
 def test_a_song_shows_its_artist_plays_and_neighbours(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url, "#song=song-3") as page:
         page.get_by_role("button", name="About Artist 3 – Title 3", exact=True).first.click()
