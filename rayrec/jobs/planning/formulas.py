@@ -48,7 +48,8 @@ FIT_REQUESTS = 105  # of a fit of a retrieval beside its groups and ranges: the 
 # Private memory, each beside an idle worker; measured with tests/worker_memory.py on 28 November 2026.
 IDLE_WORKER = 250 << 20  # of a worker that has imported torch; `rayrec bench memory` told 254 MiB, docs/benchmarks.md
 TASTE_BYTES = 60_000_000
-TASTE_BYTES_PER_DIM = 700_000  # of a number of the hidden state or of an embedding, for the plays of a pass
+TASTE_HIDDEN_BYTES = 160_000  # of a number of the hidden state, for the plays of a pass
+TASTE_DIM_BYTES = 1_770_000  # of a number of an embedding, of which averages are taken, too
 COUNTING_BYTES = 10_000_000
 PAIR_BYTES = 80  # of a song and one that follows it
 COUNTED_SONG_BYTES = 150  # of a song of the catalog in counts and their merge
@@ -67,7 +68,8 @@ EVALUATED_TABLES = 4
 EVALUATED_SONG_BYTES = 34  # ranks, plays, popularity
 TRAINED_TABLES = 10  # two with their moments, gradients, the best and one on its way to a file
 TRAINING_BYTES = 200_000_000
-TRAINING_HIDDEN_BYTES = 2_000_000  # of a number of the hidden state, for a batch of windows
+TRAINING_HIDDEN_BYTES = 375_000  # of a number of the hidden state, for a batch of windows
+TRAINING_DIM_BYTES = 3_310_000  # of a number of an embedding
 EMBEDDING_BYTES = 35_000_000
 EMBEDDED_TABLES = 8  # of gensim and of the result
 WORD_BYTES = 270  # of a word in gensim's dictionaries
@@ -233,9 +235,9 @@ def states_bytes(users: int, plays: int, *, hidden_dim: int, average_floats: int
     return int(users * (2 * hidden_dim + 4 * average_floats + STATE_BYTES) + plays * STORED_PLAY_BYTES)
 
 
-def taste_memory(hidden_dim: int, dim: int) -> int:
+def encoding_memory(hidden_dim: int, dim: int) -> int:
     """Private bytes of a worker of `taste` beside an idle one: a pass through the network, and a batch of users."""
-    return int(TASTE_BYTES + (hidden_dim + dim) * TASTE_BYTES_PER_DIM)
+    return TASTE_BYTES + hidden_dim * TASTE_HIDDEN_BYTES + dim * TASTE_DIM_BYTES
 
 
 def counting_memory(songs: int, pairs: int) -> int:
@@ -291,7 +293,8 @@ def evaluator_store(songs: int, dim: int, retrieval: int) -> int:
 
 def training_memory(songs: int, dim: int, hidden_dim: int) -> int:
     """Private bytes of a training worker on a CPU: tables, their moments and best state, a batch in the network."""
-    return TRAINED_TABLES * table_bytes(songs, dim) + TRAINING_BYTES + hidden_dim * TRAINING_HIDDEN_BYTES
+    batch = TRAINING_BYTES + hidden_dim * TRAINING_HIDDEN_BYTES + dim * TRAINING_DIM_BYTES
+    return TRAINED_TABLES * table_bytes(songs, dim) + batch
 
 
 def embedding_memory(songs: int, dim: int) -> int:

@@ -31,6 +31,7 @@ from rayrec.jobs.planning.formulas import (
     counting_memory,
     embed_requests,
     embedding_memory,
+    encoding_memory,
     evaluate_requests,
     evaluating_memory,
     evaluator_store,
@@ -59,7 +60,6 @@ from rayrec.jobs.planning.formulas import (
     songs_bytes,
     states_bytes,
     table_bytes,
-    taste_memory,
     taste_requests,
     tastes_bytes,
     train_requests,
@@ -313,7 +313,7 @@ class _Planner:
 
     def taste(self) -> StagePlan:
         """Every CPU runs a process; the song table is one memory-mapped copy a node."""
-        worker = IDLE_WORKER + taste_memory(self.config.hidden_dim, self.config.dim)
+        worker = IDLE_WORKER + encoding_memory(self.config.hidden_dim, self.config.dim)
         needed = self.tight.cpus * worker + self.vectors
         return self._spread("taste", needed, self.data.buckets, "bucket of users", self.data.plays)
 

@@ -27,6 +27,7 @@ from rayrec.jobs.planning.formulas import (
     bucket_memory,
     counting_memory,
     embedding_memory,
+    encoding_memory,
     evaluating_memory,
     evaluator_store,
     examples_memory,
@@ -37,7 +38,6 @@ from rayrec.jobs.planning.formulas import (
     reading_memory,
     recommending_memory,
     serving_memory,
-    taste_memory,
     training_memory,
 )
 from rayrec.jobs.rank import fit_rankers
@@ -115,7 +115,7 @@ def test_memory_of_the_workers_of_all_stages(
     rules = len(RuleCounts.fit(split.final.select(histories), num_songs=songs).followers)
     final = sum(workspace.size(fitted.path(name)) for name in fitted.files if not name.startswith("selection/"))
     expected = {
-        "BucketTastes": taste_memory(hidden_dim, dim),
+        "BucketTastes": encoding_memory(hidden_dim, dim),
         "GroupCounter": counting_memory(songs, pairs),
         "RangeMerger": merging_memory(songs, rules),
         "_build": merging_memory(songs, fitted.metrics["rules"]),
@@ -132,6 +132,25 @@ def test_memory_of_the_workers_of_all_stages(
     assert evaluator_store(songs, dim, final) == pytest.approx(watched.stored["BucketEvaluator"], rel=0.15)
     others = {name: size for name, size in watched.stored.items() if name != "BucketEvaluator"}
     assert max(others.values()) < 1 << 20  # a node's object store holds a few paths and counts
+
+
+@pytest.mark.slow
+def test_memory_of_taste_and_train_with_narrow_tables_and_a_wide_state(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    songs, dim, hidden_dim = 20_000, 32, 256
+    watched = WatchedWorkers()
+    watched.watch(monkeypatch)
+    model = write_world(workspace, users=1_000, plays=100_000, songs=songs, dim=dim, hidden_dim=hidden_dim)
+    split = load_split(workspace, model.inputs["split"])
+    compute_tastes(workspace, TasteConfig())
+    train(workspace, TrainConfig(hidden_dim=hidden_dim, epochs=1, workers=0), songs_id="e", split=split)
+    expected = {
+        "BucketTastes": encoding_memory(hidden_dim, dim),
+        "train_worker": training_memory(songs, dim, hidden_dim),
+    }
+    measured = {name: watched.idle + watched.private[name] for name in expected}
+    assert {name: watched.idle + size for name, size in expected.items()} == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize(("rows", "songs"), [(50_000, 10**6), (100_000, 10**7)])

@@ -13,7 +13,7 @@ from rayrec import Workspace
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
 from rayrec.jobs.planning.cluster_file import GIB, ClusterFile, NodeType
-from rayrec.jobs.planning.formulas import IDLE_WORKER, evaluator_store, taste_memory, training_memory
+from rayrec.jobs.planning.formulas import IDLE_WORKER, encoding_memory, evaluator_store, training_memory
 from rayrec.jobs.planning.plan import GPU_SLACK, Plan, StagePlan, make_plan
 from rayrec.jobs.planning.plan_inputs import BUILT_IN_FROM, DataSize, PlanConfig, read_rates
 from rayrec_cli.main import main
@@ -58,7 +58,7 @@ def test_no_more_cpus_work_than_there_are_buckets() -> None:
 def test_the_workers_of_a_node_share_the_song_table() -> None:
     songs = 10**7
     found = stage(planned(data=replace(DATA, songs=songs)), "taste")
-    assert found.memory == 8 * (IDLE_WORKER + taste_memory(128, 64)) + songs * 64 * 4
+    assert found.memory == 8 * (IDLE_WORKER + encoding_memory(128, 64)) + songs * 64 * 4
 
 
 def test_requests_are_those_of_the_formulas() -> None:
