@@ -15,6 +15,7 @@ from typing import Any
 
 import faiss  # noqa: F401  (what workers import counts as held before)
 import lightgbm  # noqa: F401
+import numpy as np
 import pandas as pd  # noqa: F401
 import pytest
 import torch
@@ -22,6 +23,7 @@ from without_ray import JOBS
 
 from rayrec.jobs import train
 from rayrec.jobs.runtime import WORKER_ENVIRONMENT
+from rayrec.storage.workspace import Workspace
 
 SECONDS_BETWEEN_LOOKS = 0.002
 torch.set_num_threads(1)
@@ -41,6 +43,7 @@ def growth(work: Callable[..., Any], *arguments: Any) -> tuple[int, int, Any]:
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,))
     process.start()
+    theirs.close()  # else the death of the process would go unnoticed
     assert process.pid is not None
     ours.send((work, arguments))
     ours.recv()
@@ -64,6 +67,19 @@ def _serve(connection: Connection) -> None:
         connection.send(work(*arguments))
     except Exception as error:
         connection.send(error)
+
+
+def answer_requests(uri: str, store: str, songs: int) -> None:
+    """What a replica of the server does."""
+    from served import Client, service
+
+    from rayrec.bench.serve_bench import histories
+
+    bodies = histories(np.random.default_rng(0), songs)
+    with service(Workspace(uri), store=store) as opened:
+        client = Client(opened)
+        for number in range(100):
+            assert client.post("/v1/recommendations", bodies[number % len(bodies)]).status_code == 200
 
 
 def _units(make_worker: Callable[..., Any], arguments: dict[str, Any], units: list[Any]) -> list[Any]:

@@ -5,11 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from served import Client, service
-from worker_memory import WatchedWorkers, growth
+from worker_memory import WatchedWorkers, answer_requests, growth
 from worlds import write_dataset
 
-from rayrec.bench.serve_bench import histories as bench_histories
 from rayrec.bench.serve_bench import write_bench_release
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
@@ -172,15 +170,7 @@ def test_memory_of_the_workers_of_an_import(
     assert keys_store(made.songs) == pytest.approx(watched.stored["BucketMerger"], rel=0.15)
 
 
-def answer_requests(uri: str, store: str, songs: int) -> None:
-    """What a replica does."""
-    bodies = bench_histories(np.random.default_rng(0), songs)
-    with service(Workspace(uri), store=store) as opened:
-        client = Client(opened)
-        for number in range(100):
-            assert client.post("/v1/recommendations", bodies[number % len(bodies)]).status_code == 200
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("songs", [2_000, 20_000])
 def test_memory_of_a_replica(workspace: Workspace, tmp_path: Path, songs: int) -> None:
     write_bench_release(workspace, songs, 0)
