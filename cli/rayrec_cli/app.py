@@ -44,6 +44,8 @@ states_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Mana
 app.add_typer(states_app, name="states")
 experiment_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare arms of an experiment.")
 app.add_typer(experiment_app, name="experiment")
+bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure stages and the server.")
+app.add_typer(bench_app, name="bench")
 
 
 def _version(wanted: bool) -> None:

@@ -36,7 +36,7 @@ UsersOption = Annotated[int | None, typer.Option("--users", help="Number of user
 PlaysOption = Annotated[int | None, typer.Option("--plays", help="Number of plays of all users.")]
 SongsOption = Annotated[int | None, typer.Option("--songs", help="Number of songs.")]
 RatesOption = Annotated[
-    str | None, typer.Option("--rates", metavar="FILE", help="Measured rates of rayrec bench NAME --save FILE.")
+    str | None, typer.Option("--rates", metavar="FILE", help="Measured rates of rayrec bench scale --save FILE.")
 ]
 StopOption = Annotated[str | None, typer.Option("--stop", metavar="ID", help="Stop a job.")]
 
@@ -142,11 +142,11 @@ def estimate(
         from rayrec.jobs.planning.plan_inputs import measure_skew
 
         dataset = Dataset(call.workspace)
-        found = measure_skew(dataset)
-        data = DataSize.of(dataset.manifest, found)
-        skew = {"largest_buckets": found.largest_buckets, "longest_histories": found.longest_histories}
-    made = make_plan(data, known, config, read_rates(rates) if rates else None, skew)
-    return Shown(made.to_mapping(), plan_views(made), exit_code=1 if made.problems else 0)
+        data_skew = measure_skew(dataset)
+        data = DataSize.of(dataset.manifest, data_skew)
+        skew = {"largest_buckets": data_skew.largest_buckets, "longest_histories": data_skew.longest_histories}
+    planned = make_plan(data, known, config, read_rates(rates) if rates else None, skew)
+    return Shown(planned.to_mapping(), plan_views(planned), exit_code=1 if planned.problems else 0)
 
 
 def plan_views(made: Any) -> list[RenderableType]:
@@ -165,8 +165,24 @@ def plan_views(made: Any) -> list[RenderableType]:
     ]
     requests = {item.stage: item.requests for item in made.stages if item.requests is not None}
     views.append(figures("Requests of object storage", requests))
+    stores = {item.stage: size(item.store) for item in made.stages if item.store}
+    views.append(figures("Object store of a node", stores))
+    if made.serving is not None:
+        views.append(figures("Server", _serving(made.serving)))
     for name, pairs in made.skew.items():
         views.append(table(name.replace("_", " ").capitalize(), ["which", "plays"], pairs))
     views.extend(f"Does not fit: {problem}" for problem in made.problems)
     views.extend(f"Note: {text}" for text in made.notes)
     return views
+
+
+def _serving(plan: Any) -> dict[str, Any]:
+    """Replicas for the rate of requests, and the memory of their nodes."""
+    return {
+        "requests per second": plan.requests_per_second,
+        "replicas": plan.replicas,
+        "nodes": plan.nodes,
+        "private memory of a replica": size(plan.replica_memory),
+        "shared memory of a node": size(plan.shared_memory),
+        "memory of a node": size(plan.node_memory),
+    }

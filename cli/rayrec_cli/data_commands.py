@@ -158,14 +158,14 @@ def compact_parts(call: Call, *, store: StoreOption = None) -> Shown:
         finally:
             opened.close()
     before, after = len(made.spans_before), len(made.spans)
-    told = {"id": made.dataset.id, "files_per_bucket": after, "files_per_bucket_before": before}
+    data = {"id": made.dataset.id, "files_per_bucket": after, "files_per_bucket_before": before}
     joined = made.spans != made.spans_before
     views: list[RenderableType] = [
         f"{before} files a bucket became {after}." if joined else "There is nothing to join."
     ]
     if made.erased.users:
         views.append(f"{made.erased.users:,} deleted users were erased from {made.erased.files:,} files.")
-    return Shown({**told, "parts": made.dataset.parts, "erased": asdict(made.erased)}, views)
+    return Shown({**data, "parts": made.dataset.parts, "erased": asdict(made.erased)}, views)
 
 
 @command(app, "forget", example="rayrec forget --user ann --store redis://127.0.0.1:6379/0")

@@ -12,6 +12,7 @@ import typer
 
 from rayrec.errors import RayrecError
 from rayrec_cli import (
+    bench_commands,
     cluster_commands,
     data_commands,
     model_commands,
@@ -24,6 +25,7 @@ from rayrec_cli.app import app
 from rayrec_cli.output import error_data, print_error, show_json
 
 __all__ = [
+    "bench_commands",
     "cluster_commands",
     "data_commands",
     "main",

@@ -77,8 +77,10 @@ def train(
         raise InputError("--resume and --restart exclude each other; pass only one of them")
     unfinished: Unfinished = "resume" if resume else "restart" if restart else "ask"
     chosen = choose_split(call.workspace, split, no_split=no_split)
-    made = job(call.workspace, config, songs_id=songs, split=chosen, from_id=start, unfinished=unfinished, repeat=force)
-    return artifact_view(call, made, "Model")
+    model = job(
+        call.workspace, config, songs_id=songs, split=chosen, from_id=start, unfinished=unfinished, repeat=force
+    )
+    return artifact_view(call, model, "Model")
 
 
 @command(app, "retrieval", config=RetrievalConfig, example="rayrec retrieval")

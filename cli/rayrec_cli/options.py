@@ -21,7 +21,7 @@ from rayrec_cli.output import Shown, note, print_error, show
 
 SECTIONS = (
     *("import", "describe", "generate", "split", "embed", "train", "taste", "index"),
-    *("recommend", "evaluate", "release", "serve"),
+    *("recommend", "evaluate", "release", "serve", "bench"),
 )
 
 WorkspaceOption = Annotated[
@@ -68,9 +68,9 @@ def command(
     """Register `body(call, [config], **own options)` as a command that prints what it returns.
 
     With `config`, each of its settings becomes a flag, or the positional argument that `arguments`
-    annotates; --config FILE reads them from the section named after the command, or from the top
-    level of the file. With `options_first` all that follows the first word without a dash belongs to
-    the arguments, options of another command among it.
+    annotates; --config FILE reads them from the section named after the command, [bench.serve] for
+    `rayrec bench serve`, or from the top level of the file. With `options_first` all that follows the
+    first word without a dash belongs to the arguments, options of another command among it.
     """
 
     def register(body: Callable[..., Shown]) -> Callable[..., Shown]:
@@ -87,7 +87,7 @@ def command(
             as_json = values.pop("json") or given.as_json
             with redirect_stdout(sys.stderr):  # what libraries print is not the result
                 if config is not None:
-                    values["config"] = _config(config, name, values, [item.name for item in flags])
+                    values["config"] = _config(config, ctx.command_path, values, [item.name for item in flags])
                 shown = body(call, **values)
             show(shown, as_json=as_json)
             if shown.error is not None:
@@ -154,10 +154,10 @@ def _help(field: FieldInfo) -> str:
     return f"{field.description}." + (f" [default: {default}]" if shown else "")
 
 
-def _config(config: type[Settings], name: str, values: dict[str, Any], flags: list[str]) -> Settings:
-    """Take the flags out of `values` and lay them over the config file's."""
+def _config(config: type[Settings], command_path: str, values: dict[str, Any], flags: list[str]) -> Settings:
+    """Take the flags out of `values` and lay them over the config file's; `command_path` as `rayrec bench serve`."""
     path, preset = values.pop("config"), values.pop("preset", None)
-    settings = _from_file(path, name) if path else {}
+    settings = _from_file(path, command_path.split()[1:]) if path else {}
     if preset is not None:
         settings["preset"] = preset
     for item in flags:
@@ -166,20 +166,23 @@ def _config(config: type[Settings], name: str, values: dict[str, Any], flags: li
             settings[item] = _parse(given, config.model_fields[item], f"--{item.replace('_', '-')}")
     missing = [key for key, field in config.model_fields.items() if field.is_required() and key not in settings]
     if missing:
-        raise InputError(f"Missing argument {missing[0].upper()}; see rayrec {name} --help")
-    return from_mapping(config, settings, f"rayrec {name}")
+        raise InputError(f"Missing argument {missing[0].upper()}; see {command_path} --help")
+    return from_mapping(config, settings, command_path)
 
 
-def _from_file(path: str, name: str) -> dict[str, Any]:
-    content = read_toml(path)
-    if set(content) <= set(SECTIONS):
-        if name not in content:
+def _from_file(path: str, words: list[str]) -> dict[str, Any]:
+    """The section of a command, whose name may have several words; a file without sections is all of one command."""
+    content = section = read_toml(path)
+    if not set(content) <= set(SECTIONS):
+        return content
+    for number, word in enumerate(words, 1):
+        name = ".".join(words[:number])
+        if word not in section:
             note(f"Note: {path} has no section [{name}]")
-        section = content.get(name, {})
+        section = section.get(word, {})
         if not isinstance(section, dict):
             raise InputError(f"{name} in {path} is {section!r}; expected a section [{name}]")
-        return dict(section)
-    return content
+    return dict(section)
 
 
 def _parse(given: Any, field: FieldInfo, flag_name: str) -> Any:

@@ -112,26 +112,26 @@ def table(
 
     Where 80 columns are too few, the left ones are cut short; numbers never are.
     """
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=GAP)
+    shown_table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=GAP)
     cells = [[value if isinstance(value, str) else number(value) for value in row] for row in rows]
     for index, header in enumerate(headers):
         is_left = index == 0 or header in left
         # rich shrinks the columns that may wrap; it is the texts in them that forbid it
-        made.add_column(header, justify="left" if is_left else "right", no_wrap=not is_left)
+        shown_table.add_column(header, justify="left" if is_left else "right", no_wrap=not is_left)
     for row in cells:
-        made.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
-    return _titled(title, made)
+        shown_table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
+    return _titled(title, shown_table)
 
 
 def figures(title: str, values: dict[str, Any]) -> RenderableType:
     """Names and values, one a line; those that are no plain figures are left to a table of their own."""
     plain = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
-    made = Table(box=None, show_header=False, pad_edge=False)
-    made.add_column(no_wrap=True)
-    made.add_column(justify="right", no_wrap=True)
+    shown_table = Table(box=None, show_header=False, pad_edge=False)
+    shown_table.add_column(no_wrap=True)
+    shown_table.add_column(justify="right", no_wrap=True)
     for name, value in plain.items():
-        made.add_row(Text("  " + name.replace("_", " ")), Text(number(value)))
-    return _titled(title, made)
+        shown_table.add_row(Text("  " + name.replace("_", " ")), Text(number(value)))
+    return _titled(title, shown_table)
 
 
 def _titled(title: str, made: Table) -> RenderableType:

@@ -127,10 +127,10 @@ def recommend(
 def _refuse_filters(config: RecommendConfig, options: dict[str, Any]) -> None:
     """Raise `InputError` for what --all does not take."""
     unused = ("released_from", "released_to", "market", "diversity", "explain")
-    given = [name for name, value in options.items() if value]
-    given += [name for name in unused if getattr(config, name)]
-    if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    given_names = [name for name, value in options.items() if value]
+    given_names += [name for name in unused if getattr(config, name)]
+    if given_names:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given_names)
         raise InputError(f"--all is for all users and songs; leave out {flags}")
 
 

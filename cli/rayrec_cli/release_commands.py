@@ -69,13 +69,15 @@ def create(
 
     A release names one data set, song embeddings, model, taste vectors and index, with checksums.
     """
-    made = releases.create_release(call.workspace, model_id=model, tastes_id=tastes, index_id=index, activate=activate)
-    shown = _release(call, made)
+    new_release = releases.create_release(
+        call.workspace, model_id=model, tastes_id=tastes, index_id=index, activate=activate
+    )
+    shown = _release(call, new_release)
     warnings = []
-    split = load_split(call.workspace, made.inputs["split"]) if "split" in made.inputs else None
+    split = load_split(call.workspace, new_release.inputs["split"]) if "split" in new_release.inputs else None
     if split is not None and split.has_test:
         warnings.append(f"the model was not trained on {split.test_range}; `rayrec fit` trains on all plays in the end")
-    made_of = load(call.workspace, "tastes", made.inputs["tastes"]).inputs["dataset"]
+    made_of = load(call.workspace, "tastes", new_release.inputs["tastes"]).inputs["dataset"]
     if made_of != Dataset(call.workspace).manifest.plays_id:
         warnings.append("the taste vectors lack new plays; run `rayrec taste` and `rayrec release create`")
     data = {**shown.data, **({"warnings": warnings} if warnings else {})}
@@ -87,11 +89,16 @@ def list_releases(call: Call) -> Shown:
     """List all releases, oldest first."""
     active = releases.active_release(call.workspace)
     live = None if active is None else active.id
-    found = releases.list_releases(call.workspace)
-    rows = [["→" if item.id == live else "", item.id, item.inputs["models"], day(item.created_at)] for item in found]
-    data = [{"id": item.id, "active": item.id == live, "created_at": item.created_at, **item.inputs} for item in found]
+    all_releases = releases.list_releases(call.workspace)
+    rows = [
+        ["→" if item.id == live else "", item.id, item.inputs["models"], day(item.created_at)] for item in all_releases
+    ]
+    data = [
+        {"id": item.id, "active": item.id == live, "created_at": item.created_at, **item.inputs}
+        for item in all_releases
+    ]
     view = table("Releases", ["", "id", "model", "created (UTC)"], rows, left=["id", "model", "created (UTC)"])
-    return Shown({"releases": data, "active": live}, [view if found else "No releases."])
+    return Shown({"releases": data, "active": live}, [view if all_releases else "No releases."])
 
 
 @command(release_app, "activate", example="rayrec release activate 3f2a9c51d07b --wait")

@@ -1,4 +1,4 @@
-"""fit, update, run, demo, bench: many stages at once."""
+"""fit, update, run, demo: many stages at once."""
 
 import shlex
 from typing import Annotated, Any
@@ -6,9 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from rayrec.bench.bench_config import NAMES, BenchConfig
 from rayrec.config import read_toml
-from rayrec.errors import InputError
 from rayrec.jobs.fit_config import FitConfig, UpdateConfig
 from rayrec.serving.serve_config import ServeConfig
 from rayrec_cli.app import DEFAULT_WORKSPACE, app
@@ -19,12 +17,6 @@ from rayrec_cli.recommend_commands import answer_view, results_table
 FEW_QUERIES = 100  # below them the interval of a recall is about 0.2 wide
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="TOML file with one section per stage.")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")]
-SaveOption = Annotated[
-    str | None, typer.Option("--save", metavar="FILE", help="Merge the measured rates into this JSON file.")
-]
-SoakOption = Annotated[bool, typer.Option("--soak", help="serve: mixed load while replicas are killed, instead.")]
-QuickOption = Annotated[bool, typer.Option("--quick", help="Small data and few rounds, for a smoke test.")]
 PlaysArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="PATH", help="Files of plays or folders of files, .gz too; local, s3:// or gs://."),
@@ -124,8 +116,8 @@ def run(call: Call, *, file: FileArgument, force: ForceOption = False) -> Shown:
 def note_stage(outcome: Any) -> None:
     """Report a finished stage on stderr."""
     why = ", unchanged" if outcome.status == "skipped" else f": {outcome.reason}" if outcome.reason else ""
-    seen = f", trained on {outcome.trained_on}" if outcome.trained_on else ""
-    note(f"{outcome.stage}: {outcome.status}{why} ({outcome.seconds:,.1f} s){seen}")
+    plays_text = f", trained on {outcome.trained_on}" if outcome.trained_on else ""
+    note(f"{outcome.stage}: {outcome.status}{why} ({outcome.seconds:,.1f} s){plays_text}")
 
 
 def stages_table(outcomes: list[Any]) -> RenderableType:
@@ -159,74 +151,3 @@ def _page(call: Call) -> str:
     where = "" if call.uri == DEFAULT_WORKSPACE else f"--workspace {shlex.quote(call.uri)} "
     config = ServeConfig()
     return f"Page: run `rayrec {where}serve` and open http://{config.host}:{config.port}/"
-
-
-@command(app, "bench", config=BenchConfig, example="rayrec bench train")
-def bench(
-    call: Call,
-    config: BenchConfig,
-    *,
-    name: NameArgument,
-    quick: QuickOption = False,
-    save: SaveOption = None,
-    soak: SoakOption = False,
-) -> Shown:
-    """Benchmark a stage against a plain loop.
-
-    Both do the same work in alternating rounds of one run; the ratio is the median over the rounds.
-    """
-    if name == "serve":
-        return _bench_serve(call, None if quick else config, quick, soak)
-    if soak:
-        raise InputError(f"--soak belongs to the benchmark serve, not {name}")
-    from rayrec.bench.suite import bench as job
-
-    result = job(name, call.workspace, None if quick else config, quick=quick, save=save)
-    views: list[RenderableType] = [figures(f"bench {name}", result)]
-    if name == "answers":
-        views.append(answer_stages(result["catalogs"]))
-    if name == "simulate":
-        views = [figures("bench simulate", {k: v for k, v in result.items() if k != "stages"}), simulated(result)]
-    return Shown(result, views)
-
-
-def simulated(result: dict[str, Any]) -> RenderableType:
-    """Hours of each stage and what they went to."""
-    headers = ["stage", "hours", "plan", "busy", "storage", "lost", "idle", "bottleneck", "lost node s"]
-    names = ("stage", "hours", "plan_hours", "busy", "storage", "lost", "idle", "bottleneck", "lost_node_seconds")
-    rows = [[stage[name] for name in names] for stage in result["stages"]]
-    title = f"{result['plays']:,} plays on {result['nodes']} nodes of {result['cores']} cores, simulated"
-    return table(title, headers, rows, left=["bottleneck"])
-
-
-def answer_stages(catalogs: list[dict[str, Any]]) -> RenderableType:
-    """CPU time and memory of each stage of an answer, a column pair for each catalog."""
-    headers = [f"{name} {catalog['songs']:,}" for catalog in catalogs for name in ("CPU ms", "kB")]
-    rows = [
-        [stage, *(value for one in catalogs for value in _stage(one["stages"][stage]))]
-        for stage in catalogs[0]["stages"]
-    ]
-    return table("An answer by stage and number of songs; memory is the most at one moment", ["stage", *headers], rows)
-
-
-def _stage(figures_of_stage: dict[str, float]) -> tuple[float, int]:
-    return figures_of_stage["cpu_ms"], round(figures_of_stage["bytes"] / 1000)
-
-
-def _bench_serve(call: Call, config: BenchConfig | None, quick: bool, soak: bool) -> Shown:
-    """The server on Ray Serve against bare uvicorn, or under load while replicas are killed."""
-    if soak:
-        from rayrec.bench.soak import soak as soak_test
-
-        result = soak_test(call.workspace, config, quick=quick)
-        return Shown(result, [figures("bench serve --soak", result)])
-    from rayrec.bench.serve_bench import bench_serve
-
-    result = bench_serve(call.workspace, config, quick=quick)
-    views: list[RenderableType] = [figures("bench serve", {k: v for k, v in result.items() if k != "catalogs"})]
-    for catalog in result["catalogs"]:
-        loads = catalog["loads"].items()
-        rows = [[name, load["per_second"], load["p50_ms"], load["p99_ms"], load["errors"]] for name, load in loads]
-        headers = ["application, request, clients", "requests/s", "p50 ms", "p99 ms", "errors"]
-        views.append(table(f"{catalog['songs']:,} songs", headers, rows, left=headers[:1]))
-    return Shown(result, views)

@@ -99,8 +99,8 @@ def verify_workspace(call: Call) -> Shown:
 
 def _headline(values: dict[str, Any]) -> str:
     """The main metrics of an artifact."""
-    found = [f"{name.replace('_', ' ')} {number(values[name])}" for name in HEADLINES if name in values]
-    return ", ".join(found)
+    headlines = [f"{name.replace('_', ' ')} {number(values[name])}" for name in HEADLINES if name in values]
+    return ", ".join(headlines)
 
 
 @command(app, "unlock", example="rayrec --workspace s3://bucket/prefix unlock --yes")

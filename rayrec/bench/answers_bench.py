@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import torch
 
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import AnswersBenchConfig
 from rayrec.bench.bench_data import EMBEDDING_DIM, bench_dataset
 from rayrec.bench.private_memory import anonymous_mb
 from rayrec.bench.rounds import PlainProcess, niceness
@@ -66,7 +66,7 @@ AGAIN = 3.0  # weight of the songs just played, which a network that is not trai
 SPREAD = 0.7  # of song vectors around that of their artist, and of these around each other
 
 
-def bench_answers(place: Workspace, config: BenchConfig) -> dict[str, Any]:
+def bench_answers(place: Workspace, config: AnswersBenchConfig) -> dict[str, Any]:
     """One answer after the other, each of a user's whole history, by one core of a process that does nothing else.
 
     For each catalog: cpu_ms of an answer and of each stage, bytes that a stage holds at most, private_mb of the process
@@ -74,23 +74,24 @@ def bench_answers(place: Workspace, config: BenchConfig) -> dict[str, Any]:
     compares the largest catalog with the smallest.
     """
     catalogs = []
-    with progress("bench answers", 2 * len(config.answers_songs)) as bar:
-        for songs in config.answers_songs:
+    with progress("bench answers", 2 * len(config.songs)) as bar:
+        for songs in config.songs:
             with ray_cluster():
                 dataset, parts, seconds = answers_world(place, config, songs)
             bar.advance(note=f"{songs:,} songs are built")
             with PlainProcess(niceness()) as plain:
-                figures = plain.run(measure_answers, dataset, parts, config.answers_queries)
+                figures = plain.run(measure_answers, dataset, parts, config.queries)
             catalogs.append({"songs": songs, "build_seconds": round(seconds, 1), **figures})
             bar.advance(note=f"{songs:,} songs are measured")
     smallest, largest = catalogs[0], catalogs[-1]
     return {
         "name": "answers",
-        "queries": config.answers_queries,
+        "queries": config.queries,
         "cpu_ms": largest["cpu_ms"],
         "cpu_growth": largest["cpu_ms"] / smallest["cpu_ms"],
         "private_mb": largest["private_mb"],
         "catalogs": catalogs,
+        "rates": {"answers_per_second_per_cpu": 1000 / largest["cpu_ms"]},
     }
 
 
@@ -139,8 +140,8 @@ def measure_answers(dataset: Dataset, parts: dict[str, str], queries: int) -> di
 
 def one_query(histories: Histories, questions: Questions, row: int) -> tuple[Histories, Questions]:
     """One user's plays before a question, and the question."""
-    seen = int(questions.seen[row])
-    history = histories.take(questions.rows[row : row + 1]).span(0, seen)
+    plays_before = int(questions.seen[row])
+    history = histories.take(questions.rows[row : row + 1]).span(0, plays_before)
     return history, Questions.at_end(history, int(questions.at[row]))
 
 
@@ -205,14 +206,14 @@ def with_index(two_step: TwoStepRecommender, index: SongIndex) -> TwoStepRecomme
     return TwoStepRecommender(source, two_step.rankers)
 
 
-def answers_world(place: Workspace, config: BenchConfig, songs: int) -> tuple[Dataset, dict[str, str], float]:
+def answers_world(place: Workspace, config: AnswersBenchConfig, songs: int) -> tuple[Dataset, dict[str, str], float]:
     """A catalog's data set, the ids of its parts, and the seconds that building took; 0 where it was there.
 
     Needs a running cluster.
     """
     began = time.perf_counter()
-    users = round(max(config.answers_plays, PLAYS_PER_SONG * songs) / config.plays)
-    dataset = bench_dataset(place, config, users=users, songs=songs)
+    users = round(max(config.plays, PLAYS_PER_SONG * songs) / config.plays_per_user)
+    dataset = bench_dataset(place, users=users, songs=songs, plays=config.plays_per_user, seed=config.seed)
     workspace = dataset.workspace
     if workspace.exists(f"rankers/{MODEL}/manifest.json"):
         return dataset, parts_of(workspace, artifacts.load(workspace, "models", MODEL)), 0.0

@@ -1,148 +1,286 @@
-"""Sizes of the benchmarks. Loads nothing heavy."""
+"""Settings of the benchmarks, a class each: how much work one does. Loads nothing heavy. Data are generated."""
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, PositiveInt, model_validator
 
 from rayrec.config import Settings
 from rayrec.errors import InputError
 
-BenchName = Literal[
-    "train", "taste", "index", "embed", "memory", "songs", "scale", "simulate", "answers", "states", "serve"
-]
 SoakStore = Literal["sqlite", "redis-cluster"]
-NAMES: tuple[str, ...] = get_args(BenchName)
+Config = TypeVar("Config", bound="BenchConfig")
 
 
 class BenchConfig(Settings):
-    """How much work a benchmark does. Data are generated."""
+    """What all benchmarks have."""
 
-    rounds: int = Field(5, ge=1, description="Alternating rounds; ratios are medians over them")
-    songs: int = Field(10_000, ge=1, description="Songs of the generated data of train, taste and memory")
-    plays: float = Field(60.0, ge=1, description="Mean plays per user in train, taste and embed")
-    train_users: int = Field(20_000, ge=1, description="train: number of users")
-    train_seconds: float = Field(
-        10.0, gt=0, description="train: timed seconds of each side per round, at most one epoch"
-    )
-    taste_users: int = Field(200_000, ge=1, description="taste: number of users")
-    embed_users: int = Field(10_000, ge=1, description="embed: number of users; each of their sessions is a sentence")
-    embed_epochs: int = Field(10, ge=1, description="embed: number of epochs")
-    index_songs: int = Field(300_000, ge=1, description="index: number of songs")
-    index_dim: int = Field(64, ge=1, description="index: embedding dimension")
-    index_queries: int = Field(10_000, ge=1, description="index: queries timed per round")
-    memory_users: tuple[PositiveInt, ...] = Field(
-        (50_000, 500_000), description="memory: users of the small and the large data set"
-    )
-    answers_songs: tuple[PositiveInt, ...] = Field(
-        (10_000, 1_000_000), description="answers: songs of each catalog, smallest first; 10000000 takes hours to build"
-    )
-    answers_plays: int = Field(
-        300_000, ge=1, description="answers: plays of a catalog; 3 for each song where that is more"
-    )
-    answers_queries: int = Field(200, ge=1, description="answers: users who are answered, one after the other")
-    states_users: int = Field(1_000_000, ge=1, description="states: users who are loaded into each kind of store")
-    serve_songs: tuple[PositiveInt, ...] = Field((10_000, 1_000_000), description="serve: songs of each catalog")
-    serve_clients: tuple[PositiveInt, ...] = Field(
-        (1, 16, 64), description="serve: concurrent clients; must include 1 and 16"
-    )
-    serve_seconds: float = Field(5.0, gt=0, description="serve: seconds of each load per round, in slices of 1 second")
-    serve_many_plays: int = Field(10_000, ge=1, description="serve: plays of the users compared with users of 10 plays")
-    soak_minutes: float = Field(10.0, gt=0, description="serve --soak: minutes of load")
-    soak_kill_seconds: float = Field(60.0, gt=0, description="serve --soak: seconds between two killed replicas")
-    soak_store: SoakStore = Field(
-        "sqlite",
-        description="serve --soak: store of users; redis-cluster starts one, whose primaries are killed too",
-    )
-    memory_songs: tuple[PositiveInt, ...] = Field(
-        (10_000, 2_000_000), description="memory: songs of the small and the large catalog"
-    )
-    memory_plays: float = Field(20.0, ge=1, description="memory: mean plays per user")
-    table_songs: tuple[PositiveInt, ...] = Field(
-        (10_000, 100_000, 1_000_000), description="songs: catalog sizes whose training steps are timed"
-    )
-    table_steps: int = Field(10, ge=1, description="songs: training steps timed per round")
-    scale_users: tuple[PositiveInt, ...] = Field(
-        (1_000, 10_000, 100_000), description="scale: users of each data set, smallest first; all stages run on each"
-    )
-    scale_embed_epochs: int = Field(2, ge=1, description="scale: epochs of embed; word2vec alone uses --embed-epochs")
-    scale_batch: int = Field(
-        256, ge=1, description="scale: windows per training step over all workers, whatever their number"
-    )
-    scale_workers: tuple[PositiveInt, ...] = Field(
-        (1, 2, 4),
-        description="scale: workers on the small and the middle data set, 1 first; counts above the CPUs are skipped",
-    )
-    simulate_users: int = Field(100_000_000, ge=1, description="simulate: users of the large data")
-    simulate_plays: int = Field(20_000_000_000, ge=1, description="simulate: plays of the large data")
-    simulate_songs: int = Field(10_000_000, ge=1, description="simulate: songs of the large data")
-    simulate_nodes: int = Field(64, ge=1, description="simulate: nodes of the cluster")
-    simulate_cores: int = Field(16, ge=1, description="simulate: cores per node")
-    simulate_epochs: int = Field(10, ge=1, description="simulate: epochs of embed and of train")
-    simulate_latency: float = Field(0.03, ge=0, description="simulate: seconds per request of object storage")
-    simulate_requests: float = Field(20_000.0, gt=0, description="simulate: requests per second that it answers")
-    simulate_losses: float = Field(0.0, ge=0, description="simulate: losses per hour of each spot node")
-    simulate_measured_users: int = Field(
-        2_000,
-        ge=1,
-        description="simulate: users of the smaller of the data measured here; 4 times in the larger",
-    )
-    simulate_check: bool = Field(False, description="simulate: also run the stages on three local nodes and compare")
+    QUICK: ClassVar[Mapping[str, Any]] = {}  # sizes that show in a minute that it works; their figures say little
+
     seed: int = Field(0, ge=0, description="Random seed of the generated data and of the initial weights")
 
+    @classmethod
+    def quick(cls: type[Config]) -> Config:
+        """Small enough to see that it works."""
+        return cls(**cls.QUICK)
+
+    def with_quick_sizes(self: Config) -> Config:
+        """The same, small where no size was given."""
+        return type(self)(**{**self.QUICK, **{name: getattr(self, name) for name in self.model_fields_set}})
+
+
+class RoundsConfig(BenchConfig):
+    """What benchmarks have that compare two ways of doing the same."""
+
+    rounds: int = Field(5, ge=1, description="Alternating rounds; ratios are medians over them")
+
+
+class TrainBenchConfig(RoundsConfig):
+    """Training on Ray Data and Ray Train against plain PyTorch.
+
+    Both do the same work in alternating rounds of one run; the ratio is the median over the rounds.
+    """
+
+    QUICK: ClassVar[Mapping[str, Any]] = {"rounds": 2, "users": 500, "songs": 500, "plays": 20.0, "seconds": 1.0}
+
+    users: int = Field(20_000, ge=1, description="Number of users")
+    songs: int = Field(10_000, ge=1, description="Number of songs")
+    plays: float = Field(60.0, ge=1, description="Mean plays per user")
+    seconds: float = Field(10.0, gt=0, description="Timed seconds of each side per round, at most one epoch")
+
+
+class TasteBenchConfig(RoundsConfig):
+    """Taste vectors of all users against one plain process.
+
+    Both do the same work in alternating rounds of one run; the ratio is the median over the rounds.
+    """
+
+    QUICK: ClassVar[Mapping[str, Any]] = {"rounds": 2, "users": 1_000, "songs": 500, "plays": 20.0}
+
+    users: int = Field(200_000, ge=1, description="Number of users")
+    songs: int = Field(10_000, ge=1, description="Number of songs")
+    plays: float = Field(60.0, ge=1, description="Mean plays per user")
+
+
+class EmbedBenchConfig(RoundsConfig):
+    """Song embeddings against gensim alone.
+
+    The stage writes the corpus too, gensim finds it ready. Both do the same work in alternating rounds of one run; the
+    ratio is the median over the rounds.
+    """
+
+    QUICK: ClassVar[Mapping[str, Any]] = {"rounds": 2, "users": 500, "songs": 500, "plays": 20.0, "epochs": 2}
+
+    users: int = Field(10_000, ge=1, description="Number of users; each of their sessions is a sentence")
+    songs: int = Field(10_000, ge=1, description="Number of songs")
+    plays: float = Field(60.0, ge=1, description="Mean plays per user")
+    epochs: int = Field(10, ge=1, description="Number of epochs")
+
+
+class IndexBenchConfig(RoundsConfig):
+    """Nearest songs by the index against faiss alone.
+
+    With recall and speed of exact search.
+    """
+
+    QUICK: ClassVar[Mapping[str, Any]] = {"rounds": 2, "songs": 2_000, "dim": 16, "queries": 200}
+
+    songs: int = Field(300_000, ge=1, description="Number of songs")
+    dim: int = Field(64, ge=1, description="Embedding dimension")
+    queries: int = Field(10_000, ge=1, description="Queries timed per round")
+
+
+class SongsBenchConfig(RoundsConfig):
+    """A training step as the catalog grows.
+
+    For each kind of song table; the ratio is the largest catalog over the smallest.
+    """
+
+    QUICK: ClassVar[Mapping[str, Any]] = {"rounds": 2, "songs": (500, 5_000), "steps": 2}
+
+    songs: tuple[PositiveInt, ...] = Field(
+        (10_000, 100_000, 1_000_000), description="Catalog sizes whose training steps are timed"
+    )
+    steps: int = Field(10, ge=1, description="Training steps timed per round")
+
     @model_validator(mode="after")
-    def _check_sizes(self) -> "BenchConfig":
-        if len(self.table_songs) < 2:
-            raise ValueError(f"table_songs is {list(self.table_songs)}; expected at least two sizes to compare")
-        if len(self.memory_users) != 2 or self.memory_users[0] >= self.memory_users[1]:
-            raise ValueError(f"memory_users is {list(self.memory_users)}; expected two integers, the smaller first")
-        if len(self.memory_songs) != 2 or self.memory_songs[0] >= self.memory_songs[1]:
-            raise ValueError(f"memory_songs is {list(self.memory_songs)}; expected two integers, the smaller first")
-        if len(self.scale_users) < 2 or list(self.scale_users) != sorted(set(self.scale_users)):
-            raise ValueError(f"scale_users is {list(self.scale_users)}; expected two or more integers, smallest first")
-        if self.scale_workers[:1] != (1,) or list(self.scale_workers) != sorted(self.scale_workers):
-            raise ValueError(f"scale_workers is {list(self.scale_workers)}; expected ascending integers, 1 first")
-        if not {1, 16} <= set(self.serve_clients):
-            raise ValueError(f"serve_clients is {list(self.serve_clients)}; expected 1 and 16 among them")
+    def _check_sizes(self) -> "SongsBenchConfig":
+        if len(self.songs) < 2:
+            raise ValueError(f"songs is {list(self.songs)}; expected at least two sizes to compare")
         return self
 
-    @classmethod
-    def quick(cls) -> "BenchConfig":
-        """Small enough to see in a minute that it works; its figures say little."""
-        return cls(
-            rounds=2,
-            songs=500,
-            plays=20.0,
-            train_users=500,
-            train_seconds=1.0,
-            taste_users=1_000,
-            embed_users=500,
-            embed_epochs=2,
-            index_songs=2_000,
-            index_dim=16,
-            index_queries=200,
-            memory_users=(200, 400),
-            memory_songs=(500, 5_000),
-            memory_plays=10.0,
-            answers_songs=(500, 2_000),
-            answers_plays=10_000,
-            answers_queries=20,
-            states_users=5_000,
-            serve_songs=(500,),
-            serve_clients=(1, 16),
-            serve_seconds=1.0,
-            serve_many_plays=200,
-            soak_minutes=0.5,
-            soak_kill_seconds=10.0,
-            table_songs=(500, 5_000),
-            table_steps=2,
-            scale_users=(100, 400),
-            scale_embed_epochs=1,
-            scale_workers=(1, 2),
-            simulate_measured_users=200,
-        )
+
+class MemoryBenchConfig(BenchConfig):
+    """Private memory of driver and workers as users and songs grow.
+
+    Of the taste job and of the training data path, on two numbers of users and on two of songs.
+    """
+
+    QUICK: ClassVar[Mapping[str, Any]] = {"users": (200, 400), "songs": (500, 5_000), "plays": 10.0}
+
+    users: tuple[PositiveInt, ...] = Field(
+        (50_000, 500_000), description="Users of the small and the large data set; their songs are the fewer of --songs"
+    )
+    songs: tuple[PositiveInt, ...] = Field(
+        (10_000, 2_000_000), description="Songs of the small and the large catalog, played by the fewer of --users"
+    )
+    plays: float = Field(20.0, ge=1, description="Mean plays per user")
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "MemoryBenchConfig":
+        for name, sizes in (("users", self.users), ("songs", self.songs)):
+            if len(sizes) != 2 or sizes[0] >= sizes[1]:
+                raise ValueError(f"{name} is {list(sizes)}; expected two integers, the smaller first")
+        return self
+
+
+class ScaleBenchConfig(BenchConfig):
+    """Import, embed, train and taste as data and workers grow."""
+
+    QUICK: ClassVar[Mapping[str, Any]] = {
+        "users": (100, 400),
+        "songs": 500,
+        "plays": 20.0,
+        "embed_epochs": 1,
+        "word2vec_epochs": 2,
+        "workers": (1, 2),
+    }
+
+    users: tuple[PositiveInt, ...] = Field(
+        (1_000, 10_000, 100_000), description="Users of each data set, smallest first; all stages run on each"
+    )
+    workers: tuple[PositiveInt, ...] = Field(
+        (1, 2, 4),
+        description="Workers on the small and the middle data set, 1 first; counts above the CPUs are skipped",
+    )
+    songs: int = Field(10_000, ge=1, description="Number of songs")
+    plays: float = Field(60.0, ge=1, description="Mean plays per user")
+    embed_epochs: int = Field(2, ge=1, description="Epochs of embed")
+    word2vec_epochs: int = Field(10, ge=1, description="Epochs of word2vec alone, timed by number of threads")
+    batch: int = Field(256, ge=1, description="Windows per training step over all workers, whatever their number")
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "ScaleBenchConfig":
+        if len(self.users) < 2 or list(self.users) != sorted(set(self.users)):
+            raise ValueError(f"users is {list(self.users)}; expected two or more integers, smallest first")
+        if self.workers[:1] != (1,) or list(self.workers) != sorted(self.workers):
+            raise ValueError(f"workers is {list(self.workers)}; expected ascending integers, 1 first")
+        return self
+
+
+class SimulateBenchConfig(BenchConfig):
+    """Hours of all stages on a large cluster, simulated.
+
+    From what the units of every stage cost on this machine, with what each stage waits for and what a lost node costs.
+    """
+
+    QUICK: ClassVar[Mapping[str, Any]] = {"measured_users": 200, "measured_songs": 500, "measured_plays": 20.0}
+
+    users: int = Field(100_000_000, ge=1, description="Number of users")
+    plays: int = Field(20_000_000_000, ge=1, description="Number of plays of all users")
+    songs: int = Field(10_000_000, ge=1, description="Number of songs")
+    nodes: int = Field(64, ge=1, description="Nodes of the cluster")
+    cores: int = Field(16, ge=1, description="Cores per node")
+    epochs: int = Field(10, ge=1, description="Epochs of embed and of train")
+    latency: float = Field(0.03, ge=0, description="Seconds per request of object storage")
+    requests_per_second: float = Field(20_000.0, gt=0, description="Requests per second that object storage answers")
+    losses: float = Field(0.0, ge=0, description="Losses per hour of each spot node")
+    measured_users: int = Field(
+        2_000, ge=1, description="Users of the smaller of the data sets measured here; 4 times in the larger"
+    )
+    measured_songs: int = Field(
+        10_000, ge=1, description="Songs of the smaller of the data sets measured here; 4 times in the larger"
+    )
+    measured_plays: float = Field(60.0, ge=1, description="Mean plays per user in the data sets measured here")
+    check: bool = Field(False, description="Also run the stages on three local nodes and compare")
+
+
+class AnswersBenchConfig(BenchConfig):
+    """CPU time and memory of an answer by stage.
+
+    On catalogs of several sizes.
+    """
+
+    QUICK: ClassVar[Mapping[str, Any]] = {"songs": (500, 2_000), "plays": 10_000, "plays_per_user": 20.0, "queries": 20}
+
+    songs: tuple[PositiveInt, ...] = Field(
+        (10_000, 1_000_000), description="Songs of each catalog, smallest first; 10000000 takes hours to build"
+    )
+    plays: int = Field(300_000, ge=1, description="Plays of a catalog; 3 for each song where that is more")
+    plays_per_user: float = Field(60.0, ge=1, description="Mean plays per user")
+    queries: int = Field(200, ge=1, description="Users who are answered, one after the other")
+
+
+class ServeBenchConfig(RoundsConfig):
+    """The server behind Ray Serve against uvicorn alone.
+
+    The same application on both, at several numbers of clients.
+    """
+
+    QUICK: ClassVar[Mapping[str, Any]] = {
+        "rounds": 2,
+        "songs": (500,),
+        "clients": (1, 16),
+        "seconds": 1.0,
+        "many_plays": 200,
+    }
+
+    songs: tuple[PositiveInt, ...] = Field((10_000, 1_000_000), description="Songs of each catalog")
+    clients: tuple[PositiveInt, ...] = Field((1, 16, 64), description="Concurrent clients; must include 1 and 16")
+    seconds: float = Field(5.0, gt=0, description="Seconds of each load per round, in slices of 1 second")
+    many_plays: int = Field(10_000, ge=1, description="Plays of the users compared with users of 10 plays")
+
+    @model_validator(mode="after")
+    def _check_clients(self) -> "ServeBenchConfig":
+        if not {1, 16} <= set(self.clients):
+            raise ValueError(f"clients is {list(self.clients)}; expected 1 and 16 among them")
+        return self
+
+
+class StatesBenchConfig(BenchConfig):
+    """Loading the states of many users into SQLite and into Redis."""
+
+    QUICK: ClassVar[Mapping[str, Any]] = {"users": 5_000}
+
+    users: int = Field(1_000_000, ge=1, description="Users who are loaded into each kind of store")
+    songs: int = Field(10_000, ge=1, description="Number of songs")
+    plays: float = Field(60.0, ge=1, description="Mean plays per user")
+
+
+class SoakBenchConfig(BenchConfig):
+    """The server under mixed load while replicas are killed.
+
+    Counts failures and lost plays, and measures the growth of memory.
+    """
+
+    QUICK: ClassVar[Mapping[str, Any]] = {"songs": 500, "minutes": 0.5, "kill_seconds": 10.0}
+
+    songs: int = Field(10_000, ge=1, description="Songs of the catalog")
+    minutes: float = Field(10.0, gt=0, description="Minutes of load")
+    kill_seconds: float = Field(60.0, gt=0, description="Seconds between two killed replicas")
+    store: SoakStore = Field(
+        "sqlite", description="Store of users; redis-cluster starts one, whose primaries are killed too"
+    )
+
+
+CONFIGS: dict[str, type[BenchConfig]] = {
+    "train": TrainBenchConfig,
+    "taste": TasteBenchConfig,
+    "embed": EmbedBenchConfig,
+    "index": IndexBenchConfig,
+    "songs": SongsBenchConfig,
+    "memory": MemoryBenchConfig,
+    "scale": ScaleBenchConfig,
+    "simulate": SimulateBenchConfig,
+    "answers": AnswersBenchConfig,
+    "states": StatesBenchConfig,
+    "serve": ServeBenchConfig,
+    "soak": SoakBenchConfig,
+}
+WITH_RATES = ("train", "taste", "embed", "scale", "answers")  # benchmarks whose rates `rayrec plan` reads
 
 
 def check_name(name: str) -> None:
     """Raises `InputError` for a benchmark that there is not."""
-    if name not in NAMES:
-        raise InputError(f"Unknown benchmark {name!r}; expected one of {', '.join(NAMES)}")
+    if name not in CONFIGS:
+        raise InputError(f"Unknown benchmark {name!r}; expected one of {', '.join(CONFIGS)}")

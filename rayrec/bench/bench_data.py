@@ -3,12 +3,10 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import ray
 
-from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.loops import TrainTask
 from rayrec.bench.rounds import PlainProcess, niceness
 from rayrec.config import to_mapping
@@ -24,6 +22,7 @@ from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
 
 EMBEDDING_DIM = 64
 SONGS_PER_ARTIST = 8
+SONGS_WITH_ARTISTS = 10_000  # larger catalogs have no more artists than one of so many
 
 
 @contextmanager
@@ -36,11 +35,10 @@ def bench_place(workspace: Workspace | None) -> Iterator[Workspace]:
         yield Workspace(folder)
 
 
-def bench_dataset(place: Workspace, config: BenchConfig, **sizes: Any) -> Dataset:
-    """Generated plays of a size, made now or by an earlier run."""
-    common = {"songs": config.songs, "plays": config.plays, "seed": config.seed, "playlists": 0}
-    artists = max(GenerateConfig().genres, config.songs // SONGS_PER_ARTIST)
-    world = GenerateConfig(**{**common, "artists": artists, **sizes})
+def bench_dataset(place: Workspace, *, users: int, songs: int, plays: float, seed: int, **others: int) -> Dataset:
+    """Generated plays of a size, made now or by an earlier run; `plays` is their mean per user."""
+    artists = max(GenerateConfig().genres, min(songs, SONGS_WITH_ARTISTS) // SONGS_PER_ARTIST)
+    world = GenerateConfig(users=users, songs=songs, plays=plays, seed=seed, playlists=0, artists=artists, **others)
     workspace = Workspace(f"{place.uri}/{fingerprint('bench', to_mapping(world), {})}")
     if not workspace.exists(DATASET_MANIFEST):
         generate(workspace, world)

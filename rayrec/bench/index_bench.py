@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import IndexBenchConfig, SongsBenchConfig
 from rayrec.bench.private_memory import MemoryWatch
 from rayrec.bench.rounds import BenchResult, Measured, compare
 from rayrec.recommend.index import IndexConfig, SongIndex, import_faiss, sample_queries
@@ -23,17 +23,17 @@ TABLES: tuple["SongTable", ...] = ("trained", "mapped", "frozen")
 WARM_UP = 2  # steps; the first makes the optimizer's memory of all songs
 
 
-def bench_index(config: BenchConfig) -> BenchResult:
+def bench_index(config: IndexBenchConfig) -> BenchResult:
     """Queries a second, 100 songs each, of the IVF index that we would choose; flat as further figures.
 
     One thread, 100 queries a call, and `single_` for one query a call. The plain side searches the
     same faiss index for as many answers.
     """
-    vectors = song_vectors(config.index_songs, config.index_dim, config.seed)
+    vectors = song_vectors(config.songs, config.dim, config.seed)
     settings = IndexConfig(seed=config.seed)
-    queries = sample_queries(vectors, settings.replace(queries=config.index_queries, seed=config.seed + 1))
+    queries = sample_queries(vectors, settings.replace(queries=config.queries, seed=config.seed + 1))
     few = queries[: min(1_000, len(queries))]  # flat search of all of them would take minutes
-    figures: dict[str, Any] = {"songs": config.index_songs}
+    figures: dict[str, Any] = {"songs": config.songs}
     with MemoryWatch() as watch:
         built = {kind: SongIndex.build(vectors, settings.replace(kind=kind)) for kind in ("flat", "ivf")}
     for kind, index in built.items():
@@ -87,13 +87,13 @@ if TYPE_CHECKING:
     from rayrec.model.training import Training
 
 
-def bench_song_side(config: BenchConfig) -> BenchResult:
+def bench_song_side(config: SongsBenchConfig) -> BenchResult:
     """Plays a second of training with a trained table, the largest catalog against the smallest.
 
     `{table}_{songs}_per_second` tells every kind of song table at every size. One process, one
     thread, windows of songs drawn by Zipf's law.
     """
-    sizes = sorted(config.table_songs)
+    sizes = sorted(config.songs)
     figures: dict[str, float] = {}
     with MemoryWatch() as watch:
         for table in TABLES:
@@ -108,13 +108,13 @@ def bench_song_side(config: BenchConfig) -> BenchResult:
 class _SteadySteps:
     """Takes the same few steps at each call, after a warm-up."""
 
-    def __init__(self, table: "SongTable", songs: int, config: BenchConfig) -> None:
+    def __init__(self, table: "SongTable", songs: int, config: SongsBenchConfig) -> None:
         from rayrec.model.train_config import TrainConfig
 
         self._settings = TrainConfig(song_table=table, workers=0, seed=config.seed)
         self._windows = _windows(songs, self._settings, config.seed)
         self._training = _training(songs, self._settings)
-        self._steps = config.table_steps
+        self._steps = config.steps
         for step in range(WARM_UP):
             self._training.step(self._windows, 0, step)
 

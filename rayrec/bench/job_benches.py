@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from rayrec.bench import loops
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import EmbedBenchConfig, TasteBenchConfig, TrainBenchConfig
 from rayrec.bench.bench_data import bench_dataset, plain_process, train_task, untrained_model
 from rayrec.bench.loops import TrainTask, timed_steps, timed_windows
 from rayrec.bench.rounds import Measured, PlainProcess, measure
@@ -39,33 +39,33 @@ ORDER_TRAIN, ORDER_DATA, ORDER_END = "train", "data", "end"
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
-def bench_taste(place: Workspace, config: BenchConfig) -> dict[str, Any]:
+def bench_taste(place: Workspace, config: TasteBenchConfig) -> dict[str, Any]:
     """Plays a second of the taste job with one worker; the worker's start and the artifact's checksums count."""
     with ray_cluster():
-        dataset = bench_dataset(place, config, users=config.taste_users)
+        dataset = bench_dataset(place, users=config.users, songs=config.songs, plays=config.plays, seed=config.seed)
         workspace, model = dataset.workspace, untrained_model(dataset, config.seed)
         settings = TasteConfig(concurrency=1)
 
         def ours() -> Measured:
             began = time.perf_counter()
-            made = compute_tastes(workspace, settings, model_id=model.id, repeat=True)
+            artifact = compute_tastes(workspace, settings, model_id=model.id, repeat=True)
             seconds = time.perf_counter() - began
-            workspace.delete(made.folder)
-            return Measured(made.metrics["plays"], seconds)
+            workspace.delete(artifact.folder)
+            return Measured(artifact.metrics["plays"], seconds)
 
         arguments = (workspace, model, PLAIN_TASTES, dataset.manifest.last_play, settings.users)
         with plain_process() as plain:
             plays = partial(plain.run, loops.taste_loop, *arguments)
-            result = measure("taste", "plays", ours, plays, config, users=config.taste_users)
+            result = measure("taste", "plays", ours, plays, rounds=config.rounds, users=config.users)
         workspace.delete(PLAIN_TASTES)
     return result.to_json()
 
 
-def bench_embed(place: Workspace, config: BenchConfig) -> dict[str, Any]:
+def bench_embed(place: Workspace, config: EmbedBenchConfig) -> dict[str, Any]:
     """Tokens a second of the embed job, making the corpus and the health check included, against gensim alone."""
     with ray_cluster(), tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
-        dataset = bench_dataset(place, config, users=config.embed_users)
-        settings = EmbedConfig(source="histories", epochs=config.embed_epochs, seed=config.seed)
+        dataset = bench_dataset(place, users=config.users, songs=config.songs, plays=config.plays, seed=config.seed)
+        settings = EmbedConfig(source="histories", epochs=config.epochs, seed=config.seed)
         sentences = word2vec.from_histories(dataset.read_all(), FitRange(), settings.session_gap_minutes)
         corpus = write_corpus(sentences, Path(folder) / "corpus", dataset.num_songs)
         workers = max(1, min(node_cpus(), corpus.tokens // TOKENS_PER_WORKER))
@@ -73,28 +73,36 @@ def bench_embed(place: Workspace, config: BenchConfig) -> dict[str, Any]:
 
         def ours() -> Measured:
             began = time.perf_counter()
-            made = embed(dataset.workspace, settings, repeat=True)
+            artifact = embed(dataset.workspace, settings, repeat=True)
             seconds = time.perf_counter() - began
-            dataset.workspace.delete(made.folder)
-            return Measured(made.metrics["tokens"] * settings.epochs, seconds)
+            dataset.workspace.delete(artifact.folder)
+            return Measured(artifact.metrics["tokens"] * settings.epochs, seconds)
 
         with plain_process() as plain:
             tokens = partial(plain.run, loops.embed_loop, corpus.path, settings, workers, corpus.tokens)
-            result = measure("embed", "tokens", ours, tokens, config, workers=workers, corpus_tokens=corpus.tokens)
+            result = measure(
+                "embed",
+                "tokens",
+                ours,
+                tokens,
+                rounds=config.rounds,
+                workers=workers,
+                corpus_tokens=corpus.tokens,
+            )
     return result.to_json()
 
 
-def word2vec_scaling(dataset: Dataset, config: BenchConfig, crews: list[int]) -> dict[str, Any]:
+def word2vec_scaling(dataset: Dataset, threads_list: list[int], *, epochs: int, seed: int) -> dict[str, Any]:
     """Tokens a second of word2vec by number of threads, without making the corpus and whatever comes after."""
-    settings = EmbedConfig(source="histories", epochs=config.embed_epochs, seed=config.seed)
+    settings = EmbedConfig(source="histories", epochs=epochs, seed=seed)
     with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
         sentences = word2vec.from_histories(dataset.read_all(), FitRange(), settings.session_gap_minutes)
         corpus = write_corpus(sentences, Path(folder) / "corpus", dataset.num_songs)
         rates = {}
-        for threads in crews:
+        for threads in threads_list:
             with PlainProcess(0) as plain:
                 rates[str(threads)] = plain.run(timed_epochs, corpus, settings, threads).per_second
-    first = rates[str(crews[0])]
+    first = rates[str(threads_list[0])]
     return {
         "corpus_tokens": corpus.tokens,
         "tokens_per_second": rates,
@@ -110,24 +118,24 @@ def timed_epochs(corpus: Corpus, config: EmbedConfig, threads: int) -> Measured:
     return Measured(corpus.tokens * epochs, time.perf_counter() - began)
 
 
-def bench_train(place: Workspace, config: BenchConfig) -> dict[str, Any]:
+def bench_train(place: Workspace, config: TrainBenchConfig) -> dict[str, Any]:
     """Steady plays a second of Ray Data and Ray Train with one worker.
 
     `feed` is what the data path alone delivers, as a multiple of what the network eats.
     """
     with ray_cluster():
-        dataset = bench_dataset(place, config, users=config.train_users)
+        dataset = bench_dataset(place, users=config.users, songs=config.songs, plays=config.plays, seed=config.seed)
         task = train_task(dataset, config.seed)
         epochs = iter(range(config.rounds))
-        with rounds_of_training(task, config.train_seconds) as ray_side, plain_process() as plain:
+        with rounds_of_training(task, config.seconds) as ray_side, plain_process() as plain:
             feed = ray_side.data_path()
             result = measure(
                 "train",
                 "plays",
                 ray_side.train,
-                lambda: plain.run(loops.train_loop, task, next(epochs), config.train_seconds),
-                config,
-                users=config.train_users,
+                lambda: plain.run(loops.train_loop, task, next(epochs), config.seconds),
+                rounds=config.rounds,
+                users=config.users,
                 data_per_second=feed.per_second,
             )
     return {**result.to_json(), "feed": feed.per_second / result.per_second}

@@ -61,16 +61,16 @@ class MemoryWatch:
 
 def sample() -> list[Found]:
     """This process, the driver, and every process below it on this machine."""
-    found = []
+    processes = []
     this = psutil.Process()
     for process in (this, *this.children(recursive=True)):
         try:
             role = WORKER if " ".join(process.cmdline()).startswith(WORKER_TITLE) else OTHER
             role = DRIVER if process == this else role
-            found.append(Found(process.pid, role, _private(process) / MIB))
+            processes.append(Found(process.pid, role, _private(process) / MIB))
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue  # it ended while we looked
-    return found
+    return processes
 
 
 def anonymous_mb(process: psutil.Process) -> float:

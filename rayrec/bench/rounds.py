@@ -14,7 +14,6 @@ from statistics import median
 from types import TracebackType
 from typing import Any, TypeVar
 
-from rayrec.bench.bench_config import BenchConfig
 from rayrec.bench.private_memory import MemoryWatch
 from rayrec.progress import progress
 
@@ -83,9 +82,9 @@ def compare(
     )
 
 
-def measure(name: str, unit: str, ours: Way, plain: Way, config: BenchConfig, **extra: Any) -> BenchResult:
+def measure(name: str, unit: str, ours: Way, plain: Way, *, rounds: int, **extra: Any) -> BenchResult:
     """One round of ours for its memory, unmeasured otherwise, and then the rounds that count; with a bar."""
-    with progress(f"bench {name}", 2 * config.rounds + 1) as bar:
+    with progress(f"bench {name}", 2 * rounds + 1) as bar:
 
         def shown(way: Way) -> Measured:
             bar.advance()
@@ -94,7 +93,7 @@ def measure(name: str, unit: str, ours: Way, plain: Way, config: BenchConfig, **
         with MemoryWatch() as watch:
             shown(ours)
         ways = partial(shown, ours), partial(shown, plain)
-        return compare(name, unit, *ways, rounds=config.rounds, peak_mb=watch.total_mb, **extra)
+        return compare(name, unit, *ways, rounds=rounds, peak_mb=watch.total_mb, **extra)
 
 
 Result = TypeVar("Result")

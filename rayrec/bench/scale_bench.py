@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray
 
 from rayrec.bench import private_memory
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import MemoryBenchConfig, ScaleBenchConfig
 from rayrec.bench.bench_data import bench_dataset, untrained_model
 from rayrec.bench.job_benches import count_window_plays, word2vec_scaling
 from rayrec.bench.private_memory import MemoryWatch, growth
@@ -71,8 +71,8 @@ def run_chain(plays: str, place: Workspace, workers: int, embed_epochs: int, bat
 
 def _timed(stage: Callable[[], Manifest], work: Callable[[Manifest], float]) -> Measured:
     began = time.perf_counter()
-    made = stage()
-    return Measured(work(made), time.perf_counter() - began)
+    artifact = stage()
+    return Measured(work(artifact), time.perf_counter() - began)
 
 
 Stages = dict[str, Measured]  # stage -> plays (or tokens) and seconds
@@ -123,8 +123,8 @@ def extrapolated(by_stage: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"extrapolated": True, "plays": EXTRAPOLATED_PLAYS, "cpu_hours": hours}
 
 
-def bench_scale(place: Workspace, config: BenchConfig) -> dict[str, Any]:
-    """Import, embed, train and taste at each of `scale_users` with one worker, and at the first and middle with more.
+def bench_scale(place: Workspace, config: ScaleBenchConfig) -> dict[str, Any]:
+    """Import, embed, train and taste at each of `users` with one worker, and at the first and middle with more.
 
     By stage and number of workers: `throughput` at the middle size, all told. By stage: `speedups`, further plays a
     second of two workers against one; `cost`, microseconds a play, and a further play, of one worker, and the growth
@@ -133,11 +133,14 @@ def bench_scale(place: Workspace, config: BenchConfig) -> dict[str, Any]:
     of its own. Training is timed in its epoch, the others from start to end.
     """
     with ray_cluster():
-        datasets = [bench_dataset(place, config, users=users) for users in config.scale_users]
+        datasets = [
+            bench_dataset(place, users=users, songs=config.songs, plays=config.plays, seed=config.seed)
+            for users in config.users
+        ]
         sizes = [write_plays(dataset) for dataset in datasets]
     middle = len(sizes) // 2
-    crews = [workers for workers in config.scale_workers if workers <= (os.cpu_count() or 1)]
-    with progress("bench scale", len(sizes) + 2 * len(crews) - 1) as bar:
+    worker_counts = [workers for workers in config.workers if workers <= (os.cpu_count() or 1)]
+    with progress("bench scale", len(sizes) + 2 * len(worker_counts) - 1) as bar:
 
         def chain(plays: str, workers: int) -> ChainRun:
             bar.advance()
@@ -145,15 +148,15 @@ def bench_scale(place: Workspace, config: BenchConfig) -> dict[str, Any]:
 
         by_size = [chain(plays, 1) for plays in sizes]
         by_workers = {1: (by_size[0], by_size[middle])}
-        for workers in crews[1:]:
+        for workers in worker_counts[1:]:
             by_workers[workers] = (chain(sizes[0], workers), chain(sizes[middle], workers))
         bar.advance()
-        words = word2vec_scaling(datasets[middle], config, crews)
+        words = word2vec_scaling(datasets[middle], worker_counts, epochs=config.word2vec_epochs, seed=config.seed)
     return scale_figures(config, by_workers, by_size) | {"word2vec": words}
 
 
 def scale_figures(
-    config: BenchConfig, by_workers: dict[int, tuple[ChainRun, ChainRun]], by_size: list[ChainRun]
+    config: ScaleBenchConfig, by_workers: dict[int, tuple[ChainRun, ChainRun]], by_size: list[ChainRun]
 ) -> dict[str, Any]:
     """The object that the benchmark tells, but for word2vec alone; by workers the runs on the first and middle size."""
     cost = costs([run.stages for run in by_size])
@@ -163,7 +166,7 @@ def scale_figures(
         "name": "scale",
         "unit": "plays",
         "per_second": largest.stages["taste"].per_second,
-        "users": list(config.scale_users),
+        "users": list(config.users),
         "workers": sorted(by_workers),
         "throughput": {
             stage: {str(number): run.stages[stage].per_second for number, (_, run) in sorted(by_workers.items())}
@@ -181,11 +184,11 @@ def scale_figures(
     }
 
 
-def _chain(plays: str, place: Workspace, workers: int, config: BenchConfig) -> ChainRun:
+def _chain(plays: str, place: Workspace, workers: int, config: ScaleBenchConfig) -> ChainRun:
     folder = Workspace(f"{place.uri}/{CHAIN}")
     folder.delete("")
     with PlainProcess(0) as driver:
-        return driver.run(run_chain, plays, folder, workers, config.scale_embed_epochs, config.scale_batch, config.seed)
+        return driver.run(run_chain, plays, folder, workers, config.embed_epochs, config.batch, config.seed)
 
 
 def write_plays(dataset: Dataset) -> str:
@@ -210,23 +213,28 @@ def write_plays(dataset: Dataset) -> str:
     return workspace.full(folder)
 
 
-def bench_memory(place: Workspace, config: BenchConfig) -> dict[str, Any]:
+def bench_memory(place: Workspace, config: MemoryBenchConfig) -> dict[str, Any]:
     """Peak private memory of the driver and of the largest worker at two numbers of users.
 
     Of the taste job and of the training data path, each in a driver and a cluster of its own, so
     that no run inherits what another has grown to. `growth` is the largest share by which any of the
     four figures grew. `songs_growth_mb`: MiB by which the largest of four taste workers of a node is larger with the
-    second of `memory_songs` than with the first: the table of songs is one memory-mapped copy. Sees the processes of
+    second of `songs` than with the first: the table of songs is one memory-mapped copy. Sees the processes of
     this machine.
     """
+
+    def dataset_of(users: int, songs: int) -> Dataset:
+        return bench_dataset(
+            place, users=users, songs=songs, plays=config.plays, seed=config.seed, buckets=MEMORY_BUCKETS
+        )
+
     with ray_cluster():
-        sizes = {"plays": config.memory_plays, "buckets": MEMORY_BUCKETS}
-        datasets = [bench_dataset(place, config, users=users, **sizes) for users in config.memory_users]
+        datasets = [dataset_of(users, config.songs[0]) for users in config.users]
         models = [untrained_model(dataset, config.seed) for dataset in datasets]
     peaks: list[dict[str, float]] = [{}, {}]
     totals, seconds = [], 0.0
     catalogs: list[float] = []
-    with progress("bench memory", 2 * len(datasets) + len(config.memory_songs)) as bar:
+    with progress("bench memory", 2 * len(datasets) + len(config.songs)) as bar:
         for size, (dataset, model) in enumerate(zip(datasets, models, strict=True)):
             passes = {
                 "taste": partial(taste_memory, dataset.workspace, model),
@@ -241,9 +249,9 @@ def bench_memory(place: Workspace, config: BenchConfig) -> dict[str, Any]:
                 totals.append(needs.total_mb)
                 seconds = needs.seconds if name == "taste" else seconds
                 bar.advance()
-        for songs in config.memory_songs:
+        for songs in config.songs:
             with ray_cluster():
-                dataset = bench_dataset(place, config, users=config.memory_users[0], songs=songs, **sizes)
+                dataset = dataset_of(config.users[0], songs)
                 model = untrained_model(dataset, config.seed)
             with PlainProcess(0) as driver:
                 needs = driver.run(partial(taste_memory, dataset.workspace, model, workers=SONGS_WORKERS))
@@ -255,12 +263,12 @@ def bench_memory(place: Workspace, config: BenchConfig) -> dict[str, Any]:
         "unit": "users",
         "growth": max(grown.values()),
         "growth_by_role": grown,
-        "users": list(config.memory_users),
+        "users": list(config.users),
         "peaks_mb": peaks,
-        "songs": list(config.memory_songs),
+        "songs": list(config.songs),
         "songs_peaks_mb": catalogs,
         "songs_growth_mb": catalogs[1] - catalogs[0],
-        "per_second": config.memory_users[1] / max(seconds, 1e-9),
+        "per_second": config.users[1] / max(seconds, 1e-9),
         "peak_mb": max(totals),
     }
 

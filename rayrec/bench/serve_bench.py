@@ -26,7 +26,7 @@ import torch
 
 from rayrec.bench import private_memory
 from rayrec.bench.bare_server import WAITING
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import ServeBenchConfig
 from rayrec.bench.http_load import Load, generator, put_under_load
 from rayrec.bench.index_bench import song_vectors
 from rayrec.bench.rounds import BenchResult, Measured, compare
@@ -147,7 +147,7 @@ class Case:
         return f"{self.target} {self.request} {self.clients}"
 
 
-def bench_serve(workspace: Workspace | None, config: BenchConfig | None, *, quick: bool = False) -> dict[str, Any]:
+def bench_serve(place: Workspace, config: ServeBenchConfig) -> dict[str, Any]:
     """Requests a second, p50, p99 and errors at 1, 16 and 64 clients, for each size of the catalog.
 
     `p50_ratio` is Serve over bare at 1 client, `throughput_ratio` Serve over bare at 16, both of
@@ -158,12 +158,7 @@ def bench_serve(workspace: Workspace | None, config: BenchConfig | None, *, quic
     `replica_growth_mb` is by how much the private memory of a replica, one of 1 or of 4, grows from the smallest to the
     largest catalog.
     """
-    config = config or (BenchConfig.quick() if quick else BenchConfig())
-    with ExitStack() as stack:
-        root = workspace.uri if workspace else stack.enter_context(tempfile.TemporaryDirectory(prefix="rayrec-bench-"))
-        catalogs = [
-            _bench_catalog(Workspace(f"{root}/bench/serve-{songs}"), songs, config) for songs in config.serve_songs
-        ]
+    catalogs = [_bench_catalog(Workspace(f"{place.uri}/serve-{songs}"), songs, config) for songs in config.songs]
     return {
         "name": "serve",
         "unit": "requests",
@@ -182,7 +177,7 @@ def bench_serve(workspace: Workspace | None, config: BenchConfig | None, *, quic
     }
 
 
-def _bench_catalog(place: Workspace, songs: int, config: BenchConfig) -> dict[str, Any]:
+def _bench_catalog(place: Workspace, songs: int, config: ServeBenchConfig) -> dict[str, Any]:
     write_bench_release(place, songs, config.seed)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rayrec-store-")))
@@ -223,17 +218,17 @@ def _replica_mb(place: Workspace, songs: int, folder: Path) -> dict[str, float]:
     return largest
 
 
-def _measure(urls: dict[str, str], songs: int, config: BenchConfig) -> list[dict[str, Load]]:
+def _measure(urls: dict[str, str], songs: int, config: ServeBenchConfig) -> list[dict[str, Load]]:
     """The loads of each slice of each round, by name; every other slice begins with the other application."""
     random = np.random.default_rng(config.seed)
     bodies = {
         "history": histories(random, songs),
         "stored": [{"user_id": f"user-{user}", "k": K} for user in range(USERS)],
     }
-    cases = [Case(target, "history", clients) for clients in config.serve_clients for target in ("bare", "serve")]
+    cases = [Case(target, "history", clients) for clients in config.clients for target in ("bare", "serve")]
     cases += [Case("bare", "noop", 1), Case("bare", "stored", 1), Case("serve", "stored", 1)]
     slices: list[dict[str, Load]] = []
-    count = config.rounds * max(1, round(config.serve_seconds / SLICE_SECONDS))
+    count = config.rounds * max(1, round(config.seconds / SLICE_SECONDS))
     with progress(f"bench serve, {songs:,} songs", (count + 1) * len(cases)) as bar:
         for number in range(-1, count):  # one for caches and connections, which does not count
             loads = {}
@@ -292,7 +287,7 @@ def store_users(url: str, songs: int) -> None:
             client.post(f"{url}/v1/plays", json={"plays": plays}).raise_for_status()
 
 
-def _plays_cost(url: str, songs: int, config: BenchConfig) -> float:
+def _plays_cost(url: str, songs: int, config: ServeBenchConfig) -> float:
     import httpx
 
     names = [song_name(row) for row in range(min(songs, 1_000))]
@@ -301,7 +296,7 @@ def _plays_cost(url: str, songs: int, config: BenchConfig) -> float:
         def post(body: dict[str, Any]) -> None:
             client.post(f"{url}/v1/plays", json=body).raise_for_status()
 
-        many = config.serve_many_plays
+        many = config.many_plays
         rounds = PLAY_ROUNDS * config.rounds
         result = bench_history_lengths(post, names, name=f"length-{songs}", rounds=rounds, many=many)
     return 1 / float(result.ratio)

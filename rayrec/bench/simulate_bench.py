@@ -1,25 +1,29 @@
 """`rayrec bench simulate`: hours of every stage on a large cluster, from what their units cost on this machine.
 
 All stages run here on two sizes of generated data, and each unit's CPU time is noted. The cost of a unit at another
-size is the straight line through the two. `rayrec plan`, with the rates of the same runs, stands beside the hours.
+size is the straight line through the two. A model of the cluster works through the units, one event after another:
+cores, object storage, nodes that are lost. It knows nothing of `rayrec plan` and its formulas, whose hours, with the
+rates of the same runs, stand beside its own.
 """
 
+import heapq
 import os
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
 
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import SimulateBenchConfig
 from rayrec.bench.bench_data import bench_dataset
-from rayrec.bench.cluster_simulation import SimulatedCluster, SimulatedStage, Work, simulate
 from rayrec.bench.rounds import PlainProcess
 from rayrec.bench.scale_bench import write_plays
 from rayrec.config import Settings
+from rayrec.data.dataset import Dataset
 from rayrec.data.shards import divisors
 from rayrec.data.split import SplitConfig
 from rayrec.embeddings.embed_config import EmbedConfig
@@ -42,6 +46,164 @@ from rayrec.recommend.retrieval.stored_retrieval import song_ranges
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import HISTORIES, Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Units of one kind, which all begin when those of the kind before have ended."""
+
+    stage: str
+    name: str
+    units: int
+    cpu_seconds: float  # of a unit
+    setup_seconds: float = 0.0  # CPU time of a core's first unit: what its process loads
+    requests: float = 0.0  # of a unit to object storage, one after another
+    data_bytes: float = 0.0  # of a unit, from and to object storage
+    one_node: bool = False  # whether all units run on the cores of one node
+    per_node: int | None = None  # units at once on a node, where not one a core
+    spread: float = 0.0  # standard deviation of the units' seconds over their mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedCluster:
+    """Nodes and the storage beside them."""
+
+    nodes: int
+    cores: int  # of a node
+    task_seconds: float = 0.005  # to hand a unit to a process and its result back
+    latency: float = 0.03  # seconds of a request to object storage
+    requests_per_second: float = 20_000.0  # that the storage answers, over all nodes
+    node_bytes_per_second: float = 1.2e9  # between a node and the storage
+    losses_per_node_hour: float = 0.0  # of spot nodes
+    replace_seconds: float = 240.0  # until another node stands in for a lost one
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedStage:
+    """What a stage took. Shares are of all cores over its whole time."""
+
+    stage: str
+    seconds: float
+    busy: float  # share that computed
+    storage: float  # share that waited for object storage
+    lost: float  # share whose work was lost with a node
+    idle: float
+    bottleneck: str  # cores, object storage, one node, workers (fewer than cores), or few units
+    lost_node_seconds: float  # that the stage takes longer where a node is lost in its middle
+
+
+def simulate(works: Sequence[Work], cluster: SimulatedCluster, seed: int = 0) -> list[SimulatedStage]:
+    """The stages in the order in which they first appear, each after the one before."""
+    random = np.random.default_rng(seed)
+    stages = []
+    for name in dict.fromkeys(work.stage for work in works):
+        kinds = [work for work in works if work.stage == name]
+        runs = [_run(work, cluster, random) for work in kinds]
+        seconds = sum(run.seconds for run in runs)
+        cores = cluster.nodes * cluster.cores * max(seconds, 1e-9)
+        busy, storage, lost = (sum(getattr(run, part) for run in runs) / cores for part in ("busy", "storage", "lost"))
+        later = 0.0
+        if cluster.nodes > 1:
+            calm = replace(cluster, losses_per_node_hour=0.0)
+            longest = max(range(len(kinds)), key=lambda place: runs[place].seconds)
+            whole = _run(kinds[longest], calm, np.random.default_rng(seed)).seconds
+            hit = _run(kinds[longest], calm, np.random.default_rng(seed), lost_at=whole / 2).seconds
+            later = max(0.0, hit - whole)
+        idle = max(0.0, 1 - busy - storage - lost)
+        stages.append(
+            SimulatedStage(
+                stage=name,
+                seconds=seconds,
+                busy=busy,
+                storage=storage,
+                lost=lost,
+                idle=idle,
+                bottleneck=_bottleneck(kinds, runs, busy, storage),
+                lost_node_seconds=later,
+            )
+        )
+    return stages
+
+
+def _bottleneck(kinds: Sequence[Work], runs: Sequence["_Run"], busy: float, storage: float) -> str:
+    alone = sum(run.seconds for work, run in zip(kinds, runs, strict=True) if work.one_node)
+    if alone > 0.5 * sum(run.seconds for run in runs):
+        return "one node"
+    if all(work.per_node for work in kinds):
+        return "workers"
+    if busy + storage < 0.5:
+        return "few units"
+    return "cores" if busy >= storage else "object storage"
+
+
+@dataclass
+class _Run:
+    """Seconds of one kind of units, and core seconds by what they were spent on."""
+
+    seconds: float = 0.0
+    busy: float = 0.0
+    storage: float = 0.0
+    lost: float = 0.0
+
+
+def _run(work: Work, cluster: SimulatedCluster, random: np.random.Generator, lost_at: float | None = None) -> _Run:
+    """Work through the units of one kind; `lost_at` is a moment at which the first node is lost."""
+    nodes = 1 if work.one_node else cluster.nodes
+    queue = deque(np.maximum(0.1, 1 + work.spread * random.standard_normal(work.units)).tolist())
+    cores = work.per_node or cluster.cores
+    free = [(node, core) for core in range(cores) for node in range(nodes)][::-1]
+    running: dict[tuple[int, int], tuple[int, float, float]] = {}  # core -> number of the unit, its size, its start
+    ready: set[tuple[int, int]] = set()  # cores whose process has loaded what it needs
+    gone: set[int] = set()
+    numbers, run = count(), _Run()
+    events: list[tuple[float, int, str, tuple[int, int], int]] = []
+
+    def later(moment: float, kind: str, core: tuple[int, int], unit: int = -1) -> None:
+        heapq.heappush(events, (moment, next(numbers), kind, core, unit))
+
+    def next_loss(now: float, node: int) -> None:
+        if cluster.losses_per_node_hour:
+            later(now + random.exponential(3600 / cluster.losses_per_node_hour), "lost", (node, 0))
+
+    for node in range(nodes):
+        next_loss(0.0, node)
+    if lost_at is not None:
+        later(lost_at, "lost", (0, 0))
+    now = answered = 0.0  # when the storage will have answered all that it was asked
+    spent: dict[int, tuple[float, float]] = {}  # unit -> seconds of computing and of waiting
+    while queue or running:
+        while queue and free:
+            core, size = free.pop(), queue.popleft()
+            computing = cluster.task_seconds + size * work.cpu_seconds + (0 if core in ready else work.setup_seconds)
+            answered = max(answered, now) + work.requests / cluster.requests_per_second
+            transfer = work.data_bytes * size / (cluster.node_bytes_per_second / cluster.cores)
+            waiting = max(work.requests * cluster.latency, answered - now) + transfer
+            unit = next(numbers)
+            running[core], spent[unit] = (unit, size, now), (computing, waiting)
+            later(now + computing + waiting, "end", core, unit)
+        now, _, kind, core, unit = heapq.heappop(events)
+        if kind == "end" and core in running and running[core][0] == unit:
+            del running[core]
+            computing, waiting = spent.pop(unit)
+            run.busy, run.storage = run.busy + computing, run.storage + waiting
+            ready.add(core)
+            free.append(core)
+        elif kind == "lost" and core[0] not in gone:
+            gone.add(core[0])
+            for place in [place for place in running if place[0] == core[0]]:
+                unit, size, began = running.pop(place)
+                run.lost += now - began
+                queue.appendleft(size)
+            free = [place for place in free if place[0] != core[0]]
+            ready = {place for place in ready if place[0] != core[0]}
+            later(now + cluster.replace_seconds, "back", core)
+        elif kind == "back":
+            gone.discard(core[0])
+            free += [(core[0], place) for place in range(cores)]
+            next_loss(now, core[0])
+    run.seconds = now
+    return run
+
 
 BUCKETS = 8
 SIZES = (1, 4)  # times `simulate_measured_users`
@@ -90,8 +252,8 @@ class Line:
         return self.fixed + self.each * amount
 
 
-def bench_simulate(place: Workspace, config: BenchConfig) -> dict[str, Any]:
-    """Measure here, simulate there; and with `simulate_check` run on three local nodes and compare.
+def bench_simulate(place: Workspace, config: SimulateBenchConfig) -> dict[str, Any]:
+    """Measure here, simulate there; and with `check` run on three local nodes and compare.
 
     `stages`: by stage hours, plan_hours (with the rates of the same runs), shares busy, storage, lost and idle of the
     cores, bottleneck, and lost_node_seconds. `check`: seconds measured and simulated on three nodes, and their ratio.
@@ -99,22 +261,22 @@ def bench_simulate(place: Workspace, config: BenchConfig) -> dict[str, Any]:
     runs = [_measured(place, config, times) for times in SIZES]
     lines = fit_lines(runs)
     size = DataScale(
-        users=config.simulate_users,
-        plays=config.simulate_plays,
-        songs=config.simulate_songs,
-        buckets=min(MAX_BUCKETS, max(MIN_BUCKETS, -(-config.simulate_plays // PLAYS_PER_BUCKET))),
+        users=config.users,
+        plays=config.plays,
+        songs=config.songs,
+        buckets=min(MAX_BUCKETS, max(MIN_BUCKETS, -(-config.plays // PLAYS_PER_BUCKET))),
         queries=100_000,
         rank_queries=RankConfig().queries,
-        pieces=min(MAX_PIECES, max(1, config.simulate_plays // PLAYS_PER_BUCKET)),
+        pieces=min(MAX_PIECES, max(1, config.plays // PLAYS_PER_BUCKET)),
     )
     cluster = SimulatedCluster(
-        nodes=config.simulate_nodes,
-        cores=config.simulate_cores,
-        latency=config.simulate_latency,
-        requests_per_second=config.simulate_requests,
-        losses_per_node_hour=config.simulate_losses,
+        nodes=config.nodes,
+        cores=config.cores,
+        latency=config.latency,
+        requests_per_second=config.requests_per_second,
+        losses_per_node_hour=config.losses,
     )
-    works = job_graph(size, lines, runs, cluster, epochs=config.simulate_epochs)
+    works = job_graph(size, lines, runs, cluster, epochs=config.epochs)
     simulated = simulate(works, cluster, config.seed)
     planned = _planned(size, cluster, runs[-1], config)
     result: dict[str, Any] = {
@@ -128,7 +290,7 @@ def bench_simulate(place: Workspace, config: BenchConfig) -> dict[str, Any]:
         "hours": sum(stage.seconds for stage in simulated) / 3600,
         "stages": [_row(stage, planned) for stage in simulated],
     }
-    if config.simulate_check:
+    if config.check:
         result["check"] = _check(place, config, lines, runs)
     return result
 
@@ -280,12 +442,21 @@ def driver_seconds(measured: MeasuredRun) -> dict[str, float]:
     }
 
 
-def _measured(place: Workspace, config: BenchConfig, times: int) -> MeasuredRun:
+def _generated(place: Workspace, config: SimulateBenchConfig, times: int) -> Dataset:
+    """Data so many times as large as the smaller of the measured ones."""
+    return bench_dataset(
+        place,
+        users=config.measured_users * times,
+        songs=config.measured_songs * times,
+        plays=config.measured_plays,
+        seed=config.seed,
+    )
+
+
+def _measured(place: Workspace, config: SimulateBenchConfig, times: int) -> MeasuredRun:
     """All stages on one size of data, on a cluster of one CPU, from a process of its own."""
     with ray_cluster():
-        users = config.simulate_measured_users * times
-        dataset = bench_dataset(place, config, users=users, songs=config.songs * times)
-        plays = write_plays(dataset)
+        plays = write_plays(_generated(place, config, times))
     workspace = Workspace(f"{place.uri}/simulate-{times}")
     with PlainProcess(0) as driver:
         return driver.run(run_stages, plays, workspace, QUERIES * times, config.seed, 1, None)
@@ -353,15 +524,14 @@ def run_stages(
 
 
 def _check(
-    place: Workspace, config: BenchConfig, lines: Mapping[str, Line], runs: Sequence[MeasuredRun]
+    place: Workspace, config: SimulateBenchConfig, lines: Mapping[str, Line], runs: Sequence[MeasuredRun]
 ) -> dict[str, Any]:
     """Stages on three local nodes, a head without CPUs and two of one CPU each, and the simulation of the same."""
     from ray.cluster_utils import Cluster
 
     times = 2
-    users = config.simulate_measured_users * times
     with ray_cluster():
-        plays = write_plays(bench_dataset(place, config, users=users, songs=config.songs * times))
+        plays = write_plays(_generated(place, config, times))
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         for _ in range(2):
@@ -385,7 +555,7 @@ def _check(
 
 
 def _planned(
-    size: DataScale, cluster: SimulatedCluster, measured: MeasuredRun, config: BenchConfig
+    size: DataScale, cluster: SimulatedCluster, measured: MeasuredRun, config: SimulateBenchConfig
 ) -> dict[str, float]:
     """Hours of `rayrec plan` by stage, with the rates of the larger run."""
 
@@ -414,7 +584,7 @@ def _planned(
         most=cluster.nodes,
     )
     data = DataSize.assumed(size.users, size.plays, size.songs, size.buckets)
-    epochs = config.simulate_epochs
+    epochs = config.epochs
     plan = make_plan(
         data,
         ClusterFile(name="simulated", nodes=[node], most_nodes=cluster.nodes),

@@ -1,4 +1,4 @@
-"""`rayrec bench serve --soak`: mixed load while replicas are killed: failures, lost plays and growth of memory."""
+"""`rayrec bench soak`: mixed load while replicas are killed: failures, lost plays and growth of memory."""
 
 import asyncio
 import random
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rayrec.bench import private_memory
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import SoakBenchConfig
 from rayrec.bench.redis_servers import RedisCluster, redis_cluster
 from rayrec.bench.serve_bench import (
     PLAYED_AT,
@@ -47,7 +47,7 @@ class SoakCounts:
     play_seconds: list[float] = field(default_factory=list)  # of the acknowledged plays, with their retries
 
 
-def soak(workspace: Workspace | None, config: BenchConfig | None, *, quick: bool = False) -> dict[str, Any]:
+def soak(place: Workspace, config: SoakBenchConfig) -> dict[str, Any]:
     """Load from 16 clients on two replicas, one of which is killed now and then.
 
     With a Redis Cluster as the store one of its primaries is killed halfway between, and started again when its
@@ -58,12 +58,11 @@ def soak(workspace: Workspace | None, config: BenchConfig | None, *, quick: bool
     replicas are there again, and `memory_growth` its median in the second half of the time after the first fifth, over
     that in the first half.
     """
-    config = config or (BenchConfig.quick() if quick else BenchConfig())
-    songs = config.serve_songs[0]
-    with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as folder:
-        place = Workspace(f"{workspace.uri if workspace else folder}/bench/serve-{songs}")
-        write_bench_release(place, songs, config.seed)
-        with _store(config, Path(folder)) as (uri, cluster), application("serve", place, uri, REPLICAS) as url:
+    songs = config.songs
+    with tempfile.TemporaryDirectory(prefix="rayrec-store-") as folder:
+        served = Workspace(f"{place.uri}/serve-{songs}")
+        write_bench_release(served, songs, config.seed)
+        with _store(config, Path(folder)) as (uri, cluster), application("serve", served, uri, REPLICAS) as url:
             store_users(url, songs)
             counts, watched = asyncio.run(_run(url, songs, config, cluster))
             lost, repeated = asyncio.run(_lost(url, counts))
@@ -71,10 +70,10 @@ def soak(workspace: Workspace | None, config: BenchConfig | None, *, quick: bool
     return {
         "name": "soak",
         "unit": "requests",
-        "store": config.soak_store,
-        "minutes": config.soak_minutes,
+        "store": config.store,
+        "minutes": config.minutes,
         "requests": total,
-        "per_second": total / (60 * config.soak_minutes),
+        "per_second": total / (60 * config.minutes),
         "by_kind": dict(counts.requests),
         "failed": failed,
         "failed_by_reason": dict(counts.failed),
@@ -89,9 +88,9 @@ def soak(workspace: Workspace | None, config: BenchConfig | None, *, quick: bool
 
 
 @contextmanager
-def _store(config: BenchConfig, folder: Path) -> Iterator[tuple[str, RedisCluster | None]]:
+def _store(config: SoakBenchConfig, folder: Path) -> Iterator[tuple[str, RedisCluster | None]]:
     """The address of a new store, and the cluster where it is one."""
-    if config.soak_store == "sqlite":
+    if config.store == "sqlite":
         yield f"sqlite:///{folder}/soak.db", None
         return
     with redis_cluster(folder / "redis") as cluster:
@@ -99,9 +98,9 @@ def _store(config: BenchConfig, folder: Path) -> Iterator[tuple[str, RedisCluste
 
 
 async def _run(
-    url: str, songs: int, config: BenchConfig, cluster: RedisCluster | None
+    url: str, songs: int, config: SoakBenchConfig, cluster: RedisCluster | None
 ) -> tuple[SoakCounts, dict[str, Any]]:
-    counts, end = SoakCounts(), time.monotonic() + 60 * config.soak_minutes
+    counts, end = SoakCounts(), time.monotonic() + 60 * config.minutes
     bodies = histories(np.random.default_rng(config.seed), songs)
     retries = 1 if cluster is None else Retry().retries
     async with AsyncClient(url, retry=Retry(retries=retries, timeout=30)) as client:
@@ -147,11 +146,11 @@ async def attempt(call: Awaitable[Any], counts: SoakCounts) -> bool:
     return True
 
 
-async def _kill(config: BenchConfig, end: float) -> int:
+async def _kill(config: SoakBenchConfig, end: float) -> int:
     """Kill a replica now and then, while another one answers; how many."""
     killed = 0
-    while time.monotonic() + config.soak_kill_seconds < end:
-        await asyncio.sleep(config.soak_kill_seconds)
+    while time.monotonic() + config.kill_seconds < end:
+        await asyncio.sleep(config.kill_seconds)
         running = replicas()
         if sum(time.time() - replica.create_time() > READY_SECONDS for replica in running) > 1:
             random.choice(running).kill()
@@ -159,25 +158,25 @@ async def _kill(config: BenchConfig, end: float) -> int:
     return killed
 
 
-async def _fail_over(config: BenchConfig, end: float, cluster: RedisCluster | None) -> int:
+async def _fail_over(config: SoakBenchConfig, end: float, cluster: RedisCluster | None) -> int:
     """Kill a primary of the cluster now and then, halfway between the kills of replicas; how many."""
     failovers, choices = 0, random.Random(config.seed)
-    await asyncio.sleep(config.soak_kill_seconds / 2)
+    await asyncio.sleep(config.kill_seconds / 2)
     while cluster is not None and time.monotonic() < end:
         killed = await asyncio.to_thread(cluster.fail_over, choices)
         await asyncio.to_thread(killed.start)
         failovers += 1
-        await asyncio.sleep(config.soak_kill_seconds)
+        await asyncio.sleep(config.kill_seconds)
     return failovers
 
 
-async def _watch(config: BenchConfig, end: float) -> list[float]:
+async def _watch(config: SoakBenchConfig, end: float) -> list[float]:
     """Private memory, MiB, of the application's processes, halfway between the kills."""
     used = []
-    await asyncio.sleep(config.soak_kill_seconds / 2)
+    await asyncio.sleep(config.kill_seconds / 2)
     while time.monotonic() < end:
         used.append(await asyncio.to_thread(_memory))
-        await asyncio.sleep(config.soak_kill_seconds)
+        await asyncio.sleep(config.kill_seconds)
     return used or [await asyncio.to_thread(_memory)]
 
 

@@ -17,7 +17,7 @@ import psutil
 import pyarrow as pa
 import torch
 
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import StatesBenchConfig
 from rayrec.bench.bench_data import EMBEDDING_DIM, SONGS_PER_ARTIST
 from rayrec.bench.redis_servers import SERVER, RedisServer
 from rayrec.data import columns
@@ -43,22 +43,22 @@ USERS_PER_BUCKET = 20_000
 ID = "states"  # of the release and its parts
 
 
-def bench_states(place: Workspace, config: BenchConfig) -> dict[str, Any]:
+def bench_states(place: Workspace, config: StatesBenchConfig) -> dict[str, Any]:
     """`rayrec states load` into an SQLite file, and into a Redis server that is started here if it is installed.
 
     For each store: seconds, cpu_seconds of this process, server_cpu_seconds of the Redis server, store_bytes, and
     bytes of a user. The Redis server writes every command to disk before it answers.
     """
-    workspace = Workspace(f"{place.uri}/states-{config.states_users}-{config.seed}")
+    workspace = Workspace(f"{place.uri}/states-{config.users}-{config.seed}")
     began = time.perf_counter()
     release = _states_release(workspace, config)
-    figures: dict[str, Any] = {"name": "states", "unit": "users", "users": config.states_users}
+    figures: dict[str, Any] = {"name": "states", "unit": "users", "users": config.users}
     figures["build_seconds"] = round(time.perf_counter() - began, 1)
     with tempfile.TemporaryDirectory(prefix="rayrec-store-") as folder:
         for store in ("sqlite", "redis") if SERVER else ("sqlite",):
             with _store(store, Path(folder) / store) as (uri, server, size):
                 loaded = _load(workspace, release, uri, server)
-                loaded["user_bytes"] = size() / config.states_users
+                loaded["user_bytes"] = size() / config.users
             figures |= {f"{store}_{name}": value for name, value in loaded.items()}
     return figures
 
@@ -109,22 +109,22 @@ def _cpu_seconds(process: psutil.Process | None) -> float:
     return float(times.user + times.system)
 
 
-def _states_release(workspace: Workspace, config: BenchConfig) -> Manifest:
+def _states_release(workspace: Workspace, config: StatesBenchConfig) -> Manifest:
     """A release of generated users with their tastes; read where an earlier run made it."""
     if not workspace.exists(f"releases/{ID}/manifest.json"):
         _write_states_release(workspace, config)
     return artifacts.load(workspace, "releases", ID)
 
 
-def _write_states_release(workspace: Workspace, config: BenchConfig) -> None:
+def _write_states_release(workspace: Workspace, config: StatesBenchConfig) -> None:
     artists = max(GenerateConfig().genres, config.songs // SONGS_PER_ARTIST)
-    users = min(TEMPLATES, config.states_users)
+    users = min(TEMPLATES, config.users)
     settings = GenerateConfig(
         users=users, songs=config.songs, plays=config.plays, artists=artists, playlists=0, buckets=1, seed=config.seed
     )
     world = World(settings)
     templates = concatenate(list(world.blocks(np.arange(users))))
-    user_ids = np.array([f"user-{number:09d}" for number in range(config.states_users)], dtype=object)
+    user_ids = np.array([f"user-{number:09d}" for number in range(config.users)], dtype=object)
     buckets = -(-len(user_ids) // USERS_PER_BUCKET)
     workspace.write_table(SONGS_TABLE, world.songs_table())
     dataset = _write_manifest(workspace, templates, users=len(user_ids), songs=config.songs, buckets=buckets)
@@ -159,7 +159,7 @@ def _write_manifest(workspace: Workspace, templates: Histories, *, users: int, s
     return Dataset(workspace)
 
 
-def _write_model(dataset: Dataset, config: BenchConfig) -> tuple[TasteModel, Manifest]:
+def _write_model(dataset: Dataset, config: StatesBenchConfig) -> tuple[TasteModel, Manifest]:
     """A network of the default shape with random weights: its states are as large as those of a trained one."""
     torch.manual_seed(config.seed)
     vectors = torch.nn.functional.normalize(torch.randn(dataset.num_songs, EMBEDDING_DIM))

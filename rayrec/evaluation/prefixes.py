@@ -92,14 +92,14 @@ def parse_prefixes(lines: pa.Array, file: PrefixFile, song_ids: pa.ChunkedArray)
     prefixes, targets = flat.take(pa.array(np.arange(0, len(flat), 2))), flat.take(pa.array(np.arange(1, len(flat), 2)))
     items = pc.split_pattern(prefixes, file.item_separator)
     songs = pc.utf8_trim_whitespace(pc.list_flatten(items))
-    there = pc.greater(pc.utf8_length(songs), 0).to_numpy(zero_copy_only=False)
-    rows = np.repeat(np.arange(len(lines)), pc.list_value_length(items).to_numpy())[there]
+    is_filled = pc.greater(pc.utf8_length(songs), 0).to_numpy(zero_copy_only=False)
+    rows = np.repeat(np.arange(len(lines)), pc.list_value_length(items).to_numpy())[is_filled]
     lengths = np.bincount(rows, minlength=len(lines))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     histories = Histories(
         user_ids=lines.to_numpy(zero_copy_only=False),
         offsets=offsets,
-        songs=_rows(songs.filter(pa.array(there)), song_ids).astype(np.int32),
+        songs=_rows(songs.filter(pa.array(is_filled)), song_ids).astype(np.int32),
         played_at=ASSUMED_GAP_MS * (np.arange(offsets[-1]) - offsets[rows]),
     )
     return Prefixes(
@@ -109,8 +109,8 @@ def parse_prefixes(lines: pa.Array, file: PrefixFile, song_ids: pa.ChunkedArray)
 
 def _rows(names: pa.Array, song_ids: pa.ChunkedArray) -> np.ndarray:
     """int64: the rows of outside ids, len(song_ids) where there is none."""
-    found = pc.fill_null(pc.index_in(names, value_set=song_ids), len(song_ids))
-    return np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.int64)
+    rows = pc.fill_null(pc.index_in(names, value_set=song_ids), len(song_ids))
+    return np.asarray(rows.to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
 class PrefixEvaluator:

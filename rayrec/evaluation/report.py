@@ -155,19 +155,19 @@ def verdict(figures: Mapping[str, Sequence[Entry]], default: str) -> str:
     if default not in recalls:
         best = max(recalls, key=lambda model: recalls[model]["value"])
         return f"{best} finds {100 * recalls[best]['value']:.0f} of 100 {what} in its first {k}."
-    found = f"{default} finds {100 * recalls[default]['value']:.0f} of 100 {what} in its first {k}"
+    recall_text = f"{default} finds {100 * recalls[default]['value']:.0f} of 100 {what} in its first {k}"
     if best is None:
-        return f"{found}."
+        return f"{recall_text}."
     key = {"other": best, "target": target, "metric": "recall", "k": k}
     for entry in figures.get("comparisons", []):
         if key.items() <= entry.items():
             low, high, more = 100 * entry["low"], 100 * entry["high"], 100 * entry["difference"]
             if low <= 0 <= high:
-                return f"{found}: no clear difference from the best baseline, {best} ({low:+.1f} to {high:+.1f})."
+                return f"{recall_text}: no clear difference from the best baseline, {best} ({low:+.1f} to {high:+.1f})."
             word = "more" if more > 0 else "fewer"
             span = f"{min(abs(low), abs(high)):.1f} to {max(abs(low), abs(high)):.1f}"
-            return f"{found}: {abs(more):.1f} {word} than the best baseline, {best} (surely {span})."
-    return f"{found}; the best baseline, {best}, finds {100 * recalls[best]['value']:.0f}."
+            return f"{recall_text}: {abs(more):.1f} {word} than the best baseline, {best} (surely {span})."
+    return f"{recall_text}; the best baseline, {best}, finds {100 * recalls[best]['value']:.0f}."
 
 
 def _values(results: Sequence[Entry], k: int) -> dict[tuple[str, str, str], Entry]:

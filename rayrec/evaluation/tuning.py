@@ -74,10 +74,10 @@ class TuningMetric:
     def __init__(self, selection: Selection) -> None:
         histories = self._histories = selection.histories
         rows = histories.rows[selection.plays]
-        seen = selection.plays - histories.offsets[rows]
+        plays_before = selection.plays - histories.offsets[rows]
         hashes = user_hash(histories.user_ids, salt="queries ")
-        order = np.argsort(uniform_draws(hashes[rows], seen), kind="stable")
-        drawn = np.sort(selection.plays[order[seen[order] > 0][:QUERIES]])
+        order = np.argsort(uniform_draws(hashes[rows], plays_before), kind="stable")
+        drawn = np.sort(selection.plays[order[plays_before[order] > 0][:QUERIES]])
         self._queries = Questions.before_plays(histories, drawn)
         heard = HeardSongs(histories)
         self._targets = {name: target_songs(histories, self._queries, name, heard) for name in TUNED_TARGETS}

@@ -45,8 +45,8 @@ def cosine_sums(
         rows = queries.rows[block]
         plays = histories.offsets[rows] + queries.seen[block]
         for ahead in range(offsets):
-            there = plays + ahead < histories.offsets[rows + 1]
-            block, rows, plays = block[there], rows[there], plays[there]
+            in_history = plays + ahead < histories.offsets[rows + 1]
+            block, rows, plays = block[in_history], rows[in_history], plays[in_history]
             if not len(block):
                 break
             cosines, known = song_cosines(recommender, vectors[block], histories.songs[plays + ahead])

@@ -80,8 +80,8 @@ def _manifest(
 ) -> DatasetManifest:
     new = {path.removeprefix(f"{DATASET}/"): digest for files in written.values() for path, digest in files.items()}
     joined = [span for span in spans if span[0] < span[1]]
-    made = replace(base, joined=joined)
-    kept = {path for bucket in range(base.buckets) for path in made.histories_files(bucket)}
+    manifest = replace(base, joined=joined)
+    kept = {path for bucket in range(base.buckets) for path in manifest.histories_files(bucket)}
     histories = HISTORIES.removeprefix(f"{DATASET}/")
     files = {
         path: digest
@@ -89,7 +89,7 @@ def _manifest(
         if not path.startswith(f"{histories}/") or f"{DATASET}/{path}" in kept
     } | new
     return replace(
-        made,
+        manifest,
         id=fingerprint("dataset", {"files": dict(sorted(files.items())), "parts": spans}, {}),
         lineage=base.lineage or base.id,
         ancestors=[*base.ancestors, base.id],

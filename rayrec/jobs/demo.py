@@ -87,11 +87,11 @@ def demo(
 
 def _require_room(workspace: Workspace) -> None:
     try:
-        there = Dataset(workspace).manifest
+        manifest = Dataset(workspace).manifest
     except NotFoundError:
         return
-    if there.source != "generated" or there.config != to_mapping(GenerateConfig(**PIPELINE["generate"])):
+    if manifest.source != "generated" or manifest.config != to_mapping(GenerateConfig(**PIPELINE["generate"])):
         raise InputError(
-            f"workspace {workspace.uri} holds another data set ({there.source}, {there.plays:,} plays); "
+            f"workspace {workspace.uri} holds another data set ({manifest.source}, {manifest.plays:,} plays); "
             "run the demo in its own workspace: rayrec --workspace ./demo demo"
         )

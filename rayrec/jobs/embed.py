@@ -54,13 +54,13 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
         fits[SELECTION] = split.selection
     if config.vectors is None:
         fit_embeddings.choose_source(dataset, config)  # before a cluster is started for nothing
-        made = _fit_all(workspace, config, manifest, fits)
+        fit_figures = _fit_all(workspace, config, manifest, fits)
     else:
         paths = [manifest.path(name) for name in fits]
-        made = fit_embeddings.take_vectors(workspace, config, fits[FINAL], paths)
-    counts = made.pop("counts")
+        fit_figures = fit_embeddings.take_vectors(workspace, config, fits[FINAL], paths)
+    counts = fit_figures.pop("counts")
     vectors = SongVectors(workspace.read_array(manifest.path(FINAL)))
-    metrics = {**made, **check_health(vectors, counts, dataset.catalog(), config.seed)}
+    metrics = {**fit_figures, **check_health(vectors, counts, dataset.catalog(), config.seed)}
     metrics["seconds"] = time.perf_counter() - started
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), fits)
 
@@ -69,7 +69,7 @@ def _fit_all(
     workspace: Workspace, config: EmbedConfig, manifest: Manifest, fits: dict[str, FitRange]
 ) -> dict[str, Any]:
     """Fit one range after another, with one bar over all epochs; the figures of the final fit."""
-    made: dict[str, Any] = {}
+    final_figures: dict[str, Any] = {}
     with ray_cluster(), progress("Song embeddings, epochs", total=len(fits) * config.epochs) as bar:
         cpus = min(config.workers or node_cpus(), node_cpus())
         for name, allowed in fits.items():
@@ -78,5 +78,5 @@ def _fit_all(
                 if figures is None:
                     bar.advance()
                 elif name == FINAL:
-                    made = figures
-    return made
+                    final_figures = figures
+    return final_figures

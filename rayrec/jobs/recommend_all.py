@@ -193,5 +193,5 @@ class BucketRecommendations:
     def _explored(self, recommender: BaseRecommender, history: Histories, ranking: Ranking, row: int) -> Explored:
         config, real = self._task.config, ranking.songs[row] != NO_SONG
         ranked = ranking.songs[row][real], ranking.scores[row][real]
-        taken = np.arange(min(config.k, int(real.sum())))
-        return with_explored(recommender, history, self._task.at, ranked, taken, config.explore)
+        places = np.arange(min(config.k, int(real.sum())))
+        return with_explored(recommender, history, self._task.at, ranked, places, config.explore)

@@ -55,8 +55,8 @@ def compute_tastes(
     manifest = Manifest(kind="tastes", id=tastes_id, config={**to_mapping(config), "at": at}, inputs=inputs)
     began = time.monotonic()
     buckets = range(dataset.manifest.buckets)
-    there = set(workspace.files(manifest.folder))
-    done = {bucket for bucket in buckets if tastes_file(manifest.folder, bucket) in there}
+    files = set(workspace.files(manifest.folder))
+    done = {bucket for bucket in buckets if tastes_file(manifest.folder, bucket) in files}
     checksums: dict[str, str] = {}
     counts: Counter[str] = Counter()
     computed = 0

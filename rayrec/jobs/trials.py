@@ -106,9 +106,9 @@ def _trial(choices: dict[tuple[str, str], list[Any]], picked: tuple[int, ...], w
         settings[section][name] = values[place]
         if len(values) > 1:
             varied[f"{section}.{name}"] = values[place]
-    told = ", ".join(f"{name} = {value}" for name, value in varied.items())
+    settings_text = ", ".join(f"{name} = {value}" for name, value in varied.items())
     embed, train = (
-        from_mapping(kind, settings[section] | OWN.get(section, {}), f"{where} [{section}] with {told}")
+        from_mapping(kind, settings[section] | OWN.get(section, {}), f"{where} [{section}] with {settings_text}")
         for section, kind in SECTIONS.items()
     )
     return Trial(settings=settings, varied=varied, embed=embed, train=train)

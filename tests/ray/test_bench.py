@@ -6,33 +6,32 @@ from typing import Any
 
 import pytest
 
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import (
+    AnswersBenchConfig,
+    BenchConfig,
+    EmbedBenchConfig,
+    IndexBenchConfig,
+    MemoryBenchConfig,
+    ScaleBenchConfig,
+    SimulateBenchConfig,
+    TasteBenchConfig,
+    TrainBenchConfig,
+)
 from rayrec.bench.suite import bench
 from rayrec.errors import InputError
 from rayrec.recommend.retrievers import COUNTS
 from rayrec.storage.workspace import Workspace
 
-TINY = BenchConfig(
-    rounds=1,
-    songs=100,
-    plays=10.0,
-    train_users=600,
-    train_seconds=0.2,
-    taste_users=150,
-    embed_users=150,
-    embed_epochs=1,
-    index_songs=1_000,
-    index_dim=8,
-    index_queries=100,
-    memory_users=(100, 200),
-    memory_songs=(300, 3_000),
-    memory_plays=10.0,
-    table_songs=(1_000, 3_000),
-    table_steps=1,
-    scale_users=(60, 120),
-    scale_workers=(1, 2),
-    simulate_measured_users=300,
-)
+TINY: dict[str, BenchConfig] = {
+    "train": TrainBenchConfig(rounds=1, users=600, songs=100, plays=10.0, seconds=0.2),
+    "taste": TasteBenchConfig(rounds=1, users=150, songs=100, plays=10.0),
+    "embed": EmbedBenchConfig(rounds=1, users=150, songs=100, plays=10.0, epochs=1),
+    "index": IndexBenchConfig(rounds=1, songs=1_000, dim=8, queries=100),
+    "memory": MemoryBenchConfig(users=(100, 200), songs=(300, 3_000), plays=10.0),
+    "scale": ScaleBenchConfig(users=(60, 120), songs=100, plays=10.0, workers=(1, 2), word2vec_epochs=1),
+    "simulate": SimulateBenchConfig(measured_users=300, measured_songs=100, measured_plays=10.0),
+    "answers": AnswersBenchConfig(songs=(100, 300), plays=3_000, plays_per_user=10.0, queries=10),
+}
 COMMON = {"name", "unit", "ratio", "ratio_low", "ratio_high", "per_second", "plain_per_second", "peak_mb", "rounds"}
 
 
@@ -52,12 +51,12 @@ class TestBench:
         return Workspace(tmp_path_factory.getbasetemp() / "bench-data")
 
     def test_taste_counts_plays_against_the_plain_loop(self, place: Workspace) -> None:
-        told = bench("taste", place, TINY)
+        told = bench("taste", place, TINY["taste"])
         check_common(told, "taste", "plays")
         assert told["users"] == 150
 
     def test_embed_counts_tokens_against_gensim_alone(self, place: Workspace, tmp_path: Path) -> None:
-        told = bench("embed", place, TINY, save=str(tmp_path / "rates.json"))
+        told = bench("embed", place, TINY["embed"], save=str(tmp_path / "rates.json"))
         assert json.loads((tmp_path / "rates.json").read_text())["rates"] == {
             "embed_tokens_per_second_per_cpu": told["per_second"]
         }
@@ -67,16 +66,16 @@ class TestBench:
 
     @pytest.mark.slow
     def test_train_counts_plays_and_tells_what_the_data_path_feeds(self, place: Workspace) -> None:
-        told = bench("train", place, TINY)
+        told = bench("train", place, TINY["train"])
         check_common(told, "train", "plays")
         assert told["feed"] == pytest.approx(told["data_per_second"] / told["per_second"])
 
     def test_index_needs_no_cluster(self, place: Workspace) -> None:
-        check_common(bench("index", place, TINY), "index", "queries")
+        check_common(bench("index", place, TINY["index"]), "index", "queries")
 
     @pytest.mark.slow
     def test_memory_tells_the_growth_of_the_driver_and_of_the_workers_of_both_jobs(self, place: Workspace) -> None:
-        told = bench("memory", place, TINY)
+        told = bench("memory", place, TINY["memory"])
         assert told["growth"] == max(told["growth_by_role"].values())
         assert told["growth_by_role"].keys() == {"taste driver", "taste worker", "data driver", "data worker"}
         assert told["users"] == [100, 200]
@@ -86,7 +85,7 @@ class TestBench:
 
     @pytest.mark.slow
     def test_simulate_tells_hours_of_every_stage_beside_those_of_plan(self, place: Workspace) -> None:
-        told = bench("simulate", place, TINY)
+        told = bench("simulate", place, TINY["simulate"])
         by_stage = {stage["stage"]: stage for stage in told["stages"]}
         stages = ["import", "embed", "train", "retrieval", "rank", "taste", "index", "evaluate", "recommend"]
         assert list(by_stage) == stages
@@ -96,7 +95,7 @@ class TestBench:
 
     @pytest.mark.slow
     def test_scale_tells_every_stage_by_workers_and_by_size(self, place: Workspace, tmp_path: Path) -> None:
-        told = bench("scale", place, TINY, save=str(tmp_path / "rates.json"))
+        told = bench("scale", place, TINY["scale"], save=str(tmp_path / "rates.json"))
         stages = {"import", "embed", "train", "taste"}
         assert told["workers"] == [1, 2]
         for part in ("throughput", "speedups", "cost"):
@@ -116,23 +115,23 @@ class TestBench:
         assert place.files("bench/chain") == []
 
     def test_nothing_is_left_in_the_workspace_but_the_data(self, place: Workspace) -> None:
-        bench("taste", place, TINY)
+        bench("taste", place, TINY["taste"])
         data, *_ = [name for name in place.folders("bench") if place.exists(f"bench/{name}/models")]
         assert set(place.folders(f"bench/{data}")) <= {"dataset", "models", "tastes", "songs"}
         assert not place.files(f"bench/{data}/tastes")
 
     @pytest.mark.slow
     def test_answers_are_measured_by_stage_and_catalog(self, place: Workspace) -> None:
-        sizes = TINY.replace(answers_songs=(100, 300), answers_plays=3_000, answers_queries=10)
-        told = bench("answers", place, sizes)
+        told = bench("answers", place, TINY["answers"])
         assert [catalog["songs"] for catalog in told["catalogs"]] == [100, 300]
         for catalog in told["catalogs"]:
             assert catalog["stages"].keys() >= {"taste vectors", "sessions", "rules", "features", "ranker"}
             assert all(stage["bytes"] > 0 for stage in catalog["stages"].values())
             assert 0 < catalog["candidates"] <= min(catalog["songs"], sum(COUNTS.values()))
             assert catalog["recall"] == catalog["exact_recall"] > 0  # small catalogs are searched exactly
+        assert told["rates"] == {"answers_per_second_per_cpu": 1000 / told["cpu_ms"]}
         assert told["cpu_growth"] == told["catalogs"][1]["cpu_ms"] / told["catalogs"][0]["cpu_ms"]
-        again = bench("answers", place, sizes)
+        again = bench("answers", place, TINY["answers"])
         assert [catalog["build_seconds"] for catalog in again["catalogs"]] == [0, 0]
 
     def test_an_unknown_name_is_refused(self) -> None:

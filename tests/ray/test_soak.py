@@ -3,15 +3,16 @@
 import pytest
 from stores import needs_redis_cli
 
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import SoakBenchConfig
 from rayrec.bench.soak import soak
+from rayrec.storage.workspace import Workspace
 
 
 @needs_redis_cli
 @pytest.mark.slow
-def test_no_acknowledged_play_is_lost_where_a_primary_of_the_cluster_is_killed() -> None:
-    config = BenchConfig.quick().replace(soak_minutes=0.75, soak_kill_seconds=15.0, soak_store="redis-cluster")
-    figures = soak(None, config)
+def test_no_acknowledged_play_is_lost_where_a_primary_of_the_cluster_is_killed(workspace: Workspace) -> None:
+    config = SoakBenchConfig.quick().replace(minutes=0.75, kill_seconds=15.0, store="redis-cluster")
+    figures = soak(workspace, config)
     assert figures["failovers"] >= 2
     assert figures["killed"] >= 1
     assert figures["acknowledged_plays"] > 50

@@ -166,8 +166,8 @@ def _accelerators(resources: dict[str, Any]) -> Iterator[str]:
 
 def quantity(value: Any) -> float:
     """A quantity of Kubernetes as a number: `500m` is 0.5, `16Gi` is 17179869184. Raises `ValueError` for others."""
-    found = re.fullmatch(r"([0-9.]+)(m|[kMGT]i?|Ki)?", str(value))
-    if found is None:
+    match = re.fullmatch(r"([0-9.]+)(m|[kMGT]i?|Ki)?", str(value))
+    if match is None:
         raise ValueError(f"{value!r} is not a quantity such as 4, 500m or 16Gi")
-    number, unit = float(found[1]), found[2] or ""
+    number, unit = float(match[1]), match[2] or ""
     return number / 1000 if unit == "m" else number * UNITS[unit]

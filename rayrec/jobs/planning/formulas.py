@@ -1,13 +1,18 @@
-"""What stages ask of object storage and leave there; tests/unit/jobs/planning/test_formulas.py compares it with counts.
+"""What stages ask of object storage, leave there and hold in memory; what servers need.
+
+tests/unit/jobs/planning compares each formula with what is counted or measured at two sizes, within 15 %.
 
 A request is what object storage charges for: asking for a file's size (which opening one does), a read of a range, a
-write, a listing, a deletion; renaming is two.
+write, a listing, a deletion; renaming is two. Private memory is what no file backs: it is there once for each process,
+and what is mapped from files once for a node.
 """
 
 from dataclasses import dataclass
+from math import ceil
 
 from rayrec.importing.import_plan import bucket_groups
 from rayrec.importing.vocabulary import key_ranges
+from rayrec.recommend.index import IndexConfig
 
 ROW_BYTES = 8.6  # of a play in the shuffle of an import, in blocks of 9,500 plays; docs/scale.md
 SONG_BYTES = 9.0  # of a distinct song of a piece in the shuffle, with ids of 12 characters; docs/scale.md
@@ -17,11 +22,12 @@ SMALL_PARQUET = 4  # to read a small Parquet file: its size, its end, its column
 TASTE_REQUESTS = 26  # of `taste` beside its buckets: manifests, listings, the model, which results are current
 HISTORY_BYTES = 8.5  # of a play in the data set, with id and time; contexts and skips add about 1
 STORED_SONG_BYTES = 10.0  # of a song in songs.parquet with an id of 12 characters
-DESCRIBED_SONG_BYTES = 40.0  # the same with title and artist
-STORED_FLOAT_BYTES = 5.2  # of a number in the Parquet lists of tastes: 1,314 bytes for 256 measured on 2026-11-24
-HEARD_BYTES = 3.0  # of a distinct song in a row of tastes, measured on 2026-11-24
+TEXT_LENGTH_BYTES = 2.0  # of the lengths of a song's title and artist
+SONG_TEXT_BYTES = 30.0  # of title and artist of a song, compressed; an assumption
+STORED_FLOAT_BYTES = 5.2  # of a number in the Parquet lists of tastes
+HEARD_BYTES = 4.5  # of a distinct song in a row of tastes
 NEW_SONG_SHARE = 0.85  # of a user's plays that are songs not heard before, measured 0.83 on 2026-11-24
-ROW_BYTES_OF_TASTES = 40.0  # of a row of tastes beside its lists
+ROW_BYTES_OF_TASTES = 48.0  # of a row of tastes beside its lists
 DRIVER_REQUESTS = 25  # of an import, whatever its size
 EMBED_REQUESTS = 30  # of `embed` beside its passes
 TRAIN_REQUESTS = 95  # of `train` beside its passes: embeddings, checkpoints, the model
@@ -35,7 +41,45 @@ STORED_PLAY_BYTES = 5.2  # of a play in the store of states, compressed
 RECOMMENDED_SONG_BYTES = 11.0  # of a song in a row of recommendations: id of 12 characters and score
 INDEX_REQUESTS = 16  # of `index`, whatever its size
 RETRIEVAL_REQUESTS = 10  # of `retrieval` beside its fits: manifests, listings
+SHORTER_ROWS = -0.11  # digits of a row of songs on the mean, beside those of the last: a tenth have one less
+RETRIEVAL_SONG_BYTES = 48  # of a song in a retrieval: offsets, plays, first day, artist and album
 FIT_REQUESTS = 105  # of a fit of a retrieval beside its groups and ranges: the arrays, their checksums
+
+# Private memory, each beside an idle worker; measured with tests/worker_memory.py on 28 November 2026.
+IDLE_WORKER = 250 << 20  # of a worker that has imported torch; `rayrec bench memory` told 254 MiB, docs/benchmarks.md
+TASTE_BYTES = 60_000_000
+TASTE_HIDDEN_BYTES = 160_000  # of a number of the hidden state, for the plays of a pass
+TASTE_DIM_BYTES = 1_770_000  # of a number of an embedding, of which averages are taken, too
+COUNTING_BYTES = 10_000_000
+PAIR_BYTES = 80  # of a song and one that follows it
+COUNTED_SONG_BYTES = 150  # of a song of the catalog in counts and their merge
+MERGING_BYTES = 5_000_000
+MERGED_RULE_BYTES = 120
+EXAMPLES_BYTES = 33_000_000
+EXAMPLE_BYTES = 500_000  # of a query: some hundred features of some hundred candidates
+EXAMPLE_SONG_BYTES = 5.5  # of a number of an embedding: the index
+RANKING_BYTES = 12_000_000
+RANKED_QUERY_BYTES = 92_000
+RECOMMENDED_USER_BYTES = 370_000  # of a user of a batch: some hundred features of some hundred candidates
+RECOMMENDED_ID_BYTES = 20  # of the id of a song
+EVALUATING_BYTES = 30_000_000
+EVALUATED_QUERY_BYTES = 110_000
+EVALUATED_TABLES = 4
+EVALUATED_SONG_BYTES = 34  # ranks, plays, popularity
+TRAINED_TABLES = 10  # two with their moments, gradients, the best and one on its way to a file
+TRAINING_BYTES = 200_000_000
+TRAINING_HIDDEN_BYTES = 375_000  # of a number of the hidden state, for a batch of windows
+TRAINING_DIM_BYTES = 3_310_000  # of a number of an embedding
+EMBEDDING_BYTES = 35_000_000
+EMBEDDED_TABLES = 8  # of gensim and of the result
+WORD_BYTES = 270  # of a word in gensim's dictionaries
+IMPORTING_BYTES = 3_500_000
+READ_ROW_BYTES = 260
+MERGED_ROW_BYTES = 220
+VOCABULARY_BYTES = 200
+BUSY = 0.7  # of the time of a replica's CPU
+REPLICA_BYTES = 18_000_000
+CATALOG_SONG_BYTES = 280  # of a song of the catalog while a release is loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,20 +174,17 @@ def histories_bytes(plays: int) -> int:
     return int(plays * HISTORY_BYTES)
 
 
-def songs_bytes(songs: int, *, described: bool) -> int:
-    """Of songs.parquet, with titles and artists or with ids alone."""
-    return int(songs * (DESCRIBED_SONG_BYTES if described else STORED_SONG_BYTES))
+def songs_bytes(songs: int, text: int) -> int:
+    """Of songs.parquet; `text` are the compressed bytes of all titles and artists, 0 where there are none."""
+    return int(songs * (STORED_SONG_BYTES + (TEXT_LENGTH_BYTES if text else 0))) + text
 
 
-def tastes_bytes(users: int, plays: int, *, dim: int, hidden_dim: int, horizons: int) -> int:
-    """Of the rows of all users: a vector a horizon, the state, the songs heard, each once, and the id."""
-    floats = users * (horizons * dim + hidden_dim) * STORED_FLOAT_BYTES
-    return int(floats + plays * NEW_SONG_SHARE * HEARD_BYTES + users * ROW_BYTES_OF_TASTES)
+def tastes_bytes(users: int, heard: int, *, floats: int) -> int:
+    """Of the rows of all users: so many numbers each, in a vector a horizon and a state, and the id.
 
-
-def shared_memory(songs: int, dim: int) -> int:
-    """Bytes of a song table in memory: one a node, whatever the number of workers."""
-    return songs * dim * 4
+    `heard` are the songs that users have played, each once a user, over all users.
+    """
+    return int(users * (floats * STORED_FLOAT_BYTES + ROW_BYTES_OF_TASTES) + heard * HEARD_BYTES)
 
 
 def retrieval_requests(
@@ -155,9 +196,148 @@ def retrieval_requests(
     return RETRIEVAL_REQUESTS + fits * (counting + merging + FIT_REQUESTS)
 
 
+def table_bytes(songs: int, dim: int) -> int:
+    """Of a table of vectors of songs, on disk and in memory, where a node holds one whatever the number of workers."""
+    return songs * dim * 4
+
+
+def model_bytes(songs: int, dim: int) -> int:
+    """Of a network: a table that it reads plays with, and one that it scores songs with."""
+    return 2 * table_bytes(songs, dim)
+
+
+def index_bytes(songs: int, dim: int) -> int:
+    """Of an index, exact or of inverted lists in half precision, as the catalog's size asks for; ids are int64."""
+    exact = IndexConfig().kind_for(songs) == "flat"
+    return songs * (dim * (4 if exact else 2) + 8)
+
+
+def served_files(songs: int, dim: int, retrieval: int) -> int:
+    """Of what the replicas of a node map into memory: network, index and a retrieval of so many bytes."""
+    return model_bytes(songs, dim) + index_bytes(songs, dim) + retrieval
+
+
+def corpus_bytes(plays: int, songs: int) -> int:
+    """Of word2vec's corpus on the local disk: a play is a song's row in decimal and a space."""
+    return int(plays * (len(str(songs - 1)) + SHORTER_ROWS + 1))
+
+
+def retrieval_bytes(songs: int, *, rules: int, session_songs: int, sessions: int, day_songs: int) -> int:
+    """Of a retrieval: rules, songs of sessions, sessions, pairs of a recent day and a song played on it, as kept."""
+    return rules * 20 + session_songs * 9 + sessions * 24 + day_songs * 16 + songs * RETRIEVAL_SONG_BYTES
+
+
 def states_bytes(users: int, plays: int, *, hidden_dim: int, average_floats: int) -> int:
     """Of the store of user states, in SQLite; Redis takes a sixth more.
 
     The hidden state in half precision, the sums of the averages in single, and the plays.
     """
     return int(users * (2 * hidden_dim + 4 * average_floats + STATE_BYTES) + plays * STORED_PLAY_BYTES)
+
+
+def encoding_memory(hidden_dim: int, dim: int) -> int:
+    """Private bytes of a worker of `taste` beside an idle one: a pass through the network, and a batch of users."""
+    return TASTE_BYTES + hidden_dim * TASTE_HIDDEN_BYTES + dim * TASTE_DIM_BYTES
+
+
+def counting_memory(songs: int, pairs: int) -> int:
+    """Private bytes of a worker of `retrieval` that counts buckets, beside an idle one.
+
+    `pairs` are those of a song and one up to ten plays later that are summed up at once: all of a batch that is read,
+    or the distinct ones of a bucket, whichever are more.
+    """
+    return COUNTING_BYTES + pairs * PAIR_BYTES + songs * COUNTED_SONG_BYTES
+
+
+def merging_memory(songs: int, rules: int) -> int:
+    """Private bytes of a task of `retrieval` that merges a range of songs, or joins the ranges, beside an idle one.
+
+    `rules` are the distinct pairs of a song and a follower in the range.
+    """
+    return MERGING_BYTES + rules * MERGED_RULE_BYTES + songs * COUNTED_SONG_BYTES
+
+
+def indexing_memory(songs: int, dim: int) -> int:
+    """Private bytes of the task of `index` beside an idle worker: a copy of the table, and the exact index.
+
+    Above the size from which it has inverted lists, these as well.
+    """
+    lists = 0 if IndexConfig().kind_for(songs) == "flat" else index_bytes(songs, dim)
+    return 2 * table_bytes(songs, dim) + songs * 8 + lists
+
+
+def examples_memory(songs: int, dim: int, queries: int) -> int:
+    """Private bytes of a worker of `rank` with so many queries of a bucket: their candidates' features, an index."""
+    return int(EXAMPLES_BYTES + queries * EXAMPLE_BYTES + songs * dim * EXAMPLE_SONG_BYTES)
+
+
+def ranking_memory(songs: int, dim: int, queries: int) -> int:
+    """Private bytes of the task that grows the rankers from the examples of so many queries."""
+    return int(RANKING_BYTES + queries * RANKED_QUERY_BYTES + table_bytes(songs, dim))
+
+
+def recommending_memory(songs: int, users: int) -> int:
+    """Private bytes of a worker of `recommend --all`: the candidates of a batch of so many users, ids of all songs."""
+    return int(users * RECOMMENDED_USER_BYTES + songs * RECOMMENDED_ID_BYTES)
+
+
+def evaluating_memory(queries: int) -> int:
+    """Private bytes of a worker of `evaluate` with so many queries of a batch of users."""
+    return EVALUATING_BYTES + queries * EVALUATED_QUERY_BYTES
+
+
+def evaluator_store(songs: int, dim: int, retrieval: int) -> int:
+    """Bytes of the object store of a node that `evaluate` takes: tables, a retrieval of so many bytes, song ranks."""
+    return retrieval + EVALUATED_TABLES * table_bytes(songs, dim) + songs * EVALUATED_SONG_BYTES
+
+
+def training_memory(songs: int, dim: int, hidden_dim: int) -> int:
+    """Private bytes of a training worker on a CPU: tables, their moments and best state, a batch in the network."""
+    batch = TRAINING_BYTES + hidden_dim * TRAINING_HIDDEN_BYTES + dim * TRAINING_DIM_BYTES
+    return TRAINED_TABLES * table_bytes(songs, dim) + batch
+
+
+def embedding_memory(songs: int, dim: int) -> int:
+    """Private bytes of the task of `embed`: gensim's tables and words."""
+    return EMBEDDING_BYTES + EMBEDDED_TABLES * table_bytes(songs, dim) + songs * WORD_BYTES
+
+
+def reading_memory(rows: int) -> int:
+    """Private bytes of a worker of an import that reads so many rows at once."""
+    return IMPORTING_BYTES + rows * READ_ROW_BYTES
+
+
+def bucket_memory(rows: int) -> int:
+    """Private bytes of a worker of an import that merges a bucket of so many rows."""
+    return IMPORTING_BYTES + rows * MERGED_ROW_BYTES
+
+
+def vocabulary_memory(songs: int) -> int:
+    """Private bytes of the driver of an import: two copies of key, id, title and artist of each song."""
+    return songs * VOCABULARY_BYTES
+
+
+def keys_store(songs: int) -> int:
+    """Bytes of the object store of a node while an import merges buckets: a key and a row of each song."""
+    return songs * 12
+
+
+def replicas_for(requests_per_second: float, answers_per_second: float) -> int:
+    """Replicas that answer so many requests, each with one CPU that answers so many a second when it does nothing else.
+
+    They are busy for BUSY of the time: above it requests wait for each other.
+    """
+    return max(1, ceil(requests_per_second / (answers_per_second * BUSY)))
+
+
+def replica_memory() -> int:
+    """Private bytes of a replica of the server beside the mapped files: its process, and what it keeps of requests."""
+    return IDLE_WORKER + REPLICA_BYTES
+
+
+def serving_memory(songs: int, replicas: int, shared: int) -> int:
+    """Bytes of a node with so many replicas; `shared` are the mapped files, which it holds once.
+
+    One of the replicas reads the catalog of a release, whose mapped form the others wait for.
+    """
+    return replicas * replica_memory() + songs * CATALOG_SONG_BYTES + shared

@@ -1,9 +1,7 @@
 """What a data set will take on a cluster: memory, disk, storage, batches and hours, before money is spent.
 
-Plain arithmetic from three things: how large the data are, what the nodes have, and how fast a CPU was
-measured to be. Sizes are bytes. Every constant says where it comes from: `measured` ones were, on
-2026-11-24, on 2,010,839 generated plays of 20,000 users over 200,000 songs, D 64, two horizons, H 128;
-`code` ones follow from the arrays that the code holds.
+From three things: how large the data are, what the nodes have, and how fast a CPU was measured to be. Sizes are bytes;
+the arithmetic of stages is in formulas.py, and how they are laid out over nodes here.
 """
 
 from collections.abc import Iterator
@@ -11,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from typing import Any
 
+from rayrec.data.parts import PLAYS_PER_READ
 from rayrec.data.shards import divisors
 from rayrec.embeddings.word2vec import MAX_WORKERS
 from rayrec.errors import InputError
@@ -21,27 +20,54 @@ from rayrec.importing.staging import PLAYS_PER_ROW_GROUP
 from rayrec.jobs.planning.cluster_file import GIB, ClusterFile, NodeType
 from rayrec.jobs.planning.formulas import (
     EVALUATE_PASSES,
+    IDLE_WORKER,
     INDEX_REQUESTS,
+    NEW_SONG_SHARE,
     ROW_BYTES,
+    SONG_TEXT_BYTES,
     ImportSize,
+    bucket_memory,
+    corpus_bytes,
+    counting_memory,
     embed_requests,
+    embedding_memory,
+    encoding_memory,
     evaluate_requests,
+    evaluating_memory,
+    evaluator_store,
+    examples_memory,
     histories_bytes,
     histories_requests,
     import_requests,
+    index_bytes,
+    indexing_memory,
     input_requests,
+    keys_store,
+    merging_memory,
+    model_bytes,
     rank_requests,
+    ranking_memory,
+    reading_memory,
     recommend_requests,
     recommendations_bytes,
+    recommending_memory,
+    replica_memory,
+    replicas_for,
+    retrieval_bytes,
     retrieval_requests,
-    shared_memory,
+    served_files,
+    serving_memory,
     songs_bytes,
     states_bytes,
+    table_bytes,
     taste_requests,
     tastes_bytes,
     train_requests,
+    training_memory,
+    vocabulary_memory,
 )
 from rayrec.jobs.planning.plan_inputs import (
+    ANSWERS,
     ASSUMED_SKEW,
     BUILT_IN,
     BUILT_IN_FROM,
@@ -51,25 +77,21 @@ from rayrec.jobs.planning.plan_inputs import (
     PlanConfig,
 )
 from rayrec.model.train_config import TrainConfig
+from rayrec.recommend.retrieval.play_counts import MAX_DISTANCE, RECENT_DAYS
 from rayrec.recommend.retrieval.stored_retrieval import song_ranges
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 
-READ_BYTES = 275  # of a play while a unit is read; measured peak
-MERGE_BYTES = 210  # of a play while a bucket is merged; measured peak
-KEY_BYTES = 12  # of a song in the object store while buckets are merged: a uint64 and an int32; code
-VOCABULARY_BYTES = 200  # of a song on the driver of an import: two copies of key, id, title and artist; code
 UNIT_BYTES = 64 << 20  # of a file, read by one task
-FLOAT = 4
-GENSIM_WORD = 172  # of a word beside its two vectors: 22 measured with the arrays, the rest is its counts' dict; code
-WORKER = int(0.35 * GIB)  # of a worker of taste beside vectors: measured largest 327 MiB at 500,000 users
-TRAINER = GIB  # of a training worker beside vectors: torch, a pool of windows; code
+GPU_HOST = GIB  # of a training worker with a GPU beside vectors; not measured
+STORE_SHARE = 0.3  # of a node's memory that Ray gives its object store, 0.7 being the tasks'
 SHARDS = TrainConfig().shards
 _RETRIEVAL = RetrievalConfig()
 RANK_QUERIES = RankConfig().queries
 COLUMNS = 3  # of histories that a stage reads: user, songs, moments
-RULE_DISTANCE = 10  # plays ahead that a rule reaches; code
-RULE_ENTRY = 12  # bytes of a rule: an int32 and an int64; code
-SESSION_ENTRY = 9  # bytes of a posting, an int32 and a byte, and of its song in the session; code
+RULE_DISTANCE = MAX_DISTANCE  # plays ahead that a rule reaches
+USERS_AT_ONCE = 1_000  # of a batch of `recommend --all`
+DISTINCT_PAIRS = 0.6  # of the pairs of a song and a follower in a bucket or range
+SONGS_PER_SESSION = 10
 GPU_SLACK = 2 * GIB  # of a GPU: CUDA's own, activations of a batch; not measured
 
 
@@ -83,12 +105,28 @@ class StagePlan:
     workers: int  # processes over all nodes
     memory: int  # bytes a node needs
     memory_there: int  # bytes a node has for it
+    store: int  # bytes of the node's object store, beside its memory
     batches: int  # units of work
     batch_of: str  # what such a unit is
     requests: int | None  # of object storage; None where no formula is known
     hours: float | None  # None where nobody has measured a rate
     rate: float | None  # work a second of one worker
     rate_from: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingPlan:
+    """The server under a rate of requests; bytes."""
+
+    replicas: int
+    replicas_per_node: int  # a CPU each, as many as the memory holds
+    nodes: int
+    replica_memory: int  # private
+    shared_memory: int  # mapped files of the release, once a node
+    node_memory: int
+    memory_there: int
+    requests_per_second: float
+    answers_per_second: float  # of a replica
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +137,7 @@ class Plan:
     storage: dict[str, int]  # what -> bytes in the bucket
     disk: int  # bytes on the node of embed
     states: int  # bytes of the server's store of user states
+    serving: "ServingPlan | None"  # None where no rate of answers was measured
     problems: list[str]
     notes: list[str]
     data: DataSize
@@ -131,6 +170,7 @@ def make_plan(
         storage=planner.storage(),
         disk=disk,
         states=planner.states_bytes(),
+        serving=planner.serving(),
         problems=[*problems, *planner.other_problems(disk)],
         notes=planner.notes(stages),
         data=data,
@@ -154,23 +194,29 @@ class _Planner:
         self.cpus = self.nodes * self.tight.cpus
         with_gpu = [node for node in cluster.workers if node.gpus]
         self.gpu = min(with_gpu, key=lambda node: (node.gpu_memory or 0, node.memory)) if with_gpu else None
-        self.vectors = data.songs * config.dim * FLOAT
+        self.vectors = table_bytes(data.songs, config.dim)
+
+    @property
+    def average_floats(self) -> int:
+        """Numbers of a user's state that are sums of vectors of songs."""
+        return len(TrainConfig().averages) * self.config.dim
 
     def stages(self) -> list[StagePlan]:
         """In the order in which they run."""
-        made = [self.importing(), self.embed(), self.train()]
-        return [*made, self.retrieval(), self.rank(), self.taste(), self.index(), self.evaluate(), self.recommend()]
+        return [
+            *(self.importing(), self.embed(), self.train(), self.retrieval(), self.rank(), self.taste()),
+            *(self.index(), self.evaluate(), self.recommend()),
+        ]
 
     def importing(self) -> StagePlan:
         """Units of text are read and buckets merged, one a CPU; the larger of the two decides."""
-        unit = ROWS_PER_CHUNK * READ_BYTES
-        bucket = self.data.largest_bucket * MERGE_BYTES
-        needed = self.tight.cpus * (WORKER + max(unit, bucket)) + self.data.songs * KEY_BYTES
-        return self._spread("import", needed, self.data.buckets, "bucket of users", self.data.plays)
+        worker = IDLE_WORKER + max(reading_memory(ROWS_PER_CHUNK), bucket_memory(self.data.largest_bucket))
+        stage = self._spread("import", self.tight.cpus * worker, self.data.buckets, "bucket of users", self.data.plays)
+        return replace(stage, store=keys_store(self.data.songs))
 
     def embed(self) -> StagePlan:
-        """gensim's two tables, its words, and three copies of the result; one node, threads of which few help."""
-        needed = WORKER + self.data.songs * (5 * self.config.dim * FLOAT + GENSIM_WORD)
+        """gensim's tables and words; one node, threads of which few help."""
+        needed = IDLE_WORKER + embedding_memory(self.data.songs, self.config.dim)
         threads = min(self.large.cpus, MAX_WORKERS)
         work = self.data.plays * self.config.embed_epochs * self.config.fits
         return self._stage(
@@ -186,14 +232,16 @@ class _Planner:
         )
 
     def train(self) -> StagePlan:
-        """Host: the vectors of both fits, the best network and one on its way to a checkpoint.
+        """A worker on a CPU holds tables and moments; one with a GPU has there those that are trained.
 
-        The table and Adam's two moments are on the device, so on the host where that is a CPU.
+        The host of a GPU then holds the vectors of all fits, the best network and one on its way to a checkpoint.
         """
         node = self.gpu if self.config.gpu and self.gpu else self.large
         workers = self.train_workers()
         on_node = min(workers, node.gpus) if node.gpus else ceil(workers / self.nodes)
-        tables = 2 * self.config.fits + 1 + (0 if self.config.gpu else 3)
+        worker = training_memory(self.data.songs, self.config.dim, self.config.hidden_dim)
+        if self.config.gpu:
+            worker = GPU_HOST + (2 * self.config.fits + 1) * self.vectors
         windows = ceil(self.data.plays / self.config.window)
         batch = self.config.batch or TrainConfig().batch * workers
         steps = ceil(windows / batch) * self.config.epochs * self.config.fits
@@ -203,7 +251,7 @@ class _Planner:
             node,
             ceil(workers / on_node),
             workers,
-            on_node * (TRAINER + tables * self.vectors),
+            on_node * (IDLE_WORKER + worker),
             batches=steps,
             batch_of=f"step of {batch} windows",
             work=self.data.plays * self.config.epochs * self.config.fits,
@@ -221,21 +269,36 @@ class _Planner:
         return max(number for number in divisors(SHARDS) if number <= max(1, most))
 
     def retrieval(self) -> StagePlan:
-        """Each CPU counts a group of buckets, one after another: rules of ten plays ahead, sorted once."""
-        pairs = self.data.plays // max(1, self.data.buckets) * RULE_DISTANCE
-        needed = self.tight.cpus * (WORKER + 3 * pairs * RULE_ENTRY)
-        groups = len(bucket_groups(len(song_ranges(self.data.songs, self.data.plays)), self.data.buckets))
-        return self._spread("retrieval", needed, groups, "group of buckets", self.data.plays)
+        """Each CPU counts a group of buckets, bucket by bucket, then merges ranges of songs; one task joins these."""
+        songs, plays, largest = self.data.songs, self.data.plays, self.data.largest_bucket
+        ranges = song_ranges(songs, plays)
+        at_once = max(min(largest, PLAYS_PER_READ), int(largest * DISTINCT_PAIRS))
+        counting = counting_memory(songs, at_once * RULE_DISTANCE)
+        merging = merging_memory(songs, int(plays / len(ranges) * RULE_DISTANCE * DISTINCT_PAIRS))
+        groups = len(bucket_groups(len(ranges), self.data.buckets))
+        units = (groups, counting), (len(ranges), merging)
+        needed = max(self._on_node(count) * (IDLE_WORKER + memory) for count, memory in units)
+        return self._spread("retrieval", needed, groups, "group of buckets", plays)
 
     def retrieval_bytes(self) -> int:
-        """Of the postings and rules that are kept of each song, both of which are bounded."""
+        """Of what is kept of each song, which is bounded; about."""
         songs, plays = self.data.songs, self.data.plays
-        sessions = min(plays, songs * _RETRIEVAL.sessions_per_song) * SESSION_ENTRY
-        return sessions + min(RULE_DISTANCE * plays, songs * _RETRIEVAL.rules_per_song) * RULE_ENTRY
+        kept = min(plays, songs * _RETRIEVAL.sessions_per_song)
+        return retrieval_bytes(
+            songs,
+            rules=min(int(RULE_DISTANCE * plays * DISTINCT_PAIRS), songs * _RETRIEVAL.rules_per_song),
+            session_songs=kept,
+            sessions=kept // SONGS_PER_SESSION,
+            day_songs=min(plays, songs * RECENT_DAYS),
+        )
 
     def rank(self) -> StagePlan:
         """Queries of all buckets are collected on all CPUs; the trees, which take longer, grow on one node."""
-        needed = WORKER + 2 * self.vectors + self.retrieval_bytes()
+        collecting = self.large.cpus * (
+            IDLE_WORKER + examples_memory(self.data.songs, self.config.dim, ceil(RANK_QUERIES / self.data.buckets))
+        )
+        growing = IDLE_WORKER + ranking_memory(self.data.songs, self.config.dim, RANK_QUERIES)
+        needed = max(collecting, growing) + 2 * self.vectors + self.retrieval_bytes()
         return self._stage(
             "rank",
             self.large,
@@ -250,27 +313,30 @@ class _Planner:
 
     def taste(self) -> StagePlan:
         """Every CPU runs a process; the song table is one memory-mapped copy a node."""
-        needed = self.tight.cpus * WORKER + shared_memory(self.data.songs, self.config.dim)
+        worker = IDLE_WORKER + encoding_memory(self.config.hidden_dim, self.config.dim)
+        needed = self.tight.cpus * worker + self.vectors
         return self._spread("taste", needed, self.data.buckets, "bucket of users", self.data.plays)
 
     def index(self) -> StagePlan:
         """The vectors and the index over them; one node."""
-        needed = WORKER + int(2.2 * self.vectors)
+        needed = IDLE_WORKER + indexing_memory(self.data.songs, self.config.dim)
         return self._stage("index", self.large, 1, self.large.cpus, needed, batches=1, batch_of="index", work=None)
 
     def evaluate(self) -> StagePlan:
-        """All histories are read; the queries are answered by two recommenders, memory-mapped once a node."""
-        needed = self.tight.cpus * 2 * WORKER + 2 * self.vectors + self.retrieval_bytes()
+        """All histories are read; the queries are answered by two recommenders, in the object store once a node."""
+        needed = self.tight.cpus * (IDLE_WORKER + evaluating_memory(ceil(self.config.queries / self.data.buckets)))
         stage = self._spread(
             "evaluate", needed, self.data.buckets, "bucket of users", self.config.queries, "queries_per_second_per_cpu"
         )
         reading = self.rate("read_plays_per_second_per_cpu")
         hours = (stage.hours or 0) + EVALUATE_PASSES * self.data.plays / (reading * stage.workers) / 3600
-        return replace(stage, hours=hours)
+        store = evaluator_store(self.data.songs, self.config.dim, self.retrieval_bytes())
+        return replace(stage, hours=hours, store=store)
 
     def recommend(self) -> StagePlan:
         """`recommend --all`: every CPU answers the users of a bucket, from tables that a node holds once."""
-        needed = self.tight.cpus * 2 * WORKER + 2 * self.vectors + self.retrieval_bytes()
+        worker = IDLE_WORKER + recommending_memory(self.data.songs, USERS_AT_ONCE)
+        needed = self.tight.cpus * worker + 2 * self.vectors + self.retrieval_bytes()
         users = self.data.users
         return self._spread(
             "recommend", needed, self.data.buckets, "bucket of users", users, "users_per_second_per_cpu"
@@ -303,16 +369,16 @@ class _Planner:
 
     def storage(self) -> dict[str, int]:
         """Bytes in the bucket, by what they are; what is there for a while only is named so."""
-        sizes = {"dim": self.config.dim, "hidden_dim": self.config.hidden_dim, "horizons": 2}
+        floats = len(TrainConfig().horizons) * self.config.dim + self.config.hidden_dim + self.average_floats
         checkpoint = 4 * self.vectors
         return {
             "histories": histories_bytes(self.data.plays),
-            "songs": songs_bytes(self.data.songs, described=True),
+            "songs": songs_bytes(self.data.songs, int(self.data.songs * SONG_TEXT_BYTES)),
             "song embeddings": self.config.fits * self.vectors,
-            "model": self.config.fits * self.vectors,
-            "retrieval": self.retrieval_bytes(),
-            "tastes": tastes_bytes(self.data.users, self.data.plays, **sizes),
-            "index": int(1.1 * self.vectors),
+            "model": self.config.fits * model_bytes(self.data.songs, self.config.dim),
+            "retrieval": self.config.fits * self.retrieval_bytes(),
+            "tastes": tastes_bytes(self.data.users, int(self.data.plays * NEW_SONG_SHARE), floats=floats),
+            "index": index_bytes(self.data.songs, self.config.dim),
             "recommendations": recommendations_bytes(self.data.users, self.config.k),
             "while it imports": int(self.data.plays * ROW_BYTES) + histories_bytes(self.data.plays),
             "while it trains": 2 * checkpoint + self.data.songs * 8 * self.config.fits,
@@ -324,12 +390,33 @@ class _Planner:
             self.data.users,
             self.data.plays,
             hidden_dim=self.config.hidden_dim,
-            average_floats=len(TrainConfig().averages) * self.config.dim,
+            average_floats=self.average_floats,
+        )
+
+    def serving(self) -> ServingPlan | None:
+        """Replicas on CPU nodes; each node holds the files of the release once. None without a rate of answers."""
+        songs, answers = self.data.songs, self.rates.get(ANSWERS)
+        if answers is None:
+            return None
+        shared = served_files(songs, self.config.dim, self.retrieval_bytes())
+        replicas = replicas_for(self.config.serve_rate, answers)
+        room = max(1, (self.tight.memory - serving_memory(songs, 0, shared)) // replica_memory())
+        on_node = min(replicas, self.tight.cpus, room)
+        return ServingPlan(
+            replicas=replicas,
+            replicas_per_node=on_node,
+            nodes=ceil(replicas / on_node),
+            replica_memory=replica_memory(),
+            shared_memory=shared,
+            node_memory=serving_memory(songs, on_node, shared),
+            memory_there=self.tight.memory,
+            requests_per_second=self.config.serve_rate,
+            answers_per_second=answers,
         )
 
     def corpus_bytes(self) -> int:
-        """On the local disk of embed's node: a play is a song's row in decimal and a space."""
-        return self.data.plays * (len(str(self.data.songs)) + 1)
+        """On the local disk of embed's node."""
+        return corpus_bytes(self.data.plays, self.data.songs)
 
     def missing(self) -> Iterator[str]:
         """What the cluster does not have at all."""
@@ -351,7 +438,7 @@ class _Planner:
                 f"embed writes a corpus of {gib(disk)} to the disk of one {self.large.name}, which has "
                 f"{gib(self.large.disk)}; give it a larger disk, or import embeddings with embed --vectors"
             )
-        driver = WORKER + self.data.songs * VOCABULARY_BYTES
+        driver = IDLE_WORKER + vocabulary_memory(self.data.songs)
         for head in (node for node in self.cluster.nodes if node.head):
             if driver > head.memory:
                 yield (
@@ -368,20 +455,26 @@ class _Planner:
 
     def notes(self, stages: list[StagePlan]) -> list[str]:
         """What to know of these figures."""
-        told = []
+        texts = []
         if any(stage.rate_from == BUILT_IN_FROM for stage in stages):
-            told.append(f"rates were measured on {BUILT_IN_FROM}; measure yours with rayrec bench NAME --save FILE")
+            texts.append(f"rates were measured on {BUILT_IN_FROM}; measure yours with rayrec bench scale --save FILE")
         if self.config.gpu and TRAIN_ON_GPU not in self.rates:
-            told.append(f"no GPU rate ({TRAIN_ON_GPU}): each GPU counts as one CPU")
+            texts.append(f"no GPU rate ({TRAIN_ON_GPU}): each GPU counts as one CPU")
+        if ANSWERS not in self.rates:
+            texts.append("no rate of answers: rayrec bench answers --save FILE measures it, for the server's replicas")
         if not self.data.looked_at:
-            told.append(f"the largest bucket is assumed to be {ASSUMED_SKEW} times the mean; --workspace measures it")
+            texts.append(f"the largest bucket is assumed to be {ASSUMED_SKEW} times the mean; --workspace measures it")
         if self.config.gpu and self.gpu is not None and self.gpu.gpu_memory is None:
-            told.append(f"{self.gpu.name} does not name its GPU: GPU memory is not checked")
-        return told
+            texts.append(f"{self.gpu.name} does not name its GPU: GPU memory is not checked")
+        return texts
 
     def rate(self, name: str) -> float:
         """A rate of the file, or the built-in one."""
         return self.rates.get(name, BUILT_IN[name])
+
+    def _on_node(self, units: int) -> int:
+        """Workers of a node, of so many units that Ray spreads over all nodes."""
+        return min(self.tight.cpus, ceil(units / self.nodes))
 
     def _spread(
         self, stage: str, memory: int, units: int, unit: str, work: int, per_second: str = "plays_per_second_per_cpu"
@@ -416,6 +509,7 @@ class _Planner:
             workers=workers,
             memory=memory,
             memory_there=node.memory,
+            store=0,
             batches=batches,
             batch_of=batch_of,
             requests=self.requests(stage),
@@ -439,6 +533,12 @@ def _too_little(stage: StagePlan) -> Iterator[str]:
         yield (
             f"{stage.stage} needs {gib(stage.memory)} of memory on a {stage.node}, which has "
             f"{gib(stage.memory_there)}: use {advice}"
+        )
+    store_there = int(stage.memory_there * STORE_SHARE / (1 - STORE_SHARE))
+    if stage.store > store_there:
+        yield (
+            f"{stage.stage} puts {gib(stage.store)} into the object store of a {stage.node}, which has "
+            f"{gib(store_there)}: give the node more memory"
         )
 
 

@@ -36,6 +36,7 @@ BUILT_IN = {
     "recommend_users_per_second_per_cpu": 190.0,
 }
 TRAIN_ON_GPU = "train_plays_per_second_per_gpu"  # measured by nobody yet: only a file of rates can hold it
+ANSWERS = "answers_per_second_per_cpu"  # of `rayrec bench answers --save`; none is built in: catalogs differ too much
 _EMBED, _TRAIN = EmbedConfig(), TrainConfig()
 
 
@@ -64,15 +65,15 @@ def _bucket_bytes(dataset: Dataset) -> Counter[int]:
 
 
 def _longest(dataset: Dataset, bucket: int) -> list[tuple[str, int]]:
-    found: Counter[str] = Counter()
+    lengths_by_user: Counter[str] = Counter()
     for path in dataset.manifest.histories_files(bucket):
         with dataset.workspace.open_input(path) as stream:
             for batch in pq.ParquetFile(stream).iter_batches(5_000, columns=[columns.USER, columns.SONGS]):
                 lengths = np.diff(batch.column(columns.SONGS).offsets.to_numpy())
                 first = np.argsort(-lengths, kind="stable")[:LISTED]
                 for user, plays in zip(batch.column(columns.USER).take(first).to_pylist(), lengths[first], strict=True):
-                    found[user] += int(plays)
-    return found.most_common(LISTED)
+                    lengths_by_user[user] += int(plays)
+    return lengths_by_user.most_common(LISTED)
 
 
 class PlanConfig(Settings):
@@ -93,6 +94,7 @@ class PlanConfig(Settings):
     queries: int = Field(100_000, ge=1, description="Queries that evaluate samples")
     k: int = Field(100, ge=1, description="Songs per user of recommend --all")
     nodes: int = Field(0, ge=0, description="Number of CPU nodes; 0: the cluster's maximum")
+    serve_rate: float = Field(100.0, gt=0, description="Requests per second that the server has to answer")
 
     @property
     def fits(self) -> int:
@@ -117,9 +119,9 @@ class DataSize:
         for name, count in (("users", users), ("plays", plays), ("songs", songs)):
             if count < 1:
                 raise InputError(f"{name} is {count}; expected at least 1")
-        made = buckets or min(MAX_BUCKETS, max(MIN_BUCKETS, ceil(plays * CSV_BYTES / BUCKET_BYTES)))
-        largest = ceil(plays / made * ASSUMED_SKEW)
-        return cls(users=users, plays=plays, songs=songs, buckets=made, largest_bucket=largest, looked_at=False)
+        bucket_count = buckets or min(MAX_BUCKETS, max(MIN_BUCKETS, ceil(plays * CSV_BYTES / BUCKET_BYTES)))
+        largest = ceil(plays / bucket_count * ASSUMED_SKEW)
+        return cls(users=users, plays=plays, songs=songs, buckets=bucket_count, largest_bucket=largest, looked_at=False)
 
     @classmethod
     def of(cls, manifest: DatasetManifest, skew: Skew) -> "DataSize":
@@ -137,12 +139,12 @@ class DataSize:
 def read_rates(path: str) -> dict[str, float]:
     """The rates of a file that `rayrec bench --save` wrote. Raises `InputError` for another file."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))["rates"]
-        rates = {str(name): float(rate) for name, rate in found.items()}
+        content = json.loads(Path(path).read_text(encoding="utf-8"))["rates"]
+        rates = {str(name): float(rate) for name, rate in content.items()}
     except OSError as error:
         raise InputError(f"rates file {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} has no rates; expected a file written by `rayrec bench NAME --save FILE`") from error
+        raise InputError(f"{path} has no rates; expected a file written by `rayrec bench scale --save FILE`") from error
     slow = [name for name, rate in rates.items() if not rate > 0]
     if slow:
         raise InputError(f"{path} has {slow[0]} {rates[slow[0]]}; expected a number above 0")

@@ -4,14 +4,13 @@ import pytest
 from worlds import random_histories, write_dataset
 
 from rayrec.bench import job_benches
-from rayrec.bench.bench_config import BenchConfig
 from rayrec.embeddings.word2vec import Word2Vec
 from rayrec.storage.workspace import Workspace
 
 
 def test_tokens_of_all_epochs_are_told_by_threads_against_the_first(workspace: Workspace) -> None:
     dataset = write_dataset(workspace, random_histories(40, 20), 20)
-    told = job_benches.word2vec_scaling(dataset, BenchConfig(embed_epochs=2), [1, 2])
+    told = job_benches.word2vec_scaling(dataset, [1, 2], epochs=2, seed=0)
     assert 0 < told["corpus_tokens"] <= dataset.manifest.plays
     one, two = (told["tokens_per_second"][threads] for threads in ("1", "2"))
     assert told["speedup"] == {"1": 1.0, "2": pytest.approx(two / one)}

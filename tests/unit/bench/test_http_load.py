@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rayrec.bench import http_load, serve_bench
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import ServeBenchConfig
 from rayrec.bench.http_load import Load, put_under_load
 from rayrec.bench.serve_bench import summarize_slices
 from rayrec.bench.soak import SoakCounts, attempt, memory_growth
@@ -110,7 +110,7 @@ def test_ratios_are_medians_of_those_within_a_round() -> None:
 
 def test_the_clients_that_ratios_need_must_be_there() -> None:
     with pytest.raises(InputError, match="expected 1 and 16 among them"):
-        BenchConfig(serve_clients=(1, 64))
+        ServeBenchConfig(clients=(1, 64))
 
 
 @pytest.mark.parametrize(

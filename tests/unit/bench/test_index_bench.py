@@ -1,13 +1,13 @@
-"""The index benchmark at a small size."""
+"""The song side at a small size: the index, and a training step for every kind of song table."""
 
 import numpy as np
 
-from rayrec.bench.bench_config import BenchConfig
-from rayrec.bench.index_bench import K, bench_index, song_vectors, speed
+from rayrec.bench.bench_config import IndexBenchConfig, SongsBenchConfig
+from rayrec.bench.index_bench import K, bench_index, bench_song_side, song_vectors, speed
 
 
 def test_it_tells_recall_and_speed_of_both_kinds_and_the_ratio_to_faiss_alone() -> None:
-    told = bench_index(BenchConfig.quick()).to_json()
+    told = bench_index(IndexBenchConfig.quick()).to_json()
     assert told["flat_recall"] == 1
     assert told["ivf_recall"] >= 0.99
     assert 1 <= told["nprobe"] <= told["nlist"]
@@ -38,3 +38,11 @@ def test_songs_lie_in_clusters() -> None:
     scattered /= np.linalg.norm(scattered, axis=1, keepdims=True)
     assert nearest.mean() > np.sort(scattered @ scattered.T, axis=1)[:, -3].mean() + 0.05
     assert nearest.mean() < 0.95
+
+
+def test_every_table_is_timed_at_every_size() -> None:
+    told = bench_song_side(SongsBenchConfig(rounds=1, songs=(300, 200), steps=1)).to_json()
+    assert (told["name"], told["unit"]) == ("songs", "plays")
+    for table in ("trained", "mapped", "frozen"):
+        for songs in (200, 300):
+            assert told[f"{table}_{songs}_per_second"] > 0

@@ -1,11 +1,12 @@
 """The harness: ratios of planted ways of working, by construction and not by a clock."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from rayrec.bench.bench_config import BenchConfig, check_name
-from rayrec.bench.rounds import Measured, Way, compare
+from rayrec.bench.bench_config import MemoryBenchConfig, ServeBenchConfig, TrainBenchConfig, check_name
+from rayrec.bench.rounds import Measured, PlainProcess, Way, compare, niceness
 from rayrec.errors import InputError
 
 
@@ -69,6 +70,30 @@ class TestConfig:
 
     def test_sizes_that_compare_nothing_are_refused(self) -> None:
         with pytest.raises(InputError, match="rounds is 0"):
-            BenchConfig(rounds=0)
-        with pytest.raises(InputError, match="memory_users is"):
-            BenchConfig(memory_users=(500, 500))
+            TrainBenchConfig(rounds=0)
+        with pytest.raises(InputError, match="users is"):
+            MemoryBenchConfig(users=(500, 500))
+
+    def test_quick_sizes_stand_where_none_was_given(self) -> None:
+        config = ServeBenchConfig(clients=(1, 2, 16), seed=3).with_quick_sizes()
+        assert config == ServeBenchConfig.quick().replace(clients=(1, 2, 16), seed=3)
+        assert config.songs == (500,)
+
+
+def threads() -> str:
+    return os.environ["OMP_NUM_THREADS"]
+
+
+def fail() -> None:
+    raise ValueError("planted")
+
+
+def test_it_is_as_nice_as_asked_in_another_process_with_one_thread() -> None:
+    own = niceness()
+    with PlainProcess(own + 3) as plain:
+        assert plain.run(niceness) == own + 3
+        assert plain.run(os.getpid) == plain.run(os.getpid) != os.getpid()
+        assert plain.run(threads) == "1"
+        with pytest.raises(ValueError, match="planted"):
+            plain.run(fail)
+    assert niceness() == own

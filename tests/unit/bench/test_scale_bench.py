@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import ScaleBenchConfig
 from rayrec.bench.rounds import Measured
 from rayrec.bench.scale_bench import costs, extrapolated, speedups
 from rayrec.errors import InputError
@@ -47,7 +47,7 @@ def test_what_nobody_measured_is_marked() -> None:
     assert told["cpu_hours"]["taste"] == pytest.approx(1e9 * 2e-6 / 3600)
 
 
-@pytest.mark.parametrize("changes", [{"scale_users": (10,)}, {"scale_users": (20, 10)}, {"scale_workers": (2, 1)}])
+@pytest.mark.parametrize("changes", [{"users": (10,)}, {"users": (20, 10)}, {"workers": (2, 1)}])
 def test_sizes_out_of_order_are_refused(changes: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(InputError, match="first"):
-        BenchConfig(**changes)
+        ScaleBenchConfig(**changes)

@@ -2,14 +2,14 @@
 
 from stores import needs_redis
 
-from rayrec.bench.bench_config import BenchConfig
+from rayrec.bench.bench_config import StatesBenchConfig
 from rayrec.bench.states_bench import bench_states
 from rayrec.storage.workspace import Workspace
 
 
 @needs_redis
 def test_all_users_are_loaded_into_both_stores(workspace: Workspace) -> None:
-    figures = bench_states(workspace, BenchConfig.quick().replace(states_users=300))
+    figures = bench_states(workspace, StatesBenchConfig.quick().replace(users=300))
     assert figures["users"] == 300
     for store in ("sqlite", "redis"):
         assert figures[f"{store}_users_per_second"] > 0

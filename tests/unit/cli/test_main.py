@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rayrec.bench.bench_config import CONFIGS
 from rayrec.errors import DamagedInputError, LeakError, NotFoundError
 from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
 from rayrec.storage.workspace import Workspace
@@ -20,7 +21,7 @@ COMMANDS = (
     *("evaluate", "release"),
     *("recommend", "serve", "status", "run", "tune", "bench", "compact", "clean", "unlock", "verify"),
 )
-RELEASE_COMMANDS = ("create", "list", "activate", "rollback", "verify")
+GROUPS = {"release": ("create", "list", "activate", "rollback", "verify"), "bench": tuple(CONFIGS)}
 
 
 @pytest.fixture
@@ -86,7 +87,8 @@ def filled(tmp_path: Path) -> str:
         (["--workspace", "FILLED", "update", "PLAYS"], "no live release; run `rayrec fit` first"),
         (["--workspace", "FILLED", "serve", "--port", "0"], "no live release; run `rayrec fit`"),
         (["run", "/no/such.toml"], "/no/such.toml cannot be read"),
-        (["bench", "everything"], "Unknown benchmark 'everything'; expected one of train"),
+        (["bench", "everything"], "No such command 'everything'"),
+        (["bench", "serve", "--clients", "1,64"], r"clients is \[1, 64\]; expected 1 and 16 among them"),
         (["--workspace", "PLAYS", "status"], "is a file; expected a folder"),
         (["--workspace", "gopher://host/x", "status"], "gopher"),
         (["--workspace", "FILLED", "demo"], "holds another data set"),
@@ -275,7 +277,7 @@ def test_a_real_process_keeps_stdout_and_stderr_apart(filled: str) -> None:
 def help_text(capsys: pytest.CaptureFixture[str]) -> str:
     """The help of every command, as a terminal of 80 columns shows it."""
     pages = []
-    for words in [[], *([name] for name in COMMANDS), *(["release", name] for name in RELEASE_COMMANDS)]:
+    for words in [[], *([name] for name in COMMANDS), *([group, name] for group in GROUPS for name in GROUPS[group])]:
         assert main([*words, "--help"]) == 0
         pages.append(f"$ rayrec {' '.join([*words, '--help'])}\n{capsys.readouterr().out.strip()}\n")
     return "\n".join(pages)
@@ -293,5 +295,7 @@ def test_the_help_is_what_is_stored(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     told = help_text(capsys)
     pages = told.split("$ rayrec ")[1:]
-    assert [page.splitlines()[0] for page in pages if "Example:" not in page] == ["release --help"]
+    assert [page.splitlines()[0] for page in pages if "Example:" not in page] == [
+        f"{group} --help" for group in ("release", "bench")
+    ]
     assert all(len(line) <= 80 for line in told.splitlines())

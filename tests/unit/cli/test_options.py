@@ -35,7 +35,7 @@ def seen() -> list[tuple[Call, Sample, bool]]:
 
 @pytest.fixture
 def app(seen: list, tmp_path: Path) -> typer.Typer:
-    made = typer.Typer(rich_markup_mode=None)
+    made = typer.Typer(name="rayrec", rich_markup_mode=None)
 
     @made.callback()
     def root(ctx: typer.Context) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrec.jobs.compared_models import ComparedModels
+from rayrec.jobs.evaluate import ComparedModels
 from rayrec.storage.artifacts import Manifest
 
 

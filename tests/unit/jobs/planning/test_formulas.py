@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from networks import model_config, network
 from without_ray import CountingFileSystem, without_ray
 from worlds import write_dataset
@@ -13,7 +15,8 @@ from worlds import write_dataset
 from rayrec.config import Settings
 from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.data.histories import Histories
-from rayrec.data.split import SplitConfig
+from rayrec.data.split import FitRange, SplitConfig
+from rayrec.embeddings import word2vec
 from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig
@@ -25,30 +28,38 @@ from rayrec.jobs.planning.formulas import (
     INDEX_REQUESTS,
     ImportSize,
     append_requests,
+    corpus_bytes,
     embed_requests,
     evaluate_requests,
     histories_bytes,
     histories_requests,
     import_requests,
+    index_bytes,
     input_requests,
+    model_bytes,
     rank_requests,
     recommend_requests,
     recommendations_bytes,
+    retrieval_bytes,
     retrieval_requests,
     shuffle_bytes,
     songs_bytes,
     states_bytes,
     taste_requests,
+    tastes_bytes,
     train_requests,
 )
+from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.taste import compute_tastes
 from rayrec.model.checkpoint import save_model
+from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.online.load_states import load_states
 from rayrec.online.state_store import open_store
 from rayrec.recommend.answer import RecommendConfig
 from rayrec.recommend.base import BaseRecommender, Ranking
-from rayrec.recommend.index import IndexConfig
+from rayrec.recommend.index import IndexConfig, SongIndex
+from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.dataset_manifest import write_manifest
@@ -209,7 +220,24 @@ def test_bytes_of_a_data_set(workspace: Workspace, tmp_path: Path, plays: int) -
     path = write_sessions(tmp_path / "plays.csv", plays, songs=10**7, users=plays // 10)
     made = import_data(workspace, ImportConfig(format="csv", paths=(str(path),), buckets=4))
     assert workspace.size("dataset/histories") == pytest.approx(histories_bytes(made.plays), rel=0.15)
-    assert workspace.size("dataset/songs.parquet") == pytest.approx(songs_bytes(made.songs, described=False), rel=0.15)
+    assert workspace.size("dataset/songs.parquet") == pytest.approx(songs_bytes(made.songs, 0), rel=0.15)
+
+
+@pytest.mark.parametrize("songs", [10_000, 40_000])
+def test_bytes_of_songs_with_titles_and_artists(workspace: Workspace, tmp_path: Path, songs: int) -> None:
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice(list("abcdefghijklmnopqrstuvwxyz"), size=6)) for _ in range(2_000)]
+    names = np.array([" ".join(random.choice(words, size=2)) for _ in range(songs // 8 + songs)])
+    lines = [
+        f"u{row % 500},track{row:07d},{START + row},{names[row].title()},{names[songs + row // 8].title()}"
+        for row in random.permutation(songs).tolist()
+    ]
+    path = tmp_path / "plays.csv"
+    path.write_text("\n".join(["user,song,played_at,title,artist", *lines]) + "\n")
+    import_data(workspace, ImportConfig(format="csv", paths=(str(path),), buckets=1))
+    texts = ("".join(f"{name:20}" for name in part) for part in (names[:songs], names[songs:].repeat(8)))
+    text = sum(len(pa.compress(each.title().encode(), "zstd", asbytes=True)) for each in texts)
+    assert workspace.size("dataset/songs.parquet") == pytest.approx(songs_bytes(songs, text), rel=0.15)
 
 
 def write_listeners(path: Path, *, users: int, plays: int, songs: int) -> Path:
@@ -271,6 +299,46 @@ def test_requests_of_the_stages_of_a_run(
     assert counts.total == pytest.approx(recommend_requests(buckets, reading), rel=0.15)
 
 
+@pytest.mark.parametrize(("songs", "dim", "kind"), [(4_000, 16, "flat"), (8_000, 64, "flat"), (200_000, 8, "ivf")])
+def test_bytes_of_a_model_and_of_an_index(workspace: Workspace, songs: int, dim: int, kind: str) -> None:
+    vectors = np.random.default_rng(0).normal(size=(songs, dim)).astype(np.float32)
+    shape = replace(model_config(TrainConfig(hidden_dim=8), num_songs=songs), embedding_dim=dim)
+    names = save_model(workspace, "models/m", TasteModel(shape, torch.from_numpy(vectors)), np.ones(songs, np.bool_))
+    assert sum(workspace.size(f"models/m/{name}") for name in names) == pytest.approx(model_bytes(songs, dim), rel=0.15)
+    index = SongIndex.build(vectors, IndexConfig(nlist=100, queries=10, target_recall=0.1))
+    assert index.figures.kind == kind
+    index.save(workspace, "index.faiss")
+    assert workspace.size("index.faiss") == pytest.approx(index_bytes(songs, dim), rel=0.15)
+
+
+@pytest.mark.parametrize(("plays", "songs"), [(20_000, 500), (40_000, 20_000)])
+def test_bytes_of_a_retrieval(workspace: Workspace, tmp_path: Path, plays: int, songs: int) -> None:
+    path = write_sessions(tmp_path / "plays.csv", plays, songs=songs, users=plays // 50)
+    import_data(workspace, ImportConfig(format="csv", paths=(str(path),), buckets=4))
+    made = fit_retrieval(workspace, RetrievalConfig())
+    retrieval = Retrieval.load(workspace, made.folder)
+    expected = retrieval_bytes(
+        retrieval.num_songs,
+        rules=len(retrieval.rules.followers),
+        session_songs=len(retrieval.sessions.songs),
+        sessions=len(retrieval.sessions),
+        day_songs=len(retrieval.plays.days),
+    )
+    assert workspace.size(made.folder) == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize(("plays", "songs"), [(20_000, 1_000), (40_000, 100_000)])
+def test_bytes_of_a_corpus(tmp_path: Path, plays: int, songs: int) -> None:
+    random = np.random.default_rng(0)
+    histories = Histories.from_lists(
+        list(random.integers(songs, size=(plays // 100, 100))),
+        [START * 1_000 + np.arange(100) * 60_000] * (plays // 100),
+    )
+    sentences = word2vec.from_histories([histories], FitRange(), EmbedConfig().session_gap_minutes)
+    corpus = word2vec.write_corpus(sentences, tmp_path / "corpus", songs)
+    assert corpus.path.stat().st_size == pytest.approx(corpus_bytes(plays, songs), rel=0.15)
+
+
 class Anything(BaseRecommender):
     """Songs at random."""
 
@@ -301,7 +369,7 @@ def test_bytes_of_recommendations(workspace: Workspace, monkeypatch: pytest.Monk
     assert size == pytest.approx(recommendations_bytes(users, k), rel=0.15)
 
 
-@pytest.mark.parametrize(("hidden", "plays"), [(64, 20), (256, 100)])
+@pytest.mark.parametrize(("hidden", "plays"), [(64, 20), (128, 60), (256, 100)])
 def test_bytes_of_the_states_of_users(workspace: Workspace, tmp_path: Path, hidden: int, plays: int) -> None:
     users, songs, random = 2_000, 20_000, np.random.default_rng(0)
     moments = np.cumsum(random.integers(60_000, 3_600_000, size=(users, plays)), axis=1) + START * 1_000
@@ -314,11 +382,15 @@ def test_bytes_of_the_states_of_users(workspace: Workspace, tmp_path: Path, hidd
     inputs = {"dataset": dataset.manifest.id, "songs": "s"}
     artifacts.publish(workspace, artifacts.Manifest(kind="models", id="m", inputs=inputs), names)
     tastes = compute_tastes(workspace, TasteConfig())
+    stored = sum(workspace.size(path) for path in workspace.files(tastes.folder) if path.endswith(".parquet"))
+    averages = len(model.config.averages) * model.config.embedding_dim
+    heard = sum(len(np.unique(songs)) for songs in np.split(histories.songs, histories.offsets[1:-1]))
+    floats = len(model.config.horizons) * model.config.embedding_dim + hidden + averages
+    assert stored == pytest.approx(tastes_bytes(users, heard, floats=floats), rel=0.15)
     release = artifacts.Manifest(kind="releases", id="r", inputs={**inputs, "models": "m", "tastes": tastes.id})
     store = open_store(f"sqlite:///{tmp_path}/states.sqlite", dataset.lineage)
     load_states(dataset, store, release)
     store.close()
     size = sum(path.stat().st_size for path in tmp_path.glob("states.sqlite*"))
-    averages = len(model.config.averages) * model.config.embedding_dim
     expected = states_bytes(users, users * plays, hidden_dim=hidden, average_floats=averages)
     assert size == pytest.approx(expected, rel=0.15)

@@ -13,7 +13,8 @@ from rayrec import Workspace
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
 from rayrec.jobs.planning.cluster_file import GIB, ClusterFile, NodeType
-from rayrec.jobs.planning.plan import GPU_SLACK, TRAINER, WORKER, Plan, StagePlan, make_plan
+from rayrec.jobs.planning.formulas import IDLE_WORKER, encoding_memory, evaluator_store, training_memory
+from rayrec.jobs.planning.plan import GPU_SLACK, Plan, StagePlan, make_plan
 from rayrec.jobs.planning.plan_inputs import BUILT_IN_FROM, DataSize, PlanConfig, read_rates
 from rayrec_cli.main import main
 
@@ -57,7 +58,7 @@ def test_no_more_cpus_work_than_there_are_buckets() -> None:
 def test_the_workers_of_a_node_share_the_song_table() -> None:
     songs = 10**7
     found = stage(planned(data=replace(DATA, songs=songs)), "taste")
-    assert found.memory == 8 * WORKER + songs * 64 * 4
+    assert found.memory == 8 * (IDLE_WORKER + encoding_memory(128, 64)) + songs * 64 * 4
 
 
 def test_requests_are_those_of_the_formulas() -> None:
@@ -85,14 +86,34 @@ def test_recommendations_of_all_users_take_all_cpus_and_are_stored() -> None:
 
 def test_the_store_of_states_grows_with_users_plays_and_the_network() -> None:
     plan = planned(PlanConfig(hidden_dim=256, dim=32))
+    floats = 2 * 32 + 256 + 4 * 32
+    assert plan.storage["tastes"] == pytest.approx(10**6 * (5.2 * floats + 48) + 0.85 * 10**8 * 4.5)
     assert plan.states == pytest.approx(10**6 * (2 * 256 + 4 * 4 * 32 + 310) + 10**8 * 5.2)
     assert plan.to_mapping()["states"] == plan.states
+
+
+def test_an_evaluation_that_does_not_fit_into_the_object_store_is_a_problem() -> None:
+    data = replace(DATA, songs=3 * 10**7)
+    found = stage(planned(data=data), "evaluate")
+    assert found.store > evaluator_store(data.songs, 64, 0) > 0.3 * 64 * GIB / 0.7
+    assert any("evaluate puts" in text for text in planned(data=data).problems)
+
+
+@pytest.mark.parametrize(("rate", "replicas", "nodes"), [(1.0, 1, 1), (700.0, 10, 2), (701.0, 11, 2)])
+def test_replicas_answer_a_rate_of_requests_and_are_idle_a_third_of_the_time(
+    rate: float, replicas: int, nodes: int
+) -> None:
+    rates = {**RATES, "answers_per_second_per_cpu": 100.0}
+    serving = make_plan(DATA, SMALL, PlanConfig(serve_rate=rate), rates).serving
+    assert (serving.replicas, serving.nodes) == (replicas, nodes)
+    catalog = 10**5 * 280
+    assert serving.node_memory == serving.replicas_per_node * serving.replica_memory + serving.shared_memory + catalog
 
 
 def test_training_without_gpus_holds_vectors_table_and_moments_on_each_node() -> None:
     found = stage(planned(PlanConfig(workers=4)), "train")
     assert (found.node, found.nodes, found.workers) == ("cpu", 4, 4)
-    assert found.memory == TRAINER + (2 * 2 + 1 + 3) * 10**5 * 64 * 4
+    assert found.memory == IDLE_WORKER + training_memory(10**5, 64, 128)
     assert found.hours == pytest.approx(10**8 * 12 * 2 / (1_000 * 4) / 3600)
     assert found.batches == 10**6 // (64 * 4) * 24 + 24
     packed = stage(planned(PlanConfig(workers=8)), "train")
@@ -119,7 +140,7 @@ def test_built_in_rates_fill_in_and_are_marked() -> None:
     plan = make_plan(DATA, SMALL, PlanConfig(), {"taste_plays_per_second_per_cpu": 5.0})
     assert stage(plan, "taste").rate_from == "the file of rates"
     assert stage(plan, "train").rate_from == BUILT_IN_FROM
-    assert any("rayrec bench NAME --save FILE" in note for note in plan.notes)
+    assert any("rayrec bench scale --save FILE" in note for note in plan.notes)
     assert stage(plan, "index").hours is None
     assert not any("built-in" in note for note in planned().notes)
 

@@ -1,0 +1,179 @@
+"""Formulas of memory against workers that run here, each in a process of its own whose memory is watched."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from worker_memory import WatchedWorkers, answer_requests, growth
+from worlds import write_dataset
+
+from rayrec.bench.serve_bench import write_bench_release
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
+from rayrec.data.split import SplitConfig, load_split, split_dataset
+from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.importing.staging import write_histories
+from rayrec.jobs.build_index import build_index
+from rayrec.jobs.embed import embed
+from rayrec.jobs.evaluate import evaluate
+from rayrec.jobs.import_data import import_data
+from rayrec.jobs.planning.formulas import (
+    IDLE_WORKER,
+    bucket_memory,
+    counting_memory,
+    embedding_memory,
+    encoding_memory,
+    evaluating_memory,
+    evaluator_store,
+    examples_memory,
+    indexing_memory,
+    keys_store,
+    merging_memory,
+    ranking_memory,
+    reading_memory,
+    recommending_memory,
+    serving_memory,
+    training_memory,
+)
+from rayrec.jobs.rank import fit_rankers
+from rayrec.jobs.recommend_all import recommend_all
+from rayrec.jobs.retrieval import fit_retrieval
+from rayrec.jobs.taste import compute_tastes
+from rayrec.jobs.train import train
+from rayrec.jobs.train_plan import model_config
+from rayrec.model.checkpoint import save_model
+from rayrec.model.network import TasteModel
+from rayrec.model.train_config import TasteConfig, TrainConfig
+from rayrec.recommend.answer import RecommendConfig
+from rayrec.recommend.index import IndexConfig
+from rayrec.recommend.retrieval.play_counts import MAX_DISTANCE, RuleCounts
+from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
+from rayrec.storage.artifacts import Manifest, publish
+from rayrec.storage.releases import parts_of
+from rayrec.storage.workspace import Workspace, histories_file
+
+DAY_MS = 86_400_000
+START = 1_700_000_000_000  # ms UTC
+
+
+def write_world(workspace: Workspace, *, users: int, plays: int, songs: int, dim: int, hidden_dim: int) -> Manifest:
+    """A bucket of users with as many plays each, songs by Zipf's law, and an untrained model of them."""
+    random = np.random.default_rng(users)
+    each = plays // users
+    histories = Histories(
+        user_ids=np.array([f"u{user:08d}" for user in range(users)], dtype=object),
+        offsets=np.arange(users + 1, dtype=np.int64) * each,
+        songs=np.exp(random.random(users * each) * np.log(songs)).astype(np.int32) - 1,
+        played_at=START + np.sort(random.integers(60 * DAY_MS, size=(users, each)), axis=1).ravel(),
+    )
+    dataset = write_dataset(workspace, histories, songs, buckets=1)
+    write_histories(workspace, histories_file(0, 0), [histories])
+    split = split_dataset(workspace, SplitConfig(test_days=5, validation_days=5))
+    vectors = random.normal(size=(songs, dim)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    inputs = {"dataset": dataset.manifest.id, "split": split.id}
+    embeddings = Manifest(kind="songs", id="e", inputs=inputs)
+    names = ["vectors.npy", "selection_vectors.npy"]
+    for name in names:
+        workspace.write_array(embeddings.path(name), vectors)
+    publish(workspace, embeddings, names)
+    torch.manual_seed(0)
+    shape = model_config(dataset, TrainConfig(hidden_dim=hidden_dim), dim)
+    network, known = TasteModel(shape, torch.from_numpy(vectors)).eval(), np.ones(songs, dtype=np.bool_)
+    model = Manifest(kind="models", id="m", inputs={**inputs, "songs": "e"}, config={"refit": True})
+    names = save_model(workspace, model.folder, network, known)
+    names += [f"selection/{name}" for name in save_model(workspace, model.path("selection"), network, known)]
+    return publish(workspace, model, names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("users", "songs"), [(1_000, 20_000), (1_000, 80_000)])
+def test_memory_of_the_workers_of_all_stages(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, users: int, songs: int
+) -> None:
+    plays, queries, dim, hidden_dim = 100 * users, 200, 64, 128
+    watched = WatchedWorkers()
+    watched.watch(monkeypatch)
+    model = write_world(workspace, users=users, plays=plays, songs=songs, dim=dim, hidden_dim=hidden_dim)
+    dataset = Dataset(workspace)
+    split = load_split(workspace, model.inputs["split"])
+    compute_tastes(workspace, TasteConfig())
+    fitted = fit_retrieval(workspace, RetrievalConfig(), split=split)
+    build_index(workspace, IndexConfig())
+    fit_rankers(workspace, RankConfig(queries=queries, trees=5))
+    recommend_all(workspace, RecommendConfig(k=100), parts_of(workspace, model))
+    evaluate(workspace, EvaluateConfig(queries=queries, models=("two-step", "taste"), bootstrap_samples=0), split=split)
+    embed(workspace, EmbedConfig(dim=dim, epochs=1, workers=1), split=split, repeat=True)
+    train(workspace, TrainConfig(hidden_dim=hidden_dim, epochs=1, workers=0), songs_id="e", split=split)
+    (histories,) = dataset.read_bucket(0, users)
+    pairs = sum(int(np.maximum(histories.lengths - step, 0).sum()) for step in range(1, MAX_DISTANCE + 1))
+    rules = len(RuleCounts.fit(split.final.select(histories), num_songs=songs).followers)
+    final = sum(workspace.size(fitted.path(name)) for name in fitted.files if not name.startswith("selection/"))
+    expected = {
+        "BucketTastes": encoding_memory(hidden_dim, dim),
+        "GroupCounter": counting_memory(songs, pairs),
+        "RangeMerger": merging_memory(songs, rules),
+        "_build": merging_memory(songs, fitted.metrics["rules"]),
+        "build_and_save": indexing_memory(songs, dim),
+        "ExampleCollector": examples_memory(songs, dim, queries),
+        "_fit": ranking_memory(songs, dim, queries),
+        "BucketRecommendations": recommending_memory(songs, users),
+        "BucketEvaluator": evaluating_memory(queries),
+        "fit_vectors": embedding_memory(songs, dim),
+        "train_worker": training_memory(songs, dim, hidden_dim),
+    }
+    measured = {name: watched.idle + watched.private[name] for name in expected}
+    assert {name: watched.idle + size for name, size in expected.items()} == pytest.approx(measured, rel=0.15)
+    assert evaluator_store(songs, dim, final) == pytest.approx(watched.stored["BucketEvaluator"], rel=0.15)
+    others = {name: size for name, size in watched.stored.items() if name != "BucketEvaluator"}
+    assert max(others.values()) < 1 << 20  # a node's object store holds a few paths and counts
+
+
+@pytest.mark.slow
+def test_memory_of_taste_and_train_with_narrow_tables_and_a_wide_state(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    songs, dim, hidden_dim = 20_000, 32, 256
+    watched = WatchedWorkers()
+    watched.watch(monkeypatch)
+    model = write_world(workspace, users=1_000, plays=100_000, songs=songs, dim=dim, hidden_dim=hidden_dim)
+    split = load_split(workspace, model.inputs["split"])
+    compute_tastes(workspace, TasteConfig())
+    train(workspace, TrainConfig(hidden_dim=hidden_dim, epochs=1, workers=0), songs_id="e", split=split)
+    expected = {
+        "BucketTastes": encoding_memory(hidden_dim, dim),
+        "train_worker": training_memory(songs, dim, hidden_dim),
+    }
+    measured = {name: watched.idle + watched.private[name] for name in expected}
+    assert {name: watched.idle + size for name, size in expected.items()} == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("rows", "songs"), [(50_000, 10**6), (100_000, 10**7)])
+def test_memory_of_the_workers_of_an_import(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, songs: int
+) -> None:
+    random = np.random.default_rng(rows)
+    users, songs_of_rows = random.integers(1_000, size=rows).tolist(), random.integers(songs, size=rows).tolist()
+    lines = [f"u{user:08d},track{song:07d},{START // 1_000 + row}" for row, (user, song) in
+             enumerate(zip(users, songs_of_rows, strict=True))]  # fmt: skip
+    path = tmp_path / "plays.csv"
+    path.write_text("\n".join(["user,song,played_at", *lines]) + "\n")
+    watched = WatchedWorkers()
+    watched.watch(monkeypatch)
+    made = import_data(workspace, ImportConfig(format="csv", paths=(str(path),), buckets=1))
+    expected = {"PieceImporter": reading_memory(rows), "BucketMerger": bucket_memory(rows)}
+    measured = {name: watched.idle + watched.private[name] for name in expected}
+    assert {name: watched.idle + size for name, size in expected.items()} == pytest.approx(measured, rel=0.15)
+    assert keys_store(made.songs) == pytest.approx(watched.stored["BucketMerger"], rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("songs", [2_000, 20_000])
+def test_memory_of_a_replica(workspace: Workspace, tmp_path: Path, songs: int) -> None:
+    write_bench_release(workspace, songs, 0)
+    store = f"sqlite:///{tmp_path}/states.sqlite"
+    idle, grown, _ = growth(answer_requests, workspace.uri, store, songs)
+    assert idle - IDLE_WORKER + serving_memory(songs, 1, 0) == pytest.approx(idle + grown, rel=0.15)

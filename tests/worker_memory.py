@@ -1,0 +1,138 @@
+"""What the workers of jobs hold for themselves while they work, and what goes to them through the object store.
+
+Jobs run in this process, each of their workers in a process of its own that is sampled from outside.
+"""
+
+import gc
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import faiss  # noqa: F401  (what workers import counts as held before)
+import lightgbm  # noqa: F401
+import numpy as np
+import pandas as pd  # noqa: F401
+import pytest
+import torch
+from without_ray import JOBS
+
+from rayrec.jobs import train
+from rayrec.jobs.runtime import WORKER_ENVIRONMENT
+from rayrec.storage.workspace import Workspace
+
+SECONDS_BETWEEN_LOOKS = 0.002
+torch.set_num_threads(1)
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory of a process that no file backs: what is mapped from files is there once for all processes of a node."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+def growth(work: Callable[..., Any], *arguments: Any) -> tuple[int, int, Any]:
+    """Bytes that a fresh process holds before `work(*arguments)`, by how many it exceeds them then, and the result."""
+    os.environ.update(WORKER_ENVIRONMENT)
+    context = get_context("forkserver")  # which imports once what workers import, and is forked
+    context.set_forkserver_preload([__name__])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,))
+    process.start()
+    theirs.close()  # else the death of the process would go unnoticed
+    assert process.pid is not None
+    ours.send((work, arguments))
+    ours.recv()
+    before = peak = anonymous_bytes(process.pid)
+    ours.send(None)
+    while not ours.poll(SECONDS_BETWEEN_LOOKS):
+        peak = max(peak, anonymous_bytes(process.pid))
+    result = ours.recv()
+    process.join()
+    if isinstance(result, BaseException):
+        raise result
+    return before, peak - before, result
+
+
+def _serve(connection: Connection) -> None:
+    work, arguments = connection.recv()
+    gc.collect()
+    connection.send(None)
+    connection.recv()
+    try:
+        connection.send(work(*arguments))
+    except Exception as error:
+        connection.send(error)
+
+
+def answer_requests(uri: str, store: str, songs: int) -> None:
+    """What a replica of the server does."""
+    from served import Client, service
+
+    from rayrec.bench.serve_bench import histories
+
+    bodies = histories(np.random.default_rng(0), songs)
+    with service(Workspace(uri), store=store) as opened:
+        client = Client(opened)
+        for number in range(100):
+            assert client.post("/v1/recommendations", bodies[number % len(bodies)]).status_code == 200
+
+
+def _units(make_worker: Callable[..., Any], arguments: dict[str, Any], units: list[Any]) -> list[Any]:
+    worker = make_worker(**arguments)
+    return [worker(unit) for unit in units]
+
+
+def _listed(work: Callable[..., Iterator[Any]], *arguments: Any) -> list[Any]:
+    return list(work(*arguments))
+
+
+class WatchedWorkers:
+    """Bytes by the name of a worker's class, or of the function of a task that has a node to itself."""
+
+    def __init__(self) -> None:
+        self.idle = 0  # of a process that has imported what workers import
+        self.private: dict[str, int] = {}  # at the peak, above an idle process
+        self.stored: dict[str, int] = {}  # in the object store: arguments of all workers, and all results
+
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Run the workers of jobs so from now on."""
+        here: dict[str, Any] = {
+            "run_buckets": self._run_buckets,
+            "run_on_node": self._run_on_node,
+            "ray_cluster": nullcontext,
+            "node_cpus": lambda: 1,
+        }
+        for job in JOBS:
+            for name, replacement in here.items():
+                if hasattr(job, name):
+                    monkeypatch.setattr(job, name, replacement)
+        train_worker = train.train_worker
+        monkeypatch.setattr(train, "train_worker", lambda told: self._run("train_worker", train_worker, told))
+
+    def _run_buckets(
+        self, make_worker: Callable[..., Any], units: Iterable[Any], *, arguments: dict[str, Any], **_: Any
+    ) -> Iterator[Any]:
+        results = self._run(make_worker.__name__, _units, make_worker, arguments, list(units))
+        sizes = [pickled_bytes(arguments), max(map(pickled_bytes, results), default=0)]
+        self.stored[make_worker.__name__] = sum(sizes)
+        yield from results
+
+    def _run_on_node(self, work: Callable[..., Iterator[Any]], *arguments: Any, cpus: int) -> Iterator[Any]:
+        yield from self._run(work.__name__, _listed, work, *arguments)
+
+    def _run(self, name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        self.idle, grown, result = growth(work, *arguments)
+        self.private[name] = max(self.private.get(name, 0), grown)
+        return result
+
+
+def pickled_bytes(value: Any) -> int:
+    """What a value takes in the object store."""
+    arrays: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
+    return len(data) + sum(array.raw().nbytes for array in arrays)
