@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Where it is set, every process that Ray starts compiles Ray and torch anew: three times the time of the tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-all check fix docs figures gpu-check
+.PHONY: setup demo test test-all check fix docs figures gpu-check bench-peers
 
 setup: .venv/.installed
 
@@ -46,3 +46,15 @@ figures: setup
 # On a machine with torch and CUDA: neither Ray nor a network is needed, nor what setup installs.
 gpu-check:
 	$(PYTHON) -m rayrec.bench.device_bench
+
+# Beside SASRec of RecTools, which wants older libraries and so has an environment of its own. Options stand in PEERS:
+# make bench-peers PEERS='--workspace my-workspace --epochs 8'
+bench-peers: setup .venv-peers/.installed
+	$(BIN)/python -m rayrec.bench.peers_bench --python .venv-peers/bin/python $(PEERS)
+
+# The same release of torch as ours, so that the networks are compared and not their libraries.
+.venv-peers/.installed: | setup
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check 'rectools[torch]==0.19.0' \
+		"torch==$$($(BIN)/python -c 'import torch; print(torch.__version__.partition("+")[0])')"
+	touch $@

@@ -1,6 +1,7 @@
 """Small taste networks, plays that they can learn, and a host that runs a fit in memory."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from worlds import random_vectors
 from rayrec.data.histories import Histories
 from rayrec.data.windows import Windows, batches_in_memory, cut_windows
 from rayrec.model.epochs import FitProgress, Phase
-from rayrec.model.network import TasteModel
+from rayrec.model.network import TABLES, TasteModel
 from rayrec.model.train_config import Cell, FeatureSpec, Horizon, ModelConfig, SongTable, TrainConfig
 from rayrec.model.training import StepReport
 from rayrec.model.workers import Share
@@ -54,6 +55,15 @@ def network(config: ModelConfig | None = None, seed: int = 0) -> TasteModel:
     torch.manual_seed(seed)
     config = config or model_config()
     return TasteModel(config, torch.from_numpy(random_vectors(config.num_songs, config.embedding_dim))).eval()
+
+
+def part_of(model: TasteModel, share: Share) -> TasteModel:
+    """A worker's copy of a network, whose tables hold its rows alone."""
+    tables = [share.own(model.get_parameter(name).detach()) for name in TABLES if name in model.state_dict()]
+    part = TasteModel(replace(model.config, num_songs=len(tables[0])), *tables)
+    dense = {name: value for name, value in model.state_dict().items() if name not in TABLES}
+    part.load_state_dict({**part.state_dict(), **dense})
+    return part
 
 
 def cycling_histories(users: int, *, num_songs: int = NUM_SONGS, shortest: int = 10, longest: int = 30) -> Histories:
@@ -113,6 +123,6 @@ class MemoryHost:
         """Write a folder of its own for each checkpoint."""
         if self._folder is not None:
             target = self._folder / str(len(self.checkpoints))
-            target.mkdir(parents=True)
+            target.mkdir(parents=True, exist_ok=True)
             save(target)
             self.checkpoints.append(target)

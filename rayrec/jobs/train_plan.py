@@ -11,9 +11,10 @@ from rayrec.data.shards import WindowLengths
 from rayrec.data.split import FitRange, Split, load_split, validation_histories
 from rayrec.errors import RayrecError
 from rayrec.jobs.runtime import run_buckets
-from rayrec.model.epochs import Phase, Validation
+from rayrec.model.epochs import Phase
 from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
 from rayrec.model.training_windows import Sequences, WindowCounter
+from rayrec.model.validation import Validation
 from rayrec.progress import progress
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -99,9 +100,8 @@ def fit_range_of(workspace: Workspace, model: Manifest) -> FitRange:
 
 
 def read_vectors(plan: TrainPlan, phase: Phase) -> np.ndarray:
-    """float32 (N, D): the song vectors of a phase; zeros for songs that are newer than they are."""
-    vectors = np.asarray(plan.workspace.read_array(plan.vectors[phase]))
-    return np.pad(vectors, ((0, plan.model.num_songs - len(vectors)), (0, 0)))
+    """float32 (M, D): the song vectors of a phase, memory-mapped; songs that are newer than they are have none."""
+    return np.asarray(plan.workspace.read_array(plan.vectors[phase]))
 
 
 def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> ModelConfig:

@@ -1,21 +1,26 @@
 """Stored networks and half-done trainings: safetensors, .npy and JSON, so that loading runs no code."""
 
 import json
+import math
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from rayrec.errors import DamagedArtifactError
 from rayrec.model.network import TABLES, TasteModel
 from rayrec.model.train_config import ModelConfig
-from rayrec.model.training import Training
+from rayrec.model.training import Training, TrainingState
+from rayrec.model.workers import Share
 from rayrec.storage.workspace import Workspace
 
 WEIGHTS = "model.safetensors"
@@ -25,32 +30,62 @@ MODEL_CONFIG = "model.json"
 SONGS_AT_ONCE = 1 << 16  # that go through the map of song vectors
 EPOCHS = "epochs.jsonl"
 TENSORBOARD = "tensorboard"  # folder of events
+COMMON, ROWS, PROGRESS = "common.safetensors", "rows-{rank:05}-of-{workers:05}.safetensors", "progress.json"
+BEST = "best"  # prefix of the weights of the best network so far
 
 
-def export_song_vectors(model: TasteModel, known: np.ndarray) -> np.ndarray:
-    """float32 (N, D): the normalized vectors that the model scores against; zero where not `known`, bool (N,)."""
-    return _exported(model.song_vectors, model, known)
+def export_song_vectors(model: TasteModel, known: np.ndarray) -> Tensor:
+    """float32 (n, D): the normalized vectors that the model scores against; zero where not `known`, bool (n,)."""
+    return torch.cat([*_exported(model.song_vectors, model, known)])
 
 
-def _exported(vectors_of: Callable[[Tensor], Tensor], model: TasteModel, known: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        rows = torch.arange(model.config.num_songs, device=model.songs.weight.device)
-        parts = [vectors_of(rows[begin : begin + SONGS_AT_ONCE]) for begin in range(0, len(rows), SONGS_AT_ONCE)]
-        vectors = torch.cat(parts).float().cpu().numpy()
-    return np.where(known[:, None], vectors, np.float32(0.0))
+@torch.inference_mode()
+def _exported(vectors_of: Callable[[Tensor], Tensor], model: TasteModel, known: np.ndarray) -> Iterator[Tensor]:
+    """Vectors of the model's songs, some at a time; at least once."""
+    device = model.songs.weight.device
+    for begin in range(0, max(1, model.config.num_songs), SONGS_AT_ONCE):
+        rows = torch.arange(begin, min(begin + SONGS_AT_ONCE, model.config.num_songs), device=device)
+        known_n1 = torch.from_numpy(known[begin : begin + SONGS_AT_ONCE, None]).to(device)
+        yield vectors_of(rows).float().where(known_n1, 0.0)
 
 
-def save_model(workspace: Workspace, folder: str, model: TasteModel, known: np.ndarray) -> list[str]:
-    """Write a network into a folder of the workspace; the names of its files."""
-    weights = {name: value for name, value in model.state_dict().items() if name not in TABLES}
-    workspace.write_bytes(f"{folder}/{WEIGHTS}", save(_on_cpu(weights)))
-    workspace.write_array(f"{folder}/{SONG_VECTORS}", export_song_vectors(model, known))
+def save_model(
+    workspace: Workspace, folder: str, model: TasteModel, known: np.ndarray, share: Share | None = None
+) -> list[str]:
+    """Write a network into a folder of the workspace; the names of its files.
+
+    Where several workers each keep a part of the song tables, all call it, with a network of their own rows and which
+    of these are `known`, bool (n,). The first one writes, and holds no more than some rows of each at a time.
+    """
+    share = share or Share()
+    total = int(share.total(model.config.num_songs))
     written = [WEIGHTS, SONG_VECTORS, MODEL_CONFIG]
+    _write_rows(workspace, f"{folder}/{SONG_VECTORS}", _exported(model.song_vectors, model, known), total, share)
     if model.inputs is not None:
-        workspace.write_array(f"{folder}/{INPUT_VECTORS}", _exported(model.input_vectors, model, known))
+        inputs = _exported(model.input_vectors, model, known)
+        _write_rows(workspace, f"{folder}/{INPUT_VECTORS}", inputs, total, share)
         written.append(INPUT_VECTORS)
-    workspace.write_json(f"{folder}/{MODEL_CONFIG}", asdict(model.config))
+    if not share.rank:
+        weights = {name: value for name, value in model.state_dict().items() if name not in TABLES}
+        workspace.write_bytes(f"{folder}/{WEIGHTS}", save(_on_cpu(weights)))
+        workspace.write_json(f"{folder}/{MODEL_CONFIG}", asdict(replace(model.config, num_songs=total)))
     return written
+
+
+def _write_rows(workspace: Workspace, path: str, parts: Iterator[Tensor], total: int, share: Share) -> None:
+    """Write the rows of all workers as one .npy file, float32 (total, D)."""
+    with ExitStack() as stack:
+        stream = None if share.rank else stack.enter_context(workspace.open_output(path))
+        left = total
+        for number, part in enumerate(parts):
+            rows = share.interleaved(part, min(left, SONGS_AT_ONCE * share.workers))
+            left -= SONGS_AT_ONCE * share.workers
+            if stream is None or rows is None:
+                continue
+            if not number:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (total, rows.shape[1])}
+                np.lib.format.write_array_header_1_0(stream, header)
+            stream.write(rows.cpu().contiguous().numpy().data)
 
 
 def load_model(workspace: Workspace, folder: str, checksums: Mapping[str, str] | None = None) -> TasteModel:
@@ -87,21 +122,63 @@ def _read_table(workspace: Workspace, path: str, sha256: str | None, config: Mod
 
 
 def save_training(
-    folder: Path, state: dict[str, dict[str, Tensor]], best: dict[str, Tensor] | None, progress: dict[str, Any]
+    folder: Path, state: TrainingState, best: dict[str, Tensor] | None, progress: dict[str, Any], share: Share
 ) -> None:
-    """Write where a training stands, `Training.state()`, into a local folder."""
-    for name, tensors in state.items():
-        save_file(_on_cpu(tensors), folder / f"{name}.safetensors")
-    if best is not None:
-        save_file(_on_cpu(best), folder / "best.safetensors")
-    (folder / "progress.json").write_text(json.dumps(progress, allow_nan=False))
+    """Write one worker's part of where a training stands into a local folder.
+
+    `state` is what `Training.state` gave and `best` the weights of the best network so far, tables of this worker's
+    rows. The parts of all workers in one folder are a checkpoint.
+    """
+    kept = {f"{BEST}/{name}": value for name, value in (best or {}).items()}
+    rows = {name: value for name, value in kept.items() if name.removeprefix(f"{BEST}/") in TABLES}
+    name = ROWS.format(rank=share.rank, workers=share.workers)
+    save_file(_on_cpu(state.rows | rows), folder / name)
+    if not share.rank:
+        common = {name: value for name, value in kept.items() if name not in rows}
+        save_file(_on_cpu(state.common | common), folder / COMMON)
+        (folder / PROGRESS).write_text(json.dumps(progress, allow_nan=False))
 
 
 def load_training(folder: Path, training: Training) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-    """Put a training back where `save_training` left it; the best weights so far and its progress."""
-    training.load({name: load_file(folder / f"{name}.safetensors") for name in ("model", "optimizers")})
-    best = load_file(folder / "best.safetensors") if (folder / "best.safetensors").exists() else None
-    return best, json.loads((folder / "progress.json").read_text())
+    """Put a training back where `save_training` left it, of any number of workers; the best weights so far, of this
+    worker's rows, and its progress. Raises `DamagedArtifactError` where a worker's part is missing.
+    """
+    common, rows = load_file(folder / COMMON), _rows_of(folder, training.share)
+    training.load(TrainingState(common=common, rows=rows))
+    kept = {name.removeprefix(f"{BEST}/"): value for name, value in (common | rows).items() if name.startswith(BEST)}
+    return kept or None, json.loads((folder / PROGRESS).read_text())
+
+
+def _rows_of(folder: Path, share: Share) -> dict[str, Tensor]:
+    """One worker's rows out of those that other workers wrote, some at a time."""
+    files = sorted(folder.glob("rows-*.safetensors"))
+    if not files or files[-1].name != ROWS.format(rank=len(files) - 1, workers=len(files)):
+        raise DamagedArtifactError(
+            f"the checkpoint {folder} holds the rows of {len(files)} workers, which are not all; run "
+            "`rayrec train --restart`"
+        )
+    totals: dict[str, int] = defaultdict(int)
+    for path in files:
+        with safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118
+                totals[name] += file.get_slice(name).get_shape()[0]
+    own: dict[str, Tensor] = {}
+    for rank, path in enumerate(files):
+        if (rank - share.rank) % math.gcd(len(files), share.workers):
+            continue  # no row of this worker is there
+        with safe_open(path, "np") as file:  # where numpy asks, a slice alone is read
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                length = part.get_shape()[0]
+                for begin in range(0, length, SONGS_AT_ONCE):
+                    values = torch.from_numpy(part[begin : min(begin + SONGS_AT_ONCE, length)])
+                    rows = rank + len(files) * torch.arange(begin, begin + len(values))
+                    here = rows % share.workers == share.rank
+                    if name not in own:
+                        count = len(range(share.rank, totals[name], share.workers))
+                        own[name] = values.new_empty(count, *values.shape[1:])
+                    own[name][rows[here] // share.workers] = values[here]
+    return own
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

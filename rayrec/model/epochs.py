@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,21 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayrec.data.histories import Histories, Questions
 from rayrec.data.windows import Windows
 from rayrec.errors import DivergedError
 from rayrec.model.checkpoint import export_song_vectors, load_training, save_training
-from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TABLES, TasteModel
 from rayrec.model.train_config import ModelConfig, TrainConfig
 from rayrec.model.training import StepReport, Training
+from rayrec.model.validation import CHOSEN_BY, Validation, judge, validation_tastes
 from rayrec.model.workers import Share
 
 Phase = Literal["selection", "final"]
-RECALL_AT = 20
-CHOSEN_BY = f"validation_ndcg@{RECALL_AT}"  # as served: recall alone prefers networks that put few songs first
-VALIDATION_FIGURES = (f"validation_recall@{RECALL_AT}", f"validation_mrr@{RECALL_AT}", CHOSEN_BY)
 SHORTEST_S = 1e-9  # of an epoch without steps
+ROWS_AT_ONCE = 1 << 14  # of each worker's table while the start of all is drawn
 STEPS_BETWEEN_READS = 50  # the loss is read from the device, and workers agree on the time for a checkpoint, this often
 
 
@@ -39,33 +36,15 @@ STEPS_BETWEEN_READS = 50  # the loss is read from the device, and workers agree 
 class FitData:
     """What one phase trains on, beside its windows."""
 
-    vectors: np.ndarray  # float32 (N, D), zero rows for songs without one
+    vectors: np.ndarray  # float32 (M, D), of the first M songs: zero rows for songs without one
     counts: np.ndarray  # int64 (N,), plays of each song in the phase's fit range
 
-    @property
-    def known(self) -> np.ndarray:
-        """bool (N,): songs that can be recommended, played in the fit range or given a vector."""
-        return (self.counts > 0) | self.vectors.any(axis=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """Plays to predict: each from all plays before it by the same user."""
-
-    histories: Histories
-    plays: np.ndarray  # int64 (Q,), positions of the flat arrays
-
-    def share(self, share: Share) -> "Validation":
-        """One worker's part of the users."""
-        rows = np.arange(share.rank, len(self.histories), share.workers)
-        asked = np.zeros(self.histories.num_plays, dtype=bool)
-        asked[self.plays] = True
-        taken = self.histories.take(rows)
-        kept = np.concatenate(
-            [asked[a:b] for a, b in zip(self.histories.offsets[rows], self.histories.offsets[rows + 1], strict=True)]
-            or [asked[:0]]
-        )
-        return Validation(histories=taken, plays=np.flatnonzero(kept))
+    def known(self, share: Share) -> np.ndarray:
+        """bool (n,): which of a worker's songs can be recommended, played in the fit range or given a vector."""
+        known = share.own(self.counts) > 0
+        given = np.asarray(share.own(self.vectors).any(axis=1))
+        known[: len(given)] |= given
+        return known
 
 
 @dataclass(kw_only=True)
@@ -95,11 +74,13 @@ class Host(Protocol):
         ...
 
     def selected(self, model: TasteModel, known: np.ndarray) -> None:
-        """The selection phase is over; `model` is its best network and `known`, bool (N,), the songs it knows."""
+        """The selection phase is over; `model` is its best network over this worker's songs, of which it knows `known`,
+        bool (n,). Every worker calls it."""
         ...
 
     def checkpoint(self, progress: FitProgress, save: Callable[[Path], None]) -> None:
-        """Keep where the fit stands; `save` writes it into a folder. Every worker calls it at the same steps."""
+        """Keep where the fit stands; `save` writes this worker's part of it into a folder. Every worker calls it at the
+        same steps."""
         ...
 
 
@@ -121,7 +102,7 @@ class Fit:
         """With `start` both phases begin with the weights of that network, fit on some of the same plays."""
         share = share or Share()
         self._model_config, self._config, self._data, self._host = model_config, config, data, host
-        self._validation = None if validation is None else validation.share(share)
+        self._validation = validation
         self._device, self._share, self._start = device, share, start
         self._best: dict[str, Tensor] | None = None
         self._saved_at = time.monotonic()
@@ -135,7 +116,9 @@ class Fit:
         self._best, _ = load_training(folder, self.training)
 
     def run(self) -> TasteModel:
-        """The trained network: of the final phase, or the best of the selection phase where there is no refit."""
+        """The trained network over this worker's songs: of the final phase, or the best of the selection phase where
+        there is no refit.
+        """
         if self.progress.phase == "selection":
             self._select()
             if self._best is not None:
@@ -155,8 +138,8 @@ class Fit:
 
     @property
     def known(self) -> np.ndarray:
-        """bool (N,): songs that the network can recommend."""
-        return self._data[self.progress.phase].known
+        """bool (n,): which of this worker's songs the network can recommend."""
+        return self._data[self.progress.phase].known(self._share)
 
     def _select(self) -> None:
         progress = self.progress
@@ -233,7 +216,7 @@ class Fit:
         state = self.training.state()  # of which each worker gives its part
 
         def save(folder: Path) -> None:
-            save_training(folder, state, self._best, asdict(self.progress))
+            save_training(folder, state, self._best, asdict(self.progress), self._share)
 
         self._host.checkpoint(self.progress, save)
         self._saved_at = time.monotonic()
@@ -243,22 +226,17 @@ class Fit:
         if self._validation is None:
             return {CHOSEN_BY: 0.0}
         model = self.training.averaged()
-        vectors = export_song_vectors(model, self._data["selection"].known)
-        totals = self._share.totals(judge(model, vectors, self._validation, self._device).tolist())
-        plays, hits, reciprocal, gain, new_plays, new_gain = totals
-        return {
-            f"validation_recall@{RECALL_AT}": hits / max(1.0, plays),
-            f"validation_mrr@{RECALL_AT}": reciprocal / max(1.0, plays),
-            CHOSEN_BY: new_gain / new_plays if new_plays else gain / max(1.0, plays),
-        }
+        tastes = validation_tastes(model, self.training.exchange, self._validation, self._share)
+        return judge(tastes, export_song_vectors(model, self.known), self._validation, self._share)
 
     def _new_training(self, phase: Phase) -> Training:
         torch.manual_seed(self._config.seed)
-        data = self._data[phase]
-        model = TasteModel(self._model_config, torch.from_numpy(start_vectors(data.vectors, self._config.seed)))
+        data, share = self._data[phase], self._share
+        vectors = start_vectors(data.vectors, self._config.seed, num_songs=len(data.counts), share=share)
+        model = TasteModel(replace(self._model_config, num_songs=len(vectors)), torch.from_numpy(vectors))
         if self._start is not None:
-            carry_over(self._start, model)
-        return Training(model, self._config, data.counts, device=self._device, share=self._share)
+            carry_over(self._start, model, share)
+        return Training(model, self._config, data.counts, device=self._device, share=share)
 
 
 class _Ledger:
@@ -286,77 +264,40 @@ class _Ledger:
         return loss, plays, seconds
 
 
-def start_vectors(vectors: np.ndarray, seed: int) -> np.ndarray:
-    """float32 (N, D): a copy in which songs without a vector have a random one, so that they can be trained."""
-    filled = np.array(vectors, dtype=np.float32)
-    missing = ~filled.any(axis=1)
-    drawn = np.random.default_rng(seed).normal(size=(int(missing.sum()), filled.shape[1]))
-    filled[missing] = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
-    return filled
+def start_vectors(
+    vectors: np.ndarray, seed: int, *, num_songs: int | None = None, share: Share | None = None
+) -> np.ndarray:
+    """float32 (n, D): a worker's rows of the song vectors, (M, D), of the first M of `num_songs` songs. Songs without a
+    vector have a random one, so that they can be trained.
+    """
+    share, total, dim = share or Share(), len(vectors) if num_songs is None else num_songs, vectors.shape[1]
+    random = np.random.default_rng(seed)
+    own = np.empty((len(range(share.rank, total, share.workers)), dim), dtype=np.float32)
+    step = ROWS_AT_ONCE * share.workers
+    for begin in range(0, total, step):
+        rows: np.ndarray = np.zeros((min(step, total - begin), dim), dtype=np.float32)
+        given = vectors[begin : begin + step]
+        rows[: len(given)] = given
+        missing = ~rows.any(axis=1)
+        drawn = random.normal(size=(int(missing.sum()), dim))
+        rows[missing] = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+        own[begin // share.workers :][:ROWS_AT_ONCE] = share.own(rows)
+    return own
 
 
-def carry_over(start: TasteModel, model: TasteModel) -> None:
-    """Give a new network the weights of a stored one; songs that that one does not know keep their rows."""
+def carry_over(start: TasteModel, model: TasteModel, share: Share) -> None:
+    """Give a new network, of a worker's songs, the weights of a stored one, of all songs; songs that that one does not
+    know keep their rows.
+    """
     weights = {name: value for name, value in start.state_dict().items() if name not in TABLES}
     model.load_state_dict({**model.state_dict(), **weights})
     if model.config.song_table != "trained":
         return  # the rows are the song vectors that both were given
     for name in TABLES:
         if name in start.state_dict():
-            rows = start.get_parameter(name)
+            rows = share.own(start.get_parameter(name).detach())
             known = rows.any(dim=1).nonzero().squeeze(1)
-            model.get_parameter(name).index_copy_(0, known, rows[known])
-
-
-def judge(model: TasteModel, vectors: np.ndarray, validation: Validation, device: str) -> np.ndarray:
-    """float64 (6,): plays, and among the first 20 of the full catalog hits, reciprocal ranks and NDCG gains; then of
-    the plays of songs new to the user how many there are, and their gains among the songs not heard, as served.
-
-    Ties count against a play, and a score that is no number never finds one.
-    """
-    histories, plays = validation.histories, validation.plays
-    questions = Questions.before_plays(histories, plays)
-    horizon = next(iter(model.config.horizons))  # short, where there is one
-    taste = TasteEncoder(model, device).vectors(histories, questions, horizon)
-    targets = histories.songs[plays]
-    known: np.ndarray = np.asarray(vectors.any(axis=1))
-    sums: np.ndarray = np.zeros(6)
-    step = max(1, (1 << 24) // max(1, len(vectors)))
-    for begin in range(0, len(taste), step):
-        wanted = targets[begin : begin + step]
-        scores = taste[begin : begin + step] @ vectors.T
-        scores[:, ~known] = -np.inf
-        findable = known[wanted] & np.isfinite(scores[np.arange(len(wanted)), wanted])
-        ranks = np.where(findable, _ranks(scores, wanted), RECALL_AT + 1)
-        rows, heard = _heard(histories, questions.take(np.arange(begin, begin + len(wanted))))
-        is_new: np.ndarray = np.ones(len(wanted), dtype=bool)
-        is_new[rows[heard == wanted[rows]]] = False
-        scores[rows, heard] = -np.inf
-        served = np.where(findable, _ranks(scores, wanted), RECALL_AT + 1)[is_new]
-        found = ranks <= RECALL_AT
-        sums += [
-            len(wanted), found.sum(), (found / ranks).sum(), _gains(ranks).sum(), is_new.sum(), _gains(served).sum()
-        ]  # fmt: skip
-    return sums
-
-
-def _ranks(scores: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """int64 (Q,): the rank of one song a row, from 1."""
-    own = scores[np.arange(len(wanted)), wanted]
-    return np.asarray((~(scores < own[:, None])).sum(axis=1))
-
-
-def _gains(ranks: np.ndarray) -> np.ndarray:
-    """float64: NDCG of one right answer at each rank."""
-    return np.where(ranks <= RECALL_AT, 1 / np.log2(ranks + 1.0), 0.0)
-
-
-def _heard(histories: Histories, questions: Questions) -> tuple[np.ndarray, np.ndarray]:
-    """The songs that users had heard when they were asked for: rows of the questions, and songs."""
-    counts = np.asarray(questions.seen)
-    rows = np.repeat(np.arange(len(counts)), counts)
-    begin = histories.offsets[questions.rows] - (np.cumsum(counts) - counts)
-    return rows, histories.songs[np.repeat(begin, counts) + np.arange(len(rows))]
+            model.get_parameter(name).detach().index_copy_(0, known, rows[known])
 
 
 def _copied(model: TasteModel) -> dict[str, Tensor]:

@@ -29,8 +29,7 @@ class RowExchange:
             return step
         workers = self._share.workers
         songs_of = [step.songs[name].numpy() for name in tables]
-        counts = [np.bincount(songs % workers, minlength=workers) for songs in songs_of]
-        sent = np.array(counts, dtype=np.int64).reshape(len(tables), workers)
+        sent = np.array([self._counts(songs) for songs in songs_of], dtype=np.int64).reshape(len(tables), workers)
         outgoing = np.concatenate([sent.T, np.tile(step.counts, (workers, 1))], axis=1)
         incoming = torch.empty(outgoing.shape, dtype=torch.int64)
         dist.all_to_all_single(incoming, torch.from_numpy(outgoing), group=self._host)
@@ -41,6 +40,24 @@ class RowExchange:
         }
         totals = incoming[:, len(tables) :].sum(dim=0).numpy()
         return replace(step, targets=step.targets.weighed(totals), requests=requests)
+
+    def rows_of(self, table_nD: Tensor, songs: np.ndarray) -> Tensor:
+        """(U, D): the rows of some songs, int64 (U,), from all workers; `table_nD` are this one's."""
+        device = table_nD.device
+        if self._share.workers == 1:
+            return table_nD.index_select(0, torch.from_numpy(songs).to(device))
+        workers = self._share.workers
+        order = np.argsort(songs % workers, kind="stable")
+        sent = torch.from_numpy(self._counts(songs))
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self._host)
+        requests = self._requests(songs[order] // workers, sent.tolist(), received.tolist())
+        by_worker_UD = fetch_rows(table_nD, replace(requests, rows_R=requests.rows_R.to(device)))
+        return by_worker_UD.index_select(0, torch.from_numpy(np.argsort(order)).to(device))
+
+    def _counts(self, songs: np.ndarray) -> np.ndarray:
+        """int64 (W,): how many of the songs each worker keeps."""
+        return np.bincount(songs % self._share.workers, minlength=self._share.workers)
 
     def _requests(self, rows_U: np.ndarray, sent: list[int], received: list[int]) -> RowRequests:
         rows_R = torch.empty(sum(received), dtype=torch.int32)

@@ -1,7 +1,7 @@
 """Tables of song vectors in training: only the rows that a step looks up are read, and moved on by Adam.
 
-A step's cost does not depend on the size of the catalog. N songs, n rows that one worker keeps, U or V rows of a
-step, D embedding.
+A step's cost does not depend on the size of the catalog. n rows of songs that one worker keeps, U or V rows of a step,
+D embedding.
 """
 
 import math
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rayrec.model.row_exchange import fetch_rows, return_gradients
 from rayrec.model.steps import RowRequests
-from rayrec.model.workers import Share
 
 BETAS = (0.9, 0.999)  # Adam's decay of the mean of gradients and of their squares
 EPSILON = 1e-8  # Adam's
@@ -34,35 +33,69 @@ class Decay:
         self.log_total += math.log(factor) if factor else -math.inf
         return factor
 
+    def state(self) -> Tensor:
+        """float64 (2,): where it stands, for a checkpoint."""
+        return torch.tensor([self.taken, self.log_total], dtype=torch.float64)
 
-class RowAdam:
-    """Adam on the rows of a table that have a gradient; the others stay as they are, moments and all.
+    def load(self, state: Tensor) -> None:
+        """Go on from what `state` gave."""
+        self.taken, self.log_total = int(state[0]), float(state[1])
 
-    Of W workers each keeps every W-th row, and what goes with it. With it, the average of the rows over the last steps.
-    An average of a row that stays as it is moves in a way that is known, so it too is brought up to date only when
-    the row is looked up.
-    """
 
-    def __init__(self, table_ND: Tensor, learning_rate: float, averaged_steps: int, share: Share) -> None:
-        """`table_ND` float32 (N, D) is changed in place by a worker that is alone."""
-        self._total, self._learning_rate, self._share = len(table_ND), learning_rate, share
-        self._table = share.own(table_ND)  # (n, D)
-        self.steps = torch.zeros((), device=self._table.device)
-        self._decay = Decay(averaged_steps)
-        # Means of gradients and of their squares, and the averages of rows if there are any: (2 or 3, n, D).
-        moments = [torch.zeros_like(self._table), torch.zeros_like(self._table)]
-        self._kept = torch.stack([*moments, self._table] if averaged_steps else moments)
-        if averaged_steps:
-            rows = len(self._table)
-            self._seen = torch.zeros(rows, dtype=torch.float64, device=self._table.device)  # log decay till then
+class SongRows:
+    """A worker's rows of a table that stays as it is. Of W workers each has every W-th row."""
+
+    def __init__(self, table_nD: Tensor) -> None:
+        self._table = table_nD
 
     def look_up(self, songs_U: Tensor, requests: RowRequests | None) -> Tensor:
-        """float32 (U, D): the rows of songs, each of which comes once, as a leaf that takes a gradient."""
-        rows_UD = self._table.index_select(0, songs_U) if requests is None else fetch_rows(self._table, requests)
-        return rows_UD.requires_grad_()
+        """float32 (U, D): the rows of songs, each of which comes once."""
+        return self._table.index_select(0, songs_U) if requests is None else fetch_rows(self._table, requests)
 
     def step(self, songs_U: Tensor, looked_up_UD: Tensor, requests: RowRequests | None) -> None:
         """Move the rows that were looked up on by their gradient, of all workers together."""
+
+    def averaged(self) -> Tensor:
+        """float32 (n, D): the rows as they were on average over the last steps."""
+        return self._table
+
+    def is_finite(self) -> bool:
+        """False where a number of this worker's rows is none."""
+        return bool(self._table.isfinite().all())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What a checkpoint keeps: what is the same for all workers, and what has an entry for each of these rows."""
+        return {}, {}
+
+    def load(self, common: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+
+
+class RowAdam(SongRows):
+    """Adam on the rows of a table that have a gradient; the others stay as they are, moments and all.
+
+    With it, the average of the rows over the last steps. An average of a row that stays as it is moves in a way that is
+    known, so it too is brought up to date only when the row is looked up.
+    """
+
+    def __init__(self, table_nD: Tensor, learning_rate: float, averaged_steps: int) -> None:
+        """`table_nD` float32 (n, D) is changed in place."""
+        super().__init__(table_nD)
+        self._learning_rate = learning_rate
+        self.steps = torch.zeros((), device=table_nD.device)
+        self._decay = Decay(averaged_steps)
+        # Means of gradients and of their squares, and the averages of rows if there are any: (2 or 3, n, D).
+        self._kept = table_nD.new_zeros(3 if averaged_steps else 2, *table_nD.shape)
+        if averaged_steps:
+            self._kept[2] = table_nD
+            self._seen = torch.zeros(len(table_nD), dtype=torch.float64, device=table_nD.device)  # log decay till then
+
+    def look_up(self, songs_U: Tensor, requests: RowRequests | None) -> Tensor:
+        """The same as a leaf that takes a gradient."""
+        return super().look_up(songs_U, requests).requires_grad_()
+
+    def step(self, songs_U: Tensor, looked_up_UD: Tensor, requests: RowRequests | None) -> None:
+        """As in `SongRows`."""
         gradient_UD = looked_up_UD.grad
         if gradient_UD is None:  # the rows are moved on by their momentum
             gradient_UD = torch.zeros_like(looked_up_UD)
@@ -97,43 +130,32 @@ class RowAdam:
         self._table.index_copy_(0, rows_V, values_VD)
         self._kept.index_copy_(1, rows_V, slots)
 
-    def whole(self) -> Tensor:
-        """float32 (N, D): the table. All workers take part, as in the methods below."""
-        return self._share.gathered(self._table, self._total)
-
     def averaged(self) -> Tensor:
-        """float32 (N, D): the table as it was on average."""
+        """As in `SongRows`."""
         if not self._decay.steps:
-            return self.whole()
+            return self._table
         since = self._since(torch.arange(len(self._table), device=self._table.device))
-        return self._share.gathered(torch.lerp(self._table, self._kept[2], since), self._total)
-
-    def is_finite(self) -> bool:
-        """False where a number of this worker's rows is none."""
-        return bool(self._table.isfinite().all())
+        return torch.lerp(self._table, self._kept[2], since)
 
     def _since(self, rows_V: Tensor) -> Tensor:
         """float32 (V, 1): what is left of the averages of rows, which have stood still since they were looked up."""
         return (self._decay.log_total - self._seen.index_select(0, rows_V)).exp_().float().unsqueeze(1)
 
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside the table, of all rows."""
-        slots = {name: self._share.gathered(values, self._total) for name, values in self._slots().items()}
-        slots["steps"] = self.steps
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """As in `SongRows`."""
+        common = {"steps": self.steps}
         if self._decay.steps:
-            slots["decay"] = torch.tensor([self._decay.taken, self._decay.log_total], dtype=torch.float64)
-        return slots
+            common["decay"] = self._decay.state()
+        return common, self._slots()
 
-    def load(self, table_ND: Tensor, state: dict[str, Tensor]) -> None:
-        """Go on from a table and what `state` gave, of any number of workers."""
-        if self._share.workers > 1:
-            self._table.copy_(self._share.own(table_ND))
+    def load(self, common: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
+        """As in `SongRows`."""
         for name, values in self._slots().items():
-            values.copy_(self._share.own(state[name]))
-        self.steps.copy_(state["steps"])
+            values.copy_(rows[name])
+        self.steps.copy_(common["steps"])
         if self._decay.steps:
-            self._decay.taken, self._decay.log_total = int(state["decay"][0]), float(state["decay"][1])
+            self._decay.load(common["decay"])
 
     def _slots(self) -> dict[str, Tensor]:
         slots = dict(zip(("mean", "square", "average"), self._kept, strict=False))
-        return slots | ({"seen": self._seen} if self._decay.steps else {})
+        return {"table": self._table} | slots | ({"seen": self._seen} if self._decay.steps else {})

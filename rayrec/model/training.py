@@ -17,7 +17,7 @@ from rayrec.data.windows import Windows
 from rayrec.model.network import INPUT_TABLE, SONG_TABLE, TABLES, TasteModel, unit
 from rayrec.model.objectives import OBJECTIVES
 from rayrec.model.row_exchange import RowExchange
-from rayrec.model.song_tables import Decay, RowAdam
+from rayrec.model.song_tables import Decay, RowAdam, SongRows
 from rayrec.model.steps import StepMaker, TrainingStep, ahead
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.workers import Share
@@ -35,13 +35,24 @@ class StepReport:
     loss: Tensor  # float32 (), on the device: this worker's part of the mean over all targets, horizons added
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Where a training stands: weights, and what the optimizers remember."""
+
+    common: dict[str, Tensor]  # the same for all workers
+    rows: dict[str, Tensor]  # with an entry for each row of the song tables that this worker keeps
+
+
 class Training:
     """One fit of one network. Pass epochs of windows to `epoch`."""
 
     def __init__(
         self, model: TasteModel, config: TrainConfig, counts: np.ndarray, *, device: str, share: Share
     ) -> None:
-        """`counts` int (N,) are each song's plays in the fit range; negatives are drawn by them."""
+        """`counts` int (N,) are each song's plays in the fit range; negatives are drawn by them.
+
+        The song tables of `model` hold this worker's rows alone: of W workers row r is in the r mod W-th one's.
+        """
         self.device = torch.device(device)
         self.bf16 = self.device.type == "cuda"  # products in bfloat16; weights and sums stay float32
         self.model = model.to(self.device)
@@ -51,15 +62,9 @@ class Training:
         self._dense_names = [name for name, _ in model.named_parameters() if name not in TABLES]
         self._dense = [model.get_parameter(name) for name in self._dense_names]
         self.optimizer = torch.optim.Adam(self._dense, lr=config.learning_rate, fused=True)
-        self.tables: dict[str, RowAdam] = {}
-        if config.song_table == "trained":
-            weights = dict(model.named_parameters())
-            names = [name for name in TABLES if name in weights]
-            self.tables = {
-                name: RowAdam(weights[name].detach(), config.table_learning_rate, config.averaged_steps, share)
-                for name in names
-            }
-        self._exchange = RowExchange(share)
+        weights = {name: value.detach() for name, value in model.named_parameters() if name in TABLES}
+        self.tables: dict[str, SongRows] = {name: self._table(value) for name, value in weights.items()}
+        self.exchange = RowExchange(share)
         self._decay = Decay(config.averaged_steps)
         self._averages = [value.detach().clone() for value in self._dense]
 
@@ -67,17 +72,22 @@ class Training:
         """Let torch.compile fuse the network; the first steps then take up to minutes."""
         self.model.compile(dynamic=True)
 
+    def _table(self, rows_nD: Tensor) -> SongRows:
+        config = self.config
+        if config.song_table != "trained":
+            return SongRows(rows_nD)
+        return RowAdam(rows_nD, config.table_learning_rate, config.averaged_steps)
+
     def averaged(self) -> TasteModel:
         """The network whose weights are averages over the last steps, for whatever is judged or kept.
 
-        All workers take part, as in `state`.
+        Its song tables hold this worker's rows.
         """
-        averages = dict(zip(self._dense_names, self._averages, strict=True)) if self._decay.steps else {}
-        if not averages and self.share.workers == 1:
+        if not self._decay.steps:
             return self.model
         model = copy.deepcopy(self.model)
         with torch.no_grad():
-            for name, value in averages.items():
+            for name, value in zip(self._dense_names, self._averages, strict=True):
                 model.get_parameter(name).copy_(value)
             for name, table in self.tables.items():
                 model.get_parameter(name).copy_(table.averaged())
@@ -88,35 +98,35 @@ class Training:
         dense = all(bool(value.isfinite().all()) for value in self._dense)
         return dense and all(table.is_finite() for table in self.tables.values())
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """The weights and what the optimizers remember, as a checkpoint keeps them, for any number of workers."""
+    def state(self) -> TrainingState:
+        """Where the training stands, as a checkpoint keeps it, for any number of workers."""
         slots = self.optimizer.state_dict()["state"]
-        remembered = {f"dense/{index}/{key}": value for index, of in slots.items() for key, value in of.items()}
-        remembered |= {f"average/{index}": value for index, value in enumerate(self._averages)}
-        remembered["decay"] = torch.tensor([self._decay.taken, self._decay.log_total], dtype=torch.float64)
-        weights = self.model.state_dict()
+        common = {f"model/{name}": self.model.get_parameter(name).detach() for name in self._dense_names}
+        common |= {f"optimizer/{index}/{key}": value for index, of in slots.items() for key, value in of.items()}
+        common |= {f"average/{index}": value for index, value in enumerate(self._averages)}
+        common["decay"] = self._decay.state()
+        rows: dict[str, Tensor] = {}
         for name, table in self.tables.items():
-            weights[name] = table.whole()
-            remembered |= {f"{name}/{key}": value for key, value in table.state().items()}
-        return {"model": weights, "optimizers": remembered}
+            of_table, slots_of_rows = table.state()
+            common |= {f"{name}/{key}": value for key, value in of_table.items()}
+            rows |= {f"{name}/{key}": value for key, value in slots_of_rows.items()}
+        return TrainingState(common=common, rows=rows)
 
-    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
+    def load(self, state: TrainingState) -> None:
         """Go on from what `state` gave."""
-        self.model.load_state_dict(state["model"])
         slots: dict[int, dict[str, Tensor]] = {}
-        remembered = state["optimizers"]
-        for name, value in remembered.items():
-            if name.startswith("dense/"):
-                _, number, key = name.split("/")
-                slots.setdefault(int(number), {})[key] = value
+        for name, value in _below("optimizer", state.common).items():
+            number, _, key = name.partition("/")
+            slots.setdefault(int(number), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        with torch.no_grad():
+            for name in self._dense_names:
+                self.model.get_parameter(name).copy_(state.common[f"model/{name}"])
         for name, table in self.tables.items():
-            prefix = f"{name}/"
-            of_table = {key.removeprefix(prefix): value for key, value in remembered.items() if key.startswith(prefix)}
-            table.load(state["model"][name], of_table)
+            table.load(_below(name, state.common), _below(name, state.rows))
         for index, average in enumerate(self._averages):
-            average.copy_(remembered[f"average/{index}"])
-        self._decay.taken, self._decay.log_total = int(remembered["decay"][0]), float(remembered["decay"][1])
+            average.copy_(state.common[f"average/{index}"])
+        self._decay.load(state.common["decay"])
 
     def epoch(
         self, batches: Iterable[Windows], epoch: int, *, skip: int = 0, on_step: Callable[[StepReport], None]
@@ -137,13 +147,16 @@ class Training:
         return self.take(self._prepared(windows, epoch, number))
 
     def _prepared(self, windows: Windows, epoch: int, number: int) -> TrainingStep:
-        return self._exchange.agree(self._maker.make(windows, epoch, number), [*self.tables])
+        return self.exchange.agree(self._maker.make(windows, epoch, number), [*self.tables])
 
     def take(self, step: TrainingStep) -> Tensor:
         """One step of the optimizers on this worker's share of a batch; its part of the mean loss, on the device."""
         torch.manual_seed(step.seed)
         on_device = step.to(self.device)
-        rows = {name: self._look_up(name, on_device) for name in on_device.songs}
+        rows = {
+            name: self.tables[name].look_up(songs, on_device.requests.get(name))
+            for name, songs in on_device.songs.items()
+        }
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             loss = self._loss(on_device, rows)
         self.optimizer.zero_grad(set_to_none=True)
@@ -156,11 +169,6 @@ class Training:
         for name, table in self.tables.items():
             table.step(on_device.songs[name], rows[name], on_device.requests.get(name))
         return loss.detach()
-
-    def _look_up(self, name: str, step: TrainingStep) -> Tensor:
-        if name in self.tables:
-            return self.tables[name].look_up(step.songs[name], step.requests.get(name))
-        return self.model.songs.weight.index_select(0, step.songs[name])
 
     def _loss(self, step: TrainingStep, rows: dict[str, Tensor]) -> Tensor:
         """This worker's part of the losses of all horizons added, each the mean over the targets of all workers."""
@@ -186,3 +194,9 @@ class Training:
         parts = torch.split(flat, [gradient.numel() for gradient in gradients])
         for value, part in zip(self._dense, parts, strict=True):
             value.grad = part.view_as(value)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with the prefix and a slash, by the rest of their names."""
+    prefix += "/"
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Rows = TypeVar("Rows", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +33,20 @@ class Share:
         dist.all_reduce(tensor)
         return [float(value) for value in tensor]
 
-    def gathered(self, rows: Tensor, total: int) -> Tensor:
-        """All of `total` rows, of which row r is worker r mod W's, from each worker's own (n, ...)."""
+    def own(self, rows: Rows) -> Rows:
+        """This worker's of the rows of all: row r is worker r mod W's; a view."""
+        return rows[self.rank :: self.workers]
+
+    def interleaved(self, rows: Tensor, total: int) -> Tensor | None:
+        """The first worker gets `total` rows in their order, (total, ...), from each worker's own (n, ...); the others
+        None. All workers take part."""
         if self.workers == 1:
             return rows
         longest = -(-total // self.workers)
-        padded = rows.new_zeros(longest, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in range(self.workers)]
-        dist.all_gather(parts, padded)
-        return torch.stack(parts, dim=1).flatten(0, 1)[:total]
-
-    def own(self, rows: Tensor) -> Tensor:
-        """This worker's rows of a table that holds those of all, (N, ...); the table itself where it is alone."""
-        return rows if self.workers == 1 else rows[self.rank :: self.workers].clone()
+        padded = torch.nn.functional.pad(rows, [0, 0] * (rows.dim() - 1) + [0, longest - len(rows)])
+        parts = None if self.rank else [torch.empty_like(padded) for _ in range(self.workers)]
+        dist.gather(padded.contiguous(), parts)
+        return None if parts is None else torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
     def add_up(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all workers."""

@@ -13,9 +13,11 @@ from worlds import random_vectors
 from rayrec.data.histories import Histories
 from rayrec.errors import DivergedError
 from rayrec.model import epochs as epochs_module
-from rayrec.model.epochs import CHOSEN_BY, RECALL_AT, Fit, FitData, Phase, Validation, carry_over, judge, start_vectors
+from rayrec.model.epochs import Fit, FitData, Phase, carry_over, start_vectors
+from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import Objective, SongTable, TrainConfig
+from rayrec.model.validation import CHOSEN_BY, RECALL_AT, Validation, judge
 from rayrec.model.workers import Share
 
 CUT = 15 * MINUTE
@@ -231,18 +233,6 @@ def test_a_finished_fit_that_is_resumed_has_nothing_left_to_do(
     assert after.reports == []
 
 
-def test_the_validation_is_shared_by_users(validation: Validation) -> None:
-    parts = [validation.share(Share(rank=rank, workers=3)) for rank in range(3)]
-    found = sorted(
-        (str(part.histories.user_ids[row]), int(part.histories.played_at[play]))
-        for part in parts
-        for row, play in zip(part.histories.rows[part.plays], part.plays, strict=True)
-    )
-    whole = validation.histories
-    rows = whole.rows[validation.plays]
-    assert found == sorted(zip(whole.user_ids[rows], whole.played_at[validation.plays].tolist(), strict=True))
-
-
 def test_songs_without_a_vector_start_at_a_random_one_and_the_others_stay() -> None:
     vectors = random_vectors(10)
     vectors[3] = 0
@@ -257,12 +247,21 @@ def test_songs_are_known_by_a_play_or_by_a_vector() -> None:
     vectors = random_vectors(4)
     vectors[2:] = 0
     data = FitData(vectors=vectors, counts=np.array([0, 5, 1, 0]))
-    assert data.known.tolist() == [True, True, True, False]
+    assert data.known(Share()).tolist() == [True, True, True, False]
+    assert data.known(Share(rank=1, workers=2)).tolist() == [True, False]
+    newer = FitData(vectors=vectors[:2], counts=np.array([0, 5, 1, 0]))
+    assert newer.known(Share()).tolist() == [True, True, True, False]
+
+
+def judged(model: TasteModel, vectors: np.ndarray, validation: Validation) -> dict[str, float]:
+    """The figures of a network on plays, among songs with these vectors."""
+    tastes = TasteEncoder(model).vectors(validation.histories, validation.questions, "short")
+    return judge(torch.from_numpy(tastes), torch.from_numpy(vectors), validation, Share())
 
 
 def hits(model: TasteModel, vectors: np.ndarray, validation: Validation) -> int:
     """How many plays are among the first 20."""
-    return int(judge(model, vectors, validation, "cpu")[1])
+    return round(judged(model, vectors, validation)[f"validation_recall@{RECALL_AT}"] * len(validation.plays))
 
 
 def test_ties_and_unknown_songs_are_no_hits() -> None:
@@ -302,13 +301,12 @@ def test_epochs_are_chosen_by_new_songs_among_those_not_heard() -> None:
     vectors = np.concatenate([vectors, np.zeros((4, 4), np.float32)], axis=1)
     histories = Histories.from_lists([[1, 0, 2, 0]], [[1, 2, 3, 4]])
     asked = Validation(histories=histories, plays=np.array([2, 3]))
-    found = judge(model, vectors, asked, "cpu").tolist()
     # Song 2 after 0 is third of all, behind 0 and 1, which were heard. Song 0 after 2 is second, and not new.
-    assert found[0] == 2
-    assert found[1] == 2
-    assert found[2] == pytest.approx(1 / 3 + 1 / 2)
-    assert found[4] == 1
-    assert found[5] == pytest.approx(1.0)
+    assert judged(model, vectors, asked) == {
+        f"validation_recall@{RECALL_AT}": 1.0,
+        f"validation_mrr@{RECALL_AT}": pytest.approx((1 / 3 + 1 / 2) / 2),
+        CHOSEN_BY: pytest.approx(1.0),
+    }
 
 
 def test_the_network_kept_is_the_average_of_the_last_steps(plays: dict[Phase, Histories]) -> None:
@@ -341,7 +339,7 @@ def test_a_network_starts_from_another_and_new_songs_keep_their_rows(plays: dict
         before.songs.weight[7] = 0  # as a stored network has it for a song that it does not know
     fresh = TasteModel(replace(before.config, num_songs=NUM_SONGS + 5), torch.from_numpy(random_vectors(NUM_SONGS + 5)))
     began = fresh.songs.weight.clone()
-    carry_over(before, fresh)
+    carry_over(before, fresh, Share())
     known = np.delete(np.arange(NUM_SONGS), 7)
     assert torch.equal(fresh.songs.weight[known], before.songs.weight[known])
     assert torch.equal(

@@ -61,7 +61,7 @@ def test_a_step_of_eight_workers_with_60_000_rows_each_sends_at_most_35_mb(monke
     step = RowExchange(SHARE).agree(replace(small, songs={"songs.weight": songs}), ["songs.weight"])
     request = step.requests["songs.weight"]
     assert request.sent == request.received == [rows // WORKERS] * WORKERS
-    table = RowAdam(torch.rand(rows * WORKERS, dim), 0.01, 10, SHARE)
+    table = RowAdam(torch.rand(rows, dim), 0.01, 10)
     looked_up = table.look_up(songs, request)
     assert looked_up.shape == (rows, dim)
     table.step(songs, torch.ones_like(looked_up), request)

@@ -1,0 +1,289 @@
+"""Our network beside SASRec of RecTools: `make bench-peers`, or `python -m rayrec.bench.peers_bench`.
+
+Both train on the same plays, an epoch each in turn, with one thread, and after each epoch answer the same queries of
+the test range. RecTools lives in a Python environment of its own, since it wants older libraries.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from rayrec.bench.rounds import ONE_THREAD
+from rayrec.config import to_mapping
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories, concatenate
+from rayrec.data.split import Split, SplitConfig, choose_split, split_dataset
+from rayrec.data.synthetic.world import GenerateConfig
+from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.errors import MismatchError, RayrecError
+from rayrec.jobs.embed import embed
+from rayrec.jobs.generate import generate
+from rayrec.jobs.runtime import ray_cluster
+from rayrec.jobs.train_plan import model_config
+from rayrec.model.checkpoint import export_song_vectors
+from rayrec.model.epochs import FitData, start_vectors
+from rayrec.model.network import TasteModel
+from rayrec.model.train_config import TrainConfig
+from rayrec.model.training import StepReport, Training
+from rayrec.model.training_windows import ShardReader, plain_stream, window_lengths
+from rayrec.model.validation import Validation, figures_of, rank_plays, validation_tastes
+from rayrec.model.workers import Share
+from rayrec.storage import artifacts
+from rayrec.storage.workspace import Workspace
+
+PEER = Path(__file__).with_name("sasrec_peer.py")
+OURS, SASREC = "rayrec", "RecTools SASRec"
+
+
+class Contestant(Protocol):
+    """A network that trains and answers on demand."""
+
+    def epoch(self) -> tuple[int, float]:
+        """Train for one epoch: targets learned from, and seconds."""
+        ...
+
+    def answer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Vectors of queries, float32 (Q, D), and of songs, float32 (N, D), to be compared by dot product."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochFigures:
+    """How a network stands after an epoch. Recall and MRR at 20."""
+
+    model: str
+    epoch: int  # from 1
+    plays: int  # targets learned from in it
+    seconds: float  # that it took
+    plays_per_second: float
+    served_recall: float  # of songs new to the user, among songs new to the user
+    served_mrr: float
+    recall: float  # of all plays, among all songs
+    mrr: float
+
+
+class OurNetwork:
+    """The network of `rayrec train`, trained in this process."""
+
+    def __init__(self, dataset: Dataset, split: Split, config: TrainConfig, queries: Validation) -> None:
+        songs = artifacts.newest(dataset.workspace, "songs", "embed")
+        if songs.inputs.get("split") != split.id:
+            raise MismatchError(f"song embeddings {songs.id} are not of split {split.id}; run `rayrec embed` first")
+        self.embed_seconds = float(songs.metrics["seconds"])
+        vectors = np.asarray(dataset.workspace.read_array(songs.path("vectors.npy")))
+        counts = np.zeros(dataset.num_songs, dtype=np.int64)
+        for histories in dataset.read_all():
+            counts += np.bincount(split.final.select(histories).songs, minlength=len(counts))
+        self._dataset, self._allowed, self._config, self._queries = dataset, split.final, config, queries
+        self._windows = window_lengths(dataset, split.final, config)
+        self._known = FitData(vectors=vectors, counts=counts).known(Share())
+        torch.manual_seed(config.seed)
+        rows = start_vectors(vectors, config.seed, num_songs=len(counts))
+        model = TasteModel(model_config(dataset, config, rows.shape[1]), torch.from_numpy(rows))
+        self._training = Training(model, config, counts, device="cpu", share=Share())
+        self._epochs = 0
+
+    def epoch(self) -> tuple[int, float]:
+        """As in `Contestant`; reading and cutting included."""
+        reports: list[StepReport] = []
+        began = time.perf_counter()
+        reader = ShardReader(self._dataset, self._allowed, self._config, self._windows, Share(), self._epochs)
+        self._training.epoch(plain_stream(reader), self._epochs, on_step=reports.append)
+        seconds = time.perf_counter() - began
+        self._epochs += 1
+        return sum(report.plays for report in reports), seconds
+
+    def answer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in `Contestant`."""
+        model = self._training.averaged()
+        tastes = validation_tastes(model, self._training.exchange, self._queries, Share())
+        return tastes, export_song_vectors(model, self._known)
+
+
+class SasRec:
+    """SASRec in a process of the other environment, for the with block."""
+
+    def __init__(self, python: str, dataset: Dataset, split: Split, settings: dict[str, Any], queries: Validation):
+        self._folder = tempfile.TemporaryDirectory(prefix="rayrec-")
+        folder = Path(self._folder.name)
+        plays = concatenate([split.final.select(histories) for histories in dataset.read_all()])
+        np.savez(folder / "plays.npz", users=plays.rows, songs=plays.songs, num_songs=dataset.num_songs)
+        longest = int(settings.get("session_max_len", 100))
+        asked = last_songs(queries, longest)
+        np.savez(folder / "queries.npz", songs=asked["songs"], offsets=asked["offsets"])
+        self._process = subprocess.Popen(
+            [python, str(PEER), str(folder), json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **ONE_THREAD, "PYTHONWARNINGS": "ignore"},
+        )
+        self.parameters = 0
+
+    def __enter__(self) -> "SasRec":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._folder.cleanup()
+
+    def epoch(self) -> tuple[int, float]:
+        """As in `Contestant`; RecTools' preparation of the data set, done anew for each epoch, not included."""
+        told = self._ask("epoch")
+        self.parameters = int(told["parameters"])
+        return int(told["plays"]), float(told["seconds"])
+
+    def answer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in `Contestant`."""
+        self._ask("answer")
+        folder = Path(self._folder.name)
+        tastes, vectors = (np.load(folder / name) for name in ("tastes.npy", "song_vectors.npy"))
+        return torch.from_numpy(tastes), torch.from_numpy(vectors)
+
+    def _ask(self, word: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{word}\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        raise RayrecError(f"the process of RecTools ended with exit code {self._process.wait()}; see its errors above")
+
+
+def queries_of_test_range(dataset: Dataset, split: Split, count: int, seed: int = 0) -> Validation:
+    """So many plays of the test range, drawn at random, that have an earlier play by the same user."""
+    kept: list[Histories] = []
+    for histories in dataset.read_all():
+        rows = np.unique(histories.rows[split.is_test(histories)])
+        kept.append(histories.take(rows))
+    histories = concatenate(kept)
+    is_first = np.zeros(histories.num_plays, dtype=bool)
+    is_first[histories.offsets[:-1]] = True
+    plays = np.flatnonzero(split.is_test(histories) & ~is_first)
+    drawn = np.random.default_rng(seed).permutation(len(plays))[:count]
+    return Validation(histories=histories, plays=plays[np.sort(drawn)])
+
+
+def last_songs(queries: Validation, longest: int) -> dict[str, np.ndarray]:
+    """The last songs of each query, at most `longest`: int64 `songs`, flat, and where those of each query begin."""
+    asked = queries.questions
+    lengths = np.minimum(asked.seen, longest)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    places = np.repeat(queries.plays - lengths - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return {"songs": queries.histories.songs[places].astype(np.int64), "offsets": offsets}
+
+
+def compare_epochs(contestants: dict[str, Contestant], queries: Validation, epochs: int) -> list[EpochFigures]:
+    """Train by turns, and judge each after each epoch; the first of an epoch is the last of the next."""
+    figures = []
+    for number in range(epochs):
+        names = [*contestants] if number % 2 == 0 else [*contestants][::-1]
+        for name in names:
+            plays, seconds = contestants[name].epoch()
+            ranks = rank_plays(*contestants[name].answer(), queries, Share())
+            served_recall, served_mrr, _ = figures_of(ranks.among_unheard[ranks.is_new])
+            recall, mrr, _ = figures_of(ranks.among_all)
+            figures.append(
+                EpochFigures(
+                    model=name,
+                    epoch=number + 1,
+                    plays=plays,
+                    seconds=seconds,
+                    plays_per_second=plays / max(seconds, 1e-9),
+                    served_recall=served_recall,
+                    served_mrr=served_mrr,
+                    recall=recall,
+                    mrr=mrr,
+                )
+            )
+    return figures
+
+
+def as_markdown(figures: Sequence[EpochFigures]) -> str:
+    """A table of both, each after each of its epochs."""
+    lines = [
+        "| model | epoch | seconds of all epochs | plays/s | served recall@20 | MRR@20 | all recall@20 | MRR@20 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(each.model for each in figures):
+        seconds = 0.0
+        for each in figures:
+            if each.model == name:
+                seconds += each.seconds
+                values = (each.served_recall, each.served_mrr, each.recall, each.mrr)
+                lines.append(
+                    f"| {name} | {each.epoch} | {seconds:.0f} | {each.plays_per_second:,.0f} | "
+                    f"{' | '.join(f'{value:.3f}' for value in values)} |"
+                )
+    return "\n".join(lines)
+
+
+def generated_data(folder: str, quick: bool) -> Workspace:
+    """A workspace with generated plays, a split and song embeddings."""
+    workspace = Workspace(folder)
+    users, songs, plays = (300, 200, 25) if quick else (10_000, 5_000, 60)
+    artists = max(GenerateConfig().genres, songs // 8)
+    with ray_cluster():
+        generate(workspace, GenerateConfig(users=users, songs=songs, artists=artists, plays=plays))
+        split = split_dataset(workspace, SplitConfig())
+        embed(workspace, EmbedConfig(epochs=2 if quick else EmbedConfig().epochs), split=split)
+    return workspace
+
+
+def main(words: list[str] | None = None) -> None:
+    """The command line: one table or JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m rayrec.bench.peers_bench", description=__doc__)
+    parser.add_argument("--python", default=".venv-peers/bin/python", help="Python of an environment with RecTools")
+    parser.add_argument("--workspace", help="with a data set, a split and song embeddings; default: generated plays")
+    parser.add_argument("--split", help="split of the data set; default: the newest")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of each; default: 5")
+    parser.add_argument("--queries", type=int, default=8_000, help="plays of the test range to predict; default: 8000")
+    parser.add_argument("--ours", type=json.loads, default={}, help="settings of `rayrec train` as JSON")
+    parser.add_argument("--theirs", type=json.loads, default={}, help="arguments of SASRecModel as JSON")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quick", action="store_true", help="small, to see that it works")
+    given = parser.parse_args(words)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
+        workspace = Workspace(given.workspace) if given.workspace else generated_data(folder, given.quick)
+        split = choose_split(workspace, given.split)
+        assert split is not None
+        dataset, config = Dataset(workspace), TrainConfig(**{**given.ours, "workers": 0})
+        queries = queries_of_test_range(dataset, split, 200 if given.quick else given.queries)
+        ours = OurNetwork(dataset, split, config, queries)
+        with SasRec(given.python, dataset, split, given.theirs, queries) as theirs:
+            contestants: dict[str, Contestant] = {OURS: ours, SASREC: theirs}
+            figures = compare_epochs(contestants, queries, 2 if given.quick else given.epochs)
+    told = {
+        "queries": len(queries.plays),
+        "embed_seconds": ours.embed_seconds,
+        "ours": to_mapping(config),
+        "theirs": given.theirs,
+        "epochs": [asdict(each) for each in figures],
+    }
+    told["parameters"] = theirs.parameters
+    if given.json:
+        json.dump(told, sys.stdout)
+        sys.stdout.write("\n")
+        return
+    sys.stdout.write(f"{as_markdown(figures)}\n\nembed, which {OURS} starts from: {ours.embed_seconds:.0f} s\n")
+
+
+if __name__ == "__main__":
+    main()

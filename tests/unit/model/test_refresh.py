@@ -1,0 +1,53 @@
+"""A training that starts from a model, as a nightly refresh does, against one that starts from nothing."""
+
+import numpy as np
+import pytest
+import torch
+from networks import MemoryHost, model_config
+from worlds import random_vectors
+
+from rayrec.data.synthetic.world import GenerateConfig, World
+from rayrec.model.epochs import Fit, FitData, Phase
+from rayrec.model.network import TasteModel
+from rayrec.model.train_config import TrainConfig
+from rayrec.model.validation import RECALL_AT, Validation
+
+DAY = 24 * 3600 * 1000
+WORLD = GenerateConfig(users=1_200, songs=600, artists=60, genres=6, plays=60, days=120)
+APPENDED_DAYS, VALIDATION_DAYS = 10, 7
+CONFIG = TrainConfig(
+    hidden_dim=32, window=50, batch=16, negatives=100, long=(5, 10), epochs=16, patience=3, refit=False, dropout=0.0
+)
+RECALL = f"validation_recall@{RECALL_AT}"
+
+
+@pytest.mark.slow
+def test_on_appended_plays_a_training_from_a_model_reaches_the_recall_of_a_full_one_in_a_quarter_of_the_time() -> None:
+    """Of its time until its best epoch, in epochs over the same plays."""
+    torch.set_num_threads(1)
+    histories = World(WORLD).histories(np.arange(WORLD.users))
+    validation_from = int(histories.played_at.max()) - VALIDATION_DAYS * DAY
+    before, since = validation_from - APPENDED_DAYS * DAY, validation_from
+    is_first = histories.places == 0
+    asked = np.flatnonzero((histories.played_at >= since) & ~is_first)[:2_000]
+
+    def fit(last: int, phase: Phase, start: TasteModel | None, config: TrainConfig) -> tuple[Fit, TasteModel]:
+        plays = histories.before(last)
+        counts = np.bincount(plays.songs, minlength=WORLD.songs)
+        data: dict[Phase, FitData] = {phase: FitData(vectors=random_vectors(WORLD.songs), counts=counts)}
+        validation = Validation(histories=histories, plays=asked) if phase == "selection" else None
+        shape = model_config(config, num_songs=WORLD.songs)
+        made = Fit(shape, config, data, MemoryHost({phase: plays}, config), validation=validation, start=start)
+        return made, made.run()
+
+    _, old = fit(before, "final", None, CONFIG.replace(epochs=10))
+    full, _ = fit(since, "selection", None, CONFIG)
+    refreshed, _ = fit(since, "selection", old, CONFIG)
+    full_recall = [line[RECALL] for line in full.progress.epochs]
+    recall = [line[RECALL] for line in refreshed.progress.epochs]
+    print(full_recall, full.progress.best_epoch, recall)
+    best = full.progress.best_epoch
+    assert best >= 3
+    assert full_recall[best] > full_recall[0] + 0.02  # there is something to learn
+    quarter = (best + 1) // 4
+    assert max(recall[:quarter]) >= full_recall[best] - 0.003
