@@ -27,7 +27,7 @@ from rayrec.storage.workspace import Workspace
 
 ARTIST = 3
 OF_ARTIST = [f"song-{ARTIST + 7 * place}" for place in range(6)]
-OF_EACH = NUM_SONGS // 7 + 1  # songs of an artist, with one that is added
+OF_EACH = -(-NUM_SONGS // 7) + 1  # songs of an artist, with one that is added
 TOLERANCE = 1e-5  # of a number of a vector
 
 
