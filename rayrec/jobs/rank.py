@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rayrec.config import to_mapping
@@ -17,7 +17,7 @@ from rayrec.jobs.runtime import node_cpus, ray_cluster, run_buckets, run_on_node
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK
 from rayrec.progress import progress
-from rayrec.recommend.index import IndexConfig, SongIndex
+from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex
 from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, ndcg
 from rayrec.recommend.ranker_training import (
     collect_examples,
@@ -126,6 +126,8 @@ def _collect(task: _Task) -> int:
         # Without those held out: no play of them is right here, which would teach that no new song is.
         songs = songs.take(task.split.final.allowed_songs(songs.rows))
         songs.save(task.dataset.workspace, f"{task.run}/added_songs")
+    cpus = node_cpus()
+    list(run_on_node(_build_index, task, cpus, cpus=cpus))
     buckets = range(task.dataset.manifest.buckets)
     queries = 0
     with progress("Ranking examples", len(buckets)) as bar:
@@ -176,19 +178,38 @@ class _Task:
         """The file of the examples of one bucket, without a part."""
         return f"{self.run}/bucket={bucket:05d}/{without or 'all'}.safetensors"
 
-    def sources(self) -> dict[str, CandidateSource]:
-        """Retrievers and features that have not seen the validation range, by the part that they leave out."""
+    @property
+    def index(self) -> str:
+        """The file of the index of the network's songs, which all workers read."""
+        return f"{self.run}/{INDEX_FILE}"
+
+    def network_and_songs(self) -> TasteRecommender:
+        """The network that has not seen the validation range, with the songs that were added, without an index."""
         workspace = self.dataset.workspace
         network = TasteRecommender.from_folder(workspace, self.network)
         if self.added:
             network.add_songs(AddedSongs.load(workspace, f"{self.run}/added_songs"))
-        network.index = SongIndex.build(network.song_vectors, IndexConfig())
+        return network
+
+    def sources(self) -> dict[str, CandidateSource]:
+        """Retrievers and features that have not seen the validation range, by the part that they leave out."""
+        workspace, network = self.dataset.workspace, self.network_and_songs()
+        figures = IndexFigures(**workspace.read_json(f"{self.index}.json"))
+        network.index = SongIndex.read(workspace, self.index, figures, network.song_vectors)
         retrieval = Retrieval.load(workspace, self.retrieval)
         real_times = self.dataset.manifest.times == "real"
         return {
             without: CandidateSource(network, retrieval, real_times=real_times, without=without)
             for without in self.without
         }
+
+
+def _build_index(task: _Task, threads: int) -> Iterator[None]:
+    """Write the index that all workers read, for each would take as much memory and time to build its own."""
+    index = SongIndex.build(task.network_and_songs().song_vectors, IndexConfig(), threads=threads)
+    index.save(task.dataset.workspace, task.index)
+    task.dataset.workspace.write_json(f"{task.index}.json", asdict(index.figures))
+    yield None
 
 
 class ExampleCollector:

@@ -41,6 +41,7 @@ from rayrec.storage.workspace import Workspace
 
 KIND = "retrieval"
 LENGTH = struct.Struct("<q")  # of a bucket's counts in a piece, before them
+MEMORY_PER_PACKED_BYTE = 6  # of a range of songs while it is merged: a rule of 20 bytes takes 120
 
 
 @writes("retrieval")
@@ -141,7 +142,15 @@ def write_retrieval(
             offsets[counted.group] = counted.offsets
             bar.advance()
         arguments = {"task": task, "offsets": offsets}
-        for _ in run_buckets(RangeMerger, range(len(ranges)), arguments=arguments, called="range"):
+        largest = int(np.diff(offsets, axis=1).sum(axis=0).max())
+        merging = run_buckets(
+            RangeMerger,
+            range(len(ranges)),
+            arguments=arguments,
+            memory=MEMORY_PER_PACKED_BYTE * largest,
+            called="range",
+        )
+        for _ in merging:
             bar.advance()
     (names, figures), *_ = run_on_node(_build, task, folder, cpus=1)
     workspace.delete(run)

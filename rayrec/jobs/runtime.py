@@ -180,10 +180,12 @@ def run_buckets(
     arguments: dict[str, Any],
     num_gpus: float = 0,
     concurrency: int | None = None,
+    memory: int = 0,
     called: str = "bucket",
 ) -> Iterator[Any]:
     """Yield the result of each unit as it is done, in any order. An error of ours comes out as it was raised.
 
+    A unit takes a CPU of its node and `memory` bytes, so a node works at no more units than its memory holds.
     `arguments` go to the worker's constructor through the object store: arrays among them are shared
     by the workers of a node, not copied, and read-only. A unit whose worker dies is done again, at
     most `RETRIES` times. Raises `RayrecError` for those that are lost even so, once all others are
@@ -196,7 +198,11 @@ def run_buckets(
     # In a list, since Ray would resolve a bare reference for each task.
     stored = [ray.put(arguments)]
     task = ray.remote(_run_unit).options(
-        num_cpus=1, num_gpus=num_gpus, max_retries=RETRIES, scheduling_strategy="SPREAD"
+        num_cpus=1,
+        num_gpus=num_gpus,
+        memory=min(memory, node_memory()) or None,  # a unit that needs more than any node has runs alone on one
+        max_retries=RETRIES,
+        scheduling_strategy="SPREAD",
     )
     at_once = min(concurrency or MAX_WAITING, total)  # those without a free CPU wait: an autoscaler sees the demand
     running: dict[ray.ObjectRef, Any] = {}
@@ -242,6 +248,11 @@ def _timed(work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         yield UnitTime(worker=work.__name__, cpu_seconds=time.process_time() - began)
 
     return run
+
+
+def node_memory() -> int:
+    """Bytes that Ray gives the tasks of the living node that has the most for them, at least 0."""
+    return max([0, *(int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"])])
 
 
 def node_cpus() -> int:

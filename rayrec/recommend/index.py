@@ -311,7 +311,23 @@ class SongIndex:
 
     @classmethod
     def load(cls, workspace: Workspace, manifest: Manifest, vectors: np.ndarray, *, threads: int = 1) -> "SongIndex":
-        """The index of a manifest over the vectors, float32 (N, D), that it was built over.
+        """The index of a manifest, as `read` reads it."""
+        figures = IndexFigures(**{name: manifest.metrics[name] for name in IndexFigures.__annotations__})
+        path, checksum = manifest.path(INDEX_FILE), manifest.files.get(INDEX_FILE)
+        return cls.read(workspace, path, figures, vectors, checksum=checksum, threads=threads)
+
+    @classmethod
+    def read(
+        cls,
+        workspace: Workspace,
+        path: str,
+        figures: IndexFigures,
+        vectors: np.ndarray,
+        *,
+        checksum: str | None = None,
+        threads: int = 1,
+    ) -> "SongIndex":
+        """What `save` wrote, over the vectors, float32 (N, D), that it was built over.
 
         IVF lists are memory-mapped. Raises `DamagedArtifactError` for a file that faiss cannot read
         or that does not fit the vectors.
@@ -319,12 +335,10 @@ class SongIndex:
         faiss = import_faiss()
         # One thread: workers and replicas share the machine, and spinning threads starve each other.
         faiss.omp_set_num_threads(threads)
-        figures = IndexFigures(**{name: manifest.metrics[name] for name in IndexFigures.__annotations__})
         # The flag came with faiss 1.10; mapped lists load at once and search as fast.
         mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if figures.kind == "ivf" else 0
-        path = manifest.path(INDEX_FILE)
         try:
-            index = faiss.read_index(str(workspace.local_file(path, manifest.files.get(INDEX_FILE))), mapped)
+            index = faiss.read_index(str(workspace.local_file(path, checksum)), mapped)
         except RuntimeError as error:
             raise DamagedArtifactError(f"{path} is not an index that faiss reads; run `rayrec index` again") from error
         if index.d != vectors.shape[1] or index.ntotal != figures.songs:

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import ray.cloudpickle
 
 from rayrec.errors import DamagedArtifactError, RayrecError
-from rayrec.jobs.runtime import RETRIES, run_buckets, unit_times
+from rayrec.jobs.runtime import RETRIES, node_memory, run_buckets, unit_times
 
 pytestmark = pytest.mark.usefixtures("cluster")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -48,6 +49,21 @@ def test_no_units_are_no_work() -> None:
 def test_an_error_of_ours_comes_out_as_it_was_raised() -> None:
     with pytest.raises(DamagedArtifactError, match="bucket 3 is damaged"):
         list(run_buckets(Adder, range(5), arguments={"number": np.ones(1), "refuse": True}))
+
+
+class Working:
+    """Says from when to when it worked at a unit."""
+
+    def __call__(self, unit: int) -> tuple[float, float]:
+        began = time.time()
+        time.sleep(0.3)
+        return began, time.time()
+
+
+@pytest.mark.parametrize("share", [0.6, 5.0])
+def test_a_node_works_at_no_more_units_than_its_memory_holds(share: float) -> None:
+    spans = sorted(run_buckets(Working, range(3), arguments={}, memory=int(share * node_memory())))
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
 
 
 class Computing:

@@ -276,8 +276,9 @@ class _Planner:
         counting = counting_memory(songs, at_once * RULE_DISTANCE)
         merging = merging_memory(songs, int(plays / len(ranges) * RULE_DISTANCE * DISTINCT_PAIRS))
         groups = len(bucket_groups(len(ranges), self.data.buckets))
-        units = (groups, counting), (len(ranges), merging)
-        needed = max(self._on_node(count) * (IDLE_WORKER + memory) for count, memory in units)
+        # Ray runs as many merges on a node as its memory holds.
+        at_a_time = max(1, min(self._on_node(len(ranges)), self.tight.memory // (IDLE_WORKER + merging)))
+        needed = max(self._on_node(groups) * (IDLE_WORKER + counting), at_a_time * (IDLE_WORKER + merging))
         return self._spread("retrieval", needed, groups, "group of buckets", plays)
 
     def retrieval_bytes(self) -> int:

@@ -170,9 +170,14 @@ class World:
         store.close()
 
 
+def sent_plays(plays: Plays, events: Sequence[str]) -> UserPlays:
+    """Plays as a request brings them, none of them a like."""
+    return UserPlays(plays=plays, events=events, liked=np.zeros(len(events), dtype=bool))
+
+
 def user_plays(events: list[Event]) -> UserPlays:
     plays = Plays.of([event.song for event in events], [event.played_at for event in events])
-    return UserPlays(plays=plays, events=[event.id for event in events])
+    return sent_plays(plays, [event.id for event in events])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -217,7 +222,7 @@ def test_the_same_batch_sent_again_is_repeated_and_other_events_are_not(workspac
 
     def take(names: Sequence[str]) -> Counter[str]:
         plays = Plays.of(np.arange(len(names)) % 3, np.full(len(names), BEGIN))
-        sent = {"ann": UserPlays(plays=plays, events=names)}
+        sent = {"ann": sent_plays(plays, names)}
         return Counter(asyncio.run(users.take(release("m1"), sent))["ann"])
 
     first = [f"a{place}" for place in range(200)]
@@ -236,7 +241,7 @@ def test_a_user_with_many_plays_is_read_by_the_last_of_them_and_no_song_is_forgo
     for begin in range(0, count, 1_000):
         place = np.arange(begin, begin + 1_000)
         plays = Plays.of(songs[place], BEGIN + place * 60_000)
-        sent: Mapping[str, UserPlays] = {"ann": UserPlays(plays=plays, events=[str(each) for each in place])}
+        sent: Mapping[str, UserPlays] = {"ann": sent_plays(plays, [str(each) for each in place])}
         asyncio.run(users.take(release("m1"), sent))
     for model in ("m1", "m2"):
         (known,) = asyncio.run(users.read(release(model), ["ann"]))
@@ -288,7 +293,7 @@ def test_a_deleted_user_is_unknown_until_a_play_from_after_the_deletion(workspac
     users, live = replica(workspace, uri), release("m1")
 
     def take(event: str, at: int) -> list[str]:
-        sent = {"ann": UserPlays(plays=Plays.of([1], [at]), events=[event])}
+        sent = {"ann": sent_plays(Plays.of([1], [at]), [event])}
         return list(asyncio.run(users.take(live, sent))["ann"])
 
     assert take("a", BEGIN) == ["taken"]
