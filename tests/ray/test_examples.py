@@ -26,6 +26,7 @@ def example(name: str) -> SimpleNamespace:
     return SimpleNamespace(**runpy.run_path(str(EXAMPLES / name), run_name="example"))
 
 
+@pytest.mark.slow
 def test_the_notebook_goes_from_plays_to_recommendations(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -137,6 +137,7 @@ def told(folder: Path, way: str, rank: int) -> dict[str, Any]:
 ALL_WAYS = [f"{workers} {way}" for workers, ways in WAYS.items() for way in ways]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ALL_WAYS[1:])
 def test_a_fit_makes_the_same_model_on_any_number_of_workers_and_resumed_with_another(folder: Path, way: str) -> None:
     alone, other = (load_model(Workspace(folder / each), "models/m") for each in (ALL_WAYS[0], way))
@@ -152,6 +153,7 @@ def test_a_fit_makes_the_same_model_on_any_number_of_workers_and_resumed_with_an
             assert lines[0][name] == pytest.approx(line[name], abs=2e-3), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 4])
 @pytest.mark.parametrize("number", [0, 1])
 def test_no_worker_holds_a_table_whole_from_the_start_to_the_model_file(
@@ -168,6 +170,7 @@ def test_no_worker_holds_a_table_whole_from_the_start_to_the_model_file(
         assert part["rows"] == max(own, 300 * workers)  # some rows of each worker are written at a time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 4])
 def test_the_ranks_among_all_songs_are_counted_by_all_workers(folder: Path, workers: int) -> None:
     alone = json.loads((folder / "judged 1 0.json").read_text())
@@ -176,6 +179,7 @@ def test_the_ranks_among_all_songs_are_counted_by_all_workers(folder: Path, work
         assert json.loads((folder / f"judged {workers} {rank}.json").read_text()) == alone
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_of_parts_that_hold_each_row_once(folder: Path) -> None:
     parts = sorted((folder / "4 fresh" / "checkpoints" / str(PART_WAY)).glob("rows-*"))
     sizes = [load_file(part)["songs.weight/mean"].shape for part in parts]
@@ -184,6 +188,7 @@ def test_a_checkpoint_is_of_parts_that_hold_each_row_once(folder: Path) -> None:
     assert set(load_file(parts[0])) == {*slots, *(f"best/{table}" for table in TABLES)}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_lacks_a_part_is_refused(folder: Path, tmp_path: Path) -> None:
     made = folder / "2 fresh" / "checkpoints" / str(PART_WAY)
     for path in made.iterdir():

@@ -227,7 +227,7 @@ def _whole(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return whole
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_learn_what_one_learns_and_go_on_from_each_others_checkpoints(
     tmp_path: Path, workers: int
 ) -> None:

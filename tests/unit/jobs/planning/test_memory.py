@@ -151,6 +151,7 @@ def test_memory_of_taste_and_train_with_narrow_tables_and_a_wide_state(
     assert {name: watched.idle + size for name, size in expected.items()} == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "songs"), [(50_000, 10**6), (100_000, 10**7)])
 def test_memory_of_the_workers_of_an_import(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, songs: int
