@@ -67,7 +67,7 @@ EVALUATED_QUERY_BYTES = 110_000
 EVALUATED_TABLES = 4
 EVALUATED_SONG_BYTES = 34  # ranks, plays, popularity
 TRAINED_TABLES = 10  # two with their moments, gradients, the best and one on its way to a file
-TRAINING_BYTES = 200_000_000
+TRAINING_BYTES = 350_000_000  # freed memory that a worker keeps counts
 TRAINING_HIDDEN_BYTES = 375_000  # of a number of the hidden state, for a batch of windows
 TRAINING_DIM_BYTES = 3_310_000  # of a number of an embedding
 EMBEDDING_BYTES = 35_000_000
@@ -267,8 +267,12 @@ def indexing_memory(songs: int, dim: int) -> int:
 
 
 def examples_memory(songs: int, dim: int, queries: int) -> int:
-    """Private bytes of a worker of `rank` with so many queries of a bucket: their candidates' features, an index."""
-    return int(EXAMPLES_BYTES + queries * EXAMPLE_BYTES + songs * dim * EXAMPLE_SONG_BYTES)
+    """Private bytes of a worker of `rank` with so many queries of a bucket: their candidates' features, an index.
+
+    Inverted lists, of catalogs above the size from which an index has them, are mapped from one file a node.
+    """
+    index = songs * dim * EXAMPLE_SONG_BYTES if IndexConfig().kind_for(songs) == "flat" else 0
+    return int(EXAMPLES_BYTES + queries * EXAMPLE_BYTES + index)
 
 
 def ranking_memory(songs: int, dim: int, queries: int) -> int:

@@ -294,12 +294,17 @@ class _Planner:
         )
 
     def rank(self) -> StagePlan:
-        """Queries of all buckets are collected on all CPUs; the trees, which take longer, grow on one node."""
+        """One task builds an index, queries of all buckets are collected on all CPUs; the trees, which take longest,
+        grow on one node."""
+        songs, dim = self.data.songs, self.config.dim
+        indexing = IDLE_WORKER + indexing_memory(songs, dim)
         collecting = self.large.cpus * (
-            IDLE_WORKER + examples_memory(self.data.songs, self.config.dim, ceil(RANK_QUERIES / self.data.buckets))
+            IDLE_WORKER + examples_memory(songs, dim, ceil(RANK_QUERIES / self.data.buckets))
         )
-        growing = IDLE_WORKER + ranking_memory(self.data.songs, self.config.dim, RANK_QUERIES)
-        needed = max(collecting, growing) + 2 * self.vectors + self.retrieval_bytes()
+        growing = IDLE_WORKER + ranking_memory(songs, dim, RANK_QUERIES)
+        needed = (
+            max(indexing, collecting, growing) + 2 * self.vectors + index_bytes(songs, dim) + self.retrieval_bytes()
+        )
         return self._stage(
             "rank",
             self.large,
