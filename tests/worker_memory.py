@@ -30,9 +30,12 @@ torch.set_num_threads(1)
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Memory of a process that no file backs: what is mapped from files is there once for all processes of a node."""
+    """Memory of a process that no file backs: what is mapped from files is there once for all processes of a node.
+
+    0 for a process that has just ended.
+    """
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def growth(work: Callable[..., Any], *arguments: Any) -> tuple[int, int, Any]:

@@ -40,7 +40,7 @@ def test_on_appended_plays_a_training_from_a_model_reaches_the_recall_of_a_full_
         made = Fit(shape, config, data, MemoryHost({phase: plays}, config), validation=validation, start=start)
         return made, made.run()
 
-    _, old = fit(before, "final", None, CONFIG.replace(epochs=10))
+    _, old = fit(before, "final", None, CONFIG)
     full, _ = fit(since, "selection", None, CONFIG)
     refreshed, _ = fit(since, "selection", old, CONFIG)
     full_recall = [line[RECALL] for line in full.progress.epochs]
