@@ -144,9 +144,9 @@ class SasRec:
 
     def epoch(self) -> tuple[int, float]:
         """As in `Contestant`; RecTools' preparation of the data set, done anew for each epoch, not included."""
-        told = self._ask("epoch")
-        self.parameters = int(told["parameters"])
-        return int(told["plays"]), float(told["seconds"])
+        figures = self._ask("epoch")
+        self.parameters = int(figures["parameters"])
+        return int(figures["plays"]), float(figures["seconds"])
 
     def answer(self) -> tuple[torch.Tensor, torch.Tensor]:
         """As in `Contestant`."""
@@ -168,11 +168,11 @@ class SasRec:
 
 def queries_of_test_range(dataset: Dataset, split: Split, count: int, seed: int = 0) -> Validation:
     """So many plays of the test range, drawn at random, that have an earlier play by the same user."""
-    kept: list[Histories] = []
+    tested: list[Histories] = []
     for histories in dataset.read_all():
         rows = np.unique(histories.rows[split.is_test(histories)])
-        kept.append(histories.take(rows))
-    histories = concatenate(kept)
+        tested.append(histories.take(rows))
+    histories = concatenate(tested)
     is_first = np.zeros(histories.num_plays, dtype=bool)
     is_first[histories.offsets[:-1]] = True
     plays = np.flatnonzero(split.is_test(histories) & ~is_first)
@@ -270,16 +270,16 @@ def main(words: list[str] | None = None) -> None:
         with SasRec(given.python, dataset, split, given.theirs, queries) as theirs:
             contestants: dict[str, Contestant] = {OURS: ours, SASREC: theirs}
             figures = compare_epochs(contestants, queries, 2 if given.quick else given.epochs)
-    told = {
+    report = {
         "queries": len(queries.plays),
         "embed_seconds": ours.embed_seconds,
         "ours": to_mapping(config),
         "theirs": given.theirs,
+        "parameters": theirs.parameters,
         "epochs": [asdict(each) for each in figures],
     }
-    told["parameters"] = theirs.parameters
     if given.json:
-        json.dump(told, sys.stdout)
+        json.dump(report, sys.stdout)
         sys.stdout.write("\n")
         return
     sys.stdout.write(f"{as_markdown(figures)}\n\nembed, which {OURS} starts from: {ours.embed_seconds:.0f} s\n")

@@ -20,7 +20,7 @@ from rectools.dataset import Dataset
 from rectools.models import SASRecModel
 
 QUERIES_AT_ONCE = 5_000
-HOUR = 3600 * 10**9  # ns, between plays whose order alone counts
+SECOND = 10**9  # ns, between plays whose order alone counts
 
 
 class EpochClock(Callback):  # type: ignore[misc]
@@ -69,8 +69,8 @@ class Peer:
         for begin in range(0, count, QUERIES_AT_ONCE):
             ends = self._ends[begin : begin + QUERIES_AT_ONCE + 1]
             users = np.repeat(np.arange(begin, begin + len(ends) - 1), np.diff(ends))
-            asked = Dataset.construct(_frame(users, self._queries[ends[0] : ends[-1]]))
-            known = preparator.transform_dataset_u2i(asked, np.unique(users))
+            histories = Dataset.construct(_frame(users, self._queries[ends[0] : ends[-1]]))
+            known = preparator.transform_dataset_u2i(histories, np.unique(users))
             loader = preparator.get_dataloader_recommend(known, 256)
             of_queries, of_songs = network._get_user_item_embeddings(loader, "cpu")
             if not begin:
@@ -86,7 +86,7 @@ class Peer:
 
 def _frame(users: np.ndarray, songs: np.ndarray) -> pd.DataFrame:
     """Plays as RecTools wants them, in the order in which they are."""
-    moments = pd.to_datetime(np.arange(len(songs), dtype=np.int64) * HOUR // 3600)
+    moments = pd.to_datetime(np.arange(len(songs), dtype=np.int64) * SECOND)
     return pd.DataFrame({Columns.User: users, Columns.Item: songs, Columns.Weight: 1.0, Columns.Datetime: moments})
 
 
@@ -98,8 +98,8 @@ def main() -> None:
     seed_everything(0, verbose=False)
     peer = Peer(folder, settings)
     for line in sys.stdin:
-        told = {"epoch": peer.epoch, "answer": peer.answer}[line.strip()]()
-        print(json.dumps(told), flush=True)
+        figures = {"epoch": peer.epoch, "answer": peer.answer}[line.strip()]()
+        print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

@@ -99,9 +99,9 @@ def keep_freed_memory() -> None:
     per million plays at 256 windows a step, in the kernel, where the workers of a node wait for each other.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for setting in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(setting, KEPT_BYTES)
+    # Where glibc refuses this one, the other alone would end glibc's own adjusting and cost more than both save.
+    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def summary(done: FitProgress) -> dict[str, Any]:
