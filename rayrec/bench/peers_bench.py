@@ -38,7 +38,7 @@ from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.training import StepReport, Training
 from rayrec.model.training_windows import ShardReader, plain_stream, window_lengths
-from rayrec.model.validation import Validation, figures_of, rank_plays, validation_tastes
+from rayrec.model.validation import Validation, rank_metrics, rank_plays, validation_tastes
 from rayrec.model.workers import Share
 from rayrec.storage import artifacts
 from rayrec.storage.workspace import Workspace
@@ -121,7 +121,7 @@ class SasRec:
         plays = concatenate([split.final.select(histories) for histories in dataset.read_all()])
         np.savez(folder / "plays.npz", users=plays.rows, songs=plays.songs, num_songs=dataset.num_songs)
         longest = int(settings.get("session_max_len", 100))
-        asked = last_songs(queries, longest)
+        asked = songs_before(queries, longest)
         np.savez(folder / "queries.npz", songs=asked["songs"], offsets=asked["offsets"])
         self._process = subprocess.Popen(
             [python, str(PEER), str(folder), json.dumps(settings)],
@@ -180,7 +180,7 @@ def queries_of_test_range(dataset: Dataset, split: Split, count: int, seed: int 
     return Validation(histories=histories, plays=plays[np.sort(drawn)])
 
 
-def last_songs(queries: Validation, longest: int) -> dict[str, np.ndarray]:
+def songs_before(queries: Validation, longest: int) -> dict[str, np.ndarray]:
     """The last songs of each query, at most `longest`: int64 `songs`, flat, and where those of each query begin."""
     asked = queries.questions
     lengths = np.minimum(asked.seen, longest)
@@ -197,8 +197,8 @@ def compare_epochs(contestants: dict[str, Contestant], queries: Validation, epoc
         for name in names:
             plays, seconds = contestants[name].epoch()
             ranks = rank_plays(*contestants[name].answer(), queries, Share())
-            served_recall, served_mrr, _ = figures_of(ranks.among_unheard[ranks.is_new])
-            recall, mrr, _ = figures_of(ranks.among_all)
+            served_recall, served_mrr, _ = rank_metrics(ranks.among_unheard[ranks.is_new])
+            recall, mrr, _ = rank_metrics(ranks.among_all)
             figures.append(
                 EpochFigures(
                     model=name,

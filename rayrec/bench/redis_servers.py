@@ -125,7 +125,7 @@ def redis_cluster(folder: Path) -> Iterator[RedisCluster]:
             nodes.append(RedisServer(place, *options, port=port))
             nodes[-1].start()
         places = [f"127.0.0.1:{node.port}" for node in nodes]
-        command("--cluster", "create", *places, "--cluster-replicas", "1", "--cluster-yes")
+        redis_cli("--cluster", "create", *places, "--cluster-replicas", "1", "--cluster-yes")
         wait_until(lambda: all(node.ask("CLUSTER INFO")["cluster_state"] == "ok" for node in nodes), "no cluster")
         wait_until(lambda: all(node.ask("ROLE")[2] for node in nodes[:PRIMARIES]), "a primary has no replica")
         yield RedisCluster(nodes)
@@ -134,7 +134,7 @@ def redis_cluster(folder: Path) -> Iterator[RedisCluster]:
             node.kill()
 
 
-def command(*arguments: str) -> str:
+def redis_cli(*arguments: str) -> str:
     """What redis-cli prints. Raises `RayrecError` where it fails."""
     done = subprocess.run([str(CLI), *arguments], capture_output=True, text=True, timeout=120, check=False)
     if done.returncode != 0:

@@ -15,8 +15,8 @@ from rayrec.importing.fragments import BucketGroup, PieceResult
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.merging import (
     FORGOTTEN_USER,
-    BucketRows,
     MergedRows,
+    PlaysAndLikes,
     all_likes,
     drop_rare,
     rows_among,
@@ -54,7 +54,7 @@ class MergeSettings:
         """The part of the histories that plays become."""
         return self.base.parts if self.base else 0
 
-    def rows_of(self, group: BucketGroup, bucket: int) -> BucketRows:
+    def rows_of(self, group: BucketGroup, bucket: int) -> PlaysAndLikes:
         """The rows of a bucket, sorted, those of deleted users too."""
         parts = (
             (

@@ -67,7 +67,7 @@ class MergedRows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BucketRows:
+class PlaysAndLikes:
     """What the pieces of input hold of one bucket. Plays and likes have the same owners."""
 
     plays: MergedRows
@@ -78,7 +78,7 @@ class BucketRows:
     def __len__(self) -> int:
         return len(self.plays) + len(self.likes)
 
-    def without_forgotten(self, forgotten: ForgottenUsers) -> "BucketRows":
+    def without_forgotten(self, forgotten: ForgottenUsers) -> "PlaysAndLikes":
         """Those that are not from before their owner was deleted. Positions in lines are before any moment."""
         if not forgotten:
             return self
@@ -89,7 +89,9 @@ class BucketRows:
         return replace(self, plays=plays, liked_plays=liked_plays, likes=likes)
 
 
-def sort_rows(parts: Iterable[tuple[Sequence[int], Sequence[int], pa.Table]], *, in_lines: bool = False) -> BucketRows:
+def sort_rows(
+    parts: Iterable[tuple[Sequence[int], Sequence[int], pa.Table]], *, in_lines: bool = False
+) -> PlaysAndLikes:
     """Rows out of pieces of input in the order of import, exact duplicates (owner, order, song) merged.
 
     A part is the number of the file of each unit of a piece, the line of that file before the unit's first, and
@@ -99,7 +101,7 @@ def sort_rows(parts: Iterable[tuple[Sequence[int], Sequence[int], pa.Table]], *,
     listed = [(files, offsets, rows) for files, offsets, rows in parts if rows.num_rows]
     if not listed:
         nothing = _no_rows(np.zeros(0, object))
-        return BucketRows(plays=nothing, liked_plays=nothing, likes=nothing)
+        return PlaysAndLikes(plays=nothing, liked_plays=nothing, likes=nothing)
     table = pa.concat_tables([rows for _, _, rows in listed]).combine_chunks()
     source, line = (np.concatenate(values) for values in zip(*(_lines(*part) for part in listed), strict=True))
     encoded = one_array(table.column(OWNER)).dictionary_encode()
@@ -123,16 +125,16 @@ def sort_rows(parts: Iterable[tuple[Sequence[int], Sequence[int], pa.Table]], *,
     )
     nothing = _no_rows(rows.owners)
     if in_lines:
-        return BucketRows(plays=rows, liked_plays=nothing, likes=nothing)
+        return PlaysAndLikes(plays=rows, liked_plays=nothing, likes=nothing)
     if table.column(columns.LIKED).null_count == len(table):
         plays = _distinct(rows)
-        return BucketRows(plays=plays, liked_plays=nothing, likes=nothing, merged=len(rows) - len(plays))
+        return PlaysAndLikes(plays=plays, liked_plays=nothing, likes=nothing, merged=len(rows) - len(plays))
     liked, is_play = (
         pc.fill_null(one_array(table.column(name)), missing).to_numpy(zero_copy_only=False)[sequence]
         for name, missing in ((columns.LIKED, False), (columns.IS_PLAY, True))
     )
     plays, liked_plays, likes = (_distinct(rows.keep(mask)) for mask in (is_play, is_play & liked, ~is_play & liked))
-    return BucketRows(plays=plays, liked_plays=liked_plays, likes=likes, merged=len(rows) - len(plays) - len(likes))
+    return PlaysAndLikes(plays=plays, liked_plays=liked_plays, likes=likes, merged=len(rows) - len(plays) - len(likes))
 
 
 def _distinct(rows: MergedRows) -> MergedRows:
@@ -250,8 +252,8 @@ def drop_rare(
 
 
 def usable_likes(
-    rows: BucketRows, with_plays: np.ndarray, song_rows: SongRows, too_rare: str, dropped: Dropped
-) -> BucketRows:
+    rows: PlaysAndLikes, with_plays: np.ndarray, song_rows: SongRows, too_rare: str, dropped: Dropped
+) -> PlaysAndLikes:
     """The likes of songs in the vocabulary by owners `with_plays`, bool (O,); other rows of likes go to `dropped`."""
     likes, liked_plays = (part.keep(with_plays[part.owner]) for part in (rows.likes, rows.liked_plays))
     dropped.add(rows.likes.keep(~with_plays[rows.likes.owner]), LIKE_ALONE)
@@ -260,7 +262,7 @@ def usable_likes(
     return replace(rows, likes=likes, liked_plays=liked_plays)
 
 
-def all_likes(rows: BucketRows) -> MergedRows:
+def all_likes(rows: PlaysAndLikes) -> MergedRows:
     """The likes of rows that are no plays and of those that are, each song and moment once."""
     both = (rows.likes, rows.liked_plays)
     if not len(rows.liked_plays):

@@ -42,7 +42,7 @@ class Decay:
         self.taken, self.log_total = int(state[0]), float(state[1])
 
 
-class SongRows:
+class SongTable:
     """A worker's rows of a table that stays as it is. Of W workers each has every W-th row."""
 
     def __init__(self, table_nD: Tensor) -> None:
@@ -71,7 +71,7 @@ class SongRows:
         """Go on from what `state` gave."""
 
 
-class RowAdam(SongRows):
+class RowAdam(SongTable):
     """Adam on the rows of a table that have a gradient; the others stay as they are, moments and all.
 
     With it, the average of the rows over the last steps. An average of a row that stays as it is moves in a way that is
@@ -95,7 +95,7 @@ class RowAdam(SongRows):
         return super().look_up(songs_U, requests).requires_grad_()
 
     def step(self, songs_U: Tensor, looked_up_UD: Tensor, requests: RowRequests | None) -> None:
-        """As in `SongRows`."""
+        """As in `SongTable`."""
         gradient_UD = looked_up_UD.grad
         if gradient_UD is None:  # the rows are moved on by their momentum
             gradient_UD = torch.zeros_like(looked_up_UD)
@@ -131,7 +131,7 @@ class RowAdam(SongRows):
         self._kept.index_copy_(1, rows_V, slots)
 
     def averaged(self) -> Tensor:
-        """As in `SongRows`."""
+        """As in `SongTable`."""
         if not self._decay.steps:
             return self._table
         since = self._since(torch.arange(len(self._table), device=self._table.device))
@@ -142,14 +142,14 @@ class RowAdam(SongRows):
         return (self._decay.log_total - self._seen.index_select(0, rows_V)).exp_().float().unsqueeze(1)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """As in `SongRows`."""
+        """As in `SongTable`."""
         common = {"steps": self.steps}
         if self._decay.steps:
             common["decay"] = self._decay.state()
         return common, self._slots()
 
     def load(self, common: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
-        """As in `SongRows`."""
+        """As in `SongTable`."""
         for name, values in self._slots().items():
             values.copy_(rows[name])
         self.steps.copy_(common["steps"])

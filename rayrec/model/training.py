@@ -17,7 +17,7 @@ from rayrec.data.windows import Windows
 from rayrec.model.network import INPUT_TABLE, SONG_TABLE, TABLES, TasteModel, unit
 from rayrec.model.objectives import OBJECTIVES
 from rayrec.model.row_exchange import RowExchange
-from rayrec.model.song_tables import Decay, RowAdam, SongRows
+from rayrec.model.song_tables import Decay, RowAdam, SongTable
 from rayrec.model.steps import StepMaker, TrainingStep, ahead
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.workers import Share
@@ -63,7 +63,7 @@ class Training:
         self._dense = [model.get_parameter(name) for name in self._dense_names]
         self.optimizer = torch.optim.Adam(self._dense, lr=config.learning_rate, fused=True)
         weights = {name: value.detach() for name, value in model.named_parameters() if name in TABLES}
-        self.tables: dict[str, SongRows] = {name: self._table(value) for name, value in weights.items()}
+        self.tables: dict[str, SongTable] = {name: self._table(value) for name, value in weights.items()}
         self.exchange = RowExchange(share)
         self._decay = Decay(config.averaged_steps)
         self._averages = [value.detach().clone() for value in self._dense]
@@ -72,10 +72,10 @@ class Training:
         """Let torch.compile fuse the network; the first steps then take up to minutes."""
         self.model.compile(dynamic=True)
 
-    def _table(self, rows_nD: Tensor) -> SongRows:
+    def _table(self, rows_nD: Tensor) -> SongTable:
         config = self.config
         if config.song_table != "trained":
-            return SongRows(rows_nD)
+            return SongTable(rows_nD)
         return RowAdam(rows_nD, config.table_learning_rate, config.averaged_steps)
 
     def averaged(self) -> TasteModel:

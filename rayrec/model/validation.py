@@ -86,7 +86,7 @@ class PlayRanks:
         return cls(**{each.name: np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)})
 
 
-def figures_of(ranks: np.ndarray) -> tuple[float, float, float]:
+def rank_metrics(ranks: np.ndarray) -> tuple[float, float, float]:
     """Recall, MRR and NDCG of ranks, int64 (Q,); zeros where there are none."""
     found = ranks <= RECALL_AT
     gains = np.where(found, 1 / np.log2(ranks + 1.0), 0.0)
@@ -101,11 +101,11 @@ def judge(tastes_QD: Tensor, vectors_nD: Tensor, validation: Validation, share: 
     new.
     """
     ranks = rank_plays(tastes_QD, vectors_nD, validation, share)
-    recall, mrr, ndcg = figures_of(ranks.among_all)
+    recall, mrr, ndcg = rank_metrics(ranks.among_all)
     return {
         f"validation_recall@{RECALL_AT}": recall,
         f"validation_mrr@{RECALL_AT}": mrr,
-        CHOSEN_BY: figures_of(ranks.among_unheard[ranks.is_new])[2] if ranks.is_new.any() else ndcg,
+        CHOSEN_BY: rank_metrics(ranks.among_unheard[ranks.is_new])[2] if ranks.is_new.any() else ndcg,
     }
 
 

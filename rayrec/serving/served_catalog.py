@@ -29,7 +29,7 @@ NAMES_KEPT = 1 << 16  # of the songs that were described last: some 20 MB
 SongName = tuple[str, str | None, str | None]  # a song's id, title and artist
 
 
-class SongRows:
+class CatalogRows:
     """Rows of songs by id: a search among hashes, which are memory-mapped; those of frequent songs are cached."""
 
     def __init__(self, song_ids: pa.StringArray, hashes: np.ndarray, rows: np.ndarray) -> None:
@@ -123,7 +123,7 @@ class ServedCatalog:
     """The catalog of a release, looked up by id as fast as by row; songs that are added online come in."""
 
     catalog: Catalog
-    rows: SongRows
+    rows: CatalogRows
     contexts: dict[str, int]  # name -> bit
     plays: np.ndarray  # int64 (N,), plays of each song in the fit range of the model
     by_plays: np.ndarray  # int32 (any,), rows of songs with a vector by descending plays
@@ -249,7 +249,7 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
     ids = columns.one_array(table.column(columns.SONG_ID))
     return ServedCatalog(
         catalog=catalog,
-        rows=SongRows(ids, _array(table, ID_HASH), _array(table, ID_ROW)),
+        rows=CatalogRows(ids, _array(table, ID_HASH), _array(table, ID_ROW)),
         contexts={name: bit for bit, name in enumerate(dataset.manifest.contexts)},
         plays=plays,
         by_plays=_order(table, BY_PLAYS),

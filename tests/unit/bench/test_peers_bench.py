@@ -10,7 +10,7 @@ import torch
 from worlds import write_dataset
 
 from rayrec.bench import peers_bench
-from rayrec.bench.peers_bench import as_markdown, compare_epochs, last_songs, queries_of_test_range
+from rayrec.bench.peers_bench import as_markdown, compare_epochs, queries_of_test_range, songs_before
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split
 from rayrec.storage.workspace import Workspace
@@ -49,7 +49,7 @@ def test_queries_are_plays_of_the_test_range_behind_another(workspace: Workspace
     split = Split(id="s", dataset="by-hand", validation_from=40, test_from=50)
     queries = queries_of_test_range(dataset, split, 10)
     assert sorted(queries.histories.songs[queries.plays].tolist()) == [1, 4, 6, 9]
-    asked = last_songs(queries, 3)
+    asked = songs_before(queries, 3)
     parts = np.split(asked["songs"], asked["offsets"][1:-1])
     assert sorted(part.tolist() for part in parts) == [[1, 2, 3], [2, 3, 1], [9, 8], [9, 8, 9]]
     assert len(queries_of_test_range(dataset, split, 2).plays) == 2

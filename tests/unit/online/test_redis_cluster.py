@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from stores import needs_redis_cli
 
-from rayrec.bench.redis_servers import START_SECONDS, RedisCluster, command, redis_cluster
+from rayrec.bench.redis_servers import START_SECONDS, RedisCluster, redis_cli, redis_cluster
 from rayrec.online.redis_store import REPLICA_MS, RedisStore
 from rayrec.online.state_store import NOT_THERE, Change, Piece, StateStore, StoreUnavailableError, open_store
 
@@ -76,7 +76,7 @@ def test_users_spread_over_nodes_survive_a_resharding(cluster: RedisCluster) -> 
 
     ids = [node.ask("CLUSTER MYID").decode() for node in nodes]
     move = ["--cluster-from", ids[1], "--cluster-to", ids[2], "--cluster-slots", "3000", "--cluster-yes"]
-    moving = threading.Thread(target=command, args=("--cluster", "reshard", f"127.0.0.1:{nodes[0].port}", *move))
+    moving = threading.Thread(target=redis_cli, args=("--cluster", "reshard", f"127.0.0.1:{nodes[0].port}", *move))
     moving.start()
     turns = 0
     while moving.is_alive() or turns < 3:

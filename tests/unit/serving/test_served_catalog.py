@@ -11,7 +11,7 @@ from served import write_release, write_world
 from rayrec.data.dataset import Dataset
 from rayrec.recommend.answer import load_recommender
 from rayrec.serving import served_catalog
-from rayrec.serving.served_catalog import SongRows, id_hashes, load_served_catalog
+from rayrec.serving.served_catalog import CatalogRows, id_hashes, load_served_catalog
 from rayrec.storage import releases
 from rayrec.storage.local_cache import FOLDER_VARIABLE
 from rayrec.storage.workspace import Workspace
@@ -19,10 +19,10 @@ from rayrec.storage.workspace import Workspace
 IDS = [f"song-{row}" for row in range(1_000)]
 
 
-def song_rows() -> SongRows:
+def song_rows() -> CatalogRows:
     hashes = served_catalog.id_hashes(IDS)
     order = np.argsort(hashes, kind="stable")
-    return SongRows(pa.array(IDS), hashes[order], order.astype(np.int32))
+    return CatalogRows(pa.array(IDS), hashes[order], order.astype(np.int32))
 
 
 @pytest.mark.parametrize("collide", [False, True])
