@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,8 +13,10 @@ from rayrec.data.split import Split, load_split, split_flag
 from rayrec.errors import MismatchError, TooFewQueriesError
 from rayrec.jobs.add_songs import added_to
 from rayrec.jobs.forget import erase_forgotten
+from rayrec.jobs.planning.formulas import ranking_memory
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_buckets, run_on_node
 from rayrec.model.added_songs import AddedSongs
+from rayrec.model.checkpoint import MODEL_CONFIG
 from rayrec.model.train_config import SELECTION_NETWORK
 from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex
@@ -35,7 +37,7 @@ from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 KIND = "rankers"
-MOST_THREADS = 8  # that grow trees: fifty candidates of 40,000 queries keep no more busy
+MOST_THREADS = 4  # that grow the trees of one kind: fifty candidates of 40,000 queries keep no more busy
 EVERYTHING = ""  # the name of the part that is left out where none is
 
 
@@ -81,16 +83,14 @@ def fit_rankers(
     parts = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
     task = _Task(dataset, config, split, *parts, manifest.path("run"), added=added is not None)
     with ray_cluster():
-        queries = _collect(task)
-        with progress("Rankers"):
-            cpus = min(node_cpus(), MOST_THREADS)
-            try:
-                (names, figures), *_ = run_on_node(_fit, task, EVERYTHING, manifest.folder, cpus, cpus=cpus)
-            except TooFewQueriesError:
-                workspace.delete(manifest.folder)
-                raise
+        examples = _collect(task)
+        try:
+            names, figures = _grow(task, {EVERYTHING: manifest.folder}, examples)[EVERYTHING]
+        except TooFewQueriesError:
+            workspace.delete(manifest.folder)
+            raise
     workspace.delete(task.run)
-    metrics = {**figures, "queries": queries, "seconds": round(time.monotonic() - started, 1)}
+    metrics = {**figures, "queries": examples.queries, "seconds": round(time.monotonic() - started, 1)}
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), names)
 
 
@@ -107,34 +107,72 @@ def fit_ablations(dataset: Dataset, rankers: Manifest, folder: str) -> dict[str,
     parts = tuple(part for part in ABLATED_PARTS if part != "artists" or described)
     config = RankConfig(**rankers.config)
     added = artifacts.latest(workspace, "added_songs", lambda made: made.inputs["models"] == model.id) is not None
-    folders = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
-    task = _Task(dataset, config, split, *folders, f"{folder}/run", parts, added)
-    _collect(task)
-    cpus = min(node_cpus(), MOST_THREADS)
-    with progress("Rankers without a part", len(parts)) as bar:
-        for part in parts:
-            list(run_on_node(_fit, task, part, f"{folder}/{part}", cpus, cpus=cpus))
-            bar.advance(note=part)
+    learned_from = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
+    task = _Task(dataset, config, split, *learned_from, f"{folder}/run", parts, added)
+    folders = {part: f"{folder}/{part}" for part in parts}
+    _grow(task, folders, _collect(task))
     workspace.delete(task.run)
-    return {part: f"{folder}/{part}" for part in parts}
+    return folders
 
 
-def _collect(task: _Task) -> int:
-    """Collect the examples; how many queries."""
+@dataclass(frozen=True)
+class _Examples:
+    """What was collected to learn from."""
+
+    queries: int
+    buckets: list[int]  # that have some
+    features: dict[str, list[str]]  # part that is left out -> names of the features
+
+
+def _collect(task: _Task) -> _Examples:
+    """Collect the examples of all buckets."""
     if task.added:
         songs = added_to(task.dataset, task.network)
         # Without those held out: no play of them is right here, which would teach that no new song is.
         songs = songs.take(task.split.final.allowed_songs(songs.rows))
         songs.save(task.dataset.workspace, f"{task.run}/added_songs")
     cpus = node_cpus()
-    list(run_on_node(_build_index, task, cpus, cpus=cpus))
+    features, *_ = run_on_node(_build_index, task, cpus, cpus=cpus)
     buckets = range(task.dataset.manifest.buckets)
-    queries = 0
+    queries: dict[int, int] = {}
     with progress("Ranking examples", len(buckets)) as bar:
-        for count in run_buckets(ExampleCollector, buckets, arguments={"task": task}):
-            queries += count
+        for bucket, count in run_buckets(ExampleCollector, buckets, arguments={"task": task}):
+            queries[bucket] = count
             bar.advance()
-    return queries
+    return _Examples(sum(queries.values()), sorted(bucket for bucket in queries if queries[bucket]), features)
+
+
+def _grow(task: _Task, folders: dict[str, str], examples: _Examples) -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """Grow the rankers of all kinds without each part, side by side, into its folder; names of files, and figures."""
+    units = [_Growing(without, folder, kind) for kind in KINDS for without, folder in folders.items()]
+    threads = max(1, min(MOST_THREADS, node_cpus() // len(units)))
+    shape = task.dataset.workspace.read_json(f"{task.network}/{MODEL_CONFIG}")
+    memory = ranking_memory(shape["num_songs"], shape["embedding_dim"], examples.queries)
+    files: dict[str, list[str]] = {without: [] for without in folders}
+    figures: dict[str, dict[str, Any]] = {without: {} for without in folders}
+    arguments = {"task": task, "examples": examples}
+    with progress("Rankers", len(units)) as bar:
+        grown = run_buckets(
+            RankerGrower,
+            units,
+            arguments=arguments | {"threads": threads},
+            cpus=threads,
+            memory=memory,
+            called="ranker",
+        )
+        for unit, names, about in grown:
+            files[unit.without] += names
+            figures[unit.without] |= {unit.kind: about} if about else {}
+            bar.advance(note=unit.kind)
+        both = [unit for unit in units if unit.kind == "served" and "served" in figures[unit.without]]
+        for unit, better in run_buckets(OrderCheck, both, arguments=arguments, memory=memory, called="ranker"):
+            if not better:  # the ranker of all next plays serves new songs as well
+                del figures[unit.without]["served"]
+                own = [name for name in files[unit.without] if name.startswith("served.")]
+                files[unit.without] = [name for name in files[unit.without] if name not in own]
+                for name in own:
+                    task.dataset.workspace.delete(f"{unit.folder}/{name}")
+    return {without: (sorted(files[without]), figures[without]) for without in folders}
 
 
 ANEW = {"models": "`rayrec embed` and `rayrec train`", "retrieval": "`rayrec retrieval`"}  # kind -> commands
@@ -174,9 +212,19 @@ class _Task:
     without: tuple[str, ...] = (EVERYTHING,)  # parts to leave out, one at a time
     added: bool = False  # whether songs were added to the network, which lie in the folder `run`, too
 
-    def piece(self, bucket: int, without: str) -> str:
-        """The file of the examples of one bucket, without a part."""
-        return f"{self.run}/bucket={bucket:05d}/{without or 'all'}.safetensors"
+    def piece(self, bucket: int, without: str, kind: RankerKind) -> str:
+        """The file of the examples of one bucket and kind, without a part."""
+        return f"{self.run}/bucket={bucket:05d}/{without or 'all'}.{kind}.safetensors"
+
+    def joined(self, buckets: Sequence[int], without: str, kind: RankerKind) -> RankingExamples:
+        """The examples of some buckets. Raises `TooFewQueriesError` where there are none."""
+        if not buckets:
+            raise TooFewQueriesError(
+                "the validation range holds no play to learn a ranker from; give a split with more days"
+            )
+        workspace = self.dataset.workspace
+        pieces = (workspace.read_bytes(self.piece(bucket, without, kind)) for bucket in buckets)
+        return RankingExamples.joined([unpack_examples(piece) for piece in pieces])
 
     @property
     def index(self) -> str:
@@ -204,12 +252,13 @@ class _Task:
         }
 
 
-def _build_index(task: _Task, threads: int) -> Iterator[None]:
-    """Write the index that all workers read, for each would take as much memory and time to build its own."""
+def _build_index(task: _Task, threads: int) -> Iterator[dict[str, list[str]]]:
+    """Write the index that all workers read, for each would take as much memory and time to build its own; yields the
+    names of the features by the part that is left out."""
     index = SongIndex.build(task.network_and_songs().song_vectors, IndexConfig(), threads=threads)
     index.save(task.dataset.workspace, task.index)
     task.dataset.workspace.write_json(f"{task.index}.json", asdict(index.figures))
-    yield None
+    yield {without: source.sources.names for without, source in task.sources().items()}
 
 
 class ExampleCollector:
@@ -219,8 +268,8 @@ class ExampleCollector:
         self._task, self._sources = task, task.sources()
         self._queries_each = -(-task.config.queries // task.dataset.manifest.buckets)
 
-    def __call__(self, bucket: int) -> int:
-        """Write the examples of a bucket; how many queries they are of."""
+    def __call__(self, bucket: int) -> tuple[int, int]:
+        """Write the examples of a bucket; its number, and how many queries they are of."""
         task, left = self._task, self._queries_each
         parts: list[dict[str, dict[RankerKind, RankingExamples]]] = []
         for batch in task.dataset.read_bucket(bucket):
@@ -229,39 +278,61 @@ class ExampleCollector:
             if len(plays):
                 parts.append(collect_examples(self._sources, histories, plays))
         for without in task.without if parts else ():
-            joined = {kind: RankingExamples.joined([part[without][kind] for part in parts]) for kind in KINDS}
-            task.dataset.workspace.write_bytes(task.piece(bucket, without), pack_examples(joined))
-        return self._queries_each - left
+            for kind in KINDS:
+                joined = RankingExamples.joined([part[without][kind] for part in parts])
+                task.dataset.workspace.write_bytes(task.piece(bucket, without, kind), pack_examples(joined))
+        return bucket, self._queries_each - left
 
 
-def _fit(task: _Task, without: str, folder: str, threads: int) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """Grow the rankers, without a part, and write them; yields the names of the files, and figures."""
-    workspace = task.dataset.workspace
-    pieces = [task.piece(bucket, without) for bucket in range(task.dataset.manifest.buckets)]
-    parts = [unpack_examples(workspace.read_bytes(path)) for path in pieces if workspace.exists(path)]
-    if not parts:
-        raise TooFewQueriesError(
-            "the validation range holds no play to learn a ranker from; give a split with more days"
-        )
-    features = task.sources()[without].sources.names
-    names: list[str] = []
-    figures: dict[str, Any] = {}
-    rankers: dict[RankerKind, Ranker] = {}
-    for kind in KINDS:
-        examples = RankingExamples.joined([part[kind] for part in parts])
-        ranker = _grown(kind, examples, features, task.config, threads)
-        if kind == "served" and ranker is not None and not _orders_better(ranker, rankers["next"], examples):
-            ranker = None  # the ranker of all next plays serves new songs as well
-        if ranker is not None:
-            rankers[kind] = ranker
-            names += ranker.save(workspace, folder, kind)
-            held_out = examples.take(examples.held_out)
-            figures[kind] = {
+@dataclass(frozen=True)
+class _Growing:
+    """One ranker to grow."""
+
+    without: str  # part
+    folder: str  # where it is written
+    kind: RankerKind
+
+
+class RankerGrower:
+    """Grows rankers, one at a time."""
+
+    def __init__(self, task: _Task, examples: _Examples, threads: int) -> None:
+        self._task, self._examples, self._threads = task, examples, threads
+
+    def __call__(self, unit: _Growing) -> tuple[_Growing, list[str], dict[str, Any]]:
+        """Grow a ranker and write it: the names of its files, and figures, both empty where its queries are too few."""
+        task = self._task
+        examples = task.joined(self._examples.buckets, unit.without, unit.kind)
+        ranker = _grown(unit.kind, examples, self._examples.features[unit.without], task.config, self._threads)
+        if ranker is None:
+            return unit, [], {}
+        found = examples.found[examples.held_out]
+        return (
+            unit,
+            ranker.save(task.dataset.workspace, unit.folder, unit.kind),
+            {
                 "form": ranker.form,
-                "candidates_hold_the_answer": round(float(held_out.found.mean()), 4),
+                "candidates_hold_the_answer": round(float(found.mean()), 4),
                 "first_features": list(ranker.importance)[:5],
-            }
-    yield names, figures
+            },
+        )
+
+
+class OrderCheck:
+    """Compares the ranker of songs new to the user with the one of all next plays."""
+
+    def __init__(self, task: _Task, examples: _Examples) -> None:
+        self._task, self._buckets = task, examples.buckets
+
+    def __call__(self, unit: _Growing) -> tuple[_Growing, bool]:
+        """True where the unit's ranker has the higher NDCG@20 on the queries held out for its kind."""
+        workspace, examples = self._task.dataset.workspace, self._task.joined(self._buckets, unit.without, unit.kind)
+        checked = examples.take(examples.held_out & examples.found)
+        own, other = (
+            ndcg(checked.rows, Ranker.load(workspace, unit.folder, kind).scores(checked.features), checked.right)
+            for kind in (unit.kind, "next")
+        )
+        return unit, own > other
 
 
 def _grown(
@@ -281,10 +352,3 @@ def _grown(
         threads=threads,
     )
     return Ranker.fit(examples, features, settings)
-
-
-def _orders_better(ranker: Ranker, other: Ranker, examples: RankingExamples) -> bool:
-    """True where a ranker has the higher NDCG@20 on the queries held out."""
-    checked = examples.take(examples.held_out & examples.found)
-    one, two = (ndcg(checked.rows, each.scores(checked.features), checked.right) for each in (ranker, other))
-    return one > two

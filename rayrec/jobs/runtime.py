@@ -178,6 +178,7 @@ def run_buckets(
     units: Iterable[Any],
     *,
     arguments: dict[str, Any],
+    cpus: int = 1,
     num_gpus: float = 0,
     concurrency: int | None = None,
     memory: int = 0,
@@ -185,7 +186,7 @@ def run_buckets(
 ) -> Iterator[Any]:
     """Yield the result of each unit as it is done, in any order. An error of ours comes out as it was raised.
 
-    A unit takes a CPU of its node and `memory` bytes, so a node works at no more units than its memory holds.
+    A unit takes `cpus` CPUs of its node and `memory` bytes, so a node works at no more units than its memory holds.
     `arguments` go to the worker's constructor through the object store: arrays among them are shared
     by the workers of a node, not copied, and read-only. A unit whose worker dies is done again, at
     most `RETRIES` times. Raises `RayrecError` for those that are lost even so, once all others are
@@ -198,7 +199,7 @@ def run_buckets(
     # In a list, since Ray would resolve a bare reference for each task.
     stored = [ray.put(arguments)]
     task = ray.remote(_run_unit).options(
-        num_cpus=1,
+        num_cpus=cpus,
         num_gpus=num_gpus,
         memory=min(memory, node_memory()) or None,  # a unit that needs more than any node has runs alone on one
         max_retries=RETRIES,

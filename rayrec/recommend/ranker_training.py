@@ -15,7 +15,7 @@ from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.data.split import Split
 from rayrec.recommend.ranker import RankingExamples
 from rayrec.recommend.retrieval.ragged import ranges
-from rayrec.recommend.two_step import HORIZONS, KINDS, CandidateSource, RankerKind, examples_for
+from rayrec.recommend.two_step import HORIZONS, CandidateSource, RankerKind, examples_for
 
 LONG_OFFSETS = (25, 50)  # plays ahead, first and last
 HELD_OUT = 5  # one user in so many checks what the others' examples taught
@@ -66,28 +66,15 @@ def collect_examples(
     }
 
 
-def pack_examples(examples: dict[RankerKind, RankingExamples]) -> bytes:
+def pack_examples(examples: RankingExamples) -> bytes:
     """As bytes, for whoever trains."""
-    arrays = {}
-    for kind, example in examples.items():
-        for field in fields(example):
-            arrays[f"{kind}.{field.name}"] = np.ascontiguousarray(getattr(example, field.name))
+    arrays = {field.name: np.ascontiguousarray(getattr(examples, field.name)) for field in fields(examples)}
     return bytes(save(arrays))
 
 
-def unpack_examples(data: bytes) -> dict[RankerKind, RankingExamples]:
+def unpack_examples(data: bytes) -> RankingExamples:
     """What `pack_examples` made."""
-    arrays = load(data)
-    return {
-        kind: RankingExamples(
-            features=arrays[f"{kind}.features"],
-            right=arrays[f"{kind}.right"],
-            counts=arrays[f"{kind}.counts"],
-            held_out=arrays[f"{kind}.held_out"],
-        )
-        for kind in KINDS
-        if f"{kind}.right" in arrays
-    }
+    return RankingExamples(**load(data))
 
 
 def _play_hash(histories: Histories, plays: np.ndarray) -> np.ndarray:

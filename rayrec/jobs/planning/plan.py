@@ -294,8 +294,8 @@ class _Planner:
         )
 
     def rank(self) -> StagePlan:
-        """One task builds an index, queries of all buckets are collected on all CPUs; the trees, which take longest,
-        grow on one node."""
+        """One task builds an index, queries of all buckets are collected on all CPUs; the trees of each kind grow
+        in a task, as many at once as the memory of a node holds, which takes longest."""
         songs, dim = self.data.songs, self.config.dim
         indexing = IDLE_WORKER + indexing_memory(songs, dim)
         collecting = self.large.cpus * (

@@ -119,7 +119,7 @@ def test_memory_of_the_workers_of_all_stages(
         "_build": merging_memory(songs, fitted.metrics["rules"]),
         "build_and_save": indexing_memory(songs, dim),
         "ExampleCollector": examples_memory(songs, dim, queries),
-        "_fit": ranking_memory(songs, dim, queries),
+        "RankerGrower": ranking_memory(songs, dim, queries),
         "BucketRecommendations": recommending_memory(songs, users),
         "BucketEvaluator": evaluating_memory(queries),
         "fit_vectors": embedding_memory(songs, dim),
