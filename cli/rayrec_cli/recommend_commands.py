@@ -10,7 +10,7 @@ from rayrec.data.moments import iso_moment, now_ms, parse_moment
 from rayrec.data.split import choose_split
 from rayrec.errors import InputError
 from rayrec.evaluation.prefixes import PrefixFile
-from rayrec.evaluation.protocol import EvaluateConfig, usual_k
+from rayrec.evaluation.protocol import DAYS, EvaluateConfig, usual_k
 from rayrec.evaluation.results import ABLATION
 from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender
 from rayrec.storage.artifacts import latest, load, noun
@@ -232,6 +232,11 @@ COLUMNS = (
 )
 
 
+def _days_title(target: str) -> str:
+    """Of days0_7 "0-7 d"."""
+    return f"{target.removeprefix(DAYS).replace('_', '-')} d"
+
+
 def results_table(data: dict[str, Any], *, ablation: bool = False) -> RenderableType:
     """One line per model, the best recall as served first, with its interval, at 20.
 
@@ -245,7 +250,9 @@ def results_table(data: dict[str, Any], *, ablation: bool = False) -> Renderable
         and ((row["kind"] == ABLATION) == ablation or (ablation and row["model"] == data["default"]))
     ]
     values = {(row["model"], row["target"], row["metric"]): row for row in results}
-    columns = [column for column in COLUMNS if any(row["target"] == column[0] for row in results)]
+    targets = list(dict.fromkeys(row["target"] for row in results))
+    in_days = [(target, "recall", _days_title(target)) for target in targets if target.startswith(DAYS)]
+    columns = [column for column in (*COLUMNS, *in_days) if column[0] in targets]
     first = columns[0][:2]
     models = sorted({row["model"] for row in results}, key=lambda name: -values[(name, *first)]["value"])
     rows = []

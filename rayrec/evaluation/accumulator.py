@@ -27,7 +27,7 @@ RETURN_BYTES = 1 << 19  # of the sums that a worker returns, so that with what e
 class MetricAccumulator:
     """Sums by bootstrap cell, or, as `resampled` returns them, of the data itself and of B bootstrap samples."""
 
-    users: np.ndarray  # int64 (V, G): users with queries
+    users: np.ndarray  # int64 (V, G): users with queries; V are VIEWS, then the targets in days
     queries: np.ndarray  # float64 (C, V, G)
     metrics: np.ndarray  # float64 (C, M, V, G, 3 · K): see metric_columns
     curve_sums: np.ndarray  # float64 (C, T, offsets): cosines
@@ -40,7 +40,8 @@ class MetricAccumulator:
     list_sums: np.ndarray  # float64 (C, M, len(LISTED))
     list_counts: np.ndarray  # float64 (C, M): places in the lists
     lists: np.ndarray  # int64 (M,)
-    retrieved: np.ndarray  # float64 (C, M, len(OFFSETS), R + 1): recall of the candidates, of all and by retriever
+    # float64 (C, M, OFFSETS and targets in days, R + 1): recall of the candidates, of all and by retriever
+    retrieved: np.ndarray
     candidates: np.ndarray  # float64 (C, M, R + 1): how many there were
 
     @classmethod
@@ -55,9 +56,10 @@ class MetricAccumulator:
         slices: int = 0,
         songs: int = 0,
         retrievers: int = 0,
+        day_targets: int = 0,
     ) -> MetricAccumulator:
-        """The sums of no users; `songs` are those drawn for coverage."""
-        views, groups = len(VIEWS), len(GROUPS)
+        """The sums of no users; `songs` are those drawn for coverage. `day_targets` come behind the VIEWS."""
+        views, groups = len(VIEWS) + day_targets, len(GROUPS)
         pairs = (cells, curves, len(PAIRED), len(NEGATIVES))
         columns = retrievers + 1 if retrievers else 0
         return cls(
@@ -74,7 +76,7 @@ class MetricAccumulator:
             list_sums=np.zeros((cells, models, len(LISTED))),
             list_counts=np.zeros((cells, models)),
             lists=np.zeros(models, dtype=np.int64),
-            retrieved=np.zeros((cells, models, len(OFFSETS), columns)),
+            retrieved=np.zeros((cells, models, len(OFFSETS) + day_targets, columns)),
             candidates=np.zeros((cells, models, columns)),
         )
 

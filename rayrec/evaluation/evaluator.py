@@ -8,7 +8,7 @@ N songs, R retrievers, Q queries, U users, G groups of users, S slices, C bootst
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from rayrec.evaluation.protocol import (
     HeardSongs,
     TargetSongs,
     blocks,
+    day_targets,
     first_plays,
     horizon_of,
     in_mask,
@@ -36,6 +37,7 @@ from rayrec.evaluation.protocol import (
 )
 from rayrec.evaluation.ranks import NOT_FOUND, Ranked, metric_columns, metrics_of, rank_targets
 from rayrec.evaluation.vector_metrics import PAIRED, RandomSongs, cosine_sums, curves_of, pair_sums, popularity_ranks
+from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.base import BaseRecommender, CandidateRecommender
 from rayrec.recommend.vector_recommender import VectorRecommender
 
@@ -49,7 +51,7 @@ class QueryBlock:
     cells: np.ndarray  # int64 (U,), the bootstrap cell of each user
     num_cells: int  # C
     groups: np.ndarray  # int64 (U,), the place in GROUPS of each user
-    targets: dict[str, TargetSongs]  # of OFFSETS
+    targets: dict[str, TargetSongs]  # of OFFSETS, then of targets in days
     counted: dict[str, np.ndarray]  # view -> bool (Q,), the queries that count in it
     slices: np.ndarray  # bool (S, Q)
     drawn: np.ndarray  # bool (Q,), queries of the users drawn for curves, pairs and lists
@@ -66,17 +68,21 @@ class QueryBlock:
         contexts: Sequence[str],
         cells: CellRange,
         known_songs: np.ndarray,
+        days: Mapping[str, DaysHorizon],
         network: VectorRecommender | None = None,
     ) -> QueryBlock:
         """The queries whose next plays are those at positions `plays`, int (Q,).
 
-        `known_songs` are as in `target_songs`, `network` as in `slice_masks`.
+        `known_songs` are as in `target_songs`, `days` as of `day_targets`, `network` as in `slice_masks`.
         """
         queries = Questions.before_plays(histories, plays)
         drawn = user_hash(histories.user_ids, salt=f"curves {config.seed} ") / 2.0**64 < curve_share
         heard = HeardSongs(histories)
         repeat = heard(queries.rows, queries.seen, histories.songs[plays])
-        targets = {name: target_songs(histories, queries, name, heard, known_songs) for name in OFFSETS}
+        targets = {
+            name: target_songs(histories, queries, name, heard, known_songs, days.get(name))
+            for name in (*OFFSETS, *days)
+        }
         counted = {name: target.sizes > 0 for name, target in targets.items()}
         last = plays == histories.offsets[queries.rows + 1] - 1
         predicted = np.bincount(histories.rows[plays_to_predict(histories, split)], minlength=len(histories))
@@ -141,6 +147,8 @@ class Evaluator:
         self.config = config
         self.query_share, self.curve_share = query_share, curve_share
         self.contexts, self.chosen_users = contexts, chosen_users
+        self.days = day_targets(recommenders)
+        self.views = (*VIEWS, *self.days)
         self.curves = curves_of(recommenders)
         self.retrievers = retrievers_of(recommenders)
         self.coverage_songs = coverage_songs(len(song_plays))
@@ -173,6 +181,7 @@ class Evaluator:
             slices=len(slices_of(self.contexts)),
             songs=len(self.coverage_songs),
             retrievers=len(self.retrievers),
+            day_targets=len(self.days),
         )
 
     @property
@@ -198,6 +207,7 @@ class Evaluator:
                 self.contexts,
                 cells,
                 self.known_songs,
+                self.days,
                 self._network,
             )
             self._count(sums, block)
@@ -225,7 +235,7 @@ class Evaluator:
 
     def _count(self, sums: MetricAccumulator, block: QueryBlock) -> None:
         """The queries behind each view and each slice, and the users with any."""
-        for place, view in enumerate(VIEWS):
+        for place, view in enumerate(self.views):
             mask = block.counted[view]
             sums.queries[:, place] += block.sums(np.ones((len(mask), 1)), mask)[..., 0]
             groups = block.groups[np.unique(block.queries.rows[mask])]
@@ -251,7 +261,7 @@ class Evaluator:
         self._add_lists(sums, model, block, ranked)
         if isinstance(recommender, CandidateRecommender):
             self._add_retrieved(sums, model, block, ranked, recommender.retrievers)
-        for place, view in enumerate(VIEWS):
+        for place, view in enumerate(self.views):
             sums.metrics[:, model, place] += block.sums(metrics.get(view, metrics["next"]), block.counted[view])
         chosen = metrics["next"][:, self._sliced_columns()]
         for place, mask in enumerate(block.slices):
@@ -274,7 +284,7 @@ class Evaluator:
         """The share of the targets that are candidates, of all retrievers together and of each."""
         columns = [0, *(1 + self.retrievers.index(name) for name in names)]
         for name, proposed in ranked.proposed.items():
-            target, place = block.targets[name], list(OFFSETS).index(name)
+            target, place = block.targets[name], list(block.targets).index(name)
             shares = np.zeros((len(block.queries), len(columns)))
             np.add.at(shares, target.rows, proposed / target.sizes[target.rows][:, None])
             sums.retrieved[:, model, place, columns] += block.sums(shares, target.sizes > 0).sum(axis=1)

@@ -18,8 +18,10 @@ from rayrec.config import Settings
 from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.data.split import DAY_MS, Split
 from rayrec.evaluation.bootstrap import uniform_draws
+from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.base import BaseRecommender, Horizon
 from rayrec.recommend.query_batch import SESSION_GAP_MS
+from rayrec.recommend.retrieval.ragged import ranges
 from rayrec.recommend.vector_recommender import VectorRecommender
 
 USUAL_K = 20
@@ -42,6 +44,7 @@ OFFSETS = {
 COLD = ("cold_songs", "cold_among_cold")  # targets without a play in the fit range
 SERVED = ("served", "served25_50", *COLD)  # songs that the user has heard are neither targets nor in the ranking
 LONG_TERM = ("offsets25_50", "served25_50")
+DAYS, SERVED_DAYS = "days", "served_days"  # how the names of the targets in days begin
 
 COUNTED_BUCKETS = 16  # whose plays to predict are counted where a number of queries is drawn
 GROUPS = ("seen", "new", "held_out")  # every user is in one; "all" is their sum
@@ -94,7 +97,15 @@ def usual_k(ks: Sequence[int]) -> int:
 
 def horizon_of(recommender: BaseRecommender, target: str) -> Horizon:
     """The long horizon for the long term where a recommender has one, else the short."""
-    return "long" if target in LONG_TERM and "long" in recommender.horizons else "short"
+    is_long_term = target in LONG_TERM or target.startswith((DAYS, SERVED_DAYS))
+    return "long" if is_long_term and "long" in recommender.horizons else "short"
+
+
+def day_targets(recommenders: Sequence[BaseRecommender]) -> dict[str, DaysHorizon]:
+    """The targets of the long horizons that are in days: days0_7 of the next 7 days, and served_days0_7 as served."""
+    horizons = {one.long_days for one in recommenders if one.long_days is not None}
+    ordered = sorted(horizons, key=lambda days: (days.first_day, days.last_day))
+    return {f"{kind}{days.first_day}_{days.last_day}": days for days in ordered for kind in (DAYS, SERVED_DAYS)}
 
 
 def plays_to_predict(histories: Histories, split: Split) -> np.ndarray:
@@ -151,20 +162,29 @@ class TargetSongs:
 
 
 def target_songs(
-    histories: Histories, queries: Questions, target: str, heard: HeardSongs, known_songs: np.ndarray | None = None
+    histories: Histories,
+    queries: Questions,
+    target: str,
+    heard: HeardSongs,
+    known_songs: np.ndarray | None = None,
+    days: DaysHorizon | None = None,
 ) -> TargetSongs:
-    """The songs played at the offsets of a target of OFFSETS, as many of them as the histories hold.
+    """The songs played at the offsets of a target of OFFSETS, or in `days`, as many of them as the histories hold.
 
     A song that is played twice there counts once. The targets of SERVED are songs new to the user at the query, those
     of COLD songs without a play in the fit range; `known_songs`, bool (N,), have one.
     """
-    first, last = OFFSETS[target]
-    rows, plays = plays_ahead(histories, queries, first, last)
+    if days is None:
+        rows, plays = plays_ahead(histories, queries, *OFFSETS[target])
+    else:
+        begin, end = days.spans(histories, queries)
+        rows, plays = np.repeat(np.arange(len(queries)), end - begin), ranges(begin, end - begin)
     songs = histories.songs[plays].astype(np.int64)
-    if last > first:
+    if days is not None or OFFSETS[target][0] < OFFSETS[target][1]:
         num_songs = int(histories.songs.max(initial=0)) + 1
         rows, songs = np.divmod(np.unique(rows * num_songs + songs), num_songs)
-    if target in SERVED:
+    served = target in SERVED or target.startswith(SERVED_DAYS)
+    if served:
         new = ~heard(queries.rows[rows], queries.seen[rows], songs)
         rows, songs = rows[new], songs[new]
     if target in COLD:
@@ -173,7 +193,7 @@ def target_songs(
         rows, songs = rows[cold], songs[cold]
     sizes = np.bincount(rows, minlength=len(queries))
     among_cold = target == "cold_among_cold"
-    return TargetSongs(rows=rows, songs=songs, sizes=sizes, served=target in SERVED, among_cold=among_cold)
+    return TargetSongs(rows=rows, songs=songs, sizes=sizes, served=served, among_cold=among_cold)
 
 
 def in_mask(mask: np.ndarray, songs: np.ndarray) -> np.ndarray:

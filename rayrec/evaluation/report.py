@@ -13,7 +13,7 @@ import jinja2
 
 from rayrec.evaluation import tables
 from rayrec.evaluation.plots import Plot
-from rayrec.evaluation.protocol import TARGETS, usual_k
+from rayrec.evaluation.protocol import DAYS, TARGETS, usual_k
 from rayrec.evaluation.results import ABLATION
 from rayrec.evaluation.tables import GROUP_TITLES, SUMMARY, Entry, Table
 from rayrec.storage.artifacts import Manifest, noun, verify
@@ -109,6 +109,7 @@ def html_page(
     models = list(dict.fromkeys(entry["model"] for entry in compared))
     ranked = sorted(models, key=lambda model: -values[model, first, "recall"]["value"])
     shown = ranked[:SHOWN_MODELS]
+    in_days = dict.fromkeys(entry["target"] for entry in compared if entry["target"].startswith(DAYS))
     if default in ranked and default not in shown:
         shown = [*shown[:-1], default]
     facts = {noun(name): value for name, value in about.items() if name != "warning"}
@@ -123,7 +124,7 @@ def html_page(
         described=described,
         chart=_chart(shown, values, first, k, default, len(ranked)),
         summary=tables.by_target(
-            [entry for entry in compared if entry["model"] in shown], "recall", k, default, only=SUMMARY
+            [entry for entry in compared if entry["model"] in shown], "recall", k, default, only=(*SUMMARY, *in_days)
         ),
         examples=figures.get("examples", []),
         facts=facts.items(),
@@ -198,7 +199,7 @@ def _chart(
         }
         for entry in rows
     ]
-    title = f"Recall@{k}, {tables.TARGET_TITLES[target]}"
+    title = f"Recall@{k}, {tables.target_title(target)}"
     return {"title": title, "bars": bars, "more": count if count > len(models) else 0}
 
 

@@ -26,7 +26,7 @@ Entry = dict[str, Any]
 
 def figures_of(sums: MetricAccumulator, evaluator: Evaluator, default: str) -> dict[str, list[Entry]]:
     """All figures by name; `default` names the model that `recommend` uses. See the methods of `Figures` for each."""
-    figures = Figures(sums, evaluator.recommenders, evaluator.config)
+    figures = Figures(sums, evaluator.recommenders, evaluator.config, list(evaluator.days))
     return {
         "settings": settings_of(evaluator.recommenders),
         "results": figures.results(),
@@ -49,13 +49,19 @@ class Figures:
     """Means with their bootstrap intervals over users, low and high, from the sums of all users."""
 
     def __init__(
-        self, sums: MetricAccumulator, recommenders: Sequence[BaseRecommender], config: EvaluateConfig
+        self,
+        sums: MetricAccumulator,
+        recommenders: Sequence[BaseRecommender],
+        config: EvaluateConfig,
+        days: Sequence[str] = (),
     ) -> None:
+        """`days` are the targets in days, in the order of the sums."""
+        self._days, self._views = days, (*VIEWS, *days)
         self._sums = sums.resampled(config.bootstrap_samples, config.seed)
         self._recommenders, self._config = recommenders, config
         self._columns, self._k = metric_columns(config.ks), usual_k(config.ks)
 
-    def results(self, views: Sequence[str] = TARGETS) -> list[Entry]:
+    def results(self, views: Sequence[str] | None = None) -> list[Entry]:
         """One entry per model, target, group of users, metric and cut-off; groups without a query are left out.
 
         Each has model, kind (baseline, network or ablation), users (all, seen, new or held_out), target, metric, k,
@@ -64,7 +70,7 @@ class Figures:
         return [
             entry
             for model in range(len(self._recommenders))
-            for view in views
+            for view in views or (*TARGETS, *self._days)
             for group in ("all", *GROUPS)
             for entry in self._results_of(model, view, group)
         ]
@@ -74,7 +80,7 @@ class Figures:
         return self.results((LAST,))
 
     def _results_of(self, model: int, view: str, group: str) -> Iterator[Entry]:
-        place = VIEWS.index(view)
+        place = self._views.index(view)
         groups = list(range(len(GROUPS))) if group == "all" else [GROUPS.index(group)]
         queries = self._sums.queries[:, place, groups].sum(axis=1)
         if queries[0] == 0:
@@ -98,8 +104,8 @@ class Figures:
             return []
         entries = []
         for other in (name for name in names if name != default):
-            for target in COMPARED[0]:
-                place = VIEWS.index(target)
+            for target in (*COMPARED[0], *self._days):
+                place = self._views.index(target)
                 queries = self._sums.queries[:, place].sum(axis=1)
                 if queries[0] == 0:
                     continue
@@ -122,8 +128,8 @@ class Figures:
             if not isinstance(recommender, CandidateRecommender):
                 continue
             every = self._sums.queries[:, VIEWS.index("next")].sum(axis=1)
-            for place, target in enumerate(OFFSETS):
-                queries = self._sums.queries[:, VIEWS.index(target)].sum(axis=1)
+            for place, target in enumerate((*OFFSETS, *self._days)):
+                queries = self._sums.queries[:, self._views.index(target)].sum(axis=1)
                 if queries[0] == 0:
                     continue
                 figures = self._means(self._sums.retrieved[:, model, place], queries)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayrec.embeddings.vectors import COLLAPSED
+from rayrec.evaluation.protocol import DAYS
 
 Entry = dict[str, Any]
 
@@ -71,21 +72,28 @@ class Table:
     first: str = "model"  # title of the first column
 
 
-def by_target(
-    results: Sequence[Entry], metric: str, k: int, default: str, *, only: Sequence[str] = tuple(TARGET_TITLES)
-) -> Table:
-    """One metric of every target side by side, as served first, which sorts the models."""
+def target_title(target: str) -> str:
+    """A target in words."""
+    if target in TARGET_TITLES:
+        return TARGET_TITLES[target]
+    kind, _, days = target.rpartition(DAYS)
+    first, last = days.split("_")
+    return f"{first} to {last} days ahead{', as served' if kind else ''}"
+
+
+def by_target(results: Sequence[Entry], metric: str, k: int, default: str, *, only: Sequence[str] = ()) -> Table:
+    """One metric of every target, or of some, side by side, as served first, which sorts the models."""
     entries = [entry for entry in results if (entry["users"], entry["metric"], entry["k"]) == ("all", metric, k)]
     entries = sorted(
-        (entry for entry in entries if entry["target"] in only),
-        key=lambda entry: list(TARGET_TITLES).index(entry["target"]),
+        (entry for entry in entries if not only or entry["target"] in only),
+        key=lambda entry: [*TARGET_TITLES, entry["target"]].index(entry["target"]),
     )
     return _table(
-        f"targets-{metric}-{k}-{len(only)}",
+        f"targets-{metric}-{k}-{len(only or TARGET_TITLES)}",
         f"{metric_title(metric)}@{k} by target",
-        f"{AS_SERVED} Models with a long horizon use it for the songs 25 to 50 plays ahead.",
+        f"{AS_SERVED} Models with a long horizon use it for the songs 25 to 50 plays or some days ahead.",
         entries,
-        lambda entry: TARGET_TITLES[entry["target"]],
+        lambda entry: target_title(entry["target"]),
         default=default,
     )
 
@@ -98,7 +106,7 @@ def by_metric(results: Sequence[Entry], target: str, group: str, k: int, default
     users = f" of {entries[0]['users_count']:,} users" if "users_count" in entries[0] else ""
     return _table(
         f"metrics-{target}-{group}-{k}",
-        f"{GROUP_TITLES[group]}: {TARGET_TITLES[target]}, first {k}",
+        f"{GROUP_TITLES[group]}: {target_title(target)}, first {k}",
         f"{entries[0]['plays']:,} plays{users}.",
         entries,
         lambda entry: f"{metric_title(entry['metric'])}@{entry['k']}",
@@ -117,7 +125,7 @@ def differences(comparisons: Sequence[Entry], metric: str) -> Table | None:
         f"{entries[0]['model']} minus the other model, on the same queries. Where the interval does not hold 0, the "
         "difference is not due to the users drawn.",
         [{**entry, "model": entry["other"], "value": entry["difference"]} for entry in entries],
-        lambda entry: TARGET_TITLES[entry["target"]],
+        lambda entry: target_title(entry["target"]),
         order=lambda entry: entry["value"],
         form="{:+.4f}",
     )
@@ -138,7 +146,7 @@ def retrievers(retrieval: Sequence[Entry]) -> list[Table]:
             "The share of the target songs that are among the candidates of a retriever, and of all together: no "
             "ranker can find more. Candidates: mean number for a query.",
             entries,
-            lambda entry: TARGET_TITLES[entry["target"]],
+            lambda entry: target_title(entry["target"]),
         )
         counts = {entry["model"]: entry["candidates"] for entry in entries}
         rows = [Row(name=row.name, cells=[Cell(text=f"{counts[row.name]:,.1f}"), *row.cells]) for row in made.rows]
@@ -165,7 +173,7 @@ def pairwise(entries: Sequence[Entry], default: str) -> Table | None:
         "How often a song played later is nearer to the taste vector than a song drawn at random: of all songs alike, "
         "or by popularity (Zipf). 0.5 is chance. Drawn users.",
         entries,
-        lambda entry: f"{TARGET_TITLES[entry['target']]}, against {NEGATIVE_TITLES[entry['negatives']]}",
+        lambda entry: f"{target_title(entry['target'])}, against {NEGATIVE_TITLES[entry['negatives']]}",
         default=default,
     )
 

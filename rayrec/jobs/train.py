@@ -48,11 +48,13 @@ def train(
     checkpoint, start over, or refuse, so that nobody loses hours of work by a second start.
 
     Raises `MismatchError` for song vectors of another data set or split, `InputError` for an unfinished training
-    that nothing is said about, `DivergedError` where the loss or a weight is not finite any more, and
-    `RayrecError` where Ray Train gives up.
+    that nothing is said about and for a horizon in days of data without times, `DivergedError` where the loss or a
+    weight is not finite any more, and `RayrecError` where Ray Train gives up.
     """
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
+    if config.long_days and dataset.manifest.times != "real":
+        raise InputError("the data set has no times, which a horizon in days needs; use --long instead of --long-days")
     start = None if from_id is None else artifacts.load(workspace, "models", from_id)
     if start is not None:
         if songs_id is not None:
@@ -177,14 +179,10 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
     figures = dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
     if not figures["loss"]:
         raise RayrecError(
-            f"no training example: no sequence of the {config.source} holds a play and one {_offsets(config)} plays "
-            "later; use horizons with smaller offsets"
+            f"no training example: no sequence of the {config.source} holds a play and one "
+            f"{' or '.join(map(str, config.horizons.values()))}; use nearer horizons"
         )
     return figures
-
-
-def _offsets(config: TrainConfig) -> str:
-    return " or ".join(f"{horizon.min_offset} to {horizon.max_offset}" for horizon in config.horizons.values())
 
 
 def worker_cpus(workers: int) -> float:

@@ -6,13 +6,13 @@ import numpy as np
 import pyarrow as pa
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories
+from rayrec.data.histories import Histories, Questions
 from rayrec.data.shards import WindowLengths
 from rayrec.data.split import FitRange, Split, load_split, validation_histories
 from rayrec.errors import RayrecError
 from rayrec.jobs.runtime import run_buckets
 from rayrec.model.epochs import Phase
-from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
+from rayrec.model.train_config import NEXT_PLAY, AnyHorizon, FeatureSpec, ModelConfig, TrainConfig
 from rayrec.model.training_windows import Sequences, WindowCounter
 from rayrec.model.validation import Validation
 from rayrec.progress import progress
@@ -74,7 +74,8 @@ def plan_training(
         if not workspace.exists(validation):
             table = validation_histories(dataset, split, config.validation_plays).to_arrow()
             workspace.write_table(validation, table)
-        if not len(load_validation(workspace.read_table(validation), ranges["selection"], 1).plays):
+        table, horizon = workspace.read_table(validation), first_horizon(config)
+        if not len(load_validation(table, ranges["selection"], 1, horizon).plays):
             validation = None  # nothing to choose by: train for the epochs of the config
     dim = int(workspace.read_array(vectors["final"]).shape[1])
     return TrainPlan(
@@ -154,19 +155,25 @@ def _count(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) -> lis
     return [(total, WindowLengths.of_units(each)) for total, each in zip(totals, inputs, strict=True)]
 
 
-def load_validation(table: pa.Table, selection: FitRange, limit: int) -> Validation:
-    """The plays outside `selection` that have an earlier play by the same user, at most `limit`."""
+def first_horizon(config: TrainConfig) -> AnyHorizon:
+    """The horizon that epochs are chosen by: the short one, where there is one."""
+    return next(iter(config.horizons.values()))
+
+
+def load_validation(table: pa.Table, selection: FitRange, limit: int, horizon: AnyHorizon = NEXT_PLAY) -> Validation:
+    """At most `limit` plays outside `selection`, with an earlier play by the same user and one in the horizon."""
     histories = Histories.from_arrow(table)
     first = np.zeros(histories.num_plays, dtype=bool)
     first[histories.offsets[:-1]] = True
-    plays = np.flatnonzero(~selection.covers(histories) & ~first)[:limit]
-    return Validation(histories=histories, plays=plays)
+    plays = np.flatnonzero(~selection.covers(histories) & ~first)
+    begin, end = horizon.spans(histories, Questions.before_plays(histories, plays))
+    return Validation(histories=histories, plays=plays[begin < end][:limit], horizon=horizon)
 
 
 def read_validation(plan: TrainPlan) -> Validation:
     """The plays to choose the best epoch by."""
     table = plan.workspace.read_table(plan.validation or "")
-    return load_validation(table, plan.ranges["selection"], plan.config.validation_plays)
+    return load_validation(table, plan.ranges["selection"], plan.config.validation_plays, first_horizon(plan.config))
 
 
 def selected_folder(plan: TrainPlan) -> str:

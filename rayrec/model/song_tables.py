@@ -45,6 +45,8 @@ class Decay:
 class SongTable:
     """A worker's rows of a table that stays as it is. Of W workers each has every W-th row."""
 
+    learning_rate = 0.0
+
     def __init__(self, table_nD: Tensor) -> None:
         self._table = table_nD
 
@@ -79,9 +81,9 @@ class RowAdam(SongTable):
     """
 
     def __init__(self, table_nD: Tensor, learning_rate: float, averaged_steps: int) -> None:
-        """`table_nD` float32 (n, D) is changed in place."""
+        """`table_nD` float32 (n, D) is changed in place; `learning_rate` may be changed between steps."""
         super().__init__(table_nD)
-        self._learning_rate = learning_rate
+        self.learning_rate = learning_rate
         self.steps = torch.zeros((), device=table_nD.device)
         self._decay = Decay(averaged_steps)
         # Means of gradients and of their squares, and the averages of rows if there are any: (2 or 3, n, D).
@@ -119,7 +121,7 @@ class RowAdam(SongTable):
             [slots[1]],
             [],
             [self.steps],
-            lr=self._learning_rate,
+            lr=self.learning_rate,
             beta1=BETAS[0],
             beta2=BETAS[1],
             weight_decay=0.0,

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rayrec.data.histories import Questions
 from rayrec.data.windows import Windows
 from rayrec.model.features import PlayBatch, pad
 from rayrec.model.network import INPUT_TABLE, SONG_TABLE
 from rayrec.model.objectives import Negatives, NegativeSampler, Targets, log_prior
-from rayrec.model.train_config import Horizon, ModelConfig, TrainConfig
+from rayrec.model.train_config import AnyHorizon, DaysHorizon, ModelConfig, TrainConfig
 from rayrec.model.workers import Share
 
 AHEAD = 2  # steps that are prepared while one runs
@@ -73,7 +74,7 @@ class StepMaker:
     def __init__(self, model: ModelConfig, config: TrainConfig, counts: np.ndarray, share: Share) -> None:
         """`counts` int (N,) are each song's plays in the fit range; negatives are drawn by them."""
         self._model, self._config, self._share, self._num_songs = model, config, share, len(counts)
-        self._sampler = NegativeSampler(counts, config.negatives)
+        self._sampler = NegativeSampler(counts, round(config.negatives * config.scale))
         self._priors: dict[str, np.ndarray] = {}  # by horizon, of those that have one
         if config.long_correction < 1:
             self._priors["long"] = log_prior(counts, config.long_correction)
@@ -137,21 +138,25 @@ class StepMaker:
         return self._sampler.draw(rng)
 
     def _targets(
-        self, songs_BL: np.ndarray, windows: Windows, horizon: Horizon, rng: np.random.Generator
+        self, songs_BL: np.ndarray, windows: Windows, horizon: AnyHorizon, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Flat positions (P,) in (B, L inputs) with a target, target songs (P, T), and bool (P, T): which are there.
 
-        A horizon of several offsets draws T = `long_targets` of them for each position.
+        A horizon of several offsets, or of days, draws T = `long_targets` of them for each position.
         """
         rows, longest = len(windows), max(1, int(windows.inputs.max(initial=0)))
-        draws = 1 if horizon.min_offset == horizon.max_offset else self._config.long_targets
+        draws = 1 if horizon.is_single else self._config.long_targets
         # Drawn for the whole batch, whatever the number of workers, so that a window's targets do not depend on it.
-        total = int(windows.places.max(initial=-1)) + 1
-        offsets = rng.integers(horizon.min_offset, horizon.max_offset + 1, (total, self._config.window, draws))
-        offsets = offsets[windows.places, :longest]
-        target = np.arange(longest)[:, None] + offsets
+        drawn = (int(windows.places.max(initial=-1)) + 1, self._config.window, draws)
         there = np.arange(longest)[:, None] < windows.inputs[:, None, None]
-        there = there & (target < windows.plays.lengths[:, None, None])
+        if isinstance(horizon, DaysHorizon):
+            first, count = _in_days(windows, horizon, longest)
+            target = first[..., None] + (rng.random(drawn)[windows.places, :longest] * count[..., None]).astype(int)
+            there = np.broadcast_to(there & (count[..., None] > 0), target.shape)
+        else:
+            offsets = rng.integers(horizon.min_offset, horizon.max_offset + 1, drawn)[windows.places, :longest]
+            target = np.arange(longest)[:, None] + offsets
+            there = there & (target < windows.plays.lengths[:, None, None])
         songs = np.take_along_axis(songs_BL, np.where(there, target, 0).reshape(rows, longest * draws), axis=1)
         songs, there = songs.reshape(rows * longest, draws), there.reshape(rows * longest, draws)
         positions = np.flatnonzero(there.any(axis=1))
@@ -191,6 +196,17 @@ class StepMaker:
             prior_PT=prior_PT,
             count=count,
         )
+
+
+def _in_days(windows: Windows, horizon: DaysHorizon, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (B, L) each: for each input the place in its window of the first play in the range, and how many are."""
+    plays, shape = windows.plays, (len(windows), longest)
+    first, count = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    rows, places = np.nonzero(np.arange(longest) < windows.inputs[:, None])
+    queries = Questions.before_plays(plays, plays.offsets[rows] + places + 1)
+    begin, end = horizon.spans(plays, queries)
+    first[rows, places], count[rows, places] = begin - plays.offsets[rows], end - begin
+    return first, count
 
 
 def ahead(values: Iterator[T], depth: int = AHEAD) -> Iterator[T]:

@@ -1,14 +1,18 @@
 """Settings of the taste network, its training and the batch job over all users. Loads no torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from rayrec.config import Settings
+from rayrec.data.histories import Histories, Questions
 from rayrec.data.moments import parse_moment
 from rayrec.data.shards import divisors
+from rayrec.data.split import DAY_MS
 from rayrec.errors import InputError
 
 SongTable = Literal["trained", "mapped", "frozen"]
@@ -20,6 +24,8 @@ REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards son
 
 SELECTION_NETWORK = "selection"  # folder in a models artifact: the network before it saw the validation range
 PLAY_COUNTS = "play_counts.npy"  # int64 (N,): plays of each song in the range that the model was fit on
+PLAYS_IN_DAYS = 500  # after a query that a horizon in days may hold; windows hold so many behind their inputs
+USUAL_BATCH = 64  # windows, for which learning rates and negatives are chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,77 @@ class Horizon:
             raise InputError(
                 f"horizon offsets {self.min_offset}..{self.max_offset} are not in order; give 1 <= min <= max"
             )
+
+    def __str__(self) -> str:
+        return f"{self.min_offset} to {self.max_offset} plays later"
+
+    @property
+    def lookahead(self) -> int:
+        """Plays after a position that targets may lie in."""
+        return self.max_offset
+
+    @property
+    def is_single(self) -> bool:
+        """True where no more than one play can be the target."""
+        return self.min_offset == self.max_offset
+
+    def spans(self, histories: Histories, queries: Questions) -> tuple[np.ndarray, np.ndarray]:
+        """int64 (Q,) each: the positions of the first target play of each query, and behind the last one."""
+        first = histories.offsets[queries.rows] + queries.seen
+        ends = histories.offsets[queries.rows + 1]
+        return np.minimum(first + self.min_offset - 1, ends), np.minimum(first + self.max_offset, ends)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaysHorizon:
+    """The targets of a query are the plays from `first_day` to `last_day` days after it, of the next PLAYS_IN_DAYS.
+
+    In training a position stands for a query at the moment of the next play, as in evaluation. [ours]
+    """
+
+    first_day: int  # from 0, which is the query itself
+    last_day: int  # exclusive: 0 and 7 are the seven days that begin with the query
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first_day < self.last_day:
+            raise InputError(f"horizon days {self.first_day}..{self.last_day} are not in order; give 0 <= first < last")
+
+    def __str__(self) -> str:
+        return f"{self.first_day} to {self.last_day} days later"
+
+    @property
+    def lookahead(self) -> int:
+        """As of `Horizon`."""
+        return PLAYS_IN_DAYS
+
+    @property
+    def is_single(self) -> bool:
+        """As of `Horizon`."""
+        return False
+
+    def spans(self, histories: Histories, queries: Questions) -> tuple[np.ndarray, np.ndarray]:
+        """As of `Horizon`."""
+        first = histories.offsets[queries.rows] + queries.seen
+        last = np.minimum(histories.offsets[queries.rows + 1], first + PLAYS_IN_DAYS)
+        begin, end = (
+            _first_since(histories.played_at, first, last, queries.at + day * DAY_MS)
+            for day in (self.first_day, self.last_day)
+        )
+        return begin, end
+
+
+def _first_since(played_at: np.ndarray, begin: np.ndarray, end: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """int64 (Q,): the first position from `begin` up to `end` played at or after a moment, `end` where none is."""
+    while (begin < end).any():  # a binary search for all queries at once
+        middle = (begin + end) // 2
+        inside = begin < end
+        earlier = inside & (played_at[np.where(inside, middle, 0)] < moments)
+        begin, end = np.where(earlier, middle + 1, begin), np.where(inside & ~earlier, middle, end)
+    return begin
+
+
+AnyHorizon = Horizon | DaysHorizon
+NEXT_PLAY = Horizon(min_offset=1, max_offset=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +140,7 @@ class ModelConfig:
     num_layers: int
     dropout: float
     features: FeatureSpec
-    horizons: dict[str, Horizon]
+    horizons: dict[str, AnyHorizon]
     song_table: SongTable
     cell: Cell = "gru"
     averages: tuple[float, ...] = ()  # discounts γ of the averages that the head sees
@@ -83,7 +160,10 @@ class ModelConfig:
     def from_json(cls, raw: dict[str, Any]) -> "ModelConfig":
         """From the JSON form that `dataclasses.asdict` gives."""
         features = FeatureSpec(**{**raw["features"], "contexts": tuple(raw["features"]["contexts"])})
-        horizons = {name: Horizon(**value) for name, value in raw["horizons"].items()}
+        horizons = {
+            name: DaysHorizon(**value) if "last_day" in value else Horizon(**value)
+            for name, value in raw["horizons"].items()
+        }
         averages = tuple(raw.get("averages", ()))
         return cls(**{**raw, "features": features, "horizons": horizons, "averages": averages})
 
@@ -143,6 +223,11 @@ class TrainConfig(Settings):
     )
     short: tuple[int, ...] = Field((1, 1), description="Offsets min,max of the short horizon, in plays; empty: none")
     long: tuple[int, ...] = Field((25, 50), description="Offsets min,max of the long horizon, in plays; empty: none")
+    long_days: tuple[int, ...] = Field(
+        (),
+        description="Days first,last of the long horizon instead, counted from the request: 0,7 for the next 7 days; "
+        "the first 500 plays count",
+    )
     contexts: bool = Field(True, description="Use playback contexts where the data has them")
     gaps: bool = Field(True, description="Use the time since the previous play and until the request")
     hours: bool = Field(False, description="Use the hour of day and the day of week, UTC")
@@ -150,6 +235,10 @@ class TrainConfig(Settings):
     window: int = Field(100, ge=1, description="Sequence length of truncated backpropagation, in plays")
     batch: int = Field(64, ge=1, description="Batch size in windows, over all workers")
     learning_rate: float = Field(0.001, gt=0, description="Adam learning rate")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which learning rates rise linearly to their full values")
+    scale_with_batch: bool = Field(
+        False, description="Multiply learning rates and negatives by the square root of batch / 64"
+    )
     epochs: int = Field(12, ge=1, description="Number of epochs, with a validation range the maximum")
     patience: int = Field(2, ge=1, description="Epochs without improved validation NDCG before training stops")
     refit: bool = Field(True, description="Train again on training and validation range with the best number of epochs")
@@ -182,15 +271,31 @@ class TrainConfig(Settings):
                 raise ValueError(
                     f"{name} is {list(offsets)}; expected two offsets min,max with 1 <= min <= max, or none"
                 )
+        if self.long_days and not (len(self.long_days) == 2 and 0 <= self.long_days[0] < self.long_days[1]):
+            raise ValueError(
+                f"long_days is {list(self.long_days)}; expected two days first,last with 0 <= first < last, or none"
+            )
+        if self.long_days and self.source == "playlists":
+            raise ValueError("long_days needs times, which playlists have none of; expected source histories, or long")
         if not self.horizons:
             raise ValueError("short and long are both empty; expected at least one horizon")
         return self
 
     @property
-    def horizons(self) -> dict[str, Horizon]:
+    def horizons(self) -> dict[str, AnyHorizon]:
         """The horizons by name, those that are there."""
-        offsets = {"short": self.short, "long": self.long}
-        return {name: Horizon(min_offset=pair[0], max_offset=pair[1]) for name, pair in offsets.items() if pair}
+        offsets = {"short": self.short, "long": () if self.long_days else self.long}
+        horizons: dict[str, AnyHorizon] = {
+            name: Horizon(min_offset=pair[0], max_offset=pair[1]) for name, pair in offsets.items() if pair
+        }
+        if self.long_days:
+            horizons["long"] = DaysHorizon(first_day=self.long_days[0], last_day=self.long_days[1])
+        return horizons
+
+    @property
+    def scale(self) -> float:
+        """What learning rates and negatives are multiplied by: Adam's steps bear the root of the batch's growth."""
+        return math.sqrt(self.batch / USUAL_BATCH) if self.scale_with_batch else 1.0
 
     @property
     def has_input_table(self) -> bool:
@@ -200,7 +305,7 @@ class TrainConfig(Settings):
     @property
     def lookahead(self) -> int:
         """Plays behind a window's last input that targets may lie in."""
-        return max(horizon.max_offset for horizon in self.horizons.values())
+        return max(horizon.lookahead for horizon in self.horizons.values())
 
 
 class TasteConfig(Settings):

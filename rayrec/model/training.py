@@ -62,6 +62,7 @@ class Training:
         self._dense_names = [name for name, _ in model.named_parameters() if name not in TABLES]
         self._dense = [model.get_parameter(name) for name in self._dense_names]
         self.optimizer = torch.optim.Adam(self._dense, lr=config.learning_rate, fused=True)
+        self._taken = 0  # steps
         weights = {name: value.detach() for name, value in model.named_parameters() if name in TABLES}
         self.tables: dict[str, SongTable] = {name: self._table(value) for name, value in weights.items()}
         self.exchange = RowExchange(share)
@@ -105,6 +106,7 @@ class Training:
         common |= {f"optimizer/{index}/{key}": value for index, of in slots.items() for key, value in of.items()}
         common |= {f"average/{index}": value for index, value in enumerate(self._averages)}
         common["decay"] = self._decay.state()
+        common["taken"] = torch.tensor(self._taken)
         rows: dict[str, Tensor] = {}
         for name, table in self.tables.items():
             of_table, slots_of_rows = table.state()
@@ -127,6 +129,7 @@ class Training:
         for index, average in enumerate(self._averages):
             average.copy_(state.common[f"average/{index}"])
         self._decay.load(state.common["decay"])
+        self._taken = int(state.common["taken"])
 
     def epoch(
         self, batches: Iterable[Windows], epoch: int, *, skip: int = 0, on_step: Callable[[StepReport], None]
@@ -152,6 +155,7 @@ class Training:
     def take(self, step: TrainingStep) -> Tensor:
         """One step of the optimizers on this worker's share of a batch; its part of the mean loss, on the device."""
         torch.manual_seed(step.seed)
+        self._set_learning_rates()
         on_device = step.to(self.device)
         rows = {
             name: self.tables[name].look_up(songs, on_device.requests.get(name))
@@ -169,6 +173,14 @@ class Training:
         for name, table in self.tables.items():
             table.step(on_device.songs[name], rows[name], on_device.requests.get(name))
         return loss.detach()
+
+    def _set_learning_rates(self) -> None:
+        """Those of the next step."""
+        self._taken += 1
+        factor = self.config.scale * min(1.0, self._taken / max(1, self.config.warmup_steps))
+        self.optimizer.param_groups[0]["lr"] = factor * self.config.learning_rate
+        for table in self.tables.values():
+            table.learning_rate = factor * self.config.table_learning_rate
 
     def _loss(self, step: TrainingStep, rows: dict[str, Tensor]) -> Tensor:
         """This worker's part of the losses of all horizons added, each the mean over the targets of all workers."""

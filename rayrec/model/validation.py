@@ -16,6 +16,7 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import INPUT_TABLE, SONG_TABLE, TABLES, TasteModel
 from rayrec.model.row_exchange import RowExchange
+from rayrec.model.train_config import NEXT_PLAY, AnyHorizon
 from rayrec.model.workers import Share
 
 RECALL_AT = 20
@@ -27,15 +28,22 @@ SCORES_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Plays to predict: each from all plays before it by the same user."""
+    """Plays to predict: one in the horizon of each question, from all plays before it by the same user."""
 
     histories: Histories
-    plays: np.ndarray  # int64 (Q,), positions of the flat arrays
+    plays: np.ndarray  # int64 (Q,), positions of the flat arrays: the plays before which is asked
+    horizon: AnyHorizon = NEXT_PLAY  # in which each question has a play
 
     @property
     def questions(self) -> Questions:
         """What is asked, in the order of `plays`."""
         return Questions.before_plays(self.histories, self.plays)
+
+    @property
+    def answers(self) -> np.ndarray:
+        """int64 (Q,): the play to predict of each question; of a horizon of several one is drawn, always the same."""
+        begin, end = self.horizon.spans(self.histories, self.questions)
+        return np.asarray(begin + (np.random.default_rng(0).random(len(begin)) * (end - begin)).astype(np.int64))
 
 
 def validation_tastes(model: TasteModel, exchange: RowExchange, validation: Validation, share: Share) -> Tensor:
@@ -117,7 +125,7 @@ def rank_plays(tastes_QD: Tensor, vectors_nD: Tensor, validation: Validation, sh
     count against a play, and a score that is no number never finds one.
     """
     histories, questions = validation.histories, validation.questions
-    targets = histories.songs[validation.plays]
+    targets = histories.songs[validation.answers]
     unknown_n = ~vectors_nD.any(dim=1)
     longest = -(-int(share.total(len(vectors_nD))) // share.workers)
     step = max(1, SCORES_AT_ONCE // max(1, longest))

@@ -12,6 +12,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.errors import InputError
+from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.filters import Limits, without_heard
 
 Horizon = Literal["short", "long"]
@@ -55,6 +56,7 @@ class BaseRecommender(ABC):
     name: str  # as reports and `--models` spell it
     kind: ClassVar[Kind] = "baseline"
     horizons: tuple[Horizon, ...] = ("short",)  # those whose answers differ
+    long_days: DaysHorizon | None = None  # what the long horizon was trained for, where that is days
     num_songs: int  # N
     settings: Mapping[str, float] = {}  # those chosen for the data set, by name
     without: str = ""  # the part that is left out, in an ablation

@@ -13,11 +13,12 @@ from safetensors.numpy import load, save
 
 from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.data.split import Split
+from rayrec.model.train_config import Horizon
 from rayrec.recommend.ranker import RankingExamples
 from rayrec.recommend.retrieval.ragged import ranges
 from rayrec.recommend.two_step import HORIZONS, CandidateSource, RankerKind, examples_for
 
-LONG_OFFSETS = (25, 50)  # plays ahead, first and last
+LONG = Horizon(min_offset=25, max_offset=50)  # unless the network's long horizon is one of days
 HELD_OUT = 5  # one user in so many checks what the others' examples taught
 
 
@@ -52,13 +53,11 @@ def collect_examples(
     """
     queries = Questions.before_plays(histories, plays)
     held_out = checks_rankers(histories.user_ids)[queries.rows]
-    ends = histories.offsets[1:][queries.rows]
-    first = np.minimum(ends, plays + LONG_OFFSETS[0] - 1)
-    counts = np.minimum(ends, plays + LONG_OFFSETS[1]) - first
-    later = np.repeat(np.arange(len(plays)), counts), histories.songs[ranges(first, counts)]
+    network = next(iter(sources.values())).network
+    begin, end = (network.long_days or LONG).spans(histories, queries)
+    later = np.repeat(np.arange(len(plays)), end - begin), histories.songs[ranges(begin, end - begin)]
     following = np.arange(len(plays)), histories.songs[plays]
     answers: dict[RankerKind, tuple[np.ndarray, np.ndarray]] = {"next": following, "served": following, "long": later}
-    network = next(iter(sources.values())).network
     vectors = network.vectors_of(histories, queries, HORIZONS)
     return {
         name: examples_for(source, histories, queries, answers, held_out=held_out, vectors=vectors)

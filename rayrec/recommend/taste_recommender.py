@@ -13,6 +13,7 @@ from rayrec.model.added_songs import AddedSongs
 from rayrec.model.checkpoint import SONG_VECTORS, load_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
+from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.base import Horizon, Kind
 from rayrec.recommend.index import SongIndex
 from rayrec.recommend.vector_recommender import VectorRecommender
@@ -31,6 +32,8 @@ class TasteRecommender(VectorRecommender):
         """`song_vectors` float32 (N, D) are those the model scores against, zero rows for unknown songs."""
         super().__init__(song_vectors, index)
         self.encoder = TasteEncoder(model)
+        long = model.config.horizons.get("long")
+        self.long_days = long if isinstance(long, DaysHorizon) else None
         self.added: AddedSongs | None = None  # songs that came after the training
 
     def add_songs(self, added: AddedSongs, *, room: int = 0) -> None:
@@ -97,7 +100,7 @@ class TasteRecommender(VectorRecommender):
     def short_only(self) -> "TasteRecommender":
         """The same network, answering for every horizon with its short one."""
         other = copy(self)
-        other.name, other.horizons = f"{self.name}-short", ("short",)
+        other.name, other.horizons, other.long_days = f"{self.name}-short", ("short",), None
         return other
 
     def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:

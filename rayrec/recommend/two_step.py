@@ -37,7 +37,7 @@ from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 # next: the next play among all songs; served: a next play new to the user, among songs new to the user, since answers
-# leave out songs heard by default; long: the plays at offsets 25 to 50.
+# leave out songs heard by default; long: the plays at offsets 25 to 50, or in the days that the network's is for.
 RankerKind = Literal["next", "served", "long"]
 KINDS: tuple[RankerKind, ...] = get_args(RankerKind)
 HORIZONS: tuple[Horizon, ...] = ("short", "long")
@@ -166,6 +166,7 @@ class TwoStepRecommender(CandidateRecommender):
         self._columns = {kind: _columns(ranker.names, source.sources.names) for kind, ranker in rankers.items()}
         self.retrievers = tuple(retriever.name for retriever in source.retrievers)
         self.horizons = HORIZONS if "long" in rankers else ("short",)
+        self.long_days = source.network.long_days
 
     def without_part(self, part: str, rankers: Mapping[RankerKind, Ranker]) -> TwoStepRecommender:
         """The same without one of ABLATED_PARTS, by rankers that were learned without it."""

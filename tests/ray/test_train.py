@@ -16,7 +16,7 @@ from worlds import random_vectors, write_dataset, write_song_vectors
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.split import Split, SplitConfig, split_dataset, validation_histories
+from rayrec.data.split import DAY_MS, FitRange, Split, SplitConfig, split_dataset, validation_histories
 from rayrec.data.synthetic.world import GenerateConfig
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, NotFoundError, RayrecError
 from rayrec.jobs import train as job
@@ -28,7 +28,7 @@ from rayrec.jobs.train_plan import load_validation, model_config
 from rayrec.jobs.train_worker import window_stream
 from rayrec.model.checkpoint import load_model
 from rayrec.model.epochs import Phase
-from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
+from rayrec.model.train_config import SELECTION_NETWORK, DaysHorizon, TrainConfig
 from rayrec.model.training import StepReport
 from rayrec.model.training_windows import ShardReader, plain_stream, window_lengths
 from rayrec.model.workers import Share
@@ -64,6 +64,23 @@ def in_process(world: Workspace, split: Split) -> Manifest:
 def weights(workspace: Workspace, manifest: Manifest) -> dict[str, np.ndarray]:
     found = load_safetensors(workspace.read_bytes(manifest.path("model.safetensors")))
     return {**found, "songs": np.array(workspace.read_array(manifest.path("song_vectors.npy")))}
+
+
+def test_epochs_are_chosen_by_plays_that_have_one_in_the_horizon() -> None:
+    days = [0, 1, 2, 3, 9, 10]
+    histories = Histories.from_lists([range(6)], [[day * DAY_MS for day in days]])  # type: ignore[list-item]
+    before = FitRange(before=DAY_MS)
+    judged = load_validation(histories.to_arrow(), before, 10, DaysHorizon(first_day=1, last_day=2))
+    assert judged.plays.tolist() == [1, 2, 4]  # a day after the 3rd nothing was played, and nothing after the 10th
+    assert judged.answers.tolist() == [2, 3, 5]
+    assert load_validation(histories.to_arrow(), before, 10).answers.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_horizon_in_days_is_trained_and_kept(world: Workspace, split: Split) -> None:
+    made = train(world, CONFIG.replace(long_days=(0, 7), short=(), epochs=1), split=split)
+    recommender = TasteRecommender.load(world, made.id)
+    assert recommender.long_days == DaysHorizon(first_day=0, last_day=7)
+    assert 0 < made.metrics["validation_recall@20"] <= 1
 
 
 def test_a_model_is_complete_and_answers(world: Workspace, split: Split, in_process: Manifest) -> None:

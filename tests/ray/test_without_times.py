@@ -7,8 +7,9 @@ import pytest
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, list_splits, validation_histories
-from rayrec.errors import LeakError
+from rayrec.errors import InputError, LeakError
 from rayrec.jobs.pipeline import Outcome, run
+from rayrec.jobs.train import train
 from rayrec.jobs.train_plan import load_validation, model_config
 from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.baselines import PopularityRecommender, fit_baselines
@@ -59,6 +60,11 @@ def test_the_end_of_each_sequence_is_judged_and_the_report_says_so(
     assert 0 < value["taste", 10] <= 0.75
     assert b"weaker than a split in time" in workspace.read_bytes(f"{report}/report.html")
     assert json.loads(workspace.read_bytes(f"{report}/results.json"))["about"]["protocol"] == "last-fraction"
+
+
+def test_a_horizon_in_days_is_refused(made: tuple[Workspace, dict[str, Outcome]], split: Split) -> None:
+    with pytest.raises(InputError, match=r"no times, which a horizon in days needs; use --long"):
+        train(made[0], TrainConfig(long_days=(0, 7)), split=split)
 
 
 def test_the_network_sees_neither_gaps_nor_hours(made: tuple[Workspace, dict[str, Outcome]]) -> None:

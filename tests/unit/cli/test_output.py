@@ -89,6 +89,11 @@ def results(*targets: str) -> dict:
 def test_the_results_fit_in_80_columns_the_best_as_served_first() -> None:
     shown = lines(results_table(results("next", "next_repeat", "served", "offsets25_50", "served25_50")))
     assert all(len(line) <= 80 for line in shown)
+    in_days = lines(
+        results_table(results("served", "next", "next_repeat", "offsets25_50", "days0_28", "served_days0_28"))
+    )
+    assert all(len(line) <= 80 for line in in_days)
+    assert in_days[1].split()[-2:] == ["0-28", "d"]
     assert shown[1].split()[:4] == ["model", "served", "95", "%"]
     assert [line.split()[0] for line in shown[3:]] == ["average-0.25", "sequential-rules", "taste"]
     alone = lines(results_table(results("next")))

@@ -13,6 +13,7 @@ from rayrec.data.split import FitRange, Split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.results import figures_of
+from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.base import BaseRecommender, Horizon
 from rayrec.recommend.baselines import ItemKnnRecommender, PopularityRecommender, SequentialRulesRecommender
 
@@ -21,6 +22,7 @@ NUM_SONGS = 25
 SPLIT = Split(id="s", dataset="d", validation_from=1, test_from=CUT, held_out_share=0.2)
 CONFIG = EvaluateConfig(ks=(3, 20), bootstrap_samples=30, offsets=2)
 CONTEXTS = ("radio", "album")
+LONG_TERM = ("25_50", "days0_1")  # how the names of targets end that the long horizon answers
 
 
 class TwoHorizons(ItemKnnRecommender):
@@ -29,6 +31,7 @@ class TwoHorizons(ItemKnnRecommender):
     name = "taste"
     kind = "network"  # type: ignore[misc]
     horizons = ("short", "long")
+    long_days = DaysHorizon(first_day=0, last_day=1)
 
     def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
         vectors = super().vectors(histories, questions)
@@ -88,7 +91,7 @@ class Asked:
             scores[self.known] = -np.inf
         right = list(dict.fromkeys(songs))
         findable = [song for song in right if self.known[song] or song in self.added]
-        ranks = [sum(scores >= scores[song]) for song in findable]
+        ranks = [int((scores >= scores[song]).sum()) for song in findable]
         within = sorted(rank for rank in ranks if rank <= k)
         ideal = sum(1 / math.log2(place + 2) for place in range(min(k, len(right))))
         gain = sum(1 / math.log2(rank + 1) for rank in within)
@@ -103,6 +106,8 @@ class Asked:
             "next_repeat": [song for song in self.future[:1] if song in self.past],
             "next10": self.future[:10],
             "offsets25_50": self.future[24:50],
+            "days0_1": self.future,  # which is less than a day
+            "served_days0_1": [song for song in self.future if song not in self.past],
             "cold_songs": [song for song in self.future[:1] if song not in self.past and not self.known[song]],
             "cold_among_cold": [song for song in self.future[:1] if song not in self.past and not self.known[song]],
         }[target]
@@ -123,7 +128,7 @@ def asked(evaluator: Evaluator, histories: Histories) -> dict[str, list[Asked]]:
 
 
 def _mean(asked: list[Asked], target: str, metric: str, k: int) -> float:
-    horizon, served = "long" if target.endswith("25_50") else "short", target.startswith(("served", "cold"))
+    horizon, served = "long" if target.endswith(LONG_TERM) else "short", target.startswith(("served", "cold"))
     among_cold = target == "cold_among_cold"
     place = ("recall", "mrr", "ndcg").index(metric)
     some = [one for one in asked if one.wanted(target)]
@@ -138,7 +143,7 @@ def test_results_equal_plain_loops(figures: dict[str, Any], asked: dict[str, lis
         "held_out": lambda one: one.held_out,
     }
     keys = {(row["model"], row["users"], row["target"], row["metric"], row["k"]) for row in figures["results"]}
-    assert len(keys) == len(figures["results"]) == 3 * 4 * 9 * 3 * 2
+    assert len(keys) == len(figures["results"]) == 3 * 4 * 11 * 3 * 2
     for row in figures["results"]:
         some = [one for one in asked[row["model"]] if users[row["users"]](one)]
         assert row["value"] == pytest.approx(_mean(some, row["target"], row["metric"], row["k"]), abs=1e-5), row
@@ -195,7 +200,7 @@ def test_differences_are_those_of_the_means_and_their_intervals_are_paired(
     figures: dict[str, Any], evaluator: Evaluator, histories: Histories
 ) -> None:
     values = {(row["model"], row["users"], row["target"], row["metric"], row["k"]): row for row in figures["results"]}
-    assert len(figures["comparisons"]) == 2 * 6 * 2  # models, targets, metrics
+    assert len(figures["comparisons"]) == 2 * 8 * 2  # models, targets, metrics
     for row in figures["comparisons"]:
         key = (row["users"], row["target"], row["metric"], row["k"])
         assert (row["model"], row["k"]) == ("taste", 20)
@@ -205,7 +210,7 @@ def test_differences_are_those_of_the_means_and_their_intervals_are_paired(
     twin = ItemKnnRecommender(random_vectors(NUM_SONGS))
     both = Evaluator([evaluator.recommenders[0], twin], split=SPLIT, song_plays=np.ones(NUM_SONGS), config=CONFIG)
     compared = figures_of(both(histories), both, "taste")["comparisons"]
-    short = [row for row in compared if not row["target"].endswith("25_50")]  # the twin has no long horizon
+    short = [row for row in compared if not row["target"].endswith(LONG_TERM)]  # the twin has no long horizon
     assert [(row["difference"], row["low"], row["high"]) for row in short] == [(0, 0, 0)] * 6
     assert figures_of(both(histories), both, "nobody")["comparisons"] == []
 

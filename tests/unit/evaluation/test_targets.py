@@ -1,25 +1,38 @@
 """Which songs are the targets of a query, and which queries have targets new to the user."""
 
+from dataclasses import replace
+
 import numpy as np
 from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Questions
+from rayrec.data.split import DAY_MS
 from rayrec.evaluation.protocol import (
     COLD,
     OFFSETS,
     SERVED,
     HeardSongs,
     TargetSongs,
+    day_targets,
     horizon_of,
     plays_ahead,
     target_songs,
 )
+from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import ItemKnnRecommender
 
 
 class Both(ItemKnnRecommender):
     horizons = ("short", "long")
+
+
+class InDays(Both):
+    """Answers its long horizon, of some days."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__(random_vectors(3))
+        self.long_days = DaysHorizon(first_day=first, last_day=last)
 
 
 def _targets(histories: Histories, queries: Questions, target: str, known: np.ndarray | None = None) -> TargetSongs:
@@ -71,6 +84,33 @@ def test_target_songs_equal_a_plain_loop() -> None:
                 expected -= set(np.flatnonzero(known).tolist())
             assert sorted(expected) == sorted(found.songs[found.rows == query].tolist())
             assert found.sizes[query] == len(expected)
+
+
+def test_targets_in_days_equal_a_plain_loop() -> None:
+    histories = random_histories(30, 9, longest=60, seed=3)
+    days = np.random.default_rng(0).choice([0, 1, 7, 9], size=histories.num_plays) * (DAY_MS // 7)
+    histories = replace(histories, played_at=np.cumsum(days))
+    queries = _all_queries(histories)
+    for target, horizon in day_targets([InDays(1, 3), InDays(0, 7)]).items():
+        found = target_songs(histories, queries, target, HeardSongs(histories), days=horizon)
+        assert found.served is target.startswith("served")
+        for query in range(0, len(queries), 7):
+            begin, end = histories.offsets[queries.rows[query] :][:2].tolist()
+            start = begin + int(queries.seen[query])
+            passed = (histories.played_at[start:end] - histories.played_at[start]) / DAY_MS
+            inside = (passed >= horizon.first_day) & (passed < horizon.last_day)
+            expected = set(histories.songs[start:end][inside].tolist())
+            expected -= set(histories.songs[begin:start].tolist()) if found.served else set()
+            assert sorted(expected) == sorted(found.songs[found.rows == query].tolist())
+            assert found.sizes[query] == len(expected)
+
+
+def test_each_range_of_days_is_a_target_as_served_too_and_the_long_horizon_answers_it() -> None:
+    models = [InDays(0, 28), InDays(0, 7), InDays(0, 7), ItemKnnRecommender(random_vectors(3))]
+    targets = ["days0_7", "served_days0_7", "days0_28", "served_days0_28"]
+    assert list(day_targets(models)) == targets
+    assert {horizon_of(models[0], target) for target in targets} == {"long"}
+    assert {horizon_of(models[-1], target) for target in targets} == {"short"}
 
 
 def test_as_served_the_targets_are_songs_new_to_the_user_at_the_query() -> None:

@@ -8,7 +8,7 @@ from networks import model_config
 
 from rayrec.config import from_mapping, to_mapping
 from rayrec.errors import InputError
-from rayrec.model.train_config import FeatureSpec, Horizon, ModelConfig, TasteConfig, TrainConfig
+from rayrec.model.train_config import DaysHorizon, FeatureSpec, Horizon, ModelConfig, TasteConfig, TrainConfig
 
 
 def test_cosine_with_a_table_that_trains_along_is_refused() -> None:
@@ -31,6 +31,8 @@ def test_cosine_with_a_table_that_trains_along_is_refused() -> None:
         {"short": (1, 1, 1)},
         {"long": (5, 2)},
         {"short": (0, 1)},
+        {"long_days": (7,)},
+        {"long_days": (7, 7)},
     ],
 )
 def test_settings_out_of_range_are_refused(bad: dict[str, object]) -> None:
@@ -48,6 +50,19 @@ def test_windows_look_ahead_as_far_as_the_farthest_target() -> None:
     assert TrainConfig(short=(1, 3), long=(25, 50)).lookahead == 50
     assert TrainConfig(short=(1, 60)).lookahead == 60
     assert TrainConfig().horizons["long"] == Horizon(min_offset=25, max_offset=50)
+    assert TrainConfig(long_days=(0, 7)).lookahead == 500
+
+
+def test_days_take_the_place_of_the_long_offsets() -> None:
+    horizons = TrainConfig(long_days=(1, 7)).horizons
+    assert horizons == {"short": Horizon(min_offset=1, max_offset=1), "long": DaysHorizon(first_day=1, last_day=7)}
+    assert [str(horizon) for horizon in horizons.values()] == ["1 to 1 plays later", "1 to 7 days later"]
+    assert list(TrainConfig(long=(), long_days=(1, 7)).horizons) == ["short", "long"]
+
+
+def test_playlists_have_no_days() -> None:
+    with pytest.raises(InputError, match="long_days needs times, which playlists have none of"):
+        TrainConfig(long_days=(0, 7), source="playlists")
 
 
 def test_settings_come_back_from_plain_values() -> None:
@@ -56,8 +71,9 @@ def test_settings_come_back_from_plain_values() -> None:
 
 
 def test_the_shape_of_a_network_comes_back_from_json() -> None:
-    config = model_config(features=FeatureSpec(contexts=("album", "radio"), skipped=True))
-    assert ModelConfig.from_json(json.loads(json.dumps(asdict(config)))) == config
+    for settings in (None, TrainConfig(long_days=(0, 7))):
+        config = model_config(settings, features=FeatureSpec(contexts=("album", "radio"), skipped=True))
+        assert ModelConfig.from_json(json.loads(json.dumps(asdict(config)))) == config
 
 
 @pytest.mark.parametrize("at", [1711929600, "1711929600", "1711929600000", "2024-04-01T00:00:00Z"])

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from rayrec.model.training import StepReport, Training
 from rayrec.model.workers import Share
 
 COUNTS = np.full(NUM_SONGS, 10)
+HOUR, DAY = 3_600_000, 24 * 3_600_000
 SMALL = {
     "hidden_dim": 12,
     "window": 12,
@@ -101,6 +103,43 @@ def test_steps_that_were_taken_before_are_passed_over(histories: Histories) -> N
     assert [report.step for report in reports] == list(range(3, steps))
 
 
+def test_learning_rates_rise_over_the_first_steps_and_stay(histories: Histories) -> None:
+    config = settings(warmup_steps=4, learning_rate=0.02, table_learning_rate=0.01)
+    made, rates = training(config), list[tuple[float, float]]()
+    before = torch.cat([value.detach().flatten() for value in made.model.heads.parameters()])
+
+    def stepped(report: StepReport) -> None:
+        rates.append((made.optimizer.param_groups[0]["lr"], made.tables["songs.weight"].learning_rate))
+        if report.step == 0:  # Adam's first step moves a weight by the learning rate, whatever its gradient
+            after = torch.cat([value.detach().flatten() for value in made.model.heads.parameters()])
+            assert float((after - before).abs().max()) == pytest.approx(0.02 / 4, rel=1e-3)
+
+    made.epoch(MemoryHost({"final": histories}, config).windows("final", 0), 0, on_step=stepped)
+    factors = [0.25, 0.5, 0.75, *[1.0] * (len(rates) - 3)]
+    assert rates == [(0.02 * factor, 0.01 * factor) for factor in factors]
+    assert len(rates) > 5
+
+
+def test_a_resumed_training_goes_on_within_the_warm_up(histories: Histories) -> None:
+    config = settings(warmup_steps=12, averaged_steps=0)
+    host, whole = MemoryHost({"final": histories}, config), training(config)
+    whole.epoch(host.windows("final", 0), 0, on_step=lambda _: None)
+    first, rest = training(config), training(config)
+    batches = list(host.windows("final", 0))
+    first.epoch(batches[:5], 0, on_step=lambda _: None)
+    rest.load(first.state())
+    rest.epoch(batches, 0, skip=5, on_step=lambda _: None)
+    assert rest.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * min(1, len(batches) / 12))
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(rest.model.state_dict()[name], value, atol=0, rtol=0, msg=name)
+
+
+def test_with_four_times_the_usual_batch_rates_and_negatives_are_doubled(histories: Histories) -> None:
+    scaled = settings(batch=256, scale_with_batch=True)
+    doubled = settings(batch=256, negatives=40, learning_rate=0.02, table_learning_rate=0.004)
+    assert losses(scaled, histories, 3) == losses(doubled, histories, 3) != losses(settings(batch=256), histories, 3)
+
+
 def targets_of(
     windows: Windows, config: TrainConfig, horizon: str, seed: int, share: Share | None = None
 ) -> np.ndarray:
@@ -112,8 +151,7 @@ def targets_of(
     rows = found.horizons_PH[:, number].numpy() > 0
     looked_up = step.songs["songs.weight"].numpy()[found.places_PT.numpy()[rows]]
     longest = int(windows.inputs.max())
-    offsets = config.horizons[horizon]
-    draws = 1 if offsets.min_offset == offsets.max_offset else config.long_targets
+    draws = 1 if config.horizons[horizon].is_single else config.long_targets
     grid = np.full((len(windows) * longest, draws), -1)
     positions = found.positions.numpy()[rows] - number * len(grid)
     grid[positions] = np.where(found.weight_PT.numpy()[rows] > 0, looked_up, -1)[:, :draws]
@@ -152,10 +190,67 @@ def test_targets_lie_between_the_offsets_and_never_past_the_history(
         assert set(offset[has].tolist()) == {2, 3, 4, 5}
 
 
-@pytest.mark.parametrize("windows", [10, 11, 13])
-def test_the_targets_of_a_window_do_not_depend_on_the_number_of_workers(histories: Histories, windows: int) -> None:
-    config = settings()
-    batch = cut_windows(counted(histories), config.window, config.lookahead).take(np.arange(windows))
+def spread(histories: Histories, seed: int = 0) -> Histories:
+    """The same plays over some days, several of them at one moment."""
+    gaps = np.random.default_rng(seed).choice([0, HOUR, 7 * HOUR, 30 * HOUR], size=histories.num_plays)
+    played_at = np.cumsum(gaps)
+    return replace(histories, played_at=played_at - played_at[histories.offsets[:-1]][histories.rows])
+
+
+def in_range(histories: Histories, play: int, days: tuple[int, int]) -> list[int]:
+    """The plays in the range of a query for the play after this one, of the user's next 500, one by one."""
+    end = int(histories.offsets[np.searchsorted(histories.offsets, play, side="right")])
+    times = histories.played_at
+    return [
+        later
+        for later in range(play + 1, min(end, play + 501))
+        if times[play + 1] + days[0] * DAY <= times[later] < times[play + 1] + days[1] * DAY
+    ]
+
+
+@pytest.mark.parametrize("days", [(0, 1), (1, 3), (2, 4), (40, 50)])
+def test_targets_in_days_are_the_plays_in_the_range_and_a_position_without_any_has_none(
+    histories: Histories, days: tuple[int, int]
+) -> None:
+    config = settings(long_days=days)
+    plays = spread(counted(histories))
+    windows = cut_windows(plays, config.window, config.lookahead)
+    drawn: dict[int, set[int]] = {}
+    for seed in range(12):
+        targets = targets_of(windows, config, "long", seed)
+        assert targets.shape[2] == config.long_targets
+        for window, inputs in enumerate(windows.inputs.tolist()):
+            first = int(windows.plays.songs[windows.plays.offsets[window]])
+            for place in range(inputs):
+                drawn.setdefault(first + place, set()).update(targets[window, place].tolist())
+            assert (targets[window, inputs:] == -1).all()
+    assert len(drawn) == int((plays.lengths - 1).sum())
+    wanted = {play: in_range(plays, play, days) for play in drawn}
+    for play, found in drawn.items():
+        assert found <= (set(wanted[play]) or {-1}), play
+    # 48 draws of each leave out few of those that there are.
+    held = sum(len(set(wanted[play])) for play in drawn)
+    assert sum(len(found - {-1}) for found in drawn.values()) >= 0.95 * held
+    assert (held == 0) == (days == (40, 50))
+
+
+def test_a_horizon_in_days_ends_with_the_500th_play() -> None:
+    """Of 1,200 plays in one day, those behind the window's last input are there for it to reach."""
+    many = Histories.from_lists([list(range(1200))], [list(range(1200))])
+    config = settings(long_days=(0, 1), window=100)
+    windows = cut_windows(many, config.window, config.lookahead)
+    own = windows.plays.songs[windows.plays.offsets[:-1]][:, None, None] + np.arange(100)[:, None]
+    offsets = np.concatenate([(targets_of(windows, config, "long", seed) - own)[:6].ravel() for seed in range(5)])
+    assert (offsets.min(), offsets.max()) == (1, 500)
+
+
+@pytest.mark.parametrize(("windows", "changes"), [(10, {}), (11, {}), (13, {}), (13, {"long_days": (0, 2)})])
+def test_the_targets_of_a_window_do_not_depend_on_the_number_of_workers(
+    histories: Histories, windows: int, changes: dict[str, object]
+) -> None:
+    config = settings(**changes)
+    plays = spread(counted(histories))
+    batch = cut_windows(plays, config.window, config.lookahead).take(np.arange(windows))
     whole = targets_of(batch, config, "long", seed=5)
     for rank in range(3):
         share = Share(rank=rank, workers=3)

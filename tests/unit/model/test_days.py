@@ -1,0 +1,91 @@
+"""A horizon in days: what is played a week later is planted, and no number of plays ahead tells of it."""
+
+import numpy as np
+import torch
+from networks import NUM_SONGS, MemoryHost, model_config
+from worlds import random_vectors
+
+from rayrec.data.histories import Histories, Questions
+from rayrec.data.split import DAY_MS
+from rayrec.model.checkpoint import export_song_vectors
+from rayrec.model.epochs import Fit, FitData
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.train_config import DaysHorizon, TrainConfig
+from rayrec.model.validation import Validation
+
+GROUPS, EACH = 5, 4  # groups of songs that are played on the first day of a week, and songs of each
+PLANTED = GROUPS * EACH
+MINUTE = 60_000
+A_WEEK_LATER = DaysHorizon(first_day=6, last_day=8)
+
+
+def weekly_histories(users: int, weeks: int = 5, seed: int = 0) -> Histories:
+    """Users who play one group of songs each week, a week later the next group, and in between any number of others."""
+    random = np.random.default_rng(seed)
+    songs: list[list[int]] = []
+    played_at: list[list[int]] = []
+    for _ in range(users):
+        first = int(random.integers(GROUPS))
+        songs.append([])
+        played_at.append([])
+        for week in range(weeks):
+            others = int(random.integers(3, 13))
+            songs[-1] += ((first + week) % GROUPS * EACH + random.permutation(EACH)).tolist()
+            songs[-1] += random.integers(PLANTED, NUM_SONGS, others).tolist()
+            times = [MINUTE * place for place in range(EACH)]
+            times += sorted((DAY_MS + random.integers(0, 3 * DAY_MS, others)).tolist())
+            played_at[-1] += [7 * DAY_MS * week + time for time in times]
+    return Histories.from_lists(songs, played_at)
+
+
+def asked_on_the_first_day(histories: Histories) -> np.ndarray:
+    """int64 (Q,): plays of planted songs after another one of the same day, which tells the group."""
+    planted = histories.songs < PLANTED
+    return np.flatnonzero(planted & np.append(False, planted[:-1]) & (histories.places > 0))
+
+
+def found_a_week_later(**horizons: tuple[int, ...]) -> float:
+    """The share of the next week's songs among the four nearest to the long taste vector of users not learned from."""
+    config = TrainConfig(
+        hidden_dim=24,
+        window=40,
+        batch=8,
+        objective="softmax",
+        averages=(0.0, 0.5),
+        learning_rate=0.02,
+        table_learning_rate=0.02,
+        averaged_steps=20,
+        dropout=0.0,
+        epochs=10,
+        **horizons,
+    )
+    torch.set_num_threads(1)
+    plays = weekly_histories(80)
+    data = FitData(vectors=random_vectors(NUM_SONGS), counts=np.bincount(plays.songs, minlength=NUM_SONGS))
+    host = MemoryHost({"final": plays}, config)
+    model = Fit(model_config(config), config, {"final": data}, host, validation=None).run()
+    vectors = export_song_vectors(model, np.ones(NUM_SONGS, dtype=bool)).numpy()
+    others = weekly_histories(20, seed=1)
+    asked = asked_on_the_first_day(others)
+    tastes = TasteEncoder(model).vectors(others, Questions.before_plays(others, asked), "long")
+    nearest = np.argsort(-(tastes @ vectors.T), axis=1)[:, :EACH]
+    following = (others.songs[asked] // EACH + 1) % GROUPS
+    return float((nearest // EACH == following[:, None]).mean())
+
+
+def test_a_horizon_of_days_finds_what_is_played_a_week_later_and_one_of_plays_does_not() -> None:
+    assert found_a_week_later(long_days=(6, 8)) > 0.9
+    assert found_a_week_later(long=(1, 10)) < 0.3
+
+
+def test_a_network_of_days_alone_is_judged_by_plays_in_the_range() -> None:
+    histories = weekly_histories(10)
+    asked = asked_on_the_first_day(histories)
+    begin, end = A_WEEK_LATER.spans(histories, Questions.before_plays(histories, asked))
+    judged = Validation(histories=histories, plays=asked[begin < end], horizon=A_WEEK_LATER)
+    groups = histories.songs // EACH
+    np.testing.assert_array_equal(groups[judged.answers], (groups[judged.plays] + 1) % GROUPS)
+    assert (histories.rows[judged.answers] == histories.rows[judged.plays]).all()
+    assert len(set((judged.answers - judged.plays).tolist())) > 10
+    plain = Validation(histories=histories, plays=asked)
+    np.testing.assert_array_equal(plain.answers, plain.plays)
