@@ -28,7 +28,7 @@ from rayrec.jobs.train_plan import model_config
 from rayrec.model.checkpoint import save_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
-from rayrec.model.taste_table import taste_table, tastes_file
+from rayrec.model.taste_table import taste_table, taste_writer, tastes_file
 from rayrec.model.train_config import TrainConfig
 from rayrec.online.load_states import load_states
 from rayrec.online.state_store import open_store
@@ -141,7 +141,9 @@ def _write_states_release(workspace: Workspace, config: StatesBenchConfig) -> No
                 histories_file(0, bucket), replace(templates.take(rows), user_ids=own, totals=None).to_arrow()
             )
             path = tastes_file(tastes.folder, bucket)
-            workspace.write_table(path, table.take(rows).set_column(0, columns.USER, pa.array(own, pa.string())))
+            own_table = table.take(rows).set_column(0, columns.USER, pa.array(own, pa.string()))
+            with workspace.open_output(path) as stream, taste_writer(stream, own_table.schema) as writer:
+                writer.write_table(own_table)
             names.append(path.removeprefix(f"{tastes.folder}/"))
             bar.advance()
     artifacts.publish(workspace, tastes, names)

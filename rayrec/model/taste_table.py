@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
@@ -87,6 +89,12 @@ def rows_table(encoder: TasteEncoder, rows: TasteRows, at: int) -> pa.Table:
             PLAYS: pa.array(rows.plays),
         }
     )
+
+
+def taste_writer(stream: Any, schema: pa.Schema) -> pq.ParquetWriter:
+    """Writes rows to a Parquet file. Numbers of vectors hardly repeat; their bytes, sorted by place, compress well."""
+    vectors = [f"{field.name}.list.element" for field in schema if field.type == pa.list_(pa.float32())]
+    return pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=False, use_byte_stream_split=vectors)
 
 
 def states_of(table: pa.Table, layers: int) -> States:
