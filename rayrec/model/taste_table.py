@@ -1,9 +1,11 @@
 """The taste vectors of all users at rest: one row per user, with the state from which a later run goes on."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,10 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.errors import DamagedArtifactError
-from rayrec.model.inference import States, TasteEncoder
+from rayrec.model.states import States
+
+if TYPE_CHECKING:
+    from rayrec.model.inference import TasteEncoder  # brings torch: readers of rows do without it
 
 STATE = "state"  # column: float32 list, layers × H
 HEARD = "heard"  # column: int32 list, the songs played, each once, ascending
@@ -138,7 +143,7 @@ class Counts:
     unchanged: int = 0  # users without new plays
     plays_computed: int = 0  # plays that went through the network
 
-    def __add__(self, other: "Counts") -> "Counts":
+    def __add__(self, other: Counts) -> Counts:
         return Counts(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
 
 

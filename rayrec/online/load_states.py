@@ -6,9 +6,11 @@ U users of a batch.
 import gc
 import json
 import os
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
@@ -24,11 +26,10 @@ from rayrec.data.forgotten import read_waiting
 from rayrec.data.histories import Histories
 from rayrec.data.parts import read_files
 from rayrec.data.windows import NEVER
-from rayrec.errors import DamagedArtifactError, MismatchError
-from rayrec.model.checkpoint import MODEL_CONFIG
-from rayrec.model.inference import States
+from rayrec.errors import DamagedArtifactError, MismatchError, RayrecError
+from rayrec.model.states import States
 from rayrec.model.taste_table import LAST_PLAYED_AT, PLAYS, STATE, states_of, tastes_file
-from rayrec.model.train_config import ModelConfig
+from rayrec.model.train_config import MODEL_CONFIG, ModelConfig
 from rayrec.online.state_codec import (
     pack_heard,
     pack_histories,
@@ -62,7 +63,7 @@ class LoadResult:
     unchanged: int = 0  # users who had a state of the model over these plays already
     deleted: int = 0  # users who were deleted from the store, and stay so
     kept_plays: int = 0  # the newer plays of those merged
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the load's; of buckets that were loaded at once each has its share
 
     def __add__(self, other: "LoadResult") -> "LoadResult":
         return LoadResult(
@@ -112,7 +113,7 @@ def load_states(
 def _load_all(
     dataset: Dataset, store: StateStore, tastes: Manifest, buckets: Iterable[int], processes: int
 ) -> Iterator[tuple[int, LoadResult]]:
-    """Buckets as they are done, with what became of them."""
+    """Buckets as they are done, with what became of them. Raises `RayrecError` where a process is killed."""
     if processes <= 1:
         with ThreadPoolExecutor(max_workers=1) as writer:
             loader = _Loader(dataset, store, tastes, writer, nullcontext())
@@ -124,7 +125,13 @@ def _load_all(
         loading = {pool.submit(_load_bucket, bucket): bucket for bucket in buckets}
         try:
             for done in as_completed(loading):
-                yield loading[done], done.result()
+                result = done.result()
+                yield loading[done], replace(result, seconds=round(result.seconds / processes, 3))
+        except BrokenProcessPool as error:
+            raise RayrecError(
+                "a process that loads users was killed, probably out of memory. Completed work is kept: run this "
+                "again on a machine with more memory"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -135,6 +142,7 @@ _of_process: list["_Loader"] = []  # of a process that loads for another one
 def _start_process(
     dataset: Dataset, store: StateStore, tastes: Manifest, turn: AbstractContextManager[Any] | None
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits: it lets buckets be finished
     gc.disable()  # it would look through everything again and again, and nothing here refers to itself
     _of_process.append(_Loader(dataset, store, tastes, ThreadPoolExecutor(max_workers=1), turn or nullcontext()))
 

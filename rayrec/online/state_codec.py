@@ -16,7 +16,7 @@ import pyarrow as pa
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError
-from rayrec.model.inference import States
+from rayrec.model.states import States
 from rayrec.online.user_state import ModelState, Plays, UserState
 
 STATE_MARK, PLAYS_MARK, HEARD_MARK = b"RrS2", b"RrP2", b"RrH1"  # the digit is the format's version
@@ -43,7 +43,8 @@ def pack_new_states(model: str, states: States, plays: np.ndarray, likes: Sequen
     """What `pack_state` makes of `UserState.start` for each user: `plays`, int (U,), are in their logs, and their likes
     are `likes`, where there are any.
 
-    All users together, without an object for each field of each."""
+    All users together, without an object for each field of each.
+    """
     users, layers, _ = states.hidden.shape
     liked = [] if likes is None else [bool(len(own)) for own in likes]
     at, left = _numbers(states.last_played_at, states.last_played_at == NEVER), _numbers(plays)
@@ -187,7 +188,7 @@ def _layer_parts(hidden: np.ndarray) -> list[Part]:
         data[is_wide] = hidden[is_wide].astype(SINGLE).view(np.uint8)
     data[~is_wide, : 2 * width] = hidden[~is_wide].astype(HALF).view(np.uint8)
     sizes = np.where(is_wide, 4, 2) * width
-    ends_in_zero = np.flatnonzero(data[np.arange(users), sizes - 1] == 0) if width else []
+    ends_in_zero = np.flatnonzero(data[np.arange(users), sizes - 1] == 0)
     filled = data[ends_in_zero, ::-1] != 0
     sizes[ends_in_zero] = np.where(filled.any(axis=1), data.shape[1] - filled.argmax(axis=1), 0)
     names = [np.frombuffer(b"\x92" + msgpack.packb(dtype), np.uint8) for dtype in (HALF, SINGLE)]
