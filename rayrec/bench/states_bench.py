@@ -3,6 +3,7 @@
 The users are generated: as many as there are templates play, the others repeat their plays and states under other ids.
 """
 
+import os
 import shutil
 import tempfile
 import time
@@ -28,7 +29,7 @@ from rayrec.jobs.train_plan import model_config
 from rayrec.model.checkpoint import save_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
-from rayrec.model.taste_table import taste_table, tastes_file
+from rayrec.model.taste_table import taste_table, taste_writer, tastes_file
 from rayrec.model.train_config import TrainConfig
 from rayrec.online.load_states import load_states
 from rayrec.online.state_store import open_store
@@ -46,8 +47,8 @@ ID = "states"  # of the release and its parts
 def bench_states(place: Workspace, config: StatesBenchConfig) -> dict[str, Any]:
     """`rayrec states load` into an SQLite file, and into a Redis server that is started here if it is installed.
 
-    For each store: seconds, cpu_seconds of this process, server_cpu_seconds of the Redis server, store_bytes, and
-    bytes of a user. The Redis server writes every command to disk before it answers.
+    For each store: seconds, cpu_seconds of all processes that load, server_cpu_seconds of the Redis server, and
+    user_bytes, those of a user. The Redis server writes every command to disk before it answers.
     """
     workspace = Workspace(f"{place.uri}/states-{config.users}-{config.seed}")
     began = time.perf_counter()
@@ -88,7 +89,7 @@ def _store(kind: str, folder: Path) -> Iterator[tuple[str, psutil.Process | None
 def _load(workspace: Workspace, release: Manifest, uri: str, server: psutil.Process | None) -> dict[str, Any]:
     dataset = Dataset(workspace)
     store = open_store(uri, dataset.lineage)
-    began, cpu = time.perf_counter(), time.process_time()
+    began, cpu = time.perf_counter(), _client_cpu_seconds()
     server_cpu = _cpu_seconds(server)
     loaded = load_states(dataset, store, release)
     store.close()
@@ -97,9 +98,15 @@ def _load(workspace: Workspace, release: Manifest, uri: str, server: psutil.Proc
     return {
         "seconds": seconds,
         "users_per_second": loaded.users / seconds,
-        "cpu_seconds": time.process_time() - cpu,
+        "cpu_seconds": _client_cpu_seconds() - cpu,
         "server_cpu_seconds": _cpu_seconds(server) - server_cpu,
     }
+
+
+def _client_cpu_seconds() -> float:
+    """Of this process and of those it started that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _cpu_seconds(process: psutil.Process | None) -> float:
@@ -141,7 +148,9 @@ def _write_states_release(workspace: Workspace, config: StatesBenchConfig) -> No
                 histories_file(0, bucket), replace(templates.take(rows), user_ids=own, totals=None).to_arrow()
             )
             path = tastes_file(tastes.folder, bucket)
-            workspace.write_table(path, table.take(rows).set_column(0, columns.USER, pa.array(own, pa.string())))
+            own_table = table.take(rows).set_column(0, columns.USER, pa.array(own, pa.string()))
+            with workspace.open_output(path) as stream, taste_writer(stream, own_table.schema) as writer:
+                writer.write_table(own_table)
             names.append(path.removeprefix(f"{tastes.folder}/"))
             bar.advance()
     artifacts.publish(workspace, tastes, names)

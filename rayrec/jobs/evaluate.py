@@ -20,6 +20,7 @@ from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.accumulator import VIEWS, MetricAccumulator
 from rayrec.evaluation.bootstrap import CellRange, cell_ranges
 from rayrec.evaluation.evaluator import Evaluator
+from rayrec.evaluation.evaluator_files import EvaluatorFiles, evaluator_files
 from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_map, training_plot
 from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig, plays_to_predict
@@ -83,7 +84,7 @@ def evaluate(
     with ray_cluster():
         without = fit_ablations(dataset, rankers_of(workspace, compared), run) if config.ablation else {}
         evaluator = make_evaluator(workspace, dataset, config, split, compared, without)
-        sums = evaluate_buckets(workspace, evaluator, dataset.manifest.buckets)
+        sums = evaluate_buckets(workspace, evaluator, dataset.manifest.buckets, f"{run}/evaluator")
     workspace.delete(run)
     users, plays = sums.users[VIEWS.index("next")].sum(), sums.queries[:, VIEWS.index("next")].sum()
     if not users:
@@ -200,17 +201,21 @@ def make_evaluator(
     )
 
 
-def evaluate_buckets(workspace: Workspace, evaluator: Evaluator, buckets: int) -> MetricAccumulator:
-    """The sums of all users, the buckets spread over the cluster, the evaluator shared by all workers of a node."""
+def evaluate_buckets(workspace: Workspace, evaluator: Evaluator, buckets: int, folder: str) -> MetricAccumulator:
+    """The sums of all users, the buckets spread over the cluster.
+
+    All workers of a node map the evaluator's arrays from files; `folder` holds those that no artifact does meanwhile.
+    """
     sums = evaluator.empty()
     ranges = cell_ranges(buckets, evaluator.cells_at_once)
     units = buckets * len(ranges)
     with ray_cluster(), progress("evaluate", units) as bar:
         evaluator.query_share = query_share(workspace, evaluator, buckets)
-        arguments = {"workspace": workspace, "evaluator": evaluator, "ranges": ranges}
-        for unit, part in run_buckets(BucketEvaluator, range(units), arguments=arguments):
-            sums.add(part, first_cell=unit * part.cells)
-            bar.advance()
+        with evaluator_files(workspace, folder, evaluator) as stored:
+            arguments = {"workspace": workspace, "stored": stored, "ranges": ranges}
+            for unit, part in run_buckets(BucketEvaluator, range(units), arguments=arguments):
+                sums.add(part, first_cell=unit * part.cells)
+                bar.advance()
     return sums
 
 
@@ -239,8 +244,8 @@ class QueryCounter:
 class BucketEvaluator:
     """Evaluates the users of some bootstrap cells of one bucket at a time."""
 
-    def __init__(self, workspace: Workspace, evaluator: Evaluator, ranges: list[CellRange]) -> None:
-        self.dataset, self.evaluator, self.ranges = Dataset(workspace), evaluator, ranges
+    def __init__(self, workspace: Workspace, stored: EvaluatorFiles[Evaluator], ranges: list[CellRange]) -> None:
+        self.dataset, self.evaluator, self.ranges = Dataset(workspace), stored.load(), ranges
 
     def __call__(self, unit: int) -> tuple[int, MetricAccumulator]:
         """The unit and the sums of its users: a bucket's, divided by ranges of cells."""
@@ -286,7 +291,8 @@ def evaluate_prefixes(
         return reuse(workspace, KIND, report_id)
     recommenders, song_plays = make_recommenders(workspace, dataset, compared, split)
     evaluator = PrefixEvaluator(recommenders, song_plays=song_plays, config=config)
-    sums, counts = evaluate_pairs(workspace, evaluator, file, byte_ranges(found.source, found.size, PREFIXES_AT_ONCE))
+    units = byte_ranges(found.source, found.size, PREFIXES_AT_ONCE)
+    sums, counts = evaluate_pairs(workspace, evaluator, file, units, f"{artifact_dir(KIND, report_id)}/run")
     if not counts[0]:
         raise InputError(f"{file.path} has no pairs; expected lines of songs, a tab and the next song")
     made = Figures(sums, recommenders, config)
@@ -322,15 +328,18 @@ def evaluate_prefixes(
 
 
 def evaluate_pairs(
-    workspace: Workspace, evaluator: PrefixEvaluator, file: PrefixFile, units: Sequence[Unit]
+    workspace: Workspace, evaluator: PrefixEvaluator, file: PrefixFile, units: Sequence[Unit], folder: str
 ) -> tuple[MetricAccumulator, np.ndarray]:
-    """The sums and the counts, as in `Prefixes`, of all units, spread over the cluster."""
+    """The sums and the counts, as in `Prefixes`, of all units, spread over the cluster.
+
+    `folder` is as in `evaluate_buckets`.
+    """
     sums, counts = evaluator.empty(), np.zeros(3, dtype=np.int64)
     ranges = cell_ranges(len(units), evaluator.cells_at_once)
     tasks = len(units) * len(ranges)
-    with ray_cluster(), progress("evaluate", tasks) as bar:
-        arguments = {"workspace": workspace, "evaluator": evaluator, "file": file, "units": list(units)}
-        for task, part, pairs in run_buckets(UnitEvaluator, range(tasks), arguments={**arguments, "ranges": ranges}):
+    with ray_cluster(), progress("evaluate", tasks) as bar, evaluator_files(workspace, folder, evaluator) as stored:
+        arguments = {"workspace": workspace, "stored": stored, "file": file, "units": list(units), "ranges": ranges}
+        for task, part, pairs in run_buckets(UnitEvaluator, range(tasks), arguments=arguments):
             sums.add(part, first_cell=task * part.cells)
             counts += pairs
             bar.advance()
@@ -343,12 +352,12 @@ class UnitEvaluator:
     def __init__(
         self,
         workspace: Workspace,
-        evaluator: PrefixEvaluator,
+        stored: EvaluatorFiles[PrefixEvaluator],
         file: PrefixFile,
         units: Sequence[Unit],
         ranges: list[CellRange],
     ) -> None:
-        self.evaluator, self.file, self.units, self.ranges = evaluator, file, units, ranges
+        self.evaluator, self.file, self.units, self.ranges = stored.load(), file, units, ranges
         self.song_ids = Dataset(workspace).catalog().table.column(columns.SONG_ID)
 
     def __call__(self, task: int) -> tuple[int, MetricAccumulator, np.ndarray]:
@@ -475,12 +484,11 @@ def make_recommenders(
 
     Also float64 (N,): how often each song was played there.
     """
-    # A plain array: a memory map would not be shared through Ray's object store.
-    vectors = np.array(workspace.read_array(compared.songs.path(FINAL))) if compared.songs else None
+    vectors = np.asarray(workspace.read_array(compared.songs.path(FINAL))) if compared.songs else None
     allowed, selection = fit_range(split), None
     if split is not None and split.has_validation:
         songs = compared.songs
-        early = np.array(workspace.read_array(songs.path(SELECTION))) if songs and SELECTION in songs.files else None
+        early = np.asarray(workspace.read_array(songs.path(SELECTION))) if songs and SELECTION in songs.files else None
         selection = make_selection(dataset, split, early)
     fitted: dict[str, BaseRecommender] = {}
     baselines = dict.fromkeys(["popularity", *(name for name in compared.names if name in BASELINES)])

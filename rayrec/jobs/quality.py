@@ -25,6 +25,7 @@ from rayrec.storage.artifacts import Manifest
 TARGETS = ("served", "next")
 QUERIES = 10_000  # about
 SAMPLES = 500  # of the bootstrap
+SHARED = "reports/quality"  # folder of what workers share; the jobs that measure quality run one at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ def measure_quality(
         curve_share=0.0,
         chosen_users=checks_rankers if checking_users else None,
     )
-    sums = evaluate_buckets(dataset.workspace, evaluator, dataset.manifest.buckets)
+    sums = evaluate_buckets(dataset.workspace, evaluator, dataset.manifest.buckets, SHARED)
     figures = Figures(sums, models, config)
     results = [row for row in figures.results(TARGETS) if row["users"] == "all" and row["metric"] in ("recall", "mrr")]
     comparisons = [row for row in figures.comparisons(models[0].name) if row["target"] in TARGETS]

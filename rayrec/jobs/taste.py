@@ -159,7 +159,7 @@ class BucketTastes:
 
     def __call__(self, bucket: int) -> BucketResult:
         """Write the bucket's file."""
-        from rayrec.model.taste_table import Counts
+        from rayrec.model.taste_table import Counts, taste_writer
 
         path = tastes_file(self._folder, bucket)
         if bucket in self._done:
@@ -169,7 +169,7 @@ class BucketTastes:
         with self._dataset.workspace.open_output(path) as stream:
             writer = None
             for table in self._tables(bucket, counts):
-                writer = writer or pq.ParquetWriter(stream, table.schema, compression="zstd")
+                writer = writer or taste_writer(stream, table.schema)
                 writer.write_table(table)
                 users, plays = users + table.num_rows, plays + int(table.column(PLAYS).to_numpy().sum())
                 # Freed memory goes back at once: left to itself the heap grows by a tenth over a long bucket.

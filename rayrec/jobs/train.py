@@ -15,8 +15,8 @@ from rayrec.jobs.runtime import cluster_cpus, ray_cluster
 from rayrec.jobs.train_plan import TrainPlan, diverged_file, fit_range_of, plan_training, selected_folder
 from rayrec.jobs.train_worker import train_worker
 from rayrec.jobs.trainer import SNAPSHOT, Crew, LocalBoard, new_board, run_workers, shown
-from rayrec.model.checkpoint import MODEL_CONFIG, WEIGHTS
-from rayrec.model.train_config import PLAY_COUNTS, SELECTION_NETWORK, ModelConfig, TrainConfig
+from rayrec.model.checkpoint import WEIGHTS
+from rayrec.model.train_config import MODEL_CONFIG, PLAY_COUNTS, SELECTION_NETWORK, ModelConfig, TrainConfig
 from rayrec.model.training_windows import Sequences
 from rayrec.progress import progress
 from rayrec.storage import artifacts

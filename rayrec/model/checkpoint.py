@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rayrec.errors import DamagedArtifactError
 from rayrec.model.network import TABLES, TasteModel
-from rayrec.model.train_config import ModelConfig
+from rayrec.model.train_config import MODEL_CONFIG, ModelConfig
 from rayrec.model.training import Training, TrainingState
 from rayrec.model.workers import Share
 from rayrec.storage.workspace import Workspace
@@ -26,7 +26,6 @@ from rayrec.storage.workspace import Workspace
 WEIGHTS = "model.safetensors"
 SONG_VECTORS = "song_vectors.npy"  # that taste vectors are compared with
 INPUT_VECTORS = "input_vectors.npy"  # of songs as inputs, where they have a table of their own
-MODEL_CONFIG = "model.json"
 SONGS_AT_ONCE = 1 << 16  # that go through the map of song vectors
 EPOCHS = "epochs.jsonl"
 TENSORBOARD = "tensorboard"  # folder of events

@@ -6,7 +6,6 @@ numbers that the head sees.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,18 +15,10 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.data.windows import NEVER
 from rayrec.model.features import gap_seconds, pad, scale_gap
 from rayrec.model.network import TasteModel
+from rayrec.model.states import States
 
 PLAYS_PER_PASS = 1 << 14  # padded plays that go through the network at once
 PIECE = 1024  # plays of one user in a pass; longer histories carry their state on
-
-
-@dataclass(frozen=True, kw_only=True)
-class States:
-    """Where the network stands after each user's last play."""
-
-    # float32 (U, state layers, H): the outputs of the layers, the cells of an LSTM, the sums of the averages
-    hidden: np.ndarray
-    last_played_at: np.ndarray  # int64 (U,), ms UTC; NEVER for a user without plays
 
 
 class TasteEncoder:

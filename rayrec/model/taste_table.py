@@ -1,18 +1,25 @@
 """The taste vectors of all users at rest: one row per user, with the state from which a later run goes on."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.errors import DamagedArtifactError
-from rayrec.model.inference import States, TasteEncoder
+from rayrec.model.states import States
+
+if TYPE_CHECKING:
+    from rayrec.model.inference import TasteEncoder  # brings torch: readers of rows do without it
 
 STATE = "state"  # column: float32 list, layers × H
 HEARD = "heard"  # column: int32 list, the songs played, each once, ascending
@@ -89,6 +96,12 @@ def rows_table(encoder: TasteEncoder, rows: TasteRows, at: int) -> pa.Table:
     )
 
 
+def taste_writer(stream: Any, schema: pa.Schema) -> pq.ParquetWriter:
+    """Writes rows to a Parquet file. Numbers of vectors hardly repeat; their bytes, sorted by place, compress well."""
+    vectors = [f"{field.name}.list.element" for field in schema if field.type == pa.list_(pa.float32())]
+    return pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=False, use_byte_stream_split=vectors)
+
+
 def states_of(table: pa.Table, layers: int) -> States:
     """The states of the users in rows that `taste_table` made."""
     values = table.column(STATE).combine_chunks().flatten().to_numpy()
@@ -130,7 +143,7 @@ class Counts:
     unchanged: int = 0  # users without new plays
     plays_computed: int = 0  # plays that went through the network
 
-    def __add__(self, other: "Counts") -> "Counts":
+    def __add__(self, other: Counts) -> Counts:
         return Counts(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
 
 

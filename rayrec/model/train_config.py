@@ -22,6 +22,7 @@ Source = Literal["histories", "playlists"]
 REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards song vectors, as the paper's do
 
 
+MODEL_CONFIG = "model.json"  # of a models artifact: the shape of its network
 SELECTION_NETWORK = "selection"  # folder in a models artifact: the network before it saw the validation range
 PLAY_COUNTS = "play_counts.npy"  # int64 (N,): plays of each song in the range that the model was fit on
 PLAYS_IN_DAYS = 500  # after a query that a horizon in days may hold; windows hold so many behind their inputs

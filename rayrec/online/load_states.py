@@ -3,11 +3,18 @@
 U users of a batch.
 """
 
+import gc
 import json
+import os
+import signal
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +26,10 @@ from rayrec.data.forgotten import read_waiting
 from rayrec.data.histories import Histories
 from rayrec.data.parts import read_files
 from rayrec.data.windows import NEVER
-from rayrec.errors import DamagedArtifactError, MismatchError
-from rayrec.model.checkpoint import load_model
-from rayrec.model.inference import States
+from rayrec.errors import DamagedArtifactError, MismatchError, RayrecError
+from rayrec.model.states import States
 from rayrec.model.taste_table import LAST_PLAYED_AT, PLAYS, STATE, states_of, tastes_file
+from rayrec.model.train_config import MODEL_CONFIG, ModelConfig
 from rayrec.online.state_codec import (
     pack_heard,
     pack_histories,
@@ -41,6 +48,8 @@ from rayrec.storage.artifacts import Manifest
 
 USERS_AT_ONCE = 8_000  # in one transaction of the store: some 0.2 s of SQLite, which other writers wait for
 PIECE_PLAYS = 1_024  # of a piece of the log: an answer reads pieces until it has enough plays
+MOST_PROCESSES = 8  # more would wait for the store
+USERS_WITHOUT_PROCESSES = 50_000  # whom one process loads in the time that it takes to start others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +63,7 @@ class LoadResult:
     unchanged: int = 0  # users who had a state of the model over these plays already
     deleted: int = 0  # users who were deleted from the store, and stay so
     kept_plays: int = 0  # the newer plays of those merged
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the load's; of buckets that were loaded at once each has its share
 
     def __add__(self, other: "LoadResult") -> "LoadResult":
         return LoadResult(
@@ -67,12 +76,15 @@ class LoadResult:
         return self.added + self.renewed + self.unchanged
 
 
-def load_states(dataset: Dataset, store: StateStore, release: Manifest, *, repeat: bool = False) -> LoadResult:
+def load_states(
+    dataset: Dataset, store: StateStore, release: Manifest, *, repeat: bool = False, processes: int | None = None
+) -> LoadResult:
     """Load the tastes of a release and the plays they were computed from; all that was loaded, this time or before.
 
     Each bucket is noted in the store when it is done, and left out by a later call; with `repeat` none is. A
     user's plays in the store that are newer than the batch's stay, and so does another release's state: the release
-    need not be live. Raises `MismatchError` for a release of a data set that the workspace's does not descend from,
+    need not be live. So many `processes` load a bucket each; by default one where there are few users, else as many as
+    there are CPUs. Raises `MismatchError` for a release of a data set that the workspace's does not descend from,
     `DamagedArtifactError` for tastes that do not match their checksums.
     """
     tastes = artifacts.load(dataset.workspace, "tastes", release.inputs["tastes"])
@@ -85,34 +97,84 @@ def load_states(dataset: Dataset, store: StateStore, release: Manifest, *, repea
     done = (
         {} if repeat else {bucket: LoadResult(**json.loads(text)) for bucket, text in store.loaded(tastes.id).items()}
     )
-    # A batch is written while the next one is read and packed.
-    with ThreadPoolExecutor(max_workers=1) as writer, progress("User states", buckets) as bar:
-        loader = _Loader(dataset, store, tastes, writer)
+    left = [bucket for bucket in range(buckets) if bucket not in done]
+    if processes is None:
+        few = dataset.manifest.users * len(left) <= USERS_WITHOUT_PROCESSES * buckets
+        processes = 1 if few else min(os.cpu_count() or 1, MOST_PROCESSES)
+    with progress("User states", buckets) as bar:
         bar.advance(len(done))
-        for bucket in range(buckets):
-            if bucket not in done:
-                done[bucket] = loader.load(bucket)
-                store.mark_loaded(tastes.id, bucket, json.dumps(asdict(done[bucket])))
-                bar.advance()
+        for bucket, result in _load_all(dataset, store, tastes, left, min(processes, len(left))):
+            done[bucket] = result
+            store.mark_loaded(tastes.id, bucket, json.dumps(asdict(result)))
+            bar.advance()
     return sum((done[bucket] for bucket in range(buckets)), LoadResult())  # in one order: seconds are no whole numbers
+
+
+def _load_all(
+    dataset: Dataset, store: StateStore, tastes: Manifest, buckets: Iterable[int], processes: int
+) -> Iterator[tuple[int, LoadResult]]:
+    """Buckets as they are done, with what became of them. Raises `RayrecError` where a process is killed."""
+    if processes <= 1:
+        with ThreadPoolExecutor(max_workers=1) as writer:
+            loader = _Loader(dataset, store, tastes, writer, nullcontext())
+            yield from ((bucket, loader.load(bucket)) for bucket in buckets)
+        return
+    context = get_context("spawn")  # a fork would inherit the locks of this process's threads
+    turn = context.Lock() if store.one_writer else None
+    with ProcessPoolExecutor(processes, context, _start_process, (dataset, store, tastes, turn)) as pool:
+        loading = {pool.submit(_load_bucket, bucket): bucket for bucket in buckets}
+        try:
+            for done in as_completed(loading):
+                result = done.result()
+                yield loading[done], replace(result, seconds=round(result.seconds / processes, 3))
+        except BrokenProcessPool as error:
+            raise RayrecError(
+                "a process that loads users was killed, probably out of memory. Completed work is kept: run this "
+                "again on a machine with more memory"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_of_process: list["_Loader"] = []  # of a process that loads for another one
+
+
+def _start_process(
+    dataset: Dataset, store: StateStore, tastes: Manifest, turn: AbstractContextManager[Any] | None
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits: it lets buckets be finished
+    gc.disable()  # it would look through everything again and again, and nothing here refers to itself
+    _of_process.append(_Loader(dataset, store, tastes, ThreadPoolExecutor(max_workers=1), turn or nullcontext()))
+
+
+def _load_bucket(bucket: int) -> LoadResult:
+    return _of_process[0].load(bucket)
 
 
 class _Loader:
     """Loads buckets of one tastes artifact."""
 
-    def __init__(self, dataset: Dataset, store: StateStore, tastes: Manifest, writer: Executor) -> None:
-        """`writer` has one thread, which alone puts users into the store."""
-        self._dataset, self._store, self._tastes, self._writer = dataset, store, tastes, writer
+    def __init__(
+        self,
+        dataset: Dataset,
+        store: StateStore,
+        tastes: Manifest,
+        writer: Executor,
+        turn: AbstractContextManager[Any],
+    ) -> None:
+        """`writer` has one thread, which alone puts users into the store, and holds `turn` meanwhile."""
+        self._dataset, self._store, self._tastes, self._writer, self._turn = dataset, store, tastes, writer, turn
         self._forgotten = read_waiting(dataset.workspace)  # the rows of others are erased
         model = artifacts.load(dataset.workspace, "models", tastes.inputs["models"])
         self._model = model.id
-        self._layers = load_model(dataset.workspace, model.folder).config.state_layers
+        shape = ModelConfig.from_json(dataset.workspace.read_json(model.path(MODEL_CONFIG)))
+        self._layers = shape.state_layers
 
     def load(self, bucket: int) -> LoadResult:
         """Load one bucket."""
         began, total = time.monotonic(), LoadResult(buckets=1)
         writing: Future[LoadResult] | None = None
-        for histories, table in self._batches(bucket):
+        for histories, table in self._batches(bucket):  # a batch is written while the next one is read and packed
             batch = self._packed(histories, table)
             if writing is not None:
                 total += writing.result()
@@ -152,7 +214,8 @@ class _Loader:
         return histories, states, self._new_users(histories, states), int(deleted.sum())
 
     def _write(self, histories: Histories, states: States, new: list[Change], deleted: int) -> LoadResult:
-        added = self._store.put(new)
+        with self._turn:
+            added = self._store.put(new)
         total = LoadResult(added=sum(added), deleted=deleted)
         batch = {
             user_id: self._user(histories, states, row)
@@ -180,11 +243,13 @@ class _Loader:
         """Users who are not in the store yet; those with one piece of plays, nearly all, are packed together."""
         lengths, user_ids = histories.lengths, histories.user_ids.tolist()
         in_one = (lengths > 0) & (lengths <= PIECE_PLAYS)
-        short = States(hidden=states.hidden[in_one], last_played_at=states.last_played_at[in_one])
-        liked = histories.likes
-        likes = None if liked is None else [_likes(liked, row) for row in np.flatnonzero(in_one).tolist()]
-        packed = pack_new_states(self._model, short, lengths[in_one], likes)
-        pieces = iter(zip(packed, pack_histories(histories.take(in_one)), strict=True))
+        short, short_states = histories, states
+        if not in_one.all():
+            short = histories.take(in_one)
+            short_states = States(hidden=states.hidden[in_one], last_played_at=states.last_played_at[in_one])
+        likes = None if short.likes is None else [_likes(short.likes, row) for row in range(len(short))]
+        packed = pack_new_states(self._model, short_states, short.lengths, likes)
+        pieces = iter(zip(packed, pack_histories(short), strict=True))
         changes = []
         for row, user_id in enumerate(user_ids):
             if in_one[row]:

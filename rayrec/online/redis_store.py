@@ -39,7 +39,7 @@ EVENT_SECONDS = 3 * DAY_SECONDS  # that a day's events are kept after the last o
 PIPELINE = 1_000  # users of one pipeline
 REPLICA_MS = 500  # that a put waits for a replica, where its node has one
 ROLE_SECONDS = 5.0  # that a node of a cluster is believed to have replicas, or none
-NEW_USERS = 100  # of one call of a script, for which the server does nothing else: a millisecond
+NEW_USERS = 200  # of one call of a script, for which the server does nothing else: some milliseconds
 
 # State, log, heard songs and events of a user change together or not at all.
 # KEYS: user, log, today's events. ARGV: expected version, state, restart, heard, seconds, number of events, events,
@@ -59,22 +59,19 @@ end
 return 1
 """
 
-# New users of one server, some at a time: a call for each costs more than its work. A cluster asks for one user a call.
-# KEYS: user and log of each. ARGV of each: state, heard, number of pieces, then plays and data of each piece.
+# New users with one piece each, some at a time, of one server: a call for each costs more than its work.
+# KEYS: all users, then their logs. ARGV: all states, then the pieces with their numbers of plays. 1 for each new user.
 PUT_NEW = """
-local added, place = {}, 1
-for i = 1, #KEYS, 2 do
-  local new = redis.call('EXISTS', KEYS[i]) == 0
-  added[(i + 1) / 2] = new and 1 or 0
-  if new then
-    redis.call('HSET', KEYS[i], 'v', 1, 's', ARGV[place])
-    if ARGV[place + 1] ~= '' then redis.call('HSET', KEYS[i], 'h', ARGV[place + 1]) end
+local users, added = #ARGV / 2, {}
+local any = redis.call('EXISTS', unpack(KEYS, 1, users)) > 0
+for i = 1, users do
+  if any and redis.call('EXISTS', KEYS[i]) == 1 then
+    added[i] = 0
+  else
+    redis.call('HSET', KEYS[i], 'v', 1, 's', ARGV[i])
+    redis.call('RPUSH', KEYS[users + i], ARGV[users + i])
+    added[i] = 1
   end
-  local last = place + 2 + 2 * tonumber(ARGV[place + 2])
-  for j = place + 3, last, 2 do
-    if new then redis.call('RPUSH', KEYS[i + 1], struct.pack('>I4', tonumber(ARGV[j])) .. ARGV[j + 1]) end
-  end
-  place = last + 1
 end
 return added
 """
@@ -203,9 +200,11 @@ log = logging.getLogger(__name__)
 class RedisStore(StateStore):
     """A hash, a list and a set a day for each user."""
 
-    def __init__(self, client: Any, namespace: str, shown: str) -> None:
-        """`client` is a redis.Redis or redis.RedisCluster that returns bytes; `shown` is the address to show."""
-        self._client, self._namespace, self._shown = client, namespace, shown
+    one_writer = False
+
+    def __init__(self, client: Any, namespace: str, uri: str) -> None:
+        """`client` is a redis.Redis or redis.RedisCluster that returns bytes, of the address `uri`."""
+        self._client, self._namespace, self._uri, self._shown = client, namespace, uri, _shown(uri)
         self._nodes = getattr(client, "nodes_manager", None)  # of a cluster
         self._replicated: dict[str, tuple[float, bool]] = {}  # by node: when it was asked, whether it has replicas
         self._scripts = {name: client.register_script(text) for name, text in _SCRIPTS.items()}
@@ -226,7 +225,7 @@ class RedisStore(StateStore):
         password = os.environ.get(PASSWORD_VARIABLE) if parts.password is None else None
         options: dict[str, Any] = {"socket_timeout": TIMEOUT_SECONDS, "socket_connect_timeout": TIMEOUT_SECONDS}
         options |= {} if password is None else {"password": password}
-        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        shown = _shown(uri)
         try:
             client = redis.Redis.from_url(uri, retry=_patience(), **options)
         except ValueError as error:
@@ -234,7 +233,10 @@ class RedisStore(StateStore):
         if _unless_down(shown, lambda: client.info("cluster")).get("cluster_enabled"):
             client.close()
             client = _unless_down(shown, lambda: redis.RedisCluster.from_url(uri, **options))
-        return cls(client, namespace, shown)
+        return cls(client, namespace, uri)
+
+    def __reduce__(self) -> tuple[Callable[[str, str], "RedisStore"], tuple[str, str]]:
+        return RedisStore.from_uri, (self._uri, self._namespace)
 
     def get(self, users: Mapping[str, Sequence[int]]) -> list[Stored | None]:
         """As in `StateStore`."""
@@ -259,12 +261,17 @@ class RedisStore(StateStore):
 
     def put(self, changes: Sequence[Change]) -> list[bool]:
         """As in `StateStore`; each user by itself."""
-        new = [change for change in changes if change.expected == NOT_THERE and not change.events]
-        if self._nodes is None and len(new) == len(changes) > 1:
-            calls = [_new_users(part, self._keys) for part in _parts(new, NEW_USERS)]
-            return [bool(put) for answer in self._run("put_new", calls) for put in answer]
-        today = event_days()[:1]
-        return [bool(put) for put in self._run("put", [(self._keys(c.user_id, today), _arguments(c)) for c in changes])]
+        new: list[int] = []
+        if self._nodes is None and len({change.user_id for change in changes}) == len(changes) > 1:
+            new = [place for place, change in enumerate(changes) if _is_short(change)]
+        put = dict.fromkeys(range(len(changes)), False)
+        calls = [_new_users([changes[place] for place in part], self._keys) for part in _parts(new, NEW_USERS)]
+        added = [bool(each) for answer in self._run("put_new", calls) for each in answer]
+        put.update(zip(new, added, strict=True))
+        others, today = sorted(put.keys() - set(new)), event_days()[:1]
+        calls = [(self._keys(changes[place].user_id, today), _arguments(changes[place])) for place in others]
+        put.update(zip(others, map(bool, self._run("put", calls)), strict=True))
+        return list(put.values())
 
     def forget(self, user_ids: Sequence[str], state: bytes) -> None:
         """As in `StateStore`; the append-only file holds the deleted bytes until `rewrite`, or Redis itself, does."""
@@ -491,6 +498,12 @@ def _patience() -> Any:
     return Retry(ExponentialBackoff(cap=0.4, base=0.05), RETRIES)
 
 
+def _shown(uri: str) -> str:
+    """An address without its password."""
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def _unless_down(shown: str, call: Callable[[], T]) -> T:
     from redis.exceptions import RedisError
 
@@ -508,16 +521,16 @@ def _arguments(change: Change) -> list[Any]:
     return arguments
 
 
+def _is_short(change: Change) -> bool:
+    """Whether it makes a new user with one piece of plays, as nearly all are whom a load brings."""
+    return change.expected == NOT_THERE and len(change.append) == 1 and change.heard is None and not change.events
+
+
 def _new_users(changes: Sequence[Change], keys_of: Callable[[str], list[str]]) -> tuple[list[str], list[Any]]:
     """Keys and arguments of PUT_NEW."""
-    keys: list[str] = []
-    arguments: list[Any] = []
-    for change in changes:
-        keys += keys_of(change.user_id)
-        arguments += [change.state, change.heard or b"", len(change.append)]
-        for piece in change.append:
-            arguments += [piece.plays, piece.data]
-    return keys, arguments
+    users, logs = zip(*(keys_of(change.user_id) for change in changes), strict=True)
+    pieces = [piece.plays.to_bytes(4, "big") + piece.data for change in changes for piece in change.append]
+    return [*users, *logs], [*(change.state for change in changes), *pieces]
 
 
 def _stored(answer: Sequence[Any], events: frozenset[int] = frozenset()) -> Stored:

@@ -31,6 +31,9 @@ from rayrec.online.state_store import (
 FORMAT = 4  # of the tables, in user_version; 0 is a file that was just made
 WAIT_SECONDS = 10.0  # for other writers, at most
 PAGE_BYTES = 8_192  # a state takes 1.3 KB: of pages of 4 KB a third would stay empty
+MANY_USERS = 1_000  # of one transaction
+CACHE_BYTES = 128 << 20  # of a connection that puts many users: else a page is written as often as it is changed
+LOG_BYTES = 128 << 20  # that it lets the write-ahead log grow to
 VARIABLES = 32_000 if sqlite3.sqlite_version_info >= (3, 32) else 900  # of one statement: SQLite allows a few more
 FORGOTTEN_AT_ONCE = 500  # users of one transaction, which other writers wait for
 PIECES = 1 << 24  # of one user's log: each holds as many plays as leave a window, so nobody has as many
@@ -59,6 +62,8 @@ OF_USER = "piece >= ?1 AND piece < ?2"  # the log of one, with `_pieces`
 class SqliteStore(StateStore):
     """Each thread has a connection of its own."""
 
+    one_writer = True
+
     def __init__(self, path: str | Path, namespace: str) -> None:
         """Raises `InputError` where the file cannot be opened or is none of ours."""
         self._path, self._namespace = Path(path), namespace
@@ -72,6 +77,9 @@ class SqliteStore(StateStore):
             raise InputError(
                 f"store {self._path} cannot be opened: {error}; name a file that rayrec made, or a new one"
             ) from error
+
+    def __reduce__(self) -> tuple[type["SqliteStore"], tuple[Path, str]]:
+        return SqliteStore, (self._path, self._namespace)
 
     @classmethod
     def from_uri(cls, uri: str, namespace: str) -> "SqliteStore":
@@ -95,6 +103,8 @@ class SqliteStore(StateStore):
     def put(self, changes: Sequence[Change]) -> list[bool]:
         """As in `StateStore`; one transaction, and one wait for the disk, for all."""
         keys = [self._key(change.user_id) for change in changes]
+        if len(changes) >= MANY_USERS:
+            self._prepare_for_many()
         with self._transaction("IMMEDIATE") as connection:
             self._clear_events(connection)
             new = {key: change for key, change in zip(keys, changes, strict=True) if change.expected == NOT_THERE}
@@ -269,8 +279,15 @@ class SqliteStore(StateStore):
             places = ", ".join("?" * len(some))
             yield from (key for (key,) in connection.execute(f"SELECT user FROM users WHERE user IN ({places})", some))
 
+    def _prepare_for_many(self) -> None:
+        """Let this thread's connection hold all pages that many users change, and copy them to their places late."""
+        with self._connection() as connection:
+            connection.execute(f"PRAGMA cache_size = -{CACHE_BYTES >> 10}")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {LOG_BYTES // PAGE_BYTES}")
+
     def _put_new(self, connection: sqlite3.Connection, users: Mapping[bytes, Change]) -> None:
-        """Users who are not in the store, by their keys."""
+        """Users who are not in the store, by their keys: in their order they change each page of an index once."""
+        users = dict(sorted(users.items()))
         (first,) = connection.execute("SELECT COALESCE(MAX(number), 0) + 1 FROM users").fetchone()
         rows = [(number, key, user.state, user.heard) for number, (key, user) in enumerate(users.items(), first)]
         _insert(connection, "users", "(?, ?, 1, ?, ?)", rows)

@@ -16,7 +16,7 @@ import pyarrow as pa
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError
-from rayrec.model.inference import States
+from rayrec.model.states import States
 from rayrec.online.user_state import ModelState, Plays, UserState
 
 STATE_MARK, PLAYS_MARK, HEARD_MARK = b"RrS2", b"RrP2", b"RrH1"  # the digit is the format's version
@@ -41,15 +41,34 @@ def pack_state(state: UserState) -> bytes:
 
 def pack_new_states(model: str, states: States, plays: np.ndarray, likes: Sequence[Plays] | None = None) -> list[bytes]:
     """What `pack_state` makes of `UserState.start` for each user: `plays`, int (U,), are in their logs, and their likes
-    are `likes`, where there are any."""
-    layers = _pack_all_layers(states.hidden)
-    shape = list(states.hidden.shape[1:])
-    packed = []
-    for row, (hidden, at, left) in enumerate(zip(layers, states.last_played_at.tolist(), plays.tolist(), strict=True)):
-        folded = [model, shape, hidden, [], _moment(at), left, 0, 0]
-        liked = [] if likes is None else _likes(likes[row])
-        packed.append(_seal(STATE_MARK, [_moment(at), None, [left, 0, 0, 0, 0], [], [folded], *liked]))
-    return packed
+    are `likes`, where there are any.
+
+    All users together, without an object for each field of each.
+    """
+    users, layers, _ = states.hidden.shape
+    liked = [] if likes is None else [bool(len(own)) for own in likes]
+    at, left = _numbers(states.last_played_at, states.last_played_at == NEVER), _numbers(plays)
+    nothing, zeros = msgpack.packb([]), bytes(4)
+    parts = [
+        _constant(users, b"\x95") if not any(liked) else _bytes(np.where(liked, 0x96, 0x95).astype(np.uint8)[:, None]),
+        at,
+        _constant(users, msgpack.packb(None) + b"\x95"),
+        left,
+        _constant(users, zeros + nothing + b"\x91\x98" + msgpack.packb(model)),
+        _constant(users, msgpack.packb(list(states.hidden.shape[1:])) + msgpack.packb([None] * layers)[:-layers]),
+        *(part for layer in range(layers) for part in _layer_parts(states.hidden[:, layer])),
+        _constant(users, nothing),
+        at,
+        left,
+        _constant(users, zeros[:2]),
+    ]
+    bodies = _rows(parts)
+    if likes is not None:
+        bodies = [
+            body + msgpack.packb(_play_arrays(own)) if len(own) else body
+            for body, own in zip(bodies, likes, strict=True)
+        ]
+    return [_sealed(STATE_MARK, body) for body in bodies]
 
 
 def unpack_state(data: bytes) -> UserState:
@@ -90,14 +109,13 @@ def pack_histories(histories: Histories) -> list[bytes]:
     with_contexts, with_skips = (_any_of(values, offsets) for values in (histories.contexts, histories.skipped))
     firsts, bounds, codec = histories.played_at[offsets[:-1]].tolist(), offsets.tolist(), pa.Codec(CODEC)
     width = numbers[0].itemsize + numbers[1].itemsize
-    packed = []
+    skips = _packed_bits(histories.skipped, offsets) if any(with_skips) else []
+    packed, packer = [], msgpack.Packer(autoreset=True)
     for row, (begin, end) in enumerate(pairwise(bounds)):
         columns = table[begin:end] if with_contexts[row] else table[begin:end, :width]
         squeezed = codec.compress(columns.T.tobytes(), asbytes=True)
-        skipped = b""
-        if with_skips[row] and histories.skipped is not None:
-            skipped = np.packbits(histories.skipped[begin:end]).tobytes()
-        packed.append(_seal(PLAYS_MARK, [end - begin, firsts[row], with_contexts[row], squeezed, skipped]))
+        fields = [end - begin, firsts[row], with_contexts[row], squeezed, skips[row] if with_skips[row] else b""]
+        packed.append(_sealed(PLAYS_MARK, packer.pack(fields)))
     return packed
 
 
@@ -140,29 +158,92 @@ def _model_state(
 
 
 def _pack_layers(hidden: np.ndarray) -> list[Any]:
-    """Type and bytes of each layer of a network state, without the zeros at its end."""
-    return _pack_all_layers(hidden[None])[0]
-
-
-def _pack_all_layers(hidden: np.ndarray) -> list[list[Any]]:
-    """Type and bytes of each layer of the states of users, float32 (U, L, H), without the zeros at its end.
+    """Type and bytes of each layer of a network state, without the zeros at its end.
 
     Outputs of a recurrent layer lie within -1 and 1 and lose nothing that matters in half precision. Sums over all
     plays grow, and half precision would swallow what one more play adds.
     """
-    users, layers, width = hidden.shape
-    wide = (np.abs(hidden).max(axis=2, initial=0.0) > 1).tolist()
-    halves = np.where(np.abs(hidden) > 1, 0, hidden).astype(HALF).tobytes()
-    singles = hidden.astype(SINGLE).tobytes()
-    packed = []
-    for user in range(users):
-        own = []
-        for layer in range(layers):
-            dtype, size, data = (SINGLE, 4, singles) if wide[user][layer] else (HALF, 2, halves)
-            begin = (user * layers + layer) * width * size
-            own.append([dtype, data[begin : begin + width * size].rstrip(b"\0")])
-        packed.append(own)
-    return packed
+    dtypes = [SINGLE if np.abs(layer).max(initial=0.0) > 1 else HALF for layer in hidden]
+    return [[dtype, layer.astype(dtype).tobytes().rstrip(b"\0")] for dtype, layer in zip(dtypes, hidden, strict=True)]
+
+
+Part = tuple[np.ndarray, np.ndarray]  # of the bytes of users: uint8 (U, n), of which int (U,) count, from the left
+
+
+def _constant(users: int, data: bytes) -> Part:
+    """The same bytes for all users."""
+    return _bytes(np.broadcast_to(np.frombuffer(data, np.uint8), (users, len(data))))
+
+
+def _bytes(values: np.ndarray) -> Part:
+    return values, np.full(len(values), values.shape[1])
+
+
+def _layer_parts(hidden: np.ndarray) -> list[Part]:
+    """One layer of the states of users, float32 (U, H), as msgpack holds what `_pack_layers` makes of each."""
+    users, width = hidden.shape
+    is_wide = np.abs(hidden).max(axis=1, initial=0.0) > 1
+    data = np.zeros((users, (4 if is_wide.any() else 2) * width), np.uint8)
+    if is_wide.any():
+        data[is_wide] = hidden[is_wide].astype(SINGLE).view(np.uint8)
+    data[~is_wide, : 2 * width] = hidden[~is_wide].astype(HALF).view(np.uint8)
+    sizes = np.where(is_wide, 4, 2) * width
+    ends_in_zero = np.flatnonzero(data[np.arange(users), sizes - 1] == 0)
+    filled = data[ends_in_zero, ::-1] != 0
+    sizes[ends_in_zero] = np.where(filled.any(axis=1), data.shape[1] - filled.argmax(axis=1), 0)
+    names = [np.frombuffer(b"\x92" + msgpack.packb(dtype), np.uint8) for dtype in (HALF, SINGLE)]
+    return [_bytes(np.where(is_wide[:, None], names[1], names[0])), _headers(sizes), (data, sizes)]
+
+
+def _headers(sizes: np.ndarray) -> Part:
+    """How msgpack begins so many bytes, int (U,)."""
+    return _coded(sizes, [(0xC4, 1, sizes < 1 << 8), (0xC5, 2, sizes < 1 << 16), (0xC6, 4, sizes < 1 << 32)])
+
+
+def _numbers(values: np.ndarray, missing: np.ndarray | None = None) -> Part:
+    """Numbers, int64 (U,), as msgpack holds them; nil where `missing`, bool (U,), says so."""
+    data, sizes = _coded(
+        values,
+        [
+            (None, 1, (values >= -32) & (values < 128)),
+            *((0xCC + step, 1 << step, (values >= 0) & (values < 1 << (8 << step))) for step in range(3)),
+            (0xCF, 8, values >= 0),
+            *((0xD0 + step, 1 << step, values >= -(1 << ((8 << step) - 1))) for step in range(4)),
+        ],
+    )
+    if missing is not None:
+        data[missing, 0], sizes[missing] = 0xC0, 1
+    return data, sizes
+
+
+def _coded(values: np.ndarray, codes: list[tuple[int | None, int, np.ndarray]]) -> Part:
+    """Each number by the first of some codes that fits it, bool (U,): a byte, then so many of the number's own."""
+    digits = values.astype(">i8").view(np.uint8).reshape(-1, 8)
+    data, sizes = np.zeros((len(values), 9), np.uint8), np.zeros(len(values), np.int64)
+    for code, count, fits in codes:
+        rows = np.flatnonzero(fits & (sizes == 0))
+        begin = 0 if code is None else 1
+        data[rows, :begin] = code or 0
+        data[rows, begin : begin + count] = digits[rows, 8 - count :]
+        sizes[rows] = begin + count
+    return data, sizes
+
+
+def _rows(parts: Sequence[Part]) -> list[bytes]:
+    """The bytes of each user, part by part: users whose parts have the same sizes at once."""
+    sizes_UP = np.stack([sizes for _, sizes in parts], axis=1)
+    kinds, first = np.zeros(len(sizes_UP), np.int64), np.zeros(1, np.int64)
+    for column in np.flatnonzero((sizes_UP != sizes_UP[:1]).any(axis=0)):
+        keys = kinds * (int(sizes_UP[:, column].max()) + 1) + sizes_UP[:, column]
+        _, first, kinds = np.unique(keys, return_index=True, return_inverse=True)
+    rows: list[bytes] = [b""] * len(sizes_UP)
+    for kind, sizes in enumerate(sizes_UP[first[: len(rows)]].tolist()):
+        users, total = np.flatnonzero(kinds == kind), sum(sizes)
+        joined = np.concatenate([data[users, :size] for (data, _), size in zip(parts, sizes, strict=True)], axis=1)
+        data = joined.tobytes()
+        for place, user in enumerate(users.tolist()):
+            rows[user] = data[place * total : (place + 1) * total]
+    return rows
 
 
 def _likes(likes: Plays) -> list[list[Any]]:
@@ -177,6 +258,19 @@ def _any_of(values: np.ndarray | None, offsets: np.ndarray) -> list[bool]:
     counts = np.concatenate([[0], np.cumsum(values != 0)])[offsets]
     some: list[bool] = (np.diff(counts) > 0).tolist()
     return some
+
+
+def _packed_bits(values: np.ndarray | None, offsets: np.ndarray) -> list[bytes]:
+    """The bits of each user, filled up to whole bytes."""
+    if values is None:
+        return []
+    lengths = np.diff(offsets)
+    sizes = -(-lengths // 8)
+    ends = np.cumsum(sizes)
+    bits = np.zeros(8 * int(sizes.sum()), dtype=np.bool_)
+    bits[np.arange(len(values)) + np.repeat(8 * (ends - sizes) - offsets[:-1], lengths)] = values
+    data = np.packbits(bits).tobytes()
+    return [data[begin:end] for begin, end in zip((ends - sizes).tolist(), ends.tolist(), strict=True)]
 
 
 def _unpack_layers(layers: list[Any], shape: list[int]) -> np.ndarray:
@@ -237,7 +331,10 @@ def _time(at: int | None) -> int:
 
 
 def _seal(mark: bytes, fields: list[Any]) -> bytes:
-    body: bytes = msgpack.packb(fields)
+    return _sealed(mark, msgpack.packb(fields))
+
+
+def _sealed(mark: bytes, body: bytes) -> bytes:
     return mark + zlib.crc32(body).to_bytes(4, "little") + body
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import quote, unquote, urlsplit
 
 from rayrec.errors import InputError, RayrecError
@@ -42,7 +43,7 @@ class WholeUser:
     heard: bytes | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Plays to add to a log."""
 
@@ -50,7 +51,7 @@ class Piece:
     data: bytes
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
     """What to put in place of what a store holds of one user."""
 
@@ -77,9 +78,11 @@ class OnlineSong:
 class StateStore(ABC):
     """The users of one namespace, and the songs that were added online. Many processes may open the same store.
 
-    Safe to use from many threads. Data sets whose rows of songs differ must not share a namespace. Every method raises
-    `StoreUnavailableError` where the store does not answer.
+    Safe to use from many threads; a copy that is pickled opens the store anew. Data sets whose rows of songs differ
+    must not share a namespace. Every method raises `StoreUnavailableError` where the store does not answer.
     """
+
+    one_writer: ClassVar[bool]  # whether one process at a time can put users into it
 
     @abstractmethod
     def get(self, users: Mapping[str, Sequence[int]]) -> list[Stored | None]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories
 from rayrec.model.added_songs import AddedSongs
-from rayrec.model.inference import States
+from rayrec.model.states import States
 from rayrec.recommend.base import BaseRecommender, Horizon
 from rayrec.recommend.layout import layout
 from rayrec.recommend.selection import Chosen, Known, Wish, choose, network_of, similar

@@ -17,7 +17,7 @@ from rayrec.data.impressions import ImpressionLog, LogBounds
 from rayrec.data.moments import EPOCH, now_ms
 from rayrec.data.windows import NEVER
 from rayrec.errors import FieldError, InputError, NotFoundError
-from rayrec.model.inference import States
+from rayrec.model.states import States
 from rayrec.online.state_store import StoreUnavailableError
 from rayrec.recommend.reasons import LAST_PLAYS, POPULAR, reasons
 from rayrec.recommend.retrieval.play_counts import NOT_PLAYED

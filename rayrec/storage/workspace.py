@@ -266,7 +266,9 @@ class Workspace:
 
         Never unpickles. On a bucket it is a copy on the local disk, which is compared with `sha256` while it is made.
         """
-        return np.load(self.local_file(path, sha256), mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+        array: np.ndarray = np.load(self.local_file(path, sha256), mmap_mode="r", allow_pickle=False)
+        array.stored_at = self, path  # type: ignore[attr-defined]  # for `stored_at`
+        return array
 
     def write_array(self, path: str, array: np.ndarray) -> str:
         """Write a .npy file, without pickle; its sha256."""
@@ -304,6 +306,15 @@ class Workspace:
         with local.open("rb") as source, self.open_output(path) as stream:
             shutil.copyfileobj(source, stream, 1 << 22)
         return stream.sha256
+
+
+def stored_at(array: np.ndarray) -> tuple[Workspace, str] | None:
+    """The file that an array is whole, as `read_array` gave it or a view of that; None for any other array."""
+    whole = array
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    place: tuple[Workspace, str] | None = getattr(whole, "stored_at", None)
+    return place if array.__array_interface__ == whole.__array_interface__ else None
 
 
 def _make_folder(folder: Path) -> None:

@@ -115,6 +115,7 @@ def loaded_by(code: str) -> set[str]:
         "import rayrec",
         "from rayrec import *",
         "import rayrec_cli.main",
+        "import rayrec.online.load_states",  # by each process of a load
         "from rayrec_cli.main import main; main(['--help'])",
         "from rayrec_cli.main import main; main(['train', '--help'])",
         "from rayrec_cli.main import main; main(['submit', '--help'])",

@@ -24,10 +24,10 @@ HISTORY_BYTES = 8.5  # of a play in the data set, with id and time; contexts and
 STORED_SONG_BYTES = 10.0  # of a song in songs.parquet with an id of 12 characters
 TEXT_LENGTH_BYTES = 2.0  # of the lengths of a song's title and artist
 SONG_TEXT_BYTES = 30.0  # of title and artist of a song, compressed; an assumption
-STORED_FLOAT_BYTES = 5.2  # of a number in the Parquet lists of tastes
-HEARD_BYTES = 4.5  # of a distinct song in a row of tastes
+STORED_FLOAT_BYTES = 3.45  # of a number in the Parquet lists of tastes
+HEARD_BYTES = 2.1  # of a distinct song in a row of tastes, of 20,000 songs; about one more where there are millions
 NEW_SONG_SHARE = 0.85  # of a user's plays that are songs not heard before, measured 0.83 on 2026-11-24
-ROW_BYTES_OF_TASTES = 48.0  # of a row of tastes beside its lists
+ROW_BYTES_OF_TASTES = 60.0  # of a row of tastes beside its lists
 DRIVER_REQUESTS = 25  # of an import, whatever its size
 EMBED_REQUESTS = 30  # of `embed` beside its passes
 TRAIN_REQUESTS = 95  # of `train` beside its passes: embeddings, checkpoints, the model
@@ -290,8 +290,8 @@ def evaluating_memory(queries: int) -> int:
     return EVALUATING_BYTES + queries * EVALUATED_QUERY_BYTES
 
 
-def evaluator_store(songs: int, dim: int, retrieval: int) -> int:
-    """Bytes of the object store of a node that `evaluate` takes: tables, a retrieval of so many bytes, song ranks."""
+def evaluated_files(songs: int, dim: int, retrieval: int) -> int:
+    """Of what the workers of `evaluate` on a node map: tables, an index, a retrieval of so many bytes, song ranks."""
     return retrieval + EVALUATED_TABLES * table_bytes(songs, dim) + songs * EVALUATED_SONG_BYTES
 
 

@@ -33,8 +33,8 @@ from rayrec.jobs.planning.formulas import (
     embedding_memory,
     encoding_memory,
     evaluate_requests,
+    evaluated_files,
     evaluating_memory,
-    evaluator_store,
     examples_memory,
     histories_bytes,
     histories_requests,
@@ -329,15 +329,15 @@ class _Planner:
         return self._stage("index", self.large, 1, self.large.cpus, needed, batches=1, batch_of="index", work=None)
 
     def evaluate(self) -> StagePlan:
-        """All histories are read; the queries are answered by two recommenders, in the object store once a node."""
-        needed = self.tight.cpus * (IDLE_WORKER + evaluating_memory(ceil(self.config.queries / self.data.buckets)))
+        """All histories are read; the queries are answered by two recommenders, whose arrays a node holds once."""
+        worker = IDLE_WORKER + evaluating_memory(ceil(self.config.queries / self.data.buckets))
+        needed = self.tight.cpus * worker + evaluated_files(self.data.songs, self.config.dim, self.retrieval_bytes())
         stage = self._spread(
             "evaluate", needed, self.data.buckets, "bucket of users", self.config.queries, "queries_per_second_per_cpu"
         )
         reading = self.rate("read_plays_per_second_per_cpu")
         hours = (stage.hours or 0) + EVALUATE_PASSES * self.data.plays / (reading * stage.workers) / 3600
-        store = evaluator_store(self.data.songs, self.config.dim, self.retrieval_bytes())
-        return replace(stage, hours=hours, store=store)
+        return replace(stage, hours=hours)
 
     def recommend(self) -> StagePlan:
         """`recommend --all`: every CPU answers the users of a bucket, from tables that a node holds once."""

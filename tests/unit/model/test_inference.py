@@ -12,7 +12,8 @@ from worlds import random_histories
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.windows import NEVER
 from rayrec.model import inference
-from rayrec.model.inference import States, TasteEncoder
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.states import States
 from rayrec.model.train_config import FeatureSpec
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import AT, NUM_SONGS, Client, service, write_release, write_world
+from served import AT, BEGIN, NUM_SONGS, Client, service, write_release, write_world
+from worlds import with_opinions, write_dataset, write_song_vectors
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError
-from rayrec.model.taste_table import tastes_file
-from rayrec.online.load_states import load_states
-from rayrec.online.state_codec import pack_state, unpack_plays, unpack_state
+from rayrec.model.taste_table import states_of, tastes_file
+from rayrec.online.load_states import PIECE_PLAYS, load_states
+from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_plays, unpack_state
 from rayrec.online.state_store import NOT_THERE, Change, StateStore, open_store, store_uri
-from rayrec.online.user_state import FIRST_ONLINE, Plays, UserState
+from rayrec.online.user_state import FIRST_ONLINE, LAST_PLAYS, Plays, UserState, fold_heard
 from rayrec.recommend.answer import load_recommender
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
@@ -104,6 +105,64 @@ def test_stored_users_get_the_20_songs_of_their_whole_histories_in_99_of_100_cas
             same.append(set(answer(app, history.user_ids[0], AT, 20)) == {song["song_id"] for song in songs})
     assert len(same) >= 40
     assert np.mean(same) >= 0.99
+
+
+def plays_of(histories: Histories, row: int) -> Plays:
+    own = slice(int(histories.offsets[row]), int(histories.offsets[row + 1]))
+    skipped = None if histories.skipped is None else histories.skipped[own]
+    return Plays.of(histories.songs[own], histories.played_at[own], skipped=skipped)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_everybody_is_stored_to_the_bytes_that_each_alone_is_packed_to(
+    workspace: Workspace, uri: str, processes: int
+) -> None:
+    """Users without plays, with likes and skips, with several pieces, and with more plays than an answer reads."""
+    random, lengths = np.random.default_rng(0), [*range(0, 40, 3), 1_500, LAST_PLAYS + 500]
+    histories = Histories.from_lists(
+        [random.integers(NUM_SONGS, size=length) for length in lengths],  # type: ignore[misc]
+        [BEGIN + np.cumsum(random.integers(1, 10**6, size=length)) for length in lengths],  # type: ignore[misc]
+        [f"user-{length}" for length in lengths],
+    )
+    write_dataset(workspace, with_opinions(histories, NUM_SONGS), NUM_SONGS, buckets=3)
+    write_song_vectors(workspace, np.ones((NUM_SONGS, 8), np.float32), {"dataset": "by-hand"})
+    release = write_release(workspace, ranked=False)
+    dataset, store = Dataset(workspace), open_store(uri, "by-hand")
+    assert load_states(dataset, store, release, processes=processes).added == len(lengths)
+    for bucket in range(3):
+        table = workspace.read_table(tastes_file("tastes/tastes1", bucket))
+        (batch,) = dataset.read_bucket(bucket)
+        states = states_of(table, layers=3)
+        for row, (user, whole) in enumerate(zip(batch.user_ids, store.read(batch.user_ids.tolist()), strict=True)):
+            plays, pieces, heard = plays_of(batch, row), list[bytes](), None
+            state = UserState.start("model1", states, row, plays=len(plays))
+            assert batch.likes is not None
+            state = replace(state, likes=plays_of(batch.likes, row))
+            if len(plays) > LAST_PLAYS:
+                state, songs = fold_heard(state, plays.songs, np.zeros(0, np.int32))
+                heard = pack_heard(songs)
+            for begin in range(0, len(plays), PIECE_PLAYS):
+                pieces.append(pack_plays(plays.take(slice(begin, begin + PIECE_PLAYS))))
+            assert whole is not None
+            assert (whole.stored.state, whole.log, whole.heard) == (pack_state(state), pieces, heard), user
+    store.close()
+
+
+@pytest.mark.parametrize("uri", ["sqlite"], indirect=True)
+def test_processes_stop_at_a_damaged_bucket_and_what_is_done_is_not_done_again(
+    world: Workspace, store: StateStore
+) -> None:
+    path = tastes_file("tastes/tastes1", 3)
+    whole = world.read_bytes(path)
+    world.write_bytes(path, whole + b" ")
+    with pytest.raises(DamagedArtifactError, match=rf"{path} does not match the checksum"):
+        load_states(Dataset(world), store, live(world), processes=2)
+    done = store.loaded("tastes1")
+    assert 3 not in done
+    world.write_bytes(path, whole)
+    loaded = load_states(Dataset(world), store, live(world))
+    assert loaded.users == len(list(everybody(world)))
+    assert {bucket: store.loaded("tastes1")[bucket] for bucket in done} == done
 
 
 def test_a_load_that_was_stopped_goes_on_with_the_buckets_left(

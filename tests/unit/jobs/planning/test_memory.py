@@ -1,5 +1,7 @@
 """Formulas of memory against workers that run here, each in a process of its own whose memory is watched."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,12 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import SplitConfig, load_split, split_dataset
 from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.evaluation.evaluator import Evaluator
+from rayrec.evaluation.evaluator_files import EvaluatorFiles, evaluator_files
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.staging import write_histories
+from rayrec.jobs import evaluate as job
 from rayrec.jobs.build_index import build_index
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
@@ -26,8 +31,8 @@ from rayrec.jobs.planning.formulas import (
     counting_memory,
     embedding_memory,
     encoding_memory,
+    evaluated_files,
     evaluating_memory,
-    evaluator_store,
     examples_memory,
     indexing_memory,
     keys_store,
@@ -36,6 +41,7 @@ from rayrec.jobs.planning.formulas import (
     reading_memory,
     recommending_memory,
     serving_memory,
+    table_bytes,
     training_memory,
 )
 from rayrec.jobs.rank import fit_rankers
@@ -89,6 +95,20 @@ def write_world(workspace: Workspace, *, users: int, plays: int, songs: int, dim
     return publish(workspace, model, names)
 
 
+def watch_evaluator_files(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on the bytes of the files of each evaluator, beside the network's table of outputs and the retrieval."""
+    sizes: list[int] = []
+
+    @contextmanager
+    def watched(workspace: Workspace, folder: str, evaluator: Evaluator) -> Iterator[EvaluatorFiles[Evaluator]]:
+        with evaluator_files(workspace, folder, evaluator) as files:
+            sizes.append(workspace.size(folder))
+            yield files
+
+    monkeypatch.setattr(job, "evaluator_files", watched)
+    return sizes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("users", "songs"), [(1_000, 20_000), (1_000, 80_000)])
 def test_memory_of_the_workers_of_all_stages(
@@ -105,6 +125,7 @@ def test_memory_of_the_workers_of_all_stages(
     build_index(workspace, IndexConfig())
     fit_rankers(workspace, RankConfig(queries=queries, trees=5))
     recommend_all(workspace, RecommendConfig(k=100), parts_of(workspace, model))
+    mapped = watch_evaluator_files(monkeypatch)
     evaluate(workspace, EvaluateConfig(queries=queries, models=("two-step", "taste"), bootstrap_samples=0), split=split)
     embed(workspace, EmbedConfig(dim=dim, epochs=1, workers=1), split=split, repeat=True)
     train(workspace, TrainConfig(hidden_dim=hidden_dim, epochs=1, workers=0), songs_id="e", split=split)
@@ -127,9 +148,8 @@ def test_memory_of_the_workers_of_all_stages(
     }
     measured = {name: watched.idle + watched.private[name] for name in expected}
     assert {name: watched.idle + size for name, size in expected.items()} == pytest.approx(measured, rel=0.15)
-    assert evaluator_store(songs, dim, final) == pytest.approx(watched.stored["BucketEvaluator"], rel=0.15)
-    others = {name: size for name, size in watched.stored.items() if name != "BucketEvaluator"}
-    assert max(others.values()) < 1 << 20  # a node's object store holds a few paths and counts
+    assert evaluated_files(songs, dim, final) == pytest.approx(mapped[0] + table_bytes(songs, dim) + final, rel=0.15)
+    assert max(watched.stored.values()) < 1 << 20  # a node's object store holds a few paths and counts
 
 
 @pytest.mark.slow

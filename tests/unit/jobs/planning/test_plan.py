@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,14 @@ from rayrec import Workspace
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
 from rayrec.jobs.planning.cluster_file import GIB, ClusterFile, NodeType
-from rayrec.jobs.planning.formulas import IDLE_WORKER, encoding_memory, evaluator_store, training_memory
+from rayrec.jobs.planning.formulas import (
+    IDLE_WORKER,
+    encoding_memory,
+    evaluated_files,
+    evaluating_memory,
+    keys_store,
+    training_memory,
+)
 from rayrec.jobs.planning.plan import GPU_SLACK, Plan, StagePlan, make_plan
 from rayrec.jobs.planning.plan_inputs import BUILT_IN_FROM, DataSize, PlanConfig, read_rates
 from rayrec_cli.main import main
@@ -87,16 +95,23 @@ def test_recommendations_of_all_users_take_all_cpus_and_are_stored() -> None:
 def test_the_store_of_states_grows_with_users_plays_and_the_network() -> None:
     plan = planned(PlanConfig(hidden_dim=256, dim=32))
     floats = 2 * 32 + 256 + 4 * 32
-    assert plan.storage["tastes"] == pytest.approx(10**6 * (5.2 * floats + 48) + 0.85 * 10**8 * 4.5)
+    assert plan.storage["tastes"] == pytest.approx(10**6 * (3.45 * floats + 60) + 0.85 * 10**8 * 2.1)
     assert plan.states == pytest.approx(10**6 * (2 * 256 + 4 * 4 * 32 + 310) + 10**8 * 5.2)
     assert plan.to_mapping()["states"] == plan.states
 
 
-def test_an_evaluation_that_does_not_fit_into_the_object_store_is_a_problem() -> None:
+def test_an_evaluation_maps_tables_and_retrieval_once_a_node_and_leaves_the_object_store_alone() -> None:
     data = replace(DATA, songs=3 * 10**7)
     found = stage(planned(data=data), "evaluate")
-    assert found.store > evaluator_store(data.songs, 64, 0) > 0.3 * 64 * GIB / 0.7
-    assert any("evaluate puts" in text for text in planned(data=data).problems)
+    worker = IDLE_WORKER + evaluating_memory(ceil(PlanConfig().queries / data.buckets))
+    assert found.memory > 8 * worker + evaluated_files(data.songs, 64, 0) > 30 * GIB
+    assert found.store == 0
+
+
+def test_keys_of_songs_that_do_not_fit_into_the_object_store_are_a_problem() -> None:
+    data = replace(DATA, songs=3 * 10**9)
+    assert stage(planned(data=data), "import").store == keys_store(data.songs) > 0.3 * 64 * GIB / 0.7
+    assert any("import puts" in text for text in planned(data=data).problems)
 
 
 @pytest.mark.parametrize(("rate", "replicas", "nodes"), [(1.0, 1, 1), (700.0, 10, 2), (701.0, 11, 2)])
