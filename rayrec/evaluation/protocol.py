@@ -18,9 +18,8 @@ from rayrec.config import Settings
 from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.data.split import DAY_MS, Split
 from rayrec.evaluation.bootstrap import uniform_draws
-from rayrec.recommend.base import BaseRecommender, Horizon
+from rayrec.recommend.base import BaseRecommender, Horizon, VectorRecommender
 from rayrec.recommend.query_batch import SESSION_GAP_MS
-from rayrec.recommend.vector_recommender import VectorRecommender
 
 USUAL_K = 20
 
@@ -201,14 +200,14 @@ class HeardSongs:
         self._keys, plays = np.unique(keys, return_index=True)  # the first play of each user and song
         self._places = histories.places[plays]
 
-    def __call__(self, rows: np.ndarray, seen: np.ndarray, songs: np.ndarray) -> np.ndarray:
-        """bool: whether the user at `rows` has song `songs` among the first `seen` plays, int each, of one shape."""
+    def __call__(self, rows: np.ndarray, plays_before: np.ndarray, songs: np.ndarray) -> np.ndarray:
+        """bool: whether songs are among the first `plays_before` plays of the users at `rows`, int each, one shape."""
         if not len(self._keys):
             return np.zeros(np.shape(songs), dtype=bool)
         keys = rows * self._num_songs + songs
         position = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         played = (self._keys[position] == keys) & (songs < self._num_songs)
-        return np.asarray(played & (self._places[position] < seen))
+        return np.asarray(played & (self._places[position] < plays_before))
 
 
 def slices_of(contexts: Sequence[str]) -> list[tuple[str, str]]:

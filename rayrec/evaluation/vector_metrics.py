@@ -10,8 +10,7 @@ import numpy as np
 from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.evaluation.protocol import OFFSETS, plays_ahead
-from rayrec.recommend.base import BaseRecommender, Horizon
-from rayrec.recommend.vector_recommender import VectorRecommender
+from rayrec.recommend.base import BaseRecommender, Horizon, VectorRecommender
 
 NEGATIVES = ("uniform", "zipf")
 PAIRED = ("next", "offsets25_50")  # the targets for which pairs are made

@@ -1,18 +1,21 @@
-"""The one interface of everything that recommends.
+"""The one interface of everything that recommends, by a score of each song, by candidates or by a vector.
 
-Q questions, N songs, k answers.
+Q questions, N songs, k answers, D dimensions.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.errors import InputError
 from rayrec.recommend.filters import Limits, without_heard
+
+if TYPE_CHECKING:
+    from rayrec.recommend.index import SongIndex
 
 Horizon = Literal["short", "long"]
 Kind = Literal["baseline", "network"]
@@ -202,15 +205,88 @@ def top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     Equal scores come in the order of song rows; songs at -inf do not come.
     """
     count, num_songs = scores.shape
-    kept = min(k, num_songs)
+    width = min(k, num_songs)
     songs = np.full((count, k), NO_SONG, dtype=np.int32)
     values = np.full((count, k), -np.inf, dtype=np.float32)
-    if not kept:
+    if not width:
         return songs, values
-    threshold = -np.partition(-scores, kept - 1, axis=1)[:, kept - 1]
+    threshold = -np.partition(-scores, width - 1, axis=1)[:, width - 1]
     for row in range(count):
         candidates = np.flatnonzero((scores[row] >= threshold[row]) & (scores[row] > -np.inf))
-        order = candidates[np.argsort(-scores[row, candidates], kind="stable")][:kept]
+        order = candidates[np.argsort(-scores[row, candidates], kind="stable")][:width]
         songs[row, : len(order)] = order
         values[row, : len(order)] = scores[row, order]
     return songs, values
+
+
+class VectorRecommender(BaseRecommender):
+    """Scores songs by the cosine of their vector with the user's taste vector.
+
+    `song_vectors` is float32 (N, D), L2-normalized; a row of zeros is a song without a vector, which
+    is never recommended. `index`, where there is one, holds the same vectors and answers
+    `rank` without scoring every song.
+    """
+
+    def __init__(self, song_vectors: np.ndarray, index: "SongIndex | None" = None) -> None:
+        self.song_vectors = np.ascontiguousarray(song_vectors, dtype=np.float32)
+        self.num_songs = len(self.song_vectors)
+        self.index = index
+        self.without_vector = np.flatnonzero(~self.song_vectors.any(axis=1))
+
+    @abstractmethod
+    def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+        """float32 (Q, D): the taste vector of each question, L2-normalized.
+
+        A row of zeros says that nothing is known, and then no song is recommended.
+        """
+
+    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+        """float32 (Q, N): the cosine of each song with the taste vector."""
+        return self.score_vectors(self.vectors(histories, questions, horizon))
+
+    def score_vectors(self, vectors: np.ndarray) -> np.ndarray:
+        """float32 (Q, N): the cosine of each song with taste vectors, float32 (Q, D)."""
+        scores = np.asarray(vectors @ self.song_vectors.T)
+        scores[:, self.without_vector] = -np.inf
+        scores[~vectors.any(axis=1)] = -np.inf
+        return scores
+
+    def score_chunks(
+        self, histories: Histories, questions: Questions, horizon: Horizon = "short"
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """As in `BaseRecommender`; the vectors of all questions are computed in one pass."""
+        vectors = self.vectors(histories, questions, horizon)
+        for chunk in chunks_of(len(questions), self.num_songs):
+            yield chunk, self.score_vectors(vectors[chunk])
+
+    def rank(
+        self,
+        histories: Histories,
+        at: int | np.ndarray,
+        k: int,
+        *,
+        horizon: Horizon = "short",
+        limits: Sequence[Limits] | None = None,
+        hidden: np.ndarray | None = None,
+    ) -> Ranking:
+        """As in `BaseRecommender`; through the index where there is one."""
+        if self.index is None:
+            return super().rank(histories, at, k, horizon=horizon, limits=limits, hidden=hidden)
+        check_count(k)
+        vectors = self.vectors(histories, Questions.at_end(histories, at, hidden), horizon)
+        return self.rank_vectors(vectors, k, limits)
+
+    def rank_vectors(self, vectors: np.ndarray, k: int, limits: Sequence[Limits] | None = None) -> Ranking:
+        """As `rank`, from taste vectors, float32 (Q, D), that are at hand. Needs the index."""
+        if self.index is None:
+            raise ValueError("vectors are ranked through an index, and there is none")
+        ranking = self.index.rank(vectors, k, limits)
+        silent = ~vectors.any(axis=1)
+        ranking.songs[silent], ranking.scores[silent] = NO_SONG, -np.inf
+        return ranking
+
+
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """float32: rows of `vectors` scaled to length 1; rows of zeros stay."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(norms > 0, norms, 1), dtype=np.float32)

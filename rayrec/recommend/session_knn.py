@@ -234,6 +234,6 @@ def _places(songs: np.ndarray, offsets: np.ndarray, num_songs: int) -> csr_matri
     order = np.lexsort((np.arange(len(songs)), songs, rows))
     last = np.ones(len(order), dtype=bool)
     last[:-1] = (np.diff(rows[order]) != 0) | (np.diff(songs[order]) != 0)
-    kept = order[last]
-    places = (kept - offsets[rows[kept]] + 1).astype(np.float32)
-    return csr_matrix((places, (rows[kept], songs[kept])), shape=(len(lengths), num_songs))
+    last_of_song = order[last]
+    places = (last_of_song - offsets[rows[last_of_song]] + 1).astype(np.float32)
+    return csr_matrix((places, (rows[last_of_song], songs[last_of_song])), shape=(len(lengths), num_songs))

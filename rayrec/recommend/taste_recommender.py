@@ -13,9 +13,8 @@ from rayrec.model.added_songs import AddedSongs
 from rayrec.model.checkpoint import SONG_VECTORS, load_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
-from rayrec.recommend.base import Horizon, Kind
+from rayrec.recommend.base import Horizon, Kind, VectorRecommender
 from rayrec.recommend.index import SongIndex
-from rayrec.recommend.vector_recommender import VectorRecommender
 from rayrec.storage import artifacts
 from rayrec.storage.workspace import Workspace
 
@@ -63,9 +62,9 @@ class TasteRecommender(VectorRecommender):
         cls, workspace: Workspace, model_id: str, index_id: str | None = None, added_id: str | None = None
     ) -> "TasteRecommender":
         """From the workspace. Raises `MismatchError` for an index or added songs of another model."""
-        network = cls.from_folder(workspace, artifacts.load(workspace, "models", model_id).folder)
+        network = cls.from_folder(workspace, artifacts.load_manifest(workspace, "models", model_id).folder)
         if index_id is not None:
-            index_manifest = artifacts.load(workspace, "indexes", index_id)
+            index_manifest = artifacts.load_manifest(workspace, "indexes", index_id)
             built_from = index_manifest.inputs.get("models")
             if built_from != model_id:
                 raise MismatchError(
@@ -74,7 +73,7 @@ class TasteRecommender(VectorRecommender):
                 )
             network.index = SongIndex.load(workspace, index_manifest, network.song_vectors)
         if added_id is not None:
-            added = artifacts.load(workspace, "added_songs", added_id)
+            added = artifacts.load_manifest(workspace, "added_songs", added_id)
             if added.inputs.get("models") != model_id:
                 raise MismatchError(
                     f"added songs {added_id} were made for model {added.inputs.get('models')}, not for {model_id}; "
@@ -116,10 +115,10 @@ class TasteRecommender(VectorRecommender):
         rows, inverse = np.unique(questions.rows, return_inverse=True)
         needed = np.zeros(len(rows), dtype=np.int64)
         np.maximum.at(needed, inverse, questions.seen)
-        asked = histories.take(rows)
-        position = np.arange(asked.num_plays) - asked.offsets[asked.rows]
-        asked = asked.keep(position < needed[asked.rows])
-        return self._encoded(asked, Questions(rows=inverse, seen=questions.seen, at=questions.at), horizons)
+        query_histories = histories.take(rows)
+        position = np.arange(query_histories.num_plays) - query_histories.offsets[query_histories.rows]
+        query_histories = query_histories.keep(position < needed[query_histories.rows])
+        return self._encoded(query_histories, Questions(rows=inverse, seen=questions.seen, at=questions.at), horizons)
 
     def _encoded(
         self, histories: Histories, questions: Questions, horizons: Sequence[Horizon]

@@ -14,14 +14,14 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 
 from rayrec.data.histories import Histories
+from rayrec.embeddings.vectors import layout
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.inference import States
 from rayrec.recommend.base import BaseRecommender, Horizon
-from rayrec.recommend.layout import layout
-from rayrec.recommend.selection import Chosen, Known, Wish, choose, network_of, similar
+from rayrec.recommend.reranking import AnswerOptions, Chosen, Known, choose, network_of, similar
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.serving.problems import OverloadedError
-from rayrec.serving.prometheus import Metrics
+from rayrec.serving.telemetry import Metrics
 
 ROOM = 1_024  # rows by which tables of song vectors grow where songs are added online
 
@@ -103,18 +103,20 @@ class Parts:
             tastes = network.encoder.tastes_of(states, at, list(set(heads.values())))
             return {name: tastes[head] for name, head in heads.items()}
 
-    def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
+    def choose(self, known: Sequence[Known], all_options: Sequence[AnswerOptions]) -> list[Chosen]:
         """The songs of each user."""
         with self.metrics.stage("choose"):
-            return [choose(self.recommender, one, wish) for one, wish in zip(known, wishes, strict=True)]
+            return [choose(self.recommender, one, options) for one, options in zip(known, all_options, strict=True)]
 
-    def answer_states(self, states: States, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
+    def answer_states(
+        self, states: States, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]
+    ) -> list[Chosen]:
         """The songs of each user from states, and the plays that retrievers and features look at."""
-        return self.choose(known_of(self.vectors(states, at, HORIZONS), plays, at), wishes)
+        return self.choose(known_of(self.vectors(states, at, HORIZONS), plays, at), all_options)
 
-    def answer(self, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
+    def answer(self, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]) -> list[Chosen]:
         """The songs of each user from all their plays."""
-        return self.answer_states(self.states(plays), plays, at, wishes)
+        return self.answer_states(self.states(plays), plays, at, all_options)
 
     def similar(self, song: int, k: int) -> Chosen:
         """The k songs nearest to a song of the network."""
@@ -155,9 +157,9 @@ class Engine:
         """As `Parts.vectors`."""
         return await self._pool.run(self.parts.vectors, states, at, horizons)
 
-    async def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
+    async def choose(self, known: Sequence[Known], all_options: Sequence[AnswerOptions]) -> list[Chosen]:
         """As `Parts.choose`."""
-        return await self._pool.run(self.parts.choose, known, wishes)
+        return await self._pool.run(self.parts.choose, known, all_options)
 
     async def similar(self, song: int, k: int) -> Chosen:
         """As `Parts.similar`."""
@@ -167,12 +169,12 @@ class Engine:
         """As `Parts.layout`."""
         return await self._pool.run(self.parts.layout, songs)
 
-    async def answer(self, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
+    async def answer(self, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]) -> list[Chosen]:
         """As `Parts.answer`."""
-        return await self._pool.run(self.parts.answer, plays, at, wishes)
+        return await self._pool.run(self.parts.answer, plays, at, all_options)
 
     async def answer_states(
-        self, states: States, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]
+        self, states: States, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]
     ) -> list[Chosen]:
         """As `Parts.answer_states`."""
-        return await self._pool.run(self.parts.answer_states, states, plays, at, wishes)
+        return await self._pool.run(self.parts.answer_states, states, plays, at, all_options)
