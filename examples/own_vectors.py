@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rayrec import Workspace
-from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.jobs.embed import embed
 
 BANDS = 24  # of equal width in the logarithm of frequency

@@ -8,8 +8,8 @@ import sys
 
 from rayrec import Dataset, Workspace
 from rayrec.data.split import SplitConfig, split_dataset
-from rayrec.data.synthetic.world import GenerateConfig
-from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.data.synthetic import GenerateConfig
+from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
 from rayrec.jobs.build_index import build_index

@@ -73,7 +73,7 @@ class RankAnswer(TypedDict):
     unknown_song_ids: list[str]
 
 
-class PopularSong(TypedDict):
+class PopularSongAnswer(TypedDict):
     """A song that is played often."""
 
     song_id: str
@@ -86,11 +86,11 @@ class PopularAnswer(TypedDict):
     """The most played songs, best first."""
 
     release: str
-    songs: list[PopularSong]
+    songs: list[PopularSongAnswer]
     cursor: str | None
 
 
-class NewSong(TypedDict):
+class NewSongAnswer(TypedDict):
     """A song that was played first of late, or was added."""
 
     song_id: str
@@ -103,7 +103,7 @@ class NewAnswer(TypedDict):
     """The newest songs first."""
 
     release: str
-    songs: list[NewSong]
+    songs: list[NewSongAnswer]
     cursor: str | None
 
 
@@ -180,7 +180,7 @@ class StoredPlaysAnswer(TypedDict):
     plays: list[StoredPlay]
 
 
-class CatalogSong(TypedDict):
+class CatalogSongAnswer(TypedDict):
     """A song of the catalog."""
 
     song_id: str
@@ -193,10 +193,10 @@ class FoundAnswer(TypedDict):
 
     release: str
     count: int
-    songs: list[CatalogSong]
+    songs: list[CatalogSongAnswer]
 
 
-class SimilarAnswer(CatalogSong):
+class SimilarAnswer(CatalogSongAnswer):
     """A song, its plays, and songs like it, the nearest first."""
 
     release: str

@@ -24,16 +24,16 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.moments import now_ms, parse_moment
 from rayrec.errors import InputError, NotFoundError
-from rayrec.jobs.fit_config import FitConfig, UpdateConfig
+from rayrec.jobs.job_config import FitConfig, UpdateConfig
 from rayrec.model.train_config import TrainConfig
 from rayrec.notebook import html_figures
 from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import Workspace
 
 if TYPE_CHECKING:
+    from rayrec.jobs.fit import Quality
     from rayrec.jobs.pipeline import Outcome
-    from rayrec.jobs.quality import Quality
-    from rayrec.recommend.base import BaseRecommender, Horizon
+    from rayrec.recommend.base import BaseRecommender, HorizonName
 
 SENT_PLAYS = "inputs"  # folder of the workspace for tables on their way into the data set
 COLUMNS = ("user_id", "rank", "song_id", "title", "artist", "score")
@@ -114,7 +114,7 @@ class Recommender:
         k: int = 10,
         *,
         at: Moment | None = None,
-        horizon: Horizon = "short",
+        horizon: HorizonName = "short",
         exclude_heard: bool = True,
     ) -> pd.DataFrame:
         """The k best songs of each user: columns user_id, rank (from 1), song_id, title, artist, score.
@@ -139,7 +139,7 @@ class Recommender:
 
         Raises `InputError` for an unknown song.
         """
-        from rayrec.recommend.selection import network_of, similar
+        from rayrec.recommend.reranking import network_of, similar
 
         dataset, recommender = self._answering()
         row = int(dataset.catalog().rows([song])[0])
@@ -153,10 +153,10 @@ class Recommender:
         return table
 
     def taste(
-        self, users: str | Sequence[str], *, at: Moment | None = None, horizon: Horizon = "short"
+        self, users: str | Sequence[str], *, at: Moment | None = None, horizon: HorizonName = "short"
     ) -> pd.DataFrame:
         """The taste vectors of users, float32 (U, D): a row a user, the index named user_id."""
-        from rayrec.recommend.selection import network_of
+        from rayrec.recommend.reranking import network_of
 
         dataset, recommender = self._answering()
         moment, ids = _moment(at), [users] if isinstance(users, str) else list(users)
@@ -292,5 +292,5 @@ def _print(text: str) -> None:
 
 
 def _print_stage(outcome: Outcome) -> None:
-    seen = f", trained on {outcome.trained_on}" if outcome.trained_on else ""
-    _print(f"{outcome.stage}: {outcome.status}{seen}{f' ({outcome.reason})' if outcome.reason else ''}")
+    training_note = f", trained on {outcome.trained_on}" if outcome.trained_on else ""
+    _print(f"{outcome.stage}: {outcome.status}{training_note}{f' ({outcome.reason})' if outcome.reason else ''}")

@@ -24,10 +24,10 @@ from trainings import CONFIG
 from witness import read_log
 
 from rayrec.data.split import Split, SplitConfig, split_dataset
-from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig
-from rayrec.importing.import_workers import BucketMerger, PieceImporter
+from rayrec.importing.merging import BucketMerger, PieceImporter
 from rayrec.jobs import import_data as import_job
 from rayrec.jobs import taste as taste_job
 from rayrec.jobs.build_index import build_index

@@ -4,7 +4,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.recommend.ranker import Ranker, RankerSettings
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind, examples_for
 

@@ -28,7 +28,7 @@ from rayrec.serving.routes import create_app
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.serving.service import Service, open_service
 from rayrec.storage import releases
-from rayrec.storage.artifacts import Manifest, load, publish
+from rayrec.storage.artifacts import Manifest, load_manifest, publish
 from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 200
@@ -84,8 +84,8 @@ def write_release(
 
 def damage(workspace: Workspace, release_id: str) -> None:
     """Change one bit of the model of a release; a second time, repair it."""
-    release = load(workspace, "releases", release_id)
-    path = load(workspace, "models", release.inputs["models"]).path("model.safetensors")
+    release = load_manifest(workspace, "releases", release_id)
+    path = load_manifest(workspace, "models", release.inputs["models"]).path("model.safetensors")
     content = workspace.read_bytes(path)
     workspace.write_bytes(path, content[:-1] + bytes([content[-1] ^ 1]))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from worlds import random_vectors, write_song_vectors
 
 from rayrec.data.split import Split, SplitConfig, list_splits, split_dataset
-from rayrec.data.synthetic.world import GenerateConfig
+from rayrec.data.synthetic import GenerateConfig
 from rayrec.model.train_config import TrainConfig
 from rayrec.storage.workspace import Workspace
 

@@ -1,11 +1,211 @@
-"""The Typer app and what stands before every command."""
+"""The Typer app: the options before every command, and how the fields of a stage's settings become flags."""
 
+import functools
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Annotated, Any
 
 import typer
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from typer.core import TyperGroup
 
-from rayrec_cli.options import Globals
+from rayrec.config import Settings, base_type, expected_value, from_mapping, read_toml
+from rayrec.errors import InputError
+from rayrec.storage.workspace import Workspace
+from rayrec_cli.output import Shown, note, print_error, show
+
+SECTIONS = (
+    *("import", "describe", "generate", "split", "embed", "train", "taste", "index"),
+    *("recommend", "evaluate", "release", "serve", "bench"),
+)
+
+WorkspaceOption = Annotated[
+    str | None,
+    typer.Option("--workspace", metavar="URI", help="Local folder, s3:// or gs:// prefix of all data."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", metavar="FILE", help="TOML file of settings; flags override it.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Recompute even if the result exists.")]
+
+
+@dataclass(frozen=True)
+class Globals:
+    """Options before the command."""
+
+    workspace: str
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """What every command receives in addition to its own options."""
+
+    uri: str  # of the workspace, as given
+    started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat())  # ISO 8601, UTC
+
+    @functools.cached_property
+    def workspace(self) -> Workspace:
+        """Opened at first use: not every command reads it on this machine."""
+        return Workspace(self.uri)
+
+
+def command(
+    app: typer.Typer,
+    name: str,
+    *,
+    example: str,
+    config: type[Settings] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    options_first: bool = False,
+) -> Callable[[Callable[..., Shown]], Callable[..., Shown]]:
+    """Register `body(call, [config], **own options)` as a command that prints what it returns.
+
+    With `config`, each of its settings becomes a flag, or the positional argument that `arguments`
+    annotates; --config FILE reads them from the section named after the command, [bench.serve] for
+    `rayrec bench serve`, or from the top level of the file. With `options_first` all that follows the
+    first word without a dash belongs to the arguments, options of another command among it.
+    """
+
+    def register(body: Callable[..., Shown]) -> Callable[..., Shown]:
+        own = list(inspect.signature(body, eval_str=True).parameters.values())[1 if config is None else 2 :]
+        positional = [_parameter(key, kind, None) for key, kind in (arguments or {}).items()]
+        fields = {} if config is None else config.model_fields
+        named = {key: field for key, field in fields.items() if not (_is_section(field) or key in (arguments or {}))}
+        flags = [*positional, *(flag(key, field) for key, field in named.items())]
+
+        @functools.wraps(body)
+        def run(ctx: typer.Context, **values: Any) -> int:
+            global_options: Globals = ctx.obj
+            call = Call(values.pop("workspace") or global_options.workspace)
+            as_json = values.pop("json") or global_options.as_json
+            with redirect_stdout(sys.stderr):  # what libraries print is not the result
+                if config is not None:
+                    values["config"] = _config(config, ctx.command_path, values, [item.name for item in flags])
+                shown = body(call, **values)
+            show(shown, as_json=as_json)
+            if shown.error is not None:
+                print_error(str(shown.error))
+                return shown.error.exit_code
+            return shown.exit_code
+
+        shared = [_parameter("workspace", WorkspaceOption, None), _parameter("json", JsonOption, False)]
+        if config is not None:
+            shared.insert(0, _parameter("config", ConfigOption, None))
+            if config.PRESETS:
+                shared.insert(0, _parameter("preset", _preset_option(config), None))
+        context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        parameters = [context, *(item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own), *flags, *shared]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {item.name: item.annotation for item in parameters}
+        settings = {"allow_interspersed_args": not options_first}
+        app.command(name, help=f"{inspect.getdoc(body)}\n\n\b\nExample:\n  {example}", context_settings=settings)(run)
+        return body
+
+    return register
+
+
+def flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The flag of one setting; its value is None where it is not given, so that a config file can set it."""
+    hint = base_type(field.annotation)
+    origin = typing.get_origin(hint)
+    metavar = {typing.Literal: "|".join(map(str, typing.get_args(hint))), tuple: "A,B,...", dict: "A=B,..."}.get(origin)
+    kind = hint if origin is None else str
+    spelled = name.replace("_", "-")
+    names = [f"--{spelled}/--no-{spelled}"] if kind is bool else [f"--{spelled}"]
+    if len(spelled) == 1:
+        names.append(f"-{spelled}")
+    choices = list(map(str, typing.get_args(hint))) if origin is typing.Literal else []
+    option = typer.Option(
+        *names, metavar=metavar, help=_help(field), show_default=False, autocompletion=lambda: choices
+    )
+    return _parameter(name, Annotated[kind | None, option], None)
+
+
+def _is_section(field: FieldInfo) -> bool:
+    """True for settings of their own, which a config file holds as a section and no flag can."""
+    hint = base_type(field.annotation)
+    return isinstance(hint, type) and issubclass(hint, Settings)
+
+
+def _preset_option(config: type[Settings]) -> Any:
+    option = typer.Option("--preset", metavar="|".join(config.PRESETS), help="Named settings; flags override them.")
+    return Annotated[str | None, option]
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _help(field: FieldInfo) -> str:
+    """The description with the default, as click writes it."""
+    default = field.default
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    elif isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    shown = not field.is_required() and default is not None and str(default).strip() and default != {}
+    return f"{field.description}." + (f" [default: {default}]" if shown else "")
+
+
+def _config(config: type[Settings], command_path: str, values: dict[str, Any], flags: list[str]) -> Settings:
+    """Take the flags out of `values` and lay them over the config file's; `command_path` as `rayrec bench serve`."""
+    path, preset = values.pop("config"), values.pop("preset", None)
+    settings = _from_file(path, command_path.split()[1:]) if path else {}
+    if preset is not None:
+        settings["preset"] = preset
+    for item in flags:
+        value = values.pop(item)
+        if value not in (None, []):
+            settings[item] = _parse(value, config.model_fields[item], f"--{item.replace('_', '-')}")
+    missing = [key for key, field in config.model_fields.items() if field.is_required() and key not in settings]
+    if missing:
+        raise InputError(f"Missing argument {missing[0].upper()}; see {command_path} --help")
+    return from_mapping(config, settings, command_path)
+
+
+def _from_file(path: str, words: list[str]) -> dict[str, Any]:
+    """The section of a command, whose name may have several words; a file without sections is all of one command."""
+    content = section = read_toml(path)
+    if not set(content) <= set(SECTIONS):
+        return content
+    for number, word in enumerate(words, 1):
+        name = ".".join(words[:number])
+        if word not in section:
+            note(f"Note: {path} has no section [{name}]")
+        section = section.get(word, {})
+        if not isinstance(section, dict):
+            raise InputError(f"{name} in {path} is {section!r}; expected a section [{name}]")
+    return dict(section)
+
+
+def _parse(value: Any, field: FieldInfo, flag_name: str) -> Any:
+    """The value of a flag; `a,b` and `a=b,c=d` become what they list. Raises `InputError`."""
+    hint = base_type(field.annotation)
+    if typing.get_origin(hint) not in (tuple, dict):
+        return value
+    parts: Any = [part.strip() for part in (value.split(",") if isinstance(value, str) else value) if part.strip()]
+    try:
+        if typing.get_origin(hint) is dict:
+            parts = dict(map(_pair, parts))
+        return TypeAdapter(hint).validate_python(parts)
+    except (ValidationError, ValueError):
+        raise InputError(f"{flag_name} is {value!r}; expected {expected_value(field)}, separated by commas") from None
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, value = (part.strip() for part in text.partition("="))
+    if not (name and value):
+        raise ValueError(text)
+    return name, value
+
 
 ORDER = (  # of the commands in the help
     *("demo", "fit", "update", "generate", "inspect", "import", "compact", "describe", "split", "embed", "train"),
@@ -48,8 +248,8 @@ bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measu
 app.add_typer(bench_app, name="bench")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         from importlib.metadata import version
 
         typer.echo(f"rayrec {version('rayrec')}")

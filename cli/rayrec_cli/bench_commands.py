@@ -6,8 +6,7 @@ import typer
 from rich.console import RenderableType
 
 from rayrec.bench.bench_config import CONFIGS, WITH_RATES, BenchConfig
-from rayrec_cli.app import bench_app
-from rayrec_cli.options import Call, command
+from rayrec_cli.app import Call, bench_app, command
 from rayrec_cli.output import Shown, figures, table
 
 QuickOption = Annotated[bool, typer.Option("--quick", help="Small data and few rounds, for a smoke test.")]

@@ -9,8 +9,7 @@ from rich.console import RenderableType
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
 from rayrec.jobs.planning.plan_inputs import DataSize, PlanConfig, read_rates
-from rayrec_cli.app import ORDER, app
-from rayrec_cli.options import Call, command
+from rayrec_cli.app import ORDER, Call, app, command
 from rayrec_cli.output import Shown, figures, note, size, table
 
 WordsArgument = Annotated[
@@ -149,30 +148,30 @@ def estimate(
     return Shown(planned.to_mapping(), plan_views(planned), exit_code=1 if planned.problems else 0)
 
 
-def plan_views(made: Any) -> list[RenderableType]:
+def plan_views(plan: Any) -> list[RenderableType]:
     """One line per stage, the storage, and what does not fit."""
     rows = []
-    for item in made.stages:
+    for item in plan.stages:
         needs, has = size(item.memory), size(item.memory_there)
         rows.append([item.stage, item.node, item.nodes, item.workers, needs, has, item.batches, item.hours])
     headers = ["stage", "node", "nodes", "workers", "needs", "has", "batches", "hours"]
-    stored = {name: size(count) for name, count in made.storage.items()}
-    stored["on embed's disk"] = size(made.disk)
-    stored["store of user states"] = size(made.states)
+    stored = {name: size(count) for name, count in plan.storage.items()}
+    stored["on embed's disk"] = size(plan.disk)
+    stored["store of user states"] = size(plan.states)
     views: list[RenderableType] = [
-        table(f"{made.data.plays:,} plays on cluster {made.cluster}", headers, rows, left=["node"]),
+        table(f"{plan.data.plays:,} plays on cluster {plan.cluster}", headers, rows, left=["node"]),
         figures("Storage", stored),
     ]
-    requests = {item.stage: item.requests for item in made.stages if item.requests is not None}
+    requests = {item.stage: item.requests for item in plan.stages if item.requests is not None}
     views.append(figures("Requests of object storage", requests))
-    stores = {item.stage: size(item.store) for item in made.stages if item.store}
+    stores = {item.stage: size(item.store) for item in plan.stages if item.store}
     views.append(figures("Object store of a node", stores))
-    if made.serving is not None:
-        views.append(figures("Server", _serving(made.serving)))
-    for name, pairs in made.skew.items():
+    if plan.serving is not None:
+        views.append(figures("Server", _serving(plan.serving)))
+    for name, pairs in plan.skew.items():
         views.append(table(name.replace("_", " ").capitalize(), ["which", "plays"], pairs))
-    views.extend(f"Does not fit: {problem}" for problem in made.problems)
-    views.extend(f"Note: {text}" for text in made.notes)
+    views.extend(f"Does not fit: {problem}" for problem in plan.problems)
+    views.extend(f"Note: {text}" for text in plan.notes)
     return views
 
 

@@ -11,18 +11,16 @@ from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import WEAKER, Split, SplitConfig, choose_split, holds_for, split_dataset
-from rayrec.data.synthetic.world import GenerateConfig
+from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.importing.descriptions import DescribeConfig, describe
-from rayrec.importing.import_plan import ImportConfig
+from rayrec.importing.import_plan import ImportConfig, TooManyRejectedError
 from rayrec.importing.inspection import inspect_files
 from rayrec.importing.merging import PARTS_BEFORE_COMPACT
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.delimited import spelled_delimiter
-from rayrec.importing.summary import TooManyRejectedError
 from rayrec.storage.dataset_manifest import DatasetManifest
-from rayrec_cli.app import app
-from rayrec_cli.options import Call, ForceOption, command
+from rayrec_cli.app import Call, ForceOption, app, command
 from rayrec_cli.output import Shown, error_data, figures, number, size, table
 
 FormatArgument = Annotated[str | None, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")]
@@ -150,22 +148,22 @@ def compact_parts(call: Call, *, store: StoreOption = None) -> Shown:
     from rayrec.jobs.compact import compact as job
     from rayrec.jobs.forget import open_own_store
 
-    made = job(call.workspace)
-    opened = open_own_store(call.workspace, store, made.dataset.lineage or made.dataset.id)
+    compaction = job(call.workspace)
+    opened = open_own_store(call.workspace, store, compaction.dataset.lineage or compaction.dataset.id)
     if opened is not None:
         try:
             opened.rewrite()
         finally:
             opened.close()
-    before, after = len(made.spans_before), len(made.spans)
-    data = {"id": made.dataset.id, "files_per_bucket": after, "files_per_bucket_before": before}
-    joined = made.spans != made.spans_before
+    before, after = len(compaction.spans_before), len(compaction.spans)
+    data = {"id": compaction.dataset.id, "files_per_bucket": after, "files_per_bucket_before": before}
+    joined = compaction.spans != compaction.spans_before
     views: list[RenderableType] = [
         f"{before} files a bucket became {after}." if joined else "There is nothing to join."
     ]
-    if made.erased.users:
-        views.append(f"{made.erased.users:,} deleted users were erased from {made.erased.files:,} files.")
-    return Shown({**data, "parts": made.dataset.parts, "erased": asdict(made.erased)}, views)
+    if compaction.erased.users:
+        views.append(f"{compaction.erased.users:,} deleted users were erased from {compaction.erased.files:,} files.")
+    return Shown({**data, "parts": compaction.dataset.parts, "erased": asdict(compaction.erased)}, views)
 
 
 @command(app, "forget", example="rayrec forget --user ann --store redis://127.0.0.1:6379/0")
@@ -226,13 +224,13 @@ def split(call: Call, config: SplitConfig) -> Shown:
     In time, or with --last-fraction within each user's plays. Shares of users and of songs can be held out entirely:
     how well songs are found that no training has seen shows on the latter.
     """
-    made = split_dataset(call.workspace, config)
-    cuts = {name.replace("_", " "): _cut(value) for name, value in made.figures().items()}
-    values = {"split": made.id, **cuts, "users held out": f"{made.held_out_share:.1%}"}
-    if made.held_out_songs:
-        values["songs held out"] = f"{made.held_out_songs:.1%}"
-    weaker = [f"This protocol is {WEAKER}."] if made.protocol == "last-fraction" else []
-    return Shown(asdict(made), [figures("", values), *weaker])
+    new_split = split_dataset(call.workspace, config)
+    cuts = {name.replace("_", " "): _cut(value) for name, value in new_split.figures().items()}
+    values = {"split": new_split.id, **cuts, "users held out": f"{new_split.held_out_share:.1%}"}
+    if new_split.held_out_songs:
+        values["songs held out"] = f"{new_split.held_out_songs:.1%}"
+    weaker = [f"This protocol is {WEAKER}."] if new_split.protocol == "last-fraction" else []
+    return Shown(asdict(new_split), [figures("", values), *weaker])
 
 
 def _dataset(manifest: DatasetManifest) -> Shown:
@@ -303,26 +301,26 @@ def _carried_over(split: Split | None, dataset: Dataset) -> tuple[str, bool]:
     return f"split {split.id} does not hold for the new plays; run `rayrec split --last-fraction N` again", False
 
 
-def _appended(made: Any, carried_over: tuple[str, bool]) -> Shown:
-    new = {"plays": made.plays, "users": made.users, "songs": made.songs}
-    likes = {"likes": made.likes} if made.dataset.has_likes else {}
-    outcomes = {"read": made.read, **likes, "merged": made.merged, "rejected": sum(made.rejected.values())}
+def _appended(appended: Any, carried_over: tuple[str, bool]) -> Shown:
+    new = {"plays": appended.plays, "users": appended.users, "songs": appended.songs}
+    likes = {"likes": appended.likes} if appended.dataset.has_likes else {}
+    outcomes = {"read": appended.read, **likes, "merged": appended.merged, "rejected": sum(appended.rejected.values())}
     views: list[Any] = [figures("Appended", {f"new {name}": count for name, count in new.items()} | outcomes)]
-    if not (made.plays or made.likes):
+    if not (appended.plays or appended.likes):
         views.append("No new plays: the data set is unchanged.")
-    if (files := len(made.dataset.spans)) > PARTS_BEFORE_COMPACT:
+    if (files := len(appended.dataset.spans)) > PARTS_BEFORE_COMPACT:
         views.append(f"Each bucket of users has {files} files; `rayrec compact` joins them.")
     text, holds = carried_over
     if text:
         views.append(text if holds else f"Warning: {text}.")
-    shown = _dataset(made.dataset)
+    shown = _dataset(appended.dataset)
     data = {
         **shown.data,
         **({} if holds else {"warnings": [text]}),
-        "appended": {**new, **outcomes, "reasons": made.rejected},
-        "import": made.last_import,
+        "appended": {**new, **outcomes, "reasons": appended.rejected},
+        "import": appended.last_import,
     }
-    return Shown(data, [*views, *_import_views(made.last_import), shown.views[0]])
+    return Shown(data, [*views, *_import_views(appended.last_import), shown.views[0]])
 
 
 def _cut(value: int | float | str) -> str:

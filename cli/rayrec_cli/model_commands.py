@@ -6,15 +6,14 @@ import typer
 from rich.console import RenderableType
 
 from rayrec.data.split import choose_split, trained_on
-from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError
-from rayrec.jobs.trials import TuneConfig, to_toml
+from rayrec.jobs.job_config import TuneConfig, to_toml
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage.artifacts import FITTED, Manifest, noun
-from rayrec_cli.app import app, songs_app
-from rayrec_cli.options import Call, ForceOption, command
+from rayrec_cli.app import Call, ForceOption, app, command, songs_app
 from rayrec_cli.output import Shown, day, figures, note, table
 
 SplitOption = Annotated[
@@ -164,14 +163,14 @@ def tune(
         note(f"trial {row['trial']} of {trials}: {outcome} ({row['seconds']:,.1f} s)")
 
     chosen = choose_split(call.workspace, split)
-    made = job(call.workspace, config, file, split=chosen, repeat=force, on_trial=report)
-    ranked = sorted(made.metrics["trials"], key=lambda row: 1.0 if row[JUDGED_BY] is None else -row[JUDGED_BY])
+    tuning = job(call.workspace, config, file, split=chosen, repeat=force, on_trial=report)
+    ranked = sorted(tuning.metrics["trials"], key=lambda row: 1.0 if row[JUDGED_BY] is None else -row[JUDGED_BY])
     columns = [name for name in ranked[0] if name not in ("settings", "songs", "songs_made")]
     rows = [[(_setting if "." in name else _joined)(row[name]) for name in columns] for row in ranked]
-    saved = f"Table: {call.workspace.full(made.path('trials.csv'))}"
+    saved = f"Table: {call.workspace.full(tuning.path('trials.csv'))}"
     heads = [name.removeprefix("validation_") for name in columns]
-    views = [table("Trials, best first", heads, rows), saved, f"Best settings:\n\n{to_toml(made.metrics['best'])}"]
-    return Shown({"id": made.id, **made.metrics}, [*views])
+    views = [table("Trials, best first", heads, rows), saved, f"Best settings:\n\n{to_toml(tuning.metrics['best'])}"]
+    return Shown({"id": tuning.id, **tuning.metrics}, [*views])
 
 
 def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:

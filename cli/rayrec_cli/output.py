@@ -134,6 +134,6 @@ def figures(title: str, values: dict[str, Any]) -> RenderableType:
     return _titled(title, shown_table)
 
 
-def _titled(title: str, made: Table) -> RenderableType:
+def _titled(title: str, body: Table) -> RenderableType:
     """The title on a line of its own: rich would wrap it to the width of the table."""
-    return Group(Text(title, style="bold"), made) if title else made
+    return Group(Text(title, style="bold"), body) if title else body

@@ -13,10 +13,9 @@ from rayrec.evaluation.prefixes import PrefixFile
 from rayrec.evaluation.protocol import DAYS, EvaluateConfig, usual_k
 from rayrec.evaluation.results import ABLATION
 from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender
-from rayrec.storage.artifacts import latest, load, noun
+from rayrec.storage.artifacts import latest, load_manifest, noun
 from rayrec.storage.releases import default_parts, parts_of
-from rayrec_cli.app import app
-from rayrec_cli.options import Call, ForceOption, command
+from rayrec_cli.app import Call, ForceOption, app, command
 from rayrec_cli.output import Shown, figures, number, table
 
 UserOption = Annotated[str | None, typer.Option("--user", metavar="ID", help="User ID.")]
@@ -271,9 +270,9 @@ def _parts(call: Call, model: str | None) -> dict[str, str]:
     """The parts of the model to evaluate, by default the current one whatever is live; nothing where there is none."""
     dataset = Dataset(call.workspace)
     if model is None:
-        network = latest(call.workspace, "models", lambda made: dataset.descends_from(made.inputs["dataset"]))
+        network = latest(call.workspace, "models", lambda manifest: dataset.descends_from(manifest.inputs["dataset"]))
     else:
-        network = load(call.workspace, "models", model)
+        network = load_manifest(call.workspace, "models", model)
     return {} if network is None else parts_of(call.workspace, network)
 
 

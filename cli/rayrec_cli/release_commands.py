@@ -14,11 +14,10 @@ from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.experiment_report import ExperimentReportConfig, report_experiment
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
-from rayrec.storage.artifacts import Manifest, load
+from rayrec.storage.artifacts import Manifest, load_manifest
 from rayrec.storage.cleaning import delete_garbage, find_garbage
 from rayrec.storage.releases import PART_KINDS
-from rayrec_cli.app import app, experiment_app, release_app, states_app
-from rayrec_cli.options import Call, ForceOption, command
+from rayrec_cli.app import Call, ForceOption, app, command, experiment_app, release_app, states_app
 from rayrec_cli.output import Shown, day, figures, note, size, table
 
 PARTS = ("dataset", "split", *PART_KINDS)
@@ -77,7 +76,7 @@ def create(
     split = load_split(call.workspace, new_release.inputs["split"]) if "split" in new_release.inputs else None
     if split is not None and split.has_test:
         warnings.append(f"the model was not trained on {split.test_range}; `rayrec fit` trains on all plays in the end")
-    made_of = load(call.workspace, "tastes", new_release.inputs["tastes"]).inputs["dataset"]
+    made_of = load_manifest(call.workspace, "tastes", new_release.inputs["tastes"]).inputs["dataset"]
     if made_of != Dataset(call.workspace).manifest.plays_id:
         warnings.append("the taste vectors lack new plays; run `rayrec taste` and `rayrec release create`")
     data = {**shown.data, **({"warnings": warnings} if warnings else {})}
@@ -163,9 +162,9 @@ def _switched(call: Call, change: Callable[[], Manifest], wait: bool, url: str |
 @command(release_app, "verify", example="rayrec release verify 3f2a9c51d07b")
 def verify_release(call: Call, *, release: ReleaseArgument) -> Shown:
     """Verify the checksums of a release."""
-    found = load(call.workspace, "releases", release)
-    releases.verify_release(call.workspace, found)
-    return Shown({"id": found.id, "verified": True}, [f"Release {found.id}: all checksums match."])
+    manifest = load_manifest(call.workspace, "releases", release)
+    releases.verify_release(call.workspace, manifest)
+    return Shown({"id": manifest.id, "verified": True}, [f"Release {manifest.id}: all checksums match."])
 
 
 @command(states_app, "load", example="rayrec states load --store redis://127.0.0.1:6379/0")
@@ -179,7 +178,11 @@ def load_user_states(
     from rayrec.online.load_states import load_states
     from rayrec.online.state_store import open_store, store_uri
 
-    chosen = releases.active_release(call.workspace) if release is None else load(call.workspace, "releases", release)
+    chosen = (
+        releases.active_release(call.workspace)
+        if release is None
+        else load_manifest(call.workspace, "releases", release)
+    )
     if chosen is None:
         raise InputError("No release is live; pass --release ID or run `rayrec release activate ID`")
     dataset = Dataset(call.workspace)
@@ -206,7 +209,7 @@ def serve(call: Call, config: ServeConfig) -> Shown:
 
     require_one_faiss()
     for release in config.experiment.releases if config.experiment else ():
-        load(call.workspace, releases.KIND, release)  # before anything starts
+        load_manifest(call.workspace, releases.KIND, release)  # before anything starts
     _load_missing_states(call, config.store)
     stopped = threading.Event()
     with running(call.workspace, config) as url:

@@ -7,10 +7,9 @@ import typer
 from rich.console import RenderableType
 
 from rayrec.config import read_toml
-from rayrec.jobs.fit_config import FitConfig, UpdateConfig
+from rayrec.jobs.job_config import FitConfig, UpdateConfig
 from rayrec.serving.serve_config import ServeConfig
-from rayrec_cli.app import DEFAULT_WORKSPACE, app
-from rayrec_cli.options import Call, ForceOption, command
+from rayrec_cli.app import DEFAULT_WORKSPACE, Call, ForceOption, app, command
 from rayrec_cli.output import Shown, figures, note, table
 from rayrec_cli.recommend_commands import answer_view, results_table
 

@@ -18,8 +18,7 @@ import torch
 
 from rayrec.bench.bench_config import AnswersBenchConfig
 from rayrec.bench.bench_data import EMBEDDING_DIM, bench_dataset
-from rayrec.bench.private_memory import anonymous_mb
-from rayrec.bench.rounds import PlainProcess, niceness
+from rayrec.bench.rounds import PlainProcess, anonymous_mb, niceness
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
@@ -36,8 +35,8 @@ from rayrec.recommend.filters import without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import QueryBatch
 from rayrec.recommend.ranker import Ranker, RankingExamples, TreeModel, calibrate
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import COUNTS, Candidates
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import (
     HORIZONS,
@@ -216,7 +215,7 @@ def answers_world(place: Workspace, config: AnswersBenchConfig, songs: int) -> t
     dataset = bench_dataset(place, users=users, songs=songs, plays=config.plays_per_user, seed=config.seed)
     workspace = dataset.workspace
     if workspace.exists(f"rankers/{MODEL}/manifest.json"):
-        return dataset, parts_of(workspace, artifacts.load(workspace, "models", MODEL)), 0.0
+        return dataset, parts_of(workspace, artifacts.load_manifest(workspace, "models", MODEL)), 0.0
     model = _write_model(dataset, config.seed)
     build_index(workspace, IndexConfig(), model_id=model.id)
     retrieval = fit_retrieval(workspace, RetrievalConfig())

@@ -11,7 +11,7 @@ from rayrec.bench.loops import TrainTask
 from rayrec.bench.rounds import PlainProcess, niceness
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.synthetic.world import GenerateConfig
+from rayrec.data.synthetic import GenerateConfig
 from rayrec.jobs.generate import generate
 from rayrec.jobs.train_plan import model_config
 from rayrec.model.checkpoint import save_model

@@ -109,13 +109,13 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if not func.is_view:
-            leaves = tree_leaves((args, kwargs, made))
+            leaves = tree_leaves((args, kwargs, result))
             self.total += sum(
                 leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided
             )
-        return made
+        return result
 
 
 def asked(work: Callable[[], float]) -> tuple[float, float]:
@@ -192,19 +192,19 @@ def checks(device: str) -> list[dict[str, Any]]:
 
     `difference` is the mean over weights, as a share of how far the CPU moved them.
     """
-    told = []
+    comparisons = []
     for cell, objective in product(get_args(Cell), get_args(Objective)):
         table: SongTable = "frozen" if objective in REGRESSIONS else "trained"
         config = Size.quick().config.replace(cell=cell, objective=objective, song_table=table, dropout=0.0)
         size = replace(Size.quick(), config=config)
         began = network(size).state_dict()
-        here, there = (learned(size, place, CHECKED_STEPS).state_dict() for place in ("cpu", device))
-        names = [name for name in began if not torch.equal(here[name], began[name])]
-        moved = torch.cat([(here[name] - began[name]).abs().flatten() for name in names]).mean()
-        apart = torch.cat([(here[name] - there[name]).abs().flatten() for name in names]).mean()
+        on_cpu, on_device = (learned(size, place, CHECKED_STEPS).state_dict() for place in ("cpu", device))
+        names = [name for name in began if not torch.equal(on_cpu[name], began[name])]
+        moved = torch.cat([(on_cpu[name] - began[name]).abs().flatten() for name in names]).mean()
+        apart = torch.cat([(on_cpu[name] - on_device[name]).abs().flatten() for name in names]).mean()
         share = float(apart / moved)
-        told.append({"cell": cell, "objective": objective, "difference": share, "same": share < TOLERANCE})
-    return told
+        comparisons.append({"cell": cell, "objective": objective, "difference": share, "same": share < TOLERANCE})
+    return comparisons
 
 
 def learned(size: Size, device: str, steps: int, *, compiled: bool = False, bf16: bool = False) -> TasteModel:
@@ -264,8 +264,8 @@ def _measured(work: Work, device: torch.device, size: Size, *, bf16: bool, compi
 
 def _work(work: Work, device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[[], float]:
     """A call of it does some of the work and says how many plays that took."""
-    made = _steps if work == "train" else _tastes
-    return made(device, size, bf16=bf16, compiled=compiled)
+    make_work = _steps if work == "train" else _tastes
+    return make_work(device, size, bf16=bf16, compiled=compiled)
 
 
 def _steps(device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[[], float]:
@@ -342,26 +342,26 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="small, to see that it works")
-    given = parser.parse_args(words)
+    arguments = parser.parse_args(words)
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # what cannot be compiled is no news
-    told = measure_device(given.device, Size.quick() if given.quick else Size())
-    if given.json:
-        json.dump(told, sys.stdout)
+    figures = measure_device(arguments.device, Size.quick() if arguments.quick else Size())
+    if arguments.json:
+        json.dump(figures, sys.stdout)
         sys.stdout.write("\n")
         return
-    sys.stdout.write(as_table(told))
-    if not all(check["same"] for check in told["checks"]):
+    sys.stdout.write(as_table(figures))
+    if not all(check["same"] for check in figures["checks"]):
         sys.exit(1)
 
 
-def as_table(told: dict[str, Any]) -> str:
+def as_table(figures: dict[str, Any]) -> str:
     """The figures for people."""
-    lines = [f"{told['name']}, torch {told['torch']}", ""]
-    for check in told["checks"]:
+    lines = [f"{figures['name']}, torch {figures['torch']}", ""]
+    for check in figures["checks"]:
         verdict = "as on a CPU" if check["same"] else "NOT AS ON A CPU"
         lines.append(f"{check['cell']:5} {check['objective']:16} {verdict} (difference {check['difference']:.2%})")
     lines += ["", "work   batch precision compiled      plays/s  of FLOP/s  of bandwidth"]
-    for run in told["runs"]:
+    for run in figures["runs"]:
         ways = f"{run['work']:6} x{run['batch']:<4} {'bfloat16' if run['bfloat16'] else 'float32':9}"
         ways += f" {'yes' if run['compiled'] else 'no':8}"
         lines.append(
@@ -369,7 +369,7 @@ def as_table(told: dict[str, Any]) -> str:
             if "error" in run
             else f"{ways} {run['plays_per_second']:12,.0f} {run['share_of_flops']:10.1%} {run['share_of_bytes']:13.1%}"
         )
-    lines.append(f"\nread from files and prepared by one process: {told['reading_plays_per_second']:,.0f} plays/s\n")
+    lines.append(f"\nread from files and prepared by one process: {figures['reading_plays_per_second']:,.0f} plays/s\n")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from rayrec.bench.rounds import Measured
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.windows import Windows, batches_in_memory, cut_windows
-from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.model.checkpoint import load_model
 from rayrec.model.epochs import start_vectors

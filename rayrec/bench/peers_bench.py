@@ -25,8 +25,8 @@ from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.split import Split, SplitConfig, choose_split, split_dataset
-from rayrec.data.synthetic.world import GenerateConfig
-from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.data.synthetic import GenerateConfig
+from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import MismatchError, RayrecError
 from rayrec.jobs.embed import embed
 from rayrec.jobs.generate import generate
@@ -121,8 +121,8 @@ class SasRec:
         plays = concatenate([split.final.select(histories) for histories in dataset.read_all()])
         np.savez(folder / "plays.npz", users=plays.rows, songs=plays.songs, num_songs=dataset.num_songs)
         longest = int(settings.get("session_max_len", 100))
-        asked = songs_before(queries, longest)
-        np.savez(folder / "queries.npz", songs=asked["songs"], offsets=asked["offsets"])
+        recent_songs = songs_before(queries, longest)
+        np.savez(folder / "queries.npz", songs=recent_songs["songs"], offsets=recent_songs["offsets"])
         self._process = subprocess.Popen(
             [python, str(PEER), str(folder), json.dumps(settings)],
             stdin=subprocess.PIPE,
@@ -182,8 +182,8 @@ def queries_of_test_range(dataset: Dataset, split: Split, count: int, seed: int 
 
 def songs_before(queries: Validation, longest: int) -> dict[str, np.ndarray]:
     """The last songs of each query, at most `longest`: int64 `songs`, flat, and where those of each query begin."""
-    asked = queries.questions
-    lengths = np.minimum(asked.seen, longest)
+    test_queries = queries.questions
+    lengths = np.minimum(test_queries.seen, longest)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     places = np.repeat(queries.plays - lengths - offsets[:-1], lengths) + np.arange(offsets[-1])
     return {"songs": queries.histories.songs[places].astype(np.int64), "offsets": offsets}
@@ -258,27 +258,27 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--theirs", type=json.loads, default={}, help="arguments of SASRecModel as JSON")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="small, to see that it works")
-    given = parser.parse_args(words)
+    arguments = parser.parse_args(words)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
-        workspace = Workspace(given.workspace) if given.workspace else generated_data(folder, given.quick)
-        split = choose_split(workspace, given.split)
+        workspace = Workspace(arguments.workspace) if arguments.workspace else generated_data(folder, arguments.quick)
+        split = choose_split(workspace, arguments.split)
         assert split is not None
-        dataset, config = Dataset(workspace), TrainConfig(**{**given.ours, "workers": 0})
-        queries = queries_of_test_range(dataset, split, 200 if given.quick else given.queries)
+        dataset, config = Dataset(workspace), TrainConfig(**{**arguments.ours, "workers": 0})
+        queries = queries_of_test_range(dataset, split, 200 if arguments.quick else arguments.queries)
         ours = OurNetwork(dataset, split, config, queries)
-        with SasRec(given.python, dataset, split, given.theirs, queries) as theirs:
+        with SasRec(arguments.python, dataset, split, arguments.theirs, queries) as theirs:
             contestants: dict[str, Contestant] = {OURS: ours, SASREC: theirs}
-            figures = compare_epochs(contestants, queries, 2 if given.quick else given.epochs)
+            figures = compare_epochs(contestants, queries, 2 if arguments.quick else arguments.epochs)
     report = {
         "queries": len(queries.plays),
         "embed_seconds": ours.embed_seconds,
         "ours": to_mapping(config),
-        "theirs": given.theirs,
+        "theirs": arguments.theirs,
         "parameters": theirs.parameters,
         "epochs": [asdict(each) for each in figures],
     }
-    if given.json:
+    if arguments.json:
         json.dump(report, sys.stdout)
         sys.stdout.write("\n")
         return

@@ -12,15 +12,13 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from rayrec.bench import private_memory
+from rayrec.bench import rounds
 from rayrec.bench.bench_config import MemoryBenchConfig, ScaleBenchConfig
 from rayrec.bench.bench_data import bench_dataset, untrained_model
-from rayrec.bench.job_benches import count_window_plays, word2vec_scaling
-from rayrec.bench.private_memory import MemoryWatch, growth
-from rayrec.bench.rates import RATE_OF
-from rayrec.bench.rounds import Measured, PlainProcess
+from rayrec.bench.rounds import RATE_OF, Measured, MemoryWatch, PlainProcess, growth
+from rayrec.bench.stage_benches import count_window_plays, word2vec_scaling
 from rayrec.data.dataset import Dataset
-from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.embed import embed
 from rayrec.jobs.import_data import import_data
@@ -59,11 +57,13 @@ def run_chain(plays: str, place: Workspace, workers: int, embed_epochs: int, bat
         began = time.perf_counter()
         dataset = import_data(place, ImportConfig(format="parquet", paths=(plays,)))
         stages = {"import": Measured(dataset.plays, time.perf_counter() - began)}
-        stages["embed"] = _timed(lambda: embed(place, settings), lambda made: made.metrics["tokens"] * embed_epochs)
+        stages["embed"] = _timed(
+            lambda: embed(place, settings), lambda artifact: artifact.metrics["tokens"] * embed_epochs
+        )
         model = train(place, TrainConfig(epochs=1, workers=workers, batch=batch, seed=seed))
         stages["train"] = Measured(model.metrics["plays"], model.metrics["plays"] / model.metrics["plays_per_second"])
         stages["taste"] = _timed(
-            lambda: compute_tastes(place, TasteConfig()), lambda made: float(made.metrics["plays"])
+            lambda: compute_tastes(place, TasteConfig()), lambda artifact: float(artifact.metrics["plays"])
         )
     place.delete("")
     return ChainRun(stages=stages, peaks_mb=watch.peaks_mb)
@@ -243,9 +243,7 @@ def bench_memory(place: Workspace, config: MemoryBenchConfig) -> dict[str, Any]:
             for name, job in passes.items():
                 with PlainProcess(0) as driver:
                     needs = driver.run(job)
-                peaks[size] |= {
-                    f"{name} {role}": needs.peaks_mb[role] for role in (private_memory.DRIVER, private_memory.WORKER)
-                }
+                peaks[size] |= {f"{name} {role}": needs.peaks_mb[role] for role in (rounds.DRIVER, rounds.WORKER)}
                 totals.append(needs.total_mb)
                 seconds = needs.seconds if name == "taste" else seconds
                 bar.advance()
@@ -255,9 +253,9 @@ def bench_memory(place: Workspace, config: MemoryBenchConfig) -> dict[str, Any]:
                 model = untrained_model(dataset, config.seed)
             with PlainProcess(0) as driver:
                 needs = driver.run(partial(taste_memory, dataset.workspace, model, workers=SONGS_WORKERS))
-            catalogs.append(needs.peaks_mb[private_memory.WORKER])
+            catalogs.append(needs.peaks_mb[rounds.WORKER])
             bar.advance()
-    grown = private_memory.growth(*peaks)
+    grown = rounds.growth(*peaks)
     return {
         "name": "memory",
         "unit": "users",

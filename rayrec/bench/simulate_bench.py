@@ -26,8 +26,7 @@ from rayrec.config import Settings
 from rayrec.data.dataset import Dataset
 from rayrec.data.shards import divisors
 from rayrec.data.split import SplitConfig
-from rayrec.embeddings.embed_config import EmbedConfig
-from rayrec.embeddings.word2vec import MAX_WORKERS
+from rayrec.embeddings.word2vec import MAX_WORKERS, EmbedConfig
 from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig
 from rayrec.importing.import_plan import MAX_BUCKETS, MAX_PIECES, MIN_BUCKETS, ImportConfig, bucket_groups
 from rayrec.importing.staging import PLAYS_PER_ROW_GROUP
@@ -42,7 +41,7 @@ from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.progress import progress
 from rayrec.recommend.answer import RecommendConfig
 from rayrec.recommend.index import IndexConfig
-from rayrec.recommend.retrieval.stored_retrieval import song_ranges
+from rayrec.recommend.stored_retrieval import song_ranges
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import HISTORIES, Workspace

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rayrec.bench import private_memory
+from rayrec.bench import rounds
 from rayrec.bench.bench_config import SoakBenchConfig
 from rayrec.bench.redis_servers import RedisCluster, redis_cluster
 from rayrec.bench.serve_bench import (
@@ -188,7 +188,7 @@ def memory_growth(used: list[float]) -> float:
 
 
 def _memory() -> float:
-    return sum(process.private_mb for process in private_memory.sample() if process.role != private_memory.DRIVER)
+    return sum(process.private_mb for process in rounds.sample() if process.role != rounds.DRIVER)
 
 
 async def _lost(url: str, counts: SoakCounts) -> tuple[int, int]:

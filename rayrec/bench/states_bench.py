@@ -24,7 +24,7 @@ from rayrec.bench.redis_servers import SERVER, RedisServer
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.data.histories import Histories, concatenate
-from rayrec.data.synthetic.world import CONTEXTS, GenerateConfig, World
+from rayrec.data.synthetic import CONTEXTS, GenerateConfig, World
 from rayrec.jobs.train_plan import model_config
 from rayrec.model.checkpoint import save_model
 from rayrec.model.inference import TasteEncoder
@@ -120,7 +120,7 @@ def _states_release(workspace: Workspace, config: StatesBenchConfig) -> Manifest
     """A release of generated users with their tastes; read where an earlier run made it."""
     if not workspace.exists(f"releases/{ID}/manifest.json"):
         _write_states_release(workspace, config)
-    return artifacts.load(workspace, "releases", ID)
+    return artifacts.load_manifest(workspace, "releases", ID)
 
 
 def _write_states_release(workspace: Workspace, config: StatesBenchConfig) -> None:

@@ -7,13 +7,12 @@ from typing import Any
 from rayrec.bench.answers_bench import bench_answers
 from rayrec.bench.bench_config import CONFIGS, BenchConfig, check_name
 from rayrec.bench.bench_data import bench_place
-from rayrec.bench.index_bench import bench_index, bench_song_side
-from rayrec.bench.job_benches import bench_embed, bench_taste, bench_train
-from rayrec.bench.rates import check_rates_file, save_rates
+from rayrec.bench.rounds import check_rates_file, save_rates
 from rayrec.bench.scale_bench import bench_memory, bench_scale
 from rayrec.bench.serve_bench import bench_serve
 from rayrec.bench.simulate_bench import bench_simulate
 from rayrec.bench.soak import soak
+from rayrec.bench.stage_benches import bench_embed, bench_index, bench_song_side, bench_taste, bench_train
 from rayrec.bench.states_bench import bench_states
 from rayrec.jobs.runtime import WORKER_ENVIRONMENT
 from rayrec.storage.workspace import Workspace

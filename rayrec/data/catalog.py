@@ -1,6 +1,11 @@
-"""The catalog: ids, titles and artists of the songs, and what `rayrec describe` added."""
+"""The catalog: ids, titles and artists of the songs, what `rayrec describe` added, and the content vectors of songs.
+
+N songs, C numbers per content vector.
+"""
 
 import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +16,8 @@ from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.spelling import spell_id
 from rayrec.errors import InputError
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
 
 DESCRIPTIONS = "descriptions"  # the kind of artifact that `rayrec describe` writes
 DESCRIPTIONS_FILE = "descriptions.parquet"  # in its folder: columns.DESCRIPTIONS
@@ -32,8 +39,8 @@ class Catalog:
 
     def song_ids(self, rows: np.ndarray) -> list[str]:
         """The outside ids of song rows."""
-        taken: list[str] = self.table.column(columns.SONG_ID).take(pa.array(rows)).to_pylist()
-        return taken
+        ids: list[str] = self.table.column(columns.SONG_ID).take(pa.array(rows)).to_pylist()
+        return ids
 
     def names(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """song_id, title and artist of song rows."""
@@ -65,29 +72,29 @@ class Catalog:
     def rows(self, song_ids: list[str]) -> np.ndarray:
         """int32: the rows of outside ids. Raises `InputError` that names the unknown ones."""
         spelled = pa.array(map(spell_id, song_ids), pa.string())
-        found = pc.index_in(spelled, value_set=self.table.column(columns.SONG_ID))
-        unknown = [song for song, row in zip(song_ids, found.to_pylist(), strict=True) if row is None]
+        song_rows = pc.index_in(spelled, value_set=self.table.column(columns.SONG_ID))
+        unknown = [song for song, row in zip(song_ids, song_rows.to_pylist(), strict=True) if row is None]
         if unknown:
             raise InputError(
                 f"{len(unknown)} of {len(song_ids)} songs are not in the catalog: {', '.join(unknown[:5])}; "
                 "check the IDs against dataset/songs.parquet"
             )
-        return np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.int32)
+        return np.asarray(song_rows.to_numpy(zero_copy_only=False), dtype=np.int32)
 
 
-def described(songs: pa.Table, told: pa.Table) -> pa.Table:
+def described(songs: pa.Table, descriptions: pa.Table) -> pa.Table:
     """The song table with release days and markets, and with the titles and artists that were told before its own."""
-    ids = (table.column(columns.SONG_ID).combine_chunks() for table in (songs, told))
+    ids = (table.column(columns.SONG_ID).combine_chunks() for table in (songs, descriptions))
     places = pc.index_in(next(ids), value_set=next(ids))
-    for told_field in columns.DESCRIPTIONS:
-        if told_field.name == columns.SONG_ID:
+    for field in columns.DESCRIPTIONS:
+        if field.name == columns.SONG_ID:
             continue
-        values = told.column(told_field.name).combine_chunks().take(places)
-        if told_field.name in songs.column_names:
-            values = pc.coalesce(values, songs.column(told_field.name))
-            songs = songs.set_column(songs.column_names.index(told_field.name), told_field, values)
+        values = descriptions.column(field.name).combine_chunks().take(places)
+        if field.name in songs.column_names:
+            values = pc.coalesce(values, songs.column(field.name))
+            songs = songs.set_column(songs.column_names.index(field.name), field, values)
         else:
-            songs = songs.append_column(told_field, values)
+            songs = songs.append_column(field, values)
     return songs
 
 
@@ -141,22 +148,22 @@ class SongSearch:
         First the songs whose title or artist is the query, then those where one begins with it, then
         all others; within each the most played first. An empty query finds nothing.
         """
-        wanted = fold(query)
-        words = wanted.split()[:MOST_WORDS]
+        folded_query = fold(query)
+        words = folded_query.split()[:MOST_WORDS]
         if not words:
             return np.zeros(0, np.int32), 0
         rows = self._holding(words)
-        found = rows.to_numpy()
-        fits = np.maximum(_fit(self._titles, rows, wanted), _fit(self._artists, rows, wanted))
-        worth = fits.astype(np.int64) * (len(self._worth) + 1) + self._worth[found]
-        best = np.argpartition(-worth, limit)[:limit] if limit < len(found) else np.arange(len(found))
-        return found[best[np.argsort(-worth[best])]].astype(np.int32), len(found)
+        matching_rows = rows.to_numpy()
+        fits = np.maximum(_fit(self._titles, rows, folded_query), _fit(self._artists, rows, folded_query))
+        worth = fits.astype(np.int64) * (len(self._worth) + 1) + self._worth[matching_rows]
+        best = np.argpartition(-worth, limit)[:limit] if limit < len(matching_rows) else np.arange(len(matching_rows))
+        return matching_rows[best[np.argsort(-worth[best])]].astype(np.int32), len(matching_rows)
 
     def fits(self, query: str, rows: np.ndarray) -> np.ndarray:
         """int64 (n,): how well the songs at `rows`, int32 (n,), fit a query that they hold, EXACT best."""
-        places, wanted = pa.array(rows), fold(query)
+        places, folded_query = pa.array(rows), fold(query)
         texts = (self._titles.take(places), self._artists.take(places))
-        return np.asarray(np.maximum(*(_fit(text, None, wanted) for text in texts)))
+        return np.asarray(np.maximum(*(_fit(text, None, folded_query) for text in texts)))
 
     def _holding(self, words: list[str]) -> pa.Array:
         """uint64: the rows of the songs that hold every word; the longest is looked for first, as few hold it."""
@@ -167,15 +174,56 @@ class SongSearch:
         return rows
 
 
-def _fit(texts: pa.Array, rows: pa.Array | None, wanted: str) -> np.ndarray:
+def _fit(texts: pa.Array, rows: pa.Array | None, query: str) -> np.ndarray:
     """int64: how well the text of each row, of all where none are given, fits."""
     if rows is not None and len(rows) * MANY < len(texts):
         texts, rows = texts.take(rows), None
-    starts = pc.starts_with(texts, wanted).to_numpy(zero_copy_only=False)
+    starts = pc.starts_with(texts, query).to_numpy(zero_copy_only=False)
     if rows is not None:  # of many rows a pass over all texts is faster than a copy of theirs
         starts = starts[rows.to_numpy()]
     fits = np.where(starts, PREFIX, INSIDE)
     begin = np.flatnonzero(starts)
-    same = pc.equal(texts.take(pa.array(begin if rows is None else rows.to_numpy()[begin])), wanted)
+    same = pc.equal(texts.take(pa.array(begin if rows is None else rows.to_numpy()[begin])), query)
     fits[begin[same.to_numpy(zero_copy_only=False)]] = EXACT
     return fits
+
+
+CONTENT_FILE = "content.npy"  # float32 (n, C) in the folder of a description
+CONTENT_IDS = "content_ids.parquet"  # song_id of each row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """The content vectors of a catalog's songs; only those that are asked for are read."""
+
+    parts: Sequence[np.ndarray]  # float32 (n, C) each, memory-mapped
+    places: np.ndarray  # int64 (N,), of each song among the rows of all parts; -1 without content
+
+    @classmethod
+    def load(cls, workspace: Workspace, descriptions: Sequence[Manifest], song_ids: pa.Array) -> "Content":
+        """Of the songs with these ids; where several descriptions have a song, the last counts."""
+        parts, start = [], 0
+        places = np.full(len(song_ids), -1, dtype=np.int64)
+        for description in descriptions:
+            if CONTENT_FILE in description.files:
+                ids = workspace.read_table(description.path(CONTENT_IDS)).column(columns.SONG_ID).combine_chunks()
+                rows = pc.fill_null(pc.index_in(song_ids, value_set=ids), -1).to_numpy(zero_copy_only=False)
+                places = np.where(rows >= 0, start + rows.astype(np.int64), places)
+                parts.append(workspace.read_array(description.path(CONTENT_FILE), description.files[CONTENT_FILE]))
+                start += len(ids)
+        return cls(parts=parts, places=places)
+
+    @property
+    def dim(self) -> int:
+        """C; 0 where no song has content."""
+        return self.parts[0].shape[1] if self.parts else 0
+
+    def vectors(self, songs: np.ndarray) -> np.ndarray:
+        """float32 (n, C): the content of songs, int (n,) rows; zeros where a song has none."""
+        rows_of_vectors = np.zeros((len(songs), self.dim), dtype=np.float32)
+        places, start = self.places[songs], 0
+        for part in self.parts:
+            here = np.flatnonzero((places >= start) & (places < start + len(part)))
+            rows_of_vectors[here] = part[places[here] - start]
+            start += len(part)
+        return rows_of_vectors

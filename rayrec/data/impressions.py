@@ -111,15 +111,15 @@ class ImpressionLog:
         """Take a row of the kind's schema, moments as ms UTC; False where it is dropped because too many wait."""
         size = ROW_BYTES + SONG_BYTES * len(row.get("song_ids", ()))
         with self._lock:
-            taken = self.waiting < self._bounds.rows and self._bytes + size <= MEMORY_BYTES
-            if taken:
+            has_room = self.waiting < self._bounds.rows and self._bytes + size <= MEMORY_BYTES
+            if has_room:
                 self._rows[kind].append((row, size))
                 self._bytes += size
-        if not taken:
+        if not has_room:
             self._count(kind, "dropped", 1)
         if self.waiting >= min(FILE_ROWS, self._bounds.rows // 2):
             self._due.set()
-        return taken
+        return has_room
 
     def flush(self) -> None:
         """Write the rows that wait. Where a file fails its rows stay, and are written with the next."""

@@ -139,10 +139,10 @@ def spell_lists(values: pa.Array, problems: Problems, *, column: str) -> pa.Arra
     broken = np.zeros(len(values), dtype=bool)
     broken[parents[inner.bad]] = True
     problems.mark(broken, NOT_UTF8)
-    kept = ~(missing(names) | inner.bad)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(parents[kept], minlength=len(values)))]).astype(np.int32)
+    valid = ~(missing(names) | inner.bad)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(parents[valid], minlength=len(values)))]).astype(np.int32)
     absent = lists.is_null().to_numpy(zero_copy_only=False)
-    return pa.ListArray.from_arrays(pa.array(offsets), names.filter(pa.array(kept)), mask=pa.array(absent))
+    return pa.ListArray.from_arrays(pa.array(offsets), names.filter(pa.array(valid)), mask=pa.array(absent))
 
 
 def plain(values: pa.Array) -> pa.Array:

@@ -71,8 +71,8 @@ class FitRange:
         if self.share is not None:
             places, counts = self._counted(histories)
             totals = counts if histories.totals is None else histories.totals
-            seen = np.floor(totals * self.share + 0.5).astype(np.int64)
-            covered &= places < np.repeat(seen, histories.lengths)
+            fit_counts = np.floor(totals * self.share + 0.5).astype(np.int64)
+            covered &= places < np.repeat(fit_counts, histories.lengths)
         return covered
 
     def _counted(self, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
@@ -91,9 +91,13 @@ class FitRange:
         allowed = histories.take(self.allowed_users(histories.user_ids))
         if self.share is not None and allowed.totals is None:
             allowed = replace(allowed, totals=self._counted(allowed)[1])
-        kept = allowed.keep(self.covers(allowed) & self.allowed_songs(allowed.songs))
-        kept = kept.take(kept.lengths > 0)
-        return kept if kept.likes is None else replace(kept, likes=kept.likes.keep(self._covers_likes(kept)))
+        selected = allowed.keep(self.covers(allowed) & self.allowed_songs(allowed.songs))
+        selected = selected.take(selected.lengths > 0)
+        return (
+            selected
+            if selected.likes is None
+            else replace(selected, likes=selected.likes.keep(self._covers_likes(selected)))
+        )
 
     def _covers_likes(self, histories: Histories) -> np.ndarray:
         """bool (K,): the likes before the cut, under a share those up to a user's last play; of no song held out."""
@@ -330,14 +334,14 @@ def split_flag(split_id: str | None) -> str:
     return f" --split {split_id}" if split_id else " --no-split"
 
 
-def trained_on(workspace: Workspace, made: Manifest) -> str:
+def trained_on(workspace: Workspace, artifact: Manifest) -> str:
     """Which plays an artifact was fitted on, in words."""
-    if "split" not in made.inputs:
+    if "split" not in artifact.inputs:
         return "all plays"
-    split = load_split(workspace, made.inputs["split"])
-    if made.kind == "rankers":
+    split = load_split(workspace, artifact.inputs["split"])
+    if artifact.kind == "rankers":
         return f"{split.validation_range} (split {split.id})"
-    if not made.config.get("refit", True):
+    if not artifact.config.get("refit", True):
         return f"all plays except {split.validation_as_test().test_range} (split {split.id})"
     if not split.has_test:
         return f"all plays, after choosing on {split.validation_range} (split {split.id})"
@@ -518,13 +522,13 @@ def validation_histories(dataset: Dataset, split: Split, limit: int) -> Historie
 
     Users are taken until those plays are at least `limit`.
     """
-    found: list[Histories] = []
+    selected: list[Histories] = []
     plays = 0
     for histories in dataset.read_all():
-        seen = split.final.select(histories)
-        recent = np.bincount(seen.rows[split.is_validation(seen)], minlength=len(seen))
-        found.append(seen.take(recent > 0))
+        final_histories = split.final.select(histories)
+        recent = np.bincount(final_histories.rows[split.is_validation(final_histories)], minlength=len(final_histories))
+        selected.append(final_histories.take(recent > 0))
         plays += int(recent.sum())
         if plays >= limit:
             break
-    return concatenate(found)
+    return concatenate(selected)

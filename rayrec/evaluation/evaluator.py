@@ -38,8 +38,7 @@ from rayrec.evaluation.protocol import (
 from rayrec.evaluation.ranks import NOT_FOUND, Ranked, metric_columns, metrics_of, rank_targets
 from rayrec.evaluation.vector_metrics import PAIRED, RandomSongs, cosine_sums, curves_of, pair_sums, popularity_ranks
 from rayrec.model.train_config import DaysHorizon
-from rayrec.recommend.base import BaseRecommender, CandidateRecommender
-from rayrec.recommend.vector_recommender import VectorRecommender
+from rayrec.recommend.base import BaseRecommender, CandidateRecommender, VectorRecommender
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +153,7 @@ class Evaluator:
         self.coverage_songs = coverage_songs(len(song_plays))
         self._negatives = RandomSongs(song_plays, config.seed)
         self._popularity_ranks = popularity_ranks(song_plays)
-        from rayrec.recommend.selection import Starting  # brings torch, as those below: commands start without it
+        from rayrec.recommend.reranking import Starting  # brings torch, as those below: commands start without it
         from rayrec.recommend.taste_recommender import TasteRecommender
         from rayrec.recommend.two_step import TwoStepRecommender
 

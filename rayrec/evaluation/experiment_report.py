@@ -207,7 +207,7 @@ def _overview(workspace: Workspace, name: str | None) -> _Overview:
     name = name or next(iter(releases))
     if name not in releases:
         raise NotFoundError(f"the log has no experiment {name!r}; it has {', '.join(sorted(releases))}")
-    by_arm = {arm: sorted(made) for arm, made in releases[name].items()}
+    by_arm = {arm: sorted(release_ids) for arm, release_ids in releases[name].items()}
     return _Overview(name=name, releases=by_arm, first=min(moments[name]), last=max(moments[name]))
 
 
@@ -345,21 +345,21 @@ def _add(sums: _Sums, answers: _Answers, events: _Events, window: int) -> None:
     sums.counts["likes"] += counts(arms[hits & events.liked])
 
 
-def latest_rows(keys: np.ndarray, at: np.ndarray, wanted: np.ndarray, until: np.ndarray) -> np.ndarray:
+def latest_rows(keys: np.ndarray, at: np.ndarray, wanted_keys: np.ndarray, until: np.ndarray) -> np.ndarray:
     """int64 (n,): the row, among those with `keys` and moments `at`, of the last moment of a wanted key up to another.
 
-    `keys` and `at` are int64 (m,), `wanted` and `until` int64 (n,); keys count from 0. -1 where there is no such row.
+    `keys` and `at` are int64 (m,), `wanted_keys` and `until` int64 (n,); keys count from 0. -1: no such row.
     """
     if not len(keys):
-        return np.full(len(wanted), -1)
+        return np.full(len(wanted_keys), -1)
     moments, ranks = np.unique(np.concatenate([at, until]), return_inverse=True)
     ranks = ranks.reshape(-1)
     order = np.lexsort((ranks[: len(keys)], keys))
     places = np.searchsorted(
-        (keys * len(moments) + ranks[: len(keys)])[order], wanted * len(moments) + ranks[len(keys) :], side="right"
+        (keys * len(moments) + ranks[: len(keys)])[order], wanted_keys * len(moments) + ranks[len(keys) :], side="right"
     )
     rows = order[np.maximum(places - 1, 0)]
-    return np.where((places > 0) & (keys[rows] == wanted), rows, -1)
+    return np.where((places > 0) & (keys[rows] == wanted_keys), rows, -1)
 
 
 def _figures(sums: _Sums, overview: _Overview, config: ExperimentReportConfig) -> list[ArmFigures]:

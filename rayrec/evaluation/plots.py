@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rayrec.recommend.layout import principal_axes
+from rayrec.embeddings.vectors import principal_axes
 
 # Okabe and Ito's colors for the few curves that matter; the averages, which are one family, run
 # from dark to light along one hue of cividis. Both are told apart by color-blind readers and in gray.

@@ -21,8 +21,7 @@ from rayrec.evaluation.accumulator import RETURN_BYTES, VIEWS, MetricAccumulator
 from rayrec.evaluation.bootstrap import CellRange
 from rayrec.evaluation.protocol import GROUPS, EvaluateConfig, HeardSongs, TargetSongs
 from rayrec.evaluation.ranks import metrics_of, rank_targets
-from rayrec.importing.readers.files import read_blocks
-from rayrec.importing.readers.reader import Unit
+from rayrec.importing.readers.reader import Unit, read_blocks
 from rayrec.recommend.answer import ASSUMED_GAP_MS
 from rayrec.recommend.base import BaseRecommender
 

@@ -15,14 +15,12 @@ import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
 from rayrec.config import Settings
-from rayrec.data.histories import Histories, Questions, user_hash
+from rayrec.data.histories import Histories, Questions, ranges, user_hash
 from rayrec.data.split import DAY_MS, Split
 from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.model.train_config import DaysHorizon
-from rayrec.recommend.base import BaseRecommender, Horizon
+from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender
 from rayrec.recommend.query_batch import SESSION_GAP_MS
-from rayrec.recommend.retrieval.ragged import ranges
-from rayrec.recommend.vector_recommender import VectorRecommender
 
 USUAL_K = 20
 
@@ -95,7 +93,7 @@ def usual_k(ks: Sequence[int]) -> int:
     return USUAL_K if USUAL_K in ks else max(ks)
 
 
-def horizon_of(recommender: BaseRecommender, target: str) -> Horizon:
+def horizon_of(recommender: BaseRecommender, target: str) -> HorizonName:
     """The long horizon for the long term where a recommender has one, else the short."""
     is_long_term = target in LONG_TERM or target.startswith((DAYS, SERVED_DAYS))
     return "long" if is_long_term and "long" in recommender.horizons else "short"
@@ -221,14 +219,14 @@ class HeardSongs:
         self._keys, plays = np.unique(keys, return_index=True)  # the first play of each user and song
         self._places = histories.places[plays]
 
-    def __call__(self, rows: np.ndarray, seen: np.ndarray, songs: np.ndarray) -> np.ndarray:
-        """bool: whether the user at `rows` has song `songs` among the first `seen` plays, int each, of one shape."""
+    def __call__(self, rows: np.ndarray, plays_before: np.ndarray, songs: np.ndarray) -> np.ndarray:
+        """bool: whether songs are among the first `plays_before` plays of the users at `rows`, int each, one shape."""
         if not len(self._keys):
             return np.zeros(np.shape(songs), dtype=bool)
         keys = rows * self._num_songs + songs
         position = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         played = (self._keys[position] == keys) & (songs < self._num_songs)
-        return np.asarray(played & (self._places[position] < seen))
+        return np.asarray(played & (self._places[position] < plays_before))
 
 
 def slices_of(contexts: Sequence[str]) -> list[tuple[str, str]]:

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Questions, highest_of_each
 from rayrec.evaluation.protocol import TargetSongs, in_mask
-from rayrec.recommend.base import BaseRecommender, CandidateRecommender, Horizon, ScoredCandidates
-from rayrec.recommend.retrieval.ragged import highest_of_each
+from rayrec.recommend.base import BaseRecommender, CandidateRecommender, HorizonName, ScoredCandidates
 from rayrec.recommend.session_knn import last_plays
 
 METRICS = ("recall", "mrr", "ndcg")
@@ -45,7 +44,7 @@ def rank_targets(
     known_songs: np.ndarray,
     *,
     depth: int,
-    horizons: Mapping[str, Horizon] | None = None,
+    horizons: Mapping[str, HorizonName] | None = None,
     listed: np.ndarray | None = None,
 ) -> Ranked:
     """The rank of each target song, exact up to `depth`.
@@ -54,8 +53,8 @@ def rank_targets(
     recommender. `horizons` are those of the targets, the short one where it is not given. Of the queries in `listed`,
     bool (Q,), the first LIST_LENGTH songs of the short horizon are returned too, of all songs.
     """
-    horizon_of: dict[str, Horizon] = {name: (horizons or {}).get(name, "short") for name in targets}
-    first: tuple[Horizon, ...] = () if listed is None else ("short",)
+    horizon_of: dict[str, HorizonName] = {name: (horizons or {}).get(name, "short") for name in targets}
+    first: tuple[HorizonName, ...] = () if listed is None else ("short",)
     needed = list(dict.fromkeys([*first, *horizon_of.values()]))
     ranks = {name: np.full(len(target.songs), NOT_FOUND, dtype=np.int64) for name, target in targets.items()}
     rankable, cold = rankable_songs(recommender, known_songs), np.ones(recommender.num_songs, dtype=bool)
@@ -134,8 +133,8 @@ class _Rankings(ABC):
 
 
 def _rankings(
-    recommender: BaseRecommender, histories: Histories, queries: Questions, horizons: Sequence[Horizon], depth: int
-) -> Iterator[tuple[slice, Horizon, _Rankings]]:
+    recommender: BaseRecommender, histories: Histories, queries: Questions, horizons: Sequence[HorizonName], depth: int
+) -> Iterator[tuple[slice, HorizonName, _Rankings]]:
     if isinstance(recommender, CandidateRecommender):
         for chunk, candidates in recommender.candidate_chunks(histories, queries):
             start, stop, _ = chunk.indices(len(queries))
@@ -165,8 +164,8 @@ class DenseRankings(_Rankings):
 
     def first(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """As in `_Rankings`."""
-        found, songs = listed_songs(self._scores[rows], self._best[rows], count)
-        return rows[found], songs
+        query_of_song, songs = listed_songs(self._scores[rows], self._best[rows], count)
+        return rows[query_of_song], songs
 
     def without_heard(
         self, histories: Histories, queries: Questions, rows: np.ndarray, among: np.ndarray | None = None
@@ -187,7 +186,7 @@ class CandidateRankings(_Rankings):
         self,
         candidates: ScoredCandidates,
         retrievers: Sequence[str],
-        horizon: Horizon,
+        horizon: HorizonName,
         size: int,
         num_songs: int,
         depth: int,
@@ -217,14 +216,14 @@ class CandidateRankings(_Rankings):
         if not len(self._keys):
             return ranks
         order = np.argsort(self._keys)
-        wanted = rows * self._num_songs + songs
-        position = order[np.minimum(np.searchsorted(self._keys, wanted, sorter=order), len(order) - 1)]
-        found = self._keys[position] == wanted
+        target_keys = rows * self._num_songs + songs
+        position = order[np.minimum(np.searchsorted(self._keys, target_keys, sorter=order), len(order) - 1)]
+        is_candidate = self._keys[position] == target_keys
         # A run of equal scores ends where the next score or query begins; a tied song has the rank of the last of them.
         last = np.append((np.diff(self._rows) != 0) | (np.diff(self._scores) != 0), True)
         ends = np.flatnonzero(last) + 1
-        ends = ends[np.searchsorted(ends, position[found], side="right")]
-        ranks[found] = ends - self._starts[rows[found]]
+        ends = ends[np.searchsorted(ends, position[is_candidate], side="right")]
+        ranks[is_candidate] = ends - self._starts[rows[is_candidate]]
         return ranks
 
     def first(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -252,9 +251,9 @@ class CandidateRankings(_Rankings):
     def proposed(self, rows: np.ndarray, songs: np.ndarray) -> np.ndarray:
         """bool (T, R + 1): whether each song is a candidate, and which retrievers propose it."""
         keys = self._candidates.rows * self._num_songs + self._candidates.songs
-        wanted = rows * self._num_songs + songs
+        target_keys = rows * self._num_songs + songs
         of_each = [keys, *(keys[self._candidates.retrievers[name]] for name in self._retrievers)]
-        return np.stack([np.isin(wanted, some) for some in of_each], axis=1)
+        return np.stack([np.isin(target_keys, some) for some in of_each], axis=1)
 
 
 def best_scores(scores: np.ndarray, depth: int) -> np.ndarray:
@@ -317,9 +316,9 @@ def listed_songs(scores: np.ndarray, best: np.ndarray, count: int) -> tuple[np.n
         ties_before = np.cumsum(tied) - tied
         places = ties_before - np.append(ties_before, 0)[np.minimum(starts, len(tied))][row]
         room = count - np.bincount(row, weights=~tied, minlength=len(chunk))
-        kept = ~tied | (places < room[row])
-        rows.append(row[kept] + start)
-        songs.append(song[kept])
+        is_listed = ~tied | (places < room[row])
+        rows.append(row[is_listed] + start)
+        songs.append(song[is_listed])
     return np.concatenate(rows), np.concatenate(songs)
 
 

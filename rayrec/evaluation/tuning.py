@@ -15,8 +15,7 @@ from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.evaluation.protocol import USUAL_K, HeardSongs, target_songs
 from rayrec.evaluation.ranks import metric_columns, metrics_of, rank_targets
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.baselines import Settings, fit_baselines
-from rayrec.recommend.selection import Selection
+from rayrec.recommend.baselines import Selection, Settings, fit_baselines
 from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender
 
 QUERIES = 1_000  # of the validation range, by a hash of user and play

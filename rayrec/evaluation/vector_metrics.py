@@ -10,8 +10,7 @@ import numpy as np
 from rayrec.data.histories import Histories, Questions, user_hash
 from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.evaluation.protocol import OFFSETS, plays_ahead
-from rayrec.recommend.base import BaseRecommender, Horizon
-from rayrec.recommend.vector_recommender import VectorRecommender
+from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender
 
 NEGATIVES = ("uniform", "zipf")
 PAIRED = ("next", "offsets25_50")  # the targets for which pairs are made
@@ -21,7 +20,7 @@ TIE = 1e-6  # cosines nearer to each other than rounding can tell; (a + b) is as
 PLACES = 1 << 32  # more than anyone's plays
 CURVE_QUERIES_AT_ONCE = 1 << 14
 
-Curve = tuple[VectorRecommender, Horizon]
+Curve = tuple[VectorRecommender, HorizonName]
 
 
 def curves_of(recommenders: Sequence[BaseRecommender]) -> list[Curve]:

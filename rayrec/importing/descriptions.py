@@ -16,17 +16,24 @@ from pydantic import Field
 
 from rayrec.config import Settings, to_mapping
 from rayrec.data import columns
-from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE
+from rayrec.data.catalog import CONTENT_FILE, CONTENT_IDS, DESCRIPTIONS, DESCRIPTIONS_FILE
 from rayrec.data.columns import one_array
-from rayrec.data.content import CONTENT_FILE, CONTENT_IDS
 from rayrec.data.dataset import Dataset
 from rayrec.data.spelling import NOT_UTF8, Problems, plain, spell_ids, spell_lists, spell_texts
 from rayrec.errors import InputError
 from rayrec.importing.readers import delimited
 from rayrec.importing.readers.delimited import Delimiter
-from rayrec.importing.readers.files import cut_note, find_files, open_plain, plain_name
-from rayrec.importing.readers.parquet import open_parquet, read_columns
-from rayrec.importing.readers.reader import NO_SONG, Unit, mapped_columns, naming
+from rayrec.importing.readers.reader import (
+    NO_SONG,
+    Unit,
+    cut_note,
+    find_files,
+    mapped_columns,
+    naming,
+    open_plain,
+    plain_name,
+)
+from rayrec.importing.readers.tabular import open_parquet, read_columns
 from rayrec.importing.staging import Staging
 from rayrec.importing.vector_files import read_vector_file
 from rayrec.storage import artifacts
@@ -183,11 +190,11 @@ def store_descriptions(
         workspace.write_array(manifest.path(CONTENT_FILE), vectors[1])
         workspace.write_table(manifest.path(CONTENT_IDS), pa.table({columns.SONG_ID: vectors[0]}))
         names += [CONTENT_FILE, CONTENT_IDS]
-    made = artifacts.publish(workspace, manifest, names)
+    stored = artifacts.publish(workspace, manifest, names)
     for each in [] if appends else before:
         workspace.delete(each.path("manifest.json"))  # first: without it the rest is nothing
         workspace.delete(each.folder)
-    return made
+    return stored
 
 
 def take_in_described_songs(dataset: Dataset) -> int:
@@ -255,18 +262,18 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
     if not len(usable):
         reasons = ", ".join(f"{count} × {reason}" for reason, count in rejected.items()) or "it has none"
         raise InputError(f"{source}: no row can be used: {reasons}; check the format and the delimiter")
-    kept = pa.array(usable[_first_of_each(ids.take(pa.array(usable)))])
-    values = {columns.SONG_ID: ids.take(kept)}
+    row_numbers = pa.array(usable[_first_of_each(ids.take(pa.array(usable)))])
+    values = {columns.SONG_ID: ids.take(row_numbers)}
     readers = {"released": _days, "markets": spell_lists}
     for role in [role for role in ROLES if role in rows and role != "song"]:
-        problems = Problems(len(kept))
+        problems = Problems(len(row_numbers))
         with naming(source):
-            read = readers.get(role, spell_texts)(plain(rows[role]).take(kept), problems, column=named[role])
+            read = readers.get(role, spell_texts)(plain(rows[role]).take(row_numbers), problems, column=named[role])
         bad = pa.array(problems.bad)
         values[ROLES[role]] = pc.if_else(bad, pa.scalar(None, read.type), read) if problems.bad.any() else read
         for reason, count in _counts(problems).items():
             invalid[f"{role}: {reason}" if reason == NOT_UTF8 else reason] = count
-    table = [values.get(item.name, pa.nulls(len(kept), item.type)) for item in columns.DESCRIPTIONS]
+    table = [values.get(item.name, pa.nulls(len(row_numbers), item.type)) for item in columns.DESCRIPTIONS]
     return SongMetadata(table=pa.table(table, schema=columns.DESCRIPTIONS), rejected=rejected, invalid=invalid)
 
 

@@ -1,12 +1,14 @@
-"""What to import and how: the settings, the files, their units of work and the number of buckets."""
+"""The plan of an import: settings, files, units of work, number of buckets; and the summary of what came of it."""
 
 import posixpath
+import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field, model_validator
 
 from rayrec.config import Settings, to_mapping
@@ -14,9 +16,9 @@ from rayrec.data.moments import TimeZone
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.delimited import Delimiter, Separator
-from rayrec.importing.readers.files import SourceFile, cut_note, find_files, is_compressed
-from rayrec.importing.readers.reader import Reader, ReadOptions, Unit
+from rayrec.importing.readers.reader import Reader, ReadOptions, SourceFile, Unit, cut_note, find_files, is_compressed
 from rayrec.importing.readers.tabular import roles
+from rayrec.importing.staging import UnitResult
 from rayrec.storage.artifacts import fingerprint
 from rayrec.storage.dataset_manifest import Times
 
@@ -186,13 +188,13 @@ def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) 
         if file.source in damaged:
             continue
         try:
-            found = reader.plan(file.source, file.size, max(1, round(config.unit_mib * (1 << 20))))
+            file_units = reader.plan(file.source, file.size, max(1, round(config.unit_mib * (1 << 20))))
         except DamagedInputError as error:
             if not config.skip_damaged:
                 raise DamagedInputError(f"{error}{OR_SKIP}") from error
-            damaged[file.source], found = str(error), []
-        units.extend(found)
-        unit_files.extend([number] * len(found))
+            damaged[file.source], file_units = str(error), []
+        units.extend(file_units)
+        unit_files.extend([number] * len(file_units))
     described = [list(file) for file in files]
     plan_id = fingerprint("import", {**to_mapping(config), "files": described}, {})
     how = {name: value for name, value in to_mapping(config).items() if name not in NOT_OF_READING}
@@ -231,7 +233,9 @@ def _pieces(sizes: Sequence[float]) -> list[list[int]]:
         return [[unit] for unit in range(len(sizes))]
     ends = np.cumsum(sizes)
     piece = np.minimum(ends / max(1, ends[-1]) * MAX_PIECES, MAX_PIECES - 1).astype(np.int64)
-    return [found.tolist() for found in np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(piece)) + 1)]
+    return [
+        unit_numbers.tolist() for unit_numbers in np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(piece)) + 1)
+    ]
 
 
 def bucket_groups(pieces: int, buckets: int) -> list[tuple[int, int]]:
@@ -251,3 +255,125 @@ def choose_buckets(size: int) -> int:
 
 def _is_dense(source: str) -> bool:
     return is_compressed(source) or source.endswith(DENSE_FORMATS)
+
+
+FEW_REJECTED = 0.01  # share of the rows up to which nothing is said
+OUTLIER = 10  # times the median number of rows a file, or a tenth of it
+OUTLIERS_SHOWN = 5
+TEXT_SHOWN = 120  # characters of a rejected row
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectedRows:
+    """The rows that were rejected for one reason."""
+
+    reason: str
+    rows: int
+    share: float  # of all rows read
+    source: str  # file of the first of them
+    line: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSummary:
+    """Counts over the files of one import."""
+
+    files: int
+    bytes: int  # as they are stored
+    read: int  # rows, good and bad
+    rejected: int  # rows that are no plays, or could not be read
+    beside: int  # of them those that the format holds beside plays, such as podcasts
+    reasons: list[RejectedRows]  # most frequent first
+    rows_per_file: list[int]  # least, median and most usable rows of a file
+    outliers: dict[str, int]  # files with a tenth or ten times the usable rows of the median file
+    damaged: dict[str, str] = field(default_factory=dict)  # file -> why it was left out
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Rejected rows among all rows read, without those that the format holds beside plays."""
+        return (self.rejected - self.beside) / max(1, self.read - self.beside)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+class TooManyRejectedError(InputError):
+    """More rows were rejected than the settings allow; nothing was imported."""
+
+    def __init__(self, message: str, summary: ImportSummary) -> None:
+        super().__init__(message)
+        self.summary = summary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.summary)
+
+
+def summarize(
+    plan: ImportPlan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]], beside: Sequence[str] = ()
+) -> ImportSummary:
+    """Count what the units came to; `rejected` is unit by unit columns.REJECTED, with lines from the unit's start.
+
+    `beside` are the reasons of rows that the format holds beside plays.
+    """
+    damaged = plan.damaged
+    rows: dict[str, int] = {file.source: 0 for file in plan.files}
+    counts: dict[str, int] = {}
+    for file, unit in zip(plan.unit_files, units, strict=True):
+        rows[plan.files[file].source] += unit.usable
+        for reason, count in unit.rejected.items():
+            counts[reason] = counts.get(reason, 0) + count
+    read = sum(unit.read for unit in units)
+    examples = _examples(plan, units, rejected, set(counts))
+    reasons = [
+        RejectedRows(reason=reason, rows=counts[reason], share=counts[reason] / read, **examples[reason])
+        for reason in sorted(counts, key=lambda reason: -counts[reason])
+    ]
+    usable_rows = {source: count for source, count in rows.items() if source not in damaged}
+    median = statistics.median(usable_rows.values()) if usable_rows else 0
+    outliers = {
+        source: count
+        for source, count in usable_rows.items()
+        if len(usable_rows) > 2 and (count * OUTLIER <= median or count >= median * OUTLIER)
+    }
+    summary = ImportSummary(
+        files=len(rows),
+        bytes=sum(file.size for file in plan.files),
+        read=read,
+        rejected=sum(counts.values()),
+        beside=sum(counts.get(reason, 0) for reason in beside),
+        reasons=reasons,
+        rows_per_file=[min(usable_rows.values()), round(median), max(usable_rows.values())] if usable_rows else [],
+        outliers=dict(sorted(outliers.items(), key=lambda item: item[1])[:OUTLIERS_SHOWN]),
+        damaged=damaged,
+        warnings=list(plan.notes),
+    )
+    if summary.share > FEW_REJECTED:
+        lost = summary.rejected - summary.beside
+        summary.warnings.append(f"{lost:,} of {read - summary.beside:,} rows ({summary.share:.1%}) were rejected.")
+    if damaged:
+        left_out = f"{len(damaged):,} of {len(rows):,} files could not be read to their end and were left out."
+        summary.warnings.append(left_out)
+    return summary
+
+
+def _examples(
+    plan: ImportPlan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]], reasons: set[str]
+) -> dict[str, dict[str, Any]]:
+    """The first row of each reason."""
+    examples: dict[str, dict[str, Any]] = {}
+    offsets = plan.line_offsets([unit.lines for unit in units])
+    if not reasons:
+        return examples
+    for number, table in rejected:
+        for reason in reasons - set(examples):
+            index = table.column("reason").index(reason).as_py()
+            if index >= 0:
+                row = table.slice(index, 1).to_pylist()[0]
+                text = str(row["text"])[:TEXT_SHOWN]
+                examples[reason] = {"source": row["source"], "line": row["line"] + offsets[number], "text": text}
+        if reasons <= set(examples):
+            break
+    return examples

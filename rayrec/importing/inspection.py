@@ -1,15 +1,18 @@
-"""What an import would take the columns of some files for, from their first rows, before anything is imported."""
+"""How files of plays are to be imported, from their names and first rows: format, columns, kinds of times."""
 
+import posixpath
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from rayrec.data.moments import DATE_ALONE, LOCAL, NOT_A_TIME, to_ms
 from rayrec.data.spelling import Problems
@@ -17,10 +20,20 @@ from rayrec.errors import InputError
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.readers import FORMATS, Format, delimited
 from rayrec.importing.readers.delimited import spelled_delimiter
-from rayrec.importing.readers.files import SourceFile, byte_ranges, cut_note, find_files, open_source, read_blocks
-from rayrec.importing.readers.parquet import open_parquet, read_batches
-from rayrec.importing.readers.reader import Batch, ReadOptions
-from rayrec.importing.readers.tabular import EVENTS, FLAGS, OPTIONAL_ROLES, roles
+from rayrec.importing.readers.reader import (
+    HEAD_BYTES,
+    Batch,
+    ReadOptions,
+    SourceFile,
+    byte_ranges,
+    cut_note,
+    find_files,
+    open_plain,
+    open_source,
+    plain_name,
+    read_blocks,
+)
+from rayrec.importing.readers.tabular import EVENTS, FLAGS, OPTIONAL_ROLES, open_parquet, read_batches, roles
 
 SAMPLE_FILES = 5
 SAMPLE_BYTES = 1 << 20  # of each file
@@ -105,13 +118,13 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
     delimiter = _delimiter(files[0].source) if format_name == "csv" else ""
     names, sample = _csv_sample(files[0], delimiter) if format_name == "csv" else _parquet_sample(files[0])
     repeated = {name: count for name, count in Counter(names).items() if count > 1}
-    produces, found = guess_roles(sample)
+    produces, column_of_role = guess_roles(sample)
     is_playlists = produces == "playlists"
     required = [role for role in roles(is_playlists) if role not in OPTIONAL_ROLES]
-    missing = [role for role in required if role not in found]
-    options = ReadOptions(playlists=is_playlists, columns=found, delimiter=delimiter or ",", timezone=timezone)
-    batches = [] if missing or repeated.keys() & set(found.values()) else _sample(kind, files, options)
-    by_name = {name: role for role, name in found.items()}
+    missing = [role for role in required if role not in column_of_role]
+    options = ReadOptions(playlists=is_playlists, columns=column_of_role, delimiter=delimiter or ",", timezone=timezone)
+    batches = [] if missing or repeated.keys() & set(column_of_role.values()) else _sample(kind, files, options)
+    by_name = {name: role for role, name in column_of_role.items()}
     columns = [
         Column(name=name, role=by_name.get(name, ""), type=_type(values), example=_example(values))
         for name, values in sample.items()
@@ -121,7 +134,9 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
     notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated.items()]
     if _looks_like_data(list(sample)):
         notes.append("The first line looks like data: an import takes it for the names of the columns.")
-    column_of = {role: found.get(role, "NAME") for role in roles(is_playlists) if role in [*found, *missing]}
+    column_of = {
+        role: column_of_role.get(role, "NAME") for role in roles(is_playlists) if role in [*column_of_role, *missing]
+    }
     return Inspection(
         **_rows(batches),
         **_command(format_name, produces, paths, column_of, delimiter, timezone),
@@ -130,7 +145,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
         delimiter=delimiter,
         columns=columns,
         missing=missing,
-        time=time_form(sample[found["played_at"]], timezone) if "played_at" in found else "",
+        time=time_form(sample[column_of_role["played_at"]], timezone) if "played_at" in column_of_role else "",
         notes=notes,
     )
 
@@ -138,25 +153,25 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
 def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
     """Plays or playlists, and role -> column, by the names of the columns, and of the time by the values too."""
     plain_names = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in reversed(sample)}
-    found: dict[str, str] = {}
+    column_of_role: dict[str, str] = {}
     for role, names in NAMES.items():
         match = next((plain_names[name] for name in names if name in plain_names), None)
-        if match is not None and match not in found.values():
-            found[role] = match
-    if "event_type" in found and _share_of_events(sample[found["event_type"]]) < 0.5:
-        del found["event_type"]  # a column of events of another kind
+        if match is not None and match not in column_of_role.values():
+            column_of_role[role] = match
+    if "event_type" in column_of_role and _share_of_events(sample[column_of_role["event_type"]]) < 0.5:
+        del column_of_role["event_type"]  # a column of events of another kind
     for role, pattern in PATTERNS.items():
         fitting = [name for plain, name in plain_names.items() if re.search(pattern, plain)]
-        if role not in found and len(fitting) == 1 and fitting[0] not in found.values():
-            found[role] = fitting[0]
-    if "played_at" not in found and "playlist" not in found:
-        times = [name for name in sample if name not in found.values() and _share_of_times(sample[name]) > 0.9]
+        if role not in column_of_role and len(fitting) == 1 and fitting[0] not in column_of_role.values():
+            column_of_role[role] = fitting[0]
+    if "played_at" not in column_of_role and "playlist" not in column_of_role:
+        times = [name for name in sample if name not in column_of_role.values() and _share_of_times(sample[name]) > 0.9]
         if len(times) > 1:  # a release date, beside a moment
             times = [name for name in times if not _are_dates(sample[name])]
         if len(times) == 1:
-            found["played_at"] = times[0]
-    produces = "playlists" if "playlist" in found and "played_at" not in found else "plays"
-    return produces, {role: found[role] for role in roles(produces == "playlists") if role in found}
+            column_of_role["played_at"] = times[0]
+    produces = "playlists" if "playlist" in column_of_role and "played_at" not in column_of_role else "plays"
+    return produces, {role: column_of_role[role] for role in roles(produces == "playlists") if role in column_of_role}
 
 
 def time_form(values: pa.Array, timezone: str = "UTC") -> str:
@@ -186,8 +201,12 @@ def _are_dates(values: pa.Array) -> bool:
     """True for a column of dates without a time of day."""
     if pa.types.is_date(values.type):
         return True
-    given = values.drop_null()
-    return values.type == pa.string() and len(given) > 0 and pc.all(pc.match_substring_regex(given, DATE_ALONE)).as_py()
+    known_values = values.drop_null()
+    return (
+        values.type == pa.string()
+        and len(known_values) > 0
+        and pc.all(pc.match_substring_regex(known_values, DATE_ALONE)).as_py()
+    )
 
 
 def _share_of_times(values: pa.Array) -> float:
@@ -232,12 +251,17 @@ def _rows(batches: Sequence[Batch]) -> dict[str, Any]:
 
 
 def _command(
-    format_name: str, produces: str, paths: Sequence[str], found: dict[str, str], delimiter: str, timezone: str = "UTC"
+    format_name: str,
+    produces: str,
+    paths: Sequence[str],
+    column_of_role: dict[str, str],
+    delimiter: str,
+    timezone: str = "UTC",
 ) -> dict[str, Any]:
     words = ["rayrec", "import", format_name, *map(shlex.quote, paths)]
     if produces == "playlists" and FORMATS[format_name].mapped:
         words += ["--kind", "playlists"]
-    named = {role: name for role, name in found.items() if role != name}
+    named = {role: name for role, name in column_of_role.items() if role != name}
     if named:
         words += ["--columns", shlex.quote(",".join(f"{role}={name}" for role, name in named.items()))]
     if delimiter not in ("", ","):
@@ -257,9 +281,9 @@ def _csv_sample(file: SourceFile, delimiter: str) -> tuple[list[str], dict[str, 
     header = delimited.read_header(file.source, delimiter)
     first = byte_ranges(file.source, file.size, SAMPLE_BYTES)[0]
     block = next(iter(read_blocks(first, SAMPLE_BYTES)))
-    wanted = {name: place for place, name in reversed(list(enumerate(header)))}
+    positions = {name: place for place, name in reversed(list(enumerate(header)))}
     rows = delimited.parse(
-        block, wanted, num_columns=len(header), delimiter=delimiter, quoted=True, source=file.source, skip=1
+        block, positions, num_columns=len(header), delimiter=delimiter, quoted=True, source=file.source, skip=1
     )
     return header, {name: rows.values[name] for name in dict.fromkeys(header)}
 
@@ -276,19 +300,19 @@ def _parquet_sample(file: SourceFile) -> tuple[list[str], dict[str, pa.Array]]:
 def _type(values: pa.Array) -> str:
     if values.type != pa.string():
         return str(values.type)
-    given = values.drop_null()
-    if not len(given):
+    known_values = values.drop_null()
+    if not len(known_values):
         return "empty"
-    numeric = pc.match_substring_regex(given, r"^\s*[+-]?\d+(\.\d*)?\s*$")
+    numeric = pc.match_substring_regex(known_values, r"^\s*[+-]?\d+(\.\d*)?\s*$")
     if pc.all(numeric).as_py():
         return "numbers"
-    flags = pc.is_in(pc.utf8_lower(given), value_set=pa.array(list(FLAGS)))
+    flags = pc.is_in(pc.utf8_lower(known_values), value_set=pa.array(list(FLAGS)))
     return "true or false" if pc.all(flags).as_py() else "text"
 
 
 def _example(values: pa.Array) -> str:
-    given = values.drop_null()
-    text = str(given[0].as_py()) if len(given) else ""
+    known_values = values.drop_null()
+    text = str(known_values[0].as_py()) if len(known_values) else ""
     return text if len(text) <= VALUE_SHOWN else f"{text[:VALUE_SHOWN]}…"
 
 
@@ -296,3 +320,94 @@ def _looks_like_data(header: Sequence[str]) -> bool:
     problems = Problems(len(header))
     to_ms(pa.array(header, pa.string()), problems)
     return NOT_A_TIME in problems.reasons() and len(problems.reasons()) < len(header)
+
+
+# Formats whose files have names of their own come before those that are known by an ending.
+ORDER = (
+    *("spotify-history", "apple-music", "deezer", "tidal", "youtube-takeout"),
+    *("yambda", "lastfm-1k", "music4all-onion"),
+    *("csv", "parquet", "mpd", "listenbrainz", "sequences"),
+)
+YAMBDA_COLUMN = "played_ratio_pct"
+MARKS = {"mpd": b'"playlists"', "tidal": b"entry_date"}  # in the first bytes of a file of the format
+
+
+def guess_import(
+    paths: Sequence[str],
+    *,
+    format_name: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    timezone: str = "UTC",
+) -> ImportConfig:
+    """The settings that import files of plays; `format_name` and `columns`, role -> name, override what is guessed.
+
+    `timezone` is the IANA name of the zone of times without one. Raises `InputError` for files of no known format, of
+    playlists, and where a column is not to be found.
+    """
+    chosen = format_name or guess_format(paths)
+    column_of_role = dict(columns or {})
+    if chosen in FORMATS and not FORMATS[chosen].mapped:
+        if FORMATS[chosen].playlists:
+            raise InputError(f"{paths[0]} holds playlists, not plays; see rayrec import --help")
+        return ImportConfig(format=chosen, paths=tuple(paths), columns=column_of_role, timezone=timezone)
+    inspection = inspect_files(chosen, paths, timezone)
+    by_role = {column.role: column.name for column in inspection.columns if column.role in roles(False)}
+    by_role = {role: name for role, name in by_role.items() if name not in column_of_role.values()} | column_of_role
+    config = ImportConfig(
+        format=chosen,
+        paths=tuple(paths),
+        columns=by_role,
+        delimiter=inspection.delimiter or ",",
+        timezone=timezone,
+    )
+    _require_columns(inspection, paths[0], by_role)
+    return config
+
+
+def describe_import(config: ImportConfig) -> str:
+    """Format, columns and time zone in one line."""
+    columns = ", ".join(f"{role} = {name}" for role, name in config.columns.items())
+    return f"{config.format}: {columns}; times without a zone are {config.timezone}" if columns else config.format
+
+
+def guess_format(paths: Sequence[str]) -> str:
+    """The format of files, or of all files in folders. Raises `InputError` for none."""
+    for name in ORDER:
+        files = _matching(paths, FORMATS[name].patterns)
+        if files and _looks_like(name, files[0]):
+            return name
+    find_files(paths, ("*",))  # a path that is not there, or an empty folder, is the better message
+    raise InputError(f"the format of {paths[0]} is not known; pass --format, one of {', '.join(FORMATS)}")
+
+
+def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile]:
+    """The files of all paths, if every file that is named and at least one of each folder matches a pattern."""
+    try:
+        files = find_files(paths, patterns)
+    except InputError:
+        return []
+    names = [posixpath.basename(plain_name(file.source)).lower() for file in files]
+    return files if all(any(fnmatch(name, pattern) for pattern in patterns) for name in names) else []
+
+
+def _looks_like(name: str, file: SourceFile) -> bool:
+    """False for a file whose content is of another format with such names."""
+    if name == "yambda":
+        with open_source(file.source) as stream:
+            return YAMBDA_COLUMN in pq.read_schema(stream).names
+    if name in MARKS:
+        with open_plain(file.source) as stream:
+            return MARKS[name] in stream.read(HEAD_BYTES)
+    return True
+
+
+def _require_columns(inspection: Inspection, path: str, by_role: Mapping[str, str]) -> None:
+    """Raise `InputError` that names all roles without a column, and the columns that there are."""
+    missing = [role for role in roles(False) if role not in OPTIONAL_ROLES and role not in by_role]
+    if missing:
+        mapping = ",".join(f"{role}=NAME" for role in missing)
+        names = ", ".join(column.name for column in inspection.columns)
+        raise InputError(
+            f"{path} has no column that looks like {' or '.join(missing)}; pass --columns {mapping}, with names from: "
+            f"{names}"
+        )

@@ -10,9 +10,8 @@ import pyarrow.compute as pc
 from rayrec.data import columns
 from rayrec.data.spelling import Problems, plain, spell_id, spell_ids
 from rayrec.errors import InputError, first_line
-from rayrec.importing.readers.files import open_source
-from rayrec.importing.readers.parquet import open_parquet, read_columns
-from rayrec.importing.readers.reader import naming
+from rayrec.importing.readers.reader import naming, open_source
+from rayrec.importing.readers.tabular import open_parquet, read_columns
 from rayrec.storage.artifacts import sha256
 from rayrec.storage.workspace import Workspace
 

@@ -17,7 +17,7 @@ from rayrec.data.columns import one_array
 from rayrec.errors import RayrecError
 
 HASH_KEY = "rayrec song hash"  # 16 bytes
-KEY = "key"
+KEY = "key"  # of the song, see `song_keys`
 PLACE = "place"  # of a song's first appearance: piece of input << 32 | place among the songs of the piece
 MERGE_ROWS = 1 << 20  # songs that wait to be merged
 ROWS_PER_ARRAY = 1 << 20  # of strings with 32-bit offsets
@@ -82,9 +82,9 @@ def merge_songs(tables: Sequence[pa.Table]) -> pa.Table:
 def _first_values(values: pa.ChunkedArray, codes: np.ndarray, count: int) -> pa.Array:
     """The first value that is not null of each of `count` groups; `codes`, int (R,), are the groups of the rows."""
     column = one_array(values)
-    given = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))[::-1]
+    valid_rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))[::-1]
     places = np.full(count, -1, dtype=np.int64)
-    places[codes[given]] = given  # from the last to the first: the first stays
+    places[codes[valid_rows]] = valid_rows  # from the last to the first: the first stays
     return column.take(pa.array(places, mask=places < 0))
 
 

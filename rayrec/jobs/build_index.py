@@ -12,7 +12,7 @@ from rayrec.data.histories import Questions
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
 from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex, require_one_faiss
-from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, newest, publish, reuse
+from rayrec.storage.artifacts import Manifest, fingerprint, load_manifest, new_id, newest, publish, reuse
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
 
@@ -29,7 +29,7 @@ def build_index(
     Metrics: seconds of the whole job, and the fields of `IndexFigures`.
     Raises `NotFoundError` where there is no such model, `MissingDependencyError` without faiss.
     """
-    model = load(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
+    model = load_manifest(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
     require_one_faiss()
     inputs = {"models": model.id}
     stage_id = fingerprint("index", to_mapping(config), inputs)

@@ -81,12 +81,12 @@ def _manifest(
     new = {path.removeprefix(f"{DATASET}/"): digest for files in written.values() for path, digest in files.items()}
     joined = [span for span in spans if span[0] < span[1]]
     manifest = replace(base, joined=joined)
-    kept = {path for bucket in range(base.buckets) for path in manifest.histories_files(bucket)}
+    current_files = {path for bucket in range(base.buckets) for path in manifest.histories_files(bucket)}
     histories = HISTORIES.removeprefix(f"{DATASET}/")
     files = {
         path: digest
         for path, digest in base.files.items()
-        if not path.startswith(f"{histories}/") or f"{DATASET}/{path}" in kept
+        if not path.startswith(f"{histories}/") or f"{DATASET}/{path}" in current_files
     } | new
     return replace(
         manifest,

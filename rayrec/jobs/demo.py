@@ -6,7 +6,7 @@ from typing import Any
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.synthetic.world import GenerateConfig
+from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.report import read_figures
 from rayrec.jobs.fit import example_answer
@@ -75,7 +75,7 @@ def demo(
     outcomes = run(workspace, PIPELINE, force=force, on_stage=on_stage)
     ids = {outcome.stage: outcome.id for outcome in outcomes}
     user, shown = example_answer(workspace, default_parts(workspace, ids["train"]), k=10)
-    report = artifacts.load(workspace, "reports", ids["evaluate"])
+    report = artifacts.load_manifest(workspace, "reports", ids["evaluate"])
     return Demo(
         outcomes=outcomes,
         evaluation=read_figures(workspace, report),

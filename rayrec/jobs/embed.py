@@ -11,9 +11,9 @@ from typing import Any
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange, Split, fit_range, require_split_of
-from rayrec.embeddings import fit_embeddings
-from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings import word2vec
 from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors, check_health
+from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.importing.vector_files import file_id
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
@@ -53,11 +53,11 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
     if split is not None and split.has_validation:
         fits[SELECTION] = split.selection
     if config.vectors is None:
-        fit_embeddings.choose_source(dataset, config)  # before a cluster is started for nothing
+        word2vec.choose_source(dataset, config)  # before a cluster is started for nothing
         fit_figures = _fit_all(workspace, config, manifest, fits)
     else:
         paths = [manifest.path(name) for name in fits]
-        fit_figures = fit_embeddings.take_vectors(workspace, config, fits[FINAL], paths)
+        fit_figures = word2vec.take_vectors(workspace, config, fits[FINAL], paths)
     counts = fit_figures.pop("counts")
     vectors = SongVectors(workspace.read_array(manifest.path(FINAL)))
     metrics = {**fit_figures, **check_health(vectors, counts, dataset.catalog(), config.seed)}
@@ -74,7 +74,7 @@ def _fit_all(
         cpus = min(config.workers or node_cpus(), node_cpus())
         for name, allowed in fits.items():
             arguments = (workspace, config, allowed, config.workers or cpus, manifest.path(name))
-            for figures in run_on_node(fit_embeddings.fit_vectors, *arguments, cpus=cpus):
+            for figures in run_on_node(word2vec.fit_vectors, *arguments, cpus=cpus):
                 if figures is None:
                     bar.advance()
                 elif name == FINAL:

@@ -27,8 +27,7 @@ from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig, plays_to
 from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, write_report
 from rayrec.evaluation.results import Figures, figures_of, settings_of
 from rayrec.evaluation.tuning import CHOICES, tune_baseline
-from rayrec.importing.readers.files import byte_ranges, find_files
-from rayrec.importing.readers.reader import Unit
+from rayrec.importing.readers.reader import Unit, byte_ranges, find_files
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.rank import fit_ablations
 from rayrec.jobs.runtime import ray_cluster, run_buckets
@@ -36,9 +35,8 @@ from rayrec.model.checkpoint import EPOCHS
 from rayrec.progress import progress
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.baselines import BASELINES, PopularityRecommender, fit_baselines, needs_vectors
-from rayrec.recommend.selection import make_selection
-from rayrec.storage.artifacts import Manifest, fingerprint, load, new_id, newest, noun, publish, reuse
+from rayrec.recommend.baselines import BASELINES, PopularityRecommender, fit_baselines, make_selection, needs_vectors
+from rayrec.storage.artifacts import Manifest, fingerprint, load_manifest, new_id, newest, noun, publish, reuse
 from rayrec.storage.locking import writes
 from rayrec.storage.releases import parts_of
 from rayrec.storage.workspace import Workspace, artifact_dir
@@ -413,7 +411,7 @@ def choose_models(
     if split is not None:
         inputs["split"] = split.id
     if config.models is None or set(NETWORKS) & set(named):
-        model = load(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
+        model = load_manifest(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
         inputs["models"] = model.id
         parts = parts_of(workspace, model)
         default = TWO_STEP if "rankers" in parts else TASTE
@@ -428,7 +426,11 @@ def choose_models(
     names = tuple(dict.fromkeys(named or (default, TASTE, *BASELINES)))
     if needs_vectors(names):
         trained = [part for part in (model, *others.values()) if part is not None]
-        songs = load(workspace, "songs", trained[0].inputs["songs"]) if trained else newest(workspace, "songs", "embed")
+        songs = (
+            load_manifest(workspace, "songs", trained[0].inputs["songs"])
+            if trained
+            else newest(workspace, "songs", "embed")
+        )
         require_split(songs, split, dataset, "embed")
         inputs["songs"] = songs.id
     return ComparedModels(names=names, default=default, model=model, others=others, songs=songs, inputs=inputs)
@@ -443,7 +445,7 @@ def _named(workspace: Workspace, config: EvaluateConfig) -> tuple[list[str], dic
         if equals:
             if name in (*NETWORKS, *BASELINES, *others) or not name:
                 raise InputError(f"{spelled}: name another model differently, such as r_hst={model_id}")
-            others[name] = load(workspace, "models", model_id)
+            others[name] = load_manifest(workspace, "models", model_id)
         elif name not in (*NETWORKS, *BASELINES):
             raise InputError(
                 f"Unknown model {name!r}; expected {', '.join((*NETWORKS, *BASELINES))}, or NAME=ID for "
@@ -525,7 +527,7 @@ def rankers_of(workspace: Workspace, compared: ComparedModels) -> Manifest:
             f"--ablation evaluates {TWO_STEP} without each of its parts, and it is not among the models; add it to "
             "--models, after `rayrec retrieval` and `rayrec rank`"
         )
-    return load(workspace, "rankers", compared.inputs["rankers"])
+    return load_manifest(workspace, "rankers", compared.inputs["rankers"])
 
 
 def _networks(workspace: Workspace, dataset: Dataset, model: Manifest) -> dict[str, BaseRecommender]:

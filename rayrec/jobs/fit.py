@@ -1,6 +1,6 @@
-"""From files of plays to a live release: everything chosen on the newest plays, then fitted on all of them."""
+"""From files of plays to a live release: chosen and measured on the newest plays, then fitted on all plays."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,23 +10,151 @@ from rayrec.config import Settings, from_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, hold_back_validation
 from rayrec.errors import InputError
-from rayrec.importing.guessing import describe_import, guess_import
+from rayrec.evaluation.evaluator import Evaluator
+from rayrec.evaluation.protocol import USUAL_K, EvaluateConfig
+from rayrec.evaluation.report import verdict
+from rayrec.evaluation.results import Entry, Figures
+from rayrec.importing.inspection import describe_import, guess_import
 from rayrec.jobs.add_songs import added_to
-from rayrec.jobs.fit_config import FitConfig
+from rayrec.jobs.evaluate import evaluate_buckets
+from rayrec.jobs.job_config import FitConfig
 from rayrec.jobs.pipeline import CONFIGS, Outcome, Stages
-from rayrec.jobs.quality import Quality, ServedParts, measure_quality
 from rayrec.jobs.runtime import ray_cluster
+from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
+from rayrec.notebook import html_table
 from rayrec.recommend.answer import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import PopularityRecommender
-from rayrec.recommend.index import require_one_faiss
-from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.index import IndexConfig, SongIndex, require_one_faiss
+from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.two_step import HELD_OUT, checks_rankers, load_two_step
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.dataset_manifest import DatasetManifest
 from rayrec.storage.locking import writes
 from rayrec.storage.releases import VALIDATION
 from rayrec.storage.workspace import Workspace
+
+TARGETS = ("served", "next")
+QUERIES = 10_000  # about
+SAMPLES = 500  # of the bootstrap
+SHARED = "reports/quality"  # folder of what workers share; the jobs that measure quality run one at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedParts:
+    """What answers: a network, and perhaps a retrieval with rankers."""
+
+    name: str
+    network: str  # folder of the network
+    retrieval: str | None = None  # folder of the retrieval
+    rankers: Manifest | None = None
+    added: AddedSongs | None = None
+
+    def load(self, dataset: Dataset) -> BaseRecommender:
+        """The recommender, with an index of its own."""
+        network = TasteRecommender.from_folder(dataset.workspace, self.network)
+        if self.added is not None:
+            network.add_songs(self.added)
+        network.index = SongIndex.build(network.song_vectors, IndexConfig())
+        recommender: BaseRecommender = network
+        if self.rankers is not None and self.retrieval is not None:
+            real_times = dataset.manifest.times == "real"
+            recommender = load_two_step(dataset.workspace, network, self.retrieval, self.rankers, real_times=real_times)
+        recommender.name = self.name
+        return recommender
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Recall@20 and MRR@20 of models on the same queries; each row as `Figures.results` and `comparisons` give them."""
+
+    results: list[Entry]  # model, target (served or next), metric, value, low, high, plays (queries)
+    comparisons: list[Entry]  # of the first model with each other one
+
+    @property
+    def queries(self) -> int:
+        """Queries behind the figures as served."""
+        return max((row["plays"] for row in self.results if row["target"] == "served"), default=0)
+
+    def value(self, model: str, target: str = "served", metric: str = "recall") -> float | None:
+        """One figure; None where no query stands behind it."""
+        row_of = {"model": model, "target": target, "metric": metric}
+        return next((row["value"] for row in self.results if row_of.items() <= row.items()), None)
+
+    def table(self) -> list[list[Any]]:
+        """One row a model: name, recall@20 as served with low and high, MRR@20, and both of all next plays."""
+        served = [row for row in self.results if row["target"] == "served" and row["metric"] == "recall"]
+        others = (("served", "mrr"), ("next", "recall"), ("next", "mrr"))
+        return [
+            [
+                row["model"],
+                row["value"],
+                row["low"],
+                row["high"],
+                *(self.value(row["model"], target, metric) for target, metric in others),
+            ]
+            for row in sorted(served, key=lambda row: -row["value"])
+        ]
+
+    def summary(self, model: str, shown: str) -> dict[str, Any]:
+        """What a release keeps of a model, under the name that is `shown`: verdict, queries, figures at 20."""
+        entries = {"results": self.results, "comparisons": self.comparisons}
+        if shown != model:
+            entries = {"results": [{**row, "model": shown} for row in self.results if row["model"] == model]}
+        named = {"served_": "served", "": "next"}
+        return {
+            "verdict": verdict(entries, shown),
+            "queries": self.queries,
+            "figures": {
+                f"{prefix}{metric}@{USUAL_K}": value
+                for prefix, target in named.items()
+                for metric in ("recall", "mrr")
+                if (value := self.value(model, target, metric)) is not None
+            },
+        }
+
+    def _repr_html_(self) -> str:
+        headers = ("model", "served recall@20", "low", "high", "MRR@20", "all recall@20", "MRR@20")
+        return html_table(f"Validation, {self.queries:,} queries as served", headers, self.table())
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"queries": self.queries, "results": self.results, "comparisons": self.comparisons}
+
+
+def measure_quality(
+    dataset: Dataset,
+    models: Sequence[BaseRecommender],
+    *,
+    split: Split,
+    song_plays: np.ndarray,
+    checking_users: bool = False,
+) -> Quality:
+    """Recall@20 and MRR@20 of models on the test range of a split that none of them has seen.
+
+    Their names differ. `song_plays`, int (N,), are the plays before the range: songs without one are a miss for every
+    model. With `checking_users` only those who check rankers are evaluated: the others' queries trained them. About
+    10,000 queries are answered. Needs a running cluster.
+    """
+    queries = QUERIES * HELD_OUT if checking_users else QUERIES  # of all users
+    config = EvaluateConfig(ks=(USUAL_K,), queries=queries, bootstrap_samples=SAMPLES, offsets=0, max_curve_users=0)
+    evaluator = Evaluator(
+        models,
+        split=split,
+        song_plays=song_plays,
+        config=config,
+        curve_share=0.0,
+        chosen_users=checks_rankers if checking_users else None,
+    )
+    sums = evaluate_buckets(dataset.workspace, evaluator, dataset.manifest.buckets, SHARED)
+    figures = Figures(sums, models, config)
+    results = [row for row in figures.results(TARGETS) if row["users"] == "all" and row["metric"] in ("recall", "mrr")]
+    comparisons = [row for row in figures.comparisons(models[0].name) if row["target"] in TARGETS]
+    return Quality(results=results, comparisons=comparisons)
+
 
 SECTIONS = ("import", "embed", "train", "retrieval", "rank", "taste", "index")
 EXAMPLE_SONGS = 5
@@ -99,11 +227,11 @@ def fit(
         fit_models(stages, configs)
         quality = _quality(dataset, stages) if stages.split is not None else None
         if quality is not None:
-            default = "two-step" if "rank" in stages.made else "taste"
+            default = "two-step" if "rank" in stages.artifact_ids else "taste"
             stages.release_metrics = {VALIDATION: quality.summary(default, default)}
         for name in ("taste", "index", "release"):
             stages.run(name, configs[name])
-    release = artifacts.load(workspace, "releases", stages.made["release"])
+    release = artifacts.load_manifest(workspace, "releases", stages.artifact_ids["release"])
     user, shown = example_answer(workspace, release.inputs)
     return FitResult(
         imported=describe_import(plays),
@@ -189,10 +317,14 @@ def served_before(
 def _quality(dataset: Dataset, stages: Stages) -> Quality | None:
     """On the validation range: what answers, the network alone, and popularity; None where there is no query."""
     workspace, split = dataset.workspace, stages.split
-    model, retrieval = (artifacts.load(workspace, kind, stages.made[name]) for kind, name in PARTS)
+    model, retrieval = (artifacts.load_manifest(workspace, kind, stages.artifact_ids[name]) for kind, name in PARTS)
     if split is None or not workspace.exists(model.path(SELECTION_NETWORK)):
         return None
-    rankers = artifacts.load(workspace, "rankers", stages.made["rank"]) if "rank" in stages.made else None
+    rankers = (
+        artifacts.load_manifest(workspace, "rankers", stages.artifact_ids["rank"])
+        if "rank" in stages.artifact_ids
+        else None
+    )
     song_plays = Retrieval.load(workspace, retrieval.path(SELECTION_RETRIEVAL)).plays.plays
     parts = [served_before(dataset, model, retrieval, rankers, "two-step")] if rankers else []
     parts.append(served_before(dataset, model, retrieval, None, "taste"))

@@ -83,9 +83,9 @@ def forget_users(workspace: Workspace, user_ids: Sequence[str], *, store: str | 
     `erase_forgotten` has run. Raises `InputError` for what is no id.
     """
     ids = [spell_id(user_id) for user_id in user_ids]
-    for given, user_id in zip(user_ids, ids, strict=True):
+    for raw_id, user_id in zip(user_ids, ids, strict=True):
         if user_id is None:
-            raise InputError(f"{given!r} is no user ID; expected text that is not empty")
+            raise InputError(f"{raw_id!r} is no user ID; expected text that is not empty")
     known, at = list(dict.fromkeys(filter(None, ids))), now_ms()
     dataset = Dataset(workspace)
     mark_forgotten(workspace, known, at)
@@ -202,7 +202,7 @@ class FileEraser:
         mask: np.ndarray = ~self._forgotten.holds(pc.fill_null(ids, "").to_pylist())
         return mask
 
-    def _write(self, path: str, file: pq.ParquetFile, kept: list[np.ndarray]) -> tuple[dict[str, int], str]:
+    def _write(self, path: str, file: pq.ParquetFile, masks: list[np.ndarray]) -> tuple[dict[str, int], str]:
         users: dict[str, int] = {}
         figure, column = next(how for folder, how in USER_TABLES.items() if path.startswith(f"{folder}/"))
         metadata = file.metadata.metadata or {}
@@ -211,7 +211,7 @@ class FileEraser:
             self._workspace.open_output(_out(path)) as stream,
             pq.ParquetWriter(stream, schema, compression="zstd") as writer,
         ):
-            for group, mask in enumerate(kept):
+            for group, mask in enumerate(masks):
                 table = file.read_row_group(group).replace_schema_metadata(None)
                 gone = table.filter(pa.array(~mask))
                 digests = map(user_digest, gone.column(columns.USER).to_pylist())
@@ -334,8 +334,8 @@ class _Manifests:
         if renewed == checksums:
             return
         self._write_json(path, renewed)
-        made = replace(release, files=self._renewed(release.files, release.folder))
-        self._write_json(release.path("manifest.json"), asdict(made))
+        new_release = replace(release, files=self._renewed(release.files, release.folder))
+        self._write_json(release.path("manifest.json"), asdict(new_release))
 
     def _require_sound(self, files: Mapping[str, str]) -> None:
         """What was damaged before must not be given a new checksum."""

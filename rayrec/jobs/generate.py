@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import bucket_of
-from rayrec.data.synthetic.world import CONTEXTS, GenerateConfig, World
+from rayrec.data.synthetic import CONTEXTS, GenerateConfig, World
 from rayrec.errors import InputError
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress
@@ -42,13 +42,13 @@ def generate(workspace: Workspace, config: GenerateConfig, *, repeat: bool = Fal
     world = World(config)
     files = {SONGS_TABLE: workspace.write_table(SONGS_TABLE, world.songs_table())}
     playlist_files, entries = _write_playlists(workspace, world)
-    found = []
+    bucket_results = []
     with ray_cluster(), progress("generate", config.buckets) as bar:
         arguments = {"workspace": workspace, "config": config, "buckets": _buckets(world)}
         for result in run_buckets(BucketGenerator, range(config.buckets), arguments=arguments):
-            found.append(result)
+            bucket_results.append(result)
             bar.advance()
-    manifest = _manifest(config, found, files | playlist_files, entries)
+    manifest = _manifest(config, bucket_results, files | playlist_files, entries)
     write_manifest(workspace, manifest)
     workspace.delete(GENERATING)
     return manifest
@@ -95,26 +95,26 @@ def _clear(workspace: Workspace, config: GenerateConfig, *, repeat: bool) -> Non
         # The manifest first: a reader must not take half of the old files for a data set.
         workspace.delete(DATASET_MANIFEST)
         workspace.delete(DATASET)
-    wanted = to_mapping(config)
-    if not (workspace.exists(GENERATING) and workspace.read_json(GENERATING) == wanted):
+    settings = to_mapping(config)
+    if not (workspace.exists(GENERATING) and workspace.read_json(GENERATING) == settings):
         workspace.delete(DATASET)
-        workspace.write_json(GENERATING, wanted)
+        workspace.write_json(GENERATING, settings)
 
 
 def _manifest(
-    config: GenerateConfig, found: list[dict[str, Any]], files: dict[str, str], entries: int
+    config: GenerateConfig, bucket_results: list[dict[str, Any]], files: dict[str, str], entries: int
 ) -> DatasetManifest:
-    plays, likes = (sum(result[name] for result in found) for name in ("plays", "likes"))
-    for result in found:
+    plays, likes = (sum(result[name] for result in bucket_results) for name in ("plays", "likes"))
+    for result in bucket_results:
         files = files | result["files"]
-    times = [(result["first_play"], result["last_play"]) for result in found if result["plays"]]
+    times = [(result["first_play"], result["last_play"]) for result in bucket_results if result["plays"]]
     first_play, last_play = min(first for first, _ in times), max(last for _, last in times)
     return DatasetManifest(
         id=fingerprint("generate", to_mapping(config), {}),
         source="generated",
         buckets=config.buckets,
         parts=1,
-        users=sum(result["users"] for result in found),
+        users=sum(result["users"] for result in bucket_results),
         plays=plays,
         songs=config.songs,
         playlists=config.playlists,

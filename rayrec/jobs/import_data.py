@@ -19,21 +19,29 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.forgotten import read_forgotten
 from rayrec.errors import DamagedInputError, InputError
-from rayrec.importing.fragments import PieceResult, UnitResult
 from rayrec.importing.import_plan import (
     OR_SKIP,
     ImportConfig,
     ImportPlan,
+    ImportSummary,
     Kind,
+    TooManyRejectedError,
     bucket_groups,
     choose_buckets,
     plan_import,
+    summarize,
 )
-from rayrec.importing.import_workers import BucketMerger, KeyCounter, MergeSettings, PieceImporter, SongRange
-from rayrec.importing.merging import choose_contexts
+from rayrec.importing.merging import BucketMerger, KeyCounter, MergeSettings, PieceImporter, SongRange, choose_contexts
 from rayrec.importing.readers import FORMATS
-from rayrec.importing.staging import Staging, buckets_read, discard_others, finish_publishing, piece_names
-from rayrec.importing.summary import ImportSummary, TooManyRejectedError, summarize
+from rayrec.importing.staging import (
+    PieceResult,
+    Staging,
+    UnitResult,
+    buckets_read,
+    discard_others,
+    finish_publishing,
+    piece_names,
+)
 from rayrec.importing.vocabulary import KEY, SongRows, Vocabulary, key_ranges
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import BucketWorker, ray_cluster, run_buckets
@@ -131,11 +139,11 @@ def append_plays(workspace: Workspace, config: ImportConfig) -> Appended:
     plan = plan_import(config)
     if plan.id in [each["plan"] for each in base.appended] or _was_made_by(base, config, plan):
         return Appended(dataset=base)
-    made, came_to = _run_import(workspace, config, plan, base, append=True)
-    if made.id == base.id:
+    dataset, came_to = _run_import(workspace, config, plan, base, append=True)
+    if dataset.id == base.id:
         return Appended(dataset=base, **came_to)
-    new = {name: getattr(made, name) - getattr(base, name) for name in ("plays", "users", "songs")}
-    return Appended(dataset=made, **came_to, **new)
+    new = {name: getattr(dataset, name) - getattr(base, name) for name in ("plays", "users", "songs")}
+    return Appended(dataset=dataset, **came_to, **new)
 
 
 def _require_appendable(workspace: Workspace, config: ImportConfig) -> DatasetManifest:
@@ -150,8 +158,8 @@ def _require_appendable(workspace: Workspace, config: ImportConfig) -> DatasetMa
 
 
 def _was_made_by(existing: DatasetManifest, config: ImportConfig, plan: ImportPlan) -> bool:
-    made = existing.config.get(config.produces)
-    return isinstance(made, dict) and made.get("plan") == plan.id
+    earlier_import = existing.config.get(config.produces)
+    return isinstance(earlier_import, dict) and earlier_import.get("plan") == plan.id
 
 
 def _require_room(workspace: Workspace, existing: DatasetManifest, kind: Kind) -> None:
@@ -223,8 +231,8 @@ class _Import:
 
     def _choose_buckets(self) -> int:
         """By the size of the files; as many as an unfinished import of most of them has made."""
-        wanted, there = choose_buckets(self.plan.size), buckets_read(self.workspace, self.plan.piece_names)
-        return there if wanted <= 2 * there and there <= 2 * wanted else wanted
+        best_count, existing_count = choose_buckets(self.plan.size), buckets_read(self.workspace, self.plan.piece_names)
+        return existing_count if best_count <= 2 * existing_count and existing_count <= 2 * best_count else best_count
 
     def _merge_settings(self, units: list[UnitResult]) -> MergeSettings:
         before = self.base if self.append and self.base else None
@@ -247,9 +255,9 @@ class _Import:
         """What the worker returned for each unit of `todo`, in any order."""
         results = []
         with progress(title, len(todo)) as bar:
-            given = {"staging": self.staging, "config": self.config, **arguments}
+            worker_arguments = {"staging": self.staging, "config": self.config, **arguments}
             called = "piece of input" if make_worker is PieceImporter else "bucket"
-            for result in run_buckets(make_worker, todo, arguments=given, called=called):
+            for result in run_buckets(make_worker, todo, arguments=worker_arguments, called=called):
                 results.append(result)
                 bar.advance()
         return results
@@ -268,8 +276,8 @@ class _Import:
         done = store.pieces_done()
         todo = [piece for piece in numbers if piece not in done]
         how = {"units": self.plan.units, "pieces": self.plan.pieces, "buckets": self.buckets}
-        made = dict(self._run("read", PieceImporter, todo, **how))
-        results = [made[piece] if piece in made else store.result(piece) for piece in numbers]
+        new_results = dict(self._run("read", PieceImporter, todo, **how))
+        results = [new_results[piece] if piece in new_results else store.result(piece) for piece in numbers]
         self._require_whole(results)
         units = [unit for result in results for unit in result.units]
         if not any(unit.read for unit in units):
@@ -333,13 +341,13 @@ class _Import:
 
     def _vocabulary(self, pieces: list[PieceResult], merge: MergeSettings, offsets: np.ndarray) -> Vocabulary:
         ranges = range(key_ranges(self.buckets))
-        there = set(self.workspace.files(self.staging.folder))
-        todo = [number for number in ranges if self.staging.songs_file(number) not in there]
+        existing_files = set(self.workspace.files(self.staging.folder))
+        todo = [number for number in ranges if self.staging.songs_file(number) not in existing_files]
         self._run("songs", SongRange, todo, offsets=np.array([piece.songs for piece in pieces]))
         new = (self.workspace.read_table(self.staging.songs_file(number)) for number in ranges)
         vocabulary = Vocabulary(read_songs(self.workspace, self.base) if self.base else None, new)
         if self.config.min_user_plays > 1 or self.config.min_song_plays > 1:
-            left = {number for number in range(self.buckets) if self.staging.counts_file(number) not in there}
+            left = {number for number in range(self.buckets) if self.staging.counts_file(number) not in existing_files}
             self._run_groups("count songs", KeyCounter, left, merge=merge, offsets=offsets)
             vocabulary.keep(self._song_counts(vocabulary.keys) >= self.config.min_song_plays)
         return vocabulary
@@ -412,8 +420,10 @@ class _Import:
             for number in range(self.buckets)
             if users_file(merge.part, number) in written
         }
-        kept = {name: digest for name, digest in base.files.items() if self._stays(name) and name not in replaced}
-        files = {**kept, **{name.removeprefix(f"{DATASET}/"): written[name] for name in written}}
+        unchanged_files = {
+            name: digest for name, digest in base.files.items() if self._stays(name) and name not in replaced
+        }
+        files = {**unchanged_files, **{name.removeprefix(f"{DATASET}/"): written[name] for name in written}}
         made_id = fingerprint("dataset", {"files": dict(sorted(files.items()))}, {})
         figures = self._appended(merge, base, buckets) if self.append else self._replaced(merge, base, buckets)
         if figures["ancestors"]:
@@ -435,7 +445,7 @@ class _Import:
         figures = self._figures(merge, buckets)
         new = {name: figures[name] for name in ("plays", "users")}
         came_to = {**new, **{name: self.came_to[name] for name in ("read", "merged", "likes")}}
-        made = {**to_mapping(self.config), "plan": self.plan.id, "part": merge.part, **came_to}
+        this_import = {**to_mapping(self.config), "plan": self.plan.id, "part": merge.part, **came_to}
         return {
             **figures,
             **{name: getattr(base, name) + count for name, count in came_to.items()},
@@ -444,14 +454,14 @@ class _Import:
             "first_play": min(base.first_play, figures["first_play"]),
             "last_play": max(base.last_play, figures["last_play"]),
             "ancestors": [*base.ancestors, base.id],
-            "appended": [*base.appended, made],
+            "appended": [*base.appended, this_import],
         }
 
     def _replaced(self, merge: MergeSettings, base: DatasetManifest, buckets: list[dict[str, Any]]) -> dict[str, Any]:
         """What an import that adds or replaces all plays, or all playlists, changes in the manifest."""
         other: str = _other(self.config.produces)
         beside = {other: base.config[other]} if other in base.config else {}
-        made = {**to_mapping(self.config), "plan": self.plan.id}
+        this_import = {**to_mapping(self.config), "plan": self.plan.id}
         # What was made of plays that are gone is of no more use; playlists may change beside the plays.
         goes_on = bool(base.id) and (self.config.produces == "playlists" or not base.plays)
         return {
@@ -459,7 +469,7 @@ class _Import:
             **self.came_to,
             "ancestors": [*base.ancestors, base.id] if goes_on else [],
             "appended": base.appended if self.config.produces == "playlists" else [],
-            "config": {**beside, str(self.config.produces): made},
+            "config": {**beside, str(self.config.produces): this_import},
         }
 
     def _figures(self, merge: MergeSettings, buckets: list[dict[str, Any]]) -> dict[str, Any]:

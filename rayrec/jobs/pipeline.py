@@ -11,8 +11,8 @@ from pydantic import Field
 from rayrec.config import Settings, from_mapping, read_toml, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, SplitConfig, list_splits, split_dataset, trained_on
-from rayrec.data.synthetic.world import GenerateConfig
-from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.data.synthetic import GenerateConfig
+from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError, NotFoundError, TooFewQueriesError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig, plan_import
@@ -159,7 +159,7 @@ class Stages:
         self.workspace, self.force, self.on_stage = workspace, force, on_stage
         self.split: Split | None = None  # of the stages that follow
         self.start: str | None = None  # id of the model that `train` starts from
-        self.made: dict[str, str] = {}  # stage -> id
+        self.artifact_ids: dict[str, str] = {}  # stage -> id
         self.release_metrics: dict[str, Any] = {}  # kept in the manifest of the release
         self.outcomes: list[Outcome] = []
 
@@ -168,24 +168,24 @@ class Stages:
         started = time.monotonic()
         existing = self._existing(name)
         try:
-            made: Manifest | DatasetManifest | Split = getattr(self, f"_{name}")(config)
+            artifact: Manifest | DatasetManifest | Split = getattr(self, f"_{name}")(config)
         except TooFewQueriesError as error:
             return self.leave_out(name, str(error).partition("; ")[0], round(time.monotonic() - started, 2))
-        self.made[name] = made.id
+        self.artifact_ids[name] = artifact.id
         return self._ended(
             Outcome(
                 stage=name,
-                status="skipped" if made.id in existing and not self.force else "done",
-                id=made.id,
+                status="skipped" if artifact.id in existing and not self.force else "done",
+                id=artifact.id,
                 seconds=round(time.monotonic() - started, 2),
-                figures=_figures(made),
-                trained_on=self._trained_on(made),
+                figures=_figures(artifact),
+                trained_on=self._trained_on(artifact),
             )
         )
 
-    def _trained_on(self, made: Manifest | DatasetManifest | Split) -> str:
-        if isinstance(made, Manifest) and made.kind in artifacts.FITTED:
-            return trained_on(self.workspace, made)
+    def _trained_on(self, artifact: Manifest | DatasetManifest | Split) -> str:
+        if isinstance(artifact, Manifest) and artifact.kind in artifacts.FITTED:
+            return trained_on(self.workspace, artifact)
         return ""
 
     def leave_out(self, name: str, reason: str, seconds: float = 0.0) -> Outcome:
@@ -199,25 +199,25 @@ class Stages:
 
     def _existing(self, name: str) -> set[str]:
         if name in ("import", "generate"):
-            there = self._dataset()
-            return {there.id} if there else set()
+            dataset = self._dataset()
+            return {dataset.id} if dataset else set()
         if name == "split":
             return {split.id for split in list_splits(self.workspace)}
         return {item.id for item in artifacts.listing(self.workspace, KINDS[name])}
 
     def _import(self, config: ImportConfig) -> DatasetManifest:
         # Files that have changed since are imported anew; other data are never replaced unasked.
-        there = self._dataset()
-        made: Any = there.config.get(config.produces) if there else None
-        changed = isinstance(made, dict) and _same_paths(made["paths"], config.paths)
-        changed = changed and made["plan"] != plan_import(config).id
+        dataset = self._dataset()
+        earlier_import: Any = dataset.config.get(config.produces) if dataset else None
+        changed = isinstance(earlier_import, dict) and _same_paths(earlier_import["paths"], config.paths)
+        changed = changed and earlier_import["plan"] != plan_import(config).id
         return import_data(self.workspace, config, repeat=self.force or changed)
 
     def _generate(self, config: GenerateConfig) -> DatasetManifest:
-        there = self._dataset()
-        generated = there is not None and there.source == "generated"
-        if there and generated and there.config == to_mapping(config) and not self.force:
-            return there
+        dataset = self._dataset()
+        generated = dataset is not None and dataset.source == "generated"
+        if dataset and generated and dataset.config == to_mapping(config) and not self.force:
+            return dataset
         return generate(self.workspace, config, repeat=self.force or generated)
 
     def _dataset(self) -> DatasetManifest | None:
@@ -237,7 +237,7 @@ class Stages:
         return train(
             self.workspace,
             config,
-            songs_id=self.made.get("embed"),
+            songs_id=self.artifact_ids.get("embed"),
             split=self.split,
             from_id=self.start,
             unfinished="resume" if config.workers else "restart",
@@ -245,7 +245,7 @@ class Stages:
         )
 
     def _songs(self, _config: None) -> Manifest:
-        return add_songs(self.workspace, model_id=self.made["train"], repeat=self.force)
+        return add_songs(self.workspace, model_id=self.artifact_ids["train"], repeat=self.force)
 
     def _retrieval(self, config: RetrievalConfig) -> Manifest:
         return fit_retrieval(self.workspace, config, split=self.split, repeat=self.force)
@@ -254,30 +254,32 @@ class Stages:
         return fit_rankers(
             self.workspace,
             config,
-            model_id=self.made["train"],
-            retrieval_id=self.made["retrieval"],
+            model_id=self.artifact_ids["train"],
+            retrieval_id=self.artifact_ids["retrieval"],
             repeat=self.force,
         )
 
     def _taste(self, config: TasteConfig) -> Manifest:
-        return compute_tastes(self.workspace, config, model_id=self.made["train"], repeat=self.force)
+        return compute_tastes(self.workspace, config, model_id=self.artifact_ids["train"], repeat=self.force)
 
     def _index(self, config: IndexConfig) -> Manifest:
-        return build_index(self.workspace, config, model_id=self.made["train"], repeat=self.force)
+        return build_index(self.workspace, config, model_id=self.artifact_ids["train"], repeat=self.force)
 
     def _evaluate(self, config: EvaluateConfig) -> Manifest:
         if self.split is None:
             raise AssertionError("evaluate runs after a split only")
-        return evaluate(self.workspace, config, split=self.split, model_id=self.made["train"], repeat=self.force)
+        return evaluate(
+            self.workspace, config, split=self.split, model_id=self.artifact_ids["train"], repeat=self.force
+        )
 
     def _release(self, config: ReleaseConfig) -> Manifest:
         return releases.create_release(
             self.workspace,
-            model_id=self.made["train"],
-            tastes_id=self.made["taste"],
-            index_id=self.made["index"],
-            rankers_id=self.made.get("rank"),
-            retrieval_id=self.made.get("retrieval"),
+            model_id=self.artifact_ids["train"],
+            tastes_id=self.artifact_ids["taste"],
+            index_id=self.artifact_ids["index"],
+            rankers_id=self.artifact_ids.get("rank"),
+            retrieval_id=self.artifact_ids.get("retrieval"),
             activate=config.activate,
             metrics=self.release_metrics,
         )
@@ -296,10 +298,10 @@ KINDS = {
 }
 
 
-def _figures(made: Manifest | DatasetManifest | Split) -> dict[str, Any]:
-    if isinstance(made, Manifest):
-        return made.metrics
-    if isinstance(made, DatasetManifest):
-        counts = {"plays": made.plays, "users": made.users, "songs": made.songs}
-        return {**counts, "rejected": sum(made.rejected.values())}
-    return made.figures()
+def _figures(artifact: Manifest | DatasetManifest | Split) -> dict[str, Any]:
+    if isinstance(artifact, Manifest):
+        return artifact.metrics
+    if isinstance(artifact, DatasetManifest):
+        counts = {"plays": artifact.plays, "users": artifact.users, "songs": artifact.songs}
+        return {**counts, "rejected": sum(artifact.rejected.values())}
+    return artifact.figures()

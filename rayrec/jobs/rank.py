@@ -16,20 +16,21 @@ from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.planning.formulas import ranking_memory
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_buckets, run_on_node
 from rayrec.model.added_songs import AddedSongs
-from rayrec.model.checkpoint import MODEL_CONFIG
-from rayrec.model.train_config import SELECTION_NETWORK
+from rayrec.model.train_config import MODEL_CONFIG, SELECTION_NETWORK
 from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex
 from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, ndcg
-from rayrec.recommend.ranker_training import (
+from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.two_step import (
+    KINDS,
+    CandidateSource,
+    RankerKind,
     collect_examples,
     pack_examples,
     unpack_examples,
     validation_queries,
 )
-from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
-from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind
 from rayrec.recommend.two_step_config import ABLATED_PARTS, RankConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -61,16 +62,18 @@ def fit_rankers(
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
     model = (
-        artifacts.load(workspace, "models", model_id) if model_id else artifacts.newest(workspace, "models", "train")
+        artifacts.load_manifest(workspace, "models", model_id)
+        if model_id
+        else artifacts.newest(workspace, "models", "train")
     )
     retrieval = (
-        artifacts.load(workspace, "retrieval", retrieval_id)
+        artifacts.load_manifest(workspace, "retrieval", retrieval_id)
         if retrieval_id
         else artifacts.newest(workspace, "retrieval", "retrieval")
     )
     split = _split_of(workspace, dataset, model, retrieval)
     inputs = {"dataset": dataset.manifest.id, "split": split.id, "models": model.id, "retrieval": retrieval.id}
-    added = artifacts.latest(workspace, "added_songs", lambda made: made.inputs["models"] == model.id)
+    added = artifacts.latest(workspace, "added_songs", lambda manifest: manifest.inputs["models"] == model.id)
     # Not an input of the artifact: songs that are added later are ranked as those that were there.
     print_id = artifacts.fingerprint(
         "rank", to_mapping(config), inputs | ({"added_songs": added.id} if added is not None else {})
@@ -101,12 +104,16 @@ def fit_ablations(dataset: Dataset, rankers: Manifest, folder: str) -> dict[str,
     does not know, such as artists, is left out. Needs a running cluster.
     """
     workspace = dataset.workspace
-    model, retrieval = (artifacts.load(workspace, kind, rankers.inputs[kind]) for kind in ("models", "retrieval"))
+    model, retrieval = (
+        artifacts.load_manifest(workspace, kind, rankers.inputs[kind]) for kind in ("models", "retrieval")
+    )
     split = _split_of(workspace, dataset, model, retrieval)
     described = retrieval.metrics["artists"] or retrieval.metrics["albums"]
     parts = tuple(part for part in ABLATED_PARTS if part != "artists" or described)
     config = RankConfig(**rankers.config)
-    added = artifacts.latest(workspace, "added_songs", lambda made: made.inputs["models"] == model.id) is not None
+    added = (
+        artifacts.latest(workspace, "added_songs", lambda manifest: manifest.inputs["models"] == model.id) is not None
+    )
     learned_from = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
     task = _Task(dataset, config, split, *learned_from, f"{folder}/run", parts, added)
     folders = {part: f"{folder}/{part}" for part in parts}
@@ -179,11 +186,11 @@ ANEW = {"models": "`rayrec embed` and `rayrec train`", "retrieval": "`rayrec ret
 
 
 def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval: Manifest) -> Split:
-    for made in (model, retrieval):
-        if not dataset.descends_from(made.inputs["dataset"]):
+    for manifest in (model, retrieval):
+        if not dataset.descends_from(manifest.inputs["dataset"]):
             raise MismatchError(
-                f"the data set of {artifacts.noun(made.kind)} {made.id} is {made.inputs['dataset']}, the workspace "
-                f"holds {dataset.manifest.id}; run {ANEW[made.kind]} first"
+                f"the data set of {artifacts.noun(manifest.kind)} {manifest.id} is {manifest.inputs['dataset']}, "
+                f"the workspace holds {dataset.manifest.id}; run {ANEW[manifest.kind]} first"
             )
     split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
     if split is None or not workspace.exists(f"{model.path(SELECTION_NETWORK)}/model.safetensors"):

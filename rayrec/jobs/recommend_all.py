@@ -20,8 +20,8 @@ from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress
 from rayrec.recommend.answer import RecommendConfig, load_recommender
 from rayrec.recommend.base import NO_SONG, BaseRecommender, Ranking
-from rayrec.recommend.exploring import POOL, Explored, with_explored
 from rayrec.recommend.filters import without_heard
+from rayrec.recommend.reranking import POOL, Explored, with_explored
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import BUCKET_COUNTS, RECOMMENDATIONS, Manifest
 from rayrec.storage.locking import writes

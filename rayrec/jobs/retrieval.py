@@ -24,7 +24,7 @@ from rayrec.importing.import_plan import bucket_groups
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
 from rayrec.progress import progress
-from rayrec.recommend.retrieval.stored_retrieval import (
+from rayrec.recommend.stored_retrieval import (
     SELECTION_RETRIEVAL,
     SETTINGS_FILE,
     Retrieval,
@@ -76,7 +76,7 @@ def fit_retrieval(
     manifest = Manifest(kind=KIND, id=retrieval_id, config=to_mapping(config), inputs=inputs)
     first_part, base = 0, None
     if not (config.full or repeat):
-        first_part, base = dataset.newest_base(KIND, lambda made: _is_like(workspace, made, manifest))
+        first_part, base = dataset.newest_base(KIND, lambda other: _is_like(workspace, other, manifest))
     started = time.monotonic()
     names: list[str] = []
     with ray_cluster():

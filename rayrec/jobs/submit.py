@@ -158,11 +158,11 @@ class _Log:
 
     async def copy(self) -> None:
         """Until the stream ends; it begins with the job's first line each time."""
-        seen = 0
+        length = 0
         async for text in self._client.tail_job_logs(self._job):
-            fresh = text[max(0, self.shown - seen) :]
-            seen += len(text)
-            self.shown = max(self.shown, seen)
+            fresh = text[max(0, self.shown - length) :]
+            length += len(text)
+            self.shown = max(self.shown, length)
             if fresh:
                 self._write(fresh)
         self.whole = True

@@ -43,7 +43,7 @@ def compute_tastes(
     dataset = Dataset(workspace)
     model = dataset.model(model_id)
     inputs = {"dataset": dataset.manifest.plays_id, "models": model.id}
-    added = artifacts.latest(workspace, "added_songs", lambda made: made.inputs["models"] == model.id)
+    added = artifacts.latest(workspace, "added_songs", lambda other: other.inputs["models"] == model.id)
     if added is not None:
         inputs["added_songs"] = added.id
     at = dataset.manifest.last_play if config.at is None else int(config.at)
@@ -97,7 +97,7 @@ def tastes_before(dataset: Dataset, model: Manifest, added: Manifest | None = No
     None of those that read plays of songs which were `added` later and would be read otherwise now.
     """
     _, base = dataset.newest_base(
-        "tastes", lambda made: made.inputs["models"] == model.id and _reads_the_same(dataset, made, added)
+        "tastes", lambda other: other.inputs["models"] == model.id and _reads_the_same(dataset, other, added)
     )
     return base
 

@@ -55,13 +55,17 @@ def train(
     dataset = Dataset(workspace)
     if config.long_days and dataset.manifest.times != "real":
         raise InputError("the data set has no times, which a horizon in days needs; use --long instead of --long-days")
-    start = None if from_id is None else artifacts.load(workspace, "models", from_id)
+    start = None if from_id is None else artifacts.load_manifest(workspace, "models", from_id)
     if start is not None:
         if songs_id is not None:
             raise InputError("--from uses the song embeddings of its model; omit --songs")
         _require_start(dataset, start, split)
         songs_id = start.inputs["songs"]
-    songs = artifacts.load(workspace, "songs", songs_id) if songs_id else artifacts.newest(workspace, "songs", "embed")
+    songs = (
+        artifacts.load_manifest(workspace, "songs", songs_id)
+        if songs_id
+        else artifacts.newest(workspace, "songs", "embed")
+    )
     inputs = {"dataset": dataset.manifest.id, "songs": songs.id} | ({"split": split.id} if split else {})
     if start is None:
         _require_fit(songs, inputs)

@@ -18,9 +18,9 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, require_split_of
 from rayrec.errors import DivergedError, InputError
 from rayrec.jobs.embed import embed
+from rayrec.jobs.job_config import Trial, TuneConfig, read_trials, to_toml
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.train import Unfinished, train
-from rayrec.jobs.trials import Trial, TuneConfig, read_trials, to_toml
 from rayrec.model.validation import CHOSEN_BY
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest

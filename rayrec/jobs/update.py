@@ -10,23 +10,22 @@ from rayrec.config import from_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import hold_back_validation, load_split
 from rayrec.errors import InputError, MismatchError
-from rayrec.importing.guessing import describe_import, guess_import
+from rayrec.importing.inspection import describe_import, guess_import
 from rayrec.importing.merging import PARTS_BEFORE_COMPACT
 from rayrec.importing.readers import FORMATS
 from rayrec.jobs.add_songs import added_since
 from rayrec.jobs.compact import compact
-from rayrec.jobs.fit import fit_models, served_before, stage_configs
-from rayrec.jobs.fit_config import UpdateConfig
+from rayrec.jobs.fit import Quality, ServedParts, fit_models, measure_quality, served_before, stage_configs
 from rayrec.jobs.import_data import Appended, append_plays
+from rayrec.jobs.job_config import UpdateConfig
 from rayrec.jobs.pipeline import Outcome, ReleaseConfig, Stages
-from rayrec.jobs.quality import Quality, ServedParts, measure_quality
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK, TasteConfig
 from rayrec.online.load_states import LoadResult, load_states
 from rayrec.online.state_store import open_store, store_uri
 from rayrec.recommend.index import IndexConfig
-from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -97,8 +96,8 @@ def update(
     )
     imported = Dataset(workspace).manifest.config.get("plays")
     if isinstance(imported, dict):
-        kept = ["skip_below", *(["timezone"] if config.timezone is None and FORMATS[plays.format].mapped else [])]
-        plays = plays.replace(**{name: imported[name] for name in kept if name in imported})
+        inherited = ["skip_below", *(["timezone"] if config.timezone is None and FORMATS[plays.format].mapped else [])]
+        plays = plays.replace(**{name: imported[name] for name in inherited if name in imported})
     on_note(f"Reading as {describe_import(plays)}")
     with ray_cluster():
         appended = append_plays(workspace, plays)
@@ -120,9 +119,9 @@ class _Update:
     ) -> None:
         self.dataset, self.workspace, self.live, self.on_note = dataset, dataset.workspace, live, on_note
         self.stages = Stages(dataset.workspace, on_stage=on_stage)
-        self.model = artifacts.load(dataset.workspace, "models", live.inputs["models"])
+        self.model = artifacts.load_manifest(dataset.workspace, "models", live.inputs["models"])
         self.retrieval, self.rankers, self.added = (
-            artifacts.load(dataset.workspace, kind, live.inputs[kind]) if kind in live.inputs else None
+            artifacts.load_manifest(dataset.workspace, kind, live.inputs[kind]) if kind in live.inputs else None
             for kind in ("retrieval", "rankers", "added_songs")
         )
 
@@ -147,7 +146,7 @@ class _Update:
         for name, settings in (("taste", TasteConfig()), ("index", IndexConfig())):
             stages.run(name, settings)
         stages.run("release", ReleaseConfig(activate=False))
-        release = artifacts.load(workspace, "releases", stages.made["release"])
+        release = artifacts.load_manifest(workspace, "releases", stages.artifact_ids["release"])
         states = None
         if holds:
             states = self._load_states(release, config.store)
@@ -183,7 +182,7 @@ class _Update:
         """Continue the training of the live model; where the data asks for another shape, train a new one."""
         stages, retrieval = self.stages, self.retrieval
         sections = {
-            "embed": artifacts.load(self.workspace, "songs", self.model.inputs["songs"]).config,
+            "embed": artifacts.load_manifest(self.workspace, "songs", self.model.inputs["songs"]).config,
             "train": self.model.config,
             "retrieval": retrieval.config if retrieval else {},
             "rank": self.rankers.config if self.rankers else {},
@@ -203,19 +202,21 @@ class _Update:
 
     def _keep_model(self) -> None:
         """New songs get vectors and the retrieval takes in the new plays; the model and its rankers stay."""
-        self.stages.made["train"] = self.model.id
+        self.stages.artifact_ids["train"] = self.model.id
         self.stages.run("songs")
         if self.rankers is not None and self.retrieval is not None:
-            self.stages.made["rank"] = self.rankers.id
+            self.stages.artifact_ids["rank"] = self.rankers.id
             self.stages.run("retrieval", from_mapping(RetrievalConfig, self.retrieval.config, "retrieval"))
 
     def _check(self, trained: bool) -> Quality | None:
         """The new release without the newest plays against the live one on them; None where nothing can be compared."""
-        split, workspace, made = self.stages.split, self.workspace, self.stages.made
-        if split is None or "retrieval" not in made:
+        split, workspace, artifact_ids = self.stages.split, self.workspace, self.stages.artifact_ids
+        if split is None or "retrieval" not in artifact_ids:
             return None
-        retrieval = artifacts.load(workspace, "retrieval", made["retrieval"])
-        rankers = artifacts.load(workspace, "rankers", made["rank"]) if "rank" in made else None
+        retrieval = artifacts.load_manifest(workspace, "retrieval", artifact_ids["retrieval"])
+        rankers = (
+            artifacts.load_manifest(workspace, "rankers", artifact_ids["rank"]) if "rank" in artifact_ids else None
+        )
         live = ServedParts(
             name=LIVE,
             network=self.model.folder,
@@ -224,7 +225,7 @@ class _Update:
             added=AddedSongs.load(workspace, self.added.folder) if self.added else None,
         )
         if trained:
-            model = artifacts.load(workspace, "models", made["train"])
+            model = artifacts.load_manifest(workspace, "models", artifact_ids["train"])
             if not workspace.exists(model.path(SELECTION_NETWORK)):
                 return None  # the range holds no play with an earlier one
             new = served_before(self.dataset, model, retrieval, rankers, NEW)

@@ -198,31 +198,31 @@ class _Totals:
 
     def compare(self, audit: Audit, dataset: Dataset) -> None:
         manifest = dataset.manifest
-        found = {"users": self.users, "plays": self.plays}
+        counted = {"users": self.users, "plays": self.plays}
         if self.plays and FORGOTTEN_USER not in manifest.rejected:
-            found |= {"first_play": self.first, "last_play": self.last}
+            counted |= {"first_play": self.first, "last_play": self.last}
         elif self.plays:  # the range stays as it was: what was made for its end stays of use
             inside = manifest.first_play <= self.first and self.last <= manifest.last_play
             audit.require(inside, DATASET_MANIFEST, "a play is outside of the range of times")
-        for name, value in found.items():
+        for name, value in counted.items():
             expected = getattr(manifest, name)
             audit.require(value == expected, DATASET_MANIFEST, f"has {name} {expected}, the histories hold {value}")
         if manifest.read and not manifest.playlists:
-            kept = manifest.plays + manifest.likes + manifest.merged + sum(manifest.rejected.values())
+            accounted = manifest.plays + manifest.likes + manifest.merged + sum(manifest.rejected.values())
             audit.require(
-                manifest.read == kept,
+                manifest.read == accounted,
                 DATASET_MANIFEST,
-                f"counts {manifest.read} rows read, but accounts for {kept}",
+                f"counts {manifest.read} rows read, but accounts for {accounted}",
             )
 
 
 def _check_bucket(audit: Audit, dataset: Dataset, bucket: int, path: str, totals: _Totals) -> None:
-    seen: set[str] = set()  # of one bucket: a bounded part of all users
+    checked_users: set[str] = set()  # of one bucket: a bounded part of all users
     for histories in dataset.read_bucket(bucket):
         totals.add(histories)
         users = set(histories.user_ids.tolist())
-        audit.require(len(users) == len(histories) and not users & seen, path, "a user occurs twice")
-        seen |= users
+        audit.require(len(users) == len(histories) and not users & checked_users, path, "a user occurs twice")
+        checked_users |= users
         astray = histories.user_ids[bucket_of(histories.user_ids, dataset.manifest.buckets) != bucket]
         audit.require(not len(astray), path, f"user {astray[:1]} belongs to another bucket")
         known = not histories.num_plays or bool(
@@ -274,7 +274,7 @@ def check_artifacts(audit: Audit, dataset: Dataset | None) -> None:
                 continue
             audit.covered.add(path)
             with audit.reading(path):
-                manifest = artifacts.load(audit.workspace, kind, name)
+                manifest = artifacts.load_manifest(audit.workspace, kind, name)
                 with audit.looking_at(kind, name, len(manifest.files)):
                     audit.require((manifest.kind, manifest.id) == (kind, name), path, f"is of {manifest.id}")
                     audit.compare({manifest.path(file): digest for file, digest in manifest.files.items()})
@@ -368,12 +368,12 @@ def _check_tastes(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> 
         path = manifest.path(file)
         bucket = int(posixpath.dirname(file).rpartition("=")[2])
         audit.bar.advance(note=path[-60:])
-        seen: list[np.ndarray] = [np.zeros(0, dtype=object)]
+        user_ids: list[np.ndarray] = [np.zeros(0, dtype=object)]
         for table in _batches(audit, path):
-            seen.append(table.column(columns.USER).to_numpy())
+            user_ids.append(table.column(columns.USER).to_numpy())
             plays += int(table.column("plays").to_numpy().sum())
             _check_taste_rows(audit, path, table)
-        ids = np.concatenate(seen)
+        ids = np.concatenate(user_ids)
         users += len(ids)
         audit.require(len(set(ids)) == len(ids), path, "a user occurs twice")
         if known and dataset:
@@ -401,11 +401,13 @@ def _check_recommendations(audit: Audit, manifest: Manifest, dataset: Dataset | 
         path = manifest.path(file)
         bucket = int(posixpath.dirname(file).rpartition("=")[2])
         audit.bar.advance(note=path[-60:])
-        seen: set[str] = set()  # of one bucket: a bounded part of all users
+        checked_users: set[str] = set()  # of one bucket: a bounded part of all users
         for table in _batches(audit, path):
             ids = table.column(columns.USER).to_numpy()
-            audit.require(len(set(ids)) == len(ids) and not seen.intersection(ids), path, "a user occurs twice")
-            seen.update(ids)
+            audit.require(
+                len(set(ids)) == len(ids) and not checked_users.intersection(ids), path, "a user occurs twice"
+            )
+            checked_users.update(ids)
             astray = known is not None and bool((bucket_of(ids, known.buckets) != bucket).any())
             audit.require(not astray, path, "a user belongs to another bucket")
             songs, scores = (table.column(name).combine_chunks() for name in (columns.SONG_IDS, columns.SCORES))
@@ -477,7 +479,7 @@ def _check_release(audit: Audit, manifest: Manifest, dataset: Dataset | None) ->
         if not audit.workspace.exists(f"{part}/manifest.json"):
             audit.problem(manifest.folder, f"{part} is missing")
             continue
-        parts[kind] = artifacts.load(audit.workspace, kind, manifest.inputs[kind])
+        parts[kind] = artifacts.load_manifest(audit.workspace, kind, manifest.inputs[kind])
     with audit.reading(manifest.folder):
         releases.require_fit(dataset.manifest, manifest.inputs, parts.values())
 

@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data import columns
-from rayrec.data.catalog import Catalog
-from rayrec.data.content import Content
+from rayrec.data.catalog import Catalog, Content
 from rayrec.data.histories import Histories
 from rayrec.embeddings.content_map import SONGS, ContentMap, GroupMeans, SongContent
 from rayrec.storage.workspace import Workspace

@@ -21,10 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayrec.data import columns
-from rayrec.data.dataset import Dataset
+from rayrec.data.dataset import Dataset, read_files
 from rayrec.data.forgotten import read_waiting
 from rayrec.data.histories import Histories
-from rayrec.data.parts import read_files
 from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError, MismatchError, RayrecError
 from rayrec.model.states import States
@@ -87,7 +86,7 @@ def load_states(
     there are CPUs. Raises `MismatchError` for a release of a data set that the workspace's does not descend from,
     `DamagedArtifactError` for tastes that do not match their checksums.
     """
-    tastes = artifacts.load(dataset.workspace, "tastes", release.inputs["tastes"])
+    tastes = artifacts.load_manifest(dataset.workspace, "tastes", release.inputs["tastes"])
     if not dataset.descends_from(tastes.inputs["dataset"]):
         raise MismatchError(
             f"tastes {tastes.id} were computed from data set {tastes.inputs['dataset']}, the workspace holds "
@@ -165,7 +164,7 @@ class _Loader:
         """`writer` has one thread, which alone puts users into the store, and holds `turn` meanwhile."""
         self._dataset, self._store, self._tastes, self._writer, self._turn = dataset, store, tastes, writer, turn
         self._forgotten = read_waiting(dataset.workspace)  # the rows of others are erased
-        model = artifacts.load(dataset.workspace, "models", tastes.inputs["models"])
+        model = artifacts.load_manifest(dataset.workspace, "models", tastes.inputs["models"])
         self._model = model.id
         shape = ModelConfig.from_json(dataset.workspace.read_json(model.path(MODEL_CONFIG)))
         self._layers = shape.state_layers

@@ -1,4 +1,6 @@
-"""Answer one request for recommendations: whose plays, at which moment, in whose words."""
+"""Answer one request for recommendations: whose plays, at which moment; and the reasons for each song, in words."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,12 +16,12 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.moments import iso_moment
 from rayrec.errors import InputError, MismatchError
-from rayrec.recommend.base import NO_SONG, BaseRecommender, Horizon
-from rayrec.recommend.filters import Limits, SongMasks, Wanted, parse_day, without_heard
-from rayrec.recommend.reasons import LAST_PLAYS, reasons
-from rayrec.storage.artifacts import load
+from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName
+from rayrec.recommend.filters import Limits, SongAttributes, SongMasks, parse_day, without_heard
+from rayrec.storage.artifacts import load_manifest
 from rayrec.storage.workspace import Workspace
 
+LAST_PLAYS = 5  # shown beside reasons
 ASSUMED_GAP_MS = 3 * 60 * 1000  # between songs that are given without times: about the length of one
 
 
@@ -27,7 +29,7 @@ class RecommendConfig(Settings):
     """What to recommend."""
 
     k: int = Field(20, ge=1, description="Number of recommendations")
-    horizon: Horizon = Field("short", description="short: the next songs; long: songs for later")
+    horizon: HorizonName = Field("short", description="short: the next songs; long: songs for later")
     exclude_heard: bool = Field(True, description="Leave out the songs that the user has played")
     released_from: str | None = Field(None, description="Only songs released on that day, YYYY-MM-DD, or later")
     released_to: str | None = Field(None, description="Only songs released on that day, YYYY-MM-DD, or earlier")
@@ -153,7 +155,7 @@ def _limits(
     allow: Sequence[str] | None,
 ) -> Limits:
     """The songs that may come."""
-    attributes = Wanted(
+    attributes = SongAttributes(
         artists=tuple(artists),
         released_from=parse_day(config.released_from, "released_from"),
         released_to=parse_day(config.released_to, "released_to"),
@@ -174,20 +176,25 @@ def _best(
 
     With diversity in the order of choice.
     """
-    from rayrec.recommend.exploring import POOL, with_explored  # brings torch, as below
-    from rayrec.recommend.selection import diversify, network_of, pool_size
+    from rayrec.recommend.reranking import (  # brings torch, as below
+        POOL,
+        diversify,
+        network_of,
+        pool_size,
+        with_explored,
+    )
 
     count = pool_size(config.k) if config.diversity else config.k
     k = count + (POOL if config.explore else 0)
     ranking = recommender.rank(history, at, k, horizon=config.horizon, limits=[limits])
     real = ranking.songs[0] != NO_SONG
     rows, scores = ranking.songs[0][real], ranking.scores[0][real]
-    taken = np.arange(min(config.k, len(rows)))
+    places = np.arange(min(config.k, len(rows)))
     if config.diversity:
-        taken = diversify(network_of(recommender).song_vectors[rows[:count]], config.k, config.diversity)
+        places = diversify(network_of(recommender).song_vectors[rows[:count]], config.k, config.diversity)
     if not config.explore:
-        return rows[taken], scores[taken], np.full(len(taken), np.nan)
-    explored = with_explored(recommender, history, at, (rows, scores), taken, config.explore)
+        return rows[places], scores[places], np.full(len(places), np.nan)
+    explored = with_explored(recommender, history, at, (rows, scores), places, config.explore)
     return explored.songs, explored.scores, explored.probabilities
 
 
@@ -200,7 +207,7 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
     whose song rows may differ, and for an index, rankers or added songs of another model.
     """
     model_id = parts["models"]
-    manifest = load(workspace, "models", model_id)
+    manifest = load_manifest(workspace, "models", model_id)
     made_of = manifest.inputs.get("dataset")
     if made_of is None or not dataset.descends_from(made_of):
         raise MismatchError(
@@ -213,13 +220,13 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
     network = TasteRecommender.load(workspace, model_id, parts.get("indexes"), parts.get("added_songs"))
     if "rankers" not in parts:
         return network
-    rankers = load(workspace, "rankers", parts["rankers"])
+    rankers = load_manifest(workspace, "rankers", parts["rankers"])
     if rankers.inputs["models"] != model_id:
         raise MismatchError(
             f"rankers {rankers.id} were learned with model {rankers.inputs['models']}, not with {model_id}; "
             f"run `rayrec rank --model {model_id}` first"
         )
-    retrieval = load(workspace, "retrieval", parts["retrieval"])
+    retrieval = load_manifest(workspace, "retrieval", parts["retrieval"])
     return load_two_step(workspace, network, retrieval.folder, rankers, real_times=dataset.manifest.times == "real")
 
 
@@ -242,3 +249,67 @@ def history_of_songs(catalog: Catalog, song_ids: list[str], at: int) -> Historie
     rows = catalog.rows(song_ids)
     played_at = at - ASSUMED_GAP_MS * np.arange(len(rows) - 1, -1, -1, dtype=np.int64)
     return Histories.from_lists([rows], [played_at])  # type: ignore[list-item]
+
+
+MOST_REASONS = 3  # reasons given for a song
+POPULAR_REASON = "it is among the most played songs"  # where nothing is known of the user
+NEAR_RANK = 0.1  # a rank feature, 1 / (1 + rank), that says a song is among the first ten
+
+
+def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
+    """At most three reasons for one song, the strongest kind first.
+
+    `features` are by name, those of a catalog without artists may be missing; `last_title` is that of the song played
+    last, None where there is none.
+    """
+
+    def value(name: str) -> float:
+        return float(features.get(name, 0.0))
+
+    last = last_title or "your last play"
+    said: list[str] = []
+    if value("user_liked"):
+        said.append("you liked it")
+    if value("user_rules_score") > 0:
+        said.append(f"you played it after {last} before")
+    if value("user_plays") > 0:
+        said.append(f"you played it {_times(value('user_plays'))}, {_ago(features)}")
+    if value("album_of_last_song"):
+        said.append("same album as your last play")
+    elif value("artist_of_last_song"):
+        said.append("same artist as your last play")
+    elif value("artist_user_plays") > 0:
+        said.append(f"you played its artist {_times(value('artist_user_plays'))}")
+    if value("next_rules_rank") >= NEAR_RANK:
+        said.append(f"all listeners together played it right after {last} {_times(value('next_rules_score'))}")
+    elif value("rules_rank") >= NEAR_RANK:
+        said.append(f"other listeners often play it soon after {last}")
+    elif value("recent_rules_rank") >= NEAR_RANK:
+        said.append("other listeners often play it soon after your last songs")
+    if value("sessions_rank") >= NEAR_RANK:
+        said.append("it is in sessions like yours")
+    elif value("history_sessions_rank") >= NEAR_RANK:
+        said.append("listeners with your songs play it")
+    if value("taste_short_rank") >= NEAR_RANK:
+        said.append("it is near to what you listen to now")
+    if value("taste_long_rank") >= NEAR_RANK:
+        said.append("it fits what you listen to over time")
+    if value("popular_score") > 0:
+        said.append("it is popular this week")
+    return said[:MOST_REASONS] or ["it is near to what you listen to"]
+
+
+def _times(count: float) -> str:
+    return "once" if count == 1 else f"{count:.0f} times"
+
+
+def _ago(features: Mapping[str, float]) -> str:
+    """When it was played last: hours or days ago where times are known, else in plays."""
+    hours, plays = float(features.get("user_hours_since", 0.0)), float(features.get("user_plays_since", 0.0))
+    if hours <= 0:
+        return "last just now" if plays < 1 else f"last {plays + 1:.0f} plays ago"
+    if hours < 1:
+        return "last within the hour"
+    if hours < 48:
+        return f"last {hours:.0f} {'hour' if round(hours) == 1 else 'hours'} ago"
+    return f"last {hours / 24:.0f} days ago"

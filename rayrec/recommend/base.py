@@ -1,12 +1,12 @@
-"""The one interface of everything that recommends.
+"""The one interface of everything that recommends, by a score of each song, by candidates or by a vector.
 
-Q questions, N songs, k answers.
+Q questions, N songs, k answers, D dimensions.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -15,7 +15,10 @@ from rayrec.errors import InputError
 from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.filters import Limits, without_heard
 
-Horizon = Literal["short", "long"]
+if TYPE_CHECKING:
+    from rayrec.recommend.index import SongIndex
+
+HorizonName = Literal["short", "long"]
 Kind = Literal["baseline", "network"]
 # How an answer was found: the first of the index that qualify, a search of the index among those that
 # qualify, or a score for every song that qualifies.
@@ -55,7 +58,7 @@ class BaseRecommender(ABC):
 
     name: str  # as reports and `--models` spell it
     kind: ClassVar[Kind] = "baseline"
-    horizons: tuple[Horizon, ...] = ("short",)  # those whose answers differ
+    horizons: tuple[HorizonName, ...] = ("short",)  # those whose answers differ
     long_days: DaysHorizon | None = None  # what the long horizon was trained for, where that is days
     num_songs: int  # N
     settings: Mapping[str, float] = {}  # those chosen for the data set, by name
@@ -63,11 +66,11 @@ class BaseRecommender(ABC):
     added_songs: np.ndarray = np.zeros(0, dtype=np.int64)  # rows of songs that it finds though no fit has seen a play
 
     @abstractmethod
-    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+    def score(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the score of every song, from the plays before each question only."""
 
     def score_chunks(
-        self, histories: Histories, questions: Questions, horizon: Horizon = "short"
+        self, histories: Histories, questions: Questions, horizon: HorizonName = "short"
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """The rows of `score` in slices of the questions, so that few scores are held at once.
 
@@ -82,7 +85,7 @@ class BaseRecommender(ABC):
         at: int | np.ndarray,
         k: int,
         *,
-        horizon: Horizon = "short",
+        horizon: HorizonName = "short",
         limits: Sequence[Limits] | None = None,
         hidden: np.ndarray | None = None,
     ) -> Ranking:
@@ -110,7 +113,7 @@ class BaseRecommender(ABC):
         at: int | np.ndarray,
         k: int,
         *,
-        horizon: Horizon = "short",
+        horizon: HorizonName = "short",
         exclude_heard: bool = False,
         hidden: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +133,7 @@ class BaseRecommender(ABC):
         songs: np.ndarray,
         *,
         long_weight: float = 0.0,
-        vectors: Mapping[Horizon, np.ndarray] | None = None,
+        vectors: Mapping[HorizonName, np.ndarray] | None = None,
     ) -> list[dict[str, float]]:
         """What is known of songs, int (n,) rows, for one user at `at` (ms UTC), by name of the feature.
 
@@ -145,7 +148,7 @@ class BaseRecommender(ABC):
         at: int,
         k: int,
         *,
-        horizon: Horizon = "short",
+        horizon: HorizonName = "short",
         exclude_heard: bool = False,
         hidden: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +167,7 @@ class ScoredCandidates:
     rows: np.ndarray  # int64 (C,), the query, counted from the first of these
     songs: np.ndarray  # int64 (C,), song rows, each once a query
     # float32 (C,) for a horizon, and for answers without the songs that the user has heard (True) or with them.
-    scores: Callable[[Horizon, bool], np.ndarray]
+    scores: Callable[[HorizonName, bool], np.ndarray]
     retrievers: Mapping[str, np.ndarray]  # name -> int64, positions of the candidates that each retriever proposes
 
 
@@ -177,7 +180,7 @@ class CandidateRecommender(BaseRecommender):
     def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
         """The candidates in slices of the queries, in order, so that few are held at once."""
 
-    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+    def score(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the scores of the candidates, -inf for all other songs. For small catalogs."""
         scores = np.full((len(questions), self.num_songs), -np.inf, dtype=np.float32)
         for chunk, candidates in self.candidate_chunks(histories, questions):
@@ -204,15 +207,88 @@ def top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     Equal scores come in the order of song rows; songs at -inf do not come.
     """
     count, num_songs = scores.shape
-    kept = min(k, num_songs)
+    width = min(k, num_songs)
     songs = np.full((count, k), NO_SONG, dtype=np.int32)
     values = np.full((count, k), -np.inf, dtype=np.float32)
-    if not kept:
+    if not width:
         return songs, values
-    threshold = -np.partition(-scores, kept - 1, axis=1)[:, kept - 1]
+    threshold = -np.partition(-scores, width - 1, axis=1)[:, width - 1]
     for row in range(count):
         candidates = np.flatnonzero((scores[row] >= threshold[row]) & (scores[row] > -np.inf))
-        order = candidates[np.argsort(-scores[row, candidates], kind="stable")][:kept]
+        order = candidates[np.argsort(-scores[row, candidates], kind="stable")][:width]
         songs[row, : len(order)] = order
         values[row, : len(order)] = scores[row, order]
     return songs, values
+
+
+class VectorRecommender(BaseRecommender):
+    """Scores songs by the cosine of their vector with the user's taste vector.
+
+    `song_vectors` is float32 (N, D), L2-normalized; a row of zeros is a song without a vector, which
+    is never recommended. `index`, where there is one, holds the same vectors and answers
+    `rank` without scoring every song.
+    """
+
+    def __init__(self, song_vectors: np.ndarray, index: "SongIndex | None" = None) -> None:
+        self.song_vectors = np.ascontiguousarray(song_vectors, dtype=np.float32)
+        self.num_songs = len(self.song_vectors)
+        self.index = index
+        self.without_vector = np.flatnonzero(~self.song_vectors.any(axis=1))
+
+    @abstractmethod
+    def vectors(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
+        """float32 (Q, D): the taste vector of each question, L2-normalized.
+
+        A row of zeros says that nothing is known, and then no song is recommended.
+        """
+
+    def score(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
+        """float32 (Q, N): the cosine of each song with the taste vector."""
+        return self.score_vectors(self.vectors(histories, questions, horizon))
+
+    def score_vectors(self, vectors: np.ndarray) -> np.ndarray:
+        """float32 (Q, N): the cosine of each song with taste vectors, float32 (Q, D)."""
+        scores = np.asarray(vectors @ self.song_vectors.T)
+        scores[:, self.without_vector] = -np.inf
+        scores[~vectors.any(axis=1)] = -np.inf
+        return scores
+
+    def score_chunks(
+        self, histories: Histories, questions: Questions, horizon: HorizonName = "short"
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """As in `BaseRecommender`; the vectors of all questions are computed in one pass."""
+        vectors = self.vectors(histories, questions, horizon)
+        for chunk in chunks_of(len(questions), self.num_songs):
+            yield chunk, self.score_vectors(vectors[chunk])
+
+    def rank(
+        self,
+        histories: Histories,
+        at: int | np.ndarray,
+        k: int,
+        *,
+        horizon: HorizonName = "short",
+        limits: Sequence[Limits] | None = None,
+        hidden: np.ndarray | None = None,
+    ) -> Ranking:
+        """As in `BaseRecommender`; through the index where there is one."""
+        if self.index is None:
+            return super().rank(histories, at, k, horizon=horizon, limits=limits, hidden=hidden)
+        check_count(k)
+        vectors = self.vectors(histories, Questions.at_end(histories, at, hidden), horizon)
+        return self.rank_vectors(vectors, k, limits)
+
+    def rank_vectors(self, vectors: np.ndarray, k: int, limits: Sequence[Limits] | None = None) -> Ranking:
+        """As `rank`, from taste vectors, float32 (Q, D), that are at hand. Needs the index."""
+        if self.index is None:
+            raise ValueError("vectors are ranked through an index, and there is none")
+        ranking = self.index.rank(vectors, k, limits)
+        silent = ~vectors.any(axis=1)
+        ranking.songs[silent], ranking.scores[silent] = NO_SONG, -np.inf
+        return ranking
+
+
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """float32: rows of `vectors` scaled to length 1; rows of zeros stay."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(norms > 0, norms, 1), dtype=np.float32)

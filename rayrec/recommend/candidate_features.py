@@ -11,13 +11,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from rayrec.data.histories import first_of_each, stable_order
 from rayrec.data.split import DAY_MS
 from rayrec.recommend.query_batch import HOUR_MS, QueryBatch
-from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
-from rayrec.recommend.retrieval.ragged import first_of_each, stable_order
-from rayrec.recommend.retrieval.session_postings import NO_GROUP, SongGroups
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates
+from rayrec.recommend.stored_retrieval import NO_GROUP, NOT_PLAYED, Retrieval, SongGroups
 from rayrec.recommend.two_step_config import RankedPart, kept_features
 
 RECENT = 10  # plays among which artists and albums are counted
@@ -108,12 +106,12 @@ class FeatureSources:
         put(nearest)
         put(mean)
         put(_proposed_by(candidates))
-        found = known.find(candidates.keys)
-        heard = found >= 0
-        found = np.where(heard, found, 0)
+        positions = known.find(candidates.keys)
+        heard = positions >= 0
+        positions = np.where(heard, positions, 0)
 
         def of_user(values: np.ndarray, otherwise: float) -> np.ndarray:
-            return np.where(heard, values[found], otherwise) if len(values) else np.full(len(rows), otherwise)
+            return np.where(heard, values[positions], otherwise) if len(values) else np.full(len(rows), otherwise)
 
         history = np.maximum(1, np.diff(batch.offsets))
         put(of_user(known.plays, 0))
@@ -236,9 +234,9 @@ OF_QUERIES = [
 def _looked_up(values: np.ndarray, songs: np.ndarray, otherwise: int = 0) -> np.ndarray:
     """The values of songs; `otherwise` for songs, int, that are -1 or came after the values."""
     known = (songs >= 0) & (songs < len(values))
-    found = np.full((len(songs), *values.shape[1:]), otherwise, dtype=values.dtype)
-    found[known] = values[songs[known]]
-    return found
+    rows = np.full((len(songs), *values.shape[1:]), otherwise, dtype=values.dtype)
+    rows[known] = values[songs[known]]
+    return rows
 
 
 def _proposed_by(candidates: Candidates) -> np.ndarray:
@@ -279,12 +277,14 @@ def _group_features(
     recent = batch.back[some][order] < RECENT
     late = np.add.reduceat(recent.astype(np.int64), first) if len(first) else plays
     candidate_group = _looked_up(groups.of_song, candidates.songs, NO_GROUP).astype(np.int64)
-    wanted = np.where(candidate_group >= 0, candidates.rows * width + candidate_group, -1)
-    found = np.minimum(np.searchsorted(unique, wanted), max(0, len(unique) - 1))
-    there = unique[found] == wanted if len(unique) else np.zeros(len(wanted), dtype=bool)
+    candidate_keys = np.where(candidate_group >= 0, candidates.rows * width + candidate_group, -1)
+    positions = np.minimum(np.searchsorted(unique, candidate_keys), max(0, len(unique) - 1))
+    is_known = unique[positions] == candidate_keys if len(unique) else np.zeros(len(candidate_keys), dtype=bool)
 
     def of_group(values: np.ndarray, otherwise: float) -> np.ndarray:
-        return np.where(there, values[found], otherwise) if len(values) else np.full(len(wanted), otherwise)
+        return (
+            np.where(is_known, values[positions], otherwise) if len(values) else np.full(len(candidate_keys), otherwise)
+        )
 
     last_group = _looked_up(groups.of_song, batch.last_songs, NO_GROUP)
     put((last_group[candidates.rows] == candidate_group) & (candidate_group >= 0))

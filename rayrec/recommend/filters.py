@@ -22,8 +22,8 @@ MARKETS_SHOWN = 20  # where one is asked for that no song has
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """The songs to keep to; a song must fit all that is given."""
+class SongAttributes:
+    """What songs must have to be recommended: all that is set here."""
 
     artists: tuple[str, ...] = ()  # any of these, whatever case or accents
     released_from: date | None = None  # that day or later
@@ -57,28 +57,32 @@ class SongMasks:
         """How many masks asked for so far were `hits`, kept from before, or `misses`."""
         return int(getattr(self.mask.cache_info(), outcome))
 
-    def _mask(self, wanted: Wanted) -> np.ndarray:
+    def _mask(self, attributes: SongAttributes) -> np.ndarray:
         """bool (N,), read-only: true for the songs that are known to fit.
 
         Raises `FieldError` for an artist or a market that no song has, and where release days or markets are asked
         for and the catalog tells none.
         """
         fits = np.ones(self.num_songs, dtype=np.bool_)
-        if wanted.artists:
-            fits &= self._by_artists(wanted.artists)
-        flag = "released_from" if wanted.released_from else "released_to"
-        days = self._told(self._released, flag, "release days") if wanted.released_from or wanted.released_to else None
-        if wanted.released_from:
-            fits &= _true(pc.greater_equal(days, pa.scalar(wanted.released_from, pa.date32())))
-        if wanted.released_to:
-            fits &= _true(pc.less_equal(days, pa.scalar(wanted.released_to, pa.date32())))
-        if wanted.market:
-            markets, market = self._told(self._markets, "market", "markets"), wanted.market.strip()
+        if attributes.artists:
+            fits &= self._by_artists(attributes.artists)
+        flag = "released_from" if attributes.released_from else "released_to"
+        days = (
+            self._described(self._released, flag, "release days")
+            if attributes.released_from or attributes.released_to
+            else None
+        )
+        if attributes.released_from:
+            fits &= _true(pc.greater_equal(days, pa.scalar(attributes.released_from, pa.date32())))
+        if attributes.released_to:
+            fits &= _true(pc.less_equal(days, pa.scalar(attributes.released_to, pa.date32())))
+        if attributes.market:
+            markets, market = self._described(self._markets, "market", "markets"), attributes.market.strip()
             names = pc.list_flatten(markets)
             here = _true(pc.equal(names, market))
             if not here.any():
                 shown = ", ".join(sorted(pc.unique(names).drop_null().to_pylist())[:MARKETS_SHOWN])
-                raise FieldError("market", f"no song is available in market {wanted.market!r}; there are {shown}")
+                raise FieldError("market", f"no song is available in market {attributes.market!r}; there are {shown}")
             rows = pc.list_parent_indices(markets).to_numpy()[here]
             fits &= np.bincount(rows, minlength=self.num_songs) > 0
         fits.flags.writeable = False
@@ -93,7 +97,7 @@ class SongMasks:
         codes = pc.is_in(self._artists.dictionary, value_set=names).to_numpy(zero_copy_only=False)
         return np.asarray(codes[self._artists.indices.to_numpy()])
 
-    def _told(self, values: pa.Array | None, where: str, what: str) -> pa.Array:
+    def _described(self, values: pa.Array | None, where: str, what: str) -> pa.Array:
         if values is None or values.null_count == len(values):
             raise FieldError(where, f"no song of the catalog has {what}; give a table that does to `rayrec describe`")
         return values

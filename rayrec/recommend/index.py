@@ -134,8 +134,10 @@ class SongIndex:
         index, recall = flat, 1.0
         if kind == "ivf":
             index = _train_ivf(known, rows, _lists(config, len(rows)), config.seed)
-            asked = sample_queries(known, config) if queries is None else np.ascontiguousarray(queries, np.float32)
-            recall = _choose_nprobe(index, asked, _nearest(flat, asked), config.target_recall)
+            recall_queries = (
+                sample_queries(known, config) if queries is None else np.ascontiguousarray(queries, np.float32)
+            )
+            recall = _choose_nprobe(index, recall_queries, _nearest(flat, recall_queries), config.target_recall)
         figures = IndexFigures(
             kind=kind,
             songs=len(rows),
@@ -190,8 +192,8 @@ class SongIndex:
             return list(range(len(queries)))
         banned = [limits[row].banned_rows(len(self.vectors)) for row in rows.tolist()]
         fetched = min(self.songs, k + TIE_SLACK + max(len(songs) for songs in banned))
-        found = self._found(queries if all(few) else queries[rows], fetched)
-        songs, scores = _first_allowed(*found, banned, len(self.vectors), k)
+        nearest = self._found(queries if all(few) else queries[rows], fetched)
+        songs, scores = _first_allowed(*nearest, banned, len(self.vectors), k)
         ranking.songs[rows], ranking.scores[rows] = songs, scores
         complete = fetched == self.songs and self.figures.kind == "flat"
         short = [] if complete else rows[songs[:, -1] == NO_SONG].tolist()
@@ -211,9 +213,9 @@ class SongIndex:
             bits = np.packbits(mask, bitorder="little")  # must outlive the search, which only points to it
             faiss = import_faiss()
             selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
-            found = self._select(query, min(k + TIE_SLACK, qualify), selector, nprobe, mask[self._added])
-            if found[0][0, min(k, qualify) - 1] != NO_SONG:
-                songs[:], scores[:] = _first_allowed(*found, [NOTHING], len(mask), k)
+            nearest = self._select(query, min(k + TIE_SLACK, qualify), selector, nprobe, mask[self._added])
+            if nearest[0][0, min(k, qualify) - 1] != NO_SONG:
+                songs[:], scores[:] = _first_allowed(*nearest, [NOTHING], len(mask), k)
                 return "selector"
         rows = np.flatnonzero(mask)
         places, best = top_k(query @ self.vectors[rows].T if qualify < len(mask) else query @ self.vectors.T, k)
@@ -229,12 +231,12 @@ class SongIndex:
             return False
         faiss = import_faiss()
         listed = faiss.IDSelectorBatch(banned.astype(np.int64))
-        found = self._select(
+        nearest = self._select(
             query, min(k + TIE_SLACK, qualify), faiss.IDSelectorNot(listed), nprobe, ~np.isin(self._added, banned)
         )
-        if found[0][0, min(k, qualify) - 1] == NO_SONG:
+        if nearest[0][0, min(k, qualify) - 1] == NO_SONG:
             return False
-        songs[:], scores[:] = _first_allowed(*found, [NOTHING], len(self.vectors), k)
+        songs[:], scores[:] = _first_allowed(*nearest, [NOTHING], len(self.vectors), k)
         return True
 
     def _deeper(self, k: int, qualify: int) -> int:
@@ -366,16 +368,16 @@ def _first_allowed(
     order = np.lexsort((songs, -scores))[:, :k]
     first_songs = np.full((len(songs), k), NO_SONG, dtype=np.int32)
     first_scores = np.full((len(songs), k), -np.inf, dtype=np.float32)
-    found = scores[queries, order]
-    first_songs[:, : order.shape[1]] = np.where(found > -np.inf, songs[queries, order], NO_SONG)
-    first_scores[:, : order.shape[1]] = found
+    allowed_scores = scores[queries, order]
+    first_songs[:, : order.shape[1]] = np.where(allowed_scores > -np.inf, songs[queries, order], NO_SONG)
+    first_scores[:, : order.shape[1]] = allowed_scores
     return first_songs, first_scores
 
 
 def _lists(config: IndexConfig, songs: int) -> int:
     """About 2 √songs lists, as a power of two: 2,048 for a million songs."""
-    wanted = config.nlist or 1 << round(np.log2(2 * np.sqrt(songs)))
-    return max(1, min(wanted, songs))
+    lists = config.nlist or 1 << round(np.log2(2 * np.sqrt(songs)))
+    return max(1, min(lists, songs))
 
 
 def _train_ivf(known: np.ndarray, rows: np.ndarray, nlist: int, seed: int) -> Any:
@@ -406,11 +408,11 @@ def _nearest(index: Any, queries: np.ndarray) -> np.ndarray:
     return np.asarray(index.search(queries, min(RECALL_DEPTH, index.ntotal))[1])
 
 
-def recall_against(exact: np.ndarray, found: np.ndarray) -> np.ndarray:
+def recall_against(exact: np.ndarray, approximate: np.ndarray) -> np.ndarray:
     """float64 (Q,): the share of each query's exact answers, int (Q, n), among those found, int (Q, n)."""
     # Distinct numbers for distinct queries, so that one call compares all.
-    shift = np.arange(len(exact))[:, None] * (max(exact.max(), found.max()) + 2)
-    return np.asarray(np.isin(exact + shift, (found + shift)[found != NO_SONG]).mean(axis=1))
+    shift = np.arange(len(exact))[:, None] * (max(exact.max(), approximate.max()) + 2)
+    return np.asarray(np.isin(exact + shift, (approximate + shift)[approximate != NO_SONG]).mean(axis=1))
 
 
 def _choose_nprobe(index: Any, queries: np.ndarray, exact: np.ndarray, target: float) -> float:

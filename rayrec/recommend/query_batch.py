@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayrec.data.histories import Histories, Questions
-from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, ranges, stable_order
+from rayrec.data.histories import Histories, Questions, first_of_each, offsets_of, ranges, stable_order
 
 LATEST = 5_000  # plays before a query that are looked at
 LATEST_LIKES = 1_000  # likes before a query that are looked at

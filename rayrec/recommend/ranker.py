@@ -13,8 +13,8 @@ import lightgbm
 import numpy as np
 from scipy.optimize import minimize
 
+from rayrec.data.histories import first_of_each, offsets_of, places_in, ranges
 from rayrec.errors import DamagedArtifactError, TooFewQueriesError
-from rayrec.recommend.retrieval.ragged import first_of_each, offsets_of, places_in, ranges
 from rayrec.storage.workspace import Workspace
 
 TOP = 20  # places that training looks at
@@ -314,8 +314,8 @@ def ndcg(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> float:
     order = np.lexsort((right, -scores, rows))
     place = places_in(rows[order])
     gains = np.where(right[order] & (place < TOP), 1 / np.log2(place + 2), 0)
-    found = np.bincount(rows, weights=right).astype(int)
-    ideal = np.cumsum(1 / np.log2(np.arange(TOP) + 2))[np.minimum(found, TOP) - 1]
+    right_counts = np.bincount(rows, weights=right).astype(int)
+    ideal = np.cumsum(1 / np.log2(np.arange(TOP) + 2))[np.minimum(right_counts, TOP) - 1]
     return float(np.mean(np.bincount(rows[order], weights=gains) / ideal))
 
 

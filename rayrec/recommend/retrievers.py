@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rayrec.data.histories import first_of_each, highest_of_each, places_in, ranges, stable_order
 from rayrec.data.split import DAY_MS
-from rayrec.recommend.base import NO_SONG, Horizon
+from rayrec.recommend.base import NO_SONG, HorizonName
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import Pairs, QueryBatch
-from rayrec.recommend.retrieval.play_counts import MAX_DISTANCE, UNIT
-from rayrec.recommend.retrieval.ragged import first_of_each, highest_of_each, places_in, ranges, stable_order
-from rayrec.recommend.retrieval.session_postings import SongGroups
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval
+from rayrec.recommend.stored_retrieval import MAX_DISTANCE, UNIT, Retrieval, SongGroups
 from rayrec.recommend.two_step_config import RankedPart
 
 
@@ -37,14 +35,14 @@ class Proposals(Pairs):
         order = np.lexsort((songs, -scores, rows))
         rows, songs, scores = rows[order], songs[order], scores[order]
         ranks = places_in(rows)
-        kept = np.flatnonzero(ranks < count)
-        kept = kept[np.lexsort((songs[kept], rows[kept]))]
+        first = np.flatnonzero(ranks < count)
+        first = first[np.lexsort((songs[first], rows[first]))]
         return cls(
             num_songs=num_songs,
-            rows=rows[kept],
-            songs=songs[kept].astype(np.int64),
-            scores=scores[kept].astype(np.float32),
-            ranks=ranks[kept],
+            rows=rows[first],
+            songs=songs[first].astype(np.int64),
+            scores=scores[first].astype(np.float32),
+            ranks=ranks[first],
         )
 
     @classmethod
@@ -79,7 +77,7 @@ class TasteRetriever(Retriever):
     """The songs nearest to the taste vector of a horizon, from the index."""
 
     def __init__(
-        self, index: SongIndex, horizon: Horizon, scale: float, *, name: str = "", songs: np.ndarray | None = None
+        self, index: SongIndex, horizon: HorizonName, scale: float, *, name: str = "", songs: np.ndarray | None = None
     ) -> None:
         """`scale` makes logits of cosines: the inverse of the temperature that the network learned.
 
@@ -95,8 +93,8 @@ class TasteRetriever(Retriever):
         known = np.logical_and(songs != NO_SONG, vectors.any(axis=1, keepdims=True))
         scores = np.exp(self._scale * (cosines - cosines[:, :1]))
         rows = np.repeat(np.arange(len(batch)), known.sum(axis=1))
-        found = songs[known] if self._songs is None else self._songs[songs[known]]
-        return Proposals.best(rows, found, scores[known], num_songs=batch.num_songs, count=count)
+        song_rows = songs[known] if self._songs is None else self._songs[songs[known]]
+        return Proposals.best(rows, song_rows, scores[known], num_songs=batch.num_songs, count=count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +156,9 @@ class SessionRetriever(Retriever):
         similarity, lengths = similarity[nearest], lengths[nearest]
         # The songs of the neighbours around the matched one.
         left = np.maximum(0, match - settings.places)
-        taken = np.minimum(lengths, match + settings.places + 1) - left
-        position = ranges(sessions.offsets[session] + left, taken)
-        neighbour = np.repeat(np.arange(len(row)), taken)
+        neighbour_counts = np.minimum(lengths, match + settings.places + 1) - left
+        position = ranges(sessions.offsets[session] + left, neighbour_counts)
+        neighbour = np.repeat(np.arange(len(row)), neighbour_counts)
         apart = np.abs(position - (sessions.offsets[session] + match)[neighbour])
         scores = similarity[neighbour] * np.exp(-apart / settings.places_decay)
         voted = sessions.songs[position].astype(np.int64)
@@ -385,17 +383,19 @@ class Candidates(Pairs):
     positions: dict[str, np.ndarray]  # int64, where each proposal stands among the candidates
 
     @classmethod
-    def union(cls, batch: QueryBatch, proposals: dict[str, Proposals], given: np.ndarray | None = None) -> Candidates:
-        """Of what retrievers propose for a batch, and of the pairs whose keys, int64, are given."""
-        given = np.zeros(0, np.int64) if given is None else given
-        keys = np.unique(np.concatenate([given, *(found.keys for found in proposals.values())]))
+    def union(
+        cls, batch: QueryBatch, proposals: dict[str, Proposals], extra_keys: np.ndarray | None = None
+    ) -> Candidates:
+        """Of what retrievers propose for a batch, and of the pairs of `extra_keys`, int64."""
+        extra_keys = np.zeros(0, np.int64) if extra_keys is None else extra_keys
+        keys = np.unique(np.concatenate([extra_keys, *(proposal.keys for proposal in proposals.values())]))
         rows, songs = np.divmod(keys, max(1, batch.num_songs))
         return cls(
             num_songs=batch.num_songs,
             rows=rows,
             songs=songs,
             proposals=proposals,
-            positions={name: np.searchsorted(keys, found.keys) for name, found in proposals.items()},
+            positions={name: np.searchsorted(keys, proposal.keys) for name, proposal in proposals.items()},
         )
 
 
@@ -403,12 +403,12 @@ def retrieve(
     retrievers: Sequence[Retriever],
     batch: QueryBatch,
     counts: dict[str, int] | None = None,
-    given: np.ndarray | None = None,
+    extra_keys: np.ndarray | None = None,
 ) -> Candidates:
     """Ask all retrievers; `counts` are songs a query by the name of the retriever, those of COUNTS where not given.
 
-    `given`, int64, are keys of pairs that are candidates whether a retriever proposes them or not.
+    `extra_keys`, int64, are keys of pairs that are candidates whether a retriever proposes them or not.
     """
     counts = {**COUNTS, **(counts or {})}
     proposals = {retriever.name: retriever.propose(batch, counts[retriever.name]) for retriever in retrievers}
-    return Candidates.union(batch, proposals, given)
+    return Candidates.union(batch, proposals, extra_keys)

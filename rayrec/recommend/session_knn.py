@@ -13,7 +13,7 @@ from scipy.sparse import coo_matrix, csr_matrix, vstack
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.embeddings.word2vec import cut_sessions, drop_single
-from rayrec.recommend.base import BaseRecommender, Horizon
+from rayrec.recommend.base import BaseRecommender, HorizonName
 
 MAX_SESSIONS = 5_000_000  # kept, the latest of those read
 QUERIES_AT_ONCE = 256  # a popular song is in many sessions, and all of them are compared
@@ -67,7 +67,7 @@ class VsknnRecommender(BaseRecommender):
         other.chosen, other.settings = chosen, asdict(chosen)
         return other
 
-    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+    def score(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the summed similarity of the neighbours that hold each song; 0 where none does."""
         scores = np.zeros((len(questions), self.num_songs), dtype=np.float32)
         rows, songs, back = last_plays(histories, questions, self.num_songs, self.chosen.last_plays)
@@ -184,7 +184,7 @@ class VstanRecommender(BaseRecommender):
         other.chosen, other.settings = chosen, asdict(chosen)
         return other
 
-    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+    def score(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the summed weight of each song in the neighbours that hold it; 0 where none does."""
         scores = np.zeros((len(questions), self.num_songs), dtype=np.float32)
         for begin in range(0, len(questions), QUERIES_AT_ONCE):
@@ -234,6 +234,6 @@ def _places(songs: np.ndarray, offsets: np.ndarray, num_songs: int) -> csr_matri
     order = np.lexsort((np.arange(len(songs)), songs, rows))
     last = np.ones(len(order), dtype=bool)
     last[:-1] = (np.diff(rows[order]) != 0) | (np.diff(songs[order]) != 0)
-    kept = order[last]
-    places = (kept - offsets[rows[kept]] + 1).astype(np.float32)
-    return csr_matrix((places, (rows[kept], songs[kept])), shape=(len(lengths), num_songs))
+    last_of_song = order[last]
+    places = (last_of_song - offsets[rows[last_of_song]] + 1).astype(np.float32)
+    return csr_matrix((places, (rows[last_of_song], songs[last_of_song])), shape=(len(lengths), num_songs))

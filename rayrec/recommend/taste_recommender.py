@@ -14,9 +14,8 @@ from rayrec.model.checkpoint import SONG_VECTORS, load_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import DaysHorizon
-from rayrec.recommend.base import Horizon, Kind
+from rayrec.recommend.base import HorizonName, Kind, VectorRecommender
 from rayrec.recommend.index import SongIndex
-from rayrec.recommend.vector_recommender import VectorRecommender
 from rayrec.storage import artifacts
 from rayrec.storage.workspace import Workspace
 
@@ -26,7 +25,7 @@ class TasteRecommender(VectorRecommender):
 
     name = "taste"
     kind: ClassVar[Kind] = "network"
-    horizons: tuple[Horizon, ...] = ("short", "long")
+    horizons: tuple[HorizonName, ...] = ("short", "long")
 
     def __init__(self, model: TasteModel, song_vectors: np.ndarray, index: SongIndex | None = None) -> None:
         """`song_vectors` float32 (N, D) are those the model scores against, zero rows for unknown songs."""
@@ -57,7 +56,7 @@ class TasteRecommender(VectorRecommender):
         self.encoder.model.add_songs(torch.from_numpy(added.rows), torch.from_numpy(added.inputs))
         self.added, self.added_songs = added, added.rows
 
-    def scale(self, horizon: Horizon) -> float:
+    def scale(self, horizon: HorizonName) -> float:
         """The factor that makes logits of cosines: the inverse of the temperature that the network learned."""
         return float(self.encoder.model.scale(self.head(horizon)).detach())
 
@@ -66,9 +65,9 @@ class TasteRecommender(VectorRecommender):
         cls, workspace: Workspace, model_id: str, index_id: str | None = None, added_id: str | None = None
     ) -> "TasteRecommender":
         """From the workspace. Raises `MismatchError` for an index or added songs of another model."""
-        network = cls.from_folder(workspace, artifacts.load(workspace, "models", model_id).folder)
+        network = cls.from_folder(workspace, artifacts.load_manifest(workspace, "models", model_id).folder)
         if index_id is not None:
-            index_manifest = artifacts.load(workspace, "indexes", index_id)
+            index_manifest = artifacts.load_manifest(workspace, "indexes", index_id)
             built_from = index_manifest.inputs.get("models")
             if built_from != model_id:
                 raise MismatchError(
@@ -77,7 +76,7 @@ class TasteRecommender(VectorRecommender):
                 )
             network.index = SongIndex.load(workspace, index_manifest, network.song_vectors)
         if added_id is not None:
-            added = artifacts.load(workspace, "added_songs", added_id)
+            added = artifacts.load_manifest(workspace, "added_songs", added_id)
             if added.inputs.get("models") != model_id:
                 raise MismatchError(
                     f"added songs {added_id} were made for model {added.inputs.get('models')}, not for {model_id}; "
@@ -103,7 +102,7 @@ class TasteRecommender(VectorRecommender):
         other.name, other.horizons, other.long_days = f"{self.name}-short", ("short",), None
         return other
 
-    def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
+    def vectors(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, D): the taste vectors, from no more of each history than its questions need.
 
         A network of one horizon answers for both with it.
@@ -111,22 +110,22 @@ class TasteRecommender(VectorRecommender):
         return self.vectors_of(histories, questions, (horizon,))[horizon]
 
     def vectors_of(
-        self, histories: Histories, questions: Questions, horizons: Sequence[Horizon]
-    ) -> dict[Horizon, np.ndarray]:
+        self, histories: Histories, questions: Questions, horizons: Sequence[HorizonName]
+    ) -> dict[HorizonName, np.ndarray]:
         """As `vectors`, of several horizons by one run through the plays."""
         if questions.hidden is not None:
             return self._encoded(histories, questions, horizons)
         rows, inverse = np.unique(questions.rows, return_inverse=True)
         needed = np.zeros(len(rows), dtype=np.int64)
         np.maximum.at(needed, inverse, questions.seen)
-        asked = histories.take(rows)
-        position = np.arange(asked.num_plays) - asked.offsets[asked.rows]
-        asked = asked.keep(position < needed[asked.rows])
-        return self._encoded(asked, Questions(rows=inverse, seen=questions.seen, at=questions.at), horizons)
+        query_histories = histories.take(rows)
+        position = np.arange(query_histories.num_plays) - query_histories.offsets[query_histories.rows]
+        query_histories = query_histories.keep(position < needed[query_histories.rows])
+        return self._encoded(query_histories, Questions(rows=inverse, seen=questions.seen, at=questions.at), horizons)
 
     def _encoded(
-        self, histories: Histories, questions: Questions, horizons: Sequence[Horizon]
-    ) -> dict[Horizon, np.ndarray]:
+        self, histories: Histories, questions: Questions, horizons: Sequence[HorizonName]
+    ) -> dict[HorizonName, np.ndarray]:
         heads = {horizon: self.head(horizon) for horizon in horizons}
         vectors = self.encoder.vectors_of(histories, questions, list(dict.fromkeys(heads.values())))
         return {horizon: vectors[head] for horizon, head in heads.items()}
@@ -138,13 +137,13 @@ class TasteRecommender(VectorRecommender):
         songs: np.ndarray,
         *,
         long_weight: float = 0.0,
-        vectors: Mapping[Horizon, np.ndarray] | None = None,
+        vectors: Mapping[HorizonName, np.ndarray] | None = None,
     ) -> list[dict[str, float]]:
         """That all songs are near the taste vectors that were searched. See `BaseRecommender.explain`."""
         near = {"taste_short_rank": float(long_weight < 1), "taste_long_rank": float(long_weight > 0)}
         return [near] * len(songs)
 
-    def head(self, horizon: Horizon) -> str:
+    def head(self, horizon: HorizonName) -> str:
         """The head of the network that answers for a horizon."""
         heads = list(self.encoder.model.config.horizons)
         return horizon if horizon in heads and horizon in self.horizons else heads[0]

@@ -1,22 +1,26 @@
-"""Retrieve, then rank: a few hundred candidates a query, put in order by what is known of each.
+"""Retrieve, then rank: a few hundred candidates a query, put in order by what is known of each; and what rankers
+learn from: the queries of the validation range, with the songs that were played next or later.
 
-Q queries, N songs, C candidates of all queries together, k answers.
+Q queries, N songs, C candidates of all queries together, k answers, T right songs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
+from safetensors.numpy import load, save
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Questions, highest_of_each, places_in, ranges, user_hash
+from rayrec.data.split import Split
 from rayrec.model.added_songs import AddedSongs
+from rayrec.model.train_config import Horizon
 from rayrec.recommend.base import (
     NO_SONG,
     CandidateRecommender,
-    Horizon,
+    HorizonName,
     Kind,
     Ranking,
     ScoredCandidates,
@@ -28,9 +32,8 @@ from rayrec.recommend.filters import Limits
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import LATEST, QueryBatch
 from rayrec.recommend.ranker import Ranker, RankingExamples
-from rayrec.recommend.retrieval.ragged import highest_of_each, places_in, ranges
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates, make_new_song_retrievers, make_retrievers, retrieve
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step_config import ABLATED_PARTS
 from rayrec.storage.artifacts import Manifest
@@ -40,7 +43,7 @@ from rayrec.storage.workspace import Workspace
 # leave out songs heard by default; long: the plays at offsets 25 to 50, or in the days that the network's is for.
 RankerKind = Literal["next", "served", "long"]
 KINDS: tuple[RankerKind, ...] = get_args(RankerKind)
-HORIZONS: tuple[Horizon, ...] = ("short", "long")
+HORIZONS: tuple[HorizonName, ...] = ("short", "long")
 NEGATIVES = 50  # wrong candidates of a query that a ranker learns from
 QUERIES_AT_ONCE = 512
 PLAYS_AT_ONCE = 1 << 19  # before the queries that are answered together
@@ -102,14 +105,14 @@ class CandidateSource:
         self,
         histories: Histories,
         queries: Questions,
-        vectors: Mapping[Horizon, np.ndarray] | None = None,
-        given: Sequence[np.ndarray] | None = None,
+        vectors: Mapping[HorizonName, np.ndarray] | None = None,
+        songs_to_rank: Sequence[np.ndarray] | None = None,
     ) -> Iterator[tuple[slice, Scored]]:
         """The queries in slices, few enough at once that little is held, with candidates and features.
 
-        `vectors`, float32 (Q, D) by horizon, are the taste vectors where they are at hand. `given`, int song rows for
-        each query, are candidates beside those of the retrievers, so that features and chances mean the same, and the
-        only ones that an answer may hold.
+        `vectors`, float32 (Q, D) by horizon, are the taste vectors where they are at hand. `songs_to_rank`, int song
+        rows for each query, are candidates beside those of the retrievers, so that features and chances mean the same,
+        and the only ones that an answer may hold.
         """
         vectors = vectors or self.network.vectors_of(histories, queries, HORIZONS)
         short, long = (vectors[horizon] for horizon in HORIZONS)
@@ -117,7 +120,7 @@ class CandidateSource:
             batch = QueryBatch.of(
                 histories, queries.take(chunk), self.num_songs, short_vectors=short[chunk], long_vectors=long[chunk]
             )
-            keys = None if given is None else _keys_of(batch, given[chunk])
+            keys = None if songs_to_rank is None else _keys_of(batch, songs_to_rank[chunk])
             candidates = retrieve(self.retrievers, batch, self._counts, keys)
             yield (
                 chunk,
@@ -157,7 +160,7 @@ class TwoStepRecommender(CandidateRecommender):
 
     name = "two-step"
     kind: ClassVar[Kind] = "network"
-    horizons: tuple[Horizon, ...] = ("short", "long")
+    horizons: tuple[HorizonName, ...] = ("short", "long")
 
     def __init__(self, source: CandidateSource, rankers: Mapping[RankerKind, Ranker]) -> None:
         """`rankers` hold one for the next play, and may hold one for answers of new songs and one for the long term."""
@@ -198,7 +201,7 @@ class TwoStepRecommender(CandidateRecommender):
         at: int | np.ndarray,
         k: int,
         *,
-        horizon: Horizon = "short",
+        horizon: HorizonName = "short",
         limits: Sequence[Limits] | None = None,
         hidden: np.ndarray | None = None,
     ) -> Ranking:
@@ -214,20 +217,20 @@ class TwoStepRecommender(CandidateRecommender):
         *,
         long_weight: float = 0.0,
         limits: Sequence[Limits] | None = None,
-        vectors: Mapping[Horizon, np.ndarray] | None = None,
-        given: Sequence[np.ndarray] | None = None,
+        vectors: Mapping[HorizonName, np.ndarray] | None = None,
+        songs_to_rank: Sequence[np.ndarray] | None = None,
     ) -> Ranking:
         """The k best songs of each query within its limits, exactly k wherever as many qualify.
 
         `long_weight` is 0 for the order of the short horizon, 1 for that of the long one, and between them mixes both.
-        Paths say `index` where songs near the taste vector had to fill an answer. `given`, int song rows for each
-        query, are put in order in place of what retrievers propose: a song that they propose, too, scores as it does
-        without `given`, or a little less where many others are given.
+        Paths say `index` where songs near the taste vector had to fill an answer. `songs_to_rank`, int song rows for
+        each query, are put in order in place of what retrievers propose: a song that they propose, too, scores as it
+        does without `songs_to_rank`, or a little less where there are many others.
         """
         check_count(k)
         ranking = Ranking.empty(len(queries), k, "exact")
         paths = list(ranking.paths)
-        for chunk, scored in self.source.batches(histories, queries, vectors, given):
+        for chunk, scored in self.source.batches(histories, queries, vectors, songs_to_rank):
             some = None if limits is None else limits[chunk]
             part = self.rank_scored(scored, k, some, long_weight=long_weight)
             ranking.songs[chunk], ranking.scores[chunk], paths[chunk] = part.songs, part.scores, part.paths
@@ -295,7 +298,7 @@ class TwoStepRecommender(CandidateRecommender):
         songs: np.ndarray,
         *,
         long_weight: float = 0.0,
-        vectors: Mapping[Horizon, np.ndarray] | None = None,
+        vectors: Mapping[HorizonName, np.ndarray] | None = None,
     ) -> list[dict[str, float]]:
         """The features of songs as candidates; {} for a song that is not known. See `BaseRecommender.explain`."""
         features: list[dict[str, float]] = []
@@ -316,14 +319,14 @@ class TwoStepRecommender(CandidateRecommender):
     ) -> SearchPath:
         """Put the songs nearest to the taste vector behind the candidates of one query, in place."""
         vector = batch.short_vectors[row] if long_weight < 0.5 else batch.long_vectors[row]
-        found = int(np.count_nonzero(songs != NO_SONG))
+        filled = int(np.count_nonzero(songs != NO_SONG))
         limit = Limits() if limits is None else limits[row]
         if not vector.any():
             return "exact"
-        within = Limits(banned=np.concatenate([limit.banned, songs[:found]]), allowed=limit.allowed)
-        more = self.source.index.rank(vector[None], len(songs) - found, [within])
-        songs[found:] = more.songs[0]
-        scores[found:] = np.where(more.songs[0] == NO_SONG, -np.inf, 0)
+        within = Limits(banned=np.concatenate([limit.banned, songs[:filled]]), allowed=limit.allowed)
+        more = self.source.index.rank(vector[None], len(songs) - filled, [within])
+        songs[filled:] = more.songs[0]
+        scores[filled:] = np.where(more.songs[0] == NO_SONG, -np.inf, 0)
         return "index"
 
 
@@ -332,9 +335,9 @@ class _Chances:
 
     def __init__(self, recommender: TwoStepRecommender, scored: Scored) -> None:
         self._recommender, self._scored = recommender, scored
-        self._known: dict[tuple[Horizon, bool], np.ndarray] = {}
+        self._known: dict[tuple[HorizonName, bool], np.ndarray] = {}
 
-    def __call__(self, horizon: Horizon, exclude_heard: bool) -> np.ndarray:
+    def __call__(self, horizon: HorizonName, exclude_heard: bool) -> np.ndarray:
         """float64 (C,); the long horizon has one ranker for both."""
         key = horizon, exclude_heard and horizon == "short"
         if key not in self._known:
@@ -343,11 +346,11 @@ class _Chances:
         return self._known[key]
 
 
-def _columns(learned: Sequence[str], there: Sequence[str]) -> np.ndarray | None:
+def _columns(learned: Sequence[str], names: Sequence[str]) -> np.ndarray | None:
     """int64: the column of each feature that a ranker learned from, -1 for one that is not there; None: the same."""
-    if list(learned) == list(there):
+    if list(learned) == list(names):
         return None
-    places = {name: place for place, name in enumerate(there)}
+    places = {name: place for place, name in enumerate(names)}
     return np.array([places.get(name, -1) for name in learned])
 
 
@@ -397,15 +400,15 @@ def _qualify(candidates: Candidates, limits: Sequence[Limits]) -> np.ndarray:
     songs = np.concatenate([np.zeros(0, np.int64), *banned])
     known = songs < candidates.num_songs
     keys = np.unique(rows[known] * candidates.num_songs + songs[known])
-    kept = ~np.isin(candidates.keys, keys, assume_unique=True)
+    qualified = ~np.isin(candidates.keys, keys, assume_unique=True)
     if any(limit.allowed is not None for limit in limits):
         bounds = np.searchsorted(candidates.rows, np.arange(len(limits) + 1))
         for row, limit in enumerate(limits):
             if limit.allowed is not None:
                 own = slice(int(bounds[row]), int(bounds[row + 1]))
                 inside = candidates.songs[own] < len(limit.allowed)
-                kept[own] &= inside & limit.allowed[np.minimum(candidates.songs[own], len(limit.allowed) - 1)]
-    return np.asarray(kept)
+                qualified[own] &= inside & limit.allowed[np.minimum(candidates.songs[own], len(limit.allowed) - 1)]
+    return np.asarray(qualified)
 
 
 def examples_for(
@@ -415,7 +418,7 @@ def examples_for(
     answers: Mapping[RankerKind, tuple[np.ndarray, np.ndarray]],
     *,
     held_out: np.ndarray,
-    vectors: Mapping[Horizon, np.ndarray] | None = None,
+    vectors: Mapping[HorizonName, np.ndarray] | None = None,
 ) -> dict[RankerKind, RankingExamples]:
     """What the ranker of each kind learns from: the candidates of queries, and which of them are right.
 
@@ -454,13 +457,80 @@ def _examples_of(scored: Scored, keys: np.ndarray, allowed: np.ndarray, held_out
     hit = np.isin(scored.candidates.keys, keys, assume_unique=True) & allowed
     # Queries that teach nothing are left out, but for those held out that have an answer: chances count them.
     answered = np.bincount(keys // scored.batch.num_songs, minlength=queries) > 0
-    found = np.bincount(rows, weights=hit, minlength=queries) > 0
-    used = found | (answered & held_out)
-    kept = allowed & used[rows]
-    kept &= hit | held_out[rows] | _drawn(scored, kept & ~hit)
+    has_hit = np.bincount(rows, weights=hit, minlength=queries) > 0
+    used = has_hit | (answered & held_out)
+    is_example = allowed & used[rows]
+    is_example &= hit | held_out[rows] | _drawn(scored, is_example & ~hit)
     return RankingExamples(
-        features=scored.features[kept],
-        right=hit[kept],
-        counts=np.bincount(rows[kept], minlength=queries)[used],
+        features=scored.features[is_example],
+        right=hit[is_example],
+        counts=np.bincount(rows[is_example], minlength=queries)[used],
         held_out=held_out[used],
     )
+
+
+LONG = Horizon(min_offset=25, max_offset=50)  # unless the network's long horizon is one of days
+HELD_OUT = 5  # one user in so many checks what the others' examples taught
+
+
+def validation_queries(histories: Histories, split: Split, most: int) -> tuple[Histories, np.ndarray]:
+    """Histories that end with the validation range, and positions int64 (Q,) of at most `most` plays in it.
+
+    Each has an earlier play by the same user. Which are taken follows from user and time alone.
+    """
+    final_histories = split.final.select(histories)
+    inside = split.is_validation(final_histories)
+    inside[final_histories.offsets[:-1][final_histories.lengths > 0]] = False
+    with_queries = np.bincount(final_histories.rows[inside], minlength=len(final_histories)) > 0
+    query_histories = final_histories.take(with_queries)
+    plays = np.flatnonzero(inside[with_queries[final_histories.rows]])
+    if len(plays) > most:
+        order = np.argsort(_play_hash(query_histories, plays), kind="stable")
+        plays = np.sort(plays[order[:most]])
+    return query_histories, plays
+
+
+def checks_rankers(user_ids: np.ndarray) -> np.ndarray:
+    """bool (U,): the users whose queries check what rankers learned from the others."""
+    return np.asarray(user_hash(user_ids) % np.uint64(HELD_OUT) == 0)
+
+
+def collect_examples(
+    sources: Mapping[str, CandidateSource], histories: Histories, plays: np.ndarray
+) -> dict[str, dict[RankerKind, RankingExamples]]:
+    """The examples of each source and kind for the plays at positions `plays`, int (Q,), which no source has seen.
+
+    The sources have one network.
+    """
+    queries = Questions.before_plays(histories, plays)
+    held_out = checks_rankers(histories.user_ids)[queries.rows]
+    network = next(iter(sources.values())).network
+    begin, end = (network.long_days or LONG).spans(histories, queries)
+    later = np.repeat(np.arange(len(plays)), end - begin), histories.songs[ranges(begin, end - begin)]
+    following = np.arange(len(plays)), histories.songs[plays]
+    answers: dict[RankerKind, tuple[np.ndarray, np.ndarray]] = {"next": following, "served": following, "long": later}
+    vectors = network.vectors_of(histories, queries, HORIZONS)
+    return {
+        name: examples_for(source, histories, queries, answers, held_out=held_out, vectors=vectors)
+        for name, source in sources.items()
+    }
+
+
+def pack_examples(examples: RankingExamples) -> bytes:
+    """As bytes, for whoever trains."""
+    arrays = {field.name: np.ascontiguousarray(getattr(examples, field.name)) for field in fields(examples)}
+    return bytes(save(arrays))
+
+
+def unpack_examples(data: bytes) -> RankingExamples:
+    """What `pack_examples` made."""
+    return RankingExamples(**load(data))
+
+
+def _play_hash(histories: Histories, plays: np.ndarray) -> np.ndarray:
+    """uint64: spreads plays evenly, whatever the order of the users."""
+    rows = np.searchsorted(histories.offsets, plays, side="right") - 1
+    mixed = user_hash(histories.user_ids)[rows] ^ (
+        histories.played_at[plays].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    )
+    return np.asarray((mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9))

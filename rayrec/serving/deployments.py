@@ -53,13 +53,13 @@ def build(args: Mapping[str, Any]) -> Application:
         }
     else:
         bounds["num_replicas"] = config.replicas
-    application: Application = Recommendations.options(**bounds).bind(config)  # type: ignore[attr-defined]
+    application: Application = RecommendationServer.options(**bounds).bind(config)  # type: ignore[attr-defined]
     return application
 
 
 @serve.deployment(name="recommendations", health_check_period_s=5, graceful_shutdown_timeout_s=10)
 @serve.ingress()
-class Recommendations:
+class RecommendationServer:
     """One replica: network, index and rankers of the live release behind the HTTP application."""
 
     def __init__(self, config: DeploymentConfig) -> None:

@@ -14,21 +14,21 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 
 from rayrec.data.histories import Histories
+from rayrec.embeddings.vectors import layout
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.states import States
-from rayrec.recommend.base import BaseRecommender, Horizon
-from rayrec.recommend.layout import layout
-from rayrec.recommend.selection import Chosen, Known, Wish, choose, network_of, similar
+from rayrec.recommend.base import BaseRecommender, HorizonName
+from rayrec.recommend.reranking import AnswerOptions, Chosen, Known, choose, network_of, similar
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.serving.problems import OverloadedError
-from rayrec.serving.prometheus import Metrics
+from rayrec.serving.telemetry import Metrics
 
 ROOM = 1_024  # rows by which tables of song vectors grow where songs are added online
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Vectors = Mapping[Horizon, np.ndarray]  # float32 (U, D) each
+Vectors = Mapping[HorizonName, np.ndarray]  # float32 (U, D) each
 
 
 class Pool:
@@ -68,7 +68,7 @@ class Pool:
             self.waiting -= 1
 
 
-HORIZONS: tuple[Horizon, ...] = ("short", "long")  # retrievers and features need the taste vectors of both
+HORIZONS: tuple[HorizonName, ...] = ("short", "long")  # retrievers and features need the taste vectors of both
 
 
 def known_of(vectors: Vectors, plays: Histories, at: np.ndarray) -> list[Known]:
@@ -95,7 +95,7 @@ class Parts:
         with self.metrics.stage("encode"):
             return network_of(self.recommender).encoder.run(plays, start=start)[1]
 
-    def vectors(self, states: States, at: np.ndarray, horizons: Sequence[Horizon]) -> Vectors:
+    def vectors(self, states: States, at: np.ndarray, horizons: Sequence[HorizonName]) -> Vectors:
         """The taste vectors, float32 (U, D), at the moments `at`, int64 (U,) ms UTC."""
         network = network_of(self.recommender)
         with self.metrics.stage("project"):
@@ -103,18 +103,20 @@ class Parts:
             tastes = network.encoder.tastes_of(states, at, list(set(heads.values())))
             return {name: tastes[head] for name, head in heads.items()}
 
-    def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
+    def choose(self, known: Sequence[Known], all_options: Sequence[AnswerOptions]) -> list[Chosen]:
         """The songs of each user."""
         with self.metrics.stage("choose"):
-            return [choose(self.recommender, one, wish) for one, wish in zip(known, wishes, strict=True)]
+            return [choose(self.recommender, one, options) for one, options in zip(known, all_options, strict=True)]
 
-    def answer_states(self, states: States, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
+    def answer_states(
+        self, states: States, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]
+    ) -> list[Chosen]:
         """The songs of each user from states, and the plays that retrievers and features look at."""
-        return self.choose(known_of(self.vectors(states, at, HORIZONS), plays, at), wishes)
+        return self.choose(known_of(self.vectors(states, at, HORIZONS), plays, at), all_options)
 
-    def answer(self, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
+    def answer(self, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]) -> list[Chosen]:
         """The songs of each user from all their plays."""
-        return self.answer_states(self.states(plays), plays, at, wishes)
+        return self.answer_states(self.states(plays), plays, at, all_options)
 
     def similar(self, song: int, k: int) -> Chosen:
         """The k songs nearest to a song of the network."""
@@ -151,13 +153,13 @@ class Engine:
         """As `Parts.states`."""
         return await self._pool.run(self.parts.states, plays, start)
 
-    async def vectors(self, states: States, at: np.ndarray, horizons: Sequence[Horizon]) -> Vectors:
+    async def vectors(self, states: States, at: np.ndarray, horizons: Sequence[HorizonName]) -> Vectors:
         """As `Parts.vectors`."""
         return await self._pool.run(self.parts.vectors, states, at, horizons)
 
-    async def choose(self, known: Sequence[Known], wishes: Sequence[Wish]) -> list[Chosen]:
+    async def choose(self, known: Sequence[Known], all_options: Sequence[AnswerOptions]) -> list[Chosen]:
         """As `Parts.choose`."""
-        return await self._pool.run(self.parts.choose, known, wishes)
+        return await self._pool.run(self.parts.choose, known, all_options)
 
     async def similar(self, song: int, k: int) -> Chosen:
         """As `Parts.similar`."""
@@ -167,12 +169,12 @@ class Engine:
         """As `Parts.layout`."""
         return await self._pool.run(self.parts.layout, songs)
 
-    async def answer(self, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]) -> list[Chosen]:
+    async def answer(self, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]) -> list[Chosen]:
         """As `Parts.answer`."""
-        return await self._pool.run(self.parts.answer, plays, at, wishes)
+        return await self._pool.run(self.parts.answer, plays, at, all_options)
 
     async def answer_states(
-        self, states: States, plays: Histories, at: np.ndarray, wishes: Sequence[Wish]
+        self, states: States, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]
     ) -> list[Chosen]:
         """As `Parts.answer_states`."""
-        return await self._pool.run(self.parts.answer_states, states, plays, at, wishes)
+        return await self._pool.run(self.parts.answer_states, states, plays, at, all_options)

@@ -1,4 +1,5 @@
-"""The live release of a replica: loaded whole, followed by a watch, and reported to whoever waits for a switch.
+"""The live release of a replica: loaded whole, followed by a watch, reported to who waits for a switch; and arms of an
+experiment, which may name other releases.
 
 A request takes the release once, at its start, and uses nothing else to its end: no answer mixes the model of one
 release with the index of another. Reports are small files in the workspace: whoever can activate a release can read
@@ -9,7 +10,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any
@@ -21,7 +22,8 @@ from rayrec.recommend.base import BaseRecommender
 from rayrec.serving.engine import Engine
 from rayrec.serving.online_songs import OnlineSongs
 from rayrec.serving.problems import NotReadyError
-from rayrec.serving.serve_config import REPORT_SECONDS
+from rayrec.serving.schemas import RecommendationsRequest
+from rayrec.serving.serve_config import REPORT_SECONDS, Experiment
 from rayrec.serving.served_catalog import ServedCatalog
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
@@ -71,7 +73,7 @@ def load_checked_release(workspace: Workspace, release_id: str, kinds: Sequence[
     Tastes and plays are not: a replica loads none of them, and reading those of all users would keep it from
     starting. Raises `NotFoundError` or `DamagedArtifactError` for a release that cannot be trusted.
     """
-    release = artifacts.load(workspace, releases.KIND, release_id)
+    release = artifacts.load_manifest(workspace, releases.KIND, release_id)
     releases.verify_release(workspace, release, kinds, plays=False, once=True)
     return release
 
@@ -286,3 +288,48 @@ def release_status(holder: ReleaseHolder) -> dict[str, Any]:
         "agreed": all(report.release == active["active"] for report in replicas),
         "replicas": [report.to_mapping() for report in replicas],
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assigned:
+    """A request with the settings of its arm."""
+
+    sent: RecommendationsRequest  # as its client sent it
+    request: RecommendationsRequest
+    release: LiveRelease  # that answers
+    experiment: str | None = None
+    arm: str | None = None
+
+
+class Arms:
+    """The arms of an application; without an experiment the live release answers all requests as they are."""
+
+    def __init__(self, experiment: Experiment | None, releases: Mapping[str, LiveRelease]) -> None:
+        """`releases` holds those that arms name, by id."""
+        self._experiment, self._releases = experiment, releases
+
+    @property
+    def releases(self) -> list[LiveRelease]:
+        """Those that arms name."""
+        return list(self._releases.values())
+
+    def assign(self, request: RecommendationsRequest, live: LiveRelease) -> Assigned:
+        """A request as its user's arm has it.
+
+        A request outside of the experiment is answered as it is: one without a stored user, or one that sets anything
+        that the arms differ in.
+        """
+        experiment = self._experiment
+        if experiment is None or not request.user_id or request.model_fields_set & experiment.varied:
+            return Assigned(sent=request, request=request, release=live)
+        name = experiment.arm_of(request.user_id)
+        if name is None:
+            return Assigned(sent=request, request=request, release=live)
+        arm = experiment.arms[name]
+        return Assigned(
+            sent=request,
+            request=request.model_copy(update=arm.settings),
+            release=self._releases[arm.release] if arm.release else live,
+            experiment=experiment.name,
+            arm=name,
+        )

@@ -21,9 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayrec.errors import InputError
 from rayrec.serving.problems import problem, request_id
-from rayrec.serving.prometheus import request_stages
 from rayrec.serving.serve_config import ServeConfig, is_loopback
-from rayrec.serving.tracing import end_span, request_span, trace_id
+from rayrec.serving.telemetry import end_span, request_span, request_stages, trace_id
 
 Role = Literal["read", "write", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -231,12 +230,12 @@ async def _read(receive: Receive, limit: int) -> bytes | None:
 async def _while_connected(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
     """Run the app on a body that was read already, and no longer than its client waits for it."""
     gone = asyncio.ensure_future(receive())  # after the body, all that can come is the disconnect
-    given = False
+    is_body_sent = False
 
     async def replay() -> Message:
-        nonlocal given
-        if not given:
-            given = True
+        nonlocal is_body_sent
+        if not is_body_sent:
+            is_body_sent = True
             return {"type": "http.request", "body": body, "more_body": False}
         return await asyncio.shield(gone)
 

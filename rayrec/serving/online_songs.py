@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 
 from rayrec.data import columns
-from rayrec.data.content import Content
+from rayrec.data.catalog import Content
 from rayrec.data.dataset import Dataset
 from rayrec.model.added_songs import AddedSongs, FirstPlays, LaterSong, SongPlacer, drawn
 from rayrec.model.checkpoint import INPUT_VECTORS, SONG_VECTORS
 from rayrec.online.state_store import OnlineSong, StateStore
 from rayrec.online.user_state import FIRST_ONLINE, Plays, Step, join_plays
-from rayrec.recommend.selection import network_of
+from rayrec.recommend.reranking import network_of
 from rayrec.serving.engine import Engine
 from rayrec.serving.served_catalog import OnlineCatalog, ServedCatalog
 from rayrec.storage import artifacts
@@ -66,7 +66,7 @@ class SongToAdd:
 
 
 @dataclass
-class _Taken:
+class _OnlineState:
     """The songs that a replica has taken in; arrays have an entry for each number, open or not."""
 
     songs: dict[int, SongToAdd] = field(default_factory=dict)  # by number, those that the release has no vector of
@@ -90,14 +90,14 @@ class OnlineSongs:
         """`store` gives the store where there is one; without any no songs were added."""
         self._workspace, self._catalog, self._engine, self._store = workspace, catalog, engine, store
         self._model = release.inputs["models"]
-        folder = artifacts.load(workspace, "models", self._model).folder
+        folder = artifacts.load_manifest(workspace, "models", self._model).folder
         self._outputs = workspace.read_array(f"{folder}/{SONG_VECTORS}")
         inputs = f"{folder}/{INPUT_VECTORS}"
         self._inputs = workspace.read_array(inputs) if workspace.exists(inputs) else self._outputs
         self._of_release = network_of(engine.parts.recommender).added
         self._first, self._known = len(catalog.known), catalog.known  # of the release alone
         self._placer: SongPlacer | None = None
-        self._version, self._taken = 0, _Taken()
+        self._version, self._state = 0, _OnlineState()
         self._contained: list[int] = []  # numbers of open songs that the release has
         self._lock = threading.Lock()
         self._began = time.monotonic()
@@ -111,7 +111,7 @@ class OnlineSongs:
     @property
     def count(self) -> int:
         """Songs that were taken in."""
-        return len(self._taken.songs)
+        return len(self._state.songs)
 
     def add(self, songs: Sequence[SongToAdd]) -> list[bool] | None:
         """Add songs for every replica; which ones were added: those that are known already stay as they are.
@@ -122,7 +122,7 @@ class OnlineSongs:
         self.refresh()
         store = self._store()
         assert store is not None  # who adds songs has it made
-        rows, online = self._catalog.find([song.song_id for song in songs]), self._number_of_row(self._taken)
+        rows, online = self._catalog.find([song.song_id for song in songs]), self._number_of_row(self._state)
         new = {
             song.song_id: song.to_bytes()
             for song, row in zip(songs, rows.tolist(), strict=True)
@@ -136,8 +136,8 @@ class OnlineSongs:
         return [outcome.pop(song.song_id, False) for song in songs]
 
     @staticmethod
-    def _number_of_row(taken: _Taken) -> dict[int, int]:
-        return {int(taken.row_of_number[number]): number for number in taken.songs}
+    def _number_of_row(state: _OnlineState) -> dict[int, int]:
+        return {int(state.row_of_number[number]): number for number in state.songs}
 
     def refresh(self) -> None:
         """Take in what changed. Raises `StoreUnavailableError` where the store does not answer."""
@@ -148,7 +148,7 @@ class OnlineSongs:
             version, changed = store.songs_since(self._version)
             if version < self._version:  # of a store that was emptied
                 version, changed = store.songs_since(0)
-                self._taken = _Taken()
+                self._state = _OnlineState()
             if changed:
                 self._take(changed)
             self._version = version
@@ -159,7 +159,7 @@ class OnlineSongs:
     def missing(self, stored: np.ndarray) -> bool:
         """Whether stored rows, int32, name songs that were added after the last look."""
         late = stored[stored >= FIRST_ONLINE]
-        return bool(len(late)) and int(late.max()) - FIRST_ONLINE >= len(self._taken.row_of_number)
+        return bool(len(late)) and int(late.max()) - FIRST_ONLINE >= len(self._state.row_of_number)
 
     def first_plays(self, steps: Sequence[Step]) -> dict[int, bytes]:
         """What the plays of steps add to the sums of songs, by number: plays, and what was played around them.
@@ -167,7 +167,7 @@ class OnlineSongs:
         It is what `FirstPlays` reads of each window with them, less that of the window before. Nothing of the log is
         read, so a play that is put among the oldest of a window may lack neighbours.
         """
-        number_of_row = self._number_of_row(self._taken)
+        number_of_row = self._number_of_row(self._state)
         rows = np.array(sorted(number_of_row), dtype=np.int64)
         windows = [(step.window, step.state.window) for step in steps]
         windows = [each for each in windows if np.isin(self._catalog.rows_of_stored(each[0].songs), rows).any()]
@@ -195,45 +195,47 @@ class OnlineSongs:
             store.count_song_plays(self._model, sums)
 
     def _take(self, changed: Sequence[OnlineSong]) -> None:
-        before = self._taken
-        taken = _Taken(dict(before.songs), before.row_of_number, dict(before.plays), list(before.beyond), before.placed)
+        before = self._state
+        updated = _OnlineState(
+            dict(before.songs), before.row_of_number, dict(before.plays), list(before.beyond), before.placed
+        )
         numbers = max(song.number for song in changed) + 1
-        taken.row_of_number = np.pad(
+        updated.row_of_number = np.pad(
             before.row_of_number, (0, max(0, numbers - len(before.row_of_number))), constant_values=-1
         )
         fresh: list[int] = []
         for song in changed:
-            if song.number not in taken.songs:
+            if song.number not in updated.songs:
                 (row,) = self._catalog.rows.find([song.song_id])
-                taken.row_of_number[song.number] = row
+                updated.row_of_number[song.number] = row
                 if not song.data:
                     continue
                 if row >= 0 and self._known[row]:
                     self._contained.append(song.number)
                     continue
                 if row < 0:
-                    taken.row_of_number[song.number] = self._first + len(taken.beyond)
-                    taken.beyond.append(song.number)
-                taken.songs[song.number] = SongToAdd.of(song)
+                    updated.row_of_number[song.number] = self._first + len(updated.beyond)
+                    updated.beyond.append(song.number)
+                updated.songs[song.number] = SongToAdd.of(song)
                 fresh.append(song.number)
             if song.sums and song.model == self._model:
-                taken.plays[song.number] = np.frombuffer(song.sums, dtype="<f8")
+                updated.plays[song.number] = np.frombuffer(song.sums, dtype="<f8")
         if fresh:
-            later = [taken.songs[number].later(int(taken.row_of_number[number])) for number in fresh]
+            later = [updated.songs[number].later(int(updated.row_of_number[number])) for number in fresh]
             placed = self._made_placer().place(later)
-            taken.placed = placed if before.placed is None else before.placed.joined(placed)
+            updated.placed = placed if before.placed is None else before.placed.joined(placed)
         known = np.zeros(0, dtype=np.int64)
-        if taken.placed is not None:
-            songs = self._with_plays(taken, taken.placed)
+        if updated.placed is not None:
+            songs = self._with_plays(updated, updated.placed)
             self._engine.add_songs(songs if self._of_release is None else self._of_release.joined(songs))
             known = songs.rows
-        self._taken = taken
+        self._state = updated
         self._catalog.with_online(
             OnlineCatalog.of(
                 self._first,
-                _table([taken.songs[number] for number in taken.beyond]),
-                taken.row_of_number,
-                list(taken.songs),
+                _table([updated.songs[number] for number in updated.beyond]),
+                updated.row_of_number,
+                list(updated.songs),
                 known,
             )
         )
@@ -248,17 +250,17 @@ class OnlineSongs:
         return self._placer
 
     @staticmethod
-    def _with_plays(taken: _Taken, placed: AddedSongs) -> AddedSongs:
+    def _with_plays(online: _OnlineState, placed: AddedSongs) -> AddedSongs:
         """The placed songs with a vector, drawn to what was played around their first plays.
 
         What the network reads of a song stays as it was before its plays, so that states are the same whenever they
         are computed.
         """
-        number_of_row = OnlineSongs._number_of_row(taken)
+        number_of_row = OnlineSongs._number_of_row(online)
         dim = placed.outputs.shape[1]
         sums = np.zeros((len(placed), 1 + 2 * dim))
         for place, row in enumerate(placed.rows.tolist()):
-            plays = taken.plays.get(number_of_row[row])
+            plays = online.plays.get(number_of_row[row])
             if plays is not None and len(plays) == sums.shape[1]:
                 sums[place] = plays
         outputs = drawn(placed.outputs, sums[:, 0], sums[:, 1 : 1 + dim]).astype(np.float32)

@@ -15,8 +15,8 @@ from rayrec.errors import FieldError
 from rayrec.model.states import States
 from rayrec.online.user_state import Plays
 from rayrec.recommend.answer import ASSUMED_GAP_MS
-from rayrec.recommend.filters import Limits, Wanted, parse_day
-from rayrec.recommend.selection import Wish
+from rayrec.recommend.filters import Limits, SongAttributes, parse_day
+from rayrec.recommend.reranking import AnswerOptions
 from rayrec.serving.online_songs import SongToAdd
 from rayrec.serving.schemas import (
     AddedSong,
@@ -132,13 +132,13 @@ def read_place(request: RecommendationsRequest | SongsQuery) -> Place:
     return Place(digest, first, at)
 
 
-def read_wish(
+def read_options(
     request: RecommendationsRequest, query: UserQuery, first: int, catalog: ServedCatalog
-) -> tuple[Wish, int]:
+) -> tuple[AnswerOptions, int]:
     """What to recommend behind the `first` songs, and how many songs of `exclude` and `allow` are not in the catalog.
 
-    The wish is for the songs before them, too. Raises `InputError` for days that do not exist, for attributes that the
-    catalog does not hold, and for a page beyond the first 1,000 songs, or of an answer with diversity or explore.
+    The options are for the songs before them, too. Raises `InputError` for days that do not exist, for attributes that
+    the catalog does not hold, and for a page beyond the first 1,000 songs, or of an answer with diversity or explore.
     """
     if first and request.explore:
         raise FieldError("cursor", "an answer with explore has no further pages; leave out cursor or explore")
@@ -151,7 +151,7 @@ def read_wish(
     allowed, unknown = _allowed(request, catalog)
     k = min(first + request.k, MAX_K)
     limits = Limits(banned=np.concatenate(parts), allowed=allowed, new_only=request.exclude_heard)
-    wish = Wish(
+    options = AnswerOptions(
         k=k,
         long_weight=request.horizon,
         limits=limits,
@@ -159,7 +159,7 @@ def read_wish(
         explore=request.explore,
         explain=request.explain,
     )
-    return wish, unknown + int((excluded < 0).sum())
+    return options, unknown + int((excluded < 0).sum())
 
 
 def read_song(song: AddedSong, place: int) -> SongToAdd:
@@ -176,11 +176,11 @@ def read_song(song: AddedSong, place: int) -> SongToAdd:
     )
 
 
-def read_given(request: RankRequest, catalog: ServedCatalog) -> Wish:
-    """The wish for an order of given songs, heard or not."""
+def read_songs_to_rank(request: RankRequest, catalog: ServedCatalog) -> AnswerOptions:
+    """Options that put the songs of a request in order, heard or not."""
     rows = np.unique(catalog.find(request.songs))
     rows = rows[rows >= 0]
-    return Wish(k=max(1, len(rows)), long_weight=request.horizon, explain=request.explain, given=rows)
+    return AnswerOptions(k=max(1, len(rows)), long_weight=request.horizon, explain=request.explain, songs_to_rank=rows)
 
 
 def _allowed(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[np.ndarray | None, int]:
@@ -196,7 +196,7 @@ def _allowed(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[n
 
 def song_mask(filters: SongFilters, catalog: ServedCatalog) -> np.ndarray | None:
     """bool (N,): the songs that filters let through, None for all. Raises `FieldError` for values that fit no song."""
-    attributes = Wanted(
+    attributes = SongAttributes(
         artists=tuple(sorted(set(filters.artists))),
         released_from=parse_day(filters.released_from, "released_from"),
         released_to=parse_day(filters.released_to, "released_to"),

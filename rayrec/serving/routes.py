@@ -22,7 +22,6 @@ from rayrec.serving.live_release import release_status
 from rayrec.serving.middleware import ID_HEADER, TIMING_HEADER, Middleware, needed_role, needs_no_key
 from rayrec.serving.problems import DOCUMENTED, SCHEMA, add_handlers, documented
 from rayrec.serving.schemas import (
-    BatchAnswer,
     BatchRequest,
     Health,
     ListedPlays,
@@ -35,6 +34,7 @@ from rayrec.serving.schemas import (
     RankedSongs,
     RankRequest,
     Recommendations,
+    RecommendationsBatch,
     RecommendationsRequest,
     ReleaseStatus,
     SentPlays,
@@ -190,12 +190,12 @@ def _recommendations_router(service: Service) -> APIRouter:
         """Recommend songs to one user."""
         return as_json((await service.recommend(service.live, [request]))[0])
 
-    @router.post("/recommendations/batch", response_model=BatchAnswer)
+    @router.post("/recommendations/batch", response_model=RecommendationsBatch)
     async def recommend_batch(request: BatchRequest) -> Response:
         """Recommend songs to many users, all by one release. A bad request fails alone."""
         live = service.live
         answers = await service.recommend(live, request.requests, alone=True)
-        return as_json(BatchAnswer.model_construct(release=live.id, answers=answers))
+        return as_json(RecommendationsBatch.model_construct(release=live.id, answers=answers))
 
     @router.post("/rank", response_model=RankedSongs)
     async def rank(request: RankRequest) -> Response:

@@ -21,10 +21,10 @@ import psutil
 
 from rayrec.config import to_mapping
 from rayrec.errors import InputError, RayrecError, ray_not_started
-from rayrec.serving.access_log import AccessLog
 from rayrec.serving.compat import require_known_ray, write_haproxy_wrapper
 from rayrec.serving.middleware import load_keys
 from rayrec.serving.serve_config import LOOPBACK, ServeConfig, is_loopback
+from rayrec.serving.telemetry import AccessLog
 from rayrec.storage.workspace import Workspace
 
 NAME = "rayrec"  # of the application in Serve

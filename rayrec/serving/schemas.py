@@ -569,7 +569,7 @@ class NewSongs(BaseModel):
     cursor: Cursor = None
 
 
-class BatchAnswer(BaseModel):
+class RecommendationsBatch(BaseModel):
     """The answers in the order of the requests, all of one release, unless arms of an experiment have others."""
 
     release: str

@@ -16,10 +16,9 @@ from rayrec.errors import FieldError
 from rayrec.model.train_config import PLAY_COUNTS
 from rayrec.online.user_state import FIRST_ONLINE
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.filters import SongMasks, Wanted
-from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
-from rayrec.recommend.retrieval.stored_retrieval import read_first_days, read_popularity
-from rayrec.recommend.selection import Starting, network_of
+from rayrec.recommend.filters import SongAttributes, SongMasks
+from rayrec.recommend.reranking import Starting, network_of
+from rayrec.recommend.stored_retrieval import NOT_PLAYED, read_first_days, read_popularity
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest, fingerprint
 from rayrec.storage.local_cache import mapped_table
@@ -41,11 +40,11 @@ class CatalogRows:
         """The row of each id, -1 for those that no song has."""
         cache = self._cache
         missing = [song_id for song_id in song_ids if song_id not in cache]
-        found = dict(zip(missing, self._searched(missing), strict=True)) if missing else {}
-        rows = [found[song_id] if song_id in found else cache[song_id] for song_id in song_ids]
-        if len(cache) + len(found) > NAMES_KEPT:
+        rows_found = dict(zip(missing, self._searched(missing), strict=True)) if missing else {}
+        rows = [rows_found[song_id] if song_id in rows_found else cache[song_id] for song_id in song_ids]
+        if len(cache) + len(rows_found) > NAMES_KEPT:
             self._cache = cache = {}  # another thread may read the one before
-        cache.update((song_id, row) for song_id, row in found.items() if row >= 0)
+        cache.update((song_id, row) for song_id, row in rows_found.items() if row >= 0)
         return rows
 
     def _searched(self, song_ids: list[str]) -> list[int]:
@@ -164,9 +163,9 @@ class ServedCatalog:
         if len(unknown):
             spelled = [spell_id(song_ids[place]) or "" for place in unknown.tolist()]
             added = {} if self.online is None else self.online.rows
-            found = self.rows.find(spelled)
+            rows_found = self.rows.find(spelled)
             rows[unknown] = [
-                row if row >= 0 else added.get(song_id, -1) for song_id, row in zip(spelled, found, strict=True)
+                row if row >= 0 else added.get(song_id, -1) for song_id, row in zip(spelled, rows_found, strict=True)
             ]
         return rows
 
@@ -187,20 +186,20 @@ class ServedCatalog:
             return stored
         numbers = stored[late] - FIRST_ONLINE
         row_of_number = np.append(self.online.row_of_number, -1)
-        there = row_of_number[np.minimum(numbers, len(row_of_number) - 1)]
+        current_rows = row_of_number[np.minimum(numbers, len(row_of_number) - 1)]
         rows = stored.copy()
-        rows[late] = np.where(there >= 0, there, stored[late])
+        rows[late] = np.where(current_rows >= 0, current_rows, stored[late])
         return rows
 
-    def mask(self, wanted: Wanted) -> np.ndarray:
+    def mask(self, attributes: SongAttributes) -> np.ndarray:
         """bool (num_rows,): the songs that fit. Raises `FieldError` as `SongMasks` does, where no song fits."""
         online = self.online
         if online is None:
-            return self.masks.mask(wanted)
+            return self.masks.mask(attributes)
         masks, errors = [], []
         for part in (self.masks, online.masks):
             try:
-                masks.append(part.mask(wanted))
+                masks.append(part.mask(attributes))
             except FieldError as error:
                 masks.append(np.zeros(part.num_songs, dtype=np.bool_))
                 errors.append(error)
@@ -330,7 +329,7 @@ def _starting(workspace: Workspace, release: Manifest, plays: np.ndarray, known:
     """What users without plays get; all plays count in a release without a retrieval, which knows those of late."""
     if "retrieval" not in release.inputs:
         return Starting.of(plays, known)
-    folder = artifacts.load(workspace, "retrieval", release.inputs["retrieval"]).folder
+    folder = artifacts.load_manifest(workspace, "retrieval", release.inputs["retrieval"]).folder
     recent_plays, artist_of_song = read_popularity(workspace, folder)
     return Starting.of(plays, known, recent_plays=recent_plays, artist_of_song=artist_of_song)
 
@@ -339,7 +338,9 @@ def _first_days(workspace: Workspace, release: Manifest, songs: int) -> np.ndarr
     """int32 (songs,): the day of each song's first play; None for a release without a retrieval, which knows them."""
     if "retrieval" not in release.inputs:
         return None
-    counted = read_first_days(workspace, artifacts.load(workspace, "retrieval", release.inputs["retrieval"]).folder)
+    counted = read_first_days(
+        workspace, artifacts.load_manifest(workspace, "retrieval", release.inputs["retrieval"]).folder
+    )
     first_days = np.full(songs, NOT_PLAYED, dtype=np.int32)
     first_days[: len(counted)] = counted[:songs]
     return first_days
@@ -358,7 +359,7 @@ def model_play_counts(workspace: Workspace, dataset: Dataset, model_id: str, num
 
     For a model without these counts, those of the whole data set.
     """
-    manifest = artifacts.load(workspace, "models", model_id)
+    manifest = artifacts.load_manifest(workspace, "models", model_id)
     if PLAY_COUNTS in manifest.files:
         return np.asarray(workspace.read_array(manifest.path(PLAY_COUNTS)))
     plays = np.zeros(num_songs, dtype=np.int64)

@@ -19,31 +19,28 @@ from rayrec.data.windows import NEVER
 from rayrec.errors import FieldError, InputError, NotFoundError
 from rayrec.model.states import States
 from rayrec.online.state_store import StoreUnavailableError
-from rayrec.recommend.reasons import LAST_PLAYS, POPULAR, reasons
-from rayrec.recommend.retrieval.play_counts import NOT_PLAYED
-from rayrec.recommend.selection import Chosen, Wish, choose_popular
-from rayrec.serving.access_log import AccessLog
+from rayrec.recommend.answer import LAST_PLAYS, POPULAR_REASON, reasons
+from rayrec.recommend.reranking import AnswerOptions, Chosen, choose_popular
+from rayrec.recommend.stored_retrieval import NOT_PLAYED
 from rayrec.serving.engine import Engine, Parts, Pool
-from rayrec.serving.experiments import Arms, Assigned
-from rayrec.serving.live_release import LiveRelease, ReleaseHolder, Reports, load_parts
+from rayrec.serving.live_release import Arms, Assigned, LiveRelease, ReleaseHolder, Reports, load_parts
 from rayrec.serving.middleware import Keys, load_keys
 from rayrec.serving.model_card import model_card, report_page
 from rayrec.serving.online_songs import MAX_ONLINE_SONGS, OnlineSongs, OnlineWatch
 from rayrec.serving.problems import NotReadyError, field_errors, request_id
-from rayrec.serving.prometheus import Metrics
 from rayrec.serving.requests import (
     Place,
     UserQuery,
     moment_after,
     query_histories,
-    read_given,
     read_history,
     read_listener,
+    read_options,
     read_place,
     read_plays,
     read_song,
+    read_songs_to_rank,
     read_stored,
-    read_wish,
     song_mask,
 )
 from rayrec.serving.schemas import (
@@ -81,6 +78,7 @@ from rayrec.serving.schemas import (
 )
 from rayrec.serving.serve_config import MAX_K, ServeConfig
 from rayrec.serving.served_catalog import ServedCatalog, load_served_catalog
+from rayrec.serving.telemetry import AccessLog, Metrics
 from rayrec.serving.users import StoredUser, StoredUsers
 from rayrec.storage.workspace import Workspace
 
@@ -147,8 +145,8 @@ class Service:
         stored = await self._stored(live, [request])
         with self.metrics.stage("read"):
             query = read_listener(request, stored.get(request.user_id), request.at, live.catalog)
-            wish = read_given(request, live.catalog)
-        (chosen,) = await self._choose(live, [query], [wish])
+            options = read_songs_to_rank(request, live.catalog)
+        (chosen,) = await self._choose(live, [query], [options])
         with self.metrics.stage("write"):
             answer = self._answer(live, query, chosen, unknown=query.unknown)
             if request.explain:
@@ -201,8 +199,8 @@ class Service:
         rows, plays = read_plays([play for _, play in valid], live.catalog)
         for place, _ in valid:
             outcomes[place] = "unknown"
-        for user_id, taken in (await self.users.take(live, plays)).items() if plays else ():
-            for row, user_outcome in zip(rows[user_id], taken, strict=True):
+        for user_id, outcomes_of_user in (await self.users.take(live, plays)).items() if plays else ():
+            for row, user_outcome in zip(rows[user_id], outcomes_of_user, strict=True):
                 place, play = valid[row]
                 outcomes[place] = user_outcome
                 if user_outcome == "taken":  # a play that is sent again is logged once
@@ -334,11 +332,11 @@ class Service:
         rows = live.catalog.find(ids)
         embedded = live.catalog.embedded(rows)
         places = await live.engine.layout(rows[embedded])
-        given = (song_id for song_id, has in zip(ids, embedded.tolist(), strict=True) if has)
+        mapped_ids = (song_id for song_id, has in zip(ids, embedded.tolist(), strict=True) if has)
         points = [
             MapPoint(song_id=song_id, title=title, artist=artist, x=x, y=y)
             for song_id, (_, title, artist), (x, y) in zip(
-                given, live.catalog.describe(rows[embedded]), places.tolist(), strict=True
+                mapped_ids, live.catalog.describe(rows[embedded]), places.tolist(), strict=True
             )
         ]
         return SongPlaces(release=live.id, points=points, unknown_songs=int((~embedded).sum()))
@@ -357,7 +355,7 @@ class Service:
         stored = await self._stored(live, [assigned.request for assigned in requests])
         answers: dict[int, Recommendations | InvalidEntry] = {}
         queries: dict[int, UserQuery] = {}
-        wishes: dict[int, tuple[Wish, int]] = {}
+        all_options: dict[int, tuple[AnswerOptions, int]] = {}
         places: dict[int, Place] = {}
         with self.metrics.stage("read"):
             for row, assigned in enumerate(requests):
@@ -369,22 +367,22 @@ class Service:
                     if place.at is not None and user is not None:
                         moment = max(place.at, user.state.last_played_at)  # played since the page before
                     query = read_listener(request, user, moment, live.catalog)
-                    wishes[row] = read_wish(request, query, place.first, live.catalog)
+                    all_options[row] = read_options(request, query, place.first, live.catalog)
                     queries[row], places[row] = query, place
                 except InputError as error:
                     if not alone:
                         raise
                     answers[row] = InvalidEntry(detail=str(error), errors=field_errors(error))
         rows = list(queries)
-        chosen = await self._choose(live, list(queries.values()), [wishes[row][0] for row in rows])
+        chosen = await self._choose(live, list(queries.values()), [all_options[row][0] for row in rows])
         with self.metrics.stage("write"):
             for row, whole in zip(rows, chosen, strict=True):
-                query, place, (wish, unknown) = queries[row], places[row], wishes[row]
+                query, place, (options, unknown) = queries[row], places[row], all_options[row]
                 songs = whole.since(place.first)
                 answered = self._answer(live, query, songs, unknown=query.unknown + unknown)
-                if wish.explain:
+                if options.explain:
                     add_reasons(answered, songs, query.songs, live.catalog)
-                more = len(whole.songs) == wish.k < MAX_K and not (wish.diversity or wish.explore)
+                more = len(whole.songs) == options.k < MAX_K and not (options.diversity or options.explore)
                 answer = Recommendations.model_construct(
                     **dict(answered),
                     recommendation_id=uuid.uuid4().hex,
@@ -438,7 +436,9 @@ class Service:
         users = await self.users.read(live, names) if names else []
         return {name: user for name, user in zip(names, users, strict=True) if user is not None}
 
-    async def _choose(self, live: LiveRelease, queries: Sequence[UserQuery], wishes: Sequence[Wish]) -> list[Chosen]:
+    async def _choose(
+        self, live: LiveRelease, queries: Sequence[UserQuery], all_options: Sequence[AnswerOptions]
+    ) -> list[Chosen]:
         """The songs of each query: by taste, or the popular ones where no play is known."""
         played = [row for row, query in enumerate(queries) if len(query.songs)]
         with_states = [row for row in played if queries[row].states is not None]
@@ -446,12 +446,12 @@ class Service:
         chosen: dict[int, Chosen] = {}
         for rows in (with_states, without):
             if rows:
-                answers = await _engine_answer(live, [queries[row] for row in rows], [wishes[row] for row in rows])
+                answers = await _engine_answer(live, [queries[row] for row in rows], [all_options[row] for row in rows])
                 chosen |= dict(zip(rows, answers, strict=True))
         # Popular songs only for those who need them: the limits of one answer are a pass over all songs.
         return [
-            chosen[row] if row in chosen else choose_popular(live.catalog.starting, wish)
-            for row, wish in enumerate(wishes)
+            chosen[row] if row in chosen else choose_popular(live.catalog.starting, options)
+            for row, options in enumerate(all_options)
         ]
 
     def _answer(self, live: LiveRelease, query: UserQuery, chosen: Chosen, *, unknown: int) -> AnsweredSongs:
@@ -570,17 +570,19 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-async def _engine_answer(live: LiveRelease, queries: Sequence[UserQuery], wishes: Sequence[Wish]) -> list[Chosen]:
+async def _engine_answer(
+    live: LiveRelease, queries: Sequence[UserQuery], all_options: Sequence[AnswerOptions]
+) -> list[Chosen]:
     """The songs of users who have played: all of them with states, or all without."""
     at = np.array([query.at for query in queries], dtype=np.int64)
     states = [query.states for query in queries if query.states is not None]
     if not states:
-        return await live.engine.answer(query_histories(queries), at, wishes)
+        return await live.engine.answer(query_histories(queries), at, all_options)
     joined = States(
         hidden=np.concatenate([one.hidden for one in states]),
         last_played_at=np.concatenate([one.last_played_at for one in states]),
     )
-    return await live.engine.answer_states(joined, query_histories(queries), at, wishes)
+    return await live.engine.answer_states(joined, query_histories(queries), at, all_options)
 
 
 def _listed(order: np.ndarray, query: SongsQuery, catalog: ServedCatalog) -> tuple[np.ndarray, str | None]:
@@ -624,7 +626,7 @@ def add_reasons(answer: AnsweredSongs, chosen: Chosen, played: np.ndarray, catal
     ]
     if chosen.path == "popular":
         for song in answer.songs:
-            song.reasons = [POPULAR]
+            song.reasons = [POPULAR_REASON]
         return
     last_title = last_plays[-1][1] if last_plays else None
     for song, features in zip(answer.songs, chosen.features, strict=True):

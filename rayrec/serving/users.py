@@ -47,7 +47,7 @@ from rayrec.online.user_state import (
 )
 from rayrec.serving.live_release import LiveRelease
 from rayrec.serving.problems import NotReadyError
-from rayrec.serving.prometheus import Metrics
+from rayrec.serving.telemetry import Metrics
 from rayrec.storage.workspace import Workspace
 
 ATTEMPTS = 100  # writes of one user before the request is given up: each that fails was another's success
@@ -299,11 +299,11 @@ class StoredUsers:
 
 def _repeated(events: Sequence[int], known: frozenset[int]) -> np.ndarray:
     """bool: the events that are stored already, or came before among these."""
-    seen = set(known)
+    known_events = set(known)
     repeated = np.zeros(len(events), np.bool_)
     for place, event in enumerate(events):
-        repeated[place] = event in seen
-        seen.add(event)
+        repeated[place] = event in known_events
+        known_events.add(event)
     return repeated
 
 

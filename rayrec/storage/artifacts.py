@@ -114,7 +114,7 @@ def publish(
 
 def reuse(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
     """The artifact that an earlier run of the same work made; it becomes the current one."""
-    manifest = load(workspace, kind, artifact_id)
+    manifest = load_manifest(workspace, kind, artifact_id)
     make_current(workspace, kind, artifact_id)
     return manifest
 
@@ -143,7 +143,7 @@ def last_requested(workspace: Workspace, kind: str, artifact_ids: Sequence[str])
     return next((each for each in requested if each in artifact_ids), artifact_ids[-1] if artifact_ids else None)
 
 
-def load(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
+def load_manifest(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
     """The manifest of one artifact.
 
     Raises `NotFoundError` where there is none (an unfinished artifact has none either) and
@@ -164,12 +164,12 @@ def load(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
 
 def listing(workspace: Workspace, kind: str) -> list[Manifest]:
     """All complete artifacts of a kind, oldest first."""
-    found = [
-        load(workspace, kind, name)
+    manifests = [
+        load_manifest(workspace, kind, name)
         for name in workspace.folders(kind)
         if workspace.exists(f"{artifact_dir(kind, name)}/manifest.json")
     ]
-    return sorted(found, key=lambda manifest: manifest.created_at)
+    return sorted(manifests, key=lambda manifest: manifest.created_at)
 
 
 def latest(
@@ -183,10 +183,10 @@ def latest(
 
 def newest(workspace: Workspace, kind: str, command: str) -> Manifest:
     """The current artifact of a kind. Raises `NotFoundError` that names the command to run first."""
-    found = latest(workspace, kind)
-    if found is None:
+    manifest = latest(workspace, kind)
+    if manifest is None:
         raise NotFoundError(f"workspace {workspace.uri} has no {noun(kind)}; run `rayrec {command}` first")
-    return found
+    return manifest
 
 
 def verify(workspace: Workspace, manifest: Manifest, names: Iterable[str] | None = None, *, once: bool = False) -> None:

@@ -32,17 +32,19 @@ def find_garbage(workspace: Workspace, *, keep: int = 3, hours: float = 24.0) ->
     """
     if keep < 1 or hours < 0:
         raise InputError(f"{keep} releases and {hours} hours are to be kept; expected at least 1 and 0")
-    made = releases.list_releases(workspace)
-    if not made:
+    all_releases = releases.list_releases(workspace)
+    if not all_releases:
         raise InputError(
             f"workspace {workspace.uri} has no release, so nothing says what is of use; run `rayrec release create`"
         )
     limit = datetime.now(timezone.utc) - timedelta(hours=hours)
     live = releases.read_active(workspace)["active"]
-    kept = [each for place, each in enumerate(made) if each.id == live or len(made) - place <= keep]
+    releases_to_keep = [
+        each for place, each in enumerate(all_releases) if each.id == live or len(all_releases) - place <= keep
+    ]
     # Something younger is on its way to a release of its own.
-    before = min(limit, _moment(made[-1]))
-    used = _used(workspace, kept)
+    before = min(limit, _moment(all_releases[-1]))
+    used = _used(workspace, releases_to_keep)
     used |= _last_recommendations(workspace, used)
     garbage = []
     for kind in (releases.KIND, artifacts.RECOMMENDATIONS, *releases.PART_KINDS):
@@ -75,10 +77,10 @@ def delete_garbage(workspace: Workspace, garbage: Iterable[Garbage]) -> int:
     return sum(item.bytes for item in garbage)
 
 
-def _used(workspace: Workspace, kept: Iterable[Manifest]) -> set[tuple[str, str]]:
+def _used(workspace: Workspace, kept_releases: Iterable[Manifest]) -> set[tuple[str, str]]:
     """Kind and id of releases and of everything that they were made of, directly or not."""
     used: set[tuple[str, str]] = set()
-    todo = list(kept)
+    todo = list(kept_releases)
     while todo:
         manifest = todo.pop()
         if (manifest.kind, manifest.id) in used:
@@ -86,14 +88,14 @@ def _used(workspace: Workspace, kept: Iterable[Manifest]) -> set[tuple[str, str]
         used.add((manifest.kind, manifest.id))
         for kind, made_of in manifest.inputs.items():
             if kind in releases.PART_KINDS and workspace.exists(f"{kind}/{made_of}/manifest.json"):
-                todo.append(artifacts.load(workspace, kind, made_of))
+                todo.append(artifacts.load_manifest(workspace, kind, made_of))
     return used
 
 
 def _last_recommendations(workspace: Workspace, used: set[tuple[str, str]]) -> set[tuple[str, str]]:
     """Kind and id of the last recommendations that each model in use has made."""
-    last = {made.inputs["models"]: made for made in artifacts.listing(workspace, artifacts.RECOMMENDATIONS)}
-    return {(made.kind, made.id) for model, made in last.items() if ("models", model) in used}
+    last = {manifest.inputs["models"]: manifest for manifest in artifacts.listing(workspace, artifacts.RECOMMENDATIONS)}
+    return {(manifest.kind, manifest.id) for model, manifest in last.items() if ("models", model) in used}
 
 
 def _replaced_parts(workspace: Workspace, limit: datetime) -> list[Garbage]:

@@ -146,10 +146,10 @@ def _object_lock(workspace: Workspace, holder: Holder) -> Iterator[None]:
     writer = conditional_writer(workspace.filesystem)
     path, content = workspace.full(LOCK_HOLDER), json.dumps(asdict(holder)).encode()
     if not writer.create(path, content):
-        there, version = writer.read(path)
-        first = _holder_of(there)
-        is_free = not there or (first is not None and first.is_known_dead)
-        if not (is_free and (writer.replace(path, content, version) if there else writer.create(path, content))):
+        current, version = writer.read(path)
+        first = _holder_of(current)
+        is_free = not current or (first is not None and first.is_known_dead)
+        if not (is_free and (writer.replace(path, content, version) if current else writer.create(path, content))):
             raise _busy(workspace, first, "wait until it ends; if it was killed, run `rayrec unlock`")
     try:
         yield

@@ -74,10 +74,10 @@ def create_release(
     """
     dataset = read_manifest(workspace)
     named = {"models": model_id, "rankers": rankers_id, "tastes": tastes_id, "indexes": index_id}
-    chosen = {kind: artifacts.load(workspace, kind, part) for kind, part in named.items() if part is not None}
+    chosen = {kind: artifacts.load_manifest(workspace, kind, part) for kind, part in named.items() if part is not None}
     model = chosen.get("models") or _model_of(workspace, dataset, chosen)
     parts = {
-        "songs": artifacts.load(workspace, "songs", model.inputs["songs"]),
+        "songs": artifacts.load_manifest(workspace, "songs", model.inputs["songs"]),
         "models": model,
         "tastes": chosen.get("tastes") or _newest_of(workspace, "tastes", model),
         "indexes": chosen.get("indexes") or _newest_of(workspace, "indexes", model),
@@ -87,7 +87,7 @@ def create_release(
     if added is not None:
         parts["added_songs"] = added
     if rankers is not None:
-        retrieval = artifacts.load(workspace, "retrieval", retrieval_id or rankers.inputs["retrieval"])
+        retrieval = artifacts.load_manifest(workspace, "retrieval", retrieval_id or rankers.inputs["retrieval"])
         parts |= {"rankers": rankers, "retrieval": retrieval}
     inputs = {"dataset": dataset.id, **{kind: part.id for kind, part in parts.items()}}
     if "split" in model.inputs:
@@ -125,7 +125,7 @@ def list_releases(workspace: Workspace) -> list[Manifest]:
 def active_release(workspace: Workspace) -> Manifest | None:
     """The live release; None where none was activated."""
     active = read_active(workspace)["active"]
-    return None if active is None else artifacts.load(workspace, KIND, active)
+    return None if active is None else artifacts.load_manifest(workspace, KIND, active)
 
 
 def is_active(workspace: Workspace, release_id: str) -> bool:
@@ -135,7 +135,7 @@ def is_active(workspace: Workspace, release_id: str) -> bool:
 
 def activate_release(workspace: Workspace, release_id: str) -> Manifest:
     """Make a release the live one. Raises `NotFoundError` where there is no such release."""
-    release = artifacts.load(workspace, KIND, release_id)
+    release = artifacts.load_manifest(workspace, KIND, release_id)
     state = read_active(workspace)
     earlier = state["history"]
     if state["active"] not in (None, release_id):
@@ -153,7 +153,7 @@ def rollback(workspace: Workspace) -> Manifest:
             "see `rayrec release list` and use `rayrec release activate ID`"
         )
     *earlier, previous = state["history"]
-    release = artifacts.load(workspace, KIND, previous)
+    release = artifacts.load_manifest(workspace, KIND, previous)
     write_active(workspace, previous, earlier)
     return release
 
@@ -196,7 +196,7 @@ def verify_release(
     for kind in kinds:
         if kind in OPTIONAL_KINDS and kind not in release.inputs:
             continue
-        artifacts.verify(workspace, artifacts.load(workspace, kind, release.inputs[kind]), once=once)
+        artifacts.verify(workspace, artifacts.load_manifest(workspace, kind, release.inputs[kind]), once=once)
 
 
 def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
@@ -238,27 +238,29 @@ def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str
     if model_id is None:
         model = artifacts.newest(workspace, "models", "train")
     else:
-        model = artifacts.load(workspace, "models", model_id)
+        model = artifacts.load_manifest(workspace, "models", model_id)
     return parts_of(workspace, model)
 
 
 def parts_of(workspace: Workspace, model: Manifest) -> dict[str, str]:
     """Role -> id of a model and of the parts made with it that were requested last, whatever release is live."""
-    found = {**model.inputs, "models": model.id}
+    part_ids = {**model.inputs, "models": model.id}
     for kind in ("tastes", "indexes", "rankers", "added_songs"):
         part = _last_of(workspace, kind, model)
         if part is not None:
-            found[kind] = part.id
+            part_ids[kind] = part.id
             if kind == "rankers":
-                found["retrieval"] = part.inputs["retrieval"]
-    return found
+                part_ids["retrieval"] = part.inputs["retrieval"]
+    return part_ids
 
 
 def _model_of(workspace: Workspace, dataset: DatasetManifest, chosen: dict[str, Manifest]) -> Manifest:
     """The model that the named parts were made of, else the one of the data set that was requested last."""
     if chosen:
-        return artifacts.load(workspace, "models", next(iter(chosen.values())).inputs["models"])
-    model = artifacts.latest(workspace, "models", lambda made: dataset.descends_from(made.inputs.get("dataset", "")))
+        return artifacts.load_manifest(workspace, "models", next(iter(chosen.values())).inputs["models"])
+    model = artifacts.latest(
+        workspace, "models", lambda manifest: dataset.descends_from(manifest.inputs.get("dataset", ""))
+    )
     if model is None:
         raise NotFoundError(f"Data set {dataset.id} has no model; run `rayrec train` first")
     return model
@@ -288,7 +290,7 @@ def _publish_release(workspace: Workspace, inputs: dict[str, str], metrics: Mapp
     # Parts made anew under the same ids (a folder deleted and rebuilt) make another release.
     release_id, complete = new_id(workspace, KIND, fingerprint("release", checksums, inputs), repeat=False)
     if complete:
-        return artifacts.load(workspace, KIND, release_id)
+        return artifacts.load_manifest(workspace, KIND, release_id)
     manifest = Manifest(kind=KIND, id=release_id, inputs=inputs, metrics=dict(metrics))
     workspace.write_json(manifest.path(CHECKSUMS), checksums)
     return publish(workspace, manifest, [CHECKSUMS])

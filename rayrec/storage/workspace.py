@@ -322,8 +322,8 @@ def _make_folder(folder: Path) -> None:
     missing = [folder, *folder.parents]
     missing = missing[: next(place for place, above in enumerate(missing) if above.exists())]
     folder.mkdir(parents=True, exist_ok=True)
-    for made in missing:
-        _sync(made.parent)
+    for new_folder in missing:
+        _sync(new_folder.parent)
 
 
 def _sync(folder: Path) -> None:

@@ -11,7 +11,7 @@ from worlds import random_vectors, write_song_vectors
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import SplitConfig, choose_split, split_dataset
-from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig
@@ -250,7 +250,7 @@ def test_a_model_of_the_data_set_before_an_append_stays_of_use(
     append_plays(workspace, config_of(tmp_path / "b.csv", plays(200, 2, start=START + 90_000, songs=120)))
     dataset = Dataset(workspace)
     assert dataset.num_songs > first.songs
-    releases.verify_release(workspace, artifacts.load(workspace, "releases", released))
+    releases.verify_release(workspace, artifacts.load_manifest(workspace, "releases", released))
 
     recommender = load_recommender(workspace, dataset, {"models": "m"})
     told = answer(dataset, recommender, RecommendConfig(k=200, exclude_heard=False), at=START * 2000, user="u1")
@@ -264,11 +264,11 @@ def test_a_model_of_the_data_set_before_an_append_stays_of_use(
         "m",
     )
     releases.verify_release(workspace, again)
-    releases.verify_release(workspace, artifacts.load(workspace, "releases", released))
+    releases.verify_release(workspace, artifacts.load_manifest(workspace, "releases", released))
     part = next(path for path in first.files if path.startswith("histories"))
     workspace.write_bytes(f"dataset/{part}", b"changed")
     with pytest.raises(DamagedArtifactError, match="histories"):
-        releases.verify_release(workspace, artifacts.load(workspace, "releases", released))
+        releases.verify_release(workspace, artifacts.load_manifest(workspace, "releases", released))
 
 
 def test_a_model_is_evaluated_on_plays_that_were_appended_but_not_by_a_cut_that_moves(

@@ -9,9 +9,8 @@ from rayrec.data import columns
 from rayrec.data.dataset import bucket_of
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split
-from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.embeddings.vectors import SongVectors
-from rayrec.embeddings.word2vec import MINUTE_MS
+from rayrec.embeddings.word2vec import MINUTE_MS, EmbedConfig
 from rayrec.errors import InputError, MismatchError
 from rayrec.jobs.embed import embed
 from rayrec.storage import artifacts
@@ -74,7 +73,7 @@ def test_final_and_selection_vectors_see_only_what_they_may(planted: Workspace) 
 
 def test_without_a_split_all_plays_are_used_and_the_health_is_kept(planted: Workspace) -> None:
     manifest = embed(planted, CONFIG)
-    metrics = artifacts.load(planted, "songs", manifest.id).metrics
+    metrics = artifacts.load_manifest(planted, "songs", manifest.id).metrics
     assert (metrics["tokens"], metrics["sentences"]) == (120 * 24, 120 * 3)
     assert (metrics["source"], metrics["coverage"], metrics["songs_with_vector"]) == ("histories", 1.0, NUM_SONGS)
     assert len(metrics["neighbours"]) == 5

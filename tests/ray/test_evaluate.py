@@ -20,7 +20,7 @@ from rayrec.jobs.evaluate import evaluate
 from rayrec.model.checkpoint import save_model
 from rayrec.model.network import TasteModel
 from rayrec.recommend.baselines import BASELINES, PopularityRecommender, fit_baselines
-from rayrec.storage.artifacts import Manifest, load, publish, verify
+from rayrec.storage.artifacts import Manifest, load_manifest, publish, verify
 from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 30
@@ -81,7 +81,7 @@ def _assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 def test_a_report_is_complete_found_again_and_repeated_on_purpose(dataset: Dataset) -> None:
     settings = EvaluateConfig(models=("popularity",), bootstrap_samples=10)
     first = evaluate(dataset.workspace, settings, split=SPLIT)
-    verify(dataset.workspace, load(dataset.workspace, "reports", first.id))
+    verify(dataset.workspace, load_manifest(dataset.workspace, "reports", first.id))
     assert first.metrics["default"] == "two-step"  # what a training makes unless told otherwise
     found = read_figures(dataset.workspace, first)
     assert {entry["model"] for entry in found["results"]} == {"popularity"}

@@ -8,7 +8,7 @@ import pytest
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import concatenate
-from rayrec.data.synthetic.world import GenerateConfig, World
+from rayrec.data.synthetic import GenerateConfig, World
 from rayrec.errors import InputError
 from rayrec.jobs.generate import generate
 from rayrec.storage.workspace import DATASET_MANIFEST, GENERATING, Workspace, histories_file

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from networks import model_config, network
 
-from rayrec.bench.private_memory import WORKER, MemoryWatch
+from rayrec.bench.rounds import WORKER, MemoryWatch
 from rayrec.data.dataset import Dataset
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.import_data import import_data

@@ -12,7 +12,7 @@ from heads import Head, ray_head, ray_node
 DRIVER = """
 import json, sys, time
 import ray
-from rayrec.data.synthetic.world import GenerateConfig
+from rayrec.data.synthetic import GenerateConfig
 from rayrec.jobs.runtime import run_buckets
 from rayrec.jobs.runtime import cluster_cpus, ray_cluster
 from rayrec.jobs.generate import generate

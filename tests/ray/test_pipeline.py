@@ -65,7 +65,7 @@ def test_a_changed_setting_repeats_its_stage_and_what_follows(tmp_path: Path, cl
     ranked = run(workspace, {**TINY, "rank": {"trees": 3}})
     assert [outcome.stage for outcome in ranked if outcome.status == "done"] == ["rank", "evaluate", "release"]
     ids = {outcome.stage: outcome.id for outcome in ranked}
-    report = artifacts.load(workspace, "reports", ids["evaluate"])
+    report = artifacts.load_manifest(workspace, "reports", ids["evaluate"])
     assert report.inputs["rankers"] == ids["rank"]  # and not those of the release that was live
     again = run(workspace, {**TINY, "train": {**TINY["train"], "hidden_dim": 4}})
     done = [outcome.stage for outcome in again if outcome.status == "done"]

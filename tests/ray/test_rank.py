@@ -12,7 +12,7 @@ from worlds import random_vectors, write_song_vectors
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, SplitConfig, split_dataset
-from rayrec.data.synthetic.world import GenerateConfig
+from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
@@ -22,9 +22,9 @@ from rayrec.jobs.generate import generate
 from rayrec.jobs.rank import fit_rankers
 from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.train import train
+from rayrec.recommend import stored_retrieval
 from rayrec.recommend.answer import load_recommender
-from rayrec.recommend.retrieval import stored_retrieval
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.recommend.two_step_config import ABLATED_PARTS, RankConfig, RetrievalConfig
 from rayrec.storage import releases

@@ -14,7 +14,7 @@ from rayrec.model.checkpoint import save_model
 from rayrec.model.taste_table import tastes_file
 from rayrec.model.train_config import TasteConfig
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.storage.artifacts import Manifest, load, publish, verify
+from rayrec.storage.artifacts import Manifest, load_manifest, publish, verify
 from rayrec.storage.workspace import Workspace
 
 BUCKETS = 4
@@ -43,7 +43,7 @@ def rows_of(workspace: Workspace, manifest: Manifest) -> pa.Table:
 @pytest.mark.usefixtures("cluster")
 def test_every_user_has_one_row_with_the_vector_of_a_single_request(dataset: Dataset, histories: Histories) -> None:
     manifest = compute_tastes(dataset.workspace, CONFIG)
-    verify(dataset.workspace, load(dataset.workspace, "tastes", manifest.id))
+    verify(dataset.workspace, load_manifest(dataset.workspace, "tastes", manifest.id))
     table = rows_of(dataset.workspace, manifest)
     assert sorted(table.column("user_id").to_pylist()) == sorted(histories.user_ids)
     assert manifest.inputs == {"dataset": "by-hand", "models": "m"}

@@ -17,7 +17,7 @@ from worlds import random_vectors, write_dataset, write_song_vectors
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import DAY_MS, FitRange, Split, SplitConfig, split_dataset, validation_histories
-from rayrec.data.synthetic.world import GenerateConfig
+from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, NotFoundError, RayrecError
 from rayrec.jobs import train as job
 from rayrec.jobs import train_worker as worker
@@ -33,7 +33,7 @@ from rayrec.model.training import StepReport
 from rayrec.model.training_windows import ShardReader, plain_stream, window_lengths
 from rayrec.model.workers import Share
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.storage.artifacts import Manifest, listing, load, publish, verify
+from rayrec.storage.artifacts import Manifest, listing, load_manifest, publish, verify
 from rayrec.storage.workspace import Workspace
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints
@@ -84,7 +84,7 @@ def test_a_horizon_in_days_is_trained_and_kept(world: Workspace, split: Split) -
 
 
 def test_a_model_is_complete_and_answers(world: Workspace, split: Split, in_process: Manifest) -> None:
-    verify(world, load(world, "models", in_process.id))
+    verify(world, load_manifest(world, "models", in_process.id))
     network = {"model.safetensors", "model.json", "song_vectors.npy", "input_vectors.npy"}
     selection = {f"{SELECTION_NETWORK}/{name}" for name in network}
     assert set(in_process.files) == network | selection | {"figures.json", "epochs.jsonl", "play_counts.npy"}

@@ -11,13 +11,13 @@ import pytest
 
 from rayrec.config import from_mapping
 from rayrec.data.split import Split, SplitConfig, split_dataset
-from rayrec.data.synthetic.world import GenerateConfig
+from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.jobs.generate import generate
-from rayrec.jobs.trials import TuneConfig
+from rayrec.jobs.job_config import TuneConfig
 from rayrec.jobs.tune import JUDGED_BY, tune
 from rayrec.model.train_config import TrainConfig
-from rayrec.storage.artifacts import listing, load
+from rayrec.storage.artifacts import listing, load_manifest
 from rayrec.storage.workspace import Workspace
 
 SPACE = """
@@ -94,7 +94,7 @@ def test_a_killed_sweep_goes_on_and_finds_the_network_that_learns(world: Workspa
 @pytest.mark.slow
 def test_a_sweep_leaves_a_table_the_best_settings_and_no_models(world: Workspace, space: str) -> None:
     made = tune(world, TuneConfig(), space, split=_split(world))  # the same one: it is there
-    assert load(world, "tunings", made.id) == made
+    assert load_manifest(world, "tunings", made.id) == made
     assert set(made.files) == {"trials.json", "trials.csv", "best.toml"}
     lines = world.read_bytes(made.path("trials.csv")).decode().splitlines()
     assert lines[0] == f"trial,embed.dim,train.learning_rate,{JUDGED_BY},epochs,seconds,songs"

@@ -10,8 +10,7 @@ from pathlib import Path
 from rayrec.errors import InputError
 from rayrec.importing.readers import delimited
 from rayrec.importing.readers.delimited import DelimitedRows
-from rayrec.importing.readers.files import byte_ranges
-from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
+from rayrec.importing.readers.reader import Batch, ReadOptions, Unit, byte_ranges
 
 # Folders that services name, in lower case: they say nothing of the person.
 EXPORT_FOLDERS = (

@@ -42,19 +42,19 @@ class AppleMusicReader(AccountCsvReader):
         problems = Problems(count)
 
         def first_of(names: tuple[str, ...]) -> pa.Array:
-            given = [spell_texts(values[name], problems, column=name) for name in names if name in values]
-            return pc.coalesce(*given, pa.nulls(count, pa.string()))
+            spelled = [spell_texts(values[name], problems, column=name) for name in names if name in values]
+            return pc.coalesce(*spelled, pa.nulls(count, pa.string()))
 
         if EVENT in values:
             plays = [same(values[EVENT], event) for event in PLAYS]
             problems.mark(~np.logical_or.reduce(plays), OTHER_EVENT)
         title, artist = first_of(TITLES), first_of(ARTISTS)
         song = name_songs(pa.nulls(count, pa.string()), pc.coalesce(artist, first_of(ALBUMS)), title)
-        given = [valid_text(values[name], problems) for name in TIMES if name in values]
+        times = [valid_text(values[name], problems) for name in TIMES if name in values]
         data = {
             columns.USER: pa.array(np.full(count, user, dtype=object), pa.string()),
             columns.SONG_ID: spell_ids(song, problems, column=TITLES[0], reason=NO_SONG),
-            columns.PLAYED_AT: pa.array(to_ms(pc.coalesce(*given), problems, column=TIMES[0])),
+            columns.PLAYED_AT: pa.array(to_ms(pc.coalesce(*times), problems, column=TIMES[0])),
             columns.TITLE: title,
             columns.ARTIST: artist,
         }

@@ -15,9 +15,8 @@ from rayrec.data import columns
 from rayrec.data.spelling import name_song
 from rayrec.errors import DamagedInputError, first_line
 from rayrec.importing.readers.accounts import account_of, check_accounts
-from rayrec.importing.readers.files import open_source
 from rayrec.importing.readers.json_rows import Record, RowCollector, text
-from rayrec.importing.readers.reader import STREAM_MS, Batch, ReadOptions, Unit, required_columns
+from rayrec.importing.readers.reader import STREAM_MS, Batch, ReadOptions, Unit, open_source, required_columns
 
 SHEET = "_listeningHistory"  # its name ends so, after a number
 TITLE, ARTIST, ISRC, SECONDS, DATE = "Song Title", "Artist", "ISRC", "Listening Time", "Date"

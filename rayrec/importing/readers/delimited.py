@@ -14,8 +14,17 @@ from pydantic import AfterValidator
 
 from rayrec.data.spelling import NOT_UTF8
 from rayrec.errors import DamagedInputError, InputError
-from rayrec.importing.readers.files import NEWLINE, RETURN, Block, header_line, read_blocks, require_text
-from rayrec.importing.readers.reader import Unit, rejected, shown_columns
+from rayrec.importing.readers.reader import (
+    NEWLINE,
+    RETURN,
+    Block,
+    Unit,
+    header_line,
+    read_blocks,
+    rejected,
+    require_text,
+    shown_columns,
+)
 
 OPEN_QUOTE = "a quote is not closed on its line"
 AFTER_QUOTE = "text after a closing quote"
@@ -170,7 +179,7 @@ def flags_below(values: pa.Array, limit: float) -> pa.Array:
 
 def parse(
     block: Block,
-    wanted: Mapping[str, int],
+    positions: Mapping[str, int],
     *,
     num_columns: int,
     delimiter: str,
@@ -178,7 +187,7 @@ def parse(
     source: str,
     skip: int = 0,
 ) -> DelimitedRows:
-    """The columns at the positions `wanted` of every line but the first `skip`.
+    """The columns at `positions` of every line but the first `skip`.
 
     Empty lines are passed over. Lines that are not UTF-8, do not close a quote (where `quoted`) or
     have another number of values than `num_columns` are rejected, each by itself: one bad line
@@ -212,22 +221,22 @@ def parse(
         faults[int(position)] = f"{row.actual_columns} values where the file has {row.expected_columns}"
         return "skip"
 
-    parsed = _columns(data, wanted, num_columns, delimiter, quoted, skip_row)
+    parsed = _columns(data, positions, num_columns, delimiter, quoted, skip_row)
     refused = sorted(faults)
     numbers = block.numbers(np.array(refused, dtype=np.int64))
     table = rejected(source, numbers, [faults[index] for index in refused], block.texts(refused))
-    kept = np.delete(indices, bad_rows)
-    assert all(len(column) == len(kept) for column in parsed.values()), f"{source}: rows and lines do not agree"
-    return DelimitedRows(block, parsed, kept, table)
+    good_lines = np.delete(indices, bad_rows)
+    assert all(len(column) == len(good_lines) for column in parsed.values()), f"{source}: rows and lines do not agree"
+    return DelimitedRows(block, parsed, good_lines, table)
 
 
 def _columns(
-    data: bytes, wanted: Mapping[str, int], num_columns: int, delimiter: str, quoted: bool, skip_row: object
+    data: bytes, positions: Mapping[str, int], num_columns: int, delimiter: str, quoted: bool, skip_row: object
 ) -> dict[str, pa.Array]:
     if not data:
-        return {name: pa.array([], pa.string()) for name in wanted}
+        return {name: pa.array([], pa.string()) for name in positions}
     names = [str(position) for position in range(num_columns)]
-    taken = [names[position] for position in wanted.values()]
+    column_names = [names[position] for position in positions.values()]
     table = pacsv.read_csv(
         pa.BufferReader(data),
         # One thread: row numbers of bad rows are known only then, and other tasks use the other cores.
@@ -236,15 +245,17 @@ def _columns(
             delimiter=delimiter, quote_char='"' if quoted else False, invalid_row_handler=skip_row
         ),
         convert_options=pacsv.ConvertOptions(
-            column_types=dict.fromkeys(taken, pa.string()),
-            include_columns=list(dict.fromkeys(taken)),
+            column_types=dict.fromkeys(column_names, pa.string()),
+            include_columns=list(dict.fromkeys(column_names)),
             strings_can_be_null=True,
             null_values=[""],
             check_utf8=False,
         ),
     ).combine_chunks()
-    found = {name: table.column(names[position]) for name, position in wanted.items()}
-    return {name: column.chunk(0) if column.num_chunks else pa.array([], pa.string()) for name, column in found.items()}
+    columns = {name: table.column(names[position]) for name, position in positions.items()}
+    return {
+        name: column.chunk(0) if column.num_chunks else pa.array([], pa.string()) for name, column in columns.items()
+    }
 
 
 def line_faults(block: Block) -> dict[int, str]:

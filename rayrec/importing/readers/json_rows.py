@@ -13,8 +13,16 @@ from rayrec.data.moments import to_ms
 from rayrec.data.spelling import NOT_UTF8, Problems, mark_long, missing, spell_id, spell_text
 from rayrec.errors import DamagedInputError
 from rayrec.importing.readers import reader
-from rayrec.importing.readers.files import BYTE_ORDER_MARK, byte_ranges, open_plain, read_blocks, require_text
-from rayrec.importing.readers.reader import Batch, Unit, rejected
+from rayrec.importing.readers.reader import (
+    BYTE_ORDER_MARK,
+    Batch,
+    Unit,
+    byte_ranges,
+    open_plain,
+    read_blocks,
+    rejected,
+    require_text,
+)
 
 NOT_JSON = "not JSON"
 FIRST_LINE_BYTES = 1 << 20  # of a file of lines; a longer first line is a document

@@ -12,8 +12,7 @@ from rayrec.data import columns
 from rayrec.data.moments import to_ms
 from rayrec.data.spelling import Problems, name_songs, spell_ids, spell_texts
 from rayrec.importing.readers import delimited, reader
-from rayrec.importing.readers.files import byte_ranges, read_blocks, require_text
-from rayrec.importing.readers.reader import Batch, ReadOptions, Unit, to_batch
+from rayrec.importing.readers.reader import Batch, ReadOptions, Unit, byte_ranges, read_blocks, require_text, to_batch
 
 COLUMNS = ("user", "played_at", "artist_id", "artist", "song", "title")
 WANTED = {name: place for place, name in enumerate(COLUMNS) if name != "artist_id"}

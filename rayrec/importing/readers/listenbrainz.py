@@ -34,8 +34,8 @@ class ListenBrainzReader:
         """One batch per block of 16 MiB. Raises `InputError` where --user would merge several users."""
         rows = RowCollector(columns.PLAYS, unit.source)
         users = Users(unit.source, self.options.user)
-        for found in read_records(unit, *LISTS):
-            for record in found.records:
+        for block in read_records(unit, *LISTS):
+            for record in block.records:
                 listen = record.value
                 if record.reason:
                     rows.refuse(record, record.reason)
@@ -43,7 +43,7 @@ class ListenBrainzReader:
                     rows.refuse(record, NOT_A_LISTEN)
                 else:
                     rows.add(_play(listen, users), record)
-            yield rows.batch(found.covered)
+            yield rows.batch(block.covered)
 
 
 def _play(listen: dict[str, Any], users: Users) -> dict[str, Any]:

@@ -23,10 +23,10 @@ class MpdReader:
     def read(self, unit: Unit) -> Iterator[Batch]:
         """One batch with all playlists of the slice."""
         rows = RowCollector(columns.PLAYLIST_ENTRIES, unit.source)
-        for found in read_records(unit, "playlists"):
-            for record in found.records:
+        for block in read_records(unit, "playlists"):
+            for record in block.records:
                 _add(record, rows)
-            yield rows.batch(found.covered)
+            yield rows.batch(block.covered)
 
 
 def _add(record: Record, rows: RowCollector) -> None:

@@ -12,8 +12,16 @@ from rayrec.data import columns
 from rayrec.data.moments import to_ms
 from rayrec.data.spelling import Problems, spell_ids
 from rayrec.importing.readers import delimited
-from rayrec.importing.readers.files import byte_ranges
-from rayrec.importing.readers.reader import NO_SONG, NO_USER, Batch, ReadOptions, Unit, required_columns, to_batch
+from rayrec.importing.readers.reader import (
+    NO_SONG,
+    NO_USER,
+    Batch,
+    ReadOptions,
+    Unit,
+    byte_ranges,
+    required_columns,
+    to_batch,
+)
 
 COLUMNS = USER, SONG, TIME = "user_id", "track_id", "timestamp"
 

@@ -1,17 +1,28 @@
-"""What every reader of an outside format shares: units of work, columns by name, batches of rows, rejected rows."""
+"""What readers of outside formats share: files, units of work, columns by name, batches of rows, rejected rows.
 
+Files are local paths and s3:// or gs:// URIs, plain, .gz or .bz2. Files of lines are read by byte ranges, in blocks of
+whole lines that know their numbers.
+"""
+
+import bz2
+import gzip
+import posixpath
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import IO, NamedTuple, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 
 from rayrec.data import columns
 from rayrec.data.spelling import Problems, clean
-from rayrec.errors import InputError
+from rayrec.errors import DamagedInputError, InputError, first_line
 
 SHOWN_COLUMNS, SHOWN_NAME = 20, 40  # of a header, in a message
 TEXT_LIMIT = 1_000  # characters kept of a rejected row
@@ -228,3 +239,287 @@ def shown_columns(names: Sequence[str]) -> str:
     shown = [name if len(name) <= SHOWN_NAME else f"{name[:SHOWN_NAME]}…" for name in names[:SHOWN_COLUMNS]]
     more = f" and {len(names) - SHOWN_COLUMNS} more" if len(names) > SHOWN_COLUMNS else ""
     return ", ".join(shown) + more
+
+
+COMPRESSED = (".gz", ".bz2")
+HEAD_BYTES = 64 << 10
+BLOCK_BYTES = 16 << 20
+TAIL_BYTES = 64 << 10  # read at a time to find the end of a range's last line
+LINE_LIMIT = 64 << 20  # a longer line says that this is no text file
+NEWLINE, RETURN = 10, 13
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# How files begin that are no text in UTF-8, whatever their name.
+OTHER_FORMATS = {
+    b"\x1f\x8b": "a gzip file; give it a name that ends in .gz",
+    b"BZh": "a bzip2 file; give it a name that ends in .bz2",
+    b"PK\x03\x04": "a zip archive; unpack it and import the folder",
+    b"PAR1": "a Parquet file; import it as parquet",
+    b"\xff\xfe": "text in UTF-16; save it as UTF-8",
+    b"\xfe\xff": "text in UTF-16; save it as UTF-8",
+    b"SQLite format 3": "an SQLite database; export its plays as csv",
+    b"%PDF": "a PDF document; export the plays as csv",
+    b"<!DOCTYPE": "an HTML page; fetch the file again",
+    b"<html": "an HTML page; fetch the file again",
+}
+
+
+class SourceFile(NamedTuple):
+    """A file to read."""
+
+    source: str  # path or URI
+    size: int  # bytes
+    changed: int  # ns since 1970
+
+
+def find_files(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile]:
+    """The files that `paths` name: a file as it is, of a folder all files below that match a pattern, by name.
+
+    Raises `InputError` for a path that is not there and for a folder without a matching file.
+    """
+    files: dict[str, SourceFile] = {}
+    for path in paths:
+        for item in _files_of(path, patterns):
+            files.setdefault(item.source, item)
+    return list(files.values())
+
+
+def is_compressed(source: str) -> bool:
+    """True for .gz and .bz2 files, which are read from the start only."""
+    return source.endswith(COMPRESSED)
+
+
+def plain_name(source: str) -> str:
+    """A file's name without .gz or .bz2."""
+    return source[: source.rindex(".")] if is_compressed(source) else source
+
+
+@contextmanager
+def open_source(source: str) -> Iterator[pa.NativeFile]:
+    """The bytes of a file as they are, random access. Raises `InputError` where it cannot be opened."""
+    filesystem, path = _filesystem(source)
+    try:
+        stream = filesystem.open_input_file(path)
+    except OSError as error:
+        raise InputError(f"{source} cannot be opened: {first_line(error)}; check the path and the rights") from error
+    with stream:
+        yield stream
+
+
+@contextmanager
+def open_plain(source: str) -> Iterator[IO[bytes]]:
+    """The content of a file from its start, unpacked where it is .gz or .bz2."""
+    with open_source(source) as stream:
+        if not is_compressed(source):
+            yield cast(IO[bytes], stream)
+            return
+        packed = cast(IO[bytes], stream)
+        by_bzip2 = source.endswith(".bz2")
+        try:
+            with bz2.BZ2File(packed) if by_bzip2 else gzip.GzipFile(fileobj=packed) as unpacked:
+                yield cast(IO[bytes], unpacked)
+        except (OSError, EOFError, zlib.error) as error:  # BZ2File raises a bare OSError
+            kind = "bzip2" if by_bzip2 else "gzip"
+            raise DamagedInputError(
+                f"{source} is not a whole {kind} file: {first_line(error)}; fetch it again"
+            ) from error
+
+
+def ends_with_line(file: SourceFile) -> bool:
+    """True where the last byte of a file is a line end; a compressed file knows its own end."""
+    if is_compressed(file.source) or not file.size:
+        return True
+    with open_source(file.source) as stream:
+        stream.seek(file.size - 1)
+        return bool(stream.read(1) == b"\n")
+
+
+def cut_note(files: Sequence[SourceFile]) -> list[str]:
+    """A note where the last line of text files has no end: nothing else says that one was cut."""
+    open_ended = [file.source for file in files if not ends_with_line(file)]
+    if not open_ended:
+        return []
+    more = f" and {len(open_ended) - 1:,} more files" if len(open_ended) > 1 else ""
+    return [f"The last line of {open_ended[0]}{more} has no line end: the file may have been cut."]
+
+
+def require_text(source: str) -> bytes:
+    """A file's first 64 KiB. Raises `DamagedInputError` where it is empty or plainly of another format."""
+    with open_plain(source) as stream:
+        head = stream.read(HEAD_BYTES)
+    if not head:
+        raise DamagedInputError(f"{source} is empty; fetch it again")
+    for beginning, what in OTHER_FORMATS.items():
+        if head.startswith(beginning):
+            raise DamagedInputError(f"{source} is {what}")
+    return head
+
+
+def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:
+    filesystem, inner = _filesystem(path)
+    place = path if "://" in path else inner
+    try:
+        info = filesystem.get_file_info(inner)
+        if info.type == pafs.FileType.NotFound:
+            raise InputError(f"there is no file or folder {path}; give one to import")
+        if info.type == pafs.FileType.File:
+            return [SourceFile(place, info.size, info.mtime_ns or 0)]
+        below = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
+    except OSError as error:
+        raise InputError(f"the path {path} cannot be read: {first_line(error)}; check it and its rights") from error
+    files = [
+        SourceFile(posixpath.join(place, posixpath.relpath(item.path, inner)), item.size, item.mtime_ns or 0)
+        for item in sorted(below, key=lambda item: str(item.path))
+        if item.type == pafs.FileType.File and _matches(item.base_name, patterns)
+    ]
+    if not files:
+        raise InputError(
+            f"folder {path} holds no file named {' or '.join(patterns)} (or .gz, .bz2); name the files instead"
+        )
+    return files
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    plain = plain_name(name.lower())
+    return not name.startswith((".", "_")) and any(fnmatch(plain, pattern) for pattern in patterns)
+
+
+def _filesystem(source: str) -> tuple[pafs.FileSystem, str]:
+    if "://" not in source:
+        # Absolute, because workers have their own working folder.
+        return pafs.LocalFileSystem(), str(Path(source).expanduser().absolute())
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(source)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(
+            f"{source} cannot be opened: {first_line(error)}; give a local path, s3://bucket/key or gs://bucket/key"
+        ) from error
+    return filesystem, path
+
+
+class Block:
+    """L whole lines. Line i of the block is data[starts[i]:ends[i]], without its line end."""
+
+    def __init__(self, data: bytes, first: int) -> None:
+        self.data = data
+        self.first = first  # number of the first line, from the start of the unit
+        self.bytes = np.frombuffer(data, dtype=np.uint8)
+        breaks = np.flatnonzero(self.bytes == NEWLINE)
+        if len(data) and data[-1] != NEWLINE:
+            breaks = np.append(breaks, len(data))
+        self.starts = np.concatenate([[0], breaks[:-1] + 1]).astype(np.int64)[: len(breaks)]
+        returned = (breaks > self.starts) & (self.bytes[np.maximum(breaks, 1) - 1] == RETURN) if len(breaks) else breaks
+        self.ends = breaks - returned
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def line(self, index: int | np.integer) -> bytes:
+        """The bytes of one line."""
+        return self.data[self.starts[index] : self.ends[index]]
+
+    def texts(self, indices: Iterable[int | np.integer]) -> list[str]:
+        """Lines as text; bytes that are not UTF-8 are replaced."""
+        return [self.line(index).decode("utf-8", errors="replace") for index in indices]
+
+    def numbers(self, indices: np.ndarray) -> np.ndarray:
+        """int64: line numbers, counted from the start of the unit."""
+        return indices + self.first
+
+
+def byte_ranges(source: str, size: int, unit_bytes: int) -> list[Unit]:
+    """A line-based file in units of at most `unit_bytes`; a compressed one whole."""
+    if is_compressed(source):
+        return [Unit(source=source)]
+    starts = range(0, size, unit_bytes)
+    return [Unit(source=source, start=start, stop=min(start + unit_bytes, size)) for start in starts]
+
+
+def read_blocks(unit: Unit, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    """The lines that begin within the unit's byte range, whole, in blocks of about `block_bytes`.
+
+    Raises `DamagedInputError` for a line longer than 64 MiB.
+    """
+    first, rest = 1, b""
+    with _open_at(unit) as stream:
+        left = None if unit.stop is None else unit.stop - unit.start
+        if unit.start and left is not None:
+            left -= _skip_line(stream, left)
+        while left is None or left > 0:
+            piece = stream.read(block_bytes if left is None else min(block_bytes, left))
+            if not piece:
+                break
+            left = None if left is None else left - len(piece)
+            end = piece.rfind(b"\n") + 1
+            if left == 0 and end < len(piece):
+                piece += _rest_of_line(stream, unit)
+                end = len(piece)
+            if not end:
+                rest += piece
+                _check_length(rest, unit)
+                continue
+            block = Block(_without_mark(rest + piece[:end], unit, first), first)
+            rest, first = piece[end:], first + len(block)
+            yield block
+        if rest:
+            yield Block(_without_mark(rest, unit, first), first)
+
+
+def _without_mark(data: bytes, unit: Unit, first: int) -> bytes:
+    """Lines without the byte order mark that the first of a file may begin with."""
+    return data.removeprefix(BYTE_ORDER_MARK) if first == 1 and not unit.start else data
+
+
+def header_line(source: str) -> bytes:
+    """A file's first line, without line end and byte order mark; empty for an empty file."""
+    with open_plain(source) as stream:
+        line = stream.read(TAIL_BYTES)
+        while line and b"\n" not in line and len(line) < LINE_LIMIT and (more := stream.read(TAIL_BYTES)):
+            line += more
+    return line.split(b"\n", 1)[0].removesuffix(b"\r").removeprefix(BYTE_ORDER_MARK)
+
+
+@contextmanager
+def _open_at(unit: Unit) -> Iterator[IO[bytes]]:
+    if not unit.start:
+        with open_plain(unit.source) as stream:
+            yield stream
+        return
+    with open_source(unit.source) as raw:
+        raw.seek(unit.start - 1)
+        yield cast(IO[bytes], raw)
+
+
+def _skip_line(stream: IO[bytes], left: int) -> int:
+    """Go to the first line that begins in the range; return how many of its bytes were skipped.
+
+    The stream stands one byte before the range: a line break there means that the range begins with a line.
+    """
+    skipped = -1
+    while skipped < left:
+        piece = stream.read(TAIL_BYTES)
+        if not piece:
+            return left
+        end = piece.find(b"\n") + 1
+        if end:
+            stream.seek(end - len(piece), 1)
+            return skipped + end
+        skipped += len(piece)
+    return left
+
+
+def _rest_of_line(stream: IO[bytes], unit: Unit) -> bytes:
+    rest = b""
+    while piece := stream.read(TAIL_BYTES):
+        end = piece.find(b"\n") + 1
+        if end:
+            return rest + piece[:end]
+        rest += piece
+        _check_length(rest, unit)
+    return rest
+
+
+def _check_length(rest: bytes, unit: Unit) -> None:
+    if len(rest) > LINE_LIMIT:
+        raise DamagedInputError(
+            f"{unit.source} has a line longer than {LINE_LIMIT >> 20} MiB; check that it is a text file of plays"
+        )

@@ -16,8 +16,7 @@ from rayrec.data import columns
 from rayrec.data.spelling import Problems, missing, spell_ids
 from rayrec.importing.readers import reader
 from rayrec.importing.readers.delimited import line_faults
-from rayrec.importing.readers.files import Block, byte_ranges, read_blocks, require_text
-from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
+from rayrec.importing.readers.reader import Batch, Block, ReadOptions, Unit, byte_ranges, read_blocks, require_text
 
 BLOCK_BYTES = 4 << 20  # a few characters can be a play: a row takes ten times its text in memory
 EMPTY_LINE = "empty line"
@@ -59,7 +58,7 @@ class SequenceReader:
             source=source,
             lines=block.numbers(line),
             problems=empty,
-            texts=lambda found: block.texts(line[found]),
+            texts=lambda rejected_rows: block.texts(line[rejected_rows]),
             covered=len(block),
             also=reader.rejected(source, block.numbers(refused), problems.reasons(), block.texts(refused)),
         )

@@ -12,9 +12,8 @@ from typing import Any
 
 from rayrec.data import columns
 from rayrec.importing.readers.accounts import Users, account_of, check_accounts
-from rayrec.importing.readers.files import require_text
 from rayrec.importing.readers.json_rows import Record, RowCollector, plan_json, read_records, text
-from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch, ReadOptions, Unit
+from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch, ReadOptions, Unit, require_text
 
 NOT_A_PLAY = "not a play"
 PODCAST = "podcast or audiobook"
@@ -39,10 +38,10 @@ class SpotifyHistoryReader:
         """One batch with the whole file."""
         rows = RowCollector(columns.PLAYS, unit.source)
         users = Users(unit.source, self.options.user, account_of(unit.source))
-        for found in read_records(unit):
-            for record in found.records:
+        for block in read_records(unit):
+            for record in block.records:
                 _add(record, users, rows)
-            yield rows.batch(found.covered)
+            yield rows.batch(block.covered)
 
 
 def check_usernames(sources: Sequence[str], user: str) -> list[str]:

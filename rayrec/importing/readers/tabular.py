@@ -6,20 +6,146 @@ skipped (true, false, 1 or 0), share_listened (0 to 1), ms_played, duration_ms, 
 title, artist. A role that is not mapped has the column of its own name.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.moments import to_ms
 from rayrec.data.spelling import Problems, plain, spell_ids, spell_lists, spell_texts
-from rayrec.importing.readers import delimited, parquet, reader
-from rayrec.importing.readers.files import byte_ranges
-from rayrec.importing.readers.reader import Batch, ReadOptions, SourceRows, Unit, naming, to_batch
+from rayrec.errors import DamagedInputError, first_line
+from rayrec.importing.readers import delimited, reader
+from rayrec.importing.readers.reader import (
+    Batch,
+    ReadOptions,
+    SourceRows,
+    Unit,
+    byte_ranges,
+    naming,
+    open_source,
+    to_batch,
+)
+
+ROWS_PER_BATCH = 1 << 18
+# A damaged footer may also hold names that are not UTF-8, which pyarrow raises as a ValueError.
+UNREADABLE = (pa.ArrowException, OSError, ValueError)
+
+
+class ParquetRows(NamedTuple):
+    """R rows of a unit, as `SourceRows`."""
+
+    part: pa.RecordBatch
+    names: Mapping[str, str]  # wanted name -> column of the file
+    first: int  # number of the first record, from the start of the unit
+
+    @property
+    def values(self) -> dict[str, pa.Array]:
+        """Columns (R,) by their wanted names."""
+        return {name: self.part.column(column) for name, column in self.names.items()}
+
+    @property
+    def lines(self) -> np.ndarray:
+        """int64 (R,): numbers of the records, counted from the start of the unit."""
+        return np.arange(self.first, self.first + self.covered)
+
+    @property
+    def covered(self) -> int:
+        """R."""
+        return int(self.part.num_rows)
+
+    @property
+    def rejected(self) -> pa.Table:
+        """columns.REJECTED, none."""
+        return columns.REJECTED.empty_table()
+
+    def texts(self, positions: np.ndarray) -> list[str]:
+        """The rows at some positions as JSON, for the file of rejected rows."""
+        cells = [[_cell(column[row]) for column in self.part.columns] for row in positions.tolist()]
+        return [
+            json.dumps(dict(zip(self.part.schema.names, row, strict=True)), default=str, ensure_ascii=False)
+            for row in cells
+        ]
+
+
+def plan_groups(source: str, unit_bytes: int, find: Callable[[list[str]], Mapping[str, int]]) -> list[Unit]:
+    """A file in units of row groups of about `unit_bytes`; `find`, as in `read_row_groups`, sees its columns first."""
+    with open_source(source) as stream:
+        file = open_parquet(source, stream)
+        find(file.schema_arrow.names)
+        sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+    numbers = (np.cumsum(sizes) - sizes) // unit_bytes if sizes else np.zeros(0)
+    starts = [group for group in range(len(sizes)) if group == 0 or numbers[group] != numbers[group - 1]]
+    stops = [*starts[1:], len(sizes)]
+    return [Unit(source=source, start=start, stop=stop) for start, stop in zip(starts, stops, strict=False)]
+
+
+def read_row_groups(unit: Unit, find: Callable[[list[str]], Mapping[str, int]]) -> Iterator[ParquetRows]:
+    """The rows of a unit, which is some row groups, in batches of 262,144.
+
+    `find` says which columns are wanted: name -> position among those of the file.
+    """
+    with open_source(unit.source) as stream:
+        file = open_parquet(unit.source, stream)
+        names = file.schema_arrow.names
+        column_of = {name: names[place] for name, place in find(names).items()}
+        groups = list(range(unit.start, file.num_row_groups if unit.stop is None else unit.stop))
+        first = 1
+        for part in read_batches(unit.source, file, groups, list(set(column_of.values()))):
+            yield ParquetRows(part, column_of, first)
+            first += part.num_rows
+
+
+def open_parquet(source: str, stream: pa.NativeFile) -> pq.ParquetFile:
+    """A Parquet file. Raises `DamagedInputError` where it is none or its footer is not whole."""
+    try:
+        file = pq.ParquetFile(stream, page_checksum_verification=True)
+        _ = file.schema_arrow.names
+    except UNREADABLE as error:
+        raise DamagedInputError(
+            f"{source} is not a Parquet file: {first_line(error)}; fetch it again or check the format"
+        ) from error
+    return file
+
+
+def read_batches(
+    source: str, file: pq.ParquetFile, groups: list[int] | None, names: list[str] | None
+) -> Iterator[pa.RecordBatch]:
+    """Some columns of some row groups, or all. Raises `DamagedInputError` where a page is not whole."""
+    try:
+        for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=names):
+            batch.validate()
+            yield batch
+    except UNREADABLE as error:
+        raise _damaged(source, error) from error
+
+
+def read_columns(source: str, file: pq.ParquetFile, names: Sequence[str]) -> pa.Table:
+    """Some columns of all rows. Raises as `read_batches` does."""
+    try:
+        table = file.read(columns=list(names))
+        table.validate()
+    except UNREADABLE as error:
+        raise _damaged(source, error) from error
+    return table
+
+
+def _cell(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError):
+        return f"<{value.type}>"
+
+
+def _damaged(source: str, error: Exception) -> DamagedInputError:
+    return DamagedInputError(f"{source} is damaged: {first_line(error)}; restore it")
+
 
 EVENT_ROLES = ("skipped", "share_listened", "ms_played", "duration_ms", "event_type", "liked")
 PLAY_ROLES = ("user", "song", "played_at", "contexts", *EVENT_ROLES, "title", "artist")
@@ -66,11 +192,11 @@ class ParquetReader:
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
         """Runs of row groups. Raises `InputError` for another format or a missing column."""
-        return parquet.plan_groups(source, unit_bytes, lambda names: find_columns(source, names, self.options))
+        return plan_groups(source, unit_bytes, lambda names: find_columns(source, names, self.options))
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Batches of 262,144 rows; the line is the number of the record."""
-        for rows in parquet.read_row_groups(unit, lambda names: find_columns(unit.source, names, self.options)):
+        for rows in read_row_groups(unit, lambda names: find_columns(unit.source, names, self.options)):
             yield convert(rows, self.options, unit.source, rows.names)
 
 
@@ -124,19 +250,19 @@ def _events(
     stream. An event of type skip is skipped whatever they say.
     """
     count, data = len(problems.bad), {}
-    told: list[pa.Array] = []
+    skip_columns: list[pa.Array] = []
     if "skipped" in values:
-        told.append(read_flags(values["skipped"], problems, name("skipped")))
+        skip_columns.append(read_flags(values["skipped"], problems, name("skipped")))
     if "share_listened" in values:
         share = read_numbers(values["share_listened"], problems, name("share_listened"), most=1)
-        told.append(pc.less(share, skip_below))
+        skip_columns.append(pc.less(share, skip_below))
     if "ms_played" in values:
         played = read_numbers(values["ms_played"], problems, name("ms_played"))
         if "duration_ms" in values:
             duration = read_numbers(values["duration_ms"], problems, name("duration_ms"))
             known = pc.if_else(pc.greater(duration, 0), duration, None)
-            told.append(pc.less(played, pc.multiply(known, skip_below)))
-        told.append(pc.less(played, reader.STREAM_MS))
+            skip_columns.append(pc.less(played, pc.multiply(known, skip_below)))
+        skip_columns.append(pc.less(played, reader.STREAM_MS))
     likes = read_flags(values["liked"], problems, name("liked")) if "liked" in values else None
     if "event_type" in values:
         texts = pc.utf8_lower(spell_texts(values["event_type"], problems, column=name("event_type")))
@@ -144,13 +270,15 @@ def _events(
         unknown = pc.and_(place.is_null(), texts.is_valid())
         problems.mark(np.asarray(unknown.to_numpy(zero_copy_only=False)), OTHER_EVENT)
         types = pa.array(list(EVENTS.values())).take(place)
-        told.insert(0, pc.if_else(pc.fill_null(pc.equal(types, "skip"), False), True, pa.scalar(None, pa.bool_())))
+        skip_columns.insert(
+            0, pc.if_else(pc.fill_null(pc.equal(types, "skip"), False), True, pa.scalar(None, pa.bool_()))
+        )
         is_like = pc.fill_null(pc.equal(types, "like"), False)
         if pc.any(is_like).as_py():
             data[columns.IS_PLAY] = pc.invert(is_like)
             likes = is_like if likes is None else pc.or_(pc.fill_null(likes, False), is_like)
-    if told:
-        data[columns.SKIPPED] = pc.coalesce(*told, pa.nulls(count, pa.bool_()))
+    if skip_columns:
+        data[columns.SKIPPED] = pc.coalesce(*skip_columns, pa.nulls(count, pa.bool_()))
     if likes is not None and pc.any(likes).as_py():
         data[columns.LIKED] = likes
     return data
@@ -188,7 +316,7 @@ def read_flags(values: pa.Array, problems: Problems, column: str) -> pa.Array:
     if pa.types.is_boolean(values.type):
         return values
     texts = pc.utf8_lower(spell_texts(values, problems, column=column))
-    found = pc.index_in(texts, value_set=pa.array(list(FLAGS)))
-    unknown = pc.and_(found.is_null(), texts.is_valid())
+    positions = pc.index_in(texts, value_set=pa.array(list(FLAGS)))
+    unknown = pc.and_(positions.is_null(), texts.is_valid())
     problems.mark(np.asarray(unknown.to_numpy(zero_copy_only=False)), f"{column} is none of true, false, 1, 0")
-    return pa.array(list(FLAGS.values())).take(found)
+    return pa.array(list(FLAGS.values())).take(positions)

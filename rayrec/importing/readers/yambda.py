@@ -16,8 +16,7 @@ from rayrec.data import columns
 from rayrec.data.moments import to_ms
 from rayrec.data.spelling import Problems, spell_ids
 from rayrec.errors import InputError
-from rayrec.importing.readers import parquet
-from rayrec.importing.readers.parquet import ParquetRows
+from rayrec.importing.readers import tabular
 from rayrec.importing.readers.reader import (
     NO_SONG,
     NO_USER,
@@ -28,7 +27,7 @@ from rayrec.importing.readers.reader import (
     required_columns,
     to_batch,
 )
-from rayrec.importing.readers.tabular import read_flags
+from rayrec.importing.readers.tabular import ParquetRows, read_flags
 
 NEEDED = USER, SONG, TIME = "uid", "item_id", "timestamp"
 OPTIONAL = ORGANIC, PERCENT = "is_organic", "played_ratio_pct"
@@ -42,11 +41,11 @@ class YambdaReader:
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
         """Runs of row groups."""
-        return parquet.plan_groups(source, unit_bytes, partial(_find, source))
+        return tabular.plan_groups(source, unit_bytes, partial(_find, source))
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Batches of 262,144 rows; the line is the number of the record."""
-        for rows in parquet.read_row_groups(unit, partial(_find, unit.source)):
+        for rows in tabular.read_row_groups(unit, partial(_find, unit.source)):
             yield _batch(rows, unit.source, self.options.skip_below)
 
 

@@ -35,10 +35,10 @@ class YoutubeTakeoutReader:
         """One batch with the whole file."""
         rows = RowCollector(columns.PLAYS, unit.source)
         user = Users(unit.source, self.options.user, account_of(unit.source)).of(None)
-        for found in read_records(unit):
-            for record in found.records:
+        for block in read_records(unit):
+            for record in block.records:
                 _add(record, user, rows)
-            yield rows.batch(found.covered)
+            yield rows.batch(block.covered)
 
 
 def _add(record: Record, user: str, rows: RowCollector) -> None:

@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from typing import Any
 
-from rayrec.data.parts import PLAYS_PER_READ
+from rayrec.data.dataset import PLAYS_PER_READ
 from rayrec.data.shards import divisors
 from rayrec.embeddings.word2vec import MAX_WORKERS
 from rayrec.errors import InputError
 from rayrec.evaluation.protocol import COUNTED_BUCKETS
-from rayrec.importing.fragments import ROWS_PER_CHUNK
 from rayrec.importing.import_plan import MAX_PIECES, UNGROUPED_UNITS, bucket_groups
-from rayrec.importing.staging import PLAYS_PER_ROW_GROUP
+from rayrec.importing.staging import PLAYS_PER_ROW_GROUP, ROWS_PER_CHUNK
 from rayrec.jobs.planning.cluster_file import GIB, ClusterFile, NodeType
 from rayrec.jobs.planning.formulas import (
     EVALUATE_PASSES,
@@ -77,8 +76,7 @@ from rayrec.jobs.planning.plan_inputs import (
     PlanConfig,
 )
 from rayrec.model.train_config import TrainConfig
-from rayrec.recommend.retrieval.play_counts import MAX_DISTANCE, RECENT_DAYS
-from rayrec.recommend.retrieval.stored_retrieval import song_ranges
+from rayrec.recommend.stored_retrieval import MAX_DISTANCE, RECENT_DAYS, song_ranges
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 
 UNIT_BYTES = 64 << 20  # of a file, read by one task

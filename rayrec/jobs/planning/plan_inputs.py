@@ -13,7 +13,7 @@ from pydantic import Field
 from rayrec.config import Settings
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
-from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.importing.import_plan import BUCKET_BYTES, MAX_BUCKETS, MIN_BUCKETS
 from rayrec.model.train_config import TrainConfig

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from rayrec.bench import http_load, serve_bench
+from rayrec.bench import serve_bench
 from rayrec.bench.bench_config import ServeBenchConfig
-from rayrec.bench.http_load import Load, put_under_load
-from rayrec.bench.serve_bench import summarize_slices
+from rayrec.bench.serve_bench import Load, put_under_load, summarize_slices
 from rayrec.bench.soak import SoakCounts, attempt, memory_growth
 from rayrec.client import ApiError, ApiUnavailableError
 from rayrec.errors import InputError
@@ -58,7 +57,7 @@ def url() -> Iterator[str]:
 def generator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "wrk" and not shutil.which("wrk"):
         pytest.skip("wrk is not there: install Debian's package to test it")
-    monkeypatch.setattr(http_load, "generator", lambda: request.param)
+    monkeypatch.setattr(serve_bench, "generator", lambda: request.param)
     return str(request.param)
 
 

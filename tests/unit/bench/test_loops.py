@@ -15,8 +15,7 @@ from rayrec.data import columns
 from rayrec.data.histories import concatenate
 from rayrec.data.split import FitRange
 from rayrec.data.windows import Windows
-from rayrec.embeddings.embed_config import EmbedConfig
-from rayrec.embeddings.word2vec import from_histories, write_corpus
+from rayrec.embeddings.word2vec import EmbedConfig, from_histories, write_corpus
 from rayrec.errors import InputError
 from rayrec.model.checkpoint import save_model
 from rayrec.model.inference import TasteEncoder

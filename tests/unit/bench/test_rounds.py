@@ -1,12 +1,36 @@
 """The harness: ratios of planted ways of working, by construction and not by a clock."""
 
+import json
+import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rayrec.bench.bench_config import MemoryBenchConfig, ServeBenchConfig, TrainBenchConfig, check_name
-from rayrec.bench.rounds import Measured, PlainProcess, Way, compare, niceness
+from rayrec.bench.rounds import (
+    DRIVER,
+    OTHER,
+    WORKER,
+    Measured,
+    MemoryWatch,
+    PlainProcess,
+    ProcessMemory,
+    Way,
+    check_rates_file,
+    commit,
+    compare,
+    growth,
+    machine,
+    niceness,
+    rates_of,
+    sample,
+    save_rates,
+)
 from rayrec.errors import InputError
 
 
@@ -97,3 +121,120 @@ def test_it_is_as_nice_as_asked_in_another_process_with_one_thread() -> None:
         with pytest.raises(ValueError, match="planted"):
             plain.run(fail)
     assert niceness() == own
+
+
+class TestWatch:
+    def test_private_memory_of_the_driver_is_seen(self) -> None:
+        # A process of its own: this one may give back what earlier tests held while we look.
+        code = f"""
+import numpy as np
+from rayrec.bench.rounds import MemoryWatch
+with MemoryWatch(interval=0.01) as before:
+    pass
+with MemoryWatch(interval=0.01) as watch:
+    held = np.ones(64 << 17)  # 64 MiB
+    watch._end.wait(0.2)
+print(held.nbytes >> 20, watch.peaks_mb[{DRIVER!r}] - before.peaks_mb[{DRIVER!r}])
+"""
+        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        assert int(told[0]) == 64
+        assert float(told[1]) == pytest.approx(64, abs=8)
+
+    def test_child_processes_count_too(self) -> None:
+        code = "import sys; held = bytearray(b'x') * (32 << 20); print('held', flush=True); sys.stdin.read()"
+        with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+            (found,) = [process for process in sample() if process.pid == child.pid]
+            assert (found.role, found.private_mb > 32) == (OTHER, True)
+            child.communicate()
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory map of a process")
+    def test_the_object_store_counts_for_nobody(self, tmp_path: Path) -> None:
+        def held(name: str) -> float:
+            with (tmp_path / name).open("w+b") as file:
+                file.truncate(32 << 20)
+                with mmap.mmap(file.fileno(), 32 << 20) as area:
+                    area.write(b"x" * (32 << 20))
+                    return sample()[0].private_mb
+
+        before = sample()[0].private_mb
+        assert held("other") - before == pytest.approx(32, abs=4)
+        assert held("plasmaXYZ") - before == pytest.approx(0, abs=4)
+
+    def test_peaks_are_the_highest_of_each_role_and_the_total_of_one_moment(self) -> None:
+        watch = MemoryWatch()
+        watch.record([ProcessMemory(1, DRIVER, 10.0), ProcessMemory(2, WORKER, 5.0), ProcessMemory(3, WORKER, 7.0)])
+        watch.record([ProcessMemory(1, DRIVER, 12.0), ProcessMemory(2, WORKER, 6.0)])
+        assert watch.peaks_mb == {DRIVER: 12.0, WORKER: 7.0}
+        assert watch.total_mb == 22.0
+
+
+def test_growth_compares_each_figure_of_two_runs() -> None:
+    small, large = {"taste driver": 100.0, "taste worker": 50.0}, {"taste driver": 105.0, "taste worker": 60.0}
+    assert growth(small, large) == pytest.approx({"taste driver": 0.05, "taste worker": 0.2})
+
+
+TRAIN = {"name": "train", "per_second": 80_000.0}
+EMBED = {"name": "embed", "per_second": 1_000_000.0, "workers": 2}
+SCALE = {"name": "scale", "per_second": 1.0, "rates": {"import_plays_per_second_per_cpu": 5.0}}
+
+
+@pytest.mark.parametrize(
+    ("told", "wanted"),
+    [
+        (TRAIN, {"train_plays_per_second_per_cpu": 80_000.0}),
+        (EMBED, {"embed_tokens_per_second_per_cpu": 500_000.0}),
+        ({"name": "taste", "per_second": 7.0}, {"taste_plays_per_second_per_cpu": 7.0}),
+        (SCALE, {"import_plays_per_second_per_cpu": 5.0}),
+        ({"name": "index", "per_second": 9.0}, {}),
+    ],
+)
+def test_a_benchmark_tells_its_rates_for_one_cpu(told: dict[str, Any], wanted: dict[str, float]) -> None:
+    assert rates_of(told) == wanted
+
+
+def test_each_benchmark_brings_its_own_rates_and_leaves_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    for told in (TRAIN, EMBED, {**TRAIN, "per_second": 90_000.0}):
+        save_rates(path, told)
+    found = json.loads(path.read_text())
+    assert found["rates"] == {
+        "embed_tokens_per_second_per_cpu": 500_000.0,
+        "train_plays_per_second_per_cpu": 90_000.0,
+    }
+    assert found["machine"] == machine()
+    assert found["commit"] == commit()
+    assert [file.name for file in tmp_path.iterdir()] == ["rates.json"]
+
+
+def test_the_machine_is_described() -> None:
+    found = machine()
+    assert found["cpus"] >= 1
+    assert found["memory_gib"] > 0
+    assert found["cpu"]
+    assert found["system"]
+
+
+def test_rates_of_two_machines_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    save_rates(path, TRAIN)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "machine": {"cpus": 96}}))
+    for refused in (lambda: save_rates(path, EMBED), lambda: check_rates_file(path)):
+        with pytest.raises(InputError, match=r"rates of another machine .*96.*pass another file"):
+            refused()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rates": 3, "machine": {}}', '{"plays": 1}'])
+def test_a_file_of_something_else_is_never_overwritten(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "notes.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match="is not a rates file"):
+        save_rates(path, TRAIN)
+    assert path.read_text() == text
+
+
+def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be written: folder .*absent does not exist"):
+        check_rates_file(tmp_path / "absent" / "rates.json")

@@ -10,7 +10,7 @@ import pytest
 
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog
-from rayrec.embeddings.fit_embeddings import read_outside
+from rayrec.embeddings.word2vec import read_outside
 from rayrec.errors import InputError
 
 RAW = np.array([[3.0, 4.0], [0.0, 2.0], [-1.0, 0.0]])

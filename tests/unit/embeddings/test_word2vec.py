@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rayrec.embeddings.embed_config import EmbedConfig
 from rayrec.embeddings.vectors import SongVectors
-from rayrec.embeddings.word2vec import TOKENS_PER_WORKER, Sentences, Word2Vec, write_corpus
+from rayrec.embeddings.word2vec import TOKENS_PER_WORKER, EmbedConfig, Sentences, Word2Vec, write_corpus
 from rayrec.errors import InputError
 
 
@@ -118,5 +117,5 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
 
 
 def test_settings_load_without_gensim() -> None:
-    code = "import sys, rayrec.embeddings.embed_config, rayrec.embeddings.word2vec; sys.exit('gensim' in sys.modules)"
+    code = "import sys, rayrec.embeddings.word2vec; sys.exit('gensim' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,11 +5,10 @@ import pyarrow as pa
 import pytest
 
 from rayrec.data import columns
-from rayrec.data.catalog import Catalog
-from rayrec.data.content import Content
+from rayrec.data.catalog import Catalog, Content
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split
-from rayrec.data.synthetic.world import ALBUM, DAY, FIRST_MOMENT, GenerateConfig, World
+from rayrec.data.synthetic import ALBUM, DAY, FIRST_MOMENT, GenerateConfig, World
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig, plays_to_predict
 from rayrec.evaluation.results import Figures

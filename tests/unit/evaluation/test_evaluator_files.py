@@ -17,8 +17,8 @@ from rayrec.model.checkpoint import save_model
 from rayrec.recommend.baselines import ItemKnnRecommender, PopularityRecommender
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.ranker import LinearModel, Ranker, calibrate
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.session_knn import VstanRecommender
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import CandidateSource, TwoStepRecommender
 from rayrec.storage.workspace import Workspace

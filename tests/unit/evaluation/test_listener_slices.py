@@ -19,9 +19,9 @@ from rayrec.evaluation.protocol import (
     slices_of,
 )
 from rayrec.evaluation.results import Figures
+from rayrec.recommend.base import VectorRecommender
 from rayrec.recommend.baselines import PopularityRecommender
-from rayrec.recommend.selection import Starting, Wish, choose_popular
-from rayrec.recommend.vector_recommender import VectorRecommender
+from rayrec.recommend.reranking import AnswerOptions, Starting, choose_popular
 
 HOUR, MINUTE = DAY_MS // 24, DAY_MS // 1440
 DAY = 20_000 * DAY_MS
@@ -117,7 +117,7 @@ def test_users_without_plays_get_what_is_played_of_late_by_many_artists() -> Non
     artists = np.array([0, 1, 1, 1, 2])
     known = np.array([True, True, True, True, True, False])
     starting = Starting.of(plays, known, recent_plays=late, artist_of_song=artists)
-    chosen = choose_popular(starting, Wish(k=4))
+    chosen = choose_popular(starting, AnswerOptions(k=4))
     assert chosen.songs.tolist() == [1, 2, 4, 3]  # 60, 50 / 2 with more plays in all than the 25, 25, 40 / 3
     assert chosen.scores.tolist() == pytest.approx([60, 25, 25, 40 / 3])
     assert Starting.of(plays, known).order.tolist() == [0, 1, 2, 3, 4]

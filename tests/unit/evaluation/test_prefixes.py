@@ -10,7 +10,7 @@ from rayrec.errors import InputError
 from rayrec.evaluation.prefixes import Prefixes, PrefixEvaluator, PrefixFile, parse_prefixes, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.results import Figures
-from rayrec.importing.readers.files import byte_ranges
+from rayrec.importing.readers.reader import byte_ranges
 from rayrec.recommend.baselines import ItemKnnRecommender, PopularityRecommender
 
 SONGS = pa.chunked_array([["a", "b"], ["c", "d"]])

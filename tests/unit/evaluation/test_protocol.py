@@ -18,8 +18,12 @@ from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import GROUPS, EvaluateConfig, blocks, plays_to_predict, user_groups, usual_k
 from rayrec.evaluation.results import Figures
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.baselines import ItemKnnRecommender, PopularityRecommender, SequentialRulesRecommender
-from rayrec.recommend.weighted_average import AverageRecommender
+from rayrec.recommend.baselines import (
+    AverageRecommender,
+    ItemKnnRecommender,
+    PopularityRecommender,
+    SequentialRulesRecommender,
+)
 
 CUT = 100
 SPLIT = Split(id="split", dataset="by-hand", validation_from=90, test_from=CUT)

@@ -13,8 +13,7 @@ from rayrec.evaluation.protocol import EvaluateConfig, HeardSongs, plays_to_pred
 from rayrec.evaluation.ranks import NOT_FOUND, Ranked, rank_targets
 from rayrec.evaluation.results import Figures
 from rayrec.recommend.base import BaseRecommender, CandidateRecommender, Horizon, ScoredCandidates
-from rayrec.recommend.baselines import PopularityRecommender, SequentialRulesRecommender
-from rayrec.recommend.weighted_average import AverageRecommender
+from rayrec.recommend.baselines import AverageRecommender, PopularityRecommender, SequentialRulesRecommender
 
 EVERYTHING = Split(id="s", dataset="d", validation_from=0, test_from=0)
 

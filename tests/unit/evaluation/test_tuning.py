@@ -8,8 +8,7 @@ from worlds import write_dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import DAY_MS, Split
 from rayrec.evaluation.tuning import CHOICES, TuningMetric, tune_baseline
-from rayrec.recommend.baselines import fit_baselines
-from rayrec.recommend.selection import Selection, make_selection
+from rayrec.recommend.baselines import Selection, fit_baselines, make_selection
 from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 400

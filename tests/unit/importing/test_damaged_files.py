@@ -17,7 +17,7 @@ import pytest
 
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog
-from rayrec.embeddings.fit_embeddings import read_outside
+from rayrec.embeddings.word2vec import read_outside
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.descriptions import read_descriptions
 from rayrec.importing.readers import FORMATS

@@ -16,7 +16,7 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError, NotFoundError
 from rayrec.importing.descriptions import DescribeConfig, describe, read_descriptions
-from rayrec.recommend.filters import SongMasks, Wanted
+from rayrec.recommend.filters import SongAttributes, SongMasks
 from rayrec.storage import artifacts
 from rayrec.storage.dataset_manifest import write_manifest
 from rayrec.storage.workspace import Workspace
@@ -145,7 +145,7 @@ def test_ids_and_markets_are_spelled_as_imports_and_queries_spell_them(dataset: 
     counts = describe(dataset.workspace, DescribeConfig(), written(tmp_path, table))
     assert (counts.described, counts.unknown, counts.markets) == (2, 0, 1)
     assert dataset.catalog().table.column(columns.MARKETS).to_pylist()[0] == ["DE", "FR"]
-    assert SongMasks(dataset.catalog()).mask(Wanted(market="FR")).tolist() == [True] + [False] * 5
+    assert SongMasks(dataset.catalog()).mask(SongAttributes(market="FR")).tolist() == [True] + [False] * 5
 
 
 def test_whole_numbers_are_the_same_songs_in_every_file(workspace: Workspace, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from rayrec.config import from_mapping
 from rayrec.data.dataset import bucket_of
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
-from rayrec.importing import fragments, import_plan, staging, vocabulary
+from rayrec.importing import import_plan, staging, vocabulary
 from rayrec.importing.import_plan import ImportConfig, bucket_groups, choose_buckets, plan_import
-from rayrec.importing.import_workers import PieceImporter, SongRange
+from rayrec.importing.merging import PieceImporter, SongRange
 from rayrec.importing.readers.reader import Unit
 from rayrec.importing.staging import Staging, finish_publishing
 from rayrec.importing.vocabulary import Vocabulary, song_keys
@@ -125,13 +125,13 @@ def test_fragments_hold_every_row_in_the_bucket_of_its_user(
     rows_per_chunk: int,
     group: tuple[int, int],
 ) -> None:
-    monkeypatch.setattr(fragments, "ROWS_PER_CHUNK", rows_per_chunk)
+    monkeypatch.setattr(staging, "ROWS_PER_CHUNK", rows_per_chunk)
     paths = [write_plays(tmp_path / "a.csv"), write_plays(tmp_path / "b.csv", rows=20)]
     worker = importer(workspace, paths, min_user_plays=2)
     _, result = worker(0)
     stored = worker.store.result(0)
     assert stored.units == result.units
-    assert [(unit.read, unit.kept, unit.lines, unit.error) for unit in result.units] == [
+    assert [(unit.read, unit.usable, unit.lines, unit.error) for unit in result.units] == [
         (50, 50, 51, ""),
         (20, 20, 21, ""),
     ]
@@ -168,9 +168,9 @@ def test_lines_are_not_kept_where_nothing_asks_for_them(workspace: Workspace, tm
 def test_songs_are_merged_in_the_order_of_import_whatever_the_ranges_of_keys(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fragments, "ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr(staging, "ROWS_PER_CHUNK", 7)
     for ranges in (1, 5):
-        for module in (fragments, vocabulary):
+        for module in (staging, vocabulary):
             monkeypatch.setattr(module, "key_ranges", lambda buckets, ranges=ranges: ranges)
         worker = importer(workspace, [write_plays(tmp_path / "a.csv"), write_plays(tmp_path / "b.csv", rows=90)])
         _, result = worker(0)

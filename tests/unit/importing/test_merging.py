@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayrec.importing.fragments import ROWS
 from rayrec.importing.merging import (
     LINE_GAP,
     POSITION_MS,
@@ -19,6 +18,7 @@ from rayrec.importing.merging import (
     to_playlists,
     to_positions,
 )
+from rayrec.importing.staging import ROWS
 from rayrec.importing.vocabulary import SongRows
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rayrec.errors import DamagedInputError, InputError
-from rayrec.importing.readers.files import find_files, open_plain, require_text
+from rayrec.importing.readers.reader import find_files, open_plain, require_text
 
 
 def touch(folder: Path, *names: str) -> None:

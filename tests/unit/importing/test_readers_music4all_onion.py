@@ -4,8 +4,7 @@ import bz2
 from pathlib import Path
 
 from rayrec.importing.readers import FORMATS
-from rayrec.importing.readers.files import find_files
-from rayrec.importing.readers.reader import ReadOptions
+from rayrec.importing.readers.reader import ReadOptions, find_files
 
 LINES = b"user_id\ttrack_id\ttimestamp\n11\tUHgY1m\t2013-01-27 21:42:38\n12\tUHgY1m\t2013-01-27 21:42\n12\t\t\n"
 

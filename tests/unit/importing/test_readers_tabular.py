@@ -126,14 +126,14 @@ def test_byte_ranges_of_any_size_give_the_rows_and_lines_of_the_whole(tmp_path: 
 
 
 def test_blocks_end_anywhere_and_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rayrec.importing.readers import files
+    from rayrec.importing.readers import reader
 
     file = write(
         tmp_path / "plays.csv", "user,song,played_at\n" + "".join(f"u,s{row},{10**9 + row}\n" for row in range(30))
     )
     whole = read(file, ReadOptions())
     for size in (1, 5, 17, 100):
-        monkeypatch.setattr(files.read_blocks, "__defaults__", (size,))
+        monkeypatch.setattr(reader.read_blocks, "__defaults__", (size,))
         assert read(file, ReadOptions()) == whole
 
 

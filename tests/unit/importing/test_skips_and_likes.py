@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayrec.data import columns
-from rayrec.importing.guessing import guess_import
 from rayrec.importing.import_plan import ImportConfig
+from rayrec.importing.inspection import guess_import
 from rayrec.importing.readers.reader import Batch
 
 START = 1_711_929_600

@@ -20,7 +20,7 @@ from rayrec.jobs.verify import verify_workspace
 from rayrec.model.added_songs import AddedSongs
 from rayrec.recommend.answer import RecommendConfig, load_recommender
 from rayrec.recommend.filters import Limits
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.two_step import CandidateSource, TwoStepRecommender
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
@@ -183,7 +183,7 @@ def test_the_same_again_changes_nothing(workspace: Workspace, released: Manifest
 def test_tastes_go_on_from_earlier_ones_after_songs_were_added_that_nobody_had_played(
     workspace: Workspace, released: Manifest, tmp_path: Path
 ) -> None:
-    model = artifacts.load(workspace, "models", released.inputs["models"])
+    model = artifacts.load_manifest(workspace, "models", released.inputs["models"])
     assert tastes_before(Dataset(workspace), model) is not None
     describe_new_songs(workspace, tmp_path)
     added = add_songs(workspace)
@@ -218,7 +218,7 @@ def test_content_that_nobody_played_comes_into_the_catalog(
 
 
 def test_a_night_without_new_songs_changes_no_answer(workspace: Workspace, released: Manifest) -> None:
-    model = artifacts.load(workspace, "models", released.inputs["models"])
+    model = artifacts.load_manifest(workspace, "models", released.inputs["models"])
     vectors = np.array(workspace.read_array(model.path("song_vectors.npy")))
     vectors[WITHOUT_VECTOR] = vectors[0]
     workspace.write_array(model.path("song_vectors.npy"), vectors)

@@ -156,7 +156,7 @@ def test_tastes_stay_and_go_on_and_live_releases_verify(five_parts: Workspace, t
     assert compute_tastes(five_parts, TasteConfig()) == tastes
     releases.verify_release(five_parts, release)
     append_plays(five_parts, config_of(tmp_path, 5))
-    new = Dataset(five_parts).manifest.plays - artifacts.load(five_parts, "tastes", tastes.id).metrics["plays"]
+    new = Dataset(five_parts).manifest.plays - artifacts.load_manifest(five_parts, "tastes", tastes.id).metrics["plays"]
     compact(five_parts)
     assert Dataset(five_parts).manifest.spans == [(0, 4), (5, 5)]  # the next tastes go on from part 5
     later = compute_tastes(five_parts, TasteConfig())

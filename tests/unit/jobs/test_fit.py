@@ -10,10 +10,10 @@ from without_ray import without_ray
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
 from rayrec.jobs.fit import FitResult, fit, train_defaults
-from rayrec.jobs.fit_config import FitConfig
+from rayrec.jobs.job_config import FitConfig
 from rayrec.model.train_config import TrainConfig
-from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
-from rayrec.storage.artifacts import listing, load
+from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.storage.artifacts import listing, load_manifest
 from rayrec.storage.dataset_manifest import DatasetManifest
 from rayrec.storage.releases import active_release, verify_release
 from rayrec.storage.workspace import Workspace
@@ -72,11 +72,11 @@ def test_what_answers_saw_all_plays_and_what_was_measured_none_of_those_held_bac
     assert 0.1 <= 1 - early / len(moments) <= 0.21
     live = active_release(workspace)
     assert live is not None
-    retrieval = load(workspace, "retrieval", live.inputs["retrieval"])
+    retrieval = load_manifest(workspace, "retrieval", live.inputs["retrieval"])
     final, selection = retrieval.folder, retrieval.path(SELECTION_RETRIEVAL)
     assert int(Retrieval.load(workspace, final).plays.plays.sum()) == len(moments)
     assert int(Retrieval.load(workspace, selection).plays.plays.sum()) == early
-    model = load(workspace, "models", live.inputs["models"])
+    model = load_manifest(workspace, "models", live.inputs["models"])
     assert int(workspace.read_array(model.path("play_counts.npy")).sum()) == len(moments)
 
 

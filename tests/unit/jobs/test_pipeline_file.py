@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.jobs.pipeline import read_configs
 

@@ -14,8 +14,8 @@ from rayrec.importing import import_plan
 from rayrec.jobs import retrieval as job
 from rayrec.jobs.planning.formulas import retrieval_requests
 from rayrec.jobs.retrieval import fit_retrieval, merge_counts
-from rayrec.recommend.retrieval import stored_retrieval
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval, RetrievalCounts
+from rayrec.recommend import stored_retrieval
+from rayrec.recommend.stored_retrieval import Retrieval, RetrievalCounts
 from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage.workspace import Workspace
 

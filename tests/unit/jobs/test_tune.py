@@ -12,8 +12,8 @@ from rayrec.data.histories import Histories
 from rayrec.data.split import Split, SplitConfig, split_dataset
 from rayrec.errors import DivergedError, InputError
 from rayrec.jobs import tune as job
+from rayrec.jobs.job_config import Trial, TuneConfig, read_trials, to_toml
 from rayrec.jobs.pipeline import read_configs
-from rayrec.jobs.trials import Trial, TuneConfig, read_trials, to_toml
 from rayrec.jobs.tune import CSV, JUDGED_BY, tune
 from rayrec.model.train_config import TrainConfig
 from rayrec.storage.artifacts import Manifest, publish

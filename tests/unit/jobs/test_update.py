@@ -14,14 +14,14 @@ from rayrec.data.moments import parse_moment
 from rayrec.data.split import load_split
 from rayrec.errors import InputError
 from rayrec.jobs.fit import fit
-from rayrec.jobs.fit_config import FitConfig, UpdateConfig
+from rayrec.jobs.job_config import FitConfig, UpdateConfig
 from rayrec.jobs.update import UpdateResult, update
 from rayrec.model.added_songs import AddedSongs
 from rayrec.online.state_store import open_store, store_uri
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
-from rayrec.recommend.ranker_training import checks_rankers
-from rayrec.recommend.retrieval.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
-from rayrec.storage.artifacts import Manifest, load
+from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.two_step import checks_rankers
+from rayrec.storage.artifacts import Manifest, load_manifest
 from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import Workspace
 
@@ -77,7 +77,7 @@ def test_a_day_of_plays_goes_live_with_its_new_users_and_songs(fitted: Workspace
     assert live.id == result.release != before.id
     assert live.inputs["models"] == before.inputs["models"]
     assert live.inputs["dataset"] == dataset.manifest.id
-    added = AddedSongs.load(fitted, load(fitted, "added_songs", live.inputs["added_songs"]).folder)
+    added = AddedSongs.load(fitted, load_manifest(fitted, "added_songs", live.inputs["added_songs"]).folder)
     assert added.rows.tolist() == dataset.catalog().rows(["new"]).tolist()
     recommender, at = load_recommender(fitted, dataset, live.inputs), dataset.manifest.last_play + 60_000
     assert len(answer(dataset, recommender, RecommendConfig(k=5), at=at, user="u169").songs) == 5
@@ -91,7 +91,7 @@ def test_the_retrieval_takes_in_the_new_plays_alone_and_what_is_checked_none_of_
     before = live_of(fitted)
     day = ring_plays(range(50), plays=8, begin=20, days=1, **RING)
     updated(fitted, write_rows(tmp_path / "day.csv", day))
-    made = load(fitted, "retrieval", live_of(fitted).inputs["retrieval"])
+    made = load_manifest(fitted, "retrieval", live_of(fitted).inputs["retrieval"])
     assert made.metrics["base"] == before.inputs["retrieval"]
     moments = np.concatenate([batch.played_at for batch in Dataset(fitted).read_all()])
     cut = load_split(fitted, made.inputs["split"]).validation_from
@@ -124,7 +124,7 @@ def test_a_new_model_that_finds_less_is_kept_out(fitted: Workspace, tmp_path: Pa
     assert not result.live
     assert f"{live:.3f}" in result.reason
     assert live_of(fitted) == before
-    assert load(fitted, "releases", result.release)  # to look at, or to activate nevertheless
+    assert load_manifest(fitted, "releases", result.release)  # to look at, or to activate nevertheless
 
 
 def test_where_many_plays_are_new_the_training_is_continued(fitted: Workspace, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_where_many_plays_are_new_the_training_is_continued(fitted: Workspace, t
     result = updated(fitted, write_rows(tmp_path / "days.csv", ring_plays(range(150), begin=20, days=10, **RING)))
     assert result.trained
     assert result.live, result.reason
-    model = load(fitted, "models", live_of(fitted).inputs["models"])
+    model = load_manifest(fitted, "models", live_of(fitted).inputs["models"])
     assert model.inputs["from"] == before.inputs["models"]
     assert int(fitted.read_array(model.path("play_counts.npy")).sum()) == Dataset(fitted).manifest.plays
 

@@ -21,7 +21,7 @@ from rayrec.model.inference import TasteEncoder
 from rayrec.model.taste_table import taste_table, tastes_file
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
 from rayrec.storage import releases
-from rayrec.storage.artifacts import Manifest, load, publish, sha256
+from rayrec.storage.artifacts import Manifest, load_manifest, publish, sha256
 from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
 from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 from rayrec_cli.main import main
@@ -149,7 +149,7 @@ def test_a_byte_changed_or_a_file_gone_is_named_whatever_the_file(sound: Workspa
 
 def remake(workspace: Workspace, kind: str, name: str) -> None:
     """Checksum an artifact's files as they are now, so that only their content can tell."""
-    manifest = load(workspace, kind, name)
+    manifest = load_manifest(workspace, kind, name)
     publish(workspace, manifest, manifest.files)
     workspace.delete("releases")
 

@@ -8,8 +8,7 @@ from networks import model_config, network
 from worlds import random_histories, random_vectors
 
 from rayrec.data import columns
-from rayrec.data.catalog import Catalog
-from rayrec.data.content import Content
+from rayrec.data.catalog import Catalog, Content
 from rayrec.data.histories import Histories, Questions
 from rayrec.model.added_songs import AddedSongs, FirstPlays
 from rayrec.model.inference import TasteEncoder

@@ -11,7 +11,7 @@ from rayrec.data.windows import NEVER
 from rayrec.model.features import PlayBatch, pad
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import FeatureSpec
-from rayrec.recommend.weighted_average import AverageRecommender
+from rayrec.recommend.baselines import AverageRecommender
 
 
 @pytest.fixture(scope="module")

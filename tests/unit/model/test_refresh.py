@@ -6,7 +6,7 @@ import torch
 from networks import MemoryHost, model_config
 from worlds import random_vectors
 
-from rayrec.data.synthetic.world import GenerateConfig, World
+from rayrec.data.synthetic import GenerateConfig, World
 from rayrec.model.epochs import Fit, FitData, Phase
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TrainConfig

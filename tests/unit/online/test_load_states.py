@@ -319,7 +319,7 @@ def test_no_load_brings_a_deleted_user_back(world: Workspace, store: StateStore,
 
 
 def test_tastes_of_other_users_are_refused(world: Workspace, store: StateStore) -> None:
-    tastes = artifacts.load(world, "tastes", "tastes1")
+    tastes = artifacts.load_manifest(world, "tastes", "tastes1")
     path = tastes_file(tastes.folder, 1)
     table = world.read_table(path)
     for wrong in (table.take(list(range(table.num_rows))[::-1]), table.slice(0, 3)):

@@ -9,7 +9,7 @@ import pytest
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog
 from rayrec.errors import FieldError
-from rayrec.recommend.filters import SongMasks, Wanted
+from rayrec.recommend.filters import SongAttributes, SongMasks
 
 
 def catalog(described: bool = True) -> Catalog:
@@ -28,7 +28,7 @@ def catalog(described: bool = True) -> Catalog:
 
 
 def fitting(**wanted: object) -> list[int]:
-    return np.flatnonzero(SongMasks(catalog()).mask(Wanted(**wanted))).tolist()  # type: ignore[arg-type]
+    return np.flatnonzero(SongMasks(catalog()).mask(SongAttributes(**wanted))).tolist()  # type: ignore[arg-type]
 
 
 def test_artists_fit_whatever_case_and_accents() -> None:
@@ -57,22 +57,23 @@ def test_a_song_fits_a_market_that_it_names() -> None:
 def test_everything_wanted_must_fit_and_nothing_wanted_fits_all() -> None:
     assert fitting(artists=("Björk", "Abba"), market="SE") == [0]
     assert fitting() == [0, 1, 2, 3, 4]
-    assert not Wanted()
-    assert Wanted(market="SE")
+    assert not SongAttributes()
+    assert SongAttributes(market="SE")
 
 
 def test_masks_are_kept_and_cannot_be_changed() -> None:
     masks = SongMasks(catalog())
-    first = masks.mask(Wanted(market="SE"))
-    assert masks.mask(Wanted(market="SE")) is first
+    first = masks.mask(SongAttributes(market="SE"))
+    assert masks.mask(SongAttributes(market="SE")) is first
     with pytest.raises(ValueError, match="read-only"):
         first[0] = False
 
 
 @pytest.mark.parametrize(
-    ("wanted", "what"), [(Wanted(released_to=date(2000, 1, 1)), "release days"), (Wanted(market="SE"), "markets")]
+    ("wanted", "what"),
+    [(SongAttributes(released_to=date(2000, 1, 1)), "release days"), (SongAttributes(market="SE"), "markets")],
 )
-def test_asking_for_what_no_song_tells_is_refused(wanted: Wanted, what: str) -> None:
+def test_asking_for_what_no_song_tells_is_refused(wanted: SongAttributes, what: str) -> None:
     with pytest.raises(FieldError, match=f"{what}.*rayrec describe"):
         SongMasks(catalog(described=False)).mask(wanted)
-    assert SongMasks(catalog(described=False)).mask(Wanted(artists=("cher",))).tolist() == [False] * 4 + [True]
+    assert SongMasks(catalog(described=False)).mask(SongAttributes(artists=("cher",))).tolist() == [False] * 4 + [True]

@@ -13,6 +13,7 @@ from rayrec.errors import InputError, LeakError
 from rayrec.recommend.baselines import (
     BASELINES,
     RECENT_DAYS,
+    AverageRecommender,
     ItemKnnRecommender,
     PopularityRecommender,
     SequentialRulesRecommender,
@@ -22,7 +23,6 @@ from rayrec.recommend.baselines import (
     strongest,
 )
 from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender
-from rayrec.recommend.weighted_average import AverageRecommender
 from rayrec.storage.workspace import Workspace
 
 FITS: list[Callable[..., Any]] = [

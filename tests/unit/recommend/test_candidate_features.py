@@ -8,8 +8,8 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.recommend.candidate_features import FeatureSources
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import QueryBatch
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import Candidates, make_retrievers, retrieve
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 40

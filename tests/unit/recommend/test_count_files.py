@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from worlds import random_histories, with_opinions
 
-from rayrec.recommend.retrieval.stored_retrieval import RetrievalCounts, pack_counts, unpack_counts
+from rayrec.recommend.stored_retrieval import RetrievalCounts, pack_counts, unpack_counts
 
 NUM_SONGS = 50
 

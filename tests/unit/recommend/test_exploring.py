@@ -14,9 +14,19 @@ from rayrec.errors import InputError
 from rayrec.jobs.recommend_all import recommend_all, recommendations_file
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.exploring import FEW_PLAYS, draw_of, explore, few_plays, probabilities
 from rayrec.recommend.filters import Limits
-from rayrec.recommend.selection import Chosen, Known, Wish, choose, network_of
+from rayrec.recommend.reranking import (
+    FEW_PLAYS,
+    AnswerOptions,
+    Chosen,
+    Known,
+    choose,
+    draw_of,
+    explore,
+    few_plays,
+    network_of,
+    probabilities,
+)
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.storage.releases import default_parts
 from rayrec.storage.workspace import Workspace
@@ -76,21 +86,21 @@ def recommender(world: Workspace) -> BaseRecommender:
 
 
 @pytest.fixture(scope="module")
-def chosen(recommender: BaseRecommender) -> Callable[[Wish], Chosen]:
+def chosen(recommender: BaseRecommender) -> Callable[[AnswerOptions], Chosen]:
     history = Histories.from_lists([[3, 50, 3, 9]], [[AT - 60_000 * back for back in (3, 2, 1, 0)]])
     network, questions = network_of(recommender), Questions.at_end(history, AT)
     vectors = {horizon: network.vectors(history, questions, horizon)[0] for horizon in ("short", "long")}
-    return lambda wish: choose(recommender, Known(vectors=vectors, history=history, at=AT), wish)
+    return lambda options: choose(recommender, Known(vectors=vectors, history=history, at=AT), options)
 
 
 def test_an_answer_explores_songs_with_few_plays_within_its_limits(
-    recommender: BaseRecommender, chosen: Callable[[Wish], Chosen], monkeypatch: pytest.MonkeyPatch
+    recommender: BaseRecommender, chosen: Callable[[AnswerOptions], Chosen], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(recommender, TwoStepRecommender)
     plays = recommender.source.retrieval.plays.plays
-    monkeypatch.setattr("rayrec.recommend.exploring.FEW_PLAYS", int(np.median(plays)))
-    wish = Wish(k=20, limits=Limits(banned=np.arange(0, NUM_SONGS, 2)))
-    usual, explored = chosen(wish), chosen(replace(wish, explore=0.25))
+    monkeypatch.setattr("rayrec.recommend.reranking.FEW_PLAYS", int(np.median(plays)))
+    options = AnswerOptions(k=20, limits=Limits(banned=np.arange(0, NUM_SONGS, 2)))
+    usual, explored = chosen(options), chosen(replace(options, explore=0.25))
     assert usual.probabilities is None
     assert explored.probabilities is not None
     drawn = ~np.isnan(explored.probabilities)
@@ -99,8 +109,8 @@ def test_an_answer_explores_songs_with_few_plays_within_its_limits(
     assert not np.isin(explored.songs[drawn], usual.songs).any()
     assert (explored.songs % 2 == 1).all()
     np.testing.assert_array_equal(explored.songs[~drawn], usual.songs[:15])
-    np.testing.assert_array_equal(explored.songs, chosen(replace(wish, explore=0.25)).songs)
-    diverse = chosen(replace(wish, explore=0.25, diversity=0.5))
+    np.testing.assert_array_equal(explored.songs, chosen(replace(options, explore=0.25)).songs)
+    diverse = chosen(replace(options, explore=0.25, diversity=0.5))
     assert len(np.unique(diverse.songs)) == 20
 
 
@@ -131,4 +141,4 @@ def test_a_share_is_at_most_all() -> None:
     with pytest.raises(InputError, match="explore"):
         RecommendConfig(explore=1.5)
     with pytest.raises(ValueError, match="explore"):
-        Wish(k=1, explore=-0.1)
+        AnswerOptions(k=1, explore=-0.1)

@@ -9,10 +9,9 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import DAY_MS
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import AnyHorizon, DaysHorizon, FeatureSpec, Horizon, ModelConfig
-from rayrec.recommend.ranker_training import checks_rankers, collect_examples
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.recommend.two_step import CandidateSource, RankerKind, examples_for
+from rayrec.recommend.two_step import CandidateSource, RankerKind, checks_rankers, collect_examples, examples_for
 
 NUM_SONGS = 40
 DAYS = DaysHorizon(first_day=1, last_day=3)

@@ -18,16 +18,17 @@ from rayrec.model.train_config import Horizon as Offsets
 from rayrec.recommend import base as recommender_module
 from rayrec.recommend.base import BaseRecommender, top_k
 from rayrec.recommend.baselines import (
+    AverageRecommender,
     ItemKnnRecommender,
     PopularityRecommender,
     SequentialRulesRecommender,
     UserTopRecommender,
+    fit_weighted,
 )
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import CandidateSource, TwoStepRecommender
-from rayrec.recommend.weighted_average import AverageRecommender, fit_weighted
 
 NUM_SONGS = 40
 WITHOUT_VECTOR = 7

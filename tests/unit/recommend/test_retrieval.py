@@ -12,9 +12,7 @@ from worlds import random_histories, with_opinions
 from rayrec.data.histories import Histories
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.errors import LeakError
-from rayrec.recommend.retrieval.play_counts import NOT_PLAYED, UNIT, RuleCounts
-from rayrec.recommend.retrieval.session_postings import SessionPostings
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval, RetrievalCounts
+from rayrec.recommend.stored_retrieval import NOT_PLAYED, UNIT, Retrieval, RetrievalCounts, RuleCounts, SessionPostings
 from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 50

@@ -8,7 +8,6 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import QueryBatch
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import (
     Proposals,
     Retriever,
@@ -21,6 +20,7 @@ from rayrec.recommend.retrievers import (
     retrieve,
 )
 from rayrec.recommend.session_knn import VstanRecommender
+from rayrec.recommend.stored_retrieval import Retrieval
 
 MINUTE, HOUR = 60_000, 3_600_000
 NUM_SONGS = 40

@@ -8,7 +8,7 @@ from worlds import random_histories, random_vectors, write_dataset
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
-from rayrec.recommend.selection import Selection, make_selection
+from rayrec.recommend.baselines import Selection, make_selection
 from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 30

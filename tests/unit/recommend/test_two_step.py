@@ -10,7 +10,7 @@ from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange
-from rayrec.data.synthetic.world import COLLECTION, GenerateConfig, World
+from rayrec.data.synthetic import COLLECTION, GenerateConfig, World
 from rayrec.embeddings.content_map import ContentMap
 from rayrec.errors import InputError
 from rayrec.model.added_songs import AddedSongs
@@ -18,15 +18,15 @@ from rayrec.model.network import TasteModel
 from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets
 from rayrec.recommend import two_step
+from rayrec.recommend.answer import reasons
 from rayrec.recommend.base import NO_SONG
 from rayrec.recommend.candidate_features import OF_LIKES, OF_SKIPS
 from rayrec.recommend.filters import Limits, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.ranker import Ranker, RankerSettings, ndcg
-from rayrec.recommend.reasons import reasons
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval
 from rayrec.recommend.retrievers import COUNTS
 from rayrec.recommend.session_knn import VstanRecommender
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import CandidateSource, RankerKind, TwoStepRecommender, examples_for
 from rayrec.recommend.two_step_config import ABLATED_PARTS
@@ -169,9 +169,9 @@ def test_given_songs_are_put_in_order_whether_a_retriever_proposes_them_or_not(r
     usual = narrow.rank_queries(histories, queries, NUM_SONGS, limits=[Limits()] * len(queries))
     proposed = [songs[scores > 0] for songs, scores in zip(usual.songs, usual.scores, strict=True)]
     assert max(map(len, proposed)) < NUM_SONGS / 2
-    same = narrow.rank_queries(histories, queries, NUM_SONGS, given=proposed)
+    same = narrow.rank_queries(histories, queries, NUM_SONGS, songs_to_rank=proposed)
     every = np.arange(NUM_SONGS + 5)  # the last are not known
-    whole = narrow.rank_queries(histories, queries, len(every), given=[every] * len(queries))
+    whole = narrow.rank_queries(histories, queries, len(every), songs_to_rank=[every] * len(queries))
     for row, songs in enumerate(proposed):
         assert same.songs[row, : len(songs)].tolist() == songs.tolist()
         assert (same.songs[row, len(songs) :] == NO_SONG).all()

@@ -8,10 +8,16 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
 from rayrec.data.split import FitRange, Split
 from rayrec.errors import LeakError
-from rayrec.recommend import weighted_average as module
-from rayrec.recommend.baselines import fit_baselines
-from rayrec.recommend.selection import make_selection
-from rayrec.recommend.weighted_average import OFFSETS, LagSums, WeightedRecommender, choose_penalty, fit_weighted
+from rayrec.recommend import baselines as module
+from rayrec.recommend.baselines import (
+    OFFSETS,
+    LagSums,
+    WeightedRecommender,
+    choose_penalty,
+    fit_baselines,
+    fit_weighted,
+    make_selection,
+)
 from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 30

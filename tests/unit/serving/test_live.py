@@ -18,7 +18,7 @@ from rayrec.serving.release_switch import SwitchWait, switch
 from rayrec.serving.served_catalog import model_play_counts
 from rayrec.serving.service import Service
 from rayrec.storage import releases
-from rayrec.storage.artifacts import load
+from rayrec.storage.artifacts import load_manifest
 from rayrec.storage.workspace import Workspace
 
 QUICK = SwitchWait(seconds=5)
@@ -243,7 +243,7 @@ def test_a_workspace_out_of_reach_ends_no_watch(two: tuple[Workspace, str, str],
 def test_models_without_play_counts_are_given_those_of_the_data_set(two: tuple[Workspace, str, str]) -> None:
     workspace, _, _ = two
     counted = model_play_counts(workspace, Dataset(workspace), "model1", NUM_SONGS)
-    manifest = load(workspace, "models", "model1")
+    manifest = load_manifest(workspace, "models", "model1")
     raw = workspace.read_json(manifest.path("manifest.json"))
     raw["files"].pop("play_counts.npy")
     workspace.write_json(manifest.path("manifest.json"), raw)

@@ -17,7 +17,7 @@ from rayrec.data.histories import Histories
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.jobs.add_songs import add_songs, added_to
 from rayrec.model.added_songs import AddedSongs
-from rayrec.recommend.selection import network_of
+from rayrec.recommend.reranking import network_of
 from rayrec.serving import online_songs
 from rayrec.serving.middleware import Keys, load_keys
 from rayrec.serving.serve_config import ServeConfig
@@ -189,7 +189,7 @@ def test_a_field_that_is_wrong_is_named(opened: Service, song: dict[str, Any], w
 def test_vectors_equal_those_of_the_nightly_job_over_the_same_metadata_and_plays(
     world: Workspace, opened: Service, tmp_path: Path
 ) -> None:
-    app, model = Client(opened), artifacts.load(world, "models", opened.live.model_id)
+    app, model = Client(opened), artifacts.load_manifest(world, "models", opened.live.model_id)
     random = np.random.default_rng(0)
     add(app, *(new_song(number, artist) for number, artist in enumerate((ARTIST, 5, None))))
     users = {

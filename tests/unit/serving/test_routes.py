@@ -12,7 +12,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Questions
 from rayrec.recommend.answer import history_of_songs, load_recommender
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.selection import network_of
+from rayrec.recommend.reranking import network_of
 from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K
 from rayrec.serving.service import Service
 from rayrec.storage import releases

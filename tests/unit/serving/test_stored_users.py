@@ -29,7 +29,7 @@ from rayrec.online.state_store import (
     open_store,
 )
 from rayrec.online.user_state import LAST_PLAYS, Plays, UserState
-from rayrec.serving.prometheus import Metrics
+from rayrec.serving.telemetry import Metrics
 from rayrec.serving.users import StoredUsers, UserPlays
 from rayrec.storage.workspace import Workspace
 

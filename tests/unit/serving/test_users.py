@@ -18,10 +18,9 @@ from rayrec.data.histories import Histories, Questions
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.taste_table import states_of, taste_table
 from rayrec.online import user_state
-from rayrec.recommend.answer import load_recommender
+from rayrec.recommend.answer import load_recommender, reasons
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.reasons import reasons
-from rayrec.recommend.selection import network_of
+from rayrec.recommend.reranking import network_of
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.serving.serve_config import MAX_PLAYS
 from rayrec.storage import releases
@@ -193,7 +192,7 @@ def test_skips_and_likes_online_are_those_that_an_import_of_the_same_events_has(
         int(like["song_id"].removeprefix("song-")) for like in likes
     }
     assert isinstance(batch, TwoStepRecommender)
-    ranking = batch.rank_queries(whole, Questions.at_end(whole, at), NUM_SONGS, given=[np.arange(NUM_SONGS)])
+    ranking = batch.rank_queries(whole, Questions.at_end(whole, at), NUM_SONGS, songs_to_rank=[np.arange(NUM_SONGS)])
     scores = dict(zip(ranking.songs[0].tolist(), ranking.scores[0].tolist(), strict=True))
     assert len(answer["songs"]) > NUM_SONGS - 5
     title = f"Title {whole.songs[-1]}"

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 
 from rayrec.errors import DamagedArtifactError, NotFoundError
-from rayrec.storage.artifacts import Manifest, fingerprint, listing, load, new_id, newest, publish, verify
+from rayrec.storage.artifacts import Manifest, fingerprint, listing, load_manifest, new_id, newest, publish, verify
 from rayrec.storage.workspace import Workspace
 
 
@@ -29,7 +29,7 @@ def test_the_fingerprint_follows_stage_config_and_inputs() -> None:
 
 def test_what_is_published_is_loaded(workspace: Workspace) -> None:
     made = put(workspace, "m")
-    assert load(workspace, "models", "m") == made
+    assert load_manifest(workspace, "models", "m") == made
     assert made.created_at
     assert len(made.files["weights"]) == 64
     verify(workspace, made)
@@ -40,7 +40,7 @@ def test_without_its_manifest_an_artifact_is_not_there(workspace: Workspace) -> 
     workspace.write_bytes("models/half/weights", b"1")
     assert [manifest.id for manifest in listing(workspace, "models")] == ["whole"]
     with pytest.raises(NotFoundError, match=r"model 'half' not found in workspace .*; existing: whole"):
-        load(workspace, "models", "half")
+        load_manifest(workspace, "models", "half")
 
 
 def test_the_newest_is_the_one_published_last(workspace: Workspace) -> None:
@@ -66,7 +66,7 @@ def test_another_format_version_is_refused(workspace: Workspace) -> None:
     made = put(workspace, "m")
     workspace.write_json(made.path("manifest.json"), {**asdict(made), "format_version": 99})
     with pytest.raises(DamagedArtifactError, match="format version 99, this rayrec reads 1"):
-        load(workspace, "models", "m")
+        load_manifest(workspace, "models", "m")
 
 
 def test_the_same_work_finds_its_result_or_its_unfinished_files(workspace: Workspace) -> None:

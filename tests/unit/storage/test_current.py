@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrec.errors import NotFoundError
-from rayrec.storage.artifacts import Manifest, current_ids, fingerprint, load, new_id, newest, publish, reuse
+from rayrec.storage.artifacts import Manifest, current_ids, fingerprint, load_manifest, new_id, newest, publish, reuse
 from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
 from rayrec.storage.releases import active_release, create_release, default_parts, rollback
 from rayrec.storage.workspace import Workspace
@@ -115,7 +115,7 @@ def test_where_the_current_one_was_deleted_the_last_made_takes_its_place(tmp_pat
     for name in ("a", "b", "c"):
         publish(workspace, Manifest(kind="models", id=name), [])
     reuse(workspace, "models", "b")
-    workspace.delete(load(workspace, "models", "b").folder)
+    workspace.delete(load_manifest(workspace, "models", "b").folder)
     assert newest(workspace, "models", "train").id == "c"
     with pytest.raises(NotFoundError, match="run `rayrec embed` first"):
         newest(workspace, "songs", "embed")

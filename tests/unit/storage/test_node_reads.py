@@ -28,7 +28,7 @@ def private():
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 workspace = Workspace(sys.argv[1])
-manifest = artifacts.load(workspace, "models", "large")
+manifest = artifacts.load_manifest(workspace, "models", "large")
 read_before, private_before = read(), private()
 artifacts.verify(workspace, manifest, once=True)
 vectors = workspace.read_array(manifest.path("vectors.npy"))

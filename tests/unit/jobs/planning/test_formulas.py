@@ -17,7 +17,7 @@ from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange, SplitConfig
 from rayrec.embeddings import word2vec
-from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.staging import write_histories
@@ -59,7 +59,7 @@ from rayrec.online.state_store import open_store
 from rayrec.recommend.answer import RecommendConfig
 from rayrec.recommend.base import BaseRecommender, Ranking
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.retrieval.stored_retrieval import Retrieval
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.dataset_manifest import write_manifest

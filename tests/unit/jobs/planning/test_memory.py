@@ -14,7 +14,7 @@ from rayrec.bench.serve_bench import write_bench_release
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import SplitConfig, load_split, split_dataset
-from rayrec.embeddings.embed_config import EmbedConfig
+from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.evaluator_files import EvaluatorFiles, evaluator_files
 from rayrec.evaluation.protocol import EvaluateConfig
@@ -55,7 +55,7 @@ from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.answer import RecommendConfig
 from rayrec.recommend.index import IndexConfig
-from rayrec.recommend.retrieval.play_counts import MAX_DISTANCE, RuleCounts
+from rayrec.recommend.stored_retrieval import MAX_DISTANCE, RuleCounts
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.releases import parts_of

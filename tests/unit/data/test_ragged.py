@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayrec.recommend.retrieval.ragged import highest_of_each, stable_order
+from rayrec.data.histories import highest_of_each, stable_order
 
 
 @pytest.mark.parametrize("largest", [3, 10**6, 2**62])

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from served import AT, NUM_SONGS, WITHOUT_VECTOR, write_release, write_world
+from worlds import random_vectors
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Questions
@@ -12,7 +13,7 @@ from rayrec.errors import InputError
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.filters import Limits
-from rayrec.recommend.selection import Known, Wish, choose, network_of
+from rayrec.recommend.reranking import AnswerOptions, Known, choose, diversify, network_of, pool_size
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.storage.releases import default_parts
 from rayrec.storage.workspace import Workspace
@@ -71,7 +72,7 @@ def _mixed(recommender: TwoStepRecommender, weight: float) -> np.ndarray:
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_songs_come_by_the_horizons_mixed_with_the_weight(recommender: BaseRecommender, weight: float) -> None:
     scores = by_definition(recommender, weight)
-    chosen = choose(recommender, known(recommender), Wish(k=NUM_SONGS, long_weight=weight))
+    chosen = choose(recommender, known(recommender), AnswerOptions(k=NUM_SONGS, long_weight=weight))
     assert len(chosen.songs) == NUM_SONGS - 1
     np.testing.assert_allclose(chosen.scores, np.sort(scores)[::-1][:-1], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(scores[chosen.songs], chosen.scores, rtol=1e-4, atol=1e-6)
@@ -79,10 +80,10 @@ def test_songs_come_by_the_horizons_mixed_with_the_weight(recommender: BaseRecom
 
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_limits_leave_the_others_in_their_order(recommender: BaseRecommender, weight: float) -> None:
-    everything = choose(recommender, known(recommender), Wish(k=NUM_SONGS, long_weight=weight)).songs
+    everything = choose(recommender, known(recommender), AnswerOptions(k=NUM_SONGS, long_weight=weight)).songs
     allowed, banned = np.arange(NUM_SONGS) % 3 == 0, np.array([0, 3, 9, 30])
     limits = Limits(allowed=allowed, banned=banned)
-    chosen = choose(recommender, known(recommender), Wish(k=20, long_weight=weight, limits=limits)).songs
+    chosen = choose(recommender, known(recommender), AnswerOptions(k=20, long_weight=weight, limits=limits)).songs
     expected = [song for song in everything if allowed[song] and song not in banned]
     assert chosen.tolist() == expected[:20]
 
@@ -90,4 +91,61 @@ def test_limits_leave_the_others_in_their_order(recommender: BaseRecommender, we
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"long_weight": 1.1}, {"long_weight": -0.1}, {"diversity": 2.0}])
 def test_wishes_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises((ValueError, InputError), match=next(iter(wrong))):
-        Wish(**{"k": 1, **wrong})
+        AnswerOptions(**{"k": 1, **wrong})
+
+
+def by_hand(vectors: np.ndarray, k: int, diversity: float) -> list[int]:
+    chosen: list[int] = []
+    left = list(range(len(vectors)))
+    while left and len(chosen) < k:
+
+        def worth(song: int) -> float:
+            relevance = 1 - song / max(1, len(vectors) - 1)
+            likeness = max((float(vectors[song] @ vectors[other]) for other in chosen), default=0.0)
+            return (1 - diversity) * relevance - diversity * likeness
+
+        best = max(left, key=worth)
+        chosen.append(best)
+        left.remove(best)
+    return chosen
+
+
+@pytest.mark.parametrize("diversity", [0.0, 0.2, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(("songs", "k"), [(40, 10), (12, 12), (5, 9), (1, 1)])
+def test_choices_equal_the_definition(songs: int, k: int, diversity: float) -> None:
+    vectors = random_vectors(songs, dim=4, seed=songs)
+    chosen = diversify(vectors, k, diversity)
+    assert chosen.tolist() == by_hand(vectors, k, diversity)
+    assert len(set(chosen.tolist())) == min(k, songs)
+
+
+def test_no_diversity_keeps_the_order() -> None:
+    assert diversify(random_vectors(30), 7, 0.0).tolist() == list(range(7))
+
+
+def test_songs_of_one_kind_come_last_although_they_rank_first() -> None:
+    alike = np.tile(random_vectors(1, dim=8), (6, 1))
+    others = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0][:4].astype(np.float32)
+    vectors = np.concatenate([alike, others])
+    first = diversify(vectors, 5, 0.7)
+    assert first[0] == 0
+    assert set(first[1:].tolist()) == {6, 7, 8, 9}
+
+
+def test_answers_grow_more_diverse() -> None:
+    vectors = random_vectors(200, dim=6, seed=2)
+
+    def likeness(diversity: float) -> float:
+        chosen = vectors[diversify(vectors, 20, diversity)]
+        return float((chosen @ chosen.T)[~np.eye(20, dtype=np.bool_)].mean())
+
+    assert likeness(0.0) > likeness(0.3) > likeness(0.9)
+
+
+def test_nothing_to_choose_from_chooses_nothing() -> None:
+    assert diversify(np.zeros((0, 4), np.float32), 5, 0.5).tolist() == []
+
+
+def test_there_are_always_more_songs_to_choose_from() -> None:
+    assert pool_size(10) == 110
+    assert pool_size(1_000) == 2_000

@@ -1,64 +1,117 @@
-"""What the settings of a baseline are chosen by: plays that neither a trial fit nor its song vectors have seen."""
+"""From ranked songs to an answer: diverse songs, explored ones, and those for a user of whom nothing is known.
 
-from collections.abc import Iterator, Mapping
+P songs of a pool, k answers, D dimensions.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import Literal
 
 import numpy as np
 
-from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, Questions
-from rayrec.data.split import FitRange, Split, validation_histories
-from rayrec.recommend.base import NO_SONG, BaseRecommender, Horizon, SearchPath, check_count, top_k
-from rayrec.recommend.exploring import POOL, with_explored
+from rayrec.data.histories import Histories, Questions, places_in
+from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName, SearchPath, check_count, normalized, top_k
 from rayrec.recommend.filters import Limits
-from rayrec.recommend.retrieval.ragged import places_in
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import TwoStepRecommender
-from rayrec.recommend.vector_recommender import normalized
 
-MOST_PLAYS = 10_000  # of the validation range that are predicted
-Path = SearchPath | Literal["popular"]  # how an answer was found; popular: by play counts alone
+FEW_PLAYS = 20  # fewer plays than so many are few
+POOL = 500  # songs behind the answer among which those with few plays are looked for
+EVENLY = 0.5  # of the probabilities, the part that is the same for all songs of the pool; the rest follows the scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
-    """The validation range of a split, and what a trial fit may see before it."""
+class Explored:
+    """An answer of k songs, some of them explored; the others are the best, in their order."""
 
-    dataset: Dataset
-    allowed: FitRange  # of trial fits
-    vectors: np.ndarray | None  # float32 (N, D), normalized, made of no more than that; None where there are none
-    histories: Histories  # users with plays in the validation range; nothing after it
-    plays: np.ndarray  # int64 (Q,), positions of these plays
-
-    def batches(self) -> Iterator[Histories]:
-        """What a trial fit may see."""
-        return (self.allowed.select(histories) for histories in self.dataset.read_all())
-
-    def ahead(self, first: int, last: int) -> tuple[Questions, np.ndarray]:
-        """Queries whose targets are the plays, so many plays ahead, drawn from unif{first, last}; and their songs.
-
-        Plays of users who had fewer plays before are left out, and those of songs newer than the vectors.
-        """
-        num_songs = self.dataset.num_songs if self.vectors is None else len(self.vectors)
-        ahead = np.random.default_rng(0).integers(first, last + 1, size=len(self.plays))
-        rows = self.histories.rows[self.plays]
-        seen = self.plays - self.histories.offsets[rows] + 1 - ahead
-        kept = (seen > 0) & (self.histories.songs[self.plays] < num_songs)
-        rows, seen, targets = rows[kept], seen[kept], self.plays[kept]
-        queries = Questions(rows=rows, seen=seen, at=self.histories.played_at[targets])
-        return queries, self.histories.songs[targets]
+    songs: np.ndarray  # int32 (k,)
+    scores: np.ndarray  # float32 (k,)
+    probabilities: np.ndarray  # float64 (k,), with which an explored song is shown; NaN for the others
 
 
-def make_selection(
-    dataset: Dataset, split: Split, vectors: np.ndarray | None, limit: int = MOST_PLAYS
-) -> Selection | None:
-    """The first plays of the validation range in the order of the buckets, about `limit`; None where there are none."""
-    kept = validation_histories(dataset, split, limit)
-    plays = np.flatnonzero(split.is_validation(kept))
-    if not len(plays):
-        return None
-    return Selection(dataset=dataset, allowed=split.selection, vectors=vectors, histories=kept, plays=plays)
+def with_explored(
+    recommender: BaseRecommender,
+    history: Histories,
+    at: int,
+    ranked: tuple[np.ndarray, np.ndarray],
+    places: np.ndarray,
+    share: float,
+) -> Explored:
+    """`explore` for one user at `at`, ms UTC.
+
+    `ranked` are song rows, int32 (n,), and scores, float32 (n,), of the answer and of POOL songs behind it; `places`,
+    int64 (k,), are the places among them of the answer without exploring.
+    """
+    songs, scores = ranked
+    few = few_plays(recommender, songs)
+    few[places] = False
+    draw = draw_of(history, at)
+    return explore((songs[places], scores[places]), (songs[few], scores[few]), share, draw)
+
+
+def few_plays(recommender: BaseRecommender, songs: np.ndarray) -> np.ndarray:
+    """bool (n,): songs, int (n,) rows, with fewer than FEW_PLAYS plays; a network alone knows those added to it."""
+    if not isinstance(recommender, TwoStepRecommender):
+        added = recommender.added_songs if isinstance(recommender, TasteRecommender) else np.zeros(0, np.int64)
+        return np.isin(songs, added)
+    plays = recommender.source.retrieval.plays.plays
+    few = np.ones(len(songs), dtype=bool)
+    inside = songs < len(plays)
+    few[inside] = plays[songs[inside]] < FEW_PLAYS
+    return few
+
+
+def draw_of(history: Histories, at: int) -> float:
+    """In [0, 1): the same for the same last plays and moment, ms UTC, whoever asks and wherever."""
+    songs, played_at = history.songs[-20:].astype("<i4"), history.played_at[-20:].astype("<i8")
+    digest = blake2b(songs.tobytes() + played_at.tobytes() + at.to_bytes(8, "little", signed=True), digest_size=8)
+    return int.from_bytes(digest.digest(), "little") / 2.0**64
+
+
+def explore(
+    best: tuple[np.ndarray, np.ndarray], pool: tuple[np.ndarray, np.ndarray], share: float, draw: float
+) -> Explored:
+    """Put songs of a pool into `share` of the places of an answer; `draw`, in [0, 1), says which.
+
+    `best` and `pool` are song rows, int32, and scores, float32: the k songs without exploring, and P others with few
+    plays. Of k places share · k are explored, rounded up or down by the draw, spread evenly. A song's probability is
+    half the same for all of the pool, half in proportion to its score, and at most 1: the pool is laid out on a line,
+    each song as long as its probability, and those are taken that the points draw, draw + 1, ... hit (systematic
+    sampling, Madow 1949), so each is taken with exactly that probability.
+    """
+    (songs, scores), (others, other_scores) = best, pool
+    chances = probabilities(other_scores, share * len(songs))
+    ends = np.cumsum(chances)
+    drawn = np.flatnonzero(np.ceil(ends - draw) > np.ceil(ends - chances - draw))[: len(songs)]
+    explored = np.full(len(songs), np.nan)
+    if not len(drawn):
+        return Explored(songs=songs, scores=scores, probabilities=explored)
+    places = ((np.arange(len(drawn)) + 0.5) * len(songs) / len(drawn)).astype(np.int64)
+    not_explored = np.setdiff1d(np.arange(len(songs)), places)
+    answer, values = np.empty_like(songs), np.empty_like(scores)
+    answer[places], answer[not_explored] = others[drawn], songs[: len(not_explored)]
+    values[places], values[not_explored] = other_scores[drawn], scores[: len(not_explored)]
+    explored[places] = chances[drawn]
+    return Explored(songs=answer, scores=values, probabilities=explored)
+
+
+def probabilities(scores: np.ndarray, places: float) -> np.ndarray:
+    """float64 (P,): with which each song of a pool takes one of so many places; their sum is at most `places`."""
+    chances, left = np.zeros(len(scores)), np.ones(len(scores), dtype=bool)
+    worth = np.maximum(np.nan_to_num(scores.astype(np.float64), neginf=0.0), 0.0)
+    while left.any() and places > 0:
+        total = worth[left].sum()
+        by_score = worth / total if total > 0 else np.full(len(scores), 1 / left.sum())
+        chances[left] = (places - (~left).sum()) * (EVENLY / left.sum() + (1 - EVENLY) * by_score[left])
+        certain = left & (chances >= 1)
+        if not certain.any():
+            break
+        chances[certain], left = 1.0, left & ~certain
+    return chances
+
+
+Path = SearchPath | Literal["popular"]  # how an answer was found; popular: by play counts alone
 
 
 def diversify(vectors: np.ndarray, k: int, diversity: float) -> np.ndarray:
@@ -93,7 +146,7 @@ def pool_size(k: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class AnswerOptions:
     """What one request asks for."""
 
     k: int  # songs, at least 1
@@ -102,7 +155,7 @@ class Wish:
     diversity: float = 0.0  # 0: the best songs; 1: songs unlike each other
     explore: float = 0.0  # share of the songs that have few plays and were drawn
     explain: bool = False  # whether the answer holds what is known of each song
-    given: np.ndarray | None = None  # int (any,), song rows to put in order instead of retrieving songs
+    songs_to_rank: np.ndarray | None = None  # int (any,), song rows to put in order instead of retrieving songs
 
     def __post_init__(self) -> None:
         check_count(self.k)
@@ -118,12 +171,12 @@ class Wish:
 class Known:
     """What is known of one user at the moment of a request."""
 
-    vectors: Mapping[Horizon, np.ndarray]  # float32 (D,) each, the taste vectors of both horizons
+    vectors: Mapping[HorizonName, np.ndarray]  # float32 (D,) each, the taste vectors of both horizons
     history: Histories  # of this one user: the plays that retrievers and features look at
     at: int  # ms UTC, the moment
 
     @property
-    def batch_vectors(self) -> dict[Horizon, np.ndarray]:
+    def batch_vectors(self) -> dict[HorizonName, np.ndarray]:
         """float32 (1, D) by horizon: the taste vectors as those of a batch of one user."""
         return {horizon: vector[None] for horizon, vector in self.vectors.items()}
 
@@ -154,28 +207,28 @@ def network_of(recommender: BaseRecommender) -> TasteRecommender:
     return network
 
 
-def choose(recommender: BaseRecommender, known: Known, wish: Wish) -> Chosen:
+def choose(recommender: BaseRecommender, known: Known, options: AnswerOptions) -> Chosen:
     """The k best songs of a user, as `recommender` ranks them.
 
     At weight 0 and 1 these are the songs of `recommender.recommend` on the horizon. Between them a network
     alone looks around the mean of its two taste vectors; two-step recommendation mixes the chances of both.
     Diverse songs are chosen among the first of them, explored ones among those behind.
     """
-    count = pool_size(wish.k) if wish.diversity else wish.k
-    pool = _choose(recommender, known, replace(wish, k=count + (POOL if wish.explore else 0)))
-    taken = np.arange(min(wish.k, len(pool.songs)))
-    if wish.diversity:
-        taken = diversify(network_of(recommender).song_vectors[pool.songs[:count]], wish.k, wish.diversity)
-    chosen = replace(pool, songs=pool.songs[taken], scores=pool.scores[taken])
-    if wish.explore:
+    count = pool_size(options.k) if options.diversity else options.k
+    pool = _choose(recommender, known, replace(options, k=count + (POOL if options.explore else 0)))
+    places = np.arange(min(options.k, len(pool.songs)))
+    if options.diversity:
+        places = diversify(network_of(recommender).song_vectors[pool.songs[:count]], options.k, options.diversity)
+    chosen = replace(pool, songs=pool.songs[places], scores=pool.scores[places])
+    if options.explore:
         ranked = pool.songs, pool.scores
-        explored = with_explored(recommender, known.history, known.at, ranked, taken, wish.explore)
+        explored = with_explored(recommender, known.history, known.at, ranked, places, options.explore)
         songs, scores = explored.songs, explored.scores
         chosen = replace(chosen, songs=songs, scores=scores, probabilities=explored.probabilities)
-    if not wish.explain:
+    if not options.explain:
         return chosen
     features = recommender.explain(
-        known.history, known.at, chosen.songs, long_weight=wish.long_weight, vectors=known.batch_vectors
+        known.history, known.at, chosen.songs, long_weight=options.long_weight, vectors=known.batch_vectors
     )
     return replace(chosen, features=tuple(features))
 
@@ -183,35 +236,35 @@ def choose(recommender: BaseRecommender, known: Known, wish: Wish) -> Chosen:
 def similar(recommender: BaseRecommender, song: int, k: int) -> Chosen:
     """The k songs nearest to a song, int row, by cosine of the network's vectors; none to a song without a vector."""
     network = network_of(recommender)
-    vector, wish = network.song_vectors[song], Wish(k=k, limits=Limits(banned=np.array([song])))
-    return _nearest(network, vector, wish)
+    vector, options = network.song_vectors[song], AnswerOptions(k=k, limits=Limits(banned=np.array([song])))
+    return _nearest(network, vector, options)
 
 
-def _choose(recommender: BaseRecommender, known: Known, wish: Wish) -> Chosen:
+def _choose(recommender: BaseRecommender, known: Known, options: AnswerOptions) -> Chosen:
     network = network_of(recommender)
     if isinstance(recommender, TwoStepRecommender):
-        return _ranked(recommender, known, wish)
-    vector = _mixed_vector(known, wish)
-    if wish.given is not None:
-        rows = wish.given[wish.given < network.num_songs]
+        return _ranked(recommender, known, options)
+    vector = _mixed_vector(known, options)
+    if options.songs_to_rank is not None:
+        rows = options.songs_to_rank[options.songs_to_rank < network.num_songs]
         vectors = network.song_vectors[rows]
         rows, vectors = rows[vectors.any(axis=1)], vectors[vectors.any(axis=1)]
-        return _in_order(rows, vectors @ vector, "exact", wish)
-    return _nearest(network, vector, wish)
+        return _in_order(rows, vectors @ vector, "exact", options)
+    return _nearest(network, vector, options)
 
 
-def _in_order(rows: np.ndarray, scores: np.ndarray, path: Path, wish: Wish) -> Chosen:
+def _in_order(rows: np.ndarray, scores: np.ndarray, path: Path, options: AnswerOptions) -> Chosen:
     """Song rows, int (n,), by descending scores, (n,), equal ones by row: those within the limits, at most k."""
     order = np.lexsort((rows, -scores))
-    order = order[wish.limits.qualify(rows[order])][: wish.k]
+    order = order[options.limits.qualify(rows[order])][: options.k]
     return Chosen(songs=rows[order].astype(np.int32), scores=scores[order].astype(np.float32), path=path)
 
 
-def _nearest(network: TasteRecommender, vector: np.ndarray, wish: Wish) -> Chosen:
+def _nearest(network: TasteRecommender, vector: np.ndarray, options: AnswerOptions) -> Chosen:
     """The songs nearest to a vector, float32 (D,)."""
     if network.index is None:
-        return _best(network.score_vectors(vector[None])[0], wish)
-    ranking = network.rank_vectors(vector[None], wish.k, [wish.limits])
+        return _best(network.score_vectors(vector[None])[0], options)
+    ranking = network.rank_vectors(vector[None], options.k, [options.limits])
     real = ranking.songs[0] != NO_SONG
     return Chosen(songs=ranking.songs[0][real], scores=ranking.scores[0][real], path=ranking.paths[0])
 
@@ -252,44 +305,44 @@ class Starting:
         return cls(worth=worth, order=rows[known[rows]].astype(np.int32))
 
 
-def choose_popular(starting: Starting, wish: Wish) -> Chosen:
+def choose_popular(starting: Starting, options: AnswerOptions) -> Chosen:
     """The k songs that come first for a user of whom nothing is known."""
     worth, order = starting.worth, starting.order
-    if wish.given is not None:
-        rows = wish.given[wish.given < len(worth)]
-        return _in_order(rows, worth[rows], "popular", wish)
-    songs = order[wish.limits.mask(len(worth))[order]][: wish.k]
+    if options.songs_to_rank is not None:
+        rows = options.songs_to_rank[options.songs_to_rank < len(worth)]
+        return _in_order(rows, worth[rows], "popular", options)
+    songs = order[options.limits.mask(len(worth))[order]][: options.k]
     return Chosen(songs=songs, scores=worth[songs].astype(np.float32), path="popular")
 
 
-def _mixed_vector(known: Known, wish: Wish) -> np.ndarray:
-    """float32 (D,): the taste vector of the wish's horizon."""
-    if wish.long_weight in (0, 1):
-        return known.vectors["long" if wish.long_weight else "short"]
+def _mixed_vector(known: Known, options: AnswerOptions) -> np.ndarray:
+    """float32 (D,): the taste vector of the horizon."""
+    if options.long_weight in (0, 1):
+        return known.vectors["long" if options.long_weight else "short"]
     short, long = known.vectors["short"], known.vectors["long"]
-    mixed: np.ndarray = normalized(((1 - wish.long_weight) * short + wish.long_weight * long)[None])[0]
+    mixed: np.ndarray = normalized(((1 - options.long_weight) * short + options.long_weight * long)[None])[0]
     return mixed
 
 
-def _ranked(recommender: TwoStepRecommender, known: Known, wish: Wish) -> Chosen:
+def _ranked(recommender: TwoStepRecommender, known: Known, options: AnswerOptions) -> Chosen:
     """The best candidates by the rankers."""
     queries = Questions.at_end(known.history, known.at)
     ranking = recommender.rank_queries(
         known.history,
         queries,
-        wish.k,
-        long_weight=wish.long_weight,
-        limits=[wish.limits],
+        options.k,
+        long_weight=options.long_weight,
+        limits=[options.limits],
         vectors=known.batch_vectors,
-        given=None if wish.given is None else [wish.given],
+        songs_to_rank=None if options.songs_to_rank is None else [options.songs_to_rank],
     )
     real = ranking.songs[0] != NO_SONG
     return Chosen(songs=ranking.songs[0][real], scores=ranking.scores[0][real], path=ranking.paths[0])
 
 
-def _best(scores: np.ndarray, wish: Wish) -> Chosen:
+def _best(scores: np.ndarray, options: AnswerOptions) -> Chosen:
     """The k best of scores, float32 (N,), which are overwritten."""
-    wish.limits.strike(scores)
-    songs, values = top_k(scores[None], wish.k)
+    options.limits.strike(scores)
+    songs, values = top_k(scores[None], options.k)
     real = songs[0] != NO_SONG
     return Chosen(songs=songs[0][real], scores=values[0][real], path="exact")

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from rayrec.data.histories import Histories, Questions
-from rayrec.data.synthetic.oracle import Oracle, every_play, infer_contexts
-from rayrec.data.synthetic.world import CONTEXTS, GenerateConfig, World
+from rayrec.data.synthetic import CONTEXTS, GenerateConfig, Oracle, World, every_play, infer_contexts
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.2], ids=["without opinions", "with opinions"])

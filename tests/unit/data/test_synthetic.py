@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rayrec.data import columns
 from rayrec.data.histories import Histories
-from rayrec.data.synthetic.world import (
+from rayrec.data.synthetic import (
     ALBUM,
     COLLECTION,
     CONTEXTS,

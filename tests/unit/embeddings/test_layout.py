@@ -3,7 +3,7 @@
 import numpy as np
 from worlds import random_vectors
 
-from rayrec.recommend.layout import layout, principal_axes
+from rayrec.embeddings.vectors import layout, principal_axes
 
 
 def test_distances_stay_where_the_songs_differ_in_two_directions_only() -> None:

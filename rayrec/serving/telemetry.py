@@ -1,15 +1,24 @@
-"""The metrics of a replica, in the format of Prometheus. Each replica has its own, labelled with its id."""
+"""Prometheus metrics of a replica, OpenTelemetry spans of its requests, and the access log."""
 
+import json
+import logging
+import logging.handlers
+import re
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any
 
+from opentelemetry import propagate, trace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics import MetricWrapperBase
+
+from rayrec.data.moments import iso_moment, now_ms
+from rayrec.errors import InputError
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -101,3 +110,58 @@ class Metrics:
     def text(self) -> bytes:
         """All metrics, as Prometheus reads them."""
         return generate_latest(self._registry)
+
+
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+@contextmanager
+def request_span(method: str, headers: Mapping[str, str]) -> Iterator[trace.Span]:
+    """A span of the trace that the headers name, or of a new one.
+
+    It goes where the process's tracer provider sends it, and nowhere without one.
+    """
+    tracer, caller = trace.get_tracer("rayrec"), propagate.extract(headers)
+    with tracer.start_as_current_span(method, caller, kind=trace.SpanKind.SERVER) as span:
+        yield span
+
+
+def end_span(span: trace.Span, method: str, route: str, status: int) -> None:
+    """Give a span the name of its route, and its status."""
+    if span.is_recording():
+        span.update_name(f"{method} {route}")
+        span.set_attributes({"http.request.method": method, "http.route": route, "http.response.status_code": status})
+
+
+def trace_id(headers: Mapping[str, str]) -> str | None:
+    """The id of the trace that the headers name."""
+    match = TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+    return match.group(1) if match else None
+
+
+class AccessLog:
+    """Writes a line for each request. It names routes, not paths: those hold ids of users."""
+
+    def __init__(self, target: str) -> None:
+        """To a file, which may be moved away at any time, or with `-` to standard error.
+
+        Raises `InputError` for a file that cannot be written.
+        """
+        try:
+            handler: logging.Handler = (
+                logging.StreamHandler(sys.stderr) if target == "-" else logging.handlers.WatchedFileHandler(target)
+            )
+        except OSError as error:
+            raise InputError(f"access log {target} cannot be written: {error.strerror}; name another file") from error
+        self._log = logging.Logger("rayrec.access", logging.INFO)
+        self._log.addHandler(handler)
+
+    def write(self, **fields: Any) -> None:
+        """Write a line; fields that are None are left out. A line that cannot be written is lost."""
+        known = {name: value for name, value in fields.items() if value is not None}
+        self._log.info("%s", json.dumps({"at": iso_moment(now_ms()), **known}))
+
+    def close(self) -> None:
+        """Close the file."""
+        for handler in self._log.handlers:
+            handler.close()

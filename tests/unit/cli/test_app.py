@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from rayrec.config import Settings
 from rayrec.errors import InputError
-from rayrec_cli.options import Call, Globals, command
+from rayrec_cli.app import Call, Globals, command
 from rayrec_cli.output import Shown
 
 WHERE = Annotated[str | None, typer.Argument(metavar="WHERE")]
@@ -75,7 +75,7 @@ def test_what_is_not_given_is_the_default(app: typer.Typer, seen: list) -> None:
 def test_flags_lie_over_the_config_file(
     app: typer.Typer, seen: list, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rayrec_cli.options.SECTIONS", ("go", "import"))
+    monkeypatch.setattr("rayrec_cli.app.SECTIONS", ("go", "import"))
     file = tmp_path / "settings.toml"
     file.write_text(content)
     result = invoke(app, "there", "--config", str(file), "--size", "7")

@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 from worlds import random_histories, write_dataset
 
-from rayrec.data import parts
-from rayrec.data.dataset import Dataset
+from rayrec.data.dataset import Dataset, merge_users
 from rayrec.data.histories import Histories, concatenate
-from rayrec.data.parts import merge_users
 from rayrec.errors import DamagedArtifactError
 from rayrec.importing.staging import write_histories
 from rayrec.storage.workspace import Workspace, histories_file
@@ -93,7 +91,7 @@ def test_a_part_in_another_order_is_refused(workspace: Workspace) -> None:
 def test_a_batch_is_bounded_by_plays_where_some_users_have_many(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PLAYS_PER_READ", 500)
+    monkeypatch.setattr("rayrec.data.dataset.PLAYS_PER_READ", 500)
     monkeypatch.setattr("rayrec.importing.staging.PLAYS_PER_ROW_GROUP", 100)
     lengths = [3] * 200 + [2_000] + [40] * 100 + [3] * 200
     histories = Histories.from_lists(

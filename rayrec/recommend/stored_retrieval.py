@@ -1,0 +1,608 @@
+"""What retrievers look up: play counts, rules, sessions and groups of songs, as flat arrays that merge and map.
+
+They are fitted by buckets, merged, saved and memory-mapped as one `Retrieval`; a bucket leaves its counts of one range
+of songs as bytes for the merge of that range. Of sessions the newest of each song are kept, and the songs of each of
+these, as VMIS-kNN keeps them.
+
+N songs, T pairs of a day and a song played on it, S sessions, E songs of all sessions together, L entries of all songs
+together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from rayrec.data.histories import Histories, first_of_each, offsets_of, places_in, ranges, stable_order, user_hash
+from rayrec.data.split import DAY_MS, FitRange
+from rayrec.embeddings.word2vec import cut_long, cut_sessions
+from rayrec.storage.workspace import Workspace
+
+NOT_PLAYED = np.iinfo(np.int32).max  # first day of a song without plays
+RECENT_DAYS = 28  # that count as of late, back from the day of the last play
+MAX_DISTANCE = 10  # plays between a song and one that follows it
+UNIT = 2520  # weight of a song that follows at once; 1/distance of it is whole for every distance, so sums are exact
+RULES_PER_SONG = 200  # followers of a song, the strongest
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlayCounts:
+    """Plays of each song, and those of the last 28 days by day, so that a later part moves the days on."""
+
+    plays: np.ndarray  # int64 (N,)
+    first_days: np.ndarray  # int32 (N,), day of the first play, days since 1970 UTC; NOT_PLAYED for a song without
+    days: np.ndarray  # int32 (T,), days since 1970 UTC, ascending
+    day_songs: np.ndarray  # int32 (T,), ascending within a day
+    day_plays: np.ndarray  # int64 (T,)
+    skips: np.ndarray | None = None  # int64 (N,), plays that were skipped; None where the data does not say
+
+    @property
+    def num_songs(self) -> int:
+        """N."""
+        return len(self.plays)
+
+    @classmethod
+    def fit(cls, histories: Histories, *, num_songs: int) -> PlayCounts:
+        """Count the plays of histories."""
+        plays = np.bincount(histories.songs, minlength=num_songs).astype(np.int64)
+        days = histories.played_at // DAY_MS
+        first_days = np.full(num_songs, NOT_PLAYED, dtype=np.int32)
+        np.minimum.at(first_days, histories.songs, days.astype(np.int32))
+        counted = _counted(plays, first_days, days, histories.songs, np.ones(len(days), np.int64))
+        if histories.skipped is None:
+            return counted
+        skips = np.bincount(histories.songs[histories.skipped], minlength=num_songs).astype(np.int64)
+        return replace(counted, skips=skips)
+
+    @classmethod
+    def merge(cls, parts: Sequence[PlayCounts]) -> PlayCounts:
+        """The sums over all parts; a catalog may have grown between them."""
+        plays = np.zeros(max(part.num_songs for part in parts), dtype=np.int64)
+        first_days = np.full(len(plays), NOT_PLAYED, dtype=np.int32)
+        for part in parts:
+            plays[: part.num_songs] += part.plays
+            np.minimum(first_days[: part.num_songs], part.first_days, out=first_days[: part.num_songs])
+        names = ("days", "day_songs", "day_plays")
+        counted = _counted(
+            plays, first_days, *(np.concatenate([getattr(part, name) for part in parts]) for name in names)
+        )
+        known = [part.skips for part in parts if part.skips is not None]
+        if not known:
+            return counted
+        skips = np.zeros(len(plays), dtype=np.int64)
+        for part_skips in known:
+            skips[: len(part_skips)] += part_skips
+        return replace(counted, skips=skips)
+
+    def recent(self, days: int = RECENT_DAYS) -> np.ndarray:
+        """int64 (N,): plays of each song in the last `days` days, at most 28."""
+        late = self.days > (int(self.days[-1]) if len(self.days) else 0) - days
+        recent = np.zeros(self.num_songs, dtype=np.int64)
+        np.add.at(recent, self.day_songs[late], self.day_plays[late])
+        return recent
+
+
+def _counted(
+    plays: np.ndarray, first_days: np.ndarray, days: np.ndarray, songs: np.ndarray, counts: np.ndarray
+) -> PlayCounts:
+    days, songs = days.astype(np.int64), songs.astype(np.int64)
+    late = np.flatnonzero(days > days.max(initial=0) - RECENT_DAYS)
+    order = late[np.lexsort((songs[late], days[late]))]
+    first = first_of_each(days[order] * (len(plays) + 1) + songs[order])
+    return PlayCounts(
+        plays=plays,
+        first_days=first_days,
+        days=days[order][first].astype(np.int32),
+        day_songs=songs[order][first].astype(np.int32),
+        day_plays=np.add.reduceat(counts[order], first) if len(first) else np.zeros(0, np.int64),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleCounts:
+    """The followers of each song with their weights, Σ 2520 / distance, the strongest first.
+
+    Weights are whole numbers, so merging is exact in any order. `strongest` cuts each song's followers: do it
+    once, after all parts have been merged.
+    """
+
+    offsets: np.ndarray  # int64 (N + 1,)
+    followers: np.ndarray  # int32 (R,), song rows
+    weights: np.ndarray  # int64 (R,), descending within a song; equal ones by row
+    at_once: np.ndarray  # int64 (R,), times that the song followed with no other between
+
+    @property
+    def num_songs(self) -> int:
+        """N."""
+        return len(self.offsets) - 1
+
+    @classmethod
+    def fit(cls, histories: Histories, *, num_songs: int) -> RuleCounts:
+        """Count what follows what in each user's history, across pauses as well."""
+        rows, songs = histories.rows, histories.songs.astype(np.int64)
+        keys, weights, at_once = ([np.zeros(0, np.int64)] for _ in range(3))
+        for distance in range(1, min(MAX_DISTANCE, len(songs) - 1) + 1):
+            pairs = np.flatnonzero(rows[distance:] == rows[:-distance])
+            pairs = pairs[songs[pairs] != songs[pairs + distance]]
+            keys.append(songs[pairs] * num_songs + songs[pairs + distance])
+            weights.append(np.full(len(pairs), UNIT // distance, dtype=np.int64))
+            at_once.append(np.full(len(pairs), int(distance == 1), dtype=np.int64))
+        return _summed(np.concatenate(keys), np.concatenate(weights), np.concatenate(at_once), num_songs)
+
+    @classmethod
+    def merge(cls, parts: Sequence[RuleCounts]) -> RuleCounts:
+        """The sums over all parts; a catalog may have grown between them."""
+        num_songs = max(part.num_songs for part in parts)
+        keys = [
+            np.repeat(np.arange(part.num_songs), np.diff(part.offsets)) * num_songs + part.followers for part in parts
+        ]
+        weights, at_once = (np.concatenate([getattr(part, name) for part in parts]) for name in ("weights", "at_once"))
+        return _summed(np.concatenate(keys), weights, at_once, num_songs)
+
+    def strongest(self, count: int = RULES_PER_SONG) -> RuleCounts:
+        """The `count` strongest followers of each song."""
+        song = np.repeat(np.arange(self.num_songs), np.diff(self.offsets))
+        first = np.flatnonzero(places_in(song) < count)
+        return RuleCounts(
+            offsets=offsets_of(np.bincount(song[first], minlength=self.num_songs)),
+            followers=self.followers[first],
+            weights=self.weights[first],
+            at_once=self.at_once[first],
+        )
+
+    def of_songs(self, first: int, last: int) -> RuleCounts:
+        """The part for the songs from row `first` up to `last`; the parts of all ranges merge into the whole again."""
+        bounds = self.offsets[np.minimum([first, last], self.num_songs)]
+        entries = slice(int(bounds[0]), int(bounds[1]))
+        offsets = np.clip(self.offsets, entries.start, entries.stop) - entries.start
+        return RuleCounts(
+            offsets=offsets,
+            followers=self.followers[entries],
+            weights=self.weights[entries],
+            at_once=self.at_once[entries],
+        )
+
+
+def _summed(keys: np.ndarray, weights: np.ndarray, at_once: np.ndarray, num_songs: int) -> RuleCounts:
+    """Add up the weights and the counts of equal keys, song * num_songs + follower."""
+    order = stable_order(keys)
+    first = first_of_each(keys[order])
+    weights, at_once = (
+        np.add.reduceat(values[order], first) if len(first) else values for values in (weights, at_once)
+    )
+    songs, followers = np.divmod(keys[order][first], max(1, num_songs))
+    strongest = stable_order(songs * (int(weights.max(initial=0)) + 1) + weights.max(initial=0) - weights)
+    return RuleCounts(
+        offsets=offsets_of(np.bincount(songs, minlength=num_songs)),
+        followers=followers[strongest].astype(np.int32),
+        weights=weights[strongest],
+        at_once=at_once[strongest],
+    )
+
+
+NEWEST = 50  # sessions kept for each song
+MAX_SESSION = 100  # songs; longer sessions, and histories without times, are cut into pieces
+NO_GROUP = -1
+SONGS_PER_GROUP = 100  # songs of a group, the most played
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionPostings:
+    """Sessions, newest first, and for each song the newest `newest` sessions that hold it.
+
+    A session holds each of its songs once, at its last place. Only sessions among the newest of one of their songs are
+    kept, so the arrays are the same whatever the buckets in which the histories came, and in whatever order.
+    """
+
+    newest: int  # m, sessions kept for a song
+    keys: np.ndarray  # uint64 (S,), a hash of each session; breaks ties in time, and tells a session that came twice
+    ended_at: np.ndarray  # int64 (S,), ms UTC, descending
+    offsets: np.ndarray  # int64 (S + 1,)
+    songs: np.ndarray  # int32 (E,), in the order of play
+    song_offsets: np.ndarray  # int64 (N + 1,)
+    song_sessions: np.ndarray  # int32 (L,), newest first
+    song_places: np.ndarray  # uint8 (L,), the place of the song in the session, from 0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def num_songs(self) -> int:
+        """N."""
+        return len(self.song_offsets) - 1
+
+    @classmethod
+    def fit(cls, histories: Histories, *, num_songs: int, newest: int = NEWEST) -> SessionPostings:
+        """From histories, cut at pauses of over 30 minutes; sessions of a single song say nothing and are left out."""
+        songs, cuts = cut_long(cut_sessions(histories), MAX_SESSION)
+        lengths = np.diff(cuts)
+        session = np.repeat(np.arange(len(lengths)), lengths)
+        order = np.lexsort((np.arange(len(songs)), songs, session))
+        last = np.ones(len(order), dtype=bool)
+        last[:-1] = (np.diff(session[order]) != 0) | (np.diff(songs[order]) != 0)
+        session_plays = np.sort(order[last])
+        counts = np.bincount(session[session_plays], minlength=len(lengths))
+        session_plays, whole = session_plays[counts[session[session_plays]] > 1], counts > 1
+        users = user_hash(histories.user_ids)[np.searchsorted(histories.offsets, cuts[:-1], side="right") - 1]
+        keys = users ^ _mixed(histories.played_at[np.minimum(cuts[:-1], max(0, len(songs) - 1))].astype(np.uint64))
+        return _newest_sessions(
+            _mixed(keys[whole]) + _content_hash(songs[session_plays], offsets_of(counts[whole])),
+            histories.played_at[cuts[1:][whole] - 1],
+            counts[whole],
+            songs[session_plays],
+            num_songs,
+            newest,
+        )
+
+    @classmethod
+    def merge(cls, parts: Sequence[SessionPostings]) -> SessionPostings:
+        """What `fit` gives for the histories of all parts together; a catalog may have grown between them."""
+        return _newest_sessions(
+            np.concatenate([part.keys for part in parts]),
+            np.concatenate([part.ended_at for part in parts]),
+            np.concatenate([np.diff(part.offsets) for part in parts]),
+            np.concatenate([part.songs for part in parts]),
+            max(part.num_songs for part in parts),
+            parts[0].newest,
+        )
+
+    def of_songs(self, first: int, last: int) -> SessionPostings:
+        """The part for the songs from row `first` up to `last`: their entries, with the whole sessions behind them.
+
+        The parts of all ranges of songs merge into the whole again, so that each range can be reduced by itself.
+        """
+        bounds = self.song_offsets[np.minimum([first, last], self.num_songs)]
+        entries = slice(int(bounds[0]), int(bounds[1]))
+        sessions = np.unique(self.song_sessions[entries])
+        counts = np.diff(self.offsets)[sessions]
+        songs = self.songs[ranges(self.offsets[:-1][sessions], counts)]
+        parts = (self.keys[sessions], self.ended_at[sessions], counts, songs)
+        return _newest_sessions(*parts, self.num_songs, self.newest, (first, last))
+
+
+def _newest_sessions(
+    keys: np.ndarray,
+    ended_at: np.ndarray,
+    counts: np.ndarray,
+    songs: np.ndarray,
+    num_songs: int,
+    newest: int,
+    within: tuple[int, int] | None = None,
+) -> SessionPostings:
+    """Order sessions, keep those among the newest of one of their songs (of those `within` rows) and index them."""
+    starts = offsets_of(counts)[:-1]
+    order = np.lexsort((keys, -ended_at))
+    order = order[first_of_each(keys[order])]  # the same session twice has the same time, so it is adjacent
+    session, song, place = _entries(counts[order], songs[ranges(starts[order], counts[order])])
+    if within is not None:
+        inside = (song >= within[0]) & (song < within[1])
+        session, song, place = session[inside], song[inside], place[inside]
+    by_song = stable_order(song.astype(np.int64))  # sessions stay in order: newest first
+    newest_plays = by_song[places_in(song[by_song]) < newest]
+    used = np.zeros(len(order), dtype=bool)
+    used[session[newest_plays]] = True
+    order, renumbered = order[used], np.cumsum(used) - 1
+    return SessionPostings(
+        newest=newest,
+        keys=keys[order],
+        ended_at=ended_at[order],
+        offsets=offsets_of(counts[order]),
+        songs=songs[ranges(starts[order], counts[order])].astype(np.int32),
+        song_offsets=offsets_of(np.bincount(song[newest_plays], minlength=num_songs)),
+        song_sessions=renumbered[session[newest_plays]].astype(np.int32),
+        song_places=place[newest_plays].astype(np.uint8),
+    )
+
+
+def _entries(counts: np.ndarray, songs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The session, the song and the place of each song of sessions."""
+    session = np.repeat(np.arange(len(counts)), counts)
+    return session, songs, np.arange(len(songs)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """uint64: the finalizer of splitmix64, which spreads any difference over all bits."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(values ^ (values >> np.uint64(31)))
+
+
+def _content_hash(songs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """uint64: a hash of the songs of each session in their order."""
+    _, _, place = _entries(np.diff(offsets), songs)
+    mixed = _mixed(songs.astype(np.uint64) * np.uint64(1 << 20) + place.astype(np.uint64) + np.uint64(1))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
+    return np.asarray(sums[offsets[1:]] - sums[offsets[:-1]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SongGroups:
+    """The group of each song, and the songs of each group."""
+
+    of_song: np.ndarray  # int32 (N,), the group; -1 where it is not known
+    offsets: np.ndarray  # int64 (G + 1,)
+    songs: np.ndarray  # int32, the first 100 songs of each group by descending plays, equal ones by row
+
+    def __bool__(self) -> bool:
+        return len(self.songs) > 0
+
+    @classmethod
+    def build(cls, of_song: np.ndarray, plays: np.ndarray) -> SongGroups:
+        """From the group of each song, int (N,), -1 where it is not known, and its plays, int (N,)."""
+        known = np.flatnonzero(of_song >= 0)
+        order = known[np.lexsort((known, -plays[known], of_song[known]))]
+        order = order[places_in(of_song[order]) < SONGS_PER_GROUP]
+        groups = int(of_song.max(initial=-1)) + 1
+        return cls(
+            of_song=of_song.astype(np.int32),
+            offsets=offsets_of(np.bincount(of_song[order], minlength=groups)),
+            songs=order.astype(np.int32),
+        )
+
+    def with_added(self, rows: np.ndarray, siblings: np.ndarray) -> SongGroups:
+        """With songs that came later, int64 (n,) rows, each in the group of its sibling, -1 where it has none.
+
+        Siblings are song rows; those without a group make new ones. The lists of songs stay as they are.
+        """
+        of_song = np.full(max(len(self.of_song), int(rows.max(initial=-1)) + 1), NO_GROUP, dtype=np.int32)
+        of_song[: len(self.of_song)] = self.of_song
+        group = np.where(siblings >= 0, of_song[np.clip(siblings, 0, len(of_song) - 1)], NO_GROUP)
+        alone = np.flatnonzero((siblings >= 0) & (group == NO_GROUP))
+        names, places = np.unique(siblings[alone], return_inverse=True)
+        groups = len(self.offsets) - 1
+        group[alone] = groups + places
+        of_song[rows] = np.where(group >= 0, group, of_song[rows])
+        offsets = np.concatenate([self.offsets, np.full(len(names), self.offsets[-1])])
+        return SongGroups(of_song=of_song, offsets=offsets, songs=self.songs)
+
+    def listing(self, rows: np.ndarray) -> SongGroups:
+        """The same groups that list the songs at `rows`, int64 (n,) ascending, and no others, the last rows first."""
+        group = self.of_song[rows]
+        order = np.lexsort((-rows, group))
+        order = order[group[order] >= 0]
+        order = order[places_in(group[order]) < SONGS_PER_GROUP]
+        counts = np.bincount(group[order], minlength=len(self.offsets) - 1)
+        return replace(self, offsets=offsets_of(counts), songs=rows[order].astype(np.int32))
+
+
+PLAYS_PER_RANGE = 20_000_000  # of one range of songs, so that the counts of a range fit into a task's memory
+POPULAR = 500  # songs kept in the list of those popular of late
+POPULAR_DAYS = 7  # plays of the last days that make a song popular of late
+SETTINGS_FILE = "retrieval.json"  # written last
+SELECTION_RETRIEVAL = "selection"  # folder in a retrieval artifact: the same without the validation range
+WHOLE = ("plays.plays", "plays.first_days")  # of every song in the first range, and there alone
+SKIPS = "plays.skips"  # the same, where the data says what was skipped
+BY_SONG = ("sessions.song_offsets", "rules.offsets")  # int64 (N + 1,), flat outside the range
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalCounts:
+    """What histories say, before anything is cut: parts of it merge exactly, in any order."""
+
+    sessions: SessionPostings
+    rules: RuleCounts
+    plays: PlayCounts
+
+    @classmethod
+    def fit(
+        cls,
+        histories: Histories,
+        *,
+        num_songs: int,
+        allowed: FitRange | None = None,
+        newest: int = NEWEST,
+    ) -> RetrievalCounts:
+        """From histories. Raises `LeakError` for a play that `allowed` forbids."""
+        (allowed or FitRange()).require(histories)
+        return cls(
+            sessions=SessionPostings.fit(histories, num_songs=num_songs, newest=newest),
+            rules=RuleCounts.fit(histories, num_songs=num_songs),
+            plays=PlayCounts.fit(histories, num_songs=num_songs),
+        )
+
+    @classmethod
+    def merge(cls, parts: Sequence[RetrievalCounts]) -> RetrievalCounts:
+        """The same as `fit` on the histories of all parts together."""
+        return cls(
+            sessions=SessionPostings.merge([part.sessions for part in parts]),
+            rules=RuleCounts.merge([part.rules for part in parts]),
+            plays=PlayCounts.merge([part.plays for part in parts]),
+        )
+
+    def of_songs(self, first: int, last: int) -> RetrievalCounts:
+        """Sessions and rules of the songs from row `first` up to `last`; the play counts whole in the first range.
+
+        Of a range beyond the songs that were counted there is nothing.
+        """
+        none = PlayCounts.fit(Histories.from_lists([], []), num_songs=self.plays.num_songs)
+        return RetrievalCounts(
+            sessions=self.sessions.of_songs(first, last),
+            rules=self.rules.of_songs(first, last),
+            plays=self.plays if first == 0 else none,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Everything that retrievers look up beside the index: flat arrays, of which a query reads a few entries."""
+
+    sessions: SessionPostings
+    rules: RuleCounts  # the strongest of each song
+    plays: PlayCounts
+    recent_plays: np.ndarray  # int64 (N,), plays of the last 28 days
+    popular: np.ndarray  # int32 (at most 500,), songs by plays in the last 7 days, then in all
+    artists: SongGroups
+    albums: SongGroups
+    skip_share: float = 0.0  # of all plays
+    has_likes: bool = False  # whether the data has any
+
+    @property
+    def num_songs(self) -> int:
+        """N."""
+        return self.plays.num_songs
+
+    @property
+    def counts(self) -> RetrievalCounts:
+        """What was counted, to add later plays to it: sessions and plays exactly, of the rules the strongest."""
+        return RetrievalCounts(sessions=self.sessions, rules=self.rules, plays=self.plays)
+
+    @classmethod
+    def build(
+        cls,
+        counts: RetrievalCounts,
+        *,
+        artist_of_song: np.ndarray | None = None,
+        album_of_song: np.ndarray | None = None,
+        rules_per_song: int = RULES_PER_SONG,
+        has_likes: bool = False,
+    ) -> Retrieval:
+        """From merged counts, and the artist and the album of each song, int (N,), -1 where it is not known."""
+        plays = counts.plays
+        unknown = np.full(plays.num_songs, NO_GROUP, dtype=np.int32)
+        order = np.lexsort((np.arange(plays.num_songs), -plays.plays, -plays.recent(POPULAR_DAYS)))
+        return cls(
+            sessions=counts.sessions,
+            rules=counts.rules.strongest(rules_per_song),
+            plays=plays,
+            recent_plays=plays.recent(RECENT_DAYS),
+            popular=order[plays.plays[order] > 0][:POPULAR].astype(np.int32),
+            artists=SongGroups.build(unknown if artist_of_song is None else artist_of_song, plays.plays),
+            albums=SongGroups.build(unknown if album_of_song is None else album_of_song, plays.plays),
+            skip_share=0.0 if plays.skips is None else float(plays.skips.sum() / max(1, plays.plays.sum())),
+            has_likes=has_likes,
+        )
+
+    @classmethod
+    def fit(
+        cls,
+        batches: Iterable[Histories],
+        *,
+        num_songs: int,
+        allowed: FitRange | None = None,
+        newest: int = NEWEST,
+        artist_of_song: np.ndarray | None = None,
+        album_of_song: np.ndarray | None = None,
+    ) -> Retrieval:
+        """In this process, batch by batch. Raises `LeakError` for a play that `allowed` forbids."""
+        nothing = Histories.from_lists([], [])
+        counts, has_likes = RetrievalCounts.fit(nothing, num_songs=num_songs, newest=newest), False
+        for histories in batches:
+            has_likes |= histories.likes is not None
+            part = RetrievalCounts.fit(histories, num_songs=num_songs, allowed=allowed, newest=newest)
+            counts = RetrievalCounts.merge([counts, part])
+        return cls.build(counts, artist_of_song=artist_of_song, album_of_song=album_of_song, has_likes=has_likes)
+
+    def with_added(self, rows: np.ndarray, artist_rows: np.ndarray, album_rows: np.ndarray) -> Retrieval:
+        """With the artists and albums of songs that came later, as `SongGroups.with_added` takes them."""
+        artists, albums = self.artists.with_added(rows, artist_rows), self.albums.with_added(rows, album_rows)
+        return replace(self, artists=artists, albums=albums)
+
+    def save(self, workspace: Workspace, folder: str) -> list[str]:
+        """Write .npy files and a JSON file of settings into a folder; the names of the files."""
+        arrays = {name: value for name, value in _flat(self).items() if isinstance(value, np.ndarray)}
+        for name, array in arrays.items():
+            workspace.write_array(f"{folder}/{name}.npy", array)
+        skips = {"skip_share": self.skip_share} if SKIPS in arrays else {}
+        likes = {"has_likes": True} if self.has_likes else {}
+        workspace.write_json(f"{folder}/{SETTINGS_FILE}", {"newest": self.sessions.newest, **skips, **likes})
+        return [SETTINGS_FILE, *(f"{name}.npy" for name in arrays)]
+
+    @classmethod
+    def load(cls, workspace: Workspace, folder: str) -> Retrieval:
+        """What `save` wrote; memory-mapped on a local disk."""
+        settings: dict[str, Any] = workspace.read_json(f"{folder}/{SETTINGS_FILE}")
+
+        def read(part: type, prefix: str, **others: Any) -> Any:
+            names = [field.name for field in fields(part) if field.name not in others]
+            return part(**others, **{name: workspace.read_array(f"{folder}/{prefix}.{name}.npy") for name in names})
+
+        return cls(
+            sessions=read(SessionPostings, "sessions", newest=int(settings["newest"])),
+            rules=read(RuleCounts, "rules"),
+            plays=read(PlayCounts, "plays", **({} if "skip_share" in settings else {"skips": None})),
+            recent_plays=workspace.read_array(f"{folder}/recent_plays.npy"),
+            popular=workspace.read_array(f"{folder}/popular.npy"),
+            artists=read(SongGroups, "artists"),
+            albums=read(SongGroups, "albums"),
+            skip_share=float(settings.get("skip_share", 0.0)),
+            has_likes=bool(settings.get("has_likes", False)),
+        )
+
+
+def read_first_days(workspace: Workspace, folder: str) -> np.ndarray:
+    """int32 (N,): `PlayCounts.first_days` of what `Retrieval.save` wrote, without the rest of it."""
+    return np.asarray(workspace.read_array(f"{folder}/plays.first_days.npy"))
+
+
+def read_popularity(workspace: Workspace, folder: str) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (N,) and int32 (N,): plays of late and the artist of each song, of what `Retrieval.save` wrote."""
+    return workspace.read_array(f"{folder}/recent_plays.npy"), workspace.read_array(f"{folder}/artists.of_song.npy")
+
+
+def _flat(retrieval: Retrieval) -> dict[str, Any]:
+    """The arrays by the names of their files."""
+    named: dict[str, Any] = {}
+    for field in fields(retrieval):
+        value = getattr(retrieval, field.name)
+        if isinstance(value, np.ndarray | float | bool):
+            named[field.name] = value
+        else:
+            named |= {f"{field.name}.{part.name}": getattr(value, part.name) for part in fields(value)}
+    return named
+
+
+PARTS = {"sessions": SessionPostings, "rules": RuleCounts, "plays": PlayCounts}
+
+
+def song_ranges(songs: int, plays: int) -> list[tuple[int, int]]:
+    """First row and the row after the last of each range of songs, as many as keep their counts in a task's memory."""
+    count = max(1, min(songs, -(-plays // PLAYS_PER_RANGE)))
+    return list(pairwise(np.linspace(0, songs, count + 1).astype(int).tolist()))
+
+
+def pack_counts(counts: RetrievalCounts, first: int, last: int) -> bytes:
+    """The counts of the songs from row `first` up to `last`, as `RetrievalCounts.of_songs` gives them.
+
+    What is known of every song is stored for the range alone, so that a piece grows with its range and its bucket
+    and not with the catalog.
+    """
+    arrays = {"about": np.array([first, last, counts.plays.num_songs, counts.sessions.newest], dtype=np.int64)}
+    for name in PARTS:
+        part = getattr(counts, name)
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if isinstance(value, np.ndarray):
+                key = f"{name}.{field.name}"
+                value = value[first : last + 1] if key in BY_SONG else value
+                arrays[key] = np.ascontiguousarray(value)
+    if first > 0:
+        for key in (*WHOLE, SKIPS):
+            arrays.pop(key, None)
+    return bytes(save(arrays))
+
+
+def unpack_counts(data: bytes) -> RetrievalCounts:
+    """What `pack_counts` stored."""
+    arrays = load(data)
+    first, last, num_songs, newest = (int(value) for value in arrays.pop("about"))
+    for key in BY_SONG:
+        offsets = np.empty(num_songs + 1, dtype=np.int64)
+        offsets[:first], offsets[first : last + 1], offsets[last + 1 :] = 0, arrays[key], arrays[key][-1]
+        arrays[key] = offsets
+    nothing = PlayCounts.fit(Histories.from_lists([], []), num_songs=num_songs)
+    for key in WHOLE:
+        arrays.setdefault(key, getattr(nothing, key.partition(".")[2]))
+
+    def of(name: str) -> dict[str, np.ndarray]:
+        return {key.partition(".")[2]: value for key, value in arrays.items() if key.startswith(f"{name}.")}
+
+    return RetrievalCounts(
+        sessions=SessionPostings(newest=newest, **of("sessions")),
+        rules=RuleCounts(**of("rules")),
+        plays=PlayCounts(**of("plays")),
+    )
