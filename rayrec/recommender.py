@@ -21,7 +21,7 @@ import pyarrow.fs as pafs
 from rayrec.config import from_mapping
 from rayrec.data import columns as names
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import now_ms, parse_moment
 from rayrec.errors import InputError, NotFoundError
 from rayrec.jobs.job_config import FitConfig, UpdateConfig
@@ -161,7 +161,7 @@ class Recommender:
         dataset, recommender = self._answering()
         moment, ids = _moment(at), [users] if isinstance(users, str) else list(users)
         histories = self._histories(dataset, ids, moment)
-        vectors = network_of(recommender).vectors(histories, Questions.at_end(histories, moment), horizon)
+        vectors = network_of(recommender).vectors(histories, Queries.at_end(histories, moment), horizon)
         return pd.DataFrame(vectors, index=pd.Index(ids, name="user_id"))
 
     def save(self, path: str | Path) -> Path | str:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.recommend.ranker import Ranker, RankerSettings
 from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
@@ -18,7 +18,7 @@ def fit_rankers(
     retrieval = Retrieval.fit([histories], num_songs=network.num_songs, artist_of_song=artist_of_song)
     source = CandidateSource(network, retrieval)
     plays = histories.offsets[1:][histories.lengths > 1] - 1
-    queries = Questions.before_plays(histories, plays)
+    queries = Queries.before_plays(histories, plays)
     held_out = np.arange(len(plays)) % 4 == 0
     last, rows = histories.songs[plays], np.arange(len(plays))
     answers = {kind: (rows, last if kind != "served" else (last + 1) % network.num_songs) for kind in KINDS}

@@ -21,7 +21,7 @@ from rayrec.bench.bench_data import EMBEDDING_DIM, bench_dataset
 from rayrec.bench.rounds import PlainProcess, anonymous_mb, niceness
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.jobs.build_index import build_index
 from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.runtime import ray_cluster
@@ -94,36 +94,36 @@ def bench_answers(place: Workspace, config: AnswersBenchConfig) -> dict[str, Any
     }
 
 
-def measure_answers(dataset: Dataset, parts: dict[str, str], queries: int) -> dict[str, Any]:
+def measure_answers(dataset: Dataset, parts: dict[str, str], count: int) -> dict[str, Any]:
     """The figures of one catalog, in a process that has loaded nothing yet."""
     import torch
 
     torch.set_num_threads(1)
     two_step = load_recommender(dataset.workspace, dataset, parts)
     assert isinstance(two_step, TwoStepRecommender)
-    histories, questions = last_play_queries(dataset, queries + WARM)
-    users = [one_query(histories, questions, row) for row in range(len(questions))]
-    for history, question in users[:WARM]:
-        answer_one(two_step, history, question)
+    histories, queries = last_play_queries(dataset, count + WARM)
+    users = [one_query(histories, queries, row) for row in range(len(queries))]
+    for history, query in users[:WARM]:
+        answer_one(two_step, history, query)
     users = users[WARM:] or users  # a world of few users has none to spare
     began = time.process_time()
-    for history, question in users:
-        answer_one(two_step, history, question)
+    for history, query in users:
+        answer_one(two_step, history, query)
     whole = 1000 * (time.process_time() - began) / len(users)
     private = anonymous_mb(psutil.Process())
     clock = StageCosts()
-    for history, question in users:
-        answer_by_stage(two_step, history, question, clock)
+    for history, query in users:
+        answer_by_stage(two_step, history, query, clock)
     tracemalloc.start()
     traced = StageCosts(traced=True)
-    for history, question in users[:TRACED]:
-        answer_by_stage(two_step, history, question, traced)
+    for history, query in users[:TRACED]:
+        answer_by_stage(two_step, history, query, traced)
     tracemalloc.stop()
     stages = {
         name: {"cpu_ms": 1000 * seconds / len(users), "bytes": traced.most_bytes[name]}
         for name, seconds in clock.seconds.items()
     }
-    recall_with_index = recall(two_step, histories, questions)
+    recall_with_index = recall(two_step, histories, queries)
     exact = SongIndex.build(two_step.source.network.song_vectors, IndexConfig(kind="flat"))
     return {
         "cpu_ms": whole,
@@ -131,22 +131,22 @@ def measure_answers(dataset: Dataset, parts: dict[str, str], queries: int) -> di
         "stages": stages,
         "private_mb": private,
         "recall": recall_with_index,
-        "exact_recall": recall(with_index(two_step, exact), histories, questions),
+        "exact_recall": recall(with_index(two_step, exact), histories, queries),
         "index": two_step.source.index.figures.kind,
         "nprobe": two_step.source.index.figures.nprobe,
     }
 
 
-def one_query(histories: Histories, questions: Questions, row: int) -> tuple[Histories, Questions]:
-    """One user's plays before a question, and the question."""
-    plays_before = int(questions.seen[row])
-    history = histories.take(questions.rows[row : row + 1]).span(0, plays_before)
-    return history, Questions.at_end(history, int(questions.at[row]))
+def one_query(histories: Histories, queries: Queries, row: int) -> tuple[Histories, Queries]:
+    """One user's plays before a query, and the query."""
+    plays_before = int(queries.seen[row])
+    history = histories.take(queries.rows[row : row + 1]).span(0, plays_before)
+    return history, Queries.at_end(history, int(queries.at[row]))
 
 
-def answer_one(two_step: TwoStepRecommender, history: Histories, question: Questions) -> np.ndarray:
+def answer_one(two_step: TwoStepRecommender, history: Histories, query: Queries) -> np.ndarray:
     """int32 (K,): new songs for one user, as a server answers."""
-    return np.asarray(two_step.rank_queries(history, question, K, limits=without_heard(history)).songs[0])
+    return np.asarray(two_step.rank_queries(history, query, K, limits=without_heard(history)).songs[0])
 
 
 @dataclass
@@ -172,14 +172,14 @@ class StageCosts:
         return result
 
 
-def answer_by_stage(two_step: TwoStepRecommender, history: Histories, question: Questions, stage: StageCosts) -> None:
+def answer_by_stage(two_step: TwoStepRecommender, history: Histories, query: Queries, stage: StageCosts) -> None:
     """The work of `answer_one`, one stage after the other."""
     source, limits = two_step.source, without_heard(history)
-    vectors = stage("taste vectors", lambda: source.network.vectors_of(history, question, HORIZONS))
+    vectors = stage("taste vectors", lambda: source.network.vectors_of(history, query, HORIZONS))
     short, long = (vectors[horizon] for horizon in HORIZONS)
     batch = stage(
         "plays",
-        lambda: QueryBatch.of(history, question, source.num_songs, short_vectors=short, long_vectors=long),
+        lambda: QueryBatch.of(history, query, source.num_songs, short_vectors=short, long_vectors=long),
     )
     proposals = {
         retriever.name: stage(retriever.name, partial(retriever.propose, batch, COUNTS[retriever.name]))
@@ -192,9 +192,9 @@ def answer_by_stage(two_step: TwoStepRecommender, history: Histories, question: 
     stage.candidates += len(candidates.rows)
 
 
-def recall(two_step: TwoStepRecommender, histories: Histories, questions: Questions) -> float:
+def recall(two_step: TwoStepRecommender, histories: Histories, queries: Queries) -> float:
     """recall@K of the last play of each user."""
-    songs = two_step.rank_queries(histories, questions, K).songs
+    songs = two_step.rank_queries(histories, queries, K).songs
     return float((songs == histories.songs[histories.offsets[1:] - 1][:, None]).any(axis=1).mean())
 
 
@@ -277,8 +277,8 @@ def _grown(examples: RankingExamples, names: list[str]) -> Ranker:
     return Ranker(model, names, calibrate(examples.rows, model.scores(examples.features), examples.right))
 
 
-def last_play_queries(dataset: Dataset, users: int) -> tuple[Histories, Questions]:
+def last_play_queries(dataset: Dataset, users: int) -> tuple[Histories, Queries]:
     """Some users with the queries that the last play of each answers."""
     histories = next(dataset.read_bucket(0, users))
     histories = histories.take(histories.lengths > 1)
-    return histories, Questions.before_plays(histories, histories.offsets[1:] - 1)
+    return histories, Queries.before_plays(histories, histories.offsets[1:] - 1)

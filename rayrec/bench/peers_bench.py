@@ -182,7 +182,7 @@ def queries_of_test_range(dataset: Dataset, split: Split, count: int, seed: int 
 
 def songs_before(queries: Validation, longest: int) -> dict[str, np.ndarray]:
     """The last songs of each query, at most `longest`: int64 `songs`, flat, and where those of each query begin."""
-    test_queries = queries.questions
+    test_queries = queries.queries
     lengths = np.minimum(test_queries.seen, longest)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     places = np.repeat(queries.plays - lengths - offsets[:-1], lengths) + np.arange(offsets[-1])

@@ -1,6 +1,6 @@
 """Histories: many users' plays as flat arrays plus offsets, the form in which plays travel; and ragged arrays.
 
-U users, P plays of all of them together, Q questions.
+U users, P plays of all of them together, Q queries.
 """
 
 from collections.abc import Sequence
@@ -248,7 +248,7 @@ def concatenate(parts: Sequence[Histories]) -> Histories:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Questions:
+class Queries:
     """Q requests for recommendations: each is asked of one user after a number of that user's plays.
 
     The plays after that number are there in the histories but must not be used to answer.
@@ -264,20 +264,20 @@ class Questions:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, which: np.ndarray | slice) -> "Questions":
-        """Some of the questions."""
+    def take(self, which: np.ndarray | slice) -> "Queries":
+        """Some of the queries."""
         hidden = None if self.hidden is None else self.hidden[which]
-        return Questions(rows=self.rows[which], seen=self.seen[which], at=self.at[which], hidden=hidden)
+        return Queries(rows=self.rows[which], seen=self.seen[which], at=self.at[which], hidden=hidden)
 
     @classmethod
-    def at_end(cls, histories: Histories, at: int | np.ndarray, hidden: np.ndarray | None = None) -> "Questions":
-        """One question per user, after all plays, at time `at` (ms UTC), one for all or one each."""
+    def at_end(cls, histories: Histories, at: int | np.ndarray, hidden: np.ndarray | None = None) -> "Queries":
+        """One query per user, after all plays, at time `at` (ms UTC), one for all or one each."""
         moments = np.broadcast_to(np.asarray(at, dtype=np.int64), (len(histories),))
         return cls(rows=np.arange(len(histories)), seen=histories.lengths, at=moments, hidden=hidden)
 
     @classmethod
-    def before_plays(cls, histories: Histories, plays: np.ndarray) -> "Questions":
-        """The questions whose answers are the plays at positions `plays`, int (Q,), of the flat arrays."""
+    def before_plays(cls, histories: Histories, plays: np.ndarray) -> "Queries":
+        """The queries whose answers are the plays at positions `plays`, int (Q,), of the flat arrays."""
         rows = np.searchsorted(histories.offsets, plays, side="right") - 1
         return cls(rows=rows, seen=plays - histories.offsets[rows], at=histories.played_at[plays])
 

@@ -35,7 +35,7 @@ from scipy.special import ndtri
 
 from rayrec.config import Settings
 from rayrec.data import columns
-from rayrec.data.histories import Histories, Questions, concatenate
+from rayrec.data.histories import Histories, Queries, concatenate
 
 FIRST = (
     "Amber Blue Broken Burning Coastal Crooked Distant Drifting Electric Empty Endless Fading Foreign Frozen Gentle "
@@ -428,20 +428,20 @@ class Oracle:
         self.world = world
         self.know_contexts = know_contexts
 
-    def probabilities(self, histories: Histories, questions: Questions) -> np.ndarray:
-        """float32 (Q, N): the probability of each song to be played at the moment of each question."""
+    def probabilities(self, histories: Histories, queries: Queries) -> np.ndarray:
+        """float32 (Q, N): the probability of each song to be played at the moment of each query."""
         world, config = self.world, self.world.config
-        states = _QueryStates(world, histories, questions)
-        contexts = self._next_contexts(histories, questions, states.starts)
-        heard = _heard(world, histories, questions)
-        nothing = _weight_before(world, histories, questions) == 0
+        states = _QueryStates(world, histories, queries)
+        contexts = self._next_contexts(histories, queries, states.starts)
+        heard = _heard(world, histories, queries)
+        nothing = _weight_before(world, histories, queries) == 0
         genres = states.moods[:, world.genre] * world.share
         answer = heard.multiply(contexts[:, [COLLECTION]]).toarray()
         # Who has heard nothing yet, or nothing but disliked songs, has no collection: the song comes from the mood.
         from_mood = contexts[:, [PLAYLIST, ALBUM, RADIO]].sum(axis=1)
         from_mood += np.where(nothing, contexts[:, COLLECTION], 0.0)
         followed = np.where(states.starts, 0.0, config.follow)
-        rows = np.arange(len(questions))
+        rows = np.arange(len(queries))
         for context, successor in ((PLAYLIST, world.playlist_next), (ALBUM, world.album_next)):
             weight = contexts[:, context] * followed
             answer[rows, successor[states.last]] += weight
@@ -459,50 +459,50 @@ class Oracle:
         users = np.arange(min(200, self.world.config.users)) if users is None else users
         total, count = 0.0, 0
         for histories in self.world.blocks(users):
-            questions = every_play(histories, first_play)
+            queries = every_play(histories, first_play)
             step = max(1, CHANCES_PER_CHUNK // self.world.config.songs)
-            for start in range(0, len(questions), step):
-                chance = self.probabilities(histories, questions.take(slice(start, start + step)))
+            for start in range(0, len(queries), step):
+                chance = self.probabilities(histories, queries.take(slice(start, start + step)))
                 best = np.partition(chance, -k, axis=1)[:, -k:] if k < chance.shape[1] else chance
                 total += float(best.sum(dtype=np.float64))
-            count += len(questions)
+            count += len(queries)
         return total / max(1, count)
 
-    def _next_contexts(self, histories: Histories, questions: Questions, starts: np.ndarray) -> np.ndarray:
+    def _next_contexts(self, histories: Histories, queries: Queries, starts: np.ndarray) -> np.ndarray:
         """float64 (Q, C): the probability of each context for the play to come."""
         if self.know_contexts:
-            known = _context_numbers(histories)[_last_play(histories, questions)]
+            known = _context_numbers(histories)[_last_play(histories, queries)]
             return np.asarray(self.world.context_shares[np.where(starts, len(CONTEXTS), known)])
-        inferred = infer_contexts(self.world, histories)[_last_play(histories, questions)]
+        inferred = infer_contexts(self.world, histories)[_last_play(histories, queries)]
         moves, first = self.world.context_shares[:-1], self.world.context_shares[-1]
         return np.asarray(np.where(starts[:, None], first, inferred @ moves))
 
 
 class _QueryStates:
-    """What the rules look at before each question's play."""
+    """What the rules look at before each query's play."""
 
     starts: np.ndarray  # bool (Q,), whether it starts a session
     last: np.ndarray  # int32 (Q,), the song before; 0 where there is none
     moods: np.ndarray  # float64 (Q, G), the mood's distribution: the last song's genre, or the taste
 
-    def __init__(self, world: World, histories: Histories, questions: Questions) -> None:
-        before = _last_play(histories, questions)
-        none = questions.seen == 0
-        self.starts = none | (questions.at - histories.played_at[before] >= SESSION_GAP)
+    def __init__(self, world: World, histories: Histories, queries: Queries) -> None:
+        before = _last_play(histories, queries)
+        none = queries.seen == 0
+        self.starts = none | (queries.at - histories.played_at[before] >= SESSION_GAP)
         self.last = np.where(none, 0, histories.songs[before])
         config = world.config
-        tastes = world.tastes(world.user_index(histories.user_ids))[questions.rows]
-        self.moods = np.full((len(questions), config.genres), config.outside / config.genres)
+        tastes = world.tastes(world.user_index(histories.user_ids))[queries.rows]
+        self.moods = np.full((len(queries), config.genres), config.outside / config.genres)
         np.put_along_axis(self.moods, tastes, self.moods[:, :1] + (1 - config.outside) * TASTE, axis=1)
         following = np.flatnonzero(~self.starts)
         self.moods[following] = 0.0
         self.moods[following, world.genre[self.last[following]]] = 1.0
 
 
-def every_play(histories: Histories, first_play: int = 0) -> Questions:
-    """One question before every play, from each user's `first_play` on."""
+def every_play(histories: Histories, first_play: int = 0) -> Queries:
+    """One query before every play, from each user's `first_play` on."""
     place = np.arange(histories.num_plays) - histories.offsets[histories.rows]
-    return Questions.before_plays(histories, np.flatnonzero(place >= first_play))
+    return Queries.before_plays(histories, np.flatnonzero(place >= first_play))
 
 
 def infer_contexts(world: World, histories: Histories) -> np.ndarray:
@@ -510,9 +510,9 @@ def infer_contexts(world: World, histories: Histories) -> np.ndarray:
 
     The forward pass of a hidden Markov model (Rabiner 1989): contexts are hidden, songs observed.
     """
-    questions = every_play(histories)
-    states = _QueryStates(world, histories, questions)
-    likely = _likelihoods(world, histories, questions, states)
+    queries = every_play(histories)
+    states = _QueryStates(world, histories, queries)
+    likely = _likelihoods(world, histories, queries, states)
     moves, first = world.context_shares[:-1], world.context_shares[-1]
     inferred = np.zeros((histories.num_plays, len(CONTEXTS)))
     for step in range(histories.lengths.max(initial=0)):
@@ -523,7 +523,7 @@ def infer_contexts(world: World, histories: Histories) -> np.ndarray:
     return inferred
 
 
-def _likelihoods(world: World, histories: Histories, questions: Questions, states: _QueryStates) -> np.ndarray:
+def _likelihoods(world: World, histories: Histories, queries: Queries, states: _QueryStates) -> np.ndarray:
     """float64 (P, C): the probability of each played song, had it come from each context."""
     songs = histories.songs
     share, genre = world.share[songs], world.genre[songs]
@@ -533,7 +533,7 @@ def _likelihoods(world: World, histories: Histories, questions: Questions, state
     for context, successor in ((PLAYLIST, world.playlist_next), (ALBUM, world.album_next)):
         follow = np.where(states.starts, 0.0, world.config.follow)
         likely[:, context] = follow * (successor[states.last] == songs) + (1 - follow) * likely[:, RADIO]
-    before = _weight_before(world, histories, questions)
+    before = _weight_before(world, histories, queries)
     earlier = _earlier_plays_of_song(histories) * _weights(world, histories)
     likely[:, COLLECTION] = np.where(before == 0, likely[:, RADIO], earlier / np.where(before == 0, 1, before))
     return likely
@@ -544,11 +544,11 @@ def _weights(world: World, histories: Histories) -> np.ndarray:
     return world.collection_weights(world.user_index(histories.user_ids)[histories.rows], histories.songs)
 
 
-def _weight_before(world: World, histories: Histories, questions: Questions) -> np.ndarray:
-    """float64 (Q,): of the plays before each question together."""
+def _weight_before(world: World, histories: Histories, queries: Queries) -> np.ndarray:
+    """float64 (Q,): of the plays before each query together."""
     sums = np.concatenate([[0], np.cumsum(_weights(world, histories))])
-    starts = histories.offsets[questions.rows]
-    return np.asarray(sums[starts + questions.seen] - sums[starts])
+    starts = histories.offsets[queries.rows]
+    return np.asarray(sums[starts + queries.seen] - sums[starts])
 
 
 def _earlier_plays_of_song(histories: Histories) -> np.ndarray:
@@ -561,9 +561,9 @@ def _earlier_plays_of_song(histories: Histories) -> np.ndarray:
     return counts
 
 
-def _last_play(histories: Histories, questions: Questions) -> np.ndarray:
-    """int64 (Q,): position of the play before each question in the flat arrays; where there is none, of some play."""
-    return np.asarray(np.maximum(histories.offsets[questions.rows] + questions.seen - 1, 0))
+def _last_play(histories: Histories, queries: Queries) -> np.ndarray:
+    """int64 (Q,): position of the play before each query in the flat arrays; where there is none, of some play."""
+    return np.asarray(np.maximum(histories.offsets[queries.rows] + queries.seen - 1, 0))
 
 
 def _context_numbers(histories: Histories) -> np.ndarray:
@@ -572,12 +572,12 @@ def _context_numbers(histories: Histories) -> np.ndarray:
     return np.asarray(np.log2(histories.contexts), dtype=np.int64)
 
 
-def _heard(world: World, histories: Histories, questions: Questions) -> sp.csr_array:
-    """float64 (Q, N), sparse: each song's share of the collection before each question."""
-    starts = histories.offsets[questions.rows]
-    offsets = np.concatenate([[0], np.cumsum(questions.seen)])
-    plays = np.repeat(starts - offsets[:-1], questions.seen) + np.arange(offsets[-1])
-    before = _weight_before(world, histories, questions)
-    weights = _weights(world, histories)[plays] * np.repeat(1 / np.where(before == 0, 1, before), questions.seen)
-    shape = (len(questions), world.config.songs)
+def _heard(world: World, histories: Histories, queries: Queries) -> sp.csr_array:
+    """float64 (Q, N), sparse: each song's share of the collection before each query."""
+    starts = histories.offsets[queries.rows]
+    offsets = np.concatenate([[0], np.cumsum(queries.seen)])
+    plays = np.repeat(starts - offsets[:-1], queries.seen) + np.arange(offsets[-1])
+    before = _weight_before(world, histories, queries)
+    weights = _weights(world, histories)[plays] * np.repeat(1 / np.where(before == 0, 1, before), queries.seen)
+    shape = (len(queries), world.config.songs)
     return sp.csr_array((weights, histories.songs[plays], offsets), shape=shape)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayrec.data.histories import Histories, Questions, user_hash
+from rayrec.data.histories import Histories, Queries, user_hash
 from rayrec.data.split import Split
 from rayrec.evaluation.accumulator import COVERAGE_SONGS, LAST, LISTED, RETURN_BYTES, SLICED, VIEWS, MetricAccumulator
 from rayrec.evaluation.bootstrap import CellRange
@@ -46,7 +46,7 @@ class QueryBlock:
     """Users and queries, the target songs, and for whom and in what each query counts."""
 
     histories: Histories
-    queries: Questions
+    queries: Queries
     cells: np.ndarray  # int64 (U,), the bootstrap cell of each user
     num_cells: int  # C
     groups: np.ndarray  # int64 (U,), the place in GROUPS of each user
@@ -74,7 +74,7 @@ class QueryBlock:
 
         `known_songs` are as in `target_songs`, `days` as of `day_targets`, `network` as in `slice_masks`.
         """
-        queries = Questions.before_plays(histories, plays)
+        queries = Queries.before_plays(histories, plays)
         drawn = user_hash(histories.user_ids, salt=f"curves {config.seed} ") / 2.0**64 < curve_share
         heard = HeardSongs(histories)
         repeat = heard(queries.rows, queries.seen, histories.songs[plays])

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.errors import InputError
 from rayrec.evaluation.accumulator import RETURN_BYTES, VIEWS, MetricAccumulator
 from rayrec.evaluation.bootstrap import CellRange
@@ -137,7 +137,7 @@ class PrefixEvaluator:
         """The sums of some pairs."""
         cells = cells or CellRange()
         sums, histories, targets = self.empty(cells.count), prefixes.histories, self._targets(prefixes)
-        queries = Questions.at_end(histories, ASSUMED_GAP_MS * histories.lengths)
+        queries = Queries.at_end(histories, ASSUMED_GAP_MS * histories.lengths)
         cell, group = cells.cells_of(histories.user_ids), GROUPS.index("new")
         for name, target in targets.items():
             sums.users[VIEWS.index(name), group] = np.count_nonzero(target.sizes)

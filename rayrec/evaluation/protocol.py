@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
 from rayrec.config import Settings
-from rayrec.data.histories import Histories, Questions, ranges, user_hash
+from rayrec.data.histories import Histories, Queries, ranges, user_hash
 from rayrec.data.split import DAY_MS, Split
 from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.model.train_config import DaysHorizon
@@ -161,7 +161,7 @@ class TargetSongs:
 
 def target_songs(
     histories: Histories,
-    queries: Questions,
+    queries: Queries,
     target: str,
     heard: HeardSongs,
     known_songs: np.ndarray | None = None,
@@ -201,7 +201,7 @@ def in_mask(mask: np.ndarray, songs: np.ndarray) -> np.ndarray:
     return np.asarray(inside)
 
 
-def plays_ahead(histories: Histories, queries: Questions, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+def plays_ahead(histories: Histories, queries: Queries, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
     """The plays at offsets `first` to `last` that the histories hold: their queries and positions, int64 each."""
     start = histories.offsets[queries.rows] + queries.seen + first - 1
     count = np.clip(histories.offsets[queries.rows + 1] - start, 0, last - first + 1)
@@ -244,7 +244,7 @@ def slices_of(contexts: Sequence[str]) -> list[tuple[str, str]]:
 
 def slice_masks(
     histories: Histories,
-    queries: Questions,
+    queries: Queries,
     predicted: np.ndarray,
     contexts: Sequence[str],
     network: VectorRecommender | None = None,
@@ -270,7 +270,7 @@ def slice_masks(
     return np.stack(masks)
 
 
-def plays_before_session(histories: Histories, queries: Questions) -> np.ndarray:
+def plays_before_session(histories: Histories, queries: Queries) -> np.ndarray:
     """int64 (Q,): the user's plays before the session that the query goes on; all of them where it begins one."""
     begins = np.ones(histories.num_plays, dtype=bool)
     begins[1:] = np.diff(histories.played_at) > SESSION_GAP_MS
@@ -281,13 +281,13 @@ def plays_before_session(histories: Histories, queries: Questions) -> np.ndarray
     return np.asarray(np.where(goes_on, first[last] - histories.offsets[queries.rows], queries.seen))
 
 
-def _session_at(histories: Histories, queries: Questions, before: np.ndarray) -> np.ndarray:
+def _session_at(histories: Histories, queries: Queries, before: np.ndarray) -> np.ndarray:
     """int64 (Q,), ms UTC: when the session of each query began, with the query where it has no play yet."""
     first = np.minimum(histories.offsets[queries.rows] + before, histories.num_plays - 1)
     return np.asarray(np.where(before < queries.seen, histories.played_at[first], queries.at))
 
 
-def gap_days(histories: Histories, queries: Questions, before: np.ndarray) -> np.ndarray:
+def gap_days(histories: Histories, queries: Queries, before: np.ndarray) -> np.ndarray:
     """float64 (Q,): days between the session of each query and the last play before it; -1 where there is none."""
     last = np.maximum(histories.offsets[queries.rows] + before - 1, 0)
     days = (_session_at(histories, queries, before) - histories.played_at[last]) / DAY_MS
@@ -295,7 +295,7 @@ def gap_days(histories: Histories, queries: Questions, before: np.ndarray) -> np
 
 
 def session_cosines(
-    network: VectorRecommender, histories: Histories, queries: Questions, before: np.ndarray
+    network: VectorRecommender, histories: Histories, queries: Queries, before: np.ndarray
 ) -> np.ndarray:
     """float64 (Q,): the cosine of the mean of the session's last ten songs with the long-term vector before it.
 
@@ -315,7 +315,7 @@ def session_cosines(
     sessions, which = np.unique(np.stack([queries.rows[rows], before[rows]]), axis=1, return_inverse=True)
     at = np.zeros(sessions.shape[1], dtype=np.int64)
     at[which.reshape(-1)] = _session_at(histories, queries, before)[rows]
-    long = network.vectors(histories, Questions(rows=sessions[0], seen=sessions[1], at=at), "long")[which.reshape(-1)]
+    long = network.vectors(histories, Queries(rows=sessions[0], seen=sessions[1], at=at), "long")[which.reshape(-1)]
     norms = np.linalg.norm(sums, axis=1) * np.linalg.norm(long, axis=1)
     cosines[rows[norms > 0]] = (sums * long).sum(axis=1)[norms > 0] / norms[norms > 0]
     return cosines

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rayrec.data.histories import Histories, Questions, highest_of_each
+from rayrec.data.histories import Histories, Queries, highest_of_each
 from rayrec.evaluation.protocol import TargetSongs, in_mask
 from rayrec.recommend.base import BaseRecommender, CandidateRecommender, HorizonName, ScoredCandidates
 from rayrec.recommend.session_knn import last_plays
@@ -39,7 +39,7 @@ class Ranked(NamedTuple):
 def rank_targets(
     recommender: BaseRecommender,
     histories: Histories,
-    queries: Questions,
+    queries: Queries,
     targets: Mapping[str, TargetSongs],
     known_songs: np.ndarray,
     *,
@@ -124,7 +124,7 @@ class _Rankings(ABC):
 
     @abstractmethod
     def without_heard(
-        self, histories: Histories, queries: Questions, rows: np.ndarray, among: np.ndarray | None = None
+        self, histories: Histories, queries: Queries, rows: np.ndarray, among: np.ndarray | None = None
     ) -> _Rankings:
         """The rankings of the queries at `rows`, ascending, without the songs that their users have heard.
 
@@ -133,7 +133,7 @@ class _Rankings(ABC):
 
 
 def _rankings(
-    recommender: BaseRecommender, histories: Histories, queries: Questions, horizons: Sequence[HorizonName], depth: int
+    recommender: BaseRecommender, histories: Histories, queries: Queries, horizons: Sequence[HorizonName], depth: int
 ) -> Iterator[tuple[slice, HorizonName, _Rankings]]:
     if isinstance(recommender, CandidateRecommender):
         for chunk, candidates in recommender.candidate_chunks(histories, queries):
@@ -168,7 +168,7 @@ class DenseRankings(_Rankings):
         return rows[query_of_song], songs
 
     def without_heard(
-        self, histories: Histories, queries: Questions, rows: np.ndarray, among: np.ndarray | None = None
+        self, histories: Histories, queries: Queries, rows: np.ndarray, among: np.ndarray | None = None
     ) -> DenseRankings:
         """As in `_Rankings`."""
         scores = np.array(self._scores[rows])
@@ -233,7 +233,7 @@ class CandidateRankings(_Rankings):
         return self._rows[within], self._songs[within]
 
     def without_heard(
-        self, histories: Histories, queries: Questions, rows: np.ndarray, among: np.ndarray | None = None
+        self, histories: Histories, queries: Queries, rows: np.ndarray, among: np.ndarray | None = None
     ) -> CandidateRankings:
         """As in `_Rankings`."""
         places, songs, _ = last_plays(histories, queries.take(rows), self._num_songs, histories.num_plays)

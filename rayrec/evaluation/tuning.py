@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rayrec.data.histories import Questions, user_hash
+from rayrec.data.histories import Queries, user_hash
 from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.evaluation.protocol import USUAL_K, HeardSongs, target_songs
 from rayrec.evaluation.ranks import metric_columns, metrics_of, rank_targets
@@ -77,7 +77,7 @@ class TuningMetric:
         hashes = user_hash(histories.user_ids, salt="queries ")
         order = np.argsort(uniform_draws(hashes[rows], plays_before), kind="stable")
         drawn = np.sort(selection.plays[order[plays_before[order] > 0][:QUERIES]])
-        self._queries = Questions.before_plays(histories, drawn)
+        self._queries = Queries.before_plays(histories, drawn)
         heard = HeardSongs(histories)
         self._targets = {name: target_songs(histories, self._queries, name, heard) for name in TUNED_TARGETS}
         self._known = np.ones(selection.dataset.num_songs, dtype=bool)

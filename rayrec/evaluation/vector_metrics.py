@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rayrec.data.histories import Histories, Questions, user_hash
+from rayrec.data.histories import Histories, Queries, user_hash
 from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.evaluation.protocol import OFFSETS, plays_ahead
 from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender
@@ -30,7 +30,7 @@ def curves_of(recommenders: Sequence[BaseRecommender]) -> list[Curve]:
 
 
 def cosine_sums(
-    recommender: VectorRecommender, vectors: np.ndarray, histories: Histories, queries: Questions, offsets: int
+    recommender: VectorRecommender, vectors: np.ndarray, histories: Histories, queries: Queries, offsets: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sums of cosines and their counts, float64 (U, L) each.
 
@@ -103,7 +103,7 @@ def pair_sums(
     recommender: VectorRecommender,
     vectors: np.ndarray,
     histories: Histories,
-    queries: Questions,
+    queries: Queries,
     target: str,
     negatives: RandomSongs,
 ) -> tuple[np.ndarray, np.ndarray]:

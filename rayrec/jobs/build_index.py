@@ -8,7 +8,7 @@ import numpy as np
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Questions
+from rayrec.data.histories import Queries
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
 from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex, require_one_faiss
@@ -73,7 +73,7 @@ def taste_queries(workspace: Workspace, model: Manifest, count: int) -> np.ndarr
     network, vectors, users_left = TasteRecommender.load(workspace, model.id), [], -(-count // len(HORIZONS))
     for bucket in range(dataset.manifest.buckets):
         for histories in dataset.read_bucket(bucket, min(users_left, USERS_AT_ONCE)):
-            ends = Questions.at_end(histories, histories.played_at[histories.offsets[1:] - 1])
+            ends = Queries.at_end(histories, histories.played_at[histories.offsets[1:] - 1])
             vectors.append(np.concatenate(list(network.vectors_of(histories, ends, HORIZONS).values())))
             users_left -= len(histories)
             if users_left <= 0:

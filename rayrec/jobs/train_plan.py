@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.shards import WindowLengths
 from rayrec.data.split import FitRange, Split, load_split, validation_histories
 from rayrec.errors import RayrecError
@@ -166,7 +166,7 @@ def load_validation(table: pa.Table, selection: FitRange, limit: int, horizon: A
     first = np.zeros(histories.num_plays, dtype=bool)
     first[histories.offsets[:-1]] = True
     plays = np.flatnonzero(~selection.covers(histories) & ~first)
-    begin, end = horizon.spans(histories, Questions.before_plays(histories, plays))
+    begin, end = horizon.spans(histories, Queries.before_plays(histories, plays))
     return Validation(histories=histories, plays=plays[begin < end][:limit], horizon=horizon)
 
 

@@ -1,7 +1,7 @@
 """Inference: from histories to taste vectors, in batches, in pieces, or onwards from a stored state.
 
 Training aside, every taste vector comes from here: the batch job, the evaluation, and answers to
-single requests, so that they agree. U users, Q questions, D embedding, H hidden units, X
+single requests, so that they agree. U users, Q queries, D embedding, H hidden units, X
 numbers that the head sees.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.windows import NEVER
 from rayrec.model.features import gap_seconds, pad, scale_gap
 from rayrec.model.network import TasteModel
@@ -38,15 +38,15 @@ class TasteEncoder:
 
     @torch.inference_mode()
     def run(
-        self, histories: Histories, questions: Questions | None = None, start: States | None = None
+        self, histories: Histories, queries: Queries | None = None, start: States | None = None
     ) -> tuple[np.ndarray, States]:
-        """What the head sees at the questions, float32 (Q, X), and the states after all plays.
+        """What the head sees at the queries, float32 (Q, X), and the states after all plays.
 
-        `start` holds the states before the first of these plays; `questions` count from there.
+        `start` holds the states before the first of these plays; `queries` count from there.
         """
         start = start or self.no_states(len(histories))
         hidden = torch.from_numpy(start.hidden.copy())  # (U, layers, H), moved on piece by piece
-        asked = _Asked(questions, self._seen_in(hidden))
+        asked = _Asked(queries, self._seen_in(hidden))
         for rows in _passes(histories.lengths):
             self._run_rows(histories, rows, start.last_played_at, hidden, asked)
         last = start.last_played_at.copy()
@@ -55,29 +55,27 @@ class TasteEncoder:
         return asked.seen_QX.numpy(), States(hidden=hidden.numpy(), last_played_at=last)
 
     @torch.inference_mode()
-    def vectors(
-        self, histories: Histories, questions: Questions, horizon: str, start: States | None = None
-    ) -> np.ndarray:
-        """float32 (Q, D), normalized: the taste vectors at the questions, from the plays before each only."""
-        return self.vectors_of(histories, questions, (horizon,), start)[horizon]
+    def vectors(self, histories: Histories, queries: Queries, horizon: str, start: States | None = None) -> np.ndarray:
+        """float32 (Q, D), normalized: the taste vectors at the queries, from the plays before each only."""
+        return self.vectors_of(histories, queries, (horizon,), start)[horizon]
 
     @torch.inference_mode()
     def vectors_of(
-        self, histories: Histories, questions: Questions, horizons: Sequence[str], start: States | None = None
+        self, histories: Histories, queries: Queries, horizons: Sequence[str], start: States | None = None
     ) -> dict[str, np.ndarray]:
         """As `vectors`, of several horizons by one run through the plays.
 
-        Questions that bring their hidden state are answered from it and the time of the last play before them.
+        Queries that bring their hidden state are answered from it and the time of the last play before them.
         """
         start = start or self.no_states(len(histories))
-        if questions.hidden is None:
-            seen, _ = self.run(histories, questions, start)
+        if queries.hidden is None:
+            seen, _ = self.run(histories, queries, start)
         else:
-            seen = self._seen_in(torch.from_numpy(np.asarray(questions.hidden, dtype=np.float32))).numpy()
-        index = histories.offsets[questions.rows] + questions.seen - 1
+            seen = self._seen_in(torch.from_numpy(np.asarray(queries.hidden, dtype=np.float32))).numpy()
+        index = histories.offsets[queries.rows] + queries.seen - 1
         played = histories.played_at[np.maximum(index, 0)] if histories.num_plays else index
-        before = np.where(questions.seen > 0, played, start.last_played_at[questions.rows])
-        gap = gap_seconds(before, questions.at)
+        before = np.where(queries.seen > 0, played, start.last_played_at[queries.rows])
+        gap = gap_seconds(before, queries.at)
         return {horizon: self.project(seen, gap, horizon) for horizon in horizons}
 
     def tastes(self, states: States, at: int | np.ndarray, horizon: str) -> np.ndarray:
@@ -119,11 +117,11 @@ class TasteEncoder:
 
 
 class _Asked:
-    """Collects what the head sees where questions ask for it."""
+    """Collects what the head sees where queries ask for it."""
 
-    def __init__(self, questions: Questions | None, initial_UX: Tensor) -> None:
-        self._rows = np.zeros(0, np.int64) if questions is None else np.asarray(questions.rows)
-        self._last = np.zeros(0, np.int64) if questions is None else np.asarray(questions.seen) - 1
+    def __init__(self, queries: Queries | None, initial_UX: Tensor) -> None:
+        self._rows = np.zeros(0, np.int64) if queries is None else np.asarray(queries.rows)
+        self._last = np.zeros(0, np.int64) if queries is None else np.asarray(queries.seen) - 1
         self._order = np.argsort(self._rows, kind="stable")
         self._sorted_rows = self._rows[self._order]
         self.seen_QX = initial_UX[torch.from_numpy(self._rows)].clone()

@@ -1,6 +1,6 @@
 """The taste network, R(.; W) of the paper.
 
-Shapes: B rows, L plays, D embedding, H hidden units, F features, N songs, Q questions, K discounts,
+Shapes: B rows, L plays, D embedding, H hidden units, F features, N songs, Q queries, K discounts,
 X = H + K·D numbers that the head sees.
 """
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayrec.data.histories import Questions
+from rayrec.data.histories import Queries
 from rayrec.data.windows import Windows
 from rayrec.model.features import PlayBatch, pad
 from rayrec.model.network import INPUT_TABLE, SONG_TABLE
@@ -203,7 +203,7 @@ def _in_days(windows: Windows, horizon: DaysHorizon, longest: int) -> tuple[np.n
     plays, shape = windows.plays, (len(windows), longest)
     first, count = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     rows, places = np.nonzero(np.arange(longest) < windows.inputs[:, None])
-    queries = Questions.before_plays(plays, plays.offsets[rows] + places + 1)
+    queries = Queries.before_plays(plays, plays.offsets[rows] + places + 1)
     begin, end = horizon.spans(plays, queries)
     first[rows, places], count[rows, places] = begin - plays.offsets[rows], end - begin
     return first, count

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from rayrec.config import Settings
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import parse_moment
 from rayrec.data.shards import divisors
 from rayrec.data.split import DAY_MS
@@ -55,7 +55,7 @@ class Horizon:
         """True where no more than one play can be the target."""
         return self.min_offset == self.max_offset
 
-    def spans(self, histories: Histories, queries: Questions) -> tuple[np.ndarray, np.ndarray]:
+    def spans(self, histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
         """int64 (Q,) each: the positions of the first target play of each query, and behind the last one."""
         first = histories.offsets[queries.rows] + queries.seen
         ends = histories.offsets[queries.rows + 1]
@@ -89,7 +89,7 @@ class DaysHorizon:
         """As of `Horizon`."""
         return False
 
-    def spans(self, histories: Histories, queries: Questions) -> tuple[np.ndarray, np.ndarray]:
+    def spans(self, histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
         """As of `Horizon`."""
         first = histories.offsets[queries.rows] + queries.seen
         last = np.minimum(histories.offsets[queries.rows + 1], first + PLAYS_IN_DAYS)

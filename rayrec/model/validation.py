@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import INPUT_TABLE, SONG_TABLE, TABLES, TasteModel
 from rayrec.model.row_exchange import RowExchange
@@ -28,21 +28,21 @@ SCORES_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Plays to predict: one in the horizon of each question, from all plays before it by the same user."""
+    """Plays to predict: one in the horizon of each query, from all plays before it by the same user."""
 
     histories: Histories
     plays: np.ndarray  # int64 (Q,), positions of the flat arrays: the plays before which is asked
-    horizon: AnyHorizon = NEXT_PLAY  # in which each question has a play
+    horizon: AnyHorizon = NEXT_PLAY  # in which each query has a play
 
     @property
-    def questions(self) -> Questions:
+    def queries(self) -> Queries:
         """What is asked, in the order of `plays`."""
-        return Questions.before_plays(self.histories, self.plays)
+        return Queries.before_plays(self.histories, self.plays)
 
     @property
     def answers(self) -> np.ndarray:
-        """int64 (Q,): the play to predict of each question; of a horizon of several one is drawn, always the same."""
-        begin, end = self.horizon.spans(self.histories, self.questions)
+        """int64 (Q,): the play to predict of each query; of a horizon of several one is drawn, always the same."""
+        begin, end = self.horizon.spans(self.histories, self.queries)
         return np.asarray(begin + (np.random.default_rng(0).random(len(begin)) * (end - begin)).astype(np.int64))
 
 
@@ -51,20 +51,20 @@ def validation_tastes(model: TasteModel, exchange: RowExchange, validation: Vali
 
     The song tables of `model` hold this worker's rows.
     """
-    histories, questions = validation.histories, validation.questions
+    histories, queries = validation.histories, validation.queries
     horizon = next(iter(model.config.horizons))  # short, where there is one
     device = model.songs.weight.device
-    tastes = torch.zeros(len(questions), model.config.embedding_dim, device=device)
+    tastes = torch.zeros(len(queries), model.config.embedding_dim, device=device)
     users_of_all = USERS_AT_ONCE * share.workers
     for begin in range(0, len(histories), users_of_all):
         users = share.own(np.arange(begin, min(begin + users_of_all, len(histories))))
         some = histories.take(users)
         songs = np.unique(some.songs).astype(np.int64)
         encoder = TasteEncoder(network_over(model, exchange, songs), device)
-        asked = np.flatnonzero(np.isin(questions.rows, users))
+        asked = np.flatnonzero(np.isin(queries.rows, users))
         if len(asked):
             places = np.searchsorted(songs, some.songs).astype(np.int32)
-            of_users = replace(questions.take(asked), rows=np.searchsorted(users, questions.rows[asked]))
+            of_users = replace(queries.take(asked), rows=np.searchsorted(users, queries.rows[asked]))
             vectors = encoder.vectors(replace(some, songs=places), of_users, horizon)
             tastes[torch.from_numpy(asked).to(device)] = torch.from_numpy(vectors).to(device)
     share.add_up(tastes)
@@ -124,7 +124,7 @@ def rank_plays(tastes_QD: Tensor, vectors_nD: Tensor, validation: Validation, sh
     `vectors_nD` are those of this worker's songs; a song that is not known has zeros and is never recommended. Ties
     count against a play, and a score that is no number never finds one.
     """
-    histories, questions = validation.histories, validation.questions
+    histories, queries = validation.histories, validation.queries
     targets = histories.songs[validation.answers]
     unknown_n = ~vectors_nD.any(dim=1)
     longest = -(-int(share.total(len(vectors_nD))) // share.workers)
@@ -140,7 +140,7 @@ def rank_plays(tastes_QD: Tensor, vectors_nD: Tensor, validation: Validation, sh
         target_Q[rows] = scores_Qn[rows, places]
         share.add_up(target_Q)
         among_all_Q = _not_below(scores_Qn, target_Q)
-        heard_by, heard = _heard(histories, questions.take(slice(begin, begin + step)))
+        heard_by, heard = _heard(histories, queries.take(slice(begin, begin + step)))
         scores_Qn[_own(heard_by, heard, share, scores_Qn.device)] = -torch.inf
         ranks_2Q = torch.stack([among_all_Q, _not_below(scores_Qn, target_Q)])
         share.add_up(ranks_2Q)
@@ -165,9 +165,9 @@ def _not_below(scores_Qn: Tensor, target_Q: Tensor) -> Tensor:
     return (~(scores_Qn < target_Q[:, None])).sum(dim=1)
 
 
-def _heard(histories: Histories, questions: Questions) -> tuple[np.ndarray, np.ndarray]:
-    """The songs that users had heard when they were asked for: rows of the questions, and songs."""
-    counts = np.asarray(questions.seen)
+def _heard(histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
+    """The songs that users had heard when they were asked for: rows of the queries, and songs."""
+    counts = np.asarray(queries.seen)
     rows = np.repeat(np.arange(len(counts)), counts)
-    begin = histories.offsets[questions.rows] - (np.cumsum(counts) - counts)
+    begin = histories.offsets[queries.rows] - (np.cumsum(counts) - counts)
     return rows, histories.songs[np.repeat(begin, counts) + np.arange(len(rows))]

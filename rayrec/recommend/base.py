@@ -1,6 +1,6 @@
 """The one interface of everything that recommends, by a score of each song, by candidates or by a vector.
 
-Q questions, N songs, k answers, D dimensions.
+Q queries, N songs, k answers, D dimensions.
 """
 
 from abc import ABC, abstractmethod
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.errors import InputError
 from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.filters import Limits, without_heard
@@ -24,7 +24,7 @@ Kind = Literal["baseline", "network"]
 # qualify, or a score for every song that qualifies.
 SearchPath = Literal["index", "selector", "exact"]
 
-# float32 scores held at once: those of as many questions as a cache holds (8 MiB), or of a few that share a pass over
+# float32 scores held at once: those of as many queries as a cache holds (8 MiB), or of a few that share a pass over
 # the songs (64 MiB).
 SCORES_IN_CACHE, SCORES_PER_CHUNK = 1 << 21, 1 << 24
 FEW_QUESTIONS = 64
@@ -33,19 +33,19 @@ NO_SONG = -1  # fills answers of fewer than k songs
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """The answers to Q questions, best first, filled with -1 and -inf where fewer than k songs qualify."""
+    """The answers to Q queries, best first, filled with -1 and -inf where fewer than k songs qualify."""
 
     songs: np.ndarray  # int32 (Q, k), song rows
     scores: np.ndarray  # float32 (Q, k), descending
     paths: tuple[SearchPath, ...]  # (Q,), how each was found
 
     @classmethod
-    def empty(cls, questions: int, k: int, path: SearchPath = "exact") -> "Ranking":
+    def empty(cls, queries: int, k: int, path: SearchPath = "exact") -> "Ranking":
         """Answers without a song, to be filled in."""
         return cls(
-            songs=np.full((questions, k), NO_SONG, dtype=np.int32),
-            scores=np.full((questions, k), -np.inf, dtype=np.float32),
-            paths=(path,) * questions,
+            songs=np.full((queries, k), NO_SONG, dtype=np.int32),
+            scores=np.full((queries, k), -np.inf, dtype=np.float32),
+            paths=(path,) * queries,
         )
 
 
@@ -66,18 +66,18 @@ class BaseRecommender(ABC):
     added_songs: np.ndarray = np.zeros(0, dtype=np.int64)  # rows of songs that it finds though no fit has seen a play
 
     @abstractmethod
-    def score(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
-        """float32 (Q, N): the score of every song, from the plays before each question only."""
+    def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
+        """float32 (Q, N): the score of every song, from the plays before each query only."""
 
     def score_chunks(
-        self, histories: Histories, questions: Questions, horizon: HorizonName = "short"
+        self, histories: Histories, queries: Queries, horizon: HorizonName = "short"
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        """The rows of `score` in slices of the questions, so that few scores are held at once.
+        """The rows of `score` in slices of the queries, so that few scores are held at once.
 
         A subclass may share work between the slices. The arrays may be read-only.
         """
-        for chunk in chunks_of(len(questions), self.num_songs):
-            yield chunk, self.score(histories, questions.take(chunk), horizon)
+        for chunk in chunks_of(len(queries), self.num_songs):
+            yield chunk, self.score(histories, queries.take(chunk), horizon)
 
     def rank(
         self,
@@ -97,9 +97,9 @@ class BaseRecommender(ABC):
         Raises `InputError` for k below 1.
         """
         check_count(k)
-        questions = Questions.at_end(histories, at, hidden)
-        ranking = Ranking.empty(len(questions), k)
-        for chunk, chunk_scores in self.score_chunks(histories, questions, horizon):
+        queries = Queries.at_end(histories, at, hidden)
+        ranking = Ranking.empty(len(queries), k)
+        for chunk, chunk_scores in self.score_chunks(histories, queries, horizon):
             scored = np.array(chunk_scores)
             if limits is not None:
                 for row, limit in zip(scored, limits[chunk], strict=True):
@@ -177,13 +177,13 @@ class CandidateRecommender(BaseRecommender):
     retrievers: tuple[str, ...]  # names of what proposes the candidates
 
     @abstractmethod
-    def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
+    def candidate_chunks(self, histories: Histories, queries: Queries) -> Iterator[tuple[slice, ScoredCandidates]]:
         """The candidates in slices of the queries, in order, so that few are held at once."""
 
-    def score(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
+    def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the scores of the candidates, -inf for all other songs. For small catalogs."""
-        scores = np.full((len(questions), self.num_songs), -np.inf, dtype=np.float32)
-        for chunk, candidates in self.candidate_chunks(histories, questions):
+        scores = np.full((len(queries), self.num_songs), -np.inf, dtype=np.float32)
+        for chunk, candidates in self.candidate_chunks(histories, queries):
             scores[(chunk.start or 0) + candidates.rows, candidates.songs] = candidates.scores(horizon, False)
         return scores
 
@@ -194,11 +194,11 @@ def check_count(k: int) -> None:
         raise InputError(f"k is {k}; ask for at least 1 song")
 
 
-def chunks_of(questions: int, num_songs: int) -> Iterator[slice]:
-    """The questions to score at once, one slice after the other."""
+def chunks_of(queries: int, num_songs: int) -> Iterator[slice]:
+    """The queries to score at once, one slice after the other."""
     songs = max(1, num_songs)
     step = max(1, SCORES_IN_CACHE // songs, min(FEW_QUESTIONS, SCORES_PER_CHUNK // songs))
-    return (slice(start, start + step) for start in range(0, questions, step))
+    return (slice(start, start + step) for start in range(0, queries, step))
 
 
 def top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -236,15 +236,15 @@ class VectorRecommender(BaseRecommender):
         self.without_vector = np.flatnonzero(~self.song_vectors.any(axis=1))
 
     @abstractmethod
-    def vectors(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
-        """float32 (Q, D): the taste vector of each question, L2-normalized.
+    def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
+        """float32 (Q, D): the taste vector of each query, L2-normalized.
 
         A row of zeros says that nothing is known, and then no song is recommended.
         """
 
-    def score(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
+    def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the cosine of each song with the taste vector."""
-        return self.score_vectors(self.vectors(histories, questions, horizon))
+        return self.score_vectors(self.vectors(histories, queries, horizon))
 
     def score_vectors(self, vectors: np.ndarray) -> np.ndarray:
         """float32 (Q, N): the cosine of each song with taste vectors, float32 (Q, D)."""
@@ -254,11 +254,11 @@ class VectorRecommender(BaseRecommender):
         return scores
 
     def score_chunks(
-        self, histories: Histories, questions: Questions, horizon: HorizonName = "short"
+        self, histories: Histories, queries: Queries, horizon: HorizonName = "short"
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        """As in `BaseRecommender`; the vectors of all questions are computed in one pass."""
-        vectors = self.vectors(histories, questions, horizon)
-        for chunk in chunks_of(len(questions), self.num_songs):
+        """As in `BaseRecommender`; the vectors of all queries are computed in one pass."""
+        vectors = self.vectors(histories, queries, horizon)
+        for chunk in chunks_of(len(queries), self.num_songs):
             yield chunk, self.score_vectors(vectors[chunk])
 
     def rank(
@@ -275,7 +275,7 @@ class VectorRecommender(BaseRecommender):
         if self.index is None:
             return super().rank(histories, at, k, horizon=horizon, limits=limits, hidden=hidden)
         check_count(k)
-        vectors = self.vectors(histories, Questions.at_end(histories, at, hidden), horizon)
+        vectors = self.vectors(histories, Queries.at_end(histories, at, hidden), horizon)
         return self.rank_vectors(vectors, k, limits)
 
     def rank_vectors(self, vectors: np.ndarray, k: int, limits: Sequence[Limits] | None = None) -> Ranking:

@@ -14,7 +14,7 @@ from scipy.linalg import solve
 from scipy.sparse import coo_matrix, csr_matrix
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import DAY_MS, FitRange, Split, validation_histories
 from rayrec.errors import InputError
 from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender, normalized
@@ -37,7 +37,7 @@ class Selection:
         """What a trial fit may see."""
         return (self.allowed.select(histories) for histories in self.dataset.read_all())
 
-    def ahead(self, first: int, last: int) -> tuple[Questions, np.ndarray]:
+    def ahead(self, first: int, last: int) -> tuple[Queries, np.ndarray]:
         """Queries whose targets are the plays, so many plays ahead, drawn from unif{first, last}; and their songs.
 
         Plays of users who had fewer plays before are left out, and those of songs newer than the vectors.
@@ -48,7 +48,7 @@ class Selection:
         plays_before = self.plays - self.histories.offsets[rows] + 1 - ahead
         usable = (plays_before > 0) & (self.histories.songs[self.plays] < num_songs)
         rows, plays_before, targets = rows[usable], plays_before[usable], self.plays[usable]
-        queries = Questions(rows=rows, seen=plays_before, at=self.histories.played_at[targets])
+        queries = Queries(rows=rows, seen=plays_before, at=self.histories.played_at[targets])
         return queries, self.histories.songs[targets]
 
 
@@ -85,10 +85,10 @@ class AverageRecommender(VectorRecommender):
         self.discount = discount
         self.name = f"average-{float(discount)}"
 
-    def vectors(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
+    def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, D): the discounted average of the songs before each query."""
-        order = np.lexsort((questions.seen, questions.rows))
-        rows, plays_before = questions.rows[order], questions.seen[order]
+        order = np.lexsort((queries.seen, queries.rows))
+        rows, plays_before = queries.rows[order], queries.seen[order]
         follows = np.concatenate([[False], rows[1:] == rows[:-1]])  # another query of the same user
         plays_since = plays_before - np.where(follows, np.concatenate([[0], plays_before[:-1]]), 0)
         sums = self._sums_of_recent(histories, rows, plays_before, plays_since)
@@ -163,17 +163,17 @@ class WeightedRecommender(VectorRecommender):
         sums = _fit_sums(batches, vectors, OFFSETS[name], allowed)
         return cls(vectors, sums.weights(penalty), name, penalty)
 
-    def vectors(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
+    def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, D): the weighted sum of the last songs before each query."""
-        counts = np.minimum(questions.seen, len(self.weights))
+        counts = np.minimum(queries.seen, len(self.weights))
         ends = np.cumsum(counts)
         ages = np.repeat(ends, counts) - np.arange(counts.sum()) - 1
-        last = np.repeat(histories.offsets[questions.rows] + questions.seen, counts) - 1
+        last = np.repeat(histories.offsets[queries.rows] + queries.seen, counts) - 1
         songs = histories.songs[last - ages]
         known = songs < self.num_songs
         weights = np.where(known, self.weights[ages], 0).astype(np.float32)
         pointers = np.concatenate([[0], ends])
-        matrix = csr_matrix((weights, np.where(known, songs, 0), pointers), shape=(len(questions), self.num_songs))
+        matrix = csr_matrix((weights, np.where(known, songs, 0), pointers), shape=(len(queries), self.num_songs))
         return normalized(np.asarray(matrix @ self.song_vectors, dtype=np.float32))
 
 
@@ -303,9 +303,9 @@ class PopularityRecommender(BaseRecommender):
             plays += np.bincount(songs, minlength=num_songs)
         return cls(plays, "popularity" if since is None else "popularity-recent")
 
-    def score(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
+    def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the plays of each song, the same read-only row for every query."""
-        return np.broadcast_to(self.plays.astype(np.float32), (len(questions), self.num_songs))
+        return np.broadcast_to(self.plays.astype(np.float32), (len(queries), self.num_songs))
 
 
 class UserTopRecommender(BaseRecommender):
@@ -319,11 +319,11 @@ class UserTopRecommender(BaseRecommender):
     def __init__(self, num_songs: int) -> None:
         self.num_songs = num_songs
 
-    def score(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
+    def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): times that each song is among the last 1,000 plays."""
-        rows, songs, _ = last_plays(histories, questions, self.num_songs, LATEST)
+        rows, songs, _ = last_plays(histories, queries, self.num_songs, LATEST)
         once = np.ones(len(rows), dtype=np.float32)
-        counts: np.ndarray = coo_matrix((once, (rows, songs)), shape=(len(questions), self.num_songs)).toarray()
+        counts: np.ndarray = coo_matrix((once, (rows, songs)), shape=(len(queries), self.num_songs)).toarray()
         return counts
 
 
@@ -332,17 +332,17 @@ class ItemKnnRecommender(VectorRecommender):
 
     name = "item-knn"
 
-    def vectors(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
+    def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, D): the last song's vector; zeros where there is no play, or the song has no vector."""
-        last = last_songs(histories, questions, self.num_songs)
+        last = last_songs(histories, queries, self.num_songs)
         return np.where(last[:, None] >= 0, self.song_vectors[last], np.float32(0))
 
 
-def last_songs(histories: Histories, questions: Questions, num_songs: int) -> np.ndarray:
+def last_songs(histories: Histories, queries: Queries, num_songs: int) -> np.ndarray:
     """int64 (Q,): the last song played before each query, -1 where there is none among the first `num_songs`."""
-    last = np.full(len(questions), -1, dtype=np.int64)
-    with_plays = questions.seen > 0
-    last[with_plays] = histories.songs[histories.offsets[questions.rows[with_plays]] + questions.seen[with_plays] - 1]
+    last = np.full(len(queries), -1, dtype=np.int64)
+    with_plays = queries.seen > 0
+    last[with_plays] = histories.songs[histories.offsets[queries.rows[with_plays]] + queries.seen[with_plays] - 1]
     last[last >= num_songs] = -1
     return last
 
@@ -387,10 +387,10 @@ class SequentialRulesRecommender(BaseRecommender):
                 rules = strongest(rules, per_song)
         return cls(strongest(rules, per_song), decay)
 
-    def score(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
+    def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the weight of the rule from the last song to each song."""
-        last = last_songs(histories, questions, self.num_songs)
-        scores = np.zeros((len(questions), self.num_songs), dtype=np.float32)
+        last = last_songs(histories, queries, self.num_songs)
+        scores = np.zeros((len(queries), self.num_songs), dtype=np.float32)
         known = np.flatnonzero(last >= 0)
         lengths = np.diff(self.rules.indptr)[last[known]]
         starts = self.rules.indptr[last[known]].astype(np.int64)

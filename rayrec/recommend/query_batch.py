@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayrec.data.histories import Histories, Questions, first_of_each, offsets_of, ranges, stable_order
+from rayrec.data.histories import Histories, Queries, first_of_each, offsets_of, ranges, stable_order
 
 LATEST = 5_000  # plays before a query that are looked at
 LATEST_LIKES = 1_000  # likes before a query that are looked at
@@ -61,7 +61,7 @@ class QueryBatch:
     """
 
     histories: Histories
-    queries: Questions
+    queries: Queries
     num_songs: int
     offsets: np.ndarray  # int64 (Q + 1,), the plays of each query
     rows: np.ndarray  # int64 (E,), the query of each play
@@ -83,7 +83,7 @@ class QueryBatch:
     def of(
         cls,
         histories: Histories,
-        queries: Questions,
+        queries: Queries,
         num_songs: int,
         *,
         short_vectors: np.ndarray,
@@ -184,7 +184,7 @@ def _user_songs(
     return user_songs, repeated
 
 
-def _liked(histories: Histories, queries: Questions, num_songs: int) -> Pairs:
+def _liked(histories: Histories, queries: Queries, num_songs: int) -> Pairs:
     """The songs that the user of each query liked before it."""
     likes = histories.likes
     if likes is None:

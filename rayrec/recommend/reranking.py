@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from rayrec.data.histories import Histories, Questions, places_in
+from rayrec.data.histories import Histories, Queries, places_in
 from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName, SearchPath, check_count, normalized, top_k
 from rayrec.recommend.filters import Limits
 from rayrec.recommend.taste_recommender import TasteRecommender
@@ -326,7 +326,7 @@ def _mixed_vector(known: Known, options: AnswerOptions) -> np.ndarray:
 
 def _ranked(recommender: TwoStepRecommender, known: Known, options: AnswerOptions) -> Chosen:
     """The best candidates by the rankers."""
-    queries = Questions.at_end(known.history, known.at)
+    queries = Queries.at_end(known.history, known.at)
     ranking = recommender.rank_queries(
         known.history,
         queries,

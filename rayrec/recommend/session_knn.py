@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix, vstack
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.embeddings.word2vec import cut_sessions, drop_single
 from rayrec.recommend.base import BaseRecommender, HorizonName
@@ -67,15 +67,15 @@ class VsknnRecommender(BaseRecommender):
         other.chosen, other.settings = chosen, asdict(chosen)
         return other
 
-    def score(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
+    def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the summed similarity of the neighbours that hold each song; 0 where none does."""
-        scores = np.zeros((len(questions), self.num_songs), dtype=np.float32)
-        rows, songs, back = last_plays(histories, questions, self.num_songs, self.chosen.last_plays)
-        shape = (len(questions), self.num_songs)
+        scores = np.zeros((len(queries), self.num_songs), dtype=np.float32)
+        rows, songs, back = last_plays(histories, queries, self.num_songs, self.chosen.last_plays)
+        shape = (len(queries), self.num_songs)
         weights = csr_matrix(
             ((1 - back / self.chosen.last_plays).astype(np.float32), (rows, songs)), shape=shape
         )  # of one song add up
-        for begin in range(0, len(questions), QUERIES_AT_ONCE):
+        for begin in range(0, len(queries), QUERIES_AT_ONCE):
             chunk = slice(begin, begin + QUERIES_AT_ONCE)
             (self._nearest(weights[chunk]) @ self.sessions).toarray(out=scores[chunk])
         return scores
@@ -97,18 +97,18 @@ def keep_nearest(similarity: csr_matrix, count: int) -> csr_matrix:
     return similarity
 
 
-def last_plays(histories: Histories, questions: Questions, num_songs: int, limit: int) -> tuple[np.ndarray, ...]:
+def last_plays(histories: Histories, queries: Queries, num_songs: int, limit: int) -> tuple[np.ndarray, ...]:
     """The last `limit` plays before each query as three int arrays: query, song, and plays since, from 0.
 
     Songs from `num_songs` on are left out.
     """
-    end = histories.offsets[questions.rows] + questions.seen
-    count = np.minimum(questions.seen, limit)
+    end = histories.offsets[queries.rows] + queries.seen
+    count = np.minimum(queries.seen, limit)
     starts = np.cumsum(count) - count
     place = np.arange(count.sum()) - np.repeat(starts, count)
     back = np.repeat(count, count) - 1 - place
     songs = histories.songs[np.repeat(end - count, count) + place]
-    rows = np.repeat(np.arange(len(questions)), count)
+    rows = np.repeat(np.arange(len(queries)), count)
     known = songs < num_songs
     return rows[known], songs[known], back[known]
 
@@ -184,19 +184,19 @@ class VstanRecommender(BaseRecommender):
         other.chosen, other.settings = chosen, asdict(chosen)
         return other
 
-    def score(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
+    def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the summed weight of each song in the neighbours that hold it; 0 where none does."""
-        scores = np.zeros((len(questions), self.num_songs), dtype=np.float32)
-        for begin in range(0, len(questions), QUERIES_AT_ONCE):
+        scores = np.zeros((len(queries), self.num_songs), dtype=np.float32)
+        for begin in range(0, len(queries), QUERIES_AT_ONCE):
             chunk = slice(begin, begin + QUERIES_AT_ONCE)
-            queries, chosen = questions.take(chunk), self.chosen
-            rows, songs, back = last_plays(histories, queries, self.num_songs, chosen.last_plays)
-            shape = (len(queries), self.num_songs)
+            some, chosen = queries.take(chunk), self.chosen
+            rows, songs, back = last_plays(histories, some, self.num_songs, chosen.last_plays)
+            shape = (len(some), self.num_songs)
             decayed = np.exp(-back / chosen.plays_decay).astype(np.float32)
             weights = csr_matrix((decayed, (rows, songs)), shape=shape)
             since = np.full(shape, chosen.last_plays, dtype=np.uint8)  # plays since each song; the most if not played
             np.minimum.at(since, (rows, songs), back.astype(np.uint8))
-            self._weigh_songs(self._nearest(weights, queries.at), since).toarray(out=scores[chunk])
+            self._weigh_songs(self._nearest(weights, some.at), since).toarray(out=scores[chunk])
         return scores
 
     def _nearest(self, weights: csr_matrix, at: np.ndarray) -> csr_matrix:

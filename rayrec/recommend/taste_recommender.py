@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.errors import MismatchError
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.checkpoint import SONG_VECTORS, load_model
@@ -102,32 +102,32 @@ class TasteRecommender(VectorRecommender):
         other.name, other.horizons, other.long_days = f"{self.name}-short", ("short",), None
         return other
 
-    def vectors(self, histories: Histories, questions: Questions, horizon: HorizonName = "short") -> np.ndarray:
-        """float32 (Q, D): the taste vectors, from no more of each history than its questions need.
+    def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
+        """float32 (Q, D): the taste vectors, from no more of each history than its queries need.
 
         A network of one horizon answers for both with it.
         """
-        return self.vectors_of(histories, questions, (horizon,))[horizon]
+        return self.vectors_of(histories, queries, (horizon,))[horizon]
 
     def vectors_of(
-        self, histories: Histories, questions: Questions, horizons: Sequence[HorizonName]
+        self, histories: Histories, queries: Queries, horizons: Sequence[HorizonName]
     ) -> dict[HorizonName, np.ndarray]:
         """As `vectors`, of several horizons by one run through the plays."""
-        if questions.hidden is not None:
-            return self._encoded(histories, questions, horizons)
-        rows, inverse = np.unique(questions.rows, return_inverse=True)
+        if queries.hidden is not None:
+            return self._encoded(histories, queries, horizons)
+        rows, inverse = np.unique(queries.rows, return_inverse=True)
         needed = np.zeros(len(rows), dtype=np.int64)
-        np.maximum.at(needed, inverse, questions.seen)
+        np.maximum.at(needed, inverse, queries.seen)
         query_histories = histories.take(rows)
         position = np.arange(query_histories.num_plays) - query_histories.offsets[query_histories.rows]
         query_histories = query_histories.keep(position < needed[query_histories.rows])
-        return self._encoded(query_histories, Questions(rows=inverse, seen=questions.seen, at=questions.at), horizons)
+        return self._encoded(query_histories, Queries(rows=inverse, seen=queries.seen, at=queries.at), horizons)
 
     def _encoded(
-        self, histories: Histories, questions: Questions, horizons: Sequence[HorizonName]
+        self, histories: Histories, queries: Queries, horizons: Sequence[HorizonName]
     ) -> dict[HorizonName, np.ndarray]:
         heads = {horizon: self.head(horizon) for horizon in horizons}
-        vectors = self.encoder.vectors_of(histories, questions, list(dict.fromkeys(heads.values())))
+        vectors = self.encoder.vectors_of(histories, queries, list(dict.fromkeys(heads.values())))
         return {horizon: vectors[head] for horizon, head in heads.items()}
 
     def explain(

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 from safetensors.numpy import load, save
 
-from rayrec.data.histories import Histories, Questions, highest_of_each, places_in, ranges, user_hash
+from rayrec.data.histories import Histories, Queries, highest_of_each, places_in, ranges, user_hash
 from rayrec.data.split import Split
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import Horizon
@@ -104,7 +104,7 @@ class CandidateSource:
     def batches(
         self,
         histories: Histories,
-        queries: Questions,
+        queries: Queries,
         vectors: Mapping[HorizonName, np.ndarray] | None = None,
         songs_to_rank: Sequence[np.ndarray] | None = None,
     ) -> Iterator[tuple[slice, Scored]]:
@@ -141,7 +141,7 @@ def _keys_of(batch: QueryBatch, songs: Sequence[np.ndarray]) -> np.ndarray:
     return np.unique(batch.keys(rows[known], joined[known]))
 
 
-def query_slices(queries: Questions) -> Iterator[slice]:
+def query_slices(queries: Queries) -> Iterator[slice]:
     """The queries to answer at once, one slice after the other."""
     plays = np.minimum(queries.seen, LATEST) + 1
     by_plays, by_count = (np.cumsum(plays) - plays) // PLAYS_AT_ONCE, np.arange(len(queries)) // QUERIES_AT_ONCE
@@ -184,7 +184,7 @@ class TwoStepRecommender(CandidateRecommender):
         source = CandidateSource(self.source.network, self.source.retrieval, real_times=self.source.sources.real_times)
         return TwoStepRecommender(source, self.rankers)
 
-    def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
+    def candidate_chunks(self, histories: Histories, queries: Queries) -> Iterator[tuple[slice, ScoredCandidates]]:
         """As in `CandidateRecommender`."""
         for chunk, scored in self.source.batches(histories, queries):
             candidates, chances = scored.candidates, _Chances(self, scored)
@@ -206,13 +206,13 @@ class TwoStepRecommender(CandidateRecommender):
         hidden: np.ndarray | None = None,
     ) -> Ranking:
         """As in `BaseRecommender`, without a score for every song."""
-        queries = Questions.at_end(histories, at, hidden)
+        queries = Queries.at_end(histories, at, hidden)
         return self.rank_queries(histories, queries, k, long_weight=float(horizon == "long"), limits=limits)
 
     def rank_queries(
         self,
         histories: Histories,
-        queries: Questions,
+        queries: Queries,
         k: int,
         *,
         long_weight: float = 0.0,
@@ -302,7 +302,7 @@ class TwoStepRecommender(CandidateRecommender):
     ) -> list[dict[str, float]]:
         """The features of songs as candidates; {} for a song that is not known. See `BaseRecommender.explain`."""
         features: list[dict[str, float]] = []
-        for _, scored in self.source.batches(history, Questions.at_end(history, at), vectors, [songs]):
+        for _, scored in self.source.batches(history, Queries.at_end(history, at), vectors, [songs]):
             rows = scored.candidates.find(np.asarray(songs, dtype=np.int64))
             table = [scored.features[row].tolist() if row >= 0 else [] for row in rows.tolist()]
             features = [dict(zip(self.source.sources.names, values, strict=False)) for values in table]
@@ -414,7 +414,7 @@ def _qualify(candidates: Candidates, limits: Sequence[Limits]) -> np.ndarray:
 def examples_for(
     source: CandidateSource,
     histories: Histories,
-    queries: Questions,
+    queries: Queries,
     answers: Mapping[RankerKind, tuple[np.ndarray, np.ndarray]],
     *,
     held_out: np.ndarray,
@@ -502,7 +502,7 @@ def collect_examples(
 
     The sources have one network.
     """
-    queries = Questions.before_plays(histories, plays)
+    queries = Queries.before_plays(histories, plays)
     held_out = checks_rankers(histories.user_ids)[queries.rows]
     network = next(iter(sources.values())).network
     begin, end = (network.long_days or LONG).spans(histories, queries)

@@ -5,7 +5,7 @@ import pytest
 from networks import NUM_SONGS, model_config, network
 from worlds import random_histories, write_dataset
 
-from rayrec.data.histories import Questions
+from rayrec.data.histories import Queries
 from rayrec.embeddings.vectors import SongVectors
 from rayrec.errors import MissingDependencyError, NotFoundError
 from rayrec.jobs import build_index as index_job
@@ -51,7 +51,7 @@ def test_lists_are_chosen_on_taste_vectors_of_both_horizons(workspace: Workspace
     queries = taste_queries(workspace, model, 12)
     assert queries is not None
     recommender = TasteRecommender.load(workspace, "m")
-    ends = Questions.at_end(histories, histories.played_at[histories.offsets[1:] - 1])
+    ends = Queries.at_end(histories, histories.played_at[histories.offsets[1:] - 1])
     tastes = [recommender.vectors(histories, ends, horizon) for horizon in ("short", "long")]
     nearest = [np.abs(queries[:, None] - vectors[None]).max(axis=2).min(axis=1) < 1e-5 for vectors in tastes]
     assert queries.shape == (12, recommender.song_vectors.shape[1])

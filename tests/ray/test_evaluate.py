@@ -165,7 +165,7 @@ def test_another_model_needs_a_name_of_its_own(dataset: Dataset) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_test_range_without_questions_is_refused(dataset: Dataset) -> None:
+def test_a_test_range_without_queries_is_refused(dataset: Dataset) -> None:
     late = Split(id="cut", dataset="by-hand", validation_from=10**12, test_from=10**12)
     with pytest.raises(InputError, match="nothing to predict; run `rayrec split` with more test days"):
         evaluate(dataset.workspace, EvaluateConfig(models=("popularity",)), split=late)

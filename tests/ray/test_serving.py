@@ -9,7 +9,7 @@ from served import AT, NUM_SONGS, WITHOUT_VECTOR, write_release, write_world
 from serving_apps import running
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Questions
+from rayrec.data.histories import Queries
 from rayrec.evaluation.protocol import HeardSongs, target_songs
 from rayrec.evaluation.ranks import rank_targets
 from rayrec.recommend.answer import history_of_songs, load_recommender
@@ -41,7 +41,7 @@ def test_over_http_the_answer_is_what_evaluate_ranks(url: str, world: Workspace,
     recommender = load_recommender(world, Dataset(world), parts)
     assert isinstance(recommender, TwoStepRecommender)
     history = history_of_songs(Dataset(world).catalog(), SONGS, AT)
-    scores = recommender.score(history, Questions.at_end(history, AT), horizon)
+    scores = recommender.score(history, Queries.at_end(history, AT), horizon)
     rows, best = top_k(scores, 50)
     body = {"history": SONGS, "at": AT, "k": 50, "horizon": horizon, "exclude_heard": False}
     answer = httpx.post(f"{url}/v1/recommendations", json=body).json()
@@ -54,13 +54,13 @@ def test_over_http_a_song_stands_where_evaluate_ranks_it(url: str, world: Worksp
     """The song that a user played at a moment, asked for at that moment, from the plays before it."""
     histories = next(iter(Dataset(world).read_all()))
     plays = np.flatnonzero((histories.places > 3) & (histories.songs != WITHOUT_VECTOR))[::20][:6]
-    questions = Questions.before_plays(histories, plays)
+    queries = Queries.before_plays(histories, plays)
     recommender = load_recommender(world, Dataset(world), releases.default_parts(world))
-    wanted = {"next": target_songs(histories, questions, "next", HeardSongs(histories))}
+    wanted = {"next": target_songs(histories, queries, "next", HeardSongs(histories))}
     known = np.ones(NUM_SONGS, dtype=np.bool_)
-    ranked = rank_targets(recommender, histories, questions, wanted, known, depth=NUM_SONGS, horizons={"next": horizon})
+    ranked = rank_targets(recommender, histories, queries, wanted, known, depth=NUM_SONGS, horizons={"next": horizon})
     found = []
-    for row, seen, at, song in zip(questions.rows, questions.seen, questions.at, histories.songs[plays], strict=True):
+    for row, seen, at, song in zip(queries.rows, queries.seen, queries.at, histories.songs[plays], strict=True):
         own = slice(histories.offsets[row], histories.offsets[row] + seen)
         told = [
             {"song_id": f"song-{song}", "played_at": int(played_at)}

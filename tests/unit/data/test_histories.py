@@ -1,10 +1,10 @@
-"""Histories as flat arrays: picking users and plays, Arrow and back, questions."""
+"""Histories as flat arrays: picking users and plays, Arrow and back, queries."""
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayrec.data.histories import Histories, Questions, concatenate, user_hash
+from rayrec.data.histories import Histories, Queries, concatenate, user_hash
 
 
 @pytest.fixture
@@ -104,18 +104,18 @@ def test_arrays_that_do_not_fit_the_offsets_are_refused() -> None:
         Histories.from_lists([[1, 2]], [[1]])
 
 
-def test_questions_before_plays_count_what_came_before(histories: Histories) -> None:
-    questions = Questions.before_plays(histories, np.array([0, 2, 3, 5]))
-    assert questions.rows.tolist() == [0, 0, 2, 3]
-    assert questions.seen.tolist() == [0, 2, 0, 1]
-    assert questions.at.tolist() == [10, 30, 15, 40]
+def test_queries_before_plays_count_what_came_before(histories: Histories) -> None:
+    queries = Queries.before_plays(histories, np.array([0, 2, 3, 5]))
+    assert queries.rows.tolist() == [0, 0, 2, 3]
+    assert queries.seen.tolist() == [0, 2, 0, 1]
+    assert queries.at.tolist() == [10, 30, 15, 40]
 
 
-def test_questions_at_the_end_have_seen_everything(histories: Histories) -> None:
-    questions = Questions.at_end(histories, 99)
-    assert questions.seen.tolist() == [3, 0, 1, 2]
-    assert questions.at.tolist() == [99] * 4
-    assert Questions.at_end(histories, np.array([1, 2, 3, 4])).take(np.array([2])).at.tolist() == [3]
+def test_queries_at_the_end_have_seen_everything(histories: Histories) -> None:
+    queries = Queries.at_end(histories, 99)
+    assert queries.seen.tolist() == [3, 0, 1, 2]
+    assert queries.at.tolist() == [99] * 4
+    assert Queries.at_end(histories, np.array([1, 2, 3, 4])).take(np.array([2])).at.tolist() == [3]
 
 
 def test_the_hash_of_a_user_never_changes() -> None:
@@ -126,12 +126,12 @@ def test_the_hash_of_a_user_never_changes() -> None:
     assert len(set(user_hash(["ann", "bob"], salt="x").tolist()) & set(hashes.tolist())) == 0
 
 
-def test_questions_take_their_states_along(histories: Histories) -> None:
+def test_queries_take_their_states_along(histories: Histories) -> None:
     states = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
-    questions = Questions.at_end(histories, 99, states)
-    np.testing.assert_array_equal(questions.take(np.array([2, 0])).hidden, states[[2, 0]])
-    np.testing.assert_array_equal(questions.take(slice(1, 3)).hidden, states[1:3])
-    assert Questions.at_end(histories, 99).take(slice(1)).hidden is None
+    queries = Queries.at_end(histories, 99, states)
+    np.testing.assert_array_equal(queries.take(np.array([2, 0])).hidden, states[[2, 0]])
+    np.testing.assert_array_equal(queries.take(slice(1, 3)).hidden, states[1:3])
+    assert Queries.at_end(histories, 99).take(slice(1)).hidden is None
 
 
 def test_a_span_is_the_same_places_of_every_user(histories: Histories) -> None:

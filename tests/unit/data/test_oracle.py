@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.synthetic import CONTEXTS, GenerateConfig, Oracle, World, every_play, infer_contexts
 
 
@@ -20,7 +20,7 @@ def histories(world: World) -> Histories:
 
 
 @pytest.fixture(scope="module")
-def questions(histories: Histories) -> Questions:
+def queries(histories: Histories) -> Queries:
     return every_play(histories)
 
 
@@ -32,40 +32,40 @@ def hits(scores: np.ndarray, songs: np.ndarray, k: int) -> np.ndarray:
 @pytest.mark.parametrize("know_contexts", [True, False])
 class TestProbabilities:
     def test_every_answer_sums_to_one(
-        self, world: World, histories: Histories, questions: Questions, know_contexts: bool
+        self, world: World, histories: Histories, queries: Queries, know_contexts: bool
     ) -> None:
-        chance = Oracle(world, know_contexts=know_contexts).probabilities(histories, questions)
+        chance = Oracle(world, know_contexts=know_contexts).probabilities(histories, queries)
         assert chance.dtype == np.float32
         assert chance.min() >= 0
         np.testing.assert_allclose(chance.sum(axis=1), 1, atol=1e-5)
 
     def test_what_it_gives_a_chance_comes_as_often(
-        self, world: World, histories: Histories, questions: Questions, know_contexts: bool
+        self, world: World, histories: Histories, queries: Queries, know_contexts: bool
     ) -> None:
-        chance = Oracle(world, know_contexts=know_contexts).probabilities(histories, questions)
+        chance = Oracle(world, know_contexts=know_contexts).probabilities(histories, queries)
         played = np.zeros(chance.shape, dtype=bool)
-        played[np.arange(len(questions)), histories.songs] = True
+        played[np.arange(len(queries)), histories.songs] = True
         for low, high in ((0.001, 0.01), (0.01, 0.05), (0.05, 0.3), (0.3, 0.6), (0.6, 1.0)):
             band = (chance >= low) & (chance < high)
             spread = 4 * np.sqrt(chance[band].mean() / band.sum())
             assert played[band].mean() == pytest.approx(chance[band].mean(), abs=spread)
 
     def test_its_own_recall_is_the_best_recall(
-        self, world: World, histories: Histories, questions: Questions, know_contexts: bool
+        self, world: World, histories: Histories, queries: Queries, know_contexts: bool
     ) -> None:
         oracle = Oracle(world, know_contexts=know_contexts)
-        chance = oracle.probabilities(histories, questions)
+        chance = oracle.probabilities(histories, queries)
         for k in (1, 20):
             expected = oracle.best_recall(k, np.arange(300))
             assert hits(chance, histories.songs, k).mean() == pytest.approx(
-                expected, abs=4 * np.sqrt(0.25 / len(questions))
+                expected, abs=4 * np.sqrt(0.25 / len(queries))
             )
 
     def test_later_plays_change_no_answer(
-        self, world: World, histories: Histories, questions: Questions, know_contexts: bool
+        self, world: World, histories: Histories, queries: Queries, know_contexts: bool
     ) -> None:
         oracle = Oracle(world, know_contexts=know_contexts)
-        some = questions.take(np.arange(0, len(questions), 97))
+        some = queries.take(np.arange(0, len(queries), 97))
         place = np.arange(histories.num_plays) - histories.offsets[histories.rows]
         for number in (3, 50, 100):
             one = some.take(np.array([number]))
@@ -82,16 +82,16 @@ class TestWhatItIsWorth:
         assert Oracle(world).best_recall(20) > 2 * popular
 
     def test_knowing_contexts_is_worth_the_computed_margin(
-        self, world: World, histories: Histories, questions: Questions
+        self, world: World, histories: Histories, queries: Queries
     ) -> None:
         users = np.arange(300)
         aware, blind = Oracle(world), Oracle(world, know_contexts=False)
         margin = aware.best_recall(1, users) - blind.best_recall(1, users)
         assert margin > 0.02
-        first_hits = hits(aware.probabilities(histories, questions), histories.songs, 1)
-        blind_hits = hits(blind.probabilities(histories, questions), histories.songs, 1)
+        first_hits = hits(aware.probabilities(histories, queries), histories.songs, 1)
+        blind_hits = hits(blind.probabilities(histories, queries), histories.songs, 1)
         difference = first_hits.astype(float) - blind_hits
-        spread = 4 * difference.std() / np.sqrt(len(questions))
+        spread = 4 * difference.std() / np.sqrt(len(queries))
         assert difference.mean() == pytest.approx(margin, abs=spread)
 
     def test_the_first_play_of_a_user_is_the_hardest(self, world: World) -> None:
@@ -125,8 +125,8 @@ class TestInferredContexts:
         forced = World(world.config)
         forced.context_shares = np.zeros_like(world.context_shares)
         forced.context_shares[:, context] = 1.0
-        question = Questions.before_plays(history, np.array([place]))
-        return float(Oracle(forced).probabilities(history, question)[0, history.songs[place]])
+        query = Queries.before_plays(history, np.array([place]))
+        return float(Oracle(forced).probabilities(history, query)[0, history.songs[place]])
 
     def test_they_are_probabilities(self, world: World, histories: Histories) -> None:
         inferred = infer_contexts(world, histories)

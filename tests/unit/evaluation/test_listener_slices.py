@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import DAY_MS, Split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import (
@@ -32,9 +32,9 @@ class MeanOfSongs(VectorRecommender):
 
     name = "mean"
 
-    def vectors(self, histories: Histories, questions: Questions, horizon: Any = "short") -> np.ndarray:
+    def vectors(self, histories: Histories, queries: Queries, horizon: Any = "short") -> np.ndarray:
         rows = []
-        for row, seen in zip(questions.rows, questions.seen, strict=True):
+        for row, seen in zip(queries.rows, queries.seen, strict=True):
             begin = histories.offsets[row]
             rows.append(self.song_vectors[histories.songs[begin : begin + seen]].sum(axis=0))
         vectors = np.stack(rows)
@@ -42,15 +42,15 @@ class MeanOfSongs(VectorRecommender):
 
 
 @pytest.fixture
-def world() -> tuple[Histories, Questions]:
+def world() -> tuple[Histories, Queries]:
     """A year of song 0, a session of song 1 a hundred days later, and one of song 0 three days after that."""
     songs = [0, 0, 0, 1, 1, 0, 0]
     times = [0, MINUTE, 2 * MINUTE, 100 * DAY_MS, 100 * DAY_MS + MINUTE, 103 * DAY_MS, 103 * DAY_MS + MINUTE]
     histories = Histories.from_lists([songs], [[DAY + time for time in times]])
-    return histories, Questions.before_plays(histories, np.arange(1, 7))
+    return histories, Queries.before_plays(histories, np.arange(1, 7))
 
 
-def test_a_session_begins_after_half_an_hour(world: tuple[Histories, Questions]) -> None:
+def test_a_session_begins_after_half_an_hour(world: tuple[Histories, Queries]) -> None:
     before = plays_before_session(*world)
     assert before.tolist() == [0, 0, 3, 3, 5, 5]
     days = gap_days(*world, before)
@@ -58,7 +58,7 @@ def test_a_session_begins_after_half_an_hour(world: tuple[Histories, Questions])
     assert days[2:] == pytest.approx([100, 100, 3, 3], abs=0.01)
 
 
-def test_slices_of_gap_and_drift_hold_the_planted_sessions(world: tuple[Histories, Questions]) -> None:
+def test_slices_of_gap_and_drift_hold_the_planted_sessions(world: tuple[Histories, Queries]) -> None:
     histories, queries = world
     network = MeanOfSongs(np.array([[1, 0], [-1, 0.1]], dtype=np.float32))
     masks = slice_masks(histories, queries, np.array([6]), (), network)
@@ -74,7 +74,7 @@ def test_slices_of_gap_and_drift_hold_the_planted_sessions(world: tuple[Historie
     assert not without[[place for place, (by, _) in enumerate(slices_of(())) if by == "drift"]].any()
 
 
-def test_what_a_session_is_compared_with_ends_before_it(world: tuple[Histories, Questions]) -> None:
+def test_what_a_session_is_compared_with_ends_before_it(world: tuple[Histories, Queries]) -> None:
     histories, queries = world
     network = MeanOfSongs(np.eye(2, dtype=np.float32))
     cosines = session_cosines(network, histories, queries, plays_before_session(histories, queries))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from worlds import random_histories, random_vectors
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange, Split
 from rayrec.errors import InputError
 from rayrec.evaluation import evaluator as module
@@ -47,7 +47,7 @@ def _evaluator(recommenders: list[BaseRecommender], split: Split = SPLIT, **sett
 
 def test_every_play_from_the_cut_on_that_follows_another_is_predicted(world: Histories) -> None:
     plays = plays_to_predict(world, SPLIT)
-    queries = Questions.before_plays(world, plays)
+    queries = Queries.before_plays(world, plays)
     assert [(world.user_ids[row], int(seen)) for row, seen in zip(queries.rows, queries.seen, strict=True)] == [
         ("seen", 1),
         ("seen", 2),
@@ -58,11 +58,11 @@ def test_every_play_from_the_cut_on_that_follows_another_is_predicted(world: His
 
 
 @pytest.mark.parametrize("per_block", [1, 2, 3, 100])
-def test_blocks_hold_every_question_once(world: Histories, per_block: int) -> None:
+def test_blocks_hold_every_query_once(world: Histories, per_block: int) -> None:
     found = [
         (block.user_ids[row], int(block.played_at[play]))
         for block, plays in blocks(world, SPLIT, per_block)
-        for row, play in zip(Questions.before_plays(block, plays).rows, plays, strict=True)
+        for row, play in zip(Queries.before_plays(block, plays).rows, plays, strict=True)
     ]
     assert found == [("seen", 100), ("seen", 110), ("new", 140), ("new", 150)]
 
@@ -169,7 +169,7 @@ def test_queries_are_drawn_by_user_and_play_whatever_the_company() -> None:
         return {
             (block.user_ids[row], int(seen))
             for block, plays in blocks(some, split, 50, share)
-            for queries in [Questions.before_plays(block, plays)]
+            for queries in [Queries.before_plays(block, plays)]
             for row, seen in zip(queries.rows, queries.seen, strict=True)
         }
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from worlds import random_histories, random_vectors
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange, Split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig, HeardSongs, plays_to_predict, target_songs
@@ -18,7 +18,7 @@ from rayrec.recommend.baselines import AverageRecommender, PopularityRecommender
 EVERYTHING = Split(id="s", dataset="d", validation_from=0, test_from=0)
 
 
-def _ranked(recommender: BaseRecommender, histories: Histories, queries: Questions, known: np.ndarray) -> Ranked:
+def _ranked(recommender: BaseRecommender, histories: Histories, queries: Queries, known: np.ndarray) -> Ranked:
     heard = HeardSongs(histories)
     names = ("served", "next", "next10", "cold_songs", "cold_among_cold")
     targets = {name: target_songs(histories, queries, name, heard, known) for name in names}
@@ -29,7 +29,7 @@ def _ranked(recommender: BaseRecommender, histories: Histories, queries: Questio
 def test_a_song_that_no_fit_has_seen_is_a_miss_however_well_it_scores() -> None:
     popular = PopularityRecommender(np.array([0, 0, 0, 9]))
     histories = Histories.from_lists([[0, 3, 0, 7]], [[100, 101, 102, 103]])
-    queries = Questions.before_plays(histories, np.array([1, 2, 3]))
+    queries = Queries.before_plays(histories, np.array([1, 2, 3]))
     ranks = _ranked(popular, histories, queries, np.array([True, True, True, False])).ranks
     assert ranks["next"].tolist() == [NOT_FOUND, 4, NOT_FOUND]  # song 7 is not even in the catalog
     assert ranks["next10"].tolist() == [
@@ -46,7 +46,7 @@ def test_ranks_and_lists_are_those_that_recommend_serves() -> None:
     histories = random_histories(20, 30, seed=8)
     rules = SequentialRulesRecommender.fit([histories], num_songs=30, allowed=FitRange(), rules_per_song=4)
     plays = plays_to_predict(histories, EVERYTHING)
-    queries = Questions.before_plays(histories, plays)
+    queries = Queries.before_plays(histories, plays)
     for recommender in (AverageRecommender(random_vectors(30), 0.5), rules):
         ranked = _ranked(recommender, histories, queries, np.ones(30, bool))
         for query in range(0, len(queries), 21):
@@ -64,7 +64,7 @@ def test_ranks_and_lists_are_those_that_recommend_serves() -> None:
 def test_chunks_of_queries_change_nothing(monkeypatch: object) -> None:
     histories = random_histories(20, 30, seed=8)
     recommender = AverageRecommender(random_vectors(30), 0.5)
-    queries = Questions.before_plays(histories, plays_to_predict(histories, EVERYTHING))
+    queries = Queries.before_plays(histories, plays_to_predict(histories, EVERYTHING))
     whole = _ranked(recommender, histories, queries, np.ones(30, bool))
     from rayrec.recommend import base as base
 
@@ -84,8 +84,8 @@ class PlannedScores(BaseRecommender):
         self.scores = np.array(scores, dtype=np.float32)
         self.num_songs = len(scores)
 
-    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
-        return np.broadcast_to(self.scores, (len(questions), self.num_songs))
+    def score(self, histories: Histories, queries: Queries, horizon: Horizon = "short") -> np.ndarray:
+        return np.broadcast_to(self.scores, (len(queries), self.num_songs))
 
 
 class PlannedCandidates(CandidateRecommender):
@@ -98,7 +98,7 @@ class PlannedCandidates(CandidateRecommender):
         self.scores = np.array(scores, dtype=np.float32)
         self.num_songs = len(scores)
 
-    def candidate_chunks(self, histories: Histories, queries: Questions) -> Iterator[tuple[slice, ScoredCandidates]]:
+    def candidate_chunks(self, histories: Histories, queries: Queries) -> Iterator[tuple[slice, ScoredCandidates]]:
         proposed = np.flatnonzero(~(self.scores == -np.inf))[::-1]  # in no order of songs
         for start in range(0, len(queries), 2):
             size = min(2, len(queries) - start)
@@ -125,7 +125,7 @@ def test_as_served_songs_that_the_user_has_heard_are_not_in_the_ranking(kind: ty
     planned = kind([5, 4, 3, 3, 2, -INF])  # type: ignore[call-arg]
     # Queries for 3 (after 0), for 1 (after 0, 3), for 0 (a repeat), for 4 (after 0, 3, 1, 0), for 5.
     histories = Histories.from_lists([[0, 3, 1, 0, 4, 5]], [range(6)])
-    queries = Questions.before_plays(histories, np.arange(1, 6))
+    queries = Queries.before_plays(histories, np.arange(1, 6))
     ranks = _ranked(planned, histories, queries, np.ones(6, bool)).ranks
     assert ranks["next"].tolist() == [4, 2, 1, 5, NOT_FOUND]  # 3 ties with 2, and ties count against
     # Without 0, then without 0 and 3, then without 0, 3 and 1: 2 stands before 4.
@@ -139,7 +139,7 @@ def test_a_song_that_was_added_is_ranked_and_among_cold_songs_these_alone_stand_
     recommender = kind([0.0, 0.9, 0.8, 0.7, 0.6, 0.5, -INF])  # type: ignore[call-arg]
     recommender.added_songs = np.array([2, 4])  # 5 and 6 have no play either, and were not added
     histories = Histories.from_lists([[0, 4, 4], [0, 5], [2, 4]], [[1, 2, 3], [1, 2], [1, 2]])
-    queries = Questions.before_plays(histories, np.array([1, 2, 4, 6]))
+    queries = Queries.before_plays(histories, np.array([1, 2, 4, 6]))
     known = np.array([True, True, False, True, False, False, False])
     ranks = _ranked(recommender, histories, queries, known).ranks
     assert ranks["next"].tolist() == [4, 4, NOT_FOUND, 4]
@@ -149,7 +149,7 @@ def test_a_song_that_was_added_is_ranked_and_among_cold_songs_these_alone_stand_
 
 def test_candidates_are_ranked_as_the_same_scores_of_every_song_are() -> None:
     histories = random_histories(20, 30, seed=8)
-    queries = Questions.before_plays(histories, plays_to_predict(histories, EVERYTHING))
+    queries = Queries.before_plays(histories, plays_to_predict(histories, EVERYTHING))
     random = np.random.default_rng(0)
     scores = random.integers(0, 9, size=30).astype(float)
     scores[random.random(30) < 0.3] = -INF
@@ -171,7 +171,7 @@ def test_candidates_are_ranked_as_the_same_scores_of_every_song_are() -> None:
 
 def test_a_candidate_without_a_number_is_never_found() -> None:
     histories = Histories.from_lists([[0, 1, 2]], [range(3)])
-    queries = Questions.before_plays(histories, np.array([1, 2]))
+    queries = Queries.before_plays(histories, np.array([1, 2]))
     ranks = _ranked(PlannedCandidates([0, NAN, 1]), histories, queries, np.ones(3, bool)).ranks
     assert ranks["next"].tolist() == [NOT_FOUND, 1]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from worlds import random_histories, random_vectors
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange, Split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
@@ -33,8 +33,8 @@ class TwoHorizons(ItemKnnRecommender):
     horizons = ("short", "long")
     long_days = DaysHorizon(first_day=0, last_day=1)
 
-    def vectors(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
-        vectors = super().vectors(histories, questions)
+    def vectors(self, histories: Histories, queries: Queries, horizon: Horizon = "short") -> np.ndarray:
+        vectors = super().vectors(histories, queries)
         return vectors if horizon == "short" else -vectors
 
 
@@ -66,7 +66,7 @@ def figures(histories: Histories, evaluator: Evaluator) -> dict[str, list[dict[s
 
 
 class Asked:
-    """One question, ranked by sorting all songs in plain Python."""
+    """One query, ranked by sorting all songs in plain Python."""
 
     def __init__(self, evaluator: Evaluator, histories: Histories, model: int, user: int, seen: int) -> None:
         start, end = histories.offsets[user], histories.offsets[user + 1]
@@ -76,9 +76,9 @@ class Asked:
         self.held_out = not SPLIT.held_out.allowed_users(histories.user_ids[user : user + 1])[0]
         self.seen_before = histories.played_at[start] < CUT
         at = histories.played_at[start + seen]
-        question = Questions(rows=np.array([user]), seen=np.array([seen]), at=np.array([at]))
+        query = Queries(rows=np.array([user]), seen=np.array([seen]), at=np.array([at]))
         recommender = evaluator.recommenders[model]
-        self.scores = {name: recommender.score(histories, question, name)[0] for name in recommender.horizons}
+        self.scores = {name: recommender.score(histories, query, name)[0] for name in recommender.horizons}
         self.known, self.added = evaluator.known_songs, recommender.added_songs.tolist()
 
     def figures(
@@ -115,14 +115,14 @@ class Asked:
 
 @pytest.fixture(scope="module")
 def asked(evaluator: Evaluator, histories: Histories) -> dict[str, list[Asked]]:
-    questions = [
+    queries = [
         (user, seen)
         for user in range(len(histories))
         for seen in range(1, histories.lengths[user])
         if histories.played_at[histories.offsets[user] + seen] >= CUT
     ]
     return {
-        recommender.name: [Asked(evaluator, histories, model, user, seen) for user, seen in questions]
+        recommender.name: [Asked(evaluator, histories, model, user, seen) for user, seen in queries]
         for model, recommender in enumerate(evaluator.recommenders)
     }
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from worlds import random_histories, random_vectors
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import DAY_MS
 from rayrec.evaluation.protocol import (
     COLD,
@@ -35,13 +35,13 @@ class InDays(Both):
         self.long_days = DaysHorizon(first_day=first, last_day=last)
 
 
-def _targets(histories: Histories, queries: Questions, target: str, known: np.ndarray | None = None) -> TargetSongs:
+def _targets(histories: Histories, queries: Queries, target: str, known: np.ndarray | None = None) -> TargetSongs:
     known = np.ones(200, dtype=bool) if known is None else known
     return target_songs(histories, queries, target, HeardSongs(histories), known)
 
 
-def _all_queries(histories: Histories) -> Questions:
-    return Questions.before_plays(histories, np.flatnonzero(histories.places > 0))
+def _all_queries(histories: Histories) -> Queries:
+    return Queries.before_plays(histories, np.flatnonzero(histories.places > 0))
 
 
 def test_target_songs_are_the_distinct_songs_at_the_offsets() -> None:
@@ -62,7 +62,7 @@ def test_target_songs_are_the_distinct_songs_at_the_offsets() -> None:
 
 def test_the_long_term_is_offsets_25_to_50_of_those_who_play_so_long() -> None:
     histories = Histories.from_lists([np.arange(60), np.arange(25)], [range(60), range(25)])  # type: ignore[list-item]
-    queries = Questions(rows=np.array([0, 0, 1]), seen=np.array([1, 30, 1]), at=np.zeros(3, int))
+    queries = Queries(rows=np.array([0, 0, 1]), seen=np.array([1, 30, 1]), at=np.zeros(3, int))
     found = _targets(histories, queries, "offsets25_50")
     assert found.songs[found.rows == 0].tolist() == list(range(25, 51))  # the next song, offset 1, is song 1
     assert found.songs[found.rows == 1].tolist() == list(range(54, 60))
@@ -120,7 +120,7 @@ def test_as_served_the_targets_are_songs_new_to_the_user_at_the_query() -> None:
     assert (served.rows.tolist(), served.songs.tolist()) == ([0, 2], [5, 6])  # the plays of 9 and 5 are repeats
     assert served.sizes.tolist() == [1, 0, 1, 0]
     long = Histories.from_lists([[0, *range(100, 130), 0, 7, 7]], [range(34)])
-    later = _targets(long, Questions(rows=np.array([0]), seen=np.array([3]), at=np.zeros(1, int)), "served25_50")
+    later = _targets(long, Queries(rows=np.array([0]), seen=np.array([3]), at=np.zeros(1, int)), "served25_50")
     assert later.songs.tolist() == [7, 126, 127, 128, 129]  # and not 0, which the user had heard
 
 
@@ -136,7 +136,7 @@ def test_cold_targets_are_next_songs_new_to_the_user_that_no_fit_has_seen() -> N
 
 def test_plays_ahead_stay_within_the_history() -> None:
     histories = Histories.from_lists([[1, 2, 3], [4]], [range(3), range(1)])
-    rows, plays = plays_ahead(histories, Questions.at_end(histories, 0), 1, 5)
+    rows, plays = plays_ahead(histories, Queries.at_end(histories, 0), 1, 5)
     assert (len(rows), len(plays)) == (0, 0)
 
 

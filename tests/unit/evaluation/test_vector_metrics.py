@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from worlds import random_histories, random_vectors
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.evaluation import vector_metrics
 from rayrec.evaluation.vector_metrics import (
     NEGATIVES,
@@ -36,9 +36,9 @@ def test_negatives_are_drawn_uniformly_or_by_zipf_over_popularity_ranks() -> Non
 
 def _sums(histories: Histories, target: str, vectors: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     recommender = ItemKnnRecommender(vectors)
-    questions = Questions.before_plays(histories, np.flatnonzero(histories.places > 0))
+    queries = Queries.before_plays(histories, np.flatnonzero(histories.places > 0))
     negatives = RandomSongs(np.ones(len(vectors)), seed)
-    return pair_sums(recommender, recommender.vectors(histories, questions), histories, questions, target, negatives)
+    return pair_sums(recommender, recommender.vectors(histories, queries), histories, queries, target, negatives)
 
 
 def test_a_pair_is_won_where_the_song_played_is_nearer() -> None:
@@ -51,7 +51,7 @@ def test_a_pair_is_won_where_the_song_played_is_nearer() -> None:
     assert won[0, zipf] < 7  # the most popular songs are the nearest, or even the song itself: no pair then
 
 
-def test_every_question_and_offset_makes_a_pair() -> None:
+def test_every_query_and_offset_makes_a_pair() -> None:
     histories, vectors = random_histories(12, 40, longest=60, seed=5), random_vectors(40)
     won, pairs = _sums(histories, "offsets25_50", vectors)
     counted = sum(
@@ -79,7 +79,7 @@ def test_songs_without_a_vector_make_no_pair() -> None:
     assert pairs.sum() == 0
 
 
-def test_division_of_users_and_questions_changes_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_division_of_users_and_queries_changes_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     histories, vectors = random_histories(12, 40, longest=60, seed=5), random_vectors(40)
     whole = _sums(histories, "offsets25_50", vectors)
     monkeypatch.setattr(vector_metrics, "PAIR_QUERIES_AT_ONCE", 5)
@@ -102,15 +102,15 @@ def _walk(*lengths: int) -> Histories:
 
 
 def _cosine_sums(
-    recommender: ItemKnnRecommender, histories: Histories, questions: Questions, offsets: int
+    recommender: ItemKnnRecommender, histories: Histories, queries: Queries, offsets: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    return cosine_sums(recommender, recommender.vectors(histories, questions), histories, questions, offsets)
+    return cosine_sums(recommender, recommender.vectors(histories, queries), histories, queries, offsets)
 
 
 def test_the_cosine_at_an_offset_is_that_with_the_song_so_many_plays_ahead() -> None:
     histories = _walk(6, 4)
-    questions = Questions.before_plays(histories, np.array([2, 7]))  # after 2 plays of the first, 1 of the second
-    sums, counts = _cosine_sums(ItemKnnRecommender(_circle(6, 10)), histories, questions, 5)
+    queries = Queries.before_plays(histories, np.array([2, 7]))  # after 2 plays of the first, 1 of the second
+    sums, counts = _cosine_sums(ItemKnnRecommender(_circle(6, 10)), histories, queries, 5)
     np.testing.assert_array_equal(counts, [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
     steps = np.cos(np.deg2rad(10 * np.arange(1, 6)))
     np.testing.assert_allclose(sums, counts * steps, atol=1e-6)
@@ -120,21 +120,21 @@ def test_songs_without_a_vector_are_not_counted() -> None:
     vectors = _circle(4, 10)
     vectors[2] = 0
     histories = _walk(6)  # songs 4 and 5 came after the vectors were made
-    questions = Questions.before_plays(histories, np.arange(1, 6))
-    sums, counts = _cosine_sums(ItemKnnRecommender(vectors), histories, questions, 3)
-    # The questions after songs 0 and 1 have a vector; those after 2, 4 and 5 have none.
+    queries = Queries.before_plays(histories, np.arange(1, 6))
+    sums, counts = _cosine_sums(ItemKnnRecommender(vectors), histories, queries, 3)
+    # The queries after songs 0 and 1 have a vector; those after 2, 4 and 5 have none.
     np.testing.assert_array_equal(counts, [[1, 1, 1]])
     ten_degrees, twenty, thirty = np.cos(np.deg2rad([10, 20, 30]))
     np.testing.assert_allclose(sums, [[ten_degrees, twenty, thirty]], atol=1e-6)
 
 
-def test_blocks_of_questions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     histories = _walk(9, 3, 7)
-    questions = Questions.before_plays(histories, np.flatnonzero(np.arange(19) % 9))
+    queries = Queries.before_plays(histories, np.flatnonzero(np.arange(19) % 9))
     recommender = ItemKnnRecommender(_circle(9, 7))
-    whole = _cosine_sums(recommender, histories, questions, 4)
+    whole = _cosine_sums(recommender, histories, queries, 4)
     monkeypatch.setattr(vector_metrics, "CURVE_QUERIES_AT_ONCE", 3)
-    np.testing.assert_allclose(_cosine_sums(recommender, histories, questions, 4), whole)
+    np.testing.assert_allclose(_cosine_sums(recommender, histories, queries, 4), whole)
 
 
 def test_there_is_a_curve_for_each_horizon_of_what_has_vectors() -> None:

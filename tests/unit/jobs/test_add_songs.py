@@ -10,7 +10,7 @@ from without_ray import without_ray
 
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.errors import MismatchError
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.jobs.add_songs import add_songs
@@ -66,7 +66,7 @@ def test_described_songs_are_recommended_from_the_next_release_on(
         list(dataset.read_all()), num_songs=NUM_SONGS, artist_of_song=dataset.catalog().codes(columns.ARTIST)[:FIRST]
     )
     source = CandidateSource(recommender.source.network, retrieval)
-    (_, scored), *_ = source.batches(history, Questions.at_end(history, AT))
+    (_, scored), *_ = source.batches(history, Queries.at_end(history, AT))
     by_artist = scored.candidates.proposals["new_artists"].songs.tolist()
     assert by_artist == [FIRST + artist]
     allowed = np.zeros(FIRST + NEW, dtype=bool)

@@ -9,7 +9,7 @@ from worlds import random_histories, random_vectors
 
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog, Content
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.model.added_songs import AddedSongs, FirstPlays
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
@@ -175,12 +175,12 @@ def test_the_network_reads_an_added_song_as_one_of_its_own_with_the_same_vector(
     if few.inputs is not None:
         few.inputs.weight.data.copy_(table.weight[:KNOWN])
     histories = random_histories(12, SONGS, seed=3)
-    questions = Questions.at_end(histories, 10**9)
-    expected = TasteEncoder(whole).vectors(histories, questions, "short")
-    without = TasteEncoder(few).vectors(histories, questions, "short")
+    queries = Queries.at_end(histories, 10**9)
+    expected = TasteEncoder(whole).vectors(histories, queries, "short")
+    without = TasteEncoder(few).vectors(histories, queries, "short")
     rows = torch.arange(KNOWN, SONGS)
     few.add_songs(rows, vectors[KNOWN:])
-    np.testing.assert_allclose(TasteEncoder(few).vectors(histories, questions, "short"), expected, atol=1e-5)
+    np.testing.assert_allclose(TasteEncoder(few).vectors(histories, queries, "short"), expected, atol=1e-5)
     assert np.abs(without - expected).max() > 0.01
 
 
@@ -227,7 +227,7 @@ def test_a_recommender_finds_added_songs_by_their_artist(added: AddedSongs) -> N
     recommender.add_songs(added)
     assert (recommender.num_songs, len(recommender.added_songs)) == (KNOWN + 10, 10)
     histories = Histories.from_lists([[5]], [[0]])
-    scores = recommender.score(histories, Questions.at_end(histories, 1))
+    scores = recommender.score(histories, Queries.at_end(histories, 1))
     songs, found = recommender.recommend(histories, 1, 70)
     assert set(songs[0].tolist()) == set(range(70))
     np.testing.assert_allclose(found[0], scores[0][songs[0]], atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from networks import NUM_SONGS, MemoryHost, cycling_histories, model_config, network
 from worlds import random_histories
 
-from rayrec.data.histories import Questions
+from rayrec.data.histories import Queries
 from rayrec.errors import DamagedArtifactError
 from rayrec.model.checkpoint import export_song_vectors, load_model, load_training, save_model, save_training
 from rayrec.model.inference import TasteEncoder
@@ -39,7 +39,7 @@ def test_a_stored_network_gives_the_same_vectors(workspace: Workspace, input_tab
     assert loaded.config == model.config
     assert not any(value.requires_grad for value in loaded.parameters())
     histories = random_histories(20, NUM_SONGS)
-    asked = Questions.at_end(histories, 10**9)
+    asked = Queries.at_end(histories, 10**9)
     found, wanted = (TasteEncoder(each).vectors(histories, asked, "long") for each in (loaded, model))
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 

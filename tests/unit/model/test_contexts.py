@@ -74,10 +74,10 @@ def learned_recall(learn_from: Histories, judge_on: Histories, contexts: tuple[s
     counts = np.bincount(learn_from.songs, minlength=NUM_SONGS)
     data = FitData(vectors=random_vectors(NUM_SONGS), counts=counts)
     model = Fit(shape, CONFIG, {"final": data}, MemoryHost({"final": learn_from}, CONFIG), validation=None).run()
-    questions = every_play(judge_on, first_play=1)
-    tastes = TasteEncoder(model).vectors(judge_on, questions, "short")
+    queries = every_play(judge_on, first_play=1)
+    tastes = TasteEncoder(model).vectors(judge_on, queries, "short")
     songs = model.song_vectors(torch.arange(NUM_SONGS)).detach().numpy()
-    played = judge_on.songs[judge_on.offsets[questions.rows] + questions.seen]
+    played = judge_on.songs[judge_on.offsets[queries.rows] + queries.seen]
     return float(((tastes @ songs.T).argmax(axis=1) == played).mean())
 
 

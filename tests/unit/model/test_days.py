@@ -5,7 +5,7 @@ import torch
 from networks import NUM_SONGS, MemoryHost, model_config
 from worlds import random_vectors
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import DAY_MS
 from rayrec.model.checkpoint import export_song_vectors
 from rayrec.model.epochs import Fit, FitData
@@ -67,7 +67,7 @@ def found_a_week_later(**horizons: tuple[int, ...]) -> float:
     vectors = export_song_vectors(model, np.ones(NUM_SONGS, dtype=bool)).numpy()
     others = weekly_histories(20, seed=1)
     asked = asked_on_the_first_day(others)
-    tastes = TasteEncoder(model).vectors(others, Questions.before_plays(others, asked), "long")
+    tastes = TasteEncoder(model).vectors(others, Queries.before_plays(others, asked), "long")
     nearest = np.argsort(-(tastes @ vectors.T), axis=1)[:, :EACH]
     following = (others.songs[asked] // EACH + 1) % GROUPS
     return float((nearest // EACH == following[:, None]).mean())
@@ -81,7 +81,7 @@ def test_a_horizon_of_days_finds_what_is_played_a_week_later_and_one_of_plays_do
 def test_a_network_of_days_alone_is_judged_by_plays_in_the_range() -> None:
     histories = weekly_histories(10)
     asked = asked_on_the_first_day(histories)
-    begin, end = A_WEEK_LATER.spans(histories, Questions.before_plays(histories, asked))
+    begin, end = A_WEEK_LATER.spans(histories, Queries.before_plays(histories, asked))
     judged = Validation(histories=histories, plays=asked[begin < end], horizon=A_WEEK_LATER)
     groups = histories.songs // EACH
     np.testing.assert_array_equal(groups[judged.answers], (groups[judged.plays] + 1) % GROUPS)

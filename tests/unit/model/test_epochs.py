@@ -255,7 +255,7 @@ def test_songs_are_known_by_a_play_or_by_a_vector() -> None:
 
 def judged(model: TasteModel, vectors: np.ndarray, validation: Validation) -> dict[str, float]:
     """The figures of a network on plays, among songs with these vectors."""
-    tastes = TasteEncoder(model).vectors(validation.histories, validation.questions, "short")
+    tastes = TasteEncoder(model).vectors(validation.histories, validation.queries, "short")
     return judge(torch.from_numpy(tastes), torch.from_numpy(vectors), validation, Share())
 
 

@@ -9,7 +9,7 @@ import torch
 from networks import MINUTE, NUM_SONGS, model_config, network
 from worlds import random_histories
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.windows import NEVER
 from rayrec.model import inference
 from rayrec.model.inference import TasteEncoder
@@ -40,13 +40,13 @@ def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return int(request.param)
 
 
-def every_question(histories: Histories) -> Questions:
-    """A question before each play, and one after the last, of every user."""
+def every_query(histories: Histories) -> Queries:
+    """A query before each play, and one after the last, of every user."""
     rows = np.repeat(np.arange(len(histories)), histories.lengths + 1)
     firsts = np.repeat(np.cumsum(histories.lengths + 1) - histories.lengths - 1, histories.lengths + 1)
     at = np.full(len(rows), histories.played_at.max() + MINUTE)
     order = np.random.default_rng(0).permutation(len(rows))
-    return Questions(rows=rows, seen=np.arange(len(rows)) - firsts, at=at).take(order)
+    return Queries(rows=rows, seen=np.arange(len(rows)) - firsts, at=at).take(order)
 
 
 def halves(histories: Histories, shares: np.ndarray) -> tuple[Histories, Histories]:
@@ -59,46 +59,44 @@ def halves(histories: Histories, shares: np.ndarray) -> tuple[Histories, Histori
 @pytest.mark.usefixtures("piece")
 def test_a_batch_gives_what_each_user_gives_alone(encoder: TasteEncoder, histories: Histories) -> None:
     at = int(histories.played_at.max())
-    together = encoder.vectors(histories, Questions.at_end(histories, at), "long")
+    together = encoder.vectors(histories, Queries.at_end(histories, at), "long")
     _, states = encoder.run(histories)
     for row in range(len(histories)):
         alone = histories.take(np.array([row]))
-        np.testing.assert_allclose(
-            encoder.vectors(alone, Questions.at_end(alone, at), "long")[0], together[row], **CLOSE
-        )
+        np.testing.assert_allclose(encoder.vectors(alone, Queries.at_end(alone, at), "long")[0], together[row], **CLOSE)
         np.testing.assert_allclose(encoder.run(alone)[1].hidden[0], states.hidden[row], **CLOSE)
 
 
 @pytest.mark.usefixtures("piece")
-def test_any_question_is_answered_from_the_plays_before_it_alone(encoder: TasteEncoder, histories: Histories) -> None:
-    questions = every_question(histories)
-    found = encoder.vectors(histories, questions, "short")
-    for number in range(0, len(questions), 7):
-        row, seen = int(questions.rows[number]), int(questions.seen[number])
+def test_any_query_is_answered_from_the_plays_before_it_alone(encoder: TasteEncoder, histories: Histories) -> None:
+    queries = every_query(histories)
+    found = encoder.vectors(histories, queries, "short")
+    for number in range(0, len(queries), 7):
+        row, seen = int(queries.rows[number]), int(queries.seen[number])
         alone = histories.take(np.array([row]))
         prefix = alone.keep(np.arange(alone.num_plays) < seen)
-        wanted = encoder.vectors(prefix, Questions.at_end(prefix, questions.at[number]), "short")
+        wanted = encoder.vectors(prefix, Queries.at_end(prefix, queries.at[number]), "short")
         np.testing.assert_allclose(found[number], wanted[0], **CLOSE)
 
 
 @pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("seed", range(3))
 def test_going_on_from_a_state_equals_one_pass(encoder: TasteEncoder, histories: Histories, seed: int) -> None:
-    whole, states = encoder.run(histories, Questions.at_end(histories, 0))
+    whole, states = encoder.run(histories, Queries.at_end(histories, 0))
     early, late = halves(histories, np.random.default_rng(seed).random(len(histories)))
     _, between = encoder.run(early)
-    hidden, carried = encoder.run(late, Questions.at_end(late, 0), between)
+    hidden, carried = encoder.run(late, Queries.at_end(late, 0), between)
     np.testing.assert_allclose(carried.hidden, states.hidden, **CLOSE)
     np.testing.assert_allclose(hidden, whole, **CLOSE)
     np.testing.assert_array_equal(carried.last_played_at, states.last_played_at)
 
 
-def test_questions_after_a_carried_state_equal_those_of_the_whole(encoder: TasteEncoder, histories: Histories) -> None:
+def test_queries_after_a_carried_state_equal_those_of_the_whole(encoder: TasteEncoder, histories: Histories) -> None:
     early, late = halves(histories, np.full(len(histories), 0.5))
     _, between = encoder.run(early)
-    asked = every_question(late)
+    asked = every_query(late)
     found = encoder.vectors(late, asked, "short", between)
-    whole = Questions(rows=asked.rows, seen=asked.seen + early.lengths[asked.rows], at=asked.at)
+    whole = Queries(rows=asked.rows, seen=asked.seen + early.lengths[asked.rows], at=asked.at)
     np.testing.assert_allclose(found, encoder.vectors(histories, whole, "short"), **CLOSE)
 
 
@@ -128,8 +126,8 @@ def test_a_history_longer_than_a_piece_carries_its_state_on(encoder: TasteEncode
         [np.arange(plays) * MINUTE, [3]],  # type: ignore[list-item]
     )
     seen = np.array([0, 1, inference.PIECE, inference.PIECE + 1, plays])
-    questions = Questions(rows=np.zeros(5, np.int64), seen=seen, at=np.full(5, plays * MINUTE))
-    found = encoder.vectors(history, questions, "short")
+    queries = Queries(rows=np.zeros(5, np.int64), seen=seen, at=np.full(5, plays * MINUTE))
+    found = encoder.vectors(history, queries, "short")
     state = encoder.no_states(1)
     for begin, end, wanted in zip(seen[:-1], seen[1:], found[1:], strict=True):
         part = history.take(np.array([0])).keep((np.arange(plays) >= begin) & (np.arange(plays) < end))
@@ -141,19 +139,19 @@ def test_states_alone_give_the_vectors_of_the_histories(encoder: TasteEncoder, h
     at = int(histories.played_at.max()) + 5 * MINUTE
     _, states = encoder.run(histories)
     for horizon in ("short", "long"):
-        wanted = encoder.vectors(histories, Questions.at_end(histories, at), horizon)
+        wanted = encoder.vectors(histories, Queries.at_end(histories, at), horizon)
         np.testing.assert_allclose(encoder.tastes(states, at, horizon), wanted, **CLOSE)
 
 
 def test_vectors_are_normalized_float32_for_users_without_plays_too(
     encoder: TasteEncoder, histories: Histories
 ) -> None:
-    vectors = encoder.vectors(histories, Questions.at_end(histories, 10**9), "short")
+    vectors = encoder.vectors(histories, Queries.at_end(histories, 10**9), "short")
     assert vectors.dtype == np.float32
     assert vectors.shape == (len(histories), 8)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     nobody = Histories.from_lists([[], []], [[], []])
-    unheard = encoder.vectors(nobody, Questions.at_end(nobody, 10**9), "short")
+    unheard = encoder.vectors(nobody, Queries.at_end(nobody, 10**9), "short")
     np.testing.assert_allclose(unheard, vectors[histories.lengths == 0][[0, 0]], **CLOSE)
     assert encoder.no_states(2).last_played_at.tolist() == [NEVER, NEVER]
 
@@ -161,13 +159,13 @@ def test_vectors_are_normalized_float32_for_users_without_plays_too(
 def test_the_time_of_the_request_changes_the_vector(encoder: TasteEncoder, histories: Histories) -> None:
     some = histories.take(histories.lengths > 0)
     last = some.played_at[some.offsets[1:] - 1]
-    soon = encoder.vectors(some, Questions.at_end(some, last + MINUTE), "short")
-    late = encoder.vectors(some, Questions.at_end(some, last + 10_000 * MINUTE), "short")
+    soon = encoder.vectors(some, Queries.at_end(some, last + MINUTE), "short")
+    late = encoder.vectors(some, Queries.at_end(some, last + 10_000 * MINUTE), "short")
     assert (np.abs(soon - late).max(axis=1) > 1e-3).all()
 
 
-def test_no_questions_and_no_users_are_answered_with_nothing(encoder: TasteEncoder, histories: Histories) -> None:
-    none = Questions(rows=np.zeros(0, np.int64), seen=np.zeros(0, np.int64), at=np.zeros(0, np.int64))
+def test_no_queries_and_no_users_are_answered_with_nothing(encoder: TasteEncoder, histories: Histories) -> None:
+    none = Queries(rows=np.zeros(0, np.int64), seen=np.zeros(0, np.int64), at=np.zeros(0, np.int64))
     assert encoder.vectors(histories, none, "short").shape == (0, 8)
     nobody = Histories.from_lists([], [])
     hidden, states = encoder.run(nobody)
@@ -178,7 +176,7 @@ def test_the_encoder_switches_dropout_off(histories: Histories) -> None:
     model = network(replace(model_config(), dropout=0.9))
     model.train()
     encoder = TasteEncoder(model)
-    first, second = (encoder.vectors(histories, Questions.at_end(histories, 10**9), "short") for _ in range(2))
+    first, second = (encoder.vectors(histories, Queries.at_end(histories, 10**9), "short") for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 

@@ -6,7 +6,7 @@ import torch
 from networks import NUM_SONGS, model_config, network
 from worlds import random_histories
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.windows import NEVER
 from rayrec.model.features import PlayBatch, pad
 from rayrec.model.network import TasteModel
@@ -130,12 +130,12 @@ def test_the_averages_are_those_of_the_baseline(histories: Histories) -> None:
     model = network(model_config(averages=(0.25, 0.75, 1.0)))
     seen, _ = model.trunk(padded(model, histories))
     vectors = torch.nn.functional.normalize(model.songs.weight, dim=-1).numpy()
-    questions = Questions.before_plays(histories, np.arange(histories.num_plays))
-    asked = questions.seen > 0
-    rows, steps = questions.rows[asked], questions.seen[asked] - 1
+    queries = Queries.before_plays(histories, np.arange(histories.num_plays))
+    asked = queries.seen > 0
+    rows, steps = queries.rows[asked], queries.seen[asked] - 1
     for place, discount in enumerate(model.config.averages):
         found = seen[torch.from_numpy(rows), torch.from_numpy(steps), 12 + 8 * place : 20 + 8 * place]
-        wanted = AverageRecommender(vectors, discount).vectors(histories, questions.take(asked))
+        wanted = AverageRecommender(vectors, discount).vectors(histories, queries.take(asked))
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 

@@ -5,7 +5,7 @@ import pytest
 from networks import MINUTE, NUM_SONGS, model_config, network
 from worlds import random_histories
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.windows import NEVER
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.taste_table import heard_songs, states_of, taste_column, taste_table
@@ -35,7 +35,7 @@ def test_a_row_per_user_holds_the_encoders_vectors(encoder: TasteEncoder, histor
     assert table.column("user_id").to_pylist() == histories.user_ids.tolist()
     assert table.column("plays").to_pylist() == histories.lengths.tolist()
     for horizon in ("short", "long"):
-        wanted = encoder.vectors(histories, Questions.at_end(histories, AT), horizon)
+        wanted = encoder.vectors(histories, Queries.at_end(histories, AT), horizon)
         found = np.array(table.column(taste_column(horizon)).to_pylist(), dtype=np.float32)
         np.testing.assert_allclose(found, wanted, atol=1e-6)
 

@@ -8,7 +8,7 @@ import pytest
 
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.errors import InputError, MismatchError, NotFoundError
 from rayrec.recommend.answer import (
     ASSUMED_GAP_MS,
@@ -34,8 +34,8 @@ class Following(BaseRecommender):
     def __init__(self, num_songs: int) -> None:
         self.num_songs = num_songs
 
-    def score(self, histories: Histories, questions: Questions, horizon: Horizon = "short") -> np.ndarray:
-        last = histories.songs[histories.offsets[questions.rows] + questions.seen - 1]
+    def score(self, histories: Histories, queries: Queries, horizon: Horizon = "short") -> np.ndarray:
+        last = histories.songs[histories.offsets[queries.rows] + queries.seen - 1]
         return -((np.arange(self.num_songs) - last[:, None] - 1) % self.num_songs).astype(np.float32)
 
 

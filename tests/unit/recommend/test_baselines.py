@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from worlds import random_histories, random_vectors, write_dataset
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange
 from rayrec.errors import InputError, LeakError
 from rayrec.recommend.baselines import (
@@ -39,7 +39,7 @@ def _songs(*lists: list[int]) -> Histories:
 
 def _score(recommender: Any, songs: list[int]) -> np.ndarray:
     histories = _songs(songs)
-    return np.asarray(recommender.score(histories, Questions.at_end(histories, 0)))[0]
+    return np.asarray(recommender.score(histories, Queries.at_end(histories, 0)))[0]
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -59,8 +59,8 @@ def test_a_fit_does_not_depend_on_how_the_batches_are_cut(fit: Callable[..., Any
     histories = random_histories(40, 9)
     whole = fit([histories], num_songs=9, allowed=FitRange())
     parts = fit((histories.take(np.array([row])) for row in range(40)), num_songs=9, allowed=FitRange())
-    questions = Questions.at_end(histories, 0)
-    np.testing.assert_allclose(parts.score(histories, questions), whole.score(histories, questions), rtol=1e-5)
+    queries = Queries.at_end(histories, 0)
+    np.testing.assert_allclose(parts.score(histories, queries), whole.score(histories, queries), rtol=1e-5)
 
 
 def test_fits_from_a_data_set_see_only_what_is_allowed(workspace: Workspace) -> None:
@@ -162,9 +162,9 @@ def test_the_average_is_the_discounted_sum_of_the_paper_at_every_position(discou
     vectors[5] = 0
     histories = random_histories(12, 6, seed=5)
     plays = np.random.default_rng(0).permutation(histories.num_plays)
-    questions = Questions.before_plays(histories, plays)
-    taste = AverageRecommender(vectors, discount).vectors(histories, questions)
-    for row, (user, seen) in enumerate(zip(questions.rows, questions.seen, strict=True)):
+    queries = Queries.before_plays(histories, plays)
+    taste = AverageRecommender(vectors, discount).vectors(histories, queries)
+    for row, (user, seen) in enumerate(zip(queries.rows, queries.seen, strict=True)):
         songs = histories.songs[histories.offsets[user] : histories.offsets[user] + seen]
         ages = np.arange(seen)[::-1]
         expected = (discount**ages) @ vectors[songs] if seen else np.zeros(8)
@@ -172,10 +172,10 @@ def test_the_average_is_the_discounted_sum_of_the_paper_at_every_position(discou
         np.testing.assert_allclose(taste[row], expected, atol=2e-5)
 
 
-def test_the_same_question_twice_gets_the_same_vector_twice() -> None:
+def test_the_same_query_twice_gets_the_same_vector_twice() -> None:
     histories = _songs([0, 1, 2, 3])
-    questions = Questions(rows=np.zeros(4, np.int64), seen=np.array([3, 2, 3, 3]), at=np.zeros(4, np.int64))
-    vectors = AverageRecommender(random_vectors(4), 0.5).vectors(histories, questions)
+    queries = Queries(rows=np.zeros(4, np.int64), seen=np.array([3, 2, 3, 3]), at=np.zeros(4, np.int64))
+    vectors = AverageRecommender(random_vectors(4), 0.5).vectors(histories, queries)
     np.testing.assert_array_equal(vectors[0], vectors[2])
     np.testing.assert_array_equal(vectors[0], vectors[3])
     assert not np.allclose(vectors[0], vectors[1])

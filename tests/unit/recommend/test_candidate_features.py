@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from worlds import random_histories, random_vectors, with_opinions
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.recommend.candidate_features import FeatureSources
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import QueryBatch
@@ -20,7 +20,7 @@ ARTISTS = np.arange(NUM_SONGS) % 5
 
 def _features(
     histories: Histories,
-    queries: Questions,
+    queries: Queries,
     *,
     real_times: bool = True,
     artists: np.ndarray | None = ARTISTS,
@@ -48,7 +48,7 @@ def _features(
 def _one(songs: list[int], minutes: list[float], at: float) -> dict[int, dict[str, float]]:
     """The features by song for one user who played songs at minutes, asked at a minute."""
     histories = Histories.from_lists([songs], [[round(minute * MINUTE) for minute in minutes]])
-    _, candidates, features = _features(histories, Questions.at_end(histories, round(at * MINUTE)))
+    _, candidates, features = _features(histories, Queries.at_end(histories, round(at * MINUTE)))
     return {
         song: {name: float(values[place]) for name, values in features.items()}
         for place, song in enumerate(candidates.songs.tolist())
@@ -95,7 +95,7 @@ def test_recent_repeats_are_the_share_of_plays_of_songs_played_before() -> None:
 
 def test_cosines_are_known_for_every_candidate_whoever_proposed_it() -> None:
     histories = random_histories(10, NUM_SONGS)
-    batch, candidates, features = _features(histories, Questions.at_end(histories, 10**9))
+    batch, candidates, features = _features(histories, Queries.at_end(histories, 10**9))
     expected = (VECTORS[candidates.songs] * batch.short_vectors[candidates.rows]).sum(axis=1)
     np.testing.assert_allclose(features["cosine_short"], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(features["cosine_long"], -expected, rtol=1e-5, atol=1e-6)
@@ -105,10 +105,10 @@ def test_plays_after_the_query_change_nothing() -> None:
     histories = random_histories(20, NUM_SONGS, seed=2)
     rows = np.flatnonzero(histories.lengths > 4)
     seen = histories.lengths[rows] // 2
-    queries = Questions(rows=rows, seen=seen, at=np.full(len(rows), 10**9))
+    queries = Queries(rows=rows, seen=seen, at=np.full(len(rows), 10**9))
     cut = histories.take(rows).keep(histories.take(rows).places < np.repeat(seen, histories.lengths[rows]))
     _, some, features = _features(histories, queries)
-    _, others, expected = _features(cut, Questions.at_end(cut, 10**9))
+    _, others, expected = _features(cut, Queries.at_end(cut, 10**9))
     np.testing.assert_array_equal(some.keys, others.keys)
     for name, values in features.items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-6, err_msg=name)
@@ -116,14 +116,14 @@ def test_plays_after_the_query_change_nothing() -> None:
 
 def test_where_times_are_places_nothing_is_said_of_hours() -> None:
     histories = random_histories(10, NUM_SONGS)
-    _, _, features = _features(histories, Questions.at_end(histories, 10**9), real_times=False)
+    _, _, features = _features(histories, Queries.at_end(histories, 10**9), real_times=False)
     for name in ("user_hours_since", "user_base_level_hours", "hours_since_last", "hour"):
         assert not features[name].any(), name
 
 
 def test_a_catalog_without_artists_gives_no_features_of_them() -> None:
     histories = random_histories(10, NUM_SONGS)
-    _, _, features = _features(histories, Questions.at_end(histories, 10**9), artists=None)
+    _, _, features = _features(histories, Queries.at_end(histories, 10**9), artists=None)
     assert not [name for name in features if name.startswith(("artist", "album", "recent_artists"))]
 
 
@@ -134,7 +134,7 @@ def test_the_age_of_a_song_counts_the_days_since_its_first_play_by_anybody() -> 
     played = set(past.songs.tolist())
     assert {features[song]["age_days"] for song in features if song in played} == {days}
     histories = Histories.from_lists([[3, 4]], [[0, MINUTE]])
-    _, _, without = _features(histories, Questions.at_end(histories, days * 24 * HOUR), real_times=False)
+    _, _, without = _features(histories, Queries.at_end(histories, days * 24 * HOUR), real_times=False)
     assert not without["age_days"].any()
 
 
@@ -147,7 +147,7 @@ def test_skips_and_likes_are_counted_up_to_the_query_and_no_further() -> None:
         skipped=[[True, False, False, True, True]],
         likes=[[(4, 2 * MINUTE), (5, 5 * MINUTE), (6, 9 * MINUTE)]],
     )
-    query = Questions(rows=np.array([0]), seen=np.array([4]), at=np.array([5 * MINUTE]))
+    query = Queries(rows=np.array([0]), seen=np.array([4]), at=np.array([5 * MINUTE]))
     _, candidates, features = _features(histories, query, past=past)
     of = {
         name: dict(zip(candidates.songs.tolist(), features[name].tolist(), strict=True))
@@ -166,7 +166,7 @@ def test_skips_and_likes_are_counted_up_to_the_query_and_no_further() -> None:
 def test_data_without_skips_and_likes_has_no_features_of_them_and_no_files(workspace: Workspace) -> None:
     histories = random_histories(10, NUM_SONGS)
     marked = with_opinions(histories, NUM_SONGS)
-    _, _, features = _features(marked, Questions.at_end(marked, 10**9))  # a retrieval of data without them
+    _, _, features = _features(marked, Queries.at_end(marked, 10**9))  # a retrieval of data without them
     assert not [name for name in features if "skip" in name or "like" in name]
     for number, past in enumerate((histories, marked)):
         fitted = Retrieval.fit([past], num_songs=NUM_SONGS)

@@ -9,7 +9,7 @@ from served import AT, NUM_SONGS, write_release, write_world
 from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.errors import InputError
 from rayrec.jobs.recommend_all import recommend_all, recommendations_file
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
@@ -88,8 +88,8 @@ def recommender(world: Workspace) -> BaseRecommender:
 @pytest.fixture(scope="module")
 def chosen(recommender: BaseRecommender) -> Callable[[AnswerOptions], Chosen]:
     history = Histories.from_lists([[3, 50, 3, 9]], [[AT - 60_000 * back for back in (3, 2, 1, 0)]])
-    network, questions = network_of(recommender), Questions.at_end(history, AT)
-    vectors = {horizon: network.vectors(history, questions, horizon)[0] for horizon in ("short", "long")}
+    network, queries = network_of(recommender), Queries.at_end(history, AT)
+    vectors = {horizon: network.vectors(history, queries, horizon)[0] for horizon in ("short", "long")}
     return lambda options: choose(recommender, Known(vectors=vectors, history=history, at=AT), options)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from worlds import random_histories, random_vectors
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import DAY_MS
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import AnyHorizon, DaysHorizon, FeatureSpec, Horizon, ModelConfig
@@ -54,7 +54,7 @@ def test_the_long_ranker_learns_the_plays_that_the_long_horizon_is_for(long: Any
             if (DAY_MS <= passed < 3 * DAY_MS) if long is DAYS else (25 <= later - play + 1 <= 50):
                 rows.append(query)
                 songs.append(int(histories.songs[later]))
-    queries = Questions.before_plays(histories, plays)
+    queries = Queries.before_plays(histories, plays)
     held_out = checks_rankers(histories.user_ids)[queries.rows]
     answers: dict[RankerKind, tuple[np.ndarray, np.ndarray]] = {"long": (np.array(rows), np.array(songs))}
     wanted = examples_for(source, histories, queries, answers, held_out=held_out)["long"]

@@ -9,7 +9,7 @@ import torch
 from rankings import fit_rankers
 from worlds import random_histories, random_vectors
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange
 from rayrec.errors import InputError
 from rayrec.model.network import TasteModel
@@ -112,8 +112,8 @@ def test_answers_have_the_promised_shapes_and_types(recommender: BaseRecommender
     assert recommender.kind in ("baseline", "network")
 
 
-def test_scores_are_float32_for_every_question_and_song(recommender: BaseRecommender, histories: Histories) -> None:
-    scores = recommender.score(histories, Questions.at_end(histories, NOW))
+def test_scores_are_float32_for_every_query_and_song(recommender: BaseRecommender, histories: Histories) -> None:
+    scores = recommender.score(histories, Queries.at_end(histories, NOW))
     assert scores.shape == (len(histories), NUM_SONGS)
     assert scores.dtype == np.float32
 
@@ -133,7 +133,7 @@ def test_a_batch_answers_as_each_user_alone(recommender: BaseRecommender, histor
 
 def test_answers_are_the_top_of_the_scores(recommender: BaseRecommender, histories: Histories) -> None:
     songs, scores = recommender.recommend(histories, NOW, 8)
-    expected, expected_scores = top_k(np.array(recommender.score(histories, Questions.at_end(histories, NOW))), 8)
+    expected, expected_scores = top_k(np.array(recommender.score(histories, Queries.at_end(histories, NOW))), 8)
     np.testing.assert_array_equal(songs, expected)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-6)
 
@@ -164,12 +164,12 @@ def test_songs_heard_stay_out_when_asked(recommender: BaseRecommender, histories
         assert kept == [song for song in songs[row] if song >= 0]
 
 
-def test_plays_after_the_question_change_nothing(recommender: BaseRecommender, histories: Histories) -> None:
+def test_plays_after_the_query_change_nothing(recommender: BaseRecommender, histories: Histories) -> None:
     plays = np.arange(0, histories.num_plays, 3)
-    questions = Questions.before_plays(histories, plays)
-    before = np.array(recommender.score(histories, questions))
+    queries = Queries.before_plays(histories, plays)
+    before = np.array(recommender.score(histories, queries))
     seen = np.zeros(len(histories), dtype=np.int64)
-    np.maximum.at(seen, questions.rows, questions.seen)
+    np.maximum.at(seen, queries.rows, queries.seen)
     later = np.arange(histories.num_plays) - histories.offsets[histories.rows] >= seen[histories.rows]
     assert later.any()
     changed = replace(
@@ -177,31 +177,31 @@ def test_plays_after_the_question_change_nothing(recommender: BaseRecommender, h
         songs=np.where(later, (histories.songs + 5) % NUM_SONGS, histories.songs).astype(np.int32),
         played_at=histories.played_at + later * 1000,
     )
-    np.testing.assert_array_equal(recommender.score(changed, questions), before)
+    np.testing.assert_array_equal(recommender.score(changed, queries), before)
 
 
-def test_a_question_in_the_middle_is_answered_as_if_history_ended_there(
+def test_a_query_in_the_middle_is_answered_as_if_history_ended_there(
     recommender: BaseRecommender, histories: Histories
 ) -> None:
     plays = np.flatnonzero(np.arange(histories.num_plays) > histories.offsets[histories.rows])[::-2]
-    questions = Questions.before_plays(histories, plays)
-    together = recommender.score(histories, questions)
-    for question in range(0, len(questions), 20):
-        row, seen = questions.rows[question], questions.seen[question]
+    queries = Queries.before_plays(histories, plays)
+    together = recommender.score(histories, queries)
+    for query in range(0, len(queries), 20):
+        row, seen = queries.rows[query], queries.seen[query]
         start = histories.offsets[row]
         cut = Histories.from_lists([histories.songs[start : start + seen]], [histories.played_at[start : start + seen]])  # type: ignore[list-item]
-        alone = recommender.score(cut, Questions.at_end(cut, questions.at[question]))[0]
-        np.testing.assert_allclose(alone, together[question], rtol=1e-5, atol=1e-6)
+        alone = recommender.score(cut, Queries.at_end(cut, queries.at[query]))[0]
+        np.testing.assert_allclose(alone, together[query], rtol=1e-5, atol=1e-6)
 
 
 def test_cutting_the_scores_into_chunks_changes_nothing(
     recommender: BaseRecommender, histories: Histories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    questions = Questions.at_end(histories, NOW)
-    whole = recommender.score(histories, questions)
+    queries = Queries.at_end(histories, NOW)
+    whole = recommender.score(histories, queries)
     monkeypatch.setattr(recommender_module, "SCORES_IN_CACHE", 3 * NUM_SONGS)
     monkeypatch.setattr(recommender_module, "FEW_QUESTIONS", 1)
-    chunks = list(recommender.score_chunks(histories, questions))
+    chunks = list(recommender.score_chunks(histories, queries))
     assert len(chunks) == -(-len(histories) // 3)
     np.testing.assert_allclose(np.concatenate([scores for _, scores in chunks]), whole, rtol=1e-5, atol=1e-6)
 

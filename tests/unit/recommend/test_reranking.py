@@ -8,7 +8,7 @@ from served import AT, NUM_SONGS, WITHOUT_VECTOR, write_release, write_world
 from worlds import random_vectors
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.errors import InputError
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
@@ -33,9 +33,9 @@ def recommender(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 def known(recommender: BaseRecommender) -> Known:
-    network, questions = network_of(recommender), Questions.at_end(HISTORY, AT)
+    network, queries = network_of(recommender), Queries.at_end(HISTORY, AT)
     return Known(
-        vectors={horizon: network.vectors(HISTORY, questions, horizon)[0] for horizon in ("short", "long")},
+        vectors={horizon: network.vectors(HISTORY, queries, horizon)[0] for horizon in ("short", "long")},
         history=HISTORY,
         at=AT,
     )
@@ -43,10 +43,10 @@ def known(recommender: BaseRecommender) -> Known:
 
 def by_definition(recommender: BaseRecommender, weight: float) -> np.ndarray:
     """float32 (N,): what each song scores with this weight for the long horizon."""
-    network, questions = network_of(recommender), Questions.at_end(HISTORY, AT)
-    short, long = (network.vectors(HISTORY, questions, horizon)[0] for horizon in ("short", "long"))
+    network, queries = network_of(recommender), Queries.at_end(HISTORY, AT)
+    short, long = (network.vectors(HISTORY, queries, horizon)[0] for horizon in ("short", "long"))
     if isinstance(recommender, TwoStepRecommender):
-        soon, later = (recommender.score(HISTORY, questions, horizon)[0] for horizon in ("short", "long"))
+        soon, later = (recommender.score(HISTORY, queries, horizon)[0] for horizon in ("short", "long"))
         soon, later = np.maximum(soon, 0), np.maximum(later, 0)  # -inf is no number to weigh
         scores = soon if weight == 0 else later if weight == 1 else _mixed(recommender, weight)
     else:
@@ -59,7 +59,7 @@ def by_definition(recommender: BaseRecommender, weight: float) -> np.ndarray:
 def _mixed(recommender: TwoStepRecommender, weight: float) -> np.ndarray:
     """float32 (N,): the mean of the candidates' shares on both horizons."""
     scores = np.zeros(NUM_SONGS, dtype=np.float32)
-    for _, scored in recommender.source.batches(HISTORY, Questions.at_end(HISTORY, AT)):
+    for _, scored in recommender.source.batches(HISTORY, Queries.at_end(HISTORY, AT)):
         rows = scored.candidates.rows
         short, long = (
             recommender.rankers[kind].calibration.shares_of(rows, recommender.rankers[kind].scores(scored.features))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from worlds import random_histories, random_vectors
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import QueryBatch
@@ -27,7 +27,7 @@ NUM_SONGS = 40
 NOW = 10**9
 
 
-def _batch(histories: Histories, queries: Questions, num_songs: int = NUM_SONGS) -> QueryBatch:
+def _batch(histories: Histories, queries: Queries, num_songs: int = NUM_SONGS) -> QueryBatch:
     vectors = random_vectors(max(1, len(queries)), 8)[: len(queries)]
     return QueryBatch.of(histories, queries, num_songs, short_vectors=vectors, long_vectors=-vectors)
 
@@ -35,7 +35,7 @@ def _batch(histories: Histories, queries: Questions, num_songs: int = NUM_SONGS)
 def _asked(songs: list[int], num_songs: int = NUM_SONGS) -> QueryBatch:
     """One user who has just played songs, a minute apart."""
     histories = Histories.from_lists([songs], [[NOW + MINUTE * place for place in range(len(songs))]])
-    return _batch(histories, Questions.at_end(histories, NOW + MINUTE * len(songs)), num_songs)
+    return _batch(histories, Queries.at_end(histories, NOW + MINUTE * len(songs)), num_songs)
 
 
 def _ordered(found: Proposals) -> list[int]:
@@ -51,7 +51,7 @@ def test_session_knn_scores_as_vstan_over_all_sessions_does() -> None:
     played = random_histories(60, NUM_SONGS, longest=12)
     once = played.keep(_first_plays(played))  # a song stands in one place of a session, so places agree
     histories = random_histories(25, NUM_SONGS, longest=15, seed=3)
-    queries = Questions.at_end(histories, NOW)
+    queries = Queries.at_end(histories, NOW)
     vstan = VstanRecommender.fit([once], num_songs=NUM_SONGS, allowed=FitRange()).score(histories, queries)
     settings = SessionKnnSettings(places=100)
     retrieval = Retrieval.fit([once], num_songs=NUM_SONGS, newest=10_000)
@@ -130,7 +130,7 @@ def test_a_catalog_without_artists_has_no_retriever_for_them() -> None:
 def test_the_taste_retrievers_propose_the_songs_nearest_to_their_vector() -> None:
     histories = random_histories(6, NUM_SONGS)
     retrievers = _all(Retrieval.fit([histories], num_songs=NUM_SONGS))
-    batch = _batch(histories, Questions.at_end(histories, NOW))
+    batch = _batch(histories, Queries.at_end(histories, NOW))
     for name, vectors in (("taste_short", batch.short_vectors), ("taste_long", batch.long_vectors)):
         found = retrievers[name].propose(batch, 5)
         for row in range(len(batch)):
@@ -140,7 +140,7 @@ def test_the_taste_retrievers_propose_the_songs_nearest_to_their_vector() -> Non
 
 def test_proposals_are_bounded_distinct_and_the_same_alone_as_in_a_batch() -> None:
     histories = random_histories(30, NUM_SONGS, seed=5)
-    queries = Questions.at_end(histories, NOW)
+    queries = Queries.at_end(histories, NOW)
     retrievers = list(_all(Retrieval.fit([random_histories(80, NUM_SONGS)], num_songs=NUM_SONGS)).values())
     batch = _batch(histories, queries)
     counts = {retriever.name: 7 for retriever in retrievers}
@@ -163,7 +163,7 @@ def test_a_user_without_plays_gets_what_is_popular_of_late() -> None:
     retrieval = Retrieval.fit([random_histories(30, NUM_SONGS)], num_songs=NUM_SONGS)
     batch = QueryBatch.of(
         histories,
-        Questions.at_end(histories, NOW),
+        Queries.at_end(histories, NOW),
         NUM_SONGS,
         short_vectors=np.zeros((1, 8), np.float32),
         long_vectors=np.zeros((1, 8), np.float32),

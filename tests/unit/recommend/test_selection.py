@@ -40,15 +40,15 @@ def test_a_selection_is_all_of_the_validation_range_and_nothing_after_it(dataset
     assert all((batch.played_at < 1_500_000).all() for batch in selection.batches())
 
 
-def test_questions_lie_the_drawn_number_of_plays_before_their_answers(dataset: Dataset) -> None:
+def test_queries_lie_the_drawn_number_of_plays_before_their_answers(dataset: Dataset) -> None:
     selection = _made(dataset)
-    questions, targets = selection.ahead(3, 5)
+    queries, targets = selection.ahead(3, 5)
     histories = selection.histories
-    for row, seen, at, song in zip(questions.rows, questions.seen, questions.at, targets, strict=True):
+    for row, seen, at, song in zip(queries.rows, queries.seen, queries.at, targets, strict=True):
         user = slice(histories.offsets[row], histories.offsets[row + 1])
         ahead = [place - seen + 1 for place in np.flatnonzero(histories.played_at[user] == at)]
         assert any(3 <= one <= 5 and histories.songs[user][seen + one - 1] == song for one in ahead)
-    assert len(questions) > 100
+    assert len(queries) > 100
 
 
 def test_there_is_no_selection_without_validation_plays(dataset: Dataset) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from worlds import random_histories, random_vectors
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange
 from rayrec.data.synthetic import COLLECTION, GenerateConfig, World
 from rayrec.embeddings.content_map import ContentMap
@@ -95,10 +95,10 @@ def _cycling(users: int, seed: int) -> Histories:
     return Histories.from_lists(lists, times, user_ids=[f"{seed}-{row}" for row in range(users)])
 
 
-def _last_plays(histories: Histories) -> tuple[Questions, np.ndarray]:
+def _last_plays(histories: Histories) -> tuple[Queries, np.ndarray]:
     """The queries that the last play of each user answers, and these songs."""
     plays = histories.offsets[1:] - 1
-    return Questions.before_plays(histories, plays), histories.songs[plays]
+    return Queries.before_plays(histories, plays), histories.songs[plays]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_exactly_k_songs_come_within_limits_and_the_index_fills_what_is_missing(
     recommender: TwoStepRecommender,
 ) -> None:
     histories = random_histories(12, NUM_SONGS, seed=5)
-    queries = Questions.at_end(histories, NOW)
+    queries = Queries.at_end(histories, NOW)
     allowed = np.zeros(NUM_SONGS, dtype=bool)
     allowed[[3, 9, 27, 41, 55]] = True
     limits = [Limits(banned=np.array([9]), allowed=allowed)] * len(queries)
@@ -165,7 +165,7 @@ def test_given_songs_are_put_in_order_whether_a_retriever_proposes_them_or_not(r
     few = CandidateSource(source.network, source.retrieval, counts=dict.fromkeys(COUNTS, 2))
     narrow = TwoStepRecommender(few, recommender.rankers)
     histories = _cycling(20, 8)
-    queries = Questions.at_end(histories, NOW)
+    queries = Queries.at_end(histories, NOW)
     usual = narrow.rank_queries(histories, queries, NUM_SONGS, limits=[Limits()] * len(queries))
     proposed = [songs[scores > 0] for songs, scores in zip(usual.songs, usual.scores, strict=True)]
     assert max(map(len, proposed)) < NUM_SONGS / 2
@@ -206,7 +206,7 @@ def test_a_weight_mixes_the_orders_of_both_horizons(recommender: TwoStepRecommen
 
 def test_scores_and_ranks_agree(recommender: TwoStepRecommender) -> None:
     histories = random_histories(8, NUM_SONGS, seed=8)
-    queries = Questions.at_end(histories, NOW)
+    queries = Queries.at_end(histories, NOW)
     scores = recommender.score(histories, queries)
     ranking = recommender.rank_queries(histories, queries, 5)
     np.testing.assert_allclose(
@@ -218,7 +218,7 @@ def test_scores_and_ranks_agree(recommender: TwoStepRecommender) -> None:
 
 def test_the_candidates_that_an_evaluation_ranks_are_those_of_the_answers(recommender: TwoStepRecommender) -> None:
     histories = random_histories(8, NUM_SONGS, seed=8)
-    queries = Questions.at_end(histories, NOW)
+    queries = Queries.at_end(histories, NOW)
     ranking = recommender.rank_queries(histories, queries, 5, long_weight=1.0)
     for chunk, candidates in recommender.candidate_chunks(histories, queries):
         scores = candidates.scores("long", False)
@@ -230,7 +230,7 @@ def test_the_candidates_that_an_evaluation_ranks_are_those_of_the_answers(recomm
 
 def test_songs_that_no_retriever_proposes_fill_the_answer_from_the_index(recommender: TwoStepRecommender) -> None:
     histories = random_histories(12, NUM_SONGS, seed=5)
-    queries = Questions.at_end(histories, NOW)
+    queries = Queries.at_end(histories, NOW)
     source = recommender.source
     counts = {retriever.name: 1 for retriever in source.retrievers}
     few = TwoStepRecommender(CandidateSource(source.network, source.retrieval, counts=counts), recommender.rankers)
@@ -248,7 +248,7 @@ def test_songs_that_no_retriever_proposes_fill_the_answer_from_the_index(recomme
 def test_k_below_one_is_refused(recommender: TwoStepRecommender) -> None:
     histories = random_histories(2, NUM_SONGS)
     with pytest.raises(InputError):
-        recommender.rank_queries(histories, Questions.at_end(histories, NOW), 0)
+        recommender.rank_queries(histories, Queries.at_end(histories, NOW), 0)
 
 
 def test_no_array_as_long_as_the_catalog_is_made_for_a_query(recommender: TwoStepRecommender) -> None:
@@ -263,7 +263,7 @@ def test_no_array_as_long_as_the_catalog_is_made_for_a_query(recommender: TwoSte
     last = np.array([songs[-1] if len(songs) else 0 for songs in past.last_songs(1)])
     held_out = np.arange(len(past)) % 2 == 0
     answers: Answers = {"next": (np.arange(len(past)), last)}
-    examples = examples_for(source, past, Questions.at_end(past, NOW), answers, held_out=held_out)
+    examples = examples_for(source, past, Queries.at_end(past, NOW), answers, held_out=held_out)
     ranker = Ranker.fit(examples["next"], source.sources.names, RankerSettings(trees=3, min_leaf=5))
     large = TwoStepRecommender(source, {"next": ranker})
     history = past.take(np.array([int(past.lengths.argmax())]))
@@ -372,7 +372,7 @@ def test_by_skips_and_likes_the_ranker_finds_more_of_the_songs_that_users_return
     plays = np.flatnonzero((histories.played_at >= cut) & (histories.places > 0) & returned)
     answers: Answers = {"next": (np.arange(len(plays)), histories.songs[plays])}
     held_out = histories.rows[plays] % 3 == 0
-    examples = examples_for(source, histories, Questions.before_plays(histories, plays), answers, held_out=held_out)
+    examples = examples_for(source, histories, Queries.before_plays(histories, plays), answers, held_out=held_out)
     known = examples["next"]
     checked = known.take(known.found & known.held_out)
     found: list[float] = []

@@ -7,7 +7,7 @@ import pytest
 from networks import MINUTE
 from worlds import random_histories
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange
 from rayrec.errors import LeakError
 from rayrec.recommend import session_knn as module
@@ -27,7 +27,7 @@ def _fit(*batches: Histories, num_songs: int = NUM_SONGS, max_sessions: int = 10
 
 def _score(recommender: VsknnRecommender, songs: list[int]) -> np.ndarray:
     histories = _sessions(songs)
-    return np.asarray(recommender.score(histories, Questions.at_end(histories, 0)))[0]
+    return np.asarray(recommender.score(histories, Queries.at_end(histories, 0)))[0]
 
 
 def _row(**scores: float) -> np.ndarray:
@@ -57,15 +57,15 @@ def test_the_last_five_plays_weigh_less_the_longer_ago(back: int, weight: float)
     assert _score(fitted, played)[2] == pytest.approx(weight / np.sqrt(2))
 
 
-def test_a_song_played_again_adds_up_in_the_question_and_counts_once_in_a_session() -> None:
+def test_a_song_played_again_adds_up_in_the_query_and_counts_once_in_a_session() -> None:
     fitted = _fit(_sessions([1, 2, 1, 2, 2]))
     np.testing.assert_allclose(_score(fitted, [1, 1]), _row(song1=1.8, song2=1.8) / np.sqrt(2), rtol=1e-6)
 
 
-def test_only_the_plays_before_a_question_are_compared() -> None:
+def test_only_the_plays_before_a_query_are_compared() -> None:
     fitted = _fit(_sessions([1, 2], [3, 4]))
     histories = _sessions([0], [1, 3])
-    scores = fitted.score(histories, Questions.before_plays(histories, np.array([2, 1])))
+    scores = fitted.score(histories, Queries.before_plays(histories, np.array([2, 1])))
     np.testing.assert_allclose(scores, [_row(song1=1, song2=1) / np.sqrt(2), _row()], rtol=1e-6)
 
 
@@ -102,7 +102,7 @@ def test_two_hundred_sessions_count_unless_chosen_otherwise() -> None:
 
 def test_queries_are_answered_alike_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     histories = random_histories(40, NUM_SONGS, seed=2)
-    fitted, queries = _fit(histories), Questions.at_end(histories, 0)
+    fitted, queries = _fit(histories), Queries.at_end(histories, 0)
     whole = fitted.score(histories, queries)
     monkeypatch.setattr(module, "QUERIES_AT_ONCE", 7)
     np.testing.assert_array_equal(fitted.score(histories, queries), whole)

@@ -5,7 +5,7 @@ import pytest
 from networks import MINUTE
 from worlds import random_histories
 
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.recommend import session_knn as module
 from rayrec.recommend.session_knn import VstanRecommender, VstanSettings
@@ -30,7 +30,7 @@ def _fit(*batches: Histories, max_sessions: int = 100) -> VstanRecommender:
 
 def _score(recommender: VstanRecommender, songs: list[int], at: int = 0) -> np.ndarray:
     histories = _sessions(songs)
-    return np.asarray(recommender.score(histories, Questions.at_end(histories, at)))[0]
+    return np.asarray(recommender.score(histories, Queries.at_end(histories, at)))[0]
 
 
 def test_a_song_weighs_less_the_farther_from_the_matched_one() -> None:
@@ -86,7 +86,7 @@ def test_only_the_songs_of_the_nearest_sessions_are_scored() -> None:
 
 def test_queries_are_answered_alike_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     histories = random_histories(40, NUM_SONGS, seed=2)
-    fitted, queries = _fit(histories), Questions.at_end(histories, 0)
+    fitted, queries = _fit(histories), Queries.at_end(histories, 0)
     whole = fitted.score(histories, queries)
     monkeypatch.setattr(module, "QUERIES_AT_ONCE", 7)
     np.testing.assert_array_equal(fitted.score(histories, queries), whole)

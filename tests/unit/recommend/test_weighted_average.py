@@ -5,7 +5,7 @@ import pytest
 from worlds import random_histories, random_vectors, write_dataset
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange, Split
 from rayrec.errors import LeakError
 from rayrec.recommend import baselines as module
@@ -47,11 +47,11 @@ def test_the_planted_weights_come_back() -> None:
 
 def test_the_planted_weights_answer_better_than_every_average() -> None:
     histories, vectors = _planted(60, 60)
-    questions = Questions.before_plays(histories, np.arange(len(PLANTED), histories.num_plays, 7))
+    queries = Queries.before_plays(histories, np.arange(len(PLANTED), histories.num_plays, 7))
     targets = vectors[histories.songs[np.arange(len(PLANTED), histories.num_plays, 7)]]
     fitted = fit_weighted([histories], vectors, "weighted-short", FitRange(), None)
     averages = [WeightedRecommender(vectors, discount ** np.arange(50), "average") for discount in (0.1, 0.5, 0.9, 1.0)]
-    ours, *others = [float((one.vectors(histories, questions) * targets).sum(1).mean()) for one in (fitted, *averages)]
+    ours, *others = [float((one.vectors(histories, queries) * targets).sum(1).mean()) for one in (fitted, *averages)]
     assert ours > max(others) + 0.2
 
 
@@ -83,9 +83,9 @@ def test_the_sums_give_the_solution_of_the_equations_written_out(
 def test_taste_vectors_are_the_weighted_sums_at_every_position() -> None:
     vectors, histories = random_vectors(NUM_SONGS), random_histories(12, NUM_SONGS, seed=5)
     recommender = WeightedRecommender(vectors, PLANTED, "weighted-short")
-    questions = Questions.before_plays(histories, np.random.default_rng(0).permutation(histories.num_plays))
-    taste = recommender.vectors(histories, questions)
-    for row, (user, seen) in enumerate(zip(questions.rows, questions.seen, strict=True)):
+    queries = Queries.before_plays(histories, np.random.default_rng(0).permutation(histories.num_plays))
+    taste = recommender.vectors(histories, queries)
+    for row, (user, seen) in enumerate(zip(queries.rows, queries.seen, strict=True)):
         last = histories.songs[histories.offsets[user] : histories.offsets[user] + seen][::-1][: len(PLANTED)]
         expected = PLANTED[: len(last)] @ vectors[last] if seen else np.zeros(8)
         np.testing.assert_allclose(taste[row], expected / (np.linalg.norm(expected) or 1), atol=1e-5)
@@ -113,13 +113,13 @@ def test_the_penalty_is_the_one_with_the_smallest_cosine_distance_on_the_validat
     vectors = random_vectors(NUM_SONGS)
     selection = make_selection(dataset, SPLIT, vectors)
     assert selection is not None
-    questions, targets = selection.ahead(*OFFSETS[name])
+    queries, targets = selection.ahead(*OFFSETS[name])
     distances = {}
     for penalty in module.PENALTIES:
         trial = WeightedRecommender.fit(
             selection.batches(), vectors, name=name, allowed=SPLIT.selection, penalty=penalty
         )
-        taste = trial.vectors(selection.histories, questions)
+        taste = trial.vectors(selection.histories, queries)
         distances[penalty] = float(np.mean([1 - one @ vectors[song] for one, song in zip(taste, targets, strict=True)]))
     best = min(distances, key=lambda penalty: distances[penalty])
     assert choose_penalty(selection, name) == best

@@ -9,7 +9,7 @@ import pytest
 from served import AT, NUM_SONGS, WITHOUT_VECTOR, Client, ms, service, write_release, write_world
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Questions
+from rayrec.data.histories import Queries
 from rayrec.recommend.answer import history_of_songs, load_recommender
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.reranking import network_of
@@ -157,7 +157,7 @@ def test_tastes_are_the_vectors_of_the_network(app: Client, world: Workspace, re
     assert answer["dim"] == 8
     assert [taste["unknown_songs"] for taste in answer["tastes"]] == [0, 1]
     for horizon in ("short", "long"):
-        expected = network_of(recommender).vectors(history, Questions.at_end(history, AT), horizon)[0]
+        expected = network_of(recommender).vectors(history, Queries.at_end(history, AT), horizon)[0]
         np.testing.assert_allclose(answer["tastes"][0][horizon], expected, rtol=1e-5)
 
 

@@ -14,7 +14,7 @@ from stores import needs_redis
 
 from rayrec.bench.redis_servers import RedisServer
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, Questions
+from rayrec.data.histories import Histories, Queries
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.taste_table import states_of, taste_table
 from rayrec.online import user_state
@@ -192,7 +192,7 @@ def test_skips_and_likes_online_are_those_that_an_import_of_the_same_events_has(
         int(like["song_id"].removeprefix("song-")) for like in likes
     }
     assert isinstance(batch, TwoStepRecommender)
-    ranking = batch.rank_queries(whole, Questions.at_end(whole, at), NUM_SONGS, songs_to_rank=[np.arange(NUM_SONGS)])
+    ranking = batch.rank_queries(whole, Queries.at_end(whole, at), NUM_SONGS, songs_to_rank=[np.arange(NUM_SONGS)])
     scores = dict(zip(ranking.songs[0].tolist(), ranking.scores[0].tolist(), strict=True))
     assert len(answer["songs"]) > NUM_SONGS - 5
     title = f"Title {whole.songs[-1]}"
