@@ -16,8 +16,7 @@ from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.planning.formulas import ranking_memory
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_buckets, run_on_node
 from rayrec.model.added_songs import AddedSongs
-from rayrec.model.checkpoint import MODEL_CONFIG
-from rayrec.model.train_config import SELECTION_NETWORK
+from rayrec.model.train_config import MODEL_CONFIG, SELECTION_NETWORK
 from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex
 from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, ndcg
