@@ -37,9 +37,9 @@ TABLES = (
         models=("two-step", "vstan", "taste", "sequential-rules"),
         commands=(
             "import csv {data} --columns user=user_id,song=song_id,played_at=ts",
-            "split --test-days 30",
-            *("embed", "train --preset best", "retrieval", "rank"),
-            "evaluate --queries 8000 --models two-step,vstan,taste,sequential-rules",
+            "split --test-days 30 --validation-days 28",
+            *("embed", "train", "retrieval", "rank"),
+            "evaluate --models two-step,vstan,taste,sequential-rules",
         ),
     ),
 )
