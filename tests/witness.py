@@ -22,7 +22,7 @@ import ray.cloudpickle
 from torch import Tensor
 
 from rayrec.data.windows import Windows
-from rayrec.model.steps import TrainingStep
+from rayrec.model.training import TrainingStep
 
 STEPS_BETWEEN_READS = 2  # so that checkpoints come often; with checkpoint_minutes=0 one comes each time
 SNAPSHOT = "run/checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints, in the model's folder

@@ -11,10 +11,9 @@ from rayrec.data.shards import WindowLengths
 from rayrec.data.split import FitRange, Split, load_split, validation_histories
 from rayrec.errors import RayrecError
 from rayrec.jobs.runtime import run_buckets
-from rayrec.model.epochs import Phase
+from rayrec.model.epochs import Phase, Validation
 from rayrec.model.train_config import NEXT_PLAY, AnyHorizon, FeatureSpec, ModelConfig, TrainConfig
 from rayrec.model.training_windows import Sequences, WindowCounter
-from rayrec.model.validation import Validation
 from rayrec.progress import progress
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace

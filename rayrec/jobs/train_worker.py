@@ -31,11 +31,10 @@ from rayrec.jobs.train_plan import (
     selected_folder,
 )
 from rayrec.model.checkpoint import load_model, save_model, write_epochs, write_tensorboard
-from rayrec.model.epochs import Fit, FitData, FitProgress, Phase
+from rayrec.model.epochs import RECALL_AT, VALIDATION_FIGURES, Fit, FitData, FitProgress, Phase
 from rayrec.model.network import TasteModel
 from rayrec.model.training import StepReport
 from rayrec.model.training_windows import ShardReader, plain_stream, split_batches
-from rayrec.model.validation import RECALL_AT, VALIDATION_FIGURES
 from rayrec.model.workers import Share
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt in malloc.h

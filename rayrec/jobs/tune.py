@@ -21,7 +21,7 @@ from rayrec.jobs.embed import embed
 from rayrec.jobs.job_config import Trial, TuneConfig, read_trials, to_toml
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.train import Unfinished, train
-from rayrec.model.validation import CHOSEN_BY
+from rayrec.model.epochs import CHOSEN_BY
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace

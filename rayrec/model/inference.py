@@ -13,9 +13,8 @@ from torch import Tensor
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.windows import NEVER
-from rayrec.model.features import gap_seconds, pad, scale_gap
-from rayrec.model.network import TasteModel
-from rayrec.model.states import States
+from rayrec.model.network import TasteModel, gap_seconds, pad, scale_gap
+from rayrec.model.taste_table import States
 
 PLAYS_PER_PASS = 1 << 14  # padded plays that go through the network at once
 PIECE = 1024  # plays of one user in a pass; longer histories carry their state on

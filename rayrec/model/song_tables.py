@@ -9,8 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from rayrec.model.row_exchange import fetch_rows, return_gradients
-from rayrec.model.steps import RowRequests
+from rayrec.model.workers import RowRequests, fetch_rows, return_gradients
 
 BETAS = (0.9, 0.999)  # Adam's decay of the mean of gradients and of their squares
 EPSILON = 1e-8  # Adam's

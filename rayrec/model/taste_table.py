@@ -16,7 +16,6 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.errors import DamagedArtifactError
-from rayrec.model.states import States
 
 if TYPE_CHECKING:
     from rayrec.model.inference import TasteEncoder  # brings torch: readers of rows do without it
@@ -25,6 +24,15 @@ STATE = "state"  # column: float32 list, layers × H
 HEARD = "heard"  # column: int32 list, the songs played, each once, ascending
 LAST_PLAYED_AT = "last_played_at"  # column: ms UTC
 PLAYS = "plays"  # column: plays that the state has seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """Where the network stands after each user's last play, U users."""
+
+    # float32 (U, state layers, H): the outputs of the layers, the cells of an LSTM, the sums of the averages
+    hidden: np.ndarray
+    last_played_at: np.ndarray  # int64 (U,), ms UTC; NEVER for a user without plays
 
 
 def taste_column(horizon: str) -> str:

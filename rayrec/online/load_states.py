@@ -26,8 +26,7 @@ from rayrec.data.forgotten import read_waiting
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError, MismatchError, RayrecError
-from rayrec.model.states import States
-from rayrec.model.taste_table import LAST_PLAYED_AT, PLAYS, STATE, states_of, tastes_file
+from rayrec.model.taste_table import LAST_PLAYED_AT, PLAYS, STATE, States, states_of, tastes_file
 from rayrec.model.train_config import MODEL_CONFIG, ModelConfig
 from rayrec.online.state_codec import (
     pack_heard,

@@ -16,7 +16,7 @@ import pyarrow as pa
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError
-from rayrec.model.states import States
+from rayrec.model.taste_table import States
 from rayrec.online.user_state import ModelState, Plays, UserState
 
 STATE_MARK, PLAYS_MARK, HEARD_MARK = b"RrS2", b"RrP2", b"RrH1"  # the digit is the format's version

@@ -20,7 +20,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
-from rayrec.model.states import States
+from rayrec.model.taste_table import States
 from rayrec.recommend.query_batch import LATEST_LIKES
 
 WINDOW = 64  # plays held in the window, at least, where there are as many; at most twice that

@@ -16,7 +16,7 @@ import numpy as np
 from rayrec.data.histories import Histories
 from rayrec.embeddings.vectors import layout
 from rayrec.model.added_songs import AddedSongs
-from rayrec.model.states import States
+from rayrec.model.taste_table import States
 from rayrec.recommend.base import BaseRecommender, HorizonName
 from rayrec.recommend.reranking import AnswerOptions, Chosen, Known, choose, network_of, similar
 from rayrec.recommend.two_step import TwoStepRecommender

@@ -12,7 +12,7 @@ import numpy as np
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.moments import END_MS, iso_moment, now_ms
 from rayrec.errors import FieldError
-from rayrec.model.states import States
+from rayrec.model.taste_table import States
 from rayrec.online.user_state import Plays
 from rayrec.recommend.answer import ASSUMED_GAP_MS
 from rayrec.recommend.filters import Limits, SongAttributes, parse_day

@@ -17,7 +17,7 @@ from rayrec.data.impressions import ImpressionLog, LogBounds
 from rayrec.data.moments import EPOCH, now_ms
 from rayrec.data.windows import NEVER
 from rayrec.errors import FieldError, InputError, NotFoundError
-from rayrec.model.states import States
+from rayrec.model.taste_table import States
 from rayrec.online.state_store import StoreUnavailableError
 from rayrec.recommend.answer import LAST_PLAYS, POPULAR_REASON, reasons
 from rayrec.recommend.reranking import AnswerOptions, Chosen, choose_popular

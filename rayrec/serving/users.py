@@ -17,7 +17,7 @@ import numpy as np
 from rayrec.data.forgotten import mark_forgotten
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
-from rayrec.model.states import States
+from rayrec.model.taste_table import States
 from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_heard, unpack_plays, unpack_state
 from rayrec.online.state_store import (
     NOT_THERE,

@@ -13,7 +13,7 @@ from rayrec.data.histories import Queries
 from rayrec.evaluation.protocol import HeardSongs, target_songs
 from rayrec.evaluation.ranks import rank_targets
 from rayrec.recommend.answer import history_of_songs, load_recommender
-from rayrec.recommend.base import Horizon, top_k
+from rayrec.recommend.base import HorizonName, top_k
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
@@ -36,7 +36,7 @@ def url(world: Workspace, cluster: None) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("horizon", ["short", "long"])
-def test_over_http_the_answer_is_what_evaluate_ranks(url: str, world: Workspace, horizon: Horizon) -> None:
+def test_over_http_the_answer_is_what_evaluate_ranks(url: str, world: Workspace, horizon: HorizonName) -> None:
     parts = releases.default_parts(world)
     recommender = load_recommender(world, Dataset(world), parts)
     assert isinstance(recommender, TwoStepRecommender)
@@ -50,7 +50,7 @@ def test_over_http_the_answer_is_what_evaluate_ranks(url: str, world: Workspace,
 
 
 @pytest.mark.parametrize("horizon", ["short", "long"])
-def test_over_http_a_song_stands_where_evaluate_ranks_it(url: str, world: Workspace, horizon: Horizon) -> None:
+def test_over_http_a_song_stands_where_evaluate_ranks_it(url: str, world: Workspace, horizon: HorizonName) -> None:
     """The song that a user played at a moment, asked for at that moment, from the plays before it."""
     histories = next(iter(Dataset(world).read_all()))
     plays = np.flatnonzero((histories.places > 3) & (histories.songs != WITHOUT_VECTOR))[::20][:6]

@@ -12,7 +12,7 @@ from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig, HeardSongs, plays_to_predict, target_songs
 from rayrec.evaluation.ranks import NOT_FOUND, Ranked, rank_targets
 from rayrec.evaluation.results import Figures
-from rayrec.recommend.base import BaseRecommender, CandidateRecommender, Horizon, ScoredCandidates
+from rayrec.recommend.base import BaseRecommender, CandidateRecommender, HorizonName, ScoredCandidates
 from rayrec.recommend.baselines import AverageRecommender, PopularityRecommender, SequentialRulesRecommender
 
 EVERYTHING = Split(id="s", dataset="d", validation_from=0, test_from=0)
@@ -84,7 +84,7 @@ class PlannedScores(BaseRecommender):
         self.scores = np.array(scores, dtype=np.float32)
         self.num_songs = len(scores)
 
-    def score(self, histories: Histories, queries: Queries, horizon: Horizon = "short") -> np.ndarray:
+    def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         return np.broadcast_to(self.scores, (len(queries), self.num_songs))
 
 

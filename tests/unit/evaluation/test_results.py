@@ -14,7 +14,7 @@ from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.results import figures_of
 from rayrec.model.train_config import DaysHorizon
-from rayrec.recommend.base import BaseRecommender, Horizon
+from rayrec.recommend.base import BaseRecommender, HorizonName
 from rayrec.recommend.baselines import ItemKnnRecommender, PopularityRecommender, SequentialRulesRecommender
 
 CUT = 1_500_000
@@ -33,7 +33,7 @@ class TwoHorizons(ItemKnnRecommender):
     horizons = ("short", "long")
     long_days = DaysHorizon(first_day=0, last_day=1)
 
-    def vectors(self, histories: Histories, queries: Queries, horizon: Horizon = "short") -> np.ndarray:
+    def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         vectors = super().vectors(histories, queries)
         return vectors if horizon == "short" else -vectors
 

@@ -8,10 +8,9 @@ from worlds import random_vectors
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import DAY_MS
 from rayrec.model.checkpoint import export_song_vectors
-from rayrec.model.epochs import Fit, FitData
+from rayrec.model.epochs import Fit, FitData, Validation
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.train_config import DaysHorizon, TrainConfig
-from rayrec.model.validation import Validation
 
 GROUPS, EACH = 5, 4  # groups of songs that are played on the first day of a week, and songs of each
 PLANTED = GROUPS * EACH

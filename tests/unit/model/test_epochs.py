@@ -13,11 +13,10 @@ from worlds import random_vectors
 from rayrec.data.histories import Histories
 from rayrec.errors import DivergedError
 from rayrec.model import epochs as epochs_module
-from rayrec.model.epochs import Fit, FitData, Phase, carry_over, start_vectors
+from rayrec.model.epochs import CHOSEN_BY, RECALL_AT, Fit, FitData, Phase, Validation, carry_over, judge, start_vectors
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import Objective, SongTable, TrainConfig
-from rayrec.model.validation import CHOSEN_BY, RECALL_AT, Validation, judge
 from rayrec.model.workers import Share
 
 CUT = 15 * MINUTE

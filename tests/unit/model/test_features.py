@@ -8,7 +8,7 @@ import torch
 
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
-from rayrec.model.features import LONGEST_GAP_S, encode, gap_seconds, pad, scale_gap
+from rayrec.model.network import LONGEST_GAP_S, encode, gap_seconds, pad, scale_gap
 from rayrec.model.train_config import FeatureSpec
 
 EVERYTHING = FeatureSpec(contexts=("album", "search", "radio"), hour=True, weekday=True, skipped=True)

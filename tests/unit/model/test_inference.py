@@ -13,7 +13,7 @@ from rayrec.data.histories import Histories, Queries
 from rayrec.data.windows import NEVER
 from rayrec.model import inference
 from rayrec.model.inference import TasteEncoder
-from rayrec.model.states import States
+from rayrec.model.taste_table import States
 from rayrec.model.train_config import FeatureSpec
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

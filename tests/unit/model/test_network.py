@@ -8,8 +8,7 @@ from worlds import random_histories
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.windows import NEVER
-from rayrec.model.features import PlayBatch, pad
-from rayrec.model.network import TasteModel
+from rayrec.model.network import PlayBatch, TasteModel, pad
 from rayrec.model.train_config import FeatureSpec
 from rayrec.recommend.baselines import AverageRecommender
 

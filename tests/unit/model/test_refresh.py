@@ -7,10 +7,9 @@ from networks import MemoryHost, model_config
 from worlds import random_vectors
 
 from rayrec.data.synthetic import GenerateConfig, World
-from rayrec.model.epochs import Fit, FitData, Phase
+from rayrec.model.epochs import RECALL_AT, Fit, FitData, Phase, Validation
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.validation import RECALL_AT, Validation
 
 DAY = 24 * 3600 * 1000
 WORLD = GenerateConfig(users=1_200, songs=600, artists=60, genres=6, plays=60, days=120)

@@ -20,13 +20,12 @@ from worlds import random_vectors
 
 from rayrec.data.histories import Histories
 from rayrec.errors import DamagedArtifactError
-from rayrec.model import checkpoint, validation
+from rayrec.model import checkpoint
 from rayrec.model import epochs as fitting
 from rayrec.model.checkpoint import load_model, save_model
-from rayrec.model.epochs import Fit, FitData, Phase, start_vectors
+from rayrec.model.epochs import RECALL_AT, Fit, FitData, Phase, Validation, judge, start_vectors
 from rayrec.model.network import TABLES, TasteModel
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.validation import RECALL_AT, Validation, judge
 from rayrec.model.workers import Share
 from rayrec.storage.workspace import Workspace
 
@@ -48,8 +47,8 @@ CONFIG = TrainConfig(
 )
 SMALL = {(checkpoint, "SONGS_AT_ONCE"): 300, (fitting, "ROWS_AT_ONCE"): 300, (fitting, "STEPS_BETWEEN_READS"): 2}
 SMALL |= {
-    (validation, "SCORES_AT_ONCE"): 20_000,
-    (validation, "USERS_AT_ONCE"): 3,
+    (fitting, "SCORES_AT_ONCE"): 20_000,
+    (fitting, "USERS_AT_ONCE"): 3,
 }  # some workers have no user of the last 37
 PART_WAY = 3  # checkpoint from which a fit is resumed, in the second epoch
 WAYS = {1: ("fresh", "resumed from 4"), 2: ("fresh", "resumed from 1"), 4: ("fresh", "resumed from 2")}
@@ -213,10 +212,10 @@ def test_the_start_of_a_table_is_the_same_for_any_number_of_workers(monkeypatch:
 
 def test_a_network_of_few_songs_answers_as_the_whole_one() -> None:
     """As validation asks it."""
-    from rayrec.model.row_exchange import RowExchange
+    from rayrec.model.workers import RowExchange
 
     torch.manual_seed(0)
     model = TasteModel(model_config(CONFIG, num_songs=PLAYED), torch.from_numpy(random_vectors(PLAYED)))
     songs = np.array([3, 5, 8])
-    few = validation.network_over(model, RowExchange(Share()), songs)
+    few = fitting.network_over(model, RowExchange(Share()), songs)
     torch.testing.assert_close(few.song_vectors(torch.arange(3)), model.song_vectors(torch.from_numpy(songs)))

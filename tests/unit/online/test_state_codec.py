@@ -9,7 +9,7 @@ from networks import NUM_SONGS
 
 from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError
-from rayrec.model.states import States
+from rayrec.model.taste_table import States
 from rayrec.online.state_codec import (
     _seal,
     pack_heard,

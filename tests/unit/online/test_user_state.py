@@ -12,7 +12,7 @@ from networks import MINUTE, NUM_SONGS, model_config, network
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
 from rayrec.model.inference import TasteEncoder
-from rayrec.model.states import States
+from rayrec.model.taste_table import States
 from rayrec.model.train_config import FeatureSpec
 from rayrec.online import user_state
 from rayrec.online.user_state import (

@@ -17,7 +17,7 @@ from rayrec.recommend.answer import (
     history_of_songs,
     load_recommender,
 )
-from rayrec.recommend.base import BaseRecommender, Horizon
+from rayrec.recommend.base import BaseRecommender, HorizonName
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
@@ -34,7 +34,7 @@ class Following(BaseRecommender):
     def __init__(self, num_songs: int) -> None:
         self.num_songs = num_songs
 
-    def score(self, histories: Histories, queries: Queries, horizon: Horizon = "short") -> np.ndarray:
+    def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         last = histories.songs[histories.offsets[queries.rows] + queries.seen - 1]
         return -((np.arange(self.num_songs) - last[:, None] - 1) % self.num_songs).astype(np.float32)
 

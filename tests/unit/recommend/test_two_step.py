@@ -11,9 +11,8 @@ from worlds import random_histories, random_vectors
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange
 from rayrec.data.synthetic import COLLECTION, GenerateConfig, World
-from rayrec.embeddings.content_map import ContentMap
 from rayrec.errors import InputError
-from rayrec.model.added_songs import AddedSongs
+from rayrec.model.added_songs import AddedSongs, ContentMap
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets

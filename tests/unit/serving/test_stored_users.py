@@ -14,7 +14,7 @@ from networks import NUM_SONGS, model_config, network
 
 from rayrec.data.histories import Histories
 from rayrec.model.inference import TasteEncoder
-from rayrec.model.states import States
+from rayrec.model.taste_table import States
 from rayrec.online import state_store
 from rayrec.online.redis_store import RedisStore
 from rayrec.online.sqlite_store import SqliteStore

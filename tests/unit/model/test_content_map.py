@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayrec.embeddings.content_map import ContentMap, GroupMeans, SongContent
+from rayrec.model.added_songs import ContentMap, GroupMeans, SongContent
 
 DIM, CONTENT = 16, 12
 
