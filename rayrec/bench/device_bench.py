@@ -210,10 +210,9 @@ def learned(size: Size, device: str, steps: int, *, compiled: bool = False, bf16
     """The network after a few steps on a device, on the CPU."""
     histories = random_histories(size)
     counts = np.bincount(histories.songs, minlength=size.songs)
-    training = Training(network(size), size.config, counts, device=device, share=Share())
+    config = size.config.replace(compiled=compiled)
+    training = Training(network(size), config, counts, device=device, share=Share())
     training.bf16 = bf16
-    if compiled:
-        training.compile()
     for _ in training.steps(batches_of(histories, size.config)[:steps], 0):
         pass
     return training.model.cpu()
@@ -268,12 +267,10 @@ def _work(work: Work, device: str, size: Size, *, bf16: bool, compiled: bool) ->
 
 
 def _steps(device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[[], float]:
-    histories, config = random_histories(size), size.config
+    histories, config = random_histories(size), size.config.replace(compiled=compiled)
     counts = np.bincount(histories.songs, minlength=size.songs)
     training = Training(network(size), config, counts, device=device, share=Share())
     training.bf16 = bf16
-    if compiled:
-        training.compile()
     reports = training.steps(cycle(batches_of(histories, config)), 0)
     return lambda: float(next(reports).plays)
 

@@ -179,7 +179,9 @@ def _grow(task: _Task, folders: dict[str, str], examples: _Examples) -> dict[str
                 files[unit.without] = [name for name in files[unit.without] if name not in own]
                 for name in own:
                     task.dataset.workspace.delete(f"{unit.folder}/{name}")
-    in_order = {without: {kind: about[kind] for kind in KINDS if kind in about} for without, about in figures.items()}
+    in_order: dict[str, dict[str, Any]] = {
+        without: {kind: about[kind] for kind in KINDS if kind in about} for without, about in figures.items()
+    }
     return {without: (sorted(files[without]), in_order[without]) for without in folders}
 
 

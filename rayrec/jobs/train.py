@@ -157,7 +157,7 @@ def _require_fit(songs: Manifest, inputs: dict[str, str]) -> None:
 
 def _fingerprinted(config: TrainConfig) -> dict[str, Any]:
     """The settings that change what is learned; a resumed run may have other workers."""
-    placement = ("workers", "gpu", "checkpoint_minutes", "wait_minutes")
+    placement = ("workers", "gpu", "compiled", "checkpoint_minutes", "wait_minutes")
     return {name: value for name, value in to_mapping(config).items() if name not in placement}
 
 

@@ -251,6 +251,9 @@ class TrainConfig(Settings):
     )
     workers: int = Field(1, ge=0, description="Training workers; 0 trains in this process")
     gpu: bool = Field(False, description="Give each worker a GPU")
+    compiled: bool = Field(
+        False, description="Fuse the network with torch.compile; the first steps take up to minutes, the others less"
+    )
     checkpoint_minutes: float = Field(10.0, ge=0, description="Minutes between checkpoints within an epoch")
     wait_minutes: float = Field(15.0, gt=0, description="Minutes to wait for free CPUs or GPUs")
     seed: int = Field(0, ge=0, description="Random seed")

@@ -292,6 +292,8 @@ class Training:
         self.device = torch.device(device)
         self.bf16 = self.device.type == "cuda"  # products in bfloat16; weights and sums stay float32
         self.model = model.to(self.device)
+        if config.compiled:
+            self.model.compile(dynamic=True)  # the same for windows of any length, which would else be compiled anew
         self.config = config
         self.share = share
         self._maker = StepMaker(model.config, config, counts, share)
@@ -304,10 +306,6 @@ class Training:
         self.exchange = RowExchange(share)
         self._decay = Decay(config.averaged_steps)
         self._averages = [value.detach().clone() for value in self._dense]
-
-    def compile(self) -> None:
-        """Let torch.compile fuse the network; the first steps then take up to minutes."""
-        self.model.compile(dynamic=True)
 
     def _table(self, rows_nD: Tensor) -> SongTable:
         config = self.config

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from typing import Any
@@ -96,6 +97,14 @@ def test_a_model_is_complete_and_answers(world: Workspace, split: Split, in_proc
     songs, scores = recommender.recommend(histories, split.test_from, 5)
     assert (songs >= 0).all()
     assert (np.abs(scores) <= 1.0001).all()
+
+
+@pytest.mark.slow  # compiles C++
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler; install g++ to run this")
+def test_a_compiled_training_learns_the_same(world: Workspace, split: Split, in_process: Manifest) -> None:
+    made = train(world, CONFIG.replace(compiled=True), split=split, repeat=True)
+    assert made.metrics["loss"] == pytest.approx(in_process.metrics["loss"], rel=1e-3)
+    assert made.metrics["validation_recall@20"] == pytest.approx(in_process.metrics["validation_recall@20"], abs=0.02)
 
 
 def test_the_lines_of_the_epochs_tell_both_phases(world: Workspace, split: Split, in_process: Manifest) -> None:
