@@ -17,8 +17,8 @@ import psutil
 import torch
 
 from rayrec.bench.bench_config import AnswersBenchConfig
-from rayrec.bench.bench_data import EMBEDDING_DIM, bench_dataset
 from rayrec.bench.rounds import PlainProcess, anonymous_mb, niceness
+from rayrec.bench.stage_benches import EMBEDDING_DIM, bench_dataset
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries

@@ -14,9 +14,8 @@ import ray
 
 from rayrec.bench import rounds
 from rayrec.bench.bench_config import MemoryBenchConfig, ScaleBenchConfig
-from rayrec.bench.bench_data import bench_dataset, untrained_model
 from rayrec.bench.rounds import RATE_OF, Measured, MemoryWatch, PlainProcess, growth
-from rayrec.bench.stage_benches import count_window_plays, word2vec_scaling
+from rayrec.bench.stage_benches import bench_dataset, count_window_plays, untrained_model, word2vec_scaling
 from rayrec.data.dataset import Dataset
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.importing.import_plan import ImportConfig

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from rayrec.bench.bench_config import SimulateBenchConfig
-from rayrec.bench.bench_data import bench_dataset
 from rayrec.bench.rounds import PlainProcess
 from rayrec.bench.scale_bench import write_plays
+from rayrec.bench.stage_benches import bench_dataset
 from rayrec.config import Settings
 from rayrec.data.dataset import Dataset
-from rayrec.data.shards import divisors
 from rayrec.data.split import SplitConfig
+from rayrec.data.windows import divisors
 from rayrec.embeddings.word2vec import MAX_WORKERS, EmbedConfig
 from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig
 from rayrec.importing.import_plan import MAX_BUCKETS, MAX_PIECES, MIN_BUCKETS, ImportConfig, bucket_groups

@@ -1,4 +1,7 @@
-"""The stages taste, embed, train and index against plain loops, and the cost of a training step by catalog size."""
+"""The stages taste, embed, train and index against plain loops, and the cost of a training step by catalog size.
+
+First what benchmarks run on: generated plays, an untrained network, a plain process beside Ray.
+"""
 
 import tempfile
 import threading
@@ -11,6 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import ray
 import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -24,27 +28,68 @@ from rayrec.bench.bench_config import (
     TasteBenchConfig,
     TrainBenchConfig,
 )
-from rayrec.bench.bench_data import bench_dataset, plain_process, train_task, untrained_model
 from rayrec.bench.loops import TrainTask, timed_steps, timed_windows
-from rayrec.bench.rounds import BenchResult, Measured, MemoryWatch, PlainProcess, compare, measure
+from rayrec.bench.rounds import BenchResult, Measured, MemoryWatch, PlainProcess, compare, measure, niceness
+from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange
+from rayrec.data.synthetic import GenerateConfig
 from rayrec.embeddings import word2vec
 from rayrec.embeddings.word2vec import TOKENS_PER_WORKER, Corpus, EmbedConfig, Word2Vec, write_corpus
 from rayrec.errors import RayrecError
 from rayrec.jobs.embed import embed
+from rayrec.jobs.generate import generate
 from rayrec.jobs.runtime import node_cpus, quiet_data, ray_cluster
 from rayrec.jobs.taste import compute_tastes
+from rayrec.jobs.train_plan import model_config
 from rayrec.jobs.train_worker import window_stream
+from rayrec.model.checkpoint import save_model
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.model.training_windows import ShardReader, window_lengths
 from rayrec.model.workers import Share
 from rayrec.recommend.index import IndexConfig, SongIndex, import_faiss, sample_queries
-from rayrec.storage.workspace import Workspace
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import Manifest, fingerprint
+from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
 
+EMBEDDING_DIM = 64
+SONGS_PER_ARTIST = 8
+SONGS_WITH_ARTISTS = 10_000  # larger catalogs have no more artists than one of so many
 PLAIN_TASTES = "plain-tastes"  # folder that the plain loop writes to
 ORDER_TRAIN, ORDER_DATA, ORDER_END = "train", "data", "end"
 SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def bench_dataset(place: Workspace, *, users: int, songs: int, plays: float, seed: int, **others: int) -> Dataset:
+    """Generated plays of a size, made now or by an earlier run; `plays` is their mean per user."""
+    artists = max(GenerateConfig().genres, min(songs, SONGS_WITH_ARTISTS) // SONGS_PER_ARTIST)
+    world = GenerateConfig(users=users, songs=songs, plays=plays, seed=seed, playlists=0, artists=artists, **others)
+    workspace = Workspace(f"{place.uri}/{fingerprint('bench', to_mapping(world), {})}")
+    if not workspace.exists(DATASET_MANIFEST):
+        generate(workspace, world)
+    return Dataset(workspace)
+
+
+def train_task(dataset: Dataset, seed: int) -> TrainTask:
+    settings = TrainConfig(seed=seed)
+    counts = np.zeros(dataset.num_songs, dtype=np.int64)
+    for histories in dataset.read_bucket(0):
+        counts += np.bincount(histories.songs, minlength=dataset.num_songs)
+    shape = model_config(dataset, settings, EMBEDDING_DIM)
+    return TrainTask(workspace=dataset.workspace, config=settings, model=shape, counts=counts)
+
+
+def untrained_model(dataset: Dataset, seed: int) -> Manifest:
+    """A model of the default shape with random weights: as fast as a trained one."""
+    manifest = Manifest(kind="models", id="bench", inputs={"dataset": dataset.manifest.id}, seed=seed)
+    model = train_task(dataset, seed).training().model
+    names = save_model(dataset.workspace, manifest.folder, model, np.ones(dataset.num_songs, dtype=np.bool_))
+    return artifacts.publish(dataset.workspace, manifest, names)
+
+
+def plain_process() -> PlainProcess:
+    """A process as nice as the cluster's workers are."""
+    return PlainProcess(int(ray.get(ray.remote(niceness).remote())))
 
 
 def bench_taste(place: Workspace, config: TasteBenchConfig) -> dict[str, Any]:

@@ -19,8 +19,8 @@ import pyarrow as pa
 import torch
 
 from rayrec.bench.bench_config import StatesBenchConfig
-from rayrec.bench.bench_data import EMBEDDING_DIM, SONGS_PER_ARTIST
 from rayrec.bench.redis_servers import SERVER, RedisServer
+from rayrec.bench.stage_benches import EMBEDDING_DIM, SONGS_PER_ARTIST
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.data.histories import Histories, concatenate

@@ -1,12 +1,13 @@
 """The benchmarks by name: each stage as users run it against its plain loop, and how stages scale."""
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rayrec.bench.answers_bench import bench_answers
 from rayrec.bench.bench_config import CONFIGS, BenchConfig, check_name
-from rayrec.bench.bench_data import bench_place
 from rayrec.bench.rounds import check_rates_file, save_rates
 from rayrec.bench.scale_bench import bench_memory, bench_scale
 from rayrec.bench.serve_bench import bench_serve
@@ -56,3 +57,13 @@ def bench(
     if save:
         save_rates(save, result)
     return result
+
+
+@contextmanager
+def bench_place(workspace: Workspace | None) -> Iterator[Workspace]:
+    """Where generated data go."""
+    if workspace is not None:
+        yield Workspace(f"{workspace.uri}/bench")
+        return
+    with tempfile.TemporaryDirectory(prefix="rayrec-bench-") as folder:
+        yield Workspace(folder)

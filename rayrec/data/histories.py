@@ -13,12 +13,26 @@ import pyarrow as pa
 from rayrec.data import columns
 
 HASH_KEY = "rayrec user hash"  # 16 bytes; fixed for ever, since buckets on disk depend on it
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def user_hash(user_ids: Sequence[str] | np.ndarray, salt: str = "") -> np.ndarray:
     """uint64 (U,): a hash of each user id that is the same on every machine and in every run."""
     salted = np.asarray([salt + user for user in user_ids], dtype=object)
     return np.asarray(pd.util.hash_array(salted, hash_key=HASH_KEY, categorize=False))
+
+
+def uniform_draws(hashes: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """float64 in [0, 1): one number for each hash and step, uint64 arrays that broadcast; always the same one."""
+    bits = _mixed(hashes + steps.astype(np.uint64) * _GOLDEN)
+    return np.asarray((bits >> np.uint64(11)) * 2.0**-53)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): a counter in, random bits out."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(values ^ (values >> np.uint64(31)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,12 @@
-"""Sums from which all metrics come; they add up over any division of the users.
+"""Sums from which all metrics come, with their intervals; they add up over any division of the users.
 
-M models, V views, G groups of users, C bootstrap cells, K cut-offs, T curves, S slices, R retrievers, N songs.
+Intervals come by bootstrap over users. Users fall by hash into 1,024 cells, and a sample of the bootstrap draws cells:
+each counts Poisson(1) times (Chamandy et al. 2012, "Estimating uncertainty for massive data streams"). Workers thus
+return sums by cell, whose size depends neither on the number of users nor on that of the samples, and two models are
+compared on the same users.
+
+M models, V views, G groups of users, U users, B samples, C bootstrap cells, K cut-offs or columns, T curves, S slices,
+R retrievers, N songs.
 """
 
 from __future__ import annotations
@@ -10,17 +16,72 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from rayrec.evaluation.bootstrap import bootstrap_weights
+from rayrec.data.histories import user_hash
 from rayrec.evaluation.protocol import GROUPS, OFFSETS, TARGETS
 from rayrec.evaluation.ranks import METRICS
 from rayrec.evaluation.vector_metrics import NEGATIVES, PAIRED
 
+CELLS = 1024
 LAST = "last"  # leave one out: each user's last play alone
 VIEWS = (*TARGETS, LAST)
 SLICED = ("recall", "mrr")  # the metrics of breakdowns
 LISTED = ("popularity_rank", "repeats")  # the figures of what is recommended
 COVERAGE_SONGS = 1 << 15  # songs of the catalog, drawn where it has more, by which coverage is measured
 RETURN_BYTES = 1 << 19  # of the sums that a worker returns, so that with what else it returns it stays below 1 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRange:
+    """The cells that one unit of work holds: `count` of `total` from `first` on."""
+
+    total: int = CELLS
+    first: int = 0
+    count: int = CELLS
+
+    def cells_of(self, user_ids: np.ndarray) -> np.ndarray:
+        """int64 (U,): the cell of each user, counted from `first`; not within [0, count) for users of other units."""
+        hashes = user_hash(user_ids, salt="bootstrap cell ")
+        return np.asarray((hashes % np.uint64(self.total)).astype(np.int64) - self.first)
+
+    def holds(self, user_ids: np.ndarray) -> np.ndarray:
+        """bool (U,): the users whose cells are among these."""
+        cells = self.cells_of(user_ids)
+        return np.asarray((cells >= 0) & (cells < self.count))
+
+
+def cell_ranges(units: int, most_cells: int) -> list[CellRange]:
+    """How to divide each of `units` shares of the users, so that all together have about 1,024 cells.
+
+    No range has more than `most_cells`. The ranges are those of one unit; every unit is divided alike.
+    """
+    count = max(1, min(-(-CELLS // units), most_cells))
+    parts = -(-CELLS // (units * count))
+    return [CellRange(total=parts * count, first=part * count, count=count) for part in range(parts)]
+
+
+def bootstrap_weights(cells: int, samples: int, seed: int) -> np.ndarray:
+    """float64 (B + 1, C): how often each cell counts; once in row 0, Poisson(1) times in each sample below it."""
+    weights = np.ones((samples + 1, cells))
+    weights[1:] = np.random.default_rng(seed).poisson(1.0, size=(samples, cells))
+    return weights
+
+
+def means_with_intervals(
+    sums: np.ndarray, counts: np.ndarray, confidence: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Value, low and high, float64 (K,) each, of the means sums / counts, both (B + 1, K), row 0 the data itself.
+
+    NaN where nothing was counted. Samples that counted nothing are left out. Without samples low and
+    high are the value.
+    """
+    means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    value, samples = means[0], means[1:]
+    low, high = value.copy(), value.copy()
+    filled = ~np.isnan(value) & (counts[1:] > 0).any(axis=0)
+    if filled.any():
+        tail = (1 - confidence) / 2
+        low[filled], high[filled] = np.nanquantile(samples[:, filled], [tail, 1 - tail], axis=0)
+    return value, low, high
 
 
 @dataclass

@@ -22,7 +22,7 @@ from rayrec.data.histories import user_hash
 from rayrec.data.impressions import SCHEMAS, log_files, read_impressions
 from rayrec.data.moments import iso_moment
 from rayrec.errors import InputError, NotFoundError
-from rayrec.evaluation.bootstrap import CELLS, CellRange, bootstrap_weights, means_with_intervals
+from rayrec.evaluation.accumulator import CELLS, CellRange, bootstrap_weights, means_with_intervals
 from rayrec.storage.workspace import Workspace
 
 DAY_MS = 24 * 3600 * 1000

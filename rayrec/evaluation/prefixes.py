@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.errors import InputError
-from rayrec.evaluation.accumulator import RETURN_BYTES, VIEWS, MetricAccumulator
-from rayrec.evaluation.bootstrap import CellRange
+from rayrec.evaluation.accumulator import RETURN_BYTES, VIEWS, CellRange, MetricAccumulator
 from rayrec.evaluation.protocol import GROUPS, EvaluateConfig, HeardSongs, TargetSongs
 from rayrec.evaluation.ranks import metrics_of, rank_targets
 from rayrec.importing.readers.reader import Unit, read_blocks

@@ -15,9 +15,8 @@ import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
 from rayrec.config import Settings
-from rayrec.data.histories import Histories, Queries, ranges, user_hash
+from rayrec.data.histories import Histories, Queries, ranges, uniform_draws, user_hash
 from rayrec.data.split import DAY_MS, Split
-from rayrec.evaluation.bootstrap import uniform_draws
 from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender
 from rayrec.recommend.query_batch import SESSION_GAP_MS

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rayrec.evaluation.accumulator import LAST, LISTED, SLICED, VIEWS, MetricAccumulator
-from rayrec.evaluation.bootstrap import means_with_intervals
+from rayrec.evaluation.accumulator import LAST, LISTED, SLICED, VIEWS, MetricAccumulator, means_with_intervals
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import GROUPS, OFFSETS, TARGETS, EvaluateConfig, slices_of, usual_k
 from rayrec.evaluation.ranks import metric_columns

@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rayrec.data.histories import Queries, user_hash
-from rayrec.evaluation.bootstrap import uniform_draws
+from rayrec.data.histories import Queries, uniform_draws, user_hash
 from rayrec.evaluation.protocol import USUAL_K, HeardSongs, target_songs
 from rayrec.evaluation.ranks import metric_columns, metrics_of, rank_targets
 from rayrec.recommend.base import BaseRecommender

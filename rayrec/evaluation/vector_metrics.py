@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rayrec.data.histories import Histories, Queries, user_hash
-from rayrec.evaluation.bootstrap import uniform_draws
+from rayrec.data.histories import Histories, Queries, uniform_draws, user_hash
 from rayrec.evaluation.protocol import OFFSETS, plays_ahead
 from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender
 

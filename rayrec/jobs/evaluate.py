@@ -17,10 +17,8 @@ from rayrec.data.split import Split, fit_range, require_split_of
 from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors, check_health, directions
 from rayrec.embeddings.word2vec import UNCUT
 from rayrec.errors import InputError, MismatchError
-from rayrec.evaluation.accumulator import VIEWS, MetricAccumulator
-from rayrec.evaluation.bootstrap import CellRange, cell_ranges
-from rayrec.evaluation.evaluator import Evaluator
-from rayrec.evaluation.evaluator_files import EvaluatorFiles, evaluator_files
+from rayrec.evaluation.accumulator import VIEWS, CellRange, MetricAccumulator, cell_ranges
+from rayrec.evaluation.evaluator import Evaluator, EvaluatorFiles, evaluator_files
 from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_map, training_plot
 from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig, plays_to_predict

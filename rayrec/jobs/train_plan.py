@@ -7,8 +7,8 @@ import pyarrow as pa
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.shards import WindowLengths
 from rayrec.data.split import FitRange, Split, load_split, validation_histories
+from rayrec.data.windows import WindowLengths
 from rayrec.errors import RayrecError
 from rayrec.jobs.runtime import run_buckets
 from rayrec.model.epochs import Phase, Validation

@@ -11,8 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import parse_moment
-from rayrec.data.shards import divisors
 from rayrec.data.split import DAY_MS
+from rayrec.data.windows import divisors
 from rayrec.errors import InputError
 
 SongTable = Literal["trained", "mapped", "frozen"]

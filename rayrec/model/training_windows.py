@@ -11,9 +11,8 @@ import pyarrow as pa
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.shards import EpochBatches, WindowLengths
 from rayrec.data.split import FitRange
-from rayrec.data.windows import Windows, count_inputs, cut_windows
+from rayrec.data.windows import EpochBatches, WindowLengths, Windows, count_inputs, cut_windows
 from rayrec.embeddings.word2vec import Sentences, cut_sessions, drop_single
 from rayrec.errors import MismatchError
 from rayrec.model.train_config import Source, TrainConfig

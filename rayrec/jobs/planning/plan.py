@@ -10,7 +10,7 @@ from math import ceil
 from typing import Any
 
 from rayrec.data.dataset import PLAYS_PER_READ
-from rayrec.data.shards import divisors
+from rayrec.data.windows import divisors
 from rayrec.embeddings.word2vec import MAX_WORKERS
 from rayrec.errors import InputError
 from rayrec.evaluation.protocol import COUNTED_BUCKETS

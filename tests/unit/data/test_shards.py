@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayrec.data.shards import GROUPS, EpochBatches, PoolBatches, WindowLengths, divisors
+from rayrec.data.windows import SHARD_GROUPS, EpochBatches, PoolBatches, WindowLengths, divisors
 
 WINDOW = 100
 
@@ -73,7 +73,7 @@ def test_workers_have_as_much_to_do_in_every_step(workers: int) -> None:
     for pool in pools(epoch_of(lengths(64))):
         for step in np.unique(pool.steps).tolist():
             counts = np.bincount(pool.shards[pool.steps == step] % workers, minlength=workers)
-            assert counts.max() - counts.min() <= max(3, 3 * GROUPS // workers)
+            assert counts.max() - counts.min() <= max(3, 3 * SHARD_GROUPS // workers)
 
 
 @pytest.mark.parametrize("windows", [1_000, 20_000])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayrec.evaluation.bootstrap import CELLS, CellRange, bootstrap_weights, cell_ranges, means_with_intervals
+from rayrec.evaluation.accumulator import CELLS, CellRange, bootstrap_weights, cell_ranges, means_with_intervals
 
 
 def _users(count: int, prefix: str = "user") -> np.ndarray:

@@ -10,8 +10,7 @@ from worlds import random_histories, random_vectors
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split
 from rayrec.evaluation.accumulator import MetricAccumulator
-from rayrec.evaluation.evaluator import Evaluator
-from rayrec.evaluation.evaluator_files import evaluator_files
+from rayrec.evaluation.evaluator import Evaluator, evaluator_files
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.model.checkpoint import save_model
 from rayrec.recommend.baselines import ItemKnnRecommender, PopularityRecommender

@@ -12,8 +12,7 @@ from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange, Split
 from rayrec.errors import InputError
 from rayrec.evaluation import evaluator as module
-from rayrec.evaluation.accumulator import MetricAccumulator
-from rayrec.evaluation.bootstrap import cell_ranges
+from rayrec.evaluation.accumulator import MetricAccumulator, cell_ranges
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import GROUPS, EvaluateConfig, blocks, plays_to_predict, user_groups, usual_k
 from rayrec.evaluation.results import Figures

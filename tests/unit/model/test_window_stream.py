@@ -7,12 +7,10 @@ import pyarrow as pa
 import pytest
 from worlds import random_histories, write_dataset
 
-from rayrec.data import shards
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.shards import WindowLengths
 from rayrec.data.split import FitRange
-from rayrec.data.windows import Windows
+from rayrec.data.windows import WindowLengths, Windows
 from rayrec.errors import InputError, LeakError, MismatchError
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.training_windows import ShardReader, WindowCounter, plain_stream, split_batches, window_lengths
@@ -148,7 +146,7 @@ def test_a_reader_that_selects_too_much_is_stopped(
 def test_batches_stay_whole_wherever_an_engine_cuts_or_joins_the_tables(
     dataset: Dataset, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "POOL_WINDOWS", 20)  # several pools
+    monkeypatch.setattr("rayrec.data.windows.POOL_WINDOWS", 20)  # several pools
     made = reader(dataset, share=Share(rank=5, workers=16))  # some batches hold nothing of this worker
     tables, steps = list(made.tables()), made.batches.steps
     assert len(tables) > 3

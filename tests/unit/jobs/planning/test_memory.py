@@ -15,8 +15,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import SplitConfig, load_split, split_dataset
 from rayrec.embeddings.word2vec import EmbedConfig
-from rayrec.evaluation.evaluator import Evaluator
-from rayrec.evaluation.evaluator_files import EvaluatorFiles, evaluator_files
+from rayrec.evaluation.evaluator import Evaluator, EvaluatorFiles, evaluator_files
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.staging import write_histories
