@@ -23,14 +23,14 @@ from rayrec.jobs import (
     retrieval,
     taste,
     train,
-    train_plan,
+    trainer,
     update,
 )
 from rayrec.storage.workspace import Workspace
 
 JOBS = (
     *(build_index, compact, embed, evaluate, fit, forget, generate, import_data, pipeline, rank, recommend_all),
-    *(retrieval, taste, train, train_plan, update),
+    *(retrieval, taste, train, trainer, update),
 )
 
 REQUESTS = {"move": 2}  # a copy and a delete

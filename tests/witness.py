@@ -59,7 +59,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, log: Path, death: Death | None = None
 def train_worker(log: str, death: Death | None, pause: float, arguments: dict[str, Any]) -> None:
     """What every training worker runs."""
     from rayrec.jobs import train as job
-    from rayrec.jobs.train_worker import WorkerHost
+    from rayrec.jobs.trainer import WorkerHost
     from rayrec.model import epochs as fitting
     from rayrec.model.training import Training
 

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
-from rayrec.jobs.planning.plan_inputs import DataSize, PlanConfig, read_rates
+from rayrec.jobs.planning.plan_inputs import DataSize, PlanConfig, measure_skew, read_cluster, read_rates
 from rayrec_cli.app import ORDER, Call, app, command
 from rayrec_cli.output import Shown, figures, note, size, table
 
@@ -125,7 +125,6 @@ def estimate(
 
     For the data set of the workspace, or for --users, --plays and --songs. Exit code 1 if a stage does not fit.
     """
-    from rayrec.jobs.planning.cluster_file import read_cluster
     from rayrec.jobs.planning.plan import make_plan
 
     known = read_cluster(cluster)
@@ -138,8 +137,6 @@ def estimate(
             "Pass all of --users, --plays and --songs, or none of them to use the data set of the workspace"
         )
     else:
-        from rayrec.jobs.planning.plan_inputs import measure_skew
-
         dataset = Dataset(call.workspace)
         data_skew = measure_skew(dataset)
         data = DataSize.of(dataset.manifest, data_skew)

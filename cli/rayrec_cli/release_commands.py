@@ -154,7 +154,7 @@ def clean_workspace(
 def _switched(call: Call, change: Callable[[], Manifest], wait: bool, url: str | None, timeout: float | None) -> Shown:
     if not (wait or url):
         return _release(call, change())
-    from rayrec.serving.release_switch import SwitchWait, switch
+    from rayrec.serving.live_release import SwitchWait, switch
 
     return _release(call, switch(call.workspace, change, SwitchWait(url=url, seconds=timeout, tell=note)))
 

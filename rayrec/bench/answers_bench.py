@@ -25,7 +25,7 @@ from rayrec.data.histories import Histories, Queries
 from rayrec.jobs.build_index import build_index
 from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.runtime import ray_cluster
-from rayrec.jobs.train_plan import model_config
+from rayrec.jobs.trainer import model_config
 from rayrec.model.checkpoint import save_model
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TrainConfig

@@ -31,7 +31,7 @@ from rayrec.errors import MismatchError, RayrecError
 from rayrec.jobs.embed import embed
 from rayrec.jobs.generate import generate
 from rayrec.jobs.runtime import ray_cluster
-from rayrec.jobs.train_plan import model_config
+from rayrec.jobs.trainer import model_config
 from rayrec.model.checkpoint import export_song_vectors
 from rayrec.model.epochs import FitData, Validation, rank_metrics, rank_plays, start_vectors, validation_tastes
 from rayrec.model.network import TasteModel

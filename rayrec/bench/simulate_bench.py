@@ -32,9 +32,8 @@ from rayrec.importing.import_plan import MAX_BUCKETS, MAX_PIECES, MIN_BUCKETS, I
 from rayrec.importing.staging import PLAYS_PER_ROW_GROUP
 from rayrec.importing.vocabulary import key_ranges
 from rayrec.jobs.pipeline import ReleaseConfig, Stages
-from rayrec.jobs.planning.cluster_file import ClusterFile, NodeType
 from rayrec.jobs.planning.plan import make_plan
-from rayrec.jobs.planning.plan_inputs import DataSize, PlanConfig
+from rayrec.jobs.planning.plan_inputs import ClusterFile, DataSize, NodeType, PlanConfig
 from rayrec.jobs.recommend_all import recommend_all
 from rayrec.jobs.runtime import UnitTime, ray_cluster, unit_times
 from rayrec.model.train_config import TasteConfig, TrainConfig

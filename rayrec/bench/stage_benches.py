@@ -41,8 +41,7 @@ from rayrec.jobs.embed import embed
 from rayrec.jobs.generate import generate
 from rayrec.jobs.runtime import node_cpus, quiet_data, ray_cluster
 from rayrec.jobs.taste import compute_tastes
-from rayrec.jobs.train_plan import model_config
-from rayrec.jobs.train_worker import window_stream
+from rayrec.jobs.trainer import model_config, window_stream
 from rayrec.model.checkpoint import save_model
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.model.training_windows import ShardReader, window_lengths

@@ -25,7 +25,7 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.synthetic import CONTEXTS, GenerateConfig, World
-from rayrec.jobs.train_plan import model_config
+from rayrec.jobs.trainer import model_config
 from rayrec.model.checkpoint import save_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel

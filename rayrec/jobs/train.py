@@ -12,9 +12,20 @@ from rayrec.embeddings.word2vec import UNCUT
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import cluster_cpus, ray_cluster
-from rayrec.jobs.train_plan import TrainPlan, diverged_file, fit_range_of, plan_training, selected_folder
-from rayrec.jobs.train_worker import train_worker
-from rayrec.jobs.trainer import SNAPSHOT, Crew, LocalBoard, new_board, run_workers, shown
+from rayrec.jobs.trainer import (
+    SNAPSHOT,
+    Crew,
+    LocalBoard,
+    TrainPlan,
+    diverged_file,
+    fit_range_of,
+    new_board,
+    plan_training,
+    run_workers,
+    selected_folder,
+    shown,
+    train_worker,
+)
 from rayrec.model.checkpoint import WEIGHTS
 from rayrec.model.train_config import MODEL_CONFIG, PLAY_COUNTS, SELECTION_NETWORK, ModelConfig, TrainConfig
 from rayrec.model.training_windows import Sequences

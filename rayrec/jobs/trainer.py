@@ -1,30 +1,363 @@
-"""Run training workers under Ray Train: replaced when they are lost, and never waited for in silence."""
+"""The workers of a training: what they need to know, what each runs, and how Ray Train runs and replaces them.
 
+Each worker runs a stream of its own from Ray Data over its shards of the data. A shared one, split by Ray as it
+flows, would give each worker whichever rows come first: an order that no resumed run could repeat,
+and uneven ends at which workers wait for each other (ray issues 63285 and 66085).
+"""
+
+import ctypes
 import logging
 import os
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import ray
+import ray.data
+import ray.train
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.util import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayrec.errors import RayrecError
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories, Queries
+from rayrec.data.split import FitRange, Split, load_split, validation_histories
+from rayrec.data.windows import WindowLengths, Windows
+from rayrec.errors import DivergedError, InputError, RayrecError
+from rayrec.jobs.runtime import quiet_data, run_buckets
+from rayrec.model.checkpoint import load_model, save_model, write_epochs, write_tensorboard
+from rayrec.model.epochs import RECALL_AT, VALIDATION_FIGURES, Fit, FitData, FitProgress, Phase, Validation
+from rayrec.model.network import TasteModel
+from rayrec.model.train_config import NEXT_PLAY, AnyHorizon, FeatureSpec, ModelConfig, TrainConfig
+from rayrec.model.training import StepReport
+from rayrec.model.training_windows import Sequences, ShardReader, WindowCounter, plain_stream, split_batches
+from rayrec.model.workers import Share
 from rayrec.progress import Progress, progress
+from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 LOGGER = logging.getLogger(__name__)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt in malloc.h
+KEPT_BYTES = 1 << 30
+BLOCK_BYTES = 4 << 20  # of windows handed on at a time
 WORKER_FAILURES = 3  # lost training workers that are replaced before the job gives up
 START_TRIES = 4  # times that Ray Train asks for the workers' resources in the minutes that it is given
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # environment variable: seconds of each try
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that are whole
 SECONDS_BEFORE_TELLING = 10.0  # that workers are waited for
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """All that a training worker needs to know; plain values and paths."""
+
+    workspace: Workspace
+    folder: str  # of the model artifact
+    config: TrainConfig
+    model: ModelConfig
+    ranges: dict[Phase, FitRange]
+    vectors: dict[Phase, str]  # path of the song vectors of each phase
+    counts: dict[Phase, str]  # path of the play counts of each phase
+    windows: dict[Phase, tuple[str, str]]  # paths of the arrays of its `WindowLengths`
+    validation: str | None  # path of the plays to predict
+    start: str | None  # folder of the model to start from
+
+
+def plan_training(
+    dataset: Dataset,
+    config: TrainConfig,
+    songs: Manifest,
+    split: Split | None,
+    manifest: Manifest,
+    start: Manifest | None = None,
+) -> TrainPlan:
+    """The plan of a training, with what its workers read prepared: play counts, and the plays to choose by.
+
+    Nothing is chosen by plays that the model to start from, `start`, was fit on. Raises `RayrecError` where the
+    split leaves no plays to train on.
+    """
+    workspace = dataset.workspace
+    ranges: dict[Phase, FitRange] = {"final": FitRange() if split is None else split.final}
+    vectors: dict[Phase, str] = {"final": songs.path("vectors.npy")}
+    unseen = split is not None and (start is None or fit_range_of(workspace, start).is_within(split.selection))
+    if split is not None and unseen and split.has_validation and config.validation_plays:
+        ranges["selection"] = split.selection
+        chosen = "selection_vectors.npy" if "selection_vectors.npy" in songs.files else "vectors.npy"
+        vectors["selection"] = songs.path(chosen)
+    counts: dict[Phase, str] = {phase: manifest.path(f"run/{phase}_counts.npy") for phase in ranges}
+    windows: dict[Phase, tuple[str, str]] = {
+        phase: (manifest.path(f"run/{phase}_inputs.npy"), manifest.path(f"run/{phase}_offsets.npy")) for phase in ranges
+    }
+    if not all(workspace.exists(path) for path in counts.values()):
+        counted = _count(dataset, config, list(ranges.values()))
+        for phase, (plays, lengths) in zip(ranges, counted, strict=True):
+            inputs, offsets = windows[phase]
+            workspace.write_array(inputs, lengths.inputs)
+            workspace.write_array(offsets, lengths.offsets)
+            workspace.write_array(counts[phase], plays)
+    validation = None
+    if split is not None and "selection" in ranges:
+        validation = manifest.path("run/validation.parquet")
+        if not workspace.exists(validation):
+            table = validation_histories(dataset, split, config.validation_plays).to_arrow()
+            workspace.write_table(validation, table)
+        table, horizon = workspace.read_table(validation), first_horizon(config)
+        if not len(load_validation(table, ranges["selection"], 1, horizon).plays):
+            validation = None  # nothing to choose by: train for the epochs of the config
+    dim = int(workspace.read_array(vectors["final"]).shape[1])
+    return TrainPlan(
+        workspace=workspace,
+        folder=manifest.folder,
+        config=config,
+        model=model_config(dataset, config, dim),
+        ranges=ranges,
+        vectors=vectors,
+        counts=counts,
+        windows=windows,
+        validation=validation,
+        start=None if start is None else start.folder,
+    )
+
+
+def fit_range_of(workspace: Workspace, model: Manifest) -> FitRange:
+    """The plays that a model was fit on."""
+    if "split" not in model.inputs:
+        return FitRange()
+    split = load_split(workspace, model.inputs["split"])
+    return split.final if model.config["refit"] else split.selection
+
+
+def read_vectors(plan: TrainPlan, phase: Phase) -> np.ndarray:
+    """float32 (M, D): the song vectors of a phase, memory-mapped; songs that are newer than they are have none."""
+    return np.asarray(plan.workspace.read_array(plan.vectors[phase]))
+
+
+def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> ModelConfig:
+    """The shape of the network for a data set: features that it does not have are left out."""
+    told = config.source == "histories"  # playlists are songs in their order and nothing else
+    timed = told and dataset.manifest.times == "real"  # where times are positions, gaps and hours say nothing
+    features = FeatureSpec(
+        contexts=tuple(dataset.manifest.contexts) if config.contexts and told else (),
+        gap=config.gaps and timed,
+        request_gap=config.gaps and timed,
+        hour=config.hours and timed,
+        weekday=config.hours and timed,
+        skipped=config.skips and told and dataset.manifest.has_skipped,
+    )
+    return ModelConfig(
+        num_songs=dataset.num_songs,
+        embedding_dim=embedding_dim,
+        hidden_dim=config.hidden_dim,
+        num_layers=config.num_layers,
+        cell=config.cell,
+        dropout=config.dropout,
+        features=features,
+        horizons=config.horizons,
+        song_table=config.song_table,
+        averages=config.averages,
+        input_table=config.has_input_table,
+    )
+
+
+def read_windows(plan: TrainPlan, phase: Phase) -> WindowLengths:
+    """The lengths of the windows of a phase."""
+    inputs, offsets = (np.asarray(plan.workspace.read_array(path)) for path in plan.windows[phase])
+    return WindowLengths(inputs=inputs, offsets=offsets)
+
+
+def _count(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) -> list[tuple[np.ndarray, WindowLengths]]:
+    """For each range the plays of each song, int64 (N,), and the windows. Raises `RayrecError` where all are empty."""
+    units = Sequences(dataset, config.source).units
+    totals = [np.zeros(dataset.num_songs, dtype=np.int64) for _ in ranges]
+    inputs = [[np.zeros(0, dtype=np.int64)] * units for _ in ranges]
+    arguments = {"dataset": dataset, "config": config, "ranges": ranges}
+    with progress("Counting plays", units) as bar:
+        for unit, counts in run_buckets(WindowCounter, range(units), arguments=arguments):
+            for number, (songs, plays, windows) in enumerate(counts):
+                totals[number][songs] += plays
+                inputs[number][unit] = windows
+            bar.advance()
+    if not totals[0].any():
+        raise RayrecError("the split leaves no plays to train on; use fewer test and validation days")
+    return [(total, WindowLengths.of_units(each)) for total, each in zip(totals, inputs, strict=True)]
+
+
+def first_horizon(config: TrainConfig) -> AnyHorizon:
+    """The horizon that epochs are chosen by: the short one, where there is one."""
+    return next(iter(config.horizons.values()))
+
+
+def load_validation(table: pa.Table, selection: FitRange, limit: int, horizon: AnyHorizon = NEXT_PLAY) -> Validation:
+    """At most `limit` plays outside `selection`, with an earlier play by the same user and one in the horizon."""
+    histories = Histories.from_arrow(table)
+    first = np.zeros(histories.num_plays, dtype=bool)
+    first[histories.offsets[:-1]] = True
+    plays = np.flatnonzero(~selection.covers(histories) & ~first)
+    begin, end = horizon.spans(histories, Queries.before_plays(histories, plays))
+    return Validation(histories=histories, plays=plays[begin < end][:limit], horizon=horizon)
+
+
+def read_validation(plan: TrainPlan) -> Validation:
+    """The plays to choose the best epoch by."""
+    table = plan.workspace.read_table(plan.validation or "")
+    return load_validation(table, plan.ranges["selection"], plan.config.validation_plays, first_horizon(plan.config))
+
+
+def selected_folder(plan: TrainPlan) -> str:
+    """Where the best network of the selection phase lies while the training runs."""
+    return f"{plan.folder}/run/selected"
+
+
+def diverged_file(plan: TrainPlan) -> str:
+    """Where the first worker leaves the message of a training that diverged."""
+    return f"{plan.folder}/run/diverged.json"
+
+
+def train_worker(arguments: dict[str, Any]) -> None:
+    """What every training worker runs, and without workers this process, which needs neither Ray Train nor Ray Data.
+
+    `arguments` holds the plan and the board: an actor, without workers a `LocalBoard`.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    plan: TrainPlan = arguments["plan"]
+    share, device, checkpoint = Share(), "cuda" if plan.config.gpu else "cpu", None
+    if plan.config.gpu and not plan.config.workers and not torch.cuda.is_available():
+        raise InputError(
+            "torch finds no GPU on this machine; omit --gpu, or train with --workers on a cluster that has one"
+        )
+    if plan.config.workers:
+        quiet_data()
+        keep_freed_memory()
+        context = ray.train.get_context()
+        share = Share(rank=context.get_world_rank(), workers=context.get_world_size())
+        device, checkpoint = str(ray.train.torch.get_device()), ray.train.get_checkpoint()
+    validation = None if plan.validation is None else read_validation(plan)
+    data: dict[Phase, FitData] = {
+        phase: FitData(
+            vectors=read_vectors(plan, phase),
+            counts=np.asarray(plan.workspace.read_array(plan.counts[phase])),
+        )
+        for phase in plan.ranges
+    }
+    host = WorkerHost(plan, share, board=arguments["board"])
+    start = None if plan.start is None else load_model(plan.workspace, plan.start)
+    fit = Fit(plan.model, plan.config, data, host, validation=validation, start=start, device=device, share=share)
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            fit.resume(Path(folder))
+    try:
+        model = fit.run()
+    except DivergedError as error:
+        # Ends this worker in good order, or Ray Train would repeat steps that lead to the same end.
+        if share.rank == 0:
+            plan.workspace.write_json(diverged_file(plan), str(error))
+        return
+    save_model(plan.workspace, plan.folder, model, fit.known, share)
+    if share.rank == 0:
+        figures = summary(fit.progress)
+        plan.workspace.write_json(f"{plan.folder}/figures.json", figures)
+        write_epochs(plan.workspace, plan.folder, fit.progress.epochs)
+        write_tensorboard(plan.workspace, plan.folder, fit.progress.epochs)
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator of this process keep what is freed for the next step; does nothing where it is not glibc's.
+
+    Each step frees hundreds of MB that the next one needs again. Handed back in between, they cost 10 of 70 CPU seconds
+    per million plays at 256 windows a step, in the kernel, where the workers of a node wait for each other.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Where glibc refuses this one, the other alone would end glibc's own adjusting and cost more than both save.
+    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def summary(done: FitProgress) -> dict[str, Any]:
+    """The figures of a finished fit."""
+    selected = [line for line in done.epochs if line["phase"] == "selection"]
+    last = done.epochs[-1]
+    return {
+        "epochs": done.best_epoch + 1 if done.best_epoch >= 0 else last["epoch"] + 1,
+        "loss": last["loss"],
+        "plays": last["plays"],
+        "plays_per_second": round(last["plays_per_second"]),
+        **{name: selected[done.best_epoch].get(name) if selected else None for name in VALIDATION_FIGURES},
+    }
+
+
+class WorkerHost:
+    """Gives a fit its windows and its checkpoints to Ray Train, where there are workers."""
+
+    def __init__(self, plan: TrainPlan, share: Share, *, board: Any) -> None:
+        self._plan, self._share = plan, share
+        in_ray = bool(plan.config.workers)
+        self._show, self._judge = (board.show.remote, board.judge.remote) if in_ray else (board.show, board.judge)
+        self._plays, self._shown_at, self._began = 0, 0.0, time.monotonic()
+
+    def windows(self, phase: Phase, epoch: int) -> Iterator[Windows]:
+        """This worker's share of each batch."""
+        plan = self._plan
+        self._plays, self._began = 0, time.monotonic()
+        reader = ShardReader(
+            Dataset(plan.workspace), plan.ranges[phase], plan.config, read_windows(plan, phase), self._share, epoch
+        )
+        return window_stream(reader) if plan.config.workers else plain_stream(reader)
+
+    def stepped(self, phase: Phase, report: StepReport, loss: float) -> None:
+        """Tell the driver, a few times a second."""
+        self._plays += report.plays
+        now = time.monotonic()
+        if self._share.rank == 0 and now - self._shown_at > 0.3:
+            rate = self._plays * self._share.workers / (now - self._began)
+            note = f"{phase} epoch {report.epoch + 1} loss {loss:.3f} {rate:,.0f} plays/s"
+            self._show(self._plays * self._share.workers, note)
+            self._shown_at = now
+
+    def selected(self, model: TasteModel, known: np.ndarray) -> None:
+        """Keep the network on which rankers learn."""
+        save_model(self._plan.workspace, selected_folder(self._plan), model, known, self._share)
+
+    def checkpoint(self, progress: FitProgress, save: Callable[[Path], None]) -> None:
+        """Report to Ray Train, which copies the parts of all workers into one folder while the training goes on."""
+        figures = progress.epochs[-1] if progress.epochs else {"epoch": progress.epoch}
+        if self._plan.config.workers:
+            folder = tempfile.mkdtemp(prefix="rayrec-")
+            save(Path(folder))
+            part = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(figures, checkpoint=part, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
+        if self._share.rank:
+            return
+        write_epochs(self._plan.workspace, self._plan.folder, progress.epochs)
+        recall = figures.get(f"validation_recall@{RECALL_AT}")
+        if recall is not None:
+            self._judge(f"recall@{RECALL_AT} {recall:.3f}")
+
+
+def window_stream(reader: ShardReader) -> Iterator[Windows]:
+    """One worker's share of the batches of an epoch, read and cut by a Ray Data task, in order."""
+
+    def tables(rows: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        return reader.tables()
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = BLOCK_BYTES  # else Ray gathers up to 128 MiB before it hands on
+    # The task asks for no CPU: it is far cheaper than the training that it feeds, and would else wait for ever where
+    # the workers hold all CPUs, after the loss of a node say.
+    stream = ray.data.from_items([{"worker": 0}]).map_batches(tables, batch_size=1, num_cpus=0)
+    arriving = stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    yield from split_batches(arriving, reader.batches.steps)
 
 
 @ray.remote

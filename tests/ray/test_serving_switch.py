@@ -17,7 +17,7 @@ from serving_apps import running
 from rayrec.data.dataset import Dataset
 from rayrec.errors import RayrecError
 from rayrec.recommend.answer import history_of_songs, load_recommender
-from rayrec.serving.release_switch import SwitchWait, fetch_reports, switch
+from rayrec.serving.live_release import SwitchWait, fetch_reports, switch
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 

@@ -21,12 +21,10 @@ from rayrec.data.split import DAY_MS, FitRange, Split, SplitConfig, split_datase
 from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, NotFoundError, RayrecError
 from rayrec.jobs import train as job
-from rayrec.jobs import train_worker as worker
 from rayrec.jobs import trainer
 from rayrec.jobs.generate import generate
 from rayrec.jobs.train import train
-from rayrec.jobs.train_plan import load_validation, model_config
-from rayrec.jobs.train_worker import window_stream
+from rayrec.jobs.trainer import load_validation, model_config, window_stream
 from rayrec.model.checkpoint import load_model
 from rayrec.model.epochs import Phase
 from rayrec.model.train_config import SELECTION_NETWORK, DaysHorizon, TrainConfig
@@ -147,7 +145,7 @@ def test_playlists_shorter_than_the_horizon_are_no_training(world: Workspace, sp
 
 def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
     """A training worker whose process is lost."""
-    from rayrec.jobs import train_worker as here
+    from rayrec.jobs import trainer as here
 
     stepped = here.WorkerHost.stepped
 
@@ -166,7 +164,7 @@ def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
 
 def _notes_its_first_step(arguments: dict[str, Any]) -> None:
     """A training worker that writes down where it began."""
-    from rayrec.jobs import train_worker as here
+    from rayrec.jobs import trainer as here
 
     stepped = here.WorkerHost.stepped
 
@@ -299,7 +297,7 @@ def test_an_unfinished_training_asks_what_to_do(
         train(world, config, split=split)
     with pytest.raises(InputError, match="go on from it with --resume, or delete it and start over with --restart"):
         train(world, config, split=split)
-    monkeypatch.setattr(job, "train_worker", worker.train_worker)
+    monkeypatch.setattr(job, "train_worker", trainer.train_worker)
     with pytest.raises(InputError, match="without workers cannot go on from a checkpoint"):
         train(world, config.replace(workers=0), split=split, unfinished="resume")
     made = train(world, config.replace(workers=0), split=split, unfinished="restart")

@@ -10,7 +10,7 @@ from rayrec.data.split import Split, list_splits, validation_histories
 from rayrec.errors import InputError, LeakError
 from rayrec.jobs.pipeline import Outcome, run
 from rayrec.jobs.train import train
-from rayrec.jobs.train_plan import load_validation, model_config
+from rayrec.jobs.trainer import load_validation, model_config
 from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.baselines import PopularityRecommender, fit_baselines
 from rayrec.storage.workspace import Workspace

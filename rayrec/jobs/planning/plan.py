@@ -16,7 +16,6 @@ from rayrec.errors import InputError
 from rayrec.evaluation.protocol import COUNTED_BUCKETS
 from rayrec.importing.import_plan import MAX_PIECES, UNGROUPED_UNITS, bucket_groups
 from rayrec.importing.staging import PLAYS_PER_ROW_GROUP, ROWS_PER_CHUNK
-from rayrec.jobs.planning.cluster_file import GIB, ClusterFile, NodeType
 from rayrec.jobs.planning.formulas import (
     EVALUATE_PASSES,
     IDLE_WORKER,
@@ -71,8 +70,11 @@ from rayrec.jobs.planning.plan_inputs import (
     BUILT_IN,
     BUILT_IN_FROM,
     CSV_BYTES,
+    GIB,
     TRAIN_ON_GPU,
+    ClusterFile,
     DataSize,
+    NodeType,
     PlanConfig,
 )
 from rayrec.model.train_config import TrainConfig

@@ -12,9 +12,8 @@ from rayrec.data.dataset import Dataset
 from rayrec.errors import RayrecError
 from rayrec.model.taste_table import tastes_file
 from rayrec.serving import live_release
-from rayrec.serving.live_release import Report, Reports, ReportWatch
+from rayrec.serving.live_release import Report, Reports, ReportWatch, SwitchWait, switch
 from rayrec.serving.problems import NotReadyError
-from rayrec.serving.release_switch import SwitchWait, switch
 from rayrec.serving.served_catalog import model_play_counts
 from rayrec.serving.service import Service
 from rayrec.storage import releases

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rayrec.errors import InputError
-from rayrec.jobs.planning.cluster_file import GIB, quantity, read_cluster
+from rayrec.jobs.planning.plan_inputs import GIB, quantity, read_cluster
 
 CLUSTER = Path(__file__).parents[4] / "cluster"
 

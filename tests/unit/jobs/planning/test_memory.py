@@ -48,7 +48,7 @@ from rayrec.jobs.recommend_all import recommend_all
 from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
-from rayrec.jobs.train_plan import model_config
+from rayrec.jobs.trainer import model_config
 from rayrec.model.checkpoint import save_model
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TasteConfig, TrainConfig

@@ -13,7 +13,6 @@ from worlds import write_dataset
 from rayrec import Workspace
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
-from rayrec.jobs.planning.cluster_file import GIB, ClusterFile, NodeType
 from rayrec.jobs.planning.formulas import (
     IDLE_WORKER,
     encoding_memory,
@@ -23,7 +22,7 @@ from rayrec.jobs.planning.formulas import (
     training_memory,
 )
 from rayrec.jobs.planning.plan import GPU_SLACK, Plan, StagePlan, make_plan
-from rayrec.jobs.planning.plan_inputs import BUILT_IN_FROM, DataSize, PlanConfig, read_rates
+from rayrec.jobs.planning.plan_inputs import BUILT_IN_FROM, GIB, ClusterFile, DataSize, NodeType, PlanConfig, read_rates
 from rayrec_cli.main import main
 
 CPU = NodeType(name="cpu", cpus=8, gpus=0, memory=64 * GIB, disk=500 * 10**9, gpu_memory=None, most=4)
