@@ -12,9 +12,9 @@ from rayrec.data.histories import Histories
 from rayrec.data.windows import Windows, batches_in_memory, cut_windows
 from rayrec.model.epochs import FitProgress, Phase
 from rayrec.model.network import TABLES, TasteModel
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import Cell, FeatureSpec, Horizon, ModelConfig, SongTable, TrainConfig
 from rayrec.model.training import StepReport
-from rayrec.model.workers import Share
 
 MINUTE = 60_000
 NUM_SONGS = 60

@@ -30,6 +30,7 @@ from rayrec.data.windows import Windows, batches_in_memory, cut_windows
 from rayrec.model.epochs import start_vectors
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import (
     REGRESSIONS,
     Cell,
@@ -41,7 +42,6 @@ from rayrec.model.train_config import (
 )
 from rayrec.model.training import StepMaker, Training
 from rayrec.model.training_windows import ShardReader, plain_stream, window_lengths
-from rayrec.model.workers import Share
 from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
 from rayrec.storage.workspace import Workspace, histories_file
 

@@ -35,10 +35,10 @@ from rayrec.jobs.trainer import model_config
 from rayrec.model.checkpoint import export_song_vectors
 from rayrec.model.epochs import FitData, Validation, rank_metrics, rank_plays, start_vectors, validation_tastes
 from rayrec.model.network import TasteModel
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.training import StepReport, Training
 from rayrec.model.training_windows import ShardReader, plain_stream, window_lengths
-from rayrec.model.workers import Share
 from rayrec.storage import artifacts
 from rayrec.storage.workspace import Workspace
 

@@ -37,10 +37,10 @@ from rayrec.jobs.runtime import quiet_data, run_buckets
 from rayrec.model.checkpoint import load_model, save_model, write_epochs, write_tensorboard
 from rayrec.model.epochs import RECALL_AT, VALIDATION_FIGURES, Fit, FitData, FitProgress, Phase, Validation
 from rayrec.model.network import TasteModel
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import NEXT_PLAY, AnyHorizon, FeatureSpec, ModelConfig, TrainConfig
 from rayrec.model.training import StepReport
 from rayrec.model.training_windows import Sequences, ShardReader, WindowCounter, plain_stream, split_batches
-from rayrec.model.workers import Share
 from rayrec.progress import Progress, progress
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rayrec.errors import DamagedArtifactError
 from rayrec.model.network import TABLES, TasteModel
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import MODEL_CONFIG, ModelConfig
 from rayrec.model.training import Training, TrainingState
-from rayrec.model.workers import Share
 from rayrec.storage.workspace import Workspace
 
 WEIGHTS = "model.safetensors"

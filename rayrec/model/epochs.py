@@ -27,9 +27,9 @@ from rayrec.errors import DivergedError
 from rayrec.model.checkpoint import export_song_vectors, load_training, save_training
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import INPUT_TABLE, SONG_TABLE, TABLES, TasteModel
+from rayrec.model.song_tables import RowExchange, Share
 from rayrec.model.train_config import NEXT_PLAY, AnyHorizon, ModelConfig, TrainConfig
 from rayrec.model.training import StepReport, Training
-from rayrec.model.workers import RowExchange, Share
 
 Phase = Literal["selection", "final"]
 RECALL_AT = 20

@@ -24,9 +24,8 @@ from rayrec.data.histories import Queries
 from rayrec.data.windows import Windows
 from rayrec.model.network import INPUT_TABLE, SONG_TABLE, TABLES, PlayBatch, TasteModel, pad, unit
 from rayrec.model.objectives import OBJECTIVES, Negatives, NegativeSampler, Targets, log_prior
-from rayrec.model.song_tables import Decay, RowAdam, SongTable
+from rayrec.model.song_tables import Decay, RowAdam, RowExchange, RowRequests, Share, SongTable
 from rayrec.model.train_config import AnyHorizon, DaysHorizon, ModelConfig, TrainConfig
-from rayrec.model.workers import RowExchange, RowRequests, Share
 
 AHEAD = 2  # steps that are prepared while one runs
 STOP_SECONDS = 5.0  # that a thread is waited for which may itself wait for another worker that failed

@@ -15,8 +15,8 @@ from rayrec.data.split import FitRange
 from rayrec.data.windows import EpochBatches, WindowLengths, Windows, count_inputs, cut_windows
 from rayrec.embeddings.word2vec import Sentences, cut_sessions, drop_single
 from rayrec.errors import MismatchError
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import Source, TrainConfig
-from rayrec.model.workers import Share
 
 Kind = Literal["histories", "playlists", "sessions"]
 USERS_PER_READ = 100  # few, since one worker may read from all lanes at once

@@ -18,9 +18,9 @@ from rayrec.jobs.import_data import import_data
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.model.training_windows import ShardReader, window_lengths
-from rayrec.model.workers import Share
 from rayrec.storage.artifacts import verify
 from rayrec.storage.workspace import Workspace
 

@@ -27,10 +27,10 @@ from rayrec.jobs.train import train
 from rayrec.jobs.trainer import load_validation, model_config, window_stream
 from rayrec.model.checkpoint import load_model
 from rayrec.model.epochs import Phase
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import SELECTION_NETWORK, DaysHorizon, TrainConfig
 from rayrec.model.training import StepReport
 from rayrec.model.training_windows import ShardReader, plain_stream, window_lengths
-from rayrec.model.workers import Share
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.artifacts import Manifest, listing, load_manifest, publish, verify
 from rayrec.storage.workspace import Workspace

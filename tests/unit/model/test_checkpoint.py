@@ -15,9 +15,9 @@ from rayrec.data.histories import Queries
 from rayrec.errors import DamagedArtifactError
 from rayrec.model.checkpoint import export_song_vectors, load_model, load_training, save_model, save_training
 from rayrec.model.inference import TasteEncoder
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import FeatureSpec, SongTable, TrainConfig
 from rayrec.model.training import Training
-from rayrec.model.workers import Share
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 

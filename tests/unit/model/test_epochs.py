@@ -16,8 +16,8 @@ from rayrec.model import epochs as epochs_module
 from rayrec.model.epochs import CHOSEN_BY, RECALL_AT, Fit, FitData, Phase, Validation, carry_over, judge, start_vectors
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import Objective, SongTable, TrainConfig
-from rayrec.model.workers import Share
 
 CUT = 15 * MINUTE
 SMALL = {

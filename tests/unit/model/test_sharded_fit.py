@@ -25,8 +25,8 @@ from rayrec.model import epochs as fitting
 from rayrec.model.checkpoint import load_model, save_model
 from rayrec.model.epochs import RECALL_AT, Fit, FitData, Phase, Validation, judge, start_vectors
 from rayrec.model.network import TABLES, TasteModel
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.workers import Share
 from rayrec.storage.workspace import Workspace
 
 SONGS, PLAYED, KNOWN, DIM = 8_001, 40, 100, 8  # an odd number of songs: not all workers keep as many
@@ -212,7 +212,7 @@ def test_the_start_of_a_table_is_the_same_for_any_number_of_workers(monkeypatch:
 
 def test_a_network_of_few_songs_answers_as_the_whole_one() -> None:
     """As validation asks it."""
-    from rayrec.model.workers import RowExchange
+    from rayrec.model.song_tables import RowExchange
 
     torch.manual_seed(0)
     model = TasteModel(model_config(CONFIG, num_songs=PLAYED), torch.from_numpy(random_vectors(PLAYED)))

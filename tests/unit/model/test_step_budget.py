@@ -14,9 +14,9 @@ from rayrec.data.histories import Histories
 from rayrec.data.windows import cut_windows
 from rayrec.model import objectives
 from rayrec.model.network import TasteModel
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
 from rayrec.model.training import StepMaker, Training
-from rayrec.model.workers import Share
 
 SONGS, DIM = 5_000, 64
 LARGE = 1_000_000  # elements

@@ -16,9 +16,9 @@ from rayrec.data.histories import Histories
 from rayrec.data.windows import Windows, cut_windows
 from rayrec.model.checkpoint import load_training, save_training
 from rayrec.model.network import TABLES
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import Objective, SongTable, TrainConfig
 from rayrec.model.training import StepMaker, StepReport, Training, ahead
-from rayrec.model.workers import Share
 
 COUNTS = np.full(NUM_SONGS, 10)
 HOUR, DAY = 3_600_000, 24 * 3_600_000

@@ -11,9 +11,9 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
 from rayrec.errors import InputError, LeakError
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.training_windows import Sequences, ShardReader, plain_stream, window_lengths
-from rayrec.model.workers import Share
 from rayrec.storage.dataset_manifest import write_manifest
 from rayrec.storage.workspace import Workspace, playlists_file
 

@@ -12,9 +12,9 @@ from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange
 from rayrec.data.windows import WindowLengths, Windows
 from rayrec.errors import InputError, LeakError, MismatchError
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.training_windows import ShardReader, WindowCounter, plain_stream, split_batches, window_lengths
-from rayrec.model.workers import Share
 from rayrec.storage.workspace import Workspace, histories_file
 
 CONFIG = TrainConfig(window=5, batch=6, long=(2, 3))

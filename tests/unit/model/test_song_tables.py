@@ -10,10 +10,9 @@ import torch.distributed as dist
 from networks import NUM_SONGS, MemoryHost, cycling_histories, model_config, network
 from torch import Tensor
 
-from rayrec.model.song_tables import RowAdam
+from rayrec.model.song_tables import RowAdam, RowExchange, Share
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.training import StepMaker, Training
-from rayrec.model.workers import RowExchange, Share
 
 SMALL = TrainConfig(hidden_dim=12, window=12, batch=10, negatives=20, long=(2, 5))
 WORKERS = 8

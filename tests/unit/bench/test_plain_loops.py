@@ -9,8 +9,8 @@ import pytest
 import torch
 from worlds import random_histories, write_dataset
 
-from rayrec.bench import loops
-from rayrec.bench.loops import TrainTask
+from rayrec.bench import stage_benches
+from rayrec.bench.stage_benches import TrainTask
 from rayrec.data import columns
 from rayrec.data.histories import concatenate
 from rayrec.data.split import FitRange
@@ -64,8 +64,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 class TestTrainLoop:
     def test_an_epoch_holds_every_play_but_each_users_last_as_an_input_once(self, task: TrainTask) -> None:
-        batches = list(loops.plain_windows(task, epoch=0))
-        histories = concatenate(list(loops.Dataset(task.workspace).read_all()))
+        batches = list(stage_benches.plain_windows(task, epoch=0))
+        histories = concatenate(list(stage_benches.Dataset(task.workspace).read_all()))
         assert sum(int(windows.inputs.sum()) for windows in batches) == np.maximum(histories.lengths - 1, 0).sum()
         assert max(len(windows) for windows in batches) < 2 * task.config.batch
 
@@ -73,36 +73,36 @@ class TestTrainLoop:
         slow = 1_000.0
 
         def batches() -> Iterator[Windows]:
-            for number, windows in enumerate(loops.plain_windows(task, epoch=0)):
-                clock.now += slow if number <= loops.WARM_STEPS - 1 else 0.0
+            for number, windows in enumerate(stage_benches.plain_windows(task, epoch=0)):
+                clock.now += slow if number <= stage_benches.WARM_STEPS - 1 else 0.0
                 yield windows
 
-        every = list(loops.plain_windows(task, epoch=0))
-        measured = loops.timed_steps(task.training(), batches(), 0, seconds=1e9)
+        every = list(stage_benches.plain_windows(task, epoch=0))
+        measured = stage_benches.timed_steps(task.training(), batches(), 0, seconds=1e9)
         assert measured.seconds < slow
-        assert measured.work == sum(int(windows.inputs.sum()) for windows in every[loops.WARM_STEPS :])
+        assert measured.work == sum(int(windows.inputs.sum()) for windows in every[stage_benches.WARM_STEPS :])
 
     def test_a_round_ends_when_its_seconds_are_over(self, task: TrainTask, clock: Clock) -> None:
-        every = list(loops.plain_windows(task, epoch=0))
-        measured = loops.timed_steps(task.training(), iter(every), 0, seconds=3)
-        timed = every[loops.WARM_STEPS : loops.WARM_STEPS + 3]
+        every = list(stage_benches.plain_windows(task, epoch=0))
+        measured = stage_benches.timed_steps(task.training(), iter(every), 0, seconds=3)
+        timed = every[stage_benches.WARM_STEPS : stage_benches.WARM_STEPS + 3]
         assert measured.work == sum(int(windows.inputs.sum()) for windows in timed)
 
     def test_too_few_batches_are_refused(self, task: TrainTask) -> None:
-        every = list(loops.plain_windows(task, epoch=0))[: loops.WARM_STEPS]
+        every = list(stage_benches.plain_windows(task, epoch=0))[: stage_benches.WARM_STEPS]
         with pytest.raises(InputError, match="give more users"):
-            loops.timed_steps(task.training(), iter(every), 0, seconds=1)
+            stage_benches.timed_steps(task.training(), iter(every), 0, seconds=1)
 
     def test_it_trains_the_network(self, task: TrainTask) -> None:
         training = task.training()
         before = training.model.dense.weight.detach().clone()
-        assert loops.timed_steps(training, loops.plain_windows(task, 0), 0, seconds=0.01).work > 0
+        assert stage_benches.timed_steps(training, stage_benches.plain_windows(task, 0), 0, seconds=0.01).work > 0
         assert not torch.equal(before, training.model.dense.weight)
-        assert loops.train_loop(task, 0, 0.01).per_second > 0
+        assert stage_benches.train_loop(task, 0, 0.01).per_second > 0
 
     def test_the_data_path_counts_from_the_second_batch_on(self, task: TrainTask) -> None:
-        every = list(loops.plain_windows(task, epoch=0))
-        measured = loops.timed_windows(iter(every), seconds=1e9)
+        every = list(stage_benches.plain_windows(task, epoch=0))
+        measured = stage_benches.timed_windows(iter(every), seconds=1e9)
         assert measured.work == sum(int(windows.inputs.sum()) for windows in every[1:])
 
 
@@ -113,10 +113,10 @@ class TestTasteLoop:
         names = save_model(workspace, manifest.folder, model, np.ones(SONGS, dtype=np.bool_))
         manifest = publish(workspace, manifest, names)
         at = 10_000_000
-        measured = loops.taste_loop(workspace, manifest, "out", at, users=20)
-        histories = concatenate(list(loops.Dataset(workspace).read_all()))
+        measured = stage_benches.taste_loop(workspace, manifest, "out", at, users=20)
+        histories = concatenate(list(stage_benches.Dataset(workspace).read_all()))
         assert measured.work == histories.num_plays
-        expected = taste_table(TasteEncoder(loops.load_model(workspace, manifest.folder)), histories, at)
+        expected = taste_table(TasteEncoder(stage_benches.load_model(workspace, manifest.folder)), histories, at)
         rows = [row for path in workspace.files("out") for row in workspace.read_table(path).to_pylist()]
         assert [row[columns.USER] for row in rows] == expected.column(columns.USER).to_pylist()
         np.testing.assert_allclose(
@@ -125,8 +125,8 @@ class TestTasteLoop:
 
 
 def test_the_embed_loop_counts_the_tokens_of_all_epochs(task: TrainTask, tmp_path: Path) -> None:
-    sentences = from_histories(loops.Dataset(task.workspace).read_all(), FitRange())
+    sentences = from_histories(stage_benches.Dataset(task.workspace).read_all(), FitRange())
     corpus = write_corpus(sentences, tmp_path / "corpus", SONGS)
-    measured = loops.embed_loop(corpus.path, EmbedConfig(dim=4, epochs=3), 1, corpus.tokens)
+    measured = stage_benches.embed_loop(corpus.path, EmbedConfig(dim=4, epochs=3), 1, corpus.tokens)
     assert measured.work == 3 * corpus.tokens
     assert measured.seconds > 0
