@@ -38,7 +38,7 @@ from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 KIND = "rankers"
-MOST_THREADS = 4  # that grow the trees of one kind: fifty candidates of 40,000 queries keep no more busy
+FEWEST_THREADS, MOST_THREADS = 2, 4  # that grow the trees of a kind: 40,000 queries keep no more busy
 EVERYTHING = ""  # the name of the part that is left out where none is
 
 
@@ -152,7 +152,8 @@ def _collect(task: _Task) -> _Examples:
 def _grow(task: _Task, folders: dict[str, str], examples: _Examples) -> dict[str, tuple[list[str], dict[str, Any]]]:
     """Grow the rankers of all kinds without each part, side by side, into its folder; names of files, and figures."""
     units = [_Growing(without, folder, kind) for kind in KINDS for without, folder in folders.items()]
-    threads = max(1, min(MOST_THREADS, node_cpus() // len(units)))
+    cpus = node_cpus()
+    threads = min(cpus, MOST_THREADS, max(FEWEST_THREADS, cpus // len(units)))
     shape = task.dataset.workspace.read_json(f"{task.network}/{MODEL_CONFIG}")
     memory = ranking_memory(shape["num_songs"], shape["embedding_dim"], examples.queries)
     files: dict[str, list[str]] = {without: [] for without in folders}
