@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from rayrec.bench.device_bench import Size, network, random_histories
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training import Training
 
 TOLD = {"name": "a card", "torch": "2", "runs": [], "reading_plays_per_second": 1.0}
 UNCOMPILED = ((False, False), (True, False))
@@ -72,11 +72,11 @@ def test_a_device_that_computes_something_else_is_told_by_name_and_exit_code(
 
 
 def test_a_way_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_compiler(training: Training) -> None:
+    def without_compiler(network: TasteModel, **_: Any) -> None:
         raise RuntimeError("no C++ compiler\nand much more")
 
     monkeypatch.setattr(device_bench, "WAYS", ((False, True), (False, False)))
-    monkeypatch.setattr(Training, "compile", without_compiler)
+    monkeypatch.setattr(TasteModel, "compile", without_compiler)
     compiled, _, plain = device_bench.measure_device("cpu", Size.quick())["runs"][:3]
     assert compiled == {"work": "train", "bfloat16": False, "compiled": True, "batch": 1, "error": "no C++ compiler"}
     assert plain["plays_per_second"] > 0
