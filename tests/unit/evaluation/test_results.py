@@ -1,5 +1,6 @@
 """Every figure against plain loops over users and plays, and the paired bootstrap against a case worked out by hand."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -80,16 +81,17 @@ class Asked:
         recommender = evaluator.recommenders[model]
         self.scores = {name: recommender.score(histories, query, name)[0] for name in recommender.horizons}
         self.known, self.added = evaluator.known_songs, recommender.added_songs.tolist()
+        self.targets = self._targets()
 
-    def figures(
-        self, songs: list[int], k: int, horizon: str = "short", served: bool = False, among_cold: bool = False
-    ) -> tuple[float, float, float]:
-        scores = np.array(self.scores.get(horizon, self.scores["short"]))
-        if served:
+    @functools.cache
+    def figures(self, target: str, k: int) -> tuple[float, float, float]:
+        """Recall, MRR and NDCG."""
+        scores = np.array(self.scores.get("long" if target.endswith(LONG_TERM) else "short", self.scores["short"]))
+        if target.startswith(("served", "cold")):
             scores[self.past] = -np.inf
-        if among_cold:
+        if target == "cold_among_cold":
             scores[self.known] = -np.inf
-        right = list(dict.fromkeys(songs))
+        right = list(dict.fromkeys(self.targets[target]))
         findable = [song for song in right if self.known[song] or song in self.added]
         ranks = [int((scores >= scores[song]).sum()) for song in findable]
         within = sorted(rank for rank in ranks if rank <= k)
@@ -97,20 +99,24 @@ class Asked:
         gain = sum(1 / math.log2(rank + 1) for rank in within)
         return len(within) / len(right), 1 / within[0] if within else 0.0, gain / ideal
 
-    def wanted(self, target: str) -> list[int]:
+    def _targets(self) -> dict[str, list[int]]:
+        past = set(self.past)
+        new = [song for song in self.future if song not in past]
+        next_new = [song for song in self.future[:1] if song not in past]
+        cold = [song for song in next_new if not self.known[song]]
         return {
-            "served": [song for song in self.future[:1] if song not in self.past],
-            "served25_50": [song for song in self.future[24:50] if song not in self.past],
+            "served": next_new,
+            "served25_50": [song for song in self.future[24:50] if song not in past],
             "next": self.future[:1],
-            "next_new": [song for song in self.future[:1] if song not in self.past],
-            "next_repeat": [song for song in self.future[:1] if song in self.past],
+            "next_new": next_new,
+            "next_repeat": [song for song in self.future[:1] if song in past],
             "next10": self.future[:10],
             "offsets25_50": self.future[24:50],
             "days0_1": self.future,  # which is less than a day
-            "served_days0_1": [song for song in self.future if song not in self.past],
-            "cold_songs": [song for song in self.future[:1] if song not in self.past and not self.known[song]],
-            "cold_among_cold": [song for song in self.future[:1] if song not in self.past and not self.known[song]],
-        }[target]
+            "served_days0_1": new,
+            "cold_songs": cold,
+            "cold_among_cold": cold,
+        }
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +134,8 @@ def asked(evaluator: Evaluator, histories: Histories) -> dict[str, list[Asked]]:
 
 
 def _mean(asked: list[Asked], target: str, metric: str, k: int) -> float:
-    horizon, served = "long" if target.endswith(LONG_TERM) else "short", target.startswith(("served", "cold"))
-    among_cold = target == "cold_among_cold"
     place = ("recall", "mrr", "ndcg").index(metric)
-    some = [one for one in asked if one.wanted(target)]
-    return float(np.mean([one.figures(one.wanted(target), k, horizon, served, among_cold)[place] for one in some]))
+    return float(np.mean([one.figures(target, k)[place] for one in asked if one.targets[target]]))
 
 
 def test_results_equal_plain_loops(figures: dict[str, Any], asked: dict[str, list[Asked]]) -> None:
@@ -147,7 +150,7 @@ def test_results_equal_plain_loops(figures: dict[str, Any], asked: dict[str, lis
     for row in figures["results"]:
         some = [one for one in asked[row["model"]] if users[row["users"]](one)]
         assert row["value"] == pytest.approx(_mean(some, row["target"], row["metric"], row["k"]), abs=1e-5), row
-        assert row["plays"] == sum(bool(one.wanted(row["target"])) for one in some)
+        assert row["plays"] == sum(bool(one.targets[row["target"]]) for one in some)
         assert row["low"] <= row["value"] <= row["high"]
 
 
