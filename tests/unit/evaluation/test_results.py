@@ -83,7 +83,7 @@ class Asked:
         self.known, self.added = evaluator.known_songs, recommender.added_songs.tolist()
         self.targets = self._targets()
 
-    @functools.cache
+    @functools.cache  # noqa: B019, the queries live as long as this module
     def figures(self, target: str, k: int) -> tuple[float, float, float]:
         """Recall, MRR and NDCG."""
         scores = np.array(self.scores.get("long" if target.endswith(LONG_TERM) else "short", self.scores["short"]))
