@@ -320,6 +320,7 @@ def test_input_without_a_usable_row_is_refused_and_leaves_nothing(tmp_path: Path
     assert workspace.files("dataset") == []
 
 
+@pytest.mark.slow  # writes and reads a thousand files
 def test_a_damaged_parquet_file_among_a_thousand_is_named_and_the_others_are_not_read_again(
     tmp_path: Path, workspace: Workspace
 ) -> None:

@@ -142,6 +142,7 @@ def test_rankers_learn_from_the_validation_range_and_answer(
     assert (np.diff(scores, axis=1) <= 0).all()
 
 
+@pytest.mark.slow  # trains the rankers of five parts
 def test_an_ablation_evaluates_rankers_trained_without_each_part(
     world: Workspace, split: Split, model: Manifest, retrieval: Manifest
 ) -> None:

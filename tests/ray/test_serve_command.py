@@ -182,6 +182,7 @@ def test_an_interrupt_ends_it_with_all_its_processes(served: Served) -> None:
     assert served.workspace.files("serving/replicas") == []
 
 
+@pytest.mark.slow  # waits for Serve to start and to die
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv of util-linux is not here")
 def test_killed_it_leaves_nobody_who_answers(served: Served) -> None:
     with started(served.workspace) as running:

@@ -50,6 +50,7 @@ def test_a_detached_job_reads_the_files_sent_along_and_is_followed_later(head: H
     assert "run `rayrec train` first" in failed.stderr
 
 
+@pytest.mark.slow  # starts a cluster
 def test_a_stopped_job_ends_and_says_so(head: Head, tmp_path: Path) -> None:
     endless = ("generate", "--users", "100000000", "--plays", "1000", "--days", "9000")
     where = ("--python", sys.executable, "--workspace", str(tmp_path / "workspace"))

@@ -286,6 +286,7 @@ def test_a_training_that_diverges_publishes_nothing(world: Workspace, split: Spl
     assert listing(world, "models") == before
 
 
+@pytest.mark.slow  # trains three times under Ray Train
 def test_an_unfinished_training_asks_what_to_do(
     world: Workspace, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:

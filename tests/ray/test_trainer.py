@@ -52,6 +52,7 @@ def run(workspace: Workspace, crew: Crew) -> None:
     run_workers(work, {"folder": workspace.root}, crew, workspace, "model")
 
 
+@pytest.mark.slow  # waits for CPUs
 def test_workers_that_find_no_cpu_are_given_up_with_what_they_need(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -127,6 +127,7 @@ def test_a_new_model_that_finds_less_is_kept_out(fitted: Workspace, tmp_path: Pa
     assert load_manifest(fitted, "releases", result.release)  # to look at, or to activate nevertheless
 
 
+@pytest.mark.slow  # trains twice
 def test_where_many_plays_are_new_the_training_is_continued(fitted: Workspace, tmp_path: Path) -> None:
     before = live_of(fitted)
     result = updated(fitted, write_rows(tmp_path / "days.csv", ring_plays(range(150), begin=20, days=10, **RING)))
