@@ -1,1 +1,1 @@
-"""Song vectors: trained by word2vec on playlists or sessions, or brought in from outside; judged, saved, loaded."""
+"""Song embeddings: trained by word2vec on playlists or sessions, or given; measured, saved, loaded."""

@@ -277,9 +277,12 @@ def evaluate_prefixes(
         raise InputError("--queries draws from the test range of a split; the pairs of a file are all evaluated")
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
-    (found,) = find_files([file.path], ["*"])[:1]
+    (prefix_file,) = find_files([file.path], ["*"])[:1]
     compared = choose_models(workspace, dataset, config, split, model_id)
-    settings = {**to_mapping(config), "prefixes": {**asdict(file), "size": found.size, "changed": found.changed}}
+    settings = {
+        **to_mapping(config),
+        "prefixes": {**asdict(file), "size": prefix_file.size, "changed": prefix_file.changed},
+    }
     report_id, complete = new_id(
         workspace, KIND, fingerprint("evaluate prefixes", settings, compared.inputs), repeat=repeat
     )
@@ -287,16 +290,16 @@ def evaluate_prefixes(
         return reuse(workspace, KIND, report_id)
     recommenders, song_plays = make_recommenders(workspace, dataset, compared, split)
     evaluator = PrefixEvaluator(recommenders, song_plays=song_plays, config=config)
-    units = byte_ranges(found.source, found.size, PREFIXES_AT_ONCE)
+    units = byte_ranges(prefix_file.source, prefix_file.size, PREFIXES_AT_ONCE)
     sums, counts = evaluate_pairs(workspace, evaluator, file, units, f"{artifact_dir(KIND, report_id)}/run")
     if not counts[0]:
         raise InputError(f"{file.path} has no pairs; expected lines of songs, a tab and the next song")
-    made = Figures(sums, recommenders, config)
-    results = [entry for entry in made.results(["served", "next"]) if entry["users"] == "all"]
+    computed = Figures(sums, recommenders, config)
+    results = [entry for entry in computed.results(["served", "next"]) if entry["users"] == "all"]
     figures = {
         "settings": settings_of(recommenders),
         "results": [{name: value for name, value in entry.items() if name != "users_count"} for entry in results],
-        "comparisons": made.comparisons(compared.default),
+        "comparisons": computed.comparisons(compared.default),
         SONG_EMBEDDINGS: health_of(dataset, compared, song_plays),
     }
     pairs = dict(zip(("pairs", "unknown_targets", "unknown_items"), counts.tolist(), strict=True))
@@ -458,16 +461,14 @@ def require_split(part: Manifest, split: Split | None, dataset: Dataset, command
 
     Made from the data set, or from one that it descends from.
     """
-    made_of, wanted = part.inputs.get("split"), split.id if split else None
-    if made_of == wanted and dataset.descends_from(part.inputs.get("dataset", dataset.manifest.id)):
+    made_of, split_id = part.inputs.get("split"), split.id if split else None
+    if made_of == split_id and dataset.descends_from(part.inputs.get("dataset", dataset.manifest.id)):
         return
     saw = f"was trained before the test range of split {made_of}" if made_of else "was trained on all plays"
-    saw += ", including the test range" if wanted and not made_of else ""
-    advice = f"run `rayrec {command} --split {wanted}` first" if wanted else f"pass --split {made_of}"
-    raise MismatchError(
-        f"{noun(part.kind)} {part.id} {saw}, but the evaluation is of {f'split {wanted}' if wanted else 'no split'}; "
-        f"{advice}"
-    )
+    saw += ", including the test range" if split_id and not made_of else ""
+    advice = f"run `rayrec {command} --split {split_id}` first" if split_id else f"pass --split {made_of}"
+    evaluated = f"split {split_id}" if split_id else "no split"
+    raise MismatchError(f"{noun(part.kind)} {part.id} {saw}, but the evaluation is of {evaluated}; {advice}")
 
 
 def make_recommenders(

@@ -317,13 +317,13 @@ class RankerGrower:
         ranker = _grown(unit.kind, examples, self._examples.features[unit.without], task.config, self._threads)
         if ranker is None:
             return unit, [], {}
-        found = examples.found[examples.held_out]
+        is_found = examples.found[examples.held_out]
         return (
             unit,
             ranker.save(task.dataset.workspace, unit.folder, unit.kind),
             {
                 "form": ranker.form,
-                "candidates_hold_the_answer": round(float(found.mean()), 4),
+                "candidates_hold_the_answer": round(float(is_found.mean()), 4),
                 "first_features": list(ranker.importance)[:5],
             },
         )

@@ -14,9 +14,9 @@ from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import cluster_cpus, ray_cluster
 from rayrec.jobs.trainer import (
     SNAPSHOT,
-    Crew,
     LocalBoard,
     TrainPlan,
+    WorkerRequest,
     diverged_file,
     fit_range_of,
     new_board,
@@ -137,12 +137,12 @@ def _require_start(dataset: Dataset, start: Manifest, split: Split | None) -> No
 def _require_shape(plan: TrainPlan, start: Manifest) -> None:
     """Raises `MismatchError` where the settings or the data ask for a network of another shape."""
     shape = ModelConfig.from_json(plan.workspace.read_json(start.path(MODEL_CONFIG)))
-    wanted, there = asdict(plan.model), asdict(shape)
-    for name, value in wanted.items():
-        if name != "num_songs" and there[name] != value:
+    new_shape, old_shape = asdict(plan.model), asdict(shape)
+    for name, value in new_shape.items():
+        if name != "num_songs" and old_shape[name] != value:
             raise MismatchError(
-                f"model {start.id} has {name} {there[name]}, this training {value}; give the settings of the model, or "
-                "train without --from"
+                f"model {start.id} has {name} {old_shape[name]}, this training {value}; give the settings of the "
+                "model, or train without --from"
             )
 
 
@@ -176,14 +176,14 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
     config, plays = plan.config, float(plan.workspace.read_array(plan.counts["final"]).sum())
     if config.workers:
         board = new_board()
-        crew = Crew(
+        request = WorkerRequest(
             workers=config.workers,
             cpus=worker_cpus(config.workers),
             gpus=int(config.gpu),
             wait_minutes=config.wait_minutes,
         )
         with shown(board, "Training", plays):
-            run_workers(train_worker, {"plan": plan, "board": board}, crew, plan.workspace, plan.folder)
+            run_workers(train_worker, {"plan": plan, "board": board}, request, plan.workspace, plan.folder)
     else:
         with progress("Training", plays) as bar:
             train_worker({"plan": plan, "board": LocalBoard(bar)})

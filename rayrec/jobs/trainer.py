@@ -143,15 +143,15 @@ def read_vectors(plan: TrainPlan, phase: Phase) -> np.ndarray:
 
 def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> ModelConfig:
     """The shape of the network for a data set: features that it does not have are left out."""
-    told = config.source == "histories"  # playlists are songs in their order and nothing else
-    timed = told and dataset.manifest.times == "real"  # where times are positions, gaps and hours say nothing
+    has_context = config.source == "histories"  # playlists are songs in their order and nothing else
+    timed = has_context and dataset.manifest.times == "real"  # where times are positions, gaps and hours say nothing
     features = FeatureSpec(
-        contexts=tuple(dataset.manifest.contexts) if config.contexts and told else (),
+        contexts=tuple(dataset.manifest.contexts) if config.contexts and has_context else (),
         gap=config.gaps and timed,
         request_gap=config.gaps and timed,
         hour=config.hours and timed,
         weekday=config.hours and timed,
-        skipped=config.skips and told and dataset.manifest.has_skipped,
+        skipped=config.skips and has_context and dataset.manifest.has_skipped,
     )
     return ModelConfig(
         num_songs=dataset.num_songs,
@@ -428,7 +428,7 @@ def shown(board: Any, title: str, total: float) -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crew:
+class WorkerRequest:
     """The workers that a training asks for."""
 
     workers: int
@@ -441,7 +441,7 @@ class Crew:
         """Of each worker, by Ray's names."""
         return {"CPU": self.cpus, **({"GPU": float(self.gpus)} if self.gpus else {})}
 
-    def wanted(self) -> str:
+    def describe(self) -> str:
         """What they need against what the cluster has, in words."""
         have, free = ray.cluster_resources(), ray.available_resources()
         parts = [
@@ -454,22 +454,22 @@ class Crew:
 def run_workers(
     work: Callable[[dict[str, Any]], None],
     arguments: dict[str, Any],
-    crew: Crew,
+    request: WorkerRequest,
     workspace: Workspace,
     folder: str,
 ) -> None:
-    """Run `work(arguments)` in every worker of the crew to its end; a lost worker makes all of them go on
+    """Run `work(arguments)` in every worker to its end; a lost worker makes all of them go on
     from the last checkpoint, which Ray Train keeps in `folder`/run.
 
     Raises `RayrecError` where workers fail more than `WORKER_FAILURES` times, and where the cluster
     has no room for them in time: Ray Train alone would ask for ever.
     """
-    os.environ[START_TIMEOUT] = str(crew.wait_minutes * 60 / START_TRIES)
+    os.environ[START_TIMEOUT] = str(request.wait_minutes * 60 / START_TRIES)
     trainer = TorchTrainer(
         work,
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
-            num_workers=crew.workers, use_gpu=bool(crew.gpus), resources_per_worker=crew.resources
+            num_workers=request.workers, use_gpu=bool(request.gpus), resources_per_worker=request.resources
         ),
         run_config=RunConfig(
             name="run",
@@ -480,12 +480,12 @@ def run_workers(
         ),
     )
     try:
-        with _told_of_waiting(crew):
+        with _report_waiting(request):
             trainer.fit()
     except ControllerError as error:
         raise RayrecError(
-            f"training did not start within {crew.wait_minutes:g} minutes: it needs {crew.wanted()}; free some, "
-            "use fewer --workers or more --wait-minutes, and run `rayrec train --resume`"
+            f"training did not start within {request.wait_minutes:g} minutes: it needs {request.describe()}; free "
+            "some, use fewer --workers or more --wait-minutes, and run `rayrec train --resume`"
         ) from error
     except TrainingFailedError as error:
         cause = str(error).strip().splitlines()[-1]
@@ -495,17 +495,19 @@ def run_workers(
 
 
 @contextmanager
-def _told_of_waiting(crew: Crew) -> Iterator[None]:
-    """Say what the crew needs, once each time that it does not get it at once."""
+def _report_waiting(request: WorkerRequest) -> Iterator[None]:
+    """Say what the workers need, once each time that they do not get it at once."""
     ended = threading.Event()
 
     def look() -> None:
-        told = False
+        was_waiting = False
         while not ended.wait(SECONDS_BEFORE_TELLING):
-            waits = _waits(crew)
-            if waits and not told:
-                LOGGER.warning("training waits at most %g minutes for resources: %s", crew.wait_minutes, crew.wanted())
-            told = waits
+            waits = _waits(request)
+            if waits and not was_waiting:
+                LOGGER.warning(
+                    "training waits at most %g minutes for resources: %s", request.wait_minutes, request.describe()
+                )
+            was_waiting = waits
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -515,9 +517,9 @@ def _told_of_waiting(crew: Crew) -> Iterator[None]:
         ended.set()
 
 
-def _waits(crew: Crew) -> bool:
+def _waits(request: WorkerRequest) -> bool:
     """True while Ray has found no room for workers like these."""
-    bundles = [crew.resources] * crew.workers
+    bundles = [request.resources] * request.workers
     return any(
         group["state"] in ("PENDING", "RESCHEDULING") and list(group["bundles"].values()) == bundles
         for group in placement_group_table().values()

@@ -1,4 +1,4 @@
-"""A sweep over settings of song vectors and network, judged on the validation range.
+"""A sweep over settings of song embeddings and network, measured on the validation range.
 
 A plain loop and not Ray Tune: a trial is an embed and a train job, which spread over the cluster
 themselves, and an interrupted one is found again by its id. What Ray Tune would add is trials side
@@ -47,7 +47,7 @@ def tune(
 
     Each trial fits song vectors and a network on the range before the validation range. An
     interrupted sweep goes on where it was: the trials in its table are not repeated. The models of
-    trials are deleted once they are judged, and at the end all song vectors that the sweep made but
+    trials are deleted once they are measured, and at the end all song embeddings that the sweep made but
     the best. Metrics: trials (rows of the table), best (settings), best_ndcg and seconds. `on_trial`
     hears of each row as it is there, and of how many there will be.
 

@@ -128,12 +128,12 @@ def save_training(
     `state` is what `Training.state` gave and `best` the weights of the best network so far, tables of this worker's
     rows. The parts of all workers in one folder are a checkpoint.
     """
-    kept = {f"{BEST}/{name}": value for name, value in (best or {}).items()}
-    rows = {name: value for name, value in kept.items() if name.removeprefix(f"{BEST}/") in TABLES}
+    best_weights = {f"{BEST}/{name}": value for name, value in (best or {}).items()}
+    rows = {name: value for name, value in best_weights.items() if name.removeprefix(f"{BEST}/") in TABLES}
     name = ROWS.format(rank=share.rank, workers=share.workers)
     save_file(_on_cpu(state.rows | rows), folder / name)
     if not share.rank:
-        common = {name: value for name, value in kept.items() if name not in rows}
+        common = {name: value for name, value in best_weights.items() if name not in rows}
         save_file(_on_cpu(state.common | common), folder / COMMON)
         (folder / PROGRESS).write_text(json.dumps(progress, allow_nan=False))
 
@@ -144,8 +144,10 @@ def load_training(folder: Path, training: Training) -> tuple[dict[str, Tensor] |
     """
     common, rows = load_file(folder / COMMON), _rows_of(folder, training.share)
     training.load(TrainingState(common=common, rows=rows))
-    kept = {name.removeprefix(f"{BEST}/"): value for name, value in (common | rows).items() if name.startswith(BEST)}
-    return kept or None, json.loads((folder / PROGRESS).read_text())
+    best_weights = {
+        name.removeprefix(f"{BEST}/"): value for name, value in (common | rows).items() if name.startswith(BEST)
+    }
+    return best_weights or None, json.loads((folder / PROGRESS).read_text())
 
 
 def _rows_of(folder: Path, share: Share) -> dict[str, Tensor]:

@@ -77,12 +77,12 @@ def validation_tastes(model: TasteModel, exchange: RowExchange, validation: Vali
         some = histories.take(users)
         songs = np.unique(some.songs).astype(np.int64)
         encoder = TasteEncoder(network_over(model, exchange, songs), device)
-        asked = np.flatnonzero(np.isin(queries.rows, users))
-        if len(asked):
+        query_rows = np.flatnonzero(np.isin(queries.rows, users))
+        if len(query_rows):
             places = np.searchsorted(songs, some.songs).astype(np.int32)
-            of_users = replace(queries.take(asked), rows=np.searchsorted(users, queries.rows[asked]))
+            of_users = replace(queries.take(query_rows), rows=np.searchsorted(users, queries.rows[query_rows]))
             vectors = encoder.vectors(replace(some, songs=places), of_users, horizon)
-            tastes[torch.from_numpy(asked).to(device)] = torch.from_numpy(vectors).to(device)
+            tastes[torch.from_numpy(query_rows).to(device)] = torch.from_numpy(vectors).to(device)
     share.add_up(tastes)
     return tastes
 
@@ -112,9 +112,9 @@ class PlayRanks:
 
 def rank_metrics(ranks: np.ndarray) -> tuple[float, float, float]:
     """Recall, MRR and NDCG of ranks, int64 (Q,); zeros where there are none."""
-    found = ranks <= RECALL_AT
-    gains = np.where(found, 1 / np.log2(ranks + 1.0), 0.0)
-    recall, mrr, ndcg = (float(values.sum() / max(1, len(ranks))) for values in (found, found / ranks, gains))
+    is_hit = ranks <= RECALL_AT
+    gains = np.where(is_hit, 1 / np.log2(ranks + 1.0), 0.0)
+    recall, mrr, ndcg = (float(values.sum() / max(1, len(ranks))) for values in (is_hit, is_hit / ranks, gains))
     return recall, mrr, ndcg
 
 
@@ -148,11 +148,11 @@ def rank_plays(tastes_QD: Tensor, vectors_nD: Tensor, validation: Validation, sh
     nothing: np.ndarray = np.zeros(0, dtype=np.int64)
     parts = [PlayRanks(among_all=nothing, among_unheard=nothing, is_new=nothing.astype(bool))]
     for begin in range(0, len(tastes_QD), step):
-        wanted = targets[begin : begin + step]
+        some_targets = targets[begin : begin + step]
         scores_Qn = tastes_QD[begin : begin + step] @ vectors_nD.T
         scores_Qn[:, unknown_n] = -torch.inf
-        rows, places = _own(np.arange(len(wanted)), wanted, share, scores_Qn.device)
-        target_Q = scores_Qn.new_zeros(len(wanted))
+        rows, places = _own(np.arange(len(some_targets)), some_targets, share, scores_Qn.device)
+        target_Q = scores_Qn.new_zeros(len(some_targets))
         target_Q[rows] = scores_Qn[rows, places]
         share.add_up(target_Q)
         among_all_Q = _not_below(scores_Qn, target_Q)
@@ -161,8 +161,8 @@ def rank_plays(tastes_QD: Tensor, vectors_nD: Tensor, validation: Validation, sh
         ranks_2Q = torch.stack([among_all_Q, _not_below(scores_Qn, target_Q)])
         share.add_up(ranks_2Q)
         among_all, among_unheard = ranks_2Q.where(target_Q.isfinite(), RECALL_AT + 1).cpu().numpy()
-        is_new: np.ndarray = np.ones(len(wanted), dtype=bool)
-        is_new[heard_by[heard == wanted[heard_by]]] = False
+        is_new: np.ndarray = np.ones(len(some_targets), dtype=bool)
+        is_new[heard_by[heard == some_targets[heard_by]]] = False
         parts.append(PlayRanks(among_all=among_all, among_unheard=among_unheard, is_new=is_new))
     return PlayRanks.joined(parts)
 
@@ -199,8 +199,8 @@ class FitData:
     def known(self, share: Share) -> np.ndarray:
         """bool (n,): which of a worker's songs can be recommended, played in the fit range or given a vector."""
         known = share.own(self.counts) > 0
-        given = np.asarray(share.own(self.vectors).any(axis=1))
-        known[: len(given)] |= given
+        has_vector = np.asarray(share.own(self.vectors).any(axis=1))
+        known[: len(has_vector)] |= has_vector
         return known
 
 
@@ -433,8 +433,8 @@ def start_vectors(
     step = ROWS_AT_ONCE * share.workers
     for begin in range(0, total, step):
         rows: np.ndarray = np.zeros((min(step, total - begin), dim), dtype=np.float32)
-        given = vectors[begin : begin + step]
-        rows[: len(given)] = given
+        vector_rows = vectors[begin : begin + step]
+        rows[: len(vector_rows)] = vector_rows
         missing = ~rows.any(axis=1)
         drawn = random.normal(size=(int(missing.sum()), dim))
         rows[missing] = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)

@@ -45,13 +45,13 @@ class TasteEncoder:
         """
         start = start or self.no_states(len(histories))
         hidden = torch.from_numpy(start.hidden.copy())  # (U, layers, H), moved on piece by piece
-        asked = _Asked(queries, self._seen_in(hidden))
+        watcher = _Asked(queries, self._seen_in(hidden))
         for rows in _passes(histories.lengths):
-            self._run_rows(histories, rows, start.last_played_at, hidden, asked)
+            self._run_rows(histories, rows, start.last_played_at, hidden, watcher)
         last = start.last_played_at.copy()
         some = histories.lengths > 0
         last[some] = histories.played_at[histories.offsets[1:][some] - 1]
-        return asked.seen_QX.numpy(), States(hidden=hidden.numpy(), last_played_at=last)
+        return watcher.seen_QX.numpy(), States(hidden=hidden.numpy(), last_played_at=last)
 
     @torch.inference_mode()
     def vectors(self, histories: Histories, queries: Queries, horizon: str, start: States | None = None) -> np.ndarray:
@@ -68,14 +68,14 @@ class TasteEncoder:
         """
         start = start or self.no_states(len(histories))
         if queries.hidden is None:
-            seen, _ = self.run(histories, queries, start)
+            head_inputs, _ = self.run(histories, queries, start)
         else:
-            seen = self._seen_in(torch.from_numpy(np.asarray(queries.hidden, dtype=np.float32))).numpy()
+            head_inputs = self._seen_in(torch.from_numpy(np.asarray(queries.hidden, dtype=np.float32))).numpy()
         index = histories.offsets[queries.rows] + queries.seen - 1
         played = histories.played_at[np.maximum(index, 0)] if histories.num_plays else index
         before = np.where(queries.seen > 0, played, start.last_played_at[queries.rows])
         gap = gap_seconds(before, queries.at)
-        return {horizon: self.project(seen, gap, horizon) for horizon in horizons}
+        return {horizon: self.project(head_inputs, gap, horizon) for horizon in horizons}
 
     def tastes(self, states: States, at: int | np.ndarray, horizon: str) -> np.ndarray:
         """float32 (U, D), normalized: the taste vectors at the moment `at` (ms UTC) from states alone."""
@@ -83,9 +83,9 @@ class TasteEncoder:
 
     def tastes_of(self, states: States, at: int | np.ndarray, horizons: Sequence[str]) -> dict[str, np.ndarray]:
         """As `tastes`, of several horizons."""
-        seen = self._seen_in(torch.tensor(states.hidden)).numpy()  # a copy: what comes from a store is read-only
+        head_inputs = self._seen_in(torch.tensor(states.hidden)).numpy()  # a copy: what comes from a store is read-only
         gap = gap_seconds(states.last_played_at, np.asarray(at))
-        return {horizon: self.project(seen, gap, horizon) for horizon in horizons}
+        return {horizon: self.project(head_inputs, gap, horizon) for horizon in horizons}
 
     @torch.inference_mode()
     def project(self, seen: np.ndarray, gap: np.ndarray, horizon: str) -> np.ndarray:

@@ -211,8 +211,8 @@ class TasteModel(nn.Module):
             batch_first=True,
             dropout=config.dropout if config.num_layers > 1 else 0.0,
         )
-        seen = config.hidden_dim + count * config.embedding_dim + int(config.features.request_gap)
-        self.dense = nn.Linear(seen, config.hidden_dim)
+        head_width = config.hidden_dim + count * config.embedding_dim + int(config.features.request_gap)
+        self.dense = nn.Linear(head_width, config.hidden_dim)
         self.heads = nn.ModuleDict(
             {name: nn.Linear(config.hidden_dim, config.embedding_dim) for name in config.horizons}
         )
@@ -312,19 +312,19 @@ class TasteModel(nn.Module):
         dense, again_NHD = _Averages.apply(  # type: ignore[no-untyped-call]
             songs_BLD, of_averages, again_HK, ages
         )
-        seen = hidden_BLH.flatten(0, 1)
+        head_inputs = hidden_BLH.flatten(0, 1)
         if config.features.request_gap:
-            seen = torch.cat([seen, request_gap_BL.reshape(-1, 1)], dim=1)
-        dense = leaky_relu(dense + linear(seen, torch.cat([of_hidden, of_gap], dim=1), self.dense.bias))
+            head_inputs = torch.cat([head_inputs, request_gap_BL.reshape(-1, 1)], dim=1)
+        dense = leaky_relu(dense + linear(head_inputs, torch.cat([of_hidden, of_gap], dim=1), self.dense.bias))
         heads = [self.heads[name] for name in config.horizons]
         tastes = linear(dense, *(torch.cat([getattr(head, name) for head in heads]) for name in ("weight", "bias")))
         tastes_NHD = unit(tastes.view(-1, dim)).view(-1, len(heads), dim) + again_NHD
-        found: dict[str, Tensor] = {}
+        taste_of: dict[str, Tensor] = {}
         for name, taste in zip(config.horizons, tastes_NHD.unbind(1), strict=True):
             if name in self.linked:
-                taste = torch.addcmul(taste, self.linked[name], next(iter(found.values())))
-            found[name] = unit(taste)
-        return {name: taste.view(rows, length, dim) for name, taste in found.items()}
+                taste = torch.addcmul(taste, self.linked[name], next(iter(taste_of.values())))
+            taste_of[name] = unit(taste)
+        return {name: taste.view(rows, length, dim) for name, taste in taste_of.items()}
 
     def _dropped(self, values: Tensor) -> Tensor:
         if not self.training or not self.config.dropout:
@@ -339,12 +339,12 @@ class TasteModel(nn.Module):
         rows = state[self.config.recurrent_layers :]
         return from_state(rows, len(self.config.averages), self.config.embedding_dim)
 
-    def _tastes(self, seen: Tensor, request_gap: Tensor, last: str = "") -> dict[str, Tensor]:
+    def _tastes(self, head_inputs: Tensor, request_gap: Tensor, last: str = "") -> dict[str, Tensor]:
         """By horizon, up to and with `last` where it is given: a later one may build on those before it."""
-        directions = seen[..., self.config.hidden_dim :]
+        directions = head_inputs[..., self.config.hidden_dim :]
         if self.config.features.request_gap:
-            seen = torch.cat([seen, request_gap.unsqueeze(-1)], dim=-1)
-        dense = leaky_relu(self.dense(seen))
+            head_inputs = torch.cat([head_inputs, request_gap.unsqueeze(-1)], dim=-1)
+        dense = leaky_relu(self.dense(head_inputs))
         tastes: dict[str, Tensor] = {}
         for name in self.config.horizons:
             taste = self.heads[name](dense)

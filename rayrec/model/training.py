@@ -94,7 +94,7 @@ class StepMaker:
             tables[SONG_TABLE], (*target_places, negative_places) = self._distinct(outputs)
         else:
             tables[SONG_TABLE], (places, *target_places, negative_places) = self._distinct([songs, *outputs])
-        counts = [int(there.sum()) for _, _, there in drawn.values()]
+        counts = [int(exists.sum()) for _, _, exists in drawn.values()]
         targets = self._as_targets(drawn, target_places, negatives, songs.size, len(tables[SONG_TABLE]))
         return TrainingStep(
             number=number,
@@ -142,22 +142,22 @@ class StepMaker:
         draws = 1 if horizon.is_single else self._config.long_targets
         # Drawn for the whole batch, whatever the number of workers, so that a window's targets do not depend on it.
         drawn = (int(windows.places.max(initial=-1)) + 1, self._config.window, draws)
-        there = np.arange(longest)[:, None] < windows.inputs[:, None, None]
+        exists = np.arange(longest)[:, None] < windows.inputs[:, None, None]
         if isinstance(horizon, DaysHorizon):
             first, count = _in_days(windows, horizon, longest)
             target = first[..., None] + (rng.random(drawn)[windows.places, :longest] * count[..., None]).astype(int)
-            there = np.broadcast_to(there & (count[..., None] > 0), target.shape)
+            exists = np.broadcast_to(exists & (count[..., None] > 0), target.shape)
         else:
             offsets = rng.integers(horizon.min_offset, horizon.max_offset + 1, drawn)[windows.places, :longest]
             target = np.arange(longest)[:, None] + offsets
-            there = there & (target < windows.plays.lengths[:, None, None])
-        songs = np.take_along_axis(songs_BL, np.where(there, target, 0).reshape(rows, longest * draws), axis=1)
-        songs, there = songs.reshape(rows * longest, draws), there.reshape(rows * longest, draws)
-        positions = np.flatnonzero(there.any(axis=1))
-        songs, there = songs[positions], there[positions]
+            exists = exists & (target < windows.plays.lengths[:, None, None])
+        songs = np.take_along_axis(songs_BL, np.where(exists, target, 0).reshape(rows, longest * draws), axis=1)
+        songs, exists = songs.reshape(rows * longest, draws), exists.reshape(rows * longest, draws)
+        positions = np.flatnonzero(exists.any(axis=1))
+        songs, exists = songs[positions], exists[positions]
         # A song that is looked up is moved on by its momentum: what is not there names a target of its own position.
-        first = np.take_along_axis(songs, there.argmax(axis=1)[:, None], axis=1)
-        return positions, np.where(there, songs, first), there
+        first = np.take_along_axis(songs, exists.argmax(axis=1)[:, None], axis=1)
+        return positions, np.where(exists, songs, first), exists
 
     def _as_targets(
         self,
@@ -170,11 +170,11 @@ class StepMaker:
         """Those of all horizons, of `inputs` positions each; first the horizon with the most targets of a position."""
         most = max(songs.shape[1] for _, songs, _ in drawn.values())
         parts = []
-        for number, ((name, (positions, songs, there)), found) in enumerate(zip(drawn.items(), places, strict=True)):
+        for number, ((name, (positions, songs, exists)), rows) in enumerate(zip(drawn.items(), places, strict=True)):
             filled = ((0, 0), (0, most - songs.shape[1]))
             horizon = np.zeros((len(positions), len(drawn)))
             horizon[:, number] = 1
-            values = (songs, found.reshape(songs.shape), there, self._prior(name, songs))
+            values = (songs, rows.reshape(songs.shape), exists, self._prior(name, songs))
             padded = [np.pad(each, filled) for each in values]
             parts.append((-songs.shape[1], [number * inputs + positions, horizon, *padded]))
         parts.sort(key=lambda part: part[0])
@@ -205,13 +205,13 @@ def _in_days(windows: Windows, horizon: DaysHorizon, longest: int) -> tuple[np.n
 
 def ahead(values: Iterator[T], depth: int = AHEAD) -> Iterator[T]:
     """The same values in their order, made by a thread up to `depth` of them early; its error is raised here."""
-    made: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+    prepared: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 
     def put(kind: str, value: Any) -> None:
         while not stopped.is_set():
             try:
-                made.put((kind, value), timeout=0.1)
+                prepared.put((kind, value), timeout=0.1)
                 return
             except queue.Full:
                 continue
@@ -230,7 +230,7 @@ def ahead(values: Iterator[T], depth: int = AHEAD) -> Iterator[T]:
     thread.start()
     try:
         while True:
-            kind, value = made.get()
+            kind, value = prepared.get()
             if kind == "end":
                 return
             if kind == "error":

@@ -177,10 +177,10 @@ class _LaneReader:
             held.append(windows)
         joined = Windows.joined(held)
         self._rest = joined.take(np.arange(len(inputs), len(joined)))
-        taken = joined.take(np.arange(min(len(inputs), len(joined))))
-        if not np.array_equal(taken.inputs, inputs):
+        first_windows = joined.take(np.arange(min(len(inputs), len(joined))))
+        if not np.array_equal(first_windows.inputs, inputs):
             raise MismatchError("the plays changed during the training; run `rayrec train --restart`")
-        return taken
+        return first_windows
 
 
 def split_batches(tables: Iterable[pa.Table], steps: int) -> Iterator[Windows]:

@@ -261,7 +261,7 @@ class _Loader:
     def _merge(self, users: dict[str, tuple[UserState, Plays]]) -> tuple[LoadResult, list[str]]:
         """Put the batch's states beside what the store holds, newer plays on top; and who changed meanwhile."""
         changes: list[Change] = []
-        kept: list[int] = []
+        newer_counts: list[int] = []
         unchanged = deleted = 0
         for user_id, whole in zip(users, self._store.read(list(users), plays=LAST_PLAYS), strict=True):
             loaded, plays = users[user_id]
@@ -291,15 +291,15 @@ class _Loader:
                 changes.append(self._beside(user_id, whole, stored, loaded, log))
             else:
                 changes.append(self._instead(user_id, whole, stored, loaded, Plays.joined([plays, newer])))
-            kept.append(len(newer))
+            newer_counts.append(len(newer))
         put = self._store.put(changes)
-        kept = [count for count, done in zip(kept, put, strict=True) if done]
+        newer_counts = [count for count, done in zip(newer_counts, put, strict=True) if done]
         result = LoadResult(
-            renewed=len(kept),
-            merged=sum(count > 0 for count in kept),
+            renewed=len(newer_counts),
+            merged=sum(count > 0 for count in newer_counts),
             unchanged=unchanged,
             deleted=deleted,
-            kept_plays=sum(kept),
+            kept_plays=sum(newer_counts),
         )
         return result, [change.user_id for change, done in zip(changes, put, strict=True) if not done]
 

@@ -252,8 +252,8 @@ class RedisStore(StateStore):
 
     def read(self, user_ids: Sequence[str], *, plays: int | None = None) -> list[WholeUser | None]:
         """As in `StateStore`."""
-        wanted = -1 if plays is None else plays
-        answers = self._run("read", [(self._keys(user_id), [wanted]) for user_id in user_ids])
+        least_plays = -1 if plays is None else plays
+        answers = self._run("read", [(self._keys(user_id), [least_plays]) for user_id in user_ids])
         return [
             WholeUser(stored=_stored(answer), heard=answer[2], log=answer[:2:-1]) if answer else None
             for answer in answers
@@ -414,8 +414,8 @@ class RedisStore(StateStore):
 
     def _has_replica(self, name: str, server: Any) -> bool:
         """Whether a node of a cluster has a replica, as far as it is known."""
-        asked, has = self._replicated.get(name, (0.0, False))
-        if time.monotonic() - asked > ROLE_SECONDS:
+        asked_at, has = self._replicated.get(name, (0.0, False))
+        if time.monotonic() - asked_at > ROLE_SECONDS:
             role = server.role()
             has = role[0] == b"master" and bool(role[2])
             self._replicated[name] = (time.monotonic(), has)
@@ -428,8 +428,8 @@ class RedisStore(StateStore):
         nodes = self._nodes
 
         def answer() -> T:
-            found: T = _patience().call_with_retry(call, lambda _: nodes.initialize())
-            return found
+            answer: T = _patience().call_with_retry(call, lambda _: nodes.initialize())
+            return answer
 
         return _unless_down(self._shown, answer)
 

@@ -262,16 +262,16 @@ def plan_plays(
     earliest = np.where(is_like, state.forgotten_at, max(state.before_at, state.forgotten_at))
     late = ~again & (arrived.played_at <= earliest)
     outcomes = np.select([again, late], [OUTCOMES.index("repeated"), OUTCOMES.index("rejected")]).astype(np.int8)
-    taken, likes = (arrived.take(~again & ~late & kind) for kind in (~is_like, is_like))
-    taken = taken.take(np.argsort(taken.played_at, kind="stable"))
-    window = Plays.joined([state.window, taken])
-    in_turn = not len(state.window) or not len(taken) or taken.played_at[0] >= state.window.played_at[-1]
+    new_plays, likes = (arrived.take(~again & ~late & kind) for kind in (~is_like, is_like))
+    new_plays = new_plays.take(np.argsort(new_plays.played_at, kind="stable"))
+    window = Plays.joined([state.window, new_plays])
+    in_turn = not len(state.window) or not len(new_plays) or new_plays.played_at[0] >= state.window.played_at[-1]
     if not in_turn:
         window = window.take(np.argsort(window.played_at, kind="stable"))
     leaving = over_window(window.played_at)
     runs = []
-    if len(taken):
-        runs.append((state.states(model), taken) if in_turn else (own.start, window))
+    if len(new_plays):
+        runs.append((state.states(model), new_plays) if in_turn else (own.start, window))
     if leaving:
         runs.append((own.start, window.take(slice(leaving))))
     return Step(

@@ -15,7 +15,7 @@ import ray.train
 
 from rayrec.errors import RayrecError
 from rayrec.jobs import trainer
-from rayrec.jobs.trainer import Crew, run_workers
+from rayrec.jobs.trainer import WorkerRequest, run_workers
 from rayrec.storage.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -48,8 +48,8 @@ def work(arguments: dict[str, Any]) -> None:
     Workspace(arguments["folder"]).write_json("done.json", ray.train.get_context().get_world_size())
 
 
-def run(workspace: Workspace, crew: Crew) -> None:
-    run_workers(work, {"folder": workspace.root}, crew, workspace, "model")
+def run(workspace: Workspace, request: WorkerRequest) -> None:
+    run_workers(work, {"folder": workspace.root}, request, workspace, "model")
 
 
 @pytest.mark.slow  # waits for CPUs
@@ -59,7 +59,7 @@ def test_workers_that_find_no_cpu_are_given_up_with_what_they_need(
     monkeypatch.setattr(trainer, "SECONDS_BEFORE_TELLING", 1.0)
     began = time.monotonic()
     with held(2), caplog.at_level(logging.WARNING), pytest.raises(RayrecError) as raised:
-        run(workspace, Crew(workers=2, cpus=1.0, wait_minutes=0.1))
+        run(workspace, WorkerRequest(workers=2, cpus=1.0, wait_minutes=0.1))
     assert time.monotonic() - began < 240  # Ray Train alone would go on
     need = "2 training workers of 1 CPU each (the cluster has 2, free 0)"
     assert f"did not start within 0.1 minutes: it needs {need}; free some" in str(raised.value)
@@ -70,11 +70,11 @@ def test_workers_that_find_no_cpu_are_given_up_with_what_they_need(
 
 def test_a_gpu_that_no_node_has_is_named(workspace: Workspace) -> None:
     with pytest.raises(RayrecError, match=r"1 training worker of 1 CPU each .* and 1 GPU each \(the cluster has 0"):
-        run(workspace, Crew(workers=1, cpus=1.0, gpus=1, wait_minutes=0.05))
+        run(workspace, WorkerRequest(workers=1, cpus=1.0, gpus=1, wait_minutes=0.05))
 
 
 @pytest.mark.slow
 def test_workers_start_once_there_is_room(workspace: Workspace) -> None:
     with held(2, seconds=8.0):
-        run(workspace, Crew(workers=2, cpus=1.0, wait_minutes=2.0))
+        run(workspace, WorkerRequest(workers=2, cpus=1.0, wait_minutes=2.0))
     assert workspace.read_json("done.json") == 2

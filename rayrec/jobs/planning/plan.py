@@ -284,12 +284,12 @@ class _Planner:
     def retrieval_bytes(self) -> int:
         """Of what is kept of each song, which is bounded; about."""
         songs, plays = self.data.songs, self.data.plays
-        kept = min(plays, songs * _RETRIEVAL.sessions_per_song)
+        postings = min(plays, songs * _RETRIEVAL.sessions_per_song)
         return retrieval_bytes(
             songs,
             rules=min(int(RULE_DISTANCE * plays * DISTINCT_PAIRS), songs * _RETRIEVAL.rules_per_song),
-            session_songs=kept,
-            sessions=kept // SONGS_PER_SESSION,
+            session_songs=postings,
+            sessions=postings // SONGS_PER_SESSION,
             day_songs=min(plays, songs * RECENT_DAYS),
         )
 
