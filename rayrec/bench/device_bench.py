@@ -35,7 +35,6 @@ from rayrec.model.train_config import (
     REGRESSIONS,
     Cell,
     FeatureSpec,
-    ModelConfig,
     Objective,
     SongTable,
     TrainConfig,
@@ -301,19 +300,7 @@ def batches_of(histories: Histories, config: TrainConfig) -> list[Windows]:
 def network(size: Size) -> TasteModel:
     """An untrained network of the shape that the settings ask for, with gaps as its features."""
     config = size.config
-    shape = ModelConfig(
-        num_songs=size.songs,
-        embedding_dim=size.dim,
-        hidden_dim=config.hidden_dim,
-        num_layers=config.num_layers,
-        cell=config.cell,
-        dropout=config.dropout,
-        features=FeatureSpec(),
-        horizons=config.horizons,
-        song_table=config.song_table,
-        averages=config.averages,
-        input_table=config.has_input_table,
-    )
+    shape = config.network_shape(num_songs=size.songs, embedding_dim=size.dim, features=FeatureSpec())
     torch.manual_seed(config.seed)
     vectors = start_vectors(np.zeros((size.songs, size.dim), dtype=np.float32), config.seed)
     return TasteModel(shape, torch.from_numpy(vectors))

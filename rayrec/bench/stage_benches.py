@@ -528,23 +528,12 @@ def _training(songs: int, settings: "TrainConfig") -> "Training":
 
     from rayrec.model.network import TasteModel
     from rayrec.model.song_tables import Share
-    from rayrec.model.train_config import FeatureSpec, ModelConfig
+    from rayrec.model.train_config import FeatureSpec
     from rayrec.model.training import Training
 
     torch.set_num_threads(1)
     vectors = torch.randn(songs, DIM, generator=torch.Generator().manual_seed(settings.seed))
-    shape = ModelConfig(
-        num_songs=songs,
-        embedding_dim=DIM,
-        hidden_dim=settings.hidden_dim,
-        num_layers=settings.num_layers,
-        dropout=settings.dropout,
-        features=FeatureSpec(),
-        horizons=settings.horizons,
-        song_table=settings.song_table,
-        averages=settings.averages,
-        input_table=settings.has_input_table,
-    )
+    shape = settings.network_shape(num_songs=songs, embedding_dim=DIM, features=FeatureSpec())
     counts = np.arange(songs, 0, -1)
     return Training(TasteModel(shape, vectors), settings, counts, device="cpu", share=Share())
 

@@ -153,19 +153,7 @@ def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> M
         weekday=config.hours and timed,
         skipped=config.skips and has_context and dataset.manifest.has_skipped,
     )
-    return ModelConfig(
-        num_songs=dataset.num_songs,
-        embedding_dim=embedding_dim,
-        hidden_dim=config.hidden_dim,
-        num_layers=config.num_layers,
-        cell=config.cell,
-        dropout=config.dropout,
-        features=features,
-        horizons=config.horizons,
-        song_table=config.song_table,
-        averages=config.averages,
-        input_table=config.has_input_table,
-    )
+    return config.network_shape(num_songs=dataset.num_songs, embedding_dim=embedding_dim, features=features)
 
 
 def read_windows(plan: TrainPlan, phase: Phase) -> WindowLengths:

@@ -285,6 +285,22 @@ class TrainConfig(Settings):
             raise ValueError("short and long are both empty; expected at least one horizon")
         return self
 
+    def network_shape(self, *, num_songs: int, embedding_dim: int, features: FeatureSpec) -> ModelConfig:
+        """The shape of the network that these settings ask for."""
+        return ModelConfig(
+            num_songs=num_songs,
+            embedding_dim=embedding_dim,
+            hidden_dim=self.hidden_dim,
+            num_layers=self.num_layers,
+            cell=self.cell,
+            dropout=self.dropout,
+            features=features,
+            horizons=self.horizons,
+            song_table=self.song_table,
+            averages=self.averages,
+            input_table=self.has_input_table,
+        )
+
     @property
     def horizons(self) -> dict[str, AnyHorizon]:
         """The horizons by name, those that are there."""

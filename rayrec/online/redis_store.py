@@ -428,8 +428,8 @@ class RedisStore(StateStore):
         nodes = self._nodes
 
         def answer() -> T:
-            answer: T = _patience().call_with_retry(call, lambda _: nodes.initialize())
-            return answer
+            result: T = _patience().call_with_retry(call, lambda _: nodes.initialize())
+            return result
 
         return _unless_down(self._shown, answer)
 

@@ -15,7 +15,7 @@ from rayrec.data.windows import cut_windows
 from rayrec.model import objectives
 from rayrec.model.network import TasteModel
 from rayrec.model.song_tables import Share
-from rayrec.model.train_config import FeatureSpec, ModelConfig, TrainConfig
+from rayrec.model.train_config import FeatureSpec, TrainConfig
 from rayrec.model.training import StepMaker, Training
 
 SONGS, DIM = 5_000, 64
@@ -68,18 +68,7 @@ def test_a_step_at_the_default_settings_keeps_its_budget_and_reads_nothing_back(
     windows = cut_windows(histories, config.window, config.lookahead)
     full = windows.take(np.flatnonzero(windows.inputs == config.window)[: config.batch])
     assert int(full.inputs.sum()) == config.batch * config.window
-    shape = ModelConfig(
-        num_songs=SONGS,
-        embedding_dim=DIM,
-        hidden_dim=config.hidden_dim,
-        num_layers=config.num_layers,
-        dropout=config.dropout,
-        features=FeatureSpec(),
-        horizons=config.horizons,
-        song_table=config.song_table,
-        averages=config.averages,
-        input_table=config.has_input_table,
-    )
+    shape = config.network_shape(num_songs=SONGS, embedding_dim=DIM, features=FeatureSpec())
     model = TasteModel(shape, torch.from_numpy(random_vectors(SONGS, DIM)))
     model.rnn = OneProduct(DIM + shape.features.dim, config.hidden_dim)  # type: ignore[assignment]
     counts = np.bincount(histories.songs, minlength=SONGS)
