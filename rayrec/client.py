@@ -273,7 +273,7 @@ class Retry:
 
 
 class _Connection:
-    """What both clients share: requests and how their answers are judged."""
+    """What both clients share: requests and what their answers mean."""
 
     def __init__(self, url: str, key: str | None, retry: Retry | None) -> None:
         self._url, self._retry = url.rstrip("/"), retry or Retry()
@@ -296,7 +296,7 @@ class _Connection:
             yield longest * (0.5 + random.random() / 2)  # so that many clients do not come back all at once
 
     @staticmethod
-    def _judge(answer: "httpx.Response | httpx.TransportError", wait: float | None, url: str) -> Any:
+    def _result(answer: "httpx.Response | httpx.TransportError", wait: float | None, url: str) -> Any:
         """The answer's JSON or text, or the mark of another attempt; `wait` is None after the last. Raises errors."""
         if isinstance(answer, httpx.TransportError):
             if wait is None:
@@ -458,7 +458,7 @@ class Client(_Connection):
                 answer = self._http.request(method, path, **options)
             except httpx.TransportError as error:
                 answer = error
-            result = self._judge(answer, wait, self._url)
+            result = self._result(answer, wait, self._url)
             if result is not _RETRY:
                 return result
             time.sleep(_wait(answer, wait))
@@ -593,7 +593,7 @@ class AsyncClient(_Connection):
                 answer = await self._http.request(method, path, **options)
             except httpx.TransportError as error:
                 answer = error
-            result = self._judge(answer, wait, self._url)
+            result = self._result(answer, wait, self._url)
             if result is not _RETRY:
                 return result
             await asyncio.sleep(_wait(answer, wait))

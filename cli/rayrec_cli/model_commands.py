@@ -155,16 +155,16 @@ def tune(
     Each combination is trained before the validation range and evaluated on it. An interrupted search resumes.
     The best settings are printed as sections for `rayrec run`.
     """
-    from rayrec.jobs.tune import JUDGED_BY
     from rayrec.jobs.tune import tune as job
+    from rayrec.model.epochs import CHOSEN_BY
 
     def report(row: dict[str, Any], trials: int) -> None:
-        outcome = "diverged" if row[JUDGED_BY] is None else f"{JUDGED_BY} {row[JUDGED_BY]:.4f}"
+        outcome = "diverged" if row[CHOSEN_BY] is None else f"{CHOSEN_BY} {row[CHOSEN_BY]:.4f}"
         note(f"trial {row['trial']} of {trials}: {outcome} ({row['seconds']:,.1f} s)")
 
     chosen = choose_split(call.workspace, split)
     tuning = job(call.workspace, config, file, split=chosen, repeat=force, on_trial=report)
-    ranked = sorted(tuning.metrics["trials"], key=lambda row: 1.0 if row[JUDGED_BY] is None else -row[JUDGED_BY])
+    ranked = sorted(tuning.metrics["trials"], key=lambda row: 1.0 if row[CHOSEN_BY] is None else -row[CHOSEN_BY])
     columns = [name for name in ranked[0] if name not in ("settings", "songs", "songs_made")]
     rows = [[(_setting if "." in name else _joined)(row[name]) for name in columns] for row in ranked]
     saved = f"Table: {call.workspace.full(tuning.path('trials.csv'))}"

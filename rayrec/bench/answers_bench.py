@@ -146,7 +146,7 @@ def one_query(histories: Histories, queries: Queries, row: int) -> tuple[Histori
 
 def answer_one(two_step: TwoStepRecommender, history: Histories, query: Queries) -> np.ndarray:
     """int32 (K,): new songs for one user, as a server answers."""
-    return np.asarray(two_step.rank_queries(history, query, K, limits=without_heard(history)).songs[0])
+    return np.asarray(two_step.rank_queries(history, query, K, filters=without_heard(history)).songs[0])
 
 
 @dataclass
@@ -174,7 +174,7 @@ class StageCosts:
 
 def answer_by_stage(two_step: TwoStepRecommender, history: Histories, query: Queries, stage: StageCosts) -> None:
     """The work of `answer_one`, one stage after the other."""
-    source, limits = two_step.source, without_heard(history)
+    source, filters = two_step.source, without_heard(history)
     vectors = stage("taste vectors", lambda: source.network.vectors_of(history, query, HORIZONS))
     short, long = (vectors[horizon] for horizon in HORIZONS)
     batch = stage(
@@ -188,7 +188,7 @@ def answer_by_stage(two_step: TwoStepRecommender, history: Histories, query: Que
     candidates = stage("union", lambda: Candidates.union(batch, proposals))
     features = stage("features", lambda: source.sources.features(batch, candidates))
     scored = Scored(batch=batch, candidates=candidates, features=features)
-    stage("ranker", lambda: two_step.rank_scored(scored, K, limits))
+    stage("ranker", lambda: two_step.rank_scored(scored, K, filters))
     stage.candidates += len(candidates.rows)
 
 

@@ -189,7 +189,7 @@ def songs_before(queries: Validation, longest: int) -> dict[str, np.ndarray]:
 
 
 def compare_epochs(contestants: dict[str, Contestant], queries: Validation, epochs: int) -> list[EpochFigures]:
-    """Train by turns, and judge each after each epoch; the first of an epoch is the last of the next."""
+    """Train by turns, and measure each after each epoch; the first of an epoch is the last of the next."""
     figures = []
     for number in range(epochs):
         names = [*contestants] if number % 2 == 0 else [*contestants][::-1]

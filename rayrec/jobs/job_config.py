@@ -59,7 +59,7 @@ class UpdateConfig(PlaysConfig):
 
 
 SECTIONS: dict[str, type[Any]] = {"embed": EmbedConfig, "train": TrainConfig}
-# A trial is judged by its network alone, on the validation range that a refit would train on.
+# A trial is measured by its network alone, on the validation range that a refit would train on.
 OWN = {"train": {"refit": False}}
 
 Values = dict[str, dict[str, Any]]  # section -> setting -> value

@@ -167,7 +167,7 @@ class BucketRecommendations:
             self._task.at,
             config.k + (POOL if config.explore else 0),
             horizon=config.horizon,
-            limits=without_heard(histories) if config.exclude_heard else None,
+            filters=without_heard(histories) if config.exclude_heard else None,
         )
         real = ranking.songs != NO_SONG
         songs, scores = ranking.songs[real], ranking.scores[real]

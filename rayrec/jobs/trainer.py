@@ -290,7 +290,9 @@ class WorkerHost:
     def __init__(self, plan: TrainPlan, share: Share, *, board: Any) -> None:
         self._plan, self._share = plan, share
         in_ray = bool(plan.config.workers)
-        self._show, self._judge = (board.show.remote, board.judge.remote) if in_ray else (board.show, board.judge)
+        self._show, self._show_validation = board.show, board.show_validation
+        if in_ray:
+            self._show, self._show_validation = self._show.remote, self._show_validation.remote
         self._plays, self._shown_at, self._began = 0, 0.0, time.monotonic()
 
     def windows(self, phase: Phase, epoch: int) -> Iterator[Windows]:
@@ -329,7 +331,7 @@ class WorkerHost:
         write_epochs(self._plan.workspace, self._plan.folder, progress.epochs)
         recall = figures.get(f"validation_recall@{RECALL_AT}")
         if recall is not None:
-            self._judge(f"recall@{RECALL_AT} {recall:.3f}")
+            self._show_validation(f"recall@{RECALL_AT} {recall:.3f}")
 
 
 def window_stream(reader: ShardReader) -> Iterator[Windows]:
@@ -353,35 +355,35 @@ class Board:
     """An actor that a worker writes to and the driver looks at."""
 
     def __init__(self) -> None:
-        self._plays, self._note, self._judged = 0.0, "", ""
+        self._plays, self._note, self._validation = 0.0, "", ""
 
     def show(self, plays: float, note: str) -> None:
         """Plays done in the epoch under way, and a few words on it."""
         self._plays, self._note = plays, note
 
-    def judge(self, text: str) -> None:
+    def show_validation(self, text: str) -> None:
         """What the last validation said."""
-        self._judged = text
+        self._validation = text
 
     def look(self) -> tuple[float, str]:
         """Plays done, and what to show behind the bar."""
-        return self._plays, f"{self._note} {self._judged}".strip()
+        return self._plays, f"{self._note} {self._validation}".strip()
 
 
 class LocalBoard:
     """What a training in this process writes to: it draws at once on a bar."""
 
     def __init__(self, bar: Progress) -> None:
-        self._bar, self._drawn, self._judged = bar, 0.0, ""
+        self._bar, self._drawn, self._validation = bar, 0.0, ""
 
     def show(self, plays: float, note: str) -> None:
         """As in `Board`."""
-        self._bar.advance(plays - self._drawn, f"{note} {self._judged}".strip())
+        self._bar.advance(plays - self._drawn, f"{note} {self._validation}".strip())
         self._drawn = plays
 
-    def judge(self, text: str) -> None:
+    def show_validation(self, text: str) -> None:
         """As in `Board`."""
-        self._judged = text
+        self._validation = text
 
 
 def new_board() -> Any:

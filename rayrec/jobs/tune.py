@@ -29,7 +29,6 @@ from rayrec.storage.workspace import Workspace
 LOGGER = logging.getLogger(__name__)
 KIND = "tunings"
 TABLE, CSV, BEST = "trials.json", "trials.csv", "best.toml"
-JUDGED_BY = CHOSEN_BY
 
 Row = dict[str, Any]
 
@@ -70,17 +69,17 @@ def tune(
     for kind in ("songs", "models"):  # trials are nothing that later stages start from
         if kind in before:
             artifacts.make_current(workspace, kind, before[kind])
-    judged = [row for row in rows if row[JUDGED_BY] is not None]
-    if not judged:
+    measured = [row for row in rows if row[CHOSEN_BY] is not None]
+    if not measured:
         raise DivergedError("no trial has a finite loss; give smaller learning rates")
-    best = max(judged, key=lambda row: row[JUDGED_BY])
+    best = max(measured, key=lambda row: row[CHOSEN_BY])
     _forget_songs(workspace, rows, best)
     workspace.write_bytes(manifest.path(CSV), _csv(rows).encode())
     workspace.write_bytes(manifest.path(BEST), to_toml(best["settings"]).encode())
     metrics = {
         "trials": rows,
         "best": best["settings"],
-        "best_ndcg": best[JUDGED_BY],
+        "best_ndcg": best[CHOSEN_BY],
         "seconds": round(sum(row["seconds"] for row in rows), 1),
     }
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), [TABLE, CSV, BEST])
@@ -119,7 +118,7 @@ def _try(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, Manifes
     began = time.monotonic()
     try:
         model = train(workspace, trial.train, songs_id=songs.id, split=split, unfinished=unfinished)
-        ndcg, epochs, seconds = (model.metrics[name] for name in (JUDGED_BY, "epochs", "seconds"))
+        ndcg, epochs, seconds = (model.metrics[name] for name in (CHOSEN_BY, "epochs", "seconds"))
     except DivergedError as error:
         LOGGER.warning("%s; the trial has no figure", error)
         model, ndcg, epochs, seconds = None, None, None, time.monotonic() - began
@@ -128,7 +127,7 @@ def _try(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, Manifes
     songs_made = songs.id not in songs_before
     row = {
         **trial.varied,
-        JUDGED_BY: None if ndcg is None else round(ndcg, 6),
+        CHOSEN_BY: None if ndcg is None else round(ndcg, 6),
         "epochs": epochs,
         "seconds": round(seconds + (songs.metrics.get("seconds", 0.0) if songs_made else 0.0), 1),
         "songs": songs.id,

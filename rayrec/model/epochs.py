@@ -4,7 +4,7 @@ Phases: `selection` trains on the train range and measures NDCG on the validatio
 epoch; `final` trains a fresh network for the best number of epochs on train and validation. Without
 a validation range there is only `final`, for the epochs that the config names.
 
-All training workers judge a network together: each computes the taste vectors of some users, and scores all plays
+All training workers validate a network together: each computes the taste vectors of some users, and scores all plays
 against the songs whose vectors it keeps; the songs that score better than the right one are counted and added up.
 Q plays, U songs, n songs of a worker, D embedding.
 """
@@ -118,7 +118,7 @@ def rank_metrics(ranks: np.ndarray) -> tuple[float, float, float]:
     return recall, mrr, ndcg
 
 
-def judge(tastes_QD: Tensor, vectors_nD: Tensor, validation: Validation, share: Share) -> dict[str, float]:
+def validation_metrics(tastes_QD: Tensor, vectors_nD: Tensor, validation: Validation, share: Share) -> dict[str, float]:
     """Figures of the plays to predict, the same on all workers; arguments as of `rank_plays`.
 
     The NDCG by which epochs are chosen is of the plays of songs new to the user, as served; of all plays where none is
@@ -302,7 +302,7 @@ class Fit:
         progress = self.progress
         while progress.epoch < self._config.epochs and not self._out_of_patience():
             self._epoch()
-            figures = self._judge()
+            figures = self._validate()
             progress.epochs[-1] |= figures
             if figures[CHOSEN_BY] > progress.best_ndcg:
                 progress.best_ndcg, progress.best_epoch = figures[CHOSEN_BY], progress.epoch - 1
@@ -378,13 +378,13 @@ class Fit:
         self._host.checkpoint(self.progress, save)
         self._saved_at = time.monotonic()
 
-    def _judge(self) -> dict[str, float]:
+    def _validate(self) -> dict[str, float]:
         """Figures of the network on the validation range, over all workers."""
         if self._validation is None:
             return {CHOSEN_BY: 0.0}
         model = self.training.averaged()
         tastes = validation_tastes(model, self.training.exchange, self._validation, self._share)
-        return judge(tastes, export_song_vectors(model, self.known), self._validation, self._share)
+        return validation_metrics(tastes, export_song_vectors(model, self.known), self._validation, self._share)
 
     def _new_training(self, phase: Phase) -> Training:
         torch.manual_seed(self._config.seed)

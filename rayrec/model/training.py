@@ -313,7 +313,7 @@ class Training:
         return RowAdam(rows_nD, config.table_learning_rate, config.averaged_steps)
 
     def averaged(self) -> TasteModel:
-        """The network whose weights are averages over the last steps, for whatever is judged or kept.
+        """The network whose weights are averages over the last steps, for whatever is validated or kept.
 
         Its song tables hold this worker's rows.
         """

@@ -17,7 +17,7 @@ from rayrec.data.histories import Histories
 from rayrec.data.moments import iso_moment
 from rayrec.errors import InputError, MismatchError
 from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName
-from rayrec.recommend.filters import Limits, SongAttributes, SongMasks, parse_day, without_heard
+from rayrec.recommend.filters import AnswerFilter, SongAttributes, SongMasks, parse_day, without_heard
 from rayrec.storage.artifacts import load_manifest
 from rayrec.storage.workspace import Workspace
 
@@ -124,8 +124,8 @@ def answer(
         raise InputError("recommendations are for a user or for songs; give --user ID or --songs ID,ID, one of them")
     catalog = dataset.catalog()
     history = history_of_songs(catalog, songs or [], at) if user is None else histories_of_users(dataset, [user], at)
-    limits = _limits(catalog, history, config, artists, exclude, allow)
-    rows, scores, probabilities = _best(recommender, history, at, config, limits)
+    answer_filter = _answer_filter(catalog, history, config, artists, exclude, allow)
+    rows, scores, probabilities = _best(recommender, history, at, config, answer_filter)
     last_plays = [NamedSong(**names) for names in catalog.names(history.last_songs(shown)[0])]
     reasons_of_songs: list[list[str] | None] = [None] * len(rows)
     if config.explain:
@@ -146,14 +146,14 @@ def answer(
     return Answer(songs=chosen, at=at, last_plays=last_plays, plays=history.num_plays)
 
 
-def _limits(
+def _answer_filter(
     catalog: Catalog,
     history: Histories,
     config: RecommendConfig,
     artists: Sequence[str],
     exclude: Sequence[str],
     allow: Sequence[str] | None,
-) -> Limits:
+) -> AnswerFilter:
     """The songs that may come."""
     attributes = SongAttributes(
         artists=tuple(artists),
@@ -165,12 +165,12 @@ def _limits(
     if allow is not None:
         listed = np.isin(np.arange(len(catalog)), catalog.rows(list(allow)))
         allowed = listed if allowed is None else listed & allowed
-    limits = Limits(banned=catalog.rows(list(exclude)), allowed=allowed)
-    return without_heard(history, [limits])[0] if config.exclude_heard else limits
+    answer_filter = AnswerFilter(excluded=catalog.rows(list(exclude)), allowed=allowed)
+    return without_heard(history, [answer_filter])[0] if config.exclude_heard else answer_filter
 
 
 def _best(
-    recommender: BaseRecommender, history: Histories, at: int, config: RecommendConfig, limits: Limits
+    recommender: BaseRecommender, history: Histories, at: int, config: RecommendConfig, answer_filter: AnswerFilter
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Song rows int32, scores float32 and probabilities of explored songs, float64, at most k each.
 
@@ -186,7 +186,7 @@ def _best(
 
     count = pool_size(config.k) if config.diversity else config.k
     k = count + (POOL if config.explore else 0)
-    ranking = recommender.rank(history, at, k, horizon=config.horizon, limits=[limits])
+    ranking = recommender.rank(history, at, k, horizon=config.horizon, filters=[answer_filter])
     real = ranking.songs[0] != NO_SONG
     rows, scores = ranking.songs[0][real], ranking.scores[0][real]
     places = np.arange(min(config.k, len(rows)))

@@ -13,7 +13,7 @@ import numpy as np
 from rayrec.data.histories import Histories, Queries
 from rayrec.errors import InputError
 from rayrec.model.train_config import DaysHorizon
-from rayrec.recommend.filters import Limits, without_heard
+from rayrec.recommend.filters import AnswerFilter, without_heard
 
 if TYPE_CHECKING:
     from rayrec.recommend.index import SongIndex
@@ -86,10 +86,10 @@ class BaseRecommender(ABC):
         k: int,
         *,
         horizon: HorizonName = "short",
-        limits: Sequence[Limits] | None = None,
+        filters: Sequence[AnswerFilter] | None = None,
         hidden: np.ndarray | None = None,
     ) -> Ranking:
-        """The k best songs of each user among those within the user's limits, and how they were found.
+        """The k best songs of each user among those that pass the user's filter, and how they were found.
 
         `at` (ms UTC) is the moment of the request, one for all users or one each. Exactly k
         songs wherever as many qualify; equal scores in the order of song rows. `hidden`, float32 (U, state
@@ -101,9 +101,9 @@ class BaseRecommender(ABC):
         ranking = Ranking.empty(len(queries), k)
         for chunk, chunk_scores in self.score_chunks(histories, queries, horizon):
             scored = np.array(chunk_scores)
-            if limits is not None:
-                for row, limit in zip(scored, limits[chunk], strict=True):
-                    limit.strike(row)
+            if filters is not None:
+                for row, answer_filter in zip(scored, filters[chunk], strict=True):
+                    answer_filter.mask_scores(row)
             ranking.songs[chunk], ranking.scores[chunk] = top_k(scored, k)
         return ranking
 
@@ -117,13 +117,13 @@ class BaseRecommender(ABC):
         exclude_heard: bool = False,
         hidden: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `rank`, within no limits but perhaps that of new songs.
+        """As `rank`, without filters but perhaps that of new songs.
 
         Returns song rows int32 (U, k) and scores float32 (U, k), filled with -1 and -inf where
         fewer than k songs qualify. Raises `InputError` for k below 1.
         """
-        limits = without_heard(histories) if exclude_heard else None
-        ranking = self.rank(histories, at, k, horizon=horizon, limits=limits, hidden=hidden)
+        filters = without_heard(histories) if exclude_heard else None
+        ranking = self.rank(histories, at, k, horizon=horizon, filters=filters, hidden=hidden)
         return ranking.songs, ranking.scores
 
     def explain(
@@ -268,21 +268,21 @@ class VectorRecommender(BaseRecommender):
         k: int,
         *,
         horizon: HorizonName = "short",
-        limits: Sequence[Limits] | None = None,
+        filters: Sequence[AnswerFilter] | None = None,
         hidden: np.ndarray | None = None,
     ) -> Ranking:
         """As in `BaseRecommender`; through the index where there is one."""
         if self.index is None:
-            return super().rank(histories, at, k, horizon=horizon, limits=limits, hidden=hidden)
+            return super().rank(histories, at, k, horizon=horizon, filters=filters, hidden=hidden)
         check_count(k)
         vectors = self.vectors(histories, Queries.at_end(histories, at, hidden), horizon)
-        return self.rank_vectors(vectors, k, limits)
+        return self.rank_vectors(vectors, k, filters)
 
-    def rank_vectors(self, vectors: np.ndarray, k: int, limits: Sequence[Limits] | None = None) -> Ranking:
+    def rank_vectors(self, vectors: np.ndarray, k: int, filters: Sequence[AnswerFilter] | None = None) -> Ranking:
         """As `rank`, from taste vectors, float32 (Q, D), that are at hand. Needs the index."""
         if self.index is None:
             raise ValueError("vectors are ranked through an index, and there is none")
-        ranking = self.index.rank(vectors, k, limits)
+        ranking = self.index.rank(vectors, k, filters)
         silent = ~vectors.any(axis=1)
         ranking.songs[silent], ranking.scores[silent] = NO_SONG, -np.inf
         return ranking

@@ -1,4 +1,4 @@
-"""Limits: which songs one answer may hold. The one way in which songs are filtered.
+"""Filters: which songs one answer may hold. The one way in which songs are filtered.
 
 N songs.
 """
@@ -116,19 +116,19 @@ NOTHING = np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """The songs that one answer may hold: those allowed, without those banned.
+class AnswerFilter:
+    """The songs that one answer may hold: those allowed, without those excluded.
 
     Rows past the catalog of who answers, songs that came later, do no harm.
     """
 
-    banned: np.ndarray = field(default_factory=lambda: NOTHING)  # int (any,), song rows, some perhaps twice
+    excluded: np.ndarray = field(default_factory=lambda: NOTHING)  # int (any,), song rows, some perhaps twice
     allowed: np.ndarray | None = None  # bool (N,); None: every song
-    new_only: bool = False  # True where every song that the user has played is banned
+    new_only: bool = False  # True where every song that the user has played is excluded
 
-    def banned_rows(self, num_songs: int) -> np.ndarray:
-        """int (any,): the banned rows of a catalog, each once."""
-        return np.unique(self.banned[self.banned < num_songs])
+    def excluded_rows(self, num_songs: int) -> np.ndarray:
+        """int (any,): the excluded rows of a catalog, each once."""
+        return np.unique(self.excluded[self.excluded < num_songs])
 
     def mask(self, num_songs: int) -> np.ndarray:
         """bool (num_songs,): true for the songs that qualify. The caller's own copy."""
@@ -137,30 +137,33 @@ class Limits:
             mask[:] = True
         else:
             mask[: len(self.allowed)] = self.allowed[:num_songs]
-        mask[self.banned[self.banned < num_songs]] = False
+        mask[self.excluded[self.excluded < num_songs]] = False
         return mask
 
     def qualify(self, rows: np.ndarray) -> np.ndarray:
         """bool (n,): which of the song rows, int (n,), qualify, without a pass over the catalog."""
-        qualifies = ~np.isin(rows, self.banned)
+        qualifies = ~np.isin(rows, self.excluded)
         if self.allowed is not None:
             known = rows < len(self.allowed)
             qualifies &= known & self.allowed[np.where(known, rows, 0)]
         return np.asarray(qualifies)
 
-    def strike(self, scores: np.ndarray) -> None:
+    def mask_scores(self, scores: np.ndarray) -> None:
         """Set float (N,) scores of songs that do not qualify to -inf, in place."""
         if self.allowed is not None:
             known = self.allowed[: len(scores)]
             scores[: len(known)][~known] = -np.inf
             scores[len(known) :] = -np.inf
-        scores[self.banned[self.banned < len(scores)]] = -np.inf
+        scores[self.excluded[self.excluded < len(scores)]] = -np.inf
 
 
-def without_heard(histories: Histories, limits: Sequence[Limits] | None = None) -> list[Limits]:
-    """The limits of each user, with the songs of the user's history banned as well."""
+def without_heard(histories: Histories, filters: Sequence[AnswerFilter] | None = None) -> list[AnswerFilter]:
+    """The filters of each user, with the songs of the user's history excluded as well."""
     heard = np.split(histories.songs, histories.offsets[1:-1]) if len(histories) else []
-    if limits is None:
-        return [Limits(banned=songs, new_only=True) for songs in heard]
-    pairs = zip(limits, heard, strict=True)
-    return [replace(limit, banned=np.concatenate([limit.banned, songs]), new_only=True) for limit, songs in pairs]
+    if filters is None:
+        return [AnswerFilter(excluded=songs, new_only=True) for songs in heard]
+    pairs = zip(filters, heard, strict=True)
+    return [
+        replace(answer_filter, excluded=np.concatenate([answer_filter.excluded, songs]), new_only=True)
+        for answer_filter, songs in pairs
+    ]

@@ -17,7 +17,7 @@ from pydantic import Field
 from rayrec.config import Settings
 from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError
 from rayrec.recommend.base import NO_SONG, Ranking, SearchPath, top_k
-from rayrec.recommend.filters import NOTHING, Limits
+from rayrec.recommend.filters import NOTHING, AnswerFilter
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
@@ -164,48 +164,52 @@ class SongIndex:
 
         Returns songs int32 (Q, k) and scores float32 (Q, k).
         """
-        ranking = self.rank(queries, k, None if exclude is None else [Limits(banned=rows) for rows in exclude])
+        ranking = self.rank(queries, k, None if exclude is None else [AnswerFilter(excluded=rows) for rows in exclude])
         return ranking.songs, ranking.scores
 
-    def rank(self, queries: np.ndarray, k: int, limits: Sequence[Limits] | None = None) -> Ranking:
-        """The k songs of highest inner product with each of float32 (Q, D), best first, within its limits.
+    def rank(self, queries: np.ndarray, k: int, filters: Sequence[AnswerFilter] | None = None) -> Ranking:
+        """The k songs of highest inner product with each of float32 (Q, D), best first, within its filters.
 
         Songs without a vector never come. Fewer than k come only where fewer qualify; equal scores in the
         order of song rows, except among more than 16 of them at the end.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        limits = [_NO_LIMITS] * len(queries) if limits is None else limits
-        if len(limits) != len(queries):
-            raise ValueError(f"{len(queries)} queries need as many limits, got {len(limits)}")
+        filters = [_NO_FILTER] * len(queries) if filters is None else filters
+        if len(filters) != len(queries):
+            raise ValueError(f"{len(queries)} queries need as many filters, got {len(filters)}")
         ranking = Ranking.empty(len(queries), k, "index")
         paths = list(ranking.paths)
-        for query in self._first_that_qualify(queries, k, limits, ranking):
+        for query in self._first_that_qualify(queries, k, filters, ranking):
             one = slice(query, query + 1)
-            paths[query] = self._rank_within(queries[one], k, limits[query], ranking.songs[one], ranking.scores[one])
+            paths[query] = self._rank_within(queries[one], k, filters[query], ranking.songs[one], ranking.scores[one])
         return replace(ranking, paths=tuple(paths))
 
-    def _first_that_qualify(self, queries: np.ndarray, k: int, limits: Sequence[Limits], ranking: Ranking) -> list[int]:
+    def _first_that_qualify(
+        self, queries: np.ndarray, k: int, filters: Sequence[AnswerFilter], ranking: Ranking
+    ) -> list[int]:
         """Answer all queries that ban few songs and allow all others, in one search; returns those left over."""
-        few = [limit.allowed is None and len(limit.banned) <= MAX_OVERFETCH for limit in limits]
+        few = [
+            answer_filter.allowed is None and len(answer_filter.excluded) <= MAX_OVERFETCH for answer_filter in filters
+        ]
         rows = np.flatnonzero(few)
         if not len(rows):
             return list(range(len(queries)))
-        banned = [limits[row].banned_rows(len(self.vectors)) for row in rows.tolist()]
-        fetched = min(self.songs, k + TIE_SLACK + max(len(songs) for songs in banned))
+        excluded = [filters[row].excluded_rows(len(self.vectors)) for row in rows.tolist()]
+        fetched = min(self.songs, k + TIE_SLACK + max(len(songs) for songs in excluded))
         nearest = self._found(queries if all(few) else queries[rows], fetched)
-        songs, scores = _first_allowed(*nearest, banned, len(self.vectors), k)
+        songs, scores = _first_allowed(*nearest, excluded, len(self.vectors), k)
         ranking.songs[rows], ranking.scores[rows] = songs, scores
         complete = fetched == self.songs and self.figures.kind == "flat"
         short = [] if complete else rows[songs[:, -1] == NO_SONG].tolist()
         return sorted([*short, *np.flatnonzero(np.logical_not(few)).tolist()])
 
     def _rank_within(
-        self, query: np.ndarray, k: int, limits: Limits, songs: np.ndarray, scores: np.ndarray
+        self, query: np.ndarray, k: int, answer_filter: AnswerFilter, songs: np.ndarray, scores: np.ndarray
     ) -> SearchPath:
         """Answer one query, float32 (1, D), in place, (1, k), by a search among the songs that qualify or by all."""
-        if limits.allowed is None and self._rank_without(query, k, limits, songs, scores):
+        if answer_filter.allowed is None and self._rank_without(query, k, answer_filter, songs, scores):
             return "selector"
-        mask = limits.mask(len(self.vectors))
+        mask = answer_filter.mask(len(self.vectors))
         mask[self._unknown] = False
         qualify = int(np.count_nonzero(mask))
         nprobe = self._deeper(k, qualify)
@@ -222,17 +226,19 @@ class SongIndex:
         songs[:], scores[:] = np.where(places == NO_SONG, NO_SONG, np.append(rows, NO_SONG)[places]), best
         return "exact"
 
-    def _rank_without(self, query: np.ndarray, k: int, limits: Limits, songs: np.ndarray, scores: np.ndarray) -> bool:
-        """Answer one query in place by a search that skips the banned songs, without a mask of all; True where done."""
-        banned = limits.banned_rows(len(self.vectors))
-        qualify = self.figures.songs - int(np.count_nonzero(self.vectors[banned].any(axis=1)))
+    def _rank_without(
+        self, query: np.ndarray, k: int, answer_filter: AnswerFilter, songs: np.ndarray, scores: np.ndarray
+    ) -> bool:
+        """Answer one query in place by a search that skips the excluded songs, without a mask; True where done."""
+        excluded = answer_filter.excluded_rows(len(self.vectors))
+        qualify = self.figures.songs - int(np.count_nonzero(self.vectors[excluded].any(axis=1)))
         nprobe = self._deeper(k, qualify)
         if not nprobe:
             return False
         faiss = import_faiss()
-        listed = faiss.IDSelectorBatch(banned.astype(np.int64))
+        listed = faiss.IDSelectorBatch(excluded.astype(np.int64))
         nearest = self._select(
-            query, min(k + TIE_SLACK, qualify), faiss.IDSelectorNot(listed), nprobe, ~np.isin(self._added, banned)
+            query, min(k + TIE_SLACK, qualify), faiss.IDSelectorNot(listed), nprobe, ~np.isin(self._added, excluded)
         )
         if nearest[0][0, min(k, qualify) - 1] == NO_SONG:
             return False
@@ -351,15 +357,15 @@ class SongIndex:
         return cls(index, vectors, figures)
 
 
-_NO_LIMITS = Limits()
+_NO_FILTER = AnswerFilter()
 
 
 def _first_allowed(
-    songs: np.ndarray, scores: np.ndarray, banned: list[np.ndarray], num_songs: int, k: int
+    songs: np.ndarray, scores: np.ndarray, excluded: list[np.ndarray], num_songs: int, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first k of each row, ordered by score and song row, without the banned ones; filled with -1 and -inf."""
+    """The first k of each row, ordered by score and song row, without the excluded ones; filled with -1 and -inf."""
     queries = np.arange(len(songs))[:, None]
-    pairs = np.repeat(np.arange(len(banned)), [len(rows) for rows in banned]) * num_songs + np.concatenate(banned)
+    pairs = np.repeat(np.arange(len(excluded)), [len(rows) for rows in excluded]) * num_songs + np.concatenate(excluded)
     keys = queries * num_songs + songs
     left_out = songs == NO_SONG
     if len(pairs):  # ascending, so that each is looked up where it would stand

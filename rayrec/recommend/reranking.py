@@ -12,7 +12,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Queries, places_in
 from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName, SearchPath, check_count, normalized, top_k
-from rayrec.recommend.filters import Limits
+from rayrec.recommend.filters import AnswerFilter
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import TwoStepRecommender
 
@@ -151,7 +151,7 @@ class AnswerOptions:
 
     k: int  # songs, at least 1
     long_weight: float = 0.0  # 0: the next songs; 1: songs for the time to come; between: both, mixed
-    limits: Limits = field(default_factory=Limits)  # the songs that may come
+    answer_filter: AnswerFilter = field(default_factory=AnswerFilter)  # the songs that may come
     diversity: float = 0.0  # 0: the best songs; 1: songs unlike each other
     explore: float = 0.0  # share of the songs that have few plays and were drawn
     explain: bool = False  # whether the answer holds what is known of each song
@@ -236,7 +236,10 @@ def choose(recommender: BaseRecommender, known: Known, options: AnswerOptions) -
 def similar(recommender: BaseRecommender, song: int, k: int) -> Chosen:
     """The k songs nearest to a song, int row, by cosine of the network's vectors; none to a song without a vector."""
     network = network_of(recommender)
-    vector, options = network.song_vectors[song], AnswerOptions(k=k, limits=Limits(banned=np.array([song])))
+    vector, options = (
+        network.song_vectors[song],
+        AnswerOptions(k=k, answer_filter=AnswerFilter(excluded=np.array([song]))),
+    )
     return _nearest(network, vector, options)
 
 
@@ -254,9 +257,9 @@ def _choose(recommender: BaseRecommender, known: Known, options: AnswerOptions) 
 
 
 def _in_order(rows: np.ndarray, scores: np.ndarray, path: Path, options: AnswerOptions) -> Chosen:
-    """Song rows, int (n,), by descending scores, (n,), equal ones by row: those within the limits, at most k."""
+    """Song rows, int (n,), by descending scores, (n,), equal ones by row: those that pass the filter, at most k."""
     order = np.lexsort((rows, -scores))
-    order = order[options.limits.qualify(rows[order])][: options.k]
+    order = order[options.answer_filter.qualify(rows[order])][: options.k]
     return Chosen(songs=rows[order].astype(np.int32), scores=scores[order].astype(np.float32), path=path)
 
 
@@ -264,7 +267,7 @@ def _nearest(network: TasteRecommender, vector: np.ndarray, options: AnswerOptio
     """The songs nearest to a vector, float32 (D,)."""
     if network.index is None:
         return _best(network.score_vectors(vector[None])[0], options)
-    ranking = network.rank_vectors(vector[None], options.k, [options.limits])
+    ranking = network.rank_vectors(vector[None], options.k, [options.answer_filter])
     real = ranking.songs[0] != NO_SONG
     return Chosen(songs=ranking.songs[0][real], scores=ranking.scores[0][real], path=ranking.paths[0])
 
@@ -311,7 +314,7 @@ def choose_popular(starting: Starting, options: AnswerOptions) -> Chosen:
     if options.songs_to_rank is not None:
         rows = options.songs_to_rank[options.songs_to_rank < len(worth)]
         return _in_order(rows, worth[rows], "popular", options)
-    songs = order[options.limits.mask(len(worth))[order]][: options.k]
+    songs = order[options.answer_filter.mask(len(worth))[order]][: options.k]
     return Chosen(songs=songs, scores=worth[songs].astype(np.float32), path="popular")
 
 
@@ -332,7 +335,7 @@ def _ranked(recommender: TwoStepRecommender, known: Known, options: AnswerOption
         queries,
         options.k,
         long_weight=options.long_weight,
-        limits=[options.limits],
+        filters=[options.answer_filter],
         vectors=known.batch_vectors,
         songs_to_rank=None if options.songs_to_rank is None else [options.songs_to_rank],
     )
@@ -342,7 +345,7 @@ def _ranked(recommender: TwoStepRecommender, known: Known, options: AnswerOption
 
 def _best(scores: np.ndarray, options: AnswerOptions) -> Chosen:
     """The k best of scores, float32 (N,), which are overwritten."""
-    options.limits.strike(scores)
+    options.answer_filter.mask_scores(scores)
     songs, values = top_k(scores[None], options.k)
     real = songs[0] != NO_SONG
     return Chosen(songs=songs[0][real], scores=values[0][real], path="exact")

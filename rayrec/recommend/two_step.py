@@ -28,7 +28,7 @@ from rayrec.recommend.base import (
     check_count,
 )
 from rayrec.recommend.candidate_features import FeatureSources
-from rayrec.recommend.filters import Limits
+from rayrec.recommend.filters import AnswerFilter
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.query_batch import LATEST, QueryBatch
 from rayrec.recommend.ranker import Ranker, RankingExamples
@@ -202,12 +202,12 @@ class TwoStepRecommender(CandidateRecommender):
         k: int,
         *,
         horizon: HorizonName = "short",
-        limits: Sequence[Limits] | None = None,
+        filters: Sequence[AnswerFilter] | None = None,
         hidden: np.ndarray | None = None,
     ) -> Ranking:
         """As in `BaseRecommender`, without a score for every song."""
         queries = Queries.at_end(histories, at, hidden)
-        return self.rank_queries(histories, queries, k, long_weight=float(horizon == "long"), limits=limits)
+        return self.rank_queries(histories, queries, k, long_weight=float(horizon == "long"), filters=filters)
 
     def rank_queries(
         self,
@@ -216,11 +216,11 @@ class TwoStepRecommender(CandidateRecommender):
         k: int,
         *,
         long_weight: float = 0.0,
-        limits: Sequence[Limits] | None = None,
+        filters: Sequence[AnswerFilter] | None = None,
         vectors: Mapping[HorizonName, np.ndarray] | None = None,
         songs_to_rank: Sequence[np.ndarray] | None = None,
     ) -> Ranking:
-        """The k best songs of each query within its limits, exactly k wherever as many qualify.
+        """The k best songs of each query that pass its filter, exactly k wherever as many qualify.
 
         `long_weight` is 0 for the order of the short horizon, 1 for that of the long one, and between them mixes both.
         Paths say `index` where songs near the taste vector had to fill an answer. `songs_to_rank`, int song rows for
@@ -231,22 +231,22 @@ class TwoStepRecommender(CandidateRecommender):
         ranking = Ranking.empty(len(queries), k, "exact")
         paths = list(ranking.paths)
         for chunk, scored in self.source.batches(histories, queries, vectors, songs_to_rank):
-            some = None if limits is None else limits[chunk]
+            some = None if filters is None else filters[chunk]
             part = self.rank_scored(scored, k, some, long_weight=long_weight)
             ranking.songs[chunk], ranking.scores[chunk], paths[chunk] = part.songs, part.scores, part.paths
         return Ranking(songs=ranking.songs, scores=ranking.scores, paths=tuple(paths))
 
     def rank_scored(
-        self, scored: Scored, k: int, limits: Sequence[Limits] | None = None, *, long_weight: float = 0.0
+        self, scored: Scored, k: int, filters: Sequence[AnswerFilter] | None = None, *, long_weight: float = 0.0
     ) -> Ranking:
         """As `rank_queries`, of queries whose candidates and features are at hand."""
-        new_only = np.array([limit.new_only for limit in limits or ()] or [False] * len(scored.batch))
+        new_only = np.array([answer_filter.new_only for answer_filter in filters or ()] or [False] * len(scored.batch))
         chances = self.chances(scored, long_weight, new_only)
-        songs, scores = _best(scored, chances, k, limits)
+        songs, scores = _best(scored, chances, k, filters)
         paths: list[SearchPath] = ["exact"] * len(songs)
         short = songs[:, -1] == NO_SONG if scored.may_come is None else np.zeros(len(songs), dtype=bool)
         for row in np.flatnonzero(short).tolist():
-            paths[row] = self._fill(scored.batch, row, songs[row], scores[row], limits, long_weight)
+            paths[row] = self._fill(scored.batch, row, songs[row], scores[row], filters, long_weight)
         return Ranking(songs=songs, scores=scores, paths=tuple(paths))
 
     def chances(self, scored: Scored, long_weight: float, new_only: np.ndarray) -> np.ndarray:
@@ -314,16 +314,18 @@ class TwoStepRecommender(CandidateRecommender):
         row: int,
         songs: np.ndarray,
         scores: np.ndarray,
-        limits: Sequence[Limits] | None,
+        filters: Sequence[AnswerFilter] | None,
         long_weight: float,
     ) -> SearchPath:
         """Put the songs nearest to the taste vector behind the candidates of one query, in place."""
         vector = batch.short_vectors[row] if long_weight < 0.5 else batch.long_vectors[row]
         filled = int(np.count_nonzero(songs != NO_SONG))
-        limit = Limits() if limits is None else limits[row]
+        answer_filter = AnswerFilter() if filters is None else filters[row]
         if not vector.any():
             return "exact"
-        within = Limits(banned=np.concatenate([limit.banned, songs[:filled]]), allowed=limit.allowed)
+        within = AnswerFilter(
+            excluded=np.concatenate([answer_filter.excluded, songs[:filled]]), allowed=answer_filter.allowed
+        )
         more = self.source.index.rank(vector[None], len(songs) - filled, [within])
         songs[filled:] = more.songs[0]
         scores[filled:] = np.where(more.songs[0] == NO_SONG, -np.inf, 0)
@@ -369,14 +371,14 @@ def load_rankers(workspace: Workspace, folder: str) -> dict[RankerKind, Ranker]:
 
 
 def _best(
-    scored: Scored, chances: np.ndarray, k: int, limits: Sequence[Limits] | None
+    scored: Scored, chances: np.ndarray, k: int, filters: Sequence[AnswerFilter] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Songs int32 (Q, k) and scores float32 (Q, k): the best candidates that qualify; equal ones by song row."""
     candidates, queries = scored.candidates, len(scored.batch)
     rows, songs = candidates.rows, candidates.songs
     may_come = scored.may_come
-    if limits is not None:
-        within = _qualify(candidates, limits)
+    if filters is not None:
+        within = _qualify(candidates, filters)
         may_come = within if may_come is None else within & may_come
     if may_come is not None:
         rows, songs, chances = rows[may_come], songs[may_come], chances[may_come]
@@ -393,21 +395,23 @@ def _best(
     return best_songs, best_scores
 
 
-def _qualify(candidates: Candidates, limits: Sequence[Limits]) -> np.ndarray:
-    """bool (C,): candidates within the limits of their query."""
-    banned = [limit.banned for limit in limits]
-    rows = np.repeat(np.arange(len(limits)), [len(songs) for songs in banned])
-    songs = np.concatenate([np.zeros(0, np.int64), *banned])
+def _qualify(candidates: Candidates, filters: Sequence[AnswerFilter]) -> np.ndarray:
+    """bool (C,): candidates that pass the filter of their query."""
+    excluded = [answer_filter.excluded for answer_filter in filters]
+    rows = np.repeat(np.arange(len(filters)), [len(songs) for songs in excluded])
+    songs = np.concatenate([np.zeros(0, np.int64), *excluded])
     known = songs < candidates.num_songs
     keys = np.unique(rows[known] * candidates.num_songs + songs[known])
     qualified = ~np.isin(candidates.keys, keys, assume_unique=True)
-    if any(limit.allowed is not None for limit in limits):
-        bounds = np.searchsorted(candidates.rows, np.arange(len(limits) + 1))
-        for row, limit in enumerate(limits):
-            if limit.allowed is not None:
+    if any(answer_filter.allowed is not None for answer_filter in filters):
+        bounds = np.searchsorted(candidates.rows, np.arange(len(filters) + 1))
+        for row, answer_filter in enumerate(filters):
+            if answer_filter.allowed is not None:
                 own = slice(int(bounds[row]), int(bounds[row + 1]))
-                inside = candidates.songs[own] < len(limit.allowed)
-                qualified[own] &= inside & limit.allowed[np.minimum(candidates.songs[own], len(limit.allowed) - 1)]
+                inside = candidates.songs[own] < len(answer_filter.allowed)
+                qualified[own] &= (
+                    inside & answer_filter.allowed[np.minimum(candidates.songs[own], len(answer_filter.allowed) - 1)]
+                )
     return np.asarray(qualified)
 
 

@@ -12,7 +12,7 @@ from rayrec.storage.releases import VALIDATION
 from rayrec.storage.workspace import Workspace
 
 REPORTS = "reports"
-JUDGED = ("models", "retrieval", "rankers")  # kinds of parts that make the order of an answer
+ORDERING_PARTS = ("models", "retrieval", "rankers")  # kinds of parts that make the order of an answer
 METRICS = ("served_recall@", "served_mrr@", "recall@", "mrr@")
 
 
@@ -56,10 +56,10 @@ def report_page(workspace: Workspace, release: Manifest) -> bytes:
 def report_of(workspace: Workspace, release: Manifest) -> Manifest | None:
     """The last evaluation of what a release answers with; None where there is none."""
 
-    def judges(report: Manifest) -> bool:
-        return all(report.inputs.get(kind) == release.inputs.get(kind) for kind in JUDGED)
+    def is_about(report: Manifest) -> bool:
+        return all(report.inputs.get(kind) == release.inputs.get(kind) for kind in ORDERING_PARTS)
 
-    return artifacts.latest(workspace, REPORTS, judges)
+    return artifacts.latest(workspace, REPORTS, is_about)
 
 
 def _verdict(workspace: Workspace, report: Manifest) -> str:

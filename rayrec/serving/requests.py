@@ -15,7 +15,7 @@ from rayrec.errors import FieldError
 from rayrec.model.taste_table import States
 from rayrec.online.user_state import Plays
 from rayrec.recommend.answer import ASSUMED_GAP_MS
-from rayrec.recommend.filters import Limits, SongAttributes, parse_day
+from rayrec.recommend.filters import AnswerFilter, SongAttributes, parse_day
 from rayrec.recommend.reranking import AnswerOptions
 from rayrec.serving.online_songs import SongToAdd
 from rayrec.serving.schemas import (
@@ -150,11 +150,11 @@ def read_options(
     parts = [excluded[excluded >= 0], *([query.songs, query.earlier_songs] if request.exclude_heard else [])]
     allowed, unknown = _allowed(request, catalog)
     k = min(first + request.k, MAX_K)
-    limits = Limits(banned=np.concatenate(parts), allowed=allowed, new_only=request.exclude_heard)
+    answer_filter = AnswerFilter(excluded=np.concatenate(parts), allowed=allowed, new_only=request.exclude_heard)
     options = AnswerOptions(
         k=k,
         long_weight=request.horizon,
-        limits=limits,
+        answer_filter=answer_filter,
         diversity=request.diversity,
         explore=request.explore,
         explain=request.explain,

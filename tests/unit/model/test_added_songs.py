@@ -14,7 +14,7 @@ from rayrec.model.added_songs import AddedSongs, FirstPlays
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.recommend import index as index_module
-from rayrec.recommend.filters import Limits
+from rayrec.recommend.filters import AnswerFilter
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.workspace import Workspace
@@ -195,9 +195,9 @@ def test_an_index_with_added_songs_answers_as_one_that_was_built_with_them(kind:
     whole = SongIndex.build(vectors, IndexConfig(kind="flat"))
     queries = random_vectors(30, DIM, seed=6)
     exclude = [np.arange(query, 400, 9) for query in range(30)]
-    for banned in (None, exclude):
-        songs, scores = grown.search(queries, 10, banned)
-        expected_songs, expected_scores = whole.search(queries, 10, banned)
+    for excluded in (None, exclude):
+        songs, scores = grown.search(queries, 10, excluded)
+        expected_songs, expected_scores = whole.search(queries, 10, excluded)
         assert (songs == expected_songs).mean() > 0.97  # of inverted lists recall is a promise for most queries
         np.testing.assert_allclose(scores[:, 0], expected_scores[:, 0], atol=1e-5)
     assert np.isin(songs, rows).any()
@@ -208,13 +208,13 @@ def test_an_index_with_added_songs_answers_as_one_that_was_built_with_them(kind:
 def test_added_songs_that_are_banned_stay_out_of_long_lists_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "FEW_SONGS", 10)
     monkeypatch.setattr(index_module, "MOST_LISTS", 1.0)
-    monkeypatch.setattr(index_module, "MAX_OVERFETCH", 5)  # more banned songs than that are skipped by the search
+    monkeypatch.setattr(index_module, "MAX_OVERFETCH", 5)  # more excluded songs than that are skipped by the search
     vectors, rows = random_vectors(400, DIM, seed=5), np.arange(360, 400)
     config = IndexConfig(kind="ivf", nlist=8, queries=50, target_recall=0.1)
     grown = SongIndex.build(vectors[:360], config).with_added(rows, vectors)
     query = vectors[rows[:1]]  # the nearest song is an added one
     free = grown.rank(query, 5)
-    within = grown.rank(query, 5, [Limits(banned=np.concatenate([np.arange(20), free.songs[0]]))])
+    within = grown.rank(query, 5, [AnswerFilter(excluded=np.concatenate([np.arange(20), free.songs[0]]))])
     assert free.songs[0, 0] == rows[0]
     assert within.paths == ("selector",)
     assert not np.isin(within.songs, free.songs).any()

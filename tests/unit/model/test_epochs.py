@@ -13,7 +13,17 @@ from worlds import random_vectors
 from rayrec.data.histories import Histories
 from rayrec.errors import DivergedError
 from rayrec.model import epochs as epochs_module
-from rayrec.model.epochs import CHOSEN_BY, RECALL_AT, Fit, FitData, Phase, Validation, carry_over, judge, start_vectors
+from rayrec.model.epochs import (
+    CHOSEN_BY,
+    RECALL_AT,
+    Fit,
+    FitData,
+    Phase,
+    Validation,
+    carry_over,
+    start_vectors,
+    validation_metrics,
+)
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.song_tables import Share
@@ -96,7 +106,7 @@ def test_without_a_validation_range_the_fit_runs_the_epochs_it_was_told(plays: d
 def figures(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Let the validation find these figures, epoch by epoch."""
     coming = iter(values)
-    monkeypatch.setattr(Fit, "_judge", lambda _: {CHOSEN_BY: next(coming)})
+    monkeypatch.setattr(Fit, "_validate", lambda _: {CHOSEN_BY: next(coming)})
 
 
 def epochs_of(fit: Fit) -> dict[str, int]:
@@ -151,7 +161,7 @@ def test_a_resumed_fit_ends_where_an_undisturbed_one_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(epochs_module, "STEPS_BETWEEN_READS", 2)
-    monkeypatch.setattr(Fit, "_judge", lambda fit: {CHOSEN_BY: [0.1, 0.3, 0.2][fit.progress.epoch - 1]})
+    monkeypatch.setattr(Fit, "_validate", lambda fit: {CHOSEN_BY: [0.1, 0.3, 0.2][fit.progress.epoch - 1]})
     config = settings(epochs=3, checkpoint_minutes=0.0, **changes)
     undisturbed_host = MemoryHost(plays, config)
     undisturbed = fit_of(config, plays, validation, undisturbed_host)
@@ -182,7 +192,7 @@ def test_a_fit_resumed_after_any_step_reports_the_plays_and_losses_of_an_undistu
 ) -> None:
     """After the last step of an epoch and of the last epoch too."""
     monkeypatch.setattr(epochs_module, "STEPS_BETWEEN_READS", 1)
-    monkeypatch.setattr(Fit, "_judge", lambda fit: {CHOSEN_BY: [0.1, 0.3][fit.progress.epoch - 1]})
+    monkeypatch.setattr(Fit, "_validate", lambda fit: {CHOSEN_BY: [0.1, 0.3][fit.progress.epoch - 1]})
     config = settings(epochs=2, checkpoint_minutes=0.0)
     host = MemoryHost(plays, config, tmp_path)
     undisturbed = fit_of(config, plays, validation, host)
@@ -255,7 +265,7 @@ def test_songs_are_known_by_a_play_or_by_a_vector() -> None:
 def judged(model: TasteModel, vectors: np.ndarray, validation: Validation) -> dict[str, float]:
     """The figures of a network on plays, among songs with these vectors."""
     tastes = TasteEncoder(model).vectors(validation.histories, validation.queries, "short")
-    return judge(torch.from_numpy(tastes), torch.from_numpy(vectors), validation, Share())
+    return validation_metrics(torch.from_numpy(tastes), torch.from_numpy(vectors), validation, Share())
 
 
 def hits(model: TasteModel, vectors: np.ndarray, validation: Validation) -> int:

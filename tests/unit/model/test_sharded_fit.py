@@ -23,7 +23,7 @@ from rayrec.errors import DamagedArtifactError
 from rayrec.model import checkpoint
 from rayrec.model import epochs as fitting
 from rayrec.model.checkpoint import load_model, save_model
-from rayrec.model.epochs import RECALL_AT, Fit, FitData, Phase, Validation, judge, start_vectors
+from rayrec.model.epochs import RECALL_AT, Fit, FitData, Phase, Validation, start_vectors, validation_metrics
 from rayrec.model.network import TABLES, TasteModel
 from rayrec.model.song_tables import Share
 from rayrec.model.train_config import TrainConfig
@@ -101,7 +101,7 @@ def fit_all(share: Share, folder: Path, ways: Sequence[str]) -> None:
     asked = fit._validation
     assert asked is not None
     tastes = vectors[asked.histories.songs[asked.plays]] + torch.randn(len(asked.plays), DIM, generator=random)
-    figures = judge(tastes, share.own(vectors), asked, share)
+    figures = validation_metrics(tastes, share.own(vectors), asked, share)
     (folder / f"judged {share.workers} {share.rank}.json").write_text(json.dumps(figures))
 
 

@@ -14,7 +14,7 @@ from rayrec.errors import InputError
 from rayrec.jobs.recommend_all import recommend_all, recommendations_file
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.filters import Limits
+from rayrec.recommend.filters import AnswerFilter
 from rayrec.recommend.reranking import (
     FEW_PLAYS,
     AnswerOptions,
@@ -99,7 +99,7 @@ def test_an_answer_explores_songs_with_few_plays_within_its_limits(
     assert isinstance(recommender, TwoStepRecommender)
     plays = recommender.source.retrieval.plays.plays
     monkeypatch.setattr("rayrec.recommend.reranking.FEW_PLAYS", int(np.median(plays)))
-    options = AnswerOptions(k=20, limits=Limits(banned=np.arange(0, NUM_SONGS, 2)))
+    options = AnswerOptions(k=20, answer_filter=AnswerFilter(excluded=np.arange(0, NUM_SONGS, 2)))
     usual, explored = chosen(options), chosen(replace(options, explore=0.25))
     assert usual.probabilities is None
     assert explored.probabilities is not None

@@ -1,4 +1,4 @@
-"""Limits: exactly k songs of those that qualify, whichever way they are found."""
+"""AnswerFilter: exactly k songs of those that qualify, whichever way they are found."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ from rayrec.data.histories import Histories
 from rayrec.recommend import index as index_module
 from rayrec.recommend.base import NO_SONG, top_k
 from rayrec.recommend.baselines import ItemKnnRecommender
-from rayrec.recommend.filters import Limits, without_heard
+from rayrec.recommend.filters import AnswerFilter, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
 
 
 @st.composite
-def limits(draw: st.DrawFn, num_songs: int) -> Limits:
+def filters(draw: st.DrawFn, num_songs: int) -> AnswerFilter:
     """Perhaps an allow list, perhaps songs left out, of which some may not exist."""
-    banned = draw(st.lists(st.integers(0, num_songs + 3), max_size=2 * num_songs))
+    excluded = draw(st.lists(st.integers(0, num_songs + 3), max_size=2 * num_songs))
     allowed = draw(st.none() | st.lists(st.booleans(), min_size=num_songs, max_size=num_songs))
-    return Limits(
-        banned=np.array(banned, np.int32), allowed=None if allowed is None else np.array(allowed, dtype=np.bool_)
+    return AnswerFilter(
+        excluded=np.array(excluded, np.int32), allowed=None if allowed is None else np.array(allowed, dtype=np.bool_)
     )
 
 
@@ -37,7 +37,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "vectors": np.array(vectors, np.float32),
         "queries": np.array(draw(st.lists(row, min_size=asked, max_size=asked)), np.float32),
         "k": draw(st.integers(1, 30)),
-        "limits": draw(st.lists(limits(num_songs), min_size=asked, max_size=asked)),
+        "filters": draw(st.lists(filters(num_songs), min_size=asked, max_size=asked)),
         # All ways to an answer, however small the catalog: none or all of the songs are few, no or all bans are many.
         "few": draw(st.sampled_from([0, 100])),
         "overfetch": draw(st.sampled_from([0, 3, 1_000])),
@@ -48,11 +48,11 @@ def by_hand(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """The answers by scoring every song, and how many songs qualify for each query."""
     vectors = case["vectors"]
     scores, qualify = case["queries"] @ vectors.T, []
-    for row, limit in zip(scores, case["limits"], strict=True):
+    for row, answer_filter in zip(scores, case["filters"], strict=True):
         fits = [
             bool(vectors[song].any())
-            and song not in limit.banned
-            and (limit.allowed is None or bool(limit.allowed[song]))
+            and song not in answer_filter.excluded
+            and (answer_filter.allowed is None or bool(answer_filter.allowed[song]))
             for song in range(len(vectors))
         ]
         row[~np.array(fits)] = -np.inf
@@ -71,7 +71,7 @@ def test_an_answer_within_limits_equals_brute_force(kind: str, nlist: int, case:
         patch.setattr(index_module, "FEW_SONGS", case["few"])
         patch.setattr(index_module, "MAX_OVERFETCH", case["overfetch"])
         patch.setattr(index_module, "MOST_LISTS", 1.0)
-        ranking = index.rank(case["queries"], case["k"], case["limits"])
+        ranking = index.rank(case["queries"], case["k"], case["filters"])
     songs, scores, _ = by_hand(case)
     np.testing.assert_array_equal(ranking.songs, songs)
     np.testing.assert_array_equal(ranking.scores, scores)
@@ -87,12 +87,14 @@ def test_an_index_that_looks_into_few_lists_still_holds_exactly_k_that_qualify(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_module, "FEW_SONGS", case["few"])
         patch.setattr(index_module, "MAX_OVERFETCH", case["overfetch"])
-        ranking = index.rank(case["queries"], case["k"], case["limits"])
+        ranking = index.rank(case["queries"], case["k"], case["filters"])
     _, _, qualify = by_hand(case)
-    for songs, scores, limit, count in zip(ranking.songs, ranking.scores, case["limits"], qualify, strict=True):
+    for songs, scores, answer_filter, count in zip(
+        ranking.songs, ranking.scores, case["filters"], qualify, strict=True
+    ):
         real = songs[songs != NO_SONG]
         assert len(set(real.tolist())) == len(real) == min(case["k"], count)
-        assert limit.mask(len(case["vectors"]))[real].all()
+        assert answer_filter.mask(len(case["vectors"]))[real].all()
         assert case["vectors"][real].any(axis=1).all()
         assert np.isneginf(scores[len(real) :]).all()
         assert (np.diff(scores[: len(real)]) <= 0).all()
@@ -108,12 +110,12 @@ def test_the_path_taken_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     index = _index()
     half, hundred = np.arange(3_000) % 2 == 0, np.arange(3_000) < 100
     given = [
-        Limits(),
-        Limits(banned=np.arange(10)),
-        Limits(allowed=half),
-        Limits(banned=np.arange(1_500)),
-        Limits(allowed=hundred),
-        Limits(allowed=np.zeros(3_000, dtype=np.bool_)),
+        AnswerFilter(),
+        AnswerFilter(excluded=np.arange(10)),
+        AnswerFilter(allowed=half),
+        AnswerFilter(excluded=np.arange(1_500)),
+        AnswerFilter(allowed=hundred),
+        AnswerFilter(allowed=np.zeros(3_000, dtype=np.bool_)),
     ]
     ranking = index.rank(random_vectors(len(given), 16, seed=1), 10, given)
     assert ranking.paths == ("index", "index", "selector", "selector", "exact", "exact")
@@ -128,7 +130,7 @@ def test_a_search_among_few_looks_into_more_lists_so_that_recall_holds(monkeypat
     index = SongIndex.build(vectors, IndexConfig(kind="ivf", nlist=64, target_recall=0.95, queries=200))
     queries = random_vectors(40, 16, seed=1)
     allowed = np.arange(6_000) % 10 == 0
-    ranking = index.rank(queries, 20, [Limits(allowed=allowed)] * 40)
+    ranking = index.rank(queries, 20, [AnswerFilter(allowed=allowed)] * 40)
     assert set(ranking.paths) == {"selector"}
     scores = queries @ vectors.T
     scores[:, ~allowed] = -np.inf
@@ -145,9 +147,9 @@ def test_limits_hold_without_an_index_as_with_one() -> None:
     histories = random_histories(20, 80, seed=3)
     histories = histories.take(histories.lengths > 0)
     allowed = np.arange(80) % 3 > 0
-    given = [Limits(banned=np.array([row, 79 - row, 1_000]), allowed=allowed) for row in range(len(histories))]
-    expected = plain.rank(histories, 10**9, 12, limits=given)
-    found = indexed.rank(histories, 10**9, 12, limits=given)
+    given = [AnswerFilter(excluded=np.array([row, 79 - row, 1_000]), allowed=allowed) for row in range(len(histories))]
+    expected = plain.rank(histories, 10**9, 12, filters=given)
+    found = indexed.rank(histories, 10**9, 12, filters=given)
     np.testing.assert_array_equal(found.songs, expected.songs)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
     for row, songs in enumerate(found.songs):
@@ -159,17 +161,17 @@ def test_limits_hold_without_an_index_as_with_one() -> None:
 def test_songs_heard_join_the_limits_given() -> None:
     histories = Histories.from_lists([[1, 2], []], [[0, 1], []])
     allowed = np.ones(5, dtype=np.bool_)
-    first, second = without_heard(histories, [Limits(banned=np.array([4]), allowed=allowed), Limits()])
-    assert sorted(first.banned.tolist()) == [1, 2, 4]
+    first, second = without_heard(histories, [AnswerFilter(excluded=np.array([4]), allowed=allowed), AnswerFilter()])
+    assert sorted(first.excluded.tolist()) == [1, 2, 4]
     assert first.allowed is allowed
-    assert second.banned.tolist() == []
-    assert [limit.banned.tolist() for limit in without_heard(histories)] == [[1, 2], []]
+    assert second.excluded.tolist() == []
+    assert [answer_filter.excluded.tolist() for answer_filter in without_heard(histories)] == [[1, 2], []]
 
 
 def test_a_mask_of_an_older_or_newer_catalog_does_no_harm() -> None:
-    limit = Limits(banned=np.array([0, 9]), allowed=np.array([True, True, False]))
-    assert limit.mask(5).tolist() == [False, True, False, False, False]
-    assert limit.mask(2).tolist() == [False, True]
+    answer_filter = AnswerFilter(excluded=np.array([0, 9]), allowed=np.array([True, True, False]))
+    assert answer_filter.mask(5).tolist() == [False, True, False, False, False]
+    assert answer_filter.mask(2).tolist() == [False, True]
     scores = np.zeros(5, dtype=np.float32)
-    limit.strike(scores)
+    answer_filter.mask_scores(scores)
     assert np.isfinite(scores).tolist() == [False, True, False, False, False]

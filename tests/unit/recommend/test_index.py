@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError
 from rayrec.recommend import index as index_module
 from rayrec.recommend.base import NO_SONG, top_k
-from rayrec.recommend.filters import Limits
+from rayrec.recommend.filters import AnswerFilter
 from rayrec.recommend.index import (
     INDEX_FILE,
     MAX_OVERFETCH,
@@ -93,18 +93,18 @@ def test_a_user_who_has_heard_very_many_songs_costs_no_mask_of_the_catalog() -> 
     vectors = unit_vectors(songs)
     index = SongIndex.build(vectors, IVF.replace(nlist=32))
     random = np.random.default_rng(1)
-    query, banned = unit_vectors(1, seed=2), random.choice(songs, heard, replace=False).astype(np.int32)
-    limits = [Limits(banned=banned)]
-    index.rank(query, 10, limits)
+    query, excluded = unit_vectors(1, seed=2), random.choice(songs, heard, replace=False).astype(np.int32)
+    filters = [AnswerFilter(excluded=excluded)]
+    index.rank(query, 10, filters)
     tracemalloc.start()
-    ranking = index.rank(query, 10, limits)
+    ranking = index.rank(query, 10, filters)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < songs  # bytes
     assert ranking.paths == ("selector",)
-    expected, _ = brute_force(vectors, query, 10, [banned])
+    expected, _ = brute_force(vectors, query, 10, [excluded])
     assert len(np.intersect1d(ranking.songs, expected)) >= 9
-    assert not np.isin(ranking.songs, banned).any()
+    assert not np.isin(ranking.songs, excluded).any()
 
 
 def test_lists_that_hold_too_few_songs_are_made_up_for() -> None:

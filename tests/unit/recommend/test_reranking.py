@@ -12,7 +12,7 @@ from rayrec.data.histories import Histories, Queries
 from rayrec.errors import InputError
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.filters import Limits
+from rayrec.recommend.filters import AnswerFilter
 from rayrec.recommend.reranking import AnswerOptions, Known, choose, diversify, network_of, pool_size
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.storage.releases import default_parts
@@ -81,10 +81,12 @@ def test_songs_come_by_the_horizons_mixed_with_the_weight(recommender: BaseRecom
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_limits_leave_the_others_in_their_order(recommender: BaseRecommender, weight: float) -> None:
     everything = choose(recommender, known(recommender), AnswerOptions(k=NUM_SONGS, long_weight=weight)).songs
-    allowed, banned = np.arange(NUM_SONGS) % 3 == 0, np.array([0, 3, 9, 30])
-    limits = Limits(allowed=allowed, banned=banned)
-    chosen = choose(recommender, known(recommender), AnswerOptions(k=20, long_weight=weight, limits=limits)).songs
-    expected = [song for song in everything if allowed[song] and song not in banned]
+    allowed, excluded = np.arange(NUM_SONGS) % 3 == 0, np.array([0, 3, 9, 30])
+    answer_filter = AnswerFilter(allowed=allowed, excluded=excluded)
+    chosen = choose(
+        recommender, known(recommender), AnswerOptions(k=20, long_weight=weight, answer_filter=answer_filter)
+    ).songs
+    expected = [song for song in everything if allowed[song] and song not in excluded]
     assert chosen.tolist() == expected[:20]
 
 

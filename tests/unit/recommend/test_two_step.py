@@ -1,4 +1,4 @@
-"""Retrieve, then rank: one answer for one user and for many, exactly k within limits, at a bounded cost."""
+"""Retrieve, then rank: one answer for one user and for many, exactly k within filters, at a bounded cost."""
 
 import tracemalloc
 from dataclasses import replace
@@ -20,7 +20,7 @@ from rayrec.recommend import two_step
 from rayrec.recommend.answer import reasons
 from rayrec.recommend.base import NO_SONG
 from rayrec.recommend.candidate_features import OF_LIKES, OF_SKIPS
-from rayrec.recommend.filters import Limits, without_heard
+from rayrec.recommend.filters import AnswerFilter, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.ranker import Ranker, RankerSettings, ndcg
 from rayrec.recommend.retrievers import COUNTS
@@ -150,12 +150,12 @@ def test_exactly_k_songs_come_within_limits_and_the_index_fills_what_is_missing(
     queries = Queries.at_end(histories, NOW)
     allowed = np.zeros(NUM_SONGS, dtype=bool)
     allowed[[3, 9, 27, 41, 55]] = True
-    limits = [Limits(banned=np.array([9]), allowed=allowed)] * len(queries)
-    ranking = recommender.rank_queries(histories, queries, 4, limits=limits)
+    filters = [AnswerFilter(excluded=np.array([9]), allowed=allowed)] * len(queries)
+    ranking = recommender.rank_queries(histories, queries, 4, filters=filters)
     for songs, scores in zip(ranking.songs, ranking.scores, strict=True):
         assert sorted(songs.tolist()) == [3, 27, 41, 55]
         assert (np.diff(scores) <= 0).all()
-    more = recommender.rank_queries(histories, queries, 6, limits=limits)
+    more = recommender.rank_queries(histories, queries, 6, filters=filters)
     assert (more.songs[:, 4:] == NO_SONG).all()
 
 
@@ -165,7 +165,7 @@ def test_given_songs_are_put_in_order_whether_a_retriever_proposes_them_or_not(r
     narrow = TwoStepRecommender(few, recommender.rankers)
     histories = _cycling(20, 8)
     queries = Queries.at_end(histories, NOW)
-    usual = narrow.rank_queries(histories, queries, NUM_SONGS, limits=[Limits()] * len(queries))
+    usual = narrow.rank_queries(histories, queries, NUM_SONGS, filters=[AnswerFilter()] * len(queries))
     proposed = [songs[scores > 0] for songs, scores in zip(usual.songs, usual.scores, strict=True)]
     assert max(map(len, proposed)) < NUM_SONGS / 2
     same = narrow.rank_queries(histories, queries, NUM_SONGS, songs_to_rank=proposed)
@@ -186,8 +186,8 @@ def test_given_songs_are_put_in_order_whether_a_retriever_proposes_them_or_not(r
 def test_songs_heard_are_left_out_where_asked(recommender: TwoStepRecommender) -> None:
     histories = random_histories(12, NUM_SONGS, seed=5)
     songs, _ = recommender.recommend(histories, NOW, 20, exclude_heard=True)
-    for row, limit in enumerate(without_heard(histories)):
-        assert not set(songs[row].tolist()) & set(limit.banned.tolist())
+    for row, answer_filter in enumerate(without_heard(histories)):
+        assert not set(songs[row].tolist()) & set(answer_filter.excluded.tolist())
         assert (songs[row] != NO_SONG).all()
 
 
@@ -233,11 +233,11 @@ def test_songs_that_no_retriever_proposes_fill_the_answer_from_the_index(recomme
     source = recommender.source
     counts = {retriever.name: 1 for retriever in source.retrievers}
     few = TwoStepRecommender(CandidateSource(source.network, source.retrieval, counts=counts), recommender.rankers)
-    ranking = few.rank_queries(histories, queries, 30, limits=without_heard(histories))
+    ranking = few.rank_queries(histories, queries, 30, filters=without_heard(histories))
     assert set(ranking.paths) == {"index"}
     for row, (songs, scores) in enumerate(zip(ranking.songs, ranking.scores, strict=True)):
         assert len(set(songs.tolist()) - {NO_SONG}) == 30
-        assert not set(songs.tolist()) & set(without_heard(histories)[row].banned.tolist())
+        assert not set(songs.tolist()) & set(without_heard(histories)[row].excluded.tolist())
         filled = scores == 0
         assert filled.any()
         cosines = source.network.song_vectors[songs] @ source.network.vectors(histories, queries)[row]
