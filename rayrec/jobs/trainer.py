@@ -5,7 +5,6 @@ flows, would give each worker whichever rows come first: an order that no resume
 and uneven ends at which workers wait for each other (ray issues 63285 and 66085).
 """
 
-import ctypes
 import logging
 import os
 import tempfile
@@ -46,8 +45,6 @@ from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 LOGGER = logging.getLogger(__name__)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt in malloc.h
-KEPT_BYTES = 1 << 30
 BLOCK_BYTES = 4 << 20  # of windows handed on at a time
 WORKER_FAILURES = 3  # lost training workers that are replaced before the job gives up
 START_TRIES = 4  # times that Ray Train asks for the workers' resources in the minutes that it is given
@@ -226,7 +223,6 @@ def train_worker(arguments: dict[str, Any]) -> None:
         )
     if plan.config.workers:
         quiet_data()
-        keep_freed_memory()
         context = ray.train.get_context()
         share = Share(rank=context.get_world_rank(), workers=context.get_world_size())
         device, checkpoint = str(ray.train.torch.get_device()), ray.train.get_checkpoint()
@@ -257,18 +253,6 @@ def train_worker(arguments: dict[str, Any]) -> None:
         plan.workspace.write_json(f"{plan.folder}/figures.json", figures)
         write_epochs(plan.workspace, plan.folder, fit.progress.epochs)
         write_tensorboard(plan.workspace, plan.folder, fit.progress.epochs)
-
-
-def keep_freed_memory() -> None:
-    """Let the allocator of this process keep what is freed for the next step; does nothing where it is not glibc's.
-
-    Each step frees hundreds of MB that the next one needs again. Handed back in between, they cost 10 of 70 CPU seconds
-    per million plays at 256 windows a step, in the kernel, where the workers of a node wait for each other.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # Where glibc refuses this one, the other alone would end glibc's own adjusting and cost more than both save.
-    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def summary(done: FitProgress) -> dict[str, Any]:
