@@ -25,6 +25,7 @@ FEW_QUERIES = 2_000  # to learn from, below which linear models are tried, too
 PENALTIES = (1.0, 10.0, 100.0)  # of squared weights that are tried
 KNOTS = 60  # points of the curve from scores to chances
 SLOPE = 0.01  # of the curve where it would be level
+TREES_A_CHECK = 5  # a check takes as long as half a tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,15 +153,19 @@ class TreeModel:
             "verbosity": -1,
         }
         data = lightgbm.Dataset(grown.features, grown.right, group=grown.counts, feature_name=names, params=parameters)
-        check = data.create_valid(checked.features, checked.right, group=checked.counts)
-        booster = lightgbm.train(
-            parameters,
-            data,
-            num_boost_round=settings.trees,
-            valid_sets=[check],
-            callbacks=[lightgbm.early_stopping(settings.patience, verbose=False)],
-        )
-        return cls(lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration)))
+        check = data.create_valid(checked.features, checked.right, group=checked.counts, params=parameters)
+        booster = lightgbm.Booster(parameters, data).add_valid(check, "checked")
+        best, best_trees = -1.0, 0
+        # lightgbm.train would check after every tree.
+        for trees in range(TREES_A_CHECK, settings.trees + TREES_A_CHECK, TREES_A_CHECK):
+            for _ in range(trees - TREES_A_CHECK, min(trees, settings.trees)):
+                booster.update()
+            gained = booster.eval_valid()[0][2]
+            if gained > best:
+                best, best_trees = gained, min(trees, settings.trees)
+            elif trees - best_trees >= settings.patience:
+                break
+        return cls(lightgbm.Booster(model_str=booster.model_to_string(num_iteration=best_trees)))
 
     def save(self, workspace: Workspace, folder: str, name: str) -> list[str]:
         """Write LightGBM's text form; the names of the files."""
