@@ -10,9 +10,11 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +30,7 @@ class Figures:
     data: str  # in the folder RAYREC_REAL_DATA
     models: tuple[str, ...]
     commands: tuple[str, ...]  # the last one prints the figures; {data} stands for the path of the data
+    seeds: tuple[int, ...] = (0, 1, 2)  # all commands run for each, in a workspace of its own; {seed} stands for it
 
 
 TABLES = (
@@ -38,7 +41,7 @@ TABLES = (
         commands=(
             "import csv {data} --columns user=user_id,song=song_id,played_at=ts",
             "split --test-days 30 --validation-days 28",
-            *("embed", "train", "retrieval", "rank"),
+            *("embed --seed {seed}", "train --seed {seed}", "retrieval", "rank --seed {seed}"),
             "evaluate --models two-step,vstan,taste,sequential-rules",
         ),
     ),
@@ -53,12 +56,12 @@ COLUMNS = (
 )
 
 
-def measure(figures: Figures, data: Path) -> list[dict[str, Any]]:
+def measure(figures: Figures, data: Path, seed: int) -> list[dict[str, Any]]:
     """Run the commands; the results of the evaluation."""
-    workspace = ROOT / "build" / "figures" / figures.name
+    workspace = ROOT / "build" / "figures" / f"{figures.name}-{seed}"
     printed = ""
     for command in figures.commands:
-        words = [word.replace("{data}", str(data)) for word in command.split()]
+        words = [word.format(data=data, seed=seed) for word in command.split()]
         print("rayrec", *words, file=sys.stderr)
         call = [sys.executable, "-m", "rayrec_cli.main", "--workspace", str(workspace), "--json", *words]
         printed = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -66,16 +69,19 @@ def measure(figures: Figures, data: Path) -> list[dict[str, Any]]:
     return results
 
 
-def markdown_table(results: Sequence[dict[str, Any]], models: Sequence[str]) -> str:
-    """One row per model, over all users, at 20."""
-    values = {
-        (row["model"], row["target"], row["metric"]): row["value"]
-        for row in results
-        if row["users"] == "all" and row["k"] == K
-    }
+def markdown_table(runs: Sequence[Sequence[dict[str, Any]]], models: Sequence[str]) -> str:
+    """One row per model, over all users, at 20: means over the runs, with lowest and highest where these differ."""
+    values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for row in (row for results in runs for row in results if row["users"] == "all" and row["k"] == K):
+        values[row["model"], row["target"], row["metric"]].append(row["value"])
     rows = [["model", *(title for title, _, _ in COLUMNS)], ["---"] * (1 + len(COLUMNS))]
-    rows += [[name, *(f"{values[name, target, metric]:.3f}" for _, target, metric in COLUMNS)] for name in models]
+    rows += [[name, *(_cell(values[name, target, metric]) for _, target, metric in COLUMNS)] for name in models]
     return "\n".join(f"| {' | '.join(row)} |" if row[0] != "---" else f"|{'|'.join(row)}|" for row in rows)
+
+
+def _cell(values: Sequence[float]) -> str:
+    low, high = (f"{bound(values):.3f}" for bound in (min, max))
+    return f"{fmean(values):.3f}" if low == high else f"{fmean(values):.3f} ({low}–{high})"
 
 
 def replaced(text: str, name: str, table: str) -> str:
@@ -94,7 +100,8 @@ def main() -> None:
         if not (folder / figures.data).is_file():
             print(f"{figures.name}: no {figures.data} in RAYREC_REAL_DATA; its table stays", file=sys.stderr)
             continue
-        table = markdown_table(measure(figures, folder / figures.data), figures.models)
+        runs = [measure(figures, folder / figures.data, seed) for seed in figures.seeds]
+        table = markdown_table(runs, figures.models)
         for page in PAGES:
             before = page.read_text(encoding="utf-8")
             after = replaced(before, figures.name, table)

@@ -123,18 +123,21 @@ def test_generated_pages_are_what_the_code_says(name: str) -> None:
     assert (ROOT / "docs" / name).read_text("utf-8") == pages[name], "run `make docs`"
 
 
-def test_a_table_of_figures_replaces_the_marked_one_alone() -> None:
+def test_a_table_of_figures_has_means_over_seeds_and_replaces_the_marked_one_alone() -> None:
     figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
-    results = [
-        {"model": model, "target": target, "metric": metric, "k": k, "users": users, "value": value / 10}
-        for value, model in enumerate(("good", "bad"), 4)
-        for target in ("served", "next", "next_repeat")
-        for metric in ("recall", "mrr")
-        for k, users in ((20, "all"), (10, "all"), (20, "new"))
+    runs = [
+        [
+            {"model": model, "target": target, "metric": metric, "k": k, "users": users, "value": value}
+            for model, value in (("good", 0.4), ("bad", 0.5 + 0.02 * seed))
+            for target in ("served", "next", "next_repeat")
+            for metric in ("recall", "mrr")
+            for k, users in ((20, "all"), (10, "all"), (20, "new"))
+        ]
+        for seed in (0, 1, 2)
     ]
-    table = figures["markdown_table"](results, ["bad", "good"])
+    table = figures["markdown_table"](runs, ["bad", "good"])
     assert table.splitlines()[2:] == [
-        "| bad | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 |",
+        f"| bad | {' | '.join(['0.520 (0.500–0.540)'] * 5)} |",
         "| good | 0.400 | 0.400 | 0.400 | 0.400 | 0.400 |",
     ]
     page = "a\n<!-- figures: one -->\nold\n<!-- end -->\nb\n<!-- figures: two -->\nkept\n<!-- end -->\n"
@@ -150,5 +153,5 @@ def test_every_table_of_figures_has_its_place_and_known_commands() -> None:
         for page in figures["PAGES"]:
             assert f"<!-- figures: {table.name} -->" in page.read_text("utf-8")
         for command in table.commands:
-            words = shlex.split(command)
+            words = shlex.split(command.format(data="plays.csv", seed=0))
             assert {word for word in words if word.startswith("--")} <= options(words)
