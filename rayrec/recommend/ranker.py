@@ -156,13 +156,13 @@ class TreeModel:
         check = data.create_valid(checked.features, checked.right, group=checked.counts, params=parameters)
         booster = lightgbm.Booster(parameters, data).add_valid(check, "checked")
         best, best_trees = -1.0, 0
-        # lightgbm.train would check after every tree.
-        for trees in range(TREES_A_CHECK, settings.trees + TREES_A_CHECK, TREES_A_CHECK):
-            for _ in range(trees - TREES_A_CHECK, min(trees, settings.trees)):
-                booster.update()
+        for trees in range(1, settings.trees + 1):
+            booster.update()
+            if trees % TREES_A_CHECK and trees < settings.trees:
+                continue  # lightgbm.train would check after every tree
             gained = booster.eval_valid()[0][2]
             if gained > best:
-                best, best_trees = gained, min(trees, settings.trees)
+                best, best_trees = gained, trees
             elif trees - best_trees >= settings.patience:
                 break
         return cls(lightgbm.Booster(model_str=booster.model_to_string(num_iteration=best_trees)))

@@ -93,7 +93,7 @@ def chosen(recommender: BaseRecommender) -> Callable[[AnswerOptions], Chosen]:
     return lambda options: choose(recommender, Known(vectors=vectors, history=history, at=AT), options)
 
 
-def test_an_answer_explores_songs_with_few_plays_within_its_limits(
+def test_an_answer_explores_songs_with_few_plays_within_its_filters(
     recommender: BaseRecommender, chosen: Callable[[AnswerOptions], Chosen], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(recommender, TwoStepRecommender)

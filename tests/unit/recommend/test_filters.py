@@ -63,7 +63,7 @@ def by_hand(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[int]]:
 @pytest.mark.parametrize(("kind", "nlist"), [("flat", 0), ("ivf", 1)])
 @settings(max_examples=300, deadline=None)
 @given(case=cases())
-def test_an_answer_within_limits_equals_brute_force(kind: str, nlist: int, case: dict[str, Any]) -> None:
+def test_an_answer_within_filters_equals_brute_force(kind: str, nlist: int, case: dict[str, Any]) -> None:
     # With one list IVF is exact, so that rankings can be compared song by song.
     config = IndexConfig(kind=kind, nlist=nlist, queries=4)
     index = SongIndex.build(case["vectors"], config)
@@ -139,7 +139,7 @@ def test_a_search_among_few_looks_into_more_lists_so_that_recall_holds(monkeypat
     assert recall >= 0.95
 
 
-def test_limits_hold_without_an_index_as_with_one() -> None:
+def test_filters_hold_without_an_index_as_with_one() -> None:
     vectors = random_vectors(80)
     vectors[::9] = 0
     plain, indexed = ItemKnnRecommender(vectors), ItemKnnRecommender(vectors)
@@ -158,7 +158,7 @@ def test_limits_hold_without_an_index_as_with_one() -> None:
     assert set(expected.paths) == {"exact"}
 
 
-def test_songs_heard_join_the_limits_given() -> None:
+def test_songs_heard_join_the_filters_given() -> None:
     histories = Histories.from_lists([[1, 2], []], [[0, 1], []])
     allowed = np.ones(5, dtype=np.bool_)
     first, second = without_heard(histories, [AnswerFilter(excluded=np.array([4]), allowed=allowed), AnswerFilter()])

@@ -79,7 +79,7 @@ def test_songs_come_by_the_horizons_mixed_with_the_weight(recommender: BaseRecom
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_limits_leave_the_others_in_their_order(recommender: BaseRecommender, weight: float) -> None:
+def test_filters_leave_the_others_in_their_order(recommender: BaseRecommender, weight: float) -> None:
     everything = choose(recommender, known(recommender), AnswerOptions(k=NUM_SONGS, long_weight=weight)).songs
     allowed, excluded = np.arange(NUM_SONGS) % 3 == 0, np.array([0, 3, 9, 30])
     answer_filter = AnswerFilter(allowed=allowed, excluded=excluded)

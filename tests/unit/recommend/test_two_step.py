@@ -143,7 +143,7 @@ def test_a_stored_state_and_the_last_plays_answer_as_the_whole_history(recommend
     np.testing.assert_array_equal(from_state, songs)
 
 
-def test_exactly_k_songs_come_within_limits_and_the_index_fills_what_is_missing(
+def test_exactly_k_songs_come_within_filters_and_the_index_fills_what_is_missing(
     recommender: TwoStepRecommender,
 ) -> None:
     histories = random_histories(12, NUM_SONGS, seed=5)
