@@ -13,7 +13,16 @@ from rayrec.data.windows import Windows, batches_in_memory, cut_windows
 from rayrec.model.epochs import FitProgress, Phase
 from rayrec.model.network import TABLES, TasteModel
 from rayrec.model.song_tables import Share
-from rayrec.model.train_config import Cell, FeatureSpec, Horizon, ModelConfig, SongTable, TrainConfig
+from rayrec.model.train_config import (
+    AnyHorizon,
+    Cell,
+    FeatureSpec,
+    Horizon,
+    ModelConfig,
+    SongTable,
+    TrainConfig,
+    logit_scale,
+)
 from rayrec.model.training import StepReport
 
 MINUTE = 60_000
@@ -32,6 +41,11 @@ def model_config(
     input_table: bool = False,
 ) -> ModelConfig:
     """The shape that `config` asks for, or a small one."""
+    horizons: dict[str, AnyHorizon] = {
+        "short": Horizon(min_offset=1, max_offset=1),
+        "long": Horizon(min_offset=2, max_offset=4),
+    }
+    horizons = config.horizons if config else horizons
     return ModelConfig(
         num_songs=num_songs,
         embedding_dim=8,
@@ -40,9 +54,8 @@ def model_config(
         cell=config.cell if config else cell,
         dropout=config.dropout if config else 0.0,
         features=features or FeatureSpec(),
-        horizons=config.horizons
-        if config
-        else {"short": Horizon(min_offset=1, max_offset=1), "long": Horizon(min_offset=2, max_offset=4)},
+        horizons=horizons,
+        logit_scales={name: logit_scale(num_songs, horizon) for name, horizon in horizons.items()},
         song_table=config.song_table if config else song_table,
         averages=config.averages if config else averages,
         input_table=config.has_input_table if config else input_table,

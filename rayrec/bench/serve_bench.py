@@ -41,7 +41,7 @@ from rayrec.model.checkpoint import save_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.taste_table import taste_table, tastes_file
-from rayrec.model.train_config import FeatureSpec, Horizon, ModelConfig, TrainConfig
+from rayrec.model.train_config import FeatureSpec, TrainConfig
 from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
 from rayrec.serving.serve_config import MAX_PLAYS
@@ -129,19 +129,9 @@ def _write_dataset(workspace: Workspace, songs: int) -> Dataset:
 
 def _network(vectors: np.ndarray, seed: int) -> TasteModel:
     torch.manual_seed(seed)
-    shape = TrainConfig()
-    config = ModelConfig(
-        num_songs=len(vectors),
-        embedding_dim=DIM,
-        hidden_dim=shape.hidden_dim,
-        num_layers=shape.num_layers,
-        cell=shape.cell,
-        dropout=0.0,
-        features=FeatureSpec(),
-        horizons={"short": Horizon(min_offset=1, max_offset=1), "long": Horizon(min_offset=25, max_offset=50)},
-        song_table="frozen",
-    )
-    return TasteModel(config, torch.from_numpy(vectors)).eval()
+    config = TrainConfig(song_table="frozen", averages=())
+    shape = config.network_shape(num_songs=len(vectors), embedding_dim=DIM, features=FeatureSpec())
+    return TasteModel(shape, torch.from_numpy(vectors)).eval()
 
 
 def _write_tastes(workspace: Workspace, dataset: Dataset, network: Manifest, model: TasteModel) -> None:

@@ -139,7 +139,7 @@ def _require_shape(plan: TrainPlan, start: Manifest) -> None:
     shape = ModelConfig.from_json(plan.workspace.read_json(start.path(MODEL_CONFIG)))
     new_shape, old_shape = asdict(plan.model), asdict(shape)
     for name, value in new_shape.items():
-        if name != "num_songs" and old_shape[name] != value:
+        if name not in ("num_songs", "logit_scales") and old_shape[name] != value:
             raise MismatchError(
                 f"model {start.id} has {name} {old_shape[name]}, this training {value}; give the settings of the "
                 "model, or train without --from"

@@ -216,7 +216,6 @@ class TasteModel(nn.Module):
         self.heads = nn.ModuleDict(
             {name: nn.Linear(config.hidden_dim, config.embedding_dim) for name in config.horizons}
         )
-        self.log_scale = nn.Parameter(torch.full((len(config.horizons),), 2.5))  # of cosine logits: 1 / temperature
         if count:
             self.again = nn.ParameterDict({name: torch.zeros(count) for name in config.horizons})
             self.linked = nn.ParameterDict({name: torch.ones(()) for name in [*config.horizons][1:]})
@@ -246,10 +245,6 @@ class TasteModel(nn.Module):
     def compared(self, rows: Tensor) -> Tensor:
         """Rows of the song table, (..., D), as vectors that taste vectors are compared with."""
         return normalize(rows if self.map is None else self.map(rows), dim=-1)
-
-    def scale(self, horizon: str) -> Tensor:
-        """What makes logits of a horizon's cosines: the inverse of its temperature."""
-        return self.log_scale[[*self.config.horizons].index(horizon)].exp()
 
     def trunk(self, batch: PlayBatch, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the head sees after every play (B, L, X), and the state after each row's last one (state layers, B, H).

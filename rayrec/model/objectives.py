@@ -55,10 +55,12 @@ class Targets:
     positions_M: Tensor  # int64: their rows
     songs_of_M: Tensor  # int64 (U + 1,): where those of each song begin
     rows: list[int]  # (T,): up to which position any has more than so many targets
+    weight_H: Tensor  # float64, what the loss of each horizon counts for
 
     def weighed(self, totals: np.ndarray) -> "Targets":
         """The same where a target counts for one of as many as its horizon has, float (H,)."""
-        weight_P1 = self.horizons_PH @ torch.from_numpy(1 / np.maximum(1, totals)).to(self.horizons_PH.dtype)[:, None]
+        each_H = self.weight_H / torch.from_numpy(np.maximum(1, totals))
+        weight_P1 = self.horizons_PH @ each_H.to(self.horizons_PH.dtype)[:, None]
         weight_PT = (self.weight_PT > 0) * weight_P1
         return replace(self, weight_PT=weight_PT, weight_P1=weight_PT.sum(dim=1, keepdim=True))
 
@@ -73,6 +75,7 @@ class Targets:
         there_PT: np.ndarray,
         negatives: np.ndarray,
         prior_PT: np.ndarray,
+        weight_H: np.ndarray,
         count: int,
     ) -> "Targets":
         """From songs and their places among the `count` songs of the step; each target counts for one.
@@ -98,6 +101,7 @@ class Targets:
             by_song_M=torch.from_numpy(by_song),
             positions_M=torch.from_numpy(by_song // songs_PT.shape[1]),
             songs_of_M=torch.from_numpy(np.append(0, np.cumsum(counts))),
+            weight_H=torch.from_numpy(weight_H),
             rows=[int(column.nonzero()[0].max(initial=-1)) + 1 for column in there_PT.T],
         )
 

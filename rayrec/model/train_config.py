@@ -27,6 +27,7 @@ SELECTION_NETWORK = "selection"  # folder in a models artifact: the network befo
 PLAY_COUNTS = "play_counts.npy"  # int64 (N,): plays of each song in the range that the model was fit on
 PLAYS_IN_DAYS = 500  # after a query that a horizon in days may hold; windows hold so many behind their inputs
 USUAL_BATCH = 64  # windows, for which learning rates and negatives are chosen
+LEAST_SCALE = 4.0  # of logits: with less, small catalogs are learned slowly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +52,9 @@ class Horizon:
         return self.max_offset
 
     @property
-    def is_single(self) -> bool:
-        """True where no more than one play can be the target."""
-        return self.min_offset == self.max_offset
+    def choices(self) -> int:
+        """Plays that can be the target of a position, at most."""
+        return self.max_offset - self.min_offset + 1
 
     def spans(self, histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
         """int64 (Q,) each: the positions of the first target play of each query, and behind the last one."""
@@ -85,9 +86,9 @@ class DaysHorizon:
         return PLAYS_IN_DAYS
 
     @property
-    def is_single(self) -> bool:
+    def choices(self) -> int:
         """As of `Horizon`."""
-        return False
+        return PLAYS_IN_DAYS
 
     def spans(self, histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
         """As of `Horizon`."""
@@ -112,6 +113,16 @@ def _first_since(played_at: np.ndarray, begin: np.ndarray, end: np.ndarray, mome
 
 AnyHorizon = Horizon | DaysHorizon
 NEXT_PLAY = Horizon(min_offset=1, max_offset=1)
+
+
+def logit_scale(num_songs: int, horizon: AnyHorizon) -> float:
+    """The factor that makes logits of cosines, the inverse of the softmax temperature [ours].
+
+    With it a song at cosine 1, the others at 0, has a chance of 1 / (choices + 1). It is not learned: a network makes
+    it ever larger to be surer of the plays that it has seen, and finds fewer of those that it has not. The fixed scale
+    of AdaCos (Zhang et al. 2019, arXiv:1905.00292) is the square root of 2 times as large.
+    """
+    return max(math.log(max(1, num_songs) / horizon.choices), LEAST_SCALE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +154,7 @@ class ModelConfig:
     features: FeatureSpec
     horizons: dict[str, AnyHorizon]
     song_table: SongTable
+    logit_scales: dict[str, float]  # by horizon: factors that make logits of cosines
     cell: Cell = "gru"
     averages: tuple[float, ...] = ()  # discounts γ of the averages that the head sees
     input_table: bool = False  # whether songs as inputs have a table of their own
@@ -224,6 +236,7 @@ class TrainConfig(Settings):
     )
     short: tuple[int, ...] = Field((1, 1), description="Offsets min,max of the short horizon, in plays; empty: none")
     long: tuple[int, ...] = Field((25, 50), description="Offsets min,max of the long horizon, in plays; empty: none")
+    long_weight: float = Field(0.3, gt=0, description="Weight of the long horizon's loss beside that of the short one")
     long_days: tuple[int, ...] = Field(
         (),
         description="Days first,last of the long horizon instead, counted from the request: 0,7 for the next 7 days; "
@@ -297,6 +310,7 @@ class TrainConfig(Settings):
             features=features,
             horizons=self.horizons,
             song_table=self.song_table,
+            logit_scales={name: logit_scale(num_songs, horizon) for name, horizon in self.horizons.items()},
             averages=self.averages,
             input_table=self.has_input_table,
         )

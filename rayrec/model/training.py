@@ -139,7 +139,7 @@ class StepMaker:
         A horizon of several offsets, or of days, draws T = `long_targets` of them for each position.
         """
         rows, longest = len(windows), max(1, int(windows.inputs.max(initial=0)))
-        draws = 1 if horizon.is_single else self._config.long_targets
+        draws = 1 if horizon.choices == 1 else self._config.long_targets
         # Drawn for the whole batch, whatever the number of workers, so that a window's targets do not depend on it.
         drawn = (int(windows.places.max(initial=-1)) + 1, self._config.window, draws)
         exists = np.arange(longest)[:, None] < windows.inputs[:, None, None]
@@ -188,6 +188,7 @@ class StepMaker:
             there_PT=there_PT,
             negatives=negatives,
             prior_PT=prior_PT,
+            weight_H=np.array([self._config.long_weight if name == "long" else 1.0 for name in drawn]),
             count=count,
         )
 
@@ -300,6 +301,7 @@ class Training:
         self._dense = [model.get_parameter(name) for name in self._dense_names]
         self.optimizer = torch.optim.Adam(self._dense, lr=config.learning_rate, fused=True)
         self._taken = 0  # steps
+        self._scale_H = torch.tensor([*model.config.logit_scales.values()], device=self.device)
         weights = {name: value.detach() for name, value in model.named_parameters() if name in TABLES}
         self.tables: dict[str, SongTable] = {name: self._table(value) for name, value in weights.items()}
         self.exchange = RowExchange(share)
@@ -426,7 +428,7 @@ class Training:
         targets = step.targets
         taste_PD = torch.stack([*tastes.values()]).flatten(0, 2).index_select(0, targets.positions).float()
         objective = OBJECTIVES[self.config.objective]
-        scale_P = targets.horizons_PH @ self.model.log_scale.exp()
+        scale_P = targets.horizons_PH @ self._scale_H
         return objective(outputs_UD.float(), taste_PD, targets, step.negatives, scale_P)
 
     def _add_up_gradients(self) -> None:

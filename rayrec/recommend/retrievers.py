@@ -79,7 +79,7 @@ class TasteRetriever(Retriever):
     def __init__(
         self, index: SongIndex, horizon: HorizonName, scale: float, *, name: str = "", songs: np.ndarray | None = None
     ) -> None:
-        """`scale` makes logits of cosines: the inverse of the temperature that the network learned.
+        """`scale` makes logits of cosines: the inverse of the temperature that the network was trained with.
 
         `songs`, int64 (n,), are the song rows of the index's rows where it is one of some songs.
         """

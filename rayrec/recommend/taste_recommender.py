@@ -57,8 +57,8 @@ class TasteRecommender(VectorRecommender):
         self.added, self.added_songs = added, added.rows
 
     def scale(self, horizon: HorizonName) -> float:
-        """The factor that makes logits of cosines: the inverse of the temperature that the network learned."""
-        return float(self.encoder.model.scale(self.head(horizon)).detach())
+        """The factor that makes logits of cosines: the inverse of the temperature that the network was trained with."""
+        return self.encoder.model.config.logit_scales[self.head(horizon)]
 
     @classmethod
     def load(

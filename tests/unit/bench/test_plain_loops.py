@@ -40,6 +40,7 @@ def task(workspace: Workspace) -> TrainTask:
         features=FeatureSpec(),
         horizons=config.horizons,
         song_table="trained",
+        logit_scales={"short": 9.0, "long": 6.0},
     )
     return TrainTask(workspace=workspace, config=config, model=model, counts=np.ones(SONGS, dtype=np.int64))
 

@@ -54,6 +54,7 @@ def targets_of(songs: list[int] | list[list[int]], negatives: Negatives, prior: 
         there_PT=songs_PT >= 0,
         negatives=negatives.places_K.numpy(),
         prior_PT=np.zeros(safe.shape, dtype=np.float32) if prior is None else prior[safe],
+        weight_H=np.ones(1),
         count=NUM_SONGS,
     )
 
@@ -129,6 +130,7 @@ def test_gradients_of_chunks_equal_those_of_all_logits_at_once(chunk: int, monke
     exact = replace(
         targets,
         horizons_PH=torch.stack([1 - second, second], dim=1),
+        weight_H=torch.tensor([1.0, 0.5], **many),
         **{name: getattr(targets, name).to(**many) for name in ("weight_PT", "missing_PT", "prior_PT")},
     ).weighed(np.array([40.0, 7.0]))
     assert exact.rows == [40, 25, 25]

@@ -150,7 +150,7 @@ def targets_of(
     rows = found.horizons_PH[:, number].numpy() > 0
     looked_up = step.songs["songs.weight"].numpy()[found.places_PT.numpy()[rows]]
     longest = int(windows.inputs.max())
-    draws = 1 if config.horizons[horizon].is_single else config.long_targets
+    draws = 1 if config.horizons[horizon].choices == 1 else config.long_targets
     grid = np.full((len(windows) * longest, draws), -1)
     positions = found.positions.numpy()[rows] - number * len(grid)
     grid[positions] = np.where(found.weight_PT.numpy()[rows] > 0, looked_up, -1)[:, :draws]

@@ -30,6 +30,7 @@ def _source(long: AnyHorizon, histories: Histories) -> CandidateSource:
         features=FeatureSpec(),
         horizons={"short": Horizon(min_offset=1, max_offset=1), "long": long},
         song_table="frozen",
+        logit_scales={"short": 9.0, "long": 6.0},
     )
     vectors = random_vectors(NUM_SONGS, 8)
     network = TasteRecommender(TasteModel(config, torch.from_numpy(vectors)).eval(), vectors)

@@ -49,6 +49,7 @@ def _network(num_songs: int = NUM_SONGS) -> TasteRecommender:
         features=FeatureSpec(),
         horizons={"short": Offsets(min_offset=1, max_offset=1), "long": Offsets(min_offset=2, max_offset=4)},
         song_table="frozen",
+        logit_scales={"short": 9.0, "long": 6.0},
     )
     vectors = random_vectors(num_songs, 8)
     return TasteRecommender(TasteModel(config, torch.from_numpy(vectors)).eval(), vectors)
