@@ -87,5 +87,5 @@ def test_the_targets_of_all_workers_are_known_before_the_step(monkeypatch: pytes
     agreed = RowExchange(SHARE).agree(step, [*step.songs])
     for targets, total in ((step.targets, 1.0), (agreed.targets, 1 / WORKERS)):
         assert (targets.weight_PT.T @ targets.horizons_PH).sum(0).tolist() == pytest.approx(
-                [total, SMALL.long_weight * total]
-            )
+            [total, SMALL.long_weight * total]
+        )
