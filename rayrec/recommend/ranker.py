@@ -269,8 +269,9 @@ class Ranker:
         """Learn from the queries that are not held out, and calibrate on those that are.
 
         With fewer than 10,000 queries to learn from trees of four leaves are tried, too, with fewer than 2,000, which
-        carry no trees, linear models; the one with the best NDCG@20 on the queries held out is kept [ours]. Raises
-        `TooFewQueriesError` where there is nothing to learn from or nothing to check on.
+        carry no trees, linear models. Kept is the simplest whose NDCG@20 on the queries held out is at most a standard
+        error below the best (Breiman et al. 1984). Raises `TooFewQueriesError` where there is nothing to learn from or
+        nothing to check on.
         """
         settings = settings or RankerSettings()
         grown, checked = (examples.take(examples.found & part) for part in (~examples.held_out, examples.held_out))
@@ -279,14 +280,16 @@ class Ranker:
                 f"a ranker learns from queries whose right song is a candidate; there are {len(grown)} to learn from "
                 f"and {len(checked)} to check on: give a split with more validation days"
             )
-        models: list[TreeModel | LinearModel] = [TreeModel.fit(grown, checked, names, settings)]
+        models: list[TreeModel | LinearModel] = []  # the simplest first
+        if len(grown) < FEW_QUERIES:
+            models += [LinearModel.fit(grown, penalty) for penalty in reversed(PENALTIES)]
         if len(grown) < SOME_QUERIES:
             models.append(TreeModel.fit(grown, checked, names, replace(settings, leaves=FEW_LEAVES, patience=60)))
-        if len(grown) < FEW_QUERIES:
-            models += [LinearModel.fit(grown, penalty) for penalty in PENALTIES]
-        best = max(models, key=lambda model: ndcg(checked.rows, model.scores(checked.features), checked.right))
+        models.append(TreeModel.fit(grown, checked, names, settings))
+        gains = [query_ndcg(checked.rows, model.scores(checked.features), checked.right) for model in models]
+        model = models[simplest_of_best(gains)]
         held_out = examples.take(examples.held_out)
-        return cls(best, names, calibrate(held_out.rows, best.scores(held_out.features), held_out.right))
+        return cls(model, names, calibrate(held_out.rows, model.scores(held_out.features), held_out.right))
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """float32 (C,): higher is better; comparable within a query only."""
@@ -311,8 +314,24 @@ class Ranker:
         return cls(MODELS[about["form"]].load(workspace, folder, name), list(about["features"]), calibration)
 
 
+def simplest_of_best(gains: Sequence[np.ndarray]) -> int:
+    """The first of several models that is at most a standard error below the best on the same queries.
+
+    `gains`, float (Q,) each, are their figures on each query, those of the simplest model first. What chance decides on
+    held-out queries of the same days is lost on later ones.
+    """
+    best = gains[int(np.argmax([gain.mean() for gain in gains]))]
+    behind = [best - gain for gain in gains]
+    return next(number for number, lost in enumerate(behind) if lost.mean() <= lost.std() / np.sqrt(len(lost)))
+
+
 def ndcg(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> float:
-    """Mean NDCG@20 over queries, each of which has a right candidate; equal scores count against the right ones.
+    """Mean of `query_ndcg`."""
+    return float(query_ndcg(rows, scores, right).mean())
+
+
+def query_ndcg(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """float64 (Q,): NDCG@20 of queries, each of which has a right candidate; equal scores count against the right ones.
 
     `rows`, int (C,), are the queries, `scores` float (C,), `right` bool (C,).
     """
@@ -321,7 +340,7 @@ def ndcg(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> float:
     gains = np.where(right[order] & (place < TOP), 1 / np.log2(place + 2), 0)
     right_counts = np.bincount(rows, weights=right).astype(int)
     ideal = np.cumsum(1 / np.log2(np.arange(TOP) + 2))[np.minimum(right_counts, TOP) - 1]
-    return float(np.mean(np.bincount(rows[order], weights=gains) / ideal))
+    return np.asarray(np.bincount(rows[order], weights=gains) / ideal)
 
 
 def softmax_shares(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rayrec.errors import DamagedArtifactError, InputError
-from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, ndcg, softmax_shares
+from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, ndcg, simplest_of_best, softmax_shares
 from rayrec.storage.workspace import Workspace
 
 CANDIDATES = 20
@@ -154,3 +154,14 @@ def test_ndcg_is_one_for_a_perfect_order_and_counts_ties_against() -> None:
     assert ndcg(rows, np.array([3.0, 1.0, 2.0, 0.0, 1.0]), right) == 1
     tied = ndcg(np.array([0, 0]), np.array([1.0, 1.0]), np.array([True, False]))
     assert tied == pytest.approx(1 / np.log2(3))
+
+
+def test_of_models_that_chance_cannot_tell_apart_the_simplest_is_kept() -> None:
+    random = np.random.default_rng(0)
+    best = random.uniform(0.2, 0.6, size=900)
+    noise = random.normal(0, 0.3, size=900)
+    a_little_below, far_below = best + noise - noise.mean() - 0.005, best + noise - noise.mean() - 0.03
+    assert simplest_of_best([far_below, a_little_below, best]) == 1  # the standard error is 0.01
+    assert simplest_of_best([far_below, best, a_little_below]) == 1
+    assert simplest_of_best([best, best + 0.01]) == 1  # surely better, by however little
+    assert simplest_of_best([best, best]) == 0
