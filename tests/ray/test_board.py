@@ -11,7 +11,7 @@ from rayrec.jobs.trainer import new_board, shown
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-def test_the_bar_moves_with_what_workers_write_and_shows_the_last_judgement(
+def test_the_bar_moves_with_what_workers_write_and_shows_the_last_validation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told: list[tuple[float, str | None]] = []

@@ -1,4 +1,4 @@
-"""Given pairs judged on a local cluster, and from the command line."""
+"""Given pairs evaluated on a local cluster, and from the command line."""
 
 import json
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_the_job_over_shards_equals_one_pass_in_one_process(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_pairs_are_judged_from_the_command_line(
+def test_pairs_are_evaluated_from_the_command_line(
     dataset: Dataset, file: PrefixFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--workspace", dataset.workspace.uri, "evaluate", "--models", "popularity", "--prefixes", file.path]

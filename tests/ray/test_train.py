@@ -69,9 +69,9 @@ def test_epochs_are_chosen_by_plays_that_have_one_in_the_horizon() -> None:
     days = [0, 1, 2, 3, 9, 10]
     histories = Histories.from_lists([range(6)], [[day * DAY_MS for day in days]])  # type: ignore[list-item]
     before = FitRange(before=DAY_MS)
-    judged = load_validation(histories.to_arrow(), before, 10, DaysHorizon(first_day=1, last_day=2))
-    assert judged.plays.tolist() == [1, 2, 4]  # a day after the 3rd nothing was played, and nothing after the 10th
-    assert judged.answers.tolist() == [2, 3, 5]
+    validation = load_validation(histories.to_arrow(), before, 10, DaysHorizon(first_day=1, last_day=2))
+    assert validation.plays.tolist() == [1, 2, 4]  # a day after the 3rd nothing was played, and nothing after the 10th
+    assert validation.answers.tolist() == [2, 3, 5]
     assert load_validation(histories.to_arrow(), before, 10).answers.tolist() == [1, 2, 3, 4, 5]
 
 
@@ -270,8 +270,8 @@ def test_a_training_from_a_model_takes_a_quarter_of_its_epochs_where_it_saw_the_
     assert made.metrics["validation_recall@20"] is None
     assert made.metrics["loss"] < in_process.metrics["loss"] * 1.05
     blind = train(world, CONFIG.replace(refit=False), split=split)
-    judged = train(world, CONFIG, split=split, from_id=blind.id)
-    assert judged.metrics["validation_recall@20"] > 0
+    chosen = train(world, CONFIG, split=split, from_id=blind.id)
+    assert chosen.metrics["validation_recall@20"] > 0
     early = split_dataset(world, SplitConfig(test_days=30, validation_days=10))
     with pytest.raises(LeakError, match="was fit on plays of the test range"):
         train(world, CONFIG, split=early, from_id=in_process.id)

@@ -42,7 +42,7 @@ def split(made: tuple[Workspace, dict[str, Outcome]]) -> Split:
     return list_splits(made[0])[-1]
 
 
-def test_the_end_of_each_sequence_is_judged_and_the_report_says_so(
+def test_the_end_of_each_sequence_is_evaluated_and_the_report_says_so(
     made: tuple[Workspace, dict[str, Outcome]],
 ) -> None:
     workspace, outcomes = made

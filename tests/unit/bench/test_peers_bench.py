@@ -1,4 +1,4 @@
-"""Our network beside another library's: both meet the same queries and are judged by the same ranks."""
+"""Our network beside another library's: both meet the same queries and are ranked by the same ranks."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_queries_are_plays_of_the_test_range_behind_another(workspace: Workspace
     assert len(queries_of_test_range(dataset, split, 2).plays) == 2
 
 
-def test_networks_train_by_turns_and_are_judged_after_each_epoch(workspace: Workspace, histories: Histories) -> None:
+def test_networks_train_by_turns_and_are_evaluated_after_each_epoch(workspace: Workspace, histories: Histories) -> None:
     dataset = write_dataset(workspace, histories, 10)
     queries = queries_of_test_range(dataset, Split(id="s", dataset="by-hand", validation_from=40, test_from=50), 10)
     targets, turns = queries.histories.songs[queries.plays], list[str]()

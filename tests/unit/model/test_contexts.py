@@ -15,7 +15,7 @@ from rayrec.model.inference import TasteEncoder
 from rayrec.model.train_config import FeatureSpec, TrainConfig
 
 NUM_SONGS = 40
-JUDGED, LEARNED = np.arange(150), np.arange(150, 750)  # users
+HELD_OUT, LEARNED = np.arange(150), np.arange(150, 750)  # users
 CONFIG = TrainConfig(
     hidden_dim=32,
     window=40,
@@ -57,27 +57,27 @@ def world() -> World:
 def predicted(world: World) -> Recall:
     """What no predictor can pass that sees the contexts, or does not."""
     aware, blind = (Oracle(world, know_contexts=known) for known in (True, False))
-    return Recall(aware.best_recall(1, JUDGED, first_play=1), blind.best_recall(1, JUDGED, first_play=1))
+    return Recall(aware.best_recall(1, HELD_OUT, first_play=1), blind.best_recall(1, HELD_OUT, first_play=1))
 
 
 @pytest.fixture(scope="module")
 def learned(world: World) -> Recall:
     """What two networks reach on users that they have not seen, one of them with contexts."""
-    learn_from, judge_on = world.histories(LEARNED), world.histories(JUDGED)
-    return Recall(*(learned_recall(learn_from, judge_on, names) for names in (CONTEXTS, ())))
+    learn_from, evaluate_on = world.histories(LEARNED), world.histories(HELD_OUT)
+    return Recall(*(learned_recall(learn_from, evaluate_on, names) for names in (CONTEXTS, ())))
 
 
-def learned_recall(learn_from: Histories, judge_on: Histories, contexts: tuple[str, ...]) -> float:
+def learned_recall(learn_from: Histories, evaluate_on: Histories, contexts: tuple[str, ...]) -> float:
     """The recall@1 of a network with these contexts as features."""
     torch.set_num_threads(1)
     shape = model_config(CONFIG, num_songs=NUM_SONGS, features=FeatureSpec(contexts=contexts))
     counts = np.bincount(learn_from.songs, minlength=NUM_SONGS)
     data = FitData(vectors=random_vectors(NUM_SONGS), counts=counts)
     model = Fit(shape, CONFIG, {"final": data}, MemoryHost({"final": learn_from}, CONFIG), validation=None).run()
-    queries = every_play(judge_on, first_play=1)
-    tastes = TasteEncoder(model).vectors(judge_on, queries, "short")
+    queries = every_play(evaluate_on, first_play=1)
+    tastes = TasteEncoder(model).vectors(evaluate_on, queries, "short")
     songs = model.song_vectors(torch.arange(NUM_SONGS)).detach().numpy()
-    played = judge_on.songs[judge_on.offsets[queries.rows] + queries.seen]
+    played = evaluate_on.songs[evaluate_on.offsets[queries.rows] + queries.seen]
     return float(((tastes @ songs.T).argmax(axis=1) == played).mean())
 
 

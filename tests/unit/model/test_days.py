@@ -77,14 +77,14 @@ def test_a_horizon_of_days_finds_what_is_played_a_week_later_and_one_of_plays_do
     assert found_a_week_later(long=(1, 10)) < 0.3
 
 
-def test_a_network_of_days_alone_is_judged_by_plays_in_the_range() -> None:
+def test_a_network_of_days_alone_is_validated_by_plays_in_the_range() -> None:
     histories = weekly_histories(10)
     asked = asked_on_the_first_day(histories)
     begin, end = A_WEEK_LATER.spans(histories, Queries.before_plays(histories, asked))
-    judged = Validation(histories=histories, plays=asked[begin < end], horizon=A_WEEK_LATER)
+    validation = Validation(histories=histories, plays=asked[begin < end], horizon=A_WEEK_LATER)
     groups = histories.songs // EACH
-    np.testing.assert_array_equal(groups[judged.answers], (groups[judged.plays] + 1) % GROUPS)
-    assert (histories.rows[judged.answers] == histories.rows[judged.plays]).all()
-    assert len(set((judged.answers - judged.plays).tolist())) > 10
+    np.testing.assert_array_equal(groups[validation.answers], (groups[validation.plays] + 1) % GROUPS)
+    assert (histories.rows[validation.answers] == histories.rows[validation.plays]).all()
+    assert len(set((validation.answers - validation.plays).tolist())) > 10
     plain = Validation(histories=histories, plays=asked)
     np.testing.assert_array_equal(plain.answers, plain.plays)

@@ -262,7 +262,7 @@ def test_songs_are_known_by_a_play_or_by_a_vector() -> None:
     assert newer.known(Share()).tolist() == [True, True, True, False]
 
 
-def judged(model: TasteModel, vectors: np.ndarray, validation: Validation) -> dict[str, float]:
+def metrics_of(model: TasteModel, vectors: np.ndarray, validation: Validation) -> dict[str, float]:
     """The figures of a network on plays, among songs with these vectors."""
     tastes = TasteEncoder(model).vectors(validation.histories, validation.queries, "short")
     return validation_metrics(torch.from_numpy(tastes), torch.from_numpy(vectors), validation, Share())
@@ -270,7 +270,7 @@ def judged(model: TasteModel, vectors: np.ndarray, validation: Validation) -> di
 
 def hits(model: TasteModel, vectors: np.ndarray, validation: Validation) -> int:
     """How many plays are among the first 20."""
-    return round(judged(model, vectors, validation)[f"validation_recall@{RECALL_AT}"] * len(validation.plays))
+    return round(metrics_of(model, vectors, validation)[f"validation_recall@{RECALL_AT}"] * len(validation.plays))
 
 
 def test_ties_and_unknown_songs_are_no_hits() -> None:
@@ -311,7 +311,7 @@ def test_epochs_are_chosen_by_new_songs_among_those_not_heard() -> None:
     histories = Histories.from_lists([[1, 0, 2, 0]], [[1, 2, 3, 4]])
     asked = Validation(histories=histories, plays=np.array([2, 3]))
     # Song 2 after 0 is third of all, behind 0 and 1, which were heard. Song 0 after 2 is second, and not new.
-    assert judged(model, vectors, asked) == {
+    assert metrics_of(model, vectors, asked) == {
         f"validation_recall@{RECALL_AT}": 1.0,
         f"validation_mrr@{RECALL_AT}": pytest.approx((1 / 3 + 1 / 2) / 2),
         CHOSEN_BY: pytest.approx(1.0),

@@ -102,7 +102,7 @@ def fit_all(share: Share, folder: Path, ways: Sequence[str]) -> None:
     assert asked is not None
     tastes = vectors[asked.histories.songs[asked.plays]] + torch.randn(len(asked.plays), DIM, generator=random)
     figures = validation_metrics(tastes, share.own(vectors), asked, share)
-    (folder / f"judged {share.workers} {share.rank}.json").write_text(json.dumps(figures))
+    (folder / f"figures {share.workers} {share.rank}.json").write_text(json.dumps(figures))
 
 
 def _one_of(rank: int, workers: int, folder: str) -> None:
@@ -172,10 +172,10 @@ def test_no_worker_holds_a_table_whole_from_the_start_to_the_model_file(
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 4])
 def test_the_ranks_among_all_songs_are_counted_by_all_workers(folder: Path, workers: int) -> None:
-    alone = json.loads((folder / "judged 1 0.json").read_text())
+    alone = json.loads((folder / "figures 1 0.json").read_text())
     assert 0.1 < alone[f"validation_recall@{RECALL_AT}"] < 0.9
     for rank in range(workers):
-        assert json.loads((folder / f"judged {workers} {rank}.json").read_text()) == alone
+        assert json.loads((folder / f"figures {workers} {rank}.json").read_text()) == alone
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from judgements import write_judgement
+from planted_reports import plant_report
 from served import Client, service, write_release, write_world
 
 from rayrec.data.dataset import Dataset
@@ -38,7 +38,7 @@ def test_a_card_tells_the_data_and_the_figures_of_its_own_release_alone(world: W
     data = Dataset(world).manifest
     with service(world) as opened:
         app = Client(opened)
-        write_judgement(world, other.inputs, recall=0.9, report_id="other")
+        plant_report(world, other.inputs, recall=0.9, report_id="other")
         card = app.get("/v1/release/card").json()
         assert (card["release"], card["parts"]) == (release.id, release.inputs)
         told = {name: card["data"][name] for name in ("id", "users", "plays", "songs")}
@@ -47,7 +47,7 @@ def test_a_card_tells_the_data_and_the_figures_of_its_own_release_alone(world: W
         missing = app.get("/v1/release/report")
         assert missing.status_code == 404
         assert "rayrec evaluate" in missing.json()["detail"]
-        write_judgement(world, release.inputs, recall=0.42, report_id="own")
+        plant_report(world, release.inputs, recall=0.42, report_id="own")
         card = app.get("/v1/release/card").json()
         assert (card["report"], card["queries"], card["warning"]) == ("own", 9, "the test range leaked")
         assert card["metrics"] == {"served_recall@20": 0.42, "served_mrr@20": 0.2}

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from judgements import write_judgement
+from planted_reports import plant_report
 from served import AT, service, write_release, write_world
 
 from rayrec.data import columns
@@ -267,7 +267,7 @@ def test_the_model_card_gives_the_quality_and_the_report(world: Workspace, brows
             assert "Not evaluated" in page.locator("#facts").inner_text()
             assert page.get_by_text("Evaluation report").is_hidden()
             assert page.get_by_text("API documentation").get_attribute("href") == "docs"
-        write_judgement(world, release.inputs)
+        plant_report(world, release.inputs)
         try:
             with page_of(browser, url) as page:
                 if key:

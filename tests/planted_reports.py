@@ -5,8 +5,8 @@ from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.workspace import Workspace
 
 
-def write_judgement(
-    workspace: Workspace, parts: dict[str, str], *, recall: float = 0.42, report_id: str = "judged"
+def plant_report(
+    workspace: Workspace, parts: dict[str, str], *, recall: float = 0.42, report_id: str = "planted"
 ) -> None:
     """A report that says recall@20 as served is `recall`, MRR@20 is 0.2, and that the test range leaked."""
     about = {"model": "two-step", "kind": "network", "users": "all", "target": "served", "k": 20}
