@@ -120,9 +120,11 @@ def test_histories_are_made_up_alike_each_time() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_training_takes_the_steps_of_another() -> None:
-    plain, compiled = (device_bench.learned(Size.quick(), "cpu", 3, compiled=choice) for choice in (False, True))
+    """Without dropout, of which compiled code may draw others."""
+    size = replace(Size.quick(), config=Size.quick().config.replace(dropout=0.0))
+    plain, compiled = (device_bench.learned(size, "cpu", 3, compiled=choice) for choice in (False, True))
     for name, value in plain.state_dict().items():
-        torch.testing.assert_close(compiled.state_dict()[name], value, atol=1e-4, rtol=0, msg=name)
+        torch.testing.assert_close(compiled.state_dict()[name], value, atol=1e-6, rtol=0, msg=name)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
