@@ -25,6 +25,7 @@ FEW_QUERIES = 2_000  # to learn from, below which linear models are tried, too
 PENALTIES = (1.0, 10.0, 100.0)  # of squared weights that are tried
 KNOTS = 60  # points of the curve from scores to chances
 SLOPE = 0.01  # of the curve where it would be level
+ROWS_AT_ONCE = 1 << 14  # candidates that a linear model scores
 TREES_A_CHECK = 5  # a check takes as long as half a tree
 
 
@@ -201,9 +202,13 @@ class LinearModel:
     def scores(self, features: np.ndarray) -> np.ndarray:
         """float32 (C,), from float32 (C, F)."""
         # A request years after the last play is like the latest that there was to learn from.
-        inside = np.clip(features, self._lowest.astype(np.float32), self._highest.astype(np.float32))
-        of_values = self._weight / self._deviation  # so that an answer makes one copy of the features, not three
-        return np.asarray(inside @ of_values.astype(np.float32) - float(self._mean @ of_values))
+        lowest, highest = self._lowest.astype(np.float32), self._highest.astype(np.float32)
+        of_values = self._weight / self._deviation
+        scores = np.empty(len(features), dtype=np.float32)
+        for begin in range(0, len(features), ROWS_AT_ONCE):  # a batch of users is never copied whole
+            some = slice(begin, begin + ROWS_AT_ONCE)
+            scores[some] = np.clip(features[some], lowest, highest) @ of_values.astype(np.float32)
+        return scores - np.float32(self._mean @ of_values)
 
     @classmethod
     def fit(cls, examples: RankingExamples, penalty: float) -> LinearModel:
