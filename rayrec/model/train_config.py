@@ -27,7 +27,7 @@ SELECTION_NETWORK = "selection"  # folder in a models artifact: the network befo
 PLAY_COUNTS = "play_counts.npy"  # int64 (N,): plays of each song in the range that the model was fit on
 PLAYS_IN_DAYS = 500  # after a query that a horizon in days may hold; windows hold so many behind their inputs
 USUAL_BATCH = 64  # windows, for which learning rates and negatives are chosen
-LEAST_SCALE = 4.0  # of logits: with less, small catalogs are learned slowly
+LEAST_SCALE = 4.0  # of logits, however few songs there are for each choice; not tuned
 
 
 @dataclass(frozen=True, kw_only=True)

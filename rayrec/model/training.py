@@ -301,7 +301,8 @@ class Training:
         self._dense = [model.get_parameter(name) for name in self._dense_names]
         self.optimizer = torch.optim.Adam(self._dense, lr=config.learning_rate, fused=True)
         self._taken = 0  # steps
-        self._scale_H = torch.tensor([*model.config.logit_scales.values()], device=self.device)
+        scales = [model.config.logit_scales[name] for name in model.config.horizons]
+        self._scale_H = torch.tensor(scales, device=self.device)
         weights = {name: value.detach() for name, value in model.named_parameters() if name in TABLES}
         self.tables: dict[str, SongTable] = {name: self._table(value) for name, value in weights.items()}
         self.exchange = RowExchange(share)

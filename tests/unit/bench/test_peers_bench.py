@@ -1,4 +1,4 @@
-"""Our network beside another library's: both meet the same queries and are ranked by the same ranks."""
+"""Our network beside another library's: both meet the same queries and are measured by the same ranks."""
 
 import json
 import os

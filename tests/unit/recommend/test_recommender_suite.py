@@ -55,7 +55,7 @@ def _network(_: Histories, vectors: np.ndarray) -> TasteRecommender:
         features=FeatureSpec(),
         horizons={"short": Offsets(min_offset=1, max_offset=1)},
         song_table="frozen",
-        logit_scales={"short": 9.0, "long": 6.0},
+        logit_scales={"short": 9.0},
     )
     return TasteRecommender(TasteModel(config, torch.from_numpy(vectors)).eval(), vectors)
 
