@@ -297,6 +297,7 @@ def test_all_is_done_by_keyboard(world: Workspace, browser: Any) -> None:
         page.keyboard.press("Enter")
         page.locator("#song-title", has_text="Title 12").wait_for()
         page.keyboard.press("Escape")
+        page.locator("#song").wait_for(state="hidden")
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
         page.locator("#status", has_text="1 play").wait_for()
