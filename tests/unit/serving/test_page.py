@@ -304,6 +304,22 @@ def test_all_is_done_by_keyboard(world: Workspace, browser: Any) -> None:
         assert page.locator("#history li").get_attribute("data-song") == "song-12"
 
 
+def test_the_page_can_be_used_before_it_is_loaded(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url) as page:
+        held: list[Any] = []
+        page.locator("#card").wait_for()
+        page.route("**/v1/songs/popular?k=1", lambda route: held.append(route))  # of which the example is made
+        page.reload()
+        find_and_play(page, "title 3", "Play Artist 3 – Title 3")
+        page.locator("#status", has_text="1 play").wait_for()
+        assert page.locator("#card").is_hidden()
+        held[0].continue_()
+        page.locator("#card").wait_for()
+        page.locator("#status", has_text="1 play").wait_for()
+        assert page.locator("#history li").get_attribute("data-song") == "song-3"
+        assert page.evaluate("document.activeElement.closest('#found')") is not None  # the focus stays where it was
+
+
 def test_where_keys_are_needed_the_page_asks_for_one(world: Workspace, browser: Any) -> None:
     keys = load_keys(ServeConfig(), {"RAYREC_API_KEYS": f"read:{KEY}"})
     with served(world, keys) as url, page_of(browser, url) as page:
