@@ -152,7 +152,7 @@ class BucketTastes:
         network = load_model(workspace, model.folder, model.files)
         if added is not None:
             songs = AddedSongs.load(workspace, added.folder)
-            network.add_songs(torch.from_numpy(songs.rows), torch.from_numpy(songs.inputs))
+            network.add_songs(*map(torch.from_numpy, (songs.rows, songs.averaged, songs.inputs)))
         self._encoder = TasteEncoder(network, "cuda" if config.gpu else "cpu")
         self._dataset, self._folder, self._at, self._config, self._base = Dataset(workspace), folder, at, config, base
         self._done = done

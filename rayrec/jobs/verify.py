@@ -344,7 +344,7 @@ def _check_model(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> N
 
 
 def _check_added_songs(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
-    from rayrec.model.added_songs import INPUTS, OUTPUTS, ROWS
+    from rayrec.model.added_songs import AVERAGED, INPUTS, OUTPUTS, ROWS
 
     known = _known(dataset, manifest)
     rows = audit.workspace.read_array(manifest.path(ROWS))
@@ -352,7 +352,7 @@ def _check_added_songs(audit: Audit, manifest: Manifest, dataset: Dataset | None
     audit.require(
         bool((np.diff(rows) > 0).all() and inside), manifest.path(ROWS), "are not ascending rows of the songs"
     )
-    for name in (OUTPUTS, INPUTS):
+    for name in (OUTPUTS, AVERAGED, INPUTS):
         vectors = audit.workspace.read_array(manifest.path(name))
         fits = vectors.ndim == 2 and len(vectors) == len(rows) and bool(np.isfinite(vectors).all())
         audit.require(

@@ -25,11 +25,19 @@ PENALTIES = tuple(10.0**power for power in range(-4, 3))  # tried, of squared we
 MAP_SONGS = 50_000  # that a map is learned on, at most
 CHECKED = 5  # one song in so many checks the penalties
 SMALLEST_DEVIATION = 1e-6  # of a number of content vectors, below which it says nothing
-ROWS, OUTPUTS, INPUTS = "rows.npy", "song_vectors.npy", "input_vectors.npy"
+ROWS, OUTPUTS, AVERAGED, INPUTS = "rows.npy", "song_vectors.npy", "averaged_vectors.npy", "input_vectors.npy"
 ARTIST_ROWS, ALBUM_ROWS = "artist_rows.npy", "album_rows.npy"
 OUTPUT_MAP, INPUT_MAP = "song_map.safetensors", "input_map.safetensors"
-OF_SONGS = ("rows", "outputs", "inputs", "artist_rows", "album_rows")  # arrays of `AddedSongs` with an entry a song
-FILES = (ROWS, OUTPUTS, INPUTS, ARTIST_ROWS, ALBUM_ROWS, OUTPUT_MAP, INPUT_MAP)
+OF_SONGS = (
+    "rows",
+    "outputs",
+    "averaged",
+    "inputs",
+    "artist_rows",
+    "album_rows",
+)  # arrays of `AddedSongs` with an entry a song
+READ_WITH_PLAYS = ("averaged", "inputs")  # vectors that stay as they were when plays were read with them
+FILES = (ROWS, OUTPUTS, AVERAGED, INPUTS, ARTIST_ROWS, ALBUM_ROWS, OUTPUT_MAP, INPUT_MAP)
 
 AROUND = 5  # plays before and behind the play of an added song that say where it belongs, weighted 1/distance
 PRIOR_PLAYS = 5.0  # plays that what is known of a song without plays counts as
@@ -281,7 +289,8 @@ class AddedSongs:
 
     rows: np.ndarray  # int64 (n,), song rows, ascending
     outputs: np.ndarray  # float32 (n, D), that taste vectors are compared with, at most of length 1
-    inputs: np.ndarray  # float32 (n, D), that the network reads; zeros where plays have been read without one
+    averaged: np.ndarray  # float32 (n, D), `outputs` as averages of plays have them; zeros as of `inputs`
+    inputs: np.ndarray  # float32 (n, D), that the cells read; zeros where plays have been read without one
     artist_rows: np.ndarray  # int64 (n,), the first song of the catalog by the same artist; -1 for an unknown artist
     album_rows: np.ndarray  # int64 (n,), the first song of the same album
     output_map: ContentMap
@@ -310,7 +319,7 @@ class AddedSongs:
         `inputs`, of the same shape, are the vectors of songs as the network reads them. `first_plays` of these songs
         draw their vectors to what was played around them, the more the more there are. The maps of `earlier` are
         taken over where the content is of the same kind. Of the songs that were there with it, the first `songs_then`,
-        input vectors stay as they were then: plays of them have been read.
+        the vectors that plays are read with stay as they were then.
         """
         described = _Described(catalog, content)
         rows = songs_without_vector(outputs, len(catalog))
@@ -330,16 +339,19 @@ class AddedSongs:
                 strict=True,
             )
         )
+        averaged = expected.copy()
         if earlier is not None:
             rows_then = rows[rows < songs_then]
             place = np.minimum(np.searchsorted(earlier.rows, rows_then), max(0, len(earlier) - 1))
             same = earlier.rows[place] == rows_then if len(earlier) else np.zeros(len(rows_then), dtype=bool)
-            read[: len(rows_then)][~same] = 0.0
-            read[: len(rows_then)][same] = earlier.inputs[place[same]]
+            for vectors, vectors_then in ((averaged, earlier.averaged), (read, earlier.inputs)):
+                vectors[: len(rows_then)][~same] = 0.0
+                vectors[: len(rows_then)][same] = vectors_then[place[same]]
         some = expected.any(axis=1)
         return cls(
             rows=rows[some],
             outputs=expected[some].astype(np.float32),
+            averaged=averaged[some].astype(np.float32),
             inputs=read[some].astype(np.float32),
             artist_rows=described.first_rows(described.artists, rows[some]),
             album_rows=described.first_rows(described.albums, rows[some]),
@@ -363,21 +375,20 @@ class AddedSongs:
 
     def fits(self, base: AddedSongs | None, songs_then: int) -> bool:
         """True where plays read with `base`, among the first `songs_then` songs, would be read the same with these."""
-        rows, inputs = self.rows[self.rows < songs_then], self.inputs[self.rows < songs_then]
+        now = self.take(self.rows < songs_then)
         if base is None:
-            return not inputs.any()
-        before = base.rows < songs_then
-        known = np.union1d(rows, base.rows[before])
-        tables = [np.zeros((len(known), self.inputs.shape[1]), dtype=np.float32) for _ in range(2)]
-        tables[0][np.searchsorted(known, rows)] = inputs
-        tables[1][np.searchsorted(known, base.rows[before])] = base.inputs[before]
+            return not any(getattr(now, name).any() for name in READ_WITH_PLAYS)
+        then = base.take(base.rows < songs_then)
+        known = np.union1d(now.rows, then.rows)
+        tables = [np.zeros((len(known), len(READ_WITH_PLAYS), self.inputs.shape[1]), np.float32) for _ in range(2)]
+        for table, songs in zip(tables, (now, then), strict=True):
+            table[np.searchsorted(known, songs.rows)] = np.stack([songs.averaged, songs.inputs], axis=1)
         return bool(np.array_equal(tables[0], tables[1]))
 
     def save(self, workspace: Workspace, folder: str) -> dict[str, str]:
         """Write FILES into a folder; name -> sha256."""
-        arrays = (self.rows, self.outputs, self.inputs, self.artist_rows, self.album_rows)
-        named = zip(FILES, arrays, strict=False)
-        written = {name: workspace.write_array(f"{folder}/{name}", array) for name, array in named}
+        named = zip(FILES, OF_SONGS, strict=False)
+        written = {file: workspace.write_array(f"{folder}/{file}", getattr(self, name)) for file, name in named}
         for name, each in ((OUTPUT_MAP, self.output_map), (INPUT_MAP, self.input_map)):
             written[name] = workspace.write_bytes(f"{folder}/{name}", each.to_bytes())
         return written
@@ -385,8 +396,8 @@ class AddedSongs:
     @classmethod
     def load(cls, workspace: Workspace, folder: str) -> AddedSongs:
         """What `save` wrote."""
-        arrays = [np.array(workspace.read_array(f"{folder}/{name}")) for name in FILES[:5]]
-        maps = [ContentMap.from_bytes(workspace.read_bytes(f"{folder}/{name}")) for name in FILES[5:]]
+        arrays = [np.array(workspace.read_array(f"{folder}/{name}")) for name in FILES[: len(OF_SONGS)]]
+        maps = [ContentMap.from_bytes(workspace.read_bytes(f"{folder}/{name}")) for name in FILES[len(OF_SONGS) :]]
         return cls(**dict(zip((*OF_SONGS, "output_map", "input_map"), [*arrays, *maps], strict=True)))  # type: ignore[arg-type]
 
 
@@ -447,6 +458,7 @@ class SongPlacer:
         return AddedSongs(
             rows=np.array(rows, dtype=np.int64),
             outputs=outputs,
+            averaged=outputs,
             inputs=inputs,
             artist_rows=self._first(0, artists, rows),
             album_rows=self._first(1, albums, rows),

@@ -169,9 +169,10 @@ class TasteModel(nn.Module):
     """GRU or LSTM, dense leaky-rectifier layer, one linear head per horizon [paper; the shared trunk is ours].
 
     Step j sees x_j = s_j ⊕ c_j. The head also sees the time from the last play to the request and
-    discounted averages of the songs played, which are added to its output too: what was just played
-    can be said again without a way through the hidden units. The long horizon starts from the short
-    one [all ours]. Taste vectors and song vectors are compared by cosine.
+    discounted averages of the songs played, which are added to its output too, so that they are of the
+    vectors that tastes are compared with: songs near those just played are found without a way through the
+    hidden units. The long horizon starts from the short one [all ours]. Taste vectors and song vectors are
+    compared by cosine.
     """
 
     def __init__(
@@ -201,7 +202,8 @@ class TasteModel(nn.Module):
             self.inputs = _table(started, shared and input_vectors is not None)
         self.map = SongMap(config.embedding_dim) if config.song_table == "mapped" else None
         self.added_rows: Tensor | None = None  # int64 (n,), ascending: songs that came after the training
-        self.added_inputs: Tensor | None = None  # float32 (n, D), as `trunk` reads them
+        self.added_averaged: Tensor | None = None  # float32 (n, D), as averages have them
+        self.added_inputs: Tensor | None = None  # float32 (n, D), as the cells read them
         self.exported = False  # whether the table holds what the map makes of it already, as a stored network's does
         # torch's LSTM has no peephole weights, which the paper's symbols include; Greff et al. 2015 found no gain.
         self.rnn = (nn.LSTM if config.cell == "lstm" else nn.GRU)(
@@ -229,18 +231,24 @@ class TasteModel(nn.Module):
         """Normalized vectors of songs, (..., D), as the network reads them."""
         return self.song_vectors(songs) if self.inputs is None else normalize(self.inputs(songs), dim=-1)
 
-    def add_songs(self, rows: Tensor, inputs: Tensor) -> None:
-        """Let `trunk` read songs that no training has seen: rows int64 (n,), ascending, and vectors float32 (n, D)."""
-        device = self.songs.weight.device
-        self.added_rows, self.added_inputs = (rows.to(device), inputs.to(device)) if len(rows) else (None, None)
+    def add_songs(self, rows: Tensor, averaged: Tensor, inputs: Tensor) -> None:
+        """Let `trunk` read songs that no training has seen: rows int64 (n,), ascending, and their vectors.
 
-    def _with_added(self, songs_BL: Tensor, songs_BLD: Tensor) -> Tensor:
-        if self.added_rows is None or self.added_inputs is None:
+        `averaged` and `inputs`, float32 (n, D) each, are as `song_vectors` and `input_vectors` give those of others.
+        """
+        added = [values.to(self.songs.weight.device) for values in (rows, averaged, inputs)]
+        self.added_rows, self.added_averaged, self.added_inputs = added if len(rows) else (None, None, None)
+
+    def _played(self, songs_BL: Tensor, vectors_of: Callable[[Tensor], Tensor], added_nD: Tensor | None) -> Tensor:
+        """(B, L, D): vectors of songs, of those added as well; zeros for others from row N on."""
+        known_BL = songs_BL < self.config.num_songs
+        songs_BLD = vectors_of(songs_BL.where(known_BL, 0)) * known_BL.unsqueeze(-1)
+        if self.added_rows is None or added_nD is None:
             return songs_BLD
         songs_BL = songs_BL.to(self.added_rows.dtype)
         place_BL = torch.searchsorted(self.added_rows, songs_BL.contiguous()).clamp(max=len(self.added_rows) - 1)
         added_BL = self.added_rows[place_BL] == songs_BL
-        return torch.where(added_BL.unsqueeze(-1), self.added_inputs[place_BL], songs_BLD)
+        return torch.where(added_BL.unsqueeze(-1), added_nD[place_BL], songs_BLD)
 
     def compared(self, rows: Tensor) -> Tensor:
         """Rows of the song table, (..., D), as vectors that taste vectors are compared with."""
@@ -252,9 +260,7 @@ class TasteModel(nn.Module):
         `state` is the one before the first play, zeros where None. Songs newer than the network, rows
         from N on, count as a vector of zeros unless they were added.
         """
-        known_BL = batch.songs_BL < self.config.num_songs
-        songs_BLD = self.input_vectors(batch.songs_BL.where(known_BL, 0)) * known_BL.unsqueeze(-1)
-        songs_BLD = self._with_added(batch.songs_BL, songs_BLD)
+        songs_BLD = self._played(batch.songs_BL, self.input_vectors, self.added_inputs)
         if state is None:
             state = songs_BLD.new_zeros(self.config.state_layers, len(songs_BLD), self.config.hidden_dim)
         packed = pack_padded_sequence(
@@ -269,6 +275,8 @@ class TasteModel(nn.Module):
         hidden_BLH, _ = pad_packed_sequence(output, batch_first=True)
         if not self.config.averages:
             return hidden_BLH, last
+        if self.inputs is not None:
+            songs_BLD = self._played(batch.songs_BL, self.song_vectors, self.added_averaged)
         sums_BLKD = running_sums(songs_BLD, self.config.averages, self._sums(state))
         ends = sums_BLKD[torch.arange(len(sums_BLKD)), batch.length_B.to(sums_BLKD.device) - 1]
         return _beside(hidden_BLH, sums_BLKD), torch.cat([last, as_state(ends, self.config.hidden_dim)])
@@ -282,19 +290,26 @@ class TasteModel(nn.Module):
         """Normalized taste vectors (..., D) from what the trunk gives (..., X) and scaled gaps (...)."""
         return self._tastes(seen, request_gap, last=horizon)[horizon]
 
-    def forward(self, batch: PlayBatch, request_gap_BL: Tensor, songs_BLD: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        batch: PlayBatch,
+        request_gap_BL: Tensor,
+        songs_BLD: Tensor | None = None,
+        averaged_BLD: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Normalized taste vectors (B, L, D) after every play, per horizon.
 
-        `songs_BLD` are the input vectors of the plays where a training has looked them up. Padding on the right
-        changes nothing before it, and unpacked sequences train up to twice as fast.
+        `songs_BLD` are the input vectors of the plays and `averaged_BLD` those that tastes are compared with, where a
+        training has looked them up. Padding on the right changes nothing before it, and unpacked sequences train up to
+        twice as fast.
         """
-        if songs_BLD is None:
-            songs_BLD = self.input_vectors(batch.songs_BL)
+        if songs_BLD is None or averaged_BLD is None:
+            songs_BLD, averaged_BLD = self.input_vectors(batch.songs_BL), self.song_vectors(batch.songs_BL)
         hidden_BLH, _ = self.rnn(self._dropped(self._steps(songs_BLD, batch)))
         hidden_BLH = self._dropped(hidden_BLH)
         if not self.config.averages:
             return self._tastes(hidden_BLH, request_gap_BL)
-        return self._tastes_of_windows(hidden_BLH, request_gap_BL, songs_BLD)
+        return self._tastes_of_windows(hidden_BLH, request_gap_BL, averaged_BLD)
 
     def _tastes_of_windows(self, hidden_BLH: Tensor, request_gap_BL: Tensor, songs_BLD: Tensor) -> dict[str, Tensor]:
         """What `_tastes` makes of running sums from the first play on, in few operations that touch all averages."""

@@ -42,6 +42,7 @@ class TrainingStep:
     seed: int  # of what is random in the step itself: dropout
     windows: Windows  # that it was made of
     batch: PlayBatch  # the input plays; songs_BL holds rows of the songs that are looked up as inputs
+    averaged_BL: Tensor  # int64: the songs that averages are of, as rows of the outputs; (B, 0) where they are songs_BL
     request_gap_BL: Tensor  # float32: to the next play, scaled
     songs: dict[str, Tensor]  # table -> int64 (U,), the songs looked up in it, each once, by worker that keeps the row
     targets: Targets  # each counts for one of those that its horizon has over all workers
@@ -87,13 +88,15 @@ class StepMaker:
             for (name, horizon), horizon_seed in zip(self._model.horizons.items(), seeds, strict=True)
         }
         negatives, weights = self._negatives(np.random.default_rng(seed))
-        outputs = [*(targets for _, targets, _ in drawn.values()), negatives]
+        averaged = songs if self._model.input_table and self._model.averages else songs[:, :0]
+        outputs = [averaged, *(targets for _, targets, _ in drawn.values()), negatives]
         tables: dict[str, np.ndarray] = {}
         if self._model.input_table:
             tables[INPUT_TABLE], (places,) = self._distinct([songs])
-            tables[SONG_TABLE], (*target_places, negative_places) = self._distinct(outputs)
+            tables[SONG_TABLE], of_outputs = self._distinct(outputs)
         else:
-            tables[SONG_TABLE], (places, *target_places, negative_places) = self._distinct([songs, *outputs])
+            tables[SONG_TABLE], (places, *of_outputs) = self._distinct([songs, *outputs])
+        averaged_places, *target_places, negative_places = of_outputs
         counts = [int(exists.sum()) for _, _, exists in drawn.values()]
         targets = self._as_targets(drawn, target_places, negatives, songs.size, len(tables[SONG_TABLE]))
         return TrainingStep(
@@ -101,6 +104,7 @@ class StepMaker:
             seed=seed + self._share.rank,
             windows=windows,
             batch=replace(batch, songs_BL=torch.from_numpy(places.reshape(songs.shape))),
+            averaged_BL=torch.from_numpy(averaged_places.reshape(averaged.shape)),
             request_gap_BL=padded.gap_BL[:, 1 : width + 1],
             songs={name: torch.from_numpy(values) for name, values in tables.items()},
             targets=targets.weighed(np.array(counts)),
@@ -425,7 +429,8 @@ class Training:
         outputs_UD = unit(rows[SONG_TABLE] if self.model.map is None else self.model.map(rows[SONG_TABLE]))
         inputs_UD = unit(rows[INPUT_TABLE]) if INPUT_TABLE in rows else outputs_UD
         songs_BLD = nn.functional.embedding(step.batch.songs_BL, inputs_UD)
-        tastes = self.model(step.batch, step.request_gap_BL, songs_BLD)
+        averaged_BLD = nn.functional.embedding(step.averaged_BL, outputs_UD) if INPUT_TABLE in rows else songs_BLD
+        tastes = self.model(step.batch, step.request_gap_BL, songs_BLD, averaged_BLD)
         targets = step.targets
         taste_PD = torch.stack([*tastes.values()]).flatten(0, 2).index_select(0, targets.positions).float()
         objective = OBJECTIVES[self.config.objective]

@@ -53,7 +53,7 @@ class TasteRecommender(VectorRecommender):
         self.without_vector = np.setdiff1d(np.concatenate(without), added.rows)
         self.index = None if self.index is None else self.index.with_added(added.rows, vectors)
         self.song_vectors, self.num_songs = vectors, len(vectors)
-        self.encoder.model.add_songs(torch.from_numpy(added.rows), torch.from_numpy(added.inputs))
+        self.encoder.model.add_songs(*map(torch.from_numpy, (added.rows, added.averaged, added.inputs)))
         self.added, self.added_songs = added, added.rows
 
     def scale(self, horizon: HorizonName) -> float:

@@ -1,5 +1,7 @@
 """Songs that came after the training: vectors of artists, albums and content, read and recommended as all others."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -97,7 +99,7 @@ def test_what_is_read_grows_with_the_artists_of_the_new_songs_and_not_with_the_c
     np.testing.assert_array_equal(more.outputs[:1], first.outputs)
 
 
-def test_songs_keep_the_input_vectors_that_their_plays_were_read_with(added: AddedSongs) -> None:
+def test_songs_keep_the_vectors_that_their_plays_were_read_with(added: AddedSongs) -> None:
     described = [*ARTISTS, *LATER[:10], "artist-1", None]  # song 70 had an artist that nobody knew
     histories = Histories.from_lists([[50, 51, 60, 52]] * 3, [range(4)] * 3)  # the first plays of song 60
     more = AddedSongs.make(
@@ -111,15 +113,18 @@ def test_songs_keep_the_input_vectors_that_their_plays_were_read_with(added: Add
     )
     assert more.rows.tolist() == [*range(60, 71), 72]
     assert not np.allclose(more.outputs[0], added.outputs[0])
-    np.testing.assert_array_equal(more.inputs[:10], added.inputs)
     assert more.outputs[10].any()
-    assert not more.inputs[10].any()
-    assert more.inputs[11].any()
+    for read, read_then in ((more.inputs, added.inputs), (more.averaged, added.averaged)):
+        np.testing.assert_array_equal(read[:10], read_then)
+        assert not read[10].any()
+        assert read[11].any()
+    np.testing.assert_array_equal(added.averaged, added.outputs)
     assert more.fits(added, 72)
     assert added.fits(None, KNOWN)
     assert not added.fits(None, KNOWN + 1)
     anew = AddedSongs.make(clustered(), clustered(1), catalog([*described, "artist-2"]), no_content(73))
     assert not anew.fits(added, 72)
+    assert not replace(more, averaged=more.outputs).fits(added, 72)
 
 
 def test_first_plays_place_a_song_of_which_nothing_else_is_known_and_the_more_the_more_there_are() -> None:
@@ -154,7 +159,7 @@ def test_first_plays_draw_a_song_away_from_its_artist_by_a_bounded_step(added: A
 def test_stored_songs_are_the_same(added: AddedSongs, workspace: Workspace) -> None:
     assert set(added.save(workspace, "x")) == {path.removeprefix("x/") for path in workspace.files("x")}
     again = AddedSongs.load(workspace, "x")
-    for name in ("rows", "outputs", "inputs", "artist_rows", "album_rows"):
+    for name in ("rows", "outputs", "averaged", "inputs", "artist_rows", "album_rows"):
         np.testing.assert_array_equal(getattr(again, name), getattr(added, name))
     assert again.output_map.explained == added.output_map.explained
 
@@ -165,6 +170,7 @@ def test_the_network_reads_an_added_song_as_one_of_its_own_with_the_same_vector(
     whole = network(config)
     table = whole.inputs if whole.inputs is not None else whole.songs
     vectors = torch.nn.functional.normalize(table.weight.detach(), dim=-1)
+    outputs = torch.nn.functional.normalize(whole.songs.weight.detach(), dim=-1)
     few = TasteModel(
         model_config(num_songs=KNOWN, song_table=config.song_table, input_table=input_table),
         whole.songs.weight[:KNOWN].detach(),
@@ -179,7 +185,7 @@ def test_the_network_reads_an_added_song_as_one_of_its_own_with_the_same_vector(
     expected = TasteEncoder(whole).vectors(histories, queries, "short")
     without = TasteEncoder(few).vectors(histories, queries, "short")
     rows = torch.arange(KNOWN, SONGS)
-    few.add_songs(rows, vectors[KNOWN:])
+    few.add_songs(rows, outputs[KNOWN:], vectors[KNOWN:])
     np.testing.assert_allclose(TasteEncoder(few).vectors(histories, queries, "short"), expected, atol=1e-5)
     assert np.abs(without - expected).max() > 0.01
 

@@ -59,11 +59,33 @@ def test_training_computes_what_inference_computes(model: TasteModel, histories:
     assert not torch.allclose(trained["short"], trained["long"])
 
 
-def test_gradients_of_training_are_those_of_the_plain_operations_of_inference(histories: Histories) -> None:
+@torch.inference_mode()
+def test_averages_are_of_the_vectors_that_tastes_are_compared_with(histories: Histories) -> None:
+    model = network(model_config(averages=(0.0,), input_table=True))
+    assert model.inputs is not None
+    model.inputs.weight.neg_()
+    for head in model.heads.values():
+        head.weight.zero_()
+        head.bias.copy_(torch.eye(len(head.bias))[0] * 1e-6)  # a direction alone, which the average outweighs
+    model.again["short"].fill_(1e6)
+    batch = padded(model, histories)
+    last = batch.songs_BL[torch.arange(len(histories)), batch.length_B - 1]
+    gap = torch.zeros(batch.songs_BL.shape)
+    trained = model(batch, gap)["short"][torch.arange(len(histories)), batch.length_B - 1]
+    torch.testing.assert_close(trained, model.song_vectors(last), atol=1e-5, rtol=0)
+    stored = model.head(model.seen_in(model.trunk(batch)[1]), gap[:, 0], "short")
+    torch.testing.assert_close(stored, trained, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("input_table", [False, True])
+def test_gradients_of_training_are_those_of_the_plain_operations_of_inference(
+    histories: Histories, input_table: bool
+) -> None:
     found = []
     for plain in (False, True):
-        model = network(model_config(averages=(0.0, 0.5, 0.9)), seed=3).double()
-        model.songs.weight.requires_grad_()
+        model = network(model_config(averages=(0.0, 0.5, 0.9), input_table=input_table), seed=3).double()
+        for table in (model.songs, model.inputs or model.songs):
+            table.weight.requires_grad_()
         batch = padded(model, histories)
         gap = torch.rand(batch.songs_BL.shape, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():

@@ -71,6 +71,7 @@ def _network_with_added_songs(artists: np.ndarray, albums: np.ndarray) -> TasteR
         AddedSongs(
             rows=np.arange(NUM_SONGS, NUM_SONGS + 3),
             outputs=vectors,
+            averaged=vectors,
             inputs=vectors,
             artist_rows=np.unique(artists, return_index=True)[1][:3],
             album_rows=np.unique(albums, return_index=True)[1][:3],
