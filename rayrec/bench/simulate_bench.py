@@ -41,6 +41,7 @@ from rayrec.progress import progress
 from rayrec.recommend.answer import RecommendConfig
 from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.stored_retrieval import song_ranges
+from rayrec.recommend.two_step import KINDS as RANKERS
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import HISTORIES, Workspace
@@ -330,7 +331,7 @@ def held(worker: str, size: DataScale, units: int) -> float:
     """What one of so many units of a worker holds: the songs, queries, users or plays that its time follows."""
     if worker in ("_build", "build_and_save", "SongRange"):
         return size.songs / units
-    if worker == "_fit":
+    if worker == "RankerGrower":
         return float(size.rank_queries)
     by_worker = {
         "ExampleCollector": size.rank_queries,
@@ -401,7 +402,7 @@ def job_graph(
         ]
     works += [
         work("rank", "ExampleCollector", size.buckets, read + 4, bucket_bytes),
-        work("rank", "_fit", 1, 2 * size.buckets, 0, one_node=True),
+        work("rank", "RankerGrower", len(RANKERS), 2 * size.buckets, 0),
         work("taste", "BucketTastes", size.buckets, read + 1, bucket_bytes),
         work("index", "build_and_save", 1, 16, 0, one_node=True),
         work("evaluate", "QueryCounter", min(size.buckets, COUNTED_BUCKETS), read, bucket_bytes),
@@ -568,7 +569,7 @@ def _planned(
         "retrieval_plays_per_second_per_cpu": rate(2 * of.plays, "GroupCounter", "RangeMerger"),
         "taste_plays_per_second_per_cpu": rate(of.plays, "BucketTastes"),
         "read_plays_per_second_per_cpu": rate(of.plays, "QueryCounter"),
-        "rank_queries_per_second_per_cpu": rate(of.rank_queries, "ExampleCollector", "_fit"),
+        "rank_queries_per_second_per_cpu": rate(of.rank_queries, "ExampleCollector", "RankerGrower"),
         "evaluate_queries_per_second_per_cpu": rate(of.queries, "BucketEvaluator"),
         "recommend_users_per_second_per_cpu": rate(of.users, "BucketRecommendations"),
     }

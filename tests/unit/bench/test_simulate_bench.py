@@ -1,7 +1,11 @@
 """The simulated cluster on cases worked out by hand, and what goes into it."""
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 import pytest
 
+from rayrec import jobs
 from rayrec.bench.simulate_bench import (
     DataScale,
     MeasuredRun,
@@ -121,7 +125,7 @@ def planted(times: int) -> MeasuredRun:
     costs["RangeMerger"] = (1, FIXED + BY_PLAYS["RangeMerger"] * size.plays)
     costs |= {name: (1, FIXED + each * size.songs) for name, each in BY_SONGS.items()}
     costs["fit_vectors"] = (1, 4e-6 * size.plays)
-    costs["_fit"] = (1, 2.0)
+    costs["RankerGrower"] = (3, 2.0)
     costs["QueryCounter"] = (BUCKETS, READ * plays)
     costs["ExampleCollector"] = (BUCKETS, READ * plays + QUERY * size.rank_queries / BUCKETS)
     costs["BucketEvaluator"] = (BUCKETS, READ * plays + QUERY * size.queries / BUCKETS)
@@ -158,6 +162,14 @@ def test_lines_are_those_that_were_planted(runs: list[MeasuredRun]) -> None:
         assert lines[name].each == pytest.approx(QUERY), name
         assert lines[name].fixed == pytest.approx(0, abs=1e-9), name
     assert all(line.setup == 0.5 for line in lines.values())
+
+
+def test_every_unit_is_a_worker_of_a_job(runs: list[MeasuredRun]) -> None:
+    works = job_graph(runs[-1].size, fit_lines(runs), runs, CLUSTER)
+    units = {work.name for work in works if work.stage not in ("embed", "train")} - {"driver"}
+    modules = [import_module(f"rayrec.jobs.{module.name}") for module in iter_modules(jobs.__path__)]
+    assert units <= {name for module in modules for name in vars(module)}
+    assert "RankerGrower" in units
 
 
 def test_the_hours_of_large_data_follow_the_lines(runs: list[MeasuredRun]) -> None:
