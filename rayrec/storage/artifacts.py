@@ -103,8 +103,10 @@ def publish(
     """Stamp the time and write the manifest: the artifact exists and is the current one.
 
     `names` are those of its files; `checksums` are the sha256 that their writers returned. Files without one are read.
+    What writers that were killed have left in its folder is deleted.
     """
     known = checksums or {}
+    workspace.delete_unfinished(manifest.folder)
     files = {name: known.get(name) or sha256(workspace, manifest.path(name)) for name in sorted(names)}
     stamped = Manifest(**{**asdict(manifest), "files": files, "created_at": datetime.now(timezone.utc).isoformat()})
     workspace.write_json(stamped.path("manifest.json"), asdict(stamped))

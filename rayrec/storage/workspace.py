@@ -190,6 +190,12 @@ class Workspace:
         elif info.type == pafs.FileType.File:
             self.filesystem.delete_file(self.full(path))
 
+    def delete_unfinished(self, path: str) -> None:
+        """Remove what killed writers have left below a folder to which nobody writes; object storage keeps no such."""
+        if self.is_local:
+            for file in Path(self.full(path)).rglob(".*"):
+                file.unlink(missing_ok=True)
+
     def move(self, source: str, target: str) -> None:
         """Rename a file, over one that may be there."""
         if self.is_local:

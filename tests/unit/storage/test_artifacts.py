@@ -1,6 +1,7 @@
 """Artifacts: found again by what they were made of, complete or not there, and checked."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,17 @@ def test_what_is_published_is_loaded(workspace: Workspace) -> None:
     assert made.created_at
     assert len(made.files["weights"]) == 64
     verify(workspace, made)
+
+
+def test_what_killed_writers_left_is_gone_once_an_artifact_is_complete(workspace: Workspace) -> None:
+    left = Path(workspace.full("models/m/part/.weights.0123456789abcdef"))
+    elsewhere = Path(workspace.full("models/other/.weights.0123456789abcdef"))
+    for file in (left, elsewhere):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"half")
+    put(workspace, "m")
+    assert not left.exists()
+    assert elsewhere.exists()
 
 
 def test_without_its_manifest_an_artifact_is_not_there(workspace: Workspace) -> None:
