@@ -28,15 +28,9 @@ SMALLEST_DEVIATION = 1e-6  # of a number of content vectors, below which it says
 ROWS, OUTPUTS, AVERAGED, INPUTS = "rows.npy", "song_vectors.npy", "averaged_vectors.npy", "input_vectors.npy"
 ARTIST_ROWS, ALBUM_ROWS = "artist_rows.npy", "album_rows.npy"
 OUTPUT_MAP, INPUT_MAP = "song_map.safetensors", "input_map.safetensors"
-OF_SONGS = (
-    "rows",
-    "outputs",
-    "averaged",
-    "inputs",
-    "artist_rows",
-    "album_rows",
-)  # arrays of `AddedSongs` with an entry a song
 READ_WITH_PLAYS = ("averaged", "inputs")  # vectors that stay as they were when plays were read with them
+# Arrays of `AddedSongs` with an entry a song.
+OF_SONGS = ("rows", "outputs", *READ_WITH_PLAYS, "artist_rows", "album_rows")
 FILES = (ROWS, OUTPUTS, AVERAGED, INPUTS, ARTIST_ROWS, ALBUM_ROWS, OUTPUT_MAP, INPUT_MAP)
 
 AROUND = 5  # plays before and behind the play of an added song that say where it belongs, weighted 1/distance
@@ -382,7 +376,8 @@ class AddedSongs:
         known = np.union1d(now.rows, then.rows)
         tables = [np.zeros((len(known), len(READ_WITH_PLAYS), self.inputs.shape[1]), np.float32) for _ in range(2)]
         for table, songs in zip(tables, (now, then), strict=True):
-            table[np.searchsorted(known, songs.rows)] = np.stack([songs.averaged, songs.inputs], axis=1)
+            vectors = np.stack([getattr(songs, name) for name in READ_WITH_PLAYS], axis=1)
+            table[np.searchsorted(known, songs.rows)] = vectors
         return bool(np.array_equal(tables[0], tables[1]))
 
     def save(self, workspace: Workspace, folder: str) -> dict[str, str]:
