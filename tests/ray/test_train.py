@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,8 +100,11 @@ def test_a_model_is_complete_and_answers(world: Workspace, split: Split, in_proc
 
 @pytest.mark.slow  # compiles C++
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler; install g++ to run this")
-def test_a_compiled_training_learns_the_same(world: Workspace, split: Split, in_process: Manifest) -> None:
-    made = train(world, CONFIG.replace(compiled=True), split=split, repeat=True)
+def test_a_compiled_training_learns_the_same(
+    world: Workspace, split: Split, in_process: Manifest, tmp_path: Path
+) -> None:
+    copied = Workspace(shutil.copytree(world.root, tmp_path / "copied"))  # where no other test finds the second model
+    made = train(copied, CONFIG.replace(compiled=True), split=split, repeat=True)
     assert made.metrics["loss"] == pytest.approx(in_process.metrics["loss"], rel=1e-3)
     assert made.metrics["validation_recall@20"] == pytest.approx(in_process.metrics["validation_recall@20"], abs=0.02)
 
