@@ -105,10 +105,12 @@ def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 import numpy as np
+import torch
 from rayrec.data.histories import Histories
 from rayrec.model.checkpoint import load_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.storage.workspace import Workspace
+torch.set_num_threads(1)  # as workers do: each thread keeps freed memory of its own
 encoder = TasteEncoder(load_model(Workspace(sys.argv[1]), "models/m"))
 songs = np.random.default_rng(0).integers(encoder.model.config.num_songs, size=(200, 50))
 encoder.run(Histories.from_lists(songs, [np.arange(50)] * 200))
