@@ -283,7 +283,7 @@ class AddedSongs:
 
     rows: np.ndarray  # int64 (n,), song rows, ascending
     outputs: np.ndarray  # float32 (n, D), that taste vectors are compared with, at most of length 1
-    averaged: np.ndarray  # float32 (n, D), `outputs` as averages of plays have them; zeros as of `inputs`
+    averaged: np.ndarray  # float32 (n, D), `outputs` when plays were first read; zeros where they were read without
     inputs: np.ndarray  # float32 (n, D), that the cells read; zeros where plays have been read without one
     artist_rows: np.ndarray  # int64 (n,), the first song of the catalog by the same artist; -1 for an unknown artist
     album_rows: np.ndarray  # int64 (n,), the first song of the same album

@@ -191,10 +191,11 @@ class Workspace:
             self.filesystem.delete_file(self.full(path))
 
     def delete_unfinished(self, path: str) -> None:
-        """Remove what killed writers have left below a folder to which nobody writes; object storage keeps no such."""
+        """Remove the temporary files of killed writers below a folder that nobody writes to; buckets have none."""
         if self.is_local:
-            for file in Path(self.full(path)).rglob(".*"):
-                file.unlink(missing_ok=True)
+            for left in Path(self.full(path)).rglob(".*"):
+                if left.is_file():
+                    left.unlink(missing_ok=True)
 
     def move(self, source: str, target: str) -> None:
         """Rename a file, over one that may be there."""
