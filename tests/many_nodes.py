@@ -197,7 +197,8 @@ def lose_nodes(plays: str, folder: str, log: str) -> dict[str, Any]:
         witness.watch(patch, steps, pause=0.2)
         lose_one("train", stages.train, lambda: training_node(cluster, steps))
         seen = read_log(steps)
-        found["train"] = {"again": sum(times > 1 for times in seen.times.values()), "steps": len(seen.times)}
+        needless = sorted(set(seen.again) - seen.may_be_taken_again)
+        found["train"] = {"again": len(seen.again), "needless": needless, "steps": len(seen.times)}
         gone = lose_one("taste", stages.taste, lambda: busy_node(cluster, "taste", 3))
         found["taste"] = repeated("taste", BUCKETS, gone)
         stages.finish()

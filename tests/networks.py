@@ -132,10 +132,11 @@ class MemoryHost:
         """Remember which network was the best of the selection phase."""
         self.best = {name: value.clone() for name, value in model.state_dict().items()}
 
-    def checkpoint(self, progress: FitProgress, save: Callable[[Path], None]) -> None:
+    def checkpoint(self, progress: FitProgress, save: Callable[[Path], None]) -> bool:
         """Write a folder of its own for each checkpoint."""
         if self._folder is not None:
             target = self._folder / str(len(self.checkpoints))
             target.mkdir(parents=True, exist_ok=True)
             save(target)
             self.checkpoints.append(target)
+        return self._folder is not None

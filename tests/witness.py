@@ -22,6 +22,7 @@ import ray.cloudpickle
 from torch import Tensor
 
 from rayrec.data.windows import Windows
+from rayrec.jobs.trainer import LOOK_INTERVAL
 from rayrec.model.training import TrainingStep
 
 STEPS_BETWEEN_READS = 2  # so that checkpoints come often; with checkpoint_minutes=0 one comes each time
@@ -51,6 +52,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, log: Path, death: Death | None = None
 
     ship()
     log.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv(LOOK_INTERVAL, "0.1")
     if not hasattr(job, "_undisturbed"):  # where a training runs in this process, it meets the patched module
         monkeypatch.setattr(job, "_undisturbed", job.train_worker, raising=False)
     monkeypatch.setattr(job, "train_worker", partial(train_worker, str(log), death, pause))
@@ -66,6 +68,17 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
     phases: list[str] = []
     epochs: list[int] = []
     windows_of, take_of, reads = WorkerHost.windows, Training.take, fitting.STEPS_BETWEEN_READS
+    checkpoint_of = WorkerHost.checkpoint
+
+    def note(line: dict[str, Any]) -> None:
+        with Path(log, f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def checkpoint(host: Any, progress: Any, save: Any) -> bool:
+        saved = checkpoint_of(host, progress, save)
+        if saved:
+            note({"saved": (progress.phase, progress.epoch, progress.step), "time": time.time()})
+        return saved
 
     def windows(host: Any, phase: Any, epoch: int) -> Iterator[Windows]:
         phases.append(phase)
@@ -80,16 +93,17 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
         time.sleep(pause)
         line = {"at": at, "rank": training.share.rank, "of": training.share.workers, "windows": prints_of(step.windows)}
         line["node"] = ray.get_runtime_context().get_node_id()
-        with Path(log, f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        note(line)
         return taken
 
-    WorkerHost.windows, Training.take = windows, take  # type: ignore[method-assign]
+    WorkerHost.windows, WorkerHost.checkpoint = windows, checkpoint  # type: ignore[method-assign]
+    Training.take = take  # type: ignore[method-assign]
     fitting.STEPS_BETWEEN_READS = STEPS_BETWEEN_READS
     try:
         getattr(job, "_undisturbed", job.train_worker)(arguments)
     finally:
-        WorkerHost.windows, Training.take = windows_of, take_of  # type: ignore[method-assign]
+        WorkerHost.windows, WorkerHost.checkpoint = windows_of, checkpoint_of  # type: ignore[method-assign]
+        Training.take = take_of  # type: ignore[method-assign]
         fitting.STEPS_BETWEEN_READS = reads
 
 
@@ -126,11 +140,27 @@ class Seen:
     windows: dict[Step, list[int]]  # of the last time that a step was taken, over all workers, sorted
     times: dict[Step, int]  # how often each step was taken
     workers: dict[Step, set[int]]  # by how many
+    saved: list[Step]  # where the checkpoints of the first workers stood: the next step to take, in order of time
+
+    @property
+    def again(self) -> list[Step]:
+        """The steps that were taken more than once."""
+        return [at for at, times in self.times.items() if times > 1]
+
+    @property
+    def may_be_taken_again(self) -> set[Step]:
+        """The steps since the last checkpoint but one: Ray Train stores the last one while the next steps run."""
+        order = {"selection": 0, "final": 1}
+        phase, epoch, step = self.saved[-2]
+        return {at for at in self.times if (order[at[0]], *at[1:]) >= (order[phase], epoch, step)}
 
 
 def read_log(log: Path) -> Seen:
     """What stands in the folder."""
-    lines = [json.loads(line) for file in sorted(log.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    files = [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(log.glob("*.jsonl"))]
+    saves = [saves for lines in files if (saves := [line for line in lines if "saved" in line])]
+    first_saves = min(saves, key=lambda lines: lines[0]["time"], default=[])
+    lines = [line for lines in files for line in lines if "at" in line]
     by_rank: dict[Step, dict[tuple[int, int], list[list[int]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         by_rank[tuple(line["at"])][line["of"], line["rank"]].append(line["windows"])
@@ -141,4 +171,5 @@ def read_log(log: Path) -> Seen:
         windows[at] = sorted(print_ for rank in range(complete[0]) for print_ in parts[complete[0], rank][-1])
         times[at] = sum(max(len(parts.get((number, rank), [])) for rank in range(number)) for number in of)
         workers[at] = of
-    return Seen(windows=windows, times=times, workers=workers)
+    saved = [tuple(line["saved"]) for line in first_saves]
+    return Seen(windows=windows, times=times, workers=workers, saved=saved)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +50,8 @@ BLOCK_BYTES = 4 << 20  # of windows handed on at a time
 WORKER_FAILURES = 3  # lost training workers that are replaced before the job gives up
 START_TRIES = 4  # times that Ray Train asks for the workers' resources in the minutes that it is given
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # environment variable: seconds of each try
+LOOK_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # environment variable: seconds between two looks at the workers
+LOOK_SECONDS = "0.5"  # Ray Train's own is 2: a checkpoint is recorded, and the end of a training seen, at a look
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that are whole
 SECONDS_BEFORE_TELLING = 10.0  # that workers are waited for
 
@@ -278,6 +281,7 @@ class WorkerHost:
         if in_ray:
             self._show, self._show_validation = self._show.remote, self._show_validation.remote
         self._plays, self._shown_at, self._began = 0, 0.0, time.monotonic()
+        self._checkpoint = ""  # name of the last one that was given to Ray Train
 
     def windows(self, phase: Phase, epoch: int) -> Iterator[Windows]:
         """This worker's share of each batch."""
@@ -302,20 +306,37 @@ class WorkerHost:
         """Keep the network on which rankers learn."""
         save_model(self._plan.workspace, selected_folder(self._plan), model, known, self._share)
 
-    def checkpoint(self, progress: FitProgress, save: Callable[[Path], None]) -> None:
+    def checkpoint(self, progress: FitProgress, save: Callable[[Path], None]) -> bool:
         """Report to Ray Train, which copies the parts of all workers into one folder while the training goes on."""
         figures = progress.epochs[-1] if progress.epochs else {"epoch": progress.epoch}
-        if self._plan.config.workers:
-            folder = tempfile.mkdtemp(prefix="rayrec-")
-            save(Path(folder))
-            part = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(figures, checkpoint=part, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
-        if self._share.rank:
-            return
-        write_epochs(self._plan.workspace, self._plan.folder, progress.epochs)
-        recall = figures.get(f"validation_recall@{RECALL_AT}")
-        if recall is not None:
-            self._show_validation(f"recall@{RECALL_AT} {recall:.3f}")
+        if not self._share.rank:
+            write_epochs(self._plan.workspace, self._plan.folder, progress.epochs)
+            recall = figures.get(f"validation_recall@{RECALL_AT}")
+            if recall is not None:
+                self._show_validation(f"recall@{RECALL_AT} {recall:.3f}")
+        if not self._plan.config.workers:
+            return False
+        # Ray Train takes in one checkpoint each time that it looks at the workers; others would wait in a line, and a
+        # lost worker would lose all of them.
+        if self._share.total(float(self._is_storing())):
+            return False
+        self._checkpoint = f"checkpoint-{uuid4().hex}"
+        folder = tempfile.mkdtemp(prefix="rayrec-")
+        save(Path(folder))
+        ray.train.report(
+            figures,
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            checkpoint_dir_name=self._checkpoint,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        )
+        return True
+
+    def _is_storing(self) -> bool:
+        """True until Ray Train has recorded the last checkpoint; the first worker asks, whose name for it counts."""
+        if self._share.rank or not self._checkpoint:
+            return False
+        stored = ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED, timeout_s=0.0)
+        return all(Path(each.checkpoint.path).name != self._checkpoint for each in stored)
 
 
 def window_stream(reader: ShardReader) -> Iterator[Windows]:
@@ -438,6 +459,7 @@ def run_workers(
     Raises `RayrecError` where workers fail more than `WORKER_FAILURES` times, and where the cluster
     has no room for them in time: Ray Train alone would ask for ever.
     """
+    os.environ.setdefault(LOOK_INTERVAL, LOOK_SECONDS)
     os.environ[START_TIMEOUT] = str(request.wait_minutes * 60 / START_TRIES)
     trainer = TorchTrainer(
         work,

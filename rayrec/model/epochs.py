@@ -235,9 +235,9 @@ class Host(Protocol):
         bool (n,). Every worker calls it."""
         ...
 
-    def checkpoint(self, progress: FitProgress, save: Callable[[Path], None]) -> None:
+    def checkpoint(self, progress: FitProgress, save: Callable[[Path], None]) -> bool:
         """Keep where the fit stands; `save` writes this worker's part of it into a folder. Every worker calls it at the
-        same steps."""
+        same steps. False on all of them, and nothing is saved, while the checkpoint before is still being stored."""
         ...
 
 
@@ -375,8 +375,8 @@ class Fit:
         def save(folder: Path) -> None:
             save_training(folder, state, self._best, asdict(self.progress), self._share)
 
-        self._host.checkpoint(self.progress, save)
-        self._saved_at = time.monotonic()
+        if self._host.checkpoint(self.progress, save):
+            self._saved_at = time.monotonic()
 
     def _validate(self) -> dict[str, float]:
         """Figures of the network on the validation range, over all workers."""

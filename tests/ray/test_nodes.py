@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 from many_nodes import BUCKETS
 from safetensors.numpy import load as load_safetensors
-from witness import STEPS_BETWEEN_READS
 
 from rayrec.bench.rounds import PlainProcess
 from rayrec.data.dataset import Dataset
@@ -62,8 +61,9 @@ def test_the_import_is_the_same_data_set(runs: Runs) -> None:
     assert runs.lossy["made"]["import"] == runs.whole["import"]
 
 
-def test_the_training_repeats_no_more_than_the_steps_since_the_last_two_checkpoints(runs: Runs) -> None:
-    assert 0 < runs.lossy["train"]["again"] <= 2 * STEPS_BETWEEN_READS
+def test_the_training_repeats_no_more_than_the_steps_since_the_last_checkpoint_but_one(runs: Runs) -> None:
+    assert runs.lossy["train"]["again"]
+    assert not runs.lossy["train"]["needless"]
     assert runs.lossy["train"]["steps"] > 10
 
 
