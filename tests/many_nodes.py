@@ -210,7 +210,7 @@ def training_node(cluster: Cluster, steps: Path) -> str | None:
     others = {node.node_id for node in cluster.worker_nodes}
     for file in steps.glob("*.jsonl"):
         for line in map(json.loads, file.read_text().splitlines()):
-            if line["node"] in others and line["at"][1:] == [1, 3]:
+            if line.get("node") in others and line["at"][1:] == [1, 3]:
                 return str(line["node"])
     return None
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from rayrec.data.histories import Histories, Queries
-from rayrec.recommend.ranker import Ranker, RankerSettings
+from rayrec.recommend.ranker import Ranker, RankerSettings, fit_ranker
 from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind, examples_for
@@ -23,4 +23,4 @@ def fit_rankers(
     last, rows = histories.songs[plays], np.arange(len(plays))
     answers = {kind: (rows, last if kind != "served" else (last + 1) % network.num_songs) for kind in KINDS}
     examples = examples_for(source, histories, queries, answers, held_out=held_out)
-    return retrieval, {kind: Ranker.fit(examples[kind], source.sources.names, SMALL) for kind in KINDS}
+    return retrieval, {kind: fit_ranker(examples[kind], source.sources.names, SMALL).ranker for kind in KINDS}

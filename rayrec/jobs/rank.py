@@ -19,7 +19,7 @@ from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import MODEL_CONFIG, SELECTION_NETWORK
 from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex
-from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, ndcg
+from rayrec.recommend.ranker import FittedRanker, Ranker, RankerSettings, RankingExamples, fit_ranker, ndcg
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import (
@@ -227,6 +227,10 @@ class _Task:
         """The file of the examples of one bucket and kind, without a part."""
         return f"{self.run}/bucket={bucket:05d}/{without or 'all'}.{kind}.safetensors"
 
+    def checked(self, without: str) -> str:
+        """The folder of the rankers without a part that have not seen the queries held out."""
+        return f"{self.run}/checked/{without or 'all'}"
+
     def joined(self, buckets: Sequence[int], without: str, kind: RankerKind) -> RankingExamples:
         """The examples of some buckets. Raises `TooFewQueriesError` where there are none."""
         if not buckets:
@@ -314,13 +318,15 @@ class RankerGrower:
         """Grow a ranker and write it: the names of its files, and figures, both empty where its queries are too few."""
         task = self._task
         examples = task.joined(self._examples.buckets, unit.without, unit.kind)
-        ranker = _grown(unit.kind, examples, self._examples.features[unit.without], task.config, self._threads)
-        if ranker is None:
+        fitted = _fitted(unit.kind, examples, self._examples.features[unit.without], task.config, self._threads)
+        if fitted is None:
             return unit, [], {}
+        workspace, ranker = task.dataset.workspace, fitted.ranker
+        fitted.checked.save(workspace, task.checked(unit.without), unit.kind)
         is_found = examples.found[examples.held_out]
         return (
             unit,
-            ranker.save(task.dataset.workspace, unit.folder, unit.kind),
+            ranker.save(workspace, unit.folder, unit.kind),
             {
                 "form": ranker.form,
                 "candidates_hold_the_answer": round(float(is_found.mean()), 4),
@@ -338,17 +344,17 @@ class OrderCheck:
     def __call__(self, unit: _Growing) -> tuple[_Growing, bool]:
         """True where the unit's ranker has the higher NDCG@20 on the queries held out for its kind."""
         workspace, examples = self._task.dataset.workspace, self._task.joined(self._buckets, unit.without, unit.kind)
-        checked = examples.take(examples.held_out & examples.found)
+        checked, folder = examples.take(examples.held_out & examples.found), self._task.checked(unit.without)
         own, other = (
-            ndcg(checked.rows, Ranker.load(workspace, unit.folder, kind).scores(checked.features), checked.right)
+            ndcg(checked.rows, Ranker.load(workspace, folder, kind).scores(checked.features), checked.right)
             for kind in (unit.kind, "next")
         )
         return unit, own > other
 
 
-def _grown(
+def _fitted(
     kind: RankerKind, examples: RankingExamples, features: list[str], config: RankConfig, threads: int
-) -> Ranker | None:
+) -> FittedRanker | None:
     """A ranker; None beside the one of the next play where too few queries are of its kind: a validation range may
     reach too few plays ahead for the long horizon, or hold only songs that its users had heard."""
     checked = int((examples.held_out & examples.found).sum())
@@ -362,4 +368,4 @@ def _grown(
         seed=config.seed,
         threads=threads,
     )
-    return Ranker.fit(examples, features, settings)
+    return fit_ranker(examples, features, settings)

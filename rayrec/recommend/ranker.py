@@ -5,8 +5,9 @@ Q queries, C candidates of all queries together, F features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import lightgbm
@@ -51,6 +52,7 @@ class RankingExamples:
     right: np.ndarray  # bool (C,)
     counts: np.ndarray  # int64 (Q,), candidates of each query, in order
     held_out: np.ndarray  # bool (Q,), queries on which trees are counted and chances calibrated
+    drawn: np.ndarray  # bool (C,), candidates that teach: of the wrong ones a sample
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -63,6 +65,7 @@ class RankingExamples:
             right=np.zeros(0, dtype=bool),
             counts=np.zeros(0, dtype=np.int64),
             held_out=np.zeros(0, dtype=bool),
+            drawn=np.zeros(0, dtype=bool),
         )
 
     @property
@@ -78,7 +81,7 @@ class RankingExamples:
     @classmethod
     def joined(cls, parts: Sequence[RankingExamples]) -> RankingExamples:
         """The queries of all parts, of several cuts in time for example."""
-        names = ("features", "right", "counts", "held_out")
+        names = [each.name for each in fields(cls)]
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
     def take(self, queries: np.ndarray) -> RankingExamples:
@@ -90,6 +93,19 @@ class RankingExamples:
             right=self.right[rows],
             counts=self.counts[queries],
             held_out=self.held_out[queries],
+            drawn=self.drawn[rows],
+        )
+
+    @property
+    def teaching(self) -> RankingExamples:
+        """The queries with a right candidate, and of their candidates those that teach."""
+        found = self.take(self.found)
+        return RankingExamples(
+            features=found.features[found.drawn],
+            right=found.right[found.drawn],
+            counts=np.bincount(found.rows[found.drawn], minlength=len(found)),
+            held_out=found.held_out,
+            drawn=np.ones(int(found.drawn.sum()), dtype=bool),
         )
 
 
@@ -137,23 +153,7 @@ class TreeModel:
         cls, grown: RankingExamples, checked: RankingExamples, names: list[str], settings: RankerSettings
     ) -> TreeModel:
         """Grow trees on some queries as long as others gain from them (lambdarank, Burges 2010)."""
-        parameters: dict[str, Any] = {
-            "objective": "lambdarank",
-            "metric": "ndcg",
-            "eval_at": [TOP],
-            "lambdarank_truncation_level": TOP + 10,
-            "num_leaves": settings.leaves,
-            "learning_rate": settings.learning_rate,
-            "min_data_in_leaf": settings.min_leaf,
-            "feature_fraction": settings.feature_share,
-            "max_bin": 127,
-            "num_threads": settings.threads,
-            "deterministic": True,
-            "force_col_wise": True,
-            "seed": settings.seed,
-            "verbosity": -1,
-        }
-        data = lightgbm.Dataset(grown.features, grown.right, group=grown.counts, feature_name=names, params=parameters)
+        data, parameters = _lightgbm_data(grown, names, settings)
         check = data.create_valid(checked.features, checked.right, group=checked.counts, params=parameters)
         booster = lightgbm.Booster(parameters, data).add_valid(check, "checked")
         best, best_trees = -1.0, 0
@@ -167,6 +167,15 @@ class TreeModel:
             elif trees - best_trees >= settings.patience:
                 break
         return cls(lightgbm.Booster(model_str=booster.model_to_string(num_iteration=best_trees)))
+
+    @classmethod
+    def grow(cls, grown: RankingExamples, names: list[str], settings: RankerSettings) -> TreeModel:
+        """Grow as many trees as the settings name, unchecked."""
+        data, parameters = _lightgbm_data(grown, names, settings)
+        booster = lightgbm.Booster(parameters, data)
+        for _ in range(settings.trees):
+            booster.update()
+        return cls(lightgbm.Booster(model_str=booster.model_to_string()))
 
     def save(self, workspace: Workspace, folder: str, name: str) -> list[str]:
         """Write LightGBM's text form; the names of the files."""
@@ -183,6 +192,30 @@ class TreeModel:
             raise DamagedArtifactError(
                 f"{folder}/{name}.trees.txt is no model that LightGBM reads; train the ranker again"
             ) from error
+
+
+def _lightgbm_data(
+    grown: RankingExamples, names: list[str], settings: RankerSettings
+) -> tuple[lightgbm.Dataset, dict[str, Any]]:
+    """What trees are grown on, and LightGBM's parameters."""
+    parameters: dict[str, Any] = {
+        "objective": "lambdarank",
+        "metric": "ndcg",
+        "eval_at": [TOP],
+        "lambdarank_truncation_level": TOP + 10,
+        "num_leaves": settings.leaves,
+        "learning_rate": settings.learning_rate,
+        "min_data_in_leaf": settings.min_leaf,
+        "feature_fraction": settings.feature_share,
+        "max_bin": 127,
+        "num_threads": settings.threads,
+        "deterministic": True,
+        "force_col_wise": True,
+        "seed": settings.seed,
+        "verbosity": -1,
+    }
+    data = lightgbm.Dataset(grown.features, grown.right, group=grown.counts, feature_name=names, params=parameters)
+    return data, parameters
 
 
 class LinearModel:
@@ -270,33 +303,6 @@ class Ranker:
         pairs = zip(self.names, self.model.importance(), strict=True)
         return dict(sorted(pairs, key=lambda pair: -pair[1]))
 
-    @classmethod
-    def fit(cls, examples: RankingExamples, names: list[str], settings: RankerSettings | None = None) -> Ranker:
-        """Learn from the queries that are not held out, and calibrate on those that are.
-
-        With fewer than 10,000 queries to learn from trees of four leaves are tried, too, with fewer than 2,000, which
-        carry no trees, linear models. Kept is the simplest whose NDCG@20 on the queries held out is at most a standard
-        error below the best (Breiman et al. 1984). Raises `TooFewQueriesError` where there is nothing to learn from or
-        nothing to check on.
-        """
-        settings = settings or RankerSettings()
-        grown, checked = (examples.take(examples.found & part) for part in (~examples.held_out, examples.held_out))
-        if not len(grown) or not len(checked):
-            raise TooFewQueriesError(
-                f"a ranker learns from queries whose right song is a candidate; there are {len(grown)} to learn from "
-                f"and {len(checked)} to check on: give a split with more validation days"
-            )
-        models: list[TreeModel | LinearModel] = []  # the simplest first
-        if len(grown) < FEW_QUERIES:
-            models += [LinearModel.fit(grown, penalty) for penalty in reversed(PENALTIES)]
-        if len(grown) < SOME_QUERIES:
-            models.append(TreeModel.fit(grown, checked, names, replace(settings, leaves=FEW_LEAVES, patience=60)))
-        models.append(TreeModel.fit(grown, checked, names, settings))
-        gains = [query_ndcg(checked.rows, model.scores(checked.features), checked.right) for model in models]
-        model = models[simplest_of_best(gains)]
-        held_out = examples.take(examples.held_out)
-        return cls(model, names, calibrate(held_out.rows, model.scores(held_out.features), held_out.right))
-
     def scores(self, features: np.ndarray) -> np.ndarray:
         """float32 (C,): higher is better; comparable within a query only."""
         if not len(features):
@@ -318,6 +324,55 @@ class Ranker:
             sharpness=curve["sharpness"], shares=tuple(curve["shares"]), chances=tuple(curve["chances"])
         )
         return cls(MODELS[about["form"]].load(workspace, folder, name), list(about["features"]), calibration)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedRanker:
+    """What a fit gives."""
+
+    ranker: Ranker  # learned from all queries
+    checked: Ranker  # the same, but learned without the queries held out, so that it can be measured on these
+
+
+def fit_ranker(examples: RankingExamples, names: list[str], settings: RankerSettings | None = None) -> FittedRanker:
+    """Learn from the queries that are not held out, choose and calibrate on those that are, and learn again from all.
+
+    With fewer than 10,000 queries to learn from trees of four leaves are tried, too, with fewer than 2,000, which
+    carry no trees, linear models. Kept is the simplest whose NDCG@20 on the queries held out is at most a standard
+    error below the best (Breiman et al. 1984). Raises `TooFewQueriesError` where there is nothing to learn from or
+    nothing to check on.
+    """
+    settings = settings or RankerSettings()
+    model, learn = _chosen(examples, names, settings)
+    held_out = examples.take(examples.held_out)
+    calibration = calibrate(held_out.rows, model.scores(held_out.features), held_out.right)
+    return FittedRanker(
+        ranker=Ranker(learn(examples.teaching), names, calibration), checked=Ranker(model, names, calibration)
+    )
+
+
+Model = TreeModel | LinearModel
+Learn = Callable[[RankingExamples], Model]
+
+
+def _chosen(examples: RankingExamples, names: list[str], settings: RankerSettings) -> tuple[Model, Learn]:
+    """The model that is best on the queries held out, learned from the others, and how to learn it from more."""
+    grown, checked = (examples.take(examples.found & part) for part in (~examples.held_out, examples.held_out))
+    if not len(grown) or not len(checked):
+        raise TooFewQueriesError(
+            f"a ranker learns from queries whose right song is a candidate; there are {len(grown)} to learn from "
+            f"and {len(checked)} to check on: give a split with more validation days"
+        )
+    models: list[tuple[Model, Learn]] = []  # the simplest first
+    if len(grown) < FEW_QUERIES:
+        learns = [partial(LinearModel.fit, penalty=penalty) for penalty in reversed(PENALTIES)]
+        models += [(learn(grown), learn) for learn in learns]
+    few_leaves = [replace(settings, leaves=FEW_LEAVES, patience=60)] if len(grown) < SOME_QUERIES else []
+    for shape in (*few_leaves, settings):
+        trees = TreeModel.fit(grown, checked, names, shape)
+        models.append((trees, partial(TreeModel.grow, names=names, settings=replace(shape, trees=trees.trees))))
+    gains = [query_ndcg(checked.rows, model.scores(checked.features), checked.right) for model, _ in models]
+    return models[simplest_of_best(gains)]
 
 
 def simplest_of_best(gains: Sequence[np.ndarray]) -> int:

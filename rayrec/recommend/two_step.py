@@ -428,8 +428,9 @@ def examples_for(
 
     `answers` hold the right songs of each kind, int (T,), after the queries to which they belong, int (T,);
     `held_out` is bool (Q,). For served, songs that the user has played are neither candidates nor right. The source
-    must not have seen the answers. Of queries to learn from, at most NEGATIVES wrong candidates are drawn: more make
-    learning longer and the order no better. `vectors` are the taste vectors where they are at hand.
+    must not have seen the answers. Of each query at most NEGATIVES wrong candidates are drawn to learn from: more make
+    learning longer and the order no better; of queries held out the others are kept, to check on. `vectors` are the
+    taste vectors where they are at hand.
     """
     parts = {kind: [RankingExamples.none(len(source.sources.names))] for kind in answers}
     for chunk, scored in source.batches(histories, queries, vectors):
@@ -464,12 +465,14 @@ def _examples_of(scored: Scored, keys: np.ndarray, allowed: np.ndarray, held_out
     has_hit = np.bincount(rows, weights=hit, minlength=queries) > 0
     used = has_hit | (answered & held_out)
     is_example = allowed & used[rows]
-    is_example &= hit | held_out[rows] | _drawn(scored, is_example & ~hit)
+    drawn = hit | _drawn(scored, is_example & ~hit)
+    is_example &= held_out[rows] | drawn
     return RankingExamples(
         features=scored.features[is_example],
         right=hit[is_example],
         counts=np.bincount(rows[is_example], minlength=queries)[used],
         held_out=held_out[used],
+        drawn=drawn[is_example],
     )
 
 

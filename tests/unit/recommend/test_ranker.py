@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from rayrec.errors import DamagedArtifactError, InputError
-from rayrec.recommend.ranker import Ranker, RankerSettings, RankingExamples, ndcg, simplest_of_best, softmax_shares
+from rayrec.recommend.ranker import (
+    Ranker,
+    RankerSettings,
+    RankingExamples,
+    fit_ranker,
+    ndcg,
+    simplest_of_best,
+    softmax_shares,
+)
 from rayrec.storage.workspace import Workspace
 
 CANDIDATES = 20
@@ -29,12 +37,13 @@ def _examples(queries: int, seed: int = 0) -> RankingExamples:
         right=right.ravel(),
         counts=np.full(queries, CANDIDATES),
         held_out=np.arange(queries) % 5 == 0,
+        drawn=np.ones(right.size, dtype=bool),
     )
 
 
 @pytest.fixture(scope="module")
 def ranker() -> Ranker:
-    return Ranker.fit(_examples(3_000), NAMES, RankerSettings(trees=60, min_leaf=20))
+    return fit_ranker(_examples(3_000), NAMES, RankerSettings(trees=60, min_leaf=20)).ranker
 
 
 def test_candidates_are_ordered_by_what_makes_them_right(ranker: Ranker) -> None:
@@ -68,7 +77,7 @@ def test_chances_count_queries_without_a_right_candidate() -> None:
     never = _examples(120, seed=4)
     never = replace(never, right=np.zeros_like(never.right), held_out=np.ones(len(never), dtype=bool))
     always, half = (
-        Ranker.fit(part, NAMES, RankerSettings(trees=20))
+        fit_ranker(part, NAMES, RankerSettings(trees=20)).ranker
         for part in (examples, RankingExamples.joined([examples, never]))  # as many held out as have an answer
     )
     of_all, of_half = (ranker.calibration(other.rows, ranker.scores(other.features)) for ranker in (always, half))
@@ -99,7 +108,9 @@ def test_a_damaged_file_is_named(ranker: Ranker, tmp_path: Path) -> None:
 
 
 def test_the_same_examples_give_the_same_ranker_whatever_the_number_of_threads() -> None:
-    one, other = (Ranker.fit(_examples(3_000), NAMES, RankerSettings(trees=10, threads=threads)) for threads in (1, 3))
+    one, other = (
+        fit_ranker(_examples(3_000), NAMES, RankerSettings(trees=10, threads=threads)).ranker for threads in (1, 3)
+    )
     assert one.form == "trees"
     features = _examples(20, seed=5).features
     np.testing.assert_array_equal(one.scores(features), other.scores(features))
@@ -108,7 +119,37 @@ def test_the_same_examples_give_the_same_ranker_whatever_the_number_of_threads()
 def test_without_queries_to_check_on_the_error_says_so() -> None:
     examples = _examples(50)
     with pytest.raises(InputError, match="validation days"):
-        Ranker.fit(examples.take(~examples.held_out), NAMES)
+        fit_ranker(examples.take(~examples.held_out), NAMES)
+
+
+def test_a_ranker_learns_from_the_queries_held_out_too_once_it_is_chosen() -> None:
+    """Only they hold the song whose feature is negative: who has not seen them cannot know that it is right."""
+    examples = _many_weak(5_000, seed=0)
+    only_there = np.zeros(len(examples.right), dtype=np.float32)
+    only_there[examples.right & examples.held_out[examples.rows]] = -1
+    features = examples.features.copy()
+    features[:, 0] = only_there
+    names = [f"weak-{number}" for number in range(10)]
+    fitted = fit_ranker(replace(examples, features=features), names, RankerSettings(trees=40))
+    known = np.zeros((2, 10), dtype=np.float32)
+    known[0, 0] = -1
+    assert fitted.ranker.form == fitted.checked.form == "trees"
+    assert np.diff(fitted.checked.scores(known)) == 0
+    assert np.diff(fitted.ranker.scores(known)) < -0.5
+    assert fitted.ranker.calibration == fitted.checked.calibration
+
+
+def test_candidates_that_were_not_drawn_teach_nothing() -> None:
+    """Those of the queries held out that were not drawn have a planted value that no other has."""
+    examples = _examples(100)
+    random = np.random.default_rng(1)
+    drawn = examples.right | ~examples.held_out[examples.rows] | (random.random(len(examples.right)) < 0.5)
+    features = examples.features.copy()
+    features[~drawn, 1] = 50
+    teaching = replace(examples, features=features, drawn=drawn).teaching
+    assert len(teaching) == len(examples)
+    assert teaching.features[:, 1].max() < 10
+    assert (np.bincount(teaching.rows, weights=teaching.right) == 1).all()
 
 
 def test_softmax_shares_add_up_to_one_within_each_query() -> None:
@@ -129,12 +170,13 @@ def _many_weak(queries: int, seed: int) -> RankingExamples:
         right=right.ravel(),
         counts=np.full(queries, CANDIDATES),
         held_out=np.arange(queries) % 4 == 0,
+        drawn=np.ones(right.size, dtype=bool),
     )
 
 
 def test_few_queries_get_the_weighted_sum_that_trees_cannot_learn_from_them(tmp_path: Path) -> None:
     names = [f"weak-{number}" for number in range(10)]
-    ranker = Ranker.fit(_many_weak(120, seed=0), names, RankerSettings(min_leaf=20))
+    ranker = fit_ranker(_many_weak(120, seed=0), names, RankerSettings(min_leaf=20)).ranker
     assert ranker.form == "linear"
     other = _many_weak(200, seed=1)
     scores = ranker.scores(other.features).reshape(-1, CANDIDATES)

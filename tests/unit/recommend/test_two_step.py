@@ -22,7 +22,7 @@ from rayrec.recommend.base import NO_SONG
 from rayrec.recommend.candidate_features import OF_LIKES, OF_SKIPS
 from rayrec.recommend.filters import AnswerFilter, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.ranker import Ranker, RankerSettings, ndcg
+from rayrec.recommend.ranker import RankerSettings, fit_ranker, ndcg
 from rayrec.recommend.retrievers import COUNTS
 from rayrec.recommend.session_knn import VstanRecommender
 from rayrec.recommend.stored_retrieval import Retrieval
@@ -113,7 +113,7 @@ def recommender() -> TwoStepRecommender:
     answers: Answers = {"next": (rows, targets), "long": (rows, (targets + 7) % NUM_SONGS)}
     examples = examples_for(source, checked, queries, answers, held_out=held_out)
     settings = RankerSettings(trees=30, min_leaf=10)
-    rankers = {kind: Ranker.fit(part, source.sources.names, settings) for kind, part in examples.items()}
+    rankers = {kind: fit_ranker(part, source.sources.names, settings).ranker for kind, part in examples.items()}
     return TwoStepRecommender(source, rankers)
 
 
@@ -265,7 +265,7 @@ def test_no_array_as_long_as_the_catalog_is_made_for_a_query(recommender: TwoSte
     held_out = np.arange(len(past)) % 2 == 0
     answers: Answers = {"next": (np.arange(len(past)), last)}
     examples = examples_for(source, past, Queries.at_end(past, NOW), answers, held_out=held_out)
-    ranker = Ranker.fit(examples["next"], source.sources.names, RankerSettings(trees=3, min_leaf=5))
+    ranker = fit_ranker(examples["next"], source.sources.names, RankerSettings(trees=3, min_leaf=5)).ranker
     large = TwoStepRecommender(source, {"next": ranker})
     history = past.take(np.array([int(past.lengths.argmax())]))
     large.recommend(history, NOW, 20, exclude_heard=True)
@@ -383,6 +383,6 @@ def test_by_skips_and_likes_the_ranker_finds_more_of_the_songs_that_users_return
         kept = [place for place, name in enumerate(source.sources.names) if name not in left_out]
         names = [source.sources.names[place] for place in kept]
         settings = RankerSettings(trees=60, min_leaf=20, learning_rate=0.1)
-        ranker = Ranker.fit(replace(known, features=known.features[:, kept]), names, settings)
+        ranker = fit_ranker(replace(known, features=known.features[:, kept]), names, settings).ranker
         found.append(ndcg(checked.rows, ranker.scores(checked.features[:, kept]), checked.right))
     assert found[0] > found[1] + 0.03
