@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import defaultdict
@@ -22,14 +23,21 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "evaluation.md")
 K = 20
 
 
+MODELS = ("two-step", "vstan", "taste", "sequential-rules")
+FIT = ("embed --seed {seed}", "train --seed {seed}", "retrieval", "rank --seed {seed}")
+LONG_HISTORIES = (
+    "import sequences {data} --user-separator , --song-separator :",
+    "split --last-fraction 0.2 --validation-fraction 0.2",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Figures:
     """A table and the commands that its figures come from, each after `rayrec --workspace FOLDER`."""
 
     name: str  # as the mark in the page spells it
     data: str  # in the folder RAYREC_REAL_DATA
-    models: tuple[str, ...]
-    commands: tuple[str, ...]  # the last one prints the figures; {data} stands for the path of the data
+    commands: tuple[str, ...]  # the last one prints the figures; {data} is the path of the data, {folder} its folder
     seeds: tuple[int, ...] = (0, 1, 2)  # all commands run for each, in a workspace of its own; {seed} stands for it
 
 
@@ -37,22 +45,47 @@ TABLES = (
     Figures(
         name="30music",
         data="30music-sample10/sessions_sample_10.csv",
-        models=("two-step", "vstan", "taste", "sequential-rules"),
         commands=(
             "import csv {data} --columns user=user_id,song=song_id,played_at=ts",
             "split --test-days 30 --validation-days 28",
-            *("embed --seed {seed}", "train --seed {seed}", "retrieval", "rank --seed {seed}"),
-            "evaluate --models two-step,vstan,taste,sequential-rules",
+            *FIT,
+            f"evaluate --models {','.join(MODELS)}",
+        ),
+    ),
+    Figures(
+        name="30music-long",
+        data="30music-long/histories.lst",
+        commands=(
+            *LONG_HISTORIES,
+            "describe {folder}/item_artist_album.csv --columns song=item",
+            *FIT,
+            f"evaluate --queries 16000 --models {','.join(MODELS)}",
+        ),
+    ),
+    Figures(
+        name="30music-long-plain",
+        data="30music-long/histories.lst",
+        commands=(*LONG_HISTORIES, *FIT, f"evaluate --queries 16000 --models {','.join(MODELS)}"),
+    ),
+    Figures(
+        name="nowplaying",
+        data="nowplaying/all_train_seq.plain.txt",
+        commands=(
+            "import sequences {data} --song-separator ' '",
+            "split --last-fraction 0.001 --validation-fraction 0.1",
+            *FIT,
+            f"evaluate --prefixes {{folder}}/test.plain.txt --models {','.join(MODELS)}",
         ),
     ),
 )
-# Title, target and metric of each column.
+# Title, target and metric of each column; a table has those of which there are figures.
 COLUMNS = (
     ("served recall@20", "served", "recall"),
     ("MRR@20", "served", "mrr"),
     ("all recall@20", "next", "recall"),
     ("MRR@20", "next", "mrr"),
     ("repeats recall@20", "next_repeat", "recall"),
+    ("offsets 25 to 50 recall@20", "offsets25_50", "recall"),
 )
 
 
@@ -61,7 +94,7 @@ def measure(figures: Figures, data: Path, seed: int) -> list[dict[str, Any]]:
     workspace = ROOT / "build" / "figures" / f"{figures.name}-{seed}"
     printed = ""
     for command in figures.commands:
-        words = [word.format(data=data, seed=seed) for word in command.split()]
+        words = [word.format(data=data, folder=data.parent, seed=seed) for word in shlex.split(command)]
         print("rayrec", *words, file=sys.stderr)
         call = [sys.executable, "-m", "rayrec_cli.main", "--workspace", str(workspace), "--json", *words]
         printed = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -69,13 +102,14 @@ def measure(figures: Figures, data: Path, seed: int) -> list[dict[str, Any]]:
     return results
 
 
-def markdown_table(runs: Sequence[Sequence[dict[str, Any]]], models: Sequence[str]) -> str:
+def markdown_table(runs: Sequence[Sequence[dict[str, Any]]], models: Sequence[str] = MODELS) -> str:
     """One row per model, over all users, at 20: means over the runs, with lowest and highest where these differ."""
     values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for row in (row for results in runs for row in results if row["users"] == "all" and row["k"] == K):
         values[row["model"], row["target"], row["metric"]].append(row["value"])
-    rows = [["model", *(title for title, _, _ in COLUMNS)], ["---"] * (1 + len(COLUMNS))]
-    rows += [[name, *(_cell(values[name, target, metric]) for _, target, metric in COLUMNS)] for name in models]
+    columns = [column for column in COLUMNS if values[models[0], column[1], column[2]]]
+    rows = [["model", *(title for title, _, _ in columns)], ["---"] * (1 + len(columns))]
+    rows += [[name, *(_cell(values[name, target, metric]) for _, target, metric in columns)] for name in models]
     return "\n".join(f"| {' | '.join(row)} |" if row[0] != "---" else f"|{'|'.join(row)}|" for row in rows)
 
 
@@ -84,9 +118,14 @@ def _cell(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f}" if low == high else f"{fmean(values):.3f} ({low}–{high})"
 
 
+def mark(name: str) -> str:
+    """The line before the table of that name."""
+    return f"<!-- figures: {name} -->"
+
+
 def replaced(text: str, name: str, table: str) -> str:
     """The page with another table between the marks of that name. Raises `ValueError` where it has no such marks."""
-    pattern = rf"(<!-- figures: {re.escape(name)} -->\n).*?(\n<!-- end -->)"
+    pattern = rf"({re.escape(mark(name))}\n).*?(\n<!-- end -->)"
     found, count = re.subn(pattern, lambda marks: marks[1] + table + marks[2], text, flags=re.DOTALL)
     if count != 1:
         raise ValueError(f"{count} tables are marked {name!r}; expected 1")
@@ -101,9 +140,11 @@ def main() -> None:
             print(f"{figures.name}: no {figures.data} in RAYREC_REAL_DATA; its table stays", file=sys.stderr)
             continue
         runs = [measure(figures, folder / figures.data, seed) for seed in figures.seeds]
-        table = markdown_table(runs, figures.models)
+        table = markdown_table(runs)
         for page in PAGES:
             before = page.read_text(encoding="utf-8")
+            if mark(figures.name) not in before:
+                continue
             after = replaced(before, figures.name, table)
             page.write_text(after, encoding="utf-8")
             changes = difflib.unified_diff(before.splitlines(), after.splitlines(), page.name, page.name, lineterm="")
