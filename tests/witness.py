@@ -52,7 +52,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, log: Path, death: Death | None = None
 
     ship()
     log.mkdir(parents=True, exist_ok=True)
-    monkeypatch.setenv(LOOK_INTERVAL, "0.1")
+    monkeypatch.setenv(LOOK_INTERVAL, "1")  # so that more checkpoints come than are taken in
     if not hasattr(job, "_undisturbed"):  # where a training runs in this process, it meets the patched module
         monkeypatch.setattr(job, "_undisturbed", job.train_worker, raising=False)
     monkeypatch.setattr(job, "train_worker", partial(train_worker, str(log), death, pause))
