@@ -226,8 +226,8 @@ def reading(size: Size) -> float:
         lengths = window_lengths(dataset, FitRange(), config)
         began, plays = time.perf_counter(), 0
         while time.perf_counter() - began < size.seconds:
-            reader = ShardReader(dataset, FitRange(), config, lengths, Share(), epoch=0)
-            for number, windows in enumerate(plain_stream(reader)):
+            reader = ShardReader(dataset, FitRange(), config, lengths, Share())
+            for number, windows in enumerate(plain_stream(reader, 0)):
                 plays += maker.make(windows, 0, number).plays
         return plays / (time.perf_counter() - began)
 

@@ -98,8 +98,8 @@ class OurNetwork:
         """As in `Contestant`; reading and cutting included."""
         reports: list[StepReport] = []
         began = time.perf_counter()
-        reader = ShardReader(self._dataset, self._allowed, self._config, self._windows, Share(), self._epochs)
-        self._training.epoch(plain_stream(reader), self._epochs, on_step=reports.append)
+        reader = ShardReader(self._dataset, self._allowed, self._config, self._windows, Share())
+        self._training.epoch(plain_stream(reader, self._epochs), self._epochs, on_step=reports.append)
         seconds = time.perf_counter() - began
         self._epochs += 1
         return sum(report.plays for report in reports), seconds

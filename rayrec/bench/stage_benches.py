@@ -48,7 +48,7 @@ from rayrec.jobs.embed import embed
 from rayrec.jobs.generate import generate
 from rayrec.jobs.runtime import node_cpus, quiet_data, ray_cluster
 from rayrec.jobs.taste import compute_tastes
-from rayrec.jobs.trainer import model_config, window_stream
+from rayrec.jobs.trainer import WindowStream, model_config
 from rayrec.model.checkpoint import load_model, save_model
 from rayrec.model.epochs import start_vectors
 from rayrec.model.inference import TasteEncoder
@@ -397,20 +397,21 @@ def run_rounds(arguments: dict[str, Any]) -> None:
     orders, answers, seconds = arguments["orders"], arguments["answers"], arguments["seconds"]
     dataset = Dataset(task.workspace)
     lengths = window_lengths(dataset, FitRange(), task.config)
+    reader = ShardReader(dataset, FitRange(), task.config, lengths, Share())
     for epoch, order in enumerate(iter(orders.get, ORDER_END)):
-        stream = window_stream(ShardReader(dataset, FitRange(), task.config, lengths, Share(), epoch))
+        stream = WindowStream(reader, range(epoch, epoch + 1))
         if order == ORDER_DATA:
-            answers.put(timed_windows(stream, seconds))
+            answers.put(timed_windows(stream.epoch(epoch), seconds))
         else:
-            answers.put(timed_steps(task.training(), stream, epoch, seconds))
-        del stream  # left half-read, it would go on reading ahead
+            answers.put(timed_steps(task.training(), stream.epoch(epoch), epoch, seconds))
+        stream.close()  # left half-read, it would go on reading ahead
     ray.train.report({})
 
 
 def count_window_plays(dataset: Dataset, config: TrainConfig) -> int:
     """Plays of an epoch of the training data path, which nothing learns from."""
-    reader = ShardReader(dataset, FitRange(), config, window_lengths(dataset, FitRange(), config), Share(), 0)
-    return sum(int(windows.inputs.sum()) for windows in window_stream(reader))
+    reader = ShardReader(dataset, FitRange(), config, window_lengths(dataset, FitRange(), config), Share())
+    return sum(int(windows.inputs.sum()) for windows in WindowStream(reader, range(1)).epoch(0))
 
 
 K = 100

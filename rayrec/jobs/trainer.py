@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import numpy as np
@@ -22,6 +22,7 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.train
+from ray.data import ExecutionResources
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
@@ -47,6 +48,8 @@ from rayrec.storage.workspace import Workspace
 
 LOGGER = logging.getLogger(__name__)
 BLOCK_BYTES = 4 << 20  # of windows handed on at a time
+AHEAD_BYTES = 64 << 20  # of windows that wait in the object store for one worker
+EPOCH = "epoch"  # column: of which epoch a window is
 WORKER_FAILURES = 3  # lost training workers that are replaced before the job gives up
 START_TRIES = 4  # times that Ray Train asks for the workers' resources in the minutes that it is given
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # environment variable: seconds of each try
@@ -281,16 +284,26 @@ class WorkerHost:
         if in_ray:
             self._show, self._show_validation = self._show.remote, self._show_validation.remote
         self._plays, self._shown_at, self._began = 0, 0.0, time.monotonic()
+        self._stream: WindowStream | None = None
+        self._streamed: Phase | None = None  # of which it is
         self._checkpoint = ""  # name of the last one that was given to Ray Train
 
     def windows(self, phase: Phase, epoch: int) -> Iterator[Windows]:
         """This worker's share of each batch."""
-        plan = self._plan
+        config = self._plan.config
         self._plays, self._began = 0, time.monotonic()
-        reader = ShardReader(
-            Dataset(plan.workspace), plan.ranges[phase], plan.config, read_windows(plan, phase), self._share, epoch
-        )
-        return window_stream(reader) if plan.config.workers else plain_stream(reader)
+        if not config.workers:
+            return plain_stream(self._reader(phase), epoch)
+        if self._streamed != phase:
+            if self._stream is not None:
+                self._stream.close()
+            self._stream, self._streamed = WindowStream(self._reader(phase), range(epoch, config.epochs)), phase
+        return cast(WindowStream, self._stream).epoch(epoch)
+
+    def _reader(self, phase: Phase) -> ShardReader:
+        plan = self._plan
+        dataset, lengths = Dataset(plan.workspace), read_windows(plan, phase)
+        return ShardReader(dataset, plan.ranges[phase], plan.config, lengths, self._share)
 
     def stepped(self, phase: Phase, report: StepReport, loss: float) -> None:
         """Tell the driver, a few times a second."""
@@ -339,20 +352,56 @@ class WorkerHost:
         return all(Path(each.checkpoint.path).name != self._checkpoint for each in stored)
 
 
-def window_stream(reader: ShardReader) -> Iterator[Windows]:
-    """One worker's share of the batches of an epoch, read and cut by a Ray Data task, in order."""
+class WindowStream:
+    """One worker's share of the batches of one epoch after the other, read and cut by Ray Data tasks in their order.
 
-    def tables(rows: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        return reader.tables()
+    A task an epoch, one at a time. A stream of its own for each epoch would start a process each time, whose imports
+    take 4 CPU seconds from the training; this one keeps its process, and reads ahead into the next epoch.
+    """
 
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.target_max_block_size = BLOCK_BYTES  # else Ray gathers up to 128 MiB before it hands on
-    # The task asks for no CPU: it is far cheaper than the training that it feeds, and would else wait for ever where
-    # the workers hold all CPUs, after the loss of a node say.
-    stream = ray.data.from_items([{"worker": 0}]).map_batches(tables, batch_size=1, num_cpus=0)
-    arriving = stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
-    yield from split_batches(arriving, reader.batches.steps)
+    def __init__(self, reader: ShardReader, epochs: range) -> None:
+        """Nothing is read before the first epoch is asked for."""
+
+        def tables(rows: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+            epoch = int(rows[EPOCH][0])
+            for table in reader.tables(epoch):
+                yield table.append_column(EPOCH, pa.array(np.full(len(table), epoch, dtype=np.int32)))
+
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=AHEAD_BYTES)
+        context.target_max_block_size = BLOCK_BYTES  # else Ray gathers up to 128 MiB before it hands on
+        # The task asks for no CPU: it is far cheaper than the training that it feeds, and would else wait for ever
+        # where the workers hold all CPUs, after the loss of a node say.
+        stream = ray.data.from_items([{EPOCH: epoch} for epoch in epochs], override_num_blocks=len(epochs)).map_batches(
+            tables, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=1)
+        )
+        self._reader = reader
+        self._arriving = iter(stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+        self._table: pa.Table | None = None  # that has arrived and was not handed out
+
+    def epoch(self, epoch: int) -> Iterator[Windows]:
+        """The batches of an epoch, in the order of epochs; what is left of an earlier one is passed over."""
+        return split_batches(self._of(epoch), self._reader.batches(epoch).steps)
+
+    def close(self) -> None:
+        """End the tasks that read ahead."""
+        self._arriving.close()
+
+    def _of(self, epoch: int) -> Iterator[pa.Table]:
+        while self._arrived() is not None:
+            table = cast(pa.Table, self._table)
+            of_table = table.column(EPOCH)[0].as_py()  # a table is of one task
+            if of_table > epoch:
+                return
+            self._table = None
+            if of_table == epoch:
+                yield table
+
+    def _arrived(self) -> pa.Table | None:
+        if self._table is None:
+            self._table = next((table for table in self._arriving if len(table)), None)
+        return self._table
 
 
 @ray.remote

@@ -122,23 +122,27 @@ def window_lengths(dataset: Dataset, allowed: FitRange, config: TrainConfig) -> 
 
 
 class ShardReader:
-    """Reads one worker's lanes of an epoch and puts their windows into its share of the batches."""
+    """Reads one worker's lanes, in an order of each epoch, and puts their windows into its share of the batches."""
 
     def __init__(
-        self, dataset: Dataset, allowed: FitRange, config: TrainConfig, windows: WindowLengths, share: Share, epoch: int
+        self, dataset: Dataset, allowed: FitRange, config: TrainConfig, windows: WindowLengths, share: Share
     ) -> None:
         """`windows` are those of the data set in the range that is `allowed`."""
-        self.batches = EpochBatches(windows, shards=config.shards, batch=config.batch, seed=config.seed, epoch=epoch)
-        self._sequences = Sequences(dataset, config.source)
+        self._sequences, self._lengths = Sequences(dataset, config.source), windows
         self._allowed, self._config, self._share = allowed, config, share
 
-    def tables(self) -> Iterator[pa.Table]:
+    def batches(self, epoch: int) -> EpochBatches:
+        """The batches of an epoch, of all workers."""
+        config = self._config
+        return EpochBatches(self._lengths, shards=config.shards, batch=config.batch, seed=config.seed, epoch=epoch)
+
+    def tables(self, epoch: int) -> Iterator[pa.Table]:
         """The worker's windows of one pool after the other, by batch, as rows that `split_batches` takes apart."""
-        share = self._share
-        lanes = self.batches.lanes_of(share.rank, share.workers)
-        readers = {lane: _LaneReader(self._windows(self.batches.lanes[lane])) for lane in lanes}
-        for number in range(self.batches.pools):
-            pool, parts, rows_of_lanes = self.batches.pool(number), list[Windows](), list[np.ndarray]()
+        share, batches = self._share, self.batches(epoch)
+        lanes = batches.lanes_of(share.rank, share.workers)
+        readers = {lane: _LaneReader(self._windows(batches.lanes[lane])) for lane in lanes}
+        for number in range(batches.pools):
+            pool, parts, rows_of_lanes = batches.pool(number), list[Windows](), list[np.ndarray]()
             for lane, reader in readers.items():
                 rows = np.flatnonzero(pool.lanes == lane)
                 windows = reader.take(pool.inputs[rows])
@@ -208,6 +212,6 @@ def _nothing(batches: int) -> Iterator[Windows]:
     return (Windows.joined([]) for _ in range(batches))
 
 
-def plain_stream(reader: ShardReader) -> Iterator[Windows]:
-    """The same batches in this process, for training without a cluster."""
-    return split_batches(reader.tables(), reader.batches.steps)
+def plain_stream(reader: ShardReader, epoch: int) -> Iterator[Windows]:
+    """A worker's share of the batches of an epoch, read in this process: for training without a cluster."""
+    return split_batches(reader.tables(epoch), reader.batches(epoch).steps)

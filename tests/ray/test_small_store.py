@@ -104,8 +104,8 @@ def streamed(workspace: Workspace) -> int:
     """Bytes of the tables of windows that a training is handed in an epoch, all of them together."""
     dataset = Dataset(workspace)
     lengths = window_lengths(dataset, FitRange(), CONFIG)
-    reader = ShardReader(dataset, FitRange(), CONFIG, lengths, Share(), 0)
-    return sum(table.nbytes for table in reader.tables())
+    reader = ShardReader(dataset, FitRange(), CONFIG, lengths, Share())
+    return sum(table.nbytes for table in reader.tables(0))
 
 
 @pytest.mark.slow

@@ -88,10 +88,10 @@ def test_windows_are_cut_from_playlists_none_across_two(dataset: Dataset) -> Non
     config = TrainConfig.PRESETS["r_pst"]
     settings = TrainConfig(**config, window=2, batch=1)
     lengths = window_lengths(dataset, FitRange(), settings)
-    reader = ShardReader(dataset, FitRange(), settings, lengths, Share(), 0)
+    reader = ShardReader(dataset, FitRange(), settings, lengths, Share())
     found = [
         part.tolist()
-        for windows in plain_stream(reader)
+        for windows in plain_stream(reader, 0)
         for part in np.split(windows.plays.songs, windows.plays.offsets[1:-1])
     ]
     assert sorted(found) == [[1, 2, 3], [4, 5], [6, 7, 8], [8, 9]]  # inputs and one play of lookahead

@@ -34,14 +34,14 @@ def dataset(workspace: Workspace, histories: Histories) -> Dataset:
     return write_dataset(workspace, histories, histories.num_plays, buckets=BUCKETS)
 
 
-def reader(dataset: Dataset, allowed: FitRange = EVERYTHING, share: Share | None = None, epoch: int = 0) -> ShardReader:
-    return ShardReader(dataset, allowed, CONFIG, window_lengths(dataset, allowed, CONFIG), share or Share(), epoch)
+def reader(dataset: Dataset, allowed: FitRange = EVERYTHING, share: Share | None = None) -> ShardReader:
+    return ShardReader(dataset, allowed, CONFIG, window_lengths(dataset, allowed, CONFIG), share or Share())
 
 
 def batches(
     dataset: Dataset, allowed: FitRange = EVERYTHING, share: Share | None = None, epoch: int = 0
 ) -> list[Windows]:
-    return list(plain_stream(reader(dataset, allowed, share, epoch)))
+    return list(plain_stream(reader(dataset, allowed, share), epoch))
 
 
 def contents(found: list[Windows]) -> list[list[int]]:
@@ -92,7 +92,7 @@ def test_a_worker_opens_and_reads_its_part_of_the_files(
     monkeypatch.setattr(Workspace, "open_input", lambda place, path: (opened.append(path), open_input(place, path))[1])
     for rank in range(workers):
         opened.clear()
-        list(plain_stream(ShardReader(dataset, EVERYTHING, CONFIG, lengths, Share(rank=rank, workers=workers), 0)))
+        list(plain_stream(ShardReader(dataset, EVERYTHING, CONFIG, lengths, Share(rank=rank, workers=workers)), 0))
         assert len(opened) == len(set(opened)) == buckets // workers
         sizes = [workspace.size(histories_file(0, bucket)) for bucket in range(buckets)]
         assert sum(map(workspace.size, opened)) < 1.2 * sum(sizes) / workers
@@ -117,7 +117,7 @@ def test_plays_that_changed_after_they_were_counted_stop_the_training(dataset: D
     lengths = window_lengths(dataset, EVERYTHING, CONFIG)
     more = WindowLengths(inputs=lengths.inputs + 1, offsets=lengths.offsets)
     with pytest.raises(MismatchError, match="the plays changed during the training"):
-        list(plain_stream(ShardReader(dataset, EVERYTHING, CONFIG, more, Share(), 0)))
+        list(plain_stream(ShardReader(dataset, EVERYTHING, CONFIG, more, Share()), 0))
 
 
 def test_plays_past_the_cut_and_of_held_out_users_are_in_no_window(dataset: Dataset, histories: Histories) -> None:
@@ -139,7 +139,7 @@ def test_a_reader_that_selects_too_much_is_stopped(
         with monkeypatch.context() as patch:
             patch.setattr(FitRange, "select", lambda _, plays: plays)
             with pytest.raises(LeakError, match=told):
-                list(plain_stream(made))
+                list(plain_stream(made, 0))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 10_000])
@@ -148,7 +148,7 @@ def test_batches_stay_whole_wherever_an_engine_cuts_or_joins_the_tables(
 ) -> None:
     monkeypatch.setattr("rayrec.data.windows.POOL_WINDOWS", 20)  # several pools
     made = reader(dataset, share=Share(rank=5, workers=16))  # some batches hold nothing of this worker
-    tables, steps = list(made.tables()), made.batches.steps
+    tables, steps = list(made.tables(0)), made.batches(0).steps
     assert len(tables) > 3
     joined = pa.concat_tables(tables)
     recut = [joined.slice(start, rows) for start in range(0, len(joined), rows)]
