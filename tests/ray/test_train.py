@@ -227,6 +227,34 @@ def test_ray_data_streams_the_batches_of_the_plain_loop_none_past_the_cut(world:
     assert dataset.manifest.last_play >= split.test_from
 
 
+def _notes_its_streams(arguments: dict[str, Any]) -> None:
+    """A training worker that writes down what streams it opens."""
+    from rayrec.jobs import trainer as here
+
+    opened = here.WindowStream
+
+    def noting(reader: Any, epochs: range) -> Any:
+        with Path(f"{arguments['plan'].workspace.root}/streams").open("a", encoding="utf-8") as file:
+            file.write(f"{epochs.start} {epochs.stop}\n")
+        return opened(reader, epochs)
+
+    here.WindowStream = noting  # type: ignore[misc, assignment]
+    here.train_worker(arguments)
+
+
+def test_all_epochs_of_a_phase_come_from_one_stream(
+    world: Workspace, split: Split, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each stream starts processes, whose imports take 3 CPU seconds."""
+    register_pickle_by_value(sys.modules[__name__])
+    shutil.copytree(world.root, tmp_path / "workspace")
+    monkeypatch.setattr(job, "train_worker", _notes_its_streams)
+    config = CONFIG.replace(workers=1, epochs=3, patience=3)
+    made = train(Workspace(tmp_path / "workspace"), config, split=split, repeat=True)
+    assert made.metrics["epochs"] >= 1
+    assert (tmp_path / "workspace" / "streams").read_text() == "0 3\n0 3\n"  # to choose the epoch, and the last fit
+
+
 def test_the_plays_to_predict_lie_in_the_validation_range_alone(world: Workspace, split: Split) -> None:
     validation = load_validation(validation_histories(Dataset(world), split, 10_000).to_arrow(), split.selection, 50)
     at = validation.histories.played_at
