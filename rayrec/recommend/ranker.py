@@ -42,6 +42,7 @@ class RankerSettings:
     patience: int = 30  # trees without a gain before growing stops
     seed: int = 0
     threads: int = 1  # that grow trees; their number changes nothing in these
+    overlapping: bool = False  # queries share right songs, so that many teach as little as few do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,10 +338,10 @@ class FittedRanker:
 def fit_ranker(examples: RankingExamples, names: list[str], settings: RankerSettings | None = None) -> FittedRanker:
     """Learn from the queries that are not held out, choose and calibrate on those that are, and learn again from all.
 
-    With fewer than 10,000 queries to learn from trees of four leaves are tried, too, with fewer than 2,000, which
-    carry no trees, linear models. Kept is the simplest whose NDCG@20 on the queries held out is at most a standard
-    error below the best (Breiman et al. 1984). Raises `TooFewQueriesError` where there is nothing to learn from or
-    nothing to check on.
+    With fewer than 10,000 queries to learn from, or where they overlap, trees of four leaves are tried, too, with fewer
+    than 2,000, which carry no trees, linear models. Kept is the simplest whose NDCG@20 on the queries held out is at
+    most a standard error below the best (Breiman et al. 1984). Raises `TooFewQueriesError` where there is nothing to
+    learn from or nothing to check on.
     """
     settings = settings or RankerSettings()
     model, learn = _chosen(examples, names, settings)
@@ -367,7 +368,8 @@ def _chosen(examples: RankingExamples, names: list[str], settings: RankerSetting
     if len(grown) < FEW_QUERIES:
         learns = [partial(LinearModel.fit, penalty=penalty) for penalty in reversed(PENALTIES)]
         models += [(learn(grown), learn) for learn in learns]
-    few_leaves = [replace(settings, leaves=FEW_LEAVES, patience=60)] if len(grown) < SOME_QUERIES else []
+    has_few = settings.overlapping or len(grown) < SOME_QUERIES
+    few_leaves = [replace(settings, leaves=FEW_LEAVES, patience=60)] if has_few else []
     for shape in (*few_leaves, settings):
         trees = TreeModel.fit(grown, checked, names, shape)
         models.append((trees, partial(TreeModel.grow, names=names, settings=replace(shape, trees=trees.trees))))

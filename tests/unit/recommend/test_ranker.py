@@ -191,6 +191,33 @@ def test_few_queries_get_the_weighted_sum_that_trees_cannot_learn_from_them(tmp_
     assert np.ptp(ranker.scores(np.concatenate([far[:1], other.features]))) < 100
 
 
+def test_queries_that_overlap_get_small_trees_however_many_they_are() -> None:
+    """One song is right for all queries of a user: large trees learn these by heart, by a feature of the user."""
+    random = np.random.default_rng(0)
+    users, of_each = 80, 200
+    planted = random.normal(size=(users, of_each, CANDIDATES)) * 2
+    song = random.integers(0, CANDIDATES, size=users)
+    right = np.zeros((users, of_each, CANDIDATES), dtype=bool)
+    right[np.arange(users), :, song] = True
+    planted[right] += 1.5
+    user = np.broadcast_to(random.normal(size=(users, 1, 1)), planted.shape)
+    place = np.broadcast_to(np.arange(CANDIDATES), planted.shape)
+    examples = RankingExamples(
+        features=np.stack([planted, user, place], axis=3).reshape(-1, 3).astype(np.float32),
+        right=right.ravel(),
+        counts=np.full(users * of_each, CANDIDATES),
+        held_out=np.repeat(np.arange(users) % 5 == 0, of_each),
+        drawn=np.ones(right.size, dtype=bool),
+    )
+    settings = RankerSettings(trees=20)
+    alone, beside = (
+        fit_ranker(examples, NAMES, replace(settings, overlapping=overlapping)).checked for overlapping in (False, True)
+    )
+    held_out = examples.take(examples.held_out)
+    large, small = (ndcg(held_out.rows, ranker.scores(held_out.features), held_out.right) for ranker in (alone, beside))
+    assert small > large + 0.02
+
+
 def test_ndcg_is_one_for_a_perfect_order_and_counts_ties_against() -> None:
     rows, right = np.array([0, 0, 0, 1, 1]), np.array([True, False, True, False, True])
     assert ndcg(rows, np.array([3.0, 1.0, 2.0, 0.0, 1.0]), right) == 1
