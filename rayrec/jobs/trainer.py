@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -294,11 +294,11 @@ class WorkerHost:
         self._plays, self._began = 0, time.monotonic()
         if not config.workers:
             return plain_stream(self._reader(phase), epoch)
-        if self._streamed != phase:
+        if self._stream is None or self._streamed != phase:
             if self._stream is not None:
                 self._stream.close()
             self._stream, self._streamed = WindowStream(self._reader(phase), range(epoch, config.epochs)), phase
-        return cast(WindowStream, self._stream).epoch(epoch)
+        return self._stream.epoch(epoch)
 
     def _reader(self, phase: Phase) -> ShardReader:
         plan = self._plan
@@ -389,8 +389,7 @@ class WindowStream:
         self._arriving.close()
 
     def _of(self, epoch: int) -> Iterator[pa.Table]:
-        while self._arrived() is not None:
-            table = cast(pa.Table, self._table)
+        while (table := self._arrived()) is not None:
             of_table = table.column(EPOCH)[0].as_py()  # a table is of one task
             if of_table > epoch:
                 return
