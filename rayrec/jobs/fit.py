@@ -29,7 +29,7 @@ from rayrec.recommend.baselines import PopularityRecommender
 from rayrec.recommend.index import IndexConfig, SongIndex, require_one_faiss
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.recommend.two_step import HELD_OUT, checks_rankers, load_two_step
+from rayrec.recommend.two_step import HELD_OUT, SELECTION_RANKERS, checks_rankers, load_two_step
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.dataset_manifest import DatasetManifest
@@ -50,7 +50,7 @@ class ServedParts:
     name: str
     network: str  # folder of the network
     retrieval: str | None = None  # folder of the retrieval
-    rankers: Manifest | None = None
+    rankers: str | None = None  # folder of the rankers
     added: AddedSongs | None = None
 
     def load(self, dataset: Dataset) -> BaseRecommender:
@@ -309,7 +309,7 @@ def served_before(
         name=name,
         network=model.path(SELECTION_NETWORK),
         retrieval=retrieval.path(SELECTION_RETRIEVAL),
-        rankers=rankers,
+        rankers=rankers.path(SELECTION_RANKERS) if rankers is not None else None,
         added=added_to(dataset, model.path(SELECTION_NETWORK)),
     )
 

@@ -24,6 +24,7 @@ from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import (
     KINDS,
+    SELECTION_RANKERS,
     CandidateSource,
     RankerKind,
     collect_examples,
@@ -55,6 +56,8 @@ def fit_rankers(
 
     The candidates and features that they learn from come from the network that `train` chose before it learned
     from the validation range, and from the part of the retrieval that was fitted before that range.
+    Beside the rankers, which learn from all its queries, the artifact holds under selection/ those that have not
+    learned from the users held out: on these users an answer's quality can be measured before a release.
     Metrics: seconds, queries, and for each ranker its trees, the share of queries whose right song was no
     candidate, and its first features. Raises `InputError` for a model without a validation range, `MismatchError`
     where model and retrieval are of different data, `TooFewQueriesError` where the range teaches nothing.
@@ -176,7 +179,7 @@ def _grow(task: _Task, folders: dict[str, str], examples: _Examples) -> dict[str
         for unit, better in run_buckets(OrderCheck, both, arguments=arguments, memory=memory, called="ranker"):
             if not better:  # the ranker of all next plays serves new songs as well
                 del figures[unit.without]["served"]
-                own = [name for name in files[unit.without] if name.startswith("served.")]
+                own = [name for name in files[unit.without] if name.rpartition("/")[2].startswith("served.")]
                 files[unit.without] = [name for name in files[unit.without] if name not in own]
                 for name in own:
                     task.dataset.workspace.delete(f"{unit.folder}/{name}")
@@ -226,10 +229,6 @@ class _Task:
     def piece(self, bucket: int, without: str, kind: RankerKind) -> str:
         """The file of the examples of one bucket and kind, without a part."""
         return f"{self.run}/bucket={bucket:05d}/{without or 'all'}.{kind}.safetensors"
-
-    def checked(self, without: str) -> str:
-        """The folder of the rankers without a part that have not seen the queries held out."""
-        return f"{self.run}/checked/{without or 'all'}"
 
     def joined(self, buckets: Sequence[int], without: str, kind: RankerKind) -> RankingExamples:
         """The examples of some buckets. Raises `TooFewQueriesError` where there are none."""
@@ -307,6 +306,11 @@ class _Growing:
     folder: str  # where it is written
     kind: RankerKind
 
+    @property
+    def checked(self) -> str:
+        """The folder of the rankers that have not seen the queries held out."""
+        return f"{self.folder}/{SELECTION_RANKERS}"
+
 
 class RankerGrower:
     """Grows rankers, one at a time."""
@@ -322,11 +326,11 @@ class RankerGrower:
         if fitted is None:
             return unit, [], {}
         workspace, ranker = task.dataset.workspace, fitted.ranker
-        fitted.checked.save(workspace, task.checked(unit.without), unit.kind)
+        checked = fitted.checked.save(workspace, unit.checked, unit.kind)
         is_found = examples.found[examples.held_out]
         return (
             unit,
-            ranker.save(workspace, unit.folder, unit.kind),
+            [*ranker.save(workspace, unit.folder, unit.kind), *(f"{SELECTION_RANKERS}/{name}" for name in checked)],
             {
                 "form": ranker.form,
                 "candidates_hold_the_answer": round(float(is_found.mean()), 4),
@@ -344,9 +348,9 @@ class OrderCheck:
     def __call__(self, unit: _Growing) -> tuple[_Growing, bool]:
         """True where the unit's ranker has the higher NDCG@20 on the queries held out for its kind."""
         workspace, examples = self._task.dataset.workspace, self._task.joined(self._buckets, unit.without, unit.kind)
-        checked, folder = examples.take(examples.held_out & examples.found), self._task.checked(unit.without)
+        checked = examples.take(examples.held_out & examples.found)
         own, other = (
-            ndcg(checked.rows, Ranker.load(workspace, folder, kind).scores(checked.features), checked.right)
+            ndcg(checked.rows, Ranker.load(workspace, unit.checked, kind).scores(checked.features), checked.right)
             for kind in (unit.kind, "next")
         )
         return unit, own > other

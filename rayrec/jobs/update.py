@@ -221,7 +221,7 @@ class _Update:
             name=LIVE,
             network=self.model.folder,
             retrieval=self.retrieval.folder if self.retrieval else None,
-            rankers=self.rankers,
+            rankers=self.rankers.folder if self.rankers else None,
             added=AddedSongs.load(workspace, self.added.folder) if self.added else None,
         )
         if trained:
@@ -232,7 +232,8 @@ class _Update:
         else:
             selection = retrieval.path(SELECTION_RETRIEVAL)
             added = added_since(self.dataset, self.model, split.selection, self.added)
-            new = ServedParts(name=NEW, network=self.model.folder, retrieval=selection, rankers=rankers, added=added)
+            kept = rankers.folder if rankers else None  # the live release's
+            new = ServedParts(name=NEW, network=self.model.folder, retrieval=selection, rankers=kept, added=added)
         song_plays = np.asarray(Retrieval.load(workspace, retrieval.path(SELECTION_RETRIEVAL)).plays.plays)
         quality = measure_quality(
             self.dataset,

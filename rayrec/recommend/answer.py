@@ -227,7 +227,9 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
             f"run `rayrec rank --model {model_id}` first"
         )
     retrieval = load_manifest(workspace, "retrieval", parts["retrieval"])
-    return load_two_step(workspace, network, retrieval.folder, rankers, real_times=dataset.manifest.times == "real")
+    return load_two_step(
+        workspace, network, retrieval.folder, rankers.folder, real_times=dataset.manifest.times == "real"
+    )
 
 
 def histories_of_users(dataset: Dataset, user_ids: Sequence[str], at: int) -> Histories:

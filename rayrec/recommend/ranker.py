@@ -12,7 +12,7 @@ from typing import Any
 
 import lightgbm
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 
 from rayrec.data.histories import first_of_each, offsets_of, places_in, ranges
 from rayrec.errors import DamagedArtifactError, TooFewQueriesError
@@ -25,6 +25,7 @@ FEW_LEAVES = 4
 FEW_QUERIES = 2_000  # to learn from, below which linear models are tried, too
 PENALTIES = (1.0, 10.0, 100.0)  # of squared weights that are tried
 KNOTS = 60  # points of the curve from scores to chances
+SHARPNESS = (0.25, 8.0)  # lowest and highest factor of the scores that is tried
 SLOPE = 0.01  # of the curve where it would be level
 ROWS_AT_ONCE = 1 << 14  # candidates that a linear model scores
 TREES_A_CHECK = 5  # a check takes as long as half a tree
@@ -145,9 +146,9 @@ class TreeModel:
         gains: list[float] = self._booster.feature_importance("gain").tolist()
         return gains
 
-    def scores(self, features: np.ndarray) -> np.ndarray:
+    def scores(self, features: np.ndarray, threads: int = 1) -> np.ndarray:
         """float64 (C,), from float32 (C, F)."""
-        return np.asarray(self._booster.predict(np.ascontiguousarray(features), num_threads=1))
+        return np.asarray(self._booster.predict(np.ascontiguousarray(features), num_threads=threads))
 
     @classmethod
     def fit(
@@ -233,8 +234,8 @@ class LinearModel:
         """The absolute weight of each feature."""
         return [abs(weight) for weight in self._weight.tolist()]
 
-    def scores(self, features: np.ndarray) -> np.ndarray:
-        """float32 (C,), from float32 (C, F)."""
+    def scores(self, features: np.ndarray, threads: int = 1) -> np.ndarray:
+        """float32 (C,), from float32 (C, F); a thread is enough."""
         # A request years after the last play is like the latest that there was to learn from.
         lowest, highest = self._lowest.astype(np.float32), self._highest.astype(np.float32)
         of_values = self._weight / self._deviation
@@ -344,9 +345,15 @@ def fit_ranker(examples: RankingExamples, names: list[str], settings: RankerSett
     learn from or nothing to check on.
     """
     settings = settings or RankerSettings()
-    model, learn = _chosen(examples, names, settings)
+    models = _models(examples, names, settings)
     held_out = examples.take(examples.held_out)
-    calibration = calibrate(held_out.rows, model.scores(held_out.features), held_out.right)
+    scores = [model.scores(held_out.features, settings.threads) for model, _ in models]
+    found = held_out.found
+    is_found = found[held_out.rows]
+    rows, right = np.repeat(np.arange(found.sum()), held_out.counts[found]), held_out.right[is_found]
+    gains = [query_ndcg(rows, values[is_found], right) for values in scores]
+    best = simplest_of_best(gains)
+    (model, learn), calibration = models[best], calibrate(held_out.rows, scores[best], held_out.right)
     return FittedRanker(
         ranker=Ranker(learn(examples.teaching), names, calibration), checked=Ranker(model, names, calibration)
     )
@@ -356,8 +363,8 @@ Model = TreeModel | LinearModel
 Learn = Callable[[RankingExamples], Model]
 
 
-def _chosen(examples: RankingExamples, names: list[str], settings: RankerSettings) -> tuple[Model, Learn]:
-    """The model that is best on the queries held out, learned from the others, and how to learn it from more."""
+def _models(examples: RankingExamples, names: list[str], settings: RankerSettings) -> list[tuple[Model, Learn]]:
+    """Models learned without the queries held out, the simplest first, each with how to learn it from more."""
     grown, checked = (examples.take(examples.found & part) for part in (~examples.held_out, examples.held_out))
     if not len(grown) or not len(checked):
         raise TooFewQueriesError(
@@ -373,8 +380,7 @@ def _chosen(examples: RankingExamples, names: list[str], settings: RankerSetting
     for shape in (*few_leaves, settings):
         trees = TreeModel.fit(grown, checked, names, shape)
         models.append((trees, partial(TreeModel.grow, names=names, settings=replace(shape, trees=trees.trees))))
-    gains = [query_ndcg(checked.rows, model.scores(checked.features), checked.right) for model, _ in models]
-    return models[simplest_of_best(gains)]
+    return models
 
 
 def simplest_of_best(gains: Sequence[np.ndarray]) -> int:
@@ -422,9 +428,12 @@ def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> Calibr
     `rows`, int (C,), are the queries of the candidates, ascending, `scores` float (C,), `right` bool (C,). Queries
     without a right candidate count as well.
     """
-    factors = np.geomspace(0.25, 8, 41)
-    losses = [-np.log(softmax_shares(rows, scores * factor)[right] + 1e-9).mean() for factor in factors]
-    sharpness = float(factors[int(np.argmin(losses))])
+
+    def loss(log_sharpness: float) -> float:
+        return float(-np.log(softmax_shares(rows, scores * np.exp(log_sharpness))[right] + 1e-9).mean())
+
+    found = minimize_scalar(loss, bounds=np.log(SHARPNESS), method="bounded", options={"xatol": 0.01})
+    sharpness = float(np.exp(found.x))
     shares = softmax_shares(rows, scores * sharpness)
     order = np.argsort(shares, kind="stable")
     # Bins hold as many right candidates each, so that the curve is as sure everywhere.

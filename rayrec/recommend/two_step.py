@@ -36,7 +36,6 @@ from rayrec.recommend.retrievers import Candidates, make_new_song_retrievers, ma
 from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step_config import ABLATED_PARTS
-from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 # next: the next play among all songs; served: a next play new to the user, among songs new to the user, since answers
@@ -357,11 +356,11 @@ def _columns(learned: Sequence[str], names: Sequence[str]) -> np.ndarray | None:
 
 
 def load_two_step(
-    workspace: Workspace, network: TasteRecommender, retrieval: str, rankers: Manifest, *, real_times: bool
+    workspace: Workspace, network: TasteRecommender, retrieval: str, rankers: str, *, real_times: bool
 ) -> TwoStepRecommender:
-    """From a network, with its index where it has one, the folder of a retrieval and the artifact of rankers."""
+    """From a network, with its index where it has one, the folder of a retrieval and that of rankers."""
     source = CandidateSource(network, Retrieval.load(workspace, retrieval), real_times=real_times)
-    return TwoStepRecommender(source, load_rankers(workspace, rankers.folder))
+    return TwoStepRecommender(source, load_rankers(workspace, rankers))
 
 
 def load_rankers(workspace: Workspace, folder: str) -> dict[RankerKind, Ranker]:
@@ -478,6 +477,7 @@ def _examples_of(scored: Scored, keys: np.ndarray, allowed: np.ndarray, held_out
 
 LONG = Horizon(min_offset=25, max_offset=50)  # unless the network's long horizon is one of days
 HELD_OUT = 5  # one user in so many checks what the others' examples taught
+SELECTION_RANKERS = "selection"  # folder in an artifact of rankers: those that have not learned from these users
 
 
 def validation_queries(histories: Histories, split: Split, most: int) -> tuple[Histories, np.ndarray]:

@@ -1,5 +1,6 @@
 """`rayrec fit`: everything chosen on the newest plays, then fitted on all of them; too few plays end nothing."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
-from rayrec.jobs.fit import FitResult, fit, train_defaults
+from rayrec.jobs.fit import FitResult, fit, served_before, train_defaults
 from rayrec.jobs.job_config import FitConfig
 from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.two_step import SELECTION_RANKERS, TwoStepRecommender
 from rayrec.storage.artifacts import listing, load_manifest
 from rayrec.storage.dataset_manifest import DatasetManifest
 from rayrec.storage.releases import active_release, verify_release
@@ -24,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "train": {"hidden_dim": 8, "epochs": 2, "negatives": 16},
     "rank": {"trees": 10},
 }
+PARTS = ("models", "retrieval", "rankers")
 STAGES = ["import", "embed", "train", "songs", "retrieval", "rank", "taste", "index", "release"]
 
 
@@ -78,6 +81,21 @@ def test_what_answers_saw_all_plays_and_what_was_measured_none_of_those_held_bac
     assert int(Retrieval.load(workspace, selection).plays.plays.sum()) == early
     model = load_manifest(workspace, "models", live.inputs["models"])
     assert int(workspace.read_array(model.path("play_counts.npy")).sum()) == len(moments)
+
+
+def test_quality_is_that_of_rankers_that_have_not_learned_from_the_users_it_is_measured_on(
+    ring: tuple[Workspace, str, FitResult, list[str]], tmp_path: Path
+) -> None:
+    workspace = Workspace(shutil.copytree(ring[0].uri, tmp_path / "copy"))
+    live = active_release(workspace)
+    assert live is not None
+    model, retrieval, rankers = (load_manifest(workspace, kind, live.inputs[kind]) for kind in PARTS)
+    for path in workspace.files(rankers.folder):
+        if SELECTION_RANKERS not in path and path.endswith(".json"):
+            workspace.delete(path)  # the rankers that answer, which have learned from all users
+    measured = served_before(Dataset(workspace), model, retrieval, rankers, "two-step").load(Dataset(workspace))
+    assert isinstance(measured, TwoStepRecommender)
+    assert "next" in measured.rankers
 
 
 def test_the_ring_is_found_where_popularity_finds_nothing(ring: tuple[Workspace, str, FitResult, list[str]]) -> None:
