@@ -432,7 +432,7 @@ def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> Calibr
     def loss(log_sharpness: float) -> float:
         return float(-np.log(softmax_shares(rows, scores * np.exp(log_sharpness))[right] + 1e-9).mean())
 
-    found = minimize_scalar(loss, bounds=np.log(SHARPNESS), method="bounded", options={"xatol": 0.01})
+    found = minimize_scalar(loss, bounds=tuple(np.log(SHARPNESS).tolist()), method="bounded", options={"xatol": 0.01})
     sharpness = float(np.exp(found.x))
     shares = softmax_shares(rows, scores * sharpness)
     order = np.argsort(shares, kind="stable")
