@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rayrec.data.forgotten import ForgottenUsers, read_forgotten
+from rayrec.data.dataset import ForgottenUsers, read_forgotten
 from rayrec.data.moments import EPOCH, iso_moment, now_ms
 from rayrec.data.windows import NEVER
 from rayrec.errors import NotFoundError

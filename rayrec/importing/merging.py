@@ -14,8 +14,7 @@ import pyarrow.compute as pc
 
 from rayrec.data import columns
 from rayrec.data.columns import one_array
-from rayrec.data.dataset import Dataset, read_files, read_overlap, read_users, with_columns
-from rayrec.data.forgotten import NOBODY, ForgottenUsers
+from rayrec.data.dataset import NOBODY, Dataset, ForgottenUsers, read_files, read_overlap, read_users, with_columns
 from rayrec.data.histories import Histories
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.readers.reader import Unit

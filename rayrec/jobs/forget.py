@@ -19,8 +19,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rayrec.data import columns
-from rayrec.data.dataset import Dataset
-from rayrec.data.forgotten import ForgottenUsers, mark_erased, mark_forgotten, read_waiting, user_digest
+from rayrec.data.dataset import Dataset, ForgottenUsers, mark_erased, mark_forgotten, read_waiting, user_digest
 from rayrec.data.impressions import erase_impressions
 from rayrec.data.moments import now_ms
 from rayrec.data.spelling import spell_id

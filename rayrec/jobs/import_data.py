@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 
 from rayrec.config import to_mapping
 from rayrec.data import columns
-from rayrec.data.dataset import Dataset
-from rayrec.data.forgotten import read_forgotten
+from rayrec.data.dataset import Dataset, read_forgotten
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.import_plan import (
     OR_SKIP,

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE
-from rayrec.data.dataset import Dataset, bucket_of
-from rayrec.data.forgotten import read_waiting
+from rayrec.data.dataset import Dataset, bucket_of, read_waiting
 from rayrec.data.histories import Histories
 from rayrec.data.split import list_splits
 from rayrec.errors import NotFoundError, RayrecError

@@ -21,8 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayrec.data import columns
-from rayrec.data.dataset import Dataset, read_files
-from rayrec.data.forgotten import read_waiting
+from rayrec.data.dataset import Dataset, read_files, read_waiting
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError, MismatchError, RayrecError

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from rayrec.data.forgotten import mark_forgotten
+from rayrec.data.dataset import mark_forgotten
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
 from rayrec.model.taste_table import States

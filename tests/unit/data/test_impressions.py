@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rayrec.data import impressions
-from rayrec.data.forgotten import mark_forgotten
+from rayrec.data.dataset import mark_forgotten
 from rayrec.data.impressions import (
     ImpressionLog,
     LogBounds,

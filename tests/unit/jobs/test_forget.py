@@ -16,8 +16,7 @@ from served import Client, service, write_release
 from without_ray import without_ray
 from worlds import random_vectors, write_song_vectors
 
-from rayrec.data.dataset import Dataset
-from rayrec.data.forgotten import read_forgotten, read_waiting
+from rayrec.data.dataset import Dataset, read_forgotten, read_waiting
 from rayrec.errors import DamagedArtifactError, NotFoundError
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs import forget, taste
