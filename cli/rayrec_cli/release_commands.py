@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from rayrec.data.dataset import Dataset
+from rayrec.data.lineage import delete_garbage, find_garbage
 from rayrec.data.split import load_split
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.experiment_report import ExperimentReportConfig, report_experiment
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest, load_manifest
-from rayrec.storage.cleaning import delete_garbage, find_garbage
 from rayrec.storage.releases import PART_KINDS
 from rayrec_cli.app import Call, ForceOption, app, command, experiment_app, release_app, states_app
 from rayrec_cli.output import Shown, day, figures, note, size, table

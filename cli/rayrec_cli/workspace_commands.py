@@ -8,8 +8,8 @@ from rich.console import RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
-from rayrec.data.status import KINDS
-from rayrec.data.status import status as look
+from rayrec.data.lineage import KINDS
+from rayrec.data.lineage import status as look
 from rayrec.storage.artifacts import noun
 from rayrec.storage.locking import lock_holder, unlock
 from rayrec_cli.app import Call, app, command

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rayrec.data.status import status
+from rayrec.data.lineage import status
 from rayrec.storage.artifacts import Manifest, make_current, publish
 from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
 from rayrec.storage.releases import write_active

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from rayrec.data.lineage import delete_garbage, find_garbage
 from rayrec.errors import InputError
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
-from rayrec.storage.cleaning import delete_garbage, find_garbage
 from rayrec.storage.dataset_manifest import DatasetManifest, read_manifest, write_manifest
 from rayrec.storage.workspace import Workspace, histories_file, users_file
 

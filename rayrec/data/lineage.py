@@ -1,17 +1,92 @@
-"""What may be deleted: artifacts in no release to keep, replaced parts of the data set, what killed jobs left."""
+"""What a workspace holds, what was made from what, and what of it may be deleted."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import pyarrow.fs as pafs
 
-from rayrec.errors import InputError
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import list_splits
+from rayrec.errors import InputError, NotFoundError
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.dataset_manifest import DatasetManifest, read_manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import DATASET, DATASET_MANIFEST, HISTORIES, USERS, Workspace
+
+KINDS = (
+    "descriptions",
+    "songs",
+    "models",
+    "added_songs",
+    "retrieval",
+    "rankers",
+    "tastes",
+    "indexes",
+    "recommendations",
+    "reports",
+    "tunings",
+    "releases",
+)
+DATASET_FIGURES = (
+    "id",
+    "source",
+    "users",
+    "plays",
+    "songs",
+    "playlists",
+    "first_play",
+    "last_play",
+    "times",
+    "created_at",
+)
+
+
+def status(workspace: Workspace) -> dict[str, Any]:
+    """Plain values: the data set's figures or None, the splits, every artifact by kind, current and live ids.
+
+    Times of plays are ms UTC, sizes bytes. An artifact's `figures` are the plain numbers that its stage reported.
+    """
+    active = releases.active_release(workspace)
+    return {
+        "workspace": workspace.uri,
+        "dataset": _dataset(workspace),
+        "splits": [
+            {
+                "id": split.id,
+                "dataset": split.dataset,
+                **split.figures(),
+                "held_out_share": split.held_out_share,
+                "held_out_songs": split.held_out_songs,
+            }
+            for split in list_splits(workspace)
+        ],
+        **{kind: [_artifact(workspace, item) for item in artifacts.listing(workspace, kind)] for kind in KINDS},
+        "current": artifacts.current_ids(workspace),
+        "active": None if active is None else active.id,
+    }
+
+
+def _dataset(workspace: Workspace) -> dict[str, Any] | None:
+    try:
+        manifest = Dataset(workspace).manifest
+    except NotFoundError:
+        return None
+    figures = {name: getattr(manifest, name) for name in DATASET_FIGURES}
+    return {**figures, "rejected": sum(manifest.rejected.values()), "bytes": workspace.size("dataset")}
+
+
+def _artifact(workspace: Workspace, manifest: Manifest) -> dict[str, Any]:
+    figures = {name: value for name, value in manifest.metrics.items() if isinstance(value, int | float | str)}
+    return {
+        "id": manifest.id,
+        "created_at": manifest.created_at,
+        "bytes": workspace.size(manifest.folder),
+        "inputs": manifest.inputs,
+        "figures": figures,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
