@@ -26,11 +26,17 @@ from rayrec.evaluation.accumulator import (
     COVERAGE_SONGS,
     LAST,
     LISTED,
+    PAIRED,
     RETURN_BYTES,
     SLICED,
     VIEWS,
     CellRange,
     MetricAccumulator,
+    RandomSongs,
+    cosine_sums,
+    curves_of,
+    pair_sums,
+    popularity_ranks,
 )
 from rayrec.evaluation.protocol import (
     GROUPS,
@@ -51,7 +57,6 @@ from rayrec.evaluation.protocol import (
     usual_k,
 )
 from rayrec.evaluation.ranks import NOT_FOUND, Ranked, metric_columns, metrics_of, rank_targets
-from rayrec.evaluation.vector_metrics import PAIRED, RandomSongs, cosine_sums, curves_of, pair_sums, popularity_ranks
 from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.base import BaseRecommender, CandidateRecommender, VectorRecommender
 from rayrec.recommend.index import INDEX_FILE, import_faiss

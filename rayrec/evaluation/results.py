@@ -7,11 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from rayrec.evaluation.accumulator import LAST, LISTED, SLICED, VIEWS, MetricAccumulator, means_with_intervals
+from rayrec.evaluation.accumulator import (
+    LAST,
+    LISTED,
+    NEGATIVES,
+    PAIRED,
+    SLICED,
+    VIEWS,
+    Curve,
+    MetricAccumulator,
+    means_with_intervals,
+)
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import GROUPS, OFFSETS, TARGETS, EvaluateConfig, slices_of, usual_k
 from rayrec.evaluation.ranks import metric_columns
-from rayrec.evaluation.vector_metrics import NEGATIVES, PAIRED, Curve
 from rayrec.recommend.base import BaseRecommender, CandidateRecommender
 
 DIGITS = 6  # of every figure
