@@ -22,9 +22,9 @@ from rayrec.evaluation.evaluator import Evaluator, EvaluatorFiles, evaluator_fil
 from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_map, training_plot
 from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig, plays_to_predict
+from rayrec.evaluation.ranks import BASELINE_CHOICES, tune_baseline
 from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, write_report
 from rayrec.evaluation.results import Figures, figures_of, settings_of
-from rayrec.evaluation.tuning import CHOICES, tune_baseline
 from rayrec.importing.readers.reader import Unit, byte_ranges, find_files
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.rank import fit_ablations
@@ -495,7 +495,7 @@ def make_recommenders(
     baselines = dict.fromkeys(["popularity", *(name for name in compared.names if name in BASELINES)])
     with progress("fit baselines", len(baselines)) as bar:
         for name in baselines:
-            settings = {name: tune_baseline(name, selection)} if selection and name in CHOICES else {}
+            settings = {name: tune_baseline(name, selection)} if selection and name in BASELINE_CHOICES else {}
             fitted[name] = fit_baselines([name], dataset, vectors, allowed, selection, settings)[0]
             bar.advance(note=name)
     if compared.model:

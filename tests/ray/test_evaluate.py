@@ -13,9 +13,9 @@ from rayrec.data.split import Split
 from rayrec.errors import InputError, MismatchError, NotFoundError
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.evaluation.ranks import BASELINE_CHOICES
 from rayrec.evaluation.report import read_figures
 from rayrec.evaluation.results import figures_of
-from rayrec.evaluation.tuning import CHOICES
 from rayrec.jobs.evaluate import evaluate
 from rayrec.model.checkpoint import save_model
 from rayrec.model.network import TasteModel
@@ -48,7 +48,7 @@ def test_the_job_over_buckets_equals_one_pass_in_one_process(dataset: Dataset, h
     manifest = evaluate(dataset.workspace, SETTINGS, split=SPLIT)
     stored = dataset.workspace.read_json(manifest.path("results.json"))
     chosen = {row["model"]: {name: row[name] for name in row if name != "model"} for row in stored["settings"]}
-    assert chosen.keys() == {*CHOICES, "weighted-short", "weighted-long"}
+    assert chosen.keys() == {*BASELINE_CHOICES, "weighted-short", "weighted-long"}
     fitted = fit_baselines(MODELS, dataset, random_vectors(NUM_SONGS), SPLIT.final, settings=chosen)
     popularity = fitted[0]
     assert isinstance(popularity, PopularityRecommender)
