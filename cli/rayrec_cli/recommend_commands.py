@@ -9,7 +9,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.moments import iso_moment, now_ms, parse_moment
 from rayrec.data.split import choose_split
 from rayrec.errors import InputError
-from rayrec.evaluation.prefixes import PrefixFile
+from rayrec.evaluation.evaluator import PrefixFile
 from rayrec.evaluation.protocol import DAYS, EvaluateConfig, usual_k
 from rayrec.evaluation.results import ABLATION
 from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender

@@ -18,9 +18,15 @@ from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors, check_healt
 from rayrec.embeddings.word2vec import UNCUT
 from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.accumulator import VIEWS, CellRange, MetricAccumulator, cell_ranges
-from rayrec.evaluation.evaluator import Evaluator, EvaluatorFiles, evaluator_files
+from rayrec.evaluation.evaluator import (
+    Evaluator,
+    EvaluatorFiles,
+    PrefixEvaluator,
+    PrefixFile,
+    evaluator_files,
+    read_prefixes,
+)
 from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_map, training_plot
-from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig, plays_to_predict
 from rayrec.evaluation.ranks import BASELINE_CHOICES, tune_baseline
 from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, write_report

@@ -11,7 +11,7 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange, Split
 from rayrec.errors import InputError, MismatchError
-from rayrec.evaluation.prefixes import PrefixEvaluator, PrefixFile, read_prefixes
+from rayrec.evaluation.evaluator import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
 from rayrec.evaluation.results import Figures
