@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from rayrec.storage.local_cache import FOLDER_VARIABLE
+from rayrec.storage.object_storage import CACHE_VARIABLE
 from rayrec.storage.workspace import Workspace
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What processes of a node share is made anew for each run, also in the processes that tests start."""
-    os.environ[FOLDER_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
+    os.environ[CACHE_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

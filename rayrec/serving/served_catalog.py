@@ -21,7 +21,7 @@ from rayrec.recommend.reranking import Starting, network_of
 from rayrec.recommend.stored_retrieval import NOT_PLAYED, read_first_days, read_popularity
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest, fingerprint
-from rayrec.storage.local_cache import mapped_table
+from rayrec.storage.object_storage import mapped_table
 from rayrec.storage.workspace import SONGS_TABLE, Workspace
 
 NAMES_KEPT = 1 << 16  # of the songs that were described last: some 20 MB

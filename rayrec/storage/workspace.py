@@ -20,8 +20,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rayrec.errors import InputError, NotFoundError, StorageError
-from rayrec.storage.local_cache import SMALL, cached, checksum
-from rayrec.storage.object_storage import patient, upload
+from rayrec.storage.object_storage import SMALL, cached, checksum, patient, upload
 
 DATASET = "dataset"
 DATASET_MANIFEST = "dataset/dataset.json"

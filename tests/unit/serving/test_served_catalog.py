@@ -13,7 +13,7 @@ from rayrec.recommend.answer import load_recommender
 from rayrec.serving import served_catalog
 from rayrec.serving.served_catalog import CatalogRows, id_hashes, load_served_catalog
 from rayrec.storage import releases
-from rayrec.storage.local_cache import FOLDER_VARIABLE
+from rayrec.storage.object_storage import CACHE_VARIABLE
 from rayrec.storage.workspace import Workspace
 
 IDS = [f"song-{row}" for row in range(1_000)]
@@ -45,7 +45,7 @@ def test_the_cache_of_ids_is_bounded_and_answers_stay_right(monkeypatch: pytest.
 def test_two_replicas_map_one_file_and_a_changed_song_table_is_another(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     write_world(workspace)
     write_release(workspace)
     release = releases.active_release(workspace)

@@ -11,7 +11,7 @@ import pytest
 from rayrec.errors import DamagedArtifactError
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
-from rayrec.storage.local_cache import FOLDER_VARIABLE
+from rayrec.storage.object_storage import CACHE_VARIABLE
 from rayrec.storage.workspace import Workspace
 
 REPLICAS = 4
@@ -51,7 +51,7 @@ def write_sparse_model(workspace: Workspace, size: int) -> Manifest:
 def test_replicas_of_a_node_read_each_byte_once(
     workspace: Workspace, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     write_sparse_model(workspace, size)
 
     def load(_: int) -> list[int]:
@@ -68,7 +68,7 @@ def test_replicas_of_a_node_read_each_byte_once(
 def test_a_file_that_changed_is_read_again_and_refused(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     manifest = write_sparse_model(workspace, 4_000_000)
     artifacts.verify(workspace, manifest, once=True)
     workspace.write_array(manifest.path("vectors.npy"), np.ones(1_000_000, np.float32))

@@ -10,14 +10,14 @@ import pyarrow.fs as pafs
 import pytest
 
 from rayrec.errors import DamagedArtifactError
-from rayrec.storage import local_cache
+from rayrec.storage import object_storage
 from rayrec.storage.workspace import Workspace
 
 
 @pytest.fixture
 def remote(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """A workspace whose file system says that it is not local."""
-    monkeypatch.setenv(local_cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(object_storage.CACHE_VARIABLE, str(tmp_path / "cache"))
     local = Workspace(workspace.uri)
     for name in ("a", "b"):
         local.write_array(f"{name}.npy", np.arange(1000))
@@ -35,14 +35,14 @@ def test_of_all_who_ask_one_copies_and_all_map_the_same_file(
     remote: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied: list[str] = []
-    copy = local_cache._copy
+    copy = object_storage._copy
 
     def slow_copy(filesystem: pafs.FileSystem, path: str, target: Path) -> str:
         copied.append(path)
         time.sleep(0.2)
         return copy(filesystem, path, target)
 
-    monkeypatch.setattr(local_cache, "_copy", slow_copy)
+    monkeypatch.setattr(object_storage, "_copy", slow_copy)
     arrays: list[np.ndarray] = []
     threads = [threading.Thread(target=lambda: arrays.append(remote.read_array("a.npy"))) for _ in range(4)]
     for thread in threads:
