@@ -8,8 +8,7 @@ import pyarrow as pa
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.data.histories import Histories
-from rayrec.storage.artifacts import Manifest, publish
-from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.artifacts import DatasetManifest, Manifest, publish, write_dataset_manifest
 from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file, users_file
 
 
@@ -42,7 +41,7 @@ def write_dataset(workspace: Workspace, histories: Histories, num_songs: int, bu
         has_skipped=histories.skipped is not None,
         has_likes=histories.likes is not None,
     )
-    write_manifest(workspace, manifest)
+    write_dataset_manifest(workspace, manifest)
     return Dataset(workspace)
 
 

@@ -19,7 +19,7 @@ from rayrec.importing.inspection import inspect_files
 from rayrec.importing.merging import PARTS_BEFORE_COMPACT
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.delimited import spelled_delimiter
-from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.artifacts import DatasetManifest
 from rayrec_cli.app import Call, ForceOption, app, command
 from rayrec_cli.output import Shown, error_data, figures, number, size, table
 

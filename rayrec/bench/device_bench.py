@@ -41,7 +41,7 @@ from rayrec.model.train_config import (
 )
 from rayrec.model.training import StepMaker, Training
 from rayrec.model.training_windows import ShardReader, plain_stream, window_lengths
-from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.artifacts import DatasetManifest, write_dataset_manifest
 from rayrec.storage.workspace import Workspace, histories_file
 
 WARM_CALLS = 10  # in which libraries choose their kernels and compile them: not timed
@@ -246,7 +246,7 @@ def write_random_histories(workspace: Workspace, histories: Histories, songs: in
         first_play=int(histories.played_at.min()),
         last_play=int(histories.played_at.max()),
     )
-    write_manifest(workspace, manifest)
+    write_dataset_manifest(workspace, manifest)
     return Dataset(workspace)
 
 

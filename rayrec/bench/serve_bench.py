@@ -46,8 +46,7 @@ from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
 from rayrec.serving.serve_config import MAX_PLAYS
 from rayrec.storage import releases
-from rayrec.storage.artifacts import Manifest, publish
-from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.artifacts import DatasetManifest, Manifest, publish, write_dataset_manifest
 from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 
 DIM = 64
@@ -123,7 +122,7 @@ def _write_dataset(workspace: Workspace, songs: int) -> Dataset:
         id="bench", source="bench", buckets=1, parts=1, users=1, plays=2, songs=songs, first_play=PLAYED_AT,
         last_play=PLAYED_AT + 60_000,
     )  # fmt: skip
-    write_manifest(workspace, manifest)
+    write_dataset_manifest(workspace, manifest)
     return Dataset(workspace)
 
 

@@ -35,8 +35,7 @@ from rayrec.online.load_states import load_states
 from rayrec.online.state_store import open_store
 from rayrec.progress import progress
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import Manifest
-from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.artifacts import DatasetManifest, Manifest, write_dataset_manifest
 from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 
 TEMPLATES = 2_000
@@ -164,7 +163,7 @@ def _write_manifest(workspace: Workspace, templates: Histories, *, users: int, s
         first_play=int(templates.played_at.min()), last_play=int(templates.played_at.max()), contexts=list(CONTEXTS),
         has_skipped=True,
     )  # fmt: skip
-    write_manifest(workspace, manifest)
+    write_dataset_manifest(workspace, manifest)
     return Dataset(workspace)
 
 

@@ -23,8 +23,7 @@ from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError, MismatchError, NotFoundError
 from rayrec.notebook import html_figures
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import Manifest
-from rayrec.storage.dataset_manifest import DatasetManifest, earlier_version, read_manifest, read_songs
+from rayrec.storage.artifacts import DatasetManifest, Manifest, earlier_version, read_dataset_manifest, read_songs
 from rayrec.storage.workspace import FORGOTTEN, PLAYLISTS, Workspace
 
 PLAYS_PER_READ = 1_000_000  # plays decoded at once, about; a user's plays are never cut
@@ -225,7 +224,7 @@ class Dataset:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self.manifest = read_manifest(workspace)
+        self.manifest = read_dataset_manifest(workspace)
 
     def _repr_html_(self) -> str:
         names = ("id", "source", "plays", "users", "songs", "playlists")

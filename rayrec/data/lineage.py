@@ -11,8 +11,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import list_splits
 from rayrec.errors import InputError, NotFoundError
 from rayrec.storage import artifacts, releases
-from rayrec.storage.artifacts import Manifest
-from rayrec.storage.dataset_manifest import DatasetManifest, read_manifest
+from rayrec.storage.artifacts import DatasetManifest, Manifest, read_dataset_manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import DATASET, DATASET_MANIFEST, HISTORIES, USERS, Workspace
 
@@ -177,7 +176,7 @@ def _replaced_parts(workspace: Workspace, limit: datetime) -> list[Garbage]:
     """Histories that were joined, and lists of users that a later part replaced."""
     if not workspace.exists(DATASET_MANIFEST):
         return []
-    dataset = read_manifest(workspace)
+    dataset = read_dataset_manifest(workspace)
     needed = _needed(dataset)
     folders = [USERS]
     if dataset.joined_at and datetime.fromisoformat(dataset.joined_at) < limit:

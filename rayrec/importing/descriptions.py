@@ -37,8 +37,7 @@ from rayrec.importing.readers.tabular import open_parquet, read_columns
 from rayrec.importing.staging import Staging
 from rayrec.importing.vector_files import read_vector_file
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import Manifest
-from rayrec.storage.dataset_manifest import read_songs
+from rayrec.storage.artifacts import Manifest, read_songs
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import DATASET, Workspace, later_songs_file
 

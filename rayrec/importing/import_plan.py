@@ -19,8 +19,7 @@ from rayrec.importing.readers.delimited import Delimiter, Separator
 from rayrec.importing.readers.reader import Reader, ReadOptions, SourceFile, Unit, cut_note, find_files, is_compressed
 from rayrec.importing.readers.tabular import roles
 from rayrec.importing.staging import UnitResult
-from rayrec.storage.artifacts import fingerprint
-from rayrec.storage.dataset_manifest import Times
+from rayrec.storage.artifacts import Times, fingerprint
 
 Kind = Literal["plays", "playlists"]
 

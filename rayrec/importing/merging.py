@@ -20,7 +20,7 @@ from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.readers.reader import Unit
 from rayrec.importing.staging import LINE, ORDER, OWNER, UNIT, BucketGroup, PieceResult, Staging, write_histories
 from rayrec.importing.vocabulary import KEY, SongMerger, SongRows
-from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.artifacts import DatasetManifest
 from rayrec.storage.workspace import Workspace, histories_file, playlists_file, rejected_rows_file, users_file
 
 FORGOTTEN_USER = "user was deleted"  # the reason of plays from before the deletion

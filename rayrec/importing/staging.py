@@ -31,7 +31,7 @@ from rayrec.data.histories import Histories
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers.reader import Batch
 from rayrec.importing.vocabulary import KEY, PLACE, SONGS, SongMerger, first_songs, key_ranges, range_of, song_keys
-from rayrec.storage.dataset_manifest import DatasetManifest, read_manifest
+from rayrec.storage.artifacts import DatasetManifest, read_dataset_manifest
 from rayrec.storage.workspace import (
     DATASET,
     DATASET_MANIFEST,
@@ -507,7 +507,7 @@ def finish_publishing(workspace: Workspace) -> None:
         staged_manifest = staging.out(DATASET_MANIFEST)
         if not workspace.exists(staged_manifest):
             continue
-        staged = read_manifest(workspace, staged_manifest)
+        staged = read_dataset_manifest(workspace, staged_manifest)
         if not _stays_whole(workspace, staged):
             workspace.delete(DATASET_MANIFEST)
             workspace.delete(GENERATING)
@@ -529,7 +529,7 @@ def _stays_whole(workspace: Workspace, staged: DatasetManifest) -> bool:
     """
     if not workspace.exists(DATASET_MANIFEST):
         return False
-    current = read_manifest(workspace)
+    current = read_dataset_manifest(workspace)
     songs = SONGS_TABLE.removeprefix(f"{DATASET}/")
     left_out = ("histories/", "users/")
     return current.id in staged.ancestors and all(

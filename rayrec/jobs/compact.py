@@ -11,8 +11,7 @@ from rayrec.jobs.forget import Erased, erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import fingerprint
-from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.artifacts import DatasetManifest, fingerprint
 from rayrec.storage.locking import writes
 from rayrec.storage.releases import list_releases
 from rayrec.storage.workspace import DATASET, HISTORIES, Workspace

@@ -31,8 +31,7 @@ from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import HELD_OUT, SELECTION_RANKERS, checks_rankers, load_two_step
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import Manifest
-from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.artifacts import DatasetManifest, Manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.releases import VALIDATION
 from rayrec.storage.workspace import Workspace

@@ -33,8 +33,7 @@ from rayrec.online.state_store import StateStore, open_store, store_uri
 from rayrec.online.user_state import UserState
 from rayrec.progress import progress
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import BUCKET_COUNTS, Manifest
-from rayrec.storage.dataset_manifest import DatasetManifest, read_manifest
+from rayrec.storage.artifacts import BUCKET_COUNTS, DatasetManifest, Manifest, read_dataset_manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.releases import CHECKSUMS, list_releases
 from rayrec.storage.workspace import (
@@ -263,7 +262,7 @@ class _Manifests:
         for kind in ("tastes", artifacts.RECOMMENDATIONS):
             for manifest in artifacts.listing(self._workspace, kind):
                 self._write_artifact(manifest)
-        dataset = read_manifest(self._workspace) if self._workspace.exists(DATASET_MANIFEST) else None
+        dataset = read_dataset_manifest(self._workspace) if self._workspace.exists(DATASET_MANIFEST) else None
         if dataset is not None:
             self._write_datasets(dataset)
         for release in list_releases(self._workspace):
@@ -293,7 +292,7 @@ class _Manifests:
         present = [earlier_manifest(name) for name in dataset.ancestors]
         others = sorted(set(self._workspace.files(EARLIER)) - set(present))
         for path in [*others, *present]:  # each holds the checksums of those before it
-            manifest = read_manifest(self._workspace, path)
+            manifest = read_dataset_manifest(self._workspace, path)
             if path in others or dataset.splits_at(manifest.parts):
                 mine = [each for name, each in histories.items() if last_part[name] < manifest.parts]
                 lost = Counter() if path in others else _lost(mine, "plays")

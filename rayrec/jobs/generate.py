@@ -14,8 +14,7 @@ from rayrec.data.synthetic import CONTEXTS, GenerateConfig, World
 from rayrec.errors import InputError
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.progress import progress
-from rayrec.storage.artifacts import fingerprint, sha256
-from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.artifacts import DatasetManifest, fingerprint, sha256, write_dataset_manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import (
     DATASET,
@@ -49,7 +48,7 @@ def generate(workspace: Workspace, config: GenerateConfig, *, repeat: bool = Fal
             bucket_results.append(result)
             bar.advance()
     manifest = _manifest(config, bucket_results, files | playlist_files, entries)
-    write_manifest(workspace, manifest)
+    write_dataset_manifest(workspace, manifest)
     workspace.delete(GENERATING)
     return manifest
 

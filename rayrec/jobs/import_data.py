@@ -45,8 +45,7 @@ from rayrec.importing.vocabulary import KEY, SongRows, Vocabulary, key_ranges
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import BucketWorker, ray_cluster, run_buckets
 from rayrec.progress import progress
-from rayrec.storage.artifacts import fingerprint
-from rayrec.storage.dataset_manifest import DatasetManifest, read_songs
+from rayrec.storage.artifacts import DatasetManifest, fingerprint, read_songs
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import (
     DATASET,

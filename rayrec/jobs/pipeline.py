@@ -31,8 +31,7 @@ from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage import artifacts, releases
-from rayrec.storage.artifacts import Manifest
-from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.artifacts import DatasetManifest, Manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 

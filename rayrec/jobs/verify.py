@@ -22,8 +22,7 @@ from rayrec.importing.merging import FORGOTTEN_USER
 from rayrec.jobs.forget import SCRATCH
 from rayrec.progress import Progress, progress
 from rayrec.storage import artifacts, releases
-from rayrec.storage.artifacts import Manifest, sha256
-from rayrec.storage.dataset_manifest import DatasetManifest, read_songs
+from rayrec.storage.artifacts import DatasetManifest, Manifest, read_songs, sha256
 from rayrec.storage.workspace import (
     CURRENT,
     DATASET,

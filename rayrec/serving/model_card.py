@@ -6,8 +6,7 @@ from rayrec.errors import NotFoundError
 from rayrec.evaluation.report import PAGE, RESULTS, verdict
 from rayrec.serving.schemas import DataSummary, ModelCard
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import Manifest
-from rayrec.storage.dataset_manifest import read_manifest
+from rayrec.storage.artifacts import Manifest, read_dataset_manifest
 from rayrec.storage.releases import VALIDATION
 from rayrec.storage.workspace import Workspace
 
@@ -18,7 +17,7 @@ METRICS = ("served_recall@", "served_mrr@", "recall@", "mrr@")
 
 def model_card(workspace: Workspace, release: Manifest) -> ModelCard:
     """The card of a release. The figures are those of its last report, else of the validation before its last fit."""
-    dataset = read_manifest(workspace)
+    dataset = read_dataset_manifest(workspace)
     timed = dataset.times == "real" and dataset.plays > 0
     report = report_of(workspace, release)
     validation = release.metrics.get(VALIDATION, {})

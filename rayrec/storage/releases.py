@@ -10,8 +10,16 @@ from typing import Any
 
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import Manifest, fingerprint, new_id, publish, sha256
-from rayrec.storage.dataset_manifest import DatasetManifest, earlier_version, read_manifest
+from rayrec.storage.artifacts import (
+    DatasetManifest,
+    Manifest,
+    earlier_version,
+    fingerprint,
+    new_id,
+    publish,
+    read_dataset_manifest,
+    sha256,
+)
 from rayrec.storage.workspace import (
     DATASET,
     DATASET_MANIFEST,
@@ -72,7 +80,7 @@ def create_release(
 
     Raises `NotFoundError` where a part is missing, `MismatchError` where named parts do not belong together.
     """
-    dataset = read_manifest(workspace)
+    dataset = read_dataset_manifest(workspace)
     named = {"models": model_id, "rankers": rankers_id, "tastes": tastes_id, "indexes": index_id}
     chosen = {kind: artifacts.load_manifest(workspace, kind, part) for kind, part in named.items() if part is not None}
     model = chosen.get("models") or _model_of(workspace, dataset, chosen)
@@ -206,7 +214,7 @@ def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
     """
     if not workspace.exists(DATASET_MANIFEST):
         raise DamagedArtifactError(f"{DATASET_MANIFEST} is missing; restore it or import the data again")
-    dataset, made_of = read_manifest(workspace), release.inputs["dataset"]
+    dataset, made_of = read_dataset_manifest(workspace), release.inputs["dataset"]
     files = dict(workspace.read_json(release.path(CHECKSUMS)))
     if not dataset.descends_from(made_of):
         raise DamagedArtifactError(

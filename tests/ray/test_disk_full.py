@@ -20,8 +20,7 @@ from rayrec.jobs.verify import verify_workspace
 from rayrec.model.checkpoint import save_model
 from rayrec.model.taste_table import tastes_file
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import Manifest, publish, sha256
-from rayrec.storage.dataset_manifest import write_manifest
+from rayrec.storage.artifacts import Manifest, publish, sha256, write_dataset_manifest
 from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
 
 NAMESPACE = ("unshare", "--mount", "--map-root-user")
@@ -116,7 +115,7 @@ def test_tastes_say_that_the_disk_is_full_and_go_on_with_the_buckets_left(folder
     manifest = write_dataset(before, histories.take(histories.lengths > 0), NUM_SONGS, buckets=16).manifest
     files = {path.removeprefix("dataset/"): sha256(before, path) for path in before.files("dataset")}
     files.pop("dataset.json")
-    write_manifest(before, replace(manifest, files=files))
+    write_dataset_manifest(before, replace(manifest, files=files))
     names = save_model(before, "models/m", network(model_config()), np.ones(NUM_SONGS, dtype=bool))
     publish(before, Manifest(kind="models", id="m", inputs={"dataset": manifest.id}), names)
     runs = Runs(folder, Path(before.root), "taste")

@@ -14,7 +14,7 @@ from rayrec.embeddings.word2vec import MINUTE_MS, EmbedConfig
 from rayrec.errors import InputError, MismatchError
 from rayrec.jobs.embed import embed
 from rayrec.storage import artifacts
-from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.artifacts import DatasetManifest, write_dataset_manifest
 from rayrec.storage.workspace import PLAYLISTS, SONGS_TABLE, Workspace, histories_file
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -50,7 +50,7 @@ def planted(workspace: Workspace) -> Workspace:
     names = [f"song {row}" for row in range(NUM_SONGS)]
     table = {columns.SONG: range(NUM_SONGS), columns.SONG_ID: names, columns.TITLE: names, columns.ARTIST: names}
     workspace.write_table(SONGS_TABLE, pa.table(table, columns.SONGS_TABLE))
-    write_manifest(
+    write_dataset_manifest(
         workspace,
         DatasetManifest(
             id="planted", source="test", buckets=2, parts=1, users=120, plays=120 * 24, songs=NUM_SONGS
@@ -96,7 +96,7 @@ def test_playlists_are_preferred_where_there_are_any(planted: Workspace) -> None
     table = pa.table({columns.PLAYLIST: [str(row) for row in range(51)], columns.SONGS: lists}, columns.PLAYLISTS)
     planted.write_table(f"{PLAYLISTS}/0.parquet", table)
     raw = planted.read_json("dataset/dataset.json")
-    write_manifest(planted, DatasetManifest(**{**raw, "playlists": 51, "playlist_entries": 201}))
+    write_dataset_manifest(planted, DatasetManifest(**{**raw, "playlists": 51, "playlist_entries": 201}))
     manifest = embed(planted, CONFIG)
     assert manifest.metrics["source"] == "playlists"
     assert np.flatnonzero(SongVectors.load(planted, manifest).known).tolist() == [0, 10]

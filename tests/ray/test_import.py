@@ -22,8 +22,7 @@ from rayrec.jobs import import_data as import_job
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.import_data import import_data
 from rayrec.jobs.verify import verify_workspace
-from rayrec.storage.artifacts import sha256
-from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.artifacts import DatasetManifest, sha256
 from rayrec.storage.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -17,7 +17,7 @@ from rayrec.importing.readers.tabular import OTHER_EVENT, CsvReader, ParquetRead
 from rayrec.importing.readers.tidal import NOT_A_TRACK, TidalReader
 from rayrec.importing.readers.yambda import YambdaReader
 from rayrec.importing.readers.youtube_takeout import NOT_MUSIC, YoutubeTakeoutReader
-from rayrec.storage.dataset_manifest import Times
+from rayrec.storage.artifacts import Times
 
 
 @dataclass(frozen=True, kw_only=True)

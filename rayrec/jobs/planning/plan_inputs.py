@@ -23,7 +23,7 @@ from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.importing.import_plan import BUCKET_BYTES, MAX_BUCKETS, MIN_BUCKETS
 from rayrec.model.train_config import TrainConfig
-from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.artifacts import DatasetManifest
 from rayrec.storage.workspace import HISTORIES
 
 LISTED = 5  # largest buckets and users

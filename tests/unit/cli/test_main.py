@@ -11,7 +11,7 @@ import pytest
 
 from rayrec.bench.bench_config import CONFIGS
 from rayrec.errors import DamagedInputError, LeakError, NotFoundError
-from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.artifacts import DatasetManifest, write_dataset_manifest
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
@@ -36,7 +36,7 @@ def plays(tmp_path: Path) -> Path:
 def filled(tmp_path: Path) -> str:
     """The path of a workspace whose data set spans ten days."""
     workspace = Workspace(tmp_path / "filled")
-    write_manifest(
+    write_dataset_manifest(
         workspace,
         DatasetManifest(
             id="d1", source="csv", buckets=0, parts=1, users=1, plays=2, songs=2, last_play=10 * 86_400_000

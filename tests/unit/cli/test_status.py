@@ -7,8 +7,7 @@ import pytest
 from rich.console import Console
 
 from rayrec.data.lineage import status
-from rayrec.storage.artifacts import Manifest, make_current, publish
-from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.artifacts import DatasetManifest, Manifest, make_current, publish, write_dataset_manifest
 from rayrec.storage.releases import write_active
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.workspace_commands import lineage_tree
@@ -17,7 +16,7 @@ from rayrec_cli.workspace_commands import lineage_tree
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     made = Workspace(tmp_path)
-    write_manifest(made, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=2, songs=2))
+    write_dataset_manifest(made, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=2, songs=2))
     return made
 
 

@@ -9,8 +9,7 @@ import pytest
 from rayrec.data.lineage import delete_garbage, find_garbage
 from rayrec.errors import InputError
 from rayrec.storage import artifacts, releases
-from rayrec.storage.artifacts import Manifest
-from rayrec.storage.dataset_manifest import DatasetManifest, read_manifest, write_manifest
+from rayrec.storage.artifacts import DatasetManifest, Manifest, read_dataset_manifest, write_dataset_manifest
 from rayrec.storage.workspace import Workspace, histories_file, users_file
 
 
@@ -28,7 +27,7 @@ def release(workspace: Workspace, night: int) -> Manifest:
 @pytest.fixture
 def nights(workspace: Workspace) -> Workspace:
     """Five releases of one model, and an old model that none of them uses."""
-    write_manifest(workspace, DatasetManifest(id="d", source="", buckets=1, parts=1, users=0, plays=0, songs=0))
+    write_dataset_manifest(workspace, DatasetManifest(id="d", source="", buckets=1, parts=1, users=0, plays=0, songs=0))
     workspace.write_bytes(histories_file(0, 0), b"parquet")
     workspace.write_bytes(users_file(0, 0), b"parquet")
     for name in ("old", "s"):
@@ -103,9 +102,9 @@ def test_joined_parts_stay_for_their_readers_for_some_hours(nights: Workspace) -
     nights.write_bytes(histories_file(1, 0), b"parquet")
     nights.write_bytes(histories_file(0, 0, 1), b"joined")
     nights.write_bytes(users_file(1, 0), b"parquet")
-    manifest = replace(read_manifest(nights), parts=2, joined=[(0, 1)], users_parts=[1])
+    manifest = replace(read_dataset_manifest(nights), parts=2, joined=[(0, 1)], users_parts=[1])
     for joined_at, expected in (("2999-01-01T00:00:00+00:00", 0), ("2020-01-01T00:00:00+00:00", 2)):
-        write_manifest(nights, replace(manifest, joined_at=joined_at))
+        write_dataset_manifest(nights, replace(manifest, joined_at=joined_at))
         garbage = [item for item in find_garbage(nights, keep=5, hours=0) if item.path.startswith("dataset/")]
         assert [item.path for item in garbage if "histories" in item.path] == (
             [histories_file(0, 0), histories_file(1, 0)][:expected]

@@ -10,12 +10,12 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import DAY_MS, SplitConfig, choose_split, list_splits, split_dataset
 from rayrec.errors import InputError, MismatchError, NotFoundError
-from rayrec.storage.dataset_manifest import DatasetManifest, Times, write_manifest
+from rayrec.storage.artifacts import DatasetManifest, Times, write_dataset_manifest
 from rayrec.storage.workspace import DATASET_MANIFEST, Workspace, split_file
 
 
 def put_dataset(workspace: Workspace, dataset_id: str, times: Times = "real") -> None:
-    write_manifest(
+    write_dataset_manifest(
         workspace,
         DatasetManifest(
             id=dataset_id,

@@ -18,7 +18,7 @@ from rayrec.errors import InputError, NotFoundError
 from rayrec.importing.descriptions import DescribeConfig, describe, read_descriptions
 from rayrec.recommend.filters import SongAttributes, SongMasks
 from rayrec.storage import artifacts
-from rayrec.storage.dataset_manifest import write_manifest
+from rayrec.storage.artifacts import write_dataset_manifest
 from rayrec.storage.workspace import Workspace
 
 CSV = """song,title,artist,released,markets
@@ -103,9 +103,9 @@ def test_a_second_table_takes_the_place_of_the_first(dataset: Dataset, tmp_path:
 
 def test_what_was_told_of_other_songs_is_not_told_of_these(dataset: Dataset, tmp_path: Path) -> None:
     describe(dataset.workspace, DescribeConfig(), written(tmp_path, CSV))
-    write_manifest(dataset.workspace, replace(dataset.manifest, id="next", ancestors=[dataset.manifest.id]))
+    write_dataset_manifest(dataset.workspace, replace(dataset.manifest, id="next", ancestors=[dataset.manifest.id]))
     assert Dataset(dataset.workspace).catalog().titles(np.array([0])) == ["Ann – Zero"]
-    write_manifest(dataset.workspace, replace(dataset.manifest, id="other"))
+    write_dataset_manifest(dataset.workspace, replace(dataset.manifest, id="other"))
     assert Dataset(dataset.workspace).catalog().titles(np.array([0])) == ["Artist 0 – Title 0"]
 
 

@@ -19,7 +19,7 @@ from rayrec.importing.merging import PieceImporter, SongRange
 from rayrec.importing.readers.reader import Unit
 from rayrec.importing.staging import Staging, finish_publishing
 from rayrec.importing.vocabulary import Vocabulary, song_keys
-from rayrec.storage.dataset_manifest import DatasetManifest, read_manifest, write_manifest
+from rayrec.storage.artifacts import DatasetManifest, read_dataset_manifest, write_dataset_manifest
 from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
 
 MIB = 1 << 20
@@ -223,7 +223,7 @@ def test_publishing_goes_on_from_wherever_it_was_killed(workspace: Workspace, mo
         for name in files:
             workspace.write_bytes(f"dataset/{name}", b"old")
         workspace.write_bytes("dataset/histories/left-over.parquet", b"old")
-        write_manifest(workspace, replace(made, id="old", files={}))
+        write_dataset_manifest(workspace, replace(made, id="old", files={}))
         place = Staging(workspace, "x")
         for name in list(files)[:3]:
             workspace.write_bytes(place.out(f"dataset/{name}"), b"new")
@@ -247,7 +247,7 @@ def test_publishing_goes_on_from_wherever_it_was_killed(workspace: Workspace, mo
         assert not workspace.exists(DATASET_MANIFEST)  # half a data set is none
         monkeypatch.setattr(Workspace, "move", move)
         finish_publishing(workspace)
-        assert read_manifest(workspace) == made
+        assert read_dataset_manifest(workspace) == made
         content = {name: workspace.read_bytes(f"dataset/{name}") for name in files}
         assert content == {**dict.fromkeys(files, b"new"), "playlists/kept.parquet": b"old"}
         assert not workspace.exists("dataset/histories/left-over.parquet")

@@ -15,8 +15,7 @@ from rayrec.jobs.job_config import FitConfig
 from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.two_step import SELECTION_RANKERS, TwoStepRecommender
-from rayrec.storage.artifacts import listing, load_manifest
-from rayrec.storage.dataset_manifest import DatasetManifest
+from rayrec.storage.artifacts import DatasetManifest, listing, load_manifest
 from rayrec.storage.releases import active_release, verify_release
 from rayrec.storage.workspace import Workspace
 

@@ -21,8 +21,7 @@ from rayrec.model.inference import TasteEncoder
 from rayrec.model.taste_table import taste_table, tastes_file
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
 from rayrec.storage import releases
-from rayrec.storage.artifacts import Manifest, load_manifest, publish, sha256
-from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.artifacts import DatasetManifest, Manifest, load_manifest, publish, sha256, write_dataset_manifest
 from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 from rayrec_cli.main import main
 
@@ -45,7 +44,7 @@ def build(workspace: Workspace, kind: str = "flat") -> Workspace:
     parts = [histories.take(bucket == number) for number in range(BUCKETS)]
     for number, part in enumerate(parts):
         workspace.write_table(histories_file(0, number), part.to_arrow())
-    write_dataset_manifest(workspace)
+    put_dataset_manifest(workspace)
     told = pa.table({columns.SONG_ID: ["s1"], columns.TITLE: ["One"]})
     rows = [
         told[each.name] if each.name in told.column_names else pa.nulls(1, each.type) for each in columns.DESCRIPTIONS
@@ -69,7 +68,7 @@ def build(workspace: Workspace, kind: str = "flat") -> Workspace:
     return workspace
 
 
-def write_dataset_manifest(workspace: Workspace, **changes: int) -> None:
+def put_dataset_manifest(workspace: Workspace, **changes: int) -> None:
     """The manifest of what is there; `changes` are what it says wrongly."""
     paths = [path.removeprefix("dataset/") for path in workspace.files("dataset") if path.endswith(".parquet")]
     found = list(_plain_histories(workspace))
@@ -81,7 +80,7 @@ def write_dataset_manifest(workspace: Workspace, **changes: int) -> None:
         "songs": NUM_SONGS,
     }
     files = {path: sha256(workspace, f"dataset/{path}") for path in paths}
-    write_manifest(
+    write_dataset_manifest(
         workspace, DatasetManifest(id="data", source="x", buckets=BUCKETS, parts=1, files=files, **{**said, **changes})
     )
 
@@ -194,14 +193,14 @@ def move_a_user(workspace: Workspace) -> None:
     one, two = (workspace.read_table(histories_file(0, bucket)) for bucket in range(2))
     workspace.write_table(histories_file(0, 1), pa.concat_tables([two, one.slice(0, 1)]))
     workspace.write_table(histories_file(0, 0), one.slice(1))
-    write_dataset_manifest(workspace)
+    put_dataset_manifest(workspace)
     workspace.delete("releases")
 
 
 def repeat_a_user(workspace: Workspace) -> None:
     table = workspace.read_table(histories_file(0, 0))
     workspace.write_table(histories_file(0, 0), pa.concat_tables([table, table.slice(2, 1)]))
-    write_dataset_manifest(workspace)
+    put_dataset_manifest(workspace)
     workspace.delete("releases")
 
 
@@ -210,12 +209,12 @@ def disorder_plays(workspace: Workspace) -> None:
     times = [row[::-1] for row in table.column("played_at").to_pylist()]
     column = table.column_names.index("played_at")
     workspace.write_table(histories_file(0, 0), table.set_column(column, "played_at", [times]).cast(table.schema))
-    write_dataset_manifest(workspace)
+    put_dataset_manifest(workspace)
     workspace.delete("releases")
 
 
 def say_other_plays(workspace: Workspace) -> None:
-    write_dataset_manifest(workspace, plays=12)
+    put_dataset_manifest(workspace, plays=12)
     workspace.delete("releases")
 
 

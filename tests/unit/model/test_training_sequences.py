@@ -14,7 +14,7 @@ from rayrec.errors import InputError, LeakError
 from rayrec.model.song_tables import Share
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.training_windows import Sequences, ShardReader, plain_stream, window_lengths
-from rayrec.storage.dataset_manifest import write_manifest
+from rayrec.storage.artifacts import write_dataset_manifest
 from rayrec.storage.workspace import Workspace, playlists_file
 
 PLAYLISTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
@@ -39,7 +39,7 @@ def dataset(without: Dataset) -> Dataset:
         values = {columns.PLAYLIST: pa.array(ids), columns.SONGS: pa.array(lists, pa.list_(pa.int32()))}
         without.workspace.write_table(playlists_file(number), pa.table(values))
     manifest = without.manifest.__class__(**{**without.manifest.__dict__, "playlists": 3, "playlist_entries": 9})
-    write_manifest(without.workspace, manifest)
+    write_dataset_manifest(without.workspace, manifest)
     return Dataset(without.workspace)
 
 

@@ -19,8 +19,7 @@ from rayrec.recommend.answer import (
 )
 from rayrec.recommend.base import BaseRecommender, HorizonName
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import Manifest, publish
-from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.artifacts import DatasetManifest, Manifest, publish, write_dataset_manifest
 from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 
 NOW = 1_000_000
@@ -51,7 +50,9 @@ def dataset(workspace: Workspace) -> Dataset:
     workspace.write_table(SONGS_TABLE, pa.table(songs, schema=columns.SONGS_TABLE))
     histories = Histories.from_lists([[0, 1, 2]], [[100, 200, 300]], ["ann"])
     workspace.write_table(histories_file(0, 0), histories.to_arrow())
-    write_manifest(workspace, DatasetManifest(id="data1", source="csv", buckets=1, parts=1, users=1, plays=3, songs=6))
+    write_dataset_manifest(
+        workspace, DatasetManifest(id="data1", source="csv", buckets=1, parts=1, users=1, plays=3, songs=6)
+    )
     return Dataset(workspace)
 
 

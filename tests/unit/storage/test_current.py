@@ -10,8 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrec.errors import NotFoundError
-from rayrec.storage.artifacts import Manifest, current_ids, fingerprint, load_manifest, new_id, newest, publish, reuse
-from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.artifacts import (
+    DatasetManifest,
+    Manifest,
+    current_ids,
+    fingerprint,
+    load_manifest,
+    new_id,
+    newest,
+    publish,
+    reuse,
+    write_dataset_manifest,
+)
 from rayrec.storage.releases import active_release, create_release, default_parts, rollback
 from rayrec.storage.workspace import Workspace
 
@@ -49,7 +59,9 @@ def test_in_any_order_of_commands_each_starts_from_the_last_result_and_advice_he
 ) -> None:
     with TemporaryDirectory() as folder:
         workspace = Workspace(Path(folder))
-        write_manifest(workspace, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=1, songs=1))
+        write_dataset_manifest(
+            workspace, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=1, songs=1)
+        )
         last: dict[str, str] = {}  # the small model: kind -> id of what was requested last
         live: list[str] = []
         for kind, setting, repeat in steps:
@@ -85,7 +97,9 @@ def test_in_any_order_of_commands_each_starts_from_the_last_result_and_advice_he
 
 def test_a_result_found_again_is_what_the_next_stage_starts_from(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
-    write_manifest(workspace, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=1, songs=1))
+    write_dataset_manifest(
+        workspace, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=1, songs=1)
+    )
     stage(workspace, "songs", 0)
     first, second = stage(workspace, "models", 0), stage(workspace, "models", 1)
     assert newest(workspace, "models", "train") == second
@@ -98,7 +112,9 @@ def test_a_release_takes_the_part_of_its_model_that_was_requested_last_whatever_
     tmp_path: Path,
 ) -> None:
     workspace = Workspace(tmp_path)
-    write_manifest(workspace, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=1, songs=1))
+    write_dataset_manifest(
+        workspace, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=1, songs=1)
+    )
     stage(workspace, "songs", 0)
     first = stage(workspace, "models", 0)
     one, two = stage(workspace, "indexes", 0), stage(workspace, "indexes", 1)

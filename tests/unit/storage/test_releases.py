@@ -7,8 +7,7 @@ import pytest
 from rayrec.data.split import Split, save_split
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
 from rayrec.storage import artifacts, releases
-from rayrec.storage.artifacts import Manifest, publish
-from rayrec.storage.dataset_manifest import DatasetManifest, write_manifest
+from rayrec.storage.artifacts import DatasetManifest, Manifest, publish, write_dataset_manifest
 from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 
 HISTORIES_FILE = histories_file(0, 0)
@@ -19,7 +18,7 @@ def put_dataset(workspace: Workspace, dataset_id: str = "data1") -> None:
     for path in (SONGS_TABLE, HISTORIES_FILE):
         workspace.write_bytes(path, path.encode())
     files = {path.removeprefix("dataset/"): artifacts.sha256(workspace, path) for path in (SONGS_TABLE, HISTORIES_FILE)}
-    write_manifest(
+    write_dataset_manifest(
         workspace,
         DatasetManifest(id=dataset_id, source="csv", buckets=1, parts=1, users=1, plays=1, songs=1, files=files),
     )

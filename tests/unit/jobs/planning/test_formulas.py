@@ -62,7 +62,7 @@ from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage import artifacts
-from rayrec.storage.dataset_manifest import write_manifest
+from rayrec.storage.artifacts import write_dataset_manifest
 from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import Workspace, histories_file
 
@@ -146,7 +146,7 @@ def write_parts(workspace: Workspace, parts: int, *, users: int = 300, days: int
         for number in range(buckets):
             path = histories_file(part, number)
             files[path.removeprefix("dataset/")] = write_histories(workspace, path, [kept.take(bucket == number)])
-    write_manifest(workspace, replace(dataset.manifest, parts=parts, part_times=times, files=files))
+    write_dataset_manifest(workspace, replace(dataset.manifest, parts=parts, part_times=times, files=files))
     return Dataset(workspace)
 
 
