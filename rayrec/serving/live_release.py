@@ -1,10 +1,10 @@
-"""The live release of a replica: loaded whole, followed by a watch, reported to who waits for a switch; and arms of an
-experiment, which may name other releases.
+"""The live release of a replica: loaded whole, followed by a watch, reported while a switch waits; its card; and arms.
 
-A request takes the release once, at its start, and uses nothing else to its end: no answer mixes the model of one
-release with the index of another. Reports are small files in the workspace: whoever can activate a release can read
-them, with Ray or without, from inside the cluster or outside. A switch changes the live release of a running
-application and waits until all of its replicas answer with it; where one refuses, the earlier one is made live again.
+Arms of an experiment may name other releases. A request takes the release once, at its start, and uses nothing else to
+its end: no answer mixes the model of one release with the index of another. Reports are small files in the workspace:
+whoever can activate a release can read them, with Ray or without, from inside the cluster or outside. A switch changes
+the live release of a running application and waits until all of its replicas answer with it; where one refuses, the
+earlier one is made live again.
 """
 
 import logging
@@ -13,30 +13,35 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from itertools import count
 from typing import Any
 
 from rayrec.client import KEY_VARIABLE, ApiError, ApiUnavailableError, Client, Retry
 from rayrec.data.dataset import Dataset
-from rayrec.errors import RayrecError
+from rayrec.errors import NotFoundError, RayrecError
+from rayrec.evaluation.report import PAGE, RESULTS, verdict
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
 from rayrec.serving.engine import Engine
 from rayrec.serving.online_songs import OnlineSongs
 from rayrec.serving.problems import NotReadyError
-from rayrec.serving.schemas import RecommendationsRequest
+from rayrec.serving.schemas import DataSummary, ModelCard, RecommendationsRequest
 from rayrec.serving.serve_config import REPORT_SECONDS, Experiment
 from rayrec.serving.served_catalog import ServedCatalog
 from rayrec.storage import artifacts, releases
-from rayrec.storage.artifacts import Manifest
+from rayrec.storage.artifacts import Manifest, read_dataset_manifest
 from rayrec.storage.workspace import Workspace
 
-REPORTS = "serving/replicas"
+REPLICAS = "serving/replicas"  # folder of their reports
 STALE_SECONDS = 6 * REPORT_SECONDS  # a report that has not changed for so long is of a dead replica
 FORGOTTEN_SECONDS = 3600.0  # of silence, after which a report is deleted
 RETRY_SECONDS = 60.0  # before a refused release is tried again, should it have been repaired
 POLL_SECONDS = 0.2  # of a switch
 ANSWER_SECONDS = 5.0  # for one answer of the application
+EVALUATIONS = "reports"  # the kind of artifact
+ORDERING_PARTS = ("models", "retrieval", "rankers")  # kinds of parts that make the order of an answer
+CARD_METRICS = ("served_recall@", "served_mrr@", "recall@", "mrr@")
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +143,7 @@ class Reports:
         Those that were silent for `FORGOTTEN_SECONDS` are deleted.
         """
         reports = []
-        for path in self._workspace.files(REPORTS):
+        for path in self._workspace.files(REPLICAS):
             try:
                 reports.append(Report(**self._workspace.read_json(path)))
             except (RayrecError, OSError, ValueError, TypeError):  # deleted in between, or not a report
@@ -151,7 +156,7 @@ class Reports:
 
 
 def _path(replica: str) -> str:
-    return f"{REPORTS}/{re.sub(r'[^A-Za-z0-9_-]', '-', replica)}.json"
+    return f"{REPLICAS}/{re.sub(r'[^A-Za-z0-9_-]', '-', replica)}.json"
 
 
 @dataclass
@@ -292,6 +297,56 @@ def release_status(holder: ReleaseHolder) -> dict[str, Any]:
         "agreed": all(report.release == active["active"] for report in replicas),
         "replicas": [report.to_mapping() for report in replicas],
     }
+
+
+def model_card(workspace: Workspace, release: Manifest) -> ModelCard:
+    """The card of a release. The figures are those of its last report, else of the validation before its last fit."""
+    dataset = read_dataset_manifest(workspace)
+    timed = dataset.times == "real" and dataset.plays > 0
+    report = last_evaluation(workspace, release)
+    validation = release.metrics.get(releases.VALIDATION, {})
+    metrics = report.metrics if report else validation.get("figures", {})
+    return ModelCard(
+        release=release.id,
+        created_at=release.created_at,
+        version=version("rayrec"),
+        parts=release.inputs,
+        data=DataSummary(
+            id=dataset.id,
+            source=dataset.source,
+            users=dataset.users,
+            plays=dataset.plays,
+            songs=dataset.songs,
+            first_play=dataset.first_play if timed else None,
+            last_play=dataset.last_play if timed else None,
+        ),
+        report=report.id if report else None,
+        verdict=_verdict(workspace, report) if report else validation.get("verdict"),
+        metrics={name: value for name, value in metrics.items() if name.startswith(CARD_METRICS)},
+        queries=metrics.get("plays", metrics.get("pairs", validation.get("queries"))),
+        warning=metrics.get("warning"),
+    )
+
+
+def report_page(workspace: Workspace, release: Manifest) -> bytes:
+    """The HTML of a release's last report. Raises `NotFoundError` where it has none."""
+    report = last_evaluation(workspace, release)
+    if report is None:
+        raise NotFoundError(f"release {release.id} was not evaluated; run `rayrec evaluate`")
+    return workspace.read_bytes(report.path(PAGE))
+
+
+def last_evaluation(workspace: Workspace, release: Manifest) -> Manifest | None:
+    """The last evaluation of what a release answers with; None where there is none."""
+
+    def is_about(report: Manifest) -> bool:
+        return all(report.inputs.get(kind) == release.inputs.get(kind) for kind in ORDERING_PARTS)
+
+    return artifacts.latest(workspace, EVALUATIONS, is_about)
+
+
+def _verdict(workspace: Workspace, report: Manifest) -> str:
+    return verdict(workspace.read_json(report.path(RESULTS)), report.metrics["default"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,17 @@ from rayrec.recommend.answer import LAST_PLAYS, POPULAR_REASON, reasons
 from rayrec.recommend.reranking import AnswerOptions, Chosen, choose_popular
 from rayrec.recommend.stored_retrieval import NOT_PLAYED
 from rayrec.serving.engine import Engine, Parts, Pool
-from rayrec.serving.live_release import Arms, Assigned, LiveRelease, ReleaseHolder, Reports, load_parts
+from rayrec.serving.live_release import (
+    Arms,
+    Assigned,
+    LiveRelease,
+    ReleaseHolder,
+    Reports,
+    load_parts,
+    model_card,
+    report_page,
+)
 from rayrec.serving.middleware import Keys, load_keys
-from rayrec.serving.model_card import model_card, report_page
 from rayrec.serving.online_songs import MAX_ONLINE_SONGS, OnlineSongs, OnlineWatch
 from rayrec.serving.problems import NotReadyError, field_errors, request_id
 from rayrec.serving.requests import (
