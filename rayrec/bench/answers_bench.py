@@ -31,9 +31,9 @@ from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TrainConfig
 from rayrec.progress import progress
 from rayrec.recommend.answer import load_recommender
+from rayrec.recommend.base import QueryBatch
 from rayrec.recommend.filters import without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.query_batch import QueryBatch
 from rayrec.recommend.ranker import Ranker, RankingExamples, TreeModel, calibrate
 from rayrec.recommend.retrievers import COUNTS, Candidates
 from rayrec.recommend.stored_retrieval import Retrieval

@@ -18,8 +18,7 @@ from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries, ranges, uniform_draws, user_hash
 from rayrec.data.split import DAY_MS, Split
 from rayrec.model.train_config import DaysHorizon
-from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender
-from rayrec.recommend.query_batch import SESSION_GAP_MS
+from rayrec.recommend.base import SESSION_GAP_MS, BaseRecommender, HorizonName, VectorRecommender
 
 USUAL_K = 20
 

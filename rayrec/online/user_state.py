@@ -21,7 +21,7 @@ import numpy as np
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
 from rayrec.model.taste_table import States
-from rayrec.recommend.query_batch import LATEST_LIKES
+from rayrec.recommend.base import LATEST_LIKES
 
 WINDOW = 64  # plays held in the window, at least, where there are as many; at most twice that
 LAST_PLAYS = 5_000  # of the log, that an answer or another model's state is computed from

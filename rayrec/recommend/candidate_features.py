@@ -13,7 +13,7 @@ import numpy as np
 
 from rayrec.data.histories import first_of_each, stable_order
 from rayrec.data.split import DAY_MS
-from rayrec.recommend.query_batch import HOUR_MS, QueryBatch
+from rayrec.recommend.base import HOUR_MS, QueryBatch
 from rayrec.recommend.retrievers import Candidates
 from rayrec.recommend.stored_retrieval import NO_GROUP, NOT_PLAYED, Retrieval, SongGroups
 from rayrec.recommend.two_step_config import RankedPart, kept_features

@@ -13,9 +13,8 @@ import numpy as np
 
 from rayrec.data.histories import first_of_each, highest_of_each, places_in, ranges, stable_order
 from rayrec.data.split import DAY_MS
-from rayrec.recommend.base import NO_SONG, HorizonName
+from rayrec.recommend.base import NO_SONG, HorizonName, Pairs, QueryBatch
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.query_batch import Pairs, QueryBatch
 from rayrec.recommend.stored_retrieval import MAX_DISTANCE, UNIT, Retrieval, SongGroups
 from rayrec.recommend.two_step_config import RankedPart
 

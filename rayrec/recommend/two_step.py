@@ -18,10 +18,12 @@ from rayrec.data.split import Split
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import Horizon
 from rayrec.recommend.base import (
+    LATEST_PLAYS,
     NO_SONG,
     CandidateRecommender,
     HorizonName,
     Kind,
+    QueryBatch,
     Ranking,
     ScoredCandidates,
     SearchPath,
@@ -30,7 +32,6 @@ from rayrec.recommend.base import (
 from rayrec.recommend.candidate_features import FeatureSources
 from rayrec.recommend.filters import AnswerFilter
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.query_batch import LATEST, QueryBatch
 from rayrec.recommend.ranker import Ranker, RankingExamples
 from rayrec.recommend.retrievers import Candidates, make_new_song_retrievers, make_retrievers, retrieve
 from rayrec.recommend.stored_retrieval import Retrieval
@@ -142,7 +143,7 @@ def _keys_of(batch: QueryBatch, songs: Sequence[np.ndarray]) -> np.ndarray:
 
 def query_slices(queries: Queries) -> Iterator[slice]:
     """The queries to answer at once, one slice after the other."""
-    plays = np.minimum(queries.seen, LATEST) + 1
+    plays = np.minimum(queries.seen, LATEST_PLAYS) + 1
     by_plays, by_count = (np.cumsum(plays) - plays) // PLAYS_AT_ONCE, np.arange(len(queries)) // QUERIES_AT_ONCE
     changes = np.flatnonzero((np.diff(by_plays) != 0) | (np.diff(by_count) != 0)) + 1
     for begin, end in zip([0, *changes.tolist()], [*changes.tolist(), len(queries)], strict=True):

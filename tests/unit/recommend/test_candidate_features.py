@@ -5,9 +5,9 @@ import pytest
 from worlds import random_histories, random_vectors, with_opinions
 
 from rayrec.data.histories import Histories, Queries
+from rayrec.recommend.base import QueryBatch
 from rayrec.recommend.candidate_features import FeatureSources
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.query_batch import QueryBatch
 from rayrec.recommend.retrievers import Candidates, make_retrievers, retrieve
 from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.storage.workspace import Workspace

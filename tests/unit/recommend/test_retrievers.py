@@ -6,8 +6,8 @@ from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange
+from rayrec.recommend.base import QueryBatch
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.query_batch import QueryBatch
 from rayrec.recommend.retrievers import (
     Proposals,
     Retriever,
