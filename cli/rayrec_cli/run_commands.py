@@ -132,7 +132,7 @@ def demo(call: Call, *, force: ForceOption = False) -> Shown:
     Runs every stage, compares the network with the baselines and recommends songs to one user. A second run in
     the same workspace skips completed stages.
     """
-    from rayrec.jobs.demo import demo as job
+    from rayrec.jobs.pipeline import demo as job
 
     result = job(call.workspace, force=force, on_stage=note_stage)
     views = [

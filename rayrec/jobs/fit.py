@@ -18,12 +18,12 @@ from rayrec.importing.inspection import describe_import, guess_import
 from rayrec.jobs.add_songs import added_to
 from rayrec.jobs.evaluate import evaluate_buckets
 from rayrec.jobs.job_config import FitConfig
-from rayrec.jobs.pipeline import CONFIGS, Outcome, Stages
+from rayrec.jobs.pipeline import CONFIGS, Outcome, Stages, example_answer
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
 from rayrec.notebook import html_table
-from rayrec.recommend.answer import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
+from rayrec.recommend.answer import Answer
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import PopularityRecommender
 from rayrec.recommend.index import IndexConfig, SongIndex, require_one_faiss
@@ -156,8 +156,6 @@ def measure_quality(
 
 
 SECTIONS = ("import", "embed", "train", "retrieval", "rank", "taste", "index")
-EXAMPLE_SONGS = 5
-MIN_PLAYS = 30  # of the user who is shown, if some user has as many
 
 Sections = Mapping[str, Mapping[str, Any]]
 
@@ -338,30 +336,6 @@ def _quality(dataset: Dataset, stages: Stages) -> Quality | None:
 
 
 PARTS = (("models", "train"), ("retrieval", "retrieval"))  # kind and stage
-
-
-def example_answer(workspace: Workspace, parts: Mapping[str, str], k: int = EXAMPLE_SONGS) -> tuple[str, Answer]:
-    """A user with some plays, and what is recommended three minutes after the last one; `parts` as in a release."""
-    dataset = Dataset(workspace)
-    user, last_play = _example_user(dataset)
-    recommender = load_recommender(workspace, dataset, parts)
-    return user, answer(dataset, recommender, RecommendConfig(k=k), at=last_play + ASSUMED_GAP_MS, user=user)
-
-
-def _example_user(dataset: Dataset) -> tuple[str, int]:
-    """The first user with `MIN_PLAYS` plays, else the one with most; and the time of the last one (ms UTC)."""
-    most, example = 0, ("", 0)
-    for batch in dataset.read_all():
-        if not len(batch):
-            continue
-        enough = (batch.lengths >= MIN_PLAYS).nonzero()[0]
-        row = int(enough[0]) if len(enough) else int(batch.lengths.argmax())
-        if batch.lengths[row] > most:
-            most = int(batch.lengths[row])
-            example = str(batch.user_ids[row]), int(batch.played_at[batch.offsets[row + 1] - 1])
-        if len(enough):
-            break
-    return example
 
 
 def _checked(settings: Sections) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""All stages from one TOML file, in one Ray cluster; what is done already is not done again."""
+"""All stages from one TOML file, in one Ray cluster, and the demo; what is done already is not done again."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +15,7 @@ from rayrec.data.synthetic import GenerateConfig
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError, NotFoundError, TooFewQueriesError
 from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.evaluation.report import read_figures
 from rayrec.importing.import_plan import ImportConfig, plan_import
 from rayrec.jobs.add_songs import add_songs
 from rayrec.jobs.build_index import build_index
@@ -28,6 +29,7 @@ from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
+from rayrec.recommend.answer import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
 from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage import artifacts, releases
@@ -304,3 +306,109 @@ def _figures(artifact: Manifest | DatasetManifest | Split) -> dict[str, Any]:
         counts = {"plays": artifact.plays, "users": artifact.users, "songs": artifact.songs}
         return {**counts, "rejected": sum(artifact.rejected.values())}
     return artifact.figures()
+
+
+# Small enough to watch, a minute of training on two cores; few songs, so that each is played often
+# enough for the network to learn what follows it in which context.
+DEMO_PIPELINE: dict[str, dict[str, Any]] = {
+    "generate": {
+        **{"users": 3_000, "songs": 400, "artists": 50, "genres": 8, "plays": 60.0, "buckets": 4},
+        **{"follow": 0.5, "zipf": 1.3},
+    },
+    "split": {"test_days": 20.0, "validation_days": 7.0},
+    "embed": {"dim": 32, "epochs": 10},
+    "train": {
+        **{"hidden_dim": 96, "negatives": 256, "batch": 16, "learning_rate": 0.005, "epochs": 10},
+        "workers": 0,  # in this process: starting Ray Train's workers takes half as long as the training
+    },
+    "retrieval": {},
+    "rank": {},
+    "taste": {},
+    "index": {},
+    "evaluate": {"bootstrap_samples": 200, "max_curve_users": 500},
+    "release": {},
+}
+EXAMPLE_SONGS = 5
+MIN_PLAYS = 30  # of the user who is shown, if some user has as many
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """What the demo shows."""
+
+    outcomes: list[Outcome]
+    evaluation: dict[str, Any]  # what `read_figures` gives
+    report: str  # path of report.html
+    user: str
+    answer: Answer
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "stages": [outcome.to_mapping() for outcome in self.outcomes],
+            "default": self.evaluation["default"],
+            "results": self.evaluation["results"],
+            "report": self.report,
+            "user": self.user,
+            **self.answer.to_mapping(),
+        }
+
+
+@writes("demo")
+def demo(
+    workspace: Workspace, *, force: bool = False, on_stage: Callable[[Outcome], None] = lambda outcome: None
+) -> Demo:
+    """Generate plays, run every stage, recommend to one user as if three minutes after the last play.
+
+    In a workspace that holds the demo already the stages are skipped, as in every other run: the
+    plays come from a seed, so doing it all again would show the same figures. `force` does it again.
+    Raises `InputError` in a workspace that holds other data, which it never replaces.
+    """
+    _require_room(workspace)
+    outcomes = run(workspace, DEMO_PIPELINE, force=force, on_stage=on_stage)
+    ids = {outcome.stage: outcome.id for outcome in outcomes}
+    user, shown = example_answer(workspace, releases.default_parts(workspace, ids["train"]), k=10)
+    report = artifacts.load_manifest(workspace, "reports", ids["evaluate"])
+    return Demo(
+        outcomes=outcomes,
+        evaluation=read_figures(workspace, report),
+        report=workspace.full(report.path("report.html")),
+        user=user,
+        answer=shown,
+    )
+
+
+def _require_room(workspace: Workspace) -> None:
+    try:
+        manifest = Dataset(workspace).manifest
+    except NotFoundError:
+        return
+    if manifest.source != "generated" or manifest.config != to_mapping(GenerateConfig(**DEMO_PIPELINE["generate"])):
+        raise InputError(
+            f"workspace {workspace.uri} holds another data set ({manifest.source}, {manifest.plays:,} plays); "
+            "run the demo in its own workspace: rayrec --workspace ./demo demo"
+        )
+
+
+def example_answer(workspace: Workspace, parts: Mapping[str, str], k: int = EXAMPLE_SONGS) -> tuple[str, Answer]:
+    """A user with some plays, and what is recommended three minutes after the last one; `parts` as in a release."""
+    dataset = Dataset(workspace)
+    user, last_play = _example_user(dataset)
+    recommender = load_recommender(workspace, dataset, parts)
+    return user, answer(dataset, recommender, RecommendConfig(k=k), at=last_play + ASSUMED_GAP_MS, user=user)
+
+
+def _example_user(dataset: Dataset) -> tuple[str, int]:
+    """The first user with `MIN_PLAYS` plays, else the one with most; and the time of the last one (ms UTC)."""
+    most, example = 0, ("", 0)
+    for batch in dataset.read_all():
+        if not len(batch):
+            continue
+        enough = (batch.lengths >= MIN_PLAYS).nonzero()[0]
+        row = int(enough[0]) if len(enough) else int(batch.lengths.argmax())
+        if batch.lengths[row] > most:
+            most = int(batch.lengths[row])
+            example = str(batch.user_ids[row]), int(batch.played_at[batch.offsets[row + 1] - 1])
+        if len(enough):
+            break
+    return example

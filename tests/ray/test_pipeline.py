@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from rayrec.errors import InputError, MismatchError
-from rayrec.jobs import demo as demo_module
-from rayrec.jobs.demo import demo
+from rayrec.jobs import pipeline
 from rayrec.jobs.fit import MIN_PLAYS
-from rayrec.jobs.pipeline import Outcome, run
+from rayrec.jobs.pipeline import Outcome, demo, run
 from rayrec.storage import artifacts, releases
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
@@ -167,7 +166,7 @@ def test_the_demo_shows_one_user_and_never_replaces_other_data(
     workspace, outcomes = made
     with pytest.raises(InputError, match="holds another data set"):
         demo(workspace)
-    monkeypatch.setattr(demo_module, "PIPELINE", TINY)
+    monkeypatch.setattr(pipeline, "DEMO_PIPELINE", TINY)
     told = demo(workspace)
     assert [outcome.id for outcome in told.outcomes] == [outcome.id for outcome in outcomes]
     assert told.answer.plays >= MIN_PLAYS

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from rayrec.jobs.demo import Demo
+from rayrec.jobs.pipeline import Demo
 from rayrec.recommend.answer import Answer
 from rayrec_cli.main import app
 from rayrec_cli.output import Shown, day, figures, number, show, size, table
@@ -125,7 +125,7 @@ def test_the_demo_ends_with_the_address_of_its_page(monkeypatch: pytest.MonkeyPa
     evaluation = {"default": "a", "results": results("served", "next")["results"]}
     shown = Answer(songs=[], at=0, last_plays=[], plays=0)
     ended = Demo(outcomes=[], evaluation=evaluation, report="report.html", user="ann", answer=shown)
-    monkeypatch.setattr("rayrec.jobs.demo.demo", lambda *args, **options: ended)
+    monkeypatch.setattr("rayrec.jobs.pipeline.demo", lambda *args, **options: ended)
     workspace = str(tmp_path / "my demo")
     told = CliRunner().invoke(app, ["--workspace", workspace, "demo"]).output.split()
     expected = f"Page: run `rayrec --workspace '{workspace}' serve` and open http://127.0.0.1:8000/"
