@@ -23,10 +23,10 @@ from rayrec.data import columns as names
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import now_ms, parse_moment
+from rayrec.display import html_figures
 from rayrec.errors import InputError, NotFoundError
 from rayrec.jobs.job_config import FitConfig, UpdateConfig
 from rayrec.model.train_config import TrainConfig
-from rayrec.notebook import html_figures
 from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import Workspace
 

@@ -22,6 +22,7 @@ from rayrec.bench.stage_benches import EMBEDDING_DIM, bench_dataset
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
+from rayrec.display import progress
 from rayrec.jobs.build_index import build_index
 from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.runtime import ray_cluster
@@ -29,7 +30,6 @@ from rayrec.jobs.trainer import model_config
 from rayrec.model.checkpoint import save_model
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import TrainConfig
-from rayrec.progress import progress
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import QueryBatch
 from rayrec.recommend.filters import without_heard

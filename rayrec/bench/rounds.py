@@ -30,8 +30,8 @@ from typing import Any, TypeVar
 import psutil
 
 import rayrec
+from rayrec.display import progress
 from rayrec.errors import InputError
-from rayrec.progress import progress
 
 
 @dataclass(frozen=True)

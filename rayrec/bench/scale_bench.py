@@ -17,6 +17,7 @@ from rayrec.bench.bench_config import MemoryBenchConfig, ScaleBenchConfig
 from rayrec.bench.rounds import RATE_OF, Measured, MemoryWatch, PlainProcess, growth
 from rayrec.bench.stage_benches import bench_dataset, count_window_plays, untrained_model, word2vec_scaling
 from rayrec.data.dataset import Dataset
+from rayrec.display import progress
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.embed import embed
@@ -25,7 +26,6 @@ from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
-from rayrec.progress import progress
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 

@@ -36,13 +36,13 @@ from rayrec.bench.stage_benches import song_vectors
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.data.histories import Histories
+from rayrec.display import progress
 from rayrec.errors import RayrecError
 from rayrec.model.checkpoint import save_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.taste_table import taste_table, tastes_file
 from rayrec.model.train_config import FeatureSpec, TrainConfig
-from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
 from rayrec.serving.serve_config import MAX_PLAYS
 from rayrec.storage import releases

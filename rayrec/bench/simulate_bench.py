@@ -26,6 +26,7 @@ from rayrec.config import Settings
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import SplitConfig
 from rayrec.data.windows import divisors
+from rayrec.display import progress
 from rayrec.embeddings.word2vec import MAX_WORKERS, EmbedConfig
 from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig
 from rayrec.importing.import_plan import MAX_BUCKETS, MAX_PIECES, MIN_BUCKETS, ImportConfig, bucket_groups
@@ -37,7 +38,6 @@ from rayrec.jobs.planning.plan_inputs import ClusterFile, DataSize, NodeType, Pl
 from rayrec.jobs.recommend_all import recommend_all
 from rayrec.jobs.runtime import UnitTime, ray_cluster, unit_times
 from rayrec.model.train_config import TasteConfig, TrainConfig
-from rayrec.progress import progress
 from rayrec.recommend.answer import RecommendConfig
 from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.stored_retrieval import song_ranges

@@ -25,6 +25,7 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.synthetic import CONTEXTS, GenerateConfig, World
+from rayrec.display import progress
 from rayrec.jobs.trainer import model_config
 from rayrec.model.checkpoint import save_model
 from rayrec.model.inference import TasteEncoder
@@ -33,7 +34,6 @@ from rayrec.model.taste_table import taste_table, taste_writer, tastes_file
 from rayrec.model.train_config import TrainConfig
 from rayrec.online.load_states import load_states
 from rayrec.online.state_store import open_store
-from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, Manifest, write_dataset_manifest
 from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file

@@ -20,8 +20,8 @@ from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE, Catalog, Conten
 from rayrec.data.histories import Histories, concatenate, user_hash
 from rayrec.data.spelling import spell_id
 from rayrec.data.windows import NEVER
+from rayrec.display import html_figures
 from rayrec.errors import DamagedArtifactError, MismatchError, NotFoundError
-from rayrec.notebook import html_figures
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, Manifest, earlier_version, read_dataset_manifest, read_songs
 from rayrec.storage.workspace import FORGOTTEN, PLAYLISTS, Workspace

@@ -7,12 +7,12 @@ from dataclasses import replace
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange, fit_range, load_split
+from rayrec.display import progress
 from rayrec.importing.descriptions import take_in_described_songs
 from rayrec.importing.staging import finish_publishing
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.model.added_songs import AddedSongs, FirstPlays, songs_without_vector
 from rayrec.model.checkpoint import INPUT_VECTORS, SONG_VECTORS
-from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes

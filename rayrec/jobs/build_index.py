@@ -9,8 +9,8 @@ import numpy as np
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Queries
+from rayrec.display import progress
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
-from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex, require_one_faiss
 from rayrec.storage.artifacts import Manifest, fingerprint, load_manifest, new_id, newest, publish, reuse
 from rayrec.storage.locking import writes

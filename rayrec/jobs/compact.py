@@ -5,11 +5,11 @@ from datetime import datetime, timezone
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.impressions import compact_impressions
+from rayrec.display import progress
 from rayrec.importing.merging import BucketJoiner, Spans, joined_spans
 from rayrec.importing.staging import Staging, finish_publishing
 from rayrec.jobs.forget import Erased, erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets
-from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, fingerprint
 from rayrec.storage.locking import writes

@@ -11,13 +11,13 @@ from typing import Any
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import FitRange, Split, fit_range, require_split_of
+from rayrec.display import progress
 from rayrec.embeddings import word2vec
 from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors, check_health
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.importing.vector_files import file_id
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
-from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes

@@ -14,6 +14,7 @@ from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, fit_range, require_split_of
+from rayrec.display import progress
 from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors, check_health, directions
 from rayrec.embeddings.word2vec import UNCUT
 from rayrec.errors import InputError, MismatchError
@@ -36,7 +37,6 @@ from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.rank import fit_ablations
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.checkpoint import EPOCHS
-from rayrec.progress import progress
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import BASELINES, PopularityRecommender, fit_baselines, make_selection, needs_vectors

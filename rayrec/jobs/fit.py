@@ -9,6 +9,7 @@ import numpy as np
 from rayrec.config import Settings, from_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, hold_back_validation
+from rayrec.display import html_table
 from rayrec.errors import InputError
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import USUAL_K, EvaluateConfig
@@ -22,7 +23,6 @@ from rayrec.jobs.pipeline import CONFIGS, Outcome, Stages, example_answer
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
-from rayrec.notebook import html_table
 from rayrec.recommend.answer import Answer
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import PopularityRecommender

@@ -23,6 +23,7 @@ from rayrec.data.dataset import Dataset, ForgottenUsers, mark_erased, mark_forgo
 from rayrec.data.impressions import erase_impressions
 from rayrec.data.moments import now_ms
 from rayrec.data.spelling import spell_id
+from rayrec.display import progress
 from rayrec.errors import DamagedArtifactError, InputError
 from rayrec.importing.merging import FORGOTTEN_USER
 from rayrec.importing.staging import finish_publishing
@@ -31,7 +32,6 @@ from rayrec.model.taste_table import PLAYS
 from rayrec.online.state_codec import pack_state
 from rayrec.online.state_store import StateStore, open_store, store_uri
 from rayrec.online.user_state import UserState
-from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import BUCKET_COUNTS, DatasetManifest, Manifest, read_dataset_manifest
 from rayrec.storage.locking import writes

@@ -11,9 +11,9 @@ from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import bucket_of
 from rayrec.data.synthetic import CONTEXTS, GenerateConfig, World
+from rayrec.display import progress
 from rayrec.errors import InputError
 from rayrec.jobs.runtime import ray_cluster, run_buckets
-from rayrec.progress import progress
 from rayrec.storage.artifacts import DatasetManifest, fingerprint, sha256, write_dataset_manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import (

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset, read_forgotten
+from rayrec.display import progress
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.import_plan import (
     OR_SKIP,
@@ -44,7 +45,6 @@ from rayrec.importing.staging import (
 from rayrec.importing.vocabulary import KEY, SongRows, Vocabulary, key_ranges
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import BucketWorker, ray_cluster, run_buckets
-from rayrec.progress import progress
 from rayrec.storage.artifacts import DatasetManifest, fingerprint, read_songs
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import (

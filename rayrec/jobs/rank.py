@@ -10,6 +10,7 @@ from typing import Any
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, load_split, split_flag
+from rayrec.display import progress
 from rayrec.errors import MismatchError, TooFewQueriesError
 from rayrec.jobs.add_songs import added_to
 from rayrec.jobs.forget import erase_forgotten
@@ -17,7 +18,6 @@ from rayrec.jobs.planning.formulas import ranking_memory
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_buckets, run_on_node
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import MODEL_CONFIG, SELECTION_NETWORK
-from rayrec.progress import progress
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex
 from rayrec.recommend.ranker import FittedRanker, Ranker, RankerSettings, RankingExamples, fit_ranker, ndcg
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval

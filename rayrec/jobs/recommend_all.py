@@ -14,10 +14,10 @@ from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
+from rayrec.display import progress
 from rayrec.errors import InputError
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets
-from rayrec.progress import progress
 from rayrec.recommend.answer import RecommendConfig, load_recommender
 from rayrec.recommend.base import NO_SONG, BaseRecommender, Ranking
 from rayrec.recommend.filters import without_heard

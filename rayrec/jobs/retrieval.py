@@ -20,10 +20,10 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange, Split, fit_range, load_split, require_split_of
+from rayrec.display import progress
 from rayrec.importing.import_plan import bucket_groups
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
-from rayrec.progress import progress
 from rayrec.recommend.stored_retrieval import (
     SELECTION_RETRIEVAL,
     SETTINGS_FILE,

@@ -20,8 +20,8 @@ from aiohttp import ClientError
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from rayrec.display import LINES_VARIABLE
 from rayrec.errors import InputError, NotFoundError, RayrecError
-from rayrec.progress import LINES_VARIABLE
 
 API_SERVER = "RAY_API_SERVER_ADDRESS"  # Ray's variable, which it puts above the address it is given
 # The interpreter of the image that cluster/Dockerfile builds. Absolute, since a bare `python` is that

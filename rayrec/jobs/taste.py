@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
+from rayrec.display import progress
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.taste_table import PLAYS, tastes_file
 from rayrec.model.train_config import TasteConfig
-from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import BUCKET_COUNTS, Manifest
 from rayrec.storage.locking import writes

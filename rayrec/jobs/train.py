@@ -8,6 +8,7 @@ from typing import Any, Literal
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, split_flag
+from rayrec.display import progress
 from rayrec.embeddings.word2vec import UNCUT
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
 from rayrec.jobs.forget import erase_forgotten
@@ -29,7 +30,6 @@ from rayrec.jobs.trainer import (
 from rayrec.model.checkpoint import WEIGHTS
 from rayrec.model.train_config import MODEL_CONFIG, PLAY_COUNTS, SELECTION_NETWORK, ModelConfig, TrainConfig
 from rayrec.model.training_windows import Sequences
-from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes

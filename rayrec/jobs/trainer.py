@@ -33,6 +33,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange, Split, load_split, validation_histories
 from rayrec.data.windows import WindowLengths, Windows
+from rayrec.display import Progress, progress
 from rayrec.errors import DivergedError, InputError, RayrecError
 from rayrec.jobs.runtime import quiet_data, run_buckets
 from rayrec.model.checkpoint import load_model, save_model, write_epochs, write_tensorboard
@@ -42,7 +43,6 @@ from rayrec.model.song_tables import Share
 from rayrec.model.train_config import NEXT_PLAY, AnyHorizon, FeatureSpec, ModelConfig, TrainConfig
 from rayrec.model.training import StepReport
 from rayrec.model.training_windows import Sequences, ShardReader, WindowCounter, plain_stream, split_batches
-from rayrec.progress import Progress, progress
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 

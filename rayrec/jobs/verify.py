@@ -17,10 +17,10 @@ from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE
 from rayrec.data.dataset import Dataset, bucket_of, read_waiting
 from rayrec.data.histories import Histories
 from rayrec.data.split import list_splits
+from rayrec.display import Progress, progress
 from rayrec.errors import NotFoundError, RayrecError
 from rayrec.importing.merging import FORGOTTEN_USER
 from rayrec.jobs.forget import SCRATCH
-from rayrec.progress import Progress, progress
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import DatasetManifest, Manifest, read_songs, sha256
 from rayrec.storage.workspace import (

@@ -24,6 +24,7 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset, read_files, read_waiting
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
+from rayrec.display import progress
 from rayrec.errors import DamagedArtifactError, MismatchError, RayrecError
 from rayrec.model.taste_table import LAST_PLAYED_AT, PLAYS, STATE, States, states_of, tastes_file
 from rayrec.model.train_config import MODEL_CONFIG, ModelConfig
@@ -39,7 +40,6 @@ from rayrec.online.state_codec import (
 )
 from rayrec.online.state_store import NOT_THERE, Change, Piece, StateStore, WholeUser
 from rayrec.online.user_state import FIRST_ONLINE, LAST_PLAYS, Plays, UserState, fold_heard, join_likes, over_window
-from rayrec.progress import progress
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 

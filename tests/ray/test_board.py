@@ -15,7 +15,7 @@ def test_the_bar_moves_with_what_workers_write_and_shows_the_last_validation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told: list[tuple[float, str | None]] = []
-    monkeypatch.setattr("rayrec.progress.Progress.advance", lambda bar, amount, note: told.append((amount, note)))
+    monkeypatch.setattr("rayrec.display.Progress.advance", lambda bar, amount, note: told.append((amount, note)))
     board = new_board()
     board.show_validation.remote("recall@20 0.3")
     board.show.remote(40.0, "epoch 2")

@@ -14,7 +14,7 @@ ROOT = Path(rayrec.__file__).parent.parent
 # A layer may import itself and those below it. What stands at one level does not know its neighbours there.
 LEVELS = [
     {"errors"},
-    {"config", "progress", "notebook", "client"},
+    {"config", "display", "client"},
     {"storage"},
     {"data"},
     {"importing"},

@@ -2,15 +2,15 @@
 
 import pytest
 
-from rayrec import progress as module
-from rayrec.progress import LINES_VARIABLE, progress
+from rayrec import display
+from rayrec.display import LINES_VARIABLE, progress
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that progress reads, to be set."""
     now = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
     return now
 
 

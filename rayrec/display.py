@@ -1,4 +1,4 @@
-"""A progress bar on stderr for what takes over two seconds.
+"""What a person sees: a progress bar on stderr for what takes over two seconds, tables in a notebook.
 
 Where stderr is no terminal nothing is drawn, or a line now and then where RAYREC_PROGRESS_LINES=1 asks
 for it: that is what a job's log can hold.
@@ -7,8 +7,10 @@ for it: that is what a job's log can hold.
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from html import escape
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -76,3 +78,33 @@ def progress(title: str, total: float | None = None) -> Iterator[Progress]:
         yield bar
     finally:
         bar.close()
+
+
+def html_figures(title: str, values: Mapping[str, Any]) -> str:
+    """Names and values, one a row, below a title."""
+    rows = "".join(
+        f"<tr><th style='text-align:left'>{escape(name)}</th><td>{escape(_cell(value))}</td></tr>"
+        for name, value in values.items()
+    )
+    return f"<b>{escape(title)}</b><table>{rows}</table>"
+
+
+def html_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table below a title; the first column is aligned to the left."""
+    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"<td style='text-align:{'right' if place else 'left'}'>{escape(_cell(cell))}</td>"
+            for place, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return f"<b>{escape(title)}</b><table><tr>{head}</tr>{body}</table>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else "–" if value is None else str(value)
