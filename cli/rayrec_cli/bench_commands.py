@@ -6,8 +6,7 @@ import typer
 from rich.console import RenderableType
 
 from rayrec.bench.bench_config import CONFIGS, WITH_RATES, BenchConfig
-from rayrec_cli.app import Call, bench_app, command
-from rayrec_cli.output import Shown, figures, table
+from rayrec_cli.app import Call, Shown, bench_app, command, figures, table
 
 QuickOption = Annotated[bool, typer.Option("--quick", help="Small data and few rounds, for a smoke test.")]
 SaveOption = Annotated[

@@ -9,8 +9,7 @@ from rich.console import RenderableType
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
 from rayrec.jobs.planning.plan_inputs import DataSize, PlanConfig, measure_skew, read_cluster, read_rates
-from rayrec_cli.app import ORDER, Call, app, command
-from rayrec_cli.output import Shown, figures, note, size, table
+from rayrec_cli.app import ORDER, Call, Shown, app, command, figures, note, size, table
 
 WordsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="COMMAND...", help="A rayrec command with its options.")

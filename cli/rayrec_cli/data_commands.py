@@ -20,8 +20,7 @@ from rayrec.importing.merging import PARTS_BEFORE_COMPACT
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.delimited import spelled_delimiter
 from rayrec.storage.artifacts import DatasetManifest
-from rayrec_cli.app import Call, ForceOption, app, command
-from rayrec_cli.output import Shown, error_data, figures, number, size, table
+from rayrec_cli.app import Call, ForceOption, Shown, app, command, error_data, figures, number, size, table
 
 FormatArgument = Annotated[str | None, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")]
 PathsArgument = Annotated[

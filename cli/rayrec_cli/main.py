@@ -21,8 +21,7 @@ from rayrec_cli import (
     run_commands,
     workspace_commands,
 )
-from rayrec_cli.app import app
-from rayrec_cli.output import error_data, print_error, show_json
+from rayrec_cli.app import app, error_data, print_error, show_json
 
 __all__ = [
     "bench_commands",

@@ -13,8 +13,7 @@ from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage.artifacts import FITTED, Manifest, noun
-from rayrec_cli.app import Call, ForceOption, app, command, songs_app
-from rayrec_cli.output import Shown, day, figures, note, table
+from rayrec_cli.app import Call, ForceOption, Shown, app, command, day, figures, note, songs_app, table
 
 SplitOption = Annotated[
     str | None,

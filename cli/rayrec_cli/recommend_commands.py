@@ -15,8 +15,7 @@ from rayrec.evaluation.results import ABLATION
 from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender
 from rayrec.storage.artifacts import latest, load_manifest, noun
 from rayrec.storage.releases import default_parts, parts_of
-from rayrec_cli.app import Call, ForceOption, app, command
-from rayrec_cli.output import Shown, figures, number, table
+from rayrec_cli.app import Call, ForceOption, Shown, app, command, figures, number, table
 
 UserOption = Annotated[str | None, typer.Option("--user", metavar="ID", help="User ID.")]
 SongsOption = Annotated[

@@ -17,8 +17,21 @@ from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest, load_manifest
 from rayrec.storage.releases import PART_KINDS
-from rayrec_cli.app import Call, ForceOption, app, command, experiment_app, release_app, states_app
-from rayrec_cli.output import Shown, day, figures, note, size, table
+from rayrec_cli.app import (
+    Call,
+    ForceOption,
+    Shown,
+    app,
+    command,
+    day,
+    experiment_app,
+    figures,
+    note,
+    release_app,
+    size,
+    states_app,
+    table,
+)
 
 PARTS = ("dataset", "split", *PART_KINDS)
 

@@ -9,8 +9,7 @@ from rich.console import RenderableType
 from rayrec.config import read_toml
 from rayrec.jobs.job_config import FitConfig, UpdateConfig
 from rayrec.serving.serve_config import ServeConfig
-from rayrec_cli.app import DEFAULT_WORKSPACE, Call, ForceOption, app, command
-from rayrec_cli.output import Shown, figures, note, table
+from rayrec_cli.app import DEFAULT_WORKSPACE, Call, ForceOption, Shown, app, command, figures, note, table
 from rayrec_cli.recommend_commands import answer_view, results_table
 
 FEW_QUERIES = 100  # below them the interval of a recall is about 0.2 wide

@@ -12,8 +12,7 @@ from rayrec.data.lineage import KINDS
 from rayrec.data.lineage import status as look
 from rayrec.storage.artifacts import noun
 from rayrec.storage.locking import lock_holder, unlock
-from rayrec_cli.app import Call, app, command
-from rayrec_cli.output import Shown, day, number, size, table
+from rayrec_cli.app import Call, Shown, app, command, day, number, size, table
 
 YesOption = Annotated[bool, typer.Option("--yes", help="Delete the lock; without it only show it.")]
 
