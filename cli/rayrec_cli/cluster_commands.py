@@ -1,4 +1,4 @@
-"""submit, plan: run commands on a cluster, and estimate what they need."""
+"""submit, plan, bench: run commands on a cluster, estimate what they need there, and measure how fast they are."""
 
 import sys
 from typing import Annotated, Any
@@ -6,10 +6,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from rayrec.bench.bench_config import CONFIGS, WITH_RATES, BenchConfig
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
 from rayrec.jobs.planning.plan_inputs import DataSize, PlanConfig, measure_skew, read_cluster, read_rates
-from rayrec_cli.app import ORDER, Call, Shown, app, command, figures, note, size, table
+from rayrec_cli.app import ORDER, Call, Shown, app, bench_app, command, figures, note, size, table
 
 WordsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="COMMAND...", help="A rayrec command with its options.")
@@ -39,6 +40,11 @@ RatesOption = Annotated[
 StopOption = Annotated[str | None, typer.Option("--stop", metavar="ID", help="Stop a job.")]
 
 ELSEWHERE = ("submit", "plan")  # commands that do not run on a cluster
+
+QuickOption = Annotated[bool, typer.Option("--quick", help="Small data and few rounds, for a smoke test.")]
+SaveOption = Annotated[
+    str | None, typer.Option("--save", metavar="FILE", help="Merge the measured rates into this JSON file.")
+]
 
 
 @command(
@@ -181,3 +187,67 @@ def _serving(plan: Any) -> dict[str, Any]:
         "shared memory of a node": size(plan.shared_memory),
         "memory of a node": size(plan.node_memory),
     }
+
+
+def _register_bench(name: str, config_class: type[BenchConfig]) -> None:
+    def run(call: Call, config: BenchConfig, *, quick: QuickOption = False) -> Shown:
+        return _measured(name, call, config, quick)
+
+    def run_and_save(call: Call, config: BenchConfig, *, quick: QuickOption = False, save: SaveOption = None) -> Shown:
+        return _measured(name, call, config, quick, save)
+
+    body = run_and_save if name in WITH_RATES else run
+    body.__doc__ = config_class.__doc__
+    command(bench_app, name, config=config_class, example=f"rayrec bench {name} --quick")(body)
+
+
+for _name, _config in CONFIGS.items():
+    _register_bench(_name, _config)
+
+
+def _measured(name: str, call: Call, config: BenchConfig, quick: bool, save: str | None = None) -> Shown:
+    from rayrec.bench.suite import bench
+
+    result = bench(name, call.workspace, config.with_quick_sizes() if quick else config, save=save)
+    whole = {key: value for key, value in result.items() if key not in BENCH_TABLES.get(name, ())}
+    return Shown(result, [figures(f"bench {name}", whole), *BENCH_VIEWS.get(name, lambda _: [])(result)])
+
+
+def serve_loads(result: dict[str, Any]) -> list[RenderableType]:
+    """A table of loads for each catalog."""
+    views: list[RenderableType] = []
+    headers = ["application, request, clients", "requests/s", "p50 ms", "p99 ms", "errors"]
+    for catalog in result["catalogs"]:
+        loads = catalog["loads"].items()
+        rows = [[name, load["per_second"], load["p50_ms"], load["p99_ms"], load["errors"]] for name, load in loads]
+        views.append(table(f"{catalog['songs']:,} songs", headers, rows, left=headers[:1]))
+    return views
+
+
+def simulated(result: dict[str, Any]) -> list[RenderableType]:
+    """Hours of each stage and what they went to."""
+    headers = ["stage", "hours", "plan", "busy", "storage", "lost", "idle", "bottleneck", "lost node s"]
+    names = ("stage", "hours", "plan_hours", "busy", "storage", "lost", "idle", "bottleneck", "lost_node_seconds")
+    rows = [[stage[name] for name in names] for stage in result["stages"]]
+    title = f"{result['plays']:,} plays on {result['nodes']} nodes of {result['cores']} cores, simulated"
+    return [table(title, headers, rows, left=["bottleneck"])]
+
+
+def answer_stages(result: dict[str, Any]) -> list[RenderableType]:
+    """CPU time and memory of each stage of an answer, a column pair for each catalog."""
+    catalogs = result["catalogs"]
+    headers = [f"{name} {catalog['songs']:,}" for catalog in catalogs for name in ("CPU ms", "kB")]
+    rows = [
+        [stage, *(value for one in catalogs for value in _stage(one["stages"][stage]))]
+        for stage in catalogs[0]["stages"]
+    ]
+    title = "An answer by stage and number of songs; memory is the most at one moment"
+    return [table(title, ["stage", *headers], rows)]
+
+
+def _stage(figures_of_stage: dict[str, float]) -> tuple[float, int]:
+    return figures_of_stage["cpu_ms"], round(figures_of_stage["bytes"] / 1000)
+
+
+BENCH_VIEWS = {"serve": serve_loads, "simulate": simulated, "answers": answer_stages}  # beside the figures
+BENCH_TABLES = {"serve": ("catalogs",), "simulate": ("stages",)}  # of the result, which a view of its own shows

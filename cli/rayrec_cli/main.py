@@ -12,7 +12,6 @@ import typer
 
 from rayrec.errors import RayrecError
 from rayrec_cli import (
-    bench_commands,
     cluster_commands,
     data_commands,
     model_commands,
@@ -24,7 +23,6 @@ from rayrec_cli import (
 from rayrec_cli.app import app, error_data, print_error, show_json
 
 __all__ = [
-    "bench_commands",
     "cluster_commands",
     "data_commands",
     "main",
