@@ -15,10 +15,9 @@ from rayrec_cli import (
     cluster_commands,
     data_commands,
     model_commands,
+    operations_commands,
     recommend_commands,
-    release_commands,
     run_commands,
-    workspace_commands,
 )
 from rayrec_cli.app import app, error_data, print_error, show_json
 
@@ -27,10 +26,9 @@ __all__ = [
     "data_commands",
     "main",
     "model_commands",
+    "operations_commands",
     "recommend_commands",
-    "release_commands",
     "run_commands",
-    "workspace_commands",
 ]
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, which newer typers carry under a private name

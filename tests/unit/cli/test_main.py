@@ -115,7 +115,7 @@ def test_a_job_that_fails_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys
     def fail(workspace: Workspace) -> None:
         raise LeakError("a fit was handed\n3 plays")
 
-    monkeypatch.setattr("rayrec_cli.workspace_commands.look", fail)
+    monkeypatch.setattr("rayrec_cli.operations_commands.look", fail)
     assert main(["status"]) == 1
     assert capsys.readouterr().err == "rayrec: A fit was handed 3 plays\n"
 
@@ -131,7 +131,7 @@ def test_an_error_of_ours_that_ray_wrapped_is_told_as_it_was_raised(
     def fail(workspace: Workspace) -> None:
         raise WrappedError("Traceback\n  File x\nrayrec.errors.NotFoundError: there is no such song")
 
-    monkeypatch.setattr("rayrec_cli.workspace_commands.look", fail)
+    monkeypatch.setattr("rayrec_cli.operations_commands.look", fail)
     assert main(["status"]) == 2
     assert capsys.readouterr().err == "rayrec: There is no such song\n"
 
@@ -142,7 +142,7 @@ def test_our_bugs_are_one_line_and_a_traceback_only_when_asked_for(
     def fail(workspace: Workspace) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("rayrec_cli.workspace_commands.look", fail)
+    monkeypatch.setattr("rayrec_cli.operations_commands.look", fail)
     assert main(["status"]) == 1
     assert capsys.readouterr().err == "rayrec: ZeroDivisionError: oh; run again with --debug for the traceback\n"
     assert main(["--debug", "status"]) == 1
@@ -173,7 +173,7 @@ def test_an_error_with_json_is_one_object_on_stdout_and_one_line_on_stderr(
     def fail(workspace: Workspace) -> None:
         raise raised
 
-    monkeypatch.setattr("rayrec_cli.workspace_commands.look", fail)
+    monkeypatch.setattr("rayrec_cli.operations_commands.look", fail)
     kind, message, hint, code = error
     assert main(["--json", "status"] if place == "before" else ["status", "--json"]) == code
     told = capsys.readouterr()
@@ -209,7 +209,7 @@ def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(workspace: Workspace) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rayrec_cli.workspace_commands.look", interrupt)
+    monkeypatch.setattr("rayrec_cli.operations_commands.look", interrupt)
     assert main(["status"]) == 130
 
 

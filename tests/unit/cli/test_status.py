@@ -10,7 +10,7 @@ from rayrec.data.lineage import status
 from rayrec.storage.artifacts import DatasetManifest, Manifest, make_current, publish, write_dataset_manifest
 from rayrec.storage.releases import write_active
 from rayrec.storage.workspace import Workspace
-from rayrec_cli.workspace_commands import lineage_tree
+from rayrec_cli.operations_commands import lineage_tree
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""release, states, serve, experiment: what the server uses, the server, and what it was used for."""
+"""status, verify, unlock, clean, release, states, serve, experiment: keep a workspace and its server running."""
 
 import signal
 import threading
@@ -7,15 +7,20 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
+from rich.text import Text
+from rich.tree import Tree
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.lineage import delete_garbage, find_garbage
+from rayrec.data.lineage import KINDS, delete_garbage, find_garbage
+from rayrec.data.lineage import status as look
 from rayrec.data.split import load_split
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.experiment_report import ExperimentReportConfig, report_experiment
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
-from rayrec.storage.artifacts import Manifest, load_manifest
+from rayrec.storage.artifacts import Manifest, load_manifest, noun
+from rayrec.storage.locking import lock_holder, unlock
 from rayrec.storage.releases import PART_KINDS
 from rayrec_cli.app import (
     Call,
@@ -27,11 +32,19 @@ from rayrec_cli.app import (
     experiment_app,
     figures,
     note,
+    number,
     release_app,
     size,
     states_app,
     table,
 )
+
+UnlockOption = Annotated[bool, typer.Option("--yes", help="Delete the lock; without it only show it.")]
+
+# Main metrics of any kind of artifact, in the order of their importance.
+HEADLINES = ("validation_recall@20", "recall@20", "coverage", "mean_cosine", "kind", "recall", "users")
+# What an artifact stands under: the first of its inputs that is shown.
+PARENTS = ("models", "songs", "split", "dataset")
 
 PARTS = ("dataset", "split", *PART_KINDS)
 
@@ -66,6 +79,130 @@ StoreOption = Annotated[
     ),
 ]
 ReleaseOption = Annotated[str | None, typer.Option("--release", metavar="ID", help="Release. [default: the live one]")]
+
+
+@command(app, "status", example="rayrec status")
+def status(call: Call) -> Shown:
+    """Show what the workspace holds as a tree: what was made from what.
+
+    The artifacts that later commands start from are marked as current, the release that answers as live.
+    """
+    data = look(call.workspace)
+    return Shown(data, [lineage_tree(data)])
+
+
+def lineage_tree(data: dict[str, Any]) -> RenderableType:
+    """The data set, below it its splits and artifacts, each below what it was made from."""
+    dataset = data["dataset"]
+    root = Tree(Text(f"Workspace {data['workspace']}", style="bold"))
+    if dataset is None:
+        root.add("No data set; see rayrec import --help")
+    branches: dict[tuple[str, str], Tree] = {}
+    if dataset is not None:
+        counts = ", ".join(f"{number(dataset[name])} {name}" for name in ("plays", "users", "songs"))
+        rejected = f", {number(dataset['rejected'])} rows rejected" if dataset["rejected"] else ""
+        text = f"data set {dataset['id']}  {counts}{rejected}  {size(dataset['bytes'])}  {day(dataset['created_at'])}"
+        branches["dataset", dataset["id"]] = root.add(Text(text.rstrip()))
+    for split in data["splits"]:
+        cut = split.get("protocol") or "in time"
+        _grow(root, branches, "split", {**split, "inputs": {"dataset": split["dataset"]}}, [cut], data)
+    for kind in KINDS:
+        for item in data[kind]:
+            facts = [_headline(item["figures"]), size(item["bytes"]), day(item["created_at"])]
+            _grow(root, branches, kind, item, facts, data)
+    return root
+
+
+def _grow(
+    root: Tree,
+    branches: dict[tuple[str, str], Tree],
+    kind: str,
+    item: dict[str, Any],
+    facts: list[str],
+    data: dict[str, Any],
+) -> None:
+    """Hang an artifact below the closest of its inputs that is in the tree."""
+    parents = [branches.get((role, item["inputs"].get(role, ""))) for role in PARENTS]
+    marks = []
+    if item["id"] == data["current"].get("splits" if kind == "split" else kind) and kind != "releases":
+        marks.append("current")
+    if kind == "releases" and item["id"] == data["active"]:
+        marks.append("live")
+    parent = next((branch for branch in parents if branch is not None), None)
+    if parent is None:
+        facts = [f"of data set {item['inputs'].get('dataset', 'unknown')}", *facts]
+    words = [f"{noun(kind)} {item['id']}", *filter(None, facts), *(f"[{mark}]" for mark in marks)]
+    branches[kind, item["id"]] = (parent or root).add(Text("  ".join(words), style="bold" if marks else ""))
+
+
+@command(app, "verify", example="rayrec verify")
+def verify_workspace(call: Call) -> Shown:
+    """Verify the integrity of the workspace.
+
+    Compares every file with its checksum and checks its content: each user once, vectors finite and normalized,
+    the index equal to its model, releases complete. Exit code 0 if no problem is found, 1 otherwise.
+    """
+    from rayrec.jobs.verify import verify_workspace as job
+
+    audit = job(call.workspace)
+    rows = [[item.kind, item.id, item.files, item.problems or "ok"] for item in audit.checked]
+    views: list[Any] = [table("Checked", ["kind", "id", "files", "problems"], rows, left=["id"])]
+    for title, findings in (("Problems", audit.problems), ("Notes", audit.notes)):
+        if findings:
+            views.append("\n".join([f"{title}:", *(f"  {each.path} {each.text}" for each in findings)]))
+    views.append("No problems found." if audit.is_sound else f"{len(audit.problems)} problems found.")
+    return Shown(audit.to_mapping(), views, exit_code=0 if audit.is_sound else 1)
+
+
+def _headline(values: dict[str, Any]) -> str:
+    """The main metrics of an artifact."""
+    headlines = [f"{name.replace('_', ' ')} {number(values[name])}" for name in HEADLINES if name in values]
+    return ", ".join(headlines)
+
+
+@command(app, "unlock", example="rayrec --workspace s3://bucket/prefix unlock --yes")
+def unlock_workspace(call: Call, *, yes: UnlockOption = False) -> Shown:
+    """Show the lock of a workspace on object storage, and delete it with --yes.
+
+    A killed run leaves its lock. Make sure that the run has ended: two runs at once damage what they write.
+    On a local disk the lock ends with its process.
+    """
+    holder = lock_holder(call.workspace)
+    if holder is None:
+        return Shown({"holder": None, "deleted": False}, ["The workspace is not locked."])
+    if yes:
+        unlock(call.workspace)
+    advice = "Deleted." if yes else "If it has ended, run the command again with --yes."
+    return Shown({"holder": asdict(holder), "deleted": yes}, [f"The workspace is locked by {holder}. {advice}"])
+
+
+@command(app, "clean", example="rayrec clean --keep 3 --yes")
+def clean_workspace(
+    call: Call,
+    *,
+    keep: KeepOption = 3,
+    hours: HoursOption = 24.0,
+    yes: YesOption = False,
+) -> Shown:
+    """Show what no release needs, and with --yes delete it.
+
+    Old releases with their tastes, models, indexes and song embeddings, parts of the data set that `rayrec compact`
+    joined, and what killed jobs left. It is refused while a job writes to the workspace.
+    """
+    garbage = find_garbage(call.workspace, keep=keep, hours=hours)
+    total = sum(item.bytes for item in garbage)
+    if yes and garbage:
+        delete_garbage(call.workspace, garbage)
+    data = {
+        "deleted": yes and bool(garbage),
+        "bytes": total,
+        "items": [{"path": item.path, "bytes": item.bytes, "reason": item.reason} for item in garbage],
+    }
+    if not garbage:
+        return Shown(data, ["There is nothing to delete."])
+    rows = [[item.path, size(item.bytes), item.reason] for item in garbage]
+    said = f"Deleted {size(total)}." if yes else f"{size(total)} can be deleted: run the same command with --yes."
+    return Shown(data, [table("", ["path", "size", "why"], rows, left=["path", "why"]), said])
 
 
 @command(release_app, "create", example="rayrec release create")
@@ -133,35 +270,6 @@ def activate(
 def rollback(call: Call, *, wait: WaitOption = False, url: UrlOption = None, timeout: TimeoutOption = None) -> Shown:
     """Make the previously live release live again."""
     return _switched(call, lambda: releases.rollback(call.workspace), wait, url, timeout)
-
-
-@command(app, "clean", example="rayrec clean --keep 3 --yes")
-def clean_workspace(
-    call: Call,
-    *,
-    keep: KeepOption = 3,
-    hours: HoursOption = 24.0,
-    yes: YesOption = False,
-) -> Shown:
-    """Show what no release needs, and with --yes delete it.
-
-    Old releases with their tastes, models, indexes and song embeddings, parts of the data set that `rayrec compact`
-    joined, and what killed jobs left. It is refused while a job writes to the workspace.
-    """
-    garbage = find_garbage(call.workspace, keep=keep, hours=hours)
-    total = sum(item.bytes for item in garbage)
-    if yes and garbage:
-        delete_garbage(call.workspace, garbage)
-    data = {
-        "deleted": yes and bool(garbage),
-        "bytes": total,
-        "items": [{"path": item.path, "bytes": item.bytes, "reason": item.reason} for item in garbage],
-    }
-    if not garbage:
-        return Shown(data, ["There is nothing to delete."])
-    rows = [[item.path, size(item.bytes), item.reason] for item in garbage]
-    said = f"Deleted {size(total)}." if yes else f"{size(total)} can be deleted: run the same command with --yes."
-    return Shown(data, [table("", ["path", "size", "why"], rows, left=["path", "why"]), said])
 
 
 def _switched(call: Call, change: Callable[[], Manifest], wait: bool, url: str | None, timeout: float | None) -> Shown:
