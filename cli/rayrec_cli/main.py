@@ -11,24 +11,16 @@ from dataclasses import dataclass
 import typer
 
 from rayrec.errors import RayrecError
-from rayrec_cli import (
-    cluster_commands,
-    data_commands,
-    model_commands,
-    operations_commands,
-    recommend_commands,
-    run_commands,
-)
+from rayrec_cli import cluster_commands, data_commands, operations_commands, recommend_commands, stage_commands
 from rayrec_cli.app import app, error_data, print_error, show_json
 
 __all__ = [
     "cluster_commands",
     "data_commands",
     "main",
-    "model_commands",
     "operations_commands",
     "recommend_commands",
-    "run_commands",
+    "stage_commands",
 ]
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, which newer typers carry under a private name
