@@ -8,8 +8,7 @@ import pytest
 
 from rayrec.errors import InputError, MismatchError
 from rayrec.jobs import pipeline
-from rayrec.jobs.fit import MIN_PLAYS
-from rayrec.jobs.pipeline import Outcome, demo, run
+from rayrec.jobs.pipeline import MIN_PLAYS, Outcome, demo, run
 from rayrec.storage import artifacts, releases
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
