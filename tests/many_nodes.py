@@ -26,9 +26,9 @@ from witness import read_log
 from rayrec.data.split import Split, SplitConfig, split_dataset
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.importing import import_run
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.merging import BucketMerger, PieceImporter
-from rayrec.jobs import import_data as import_job
 from rayrec.jobs import taste as taste_job
 from rayrec.jobs.build_index import build_index
 from rayrec.jobs.embed import embed
@@ -176,8 +176,8 @@ def lose_nodes(plays: str, folder: str, log: str) -> dict[str, Any]:
     """All stages; a node is lost during the import, the training and the tastes, and a new one comes after each."""
     patch, found = pytest.MonkeyPatch(), dict[str, Any]()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    patch.setattr(import_job, "PieceImporter", noted(PieceImporter, "read"))
-    patch.setattr(import_job, "BucketMerger", noted(BucketMerger, "merge"))
+    patch.setattr(import_run, "PieceImporter", noted(PieceImporter, "read"))
+    patch.setattr(import_run, "BucketMerger", noted(BucketMerger, "merge"))
     patch.setattr(taste_job, "BucketTastes", noted(BucketTastes, "taste"))
     stages = Stages(Path(plays), Workspace(folder))
     with three_nodes(Path(log)) as cluster:

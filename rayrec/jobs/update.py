@@ -10,13 +10,14 @@ from rayrec.config import from_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import hold_back_validation, load_split
 from rayrec.errors import InputError, MismatchError
+from rayrec.importing.import_run import ImportResult
 from rayrec.importing.inspection import describe_import, guess_import
 from rayrec.importing.merging import PARTS_BEFORE_COMPACT
 from rayrec.importing.readers import FORMATS
 from rayrec.jobs.add_songs import added_since
 from rayrec.jobs.compact import compact
 from rayrec.jobs.fit import Quality, ServedParts, fit_models, measure_quality, served_before, stage_configs
-from rayrec.jobs.import_data import Appended, append_plays
+from rayrec.jobs.import_data import append_plays
 from rayrec.jobs.job_config import UpdateConfig
 from rayrec.jobs.pipeline import Outcome, ReleaseConfig, Stages
 from rayrec.jobs.runtime import ray_cluster
@@ -42,7 +43,7 @@ class UpdateResult:
     """What an update came to."""
 
     outcomes: list[Outcome]
-    appended: Appended  # what was new in the files
+    appended: ImportResult  # what was new in the files
     trained: bool
     release: str  # id of the new release, of the live one where nothing is new
     live: bool  # whether it is live now
@@ -125,7 +126,7 @@ class _Update:
             for kind in ("retrieval", "rankers", "added_songs")
         )
 
-    def run(self, appended: Appended, config: UpdateConfig) -> UpdateResult:
+    def run(self, appended: ImportResult, config: UpdateConfig) -> UpdateResult:
         stages, workspace = self.stages, self.workspace
         stages.split = hold_back_validation(self.dataset, since=self._seen_until())
         share = self._new_share()

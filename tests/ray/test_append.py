@@ -14,8 +14,8 @@ from rayrec.data.split import SplitConfig, choose_split, split_dataset
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
 from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.importing import import_run
 from rayrec.importing.import_plan import ImportConfig
-from rayrec.jobs import import_data as import_job
 from rayrec.jobs.build_index import build_index
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
@@ -154,7 +154,7 @@ def test_a_killed_append_leaves_the_data_set_whole_and_goes_on(
 
     new = config_of(tmp_path / "b.csv", plays(200, 2, start=START + 90_000, songs=90))
     with monkeypatch.context() as patch:
-        patch.setattr(import_job._Import, step, killed)
+        patch.setattr(import_run._Import, step, killed)
         with pytest.raises(KeyboardInterrupt):
             append_plays(workspace, new)
     assert Dataset(workspace).manifest == first

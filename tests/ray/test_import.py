@@ -17,8 +17,8 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import SplitConfig, split_dataset
 from rayrec.errors import InputError
 from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.importing import import_run
 from rayrec.importing.import_plan import ImportConfig
-from rayrec.jobs import import_data as import_job
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.import_data import import_data
 from rayrec.jobs.verify import verify_workspace
@@ -187,7 +187,7 @@ def test_a_killed_import_leaves_no_data_set_and_goes_on_where_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_job._Import, step, killed)
+        patch.setattr(import_run._Import, step, killed)
         with pytest.raises(KeyboardInterrupt):
             import_data(workspace, config)
     assert not workspace.exists("dataset/dataset.json")
@@ -204,7 +204,7 @@ def test_changed_input_starts_a_killed_import_afresh(
 ) -> None:
     file = write(tmp_path / "a.csv", ["user,song,played_at", f"a,s1,{START}"])
     with monkeypatch.context() as patch:
-        patch.setattr(import_job, "choose_contexts", lambda *_: 1 / 0)
+        patch.setattr(import_run, "choose_contexts", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             import_data(workspace, csv_config(file))
     write(file, ["user,song,played_at", f"b,s2,{START}", f"b,s3,{START + 1}"])
@@ -361,7 +361,7 @@ def test_a_damaged_file_that_is_left_out_leaves_the_number_of_buckets_and_units_
 ) -> None:
     """As with 100 GB, where a file less would be a bucket less and everything would be read again."""
     sizes = iter([20, 19, 19])
-    monkeypatch.setattr(import_job, "choose_buckets", lambda size: next(sizes))
+    monkeypatch.setattr(import_run, "choose_buckets", lambda size: next(sizes))
     folder = tmp_path / "files"
     folder.mkdir()
     for number in range(3):

@@ -327,7 +327,7 @@ def test_what_killed_jobs_left_is_erased_too(world: Workspace, tmp_path: Path, m
         patch.setattr(taste.BucketTastes, "__call__", dies)
         compute_tastes(world, config)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        patch.setattr("rayrec.jobs.import_data.BucketMerger", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("rayrec.importing.import_run.BucketMerger", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
         append_plays(world, plays_of(tmp_path, 5))
     assert world.files(IMPORT_STAGING)
     half = root(world) / "tastes" / artifacts.listing(world, "tastes")[0].id / f".tastes.parquet.{'0' * 32}"
