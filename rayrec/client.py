@@ -342,7 +342,7 @@ class Client(_Connection):
 
         The answer's `cursor`, given with the same options, asks for the songs after these.
         """
-        return cast(RecommendationsAnswer, self._send(_listener_call("recommendations", user_id, history, options)))
+        return cast(RecommendationsAnswer, self._send(_request_call("recommendations", user_id, history, options)))
 
     def rank(
         self,
@@ -354,7 +354,7 @@ class Client(_Connection):
     ) -> RankAnswer:
         """Given songs, ids, in order for a stored user or a history; `options` as the API has them: at, horizon ..."""
         options = {**options, "songs": list(songs)}
-        return cast(RankAnswer, self._send(_listener_call("rank", user_id, history, options)))
+        return cast(RankAnswer, self._send(_request_call("rank", user_id, history, options)))
 
     def popular(self, **options: Any) -> PopularAnswer:
         """The most played songs; `options` as the API has them: k, artists, market, cursor ..."""
@@ -482,7 +482,7 @@ class AsyncClient(_Connection):
         self, *, user_id: str | None = None, history: Sequence[Any] | None = None, **options: Any
     ) -> RecommendationsAnswer:
         """As in `Client`."""
-        call = _listener_call("recommendations", user_id, history, options)
+        call = _request_call("recommendations", user_id, history, options)
         return cast(RecommendationsAnswer, await self._send(call))
 
     async def rank(
@@ -495,7 +495,7 @@ class AsyncClient(_Connection):
     ) -> RankAnswer:
         """As in `Client`."""
         options = {**options, "songs": list(songs)}
-        return cast(RankAnswer, await self._send(_listener_call("rank", user_id, history, options)))
+        return cast(RankAnswer, await self._send(_request_call("rank", user_id, history, options)))
 
     async def popular(self, **options: Any) -> PopularAnswer:
         """As in `Client`."""
@@ -600,7 +600,7 @@ class AsyncClient(_Connection):
         raise AssertionError("the last attempt returns or raises")
 
 
-def _listener_call(name: str, user_id: str | None, history: Sequence[Any] | None, options: Mapping[str, Any]) -> Call:
+def _request_call(name: str, user_id: str | None, history: Sequence[Any] | None, options: Mapping[str, Any]) -> Call:
     if (user_id is None) == (history is None):
         raise ValueError("give either a user_id or a history")
     who = {"user_id": user_id} if history is None else {"history": list(history)}

@@ -70,7 +70,7 @@ class Recommender:
     def fit(self, plays: Plays, *, columns: Mapping[str, str] | None = None, timezone: str = "UTC") -> Recommender:
         """Learn from plays: a pandas or polars DataFrame, an Arrow table, or a path; returns this object.
 
-        `columns` map roles to names where guessing is not enough: {"user": "listener", "song": "track"}. `timezone` is
+        `columns` map roles to names where guessing is not enough: {"user": "member", "song": "track"}. `timezone` is
         the IANA name, such as Europe/Berlin, of the zone of times without one. The newest plays choose the settings and
         give `quality`; then everything is fitted on all plays. Plays fitted before are replaced. Raises `InputError`
         for plays that cannot be read and for an unknown time zone.

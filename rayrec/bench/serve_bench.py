@@ -363,7 +363,7 @@ FEW, MANY = 10, 10_000  # plays of the users that are compared
 Post = Callable[[dict[str, Any]], None]  # sends one body to /v1/plays; raises where it is not taken
 
 
-class _Listeners:
+class _UserTurns:
     """Users whose plays are in the store, all of the same number of plays but for the last few."""
 
     def __init__(self, post: Post, songs: Sequence[str], name: str, users: int, plays: int, begin: int) -> None:
@@ -405,12 +405,12 @@ def bench_history_lengths(
     other; those of many take turns, so that now and then the older plays of a full window leave it.
     """
     begin = time.time_ns() // 1_000_000 - (many + rounds * plays) * GAP_MS
-    short = _Listeners(post, songs, f"{name}-few", rounds * plays, few, begin).turns()
-    long = _Listeners(post, songs, f"{name}-many", LONG_USERS, many, begin).turns()
+    short = _UserTurns(post, songs, f"{name}-few", rounds * plays, few, begin).turns()
+    long = _UserTurns(post, songs, f"{name}-many", LONG_USERS, many, begin).turns()
 
-    def way(listeners: Iterator[dict[str, Any]]) -> Callable[[], Measured]:
+    def way(turns: Iterator[dict[str, Any]]) -> Callable[[], Measured]:
         def measured() -> Measured:
-            bodies = [next(listeners) for _ in range(plays)]
+            bodies = [next(turns) for _ in range(plays)]
             began = time.perf_counter()
             for body in bodies:
                 post(body)

@@ -283,15 +283,15 @@ def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
     elif value("artist_user_plays") > 0:
         said.append(f"you played its artist {_times(value('artist_user_plays'))}")
     if value("next_rules_rank") >= NEAR_RANK:
-        said.append(f"all listeners together played it right after {last} {_times(value('next_rules_score'))}")
+        said.append(f"all users together played it right after {last} {_times(value('next_rules_score'))}")
     elif value("rules_rank") >= NEAR_RANK:
-        said.append(f"other listeners often play it soon after {last}")
+        said.append(f"other users often play it soon after {last}")
     elif value("recent_rules_rank") >= NEAR_RANK:
-        said.append("other listeners often play it soon after your last songs")
+        said.append("other users often play it soon after your last songs")
     if value("sessions_rank") >= NEAR_RANK:
         said.append("it is in sessions like yours")
     elif value("history_sessions_rank") >= NEAR_RANK:
-        said.append("listeners with your songs play it")
+        said.append("users with your songs play it")
     if value("taste_short_rank") >= NEAR_RANK:
         said.append("it is near to what you listen to now")
     if value("taste_long_rank") >= NEAR_RANK:

@@ -20,13 +20,13 @@ from rayrec.recommend.reranking import AnswerOptions
 from rayrec.serving.online_songs import SongToAdd
 from rayrec.serving.schemas import (
     AddedSong,
-    Listener,
     NewPlay,
     Play,
     RankRequest,
     RecommendationsRequest,
     SongFilters,
     SongsQuery,
+    UserOrHistory,
 )
 from rayrec.serving.serve_config import MAX_K
 from rayrec.serving.served_catalog import ServedCatalog
@@ -93,7 +93,9 @@ def read_stored(user: StoredUser | None, moment: int | None) -> UserQuery:
     )
 
 
-def read_listener(request: Listener, user: StoredUser | None, moment: int | None, catalog: ServedCatalog) -> UserQuery:
+def read_query(
+    request: UserOrHistory, user: StoredUser | None, moment: int | None, catalog: ServedCatalog
+) -> UserQuery:
     """The plays of a request's user, or of its history. Raises `InputError` as the reader of either does."""
     return read_stored(user, moment) if request.user_id else read_history(request.history, moment, catalog)
 
@@ -114,7 +116,7 @@ class Place:
 
 def read_place(request: RecommendationsRequest | SongsQuery) -> Place:
     """The place that the cursor of a request names. Raises `FieldError` for a cursor that is not of this request."""
-    history = request.history if isinstance(request, Listener) else []
+    history = request.history if isinstance(request, UserOrHistory) else []
     songs = [play.song_id if isinstance(play, Play) else play for play in history]  # to dump the plays takes long
     text = "\n".join([request.model_dump_json(exclude={"k", "cursor", "explain", "history"}), *songs])
     digest = sha256(text.encode()).hexdigest()[:16]

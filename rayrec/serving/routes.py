@@ -87,7 +87,7 @@ REPORT_HEADERS = {
     "form-action 'none'; frame-ancestors 'none'; sandbox",
 }
 Router = Callable[[Service], APIRouter]
-ABOUT = "Song recommendations from what listeners played, for the next songs or for a later time."
+ABOUT = "Song recommendations from what users played, for the next songs or for a later time."
 MAX_QUERY = 200  # characters
 MAX_MATCHES = 100  # songs
 UserPath = Annotated[

@@ -224,7 +224,7 @@ class SongsQuery(SongFilters, Page):
     model_config = ConfigDict(extra="forbid")
 
 
-class Listener(BaseModel):
+class UserOrHistory(BaseModel):
     """For whom a request is: a stored user, or the one of a history; and when."""
 
     user_id: UserId = Field(default="", description="A user whose plays were loaded or sent before.")
@@ -233,7 +233,7 @@ class Listener(BaseModel):
     horizon: LongWeight = 0.0
 
     @model_validator(mode="after")
-    def _one_listener(self) -> "Listener":
+    def _one_user(self) -> "UserOrHistory":
         if ("user_id" in self.model_fields_set) == ("history" in self.model_fields_set):
             raise ValueError("give either a user_id or a history")
         return self
@@ -246,7 +246,7 @@ class TasteQuery(RequestBody):
     at: At = None
 
 
-class RecommendationsRequest(SongFilters, Page, Listener, RequestBody):
+class RecommendationsRequest(SongFilters, Page, UserOrHistory, RequestBody):
     """For whom to recommend, and what: for a stored user, or for a history."""
 
     model_config = ConfigDict(
@@ -305,7 +305,7 @@ def _number(text: str) -> float | str:
         return text
 
 
-class RankRequest(Listener, RequestBody):
+class RankRequest(UserOrHistory, RequestBody):
     """For whom to rank, and which songs."""
 
     model_config = ConfigDict(

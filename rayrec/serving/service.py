@@ -42,10 +42,10 @@ from rayrec.serving.requests import (
     moment_after,
     query_histories,
     read_history,
-    read_listener,
     read_options,
     read_place,
     read_plays,
+    read_query,
     read_song,
     read_songs_to_rank,
     read_stored,
@@ -57,7 +57,6 @@ from rayrec.serving.schemas import (
     CatalogSong,
     InvalidEntry,
     ListedPlays,
-    Listener,
     MapPoint,
     ModelCard,
     NewPlay,
@@ -82,6 +81,7 @@ from rayrec.serving.schemas import (
     Taste,
     TasteQuery,
     Tastes,
+    UserOrHistory,
     UserTaste,
 )
 from rayrec.serving.serve_config import MAX_K, ServeConfig
@@ -152,7 +152,7 @@ class Service:
         self.metrics.batch(1)
         stored = await self._stored(live, [request])
         with self.metrics.stage("read"):
-            query = read_listener(request, stored.get(request.user_id), request.at, live.catalog)
+            query = read_query(request, stored.get(request.user_id), request.at, live.catalog)
             options = read_songs_to_rank(request, live.catalog)
         (chosen,) = await self._choose(live, [query], [options])
         with self.metrics.stage("write"):
@@ -374,7 +374,7 @@ class Service:
                     moment = request.at if place.at is None else place.at
                     if place.at is not None and user is not None:
                         moment = max(place.at, user.state.last_played_at)  # played since the page before
-                    query = read_listener(request, user, moment, live.catalog)
+                    query = read_query(request, user, moment, live.catalog)
                     all_options[row] = read_options(request, query, place.first, live.catalog)
                     queries[row], places[row] = query, place
                 except InputError as error:
@@ -438,9 +438,11 @@ class Service:
         }
         self.log.add("events", row)
 
-    async def _stored(self, live: LiveRelease, requests: Sequence[Listener | InvalidEntry]) -> dict[str, StoredUser]:
+    async def _stored(
+        self, live: LiveRelease, requests: Sequence[UserOrHistory | InvalidEntry]
+    ) -> dict[str, StoredUser]:
         """What is known of the stored users that requests name, by id; those who are unknown are left out."""
-        names = sorted({one.user_id for one in requests if isinstance(one, Listener)} - {""})
+        names = sorted({one.user_id for one in requests if isinstance(one, UserOrHistory)} - {""})
         users = await self.users.read(live, names) if names else []
         return {name: user for name, user in zip(names, users, strict=True) if user is not None}
 

@@ -14,6 +14,7 @@ BANNED = (
     *("set aside", "the whole way", "as it happens", "of late", "say which", "says which", "do it again", "at hand"),
     *("on our side", "any more", "goes? on", "could not be done", "leave it out", "broke off"),
     *("dearest", "astray", "tally", "crew", "song vectors", "a memory", "knows? no", "strike", "the mix", "kept apart"),
+    "listeners?",  # users
 )
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PATTERN = re.compile(rf"\b({'|'.join(BANNED)})\b", re.IGNORECASE)

@@ -9,31 +9,35 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from browsers import chromium, light_of_ground, page_of, take_picture
 from planted_reports import plant_report
-from served import AT, service, write_release, write_world
+from served import AT, NUM_SONGS, service, write_release, write_world
 
 from rayrec.data import columns
+from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.serving.middleware import Keys, load_keys
 from rayrec.serving.routes import create_app
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
 from rayrec.storage.workspace import SONGS_TABLE, Workspace
 
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
 KEY = "r" * 20
 EVIL = "<img src=x onerror=\"document.title='broken'\"> Title 9"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """One song has a title that is markup."""
-    workspace = Workspace(tmp_path_factory.mktemp("page") / "workspace")
+    """One song has a title that is markup; song N was released in the year 1900 + N."""
+    folder = tmp_path_factory.mktemp("page")
+    workspace = Workspace(folder / "workspace")
     write_world(workspace)
     songs = workspace.read_table(SONGS_TABLE)
     titles = songs.column(columns.TITLE).to_pylist()
     titles[9] = EVIL
     workspace.write_table(SONGS_TABLE, songs.set_column(2, songs.schema.field(columns.TITLE), [titles]))
+    released = [f"song-{song},{1900 + song}-06-01\n" for song in range(NUM_SONGS)]
+    (folder / "songs.csv").write_text("song,released\n" + "".join(released))
+    describe(workspace, DescribeConfig(), str(folder / "songs.csv"))
     write_release(workspace)
     return workspace
 
@@ -53,29 +57,8 @@ def served(world: Workspace, keys: Keys | None = None) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not Path(CHROMIUM).exists():
-        pytest.skip(f"{CHROMIUM} is not there: install Debian's chromium to test the page")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as opened:
         yield opened
-        opened.close()
-
-
-@contextmanager
-def page_of(browser: Any, url: str, link: str = "", **options: Any) -> Iterator[Any]:
-    """A page; every request to elsewhere, every error in the console and every thrown one is a failure."""
-    context = browser.new_context(**options)
-    page = context.new_page()
-    wrong: list[str] = []
-    page.on("request", lambda request: None if request.url.startswith((url, "data:")) else wrong.append(request.url))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
-    page.set_default_timeout(30_000)
-    page.goto(url + link)
-    yield page
-    context.close()
-    assert not wrong
 
 
 def find_and_play(page: Any, words: str, name: str) -> None:
@@ -83,7 +66,8 @@ def find_and_play(page: Any, words: str, name: str) -> None:
     page.get_by_label("Songs found").get_by_role("button", name=name, exact=True).click()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_songs_are_found_played_and_answered_on_both_time_scales(
     world: Workspace, browser: Any, width: int, scheme: str
 ) -> None:
@@ -102,11 +86,18 @@ def test_songs_are_found_played_and_answered_on_both_time_scales(
         assert {"song-3", "song-50"} < drawn
         shown_reasons = [item.inner_text() for item in page.locator("#long .why").all()]
         assert shown_reasons == ["; ".join(song["reasons"]) for song in answer["songs"]]
-        scores = [float(item.inner_text()) for item in page.locator("#long .score").all()]
-        assert scores == pytest.approx([song["score"] for song in answer["songs"]], rel=6e-3)
+        scores = [item.get_attribute("title").split()[1].rstrip(",") for item in page.locator("#long .score").all()]
+        assert [float(score) for score in scores] == pytest.approx(
+            [song["score"] for song in answer["songs"]], rel=6e-3
+        )
+        assert [item.inner_text() for item in page.locator("#long .score").all()] == [
+            score if float(score) >= 0.001 else "<0.001" for score in scores
+        ]
         first, search = page.locator("#short").bounding_box(), page.locator("#query").bounding_box()
         assert (first["y"] + first["height"] <= search["y"]) == (width == 400)  # beside it on a wide screen
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert (light_of_ground(page) < 0.2) == (scheme == "dark")
+        take_picture(page, f"page-{width}-{scheme}")
         page.get_by_role("button", name="Remove Artist 3 – Title 3").click()
         page.locator("#status", has_text="1 play").wait_for()
 
@@ -131,10 +122,10 @@ def listed(page: Any, list_id: str) -> list[str]:
     return [item.get_attribute("data-song") for item in page.locator(f"#{list_id} li").all()]
 
 
-def test_it_opens_with_an_example_listener_and_the_popular_songs(world: Workspace, browser: Any) -> None:
+def test_it_opens_with_an_example_user_and_the_popular_songs(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
         page.locator("#status", has_text="3 plays").wait_for()
-        assert page.locator("#whose").inner_text().startswith("For an example listener who played ")
+        assert page.locator("#whose").inner_text().startswith("For an example user who played ")
         assert page.locator("#short li").count() == page.locator("#long li").count() == 10
         page.locator("#found li").first.wait_for()
         assert page.locator("#found-title").inner_text() == "Popular songs"
@@ -144,15 +135,15 @@ def test_it_opens_with_an_example_listener_and_the_popular_songs(world: Workspac
         page.locator("#status", has_text="1 play").wait_for()
         assert listed(page, "history") == popular[1:2]
         page.get_by_role("button", name="Start over").click()
-        page.locator("#whose", has_text="Nobody").wait_for()
+        page.locator("#whose", has_text="No song played yet").wait_for()
         page.locator("#short .why", has_text="most played").first.wait_for()
 
 
-def test_a_stored_listener_is_listed_and_a_song_more_goes_on_from_it(world: Workspace, browser: Any) -> None:
+def test_a_stored_user_is_listed_and_a_song_more_goes_on_from_it(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
         store_ann(url)
-        page.get_by_label("Id of a stored user").fill("ann")
-        page.get_by_label("Id of a stored user").press("Enter")
+        page.get_by_label("User ID").fill("ann")
+        page.get_by_label("User ID").press("Enter")
         page.locator("#status", has_text="2 plays").wait_for()
         assert listed(page, "history") == ["song-50", "song-3"]
         assert page.locator("#short li").count() == 10
@@ -163,7 +154,7 @@ def test_a_stored_listener_is_listed_and_a_song_more_goes_on_from_it(world: Work
         assert "song-12" not in str(httpx.get(f"{url}/v1/users/ann/plays").json())  # nothing is sent to the store
         page.get_by_role("button", name="Remove Artist 5 – Title 12").click()
         page.locator("#status", has_text="2 plays").wait_for()
-        page.get_by_label("Id of a stored user").fill("nobody")
+        page.get_by_label("User ID").fill("nobody")
         page.get_by_role("button", name="Show").click()
         page.locator("#status", has_text="popular songs").wait_for()
         assert listed(page, "history") == []
@@ -172,13 +163,13 @@ def test_a_stored_listener_is_listed_and_a_song_more_goes_on_from_it(world: Work
 def test_a_link_opens_what_was_shown(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
         store_ann(url)
-        page.get_by_label("Id of a stored user").fill("ann")
+        page.get_by_label("User ID").fill("ann")
         page.get_by_role("button", name="Show").click()
         page.locator("#status", has_text="2 plays").wait_for()
         find_and_play(page, "title 12", "Play Artist 5 – Title 12")
         page.get_by_text("Filters").click()
         page.get_by_label("Only songs of this artist").fill("Artist 3")
-        page.get_by_label("Songs", exact=True).fill("7")
+        page.get_by_label("Number of songs").fill("7")
         page.get_by_label("Include songs already played").check()
         page.locator("#long .by", has_text="Artist 3").nth(6).wait_for()
         page.get_by_role("button", name="Copy link").click()
@@ -208,6 +199,48 @@ def test_filters_keep_to_their_songs_and_say_where_none_fits(world: Workspace, b
         page.get_by_label("Available in this market").fill("SE")
         page.get_by_label("Available in this market").press("Enter")
         page.locator("#problem", has_text="no song of the catalog has markets").wait_for()
+
+
+def test_only_songs_released_in_the_span_are_recommended(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url, "#song=song-3") as page:
+        page.get_by_text("Filters").click()
+        page.get_by_label("Released from").fill("1940-01-01")
+        page.locator("#short").get_by_text("Title").nth(9).wait_for()
+        page.get_by_label("Released until").fill("1943-12-31")
+        page.get_by_label("Released until").press("Enter")
+        for horizon in ("short", "long"):
+            page.wait_for_function("id => document.getElementById(id).childElementCount === 4", arg=horizon)
+            assert sorted(listed(page, horizon)) == ["song-40", "song-41", "song-42", "song-43"]
+        page.get_by_label("Released from").fill("")
+        page.get_by_label("Released until").fill("1899-12-31")
+        page.locator("#short", has_text="No song matches the filters").wait_for()
+
+
+def test_diversity_changes_the_lists_as_it_does_those_of_the_api(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url, "#song=song-3&song=song-50") as page:
+        page.locator("#short .score").nth(9).wait_for()
+        before = listed(page, "short")
+        page.get_by_label("Diversity").fill("1")
+        body = {"history": ["song-3", "song-50"], "k": 10, "diversity": 1}
+        answer = httpx.post(f"{url}/v1/recommendations", json=body).json()
+        expected = [song["song_id"] for song in answer["songs"]]
+        assert expected != before
+        page.wait_for_function(
+            "ids => [...document.querySelectorAll('#short li')].map(item => item.dataset.song).join() === ids",
+            arg=",".join(expected),
+        )
+        assert page.locator("#shown-diversity").inner_text() == "1"
+
+
+def test_a_recommended_song_is_played_from_its_list(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url, "#song=song-3") as page:
+        page.locator("#long .score").nth(9).wait_for()
+        for plays, horizon in enumerate(("short", "long"), start=2):
+            first = listed(page, horizon)[0]
+            page.locator(f"#{horizon} li").first.get_by_title("Play").click()
+            page.locator("#status", has_text=f"{plays} plays").wait_for()
+            assert listed(page, "history")[0] == first
+            assert first not in listed(page, horizon)
 
 
 def test_songs_with_few_plays_are_shown_on_request_with_their_chances(world: Workspace, browser: Any) -> None:
@@ -251,6 +284,31 @@ def test_a_touch_names_a_song_of_the_map(world: Workspace, browser: Any) -> None
         assert labels[0] == page.locator("#spot").inner_text()
         height = page.locator("#map text").filter(has_text="Artist").bounding_box()["height"]
         assert height >= 12  # px, to be read
+
+
+def test_the_mouse_names_a_song_of_the_map_and_a_line_of_a_list_marks_its_song(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url, "#song=song-3") as page:
+        page.locator("#map g").nth(1).wait_for()
+        hint = page.locator("#spot").inner_text()
+        page.locator('#map g[data-song="song-3"] .hit').hover(force=True)
+        page.locator("#spot", has_text="Artist 3 – Title 3").wait_for()
+        assert [text for text in page.locator("#map text").all_text_contents() if text] == ["Artist 3 – Title 3"]
+        page.get_by_role("heading", name="Settings").hover()
+        page.locator("#spot", has_text=hint).wait_for()
+        assert not any(page.locator("#map text").all_text_contents())
+        first = page.locator("#short li").first
+        first.hover()
+        marked = page.locator("#map .lit").locator("xpath=..")
+        assert [spot.get_attribute("data-song") for spot in marked.all()] == [first.get_attribute("data-song")]
+
+
+def test_the_documentation_of_the_api_opens_without_the_internet(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url) as page:
+        page.get_by_text("API documentation").click()
+        page.locator(".opblock").first.wait_for()
+        page.locator(".opblock", has_text="/v1/recommendations").first.click()
+        page.locator(".opblock-body", has_text="Parameters").first.wait_for()
+        take_picture(page, "docs")
 
 
 @pytest.mark.parametrize("key", [None, KEY])

@@ -1,0 +1,53 @@
+"""Chromium for tests of pages, which may ask nothing of the internet; RAYREC_SCREENSHOTS=DIR keeps pictures of them."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser without a window; a test is skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"{CHROMIUM} is not there: install Debian's chromium to test pages")
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@contextmanager
+def page_of(browser: Any, url: str, link: str = "", **options: Any) -> Iterator[Any]:
+    """A page; every request to elsewhere, every error in the console and every thrown one is a failure."""
+    context = browser.new_context(**options)
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("request", lambda request: None if request.url.startswith((url, "data:")) else wrong.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
+    page.set_default_timeout(30_000)
+    page.goto(url + link)
+    yield page
+    context.close()
+    assert not wrong
+
+
+def take_picture(page: Any, name: str) -> None:
+    """Keep a picture of the whole page where RAYREC_SCREENSHOTS names a folder."""
+    if folder := os.environ.get("RAYREC_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
+def light_of_ground(page: Any) -> float:
+    """From 0 (black) to 1 (white): the background of the page."""
+    color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return sum(map(int, re.findall(r"\d+", color)[:3])) / (3 * 255)
