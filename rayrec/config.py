@@ -68,6 +68,12 @@ def to_mapping(config: Settings) -> dict[str, Any]:
     return {name: _plain(value) for name, value in config}
 
 
+def changed_settings(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of plain values, as `to_mapping` gives them, that differ from the defaults of `cls`."""
+    defaults = {name: _plain(field.default) for name, field in cls.model_fields.items()}
+    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Settings):
         return to_mapping(value)

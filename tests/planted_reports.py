@@ -1,6 +1,12 @@
-"""Reports about the parts of a release, of planted figures."""
+"""Reports of planted figures: a small one about the parts of a release, and one with all that a report can hold."""
 
-from rayrec.evaluation.report import write_report
+from typing import Any
+
+import numpy as np
+
+from rayrec.evaluation.plots import Plot, cosine_plot, song_map, training_plot
+from rayrec.evaluation.protocol import CLASSES
+from rayrec.evaluation.report import BY_TITLES, TARGET_TITLES, html_page, write_report
 from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.workspace import Workspace
 
@@ -20,3 +26,122 @@ def plant_report(
     manifest = Manifest(kind="reports", id=report_id, inputs=dict(parts), metrics=metrics)
     names = write_report(workspace, manifest.folder, {"results": rows}, default="two-step", about={})
     publish(workspace, manifest, names)
+
+
+RECALLS = {
+    "two-step": 0.42,
+    "taste": 0.35,
+    "taste-short": 0.33,
+    "r_hst": 0.31,
+    "vstan": 0.39,
+    "sequential-rules": 0.28,
+    "item-knn": 0.19,
+    "weighted-average-of-everything": 0.12,
+    "popularity": 0.05,
+}
+NETWORKS = ("two-step", "taste", "taste-short", "r_hst")
+TITLES = [f"The Artist of the Long Name – A Title that Takes Some Space, Part {number}" for number in range(12)]
+
+
+def full_report() -> str:
+    """The page of a report with every kind of figure: nine models, all targets, an ablation, three plots."""
+    kinds = {name: "network" if name in NETWORKS else "baseline" for name in RECALLS}
+    targets = [*TARGET_TITLES, "days0_7", "served_days0_7"]
+    results = [
+        _entry(name, target, metric, recall * (1 if metric == "recall" else 0.5), k=k, kind=kinds[name], users=users)
+        for name, recall in RECALLS.items()
+        for target in targets
+        for metric in ("recall", "mrr", "ndcg")
+        for k in (10, 20, 100)
+        for users in ("all", "seen", "new", "held_out")
+    ]
+    others = {name: recall for name, recall in RECALLS.items() if name != "two-step"} | {"without sessions": 0.4}
+    ablated = _entry("without sessions", "served", "recall", 0.4, kind="ablation")
+    figures = {
+        "results": [*results, ablated],
+        "comparisons": [
+            {**_entry("two-step", target, metric, 0.42 - recall), "other": other, "difference": 0.42 - recall}
+            for other, recall in others.items()
+            for target in ("served", "next", "offsets25_50")
+            for metric in ("recall", "mrr")
+        ],
+        "retrieval": [
+            {**_entry("two-step", target, "recall", 0.6), "retriever": retriever, "candidates": 301.4}
+            for retriever in ("all", "taste_short", "history_sessions", "recent_rules")
+            for target in ("served", "next")
+        ],
+        "pairwise": [
+            {**_entry(name, "next", "accuracy", 0.8), "negatives": negatives}
+            for name in NETWORKS
+            for negatives in ("uniform", "zipf")
+        ],
+        "breakdowns": [
+            {**_entry(name, "next", "recall", recall), "by": by, "slice": one}
+            for name, recall in RECALLS.items()
+            for by in BY_TITLES
+            for one in CLASSES
+        ],
+        "recommended": [
+            {
+                **{"model": name, "lists": 5000, "coverage": 0.31, "repeats": 0.2, "popularity_rank": 3210.4},
+                **{"repeats_low": 0.1, "repeats_high": 0.3},
+                **{"popularity_rank_low": 3000.0, "popularity_rank_high": 3400.0},
+            }
+            for name in RECALLS
+        ],
+        "leave_one_out": [_entry(name, "next", "recall", recall) for name, recall in RECALLS.items()],
+        "song_vectors": [
+            {
+                **{"vectors": vectors, "id": "5f", "dim": 64, "directions": 21.7, "coverage": 0.9},
+                **{"songs_with_vector": 12_345, "mean_cosine": 0.021},
+                "neighbours": [
+                    {"song": title, "plays": 4321, "neighbours": TITLES[:5], "cosines": [0.91, 0.8, 0.7, 0.6, 0.5]}
+                    for title in TITLES
+                ],
+            }
+            for vectors in ("songs", "models")
+        ],
+        "examples": [{"last_plays": TITLES[:5], "songs": TITLES[5:10]} for _ in range(3)],
+        "settings": [{"model": "vstan", "days_decay": 30.0, "neighbours": 200}],
+    }
+    about = {
+        "protocol": "in time",
+        "test range": "2015-01-01 00:00 UTC to 2015-01-20 00:00 UTC",
+        **{kind: f"{number:012x}" for number, kind in enumerate(("dataset", "split", "models", "rankers"), 1)},
+        "settings of the network": "hidden dim: 256; averages: 0, 0.5, 0.9; long days: 0, 7; epochs: 40; patience: 3",
+        "settings of the rankers": "defaults",
+        "warning": "the song embeddings: made of playlists, which carry no times, so that no split can cut them",
+        "versions": "rayrec 0.1.0, Python 3.12.3, torch 2.9.0, numpy 2.3.4, lightgbm 4.6.0",
+    }
+    return html_page(figures, default="two-step", about=about, plots=_plots())
+
+
+def _entry(
+    model: str,
+    target: str,
+    metric: str,
+    value: float,
+    *,
+    k: int = 20,
+    kind: str = "network",
+    users: str = "all",
+) -> dict[str, Any]:
+    about = {"model": model, "kind": kind, "users": users, "target": target, "metric": metric, "k": k}
+    return {**about, "value": value, "low": value - 0.012, "high": value + 0.011, "plays": 54_321, "users_count": 987}
+
+
+def _plots() -> list[Plot]:
+    curve: dict[str, Any] = {"offset": [1, 2, 5, 10], "plays": [9, 8, 7, 6], "horizon": "short"}
+    curve |= {"value": [0.5, 0.4, 0.3, 0.2], "low": [0.4, 0.3, 0.2, 0.1], "high": [0.6, 0.5, 0.4, 0.3]}
+    epochs = [
+        {"phase": "selection", "epoch": epoch, "loss": 5 - epoch, "validation_recall@20": 0.1 * epoch}
+        for epoch in range(3)
+    ]
+    random = np.random.default_rng(0)
+    vectors, plays = random.normal(size=(50, 8)).astype(np.float32), random.integers(1, 99, size=50)
+    plots = [
+        cosine_plot([{**curve, "model": name, "kind": "network"} for name in NETWORKS]),
+        training_plot(epochs),
+        song_map(vectors, plays, TITLES[:10]),
+    ]
+    return [plot for plot in plots if plot is not None]

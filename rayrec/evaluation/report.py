@@ -421,10 +421,12 @@ def html_page(
     in_days = dict.fromkeys(entry["target"] for entry in compared if entry["target"].startswith(DAYS))
     if default in ranked and default not in shown:
         shown = [*shown[:-1], default]
-    facts = {noun(name): value for name, value in about.items() if name != "warning"}
+    facts = {noun(name): value for name, value in about.items() if name not in ("warning", "versions")}
     for entry in figures.get("settings", []):
-        chosen = [f"{name.replace('_', ' ')} {value:g}" for name, value in entry.items() if name != "model"]
-        facts[f"settings of {entry['model']}"] = ", ".join(chosen)
+        chosen = {name: value for name, value in entry.items() if name != "model"}
+        facts[f"settings of {entry['model']}"] = settings_text(chosen)
+    if "versions" in about:
+        facts["versions"] = about["versions"]
     environment = jinja2.Environment(loader=jinja2.PackageLoader("rayrec.evaluation"), autoescape=True)
     return environment.get_template("report.html.j2").render(
         title=about.get("test range") or about.get("file") or "the test range",
@@ -439,6 +441,19 @@ def html_page(
         facts=facts.items(),
         chapters=_chapters({**figures, **_of_models(figures, models), "results": compared}, default, k, plots),
     )
+
+
+def settings_text(changed: Mapping[str, Any]) -> str:
+    """Settings and their values in a line, or that all are the defaults."""
+    return "; ".join(f"{name.replace('_', ' ')}: {_value_text(value)}" for name, value in changed.items()) or "defaults"
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_value_text, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def versions() -> str:

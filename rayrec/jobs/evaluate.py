@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from rayrec.config import to_mapping
+from rayrec.config import Settings, changed_settings, to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, fit_range, require_split_of
 from rayrec.display import progress
 from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors, check_health, directions
-from rayrec.embeddings.word2vec import UNCUT
+from rayrec.embeddings.word2vec import UNCUT, EmbedConfig
 from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.accumulator import VIEWS, CellRange, MetricAccumulator, cell_ranges
 from rayrec.evaluation.evaluator import (
@@ -30,16 +30,18 @@ from rayrec.evaluation.evaluator import (
 from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_map, training_plot
 from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig, plays_to_predict
 from rayrec.evaluation.ranks import BASELINE_CHOICES, tune_baseline
-from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, write_report
+from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, settings_text, write_report
 from rayrec.evaluation.results import Figures, figures_of, settings_of
 from rayrec.importing.readers.reader import Unit, byte_ranges, find_files
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.rank import fit_ablations
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.checkpoint import EPOCHS
+from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import BASELINES, PopularityRecommender, fit_baselines, make_selection, needs_vectors
+from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage.artifacts import Manifest, fingerprint, load_manifest, new_id, newest, noun, publish, reuse
 from rayrec.storage.locking import writes
 from rayrec.storage.releases import parts_of
@@ -114,10 +116,27 @@ def evaluate(
         },
     )
     about = {"protocol": split.protocol, "test range": split.test_range, **compared.inputs}
+    about |= settings_of_parts(workspace, compared, config)
     about |= {"warning": compared.warning} if compared.warning else {}
     plots = [*filter(None, [cosine_plot(figures[CURVES])]), *plots_of(dataset, compared, evaluator.song_plays)]
     names = write_report(workspace, manifest.folder, figures, default=compared.default, about=about, plots=plots)
     return publish(workspace, manifest, names)
+
+
+def settings_of_parts(workspace: Workspace, compared: ComparedModels, config: EvaluateConfig) -> dict[str, str]:
+    """For each part of the models, and for the evaluation: the settings that are not the defaults, in a line."""
+    parts: dict[str, tuple[type[Settings], Manifest]] = {}
+    if compared.songs:
+        parts["the song embeddings"] = EmbedConfig, compared.songs
+    networks = {"the network": compared.model} if compared.model else {}
+    parts |= {name: (TrainConfig, network) for name, network in {**networks, **compared.others}.items()}
+    for kind, settings_class in (("retrieval", RetrievalConfig), ("rankers", RankConfig)):
+        if kind in compared.inputs:
+            part = load_manifest(workspace, kind, compared.inputs[kind])
+            parts[f"the {noun(kind)}"] = settings_class, part
+    texts = {name: settings_text(changed_settings(cls, part.config)) for name, (cls, part) in parts.items()}
+    texts["the evaluation"] = settings_text(changed_settings(EvaluateConfig, to_mapping(config)))
+    return {f"settings of {name}": text for name, text in texts.items()}
 
 
 def plots_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[Plot]:
@@ -325,7 +344,7 @@ def evaluate_prefixes(
         },
     )
     about = {"protocol": "prefixes", "file": file.path, **{name: f"{count:,}" for name, count in pairs.items()}}
-    about |= compared.inputs
+    about |= compared.inputs | settings_of_parts(workspace, compared, config)
     names = write_report(
         workspace, manifest.folder, figures, default=compared.default, about=about, described=ABOUT_PREFIXES
     )

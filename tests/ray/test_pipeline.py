@@ -47,6 +47,20 @@ def test_a_first_run_does_every_stage_and_releases(made: tuple[Workspace, list[O
     assert figures["evaluate"]["default"] == "two-step"
 
 
+def test_the_report_says_which_settings_are_not_the_defaults(made: tuple[Workspace, list[Outcome]]) -> None:
+    workspace, outcomes = made
+    (report_id,) = (outcome.id for outcome in outcomes if outcome.stage == "evaluate")
+    report = artifacts.load_manifest(workspace, "reports", report_id)
+    about = workspace.read_json(report.path("results.json"))["about"]
+    settings = {name.removeprefix("settings of "): text for name, text in about.items() if "settings of" in name}
+    assert settings == {
+        "the network": "hidden dim: 8; negatives: 16; epochs: 1; workers: 0",
+        "the retrievers": "defaults",
+        "the rankers": "defaults",
+        "the evaluation": "models: taste, popularity; bootstrap samples: 20; max curve users: 20",
+    }
+
+
 def test_a_second_run_skips_everything_and_says_so(made: tuple[Workspace, list[Outcome]]) -> None:
     workspace, outcomes = made
     heard: list[Outcome] = []

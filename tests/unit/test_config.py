@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pytest
 from pydantic import Field, PositiveInt, model_validator
 
-from rayrec.config import Settings, from_mapping, read_toml, to_mapping
+from rayrec.config import Settings, changed_settings, from_mapping, read_toml, to_mapping
 from rayrec.errors import InputError
 from rayrec.jobs.pipeline import CONFIGS
 from rayrec.model.train_config import Horizon, TrainConfig
@@ -113,6 +113,13 @@ def test_an_unknown_preset_is_refused_and_the_known_ones_are_named() -> None:
 def test_plain_values_and_back_give_the_same_config() -> None:
     config = Sample(pair=(9, 9), path="y")
     assert from_mapping(Sample, to_mapping(config), "sample") == config
+
+
+def test_changed_settings_are_those_that_are_not_the_defaults() -> None:
+    assert changed_settings(Sample, to_mapping(Sample())) == {}
+    changed = to_mapping(Sample(pair=(9, 9), epochs=7))
+    assert changed_settings(Sample, changed) == {"pair": [9, 9], "epochs": 7}
+    assert changed_settings(Sample, {**to_mapping(Sample()), "further": 1}) == {"further": 1}
 
 
 def test_a_file_that_is_no_toml_is_refused(tmp_path: Any) -> None:

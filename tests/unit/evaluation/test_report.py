@@ -123,7 +123,7 @@ def test_a_warning_about_leakage_stands_before_every_figure(results: list[dict[s
 def test_settings_of_baselines_are_shown(results: list[dict[str, Any]]) -> None:
     settings = [{"model": "vstan", "days_decay": 30.0, "neighbours": 200}]
     page = html_page({"results": results, "settings": settings}, default="weak", about={"split": "abc"})
-    assert "settings of vstan days decay 30, neighbours 200" in _text(page)
+    assert "settings of vstan days decay: 30; neighbours: 200" in _text(page)
 
 
 def test_the_page_shows_the_health_of_each_table_of_song_embeddings(results: list[dict[str, Any]]) -> None:
@@ -144,7 +144,7 @@ def test_the_page_needs_no_other_file_and_escapes_what_it_shows(results: list[di
     page = html_page(figures, default="weak", about={"data set": "<b>"}, plots=[plot])
     assert "strong &lt;&amp;&gt;" in page
     assert "<dd>&lt;b&gt;</dd>" in page
-    assert "Last played: &lt;i&gt;" in page
+    assert "Last played</p>\n<ul><li>&lt;i&gt;</li></ul>" in page
     assert "<li>S &amp; T</li>" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "<script" not in page
