@@ -12,9 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rayrec import Workspace
-from rayrec.embeddings.word2vec import EmbedConfig
-from rayrec.jobs.embed import embed
+import rayrec
 
 BANDS = 24  # of equal width in the logarithm of frequency
 FRAME = 2048  # samples
@@ -44,7 +42,7 @@ def main(audio: str, folder: str) -> None:
         table = Path(temporary) / "vectors.npy"
         np.save(table, vectors, allow_pickle=False)
         table.with_suffix(".ids.txt").write_text("\n".join(path.stem for path in files))
-        made = embed(Workspace(folder), EmbedConfig(vectors=str(table)))
+        made = rayrec.embed(rayrec.Workspace(folder), rayrec.EmbedConfig(vectors=str(table)))
     print(f"song vectors {made.id}: {made.metrics['coverage']:.0%} of the plays are of songs that have one")
     for row in made.metrics["neighbours"]:
         print(f"  {row['song']}: {', '.join(row['neighbours'][:3])}")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import typer
 
+import rayrec
+import rayrec.client
 from rayrec_cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +123,33 @@ def test_the_readme_is_a_page_and_no_book() -> None:
 def test_generated_pages_are_what_the_code_says(name: str) -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["pages"]()
     assert (ROOT / "docs" / name).read_text("utf-8") == pages[name], "run `make docs`"
+
+
+def test_every_command_is_a_function_of_rayrec_or_says_why_it_is_none() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    paths = {path.removeprefix("rayrec ") for path, _ in page["_commands"](GROUP, "rayrec")}
+    excepted = {path for path in paths if path.split()[0] in page["COMMAND_LINE_ONLY"]}
+    assert paths - excepted == set(page["COMMANDS"])
+    assert {path.split()[0] for path in excepted} == set(page["COMMAND_LINE_ONLY"])
+    functions = [name for names in page["COMMANDS"].values() for name in names]
+    assert sorted(functions) == sorted(rayrec.STAGES)
+    assert all(callable(getattr(rayrec, name)) for name in functions)
+
+
+def test_examples_need_nothing_of_rayrec_but_its_public_names() -> None:
+    for path in (ROOT / "examples").glob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert not [alias.name for alias in node.names if alias.name.startswith("rayrec.")], path.name
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "rayrec":
+                public = rayrec if node.module == "rayrec" else rayrec.client
+                assert node.module in ("rayrec", "rayrec.client"), path.name
+                assert all(hasattr(public, alias.name) for alias in node.names), path.name
+            if isinstance(node, ast.Attribute):
+                assert not node.attr.startswith("_"), path.name
+                if isinstance(node.value, ast.Name) and node.value.id == "rayrec":
+                    assert node.attr in rayrec.__all__, f"{path.name}: {node.attr}"
 
 
 def test_a_table_of_figures_has_means_over_seeds_and_replaces_the_marked_one_alone() -> None:

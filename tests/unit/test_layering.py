@@ -1,6 +1,8 @@
 """Imports point one way, Ray stays at the edge, and importing rayrec is cheap."""
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -113,7 +115,7 @@ def loaded_by(code: str) -> set[str]:
     "code",
     [
         "import rayrec",
-        "from rayrec import *",
+        "import rayrec; dir(rayrec); [getattr(rayrec, name) for name in rayrec.SETTINGS]",
         "import rayrec_cli.main",
         "import rayrec.online.load_states",  # by each process of a load
         "from rayrec_cli.main import main; main(['--help'])",
@@ -126,8 +128,9 @@ def test_what_must_be_quick_loads_nothing_heavy(code: str) -> None:
     assert loaded_by(code) == set()
 
 
-def test_the_public_names_are_few_and_all_there() -> None:
-    assert sorted(rayrec.__all__) == [
+def test_the_public_names_are_one_list_and_all_there() -> None:
+    lazy = [*rayrec.STAGES, *rayrec.HELPERS, *rayrec.SETTINGS]
+    assert sorted(set(rayrec.__all__) - set(lazy)) == [
         "DamagedArtifactError",
         "Dataset",
         "InputError",
@@ -142,10 +145,24 @@ def test_the_public_names_are_few_and_all_there() -> None:
         "load",
     ]
     assert Path(rayrec.__file__).with_name("py.typed").is_file()
-    for name in rayrec.STAGES:
-        assert callable(getattr(rayrec, name))
+    assert len(set(rayrec.__all__)) == len(rayrec.__all__)
+    assert dir(rayrec) == sorted(rayrec.__all__)
     for name in rayrec.__all__:
         assert getattr(rayrec, name) is not None
+    assert all(callable(getattr(rayrec, name)) for name in lazy)
+
+
+def test_type_checkers_know_the_names_that_are_loaded_at_their_first_use() -> None:
+    tree = ast.parse(MODULES["rayrec"].read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    known = {alias.name: node.module for node in block.body for alias in node.names}  # type: ignore[attr-defined]
+    assert known == {**rayrec.STAGES, **rayrec.HELPERS, **rayrec.SETTINGS}
+
+
+def test_every_stage_takes_its_settings_from_a_public_class() -> None:
+    for name in rayrec.STAGES:
+        classes = re.findall(r"\w+Config\b", str(inspect.signature(getattr(rayrec, name))))
+        assert set(classes) <= set(rayrec.SETTINGS), name
 
 
 def test_every_error_is_one_of_ours_with_an_exit_code() -> None:
