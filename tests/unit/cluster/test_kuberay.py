@@ -2,14 +2,19 @@
 
 import gzip
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from cluster_files import MANIFESTS, every_manifest, manifests, pods, ray_clusters, serve_config
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
+
+from rayrec_cli.main import app
 
 ARTIFACTS = Path(__file__).parents[2] / "artifacts"
 KUBERAY = json.loads((ARTIFACTS / "kuberay.json").read_text())
@@ -22,6 +27,7 @@ KUBERNETES_KINDS = {
     "ServiceAccount": "core.v1",
     "StatefulSet": "apps.v1",
     "NetworkPolicy": "networking.v1",
+    "CronJob": "batch.v1",
 }
 
 
@@ -45,7 +51,7 @@ def test_every_object_fits_its_schema(name: str) -> None:
 
 def test_the_files_are_those_that_a_cluster_needs() -> None:
     kinds = {item["kind"] for _, item in every_manifest()}
-    assert kinds >= {"RayCluster", "RayJob", "RayService", "RayCronJob", "StatefulSet", "ServiceAccount"}
+    assert kinds >= {"RayCluster", "RayJob", "RayService", "RayCronJob", "StatefulSet", "ServiceAccount", "CronJob"}
     assert len(ray_clusters()) == 5
 
 
@@ -107,6 +113,30 @@ def test_what_stays_up_keeps_its_state_in_redis_with_a_password_from_a_secret() 
         assert options["redisPassword"]["valueFrom"]["secretKeyRef"]["name"] == "rayrec-redis"
     for name, item in every_manifest():
         assert item["kind"] != "Secret", f"{name} holds a Secret: make it by hand"
+
+
+def test_the_cron_job_submits_commands_that_are_there_to_the_cluster_that_stays() -> None:
+    (job,), (cluster,) = manifests("cronjob.yaml"), manifests("raycluster.yaml")
+    assert job["spec"]["concurrencyPolicy"] == "Forbid"
+    pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert container["image"] == pods(cluster["spec"])[0]["containers"][0]["image"]
+    assert container["resources"]["limits"] == container["resources"]["requests"]
+    environment = {item["name"]: item for item in container["env"]}
+    name = cluster["metadata"]["name"]
+    assert environment["RAY_API_SERVER_ADDRESS"]["value"] == f"http://{name}-head-svc:8265"
+    assert environment["RAY_AUTH_MODE"]["value"] == cluster["spec"]["authOptions"]["mode"]
+    assert environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": name, "key": "auth_token"}
+    head = {item["name"] for item in pods(cluster["spec"])[0]["containers"][0]["env"]}
+    assert "RAYREC_REDIS_PASSWORD" in head  # of the store that the update loads, where submitted commands run
+    (script,) = container["args"]
+    group = typer.main.get_command(app)
+    for line in script.split(" && "):
+        program, submit, command, *words = shlex.split(re.sub(r"\$\([^)]*\)", "DAY", line))
+        assert (program, submit) == ("/opt/rayrec/bin/rayrec", "submit")
+        known = {name for item in group.commands[command].params for name in item.opts}  # type: ignore[attr-defined]
+        assert {word for word in words if word.startswith("--")} <= known
 
 
 def test_the_service_runs_the_config_that_serve_yaml_holds() -> None:
