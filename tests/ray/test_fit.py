@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,48 @@ def test_a_file_is_fitted_and_updated_by_two_commands(
     assert (updated["live"], updated["new_users"], updated["trained"]) == (True, 10, False)
     assert result("status")["active"] == updated["release"]
     assert len(result("recommend", "--user", "u69", "-k", "3")["songs"]) == 3
+
+
+# `rayrec` with its arguments, and how often it starts Ray.
+COUNTED = """
+import sys
+
+import ray
+
+from rayrec_cli.main import main
+
+start, starts = ray.init, []
+
+
+def counted(*arguments, **options):
+    starts.append(1)
+    return start(*arguments, **options)
+
+
+ray.init = counted
+code = main(sys.argv[1:])
+print(f"Ray was started {len(starts)} times", file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_three_thousand_plays_are_fitted_by_one_command_on_one_ray(tmp_path: Path) -> None:
+    plays = write_rows(tmp_path / "plays.csv", ring_plays(range(60), plays=50))
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTED, "--workspace", str(tmp_path / "workspace"), "--json", "fit", plays],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    print(f"rayrec fit of 3,000 plays of 60 users: {time.monotonic() - began:.1f} seconds")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "Ray was started 1 times"
+    fitted = json.loads(done.stdout)
+    assert {stage["status"] for stage in fitted["stages"]} == {"done"}
+    figures = {(row["model"], row["target"], row["metric"]): row["value"] for row in fitted["validation"]["results"]}
+    assert figures["two-step", "next", "mrr"] > 0.5
 
 
 @pytest.mark.slow

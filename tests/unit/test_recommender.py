@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import polars
 import pyarrow as pa
 import pytest
 from rings import HEAD, ring_plays
@@ -124,17 +125,7 @@ def test_a_notebook_shows_data_and_quality(model: Recommender) -> None:
     assert "2,400" in rayrec.Dataset(model.workspace)._repr_html_()
 
 
-class Polars:
-    """A table of another library, known by the Arrow C stream alone."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
-
-    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
-        return self._table.__arrow_c_stream__(requested_schema)
-
-
-@pytest.mark.parametrize("kind", [pa.Table.from_pandas, lambda rows: Polars(pa.Table.from_pandas(rows)), "csv"])
+@pytest.mark.parametrize("kind", [pa.Table.from_pandas, polars.from_pandas, "csv"])
 def test_every_kind_of_table_gives_the_same_plays(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
     rows = frame(ring_plays(range(8), plays=10))

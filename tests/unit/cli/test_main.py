@@ -264,6 +264,24 @@ def rayrec(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "rayrec_cli.main", *arguments], capture_output=True, text=True)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("rayrec re", ["retrieval", "release", "recommend"]),
+        ("rayrec release ro", ["rollback"]),
+        ("rayrec train --obj", ["--objective"]),
+        ("rayrec train --objective so", ["softmax"]),
+    ],
+)
+def test_the_tab_key_completes_commands_options_and_choices(line: str, expected: list[str]) -> None:
+    asked = {"_RAYREC_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-m", "rayrec_cli.main"], capture_output=True, text=True, env={**os.environ, **asked}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == expected
+
+
 def test_a_real_process_keeps_stdout_and_stderr_apart(filled: str) -> None:
     done = rayrec("status", "--json", "--workspace", filled)
     assert (done.returncode, done.stderr) == (0, "")
