@@ -19,7 +19,7 @@ from rayrec.importing.readers.delimited import Delimiter, Separator
 from rayrec.importing.readers.reader import Reader, ReadOptions, SourceFile, Unit, cut_note, find_files, is_compressed
 from rayrec.importing.readers.tabular import roles
 from rayrec.importing.staging import UnitResult
-from rayrec.storage.artifacts import Times, fingerprint
+from rayrec.storage.artifacts import SKIP_BELOW, Times, fingerprint
 
 Kind = Literal["plays", "playlists"]
 
@@ -53,7 +53,7 @@ class ImportConfig(Settings):
     delimiter: Delimiter = Field(",", description="csv: column delimiter; \\t for a tab")
     timezone: TimeZone = Field("UTC", description="csv, parquet: time zone of times without one, such as Europe/Berlin")
     skip_below: float = Field(
-        0.5,
+        SKIP_BELOW,
         ge=0,
         le=1,
         description="csv, parquet, yambda: share of a song below which a play of it counts as skipped",

@@ -95,10 +95,10 @@ def update(
     plays = guess_import(
         config.paths, format_name=config.format, columns=config.columns, timezone=config.timezone or "UTC"
     )
-    imported = Dataset(workspace).manifest.config.get("plays")
-    if isinstance(imported, dict):
-        inherited = ["skip_below", *(["timezone"] if config.timezone is None and FORMATS[plays.format].mapped else [])]
-        plays = plays.replace(**{name: imported[name] for name in inherited if name in imported})
+    manifest = Dataset(workspace).manifest
+    plays, imported = plays.replace(skip_below=manifest.skip_below), manifest.config.get("plays")
+    if config.timezone is None and FORMATS[plays.format].mapped and isinstance(imported, dict):
+        plays = plays.replace(timezone=imported.get("timezone", plays.timezone))
     on_note(f"Reading as {describe_import(plays)}")
     with ray_cluster():
         appended = append_plays(workspace, plays)

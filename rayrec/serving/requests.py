@@ -67,7 +67,7 @@ def read_history(history: Sequence[Play | str], moment: int | None, catalog: Ser
         songs=rows[order],
         played_at=played_at[order],
         contexts=np.array([play_contexts(play.contexts, catalog) for play in plays], dtype=np.int32)[order],
-        skipped=np.array([play.was_skipped for play in plays], dtype=bool)[order],
+        skipped=np.array([play.was_skipped(catalog.skip_below) for play in plays], dtype=bool)[order],
         at=at,
         unknown=int((rows < 0).sum()),
     )
@@ -246,7 +246,7 @@ def read_plays(sent: Sequence[NewPlay], catalog: ServedCatalog) -> tuple[dict[st
                 catalog.stored_rows(rows[own]),
                 times[own],
                 contexts=[play_contexts(sent[place].contexts, catalog) for place in own],
-                skipped=[sent[place].was_skipped for place in own],
+                skipped=[sent[place].was_skipped(catalog.skip_below) for place in own],
             ),
             events=[sent[place].event_id for place in own],
             liked=np.array([sent[place].type == "like" for place in own], dtype=np.bool_),

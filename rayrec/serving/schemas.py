@@ -31,7 +31,6 @@ EventType = Literal["play", "skip", "like"]
 SongOutcome = Literal["added", "known"]
 MAX_VECTOR = 4_096  # numbers of a content vector
 AHEAD_MS = 24 * 3600 * 1000  # that a client's clock may be ahead: a play of the far future would block later ones
-LISTENED_SHARE = 0.5  # of a song, from where on it was not skipped: as an import of Yambda counts plays
 TAG = "<"  # how the tags of unions begin: no part of a request, so they are left out where an error is located
 
 
@@ -162,13 +161,13 @@ class Play(RequestBody):
     skipped: bool = Field(default=False, description="Whether it was skipped.")
     share_listened: Weight | None = Field(
         default=None,
-        description="Share of the song that was listened to, 0 to 1. Under 0.5 the play counts as skipped.",
+        description="Share of the song that was listened to, 0 to 1. Under the share that the import of the data set "
+        "named with --skip-below, 0.5 by default, the play counts as skipped.",
     )
 
-    @property
-    def was_skipped(self) -> bool:
-        """Whether it counts as skipped."""
-        return self.skipped or (self.share_listened is not None and self.share_listened < LISTENED_SHARE)
+    def was_skipped(self, skip_below: float) -> bool:
+        """Whether it counts as skipped, as plays do of which less than a share was listened to."""
+        return self.skipped or (self.share_listened is not None and self.share_listened < skip_below)
 
 
 HISTORY_EXAMPLE: list[Any] = [
@@ -368,10 +367,9 @@ class NewPlay(Play):
         default=None, description="The recommendation_id of the answer that the song was chosen from."
     )
 
-    @property
-    def was_skipped(self) -> bool:
-        """Whether it counts as skipped."""
-        return self.type == "skip" or super().was_skipped
+    def was_skipped(self, skip_below: float) -> bool:
+        """Whether it counts as skipped, as plays do of which less than a share was listened to."""
+        return self.type == "skip" or super().was_skipped(skip_below)
 
     @model_validator(mode="after")
     def _like_is_no_play(self) -> "NewPlay":

@@ -124,6 +124,7 @@ class ServedCatalog:
     catalog: Catalog
     rows: CatalogRows
     contexts: dict[str, int]  # name -> bit
+    skip_below: float  # share of a song below which a play of it counts as skipped
     plays: np.ndarray  # int64 (N,), plays of each song in the fit range of the model
     by_plays: np.ndarray  # int32 (any,), rows of songs with a vector by descending plays
     starting: Starting  # what users without plays get
@@ -250,6 +251,7 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
         catalog=catalog,
         rows=CatalogRows(ids, _array(table, ID_HASH), _array(table, ID_ROW)),
         contexts={name: bit for bit, name in enumerate(dataset.manifest.contexts)},
+        skip_below=dataset.manifest.skip_below,
         plays=plays,
         by_plays=_order(table, BY_PLAYS),
         starting=Starting(worth=worth, order=_order(table, STARTING)),

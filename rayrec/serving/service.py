@@ -212,7 +212,7 @@ class Service:
                 place, play = valid[row]
                 outcomes[place] = user_outcome
                 if user_outcome == "taken":  # a play that is sent again is logged once
-                    self._log_event(play)
+                    self._log_event(live, play)
         counts = Counter(outcomes)
         for outcome, count in counts.items():
             self.metrics.plays(outcome, count)
@@ -421,7 +421,7 @@ class Service:
         }
         self.log.add("answers", row)
 
-    def _log_event(self, event: NewPlay) -> None:
+    def _log_event(self, live: LiveRelease, event: NewPlay) -> None:
         """Add a play, skip or like to the impression log, where there is one."""
         if self.log is None:
             return
@@ -432,7 +432,7 @@ class Service:
             "type": event.type,
             "moment": (now := now_ms()),
             "played_at": now if event.played_at is None else event.played_at,
-            "skipped": event.was_skipped,
+            "skipped": event.was_skipped(live.catalog.skip_below),
             "share_listened": event.share_listened,
             "recommendation_id": event.recommendation_id,
         }

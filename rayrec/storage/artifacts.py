@@ -52,6 +52,7 @@ NOUNS = {  # kind -> what messages call one of it
 FITTED = ("songs", "models", "retrieval", "rankers")  # kinds of what is learned from plays
 
 SCHEMA_VERSION = 2
+SKIP_BELOW = 0.5  # share of a song below which a play of it counts as skipped, unless the import says otherwise
 
 Times = Literal["real", "positions"]
 
@@ -271,6 +272,12 @@ class DatasetManifest:
         Song rows agree, songs from their number on are new, and their plays are the first parts.
         """
         return dataset_id == self.id or dataset_id in self.ancestors
+
+    @property
+    def skip_below(self) -> float:
+        """The share of a song below which a play of it counts as skipped, as the first import of plays says."""
+        plays = self.config.get("plays")
+        return float(plays.get("skip_below", SKIP_BELOW)) if isinstance(plays, dict) else SKIP_BELOW
 
     @property
     def plays_id(self) -> str:

@@ -23,6 +23,7 @@ import pyarrow.fs as pafs
 from rayrec.data import columns
 from rayrec.data.spelling import Problems, clean
 from rayrec.errors import DamagedInputError, InputError, first_line
+from rayrec.storage.artifacts import SKIP_BELOW
 
 SHOWN_COLUMNS, SHOWN_NAME = 20, 40  # of a header, in a message
 TEXT_LIMIT = 1_000  # characters kept of a rejected row
@@ -55,7 +56,7 @@ class ReadOptions:
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> its name in the file
     delimiter: str = ","  # between the values of a csv file
     timezone: str = "UTC"  # IANA name, of times without a zone in a csv or Parquet file
-    skip_below: float = 0.5  # share of a song: a play of which less was listened to counts as skipped
+    skip_below: float = SKIP_BELOW  # share of a song: a play of which less was listened to counts as skipped
     user: str = ""  # whose plays they are, where the format does not say
     user_separator: str = ""  # between user and songs of a line of a sequence file; empty: lines name no user
     song_separator: str = " "  # between the songs of such a line

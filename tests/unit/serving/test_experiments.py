@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from served import AT, Client, service, write_release, write_world
 from rayrec.data.impressions import read_impressions
 from rayrec.errors import InputError, NotFoundError
 from rayrec.serving.serve_config import Experiment, ServeConfig
+from rayrec.storage.artifacts import read_dataset_manifest, write_dataset_manifest
 from rayrec.storage.releases import activate_release
 from rayrec.storage.workspace import Workspace
 
@@ -239,6 +241,32 @@ def test_a_skip_is_a_play_that_was_skipped_and_a_like_is_no_play(logged: Logged)
     after = [song["song_id"] for song in logged.recommend("user-4")["songs"]]
     assert second not in after
     assert [row["type"] for row in logged.rows("events") if row["event_id"] in ("like", "skip")] == ["like", "skip"]
+
+
+@pytest.mark.parametrize(
+    ("imported", "skipped"), [({}, [True, True, False]), ({"skip_below": 0.2}, [True, False, False])]
+)
+def test_a_share_listened_is_a_skip_below_the_share_that_the_import_named(
+    tmp_path: Path, imported: dict[str, Any], skipped: list[bool]
+) -> None:
+    workspace = Workspace(tmp_path / "workspace")
+    write_world(workspace)
+    write_dataset_manifest(workspace, replace(read_dataset_manifest(workspace), config={"plays": imported}))
+    write_release(workspace, ranked=False)
+    with Logged(workspace, tmp_path) as logged:
+        plays = [
+            {
+                "event_id": f"s{n}",
+                "user_id": "ann",
+                "song_id": f"song-{n}",
+                "played_at": AT + n,
+                "share_listened": share,
+            }
+            for n, share in enumerate((0.1, 0.3, 0.5))
+        ]
+        assert logged.app.post("/v1/plays", {"plays": plays}).json()["taken"] == 3
+        assert [play["skipped"] for play in logged.app.get("/v1/users/ann/plays").json()["plays"]] == skipped
+        assert [row["skipped"] for row in logged.rows("events") if row["user_id"] == "ann"] == skipped
 
 
 @pytest.mark.parametrize("more", [{"skipped": True}, {"share_listened": 0.9}, {"contexts": ["radio"]}])
