@@ -62,6 +62,7 @@ class RecommendationsAnswer(TypedDict):
 class RankAnswer(TypedDict):
     """The given songs, best first."""
 
+    recommendation_id: str
     release: str
     at: str
     source: Literal["taste", "popular"]

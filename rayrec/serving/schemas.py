@@ -503,6 +503,7 @@ class RecommendedSong(CatalogSong):
 class AnsweredSongs(BaseModel):
     """Songs, best first."""
 
+    recommendation_id: str = Field(description="Of this answer. Send it with plays of its songs.")
     release: str = Field(description="Id of the release that answered.")
     at: IsoMoment = Field(description="The moment that the answer is for.")
     source: Literal["taste", "popular"] = Field(
@@ -523,7 +524,6 @@ class AnsweredSongs(BaseModel):
 class Recommendations(AnsweredSongs):
     """Songs, best first."""
 
-    recommendation_id: str = Field(description="Of this answer. Send it with plays of its songs.")
     arm: str | None = Field(default=None, description="Arm of the experiment that the user is in; null: of none.")
     cursor: Cursor = None
 

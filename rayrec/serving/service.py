@@ -162,7 +162,9 @@ class Service:
             rows = live.catalog.find(request.songs)
             unknown = np.flatnonzero(~np.isin(rows, chosen.songs)).tolist()
             names = list(dict.fromkeys(request.songs[place] for place in unknown))
-            return RankedSongs.model_construct(**dict(answer), unknown_song_ids=names)
+            ranked = RankedSongs.model_construct(**dict(answer), unknown_song_ids=names)
+            self._log_answer(request.user_id, ranked)
+            return ranked
 
     async def tastes(self, live: LiveRelease, users: Sequence[TasteQuery | InvalidEntry]) -> Tastes:
         """The taste vectors of histories; one that cannot be read fails alone."""
@@ -393,27 +395,41 @@ class Service:
                 more = len(whole.songs) == options.k < MAX_K and not (options.diversity or options.explore)
                 answer = Recommendations.model_construct(
                     **dict(answered),
-                    recommendation_id=uuid.uuid4().hex,
                     arm=requests[row].arm,
                     cursor=place.next(len(songs.songs), query.at) if more else None,
                 )
-                self._log_answer(requests[row], answer, place.first)
+                assigned = requests[row]
+                self._log_answer(
+                    assigned.request.user_id,
+                    answer,
+                    experiment=assigned.experiment,
+                    arm=assigned.arm,
+                    first=place.first,
+                )
                 answers[row] = answer
         return [answers[row] for row in range(len(requests))]
 
-    def _log_answer(self, assigned: Assigned, answer: Recommendations, first: int) -> None:
-        """Add an answer to the impression log, where there is one."""
+    def _log_answer(
+        self,
+        user_id: str,
+        answer: AnsweredSongs,
+        *,
+        experiment: str | None = None,
+        arm: str | None = None,
+        first: int = 0,
+    ) -> None:
+        """Add an answer to the impression log, where there is one; `user_id` is empty for a history."""
         if self.log is None:
             return
         row = {
             "recommendation_id": answer.recommendation_id,
             "request_id": request_id.get(),
-            "user_id": assigned.request.user_id or None,
+            "user_id": user_id or None,
             "moment": now_ms(),
             "at": answer.at,
             "release": answer.release,
-            "experiment": assigned.experiment,
-            "arm": assigned.arm,
+            "experiment": experiment,
+            "arm": arm,
             "first": first,
             "song_ids": [song.song_id for song in answer.songs],
             "explored": [song.explored for song in answer.songs],
@@ -467,6 +483,7 @@ class Service:
     def _answer(self, live: LiveRelease, query: UserQuery, chosen: Chosen, *, unknown: int) -> AnsweredSongs:
         self.metrics.path(chosen.path)
         return AnsweredSongs.model_construct(
+            recommendation_id=uuid.uuid4().hex,
             release=live.id,
             at=query.at,
             source="popular" if chosen.path == "popular" else "taste",

@@ -202,6 +202,22 @@ def test_every_answer_is_in_the_log_as_it_was_given(logged: Logged) -> None:
     assert rows[-1]["request_id"] == "q"
 
 
+def test_a_ranking_of_given_songs_is_in_the_log_too_and_plays_may_name_it(logged: Logged) -> None:
+    songs = ["song-3", "song-50", "song-9", "nothing"]
+    ranked = logged.app.post("/v1/rank", {"user_id": "user-3", "at": AT + 10_000, "songs": songs}).json()
+    (row,) = logged.rows("answers")
+    assert row["recommendation_id"] == ranked["recommendation_id"]
+    assert row["song_ids"] == [song["song_id"] for song in ranked["songs"]]
+    assert (len(row["song_ids"]), row["user_id"], row["experiment"], row["arm"], row["first"]) == (
+        *(3, "user-3"),
+        *(None, None, 0),
+    )
+    play = {"event_id": "r", "user_id": "user-3", "song_id": "song-9", "played_at": AT + 20_000}
+    assert logged.app.post("/v1/plays", {**play, "recommendation_id": ranked["recommendation_id"]}).json()["taken"] == 1
+    (event,) = [row for row in logged.rows("events") if row["event_id"] == "r"]
+    assert event["recommendation_id"] == ranked["recommendation_id"]
+
+
 def test_explored_songs_are_in_the_log_with_their_probabilities(logged: Logged) -> None:
     answer = logged.recommend("user-6", explore=0.6)
     assert sum(song["probability"] is not None for song in answer["songs"]) == 3
