@@ -6,7 +6,7 @@ import numpy as np
 
 from rayrec.evaluation.plots import Plot, cosine_plot, song_map, training_plot
 from rayrec.evaluation.protocol import CLASSES
-from rayrec.evaluation.report import BY_TITLES, TARGET_TITLES, html_page, write_report
+from rayrec.evaluation.report import BY_TITLES, TARGET_TITLES, html_page, summary, write_report
 from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.workspace import Workspace
 
@@ -21,10 +21,10 @@ def plant_report(
         {**about, "metric": metric, "value": value, "low": value - 0.01, "high": value + 0.01, "plays": 9}
         for metric, value in values.items()
     ]
-    metrics = {"default": "two-step", "served_recall@20": recall, "served_mrr@20": 0.2, "plays": 9}
-    metrics |= {"warning": "the test range leaked"}
+    figures = {"results": rows}
+    metrics = {"default": "two-step", **summary(figures, "two-step"), "plays": 9, "warning": "the test range leaked"}
     manifest = Manifest(kind="reports", id=report_id, inputs=dict(parts), metrics=metrics)
-    names = write_report(workspace, manifest.folder, {"results": rows}, default="two-step", about={})
+    names = write_report(workspace, manifest.folder, figures, default="two-step", about={})
     publish(workspace, manifest, names)
 
 

@@ -402,6 +402,28 @@ def headline(figures: Mapping[str, Sequence[Entry]], default: str) -> dict[str, 
     }
 
 
+def summary(figures: Mapping[str, Sequence[Entry]], default: str) -> dict[str, Any]:
+    """What a report's manifest keeps of its figures: the verdict, the headline, and the headline of each model.
+
+    `by_model` holds a row a model, best first, with the interval of its first figure.
+    """
+    usual = usual_k([entry["k"] for entry in figures["results"]])
+    values = _values(figures["results"], usual)
+    target = "served" if any(name == "served" for _, name, _ in values) else "next"
+    recalls = {model: row for (model, name, metric), row in values.items() if (name, metric) == (target, "recall")}
+    best_first = sorted(recalls, key=lambda model: -recalls[model]["value"])
+    rows = [
+        {
+            "model": model,
+            **headline(figures, model),
+            "low": recalls[model].get("low"),
+            "high": recalls[model].get("high"),
+        }
+        for model in best_first
+    ]
+    return {"verdict": verdict(figures, default), **headline(figures, default), "by_model": rows}
+
+
 def html_page(
     figures: Mapping[str, Sequence[Entry]],
     *,

@@ -30,7 +30,7 @@ from rayrec.evaluation.evaluator import (
 from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_map, training_plot
 from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig, plays_to_predict
 from rayrec.evaluation.ranks import BASELINE_CHOICES, tune_baseline
-from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, headline, settings_text, write_report
+from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, settings_text, summary, write_report
 from rayrec.evaluation.results import Figures, figures_of, settings_of
 from rayrec.importing.readers.reader import Unit, byte_ranges, find_files
 from rayrec.jobs.forget import erase_forgotten
@@ -68,9 +68,9 @@ def evaluate(
     Without names these are the network `model_id` (None: the one trained last) and every baseline. Baselines are
     fitted on what came before the test range, with the song embeddings that the network was trained from, and tuned
     on the validation range. With `config.ablation` the default model is evaluated without each of its parts as well,
-    by rankers that are trained for it. The manifest's metrics hold default, protocol, its headline, users, plays and
-    seconds; the figures of `figures_of`, examples and the health of the song embeddings are in results.json, see
-    `read_figures`.
+    by rankers that are trained for it. The manifest's metrics hold default, protocol, what `summary` gives, users,
+    plays and seconds; the figures of `figures_of`, examples and the health of the song embeddings are in results.json,
+    see `read_figures`.
 
     Raises `InputError` for an unknown model, for an ablation without two-step among the models, and for a test range
     without queries, `NotFoundError` where there is no network or no song embeddings, `MismatchError` for those of
@@ -109,7 +109,7 @@ def evaluate(
             "default": compared.default,
             "protocol": split.protocol,
             **({"warning": compared.warning} if compared.warning else {}),
-            **headline(figures, compared.default),
+            **summary(figures, compared.default),
             "users": int(users),
             "plays": int(plays),
             "seconds": round(time.monotonic() - started, 1),
@@ -291,7 +291,7 @@ def evaluate_prefixes(
     """Write reports/<id>/ about the models of `config` on the pairs of a file.
 
     Models are those made for `split`, or without one those made of all plays, and baselines are
-    fitted likewise. The manifest's metrics hold default, its headline, pairs, unknown_targets (misses, all
+    fitted likewise. The manifest's metrics hold default, what `summary` gives, pairs, unknown_targets (misses, all
     of them), unknown_items and seconds; results (users all, targets served and next), comparisons and the health of
     the song vectors are in results.json, see `read_figures`.
 
@@ -338,7 +338,7 @@ def evaluate_prefixes(
         metrics={
             "default": compared.default,
             "protocol": "prefixes",
-            **headline(figures, compared.default),
+            **summary(figures, compared.default),
             **pairs,
             "seconds": seconds,
         },

@@ -20,7 +20,7 @@ from typing import Any
 from rayrec.client import KEY_VARIABLE, ApiError, ApiUnavailableError, Client, Retry
 from rayrec.data.dataset import Dataset
 from rayrec.errors import NotFoundError, RayrecError
-from rayrec.evaluation.report import PAGE, RESULTS, verdict
+from rayrec.evaluation.report import PAGE
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
 from rayrec.serving.engine import Engine
@@ -321,7 +321,7 @@ def model_card(workspace: Workspace, release: Manifest) -> ModelCard:
             last_play=dataset.last_play if timed else None,
         ),
         report=report.id if report else None,
-        verdict=_verdict(workspace, report) if report else validation.get("verdict"),
+        verdict=report.metrics["verdict"] if report else validation.get("verdict"),
         metrics={name: value for name, value in metrics.items() if name.startswith(CARD_METRICS)},
         queries=metrics.get("plays", metrics.get("pairs", validation.get("queries"))),
         warning=metrics.get("warning"),
@@ -343,10 +343,6 @@ def last_evaluation(workspace: Workspace, release: Manifest) -> Manifest | None:
         return all(report.inputs.get(kind) == release.inputs.get(kind) for kind in ORDERING_PARTS)
 
     return artifacts.latest(workspace, EVALUATIONS, is_about)
-
-
-def _verdict(workspace: Workspace, report: Manifest) -> str:
-    return verdict(workspace.read_json(report.path(RESULTS)), report.metrics["default"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
+from rayrec.display import html_figures, html_table
 from rayrec.errors import DamagedArtifactError, MismatchError, NotFoundError
 from rayrec.storage.workspace import (
     CURRENT,
@@ -79,6 +81,20 @@ class Manifest:
     def path(self, name: str) -> str:
         """The path of one of the artifact's files."""
         return f"{self.folder}/{name}"
+
+    def _repr_html_(self) -> str:
+        figures = {name: value for name, value in self.metrics.items() if isinstance(value, int | float | str)}
+        verdict = str(figures.pop("verdict", ""))
+        inputs = {f"from {noun(role)}": used for role, used in self.inputs.items()}
+        named = {name.replace("_", " "): value for name, value in figures.items()}
+        parts = [f"<p>{escape(verdict)}</p>"] if verdict else []
+        parts.append(html_figures(noun(self.kind).capitalize(), {"id": self.id, **inputs, **named}))
+        for name, rows in self.metrics.items():
+            if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+                headers = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
+                cells = [[row.get(header) for header in headers] for row in rows]
+                parts.append(html_table(name.replace("_", " ").capitalize(), headers, cells))
+        return "".join(parts)
 
 
 def noun(kind: str) -> str:

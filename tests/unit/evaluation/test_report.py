@@ -9,7 +9,7 @@ import pytest
 
 from rayrec.errors import DamagedArtifactError
 from rayrec.evaluation.plots import Plot, cosine_plot, curve_name
-from rayrec.evaluation.report import headline, html_page, read_figures, verdict, write_report
+from rayrec.evaluation.report import headline, html_page, read_figures, summary, verdict, write_report
 from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.workspace import Workspace
 
@@ -72,6 +72,15 @@ def test_the_headline_is_the_next_play_by_what_recommends(results: list[dict[str
     found = headline({"results": [*results, *served]}, "weak")
     assert found == {"served_recall@20": 0.3, "served_mrr@20": 0.3, "recall@20": 0.1, "mrr@20": 0.1}
     assert headline({"results": results}, "taste") == {}
+
+
+def test_a_summary_holds_the_verdict_and_a_row_of_each_model_the_best_first(results: list[dict[str, Any]]) -> None:
+    found = summary({"results": results}, "weak")
+    assert found["verdict"] == verdict({"results": results}, "weak")
+    assert found["recall@20"] == 0.1
+    assert [row["model"] for row in found["by_model"]] == ["strong <&>", "weak"]
+    figures = {"recall@20": 0.1, "mrr@20": 0.1, "low": pytest.approx(0.09), "high": pytest.approx(0.11)}
+    assert found["by_model"][1] == {"model": "weak", **figures}
 
 
 def _text(page: str) -> str:

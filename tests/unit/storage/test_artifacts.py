@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from planted_reports import plant_report
 
 from rayrec.errors import DamagedArtifactError, NotFoundError
 from rayrec.storage.artifacts import Manifest, fingerprint, listing, load_manifest, new_id, newest, publish, verify
@@ -104,3 +105,23 @@ def test_publishing_checksums_the_named_files_and_stamps_the_time(workspace: Wor
     assert first.files == second.files
     assert first.created_at < second.created_at
     assert put(workspace, "c", b"other").files != first.files
+
+
+def test_a_notebook_shows_what_an_artifact_is_and_its_tables() -> None:
+    trials = [{"trial": 1, "loss": 0.25, "settings": {"dim": 4}}, {"trial": 2, "loss": None, "settings": {"dim": 8}}]
+    metrics = {"seconds": 1234, "best_loss": 0.25, "trials": trials, "best": {"dim": 4}}
+    shown = Manifest(kind="tunings", id="t1", inputs={"dataset": "d<1>", "songs": "s1"}, metrics=metrics)._repr_html_()
+    for text in ("Tuning", "t1", "from data set", "d&lt;1&gt;", "from song embeddings", "s1", "1,234", "best loss"):
+        assert text in shown
+    assert "<th>trial</th><th>loss</th></tr>" in shown
+    assert shown.count("<tr>") == 1 + 2 + 2 + 3  # id, inputs, figures, and the table with its head
+    assert "settings" not in shown
+    assert "<p>" not in shown
+
+
+def test_a_notebook_shows_the_verdict_of_a_report_first(workspace: Workspace) -> None:
+    plant_report(workspace, {"models": "m1"}, recall=0.37)
+    shown = load_manifest(workspace, "reports", "planted")._repr_html_()
+    assert shown.startswith("<p>two-step finds 37 of 100 next new songs in its first 20.</p>")
+    assert "<th>model</th><th>served_recall@20</th>" in shown
+    assert "the test range leaked" in shown
