@@ -8,7 +8,7 @@ import numpy as np
 
 from rayrec.config import from_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import hold_back_validation, load_split
+from rayrec.data.split import Split, hold_back_validation, load_split
 from rayrec.errors import InputError, MismatchError
 from rayrec.importing.import_run import ImportResult
 from rayrec.importing.inspection import describe_import, guess_import
@@ -25,6 +25,7 @@ from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK, TasteConfig
 from rayrec.online.load_states import LoadResult, load_states
 from rayrec.online.state_store import open_store, store_uri
+from rayrec.recommend.baselines import PopularityRecommender
 from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.two_step_config import RetrievalConfig
@@ -142,7 +143,8 @@ class _Update:
         self.dataset = Dataset(workspace)  # described songs have come into its catalog
         quality = self._check(trains)
         if quality is not None:
-            stages.release_metrics = {VALIDATION: quality.summary(NEW, "two-step")}
+            shown = "two-step" if "rank" in stages.artifact_ids else "taste"
+            stages.release_metrics = {VALIDATION: quality.summary(NEW, shown)}
         holds, reason = _verdict(quality, trains)
         for name, settings in (("taste", TasteConfig()), ("index", IndexConfig())):
             stages.run(name, settings)
@@ -210,13 +212,16 @@ class _Update:
             self.stages.run("retrieval", from_mapping(RetrievalConfig, self.retrieval.config, "retrieval"))
 
     def _check(self, trained: bool) -> Quality | None:
-        """The new release without the newest plays against the live one on them; None where nothing can be compared."""
+        """The new release without the newest plays against the live one on them; None where they hold no query.
+
+        Networks alone are compared where the live release has no rankers and is not trained anew.
+        """
         split, workspace, artifact_ids = self.stages.split, self.workspace, self.stages.artifact_ids
-        if split is None or "retrieval" not in artifact_ids:
+        if split is None:
             return None
-        retrieval = artifacts.load_manifest(workspace, "retrieval", artifact_ids["retrieval"])
-        rankers = (
-            artifacts.load_manifest(workspace, "rankers", artifact_ids["rank"]) if "rank" in artifact_ids else None
+        retrieval, rankers = (
+            artifacts.load_manifest(workspace, kind, artifact_ids[stage]) if stage in artifact_ids else None
+            for kind, stage in (("retrieval", "retrieval"), ("rankers", "rank"))
         )
         live = ServedParts(
             name=LIVE,
@@ -226,24 +231,33 @@ class _Update:
             added=AddedSongs.load(workspace, self.added.folder) if self.added else None,
         )
         if trained:
+            assert retrieval is not None  # _train fits one
             model = artifacts.load_manifest(workspace, "models", artifact_ids["train"])
             if not workspace.exists(model.path(SELECTION_NETWORK)):
                 return None  # the range holds no play with an earlier one
             new = served_before(self.dataset, model, retrieval, rankers, NEW)
         else:
-            selection = retrieval.path(SELECTION_RETRIEVAL)
+            selection = retrieval.path(SELECTION_RETRIEVAL) if retrieval else None
             added = added_since(self.dataset, self.model, split.selection, self.added)
             kept = rankers.folder if rankers else None  # the live release's
             new = ServedParts(name=NEW, network=self.model.folder, retrieval=selection, rankers=kept, added=added)
-        song_plays = np.asarray(Retrieval.load(workspace, retrieval.path(SELECTION_RETRIEVAL)).plays.plays)
         quality = measure_quality(
             self.dataset,
             [new.load(self.dataset), live.load(self.dataset)],
             split=split.validation_as_test(),
-            song_plays=song_plays,
+            song_plays=self._plays_before(split, retrieval),
             checking_users=trained and rankers is not None,
         )
         return quality if quality.queries else None
+
+    def _plays_before(self, split: Split, retrieval: Manifest | None) -> np.ndarray:
+        """int64 (N,): the plays of each song before the validation range, counted here without a retrieval."""
+        if retrieval is not None:
+            folder = retrieval.path(SELECTION_RETRIEVAL)
+            return np.asarray(Retrieval.load(self.workspace, folder).plays.plays)
+        batches = (split.selection.select(batch) for batch in self.dataset.read_all())
+        counted = PopularityRecommender.fit(batches, num_songs=self.dataset.num_songs, allowed=split.selection)
+        return counted.plays
 
     def _load_states(self, release: Manifest, store: str | None) -> LoadResult | None:
         """Load the states into the store that is named, or into the workspace's own where there is one."""

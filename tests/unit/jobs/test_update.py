@@ -177,3 +177,21 @@ def test_without_a_live_release_it_says_what_to_run_first(workspace: Workspace, 
     path = write_rows(tmp_path / "plays.csv", ring_plays(range(2), plays=3))
     with pytest.raises(InputError, match="no live release; run `rayrec fit` first"):
         updated(workspace, path)
+
+
+def test_without_rankers_the_networks_alone_are_compared(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    few = write_rows(tmp_path / "plays.csv", ring_plays(range(25), plays=10, **RING))
+    assert fit(workspace, FitConfig(paths=(few,)), settings=SETTINGS).quality is None
+    assert "rankers" not in live_of(workspace).inputs
+    many = write_rows(tmp_path / "days.csv", ring_plays(range(100), plays=30, begin=20, days=5, **RING))
+    result = updated(workspace, many, train_share=1.0)
+    assert not result.trained
+    assert result.quality is not None
+    assert result.quality.queries > 100
+    assert result.reason.startswith(f"recall@20 as served on {result.quality.queries:,} new queries is ")
+    assert result.live
+    verdict = live_of(workspace).metrics["validation"]["verdict"]
+    assert verdict.startswith("taste finds ")
