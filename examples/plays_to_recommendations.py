@@ -58,8 +58,10 @@ print(f"release {release.id} is live")
 # %% Recommendations for one user, a moment after the last play
 dataset = rayrec.Dataset(workspace)
 user = str(next(dataset.read_all()).user_ids[0])
-recommender = rayrec.load_recommender(workspace, dataset, rayrec.default_parts(workspace, model.id))
-answer = rayrec.answer(dataset, recommender, rayrec.RecommendConfig(k=5), at=dataset.manifest.last_play, user=user)
+parts = rayrec.default_parts(workspace, model.id)
+recommender = rayrec.load_recommender(workspace, dataset, parts)
+options = rayrec.RecommendConfig(k=5)
+answer = rayrec.answer(dataset, recommender, options, parts=parts, at=dataset.manifest.last_play, user=user)
 print(f"{user} last played: {', '.join(song.name for song in answer.last_plays[-3:])}")
 for title, score in zip(answer.titles, answer.scores, strict=True):
     print(f"  {score:.3f}  {title}")

@@ -22,11 +22,12 @@ from rayrec.config import from_mapping
 from rayrec.data import columns as names
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.moments import now_ms, parse_moment
+from rayrec.data.moments import iso_moment, now_ms, parse_moment
 from rayrec.display import html_figures
 from rayrec.errors import InputError, NotFoundError
 from rayrec.jobs.job_config import FitConfig, UpdateConfig
 from rayrec.model.train_config import TrainConfig
+from rayrec.storage.artifacts import Manifest
 from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import Workspace
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from rayrec.recommend.base import BaseRecommender, HorizonName
 
 SENT_PLAYS = "inputs"  # folder of the workspace for tables on their way into the data set
+SHOWN_USERS = 5  # of those without plays
 COLUMNS = ("user_id", "rank", "song_id", "title", "artist", "score")
 
 Plays = Any  # a pandas or polars DataFrame, an Arrow table, or the path of files
@@ -65,7 +67,7 @@ class Recommender:
         self.quality: Quality | None = None  # on the validation range of the last fit
         self._folder = tempfile.TemporaryDirectory(prefix="rayrec-") if workspace is None else None
         self.workspace = Workspace(self._folder.name if self._folder else workspace or "")
-        self._loaded: tuple[str, Dataset, BaseRecommender] | None = None  # of a release
+        self._loaded: tuple[Manifest, Dataset, BaseRecommender] | None = None  # of a release
 
     def fit(self, plays: Plays, *, columns: Mapping[str, str] | None = None, timezone: str = "UTC") -> Recommender:
         """Learn from plays: a pandas or polars DataFrame, an Arrow table, or a path; returns this object.
@@ -120,18 +122,31 @@ class Recommender:
         """The k best songs of each user: columns user_id, rank (from 1), song_id, title, artist, score.
 
         `at` is the moment of the request, by default now; plays after it are not looked at. `horizon` "short" is for
-        the next songs, "long" for later ones. Songs that a user has heard are left out if `exclude_heard`. Raises
-        `NotFoundError` for an unknown user, `InputError` for one without a play before `at`.
+        the next songs, "long" for later ones. Songs that a user has heard are left out if `exclude_heard`. A user
+        without a known play before `at` gets the most played songs of late; a line on stderr says so.
         """
-        dataset, recommender = self._answering()
+        from rayrec.recommend.answer import load_starting
+        from rayrec.recommend.filters import AnswerFilter, without_heard
+        from rayrec.recommend.reranking import AnswerOptions, choose_for_users
+
+        release, dataset, recommender = self._answering()
         moment, ids = _moment(at), [users] if isinstance(users, str) else list(users)
         histories = self._histories(dataset, ids, moment)
-        songs, scores = recommender.recommend(histories, moment, k, horizon=horizon, exclude_heard=exclude_heard)
-        rows, places = np.nonzero(songs >= 0)
-        table = self._named(dataset, songs[rows, places])
-        table.insert(0, "user_id", np.asarray(ids, dtype=object)[rows])
-        table.insert(1, "rank", places + 1)
-        table["score"] = scores[rows, places]
+        filters = without_heard(histories) if exclude_heard else [AnswerFilter()] * len(ids)
+        weight = float(horizon == "long")
+        options = [AnswerOptions(k=k, long_weight=weight, answer_filter=each) for each in filters]
+        chosen = choose_for_users(
+            recommender, histories, moment, options, lambda: load_starting(dataset, recommender, release.inputs)
+        )
+        if not histories.lengths.all():
+            silent = [ids[row] for row in np.flatnonzero(histories.lengths == 0).tolist()]
+            shown = ", ".join(map(repr, silent[:SHOWN_USERS])) + (", ..." if len(silent) > SHOWN_USERS else "")
+            _print(f"No play is known of {len(silent):,} of the users, who get popular songs: {shown}")
+        counts = [len(each.songs) for each in chosen]
+        table = self._named(dataset, np.concatenate([each.songs for each in chosen]))
+        table.insert(0, "user_id", np.repeat(np.asarray(ids, dtype=object), counts))
+        table.insert(1, "rank", np.concatenate([np.arange(1, count + 1) for count in counts]))
+        table["score"] = np.concatenate([each.scores for each in chosen])
         return table
 
     def similar(self, song: str, k: int = 10) -> pd.DataFrame:
@@ -141,7 +156,7 @@ class Recommender:
         """
         from rayrec.recommend.reranking import network_of, similar
 
-        dataset, recommender = self._answering()
+        _, dataset, recommender = self._answering()
         row = int(dataset.catalog().rows([song])[0])
         vectors = network_of(recommender).song_vectors
         if row >= len(vectors) or not vectors[row].any():
@@ -155,12 +170,20 @@ class Recommender:
     def taste(
         self, users: str | Sequence[str], *, at: Moment | None = None, horizon: HorizonName = "short"
     ) -> pd.DataFrame:
-        """The taste vectors of users, float32 (U, D): a row a user, the index named user_id."""
+        """The taste vectors of users, float32 (U, D): a row a user, the index named user_id.
+
+        Raises `NotFoundError` for a user without a known play before `at`.
+        """
         from rayrec.recommend.reranking import network_of
 
-        dataset, recommender = self._answering()
+        _, dataset, recommender = self._answering()
         moment, ids = _moment(at), [users] if isinstance(users, str) else list(users)
         histories = self._histories(dataset, ids, moment)
+        if not histories.lengths.all():
+            user = ids[int(np.argmin(histories.lengths))]
+            raise NotFoundError(
+                f"no play of user {user!r} before {iso_moment(moment)} is known; check the ID and the moment"
+            )
         vectors = network_of(recommender).vectors(histories, Queries.at_end(histories, moment), horizon)
         return pd.DataFrame(vectors, index=pd.Index(ids, name="user_id"))
 
@@ -193,17 +216,17 @@ class Recommender:
         quality = "" if self.quality is None else self.quality._repr_html_()
         return html_figures("Recommender", values) + quality
 
-    def _answering(self) -> tuple[Dataset, BaseRecommender]:
-        """The data set and what answers: the live release, loaded once. Raises `NotFoundError` before a fit."""
+    def _answering(self) -> tuple[Manifest, Dataset, BaseRecommender]:
+        """The live release, its data set and what answers, loaded once. Raises `NotFoundError` before a fit."""
         from rayrec.recommend.answer import load_recommender
 
         release = active_release(self.workspace)
         if release is None:
             raise NotFoundError("this Recommender is not fitted; call fit first")
-        if self._loaded is None or self._loaded[0] != release.id:
+        if self._loaded is None or self._loaded[0] != release:
             dataset = Dataset(self.workspace)
-            self._loaded = release.id, dataset, load_recommender(self.workspace, dataset, release.inputs)
-        return self._loaded[1:]
+            self._loaded = release, dataset, load_recommender(self.workspace, dataset, release.inputs)
+        return self._loaded
 
     @staticmethod
     def _histories(dataset: Dataset, users: Sequence[str], at: int) -> Histories:

@@ -28,6 +28,7 @@ from typer.core import TyperGroup
 
 from rayrec.config import Settings, base_type, expected_value, from_mapping, read_toml
 from rayrec.errors import InputError, RayrecError
+from rayrec.storage.artifacts import noun
 from rayrec.storage.workspace import Workspace
 
 SECTIONS = (
@@ -402,6 +403,11 @@ def figures(title: str, values: dict[str, Any]) -> RenderableType:
     for name, value in plain.items():
         shown_table.add_row(Text("  " + name.replace("_", " ")), Text(number(value)))
     return _titled(title, shown_table)
+
+
+def made_from(inputs: Mapping[str, str]) -> RenderableType:
+    """The ids of what a command worked on, by role, one a line."""
+    return figures("From", {noun(role): used for role, used in inputs.items()})
 
 
 def _titled(title: str, body: Table) -> RenderableType:

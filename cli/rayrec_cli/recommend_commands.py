@@ -13,9 +13,11 @@ from rayrec.evaluation.evaluator import PrefixFile
 from rayrec.evaluation.protocol import DAYS, EvaluateConfig, usual_k
 from rayrec.evaluation.results import ABLATION
 from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender
-from rayrec.storage.artifacts import latest, load_manifest, noun
-from rayrec.storage.releases import default_parts, parts_of
-from rayrec_cli.app import Call, ForceOption, Shown, app, command, figures, number, table
+from rayrec.storage.artifacts import latest, load_manifest
+from rayrec.storage.releases import ANSWERING_KINDS, KIND, default_parts, parts_of
+from rayrec_cli.app import Call, ForceOption, Shown, app, command, figures, made_from, note, number, table
+
+SHOWN_IDS = 5  # of songs that are not in the catalog
 
 UserOption = Annotated[str | None, typer.Option("--user", metavar="ID", help="User ID.")]
 SongsOption = Annotated[
@@ -92,7 +94,8 @@ def recommend(
 ) -> Shown:
     """Recommend songs to a user, after given songs, or to all users.
 
-    Songs given by --songs count as played three minutes apart, the last one at --at. With --all the songs of every
+    Songs given by --songs count as played three minutes apart, the last one at --at. Songs that are not in the catalog
+    are left out, and where no play is known, as of an unknown user, popular songs come. With --all the songs of every
     user are written as Parquet, one row per user; a killed run continues with the buckets that are missing.
     """
     moment = None if at is None else parse_moment(at)
@@ -112,6 +115,7 @@ def recommend(
         dataset,
         recommender,
         config,
+        parts=parts,
         at=now_ms() if moment is None else moment,
         user=user,
         songs=listed(songs),
@@ -119,7 +123,20 @@ def recommend(
         exclude=listed(exclude) or (),
         allow=listed(allow),
     )
-    return Shown(recommended.to_mapping(), answer_view(recommended, f"user {user}" if user else "these songs"))
+    if recommended.unknown_songs:
+        shown = ", ".join(recommended.unknown_song_ids[:SHOWN_IDS])
+        note(f"{recommended.unknown_songs:,} songs are not in the catalog and were left out: {shown}")
+    who = "these songs" if user is None else f"user {user}"
+    if recommended.source == "popular":
+        note(f"No play of {who} is known: these are popular songs")
+    inputs = {"dataset": dataset.manifest.id, **_answered_by(parts)}
+    return Shown({**recommended.to_mapping(), "inputs": inputs}, [*answer_view(recommended, who), made_from(inputs)])
+
+
+def _answered_by(parts: dict[str, str]) -> dict[str, str]:
+    """Role -> id of the release that answers, which names its parts, and its model; or of the parts themselves."""
+    roles = (KIND, "models") if KIND in parts else ANSWERING_KINDS
+    return {role: parts[role] for role in roles if role in parts}
 
 
 def _refuse_filters(config: RecommendConfig, options: dict[str, Any]) -> None:
@@ -145,13 +162,16 @@ def _recommend_all(call: Call, config: RecommendConfig, parts: dict[str, str], a
         "k": manifest.config["k"],
         **manifest.metrics,
     }
-    return Shown(data, [figures("Recommendations for all users", data)])
+    inputs = {**manifest.inputs, **_answered_by(parts)}
+    return Shown({**data, "inputs": inputs}, [figures("Recommendations for all users", data), made_from(inputs)])
 
 
 def answer_view(recommended: Answer, who: str) -> list[RenderableType]:
     """The last plays and the songs recommended after them."""
     title = f"Last plays of {who}, {recommended.plays:,} in all"
-    played: list[RenderableType] = [table(title, ["song"], [[song.name] for song in recommended.last_plays])]
+    played: list[RenderableType] = []
+    if recommended.plays:
+        played = [table(title, ["song"], [[song.name] for song in recommended.last_plays])]
     head, rows = (
         ["#", "song", "score"],
         [[rank, song.name, song.score] for rank, song in enumerate(recommended.songs, 1)],
@@ -159,7 +179,8 @@ def answer_view(recommended: Answer, who: str) -> list[RenderableType]:
     if any(song.explored for song in recommended.songs):
         head = [*head, "explored with probability"]
         rows = [[*row, song.probability or ""] for row, song in zip(rows, recommended.songs, strict=True)]
-    views = [*played, table("Recommended", head, rows, left=["song"])]
+    chosen = "Popular songs" if recommended.source == "popular" else "Recommended"
+    views = [*played, table(chosen, head, rows, left=["song"])]
     explained = [f"{rank}. {'; '.join(song.reasons)}" for rank, song in enumerate(recommended.songs, 1) if song.reasons]
     return [*views, "\n".join(["Reasons", *explained])] if explained else views
 
@@ -198,10 +219,11 @@ def evaluate(
     report = job(call.workspace, config, split=chosen, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **read_figures(call.workspace, report)}
     warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []
-    inputs = figures("Evaluated", {noun(role): used for role, used in report.inputs.items()})
     where = f"Report: {call.workspace.full(report.path('report.html'))}"
     ablation = [results_table(data, ablation=True)] if config.ablation else []
-    return Shown({**data, "inputs": report.inputs}, [results_table(data), *ablation, *warnings, inputs, where])
+    return Shown(
+        {**data, "inputs": report.inputs}, [results_table(data), *ablation, *warnings, made_from(report.inputs), where]
+    )
 
 
 def _evaluate_prefixes(
@@ -216,7 +238,8 @@ def _evaluate_prefixes(
     data = {"id": report.id, **read_figures(call.workspace, report)}
     counts = {name: data[name] for name in ("pairs", "unknown_targets", "unknown_items")}
     where = f"Report: {call.workspace.full(report.path('report.html'))}"
-    return Shown(data, [results_table(data), figures("Pairs of prefix and target", counts), where])
+    views = [results_table(data), figures("Pairs of prefix and target", counts), made_from(report.inputs), where]
+    return Shown({**data, "inputs": report.inputs}, views)
 
 
 # Target, metric and title of each column; the first sorts the models.

@@ -69,17 +69,22 @@ class Catalog:
         encoded = columns.one_array(self.table.column(name)).dictionary_encode()
         return np.asarray(pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False), dtype=np.int32)
 
-    def rows(self, song_ids: list[str]) -> np.ndarray:
-        """int32: the rows of outside ids. Raises `InputError` that names the unknown ones."""
+    def find(self, song_ids: Sequence[str]) -> np.ndarray:
+        """int32: the row of each outside id, -1 for unknown ones."""
         spelled = pa.array(map(spell_id, song_ids), pa.string())
-        song_rows = pc.index_in(spelled, value_set=self.table.column(columns.SONG_ID))
-        unknown = [song for song, row in zip(song_ids, song_rows.to_pylist(), strict=True) if row is None]
+        song_rows = pc.index_in(spelled, value_set=self.table.column(columns.SONG_ID), skip_nulls=True)
+        return np.asarray(pc.fill_null(song_rows, -1).to_numpy(zero_copy_only=False), dtype=np.int32)
+
+    def rows(self, song_ids: Sequence[str]) -> np.ndarray:
+        """int32: the rows of outside ids. Raises `InputError` that names the unknown ones."""
+        song_rows = self.find(song_ids)
+        unknown = [song_ids[place] for place in np.flatnonzero(song_rows < 0).tolist()]
         if unknown:
             raise InputError(
                 f"{len(unknown)} of {len(song_ids)} songs are not in the catalog: {', '.join(unknown[:5])}; "
                 "check the IDs against dataset/songs.parquet"
             )
-        return np.asarray(song_rows.to_numpy(zero_copy_only=False), dtype=np.int32)
+        return song_rows
 
 
 def described(songs: pa.Table, descriptions: pa.Table) -> pa.Table:

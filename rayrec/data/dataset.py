@@ -281,10 +281,13 @@ class Dataset:
 
     def history(self, user_id: str) -> Histories:
         """One user's history. Raises `NotFoundError` for a user who is not there."""
-        return self.histories([user_id])
+        history = self.histories([user_id])
+        if not (history.num_plays or (history.likes is not None and history.likes.num_plays)):
+            raise NotFoundError(f"User {user_id!r} not found in the data set; check the ID or import the user's plays")
+        return history
 
     def histories(self, user_ids: Sequence[str]) -> Histories:
-        """Those of users, in their order; a file is opened once. Raises `NotFoundError` for one who is not there.
+        """Those of users, in their order, without plays for one who is not there; a file is opened once.
 
         Deleted users are not there, whether their plays are erased already or not.
         """
@@ -296,13 +299,12 @@ class Dataset:
                 parts += find_users(self.workspace, path, np.unique(ids[buckets == bucket]))
         merged = merge_users(parts)
         deleted = read_waiting(self.workspace).holds(merged.user_ids)
-        row_of = {user_id: row for row, user_id in enumerate(merged.user_ids.tolist()) if not deleted[row]}
-        for user_id in ids.tolist():
-            if user_id not in row_of:
-                raise NotFoundError(
-                    f"User {user_id!r} not found in the data set; check the ID or import the user's plays"
-                )
-        return self._with_columns(merged.take(np.array([row_of[user_id] for user_id in ids.tolist()], dtype=np.int64)))
+        merged = merged.take(~deleted)
+        missing = np.setdiff1d(ids, merged.user_ids).tolist()
+        nothing = [()] * len(missing)
+        joined = concatenate(_alike([merged, Histories.from_lists(nothing, nothing, missing)]))
+        row_of = {user_id: row for row, user_id in enumerate(joined.user_ids.tolist())}
+        return self._with_columns(joined.take(np.array([row_of[user_id] for user_id in ids.tolist()], dtype=np.int64)))
 
     def _with_columns(self, histories: Histories) -> Histories:
         """With the columns of the data set, also where an earlier part came without them."""

@@ -33,7 +33,7 @@ from rayrec.recommend.two_step import HELD_OUT, SELECTION_RANKERS, checks_ranker
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, Manifest
 from rayrec.storage.locking import writes
-from rayrec.storage.releases import VALIDATION
+from rayrec.storage.releases import VALIDATION, default_parts
 from rayrec.storage.workspace import Workspace
 
 TARGETS = ("served", "next")
@@ -229,7 +229,7 @@ def fit(
         for name in ("taste", "index", "release"):
             stages.run(name, configs[name])
     release = artifacts.load_manifest(workspace, "releases", stages.artifact_ids["release"])
-    user, shown = example_answer(workspace, release.inputs)
+    user, shown = example_answer(workspace, default_parts(workspace))
     return FitResult(
         imported=describe_import(plays),
         outcomes=stages.outcomes,

@@ -395,7 +395,8 @@ def example_answer(workspace: Workspace, parts: Mapping[str, str], k: int = EXAM
     dataset = Dataset(workspace)
     user, last_play = _example_user(dataset)
     recommender = load_recommender(workspace, dataset, parts)
-    return user, answer(dataset, recommender, RecommendConfig(k=k), at=last_play + ASSUMED_GAP_MS, user=user)
+    at = last_play + ASSUMED_GAP_MS
+    return user, answer(dataset, recommender, RecommendConfig(k=k), parts=parts, at=at, user=user)
 
 
 def _example_user(dataset: Dataset) -> tuple[str, int]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -16,10 +15,15 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.moments import iso_moment
 from rayrec.errors import InputError, MismatchError
-from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName
+from rayrec.model.train_config import PLAY_COUNTS
+from rayrec.recommend.base import BaseRecommender, HorizonName
 from rayrec.recommend.filters import AnswerFilter, SongAttributes, SongMasks, parse_day, without_heard
 from rayrec.storage.artifacts import load_manifest
+from rayrec.storage.releases import KIND as RELEASES
 from rayrec.storage.workspace import Workspace
+
+if TYPE_CHECKING:
+    from rayrec.recommend.reranking import Chosen, Path, Starting
 
 LAST_PLAYS = 5  # shown beside reasons
 ASSUMED_GAP_MS = 3 * 60 * 1000  # between songs that are given without times: about the length of one
@@ -67,18 +71,23 @@ class ScoredSong(NamedSong):
 
     score: float
     reasons: list[str] | None = None  # why it was chosen, in words, where they were asked for
-    explored: bool = False
+    explored: bool | None = None  # whether it was drawn by chance, where exploring was asked for
     probability: float | None = None  # with which an explored song is shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """k songs, best first, and what they were chosen from."""
+    """k songs, best first, and what they were chosen from: the fields of an answer over HTTP."""
 
-    songs: list[ScoredSong]  # (k,), descending by score
+    release: str | None  # id of the release that answered; None: parts that are no release
     at: int  # ms UTC, the moment of the request
+    source: Literal["taste", "popular"]  # popular: no play is known, so songs are in order of their plays
+    path: Path  # how songs were retrieved
+    plays: int  # plays of known songs before the request, all of them
+    songs: list[ScoredSong]  # (k,), descending by score
     last_plays: list[NamedSong]  # the last plays before it, the latest last
-    plays: int  # plays before the request, all of them
+    unknown_songs: int = 0  # songs given, to exclude and allowed that are not in the catalog
+    unknown_song_ids: list[str] = field(default_factory=list)  # their ids, each once
 
     @property
     def song_ids(self) -> list[str]:
@@ -105,45 +114,56 @@ def answer(
     recommender: BaseRecommender,
     config: RecommendConfig,
     *,
+    parts: Mapping[str, str],
     at: int,
     user: str | None = None,
-    songs: list[str] | None = None,
+    songs: Sequence[str] | None = None,
     artists: Sequence[str] = (),
     exclude: Sequence[str] = (),
     allow: Sequence[str] | None = None,
     shown: int = LAST_PLAYS,
 ) -> Answer:
-    """Recommend to a user of the data set, or to whoever has just played `songs`, at time `at` (ms UTC).
+    """Recommend to a user, or to whoever has just played `songs`, at time `at` (ms UTC), as the server does.
 
-    Songs come without times: the last is taken as played at `at`, each earlier one three minutes
-    before the next. `artists`, names, and `allow`, song ids, keep to their songs; those of `exclude` are left out.
-    Raises `InputError` unless exactly one of user and songs is given, for an unknown user, song, artist or market,
-    and for a user without plays before `at`.
+    `parts`, role -> id, are those of the recommender. Songs come without times: the last is taken as played at `at`,
+    each earlier one three minutes before the next. `artists`, names, and `allow`, song ids, keep to their songs; those
+    of `exclude` are left out. Ids that are not in the catalog are counted and left out. Where no play before `at` is
+    known, as of an unknown user, the most played songs of late come.
+    Raises `InputError` unless exactly one of user and songs is given, and for an unknown artist or market.
     """
+    from rayrec.recommend.reranking import AnswerOptions, choose_for_users  # brings torch: only once it is needed
+
     if (user is None) == (songs is None):
         raise InputError("recommendations are for a user or for songs; give --user ID or --songs ID,ID, one of them")
     catalog = dataset.catalog()
-    history = history_of_songs(catalog, songs or [], at) if user is None else histories_of_users(dataset, [user], at)
-    answer_filter = _answer_filter(catalog, history, config, artists, exclude, allow)
-    rows, scores, probabilities = _best(recommender, history, at, config, answer_filter)
+    history = (
+        histories_of_users(dataset, [user], at) if user is not None else history_of_songs(catalog, songs or (), at)
+    )
+    options = AnswerOptions(
+        k=config.k,
+        long_weight=float(config.horizon == "long"),
+        answer_filter=_answer_filter(catalog, history, config, artists, exclude, allow),
+        diversity=config.diversity,
+        explore=config.explore,
+        explain=config.explain,
+    )
+    (chosen,) = choose_for_users(
+        recommender, history, at, [options], lambda: load_starting(dataset, recommender, parts)
+    )
     last_plays = [NamedSong(**names) for names in catalog.names(history.last_songs(shown)[0])]
-    reasons_of_songs: list[list[str] | None] = [None] * len(rows)
-    if config.explain:
-        features = recommender.explain(history, at, rows, long_weight=float(config.horizon == "long"))
-        reasons_of_songs = [reasons(each, last_plays[-1].title) for each in features]
-    chosen = [
-        ScoredSong(
-            **names,
-            score=round(float(score), 6),
-            reasons=words,
-            explored=not np.isnan(probability),
-            probability=None if np.isnan(probability) else round(float(probability), 6),
-        )
-        for names, score, words, probability in zip(
-            catalog.names(rows), scores, reasons_of_songs, probabilities, strict=True
-        )
-    ]
-    return Answer(songs=chosen, at=at, last_plays=last_plays, plays=history.num_plays)
+    named = [*(songs or ()), *exclude, *(allow or ())]
+    unknown = [named[place] for place in np.flatnonzero(catalog.find(named) < 0).tolist()]
+    return Answer(
+        release=parts.get(RELEASES),
+        at=at,
+        source="popular" if chosen.path == "popular" else "taste",
+        path=chosen.path,
+        plays=history.num_plays,
+        songs=_scored_songs(catalog, chosen, last_plays[-1].title if last_plays else None, config.explain),
+        last_plays=last_plays,
+        unknown_songs=len(unknown),
+        unknown_song_ids=list(dict.fromkeys(unknown)),
+    )
 
 
 def _answer_filter(
@@ -163,39 +183,28 @@ def _answer_filter(
     )
     allowed = SongMasks(catalog).mask(attributes) if attributes else None
     if allow is not None:
-        listed = np.isin(np.arange(len(catalog)), catalog.rows(list(allow)))
+        listed = np.isin(np.arange(len(catalog)), catalog.find(allow))
         allowed = listed if allowed is None else listed & allowed
-    answer_filter = AnswerFilter(excluded=catalog.rows(list(exclude)), allowed=allowed)
+    excluded = catalog.find(exclude)
+    answer_filter = AnswerFilter(excluded=excluded[excluded >= 0], allowed=allowed)
     return without_heard(history, [answer_filter])[0] if config.exclude_heard else answer_filter
 
 
-def _best(
-    recommender: BaseRecommender, history: Histories, at: int, config: RecommendConfig, answer_filter: AnswerFilter
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Song rows int32, scores float32 and probabilities of explored songs, float64, at most k each.
-
-    With diversity in the order of choice.
-    """
-    from rayrec.recommend.reranking import (  # brings torch, as below
-        POOL,
-        diversify,
-        network_of,
-        pool_size,
-        with_explored,
-    )
-
-    count = pool_size(config.k) if config.diversity else config.k
-    k = count + (POOL if config.explore else 0)
-    ranking = recommender.rank(history, at, k, horizon=config.horizon, filters=[answer_filter])
-    real = ranking.songs[0] != NO_SONG
-    rows, scores = ranking.songs[0][real], ranking.scores[0][real]
-    places = np.arange(min(config.k, len(rows)))
-    if config.diversity:
-        places = diversify(network_of(recommender).song_vectors[rows[:count]], config.k, config.diversity)
-    if not config.explore:
-        return rows[places], scores[places], np.full(len(places), np.nan)
-    explored = with_explored(recommender, history, at, (rows, scores), places, config.explore)
-    return explored.songs, explored.scores, explored.probabilities
+def _scored_songs(catalog: Catalog, chosen: Chosen, last_title: str | None, explain: bool) -> list[ScoredSong]:
+    """The songs of an answer."""
+    scored = [
+        ScoredSong(**names, score=score)
+        for names, score in zip(catalog.names(chosen.songs), chosen.scores.tolist(), strict=True)
+    ]
+    if explain:
+        words = reasons_of(chosen, last_title)
+        scored = [replace(song, reasons=each) for song, each in zip(scored, words, strict=True)]
+    if chosen.probabilities is None:
+        return scored
+    return [
+        replace(song, explored=not np.isnan(chance), probability=None if np.isnan(chance) else chance)
+        for song, chance in zip(scored, chosen.probabilities.tolist(), strict=True)
+    ]
 
 
 def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> BaseRecommender:
@@ -232,25 +241,64 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
     )
 
 
-def histories_of_users(dataset: Dataset, user_ids: Sequence[str], at: int) -> Histories:
-    """The plays of users before `at` (ms UTC), in their order. Raises `InputError` for a user without any."""
-    histories = dataset.histories(user_ids)
-    known = histories.keep(histories.played_at < at)
-    for row in np.flatnonzero(known.lengths == 0).tolist():
-        first = datetime.fromtimestamp(int(histories.played_at[histories.offsets[row]]) / 1000, timezone.utc)
-        raise InputError(
-            f"user {user_ids[row]!r} has no plays before the time of the request; the first is at {first.isoformat()}"
-        )
+def load_starting(dataset: Dataset, recommender: BaseRecommender, parts: Mapping[str, str]) -> Starting:
+    """What comes first where no play is known, with the parts of a recommender, role -> id."""
+    songs = dataset.num_songs
+    plays = model_play_counts(dataset, parts["models"], recommender.num_songs)
+    return starting_of(
+        dataset.workspace, parts, np.pad(plays, (0, songs - len(plays))), known_songs(recommender, songs)
+    )
+
+
+def starting_of(workspace: Workspace, parts: Mapping[str, str], plays: np.ndarray, known: np.ndarray) -> Starting:
+    """What comes first of the songs with a vector, `known`, bool (N,), by the plays of late; `plays` are int64 (N,).
+
+    All plays count without a retrieval, which knows those of late.
+    """
+    from rayrec.recommend.reranking import Starting  # brings torch, as below
+    from rayrec.recommend.stored_retrieval import read_popularity
+
+    if "retrieval" not in parts:
+        return Starting.of(plays, known)
+    folder = load_manifest(workspace, "retrieval", parts["retrieval"]).folder
+    recent_plays, artist_of_song = read_popularity(workspace, folder)
+    return Starting.of(plays, known, recent_plays=recent_plays, artist_of_song=artist_of_song)
+
+
+def known_songs(recommender: BaseRecommender, songs: int) -> np.ndarray:
+    """bool (songs,): songs that the network has a vector of; those that came after it are none."""
+    from rayrec.recommend.reranking import network_of
+
+    known: np.ndarray = np.arange(songs) < recommender.num_songs
+    known[network_of(recommender).without_vector] = False
     return known
 
 
-def history_of_songs(catalog: Catalog, song_ids: list[str], at: int) -> Histories:
-    """Songs as if just played, three minutes apart, the last at `at` (ms UTC). Raises `InputError` for unknown ones."""
-    if not song_ids:
-        raise InputError("no songs were given; give at least one song id, such as --songs 12,7")
-    rows = catalog.rows(song_ids)
+def model_play_counts(dataset: Dataset, model_id: str, num_songs: int) -> np.ndarray:
+    """int64 (N,): plays of each song in the fit range of a model.
+
+    For a model without these counts, those of the whole data set.
+    """
+    manifest = load_manifest(dataset.workspace, "models", model_id)
+    if PLAY_COUNTS in manifest.files:
+        return np.asarray(dataset.workspace.read_array(manifest.path(PLAY_COUNTS)))
+    plays = np.zeros(num_songs, dtype=np.int64)
+    for histories in dataset.read_all():
+        plays += np.bincount(histories.songs, minlength=num_songs)[:num_songs]
+    return plays
+
+
+def histories_of_users(dataset: Dataset, user_ids: Sequence[str], at: int) -> Histories:
+    """The plays of users before `at` (ms UTC), in their order; none of an unknown user."""
+    histories = dataset.histories(user_ids)
+    return histories.keep(histories.played_at < at)
+
+
+def history_of_songs(catalog: Catalog, song_ids: Sequence[str], at: int) -> Histories:
+    """The songs of the catalog as if just played, those given three minutes apart, the last at `at` (ms UTC)."""
+    rows = catalog.find(song_ids)
     played_at = at - ASSUMED_GAP_MS * np.arange(len(rows) - 1, -1, -1, dtype=np.int64)
-    return Histories.from_lists([rows], [played_at])  # type: ignore[list-item]
+    return Histories.from_lists([rows[rows >= 0]], [played_at[rows >= 0]])  # type: ignore[list-item]
 
 
 MOST_REASONS = 3  # reasons given for a song
@@ -299,6 +347,13 @@ def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
     if value("popular_score") > 0:
         said.append("it is popular this week")
     return said[:MOST_REASONS] or ["it is near to what you listen to"]
+
+
+def reasons_of(chosen: Chosen, last_title: str | None) -> list[list[str]]:
+    """The reasons for each song of an answer that was asked to explain; `last_title` as in `reasons`."""
+    if chosen.path == "popular":
+        return [[POPULAR_REASON] for _ in chosen.songs]
+    return [reasons(features, last_title) for features in chosen.features]
 
 
 def _times(count: float) -> str:

@@ -3,7 +3,7 @@
 P songs of a pool, k answers, D dimensions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Literal
@@ -14,7 +14,7 @@ from rayrec.data.histories import Histories, Queries, places_in
 from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName, SearchPath, check_count, normalized, top_k
 from rayrec.recommend.filters import AnswerFilter
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.recommend.two_step import TwoStepRecommender
+from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
 
 FEW_PLAYS = 20  # fewer plays than so many are few
 POOL = 500  # songs behind the answer among which those with few plays are looked for
@@ -181,6 +181,18 @@ class Known:
         return {horizon: vector[None] for horizon, vector in self.vectors.items()}
 
 
+def known_of(vectors: Mapping[HorizonName, np.ndarray], plays: Histories, at: np.ndarray) -> list[Known]:
+    """What is known of each of U users: taste vectors, float32 (U, D) by horizon, plays, and moments, int64 (U,)."""
+    return [
+        Known(
+            vectors={horizon: values[row] for horizon, values in vectors.items()},
+            history=plays.take(np.array([row])) if len(plays) > 1 else plays,
+            at=int(at[row]),
+        )
+        for row in range(len(plays))
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
     """The songs, best first; equal scores in the order of song rows. With diversity, in the order of choice."""
@@ -231,6 +243,28 @@ def choose(recommender: BaseRecommender, known: Known, options: AnswerOptions) -
         known.history, known.at, chosen.songs, long_weight=options.long_weight, vectors=known.batch_vectors
     )
     return replace(chosen, features=tuple(features))
+
+
+def choose_for_users(
+    recommender: BaseRecommender,
+    histories: Histories,
+    at: int,
+    all_options: Sequence[AnswerOptions],
+    load_starting: Callable[[], "Starting"],
+) -> list[Chosen]:
+    """The songs of each user at `at` (ms UTC): `choose`, or those of `choose_popular` where no play is known."""
+    played = np.flatnonzero(histories.lengths)
+    chosen: dict[int, Chosen] = {}
+    if len(played):
+        plays = histories.take(played)
+        vectors = network_of(recommender).vectors_of(plays, Queries.at_end(plays, at), HORIZONS)
+        for row, known in zip(played.tolist(), known_of(vectors, plays, np.full(len(plays), at)), strict=True):
+            chosen[row] = choose(recommender, known, all_options[row])
+    if len(played) < len(histories):
+        starting = load_starting()
+        for row in np.flatnonzero(histories.lengths == 0).tolist():
+            chosen[row] = choose_popular(starting, all_options[row])
+    return [chosen[row] for row in range(len(histories))]
 
 
 def similar(recommender: BaseRecommender, song: int, k: int) -> Chosen:

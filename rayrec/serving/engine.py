@@ -18,8 +18,8 @@ from rayrec.embeddings.vectors import layout
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.taste_table import States
 from rayrec.recommend.base import BaseRecommender, HorizonName
-from rayrec.recommend.reranking import AnswerOptions, Chosen, Known, choose, network_of, similar
-from rayrec.recommend.two_step import TwoStepRecommender
+from rayrec.recommend.reranking import AnswerOptions, Chosen, Known, choose, known_of, network_of, similar
+from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
 from rayrec.serving.problems import OverloadedError
 from rayrec.serving.telemetry import Metrics
 
@@ -66,21 +66,6 @@ class Pool:
     def _leave(self, _: "Future[T]") -> None:
         with self._lock:
             self.waiting -= 1
-
-
-HORIZONS: tuple[HorizonName, ...] = ("short", "long")  # retrievers and features need the taste vectors of both
-
-
-def known_of(vectors: Vectors, plays: Histories, at: np.ndarray) -> list[Known]:
-    """What is known of each user."""
-    return [
-        Known(
-            vectors={horizon: values[row] for horizon, values in vectors.items()},
-            history=plays.take(np.array([row])) if len(plays) > 1 else plays,
-            at=int(at[row]),
-        )
-        for row in range(len(plays))
-    ]
 
 
 @dataclass(frozen=True)

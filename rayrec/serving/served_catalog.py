@@ -13,12 +13,12 @@ from rayrec.data.catalog import Catalog, SongSearch, with_folded
 from rayrec.data.dataset import Dataset
 from rayrec.data.spelling import spell_id
 from rayrec.errors import FieldError
-from rayrec.model.train_config import PLAY_COUNTS
 from rayrec.online.user_state import FIRST_ONLINE
+from rayrec.recommend.answer import known_songs, model_play_counts, starting_of
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.filters import SongAttributes, SongMasks
 from rayrec.recommend.reranking import Starting, network_of
-from rayrec.recommend.stored_retrieval import NOT_PLAYED, read_first_days, read_popularity
+from rayrec.recommend.stored_retrieval import NOT_PLAYED, read_first_days
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest, fingerprint
 from rayrec.storage.object_storage import mapped_table
@@ -258,7 +258,7 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
         first_days=first_days,
         by_age=np.zeros(0, np.int32) if first_days is None else _order(table, BY_AGE),
         lineage=dataset.lineage,
-        known=_known(recommender, len(catalog)),
+        known=known_songs(recommender, len(catalog)),
         dim=network_of(recommender).song_vectors.shape[1],
         search=SongSearch(catalog, plays),
         masks=SongMasks(catalog),
@@ -275,11 +275,11 @@ def _catalog_table(workspace: Workspace, dataset: Dataset, release: Manifest, re
     """All of a served catalog that grows with the songs, a row a song."""
     table = with_folded(dataset.catalog().table)
     songs = table.num_rows
-    plays = model_play_counts(workspace, dataset, release.inputs["models"], recommender.num_songs)
+    plays = model_play_counts(dataset, release.inputs["models"], recommender.num_songs)
     plays = np.pad(plays, (0, songs - len(plays)))  # nobody has played later songs there
     by_plays = np.argsort(-plays, kind="stable").astype(np.int32)
-    known = _known(recommender, songs)
-    starting = _starting(workspace, release, plays, known)
+    known = known_songs(recommender, songs)
+    starting = starting_of(workspace, release.inputs, plays, known)
     first_days = _first_days(workspace, release, songs)
     ids = table.column(columns.SONG_ID)
     hashes = np.concatenate([id_hashes(chunk.to_numpy(zero_copy_only=False)) for chunk in _slices(ids)])
@@ -320,22 +320,6 @@ def _order(table: pa.Table, name: str) -> np.ndarray:
     return rows[: np.count_nonzero(rows >= 0)]
 
 
-def _known(recommender: BaseRecommender, songs: int) -> np.ndarray:
-    """bool (songs,): songs that the network has a vector of; those that came after it are none."""
-    known: np.ndarray = np.arange(songs) < recommender.num_songs
-    known[network_of(recommender).without_vector] = False
-    return known
-
-
-def _starting(workspace: Workspace, release: Manifest, plays: np.ndarray, known: np.ndarray) -> Starting:
-    """What users without plays get; all plays count in a release without a retrieval, which knows those of late."""
-    if "retrieval" not in release.inputs:
-        return Starting.of(plays, known)
-    folder = artifacts.load_manifest(workspace, "retrieval", release.inputs["retrieval"]).folder
-    recent_plays, artist_of_song = read_popularity(workspace, folder)
-    return Starting.of(plays, known, recent_plays=recent_plays, artist_of_song=artist_of_song)
-
-
 def _first_days(workspace: Workspace, release: Manifest, songs: int) -> np.ndarray | None:
     """int32 (songs,): the day of each song's first play; None for a release without a retrieval, which knows them."""
     if "retrieval" not in release.inputs:
@@ -354,17 +338,3 @@ def _by_age(first_days: np.ndarray, added: np.ndarray, known: np.ndarray) -> np.
     comes[added] = True
     rows = np.flatnonzero(comes & known)[::-1]
     return rows[np.argsort(-first_days[rows].astype(np.int64), kind="stable")].astype(np.int32)
-
-
-def model_play_counts(workspace: Workspace, dataset: Dataset, model_id: str, num_songs: int) -> np.ndarray:
-    """int64 (N,): plays of each song in the fit range of a model.
-
-    For a model without these counts, those of the whole data set.
-    """
-    manifest = artifacts.load_manifest(workspace, "models", model_id)
-    if PLAY_COUNTS in manifest.files:
-        return np.asarray(workspace.read_array(manifest.path(PLAY_COUNTS)))
-    plays = np.zeros(num_songs, dtype=np.int64)
-    for histories in dataset.read_all():
-        plays += np.bincount(histories.songs, minlength=num_songs)[:num_songs]
-    return plays

@@ -19,7 +19,7 @@ from rayrec.data.windows import NEVER
 from rayrec.errors import FieldError, InputError, NotFoundError
 from rayrec.model.taste_table import States
 from rayrec.online.state_store import StoreUnavailableError
-from rayrec.recommend.answer import LAST_PLAYS, POPULAR_REASON, reasons
+from rayrec.recommend.answer import LAST_PLAYS, reasons_of
 from rayrec.recommend.reranking import AnswerOptions, Chosen, choose_popular
 from rayrec.recommend.stored_retrieval import NOT_PLAYED
 from rayrec.serving.engine import Engine, Parts, Pool
@@ -651,10 +651,6 @@ def add_reasons(answer: AnsweredSongs, chosen: Chosen, played: np.ndarray, catal
     answer.last_plays = [
         CatalogSong(song_id=song_id, title=title, artist=artist) for song_id, title, artist in last_plays
     ]
-    if chosen.path == "popular":
-        for song in answer.songs:
-            song.reasons = [POPULAR_REASON]
-        return
     last_title = last_plays[-1][1] if last_plays else None
-    for song, features in zip(answer.songs, chosen.features, strict=True):
-        song.reasons = reasons(features, last_title)
+    for song, words in zip(answer.songs, reasons_of(chosen, last_title), strict=True):
+        song.reasons = words

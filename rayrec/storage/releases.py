@@ -237,12 +237,12 @@ def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
 def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str, str]:
     """Role -> id of the parts to answer with: the live release's, else those of the current model; or of `model_id`.
 
-    Tastes and index are there only where the model has them. Raises `NotFoundError` for an unknown
-    model, or naming the command to run first where there is none.
+    Those of the live release have its id as `releases`. Tastes and index are there only where the model has them.
+    Raises `NotFoundError` for an unknown model, or naming the command to run first where there is none.
     """
     release = active_release(workspace)
     if release is not None and model_id in (None, release.inputs["models"]):
-        return dict(release.inputs)
+        return {KIND: release.id, **release.inputs}
     if model_id is None:
         model = artifacts.newest(workspace, "models", "train")
     else:

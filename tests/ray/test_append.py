@@ -252,8 +252,9 @@ def test_a_model_of_the_data_set_before_an_append_stays_of_use(
     assert dataset.num_songs > first.songs
     releases.verify_release(workspace, artifacts.load_manifest(workspace, "releases", released))
 
-    recommender = load_recommender(workspace, dataset, {"models": "m"})
-    told = answer(dataset, recommender, RecommendConfig(k=200, exclude_heard=False), at=START * 2000, user="u1")
+    parts = {"models": "m"}
+    recommender, config = load_recommender(workspace, dataset, parts), RecommendConfig(k=200, exclude_heard=False)
+    told = answer(dataset, recommender, config, parts=parts, at=START * 2000, user="u1")
     assert len(told.song_ids) == first.songs  # songs newer than the network are never recommended
     tastes = compute_tastes(workspace, TasteConfig())
     assert tastes.inputs["dataset"] == dataset.manifest.id

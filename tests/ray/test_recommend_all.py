@@ -43,7 +43,7 @@ def test_every_user_gets_the_songs_of_a_single_request_and_only_missing_buckets_
     )
     recommender = load_recommender(world, dataset, parts)
     for row in rows.slice(0, 10).to_pylist():
-        alone = answer(dataset, recommender, CONFIG, at=AT, user=row["user_id"])
+        alone = answer(dataset, recommender, CONFIG, parts=parts, at=AT, user=row["user_id"])
         assert row["song_ids"] == alone.song_ids
         np.testing.assert_allclose(row["scores"], alone.scores, atol=1e-5)
     assert (made.metrics["users"], made.metrics["songs"]) == (rows.num_rows, 7 * rows.num_rows)

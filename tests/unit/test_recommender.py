@@ -71,8 +71,6 @@ def test_plays_after_the_moment_are_not_looked_at(model: Recommender) -> None:
     early = model.recommend("u3", at=moment)
     assert not early.equals(model.recommend("u3"))
     assert early.equals(model.recommend("u3", at="2023-11-25T00:00:00Z"))
-    with pytest.raises(InputError, match="no plays before"):
-        model.recommend("u3", at=pd.Timestamp("2020-01-01"))
 
 
 def test_similar_songs_and_tastes(model: Recommender) -> None:
@@ -85,9 +83,22 @@ def test_similar_songs_and_tastes(model: Recommender) -> None:
     np.testing.assert_allclose(model.taste("u40").to_numpy()[0], tastes.loc["u40"].to_numpy(), atol=1e-6)
 
 
-def test_unknown_users_and_songs_are_named(model: Recommender) -> None:
-    with pytest.raises(NotFoundError, match="'nobody'"):
-        model.recommend(["u3", "nobody"])
+def test_users_without_a_known_play_get_popular_songs_and_are_named(
+    model: Recommender, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = model.recommend(["u3", "nobody", "u40"], k=5, at="2024-01-01T00:00:00Z")
+    assert list(shown.columns) == COLUMNS
+    assert shown["user_id"].tolist() == [user for user in ("u3", "nobody", "u40") for _ in range(5)]
+    assert "1 of the users, who get popular songs: 'nobody'" in capsys.readouterr().err
+    early = model.recommend("u3", k=5, at=pd.Timestamp("2020-01-01"))  # before the first play
+    popular = shown[shown["user_id"] == "nobody"].reset_index(drop=True)
+    assert early.drop(columns="user_id").equals(popular.drop(columns="user_id"))
+    assert popular["score"].min() > 1  # plays of late
+
+
+def test_an_unknown_user_has_no_taste_and_an_unknown_song_nothing_like_it(model: Recommender) -> None:
+    with pytest.raises(NotFoundError, match="no play of user 'nobody'"):
+        model.taste(["u3", "nobody"])
     with pytest.raises(InputError, match="nothing"):
         model.similar("nothing")
 
@@ -113,7 +124,7 @@ def test_an_update_adds_users_and_a_second_fit_replaces_all(
     assert len(loaded.recommend("u61", k=5)) == 5
     loaded.fit(frame(ring_plays(range(100, 140))))
     with pytest.raises(NotFoundError, match="u61"):
-        loaded.recommend("u61")
+        loaded.taste("u61")
     assert len(loaded.recommend("u120", k=5)) == 5
 
 

@@ -247,7 +247,7 @@ def test_json_has_null_where_a_number_is_not_finite(capsys: pytest.CaptureFixtur
 
 def test_the_demo_ends_with_the_address_of_its_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     evaluation = {"default": "a", "results": results("served", "next")["results"]}
-    shown = Answer(songs=[], at=0, last_plays=[], plays=0)
+    shown = Answer(release="r", at=0, source="taste", path="exact", plays=0, songs=[], last_plays=[])
     ended = Demo(outcomes=[], evaluation=evaluation, report="report.html", user="ann", answer=shown)
     monkeypatch.setattr("rayrec.jobs.pipeline.demo", lambda *args, **options: ended)
     workspace = str(tmp_path / "my demo")

@@ -6,7 +6,7 @@ from worlds import random_histories, write_dataset
 
 from rayrec.data.dataset import Dataset, merge_users
 from rayrec.data.histories import Histories, concatenate
-from rayrec.errors import DamagedArtifactError
+from rayrec.errors import DamagedArtifactError, NotFoundError
 from rayrec.importing.staging import write_histories
 from rayrec.storage.workspace import Workspace, histories_file
 
@@ -47,11 +47,16 @@ def test_parts_read_as_one_history_a_user_whatever_the_batches(workspace: Worksp
     user = str(whole.user_ids[-1])
     assert rows_of(dataset.history(user)) == {user: rows_of(whole)[user]}
     several = [str(whole.user_ids[row]) for row in (5, 2, 5, 40)]
+    several.insert(1, "nobody")
     histories = dataset.histories(several)
     assert histories.user_ids.tolist() == several
+    everyone = {**rows_of(whole), "nobody": []}
     assert [rows_of(histories.take(np.array([row])))[user] for row, user in enumerate(several)] == [
-        rows_of(whole)[user] for user in several
+        everyone[user] for user in several
     ]
+    assert dataset.histories(["nobody"]).lengths.tolist() == [0]
+    with pytest.raises(NotFoundError, match="'nobody' not found"):
+        dataset.history("nobody")
 
 
 def test_plays_of_one_moment_keep_the_order_of_the_parts() -> None:

@@ -80,8 +80,8 @@ def test_a_day_of_plays_goes_live_with_its_new_users_and_songs(fitted: Workspace
     added = AddedSongs.load(fitted, load_manifest(fitted, "added_songs", live.inputs["added_songs"]).folder)
     assert added.rows.tolist() == dataset.catalog().rows(["new"]).tolist()
     recommender, at = load_recommender(fitted, dataset, live.inputs), dataset.manifest.last_play + 60_000
-    assert len(answer(dataset, recommender, RecommendConfig(k=5), at=at, user="u169").songs) == 5
-    after = answer(dataset, recommender, RecommendConfig(k=20), at=at, songs=["s5", "s6"])
+    assert len(answer(dataset, recommender, RecommendConfig(k=5), parts=live.inputs, at=at, user="u169").songs) == 5
+    after = answer(dataset, recommender, RecommendConfig(k=20), parts=live.inputs, at=at, songs=["s5", "s6"])
     assert "new" in [song.song_id for song in after.songs]
 
 

@@ -127,10 +127,11 @@ def test_command_and_batch_explore_the_same_songs(
 ) -> None:
     without_ray(monkeypatch)
     config, dataset = RecommendConfig(k=10, explore=0.3), Dataset(world)
-    made = recommend_all(world, config, default_parts(world), at=AT)
+    parts = default_parts(world)
+    made = recommend_all(world, config, parts, at=AT)
     table = world.read_table(recommendations_file(made.folder, 0)).slice(0, 3)
     for row in table.to_pylist():
-        alone = answer(dataset, recommender, config, at=AT, user=row["user_id"])
+        alone = answer(dataset, recommender, config, parts=parts, at=AT, user=row["user_id"])
         assert alone.song_ids == row["song_ids"]
         assert [song.explored for song in alone.songs] == [chance is not None for chance in row["probabilities"]]
         assert sum(song.explored for song in alone.songs) == 3

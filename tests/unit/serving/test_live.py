@@ -13,10 +13,10 @@ from served import NUM_SONGS, Client, damage, service, write_release, write_worl
 from rayrec.data.dataset import Dataset
 from rayrec.errors import RayrecError
 from rayrec.model.taste_table import tastes_file
+from rayrec.recommend.answer import model_play_counts
 from rayrec.serving import live_release
 from rayrec.serving.live_release import Report, Reports, ReportWatch, SwitchWait, switch
 from rayrec.serving.problems import NotReadyError
-from rayrec.serving.served_catalog import model_play_counts
 from rayrec.serving.service import Service
 from rayrec.storage import releases
 from rayrec.storage.artifacts import load_manifest
@@ -243,12 +243,12 @@ def test_a_workspace_out_of_reach_ends_no_watch(two: tuple[Workspace, str, str],
 
 def test_models_without_play_counts_are_given_those_of_the_data_set(two: tuple[Workspace, str, str]) -> None:
     workspace, _, _ = two
-    counted = model_play_counts(workspace, Dataset(workspace), "model1", NUM_SONGS)
+    counted = model_play_counts(Dataset(workspace), "model1", NUM_SONGS)
     manifest = load_manifest(workspace, "models", "model1")
     raw = workspace.read_json(manifest.path("manifest.json"))
     raw["files"].pop("play_counts.npy")
     workspace.write_json(manifest.path("manifest.json"), raw)
-    np.testing.assert_array_equal(model_play_counts(workspace, Dataset(workspace), "model1", NUM_SONGS), counted)
+    np.testing.assert_array_equal(model_play_counts(Dataset(workspace), "model1", NUM_SONGS), counted)
 
 
 @pytest.fixture(scope="module")
