@@ -20,7 +20,7 @@ from rayrec.importing.merging import PARTS_BEFORE_COMPACT
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.delimited import spelled_delimiter
 from rayrec.storage.artifacts import DatasetManifest
-from rayrec_cli.app import Call, ForceOption, Shown, app, command, error_data, figures, number, size, table
+from rayrec_cli.app import Call, ForceOption, Shown, app, command, error_data, figures, made_from, number, size, table
 
 FormatArgument = Annotated[str | None, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")]
 PathsArgument = Annotated[
@@ -209,7 +209,7 @@ def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument = 
     `rayrec songs add` finds new songs by their artist, album and content.
     """
     counts = asdict(describe(call.workspace, config, path))
-    views = [figures("Song metadata", counts)]
+    views = [figures("Song metadata", counts), made_from(counts["inputs"])]
     for name, title in (("rejected", "Rejected rows"), ("invalid", "Values left out of their rows")):
         if counts[name]:
             views.append(table(title, ["reason", name], list(counts[name].items())))
@@ -229,7 +229,8 @@ def split(call: Call, config: SplitConfig) -> Shown:
     if new_split.held_out_songs:
         values["songs held out"] = f"{new_split.held_out_songs:.1%}"
     weaker = [f"This protocol is {WEAKER}."] if new_split.protocol == "last-fraction" else []
-    return Shown(asdict(new_split), [figures("", values), *weaker])
+    inputs = {"dataset": new_split.dataset}
+    return Shown({**asdict(new_split), "inputs": inputs}, [figures("", values), made_from(inputs), *weaker])
 
 
 def _dataset(manifest: DatasetManifest) -> Shown:

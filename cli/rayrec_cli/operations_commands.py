@@ -331,12 +331,13 @@ def serve(call: Call, config: ServeConfig) -> Shown:
     require_one_faiss()
     for release in config.experiment.releases if config.experiment else ():
         load_manifest(call.workspace, releases.KIND, release)  # before anything starts
-    _load_missing_states(call, config.store)
+    live = _load_missing_states(call, config.store)
+    note(f"Release {live.id} is live, of model {live.inputs['models']} and data set {live.inputs['dataset']}")
     stopped = threading.Event()
     with running(call.workspace, config) as url:
         signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # after Ray's own handler, which aborts the process
         note(f"Serving at {url} (Ctrl-C stops it)")  # short: whoever waits for the URL finds it in one line
-        data: dict[str, Any] = {"url": url, "workspace": call.workspace.uri}
+        data: dict[str, Any] = {"url": url, "workspace": call.workspace.uri, "release": live.id}
         try:
             while not stopped.wait(3600):
                 pass
@@ -345,8 +346,8 @@ def serve(call: Call, config: ServeConfig) -> Shown:
     return Shown(data, ["Stopped."])
 
 
-def _load_missing_states(call: Call, store: str | None) -> None:
-    """Load the states of the live release, unless the store has them. Raises `NotFoundError` without a release."""
+def _load_missing_states(call: Call, store: str | None) -> Manifest:
+    """The live release, whose states are loaded unless the store has them. Raises `NotFoundError` without a release."""
     from rayrec.online.load_states import load_states
     from rayrec.online.state_store import open_store, store_uri
 
@@ -363,6 +364,7 @@ def _load_missing_states(call: Call, store: str | None) -> None:
             note(f"{load_states(dataset, opened, release).users:,} users loaded")
     finally:
         opened.close()
+    return release
 
 
 def _release(call: Call, release: Manifest) -> Shown:

@@ -25,6 +25,7 @@ from rayrec_cli.app import (
     command,
     day,
     figures,
+    made_from,
     note,
     songs_app,
     table,
@@ -197,15 +198,14 @@ def tune(
     saved = f"Table: {call.workspace.full(tuning.path('trials.csv'))}"
     heads = [name.removeprefix("validation_") for name in columns]
     views = [table("Trials, best first", heads, rows), saved, f"Best settings:\n\n{to_toml(tuning.metrics['best'])}"]
-    return Shown({"id": tuning.id, **tuning.metrics}, [*views])
+    return Shown({"id": tuning.id, "inputs": tuning.inputs, **tuning.metrics}, [*views, made_from(tuning.inputs)])
 
 
 def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:
     """The id, inputs and metrics of an artifact, and the plays it was trained on; lists of records become tables."""
     metrics = dict(manifest.metrics)
     warning = metrics.pop("warning", None)
-    inputs = {f"from {noun(role)}": used for role, used in manifest.inputs.items()}
-    views: list[RenderableType] = [figures(title, {"id": manifest.id, **inputs, **metrics})]
+    views: list[RenderableType] = [figures(title, {"id": manifest.id, **metrics}), made_from(manifest.inputs)]
     for name, value in metrics.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             views.append(_records(name, value))
@@ -339,9 +339,13 @@ def note_stage(outcome: Any) -> None:
 
 
 def stages_table(outcomes: list[Any]) -> RenderableType:
-    """One line per stage."""
-    rows = [[outcome.stage, outcome.status, outcome.id, f"{outcome.seconds:,.1f}"] for outcome in outcomes]
-    return table("Stages", ["stage", "status", "id", "seconds"], rows, left=["status", "id"])
+    """What became of each stage, a line for each of its inputs."""
+    rows = []
+    for outcome in outcomes:
+        inputs = [f"{noun(role)} {used}" for role, used in outcome.inputs.items()] or [""]
+        rows.append([outcome.stage, outcome.status, outcome.id, f"{outcome.seconds:,.1f}", inputs[0]])
+        rows += [["", "", "", "", each] for each in inputs[1:]]
+    return table("Stages", ["stage", "status", "id", "seconds", "from"], rows, left=["status", "id", "from"])
 
 
 @command(app, "demo", example="rayrec demo")

@@ -84,6 +84,8 @@ class SongMetadata:
 class Described:
     """What `describe` came to."""
 
+    id: str  # of the metadata
+    inputs: dict[str, str]  # role -> id: the data set, and the metadata that was kept
     songs: int  # of the catalog
     described: int  # songs that the file has a row for
     unknown: int  # songs of the file that are not in the catalog; left out until they are imported
@@ -114,7 +116,7 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str | None = No
     if path is not None:
         metadata = read_descriptions(path, config.columns, config.delimiter)
     vectors = None if config.vectors is None else _read_content(dataset, config)
-    store_descriptions(dataset, metadata.table, {**to_mapping(config), "path": path or ""}, vectors)
+    stored = store_descriptions(dataset, metadata.table, {**to_mapping(config), "path": path or ""}, vectors)
     table = dataset.catalog().table
     known = pc.is_in(metadata.table.column(columns.SONG_ID), value_set=one_array(table.column(columns.SONG_ID)))
     described = pc.sum(known).as_py() or 0
@@ -123,6 +125,8 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str | None = No
         return len(table) - int(table.column(name).null_count)
 
     return Described(
+        id=stored.id,
+        inputs=stored.inputs,
         songs=len(table),
         described=described,
         unknown=len(metadata.table) - described,

@@ -69,6 +69,7 @@ class Outcome:
     status: Literal["done", "skipped", "left out"]  # skipped: its inputs and settings had not changed
     id: str  # of the artifact; empty where it was left out
     seconds: float
+    inputs: dict[str, str] = field(default_factory=dict)  # role -> id of what it was made from
     figures: dict[str, Any] = field(default_factory=dict)  # what the stage reported when it ran
     reason: str = ""  # why it was left out
     trained_on: str = ""  # which plays, of a stage that learns from plays
@@ -179,6 +180,7 @@ class Stages:
                 status="skipped" if artifact.id in existing and not self.force else "done",
                 id=artifact.id,
                 seconds=round(time.monotonic() - started, 2),
+                inputs=_inputs(artifact),
                 figures=_figures(artifact),
                 trained_on=self._trained_on(artifact),
             )
@@ -297,6 +299,13 @@ KINDS = {
     "evaluate": "reports",
     "release": "releases",
 }
+
+
+def _inputs(artifact: Manifest | DatasetManifest | Split) -> dict[str, str]:
+    """Of a data set none: it was made from files, or from a seed."""
+    if isinstance(artifact, Split):
+        return {"dataset": artifact.dataset}
+    return artifact.inputs if isinstance(artifact, Manifest) else {}
 
 
 def _figures(artifact: Manifest | DatasetManifest | Split) -> dict[str, Any]:

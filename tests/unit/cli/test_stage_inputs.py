@@ -1,0 +1,169 @@
+"""Every command that makes or uses something prints the ids of what it started from."""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rings import BEGIN, DAY, ring_plays, write_rows
+from typer.main import get_command
+from without_ray import without_ray
+
+from rayrec.data.dataset import Dataset
+from rayrec.errors import InputError
+from rayrec.storage.artifacts import listing
+from rayrec.storage.releases import active_release
+from rayrec.storage.workspace import Workspace
+from rayrec_cli.app import app
+from rayrec_cli.main import main
+
+LAST = str(BEGIN + 30 * DAY)
+TRAIN = ["--workers", "0", "--epochs", "1", "--hidden-dim", "4", "--negatives", "4"]
+SPACE = "[embed]\ndim = 4\nepochs = 1\n[train]\nworkers = 0\nepochs = 1\nhidden_dim = [4, 6]\nnegatives = 4\n"
+EVALUATE = ["--models", "taste,popularity", "--bootstrap-samples", "0", "--offsets", "0", "--max-curve-users", "5"]
+SETTINGS = """
+[import]
+buckets = 2
+[embed]
+dim = 4
+epochs = 1
+[train]
+workers = 0
+epochs = 1
+hidden_dim = 4
+negatives = 4
+[rank]
+trees = 2
+"""
+STAGES = [  # in the order in which they build on each other; files are in the folder of the test
+    ["describe", "songs.csv"],
+    ["split", "--test-days", "4", "--validation-days", "4"],
+    ["tune", "space.toml"],
+    ["embed", "--dim", "4", "--epochs", "1", "--workers", "1"],
+    ["train", *TRAIN],
+    ["songs", "add"],
+    ["retrieval"],
+    ["rank", "--trees", "2"],
+    ["taste"],
+    ["index"],
+    ["evaluate", *EVALUATE],
+    ["evaluate", "--prefixes", "prefixes.txt", *EVALUATE[:4]],
+    ["recommend", "--user", "u1", "--at", LAST],
+    ["release", "create"],
+    ["recommend", "--user", "u1", "--at", LAST],
+    ["recommend", "--all", "-k", "3"],
+]
+PRINTED = tuple[dict[str, Any], str]  # with --json, and without
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _here() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        patch.setattr("rayrec_cli.main.app", get_command(app))  # Typer would make all commands anew at each call
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of plays and settings, and a workspace with the plays."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_rows(folder / "plays.csv", ring_plays(range(60)))
+    write_rows(folder / "day.csv", ring_plays(range(60), plays=10, begin=20, days=1))
+    (folder / "songs.csv").write_text("song,album\ns1,One\n")
+    (folder / "space.toml").write_text(SPACE)
+    (folder / "settings.toml").write_text(SETTINGS)
+    (folder / "prefixes.txt").write_text("".join(f"s{song} s{song + 1}\ts{song + 2}\n" for song in range(40)))
+    pipeline = SETTINGS.replace("[import]", f'[import]\nformat = "csv"\npaths = ["plays.csv"]\ncolumns = {COLUMNS}')
+    pipeline += f"[split]\ntest_days = 4\nvalidation_days = 4\n[evaluate]\n{TOML_EVALUATE}"
+    (folder / "pipeline.toml").write_text(pipeline)
+    run(folder / "workspace", ["import", "csv", str(folder / "plays.csv"), "--columns", FLAG_COLUMNS, "--buckets", "2"])
+    return folder
+
+
+ROLES = {"user": "user_id", "song": "track", "played_at": "timestamp"}
+FLAG_COLUMNS = ",".join(f"{role}={name}" for role, name in ROLES.items())
+COLUMNS = "{ " + ", ".join(f'{role} = "{name}"' for role, name in ROLES.items()) + " }"
+TOML_EVALUATE = 'models = ["taste", "popularity"]\nbootstrap_samples = 0\noffsets = 0\nmax_curve_users = 5\n'
+
+
+def run(workspace: Path, words: list[str], most: int = 0) -> str:
+    """What a command prints; its exit code is at most `most`."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["--workspace", str(workspace), *words])
+    assert code <= most, err.getvalue()
+    return out.getvalue()
+
+
+def both(folder: Path, words: list[str], workspace: str = "workspace") -> PRINTED:
+    """What a command prints as JSON, then as text; the second time most find their result."""
+    words = [str(folder / word) if (folder / word).is_file() else word for word in words]
+    return json.loads(run(folder / workspace, ["--json", *words])), run(folder / workspace, words)
+
+
+def require_printed(ids: dict[str, str], text: str) -> None:
+    assert ids
+    missing = {role: used for role, used in ids.items() if used not in text}
+    assert not missing, text
+
+
+@pytest.fixture(scope="module")
+def printed(folder: Path) -> list[PRINTED]:
+    return [both(folder, words) for words in STAGES]
+
+
+@pytest.mark.parametrize("number", range(len(STAGES)), ids=[" ".join(words[:2]) for words in STAGES])
+def test_each_stage_prints_the_ids_of_its_inputs(folder: Path, printed: list[PRINTED], number: int) -> None:
+    data, text = printed[number]
+    inputs = data.get("inputs") or {name: data[name] for name in ("dataset", "models", "tastes", "indexes")}
+    require_printed({role: used for role, used in inputs.items() if role != "descriptions"}, text)
+    manifest = Dataset(Workspace(folder / "workspace")).manifest
+    if "index" not in STAGES[number]:  # made from the model alone
+        assert inputs["dataset"] in (manifest.id, *manifest.ancestors)
+
+
+def test_recommendations_name_the_release_that_answers_or_the_parts_where_none_is_live(
+    folder: Path, printed: list[PRINTED]
+) -> None:
+    live = active_release(Workspace(folder / "workspace"))
+    assert live is not None
+    without, by_release, everybody = (printed[place][0] for place in (-4, -2, -1))
+    assert (without["release"], by_release["release"]) == (None, live.id)
+    assert {"dataset", "models", "indexes", "rankers", "retrieval"} <= set(without["inputs"])
+    for data in (by_release, everybody):
+        assert (data["inputs"]["releases"], data["inputs"]["models"]) == (live.id, live.inputs["models"])
+
+
+@pytest.mark.parametrize(
+    "words", [["fit", "plays.csv", "--settings", "settings.toml"], ["run", "pipeline.toml"]], ids=str
+)
+def test_commands_of_many_stages_print_the_inputs_of_each(folder: Path, words: list[str]) -> None:
+    data, text = both(folder, words, words[0])
+    made = [stage for stage in data["stages"] if stage["id"] and stage["stage"] != "import"]
+    assert len(made) >= 7
+    for stage in made:
+        require_printed(stage["inputs"], text)
+
+
+def test_an_update_prints_what_its_release_is_made_of(folder: Path) -> None:
+    run(folder / "updated", ["fit", str(folder / "plays.csv"), "--settings", str(folder / "settings.toml")])
+    text = run(folder / "updated", ["update", str(folder / "day.csv")], 1)  # perhaps not live
+    require_printed(listing(Workspace(folder / "updated"), "releases")[-1].inputs, text)
+
+
+def test_serve_names_the_release_before_it_starts(
+    folder: Path, printed: list[PRINTED], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = active_release(Workspace(folder / "workspace"))
+    assert live is not None
+    for _ in range(2):  # the second time the states are loaded
+        with monkeypatch.context() as stopped:
+            stopped.setattr("rayrec.serving.run.running", lambda *_: (_ for _ in ()).throw(InputError("stop here")))
+            assert main(["--workspace", str(folder / "workspace"), "serve"]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"Release {live.id} is live" in said
+        require_printed({role: live.inputs[role] for role in ("models", "dataset")}, said)
