@@ -3,7 +3,8 @@
 Plays arrive one by one, not always in time order. The latest are held in a window, with the network's state from
 before it. A play in its turn costs one step of the network; a late one that still falls into the window is put in its
 place and the network runs over the window again. Plays older than the window are rejected. When the window has grown
-to twice its size its older half moves to the log, so a play costs the same however long the history is.
+to twice its size its older half moves to the log, so a play costs the same however long the history is. Plays of one
+moment move together, and stay while later plays alone would not fill the window: more of that moment may come.
 
 Window and log belong to the user; each model has its own network state beside them, which says up to which plays it
 stands and is brought up to date from the log. So two releases can serve one user without undoing each other's work.
@@ -23,7 +24,8 @@ from rayrec.data.windows import NEVER
 from rayrec.model.taste_table import States
 from rayrec.recommend.base import LATEST_LIKES
 
-WINDOW = 64  # plays held in the window, at least, where there are as many; at most twice that
+WINDOW = 64  # plays held in the window, at least, where there are as many; at most twice that, but for one moment's
+MOST_OF_A_MOMENT = 4_096  # plays that the window holds where its oldest are of one moment
 LAST_PLAYS = 5_000  # of the log, that an answer or another model's state is computed from
 FIRST_ONLINE = 1 << 30  # from here on rows in stores are numbers of songs that were added online
 MODELS_KEPT = 2  # network states of one user: the live release's, and that of the one before or to come
@@ -366,8 +368,13 @@ def _rows(states: States, rows: slice) -> States:
 
 
 def over_window(played_at: np.ndarray) -> int:
-    """How many of the first plays, int64 (P,) ascending, leave the window; those of one moment stay together."""
+    """How many of the first plays, int64 (P,) ascending, leave the window.
+
+    Those of one moment stay together: in the window, where it holds at most `MOST_OF_A_MOMENT` plays then, else in the
+    log, where no more of that moment can follow.
+    """
     if len(played_at) <= 2 * WINDOW:
         return 0
     cut = played_at[len(played_at) - WINDOW]
-    return int(np.searchsorted(played_at, cut, side="left") or np.searchsorted(played_at, cut, side="right"))
+    first = int(np.searchsorted(played_at, cut, side="left"))
+    return first if len(played_at) - first <= MOST_OF_A_MOMENT else int(np.searchsorted(played_at, cut, side="right"))

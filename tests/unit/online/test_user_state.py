@@ -41,6 +41,7 @@ ENCODERS = {
 def short_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """4 to 8 plays are held back, so that few plays go far beyond them."""
     monkeypatch.setattr(user_state, "WINDOW", 4)
+    monkeypatch.setattr(user_state, "MOST_OF_A_MOMENT", 20)
 
 
 @pytest.fixture(params=list(ENCODERS))
@@ -166,8 +167,9 @@ def test_two_plays_of_one_song_at_one_moment_are_two(encoder: TasteEncoder) -> N
 
 
 def test_plays_of_one_moment_keep_the_order_in_which_they_came_and_leave_together(encoder: TasteEncoder) -> None:
-    plays = Plays.of([5, 1, 4, 2, 3, 9, 8, 7, 6], [10, 10, 10, 10, 10, 10, 11, 12, 13])
-    state, steps = post(encoder, nobody(encoder), [plays.take(np.array([place])) for place in range(9)])
+    plays = Plays.of([5, 1, 4, 2, 3, 9, 8, 7, 6, 0], [10, 10, 10, 10, 10, 10, 11, 12, 13, 14])
+    state, steps = post(encoder, nobody(encoder), [plays.take(np.array([place])) for place in range(10)])
+    assert [step.leaving for step in steps] == [0] * 9 + [6]
     assert state.left == 6
     require_batch(encoder, state, plays)
     assert steps[-1].left.songs.tolist() == [5, 1, 4, 2, 3, 9]
@@ -175,11 +177,31 @@ def test_plays_of_one_moment_keep_the_order_in_which_they_came_and_leave_togethe
     np.testing.assert_allclose(together.models["m"].hidden, state.models["m"].hidden, **CLOSE)
 
 
-def test_more_plays_of_one_moment_than_the_window_holds_leave_it_all(encoder: TasteEncoder) -> None:
-    plays = Plays.of(np.arange(9), np.full(9, 10))
+def test_plays_of_one_moment_do_not_push_out_others_of_it(encoder: TasteEncoder) -> None:
+    """However many came before, at once or one by one, until later plays fill the window."""
+    plays = Plays.of(np.arange(12), np.full(12, 10))
     state, _ = post(encoder, nobody(encoder), [plays])
-    assert (state.left, len(state.window)) == (9, 0)
-    require_batch(encoder, state, plays)
+    assert (state.left, len(state.window)) == (0, 12)
+    more = [Plays.of([1], [10]), Plays.of([2], [9]), Plays.of([3, 4], [10, 11]), Plays.of([5, 6], [12, 13])]
+    state, steps = post(encoder, state, more)
+    assert {outcome for step in steps for outcome in outcomes(step)} == {"taken"}
+    assert (state.left, state.before_at) == (1, 9)
+    last = Plays.of([7], [14])
+    state, (step,) = post(encoder, state, [last])
+    assert (step.leaving, state.before_at, state.window.played_at.tolist()) == (14, 10, [11, 12, 13, 14])
+    require_batch(encoder, state, Plays.joined([plays, *more, last]))
+    state, (step,) = post(encoder, state, [Plays.of([8, 9], [10, 11])])
+    assert outcomes(step) == ["rejected", "taken"]
+
+
+def test_of_more_plays_of_one_moment_than_the_window_may_hold_the_later_are_rejected(encoder: TasteEncoder) -> None:
+    plays = Plays.of(np.arange(20), np.full(20, 10))
+    state, (_, step) = post(encoder, nobody(encoder), [plays, Plays.of([1, 2], [10, 10])])
+    assert outcomes(step) == ["taken", "taken"]
+    assert (state.left, len(state.window)) == (22, 0)
+    state, (step,) = post(encoder, state, [Plays.of([1, 2], [10, 11])])
+    assert outcomes(step) == ["rejected", "taken"]
+    require_batch(encoder, state, Plays.joined([plays, Plays.of([1, 2, 2], [10, 10, 11])]))
 
 
 def test_steps_of_many_users_are_run_as_one_batch(encoder: TasteEncoder) -> None:
