@@ -104,7 +104,7 @@ end
 return stored
 """
 
-# KEYS: user, log, events of three days. ARGV: state.
+# KEYS: user, log. ARGV: state.
 FORGET = """
 local version = tonumber(redis.call('HGET', KEYS[1], 'v') or '0')
 redis.call('DEL', unpack(KEYS))
@@ -275,8 +275,7 @@ class RedisStore(StateStore):
 
     def forget(self, user_ids: Sequence[str], state: bytes) -> None:
         """As in `StateStore`; the append-only file holds the deleted bytes until `rewrite`, or Redis itself, does."""
-        days = event_days()
-        self._run("forget", [(self._keys(user_id, days), [state]) for user_id in user_ids])
+        self._run("forget", [(self._keys(user_id), [state]) for user_id in user_ids])
 
     def rewrite(self) -> None:
         """As in `StateStore`: the append-only file and the snapshot of the server, or of all nodes of a cluster.

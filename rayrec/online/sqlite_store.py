@@ -123,8 +123,6 @@ class SqliteStore(StateStore):
             with self._transaction("IMMEDIATE") as connection:
                 for key in keys[begin : begin + FORGOTTEN_AT_ONCE]:
                     connection.execute(f"DELETE FROM log WHERE {OF_USER}", _pieces(connection, key))
-                    for day in event_days():
-                        connection.execute("DELETE FROM events WHERE day = ? AND user = ?", (day, key))
                     connection.execute(
                         "INSERT INTO users (user, version, state) VALUES (?1, 1, ?2) "
                         "ON CONFLICT (user) DO UPDATE SET version = version + 1, state = ?2, heard = NULL",
@@ -133,7 +131,12 @@ class SqliteStore(StateStore):
         self._empty_log()
 
     def rewrite(self) -> None:
-        """As in `StateStore`: deleted bytes are overwritten when they are deleted, what may be left is the log."""
+        """As in `StateStore`: deleted bytes are overwritten when they are deleted, what may be left is the log.
+
+        Events that nobody looks up any more go first.
+        """
+        with self._transaction("IMMEDIATE") as connection:
+            self._clear_events(connection)
         if not self._empty_log():
             raise StoreUnavailableError(f"store {self._path} is read all the while; try again when fewer use it")
 

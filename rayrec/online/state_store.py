@@ -104,7 +104,10 @@ class StateStore(ABC):
 
     @abstractmethod
     def forget(self, user_ids: Sequence[str], state: bytes) -> None:
-        """Delete all of some users, whatever the version, and leave `state` in its place. May be repeated."""
+        """Delete all of some users, whatever the version, and leave `state` in its place. May be repeated.
+
+        Their events stay as long as others do: a play that is sent again must not bring the user back.
+        """
 
     @abstractmethod
     def rewrite(self) -> None:

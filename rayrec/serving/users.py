@@ -142,7 +142,8 @@ class StoredUsers:
         raise StoreUnavailableError(f"other writers were faster {ATTEMPTS} times; try again")
 
     async def forget(self, live: LiveRelease, user_id: str, at: int) -> None:
-        """Delete a user. Plays up to `at`, ms UTC, are rejected from now on, and no load brings the user back.
+        """Delete a user. Plays up to `at`, ms UTC, are rejected from now on; no load brings the user back, nor does an
+        event of the last day that is sent again.
 
         The workspace learns of it too: the next compaction erases the user's rows from all files.
         """

@@ -249,16 +249,16 @@ def test_the_last_pieces_of_a_log_are_read_and_the_heard_songs(store: StateStore
     assert store.read(["ann"])[0].heard is None  # type: ignore[union-attr]
 
 
-def test_a_deleted_user_leaves_a_state_alone_and_no_writer_goes_on(store: StateStore) -> None:
+def test_a_deleted_user_leaves_a_state_and_the_last_days_events_and_no_writer_goes_on(store: StateStore) -> None:
     change = Change(user_id="ann", state=b"1", expected=NOT_THERE, append=[Piece(1, b"x")], heard=b"y", events=[5])
     store.put([change])
     for user, version in (("ann", 2), ("nobody", 1)):
         store.forget([user], b"mark")
         assert contents(store, user) == (version, b"mark", [])
         assert not put(store, user, b"late", expected=version - 1)
-    (ann,) = store.get({"ann": [5]})
+    (ann,) = store.get({"ann": [5, 6]})
     assert ann is not None
-    assert ann.events == set()
+    assert ann.events == {5}
 
 
 def test_no_byte_of_a_deleted_user_stays_in_an_sqlite_file(tmp_path: Path) -> None:

@@ -360,6 +360,7 @@ def test_a_deleted_user_is_unknown_until_a_play_from_after_the_deletion(workspac
     asyncio.run(users.forget(live, "ann", BEGIN + 10))
     assert asyncio.run(users.read(live, ["ann"])) == [None]
     assert take("b", BEGIN + 5) == ["rejected"]
+    assert take("a", BEGIN + 20) == ["repeated"]  # sent again without a time: it counts as played now
     assert asyncio.run(users.read(live, ["ann"])) == [None]
     assert take("c", BEGIN + 20) == ["taken"]
     (known,) = asyncio.run(users.read(live, ["ann"]))

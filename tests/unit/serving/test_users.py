@@ -421,7 +421,10 @@ def test_a_deleted_user_is_answered_as_an_unknown_one_and_old_plays_stay_out(app
     assert app.request("DELETE", "/v1/users/ann").status_code == 204
     require_problem(app.get("/v1/users/ann/taste"), 404, "rayrec states load")
     assert recommend(app, user_id="ann", k=7)["songs"] == recommend(app, history=[], k=7)["songs"]
-    assert send(app, events[0])["outcomes"] == ["rejected"]
+    assert send(app, events[0], {**events[1], "event_id": "new"})["outcomes"] == ["repeated", "rejected"]
+    untimed = {name: value for name, value in events[2].items() if name != "played_at"}
+    assert send(app, untimed)["outcomes"] == ["repeated"]
+    require_problem(app.get("/v1/users/ann/taste"), 404, "rayrec states load")
     assert send(app, {**PLAY, "event_id": "later"})["outcomes"] == ["taken"]
     assert app.get("/v1/users/ann/taste").json()["plays"] == 1
     assert app.request("DELETE", "/v1/users/nobody").status_code == 204
