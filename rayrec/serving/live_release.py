@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from rayrec.client import KEY_VARIABLE, ApiError, ApiUnavailableError, Client, Retry
 from rayrec.data.dataset import Dataset
-from rayrec.errors import NotFoundError, RayrecError
+from rayrec.errors import NotFoundError, RayrecError, StorageError
 from rayrec.evaluation.report import PAGE
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
@@ -37,11 +37,15 @@ REPLICAS = "serving/replicas"  # folder of their reports
 STALE_SECONDS = 6 * REPORT_SECONDS  # a report that has not changed for so long is of a dead replica
 FORGOTTEN_SECONDS = 3600.0  # of silence, after which a report is deleted
 RETRY_SECONDS = 60.0  # before a refused release is tried again, should it have been repaired
+READ_ATTEMPTS = 3  # of what storage fails to give
+READ_PAUSE_SECONDS = 1.0  # between two of them
 POLL_SECONDS = 0.2  # of a switch
 ANSWER_SECONDS = 5.0  # for one answer of the application
 EVALUATIONS = "reports"  # the kind of artifact
 ORDERING_PARTS = ("models", "retrieval", "rankers")  # kinds of parts that make the order of an answer
 CARD_METRICS = ("served_recall@", "served_mrr@", "recall@", "mrr@")
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -140,13 +144,14 @@ class Reports:
     def alive(self) -> list[Report]:
         """The reports of live replicas; a dead one counts as alive until it was watched for `STALE_SECONDS`.
 
-        Those that were silent for `FORGOTTEN_SECONDS` are deleted.
+        Those that were silent for `FORGOTTEN_SECONDS` are deleted. Raises `StorageError` or `OSError` where a report
+        cannot be read: without it the others would look like all.
         """
         reports = []
         for path in self._workspace.files(REPLICAS):
             try:
                 reports.append(Report(**self._workspace.read_json(path)))
-            except (RayrecError, OSError, ValueError, TypeError):  # deleted in between, or not a report
+            except (NotFoundError, ValueError, TypeError):  # deleted in between, or not a report
                 continue
         alive = self._watch.alive(reports)
         for report in reports:
@@ -240,7 +245,7 @@ class ReleaseHolder:
     def _switch(self, release_id: str) -> None:
         self._loading = release_id
         try:
-            live = self.load(release_id)
+            live = _read_again(lambda: self.load(release_id))
         except Exception as error:  # whatever is wrong with it, the old one stays
             reason = str(error) if isinstance(error, RayrecError) else f"{type(error).__name__}: {error}"
             self._refused, self._refused_at = {"id": release_id, "reason": reason}, time.monotonic()
@@ -403,20 +408,40 @@ class SwitchWait:
 def switch(workspace: Workspace, change: Callable[[], Manifest], wait: SwitchWait) -> Manifest:
     """Run `change`, which makes another release live, and return it once all live replicas answer with it.
 
-    Raises `RayrecError` where one refuses it, none is alive or the time is over, after the earlier release was
-    restored; also where another change comes between, which is then left alone.
+    Raises `RayrecError` where one refuses it, none is alive, the workspace cannot be read for as long as one may be
+    silent, or the time is over, after the earlier release was restored; also where another change comes between, which
+    is then left alone.
     """
     before = releases.read_active(workspace)
     release = change()
-    mine = releases.read_active(workspace)["change"]
+    mine = _read_again(lambda: releases.read_active(workspace))["change"]
     try:
         _wait(workspace, release.id, mine, wait)
     except RayrecError as error:
-        if releases.read_active(workspace)["change"] != mine:
+        try:
+            is_mine = _read_again(lambda: releases.read_active(workspace))["change"] == mine
+            if is_mine:
+                releases.write_active(workspace, before["active"], before["history"])
+        except (StorageError, OSError) as failed:
+            raise RayrecError(
+                f"{error}; release {release.id} is still the live one, since the workspace cannot be changed: {failed};"
+                " run `rayrec release rollback --wait` once it can"
+            ) from error
+        if not is_mine:
             raise
-        releases.write_active(workspace, before["active"], before["history"])
         raise RayrecError(f"{error}; release {before['active'] or 'none'} is the live one again") from error
     return release
+
+
+def _read_again(read: Callable[[], T]) -> T:
+    """What `read` returns, tried up to `READ_ATTEMPTS` times where storage fails."""
+    for _ in range(READ_ATTEMPTS - 1):
+        try:
+            return read()
+        except (StorageError, OSError) as error:
+            log.warning("cannot read the workspace, trying again: %s", error)
+            time.sleep(READ_PAUSE_SECONDS)
+    return read()
 
 
 def _wait(workspace: Workspace, release_id: str, change: str, wait: SwitchWait) -> None:
@@ -424,12 +449,14 @@ def _wait(workspace: Workspace, release_id: str, change: str, wait: SwitchWait) 
     reports_of, watch = Reports(workspace), ReportWatch()
     problem = last = ""
     while True:
-        if releases.read_active(workspace)["change"] != change:
-            raise RayrecError(f"another change of the live release came before all replicas had {release_id}")
         try:
+            if releases.read_active(workspace)["change"] != change:
+                raise RayrecError(f"another change of the live release came before all replicas had {release_id}")
             alive = watch.alive(fetch_reports(wait.url)) if wait.url else reports_of.alive()
         except ApiUnavailableError as error:  # not there, or not yet
             problem = str(error)
+        except (StorageError, OSError) as error:
+            problem = f"the workspace cannot be read: {error}"
         else:
             problem = _missing(alive, release_id, change)
             if not problem:

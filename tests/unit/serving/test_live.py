@@ -1,8 +1,9 @@
 """Following the live release: what is loaded, when it is swapped, what is refused, and what its card says."""
 
+import errno
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,11 @@ from planted_reports import plant_report
 from served import NUM_SONGS, Client, damage, service, write_release, write_world
 
 from rayrec.data.dataset import Dataset
-from rayrec.errors import RayrecError
+from rayrec.errors import RayrecError, StorageError
 from rayrec.model.taste_table import tastes_file
 from rayrec.recommend.answer import model_play_counts
 from rayrec.serving import live_release
-from rayrec.serving.live_release import Report, Reports, ReportWatch, SwitchWait, switch
+from rayrec.serving.live_release import LiveRelease, Report, Reports, ReportWatch, SwitchWait, switch
 from rayrec.serving.problems import NotReadyError
 from rayrec.serving.service import Service
 from rayrec.storage import releases
@@ -116,6 +117,69 @@ def test_waiting_is_for_all_replicas(two: tuple[Workspace, str, str], opened: Se
         switch(workspace, lambda: releases.activate_release(workspace, second), SwitchWait(seconds=1, tell=told.append))
     assert told[-1] == f"Waiting for release {second}: 1 of 2 replicas answer with it, 0 are loading it"
     assert releases.read_active(workspace)["active"] == first
+
+
+class FailingWorkspace(Workspace):
+    """Of files whose path begins as `path` some reads fail, counted from 1."""
+
+    def __init__(self, workspace: Workspace, path: str, failing: Container[int]) -> None:
+        super().__init__(workspace.root)
+        self._path, self._failing, self._reads = path, failing, 0
+
+    def read_bytes(self, path: str) -> bytes:
+        """A file's content."""
+        if path.startswith(self._path):
+            self._reads += 1
+            if self._reads in self._failing:
+                raise OSError(errno.ECONNRESET, "connection reset")
+        return super().read_bytes(path)
+
+
+@pytest.mark.parametrize("read", [2, 3])  # right after the change, and while the replica loads
+def test_a_read_that_fails_once_rolls_nothing_back(two: tuple[Workspace, str, str], opened: Service, read: int) -> None:
+    workspace, _, second = two
+    failing = FailingWorkspace(workspace, releases.ACTIVE, {read})
+    assert switch(failing, lambda: releases.activate_release(workspace, second), QUICK).id == second
+    assert (releases.read_active(workspace)["active"], opened.live.id) == (second, second)
+
+
+def test_a_replica_whose_report_cannot_be_read_is_waited_for(two: tuple[Workspace, str, str], opened: Service) -> None:
+    workspace, first, second = two
+    Reports(workspace).write(report("lagging", release=first))
+    failing = FailingWorkspace(workspace, "serving/replicas/lagging", range(1, 1_000))
+    with pytest.raises(RayrecError, match=rf"the workspace cannot be read: .*reset; release {first} is the live one"):
+        switch(failing, lambda: releases.activate_release(workspace, second), SwitchWait(seconds=1))
+    assert releases.read_active(workspace)["active"] == first
+
+
+def test_where_the_earlier_release_cannot_be_restored_the_error_says_which_one_is_live(
+    two: tuple[Workspace, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, _, second = two
+    monkeypatch.setattr(live_release, "READ_PAUSE_SECONDS", 0.0)
+    failing = FailingWorkspace(workspace, releases.ACTIVE, range(3, 1_000))
+    with pytest.raises(RayrecError, match=f"release {second} is still the live one.*connection reset.*rollback --wait"):
+        switch(failing, lambda: releases.activate_release(workspace, second), SwitchWait(absent_seconds=0.3))
+
+
+def test_a_replica_reads_again_what_storage_failed_to_give_once(
+    two: tuple[Workspace, str, str], opened: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, _, second = two
+    failures, load = (
+        iter([OSError(errno.ECONNRESET, "connection reset"), StorageError("no answer")]),
+        opened.holder.load,
+    )
+
+    def load_after_failures(release_id: str) -> LiveRelease:
+        for error in failures:
+            raise error
+        return load(release_id)
+
+    monkeypatch.setattr(live_release, "READ_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(opened.holder, "load", load_after_failures)
+    switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
+    assert opened.live.id == second
 
 
 def test_another_change_in_between_is_left_alone(two: tuple[Workspace, str, str]) -> None:
