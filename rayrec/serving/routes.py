@@ -218,8 +218,8 @@ def _users_router(service: Service) -> APIRouter:
     async def plays(request: SentPlays) -> Response:
         """Store one play or many, of any users; the next answer for a user reflects them.
 
-        Plays may be sent again with the same event ids, and out of order: those among a user's last 64 are put
-        in their place, older ones are rejected. An invalid play of many fails alone.
+        Plays may be sent again with the same event ids, and out of order: those among a user's latest 64 to 128 are
+        put in their place, older ones are rejected. An invalid play of many fails alone.
         """
         return as_json(await service.take_plays(service.live, request.plays))
 
