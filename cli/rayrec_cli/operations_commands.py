@@ -1,8 +1,8 @@
 """status, verify, unlock, clean, release, states, serve, experiment: keep a workspace and its server running."""
 
 import signal
-import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -326,24 +326,32 @@ def serve(call: Call, config: ServeConfig) -> Shown:
     cluster/serve.yaml.
     """
     from rayrec.recommend.index import require_one_faiss
-    from rayrec.serving.run import running
+    from rayrec.serving.run import running, wait_for_interrupt
 
-    require_one_faiss()
-    for release in config.experiment.releases if config.experiment else ():
-        load_manifest(call.workspace, releases.KIND, release)  # before anything starts
-    live = _load_missing_states(call, config.store)
-    note(f"Release {live.id} is live, of model {live.inputs['models']} and data set {live.inputs['dataset']}")
-    stopped = threading.Event()
-    with running(call.workspace, config) as url:
-        signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # after Ray's own handler, which aborts the process
-        note(f"Serving at {url} (Ctrl-C stops it)")  # short: whoever waits for the URL finds it in one line
-        data: dict[str, Any] = {"url": url, "workspace": call.workspace.uri, "release": live.id}
-        try:
-            while not stopped.wait(3600):
-                pass
-        except KeyboardInterrupt:
+    signal.signal(signal.SIGTERM, _interrupt)
+    data: dict[str, Any] = {"url": None, "workspace": call.workspace.uri, "release": None}
+    try:
+        require_one_faiss()
+        for release in config.experiment.releases if config.experiment else ():
+            load_manifest(call.workspace, releases.KIND, release)  # before anything starts
+        live = _load_missing_states(call, config.store)
+        data["release"] = live.id
+        note(f"Release {live.id} is live, of model {live.inputs['models']} and data set {live.inputs['dataset']}")
+        with running(call.workspace, config) as url:
+            data["url"] = url
+            note(f"Serving at {url} (Ctrl-C stops it)")  # short: whoever waits for the URL finds it in one line
+            with suppress(KeyboardInterrupt):  # requests at work are finished as the block ends
+                wait_for_interrupt(config.host)
             note("Stopping")
+    except KeyboardInterrupt:  # while it started
+        note("Stopping")
     return Shown(data, ["Stopped."])
+
+
+def _interrupt(*_: object) -> None:
+    """End as by Ctrl-C; SIGTERM once more does not cut the end short."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    raise KeyboardInterrupt
 
 
 def _load_missing_states(call: Call, store: str | None) -> Manifest:

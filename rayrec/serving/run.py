@@ -1,7 +1,7 @@
 """`rayrec serve`: the application on this machine, behind HAProxy, on a Ray of its own.
 
 Behind HAProxy a request through Serve costs about what bare uvicorn does, a quarter of what Serve's own proxy takes.
-On loopback every port of every process is checked before the application counts as started.
+On loopback every port of every process is checked before the application counts as started, and while it runs.
 """
 
 import csv
@@ -9,13 +9,16 @@ import logging
 import math
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from itertools import chain, repeat
 from pathlib import Path
 from random import SystemRandom
+from typing import NoReturn
 
 import psutil
 
@@ -33,6 +36,7 @@ PORTS = range(20_000, 30_000)
 DRAIN_SECONDS = 2  # that Serve waits at least before it ends a replica
 REQUEST_SECONDS = 30  # for the requests at work when the application ends
 SETTLE_SECONDS = 3.0  # for sockets that are open for a moment only
+CHECK_SECONDS = (1.0,) * 60 + (60.0,)  # between checks of ports; the last goes on
 # How Serve runs, here and on a cluster, whose image (cluster/Dockerfile) sets the same; a test compares them.
 SERVE_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -54,8 +58,9 @@ SERVE_SETTINGS = {
 def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
     """The URL of the application, which runs until the block ends.
 
-    Raises `InputError` where keys are missing, the port is taken or the access log cannot be written, `RayrecError`
-    where Ray or Serve cannot start it.
+    To be called in the main thread; the caller's handler of SIGTERM stays, but while Ray starts SIGTERM raises
+    `KeyboardInterrupt`. Raises `InputError` where keys are missing, the port is taken or the access log cannot be
+    written, `RayrecError` where Ray or Serve cannot start it.
     """
     load_keys(config)  # before anything starts
     if config.access_log:
@@ -122,12 +127,18 @@ def require_free(host: str, port: int) -> None:
 
 def open_listeners(pid: int | None = None) -> list[str]:
     """Address, port and process of every port of a process, this one unless given, and its children that is reached
-    from other machines."""
+    from other machines, or may be: a process that may not be looked into counts."""
     command, reached = psutil.Process(pid), []
     for process in [command, *command.children(recursive=True)]:
         try:
-            connections, name = process.net_connections(kind="inet"), process.name()
-        except psutil.Error:  # it has just ended
+            name = process.name()
+            connections = process.net_connections(kind="inet")
+        except psutil.AccessDenied:
+            with suppress(psutil.NoSuchProcess):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    reached.append(f"unknown ports of process {process.pid} ({process.name()}): access denied")
+            continue
+        except psutil.NoSuchProcess:  # it has just ended; a zombie counts as such
             continue
         for connection in connections:
             listens = connection.status == psutil.CONN_LISTEN or (
@@ -139,16 +150,28 @@ def open_listeners(pid: int | None = None) -> list[str]:
 
 
 def require_loopback(pid: int | None = None) -> None:
-    """Raise `RayrecError` where a port of a process or its children stays open to other machines for
-    `SETTLE_SECONDS`."""
+    """Raise `RayrecError` where a port of a process, this one unless given, or of its children stays open to other
+    machines for `SETTLE_SECONDS`."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while reached := open_listeners(pid):
         if time.monotonic() > deadline:
             raise RayrecError(
                 f"ports are open to other machines though the application is for this one: {', '.join(reached)}; "
-                "nothing was served"
+                "the application was stopped"
             )
         time.sleep(0.2)
+
+
+def wait_for_interrupt(host: str) -> NoReturn:
+    """Wait until `KeyboardInterrupt`, with the ports checked by `require_loopback` where `host` is loopback.
+
+    Processes of Ray that start late, or again, open ports too. Raises `RayrecError` where one stays open.
+    """
+    pauses = chain(CHECK_SECONDS, repeat(CHECK_SECONDS[-1]))
+    while True:
+        time.sleep(next(pauses))
+        if is_loopback(host):
+            require_loopback()
 
 
 def _finish_requests(folder: Path) -> None:
@@ -198,11 +221,16 @@ def _application(workspace: Workspace, config: ServeConfig, folder: Path) -> Ite
     reserved = config.cpus * max(config.replicas, config.max_replicas)
     cpus = max(os.cpu_count() or 1, math.ceil(reserved))
     own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**own, logging_level=logging.ERROR, log_to_driver=False)
-    except Exception as error:
-        raise ray_not_started(error) from error
-    try:
+        try:
+            ray.init(**own, logging_level=logging.ERROR, log_to_driver=False)
+        except SystemExit as error:  # from Ray's handler of SIGTERM, which it sets first
+            raise KeyboardInterrupt from error
+        except Exception as error:
+            raise ray_not_started(error) from error
+        finally:
+            signal.signal(signal.SIGTERM, handler)  # Ray's last one dumps the stack and aborts
         serve.start(http_options={"host": config.host, "port": config.port}, logging_config=quiet)
         arguments = {**to_mapping(config), "workspace": workspace.root if workspace.is_local else workspace.uri}
         serve.run(build(arguments), name=NAME, logging_config=quiet)
@@ -211,6 +239,7 @@ def _application(workspace: Workspace, config: ServeConfig, folder: Path) -> Ite
     finally:
         # Ray prints on stdout that the controller has ended, and at times raises it.
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            with suppress(RayError):
-                serve.shutdown()
+            if ray.is_initialized():  # else Serve would start Ray
+                with suppress(RayError):
+                    serve.shutdown()
             ray.shutdown()

@@ -170,6 +170,37 @@ def test_requests_at_work_are_answered_before_it_ends_cleanly(by: str, tmp_path:
     assert "SIG" not in errors
 
 
+@pytest.mark.parametrize(
+    "begun",
+    [
+        pytest.param("", id="loading states"),
+        pytest.param("gcs_server", id="starting Ray"),
+        pytest.param("ServeController", id="starting Serve", marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_ends_it_cleanly_while_it_starts(begun: str, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "workspace")
+    write_world(workspace)
+    write_release(workspace)
+    process = run(workspace, "serve", "--port", "0")
+    served = Served(workspace, process, "")
+    assert process.stderr is not None
+    assert "Loading the users' states" in process.stderr.readline()
+    deadline = time.monotonic() + 120
+    while begun and not served.processes(begun):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    processes = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert out.strip() == "Stopped."
+    assert errors.splitlines()[-1] == "Stopping"
+    assert "Serving" not in errors
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert [left for left in alive if left.status() != psutil.STATUS_ZOMBIE] == []
+
+
 def test_an_interrupt_ends_it_with_all_its_processes(served: Served) -> None:
     command = psutil.Process(served.process.pid)
     processes = command.children(recursive=True)

@@ -4,14 +4,26 @@ import socket
 import stat
 import subprocess
 import sys
+import time
+from itertools import count
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import ray
 
 from rayrec.errors import InputError, RayrecError
 from rayrec.serving import run
-from rayrec.serving.run import environment, free_ports, open_listeners, require_free, require_loopback, running
+from rayrec.serving.run import (
+    environment,
+    free_ports,
+    open_listeners,
+    require_free,
+    require_loopback,
+    running,
+    wait_for_interrupt,
+)
 from rayrec.serving.serve_config import ServeConfig, is_loopback
 from rayrec.storage.workspace import Workspace
 
@@ -50,24 +62,74 @@ def test_free_ports_are_none_that_a_process_of_ray_may_be_given_before_they_are_
     assert all(19_999 < port < min(given, 30_000) for port in free_ports(50))
 
 
+SERVER = (  # listens on the host that it is given, from the moment on when it is told to
+    "import socket, sys; input(); s = socket.create_server((sys.argv[1], 0)); print(s.getsockname()[1], flush=True); "
+    "input()"
+)
+
+
 def test_a_port_that_is_open_to_others_is_named_and_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "SETTLE_SECONDS", 0.3)
-    server = (
-        "import socket, sys; s = socket.create_server((sys.argv[1], 0)); print(s.getsockname()[1], flush=True); input()"
-    )
     for host, closed in (("127.0.0.1", True), ("0.0.0.0", False)):
         with subprocess.Popen(
-            [sys.executable, "-c", server, host], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SERVER, host], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as process:
+            assert process.stdin
             assert process.stdout
+            print(file=process.stdin, flush=True)
             port = int(process.stdout.readline())
             if closed:
                 require_loopback(process.pid)
             else:
                 assert any(f"0.0.0.0 port {port} (" in each for each in open_listeners(process.pid))
-                with pytest.raises(RayrecError, match=rf"0.0.0.0 port {port} .*nothing was served"):
+                with pytest.raises(RayrecError, match=rf"0.0.0.0 port {port} .*application was stopped"):
                     require_loopback(process.pid)
             process.communicate("\n")
+
+
+def test_a_process_whose_ports_may_not_be_seen_counts_as_open_and_one_that_has_ended_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "SETTLE_SECONDS", 0.3)
+    denied: set[int] = set()
+    connections = psutil.Process.net_connections
+
+    def net_connections(self: psutil.Process, kind: str = "inet") -> list[Any]:
+        if self.pid in denied:
+            raise psutil.AccessDenied(self.pid)
+        return connections(self, kind)
+
+    monkeypatch.setattr(psutil.Process, "net_connections", net_connections)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, text=True) as process:
+        require_loopback(process.pid)
+        denied.add(process.pid)
+        with pytest.raises(RayrecError, match=rf"unknown ports of process {process.pid} \(python.*access denied"):
+            require_loopback(process.pid)
+        assert process.stdin
+        process.stdin.close()
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        require_loopback(process.pid)  # nobody has asked for its exit status yet
+
+
+def test_a_port_that_opens_while_the_application_runs_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "SETTLE_SECONDS", 0.3)
+    monkeypatch.setattr(run, "CHECK_SECONDS", (0.01,))
+    checks = count()
+
+    def require_loopback_and_open() -> None:
+        require_loopback()
+        if next(checks) == 5:  # after the start
+            print(file=process.stdin, flush=True)
+
+    monkeypatch.setattr(run, "require_loopback", require_loopback_and_open)
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER, "0.0.0.0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        with pytest.raises(RayrecError, match=r"0.0.0.0 port \d+ \(python"):
+            wait_for_interrupt("127.0.0.1")
+        assert next(checks) > 5
+        process.communicate("\n")
 
 
 def test_loopback_is_told_from_other_addresses() -> None:
