@@ -22,47 +22,27 @@ from rayrec.importing.readers import FORMATS, Format, delimited
 from rayrec.importing.readers.delimited import spelled_delimiter
 from rayrec.importing.readers.reader import (
     HEAD_BYTES,
+    NAMES,
     Batch,
     ReadOptions,
     SourceFile,
     byte_ranges,
     cut_note,
     find_files,
+    mapping_advice,
     open_plain,
     open_source,
+    plain_letters,
     plain_name,
     read_blocks,
+    shown_columns,
 )
 from rayrec.importing.readers.tabular import EVENTS, FLAGS, OPTIONAL_ROLES, open_parquet, read_batches, roles
 
 SAMPLE_FILES = 5
 SAMPLE_BYTES = 1 << 20  # of each file
 VALUE_SHOWN = 40  # characters of an example
-# Names of columns as exports and public data sets spell them, best first; letters and digits alone, in lower case.
-NAMES = {
-    "user": ("user", "userid", "username", "uid", "listener", "listenerid", "account", "accountid", "profile"),
-    "song": (
-        *("song", "songid", "trackid", "track", "itemid", "item", "trackuri", "spotifytrackuri", "recordingmbid"),
-        *("recordingid", "recording", "isrc", "sid", "tid"),
-    ),
-    "played_at": (
-        *("playedat", "listenedat", "timestamp", "ts", "unixtimestamp", "datetime", "time", "utctime", "startedat"),
-        *("endtime", "date", "played", "createdat", "eventtime"),
-    ),
-    "contexts": ("contexts", "context", "source", "reasonstart"),
-    "skipped": ("skipped", "isskipped", "skip", "wasskipped"),
-    "share_listened": ("sharelistened", "listenedshare", "playedratio", "playratio", "completion", "completionrate"),
-    "ms_played": ("msplayed", "playedms", "mslistened", "listenedms", "playdurationms"),
-    "duration_ms": ("durationms", "trackdurationms", "songdurationms", "tracklengthms", "lengthms"),
-    "event_type": ("eventtype", "event", "action", "interaction", "interactiontype"),
-    "liked": ("liked", "isliked", "like", "loved", "favorite"),
-    "title": ("title", "trackname", "songname", "songtitle", "tracktitle", "name"),
-    "artist": ("artist", "artistname", "artists", "albumartistname", "performer", "masterartist"),
-    "playlist": ("playlist", "playlistid", "pid", "playlistname"),
-    "position": ("position", "pos", "index", "order", "rank"),
-}
-
-# Of other names, in the same letters, where one column fits: `master_metadata_track_name`, `Artist Name(s)`.
+# Of other names, in plain letters, where one column fits: `master_metadata_track_name`, `Artist Name(s)`.
 PATTERNS = {"title": r"(title|trackname|songname)s?$", "artist": r"artist(?!.*(id|ids|uri|uris|count)$)"}
 
 
@@ -152,7 +132,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
 
 def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
     """Plays or playlists, and role -> column, by the names of the columns, and of the time by the values too."""
-    plain_names = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in reversed(sample)}
+    plain_names = {plain_letters(name): name for name in reversed(sample)}
     column_of_role: dict[str, str] = {}
     for role, names in NAMES.items():
         match = next((plain_names[name] for name in names if name in plain_names), None)
@@ -402,12 +382,12 @@ def _looks_like(name: str, file: SourceFile) -> bool:
 
 
 def _require_columns(inspection: Inspection, path: str, by_role: Mapping[str, str]) -> None:
-    """Raise `InputError` that names all roles without a column, and the columns that there are."""
-    missing = [role for role in roles(False) if role not in OPTIONAL_ROLES and role not in by_role]
+    """Raise `InputError` that names all roles without a column, the columns that there are, and the nearest ones."""
+    missing = {role: role for role in roles(False) if role not in OPTIONAL_ROLES and role not in by_role}
     if missing:
-        mapping = ",".join(f"{role}=NAME" for role in missing)
-        names = ", ".join(column.name for column in inspection.columns)
+        names = [column.name for column in inspection.columns]
+        left = [name for name in names if name not in by_role.values()]
         raise InputError(
-            f"{path} has no column that looks like {' or '.join(missing)}; pass --columns {mapping}, with names from: "
-            f"{names}"
+            f"{path} has no column that looks like {' or '.join(missing)}; it has {shown_columns(names)}; "
+            f"{mapping_advice(missing, left)}"
         )

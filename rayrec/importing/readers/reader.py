@@ -7,11 +7,14 @@ whole lines that know their numbers.
 import bz2
 import gzip
 import posixpath
+import re
+import shlex
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher, get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol, cast
@@ -33,6 +36,30 @@ STREAM_MS = 30_000  # from where on services count a stream; a shorter play coun
 DAY_SECONDS = 86_400  # that clocks and zones may be wrong
 NO_SONG = "no song"
 NO_PLAYLIST = "no playlist"
+# Names of columns as exports and public data sets spell them, best first; letters and digits alone, in lower case.
+NAMES = {
+    "user": ("user", "userid", "username", "uid", "listener", "listenerid", "account", "accountid", "profile"),
+    "song": (
+        *("song", "songid", "trackid", "track", "itemid", "item", "trackuri", "spotifytrackuri", "recordingmbid"),
+        *("recordingid", "recording", "isrc", "sid", "tid"),
+    ),
+    "played_at": (
+        *("playedat", "listenedat", "timestamp", "ts", "unixtimestamp", "datetime", "time", "utctime", "startedat"),
+        *("endtime", "date", "played", "createdat", "eventtime"),
+    ),
+    "contexts": ("contexts", "context", "source", "reasonstart"),
+    "skipped": ("skipped", "isskipped", "skip", "wasskipped"),
+    "share_listened": ("sharelistened", "listenedshare", "playedratio", "playratio", "completion", "completionrate"),
+    "ms_played": ("msplayed", "playedms", "mslistened", "listenedms", "playdurationms"),
+    "duration_ms": ("durationms", "trackdurationms", "songdurationms", "tracklengthms", "lengthms"),
+    "event_type": ("eventtype", "event", "action", "interaction", "interactiontype"),
+    "liked": ("liked", "isliked", "like", "loved", "favorite"),
+    "title": ("title", "trackname", "songname", "songtitle", "tracktitle", "name"),
+    "artist": ("artist", "artistname", "artists", "albumartistname", "performer", "masterartist"),
+    "playlist": ("playlist", "playlistid", "pid", "playlistname"),
+    "position": ("position", "pos", "index", "order", "rank"),
+}
+ALIKE = 0.7  # likeness of names, 1: equal, from which on one may be meant for the other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,12 +226,14 @@ def required_columns(
 ) -> dict[str, int]:
     """Position of each column that a format names; optional ones where they are there.
 
-    Raises `InputError` for a column that is not there or is there twice.
+    Raises `InputError` for columns that are not there, all at once, and for one that is there twice.
     """
+    missing = [repr(name) for name in needed if name not in header]
+    if missing:
+        raise InputError(
+            f"{source} has no column {' or '.join(missing)}; it has {shown_columns(header)}; is it of this format?"
+        )
     present = [*needed, *(name for name in dict.fromkeys(optional) if name in header and name not in needed)]
-    for name in present:
-        if name not in header:
-            raise InputError(f"{source} has no column {name!r}; it has {shown_columns(header)}; is it of this format?")
     return {name: _position(source, header, name) for name in present}
 
 
@@ -213,20 +242,52 @@ def mapped_columns(
 ) -> dict[str, int]:
     """Role -> position of its column: the one that `names` gives, else the one of the role's own name.
 
-    Raises `InputError` for an unknown role, for a column of a role that is `needed` or in `names` and is not there,
-    and for one that is there twice.
+    Raises `InputError` for an unknown role, for columns of roles that are `needed` or in `names` and are not there, all
+    at once with the nearest ones, and for one that is there twice.
     """
     unknown = [role for role in names if role not in roles]
     if unknown:
         raise InputError(f"cannot map a column to {unknown[0]!r}; expected some of {', '.join(roles)}")
     column_of = {role: names.get(role, role) for role in roles}
-    for role, name in column_of.items():
-        if name not in header and (role in names or role in needed):
-            raise InputError(
-                f"{source} has no column {name!r} for {role}; it has {shown_columns(header)}; "
-                f"map it with --columns {role}=NAME"
-            )
+    missing = {
+        role: name for role, name in column_of.items() if name not in header and (role in names or role in needed)
+    }
+    if missing:
+        wanted = " or ".join(f"{name!r} for {role}" for role, name in missing.items())
+        raise InputError(
+            f"{source} has no column {wanted}; it has {shown_columns(header)}; "
+            f"{mapping_advice(missing, [name for name in header if name not in column_of.values()])}"
+        )
     return {role: _position(source, header, name) for role, name in column_of.items() if name in header}
+
+
+def mapping_advice(missing: Mapping[str, str], header: Sequence[str]) -> str:
+    """How to map roles to columns: role -> name that was not found, and the columns that may be meant."""
+    nearest = _nearest(missing, header)
+    mapping = shlex.quote(",".join(f"{role}={nearest.get(role, 'NAME')}" for role in missing))
+    return f"map {'it' if len(missing) == 1 else 'them'}{', perhaps' if nearest else ''} with --columns {mapping}"
+
+
+def _nearest(missing: Mapping[str, str], header: Sequence[str]) -> dict[str, str]:
+    """Role -> the column whose name is most like one that exports use for it; no column twice, unlike ones left out."""
+    names = {plain_letters(name): name for name in reversed(header)}
+    names.pop("", None)  # of other letters alone
+    likeness: dict[tuple[str, str], float] = {}
+    for role, wanted in missing.items():
+        for spelled in (plain_letters(wanted), *NAMES.get(role, ())):
+            for plain in get_close_matches(spelled, names, cutoff=ALIKE):
+                pair = role, names[plain]
+                likeness[pair] = max(likeness.get(pair, 0.0), SequenceMatcher(None, plain, spelled).ratio())
+    nearest: dict[str, str] = {}
+    for role, name in sorted(likeness, key=lambda pair: -likeness[pair]):
+        if role not in nearest and name not in nearest.values():
+            nearest[role] = name
+    return nearest
+
+
+def plain_letters(name: str) -> str:
+    """The letters and digits of a column's name, in lower case."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _position(source: str, header: Sequence[str], name: str) -> int:

@@ -232,7 +232,7 @@ def test_columns_are_guessed_by_name_and_those_given_come_first(tmp_path: Path) 
 
 def test_all_missing_columns_are_named_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "plays.csv", "a,b\n1,2\n")
-    message = "like user or song or played_at; pass --columns user=NAME,song=NAME,played_at=NAME, with names from: a, b"
+    message = "like user or song or played_at; it has a, b; map them with --columns user=NAME,song=NAME,played_at=NAME"
     with pytest.raises(InputError, match=message):
         guess_import([path])
 

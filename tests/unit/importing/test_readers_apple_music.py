@@ -64,7 +64,9 @@ def test_other_events_and_what_names_no_song_are_rejected_with_a_reason(tmp_path
 
 
 def test_another_file_of_the_export_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no column 'Song Name'; it has Track Description, Date Played"):
+    with pytest.raises(
+        InputError, match="no column 'Song Name' or 'Event Start Timestamp'; it has Track Description, Date Played"
+    ):
         read(
             tmp_path / "Apple Music - Play History Daily Tracks.csv", "Track Description,Date Played", "A - B,20240101"
         )

@@ -357,7 +357,7 @@ def test_uuids_of_parquet_are_spelled_as_everywhere(tmp_path: Path) -> None:
         (b"PAR1....", "is a Parquet file"),
         (b"user;song;played_at\na;b;1\n", "its values seem to be divided by ';': pass --delimiter ';'"),
         (b"user\tsong\tplayed_at\na\tb\t1\n", r"pass --delimiter '\\t'"),
-        (b",".join(b"column%d" % number for number in range(20_000)) + b"\n", "column19 and 19980 more; map it"),
+        (b",".join(b"column%d" % number for number in range(20_000)) + b"\n", "column19 and 19980 more; map them"),
         (b'"user,song,played_at\na,b,1\n', "the header of .* cannot be read: a quote is not closed"),
     ],
     ids=lambda value: value[:20] if isinstance(value, bytes) else "",

@@ -36,7 +36,7 @@ def test_listens_keep_their_times_and_say_whether_they_were_recommended_and_skip
 
 def test_another_table_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"uid": [1]}), tmp_path / "listens.parquet")
-    with pytest.raises(InputError, match="no column 'item_id'; it has uid; is it of this format"):
+    with pytest.raises(InputError, match="no column 'item_id' or 'timestamp'; it has uid; is it of this format"):
         FORMATS["yambda"].make(ReadOptions()).plan(str(tmp_path / "listens.parquet"), 0, 1)
 
 

@@ -197,6 +197,18 @@ def test_many_rejected_rows_warn_and_more_than_are_allowed_import_nothing(
         assert (shown.code, "no song" in shown.out, "line 102: u1,,5" in " ".join(shown.out.split())) == (2, True, True)
 
 
+def test_missing_columns_are_named_at_once_with_the_nearest_ones(rayrec: Any, tmp_path: Path) -> None:
+    file = write(tmp_path / "p.csv", f"user,sng,tme\nann,s1,{START}\n")
+    wanted = "'song' for song or 'played_at' for played_at; it has user, sng, tme"
+    advice = "map them, perhaps with --columns song=sng,played_at=tme"
+    refused = rayrec("import", "csv", file)
+    assert (refused.code, refused.data["error"]["hint"]) == (2, advice)
+    assert refused.data["error"]["message"] == f"{file} has no column {wanted}"
+    mapped = rayrec("import", "csv", file, "--columns", "user=listener,song=sng")
+    assert mapped.data["error"]["hint"] == "map them, perhaps with --columns user=user,played_at=tme"
+    assert rayrec("import", "csv", file, "--columns", "song=sng,played_at=tme").data["plays"] == 1
+
+
 def test_where_all_rows_are_rejected_the_summary_shows_an_example_too(rayrec: Any, tmp_path: Path) -> None:
     file = plays_csv(tmp_path / "p.csv", rows=0, bad=3)
     done = rayrec("import", "csv", file, "--max-rejected", "1")
