@@ -52,6 +52,7 @@ ROLES = {
 DAY = r"^\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?)?$"
 FIRST_DAY, LAST_DAY = -719_162, 2_932_896  # days since 1970 of the years 1 and 9999, which Python's dates reach
 NO_DAY = "release day is neither YYYY-MM-DD, YYYY-MM nor YYYY"
+IDS_SHOWN = 3  # of a file and of the catalog, where none is in both
 DAY_OUT_OF_RANGE = "release day is not in the years 1 to 9999"
 
 
@@ -104,10 +105,12 @@ class Described:
 def describe(workspace: Workspace, config: DescribeConfig, path: str | None = None) -> Described:
     """Read a table of songs, content vectors or both and keep them beside the data set.
 
-    They take the place of what was there, unless `config.append` keeps it for all other songs.
+    They take the place of what was there, unless `config.append` keeps it for all other songs. Only then may a file
+    name no song of the catalog: songs that `rayrec songs add` will add.
 
     Raises `NotFoundError` without a data set, and `InputError` as `read_descriptions` and `read_vector_file` do, where
-    neither file is given, and where content vectors are of another length than those that are kept.
+    neither file is given, where a file names no song of the catalog, and where content vectors are of another length
+    than those that are kept. What was there stays then.
     """
     dataset = Dataset(workspace)
     if path is None and config.vectors is None:
@@ -116,10 +119,23 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str | None = No
     if path is not None:
         metadata = read_descriptions(path, config.columns, config.delimiter)
     vectors = None if config.vectors is None else _read_content(dataset, config)
+    catalog_ids = one_array(read_songs(workspace, dataset.manifest, [columns.SONG_ID]).column(columns.SONG_ID))
+    ids_of_files = [] if path is None else [(path, one_array(metadata.table.column(columns.SONG_ID)))]
+    if vectors is not None:
+        ids_of_files.append((str(config.vectors), vectors[0].cast(pa.string())))
+    known = [pc.sum(pc.is_in(ids, value_set=catalog_ids)).as_py() or 0 for _, ids in ids_of_files]
+    unmatched = [
+        f"no song of {source} is in the catalog: the file has {_some(ids)}, the catalog {_some(catalog_ids)}"
+        for (source, ids), count in zip(ids_of_files, known, strict=True)
+        if not count
+    ]
+    if unmatched and not config.append:
+        raise InputError(
+            f"{'; '.join(unmatched)}; check the column of the song ids, or pass --append if the songs are to be added"
+        )
     stored = store_descriptions(dataset, metadata.table, {**to_mapping(config), "path": path or ""}, vectors)
     table = dataset.catalog().table
-    known = pc.is_in(metadata.table.column(columns.SONG_ID), value_set=one_array(table.column(columns.SONG_ID)))
-    described = pc.sum(known).as_py() or 0
+    described = 0 if path is None else known[0]
 
     def given(name: str) -> int:
         return len(table) - int(table.column(name).null_count)
@@ -138,8 +154,15 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str | None = No
         content=int((dataset.content().places >= 0).sum()),
         rejected=metadata.rejected,
         invalid=metadata.invalid,
-        warnings=[] if path is None or plain_name(path).endswith(".parquet") else cut_note(find_files([path], ())),
+        warnings=[
+            *(f"{text}." for text in unmatched),
+            *([] if path is None or plain_name(path).endswith(".parquet") else cut_note(find_files([path], ()))),
+        ],
     )
+
+
+def _some(ids: pa.Array) -> str:
+    return ", ".join(map(repr, ids[:IDS_SHOWN].to_pylist()))
 
 
 def _read_content(dataset: Dataset, config: DescribeConfig) -> tuple[pa.Array, np.ndarray]:

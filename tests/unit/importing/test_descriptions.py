@@ -20,6 +20,7 @@ from rayrec.recommend.filters import SongAttributes, SongMasks
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import write_dataset_manifest
 from rayrec.storage.workspace import Workspace
+from rayrec_cli.main import main
 
 CSV = """song,title,artist,released,markets
 song-3,Three,,2001-05-07,SE|NO
@@ -112,7 +113,7 @@ def test_what_was_told_of_other_songs_is_not_told_of_these(dataset: Dataset, tmp
 @pytest.mark.parametrize(
     ("text", "name", "said"),
     [
-        ("id,title\na,b\n", "songs.csv", "no column 'song'.*--columns song=NAME"),
+        ("id,title\na,b\n", "songs.csv", "no column 'song'.*perhaps with --columns song=id"),
         ("song,mood\na,b\n", "songs.csv", "has no metadata"),
         ("song,title\na\n", "songs.csv", "no row can be used: 1 × 1 values where the file has 2"),
         ("song,title\n", "songs.csv", "no row can be used: it has none"),
@@ -262,6 +263,26 @@ def test_content_without_ids_is_of_the_songs_of_the_catalog(dataset: Dataset, tm
     np.save(tmp_path / "few.npy", np.eye(4, dtype=np.float32))
     with pytest.raises(InputError, match=r"has 4 rows, the catalog 6 songs.*NAME.ids.txt"):
         describe(dataset.workspace, DescribeConfig(vectors=str(tmp_path / "few.npy")))
+
+
+def test_metadata_of_other_songs_alone_is_refused_and_what_was_there_stays(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    describe(dataset.workspace, DescribeConfig(vectors=content(tmp_path, ["song-4"])), written(tmp_path, CSV))
+    others = written(tmp_path, "song,title\n" + "".join(f"SONG-{song},Other\n" for song in range(5)), "others.csv")
+    vectors = content(tmp_path, ["SONG-0", "SONG-1"], name="others")
+    both = "the file has 'SONG-0', 'SONG-1', 'SONG-2', the catalog 'song-0', 'song-1', 'song-2'"
+    for words in ([others], ["--vectors", vectors], [written(tmp_path, CSV), "--vectors", vectors]):
+        assert main(["--workspace", dataset.workspace.uri, "describe", *words]) == 2
+        assert "is in the catalog: the file has 'SONG-0'" in capsys.readouterr().err
+    with pytest.raises(InputError, match=f"no song of {others} is in the catalog: {both}; check the column"):
+        describe(dataset.workspace, DescribeConfig(), others)
+    assert dataset.catalog().table.column(columns.TITLE).to_pylist()[0] == "Zero"
+    assert dataset.content().dim == 3
+    told = describe(dataset.workspace, DescribeConfig(append=True), others)
+    assert told.warnings == [f"no song of {others} is in the catalog: {both}."]
+    assert dataset.catalog().table.column(columns.TITLE).to_pylist()[0] == "Zero"
+    assert told.unknown == 5
 
 
 def test_nothing_to_describe_by_is_refused(dataset: Dataset) -> None:
