@@ -14,7 +14,7 @@ from rayrec.data.split import WEAKER, Split, SplitConfig, choose_split, holds_fo
 from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.importing.descriptions import DescribeConfig, describe
-from rayrec.importing.import_plan import ImportConfig, TooManyRejectedError
+from rayrec.importing.import_plan import ImportConfig, TooManyRejectedError, rejected_examples
 from rayrec.importing.inspection import inspect_files
 from rayrec.importing.merging import PARTS_BEFORE_COMPACT
 from rayrec.importing.readers import FORMATS
@@ -74,8 +74,13 @@ def import_data(
         split = choose_split(call.workspace)
         return _appended(append_plays(call.workspace, config), _carried_over(split, Dataset(call.workspace)))
     except TooManyRejectedError as error:
-        summary = error.summary.to_mapping()
-        return Shown({**error_data(error), "import": summary}, _import_views(summary), error=error)
+        return too_many_rejected(error)
+
+
+def too_many_rejected(error: TooManyRejectedError) -> Shown:
+    """The summary of an import that was refused, and why."""
+    summary = error.summary.to_mapping()
+    return Shown({**error_data(error), "import": summary}, _import_views(summary), error=error)
 
 
 InspectFormat = Annotated[str, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")]
@@ -286,8 +291,7 @@ def _import_views(summary: Mapping[str, Any]) -> list[RenderableType]:
     if rejected:
         rows = [[each["reason"], each["rows"], f"{each['share']:.1%}"] for each in rejected]
         views.append(table("Rejected rows", ["reason", "rows", "share"], rows))
-        examples = (f"{each['reason']}: {each['source']}, line {each['line']}: {each['text']}" for each in rejected)
-        views.append("\n".join(examples))
+        views.append("\n".join(rejected_examples(summary)))
     views += [f"Warning: {warning}" for warning in summary["warnings"]]
     return views
 

@@ -10,6 +10,7 @@ from rayrec.config import read_toml
 from rayrec.data.split import choose_split, trained_on
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError
+from rayrec.importing.import_plan import TooManyRejectedError
 from rayrec.jobs.job_config import FitConfig, TuneConfig, UpdateConfig, to_toml
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
@@ -30,6 +31,7 @@ from rayrec_cli.app import (
     songs_app,
     table,
 )
+from rayrec_cli.data_commands import too_many_rejected
 from rayrec_cli.recommend_commands import answer_view, results_table
 
 SplitOption = Annotated[
@@ -255,7 +257,10 @@ def fit(call: Call, config: FitConfig, *, settings: SettingsOption = None, force
     from rayrec.jobs.fit import fit as job
 
     sections = {} if settings is None else read_toml(settings)
-    result = job(call.workspace, config, settings=sections, force=force, on_stage=note_stage, on_note=note)
+    try:
+        result = job(call.workspace, config, settings=sections, force=force, on_stage=note_stage, on_note=note)
+    except TooManyRejectedError as error:
+        return too_many_rejected(error)
     views = [stages_table(result.outcomes), *quality_views(result), *answer_view(result.answer, f"user {result.user}")]
     return Shown(result.to_mapping(), [*views, _next_steps(call, result.user)])
 
@@ -303,7 +308,10 @@ def update(call: Call, config: UpdateConfig) -> Shown:
     """
     from rayrec.jobs.update import update as job
 
-    result = job(call.workspace, config, on_stage=note_stage, on_note=note)
+    try:
+        result = job(call.workspace, config, on_stage=note_stage, on_note=note)
+    except TooManyRejectedError as error:
+        return too_many_rejected(error)
     appended = result.appended
     new = {"new plays": appended.plays, "new users": appended.users, "new songs": appended.songs}
     states = {} if result.states is None else {"states loaded": result.states.users}
@@ -327,7 +335,10 @@ def run(call: Call, *, file: FileArgument, force: ForceOption = False) -> Shown:
     """
     from rayrec.jobs.pipeline import run as job
 
-    outcomes = job(call.workspace, file, force=force, on_stage=note_stage)
+    try:
+        outcomes = job(call.workspace, file, force=force, on_stage=note_stage, on_note=note)
+    except TooManyRejectedError as error:
+        return too_many_rejected(error)
     return Shown({"stages": [outcome.to_mapping() for outcome in outcomes]}, [stages_table(outcomes)])
 
 

@@ -358,6 +358,17 @@ def summarize(
     return summary
 
 
+def rejected_examples(summary: Mapping[str, Any]) -> list[str]:
+    """Why rows were rejected, each with the first such row; `summary` as `ImportSummary.to_mapping` gives it."""
+    return [f"{each['reason']}: {each['source']}, line {each['line']}: {each['text']}" for each in summary["reasons"]]
+
+
+def import_notes(summary: Mapping[str, Any]) -> list[str]:
+    """The warnings of an import, and of which rows they speak; nothing where there are none or no files were read."""
+    warnings = summary.get("warnings", [])
+    return [*(f"Warning: {warning}" for warning in warnings), *(rejected_examples(summary) if warnings else [])]
+
+
 def _examples(
     plan: ImportPlan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]], reasons: set[str]
 ) -> dict[str, dict[str, Any]]:

@@ -164,7 +164,8 @@ Sections = Mapping[str, Mapping[str, Any]]
 class FitResult:
     """What a fit came to."""
 
-    imported: str  # format and columns
+    read_as: str  # format and columns
+    last_import: Mapping[str, Any]  # as `ImportSummary.to_mapping` gives it; empty where no files were read
     outcomes: list[Outcome]
     release: str  # id
     split: Split | None  # whose validation range everything was chosen on; None: too few plays
@@ -175,7 +176,8 @@ class FitResult:
     def to_mapping(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {
-            "import": self.imported,
+            "read_as": self.read_as,
+            "import": dict(self.last_import),
             "stages": [outcome.to_mapping() for outcome in self.outcomes],
             "release": self.release,
             "split": None if self.split is None else self.split.id,
@@ -199,23 +201,26 @@ def fit(
 
     `settings` are those of the stages, section -> name -> value, as in a pipeline file; those of `train` default to
     ones that suit the number of plays. Stages whose inputs and settings have not changed are skipped, unless with
-    `force`. `on_stage` hears of each stage as it ends, `on_note` of what was guessed and held back.
+    `force`. `on_stage` hears of each stage as it ends, `on_note` of what was guessed, rejected and held back.
 
     The quality is that of the networks, retrieval and rankers that have not seen the validation range, on queries of
     the users by whom the rankers were not trained. Raises `InputError` for files that cannot be read, for unknown
-    settings, and in a workspace that holds other plays.
+    settings, and in a workspace that holds other plays, and `TooManyRejectedError` where more rows are rejected than
+    `max_rejected` allows.
     """
     require_one_faiss()  # before any work
     sections = _checked(settings or {})
     if config.epochs is not None:
         sections["train"]["epochs"] = config.epochs
+    if config.max_rejected is not None:
+        sections["import"]["max_rejected"] = config.max_rejected
     plays = guess_import(
         config.paths, format_name=config.format, columns=config.columns, timezone=config.timezone or "UTC"
     )
     plays = plays.replace(**sections["import"])
     on_note(f"Reading as {describe_import(plays)}")
     with ray_cluster():
-        stages = Stages(workspace, force=force, on_stage=on_stage)
+        stages = Stages(workspace, force=force, on_stage=on_stage, on_note=on_note)
         stages.run("import", plays)
         dataset = Dataset(workspace)
         stages.split = hold_back_validation(dataset)
@@ -231,7 +236,8 @@ def fit(
     release = artifacts.load_manifest(workspace, "releases", stages.artifact_ids["release"])
     user, shown = example_answer(workspace, default_parts(workspace))
     return FitResult(
-        imported=describe_import(plays),
+        read_as=describe_import(plays),
+        last_import=dataset.manifest.last_import,
         outcomes=stages.outcomes,
         release=release.id,
         split=stages.split,

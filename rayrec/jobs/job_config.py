@@ -34,6 +34,12 @@ class PlaysConfig(Settings):
         None,
         description="Time zone of times without one, such as Europe/Berlin; default: UTC, in an update that of the fit",
     )
+    max_rejected: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the rows that may be rejected; above it nothing is imported; default: 0.5",
+    )
 
 
 class FitConfig(PlaysConfig):

@@ -16,7 +16,7 @@ from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError, NotFoundError, TooFewQueriesError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_figures
-from rayrec.importing.import_plan import ImportConfig, plan_import
+from rayrec.importing.import_plan import ImportConfig, import_notes, plan_import
 from rayrec.jobs.add_songs import add_songs
 from rayrec.jobs.build_index import build_index
 from rayrec.jobs.embed import embed
@@ -30,7 +30,7 @@ from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.answer import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
-from rayrec.recommend.index import IndexConfig
+from rayrec.recommend.index import IndexConfig, require_one_faiss
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import DatasetManifest, Manifest
@@ -86,18 +86,21 @@ def run(
     *,
     force: bool = False,
     on_stage: Callable[[Outcome], None] = lambda outcome: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> list[Outcome]:
     """Run import or generate, split, embed, train, retrieval, rank, taste, index, evaluate and release, in this order.
 
     `source` is a TOML file, or its content, with a section of settings for each stage. import,
     generate and split run only where there is a section, rank and evaluate only after a split, the rest
     always. Without enough queries for rankers, rank is left out. `force` repeats what is done already. `on_stage`
-    hears of each stage as it ends.
+    hears of each stage as it ends, `on_note` of rows that the import rejected.
 
-    Raises `InputError` for unknown sections or settings before any work begins.
+    Raises `InputError` for unknown sections or settings, and `MissingDependencyError` without faiss, before any work
+    begins; `TooManyRejectedError` where more rows are rejected than the section import allows.
     """
+    require_one_faiss()
     configs = read_configs(source)
-    stages = Stages(workspace, force=force, on_stage=on_stage)
+    stages = Stages(workspace, force=force, on_stage=on_stage, on_note=on_note)
     with ray_cluster():
         for name, config in configs.items():
             if stages.split is not None or name not in ("rank", "evaluate"):
@@ -156,9 +159,10 @@ class Stages:
         *,
         force: bool = False,
         on_stage: Callable[[Outcome], None] = lambda outcome: None,
+        on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`force` repeats what is done already; `on_stage` hears of each stage as it ends."""
-        self.workspace, self.force, self.on_stage = workspace, force, on_stage
+        """`force` repeats what is done already; `on_stage` hears of each stage's end, `on_note` of rejected rows."""
+        self.workspace, self.force, self.on_stage, self.on_note = workspace, force, on_stage, on_note
         self.split: Split | None = None  # of the stages that follow
         self.start: str | None = None  # id of the model that `train` starts from
         self.artifact_ids: dict[str, str] = {}  # stage -> id
@@ -214,7 +218,10 @@ class Stages:
         earlier_import: Any = dataset.config.get(config.produces) if dataset else None
         changed = isinstance(earlier_import, dict) and _same_paths(earlier_import["paths"], config.paths)
         changed = changed and earlier_import["plan"] != plan_import(config).id
-        return import_data(self.workspace, config, repeat=self.force or changed)
+        imported = import_data(self.workspace, config, repeat=self.force or changed)
+        for note in import_notes(imported.last_import):
+            self.on_note(note)
+        return imported
 
     def _generate(self, config: GenerateConfig) -> DatasetManifest:
         dataset = self._dataset()
@@ -371,7 +378,8 @@ def demo(
 
     In a workspace that holds the demo already the stages are skipped, as in every other run: the
     plays come from a seed, so doing it all again would show the same figures. `force` does it again.
-    Raises `InputError` in a workspace that holds other data, which it never replaces.
+    Raises `InputError` in a workspace that holds other data, which it never replaces, and `MissingDependencyError`
+    without faiss.
     """
     _require_room(workspace)
     outcomes = run(workspace, DEMO_PIPELINE, force=force, on_stage=on_stage)

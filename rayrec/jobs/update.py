@@ -10,6 +10,7 @@ from rayrec.config import from_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, hold_back_validation, load_split
 from rayrec.errors import InputError, MismatchError
+from rayrec.importing.import_plan import import_notes
 from rayrec.importing.import_run import ImportResult
 from rayrec.importing.inspection import describe_import, guess_import
 from rayrec.importing.merging import PARTS_BEFORE_COMPACT
@@ -26,7 +27,7 @@ from rayrec.model.train_config import SELECTION_NETWORK, TasteConfig
 from rayrec.online.load_states import LoadResult, load_states
 from rayrec.online.state_store import open_store, store_uri
 from rayrec.recommend.baselines import PopularityRecommender
-from rayrec.recommend.index import IndexConfig
+from rayrec.recommend.index import IndexConfig, require_one_faiss
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
@@ -59,6 +60,7 @@ class UpdateResult:
             "new_users": self.appended.users,
             "new_songs": self.appended.songs,
             "merged": self.appended.merged,
+            "import": dict(self.appended.last_import),
             "trained": self.trained,
             "release": self.release,
             "live": self.live,
@@ -88,8 +90,11 @@ def update(
     Times without a zone are of the time zone of the first import, unless `timezone` names another; the share of a song
     below which a play counts as skipped is that of the first import.
 
-    Raises `InputError` where no release is live and for files that cannot be read.
+    `on_stage` hears of each stage as it ends, `on_note` of what was guessed, rejected and found new. Raises
+    `MissingDependencyError` without faiss, `InputError` where no release is live and for files that cannot be read, and
+    `TooManyRejectedError` where more rows are rejected than `max_rejected` allows.
     """
+    require_one_faiss()  # before any work
     live = active_release(workspace)
     if live is None:
         raise InputError(f"workspace {workspace.uri} has no live release; run `rayrec fit` first")
@@ -100,9 +105,13 @@ def update(
     plays, imported = plays.replace(skip_below=manifest.skip_below), manifest.config.get("plays")
     if config.timezone is None and FORMATS[plays.format].mapped and isinstance(imported, dict):
         plays = plays.replace(timezone=imported.get("timezone", plays.timezone))
+    if config.max_rejected is not None:
+        plays = plays.replace(max_rejected=config.max_rejected)
     on_note(f"Reading as {describe_import(plays)}")
     with ray_cluster():
         appended = append_plays(workspace, plays)
+        for note in import_notes(appended.last_import):
+            on_note(note)
         dataset = Dataset(workspace)
         if dataset.manifest.plays_id == dataset.earlier(live.inputs["dataset"]).plays_id:
             reason = "no play is newer than the live release"

@@ -1,5 +1,6 @@
 """`rayrec fit`: everything chosen on the newest plays, then fitted on all of them; too few plays end nothing."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rayrec.recommend.two_step import SELECTION_RANKERS, TwoStepRecommender
 from rayrec.storage.artifacts import DatasetManifest, listing, load_manifest
 from rayrec.storage.releases import active_release, verify_release
 from rayrec.storage.workspace import Workspace
+from rayrec_cli.main import main
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "import": {"buckets": 2},
@@ -149,11 +151,55 @@ def test_a_play_is_enough_to_be_told_what_is_missing(
     path = tmp_path / "plays.csv"
     path.write_text(f"listener,when\nann,{BEGIN}\n")
     with pytest.raises(
-        InputError, match=r"no column that looks like song; pass --columns song=NAME, with names from: listener, when"
+        InputError, match=r"no column that looks like song; it has listener, when; map it with --columns song=NAME"
     ):
+        fitted(workspace, str(path))
+    path.write_text(f"user,sng,tme\nann,s1,{BEGIN}\n")
+    with pytest.raises(InputError, match=r"looks like song.*user, sng, tme; map it, perhaps with --columns song=sng"):
         fitted(workspace, str(path))
     with pytest.raises(InputError, match="unknown section 'tain'"):
         fit(workspace, FitConfig(paths=(str(path),)), settings={"tain": {}})
+
+
+@pytest.mark.parametrize(("bad", "code", "warned"), [(0, 0, 0), (2, 0, 1), (60, 2, 1)])
+def test_rejected_rows_are_warned_of_and_too_many_end_the_fit_with_the_summary(
+    bad: int,
+    code: int,
+    warned: int,
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    without_ray(monkeypatch)
+    rows = [*ring_plays(range(4), plays=10), *[f"u1,,{BEGIN},No,One\n"] * bad]
+    path, settings = write_rows(tmp_path / "plays.csv", rows), tmp_path / "settings.toml"
+    settings.write_text("[import]\nbuckets = 2\n[embed]\ndim = 4\nepochs = 1\n[train]\nepochs = 1\nhidden_dim = 4\n")
+    words = ["--json", "--workspace", workspace.uri, "fit", path, "--settings", str(settings)]
+    assert main(words) == code
+    told = capsys.readouterr()
+    data, said = json.loads(told.out), " ".join(told.err.split())
+    assert len(data["import"]["warnings"]) == warned
+    share = f"{bad} of {40 + bad} rows ({bad / (40 + bad):.1%}) were rejected."
+    example = f"no song: {path}, line 42: u1,,{BEGIN},No,One"
+    assert (f"Warning: {share}" in said, example in said) == (warned == 1 and code == 0, warned == 1 and code == 0)
+    assert workspace.exists("dataset/dataset.json") == (code == 0)
+    if code:
+        assert (data["error"]["kind"], data["import"]["reasons"][0]["rows"]) == ("too_many_rejected", bad)
+        assert main([*words, "--max-rejected", "0.7"]) == 0
+        assert f"Warning: {share}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_too_many_rejected_rows_end_a_run_with_the_summary(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_ray(monkeypatch)
+    rows = [*ring_plays(range(1), plays=10), *[f"u1,,{BEGIN},No,One\n"] * 20]
+    path, pipeline = write_rows(tmp_path / "plays.csv", rows), tmp_path / "pipeline.toml"
+    columns = 'columns = {user = "user_id", song = "track", played_at = "timestamp"}'
+    pipeline.write_text(f'[import]\nformat = "csv"\npaths = ["{path}"]\n{columns}\n')
+    assert main(["--json", "--workspace", workspace.uri, "run", str(pipeline)]) == 2
+    assert json.loads(capsys.readouterr().out)["import"]["rejected"] == 20
 
 
 @pytest.mark.parametrize(("pause", "is_one_session"), [(10 * 60, False), (3600, True)])

@@ -1,5 +1,6 @@
 """`rayrec update`: new plays go live where they help, and stay out where they make answers worse."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rayrec.recommend.two_step import checks_rankers
 from rayrec.storage.artifacts import Manifest, load_manifest
 from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import Workspace
+from rayrec_cli.main import main
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "import": {"buckets": 2},
@@ -150,6 +152,28 @@ def test_few_new_plays_go_live_unchecked_and_states_follow_where_there_is_a_stor
     assert "too few to check" in result.reason
     assert result.states is not None
     assert result.states.users == 150
+
+
+@pytest.mark.parametrize(("bad", "code"), [(2, 0), (20, 2)])
+def test_rejected_rows_are_warned_of_and_too_many_end_the_update_with_the_summary(
+    bad: int, code: int, fitted: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = Dataset(fitted).manifest
+    rows = [*ring_plays(range(2), plays=3, begin=20, days=1, **RING), *[f"u1,,{BEGIN},No,One\n"] * bad]
+    path = write_rows(tmp_path / "plays.csv", rows)
+    words = ["--json", "--workspace", fitted.uri, "update", path]
+    assert main(words) == code
+    told = capsys.readouterr()
+    data, said = json.loads(told.out), " ".join(told.err.split())
+    share = f"{bad} of {6 + bad} rows ({bad / (6 + bad):.1%}) were rejected."
+    assert share in data["import"]["warnings"]
+    assert data["import"]["reasons"][0]["text"] == f"u1,,{BEGIN},No,One"
+    assert (Dataset(fitted).manifest == before) == (code == 2)
+    if code:
+        assert data["error"]["kind"] == "too_many_rejected"
+        assert main([*words, "--max-rejected", "0.9"]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+    assert f"Warning: {share} no song: {path}, line 8: u1,,{BEGIN}" in said
 
 
 def test_times_without_a_zone_and_skips_are_read_as_in_the_fit_unless_another_zone_is_named(
