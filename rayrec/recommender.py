@@ -75,10 +75,11 @@ class Recommender:
         `columns` map roles to names where guessing is not enough: {"user": "member", "song": "track"}. `timezone` is
         the IANA name, such as Europe/Berlin, of the zone of times without one. The newest plays choose the settings and
         give `quality`; then everything is fitted on all plays. Plays fitted before are replaced. Raises `InputError`
-        for plays that cannot be read and for an unknown time zone.
+        for plays that cannot be read, for an unknown time zone, and without a workspace on a cluster of several nodes.
         """
         from rayrec.jobs.fit import fit
 
+        self._require_reachable()
         with _SentPlays(self.workspace, plays) as paths:
             config = FitConfig(paths=paths, columns=dict(columns or {}), timezone=timezone)
             sections = {"train": self.settings}
@@ -103,6 +104,7 @@ class Recommender:
         """
         from rayrec.jobs.update import update
 
+        self._require_reachable()
         with _SentPlays(self.workspace, plays) as paths:
             config = UpdateConfig(paths=paths, columns=dict(columns or {}), timezone=timezone, train=train)
             result = update(self.workspace, config, **self._listeners())
@@ -243,6 +245,13 @@ class Recommender:
         table = dataset.catalog().table.select([names.SONG_ID, names.TITLE, names.ARTIST])
         picked = table.take(pa.array(np.asarray(rows, dtype=np.int64))).rename_columns(["song_id", "title", "artist"])
         return picked.to_pandas()
+
+    def _require_reachable(self) -> None:
+        """Raise `InputError` where the workspace is a temporary folder and workers of other nodes could not read it."""
+        from rayrec.jobs.runtime import require_one_node
+
+        if self._folder is not None:
+            require_one_node('give Recommender(workspace="s3://bucket/prefix"), or a folder that all nodes share')
 
     def _listeners(self) -> dict[str, Any]:
         return {"on_stage": _print_stage, "on_note": _print} if self.progress else {}

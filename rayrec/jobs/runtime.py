@@ -101,6 +101,16 @@ def require_cluster(address: str, timeout: float = CONNECT_SECONDS) -> None:
         ) from error
 
 
+def require_one_node(advice: str) -> None:
+    """Raise `InputError`, with advice, where the Ray that jobs will run on has several living nodes."""
+    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+        return  # it will be a private one on this machine
+    with ray_cluster():
+        nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    if nodes > 1:
+        raise InputError(f"Ray runs on {nodes} nodes, and the workspace is a temporary folder of one of them; {advice}")
+
+
 def quiet_data() -> None:
     """Ray Data without its own progress bars and log lines; ours stand on stderr."""
     context = DataContext.get_current()

@@ -10,6 +10,7 @@ import pandas as pd
 import polars
 import pyarrow as pa
 import pytest
+import ray
 from rings import HEAD, ring_plays
 from without_ray import without_ray
 
@@ -156,6 +157,24 @@ def test_wrong_use_is_said_before_any_work() -> None:
         Recommender().recommend("ann")
     with pytest.raises(InputError, match="plays are a list; expected a pandas or polars DataFrame"):
         Recommender().fit([1, 2])
+
+
+def test_a_temporary_folder_is_refused_where_ray_has_several_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    nodes = [{"Alive": True}, {"Alive": True}, {"Alive": False}]
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    plays = frame(ring_plays(range(3), plays=5))
+    for work in (Recommender(progress=False).fit, Recommender(progress=False).update):
+        with pytest.raises(InputError, match=r"Ray runs on 2 nodes.*temporary folder.*give Recommender\(workspace="):
+            work(plays)
+    with pytest.raises(InputError, match="no live release"):
+        Recommender(workspace=tmp_path / "shared", progress=False).update(plays)
+    nodes[1]["Alive"] = False
+    with pytest.raises(InputError, match="no live release"):
+        Recommender(progress=False).update(plays)
 
 
 def test_the_temporary_folder_goes_with_the_object() -> None:
