@@ -13,7 +13,7 @@ from rayrec.errors import InputError, NotFoundError
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import DatasetManifest, Manifest, read_dataset_manifest
 from rayrec.storage.locking import writes
-from rayrec.storage.workspace import DATASET, DATASET_MANIFEST, HISTORIES, USERS, Workspace
+from rayrec.storage.workspace import DATASET, DATASET_MANIFEST, HISTORIES, USERS, Workspace, split_file
 
 KINDS = (
     "descriptions",
@@ -31,6 +31,8 @@ KINDS = (
 )
 DATASET_FIGURES = (
     "id",
+    "plays_id",
+    "ancestors",
     "source",
     "users",
     "plays",
@@ -46,7 +48,8 @@ DATASET_FIGURES = (
 def status(workspace: Workspace) -> dict[str, Any]:
     """Plain values: the data set's figures or None, the splits, every artifact by kind, current and live ids.
 
-    Times of plays are ms UTC, sizes bytes. An artifact's `figures` are the plain numbers that its stage reported.
+    Times of plays are ms UTC, sizes bytes. An artifact's `figures` are the plain numbers that its stage reported. The
+    `created_at` of a split is when it was last asked for.
     """
     active = releases.active_release(workspace)
     return {
@@ -59,6 +62,7 @@ def status(workspace: Workspace) -> dict[str, Any]:
                 **split.figures(),
                 "held_out_share": split.held_out_share,
                 "held_out_songs": split.held_out_songs,
+                **_file(workspace, split_file(split.id)),
             }
             for split in list_splits(workspace)
         ],
@@ -75,6 +79,13 @@ def _dataset(workspace: Workspace) -> dict[str, Any] | None:
         return None
     figures = {name: getattr(manifest, name) for name in DATASET_FIGURES}
     return {**figures, "rejected": sum(manifest.rejected.values()), "bytes": workspace.size("dataset")}
+
+
+def _file(workspace: Workspace, path: str) -> dict[str, Any]:
+    """Bytes and time of the last change of a file."""
+    info = workspace.filesystem.get_file_info(workspace.full(path))
+    changed = datetime.fromtimestamp((info.mtime_ns or 0) / 1e9, timezone.utc)
+    return {"bytes": info.size, "created_at": changed.isoformat()}
 
 
 def _artifact(workspace: Workspace, manifest: Manifest) -> dict[str, Any]:
@@ -98,9 +109,10 @@ class Garbage:
 
 
 def find_garbage(workspace: Workspace, *, keep: int = 3, hours: float = 24.0) -> list[Garbage]:
-    """What neither the live release nor the newest `keep` refer to; nothing of what was made after the newest one.
+    """What neither the live release nor the `keep` that were requested last refer to.
 
-    Of the recommendations for all users the last of each model in use stay.
+    What was made after the newest release stays too, and what later commands start from; of the recommendations for all
+    users those of each model in use that were requested last.
     Everything stays for some hours: a reader may still use what was replaced. Raises `InputError` where there is
     no release, since nothing says then what is of use.
     """
@@ -112,13 +124,12 @@ def find_garbage(workspace: Workspace, *, keep: int = 3, hours: float = 24.0) ->
             f"workspace {workspace.uri} has no release, so nothing says what is of use; run `rayrec release create`"
         )
     limit = datetime.now(timezone.utc) - timedelta(hours=hours)
-    live = releases.read_active(workspace)["active"]
-    releases_to_keep = [
-        each for place, each in enumerate(all_releases) if each.id == live or len(all_releases) - place <= keep
-    ]
-    # Something younger is on its way to a release of its own.
+    last = artifacts.by_request(workspace, releases.KIND, [each.id for each in all_releases])[-keep:]
+    names = [*last, releases.read_active(workspace)["active"]]
+    kept = [each for each in all_releases if each.id in names]
+    # Something younger is on its way to a release of its own, and so may be what was found in the cache.
     before = min(limit, _moment(all_releases[-1]))
-    used = _used(workspace, releases_to_keep)
+    used = _used(workspace, [*kept, *_current(workspace)])
     used |= _last_recommendations(workspace, used)
     garbage = []
     for kind in (releases.KIND, artifacts.RECOMMENDATIONS, *releases.PART_KINDS):
@@ -151,10 +162,16 @@ def delete_garbage(workspace: Workspace, garbage: Iterable[Garbage]) -> int:
     return sum(item.bytes for item in garbage)
 
 
-def _used(workspace: Workspace, kept_releases: Iterable[Manifest]) -> set[tuple[str, str]]:
-    """Kind and id of releases and of everything that they were made of, directly or not."""
+def _current(workspace: Workspace) -> list[Manifest]:
+    """What releases are made of, each the artifact of its kind that was requested last."""
+    latest = (artifacts.latest(workspace, kind) for kind in releases.PART_KINDS)
+    return [manifest for manifest in latest if manifest is not None]
+
+
+def _used(workspace: Workspace, kept: Iterable[Manifest]) -> set[tuple[str, str]]:
+    """Kind and id of some artifacts and of everything that they were made of, directly or not."""
     used: set[tuple[str, str]] = set()
-    todo = list(kept_releases)
+    todo = list(kept)
     while todo:
         manifest = todo.pop()
         if (manifest.kind, manifest.id) in used:
@@ -167,9 +184,13 @@ def _used(workspace: Workspace, kept_releases: Iterable[Manifest]) -> set[tuple[
 
 
 def _last_recommendations(workspace: Workspace, used: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Kind and id of the last recommendations that each model in use has made."""
-    last = {manifest.inputs["models"]: manifest for manifest in artifacts.listing(workspace, artifacts.RECOMMENDATIONS)}
-    return {(manifest.kind, manifest.id) for model, manifest in last.items() if ("models", model) in used}
+    """Kind and id of the recommendations of each model in use that were requested last."""
+    made = {manifest.id: manifest for manifest in artifacts.listing(workspace, artifacts.RECOMMENDATIONS)}
+    last = {
+        made[each].inputs["models"]: each
+        for each in artifacts.by_request(workspace, artifacts.RECOMMENDATIONS, list(made))
+    }
+    return {(artifacts.RECOMMENDATIONS, each) for model, each in last.items() if ("models", model) in used}
 
 
 def _replaced_parts(workspace: Workspace, limit: datetime) -> list[Garbage]:

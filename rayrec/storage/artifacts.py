@@ -176,10 +176,15 @@ def make_current(workspace: Workspace, kind: str, artifact_id: str) -> None:
         workspace.write_json(CURRENT, {**ids, kind: [*others, artifact_id]})
 
 
+def by_request(workspace: Workspace, kind: str, artifact_ids: Sequence[str]) -> list[str]:
+    """Some ids, given oldest first, in the order of their last request; those that were never requested come first."""
+    places = {each: place for place, each in enumerate(requested_ids(workspace).get(kind, []))}
+    return sorted(artifact_ids, key=lambda each: places.get(each, -1))
+
+
 def last_requested(workspace: Workspace, kind: str, artifact_ids: Sequence[str]) -> str | None:
     """Of some ids, oldest first, the one that was requested last, else the last; None where there are none."""
-    requested = reversed(requested_ids(workspace).get(kind, []))
-    return next((each for each in requested if each in artifact_ids), artifact_ids[-1] if artifact_ids else None)
+    return next(reversed(by_request(workspace, kind, artifact_ids)), None)
 
 
 def load_manifest(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:

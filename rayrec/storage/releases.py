@@ -298,7 +298,7 @@ def _publish_release(workspace: Workspace, inputs: dict[str, str], metrics: Mapp
     # Parts made anew under the same ids (a folder deleted and rebuilt) make another release.
     release_id, complete = new_id(workspace, KIND, fingerprint("release", checksums, inputs), repeat=False)
     if complete:
-        return artifacts.load_manifest(workspace, KIND, release_id)
+        return artifacts.reuse(workspace, KIND, release_id)
     manifest = Manifest(kind=KIND, id=release_id, inputs=inputs, metrics=dict(metrics))
     workspace.write_json(manifest.path(CHECKSUMS), checksums)
     return publish(workspace, manifest, [CHECKSUMS])

@@ -64,6 +64,32 @@ def test_of_recommendations_the_last_of_each_model_in_use_stay(nights: Workspace
     }
 
 
+def test_a_release_that_was_asked_for_again_is_the_newest(nights: Workspace) -> None:
+    made = [each.id for each in releases.list_releases(nights)]
+    again = releases.create_release(nights, model_id="m", tastes_id="t1", index_id="i", activate=False)
+    assert again.id == made[1]
+    assert artifacts.current_ids(nights)["releases"] == made[1]
+    paths = {item.path for item in find_garbage(nights, keep=2, hours=0)}
+    assert paths >= {"releases/" + made[0], "releases/" + made[2], "tastes/t0", "tastes/t2"}
+    assert not paths & {"releases/" + made[1], "releases/" + made[4], "tastes/t1", "tastes/t4"}
+
+
+def test_recommendations_that_were_asked_for_again_stay(nights: Workspace) -> None:
+    for name in ("r1", "r2"):
+        make(nights, "recommendations", name, dataset="d", models="m")
+    release(nights, 5)
+    artifacts.reuse(nights, "recommendations", "r1")
+    paths = [item.path for item in find_garbage(nights, keep=2, hours=0)]
+    assert "recommendations/r1" not in paths
+    assert "recommendations/r2" in paths
+
+
+def test_what_later_commands_start_from_stays(nights: Workspace) -> None:
+    artifacts.reuse(nights, "models", "unused")  # `rayrec train` with earlier settings
+    paths = [item.path for item in find_garbage(nights, keep=2, hours=0)]
+    assert not {"models/unused", "songs/old"} & set(paths)
+
+
 def test_after_cleaning_what_is_kept_verifies_and_rolls_back(nights: Workspace) -> None:
     garbage = find_garbage(nights, keep=2, hours=0)
     assert delete_garbage(nights, garbage) == sum(item.bytes for item in garbage)
