@@ -27,7 +27,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from rayrec.config import Settings, base_type, expected_value, from_mapping, read_toml
-from rayrec.errors import InputError, RayrecError
+from rayrec.errors import InputError, NotFoundError, RayrecError
 from rayrec.storage.artifacts import noun
 from rayrec.storage.workspace import Workspace
 
@@ -68,6 +68,13 @@ class Call:
     def workspace(self) -> Workspace:
         """Opened at first use: not every command reads it on this machine."""
         return Workspace(self.uri)
+
+    @property
+    def existing_workspace(self) -> Workspace:
+        """The workspace, of commands that only look at it. Raises `NotFoundError` where nothing is there."""
+        if self.workspace.is_empty:
+            raise NotFoundError(f"workspace {self.uri} holds nothing; check --workspace, or run `rayrec fit`")
+        return self.workspace
 
 
 @dataclass(frozen=True)
@@ -374,6 +381,18 @@ def size(num_bytes: int) -> str:
 def day(iso: str) -> str:
     """The date and minute of an ISO 8601 time."""
     return iso[:16].replace("T", " ")
+
+
+def age(iso: str, now: datetime | None = None) -> str:
+    """How long ago an ISO 8601 time was, in the largest unit of which one has passed; empty for no time."""
+    if not iso:
+        return ""
+    seconds = ((now or datetime.now(timezone.utc)) - datetime.fromisoformat(iso)).total_seconds()
+    for unit, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count:,} {unit}{'' if count == 1 else 's'} ago"
+    return "just now"
 
 
 def table(

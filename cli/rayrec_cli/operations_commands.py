@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
@@ -14,18 +14,19 @@ from rich.tree import Tree
 from rayrec.data.dataset import Dataset
 from rayrec.data.lineage import KINDS, delete_garbage, find_garbage
 from rayrec.data.lineage import status as look
-from rayrec.data.split import load_split
+from rayrec.data.split import left_out
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.experiment_report import ExperimentReportConfig, report_experiment
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
-from rayrec.storage.artifacts import Manifest, load_manifest, noun
+from rayrec.storage.artifacts import FITTED, Manifest, load_manifest, noun
 from rayrec.storage.locking import lock_holder, unlock
 from rayrec.storage.releases import PART_KINDS
 from rayrec_cli.app import (
     Call,
     ForceOption,
     Shown,
+    age,
     app,
     command,
     day,
@@ -45,6 +46,7 @@ UnlockOption = Annotated[bool, typer.Option("--yes", help="Delete the lock; with
 HEADLINES = ("validation_recall@20", "recall@20", "coverage", "mean_cosine", "kind", "recall", "users")
 # What an artifact stands under: the first of its inputs that is shown.
 PARENTS = ("models", "songs", "split", "dataset")
+NAMED = ("dataset", "split", "from", "retrieval")  # inputs that a line names where those above it have others
 
 PARTS = ("dataset", "split", *PART_KINDS)
 
@@ -87,52 +89,82 @@ def status(call: Call) -> Shown:
 
     The artifacts that later commands start from are marked as current, the release that answers as live.
     """
-    data = look(call.workspace)
+    data = look(call.existing_workspace)
     return Shown(data, [lineage_tree(data)])
 
 
 def lineage_tree(data: dict[str, Any]) -> RenderableType:
     """The data set, below it its splits and artifacts, each below what it was made from."""
-    dataset = data["dataset"]
-    root = Tree(Text(f"Workspace {data['workspace']}", style="bold"))
-    if dataset is None:
-        root.add("No data set; see rayrec import --help")
-    branches: dict[tuple[str, str], Tree] = {}
-    if dataset is not None:
+    return _LineageTree(data).root
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """A line of the tree, and what it and those above it were made from."""
+
+    tree: Tree
+    made_from: dict[str, str]  # role -> id
+
+
+class _LineageTree:
+    """Grows the tree; a line names those of its inputs that the lines above it do not."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.data, self.dataset = data, data["dataset"]
+        self.root = Tree(Text(f"Workspace {data['workspace']}", style="bold"))
+        self.branches: dict[tuple[str, str], _Branch] = {}
+        if self.dataset is None:
+            self.root.add("No data set; see rayrec import --help")
+        else:
+            self._add_dataset(self.dataset)
+        for split in data["splits"]:
+            cut = split.get("protocol") or "in time"
+            self._add("split", {**split, "inputs": {"dataset": split["dataset"]}}, [cut])
+        for kind in KINDS:
+            for item in data[kind]:
+                self._add(kind, item, [_headline(item["figures"])])
+
+    def _add_dataset(self, dataset: dict[str, Any]) -> None:
         counts = ", ".join(f"{number(dataset[name])} {name}" for name in ("plays", "users", "songs"))
         rejected = f", {number(dataset['rejected'])} rows rejected" if dataset["rejected"] else ""
-        text = f"data set {dataset['id']}  {counts}{rejected}  {size(dataset['bytes'])}  {day(dataset['created_at'])}"
-        branches["dataset", dataset["id"]] = root.add(Text(text.rstrip()))
-    for split in data["splits"]:
-        cut = split.get("protocol") or "in time"
-        _grow(root, branches, "split", {**split, "inputs": {"dataset": split["dataset"]}}, [cut], data)
-    for kind in KINDS:
-        for item in data[kind]:
-            facts = [_headline(item["figures"]), size(item["bytes"]), day(item["created_at"])]
-            _grow(root, branches, kind, item, facts, data)
-    return root
+        facts = [f"{counts}{rejected}", size(dataset["bytes"]), age(dataset["created_at"])]
+        line = "  ".join(filter(None, [f"data set {dataset['id']}", *facts]))
+        branch = _Branch(self.root.add(Text(line)), {"dataset": dataset["id"]})
+        for each in (*dataset["ancestors"], dataset["plays_id"], dataset["id"]):
+            self.branches["dataset", each] = branch
 
+    def _add(self, kind: str, item: dict[str, Any], facts: list[str]) -> None:
+        """Hang an artifact below the closest of its inputs that is in the tree."""
+        inputs = dict(item["inputs"])
+        if self.dataset is not None and inputs.get("dataset") == self.dataset["plays_id"]:
+            inputs["dataset"] = self.dataset["id"]
+        parents = (self.branches.get((role, inputs.get(role, ""))) for role in PARENTS)
+        parent = next(filter(None, parents), _Branch(self.root, {}))
+        made_from = {**parent.made_from, "split" if kind == "split" else kind: item["id"]}
+        words = [
+            self._input(role, inputs[role])
+            for role in NAMED
+            if inputs.get(role, made_from.get(role)) != made_from.get(role)
+        ]
+        if kind in FITTED and "split" in made_from and "split" not in inputs:
+            words.append("no split")
+            del made_from["split"]
+        marks = []
+        if item["id"] == self.data["current"].get("splits" if kind == "split" else kind) and kind != "releases":
+            marks.append("current")
+        if kind == "releases" and item["id"] == self.data["active"]:
+            marks.append("live")
+        facts = [*words, *facts, size(item["bytes"]), age(item["created_at"])]
+        line = "  ".join([f"{noun(kind)} {item['id']}", *filter(None, facts), *(f"[{mark}]" for mark in marks)])
+        tree = parent.tree.add(Text(line, style="bold" if marks else ""))
+        self.branches[kind, item["id"]] = _Branch(tree, made_from | inputs)
 
-def _grow(
-    root: Tree,
-    branches: dict[tuple[str, str], Tree],
-    kind: str,
-    item: dict[str, Any],
-    facts: list[str],
-    data: dict[str, Any],
-) -> None:
-    """Hang an artifact below the closest of its inputs that is in the tree."""
-    parents = [branches.get((role, item["inputs"].get(role, ""))) for role in PARENTS]
-    marks = []
-    if item["id"] == data["current"].get("splits" if kind == "split" else kind) and kind != "releases":
-        marks.append("current")
-    if kind == "releases" and item["id"] == data["active"]:
-        marks.append("live")
-    parent = next((branch for branch in parents if branch is not None), None)
-    if parent is None:
-        facts = [f"of data set {item['inputs'].get('dataset', 'unknown')}", *facts]
-    words = [f"{noun(kind)} {item['id']}", *filter(None, facts), *(f"[{mark}]" for mark in marks)]
-    branches[kind, item["id"]] = (parent or root).add(Text("  ".join(words), style="bold" if marks else ""))
+    def _input(self, role: str, made_of: str) -> str:
+        """An input that the lines above do not name."""
+        if role == "from":
+            return f"from model {made_of}"
+        earlier = role == "dataset" and self.dataset is not None and made_of in self.dataset["ancestors"]
+        return f"{'of earlier ' if earlier else 'of ' if role == 'dataset' else ''}{noun(role)} {made_of}"
 
 
 @command(app, "verify", example="rayrec verify")
@@ -144,7 +176,7 @@ def verify_workspace(call: Call) -> Shown:
     """
     from rayrec.jobs.verify import verify_workspace as job
 
-    audit = job(call.workspace)
+    audit = job(call.existing_workspace)
     rows = [[item.kind, item.id, item.files, item.problems or "ok"] for item in audit.checked]
     views: list[Any] = [table("Checked", ["kind", "id", "files", "problems"], rows, left=["id"])]
     for title, findings in (("Problems", audit.problems), ("Notes", audit.notes)):
@@ -167,7 +199,7 @@ def unlock_workspace(call: Call, *, yes: UnlockOption = False) -> Shown:
     A killed run leaves its lock. Make sure that the run has ended: two runs at once damage what they write.
     On a local disk the lock ends with its process.
     """
-    holder = lock_holder(call.workspace)
+    holder = lock_holder(call.existing_workspace)
     if holder is None:
         return Shown({"holder": None, "deleted": False}, ["The workspace is not locked."])
     if yes:
@@ -189,7 +221,7 @@ def clean_workspace(
     Old releases with their tastes, models, indexes and song embeddings, parts of the data set that `rayrec compact`
     joined, and what killed jobs left. It is refused while a job writes to the workspace.
     """
-    garbage = find_garbage(call.workspace, keep=keep, hours=hours)
+    garbage = find_garbage(call.existing_workspace, keep=keep, hours=hours)
     total = sum(item.bytes for item in garbage)
     if yes and garbage:
         delete_garbage(call.workspace, garbage)
@@ -223,9 +255,15 @@ def create(
     )
     shown = _release(call, new_release)
     warnings = []
-    split = load_split(call.workspace, new_release.inputs["split"]) if "split" in new_release.inputs else None
-    if split is not None and split.has_test:
-        warnings.append(f"the model was not trained on {split.test_range}; `rayrec fit` trains on all plays in the end")
+    parts_without: dict[str, list[str]] = {}  # range of plays -> what was not trained on it
+    for kind in ("songs", "models", "retrieval"):
+        if kind in new_release.inputs:
+            part = load_manifest(call.workspace, kind, new_release.inputs[kind])
+            parts_without.setdefault(left_out(call.workspace, part), []).append(f"{noun(kind)} {part.id}")
+    for plays, parts in parts_without.items():
+        if plays:
+            named = ", ".join(parts)
+            warnings.append(f"not trained on {plays}: {named}; `rayrec fit` trains on all plays in the end")
     made_of = load_manifest(call.workspace, "tastes", new_release.inputs["tastes"]).inputs["dataset"]
     if made_of != Dataset(call.workspace).manifest.plays_id:
         warnings.append("the taste vectors lack new plays; run `rayrec taste` and `rayrec release create`")
@@ -236,7 +274,7 @@ def create(
 @command(release_app, "list", example="rayrec release list")
 def list_releases(call: Call) -> Shown:
     """List all releases, oldest first."""
-    active = releases.active_release(call.workspace)
+    active = releases.active_release(call.existing_workspace)
     live = None if active is None else active.id
     all_releases = releases.list_releases(call.workspace)
     rows = [

@@ -334,6 +334,16 @@ def split_flag(split_id: str | None) -> str:
     return f" --split {split_id}" if split_id else " --no-split"
 
 
+def left_out(workspace: Workspace, artifact: Manifest) -> str:
+    """The plays of its data set that an artifact was not fitted on, in words; empty where it was fitted on all."""
+    if "split" not in artifact.inputs:
+        return ""
+    split = load_split(workspace, artifact.inputs["split"])
+    if not artifact.config.get("refit", True):
+        return split.validation_as_test().test_range
+    return split.test_range if split.has_test else ""
+
+
 def trained_on(workspace: Workspace, artifact: Manifest) -> str:
     """Which plays an artifact was fitted on, in words."""
     if "split" not in artifact.inputs:
@@ -341,11 +351,9 @@ def trained_on(workspace: Workspace, artifact: Manifest) -> str:
     split = load_split(workspace, artifact.inputs["split"])
     if artifact.kind == "rankers":
         return f"{split.validation_range} (split {split.id})"
-    if not artifact.config.get("refit", True):
-        return f"all plays except {split.validation_as_test().test_range} (split {split.id})"
-    if not split.has_test:
-        return f"all plays, after choosing on {split.validation_range} (split {split.id})"
-    return f"all plays except {split.test_range} (split {split.id})"
+    if not_seen := left_out(workspace, artifact):
+        return f"all plays except {not_seen} (split {split.id})"
+    return f"all plays, after choosing on {split.validation_range} (split {split.id})"
 
 
 def fit_range(split: Split | None) -> FitRange:

@@ -175,6 +175,12 @@ class Workspace:
             if info.type == pafs.FileType.File and not info.base_name.startswith(".")
         }
 
+    @property
+    def is_empty(self) -> bool:
+        """True where the root is not there, or has no file and no folder."""
+        selector = pafs.FileSelector(self.full(""), allow_not_found=True)
+        return not self.filesystem.get_file_info(selector)
+
     def folders(self, path: str) -> list[str]:
         """The names of the folders directly in a folder, sorted."""
         selector = pafs.FileSelector(self.full(path), allow_not_found=True)

@@ -111,17 +111,45 @@ def test_wrong_use_is_one_clear_line_and_exit_code_2(
     assert re.search(said, told.err, re.IGNORECASE), told.err
 
 
-def test_a_job_that_fails_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["status", "verify", "release list", "unlock", "clean"])
+def test_a_workspace_that_holds_nothing_is_wrong_use_and_stays_so(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (tmp_path / "typo", tmp_path / "new"):
+        assert main(["--json", "--workspace", str(folder), *command.split()]) == 2
+        error = json.loads(capsys.readouterr().out)["error"]
+        assert error["kind"] == "not_found"
+        assert error["message"] == f"workspace {folder} holds nothing"
+        assert error["hint"] == "check --workspace, or run `rayrec fit`"
+        (tmp_path / "new").mkdir(exist_ok=True)
+    assert not (tmp_path / "typo").exists()
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("command", ["demo", "run /no/such.toml", "fit PLAYS", "update PLAYS", "serve"])
+def test_without_faiss_nothing_is_begun(
+    command: str, plays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    words = command.replace("PLAYS", str(plays)).split()
+    assert main(["--workspace", str(tmp_path / "new"), *words]) == 2
+    assert "pip install faiss-cpu" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_job_that_fails_is_exit_code_1(
+    filled: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(workspace: Workspace) -> None:
         raise LeakError("a fit was handed\n3 plays")
 
     monkeypatch.setattr("rayrec_cli.operations_commands.look", fail)
-    assert main(["status"]) == 1
+    assert main(["--workspace", filled, "status"]) == 1
     assert capsys.readouterr().err == "rayrec: A fit was handed 3 plays\n"
 
 
 def test_an_error_of_ours_that_ray_wrapped_is_told_as_it_was_raised(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    filled: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class WrappedError(Exception):
         """As Ray's RayTaskError: the traceback as text, the error as `cause`."""
@@ -132,17 +160,18 @@ def test_an_error_of_ours_that_ray_wrapped_is_told_as_it_was_raised(
         raise WrappedError("Traceback\n  File x\nrayrec.errors.NotFoundError: there is no such song")
 
     monkeypatch.setattr("rayrec_cli.operations_commands.look", fail)
-    assert main(["status"]) == 2
+    assert main(["--workspace", filled, "status"]) == 2
     assert capsys.readouterr().err == "rayrec: There is no such song\n"
 
 
 def test_our_bugs_are_one_line_and_a_traceback_only_when_asked_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    filled: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(workspace: Workspace) -> None:
         raise ZeroDivisionError("oh")
 
     monkeypatch.setattr("rayrec_cli.operations_commands.look", fail)
+    monkeypatch.setenv("RAYREC_WORKSPACE", filled)
     assert main(["status"]) == 1
     assert capsys.readouterr().err == "rayrec: ZeroDivisionError: oh; run again with --debug for the traceback\n"
     assert main(["--debug", "status"]) == 1
@@ -167,6 +196,7 @@ def test_an_error_with_json_is_one_object_on_stdout_and_one_line_on_stderr(
     raised: BaseException,
     error: tuple[str, str, str, int],
     place: str,
+    filled: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -174,6 +204,7 @@ def test_an_error_with_json_is_one_object_on_stdout_and_one_line_on_stderr(
         raise raised
 
     monkeypatch.setattr("rayrec_cli.operations_commands.look", fail)
+    monkeypatch.setenv("RAYREC_WORKSPACE", filled)
     kind, message, hint, code = error
     assert main(["--json", "status"] if place == "before" else ["status", "--json"]) == code
     told = capsys.readouterr()
@@ -205,12 +236,12 @@ def test_a_stdout_that_cannot_show_a_name_fails_no_work(encoding: str, flags: li
         assert ("日本" if encoding == "utf-8" else "\\u65e5\\u672c") in text
 
 
-def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_is_exit_code_130(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(workspace: Workspace) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rayrec_cli.operations_commands.look", interrupt)
-    assert main(["status"]) == 130
+    assert main(["--workspace", filled, "status"]) == 130
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,19 @@
 """`rayrec status` shows what was made from what, what is current and what is live."""
 
 import io
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from rayrec.data.lineage import status
+from rayrec.data.split import Split, save_split
 from rayrec.storage.artifacts import DatasetManifest, Manifest, make_current, publish, write_dataset_manifest
 from rayrec.storage.releases import write_active
 from rayrec.storage.workspace import Workspace
+from rayrec_cli.app import age
 from rayrec_cli.operations_commands import lineage_tree
 
 
@@ -65,6 +69,67 @@ def test_the_current_and_the_live_ones_are_marked(workspace: Workspace) -> None:
 def test_what_was_made_from_a_data_set_that_is_gone_says_so(workspace: Workspace) -> None:
     put(workspace, "songs", "s0", dataset="d0")
     assert find(lines(workspace), "song embeddings s0")[1].startswith("song embeddings s0  of data set d0")
+
+
+def test_after_an_append_a_continued_model_names_what_the_lines_above_it_do_not(tmp_path: Path) -> None:
+    """Fit, append, and a training that is continued: its embeddings are those of the first fit."""
+    workspace, two_days = Workspace(tmp_path), (datetime.now(timezone.utc) - timedelta(days=2, hours=1)).isoformat()
+    figures: dict[str, Any] = {"source": "csv", "buckets": 1, "users": 1, "plays": 2, "songs": 2}
+    now = DatasetManifest(id="d2", ancestors=["d1"], parts=2, created_at=two_days, **figures)
+    write_dataset_manifest(workspace, now)
+    for name, dataset in (("x1", "d1"), ("x2", "d2")):
+        save_split(workspace, Split(id=name, dataset=dataset, validation_from=1, test_from=2))
+    first, second = {"dataset": "d1", "split": "x1"}, {"dataset": "d2", "split": "x2"}
+    put(workspace, "songs", "s1", **first)
+    put(workspace, "models", "m1", songs="s1", **first)
+    put(workspace, "models", "m2", songs="s1", **second, **{"from": "m1"})
+    put(workspace, "models", "m3", songs="s1", dataset="d2")
+    for model, of, retrieval in (("m1", first, "k1"), ("m2", second, "k2")):
+        put(workspace, "retrieval", retrieval, **of)
+        put(workspace, "rankers", f"r-{model}", models=model, retrieval=retrieval, **of)
+        put(workspace, "tastes", f"t-{model}", models=model, dataset=of["dataset"])
+    put(workspace, "tastes", "t-new", models="m1", dataset="d2")
+    shown = lines(workspace)
+    for line, above, words in (
+        ("data set d2", "Workspace", "2 plays, 1 users, 2 songs"),
+        ("split x1", "data set d2", "of earlier data set d1  in time"),
+        ("split x2", "data set d2", "in time"),
+        ("song embeddings s1", "split x1", ""),
+        ("model m1", "song embeddings s1", ""),
+        ("model m2", "song embeddings s1", "of data set d2  split x2  from model m1"),
+        ("model m3", "song embeddings s1", "of data set d2  no split"),
+        ("retrievers k2", "split x2", ""),
+        ("rankers r-m1", "model m1", "retrievers k1"),
+        ("rankers r-m2", "model m2", "retrievers k2"),
+        ("taste vectors t-m1", "model m1", ""),
+        ("taste vectors t-m2", "model m2", ""),
+        ("taste vectors t-new", "model m1", "of data set d2"),
+    ):
+        _, text, parent = find(shown, line)
+        assert parent.startswith(above)
+        facts = [fact for fact in text.split("  ")[1:] if not fact.startswith("[")]
+        *named, bytes_shown, age_shown = facts
+        assert "  ".join(named) == words
+        assert bytes_shown.endswith(" B")
+        assert age_shown == ("2 days ago" if line == "data set d2" else "just now")
+
+
+def test_what_was_made_before_parts_were_joined_is_of_the_same_plays(workspace: Workspace) -> None:
+    figures: dict[str, Any] = {"source": "csv", "buckets": 1, "users": 1, "plays": 2, "songs": 2}
+    joined = DatasetManifest(id="d2", ancestors=["d1"], joined_from="d1", parts=2, **figures)
+    write_dataset_manifest(workspace, joined)
+    put(workspace, "songs", "s1", dataset="d1")
+    _, text, parent = find(lines(workspace), "song embeddings s1")
+    assert (parent.split("  ")[0], "data set" in text) == ("data set d2", False)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(-5, "just now"), (59, "just now"), (60, "1 minute ago"), (7_199, "1 hour ago"), (2 * 86_400, "2 days ago")],
+)
+def test_ages_are_in_the_largest_unit_that_has_passed(seconds: int, shown: str) -> None:
+    now = datetime(2026, 1, 20, tzinfo=timezone.utc)
+    assert age((now - timedelta(seconds=seconds)).isoformat(), now) == shown
 
 
 def test_an_empty_workspace_says_how_to_begin(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""`rayrec release create` says for each part which plays it was not fitted on."""
+
+import json
+from typing import Any
+
+import pytest
+
+from rayrec.data.split import Split, save_split
+from rayrec.storage.artifacts import DatasetManifest, Manifest, publish, write_dataset_manifest
+from rayrec.storage.workspace import Workspace
+from rayrec_cli.main import main
+
+DAY = 86_400_000
+ALL = {"split": "all"}
+TESTED = {"split": "tested"}
+FROM_10, FROM_7 = "the plays from 1970-01-11 on, UTC", "the plays from 1970-01-08 on, UTC"
+
+
+def warned(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], refit: bool, **splits: dict[str, str]
+) -> list[str]:
+    """The warnings of a release of a model whose parts have such splits."""
+    write_dataset_manifest(workspace, DatasetManifest(id="d", source="", buckets=1, parts=1, users=0, plays=0, songs=0))
+    save_split(workspace, Split(id="tested", dataset="d", validation_from=7 * DAY, test_from=10 * DAY))
+    save_split(workspace, Split(id="all", dataset="d", validation_from=7 * DAY, test_from=20 * DAY, has_test=False))
+    inputs: dict[str, dict[str, str]] = {
+        "songs": splits.get("songs", {}),
+        "models": {"songs": "songs1", **splits.get("models", {})},
+        "retrieval": splits.get("retrieval", {}),
+        "rankers": {"models": "models1", "retrieval": "retrieval1", **splits.get("models", {})},
+        "tastes": {"models": "models1"},
+        "indexes": {"models": "models1"},
+    }
+    for kind, made_of in inputs.items():
+        config: dict[str, Any] = {"refit": refit} if kind == "models" else {}
+        publish(workspace, Manifest(kind=kind, id=f"{kind}1", config=config, inputs={"dataset": "d", **made_of}), [])
+    assert main(["--json", "--workspace", workspace.uri, "release", "create"]) == 0
+    return list(json.loads(capsys.readouterr().out).get("warnings", []))
+
+
+@pytest.mark.parametrize(
+    ("refit", "splits", "expected"),
+    [
+        (True, {"songs": ALL, "models": ALL, "retrieval": ALL}, []),
+        (True, {}, []),
+        (False, {"songs": ALL, "models": ALL, "retrieval": ALL}, [f"not trained on {FROM_7}: model models1"]),
+        (True, {"songs": TESTED}, [f"not trained on {FROM_10}: song embeddings songs1"]),
+        (True, {"models": ALL, "retrieval": TESTED}, [f"not trained on {FROM_10}: retrievers retrieval1"]),
+        (
+            True,
+            {"songs": TESTED, "models": TESTED, "retrieval": TESTED},
+            [f"not trained on {FROM_10}: song embeddings songs1, model models1, retrievers retrieval1"],
+        ),
+        (
+            False,
+            {"songs": TESTED, "models": TESTED},
+            [
+                f"not trained on {FROM_10}: song embeddings songs1",
+                f"not trained on {FROM_7}: model models1",
+            ],
+        ),
+    ],
+)
+def test_each_part_that_was_fitted_without_some_plays_is_named(
+    refit: bool,
+    splits: dict[str, dict[str, str]],
+    expected: list[str],
+    workspace: Workspace,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    advice = "; `rayrec fit` trains on all plays in the end"
+    assert warned(workspace, capsys, refit, **splits) == [text + advice for text in expected]
