@@ -41,7 +41,7 @@ def write_world(
     workspace: Workspace, *, users: int = 60, num_songs: int = NUM_SONGS, opinions: bool = False
 ) -> Histories:
     """A data set of random plays, with `opinions` some of them skipped, and songs liked; with song vectors."""
-    histories = random_histories(users, num_songs)
+    histories = random_histories(users, min(num_songs, NUM_SONGS))  # so that rankers find songs that are played again
     histories = histories.take(histories.lengths > 0)
     histories = replace(histories, played_at=histories.played_at + BEGIN)
     histories = with_opinions(histories, num_songs) if opinions else histories

@@ -73,16 +73,19 @@ def _serve(connection: Connection) -> None:
 
 
 def answer_requests(uri: str, store: str, songs: int) -> None:
-    """What a replica of the server does."""
+    """What a replica of the server does: answers for histories, filtered ones among them, and searches of songs."""
     from served import Client, service
 
-    from rayrec.bench.serve_bench import histories
-
-    bodies = histories(np.random.default_rng(0), songs)
+    histories = np.random.default_rng(0).integers(songs, size=(100, 50)).tolist()
+    artists = [f"Artist {number}" for number in range(7)]  # as `write_dataset` names them
+    some = [[artist for bit, artist in enumerate(artists) if number >> bit & 1] for number in range(1, 101)]
     with service(Workspace(uri), store=store) as opened:
         client = Client(opened)
-        for number in range(100):
-            assert client.post("/v1/recommendations", bodies[number % len(bodies)]).status_code == 200
+        for history, wanted in zip(histories, some, strict=True):
+            body = {"history": [f"song-{row}" for row in history]}
+            assert client.post("/v1/recommendations", body).status_code == 200
+            assert client.post("/v1/recommendations", {**body, "artists": wanted}).status_code == 200
+        assert client.get("/v1/songs?query=title").status_code == 200
 
 
 def _units(make_worker: Callable[..., Any], arguments: dict[str, Any], units: list[Any]) -> list[Any]:

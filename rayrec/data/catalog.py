@@ -26,6 +26,7 @@ MANY = 8  # a share of the songs of more than 1 in this many
 # Columns of `with_folded`: texts, and the artist once more as a dictionary.
 FOLDED_TITLE, FOLDED_ARTIST, FOLDED_BOTH, ARTIST_NAME = "folded_title", "folded_artist", "folded_both", "artist_name"
 MOST_WORDS = 16  # of a query; the rest are not looked at
+SLICE = 1 << 17  # songs that are searched at once
 
 
 class Catalog:
@@ -132,20 +133,24 @@ def with_folded(table: pa.Table) -> pa.Table:
     return table.append_column(FOLDED_BOTH, pc.binary_join_element_wise(folded_artists, folded_titles, "\n"))
 
 
+def popularity_places(popularity: np.ndarray) -> np.ndarray:
+    """int32 (N,): the place of each song, 0 the most popular; of songs with equal popularity the lower row is first."""
+    places = np.empty(len(popularity), dtype=np.int32)
+    places[np.argsort(-popularity, kind="stable")] = np.arange(len(popularity))
+    return places
+
+
 class SongSearch:
     """Searches titles and artists held in memory: a pass over all songs for each word of a query.
 
-    A song without a title is found by its id. `popularity`, float or int (N,), ranks songs that fit
-    equally well; without it they come in the order of song rows.
+    A song without a title is found by its id. Songs that fit equally well come in the order of `places`, int32 (N,)
+    as `popularity_places` gives it; without it in the order of song rows.
     """
 
-    def __init__(self, catalog: Catalog, popularity: np.ndarray | None = None) -> None:
+    def __init__(self, catalog: Catalog, places: np.ndarray | None = None) -> None:
         table, names = with_folded(catalog.table), (FOLDED_TITLE, FOLDED_ARTIST, FOLDED_BOTH)
         self._titles, self._artists, self._both = (one_array(table.column(name)) for name in names)
-        songs = len(catalog)
-        order = np.arange(songs) if popularity is None else np.argsort(-np.asarray(popularity), kind="stable")
-        self._worth = np.empty(songs, dtype=np.int32)  # the more popular, the higher; no two alike
-        self._worth[order] = np.arange(songs, 0, -1)
+        self._places = places  # no copy: of a served catalog they are memory-mapped
 
     def find(self, query: str, limit: int) -> tuple[np.ndarray, int]:
         """The best `limit` song rows, int32, that hold every word of the query, and how many do.
@@ -155,14 +160,27 @@ class SongSearch:
         """
         folded_query = fold(query)
         words = folded_query.split()[:MOST_WORDS]
-        if not words:
+        if not words or not len(self._both):
             return np.zeros(0, np.int32), 0
-        rows = self._holding(words)
-        matching_rows = rows.to_numpy()
-        fits = np.maximum(_fit(self._titles, rows, folded_query), _fit(self._artists, rows, folded_query))
-        worth = fits.astype(np.int64) * (len(self._worth) + 1) + self._worth[matching_rows]
-        best = np.argpartition(-worth, limit)[:limit] if limit < len(matching_rows) else np.arange(len(matching_rows))
-        return matching_rows[best[np.argsort(-worth[best])]].astype(np.int32), len(matching_rows)
+        slices = [self._find_in(begin, words, folded_query, limit) for begin in range(0, len(self._both), SLICE)]
+        rows, worth = (np.concatenate(parts) for parts in zip(*(best for best, _ in slices), strict=True))
+        return rows[_highest(worth, limit)], sum(count for _, count in slices)
+
+    def _find_in(
+        self, begin: int, words: list[str], folded_query: str, limit: int
+    ) -> tuple[tuple[np.ndarray, np.ndarray], int]:
+        """The best rows, int32, of the slice from `begin` on and their worth, int64; and how many songs hold the words.
+
+        What a search holds at one moment does not grow with the catalog.
+        """
+        titles, artists, both = (texts.slice(begin, SLICE) for texts in (self._titles, self._artists, self._both))
+        rows = _holding(both, words)
+        fits = np.maximum(_fit(titles, rows, folded_query), _fit(artists, rows, folded_query)).astype(np.int64)
+        song_rows = rows.to_numpy().astype(np.int64) + begin
+        places = song_rows if self._places is None else self._places[song_rows].astype(np.int64)
+        worth = fits * (len(self._both) + 1) - places  # no two alike
+        best = _highest(worth, limit)
+        return (song_rows[best].astype(np.int32), worth[best]), len(rows)
 
     def fits(self, query: str, rows: np.ndarray) -> np.ndarray:
         """int64 (n,): how well the songs at `rows`, int32 (n,), fit a query that they hold, EXACT best."""
@@ -170,13 +188,20 @@ class SongSearch:
         texts = (self._titles.take(places), self._artists.take(places))
         return np.asarray(np.maximum(*(_fit(text, None, folded_query) for text in texts)))
 
-    def _holding(self, words: list[str]) -> pa.Array:
-        """uint64: the rows of the songs that hold every word; the longest is looked for first, as few hold it."""
-        longest, *others = sorted(words, key=len, reverse=True)
-        rows = pc.indices_nonzero(pc.match_substring(self._both, longest))
-        for word in others:
-            rows = rows.filter(pc.match_substring(self._both.take(rows), word))
-        return rows
+
+def _holding(texts: pa.Array, words: list[str]) -> pa.Array:
+    """uint64: the rows of the texts that hold every word; the longest is looked for first, as few hold it."""
+    longest, *others = sorted(words, key=len, reverse=True)
+    rows = pc.indices_nonzero(pc.match_substring(texts, longest))
+    for word in others:
+        rows = rows.filter(pc.match_substring(texts.take(rows), word))
+    return rows
+
+
+def _highest(values: np.ndarray, limit: int) -> np.ndarray:
+    """int64: where the highest values stand, at most `limit`, the highest first."""
+    best = np.argpartition(-values, limit)[:limit] if limit < len(values) else np.arange(len(values))
+    return best[np.argsort(-values[best])]
 
 
 def _fit(texts: pa.Array, rows: pa.Array | None, query: str) -> np.ndarray:

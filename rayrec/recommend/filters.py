@@ -17,7 +17,8 @@ from rayrec.data.catalog import ARTIST_NAME, Catalog, fold, with_folded
 from rayrec.data.histories import Histories
 from rayrec.errors import FieldError
 
-MASKS_KEPT = 64  # of those asked for last: a byte a song each
+MASKS_KEPT = 64  # of those asked for last, at most
+MASKS_BYTES = 32_000_000  # that they take together, a byte a song each; one is kept whatever its size
 MARKETS_SHOWN = 20  # where one is asked for that no song has
 
 
@@ -42,6 +43,11 @@ def parse_day(text: str | None, where: str) -> date | None:
         raise FieldError(where, f"day {text!r} is not in the calendar; give YYYY-MM-DD") from error
 
 
+def masks_kept(num_songs: int) -> int:
+    """How many masks of a catalog are kept."""
+    return max(1, min(MASKS_KEPT, MASKS_BYTES // max(1, num_songs)))
+
+
 class SongMasks:
     """Answers which songs of a catalog fit what is wanted. Masks are kept, and safe to share between threads."""
 
@@ -51,7 +57,7 @@ class SongMasks:
         self._artists = columns.one_array(table.column(ARTIST_NAME))
         self._released = _column(table, columns.RELEASED)
         self._markets = _column(table, columns.MARKETS)
-        self.mask = lru_cache(maxsize=MASKS_KEPT)(self._mask)
+        self.mask = lru_cache(maxsize=masks_kept(self.num_songs))(self._mask)
 
     def lookups(self, outcome: str) -> int:
         """How many masks asked for so far were `hits`, kept from before, or `misses`."""
@@ -84,7 +90,9 @@ class SongMasks:
                 shown = ", ".join(sorted(pc.unique(names).drop_null().to_pylist())[:MARKETS_SHOWN])
                 raise FieldError("market", f"no song is available in market {attributes.market!r}; there are {shown}")
             rows = pc.list_parent_indices(markets).to_numpy()[here]
-            fits &= np.bincount(rows, minlength=self.num_songs) > 0
+            in_market = np.zeros(self.num_songs, dtype=np.bool_)
+            in_market[rows] = True
+            fits &= in_market
         fits.flags.writeable = False
         return fits
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 
 from rayrec.data import columns
-from rayrec.data.catalog import Catalog, SongSearch, with_folded
+from rayrec.data.catalog import Catalog, SongSearch, popularity_places, with_folded
 from rayrec.data.dataset import Dataset
 from rayrec.data.spelling import spell_id
 from rayrec.errors import FieldError
@@ -235,13 +235,7 @@ class ServedCatalog:
 def load_served_catalog(workspace: Workspace, release: Manifest, recommender: BaseRecommender) -> ServedCatalog:
     """The catalog of a release and its popular songs, in memory that the replicas of a node share."""
     dataset = Dataset(workspace)
-    made_of = {kind: release.inputs.get(kind, "") for kind in ("models", "retrieval", "added_songs")}
-    described = [description.id for description in dataset.descriptions()]
-    songs = workspace.filesystem.get_file_info(workspace.full(SONGS_TABLE))
-    file = {"uri": workspace.uri, "root": workspace.root, "bytes": songs.size, "written": songs.mtime_ns}
-    version = fingerprint(
-        "served catalog", {**file, "described": described}, {**made_of, "dataset": dataset.manifest.id}
-    )
+    version = catalog_version(workspace, release)
     table = mapped_table(version, lambda: _catalog_table(workspace, dataset, release, recommender))
     first_days = _array(table, FIRST_DAY) if FIRST_DAY in table.column_names else None
     catalog = Catalog(table)
@@ -258,16 +252,26 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
         first_days=first_days,
         by_age=np.zeros(0, np.int32) if first_days is None else _order(table, BY_AGE),
         lineage=dataset.lineage,
-        known=known_songs(recommender, len(catalog)),
+        known=_array(table, KNOWN).view(np.bool_),
         dim=network_of(recommender).song_vectors.shape[1],
-        search=SongSearch(catalog, plays),
+        search=SongSearch(catalog, _array(table, PLACE)),
         masks=SongMasks(catalog),
         names=SongNames(catalog),
     )
 
 
+def catalog_version(workspace: Workspace, release: Manifest) -> str:
+    """Names what the shared table of a release's catalog is made of: another table has another version."""
+    dataset = Dataset(workspace)
+    made_of = {kind: release.inputs.get(kind, "") for kind in ("models", "retrieval", "added_songs")}
+    described = [description.id for description in dataset.descriptions()]
+    songs = workspace.filesystem.get_file_info(workspace.full(SONGS_TABLE))
+    file = {"uri": workspace.uri, "root": workspace.root, "bytes": songs.size, "written": songs.mtime_ns}
+    return fingerprint("served catalog", {**file, "described": described}, {**made_of, "dataset": dataset.manifest.id})
+
+
 # Columns of the shared table beside those of the catalog. Orders of some of the songs end with -1.
-ID_HASH, ID_ROW, PLAYS, BY_PLAYS = "id_hash", "id_row", "plays", "by_plays"
+ID_HASH, ID_ROW, PLAYS, BY_PLAYS, PLACE, KNOWN = "id_hash", "id_row", "plays", "by_plays", "place", "known"
 WORTH, STARTING, FIRST_DAY, BY_AGE = "worth", "starting", "first_day", "by_age"
 
 
@@ -289,6 +293,8 @@ def _catalog_table(workspace: Workspace, dataset: Dataset, release: Manifest, re
         ID_ROW: by_hash.astype(np.int32),
         PLAYS: plays,
         BY_PLAYS: by_plays[known[by_plays]],  # others are never recommended, however popular
+        PLACE: popularity_places(plays),
+        KNOWN: known.view(np.uint8),  # a byte each, which needs no copy
         WORTH: starting.worth,
         STARTING: starting.order,
     }

@@ -35,6 +35,7 @@ from rayrec.serving.live_release import (
 )
 from rayrec.serving.middleware import Keys, load_keys
 from rayrec.serving.online_songs import MAX_ONLINE_SONGS, OnlineSongs, OnlineWatch
+from rayrec.serving.preparation import prepare
 from rayrec.serving.problems import NotReadyError, field_errors, request_id
 from rayrec.serving.requests import (
     Place,
@@ -537,6 +538,7 @@ def open_service(
 
     def load(release_id: str) -> LiveRelease:
         use_one_thread()
+        prepare(workspace, release_id)
         release, recommender = load_parts(workspace, release_id)
         catalog = load_served_catalog(workspace, release, recommender)
         engine = Engine(Parts(recommender, metrics), pool)

@@ -342,6 +342,6 @@ def replica_memory() -> int:
 def serving_memory(songs: int, replicas: int, shared: int) -> int:
     """Bytes of a node with so many replicas; `shared` are the mapped files, which it holds once.
 
-    One of the replicas reads the catalog of a release, whose mapped form the others wait for.
+    While a release is loaded a process of its own makes the mapped form of the catalog for them.
     """
-    return replicas * replica_memory() + songs * CATALOG_SONG_BYTES + shared
+    return replicas * replica_memory() + IDLE_WORKER + songs * CATALOG_SONG_BYTES + shared

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayrec.data import catalog as catalog_module
 from rayrec.data import columns
-from rayrec.data.catalog import Catalog, SongSearch, fold, fold_all
+from rayrec.data.catalog import Catalog, SongSearch, fold, fold_all, popularity_places
 
 SONGS: list[tuple[str | None, str | None]] = [
     ("Hollow", "Abba"),
@@ -32,7 +33,8 @@ def catalog(songs: list[tuple[str | None, str | None]] = SONGS) -> Catalog:
 
 
 def found(query: str, popularity: list[int] | None = None, limit: int = 10) -> list[int]:
-    rows, _ = SongSearch(catalog(), None if popularity is None else np.array(popularity)).find(query, limit)
+    places = None if popularity is None else popularity_places(np.array(popularity))
+    rows, _ = SongSearch(catalog(), places).find(query, limit)
     assert rows.dtype == np.int32
     return rows.tolist()
 
@@ -112,6 +114,9 @@ def test_finding_equals_a_plain_loop(
             continue
         fit = max(2 if part == wanted else 1 if part.startswith(wanted) else 0 for part in parts)
         ranked.append((-fit, -plays[row], row))
-    rows, count = SongSearch(catalog(songs), np.array(plays)).find(query, limit)
+    search = SongSearch(catalog(songs), popularity_places(np.array(plays, dtype=np.int64)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog_module, "SLICE", data.draw(st.sampled_from([3, 100])))  # several slices, or one
+        rows, count = search.find(query, limit)
     assert rows.tolist() == [row for *_, row in sorted(ranked)][:limit]
     assert count == len(ranked)

@@ -9,7 +9,7 @@ import pytest
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog
 from rayrec.errors import FieldError
-from rayrec.recommend.filters import SongAttributes, SongMasks
+from rayrec.recommend.filters import SongAttributes, SongMasks, masks_kept
 
 
 def catalog(described: bool = True) -> Catalog:
@@ -67,6 +67,13 @@ def test_masks_are_kept_and_cannot_be_changed() -> None:
     assert masks.mask(SongAttributes(market="SE")) is first
     with pytest.raises(ValueError, match="read-only"):
         first[0] = False
+
+
+@pytest.mark.parametrize(
+    ("songs", "kept"), [(0, 64), (100_000, 64), (1_000_000, 32), (10_000_000, 3), (100_000_000, 1)]
+)
+def test_masks_take_no_more_than_32_mb_however_large_the_catalog(songs: int, kept: int) -> None:
+    assert masks_kept(songs) == kept
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from worker_memory import WatchedWorkers, answer_requests, growth
+from worker_memory import WatchedWorkers
 from worlds import write_dataset
 
-from rayrec.bench.serve_bench import write_bench_release
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import SplitConfig, load_split, split_dataset
@@ -25,7 +24,6 @@ from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.import_data import import_data
 from rayrec.jobs.planning.formulas import (
-    IDLE_WORKER,
     bucket_memory,
     counting_memory,
     embedding_memory,
@@ -39,7 +37,6 @@ from rayrec.jobs.planning.formulas import (
     ranking_memory,
     reading_memory,
     recommending_memory,
-    serving_memory,
     table_bytes,
     training_memory,
 )
@@ -188,12 +185,3 @@ def test_memory_of_the_workers_of_an_import(
     measured = {name: watched.idle + watched.private[name] for name in expected}
     assert {name: watched.idle + size for name, size in expected.items()} == pytest.approx(measured, rel=0.15)
     assert keys_store(made.songs) == pytest.approx(watched.stored["BucketMerger"], rel=0.15)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("songs", [2_000, 20_000])
-def test_memory_of_a_replica(workspace: Workspace, tmp_path: Path, songs: int) -> None:
-    write_bench_release(workspace, songs, 0)
-    store = f"sqlite:///{tmp_path}/states.sqlite"
-    idle, grown, _ = growth(answer_requests, workspace.uri, store, songs)
-    assert idle - IDLE_WORKER + serving_memory(songs, 1, 0) == pytest.approx(idle + grown, rel=0.15)

@@ -1,0 +1,80 @@
+"""What replicas share of a release is made once a node, by a process of its own."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from served import damage, write_release, write_world
+from worker_memory import answer_requests, growth
+
+from rayrec.data.dataset import Dataset
+from rayrec.errors import RayrecError
+from rayrec.jobs.planning.formulas import IDLE_WORKER, replica_memory, serving_memory
+from rayrec.recommend.answer import load_recommender
+from rayrec.serving import preparation, served_catalog
+from rayrec.serving.preparation import answering_bytes, make_shared, prepare
+from rayrec.serving.served_catalog import load_served_catalog
+from rayrec.storage.artifacts import Manifest
+from rayrec.storage.object_storage import CACHE_VARIABLE
+from rayrec.storage.workspace import Workspace
+
+
+@pytest.fixture
+def release(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(preparation, "SMALL_RELEASE", 0)
+    write_world(workspace)
+    return write_release(workspace)
+
+
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on starting one fails."""
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+
+
+def test_one_process_makes_the_catalog_for_all_replicas(
+    workspace: Workspace, release: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(workspace, release.id)
+    no_process(monkeypatch)
+    prepare(workspace, release.id)  # of the second replica
+    monkeypatch.setattr(served_catalog, "with_folded", None)  # with which a table begins
+    recommender = load_recommender(workspace, Dataset(workspace), release.inputs)
+    catalog = load_served_catalog(workspace, release, recommender)
+    assert catalog.find(["song-3", "nothing"]).tolist() == [3, -1]
+
+
+def test_a_damaged_release_is_refused_with_what_the_process_found(workspace: Workspace, release: Manifest) -> None:
+    damage(workspace, release.id)
+    with pytest.raises(RayrecError, match=r"cannot be prepared: .*model.safetensors does not match the checksum"):
+        prepare(workspace, release.id)
+    damage(workspace, release.id)  # the same bit: repaired
+    prepare(workspace, release.id)
+
+
+def test_a_small_release_is_left_to_the_replica(
+    workspace: Workspace, release: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_process(monkeypatch)
+    monkeypatch.setattr(preparation, "SMALL_RELEASE", answering_bytes(workspace, release) + 1)
+    prepare(workspace, release.id)
+    monkeypatch.setattr(preparation, "SMALL_RELEASE", answering_bytes(workspace, release))
+    with pytest.raises(FileNotFoundError):
+        prepare(workspace, release.id)
+
+
+@pytest.mark.slow
+def test_private_memory_of_a_replica_at_a_million_songs_is_less_than_100_mb_above_that_at_10_000(
+    tmp_path: Path,
+) -> None:
+    grown = {}
+    for songs in (10_000, 1_000_000):
+        place = Workspace(tmp_path / str(songs))
+        write_world(place, num_songs=songs)
+        release = write_release(place, kind="ivf")
+        idle, making, _ = growth(make_shared, place.uri, release.id)
+        assert idle - IDLE_WORKER + serving_memory(songs, 0, 0) == pytest.approx(idle + making, rel=0.15)
+        _, grown[songs], _ = growth(answer_requests, place.uri, f"sqlite:///{tmp_path}/{songs}.sqlite", songs)
+        print(f"{songs:,} songs: the making {making / 1e6:.0f} MB, a replica {grown[songs] / 1e6:.0f} MB")
+    assert idle - IDLE_WORKER + replica_memory() == pytest.approx(idle + grown[10_000], rel=0.15)
+    assert grown[1_000_000] - grown[10_000] < 100_000_000
