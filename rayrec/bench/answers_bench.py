@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import torch
 
-from rayrec.bench.bench_config import AnswersBenchConfig
+from rayrec.bench.bench_config import AnswersBenchConfig, WorldConfig
 from rayrec.bench.rounds import PlainProcess, anonymous_mb, niceness
 from rayrec.bench.stage_benches import EMBEDDING_DIM, bench_dataset
 from rayrec.data import columns
@@ -26,10 +26,11 @@ from rayrec.display import progress
 from rayrec.jobs.build_index import build_index
 from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.runtime import ray_cluster
+from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.trainer import model_config
 from rayrec.model.checkpoint import save_model
 from rayrec.model.network import TasteModel
-from rayrec.model.train_config import TrainConfig
+from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import QueryBatch
 from rayrec.recommend.filters import without_heard
@@ -48,7 +49,7 @@ from rayrec.recommend.two_step import (
     examples_for,
 )
 from rayrec.recommend.two_step_config import RetrievalConfig
-from rayrec.storage import artifacts
+from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.releases import parts_of
 from rayrec.storage.workspace import Workspace
@@ -76,10 +77,10 @@ def bench_answers(place: Workspace, config: AnswersBenchConfig) -> dict[str, Any
     with progress("bench answers", 2 * len(config.songs)) as bar:
         for songs in config.songs:
             with ray_cluster():
-                dataset, parts, seconds = answers_world(place, config, songs)
+                dataset, release, seconds = answers_world(place, config, songs)
             bar.advance(note=f"{songs:,} songs are built")
             with PlainProcess(niceness()) as plain:
-                figures = plain.run(measure_answers, dataset, parts, config.queries)
+                figures = plain.run(measure_answers, dataset, release.inputs, config.queries)
             catalogs.append({"songs": songs, "build_seconds": round(seconds, 1), **figures})
             bar.advance(note=f"{songs:,} songs are measured")
     smallest, largest = catalogs[0], catalogs[-1]
@@ -205,22 +206,25 @@ def with_index(two_step: TwoStepRecommender, index: SongIndex) -> TwoStepRecomme
     return TwoStepRecommender(source, two_step.rankers)
 
 
-def answers_world(place: Workspace, config: AnswersBenchConfig, songs: int) -> tuple[Dataset, dict[str, str], float]:
-    """A catalog's data set, the ids of its parts, and the seconds that building took; 0 where it was there.
+def answers_world(place: Workspace, config: WorldConfig, songs: int) -> tuple[Dataset, Manifest, float]:
+    """A catalog's data set, its live release, and the seconds that building took; 0 where it was there.
 
-    Needs a running cluster.
+    The release has all parts of the default recommender. Needs a running cluster.
     """
     began = time.perf_counter()
     users = round(max(config.plays, PLAYS_PER_SONG * songs) / config.plays_per_user)
     dataset = bench_dataset(place, users=users, songs=songs, plays=config.plays_per_user, seed=config.seed)
     workspace = dataset.workspace
-    if workspace.exists(f"rankers/{MODEL}/manifest.json"):
-        return dataset, parts_of(workspace, artifacts.load_manifest(workspace, "models", MODEL)), 0.0
+    release = releases.active_release(workspace)
+    if release is not None:
+        return dataset, release, 0.0
     model = _write_model(dataset, config.seed)
     build_index(workspace, IndexConfig(), model_id=model.id)
     retrieval = fit_retrieval(workspace, RetrievalConfig())
     _write_rankers(dataset, model, retrieval)
-    return dataset, parts_of(workspace, model), time.perf_counter() - began
+    compute_tastes(workspace, TasteConfig(), model_id=model.id)
+    release = releases.create_release(workspace, model_id=model.id)
+    return dataset, release, time.perf_counter() - began
 
 
 def _write_model(dataset: Dataset, seed: int) -> Manifest:

@@ -195,7 +195,14 @@ class SimulateBenchConfig(BenchConfig):
     check: bool = Field(False, description="Also run the stages on three local nodes and compare")
 
 
-class AnswersBenchConfig(BenchConfig):
+class WorldConfig(BenchConfig):
+    """What benchmarks have that answer from a release: how much its users played."""
+
+    plays: int = Field(300_000, ge=1, description="Plays of a catalog; 3 for each song where that is more")
+    plays_per_user: float = Field(60.0, ge=1, description="Mean plays per user")
+
+
+class AnswersBenchConfig(WorldConfig):
     """CPU time and memory of an answer by stage.
 
     On catalogs of several sizes.
@@ -206,15 +213,13 @@ class AnswersBenchConfig(BenchConfig):
     songs: tuple[PositiveInt, ...] = Field(
         (10_000, 1_000_000), description="Songs of each catalog, smallest first; 10000000 takes hours to build"
     )
-    plays: int = Field(300_000, ge=1, description="Plays of a catalog; 3 for each song where that is more")
-    plays_per_user: float = Field(60.0, ge=1, description="Mean plays per user")
     queries: int = Field(200, ge=1, description="Users who are answered, one after the other")
 
 
-class ServeBenchConfig(RoundsConfig):
+class ServeBenchConfig(RoundsConfig, WorldConfig):
     """The server behind Ray Serve against uvicorn alone.
 
-    The same application on both, at several numbers of clients.
+    The same application on both, at several numbers of clients, with the default recommender.
     """
 
     QUICK: ClassVar[Mapping[str, Any]] = {
@@ -223,6 +228,8 @@ class ServeBenchConfig(RoundsConfig):
         "clients": (1, 16),
         "seconds": 1.0,
         "many_plays": 200,
+        "plays": 10_000,
+        "plays_per_user": 20.0,
     }
 
     songs: tuple[PositiveInt, ...] = Field((10_000, 1_000_000), description="Songs of each catalog")
@@ -247,13 +254,19 @@ class StatesBenchConfig(BenchConfig):
     plays: float = Field(60.0, ge=1, description="Mean plays per user")
 
 
-class SoakBenchConfig(BenchConfig):
+class SoakBenchConfig(WorldConfig):
     """The server under mixed load while replicas are killed.
 
     Counts failures and lost plays, and measures the growth of memory.
     """
 
-    QUICK: ClassVar[Mapping[str, Any]] = {"songs": 500, "minutes": 0.5, "kill_seconds": 10.0}
+    QUICK: ClassVar[Mapping[str, Any]] = {
+        "songs": 500,
+        "minutes": 0.5,
+        "kill_seconds": 10.0,
+        "plays": 10_000,
+        "plays_per_user": 20.0,
+    }
 
     songs: int = Field(10_000, ge=1, description="Songs of the catalog")
     minutes: float = Field(10.0, gt=0, description="Minutes of load")

@@ -17,42 +17,33 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from itertools import count
+from dataclasses import dataclass
+from itertools import count, cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import psutil
-import pyarrow as pa
-import torch
+import pyarrow.compute as pc
 
 from rayrec.bench import rounds
+from rayrec.bench.answers_bench import K, answers_world, measure_answers
 from rayrec.bench.bare_server import WAITING
 from rayrec.bench.bench_config import ServeBenchConfig
-from rayrec.bench.rounds import BenchResult, Measured, compare
-from rayrec.bench.stage_benches import song_vectors
+from rayrec.bench.rounds import BenchResult, Measured, PlainProcess, compare, niceness
+from rayrec.client import Client, Retry
 from rayrec.data import columns
-from rayrec.data.dataset import Dataset, bucket_of
-from rayrec.data.histories import Histories
+from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories, concatenate
 from rayrec.display import progress
 from rayrec.errors import RayrecError
-from rayrec.model.checkpoint import save_model
-from rayrec.model.inference import TasteEncoder
-from rayrec.model.network import TasteModel
-from rayrec.model.taste_table import taste_table, tastes_file
-from rayrec.model.train_config import FeatureSpec, TrainConfig
-from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
+from rayrec.jobs.runtime import ray_cluster
 from rayrec.serving.serve_config import MAX_PLAYS
-from rayrec.storage import releases
-from rayrec.storage.artifacts import DatasetManifest, Manifest, publish, write_dataset_manifest
-from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
+from rayrec.storage.workspace import Workspace
 
-DIM = 64
-PLAYED_AT = 1_700_000_000_000  # ms UTC
-PLAYS = 50  # of each history that is sent, and of each stored user
-K = 20
+PLAYS = 50  # of each history that is sent, and of each stored user, at most
+QUERIES = 200  # whose CPU time is taken
 BODIES = 200  # different requests
 USERS = 100
 PLAY_ROUNDS = 8  # of plays after few and after many, for each round of the other loads: they are short
@@ -82,63 +73,56 @@ class Load:
         return max(0, self.answered - self.errors) / max(self.seconds, 1e-9)
 
 
-def song_name(row: int) -> str:
-    """The id of a song."""
-    return f"song-{row}"
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What clients send, from the plays of users of a data set."""
+
+    histories: list[dict[str, Any]]  # requests for recommendations, each of a history of its own
+    stored_plays: list[list[dict[str, Any]]]  # of each stored user
+    song_ids: list[str]  # of the catalog
+    artists: list[str]
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> "Traffic":
+        """Of the first users who have played."""
+        users, catalog = concatenate(list(_first_users(dataset))), dataset.catalog()
+        user_songs = [catalog.song_ids(songs[-PLAYS:]) for songs in np.split(users.songs, users.offsets[1:-1])]
+        user_times = [times[-PLAYS:] for times in np.split(users.played_at, users.offsets[1:-1])]
+        stored_plays = [
+            [
+                {"event_id": f"{user}-{place}", "user_id": f"user-{user}", "song_id": song, "played_at": at}
+                for place, (song, at) in enumerate(zip(songs, times.tolist(), strict=True))
+            ]
+            for user, (songs, times) in enumerate(zip(user_songs[:USERS], user_times[:USERS], strict=True))
+        ]
+        artists = pc.unique(catalog.table.column(columns.ARTIST)).drop_null().slice(0, USERS).to_pylist()
+        return cls(
+            histories=[{"history": songs, "k": K} for songs in user_songs[:BODIES]],
+            stored_plays=stored_plays,
+            song_ids=catalog.song_ids(np.arange(len(catalog))),
+            artists=artists,
+        )
+
+    @property
+    def stored(self) -> list[dict[str, Any]]:
+        """Requests for recommendations to the stored users."""
+        return [{"user_id": f"user-{user}", "k": K} for user in range(len(self.stored_plays))]
+
+    @property
+    def filtered(self) -> list[dict[str, Any]]:
+        """The same for songs of one artist, each another."""
+        return [{**body, "artists": [artist]} for body, artist in zip(self.stored, cycle(self.artists), strict=False)]
 
 
-def write_bench_release(workspace: Workspace, songs: int, seed: int) -> None:
-    """A live release over `songs` songs; nothing happens where the workspace holds one already."""
-    if releases.active_release(workspace) is not None:
-        return
-    dataset = _write_dataset(workspace, songs)
-    vectors = song_vectors(songs, DIM, seed)
-    made_of = {"dataset": dataset.manifest.id}
-    embedding = Manifest(kind="songs", id="bench", inputs=made_of)
-    workspace.write_array(embedding.path("vectors.npy"), vectors)
-    publish(workspace, embedding, ["vectors.npy"])
-    model = _network(vectors, seed)
-    network = Manifest(kind="models", id="bench", inputs={**made_of, "songs": embedding.id}, seed=seed)
-    publish(workspace, network, save_model(workspace, network.folder, model, np.ones(songs, dtype=np.bool_)))
-    _write_tastes(workspace, dataset, network, model)
-    index = SongIndex.build(np.asarray(workspace.read_array(network.path("song_vectors.npy"))), IndexConfig(seed=seed))
-    manifest = Manifest(kind="indexes", id="bench", inputs={"models": network.id}, metrics=asdict(index.figures))
-    index.save(workspace, manifest.path(INDEX_FILE))
-    publish(workspace, manifest, [INDEX_FILE])
-    releases.create_release(workspace)
-
-
-def _write_dataset(workspace: Workspace, songs: int) -> Dataset:
-    histories = Histories.from_lists([[0, 1]], [[PLAYED_AT, PLAYED_AT + 60_000]])
-    workspace.write_table(histories_file(0, int(bucket_of(histories.user_ids, 1)[0])), histories.to_arrow())
-    table = {
-        columns.SONG: pa.array(range(songs), pa.int32()),
-        columns.SONG_ID: [song_name(row) for row in range(songs)],
-        columns.TITLE: [f"Title {row}" for row in range(songs)],
-        columns.ARTIST: [f"Artist {row // 8}" for row in range(songs)],
-    }
-    workspace.write_table(SONGS_TABLE, pa.table(table, schema=columns.SONGS_TABLE))
-    manifest = DatasetManifest(
-        id="bench", source="bench", buckets=1, parts=1, users=1, plays=2, songs=songs, first_play=PLAYED_AT,
-        last_play=PLAYED_AT + 60_000,
-    )  # fmt: skip
-    write_dataset_manifest(workspace, manifest)
-    return Dataset(workspace)
-
-
-def _network(vectors: np.ndarray, seed: int) -> TasteModel:
-    torch.manual_seed(seed)
-    config = TrainConfig(song_table="frozen", averages=())
-    shape = config.network_shape(num_songs=len(vectors), embedding_dim=DIM, features=FeatureSpec())
-    return TasteModel(shape, torch.from_numpy(vectors)).eval()
-
-
-def _write_tastes(workspace: Workspace, dataset: Dataset, network: Manifest, model: TasteModel) -> None:
-    tastes = Manifest(kind="tastes", id="bench", inputs={"dataset": dataset.manifest.id, "models": network.id})
-    for batch in dataset.read_bucket(0):
-        table = taste_table(TasteEncoder(model), batch, dataset.manifest.last_play)
-        workspace.write_table(tastes_file(tastes.folder, 0), table)
-    publish(workspace, tastes, [path.removeprefix(tastes.folder + "/") for path in workspace.files(tastes.folder)])
+def _first_users(dataset: Dataset) -> Iterator[Histories]:
+    """Batches of users with plays: as many as requests need, all where there are fewer."""
+    users = 0
+    for bucket in range(dataset.manifest.buckets):
+        for batch in dataset.read_bucket(bucket, BODIES):
+            yield batch.take(batch.lengths > 0)
+            users += int((batch.lengths > 0).sum())
+            if users >= BODIES:
+                return
 
 
 @dataclass(frozen=True)
@@ -158,21 +142,25 @@ class Case:
 def bench_serve(place: Workspace, config: ServeBenchConfig) -> dict[str, Any]:
     """Requests a second, p50, p99 and errors at 1, 16 and 64 clients, for each size of the catalog.
 
-    `p50_ratio` is Serve over bare at 1 client, `throughput_ratio` Serve over bare at 16, both of
-    recommendations for histories of 50 plays, medians over slices of a second and the worst over catalogs.
+    The release has the default recommender: network, retrieval and rankers. `p50_ratio` is Serve over bare at 1 client,
+    `throughput_ratio` Serve over bare at 16, both of recommendations for histories of at most 50 plays, medians over
+    slices of a second and the worst over catalogs.
     `stored_over_noop_ms` is the p50 of a recommendation to a stored user, less that of an endpoint that does
-    nothing, on bare uvicorn.
+    nothing, on bare uvicorn. `answer_cpu_ms` is the CPU time of an answer as `rayrec bench answers` measures it on the
+    same release, and `stored_over_cpu_ms` what is left of the former without it.
     `plays_cost_ratio` is what a play costs after 10,000 plays over what it costs after 10.
     `replica_growth_mb` is by how much the private memory of a replica, one of 1 or of 4, grows from the smallest to the
-    largest catalog.
+    largest catalog. `build_seconds` of a catalog is 0 where an earlier run has left its release.
     """
-    catalogs = [_bench_catalog(Workspace(f"{place.uri}/serve-{songs}"), songs, config) for songs in config.songs]
+    catalogs = [_bench_catalog(place, songs, config) for songs in config.songs]
     return {
         "name": "serve",
         "unit": "requests",
         "p50_ratio": max(result["p50_ratio"] for result in catalogs),
         "throughput_ratio": min(result["throughput_ratio"] for result in catalogs),
         "stored_over_noop_ms": max(result["stored_over_noop_ms"] for result in catalogs),
+        "answer_cpu_ms": max(result["answer_cpu_ms"] for result in catalogs),
+        "stored_over_cpu_ms": max(result["stored_over_cpu_ms"] for result in catalogs),
         "plays_cost_ratio": max(result["plays_cost_ratio"] for result in catalogs),
         "replica_growth_mb": max(
             catalogs[-1]["replica_mb"][count] - catalogs[0]["replica_mb"][count] for count in catalogs[0]["replica_mb"]
@@ -186,20 +174,33 @@ def bench_serve(place: Workspace, config: ServeBenchConfig) -> dict[str, Any]:
 
 
 def _bench_catalog(place: Workspace, songs: int, config: ServeBenchConfig) -> dict[str, Any]:
-    write_bench_release(place, songs, config.seed)
+    with ray_cluster():
+        dataset, release, seconds = answers_world(place, config, songs)
+    with PlainProcess(niceness()) as plain:
+        cpu_ms = plain.run(measure_answers, dataset, release.inputs, QUERIES)["cpu_ms"]
+    workspace, traffic = dataset.workspace, Traffic.of(dataset)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rayrec-store-")))
         urls = {
-            kind: stack.enter_context(application(kind, place, f"sqlite:///{folder}/{kind}.db"))
+            kind: stack.enter_context(application(kind, workspace, f"sqlite:///{folder}/{kind}.db"))
             for kind in ("bare", "serve")
         }
         for url in urls.values():
-            store_users(url, songs)
-        slices = _measure(urls, songs, config)
-        cost = _plays_cost(urls["bare"], songs, config)
+            store_users(url, traffic)
+        loads = summarize_slices(_measure(urls, traffic, config, note=f"{songs:,} songs"))
+        cost = _plays_cost(urls["bare"], traffic, config)
     with tempfile.TemporaryDirectory(prefix="rayrec-store-") as stores:
-        memory = _replica_mb(place, songs, Path(stores))
-    return {"songs": songs, **summarize_slices(slices), "plays_cost_ratio": cost, "replica_mb": memory}
+        memory = _replica_mb(workspace, traffic, Path(stores))
+    return {
+        "songs": songs,
+        "build_seconds": round(seconds, 1),
+        **loads,
+        "answer_cpu_ms": cpu_ms,
+        "stored_over_cpu_ms": loads["stored_over_noop_ms"] - cpu_ms,
+        "plays_cost_ratio": cost,
+        "replica_mb": memory,
+        "parts": sorted(release.inputs),
+    }
 
 
 def replicas() -> list[psutil.Process]:
@@ -214,30 +215,29 @@ def replicas() -> list[psutil.Process]:
     return running
 
 
-def _replica_mb(place: Workspace, songs: int, folder: Path) -> dict[str, float]:
-    """Private memory, MiB, of the largest replica where there are 1 and 4 of them, after answers to stored users."""
+def _replica_mb(place: Workspace, traffic: Traffic, folder: Path) -> dict[str, float]:
+    """Private memory, MiB, of the largest replica where there are 1 and 4 of them, after answers to stored users.
+
+    Half of the requests have a filter, whose masks a replica keeps.
+    """
     largest = {}
     for number in MEMORY_REPLICAS:
         with application("serve", place, f"sqlite:///{folder}/memory-{number}.db", number) as url:
-            store_users(url, songs)
-            put_under_load(f"{url}/v1/recommendations", [{"user_id": f"user-{user}", "k": K} for user in range(USERS)],
-                           2 * number, MEMORY_SECONDS)  # fmt: skip
+            store_users(url, traffic)
+            bodies = [*traffic.stored, *traffic.filtered]
+            put_under_load(f"{url}/v1/recommendations", bodies, 2 * number, MEMORY_SECONDS)
             largest[str(number)] = max(map(rounds.anonymous_mb, replicas()))
     return largest
 
 
-def _measure(urls: dict[str, str], songs: int, config: ServeBenchConfig) -> list[dict[str, Load]]:
+def _measure(urls: dict[str, str], traffic: Traffic, config: ServeBenchConfig, *, note: str) -> list[dict[str, Load]]:
     """The loads of each slice of each round, by name; every other slice begins with the other application."""
-    random = np.random.default_rng(config.seed)
-    bodies = {
-        "history": histories(random, songs),
-        "stored": [{"user_id": f"user-{user}", "k": K} for user in range(USERS)],
-    }
+    bodies = {"history": traffic.histories, "stored": traffic.stored}
     cases = [Case(target, "history", clients) for clients in config.clients for target in ("bare", "serve")]
     cases += [Case("bare", "noop", 1), Case("bare", "stored", 1), Case("serve", "stored", 1)]
     slices: list[dict[str, Load]] = []
     count = config.rounds * max(1, round(config.seconds / SLICE_SECONDS))
-    with progress(f"bench serve, {songs:,} songs", (count + 1) * len(cases)) as bar:
+    with progress(f"bench serve, {note}", (count + 1) * len(cases)) as bar:
         for number in range(-1, count):  # one for caches and connections, which does not count
             loads = {}
             for case in cases if number % 2 else cases[::-1]:
@@ -271,42 +271,21 @@ def summarize_slices(slices: list[dict[str, Load]]) -> dict[str, Any]:
     }
 
 
-def histories(random: np.random.Generator, songs: int) -> list[dict[str, Any]]:
-    """Requests for recommendations, each of a history of its own."""
-    rows = random.integers(songs, size=(BODIES, PLAYS)).tolist()
-    return [{"history": [song_name(row) for row in history], "k": K} for history in rows]
-
-
-def store_users(url: str, songs: int) -> None:
+def store_users(url: str, traffic: Traffic) -> None:
     """Send the plays of the stored users."""
-    import httpx
-
-    with httpx.Client(timeout=60, trust_env=False) as client:
-        for user in range(USERS):
-            plays = [
-                {
-                    "event_id": f"{user}-{place}",
-                    "user_id": f"user-{user}",
-                    "song_id": song_name((user * 7919 + place * 104_729) % songs),
-                    "played_at": PLAYED_AT + place * 200_000,
-                }
-                for place in range(PLAYS)
-            ]
-            client.post(f"{url}/v1/plays", json={"plays": plays}).raise_for_status()
+    with Client(url, retry=Retry(timeout=60)) as client:
+        for plays in traffic.stored_plays:
+            client.plays(plays)
 
 
-def _plays_cost(url: str, songs: int, config: ServeBenchConfig) -> float:
-    import httpx
-
-    names = [song_name(row) for row in range(min(songs, 1_000))]
-    with httpx.Client(timeout=60, trust_env=False) as client:
+def _plays_cost(url: str, traffic: Traffic, config: ServeBenchConfig) -> float:
+    names, rounds = traffic.song_ids[:1_000], PLAY_ROUNDS * config.rounds
+    with Client(url, retry=Retry(timeout=60)) as client:
 
         def post(body: dict[str, Any]) -> None:
-            client.post(f"{url}/v1/plays", json=body).raise_for_status()
+            client.plays(body.get("plays", [body]))
 
-        many = config.many_plays
-        rounds = PLAY_ROUNDS * config.rounds
-        result = bench_history_lengths(post, names, name=f"length-{songs}", rounds=rounds, many=many)
+        result = bench_history_lengths(post, names, name="length", rounds=rounds, many=config.many_plays)
     return 1 / float(result.ratio)
 
 

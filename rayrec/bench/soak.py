@@ -5,7 +5,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,21 +14,17 @@ from typing import Any
 import numpy as np
 
 from rayrec.bench import rounds
+from rayrec.bench.answers_bench import answers_world
 from rayrec.bench.bench_config import SoakBenchConfig
 from rayrec.bench.redis_servers import RedisCluster, redis_cluster
-from rayrec.bench.serve_bench import (
-    PLAYED_AT,
-    USERS,
-    K,
-    application,
-    histories,
-    replicas,
-    song_name,
-    store_users,
-    write_bench_release,
-)
+from rayrec.bench.serve_bench import Traffic, application, replicas, store_users
 from rayrec.client import ApiError, ApiUnavailableError, AsyncClient, Retry
+from rayrec.data.moments import parse_moment
+from rayrec.jobs.runtime import ray_cluster
+from rayrec.online.user_state import LAST_PLAYS
 from rayrec.storage.workspace import Workspace
+
+PLAYED_AT, GAP_MS = 1_700_000_000_000, 200_000  # ms UTC of a user's first play, and between two
 
 CLIENTS, REPLICAS = 16, 2
 SHARES = {"history": 0.6, "stored": 0.2, "plays": 0.2}  # of the requests
@@ -42,8 +38,7 @@ class SoakCounts:
 
     requests: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)  # for good, after the retry
-    sent: Counter[str] = field(default_factory=Counter)  # plays by user
-    acknowledged: Counter[str] = field(default_factory=Counter)  # plays by user
+    plays: dict[str, dict[int, bool]] = field(default_factory=dict)  # user -> played_at, ms UTC -> acknowledged
     play_seconds: list[float] = field(default_factory=list)  # of the acknowledged plays, with their retries
 
 
@@ -53,19 +48,22 @@ def soak(place: Workspace, config: SoakBenchConfig) -> dict[str, Any]:
     With a Redis Cluster as the store one of its primaries is killed halfway between, and started again when its
     replica has taken over. A client retries after a connection error or a 503: once, and on Redis Cluster as often as
     `rayrec.client` does by default, for a failover takes some seconds. `failure_share` is of the requests that failed
-    all the same, `lost_plays` are plays that were acknowledged and are not in the store, `plays_counted_twice` those
-    that the store holds beyond the plays sent. `memory_mb` is that of all processes halfway between the kills, when all
-    replicas are there again, and `memory_growth` its median in the second half of the time after the first fifth, over
-    that in the first half.
+    all the same. Each play sent has a moment of its own, by which it is looked for among the stored ones in the end:
+    `lost_plays` were acknowledged and are not there, `plays_counted_twice` are there once too often, acknowledged or
+    not. `memory_mb` is that of all processes halfway between the kills, when all replicas are there again, and
+    `memory_growth` its median in the second half of the time after the first fifth, over that in the first half.
     """
-    songs = config.songs
-    with tempfile.TemporaryDirectory(prefix="rayrec-store-") as folder:
-        served = Workspace(f"{place.uri}/serve-{songs}")
-        write_bench_release(served, songs, config.seed)
-        with _store(config, Path(folder)) as (uri, cluster), application("serve", served, uri, REPLICAS) as url:
-            store_users(url, songs)
-            counts, watched = asyncio.run(_run(url, songs, config, cluster))
-            lost, repeated = asyncio.run(_lost(url, counts))
+    with ray_cluster():
+        dataset, _, _ = answers_world(place, config, config.songs)
+    workspace, traffic = dataset.workspace, Traffic.of(dataset)
+    with (
+        tempfile.TemporaryDirectory(prefix="rayrec-store-") as folder,
+        _store(config, Path(folder)) as (uri, cluster),
+        application("serve", workspace, uri, REPLICAS) as url,
+    ):
+        store_users(url, traffic)
+        counts, watched = asyncio.run(_run(url, traffic, config, cluster))
+        lost, repeated = asyncio.run(_compare_stored(url, counts))
     total, failed = counts.requests.total(), counts.failed.total()
     return {
         "name": "soak",
@@ -80,7 +78,7 @@ def soak(place: Workspace, config: SoakBenchConfig) -> dict[str, Any]:
         "failure_share": failed / max(1, total),
         "slowest_play_ms": round(1000 * max(counts.play_seconds, default=0.0), 1),
         "median_play_ms": round(1000 * float(np.median(counts.play_seconds or [0.0])), 1),
-        "acknowledged_plays": counts.acknowledged.total(),
+        "acknowledged_plays": sum(sum(sent.values()) for sent in counts.plays.values()),
         "lost_plays": lost,
         "plays_counted_twice": repeated,
         **watched,
@@ -98,37 +96,34 @@ def _store(config: SoakBenchConfig, folder: Path) -> Iterator[tuple[str, RedisCl
 
 
 async def _run(
-    url: str, songs: int, config: SoakBenchConfig, cluster: RedisCluster | None
+    url: str, traffic: Traffic, config: SoakBenchConfig, cluster: RedisCluster | None
 ) -> tuple[SoakCounts, dict[str, Any]]:
     counts, end = SoakCounts(), time.monotonic() + 60 * config.minutes
-    bodies = histories(np.random.default_rng(config.seed), songs)
     retries = 1 if cluster is None else Retry().retries
     async with AsyncClient(url, retry=Retry(retries=retries, timeout=30)) as client:
-        work = asyncio.gather(*(_client(client, number, bodies, songs, counts, end) for number in range(CLIENTS)))
+        work = asyncio.gather(*(_client(client, number, traffic, counts, end) for number in range(CLIENTS)))
         killed, failovers, used, _ = await asyncio.gather(
             _kill(config, end), _fail_over(config, end, cluster), _watch(config, end), work
         )
     return counts, {"killed": killed, "failovers": failovers, "memory_mb": used, "memory_growth": memory_growth(used)}
 
 
-async def _client(
-    client: AsyncClient, number: int, bodies: list[dict[str, Any]], songs: int, counts: SoakCounts, end: float
-) -> None:
-    """One client: its own user plays on, everything else is read."""
-    choices, user, plays = random.Random(number), f"soak-{number}", 0
+async def _client(client: AsyncClient, number: int, traffic: Traffic, counts: SoakCounts, end: float) -> None:
+    """One client: a user of its own plays on, until the next one begins, everything else is read."""
+    choices, plays, stored = random.Random(number), 0, traffic.stored
     while time.monotonic() < end:
         kind = choices.choices(list(SHARES), list(SHARES.values()))[0]
         counts.requests[kind] += 1
         if kind == "history":
-            await attempt(client.recommend(**choices.choice(bodies)), counts)
+            await attempt(client.recommend(**choices.choice(traffic.histories)), counts)
         elif kind == "stored":
-            await attempt(client.recommend(user_id=f"user-{choices.randrange(USERS)}", k=K), counts)
+            await attempt(client.recommend(**choices.choice(stored)), counts)
         else:
-            play = {"event_id": f"{user}-{plays}", "user_id": user, "song_id": song_name(choices.randrange(songs))}
-            call = client.plays([{**play, "played_at": PLAYED_AT + plays * 200_000}])
-            counts.sent[user] += 1
+            user, played_at = f"soak-{number}-{plays // LAST_PLAYS}", PLAYED_AT + plays * GAP_MS
+            play = {"event_id": f"{user}-{plays}", "user_id": user, "song_id": choices.choice(traffic.song_ids)}
+            call = client.plays([{**play, "played_at": played_at}])
             began, acknowledged = time.monotonic(), await attempt(call, counts)
-            counts.acknowledged[user] += acknowledged
+            counts.plays.setdefault(user, {})[played_at] = acknowledged
             counts.play_seconds += [time.monotonic() - began] if acknowledged else []
             plays += 1
 
@@ -191,17 +186,27 @@ def _memory() -> float:
     return sum(process.private_mb for process in rounds.sample() if process.role != rounds.DRIVER)
 
 
-async def _lost(url: str, counts: SoakCounts) -> tuple[int, int]:
-    """Plays that were acknowledged and are not stored, and plays that are stored beyond those sent."""
+async def _compare_stored(url: str, counts: SoakCounts) -> tuple[int, int]:
+    """Of all users, as `compare_plays`."""
     lost = repeated = 0
     async with AsyncClient(url, retry=Retry(timeout=60)) as client:
-        for user, plays in counts.acknowledged.items():
+        for user, sent in counts.plays.items():
             try:
-                stored = (await client.taste(user))["plays"]
+                stored = (await client.user_plays(user, LAST_PLAYS))["plays"]  # all: a user has no more
             except ApiError as error:
                 if error.status != 404:
                     raise
-                stored = 0
-            lost += max(0, plays - stored)
-            repeated += max(0, stored - counts.sent[user])
+                stored = []
+            differences = compare_plays(sent, [parse_moment(play["played_at"]) for play in stored])
+            lost, repeated = lost + differences[0], repeated + differences[1]
     return lost, repeated
+
+
+def compare_plays(sent: Mapping[int, bool], stored: Sequence[int]) -> tuple[int, int]:
+    """How many acknowledged plays of a user are not stored, and how many stored ones are more than was sent.
+
+    `sent` says of each played_at, ms UTC, whether it was acknowledged; `stored` are those of the stored plays.
+    """
+    times = Counter(stored)
+    lost = sum(acknowledged and not times[at] for at, acknowledged in sent.items())
+    return lost, sum(count - (at in sent) for at, count in times.items())

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rayrec.bench.answers_bench import answers_world
 from rayrec.bench.bench_config import (
     AnswersBenchConfig,
     BenchConfig,
@@ -13,6 +14,7 @@ from rayrec.bench.bench_config import (
     IndexBenchConfig,
     MemoryBenchConfig,
     ScaleBenchConfig,
+    ServeBenchConfig,
     SimulateBenchConfig,
     TasteBenchConfig,
     TrainBenchConfig,
@@ -133,6 +135,26 @@ class TestBench:
         assert told["cpu_growth"] == told["catalogs"][1]["cpu_ms"] / told["catalogs"][0]["cpu_ms"]
         again = bench("answers", place, TINY["answers"])
         assert [catalog["build_seconds"] for catalog in again["catalogs"]] == [0, 0]
+
+    @pytest.mark.slow
+    def test_serve_measures_the_default_recommender_and_what_it_takes_beside_the_answer(self, place: Workspace) -> None:
+        figures = bench("serve", place, ServeBenchConfig.quick())
+        (catalog,) = figures["catalogs"]
+        assert {"models", "indexes", "retrieval", "rankers"} <= set(catalog["parts"])
+        assert catalog["loads"].keys() == {
+            *(f"{target} history {clients}" for target in ("bare", "serve") for clients in (1, 16)),
+            *("bare noop 1", "bare stored 1", "serve stored 1"),
+        }
+        assert figures["errors"] == 0
+        assert min(load["per_second"] for load in catalog["loads"].values()) > 0
+        over_noop = figures["stored_over_noop_ms"]
+        assert figures["stored_over_cpu_ms"] == pytest.approx(over_noop - figures["answer_cpu_ms"])
+        assert 0 < figures["answer_cpu_ms"] < catalog["loads"]["bare history 1"]["p50_ms"]
+        assert catalog["replica_mb"].keys() == {"1", "4"}
+        assert figures["replica_growth_mb"] == 0  # of one catalog
+        assert figures.keys() >= {"p50_ratio", "throughput_ratio", "plays_cost_ratio", "load_generator"}
+        again = answers_world(place, ServeBenchConfig.quick(), 500)
+        assert again[2] == 0  # kept for the next run
 
     def test_an_unknown_name_is_refused(self) -> None:
         with pytest.raises(InputError, match="Unknown benchmark 'speed'"):

@@ -16,7 +16,7 @@ import pytest
 from rayrec.bench import serve_bench
 from rayrec.bench.bench_config import ServeBenchConfig
 from rayrec.bench.serve_bench import Load, put_under_load, summarize_slices
-from rayrec.bench.soak import SoakCounts, attempt, memory_growth
+from rayrec.bench.soak import SoakCounts, attempt, compare_plays, memory_growth
 from rayrec.client import ApiError, ApiUnavailableError
 from rayrec.errors import InputError
 from rayrec.storage.workspace import Workspace
@@ -130,6 +130,24 @@ def test_a_call_that_fails_after_its_retries_is_counted_by_reason(
     counts = SoakCounts()
     assert asyncio.run(attempt(call(), counts)) is (error is None)
     assert dict(counts.failed) == failed
+
+
+@pytest.mark.parametrize(
+    ("stored", "differences"),
+    [
+        ([1, 2], (0, 0)),
+        ([1, 2, 3], (0, 0)),  # the third was stored, and its answer lost
+        ([1], (1, 0)),
+        ([1, 1, 3], (1, 1)),  # as many as were acknowledged: totals would not show it
+        ([1, 2, 3, 3], (0, 1)),
+        ([1, 2, 4], (0, 1)),  # nobody has sent it
+        ([], (2, 0)),
+    ],
+)
+def test_every_acknowledged_play_must_be_stored_once_and_no_other_twice(
+    stored: list[int], differences: tuple[int, int]
+) -> None:
+    assert compare_plays({1: True, 2: True, 3: False}, stored) == differences
 
 
 @pytest.mark.parametrize(
