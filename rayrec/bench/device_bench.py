@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
+from rayrec.data.ragged import offsets_of
 from rayrec.data.split import FitRange
 from rayrec.data.windows import Windows, batches_in_memory, cut_windows
 from rayrec.model.epochs import start_vectors
@@ -313,7 +314,7 @@ def random_histories(size: Size) -> Histories:
     plays = int(lengths.sum())
     return Histories(
         user_ids=np.array([f"user-{row}" for row in range(size.users)], dtype=object),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        offsets=offsets_of(lengths),
         songs=(size.songs * random.random(plays) ** 3).astype(np.int32),
         played_at=np.cumsum(random.integers(1_000, 400_000, size=plays)),
     )

@@ -24,6 +24,7 @@ from rayrec.bench.rounds import ONE_THREAD
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
+from rayrec.data.ragged import offsets_of, ranges
 from rayrec.data.split import Split, SplitConfig, choose_split, split_dataset
 from rayrec.data.synthetic import GenerateConfig
 from rayrec.embeddings.word2vec import EmbedConfig
@@ -183,8 +184,8 @@ def songs_before(queries: Validation, longest: int) -> dict[str, np.ndarray]:
     """The last songs of each query, at most `longest`: int64 `songs`, flat, and where those of each query begin."""
     test_queries = queries.queries
     lengths = np.minimum(test_queries.seen, longest)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    places = np.repeat(queries.plays - lengths - offsets[:-1], lengths) + np.arange(offsets[-1])
+    offsets = offsets_of(lengths)
+    places = ranges(queries.plays - lengths, lengths)
     return {"songs": queries.histories.songs[places].astype(np.int64), "offsets": offsets}
 
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from rayrec.data import columns
 from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE, Catalog, Content, described
 from rayrec.data.histories import Histories, concatenate, user_hash
+from rayrec.data.ragged import offsets_of
 from rayrec.data.spelling import spell_id
 from rayrec.data.windows import NEVER
 from rayrec.display import html_figures
@@ -121,7 +122,7 @@ def _by_user(joined: Histories) -> Histories:
     counts = np.bincount(owner, minlength=len(user_ids))
     return Histories(
         user_ids=user_ids,
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        offsets=offsets_of(counts),
         songs=joined.songs[order],
         played_at=joined.played_at[order],
         contexts=None if joined.contexts is None else joined.contexts[order],

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from rayrec.data import columns
+from rayrec.data.ragged import offsets_of, ranges
 
 HASH_KEY = "rayrec user hash"  # 16 bytes; fixed for ever, since buckets on disk depend on it
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -107,7 +108,7 @@ class Histories:
         names = [str(row) for row in range(len(songs))] if user_ids is None else list(user_ids)
         return cls(
             user_ids=np.array(names, dtype=object),
-            offsets=np.concatenate([[0], np.cumsum([len(values) for values in songs])]).astype(np.int64),
+            offsets=offsets_of([len(values) for values in songs]),
             songs=flat(songs, np.int32),
             played_at=flat(played_at, np.int64),
             contexts=None if contexts is None else flat(contexts, np.int32),
@@ -180,7 +181,7 @@ class Histories:
 
     def keep(self, mask: np.ndarray) -> "Histories":
         """The plays where `mask`, bool (P,), is true, and all likes; every user stays, some perhaps without plays."""
-        counts = np.concatenate([[0], np.cumsum(mask)])
+        counts = offsets_of(mask)
         return replace(
             self,
             offsets=counts[self.offsets],
@@ -194,8 +195,7 @@ class Histories:
         """Of each user the plays from place `first` up to `last`; costs as much as these, however many there are."""
         begin = np.minimum(self.offsets[:-1] + first, self.offsets[1:])
         lengths = np.minimum(self.offsets[:-1] + last, self.offsets[1:]) - begin
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        plays = np.repeat(begin - offsets[:-1], lengths) + np.arange(offsets[-1])
+        offsets, plays = offsets_of(lengths), ranges(begin, lengths)
         return replace(
             self,
             offsets=offsets,
@@ -209,8 +209,7 @@ class Histories:
         """The users at `rows`, int (R,) or bool (U,), in that order."""
         rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=np.int64)
         lengths = self.lengths[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        plays = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        offsets, plays = offsets_of(lengths), ranges(self.offsets[rows], lengths)
         return Histories(
             user_ids=self.user_ids[rows],
             offsets=offsets,
@@ -294,64 +293,3 @@ class Queries:
         """The queries whose answers are the plays at positions `plays`, int (Q,), of the flat arrays."""
         rows = np.searchsorted(histories.offsets, plays, side="right") - 1
         return cls(rows=rows, seen=plays - histories.offsets[rows], at=histories.played_at[plays])
-
-
-def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """int64: starts[0], starts[0] + 1, ... (counts[0] of them), then those of starts[1], and so on."""
-    counts = np.asarray(counts, dtype=np.int64)
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.asarray(np.repeat(np.asarray(starts, dtype=np.int64) - ends + counts, counts) + np.arange(total))
-
-
-def offsets_of(counts: np.ndarray) -> np.ndarray:
-    """int64 (len(counts) + 1,): where each group begins, from 0 to the total."""
-    offsets = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    return offsets
-
-
-def places_in(sorted_groups: np.ndarray) -> np.ndarray:
-    """int64: the place of each value within its run of equal values, from 0. Equal values must be adjacent."""
-    count = len(sorted_groups)
-    first = np.ones(count, dtype=bool)
-    first[1:] = sorted_groups[1:] != sorted_groups[:-1]
-    starts = np.flatnonzero(first)
-    return np.asarray(np.arange(count) - np.repeat(starts, np.diff(np.append(starts, count))))
-
-
-def first_of_each(sorted_values: np.ndarray) -> np.ndarray:
-    """int64: the positions at which a run of equal values begins."""
-    if not len(sorted_values):
-        return np.zeros(0, dtype=np.int64)
-    return np.flatnonzero(np.concatenate([[True], sorted_values[1:] != sorted_values[:-1]]))
-
-
-def stable_order(keys: np.ndarray) -> np.ndarray:
-    """int64: the order of a stable sort of keys, int64 of at least 0: what `np.argsort(kind="stable")` gives.
-
-    Keys and positions that share 63 bits are sorted together as plain numbers, about five times as fast.
-    """
-    bits = max(1, (len(keys) - 1).bit_length())
-    if not len(keys) or int(keys.max()) >> (63 - bits):
-        return np.argsort(keys, kind="stable")
-    packed = (keys << bits) | np.arange(len(keys))
-    packed.sort()
-    return np.asarray(packed & ((1 << bits) - 1))
-
-
-def highest_of_each(sorted_groups: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """int64, ascending: the positions of the `count` highest scores of each group, and of those equal to the last.
-
-    Equal groups, int, must be adjacent. What is left is cheap to sort.
-    """
-    first = first_of_each(sorted_groups)
-    sizes = np.diff(np.append(first, len(sorted_groups)))
-    large = np.flatnonzero(sizes > count)
-    if not len(large):
-        return np.arange(len(scores))
-    is_highest = np.ones(len(scores), dtype=bool)
-    for begin, size in zip(first[large].tolist(), sizes[large].tolist(), strict=True):
-        group = scores[begin : begin + size]
-        is_highest[begin : begin + size] = group >= np.partition(group, size - count)[size - count]
-    return np.flatnonzero(is_highest)

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from rayrec.config import Settings, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate, user_hash
+from rayrec.data.ragged import offsets_of
 from rayrec.errors import InputError, LeakError, MismatchError, NotFoundError
 from rayrec.storage.artifacts import Manifest, fingerprint, last_requested, make_current
 from rayrec.storage.workspace import Workspace, split_file
@@ -79,7 +80,7 @@ class FitRange:
         """int64 (P,) and (U,): each play's place, and each user's number, of plays of songs that are not held out."""
         if self.held_out_songs == 0.0:
             return histories.places, histories.lengths
-        before = np.concatenate([[0], np.cumsum(self.allowed_songs(histories.songs))])
+        before = offsets_of(self.allowed_songs(histories.songs))
         starts = before[histories.offsets[:-1]]
         return before[:-1] - np.repeat(starts, histories.lengths), before[histories.offsets[1:]] - starts
 

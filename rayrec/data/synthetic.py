@@ -36,6 +36,7 @@ from scipy.special import ndtri
 from rayrec.config import Settings
 from rayrec.data import columns
 from rayrec.data.histories import Histories, Queries, concatenate
+from rayrec.data.ragged import offsets_of, ranges
 
 FIRST = (
     "Amber Blue Broken Burning Coastal Crooked Distant Drifting Electric Empty Endless Fading Foreign Frozen Gentle "
@@ -260,7 +261,7 @@ class World:
                 song = np.where(choice == 0, self.playlist_next[last], song)
                 song = np.where(choice == 1, self.album_next[last], song)
             walk[:, step] = song
-        return walk[np.arange(high) < lengths[:, None]], np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return walk[np.arange(high) < lengths[:, None]], offsets_of(lengths)
 
     def _draw(self, genre: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         """int32: a song of each genre, by its share."""
@@ -282,7 +283,7 @@ class World:
             skipped |= weights == 0
         block = Histories(
             user_ids=self.user_ids(users),
-            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            offsets=offsets_of(lengths),
             songs=songs[played],
             played_at=self._times(users, songs, skipped, starts, played)[played],
             contexts=(1 << contexts[played]).astype(np.int32),
@@ -575,8 +576,8 @@ def _context_numbers(histories: Histories) -> np.ndarray:
 def _heard(world: World, histories: Histories, queries: Queries) -> sp.csr_array:
     """float64 (Q, N), sparse: each song's share of the collection before each query."""
     starts = histories.offsets[queries.rows]
-    offsets = np.concatenate([[0], np.cumsum(queries.seen)])
-    plays = np.repeat(starts - offsets[:-1], queries.seen) + np.arange(offsets[-1])
+    offsets = offsets_of(queries.seen)
+    plays = ranges(starts, queries.seen)
     before = _weight_before(world, histories, queries)
     weights = _weights(world, histories)[plays] * np.repeat(1 / np.where(before == 0, 1, before), queries.seen)
     shape = (len(queries), world.config.songs)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayrec.data.histories import Histories, concatenate
+from rayrec.data.ragged import offsets_of, ranges
 
 _COLUMNS = ("inputs", "previous_at", "places")  # of Windows beside the plays, one number a window
 NEVER = np.iinfo(np.int64).min  # the time of the play before the first one
@@ -80,7 +81,7 @@ def _pieces(lengths: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
     """int64 (W,): the user of each window, and the place where it starts in the user's history."""
     pieces = -(-np.maximum(lengths - 1, 0) // window)  # the last play of a history is only ever a target
     users = np.repeat(np.arange(len(lengths)), pieces)
-    return users, (np.arange(len(users)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * window
+    return users, ranges(0, pieces) * window
 
 
 def cut_windows(histories: Histories, window: int, lookahead: int) -> Windows:
@@ -94,8 +95,8 @@ def cut_windows(histories: Histories, window: int, lookahead: int) -> Windows:
     inputs = np.minimum(window, lengths[users] - 1 - starts)
     held = np.minimum(inputs + lookahead, lengths[users] - starts)
     begin = histories.offsets[users] + starts
-    offsets = np.concatenate([[0], np.cumsum(held)]).astype(np.int64)
-    plays = np.repeat(begin - offsets[:-1], held) + np.arange(offsets[-1])
+    offsets = offsets_of(held)
+    plays = ranges(begin, held)
     before = np.where(starts > 0, histories.played_at[np.maximum(begin - 1, 0)], NEVER) if len(begin) else begin
     return Windows(
         plays=Histories(
@@ -149,7 +150,7 @@ class WindowLengths:
         flat = np.concatenate([np.zeros(0, dtype=np.uint8), *inputs])
         return cls(
             inputs=flat.astype(np.min_scalar_type(int(flat.max(initial=0)))),
-            offsets=np.cumsum([0, *map(len, inputs)]),
+            offsets=offsets_of([len(each) for each in inputs]),
         )
 
     def of_unit(self, unit: int) -> np.ndarray:
@@ -208,7 +209,7 @@ class EpochBatches:
         # The shortest window of each group, the next of each, and so on: neighbours have about the same length.
         by_length = np.lexsort((rng.random(len(inputs)), inputs, groups))
         sizes = np.bincount(groups)
-        ranks = np.arange(len(inputs)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        ranks = ranges(0, sizes)
         share = (ranks + 0.5) / np.repeat(sizes, sizes)
         order = by_length[np.lexsort((groups[by_length], share))]
         first, count = int(self._first[number]), int(self._first[number + 1] - self._first[number])

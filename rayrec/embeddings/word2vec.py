@@ -28,6 +28,7 @@ from rayrec.data import columns
 from rayrec.data.catalog import Catalog
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
+from rayrec.data.ragged import offsets_of, ranges
 from rayrec.data.split import FitRange
 from rayrec.embeddings.vectors import SongVectors
 from rayrec.errors import InputError
@@ -119,7 +120,7 @@ def cut_long(sentences: Sentences, limit: int = MAX_SENTENCE) -> Sentences:
         return sentences
     pieces = np.maximum(1, -(-lengths // limit))
     sentence = np.repeat(np.arange(len(lengths)), pieces)
-    number = np.arange(len(sentence)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    number = ranges(0, pieces)
     return songs, np.append(offsets[sentence] + number * limit, offsets[-1])
 
 
@@ -128,7 +129,7 @@ def drop_single(sentences: Sentences) -> Sentences:
     songs, offsets = sentences
     lengths = np.diff(offsets)
     has_neighbours = lengths > 1
-    return songs[np.repeat(has_neighbours, lengths)], np.append(0, np.cumsum(lengths[has_neighbours]))
+    return songs[np.repeat(has_neighbours, lengths)], offsets_of(lengths[has_neighbours])
 
 
 def from_histories(batches: Iterable[Histories], allowed: FitRange, gap_minutes: float = 30.0) -> Iterator[Sentences]:
@@ -148,7 +149,7 @@ def without_held_out(sentences: Sentences, allowed: FitRange) -> Sentences:
     """Without the songs that a split holds out."""
     songs, offsets = sentences
     is_allowed = allowed.allowed_songs(songs)
-    return songs[is_allowed], np.append(0, np.cumsum(is_allowed))[offsets]
+    return songs[is_allowed], offsets_of(is_allowed)[offsets]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data.histories import Histories, Queries, user_hash
+from rayrec.data.ragged import offsets_of
 from rayrec.data.split import Split
 from rayrec.errors import InputError
 from rayrec.evaluation.accumulator import (
@@ -422,7 +423,7 @@ def parse_prefixes(lines: pa.Array, file: PrefixFile, song_ids: pa.ChunkedArray)
     is_filled = pc.greater(pc.utf8_length(songs), 0).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(len(lines)), pc.list_value_length(items).to_numpy())[is_filled]
     lengths = np.bincount(rows, minlength=len(lines))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    offsets = offsets_of(lengths)
     histories = Histories(
         user_ids=lines.to_numpy(zero_copy_only=False),
         offsets=offsets,

@@ -15,7 +15,8 @@ import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
 from rayrec.config import Settings
-from rayrec.data.histories import Histories, Queries, ranges, uniform_draws, user_hash
+from rayrec.data.histories import Histories, Queries, uniform_draws, user_hash
+from rayrec.data.ragged import ranges
 from rayrec.data.split import DAY_MS, Split
 from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.base import SESSION_GAP_MS, BaseRecommender, HorizonName, VectorRecommender
@@ -204,7 +205,7 @@ def plays_ahead(histories: Histories, queries: Queries, first: int, last: int) -
     start = histories.offsets[queries.rows] + queries.seen + first - 1
     count = np.clip(histories.offsets[queries.rows + 1] - start, 0, last - first + 1)
     rows = np.repeat(np.arange(len(queries)), count)
-    plays = np.repeat(start - np.cumsum(count) + count, count) + np.arange(count.sum())
+    plays = ranges(start, count)
     return rows, plays
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rayrec.data.histories import Histories, Queries, highest_of_each, uniform_draws, user_hash
+from rayrec.data.histories import Histories, Queries, uniform_draws, user_hash
+from rayrec.data.ragged import highest_of_each
 from rayrec.evaluation.protocol import USUAL_K, HeardSongs, TargetSongs, in_mask, target_songs
 from rayrec.recommend.base import BaseRecommender, CandidateRecommender, HorizonName, ScoredCandidates
 from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender, last_plays

@@ -16,6 +16,7 @@ from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.dataset import NOBODY, Dataset, ForgottenUsers, read_files, read_overlap, read_users, with_columns
 from rayrec.data.histories import Histories
+from rayrec.data.ragged import offsets_of
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.readers.reader import Unit
 from rayrec.importing.staging import LINE, ORDER, OWNER, UNIT, BucketGroup, PieceResult, Staging, write_histories
@@ -352,7 +353,7 @@ def to_playlists(rows: MergedRows, song_rows: SongRows) -> pa.Table:
 def _spans(rows: MergedRows, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The owners who are `present`, bool (O,), and int64 offsets of their rows."""
     counts = rows.counts()[present]
-    return rows.owners[present], np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return rows.owners[present], offsets_of(counts)
 
 
 def context_bits(names: pa.Array, contexts: list[str]) -> np.ndarray:

@@ -14,6 +14,7 @@ from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
+from rayrec.data.ragged import offsets_of
 from rayrec.display import progress
 from rayrec.errors import InputError
 from rayrec.jobs.forget import erase_forgotten
@@ -178,7 +179,7 @@ class BucketRecommendations:
             ]
             songs, scores = (np.concatenate([getattr(one, name) for one in explored]) for name in ("songs", "scores"))
             counts = np.array([len(one.songs) for one in explored])
-        offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+        offsets = pa.array(offsets_of(counts).astype(np.int32))
         song_ids = self._song_ids.take(pa.array(songs))
         arrays = [
             pa.array(histories.user_ids, pa.string()),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rayrec.data.histories import Histories, Queries
+from rayrec.data.ragged import ranges
 from rayrec.data.windows import Windows
 from rayrec.errors import DivergedError
 from rayrec.model.checkpoint import export_song_vectors, load_training, save_training
@@ -185,8 +186,7 @@ def _heard(histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarr
     """The songs that users had heard when they were asked for: rows of the queries, and songs."""
     counts = np.asarray(queries.seen)
     rows = np.repeat(np.arange(len(counts)), counts)
-    begin = histories.offsets[queries.rows] - (np.cumsum(counts) - counts)
-    return rows, histories.songs[np.repeat(begin, counts) + np.arange(len(rows))]
+    return rows, histories.songs[ranges(histories.offsets[queries.rows], counts)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rayrec.data.histories import Histories, Queries
+from rayrec.data.ragged import ranges
 from rayrec.data.windows import NEVER
 from rayrec.model.network import TasteModel, gap_seconds, pad, scale_gap
 from rayrec.model.taste_table import States
@@ -128,8 +129,7 @@ class _Asked:
     def collect(self, rows: np.ndarray, begin: int, seen_BLX: Tensor) -> None:
         first = np.searchsorted(self._sorted_rows, rows, side="left")
         counts = np.searchsorted(self._sorted_rows, rows, side="right") - first
-        starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
-        which = self._order[np.arange(counts.sum()) - np.repeat(starts - first, counts)]
+        which = self._order[ranges(first, counts)]
         step = self._last[which] - begin
         here = (step >= 0) & (step < seen_BLX.shape[1])
         batch_row = np.repeat(np.arange(len(rows)), counts)[here]

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
+from rayrec.data.ragged import offsets_of
 from rayrec.errors import DamagedArtifactError
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def heard_lists(rows: np.ndarray, songs: np.ndarray, users: int) -> pa.ListArray
     first = np.ones(len(songs), dtype=bool)
     first[1:] = (rows[1:] != rows[:-1]) | (songs[1:] != songs[:-1])
     counts = np.bincount(rows[first], minlength=users)
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    offsets = offsets_of(counts).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(songs[first]))
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
+from rayrec.data.ragged import ranges
 from rayrec.data.split import FitRange
 from rayrec.data.windows import EpochBatches, WindowLengths, Windows, count_inputs, cut_windows
 from rayrec.embeddings.word2vec import Sentences, cut_sessions, drop_single
@@ -99,7 +100,7 @@ def as_histories(sentences: Sentences) -> Histories:
         user_ids=np.full(len(lengths), "", dtype=object),
         offsets=np.asarray(offsets, dtype=np.int64),
         songs=songs,
-        played_at=np.arange(len(songs)) - np.repeat(offsets[:-1], lengths),
+        played_at=ranges(0, lengths),
     )
 
 

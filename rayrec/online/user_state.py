@@ -20,6 +20,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from rayrec.data.histories import Histories
+from rayrec.data.ragged import offsets_of
 from rayrec.data.windows import NEVER
 from rayrec.model.taste_table import States
 from rayrec.recommend.base import LATEST_LIKES
@@ -100,7 +101,7 @@ def join_plays(users: Sequence[Plays], user_ids: Sequence[str] | None = None) ->
     plays = Plays.joined(users)
     return Histories(
         user_ids=np.array([""] * len(users) if user_ids is None else list(user_ids), dtype=object),
-        offsets=np.concatenate([[0], np.cumsum([len(part) for part in users])]).astype(np.int64),
+        offsets=offsets_of([len(part) for part in users]),
         songs=plays.songs,
         played_at=plays.played_at,
         contexts=plays.contexts,

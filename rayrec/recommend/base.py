@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from rayrec.data.histories import Histories, Queries, first_of_each, offsets_of, ranges, stable_order
+from rayrec.data.histories import Histories, Queries
+from rayrec.data.ragged import first_of_each, offsets_of, ranges, stable_order
 from rayrec.errors import InputError
 from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.filters import AnswerFilter, without_heard

@@ -15,6 +15,7 @@ from scipy.sparse import coo_matrix, csr_matrix
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
+from rayrec.data.ragged import ranges
 from rayrec.data.split import DAY_MS, FitRange, Split, validation_histories
 from rayrec.errors import InputError
 from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender, normalized
@@ -394,7 +395,7 @@ class SequentialRulesRecommender(BaseRecommender):
         known = np.flatnonzero(last >= 0)
         lengths = np.diff(self.rules.indptr)[last[known]]
         starts = self.rules.indptr[last[known]].astype(np.int64)
-        entries = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+        entries = ranges(starts, lengths)
         scores[np.repeat(known, lengths), self.rules.indices[entries]] = self.rules.data[entries]
         return scores
 

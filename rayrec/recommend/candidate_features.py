@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from rayrec.data.histories import first_of_each, stable_order
+from rayrec.data.ragged import first_of_each, stable_order
 from rayrec.data.split import DAY_MS
 from rayrec.recommend.base import HOUR_MS, QueryBatch
 from rayrec.recommend.retrievers import Candidates

@@ -14,7 +14,7 @@ import lightgbm
 import numpy as np
 from scipy.optimize import minimize, minimize_scalar
 
-from rayrec.data.histories import first_of_each, offsets_of, places_in, ranges
+from rayrec.data.ragged import first_of_each, offsets_of, places_in, ranges
 from rayrec.errors import DamagedArtifactError, TooFewQueriesError
 from rayrec.storage.workspace import Workspace
 

@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from rayrec.data.histories import Histories, Queries, places_in
+from rayrec.data.histories import Histories, Queries
+from rayrec.data.ragged import places_in
 from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName, SearchPath, check_count, normalized, top_k
 from rayrec.recommend.filters import AnswerFilter
 from rayrec.recommend.taste_recommender import TasteRecommender

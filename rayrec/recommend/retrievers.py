@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayrec.data.histories import first_of_each, highest_of_each, places_in, ranges, stable_order
+from rayrec.data.ragged import best_of_each, first_of_each, highest_of_each, places_in, ranges, stable_order
 from rayrec.data.split import DAY_MS
 from rayrec.recommend.base import NO_SONG, HorizonName, Pairs, QueryBatch
 from rayrec.recommend.index import IndexConfig, SongIndex
@@ -29,19 +29,15 @@ class Proposals(Pairs):
     @classmethod
     def best(cls, rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, *, num_songs: int, count: int) -> Proposals:
         """The `count` best of each query, rows ascending; each pair once, equal scores in the order of song rows."""
-        highest = highest_of_each(rows, scores, count)
-        rows, songs, scores = rows[highest], songs[highest], scores[highest]
-        order = np.lexsort((songs, -scores, rows))
-        rows, songs, scores = rows[order], songs[order], scores[order]
-        ranks = places_in(rows)
-        first = np.flatnonzero(ranks < count)
-        first = first[np.lexsort((songs[first], rows[first]))]
+        best, ranks = best_of_each(rows, scores, songs, count)
+        by_song = np.lexsort((songs[best], rows[best]))
+        best = best[by_song]
         return cls(
             num_songs=num_songs,
-            rows=rows[first],
-            songs=songs[first].astype(np.int64),
-            scores=scores[first].astype(np.float32),
-            ranks=ranks[first],
+            rows=rows[best],
+            songs=songs[best].astype(np.int64),
+            scores=scores[best].astype(np.float32),
+            ranks=ranks[by_song],
         )
 
     @classmethod

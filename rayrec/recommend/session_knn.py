@@ -11,6 +11,7 @@ import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix, vstack
 
 from rayrec.data.histories import Histories, Queries
+from rayrec.data.ragged import ranges
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.embeddings.word2vec import cut_sessions, drop_single
 from rayrec.recommend.base import BaseRecommender, HorizonName
@@ -102,12 +103,9 @@ def last_plays(histories: Histories, queries: Queries, num_songs: int, limit: in
 
     Songs from `num_songs` on are left out.
     """
-    end = histories.offsets[queries.rows] + queries.seen
     count = np.minimum(queries.seen, limit)
-    starts = np.cumsum(count) - count
-    place = np.arange(count.sum()) - np.repeat(starts, count)
-    back = np.repeat(count, count) - 1 - place
-    songs = histories.songs[np.repeat(end - count, count) + place]
+    back = np.repeat(count, count) - 1 - ranges(0, count)
+    songs = histories.songs[ranges(histories.offsets[queries.rows] + queries.seen - count, count)]
     rows = np.repeat(np.arange(len(queries)), count)
     known = songs < num_songs
     return rows[known], songs[known], back[known]

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from rayrec.data.histories import Histories, first_of_each, offsets_of, places_in, ranges, stable_order, user_hash
+from rayrec.data.histories import Histories, user_hash
+from rayrec.data.ragged import first_of_each, offsets_of, places_in, ranges, stable_order
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.embeddings.word2vec import cut_long, cut_sessions
 from rayrec.storage.workspace import Workspace
@@ -302,7 +303,7 @@ def _newest_sessions(
 def _entries(counts: np.ndarray, songs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The session, the song and the place of each song of sessions."""
     session = np.repeat(np.arange(len(counts)), counts)
-    return session, songs, np.arange(len(songs)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return session, songs, ranges(0, counts)
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 from safetensors.numpy import load, save
 
-from rayrec.data.histories import Histories, Queries, highest_of_each, places_in, ranges, user_hash
+from rayrec.data.histories import Histories, Queries, user_hash
+from rayrec.data.ragged import best_of_each, places_in, ranges
 from rayrec.data.split import Split
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import Horizon
@@ -382,16 +383,11 @@ def _best(
         may_come = within if may_come is None else within & may_come
     if may_come is not None:
         rows, songs, chances = rows[may_come], songs[may_come], chances[may_come]
-    highest = highest_of_each(rows, chances, k)
-    rows, songs, chances = rows[highest], songs[highest], chances[highest]
-    order = np.lexsort((songs, -chances, rows))
-    counts = np.bincount(rows, minlength=queries)
-    place = ranges(np.zeros(queries, np.int64), counts)
-    inside = place < k
+    best, places = best_of_each(rows, chances, songs, k)
     best_songs = np.full((queries, k), NO_SONG, dtype=np.int32)
     best_scores = np.full((queries, k), -np.inf, dtype=np.float32)
-    best_songs[rows[order][inside], place[inside]] = songs[order][inside]
-    best_scores[rows[order][inside], place[inside]] = chances[order][inside]
+    best_songs[rows[best], places] = songs[best]
+    best_scores[rows[best], places] = chances[best]
     return best_songs, best_scores
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.moments import END_MS, iso_moment, now_ms
+from rayrec.data.ragged import offsets_of
 from rayrec.errors import FieldError
 from rayrec.model.taste_table import States
 from rayrec.online.user_state import Plays
@@ -215,7 +216,7 @@ def query_histories(queries: Sequence[UserQuery]) -> Histories:
 
     return Histories(
         user_ids=np.array([str(row) for row in range(len(queries))], dtype=object),
-        offsets=np.cumsum([0, *(len(query.songs) for query in queries)], dtype=np.int64),
+        offsets=offsets_of([len(query.songs) for query in queries]),
         songs=together([query.songs for query in queries]),
         played_at=together([query.played_at for query in queries]),
         contexts=together([query.contexts for query in queries]),

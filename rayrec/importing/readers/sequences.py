@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrec.data import columns
+from rayrec.data.ragged import ranges
 from rayrec.data.spelling import Problems, missing, spell_ids
 from rayrec.importing.readers import reader
 from rayrec.importing.readers.delimited import line_faults
@@ -53,7 +54,7 @@ class SequenceReader:
             {
                 columns.USER: users.take(pa.array(line)),
                 columns.SONG_ID: names,
-                columns.PLAYED_AT: pa.array(np.arange(len(names)) - np.repeat(np.cumsum(lengths) - lengths, lengths)),
+                columns.PLAYED_AT: pa.array(ranges(0, lengths)),
             },
             source=source,
             lines=block.numbers(line),

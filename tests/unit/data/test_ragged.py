@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayrec.data.histories import highest_of_each, stable_order
+from rayrec.data.ragged import best_of_each, highest_of_each, offsets_of, ranges, stable_order
 
 
 @pytest.mark.parametrize("largest", [3, 10**6, 2**62])
@@ -25,3 +25,24 @@ def test_the_highest_of_each_group_are_kept_and_those_equal_to_the_last() -> Non
         assert set(kept) & set(own) == set(own[scores[own] >= last])
     assert highest_of_each(groups[:0], scores[:0], 10).tolist() == []
     assert highest_of_each(np.array([1, 1, 2]), np.array([0.0, 1.0, 2.0]), 5).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_of_each_group_are_those_of_a_plain_sort_equal_ones_by_song(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    groups = np.repeat([2, 3, 7], random.integers(0, 12, size=3))
+    scores, songs = random.integers(0, 4, size=len(groups)), random.permutation(len(groups))
+    positions, places = best_of_each(groups, scores, songs, 5)
+    wanted = []
+    for group in np.unique(groups):
+        inside = sorted(np.flatnonzero(groups == group), key=lambda at: (-scores[at], songs[at]))[:5]
+        wanted += [(at, place) for place, at in enumerate(inside)]
+    assert list(zip(positions, places, strict=True)) == wanted
+
+
+def test_ranges_and_offsets_are_those_of_a_plain_loop() -> None:
+    counts = np.array([2, 0, 3])
+    assert offsets_of(counts).tolist() == [0, 2, 2, 5]
+    assert ranges(np.array([10, 5, 1]), counts).tolist() == [10, 11, 1, 2, 3]
+    assert ranges(0, counts).tolist() == [0, 1, 0, 1, 2]
+    assert ranges(0, np.zeros(0, np.int64)).tolist() == []
