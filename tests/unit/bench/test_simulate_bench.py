@@ -5,7 +5,7 @@ from pkgutil import iter_modules
 
 import pytest
 
-from rayrec import jobs
+from rayrec import importing, jobs
 from rayrec.bench.simulate_bench import (
     DataScale,
     MeasuredRun,
@@ -167,7 +167,8 @@ def test_lines_are_those_that_were_planted(runs: list[MeasuredRun]) -> None:
 def test_every_unit_is_a_worker_of_a_job(runs: list[MeasuredRun]) -> None:
     works = job_graph(runs[-1].size, fit_lines(runs), runs, CLUSTER)
     units = {work.name for work in works if work.stage not in ("embed", "train")} - {"driver"}
-    modules = [import_module(f"rayrec.jobs.{module.name}") for module in iter_modules(jobs.__path__)]
+    names = [f"{room.__name__}.{each.name}" for room in (jobs, importing) for each in iter_modules(room.__path__)]
+    modules = [import_module(name) for name in names]
     assert units <= {name for module in modules for name in vars(module)}
     assert "RankerGrower" in units
 

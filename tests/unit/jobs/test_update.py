@@ -164,7 +164,7 @@ def test_rejected_rows_are_warned_of_and_too_many_end_the_update_with_the_summar
     words = ["--json", "--workspace", fitted.uri, "update", path]
     assert main(words) == code
     told = capsys.readouterr()
-    data, said = json.loads(told.out), " ".join(told.err.split())
+    data, said = json.loads(told.out), told.err
     share = f"{bad} of {6 + bad} rows ({bad / (6 + bad):.1%}) were rejected."
     assert share in data["import"]["warnings"]
     assert data["import"]["reasons"][0]["text"] == f"u1,,{BEGIN},No,One"
@@ -172,8 +172,9 @@ def test_rejected_rows_are_warned_of_and_too_many_end_the_update_with_the_summar
     if code:
         assert data["error"]["kind"] == "too_many_rejected"
         assert main([*words, "--max-rejected", "0.9"]) == 0
-        said = " ".join(capsys.readouterr().err.split())
-    assert f"Warning: {share} no song: {path}, line 8: u1,,{BEGIN}" in said
+        said = capsys.readouterr().err
+    wanted = f"Warning: {share} no song: {path}, line 8: u1,,{BEGIN}"
+    assert "".join(wanted.split()) in "".join(said.split())  # whose lines may end within a path
 
 
 def test_times_without_a_zone_and_skips_are_read_as_in_the_fit_unless_another_zone_is_named(
