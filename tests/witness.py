@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray.cloudpickle
+import ray.train
 from torch import Tensor
 
 from rayrec.data.windows import Windows
@@ -26,7 +27,6 @@ from rayrec.jobs.trainer import LOOK_INTERVAL
 from rayrec.model.training import TrainingStep
 
 STEPS_BETWEEN_READS = 2  # so that checkpoints come often; with checkpoint_minutes=0 one comes each time
-SNAPSHOT = "run/checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints, in the model's folder
 
 Step = tuple[str, int, int]  # phase, epoch, step
 
@@ -88,7 +88,7 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
     def take(training: Training, step: TrainingStep) -> Tensor:
         at = (phases[-1], epochs[-1], step.number)
         if death is not None and death.at == at and training.share.rank == death.rank:
-            die(death, arguments["plan"])
+            die(death)
         taken = take_of(training, step)
         time.sleep(pause)
         line = {"at": at, "rank": training.share.rank, "of": training.share.workers, "windows": prints_of(step.windows)}
@@ -107,16 +107,21 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
         fitting.STEPS_BETWEEN_READS = reads
 
 
-def die(death: Death, plan: Any) -> None:
+def wait_for_checkpoint() -> None:
+    """Return, in a training worker, once Ray Train has taken a checkpoint."""
+    committed = ray.train.CheckpointConsistencyMode.COMMITTED
+    for _ in range(300):
+        if ray.train.get_all_reported_checkpoints(committed, timeout_s=0.0):
+            return
+        time.sleep(0.1)
+
+
+def die(death: Death) -> None:
     """Kill, once Ray Train has taken the last checkpoint; returns where it has been done before."""
     marker = Path(death.marker)
     if marker.exists():
         return
-    path = f"{plan.folder}/{SNAPSHOT}"
-    for _ in range(300):
-        if plan.workspace.exists(path):
-            break
-        time.sleep(0.1)
+    wait_for_checkpoint()
     time.sleep(0.5)  # a later checkpoint may be under way
     marker.write_text("killed")
     os.kill(death.driver or os.getpid(), signal.SIGKILL)

@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import typer
 
@@ -23,7 +24,6 @@ __all__ = [
     "stage_commands",
 ]
 
-UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, which newer typers carry under a private name
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
 
@@ -42,14 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code == INTERRUPTED:  # typer hands an interrupt over as an exit code
             return fail(KeyboardInterrupt(), "Interrupted", INTERRUPTED, kind="interrupted")
         return code
-    except UsageError as error:
-        return _usage(error, fail)
     except (KeyboardInterrupt, typer.Abort) as error:
         return fail(error, "Interrupted", INTERRUPTED, kind="interrupted")
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone: no reader is left
         return FAILED
     except Exception as error:
+        if hasattr(error, "format_message"):  # click's, which newer typers carry within them
+            return _usage(error, fail)
         # Ray wraps what a worker raised: as its cause, below a text that holds the whole traceback.
         cause = getattr(error, "cause", error)
         if isinstance(cause, RayrecError):
@@ -76,9 +76,9 @@ class _Failure:
         return code
 
 
-def _usage(error: Exception, fail: _Failure) -> int:
+def _usage(error: Any, fail: _Failure) -> int:
     context = getattr(error, "ctx", None)
-    message = error.format_message()  # type: ignore[attr-defined]
+    message = error.format_message()
     if not message.strip() or message.startswith("Usage:"):  # no command: the message is the help
         print(message, file=sys.stderr)
         return WRONG_USE

@@ -14,12 +14,12 @@ from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, R
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import cluster_cpus, ray_cluster
 from rayrec.jobs.trainer import (
-    SNAPSHOT,
     LocalBoard,
     TrainPlan,
     WorkerRequest,
     diverged_file,
     fit_range_of,
+    has_checkpoint,
     new_board,
     plan_training,
     run_workers,
@@ -88,7 +88,7 @@ def train(
         return artifacts.reuse(workspace, "models", model_id)
     manifest = Manifest(kind="models", id=model_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     began = time.monotonic()
-    if unfinished == "restart" or not _has_checkpoint(workspace, manifest):
+    if unfinished == "restart" or not has_checkpoint(workspace, manifest.folder):
         workspace.delete(manifest.folder)
     elif unfinished == "ask":
         raise InputError(
@@ -144,11 +144,6 @@ def _require_shape(plan: TrainPlan, start: Manifest) -> None:
                 f"model {start.id} has {name} {old_shape[name]}, this training {value}; give the settings of the "
                 "model, or train without --from"
             )
-
-
-def _has_checkpoint(workspace: Workspace, manifest: Manifest) -> bool:
-    """True where Ray Train has recorded a checkpoint of the training."""
-    return workspace.exists(manifest.path(f"run/{SNAPSHOT}"))
 
 
 def _source_figures(dataset: Dataset, config: TrainConfig, split: Split | None) -> dict[str, Any]:

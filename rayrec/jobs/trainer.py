@@ -55,7 +55,6 @@ START_TRIES = 4  # times that Ray Train asks for the workers' resources in the m
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # environment variable: seconds of each try
 LOOK_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # environment variable: seconds between two looks at the workers
 LOOK_SECONDS = "0.5"  # Ray Train's own is 2: a checkpoint is recorded, and the end of a training seen, at a look
-SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that are whole
 SECONDS_BEFORE_TELLING = 10.0  # that workers are waited for
 
 
@@ -536,6 +535,15 @@ def run_workers(
         raise RayrecError(
             f"training failed: {cause}; `rayrec train --resume` continues from the last checkpoint"
         ) from error
+
+
+def has_checkpoint(workspace: Workspace, folder: str) -> bool:
+    """True where Ray Train has recorded a checkpoint of the training that `run_workers` runs in a folder."""
+    try:
+        ray.train.Result.from_path(f"{workspace.full(folder)}/run", storage_filesystem=workspace.filesystem)
+    except RuntimeError:  # Ray Train has no record there
+        return False
+    return True
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import leaky_relu, linear, normalize
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from rayrec.compat import scaled_rows, scaled_rows_gradient
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
 from rayrec.model.train_config import FeatureSpec, ModelConfig
@@ -408,7 +409,7 @@ class _Averages(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             sums = torch.bmm(ages.to(songs_BLD.dtype).expand(len(songs_BLD), -1, -1), songs_BLD).view(-1, dim)
             ones = _ones(sums)
-            directions, norms = torch._weight_norm_interface(sums, ones, 0)
+            directions, norms = scaled_rows(sums, ones)
             ctx.save_for_backward(sums, ones, directions, norms, weight_OX, again_HK, ages.to(sums.dtype))
             directions_NKD = directions.view(-1, count, dim)
             again_NHD = torch.bmm(again_HK.expand(len(directions_NKD), -1, -1), directions_NKD)
@@ -426,7 +427,7 @@ class _Averages(torch.autograd.Function):
             grad_again = torch.bmm(grad_NHD, directions.view(-1, count, dim).transpose(1, 2)).sum(0)
             grad = torch.mm(grad_NO, weight_OX).view(-1, count, dim)
             grad.baddbmm_(again_HK.T.expand(len(grad), -1, -1), grad_NHD)
-            grad_sums, _ = torch.ops.aten._weight_norm_interface_backward(grad.view(-1, dim), sums, ones, norms, 0)
+            grad_sums = scaled_rows_gradient(grad.view(-1, dim), sums, ones, norms)
             grad_sums = grad_sums.view(-1, ages.shape[1] * count, dim)
             grad_songs = torch.bmm(ages.T.expand(len(grad_sums), -1, -1), grad_sums)
         return grad_songs, grad_weight, grad_again, None
@@ -440,7 +441,7 @@ def _ages(discounts: tuple[float, ...], length: int, dtype: torch.dtype, device:
 
 def unit(vectors: Tensor) -> Tensor:
     """Rows (n, D) of length 1, by the fused operation of weight normalization; not for rows of zeros."""
-    directions, _ = torch._weight_norm_interface(vectors.contiguous(), _ones(vectors), 0)
+    directions, _ = scaled_rows(vectors.contiguous(), _ones(vectors))
     return directions
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.adam import adam
 
 if TYPE_CHECKING:
     from rayrec.model.training import TrainingStep
@@ -247,14 +248,14 @@ class RowAdam(SongTable):
             torch.lerp(values_VD, slots[2], self._since(rows_V), out=slots[2])
             self._seen.index_fill_(0, rows_V, self._decay.log_total)
             self._decay.step()
-        self.steps.add_(1)
-        torch._fused_adam_(  # what torch.optim.Adam calls
+        adam(
             [values_VD],
             [gradient_VD],
             [slots[0]],
             [slots[1]],
             [],
-            [self.steps],
+            [self.steps],  # counted up
+            fused=True,
             lr=self.learning_rate,
             beta1=BETAS[0],
             beta2=BETAS[1],

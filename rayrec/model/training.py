@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from rayrec.data.histories import Queries
 from rayrec.data.windows import Windows
@@ -409,7 +410,8 @@ class Training:
         self._add_up_gradients()
         self.optimizer.step()
         if self._decay.steps:
-            torch._foreach_lerp_(self._averages, [value.detach() for value in self._dense], 1 - self._decay.step())
+            average = get_ema_multi_avg_fn(self._decay.step())  # type: ignore[no-untyped-call]
+            average(self._averages, [value.detach() for value in self._dense], None)
         for name, table in self.tables.items():
             table.step(on_device.songs[name], rows[name], on_device.requests.get(name))
         return loss.detach()

@@ -69,7 +69,7 @@ class RecommendationServer:
         self._service = open_service(Workspace(config.workspace), config, replica=replica)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """The app that Serve runs in this replica."""
+        """The app that Serve runs in this replica: `serve.ingress()` documents this name for it."""
         return create_app(self._service)
 
     def __del__(self) -> None:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from filelock import FileLock
 
+from rayrec.compat import s3_options
 from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError, StorageError
 
 CLIENT_ATTEMPTS = 8  # of one request
@@ -41,16 +42,10 @@ def patient(filesystem: pafs.FileSystem) -> pafs.FileSystem:
     """The same S3 file system with more attempts for a request; any other file system as it is."""
     if not isinstance(filesystem, pafs.S3FileSystem):
         return filesystem
-    known = _options(filesystem)
+    known = s3_options(filesystem)
     if not known["proxy_options"].get("host"):
         del known["proxy_options"]
     return pafs.S3FileSystem(**known, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=CLIENT_ATTEMPTS))
-
-
-def _options(filesystem: pafs.S3FileSystem) -> dict[str, Any]:
-    """What a URI came to: pickling is the one place where pyarrow tells it."""
-    _, (options,) = filesystem.__reduce__()
-    return {name: value for name, value in options.items() if value not in ("", -1.0)}
 
 
 class ConditionalWriter(Protocol):
@@ -92,7 +87,7 @@ class _S3Writer:
             raise MissingDependencyError(
                 "a workspace on s3:// is locked through boto3, which is not installed; run pip install 'rayrec[aws]'"
             ) from error
-        options = _options(filesystem)
+        options = s3_options(filesystem)
         endpoint = options.get("endpoint_override")
         if endpoint and "://" not in endpoint:
             endpoint = f"{options.get('scheme', 'https')}://{endpoint}"

@@ -4,17 +4,18 @@ import json
 import os
 import shutil
 import sys
-import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray.train
 from ray.cloudpickle import register_pickle_by_value
 from safetensors.numpy import load as load_safetensors
 from trainings import CONFIG as SMALL
 from trainings import NUM_SONGS
+from witness import ship, wait_for_checkpoint
 from worlds import random_vectors, write_dataset, write_song_vectors
 
 from rayrec.data.dataset import Dataset
@@ -37,7 +38,6 @@ from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.artifacts import Manifest, listing, load_manifest, publish, verify
 from rayrec.storage.workspace import Workspace
 
-SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints
 CONFIG = SMALL.replace(workers=0, checkpoint_minutes=10.0)
 
 
@@ -100,7 +100,7 @@ def test_a_model_is_complete_and_answers(world: Workspace, split: Split, in_proc
 
 
 @pytest.mark.slow  # compiles C++
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler; install g++ to run this")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler: install Debian's package g++")
 def test_a_compiled_training_learns_the_same(
     world: Workspace, split: Split, in_process: Manifest, tmp_path: Path
 ) -> None:
@@ -156,10 +156,7 @@ def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
 
     def dying(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
         if report.epoch == 1 and report.step == 1:
-            for _ in range(300):  # until Ray Train has taken the checkpoint of the first epoch
-                if host._plan.workspace.exists(f"{host._plan.folder}/run/{SNAPSHOT}"):
-                    break
-                time.sleep(0.1)
+            wait_for_checkpoint()  # of the first epoch
             os._exit(1)
         stepped(host, phase, report, loss)
 
@@ -174,9 +171,10 @@ def _notes_its_first_step(arguments: dict[str, Any]) -> None:
     stepped = here.WorkerHost.stepped
 
     def noting(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
-        path = f"steps/{host._share.rank}.json"
-        if not host._plan.workspace.exists(path):
-            host._plan.workspace.write_json(path, [host._share.workers, phase, report.epoch, report.step])
+        workspace, context = arguments["plan"].workspace, ray.train.get_context()
+        path = f"steps/{context.get_world_rank()}.json"
+        if not workspace.exists(path):
+            workspace.write_json(path, [context.get_world_size(), phase, report.epoch, report.step])
         stepped(host, phase, report, loss)
 
     here.WorkerHost.stepped = noting  # type: ignore[method-assign]
@@ -188,6 +186,7 @@ def test_a_killed_training_goes_on_with_other_workers_to_the_same_result(
     world: Workspace, split: Split, in_process: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    ship()
     monkeypatch.setattr(trainer, "WORKER_FAILURES", 0)
     monkeypatch.setattr(job, "train_worker", _dies_in_the_second_epoch)
     before = listing(world, "models")

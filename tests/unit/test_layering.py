@@ -15,7 +15,7 @@ import rayrec
 ROOT = Path(rayrec.__file__).parent.parent
 # A layer may import itself and those below it. What stands at one level does not know its neighbours there.
 LEVELS = [
-    {"errors"},
+    {"errors", "compat"},
     {"config", "display", "client"},
     {"storage"},
     {"data"},

@@ -5,6 +5,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from ray import serve
+from ray.serve._private import replica
 
 from rayrec.errors import RayrecError
 from rayrec.serving import compat
@@ -36,5 +38,9 @@ def test_only_haproxys_own_pages_are_held_to_loopback(tmp_path: Path) -> None:
 
 
 def test_a_replica_still_binds_its_port_where_it_is_held_to_loopback() -> None:
-    replica = pytest.importorskip("ray.serve._private.replica")
     assert 'add_port_to_grpc_server(self._server, "[::]:0")' in inspect.getsource(replica)
+
+
+def test_serve_still_asks_a_class_without_an_app_for_the_method_that_ours_has() -> None:
+    with pytest.raises(ValueError, match="__serve_build_asgi_app__"):
+        serve.ingress()(type("Empty", (), {}))
