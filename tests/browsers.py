@@ -16,9 +16,9 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 @contextmanager
 def chromium() -> Iterator[Any]:
     """A browser without a window; a test is skipped where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'rayrec[dev]'")
     if not Path(CHROMIUM).exists():
-        pytest.skip(f"{CHROMIUM} is not there: install Debian's chromium to test pages")
+        pytest.skip(f"no {CHROMIUM}: install Debian's package chromium")
     with playwright.sync_playwright() as running:
         opened = running.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield opened

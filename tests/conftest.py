@@ -26,5 +26,5 @@ def real_data() -> Path:
     """The folder of real plays; tests that want it skip where RAYREC_REAL_DATA is unset."""
     folder = os.environ.get("RAYREC_REAL_DATA")
     if not folder:
-        pytest.skip("RAYREC_REAL_DATA is unset: it names the folder of real plays")
+        pytest.skip("no real plays: set RAYREC_REAL_DATA to their folder")
     return Path(folder)

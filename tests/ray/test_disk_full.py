@@ -79,7 +79,7 @@ class Runs:
 def folder(tmp_path: Path) -> Path:
     """For one run; skips where no disk can be made."""
     if not can_mount():
-        pytest.skip("mounting a file system in a namespace (unshare --mount --map-root-user) is not permitted here")
+        pytest.skip("no mounting in a namespace: run it where `unshare --mount --map-root-user` is permitted")
     return tmp_path
 
 

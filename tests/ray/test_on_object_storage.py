@@ -20,7 +20,7 @@ from rayrec.jobs.verify import verify_workspace
 from rayrec.storage import locking, releases
 from rayrec.storage.workspace import Workspace
 
-pytest.importorskip("moto.server")
+pytest.importorskip("moto.server", reason="no moto: pip install 'rayrec[dev]'")
 
 TINY = {
     "generate": {"users": 80, "songs": 60, "artists": 12, "genres": 4, "plays": 30.0, "buckets": 2, "playlists": 30},

@@ -13,7 +13,8 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers canno
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 pytestmark = pytest.mark.skipif(
-    not SETTING.exists() or "[never]" in SETTING.read_text(encoding="utf-8"), reason="this kernel gives no huge pages"
+    not SETTING.exists() or "[never]" in SETTING.read_text(encoding="utf-8"),
+    reason="no huge pages: write `madvise` into /sys/kernel/mm/transparent_hugepage/enabled on Linux",
 )
 
 

@@ -214,7 +214,7 @@ def test_an_interrupt_ends_it_with_all_its_processes(served: Served) -> None:
 
 
 @pytest.mark.slow  # waits for Serve to start and to die
-@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv of util-linux is not here")
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="no setpriv: install Debian's package util-linux")
 def test_killed_it_leaves_nobody_who_answers(served: Served) -> None:
     with started(served.workspace) as running:
         answering = [child for name in ("haproxy", "ServeReplica") for child in running.processes(name)]

@@ -68,4 +68,4 @@ def _address() -> str:
         for address in addresses:
             if address.family == socket.AF_INET and not address.address.startswith("127."):
                 return str(address.address)
-    pytest.skip("this machine has no address but loopback")
+    pytest.skip("no address but loopback: run it on a machine with a network interface")

@@ -204,7 +204,7 @@ def read_by_replicas() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="bytes that were read are told by /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc/self/io: run it on Linux")
 def test_two_replicas_take_a_release_of_10_gb_under_load_and_read_each_byte_once(world: Workspace, url: str) -> None:
     ids, load = by_model(world), Load(url)
     releases.activate_release(world, ids["model1"])

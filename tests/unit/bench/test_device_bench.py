@@ -127,7 +127,10 @@ def test_a_compiled_training_takes_the_steps_of_another() -> None:
         torch.testing.assert_close(compiled.state_dict()[name], value, atol=1e-6, rtol=0, msg=name)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="no GPU: run it on a machine with CUDA and a build of torch for it",
+)
 class TestOnAGpu:
     def test_tastes_are_those_of_a_cpu(self) -> None:
         histories = random_histories(Size.quick())

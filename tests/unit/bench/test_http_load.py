@@ -56,7 +56,7 @@ def url() -> Iterator[str]:
 @pytest.fixture(params=["wrk", "httpx"])
 def generator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "wrk" and not shutil.which("wrk"):
-        pytest.skip("wrk is not there: install Debian's package to test it")
+        pytest.skip("no wrk: install Debian's package wrk")
     monkeypatch.setattr(serve_bench, "generator", lambda: request.param)
     return str(request.param)
 

@@ -71,7 +71,7 @@ def test_networks_train_by_turns_and_are_evaluated_after_each_epoch(workspace: W
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PYTHON.exists(), reason="`make bench-peers` makes the environment of RecTools")
+@pytest.mark.skipif(not PYTHON.exists(), reason="no environment of RecTools: run `make bench-peers`")
 def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
     peers_bench.main(["--quick", "--json", "--python", os.fspath(PYTHON)])
     told = json.loads(capsys.readouterr().out)

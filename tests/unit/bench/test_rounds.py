@@ -149,7 +149,7 @@ print(held.nbytes >> 20, watch.peaks_mb[{DRIVER!r}] - before.peaks_mb[{DRIVER!r}
             assert (found.role, found.private_mb > 32) == (OTHER, True)
             child.communicate()
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory map of a process")
+    @pytest.mark.skipif(sys.platform != "linux", reason="no /proc/self/smaps: run it on Linux")
     def test_the_object_store_counts_for_nobody(self, tmp_path: Path) -> None:
         def held(name: str) -> float:
             with (tmp_path / name).open("w+b") as file:

@@ -119,7 +119,7 @@ print(int(fields["Private_Dirty"].split()[0]))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's figures of memory")
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="no /proc/self/smaps_rollup: run it on Linux")
 def test_private_memory_of_a_process_does_not_grow_with_the_catalog(tmp_path: Path) -> None:
     kilobytes = []
     for songs in (10_000, 400_000):

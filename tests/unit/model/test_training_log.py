@@ -27,7 +27,7 @@ def test_without_tensorboard_nothing_is_written(workspace: Workspace, monkeypatc
 
 
 def test_tensorboard_reads_the_figures_back(workspace: Workspace) -> None:
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install rayrec[tensorboard]")
+    pytest.importorskip("tensorboard", reason="no tensorboard: pip install 'rayrec[tensorboard]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert write_tensorboard(workspace, "models/a", LINES)

@@ -511,7 +511,7 @@ def test_an_address_that_is_none_is_refused_with_one_that_is(uri: str) -> None:
 
 
 def test_a_redis_out_of_reach_says_so_without_its_password() -> None:
-    pytest.importorskip("redis")
+    pytest.importorskip("redis", reason="no redis: pip install 'rayrec[redis]'")
     with pytest.raises(StoreUnavailableError, match=r"store redis://127.0.0.1:1/0 does not answer") as caught:
         open_store("redis://:secret@127.0.0.1:1/0", "n")
     assert "secret" not in str(caught.value)

@@ -118,7 +118,7 @@ def test_the_demo_takes_it_too() -> None:
 
 def test_google_storage_is_locked_by_generation() -> None:
     """Against the answers that the JSON API gives."""
-    http = pytest.importorskip("googleapiclient.http")
+    http = pytest.importorskip("googleapiclient.http", reason="no googleapiclient: pip install 'rayrec[gcp]'")
     found = [
         ({"status": "200"}, '{"generation": "5"}'),  # created
         ({"status": "412"}, "{}"),  # is there already

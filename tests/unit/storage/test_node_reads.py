@@ -46,7 +46,7 @@ def write_sparse_model(workspace: Workspace, size: int) -> Manifest:
     return artifacts.publish(workspace, manifest, ["vectors.npy"])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="bytes that were read are told by /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc/self/io: run it on Linux")
 @pytest.mark.parametrize("size", [1 << 26, pytest.param(10 * 1_000_000_000, marks=pytest.mark.slow)])
 def test_replicas_of_a_node_read_each_byte_once(
     workspace: Workspace, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

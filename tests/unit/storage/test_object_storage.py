@@ -15,7 +15,7 @@ from rayrec.storage import object_storage
 from rayrec.storage.locking import exclusive, lock_holder, unlock
 from rayrec.storage.workspace import LOCK_HOLDER, Workspace
 
-pytest.importorskip("moto.server")
+pytest.importorskip("moto.server", reason="no moto: pip install 'rayrec[dev]'")
 
 
 @pytest.fixture(scope="module")

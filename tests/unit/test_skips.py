@@ -1,0 +1,29 @@
+"""Whoever reads that a test was skipped learns what is missing and how to have it run."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+SKIPPING = {"skip", "skipif", "importorskip"}
+
+
+def reasons(path: Path) -> Iterator[tuple[int, str]]:
+    """The line and the reason of every skip of a file; an empty reason where there is none."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in SKIPPING:
+            named = [item.value for item in node.keywords if item.arg == "reason"]
+            given = named or (node.args[:1] if node.func.attr == "skip" else [])
+            yield node.lineno, ast.unparse(given[0]) if given else ""
+
+
+def test_every_skip_says_what_is_missing_and_how_to_enable_it() -> None:
+    found = {
+        f"{path.relative_to(TESTS)}:{line}": reason
+        for path in sorted(TESTS.rglob("*.py"))
+        for line, reason in reasons(path)
+    }
+    assert len(found) > 10
+    unclear = {where: reason for where, reason in found.items() if not reason.lstrip("f\"'").startswith("no ")}
+    assert not unclear, "write `no WHAT IS MISSING: HOW TO ENABLE IT`"
+    assert not {where: reason for where, reason in found.items() if ": " not in reason}
