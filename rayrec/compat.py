@@ -1,7 +1,7 @@
 """Private parts of pyarrow and torch that have no public counterpart. Loads nothing heavy.
 
 Each function names the version that it was read in; `tests/unit/test_compat.py` fails where another version differs.
-Those of Ray Serve are in rayrec/serving/compat.py.
+Those of Ray Serve are in rayrec/serving/serve_compat.py.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -254,13 +254,13 @@ def train_worker(arguments: dict[str, Any]) -> None:
         return
     save_model(plan.workspace, plan.folder, model, fit.known, share)
     if share.rank == 0:
-        figures = summary(fit.progress)
+        figures = fit_figures(fit.progress)
         plan.workspace.write_json(f"{plan.folder}/figures.json", figures)
         write_epochs(plan.workspace, plan.folder, fit.progress.epochs)
         write_tensorboard(plan.workspace, plan.folder, fit.progress.epochs)
 
 
-def summary(done: FitProgress) -> dict[str, Any]:
+def fit_figures(done: FitProgress) -> dict[str, Any]:
     """The figures of a finished fit."""
     selected = [line for line in done.epochs if line["phase"] == "selection"]
     last = done.epochs[-1]

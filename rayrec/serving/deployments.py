@@ -14,9 +14,9 @@ from ray import serve
 from ray.serve import Application
 
 from rayrec.config import from_mapping
-from rayrec.serving.compat import bind_replica_port_to_loopback
 from rayrec.serving.problems import RETRY_AFTER_S
 from rayrec.serving.routes import create_app
+from rayrec.serving.serve_compat import bind_replica_port_to_loopback
 from rayrec.serving.serve_config import ServeConfig, is_loopback
 from rayrec.serving.service import open_service
 from rayrec.storage.workspace import Workspace

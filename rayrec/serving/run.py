@@ -24,8 +24,8 @@ import psutil
 
 from rayrec.config import to_mapping
 from rayrec.errors import InputError, RayrecError, ray_not_started
-from rayrec.serving.compat import require_known_ray, write_haproxy_wrapper
 from rayrec.serving.middleware import load_keys
+from rayrec.serving.serve_compat import require_known_ray, write_haproxy_wrapper
 from rayrec.serving.serve_config import LOOPBACK, ServeConfig, is_loopback
 from rayrec.serving.telemetry import AccessLog
 from rayrec.storage.workspace import Workspace

@@ -89,6 +89,30 @@ def test_ray_is_imported_in_jobs_serving_and_bench_alone() -> None:
     assert users
 
 
+def test_no_two_modules_share_a_name() -> None:
+    files = [path.name for path in MODULES.values() if path.name != "__init__.py"]
+    assert not {name for name in files if files.count(name) > 1}
+
+
+def public_functions() -> dict[str, list[str]]:
+    """Name -> the modules that define a function of that name; without `main`, the start of every program."""
+    found: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(module)
+    return {name: defined for name, defined in found.items() if name != "main"}
+
+
+def test_a_function_name_that_comes_twice_is_a_command_and_the_stage_that_it_calls() -> None:
+    twice = {name: defined for name, defined in public_functions().items() if len(defined) > 1}
+    assert "train" in twice
+    for name, defined in twice.items():
+        (command,) = (module for module in defined if layer(module) == "rayrec_cli")
+        (stage,) = (module for module in defined if module != command)
+        assert stage in imports(MODULES[command]), f"{name} of {command} does not call {name} of {stage}"
+
+
 def test_there_are_no_import_cycles() -> None:
     graph = {name: {item for item in imports(path, top_only=True) if item in MODULES} for name, path in MODULES.items()}
     done: set[str] = set()

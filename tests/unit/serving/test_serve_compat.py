@@ -1,4 +1,4 @@
-"""What reaches into Serve fits the Serve that is installed. Where it fails: read what changed, then mend compat.py."""
+"""What reaches into Serve fits the Serve that is installed; where it fails, read what changed and mend the module."""
 
 import inspect
 import subprocess
@@ -9,29 +9,31 @@ from ray import serve
 from ray.serve._private import replica
 
 from rayrec.errors import RayrecError
-from rayrec.serving import compat
+from rayrec.serving import serve_compat
 
 
 def test_the_installed_ray_is_the_one_whose_private_parts_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    compat.require_known_ray()
-    monkeypatch.setattr(compat, "version", lambda name: "2.61.0")
+    serve_compat.require_known_ray()
+    monkeypatch.setattr(serve_compat, "version", lambda name: "2.61.0")
     with pytest.raises(RayrecError, match=r"runs Serve of Ray 2.60, not 2.61.0"):
-        compat.require_known_ray()
+        serve_compat.require_known_ray()
 
 
 def test_serves_template_of_haproxy_is_the_known_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compat.templates_digest() == compat.TEMPLATES, "Serve writes HAProxy's configuration differently now"
-    compat.write_haproxy_wrapper(tmp_path)
-    monkeypatch.setattr(compat, "TEMPLATES", "0" * len(compat.TEMPLATES))
+    assert serve_compat.templates_digest() == serve_compat.TEMPLATES, (
+        "Serve writes HAProxy's configuration differently now"
+    )
+    serve_compat.write_haproxy_wrapper(tmp_path)
+    monkeypatch.setattr(serve_compat, "TEMPLATES", "0" * len(serve_compat.TEMPLATES))
     with pytest.raises(RayrecError, match="template of HAProxy's configuration is unknown"):
-        compat.write_haproxy_wrapper(tmp_path)
+        serve_compat.write_haproxy_wrapper(tmp_path)
 
 
 def test_only_haproxys_own_pages_are_held_to_loopback(tmp_path: Path) -> None:
     """The application's port stays where it was asked for."""
     config = tmp_path / "haproxy.cfg"
     config.write_text("frontend a\n    bind :7001\nfrontend b\n    bind *:8000\nlisten c\n  bind *:7002\n")
-    wrapper = compat.write_haproxy_wrapper(tmp_path, (7001, 7002))
+    wrapper = serve_compat.write_haproxy_wrapper(tmp_path, (7001, 7002))
     subprocess.run([wrapper, "-v", "-f", config], check=True, capture_output=True)
     found = [line.strip() for line in config.read_text().splitlines() if "bind" in line]
     assert found == ["bind 127.0.0.1:7001", "bind *:8000", "bind 127.0.0.1:7002"]

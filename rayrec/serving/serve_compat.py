@@ -1,7 +1,7 @@
 """What this project needs of Ray Serve that Serve has no setting for. All of it reaches into one version of Serve.
 
-`tests/unit/serving/test_compat.py` fails where another version of Serve differs, and each function here refuses to
-run then: an open port that was meant to be closed must not be a surprise.
+`tests/unit/serving/test_serve_compat.py` fails where another version of Serve differs, and each function here refuses
+to run then: an open port that was meant to be closed must not be a surprise.
 """
 
 import shlex
