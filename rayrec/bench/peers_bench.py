@@ -78,7 +78,7 @@ class OurNetwork:
     """The network of `rayrec train`, trained in this process."""
 
     def __init__(self, dataset: Dataset, split: Split, config: TrainConfig, queries: Validation) -> None:
-        songs = artifacts.newest(dataset.workspace, "songs", "embed")
+        songs = artifacts.newest(dataset.workspace, "songs")
         if songs.inputs.get("split") != split.id:
             raise MismatchError(f"song embeddings {songs.id} are not of split {split.id}; run `rayrec embed` first")
         self.embed_seconds = float(songs.metrics["seconds"])

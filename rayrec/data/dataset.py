@@ -353,7 +353,7 @@ class Dataset:
         model = (
             artifacts.load_manifest(self.workspace, "models", model_id)
             if model_id
-            else artifacts.newest(self.workspace, "models", "train")
+            else artifacts.newest(self.workspace, "models")
         )
         if not self.descends_from(model.inputs["dataset"]):
             raise MismatchError(

@@ -29,7 +29,7 @@ def build_index(
     Metrics: seconds of the whole job, and the fields of `IndexFigures`.
     Raises `NotFoundError` where there is no such model, `MissingDependencyError` without faiss.
     """
-    model = load_manifest(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
+    model = load_manifest(workspace, "models", model_id) if model_id else newest(workspace, "models")
     require_one_faiss()
     inputs = {"models": model.id}
     stage_id = fingerprint("index", to_mapping(config), inputs)

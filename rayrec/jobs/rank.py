@@ -65,14 +65,12 @@ def fit_rankers(
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
     model = (
-        artifacts.load_manifest(workspace, "models", model_id)
-        if model_id
-        else artifacts.newest(workspace, "models", "train")
+        artifacts.load_manifest(workspace, "models", model_id) if model_id else artifacts.newest(workspace, "models")
     )
     retrieval = (
         artifacts.load_manifest(workspace, "retrieval", retrieval_id)
         if retrieval_id
-        else artifacts.newest(workspace, "retrieval", "retrieval")
+        else artifacts.newest(workspace, "retrieval")
     )
     split = _split_of(workspace, dataset, model, retrieval)
     inputs = {"dataset": dataset.manifest.id, "split": split.id, "models": model.id, "retrieval": retrieval.id}

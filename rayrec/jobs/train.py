@@ -72,11 +72,7 @@ def train(
             raise InputError("--from uses the song embeddings of its model; omit --songs")
         _require_start(dataset, start, split)
         songs_id = start.inputs["songs"]
-    songs = (
-        artifacts.load_manifest(workspace, "songs", songs_id)
-        if songs_id
-        else artifacts.newest(workspace, "songs", "embed")
-    )
+    songs = artifacts.load_manifest(workspace, "songs", songs_id) if songs_id else artifacts.newest(workspace, "songs")
     inputs = {"dataset": dataset.manifest.id, "songs": songs.id} | ({"split": split.id} if split else {})
     if start is None:
         _require_fit(songs, inputs)

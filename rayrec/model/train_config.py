@@ -13,7 +13,6 @@ from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import parse_moment
 from rayrec.data.split import DAY_MS
 from rayrec.data.windows import divisors
-from rayrec.errors import InputError
 
 SongTable = Literal["trained", "mapped", "frozen"]
 Objective = Literal["sampled-softmax", "softmax", "cosine", "l2"]
@@ -36,12 +35,6 @@ class Horizon:
 
     min_offset: int  # l_min, in plays, at least 1
     max_offset: int  # l_max, in plays
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min_offset <= self.max_offset:
-            raise InputError(
-                f"horizon offsets {self.min_offset}..{self.max_offset} are not in order; give 1 <= min <= max"
-            )
 
     def __str__(self) -> str:
         return f"{self.min_offset} to {self.max_offset} plays later"
@@ -72,10 +65,6 @@ class DaysHorizon:
 
     first_day: int  # from 0, which is the query itself
     last_day: int  # exclusive: 0 and 7 are the seven days that begin with the query
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.first_day < self.last_day:
-            raise InputError(f"horizon days {self.first_day}..{self.last_day} are not in order; give 0 <= first < last")
 
     def __str__(self) -> str:
         return f"{self.first_day} to {self.last_day} days later"
@@ -155,9 +144,9 @@ class ModelConfig:
     horizons: dict[str, AnyHorizon]
     song_table: SongTable
     logit_scales: dict[str, float]  # by horizon: factors that make logits of cosines
-    cell: Cell = "gru"
-    averages: tuple[float, ...] = ()  # discounts γ of the averages that the head sees
-    input_table: bool = False  # whether songs as inputs have a table of their own
+    cell: Cell
+    averages: tuple[float, ...]  # discounts γ of the averages that the head sees
+    input_table: bool  # whether songs as inputs have a table of their own
 
     @property
     def recurrent_layers(self) -> int:
@@ -177,8 +166,7 @@ class ModelConfig:
             name: DaysHorizon(**value) if "last_day" in value else Horizon(**value)
             for name, value in raw["horizons"].items()
         }
-        averages = tuple(raw.get("averages", ()))
-        return cls(**{**raw, "features": features, "horizons": horizons, "averages": averages})
+        return cls(**{**raw, "features": features, "horizons": horizons, "averages": tuple(raw["averages"])})
 
 
 _PAPERS: dict[str, Any] = {

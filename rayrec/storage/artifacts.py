@@ -33,7 +33,7 @@ from rayrec.storage.workspace import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BUCKET_COUNTS = b"rayrec counts"  # key of a Parquet file's metadata: JSON of what its bucket came to
 RECOMMENDATIONS = "recommendations"  # the kind of artifact that `rayrec recommend --all` writes
 NOUNS = {  # kind -> what messages call one of it
@@ -50,6 +50,20 @@ NOUNS = {  # kind -> what messages call one of it
     "releases": "release",
     "reports": "report",
     "tunings": "tuning",
+}
+MADE_BY = {  # kind -> the command that makes one of it
+    "descriptions": "describe",
+    "songs": "embed",
+    "models": "train",
+    "added_songs": "songs add",
+    "retrieval": "retrieval",
+    "rankers": "rank",
+    "tastes": "taste",
+    "indexes": "index",
+    RECOMMENDATIONS: "recommend --all",
+    "releases": "release create",
+    "reports": "evaluate",
+    "tunings": "tune",
 }
 FITTED = ("songs", "models", "retrieval", "rankers")  # kinds of what is learned from plays
 
@@ -201,7 +215,7 @@ def load_manifest(workspace: Workspace, kind: str, artifact_id: str) -> Manifest
     if raw.get("format_version") != FORMAT_VERSION:
         raise DamagedArtifactError(
             f"{path} has format version {raw.get('format_version')}, this rayrec reads {FORMAT_VERSION}; "
-            "use the rayrec version that wrote it, or create the artifact again"
+            f"delete the folder {artifact_dir(kind, artifact_id)} and run `rayrec {MADE_BY[kind]}`"
         )
     return Manifest(**raw)
 
@@ -225,11 +239,11 @@ def latest(
     return None if chosen is None else fitting[chosen]
 
 
-def newest(workspace: Workspace, kind: str, command: str) -> Manifest:
+def newest(workspace: Workspace, kind: str) -> Manifest:
     """The current artifact of a kind. Raises `NotFoundError` that names the command to run first."""
     manifest = latest(workspace, kind)
     if manifest is None:
-        raise NotFoundError(f"workspace {workspace.uri} has no {noun(kind)}; run `rayrec {command}` first")
+        raise NotFoundError(f"workspace {workspace.uri} has no {noun(kind)}; run `rayrec {MADE_BY[kind]}` first")
     return manifest
 
 
@@ -361,7 +375,7 @@ def read_dataset_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) ->
             f"this rayrec reads {SCHEMA_VERSION}; import the data again"
         )
     for name in ("joined", "part_times"):
-        raw[name] = [tuple(pair) for pair in raw.get(name, [])]
+        raw[name] = [tuple(pair) for pair in raw[name]]
     return DatasetManifest(**raw)
 
 

@@ -50,15 +50,6 @@ OPTIONAL_KINDS = ("added_songs", "retrieval", "rankers")
 # Kind and role of what may differ: a retrieval that is fitted every night serves rankers and models that are not, and a
 # training that is continued on later plays keeps its embeddings.
 RENEWED = (("rankers", "retrieval"), ("retrieval", "split"), ("songs", "split"))
-MADE_BY = {
-    "songs": "embed",
-    "models": "train",
-    "added_songs": "songs add",
-    "retrieval": "retrieval",
-    "rankers": "rank",
-    "tastes": "taste",
-    "indexes": "index",
-}  # kind -> command
 
 
 def create_release(
@@ -121,7 +112,7 @@ def require_fit(dataset: DatasetManifest, inputs: dict[str, str], parts: Any) ->
             if role in inputs and inputs[role] != made_of and not descends:
                 raise MismatchError(
                     f"{artifacts.noun(part.kind)} {part.id} was made from {artifacts.noun(role)} {made_of}, not from "
-                    f"{inputs[role]}; choose matching artifacts, or run `rayrec {MADE_BY[part.kind]}` again"
+                    f"{inputs[role]}; choose matching artifacts, or run `rayrec {artifacts.MADE_BY[part.kind]}` again"
                 )
 
 
@@ -244,7 +235,7 @@ def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str
     if release is not None and model_id in (None, release.inputs["models"]):
         return {KIND: release.id, **release.inputs}
     if model_id is None:
-        model = artifacts.newest(workspace, "models", "train")
+        model = artifacts.newest(workspace, "models")
     else:
         model = artifacts.load_manifest(workspace, "models", model_id)
     return parts_of(workspace, model)
@@ -282,7 +273,7 @@ def _last_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest | Non
 def _newest_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest:
     part = _last_of(workspace, kind, model)
     if part is None:
-        advice = f"run `rayrec {MADE_BY[kind]} --model {model.id}` first"
+        advice = f"run `rayrec {artifacts.MADE_BY[kind]} --model {model.id}` first"
         raise NotFoundError(f"model {model.id} has no {artifacts.noun(kind)}; {advice}")
     return part
 

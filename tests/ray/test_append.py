@@ -297,7 +297,7 @@ def test_tastes_go_on_from_earlier_ones_and_equal_a_full_run(
     tmp_path: Path, workspace: Workspace, released: str
 ) -> None:
     first = Dataset(workspace).manifest
-    base = artifacts.newest(workspace, "tastes", "taste")
+    base = artifacts.newest(workspace, "tastes")
     new = plays(120, 2, start=START + 90_000, users=30)
     older = [["u40", "s1", START - 500, "", 0]]
     new_user = [["newcomer", "s1", START + 500, "", 0]]

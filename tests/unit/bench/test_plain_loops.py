@@ -41,6 +41,9 @@ def task(workspace: Workspace) -> TrainTask:
         horizons=config.horizons,
         song_table="trained",
         logit_scales={"short": 9.0, "long": 6.0},
+        cell="gru",
+        averages=(),
+        input_table=False,
     )
     return TrainTask(workspace=workspace, config=config, model=model, counts=np.ones(SONGS, dtype=np.int64))
 

@@ -31,6 +31,9 @@ def _source(long: AnyHorizon, histories: Histories) -> CandidateSource:
         horizons={"short": Horizon(min_offset=1, max_offset=1), "long": long},
         song_table="frozen",
         logit_scales={"short": 9.0, "long": 6.0},
+        cell="gru",
+        averages=(),
+        input_table=False,
     )
     vectors = random_vectors(NUM_SONGS, 8)
     network = TasteRecommender(TasteModel(config, torch.from_numpy(vectors)).eval(), vectors)

@@ -56,6 +56,9 @@ def _network(_: Histories, vectors: np.ndarray) -> TasteRecommender:
         horizons={"short": Offsets(min_offset=1, max_offset=1)},
         song_table="frozen",
         logit_scales={"short": 9.0},
+        cell="gru",
+        averages=(),
+        input_table=False,
     )
     return TasteRecommender(TasteModel(config, torch.from_numpy(vectors)).eval(), vectors)
 

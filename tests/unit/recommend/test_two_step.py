@@ -50,6 +50,9 @@ def _network(num_songs: int = NUM_SONGS) -> TasteRecommender:
         horizons={"short": Offsets(min_offset=1, max_offset=1), "long": Offsets(min_offset=2, max_offset=4)},
         song_table="frozen",
         logit_scales={"short": 9.0, "long": 6.0},
+        cell="gru",
+        averages=(),
+        input_table=False,
     )
     vectors = random_vectors(num_songs, 8)
     return TasteRecommender(TasteModel(config, torch.from_numpy(vectors)).eval(), vectors)

@@ -7,7 +7,19 @@ import pytest
 from planted_reports import plant_report
 
 from rayrec.errors import DamagedArtifactError, NotFoundError
-from rayrec.storage.artifacts import Manifest, fingerprint, listing, load_manifest, new_id, newest, publish, verify
+from rayrec.storage.artifacts import (
+    FORMAT_VERSION,
+    MADE_BY,
+    NOUNS,
+    Manifest,
+    fingerprint,
+    listing,
+    load_manifest,
+    new_id,
+    newest,
+    publish,
+    verify,
+)
 from rayrec.storage.workspace import Workspace
 
 
@@ -60,9 +72,9 @@ def test_the_newest_is_the_one_published_last(workspace: Workspace) -> None:
     for name in ("z", "a", "m"):
         put(workspace, name)
     assert [manifest.id for manifest in listing(workspace, "models")] == ["z", "a", "m"]
-    assert newest(workspace, "models", "train").id == "m"
+    assert newest(workspace, "models").id == "m"
     with pytest.raises(NotFoundError, match=r"has no index; run `rayrec index` first"):
-        newest(workspace, "indexes", "index")
+        newest(workspace, "indexes")
 
 
 def test_damage_is_found(workspace: Workspace) -> None:
@@ -75,11 +87,25 @@ def test_damage_is_found(workspace: Workspace) -> None:
         verify(workspace, made)
 
 
-def test_another_format_version_is_refused(workspace: Workspace) -> None:
+@pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
+def test_another_format_version_is_refused_with_the_command_that_makes_the_artifact(
+    workspace: Workspace, version: int
+) -> None:
     made = put(workspace, "m")
-    workspace.write_json(made.path("manifest.json"), {**asdict(made), "format_version": 99})
-    with pytest.raises(DamagedArtifactError, match="format version 99, this rayrec reads 1"):
+    workspace.write_json(made.path("manifest.json"), {**asdict(made), "format_version": version})
+    message = (
+        f"has format version {version}, this rayrec reads {FORMAT_VERSION}; delete the folder models/m and run "
+        "`rayrec train`"
+    )
+    with pytest.raises(DamagedArtifactError, match=message):
         load_manifest(workspace, "models", "m")
+    workspace.delete("models/m")
+    put(workspace, "m")
+    assert newest(workspace, "models").id == "m"
+
+
+def test_every_kind_of_artifact_has_a_command() -> None:
+    assert {*MADE_BY, "dataset"} == set(NOUNS)
 
 
 def test_the_same_work_finds_its_result_or_its_unfinished_files(workspace: Workspace) -> None:

@@ -35,7 +35,7 @@ def stage(workspace: Workspace, kind: str, setting: int, repeat: bool = False) -
     inputs = {"dataset": "d1"}
     source = SOURCE[kind]
     if source is not None:
-        above = newest(workspace, source, COMMANDS[source])
+        above = newest(workspace, source)
         inputs |= {source: above.id} | ({"songs": above.inputs["songs"]} if source == "models" else {})
     artifact_id, complete = new_id(workspace, kind, fingerprint(kind, {"setting": setting}, inputs), repeat=repeat)
     if complete:
@@ -78,7 +78,7 @@ def test_in_any_order_of_commands_each_starts_from_the_last_result_and_advice_he
                     while (first := advised(lambda wanted=wanted: stage(workspace, wanted, 0))) is not None:  # type: ignore[misc]
                         above = next(each for each, command in COMMANDS.items() if command == first)
                         last[above] = stage(workspace, above, 0).id
-                    last[wanted] = newest(workspace, wanted, advice).id
+                    last[wanted] = newest(workspace, wanted).id
                 made = create_release(workspace)
                 assert active_release(workspace) == made
                 if not live or live[-1] != made.id:
@@ -91,8 +91,8 @@ def test_in_any_order_of_commands_each_starts_from_the_last_result_and_advice_he
             else:
                 assert advised(lambda kind=kind: stage(workspace, kind, 0)) == COMMANDS[SOURCE[kind]]  # type: ignore[misc, index]
             assert current_ids(workspace).items() >= last.items()
-            for each, command in COMMANDS.items():
-                assert each not in last or newest(workspace, each, command).id == last[each]
+            for each in COMMANDS:
+                assert each not in last or newest(workspace, each).id == last[each]
 
 
 def test_a_result_found_again_is_what_the_next_stage_starts_from(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_result_found_again_is_what_the_next_stage_starts_from(tmp_path: Path)
     )
     stage(workspace, "songs", 0)
     first, second = stage(workspace, "models", 0), stage(workspace, "models", 1)
-    assert newest(workspace, "models", "train") == second
+    assert newest(workspace, "models") == second
     assert stage(workspace, "models", 0) == first
     assert stage(workspace, "tastes", 0).inputs["models"] == first.id
     assert default_parts(workspace)["models"] == first.id
@@ -132,6 +132,6 @@ def test_where_the_current_one_was_deleted_the_last_made_takes_its_place(tmp_pat
         publish(workspace, Manifest(kind="models", id=name), [])
     reuse(workspace, "models", "b")
     workspace.delete(load_manifest(workspace, "models", "b").folder)
-    assert newest(workspace, "models", "train").id == "c"
+    assert newest(workspace, "models").id == "c"
     with pytest.raises(NotFoundError, match="run `rayrec embed` first"):
-        newest(workspace, "songs", "embed")
+        newest(workspace, "songs")
