@@ -23,6 +23,7 @@ from rayrec.recommender import Recommender, load
 from rayrec.storage.workspace import Workspace
 
 if TYPE_CHECKING:
+    from rayrec.data.lineage import CleanConfig as CleanConfig
     from rayrec.data.lineage import delete_garbage as delete_garbage
     from rayrec.data.lineage import find_garbage as find_garbage
     from rayrec.data.lineage import status as status
@@ -155,6 +156,7 @@ SETTINGS = {
     "EvaluateConfig": "rayrec.evaluation.protocol",
     "RecommendConfig": "rayrec.recommend.answer",
     "ExperimentReportConfig": "rayrec.evaluation.experiment_report",
+    "CleanConfig": "rayrec.data.lineage",
     "TuneConfig": "rayrec.jobs.job_config",
 }
 _MODULES = STAGES | HELPERS | SETTINGS

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from html import escape
 from typing import Any
 
 from rich.console import Console
@@ -80,28 +79,28 @@ def progress(title: str, total: float | None = None) -> Iterator[Progress]:
         bar.close()
 
 
+TABLE = """\
+<b>{{ title }}</b><table>
+{% if headers %}<tr>{% for header in headers %}<th>{{ header }}</th>{% endfor %}</tr>{% endif %}
+{% for row in rows %}
+<tr>{% for cell in row %}<td style="text-align:{{ 'left' if loop.first else 'right' }}">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+"""
+
+
 def html_figures(title: str, values: Mapping[str, Any]) -> str:
     """Names and values, one a row, below a title."""
-    rows = "".join(
-        f"<tr><th style='text-align:left'>{escape(name)}</th><td>{escape(_cell(value))}</td></tr>"
-        for name, value in values.items()
-    )
-    return f"<b>{escape(title)}</b><table>{rows}</table>"
+    return html_table(title, (), list(values.items()))
 
 
 def html_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table below a title; the first column is aligned to the left."""
-    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td style='text-align:{'right' if place else 'left'}'>{escape(_cell(cell))}</td>"
-            for place, cell in enumerate(row)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    return f"<b>{escape(title)}</b><table><tr>{head}</tr>{body}</table>"
+    from jinja2 import Environment  # not needed where nothing is shown
+
+    template = Environment(autoescape=True, trim_blocks=True).from_string(TABLE)
+    cells = [[_cell(value) for value in row] for row in rows]
+    return template.render(title=title, headers=headers, rows=cells)
 
 
 def _cell(value: Any) -> str:

@@ -31,9 +31,6 @@ AttachOption = Annotated[str | None, typer.Option("--attach", metavar="ID", help
 ClusterOption = Annotated[
     str, typer.Option("--cluster", metavar="FILE", help="Cluster file of ray up or KubeRay RayCluster.")
 ]
-UsersOption = Annotated[int | None, typer.Option("--users", help="Number of users, if there is no data set yet.")]
-PlaysOption = Annotated[int | None, typer.Option("--plays", help="Number of plays of all users.")]
-SongsOption = Annotated[int | None, typer.Option("--songs", help="Number of songs.")]
 RatesOption = Annotated[
     str | None, typer.Option("--rates", metavar="FILE", help="Measured rates of rayrec bench scale --save FILE.")
 ]
@@ -121,9 +118,6 @@ def estimate(
     config: PlanConfig,
     *,
     cluster: ClusterOption,
-    users: UsersOption = None,
-    plays: PlaysOption = None,
-    songs: SongsOption = None,
     rates: RatesOption = None,
 ) -> Shown:
     """Estimate time, memory and storage of the stages on a cluster.
@@ -133,14 +127,9 @@ def estimate(
     from rayrec.jobs.planning.plan import make_plan
 
     known = read_cluster(cluster)
-    counts = (users, plays, songs)
     skew: dict[str, Any] = {}
-    if None not in counts:
-        data = DataSize.assumed(users or 0, plays or 0, songs or 0, config.buckets)
-    elif any(count is not None for count in counts):
-        raise InputError(
-            "Pass all of --users, --plays and --songs, or none of them to use the data set of the workspace"
-        )
+    if config.users and config.plays and config.songs:
+        data = DataSize.assumed(config.users, config.plays, config.songs, config.buckets)
     else:
         dataset = Dataset(call.workspace)
         data_skew = measure_skew(dataset)

@@ -12,12 +12,12 @@ from rich.text import Text
 from rich.tree import Tree
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.lineage import KINDS, delete_garbage, find_garbage
+from rayrec.data.lineage import KINDS, CleanConfig, delete_garbage, find_garbage
 from rayrec.data.lineage import status as look
 from rayrec.data.split import left_out
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.experiment_report import ExperimentReportConfig, report_experiment
-from rayrec.serving.serve_config import ServeConfig
+from rayrec.serving.serve_config import ServeConfig, SwitchConfig
 from rayrec.storage import releases
 from rayrec.storage.artifacts import FITTED, Manifest, load_manifest, noun
 from rayrec.storage.locking import lock_holder, unlock
@@ -56,21 +56,6 @@ TastesOption = Annotated[
 ]
 IndexOption = Annotated[str | None, typer.Option("--index", metavar="ID", help="Index. [default: the model's newest]")]
 ActivateOption = Annotated[bool, typer.Option("--activate/--no-activate", help="Make it the live release.")]
-WaitOption = Annotated[
-    bool, typer.Option("--wait", help="Wait until all replicas use it; if one refuses it, restore the old one.")
-]
-UrlOption = Annotated[
-    str | None,
-    typer.Option("--url", metavar="URL", help="Address of the server to wait for; its key is in RAYREC_API_KEY."),
-]
-TimeoutOption = Annotated[
-    float | None,
-    typer.Option("--timeout", metavar="SECONDS", help="Maximum wait. [default: as long as replicas load]"),
-]
-KeepOption = Annotated[int, typer.Option("--keep", metavar="N", help="Newest releases to keep beside the live one.")]
-HoursOption = Annotated[
-    float, typer.Option("--hours", metavar="HOURS", help="Keep what was made or replaced in the last so many hours.")
-]
 YesOption = Annotated[bool, typer.Option("--yes", help="Delete; without it only show what would be deleted.")]
 ReleaseArgument = Annotated[str, typer.Argument(metavar="ID", help="Release ID.")]
 
@@ -208,20 +193,14 @@ def unlock_workspace(call: Call, *, yes: UnlockOption = False) -> Shown:
     return Shown({"holder": asdict(holder), "deleted": yes}, [f"The workspace is locked by {holder}. {advice}"])
 
 
-@command(app, "clean", example="rayrec clean --keep 3 --yes")
-def clean_workspace(
-    call: Call,
-    *,
-    keep: KeepOption = 3,
-    hours: HoursOption = 24.0,
-    yes: YesOption = False,
-) -> Shown:
+@command(app, "clean", config=CleanConfig, example="rayrec clean --keep 3 --yes")
+def clean_workspace(call: Call, config: CleanConfig, *, yes: YesOption = False) -> Shown:
     """Show what no release needs, and with --yes delete it.
 
     Old releases with their tastes, models, indexes and song embeddings, parts of the data set that `rayrec compact`
     joined, and what killed jobs left. It is refused while a job writes to the workspace.
     """
-    garbage = find_garbage(call.existing_workspace, keep=keep, hours=hours)
+    garbage = find_garbage(call.existing_workspace, config)
     total = sum(item.bytes for item in garbage)
     if yes and garbage:
         delete_garbage(call.workspace, garbage)
@@ -288,34 +267,27 @@ def list_releases(call: Call) -> Shown:
     return Shown({"releases": data, "active": live}, [view if all_releases else "No releases."])
 
 
-@command(release_app, "activate", example="rayrec release activate 3f2a9c51d07b --wait")
-def activate(
-    call: Call,
-    *,
-    release: ReleaseArgument,
-    wait: WaitOption = False,
-    url: UrlOption = None,
-    timeout: TimeoutOption = None,
-) -> Shown:
+@command(release_app, "activate", config=SwitchConfig, example="rayrec release activate 3f2a9c51d07b --wait")
+def activate(call: Call, config: SwitchConfig, *, release: ReleaseArgument) -> Shown:
     """Make a release live.
 
     A running server switches without downtime: each replica loads the release beside the old one.
     """
-    return _switched(call, lambda: releases.activate_release(call.workspace, release), wait, url, timeout)
+    return _switched(call, lambda: releases.activate_release(call.workspace, release), config)
 
 
-@command(release_app, "rollback", example="rayrec release rollback --wait")
-def rollback(call: Call, *, wait: WaitOption = False, url: UrlOption = None, timeout: TimeoutOption = None) -> Shown:
+@command(release_app, "rollback", config=SwitchConfig, example="rayrec release rollback --wait")
+def rollback(call: Call, config: SwitchConfig) -> Shown:
     """Make the previously live release live again."""
-    return _switched(call, lambda: releases.rollback(call.workspace), wait, url, timeout)
+    return _switched(call, lambda: releases.rollback(call.workspace), config)
 
 
-def _switched(call: Call, change: Callable[[], Manifest], wait: bool, url: str | None, timeout: float | None) -> Shown:
-    if not (wait or url):
+def _switched(call: Call, change: Callable[[], Manifest], config: SwitchConfig) -> Shown:
+    if not (config.wait or config.url):
         return _release(call, change())
     from rayrec.serving.live_release import SwitchWait, switch
 
-    return _release(call, switch(call.workspace, change, SwitchWait(url=url, seconds=timeout, tell=note)))
+    return _release(call, switch(call.workspace, change, SwitchWait(url=config.url, seconds=config.timeout, tell=note)))
 
 
 @command(release_app, "verify", example="rayrec release verify 3f2a9c51d07b")

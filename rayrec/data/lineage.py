@@ -6,7 +6,9 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pyarrow.fs as pafs
+from pydantic import Field
 
+from rayrec.config import Settings
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import list_splits
 from rayrec.errors import InputError, NotFoundError
@@ -108,23 +110,28 @@ class Garbage:
     reason: str
 
 
-def find_garbage(workspace: Workspace, *, keep: int = 3, hours: float = 24.0) -> list[Garbage]:
-    """What neither the live release nor the `keep` that were requested last refer to.
+class CleanConfig(Settings):
+    """What to keep."""
+
+    keep: int = Field(3, ge=1, description="Releases requested last to keep beside the live one")
+    hours: float = Field(24.0, ge=0, description="Keep what was made or replaced in the last so many hours")
+
+
+def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
+    """What neither the live release nor those that were requested last refer to.
 
     What was made after the newest release stays too, and what later commands start from; of the recommendations for all
     users those of each model in use that were requested last.
     Everything stays for some hours: a reader may still use what was replaced. Raises `InputError` where there is
     no release, since nothing says then what is of use.
     """
-    if keep < 1 or hours < 0:
-        raise InputError(f"{keep} releases and {hours} hours are to be kept; expected at least 1 and 0")
     all_releases = releases.list_releases(workspace)
     if not all_releases:
         raise InputError(
             f"workspace {workspace.uri} has no release, so nothing says what is of use; run `rayrec release create`"
         )
-    limit = datetime.now(timezone.utc) - timedelta(hours=hours)
-    last = artifacts.by_request(workspace, releases.KIND, [each.id for each in all_releases])[-keep:]
+    limit = datetime.now(timezone.utc) - timedelta(hours=config.hours)
+    last = artifacts.by_request(workspace, releases.KIND, [each.id for each in all_releases])[-config.keep :]
     names = [*last, releases.read_active(workspace)["active"]]
     kept = [each for each in all_releases if each.id in names]
     # Something younger is on its way to a release of its own, and so may be what was found in the cache.

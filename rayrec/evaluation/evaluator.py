@@ -25,7 +25,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field, field_validator, model_validator
 
+from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries, user_hash
 from rayrec.data.ragged import offsets_of
 from rayrec.data.split import Split
@@ -358,23 +360,23 @@ def coverage_songs(num_songs: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).choice(num_songs, COVERAGE_SONGS, replace=False))
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrefixFile:
-    """A file of pairs and how its lines read."""
+class PrefixFile(Settings):
+    """A file of pairs and how its lines read. In separators \\t stands for a tab."""
 
     path: str  # or URI; .gz too
-    item_separator: str = " "  # between the songs of a prefix
-    target_separator: str = "\t"  # before the target, the last one of a line
+    item_separator: str = Field(" ", min_length=1)  # between the songs of a prefix
+    target_separator: str = Field("\t", min_length=1)  # before the target, the last one of a line
 
-    def __post_init__(self) -> None:
-        for name in ("item_separator", "target_separator"):
-            object.__setattr__(self, name, getattr(self, name).replace("\\t", "\t"))
-            if not getattr(self, name):
-                raise InputError(
-                    f"{name} is empty; give what stands there in each line, such as a space or \\t for a tab"
-                )
+    @field_validator("item_separator", "target_separator")
+    @classmethod
+    def _with_tabs(cls, value: str) -> str:
+        return value.replace("\\t", "\t")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> PrefixFile:
         if self.item_separator == self.target_separator:
-            raise InputError(f"both separators are {self.item_separator!r}; they must differ")
+            raise ValueError(f"both separators are {self.item_separator!r}; they must differ")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -306,7 +306,7 @@ def evaluate_prefixes(
     compared = choose_models(workspace, dataset, config, split, model_id)
     settings = {
         **to_mapping(config),
-        "prefixes": {**asdict(file), "size": prefix_file.size, "changed": prefix_file.changed},
+        "prefixes": {**to_mapping(file), "size": prefix_file.size, "changed": prefix_file.changed},
     }
     report_id, complete = new_id(
         workspace, KIND, fingerprint("evaluate prefixes", settings, compared.inputs), repeat=repeat
@@ -437,7 +437,7 @@ def choose_models(
     if split is not None:
         inputs["split"] = split.id
     if config.models is None or set(NETWORKS) & set(named):
-        model = load_manifest(workspace, "models", model_id) if model_id else newest(workspace, "models", "train")
+        model = load_manifest(workspace, "models", model_id) if model_id else newest(workspace, "models")
         inputs["models"] = model.id
         parts = parts_of(workspace, model)
         default = TWO_STEP if "rankers" in parts else TASTE
@@ -452,11 +452,7 @@ def choose_models(
     names = tuple(dict.fromkeys(named or (default, TASTE, *BASELINES)))
     if needs_vectors(names):
         trained = [part for part in (model, *others.values()) if part is not None]
-        songs = (
-            load_manifest(workspace, "songs", trained[0].inputs["songs"])
-            if trained
-            else newest(workspace, "songs", "embed")
-        )
+        songs = load_manifest(workspace, "songs", trained[0].inputs["songs"]) if trained else newest(workspace, "songs")
         require_split(songs, split, dataset, "embed")
         inputs["songs"] = songs.id
     return ComparedModels(names=names, default=default, model=model, others=others, songs=songs, inputs=inputs)

@@ -4,15 +4,17 @@ P songs of a pool, k answers, D dimensions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field, InstanceOf
 
+from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.ragged import places_in
-from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName, SearchPath, check_count, normalized, top_k
+from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName, SearchPath, normalized, top_k
 from rayrec.recommend.filters import AnswerFilter
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
@@ -146,26 +148,18 @@ def pool_size(k: int) -> int:
     return k + max(k, 100)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnswerOptions:
+class AnswerOptions(Settings):
     """What one request asks for."""
 
-    k: int  # songs, at least 1
-    long_weight: float = 0.0  # 0: the next songs; 1: songs for the time to come; between: both, mixed
-    answer_filter: AnswerFilter = field(default_factory=AnswerFilter)  # the songs that may come
-    diversity: float = 0.0  # 0: the best songs; 1: songs unlike each other
-    explore: float = 0.0  # share of the songs that have few plays and were drawn
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    k: int = Field(ge=1)  # songs
+    long_weight: float = Field(0.0, ge=0, le=1)  # 0: the next songs; 1: songs for later; between: both, mixed
+    answer_filter: InstanceOf[AnswerFilter] = Field(default_factory=AnswerFilter)  # the songs that may come
+    diversity: float = Field(0.0, ge=0, le=1)  # 0: the best songs; 1: songs unlike each other
+    explore: float = Field(0.0, ge=0, le=1)  # share of the songs that have few plays and were drawn
     explain: bool = False  # whether the answer holds what is known of each song
     songs_to_rank: np.ndarray | None = None  # int (any,), song rows to put in order instead of retrieving songs
-
-    def __post_init__(self) -> None:
-        check_count(self.k)
-        if not 0 <= self.long_weight <= 1:
-            raise ValueError(f"long_weight is {self.long_weight}; expected a number in [0, 1]")
-        if not 0 <= self.diversity <= 1:
-            raise ValueError(f"diversity is {self.diversity}; expected a number in [0, 1]")
-        if not 0 <= self.explore <= 1:
-            raise ValueError(f"explore is {self.explore}; expected a number in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +222,7 @@ def choose(recommender: BaseRecommender, known: Known, options: AnswerOptions) -
     Diverse songs are chosen among the first of them, explored ones among those behind.
     """
     count = pool_size(options.k) if options.diversity else options.k
-    pool = _choose(recommender, known, replace(options, k=count + (POOL if options.explore else 0)))
+    pool = _choose(recommender, known, options.replace(k=count + (POOL if options.explore else 0)))
     places = np.arange(min(options.k, len(pool.songs)))
     if options.diversity:
         places = diversify(network_of(recommender).song_vectors[pool.songs[:count]], options.k, options.diversity)

@@ -178,6 +178,14 @@ class ServeConfig(Settings):
         return self
 
 
+class SwitchConfig(Settings):
+    """How to wait for a running server to change to another release."""
+
+    wait: bool = Field(False, description="Wait until all replicas use it; if one refuses it, restore the old one")
+    url: str | None = Field(None, description="Address of the server to wait for; its key is in RAYREC_API_KEY")
+    timeout: float | None = Field(None, gt=0, description="Maximum wait, in seconds; default: as long as replicas load")
+
+
 def is_loopback(host: str) -> bool:
     """True for addresses that no other machine reaches."""
     try:

@@ -1,9 +1,11 @@
-"""Progress in a log: a line now and then, and nothing where nobody asked."""
+"""Progress in a log, a line now and then and nothing where nobody asked; tables in a notebook."""
+
+import re
 
 import pytest
 
 from rayrec import display
-from rayrec.display import LINES_VARIABLE, progress
+from rayrec.display import LINES_VARIABLE, html_figures, html_table, progress
 
 
 @pytest.fixture
@@ -36,3 +38,21 @@ def test_nothing_is_told_where_nobody_asked(
         clock[0] = 200
         bar.advance(100)
     assert capsys.readouterr().err == ""
+
+
+def test_a_notebook_shows_a_table_whose_texts_are_no_markup() -> None:
+    shown = html_table("Songs & more", ["song", "plays"], [["<b>", 2400], ["b", None], ["c", 0.25]])
+    rows = [re.sub(r"<[^>]*>", "|", row) for row in shown.split("<tr>")]
+    assert [row.replace("\n", "") for row in rows] == [
+        "|Songs &amp; more||",
+        "|song||plays||",
+        "|&lt;b&gt;||2,400||",
+        "|b||–||",
+        "|c||0.250|||",
+    ]
+
+
+def test_figures_are_a_table_without_a_head() -> None:
+    shown = html_figures("Data", {"plays": 1_000_000})
+    assert "<th" not in shown
+    assert '<td style="text-align:left">plays</td><td style="text-align:right">1,000,000</td>' in shown

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrec.config import Settings
 from rayrec.data import columns
@@ -89,8 +89,11 @@ def _longest(dataset: Dataset, bucket: int) -> list[tuple[str, int]]:
 
 
 class PlanConfig(Settings):
-    """How the stages will be run; the defaults are those of the stages."""
+    """How large the data are and how the stages will be run; the defaults are those of the stages."""
 
+    users: int | None = Field(None, ge=1, description="Number of users, if there is no data set yet")
+    plays: int | None = Field(None, ge=1, description="Number of plays of all users")
+    songs: int | None = Field(None, ge=1, description="Number of songs")
     dim: int = Field(_EMBED.dim, ge=1, description="Embedding dimension")
     hidden_dim: int = Field(_TRAIN.hidden_dim, ge=1, description="Hidden size of the recurrent network")
     embed_epochs: int = Field(_EMBED.epochs, ge=1, description="Epochs of word2vec")
@@ -107,6 +110,16 @@ class PlanConfig(Settings):
     k: int = Field(100, ge=1, description="Songs per user of recommend --all")
     nodes: int = Field(0, ge=0, description="Number of CPU nodes; 0: the cluster's maximum")
     serve_rate: float = Field(100.0, gt=0, description="Requests per second that the server has to answer")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "PlanConfig":
+        counts = (self.users, self.plays, self.songs)
+        if None in counts and counts != (None, None, None):
+            raise ValueError(
+                "users, plays and songs belong together; give all of them, or none to plan for the data set of the "
+                "workspace"
+            )
+        return self
 
     @property
     def fits(self) -> int:
@@ -127,10 +140,7 @@ class DataSize:
 
     @classmethod
     def assumed(cls, users: int, plays: int, songs: int, buckets: int = 0) -> "DataSize":
-        """From counts alone. Raises `InputError` for counts that cannot be."""
-        for name, count in (("users", users), ("plays", plays), ("songs", songs)):
-            if count < 1:
-                raise InputError(f"{name} is {count}; expected at least 1")
+        """From counts alone, each at least 1."""
         bucket_count = buckets or min(MAX_BUCKETS, max(MIN_BUCKETS, ceil(plays * CSV_BYTES / BUCKET_BYTES)))
         largest = ceil(plays / bucket_count * ASSUMED_SKEW)
         return cls(users=users, plays=plays, songs=songs, buckets=bucket_count, largest_bucket=largest, looked_at=False)

@@ -11,6 +11,7 @@ import pytest
 
 from rayrec.bench.bench_config import CONFIGS
 from rayrec.errors import DamagedInputError, LeakError, NotFoundError
+from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, write_dataset_manifest
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
@@ -93,6 +94,10 @@ def filled(tmp_path: Path) -> str:
         (["--workspace", "gopher://host/x", "status"], "gopher"),
         (["--workspace", "FILLED", "demo"], "holds another data set"),
         (["status", "--loudly"], "No such option"),
+        (["clean", "--keep", "0"], "keep is 0; expected an integer of at least 1"),
+        (["clean", "--hours", "-1"], "hours is -1.0; expected a number of at least 0"),
+        (["release", "activate", "r", "--timeout", "0"], "timeout is 0.0; expected a number above 0"),
+        (["plan", "--cluster", "c.yaml", "--users", "3"], "users, plays and songs belong together"),
         (["dance"], "No such command 'dance'"),
         (["release", "dance"], "No such command 'dance'"),
     ],
@@ -348,3 +353,8 @@ def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> Non
         f"{group} --help" for group in ("release", "bench")
     ]
     assert all(len(line) <= 80 for line in told.splitlines())
+
+
+@pytest.mark.parametrize("command", artifacts.MADE_BY.values())
+def test_every_command_that_an_error_advises_to_make_an_artifact_is_there(command: str) -> None:
+    assert main([*command.split(), "--help"]) == 0

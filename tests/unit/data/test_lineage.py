@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rayrec.data.lineage import delete_garbage, find_garbage
+from rayrec.data.lineage import CleanConfig, delete_garbage, find_garbage
 from rayrec.errors import InputError
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import DatasetManifest, Manifest, read_dataset_manifest, write_dataset_manifest
@@ -42,7 +42,7 @@ def nights(workspace: Workspace) -> Workspace:
 
 def test_what_old_releases_alone_refer_to_is_named_with_its_size(nights: Workspace) -> None:
     made = [each.id for each in releases.list_releases(nights)]
-    found = {item.path: item for item in find_garbage(nights, keep=2, hours=0)}
+    found = {item.path: item for item in find_garbage(nights, CleanConfig(keep=2, hours=0))}
     assert set(found) == {
         *(f"releases/{name}" for name in made[:3]),
         *(f"tastes/t{night}" for night in range(3)),
@@ -50,14 +50,14 @@ def test_what_old_releases_alone_refer_to_is_named_with_its_size(nights: Workspa
         "songs/old",
     }
     assert found["tastes/t0"].bytes == nights.size("tastes/t0") > 100
-    assert find_garbage(nights, keep=2, hours=1) == []  # everything is younger
+    assert find_garbage(nights, CleanConfig(keep=2, hours=1)) == []  # everything is younger
 
 
 def test_of_recommendations_the_last_of_each_model_in_use_stay(nights: Workspace) -> None:
     for name, model in (("r1", "m"), ("r2", "m"), ("r3", "unused")):
         make(nights, "recommendations", name, dataset="d", models=model)
     release(nights, 5)
-    paths = [item.path for item in find_garbage(nights, keep=2, hours=0)]
+    paths = [item.path for item in find_garbage(nights, CleanConfig(keep=2, hours=0))]
     assert {path for path in paths if path.startswith("recommendations/")} == {
         "recommendations/r1",
         "recommendations/r3",
@@ -69,7 +69,7 @@ def test_a_release_that_was_asked_for_again_is_the_newest(nights: Workspace) -> 
     again = releases.create_release(nights, model_id="m", tastes_id="t1", index_id="i", activate=False)
     assert again.id == made[1]
     assert artifacts.current_ids(nights)["releases"] == made[1]
-    paths = {item.path for item in find_garbage(nights, keep=2, hours=0)}
+    paths = {item.path for item in find_garbage(nights, CleanConfig(keep=2, hours=0))}
     assert paths >= {"releases/" + made[0], "releases/" + made[2], "tastes/t0", "tastes/t2"}
     assert not paths & {"releases/" + made[1], "releases/" + made[4], "tastes/t1", "tastes/t4"}
 
@@ -79,19 +79,19 @@ def test_recommendations_that_were_asked_for_again_stay(nights: Workspace) -> No
         make(nights, "recommendations", name, dataset="d", models="m")
     release(nights, 5)
     artifacts.reuse(nights, "recommendations", "r1")
-    paths = [item.path for item in find_garbage(nights, keep=2, hours=0)]
+    paths = [item.path for item in find_garbage(nights, CleanConfig(keep=2, hours=0))]
     assert "recommendations/r1" not in paths
     assert "recommendations/r2" in paths
 
 
 def test_what_later_commands_start_from_stays(nights: Workspace) -> None:
     artifacts.reuse(nights, "models", "unused")  # `rayrec train` with earlier settings
-    paths = [item.path for item in find_garbage(nights, keep=2, hours=0)]
+    paths = [item.path for item in find_garbage(nights, CleanConfig(keep=2, hours=0))]
     assert not {"models/unused", "songs/old"} & set(paths)
 
 
 def test_after_cleaning_what_is_kept_verifies_and_rolls_back(nights: Workspace) -> None:
-    garbage = find_garbage(nights, keep=2, hours=0)
+    garbage = find_garbage(nights, CleanConfig(keep=2, hours=0))
     assert delete_garbage(nights, garbage) == sum(item.bytes for item in garbage)
     assert not [item.path for item in garbage if nights.exists(item.path)]
     kept = releases.list_releases(nights)
@@ -101,13 +101,13 @@ def test_after_cleaning_what_is_kept_verifies_and_rolls_back(nights: Workspace) 
     assert releases.rollback(nights).id == kept[0].id
     with pytest.raises(InputError, match="No earlier release"):
         releases.rollback(nights)
-    assert find_garbage(nights, keep=2, hours=0) == []
+    assert find_garbage(nights, CleanConfig(keep=2, hours=0)) == []
 
 
 def test_the_live_release_stays_however_old_it_is(nights: Workspace) -> None:
     first = releases.list_releases(nights)[0]
     releases.activate_release(nights, first.id)
-    paths = [item.path for item in find_garbage(nights, keep=1, hours=0)]
+    paths = [item.path for item in find_garbage(nights, CleanConfig(keep=1, hours=0))]
     assert f"releases/{first.id}" not in paths
     assert "tastes/t0" not in paths
     assert "tastes/t1" in paths
@@ -116,11 +116,11 @@ def test_the_live_release_stays_however_old_it_is(nights: Workspace) -> None:
 def test_what_was_made_after_the_newest_release_is_on_its_way_to_one(nights: Workspace) -> None:
     make(nights, "models", "next", dataset="d", songs="s")
     nights.write_bytes("models/half/weights", b"x")
-    paths = [item.path for item in find_garbage(nights, keep=5, hours=0)]
+    paths = [item.path for item in find_garbage(nights, CleanConfig(keep=5, hours=0))]
     assert paths == ["songs/old", "models/unused"]
     os.utime(Path(nights.full("models/half/weights")), (0, 0))
     os.utime(Path(nights.full("models/half")), (0, 0))
-    found = {item.path: item.reason for item in find_garbage(nights, keep=5, hours=0)}
+    found = {item.path: item.reason for item in find_garbage(nights, CleanConfig(keep=5, hours=0))}
     assert found["models/half"] == "unfinished"
 
 
@@ -131,7 +131,9 @@ def test_joined_parts_stay_for_their_readers_for_some_hours(nights: Workspace) -
     manifest = replace(read_dataset_manifest(nights), parts=2, joined=[(0, 1)], users_parts=[1])
     for joined_at, expected in (("2999-01-01T00:00:00+00:00", 0), ("2020-01-01T00:00:00+00:00", 2)):
         write_dataset_manifest(nights, replace(manifest, joined_at=joined_at))
-        garbage = [item for item in find_garbage(nights, keep=5, hours=0) if item.path.startswith("dataset/")]
+        garbage = [
+            item for item in find_garbage(nights, CleanConfig(keep=5, hours=0)) if item.path.startswith("dataset/")
+        ]
         assert [item.path for item in garbage if "histories" in item.path] == (
             [histories_file(0, 0), histories_file(1, 0)][:expected]
         )
@@ -142,4 +144,4 @@ def test_joined_parts_stay_for_their_readers_for_some_hours(nights: Workspace) -
 def test_without_a_release_nothing_says_what_is_of_use(workspace: Workspace) -> None:
     make(workspace, "models", "m")
     with pytest.raises(InputError, match="no release"):
-        find_garbage(workspace)
+        find_garbage(workspace, CleanConfig())

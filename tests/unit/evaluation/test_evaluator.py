@@ -128,8 +128,8 @@ def test_other_separators_are_told() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"item_separator": ""}, "item_separator is empty"),
-        ({"target_separator": ""}, "target_separator is empty"),
+        ({"item_separator": ""}, "item_separator is ''; expected a non-empty string"),
+        ({"target_separator": ""}, "target_separator is ''; expected a non-empty string"),
         ({"item_separator": "\\t"}, "both separators are '\\\\t'"),
     ],
 )

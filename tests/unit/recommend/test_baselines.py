@@ -181,12 +181,6 @@ def test_the_same_query_twice_gets_the_same_vector_twice() -> None:
     assert not np.allclose(vectors[0], vectors[1])
 
 
-@pytest.mark.parametrize("discount", [0.0, 1.5, -1.0])
-def test_a_discount_outside_its_range_is_refused(discount: float) -> None:
-    with pytest.raises(InputError, match="not in"):
-        AverageRecommender(random_vectors(3), discount)
-
-
 def test_baselines_share_the_vectors_they_are_given() -> None:
     vectors = random_vectors(5)
     assert ItemKnnRecommender(vectors).song_vectors is AverageRecommender(vectors, 0.5).song_vectors

@@ -1,7 +1,6 @@
 """Exploring: songs with few plays are shown with exactly the probability that the answer holds."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,7 +99,7 @@ def test_an_answer_explores_songs_with_few_plays_within_its_filters(
     plays = recommender.source.retrieval.plays.plays
     monkeypatch.setattr("rayrec.recommend.reranking.FEW_PLAYS", int(np.median(plays)))
     options = AnswerOptions(k=20, answer_filter=AnswerFilter(excluded=np.arange(0, NUM_SONGS, 2)))
-    usual, explored = chosen(options), chosen(replace(options, explore=0.25))
+    usual, explored = chosen(options), chosen(options.replace(explore=0.25))
     assert usual.probabilities is None
     assert explored.probabilities is not None
     drawn = ~np.isnan(explored.probabilities)
@@ -109,8 +108,8 @@ def test_an_answer_explores_songs_with_few_plays_within_its_filters(
     assert not np.isin(explored.songs[drawn], usual.songs).any()
     assert (explored.songs % 2 == 1).all()
     np.testing.assert_array_equal(explored.songs[~drawn], usual.songs[:15])
-    np.testing.assert_array_equal(explored.songs, chosen(replace(options, explore=0.25)).songs)
-    diverse = chosen(replace(options, explore=0.25, diversity=0.5))
+    np.testing.assert_array_equal(explored.songs, chosen(options.replace(explore=0.25)).songs)
+    diverse = chosen(options.replace(explore=0.25, diversity=0.5))
     assert len(np.unique(diverse.songs)) == 20
 
 
@@ -141,5 +140,5 @@ def test_command_and_batch_explore_the_same_songs(
 def test_a_share_is_at_most_all() -> None:
     with pytest.raises(InputError, match="explore"):
         RecommendConfig(explore=1.5)
-    with pytest.raises(ValueError, match="explore"):
+    with pytest.raises(InputError, match="explore"):
         AnswerOptions(k=1, explore=-0.1)
