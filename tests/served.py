@@ -155,9 +155,9 @@ class Client:
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         """The response to any request."""
-        return asyncio.run(self._send(method, path, options))
+        return asyncio.run(self.send(method, path, options))
 
-    async def _send(self, method: str, path: str, options: dict[str, Any]) -> httpx.Response:
+    async def send(self, method: str, path: str, options: dict[str, Any]) -> httpx.Response:
         async with httpx.AsyncClient(
             transport=self._transport, base_url="http://app", headers=self._headers
         ) as connection:

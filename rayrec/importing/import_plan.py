@@ -203,7 +203,7 @@ def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) 
         for file, unit in zip(unit_files, units, strict=True)
     ]
     shares = Counter(unit_files)
-    pieces = _pieces([files[file].size / shares[file] for file in unit_files])
+    pieces = pieces_of([files[file].size / shares[file] for file in unit_files])
     piece_names = [
         unit_names[piece[0]] if len(piece) == 1 else fingerprint("piece", {"units": [unit_names[n] for n in piece]}, {})
         for piece in pieces
@@ -226,7 +226,7 @@ def _notes(config: ImportConfig, files: Sequence[SourceFile]) -> list[str]:
     return [*notes, *cut_note(files)] if kind.ends_with_line else notes
 
 
-def _pieces(sizes: Sequence[float]) -> list[list[int]]:
+def pieces_of(sizes: Sequence[float]) -> list[list[int]]:
     """Units of some bytes each, one a piece; where there are very many, so many that follow each other."""
     if len(sizes) <= UNGROUPED_UNITS:
         return [[unit] for unit in range(len(sizes))]

@@ -47,7 +47,7 @@ class TasteEncoder:
         start = start or self.no_states(len(histories))
         hidden = torch.from_numpy(start.hidden.copy())  # (U, layers, H), moved on piece by piece
         watcher = _Asked(queries, self._seen_in(hidden))
-        for rows in _passes(histories.lengths):
+        for rows in passes(histories.lengths):
             self._run_rows(histories, rows, start.last_played_at, hidden, watcher)
         last = start.last_played_at.copy()
         some = histories.lengths > 0
@@ -137,7 +137,7 @@ class _Asked:
         self.seen_QX[torch.from_numpy(which[here])] = picked.float().cpu()
 
 
-def _passes(lengths: np.ndarray) -> Iterator[np.ndarray]:
+def passes(lengths: np.ndarray) -> Iterator[np.ndarray]:
     """Rows with plays, those of like length together, so that a pass is small and little of it padding."""
     order = np.argsort(lengths, kind="stable")
     order = order[lengths[order] > 0]

@@ -142,12 +142,12 @@ class SqliteStore(StateStore):
 
     def loaded(self, load: str) -> dict[int, str]:
         """As in `StateStore`."""
-        with self._connection() as connection:
+        with self.connection() as connection:
             return dict(connection.execute("SELECT bucket, text FROM loads WHERE load = ?", (self._load(load),)))
 
     def mark_loaded(self, load: str, bucket: int, text: str) -> None:
         """As in `StateStore`."""
-        with self._connection() as connection:
+        with self.connection() as connection:
             connection.execute("INSERT OR REPLACE INTO loads VALUES (?, ?, ?)", (self._load(load), bucket, text))
 
     def add_songs(self, songs: Mapping[str, bytes], most: int) -> list[bool] | None:
@@ -220,7 +220,7 @@ class SqliteStore(StateStore):
 
     def _empty_log(self) -> bool:
         """Empty the write-ahead log, where older pages stay; False where readers held it for too long."""
-        with self._connection() as connection:
+        with self.connection() as connection:
             ((busy, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return not busy
 
@@ -284,7 +284,7 @@ class SqliteStore(StateStore):
 
     def _prepare_for_many(self) -> None:
         """Let this thread's connection hold all pages that many users change, and copy them to their places late."""
-        with self._connection() as connection:
+        with self.connection() as connection:
             connection.execute(f"PRAGMA cache_size = -{CACHE_BYTES >> 10}")
             connection.execute(f"PRAGMA wal_autocheckpoint = {LOG_BYTES // PAGE_BYTES}")
 
@@ -339,7 +339,7 @@ class SqliteStore(StateStore):
             self._cleared = today
 
     @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
+    def connection(self) -> Iterator[sqlite3.Connection]:
         """This thread's connection; what is run on it alone is a transaction of its own."""
         try:
             connection: sqlite3.Connection | None = getattr(self._own, "connection", None)
@@ -359,7 +359,7 @@ class SqliteStore(StateStore):
 
     @contextmanager
     def _transaction(self, kind: str) -> Iterator[sqlite3.Connection]:
-        with self._connection() as connection:
+        with self.connection() as connection:
             connection.execute(f"BEGIN {kind}")
             try:
                 yield connection

@@ -188,8 +188,8 @@ def test_an_input_error_within_a_worker_is_noted_for_the_caller(workspace: Works
 
 
 def test_many_units_are_few_pieces_and_few_pieces_are_read_bucket_by_bucket() -> None:
-    assert import_plan._pieces([1.0, 5.0, 1.0]) == [[0], [1], [2]]
-    many = import_plan._pieces([1.0] * 10_000)
+    assert import_plan.pieces_of([1.0, 5.0, 1.0]) == [[0], [1], [2]]
+    many = import_plan.pieces_of([1.0] * 10_000)
     assert len(many) == import_plan.MAX_PIECES
     assert [unit for piece in many for unit in piece] == list(range(10_000))
     assert max(map(len, many)) <= 20

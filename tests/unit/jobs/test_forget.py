@@ -280,7 +280,7 @@ def test_plays_from_before_bring_nobody_back_and_later_ones_are_a_new_users(
     require_sound(world)
 
 
-@pytest.mark.parametrize("step", ["third file", "ready", "second move", "last"])
+@pytest.mark.parametrize("step", ["third file", "first move", "second move", "last"])
 def test_a_killed_run_is_finished_by_the_next(
     world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -300,8 +300,8 @@ def test_a_killed_run_is_finished_by_the_next(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         if step == "third file":
             patch.setattr(forget.FileEraser, "__call__", dying(forget.FileEraser.__call__, 3))
-        elif step == "ready":
-            patch.setattr(forget, "_finish", dying(forget._finish, 2))
+        elif step == "first move":
+            patch.setattr(Workspace, "move", dying(Workspace.move, 1))
         elif step == "second move":
             patch.setattr(Workspace, "move", dying(Workspace.move, 2))
         else:

@@ -37,8 +37,8 @@ class BreakingServer:
 def followed(breaks: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[str, submit.JobEnd]:
     """What a follower reads and is told at the end."""
     monkeypatch.setattr(submit, "POLL_SECONDS", 0.0)
-    cluster = Cluster.__new__(Cluster)
-    cluster.address, cluster._client = "http://here:8265", BreakingServer(breaks)  # type: ignore[assignment]
+    monkeypatch.setattr(submit, "JobSubmissionClient", lambda address: BreakingServer(breaks))
+    cluster = Cluster("http://here:8265")
     read: list[str] = []
     end = cluster.follow("job", read.append)
     return "".join(read), end

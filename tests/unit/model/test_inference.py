@@ -182,7 +182,7 @@ def test_the_encoder_switches_dropout_off(histories: Histories) -> None:
 
 def test_passes_are_bounded_and_hold_every_user_with_plays_once() -> None:
     lengths = np.random.default_rng(1).integers(0, 3_000, size=500)
-    passes = list(inference._passes(lengths))
+    passes = list(inference.passes(lengths))
     assert sorted(np.concatenate(passes).tolist()) == np.flatnonzero(lengths).tolist()
     for rows in passes:
         assert len(rows) * min(lengths[rows].max(), inference.PIECE) <= inference.PLAYS_PER_PASS

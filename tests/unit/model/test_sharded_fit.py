@@ -70,7 +70,7 @@ class LargestTensor(TorchDispatchMode):  # type: ignore[misc]
         return made
 
 
-def fit_of(share: Share, folder: Path | None) -> tuple[Fit, MemoryHost]:
+def fit_of(share: Share, folder: Path | None) -> tuple[Fit, Validation]:
     histories = cycling_histories(37, num_songs=PLAYED)
     plays: dict[Phase, Histories] = {"selection": histories.before(CUT), "final": histories}
     asked = Validation(histories=histories, plays=np.flatnonzero(histories.played_at >= CUT))
@@ -79,7 +79,7 @@ def fit_of(share: Share, folder: Path | None) -> tuple[Fit, MemoryHost]:
     vectors[KNOWN:] = 0  # these start from random rows, and are not recommended
     data = {phase: FitData(vectors=vectors, counts=np.bincount(histories.songs, minlength=SONGS)) for phase in plays}
     shape = replace(model_config(CONFIG), num_songs=SONGS)
-    return Fit(shape, CONFIG, data, host, validation=asked, share=share), host
+    return Fit(shape, CONFIG, data, host, validation=asked, share=share), asked
 
 
 def fit_all(share: Share, folder: Path, ways: Sequence[str]) -> None:
@@ -96,10 +96,8 @@ def fit_all(share: Share, folder: Path, ways: Sequence[str]) -> None:
         told = {"numbers": largest.numbers, "rows": largest.rows, "epochs": fit.progress.epochs}
         (made / f"{share.rank}.json").write_text(json.dumps(told))
     random = torch.Generator().manual_seed(1)
-    vectors, (fit, _) = torch.randn(SONGS, DIM, generator=random), fit_of(share, None)
+    vectors, (_, asked) = torch.randn(SONGS, DIM, generator=random), fit_of(share, None)
     vectors[3:900:7] = 0
-    asked = fit._validation
-    assert asked is not None
     tastes = vectors[asked.histories.songs[asked.plays]] + torch.randn(len(asked.plays), DIM, generator=random)
     figures = validation_metrics(tastes, share.own(vectors), asked, share)
     (folder / f"figures {share.workers} {share.rank}.json").write_text(json.dumps(figures))

@@ -15,6 +15,7 @@ from stores import needs_redis
 from rayrec.bench.redis_servers import RedisServer
 from rayrec.errors import InputError
 from rayrec.online import state_store
+from rayrec.online.sqlite_store import SqliteStore
 from rayrec.online.state_store import (
     DAY_SECONDS,
     NOT_THERE,
@@ -468,7 +469,8 @@ def test_a_redis_that_may_forget_is_warned_of(tmp_path: Path, caplog: pytest.Log
 
 def test_an_sqlite_commit_waits_for_the_disk(tmp_path: Path) -> None:
     store = open_store(f"sqlite:///{tmp_path}/states.sqlite", "n")
-    with store._connection() as connection:  # type: ignore[attr-defined]
+    assert isinstance(store, SqliteStore)
+    with store.connection() as connection:
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     store.close()

@@ -133,7 +133,7 @@ def test_health_answers_while_the_worker_is_busy(opened: Service, monkeypatch: p
     async def scenario() -> None:
         call = Call(client.app)
         await until(lambda: slow.begun == 1)
-        response = await client._send("GET", "/healthz", {})
+        response = await client.send("GET", "/healthz", {})
         assert (response.status_code, call.status) == (200, None)
         slow.may.set()
         await call.task

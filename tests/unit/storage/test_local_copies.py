@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,21 +36,24 @@ def test_of_all_who_ask_one_copies_and_all_map_the_same_file(
     remote: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied: list[str] = []
-    copy = object_storage._copy
+    made_once = object_storage.made_once
 
-    def slow_copy(filesystem: pafs.FileSystem, path: str, target: Path) -> str:
-        copied.append(path)
-        time.sleep(0.2)
-        return copy(filesystem, path, target)
+    def slowly_made_once(version: str, name: str, make: Callable[[Path], object]) -> Path:
+        def slowly(target: Path) -> None:
+            copied.append(name)
+            time.sleep(0.2)
+            make(target)
 
-    monkeypatch.setattr(object_storage, "_copy", slow_copy)
+        return made_once(version, name, slowly)
+
+    monkeypatch.setattr(object_storage, "made_once", slowly_made_once)
     arrays: list[np.ndarray] = []
     threads = [threading.Thread(target=lambda: arrays.append(remote.read_array("a.npy"))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(copied) == 1
+    assert copied.count("a.npy") == 1
     assert all(isinstance(array, np.memmap) and array[999] == 999 for array in arrays)
     assert len({array.filename for array in arrays if isinstance(array, np.memmap)}) == 1
     assert copies(tmp_path) == ["a.npy"]

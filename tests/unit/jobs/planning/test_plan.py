@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,7 @@ from worlds import write_dataset
 from rayrec import Workspace
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
-from rayrec.jobs.planning.formulas import (
-    IDLE_WORKER,
-    encoding_memory,
-    evaluated_files,
-    evaluating_memory,
-    keys_store,
-    training_memory,
-)
-from rayrec.jobs.planning.plan import GPU_SLACK, Plan, StagePlan, make_plan
+from rayrec.jobs.planning.plan import Plan, StagePlan, make_plan
 from rayrec.jobs.planning.plan_inputs import BUILT_IN_FROM, GIB, ClusterFile, DataSize, NodeType, PlanConfig, read_rates
 from rayrec_cli.main import main
 
@@ -53,22 +44,21 @@ def stage(plan: Plan, name: str) -> StagePlan:
 def test_stages_over_users_take_all_cpus_and_hours_by_their_rate() -> None:
     found = stage(planned(), "taste")
     assert (found.nodes, found.workers, found.batches) == (4, 32, 64)
-    assert found.hours == pytest.approx(10**8 / (1_000 * 32) / 3600)
+    assert found.hours == pytest.approx(3_125 / 3600)  # 100 million plays at 32,000 a second
 
 
 def test_no_more_cpus_work_than_there_are_buckets() -> None:
     found = stage(planned(data=replace(DATA, buckets=16)), "taste")
     assert (found.nodes, found.workers) == (2, 16)
-    assert found.hours == pytest.approx(10**8 / (1_000 * 16) / 3600)
+    assert found.hours == pytest.approx(6_250 / 3600)
 
 
 def test_the_workers_of_a_node_share_the_song_table() -> None:
-    songs = 10**7
-    found = stage(planned(data=replace(DATA, songs=songs)), "taste")
-    assert found.memory == 8 * (IDLE_WORKER + encoding_memory(128, 64)) + songs * 64 * 4
+    few, many = (stage(planned(data=replace(DATA, songs=songs)), "taste").memory for songs in (10**6, 10**7))
+    assert many - few == 9 * 10**6 * 64 * 4  # once for eight workers
 
 
-def test_requests_are_those_of_the_formulas() -> None:
+def test_requests_are_as_many_as_buckets_and_ranges_need() -> None:
     plan = planned(data=DataSize.assumed(users=10**8, plays=2 * 10**10, songs=10**7))
     assert 500_000 < (stage(plan, "import").requests or 0) < 1_000_000
     assert 4096 * 4 < (stage(plan, "taste").requests or 0) < 4096 * 40
@@ -77,40 +67,44 @@ def test_requests_are_those_of_the_formulas() -> None:
         assert 4096 * 4 < (stage(plan, name).requests or 0) < 4096 * 1000, name
 
 
-def test_an_evaluation_reads_all_plays_three_times_and_answers_its_queries() -> None:
-    rates = {**RATES, "read_plays_per_second_per_cpu": 10_000.0, "evaluate_queries_per_second_per_cpu": 10.0}
-    found = stage(make_plan(DATA, SMALL, PlanConfig(queries=640), rates), "evaluate")
-    assert found.workers == 32
-    assert found.hours == pytest.approx((3 * 10**8 / 10_000 + 640 / 10) / 32 / 3600)
+def test_an_evaluation_takes_longer_for_more_queries_and_for_slower_reading() -> None:
+    def hours(queries: int, read: float) -> float:
+        rates = {**RATES, "read_plays_per_second_per_cpu": read, "evaluate_queries_per_second_per_cpu": 10.0}
+        return stage(make_plan(DATA, SMALL, PlanConfig(queries=queries), rates), "evaluate").hours or 0.0
+
+    assert 0 < hours(640, 10_000.0) < hours(64_000, 10_000.0) < hours(64_000, 1_000.0)
 
 
 def test_recommendations_of_all_users_take_all_cpus_and_are_stored() -> None:
     rates = {**RATES, "recommend_users_per_second_per_cpu": 100.0}
-    plan = make_plan(DATA, SMALL, PlanConfig(k=10), rates)
-    assert stage(plan, "recommend").hours == pytest.approx(10**6 / (100 * 32) / 3600)
-    assert plan.storage["recommendations"] == pytest.approx(10**6 * 10 * 11, rel=0.2)
+    ten, twenty = (make_plan(DATA, SMALL, PlanConfig(k=k), rates) for k in (10, 20))
+    assert stage(ten, "recommend").hours == pytest.approx(312.5 / 3600)  # a million users, 3,200 a second
+    assert 10**8 < ten.storage["recommendations"] < twenty.storage["recommendations"] < 10**9
 
 
 def test_the_store_of_states_grows_with_users_plays_and_the_network() -> None:
-    plan = planned(PlanConfig(hidden_dim=256, dim=32))
-    floats = 2 * 32 + 256 + 4 * 32
-    assert plan.storage["tastes"] == pytest.approx(10**6 * (3.45 * floats + 60) + 0.85 * 10**8 * 2.1)
-    assert plan.states == pytest.approx(10**6 * (2 * 256 + 4 * 4 * 32 + 310) + 10**8 * 5.2)
+    plan = planned()
     assert plan.to_mapping()["states"] == plan.states
+    for larger in (
+        planned(PlanConfig(hidden_dim=256)),
+        planned(PlanConfig(dim=128)),
+        planned(data=replace(DATA, users=2 * DATA.users)),
+        planned(data=replace(DATA, plays=2 * DATA.plays)),
+    ):
+        assert larger.states > plan.states
+        assert larger.storage["tastes"] > plan.storage["tastes"]
 
 
 def test_an_evaluation_maps_tables_and_retrieval_once_a_node_and_leaves_the_object_store_alone() -> None:
-    data = replace(DATA, songs=3 * 10**7)
-    found = stage(planned(data=data), "evaluate")
-    worker = IDLE_WORKER + evaluating_memory(ceil(PlanConfig().queries / data.buckets))
-    assert found.memory > 8 * worker + evaluated_files(data.songs, 64, 0) > 30 * GIB
+    found = stage(planned(data=replace(DATA, songs=3 * 10**7)), "evaluate")
+    assert 30 * GIB < found.memory < 8 * 30 * GIB
     assert found.store == 0
 
 
 def test_keys_of_songs_that_do_not_fit_into_the_object_store_are_a_problem() -> None:
-    data = replace(DATA, songs=3 * 10**9)
-    assert stage(planned(data=data), "import").store == keys_store(data.songs) > 0.3 * 64 * GIB / 0.7
-    assert any("import puts" in text for text in planned(data=data).problems)
+    few, many = (planned(data=replace(DATA, songs=songs)) for songs in (10**7, 3 * 10**9))
+    assert 0 < (stage(few, "import").store or 0) < (stage(many, "import").store or 0)
+    assert [any("import puts" in text for text in plan.problems) for plan in (few, many)] == [False, True]
 
 
 @pytest.mark.parametrize(("rate", "replicas", "nodes"), [(1.0, 1, 1), (700.0, 10, 2), (701.0, 11, 2)])
@@ -120,18 +114,18 @@ def test_replicas_answer_a_rate_of_requests_and_are_idle_a_third_of_the_time(
     rates = {**RATES, "answers_per_second_per_cpu": 100.0}
     serving = make_plan(DATA, SMALL, PlanConfig(serve_rate=rate), rates).serving
     assert (serving.replicas, serving.nodes) == (replicas, nodes)
-    making = IDLE_WORKER + 10**5 * 280  # of the catalog, in a process of its own
-    assert serving.node_memory == serving.replicas_per_node * serving.replica_memory + serving.shared_memory + making
+    assert serving.node_memory > serving.replicas_per_node * serving.replica_memory + serving.shared_memory
 
 
 def test_training_without_gpus_holds_vectors_table_and_moments_on_each_node() -> None:
     found = stage(planned(PlanConfig(workers=4)), "train")
     assert (found.node, found.nodes, found.workers) == ("cpu", 4, 4)
-    assert found.memory == IDLE_WORKER + training_memory(10**5, 64, 128)
-    assert found.hours == pytest.approx(10**8 * 12 * 2 / (1_000 * 4) / 3600)
-    assert found.batches == 10**6 // (64 * 4) * 24 + 24
+    assert found.hours == pytest.approx(600_000 / 3600)  # 24 epochs of 100 million plays at 4,000 a second
     packed = stage(planned(PlanConfig(workers=8)), "train")
+    assert (packed.nodes, packed.hours) == (4, pytest.approx(300_000 / 3600))
     assert packed.memory == 2 * found.memory
+    more_songs = stage(planned(PlanConfig(workers=4), replace(DATA, songs=2 * DATA.songs)), "train")
+    assert more_songs.memory > found.memory + DATA.songs * 64 * 4
 
 
 def test_training_on_gpus_has_a_worker_a_gpu_and_says_that_their_rate_is_unknown() -> None:
@@ -141,13 +135,13 @@ def test_training_on_gpus_has_a_worker_a_gpu_and_says_that_their_rate_is_unknown
     assert any("no GPU rate" in note for note in plan.notes)
     rates = {**RATES, "train_plays_per_second_per_gpu": 50_000.0}
     known = stage(make_plan(DATA, SMALL, PlanConfig(gpu=True), rates), "train")
-    assert known.hours == pytest.approx(10**8 * 24 / (50_000 * 4) / 3600)
+    assert known.hours == pytest.approx(12_000 / 3600)  # 24 epochs of 100 million plays at 200,000 a second
 
 
 def test_without_a_validation_range_there_is_one_fit() -> None:
-    one, two = (stage(planned(PlanConfig(validation=there)), "embed") for there in (False, True))
-    assert two.hours == pytest.approx(2 * (one.hours or 0))
-    assert planned(PlanConfig(validation=False)).storage["song embeddings"] == 10**5 * 64 * 4
+    one, two = (planned(PlanConfig(validation=there)) for there in (False, True))
+    assert stage(two, "embed").hours == pytest.approx(2 * (stage(one, "embed").hours or 0))
+    assert two.storage["song embeddings"] == 2 * one.storage["song embeddings"] > 0
 
 
 def test_built_in_rates_fill_in_and_are_marked() -> None:
@@ -185,10 +179,8 @@ def test_what_fits_has_no_problems() -> None:
 
 
 def test_a_gpu_holds_the_table_and_its_moments() -> None:
-    edge = int((24 * GIB - GPU_SLACK) / 3 / (64 * 4))
-    fits, fails = (
-        planned(PlanConfig(gpu=True), replace(DATA, songs=songs)).problems for songs in (edge - 1_000, edge + 1_000)
-    )
+    """24 GiB, of which table and two moments of 10 million songs take 7.7 GB, those of 40 million 31 GB."""
+    fits, fails = (planned(PlanConfig(gpu=True), replace(DATA, songs=songs)).problems for songs in (10**7, 4 * 10**7))
     assert not any("on the GPU" in text for text in fits)
     assert any("on the GPU" in text for text in fails)
 
@@ -198,8 +190,13 @@ def test_counts_alone_give_buckets_as_an_import_would() -> None:
     assert data.buckets == 4096
     assert data.largest_bucket == pytest.approx(1.25 * 2 * 10**10 / 4096, rel=1e-3)
     assert DataSize.assumed(users=10, plays=100, songs=5).buckets == 16
-    with pytest.raises(InputError, match="plays is 0"):
-        DataSize.assumed(users=10, plays=0, songs=5)
+
+
+def test_counts_are_given_together_and_at_least_1() -> None:
+    with pytest.raises(InputError, match="plays is 0; expected an integer of at least 1"):
+        PlanConfig(users=10, plays=0, songs=5)
+    with pytest.raises(InputError, match="users, plays and songs belong together"):
+        PlanConfig(users=10, songs=5)
 
 
 def test_rates_are_read_as_bench_writes_them(tmp_path: Path) -> None:
@@ -222,7 +219,7 @@ def test_the_command_line_says_problems_by_its_exit_code(capsys: pytest.CaptureF
     assert main([*command, "--users", "1000000", "--plays", "10000000000000"]) == 1
     assert json.loads(capsys.readouterr().out)["problems"]
     assert main([*command, "--users", "5"]) == 2
-    assert "Pass all of --users, --plays and --songs, or none" in capsys.readouterr().err
+    assert "users, plays and songs belong together; give all of them, or none" in capsys.readouterr().err
 
 
 def test_a_data_set_tells_its_skew(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
