@@ -41,16 +41,8 @@ Source = Literal["auto", "playlists", "histories"]
 class EmbedConfig(Settings):
     """Song embeddings: word2vec, or vectors from a file.
 
-    The defaults were chosen on the validation range of the 30Music sample (fitted on what is before
-    it; 7,492 plays in it; full catalog). Recall@20 (MRR@20) of the next play among the neighbours of
-    the last song is 0.372 (0.096) with them; 0.356 to 0.361 (0.09) at 10 to 30 epochs of window 5,
-    5 negatives and exponent 0.75; 0.148 (0.039) at gensim's own settings, where the mean cosine of
-    random pairs is 0.98. A window of 10, 30 epochs, more than 64 numbers and a learning rate of 0.05
-    all lost. On #nowplaying, where nothing was chosen, they give 0.134 (0.060) against 0.130 (0.059).
-    Without the direction that all songs share, 0.379 (0.099); on the longer histories of 30Music, whose
-    songs had a mean cosine of 0.94, 0.326 (0.129) instead of 0.288 (0.118).
-    That drawing negatives in favour of rare songs suits recommendations was found by Caselles-Dupré
-    et al. 2018 (arXiv:1804.04212).
+    The defaults are those that find the most next plays among the neighbors of the last song:
+    docs/method.md#song-embeddings.
     """
 
     dim: int = Field(64, ge=1, description="Embedding dimension")

@@ -23,10 +23,8 @@ CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 def log_popularity(counts: np.ndarray) -> np.ndarray:
     """float32 (N,): log of a song's share of the plays, `counts` int (N,), times (1 + hits / rank)^6 [ours].
 
-    The second factor is for the few songs that everybody hears, of which shares alone say too little: a quarter of it,
-    which the default leaves out, is 173 for the 1st of 10,000, 1.5 for the 100th and next to nothing for most. On
-    30Music's validation range scores without half of the log shares tell a song played from any other in 0.774 of
-    pairs and from one drawn by Zipf's law in 0.655, those without a quarter of this in some 0.778 and 0.77.
+    The second factor is for the few songs that everybody hears, of which shares alone say too little:
+    docs/method.md#taste-vectors-of-the-long-horizon.
     """
     share = np.maximum(counts / max(1, counts.sum()), 1e-12)
     ranks = np.empty(len(counts))

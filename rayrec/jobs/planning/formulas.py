@@ -45,8 +45,8 @@ SHORTER_ROWS = -0.11  # digits of a row of songs on the mean, beside those of th
 RETRIEVAL_SONG_BYTES = 48  # of a song in a retrieval: offsets, plays, first day, artist and album
 FIT_REQUESTS = 105  # of a fit of a retrieval beside its groups and ranges: the arrays, their checksums
 
-# Private memory, each beside an idle worker; measured with tests/worker_memory.py on 28 November 2026.
-IDLE_WORKER = 250 << 20  # of a worker that has imported torch; `rayrec bench memory` told 254 MiB, docs/benchmarks.md
+# Private memory, each beside an idle worker; measured as docs/scale.md#bytes-and-requests says.
+IDLE_WORKER = 250 << 20  # of a worker that has imported torch: docs/benchmarks.md#growth
 TASTE_BYTES = 60_000_000
 TASTE_HIDDEN_BYTES = 160_000  # of a number of the hidden state, for the plays of a pass
 TASTE_DIM_BYTES = 1_770_000  # of a number of an embedding, of which averages are taken, too
