@@ -116,7 +116,21 @@ def test_the_readme_shows_every_stage() -> None:
 
 
 def test_the_readme_is_a_page_and_no_book() -> None:
-    assert len(README.read_text("utf-8").splitlines()) <= 150
+    text = README.read_text("utf-8")
+    assert len(text.splitlines()) <= 150
+    text = re.sub(r"<!-- figures: .*?<!-- end -->", "", text, flags=re.DOTALL)  # tables that `make figures` writes
+    assert not [line for line in text.splitlines() if len(line) > 130]
+
+
+def test_the_readme_leads_from_installing_to_the_limits() -> None:
+    headings = ["Install", "Try it", "Your own plays", "From Python", "Serve", "Every day", "Commands", "Results"]
+    text = README.read_text("utf-8")
+    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == [*headings, "How it works", "Limits", "More"]
+    assert "](docs/page.png)" in text.partition("## Install")[0]
+
+
+def test_the_picture_of_the_page_is_small() -> None:
+    assert (ROOT / "docs" / "page.png").stat().st_size < 200_000
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -176,10 +190,12 @@ def test_a_table_of_figures_has_means_over_seeds_and_replaces_the_marked_one_alo
         figures["replaced"](page, "three", table)
 
 
-def test_every_table_of_figures_has_its_place_and_known_commands() -> None:
+def test_every_mark_has_a_table_of_figures_every_table_a_mark_and_known_commands() -> None:
     figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    marks = {page: re.findall(r"<!-- figures: (\S+) -->", page.read_text("utf-8")) for page in PAGES}
+    assert {page for page, names in marks.items() if names} == set(figures["PAGES"])
+    assert {name for names in marks.values() for name in names} == {table.name for table in figures["TABLES"]}
     for table in figures["TABLES"]:
-        assert figures["mark"](table.name) in (ROOT / "docs" / "evaluation.md").read_text("utf-8")
         for command in table.commands:
             words = shlex.split(command.format(data="plays.csv", folder="plays", seed=0))
             assert {word for word in words if word.startswith("--")} <= options(words)
