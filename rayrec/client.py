@@ -92,7 +92,7 @@ class PopularAnswer(TypedDict):
 
 
 class NewSongAnswer(TypedDict):
-    """A song that was played first of late, or was added."""
+    """A new song: first played recently, or added."""
 
     song_id: str
     title: str | None
@@ -362,7 +362,7 @@ class Client(_Connection):
         return cast(PopularAnswer, self._send(("GET", "/v1/songs/popular", {"params": options})))
 
     def new(self, **options: Any) -> NewAnswer:
-        """The songs that were played first of late or added; `options` as in `popular`."""
+        """The newest songs: first played recently, or added; `options` as in `popular`."""
         return cast(NewAnswer, self._send(("GET", "/v1/songs/new", {"params": options})))
 
     def play(

@@ -229,7 +229,7 @@ class RedisStore(StateStore):
         try:
             client = redis.Redis.from_url(uri, retry=_patience(), **options)
         except ValueError as error:
-            raise InputError(f"store {shown} is no address of a Redis server: {error}") from error
+            raise InputError(f"store {shown} is not a valid address of a Redis server: {error}") from error
         if _unless_down(shown, lambda: client.info("cluster")).get("cluster_enabled"):
             client.close()
             client = _unless_down(shown, lambda: redis.RedisCluster.from_url(uri, **options))

@@ -138,7 +138,7 @@ class SqliteStore(StateStore):
         with self._transaction("IMMEDIATE") as connection:
             self._clear_events(connection)
         if not self._empty_log():
-            raise StoreUnavailableError(f"store {self._path} is read all the while; try again when fewer use it")
+            raise StoreUnavailableError(f"store {self._path} is busy with readers; try again later")
 
     def loaded(self, load: str) -> dict[int, str]:
         """As in `StateStore`."""

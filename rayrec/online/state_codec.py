@@ -89,7 +89,7 @@ def unpack_state(data: bytes) -> UserState:
             likes=_plays(likes[0]) if likes else Plays.of([], []),
         )
     except (IndexError, KeyError, TypeError, ValueError, OSError) as error:
-        raise DamagedArtifactError(f"a user state is not as it was written: {error!r}; {REMEDY}") from error
+        raise DamagedArtifactError(f"a user state is damaged: {error!r}; {REMEDY}") from error
 
 
 def pack_plays(plays: Plays) -> bytes:
@@ -124,7 +124,7 @@ def unpack_plays(pieces: Sequence[bytes]) -> Plays:
     try:
         return Plays.joined([_plays(_open(PLAYS_MARK, piece, "log of plays")) for piece in pieces])
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise DamagedArtifactError(f"a log of plays is not as it was written: {error!r}; {REMEDY}") from error
+        raise DamagedArtifactError(f"a log of plays is damaged: {error!r}; {REMEDY}") from error
 
 
 def pack_heard(songs: np.ndarray) -> bytes:
@@ -140,7 +140,7 @@ def unpack_heard(data: bytes | None) -> np.ndarray:
         count, squeezed = _open(HEARD_MARK, data, "set of heard songs")
         return np.cumsum(_expand(squeezed, count, ["<u4"])[0]).astype(np.int32)
     except (TypeError, ValueError, OSError) as error:
-        raise DamagedArtifactError(f"a set of heard songs is not as it was written: {error!r}; {REMEDY}") from error
+        raise DamagedArtifactError(f"a set of heard songs is damaged: {error!r}; {REMEDY}") from error
 
 
 def _model_state(

@@ -123,12 +123,12 @@ def answer(
     allow: Sequence[str] | None = None,
     shown: int = LAST_PLAYS,
 ) -> Answer:
-    """Recommend to a user, or to whoever has just played `songs`, at time `at` (ms UTC), as the server does.
+    """Recommend to a user, or after `songs` as if just played, at time `at` (ms UTC), as the server does.
 
     `parts`, role -> id, are those of the recommender. Songs come without times: the last is taken as played at `at`,
     each earlier one three minutes before the next. `artists`, names, and `allow`, song ids, keep to their songs; those
     of `exclude` are left out. Ids that are not in the catalog are counted and left out. Where no play before `at` is
-    known, as of an unknown user, the most played songs of late come.
+    known, as of an unknown user, the recently most played songs come.
     Raises `InputError` unless exactly one of user and songs is given, and for an unknown artist or market.
     """
     from rayrec.recommend.reranking import AnswerOptions, choose_for_users  # brings torch: only once it is needed
@@ -331,7 +331,7 @@ def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
     elif value("artist_user_plays") > 0:
         said.append(f"you played its artist {_times(value('artist_user_plays'))}")
     if value("next_rules_rank") >= NEAR_RANK:
-        said.append(f"all users together played it right after {last} {_times(value('next_rules_score'))}")
+        said.append(f"users played it right after {last} {_times(value('next_rules_score'))}")
     elif value("rules_rank") >= NEAR_RANK:
         said.append(f"other users often play it soon after {last}")
     elif value("recent_rules_rank") >= NEAR_RANK:
@@ -339,14 +339,14 @@ def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
     if value("sessions_rank") >= NEAR_RANK:
         said.append("it is in sessions like yours")
     elif value("history_sessions_rank") >= NEAR_RANK:
-        said.append("users with your songs play it")
+        said.append("users with similar taste play it")
     if value("taste_short_rank") >= NEAR_RANK:
-        said.append("it is near to what you listen to now")
+        said.append("similar to your recent plays")
     if value("taste_long_rank") >= NEAR_RANK:
-        said.append("it fits what you listen to over time")
+        said.append("similar to your plays over time")
     if value("popular_score") > 0:
         said.append("it is popular this week")
-    return said[:MOST_REASONS] or ["it is near to what you listen to"]
+    return said[:MOST_REASONS] or ["similar to your plays"]
 
 
 def reasons_of(chosen: Chosen, last_title: str | None) -> list[list[str]]:

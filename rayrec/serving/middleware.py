@@ -196,7 +196,7 @@ class Middleware:
             challenge = {"WWW-Authenticate": "Bearer"}
             return problem(401, "a valid key is required: send it as `Authorization: Bearer KEY`", headers=challenge)
         if role not in roles:
-            return problem(403, f"this key has no permission for {path[:200]}; a key of role {role} has")
+            return problem(403, f"This key lacks the {role!r} role, needed for {path[:200]}")
         return None
 
 

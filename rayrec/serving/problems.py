@@ -59,7 +59,7 @@ SCHEMA: dict[str, Any] = {
         "type": "about:blank",
         "title": "Unprocessable Content",
         "status": 422,
-        "detail": "the request is not as expected; see errors",
+        "detail": "The request is invalid; see `errors` and /openapi.json",
         "errors": [{"where": "k", "detail": "Input should be less than or equal to 1000"}],
     },
 }
@@ -122,7 +122,7 @@ async def _invalid(request: Request, error: Any) -> Response:
     errors = error.errors()
     if any(item["type"] == "json_invalid" for item in errors):
         return problem(400, f"the body is not JSON: {errors[0].get('ctx', {}).get('error', 'it does not parse')}")
-    detail = "the request is not as expected; see errors and /openapi.json"
+    detail = "The request is invalid; see `errors` and /openapi.json"
     return problem(422, detail, errors=error_list(errors))
 
 
@@ -133,7 +133,7 @@ async def _http(request: Request, error: Any) -> Response:
 
 def _usual(status: int, request: Request) -> str:
     if status == 404:
-        return f"there is nothing at {request.url.path[:200]}; see /openapi.json"
+        return f"Path {request.url.path[:200]} not found; see /openapi.json"
     if status == 405:
         return f"{request.url.path[:200]} does not support {request.method[:20]}; see /openapi.json"
     return title(status)

@@ -127,11 +127,11 @@ def read_place(request: RecommendationsRequest | SongsQuery) -> Place:
         padded = request.cursor + "=" * (-len(request.cursor) % 4)
         of_request, first, at = json.loads(urlsafe_b64decode(padded.encode()))
     except (binascii.Error, ValueError, TypeError) as error:
-        raise FieldError("cursor", "this is no cursor; send one as an answer holds it, or none") from error
+        raise FieldError("cursor", "Invalid cursor; send the value from an earlier response, or omit it") from error
     if of_request != digest:
         raise FieldError("cursor", "the cursor is of another request; only k, explain and cursor may change")
     if not isinstance(first, int) or first < 0 or not (at is None or (isinstance(at, int) and 0 <= at < END_MS)):
-        raise FieldError("cursor", "this is no cursor; send one as an answer holds it, or none")
+        raise FieldError("cursor", "Invalid cursor; send the value from an earlier response, or omit it")
     return Place(digest, first, at)
 
 

@@ -219,7 +219,7 @@ def _users_router(service: Service) -> APIRouter:
         """Store one play or many, of any users; the next answer for a user reflects them.
 
         Plays may be sent again with the same event ids, and out of order: those among a user's latest 64 to 128 are
-        put in their place, older ones are rejected. An invalid play of many fails alone.
+        inserted by their time, older ones are rejected. An invalid play of many fails alone.
         """
         return as_json(await service.take_plays(service.live, request.plays))
 
@@ -269,8 +269,8 @@ def _songs_router(service: Service) -> APIRouter:
     async def add(request: SentSongs) -> Response:
         """Add one song or many until the next release, all or none; every replica recommends them within a second.
 
-        A song begins where its artist, album and content place it, and moves with its first plays, as `rayrec songs
-        add` would have it. The next release that has it takes its place.
+        The initial embedding comes from artist, album and content and is updated by the first plays, as in
+        `rayrec songs add`. The next release that has the song replaces it.
         """
         return as_json(await service.add_songs(service.live, request.songs))
 
@@ -281,7 +281,7 @@ def _songs_router(service: Service) -> APIRouter:
 
     @router.get("/songs/new", response_model=NewSongs, responses=documented(404))
     async def new(query: Annotated[SongsQuery, Query()]) -> Response:
-        """List the songs that were played first of late or added to the release, the newest first."""
+        """List the newest songs: first played recently, or added to the release."""
         return as_json(await service.new_songs(service.live, query))
 
     @router.get("/songs/{song_id:any_id}/similar", response_model=SimilarSongs, responses=documented(404))

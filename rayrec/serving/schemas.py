@@ -115,7 +115,7 @@ class RequestBody(BaseModel):
 
 
 class InvalidEntry(BaseModel):
-    """An entry of a batch that is not as expected. The others are answered all the same."""
+    """An invalid entry of a batch. The others are answered."""
 
     detail: str
     errors: list[dict[str, str]] = Field(description="Where in the entry, and what.")
@@ -125,7 +125,7 @@ def _keep_invalid(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     try:
         return handler(value)
     except ValidationError as error:
-        return InvalidEntry(detail="the entry is not as expected; see errors", errors=error_list(error.errors()))
+        return InvalidEntry(detail="The entry is invalid; see `errors`", errors=error_list(error.errors()))
 
 
 ENTRY = WrapValidator(_keep_invalid)  # of a list of which a bad entry fails alone
@@ -421,7 +421,7 @@ class AddedSong(RequestBody):
     song_id: Annotated[SongId, AfterValidator(spelled_song)]
     title: Annotated[str, Field(max_length=MAX_ID)] | None = None
     artist: Annotated[str, Field(max_length=MAX_ID)] | None = Field(
-        default=None, description="As the catalog spells it: the song begins where the songs of its artist lie."
+        default=None, description="As the catalog spells it; used for the initial embedding of the song."
     )
     album: Annotated[str, Field(max_length=MAX_ID)] | None = None
     released: Day | None = Field(default=None, description="Release day.")
@@ -551,7 +551,7 @@ class PopularSongs(BaseModel):
 
 
 class NewSong(CatalogSong):
-    """A song that was played first of late, or was added to the release."""
+    """A new song: first played recently, or added to the release."""
 
     first_played: str | None = Field(
         description="Day, YYYY-MM-DD in UTC, on which anybody played it first; null for an added song without plays.",
@@ -578,10 +578,10 @@ class Taste(BaseModel):
     """A user's taste vectors, normalized."""
 
     at: IsoMoment = Field(description="The moment that they are for.")
-    plays: int = Field(description="Plays of known songs that they are computed from.")
+    plays: int = Field(description="Plays of known songs used.")
     unknown_songs: int
-    short: list[float] = Field(description="Points at the next songs.")
-    long: list[float] = Field(description="Points at songs of a later time.")
+    short: list[float] = Field(description="Taste vector for the next songs.")
+    long: list[float] = Field(description="Taste vector for songs of a later time.")
 
 
 class Tastes(BaseModel):
@@ -603,7 +603,7 @@ class PlaysTaken(BaseModel):
         description="Plays older than the latest 64 to 128 of their user, and plays and likes from before a deletion."
     )
     unknown_songs: int = Field(description="Plays and likes of songs that are not in the catalog; left out.")
-    invalid: int = Field(description="Plays and likes that are not as expected; left out.")
+    invalid: int = Field(description="Invalid plays and likes; left out.")
     outcomes: list[PlayOutcome] = Field(description="One for each play.")
     errors: list[dict[str, str]] = Field(description="Where and what, of the invalid plays: the first 20.")
 
@@ -627,11 +627,11 @@ class UserTaste(BaseModel):
     model: str = Field(description="Id of the model; vectors of two models cannot be compared.")
     user_id: str
     at: IsoMoment = Field(description="The moment that they are for.")
-    plays: int = Field(description="Plays that they are computed from.")
+    plays: int = Field(description="Plays used.")
     last_played_at: IsoMoment | None = Field(description="When the last of them was played.")
-    rejected: int = Field(description="Plays that arrived too late to be put in their place.")
-    short: list[float] = Field(description="Points at the next songs.")
-    long: list[float] = Field(description="Points at songs of a later time.")
+    rejected: int = Field(description="Plays that arrived too late to be inserted.")
+    short: list[float] = Field(description="Taste vector for the next songs.")
+    long: list[float] = Field(description="Taste vector for songs of a later time.")
 
 
 class PlayedSong(CatalogSong):
@@ -751,5 +751,5 @@ class Health(BaseModel):
 
 
 def as_json(answer: BaseModel, status: int = 200) -> Response:
-    """A response of an answer that needs no check any more."""
+    """A response of an answer that is already validated."""
     return Response(answer.model_dump_json(), status, media_type="application/json")

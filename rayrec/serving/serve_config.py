@@ -109,8 +109,8 @@ class ServeConfig(Settings):
 
     host: str = Field("127.0.0.1", description="Address to listen on; any but loopback requires API keys")
     port: int = Field(8000, ge=0, le=65_535, description="Port to listen on; 0: any free port")
-    replicas: int = Field(1, ge=1, description="Number of replicas, the minimum where max_replicas is larger")
-    max_replicas: int = Field(0, ge=0, description="Maximum of replicas, added and removed by load; 0: as replicas")
+    replicas: int = Field(1, ge=1, description="Number of replicas; the minimum when autoscaling")
+    max_replicas: int = Field(0, ge=0, description="Maximum number of replicas when autoscaling; 0: no autoscaling")
     target_ongoing: int = Field(4, ge=1, description="Requests in progress per replica that autoscaling aims at")
     scale_up_seconds: float = Field(
         30.0,

@@ -139,7 +139,7 @@ class StoredUsers:
             if len(outcomes) == len(sent):
                 return outcomes
             await asyncio.sleep(random.random() * PAUSE_SECONDS * min(attempt + 1, 10))
-        raise StoreUnavailableError(f"other writers were faster {ATTEMPTS} times; try again")
+        raise StoreUnavailableError(f"write conflict: the user changed during all {ATTEMPTS} attempts; try again")
 
     async def forget(self, live: LiveRelease, user_id: str, at: int) -> None:
         """Delete a user. Plays up to `at`, ms UTC, are rejected from now on; no load brings the user back, nor does an

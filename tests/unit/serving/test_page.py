@@ -249,7 +249,7 @@ def test_songs_with_few_plays_are_shown_on_request_with_their_chances(world: Wor
         assert "few plays" not in page.locator("#short").inner_text()
         page.get_by_label("Songs with few plays").fill("0.5")
         for horizon in ("short", "long"):
-            drawn = page.locator(f"#{horizon} li", has_text="drawn among songs with few plays, with a chance of")
+            drawn = page.locator(f"#{horizon} li", has_text="random pick among songs with few plays, probability")
             drawn.first.wait_for()
             for song in drawn.all():
                 assert httpx.get(f"{url}/v1/songs/{song.get_attribute('data-song')}/similar").json()["plays"] < 20
